@@ -1,0 +1,1 @@
+"""The board: trains, predicts and reports, without torch or onnx."""

@@ -1,0 +1,1 @@
+"""The compiler: import, channel analysis, cutting, differentiation, bundles."""

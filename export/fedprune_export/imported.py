@@ -1,0 +1,30 @@
+"""A model as the compiler holds it: normalised inference graph, weights by name, architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedprune.architecture import Architecture
+from fedprune.selection import Tensors
+from fedprune_export.graph import Graph
+
+
+@dataclass(frozen=True)
+class Model:
+    """An imported model.
+
+    Attributes:
+        graph: The normalised inference graph. Its only input is `x` with a free batch, its only output is `logits`; every
+            weight and statistic is an initialiser under its tensor name; all other initialisers are constants.
+        architecture: Channel groups, tensors and costs of that graph.
+        notes: What the import changed or could not analyse, for people: one sentence each.
+    """
+
+    graph: Graph
+    architecture: Architecture
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> Tensors:
+        """Weights and statistics by name, in the architecture's order."""
+        return {t.name: self.graph.initializers[t.name] for t in self.architecture.tensors}

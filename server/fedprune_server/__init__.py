@@ -1,0 +1,1 @@
+"""The conductor: daemon, storage, broker link, simulation."""

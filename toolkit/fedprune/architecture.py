@@ -1,0 +1,375 @@
+"""What a model is made of: tensors, channel groups, layers. All that a planner, a board or an aggregator needs.
+
+An axis of a tensor is a row of *segments*. A segment is a run of channels of one group, each taking `inner`
+neighbouring indices (a flattened 4×4 map has `inner` 16), or a run of fixed indices that no cut may touch.
+Every channel of a group appears equally often on an axis, so that sizes follow from widths alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Any
+
+from fedprune.errors import BundleError
+
+FIXED = -1
+"""The group number of indices that belong to no channel group."""
+
+_MAX_RANK = 8
+_MAX_SIZE = 2**31 - 1
+
+
+class TensorKind(str, Enum):
+    """What a tensor is for: it decides how the tensor is trained, pulled, masked and aggregated."""
+
+    WEIGHT = "weight"
+    BIAS = "bias"
+    NORM_SCALE = "norm_scale"
+    NORM_BIAS = "norm_bias"
+    STAT_MEAN = "stat_mean"
+    STAT_VAR = "stat_var"
+
+    @property
+    def trainable(self) -> bool:
+        """Whether an optimiser moves it; batch-norm statistics are pooled by counts instead."""
+        return self not in (TensorKind.STAT_MEAN, TensorKind.STAT_VAR)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of `count` channels of `group` from channel `start` on, each `inner` indices long."""
+
+    group: int
+    start: int
+    count: int
+    inner: int = 1
+
+    @property
+    def length(self) -> int:
+        """Indices that the segment covers at full width."""
+        return self.count * self.inner
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a tensor or value, as segments from index 0 on."""
+
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def fixed(cls, size: int) -> Axis:
+        """An axis that no cut touches."""
+        return cls((Segment(FIXED, 0, size),))
+
+    @cached_property
+    def length(self) -> int:
+        """Indices at full width."""
+        return sum(s.length for s in self.segments)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The channel groups on this axis, ascending."""
+        return tuple(sorted({s.group for s in self.segments if s.group != FIXED}))
+
+    def size(self, widths: Sequence[int], sizes: Sequence[int]) -> int:
+        """Indices that are left at these widths.
+
+        Args:
+            widths: Kept channels per group.
+            sizes: Channels per group at full width.
+        """
+        total = 0
+        per_group: dict[int, int] = {}
+        for s in self.segments:
+            if s.group == FIXED:
+                total += s.length
+            else:
+                per_group[s.group] = per_group.get(s.group, 0) + s.length
+        return total + sum(n * widths[g] // sizes[g] for g, n in per_group.items())
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can only be kept or cut together, over all the tensors that they touch."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor of the model at full width."""
+
+    name: str
+    kind: TensorKind
+    axes: tuple[Axis, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape at full width."""
+        return tuple(a.length for a in self.axes)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A row of the cost table: a node that multiplies, and what it costs.
+
+    Attributes:
+        name: The node's name.
+        op: Its ONNX operator.
+        weight: Name of its weight tensor.
+        positions: How often each weight is used per sample (output height × width for a convolution).
+    """
+
+    name: str
+    op: str
+    weight: str
+    positions: int
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A value that lives between layers: its channels and what one channel holds for one sample.
+
+    Attributes:
+        name: The value's name.
+        channels: The channel axis.
+        positions: Elements per channel and sample.
+        kept: Whether the backward pass reads it, so that it lives through the whole step.
+    """
+
+    name: str
+    channels: Axis
+    positions: int
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's tensors, channel groups, layers and activations, without weights.
+
+    Attributes:
+        name: For people.
+        groups: The channel groups; segments refer to them by position.
+        tensors: All weights and statistics, in the model's order.
+        layers: The cost table.
+        activations: The values whose memory a step needs.
+        input_shape: One sample's shape, without the batch.
+        classes: Entries of the output; 0 where the output is not a row of logits.
+    """
+
+    name: str
+    groups: tuple[ChannelGroup, ...]
+    tensors: tuple[TensorSpec, ...]
+    layers: tuple[Layer, ...]
+    activations: tuple[Activation, ...]
+    input_shape: tuple[int, ...]
+    classes: int
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Channels of every group at full width."""
+        return tuple(g.size for g in self.groups)
+
+    @cached_property
+    def by_name(self) -> dict[str, TensorSpec]:
+        """Tensors by name."""
+        return {t.name: t for t in self.tensors}
+
+    @cached_property
+    def trainable(self) -> tuple[TensorSpec, ...]:
+        """The tensors that an optimiser moves."""
+        return tuple(t for t in self.tensors if t.kind.trainable)
+
+    @cached_property
+    def statistics(self) -> tuple[TensorSpec, ...]:
+        """The batch-norm statistics."""
+        return tuple(t for t in self.tensors if not t.kind.trainable)
+
+    def shape(self, name: str, widths: Sequence[int]) -> tuple[int, ...]:
+        """Shape of tensor `name` at these widths."""
+        return tuple(a.size(widths, self.sizes) for a in self.by_name[name].axes)
+
+    def shapes(self, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors at these widths."""
+        return {t.name: self.shape(t.name, widths) for t in self.tensors}
+
+    def check_widths(self, widths: Sequence[int]) -> tuple[int, ...]:
+        """The widths as a tuple of ints.
+
+        Raises:
+            BundleError: Their number is not that of the groups, or one is below 1 or above its group's size.
+        """
+        got = tuple(int(w) for w in widths)
+        if len(got) != len(self.groups):
+            raise BundleError(
+                "widths don't fit the architecture", expected=f"{len(self.groups)} numbers", got=len(got)
+            )
+        for group, width in zip(self.groups, got, strict=True):
+            if not 1 <= width <= group.size:
+                raise BundleError(
+                    f"width of group {group.name}", expected=f"1 to {group.size} channels", got=width
+                )
+        return got
+
+    def members(self, group: int) -> tuple[str, ...]:
+        """Where a group's channels live, as text such as `conv3.weight[0]`."""
+        return tuple(
+            f"{t.name}[{i}]" for t in self.tensors for i, a in enumerate(t.axes) if group in a.groups
+        )
+
+    def describe(self) -> str:
+        """One line per channel group, for people."""
+        return "\n".join(
+            f"{g.name}: {g.size} channels: {', '.join(self.members(i))}" for i, g in enumerate(self.groups)
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON, as hex."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Canonical JSON: the same architecture always gives the same text."""
+        body = {
+            "format": "fedprune.architecture/1",
+            "name": self.name,
+            "groups": [[g.name, g.size] for g in self.groups],
+            "tensors": [
+                {"name": t.name, "kind": t.kind.value, "axes": [_axis_json(a) for a in t.axes]}
+                for t in self.tensors
+            ],
+            "layers": [[n.name, n.op, n.weight, n.positions] for n in self.layers],
+            "activations": [
+                [v.name, _axis_json(v.channels), v.positions, int(v.kept)] for v in self.activations
+            ],
+            "input_shape": list(self.input_shape),
+            "classes": self.classes,
+        }
+        return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Architecture:
+        """Read and check an architecture.
+
+        Raises:
+            BundleError: It is not what `to_json` writes, or contradicts itself.
+        """
+        try:
+            body = json.loads(text)
+            if body["format"] != "fedprune.architecture/1":
+                raise BundleError(
+                    "architecture format", expected="fedprune.architecture/1", got=repr(body["format"])
+                )
+            arch = cls(
+                name=str(body["name"]),
+                groups=tuple(ChannelGroup(str(n), int(s)) for n, s in body["groups"]),
+                tensors=tuple(
+                    TensorSpec(str(t["name"]), TensorKind(t["kind"]), tuple(map(_axis_read, t["axes"])))
+                    for t in body["tensors"]
+                ),
+                layers=tuple(Layer(str(n), str(o), str(w), int(p)) for n, o, w, p in body["layers"]),
+                activations=tuple(
+                    Activation(str(n), _axis_read(a), int(p), bool(k)) for n, a, p, k in body["activations"]
+                ),
+                input_shape=tuple(int(d) for d in body["input_shape"]),
+                classes=int(body["classes"]),
+            )
+        except BundleError:
+            raise
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise BundleError(
+                f"this is not an architecture ({type(error).__name__}: {error})",
+                hint="Export the model again.",
+            ) from error
+        arch.validate()
+        return arch
+
+    def validate(self) -> None:
+        """Check that the parts fit each other.
+
+        Raises:
+            BundleError: A size is out of range, a name comes twice, or a segment reaches outside its group.
+        """
+        names = [t.name for t in self.tensors]
+        if len(set(names)) != len(names):
+            raise BundleError("architecture: a tensor name comes twice")
+        for group in self.groups:
+            if not 1 <= group.size <= _MAX_SIZE:
+                raise BundleError(
+                    f"architecture: size of group {group.name}", expected="1 or more", got=group.size
+                )
+        for spec in self.tensors:
+            if len(spec.axes) > _MAX_RANK:
+                raise BundleError(
+                    f"architecture: axes of {spec.name}", expected=f"up to {_MAX_RANK}", got=len(spec.axes)
+                )
+            for axis in spec.axes:
+                self._check_axis(spec.name, axis)
+        for value in self.activations:
+            self._check_axis(value.name, value.channels)
+            if value.positions < 0:
+                raise BundleError(
+                    f"architecture: positions of {value.name}", expected="0 or more", got=value.positions
+                )
+        for layer in self.layers:
+            if layer.weight not in self.by_name or layer.positions < 0:
+                raise BundleError(
+                    f"architecture: layer {layer.name} refers to a tensor that isn't there", got=layer.weight
+                )
+
+    def _check_axis(self, name: str, axis: Axis) -> None:
+        seen: dict[int, dict[int, int]] = {}
+        for s in axis.segments:
+            if s.count < 0 or s.start < 0 or s.inner < 1 or s.length > _MAX_SIZE:
+                raise BundleError(f"architecture: a segment of {name} is out of range", got=s)
+            if s.group == FIXED:
+                continue
+            if not 0 <= s.group < len(self.groups) or s.start + s.count > self.groups[s.group].size:
+                raise BundleError(f"architecture: a segment of {name} reaches outside its group", got=s)
+            counts = seen.setdefault(s.group, {})
+            for c in range(s.start, s.start + s.count):
+                counts[c] = counts.get(c, 0) + s.inner
+        for g, counts in seen.items():
+            if len(counts) != self.groups[g].size or len(set(counts.values())) != 1:
+                raise BundleError(
+                    f"architecture: channels of group {self.groups[g].name} are uneven on {name}"
+                )
+
+
+def _axis_json(axis: Axis) -> list[list[int]]:
+    return [[s.group, s.start, s.count, s.inner] for s in axis.segments]
+
+
+def _axis_read(rows: Sequence[Sequence[Any]]) -> Axis:
+    return Axis(tuple(Segment(int(g), int(s), int(c), int(i)) for g, s, c, i in rows))
+
+
+def widths_at(
+    architecture: Architecture, density: float, overrides: Mapping[str, int] | None = None
+) -> tuple[int, ...]:
+    """Widths that keep `density` of every group, at least one channel: ceil(density × size) (CA-HFP, Sec. III).
+
+    Args:
+        architecture: The model.
+        density: Kept share, above 0 and at most 1.
+        overrides: Widths of single groups, by group name.
+
+    Raises:
+        BundleError: The density is not above 0 and at most 1, or an override names no group.
+    """
+    if not 0 < density <= 1:
+        raise BundleError("density", expected="above 0 and at most 1", got=density)
+    # The product may land a hair above a whole number (0.7 × 10): that hair is not a channel.
+    widths = [max(1, min(g.size, -int(-(density * g.size - 1e-9) // 1))) for g in architecture.groups]
+    names = {g.name: i for i, g in enumerate(architecture.groups)}
+    for name, width in (overrides or {}).items():
+        if name not in names:
+            raise BundleError(f"no channel group is called {name!r}", expected=", ".join(names))
+        widths[names[name]] = width
+    return architecture.check_widths(widths)

@@ -1,0 +1,22 @@
+"""Random numbers keyed by what they are for, so that no order of events changes them."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+
+def keyed(seed: int, *key: object) -> np.random.Generator:
+    """A generator that depends on nothing but `seed` and `key`.
+
+    Args:
+        seed: The job's seed.
+        key: What the numbers are for, such as (round, device, "batches"); each part is taken as text.
+
+    Returns:
+        A Philox generator: the same arguments give the same numbers on every platform.
+    """
+    text = "\x1f".join([str(seed), *map(str, key)])
+    digest = hashlib.sha256(text.encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))

@@ -1,0 +1,135 @@
+"""Every error that fedprune raises on purpose, and the exit code with which a command ends on it.
+
+A message names what was wrong, what was expected, what was found and what to do. `docs/exit-codes.md` has a
+paragraph for each code.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of all commands, in ranges by what failed."""
+
+    OK = 0
+    INTERNAL = 1
+    USAGE = 2
+    MISSING_EXTRA = 3
+    INTERRUPTED = 4
+    MODEL = 10
+    BUNDLE = 11
+    PROFILE = 12
+    DATA = 13
+    CONFIG = 14
+    BROKER = 20
+    PROTOCOL = 21
+    STORAGE_FULL = 30
+    STORAGE = 31
+    PLAN = 40
+    TRAINING = 50
+    RUNTIME = 51
+
+
+class FedpruneError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        what: What is wrong, in words, naming the thing.
+        expected: What would have been right.
+        got: What was found.
+        hint: What the user can do.
+    """
+
+    exit_code = ExitCode.INTERNAL
+
+    def __init__(self, what: str, *, expected: object = None, got: object = None, hint: str = "") -> None:
+        self.what = what
+        self.expected = expected
+        self.got = got
+        self.hint = hint
+        parts = [what]
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if got is not None:
+            parts.append(f"got {got}")
+        message = ": ".join(parts[:1]) + (": " + ", ".join(parts[1:]) if parts[1:] else "")
+        super().__init__(f"{message}. {hint}" if hint else message)
+
+
+class MissingExtraError(FedpruneError):
+    """A command needs a package of an extra that is not installed."""
+
+    exit_code = ExitCode.MISSING_EXTRA
+
+
+class ModelError(FedpruneError):
+    """A model file or graph is damaged, or uses what fedprune can't handle."""
+
+    exit_code = ExitCode.MODEL
+
+
+class BundleError(FedpruneError):
+    """A bundle, submodel, selection or architecture file doesn't hold what it should."""
+
+    exit_code = ExitCode.BUNDLE
+
+
+class ProfileError(FedpruneError):
+    """A hardware profile or probe report doesn't make sense."""
+
+    exit_code = ExitCode.PROFILE
+
+
+class DataError(FedpruneError):
+    """Training or prediction data can't be used."""
+
+    exit_code = ExitCode.DATA
+
+
+class ConfigError(FedpruneError):
+    """A job, recipe or server setting doesn't make sense."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class BrokerError(FedpruneError):
+    """The MQTT broker can't be reached or refuses the connection."""
+
+    exit_code = ExitCode.BROKER
+
+
+class ProtocolError(FedpruneError):
+    """A message or blob from the network is not what the protocol allows."""
+
+    exit_code = ExitCode.PROTOCOL
+
+
+class StorageError(FedpruneError):
+    """Something on disk is damaged, unreadable or not ours."""
+
+    exit_code = ExitCode.STORAGE
+
+
+class StorageFullError(StorageError):
+    """There is no room left on the disk; what was there before is untouched."""
+
+    exit_code = ExitCode.STORAGE_FULL
+
+
+class PlanError(FedpruneError):
+    """No width of the model fits a board's limits."""
+
+    exit_code = ExitCode.PLAN
+
+
+class TrainingError(FedpruneError):
+    """Local training failed: numbers that are not finite, or graph and weights that don't match."""
+
+    exit_code = ExitCode.TRAINING
+
+
+class RuntimeUnavailableError(FedpruneError):
+    """onnxruntime can't be loaded on this machine."""
+
+    exit_code = ExitCode.RUNTIME
