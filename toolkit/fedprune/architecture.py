@@ -207,21 +207,15 @@ class Architecture:
         """
         got = tuple(int(w) for w in widths)
         if len(got) != len(self.groups):
-            raise BundleError(
-                "widths don't fit the architecture", expected=f"{len(self.groups)} numbers", got=len(got)
-            )
+            raise BundleError("widths don't fit the architecture", expected=f"{len(self.groups)} numbers", got=len(got))
         for group, width in zip(self.groups, got, strict=True):
             if not 1 <= width <= group.size:
-                raise BundleError(
-                    f"width of group {group.name}", expected=f"1 to {group.size} channels", got=width
-                )
+                raise BundleError(f"width of group {group.name}", expected=f"1 to {group.size} channels", got=width)
         return got
 
     def members(self, group: int) -> tuple[str, ...]:
         """Where a group's channels live, as text such as `conv3.weight[0]`."""
-        return tuple(
-            f"{t.name}[{i}]" for t in self.tensors for i, a in enumerate(t.axes) if group in a.groups
-        )
+        return tuple(f"{t.name}[{i}]" for t in self.tensors for i, a in enumerate(t.axes) if group in a.groups)
 
     def describe(self) -> str:
         """One line per channel group, for people."""
@@ -241,13 +235,10 @@ class Architecture:
             "name": self.name,
             "groups": [[g.name, g.size] for g in self.groups],
             "tensors": [
-                {"name": t.name, "kind": t.kind.value, "axes": [_axis_json(a) for a in t.axes]}
-                for t in self.tensors
+                {"name": t.name, "kind": t.kind.value, "axes": [_axis_json(a) for a in t.axes]} for t in self.tensors
             ],
             "layers": [[n.name, n.op, n.weight, n.positions] for n in self.layers],
-            "activations": [
-                [v.name, _axis_json(v.channels), v.positions, int(v.kept)] for v in self.activations
-            ],
+            "activations": [[v.name, _axis_json(v.channels), v.positions, int(v.kept)] for v in self.activations],
             "input_shape": list(self.input_shape),
             "classes": self.classes,
         }
@@ -263,9 +254,7 @@ class Architecture:
         try:
             body = json.loads(text)
             if body["format"] != "fedprune.architecture/1":
-                raise BundleError(
-                    "architecture format", expected="fedprune.architecture/1", got=repr(body["format"])
-                )
+                raise BundleError("architecture format", expected="fedprune.architecture/1", got=repr(body["format"]))
             arch = cls(
                 name=str(body["name"]),
                 groups=tuple(ChannelGroup(str(n), int(s)) for n, s in body["groups"]),
@@ -301,9 +290,7 @@ class Architecture:
             raise BundleError("architecture: a tensor name comes twice")
         for group in self.groups:
             if not 1 <= group.size <= _MAX_SIZE:
-                raise BundleError(
-                    f"architecture: size of group {group.name}", expected="1 or more", got=group.size
-                )
+                raise BundleError(f"architecture: size of group {group.name}", expected="1 or more", got=group.size)
         for spec in self.tensors:
             if len(spec.axes) > _MAX_RANK:
                 raise BundleError(
@@ -314,9 +301,7 @@ class Architecture:
         for value in self.activations:
             self._check_axis(value.name, value.channels)
             if value.positions < 0:
-                raise BundleError(
-                    f"architecture: positions of {value.name}", expected="0 or more", got=value.positions
-                )
+                raise BundleError(f"architecture: positions of {value.name}", expected="0 or more", got=value.positions)
         for layer in self.layers:
             if layer.weight not in self.by_name or layer.positions < 0:
                 raise BundleError(
@@ -337,9 +322,7 @@ class Architecture:
                 counts[c] = counts.get(c, 0) + s.inner
         for g, counts in seen.items():
             if len(counts) != self.groups[g].size or len(set(counts.values())) != 1:
-                raise BundleError(
-                    f"architecture: channels of group {self.groups[g].name} are uneven on {name}"
-                )
+                raise BundleError(f"architecture: channels of group {self.groups[g].name} are uneven on {name}")
 
 
 def _axis_json(axis: Axis) -> list[list[int]]:

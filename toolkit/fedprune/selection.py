@@ -51,16 +51,12 @@ class Selection:
         if ranks is None:
             ranks = [np.arange(n) for n in architecture.sizes]
         if len(ranks) != len(architecture.groups):
-            raise BundleError(
-                "ranks don't fit the architecture", expected=len(architecture.groups), got=len(ranks)
-            )
+            raise BundleError("ranks don't fit the architecture", expected=len(architecture.groups), got=len(ranks))
         orders = []
         for group, rank in zip(architecture.groups, ranks, strict=True):
             order = np.array(rank, dtype=np.int64)
             if order.shape != (group.size,) or not np.array_equal(np.sort(order), np.arange(group.size)):
-                raise BundleError(
-                    f"rank of group {group.name}", expected=f"a permutation of {group.size} channels"
-                )
+                raise BundleError(f"rank of group {group.name}", expected=f"a permutation of {group.size} channels")
             order.setflags(write=False)
             orders.append(order)
         return cls(architecture, tuple(orders), checked)
@@ -166,9 +162,7 @@ class Selection:
         try:
             body = json.loads(text)
             if body["format"] != "fedprune.selection/1":
-                raise BundleError(
-                    "selection format", expected="fedprune.selection/1", got=repr(body["format"])
-                )
+                raise BundleError("selection format", expected="fedprune.selection/1", got=repr(body["format"]))
             if body["architecture"] != architecture.digest:
                 raise BundleError(
                     "selection belongs to another architecture",

@@ -38,9 +38,7 @@ _CODES = {
 _NAMES = {np.dtype(v): k for k, v in _CODES.items()}
 
 
-def header(
-    specs: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None
-) -> bytes:
+def header(specs: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
     """Length and padded JSON header for tensors of these names, codes ("F32") and shapes.
 
     Raises:
@@ -86,9 +84,7 @@ def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], in
         raise BundleError("tensor file is cut short", expected="at least 8 bytes", got=len(view))
     length = int.from_bytes(view[:8], "little")
     if length > MAX_HEADER or 8 + length > len(view):
-        raise BundleError(
-            "tensor file is cut short or its header is damaged", expected=f"{length} bytes of header"
-        )
+        raise BundleError("tensor file is cut short or its header is damaged", expected=f"{length} bytes of header")
     try:
         table = json.loads(bytes(view[8 : 8 + length]))
         table.pop("__metadata__", None)
@@ -119,9 +115,7 @@ def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], in
         out[name] = (code, shape, base + start, base + end)
         at = end
     if base + at != len(view):
-        raise BundleError(
-            "tensor file is cut short or too long", expected=f"{base + at} bytes", got=len(view)
-        )
+        raise BundleError("tensor file is cut short or too long", expected=f"{base + at} bytes", got=len(view))
     return out
 
 

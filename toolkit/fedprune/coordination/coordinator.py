@@ -1,0 +1,359 @@
+"""The coordinator: decides what happens next in a job, and does none of it.
+
+`handle(event, now)` is a function of the state, the event and the time. The daemon and the simulator are two shells that
+feed it and carry out its commands; the same events give the same commands, so what was measured in simulation is what runs in
+the field, and a crash is survived by loading the state and asking `resume`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import singledispatchmethod
+from typing import Any
+
+from fedprune.architecture import Architecture, widths_at
+from fedprune.chance import keyed
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coordination.state import Device, Phase, Progress, State, Task
+from fedprune.errors import FedpruneError
+from fedprune.job import Job
+from fedprune.plan import plan
+from fedprune.probe_report import ProbeReport
+from fedprune.profile import HardwareProfile
+
+Commands = list[do.Command]
+
+
+class Coordinator:
+    """Synchronous rounds with a deadline over a changing fleet.
+
+    A round: wait for enough devices, rank the channels, extract a submodel for every chosen device, offer it, collect updates until
+    all are in or the deadline has passed, turn their sums into the next global model, evaluate it. A round closes at its deadline with the
+    updates that are in; without any it offers again with the next attempt number.
+
+    Args:
+        job: The job's settings.
+        architecture: The global model's architecture.
+        state: Where to go on; for a new job `State(model=digest of the initial weights)`.
+    """
+
+    def __init__(self, job: Job, architecture: Architecture, state: State) -> None:
+        self.job = job
+        self.architecture = architecture
+        self.state = state
+
+    def handle(self, event: on.Event, now: float) -> Commands:
+        """Take in one event and say what to do.
+
+        Args:
+            event: What happened.
+            now: The shell's clock, in seconds.
+
+        Returns:
+            Commands in the order in which they should start.
+        """
+        return self._on(event, now)
+
+    def resume(self, now: float) -> Commands:
+        """What to do after the state was loaded: everything that may have been under way when the last shell ended.
+
+        All devices count as offline until they announce themselves again; a round's deadline starts anew.
+        """
+        state = self.state
+        for device in state.devices.values():
+            device.online = False
+        if state.phase is Phase.SCORING:
+            return self._score()
+        if state.phase is Phase.TRAINING:
+            state.deadline = now + self.job.deadline_s
+            commands: Commands = [do.Wake(state.deadline)]
+            for name, task in sorted(state.tasks.items()):
+                if task.progress is Progress.EXTRACTING:
+                    commands.append(self._extract(name, task))
+                elif task.progress is Progress.PULLING and task.update is not None:
+                    # The announcement will be repeated, too; pulling is resumed from what is on disk.
+                    commands.append(do.PullUpdate(name, state.round, task.attempt, task.update))
+                elif task.progress in (Progress.STORED, Progress.FOLDED):
+                    commands.append(self._fold(name, task))
+            return commands
+        if state.phase is Phase.CLOSING:
+            return [self._close()]
+        if state.phase is Phase.EVALUATING:
+            return [do.Evaluate(state.round, state.model)]
+        if state.phase is Phase.FINISHED:
+            return [do.Finish(state.model)]
+        return self._begin(now)
+
+    @singledispatchmethod
+    def _on(self, event: Any, now: float) -> Commands:
+        raise TypeError(f"unknown event {type(event).__name__}")
+
+    # Devices come and go.
+
+    @_on.register
+    def _born(self, event: on.DeviceBorn, now: float) -> Commands:
+        state = self.state
+        known = state.devices.get(event.device)
+        if known is not None and event.session < known.session:
+            return []  # an announcement of an earlier connection, delivered late
+        device = Device(event.session, True, event.profile, event.probe, event.samples)
+        if known is not None and (known.profile, known.probe, known.samples) == (
+            event.profile,
+            event.probe,
+            event.samples,
+        ):
+            device.plan, device.widths, device.excluded = known.plan, known.widths, known.excluded
+        else:
+            self._plan(device)
+        state.devices[event.device] = device
+        commands: Commands = []
+        task = state.tasks.get(event.device)
+        if state.phase is Phase.TRAINING and task is not None and task.progress is Progress.OFFERED and task.offer:
+            commands.append(do.SendOffer(event.device, state.round, task.attempt, task.offer))
+        if state.phase is Phase.FINISHED:
+            commands.append(do.Finish(state.model))
+        return commands + self._begin(now)
+
+    @_on.register
+    def _died(self, event: on.DeviceDied, now: float) -> Commands:
+        device = self.state.devices.get(event.device)
+        if device is not None and device.session == event.session:
+            device.online = False
+        return []
+
+    def _plan(self, device: Device) -> None:
+        try:
+            if self.job.density:
+                device.widths = widths_at(self.architecture, self.job.density)
+                device.plan = None
+                return
+            made = plan(
+                self.architecture,
+                HardwareProfile.from_dict(device.profile),
+                self.job.recipe,
+                device.samples,
+                byte_budget=self.job.byte_budget or None,
+                deadline_s=self.job.deadline_s,
+                probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
+            )
+            device.widths, device.plan = made.widths, made.to_dict()
+        except FedpruneError as error:
+            device.excluded = str(error)
+
+    # A round begins.
+
+    def _begin(self, now: float) -> Commands:
+        state = self.state
+        if state.phase is not Phase.WAITING:
+            return []
+        ready = sorted(n for n, d in state.devices.items() if d.online and not d.excluded)
+        if len(ready) < self.job.devices:
+            return []
+        state.round += 1
+        state.tasks = {n: Task(1, state.devices[n].widths) for n in self._choose(ready)}
+        state.phase = Phase.SCORING
+        state.ranking = None
+        state.deadline = None
+        return self._score()
+
+    def _choose(self, ready: list[str]) -> list[str]:
+        count = max(1, math.ceil(self.job.participation * len(ready) - 1e-9))
+        order = keyed(self.job.seed, self.state.round, "participation").permutation(len(ready))
+        return sorted(ready[i] for i in order[:count])
+
+    def _score(self) -> Commands:
+        state, job = self.state, self.job
+        scorer = "random" if state.round <= job.warmup_rounds else job.scorer
+        return [do.Score(state.round, scorer, state.model, state.evidence)]
+
+    @_on.register
+    def _scored(self, event: on.Scored, now: float) -> Commands:
+        state = self.state
+        if state.phase is not Phase.SCORING or event.round != state.round:
+            return []
+        state.ranking = event.ranking
+        state.phase = Phase.TRAINING
+        state.deadline = now + self.job.deadline_s
+        commands: Commands = [self._extract(n, t) for n, t in sorted(state.tasks.items())]
+        return [*commands, do.Wake(state.deadline)]
+
+    def _extract(self, name: str, task: Task) -> do.Extract:
+        state = self.state
+        return do.Extract(state.round, name, task.attempt, state.model, state.ranking or "", task.widths)
+
+    @_on.register
+    def _extracted(self, event: on.Extracted, now: float) -> Commands:
+        task = self._task(event, Progress.EXTRACTING)
+        if task is None:
+            return []
+        task.offer = event.offer
+        task.progress = Progress.OFFERED
+        return [do.SendOffer(event.device, event.round, event.attempt, event.offer)]
+
+    # Updates come in.
+
+    @_on.register
+    def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
+        state = self.state
+        task = state.tasks.get(event.device)
+        late = event.round != state.round or state.phase not in (Phase.SCORING, Phase.TRAINING)
+        if task is not None and event.round == state.round and event.attempt == task.attempt:
+            if task.progress in (Progress.STORED, Progress.FOLDED):
+                return [do.Acknowledge(event.device, event.round, event.attempt, task.weights)]
+            if task.progress is Progress.PULLING and not late:
+                return [do.PullUpdate(event.device, event.round, event.attempt, task.update or event.weights)]
+            if task.progress is Progress.OFFERED and not late:
+                task.progress = Progress.PULLING
+                task.update = event.weights
+                task.samples, task.steps, task.metrics = event.samples, event.steps, dict(event.metrics)
+                return [do.PullUpdate(event.device, event.round, event.attempt, event.weights)]
+        reason = "the round is over" if late else "another offer took this one's place"
+        return [do.Cancel(event.device, event.round, reason)]
+
+    @_on.register
+    def _stored(self, event: on.UpdateStored, now: float) -> Commands:
+        task = self._task(event, Progress.PULLING)
+        if task is None:
+            return []
+        task.progress = Progress.STORED
+        task.weights = event.weights
+        return [
+            do.Acknowledge(event.device, event.round, event.attempt, event.weights),
+            self._fold(event.device, task),
+        ]
+
+    @_on.register
+    def _folded(self, event: on.Folded, now: float) -> Commands:
+        task = self._task(event, Progress.STORED)
+        if task is None:
+            return []
+        task.progress = Progress.FOLDED
+        return self._close_if_complete()
+
+    @_on.register
+    def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
+        task = (
+            self._task(event, Progress.STORED)
+            or self._task(event, Progress.FOLDED)
+            or self._task(event, Progress.PULLING)
+        )
+        return self._give_up(task, event.reason)
+
+    @_on.register
+    def _refused(self, event: on.OfferRefused, now: float) -> Commands:
+        return self._give_up(self._task(event, Progress.OFFERED), event.reason)
+
+    def _give_up(self, task: Task | None, reason: str) -> Commands:
+        if task is None:
+            return []
+        task.progress = Progress.REFUSED
+        task.reason = reason
+        return self._close_if_complete()
+
+    def _task(
+        self,
+        event: on.Extracted | on.UpdateStored | on.Folded | on.UpdateRejected | on.OfferRefused,
+        progress: Progress,
+    ) -> Task | None:
+        """The task that an event is about, if it is still at this point of this round."""
+        task = self.state.tasks.get(event.device)
+        if (
+            self.state.phase is not Phase.TRAINING
+            or task is None
+            or event.round != self.state.round
+            or event.attempt != task.attempt
+            or task.progress is not progress
+        ):
+            return None
+        return task
+
+    # A round ends.
+
+    @_on.register
+    def _ticked(self, event: on.Ticked, now: float) -> Commands:
+        state = self.state
+        if state.phase is not Phase.TRAINING or state.deadline is None:
+            return []
+        if now < state.deadline:
+            return []
+        if any(t.progress is Progress.FOLDED for t in state.tasks.values()):
+            state.phase = Phase.CLOSING
+            late = [n for n, t in sorted(state.tasks.items()) if not t.progress.over]
+            return [*(do.Cancel(n, state.round, "the deadline has passed") for n in late), self._close()]
+        return self._again(now)
+
+    def _close_if_complete(self) -> Commands:
+        tasks = self.state.tasks.values()
+        if not all(t.progress.over for t in tasks) or not any(t.progress is Progress.FOLDED for t in tasks):
+            return []  # when all were refused, the deadline starts the next attempt
+        self.state.phase = Phase.CLOSING
+        return [self._close()]
+
+    def _again(self, now: float) -> Commands:
+        """Nobody delivered: offer the same round once more."""
+        state = self.state
+        state.deadline = now + self.job.deadline_s
+        commands: Commands = []
+        for name, task in sorted(state.tasks.items()):
+            if task.progress is Progress.STORED:
+                commands.append(self._fold(name, task))
+                continue
+            task.attempt += 1
+            task.progress = Progress.EXTRACTING
+            task.offer = task.update = None
+            commands.append(self._extract(name, task))
+        return [*commands, do.Wake(state.deadline)]
+
+    def _contribution(self, name: str, task: Task) -> do.Contribution:
+        return do.Contribution(name, task.attempt, task.weights, task.widths, task.samples, task.steps)
+
+    def _fold(self, name: str, task: Task) -> do.Fold:
+        state = self.state
+        return do.Fold(state.round, state.model, state.ranking or "", self._contribution(name, task))
+
+    def _close(self) -> do.Close:
+        state = self.state
+        parts = tuple(self._contribution(n, t) for n, t in sorted(state.tasks.items()) if t.progress is Progress.FOLDED)
+        return do.Close(state.round, state.model, state.ranking or "", state.velocity, state.evidence, parts)
+
+    @_on.register
+    def _closed(self, event: on.Closed, now: float) -> Commands:
+        state = self.state
+        if state.phase is not Phase.CLOSING or event.round != state.round:
+            return []
+        state.model, state.velocity, state.evidence = event.model, event.velocity, event.evidence
+        state.phase = Phase.EVALUATING
+        return [do.Evaluate(state.round, state.model)]
+
+    @_on.register
+    def _evaluated(self, event: on.Evaluated, now: float) -> Commands:
+        state = self.state
+        if state.phase is not Phase.EVALUATING or event.round != state.round:
+            return []
+        state.history.append(self._summary(event.metrics, now))
+        if state.round >= self.job.rounds:
+            state.phase = Phase.FINISHED
+            return [do.Finish(state.model)]
+        state.phase = Phase.WAITING
+        return self._begin(now)
+
+    def _summary(self, metrics: dict[str, float], now: float) -> dict[str, Any]:
+        state = self.state
+        return {
+            "round": state.round,
+            "at": now,
+            "model": state.model,
+            "metrics": dict(metrics),
+            "devices": {
+                n: {
+                    "progress": t.progress.value,
+                    "attempt": t.attempt,
+                    "widths": list(t.widths),
+                    "samples": t.samples,
+                    "metrics": dict(t.metrics),
+                    "reason": t.reason,
+                }
+                for n, t in sorted(state.tasks.items())
+            },
+        }

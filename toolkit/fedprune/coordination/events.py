@@ -1,0 +1,134 @@
+"""What happens to a job: everything the coordinator is ever told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DeviceBorn:
+    """A device announced itself (again). `profile` and `probe` are their JSON bodies."""
+
+    device: str
+    session: int
+    profile: dict[str, Any]
+    samples: int
+    probe: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class DeviceDied:
+    """A device's connection ended; counts only for the session that it names."""
+
+    device: str
+    session: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The ranking of this round is stored under `ranking` (a selection at full width)."""
+
+    round: int
+    ranking: str
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """A device's submodel is stored; `offer` is all that its offer needs."""
+
+    round: int
+    device: str
+    attempt: int
+    offer: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class UpdateAnnounced:
+    """A device says that it has an update; `weights` is a blob reference's JSON body."""
+
+    device: str
+    round: int
+    attempt: int
+    weights: dict[str, Any]
+    samples: int
+    steps: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UpdateStored:
+    """An announced update's weights are on the server's disk."""
+
+    device: str
+    round: int
+    attempt: int
+    weights: str
+
+
+@dataclass(frozen=True)
+class UpdateRejected:
+    """A stored update failed its checks and must not count."""
+
+    device: str
+    round: int
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class OfferRefused:
+    """A device can't carry out its offer."""
+
+    device: str
+    round: int
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A stored update has passed its checks and is in the round's sums."""
+
+    device: str
+    round: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The round's sums have become a new global model."""
+
+    round: int
+    model: str
+    velocity: str | None
+    evidence: str | None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The new global model was measured on the server's data."""
+
+    round: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Ticked:
+    """Time has passed."""
+
+
+Event = (
+    DeviceBorn
+    | DeviceDied
+    | Scored
+    | Extracted
+    | UpdateAnnounced
+    | UpdateStored
+    | UpdateRejected
+    | OfferRefused
+    | Folded
+    | Closed
+    | Evaluated
+    | Ticked
+)

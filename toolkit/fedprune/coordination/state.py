@@ -1,0 +1,149 @@
+"""All that a coordinator remembers, as plain data: digests and numbers, never weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+from fedprune.errors import StorageError
+
+FORMAT = "fedprune.state/1"
+
+
+class Phase(str, Enum):
+    """Where a round stands."""
+
+    WAITING = "waiting"
+    SCORING = "scoring"
+    TRAINING = "training"
+    CLOSING = "closing"
+    EVALUATING = "evaluating"
+    FINISHED = "finished"
+
+
+class Progress(str, Enum):
+    """Where one device's part in a round stands."""
+
+    EXTRACTING = "extracting"
+    OFFERED = "offered"
+    PULLING = "pulling"
+    STORED = "stored"
+    FOLDED = "folded"
+    REFUSED = "refused"
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is awaited."""
+        return self in (Progress.FOLDED, Progress.REFUSED)
+
+
+@dataclass
+class Device:
+    """A device as the job knows it.
+
+    Attributes:
+        session: Number of its latest connection.
+        online: Whether that connection stands.
+        profile: Its hardware profile, as JSON.
+        probe: What it measured of itself, as JSON.
+        samples: Its training samples.
+        plan: The plan's JSON, or None where none fits.
+        widths: Kept channels per group; empty without a plan.
+        excluded: Why it takes no part; empty if it does.
+    """
+
+    session: int
+    online: bool
+    profile: dict[str, Any]
+    probe: dict[str, Any] | None
+    samples: int
+    plan: dict[str, Any] | None = None
+    widths: tuple[int, ...] = ()
+    excluded: str = ""
+
+
+@dataclass
+class Task:
+    """One device's part in the current round."""
+
+    attempt: int
+    widths: tuple[int, ...]
+    progress: Progress = Progress.EXTRACTING
+    offer: dict[str, Any] | None = None
+    update: dict[str, Any] | None = None
+    weights: str = ""
+    samples: int = 0
+    steps: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass
+class State:
+    """A job's state between two events.
+
+    Attributes:
+        model: Digest of the global model.
+        round: The current round, from 1; 0 before the first.
+        phase: Where that round stands.
+        devices: Known devices by name.
+        tasks: The current round's parts, by device.
+        ranking: Digest of the current round's ranking.
+        velocity: Digest of the server momentum's buffer.
+        evidence: Digest of the scorer's evidence.
+        deadline: When the current round stops waiting, on the shell's clock.
+        history: One summary per finished round.
+    """
+
+    model: str
+    round: int = 0
+    phase: Phase = Phase.WAITING
+    devices: dict[str, Device] = field(default_factory=dict)
+    tasks: dict[str, Task] = field(default_factory=dict)
+    ranking: str | None = None
+    velocity: str | None = None
+    evidence: str | None = None
+    deadline: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def references(self) -> set[str]:
+        """Digests of the blobs that this state needs."""
+        found = {self.model, self.ranking, self.velocity, self.evidence}
+        for task in self.tasks.values():
+            found.add(task.weights)
+            for value in (task.offer or {}).values():
+                if isinstance(value, dict) and isinstance(value.get("sha256"), str):
+                    found.add(value["sha256"])
+        return {d for d in found if d}
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> State:
+        """Read what `to_json` wrote.
+
+        Raises:
+            StorageError: The text is damaged or of another version.
+        """
+        try:
+            body = json.loads(text)
+            if body.pop("format") != FORMAT:
+                raise StorageError("state of a job is of another version", expected=FORMAT)
+            body["phase"] = Phase(body["phase"])
+            body["devices"] = {k: Device(**{**v, "widths": tuple(v["widths"])}) for k, v in body["devices"].items()}
+            body["tasks"] = {
+                k: Task(**{**v, "widths": tuple(v["widths"]), "progress": Progress(v["progress"])})
+                for k, v in body["tasks"].items()
+            }
+            return cls(**body)
+        except StorageError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StorageError(
+                f"state of a job is damaged ({type(error).__name__}: {error})",
+                hint="Restore the server's backup.",
+            ) from error

@@ -1,0 +1,110 @@
+"""A job: one model trained on a fleet, and every setting of how."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from fedprune.errors import ConfigError
+from fedprune.recipe import Recipe
+
+SCORERS = ("ordered", "magnitude", "curvature")
+RULES = ("coverage", "fill")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings of a job.
+
+    Attributes:
+        name: Names the job in topics and on disk.
+        seed: Every random number of the job is keyed by it.
+        rounds: How many rounds to run.
+        devices: A round starts when this many devices are there.
+        participation: Share of the present devices that a round asks.
+        deadline_s: Seconds that a round waits for updates after the offers went out.
+        byte_budget: Payload bytes that one device may cause per round, both ways; 0 for no limit of the job's own.
+        density: Kept share of every channel group on every device, or 0 to let the planner decide per device.
+        scorer: Ranks channels: `ordered`, `magnitude` or `curvature`.
+        warmup_rounds: Rounds of random nested ranks before the scorer's (curvature needs evidence first).
+        rule: `coverage` averages each coordinate over the devices that trained it; `fill` lets the others vote for the
+            current model (CA-HFP, eq. 4).
+        server_momentum: Momentum of the global model's moves, 0 for none.
+        recipe: Local training.
+    """
+
+    name: str = "job"
+    seed: int = 0
+    rounds: int = 10
+    devices: int = 1
+    participation: float = 1.0
+    deadline_s: float = 600.0
+    byte_budget: int = 0
+    density: float = 0.0
+    scorer: str = "magnitude"
+    warmup_rounds: int = 0
+    rule: str = "coverage"
+    server_momentum: float = 0.0
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        whole = {
+            "seed": (0, 2**63 - 1),
+            "rounds": (1, 10**6),
+            "devices": (1, 10**6),
+            "byte_budget": (0, 2**50),
+            "warmup_rounds": (0, 10**6),
+        }
+        real = {
+            "participation": (0.0, 1.0),
+            "deadline_s": (0.0, 1e8),
+            "density": (0.0, 1.0),
+            "server_momentum": (0.0, 0.999),
+        }
+        for name, (low, high) in whole.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ConfigError(f"job: {name}", expected=f"a whole number from {low} to {high}", got=repr(value))
+        for name, (least, most) in real.items():
+            value = getattr(self, name)
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or not least <= value <= most
+            ):
+                raise ConfigError(f"job: {name}", expected=f"a number from {least} to {most}", got=repr(value))
+        if self.participation == 0 or self.deadline_s == 0:
+            raise ConfigError("job: participation and deadline_s", expected="above 0")
+        if not self.name or len(self.name) > 64 or not set(self.name) <= _NAME or self.name == "-":
+            raise ConfigError("job: name", expected="1 to 64 letters, digits, '_', '.' or '-'", got=repr(self.name))
+        for name, allowed in (("scorer", SCORERS), ("rule", RULES)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"job: {name}", expected=" or ".join(allowed), got=repr(getattr(self, name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Job:
+        """Read and check.
+
+        Raises:
+            ConfigError: An unknown key, a wrong type or a number out of range; the message names the key.
+        """
+        known = {f.name for f in fields(cls)}
+        for key in body:
+            if key not in known:
+                raise ConfigError(f"job: unknown key {key!r}", expected=", ".join(sorted(known)))
+        values = dict(body)
+        if "recipe" in values:
+            if not isinstance(values["recipe"], Mapping):
+                raise ConfigError("job: recipe", expected="a table of settings", got=repr(values["recipe"]))
+            values["recipe"] = Recipe.from_dict(values["recipe"])
+        return cls(**values)
+
+
+_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
