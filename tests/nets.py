@@ -1,6 +1,7 @@
-"""Small torch networks that tests share: factories without arguments, as a user would name them on the command line.
+"""Small torch networks that tests share: factories without arguments, as a user would name them.
 
-Every module says its `input_shape` (one sample). Weights, batch-norm vectors and statistics are random but the same each time.
+Every module says its `input_shape` (one sample). Weights, batch-norm vectors and statistics are random,
+but the same each time.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class ResNet20(nn.Module):
 
 
 class ConcatNet(nn.Module):
-    """A small DenseNet: concatenation, then batch normalisation over the whole, pooling, flatten with an inner dimension."""
+    """A small DenseNet: concatenations, normalisation over the whole, flatten with an inner dimension."""
 
     input_shape = (3, 16, 16)
 

@@ -18,8 +18,8 @@ class Session:
     """A loaded graph on the CPU.
 
     Memory patterns are off (batches and widths vary, and they cost memory without gaining time), threads don't spin
-    (a board serves predictions beside training) and, for training graphs, optimisation is basic: it halves the load time
-    at the same speed.
+    (a board serves predictions beside training) and, for training graphs, optimisation is basic: it halves the load
+    time at the same speed.
 
     Args:
         model: A file, or the bytes of one (then without external data).

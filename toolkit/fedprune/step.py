@@ -2,13 +2,14 @@
 
 The exporter writes graphs to this contract and the trainer feeds them by it; neither knows the other.
 
-Inputs: `x` [N, ...], `y` int64 [N], the scalars `lr`, `momentum`, `weight_decay` (float32, shape []), every tensor of the
-architecture under its own name, and for every trainable tensor its momentum buffer. Depending on the recipe's features
-also `logit_offset`, `class_weight`, `class_mask` (float32 [classes]) and, per trainable tensor, anchor, µ (shape []) and mask.
+Inputs: `x` [N, ...], `y` int64 [N], the scalars `lr`, `momentum`, `weight_decay` (float32, shape []), every tensor of
+    the architecture under its own name, and for every trainable tensor its momentum buffer. Depending on the recipe's
+    features also `logit_offset`, `class_weight`, `class_mask` (float32 [classes]) and, per trainable tensor, anchor,
+    µ (shape []) and mask.
 
-Outputs: `loss` (float32 []: the data loss, without the proximal term), `hits` (int64 []: correctly classified samples of the
-batch), for every tensor its next value, for every trainable tensor its next momentum buffer and, on demand, its gradient
-(of the whole objective, without weight decay).
+Outputs: `loss` (float32 []: the data loss, without the proximal term), `hits` (int64 []: correctly classified samples
+    of the batch), for every tensor its next value, for every trainable tensor its next momentum buffer and, on
+    demand, its gradient (of the whole objective, without weight decay).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The coordinator: decides what happens next in a job, and does none of it.
 
-`handle(event, now)` is a function of the state, the event and the time. The daemon and the simulator are two shells that
-feed it and carry out its commands; the same events give the same commands, so what was measured in simulation is what runs in
-the field, and a crash is survived by loading the state and asking `resume`.
+`handle(event, now)` is a function of the state, the event and the time. The daemon and the simulator are two shells
+that feed it and carry out its commands; the same events give the same commands, so what was measured in simulation is
+what runs in the field, and a crash is survived by loading the state and asking `resume`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ Commands = list[do.Command]
 class Coordinator:
     """Synchronous rounds with a deadline over a changing fleet.
 
-    A round: wait for enough devices, rank the channels, extract a submodel for every chosen device, offer it, collect updates until
-    all are in or the deadline has passed, turn their sums into the next global model, evaluate it. A round closes at its deadline with the
-    updates that are in; without any it offers again with the next attempt number.
+    A round: wait for enough devices, rank the channels, extract a submodel for every chosen device, offer it, collect
+    updates until all are in or the deadline has passed, turn their sums into the next global model, evaluate it. A
+    round closes at its deadline with the updates that are in; without any it offers again with the next attempt
+    number.
 
     Args:
         job: The job's settings.
