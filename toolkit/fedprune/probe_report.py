@@ -76,9 +76,7 @@ class ProbeReport:
                     f"probe report: {name}", expected=f"a text of up to {_MAX_TEXT} characters", got=repr(value)[:80]
                 )
         if not isinstance(self.throttled, bool):
-            raise ProfileError(
-                "probe report: throttled", expected="true or false", got=repr(self.throttled)
-            )
+            raise ProfileError("probe report: throttled", expected="true or false", got=repr(self.throttled))
         if self.memory_available > self.memory_total:
             raise ProfileError(
                 "probe report: memory_available",

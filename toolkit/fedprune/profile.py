@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,7 @@ class Compute:
     """Speed of the unit that trains."""
 
     peak_flops: float = _figure("Peak float32 rate of all cores.", "FLOP/s", 10**6, 10**16)
-    efficiency: float = _figure(
-        "Share of the peak that convolutions of a training step reach.", "0 to 1", 0.0001, 1
-    )
+    efficiency: float = _figure("Share of the peak that convolutions of a training step reach.", "0 to 1", 0.0001, 1)
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,9 @@ class HardwareProfile:
             elif required:
                 raise ProfileError(f"{where}: table [{section}] is missing", hint="See docs/add-a-board.md.")
         profile = cls(
-            **top,
+            name=top["name"],
+            title=top["title"],
+            family=top["family"],
             arch=arch,
             **parts,
             identify=_texts(body.get("identify", []), f"{where}: identify"),
@@ -267,7 +268,7 @@ class HardwareProfile:
             if key not in self.sources:
                 raise ProfileError(
                     f"{where}: {key} has no source",
-                    expected=f"{key} = \"...\" under [sources]",
+                    expected=f'{key} = "..." under [sources]',
                     hint='Give an address, or "derived: ..." or "estimate: ..." with the reasoning.',
                 )
         for key, source in self.sources.items():
@@ -318,18 +319,15 @@ class HardwareProfile:
 
 
 def _toml() -> Any:
-    try:
-        import tomllib
-    except ModuleNotFoundError:
+    for name in ("tomllib", "tomli"):  # the first is part of Python since 3.11
         try:
-            import tomli
-        except ModuleNotFoundError as error:
-            raise ProfileError(
-                "profiles in TOML need Python 3.11 or the package tomli",
-                hint="pip install tomli, or give the profile as JSON.",
-            ) from error
-        return tomli
-    return tomllib
+            return import_module(name)
+        except ModuleNotFoundError:
+            continue
+    raise ProfileError(
+        "profiles in TOML need Python 3.11 or the package tomli",
+        hint="pip install tomli, or give the profile as JSON.",
+    )
 
 
 def _section(kind: type, section: str, body: object, where: str) -> Any:

@@ -1,0 +1,340 @@
+"""How wide a board's model can be: the widest that fits its memory, its time and its link."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from fedprune.architecture import Architecture, widths_at
+from fedprune.costs import Costs, costs_at
+from fedprune.errors import PlanError
+from fedprune.probe_report import ProbeReport
+from fedprune.profile import HardwareProfile
+from fedprune.recipe import Recipe
+
+DENSITIES: tuple[float, ...] = tuple(k / 64 for k in range(64, 3, -1))
+"""Candidates, widest first: from the whole model down to a sixteenth of every group."""
+
+NOTHING = "nothing"
+"""What bounds a plan of full width."""
+
+MEMORY = "memory"
+TIME = "time"
+LINK = "link"
+BYTES = "bytes"
+STORAGE = "storage"
+LIMITS = (MEMORY, TIME, LINK, BYTES, STORAGE)
+
+_KEPT_BLOBS = 3
+"""Weights files that a board holds at once: what it received, what it serves, what it sends."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit of a board or job, and what a submodel would use of it.
+
+    Attributes:
+        name: memory, time, link, bytes or storage.
+        value: What the submodel needs.
+        limit: What there is.
+        unit: bytes or s.
+    """
+
+    name: str
+    value: float
+    limit: float
+    unit: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the need is within the limit."""
+        return self.value <= self.limit
+
+    @property
+    def headroom(self) -> float:
+        """What is left, as a share of the limit; negative where it doesn't fit."""
+        return (self.limit - self.value) / self.limit if self.limit > 0 else -math.inf
+
+    @property
+    def overshoot(self) -> float:
+        """Need over limit."""
+        return self.value / self.limit if self.limit > 0 else math.inf
+
+    def describe(self) -> str:
+        """One line for people."""
+        share = f"{self.overshoot:.0%}" if math.isfinite(self.overshoot) else "over"
+        return f"{self.name}: {_amount(self.value, self.unit)} of {_amount(self.limit, self.unit)} ({share})"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a round of a submodel is expected to cost a board.
+
+    Attributes:
+        parameters: Numbers in all tensors.
+        forward_macs: Multiplications of one sample's forward pass.
+        training_macs: Multiplications of one sample's training step.
+        wire_bytes: Size of its weights file: what travels, once each way.
+        memory_bytes: Peak memory of the training process, local data included.
+        inference_bytes: Peak memory of a process that predicts one sample at a time.
+        step_s: Time of one full training step.
+        steps: Steps of a round.
+        train_s: Time of all steps.
+        transfer_s: Time on the link, down and up.
+    """
+
+    parameters: int
+    forward_macs: int
+    training_macs: int
+    wire_bytes: int
+    memory_bytes: int
+    inference_bytes: int
+    step_s: float
+    steps: int
+    train_s: float
+    transfer_s: float
+
+    @property
+    def round_s(self) -> float:
+        """Time of a round."""
+        return self.train_s + self.transfer_s
+
+    @property
+    def round_bytes(self) -> int:
+        """Bytes of a round, down plus up."""
+        return 2 * self.wire_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How wide a board's model is, and why.
+
+    Attributes:
+        widths: Kept channels per group.
+        density: The kept share from which they came.
+        prediction: What a round is expected to cost.
+        limits: Every limit that was looked at.
+        bound: The limit that the next wider candidate breaks (by most, if several); "nothing" at full width.
+    """
+
+    widths: tuple[int, ...]
+    density: float
+    prediction: Prediction
+    limits: tuple[Limit, ...]
+    bound: str
+
+    def limit(self, name: str) -> Limit:
+        """The limit of that name.
+
+        Raises:
+            KeyError: This plan has no such limit.
+        """
+        return next(limit for limit in self.limits if limit.name == name)
+
+    def describe(self) -> str:
+        """A few lines for people: width, costs, every limit, the binding one marked."""
+        p = self.prediction
+        lines = [
+            f"density {self.density:.3g} ({p.parameters:,} parameters, {p.forward_macs:,} multiplications per sample)",
+            f"a round: {p.steps} steps of {p.step_s * 1000:.0f} ms, {_amount(p.transfer_s, 's')} on the link",
+        ]
+        for limit in self.limits:
+            mark = "  <- binds" if limit.name == self.bound else ""
+            lines.append(f"  {limit.describe()}{mark}")
+        if self.bound == NOTHING:
+            lines.append("  nothing binds: the whole model fits")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {**asdict(self), "widths": list(self.widths), "limits": [asdict(m) for m in self.limits]}
+
+    @classmethod
+    def from_dict(cls, body: object) -> Plan:
+        """Read and check what `to_dict` writes.
+
+        Raises:
+            PlanError: It is not what `to_dict` writes.
+        """
+        try:
+            if not isinstance(body, Mapping):
+                raise TypeError(f"a {type(body).__name__}")
+            prediction = Prediction(
+                **{f.name: _number(body["prediction"][f.name], whole=f.type == "int") for f in fields(Prediction)}
+            )
+            limits = tuple(
+                Limit(
+                    _choice(m["name"], LIMITS),
+                    _number(m["value"]),
+                    _number(m["limit"]),
+                    _choice(m["unit"], ("bytes", "s")),
+                )
+                for m in body["limits"]
+            )
+            plan = cls(
+                widths=tuple(_number(w, whole=True) for w in body["widths"]),
+                density=_number(body["density"]),
+                prediction=prediction,
+                limits=limits,
+                bound=_choice(body["bound"], (*LIMITS, NOTHING)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"this is not a plan ({type(error).__name__}: {error})") from error
+        if not 0 < plan.density <= 1 or any(w < 1 for w in plan.widths):
+            raise PlanError("plan: density or widths are out of range", got=(plan.density, plan.widths))
+        return plan
+
+
+def plan(
+    architecture: Architecture,
+    profile: HardwareProfile,
+    recipe: Recipe,
+    samples: int,
+    *,
+    byte_budget: int | None = None,
+    deadline_s: float | None = None,
+    probe: ProbeReport | None = None,
+    densities: Sequence[float] = DENSITIES,
+) -> Plan:
+    """The widest submodel of `architecture` that a board can train.
+
+    Args:
+        architecture: The model.
+        profile: What the board is.
+        recipe: The local training of a round.
+        samples: The board's training samples.
+        byte_budget: Bytes per round, down plus up, that the job allows.
+        deadline_s: Seconds that a round may take on the board, transfers included.
+        probe: What the board measured of itself; it beats the profile.
+        densities: Candidate shares of every group.
+
+    Raises:
+        PlanError: Not even the narrowest candidate fits; or there is no candidate, or a limit isn't positive.
+    """
+    for name, value in (("samples", samples), ("byte_budget", byte_budget), ("deadline_s", deadline_s)):
+        if value is not None and (not math.isfinite(value) or value <= 0):
+            raise PlanError(name, expected="a number above 0", got=value)
+    wider: tuple[Limit, ...] = ()
+    limits: tuple[Limit, ...] = ()
+    seen: set[tuple[int, ...]] = set()
+    for density in sorted(set(densities), reverse=True):
+        widths = widths_at(architecture, density)
+        if widths in seen:
+            continue
+        seen.add(widths)
+        prediction = predict(architecture, widths, profile, recipe, samples, probe=probe)
+        limits = _limits(prediction, profile, probe, byte_budget, deadline_s)
+        if all(limit.fits for limit in limits):
+            return Plan(widths, density, prediction, limits, _worst(wider).name if wider else NOTHING)
+        wider = limits
+    if not limits:
+        raise PlanError("there is no density to choose from")
+    worst = _worst(limits)
+    others = [m.describe() for m in limits if not m.fits and m is not worst]
+    raise PlanError(
+        f"no width of {architecture.name} fits {profile.name}: even the narrowest breaks {worst.name}",
+        expected=f"at most {_amount(worst.limit, worst.unit)}",
+        got=f"{_amount(worst.value, worst.unit)}, {_amount(worst.value - worst.limit, worst.unit)} too much",
+        hint=(f"It also breaks {'; '.join(others)}. " if others else "") + _HINTS[worst.name],
+    )
+
+
+_HINTS = {
+    MEMORY: "Use a smaller batch or fewer local samples, or a smaller model.",
+    TIME: "Allow more time, or fewer epochs or steps.",
+    LINK: "Raise link.bytes_per_round of the profile, or use a smaller model.",
+    BYTES: "Raise the job's byte budget, or use a smaller model.",
+    STORAGE: "Raise storage.budget_bytes of the profile.",
+}
+
+
+def predict(
+    architecture: Architecture,
+    widths: Sequence[int],
+    profile: HardwareProfile,
+    recipe: Recipe,
+    samples: int,
+    *,
+    probe: ProbeReport | None = None,
+) -> Prediction:
+    """What a round at these widths is expected to cost a board."""
+    costs: Costs = costs_at(architecture, widths)
+    batch = min(recipe.batch_size, samples)
+    steps = recipe.steps(samples)
+    step_s = costs.step_seconds(batch, train_rate(profile, probe), profile.memory.bandwidth_bytes_s)
+    link = profile.link
+    # Two transfers, each announced and acknowledged: a round trip before, one after.
+    transfer_s = costs.wire_bytes / link.down_bytes_s + costs.wire_bytes / link.up_bytes_s + 4 * link.latency_s
+    return Prediction(
+        parameters=costs.parameters,
+        forward_macs=costs.forward_macs,
+        training_macs=costs.training_macs,
+        wire_bytes=costs.wire_bytes,
+        memory_bytes=costs.training_bytes(batch, recipe.features, samples),
+        inference_bytes=costs.inference_bytes(1),
+        step_s=step_s,
+        steps=steps,
+        train_s=steps * step_s,
+        transfer_s=transfer_s,
+    )
+
+
+def train_rate(profile: HardwareProfile, probe: ProbeReport | None) -> float:
+    """FLOP/s of training: measured, else promised, corrected by cores and clock that the board really has."""
+    if probe is None:
+        return profile.train_rate
+    if probe.train_rate is not None:
+        return probe.train_rate
+    clock = probe.clock_hz if probe.clock_hz is not None else profile.cpu.clock_hz
+    return profile.train_rate * (probe.cores * clock) / (profile.cpu.cores * profile.cpu.clock_hz)
+
+
+def training_memory(profile: HardwareProfile, probe: ProbeReport | None) -> int:
+    """Bytes that training may take: of the memory that is really there, and no more than was free."""
+    if probe is None:
+        return profile.training_bytes
+    free = min(probe.memory_total - profile.memory.reserve_bytes, probe.memory_available)
+    return int(max(0, free) * profile.memory.training_share)
+
+
+def _limits(
+    prediction: Prediction,
+    profile: HardwareProfile,
+    probe: ProbeReport | None,
+    byte_budget: int | None,
+    deadline_s: float | None,
+) -> tuple[Limit, ...]:
+    limits = [
+        Limit(MEMORY, prediction.memory_bytes, training_memory(profile, probe), "bytes"),
+        Limit(LINK, prediction.round_bytes, profile.link.bytes_per_round, "bytes"),
+        Limit(STORAGE, _KEPT_BLOBS * prediction.wire_bytes, profile.storage.budget_bytes, "bytes"),
+    ]
+    if deadline_s is not None:
+        limits.append(Limit(TIME, prediction.round_s, deadline_s, "s"))
+    if byte_budget is not None:
+        limits.append(Limit(BYTES, prediction.round_bytes, byte_budget, "bytes"))
+    return tuple(sorted(limits, key=lambda limit: LIMITS.index(limit.name)))
+
+
+def _worst(limits: Sequence[Limit]) -> Limit:
+    return max((m for m in limits if not m.fits), key=lambda m: m.overshoot)
+
+
+def _amount(value: float, unit: str) -> str:
+    if unit == "bytes":
+        return f"{value / 1e6:,.2f} MB" if abs(value) >= 1e4 else f"{value:,.0f} bytes"
+    return f"{value:,.1f} s"
+
+
+def _number(value: Any, *, whole: bool = False) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a {'whole ' if whole else ''}number")
+    return value
+
+
+def _choice(value: Any, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{value!r} is none of {', '.join(choices)}")
+    return str(value)

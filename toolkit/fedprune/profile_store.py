@@ -1,0 +1,112 @@
+"""Where profiles are found: shipped with the package, in a checkout, in a user's folders."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedprune.errors import ProfileError
+from fedprune.profile import HardwareProfile
+
+_SUFFIXES = (".toml", ".json")
+
+
+def shipped_folder() -> Path:
+    """The folder of the profiles that come with fedprune: inside the installed package, else in the checkout.
+
+    Raises:
+        ProfileError: There is none; the installation is damaged.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "hardware_profiles", *(p / "hardware_profiles" for p in package.parents)):
+        if any(folder.glob("*.toml")):
+            return folder
+    raise ProfileError("the shipped hardware profiles are missing", hint="Install fedprune again.")
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the profiles that come with fedprune, sorted."""
+    return tuple(sorted(p.stem for p in shipped_folder().glob("*.toml")))
+
+
+def names(folders: Sequence[Path] = ()) -> tuple[str, ...]:
+    """Names of all profiles that `find` finds by name, sorted."""
+    own = (p.stem for folder in folders for s in _SUFFIXES for p in folder.glob(f"*{s}"))
+    return tuple(sorted({*own, *shipped()}))
+
+
+def read(path: Path) -> HardwareProfile:
+    """The profile in a TOML or JSON file.
+
+    Raises:
+        ProfileError: It can't be read or doesn't make sense; the message names the file.
+    """
+    if path.suffix != ".json":
+        return HardwareProfile.from_toml(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ProfileError(f"can't read {path}: {error.strerror}") from error
+    return HardwareProfile.from_json(raw, str(path))
+
+
+def find(name_or_path: str | Path, folders: Sequence[Path] = ()) -> HardwareProfile:
+    """The profile of that name, or in that file.
+
+    Args:
+        name_or_path: A name, looked up in `folders` first; or a path to a TOML or JSON file.
+        folders: A user's own folders of profiles; they win over shipped ones.
+
+    Raises:
+        ProfileError: There is none, it doesn't make sense, or its file has another name than the profile in it.
+    """
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or "/" in text or text.endswith(_SUFFIXES):
+        return read(Path(name_or_path))
+    for folder in (*folders, shipped_folder()):
+        for suffix in _SUFFIXES:
+            path = folder / f"{text}{suffix}"
+            if path.is_file():
+                profile = read(path)
+                if profile.name != text:
+                    raise ProfileError(
+                        f"{path}: name", expected=repr(text), got=repr(profile.name), hint="Rename the file."
+                    )
+                return profile
+    raise ProfileError(
+        f"there is no hardware profile called {text!r}",
+        expected=f"one of {', '.join(names(folders))}, or a path",
+        hint="docs/add-a-board.md shows how to write one.",
+    )
+
+
+def identify(model: str, machine: str | None = None, folders: Sequence[Path] = ()) -> HardwareProfile:
+    """The profile that fits a board best.
+
+    Args:
+        model: What /proc/device-tree/model says; empty where there is none.
+        machine: Its architecture (`uname -m`); this machine's by default.
+        folders: A user's own folders of profiles.
+
+    Returns:
+        The profile with the longest text that occurs in `model`, else the generic one of the architecture.
+
+    Raises:
+        ProfileError: No profile fits, and there is no generic one for this architecture.
+    """
+    candidates = [find(name, folders) for name in names(folders)]
+    matching = [
+        (len(text), profile.name, profile) for profile in candidates for text in profile.identify if text in model
+    ]
+    if matching:
+        return max(matching, key=lambda row: row[:2])[2]
+    machine = machine or platform.machine()
+    name = f"generic-{machine.replace('_', '-')}"
+    if name not in names(folders):
+        raise ProfileError(
+            f"no hardware profile fits a {machine} board",
+            got=repr(model),
+            hint="Write one (docs/add-a-board.md) and name it.",
+        )
+    return find(name, folders)
