@@ -1,0 +1,64 @@
+# make demo | test | check | soak | clean
+PYTHON ?= python3
+VENV := .venv
+DEV := .venv-dev
+BOARD := .venv-py310
+PIP := pip install -q -c constraints.txt
+SOURCES := pyproject.toml constraints.txt $(shell find toolkit export device_runtime server hardware_profiles -type f -not -path '*/__pycache__/*')
+
+# A Python 3.10, where a board's code runs too; on many machines only pyenv has one.
+PYTHON310 := $(shell for p in python3.10 $(HOME)/.pyenv/versions/3.10*/bin/python3.10; do \
+	$$p -c '' 2>/dev/null && { echo $$p; break; }; done)
+
+export OMP_NUM_THREADS ?= 1
+export MPLBACKEND = Agg
+
+.PHONY: demo test test-dev test-board check soak clean
+
+demo: $(VENV)/installed
+	$(VENV)/bin/fedprune-server demo --out demo-run
+
+test: test-dev test-board
+
+test-dev: $(DEV)/installed
+	$(DEV)/bin/pytest $(ARGS)
+
+# What a board imports, on the Python and onnxruntime of JetPack 6.
+test-board:
+ifeq ($(PYTHON310),)
+	@if [ -n "$$CI" ]; then echo "python3.10 is missing: the board's tests can't run under it"; exit 1; \
+	else echo "SKIPPED: no python3.10 here, so the board's tests ran under $$($(PYTHON) --version) only"; fi
+else
+	@$(MAKE) --no-print-directory $(BOARD)/installed
+	$(BOARD)/bin/pytest -m "board and not torch" tests/toolkit tests/device
+endif
+
+check: $(DEV)/installed
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/mypy
+	$(DEV)/bin/lint-imports --no-cache
+
+# Long runs that are not for every push.
+soak: $(DEV)/installed
+	$(DEV)/bin/pytest -m soak --timeout 3600 $(ARGS)
+
+$(VENV)/installed: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/$(PIP) '.[board,server]'
+	@touch $@
+
+$(DEV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/$(PIP) -e '.[dev]'
+	# Peers that tests compare with; their own dependencies (torchvision) are not needed.
+	$(DEV)/bin/$(PIP) --no-deps torch-pruning timm
+	@touch $@
+
+$(BOARD)/installed: pyproject.toml constraints.txt
+	$(PYTHON310) -m venv $(BOARD)
+	$(BOARD)/bin/$(PIP) -e '.[board]' pytest pytest-timeout hypothesis tomli
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(DEV) $(BOARD) dist build demo-run .mypy_cache .ruff_cache .pytest_cache .hypothesis
