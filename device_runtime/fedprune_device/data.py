@@ -50,9 +50,7 @@ class LocalData:
         if not len(self.y_train):
             raise DataError("training data is empty", expected="at least one sample", got=0)
         if len(self.y_test) and self.x_test.shape[1:] != self.x_train.shape[1:]:
-            raise DataError(
-                "shape of one test sample", expected=self.x_train.shape[1:], got=self.x_test.shape[1:]
-            )
+            raise DataError("shape of one test sample", expected=self.x_train.shape[1:], got=self.x_test.shape[1:])
 
     @property
     def samples(self) -> int:
@@ -79,8 +77,7 @@ class LocalData:
             )
         got = self.x_train.shape[1:]
         if shape is not None and (
-            len(got) != len(shape)
-            or any(isinstance(d, int) and d != g for d, g in zip(shape, got, strict=True))
+            len(got) != len(shape) or any(isinstance(d, int) and d != g for d, g in zip(shape, got, strict=True))
         ):
             raise DataError(
                 "shape of one sample",
@@ -130,9 +127,7 @@ def class_counts(y: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.int64
         DataError: A label is out of range.
     """
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
-        raise DataError(
-            "a label is out of range", expected=f"0 to {classes - 1}", got=f"{y.min()} to {y.max()}"
-        )
+        raise DataError("a label is out of range", expected=f"0 to {classes - 1}", got=f"{y.min()} to {y.max()}")
     return np.bincount(y, minlength=classes).astype(np.int64)
 
 
@@ -198,7 +193,7 @@ def _checked(x: object, y: object, split: str) -> tuple[npt.NDArray[np.float32],
 
 def _read_npz(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             if not hasattr(file, "files"):
                 raise DataError(f"{path} is a single array", expected="an .npz file with x and y")
             return {name: file[name] for name in file.files}

@@ -63,9 +63,7 @@ class Predictor:
         # An empty input still runs once: that is how the number of classes is known.
         starts = range(0, max(len(x), 1), batch)
         parts = [
-            self._session.run({step.X: np.ascontiguousarray(x[s : s + batch], np.float32)}, [step.LOGITS])[
-                step.LOGITS
-            ]
+            self._session.run({step.X: np.ascontiguousarray(x[s : s + batch], np.float32)}, [step.LOGITS])[step.LOGITS]
             for s in starts
         ]
         return np.concatenate(parts).astype(np.float32, copy=False)
@@ -134,9 +132,7 @@ class Predictor:
                 )
 
 
-def cross_entropy(
-    logits: npt.NDArray[np.float32], y: npt.NDArray[np.int64], terms: dict[str, Array]
-) -> float:
+def cross_entropy(logits: npt.NDArray[np.float32], y: npt.NDArray[np.int64], terms: dict[str, Array]) -> float:
     """The data loss of a training graph, computed from logits.
 
     Args:

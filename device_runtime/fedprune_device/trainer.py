@@ -88,9 +88,7 @@ class Trainer:
                 got=", ".join(sorted(set(inputs) - known)[:5]),
                 hint="Update fedprune on the device.",
             )
-        self._moved = [step.following(n) for n in self.names] + [
-            step.following(step.buffer(n)) for n in self.trainable
-        ]
+        self._moved = [step.following(n) for n in self.names] + [step.following(step.buffer(n)) for n in self.trainable]
         if set(self._moved) - outputs:
             raise TrainingError(
                 "the training graph lacks outputs", got=", ".join(sorted(set(self._moved) - outputs)[:5])

@@ -1,0 +1,47 @@
+"""A linear classifier's graphs and data, for tests that need no compiler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune import tensorfile
+from fedprune.selection import Tensors
+from fedprune_device.data import LocalData
+
+FEATURES, CLASSES = 6, 3
+
+
+@pytest.fixture
+def graphs() -> Path:
+    return Path(__file__).parent / "graphs"
+
+
+@pytest.fixture
+def data() -> LocalData:
+    rng = np.random.default_rng(5)
+    y = rng.integers(0, CLASSES, 90)
+    centres = rng.standard_normal((CLASSES, FEATURES)) * 2
+    x = (centres[y] + rng.standard_normal((90, FEATURES))).astype(np.float32)
+    return LocalData(x[:70], y[:70], x[70:], y[70:])
+
+
+@pytest.fixture
+def weights() -> Tensors:
+    rng = np.random.default_rng(6)
+    return {
+        "w": (0.1 * rng.standard_normal((CLASSES, FEATURES))).astype(np.float32),
+        "b": np.zeros(CLASSES, np.float32),
+    }
+
+
+@pytest.fixture
+def model(tmp_path: Path, graphs: Path, weights: Tensors) -> Path:
+    """A folder with the inference graph and its weights."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "inference.onnx").write_bytes((graphs / "inference.onnx").read_bytes())
+    (folder / "weights.safetensors").write_bytes(tensorfile.encode(weights))
+    return folder

@@ -1,0 +1,107 @@
+"""Writes the small graphs under `graphs/`: needs onnx, which the tests that read them don't.
+
+A linear classifier of 6 features and 3 classes, with its step written out by hand: `plain`, `full` (all loss
+terms and the proximal pull), `stats` (with a running mean that behaves as batch-norm statistics do), `inference`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from fedprune import step, tensorfile
+from fedprune_export.graph import Graph, Port
+
+FEATURES, CLASSES = 6, 3
+FOLDER = Path(__file__).parent / "graphs"
+
+
+def training(full: bool = False, stats: bool = False) -> Graph:
+    g = Graph()
+    f32, i64 = np.dtype(np.float32), np.dtype(np.int64)
+    shapes = {"w": (CLASSES, FEATURES), "b": (CLASSES,)}
+    g.inputs = [Port(step.X, f32, ("N", FEATURES)), Port(step.Y, i64, ("N",))]
+    g.inputs += [Port(n, f32, ()) for n in (step.LR, step.MOMENTUM, step.WEIGHT_DECAY)]
+    for name, shape in shapes.items():
+        g.inputs += [Port(name, f32, shape), Port(step.buffer(name), f32, shape)]
+        if full:
+            g.inputs += [Port(step.anchor(name), f32, shape), Port(step.strength(name), f32, ())]
+    if full:
+        g.inputs += [Port(n, f32, (CLASSES,)) for n in (step.LOGIT_OFFSET, step.CLASS_MASK, step.CLASS_WEIGHT)]
+    x = step.X
+    if stats:
+        g.inputs.append(Port("mean", f32, (FEATURES,)))
+        batch = g.emit("ReduceMean", x, attrs={"axes": [0], "keepdims": 0})
+        kept = g.emit("Mul", "mean", g.scalar(0.9))
+        g.emit("Add", kept, g.emit("Mul", batch, g.scalar(0.1)), out=step.following("mean"))
+        g.outputs.append(Port(step.following("mean"), f32, (FEATURES,)))
+        x = g.emit("Sub", x, batch)
+    z = g.emit("Gemm", x, "w", "b", attrs={"transB": 1})
+    if full:
+        z = g.emit("Mul", g.emit("Add", z, step.LOGIT_OFFSET), step.CLASS_MASK)
+    hot = g.emit("OneHot", step.Y, g.constant(CLASSES, np.int64), g.constant([0, 1], np.float32))
+    log_p = g.emit("LogSoftmax", z, attrs={"axis": 1})
+    each = g.emit("Neg", g.emit("ReduceSum", g.emit("Mul", hot, log_p), g.ints(1), attrs={"keepdims": 1}))
+    if full:
+        weight = g.emit("ReduceSum", g.emit("Mul", hot, step.CLASS_WEIGHT), g.ints(1), attrs={"keepdims": 1})
+    else:
+        weight = g.emit("Mul", each, g.scalar(0))
+        weight = g.emit("Add", weight, g.scalar(1))
+    share = g.emit("Div", weight, g.emit("ReduceSum", weight, attrs={"keepdims": 1}))
+    g.emit("ReduceSum", g.emit("Mul", each, share), out=step.LOSS, attrs={"keepdims": 0})
+    best = g.emit("ArgMax", z, attrs={"axis": 1, "keepdims": 0})
+    equal = g.emit("Cast", g.emit("Equal", best, step.Y), attrs={"to": int(TensorProto.INT64)})
+    g.emit("ReduceSum", equal, out=step.HITS, attrs={"keepdims": 0})
+    dz = g.emit("Mul", g.emit("Sub", g.emit("Exp", log_p), hot), share)
+    if full:
+        dz = g.emit("Mul", dz, step.CLASS_MASK)
+    gradients = {
+        "w": g.emit("Gemm", dz, x, attrs={"transA": 1}),
+        "b": g.emit("ReduceSum", dz, g.ints(0), attrs={"keepdims": 0}),
+    }
+    for name, gradient in gradients.items():
+        if full:
+            pull = g.emit("Mul", g.emit("Sub", name, step.anchor(name)), step.strength(name))
+            gradient = g.emit("Add", gradient, pull)
+        gradient = g.emit("Add", gradient, g.emit("Mul", name, step.WEIGHT_DECAY))
+        old = g.emit("Mul", step.buffer(name), step.MOMENTUM)
+        new = g.emit("Add", old, gradient, out=step.following(step.buffer(name)))
+        g.emit("Sub", name, g.emit("Mul", new, step.LR), out=step.following(name))
+        g.outputs += [Port(step.following(n), f32, shapes[name]) for n in (name, step.buffer(name))]
+    g.outputs += [Port(step.LOSS, f32, ()), Port(step.HITS, i64, ())]
+    return g
+
+
+def inference() -> onnx.ModelProto:
+    shapes = {"w": (CLASSES, FEATURES), "b": (CLASSES,)}
+    where = tensorfile.offsets(tensorfile.encode({n: np.zeros(s, np.float32) for n, s in shapes.items()}))
+    tensors = []
+    for name, shape in shapes.items():
+        _, _, start, end = where[name]
+        tensor = TensorProto(name=name, dims=shape, data_type=TensorProto.FLOAT)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in {"location": "weights.safetensors", "offset": start, "length": end - start}.items():
+            tensor.external_data.add(key=key, value=str(value))
+        tensors.append(tensor)
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["x", "w", "b"], ["logits"], transB=1)],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", FEATURES])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", CLASSES])],
+        tensors,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name, graph in {
+        "plain": training(),
+        "full": training(full=True),
+        "stats": training(stats=True),
+    }.items():
+        (FOLDER / f"{name}.onnx").write_bytes(graph.to_bytes())
+    (FOLDER / "inference.onnx").write_bytes(inference().SerializeToString(deterministic=True))

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.errors import DataError
+from fedprune_device.data import LocalData, class_presence, class_weights, load_data, log_prior
+
+pytestmark = pytest.mark.board
+
+X = np.arange(40, dtype=np.float32).reshape(20, 2)
+Y = np.arange(20) % 4
+
+
+def save(path: Path, **arrays: object) -> str:
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return str(path)
+
+
+def test_the_split_is_the_same_every_time_and_another_on_another_device(tmp_path: Path) -> None:
+    source = save(tmp_path / "d.npz", x=X, y=Y)
+    one, again, other = (load_data(source, 3, d) for d in ("a", "a", "b"))
+    assert np.array_equal(one.x_test, again.x_test)
+    assert not np.array_equal(one.x_test, other.x_test)
+
+
+def test_the_split_keeps_every_sample_with_its_label(tmp_path: Path) -> None:
+    data = load_data(save(tmp_path / "d.npz", x=X, y=Y), 0, "a")
+    assert (len(data.y_train), len(data.y_test)) == (16, 4)
+    rows = {tuple(r): int(v) for r, v in zip(X, Y, strict=True)}
+    got = np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
+    assert {tuple(r): int(v) for r, v in zip(*got, strict=True)} == rows
+
+
+def test_a_source_with_its_own_test_samples_keeps_them(tmp_path: Path) -> None:
+    data = load_data(save(tmp_path / "d.npz", x_train=X, y_train=Y, x_test=X[:3], y_test=Y[:3]))
+    assert (data.samples, len(data.y_test)) == (20, 3)
+
+
+def test_a_function_of_the_user_is_called_with_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_samples.py").write_text(
+        "import numpy as np\n"
+        "def load(device):\n    return np.full((9, 2), len(device), 'float32'), np.zeros(9, int)\n"
+        "def broken():\n    raise KeyError('camera')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_data("my_samples:load", device="abc").x_train[0, 0] == 3
+    with pytest.raises(DataError, match=r"my_samples:broken failed .*camera"):
+        load_data("my_samples:broken")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "text"),
+    [
+        ({"x": X}, "'y' is missing"),
+        ({"x": X, "y": Y[:-1]}, "number of labels"),
+        ({"x": X.astype(np.uint8), "y": Y}, "float32"),
+        ({"x": X, "y": Y.astype(np.float32)}, "whole numbers"),
+        ({"x": X, "y": Y - 1}, "negative"),
+        ({"x": X[:, 0], "y": Y}, r"\[n, ...\]"),
+        ({"x": np.where(X == 8, np.nan, X), "y": Y}, "not finite"),
+        ({"x": X[:0], "y": Y[:0]}, "empty"),
+        ({"x": X, "y": Y, "x_test": X}, "both x_test and y_test"),
+        ({"x": X, "y": Y, "x_test": X[:, :1], "y_test": Y}, "one test sample"),
+    ],
+)
+def test_bad_arrays_are_refused_by_name(tmp_path: Path, arrays: dict[str, object], text: str) -> None:
+    source = save(tmp_path / "d.npz", **arrays)
+    with pytest.raises(DataError, match=text) as caught:
+        load_data(source)
+    assert source in str(caught.value)
+
+
+def test_objects_in_a_file_are_never_unpickled(tmp_path: Path) -> None:
+    source = save(tmp_path / "d.npz", x=np.array([{"a": 1}], dtype=object), y=Y[:1])
+    with pytest.raises(DataError, match="plain arrays"):
+        load_data(source)
+
+
+def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    path = Path(save(tmp_path / "d.npz", x=X, y=Y))
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DataError, match=r"d\.npz"):
+        load_data(str(path))
+
+
+@pytest.mark.parametrize("source", ["nothing.npz", "nothing", "no_such_module_here:f"])
+def test_a_source_that_is_not_there_is_named(source: str) -> None:
+    with pytest.raises(DataError, match=r"nothing|no_such_module_here"):
+        load_data(source)
+
+
+def test_a_label_beyond_the_classes_is_refused() -> None:
+    with pytest.raises(DataError, match="0 to 2"):
+        LocalData(X, Y, X[:0], Y[:0]).check(3)
+
+
+def test_samples_of_another_shape_than_the_model_takes_are_refused() -> None:
+    with pytest.raises(DataError, match="one sample"):
+        LocalData(X, Y, X[:0], Y[:0]).check(4, (3,))
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=50))
+def test_the_log_prior_is_that_of_the_smoothed_shares(labels: list[int]) -> None:
+    prior = log_prior(np.array(labels), 5)
+    for c in range(5):
+        assert np.isclose(prior[c], np.log((labels.count(c) + 0.1) / (len(labels) + 0.5)), atol=1e-6)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=50))
+def test_class_weights_give_every_present_class_the_same_say(labels: list[int]) -> None:
+    y = np.array(labels)
+    says = np.bincount(y, weights=class_weights(y, 5)[y], minlength=5)
+    present = class_presence(y, 5) > 0
+    assert np.allclose(says[present], len(labels) / present.sum(), rtol=1e-5)
+    assert not says[~present].any()

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune import tensorfile
+from fedprune.errors import DataError, ModelError
+from fedprune.recipe import Recipe
+from fedprune.selection import Tensors
+from fedprune_device.data import LocalData
+from fedprune_device.predictor import Predictor
+from fedprune_device.trainer import Trainer, loss_terms
+
+pytestmark = pytest.mark.board
+
+
+def test_predictions_are_those_of_the_weights_beside_the_graph(model: Path, weights: Tensors, data: LocalData) -> None:
+    wanted = data.x_train @ weights["w"].T + weights["b"]
+    np.testing.assert_allclose(Predictor(model).predict(data.x_train, batch=9), wanted, atol=1e-5)
+
+
+def test_no_inputs_give_no_rows_of_logits(model: Path, data: LocalData) -> None:
+    assert Predictor(model).predict(data.x_train[:0]).shape == (0, 3)
+
+
+def test_the_offset_counts_in_accuracy(model: Path, data: LocalData) -> None:
+    sure = np.array([0, 1000, 0], np.float32)
+    assert Predictor(model).accuracy(data.x_test, data.y_test, sure) == np.mean(data.y_test == 1)
+
+
+def test_inputs_of_another_shape_are_refused(model: Path, data: LocalData) -> None:
+    with pytest.raises(DataError, match="shape of the inputs"):
+        Predictor(model).predict(data.x_test[:, :3])
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        Predictor(tmp_path)
+
+
+def test_missing_weights_are_an_error(model: Path) -> None:
+    (model / "weights.safetensors").unlink()
+    with pytest.raises(ModelError, match="doesn't load"):
+        Predictor(model)
+
+
+def test_a_model_whose_logits_are_not_finite_fails_the_check(model: Path, weights: Tensors) -> None:
+    weights["b"][1] = np.nan
+    (model / "weights.safetensors").write_bytes(tensorfile.encode(weights))
+    with pytest.raises(ModelError, match="not finite"):
+        Predictor(model).check(3)
+
+
+def test_a_model_of_other_classes_fails_the_check(model: Path) -> None:
+    with pytest.raises(ModelError, match="logits"):
+        Predictor(model).check(4)
+
+
+@pytest.mark.parametrize(
+    ("graph", "recipe"),
+    [
+        ("plain", Recipe()),
+        (
+            "full",
+            Recipe(proximal=1.0, logit_adjustment=True, balance_classes=True, mask_absent_classes=True),
+        ),
+    ],
+)
+def test_a_model_is_checked_against_its_training_graph(
+    model: Path, graphs: Path, weights: Tensors, data: LocalData, graph: str, recipe: Recipe
+) -> None:
+    loss = Trainer(graphs / f"{graph}.onnx").loss(weights, data, recipe, 3)
+    terms = loss_terms(data.y_train, recipe, 3)
+    predictor = Predictor(model)
+    predictor.check(3, data.x_train[:32], data.y_train[:32], loss=loss, terms=terms)
+    with pytest.raises(ModelError, match="contradict"):
+        predictor.check(3, data.x_train[:32], data.y_train[:32], loss=loss + 0.1, terms=terms)
