@@ -30,7 +30,7 @@ ifeq ($(PYTHON310),)
 	else echo "SKIPPED: no python3.10 here, so the board's tests ran under $$($(PYTHON) --version) only"; fi
 else
 	@$(MAKE) --no-print-directory $(BOARD)/installed
-	$(BOARD)/bin/pytest -m "board and not torch" tests/toolkit tests/device
+	$(BOARD)/bin/pytest -m "board and not torch and not soak" tests/toolkit tests/device
 endif
 
 check: $(DEV)/installed
