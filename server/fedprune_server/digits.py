@@ -1,0 +1,130 @@
+"""The demo's data: 1,797 small images of digits, dealt out to devices that each see their own mixture of them.
+
+Images and labels lie in the package (`assets/README.md` names their source and licence), so nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.chance import keyed
+from fedprune.errors import DataError
+from fedprune_device.data import TEST_SHARE, LocalData
+
+CLASSES = 10
+ALPHA = 0.4
+"""Concentration of the Dirichlet shares: the smaller, the more one-sided is what a device sees."""
+
+SERVER_SHARE = 0.25
+"""Share of all images that no device gets: the global model is measured on them."""
+
+_BRIGHTEST = 16
+_TRIES = 1000
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Data of a server and its devices.
+
+    Attributes:
+        x: The server's test inputs.
+        y: Their labels.
+        devices: Every device's own data.
+    """
+
+    x: npt.NDArray[np.float32]
+    y: npt.NDArray[np.int64]
+    devices: dict[str, LocalData]
+
+
+def load_digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """All images, float32 [1797, 1, 8, 8] from 0 to 1, and their labels."""
+    with np.load(BytesIO(_asset("digits.npz")), allow_pickle=False) as file:
+        x, y = file["x"], file["y"]
+    return (x.astype(np.float32) / _BRIGHTEST)[:, None], y.astype(np.int64)
+
+
+def digits_model() -> bytes:
+    """The demo's model as the bytes of an ONNX file."""
+    return _asset("digits_net.onnx")
+
+
+def deal(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, least: int = 0) -> Federation:
+    """Deal the digits out.
+
+    Of every class each device gets a share drawn from a Dirichlet distribution (Hsu et al., arXiv:1909.06335); a
+    fifth of what a device gets is its own test data.
+
+    Args:
+        devices: Names of the devices.
+        seed: The same seed and names always give the same hands.
+        alpha: Concentration of the shares.
+        least: Samples that every device must get, test data included: hands are drawn until it is so. Half of a fair
+            share by default.
+
+    Raises:
+        DataError: There are too many devices for so few images, or names come twice.
+    """
+    if not devices or len(set(devices)) != len(devices):
+        raise DataError("devices to deal digits to", expected="one or more different names", got=list(devices))
+    if not alpha > 0:
+        raise DataError("alpha of the Dirichlet shares", expected="above 0", got=alpha)
+    x, y = load_digits()
+    order = keyed(seed, "digits", "server").permutation(len(y))
+    aside = int(len(y) * SERVER_SHARE)
+    server, rest = np.sort(order[:aside]), np.sort(order[aside:])
+    least = least or len(rest) // (2 * len(devices))
+    if least < 2 or least * len(devices) > len(rest):
+        raise DataError(f"samples for {len(devices)} devices", expected="at least 2 for each", got=len(rest))
+    hands = _hands(y[rest], len(devices), seed, alpha, least)
+    return Federation(
+        x[server],
+        y[server],
+        {name: _own(x, y, rest[hand], seed, name) for name, hand in zip(devices, hands, strict=True)},
+    )
+
+
+def write_hand(path: Path, data: LocalData) -> None:
+    """Write a device's data as the `.npz` file that `fedprune-device --data` reads."""
+    np.savez(path, x_train=data.x_train, y_train=data.y_train, x_test=data.x_test, y_test=data.y_test)
+
+
+def _hands(
+    labels: npt.NDArray[np.int64], devices: int, seed: int, alpha: float, least: int
+) -> list[npt.NDArray[np.int64]]:
+    for attempt in range(_TRIES):
+        rng = keyed(seed, "digits", "hands", attempt)
+        parts: list[list[npt.NDArray[Any]]] = [[] for _ in range(devices)]
+        for label in range(CLASSES):
+            rows = rng.permutation(np.flatnonzero(labels == label))
+            cuts = (np.cumsum(rng.dirichlet(np.full(devices, alpha)))[:-1] * len(rows)).astype(np.int64)
+            for part, piece in zip(parts, np.split(rows, cuts), strict=True):
+                part.append(piece)
+        hands = [np.sort(np.concatenate(p)) for p in parts]
+        if min(map(len, hands)) >= least:
+            return hands
+    raise DataError(
+        f"no hands with {least} samples for each of {devices} devices in {_TRIES} draws",
+        hint="Take a larger alpha or fewer devices.",
+    )
+
+
+def _own(
+    x: npt.NDArray[np.float32], y: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], seed: int, name: str
+) -> LocalData:
+    order = keyed(seed, "digits", "own test", name).permutation(len(rows))
+    aside = max(1, round(len(rows) * TEST_SHARE))
+    test, train = rows[np.sort(order[:aside])], rows[np.sort(order[aside:])]
+    return LocalData(x[train], y[train], x[test], y[test])
+
+
+def _asset(name: str) -> bytes:
+    return (files("fedprune_server") / "assets" / name).read_bytes()
