@@ -1,0 +1,189 @@
+"""Checks of message fields: each takes what JSON gave and returns the value, or says what it expected."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fedprune.errors import ProtocolError
+from fedprune.wire.blob_ref import BlobRef, is_digest
+from fedprune.wire.topics import check_device, check_job
+
+Check = Callable[[str, object], Any]
+"""Takes the field's full name for the error and the value; returns the checked value."""
+
+MAX_INT = 2**63 - 1
+MAX_DEPTH = 8
+"""Nesting that a free-form object may have."""
+
+MAX_METRICS = 64
+
+_METRIC = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
+
+
+def shown(value: object) -> str:
+    """A short text of any received value, for an error."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, (str, bytes)):
+        text = repr(value[:60])
+        return text if len(value) <= 60 else f"{text}... of length {len(value)}"
+    if isinstance(value, (list, tuple, Mapping)):
+        return f"{type(value).__name__} of length {len(value)}"
+    return repr(value)[:80]
+
+
+def device(where: str, value: object) -> str:
+    """A device's name."""
+    return check_device(value, where)
+
+
+def job(where: str, value: object) -> str:
+    """A job's name."""
+    return check_job(value, where)
+
+
+def whole(low: int = 0, high: int = MAX_INT) -> Check:
+    """A whole number in a range."""
+
+    def check(where: str, value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ProtocolError(where, expected=f"a whole number from {low} to {high}", got=shown(value))
+        return value
+
+    return check
+
+
+def number(low: float = -math.inf, high: float = math.inf) -> Check:
+    """A finite number in a range."""
+    span = "" if (low, high) == (-math.inf, math.inf) else f" from {low:g} to {high:g}"
+
+    def check(where: str, value: object) -> float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            try:
+                real = float(value)
+            except OverflowError:
+                real = math.inf
+            if math.isfinite(real) and low <= real <= high:
+                return real
+        raise ProtocolError(where, expected=f"a finite number{span}", got=shown(value))
+
+    return check
+
+
+def text(limit: int) -> Check:
+    """Text without control characters other than line ends and tabs."""
+
+    def check(where: str, value: object) -> str:
+        if (
+            not isinstance(value, str)
+            or len(value) > limit
+            or any((ord(c) < 32 and c not in "\n\t") or 0xD800 <= ord(c) < 0xE000 for c in value)
+        ):
+            raise ProtocolError(where, expected=f"text of at most {limit} printable characters", got=shown(value))
+        return value
+
+    return check
+
+
+def choice(*options: str) -> Check:
+    """One of a few words."""
+
+    def check(where: str, value: object) -> str:
+        if not isinstance(value, str) or value not in options:
+            raise ProtocolError(where, expected=" or ".join(options), got=shown(value))
+        return value
+
+    return check
+
+
+def digest(where: str, value: object) -> str:
+    """A sha256 as hex."""
+    if not isinstance(value, str) or not is_digest(value):
+        raise ProtocolError(where, expected="64 hex digits", got=shown(value))
+    return value
+
+
+def blob(where: str, value: object) -> BlobRef:
+    """A blob reference."""
+    if isinstance(value, BlobRef):
+        return value
+    try:
+        return BlobRef.from_dict(value)
+    except ProtocolError as error:
+        raise ProtocolError(f"{where}: {error.what}", expected=error.expected, got=error.got) from error
+
+
+def optional(check: Check) -> Check:
+    """What `check` takes, or null."""
+    return lambda where, value: None if value is None else check(where, value)
+
+
+def wholes(limit: int, low: int, high: int) -> Check:
+    """A list of whole numbers."""
+    one = whole(low, high)
+
+    def check(where: str, value: object) -> tuple[int, ...]:
+        if not isinstance(value, (list, tuple)) or len(value) > limit:
+            raise ProtocolError(where, expected=f"a list of at most {limit} numbers", got=shown(value))
+        return tuple(one(f"{where}[{i}]", item) for i, item in enumerate(value))
+
+    return check
+
+
+def metrics(where: str, value: object) -> dict[str, float]:
+    """Finite numbers by name."""
+    if not isinstance(value, Mapping) or len(value) > MAX_METRICS:
+        raise ProtocolError(where, expected=f"an object of at most {MAX_METRICS} numbers", got=shown(value))
+    one = number()
+    for name in value:
+        if not isinstance(name, str) or not _METRIC.fullmatch(name):
+            raise ProtocolError(f"{where}: name of a metric", expected="letters, digits and _.:/-", got=shown(name))
+    return {name: one(f"{where}[{name}]", item) for name, item in value.items()}
+
+
+def plain(where: str, value: object) -> dict[str, Any]:
+    """An object of plain JSON values, of bounded depth, with finite numbers."""
+    if not isinstance(value, Mapping):
+        raise ProtocolError(where, expected="an object", got=shown(value))
+    return {key: _plain(where, item, MAX_DEPTH) for key, item in _keys(where, value)}
+
+
+def assignment(where: str, value: object) -> dict[str, Any]:
+    """Which job, round and attempt a device holds."""
+    if not isinstance(value, Mapping):
+        raise ProtocolError(where, expected="an object with job, round and attempt", got=shown(value))
+    checks: dict[str, Check] = {"job": job, "round": whole(), "attempt": whole()}
+    for key in checks:
+        if key not in value:
+            raise ProtocolError(f"{where}.{key}", expected="a value", got="nothing")
+    return {key: check(f"{where}.{key}", value[key]) for key, check in checks.items()}
+
+
+def _plain(where: str, value: object, depth: int) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return whole(-MAX_INT)(where, value)
+    if isinstance(value, float):
+        return number()(where, value)
+    if isinstance(value, str):
+        return text(65_536)(where, value)
+    if depth <= 1:
+        raise ProtocolError(where, expected=f"at most {MAX_DEPTH} levels", got="more")
+    if isinstance(value, (list, tuple)):
+        return [_plain(where, item, depth - 1) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(where, item, depth - 1) for key, item in _keys(where, value)}
+    raise ProtocolError(where, expected="a JSON value", got=shown(value))
+
+
+def _keys(where: str, value: Mapping[Any, object]) -> list[tuple[str, object]]:
+    rows = []
+    for key, item in value.items():
+        if not isinstance(key, str) or len(key) > 256:
+            raise ProtocolError(f"{where}: key", expected="text of at most 256 characters", got=shown(key))
+        rows.append((text(256)(f"{where}: key", key), item))
+    return rows

@@ -1,0 +1,424 @@
+"""Messages between devices and server: small JSON objects with a version, a type and strictly checked fields.
+
+A message is checked when it is made as well as when it is read, so what was sent can be received. Unknown keys are
+ignored (a newer peer may say more); an unknown type or version is an error. Any message may arrive twice, late or
+never.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
+
+from fedprune.errors import ProtocolError
+from fedprune.wire import fields as check
+from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.fields import Check
+
+VERSION = 1
+MAX_MESSAGE = 256 * 1024
+"""Bytes that no message may exceed."""
+
+MAX_WANT = 1024
+"""Leaves or pieces that one `Want` may ask for."""
+
+PHASES = ("download", "train", "evaluate", "upload")
+PARTS = ("data", "leaves")
+
+_COUNT = check.whole()
+_SHORT = check.text(256)
+_LONG = check.text(4096)
+_ASSIGNMENT: dict[str, Check] = {"job": check.job, "round": _COUNT, "attempt": _COUNT}
+
+
+@dataclass(frozen=True)
+class _Message:
+    """What all messages share; `checks` has one entry per field."""
+
+    kind: ClassVar[str]
+    checks: ClassVar[Mapping[str, Check]]
+
+    def __post_init__(self) -> None:
+        for name, checked in self.checks.items():
+            value = checked(f"{self.kind}: field {name}", getattr(self, name))
+            object.__setattr__(self, name, value)
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON in UTF-8.
+
+        Raises:
+            ProtocolError: It is longer than a message may be.
+        """
+        body: dict[str, Any] = {"v": VERSION, "type": self.kind}
+        for name in self.checks:
+            value = getattr(self, name)
+            body[name] = value.to_dict() if isinstance(value, BlobRef) else value
+        raw = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        if len(raw) > MAX_MESSAGE:
+            raise ProtocolError(
+                f"{self.kind}: message is too long", expected=f"at most {MAX_MESSAGE} bytes", got=len(raw)
+            )
+        return raw
+
+
+@dataclass(frozen=True)
+class Birth(_Message):
+    """A device is there.
+
+    Attributes:
+        device: The device's name.
+        session: Number of this connection, larger than that of every earlier one.
+        profile: Name of the hardware profile.
+        samples: Local training samples.
+        software: What runs there, with versions.
+        probe: What the board measured of itself.
+        held: The job, round and attempt that it works on or whose update it still has to deliver.
+    """
+
+    device: str
+    session: int
+    profile: str
+    samples: int
+    software: str
+    probe: dict[str, Any] | None = None
+    held: dict[str, Any] | None = None
+
+    kind: ClassVar[str] = "birth"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "device": check.device,
+        "session": _COUNT,
+        "profile": _SHORT,
+        "samples": _COUNT,
+        "software": _SHORT,
+        "probe": check.optional(check.plain),
+        "held": check.optional(check.assignment),
+    }
+
+
+@dataclass(frozen=True)
+class Death(_Message):
+    """A device is gone; the broker says so in its name (a will), or the device itself as it leaves.
+
+    Attributes:
+        device: The device's name.
+        session: The connection that ended; deaths of older connections than the last birth's mean nothing.
+    """
+
+    device: str
+    session: int
+
+    kind: ClassVar[str] = "death"
+    checks: ClassVar[Mapping[str, Check]] = {"device": check.device, "session": _COUNT}
+
+
+@dataclass(frozen=True)
+class Progress(_Message):
+    """How far a device is.
+
+    Attributes:
+        device: The device's name.
+        job: The job.
+        round: The round.
+        attempt: The attempt.
+        phase: What it is doing.
+        done: Units done in this phase.
+        total: Units of this phase.
+    """
+
+    device: str
+    job: str
+    round: int
+    attempt: int
+    phase: str
+    done: int
+    total: int
+
+    kind: ClassVar[str] = "progress"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "device": check.device,
+        **_ASSIGNMENT,
+        "phase": check.choice(*PHASES),
+        "done": _COUNT,
+        "total": _COUNT,
+    }
+
+
+@dataclass(frozen=True)
+class Refusal(_Message):
+    """A device can't or won't do what it was offered.
+
+    Attributes:
+        device: The device's name.
+        job: The job.
+        round: The round.
+        attempt: The attempt.
+        reason: Why, in words.
+        exit_code: The code of the error behind it, see `fedprune.errors.ExitCode`.
+    """
+
+    device: str
+    job: str
+    round: int
+    attempt: int
+    reason: str
+    exit_code: int
+
+    kind: ClassVar[str] = "refusal"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "device": check.device,
+        **_ASSIGNMENT,
+        "reason": _LONG,
+        "exit_code": check.whole(0, 255),
+    }
+
+
+@dataclass(frozen=True)
+class Update(_Message):
+    """A device has trained; the server pulls the weights.
+
+    Attributes:
+        device: The device's name.
+        job: The job.
+        round: The round.
+        attempt: The attempt.
+        weights: The trained weights.
+        samples: Local samples behind them.
+        steps: Optimiser steps taken.
+        metrics: What was measured, by name; finite numbers, at most 64.
+    """
+
+    device: str
+    job: str
+    round: int
+    attempt: int
+    weights: BlobRef
+    samples: int
+    steps: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    kind: ClassVar[str] = "update"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "device": check.device,
+        **_ASSIGNMENT,
+        "weights": check.blob,
+        "samples": _COUNT,
+        "steps": _COUNT,
+        "metrics": check.metrics,
+    }
+
+
+@dataclass(frozen=True)
+class Hello(_Message):
+    """The server is up: devices answer with a birth and repeat an update that is not yet accepted.
+
+    Attributes:
+        session: Number of this connection of the server.
+    """
+
+    session: int
+
+    kind: ClassVar[str] = "hello"
+    checks: ClassVar[Mapping[str, Check]] = {"session": _COUNT}
+
+
+@dataclass(frozen=True)
+class Offer(_Message):
+    """What a device is asked to train.
+
+    Attributes:
+        job: The job.
+        round: The round.
+        attempt: Number of this offer to this device in this round.
+        seed: The job's seed.
+        architecture: Digest of the architecture.
+        selection: Digest of the device's selection.
+        widths: Kept channels per group.
+        classes: Number of classes.
+        weights: The submodel's weights.
+        training: The training graph.
+        inference: The inference graph, whose external data the weights are.
+        recipe: The recipe, as `fedprune.recipe.Recipe.to_dict` gives it.
+        deadline_s: Seconds after which the server goes on without this device; 0 for no deadline.
+    """
+
+    job: str
+    round: int
+    attempt: int
+    seed: int
+    architecture: str
+    selection: str
+    widths: tuple[int, ...]
+    classes: int
+    weights: BlobRef
+    training: BlobRef
+    inference: BlobRef
+    recipe: dict[str, Any]
+    deadline_s: float
+
+    kind: ClassVar[str] = "offer"
+    checks: ClassVar[Mapping[str, Check]] = {
+        **_ASSIGNMENT,
+        "seed": _COUNT,
+        "architecture": check.digest,
+        "selection": check.digest,
+        "widths": check.wholes(65_536, 1, 2**24),
+        "classes": check.whole(1, 2**24),
+        "weights": check.blob,
+        "training": check.blob,
+        "inference": check.blob,
+        "recipe": check.plain,
+        "deadline_s": check.number(0, 1e9),
+    }
+
+
+@dataclass(frozen=True)
+class Accepted(_Message):
+    """An update is durable at the server; the device may forget it.
+
+    Attributes:
+        job: The job.
+        round: The round.
+        attempt: The attempt.
+        weights: sha256 of the update's weights.
+    """
+
+    job: str
+    round: int
+    attempt: int
+    weights: str
+
+    kind: ClassVar[str] = "accepted"
+    checks: ClassVar[Mapping[str, Check]] = {**_ASSIGNMENT, "weights": check.digest}
+
+
+@dataclass(frozen=True)
+class Cancelled(_Message):
+    """A round is over for the device; what it does for it is in vain.
+
+    Attributes:
+        job: The job.
+        round: The round.
+        reason: Why, in words.
+    """
+
+    job: str
+    round: int
+    reason: str
+
+    kind: ClassVar[str] = "cancelled"
+    checks: ClassVar[Mapping[str, Check]] = {"job": check.job, "round": _COUNT, "reason": _LONG}
+
+
+@dataclass(frozen=True)
+class Finished(_Message):
+    """A job has ended.
+
+    Attributes:
+        job: The job.
+        weights: The final weights of the device's submodel, if it shall keep them.
+    """
+
+    job: str
+    weights: BlobRef | None = None
+
+    kind: ClassVar[str] = "finished"
+    checks: ClassVar[Mapping[str, Check]] = {"job": check.job, "weights": check.optional(check.blob)}
+
+
+@dataclass(frozen=True)
+class Want(_Message):
+    """Please send pieces of a blob.
+
+    Attributes:
+        sha256: The blob.
+        part: `data` for its leaves, `leaves` for 32 KiB pieces of its leaf table.
+        first: First leaf or piece.
+        count: How many.
+    """
+
+    sha256: str
+    part: str
+    first: int
+    count: int
+
+    kind: ClassVar[str] = "want"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "sha256": check.digest,
+        "part": check.choice(*PARTS),
+        "first": check.whole(0, 2**31 - 1),
+        "count": check.whole(1, MAX_WANT),
+    }
+
+
+@dataclass(frozen=True)
+class Gone(_Message):
+    """The wanted blob is not here (any more).
+
+    Attributes:
+        sha256: The blob.
+    """
+
+    sha256: str
+
+    kind: ClassVar[str] = "gone"
+    checks: ClassVar[Mapping[str, Check]] = {"sha256": check.digest}
+
+
+FromDevice = Birth | Death | Progress | Refusal | Update | Want | Gone
+FromServer = Hello | Offer | Accepted | Cancelled | Finished | Want | Gone
+Message = FromDevice | FromServer
+
+_TYPES: dict[str, type[Any]] = {
+    c.kind: c
+    for c in (
+        Birth, Death, Progress, Refusal, Update, Hello, Offer, Accepted, Cancelled, Finished, Want, Gone,
+    )
+}  # fmt: skip
+
+
+def parse(raw: bytes) -> Message:
+    """Read and check a message.
+
+    Args:
+        raw: What came over the wire.
+
+    Raises:
+        ProtocolError: Too long, not JSON, of an unknown version or type, or a field is missing or wrong; the error
+            names the field.
+    """
+    if len(raw) > MAX_MESSAGE:
+        raise ProtocolError("message is too long", expected=f"at most {MAX_MESSAGE} bytes", got=len(raw))
+    try:
+        body = json.loads(raw, parse_constant=_constant)
+    except RecursionError as error:
+        raise ProtocolError("message is nested too deeply") from error
+    except ValueError as error:
+        raise ProtocolError("message is not JSON", got=check.shown(bytes(raw))) from error
+    if not isinstance(body, dict):
+        raise ProtocolError("message", expected="a JSON object", got=check.shown(body))
+    version = body.get("v")
+    if version != VERSION or isinstance(version, bool):
+        raise ProtocolError(
+            "version of a message",
+            expected=VERSION,
+            got=check.shown(version),
+            hint="Run the same major version of fedprune on server and devices.",
+        )
+    kind = body.get("type")
+    cls = _TYPES.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise ProtocolError("type of a message", expected=", ".join(_TYPES), got=check.shown(kind))
+    values = {}
+    for f in fields(cls):
+        if f.name in body:
+            values[f.name] = body[f.name]
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise ProtocolError(f"{kind}: field {f.name}", expected="a value", got="nothing")
+    message: Message = cls(**values)
+    return message
+
+
+def _constant(word: str) -> float:
+    raise ValueError(word)

@@ -1,0 +1,129 @@
+"""MQTT topics: fedprune/1/{site}/{device}/{job}/{channel}.
+
+Channels are `up` and `down` for messages and `up/blob` and `down/blob` for chunks. What belongs to no job has `-` in
+the job's place; what goes to every device has `all` in the device's.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from fedprune.errors import ProtocolError
+
+PREFIX = "fedprune/1"
+"""First levels of every topic; the number is the protocol's version."""
+
+NO_JOB = "-"
+EVERYONE = "all"
+CHANNELS = ("up", "up/blob", "down", "down/blob")
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+class Address(NamedTuple):
+    """What a topic says: whose it is, which job it concerns, and the channel."""
+
+    device: str
+    job: str
+    channel: str
+
+
+class Topics:
+    """The topics of one site.
+
+    Args:
+        site: The site's name.
+
+    Raises:
+        ProtocolError: The site's name is not one.
+    """
+
+    def __init__(self, site: str) -> None:
+        self.site = check_name(site, "site")
+        self._prefix = f"{PREFIX}/{site}"
+
+    def up(self, device: str, job: str = NO_JOB) -> str:
+        """Messages of a device to the server."""
+        return self._topic(device, job, "up")
+
+    def up_blob(self, device: str, job: str = NO_JOB) -> str:
+        """Chunks of a device to the server."""
+        return self._topic(device, job, "up/blob")
+
+    def down(self, device: str, job: str = NO_JOB) -> str:
+        """Messages of the server to a device."""
+        return self._topic(device, job, "down")
+
+    def down_blob(self, device: str, job: str = NO_JOB) -> str:
+        """Chunks of the server to a device."""
+        return self._topic(device, job, "down/blob")
+
+    def broadcast(self) -> str:
+        """Messages of the server to all devices."""
+        return f"{self._prefix}/{EVERYONE}/{NO_JOB}/down"
+
+    def server_subscriptions(self) -> list[str]:
+        """What the server listens to."""
+        return [f"{self._prefix}/+/+/up", f"{self._prefix}/+/+/up/blob"]
+
+    def device_subscriptions(self, device: str) -> list[str]:
+        """What a device listens to."""
+        own = f"{self._prefix}/{check_device(device)}/+"
+        return [f"{own}/down", f"{own}/down/blob", self.broadcast()]
+
+    def parse(self, topic: str) -> Address:
+        """Take a topic of this site apart.
+
+        Raises:
+            ProtocolError: It is none of this site's topics.
+        """
+        parts = topic.split("/", 5)
+        if len(parts) != 6 or "/".join(parts[:3]) != self._prefix:
+            raise ProtocolError("topic", expected=f"{self._prefix}/<device>/<job>/<channel>", got=repr(topic[:200]))
+        device, job, channel = parts[3:]
+        if channel not in CHANNELS:
+            raise ProtocolError("channel of a topic", expected=", ".join(CHANNELS), got=repr(channel[:80]))
+        return Address(check_name(device, "device"), job if job == NO_JOB else check_job(job), channel)
+
+    def _topic(self, device: str, job: str, channel: str) -> str:
+        if job != NO_JOB:
+            check_job(job)
+        return f"{self._prefix}/{check_device(device)}/{job}/{channel}"
+
+
+def check_name(value: object, what: str) -> str:
+    """`value`, if it is a name: 1 to 64 letters, digits, `_`, `.` or `-`, but neither `.` nor `..`.
+
+    Args:
+        value: The candidate.
+        what: What it would name, for the error.
+
+    Raises:
+        ProtocolError: It is not a name.
+    """
+    if not isinstance(value, str) or not _NAME.fullmatch(value) or value in (".", ".."):
+        raise ProtocolError(what, expected="a name of 1 to 64 letters, digits, _ . or -", got=repr(value)[:80])
+    return value
+
+
+def check_device(value: object, what: str = "device") -> str:
+    """`value`, if it is a name that a device may have: any but `all`.
+
+    Raises:
+        ProtocolError: It is not.
+    """
+    if value == EVERYONE:
+        raise ProtocolError(what, expected="a device's own name", got=repr(value))
+    return check_name(value, what)
+
+
+def check_job(value: object, what: str = "job") -> str:
+    """`value`, if it is a name that a job may have: any but `-`.
+
+    Raises:
+        ProtocolError: It is not.
+    """
+    if value == NO_JOB:
+        raise ProtocolError(what, expected="a job's own name", got=repr(value))
+    return check_name(value, what)
