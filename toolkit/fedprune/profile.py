@@ -73,8 +73,8 @@ class Accelerator:
     """A graphics or neural unit beside the processor; it serves predictions."""
 
     kind: str = _text("Programming interface.", choices=("cuda", "other"))
-    sm: str | None = _text("CUDA compute capability, such as 8.7.", optional=True)
     shared_memory: bool = _text("Whether it shares the main memory.", kind="flag")
+    sm: str | None = _text("CUDA compute capability, such as 8.7.", optional=True)
     peak_flops: float | None = _figure("Peak float32 rate.", "FLOP/s", 10**6, 10**17, optional=True)
 
 
@@ -92,8 +92,8 @@ class Link:
 class Power:
     """Power at the wall."""
 
-    idle_w: float = _figure("Idle.", "W", 0, 10**5)
-    load_w: float = _figure("All cores busy.", "W", 0, 10**5)
+    idle_w: float | None = _figure("Idle.", "W", 0, 10**5, optional=True)
+    load_w: float | None = _figure("All cores busy.", "W", 0, 10**5, optional=True)
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class Software:
 
     python: str = _text("Python of its system.")
     onnxruntime: str = _text("Newest onnxruntime that it loads.")
-    tensorrt: str | None = _text("TensorRT of its system.", optional=True)
     tier: str = _text("What serves predictions.", choices=TIERS)
+    tensorrt: str | None = _text("TensorRT of its system.", optional=True)
 
 
 SECTIONS: dict[str, tuple[type, bool]] = {
@@ -257,12 +257,9 @@ class HardwareProfile:
                 expected=f"less than memory.total_bytes ({memory.total_bytes})",
                 got=memory.reserve_bytes,
             )
-        if self.power is not None and self.power.idle_w > self.power.load_w:
-            raise ProfileError(
-                f"{where}: power.idle_w",
-                expected=f"at most power.load_w ({self.power.load_w})",
-                got=self.power.idle_w,
-            )
+        idle, load = (self.power.idle_w, self.power.load_w) if self.power is not None else (None, None)
+        if idle is not None and load is not None and idle > load:
+            raise ProfileError(f"{where}: power.idle_w", expected=f"at most power.load_w ({load})", got=idle)
         figures = self.figures()
         for key in figures:
             if key not in self.sources:
@@ -322,7 +319,7 @@ def _toml() -> Any:
     for name in ("tomllib", "tomli"):  # the first is part of Python since 3.11
         try:
             return import_module(name)
-        except ModuleNotFoundError:
+        except ModuleNotFoundError:  # noqa: PERF203
             continue
     raise ProfileError(
         "profiles in TOML need Python 3.11 or the package tomli",
