@@ -1,0 +1,182 @@
+"""What a server is told to do: one TOML file, overridden by the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fedprune.errors import ConfigError, FedpruneError, MissingExtraError
+from fedprune.job import Job
+from fedprune.wire.topics import check_name
+
+EMBEDDED = "embedded"
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+_TABLES = ("job", "model", "evaluation", "server")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Settings of a server and its job.
+
+    Attributes:
+        job: The job.
+        model: The ONNX file with which the job begins; None if the state folder has it.
+        evaluation: A `.npz` file or `package.module:function` with the server's own samples, or None.
+        site: First part of the topics: devices and servers of one site hear each other.
+        broker: `embedded`, or the address of a broker such as `mqtt://broker:1883`.
+        host: The address on which the embedded broker listens.
+        port: Its port, 0 for a free one.
+        state: The folder in which everything lies that must survive a crash.
+        keep: How many of the latest global models are kept.
+        pulls: From how many devices updates are pulled at the same time.
+    """
+
+    job: Job = field(default_factory=Job)
+    model: Path | None = None
+    evaluation: str | None = None
+    site: str = "default"
+    broker: str = EMBEDDED
+    host: str = "127.0.0.1"
+    port: int = 1883
+    state: Path = Path("fedprune-state")
+    keep: int = 3
+    pulls: int = 4
+
+    def __post_init__(self) -> None:
+        if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
+            raise ConfigError(
+                "server: broker", expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...", got=repr(self.broker)
+            )
+        for name, low, high in (("port", 0, 65_535), ("keep", 1, 10**6), ("pulls", 1, 1000)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ConfigError(f"server: {name}", expected=f"a whole number from {low} to {high}", got=repr(value))
+        if not self.host:
+            raise ConfigError("server: host", expected="an address, such as 127.0.0.1 or 0.0.0.0", got="''")
+        try:
+            check_name(self.site, "site")
+        except FedpruneError as error:
+            raise ConfigError("server: site", expected=error.expected, got=error.got) from error
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the server runs its own broker."""
+        return self.broker == EMBEDDED
+
+    @property
+    def open_to_others(self) -> bool:
+        """Whether other machines reach the embedded broker, which asks nobody for a password."""
+        return self.embedded and self.host not in LOCAL
+
+
+def read_config(path: Path) -> ServerConfig:
+    """Read a `fleet.toml`. Paths in it count from its folder.
+
+    Raises:
+        ConfigError: It can't be read, is no TOML, or a key is unknown or has a wrong value; the message names file,
+            table and key.
+        MissingExtraError: Python 3.10 without the package tomli.
+    """
+    toml = _toml()
+    try:
+        body = toml.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError alike
+        raise ConfigError(f"{path}: this is not TOML ({error})") from error
+    return parse_config(body, str(path), path.parent)
+
+
+def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerConfig:
+    """Check the tables of a `fleet.toml`.
+
+    Args:
+        body: The tables.
+        where: The file's name, for errors.
+        folder: What relative paths count from.
+
+    Raises:
+        ConfigError: As `read_config`.
+    """
+    _only(body, _TABLES, where, "table")
+    for table in body:
+        if not isinstance(body[table], Mapping):
+            raise ConfigError(f"{where}: {table}", expected=f"a table [{table}]", got=repr(body[table]))
+    values: dict[str, Any] = {}
+    model, evaluation, server = (body.get(t, {}) for t in ("model", "evaluation", "server"))
+    _only(model, ("path",), f"{where}: [model]", "key")
+    _only(evaluation, ("data",), f"{where}: [evaluation]", "key")
+    _only(server, ("site", "broker", "host", "port", "state", "keep", "pulls"), f"{where}: [server]", "key")
+    if "path" in model:
+        values["model"] = folder / _text(model["path"], f"{where}: [model] path")
+    if "data" in evaluation:
+        source = _text(evaluation["data"], f"{where}: [evaluation] data")
+        values["evaluation"] = source if _names_function(source) else str(folder / source)
+    for key in ("site", "broker", "host", "state"):
+        if key in server:
+            values[key] = _text(server[key], f"{where}: [server] {key}")
+    if "state" in values:
+        values["state"] = folder / values["state"]
+    values.update({key: server[key] for key in ("port", "keep", "pulls") if key in server})
+    return _located(lambda: ServerConfig(job=Job.from_dict(body.get("job", {})), **values), where)
+
+
+def overridden(config: ServerConfig, job: Mapping[str, Any], server: Mapping[str, Any]) -> ServerConfig:
+    """The configuration with what the command line says instead; None means that it says nothing.
+
+    Raises:
+        ConfigError: A value is wrong.
+    """
+    chosen = {k: v for k, v in job.items() if v is not None}
+    values = {k: v for k, v in server.items() if v is not None}
+
+    def build() -> ServerConfig:
+        return replace(config, job=replace(config.job, **chosen), **values)
+
+    return _located(build, "command line")
+
+
+def _located(build: Callable[[], ServerConfig], where: str) -> ServerConfig:
+    try:
+        return build()
+    except ConfigError as error:
+        what = error.what
+        for table in ("job", "recipe", "server"):
+            if what.startswith(f"{table}: "):
+                name = "job.recipe" if table == "recipe" else table
+                what = f"[{name}] {what.removeprefix(f'{table}: ')}"
+        raise ConfigError(f"{where}: {what}", expected=error.expected, got=error.got, hint=error.hint) from error
+
+
+def _names_function(source: str) -> bool:
+    module, colon, name = source.partition(":")
+    return bool(colon) and not source.endswith(".npz") and name.isidentifier() and "/" not in module
+
+
+def _only(body: Mapping[str, Any], known: tuple[str, ...], where: str, kind: str) -> None:
+    for key in body:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown {kind} {key!r}", expected=f"one of {', '.join(known)}")
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(where, expected="a text", got=repr(value))
+    return value
+
+
+def _toml() -> Any:
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        try:
+            import tomli
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(
+                "configuration files need the package tomli on Python 3.10", hint="pip install 'fedprune[server]'"
+            ) from error
+        return tomli
+    return tomllib

@@ -1,0 +1,291 @@
+"""What the server remembers on disk: the job's state, a log of all events, and tables of devices and rounds to query.
+
+Every event is saved together with the state that it led to, in one transaction, before any of its commands is carried
+out. Whatever was done was therefore remembered first, and what was remembered can be done again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sql
+
+from fedprune.coordination import State
+from fedprune.coordination.events import Event
+from fedprune.errors import StorageError, StorageFullError
+
+FORMAT = "fedprune.server/1"
+FILE = "server.db"
+
+_FULL = ("disk is full", "no space left", "could not extend file", "database or disk is full")
+_BUSY_S = 10
+
+_tables = sql.MetaData()
+_meta = sql.Table(
+    "meta",
+    _tables,
+    sql.Column("key", sql.String(64), primary_key=True),
+    sql.Column("value", sql.Text, nullable=False),
+)
+_events = sql.Table(
+    "events",
+    _tables,
+    sql.Column("number", sql.Integer, primary_key=True, autoincrement=True),
+    sql.Column("at", sql.Float, nullable=False),
+    sql.Column("type", sql.String(64), nullable=False),
+    sql.Column("body", sql.Text, nullable=False),
+)
+_devices = sql.Table(
+    "devices",
+    _tables,
+    sql.Column("name", sql.String(64), primary_key=True),
+    sql.Column("online", sql.Boolean, nullable=False),
+    sql.Column("profile", sql.String(64), nullable=False),
+    sql.Column("samples", sql.BigInteger, nullable=False),
+    sql.Column("widths", sql.Text, nullable=False),
+    sql.Column("plan", sql.Text, nullable=False),
+    sql.Column("excluded", sql.Text, nullable=False),
+    sql.Column("bytes_down", sql.BigInteger, nullable=False, default=0),
+    sql.Column("bytes_up", sql.BigInteger, nullable=False, default=0),
+)
+_rounds = sql.Table(
+    "rounds",
+    _tables,
+    sql.Column("round", sql.Integer, primary_key=True),
+    sql.Column("at", sql.Float, nullable=False),
+    sql.Column("model", sql.String(64), nullable=False),
+    sql.Column("metrics", sql.Text, nullable=False),
+    sql.Column("summary", sql.Text, nullable=False),
+)
+
+Traffic = Mapping[str, tuple[int, int]]
+"""Payload bytes by device: to it and from it."""
+
+
+class Storage:
+    """A job's database.
+
+    Args:
+        url: Where it is, as SQLAlchemy writes it, such as `sqlite:////var/lib/fedprune/server.db`.
+
+    Raises:
+        StorageError: The database is damaged, of another version or can't be opened.
+        StorageFullError: There is no room for it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._saved_devices: dict[str, dict[str, Any]] = {}
+        self._saved_rounds = 0
+        with _translated(url):
+            self._engine = sql.create_engine(url)
+            if self._engine.dialect.name == "sqlite":
+                sql.event.listen(self._engine, "connect", _tune_sqlite)
+        try:
+            with self._transaction() as connection:
+                self._check(connection)
+                _tables.create_all(connection)
+                if self._meta(connection, "format") is None:
+                    self._put_meta(connection, "format", FORMAT)
+        except BaseException:
+            self._engine.dispose()
+            raise
+
+    @classmethod
+    def at(cls, folder: Path) -> Storage:
+        """The database of a state folder, made where there is none."""
+        return cls(f"sqlite:///{folder.resolve() / FILE}")
+
+    @classmethod
+    def existing(cls, folder: Path) -> Storage:
+        """The database of a state folder that a server has already used.
+
+        Raises:
+            StorageError: There is none, or as the constructor.
+        """
+        if not (folder / FILE).is_file():
+            raise StorageError(
+                f"{folder} is no server's state folder",
+                expected=f"a file {FILE} in it",
+                hint="Give the folder that `fedprune-server run --state` used.",
+            )
+        return cls.at(folder)
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._engine.dispose()
+
+    def settings(self) -> dict[str, Any] | None:
+        """What `put_settings` kept, or None."""
+        with self._transaction() as connection:
+            text = self._meta(connection, "settings")
+        return None if text is None else dict(_decoded(text, self.url))
+
+    def put_settings(self, body: Mapping[str, Any]) -> None:
+        """Keep the job's settings, so that a server started on this folder alone can go on."""
+        with self._transaction() as connection:
+            self._put_meta(connection, "settings", _encoded(body))
+
+    def save(self, state: State, event: Event | None, now: float, traffic: Traffic | None = None) -> None:
+        """Make an event and the state after it durable, both or neither.
+
+        Args:
+            state: The state after the event.
+            event: What happened; None for a state that no event led to (a new job's).
+            now: When, in seconds since 1970.
+            traffic: Bytes by device so far, for the table of devices.
+
+        Raises:
+            StorageFullError: There is no room; what was saved before is untouched.
+            StorageError: The database can't be written.
+        """
+        rows = {n: _device_row(n, d, (traffic or {}).get(n, (0, 0))) for n, d in state.devices.items()}
+        changed = [row for n, row in rows.items() if self._saved_devices.get(n) != row]
+        new_rounds = state.history[self._saved_rounds :]
+        with self._transaction() as connection:
+            # Finished rounds lie in a table of their own, so that the state doesn't grow with their number.
+            self._put_meta(connection, "state", replace(state, history=[]).to_json())
+            if event is not None:
+                body = _encoded(asdict(event))
+                connection.execute(_events.insert().values(at=now, type=type(event).__name__, body=body))
+            for row in changed:
+                where = _devices.c.name == row["name"]
+                if not connection.execute(_devices.update().where(where).values(row)).rowcount:
+                    connection.execute(_devices.insert().values(row))
+            if new_rounds:
+                connection.execute(_rounds.delete().where(_rounds.c.round.in_([r["round"] for r in new_rounds])))
+                connection.execute(_rounds.insert(), [_round_row(r) for r in new_rounds])
+        self._saved_devices = rows
+        self._saved_rounds = len(state.history)
+
+    def load(self) -> State | None:
+        """The state that was saved last, or None for a new database.
+
+        Raises:
+            StorageError: It is damaged.
+        """
+        with self._transaction() as connection:
+            text = self._meta(connection, "state")
+            history = self._history(connection)
+        if text is None:
+            return None
+        state = State.from_json(text)
+        state.history = history
+        self._saved_rounds = len(history)
+        return state
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """Summaries of the finished rounds, in order, as the coordinator wrote them."""
+        with self._transaction() as connection:
+            return self._history(connection)
+
+    def devices(self) -> list[dict[str, Any]]:
+        """The devices' rows, by name; `widths` and `plan` as JSON values."""
+        with self._transaction() as connection:
+            rows = [dict(r) for r in connection.execute(sql.select(_devices).order_by(_devices.c.name)).mappings()]
+        for row in rows:
+            row["widths"], row["plan"] = _decoded(row["widths"], self.url), _decoded(row["plan"], self.url)
+        return rows
+
+    def traffic(self) -> dict[str, tuple[int, int]]:
+        """Bytes by device, as saved last."""
+        return {r["name"]: (int(r["bytes_down"]), int(r["bytes_up"])) for r in self.devices()}
+
+    def events(self, after: int = 0) -> Iterator[tuple[int, float, str, dict[str, Any]]]:
+        """The log: number, time, type and body of every event with a higher number than `after`."""
+        query = sql.select(_events).where(_events.c.number > after).order_by(_events.c.number)
+        with self._transaction() as connection:
+            rows = connection.execute(query).all()
+        for number, at, kind, body in rows:
+            yield number, at, kind, _decoded(body, self.url)
+
+    def _check(self, connection: sql.Connection) -> None:
+        if connection.dialect.name == "sqlite":
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+            if found != "ok":
+                raise StorageError(f"{self.url} is damaged ({found})", hint="Restore the server's backup.")
+        if sql.inspect(connection).has_table("meta"):
+            version = self._meta(connection, "format")
+            if version is not None and version != FORMAT:
+                raise StorageError(f"{self.url} was written by another version", expected=FORMAT, got=version)
+
+    def _history(self, connection: sql.Connection) -> list[dict[str, Any]]:
+        query = sql.select(_rounds.c.summary).order_by(_rounds.c.round)
+        return [_decoded(text, self.url) for text in connection.execute(query).scalars()]
+
+    def _meta(self, connection: sql.Connection, key: str) -> str | None:
+        value = connection.execute(sql.select(_meta.c.value).where(_meta.c.key == key)).scalar()
+        return None if value is None else str(value)
+
+    def _put_meta(self, connection: sql.Connection, key: str, value: str) -> None:
+        if not connection.execute(_meta.update().where(_meta.c.key == key).values(value=value)).rowcount:
+            connection.execute(_meta.insert().values(key=key, value=value))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sql.Connection]:
+        with _translated(self.url), self._engine.begin() as connection:
+            yield connection
+
+
+def _tune_sqlite(connection: Any, record: object) -> None:
+    cursor = connection.cursor()
+    # FULL: a commit is on the disk, not only in the system's cache, before anything that follows from it is done.
+    for line in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={_BUSY_S * 1000}"):
+        cursor.execute(f"PRAGMA {line}")
+    cursor.close()
+
+
+@contextmanager
+def _translated(url: str) -> Iterator[None]:
+    try:
+        yield
+    except sql.exc.SQLAlchemyError as error:
+        cause = getattr(error, "orig", None) or error
+        text = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        if any(words in text.lower() for words in _FULL):
+            raise StorageFullError(
+                f"no room left for {url}", hint="Make room on the disk and start the server again; nothing is lost."
+            ) from error
+        raise StorageError(
+            f"{url}: {text}", hint="If the file is damaged, restore the server's backup; else check its permissions."
+        ) from error
+
+
+def _device_row(name: str, device: Any, traffic: tuple[int, int]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "online": device.online,
+        "profile": str(device.profile.get("name", "")),
+        "samples": device.samples,
+        "widths": _encoded(list(device.widths)),
+        "plan": _encoded(device.plan),
+        "excluded": device.excluded,
+        "bytes_down": traffic[0],
+        "bytes_up": traffic[1],
+    }
+
+
+def _round_row(summary: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "round": summary["round"],
+        "at": summary["at"],
+        "model": summary["model"],
+        "metrics": _encoded(summary["metrics"]),
+        "summary": _encoded(summary),
+    }
+
+
+def _encoded(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _decoded(text: str, url: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise StorageError(f"{url}: a row is damaged ({error})", hint="Restore the server's backup.") from error

@@ -1,0 +1,185 @@
+"""Updates on their way from devices to the server: a few are pulled at a time, the others wait their turn."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from fedprune.blobs import BlobStore
+from fedprune.errors import ProtocolError
+from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.messages import Want
+from fedprune.wire.transfer import Pull
+
+CHUNK_LEAVES = 4
+"""Leaves per chunk: 128 KiB, which every broker that we know takes."""
+
+WINDOW_LEAVES = 32
+"""Leaves of one pull that are asked for and not yet there: 1 MiB."""
+
+PATIENCE_S = 5.0
+STALLED_S = 30.0
+"""A pull that got nothing for so long gives its place to one that waits."""
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """An update's weights are in the store."""
+
+    device: str
+    round: int
+    attempt: int
+    weights: str
+
+
+@dataclass(frozen=True)
+class Spoilt:
+    """An update can't be had."""
+
+    device: str
+    round: int
+    attempt: int
+    reason: str
+
+
+Outcome = Arrived | Spoilt
+Wants = list[tuple[str, Want]]
+
+
+@dataclass
+class _Upload:
+    round: int
+    attempt: int
+    ref: BlobRef
+    pull: Pull | None = None
+    leaves: int = 0
+    moved_at: float = 0.0
+
+
+class Uploads:
+    """Pulls of all devices; one per device. Does no network I/O: it says what to ask whom for.
+
+    Args:
+        store: Where updates end up.
+        concurrent: How many are pulled at a time, which bounds what the broker and the server's memory hold.
+    """
+
+    def __init__(self, store: BlobStore, concurrent: int = 4) -> None:
+        self._store = store
+        self._concurrent = concurrent
+        self._uploads: OrderedDict[str, _Upload] = OrderedDict()
+        self._outcomes: list[Outcome] = []
+
+    def add(self, device: str, round_: int, attempt: int, ref: BlobRef, now: float) -> Wants:
+        """Fetch an update; asking again for the one under way changes nothing.
+
+        Raises:
+            StorageError: The store fails.
+        """
+        known = self._uploads.get(device)
+        if known is not None and (known.round, known.attempt, known.ref) == (round_, attempt, ref):
+            return []
+        self.drop(device)
+        self._uploads[device] = _Upload(round_, attempt, ref)
+        return self._start(now)
+
+    def chunk(self, device: str, chunk: Chunk, now: float) -> Wants:
+        """Take in a chunk from a device; one that nobody waits for is ignored.
+
+        Raises:
+            StorageError: The store fails.
+        """
+        upload = self._uploads.get(device)
+        if upload is None or upload.pull is None or chunk.sha256 != upload.ref.sha256:
+            return []
+        try:
+            wants = upload.pull.on_chunk(chunk, now)
+        except ProtocolError as error:
+            return self._end(device, Spoilt(device, upload.round, upload.attempt, str(error)), now)
+        if upload.pull.done:
+            return self._end(device, Arrived(device, upload.round, upload.attempt, upload.ref.sha256), now)
+        leaves = upload.pull.progress[0]
+        if leaves != upload.leaves:
+            upload.leaves, upload.moved_at = leaves, now
+        return [(device, w) for w in wants]
+
+    def gone(self, device: str, sha256: str, now: float) -> Wants:
+        """The device no longer has what it announced."""
+        upload = self._uploads.get(device)
+        if upload is None or upload.ref.sha256 != sha256:
+            return []
+        reason = "the device no longer has the update that it announced"
+        return self._end(device, Spoilt(device, upload.round, upload.attempt, reason), now)
+
+    def tick(self, now: float) -> Wants:
+        """Ask again for what is overdue, and let those that wait pass those that are stuck."""
+        waiting = any(u.pull is None for u in self._uploads.values())
+        stuck = [n for n, u in self._uploads.items() if u.pull is not None and now - u.moved_at > STALLED_S]
+        for device in stuck if waiting else ():
+            upload = self._uploads[device]
+            upload.pull = None  # what has arrived stays on the disk
+            self._uploads.move_to_end(device)
+        wants: Wants = []
+        for device, upload in list(self._uploads.items()):
+            if upload.pull is None:
+                continue
+            try:
+                wants += [(device, w) for w in upload.pull.on_tick(now)]
+            except ProtocolError as error:
+                wants += self._end(device, Spoilt(device, upload.round, upload.attempt, str(error)), now)
+        return wants + self._start(now)
+
+    def drop(self, device: str) -> None:
+        """Stop fetching from a device; what has arrived stays on the disk and is gone on from later."""
+        self._uploads.pop(device, None)
+
+    def keep(self, wanted: set[tuple[str, int, int]]) -> list[str]:
+        """Drop all uploads but these (device, round, attempt).
+
+        Returns:
+            Digests of what was dropped.
+        """
+        void = [n for n, u in self._uploads.items() if (n, u.round, u.attempt) not in wanted]
+        return [self._uploads.pop(n).ref.sha256 for n in void]
+
+    def outcomes(self) -> list[Outcome]:
+        """What has come to an end since the last call."""
+        ended, self._outcomes = self._outcomes, []
+        return ended
+
+    def progress(self, device: str) -> tuple[int, int] | None:
+        """Leaves that have arrived and leaves in all, or None where nothing is fetched from the device."""
+        upload = self._uploads.get(device)
+        return None if upload is None or upload.pull is None else upload.pull.progress
+
+    def _end(self, device: str, outcome: Outcome, now: float) -> Wants:
+        del self._uploads[device]
+        self._outcomes.append(outcome)
+        return self._start(now)
+
+    def _start(self, now: float) -> Wants:
+        wants: Wants = []
+        while sum(u.pull is not None for u in self._uploads.values()) < self._concurrent:
+            device = next((n for n, u in self._uploads.items() if u.pull is None), None)
+            if device is None:
+                break
+            upload = self._uploads[device]
+            try:
+                upload.pull = Pull(
+                    upload.ref,
+                    self._store.partial(upload.ref),
+                    chunk_leaves=CHUNK_LEAVES,
+                    window_leaves=WINDOW_LEAVES,
+                    patience_s=PATIENCE_S,
+                )
+                upload.moved_at = now
+                first = upload.pull.start(now)
+            except ProtocolError as error:
+                wants += self._end(device, Spoilt(device, upload.round, upload.attempt, str(error)), now)
+                continue
+            if upload.pull.done:  # it was already here
+                wants += self._end(device, Arrived(device, upload.round, upload.attempt, upload.ref.sha256), now)
+            else:
+                wants += [(device, w) for w in first]
+        return wants
