@@ -1,0 +1,148 @@
+"""Bundles: the folder with all that one board needs, and the manifest that vouches for every file in it.
+
+inference.onnx        the submodel; its weights are external data inside weights.safetensors
+weights.safetensors   the weights; new ones of the same shapes can take their place
+training.onnx         one training step, for any widths of the architecture
+architecture.json     the whole model's tensors and channel groups
+submodel.json         which channels this board holds
+manifest.json         size and sha256 of each of these
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedprune.architecture import Architecture
+from fedprune.errors import BundleError
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection
+
+FORMAT = "fedprune.bundle/1"
+MANIFEST = "manifest.json"
+INFERENCE = "inference.onnx"
+WEIGHTS = "weights.safetensors"
+TRAINING = "training.onnx"
+ARCHITECTURE = "architecture.json"
+SUBMODEL = "submodel.json"
+FILES = (INFERENCE, WEIGHTS, TRAINING, ARCHITECTURE, SUBMODEL)
+
+_CHUNK = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files have been checked.
+
+    Attributes:
+        folder: Where it lies.
+        architecture: The whole model.
+        selection: What of it this board holds.
+        recipe: The local training that `training.onnx` was made for.
+        target: Name of the hardware profile.
+        class_names: Names of the output's entries, or empty.
+    """
+
+    folder: Path
+    architecture: Architecture
+    selection: Selection
+    recipe: Recipe
+    target: str
+    class_names: tuple[str, ...]
+
+    def path(self, name: str) -> Path:
+        """Where one of its files lies."""
+        return self.folder / name
+
+
+def manifest(
+    files: Mapping[str, bytes], selection: Selection, recipe: Recipe, target: str, class_names: tuple[str, ...] = ()
+) -> str:
+    """The manifest of these files, as JSON text."""
+    body = {
+        "format": FORMAT,
+        "target": target,
+        "architecture": selection.architecture.digest,
+        "selection": selection.digest,
+        "widths": list(selection.widths),
+        "classes": selection.architecture.classes,
+        "class_names": list(class_names),
+        "recipe": recipe.to_dict(),
+        "files": {n: {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()} for n, raw in sorted(files.items())},
+    }
+    return json.dumps(body, indent=2) + "\n"
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Check every file of a bundle against its manifest and read what describes it.
+
+    Raises:
+        BundleError: The manifest is missing or damaged, or a file is missing, cut short or changed; the message names the
+            file, what was expected and what was found.
+    """
+    body = _read_manifest(folder / MANIFEST)
+    for name in FILES:
+        _check_file(folder / name, body["files"].get(name))
+    architecture = Architecture.from_json((folder / ARCHITECTURE).read_bytes())
+    selection = Selection.from_json((folder / SUBMODEL).read_bytes(), architecture)
+    if selection.digest != body["selection"]:
+        raise BundleError(f"{folder}: the manifest names another selection", expected=body["selection"])
+    return Bundle(
+        folder,
+        architecture,
+        selection,
+        Recipe.from_dict(body["recipe"]),
+        str(body["target"]),
+        tuple(map(str, body["class_names"])),
+    )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"can't read {path}: {error.strerror}", hint="Is this a bundle's folder?") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is damaged", hint="Export the bundle again.") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise BundleError(f"{path} is no manifest of a bundle", expected=FORMAT)
+    wanted = {"files": dict, "recipe": dict, "class_names": list, "target": str, "selection": str}
+    for key, kind in wanted.items():
+        if not isinstance(body.get(key), kind):
+            raise BundleError(f"{path}: {key}", expected=f"a {kind.__name__}", got=type(body.get(key)).__name__)
+    return body
+
+
+def _check_file(path: Path, entry: object) -> None:
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("size"), int)
+        or not isinstance(entry.get("sha256"), str)
+    ):
+        raise BundleError(f"the manifest doesn't list {path.name}", hint="Export the bundle again.")
+    found = hashlib.sha256()
+    try:
+        size = path.stat().st_size
+        if size != entry["size"]:
+            raise BundleError(
+                f"{path} is cut short or too long",
+                expected=f"{entry['size']} bytes",
+                got=f"{size} bytes",
+                hint="Copy or export the bundle again.",
+            )
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                found.update(chunk)
+    except OSError as error:
+        raise BundleError(f"can't read {path}: {error.strerror}", hint="Copy or export the bundle again.") from error
+    if found.hexdigest() != entry["sha256"]:
+        raise BundleError(
+            f"{path} has changed since it was exported",
+            expected=f"sha256 {entry['sha256'][:16]}",
+            got=found.hexdigest()[:16],
+            hint="Copy or export the bundle again.",
+        )
