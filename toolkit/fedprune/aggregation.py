@@ -1,0 +1,499 @@
+"""Folding what devices learnt back into the global model, as their updates arrive.
+
+A `Fold` keeps, per coordinate i of the global model, S_i = Σ_{k covers i} n_k·w_{k,i} as an order-free sum, and how
+much weight M_i = Σ_{k covers i} n_k and N = Σ_k n_k it stands for. Since Σ n_k·w_{k,i} = M_i·w_{t,i} + Σ n_k·Δ_{k,i},
+this is the sum of what devices learnt (Δ_k = w_k − w_t) without reading w_t for every update. Two rules turn it into
+the next model:
+
+- `coverage`: w_i = S_i / M_i = w_{t,i} + Σ n_k Δ_{k,i} / M_i: the mean over the devices that hold the coordinate
+  (HeteroFL, Diao et al. 2021, Sec. 3.2; weighted by samples as FedAvg, McMahan et al. 2017, Alg. 1).
+- `fill`: w_i = (S_i + (N − M_i)·w_{t,i}) / N = w_{t,i} + Σ n_k Δ_{k,i} / N: submodels are filled up from w_t before
+  the mean is taken (CA-HFP, Sec. II-A, eq. 4), so that devices without the coordinate vote for no change.
+
+In both, a coordinate that nobody holds keeps its bits; where all hold it, both are FedAvg, bit for bit, by the same
+operations. Batch-norm statistics are always means over the devices that cover them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.architecture import FIXED, Architecture, Axis, TensorKind, TensorSpec
+from fedprune.errors import BundleError, ProtocolError
+from fedprune.fixed_point import (
+    MAX_WEIGHT,
+    VALUE_BITS,
+    FixedSum,
+    Index,
+    Range,
+    check_range,
+    run_all,
+)
+from fedprune.selection import Selection, Tensors
+
+Rule = Literal["coverage", "fill"]
+
+Float64s = npt.NDArray[np.float64]
+
+MAX_STEPS = 2**31 - 1
+_CHUNK = 262_144
+_STEP_RANGE = Range(-2)
+"""Movement per step, saturated at 1/4: its square must keep its digits where it is small, not where it is absurd."""
+_STEP_SQUARE_RANGE = Range(-4)
+
+
+class Fold:
+    """A streaming mean of updates, whose bits depend neither on their order nor on how partial folds were merged.
+
+    Memory is one int64 per coordinate (with `evidence` three), plus one tensor while closing; which coordinates an
+    update covers is kept as its selection, not as an array.
+
+    Args:
+        architecture: The model.
+        base: The global model w_t that devices' submodels were cut from.
+        rule: `coverage` or `fill`, as the module says.
+        evidence: Also sum movements per step and their squares, which curvature scores are made from.
+        pool_variance: Pool variances by the law of total variance, E[v] + Var[m], instead of the mean E[v] that
+            FedAvg takes of them and that HeteroFL's static batch norm accumulates over batches. It is exact where all
+            devices measured at the same weights; after local training their means also differ because their weights
+            do, hence the default.
+        threads: Threads that add; the bits don't depend on them.
+
+    Raises:
+        BundleError: The base is not a finite float32 model of this architecture.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        base: Mapping[str, npt.NDArray[np.float32]],
+        *,
+        rule: Rule = "coverage",
+        evidence: bool = False,
+        pool_variance: bool = False,
+        threads: int = 1,
+    ) -> None:
+        if rule not in ("coverage", "fill"):
+            raise BundleError("aggregation rule", expected="coverage or fill", got=repr(rule))
+        self.architecture = architecture
+        self.base = _check_base(architecture, base)
+        self.rule: Rule = rule
+        self.evidence = evidence
+        self.threads = threads
+        self.weight = 0
+        self.updates = 0
+        self._means = _paired_means(architecture) if pool_variance else {}
+        self._shares: dict[str, tuple[Selection, int]] = {}
+        self._layout: Selection | None = None
+        self._spans = {t.name: _span(t, self.base[t.name]) for t in architecture.tensors}
+        self._sums = {t.name: FixedSum(t.shape, self._spans[t.name]) for t in architecture.tensors}
+        self._spread = {
+            name: FixedSum(self.base[name].shape, Range(2 * self._spans[mean].exponent + 2, 3))
+            for name, mean in self._means.items()
+        }
+        moved = architecture.trainable if evidence else ()
+        self._moves = {t.name: FixedSum(t.shape, _STEP_RANGE) for t in moved}
+        self._squares = {t.name: FixedSum(t.shape, _STEP_SQUARE_RANGE) for t in moved}
+
+    def bound(self, name: str) -> float:
+        """The largest magnitude that values of a tensor may have in an update."""
+        return self._spans[name].bound
+
+    def check(self, selection: Selection, submodel: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Check an update before anything of it is added.
+
+        Raises:
+            BundleError: The selection is of another architecture.
+            ProtocolError: A tensor is missing, unknown, not float32, of another shape than the selection says, or
+                holds values that are not finite or out of bounds; the message names it.
+        """
+        mine = self.architecture
+        if selection.architecture is not mine and selection.architecture.digest != mine.digest:
+            raise BundleError("update's selection belongs to another architecture")
+        unknown = sorted(set(submodel) - set(mine.by_name))
+        if unknown:
+            raise ProtocolError(f"update holds a tensor that the model doesn't have: {unknown[0]!r}")
+        shapes = selection.shapes()
+        for spec in mine.tensors:
+            value = submodel.get(spec.name)
+            if value is None:
+                raise ProtocolError(f"update lacks tensor {spec.name}")
+            if value.dtype != np.float32:
+                raise ProtocolError(f"type of {spec.name} in an update", expected="float32", got=value.dtype)
+            if value.shape != shapes[spec.name]:
+                raise ProtocolError(f"shape of {spec.name} in an update", expected=shapes[spec.name], got=value.shape)
+        run_all(
+            [partial(check_range, t.name, submodel[t.name], self._spans[t.name].bound) for t in mine.tensors],
+            self.threads,
+        )
+        for spec in mine.statistics:
+            if spec.kind is TensorKind.STAT_VAR and submodel[spec.name].size:
+                least = float(submodel[spec.name].min())
+                if least < 0:
+                    raise ProtocolError(f"values of {spec.name}", expected="variances from 0 up", got=f"{least:g}")
+
+    def add(
+        self,
+        selection: Selection,
+        submodel: Mapping[str, npt.NDArray[np.float32]],
+        weight: int,
+        steps: int = 1,
+    ) -> None:
+        """Add one device's trained submodel: S_i += n_k·w_{k,i} at the coordinates that its selection holds.
+
+        Either all of an update is added or, where it raises, nothing.
+
+        Args:
+            selection: Where the submodel's channels live.
+            submodel: The tensors after training.
+            weight: n_k, the device's number of samples.
+            steps: Optimiser steps that it took; only evidence needs them.
+
+        Raises:
+            BundleError: As `check`.
+            ProtocolError: As `check`, or weight or steps are out of range.
+        """
+        if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= MAX_WEIGHT - self.weight:
+            raise ProtocolError(
+                "weight of an update",
+                expected=f"a whole number from 1 to {MAX_WEIGHT - self.weight} (a fold takes {MAX_WEIGHT} in all)",
+                got=repr(weight),
+            )
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+            raise ProtocolError("steps of an update", expected=f"a whole number from 1 to {MAX_STEPS}", got=repr(steps))
+        self.check(selection, submodel)
+        if self._layout is None:
+            self._layout = selection.narrowed(self.architecture.sizes)
+        tasks: list[Callable[[], None]] = [
+            partial(self._add_tensor, t, selection, submodel, weight, steps) for t in self.architecture.tensors
+        ]
+        run_all(tasks, self.threads)
+        _, before = self._shares.get(selection.digest, (selection, 0))
+        self._shares[selection.digest] = (selection, before + weight)
+        self.weight += weight
+        self.updates += 1
+
+    def _add_tensor(
+        self,
+        spec: TensorSpec,
+        selection: Selection,
+        submodel: Mapping[str, npt.NDArray[np.float32]],
+        weight: int,
+        steps: int,
+    ) -> None:
+        value = submodel[spec.name]
+        places = list(self._places(spec, selection))
+        for at, part in places:
+            self._sums[spec.name].add(value[part], weight, at)
+        if spec.name in self._means:
+            mean = self._means[spec.name]
+            off = np.array(submodel[mean], np.float64) - self.base[mean][selection.maps(mean)[0]]
+            for at, part in places:
+                self._spread[spec.name].add((off * off)[part], weight, at)
+        if spec.name in self._moves:
+            maps = selection.maps(spec.name)
+            before = self.base[spec.name][np.ix_(*maps) if maps else ...]
+            moved = np.array(value, np.float64)
+            moved -= before
+            moved /= steps
+            np.clip(moved, -_STEP_RANGE.bound, _STEP_RANGE.bound, out=moved)
+            for at, part in places:
+                self._moves[spec.name].add(moved[part], weight, at)
+            moved *= moved
+            for at, part in places:
+                self._squares[spec.name].add(moved[part], weight, at)
+
+    def merge(self, other: Fold) -> None:
+        """Add a partial fold of other updates to the same base.
+
+        Raises:
+            BundleError: It has another architecture, base, rule or content.
+            ProtocolError: The total weight would be too large.
+        """
+        if (
+            other.architecture.digest != self.architecture.digest
+            or (other.rule, other.evidence, other._means) != (self.rule, self.evidence, self._means)
+            or any(not np.array_equal(self.base[n], other.base[n]) for n in self.base)
+        ):
+            raise BundleError("folds of different models, bases or rules can't be merged")
+        if self.weight + other.weight > MAX_WEIGHT:
+            raise ProtocolError(
+                "total weight of merged folds", expected=f"up to {MAX_WEIGHT}", got=self.weight + other.weight
+            )
+        if other._layout is None:
+            return
+        if self._layout is None:
+            self._layout = other._layout
+        for spec in self.architecture.tensors:
+            for mine, theirs in ((s[spec.name], o[spec.name]) for s, o in self._stores(other) if spec.name in s):
+                for a, b in zip(mine.limbs, theirs.limbs, strict=True):
+                    a += _to_layout(_to_global(b, spec, other._layout), spec, self._layout)
+        for digest, (selection, weight) in other._shares.items():
+            _, before = self._shares.get(digest, (selection, 0))
+            self._shares[digest] = (selection, before + weight)
+        self.weight += other.weight
+        self.updates += other.updates
+
+    def _stores(self, other: Fold) -> list[tuple[dict[str, FixedSum], dict[str, FixedSum]]]:
+        return [
+            (self._sums, other._sums),
+            (self._spread, other._spread),
+            (self._moves, other._moves),
+            (self._squares, other._squares),
+        ]
+
+    def close(
+        self, server_momentum: float = 0.0, velocity: Mapping[str, npt.NDArray[np.float32]] | None = None
+    ) -> tuple[Tensors, Tensors]:
+        """The next global model.
+
+        With server momentum β (FedAvgM, Hsu et al. 2019, Sec. 4.3), v ← β·v + (w̄ − w_t) and w ← w_t + v, for
+        trainable tensors; where nobody holds a coordinate neither v nor w changes.
+
+        Args:
+            server_momentum: β, from 0 to below 1.
+            velocity: v of the round before; empty or None in the first.
+
+        Returns:
+            The next model, and v for the next call (empty without momentum).
+
+        Raises:
+            BundleError: Velocity or momentum don't fit.
+        """
+        if not 0 <= server_momentum < 1:
+            raise BundleError("server momentum", expected="from 0 to below 1", got=server_momentum)
+        model: Tensors = {}
+        moving: Tensors = {}
+        for spec in self.architecture.tensors:
+            before = (velocity or {}).get(spec.name)
+            if before is not None and before.shape != spec.shape:
+                raise BundleError(f"shape of velocity of {spec.name}", expected=spec.shape, got=before.shape)
+            if self._layout is None:
+                model[spec.name] = self.base[spec.name].copy()
+                if server_momentum and spec.kind.trainable:
+                    moving[spec.name] = (
+                        np.zeros(spec.shape, np.float32) if before is None else before.astype(np.float32)
+                    )
+            elif server_momentum and spec.kind.trainable:
+                model[spec.name], moving[spec.name] = self._close_moving(spec, server_momentum, before)
+            else:
+                model[spec.name] = self._close_tensor(spec)
+        return model, moving
+
+    def _close_tensor(self, spec: TensorSpec) -> npt.NDArray[np.float32]:
+        layout = self._expect_layout()
+        base = _to_layout(self.base[spec.name], spec, layout)
+        out = np.empty(spec.shape, np.float32)
+        for rows, mean, held in self._means_by_rows(spec, base):
+            out[rows] = mean if held is None else np.where(held, mean, base[rows])
+        return np.array(_to_global(out, spec, layout))
+
+    def _close_moving(
+        self, spec: TensorSpec, momentum: float, velocity: npt.NDArray[np.float32] | None
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        layout = self._expect_layout()
+        base = _to_layout(self.base[spec.name], spec, layout)
+        start = np.zeros(spec.shape, np.float32) if velocity is None else velocity
+        moving = _to_layout(start, spec, layout).copy()
+        out = base.copy()
+        for rows, mean, held in self._means_by_rows(spec, base):
+            speed = momentum * moving[rows].astype(np.float64) + (mean - base[rows])
+            following = base[rows] + speed
+            if held is None:
+                out[rows], moving[rows] = following, speed
+            else:
+                out[rows] = np.where(held, following, base[rows])
+                moving[rows] = np.where(held, speed, moving[rows])
+        return (
+            np.array(_to_global(out, spec, layout)),
+            np.array(_to_global(moving, spec, layout)),
+        )
+
+    def _means_by_rows(
+        self, spec: TensorSpec, base: npt.NDArray[np.float32]
+    ) -> Iterator[tuple[Index, Float64s, npt.NDArray[np.bool_] | None]]:
+        """By runs of rows in the fold's layout: index, mean, and where anyone holds a coordinate (None: everywhere)."""
+        sums = self._sums[spec.name]
+        mass = self._mass(spec)
+        fill = self.rule == "fill" and spec.kind.trainable
+        scale = VALUE_BITS - sums.span.exponent
+        for rows in _row_blocks(spec.shape):
+            if mass is None:
+                mean, held = sums.value(rows) / self.weight, None
+            else:
+                part = mass[rows]
+                held = part > 0
+                if fill:
+                    missing = base[rows].astype(np.float64) * (self.weight - part)
+                    whole = sums.limbs[0][rows] + np.rint(np.ldexp(missing, scale)).astype(np.int64)
+                    mean = np.ldexp(whole.astype(np.float64), -scale) / self.weight
+                else:
+                    mean = sums.value(rows) / np.maximum(part, 1)
+            if spec.name in self._means:
+                mean = mean + self._variance_of_means(spec, rows, mass)
+            yield rows, mean, held
+
+    def _variance_of_means(self, spec: TensorSpec, rows: Index, mass: npt.NDArray[np.int64] | None) -> Float64s:
+        """Var[m] = E[(m − m_t)²] − (E[m] − m_t)², which is exact where all means are equal."""
+        layout = self._expect_layout()
+        mean = self.architecture.by_name[self._means[spec.name]]
+        part = self.weight if mass is None else np.maximum(mass[rows], 1)
+        off = self._sums[mean.name].value(rows) / part - _to_layout(self.base[mean.name], mean, layout)[rows]
+        spread: Float64s = self._spread[spec.name].value(rows) / part - off * off
+        return np.maximum(spread, 0.0)
+
+    def mass(self, name: str) -> npt.NDArray[np.int64]:
+        """M_i per coordinate of a tensor: the weight of the updates that hold it."""
+        spec = self.architecture.by_name[name]
+        if self._layout is None:
+            return np.zeros(spec.shape, np.int64)
+        mass = self._mass(spec)
+        if mass is None:
+            return np.full(spec.shape, self.weight, np.int64)
+        return np.array(_to_global(mass, spec, self._layout))
+
+    def movement(self, name: str) -> tuple[Float64s, Float64s, npt.NDArray[np.bool_]]:
+        """What a trainable tensor's devices say about gradient and curvature.
+
+        Returns:
+            Per coordinate Σ n_k·u_k / M and Σ n_k·u_k² / M with u_k = Δ_k / steps_k (saturated at ±1/4), and whether
+            any device trained it.
+
+        Raises:
+            BundleError: The fold was made without evidence, or the tensor isn't trainable.
+        """
+        if name not in self._moves:
+            raise BundleError(f"the fold keeps no movement of {name}", hint="Make it with evidence=True.")
+        mass = self.mass(name)
+        spec = self.architecture.by_name[name]
+        if self._layout is None:
+            return np.zeros(spec.shape), np.zeros(spec.shape), mass > 0
+        part = np.maximum(mass, 1)
+        first = _to_global(self._moves[name].value(), spec, self._layout) / part
+        second = _to_global(self._squares[name].value(), spec, self._layout) / part
+        return first, second, mass > 0
+
+    def _mass(self, spec: TensorSpec) -> npt.NDArray[np.int64] | None:
+        """Mass in the fold's layout; None where every update holds the whole tensor."""
+        shapes = [(s, n, s.architecture.shape(spec.name, s.widths)) for s, n in self._shares.values()]
+        if all(shape == spec.shape for _, _, shape in shapes):
+            return None
+        mass = np.zeros(spec.shape, np.int64)
+        for selection, weight, _ in shapes:
+            for at, _ in self._places(spec, selection):
+                mass[at] += weight
+        return mass
+
+    def _expect_layout(self) -> Selection:
+        if self._layout is None:
+            raise BundleError("the fold is empty")
+        return self._layout
+
+    def _places(self, spec: TensorSpec, selection: Selection) -> Iterator[tuple[Index, Index]]:
+        """Where a submodel's tensor lies in the sums: pairs of an index into them and one into it.
+
+        Sums are laid out by the ranks of the first update. A submodel of the same ranks is a prefix of each segment,
+        so that slices do; others need index arrays.
+        """
+        layout = self._expect_layout()
+        if not spec.axes:
+            yield (...,), (...,)
+            return
+        if all(_same_ranks(layout, selection, axis) for axis in spec.axes):
+            for pairs in itertools.product(*(_pieces(axis, selection) for axis in spec.axes)):
+                yield tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+            return
+        into = [
+            np.argsort(order)[own] for order, own in zip(layout.maps(spec.name), selection.maps(spec.name), strict=True)
+        ]
+        yield np.ix_(*into), (...,)
+
+
+def _check_base(architecture: Architecture, base: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
+    out: Tensors = {}
+    for spec in architecture.tensors:
+        value = base.get(spec.name)
+        if value is None or value.dtype != np.float32 or value.shape != spec.shape:
+            raise BundleError(
+                f"tensor {spec.name} of the fold's base",
+                expected=f"float32 {spec.shape}",
+                got="nothing" if value is None else f"{value.dtype} {value.shape}",
+            )
+        if not np.isfinite(value).all():
+            raise BundleError(f"tensor {spec.name} of the fold's base", expected="finite numbers")
+        out[spec.name] = value
+    return out
+
+
+def _span(spec: TensorSpec, base: npt.NDArray[np.float32]) -> Range:
+    """Weights: 8 and 8 times the base's largest, or more. Statistics follow the data's scale: 2^24, in two limbs."""
+    if spec.kind.trainable:
+        return Range.around(base)
+    return Range.around(base, least=24, limbs=2)
+
+
+def _paired_means(architecture: Architecture) -> dict[str, str]:
+    """The mean that belongs to each variance: norms list both in the same order."""
+    means = [t for t in architecture.statistics if t.kind is TensorKind.STAT_MEAN]
+    variances = [t for t in architecture.statistics if t.kind is TensorKind.STAT_VAR]
+    if [t.axes for t in means] != [t.axes for t in variances]:
+        raise BundleError("the model's batch-norm means and variances don't pair up")
+    return {v.name: m.name for m, v in zip(means, variances, strict=True)}
+
+
+def _same_ranks(one: Selection, other: Selection, axis: Axis) -> bool:
+    return one.ranks is other.ranks or all(
+        one.ranks[g] is other.ranks[g] or np.array_equal(one.ranks[g], other.ranks[g]) for g in axis.groups
+    )
+
+
+def _pieces(axis: Axis, selection: Selection) -> list[tuple[slice, slice]]:
+    """Runs of a submodel's axis: slices of the whole axis in rank order and of its own, neighbours joined."""
+    runs: list[tuple[int, int, int]] = []
+    full = own = 0
+    for s in axis.segments:
+        length = s.length
+        if s.group != FIXED:
+            kept = selection.ranks[s.group][: selection.widths[s.group]]
+            length = int(((kept >= s.start) & (kept < s.start + s.count)).sum()) * s.inner
+        if runs and runs[-1][0] + runs[-1][2] == full and runs[-1][1] + runs[-1][2] == own:
+            runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + length)
+        elif length:
+            runs.append((full, own, length))
+        full += s.length
+        own += length
+    return [(slice(a, a + n), slice(b, b + n)) for a, b, n in runs]
+
+
+def _to_layout(value: npt.NDArray[Any], spec: TensorSpec, layout: Selection) -> npt.NDArray[Any]:
+    for axis, order in enumerate(layout.maps(spec.name)):
+        if not _identity(order):
+            value = value.take(order, axis=axis)
+    return value
+
+
+def _to_global(value: npt.NDArray[Any], spec: TensorSpec, layout: Selection) -> npt.NDArray[Any]:
+    for axis, order in enumerate(layout.maps(spec.name)):
+        if not _identity(order):
+            value = value.take(np.argsort(order), axis=axis)
+    return value
+
+
+def _identity(order: npt.NDArray[np.int64]) -> bool:
+    return bool(np.array_equal(order, np.arange(order.size)))
+
+
+def _row_blocks(shape: tuple[int, ...]) -> Iterator[Index]:
+    if not shape:
+        yield (...,)
+        return
+    rows = max(1, _CHUNK // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        yield (slice(start, start + rows),)
