@@ -110,7 +110,7 @@ class Selection:
         out: Tensors = {}
         for spec in self.architecture.tensors:
             full = _expect(tensors, spec.name, spec.shape)
-            out[spec.name] = np.ascontiguousarray(full[np.ix_(*self.maps(spec.name))] if spec.axes else full)
+            out[spec.name] = full[np.ix_(*self.maps(spec.name))] if spec.axes else full.copy()
         return out
 
     def scatter(
