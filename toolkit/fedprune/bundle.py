@@ -81,8 +81,8 @@ def open_bundle(folder: Path) -> Bundle:
     """Check every file of a bundle against its manifest and read what describes it.
 
     Raises:
-        BundleError: The manifest is missing or damaged, or a file is missing, cut short or changed; the message names the
-            file, what was expected and what was found.
+        BundleError: The manifest is missing or damaged, or a file is missing, cut short or changed; the message names
+            the file, what was expected and what was found.
     """
     body = _read_manifest(folder / MANIFEST)
     for name in FILES:

@@ -1,0 +1,112 @@
+"""Bundles: one changed bit, one missing byte or one missing file is one clear error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedprune import tensorfile
+from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.bundle import FILES, MANIFEST, WEIGHTS, manifest, open_bundle
+from fedprune.errors import BundleError, ExitCode
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection
+
+pytestmark = pytest.mark.board
+
+GROUP = Axis((Segment(0, 0, 4),))
+ARCHITECTURE = Architecture(
+    "toy",
+    (ChannelGroup("g0", 4),),
+    (TensorSpec("w", TensorKind.WEIGHT, (GROUP, Axis.fixed(3))),),
+    (Layer("w", "Gemm", "w", 1),),
+    (),
+    (3,),
+    0,
+)
+
+
+def write(folder: Path) -> Path:
+    selection = Selection.of(ARCHITECTURE, [2], [[3, 1, 0, 2]])
+    weights = selection.gather({"w": np.arange(12, dtype=np.float32).reshape(4, 3)})
+    files = {
+        "inference.onnx": b"inference",
+        "weights.safetensors": tensorfile.encode(weights),
+        "training.onnx": b"training",
+        "architecture.json": ARCHITECTURE.to_json().encode(),
+        "submodel.json": selection.to_json().encode(),
+    }
+    folder.mkdir(exist_ok=True)
+    for name, raw in files.items():
+        (folder / name).write_bytes(raw)
+    (folder / MANIFEST).write_text(manifest(files, selection, Recipe(lr=0.5), "raspberry-pi-5", ("a", "b")))
+    return folder
+
+
+def test_a_bundle_reads_back(tmp_path: Path) -> None:
+    bundle = open_bundle(write(tmp_path / "b"))
+
+    assert bundle.architecture == ARCHITECTURE
+    assert bundle.selection.widths == (2,)
+    assert bundle.recipe == Recipe(lr=0.5)
+    assert bundle.class_names == ("a", "b")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(FILES), where=st.floats(0, 0.999), bit=st.integers(0, 7))
+def test_a_flipped_bit_names_its_file(tmp_path: Path, name: str, where: float, bit: int) -> None:
+    folder = write(tmp_path / "b")
+    raw = bytearray((folder / name).read_bytes())
+    raw[int(where * len(raw))] ^= 1 << bit
+    (folder / name).write_bytes(raw)
+
+    with pytest.raises(BundleError, match=name) as caught:
+        open_bundle(folder)
+    assert caught.value.exit_code is ExitCode.BUNDLE
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_a_truncated_file_names_itself(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "b")
+    (folder / name).write_bytes((folder / name).read_bytes()[:-5])
+
+    with pytest.raises(BundleError, match=name):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_a_missing_file_names_itself(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "b")
+    (folder / name).unlink()
+
+    with pytest.raises(BundleError, match=name):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("key", ["files", "recipe", "class_names", "target", "selection", "format"])
+@pytest.mark.parametrize("value", [None, 3, "x", ["y"]])
+def test_a_strange_manifest_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    folder = write(tmp_path / "b")
+    body = json.loads((folder / MANIFEST).read_text())
+    if type(body[key]) is type(value) and key in ("target", "class_names"):
+        pytest.skip("a name or a list of names may be any")
+    body[key] = value
+    (folder / MANIFEST).write_text(json.dumps(body))
+
+    with pytest.raises(BundleError):
+        open_bundle(folder)
+
+
+def test_swapped_weights_are_noticed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "b")
+    raw = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(tensorfile.encode({"w": np.zeros((2, 3), np.float32)}))
+    assert len(raw) == (folder / WEIGHTS).stat().st_size
+
+    with pytest.raises(BundleError, match=WEIGHTS):
+        open_bundle(folder)
