@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from fedprune.architecture import Architecture
+from fedprune.architecture import Architecture, Axis
 from fedprune.selection import Tensors
 from fedprune_export.graph import Graph
 
@@ -14,15 +15,17 @@ class Model:
     """An imported model.
 
     Attributes:
-        graph: The normalised inference graph. Its only input is `x` with a free batch, its only output is `logits`; every
-            weight and statistic is an initialiser under its tensor name; all other initialisers are constants.
+        graph: The normalised inference graph. Its only input is `x` with a free batch, its only output is `logits`;
+            every weight and statistic is an initialiser under its tensor name; all other initialisers are constants.
         architecture: Channel groups, tensors and costs of that graph.
         notes: What the import changed or could not analyse, for people: one sentence each.
+        values: Axes of every value at full width; None for an axis that follows the batch.
     """
 
     graph: Graph
     architecture: Architecture
     notes: tuple[str, ...] = ()
+    values: Mapping[str, tuple[Axis | None, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def tensors(self) -> Tensors:

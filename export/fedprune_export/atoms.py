@@ -1,0 +1,73 @@
+"""Atoms: integer names for the indices of axes, and which of them can only be kept or cut together.
+
+Atom 0 is the fixed one: what is tied to it stays. Every other atom starts on its own; operators tie atoms to each
+other, and what hangs together in the end is a *unit*: the smallest thing that can be cut.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+AtomRow = npt.NDArray[np.int64]
+"""Atoms of one axis, one per index."""
+
+ANCHORED = 0
+"""The atom of everything that must stay."""
+
+
+class Atoms:
+    """Allocates atoms and collects ties between them."""
+
+    def __init__(self) -> None:
+        self._count = 1
+        self._left: list[AtomRow] = []
+        self._right: list[AtomRow] = []
+
+    def fresh(self, size: int) -> AtomRow:
+        """Atoms of a new axis; an axis of size 1 has nothing to cut."""
+        if size <= 1:
+            return still(size)
+        row = np.arange(self._count, self._count + size, dtype=np.int64)
+        self._count += size
+        return row
+
+    def tie(self, a: AtomRow, b: AtomRow) -> None:
+        """Atoms at the same place of both rows can only be kept or cut together."""
+        left, right = np.broadcast_arrays(a, b)
+        differ = left != right
+        if differ.any():
+            self._left.append(left[differ])
+            self._right.append(right[differ])
+
+    def fix(self, row: AtomRow) -> None:
+        """These atoms stay."""
+        self.tie(row, np.zeros_like(row))
+
+    def units(self) -> npt.NDArray[np.int64]:
+        """The unit of every atom, named by its smallest atom; unit 0 stays.
+
+        Labels only ever fall along ties, and following a label to its own label halves every chain, so that a few
+        passes over all ties suffice.
+        """
+        label = np.arange(self._count, dtype=np.int64)
+        if not self._left:
+            return label
+        left, right = np.concatenate(self._left), np.concatenate(self._right)
+        while True:
+            a, b = label[left], label[right]
+            open_ties = a != b
+            if not open_ties.any():
+                return label
+            left, right, a, b = left[open_ties], right[open_ties], a[open_ties], b[open_ties]
+            np.minimum.at(label, np.maximum(a, b), np.minimum(a, b))
+            while True:
+                further = label[label]
+                if np.array_equal(further, label):
+                    break
+                label = further
+
+
+def still(size: int) -> AtomRow:
+    """A row of indices that stay."""
+    return np.zeros(size, np.int64)
