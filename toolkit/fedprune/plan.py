@@ -180,7 +180,7 @@ class Plan:
                 limits=limits,
                 bound=_choice(body["bound"], (*LIMITS, NOTHING)),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise PlanError(f"this is not a plan ({type(error).__name__}: {error})") from error
         if not 0 < plan.density <= 1 or any(w < 1 for w in plan.widths):
             raise PlanError("plan: density or widths are out of range", got=(plan.density, plan.widths))

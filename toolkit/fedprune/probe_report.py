@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -61,8 +60,7 @@ class ProbeReport:
             if (
                 isinstance(value, bool)
                 or not isinstance(value, int if whole else (int, float))
-                or not math.isfinite(value)
-                or not low <= value <= high
+                or not low <= value <= high  # false for what is not a number
             ):
                 raise ProfileError(
                     f"probe report: {name}",

@@ -7,7 +7,6 @@ profile promises; what a board measures of itself (`probe_report`) beats it.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -222,7 +221,9 @@ class HardwareProfile:
         Raises:
             ProfileError: A key is unknown, missing, of the wrong type, out of range or without source.
         """
-        _only(body, (*_TOP, *SECTIONS, "sources"), where, "")
+        _only(body, (*_TOP, *SECTIONS, "sources", "format"), where, "")
+        if body.get("format", FORMAT) != FORMAT:
+            raise ProfileError(f"{where}: format", expected=FORMAT, got=repr(body["format"]))
         top = {key: _checked_text(body, key, where) for key in ("name", "title", "family")}
         if not _NAME.fullmatch(top["name"]):
             raise ProfileError(
@@ -312,7 +313,7 @@ class HardwareProfile:
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             got = body.get("format") if isinstance(body, dict) else type(body).__name__
             raise ProfileError(f"{where}: format", expected=FORMAT, got=repr(got))
-        return cls.from_dict({k: v for k, v in body.items() if k != "format"}, where)
+        return cls.from_dict(body, where)
 
 
 def _toml() -> Any:
@@ -358,13 +359,12 @@ def _value(value: object, annotation: str, meta: Mapping[str, Any], key: str) ->
     low, high = meta["low"], meta["high"]
     whole = annotation == "int"
     # TOML writes 1.8e9 as a float; where it is a whole number, that is what was meant.
-    if whole and isinstance(value, float) and math.isfinite(value) and value.is_integer():
+    if whole and isinstance(value, float) and value.is_integer():
         value = int(value)
     if (
         isinstance(value, bool)
         or not isinstance(value, int if whole else (int, float))
-        or not math.isfinite(value)
-        or not low <= value <= high
+        or not low <= value <= high  # false for what is not a number
     ):
         raise ProfileError(
             key,

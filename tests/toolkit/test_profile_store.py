@@ -1,0 +1,108 @@
+"""Profiles are found by name, by path, in a user's folder and by what a board says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedprune import profile_store
+from fedprune.errors import ProfileError
+
+pytestmark = pytest.mark.board
+
+BOARDS = (
+    "generic-aarch64",
+    "generic-x86-64",
+    "jetson-orin-nano",
+    "raspberry-pi-3b-plus",
+    "raspberry-pi-4b",
+    "raspberry-pi-5",
+    "raspberry-pi-zero-2w",
+)
+
+
+def own(folder: Path, name: str, title: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    text = (profile_store.shipped_folder() / "raspberry-pi-4b.toml").read_text()
+    path = folder / f"{name}.toml"
+    path.write_text(text.replace('"raspberry-pi-4b"', f'"{name}"').replace("Raspberry Pi 4 Model B (2 GB)", title))
+    return path
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_a_board_is_shipped(name: str) -> None:
+    assert profile_store.find(name).name == name
+
+
+def test_shipped_names_are_sorted() -> None:
+    assert list(profile_store.shipped()) == sorted(profile_store.shipped())
+
+
+def test_a_path_is_read(tmp_path: Path) -> None:
+    assert profile_store.find(str(own(tmp_path, "my-board", "Mine"))).title == "Mine"
+
+
+def test_json_is_read_like_toml(tmp_path: Path) -> None:
+    profile = profile_store.find("raspberry-pi-5")
+    path = tmp_path / "board.json"
+    path.write_text(profile.to_json())
+    assert profile_store.find(path) == profile
+
+
+def test_own_folders_add_names(tmp_path: Path) -> None:
+    own(tmp_path, "my-board", "Mine")
+    assert "my-board" in profile_store.names([tmp_path])
+    assert profile_store.find("my-board", [tmp_path]).title == "Mine"
+
+
+def test_own_folders_win_over_shipped_profiles(tmp_path: Path) -> None:
+    own(tmp_path, "raspberry-pi-5", "Mine")
+    assert profile_store.find("raspberry-pi-5", [tmp_path]).title == "Mine"
+
+
+def test_a_file_is_named_like_its_profile(tmp_path: Path) -> None:
+    own(tmp_path, "my-board", "Mine").rename(tmp_path / "other.toml")
+    with pytest.raises(ProfileError, match=r"other.toml: name: expected 'other', got 'my-board'"):
+        profile_store.find("other", [tmp_path])
+
+
+def test_an_unknown_name_lists_the_known() -> None:
+    with pytest.raises(ProfileError, match=r"'pi-9'.*raspberry-pi-5"):
+        profile_store.find("pi-9")
+
+
+@pytest.mark.parametrize("suffix", [".toml", ".json"])
+def test_a_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(ProfileError, match=r"can't read .*gone"):
+        profile_store.find(tmp_path / f"gone{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("Raspberry Pi Zero 2 W Rev 1.0", "raspberry-pi-zero-2w"),
+        ("Raspberry Pi 3 Model B Plus Rev 1.3", "raspberry-pi-3b-plus"),
+        ("Raspberry Pi 4 Model B Rev 1.5", "raspberry-pi-4b"),
+        ("Raspberry Pi 5 Model B Rev 1.0", "raspberry-pi-5"),
+        ("NVIDIA Jetson Orin Nano Developer Kit", "jetson-orin-nano"),
+    ],
+)
+def test_a_board_is_known_by_its_device_tree(model: str, name: str) -> None:
+    assert profile_store.identify(model, "aarch64").name == name
+
+
+@pytest.mark.parametrize(("machine", "name"), [("aarch64", "generic-aarch64"), ("x86_64", "generic-x86-64")])
+def test_an_unknown_board_gets_the_generic_profile(machine: str, name: str) -> None:
+    assert profile_store.identify("Banana Pi", machine).name == name
+
+
+def test_an_unknown_machine_has_no_profile() -> None:
+    with pytest.raises(ProfileError, match=r"riscv64"):
+        profile_store.identify("VisionFive", "riscv64")
+
+
+def test_the_longest_match_wins(tmp_path: Path) -> None:
+    path = own(tmp_path, "pi-4-fast", "Mine")
+    path.write_text(path.read_text().replace("Raspberry Pi 4 Model B", "Raspberry Pi 4 Model B Rev 1.5"))
+    assert profile_store.identify("Raspberry Pi 4 Model B Rev 1.5", "aarch64", [tmp_path]).name == "pi-4-fast"
