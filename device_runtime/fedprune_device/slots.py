@@ -1,0 +1,187 @@
+"""The serving model on disk: two slots and a pointer, so that one whole model is always there.
+
+A new model is put together in a folder of its own, checked there, moved into the slot that doesn't serve, and then the
+pointer is replaced. Whoever reads checks digests: after a power cut, or when a card has lost bits, the slot that was
+good before serves again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.blobs import storage_errors
+from fedprune.errors import ModelError, StorageError
+from fedprune_device import durable
+from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
+
+_LOG = logging.getLogger("fedprune.device")
+_NAMES = ("a", "b")
+_POINTER = "serving.json"
+_STAGE = "next"
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The model that serves predictions.
+
+    Attributes:
+        job: The job that it comes from.
+        round: The round.
+        classes: Entries of its logits.
+        inference: sha256 of the graph.
+        weights: sha256 of the weights.
+        offset: Added to the logits of own predictions, where the recipe adjusts logits.
+        slot: Where it lies.
+    """
+
+    job: str
+    round: int
+    classes: int
+    inference: str
+    weights: str
+    offset: tuple[float, ...] | None = None
+    slot: str = ""
+
+    def logit_offset(self) -> npt.NDArray[np.float32] | None:
+        """The offset as an array."""
+        return None if self.offset is None else np.array(self.offset, np.float32)
+
+    @classmethod
+    def from_dict(cls, body: dict[str, Any]) -> Serving:
+        """Read and check.
+
+        Raises:
+            StorageError: It is not what this class writes.
+        """
+        try:
+            values = {f.name: body[f.name] for f in fields(cls)}
+            if values["slot"] not in _NAMES:
+                raise ValueError(values["slot"])
+            if values["offset"] is not None:
+                values["offset"] = tuple(float(v) for v in values["offset"])
+                if len(values["offset"]) != values["classes"] or not all(map(math.isfinite, values["offset"])):
+                    raise ValueError("offset")
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise StorageError(f"the record of the serving model is not one ({error!r})") from error
+
+
+class Slots:
+    """The serving folder of a device. Reading needs no lock, so predictions work beside a running agent.
+
+    Args:
+        root: The folder; made when something is first written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def prepare(self) -> None:
+        """Make the folders and clear away what a killed process left.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        for folder in (self._root, *(self._root / n for n in (*_NAMES, _STAGE))):
+            with storage_errors(f"can't write {folder}"):
+                folder.mkdir(parents=True, exist_ok=True)
+            durable.sweep(folder)
+
+    def stage(self, inference: Path, weights: Path | bytes) -> Path:
+        """Put a candidate together, without touching what serves.
+
+        Args:
+            inference: The graph.
+            weights: Its weights: a file that never changes, or bytes.
+
+        Returns:
+            The candidate's folder; valid until the next call.
+
+        Raises:
+            StorageFullError: No room.
+            StorageError: The disk fails.
+        """
+        folder = self._root / _STAGE
+        durable.place(inference, folder / GRAPH)
+        if isinstance(weights, Path):
+            durable.place(weights, folder / WEIGHTS)
+        else:
+            durable.write(folder / WEIGHTS, weights)
+        return folder
+
+    def install(self, record: Serving) -> Serving:
+        """Let the staged candidate serve.
+
+        Args:
+            record: What it is; the slot is chosen here.
+
+        Returns:
+            The record with its slot.
+
+        Raises:
+            StorageError: The disk fails, or the staged files are not the record's; the old model serves on.
+        """
+        stage = self._root / _STAGE
+        if not _intact(stage, record):
+            raise StorageError("the staged model is not the one to install", hint="The disk may be failing.")
+        current = self.current()
+        slot = _NAMES[1] if current is not None and current.slot == _NAMES[0] else _NAMES[0]
+        record = Serving(**{**asdict(record), "slot": slot})
+        for name in (GRAPH, WEIGHTS):
+            durable.move(stage / name, self._root / slot / name)
+        rows = [record] + ([current] if current is not None else [])
+        durable.write_document(self._root / _POINTER, {"models": [asdict(r) for r in rows]})
+        return record
+
+    def current(self) -> Serving | None:
+        """What serves: the newest record whose files are intact; None without any."""
+        for row in self._rows():
+            if _intact(self._root / row.slot, row):
+                return row
+            _LOG.warning("model of job %s, round %d in slot %s is damaged", row.job, row.round, row.slot)
+        return None
+
+    def open(self, threads: int = 1) -> tuple[Predictor, Serving]:
+        """Load what serves.
+
+        Args:
+            threads: Threads inside an operator.
+
+        Raises:
+            ModelError: Nothing serves yet.
+            StorageError: The folder can't be read.
+        """
+        for _ in range(5):
+            record = self.current()
+            if record is None:
+                raise ModelError(
+                    f"no model serves in {self._root.parent} yet", hint="The device must finish a round first."
+                )
+            folder = self._root / record.slot
+            predictor = Predictor(folder, threads=threads)
+            # An agent may have replaced the files while they were being loaded.
+            if _intact(folder, record):
+                return predictor, record
+        raise StorageError("the serving model changes faster than it can be loaded")
+
+    def _rows(self) -> list[Serving]:
+        try:
+            body = durable.read_document(self._root / _POINTER)
+            return [Serving.from_dict(row) for row in (body or {"models": []})["models"]]
+        except StorageError as error:
+            _LOG.warning("%s", error)
+            return []
+
+
+def _intact(folder: Path, record: Serving) -> bool:
+    return (
+        durable.file_digest(folder / GRAPH) == record.inference
+        and durable.file_digest(folder / WEIGHTS) == record.weights
+    )

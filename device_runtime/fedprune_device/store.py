@@ -1,0 +1,213 @@
+"""A device's state directory: what survives a power cut.
+
+lock            one process at a time
+session.json    number of the last connection
+offer.json      the last offer that was accepted, and whether it is done
+pending.json    an update that the server has not acknowledged
+blobs/          weights and graphs by digest, finished or partly pulled
+serving/        the model that serves predictions (`slots`)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedprune.blobs import BlobStore, storage_errors
+from fedprune.errors import ProtocolError, StorageError
+from fedprune.wire import messages
+from fedprune_device import durable
+from fedprune_device.slots import Slots
+
+_LOG = logging.getLogger("fedprune.device")
+
+
+@dataclass(frozen=True)
+class Task:
+    """The last offer, and whether nothing is left to do for it."""
+
+    offer: messages.Offer
+    done: bool = False
+
+
+class DeviceStore:
+    """The state directory of one device.
+
+    Args:
+        root: The directory; made if missing.
+
+    Attributes:
+        blobs: Weights and graphs.
+        slots: The serving model.
+        task: The last offer.
+        pending: An update that is not acknowledged.
+
+    Raises:
+        StorageError: Another process uses the directory, or it can't be written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        with storage_errors(f"can't write {root}"):
+            root.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise StorageError(
+                f"another fedprune-device uses {root}", hint="Stop it, or give this one a --state of its own."
+            ) from error
+        self.root = root
+        try:
+            durable.sweep(root)
+            self.blobs = BlobStore(root / "blobs")
+            self.slots = Slots(root / "serving")
+            self.slots.prepare()
+            self.session = _number(self._read("session.json"))
+            self.task = self._load_task()
+            self.pending = self._load_pending()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def close(self) -> None:
+        """Release the directory."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> DeviceStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def next_session(self) -> int:
+        """A session number larger than every earlier one, on disk before it is used.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        durable.write_document(self.root / "session.json", {"number": self.session + 1})
+        self.session += 1
+        return self.session
+
+    def accept(self, offer: messages.Offer) -> None:
+        """Make an offer the current one.
+
+        Raises:
+            StorageError: The disk fails or is full; the old offer stays.
+        """
+        self._set_task(Task(offer))
+
+    def finish(self) -> None:
+        """Note that nothing is left to do for the current offer; its graphs stay for the next one.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        if self.task is not None and not self.task.done:
+            self._set_task(Task(self.task.offer, done=True))
+
+    def keep(self, update: messages.Update) -> None:
+        """Keep an update until the server has it. Its weights must be in `blobs`.
+
+        Raises:
+            StorageError: The weights aren't there, or the disk fails or is full.
+        """
+        if not self.blobs.has(update.weights.sha256):
+            raise StorageError("an update's weights are missing from the store")
+        durable.write_document(self.root / "pending.json", {"message": _body(update)})
+        self.pending = update
+
+    def forget(self) -> None:
+        """Drop the pending update.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        durable.remove(self.root / "pending.json")
+        self.pending = None
+
+    def collect(self) -> int:
+        """Delete blobs, whole or partly pulled, that neither the current offer nor the pending update refers to.
+
+        Returns:
+            How many were deleted.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        wanted = set()
+        if self.task is not None:
+            offer = self.task.offer
+            wanted = {offer.training.sha256, offer.inference.sha256}
+            if not self.task.done:
+                wanted.add(offer.weights.sha256)
+        if self.pending is not None:
+            wanted.add(self.pending.weights.sha256)
+        unfinished = {p.name.split(".")[0] for p in (self.blobs.root / "partial").iterdir()}
+        dropped = sorted((unfinished | set(self.blobs.names())) - wanted)
+        for name in dropped:
+            self.blobs.delete(name)
+        return len(dropped)
+
+    def free_bytes(self) -> int:
+        """Room on the disk."""
+        return shutil.disk_usage(self.root).free
+
+    def _set_task(self, task: Task) -> None:
+        durable.write_document(self.root / "offer.json", {"message": _body(task.offer), "done": task.done})
+        self.task = task
+
+    def _load_task(self) -> Task | None:
+        body = self._read("offer.json")
+        offer = self._message(body, messages.Offer, "offer.json")
+        return None if offer is None else Task(offer, bool(body and body.get("done")))
+
+    def _load_pending(self) -> messages.Update | None:
+        update: messages.Update | None = self._message(self._read("pending.json"), messages.Update, "pending.json")
+        if update is None:
+            return None
+        try:
+            self.blobs.read(update.weights.sha256)
+        except StorageError as error:
+            # Without its weights an update is nothing; the offer is still there, and trains to the same bits.
+            _LOG.warning("the pending update is lost, its offer is trained again: %s", error)
+            self.blobs.delete(update.weights.sha256)
+            durable.remove(self.root / "pending.json")
+            return None
+        return update
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            return durable.read_document(self.root / name)
+        except StorageError as error:
+            _LOG.warning("%s: going on without it", error)
+            return None
+
+    def _message(self, body: dict[str, Any] | None, kind: type[Any], name: str) -> Any:
+        if body is None:
+            return None
+        try:
+            message = messages.parse(json.dumps(body.get("message")).encode())
+        except ProtocolError as error:
+            _LOG.warning("%s is damaged, going on without it: %s", name, error)
+            return None
+        return message if isinstance(message, kind) else None
+
+
+def _body(message: messages.Offer | messages.Update) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads(message.to_bytes())
+    return body
+
+
+def _number(body: dict[str, Any] | None) -> int:
+    number = (body or {}).get("number", 0)
+    return number if isinstance(number, int) and not isinstance(number, bool) and number >= 0 else 0

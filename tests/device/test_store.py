@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune import tensorfile
+from fedprune.errors import ModelError, StorageError, StorageFullError
+from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.messages import Offer, Update
+from fedprune_device.slots import Serving, Slots
+from fedprune_device.store import DeviceStore
+
+pytestmark = pytest.mark.board
+
+Snapshot = tuple[Any, ...]
+
+
+def weights_of(number: int) -> bytes:
+    return tensorfile.encode({"w": np.full((3, 6), number, np.float32), "b": np.zeros(3, np.float32)})
+
+
+class Life:
+    """The writes of a device's life, two rounds of it."""
+
+    def __init__(self, root: Path, graphs: Path) -> None:
+        self.root = root
+        self.graph = (graphs / "inference.onnx").read_bytes()
+        self.store: DeviceStore | None = None
+        self.done = 0
+
+    def open(self) -> DeviceStore:
+        self.store = DeviceStore(self.root)
+        return self.store
+
+    def live(self, watch: Callable[[DeviceStore], object] = lambda _: None) -> None:
+        store = self.open()
+        watch(store)
+        for step in self.steps():
+            step(store)
+            self.done += 1
+            watch(store)
+
+    def close(self) -> None:
+        if self.store is not None:
+            self.store.close()
+
+    def steps(self) -> list[Callable[[DeviceStore], object]]:
+        rounds: list[Callable[[DeviceStore], object]] = [DeviceStore.next_session]
+        for n in (1, 2):
+            rounds += [
+                lambda s, n=n: s.accept(self.offer(n)),
+                lambda s: s.collect(),
+                lambda s, n=n: s.blobs.put(weights_of(n)),
+                lambda s: s.blobs.put(self.graph),
+                lambda s, n=n: s.slots.stage(s.blobs.path(BlobRef.of(self.graph).sha256), weights_of(10 + n)),
+                lambda s, n=n: s.slots.install(self.record(n)),
+                lambda s, n=n: (s.blobs.put(weights_of(10 + n)), s.keep(self.update(n))),
+                lambda s: s.finish(),
+                lambda s: s.forget(),
+            ]
+        return rounds
+
+    def offer(self, n: int) -> Offer:
+        blob = BlobRef.of(weights_of(n))
+        graph = BlobRef.of(self.graph)
+        return Offer("job", n, 0, 7, "a" * 64, "b" * 64, (3,), 3, blob, graph, graph, {}, 0.0)
+
+    def update(self, n: int) -> Update:
+        return Update("d", "job", n, 0, BlobRef.of(weights_of(10 + n)), 5, 5, {})
+
+    def record(self, n: int) -> Serving:
+        return Serving("job", n, 3, BlobRef.of(self.graph).sha256, BlobRef.of(weights_of(10 + n)).sha256)
+
+
+def snapshot(store: DeviceStore) -> Snapshot:
+    """What a device would go on with; a blob that nobody refers to doesn't count."""
+    serving = store.slots.current()
+    task = store.task
+    return (
+        store.session,
+        None if task is None else (task.offer.round, task.done),
+        None if store.pending is None else store.pending.round,
+        None if serving is None else serving.round,
+    )
+
+
+class Crash(BaseException):
+    pass
+
+
+@contextmanager
+def fault(at: int, error: BaseException | None) -> Iterator[list[int]]:
+    """The `at`-th write, sync, rename or deletion fails; after a crash every later one, too."""
+    count = [0]
+    patched = [(os, n) for n in ("fsync", "pwrite", "link", "ftruncate")] + [(Path, n) for n in ("replace", "unlink")]
+    old = [getattr(owner, name) for owner, name in patched]
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            count[0] += 1
+            if error is not None and (count[0] == at or (count[0] > at and isinstance(error, Crash))):
+                raise error
+            return function(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for (owner, name), function in zip(patched, old, strict=True):
+            patch.setattr(owner, name, wrap(function))
+        yield count
+
+
+def fails_for_room(step: Callable[[DeviceStore], object], store: DeviceStore) -> bool:
+    try:
+        step(store)
+    except StorageFullError:
+        return True
+    return False
+
+
+def undisturbed(root: Path, graphs: Path) -> tuple[list[Snapshot], int]:
+    life = Life(root, graphs)
+    states: list[Snapshot] = []
+    with fault(0, None) as count:
+        life.live(lambda s: states.append(snapshot(s)))
+    life.close()
+    return states, count[0]
+
+
+def test_a_death_at_any_write_leaves_the_state_before_or_after_it(tmp_path: Path, graphs: Path) -> None:
+    states, writes = undisturbed(tmp_path / "dry", graphs)
+    assert writes > 60
+    for at in range(1, writes + 1):
+        life = Life(tmp_path / str(at), graphs)
+        with fault(at, Crash()), pytest.raises(Crash):
+            life.live()
+        life.close()
+        done = life.done
+        with DeviceStore(life.root) as again:
+            assert snapshot(again) in (states[done], states[done + 1]), (at, done)
+
+
+def test_a_full_disk_at_any_write_loses_nothing_and_the_write_can_be_repeated(tmp_path: Path, graphs: Path) -> None:
+    states, writes = undisturbed(tmp_path / "dry", graphs)
+    for at in range(1, writes + 1):
+        life = Life(tmp_path / str(at), graphs)
+        store = life.open()
+        with fault(at, OSError(errno.ENOSPC, "No space left on device")):
+            for number, step in enumerate(life.steps()):
+                if fails_for_room(step, store):
+                    assert snapshot(store) in (states[number], states[number + 1])
+                    if number % 9 == 6:  # the stage may be used up by an install that got that far
+                        life.steps()[number - 1](store)
+                    step(store)
+        assert snapshot(store) == states[-1]
+        life.close()
+
+
+def test_two_processes_cannot_share_a_state_directory(tmp_path: Path) -> None:
+    with DeviceStore(tmp_path), pytest.raises(StorageError, match="another fedprune-device"):
+        DeviceStore(tmp_path)
+
+
+def test_a_closed_directory_can_be_opened_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        DeviceStore(tmp_path).close()
+
+
+@pytest.mark.parametrize("name", ["session.json", "offer.json", "pending.json", "serving/serving.json"])
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"body":"{}","sha256":"0"}', b"null", b"\xff" * 99])
+def test_a_damaged_file_costs_only_what_it_says(tmp_path: Path, graphs: Path, name: str, damage: bytes) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    for step in life.steps()[:8]:
+        step(store)
+    before = snapshot(store)
+    life.close()
+    (tmp_path / name).write_bytes(damage)
+    with DeviceStore(tmp_path) as again:
+        after = snapshot(again)
+    lost = ["session.json", "offer.json", "pending.json", "serving/serving.json"].index(name)
+    assert after[lost] in (None, 0)
+    assert [v for i, v in enumerate(after) if i != lost] == [v for i, v in enumerate(before) if i != lost]
+
+
+def test_the_model_before_serves_when_the_newest_one_is_damaged(tmp_path: Path, graphs: Path) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    for step in life.steps():
+        step(store)
+    current = store.slots.current()
+    assert current is not None
+    assert current.round == 2
+    (tmp_path / "serving" / current.slot / "weights.safetensors").write_bytes(weights_of(99))
+    predictor, record = store.slots.open()
+    life.close()
+    assert record.round == 1
+    np.testing.assert_allclose(predictor.predict(np.ones((1, 6), np.float32)), 66)
+
+
+def test_predictions_are_possible_beside_a_running_agent(tmp_path: Path, graphs: Path) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    for step in life.steps()[:7]:
+        step(store)
+    assert Slots(tmp_path / "serving").open()[1].round == 1
+    life.close()
+
+
+def test_before_the_first_round_nothing_serves(tmp_path: Path) -> None:
+    with DeviceStore(tmp_path) as store, pytest.raises(ModelError, match="no model serves"):
+        store.slots.open()
+
+
+def test_an_install_of_other_files_than_recorded_is_refused(tmp_path: Path, graphs: Path) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    (tmp_path / "graph").write_bytes(life.graph)
+    store.slots.stage(tmp_path / "graph", weights_of(1))
+    with pytest.raises(StorageError, match="staged"):
+        store.slots.install(life.record(1))
+    assert store.slots.current() is None
+    life.close()
+
+
+def test_a_pending_update_without_its_weights_is_given_up_for_its_offer(tmp_path: Path, graphs: Path) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    for step in life.steps()[:8]:
+        step(store)
+    store.blobs.path(life.update(1).weights.sha256).write_bytes(b"rot")
+    life.close()
+    with DeviceStore(tmp_path) as again:
+        assert again.pending is None
+        assert again.task is not None
+        assert not again.task.done
+        assert not again.blobs.has(life.update(1).weights.sha256)
+
+
+def test_blobs_that_nothing_refers_to_are_collected(tmp_path: Path, graphs: Path) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    store.accept(life.offer(1))
+    wanted = {store.blobs.put(d).sha256 for d in (life.graph, weights_of(1))}
+    store.blobs.put(b"old")
+    store.blobs.partial(BlobRef.of(b"older")).close()
+    store.collect()
+    assert set(store.blobs.names()) == wanted
+    assert not list((tmp_path / "blobs" / "partial").iterdir())
+    life.close()
+
+
+def test_graphs_outlive_their_round(tmp_path: Path, graphs: Path) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    store.accept(life.offer(1))
+    graph = store.blobs.put(life.graph).sha256
+    store.finish()
+    store.collect()
+    assert store.blobs.has(graph)
+    life.close()
+
+
+def test_session_numbers_grow_over_restarts(tmp_path: Path) -> None:
+    numbers = []
+    for _ in range(3):
+        with DeviceStore(tmp_path) as store:
+            numbers.append(store.next_session())
+    assert numbers == [1, 2, 3]
