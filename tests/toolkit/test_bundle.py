@@ -89,12 +89,10 @@ def test_a_missing_file_names_itself(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["files", "recipe", "class_names", "target", "selection", "format"])
-@pytest.mark.parametrize("value", [None, 3, "x", ["y"]])
+@pytest.mark.parametrize("value", [None, 3, {"z": 1}])
 def test_a_strange_manifest_is_refused(tmp_path: Path, key: str, value: object) -> None:
     folder = write(tmp_path / "b")
     body = json.loads((folder / MANIFEST).read_text())
-    if type(body[key]) is type(value) and key in ("target", "class_names"):
-        pytest.skip("a name or a list of names may be any")
     body[key] = value
     (folder / MANIFEST).write_text(json.dumps(body))
 

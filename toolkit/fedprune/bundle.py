@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.architecture import Architecture
-from fedprune.errors import BundleError
+from fedprune.errors import BundleError, ConfigError
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 
@@ -91,11 +91,15 @@ def open_bundle(folder: Path) -> Bundle:
     selection = Selection.from_json((folder / SUBMODEL).read_bytes(), architecture)
     if selection.digest != body["selection"]:
         raise BundleError(f"{folder}: the manifest names another selection", expected=body["selection"])
+    try:
+        recipe = Recipe.from_dict(body["recipe"])
+    except (ConfigError, TypeError) as error:
+        raise BundleError(f"{folder / MANIFEST}: {error}") from error
     return Bundle(
         folder,
         architecture,
         selection,
-        Recipe.from_dict(body["recipe"]),
+        recipe,
         str(body["target"]),
         tuple(map(str, body["class_names"])),
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from fedprune.aggregation import Rule
 from fedprune.errors import ConfigError
 from fedprune.recipe import Recipe
 
@@ -45,7 +46,7 @@ class Job:
     density: float = 0.0
     scorer: str = "magnitude"
     warmup_rounds: int = 0
-    rule: str = "coverage"
+    rule: Rule = "coverage"
     server_momentum: float = 0.0
     recipe: Recipe = field(default_factory=Recipe)
 
