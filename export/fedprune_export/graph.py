@@ -78,9 +78,7 @@ class Graph:
         self.nodes.append(Node(op, list(inputs), [output], dict(attrs or {}), output, domain))
         return output
 
-    def emit_many(
-        self, op: str, *inputs: str, outputs: int, attrs: Mapping[str, Any] | None = None
-    ) -> list[str]:
+    def emit_many(self, op: str, *inputs: str, outputs: int, attrs: Mapping[str, Any] | None = None) -> list[str]:
         """Append a node with several outputs and return their names."""
         names = [self.fresh(op) for _ in range(outputs)]
         self.nodes.append(Node(op, list(inputs), list(names), dict(attrs or {}), names[0]))
@@ -127,16 +125,14 @@ class Graph:
                 kept.append(node)
         self.nodes = kept[::-1]
         self.initializers = {k: v for k, v in self.initializers.items() if k in needed}
+        self._constants = {k: v for k, v in self._constants.items() if v in self.initializers}
 
     def copy(self) -> Graph:
         """A copy whose nodes and lists can be changed; arrays are shared."""
         return Graph(
             [Port(p.name, p.dtype, p.shape) for p in self.inputs],
             [Port(p.name, p.dtype, p.shape) for p in self.outputs],
-            [
-                Node(n.op, list(n.inputs), list(n.outputs), dict(n.attrs), n.name, n.domain)
-                for n in self.nodes
-            ],
+            [Node(n.op, list(n.inputs), list(n.outputs), dict(n.attrs), n.name, n.domain) for n in self.nodes],
             dict(self.initializers),
             self.opset,
             self.name,
@@ -177,9 +173,7 @@ class Graph:
             ModelError: The model has local functions, sub-graphs or sparse tensors.
         """
         if model.functions:
-            raise ModelError(
-                "the model has local functions", hint="Export it without them (inline functions)."
-            )
+            raise ModelError("the model has local functions", hint="Export it without them (inline functions).")
         proto = model.graph
         if proto.sparse_initializer:
             raise ModelError("the model has sparse tensors", hint="Export it with dense weights.")
@@ -213,9 +207,7 @@ class Graph:
 
 def _array(tensor: onnx.TensorProto) -> Array:
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        raise ModelError(
-            f"tensor {tensor.name} lies in another file", hint="Load the model with its external data."
-        )
+        raise ModelError(f"tensor {tensor.name} lies in another file", hint="Load the model with its external data.")
     return np.array(numpy_helper.to_array(tensor), order="C")  # 0-d stays 0-d, unlike ascontiguousarray
 
 
@@ -251,27 +243,16 @@ def _constant_value(attrs: Mapping[str, Any]) -> Array:
 
 def _port(value: onnx.ValueInfoProto) -> Port:
     if not value.type.HasField("tensor_type"):
-        raise ModelError(
-            f"{value.name} is not a tensor", hint="Sequences, maps and optionals are not supported."
-        )
+        raise ModelError(f"{value.name} is not a tensor", hint="Sequences, maps and optionals are not supported.")
     tensor = value.type.tensor_type
-    dims: list[Dim] = [
-        d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim
-    ]
+    dims: list[Dim] = [d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim]
     return Port(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)), tuple(dims))
 
 
 def _port_proto(port: Port) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(
-        port.name, helper.np_dtype_to_tensor_dtype(port.dtype), list(port.shape)
-    )
+    return helper.make_tensor_value_info(port.name, helper.np_dtype_to_tensor_dtype(port.dtype), list(port.shape))
 
 
 def _node_proto(node: Node) -> onnx.NodeProto:
-    attrs = {
-        k: numpy_helper.from_array(v) if isinstance(v, np.ndarray) else v
-        for k, v in sorted(node.attrs.items())
-    }
-    return helper.make_node(
-        node.op, node.inputs, node.outputs, node.name or None, domain=node.domain, **attrs
-    )
+    attrs = {k: numpy_helper.from_array(v) if isinstance(v, np.ndarray) else v for k, v in sorted(node.attrs.items())}
+    return helper.make_node(node.op, node.inputs, node.outputs, node.name or None, domain=node.domain, **attrs)

@@ -485,6 +485,7 @@ def _name_constants(graph: Graph, kinds: Mapping[str, str]) -> None:
         node.inputs = [names.get(i, i) for i in node.inputs]
     order = {**dict.fromkeys(kinds), **dict.fromkeys(names.values())}
     graph.initializers = {n: graph.initializers[n] for n in order}
+    graph.prune()
 
 
 def _in_order(graph: Graph) -> Iterable[str]:

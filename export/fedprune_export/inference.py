@@ -1,0 +1,46 @@
+"""Inference graphs whose weights lie beside them in a file that a board can replace without any ONNX library.
+
+The graph refers to ranges of `weights.safetensors`. Canonical tensor files put tensors of given names and shapes at
+given offsets, so new weights of the same widths fit the same graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+
+from fedprune import tensorfile
+from fedprune_export.cut import at_widths
+from fedprune_export.imported import Model
+
+WEIGHTS_FILE = "weights.safetensors"
+"""The file that an inference graph expects beside it."""
+
+
+def inference_model(model: Model, widths: Sequence[int]) -> bytes:
+    """The inference graph at these widths, as ONNX bytes without weights.
+
+    Args:
+        model: The whole model.
+        widths: Kept channels per group.
+
+    Raises:
+        BundleError: The widths don't fit the architecture.
+    """
+    proto = at_widths(model, widths).to_proto()
+    shapes = model.architecture.shapes(widths)
+    offset = len(tensorfile.header([(n, "F32", s) for n, s in shapes.items()]))
+    for name, shape in shapes.items():
+        length = 4 * int(np.prod(shape, dtype=np.int64))
+        tensor = proto.graph.initializer.add()
+        tensor.name = name
+        tensor.data_type = onnx.TensorProto.FLOAT
+        tensor.dims.extend(shape)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", WEIGHTS_FILE), ("offset", str(offset)), ("length", str(length))):
+            tensor.external_data.add(key=key, value=value)
+        offset += length
+    raw: bytes = proto.SerializeToString(deterministic=True)
+    return raw
