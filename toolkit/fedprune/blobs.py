@@ -343,8 +343,9 @@ class PartialBlob:
             self.close()
             target = self.store.path(self.ref.sha256)
             with suppress(FileNotFoundError):  # another partial of the same blob was faster
-                self.store.move(self._leaves, target.with_name(target.name + _TABLE))
+                self.store.write_file(target.with_name(target.name + _TABLE), self.table)
                 self.store.move(self._data, target)
+            self._leaves.unlink(missing_ok=True)
         if not self.complete:
             raise StorageError(f"{self._data} has vanished while it was being finished")
 
@@ -377,7 +378,6 @@ class PartialBlob:
                         expected=f"leaves {hashlib.sha256(table).hexdigest()}",
                         got=self.ref.leaves,
                     )
-                self.store.write_file(self._leaves, table)
             self.table = table
             descriptor = self._open()
             length = os.fstat(descriptor).st_size

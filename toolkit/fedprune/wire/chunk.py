@@ -1,0 +1,106 @@
+"""Chunks: pieces of a blob or of its leaf table, as binary messages.
+
+A chunk is a header of 44 bytes and the bytes of consecutive leaves (or of consecutive 32 KiB pieces of the leaf table).
+All but a blob's last leaf are 32 KiB long.
+
+    offset  bytes
+    0       3      "FPC"
+    3       1      version, 1
+    4       1      part: 0 data, 1 leaves
+    5       3      zero
+    8       4      index of the first leaf or piece, little-endian
+    12      32     sha256 of the blob
+    44      ...    payload, 1 byte to 1 MiB
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fedprune.errors import ProtocolError
+from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.messages import PARTS
+
+HEADER = struct.Struct("<3sBB3sI32s")
+MAX_PAYLOAD = 1024 * 1024
+"""Payload bytes that no chunk may exceed."""
+
+PACKET_OVERHEAD = 512
+"""Bytes of an MQTT packet that a chunk's payload can't have: topic, packet header, chunk header."""
+
+_MAGIC = b"FPC"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive leaves of a blob, or pieces of its leaf table.
+
+    Attributes:
+        sha256: The blob.
+        part: `data` or `leaves`.
+        first: Index of the first leaf or piece.
+        payload: Their bytes.
+    """
+
+    sha256: str
+    part: str
+    first: int
+    payload: bytes
+
+    def to_bytes(self) -> bytes:
+        """As it travels.
+
+        Raises:
+            ProtocolError: The payload is empty or too long.
+        """
+        _check_payload(len(self.payload))
+        digest = bytes.fromhex(self.sha256)
+        return HEADER.pack(_MAGIC, _VERSION, PARTS.index(self.part), b"\0" * 3, self.first, digest) + self.payload
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Chunk:
+        """Read and check. The payload is verified only against the leaf table, by whoever pulls the blob.
+
+        Raises:
+            ProtocolError: It is no chunk.
+        """
+        if len(raw) < HEADER.size:
+            raise ProtocolError("chunk is cut short", expected=f"more than {HEADER.size} bytes", got=len(raw))
+        magic, version, part, zero, first, digest = HEADER.unpack_from(raw)
+        if magic != _MAGIC or version != _VERSION or zero != b"\0" * 3:
+            raise ProtocolError("chunk header", expected="FPC, version 1", got=raw[:8].hex())
+        if part >= len(PARTS):
+            raise ProtocolError("part of a chunk", expected="0 or 1", got=part)
+        _check_payload(len(raw) - HEADER.size)
+        return cls(digest.hex(), PARTS[part], first, raw[HEADER.size :])
+
+    def leaves(self) -> Iterator[tuple[int, memoryview]]:
+        """The leaves or pieces with their indices."""
+        view = memoryview(self.payload)
+        for at in range(0, len(view), LEAF):
+            yield self.first + at // LEAF, view[at : at + LEAF]
+
+
+def leaves_per_chunk(max_packet: int) -> int:
+    """How many leaves fit into an MQTT packet.
+
+    Args:
+        max_packet: Bytes that the broker lets through.
+
+    Raises:
+        ProtocolError: Not even one fits.
+    """
+    count = min(max_packet - PACKET_OVERHEAD, MAX_PAYLOAD) // LEAF
+    if count < 1:
+        raise ProtocolError(
+            "the broker's packet limit is too low", expected=f"at least {LEAF + PACKET_OVERHEAD} bytes", got=max_packet
+        )
+    return count
+
+
+def _check_payload(length: int) -> None:
+    if not 0 < length <= MAX_PAYLOAD:
+        raise ProtocolError("payload of a chunk", expected=f"1 to {MAX_PAYLOAD} bytes", got=length)

@@ -1,0 +1,482 @@
+"""The connection to the broker: paho-mqtt behind one thread-safe inbox.
+
+The network thread does nothing but enqueue: messages and the news that the connection is up or down come out of `get`
+in the order in which they happened. Sessions at the broker are clean ones: what must not be lost is kept by devices and
+server and said again, so every connection starts from nothing, with its subscriptions made before it is reported up.
+
+MQTT 3.1.1 is spoken: nothing here needs more, every broker has it, and some leave a version 5 CONNECT unanswered.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import socket
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+
+from fedprune.errors import BrokerError, ConfigError
+
+log = logging.getLogger(__name__)
+
+INBOX_BYTES = 64 * 1024 * 1024
+"""Bytes that may wait in the inbox; transfer windows keep it far below, so that only a flood is dropped."""
+
+OUTBOX_BYTES = 16 * 1024 * 1024
+"""Bytes that may wait to be sent before `publish` declines."""
+
+OUTBOX_MESSAGES = 10_000
+
+Will = tuple[str, bytes]
+
+MAX_DELAY = 60.0
+_STEADY = 10.0
+_POLL = 1.0
+
+
+@dataclass(frozen=True)
+class ConnectionUp:
+    """The broker is there and all subscriptions are in force."""
+
+
+@dataclass(frozen=True)
+class ConnectionDown:
+    """The connection is lost.
+
+    Attributes:
+        reason: Why, in words.
+    """
+
+    reason: str
+
+
+Event = ConnectionUp | ConnectionDown
+
+
+@dataclass(frozen=True)
+class BrokerUrl:
+    """A broker's address.
+
+    Attributes:
+        host: Name or address.
+        port: TCP port.
+        tls: Whether the connection is encrypted (mqtts://).
+        user: User name, if any.
+        password: Its password, if any; never part of an error or of repr.
+    """
+
+    host: str
+    port: int
+    tls: bool
+    user: str | None
+    password: str | None
+
+    @classmethod
+    def parse(cls, url: str) -> BrokerUrl:
+        """Read mqtt://[user:password@]host[:port] or mqtts://...
+
+        Raises:
+            ConfigError: It is no such URL.
+        """
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise ConfigError("broker URL", expected="mqtt://[user:password@]host[:port]") from error
+        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path.strip("/") or port == 0:
+            raise ConfigError(
+                "broker URL",
+                expected="mqtt://[user:password@]host[:port] or mqtts://...",
+                got=f"scheme {parts.scheme!r}, host {parts.hostname!r}",
+            )
+        tls = parts.scheme == "mqtts"
+        return cls(
+            parts.hostname,
+            port or (8883 if tls else 1883),
+            tls,
+            unquote(parts.username) if parts.username is not None else None,
+            unquote(parts.password) if parts.password is not None else None,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def __repr__(self) -> str:
+        return f"BrokerUrl({self})"
+
+
+class Link:
+    """A connection to a broker that comes back by itself.
+
+    Args:
+        url: mqtt://[user:password@]host[:port], or mqtts:// for TLS.
+        client_id: The client's name at the broker; a second client of this name pushes the first one out.
+        will: Topic and payload that the broker publishes (QoS 1, not retained) when the connection is lost; or a
+            function that is called for them before every connection, so that each can have a number of its own.
+        keepalive: Seconds of silence after which a ping is sent; a dead connection is noticed after about two of them.
+        ca: Certificate authorities for TLS; the system's by default.
+
+    Raises:
+        ConfigError: The URL is not one, or the CA file can't be used.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        client_id: str,
+        *,
+        will: Will | Callable[[], Will] | None = None,
+        keepalive: int = 30,
+        ca: Path | None = None,
+    ) -> None:
+        self.url = BrokerUrl.parse(url)
+        self.client_id = client_id
+        self.dropped = 0
+        """Messages that didn't fit into the inbox."""
+        self._will = will
+        self._keepalive = keepalive
+        self._tls = _tls_context(ca) if self.url.tls else None
+        self._topics: list[str] = []
+        self._inbox: queue.SimpleQueue[tuple[str, bytes] | Event] = queue.SimpleQueue()
+        self._state = threading.Condition(threading.RLock())
+        self._client: paho.Client | None = None
+        self._up = False
+        self._failure = ""
+        self._reported = ""
+        self._tell = False
+        self._requested: set[str] = set()
+        self._subscribing: dict[int, str] = {}
+        self._sent: deque[int] = deque()
+        self._inbox_bytes = 0
+        self._unsent: dict[int, int] = {}
+        self._unsent_bytes = 0
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, timeout: float = 10.0, *, patient: bool = False) -> None:
+        """Connect, and stay connected from now on.
+
+        Args:
+            timeout: Seconds that the first connection may take.
+            patient: Return at once and keep trying, however long it takes, instead of raising.
+
+        Raises:
+            BrokerError: The first attempt failed; the link is closed.
+        """
+        self._tell = patient  # otherwise the first failure is told by the exception
+        self._thread = threading.Thread(target=self._run, name=f"link-{self.client_id}", daemon=True)
+        self._thread.start()
+        if patient:
+            return
+        with self._state:
+            self._state.wait_for(lambda: self._up or self._failure, timeout)
+            if self._up:
+                return
+            reason = self._failure or f"no answer within {timeout:g} s"
+        self.close()
+        raise BrokerError(
+            f"can't connect to the MQTT broker at {self.url}: {reason}",
+            hint="Is a broker running there, is the port right, does a firewall let it through, "
+            "and do user name and password fit?",
+        )
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection is up, with all subscriptions in force."""
+        return self._up
+
+    def subscribe(self, topics: Iterable[str], timeout: float = 10.0) -> None:
+        """Listen to these topics, now and after every reconnection.
+
+        Raises:
+            BrokerError: The link is connected and the broker refuses or doesn't answer.
+        """
+        with self._state:
+            new = [t for t in topics if t not in self._topics]
+            self._topics += new
+            client = self._client
+            if not self._up or client is None or not new:
+                return
+            self._request(client)
+            self._state.wait_for(lambda: self._client is not client or not self._subscribing, timeout)
+            if self._client is not client:
+                return  # the connection went; the next one subscribes to everything
+            if self._subscribing or self._failure:
+                raise BrokerError(
+                    f"the MQTT broker at {self.url} doesn't grant a subscription",
+                    expected=", ".join(new),
+                    got=self._failure or "no answer",
+                    hint="Check the broker's access control for this user.",
+                )
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        """Send, without waiting.
+
+        Returns:
+            Whether it is on its way. False while the connection is down or too much waits to be sent: what matters is
+            said again anyway.
+        """
+        with self._state:
+            client = self._client
+            if not self._up or client is None or not self.room:
+                return False
+            info = client.publish(topic, payload, qos)
+            if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                return False
+            # The network thread takes what was sent off this list under the same lock, hence never before this.
+            self._unsent[info.mid] = len(payload)
+            self._unsent_bytes += len(payload)
+            return True
+
+    @property
+    def room(self) -> bool:
+        """Whether `publish` would take a message now (if connected)."""
+        return self._unsent_bytes < OUTBOX_BYTES and len(self._unsent) < OUTBOX_MESSAGES
+
+    @property
+    def unsent(self) -> int:
+        """Payload bytes that wait to be sent or acknowledged."""
+        return self._unsent_bytes
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything published is sent and, at QoS 1, acknowledged by the broker.
+
+        Returns:
+            Whether that happened in time.
+        """
+        with self._state:
+            self._state.wait_for(lambda: not self._unsent or not self._up, timeout)
+            return not self._unsent
+
+    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | None:
+        """The next message or event.
+
+        Args:
+            timeout: Seconds to wait for one; None waits forever.
+
+        Returns:
+            (topic, payload), an event, or None if nothing came in time.
+        """
+        try:
+            item = self._inbox.get(timeout=timeout) if timeout != 0 else self._inbox.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(item, tuple):
+            with self._state:
+                self._inbox_bytes -= len(item[1])
+        return item
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Send what waits, disconnect (the will is not published) and stop; may be called twice."""
+        self.flush(timeout)
+        self._closing.set()
+        with self._state:
+            client = self._client
+        if client is not None:
+            client.disconnect()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout + 5)
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        attempt = 0
+        while not self._closing.is_set():
+            began = time.monotonic()
+            try:
+                reason = self._connection()
+            except OSError as error:
+                reason = _describe(error)
+            except Exception as error:
+                log.warning("connection to %s failed unexpectedly", self.url, exc_info=True)
+                reason = f"{type(error).__name__}: {error}"
+            self._lost(reason)
+            # Only a connection that has lasted resets the back-off: two clients of one name push each other out.
+            attempt = 0 if time.monotonic() - began > _STEADY else attempt + 1
+            self._closing.wait(random.uniform(0, min(MAX_DELAY, 0.5 * 2.0 ** min(attempt, 10))))
+
+    def _connection(self) -> str:
+        """One connection from CONNECT to its end; returns why it ended."""
+        client = self._new_client()
+        client.connect(self.url.host, self.url.port, self._keepalive)
+        with self._state:
+            self._client = client
+            self._failure = ""
+        deadline = time.monotonic() + client.connect_timeout + 5
+        answered, closed_at = False, 0.0
+        code = MQTTErrorCode.MQTT_ERR_SUCCESS
+        try:
+            while code == MQTTErrorCode.MQTT_ERR_SUCCESS:
+                code = client.loop(_POLL)
+                self._settle()
+                answered = answered or self._up
+                if not answered and time.monotonic() > deadline:
+                    return self._failure or "it accepts connections but doesn't answer an MQTT CONNECT"
+                if self._closing.is_set():  # DISCONNECT is on its way and ends the loop, unless the network is stuck
+                    closed_at = closed_at or time.monotonic()
+                    if time.monotonic() - closed_at > 2:
+                        break
+        finally:
+            with self._state:
+                failure = self._failure
+            with suppress(OSError, ValueError):
+                client.disconnect()
+            sock = client.socket()
+            if sock is not None:
+                sock.close()
+        return failure or paho.error_string(code).rstrip(".").lower()
+
+    def _new_client(self) -> paho.Client:
+        # A client of its own for each connection: paho would send what was left of the last one again, all at once.
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=self.client_id,
+            clean_session=True,
+            protocol=paho.MQTTv311,
+            reconnect_on_failure=False,
+        )
+        client.max_queued_messages_set(OUTBOX_MESSAGES)
+        if self.url.user is not None:
+            client.username_pw_set(self.url.user, self.url.password)
+        if self._tls is not None:
+            client.tls_set_context(self._tls)
+        will = self._will() if callable(self._will) else self._will
+        if will is not None:
+            client.will_set(will[0], will[1], qos=1, retain=False)
+        client.on_socket_open = _no_delay
+        # With this callback paho leaves writing to the network thread instead of doing it in `publish`.
+        client.on_socket_register_write = _nothing
+        client.on_connect = self._on_connect
+        client.on_subscribe = self._on_subscribe
+        client.on_message = self._on_message
+        client.on_publish = self._on_publish
+        return client
+
+    def _on_connect(self, client: paho.Client, _user: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+        with self._state:
+            if reason.is_failure:
+                self._failure = f"it refuses the connection ({str(reason).lower()})"
+            else:
+                self._request(client)
+                if not self._subscribing:
+                    self._report_up()
+
+    def _request(self, client: paho.Client) -> None:
+        """Subscribe to what this connection hasn't subscribed to yet."""
+        self._failure = ""
+        for topic in self._topics:
+            if topic in self._requested:
+                continue
+            code, mid = client.subscribe(topic, qos=1)
+            if code == MQTTErrorCode.MQTT_ERR_SUCCESS and mid is not None:
+                self._requested.add(topic)
+                self._subscribing[mid] = topic
+
+    def _on_subscribe(self, client: paho.Client, _user: Any, mid: int, reasons: Any, _properties: Any) -> None:
+        with self._state:
+            topic = self._subscribing.pop(mid, "")
+            if any(r.is_failure for r in reasons):
+                self._failure = f"it refuses the subscription to {topic}"
+                log.error("MQTT broker %s: %s", self.url, self._failure)
+            if not self._subscribing and not self._up:
+                if self._failure:
+                    client.disconnect()
+                elif set(self._topics) <= self._requested:
+                    self._report_up()
+                else:
+                    self._request(client)
+            self._state.notify_all()
+
+    def _report_up(self) -> None:
+        self._up = self._tell = True
+        self._failure = ""
+        self._inbox.put(ConnectionUp())
+        self._state.notify_all()
+
+    def _lost(self, reason: str) -> None:
+        with self._state:
+            was_up, self._up = self._up, False
+            news = reason != self._reported
+            self._reported = "" if was_up else reason
+            self._client = None
+            self._failure = reason
+            self._requested.clear()
+            self._subscribing.clear()
+            self._sent.clear()
+            self._unsent.clear()
+            self._unsent_bytes = 0
+            if was_up and not self._closing.is_set():
+                self._inbox.put(ConnectionDown(reason))
+            self._state.notify_all()
+        if news and self._tell and not self._closing.is_set():
+            log.warning("no connection to the MQTT broker at %s: %s", self.url, reason)
+
+    def _on_message(self, _client: paho.Client, _user: Any, message: paho.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            return
+        payload = bytes(message.payload)
+        with self._state:
+            if self._inbox_bytes + len(payload) > INBOX_BYTES:
+                self.dropped += 1
+                if self.dropped == 1:
+                    log.warning("inbox of %s is full: messages are dropped", self.client_id)
+                return
+            self._inbox_bytes += len(payload)
+        self._inbox.put((topic, payload))
+
+    def _on_publish(self, _client: paho.Client, _user: Any, mid: int, _reason: Any, _properties: Any) -> None:
+        # paho holds a lock of its own here that `publish` needs, so ours must not be taken.
+        self._sent.append(mid)
+
+    def _settle(self) -> None:
+        """Take what was sent off the list of what waits."""
+        if not self._sent:
+            return
+        with self._state:
+            while self._sent:
+                self._unsent_bytes -= self._unsent.pop(self._sent.popleft(), 0)
+            self._state.notify_all()
+
+
+def _tls_context(ca: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=str(ca) if ca is not None else None)
+    except OSError as error:
+        raise ConfigError(f"can't use the CA file {ca}: {error}") from error
+
+
+def _no_delay(_client: paho.Client, _user: Any, sock: Any) -> None:
+    with suppress(OSError, AttributeError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _nothing(_client: paho.Client, _user: Any, _sock: Any) -> None:
+    pass
+
+
+def _describe(error: OSError) -> str:
+    if isinstance(error, socket.gaierror):
+        return f"the host name is unknown ({error.strerror})"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed ({error.reason or error})"
+    if isinstance(error, TimeoutError):
+        return "no answer"
+    return (error.strerror or str(error) or type(error).__name__).lower()
