@@ -1,0 +1,183 @@
+"""Costs against numbers that come from elsewhere: torch's own counter, sizes of encoded files, sums by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune import tensorfile
+from fedprune.architecture import (
+    Activation,
+    Architecture,
+    Axis,
+    ChannelGroup,
+    Layer,
+    Segment,
+    TensorKind,
+    TensorSpec,
+    widths_at,
+)
+from fedprune.costs import costs_at
+from fedprune.errors import BundleError
+from fedprune.recipe import Features
+
+PLAIN = Features()
+
+
+def convnet(channels: Sequence[int], side: int = 16, inputs: int = 3, classes: int = 10) -> Architecture:
+    """3×3 convolutions with batch normalisation and ReLU, each followed by a 2×2 pool; flatten; one linear layer."""
+    groups = tuple(ChannelGroup(f"conv{i}", c) for i, c in enumerate(channels))
+    tensors: list[TensorSpec] = []
+    layers: list[Layer] = []
+    values: list[Activation] = []
+    before = Axis.fixed(inputs)
+    for i, count in enumerate(channels):
+        axis = Axis((Segment(i, 0, count),))
+        square = side * side
+        tensors.append(TensorSpec(f"conv{i}.weight", TensorKind.WEIGHT, (axis, before, Axis.fixed(3), Axis.fixed(3))))
+        for part, kind in (
+            ("scale", TensorKind.NORM_SCALE),
+            ("bias", TensorKind.NORM_BIAS),
+            ("mean", TensorKind.STAT_MEAN),
+            ("var", TensorKind.STAT_VAR),
+        ):
+            tensors.append(TensorSpec(f"bn{i}.{part}", kind, (axis,)))
+        layers.append(Layer(f"conv{i}", "Conv", f"conv{i}.weight", square))
+        values += [
+            Activation(f"conv{i}", axis, square, True),
+            Activation(f"bn{i}", axis, square, False),
+            Activation(f"relu{i}", axis, square, True),
+        ]
+        side //= 2
+        values.append(Activation(f"pool{i}", axis, side * side, True))
+        before = axis
+    last = len(channels) - 1
+    flat = Axis((Segment(last, 0, channels[-1], side * side),))
+    tensors.append(TensorSpec("fc.weight", TensorKind.WEIGHT, (Axis.fixed(classes), flat)))
+    tensors.append(TensorSpec("fc.bias", TensorKind.BIAS, (Axis.fixed(classes),)))
+    layers.append(Layer("fc", "Gemm", "fc.weight", 1))
+    values.append(Activation("logits", Axis.fixed(classes), 1, True))
+    side = int(layers[0].positions ** 0.5)
+    return Architecture("convnet", groups, tuple(tensors), tuple(layers), tuple(values), (inputs, side, side), classes)
+
+
+NET = convnet((8, 16))
+
+
+@st.composite
+def nets(draw: st.DrawFn) -> Architecture:
+    return convnet(draw(st.lists(st.integers(1, 24), min_size=1, max_size=3)), draw(st.sampled_from([8, 16])))
+
+
+@st.composite
+def nets_at_two_widths(draw: st.DrawFn) -> tuple[Architecture, tuple[int, ...], tuple[int, ...]]:
+    net = draw(nets())
+    wide = tuple(draw(st.integers(1, n)) for n in net.sizes)
+    narrow = tuple(draw(st.integers(1, n)) for n in wide)
+    return net, narrow, wide
+
+
+@pytest.mark.board
+@given(nets_at_two_widths())
+def test_wire_bytes_are_the_size_of_the_encoded_file(
+    case: tuple[Architecture, tuple[int, ...], tuple[int, ...]],
+) -> None:
+    net, widths, _ = case
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in net.shapes(widths).items()}
+    costs = costs_at(net, widths)
+    assert costs.wire_bytes == len(tensorfile.encode(tensors))
+    assert costs.parameters == sum(t.size for t in tensors.values())
+    assert costs.parameter_bytes == sum(t.nbytes for t in tensors.values())
+
+
+@pytest.mark.board
+@given(nets_at_two_widths(), st.integers(1, 64))
+def test_no_cost_shrinks_when_a_width_grows(
+    case: tuple[Architecture, tuple[int, ...], tuple[int, ...]], batch: int
+) -> None:
+    net, narrow, wide = case
+    less, more = costs_at(net, narrow), costs_at(net, wide)
+    assert all(getattr(less, name) <= getattr(more, name) for name in vars(less))
+    assert less.training_bytes(batch, PLAIN, 100) <= more.training_bytes(batch, PLAIN, 100)
+    assert less.inference_bytes(batch) <= more.inference_bytes(batch)
+    assert less.step_seconds(batch, 1e9, 1e9) <= more.step_seconds(batch, 1e9, 1e9)
+
+
+@pytest.mark.board
+def test_multiplications_of_a_small_net_by_hand() -> None:
+    costs = costs_at(NET, (4, 5))
+    first, second, last = 4 * 3 * 9 * 256, 5 * 4 * 9 * 64, 10 * 5 * 16
+    assert costs.forward_macs == first + second + last
+    assert costs.training_macs == 2 * first + 3 * second + 3 * last
+
+
+@pytest.mark.board
+def test_activations_of_a_small_net_by_hand() -> None:
+    costs = costs_at(NET, (4, 5))
+    maps = [4 * 256] * 3 + [4 * 64] + [5 * 64] * 3 + [5 * 16, 10]
+    unkept = [4 * 256, 5 * 64]
+    assert costs.traffic_bytes == 4 * sum(maps)
+    assert costs.kept_bytes == 4 * (sum(maps) - sum(unkept))
+    assert costs.largest_bytes == 4 * 4 * 256
+    assert costs.sample_bytes == 4 * 3 * 16 * 16
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.2])
+def test_multiplications_are_what_torch_counts(density: float) -> None:
+    import torch
+    from torch import nn
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net = convnet((8, 12, 20))
+    widths = widths_at(net, density)
+    parts: list[nn.Module] = []
+    before = 3
+    for width in widths:
+        parts += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        parts.append(nn.MaxPool2d(2))
+        before = width
+    model = nn.Sequential(*parts, nn.Flatten(), nn.Linear(before * 4, 10))
+    with FlopCounterMode(display=False) as forward:
+        loss = model(torch.zeros(1, 3, 16, 16) + 0.5).sum()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    costs = costs_at(net, widths)
+    assert 2 * costs.forward_macs == forward.get_total_flops()
+    assert 2 * (costs.training_macs - costs.forward_macs) == backward.get_total_flops()
+    held = sum(t.numel() for n, t in model.state_dict().items() if not n.endswith("num_batches_tracked"))
+    assert costs.parameters == held
+
+
+@pytest.mark.board
+@pytest.mark.parametrize("feature", ["proximal", "element_mask", "gradients"])
+def test_features_that_hold_arrays_take_memory(feature: str) -> None:
+    costs = costs_at(NET, NET.sizes)
+    plain, more = (costs.training_bytes(8, f, 10) for f in (PLAIN, replace(PLAIN, **{feature: True})))
+    assert more >= plain + costs.parameter_bytes
+
+
+@pytest.mark.board
+def test_local_data_takes_memory() -> None:
+    costs = costs_at(NET, NET.sizes)
+    assert costs.training_bytes(8, PLAIN, 1010) - costs.training_bytes(8, PLAIN, 10) == 1000 * 3 * 16 * 16 * 4
+
+
+@pytest.mark.board
+def test_time_falls_with_rate_and_bandwidth() -> None:
+    costs = costs_at(NET, NET.sizes)
+    base = costs.step_seconds(8, 1e9, 1e9)
+    assert costs.step_seconds(8, 2e9, 1e9) < base
+    assert costs.step_seconds(8, 1e9, 2e9) < base
+    assert costs.step_seconds(8, 2e9, 2e9) == pytest.approx(base / 2)
+
+
+@pytest.mark.board
+def test_widths_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(BundleError, match="conv0"):
+        costs_at(NET, (9, 1))

@@ -1,0 +1,291 @@
+"""Plans: the widest that fits, the limit that binds, and never a narrower one for a looser limit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fedprune import profile_store
+from fedprune.architecture import (
+    Activation,
+    Architecture,
+    Axis,
+    ChannelGroup,
+    Layer,
+    Segment,
+    TensorKind,
+    TensorSpec,
+    widths_at,
+)
+from fedprune.errors import ExitCode, PlanError
+from fedprune.plan import DENSITIES, NOTHING, Limit, Plan, plan, predict, train_rate, training_memory
+from fedprune.probe_report import ProbeReport
+from fedprune.profile import HardwareProfile
+from fedprune.recipe import Recipe
+
+pytestmark = pytest.mark.board
+
+HIDDEN = Axis((Segment(0, 0, 64),))
+MAPS = Axis((Segment(1, 0, 32),))
+NET = Architecture(
+    "net",
+    (ChannelGroup("hidden", 64), ChannelGroup("maps", 32)),
+    (
+        TensorSpec("conv", TensorKind.WEIGHT, (MAPS, Axis.fixed(3), Axis.fixed(3), Axis.fixed(3))),
+        TensorSpec("fc", TensorKind.WEIGHT, (HIDDEN, Axis((Segment(1, 0, 32, 256),)))),
+        TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(10), HIDDEN)),
+    ),
+    (Layer("conv", "Conv", "conv", 256), Layer("fc", "Gemm", "fc", 1), Layer("head", "Gemm", "head", 1)),
+    (Activation("conv", MAPS, 256, True), Activation("fc", HIDDEN, 1, True)),
+    (3, 16, 16),
+    10,
+)
+RECIPE = Recipe(epochs=2, batch_size=16)
+BOARD = profile_store.find("raspberry-pi-4b")
+PROBE = ProbeReport(cores=4, memory_total=4 * 10**9, memory_available=3 * 10**9, seconds=1.0)
+FULL = predict(NET, NET.sizes, BOARD, RECIPE, 500)
+
+
+def board(**changes: Mapping[str, float]) -> HardwareProfile:
+    parts: dict[str, Any] = {name: replace(getattr(BOARD, name), **change) for name, change in changes.items()}
+    return replace(BOARD, **parts)
+
+
+def memory_of(training: float) -> HardwareProfile:
+    return board(memory={"total_bytes": int(training) + 10**9, "reserve_bytes": 10**9, "training_share": 1.0})
+
+
+def test_a_small_net_fits_whole() -> None:
+    made = plan(NET, BOARD, RECIPE, 500)
+    assert (made.widths, made.density, made.bound) == (NET.sizes, 1.0, NOTHING)
+
+
+def test_memory_binds() -> None:
+    made = plan(NET, memory_of(FULL.memory_bytes * 0.95), RECIPE, 500)
+    assert made.bound == "memory"
+    assert made.widths < NET.sizes
+
+
+def test_time_binds() -> None:
+    assert plan(NET, BOARD, RECIPE, 500, deadline_s=FULL.round_s * 0.5).bound == "time"
+
+
+def test_the_job_budget_binds() -> None:
+    made = plan(NET, BOARD, RECIPE, 500, byte_budget=FULL.round_bytes // 2)
+    assert made.bound == "bytes"
+    assert 2 * made.prediction.wire_bytes <= FULL.round_bytes // 2
+
+
+def test_the_link_binds() -> None:
+    made = plan(NET, board(link={"bytes_per_round": FULL.round_bytes // 2}), RECIPE, 500)
+    assert made.bound == "link"
+
+
+def test_storage_binds() -> None:
+    made = plan(NET, board(storage={"budget_bytes": 2 * FULL.wire_bytes}), RECIPE, 500)
+    assert made.bound == "storage"
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> dict[str, Any]:
+    share = st.floats(0.02, 1.5)
+    return {
+        "profile": board(
+            memory={
+                "total_bytes": 10**9 + int(FULL.memory_bytes * draw(st.floats(0.6, 1.2))),
+                "reserve_bytes": 10**9,
+                "training_share": 1.0,
+            },
+            link={"bytes_per_round": int(FULL.round_bytes * draw(share))},
+        ),
+        "recipe": RECIPE,
+        "samples": 500,
+        "byte_budget": draw(st.none() | share.map(lambda s: int(FULL.round_bytes * s))),
+        "deadline_s": draw(st.none() | share.map(lambda s: FULL.round_s * s)),
+    }
+
+
+def made_or_none(situation: dict[str, Any]) -> Plan | None:
+    try:
+        return plan(NET, **situation)
+    except PlanError:
+        return None
+
+
+@given(situations())
+def test_a_plan_fits_and_the_next_wider_breaks_what_bounds_it(situation: dict[str, Any]) -> None:
+    made = made_or_none(situation)
+    assume(made is not None)
+    assert made is not None
+    assert all(limit.fits for limit in made.limits)
+    wider = [w for w in dict.fromkeys(widths_at(NET, d) for d in DENSITIES) if w > made.widths]
+    if not wider:
+        assert made.bound == NOTHING
+        return
+    need = predict(NET, wider[-1], situation["profile"], RECIPE, 500)
+    needs = {
+        "memory": need.memory_bytes,
+        "time": need.train_s + need.transfer_s,
+        "link": 2 * need.wire_bytes,
+        "bytes": 2 * need.wire_bytes,
+        "storage": 3 * need.wire_bytes,
+    }
+    limits = {m.name: m.limit for m in made.limits}
+    overshoot = {name: needs[name] / limits[name] for name in limits}
+    assert overshoot[made.bound] > 1
+    assert overshoot[made.bound] == pytest.approx(max(overshoot.values()))
+
+
+@given(situations(), st.sampled_from(["memory", "link", "byte_budget", "deadline_s"]), st.floats(1, 3))
+def test_a_looser_limit_never_gives_a_narrower_plan(situation: dict[str, Any], which: str, more: float) -> None:
+    made = made_or_none(situation)
+    assume(made is not None)
+    looser = dict(situation)
+    profile = situation["profile"]
+    if which == "memory":
+        memory = replace(profile.memory, total_bytes=int(profile.memory.total_bytes * more) + 1)
+        looser["profile"] = replace(profile, memory=memory)
+    elif which == "link":
+        link = replace(profile.link, bytes_per_round=int(profile.link.bytes_per_round * more) + 1)
+        looser["profile"] = replace(profile, link=link)
+    elif situation[which] is not None:
+        looser[which] = situation[which] * more
+    after = plan(NET, **looser)
+    assert made is not None
+    assert all(a >= b for a, b in zip(after.widths, made.widths, strict=True))
+
+
+@given(situations())
+@settings(max_examples=20)
+def test_the_same_question_has_the_same_answer(situation: dict[str, Any]) -> None:
+    assert made_or_none(situation) == made_or_none(situation)
+
+
+@given(situations())
+def test_a_plan_survives_json(situation: dict[str, Any]) -> None:
+    made = made_or_none(situation)
+    assume(made is not None)
+    assert made is not None
+    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_the_error_says_what_fails_at_the_narrowest_and_by_how_much() -> None:
+    with pytest.raises(PlanError) as caught:
+        plan(NET, memory_of(10**6), RECIPE, 500)
+    narrowest = predict(NET, widths_at(NET, DENSITIES[-1]), memory_of(10**6), RECIPE, 500)
+    over = (narrowest.memory_bytes - 10**6) / 1e6
+    assert "memory" in caught.value.what
+    assert f"{over:,.2f} MB too much" in str(caught.value)
+    assert caught.value.exit_code == ExitCode.PLAN
+
+
+def test_the_error_names_every_limit_that_fails() -> None:
+    with pytest.raises(PlanError, match=r"breaks bytes.*also breaks.*memory"):
+        plan(NET, memory_of(60 * 10**6), RECIPE, 500, byte_budget=10)
+
+
+def test_every_limit_is_described_and_the_binding_one_marked() -> None:
+    made = plan(NET, BOARD, RECIPE, 500, byte_budget=FULL.round_bytes // 2, deadline_s=10**6)
+    lines = made.describe().splitlines()
+    assert [line for line in lines if "<- binds" in line] == [
+        line for line in lines if line.strip().startswith("bytes:")
+    ]
+    for name in ("memory", "time", "link", "bytes", "storage"):
+        assert any(line.strip().startswith(f"{name}:") for line in lines)
+
+
+def test_equal_widths_are_tried_once() -> None:
+    made = plan(NET, BOARD, RECIPE, 500, densities=(1.0, 1.0, 0.999, 0.5))
+    assert made.density == 1.0
+
+
+def test_own_densities_are_kept_to() -> None:
+    made = plan(NET, BOARD, RECIPE, 500, densities=(0.25, 0.5), byte_budget=FULL.round_bytes)
+    assert (made.density, made.bound) == (0.5, NOTHING)
+
+
+def test_a_measured_rate_beats_the_promise() -> None:
+    assert train_rate(BOARD, replace(PROBE, train_rate=5e9)) == 5e9
+
+
+def test_an_unmeasured_rate_follows_cores_and_clock() -> None:
+    probe = replace(PROBE, cores=2, clock_hz=BOARD.cpu.clock_hz // 2)
+    assert train_rate(BOARD, probe) == pytest.approx(BOARD.train_rate / 4)
+
+
+def test_measured_memory_beats_the_promise() -> None:
+    free = training_memory(BOARD, replace(PROBE, memory_total=8 * 10**9, memory_available=7 * 10**9))
+    assert free == pytest.approx(7e9 * BOARD.memory.training_share)
+
+
+def test_training_never_takes_what_was_not_free() -> None:
+    free = training_memory(BOARD, replace(PROBE, memory_available=10**8))
+    assert free == pytest.approx(1e8 * BOARD.memory.training_share)
+
+
+def test_a_board_with_less_memory_than_its_reserve_gets_an_error() -> None:
+    probe = replace(PROBE, memory_total=10**8, memory_available=10**8)
+    with pytest.raises(PlanError, match="memory"):
+        plan(NET, BOARD, RECIPE, 500, probe=probe)
+
+
+def test_a_slow_probe_narrows_a_plan() -> None:
+    deadline = FULL.round_s * 1.1
+    probe = replace(PROBE, train_rate=BOARD.train_rate / 10)
+    assert plan(NET, BOARD, RECIPE, 500, deadline_s=deadline).bound == NOTHING
+    assert plan(NET, BOARD, RECIPE, 500, deadline_s=deadline, probe=probe).bound == "time"
+
+
+def test_samples_fewer_than_a_batch_cost_less_memory() -> None:
+    few = predict(NET, NET.sizes, BOARD, RECIPE, 4)
+    assert few.memory_bytes < FULL.memory_bytes
+    assert few.steps == 2
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"samples": 0}, {"samples": -1}, {"byte_budget": 0}, {"deadline_s": float("nan")}, {"deadline_s": -2.0}]
+)
+def test_a_limit_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match=next(iter(wrong))):
+        plan(NET, **{"profile": BOARD, "recipe": RECIPE, "samples": 500, **wrong})
+
+
+def test_no_candidates_is_an_error() -> None:
+    with pytest.raises(PlanError, match="no density"):
+        plan(NET, BOARD, RECIPE, 500, densities=())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"widths": [0, 3]},
+        {"widths": "ab"},
+        {"density": 1.5},
+        {"density": float("nan")},
+        {"bound": "weather"},
+        {"prediction": {}},
+        {"limits": [{"name": "memory"}]},
+        {"limits": [{"name": "weather", "value": 1, "limit": 2, "unit": "bytes"}]},
+    ],
+)
+def test_a_damaged_plan_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(PlanError):
+        Plan.from_dict({**plan(NET, BOARD, RECIPE, 500).to_dict(), **change})
+
+
+@pytest.mark.parametrize("body", [None, [], "plan", {}])
+def test_what_is_no_plan_is_refused(body: object) -> None:
+    with pytest.raises(PlanError, match="not a plan"):
+        Plan.from_dict(body)
+
+
+def test_headroom_is_what_is_left() -> None:
+    assert Limit("memory", 75, 100, "bytes").headroom == 0.25
+    assert Limit("memory", 150, 100, "bytes").headroom == -0.5
+    assert not Limit("memory", 1, 0, "bytes").fits
