@@ -1,0 +1,334 @@
+"""Gradient rules of convolutions.
+
+Each layer's forward, input gradient and weight gradient has several formulations that give the same numbers;
+which one is fast depends on the layer's shape. `formulation` chooses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedprune.errors import ModelError
+from fedprune_export.differentiate import Pull, Shape, Tape, describe, rule
+from fedprune_export.graph import Graph, Node
+from fedprune_export.pooling_gradients import Window, leftovers, window
+
+
+@dataclass(frozen=True)
+class Formulation:
+    """How one convolution is computed.
+
+    Attributes:
+        forward: The operator, or one matrix product over columns (all windows of the whole batch, channels first).
+        input_gradient: A convolution with the flipped kernel, a transposed convolution, or a product over columns.
+        weight_gradient: One product per kernel element, one over columns, or a convolution with dy as its kernel.
+    """
+
+    forward: Literal["operator", "columns"]
+    input_gradient: Literal["flipped", "transposed", "columns"]
+    weight_gradient: Literal["taps", "columns", "convolution"]
+
+
+def formulation(w: Window, channels: int) -> Formulation:
+    """The formulation for a layer.
+
+    Args:
+        w: The layer's window.
+        channels: Its input channels at full width.
+    """
+    area = math.prod(w.output)
+    fits = all(p <= d * (k - 1) for pad, d, k in zip(w.pads, w.dilations, w.kernel, strict=True) for p in pad)
+    plain = all(s == 1 for s in w.strides) and fits
+    small = area <= 16 and plain and math.prod(w.kernel) > 1
+    if channels <= 3 and math.prod(w.kernel) >= 25:
+        weight: Literal["taps", "columns", "convolution"] = "convolution"
+    else:
+        weight = "taps" if area >= 196 else "columns"
+    return Formulation(
+        "columns" if small else "operator",
+        "columns" if small else "flipped" if plain else "transposed",
+        "columns" if small else weight,
+    )
+
+
+@rule("Conv")
+def conv(tape: Tape, node: Node) -> Pull:
+    """Y = x ∗ w + b in one or more dimensions."""
+    if int(node.attrs.get("group", 1)) != 1:
+        return _depthwise(tape, node)
+    return _Convolution(tape, node).write()
+
+
+class _Convolution:
+    """One convolution with a single group on the tape."""
+
+    def __init__(self, tape: Tape, node: Node) -> None:
+        self.tape, self.node, self.g = tape, node, tape.graph
+        self.data, self.weight = node.inputs[:2]
+        self.bias = node.inputs[2] if len(node.inputs) > 2 else ""
+        self.x, self.kernel = tape.value(self.data), tape.value(self.weight)
+        shape, kernel = tape.shape(self.data), tape.shape(self.weight)
+        self.rank = len(shape) - 2
+        self.w = window(tape, node, tape.static(node, kernel[2:]))
+        self.shape: Shape = (shape[0], kernel[0], *self.w.output)
+        self.form = formulation(self.w, tape.extent(kernel[1]))
+        self._columns: str | None = None
+
+    def write(self) -> Pull:
+        """Write the forward pass."""
+        g, tape = self.g, self.tape
+        if self.form.forward == "columns":
+            flat = g.emit("MatMul", g.emit("Flatten", self.kernel, attrs={"axis": 1}), self.columns())
+            y = self.from_channels_first(flat, self.w.output)
+            if self.bias:
+                y = g.emit("Add", y, _column(g, tape.value(self.bias), self.rank))
+        else:
+            inputs = [self.x, self.kernel] + ([tape.value(self.bias)] if self.bias else [])
+            y = g.emit("Conv", *inputs, attrs=_attrs(self.w))
+        tape.enter(self.node.outputs[0], y, self.shape)
+        return self.pull
+
+    def pull(self, dy: str) -> None:
+        """Write the backward pass."""
+        tape, g, form = self.tape, self.g, self.form
+        if self.bias and tape.wants(self.bias):
+            axes = g.ints(0, *range(2, self.rank + 2))
+            tape.add(self.bias, g.emit("ReduceSum", dy, axes, attrs={"keepdims": 0}))
+        if tape.wants(self.weight):
+            tape.add(self.weight, getattr(self, f"weight_by_{form.weight_gradient}")(dy))
+        if tape.wants(self.data):
+            tape.add(self.data, getattr(self, f"input_by_{form.input_gradient}")(dy))
+
+    # -- input gradient ---------------------------------------------------------------------------------------------
+
+    def flipped_kernel(self) -> str:
+        """The kernel with its channels swapped and its taps in reverse order."""
+        g, axes = self.g, range(2, self.rank + 2)
+        swapped = g.emit("Transpose", self.kernel, attrs={"perm": [1, 0, *axes]})
+        flip = [a for a in axes if self.w.kernel[a - 2] > 1]
+        if not flip:
+            return swapped
+        ones = [-1] * len(flip)
+        return g.emit("Slice", swapped, g.ints(*ones), g.ints(*[-(2**31)] * len(flip)), g.ints(*flip), g.ints(*ones))
+
+    def back_window(self) -> Window:
+        """The window of the convolution that gives the input's gradient (stride 1)."""
+        w = self.w
+        pads = tuple(
+            (d * (k - 1) - before, d * (k - 1) - after)
+            for (before, after), d, k in zip(w.pads, w.dilations, w.kernel, strict=True)
+        )
+        return Window(w.output, w.kernel, w.strides, w.dilations, pads, w.sizes)
+
+    def input_by_flipped(self, dy: str) -> str:
+        """A convolution of dy with the flipped kernel."""
+        return self.g.emit("Conv", dy, self.flipped_kernel(), attrs=_attrs(self.back_window()))
+
+    def input_by_columns(self, dy: str) -> str:
+        """The same as one matrix product."""
+        g = self.g
+        kernel = g.emit("Flatten", self.flipped_kernel(), attrs={"axis": 1})
+        flat = g.emit("MatMul", kernel, columns(g, dy, self.back_window()))
+        return self.from_channels_first(flat, self.w.sizes)
+
+    def input_by_transposed(self, dy: str) -> str:
+        """A transposed convolution, for strides."""
+        attrs = {**_attrs(self.w), "output_padding": leftovers(self.w)}
+        return self.g.emit("ConvTranspose", dy, self.kernel, attrs=attrs)
+
+    # -- weight gradient --------------------------------------------------------------------------------------------
+
+    def weight_by_taps(self, dy: str) -> str:
+        """One batched matrix product per kernel element, summed over the batch."""
+        g, w = self.g, self.w
+        last = self.rank + 1
+        rows = g.emit("Reshape", dy, g.ints(0, 0, -1))
+        # Channels last: a tap is then a copy of long runs, and the product needs no further transpose.
+        x = g.emit("Transpose", self.x, attrs={"perm": [0, *range(2, self.rank + 2), 1]})
+        x = _padded(g, x, w, first=1)
+        parts = []
+        for tap in taps(g, x, w, first=1):
+            flat = g.emit("Reshape", tap, g.ints(0, math.prod(w.output), -1))
+            product = g.emit("MatMul", rows, flat)
+            parts.append(g.emit("ReduceSum", product, g.ints(0), attrs={"keepdims": 0}))
+        if len(parts) == 1:
+            return g.emit("Unsqueeze", parts[0], g.ints(*range(2, last + 1)))
+        stacked = [g.emit("Unsqueeze", p, g.ints(2)) for p in parts]
+        return g.emit("Reshape", g.emit("Concat", *stacked, attrs={"axis": 2}), g.ints(0, 0, *w.kernel))
+
+    def weight_by_columns(self, dy: str) -> str:
+        """One matrix product over all windows of the batch."""
+        g = self.g
+        rows = g.emit("Flatten", _channels_first(g, dy, self.rank), attrs={"axis": 1})
+        flat = g.emit("Gemm", rows, self.columns(), attrs={"transB": 1})
+        return g.emit("Reshape", flat, g.ints(0, -1, *self.w.kernel))
+
+    def weight_by_convolution(self, dy: str) -> str:
+        """A convolution over the batch, with dy as the kernel."""
+        g, w = self.g, self.w
+        attrs: dict[str, Any] = {
+            "kernel_shape": list(w.output),
+            "strides": list(w.dilations),
+            "dilations": list(w.strides),
+            "pads": w.flat_pads,
+        }
+        swapped = g.emit("Conv", _channels_first(g, self.x, self.rank), _channels_first(g, dy, self.rank), attrs=attrs)
+        if any(rest >= d for rest, d in zip(leftovers(w), w.dilations, strict=True)):
+            axes = range(2, self.rank + 2)
+            swapped = g.emit("Slice", swapped, g.ints(*[0] * self.rank), g.ints(*w.kernel), g.ints(*axes))
+        return _channels_first(g, swapped, self.rank)
+
+    # -- columns ----------------------------------------------------------------------------------------------------
+
+    def columns(self) -> str:
+        """The input's windows, made once for forward and weight gradient."""
+        if self._columns is None:
+            self._columns = columns(self.g, self.x, self.w)
+        return self._columns
+
+    def from_channels_first(self, flat: str, sizes: tuple[int, ...]) -> str:
+        """[C, N · positions] as [N, C, ...]."""
+        return _channels_first(self.g, self.g.emit("Reshape", flat, self.g.ints(0, -1, *sizes)), self.rank)
+
+
+def columns(g: Graph, x: str, w: Window) -> str:
+    """All windows of a whole batch: [C · taps, N · positions]."""
+    rank = len(w.sizes)
+    padded = _padded(g, _channels_first(g, x, rank), w, first=2)
+    parts = [g.emit("Unsqueeze", t, g.ints(1)) for t in taps(g, padded, w, first=2)]
+    stacked = g.emit("Concat", *parts, attrs={"axis": 1}) if len(parts) > 1 else parts[0]
+    return g.emit("Flatten", stacked, attrs={"axis": 2})
+
+
+def taps(g: Graph, padded: str, w: Window, first: int) -> list[str]:
+    """What each kernel element sees of a padded input whose spatial axes start at `first`."""
+    axes = range(first, first + len(w.sizes))
+    out = []
+    for position in itertools.product(*map(range, w.kernel)):
+        starts = [p * d for p, d in zip(position, w.dilations, strict=True)]
+        ends = [s + (n - 1) * t + 1 for s, n, t in zip(starts, w.output, w.strides, strict=True)]
+        whole = all(
+            s == 0 and t == 1 and e == size + sum(pad)
+            for s, e, t, size, pad in zip(starts, ends, w.strides, w.sizes, w.pads, strict=True)
+        )
+        if whole:
+            out.append(padded)
+            continue
+        steps = [g.ints(*w.strides)] if any(t != 1 for t in w.strides) else []
+        out.append(g.emit("Slice", padded, g.ints(*starts), g.ints(*ends), g.ints(*axes), *steps))
+    return out
+
+
+def _padded(g: Graph, x: str, w: Window, first: int) -> str:
+    if not any(w.flat_pads):
+        return x
+    tail = [0] * (2 - first)
+    begins = [0] * first + [p[0] for p in w.pads] + ([0] if first == 1 else tail)
+    ends = [0] * first + [p[1] for p in w.pads] + ([0] if first == 1 else tail)
+    return g.emit("Pad", x, g.ints(*begins, *ends))
+
+
+def _channels_first(g: Graph, value: str, rank: int) -> str:
+    return g.emit("Transpose", value, attrs={"perm": [1, 0, *range(2, rank + 2)]})
+
+
+def _column(g: Graph, value: str, rank: int) -> str:
+    return g.emit("Unsqueeze", value, g.ints(*range(1, rank + 1)))
+
+
+def _attrs(w: Window) -> dict[str, Any]:
+    return {
+        "kernel_shape": list(w.kernel),
+        "strides": list(w.strides),
+        "dilations": list(w.dilations),
+        "pads": w.flat_pads,
+        "group": 1,
+    }
+
+
+def _depthwise(tape: Tape, node: Node) -> Pull:
+    """A convolution with one input and one output channel per group, tap by tap.
+
+    The operator's group count would have to be a number; products with one kernel element each serve any width.
+
+    Raises:
+        ModelError: Groups of several channels.
+    """
+    data, weight = node.inputs[:2]
+    bias = node.inputs[2] if len(node.inputs) > 2 else ""
+    x, shape, kernel = tape.value(data), tape.shape(data), tape.shape(weight)
+    groups = int(node.attrs["group"])
+    if kernel[1] != 1 or tape.extent(kernel[0]) != groups or tape.extent(shape[1]) != groups:
+        raise ModelError(
+            f"{describe(node)}: groups of several channels",
+            expected="one group, or one channel per group",
+            got=f"{groups} groups",
+            hint="Such a layer has a fixed number of groups and can't be part of a graph for all widths.",
+        )
+    g, rank = tape.graph, len(shape) - 2
+    w = window(tape, node, tape.static(node, kernel[2:]))
+    count = math.prod(w.kernel)
+    # [C, 1, k...] to one [C, 1, 1] per tap.
+    flat = g.emit("Reshape", tape.value(weight), g.ints(0, 1, -1))
+    elements = g.emit_many("Split", flat, outputs=count, attrs={"axis": 2}) if count > 1 else [flat]
+    if rank != 2:
+        elements = [g.emit("Reshape", e, g.ints(0, *[1] * rank)) for e in elements]
+    seen = taps(g, _padded(g, x, w, first=2), w, first=2)
+    y = ""
+    for tap, element in zip(seen, elements, strict=True):
+        part = g.emit("Mul", tap, element)
+        y = g.emit("Add", y, part) if y else part
+    if bias:
+        y = g.emit("Add", y, _column(g, tape.value(bias), rank))
+    tape.enter(node.outputs[0], y, (shape[0], kernel[0], *w.output))
+    axes = (0, *range(2, rank + 2))
+
+    def pull(dy: str) -> None:
+        if bias and tape.wants(bias):
+            tape.add(bias, g.emit("ReduceSum", dy, g.ints(*axes), attrs={"keepdims": 0}))
+        if tape.wants(weight):
+            sums = [g.emit("ReduceSum", g.emit("Mul", dy, tap), g.ints(*axes), attrs={"keepdims": 0}) for tap in seen]
+            stacked = g.emit("Concat", *[g.emit("Unsqueeze", s, g.ints(1)) for s in sums], attrs={"axis": 1})
+            tape.add(weight, g.emit("Reshape", stacked, g.ints(0, 1, *w.kernel)))
+        if tape.wants(data):
+            tape.add(data, _spread(g, w, dy, elements))
+
+    return pull
+
+
+def _spread(g: Graph, w: Window, dy: str, elements: list[str]) -> str:
+    """The input's gradient of a depthwise convolution: each tap's share put back where it was read."""
+    if any(s != 1 for s in w.strides):
+        dy = _dilated(g, w, dy)
+    sizes = [s * (n - 1) + 1 for s, n in zip(w.strides, w.output, strict=True)]
+    total = ""
+    for position, element in zip(itertools.product(*map(range, w.kernel)), elements, strict=True):
+        # Negative pads cut what falls into the layer's own padding.
+        starts = [p * d - pad[0] for p, d, pad in zip(position, w.dilations, w.pads, strict=True)]
+        ends = [n - s - size for n, s, size in zip(w.sizes, starts, sizes, strict=True)]
+        part = g.emit("Pad", g.emit("Mul", dy, element), g.ints(0, 0, *starts, 0, 0, *ends))
+        total = g.emit("Add", total, part) if total else part
+    return total
+
+
+def _dilated(g: Graph, w: Window, dy: str) -> str:
+    """Zeros between the rows of dy, as many as the stride skips."""
+    rank = len(w.output)
+    value = dy
+    for axis in range(rank):
+        s = w.strides[axis]
+        if s == 1:
+            continue
+        sizes = [w.strides[i] * (w.output[i] - 1) + 1 if i < axis else w.output[i] for i in range(rank)]
+        place = 3 + axis
+        value = g.emit("Unsqueeze", value, g.ints(place))
+        pads = [0] * (rank + 3)
+        pads[place] = s - 1
+        value = g.emit("Pad", value, g.ints(*[0] * (rank + 3), *pads))
+        merged = [s * n if i == axis else n for i, n in enumerate(sizes)]
+        value = g.emit("Reshape", value, g.ints(0, 0, *merged))
+        value = g.emit("Slice", value, g.ints(0), g.ints(s * (w.output[axis] - 1) + 1), g.ints(2 + axis))
+    return value

@@ -1,0 +1,89 @@
+"""Gradient rule of batch normalisation in training mode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedprune import step
+from fedprune.errors import ModelError
+from fedprune_export.differentiate import Pull, Tape, describe, port, rule
+from fedprune_export.graph import Node
+
+
+@rule("BatchNormalization")
+def batch_norm(tape: Tape, node: Node) -> Pull:
+    """Normalise by the batch; the running statistics become outputs, with torch's unbiased variance.
+
+    With c = x − mean, s = 1/√(var + ε) and n elements per channel:
+    dγ = s · Σ dy·c, dβ = Σ dy, dx = γ · s · (dy − Σdy/n − c · s² · Σ dy·c / n). Sums are taken of centred values, so
+    that a mean far from zero costs no digits.
+    """
+    name, gamma, beta, mean_name, var_name = node.inputs
+    if not (tape.is_tensor(mean_name) and tape.is_tensor(var_name)):
+        raise ModelError(f"{describe(node)}: its statistics are not tensors of the model")
+    g = tape.graph
+    if any(o.name == step.following(mean_name) for o in g.outputs):
+        raise ModelError(f"{describe(node)} shares its statistics with another node", got=mean_name)
+    x, shape = tape.value(name), tape.shape(name)
+    scale, shift = tape.value(gamma), tape.value(beta)
+    eps = float(node.attrs.get("epsilon", 1e-5))
+    keep = float(node.attrs.get("momentum", 0.9))
+    positions = tape.static(node, shape[2:])
+    axes = [0, *range(2, len(shape))]
+
+    # onnxruntime writes the batch's statistics into the arrays that come in as running ones unless those outputs leave
+    # the graph, so it gets scratch arrays. Nothing else may compute the same: equal nodes are merged.
+    scratch = g.emit("Sub", scale, scale), g.emit("Sub", shift, shift)
+    y, mean, var = g.emit_many(
+        "BatchNormalization",
+        x,
+        scale,
+        shift,
+        *scratch,
+        outputs=3,
+        attrs={"epsilon": eps, "momentum": 0.0, "training_mode": 1},
+    )
+    tape.enter(node.outputs[0], y, shape)
+
+    count = _count(tape, x, positions)
+    rest = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
+    unbiased = g.emit("Mul", var, g.emit("Div", count, rest))
+    for statistic, value in ((mean_name, mean), (var_name, unbiased)):
+        old = g.emit("Mul", tape.value(statistic), g.scalar(keep))
+        new = g.emit("Mul", value, g.scalar(1 - keep))
+        g.emit("Add", old, new, out=step.following(statistic))
+        g.outputs.append(port(step.following(statistic), tape.shape(statistic)))
+
+    def column(value: str) -> str:
+        return g.emit("Unsqueeze", value, g.ints(*range(1, len(shape) - 1))) if len(shape) > 2 else value
+
+    def summed(value: str) -> str:
+        return g.emit("ReduceSum", value, g.ints(*axes), attrs={"keepdims": 0})
+
+    def pull(dy: str) -> None:
+        inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", var, g.scalar(eps))))
+        centred = g.emit("Sub", x, column(mean))
+        dot = summed(g.emit("Mul", dy, centred))
+        total = summed(dy)
+        tape.add(gamma, g.emit("Mul", dot, inverse))
+        tape.add(beta, total)
+        if not tape.wants(name):
+            return
+        slope = g.emit("Div", g.emit("Mul", g.emit("Mul", inverse, inverse), dot), count)
+        flat = g.emit("Sub", dy, g.emit("Mul", centred, column(slope)))
+        # γ · s · (flat − Σdy/n) is what the operator computes at inference: one pass instead of two.
+        zero = g.emit("Sub", inverse, inverse)  # not the scratch: that has been overwritten
+        average = g.emit("Div", total, count)
+        tape.add(name, g.emit("BatchNormalization", flat, scale, zero, average, var, attrs={"epsilon": eps}))
+
+    return pull
+
+
+def _count(tape: Tape, x: str, positions: Sequence[int]) -> str:
+    """Elements per channel, as a float32 scalar."""
+    g = tape.graph
+    batch = g.emit("Gather", tape.shape_of(x), g.constant(0, np.int64))
+    return g.emit("Mul", g.emit("Cast", batch, attrs={"to": 1}), g.scalar(float(math.prod(positions))))

@@ -1,0 +1,216 @@
+"""Gradient rules of max and average pooling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedprune.errors import ModelError
+from fedprune_export.differentiate import Pull, Shape, Tape, describe, rule
+from fedprune_export.graph import Graph, Node
+
+
+@dataclass(frozen=True)
+class Window:
+    """A sliding window over the spatial axes of a value.
+
+    Attributes:
+        sizes: The input's spatial sizes.
+        kernel: The window's sizes.
+        strides: Steps of the window.
+        dilations: Steps inside the window.
+        pads: Padding before and after, per axis.
+        output: How many positions the window has per axis.
+    """
+
+    sizes: tuple[int, ...]
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+    output: tuple[int, ...]
+
+    @property
+    def flat_pads(self) -> list[int]:
+        """Padding in ONNX order: all begins, then all ends."""
+        return [p[0] for p in self.pads] + [p[1] for p in self.pads]
+
+    @property
+    def tiles(self) -> bool:
+        """Whether windows lie side by side and cover the input exactly."""
+        return (
+            self.kernel == self.strides
+            and all(d == 1 for d in self.dilations)
+            and all(p == (0, 0) for p in self.pads)
+            and all(s % k == 0 for s, k in zip(self.sizes, self.kernel, strict=True))
+        )
+
+
+def window(tape: Tape, node: Node, kernel: tuple[int, ...]) -> Window:
+    """The window that a node's attributes describe.
+
+    Raises:
+        ModelError: The input's spatial sizes vary, or nothing is left of them.
+    """
+    shape = tape.shape(node.inputs[0])
+    sizes = tape.static(node, shape[2:])
+    rank = len(sizes)
+    if len(kernel) != rank:
+        raise ModelError(f"{describe(node)}: axes of the kernel", expected=rank, got=len(kernel))
+    strides = tuple(int(s) for s in node.attrs.get("strides", [1] * rank))
+    dilations = tuple(int(d) for d in node.attrs.get("dilations", [1] * rank))
+    spans = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+    mode = str(node.attrs.get("auto_pad", "NOTSET"))
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        pads = []
+        for size, stride, span in zip(sizes, strides, spans, strict=True):
+            total = max((math.ceil(size / stride) - 1) * stride + span - size, 0)
+            small, large = total // 2, total - total // 2
+            pads.append((small, large) if mode == "SAME_UPPER" else (large, small))
+    else:
+        flat = [int(p) for p in node.attrs.get("pads", [0] * (2 * rank))] if mode == "NOTSET" else [0] * (2 * rank)
+        pads = list(zip(flat[:rank], flat[rank:], strict=True))
+    output = []
+    for i, (size, stride, span) in enumerate(zip(sizes, strides, spans, strict=True)):
+        room = size + sum(pads[i]) - span
+        count = room // stride + 1
+        # Rounding up: a window more, if it starts inside the input or the padding before it; its overhang is padding.
+        rounds_up = bool(int(node.attrs.get("ceil_mode", 0)) and room % stride)
+        if rounds_up and count * stride < size + pads[i][0]:
+            pads[i] = (pads[i][0], pads[i][1] + stride - room % stride)
+            count += 1
+        output.append(count)
+    if min(output) < 1:
+        raise ModelError(f"{describe(node)}: the kernel is larger than its input", got=list(sizes))
+    return Window(sizes, kernel, strides, dilations, tuple(pads), tuple(output))
+
+
+def _kernel(node: Node) -> tuple[int, ...]:
+    return tuple(int(k) for k in node.attrs["kernel_shape"])
+
+
+def _upsampled(g: Graph, value: str, factors: tuple[int, ...]) -> str:
+    """Every element repeated to a block."""
+    attrs = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    scales = g.constant([1.0, 1.0, *map(float, factors)], np.float32)
+    return g.emit("Resize", value, "", scales, attrs=attrs)
+
+
+@rule("MaxPool")
+def max_pool(tape: Tape, node: Node) -> Pull:
+    """The gradient goes to the first maximum of each window, as torch does it, in flat regions, too."""
+    if len(node.outputs) > 1 and node.outputs[1]:
+        raise ModelError(f"{describe(node)}: the indices of a pooling are used")
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    w = window(tape, node, _kernel(node))
+    g = tape.graph
+    attrs = {
+        "kernel_shape": list(w.kernel),
+        "strides": list(w.strides),
+        "pads": w.flat_pads,
+        "dilations": list(w.dilations),
+    }
+    out: Shape = (*shape[:2], *w.output)
+    if not tape.wants(name):
+        tape.enter(node.outputs[0], g.emit("MaxPool", x, attrs=attrs), out)
+        return lambda dy: None
+    if w.tiles and len(w.sizes) == 2:
+        y = g.emit("MaxPool", x, attrs=attrs)
+        tape.enter(node.outputs[0], y, out)
+        return lambda dy: tape.add(name, _tiled_gradient(g, w, x, y, dy))
+    y, indices = g.emit_many("MaxPool", x, outputs=2, attrs=attrs)
+    tape.enter(node.outputs[0], y, out)
+
+    def pull(dy: str) -> None:
+        # Indices are flat over the whole input, so one scatter serves all of it; windows that overlap add up.
+        flat = g.emit("Reshape", x, g.ints(-1))
+        zeros = g.emit("ConstantOfShape", tape.shape_of(flat))
+        places, parts = g.emit("Reshape", indices, g.ints(-1)), g.emit("Reshape", dy, g.ints(-1))
+        spread = g.emit("ScatterElements", zeros, places, parts, attrs={"axis": 0, "reduction": "add"})
+        tape.add(name, g.emit("Reshape", spread, tape.shape_of(x)))
+
+    return pull
+
+
+def _tiled_gradient(g: Graph, w: Window, x: str, y: str, dy: str) -> str:
+    """The gradient where windows lie side by side, without the slow indices.
+
+    Candidates (equal to their window's maximum) get distinct marks, highest for the first; the highest mark in each
+    window wins. Exact, and much faster than pooling with indices.
+    """
+    marks = np.arange(math.prod(w.kernel), 0, -1, dtype=np.float32).reshape(w.kernel)
+    tiled = np.tile(marks, w.output)[None, None]
+    candidate = g.emit("Equal", x, _upsampled(g, y, w.kernel))
+    mark = g.emit("Where", candidate, g.constant(tiled, np.float32), g.scalar(0))
+    attrs = {"kernel_shape": list(w.kernel), "strides": list(w.strides)}
+    best = _upsampled(g, g.emit("MaxPool", mark, attrs=attrs), w.kernel)
+    return g.emit("Where", g.emit("Equal", mark, best), _upsampled(g, dy, w.kernel), g.scalar(0))
+
+
+@rule("AveragePool")
+def average_pool(tape: Tape, node: Node) -> Pull:
+    """The gradient is spread evenly over each window (over what is not padding, if padding doesn't count)."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    w = window(tape, node, _kernel(node))
+    if any(d != 1 for d in w.dilations) or (
+        int(node.attrs.get("ceil_mode", 0)) and w.flat_pads != list(node.attrs.get("pads", [0] * len(w.flat_pads)))
+    ):
+        raise ModelError(f"{describe(node)}: dilation or a rounded-up size", hint="Use a window that fits the map.")
+    counted = bool(node.attrs.get("count_include_pad", 0))
+    g = tape.graph
+    attrs = {
+        "kernel_shape": list(w.kernel),
+        "strides": list(w.strides),
+        "pads": w.flat_pads,
+        "count_include_pad": int(counted),
+    }
+    tape.enter(node.outputs[0], g.emit("AveragePool", x, attrs=attrs), (*shape[:2], *w.output))
+
+    def pull(dy: str) -> None:
+        share = g.emit("Mul", dy, g.constant(1 / _counts(w, counted)[None, None], np.float32))
+        if w.tiles and len(w.sizes) == 2:
+            tape.add(name, _upsampled(g, share, w.kernel))
+            return
+        # Channels join the batch: one kernel of ones then serves any number of them.
+        rows = g.emit("Reshape", share, g.ints(-1, 1, *w.output))
+        spread = g.emit(
+            "ConvTranspose",
+            rows,
+            g.constant(np.ones((1, 1, *w.kernel)), np.float32),
+            attrs={
+                "kernel_shape": list(w.kernel),
+                "strides": list(w.strides),
+                "pads": w.flat_pads,
+                "output_padding": leftovers(w),
+            },
+        )
+        tape.add(name, g.emit("Reshape", spread, tape.shape_of(x)))
+
+    return pull
+
+
+def leftovers(w: Window) -> list[int]:
+    """Per axis, how many input rows at the end no window reaches: a transposed convolution must add them."""
+    return [
+        size + sum(pad) - (stride * (out - 1) + dilation * (k - 1) + 1)
+        for size, pad, stride, out, dilation, k in zip(
+            w.sizes, w.pads, w.strides, w.output, w.dilations, w.kernel, strict=True
+        )
+    ]
+
+
+def _counts(w: Window, counted: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """How many elements each window averages."""
+    total = np.ones(w.output)
+    for axis, (size, k, stride, pad, out) in enumerate(
+        zip(w.sizes, w.kernel, w.strides, w.pads, w.output, strict=True)
+    ):
+        start = np.arange(out) * stride - pad[0]
+        inside = np.minimum(start + k, size) - np.maximum(start, 0)
+        per_axis = np.full(out, k) if counted else inside
+        total = total * per_axis.reshape([-1 if i == axis else 1 for i in range(len(w.output))])
+    return total
