@@ -219,8 +219,8 @@ def _layers(graph: Graph, parameters: Mapping[str, str], seen: Trace) -> Iterabl
     for node in graph.nodes:
         if node.domain or node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
             continue
-        for name in node.inputs[:2][::-1]:
-            weight = _origin(name, producers)
+        for place in (1, 0):
+            weight = _origin(node.inputs[place], producers)
             if weight not in parameters:
                 continue
             shape, batched = seen.shapes[node.outputs[0]], seen.batched(node.outputs[0])
@@ -228,8 +228,32 @@ def _layers(graph: Graph, parameters: Mapping[str, str], seen: Trace) -> Iterabl
             if node.op == "ConvTranspose":
                 per_sample = [1 if b else n for n, b in zip(seen.shapes[node.inputs[0]], batched, strict=True)]
             places = per_sample[2:] if node.op.startswith("Conv") else per_sample[:-1]
-            yield Layer(node.name, node.op, weight, int(np.prod(places, dtype=np.int64)))
+            axis = _output_axis(node, place, len(seen.shapes[node.inputs[place]]), producers)
+            axis = min(axis, max(0, len(seen.shapes[weight]) - 1))
+            yield Layer(node.name, node.op, weight, int(np.prod(places, dtype=np.int64)), axis)
             break
+
+
+def _output_axis(node: Node, place: int, rank: int, producers: Mapping[str, Node]) -> int:
+    """Which axis of a layer's weight makes the output's channels.
+
+    The operator says it of its input; transpositions between the weight and the operator are followed back.
+    """
+    if node.op == "Conv":
+        axis = 0
+    elif node.op == "ConvTranspose":
+        axis = 1
+    elif node.op == "Gemm":
+        axis = (0 if node.attrs.get("transB") else 1) if place else (1 if node.attrs.get("transA") else 0)
+    else:
+        axis = rank - 1 if place == 1 else max(0, rank - 2)
+    name = node.inputs[place]
+    while name in producers and producers[name].op in _CARRIERS and not producers[name].domain:
+        if producers[name].op == "Transpose":
+            perm = list(producers[name].attrs.get("perm", range(rank)[::-1]))
+            axis = int(perm[axis]) if axis < len(perm) else axis
+        name = producers[name].inputs[0]
+    return axis
 
 
 def _origin(name: str, producers: Mapping[str, Node]) -> str:

@@ -251,7 +251,7 @@ class Fold:
 
     def close(
         self, server_momentum: float = 0.0, velocity: Mapping[str, npt.NDArray[np.float32]] | None = None
-    ) -> tuple[Tensors, Tensors]:
+    ) -> tuple[Tensors, Tensors | None]:
         """The next global model.
 
         With server momentum β (FedAvgM, Hsu et al. 2019, Sec. 4.3), v ← β·v + (w̄ − w_t) and w ← w_t + v, for
@@ -262,7 +262,7 @@ class Fold:
             velocity: v of the round before; empty or None in the first.
 
         Returns:
-            The next model, and v for the next call (empty without momentum).
+            The next model, and v for the next call (None without momentum).
 
         Raises:
             BundleError: Velocity or momentum don't fit.
@@ -285,7 +285,7 @@ class Fold:
                 model[spec.name], moving[spec.name] = self._close_moving(spec, server_momentum, before)
             else:
                 model[spec.name] = self._close_tensor(spec)
-        return model, moving
+        return model, moving if server_momentum else None
 
     def _close_tensor(self, spec: TensorSpec) -> npt.NDArray[np.float32]:
         layout = self._expect_layout()

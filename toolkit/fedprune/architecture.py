@@ -124,12 +124,14 @@ class Layer:
         op: Its ONNX operator.
         weight: Name of its weight tensor.
         positions: How often each weight is used per sample (output height × width for a convolution).
+        output_axis: The weight's axis that makes output channels; a channel's score is taken over it.
     """
 
     name: str
     op: str
     weight: str
     positions: int
+    output_axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,15 @@ class Architecture:
                 raise BundleError(f"width of group {group.name}", expected=f"1 to {group.size} channels", got=width)
         return got
 
+    def output_axes(self, name: str) -> tuple[int, ...]:
+        """Axes of a tensor whose index says which channel it makes, rather than which it reads.
+
+        For a layer's weight that is the layer's output axis. Any other tensor (a bias, a norm's vector, an embedding)
+        acts on the channels that it is indexed by, so that all its axes count.
+        """
+        made = {n.output_axis for n in self.layers if n.weight == name}
+        return tuple(sorted(made)) if made else tuple(range(len(self.by_name[name].axes)))
+
     def members(self, group: int) -> tuple[str, ...]:
         """Where a group's channels live, as text such as `conv3.weight[0]`."""
         return tuple(f"{t.name}[{i}]" for t in self.tensors for i, a in enumerate(t.axes) if group in a.groups)
@@ -237,7 +248,7 @@ class Architecture:
             "tensors": [
                 {"name": t.name, "kind": t.kind.value, "axes": [_axis_json(a) for a in t.axes]} for t in self.tensors
             ],
-            "layers": [[n.name, n.op, n.weight, n.positions] for n in self.layers],
+            "layers": [[n.name, n.op, n.weight, n.positions, n.output_axis] for n in self.layers],
             "activations": [[v.name, _axis_json(v.channels), v.positions, int(v.kept)] for v in self.activations],
             "input_shape": list(self.input_shape),
             "classes": self.classes,
@@ -262,7 +273,7 @@ class Architecture:
                     TensorSpec(str(t["name"]), TensorKind(t["kind"]), tuple(map(_axis_read, t["axes"])))
                     for t in body["tensors"]
                 ),
-                layers=tuple(Layer(str(n), str(o), str(w), int(p)) for n, o, w, p in body["layers"]),
+                layers=tuple(Layer(str(n), str(o), str(w), int(p), int(a)) for n, o, w, p, a in body["layers"]),
                 activations=tuple(
                     Activation(str(n), _axis_read(a), int(p), bool(k)) for n, a, p, k in body["activations"]
                 ),
@@ -307,6 +318,8 @@ class Architecture:
                 raise BundleError(
                     f"architecture: layer {layer.name} refers to a tensor that isn't there", got=layer.weight
                 )
+            if not 0 <= layer.output_axis < max(1, len(self.by_name[layer.weight].axes)):
+                raise BundleError(f"architecture: output axis of layer {layer.name}", got=layer.output_axis)
 
     def _check_axis(self, name: str, axis: Axis) -> None:
         seen: dict[int, dict[int, int]] = {}
