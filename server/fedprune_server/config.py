@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +25,8 @@ class ServerConfig:
 
     Attributes:
         job: The job.
-        model: The ONNX file with which the job begins; None if the state folder has it.
+        model: The ONNX file (or torch factory, as `package.module:factory`) with which the job begins; None if the
+            state folder has it.
         evaluation: A `.npz` file or `package.module:function` with the server's own samples, or None.
         site: First part of the topics: devices and servers of one site hear each other.
         broker: `embedded`, or the address of a broker such as `mqtt://broker:1883`.
@@ -35,7 +38,7 @@ class ServerConfig:
     """
 
     job: Job = field(default_factory=Job)
-    model: Path | None = None
+    model: str | None = None
     evaluation: str | None = None
     site: str = "default"
     broker: str = EMBEDDED
@@ -111,10 +114,9 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
     _only(evaluation, ("data",), f"{where}: [evaluation]", "key")
     _only(server, ("site", "broker", "host", "port", "state", "keep", "pulls"), f"{where}: [server]", "key")
     if "path" in model:
-        values["model"] = folder / _text(model["path"], f"{where}: [model] path")
+        values["model"] = _source(_text(model["path"], f"{where}: [model] path"), folder)
     if "data" in evaluation:
-        source = _text(evaluation["data"], f"{where}: [evaluation] data")
-        values["evaluation"] = source if _names_function(source) else str(folder / source)
+        values["evaluation"] = _source(_text(evaluation["data"], f"{where}: [evaluation] data"), folder)
     for key in ("site", "broker", "host", "state"):
         if key in server:
             values[key] = _text(server[key], f"{where}: [server] {key}")
@@ -151,9 +153,11 @@ def _located(build: Callable[[], ServerConfig], where: str) -> ServerConfig:
         raise ConfigError(f"{where}: {what}", expected=error.expected, got=error.got, hint=error.hint) from error
 
 
-def _names_function(source: str) -> bool:
-    module, colon, name = source.partition(":")
-    return bool(colon) and not source.endswith(".npz") and name.isidentifier() and "/" not in module
+def _source(text: str, folder: Path) -> str:
+    """A file counted from `folder`; the name of a function stays as it is."""
+    module, colon, name = text.rpartition(":")
+    function = bool(colon) and name.isidentifier() and all(p.isidentifier() for p in module.split("."))
+    return text if function else str(folder / text)
 
 
 def _only(body: Mapping[str, Any], known: tuple[str, ...], where: str, kind: str) -> None:
@@ -170,13 +174,8 @@ def _text(value: object, where: str) -> str:
 
 def _toml() -> Any:
     try:
-        import tomllib
-    except ModuleNotFoundError:
-        try:
-            import tomli
-        except ModuleNotFoundError as error:
-            raise MissingExtraError(
-                "configuration files need the package tomli on Python 3.10", hint="pip install 'fedprune[server]'"
-            ) from error
-        return tomli
-    return tomllib
+        return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            "configuration files need the package tomli on Python 3.10", hint="pip install 'fedprune[server]'"
+        ) from error

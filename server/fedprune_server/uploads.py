@@ -130,6 +130,15 @@ class Uploads:
                 wants += self._end(device, Spoilt(device, upload.round, upload.attempt, str(error)), now)
         return wants + self._start(now)
 
+    def restart(self, now: float) -> Wants:
+        """After a reconnection: what was on the way is taken for lost and asked for again."""
+        wants: Wants = []
+        for device, upload in list(self._uploads.items()):
+            if upload.pull is not None:
+                upload.moved_at = now
+                wants += [(device, w) for w in upload.pull.start(now)]
+        return wants
+
     def drop(self, device: str) -> None:
         """Stop fetching from a device; what has arrived stays on the disk and is gone on from later."""
         self._uploads.pop(device, None)

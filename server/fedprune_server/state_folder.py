@@ -1,0 +1,253 @@
+"""The folder in which a server keeps everything that must survive a crash: database, blobs, the model it began with."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune import tensorfile
+from fedprune.architecture import Architecture
+from fedprune.blobs import BlobStore, storage_errors
+from fedprune.coordination import Phase, State
+from fedprune.errors import ConfigError, DataError, StorageError
+from fedprune.job import Job
+from fedprune_device.data import load_data
+from fedprune_export.imported import Model
+from fedprune_export.load import import_onnx, read_source
+from fedprune_server.config import ServerConfig
+from fedprune_server.daemon import kept_models
+from fedprune_server.storage import Storage
+from fedprune_server.worker import Evaluation, Worker
+
+MODEL = "model.onnx"
+BLOBS = "blobs"
+_LOCK = "lock"
+_LOCK_PATIENCE_S = 3.0
+
+
+@dataclass
+class OpenJob:
+    """A job that is ready to run.
+
+    Attributes:
+        job: Its settings.
+        model: The model that it began with.
+        worker: Carries out its heavy commands.
+        state: Where it stands.
+        changed: What differs from the settings with which it ran last, one line each.
+    """
+
+    job: Job
+    model: Model
+    worker: Worker
+    state: State
+    changed: list[str]
+
+
+class StateFolder:
+    """A state folder, held by one server at a time.
+
+    Args:
+        path: The folder; made if missing.
+
+    Raises:
+        StorageError: Another server runs on it, or it can't be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with storage_errors(f"can't use state folder {path}"):
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._take_lock()
+            self.store = BlobStore(path / BLOBS)
+            self.storage = Storage.at(path)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def close(self) -> None:
+        """Let other servers have it."""
+        self.storage.close()
+        os.close(self._lock)
+
+    def __enter__(self) -> StateFolder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def open_job(self, config: ServerConfig) -> OpenJob:
+        """The job of this folder, begun if there is none yet.
+
+        Raises:
+            ConfigError: The configuration doesn't fit what the folder holds.
+            ModelError: The model can't be used.
+            DataError: The evaluation data can't be used.
+            StorageError: The folder is damaged.
+        """
+        known = self.storage.settings()
+        raw, name = self._model_bytes(config, known)
+        model = import_onnx(raw, name)
+        evaluation = None if config.evaluation is None else load_evaluation(config.evaluation, model.architecture)
+        if known is None:
+            self.store.write_file(self.path / MODEL, raw)
+        worker = Worker(config.job, model, self.store, evaluation)
+        state = self.storage.load()
+        if state is None:
+            state = State(model=worker.initial())
+            self.storage.save(state, None, time.time())
+        else:
+            self._check_blobs(state)
+            if state.phase is Phase.FINISHED and state.round < config.job.rounds:
+                state.phase = Phase.WAITING
+        settings = {
+            "job": config.job.to_dict(),
+            "name": name,
+            "model": tensorfile.digest(raw),
+            "evaluation": config.evaluation,
+        }
+        self.storage.put_settings(settings)
+        self._sweep(state, config.keep)
+        return OpenJob(config.job, model, worker, state, _changes(known, settings))
+
+    def _model_bytes(self, config: ServerConfig, known: dict[str, Any] | None) -> tuple[bytes, str]:
+        if known is None:
+            if config.model is None:
+                raise ConfigError(
+                    f"{self.path} holds no job yet and no model is given",
+                    expected="a model to begin with",
+                    hint="Give --model model.onnx, or [model] path in the configuration.",
+                )
+            source = config.model
+            return read_source(source), source.rpartition(":")[2] if ":" in source else Path(source).stem
+        path = self.path / MODEL
+        with storage_errors(f"can't read {path}"):
+            raw = path.read_bytes()
+        if tensorfile.digest(raw) != known["model"]:
+            raise StorageError(f"{path} is damaged", hint="Restore the server's backup.")
+        # A torch factory may draw other weights each time; its job goes on with those that it drew first.
+        if config.model is not None and Path(config.model).is_file() and read_source(config.model) != raw:
+            raise ConfigError(
+                f"{config.model} is not the model with which the job in {self.path} began",
+                hint="Take another state folder for another model, or leave the model out to go on.",
+            )
+        return raw, str(known["name"])
+
+    def _check_blobs(self, state: State) -> None:
+        if not self.store.has(state.model):
+            raise StorageError(
+                f"the global model {state.model} is missing from {self.path / BLOBS}",
+                hint="Restore the server's backup.",
+            )
+
+    def _sweep(self, state: State, keep: int) -> None:
+        """Delete blobs that nothing refers to: what a crash left behind. Graphs are made again when needed."""
+        kept = state.references() | kept_models(state, keep)
+        for digest in self.store.names():
+            if digest not in kept:
+                self.store.delete(digest)
+
+    def _take_lock(self) -> None:
+        until = time.monotonic() + _LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                # A server that was killed a moment ago may still have a child that holds the file open.
+                if time.monotonic() > until:
+                    raise StorageError(
+                        f"another server runs on {self.path}", hint="Stop it, or give another --state folder."
+                    ) from error
+            time.sleep(0.1)
+
+
+def stored_config(folder: Path, config: ServerConfig) -> ServerConfig:
+    """The configuration with job and evaluation data of a state folder that has been used before, if it has.
+
+    Raises:
+        StorageError: The folder is damaged.
+    """
+    try:
+        storage = Storage.existing(folder)
+    except StorageError:
+        if (folder / "server.db").exists():
+            raise
+        return config
+    try:
+        known = storage.settings()
+    finally:
+        storage.close()
+    if known is None:
+        return config
+    job, evaluation = Job.from_dict(known["job"]), config.evaluation or known["evaluation"]
+    return ServerConfig(**{**vars(config), "job": job, "evaluation": evaluation})
+
+
+def load_evaluation(source: str, architecture: Architecture) -> Evaluation:
+    """The server's own samples: `x_test` and `y_test` where a file has them, else all samples.
+
+    Args:
+        source: A `.npz` file or `package.module:function`, as devices' data.
+        architecture: The model that will be measured.
+
+    Raises:
+        DataError: The data can't be read or doesn't fit the model.
+    """
+    data = load_data(source)
+    try:
+        data.check(architecture.classes, architecture.input_shape)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+    if len(data.y_test) and _has_test_split(Path(source)):
+        return data.x_test, data.y_test
+    if not len(data.y_test):
+        return data.x_train, data.y_train
+    return np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
+
+
+def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes]:
+    """The model of a state folder, and the bytes of its weights.
+
+    Args:
+        folder: The folder; a server may be running on it.
+        digest: Which weights; the current ones by default.
+
+    Raises:
+        StorageError: The folder holds no job, or is damaged.
+    """
+    storage = Storage.existing(folder)
+    try:
+        known, state = storage.settings(), storage.load()
+    finally:
+        storage.close()
+    if known is None or state is None:
+        raise StorageError(f"{folder} holds no job yet")
+    with storage_errors(f"can't read {folder / MODEL}"):
+        raw = (folder / MODEL).read_bytes()
+    weights = BlobStore(folder / BLOBS).read(digest or state.model)
+    return import_onnx(raw, str(known["name"])), weights
+
+
+def _has_test_split(path: Path) -> bool:
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return "x_test" in file.files
+    except (OSError, ValueError, zipfile.BadZipFile, AttributeError):
+        return False
+
+
+def _changes(known: dict[str, Any] | None, settings: dict[str, Any]) -> list[str]:
+    if known is None:
+        return []
+    old, new = known["job"], settings["job"]
+    return [f"{k}: {old.get(k)!r} is now {new[k]!r}" for k in new if old.get(k) != new[k]]

@@ -1,0 +1,229 @@
+"""What people see of a running job: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TextIO
+
+log = logging.getLogger("fedprune.server")
+
+REFRESH_S = 0.5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One device.
+
+    Attributes:
+        device: Its name.
+        profile: Its hardware profile's name.
+        density: Kept share of its channels; None before it is planned for.
+        parameters: Parameters of its submodel.
+        bytes_down: Payload bytes to it so far.
+        bytes_up: Payload bytes from it so far.
+        seconds: From its last offer to the arrival of its update, None before the first.
+        accuracy: On its own test samples, as it said last.
+        state: What it is doing.
+    """
+
+    device: str
+    profile: str
+    density: float | None
+    parameters: int
+    bytes_down: int
+    bytes_up: int
+    seconds: float | None
+    accuracy: float | None
+    state: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A job at one moment.
+
+    Attributes:
+        job: Its name.
+        round: The current round.
+        rounds: Rounds in all.
+        phase: Where the round stands.
+        metrics: The global model's, after the last finished round.
+        remaining_s: Seconds until the round's deadline, if one runs.
+        connected: Whether the broker is there.
+        rows: The devices by name.
+    """
+
+    job: str
+    round: int
+    rounds: int
+    phase: str
+    metrics: Mapping[str, float]
+    remaining_s: float | None
+    connected: bool
+    rows: tuple[Row, ...]
+
+    @property
+    def bytes_down(self) -> int:
+        """Payload bytes to all devices so far."""
+        return sum(r.bytes_down for r in self.rows)
+
+    @property
+    def bytes_up(self) -> int:
+        """Payload bytes from all devices so far."""
+        return sum(r.bytes_up for r in self.rows)
+
+
+class Display(Protocol):
+    """Where a daemon shows what happens."""
+
+    def refresh(self, snapshot: Callable[[], Snapshot]) -> None:
+        """Show the present, if it is time to."""
+        ...
+
+    def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
+        """A round has been finished."""
+        ...
+
+    def close(self) -> None:
+        """Show no more."""
+        ...
+
+
+class Lines:
+    """One line per round, devices at debug level; for logs and for processes without a terminal."""
+
+    def refresh(self, snapshot: Callable[[], Snapshot]) -> None:
+        """Nothing: lines come with events."""
+
+    def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
+        """Log the round."""
+        log.info("%s", round_line(snapshot, summary))
+        for row in snapshot.rows:
+            log.debug("  %s", row_line(row))
+
+    def close(self) -> None:
+        """Nothing to put away."""
+
+
+class LiveTable:
+    """A table that is drawn anew in place; log lines scroll by above it.
+
+    Args:
+        stream: The terminal.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._console = Console(file=stream or sys.stdout)
+        self._live = Live(console=self._console, auto_refresh=False, transient=False)
+        self._handler = _Above(self._console)
+        self._others = log.handlers[:]
+        log.handlers[:] = [self._handler]
+        self._propagated, log.propagate = log.propagate, False
+        self._live.start()
+        self._drawn = -REFRESH_S
+
+    def refresh(self, snapshot: Callable[[], Snapshot]) -> None:
+        """Draw, at most twice a second."""
+        now = time.monotonic()
+        if now - self._drawn >= REFRESH_S:
+            self._drawn = now
+            self._draw(snapshot())
+
+    def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
+        """Print the round's line above the table and draw."""
+        log.info("%s", round_line(snapshot, summary))
+        self._draw(snapshot)
+
+    def close(self) -> None:
+        """Leave the last table on the screen."""
+        self._live.stop()
+        log.handlers[:] = self._others
+        log.propagate = self._propagated
+
+    def _draw(self, snapshot: Snapshot) -> None:
+        from rich.table import Table
+
+        table = Table(title=title(snapshot), title_justify="left", expand=False)
+        table.add_column("device")
+        table.add_column("profile")
+        for name in ("density", "parameters", "MB down", "MB up", "seconds", "accuracy"):
+            table.add_column(name, justify="right")
+        table.add_column("state")
+        for row in snapshot.rows:
+            table.add_row(*cells(row))
+        self._live.update(table, refresh=True)
+
+
+class _Above(logging.Handler):
+    """Prints log lines above a live table."""
+
+    def __init__(self, console: Any) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else None
+        self._console.print(self.format(record), style=style, markup=False, highlight=False)
+
+
+def make_display(stream: TextIO | None = None) -> Display:
+    """A live table on a terminal, lines elsewhere."""
+    stream = stream or sys.stdout
+    return LiveTable(stream) if stream.isatty() else Lines()
+
+
+def title(snapshot: Snapshot) -> str:
+    """The header: round, phase, global accuracy, deadline."""
+    parts = [f"{snapshot.job}: round {snapshot.round} of {snapshot.rounds}", snapshot.phase]
+    if "accuracy" in snapshot.metrics:
+        parts.append(f"global accuracy {snapshot.metrics['accuracy']:.4f}")
+    if snapshot.remaining_s is not None:
+        parts.append(f"deadline in {max(0, round(snapshot.remaining_s))} s")
+    if not snapshot.connected:
+        parts.append("no connection to the broker")
+    return ", ".join(parts)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row of the table, as texts; `-` where nothing is known."""
+    return (
+        row.device,
+        row.profile,
+        "-" if row.density is None else f"{row.density:.3g}",
+        f"{row.parameters:,}" if row.parameters else "-",
+        _mb(row.bytes_down),
+        _mb(row.bytes_up),
+        "-" if row.seconds is None else f"{row.seconds:.1f}",
+        "-" if row.accuracy is None else f"{row.accuracy:.4f}",
+        row.state,
+    )
+
+
+def row_line(row: Row) -> str:
+    """A device as one line of a log."""
+    device, profile, density, parameters, down, up, seconds, accuracy, state = cells(row)
+    return (
+        f"{device} ({profile}): density {density}, {parameters} parameters, {down} MB down, {up} MB up, "
+        f"{seconds} s, accuracy {accuracy}, {state}"
+    )
+
+
+def round_line(snapshot: Snapshot, summary: Mapping[str, Any]) -> str:
+    """A finished round as one line of a log."""
+    devices = summary["devices"]
+    counted = sum(d["progress"] == "folded" for d in devices.values())
+    parts = [f"{counted} of {len(devices)} devices counted"]
+    parts += [f"{k} {v:.4f}" for k, v in sorted(summary["metrics"].items()) if k != "samples"]
+    parts.append(f"{_mb(snapshot.bytes_down)} MB down and {_mb(snapshot.bytes_up)} MB up so far")
+    return f"round {summary['round']} of {snapshot.rounds}: {', '.join(parts)}, model {summary['model'][:12]}"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.2f}"

@@ -1,0 +1,93 @@
+"""The one thread in which a job's heavy commands are carried out, in order, beside the daemon's loop."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.errors import FedpruneError, StorageError
+
+Work = do.Score | do.Extract | do.Fold | do.Close | do.Evaluate
+Result = on.Event | BaseException
+
+
+class Executes(Protocol):
+    """Whoever carries out heavy commands; `fedprune_server.worker.Worker` does."""
+
+    def execute(self, command: Work) -> on.Event:
+        """Carry out one command."""
+        ...
+
+
+class Workshop:
+    """Runs commands on a worker in a thread of its own.
+
+    Args:
+        worker: Carries them out.
+        wake: Called (on the thread) when a result is there.
+    """
+
+    def __init__(self, worker: Executes, wake: Callable[[], None] | None = None) -> None:
+        self._worker = worker
+        self._wake = wake
+        self._orders: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        self._pending = 0
+        # A daemon thread: a process that is told to end doesn't wait for a long evaluation; it will be repeated.
+        self._thread = threading.Thread(target=self._run, name="fedprune-workshop", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a result is awaited."""
+        return self._pending > 0
+
+    def order(self, command: Work) -> None:
+        """Have a command carried out."""
+        self._pending += 1
+        self._orders.put(command)
+
+    def collect(self) -> on.Event | None:
+        """The next result, if there is one.
+
+        Raises:
+            FedpruneError: A command failed, and not because of a device.
+        """
+        try:
+            result = self._results.get_nowait()
+        except queue.Empty:
+            return None
+        self._pending -= 1
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def close(self, patience_s: float = 5.0) -> None:
+        """End the thread after the command that it works on; don't wait longer than `patience_s`."""
+        self._orders.put(None)
+        self._thread.join(patience_s)
+
+    def _run(self) -> None:
+        while True:
+            command = self._orders.get()
+            if command is None:
+                return
+            self._results.put(self._carry_out(command))
+            if self._wake is not None:
+                self._wake()
+
+    def _carry_out(self, command: Work) -> Result:
+        try:
+            return self._worker.execute(command)
+        except FedpruneError as error:
+            # What a device sent must not stop the server; what is wrong with our own disk must.
+            if isinstance(command, do.Fold) and not isinstance(error, StorageError):
+                part = command.contribution
+                return on.UpdateRejected(part.device, command.round, part.attempt, str(error))
+            return error
+        except Exception as error:  # noqa: BLE001 - it is raised again where the loop collects it
+            return error
