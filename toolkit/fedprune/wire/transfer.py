@@ -1,7 +1,7 @@
 """Pulling and serving blobs, without any network I/O: messages go in, messages come out.
 
-The receiver drives. It asks for leaves and never has more than a window of them on the way, so that a broker never holds
-more than that of a transfer: a broker's acknowledgement only says that the broker has a message, and a default Mosquitto
+The receiver drives. It asks for leaves and never has more than a window of them on the way, so that a broker never
+holds more of a transfer: its acknowledgement only says that the broker has a message, and a default Mosquitto
 that acknowledged 3,000 messages for a slow subscriber delivered 1,132 of them. The sender keeps no state at all.
 Chunks may get lost, arrive twice, late or in any order; each leaf is verified as it arrives.
 """
@@ -28,8 +28,8 @@ MAX_PATIENCE = 120.0
 class Pull:
     """One blob on its way here.
 
-    The caller sends the wants that the methods return, hands in every chunk of this blob, and calls `on_tick` about once a
-    second, after it has handed in all chunks that wait. After a reconnection it calls `start` again.
+    The caller sends the wants that the methods return, hands in every chunk of this blob, and calls `on_tick` about once
+    a second, after it has handed in all chunks that wait. After a reconnection it calls `start` again.
 
     Args:
         ref: The blob.
