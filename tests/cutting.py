@@ -1,0 +1,47 @@
+"""What tests of cut models measure: random submodels and their distance from the masked whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.architecture import widths_at
+from fedprune.selection import Selection
+from fedprune.session import Session
+from fedprune_export.cut import cut, masked
+from fedprune_export.graph import Graph
+from fedprune_export.imported import Model
+
+Array = npt.NDArray[Any]
+
+
+def random_selection(model: Model, density: float, seed: int) -> Selection:
+    """Random channels, in random order."""
+    rng = np.random.default_rng(seed)
+    ranks = [rng.permutation(g.size) for g in model.architecture.groups]
+    return Selection.of(model.architecture, widths_at(model.architecture, density), ranks)
+
+
+def inputs(model: Model, batch: int, seed: int = 5) -> Array:
+    """Random samples."""
+    shape = (batch, *model.architecture.input_shape)
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def outputs(graph: Graph, x: Array) -> Array:
+    """A graph's logits."""
+    return Session(graph.to_bytes()).run({"x": x})["logits"]
+
+
+def distance(a: Array, b: Array) -> float:
+    """Largest difference, relative to the largest number of `b`."""
+    assert a.shape == b.shape
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def cut_error(model: Model, selection: Selection, batch: int = 7) -> float:
+    """How far a cut graph is from the masked whole one."""
+    x = inputs(model, batch)
+    return distance(outputs(cut(model, selection), x), outputs(masked(model, selection), x))

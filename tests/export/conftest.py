@@ -1,0 +1,25 @@
+"""Models that several tests of the compiler use, imported once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from fedprune_export.imported import Model
+
+
+@pytest.fixture(scope="session")
+def imported() -> Callable[[str], Model]:
+    """Imports a network of `zoo.NETS` by name, each only once."""
+    import zoo
+    from fedprune_export.load import export_torch, import_onnx
+
+    held: dict[str, Model] = {}
+
+    def get(name: str) -> Model:
+        if name not in held:
+            held[name] = import_onnx(export_torch(zoo.make(name)), name)
+        return held[name]
+
+    return get
