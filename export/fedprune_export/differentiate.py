@@ -88,10 +88,13 @@ class Tape:
         out: list[Dim] = []
         for axis in spec.axes:
             dim = axis_name(axis, self._architecture)
-            if isinstance(dim, str):
-                self._extents[dim] = axis.length
-            out.append(dim)
+            out.append(self.symbol(dim, axis.length) if isinstance(dim, str) else dim)
         return tuple(out)
+
+    def symbol(self, name: str, extent: int) -> Dim:
+        """A dimension whose size varies, and its size at full width."""
+        self._extents[name] = extent
+        return name
 
     def value(self, name: str) -> str:
         """What a value of the model is called in the training graph; constants are copied on first use."""
@@ -159,16 +162,14 @@ class Tape:
         if not symbols:
             return factor
         name = "*".join(symbols) + (f"*{factor}" if factor != 1 else "")
-        self._extents[name] = math.prod(self._extents[s] for s in symbols) * factor
-        return name
+        return self.symbol(name, math.prod(self._extents[s] for s in symbols) * factor)
 
     def total(self, dims: Sequence[Dim]) -> Dim:
         """The dimension that concatenating these gives."""
         if all(isinstance(d, int) for d in dims):
             return sum(self.extent(d) for d in dims)
         name = "+".join(map(str, dims))
-        self._extents[name] = sum(self.extent(d) for d in dims)
-        return name
+        return self.symbol(name, sum(self.extent(d) for d in dims))
 
     def static(self, node: Node, dims: Sequence[Dim]) -> tuple[int, ...]:
         """These dimensions as numbers.

@@ -223,14 +223,14 @@ def hard_sigmoid(tape: Tape, node: Node) -> Pull:
 
 @rule("HardSwish")
 def hard_swish(tape: Tape, node: Node) -> Pull:
-    """Y = x · clip(x/6 + 1/2, 0, 1); dx = dy · (0 below −3, 1 above 3, x/3 + 1/2 between)."""
+    """Y = x · clip(x/6 + 1/2, 0, 1); dx = dy · (0 up to −3, 1 from 3 on, x/3 + 1/2 between)."""
     x, _ = _unary(tape, node)
     g = tape.graph
 
     def pull(dy: str) -> None:
         slope = g.emit("Add", g.emit("Mul", x, g.scalar(1 / 3)), g.scalar(0.5))
-        slope = g.emit("Where", g.emit("Less", x, g.scalar(-3)), g.scalar(0), slope)
-        slope = g.emit("Where", g.emit("Greater", x, g.scalar(3)), g.scalar(1), slope)
+        slope = g.emit("Where", g.emit("LessOrEqual", x, g.scalar(-3)), g.scalar(0), slope)
+        slope = g.emit("Where", g.emit("GreaterOrEqual", x, g.scalar(3)), g.scalar(1), slope)
         tape.add(node.inputs[0], g.emit("Mul", dy, slope))
 
     return pull
