@@ -9,10 +9,11 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-import nets
 import pytest
 import torch
 from torch import nn
+
+import nets
 
 NETS = ("lenet", "vgg11_bn", "resnet20_bn", "concat_net", "resnet18")
 

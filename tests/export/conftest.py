@@ -13,6 +13,7 @@ from fedprune_export.imported import Model
 def imported() -> Callable[[str], Model]:
     """Imports a network of `zoo.NETS` by name, each only once."""
     import zoo
+
     from fedprune_export.load import export_torch, import_onnx
 
     held: dict[str, Model] = {}
