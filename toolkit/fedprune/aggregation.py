@@ -36,7 +36,7 @@ from fedprune.fixed_point import (
     check_range,
     run_all,
 )
-from fedprune.selection import Selection, Tensors
+from fedprune.selection import Selection, Tensors, mesh
 
 Rule = Literal["coverage", "fill"]
 
@@ -199,7 +199,7 @@ class Fold:
                 self._spread[spec.name].add((off * off)[part], weight, at)
         if spec.name in self._moves:
             maps = selection.maps(spec.name)
-            before = self.base[spec.name][np.ix_(*maps) if maps else ...]
+            before = self.base[spec.name][mesh(maps)]
             moved = np.array(value, np.float64)
             moved -= before
             moved /= steps
@@ -413,7 +413,7 @@ class Fold:
         into = [
             np.argsort(order)[own] for order, own in zip(layout.maps(spec.name), selection.maps(spec.name), strict=True)
         ]
-        yield np.ix_(*into), (...,)
+        yield mesh(into), (...,)
 
 
 def _check_base(architecture: Architecture, base: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:

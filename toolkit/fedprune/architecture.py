@@ -268,21 +268,21 @@ class Architecture:
                 raise BundleError("architecture format", expected="fedprune.architecture/1", got=repr(body["format"]))
             arch = cls(
                 name=str(body["name"]),
-                groups=tuple(ChannelGroup(str(n), int(s)) for n, s in body["groups"]),
+                groups=tuple(ChannelGroup(str(n), _whole(s)) for n, s in body["groups"]),
                 tensors=tuple(
                     TensorSpec(str(t["name"]), TensorKind(t["kind"]), tuple(map(_axis_read, t["axes"])))
                     for t in body["tensors"]
                 ),
-                layers=tuple(Layer(str(n), str(o), str(w), int(p), int(a)) for n, o, w, p, a in body["layers"]),
+                layers=tuple(Layer(str(n), str(o), str(w), _whole(p), _whole(a)) for n, o, w, p, a in body["layers"]),
                 activations=tuple(
-                    Activation(str(n), _axis_read(a), int(p), bool(k)) for n, a, p, k in body["activations"]
+                    Activation(str(n), _axis_read(a), _whole(p), bool(_whole(k))) for n, a, p, k in body["activations"]
                 ),
-                input_shape=tuple(int(d) for d in body["input_shape"]),
-                classes=int(body["classes"]),
+                input_shape=tuple(_whole(d) for d in body["input_shape"]),
+                classes=_whole(body["classes"]),
             )
         except BundleError:
             raise
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise BundleError(
                 f"this is not an architecture ({type(error).__name__}: {error})",
                 hint="Export the model again.",
@@ -299,6 +299,10 @@ class Architecture:
         names = [t.name for t in self.tensors]
         if len(set(names)) != len(names):
             raise BundleError("architecture: a tensor name comes twice")
+        if self.classes < 0 or any(d < 1 for d in self.input_shape):
+            raise BundleError(
+                "architecture: classes and input shape", expected="sizes", got=(self.classes, self.input_shape)
+            )
         for group in self.groups:
             if not 1 <= group.size <= _MAX_SIZE:
                 raise BundleError(f"architecture: size of group {group.name}", expected="1 or more", got=group.size)
@@ -322,7 +326,7 @@ class Architecture:
                 raise BundleError(f"architecture: output axis of layer {layer.name}", got=layer.output_axis)
 
     def _check_axis(self, name: str, axis: Axis) -> None:
-        seen: dict[int, dict[int, int]] = {}
+        seen: dict[int, dict[int, int]] = {}  # per group, where the number of indices per channel changes
         for s in axis.segments:
             if s.count < 0 or s.start < 0 or s.inner < 1 or s.length > _MAX_SIZE:
                 raise BundleError(f"architecture: a segment of {name} is out of range", got=s)
@@ -330,12 +334,21 @@ class Architecture:
                 continue
             if not 0 <= s.group < len(self.groups) or s.start + s.count > self.groups[s.group].size:
                 raise BundleError(f"architecture: a segment of {name} reaches outside its group", got=s)
-            counts = seen.setdefault(s.group, {})
-            for c in range(s.start, s.start + s.count):
-                counts[c] = counts.get(c, 0) + s.inner
-        for g, counts in seen.items():
-            if len(counts) != self.groups[g].size or len(set(counts.values())) != 1:
+            # Only the ends of segments are looked at: a file may claim two thousand million channels.
+            steps = seen.setdefault(s.group, {})
+            steps[s.start] = steps.get(s.start, 0) + s.inner * (s.count > 0)
+            steps[s.start + s.count] = steps.get(s.start + s.count, 0) - s.inner * (s.count > 0)
+        for g, steps in seen.items():
+            size = self.groups[g].size
+            if not steps.get(0) or any(n and c not in (0, size) for c, n in steps.items()):
                 raise BundleError(f"architecture: channels of group {self.groups[g].name} are uneven on {name}")
+
+
+def _whole(value: object) -> int:
+    """A JSON number that is whole and of a size that anything here can have."""
+    if type(value) is not int or abs(value) > _MAX_SIZE:
+        raise ValueError(f"{str(value)[:40]!r} is not a whole number up to {_MAX_SIZE}")
+    return value
 
 
 def _axis_json(axis: Axis) -> list[list[int]]:
@@ -343,7 +356,7 @@ def _axis_json(axis: Axis) -> list[list[int]]:
 
 
 def _axis_read(rows: Sequence[Sequence[Any]]) -> Axis:
-    return Axis(tuple(Segment(int(g), int(s), int(c), int(i)) for g, s, c, i in rows))
+    return Axis(tuple(Segment(_whole(g), _whole(s), _whole(c), _whole(i)) for g, s, c, i in rows))
 
 
 def widths_at(

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -110,7 +111,7 @@ class Selection:
         out: Tensors = {}
         for spec in self.architecture.tensors:
             full = _expect(tensors, spec.name, spec.shape)
-            out[spec.name] = full[np.ix_(*self.maps(spec.name))] if spec.axes else full.copy()
+            out[spec.name] = _take(full, self.maps(spec.name))
         return out
 
     def scatter(
@@ -126,7 +127,7 @@ class Selection:
         for spec in self.architecture.tensors:
             part = _expect(submodel, spec.name, shapes[spec.name])
             full = _expect(onto, spec.name, spec.shape).copy()
-            full[np.ix_(*self.maps(spec.name)) if spec.axes else ...] = part
+            full[mesh(self.maps(spec.name))] = part
             out[spec.name] = full
         return out
 
@@ -134,7 +135,7 @@ class Selection:
         """Which coordinates of the full tensor the submodel holds."""
         spec = self.architecture.by_name[name]
         mask = np.zeros(spec.shape, np.bool_)
-        mask[np.ix_(*self.maps(name)) if spec.axes else ...] = True
+        mask[mesh(self.maps(name))] = True
         return mask
 
     @cached_property
@@ -169,11 +170,46 @@ class Selection:
                     expected=architecture.digest[:12],
                     got=str(body["architecture"])[:12],
                 )
-            return cls.of(architecture, list(body["widths"]), list(body["ranks"]))
+            widths, orders = list(body["widths"]), [list(r) for r in body["ranks"]]
+            if any(type(n) is not int for row in (widths, *orders) for n in row):
+                raise BundleError("selection: widths and ranks", expected="whole numbers")
+            return cls.of(architecture, widths, orders)
         except BundleError:
             raise
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise BundleError(f"this is not a selection ({type(error).__name__}: {error})") from error
+
+
+def mesh(maps: Sequence[Indices]) -> tuple[Any, ...]:
+    """An index for the outer product of index rows, one per axis.
+
+    It is slices where rows are runs, from the last axis on: an index array per kernel position would cost twenty
+    times as much.
+    """
+    runs = [_run(m) for m in maps]
+    last = max((i for i, r in enumerate(runs) if r is None), default=-1)
+    arrays = np.ix_(*maps[: last + 1]) if last >= 0 else ()
+    return (*arrays, *(r for r in runs[last + 1 :] if r is not None), ...)
+
+
+def _run(row: Indices) -> slice | None:
+    """The slice that a row of indices is, if it is one."""
+    if not row.size:
+        return slice(0, 0)
+    start, stop = int(row[0]), int(row[-1]) + 1
+    return slice(start, stop) if stop - start == row.size and bool((np.diff(row) == 1).all()) else None
+
+
+def _take(full: npt.NDArray[np.float32], maps: Sequence[Indices]) -> npt.NDArray[np.float32]:
+    """The outer product of index rows as a C-ordered copy: cuts out runs, then takes the other axes in turn."""
+    runs = [_run(m) for m in maps]
+    view = tuple(slice(None) if r is None else r for r in runs)
+    index: tuple[Any, ...] = (*view, ...)
+    out: npt.NDArray[np.float32] = full[index]
+    for axis, row in enumerate(maps):
+        if runs[axis] is None:
+            out = out.take(row, axis=axis)
+    return out.copy() if np.may_share_memory(out, full) or not out.flags.c_contiguous else out
 
 
 def _expect(
