@@ -115,6 +115,15 @@ class DeviceStore:
         if self.task is not None and not self.task.done:
             self._set_task(Task(self.task.offer, done=True))
 
+    def drop(self) -> None:
+        """Forget the current offer; its job is over.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        durable.remove(self.root / "offer.json")
+        self.task = None
+
     def keep(self, update: messages.Update) -> None:
         """Keep an update until the server has it. Its weights must be in `blobs`.
 

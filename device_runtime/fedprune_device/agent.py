@@ -1,0 +1,513 @@
+"""The agent: listens for offers, pulls what they need, trains, hands in the update, and serves on meanwhile.
+
+One loop does everything that is quick; a worker thread trains. Every message may come twice, late or never: what must
+not be lost is on the disk before anything is said about it, and is said again until the server has answered.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+from fedprune import __version__, session
+from fedprune.errors import ExitCode, FedpruneError, PlanError, ProtocolError, StorageError, StorageFullError
+from fedprune.probe_report import ProbeReport
+from fedprune.profile import HardwareProfile
+from fedprune.recipe import Recipe
+from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
+from fedprune.wire.link import ConnectionDown, ConnectionUp
+from fedprune.wire.messages import (
+    Accepted,
+    Birth,
+    Cancelled,
+    Death,
+    Finished,
+    Gone,
+    Hello,
+    Message,
+    Offer,
+    Progress,
+    Refusal,
+    Update,
+    Want,
+    parse,
+)
+from fedprune.wire.topics import NO_JOB, Topics
+from fedprune.wire.transfer import Serve
+from fedprune_device.assignment import DamagedBlobError, Workbench
+from fedprune_device.data import LocalData
+from fedprune_device.downloads import CHUNK_LEAVES, Downloads
+from fedprune_device.store import DeviceStore
+from fedprune_device.trainer import TrainingStoppedError
+
+_LOG = logging.getLogger("fedprune.device")
+
+PROGRESS_S = 1.0
+ANNOUNCE_S = 2.0
+ANNOUNCE_MAX_S = 60.0
+_BUSY_WAIT = 0.05
+_IDLE_WAIT = 0.5
+_MAX_PACKET = CHUNK_LEAVES * LEAF + PACKET_OVERHEAD
+_MAX_DAMAGES = 3
+_WEIGHT_COPIES = 5
+"""Arrays of the size of all weights that training can't do without: received, current, next, two buffers."""
+
+
+class Wire(Protocol):
+    """What the agent needs of `fedprune.wire.link.Link`."""
+
+    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
+        """The next message or event."""
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        """Send without waiting; False if that isn't possible now."""
+
+
+class _Worker:
+    """A thread that carries out one offer."""
+
+    def __init__(self, bench: Workbench, offer: Offer, download_seconds: float) -> None:
+        self.offer = offer
+        self.status: tuple[str, int, int] = ("train", 0, 0)
+        self.update: Update | None = None
+        self.error: BaseException | None = None
+        self._stop = threading.Event()
+        self._bench = bench
+        self._download_seconds = download_seconds
+        self._thread = threading.Thread(target=self._run, name="fedprune-training", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            self.update = self._bench.carry_out(
+                self.offer, download_seconds=self._download_seconds, report=self._report, stop=self._stop.is_set
+            )
+        except Exception as error:  # noqa: BLE001 - it is handed to the loop, which reports it
+            self.error = error
+
+    def _report(self, phase: str, done: int, total: int) -> None:
+        self.status = (phase, done, total)
+
+
+class Agent:
+    """A device in a fleet.
+
+    Args:
+        device: Its name.
+        site: The fleet's site.
+        store: Its state directory.
+        link: The connection; it must be subscribed to `Topics(site).device_subscriptions(device)`.
+        data: Its samples.
+        profile: What the board is; without it only the disk limits what is accepted.
+        threads: Threads for training.
+        probe: What the board measured of itself.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        site: str,
+        store: DeviceStore,
+        link: Wire,
+        data: LocalData,
+        *,
+        profile: HardwareProfile | None = None,
+        profile_name: str = "",
+        threads: int = 1,
+        probe: ProbeReport | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._device = device
+        self._topics = Topics(site)
+        self._store = store
+        self._link = link
+        self._data = data
+        self._profile = profile
+        self._profile_name = profile_name or (profile.name if profile is not None else "")
+        self._probe = probe
+        self._clock = clock
+        self._serve = Serve(store.blobs)
+        self._bench = Workbench(device, store, data, threads)
+        self._downloads: Downloads | None = None
+        self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
+        self._worker: _Worker | None = None
+        self._refusal: Refusal | None = None
+        self._damages = 0
+        self._announce_at = 0.0
+        self._announced = 0
+        self._reported: tuple[str, int, int] | None = None
+        self._report_at = 0.0
+        self._finished = False
+        self._stopping = threading.Event()
+
+    def run(self, until_finished: bool = False) -> None:
+        """Work until `stop` is called.
+
+        Args:
+            until_finished: Return when the server says that a job is finished, too.
+        """
+        self._begin(self._clock())
+        try:
+            while not self._stopping.is_set() and not (until_finished and self._finished):
+                busy = self._worker is not None or self._downloads is not None
+                item = self._link.get(_BUSY_WAIT if busy else _IDLE_WAIT)
+                self._guarded(self._take, item)
+                self._guarded(self._turn, None)
+        finally:
+            if self._worker is not None:
+                self._worker.stop()
+                self._worker.join(10)
+            self._say(Death(self._device, self._store.session), NO_JOB)
+
+    def stop(self) -> None:
+        """Let `run` return soon; may be called from a signal handler or another thread."""
+        self._stopping.set()
+
+    def will(self) -> tuple[str, bytes]:
+        """Topic and payload that the broker shall publish when the next connection is lost; numbers that connection."""
+        try:
+            self._store.next_session()
+        except StorageError as error:
+            _LOG.warning("can't keep the session number: %s", error)
+            self._store.session += 1
+        return self._topics.up(self._device), Death(self._device, self._store.session).to_bytes()
+
+    def _guarded(self, step: Callable[[Any], None], argument: Any) -> None:
+        """Nothing that comes over the network ends the agent."""
+        try:
+            step(argument)
+        except FedpruneError as error:
+            _LOG.warning("%s", error)
+        except Exception:  # noqa: BLE001 - one bad message must not end a device's service
+            _LOG.exception("unexpected error; going on")
+
+    # What comes in
+
+    def _take(self, item: tuple[str, bytes] | ConnectionUp | ConnectionDown | None) -> None:
+        now = self._clock()
+        if isinstance(item, ConnectionUp):
+            _LOG.info("connected to the broker")
+            self._greet(now)
+        elif isinstance(item, ConnectionDown):
+            _LOG.info("connection to the broker lost: %s", item.reason)
+        elif item is not None:
+            topic, payload = item
+            address = self._topics.parse(topic)
+            if address.channel == "down/blob":
+                self._on_chunk(Chunk.parse(payload), now)
+            elif address.channel == "down":
+                self._on_message(parse(payload), now)
+
+    def _on_message(self, message: Message, now: float) -> None:
+        if isinstance(message, Hello):
+            self._greet(now)
+        elif isinstance(message, Offer):
+            self._on_offer(message, now)
+        elif isinstance(message, Accepted):
+            self._on_accepted(message)
+        elif isinstance(message, Cancelled):
+            self._on_cancelled(message)
+        elif isinstance(message, Finished):
+            self._on_finished(message)
+        elif isinstance(message, Want):
+            self._on_want(message, now)
+        elif isinstance(message, Gone):
+            self._on_gone(message)
+
+    def _greet(self, now: float) -> None:
+        task, pending = self._store.task, self._store.pending
+        held = pending or (task.offer if task is not None and not task.done else None)
+        birth = Birth(
+            self._device,
+            self._store.session,
+            self._profile_name,
+            self._data.samples,
+            f"fedprune {__version__}, onnxruntime {session.version()}, Python {platform.python_version()}",
+            self._probe.to_dict() if self._probe is not None else None,
+            None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
+        )
+        self._say(birth, NO_JOB)
+        self._announced, self._announce_at = 0, now
+        if self._downloads is not None:
+            self._ask(self._downloads.offer.job, self._downloads.start(now))
+
+    def _on_offer(self, offer: Offer, now: float) -> None:
+        task, pending = self._store.task, self._store.pending
+        if self._refusal is not None and _key(self._refusal) == _key(offer):
+            self._say(self._refusal, offer.job)
+            return
+        if task is not None and _same_run(task.offer, offer):
+            if _key(offer) == _key(task.offer):
+                self._announce_at = now  # an update that waits is what the server should hear of
+                return
+            if _key(offer) < _key(task.offer):
+                self._refuse(
+                    offer,
+                    ProtocolError(
+                        "the offer is older than what this device was asked for before",
+                        expected=f"round {task.offer.round} or later",
+                        got=f"round {offer.round}, attempt {offer.attempt}",
+                        hint="A job that starts anew needs a new name.",
+                    ),
+                )
+                return
+            if pending is not None and _same_work(task.offer, offer) and pending.round == offer.round:
+                _LOG.info("round %d of %s is offered again: its update is there already", offer.round, offer.job)
+                self._store.accept(offer)
+                self._store.keep(replace(pending, attempt=offer.attempt))
+                self._announced, self._announce_at = 0, now
+                return
+        self._start(offer, now)
+
+    def _start(self, offer: Offer, now: float) -> None:
+        try:
+            self._check(offer)
+            self._store.accept(offer)
+            self._halt()
+            self._damages = 0
+            self._collect()
+            _LOG.info("round %d of job %s, attempt %d: accepted", offer.round, offer.job, offer.attempt)
+            self._download(offer, now)
+        except FedpruneError as error:
+            self._refuse(offer, error)
+
+    def _download(self, offer: Offer, now: float) -> None:
+        self._downloads = Downloads(self._store.blobs, offer, now)
+        self._ask(offer.job, self._downloads.start(now))
+
+    def _check(self, offer: Offer) -> None:
+        """Check what can be checked before anything is pulled."""
+        Recipe.from_dict(offer.recipe)
+        lacking = [r for r in (offer.weights, offer.training, offer.inference) if not self._store.blobs.has(r.sha256)]
+        needed = sum(r.size for r in lacking) + 2 * offer.weights.size
+        free = self._store.free_bytes()
+        if needed > free:
+            raise StorageFullError("no room for the offer's files", expected=f"{needed} bytes", got=f"{free} free")
+        if self._profile is None:
+            return
+        total = 3 * offer.weights.size + offer.training.size + offer.inference.size
+        if total > self._profile.storage.budget_bytes:
+            raise PlanError(
+                "the offer needs more room than the profile allows",
+                expected=f"at most {self._profile.storage.budget_bytes} bytes",
+                got=total,
+            )
+        memory = _WEIGHT_COPIES * offer.weights.size
+        if memory > self._profile.training_bytes:
+            raise PlanError(
+                "the offered model needs more memory than the profile allows",
+                expected=f"at most {self._profile.training_bytes} bytes",
+                got=f"{memory} and more",
+            )
+
+    def _on_chunk(self, chunk: Chunk, now: float) -> None:
+        if self._downloads is None:
+            return
+        offer = self._downloads.offer
+        try:
+            self._ask(offer.job, self._downloads.chunk(chunk, now))
+        except FedpruneError as error:
+            self._refuse(offer, error)
+
+    def _on_accepted(self, message: Accepted) -> None:
+        task, pending = self._store.task, self._store.pending
+        if (
+            pending is None
+            or (pending.job, pending.round) != (message.job, message.round)
+            or pending.weights.sha256 != message.weights
+        ):
+            return
+        _LOG.info("round %d of job %s: the server has the update", message.round, message.job)
+        if task is not None and (task.offer.job, task.offer.round) == (message.job, message.round):
+            self._store.finish()
+        self._store.forget()
+        self._collect()
+
+    def _on_cancelled(self, message: Cancelled) -> None:
+        task, pending = self._store.task, self._store.pending
+        if pending is not None and (pending.job, pending.round) == (message.job, message.round):
+            self._store.forget()
+        if task is not None and not task.done and (task.offer.job, task.offer.round) == (message.job, message.round):
+            _LOG.info("round %d of job %s is cancelled: %s", message.round, message.job, message.reason)
+            self._halt()
+            self._store.finish()
+
+    def _on_finished(self, message: Finished) -> None:
+        task, pending = self._store.task, self._store.pending
+        _LOG.info("job %s is finished", message.job)
+        if pending is not None and pending.job == message.job:
+            self._store.forget()
+        if task is not None and task.offer.job == message.job:
+            self._halt()
+            self._store.drop()
+            self._collect()
+        self._finished = True
+
+    def _on_want(self, want: Want, now: float) -> None:
+        pending = self._store.pending
+        if pending is None or pending.weights.sha256 != want.sha256:
+            # Only the update is anybody's business.
+            self._say(Gone(want.sha256), NO_JOB)
+            return
+        answer = self._serve.answer(want, _MAX_PACKET)
+        if isinstance(answer, Gone):
+            self._say(answer, pending.job)
+            return
+        for chunk in answer:
+            if not self._link.publish(self._topics.up_blob(self._device, pending.job), chunk):
+                break  # what doesn't get through is asked for again
+        self._announce_at = max(self._announce_at, now + 5 * ANNOUNCE_S)
+
+    def _on_gone(self, message: Gone) -> None:
+        if self._downloads is not None and self._downloads.lacks(message.sha256):
+            error = ProtocolError(f"the server no longer has blob {message.sha256[:12]}")
+            self._refuse(self._downloads.offer, error)
+
+    # What is to be done
+
+    def _begin(self, now: float) -> None:
+        """Go on where the last process stopped."""
+        task = self._store.task
+        if self._store.pending is None and task is not None and not task.done:
+            _LOG.info("going on with round %d of job %s", task.offer.round, task.offer.job)
+            try:
+                self._downloads = Downloads(self._store.blobs, task.offer, now)
+            except FedpruneError as error:
+                self._refuse(task.offer, error)
+
+    def _turn(self, _: None) -> None:
+        now = self._clock()
+        if self._downloads is not None:
+            if self._downloads.done:
+                self._ready = now - self._downloads.began
+                self._downloads = None
+            else:
+                self._ask(self._downloads.offer.job, self._downloads.tick(now))
+        if self._worker is not None and not self._worker.alive:
+            worker, self._worker = self._worker, None
+            self._settle(worker, now)
+        task = self._store.task
+        if self._worker is None and self._ready is not None and task is not None:
+            seconds, self._ready = self._ready, None
+            _LOG.info("round %d of job %s: training", task.offer.round, task.offer.job)
+            self._worker = _Worker(self._bench, task.offer, seconds)
+        if self._store.pending is not None and now >= self._announce_at:
+            self._announce(now)
+        self._progress(now)
+
+    def _settle(self, worker: _Worker, now: float) -> None:
+        """Take what the worker leaves behind."""
+        task, offer = self._store.task, worker.offer
+        if worker.stopped or task is None or task.done or task.offer != offer:
+            return
+        if worker.update is not None:
+            update = worker.update
+            try:
+                self._store.keep(update)
+            except FedpruneError as error:
+                self._refuse(offer, error)
+                return
+            shown = ", ".join(f"{k} {v:.4g}" for k, v in sorted(update.metrics.items()))
+            _LOG.info("round %d of job %s: trained (%s)", offer.round, offer.job, shown)
+            self._announced, self._announce_at = 0, now
+        elif isinstance(worker.error, DamagedBlobError) and self._damages < _MAX_DAMAGES:
+            self._damages += 1
+            _LOG.warning("%s: pulling it again", worker.error)
+            self._download(offer, now)
+        elif worker.error is not None and not isinstance(worker.error, TrainingStoppedError):
+            self._refuse(offer, worker.error)
+
+    def _halt(self) -> None:
+        """Stop what is being done for the current offer."""
+        self._downloads = None
+        self._ready = None
+        if self._worker is not None:
+            self._worker.stop()
+
+    def _collect(self) -> None:
+        # What the worker has just made is referred to by nothing yet.
+        if self._worker is None:
+            self._store.collect()
+
+    def _refuse(self, offer: Offer, error: BaseException) -> None:
+        code = error.exit_code if isinstance(error, FedpruneError) else ExitCode.INTERNAL
+        reason = str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {error}"
+        _LOG.warning("round %d of job %s: refused: %s", offer.round, offer.job, reason)
+        self._refusal = Refusal(self._device, offer.job, offer.round, offer.attempt, _printable(reason), int(code))
+        self._say(self._refusal, offer.job)
+        task = self._store.task
+        if task is not None and task.offer == offer:
+            self._halt()
+            self._store.finish()
+
+    # What goes out
+
+    def _announce(self, now: float) -> None:
+        pending = self._store.pending
+        if pending is None:
+            return
+        self._say(pending, pending.job)
+        wait = min(ANNOUNCE_MAX_S, ANNOUNCE_S * 2.0 ** min(self._announced, 10))
+        self._announced += 1
+        self._announce_at = now + wait * random.uniform(0.75, 1.25)
+
+    def _progress(self, now: float) -> None:
+        if now < self._report_at:
+            return
+        if self._downloads is not None:
+            offer, status = self._downloads.offer, ("download", *self._downloads.progress)
+        elif self._worker is not None and not self._worker.stopped:
+            offer, status = self._worker.offer, self._worker.status
+        else:
+            return
+        if status != self._reported:
+            self._reported, self._report_at = status, now + PROGRESS_S
+            phase, done, total = status
+            self._say(Progress(self._device, offer.job, offer.round, offer.attempt, phase, done, total), offer.job, 0)
+
+    def _ask(self, job: str, wants: list[Want]) -> None:
+        for want in wants:
+            self._say(want, job)
+
+    def _say(self, message: Message, job: str, qos: int = 1) -> None:
+        self._link.publish(self._topics.up(self._device, job), message.to_bytes(), qos)
+
+
+def _key(message: Offer | Refusal) -> tuple[str, int, int]:
+    return message.job, message.round, message.attempt
+
+
+def _same_run(one: Offer, other: Offer) -> bool:
+    """Whether two offers are of the same job, not only of jobs of the same name."""
+    return (one.job, one.seed, one.architecture) == (other.job, other.seed, other.architecture)
+
+
+def _same_work(one: Offer, other: Offer) -> bool:
+    """Whether two offers lead to the same weights."""
+    return replace(one, attempt=0, deadline_s=0.0) == replace(other, attempt=0, deadline_s=0.0)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)[:4000]

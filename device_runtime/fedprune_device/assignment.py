@@ -1,0 +1,191 @@
+"""What a device does for an offer once all is there: evaluate, train, evaluate, check, swap the serving model."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune import tensorfile
+from fedprune.errors import BundleError, StorageError
+from fedprune.recipe import Recipe
+from fedprune.selection import Tensors
+from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.messages import Offer, Update
+from fedprune_device.data import LocalData, log_prior
+from fedprune_device.predictor import Predictor
+from fedprune_device.slots import Serving
+from fedprune_device.store import DeviceStore
+from fedprune_device.trainer import Trainer, TrainingResult, loss_terms
+
+PROBE_SAMPLES = 32
+"""Local samples with which a new model is checked before it serves."""
+
+Report = Callable[[str, int, int], None]
+"""Takes the phase, units done and units in all."""
+
+
+class DamagedBlobError(StorageError):
+    """A blob on the disk is not what its name says. It has been deleted, so that it can be pulled again."""
+
+
+class Workbench:
+    """Carries out offers, one at a time.
+
+    The last training graph stays loaded, because the next round usually needs it again.
+
+    Args:
+        device: The device's name.
+        store: Its state directory, with all blobs of an offer.
+        data: Its samples.
+        threads: Threads inside an operator.
+    """
+
+    def __init__(self, device: str, store: DeviceStore, data: LocalData, threads: int = 1) -> None:
+        self._device = device
+        self._store = store
+        self._data = data
+        self._threads = threads
+        self._trainer: tuple[str, Trainer] | None = None
+
+    def carry_out(self, offer: Offer, *, download_seconds: float, report: Report, stop: Callable[[], bool]) -> Update:
+        """Do what an offer asks for.
+
+        The same offer always gives the same weights, so that one that was cut off can be done again. The new model
+        serves when this returns; after any error the old one does.
+
+        Args:
+            offer: The offer; its blobs are in the store.
+            download_seconds: How long they took to arrive, for the metrics.
+            report: Told how far it is.
+            stop: Asked between training steps.
+
+        Returns:
+            The update; its weights are in the store.
+
+        Raises:
+            DamagedBlobError: A blob must be pulled again.
+            ConfigError: The recipe doesn't make sense.
+            BundleError: The weights are not a canonical tensor file.
+            DataError: The local data doesn't fit the model.
+            TrainingError: Training failed.
+            TrainingStoppedError: `stop` said so.
+            ModelError: A graph doesn't load, or the new model fails its check.
+            StorageError: The disk fails or is full.
+        """
+        recipe = Recipe.from_dict(offer.recipe)
+        tensors = self._weights(offer.weights)
+        trainer = self._load(offer.training)
+        trainer.check(tensors)
+        self._data.check(offer.classes, trainer.input_shape)
+        self._blob(offer.inference)
+        offset = log_prior(self._data.y_train, offer.classes) if recipe.logit_adjustment else None
+        metrics = {"download_seconds": download_seconds, "samples_test": float(len(self._data.y_test))}
+
+        report("evaluate", 0, 2)
+        before = self._candidate(offer, offer.weights)
+        self._evaluate(before, offset, metrics, "accuracy_before")
+        del before
+        result = trainer.train(
+            tensors,
+            self._data,
+            recipe,
+            seed=offer.seed,
+            device=self._device,
+            round=offer.round,
+            classes=offer.classes,
+            progress=lambda done, total: report("train", done, total),
+            stop=stop,
+        )
+        report("evaluate", 1, 2)
+        weights = self._store.blobs.put(tensorfile.encode(result.tensors))
+        after = self._candidate(offer, weights)
+        self._check(after, trainer, result, recipe, offer.classes)
+        self._evaluate(after, offset, metrics, "accuracy_after")
+        self._store.slots.install(
+            Serving(
+                job=offer.job,
+                round=offer.round,
+                classes=offer.classes,
+                inference=offer.inference.sha256,
+                weights=weights.sha256,
+                offset=None if offset is None else tuple(map(float, offset)),
+            )
+        )
+        return Update(
+            self._device,
+            offer.job,
+            offer.round,
+            offer.attempt,
+            weights,
+            result.samples,
+            result.steps,
+            _finite(metrics | _measured(result)),
+        )
+
+    def _weights(self, ref: BlobRef) -> Tensors:
+        raw = self._blob(ref)
+        tensors: Tensors = tensorfile.decode(raw)
+        # The inference graph finds its weights at offsets that only the canonical form has.
+        if tensorfile.encode(tensors) != raw:
+            raise BundleError("the weights are not a canonical tensor file", hint="The server must write them anew.")
+        return tensors
+
+    def _load(self, ref: BlobRef) -> Trainer:
+        if self._trainer is None or self._trainer[0] != ref.sha256:
+            self._trainer = None  # two loaded graphs are more than a small board has memory for
+            self._trainer = (ref.sha256, Trainer(self._blob(ref), threads=self._threads))
+        return self._trainer[1]
+
+    def _blob(self, ref: BlobRef) -> bytes:
+        try:
+            return self._store.blobs.read(ref.sha256)
+        except StorageError as error:
+            self._store.blobs.delete(ref.sha256)
+            raise DamagedBlobError(str(error)) from error
+
+    def _candidate(self, offer: Offer, weights: BlobRef) -> Predictor:
+        blobs = self._store.blobs
+        folder = self._store.slots.stage(blobs.path(offer.inference.sha256), blobs.path(weights.sha256))
+        return Predictor(folder, threads=self._threads)
+
+    def _check(
+        self, candidate: Predictor, trainer: Trainer, result: TrainingResult, recipe: Recipe, classes: int
+    ) -> None:
+        data, loss = self._data, None
+        if not trainer.normalised:
+            loss = trainer.loss(result.tensors, data, recipe, classes, PROBE_SAMPLES)
+        candidate.check(
+            classes,
+            data.x_train[:PROBE_SAMPLES],
+            data.y_train[:PROBE_SAMPLES],
+            loss=loss,
+            terms=loss_terms(data.y_train, recipe, classes),
+        )
+
+    def _evaluate(
+        self, model: Predictor, offset: npt.NDArray[np.float32] | None, metrics: dict[str, float], name: str
+    ) -> None:
+        if len(self._data.y_test):
+            began = time.monotonic()
+            metrics[name] = model.accuracy(self._data.x_test, self._data.y_test, offset)
+            metrics["evaluate_seconds"] = time.monotonic() - began
+
+
+def _measured(result: TrainingResult) -> dict[str, float]:
+    return {
+        "loss_first": result.loss_first,
+        "loss_last": result.loss_last,
+        "train_accuracy": result.train_accuracy,
+        "train_seconds": result.seconds,
+        "step_seconds": result.step_seconds,
+        "peak_memory_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+    }
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -1,0 +1,425 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from memory_fleet import TOPICS, MemoryLink, MemoryServer, clock
+
+from fedprune import tensorfile
+from fedprune.errors import ExitCode
+from fedprune.recipe import Recipe
+from fedprune.selection import Tensors
+from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.messages import Birth, Cancelled, Death, Gone, Hello, Progress, Refusal, Update, Want
+from fedprune_device.agent import Agent
+from fedprune_device.data import LocalData
+from fedprune_device.store import DeviceStore
+from fedprune_device.trainer import Trainer
+
+pytestmark = pytest.mark.board
+
+LONG = Recipe(epochs=5000, batch_size=1, lr=1e-4)
+
+
+class Bench:
+    """An agent that can be started again and again on one state directory, and its server."""
+
+    def __init__(self, root: Path, graphs: Path, weights: Tensors, data: LocalData) -> None:
+        self.root, self.data = root, data
+        self.server = MemoryServer(root / "server", graphs, weights)
+        self.store: DeviceStore | None = None
+        self.agent: Agent | None = None
+
+    def run(self, until_finished: bool = True, limit: float = 15.0) -> None:
+        with DeviceStore(self.root / "state") as self.store:
+            self.agent = Agent("d", "site", self.store, MemoryLink(self.server), self.data, clock=clock)
+            late = threading.Timer(limit, self.agent.stop)
+            late.start()
+            self.agent.run(until_finished)
+            assert late.is_alive(), f"not done after {limit} s: {self.server.seen[-5:]}"
+            late.cancel()
+
+    def stop_on(self, kind: type, **fields: Any) -> None:
+        def react(message: Any) -> None:
+            if isinstance(message, kind) and all(getattr(message, k) == v for k, v in fields.items()):
+                assert self.agent is not None
+                self.agent.stop()
+
+        self.server.react = react
+
+    def reopened(self) -> DeviceStore:
+        return DeviceStore(self.root / "state")
+
+
+@pytest.fixture
+def bench(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> Iterator[Bench]:
+    return Bench(tmp_path, graphs, weights, data)
+
+
+def expected(graphs: Path, weights: Tensors, data: LocalData, number: int, recipe: Recipe | None = None) -> Tensors:
+    trainer = Trainer(graphs / "plain.onnx")
+    recipe = recipe or Recipe(epochs=2, batch_size=16)
+    return trainer.train(weights, data, recipe, seed=7, device="d", round=number, classes=3).tensors
+
+
+def same(one: Any, other: Any) -> bool:
+    return list(one) == list(other) and all(one[n].tobytes() == other[n].tobytes() for n in one)
+
+
+def test_a_round_ends_with_what_training_gives(bench: Bench, graphs: Path, weights: Tensors, data: LocalData) -> None:
+    bench.server.plan = [bench.server.offer(1)]
+    bench.run()
+    assert same(bench.server.result(1), expected(graphs, weights, data, 1))
+    update = bench.server.updates[1]
+    assert (update.samples, update.steps) == (70, 10)
+    assert update.metrics["accuracy_after"] > update.metrics["accuracy_before"]
+    assert update.metrics["samples_test"] == 20
+    assert {"loss_first", "loss_last", "train_seconds", "download_seconds", "step_seconds"} <= set(update.metrics)
+    assert update.metrics["peak_memory_bytes"] > 2**20
+
+
+def test_the_trained_model_serves_and_nothing_is_left_to_do(bench: Bench, data: LocalData) -> None:
+    bench.server.plan = [bench.server.offer(1), bench.server.offer(2)]
+    bench.run()
+    with bench.reopened() as store:
+        assert (store.task, store.pending) == (None, None)
+        predictor, record = store.slots.open()
+        assert (record.job, record.round) == ("job", 2)
+        assert predictor.accuracy(data.x_test, data.y_test) == bench.server.updates[2].metrics["accuracy_after"]
+
+
+def test_own_predictions_add_the_log_prior_when_the_recipe_adjusts_logits(bench: Bench, data: LocalData) -> None:
+    recipe = Recipe(logit_adjustment=True, balance_classes=True, mask_absent_classes=True, proximal=0.1)
+    bench.server.plan = [bench.server.offer(1, recipe, "full")]
+    bench.run()
+    with bench.reopened() as store:
+        predictor, record = store.slots.open()
+    offset = record.logit_offset()
+    assert offset is not None
+    accuracy = predictor.accuracy(data.x_test, data.y_test, offset)
+    assert accuracy == bench.server.updates[1].metrics["accuracy_after"]
+
+
+def test_messages_that_come_twice_do_no_harm(bench: Bench, graphs: Path, weights: Tensors, data: LocalData) -> None:
+    bench.server.plan = [bench.server.offer(1), bench.server.offer(2)]
+    bench.server.mangle = lambda _, raw: [raw, raw]
+    bench.run()
+    assert same(bench.server.result(2), expected(graphs, weights, data, 2))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lost_messages_only_cost_time(bench: Bench, graphs: Path, weights: Tensors, data: LocalData, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    bench.server.plan = [bench.server.offer(1), bench.server.offer(2)]
+    bench.server.mangle = lambda _, raw: [raw] if rng.random() > 0.15 else []
+    bench.run()
+    assert same(bench.server.result(2), expected(graphs, weights, data, 2))
+
+
+def test_a_damaged_chunk_is_asked_for_again(bench: Bench, graphs: Path, weights: Tensors, data: LocalData) -> None:
+    damaged = []
+
+    def mangle(way: str, raw: bytes) -> list[bytes]:
+        if way == "down" and raw.startswith(b"FPC") and len(damaged) < 5:
+            damaged.append(raw)
+            return [raw[:-1] + bytes([raw[-1] ^ 1])]
+        return [raw]
+
+    bench.server.plan = [bench.server.offer(1)]
+    bench.server.mangle = mangle
+    bench.run()
+    assert len(damaged) == 5
+    assert same(bench.server.result(1), expected(graphs, weights, data, 1))
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b'{"v":1,"type":"offer"}', b"FPC\1", b'{"v":9}', b"[" * 9000])
+@pytest.mark.parametrize("topic", [TOPICS.down("d", "job"), TOPICS.down_blob("d", "job"), "elsewhere", ""])
+def test_one_bad_message_does_not_end_the_agent(bench: Bench, raw: bytes, topic: str) -> None:
+    bench.server.plan = [bench.server.offer(1)]
+    sent = []
+
+    def react(message: Any) -> None:
+        if isinstance(message, Birth):
+            assert bench.server.link is not None
+            bench.server.link.deliver(topic, raw)
+            sent.append(raw)
+
+    bench.server.react = react
+    bench.run()
+    assert sent
+    assert 1 in bench.server.updates
+
+
+def test_a_cancelled_round_is_dropped_and_the_next_one_done(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1, LONG)]
+
+    def react(message: Any) -> None:
+        if isinstance(message, Progress) and message.phase == "train" and server.plan[0].round == 1:
+            server.plan = [server.offer(2)]
+            server.say(Cancelled("job", 1, "a test"))
+
+    server.react = react
+    bench.run()
+    assert list(server.updates) == [2]
+
+
+def test_a_newer_offer_ends_the_older_one(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1, LONG)]
+
+    def react(message: Any) -> None:
+        if isinstance(message, Progress) and message.phase == "train" and message.round == 1:
+            server.plan = [server.offer(2)]
+            server.say(server.plan[0])
+
+    server.react = react
+    bench.run()
+    assert list(server.updates) == [2]
+    assert not server.of(Refusal)
+
+
+@pytest.mark.parametrize(
+    ("other", "code"),
+    [
+        ({"recipe": {"epochs": 0}}, ExitCode.CONFIG),
+        ({"recipe": {"colour": 1}}, ExitCode.CONFIG),
+        ({"recipe": {"proximal": 1.0}}, ExitCode.TRAINING),
+        ({"recipe": {"lr": 1000.0, "epochs": 300, "weight_decay": 1000.0}}, ExitCode.TRAINING),
+        ({"classes": 2}, ExitCode.DATA),
+        ({"weights": BlobRef("0" * 64, 2**40, "1" * 64)}, ExitCode.STORAGE_FULL),
+    ],
+)
+def test_an_offer_that_cannot_be_carried_out_is_refused(bench: Bench, other: dict[str, Any], code: int) -> None:
+    bench.server.plan = [bench.server.offer(1, **other)]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    refusal = bench.server.of(Refusal)[0]
+    assert (refusal.round, refusal.exit_code) == (1, code)
+    assert refusal.reason
+
+
+@pytest.mark.parametrize(
+    ("tensors", "code"),
+    [
+        ({"w": np.zeros((3, 5), np.float32), "b": np.zeros(3, np.float32)}, ExitCode.TRAINING),
+        ({"w": np.zeros((3, 6), np.float32)}, ExitCode.TRAINING),
+        (None, ExitCode.BUNDLE),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(bench: Bench, tensors: Tensors | None, code: int) -> None:
+    raw = b"no tensors" if tensors is None else tensorfile.encode(tensors)
+    bench.server.plan = [bench.server.offer(1, weights=bench.server.blobs.put(raw))]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    assert bench.server.of(Refusal)[0].exit_code == code
+
+
+def test_weights_at_other_offsets_than_the_inference_graph_expects_are_refused(bench: Bench, weights: Tensors) -> None:
+    raw = tensorfile.encode(weights, {"made": "by someone else" * 9})
+    bench.server.plan = [bench.server.offer(1, weights=bench.server.blobs.put(raw))]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    assert "canonical" in bench.server.of(Refusal)[0].reason
+
+
+def test_a_model_that_contradicts_its_training_graph_never_serves(bench: Bench, weights: Tensors) -> None:
+    server = bench.server
+    server.plan = [server.offer(1)]
+    bench.run()
+    # The offset of the graph's second tensor, changed in place: it reads b from the middle of w.
+    graph = server.blobs.read(server.graphs["inference"].sha256)
+    raw = tensorfile.encode(weights)
+    start = tensorfile.offsets(raw)["b"][2]
+    wrong = graph.replace(str(start).encode(), str(start - 16).encode())
+    assert wrong != graph
+    server.plan = [server.offer(2, inference=server.blobs.put(wrong))]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    assert server.of(Refusal)[0].exit_code == ExitCode.MODEL
+    with bench.reopened() as store:
+        serving = store.slots.current()
+        assert serving is not None
+        assert serving.round == 1
+
+
+def test_a_refused_offer_that_comes_again_is_refused_again(bench: Bench) -> None:
+    bench.server.plan = [bench.server.offer(1, recipe={"epochs": 0})]
+    times = []
+
+    def react(message: Any) -> None:
+        if isinstance(message, Refusal):
+            times.append(message)
+            if len(times) == 3:
+                assert bench.agent is not None
+                bench.agent.stop()
+
+    bench.server.react = react
+    bench.run(until_finished=False)
+    assert len(set(map(str, times))) == 1
+
+
+def test_an_update_that_was_not_accepted_is_announced_after_a_restart_without_training(
+    bench: Bench, graphs: Path, weights: Tensors, data: LocalData
+) -> None:
+    server = bench.server
+    server.plan, server.accepts = [server.offer(1)], False
+    bench.stop_on(Update)
+    bench.run(until_finished=False)
+    first = server.of(Update)[0]
+    server.accepts, server.react = True, lambda _: None
+    server.seen.clear()
+    bench.run()
+    assert server.updates[1] == first
+    assert not [p for p in server.of(Progress) if p.phase == "train"]
+    assert server.of(Birth)[0].held == {"job": "job", "round": 1, "attempt": 0}
+
+
+def test_training_that_was_cut_off_is_done_again_to_the_same_bits(
+    bench: Bench, graphs: Path, weights: Tensors, data: LocalData
+) -> None:
+    server = bench.server
+    recipe = Recipe(epochs=60, batch_size=1, lr=1e-3)
+    server.plan = [server.offer(1, recipe)]
+    bench.stop_on(Progress, phase="train")
+    bench.run(until_finished=False)
+    assert not server.of(Update)
+    server.react = lambda _: None
+    bench.run()
+    assert same(server.result(1), expected(graphs, weights, data, 1, recipe))
+
+
+def test_the_same_round_offered_again_takes_the_update_that_is_there(bench: Bench) -> None:
+    server = bench.server
+    server.plan, server.accepts = [server.offer(1)], False
+
+    def react(message: Any) -> None:
+        if isinstance(message, Update) and message.attempt == 0:
+            server.accepts = True
+            server.plan = [server.offer(1, attempt=1)]
+            server.say(server.plan[0])
+
+    server.react = react
+    bench.run()
+    assert server.updates[1].attempt == 1
+    assert len({m.metrics["train_seconds"] for m in server.of(Update)}) == 1
+
+
+def test_an_offer_of_an_earlier_round_is_refused_with_the_reason(bench: Bench) -> None:
+    server = bench.server
+    server.plan, server.ends = [server.offer(5)], False
+
+    def react(message: Any) -> None:
+        if isinstance(message, Update):
+            server.say(server.offer(2))
+
+    bench.stop_on(Refusal)
+    stop = server.react
+    server.react = lambda m: (react(m), stop(m))[0]
+    bench.run(until_finished=False)
+    assert "older" in server.of(Refusal)[0].reason
+
+
+def test_another_job_of_the_same_name_starts_from_its_first_round(bench: Bench) -> None:
+    server = bench.server
+    server.plan, server.ends = [server.offer(5)], False
+    bench.stop_on(Update)
+    bench.run(until_finished=False)
+    server.react, server.ends = lambda _: None, True
+    server.plan = [server.offer(2, seed=8)]
+    bench.run()
+    assert 2 in server.updates
+
+
+def test_a_blob_that_the_disk_damaged_is_pulled_again(
+    bench: Bench, graphs: Path, weights: Tensors, data: LocalData
+) -> None:
+    server = bench.server
+    server.plan = [server.offer(1, LONG)]
+    bench.stop_on(Progress, phase="train")
+    bench.run(until_finished=False)
+    with bench.reopened() as store:
+        store.blobs.path(server.weights.sha256).write_bytes(b"rot")
+    server.react = lambda _: None
+    server.plan = [server.offer(1, Recipe(epochs=2, batch_size=16), attempt=1)]
+    bench.run()
+    assert same(server.result(1), expected(graphs, weights, data, 1))
+
+
+def test_a_blob_that_the_server_no_longer_has_is_a_refusal(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1, weights=BlobRef.of(b"nowhere"))]
+    bench.stop_on(Refusal)
+    stop = server.react
+
+    def react(message: Any) -> None:
+        if isinstance(message, Want) and not server.blobs.has(message.sha256):
+            server.say(Gone(message.sha256))
+        stop(message)
+
+    server.react = react
+    bench.run(until_finished=False)
+    assert "no longer has" in server.of(Refusal)[0].reason
+
+
+def test_a_device_hands_out_nothing_but_its_update(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1)]
+    asked = server.graphs["plain"].sha256
+
+    def react(message: Any) -> None:
+        if isinstance(message, Update):
+            server.say(Want(asked, "data", 0, 1))
+
+    server.react = react
+    bench.run()
+    assert Gone(asked) in server.seen
+
+
+def test_training_goes_on_while_the_broker_is_away(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1, Recipe(epochs=40, batch_size=1, lr=1e-3))]
+
+    def react(message: Any) -> None:
+        if isinstance(message, Progress) and message.phase == "train" and len(server.of(Birth)) == 1:
+            assert server.link is not None
+            server.link.drop()
+            threading.Timer(0.5, server.link.restore).start()
+
+    server.react = react
+    bench.run()
+    assert len(server.of(Birth)) == 2
+    assert 1 in server.updates
+
+
+def test_a_hello_is_answered_with_a_birth(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1)]
+    server.react = lambda m: server.say(Hello(1)) if isinstance(m, Update) else None
+    bench.run()
+    assert len(server.of(Birth)) >= 2
+
+
+def test_progress_comes_at_most_once_a_second(bench: Bench) -> None:
+    bench.server.plan = [bench.server.offer(1, Recipe(epochs=40, batch_size=1, lr=1e-3))]
+    began = clock()
+    bench.run()
+    assert 1 <= len(bench.server.of(Progress)) <= clock() - began + 1
+
+
+def test_every_connection_has_a_number_of_its_own_and_a_will(bench: Bench, tmp_path: Path) -> None:
+    with bench.reopened() as store:
+        agent = Agent("d", "site", store, MemoryLink(bench.server), bench.data)
+        wills = [agent.will() for _ in range(3)]
+    assert [topic for topic, _ in wills] == [TOPICS.up("d")] * 3
+    assert [raw for _, raw in wills] == [Death("d", n).to_bytes() for n in (1, 2, 3)]
+
+
+def test_an_agent_that_ends_says_so(bench: Bench) -> None:
+    bench.server.plan = [bench.server.offer(1)]
+    bench.run()
+    assert isinstance(bench.server.seen[-1], Death)
