@@ -1,0 +1,155 @@
+"""`profiles list | show | check`: hardware profiles on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fedprune import profile_store
+from fedprune.errors import ProfileError
+from fedprune.profile import SECTIONS, HardwareProfile
+
+
+def register(subparsers: Any) -> None:
+    """Add the command `profiles`; its functions take the parsed arguments and return an exit code.
+
+    Args:
+        subparsers: What `ArgumentParser.add_subparsers` returned.
+    """
+    parser: argparse.ArgumentParser = subparsers.add_parser("profiles", help="list, show and check hardware profiles")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="all profiles, one line each")
+    listing.set_defaults(function=list_profiles)
+    showing = actions.add_parser("show", help="one profile, every figure with its source")
+    showing.add_argument("name", help="a profile's name, or a TOML or JSON file")
+    showing.set_defaults(function=show_profile)
+    checking = actions.add_parser("check", help="check files of profiles")
+    checking.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    checking.set_defaults(function=check_profiles)
+    for action in (listing, showing, checking):
+        action.add_argument("--json", action="store_true", help="print JSON")
+    for action in (listing, showing):
+        action.add_argument(
+            "--folder", type=Path, action="append", default=[], help="a folder of own profiles (can be repeated)"
+        )
+
+
+def list_profiles(arguments: argparse.Namespace) -> int:
+    """Print all profiles.
+
+    Raises:
+        ProfileError: One of them doesn't make sense.
+    """
+    profiles = [profile_store.find(n, arguments.folder) for n in profile_store.names(arguments.folder)]
+    if arguments.json:
+        _print_json([p.to_dict() for p in profiles])
+        return 0
+    rows = [
+        (
+            p.name,
+            p.title,
+            f"{p.cpu.cores} x {p.cpu.clock_hz / 1e9:g} GHz",
+            _bytes(p.memory.total_bytes),
+            _bytes(p.training_bytes),
+            f"{p.train_rate / 1e9:.1f} GFLOP/s",
+            _bytes(p.link.bytes_per_round),
+        )
+        for p in profiles
+    ]
+    _print_table(("name", "board", "cores", "memory", "for training", "trains at", "per round"), rows)
+    return 0
+
+
+def show_profile(arguments: argparse.Namespace) -> int:
+    """Print one profile.
+
+    Raises:
+        ProfileError: There is none of that name, or it doesn't make sense.
+    """
+    profile = profile_store.find(arguments.name, arguments.folder)
+    if arguments.json:
+        _print_json(profile.to_dict())
+        return 0
+    print(f"{profile.name}: {profile.title} ({profile.family}, {profile.arch})")
+    if profile.identify:
+        print(f"device tree: {', '.join(profile.identify)}")
+    rows = [(key, _figure(key, value), profile.sources[key]) for key, value in profile.figures().items()]
+    _print_table(("figure", "value", "source"), rows)
+    return 0
+
+
+def check_profiles(arguments: argparse.Namespace) -> int:
+    """Check files, all of them before the first error is raised.
+
+    Raises:
+        ProfileError: What is wrong with the files, each named.
+    """
+    good: list[tuple[Path, HardwareProfile]] = []
+    bad: list[tuple[Path, ProfileError]] = []
+    for path in arguments.files:
+        try:
+            good.append((path, profile_store.read(path)))
+        except ProfileError as error:  # noqa: PERF203
+            bad.append((path, error))
+    if arguments.json:
+        rows = [{"file": str(f), "ok": True, "name": p.name} for f, p in good]
+        rows += [{"file": str(f), "ok": False, "error": str(e)} for f, e in bad]
+        _print_json(rows)
+    else:
+        for path, profile in good:
+            print(f"{path}: ok ({profile.name}, {len(profile.sources)} figures with sources)")
+    if len(bad) == 1:
+        raise bad[0][1]
+    if bad:
+        raise ProfileError(
+            f"{len(bad)} of {len(arguments.files)} profiles are not sound: " + "; ".join(str(e) for _, e in bad)
+        )
+    return 0
+
+
+_UNITS = {f"{s}.{f.name}": str(f.metadata["unit"]) for s, (kind, _) in SECTIONS.items() for f in fields(kind)}
+
+
+def _figure(key: str, value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    unit = _UNITS[key]
+    if unit == "bytes":
+        return _bytes(value)
+    for step, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if unit in ("Hz", "FLOP/s", "bytes/s") and value >= step:
+            return f"{value / step:g} {prefix}{'B/s' if unit == 'bytes/s' else unit}"
+    return f"{value:g} {unit}" if unit in ("W", "s") else f"{value:g}"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, sort_keys=True))
+
+
+def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A framed table on a terminal; columns separated by tabs elsewhere, for other programs."""
+    if not sys.stdout.isatty():
+        for row in (titles, *rows):
+            print("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*titles)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)

@@ -1,0 +1,109 @@
+"""`profiles list | show | check`: what people and programs read, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from fedprune import profile_store
+from fedprune.errors import ExitCode, ProfileError
+from fedprune.profile import HardwareProfile
+from fedprune_export import profiles_cli
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    profiles_cli.register(parser.add_subparsers())
+    arguments = parser.parse_args(["profiles", *words])
+    code: int = arguments.function(arguments)
+    return code
+
+
+def test_the_list_has_every_shipped_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("list") == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("\t")[0] for row in rows] == ["name", *profile_store.shipped()]
+
+
+def test_the_list_as_json_is_profiles(capsys: pytest.CaptureFixture[str]) -> None:
+    run("list", "--json")
+    read = [HardwareProfile.from_dict(body) for body in json.loads(capsys.readouterr().out)]
+    assert [p.name for p in read] == list(profile_store.shipped())
+
+
+def test_the_list_takes_own_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (profile_store.shipped_folder() / "raspberry-pi-5.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text.replace('name = "raspberry-pi-5"', 'name = "mine"'))
+    run("list", "--folder", str(tmp_path))
+    assert "\nmine\t" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", profile_store.shipped())
+def test_a_profile_is_shown_with_every_source(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run("show", name)
+    out = capsys.readouterr().out
+    profile = profile_store.find(name)
+    assert profile.title in out
+    for key, source in profile.sources.items():
+        assert any(row.startswith(f"{key}\t") and row.endswith(source) for row in out.splitlines())
+
+
+def test_a_profile_is_shown_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    run("show", "raspberry-pi-4b", "--json")
+    assert HardwareProfile.from_dict(json.loads(capsys.readouterr().out)) == profile_store.find("raspberry-pi-4b")
+
+
+def test_a_terminal_gets_a_framed_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    run("list")
+    assert any(row.startswith("│ raspberry-pi-5") for row in capsys.readouterr().out.splitlines())
+
+
+def test_an_unknown_name_ends_with_the_code_of_profiles() -> None:
+    with pytest.raises(ProfileError) as caught:
+        run("show", "pi-9")
+    assert caught.value.exit_code == ExitCode.PROFILE == 12
+
+
+def test_shipped_files_pass_the_check(capsys: pytest.CaptureFixture[str]) -> None:
+    files = sorted(map(str, profile_store.shipped_folder().glob("*.toml")))
+    assert run("check", *files) == 0
+    assert [row.split(": ok")[0] for row in capsys.readouterr().out.splitlines()] == files
+
+
+@pytest.fixture
+def bad_file(tmp_path: Path) -> Path:
+    text = (profile_store.shipped_folder() / "raspberry-pi-5.toml").read_text()
+    path = tmp_path / "bad.toml"
+    path.write_text(text.replace("cores = 4", "cores = -4"))
+    return path
+
+
+def test_a_bad_file_is_named_with_key_and_value(bad_file: Path) -> None:
+    with pytest.raises(ProfileError, match=r"bad\.toml: cpu\.cores: expected .*got -4"):
+        run("check", str(bad_file))
+
+
+def test_good_files_are_reported_beside_bad_ones(bad_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = profile_store.shipped_folder() / "raspberry-pi-4b.toml"
+    with pytest.raises(ProfileError):
+        run("check", str(bad_file), str(good))
+    assert f"{good}: ok" in capsys.readouterr().out
+
+
+def test_all_bad_files_are_named(bad_file: Path) -> None:
+    absent = bad_file.with_name("absent.toml")
+    with pytest.raises(ProfileError, match=r"2 of 2 .*bad\.toml.*absent\.toml"):
+        run("check", str(bad_file), str(absent))
+
+
+def test_the_check_as_json_tells_good_from_bad(bad_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = profile_store.shipped_folder() / "raspberry-pi-4b.toml"
+    with pytest.raises(ProfileError):
+        run("check", "--json", str(bad_file), str(good))
+    rows = {Path(r["file"]).name: r["ok"] for r in json.loads(capsys.readouterr().out)}
+    assert rows == {"bad.toml": False, "raspberry-pi-4b.toml": True}
