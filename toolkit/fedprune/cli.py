@@ -1,0 +1,83 @@
+"""What all commands share: errors become one line and an exit code, never a traceback.
+
+A command's parser gives every subcommand a default `run`: a function of the parsed arguments that returns an exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from fedprune.errors import ExitCode, FedpruneError
+
+DEBUG = "FEDPRUNE_DEBUG"
+"""Environment variable that shows tracebacks, too."""
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def run_command(
+    prog: str, build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None
+) -> int:
+    """Parse the command line, run what it asks for and return the exit code.
+
+    Args:
+        prog: The command's name, for messages.
+        build_parser: Makes the parser.
+        argv: Arguments; those of the process by default.
+
+    Raises:
+        SystemExit: argparse ends the process: help, version, or a command line that makes no sense.
+    """
+    try:
+        arguments = build_parser().parse_args(argv)
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader went away (`| head`); what is left must not fail again when the interpreter flushes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitCode.OK)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return int(ExitCode.INTERRUPTED)
+    except FedpruneError as error:
+        _say(str(error))
+        return int(error.exit_code)
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            _say(f"no room left on the disk{_where(error)}. Free some and run the command again.")
+            return int(ExitCode.STORAGE_FULL)
+        if error.strerror is None:
+            return _internal(prog, error)
+        _say(f"{error.strerror}{_where(error)}")
+        return int(ExitCode.STORAGE)
+    except MemoryError:
+        _say("not enough memory on this machine")
+        return int(ExitCode.INTERNAL)
+    except Exception as error:  # noqa: BLE001  the last line of defence: a user never sees a bare traceback
+        return _internal(prog, error)
+
+
+def _internal(prog: str, error: Exception) -> int:
+    kind = type(error).__name__
+    _say(
+        f"{prog} failed on something that it doesn't know ({kind}: {error}). "
+        f"Please report it, with the output of the same command under {DEBUG}=1."
+    )
+    return int(ExitCode.INTERNAL)
+
+
+def _where(error: OSError) -> str:
+    return f": {error.filename}" if error.filename else ""
+
+
+def _say(message: str) -> None:
+    """One line on stderr; the traceback before it where it is asked for."""
+    if os.environ.get(DEBUG) == "1" and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    print("error: " + " ".join(message.split()), file=sys.stderr)
