@@ -64,7 +64,11 @@ class BlobStore:
         if not self._whole(ref):
             self.check_room(ref.size)
             self.write_file(self._table_path(ref.sha256), table)
-            self.write_file(self.path(ref.sha256), data)
+            try:
+                self.write_file(self.path(ref.sha256), data)
+            except StorageError:
+                self._table_path(ref.sha256).unlink(missing_ok=True)
+                raise
         return ref
 
     def ref(self, sha256: str) -> BlobRef:

@@ -1,0 +1,84 @@
+"""A Mosquitto of one's own, with its default limits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass
+class Mosquitto:
+    process: subprocess.Popen[bytes]
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"mqtt://127.0.0.1:{self.port}"
+
+    def memory(self, field: str = "VmRSS") -> int:
+        """Resident bytes; VmHWM for the most there ever were."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+        raise LookupError(field)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def find_mosquitto() -> str:
+    found = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+    if found is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI must have mosquitto")
+        pytest.skip("mosquitto is not installed")
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def start_mosquitto(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
+    """Starts brokers: `start_mosquitto(port=0, settings="")`; `{port}` in the settings is replaced."""
+    binary, started = find_mosquitto(), []
+
+    def start(port: int = 0, settings: str = "listener {port} 127.0.0.1\nallow_anonymous true\n") -> Mosquitto:
+        port = port or free_port()
+        config = tmp_path / f"mosquitto-{port}.conf"
+        config.write_text(settings.replace("{port}", str(port)) + "user root\n")
+        process = subprocess.Popen([binary, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        started.append(process)
+        deadline = time.monotonic() + 10
+        while not listens(port):
+            if time.monotonic() > deadline or process.poll() is not None:
+                pytest.fail(f"mosquitto doesn't come up on port {port}")
+            time.sleep(0.02)
+        return Mosquitto(process, port)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def mosquitto(start_mosquitto: Callable[..., Mosquitto]) -> Mosquitto:
+    return start_mosquitto()

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.errors import ProtocolError
+from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.chunk import HEADER, MAX_PAYLOAD, Chunk, leaves_per_chunk
+from fedprune.wire.topics import Topics
+
+pytestmark = pytest.mark.board
+
+DIGEST = "ab" * 32
+
+
+@given(st.from_regex(r"[0-9a-f]{64}", fullmatch=True), st.sampled_from(["data", "leaves"]), st.integers(0, 2**32 - 1),
+       st.binary(min_size=1, max_size=100))  # fmt: skip
+def test_what_was_sent_is_what_is_read(sha256: str, part: str, first: int, payload: bytes) -> None:
+    chunk = Chunk(sha256, part, first, payload)
+
+    assert Chunk.parse(chunk.to_bytes()) == chunk
+    assert len(chunk.to_bytes()) == HEADER.size + len(payload) == 44 + len(payload)
+
+
+@given(
+    st.binary(max_size=200) | st.binary(max_size=200).map(lambda b: Chunk(DIGEST, "data", 0, b"x").to_bytes()[:44] + b)
+)
+@settings(max_examples=300)
+def test_any_bytes_raise_nothing_but_protocol_errors(raw: bytes) -> None:
+    try:
+        chunk = Chunk.parse(raw)
+    except ProtocolError:
+        return
+    assert chunk.to_bytes() == raw
+
+
+@pytest.mark.parametrize(
+    ("at", "byte"),
+    [(0, b"X"), (3, b"\2"), (4, b"\2"), (5, b"\1"), (7, b"\1")],
+    ids=["magic", "version", "part", "pad", "pad"],
+)
+def test_a_wrong_header_is_refused(at: int, byte: bytes) -> None:
+    raw = bytearray(Chunk(DIGEST, "data", 0, b"x").to_bytes())
+    raw[at : at + 1] = byte
+
+    with pytest.raises(ProtocolError, match="chunk"):
+        Chunk.parse(bytes(raw))
+
+
+def test_payloads_are_neither_empty_nor_above_the_limit() -> None:
+    full = Chunk(DIGEST, "data", 0, bytes(MAX_PAYLOAD))
+    assert Chunk.parse(full.to_bytes()) == full
+    for payload in (b"", bytes(MAX_PAYLOAD + 1)):
+        with pytest.raises(ProtocolError, match="payload of a chunk"):
+            Chunk(DIGEST, "data", 0, payload).to_bytes()
+    with pytest.raises(ProtocolError, match="payload of a chunk"):
+        Chunk.parse(full.to_bytes() + b"x")
+    with pytest.raises(ProtocolError, match="payload of a chunk"):
+        Chunk.parse(full.to_bytes()[:44])
+
+
+def test_a_payload_falls_into_leaves() -> None:
+    payload = b"a" * LEAF + b"b" * LEAF + b"c" * 7
+
+    leaves = [(i, bytes(p)) for i, p in Chunk(DIGEST, "data", 5, payload).leaves()]
+
+    assert leaves == [(5, b"a" * LEAF), (6, b"b" * LEAF), (7, b"c" * 7)]
+
+
+@pytest.mark.parametrize(
+    ("limit", "leaves"),
+    [(48 * 1024, 1), (64 * 1024, 1), (128 * 1024, 3), (256 * 1024, 7), (2_000_000, 32), (2**28, 32)],
+)
+def test_chunks_stay_below_a_broker_s_packet_limit(limit: int, leaves: int) -> None:
+    assert leaves_per_chunk(limit) == leaves
+    topic = Topics("s" * 64).down_blob("d" * 64, "j" * 64)
+    chunk = Chunk(DIGEST, "data", 0, bytes(leaves * LEAF)).to_bytes()
+
+    packet = 1 + 4 + 2 + len(topic) + 2 + len(chunk)  # type, length, topic, packet id, payload
+    assert packet <= limit
+
+
+def test_a_limit_below_one_leaf_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="packet limit is too low"):
+        leaves_per_chunk(LEAF)

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.errors import ProtocolError
+from fedprune.recipe import Recipe
+from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.messages import (
+    MAX_MESSAGE,
+    MAX_WANT,
+    PHASES,
+    Accepted,
+    Birth,
+    Cancelled,
+    Death,
+    Finished,
+    Gone,
+    Hello,
+    Message,
+    Offer,
+    Progress,
+    Refusal,
+    Update,
+    Want,
+    parse,
+)
+
+pytestmark = pytest.mark.board
+
+names = st.from_regex(r"[A-Za-z0-9_.-]{1,64}", fullmatch=True).filter(lambda n: n not in (".", "..", "all", "-"))
+counts = st.integers(0, 2**63 - 1)
+hexes = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
+refs = st.builds(BlobRef, hexes, st.integers(0, 2**40), hexes)
+texts = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=50)
+scalars = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
+objects = st.dictionaries(
+    texts,
+    st.recursive(
+        scalars | texts, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3)
+    ),
+    max_size=3,
+)
+held = st.none() | st.fixed_dictionaries({"job": names, "round": counts, "attempt": counts})
+metrics = st.dictionaries(
+    st.from_regex(r"[a-z_]{1,20}", fullmatch=True), st.floats(allow_nan=False, allow_infinity=False), max_size=5
+)
+messages = st.one_of(
+    st.builds(Birth, names, counts, texts, counts, texts, st.none() | objects, held),
+    st.builds(Death, names, counts),
+    st.builds(Progress, names, names, counts, counts, st.sampled_from(PHASES), counts, counts),
+    st.builds(Refusal, names, names, counts, counts, texts, st.integers(0, 255)),
+    st.builds(Update, names, names, counts, counts, refs, counts, counts, metrics),
+    st.builds(Hello, counts),
+    st.builds(
+        Offer, names, counts, counts, counts, hexes, hexes, st.lists(st.integers(1, 4096), max_size=9).map(tuple),
+        st.integers(1, 1000), refs, refs, refs, objects, st.floats(0, 1e9),
+    ),
+    st.builds(Accepted, names, counts, counts, hexes),
+    st.builds(Cancelled, names, counts, texts),
+    st.builds(Finished, names, st.none() | refs),
+    st.builds(Want, hexes, st.sampled_from(["data", "leaves"]), st.integers(0, 2**31 - 1), st.integers(1, MAX_WANT)),
+    st.builds(Gone, hexes),
+)  # fmt: skip
+
+REF = BlobRef.of(b"abc")
+DIGEST = "ab" * 32
+EXAMPLES: list[Message] = [
+    Birth("pi-1", 3, "raspberry-pi-4", 100, "fedprune 0.1", {"cpu": [1, 2.5]}, {"job": "j", "round": 1, "attempt": 0}),
+    Death("pi-1", 3),
+    Progress("pi-1", "j", 1, 0, "train", 3, 10),
+    Refusal("pi-1", "j", 1, 0, "no room", 30),
+    Update("pi-1", "j", 1, 0, REF, 100, 40, {"loss": 0.5}),
+    Hello(4),
+    Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), 60.0),
+    Accepted("j", 1, 0, DIGEST),
+    Cancelled("j", 1, "late"),
+    Finished("j", REF),
+    Want(DIGEST, "data", 0, 4),
+    Gone(DIGEST),
+]
+
+
+def altered(message: Message, **values: Any) -> bytes:
+    return json.dumps({**json.loads(message.to_bytes()), **values}).encode()
+
+
+def attempt(raw: bytes) -> tuple[Message | None, str]:
+    """The message, or what the protocol error says."""
+    try:
+        return parse(raw), ""
+    except ProtocolError as error:
+        return None, str(error)
+
+
+@given(messages)
+@settings(max_examples=300, deadline=None)
+def test_what_was_sent_is_what_is_read(message: Message) -> None:
+    assert parse(message.to_bytes()) == message
+
+
+def test_there_is_an_example_of_every_type() -> None:
+    assert len({type(m) for m in EXAMPLES}) == 12
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)
+def test_bytes_are_canonical(message: Message) -> None:
+    raw = message.to_bytes()
+
+    assert raw == json.dumps(json.loads(raw), sort_keys=True, separators=(",", ":")).encode()
+    assert parse(raw).to_bytes() == raw
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)
+def test_unknown_keys_are_ignored(message: Message) -> None:
+    assert parse(altered(message, surprise=[1, 2])) == message
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)
+def test_a_missing_field_is_named(message: Message) -> None:
+    for field in fields(message):
+        body = json.loads(message.to_bytes())
+        del body[field.name]
+        if field.name in ("probe", "held", "metrics") or (message.kind, field.name) == ("finished", "weights"):
+            parse(json.dumps(body).encode())
+            continue
+        with pytest.raises(ProtocolError, match=f"{message.kind}: field {field.name}: expected"):
+            parse(json.dumps(body).encode())
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)
+@pytest.mark.parametrize(
+    "wrong", [True, -1, 1.5, 2**64, 10**400, "\x00", "../up", "a/b", [], [[]], {}, {"a": {}}, "x" * 5000], ids=repr
+)
+def test_a_wrong_value_is_refused_or_read_back_as_itself(message: Message, wrong: object) -> None:
+    for field in fields(message):
+        raw = altered(message, **{field.name: wrong})
+        read, error = attempt(raw)
+        if read is not None:
+            assert json.loads(read.to_bytes())[field.name] == wrong
+        else:
+            assert error.startswith(f"{message.kind}: field {field.name}")
+            assert "expected" in error
+            assert len(error) < 500
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "value"),
+    [
+        (EXAMPLES[0], "device", "all"),
+        (EXAMPLES[0], "device", ".."),
+        (EXAMPLES[0], "device", "a" * 65),
+        (EXAMPLES[0], "device", "pi\n"),
+        (EXAMPLES[0], "session", -1),
+        (EXAMPLES[0], "samples", True),
+        (EXAMPLES[0], "probe", {"a": {"b": {"c": {"d": {"e": {"f": {"g": {"h": {"i": 1}}}}}}}}}),
+        (EXAMPLES[0], "held", {"job": "../x", "round": 0, "attempt": 0}),
+        (EXAMPLES[0], "held", {"job": "x", "round": 0}),
+        (EXAMPLES[2], "phase", "sleep"),
+        (EXAMPLES[2], "job", "-"),
+        (EXAMPLES[3], "exit_code", 256),
+        (EXAMPLES[3], "reason", "x" * 4097),
+        (EXAMPLES[4], "metrics", {str(i): 0.0 for i in range(65)}),
+        (EXAMPLES[4], "metrics", {"loss": "0.5"}),
+        (EXAMPLES[4], "metrics", {"loss": 10**400}),
+        (EXAMPLES[4], "metrics", {"<b>": 1}),
+        (EXAMPLES[4], "weights", {"sha256": DIGEST, "size": -1, "leaves": DIGEST}),
+        (EXAMPLES[4], "weights", {"sha256": DIGEST, "size": 2**41, "leaves": DIGEST}),
+        (EXAMPLES[4], "weights", {"sha256": "../" + DIGEST[3:], "size": 1, "leaves": DIGEST}),
+        (EXAMPLES[4], "weights", {"sha256": DIGEST, "size": 1}),
+        (EXAMPLES[6], "widths", [1, 0]),
+        (EXAMPLES[6], "widths", [1] * 65_537),
+        (EXAMPLES[6], "widths", [1.0]),
+        (EXAMPLES[6], "deadline_s", -1),
+        (EXAMPLES[6], "recipe", [1]),
+        (EXAMPLES[10], "count", 0),
+        (EXAMPLES[10], "count", MAX_WANT + 1),
+        (EXAMPLES[10], "first", 2**31),
+        (EXAMPLES[10], "part", "all"),
+        (EXAMPLES[11], "sha256", DIGEST.upper()),
+    ],
+    ids=lambda v: v if isinstance(v, str) and len(v) < 20 else None,
+)
+def test_each_limit_holds(message: Message, field: str, value: object) -> None:
+    with pytest.raises(ProtocolError, match=f"{message.kind}: field {field}"):
+        parse(altered(message, **{field: value}))
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+def test_numbers_that_are_not_finite_are_refused(number: str) -> None:
+    raw = EXAMPLES[4].to_bytes()
+    assert b'"loss":0.5' in raw
+
+    with pytest.raises(ProtocolError):
+        parse(raw.replace(b'"loss":0.5', b'"loss":' + number.encode()))
+    with pytest.raises(ProtocolError, match="metrics"):
+        Update("pi-1", "j", 1, 0, REF, 1, 1, {"loss": float(number.replace("1e999", "inf"))})
+
+
+def test_numbers_in_free_form_objects_are_finite_too() -> None:
+    with pytest.raises(ProtocolError, match="probe"):
+        Birth("pi-1", 1, "p", 1, "s", {"speed": [math.nan]})
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b'"hello"',
+        b"{",
+        b"[" * 100_000,
+        b'{"a":' * 50_000,
+        b'{"v":1,"type":"hello","session":1' + b"0" * 10_000 + b"}",
+        b'{"v":2,"type":"hello","session":1}',
+        b'{"v":"1","type":"hello","session":1}',
+        b'{"v":true,"type":"hello","session":1}',
+        b'{"type":"hello","session":1}',
+        b'{"v":1,"type":"eval","session":1}',
+        b'{"v":1,"type":["hello"],"session":1}',
+        b'{"v":1,"session":1}',
+        b'{"v":1,"type":"hello","session":1,"pad":"' + b"x" * MAX_MESSAGE + b'"}',
+    ],
+    ids=lambda raw: repr(raw[:30]),
+)
+def test_what_is_no_message_is_refused_with_a_short_error(raw: bytes) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        parse(raw)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_message_that_would_be_too_long_is_not_made() -> None:
+    message = Birth("pi-1", 1, "p", 1, "s", {str(i): "x" * 60_000 for i in range(5)})
+
+    with pytest.raises(ProtocolError, match="too long"):
+        message.to_bytes()
+
+
+@given(st.sampled_from(EXAMPLES), st.data())
+@settings(max_examples=300, deadline=None)
+def test_damaged_messages_raise_nothing_but_protocol_errors(message: Message, data: st.DataObject) -> None:
+    raw = bytearray(message.to_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        raw[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
+    read, _ = attempt(bytes(raw))
+    assert read is None or parse(read.to_bytes()) == read
+
+
+@given(st.recursive(scalars | texts, lambda inner: st.lists(inner) | st.dictionaries(texts, inner)))
+@settings(max_examples=200, deadline=None)
+def test_any_json_raises_nothing_but_protocol_errors(body: object) -> None:
+    kinds = [m.kind for m in EXAMPLES]
+    for raw in (body, *({**body, "v": 1, "type": kind} for kind in kinds if isinstance(body, dict))):
+        with pytest.raises(ProtocolError):
+            parse(json.dumps(raw).encode())

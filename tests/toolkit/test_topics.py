@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from paho.mqtt.client import topic_matches_sub
+
+from fedprune.errors import ProtocolError
+from fedprune.wire.topics import Address, Topics
+
+pytestmark = pytest.mark.board
+
+names = st.from_regex(r"[A-Za-z0-9_.-]{1,64}", fullmatch=True).filter(lambda n: n not in (".", "..", "all", "-"))
+
+
+@given(names, names, names | st.just("-"))
+def test_every_topic_is_heard_by_the_right_side_only_and_read_back(site: str, device: str, job: str) -> None:
+    topics = Topics(site)
+    other = "y" if device == "x" else "x"
+    for topic, channel in [
+        (topics.up(device, job), "up"),
+        (topics.up_blob(device, job), "up/blob"),
+        (topics.down(device, job), "down"),
+        (topics.down_blob(device, job), "down/blob"),
+    ]:
+        assert topics.parse(topic) == Address(device, job, channel)
+        listeners = [topics.server_subscriptions(), *map(topics.device_subscriptions, (device, other))]
+        heard = [any(topic_matches_sub(s, topic) for s in subscriptions) for subscriptions in listeners]
+        assert heard == [channel.startswith("up"), channel.startswith("down"), False]
+
+
+def test_a_broadcast_reaches_every_device_and_not_the_server() -> None:
+    topics = Topics("lab")
+
+    assert topics.broadcast() == "fedprune/1/lab/all/-/down"
+    assert topics.parse(topics.broadcast()) == Address("all", "-", "down")
+    assert any(topic_matches_sub(s, topics.broadcast()) for s in topics.device_subscriptions("pi-1"))
+    assert not any(topic_matches_sub(s, topics.broadcast()) for s in topics.server_subscriptions())
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "+", "#", "a b", "ä", "a" * 65, "..", ".", "a\n", "$SYS", "a\0"])
+def test_names_that_mean_something_to_mqtt_or_to_a_file_system_are_refused(name: str) -> None:
+    topics = Topics("lab")
+    for make in (lambda: Topics(name), lambda: topics.up(name), lambda: topics.down("pi-1", name)):
+        with pytest.raises(ProtocolError, match="a name of 1 to 64"):
+            make()
+
+
+def test_reserved_names_are_refused() -> None:
+    topics = Topics("lab")
+    with pytest.raises(ProtocolError, match="a device's own name"):
+        topics.up("all")
+    with pytest.raises(ProtocolError, match="a device's own name"):
+        topics.device_subscriptions("all")
+
+
+@pytest.mark.parametrize(
+    "topic",
+    [
+        "",
+        "fedprune/1/lab/pi/j",
+        "fedprune/2/lab/pi/j/up",
+        "fedprune/1/other/pi/j/up",
+        "fedprune/1/lab/pi/j/sideways",
+        "fedprune/1/lab/pi/j/up/blob/more",
+        "fedprune/1/lab/../j/up",
+        "fedprune/1/lab/pi//up",
+        "$SYS/broker/uptime",
+        "x" * 60_000,
+    ],
+    ids=lambda t: t[:40],
+)
+def test_foreign_topics_are_refused(topic: str) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        Topics("lab").parse(topic)
+    assert len(str(caught.value)) < 400
