@@ -184,6 +184,8 @@ def _factory(text: str) -> Any:
         ) from error
     except AttributeError as error:
         raise ModelError(f"module {module_name} has no {function}") from error
+    except Exception as error:
+        raise ModelError(f"importing {module_name} failed ({type(error).__name__}: {_reason(error)})") from error
     try:
         return factory() if callable(factory) and not hasattr(factory, "state_dict") else factory
     except Exception as error:

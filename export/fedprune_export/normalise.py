@@ -93,6 +93,7 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None) 
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     notes: list[str] = []
     _check_ports(graph)
+    _name_nodes(graph)
     reference = graph.copy()
     _drop_idle(graph)
     _rename(graph, constants, notes)

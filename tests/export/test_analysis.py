@@ -53,7 +53,7 @@ def torch_pruning(module: Any) -> tuple[Any, Any]:
 def their_groups(module: Any) -> Iterator[tuple[frozenset[tuple[str, str]], int]]:
     import torch
 
-    tp, graph = torch_pruning(module)
+    _, graph = torch_pruning(module)
     names = {part: name for name, part in module.named_modules()}
     kinds = (torch.nn.Conv2d, torch.nn.Linear)
     for group in graph.get_all_groups(root_module_types=kinds):

@@ -1,0 +1,277 @@
+"""Bringing models in: torch modules keep all their weights, damaged files are one clear error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from cutting import distance, inputs, outputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import nets
+from fedprune.errors import ExitCode, MissingExtraError, ModelError
+from fedprune_export.graph import Graph, Port
+from fedprune_export.imported import Model
+from fedprune_export.load import export_torch, import_onnx, load, read_source
+
+pytestmark = pytest.mark.torch
+
+Imported = Callable[[str], Model]
+F32 = np.dtype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def lenet_bytes() -> bytes:
+    return export_torch(nets.lenet())
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet20_bn", "concat_net"])
+def test_the_graph_computes_what_the_module_computes(imported: Imported, name: str) -> None:
+    model, module = imported(name), getattr(nets, name)()
+    x = inputs(model, 7)
+
+    with torch.no_grad():
+        expected = module(torch.from_numpy(x)).numpy()
+
+    assert distance(outputs(model.graph, x), expected) < 1e-5
+
+
+def test_the_same_bytes_give_the_same_architecture(lenet_bytes: bytes) -> None:
+    assert import_onnx(lenet_bytes, "a").architecture.digest == import_onnx(lenet_bytes, "a").architecture.digest
+
+
+def test_exporting_twice_gives_the_same_bytes(lenet_bytes: bytes) -> None:
+    assert export_torch(nets.lenet()) == lenet_bytes
+
+
+@pytest.mark.parametrize("name", ["lenet", "vgg11_bn", "concat_net"])
+def test_a_normalised_graph_imports_as_itself(imported: Imported, name: str) -> None:
+    model = imported(name)
+
+    again = import_onnx(model.graph.to_bytes(), name)
+
+    assert again.architecture.digest == model.architecture.digest
+
+
+def test_a_factory_is_loaded_by_name() -> None:
+    model = load("nets:lenet")
+
+    assert model.architecture.name == "lenet"
+    assert model.architecture.input_shape == (1, 28, 28)
+
+
+def test_a_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_net.py").write_text(
+        "from torch import nn\n\n\n"
+        "def small():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Linear(5, 2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    model = load("my_own_net:small", input_shape=(3, 2, 2))
+
+    assert [g.size for g in model.architecture.groups] == [5]
+
+
+def test_a_file_is_loaded_by_path(tmp_path: Path, lenet_bytes: bytes) -> None:
+    (tmp_path / "mine.onnx").write_bytes(lenet_bytes)
+
+    assert load(tmp_path / "mine.onnx").architecture.name == "mine"
+
+
+def test_external_weights_are_read(tmp_path: Path, lenet_bytes: bytes) -> None:
+    onnx.save_model(
+        onnx.load_model_from_string(lenet_bytes),
+        str(tmp_path / "m.onnx"),
+        save_as_external_data=True,
+        location="m.data",
+        size_threshold=0,
+    )
+
+    model = load(tmp_path / "m.onnx")
+
+    np.testing.assert_array_equal(model.tensors["fc3.bias"], import_onnx(lenet_bytes, "m").tensors["fc3.bias"])
+
+
+def test_missing_external_weights_name_the_file(tmp_path: Path, lenet_bytes: bytes) -> None:
+    proto = onnx.load_model_from_string(lenet_bytes)
+    onnx.save_model(proto, str(tmp_path / "m.onnx"), save_as_external_data=True, location="m.data", size_threshold=0)
+    (tmp_path / "m.data").unlink()
+
+    with pytest.raises(ModelError, match=r"m\.onnx"):
+        load(tmp_path / "m.onnx")
+
+
+def test_training_mode_is_left_and_restored() -> None:
+    module = nets.concat_net().train()
+
+    model = import_onnx(export_torch(module), "net")
+
+    assert module.training
+    assert {n.op for n in model.graph.nodes} >= {"BatchNormalization"}
+
+
+def test_an_example_input_gives_the_shape() -> None:
+    module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+    assert import_onnx(export_torch((module, torch.zeros(1, 4))), "net").architecture.input_shape == (4,)
+
+
+def test_an_unknown_input_shape_says_what_to_do() -> None:
+    with pytest.raises(ModelError, match="--input-shape"):
+        export_torch(nn.Linear(4, 3))
+
+
+def test_a_parameter_that_the_forward_pass_never_uses() -> None:
+    class Spare(nn.Module):
+        input_shape = (4,)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    with pytest.raises(ModelError, match=r"lost or fused.*unused\.weight"):
+        export_torch(Spare())
+
+
+def test_tied_weights_stay_tied() -> None:
+    class Tied(nn.Module):
+        input_shape = (4,)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+            nn.init.ones_(self.a.bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(torch.relu(self.a(torch.relu(self.a(x)))))
+
+    model = import_onnx(export_torch(Tied()), "tied")
+
+    assert set(model.tensors) == {"a.weight", "a.bias", "out.weight", "out.bias"}
+
+
+def test_buffers_are_constants() -> None:
+    class Scaled(nn.Module):
+        input_shape = (4,)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(4, 2)
+            self.register_buffer("mean", torch.arange(4.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(x - self.mean)
+
+    assert set(import_onnx(export_torch(Scaled()), "net").tensors) == {"out.weight", "out.bias"}
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"nothing\.onnx.*No such file") as caught:
+        load(tmp_path / "nothing.onnx")
+    assert caught.value.exit_code is ExitCode.MODEL
+
+
+@pytest.mark.parametrize("source", ["no_such_module:net", "nets:no_such_net", "nets:BROKEN"])
+def test_a_factory_that_is_not_there(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nets, "BROKEN", lambda: 1 / 0, raising=False)
+
+    with pytest.raises(ModelError, match=source.rpartition(":")[2] if "module" not in source else "no_such_module"):
+        load(source)
+
+
+def test_a_factory_that_makes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nets, "wrong", lambda: 3, raising=False)
+
+    with pytest.raises(ModelError, match="expected a torch module, got int"):
+        load("nets:wrong")
+
+
+def test_without_torch_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+    with pytest.raises(MissingExtraError, match=r"pip install torch .*download\.pytorch\.org/whl/cpu") as caught:
+        load("nets:lenet")
+    assert caught.value.exit_code is ExitCode.MISSING_EXTRA
+
+
+@pytest.mark.parametrize("raw", [b"", b"hello", b"\x00" * 100, b"PK\x03\x04" + b"z" * 50, b"\x80\x02}q\x00."])
+def test_something_else_than_onnx(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "model.onnx").write_bytes(raw)
+
+    with pytest.raises(ModelError, match=r"model\.onnx.*not a whole ONNX model"):
+        load(tmp_path / "model.onnx")
+
+
+@settings(max_examples=40, deadline=None)
+@given(share=st.floats(0, 0.9999))
+def test_a_truncated_file_is_one_clear_error(lenet_bytes: bytes, share: float) -> None:
+    with pytest.raises(ModelError):
+        import_onnx(lenet_bytes[: int(share * len(lenet_bytes))], "net")
+
+
+def test_read_source_gives_bytes_that_import() -> None:
+    assert import_onnx(read_source("nets:concat_net"), "concat_net").architecture.classes == 10
+
+
+def _port(*shape: int | str) -> list[Port]:
+    return [Port("x", F32, shape)]
+
+
+def test_a_fixed_batch_is_refused() -> None:
+    graph = Graph(inputs=_port(1, 3), initializers={"w": np.ones((3, 2), np.float32)})
+    graph.outputs = [Port(graph.emit("MatMul", "x", "w"), F32, (1, 2))]
+
+    with pytest.raises(ModelError, match=r"fixed batch.*dynamic batch"):
+        import_onnx(graph.to_bytes(), "net")
+
+
+def test_free_height_and_width_are_refused() -> None:
+    graph = Graph(inputs=_port("N", 3, "H", "W"), initializers={"w": np.ones((2, 3, 1, 1), np.float32)})
+    graph.outputs = [Port(graph.emit("Conv", "x", "w"), F32, ("N", 2, "H", "W"))]
+
+    with pytest.raises(ModelError, match="free dimensions besides the batch"):
+        import_onnx(graph.to_bytes(), "net")
+
+
+def test_control_flow_is_refused() -> None:
+    inner = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["x"], ["z"])],
+        "inner",
+        [],
+        [onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, ["N", 3])],
+    )
+    graph = Graph(inputs=_port("N", 3), initializers={"yes": np.array(True)})
+    graph.emit("Relu", "x", out="out")
+    graph.outputs = [Port("out", F32, ("N", 3))]
+    proto = graph.to_proto()
+    proto.graph.node[0].CopyFrom(onnx.helper.make_node("If", ["yes"], ["out"], then_branch=inner, else_branch=inner))
+
+    with pytest.raises(ModelError, match=r"sub-graph \(If\)"):
+        import_onnx(proto.SerializeToString(), "net")
+
+
+def test_several_inputs_are_refused() -> None:
+    graph = Graph(inputs=[Port("a", F32, ("N", 3)), Port("b", F32, ("N", 3))])
+    graph.outputs = [Port(graph.emit("Add", "a", "b"), F32, ("N", 3))]
+
+    with pytest.raises(ModelError, match="one input and one output, got 2 and 1"):
+        import_onnx(graph.to_bytes(), "net")
+
+
+def test_double_precision_is_refused() -> None:
+    graph = Graph(inputs=[Port("x", np.dtype(np.float64), ("N", 3))])
+    graph.outputs = [Port(graph.emit("Relu", "x"), np.dtype(np.float64), ("N", 3))]
+
+    with pytest.raises(ModelError, match="expected float32"):
+        import_onnx(graph.to_bytes(), "net")
