@@ -1,4 +1,4 @@
-"""Writes the probe's reference net under `fedprune_device/assets/`; needs the exporter, which boards don't have.
+"""Writes the probe's reference net among the assets of `fedprune_device`; needs the exporter, which boards don't have.
 
 A small convolutional net in the shape of those that boards train. Its graphs go through the compiler, so that the probe
 measures what a round would run.
@@ -23,10 +23,11 @@ INPUT, CLASSES, BATCH = (3, 32, 32), 10, 16
 CONVOLUTIONS = ((3, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2))
 """Input channels, output channels, stride."""
 
-FOLDER = Path(__file__).parent / "fedprune_device" / "assets"
+FOLDER = Path(__file__).parents[1] / "device_runtime" / "fedprune_device" / "assets"
 
 
 def network() -> bytes:
+    """The reference net, as the bytes of an ONNX file."""
     graph = Graph(name="probe")
     graph.inputs = [Port("x", np.dtype(np.float32), ("N", *INPUT))]
     value = "x"
@@ -48,6 +49,7 @@ def _weights(*shape: int) -> np.ndarray:
 
 
 def main() -> None:
+    """Compile the net and write its graphs, shapes and costs."""
     model = import_onnx(network(), "probe")
     architecture = model.architecture
     costs = costs_at(architecture, architecture.sizes)

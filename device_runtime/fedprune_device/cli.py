@@ -1,0 +1,247 @@
+"""`fedprune-device`: take part in a fleet, predict with what was learnt, measure the board."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune import __version__
+from fedprune.bundle import open_bundle
+from fedprune.cli import run_command
+from fedprune.errors import ConfigError, DataError, ExitCode, ProfileError
+from fedprune.profile import HardwareProfile
+from fedprune_device.data import log_prior
+from fedprune_device.predictor import Predictor
+from fedprune_device.slots import Slots
+
+_LOG = logging.getLogger("fedprune.device")
+_BROKER = "FEDPRUNE_BROKER"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_command("fedprune-device", build_parser, argv)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    parser = argparse.ArgumentParser(
+        prog="fedprune-device",
+        description="Train on this board's own data as part of a fleet, and predict with what was learnt.",
+        epilog="Exit codes are explained in docs/exit-codes.md.",
+    )
+    parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_predict(commands)
+    probe = commands.add_parser("probe", help="measure this board, which takes a few seconds")
+    probe.add_argument("--json", action="store_true", help="as JSON, for programs")
+    probe.add_argument("--threads", type=_positive, default=_threads(), metavar="N", help="threads for the benchmark")
+    probe.set_defaults(run=_probe)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser("run", help="take part in a fleet, or go on after a stop, crash or power cut")
+    run.add_argument(
+        "--broker",
+        metavar="URL",
+        default=os.environ.get(_BROKER),
+        help=f"mqtt://[user:password@]host[:port] or mqtts://...; ${_BROKER} keeps a password out of process lists",
+    )
+    run.add_argument("--ca", type=Path, metavar="FILE", help="authorities that mqtts:// trusts (default: the system's)")
+    run.add_argument("--site", default="default", help="the fleet's site (default: default)")
+    run.add_argument("--device", required=True, metavar="NAME", help="this board's name, unique in the site")
+    run.add_argument("--data", required=True, metavar="SRC", help=".npz with x and y, or package.module:function")
+    run.add_argument("--state", type=Path, required=True, metavar="DIR", help="what must survive a power cut")
+    run.add_argument("--seed", type=int, default=0, help="of the split into training and test samples")
+    run.add_argument("--profile", metavar="NAME", help="a hardware profile's name or file (default: what fits)")
+    run.add_argument("--threads", type=_positive, default=_threads(), metavar="N", help="default: half of the cores")
+    run.add_argument("--until-finished", action="store_true", help="end when the job is done")
+    run.add_argument("--patient", action="store_true", help="wait for a broker that isn't there when starting")
+    run.add_argument("--no-probe", action="store_true", help="don't measure the board; the profile is believed")
+    run.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    run.set_defaults(run=_run)
+
+
+def _add_predict(commands: Any) -> None:
+    predict = commands.add_parser("predict", help="predict with the serving model, also while the agent runs")
+    source = predict.add_mutually_exclusive_group(required=True)
+    source.add_argument("--state", type=Path, metavar="DIR", help="the serving model of a running or stopped agent")
+    source.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of fedprune-export")
+    predict.add_argument("--input", type=Path, required=True, metavar="FILE", help=".npy, or .npz with x (and y)")
+    out = predict.add_mutually_exclusive_group()
+    out.add_argument("--output", type=Path, metavar="FILE", help="write the logits to this .npy file")
+    out.add_argument("--top", type=_positive, default=1, metavar="K", help="print the K likeliest classes (default: 1)")
+    predict.add_argument("--data", metavar="SRC", help="with --bundle: adjust logits to the label shares of this data")
+    predict.add_argument(
+        "--threads", type=_positive, default=_threads(), metavar="N", help="default: half of the cores"
+    )
+    predict.set_defaults(run=_predict)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from fedprune.wire.link import Link
+    from fedprune.wire.topics import Topics
+    from fedprune_device.agent import Agent
+    from fedprune_device.data import load_data
+    from fedprune_device.probe import check_runtime, probe
+    from fedprune_device.store import DeviceStore
+
+    logging.basicConfig(
+        level=arguments.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    if not arguments.broker:
+        raise ConfigError("no broker is given", hint=f"Use --broker mqtt://host or set {_BROKER}.")
+    topics = Topics(arguments.site)
+    subscriptions = topics.device_subscriptions(arguments.device)
+    report = None if arguments.no_probe else probe(arguments.threads)
+    if report is None:
+        check_runtime()
+    else:
+        _LOG.info("probe: %s", json.dumps(report.to_dict()))
+    profile = _profile(arguments.profile)
+    data = load_data(arguments.data, arguments.seed, arguments.device)
+    with DeviceStore(arguments.state) as store:
+        # The link asks the agent for its will, and the agent speaks through the link.
+        agents: list[Agent] = []
+        link = Link(
+            arguments.broker,
+            f"fedprune-{arguments.site}-{arguments.device}",
+            will=lambda: agents[0].will(),
+            ca=arguments.ca,
+        )
+        agent = Agent(
+            arguments.device,
+            arguments.site,
+            store,
+            link,
+            data,
+            profile=profile,
+            profile_name=arguments.profile or "",
+            threads=arguments.threads,
+            probe=report,
+        )
+        agents.append(agent)
+        signal.signal(signal.SIGTERM, lambda *_: agent.stop())
+        link.subscribe(subscriptions)
+        link.start(patient=arguments.patient)
+        try:
+            agent.run(arguments.until_finished)
+        finally:
+            link.close()
+    return int(ExitCode.OK)
+
+
+def _profile(name: str | None) -> HardwareProfile | None:
+    from fedprune import profile_store
+    from fedprune_device.probe import board
+
+    try:
+        return profile_store.find(name) if name else profile_store.identify(board())
+    except ProfileError as error:
+        if name:
+            raise
+        _LOG.warning("no hardware profile fits this board, so that only its disk limits what it accepts: %s", error)
+        return None
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    offset: npt.NDArray[np.float32] | None = None
+    class_names: tuple[str, ...] = ()
+    if arguments.bundle is not None:
+        bundle = open_bundle(arguments.bundle)
+        predictor = Predictor(arguments.bundle, threads=arguments.threads)
+        class_names = bundle.class_names
+        if arguments.data is not None:
+            from fedprune_device.data import load_data
+
+            offset = log_prior(load_data(arguments.data).y_train, bundle.architecture.classes)
+    else:
+        predictor, record = Slots(arguments.state / "serving").open(arguments.threads)
+        offset = record.logit_offset()
+    x, y = _inputs(arguments.input)
+    logits = predictor.predict(x)
+    if offset is not None:
+        logits = logits + offset
+    if arguments.output is not None:
+        with arguments.output.open("wb") as file:
+            np.save(file, logits)
+    else:
+        _print_top(logits, arguments.top, class_names)
+    if y is not None and len(y):
+        print(f"accuracy {np.mean(np.argmax(logits, axis=1) == y):.4f} on {len(y)} samples", file=sys.stderr)
+    return int(ExitCode.OK)
+
+
+def _inputs(path: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any] | None]:
+    try:
+        with path.open("rb") as raw:
+            found = np.load(raw, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                x, y = found, None
+            else:
+                x, y = found["x"], found["y"] if "y" in found.files else None
+    except OSError as error:
+        raise DataError(f"can't read {path}: {error.strerror or error}") from error
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: {error}", expected="a .npy array, or an .npz file with x") from error
+    if x.dtype.kind != "f" or not np.isfinite(x).all():
+        raise DataError(f"{path}: inputs", expected="finite float32 numbers", got=x.dtype)
+    if y is not None and y.shape != x.shape[:1]:
+        raise DataError(f"{path}: labels", expected=x.shape[:1], got=y.shape)
+    return np.asarray(x, np.float32), y
+
+
+def _print_top(logits: npt.NDArray[np.float32], count: int, names: tuple[str, ...]) -> None:
+    z = logits.astype(np.float64)
+    shares = np.exp(z - z.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    for i, row in enumerate(shares):
+        best = np.argsort(-row, kind="stable")[:count]
+        print(f"{i}: " + ", ".join(f"{names[c] if c < len(names) else c} {row[c]:.4f}" for c in best))
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from fedprune_device.probe import probe
+
+    report = probe(arguments.threads)
+    if arguments.json:
+        print(json.dumps(report.to_dict(), sort_keys=True))
+        return int(ExitCode.OK)
+    for field in fields(report):
+        value = getattr(report, field.name)
+        if field.name.endswith("_rate") and value is not None:
+            value = f"{value / 1e9:.2f} GFLOP/s"
+        elif field.name.startswith("memory_"):
+            value = f"{value / 2**20:.0f} MiB"
+        print(f"{field.name}: {'unknown' if value in (None, '') else value}")
+    return int(ExitCode.OK)
+
+
+def _threads() -> int:
+    """Half of the cores: predictions and the system need some, too."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
