@@ -35,6 +35,7 @@ class ServerConfig:
         state: The folder in which everything lies that must survive a crash.
         keep: How many of the latest global models are kept.
         pulls: From how many devices updates are pulled at the same time.
+        profiles: A folder of hardware profiles of your own, beside the shipped ones.
     """
 
     job: Job = field(default_factory=Job)
@@ -47,6 +48,7 @@ class ServerConfig:
     state: Path = Path("fedprune-state")
     keep: int = 3
     pulls: int = 4
+    profiles: Path | None = None
 
     def __post_init__(self) -> None:
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
@@ -112,16 +114,17 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
     model, evaluation, server = (body.get(t, {}) for t in ("model", "evaluation", "server"))
     _only(model, ("path",), f"{where}: [model]", "key")
     _only(evaluation, ("data",), f"{where}: [evaluation]", "key")
-    _only(server, ("site", "broker", "host", "port", "state", "keep", "pulls"), f"{where}: [server]", "key")
+    _only(server, ("site", "broker", "host", "port", "state", "keep", "pulls", "profiles"), f"{where}: [server]", "key")
     if "path" in model:
         values["model"] = _source(_text(model["path"], f"{where}: [model] path"), folder)
     if "data" in evaluation:
         values["evaluation"] = _source(_text(evaluation["data"], f"{where}: [evaluation] data"), folder)
-    for key in ("site", "broker", "host", "state"):
+    for key in ("site", "broker", "host", "state", "profiles"):
         if key in server:
             values[key] = _text(server[key], f"{where}: [server] {key}")
-    if "state" in values:
-        values["state"] = folder / values["state"]
+    for key in ("state", "profiles"):
+        if key in values:
+            values[key] = folder / values[key]
     values.update({key: server[key] for key in ("port", "keep", "pulls") if key in server})
     return _located(lambda: ServerConfig(job=Job.from_dict(body.get("job", {})), **values), where)
 
