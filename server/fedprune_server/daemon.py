@@ -12,8 +12,9 @@ import heapq
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from fedprune.architecture import Architecture
@@ -22,7 +23,7 @@ from fedprune.coordination import Coordinator, Phase, State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.state import Progress as Part
-from fedprune.errors import ProfileError, ProtocolError
+from fedprune.errors import BrokerError, ProfileError, ProtocolError
 from fedprune.job import Job
 from fedprune.plan import Plan
 from fedprune.profile_store import find
@@ -60,7 +61,10 @@ _CHUNKS_PER_TURN = 4
 _UNSENT_BYTES = 2 * 2**20
 """Chunks wait while so much is on its way to the broker, so that messages never do."""
 
-_LINGER_S = 3.0
+ACCURACY = "accuracy_after"
+"""Name of the metric that the table shows: on the device's own test samples, after its training."""
+
+_LINGER_S = 1.5
 _COMPLAINTS = 20
 """Bad messages that are logged one by one; later ones are only counted."""
 
@@ -68,11 +72,14 @@ _COMPLAINTS = 20
 class Wire(Protocol):
     """What the daemon needs of its connection; `fedprune.wire.link.Link` has it."""
 
-    connected: bool
-    unsent: int
+    @property
+    def connected(self) -> bool:
+        """Whether the connection is up."""
+        ...
 
-    def subscribe(self, topics: list[str]) -> None:
-        """Listen to topics, also after a reconnection."""
+    @property
+    def unsent(self) -> int:
+        """Payload bytes that wait to be sent."""
         ...
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
@@ -91,6 +98,7 @@ class Wire(Protocol):
 class Supervised(Protocol):
     """A broker that the daemon looks after."""
 
+    @property
     def alive(self) -> bool:
         """Whether it runs."""
         ...
@@ -125,10 +133,11 @@ class Daemon:
         storage: Where events and states are saved.
         store: Where blobs lie.
         worker: Carries out heavy commands.
-        link: The connection to the broker, not necessarily up yet.
+        link: The connection to the broker, subscribed to `subscriptions`, not necessarily up yet.
         site: The site whose devices take part.
         keep: How many of the latest global models stay on the disk.
         pulls: From how many devices updates are pulled at a time.
+        profiles: Folders of hardware profiles beside the shipped ones.
         broker: The embedded broker, if there is one.
         display: Where to show what happens.
         clock: Seconds since 1970: deadlines must mean the same after a restart.
@@ -148,6 +157,7 @@ class Daemon:
         site: str = "default",
         keep: int = 3,
         pulls: int = 4,
+        profiles: Sequence[Path] = (),
         broker: Supervised | None = None,
         display: Display | None = None,
         clock: Callable[[], float] = time.time,
@@ -163,6 +173,7 @@ class Daemon:
         self._link = link
         self._topics = Topics(site)
         self._keep = keep
+        self._profiles = tuple(profiles)
         self._broker = broker
         self._display = display or Lines()
         self._clock = clock
@@ -179,6 +190,16 @@ class Daemon:
         self._finished = False
         for device, (down, up) in storage.traffic().items():
             self._contacts[device] = Contact(down=down, up=up)
+
+    @property
+    def subscriptions(self) -> list[str]:
+        """What the link must listen to, before it is started."""
+        return self._topics.server_subscriptions()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way that doesn't wait for devices or time."""
+        return self._workshop.busy or bool(self._events) or bool(self._downloads)
 
     @property
     def finished(self) -> bool:
@@ -208,7 +229,6 @@ class Daemon:
                 disk is that of the last event that was taken in completely.
         """
         try:
-            self._link.subscribe(self._topics.server_subscriptions())
             self._carry_out(self._coordinator.resume(self._clock()))
             ticked = self._monotonic()
             while not self._stopping:
@@ -315,7 +335,7 @@ class Daemon:
     def _born(self, birth: Birth, size: int) -> None:
         contact = self._contacts.setdefault(birth.device, Contact(up=size))
         try:
-            profile = find(_plain_name(birth.profile)).to_dict()
+            profile = find(_plain_name(birth.profile), self._profiles).to_dict()
         except ProfileError as error:
             if contact.problem != str(error):
                 log.warning("device %s takes no part: %s", birth.device, error)
@@ -357,7 +377,7 @@ class Daemon:
             log.warning("device %s refuses round %d: %s", device, message.round, message.reason)
             self._handle(on.OfferRefused(device, message.round, message.attempt, message.reason))
         else:
-            contact.accuracy = message.metrics.get("accuracy", contact.accuracy)
+            contact.accuracy = message.metrics.get(ACCURACY, contact.accuracy)
             self._handle(
                 on.UpdateAnnounced(
                     device,
@@ -394,7 +414,7 @@ class Daemon:
             log.warning("update of %s in round %d doesn't count: %s", event.device, event.round, event.reason)
         wanted = {(n, state.round, t.attempt) for n, t in state.tasks.items() if t.progress is Part.PULLING}
         self._garbage.update(self._uploads.keep(wanted if state.phase is Phase.TRAINING else set()))
-        if state.round != round_:
+        if state.round != round_ or state.phase is Phase.FINISHED:
             self._collect_garbage()
         for summary in state.history[done:]:
             self._display.round_over(self.snapshot(), summary)
@@ -468,9 +488,12 @@ class Daemon:
     # Time.
 
     def _tick(self, now: float) -> None:
-        if self._broker is not None and not self._broker.alive():
+        if self._broker is not None and not self._broker.alive:
             log.warning("the embedded broker has died and is started again")
-            self._broker.restart()
+            try:
+                self._broker.restart()
+            except BrokerError as error:  # tried again at the next tick
+                log.error("%s", error)
         self._ask(self._uploads.tick(now))
         self._collect_uploads()
 
@@ -483,11 +506,12 @@ class Daemon:
             self._handle(on.Ticked())
 
     def _linger(self) -> None:
-        """Let the last messages out, and answer those who ask meanwhile."""
-        until = time.monotonic() + _LINGER_S
-        while not self._stopping and time.monotonic() < until and self._link.connected and self._link.unsent:
+        """Let the last messages out, and tell devices that come back just now that it is over."""
+        until = self._monotonic() + _LINGER_S
+        while not self._stopping and self._monotonic() < until:
             self._take(self._link.get(0.05))
-        self._link.flush(max(0.0, until - time.monotonic()))
+            self._display.refresh(self.snapshot)
+        self._link.flush(_LINGER_S)
 
     # What goes out.
 
@@ -527,7 +551,7 @@ class Daemon:
         kept = self.state.references() | self._graphs | kept_models(self.state, self._keep)
         for digest in self._garbage - kept:
             self._store.delete(digest)
-        self._garbage.clear()
+        self._garbage &= kept
 
     def _row(self, name: str) -> Row:
         contact = self._contacts.get(name) or Contact()
@@ -582,7 +606,7 @@ def parameters(architecture: Architecture, widths: tuple[int, ...]) -> int:
 
 
 def _plain_name(profile: str) -> str:
-    """The name of a shipped profile; a device's word must not become a path on this machine.
+    """The name of a profile; a device's word must not become a path on this machine.
 
     Raises:
         ProfileError: It is none.

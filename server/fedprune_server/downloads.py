@@ -6,9 +6,8 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 
 from fedprune.wire.messages import Gone, Want
-from fedprune.wire.transfer import Serve
+from fedprune.wire.transfer import MAX_PACKET, Serve
 
-MAX_CHUNK = 128 * 1024
 MAX_WAITING = 64
 """Wants of one device that are kept; what is dropped beyond is asked for again."""
 
@@ -18,12 +17,12 @@ class Downloads:
 
     Args:
         serve: Reads blobs.
-        max_chunk: Bytes of payload in one chunk.
+        max_packet: Bytes of an MQTT packet that the broker lets through.
     """
 
-    def __init__(self, serve: Serve, max_chunk: int = MAX_CHUNK) -> None:
+    def __init__(self, serve: Serve, max_packet: int = MAX_PACKET) -> None:
         self._serve = serve
-        self._max_chunk = max_chunk
+        self._max_packet = max_packet
         self._wants: OrderedDict[str, deque[Want]] = OrderedDict()
         self._running: dict[str, Iterator[bytes]] = {}
 
@@ -52,7 +51,7 @@ class Downloads:
             device, waiting = next(iter(self._wants.items()))
             running = self._running.get(device)
             if running is None:
-                answer = self._serve.answer(waiting.popleft(), self._max_chunk)
+                answer = self._serve.answer(waiting.popleft(), self._max_packet)
                 if isinstance(answer, Gone):
                     self._turn(device)
                     return device, answer

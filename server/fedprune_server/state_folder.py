@@ -152,6 +152,7 @@ class StateFolder:
     def _sweep(self, state: State, keep: int) -> None:
         """Delete blobs that nothing refers to: what a crash left behind. Graphs are made again when needed."""
         kept = state.references() | kept_models(state, keep)
+        kept |= {t.update["sha256"] for t in state.tasks.values() if t.update}
         for digest in self.store.names():
             if digest not in kept:
                 self.store.delete(digest)
@@ -236,6 +237,26 @@ def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes]
         raw = (folder / MODEL).read_bytes()
     weights = BlobStore(folder / BLOBS).read(digest or state.model)
     return import_onnx(raw, str(known["name"])), weights
+
+
+def model_after(folder: Path, round_: int) -> str:
+    """Digest of the global model after a round.
+
+    Raises:
+        StorageError: There was no such round, its model is no longer kept, or the folder is damaged.
+    """
+    storage = Storage.existing(folder)
+    try:
+        found = {r["round"]: str(r["model"]) for r in storage.rounds()}
+    finally:
+        storage.close()
+    if round_ not in found:
+        raise StorageError(f"{folder} holds no round {round_}", expected=f"1 to {max(found, default=0)}")
+    if not BlobStore(folder / BLOBS).has(found[round_]):
+        raise StorageError(
+            f"the model after round {round_} is no longer kept", hint="Run with a larger --keep to keep more of them."
+        )
+    return found[round_]
 
 
 def _has_test_split(path: Path) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ _devices = sql.Table(
     sql.Column("widths", sql.Text, nullable=False),
     sql.Column("plan", sql.Text, nullable=False),
     sql.Column("excluded", sql.Text, nullable=False),
+    sql.Column("body", sql.Text, nullable=False),
     sql.Column("bytes_down", sql.BigInteger, nullable=False, default=0),
     sql.Column("bytes_up", sql.BigInteger, nullable=False, default=0),
 )
@@ -80,7 +81,7 @@ class Storage:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._saved_devices: dict[str, dict[str, Any]] = {}
+        self._saved_devices: dict[str, tuple[Any, ...]] = {}
         self._saved_rounds = 0
         with _translated(url):
             self._engine = sql.create_engine(url)
@@ -144,23 +145,24 @@ class Storage:
             StorageFullError: There is no room; what was saved before is untouched.
             StorageError: The database can't be written.
         """
-        rows = {n: _device_row(n, d, (traffic or {}).get(n, (0, 0))) for n, d in state.devices.items()}
-        changed = [row for n, row in rows.items() if self._saved_devices.get(n) != row]
+        marks = {n: (*vars(d).values(), *(traffic or {}).get(n, (0, 0))) for n, d in state.devices.items()}
+        changed = [n for n, mark in marks.items() if not _same(self._saved_devices.get(n), mark)]
         new_rounds = state.history[self._saved_rounds :]
         with self._transaction() as connection:
-            # Finished rounds lie in a table of their own, so that the state doesn't grow with their number.
-            self._put_meta(connection, "state", replace(state, history=[]).to_json())
+            # Devices and finished rounds lie in tables of their own, so that an event doesn't write all of them again.
+            self._put_meta(connection, "state", replace(state, history=[], devices={}).to_json())
             if event is not None:
-                body = _encoded(asdict(event))
+                body = json.dumps(vars(event), sort_keys=True, separators=(",", ":"), default=vars)
                 connection.execute(_events.insert().values(at=now, type=type(event).__name__, body=body))
-            for row in changed:
-                where = _devices.c.name == row["name"]
+            for name in changed:
+                row = _device_row(name, state.devices[name], (traffic or {}).get(name, (0, 0)))
+                where = _devices.c.name == name
                 if not connection.execute(_devices.update().where(where).values(row)).rowcount:
                     connection.execute(_devices.insert().values(row))
             if new_rounds:
                 connection.execute(_rounds.delete().where(_rounds.c.round.in_([r["round"] for r in new_rounds])))
                 connection.execute(_rounds.insert(), [_round_row(r) for r in new_rounds])
-        self._saved_devices = rows
+        self._saved_devices = marks
         self._saved_rounds = len(state.history)
 
     def load(self) -> State | None:
@@ -172,9 +174,13 @@ class Storage:
         with self._transaction() as connection:
             text = self._meta(connection, "state")
             history = self._history(connection)
+            devices = {
+                n: _decoded(b, self.url) for n, b in connection.execute(sql.select(_devices.c.name, _devices.c.body))
+            }
         if text is None:
             return None
-        state = State.from_json(text)
+        body = _decoded(text, self.url)
+        state = State.from_json(_encoded({**body, "devices": devices} if isinstance(body, dict) else body))
         state.history = history
         self._saved_rounds = len(history)
         return state
@@ -187,7 +193,8 @@ class Storage:
     def devices(self) -> list[dict[str, Any]]:
         """The devices' rows, by name; `widths` and `plan` as JSON values."""
         with self._transaction() as connection:
-            rows = [dict(r) for r in connection.execute(sql.select(_devices).order_by(_devices.c.name)).mappings()]
+            columns = [c for c in _devices.c if c.name != "body"]
+            rows = [dict(r) for r in connection.execute(sql.select(*columns).order_by(_devices.c.name)).mappings()]
         for row in rows:
             row["widths"], row["plan"] = _decoded(row["widths"], self.url), _decoded(row["plan"], self.url)
         return rows
@@ -256,6 +263,11 @@ def _translated(url: str) -> Iterator[None]:
         ) from error
 
 
+def _same(one: tuple[Any, ...] | None, other: tuple[Any, ...]) -> bool:
+    """Whether nothing was assigned since; the JSON bodies in a device are replaced, never changed in place."""
+    return one is not None and len(one) == len(other) and all(a is b or a == b for a, b in zip(one, other, strict=True))
+
+
 def _device_row(name: str, device: Any, traffic: tuple[int, int]) -> dict[str, Any]:
     return {
         "name": name,
@@ -265,6 +277,7 @@ def _device_row(name: str, device: Any, traffic: tuple[int, int]) -> dict[str, A
         "widths": _encoded(list(device.widths)),
         "plan": _encoded(device.plan),
         "excluded": device.excluded,
+        "body": _encoded(vars(device)),
         "bytes_down": traffic[0],
         "bytes_up": traffic[1],
     }

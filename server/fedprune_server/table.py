@@ -121,10 +121,10 @@ class LiveTable:
 
         self._console = Console(file=stream or sys.stdout)
         self._live = Live(console=self._console, auto_refresh=False, transient=False)
-        self._handler = _Above(self._console)
-        self._others = log.handlers[:]
-        log.handlers[:] = [self._handler]
-        self._propagated, log.propagate = log.propagate, False
+        self._logger = logging.getLogger("fedprune")
+        self._others = self._logger.handlers[:]
+        self._logger.handlers[:] = [_Above(self._console)]
+        self._propagated, self._logger.propagate = self._logger.propagate, False
         self._live.start()
         self._drawn = -REFRESH_S
 
@@ -143,8 +143,8 @@ class LiveTable:
     def close(self) -> None:
         """Leave the last table on the screen."""
         self._live.stop()
-        log.handlers[:] = self._others
-        log.propagate = self._propagated
+        self._logger.handlers[:] = self._others
+        self._logger.propagate = self._propagated
 
     def _draw(self, snapshot: Snapshot) -> None:
         from rich.table import Table

@@ -1,0 +1,256 @@
+"""`fedprune-server`: run a job on a fleet, look at it, take its model out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedprune import __version__, tensorfile
+from fedprune.cli import run_command
+from fedprune.errors import ConfigError, ExitCode, MissingExtraError
+
+log = logging.getLogger("fedprune.server")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_command("fedprune-server", build_parser, argv)
+
+
+def _extra(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """A command that says what to install where a package is missing."""
+
+    def checked(arguments: argparse.Namespace) -> int:
+        try:
+            return run(arguments)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("fedprune"):
+                raise
+            raise MissingExtraError(
+                f"this command needs {error.name}, which is not installed", hint="pip install 'fedprune[server]'"
+            ) from error
+
+    return checked
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    parser = argparse.ArgumentParser(
+        prog="fedprune-server",
+        description="Train one model on a fleet of unequal boards.",
+        epilog="Exit codes are explained in docs/exit-codes.md.",
+    )
+    parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run(commands)
+    status = commands.add_parser("status", help="show rounds and devices of a state folder")
+    status.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR")
+    status.add_argument("--json", action="store_true", help="as JSON, for programs")
+    status.set_defaults(run=_extra(_status))
+    export = commands.add_parser("export-model", help="write the global model of a state folder")
+    export.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR")
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="model.onnx or weights.safetensors")
+    export.add_argument("--round", type=int, metavar="N", help="after this round, if its model is still kept")
+    export.set_defaults(run=_extra(_export_model))
+    _register_demo(commands)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser("run", help="run a job, or go on with one after a stop or crash")
+    run.add_argument("--config", type=Path, metavar="FILE", help="fleet.toml; the options below win over it")
+    run.add_argument("--model", metavar="MODEL", help="model.onnx, or package.module:factory of a torch module")
+    run.add_argument("--evaluation", metavar="DATA", help=".npz with x and y, or package.module:function")
+    run.add_argument("--state", type=Path, metavar="DIR", help="what must survive a crash (default: fedprune-state)")
+    run.add_argument("--broker", metavar="URL", help="embedded (default), mqtt://host[:port] or mqtts://host[:port]")
+    run.add_argument("--host", help="address of the embedded broker (default: 127.0.0.1, this machine only)")
+    run.add_argument("--port", type=int, help="port of the embedded broker (default: 1883; 0 for a free one)")
+    run.add_argument("--site", help="devices of this site take part (default: default)")
+    run.add_argument("--keep", type=int, metavar="N", help="global models that stay on the disk (default: 3)")
+    run.add_argument("--name", help="name of the job")
+    run.add_argument("--seed", type=int, help="keys every random number")
+    run.add_argument("--rounds", type=int, metavar="N", help="rounds to run")
+    run.add_argument("--devices", type=int, metavar="N", help="a round starts when so many devices are there")
+    run.add_argument("--participation", type=float, metavar="SHARE", help="share of the devices that a round asks")
+    run.add_argument("--deadline", type=float, metavar="S", help="seconds that a round waits for updates")
+    run.add_argument("--density", type=float, metavar="D", help="kept share on all devices; 0: the planner decides")
+    run.add_argument("--until-finished", action="store_true", help="end when the job is done")
+    run.add_argument("--verbose", "-v", action="store_true", help="say more, such as each device's row per round")
+    run.set_defaults(run=_extra(_run))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from fedprune.wire.link import Link
+    from fedprune_server.broker import EmbeddedBroker
+    from fedprune_server.config import ServerConfig, overridden, read_config
+    from fedprune_server.daemon import Daemon
+    from fedprune_server.state_folder import StateFolder, stored_config
+    from fedprune_server.table import make_display
+
+    config = ServerConfig() if arguments.config is None else read_config(arguments.config)
+    state = arguments.state or config.state
+    if arguments.config is None:
+        config = stored_config(state, config)
+    names = ("name", "seed", "rounds", "devices", "participation", "density")
+    job = {k: getattr(arguments, k) for k in names} | {"deadline_s": arguments.deadline}
+    server = {
+        k: getattr(arguments, k) for k in ("model", "evaluation", "state", "broker", "host", "port", "site", "keep")
+    }
+    config = overridden(config, job, server)
+    _log_to_stdout(arguments.verbose)
+    with ExitStack() as stack:
+        folder = stack.enter_context(StateFolder(config.state))
+        opened = folder.open_job(config)
+        broker = None
+        url = config.broker
+        if config.embedded:
+            broker = stack.enter_context(EmbeddedBroker(config.host, config.port))
+            url = broker.url
+            log.info("embedded broker listens on %s:%d", config.host, broker.port)
+        if config.open_to_others:
+            log.warning(
+                "the embedded broker asks nobody for a password: whoever reaches %s can pose as a device or as this "
+                "server. See docs/run-a-fleet.md.",
+                config.host,
+            )
+        link = Link(url, f"fedprune-server-{config.site}"[:64])
+        stack.callback(link.close)
+        display = make_display()
+        daemon = Daemon(
+            opened.job,
+            opened.model.architecture,
+            opened.state,
+            folder.storage,
+            folder.store,
+            opened.worker,
+            link,
+            site=config.site,
+            keep=config.keep,
+            pulls=config.pulls,
+            profiles=() if config.profiles is None else (config.profiles,),
+            broker=broker,
+            display=display,
+        )
+        for note in opened.model.notes:
+            log.info("model: %s", note)
+        for line in opened.changed:
+            log.warning("setting changed since the last start: %s", line)
+        log.info(
+            "job %s, round %d of %d, state in %s, %d groups of channels, %s",
+            opened.job.name,
+            opened.state.round,
+            opened.job.rounds,
+            config.state,
+            len(opened.model.architecture.groups),
+            opened.state.phase.value,
+        )
+        link.subscribe(daemon.subscriptions)
+        link.start()
+        with _stopped_by_signals(daemon):
+            daemon.run(until_finished=arguments.until_finished)
+        if broker is not None:
+            traffic = broker.traffic()
+            log.info(
+                "the broker took in %d and delivered %d payload bytes",
+                sum(traffic.received.values()),
+                sum(traffic.delivered.values()),
+            )
+    return int(ExitCode.OK)
+
+
+@contextmanager
+def _stopped_by_signals(daemon: Any) -> Iterator[None]:
+    def stop(number: int, _frame: object) -> None:
+        log.info("%s: stopping", signal.Signals(number).name)
+        daemon.stop()
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    import json
+
+    from fedprune_server.storage import Storage
+
+    storage = Storage.existing(arguments.state)
+    try:
+        settings, state, rounds, devices = storage.settings(), storage.load(), storage.rounds(), storage.devices()
+    finally:
+        storage.close()
+    job = (settings or {}).get("job", {})
+    phase = state.phase.value if state is not None else "not begun"
+    number = state.round if state is not None else 0
+    if arguments.json:
+        body = {"job": job, "round": number, "phase": phase, "rounds": rounds, "devices": devices}
+        print(json.dumps(body, indent=2, sort_keys=True))
+        return int(ExitCode.OK)
+    print(f"job {job.get('name', '?')}: round {number} of {job.get('rounds', '?')}, {phase}")
+    for row in rounds:
+        counted = sum(d["progress"] == "folded" for d in row["devices"].values())
+        metrics = ", ".join(f"{k} {v:.4f}" for k, v in sorted(row["metrics"].items()) if k != "samples")
+        print(f"  round {row['round']}: {counted} of {len(row['devices'])} devices, {metrics or 'not evaluated'}")
+        for name, part in sorted(row["devices"].items()):
+            if part["reason"]:
+                print(f"    {name}: {part['progress']}: {part['reason']}")
+    for device in devices:
+        plan = device["plan"]
+        width = f"density {plan['density']:.3g}, bound by {plan['bound']}" if plan else f"widths {device['widths']}"
+        state_text = f"takes no part: {device['excluded']}" if device["excluded"] else width
+        print(
+            f"  device {device['name']} ({device['profile']}): {device['samples']} samples, {state_text}, "
+            f"{device['bytes_down'] / 1e6:.2f} MB down, {device['bytes_up'] / 1e6:.2f} MB up"
+        )
+    return int(ExitCode.OK)
+
+
+def _export_model(arguments: argparse.Namespace) -> int:
+    from fedprune.blobs import storage_errors
+    from fedprune_server.state_folder import global_model, model_after
+
+    out: Path = arguments.out
+    if out.suffix not in (".onnx", ".safetensors"):
+        raise ConfigError("--out", expected="a file name that ends in .onnx or .safetensors", got=str(out))
+    digest = None if arguments.round is None else model_after(arguments.state, arguments.round)
+    model, weights = global_model(arguments.state, digest)
+    if out.suffix == ".onnx":
+        graph = model.graph.copy()
+        graph.initializers.update(tensorfile.decode(weights))
+        weights = graph.to_bytes()
+    with storage_errors(f"can't write {out}"):
+        out.write_bytes(weights)
+    print(f"{out}: {len(weights)} bytes")
+    return int(ExitCode.OK)
+
+
+def _register_demo(commands: Any) -> None:
+    try:
+        from fedprune_server import demo
+    except ModuleNotFoundError as error:
+        if error.name not in ("fedprune_server.demo", "fedprune_server") and (error.name or "").startswith("fedprune"):
+            raise
+        return  # without the extra `server`: the other commands say what to install
+    demo.register(commands)
+
+
+def _log_to_stdout(verbose: bool) -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger("fedprune")
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG if verbose else logging.INFO)
+    root.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,336 @@
+"""The daemon: a whole job over an air that doubles, delays and loses, with crashes at every point."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fleet import JOB, Fleet, ToyDevice, fill, larger
+
+from fedprune.coordination import Phase, State
+from fedprune.coordination import events as on
+from fedprune.errors import ModelError, StorageError, StorageFullError
+from fedprune.wire.messages import Accepted, Cancelled, Finished, Gone, Offer, Refusal, Update, Want
+from fedprune.wire.topics import Topics
+from fedprune_server.storage import Storage
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    return Fleet(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model that an undisturbed run ends with."""
+    return Fleet(tmp_path_factory.mktemp("calm")).run().model
+
+
+def last(device: ToyDevice, kind: type) -> object:
+    return [m for m in device.heard if isinstance(m, kind)][-1]
+
+
+def folded(state: State) -> list[list[str]]:
+    """Per round the devices that counted."""
+    return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in state.history]
+
+
+def test_a_job_runs_from_births_to_the_last_model(fleet: Fleet) -> None:
+    state = fleet.run()
+    assert state.phase is Phase.FINISHED
+    assert folded(state) == [["a", "b", "c"]] * 3
+
+
+def test_every_device_hears_that_the_job_is_finished(fleet: Fleet) -> None:
+    fleet.run()
+    assert all(isinstance(d.heard[-1], Finished) for d in fleet.air.devices.values())
+
+
+def test_messages_that_come_twice_change_nothing(fleet: Fleet, expected: str) -> None:
+    fleet.air.doubled = True
+    assert fleet.run().model == expected
+
+
+def test_a_few_pulls_at_a_time_give_the_same_model(fleet: Fleet, expected: str) -> None:
+    assert fleet.run(pulls=1).model == expected
+
+
+def test_an_update_is_acknowledged_only_when_it_is_on_the_disk(fleet: Fleet) -> None:
+    seen = []
+    device = fleet.air.devices["a"]
+    hear = device.hear
+
+    def checked(topic: str, payload: bytes) -> None:
+        hear(topic, payload)
+        if isinstance(device.heard[-1], Accepted) and not topic.endswith("blob"):
+            seen.append(fleet.store.has(device.heard[-1].weights))
+
+    device.hear = checked  # type: ignore[method-assign]
+    fleet.run()
+    assert seen == [True] * 3
+
+
+def test_a_silent_device_is_left_behind_at_the_deadline(fleet: Fleet) -> None:
+    fleet.air.devices["b"].silent = True
+    state = fleet.run()
+    assert folded(state) == [["a", "c"]] * 3
+    assert fleet.air.now >= 3 * JOB.deadline_s
+
+
+def test_a_late_update_is_cancelled(fleet: Fleet) -> None:
+    slow = fleet.air.devices["b"]
+    slow.silent = True
+    fleet.run()
+    slow.pending = Update("b", JOB.name, 1, 1, slow.store.put(fill("late")), 10, 5)
+    fleet.restart()
+    fleet.run()
+    assert isinstance(last(slow, Cancelled), Cancelled)
+    assert slow.pending is None
+
+
+def test_an_update_of_another_job_is_cancelled(fleet: Fleet) -> None:
+    device = fleet.air.devices["a"]
+    device.pending = Update("a", "other", 1, 1, device.store.put(fill("other")), 10, 5)
+    fleet.run()
+    assert next(m for m in device.heard if isinstance(m, Cancelled)).job == "other"
+
+
+def test_a_refusal_leaves_the_round_to_the_others(fleet: Fleet) -> None:
+    device = fleet.air.devices["c"]
+    device.take = lambda offer: device.say(  # type: ignore[method-assign]
+        Refusal("c", offer.job, offer.round, offer.attempt, "no room", 30)
+    )
+    state = fleet.run()
+    assert folded(state) == [["a", "b"]] * 3
+    assert state.history[0]["devices"]["c"]["reason"] == "no room"
+    assert fleet.air.now < JOB.deadline_s
+
+
+def test_an_update_that_the_worker_rejects_does_not_count(fleet: Fleet) -> None:
+    fleet.worker.poison = {"a"}
+    state = fleet.run()
+    assert folded(state) == [["b", "c"]] * 3
+    assert "not finite" in state.history[0]["devices"]["a"]["reason"]
+
+
+def test_an_update_of_the_wrong_size_is_rejected_before_a_byte_of_it_is_pulled(fleet: Fleet) -> None:
+    liar = fleet.air.devices["a"]
+    liar.lie = larger
+    state = fleet.run()
+    assert folded(state) == [["b", "c"]] * 3
+    assert not any(isinstance(m, Want) for m in liar.heard)
+
+
+def test_an_update_that_its_device_has_lost_is_rejected(fleet: Fleet) -> None:
+    device = fleet.air.devices["a"]
+
+    def forget(update: Update) -> Update:
+        device.store.delete(update.weights.sha256)
+        return update
+
+    device.lie = forget
+    state = fleet.run()
+    assert folded(state) == [["b", "c"]] * 3
+
+
+def test_a_device_may_fetch_only_what_it_was_offered(fleet: Fleet) -> None:
+    secret = fleet.store.put(fill("secret")).sha256
+    spy = fleet.air.devices["a"]
+    take = spy.take
+
+    def curious(offer: Offer) -> None:
+        spy.say(Want(secret, "data", 0, 1))
+        take(offer)
+
+    spy.take = curious  # type: ignore[method-assign]
+    fleet.run()
+    assert Gone(secret) in spy.heard
+
+
+def test_a_device_with_an_unknown_profile_takes_no_part(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    fleet.job = replace(JOB, devices=2)
+    fleet.air.devices["a"].profile = "toaster"
+    state = fleet.run()
+    assert folded(state) == [["b", "c"]] * 3
+    assert "device a takes no part: there is no hardware profile called 'toaster'" in caplog.text
+
+
+def test_a_device_can_not_name_a_file_of_the_server(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.job = replace(JOB, devices=2)
+    fleet.air.devices["a"].profile = str(tmp_path / "profile.json")
+    assert "a" not in fleet.run().devices
+
+
+@pytest.mark.parametrize(
+    ("channel", "payload"),
+    [("up", b"{"), ("up", b'{"v":1,"type":"birth"}'), ("up/blob", b"FPC"), ("down", b"{}"), ("up", b"\xff" * 300_000)],
+)
+def test_nonsense_is_ignored(fleet: Fleet, expected: str, channel: str, payload: bytes) -> None:
+    fleet.air.inbox.append((f"fedprune/1/default/x/-/{channel}", payload))
+    assert fleet.run().model == expected
+
+
+def test_a_message_in_the_name_of_another_device_is_ignored(fleet: Fleet) -> None:
+    other = ToyDevice("ghost", fleet.folder / "devices", fleet.air)
+    other.topics = Topics("default")
+    other.say = lambda message: fleet.air.to_server(other.topics.up("a"), message.to_bytes())  # type: ignore[method-assign, attr-defined]
+    other.birth()
+    assert "ghost" not in fleet.run().devices
+
+
+def test_a_late_death_of_an_earlier_session_means_nothing(fleet: Fleet) -> None:
+    device = fleet.air.devices["a"]
+    device.session = 5
+    device.birth()
+    device.session = 4
+    device.die()
+    device.session = 5
+    assert folded(fleet.run()) == [["a", "b", "c"]] * 3
+
+
+def test_old_weights_are_deleted_and_the_last_models_kept(fleet: Fleet) -> None:
+    fleet.job = replace(JOB, rounds=6)
+    state = fleet.run(keep=2)
+    models = [r["model"] for r in state.history]
+    assert [fleet.store.has(m) for m in models] == [False] * 4 + [True] * 2
+    updates = [d.store.put(fill("x")) for d in fleet.air.devices.values()]
+    assert len(updates) == 3
+    # Two models, the last round's ranking, three parts and three updates, the graph; what the last round needed stays.
+    assert len(fleet.store.names()) <= 2 + 1 + 3 + 3 + 1
+
+
+def test_bytes_are_counted_per_device(fleet: Fleet) -> None:
+    fleet.run()
+    traffic = fleet.storage.traffic()
+    for name in "abc":
+        down, up = traffic[name]
+        assert down > 3 * 100_000 + 70_000
+        assert 3 * 100_000 < up < 4 * 100_000
+
+
+def test_counted_bytes_survive_a_crash(fleet: Fleet) -> None:
+    kill_at(fleet, "after saving", 19)
+    with pytest.raises(KilledError):
+        fleet.run()
+    before = Storage.at(fleet.folder).traffic()
+    fleet.restart()
+    fleet.run()
+    assert all(fleet.storage.traffic()[n][1] > before[n][1] > 100_000 for n in "abc")
+
+
+def test_a_device_that_comes_after_the_end_hears_of_it(fleet: Fleet) -> None:
+    late = fleet.air.devices.pop("c")
+    fleet.job = replace(JOB, devices=2)
+    fleet.run()
+    fleet.air.devices["c"] = late
+    fleet.restart()
+    fleet.run()
+    assert isinstance(late.heard[-1], Finished)
+
+
+def test_an_error_of_the_worker_ends_the_daemon(fleet: Fleet) -> None:
+    def fail(command: object) -> on.Event:
+        raise ModelError("no such operator")
+
+    fleet.worker.execute = fail  # type: ignore[method-assign, assignment]
+    with pytest.raises(ModelError, match="no such operator"):
+        fleet.run()
+
+
+def test_a_full_disk_ends_the_daemon_and_loses_nothing(fleet: Fleet, expected: str) -> None:
+    save, count = fleet.storage.save, [0]
+
+    def full(*arguments: object) -> None:
+        count[0] += 1
+        if count[0] == 20:
+            raise StorageFullError("no room")
+        save(*arguments)  # type: ignore[arg-type]
+
+    fleet.storage.save = full  # type: ignore[method-assign]
+    with pytest.raises(StorageFullError):
+        fleet.run()
+    fleet.restart()
+    assert fleet.run().model == expected
+
+
+class KilledError(BaseException):
+    """What a SIGKILL is to a process."""
+
+
+def kill_at(fleet: Fleet, point: str, count: int) -> None:
+    """Let the server die at the count-th passage of a point."""
+    passed = [0]
+
+    def step() -> None:
+        passed[0] += 1
+        if passed[0] == count:
+            raise KilledError
+
+    if point in ("before saving", "after saving"):
+        save = fleet.storage.save
+
+        def dying(*arguments: object) -> None:
+            if point == "before saving":
+                step()
+            save(*arguments)  # type: ignore[arg-type]
+            if point == "after saving":
+                step()
+
+        fleet.storage.save = dying  # type: ignore[method-assign]
+    else:
+        publish = fleet.air.publish
+
+        def dying_publish(topic: str, payload: bytes, qos: int = 1) -> bool:
+            sent = publish(topic, payload, qos)
+            step()
+            return sent
+
+        fleet.air.publish = dying_publish  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("point", ["before saving", "after saving", "after sending"])
+@pytest.mark.parametrize("count", [1, 5, 11, 19, 28])
+def test_a_server_killed_anywhere_goes_on_to_the_same_model(
+    fleet: Fleet, expected: str, point: str, count: int
+) -> None:
+    publish = fleet.air.publish
+    kill_at(fleet, point, count)
+    with pytest.raises(KilledError):
+        fleet.run()
+    fleet.air.publish = publish  # type: ignore[method-assign]
+    fleet.restart()
+    state = fleet.run()
+    assert state.model == expected
+    assert folded(state) == [["a", "b", "c"]] * 3
+
+
+def test_a_command_that_was_saved_but_not_done_is_repeated(fleet: Fleet) -> None:
+    save = fleet.storage.save
+
+    def dying(state: State, event: object, *rest: object) -> None:
+        save(state, event, *rest)  # type: ignore[arg-type]
+        if isinstance(event, on.Extracted) and event.device == "b":
+            raise KilledError
+
+    fleet.storage.save = dying  # type: ignore[method-assign]
+    with pytest.raises(KilledError):
+        fleet.run()
+    assert not any(isinstance(m, Offer) for m in fleet.air.devices["b"].heard)
+    fleet.restart()
+    fleet.run()
+    assert any(isinstance(m, Offer) and m.round == 1 for m in fleet.air.devices["b"].heard)
+
+
+def test_a_missing_blob_ends_the_daemon_with_an_error_that_names_it(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    fleet.store.delete(daemon.state.model)
+    with pytest.raises(StorageError, match=daemon.state.model):
+        daemon.run(until_finished=True)
+
+
+def test_the_database_says_what_happened(fleet: Fleet) -> None:
+    fleet.run()
+    kinds = [kind for _, _, kind, _ in Storage.at(fleet.folder).events()]
+    assert kinds.count("UpdateStored") == 9
+    assert kinds.count("Evaluated") == 3
