@@ -86,10 +86,12 @@ class Worker:
         return {*found, *([self._training["sha256"]] if self._training else [])}
 
     def _score(self, command: do.Score) -> on.Scored:
-        if command.scorer == "random":
+        evidence = None if command.evidence is None else self._evidence(command.evidence)
+        # Until every channel has been trained once there is nothing to judge some of them by (CA-HFP, Sec. III-B).
+        unknown = command.scorer == "curvature" and (evidence is None or not evidence.complete)
+        if command.scorer == "random" or unknown:
             order = random_ranks(self.architecture, self.job.seed, command.round)
         else:
-            evidence = None if command.evidence is None else self._evidence(command.evidence)
             order = ranks(score(command.scorer, self.architecture, self._global(command.model), evidence))
         selection = Selection.of(self.architecture, self.architecture.sizes, order)
         return on.Scored(command.round, self.store.put(selection.to_json().encode()).sha256)

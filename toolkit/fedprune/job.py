@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from fedprune.aggregation import Rule
 from fedprune.errors import ConfigError
 from fedprune.recipe import Recipe
+from fedprune.scoring import SCORERS
 
-SCORERS = ("ordered", "magnitude", "curvature")
-RULES = ("coverage", "fill")
+RULES = get_args(Rule)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,188 @@
+"""The worker: a round's heavy work on the demo's model, with the board's own trainer in between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune import tensorfile
+from fedprune.architecture import widths_at
+from fedprune.blobs import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.errors import StorageError
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection
+from fedprune_device.trainer import Trainer
+from fedprune_export.imported import Model
+from fedprune_export.load import import_onnx
+from fedprune_server.digits import Federation, deal, digits_model
+from fedprune_server.worker import Worker
+
+DEVICES = ("a", "b", "c")
+DENSITIES = {"a": 1.0, "b": 0.5, "c": 0.25}
+RECIPE = Recipe(epochs=1, batch_size=32, lr=0.05, logit_adjustment=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits")
+
+
+@pytest.fixture(scope="module")
+def federation() -> Federation:
+    return deal(DEVICES, seed=0)
+
+
+def worker(model: Model, folder: Path, federation: Federation | None = None, **settings: object) -> Worker:
+    job = Job.from_dict({"name": "t", "scorer": "magnitude", "rule": "fill", "recipe": RECIPE.to_dict(), **settings})
+    evaluation = None if federation is None else (federation.x, federation.y)
+    return Worker(job, model, BlobStore(folder, durable=False), evaluation)
+
+
+def rank(w: Worker, round_: int = 1, evidence: str | None = None) -> str:
+    scored = w.execute(do.Score(round_, w.job.scorer, w.initial(), evidence))
+    assert isinstance(scored, on.Scored)
+    return scored.ranking
+
+
+def contributions(w: Worker, model: Model, ranking: str, federation: Federation) -> list[do.Contribution]:
+    """What devices of three widths send back after one epoch."""
+    parts = []
+    for name in DEVICES:
+        widths = widths_at(model.architecture, DENSITIES[name])
+        extracted = w.execute(do.Extract(1, name, 1, w.initial(), ranking, widths))
+        assert isinstance(extracted, on.Extracted)
+        offer = extracted.offer
+        result = Trainer(w.store.read(offer["training"]["sha256"])).train(
+            tensorfile.decode(w.store.read(offer["weights"]["sha256"])),
+            federation.devices[name],
+            RECIPE,
+            seed=0,
+            device=name,
+            round=1,
+            classes=10,
+        )
+        weights = w.store.put(tensorfile.encode(result.tensors)).sha256
+        parts.append(do.Contribution(name, 1, weights, widths, result.samples, result.steps))
+    return parts
+
+
+def test_a_round_makes_the_model_better(model: Model, federation: Federation, tmp_path: Path) -> None:
+    w = worker(model, tmp_path, federation)
+    start = w.initial()
+    ranking = rank(w)
+    parts = contributions(w, model, ranking, federation)
+    for part in parts:
+        assert w.execute(do.Fold(1, start, ranking, part)) == on.Folded(part.device, 1, 1)
+    closed = w.execute(do.Close(1, start, ranking, None, None, tuple(parts)))
+    assert isinstance(closed, on.Closed)
+    before, after = (w.execute(do.Evaluate(1, m)) for m in (start, closed.model))
+    assert isinstance(before, on.Evaluated)
+    assert isinstance(after, on.Evaluated)
+
+    assert after.metrics["loss"] < before.metrics["loss"]
+
+
+def test_order_repetition_and_a_lost_worker_change_no_bit(model: Model, federation: Federation, tmp_path: Path) -> None:
+    first = worker(model, tmp_path)
+    start, ranking = first.initial(), rank(first)
+    parts = contributions(first, model, ranking, federation)
+    close = do.Close(1, start, ranking, None, None, tuple(parts))
+    for part in parts:
+        first.execute(do.Fold(1, start, ranking, part))
+    expected = first.execute(close)
+
+    shuffled = worker(model, tmp_path)
+    for part in [parts[2], parts[0], parts[2], parts[1], parts[0]]:
+        shuffled.execute(do.Fold(1, start, ranking, part))
+    fresh = worker(model, tmp_path)
+
+    assert shuffled.execute(close) == expected
+    assert fresh.execute(close) == expected
+    assert fresh.execute(close) == expected
+
+
+def test_a_contribution_that_does_not_count_leaves_no_trace(
+    model: Model, federation: Federation, tmp_path: Path
+) -> None:
+    one, two = worker(model, tmp_path), worker(model, tmp_path)
+    start, ranking = one.initial(), rank(one)
+    parts = contributions(one, model, ranking, federation)
+    for part in parts:
+        one.execute(do.Fold(1, start, ranking, part))
+    close = do.Close(1, start, ranking, None, None, tuple(parts[:2]))
+
+    assert one.execute(close) == two.execute(close)
+
+
+@pytest.mark.parametrize("damage", ["nan", "shape", "missing", "far", "garbage"])
+def test_a_bad_update_is_rejected_with_its_reason(model: Model, tmp_path: Path, damage: str) -> None:
+    w = worker(model, tmp_path)
+    start, ranking = w.initial(), rank(w)
+    widths = widths_at(model.architecture, 0.5)
+    selection = Selection.from_json(w.store.read(ranking), model.architecture).narrowed(widths)
+    tensors = {k: v.copy() for k, v in selection.gather(model.tensors).items()}
+    name = next(iter(tensors))
+    if damage == "nan":
+        tensors[name].reshape(-1)[0] = np.nan
+    elif damage == "shape":
+        tensors[name] = tensors[name][:-1]
+    elif damage == "missing":
+        del tensors[name]
+    elif damage == "far":
+        tensors[name].reshape(-1)[0] = 1e30
+    raw = b"not tensors" if damage == "garbage" else tensorfile.encode(tensors)
+    part = do.Contribution("a", 1, w.store.put(raw).sha256, widths, 10, 1)
+    answer = w.execute(do.Fold(1, start, ranking, part))
+
+    assert isinstance(answer, on.UpdateRejected)
+    assert answer.reason
+
+
+def test_a_lost_blob_is_the_servers_fault(model: Model, tmp_path: Path) -> None:
+    w = worker(model, tmp_path)
+    part = do.Contribution("a", 1, "0" * 64, widths_at(model.architecture, 0.5), 10, 1)
+
+    with pytest.raises(StorageError):
+        w.execute(do.Fold(1, w.initial(), rank(w), part))
+
+
+def test_boards_of_equal_width_share_their_graphs(model: Model, tmp_path: Path) -> None:
+    w = worker(model, tmp_path)
+    ranking = rank(w)
+    offers = []
+    for name, density in (("a", 0.5), ("b", 0.5), ("c", 1.0)):
+        done = w.execute(do.Extract(1, name, 1, w.initial(), ranking, widths_at(model.architecture, density)))
+        assert isinstance(done, on.Extracted)
+        offers.append(done.offer)
+
+    assert offers[0]["inference"] == offers[1]["inference"] != offers[2]["inference"]
+    assert len({o["training"]["sha256"] for o in offers}) == 1
+    assert {o["training"]["sha256"] for o in offers} <= w.graphs()
+
+
+def test_curvature_starts_with_random_nested_ranks_and_then_judges(
+    model: Model, federation: Federation, tmp_path: Path
+) -> None:
+    w = worker(model, tmp_path, scorer="curvature")
+    start = w.initial()
+    ranking = rank(w)
+    assert ranking == worker(model, tmp_path, scorer="curvature").execute(do.Score(1, "random", start, None)).ranking  # type: ignore[union-attr]
+    parts = contributions(w, model, ranking, federation)
+    closed = w.execute(do.Close(1, start, ranking, None, None, tuple(parts)))
+    assert isinstance(closed, on.Closed)
+    assert closed.evidence is not None
+    judged = w.execute(do.Score(2, "curvature", closed.model, closed.evidence))
+    random = w.execute(do.Score(2, "random", closed.model, closed.evidence))
+
+    assert judged != random
+
+
+def test_without_data_of_its_own_the_server_measures_nothing(model: Model, tmp_path: Path) -> None:
+    w = worker(model, tmp_path)
+
+    assert w.execute(do.Evaluate(3, w.initial())) == on.Evaluated(3, {})
