@@ -1,0 +1,51 @@
+"""Keyed random numbers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from fedprune.chance import keyed
+
+pytestmark = pytest.mark.board
+
+keys = st.lists(st.one_of(st.integers(0, 99), st.text("abc", max_size=3)), max_size=4)
+
+
+def words(seed: int, key: list[object]) -> list[int]:
+    return keyed(seed, *key).integers(0, 2**63, 4).tolist()
+
+
+@given(st.integers(0, 2**63), keys)
+def test_the_same_key_gives_the_same_numbers(seed: int, key: list[object]) -> None:
+    assert words(seed, key) == words(seed, key)
+
+
+@given(st.integers(0, 9), keys, st.integers(0, 9), keys)
+def test_different_keys_give_different_numbers(
+    seed: int, key: list[object], other_seed: int, other_key: list[object]
+) -> None:
+    assume([str(k) for k in (seed, *key)] != [str(k) for k in (other_seed, *other_key)])
+    assert words(seed, key) != words(other_seed, other_key)
+
+
+def test_parts_of_a_key_do_not_run_together() -> None:
+    assert words(1, ["ab", "c"]) != words(1, ["a", "bc"])
+
+
+def test_drawing_from_one_leaves_another_alone() -> None:
+    first, second = keyed(1, "a"), keyed(1, "b")
+    expected = keyed(1, "b").random(3)
+    first.random(100)
+    assert np.array_equal(second.random(3), expected)
+
+
+def test_another_process_draws_the_same() -> None:
+    code = "from fedprune.chance import keyed; print(keyed(7, 3, 'pi', 'batches').integers(0, 2**63))"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(out.stdout) == keyed(7, 3, "pi", "batches").integers(0, 2**63)

@@ -1,0 +1,216 @@
+"""Tensor files: canonical bytes, the safetensors library both ways, damage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune import tensorfile
+from fedprune.errors import BundleError
+
+pytestmark = pytest.mark.board
+
+TYPES = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+GOOD = tensorfile.encode({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)})
+
+
+@st.composite
+def named(draw: st.DrawFn) -> dict[str, np.ndarray[Any, Any]]:
+    """A few tensors of any type and shape, scalars and empty ones among them."""
+    out = {}
+    for name in draw(st.lists(st.text(min_size=1, max_size=6), unique=True, max_size=4)):
+        shape = draw(st.lists(st.integers(0, 4), max_size=3))
+        random = np.random.default_rng(draw(st.integers(0, 1000)))
+        out[name] = np.asarray(random.normal(size=shape) * 3).astype(draw(st.sampled_from(TYPES)))
+    return {k: v for k, v in out.items() if k != "__metadata__"}
+
+
+def with_header(table: object, body: bytes = b"", length: int | None = None) -> bytes:
+    text = json.dumps(table).encode() if not isinstance(table, bytes) else table
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + body
+
+
+def row(start: Any, end: Any, shape: Any = (1,), code: Any = "F32") -> dict[str, Any]:
+    return {"dtype": code, "shape": list(shape) if isinstance(shape, tuple) else shape, "data_offsets": [start, end]}
+
+
+def same(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+@given(named())
+def test_round_trip(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
+    again = tensorfile.decode(tensorfile.encode(tensors))
+    assert sorted(again) == sorted(tensors)
+    assert all(same(again[n], tensors[n]) for n in tensors)
+
+
+@given(named())
+def test_the_safetensors_library_reads_what_we_write(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
+    again = safetensors.numpy.load(tensorfile.encode(tensors, {"note": "x"}))
+    assert sorted(again) == sorted(tensors)
+    assert all(same(again[n], tensors[n]) for n in tensors)
+
+
+@given(named())
+def test_we_read_what_the_safetensors_library_writes(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
+    again = tensorfile.decode(safetensors.numpy.save(tensors, {"note": "x"}))
+    assert sorted(again) == sorted(tensors)
+    assert all(same(again[n], tensors[n]) for n in tensors)
+
+
+@given(named())
+def test_data_begins_at_a_multiple_of_64(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
+    raw = tensorfile.encode(tensors)
+    assert (8 + int.from_bytes(raw[:8], "little")) % tensorfile.ALIGN == 0
+
+
+@given(named())
+def test_tensors_lie_in_the_given_order_without_gaps(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
+    raw = tensorfile.encode(tensors)
+    at = 8 + int.from_bytes(raw[:8], "little")
+    places = tensorfile.offsets(raw)
+    for name, value in tensors.items():
+        assert places[name][2:] == (at, at + value.nbytes)
+        at += value.nbytes
+
+
+def test_memory_layout_does_not_change_the_bytes() -> None:
+    value = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    turned = np.asfortranarray(value)
+    assert tensorfile.encode({"w": value}) == tensorfile.encode({"w": turned})
+    assert tensorfile.encode({"w": value[:, ::2]}) == tensorfile.encode({"w": value[:, ::2].copy()})
+
+
+def test_offsets_depend_on_names_and_shapes_alone() -> None:
+    other = tensorfile.encode({"a": np.zeros((2, 3), np.float32), "b": np.zeros(2, np.float32)})
+    assert tensorfile.offsets(other) == tensorfile.offsets(GOOD)
+
+
+def test_metadata_is_sorted() -> None:
+    assert tensorfile.encode({}, {"b": "1", "a": "2"}) == tensorfile.encode({}, {"a": "2", "b": "1"})
+
+
+def test_decoded_tensors_are_views_that_cannot_be_written() -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        tensorfile.decode(GOOD)["a"][0, 0] = 1
+
+
+def test_a_type_without_a_code_is_refused_by_name() -> None:
+    with pytest.raises(BundleError, match="type of tensor z"):
+        tensorfile.encode({"z": np.zeros(1, np.complex64)})
+
+
+@pytest.mark.parametrize("names", [["a", "a"], ["__metadata__"]])
+def test_names_that_clash_are_refused(names: list[str]) -> None:
+    with pytest.raises(BundleError, match="comes twice or is reserved"):
+        tensorfile.header([(n, "F32", (1,)) for n in names])
+
+
+@given(st.integers(0, len(GOOD) - 1))
+def test_a_cut_file_is_refused(length: int) -> None:
+    with pytest.raises(BundleError):
+        tensorfile.decode(GOOD[:length])
+
+
+@given(st.binary(min_size=1, max_size=20))
+def test_a_file_with_bytes_behind_its_end_is_refused(tail: bytes) -> None:
+    with pytest.raises(BundleError, match="cut short or too long"):
+        tensorfile.decode(GOOD + tail)
+
+
+@given(st.integers(0, 7 + int.from_bytes(GOOD[:8], "little")), st.integers(1, 255))
+def test_a_flipped_header_byte_is_refused_or_seen(at: int, flip: int) -> None:
+    raw = bytearray(GOOD)
+    raw[at] ^= flip
+    try:
+        places = tensorfile.offsets(bytes(raw))
+    except BundleError:
+        return
+    assert tensorfile.digest(bytes(raw)) != tensorfile.digest(GOOD)
+    assert all(0 <= start <= end <= len(raw) for _, _, start, end in places.values())
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_decode_or_are_refused(raw: bytes) -> None:
+    try:
+        tensorfile.decode(raw)
+    except BundleError:
+        return
+    assert len(raw) >= 8
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"a": row(0, 4), "b": row(8, 12)},
+        {"a": row(4, 8)},
+        {"a": row(0, 4), "b": row(0, 4)},
+        {"a": row(0, 8, (2,)), "b": row(4, 12, (2,))},
+        {"a": row(0, 8)},
+        {"a": row(0, 4, (2,))},
+        {"a": row(4, 0)},
+        {"a": row(-4, 0)},
+        {"a": row(0, 4, (-1,))},
+        {"a": row(0, 4, (-1, -1))},
+        {"a": row(0, 4, (1.0,))},
+        {"a": row(0, 4, (True,))},
+        {"a": row(0, 4, ("1",))},
+        {"a": row(0, 4, 1)},
+        {"a": row(0, 4, (2**63, 2**63))},
+        {"a": row(0, 4, (2**40, 2**40, 0))},
+        {"a": row(0, 2**64)},
+        {"a": row(0, 4.0)},
+        {"a": row(0, 4, code="F33")},
+        {"a": row(0, 4, code=["F32"])},
+        {"a": {"dtype": "F32", "shape": [1]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}},
+        {"a": None},
+        {"a": [0, 4]},
+        [],
+        None,
+        1,
+        "a",
+        b"{",
+        b"\xff\xff",
+        b"[" * 50_000,
+    ],
+)
+def test_damaged_headers_are_refused(table: object) -> None:
+    with pytest.raises(BundleError):
+        tensorfile.decode(with_header(table, bytes(4)))
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**24 + 1, 2**63, 2**64 - 1])
+def test_a_header_length_that_lies_is_refused(length: int) -> None:
+    with pytest.raises(BundleError):
+        tensorfile.decode(with_header({"a": row(0, 4)}, bytes(4), length))
+
+
+def test_a_file_without_tensors_is_fine() -> None:
+    assert tensorfile.decode(tensorfile.encode({})) == {}
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(GOOD[:-1])
+    with pytest.raises(BundleError, match=r"weights\.safetensors"):
+        tensorfile.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"can't read .*nothing\.safetensors"):
+        tensorfile.load(tmp_path / "nothing.safetensors")
+
+
+def test_a_file_on_disk_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(GOOD)
+    assert np.array_equal(tensorfile.load(path)["b"], np.ones(2, np.float32))
