@@ -1,0 +1,117 @@
+"""Why there is a window: a slow reader behind a Mosquitto with its default limits."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.blobs import BlobStore
+from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.link import ConnectionUp, Link
+from fedprune.wire.messages import Gone, Want, parse
+from fedprune.wire.topics import Topics
+from fedprune.wire.transfer import Pull, Serve
+
+pytestmark = [pytest.mark.mosquitto, pytest.mark.system]
+
+TOPICS = Topics("test")
+READING_S = 0.002
+MB = 1_000_000
+
+
+def connected(url: str, name: str, topics: list[str]) -> closing[Link]:
+    link = Link(url, name)
+    link.subscribe(topics)
+    link.start()
+    assert link.get(5) == ConnectionUp()
+    return closing(link)
+
+
+@pytest.fixture
+def serving(mosquitto: Any, tmp_path: Path) -> Iterator[BlobStore]:
+    """A store behind a server that answers wants until the test ends."""
+    store, stop = BlobStore(tmp_path / "server"), threading.Event()
+
+    def serve() -> None:
+        server = Serve(store)
+        with connected(mosquitto.url, "server", TOPICS.server_subscriptions()) as link:
+            ready.set()
+            while not stop.is_set():
+                item = link.get(0.05)
+                if not isinstance(item, tuple):
+                    continue
+                want = parse(item[1])
+                assert isinstance(want, Want)
+                answer = server.answer(want, 64 * 1024)
+                assert not isinstance(answer, Gone)
+                for raw in answer:
+                    assert link.publish(TOPICS.down_blob("pi"), raw)
+
+    ready = threading.Event()
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert ready.wait(10)
+    yield store
+    stop.set()
+    thread.join()
+
+
+def test_a_slow_reader_gets_a_blob_whole_and_the_broker_never_holds_more_than_about_a_window(
+    mosquitto: Any, serving: BlobStore, tmp_path: Path
+) -> None:
+    data = random.Random(1).randbytes(20 * MB)
+    ref = serving.put(data)
+    target = BlobStore(tmp_path / "device")
+    window = 32
+    pull = Pull(ref, target.partial(ref), chunk_leaves=4, window_leaves=window)
+    before, count = mosquitto.memory(), 0
+    with connected(mosquitto.url, "pi", TOPICS.device_subscriptions("pi")) as link:
+        wants = pull.start(time.monotonic())
+        deadline = time.monotonic() + 60
+        while not pull.done and time.monotonic() < deadline:
+            for want in wants:
+                assert link.publish(TOPICS.up("pi"), want.to_bytes())
+            item = link.get(1)
+            if isinstance(item, tuple):
+                count += 1
+                time.sleep(READING_S)
+                wants = pull.on_chunk(Chunk.parse(item[1]), time.monotonic())
+            else:
+                wants = pull.on_tick(time.monotonic())
+
+    assert target.read(ref.sha256) == data
+    assert count == ref.leaf_count + 1  # one leaf per message at a limit of 64 KiB, and the table: nothing came twice
+    assert mosquitto.memory("VmHWM") - before < 2 * window * LEAF + 2 * MB
+
+
+def test_without_a_window_a_default_mosquitto_loses_messages_it_has_acknowledged(mosquitto: Any) -> None:
+    count, payload = 1900, bytes(8 * 1024)
+    before = mosquitto.memory()
+    with connected(mosquitto.url, "pi", ["chunks"]) as reader, connected(mosquitto.url, "server", []) as sender:
+        got = threading.Event()
+        received = 0
+
+        # The reader is slow on the network, as a board is that hashes and writes while it receives.
+        def slow(*_: object) -> None:
+            nonlocal received
+            received += 1
+            got.set()
+            time.sleep(READING_S)
+
+        reader._client.on_message = slow  # type: ignore[union-attr]
+        for _ in range(count):
+            assert sender.publish("chunks", payload)
+        assert sender.flush(30)
+        while got.wait(1):
+            got.clear()
+
+    assert received < 0.8 * count
+    assert mosquitto.memory("VmHWM") - before > 6 * MB
