@@ -1,0 +1,99 @@
+"""Child processes that end with their parent, however that one ends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from fedprune.errors import FedpruneError
+
+_PR_SET_PDEATHSIG = 1
+_PATIENCE_S = 5.0
+_LAST_WORDS = 400
+
+_prctl = getattr(ctypes.CDLL(None, use_errno=True), "prctl", None)
+
+
+class ChildDiedError(FedpruneError):
+    """A child process ended before its work was done."""
+
+
+class Children:
+    """Processes that are started together and ended together.
+
+    Use it as a context: leaving it ends them all, first politely, then not.
+    """
+
+    def __init__(self) -> None:
+        self._processes: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids by name."""
+        return {name: process.pid for name, (process, _) in self._processes.items()}
+
+    def start(self, name: str, command: Sequence[str], output: Path, environment: Mapping[str, str]) -> None:
+        """Start a process.
+
+        Args:
+            name: For people.
+            command: Program and arguments.
+            output: File that takes what it prints.
+            environment: Variables beside this process's.
+        """
+        with output.open("ab") as stream:
+            process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                # Ctrl-C in the terminal is for the parent alone, which then ends its children.
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+        self._processes[name] = (process, output)
+
+    def check(self) -> None:
+        """Look whether all are alive.
+
+        Raises:
+            ChildDiedError: One has ended; the message has its last words.
+        """
+        for name, (process, output) in self._processes.items():
+            code = process.poll()
+            if code is not None:
+                words = output.read_text(errors="replace").strip()[-_LAST_WORDS:]
+                raise ChildDiedError(
+                    f"{name} has ended with exit code {code}", got=words or "no output", hint=f"See {output}."
+                )
+
+    def stop(self) -> None:
+        """End them all; may be called twice."""
+        for process, _ in self._processes.values():
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    process.terminate()
+        for process, _ in self._processes.values():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_PATIENCE_S)
+            process.kill()  # nothing to one that has ended
+            process.wait()
+        self._processes.clear()
+
+    def __enter__(self) -> Children:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _end_with_parent() -> None:
+    """Runs in the child before its program: the kernel shall end it when the parent is gone, even after kill -9."""
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

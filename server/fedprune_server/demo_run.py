@@ -1,0 +1,273 @@
+"""What the demo does: real processes, a real broker, two jobs one after the other, one report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune.errors import ConfigError, ExitCode
+from fedprune.job import Job
+from fedprune.wire.link import Link
+from fedprune_server.broker import EmbeddedBroker
+from fedprune_server.children import Children
+from fedprune_server.config import ServerConfig
+from fedprune_server.daemon import Daemon
+from fedprune_server.demo_fleet import BOARDS, QUICK_ROUNDS, ROUNDS, fleet_job, reference_job
+from fedprune_server.digits import deal, digits_model, write_hand
+from fedprune_server.record import Record, record_of
+from fedprune_server.report import claims, summary, write_report
+from fedprune_server.state_folder import StateFolder
+from fedprune_server.table import Display, Snapshot, make_display
+
+log = logging.getLogger("fedprune.server")
+
+MARK = "demo.json"
+"""Says that a folder is a demo's, so that the next demo may clear it."""
+
+_SITE = "demo"
+_MEASURED = "payload at the broker: delivered to devices, received from them"
+
+
+@dataclass(frozen=True)
+class DemoFolder:
+    """The folder of a demo: everything that its processes read.
+
+    Attributes:
+        root: The folder.
+    """
+
+    root: Path
+
+    @property
+    def model(self) -> Path:
+        """The model with which both jobs begin."""
+        return self.root / "model.onnx"
+
+    @property
+    def evaluation(self) -> Path:
+        """The server's own samples."""
+        return self.root / "data" / "server.npz"
+
+    @property
+    def profiles(self) -> Path:
+        """Hardware profiles of the boards."""
+        return self.root / "profiles"
+
+    def data(self, board: str) -> Path:
+        """A board's own samples."""
+        return self.root / "data" / f"{board}.npz"
+
+    @classmethod
+    def prepare(cls, root: Path, seed: int) -> DemoFolder:
+        """Clear the folder of an earlier demo and write what a new one needs.
+
+        Raises:
+            ConfigError: The folder holds something that is not a demo's.
+        """
+        if root.exists() and (not root.is_dir() or (any(root.iterdir()) and not (root / MARK).is_file())):
+            raise ConfigError(
+                f"{root} holds something that is not a demo's",
+                hint="Name another folder with --out, or empty this one.",
+            )
+        if root.exists():
+            shutil.rmtree(root)
+        folder = cls(root)
+        for path in (root, root / "data", folder.profiles):
+            path.mkdir(parents=True)
+        (root / MARK).write_text(json.dumps({"format": "fedprune.demo/1", "seed": seed}) + "\n", encoding="utf-8")
+        folder.model.write_bytes(digits_model())
+        hands = deal([b.name for b in BOARDS], seed=seed)
+        np.savez(folder.evaluation, x=hands.x, y=hands.y)
+        for board in BOARDS:
+            write_hand(folder.data(board.name), hands.devices[board.name])
+            profile = board.profile()
+            (folder.profiles / f"{profile.name}.json").write_text(profile.to_json(), encoding="utf-8")
+        return folder
+
+
+def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool = False) -> int:
+    """Run both jobs, write the report, print the summary.
+
+    Args:
+        out: The folder of the run; an earlier demo's is cleared.
+        seed: Keys every random number.
+        rounds: Rounds of each job.
+        quick: Two rounds, if `rounds` doesn't say otherwise.
+
+    Returns:
+        The exit code: 0 whether the claims held or not; the table says which did.
+
+    Raises:
+        FedpruneError: A process died, or the folder can't be used.
+    """
+    began = time.monotonic()
+    rounds = rounds if rounds is not None else QUICK_ROUNDS if quick else ROUNDS
+    folder = DemoFolder.prepare(out, seed)
+    with _logging(), _ended_by_signals():
+        print(f"{len(BOARDS)} devices, {rounds} rounds, two jobs: models as wide as each link allows, then FedAvg.")
+        print(f"Devices' output lies in {out}/*/devices/*.log\n")
+        fleet = run_job("fedprune", fleet_job(seed, rounds), folder)
+        reference = run_job("FedAvg", reference_job(seed, rounds), folder)
+    fleet.save(out / "metrics.json")
+    reference.save(out / "metrics-reference.json")
+    report = write_report(out, fleet, reference)
+    print()
+    for row in summary(fleet, reference):
+        print(f"{row[0]:<22}" + "".join(f"{cell:>16}" for cell in row[1:]))
+    print()
+    for claim in claims(fleet, reference):
+        print(f"{'PASS' if claim.held else 'FAIL'}: {claim.text} ({claim.measured})")
+    print(f"\n{time.monotonic() - began:.0f} s in all. Report: {report.html}")
+    return int(ExitCode.OK)
+
+
+def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str, int]], None] | None = None) -> Record:
+    """Run a job to its end: broker, server and one process per board.
+
+    Args:
+        title: For people.
+        job: The job.
+        folder: What the processes read; what they write goes into a folder of the job's name.
+        watch: Told the boards' process ids when the first round is over.
+
+    Raises:
+        FedpruneError: A process died, or the job can't go on.
+    """
+    place = folder.root / job.name
+    traffic: dict[int, tuple[int, int]] = {}
+    with ExitStack() as stack:
+        broker = stack.enter_context(EmbeddedBroker("127.0.0.1", 0))
+        children = stack.enter_context(Children())
+        for board in BOARDS:
+            _start_board(children, board.name, folder, place, broker.url)
+        state = stack.enter_context(StateFolder(place / "server"))
+        config = ServerConfig(
+            job=job, model=str(folder.model), evaluation=str(folder.evaluation), site=_SITE, state=state.path
+        )
+        opened = state.open_job(config)
+        link = Link(broker.url, f"fedprune-server-{_SITE}")
+        stack.callback(link.close)
+        display = _Watch(make_display(), children, lambda number: traffic.__setitem__(number, _bytes(broker)), watch)
+        daemon = Daemon(
+            job,
+            opened.model.architecture,
+            opened.state,
+            state.storage,
+            state.store,
+            opened.worker,
+            link,
+            site=_SITE,
+            profiles=(folder.profiles,),
+            broker=broker,
+            display=display,
+        )
+        link.subscribe(daemon.subscriptions)
+        link.start()
+        began = time.time()
+        final = daemon.run(until_finished=True)
+        ranking = final.ranking
+        return record_of(
+            title,
+            job,
+            opened.model.architecture,
+            final,
+            traffic=traffic,
+            ranking=state.store.read(ranking) if ranking and state.store.has(ranking) else None,
+            measured=_MEASURED,
+            began=began,
+        )
+
+
+class _Watch:
+    """A display that also looks after the boards and reads the broker's meter after every round."""
+
+    def __init__(
+        self,
+        inner: Display,
+        children: Children,
+        meter: Callable[[int], None],
+        watch: Callable[[dict[str, int]], None] | None,
+    ) -> None:
+        self._inner = inner
+        self._children = children
+        self._meter = meter
+        self._watch = watch
+
+    def refresh(self, snapshot: Callable[[], Snapshot]) -> None:
+        """Check the processes, then show.
+
+        Raises:
+            ChildDiedError: One has ended.
+        """
+        self._children.check()
+        self._inner.refresh(snapshot)
+
+    def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
+        """Read the meter, then show."""
+        self._meter(int(summary["round"]))
+        if self._watch is not None:
+            self._watch(self._children.pids)
+        self._inner.round_over(snapshot, summary)
+
+    def close(self) -> None:
+        """Close the display."""
+        self._inner.close()
+
+
+def _start_board(children: Children, name: str, folder: DemoFolder, place: Path, url: str) -> None:
+    board = next(b for b in BOARDS if b.name == name)
+    devices = place / "devices"
+    devices.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "fedprune_device.cli", "run", "--broker", url, "--site", _SITE]
+    command += ["--device", name, "--data", str(folder.data(name)), "--state", str(devices / name)]
+    # Plans shall come from the profiles: a probe would measure this machine.
+    command += ["--profile", str(folder.profiles / f"{board.profile().name}.json"), "--no-probe", "--threads", "1"]
+    children.start(f"device {name}", command, devices / f"{name}.log", {"OMP_NUM_THREADS": "1"})
+
+
+def _bytes(broker: EmbeddedBroker) -> tuple[int, int]:
+    """Payload bytes down and up that passed the broker."""
+    meter = broker.traffic()
+    down = meter.delivered.get("down", 0) + meter.delivered.get("down/blob", 0)
+    return down, meter.received.get("up", 0) + meter.received.get("up/blob", 0)
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger("fedprune")
+    before = root.handlers[:], root.level, root.propagate
+    root.handlers[:], root.propagate = [handler], False
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.handlers[:], root.propagate = before[0], before[2]
+        root.setLevel(before[1])
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the demo as Ctrl-C does: through all that must be put away."""
+
+    def end(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, end) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,247 @@
+"""A run's record: what is left of a job when it is over, in numbers, for reports and comparisons.
+
+The daemon's history and the simulator's have the same shape, so both end up here; `metrics.json` is a record on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedprune.architecture import Architecture
+from fedprune.coordination import State
+from fedprune.costs import costs_at
+from fedprune.errors import StorageError
+from fedprune.job import Job
+from fedprune.selection import Selection
+
+FORMAT = "fedprune.record/1"
+
+LOCAL_ACCURACY = "accuracy_after"
+"""The device metric that reports show: accuracy of its own model on its own test data."""
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """One device of the fleet.
+
+    Attributes:
+        name: Its name.
+        profile: Its profile's name.
+        samples: Training samples.
+        widths: Kept channels per group.
+        density: Kept share that was planned; 1 for the whole model.
+        bound: The limit that kept it from being wider; empty where nobody planned.
+        parameters: Numbers in its model.
+        excluded: Why it takes no part; empty if it does.
+    """
+
+    name: str
+    profile: str
+    samples: int
+    widths: tuple[int, ...]
+    density: float
+    bound: str
+    parameters: int
+    excluded: str = ""
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """One finished round.
+
+    Attributes:
+        round: Its number, from 1.
+        at: When it ended, in seconds since the run began.
+        model: Digest of the global model.
+        accuracy: Accuracy of the global model on the server's data, None without any.
+        loss: Its loss there.
+        local: Accuracy per device that delivered: its own model on its own test data.
+        asked: Devices that were asked.
+        down: Bytes from server to devices since the run began.
+        up: Bytes from devices to server since the run began.
+    """
+
+    round: int
+    at: float
+    model: str
+    accuracy: float | None
+    loss: float | None
+    local: dict[str, float]
+    asked: int
+    down: int
+    up: int
+
+    @property
+    def mean_local(self) -> float | None:
+        """Mean of the devices' accuracies, every device counting alike."""
+        return sum(self.local.values()) / len(self.local) if self.local else None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run.
+
+    Attributes:
+        title: For people.
+        job: The job's settings.
+        groups: Name and size of every channel group.
+        devices: The fleet.
+        rounds: Finished rounds, in order.
+        channels: Per device and group the channels it held in the last round, most important first.
+        measured: Where bytes were counted, such as "payload at the broker".
+    """
+
+    title: str
+    job: dict[str, Any]
+    groups: tuple[tuple[str, int], ...]
+    devices: tuple[DeviceRow, ...]
+    rounds: tuple[RoundRow, ...]
+    channels: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    measured: str = ""
+
+    @property
+    def last(self) -> RoundRow:
+        """The last round.
+
+        Raises:
+            StorageError: No round has ended.
+        """
+        if not self.rounds:
+            raise StorageError(f"run {self.title!r} has no finished round")
+        return self.rounds[-1]
+
+    def final(self, rounds: int = 1) -> tuple[float, float]:
+        """Mean local accuracy and global accuracy over the last `rounds` rounds; NaN where nothing was measured."""
+        tail = self.rounds[-rounds:]
+        local = [r.mean_local for r in tail if r.mean_local is not None]
+        whole = [r.accuracy for r in tail if r.accuracy is not None]
+        return (
+            sum(local) / len(local) if local else math.nan,
+            sum(whole) / len(whole) if whole else math.nan,
+        )
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "record") -> Record:
+        """Read what `to_json` wrote.
+
+        Raises:
+            StorageError: It is damaged or of another version.
+        """
+        try:
+            body = json.loads(text)
+            if body.pop("format") != FORMAT:
+                raise StorageError(f"{where} is of another version", expected=FORMAT)
+            body["groups"] = tuple((str(n), int(s)) for n, s in body["groups"])
+            body["devices"] = tuple(DeviceRow(**{**d, "widths": tuple(d["widths"])}) for d in body["devices"])
+            body["rounds"] = tuple(RoundRow(**r) for r in body["rounds"])
+            body["channels"] = {n: tuple(tuple(g) for g in groups) for n, groups in body["channels"].items()}
+            return cls(**body)
+        except StorageError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StorageError(f"{where} is damaged ({type(error).__name__}: {error})") from error
+
+    def save(self, path: Path) -> None:
+        """Write it to a file."""
+        path.write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Read it from a file.
+
+        Raises:
+            StorageError: It can't be read or is damaged; the message names it.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"can't read {path}: {error.strerror}") from error
+        return cls.from_json(text, str(path))
+
+
+def record_of(
+    title: str,
+    job: Job,
+    architecture: Architecture,
+    state: State,
+    *,
+    traffic: Mapping[int, tuple[int, int]] | None = None,
+    ranking: str | bytes | None = None,
+    measured: str = "",
+    began: float = 0.0,
+) -> Record:
+    """The record of a job.
+
+    Args:
+        title: For people.
+        job: Its settings.
+        architecture: Its model's architecture.
+        state: The coordinator's state.
+        traffic: Bytes down and up since the run began, at the end of each round, by its number.
+        ranking: The last round's selection as JSON, for the channel map.
+        measured: Where bytes were counted.
+        began: When the run began, on the clock of the state's history.
+    """
+    traffic = traffic or {}
+    selection = None if ranking is None else Selection.from_json(ranking, architecture)
+    devices = tuple(
+        DeviceRow(
+            name=name,
+            profile=str(device.profile.get("name", "")),
+            samples=device.samples,
+            widths=tuple(device.widths),
+            density=device.plan["density"] if device.plan else job.density,
+            bound=device.plan["bound"] if device.plan else "",
+            parameters=costs_at(architecture, device.widths).parameters if device.widths else 0,
+            excluded=device.excluded,
+        )
+        for name, device in sorted(state.devices.items())
+    )
+    return Record(
+        title=title,
+        job=job.to_dict(),
+        groups=tuple((g.name, g.size) for g in architecture.groups),
+        devices=devices,
+        rounds=tuple(_round(entry, traffic, began) for entry in state.history),
+        channels={} if selection is None else _channels(selection, devices),
+        measured=measured,
+    )
+
+
+def _round(entry: Mapping[str, Any], traffic: Mapping[int, tuple[int, int]], began: float) -> RoundRow:
+    metrics, devices = entry["metrics"], entry["devices"]
+    down, up = traffic.get(entry["round"], (0, 0))
+    return RoundRow(
+        round=entry["round"],
+        at=entry["at"] - began,
+        model=entry["model"],
+        accuracy=metrics.get("accuracy"),
+        loss=metrics.get("loss"),
+        local={
+            name: part["metrics"][LOCAL_ACCURACY]
+            for name, part in devices.items()
+            if part["progress"] == "folded" and LOCAL_ACCURACY in part["metrics"]
+        },
+        asked=len(devices),
+        down=down,
+        up=up,
+    )
+
+
+def _channels(selection: Selection, devices: Sequence[DeviceRow]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    return {
+        d.name: tuple(
+            tuple(int(c) for c in rank[:width]) for rank, width in zip(selection.ranks, d.widths, strict=True)
+        )
+        for d in devices
+        if d.widths
+    }

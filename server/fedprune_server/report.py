@@ -1,0 +1,222 @@
+"""The report of a run: numbers in tables, pictures, as one HTML page that needs nothing else and as Markdown."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedprune_server import pictures
+from fedprune_server.record import Record
+
+TAIL = 3
+"""Final accuracies are means over this many last rounds: a single round of a small test set is a coin toss."""
+
+POINTS = 2.0
+"""How far the fleet's accuracies may lie below the reference's, in percentage points."""
+
+SHARE = 0.5
+"""What share of the reference's bytes the fleet may use, each way."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement about two runs, and whether it held.
+
+    Attributes:
+        text: What was claimed.
+        measured: What was seen.
+        held: Whether the claim is true of what was seen.
+    """
+
+    text: str
+    measured: str
+    held: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Files of a report.
+
+    Attributes:
+        html: The page.
+        markdown: The same as Markdown, with the pictures beside it.
+        pictures: PNG files by title.
+    """
+
+    html: Path
+    markdown: Path
+    pictures: dict[str, Path]
+
+
+def claims(run: Record, reference: Record) -> tuple[Claim, ...]:
+    """What narrow models promise, held against a reference that trains the whole model everywhere."""
+    mine, theirs = run.final(TAIL), reference.final(TAIL)
+    lost = [100 * (b - a) for a, b in zip(mine, theirs, strict=True)]
+    shares = [_ratio(run.last.down, reference.last.down), _ratio(run.last.up, reference.last.up)]
+    return (
+        Claim(
+            f"mean local and global accuracy at most {POINTS:.0f} points below {reference.title}",
+            f"local {_points(-lost[0])}, global {_points(-lost[1])}",
+            all(d <= POINTS for d in lost),  # NaN compares false: what was not measured is not held
+        ),
+        Claim(
+            f"at most {SHARE:.0%} of its bytes, down and up",
+            f"down {_percent(shares[0])}, up {_percent(shares[1])}",
+            all(s <= SHARE for s in shares),
+        ),
+    )
+
+
+def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...]]:
+    """Rows of the summary table; the first is the header."""
+    runs = [run] + ([reference] if reference is not None else [])
+    finals = [r.final(TAIL) for r in runs]
+    rows = [
+        ("", *(r.title for r in runs)),
+        ("mean local accuracy", *(_percent(f[0], 1) for f in finals)),
+        ("global accuracy", *(_percent(f[1], 1) for f in finals)),
+        ("MB down", *(f"{r.last.down / 1e6:.2f}" for r in runs)),
+        ("MB up", *(f"{r.last.up / 1e6:.2f}" for r in runs)),
+        ("rounds", *(str(len(r.rounds)) for r in runs)),
+        ("seconds", *(f"{r.last.at:.0f}" for r in runs)),
+    ]
+    if reference is None:
+        return rows
+    lost = [a - b for a, b in zip(*finals, strict=True)]
+    notes = (
+        "difference",
+        _points(100 * lost[0]),
+        _points(100 * lost[1]),
+        _percent(_ratio(run.last.down, reference.last.down)),
+        _percent(_ratio(run.last.up, reference.last.up)),
+        "",
+        "",
+    )
+    return [(*row, note) for row, note in zip(rows, notes, strict=True)]
+
+
+def plan_rows(run: Record) -> list[tuple[str, ...]]:
+    """Rows of the plan table; the first is the header."""
+    return [
+        ("device", "profile", "samples", "density", "bound by", "widths", "parameters", "own accuracy"),
+        *(
+            (
+                d.name,
+                d.profile,
+                str(d.samples),
+                f"{d.density:.3f}" if d.widths else "–",
+                d.bound or "the job",
+                " · ".join(map(str, d.widths)) or d.excluded,
+                f"{d.parameters:,}",
+                _percent(run.last.local.get(d.name, math.nan), 1),
+            )
+            for d in run.devices
+        ),
+    ]
+
+
+def write_report(folder: Path, run: Record, reference: Record | None = None) -> Report:
+    """Write `report.html`, `report.md` and the pictures into `folder`.
+
+    Args:
+        folder: Where to; it is made if it isn't there.
+        run: The run.
+        reference: A run to compare with.
+
+    Raises:
+        StorageError: The run has no finished round.
+    """
+    shown = run.last  # nothing is written about a run without a round
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "Learning": pictures.curves(run, reference, folder / "curves.png"),
+        "Bytes": pictures.traffic(run, reference, folder / "bytes.png"),
+        "Channels": pictures.channel_map(run, folder / "channels.png"),
+        "Devices": pictures.local_bars(run, reference, folder / "devices.png"),
+    }
+    intro = (
+        f"{len(run.devices)} devices, {shown.round} rounds, seed {run.job.get('seed', 0)}. "
+        f"Accuracies of the summary are means over the last {min(TAIL, len(run.rounds))} rounds; "
+        f"local accuracy is the mean over devices of each one's own model on its own test data."
+        + (f" Bytes: {run.measured}." if run.measured else "")
+    )
+    judged = claims(run, reference) if reference is not None else ()
+    markdown, page = folder / "report.md", folder / "report.html"
+    markdown.write_text(_markdown(run, reference, intro, judged, files), encoding="utf-8")
+    page.write_text(_html(run, reference, intro, judged, files), encoding="utf-8")
+    return Report(page, markdown, files)
+
+
+def _markdown(
+    run: Record, reference: Record | None, intro: str, judged: tuple[Claim, ...], files: dict[str, Path]
+) -> str:
+    parts = [f"# {run.title}", intro, "## Summary", _markdown_table(summary(run, reference))]
+    parts += [f"- **{_verdict(c)}**: {c.text} ({c.measured})" for c in judged]
+    parts += ["## Plans", _markdown_table(plan_rows(run))]
+    for title, path in files.items():
+        parts += [f"## {title}", f"![{title}]({path.name})"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    return "\n".join(lines)
+
+
+_CSS = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #24292f; background: #fff; max-width: 62rem }
+body { margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2rem }
+table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #d8dee4; text-align: right } th { background: #f6f8fa }
+th:first-child, td:first-child, td.word { text-align: left }
+img { max-width: 100%; height: auto } li.held b { color: #0b6b4f } li.failed b { color: #b3400a }
+"""
+
+
+def _html(run: Record, reference: Record | None, intro: str, judged: tuple[Claim, ...], files: dict[str, Path]) -> str:
+    items = "".join(
+        f'<li class="{"held" if c.held else "failed"}"><b>{_verdict(c)}</b>: '
+        f"{html.escape(c.text)} ({html.escape(c.measured)})</li>"
+        for c in judged
+    )
+    images = "".join(
+        f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" '
+        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        for title, path in files.items()
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(run.title)}</title><style>{_CSS}</style></head><body>"
+        f"<h1>{html.escape(run.title)}</h1><p>{html.escape(intro)}</p>"
+        f"<h2>Summary</h2>{_html_table(summary(run, reference))}"
+        + (f"<ul>{items}</ul>" if items else "")
+        + f"<h2>Plans</h2>{_html_table(plan_rows(run))}{images}</body></html>\n"
+    )
+
+
+def _html_table(rows: list[tuple[str, ...]]) -> str:
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows[1:])
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _verdict(claim: Claim) -> str:
+    return "PASS" if claim.held else "FAIL"
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+def _percent(value: float, digits: int = 0) -> str:
+    return f"{value:.{digits}%}" if math.isfinite(value) else "–"
+
+
+def _points(value: float) -> str:
+    return f"{value:+.1f} points" if math.isfinite(value) else "not measured"
