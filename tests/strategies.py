@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from fedprune.architecture import (
@@ -17,6 +18,9 @@ from fedprune.architecture import (
     TensorSpec,
 )
 from fedprune.selection import Selection, Tensors
+
+settings.register_profile("shared-machine", deadline=None)
+settings.load_profile("shared-machine")  # a test's time says more about its neighbours than about the code
 
 _VECTORS = (
     TensorKind.BIAS,
