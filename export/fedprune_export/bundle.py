@@ -1,0 +1,114 @@
+"""Writing a board's bundle; `fedprune.bundle` says what is in one, and reads it back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedprune import tensorfile
+from fedprune.bundle import (
+    ARCHITECTURE,
+    INFERENCE,
+    MANIFEST,
+    SUBMODEL,
+    TRAINING,
+    WEIGHTS,
+    Bundle,
+    manifest,
+    open_bundle,
+)
+from fedprune.errors import BundleError
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection
+from fedprune_export.imported import Model
+from fedprune_export.inference import inference_model
+from fedprune_export.training import training_graph
+
+
+def bundle_files(model: Model, selection: Selection, recipe: Recipe) -> dict[str, bytes]:
+    """The files of a bundle by name, without the manifest.
+
+    Args:
+        model: The whole model.
+        selection: What of it the board holds.
+        recipe: The local training that the training step is for.
+
+    Raises:
+        ModelError: An operator can't be trained.
+        BundleError: The selection doesn't fit the model.
+    """
+    if selection.architecture.digest != model.architecture.digest:
+        raise BundleError(
+            "selection belongs to another architecture",
+            expected=model.architecture.digest[:12],
+            got=selection.architecture.digest[:12],
+        )
+    return {
+        INFERENCE: inference_model(model, selection.widths),
+        WEIGHTS: tensorfile.encode(selection.gather(model.tensors)),
+        TRAINING: training_graph(model, recipe.features).to_bytes(),
+        ARCHITECTURE: model.architecture.to_json().encode(),
+        SUBMODEL: selection.to_json().encode(),
+    }
+
+
+def write_bundle(
+    folder: Path,
+    files: Mapping[str, bytes],
+    selection: Selection,
+    recipe: Recipe,
+    target: str,
+    class_names: tuple[str, ...] = (),
+) -> Bundle:
+    """Write a bundle and read it back.
+
+    The old manifest goes first and the new one comes last, so that a folder that is only half written is no bundle.
+
+    Args:
+        folder: Where to; it is made, or must be empty or hold a bundle, which is replaced.
+        files: From `bundle_files`; further files (reports) are listed in the manifest, too.
+        selection: What the board holds.
+        recipe: Its local training.
+        target: Name of the hardware profile.
+        class_names: Names of the output's entries.
+
+    Raises:
+        BundleError: The folder holds something else, or the files don't belong together.
+    """
+    classes = selection.architecture.classes
+    if class_names and len(class_names) != classes:
+        raise BundleError("class names", expected=f"{classes} names", got=len(class_names))
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for name, raw in files.items():
+        _write(folder / name, raw)
+    _write(folder / MANIFEST, manifest(files, selection, recipe, target, class_names).encode())
+    return open_bundle(folder)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse to write a bundle among other things.
+
+    Raises:
+        BundleError: The folder is a file, or holds something else than a bundle.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise BundleError(f"{folder} is not a folder", hint="Give another --out.")
+    if folder.is_dir() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
+        raise BundleError(f"{folder} is not empty and holds no bundle", hint="Empty it, or give another --out.")
+
+
+def _write(path: Path, raw: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

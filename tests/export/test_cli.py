@@ -1,0 +1,157 @@
+"""`fedprune-export` from the outside: bundles, reports, and one line per failure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedprune.bundle import FILES, MANIFEST, open_bundle
+from fedprune.errors import ExitCode
+from fedprune_export.cli import main
+from fedprune_export.imported import Model
+from fedprune_export.load import read_source
+
+pytestmark = pytest.mark.torch
+
+Imported = Callable[[str], Model]
+
+
+@pytest.fixture(scope="module")
+def lenet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "lenet.onnx"
+    path.write_bytes(read_source("nets:lenet"))
+    return path
+
+
+def export(model: object, out: Path, *more: str, target: str = "raspberry-pi-5") -> int:
+    return main([str(model), "--target", target, "--out", str(out), *more])
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def test_an_export_writes_a_bundle(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(lenet_file, tmp_path / "b", "--density", "0.5") == ExitCode.OK
+
+    bundle = open_bundle(tmp_path / "b")
+    assert bundle.selection.widths == (3, 8, 60, 42)
+    assert bundle.target == "raspberry-pi-5"
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == sorted([*FILES, MANIFEST, "report.json", "report.md"])
+    kept = (3 * 25 + 3) + (8 * 3 * 25 + 8) + (60 * 8 * 16 + 60) + (42 * 60 + 42) + (10 * 42 + 10)
+    assert f"44,426 -> {kept:,}" in capsys.readouterr().out
+
+
+def test_a_torch_factory_gives_the_same_bundle(lenet_file: Path, tmp_path: Path) -> None:
+    assert export(lenet_file, tmp_path / "file") == ExitCode.OK
+    assert export("nets:lenet", tmp_path / "factory") == ExitCode.OK
+
+    for name in FILES:
+        assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "factory" / name).read_bytes()
+
+
+def test_the_planner_cuts_until_a_round_fits(lenet_file: Path, tmp_path: Path) -> None:
+    assert export(lenet_file, tmp_path / "b", "--bytes-per-round", "100000") == ExitCode.OK
+
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert report["plan"]["bound"] == "bytes"
+    assert 2 * (tmp_path / "b" / "weights.safetensors").stat().st_size <= 100000
+    assert report["parity"]["max_relative_error"] < 1e-5
+
+
+def test_the_report_counts_what_is_on_disk(lenet_file: Path, tmp_path: Path) -> None:
+    export(lenet_file, tmp_path / "b", "--density", "0.5")
+
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+
+    assert report["after"]["weights_bytes"] == (tmp_path / "b" / "weights.safetensors").stat().st_size
+    assert report["files"] == {n: (tmp_path / "b" / n).stat().st_size for n in FILES}
+    assert (tmp_path / "b" / "report.md").read_text().startswith("# lenet for raspberry-pi-5")
+
+
+def test_json_output_is_the_report(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(lenet_file, tmp_path / "b", "--json")
+
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "b" / "report.json").read_text())
+
+
+def test_a_recipe_names_the_training_step(lenet_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"proximal": 0.1, "epochs": 2}')
+
+    export(lenet_file, tmp_path / "b", "--recipe", str(tmp_path / "recipe.json"))
+
+    assert open_bundle(tmp_path / "b").recipe.proximal == 0.1
+    assert b"::anchor" in (tmp_path / "b" / "training.onnx").read_bytes()
+
+
+def test_a_truncated_model(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.onnx").write_bytes(lenet_file.read_bytes()[:-1000])
+
+    assert export(tmp_path / "broken.onnx", tmp_path / "b") == ExitCode.MODEL
+    assert "broken.onnx" in one_line(capsys)
+    assert not (tmp_path / "b").exists()
+
+
+def test_no_such_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(tmp_path / "none.onnx", tmp_path / "b") == ExitCode.MODEL
+    assert "No such file" in one_line(capsys)
+
+
+def test_no_such_target(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(lenet_file, tmp_path / "b", target="toaster") == ExitCode.PROFILE
+    assert "toaster" in one_line(capsys)
+
+
+def test_a_model_that_fits_at_no_width(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(lenet_file, tmp_path / "b", "--bytes-per-round", "10") == ExitCode.PLAN
+    assert "bytes" in one_line(capsys)
+
+
+@pytest.mark.parametrize("recipe", ["{", "[1]", '{"learning": 1}', '{"lr": "fast"}'])
+def test_a_strange_recipe(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str) -> None:
+    (tmp_path / "recipe.json").write_text(recipe)
+
+    assert export(lenet_file, tmp_path / "b", "--recipe", str(tmp_path / "recipe.json")) == ExitCode.CONFIG
+    assert "recipe.json" in one_line(capsys)
+
+
+def test_a_folder_with_other_things(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+
+    assert export(lenet_file, tmp_path) == ExitCode.BUNDLE
+    assert "not empty" in one_line(capsys)
+
+
+@pytest.mark.parametrize("density", ["0", "1.5", "wide", "nan"])
+def test_a_strange_density_is_a_usage_error(lenet_file: Path, tmp_path: Path, density: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        export(lenet_file, tmp_path / "b", "--density", density)
+    assert caught.value.code == ExitCode.USAGE
+
+
+def test_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profiles", "list"]) == ExitCode.OK
+    assert "raspberry-pi-5" in capsys.readouterr().out
+
+
+@pytest.mark.system
+def test_an_onnx_file_is_exported_without_importing_torch(lenet_file: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "from fedprune_export.cli import main\n"
+        f"sys.exit(main([{str(lenet_file)!r}, '--target', 'raspberry-pi-5', '--out', {str(tmp_path / 'b')!r}]))\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+    assert (done.returncode, done.stderr) == (0, "")

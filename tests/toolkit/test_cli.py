@@ -1,0 +1,97 @@
+"""Errors of commands: one line on stderr and the right exit code, tracebacks only on request."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fedprune.cli import DEBUG, run_command
+from fedprune.errors import BrokerError, ExitCode, ModelError, PlanError, StorageFullError
+
+pytestmark = pytest.mark.board
+
+
+def command(action: Callable[[], Any]) -> int:
+    def build() -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(prog="tool")
+        parser.set_defaults(run=lambda arguments: action())
+        return parser
+
+    return run_command("tool", build, [])
+
+
+def failing(error: BaseException) -> Callable[[], Any]:
+    def action() -> None:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ModelError("bad model"), ExitCode.MODEL),
+        (PlanError("no width"), ExitCode.PLAN),
+        (BrokerError("no broker"), ExitCode.BROKER),
+        (StorageFullError("full"), ExitCode.STORAGE_FULL),
+        (KeyboardInterrupt(), ExitCode.INTERRUPTED),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), ExitCode.STORAGE_FULL),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), ExitCode.STORAGE),
+        (MemoryError(), ExitCode.INTERNAL),
+        (ZeroDivisionError("oops"), ExitCode.INTERNAL),
+        (OSError("strange"), ExitCode.INTERNAL),
+    ],
+)
+def test_errors_are_one_line_and_a_code(
+    error: BaseException, code: ExitCode, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(DEBUG, raising=False)
+
+    assert command(failing(error)) == code
+
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_a_message_of_several_lines_becomes_one(capsys: pytest.CaptureFixture[str]) -> None:
+    command(failing(ModelError("first\nsecond")))
+
+    assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_the_unexpected_asks_for_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+    command(failing(ZeroDivisionError("oops")))
+
+    err = capsys.readouterr().err
+    assert "ZeroDivisionError: oops" in err
+    assert "report" in err
+    assert DEBUG in err
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEBUG, "1")
+
+    command(failing(ModelError("bad model")))
+
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("error: bad model\n")
+
+
+def test_success_passes_the_code_on() -> None:
+    assert command(lambda: ExitCode.OK) == 0
+    assert command(lambda: 3) == 3
+
+
+def test_a_failing_parser_is_handled_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def build() -> argparse.ArgumentParser:
+        raise ModelError("early")
+
+    assert run_command("tool", build, []) == ExitCode.MODEL
+    assert capsys.readouterr().err == "error: early\n"
