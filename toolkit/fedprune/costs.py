@@ -16,16 +16,33 @@ from fedprune.recipe import Features
 FLOAT = 4
 """Bytes of a float32."""
 
-RUNTIME_BYTES = 60 * 2**20
-"""A Python process with numpy and onnxruntime loaded, before any graph."""
+RUNTIME_BYTES = 84_000_000
+"""A process with Python, numpy, onnxruntime and the MQTT client, and what allocators round up."""
 
-WEIGHT_COPIES = 9
-"""Arrays of the size of all weights that live at the peak of a step: weights and momentum, as received from the last
-step and as made by this one, gradients, and the temporaries of the update."""
+VALUE_BYTES = 130_000
+"""What a loaded graph takes per activation of the model, which is some thirty nodes of a training graph."""
 
-TRANSIENTS = 4
-"""Arrays of the size of the largest activation that live beside what the backward pass needs: the gradients that go in
-and out of a layer and the buffer in which a convolution unrolls its input."""
+WEIGHT_COPIES = 7
+"""Arrays of the size of all weights that live at the peak of a step: weights as received, weights and momentum before
+and after the step, gradients, and the temporaries of the update."""
+
+KEPT_COPIES = 1.5
+"""Memory over size of what the backward pass needs: the allocator's gaps, and masks beside values."""
+
+TRANSIENTS = 6
+"""Arrays of the size of the largest activation that live beside that: the gradients that go in and out of a layer and
+the buffers in which a convolution unrolls its input."""
+
+FLOP_WORK = 0.6
+BYTE_WORK = 55.0
+WEIGHT_WORK = 38.0
+VALUE_WORK = 1.8e6
+"""Work of a step in units of the probe's FLOP: per multiplication and addition, per byte of activations, per byte of
+weights, per activation (the calls of its operators). The first is below 1 because the probe's own step has the
+others, too."""
+
+ACTIVATION_PASSES = 12
+"""How often a training step moves its activations through main memory where caches don't help."""
 
 INFERENCE_VALUES = 3
 """Largest activations that live at once in a forward pass: a layer's input, its output, a branch that waits."""
@@ -45,6 +62,7 @@ class Costs:
         inference_activation_bytes: Activations that live at once in a forward pass.
         traffic_bytes: Bytes of all activations.
         sample_bytes: One sample of local data.
+        values: How many activations the model has.
     """
 
     parameters: int
@@ -56,6 +74,7 @@ class Costs:
     inference_activation_bytes: int
     traffic_bytes: int
     sample_bytes: int
+    values: int
 
     @property
     def parameter_bytes(self) -> int:
@@ -71,25 +90,33 @@ class Costs:
             samples: Local samples, which it holds as float32.
         """
         copies = WEIGHT_COPIES + 2 * features.proximal + 2 * features.element_mask + features.gradients
-        activations = batch * (self.kept_bytes + TRANSIENTS * self.largest_bytes)
-        return RUNTIME_BYTES + copies * self.parameter_bytes + activations + samples * self.sample_bytes
+        activations = batch * (KEPT_COPIES * self.kept_bytes + TRANSIENTS * self.largest_bytes)
+        fixed = RUNTIME_BYTES + VALUE_BYTES * self.values
+        return int(fixed + copies * self.parameter_bytes + activations + samples * self.sample_bytes)
 
     def inference_bytes(self, batch: int) -> int:
         """Peak memory of a process that predicts `batch` samples at a time."""
         # The weights twice: the file's pages, and the copy that onnxruntime reorders for its kernels.
-        return RUNTIME_BYTES + 2 * self.parameter_bytes + batch * (self.inference_activation_bytes + self.sample_bytes)
+        held = 2 * self.parameter_bytes + batch * (self.inference_activation_bytes + self.sample_bytes)
+        return RUNTIME_BYTES + VALUE_BYTES * self.values + held
 
     def step_seconds(self, batch: int, rate: float, bandwidth: float) -> float:
         """Time of one training step.
 
         Args:
             batch: Samples of the step.
-            rate: FLOP/s that convolutions of a training step reach.
+            rate: FLOP/s that the probe's training step reaches.
             bandwidth: Bytes per second of main memory, read plus write.
         """
-        flops = 2 * batch * self.training_macs
-        moved = batch * self.traffic_bytes + WEIGHT_COPIES * self.parameter_bytes
-        return flops / rate + moved / bandwidth
+        moved = batch * self.traffic_bytes
+        work = (
+            FLOP_WORK * 2 * batch * self.training_macs
+            + BYTE_WORK * moved
+            + WEIGHT_WORK * self.parameter_bytes
+            + VALUE_WORK * self.values
+        )
+        through_memory = ACTIVATION_PASSES * moved + WEIGHT_COPIES * self.parameter_bytes
+        return max(work / rate, through_memory / bandwidth)
 
 
 def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
@@ -117,6 +144,7 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
         inference_activation_bytes=sum(sorted(values)[-INFERENCE_VALUES:]),
         traffic_bytes=sum(values),
         sample_bytes=FLOAT * prod(architecture.input_shape),
+        values=len(values),
     )
 
 

@@ -64,7 +64,7 @@ class Compute:
     """Speed of the unit that trains."""
 
     peak_flops: float = _figure("Peak float32 rate of all cores.", "FLOP/s", 10**6, 10**16)
-    efficiency: float = _figure("Share of the peak that convolutions of a training step reach.", "0 to 1", 0.0001, 1)
+    efficiency: float = _figure("Share of the peak that the probe's training step reaches.", "0 to 1", 0.0001, 1)
 
 
 @dataclass(frozen=True)
