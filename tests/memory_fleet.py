@@ -70,14 +70,15 @@ class MemoryLink:
 class MemoryServer:
     """Offers rounds one after the other, pulls updates, accepts them, and says that the job is finished."""
 
-    def __init__(self, folder: Path, graphs: Path, weights: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, graphs: Path, weights: dict[str, Any], now: Callable[[], float] = clock) -> None:
+        self._clock = now
         self.blobs = BlobStore(folder)
         self.graphs = {n: self.blobs.put((graphs / f"{n}.onnx").read_bytes()) for n in ("plain", "full", "inference")}
         self.weights = self.blobs.put(tensorfile.encode(weights))
         self.plan: list[Offer] = []
         self.seen: list[Any] = []
         self.updates: dict[int, Update] = {}
-        self.link: MemoryLink | None = None
+        self.link: Any = None
         self.mangle: Callable[[str, bytes], list[bytes]] = lambda _, raw: [raw]
         self.react: Callable[[Any], None] = lambda _: None
         self.accepts = True
@@ -114,7 +115,7 @@ class MemoryServer:
 
     def receive(self, topic: str, raw: bytes) -> None:
         address = TOPICS.parse(topic)
-        now = clock()
+        now = self._clock()
         if address.channel == "up/blob":
             if self._pull is not None:
                 self._ask(self._pull[1].on_chunk(Chunk.parse(raw), now))
@@ -137,7 +138,7 @@ class MemoryServer:
         self.react(message)
 
     def tick(self) -> None:
-        now = clock()
+        now = self._clock()
         if self._pull is not None:
             self._ask(self._pull[1].on_tick(now))
         if now - self._offered_at < 5:

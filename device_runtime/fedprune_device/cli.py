@@ -130,7 +130,6 @@ def _run(arguments: argparse.Namespace) -> int:
             link,
             data,
             profile=profile,
-            profile_name=arguments.profile or "",
             threads=arguments.threads,
             probe=report,
         )

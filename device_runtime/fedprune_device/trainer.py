@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,16 +155,20 @@ class Trainer:
         self.check(tensors)
         data.check(classes, self.input_shape)
         constant = self._constants(tensors, data.y_train, recipe, classes)
-        state: dict[str, Array] = {n: np.ascontiguousarray(v) for n, v in tensors.items()}
+        state: dict[str, Array] = {n: np.asarray(v, order="C") for n, v in tensors.items()}
         for name in self.trainable:
             state[step.buffer(name)] = np.zeros_like(state[name])
-        batches = list(self._batches(data.samples, recipe, seed, device, round))
+        starts = self._starts(data.samples, recipe)
+        steps = recipe.epochs * len(starts)
+        steps = min(steps, recipe.max_steps) if recipe.max_steps else steps
+        last_epoch = (steps - 1) // len(starts)
+        batches = _batches(starts, data.samples, recipe, round, device, seed=seed)
         losses: list[float] = []
         times: list[float] = []
         hits = seen = 0
-        for number, (epoch, rows) in enumerate(batches, 1):
+        for number, (epoch, rows) in enumerate(itertools.islice(batches, steps), 1):
             if stop is not None and stop():
-                raise TrainingStoppedError(f"training was stopped before step {number} of {len(batches)}")
+                raise TrainingStoppedError(f"training was stopped before step {number} of {steps}")
             at = time.monotonic()
             out = self._run({**constant, **state, step.X: data.x_train[rows], step.Y: data.y_train[rows]})
             loss = float(out[step.LOSS])
@@ -171,19 +176,19 @@ class Trainer:
                 raise TrainingError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
             state = {n.removesuffix(step.following("")): out[n] for n in self._moved}
             losses.append(loss)
-            if epoch == batches[-1][0]:
+            if epoch == last_epoch:
                 hits, seen = hits + int(out[step.HITS]), seen + len(rows)
             times.append(time.monotonic() - at)
             if progress is not None:
-                progress(number, len(batches))
+                progress(number, steps)
         result = {n: np.asarray(state[n], np.float32) for n in tensors}
         for name, value in result.items():
             if not np.isfinite(value).all():
-                raise TrainingError(f"tensor {name} is not finite after step {len(batches)}", hint=_FAR)
+                raise TrainingError(f"tensor {name} is not finite after step {steps}", hint=_FAR)
         tenth = max(1, len(losses) // 10)
         return TrainingResult(
             tensors=result,
-            steps=len(losses),
+            steps=steps,
             samples=data.samples,
             loss_first=float(np.mean(losses[:tenth])),
             loss_last=float(np.mean(losses[-tenth:])),
@@ -202,7 +207,7 @@ class Trainer:
         """
         self.check(tensors)
         feeds = self._constants(tensors, data.y_train, recipe, classes)
-        feeds |= {n: np.ascontiguousarray(v) for n, v in tensors.items()}
+        feeds |= {n: np.asarray(v, order="C") for n, v in tensors.items()}
         feeds |= {step.buffer(n): np.zeros_like(feeds[n]) for n in self.trainable}
         feeds |= {step.X: data.x_train[:samples], step.Y: data.y_train[:samples]}
         return float(self._run(feeds, [step.LOSS])[step.LOSS])
@@ -224,7 +229,7 @@ class Trainer:
         }
         if recipe.features.proximal:
             for name in self.trainable:
-                feeds[step.anchor(name)] = np.ascontiguousarray(tensors[name])
+                feeds[step.anchor(name)] = np.asarray(tensors[name], order="C")
                 feeds[step.strength(name)] = np.array(recipe.proximal, np.float32)
         moving = {step.X, step.Y, *self.names, *map(step.buffer, self.trainable)}
         wanted = set(self._session.inputs) - moving
@@ -236,23 +241,24 @@ class Trainer:
             )
         return feeds
 
-    def _batches(
-        self, samples: int, recipe: Recipe, seed: int, device: str, number: int
-    ) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """Rows of every step, with the epoch."""
-        taken = 0
-        for epoch in range(recipe.epochs):
-            order = keyed(seed, number, device, "batches", epoch).permutation(samples)
-            for start in range(0, samples, recipe.batch_size):
-                rows = order[start : start + recipe.batch_size]
-                # Statistics of a single sample are worthless (over a 1×1 map its variance is 0, the unbiased
-                # one 0/0), so a leftover sample waits for an epoch whose order puts it into a real batch.
-                if len(rows) == 1 and self.normalised and samples > 1 and recipe.batch_size > 1:
-                    continue
-                yield epoch, rows
-                taken += 1
-                if taken == recipe.max_steps:
-                    return
+    def _starts(self, samples: int, recipe: Recipe) -> range:
+        """Where the batches of an epoch begin in its order."""
+        starts = range(0, samples, recipe.batch_size)
+        # Statistics of a single sample are worthless (over a 1×1 map its variance is 0, the unbiased one 0/0), so
+        # a leftover sample waits for an epoch whose order puts it into a real batch.
+        if self.normalised and len(starts) > 1 and samples % recipe.batch_size == 1 < recipe.batch_size:
+            return starts[:-1]
+        return starts
+
+
+def _batches(
+    starts: range, samples: int, recipe: Recipe, *key: object, seed: int
+) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """Rows of every step, with the epoch."""
+    for epoch in range(recipe.epochs):
+        order = keyed(seed, *key, "batches", epoch).permutation(samples)
+        for start in starts:
+            yield epoch, order[start : start + recipe.batch_size]
 
 
 def loss_terms(y: npt.NDArray[np.int64], recipe: Recipe, classes: int) -> dict[str, Array]:

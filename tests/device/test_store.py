@@ -100,7 +100,8 @@ def fault(at: int, error: BaseException | None) -> Iterator[list[int]]:
     """The `at`-th write, sync, rename or deletion fails; after a crash every later one, too."""
     count = [0]
     patched = [(os, n) for n in ("fsync", "pwrite", "link", "ftruncate")] + [(Path, n) for n in ("replace", "unlink")]
-    old = [getattr(owner, name) for owner, name in patched]
+    # Nothing here cuts the power, so a sync needn't reach the disk: it only counts.
+    old = [(lambda _: None) if name == "fsync" else getattr(owner, name) for owner, name in patched]
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune import tensorfile
+from fedprune.errors import ExitCode
+from fedprune.probe_report import ProbeReport
+from fedprune.selection import Tensors
+from fedprune_device import cli
+from fedprune_device.data import LocalData
+from fedprune_device.slots import Serving
+from fedprune_device.store import DeviceStore
+
+pytestmark = pytest.mark.board
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def state(tmp_path: Path, model: Path, weights: Tensors) -> Path:
+    root = tmp_path / "state"
+    with DeviceStore(root) as store:
+        raw = tensorfile.encode(weights)
+        graph = model / "inference.onnx"
+        store.slots.stage(graph, raw)
+        digests = tensorfile.digest(graph.read_bytes()), tensorfile.digest(raw)
+        store.slots.install(Serving("job", 1, 3, *digests, offset=(0.0, 50.0, 0.0)))
+    return root
+
+
+def test_predictions_use_the_serving_model_and_its_offset(
+    tmp_path: Path, state: Path, weights: Tensors, data: LocalData
+) -> None:
+    np.save(tmp_path / "x.npy", data.x_test)
+    out = tmp_path / "out.npy"
+    code = cli.main(["predict", "--state", str(state), "--input", str(tmp_path / "x.npy"), "--output", str(out)])
+    assert code == ExitCode.OK
+    wanted = data.x_test @ weights["w"].T + weights["b"] + np.array([0, 50, 0])
+    np.testing.assert_allclose(np.load(out), wanted, atol=1e-4)
+
+
+def test_the_likeliest_classes_are_printed(tmp_path: Path, state: Path, data: LocalData, capsys: Capture) -> None:
+    np.savez(tmp_path / "d.npz", x=data.x_test[:2], y=np.array([1, 0]))
+    assert cli.main(["predict", "--state", str(state), "--input", str(tmp_path / "d.npz"), "--top", "2"]) == 0
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["0:", "1"], ["1:", "1"]]
+    assert all(line.count(",") == 1 for line in lines)
+    assert "accuracy 0.5000 on 2 samples" in shown.err
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x93NUMPY garbage"])
+def test_an_input_that_is_no_array_is_one_line_and_an_exit_code(
+    tmp_path: Path, state: Path, content: bytes, capsys: Capture
+) -> None:
+    (tmp_path / "x.npy").write_bytes(content)
+    code = cli.main(["predict", "--state", str(state), "--input", str(tmp_path / "x.npy")])
+    error = capsys.readouterr().err
+    assert code == ExitCode.DATA
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "x.npy" in error
+
+
+@pytest.mark.parametrize("what", [["--input", "nothing.npy"], ["--state", "nowhere"]])
+def test_what_is_missing_is_named(tmp_path: Path, state: Path, what: list[str], capsys: Capture) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((1, 6), np.float32))
+    arguments = ["--state", str(state), "--input", str(tmp_path / "x.npy")]
+    arguments[arguments.index(what[0]) + 1] = what[1]
+    assert cli.main(["predict", *arguments]) in (ExitCode.DATA, ExitCode.MODEL)
+    assert what[1].split(".")[0] in capsys.readouterr().err
+
+
+def test_a_probe_is_printed_as_json(capsys: Capture) -> None:
+    assert cli.main(["probe", "--json"]) == ExitCode.OK
+    assert ProbeReport.from_dict(json.loads(capsys.readouterr().out)).cores >= 1
+
+
+def run(tmp_path: Path, **changes: str) -> int:
+    np.savez(tmp_path / "d.npz", x=np.zeros((5, 6), np.float32), y=np.zeros(5, int))
+    values = {
+        "--broker": "mqtt://127.0.0.1:9",
+        "--device": "d",
+        "--data": str(tmp_path / "d.npz"),
+        "--state": str(tmp_path / "state"),
+        **{f"--{k}": v for k, v in changes.items()},
+    }
+    return cli.main(["run", "--no-probe", *(part for row in values.items() for part in row if row[1])])
+
+
+def test_a_broker_that_is_not_there_is_an_error(tmp_path: Path, capsys: Capture) -> None:
+    assert run(tmp_path) == ExitCode.BROKER
+    assert "127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_without_a_broker_there_is_nothing_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.delenv("FEDPRUNE_BROKER", raising=False)
+    assert run(tmp_path, broker="") == ExitCode.CONFIG
+    assert "--broker" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"data": "nothing.npz"}, ExitCode.DATA),
+        ({"profile": "no-such-board"}, ExitCode.PROFILE),
+        ({"device": "a/b"}, ExitCode.PROTOCOL),
+        ({"broker": "http://x"}, ExitCode.CONFIG),
+    ],
+)
+def test_bad_arguments_end_before_anything_is_connected(
+    tmp_path: Path, changes: dict[str, str], code: int, capsys: Capture
+) -> None:
+    assert run(tmp_path, **changes) == code
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_a_password_is_never_shown(tmp_path: Path, capsys: Capture) -> None:
+    run(tmp_path, broker="mqtt://me:geheim@127.0.0.1:9")
+    shown = capsys.readouterr()
+    assert "geheim" not in shown.out + shown.err

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import MissingExtraError, RuntimeUnavailableError
+from fedprune.probe_report import ProbeReport
+from fedprune_device.probe import board, check_runtime, clock_hz, memory, probe, temperature_c, throttled
+
+pytestmark = pytest.mark.board
+
+MEMINFO = "MemTotal:        1000000 kB\nMemFree:           10000 kB\nMemAvailable:     400000 kB\n"
+
+
+def put(root: Path, path: str, text: str) -> None:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(text)
+
+
+def python(tmp_path: Path, script: str) -> str:
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_probe_measures_this_machine() -> None:
+    report = probe(seconds=0.1)
+    assert report.cores == len(os.sched_getaffinity(0))
+    assert report.train_rate is not None
+    assert report.train_rate > 1e7
+    assert report.infer_rate is not None
+    assert report.infer_rate > 1e7
+    assert ProbeReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_memory_is_what_the_kernel_says(tmp_path: Path) -> None:
+    put(tmp_path, "proc/meminfo", MEMINFO)
+    assert memory(tmp_path) == (1_024_000_000, 409_600_000)
+
+
+def test_a_limit_of_the_control_group_counts_as_memory(tmp_path: Path) -> None:
+    put(tmp_path, "proc/meminfo", MEMINFO)
+    put(tmp_path, "sys/fs/cgroup/memory.max", "300000000\n")
+    put(tmp_path, "sys/fs/cgroup/memory.current", "100000000\n")
+    assert memory(tmp_path) == (300_000_000, 200_000_000)
+
+
+def test_no_limit_of_the_control_group_changes_nothing(tmp_path: Path) -> None:
+    put(tmp_path, "proc/meminfo", MEMINFO)
+    put(tmp_path, "sys/fs/cgroup/memory.max", "max\n")
+    assert memory(tmp_path)[0] == 1_024_000_000
+
+
+def test_the_clock_is_the_fastest_cores(tmp_path: Path) -> None:
+    for core, khz in enumerate((1_250_000, 1_800_000)):
+        put(tmp_path, f"sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq", f"{khz}\n")
+    assert clock_hz(tmp_path) == 1_800_000_000
+
+
+def test_the_clock_comes_from_cpuinfo_where_there_is_no_cpufreq(tmp_path: Path) -> None:
+    put(tmp_path, "proc/cpuinfo", "processor\t: 0\ncpu MHz\t\t: 2596.132\ncpu MHz\t\t: odd\n")
+    assert clock_hz(tmp_path) == 2_596_132_000
+
+
+def test_what_cannot_be_read_is_unknown(tmp_path: Path) -> None:
+    assert (board(tmp_path), clock_hz(tmp_path), temperature_c(tmp_path)) == ("", None, None)
+    assert throttled(tmp_path) is False
+
+
+def test_the_boards_name_ends_before_the_null_byte(tmp_path: Path) -> None:
+    put(tmp_path, "proc/device-tree/model", "Raspberry Pi 5 Model B Rev 1.0\0")
+    assert board(tmp_path) == "Raspberry Pi 5 Model B Rev 1.0"
+
+
+def test_the_processors_temperature_wins_over_others(tmp_path: Path) -> None:
+    for i, (kind, text) in enumerate([("gpu-thermal", "70000"), ("cpu-thermal", "48312"), ("cpu2", "bad")]):
+        put(tmp_path, f"sys/class/thermal/thermal_zone{i}/type", kind)
+        put(tmp_path, f"sys/class/thermal/thermal_zone{i}/temp", text)
+    assert temperature_c(tmp_path) == 48.312
+
+
+@pytest.mark.parametrize(("flags", "now"), [("0x50005", True), ("50000", False), ("0x0", False), ("?", False)])
+def test_a_raspberry_pi_says_whether_it_is_throttled_now(tmp_path: Path, flags: str, now: bool) -> None:
+    put(tmp_path, "sys/devices/platform/soc/soc:firmware/get_throttled", flags)
+    assert throttled(tmp_path) is now
+
+
+def test_a_cooler_that_lowers_the_clock_is_throttling(tmp_path: Path) -> None:
+    put(tmp_path, "sys/class/thermal/cooling_device0/type", "cpufreq-cpu0")
+    put(tmp_path, "sys/class/thermal/cooling_device0/cur_state", "2")
+    assert throttled(tmp_path) is True
+
+
+def test_onnxruntime_that_kills_its_process_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeUnavailableError, match=f"signal {int(signal.SIGILL)}.*instructions"):
+        check_runtime(python(tmp_path, "kill -ILL $$"))
+
+
+def test_onnxruntime_that_is_not_installed_names_the_extra(tmp_path: Path) -> None:
+    script = """echo "ModuleNotFoundError: No module named 'onnxruntime'" >&2; exit 1"""
+    with pytest.raises(MissingExtraError, match=r"fedprune\[board\]"):
+        check_runtime(python(tmp_path, script))
+
+
+def test_onnxruntime_that_fails_to_load_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeUnavailableError, match=r"GLIBC_2\.38 not found"):
+        check_runtime(python(tmp_path, "echo 'ImportError: GLIBC_2.38 not found' >&2; exit 1"))
+
+
+def test_a_missing_interpreter_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="can't start"):
+        check_runtime(str(tmp_path / "nothing"))
