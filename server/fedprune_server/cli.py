@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import signal
 import sys
@@ -183,11 +184,8 @@ def _status(arguments: argparse.Namespace) -> int:
 
     from fedprune_server.storage import Storage
 
-    storage = Storage.existing(arguments.state)
-    try:
+    with Storage.existing(arguments.state) as storage:
         settings, state, rounds, devices = storage.settings(), storage.load(), storage.rounds(), storage.devices()
-    finally:
-        storage.close()
     job = (settings or {}).get("job", {})
     phase = state.phase.value if state is not None else "not begun"
     number = state.round if state is not None else 0
@@ -235,10 +233,8 @@ def _export_model(arguments: argparse.Namespace) -> int:
 
 def _register_demo(commands: Any) -> None:
     try:
-        from fedprune_server import demo
-    except ModuleNotFoundError as error:
-        if error.name not in ("fedprune_server.demo", "fedprune_server") and (error.name or "").startswith("fedprune"):
-            raise
+        demo = importlib.import_module("fedprune_server.demo")
+    except ModuleNotFoundError:
         return  # without the extra `server`: the other commands say what to install
     demo.register(commands)
 

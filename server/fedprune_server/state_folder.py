@@ -23,6 +23,7 @@ from fedprune_export.imported import Model
 from fedprune_export.load import import_onnx, read_source
 from fedprune_server.config import ServerConfig
 from fedprune_server.daemon import kept_models
+from fedprune_server.storage import FILE as DATABASE
 from fedprune_server.storage import Storage
 from fedprune_server.worker import Evaluation, Worker
 
@@ -178,16 +179,10 @@ def stored_config(folder: Path, config: ServerConfig) -> ServerConfig:
     Raises:
         StorageError: The folder is damaged.
     """
-    try:
-        storage = Storage.existing(folder)
-    except StorageError:
-        if (folder / "server.db").exists():
-            raise
+    if not (folder / DATABASE).is_file():
         return config
-    try:
+    with Storage.at(folder) as storage:
         known = storage.settings()
-    finally:
-        storage.close()
     if known is None:
         return config
     job, evaluation = Job.from_dict(known["job"]), config.evaluation or known["evaluation"]
@@ -226,11 +221,8 @@ def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes]
     Raises:
         StorageError: The folder holds no job, or is damaged.
     """
-    storage = Storage.existing(folder)
-    try:
+    with Storage.existing(folder) as storage:
         known, state = storage.settings(), storage.load()
-    finally:
-        storage.close()
     if known is None or state is None:
         raise StorageError(f"{folder} holds no job yet")
     with storage_errors(f"can't read {folder / MODEL}"):
@@ -245,11 +237,8 @@ def model_after(folder: Path, round_: int) -> str:
     Raises:
         StorageError: There was no such round, its model is no longer kept, or the folder is damaged.
     """
-    storage = Storage.existing(folder)
-    try:
+    with Storage.existing(folder) as storage:
         found = {r["round"]: str(r["model"]) for r in storage.rounds()}
-    finally:
-        storage.close()
     if round_ not in found:
         raise StorageError(f"{folder} holds no round {round_}", expected=f"1 to {max(found, default=0)}")
     if not BlobStore(folder / BLOBS).has(found[round_]):

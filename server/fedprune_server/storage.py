@@ -74,12 +74,14 @@ class Storage:
     Args:
         url: Where it is, as SQLAlchemy writes it, such as `sqlite:////var/lib/fedprune/server.db`.
 
+        create: Make what is missing. Whoever only looks must not: the server may be making it at this moment.
+
     Raises:
         StorageError: The database is damaged, of another version or can't be opened.
         StorageFullError: There is no room for it.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, create: bool = True) -> None:
         self.url = url
         self._saved_devices: dict[str, tuple[Any, ...]] = {}
         self._saved_rounds = 0
@@ -90,9 +92,12 @@ class Storage:
         try:
             with self._transaction() as connection:
                 self._check(connection)
-                _tables.create_all(connection)
-                if self._meta(connection, "format") is None:
-                    self._put_meta(connection, "format", FORMAT)
+                if create:
+                    _tables.create_all(connection)
+                    if self._meta(connection, "format") is None:
+                        self._put_meta(connection, "format", FORMAT)
+                elif not self._complete(connection):
+                    raise StorageError(f"{url} holds no job yet", hint="Has a server been started on it?")
         except BaseException:
             self._engine.dispose()
             raise
@@ -100,7 +105,7 @@ class Storage:
     @classmethod
     def at(cls, folder: Path) -> Storage:
         """The database of a state folder, made where there is none."""
-        return cls(f"sqlite:///{folder.resolve() / FILE}")
+        return cls(_url(folder))
 
     @classmethod
     def existing(cls, folder: Path) -> Storage:
@@ -115,11 +120,17 @@ class Storage:
                 expected=f"a file {FILE} in it",
                 hint="Give the folder that `fedprune-server run --state` used.",
             )
-        return cls.at(folder)
+        return cls(_url(folder), create=False)
 
     def close(self) -> None:
         """Let go of the database."""
         self._engine.dispose()
+
+    def __enter__(self) -> Storage:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def settings(self) -> dict[str, Any] | None:
         """What `put_settings` kept, or None."""
@@ -221,6 +232,10 @@ class Storage:
             if version is not None and version != FORMAT:
                 raise StorageError(f"{self.url} was written by another version", expected=FORMAT, got=version)
 
+    def _complete(self, connection: sql.Connection) -> bool:
+        names = set(sql.inspect(connection).get_table_names())
+        return set(_tables.tables) <= names and self._meta(connection, "format") is not None
+
     def _history(self, connection: sql.Connection) -> list[dict[str, Any]]:
         query = sql.select(_rounds.c.summary).order_by(_rounds.c.round)
         return [_decoded(text, self.url) for text in connection.execute(query).scalars()]
@@ -237,6 +252,10 @@ class Storage:
     def _transaction(self) -> Iterator[sql.Connection]:
         with _translated(self.url), self._engine.begin() as connection:
             yield connection
+
+
+def _url(folder: Path) -> str:
+    return f"sqlite:///{folder.resolve() / FILE}"
 
 
 def _tune_sqlite(connection: Any, record: object) -> None:
