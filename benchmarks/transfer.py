@@ -1,0 +1,253 @@
+"""How fast a blob travels through a broker, by chunk size and window, beside the same bytes published by bare paho.
+
+    python benchmarks/transfer.py [--output benchmarks/results/transfer.json] [--repeats 3]
+
+Sender, receiver and broker are processes of their own on one machine, over the loopback interface. A transfer is what
+happens in the field: messages that ask, chunks that answer, every leaf verified and written, the whole verified and
+flushed to the disk. Bare paho publishes the same chunks at QoS 1 as fast as it can and only counts what arrives; its
+receiver keeps up, so nothing is lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+
+from fedprune.blobs import BlobStore
+from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
+from fedprune.wire.link import Link
+from fedprune.wire.messages import Gone, Want, parse
+from fedprune.wire.topics import Topics
+from fedprune.wire.transfer import Pull, Serve
+from fedprune_server.broker import EmbeddedBroker
+
+SIZE = 20_000_000
+TOPICS = Topics("bench")
+CHUNKS = (1, 2, 4, 8, 16, 32)
+WINDOWS = (8, 16, 32, 64, 128)
+
+
+def serve(url: str, folder: str, chunk_leaves: int, qos: int, pipe: Connection) -> None:
+    """Answer wants until told to stop."""
+    server = Serve(BlobStore(Path(folder)))
+    link = Link(url, "server")
+    link.subscribe(TOPICS.server_subscriptions())
+    link.start()
+    pipe.send("ready")
+    while not pipe.poll():
+        item = link.get(0.05)
+        if not isinstance(item, tuple):
+            continue
+        want = parse(item[1])
+        assert isinstance(want, Want)
+        answer = server.answer(want, chunk_leaves * LEAF + PACKET_OVERHEAD)
+        assert not isinstance(answer, Gone)
+        for raw in answer:
+            assert link.publish(TOPICS.down_blob("pi"), raw, qos)
+    link.close()
+
+
+def transfer(url: str, store: BlobStore, chunk_leaves: int, window: int, qos: int) -> float:
+    """Seconds that one pull takes."""
+    (sha256,) = store.names()
+    ref = store.ref(sha256)
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=serve, args=(url, str(store.root), chunk_leaves, qos, theirs))
+    process.start()
+    assert ours.recv() == "ready"
+    with tempfile.TemporaryDirectory() as folder, Link(url, "pi") as link:
+        link.subscribe(TOPICS.device_subscriptions("pi"))
+        link.start()
+        link.get(5)
+        target = BlobStore(Path(folder))
+        began = time.perf_counter()
+        pull = Pull(
+            ref, target.partial(ref), chunk_leaves=min(chunk_leaves, window), window_leaves=window, patience_s=30
+        )
+        wants = pull.start(time.monotonic())
+        while not pull.done:
+            for want in wants:
+                assert link.publish(TOPICS.up("pi"), want.to_bytes(), qos)
+            item = link.get(1)
+            now = time.monotonic()
+            wants = pull.on_chunk(Chunk.parse(item[1]), now) if isinstance(item, tuple) else pull.on_tick(now)
+        took = time.perf_counter() - began
+        assert pull.stalls == 0
+    ours.send("stop")
+    process.join()
+    return took
+
+
+def new_client(url: str, name: str) -> paho.Client:
+    host, port = url.removeprefix("mqtt://").split(":")
+    client = paho.Client(CallbackAPIVersion.VERSION2, client_id=name)
+    client.connect(host, int(port))
+    client.loop_start()
+    return client
+
+
+def count(url: str, total: int, pipe: Connection) -> None:
+    """Count payload bytes until all are there."""
+    done, ready, seen = threading.Event(), threading.Event(), 0
+
+    def message(_client: Any, _user: Any, message: paho.MQTTMessage) -> None:
+        nonlocal seen
+        seen += len(message.payload)
+        if seen >= total:
+            done.set()
+
+    client = new_client(url, "counter")
+    client.on_message = message
+    client.on_subscribe = lambda *_: ready.set()
+    client.subscribe("bare", 1)
+    assert ready.wait(5)
+    pipe.send("ready")
+    assert done.wait(60)
+    pipe.send("done")
+    client.disconnect()
+    client.loop_stop()
+
+
+def bare(url: str, chunk_leaves: int) -> float:
+    """Seconds that bare paho takes for the same bytes in the same chunks."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=count, args=(url, SIZE, theirs))
+    process.start()
+    assert ours.recv() == "ready"
+    client = new_client(url, "sender")
+    payload = bytes(chunk_leaves * LEAF)
+    began = time.perf_counter()
+    for at in range(0, SIZE, len(payload)):
+        client.publish("bare", payload[: SIZE - at], 1)
+    assert ours.recv() == "done"
+    took = time.perf_counter() - began
+    process.join()
+    client.disconnect()
+    client.loop_stop()
+    return took
+
+
+@contextmanager
+def brokers() -> Iterator[dict[str, str]]:
+    """Names and URLs of the brokers to measure."""
+    with tempfile.TemporaryDirectory() as folder, EmbeddedBroker(port=0) as embedded:
+        urls = {f"amqtt {version('amqtt')}": embedded.url}
+        binary = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin")
+        processes: list[subprocess.Popen[bytes]] = []
+        if binary is not None:
+            said = subprocess.run([binary, "-h"], capture_output=True, text=True, check=False).stdout
+            for name, setting in (("", ""), (", set_tcp_nodelay", "set_tcp_nodelay true\n")):
+                port = 18_850 + len(urls)
+                config = Path(folder, f"{port}.conf")
+                config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n{setting}")
+                processes.append(subprocess.Popen([binary, "-c", str(config)], stderr=subprocess.DEVNULL))
+                urls[f"Mosquitto {said.split()[2]}{name}"] = f"mqtt://127.0.0.1:{port}"
+            time.sleep(1)
+        try:
+            yield urls
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def measure(repeats: int) -> list[dict[str, Any]]:
+    """All rows; the repeats of different settings take turns, so that a busy moment hits all of them."""
+    settings = [(c, w, 1) for w in (32, 128) for c in CHUNKS if c <= w]
+    settings += [(4, w, 1) for w in WINDOWS if w not in (32, 128)] + [(4, 32, 0), (4, 128, 0)]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, brokers() as urls:
+        store = BlobStore(Path(folder))
+        store.put(random.Random(7).randbytes(SIZE))
+        seconds: dict[tuple[Any, ...], list[float]] = {}
+        for turn in range(repeats):
+            for name, url in urls.items():
+                for chunk in CHUNKS:
+                    seconds.setdefault((name, "bare", chunk), []).append(bare(url, chunk))
+                for chunk, window, qos in settings:
+                    took = transfer(url, store, chunk, window, qos)
+                    seconds.setdefault((name, "pull", chunk, window, qos), []).append(took)
+                print(f"turn {turn + 1}, {name}: done", file=sys.stderr)
+    for key, values in seconds.items():
+        if key[1] == "pull":
+            name, _, chunk, window, qos = key
+            rate, raw = (SIZE / 1e6 / statistics.median(v) for v in (values, seconds[name, "bare", chunk]))
+            rows.append(
+                {
+                    "broker": name, "chunk_kib": chunk * 32, "window_kib": window * 32, "qos": qos,
+                    "mb_per_s": round(rate, 1), "bare_mb_per_s": round(raw, 1), "ratio": round(rate / raw, 2),
+                    "seconds": [round(v, 3) for v in values],
+                }
+            )  # fmt: skip
+    return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "# Transfer of a 20 MB blob through a broker",
+        "",
+        f"{result['date']}, {result['machine']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}.",
+        f"Medians of {result['repeats']} runs. Sender, receiver and broker share the machine, and other work ran",
+        "beside them: the ratios say more than the rates. *Bare* is paho publishing the same chunks at QoS 1 without",
+        "any verification, storage or window. Written by `python benchmarks/transfer.py`.",
+        "",
+        "| broker | chunk, KiB | window, KiB | QoS | MB/s | bare, MB/s | ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        "| {broker} | {chunk_kib} | {window_kib} | {qos} | {mb_per_s} | {bare_mb_per_s} | {ratio} |".format(**row)
+        for row in result["rows"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def processor() -> str:
+    """The processor's name, as Linux gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "transfer.json")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    multiprocessing.set_start_method("spawn")
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{processor()}, {multiprocessing.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "versions": {"Python": platform.python_version(), **{n: version(n) for n in ("fedprune", "paho-mqtt")}},
+        "repeats": arguments.repeats,
+        "rows": measure(arguments.repeats),
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    arguments.output.with_suffix(".md").write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
