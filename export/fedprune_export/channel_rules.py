@@ -30,7 +30,9 @@ class Channels:
     def __init__(self, graph: Graph, seen: Trace, parameters: Mapping[str, str]) -> None:
         self.graph = graph
         self.seen = seen
+        self.parameters = parameters
         self.atoms = Atoms()
+        self.notes: list[str] = []
         self.rows: dict[str, Rows] = {}
         for name, value in graph.initializers.items():
             if name in parameters:
@@ -47,6 +49,11 @@ class Channels:
     def still(self, name: str) -> Rows:
         """Rows of a value whose indices all stay."""
         return tuple(still(n) for n in self.shape(name))
+
+    def constant(self, name: str) -> bool:
+        """Whether a value is a constant of more than one number."""
+        value = self.graph.initializers.get(name)
+        return value is not None and name not in self.parameters and value.size > 1
 
     def of(self, node: Node, index: int) -> Rows:
         """Rows of a node's input."""
@@ -86,9 +93,8 @@ def walk(channels: Channels) -> list[str]:
     """Apply the rules to all nodes.
 
     Returns:
-        One note per node without a rule that had to fix channels.
+        One note per node that had to fix channels for want of a rule or because of a constant.
     """
-    notes = []
     for node in channels.graph.nodes:
         known = None if node.domain else RULES.get(node.op)
         if known is not None:
@@ -101,8 +107,8 @@ def walk(channels: Channels) -> list[str]:
                 channels.out(node, channels.still(name), i)
         if any(r.any() for r in rows):
             called = f"{node.domain}::{node.op}" if node.domain else node.op
-            notes.append(f"Operator {called} ({node.name}) has no channel rule: its channels stay.")
-    return notes
+            channels.notes.append(f"Operator {called} ({node.name}) has no channel rule: its channels stay.")
+    return channels.notes
 
 
 @rule(
@@ -150,6 +156,7 @@ def broadcast(channels: Channels, node: Node) -> None:
     """Axes of equal length are tied; an axis of length 1 that is repeated is not."""
     shape = channels.shape(node.outputs[0])
     out: list[AtomRow] = []
+    held = False
     for axis, size in enumerate(shape):
         rows = []
         for name in node.inputs:
@@ -159,7 +166,10 @@ def broadcast(channels: Channels, node: Node) -> None:
         first = max(rows, key=lambda r: int(np.count_nonzero(r)))
         for other in rows:
             channels.atoms.tie(first, other)
+        held = held or bool(first.any() and any(not r.any() for r in rows))
         out.append(first if size > 1 else still(size))
+    if held and any(channels.constant(name) for name in node.inputs):
+        channels.notes.append(f"{node.op} {node.name} has a constant for each channel: its channels stay.")
     channels.out(node, out)
 
 

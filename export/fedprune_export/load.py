@@ -114,13 +114,14 @@ def export_torch(made: Any, *, input_shape: Sequence[int] | None = None, name: s
             f"{name}: the input shape is unknown",
             hint="Give --input-shape (such as 3,32,32), or let the module have an attribute input_shape.",
         )
-    training = module.training
+    modes = [(part, part.training) for part in module.modules()]
+    device = next((p.device for p in module.parameters()), "cpu")
     module.eval()
     try:
         with _quiet():
             program = torch.onnx.export(
                 module,
-                (torch.zeros((2, *map(int, shape))),),
+                (torch.zeros((2, *map(int, shape)), device=device),),
                 dynamo=True,
                 optimize=False,
                 dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
@@ -134,7 +135,8 @@ def export_torch(made: Any, *, input_shape: Sequence[int] | None = None, name: s
             hint="Check that the module takes one tensor with a batch of any size and returns one tensor.",
         ) from error
     finally:
-        module.train(training)
+        for part, training in modes:
+            part.training = training
     proto = onnx.load_model_from_string(proto.SerializeToString())
     trainable = [n for n, _ in module.named_parameters()]
     held = {t.name for t in proto.graph.initializer}

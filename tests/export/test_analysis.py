@@ -242,3 +242,17 @@ def test_nothing_to_cut_is_not_an_error() -> None:
 )
 def test_passes(positions: list[int], found: tuple[int, int] | None) -> None:
     assert _passes(np.array(positions), 3) == found
+
+
+def test_a_constant_for_each_channel_fixes_them_and_is_named() -> None:
+    rng = np.random.default_rng(0)
+    graph = Graph(inputs=[Port("x", F32, ("N", 3))])
+    for name, shape in (("a", (3, 4)), ("b", (4, 2))):
+        graph.initializers[name] = rng.standard_normal(shape).astype(np.float32)
+    value = graph.emit("Mul", graph.emit("MatMul", "x", "a"), graph.constant([1.0, 2, 3, 4], np.float32))
+    graph.outputs = [Port(graph.emit("MatMul", value, "b"), F32, ("N", 2))]
+
+    model = import_onnx(graph.to_bytes(), "net")
+
+    assert model.architecture.groups == ()
+    assert any("constant for each channel" in note for note in model.notes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -275,3 +277,37 @@ def test_double_precision_is_refused() -> None:
 
     with pytest.raises(ModelError, match="expected float32"):
         import_onnx(graph.to_bytes(), "net")
+
+
+@pytest.mark.system
+def test_another_process_finds_the_same_architecture(tmp_path: Path) -> None:
+    """A server imports the stored file again after a restart."""
+    (tmp_path / "net.onnx").write_bytes(export_torch(nets.concat_net()))
+    code = (
+        "import sys, hashlib\n"
+        "from fedprune_export.load import load\n"
+        "model = load(sys.argv[1])\n"
+        "print(model.architecture.digest, hashlib.sha256(model.graph.to_bytes()).hexdigest())\n"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "net.onnx")],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+
+    assert len(seen) == 1
+
+
+def test_single_layers_keep_their_mode() -> None:
+    module = nets.concat_net().train()
+    module.last.eval()
+
+    export_torch(module)
+
+    assert (module.training, module.last.training, module.stem.training) == (True, False, True)
