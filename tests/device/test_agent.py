@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,13 @@ class Bench:
         self.server = MemoryServer(root / "server", graphs, weights)
         self.store: DeviceStore | None = None
         self.agent: Agent | None = None
+        self.profile: Any = None
 
     def run(self, until_finished: bool = True, limit: float = 15.0) -> None:
         with DeviceStore(self.root / "state") as self.store:
-            self.agent = Agent("d", "site", self.store, MemoryLink(self.server), self.data, clock=clock)
+            self.agent = Agent(
+                "d", "site", self.store, MemoryLink(self.server), self.data, profile=self.profile, clock=clock
+            )
             late = threading.Timer(limit, self.agent.stop)
             late.start()
             self.agent.run(until_finished)
@@ -201,6 +205,17 @@ def test_an_offer_that_cannot_be_carried_out_is_refused(bench: Bench, other: dic
     refusal = bench.server.of(Refusal)[0]
     assert (refusal.round, refusal.exit_code) == (1, code)
     assert refusal.reason
+
+
+@pytest.mark.parametrize(("budget", "memory"), [(100, 10**9), (10**9, 100)])
+def test_an_offer_beyond_the_profiles_limits_is_refused(bench: Bench, budget: int, memory: int) -> None:
+    limits = SimpleNamespace(name="tiny", storage=SimpleNamespace(budget_bytes=budget), training_bytes=memory)
+    bench.profile = limits
+    bench.server.plan = [bench.server.offer(1)]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    assert bench.server.of(Refusal)[0].exit_code == ExitCode.PLAN
+    assert bench.server.of(Birth)[0].profile == "tiny"
 
 
 @pytest.mark.parametrize(

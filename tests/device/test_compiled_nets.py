@@ -1,0 +1,106 @@
+"""The device's trainer and predictor on what the compiler really makes, with torch as the oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nets
+from fedprune import tensorfile
+from fedprune.architecture import widths_at
+from fedprune.chance import keyed
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection, Tensors
+from fedprune.wire.messages import Offer, Update
+from fedprune_device.assignment import Workbench
+from fedprune_device.data import LocalData
+from fedprune_device.predictor import Predictor
+from fedprune_device.store import DeviceStore
+from fedprune_device.trainer import Trainer
+from fedprune_export.imported import Model
+from fedprune_export.inference import inference_model
+from fedprune_export.load import load
+from fedprune_export.training import training_graph
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+
+RECIPE = Recipe(epochs=2, batch_size=8, lr=0.02, momentum=0.9, weight_decay=0.001)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load("nets:resnet20_bn")
+
+
+@pytest.fixture(scope="module")
+def data() -> LocalData:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((33, 3, 32, 32)).astype(np.float32)
+    y = rng.integers(0, 10, 33)
+    return LocalData(x[:25], y[:25], x[25:], y[25:])  # 25 = 3 · 8 + 1: a sample is left over
+
+
+def oracle(model: Model, data: LocalData) -> Tensors:
+    """torch on the same batches: the leftover sample is left out."""
+    net = nets.resnet20_bn().train()
+    sgd = torch.optim.SGD(net.parameters(), RECIPE.lr, RECIPE.momentum, weight_decay=RECIPE.weight_decay)
+    for epoch in range(RECIPE.epochs):
+        order = keyed(3, 1, "d", "batches", epoch).permutation(25)
+        for start in (0, 8, 16):
+            rows = order[start : start + 8]
+            loss = torch.nn.functional.cross_entropy(
+                net(torch.from_numpy(data.x_train[rows])), torch.from_numpy(data.y_train[rows])
+            )
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+    state = net.state_dict()
+    return {n: state[n].numpy() for n in model.tensors}
+
+
+def test_a_compiled_step_trains_as_torch_does(model: Model, data: LocalData) -> None:
+    trainer = Trainer(training_graph(model, RECIPE.features).to_bytes())
+    got = trainer.train(model.tensors, data, RECIPE, seed=3, device="d", round=1, classes=10)
+    assert trainer.normalised
+    assert got.steps == 6
+    for name, wanted in oracle(model, data).items():
+        np.testing.assert_allclose(got.tensors[name], wanted, rtol=2e-3, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("density", [0.25, 0.6, 1.0])
+def test_a_round_of_a_submodel_ends_with_a_model_that_serves(
+    tmp_path: Path, model: Model, data: LocalData, density: float
+) -> None:
+    architecture = model.architecture
+    selection = Selection.full(architecture).narrowed(widths_at(architecture, density))
+    part = selection.gather(model.tensors)
+    with DeviceStore(tmp_path) as store:
+        offer = Offer(
+            "job",
+            1,
+            0,
+            3,
+            architecture.digest,
+            selection.digest,
+            selection.widths,
+            10,
+            store.blobs.put(tensorfile.encode(part)),
+            store.blobs.put(training_graph(model, RECIPE.features).to_bytes()),
+            store.blobs.put(inference_model(model, selection.widths)),
+            RECIPE.to_dict(),
+            0.0,
+        )
+        bench = Workbench("d", store, data)
+        update = bench.carry_out(offer, download_seconds=0.0, report=lambda *_: None, stop=lambda: False)
+        assert isinstance(update, Update)
+        trained = tensorfile.decode(store.blobs.read(update.weights.sha256))
+        predictor, record = store.slots.open()
+    assert {n: v.shape for n, v in trained.items()} == selection.shapes()
+    assert record.round == 1
+    (tmp_path / "by-hand").mkdir()
+    (tmp_path / "by-hand" / "inference.onnx").write_bytes(inference_model(model, selection.widths))
+    (tmp_path / "by-hand" / "weights.safetensors").write_bytes(tensorfile.encode(trained))
+    np.testing.assert_array_equal(predictor.predict(data.x_test), Predictor(tmp_path / "by-hand").predict(data.x_test))
