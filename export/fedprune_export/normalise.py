@@ -306,6 +306,7 @@ def _rename(graph: Graph, constants: set[str], notes: list[str]) -> None:
     """Name input and output as the contract says, and everything that clashes with a reserved name another way."""
     taken = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs), graph.inputs[0].name}
     names: dict[str, str] = {}
+    renamed: list[str] = []
     for old in [*graph.initializers, *(o for n in graph.nodes for o in n.outputs)]:
         new = old.replace("::", "__")
         while old and (new in RESERVED or new == "__metadata__" or (new != old and new in taken)):
@@ -314,7 +315,10 @@ def _rename(graph: Graph, constants: set[str], notes: list[str]) -> None:
             names[old] = new
             taken.add(new)
             if old in graph.initializers and old not in constants:
-                notes.append(f"Tensor {old} is called {new}: its own name is reserved.")
+                renamed.append(f"{old} is called {new}")
+    if renamed:
+        more = f", and {len(renamed) - 3} more" if len(renamed) > 3 else ""
+        notes.append(f"Tensors with reserved names were renamed: {', '.join(renamed[:3])}{more}.")
     output = graph.outputs[0].name
     names.pop(output, None)
     names[graph.inputs[0].name] = X

@@ -61,6 +61,19 @@ def test_reserved_names_are_renamed(name: str) -> None:
     assert same(model, graph)
 
 
+def test_many_renamed_tensors_are_one_note() -> None:
+    def build(graph: Graph) -> str:
+        value = "image"
+        for i in range(9):
+            value = linear(graph, value, 3, 3, f"onnx::MatMul_{i}")
+        return linear(graph, value, 3, 2)
+
+    model, _ = model_of(build, 3)
+
+    assert len(model.notes) == 1
+    assert "and 6 more" in model.notes[0]
+
+
 def test_identity_dropout_and_casts_go() -> None:
     def build(graph: Graph) -> str:
         value = graph.emit("Dropout", graph.emit("Identity", "image"))
