@@ -1,0 +1,146 @@
+"""Reports: every number is the record's, claims are judged by the numbers, pages need nothing else."""
+
+import html
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.errors import StorageError
+from fedprune_server.pictures import channel_map
+from fedprune_server.record import DeviceRow, Record, RoundRow
+from fedprune_server.report import claims, plan_rows, summary, write_report
+
+GROUPS = (("stem", 8), ("body", 24))
+
+
+def record(title="fleet", local=0.9, accuracy=0.8, down=1_000_000, up=900_000, rounds=4):
+    """A run of two devices whose accuracies are the same in every round."""
+    devices = (
+        DeviceRow("zero", "raspberry-pi-zero-2w", 100, (4, 12), 0.5, "link", 1234),
+        DeviceRow("orin", "jetson-orin-nano", 200, (8, 24), 1.0, "nothing", 5678),
+    )
+    rows = tuple(
+        RoundRow(
+            round=r,
+            at=2.0 * r,
+            model="a" * 64,
+            accuracy=accuracy,
+            loss=0.5,
+            local={"zero": local - 0.02, "orin": local + 0.02},
+            asked=2,
+            down=down * r // rounds,
+            up=up * r // rounds,
+        )
+        for r in range(1, rounds + 1)
+    )
+    channels = {"zero": ((0, 2, 4, 6), tuple(range(12))), "orin": (tuple(range(8)), tuple(range(24)))}
+    return Record(title, {"seed": 7}, GROUPS, devices, rows, channels, "payload at the broker")
+
+
+def test_record_comes_back_from_its_file(tmp_path):
+    run = record()
+    run.save(tmp_path / "metrics.json")
+    assert Record.load(tmp_path / "metrics.json") == run
+
+
+@given(cut=st.integers(0, 500))
+def test_cut_record_is_refused(cut):
+    text = record().to_json()
+    with pytest.raises(StorageError):
+        Record.from_json(text[: min(cut, len(text) - 1)])
+
+
+def test_record_without_a_round_makes_no_report(tmp_path):
+    with pytest.raises(StorageError, match="no finished round"):
+        write_report(tmp_path, replace(record(), rounds=()))
+
+
+def test_final_accuracies_are_means_of_the_last_rounds():
+    rows = record(rounds=4).rounds
+    rows = tuple(replace(r, accuracy=r.round / 10, local={"zero": r.round / 20}) for r in rows)
+    local, whole = replace(record(), rounds=rows).final(2)
+    assert local == pytest.approx((3 / 20 + 4 / 20) / 2)
+    assert whole == pytest.approx((3 / 10 + 4 / 10) / 2)
+
+
+def test_what_nobody_measured_is_not_a_number():
+    rows = tuple(replace(r, accuracy=None, local={}) for r in record().rounds)
+    assert all(map(math.isnan, replace(record(), rounds=rows).final(3)))
+
+
+@pytest.mark.parametrize(
+    ("local", "accuracy", "held"),
+    [(0.9, 0.8, True), (0.885, 0.785, True), (0.95, 0.95, True), (0.875, 0.8, False), (0.9, 0.775, False)],
+)
+def test_accuracy_claim_looks_at_both_accuracies(local, accuracy, held):
+    assert claims(record(local=local, accuracy=accuracy), record())[0].held is held
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "held"), [(500_000, 450_000, True), (510_000, 400_000, False), (400_000, 460_000, False)]
+)
+def test_bytes_claim_looks_at_both_ways(down, up, held):
+    assert claims(record(down=down, up=up), record())[1].held is held
+
+
+def test_claims_about_what_was_not_measured_fail():
+    unknown = replace(record(), rounds=tuple(replace(r, accuracy=None) for r in record().rounds))
+    assert not claims(unknown, record())[0].held
+    assert not claims(record(), record(down=0))[1].held
+
+
+def test_summary_has_the_numbers_of_both_runs():
+    cells = {row[0]: row[1:] for row in summary(record(down=480_000), record("FedAvg", accuracy=0.85))}
+    assert cells["mean local accuracy"][:2] == ("90.0%", "90.0%")
+    assert cells["global accuracy"] == ("80.0%", "85.0%", "-5.0 points")
+    assert cells["MB down"] == ("0.48", "1.00", "48%")
+
+
+def test_plan_table_has_a_row_per_device():
+    rows = plan_rows(record())
+    assert [r[0] for r in rows[1:]] == ["zero", "orin"]
+    assert rows[1][1:] == ("raspberry-pi-zero-2w", "100", "0.500", "link", "4 · 12", "1,234", "88.0%")
+
+
+def test_report_tells_the_same_numbers_as_html_and_markdown(tmp_path):
+    report = write_report(tmp_path, record(), record("FedAvg", down=2_100_000, up=1_900_000))
+    page = html.unescape(re.sub(r"<[^>]+>", " ", report.html.read_text()))
+    markdown = report.markdown.read_text()
+    for text in ("90.0%", "80.0%", "2.10", "48%", "1,234", "PASS", "raspberry-pi-zero-2w"):
+        assert text in page
+        assert text in markdown
+
+
+def test_page_refers_to_nothing_outside_itself(tmp_path):
+    page = write_report(tmp_path, record(), record("FedAvg")).html.read_text()
+    assert set(re.findall(r'(?:src|href)="([^"]{0,11})', page)) == {"data:image/"}
+
+
+def test_every_picture_is_written(tmp_path):
+    report = write_report(tmp_path, record())
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in report.pictures.values())
+    assert {p.name for p in report.pictures.values()} == {"curves.png", "bytes.png", "channels.png", "devices.png"}
+
+
+def test_channel_map_colours_held_channels_only(tmp_path):
+    """Half the channels held gives half the coloured area of all held."""
+    import matplotlib.image
+
+    def coloured(held):
+        run = replace(record(), groups=(("only", 10),), channels={"zero": (held,)})
+        image = matplotlib.image.imread(channel_map(run, tmp_path / "map.png"))[..., :3]
+        return int(((image.max(axis=2) - image.min(axis=2)) > 0.3).sum())
+
+    assert coloured(tuple(range(5))) == pytest.approx(coloured(tuple(range(10))) / 2, rel=0.05)
+
+
+def test_names_cannot_break_the_page(tmp_path):
+    run = record(title="<script>alert(1)</script>")
+    run = replace(run, devices=(replace(run.devices[0], excluded="a | <b>", widths=()), run.devices[1]))
+    report = write_report(tmp_path, run)
+    assert "<script>" not in report.html.read_text()
+    assert "a \\| <b>" in report.markdown.read_text()

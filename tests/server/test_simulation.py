@@ -1,0 +1,233 @@
+"""Simulated fleets: the same every time, through kills, drop-outs and partial participation."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedprune import tensorfile
+from fedprune.blobs import BlobStore
+from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError
+from fedprune.job import Job
+from fedprune.profile_store import find
+from fedprune.recipe import Recipe
+from fedprune_export.load import import_onnx
+from fedprune_server.digits import deal, digits_model
+from fedprune_server.simulation import STATE, DropOuts, Simulation
+from fedprune_server.virtual_device import VirtualDevice
+
+KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return import_onnx(digits_model(), "digits-net")
+
+
+@pytest.fixture(scope="module")
+def fleet():
+    data = deal(KINDS, seed=1)
+    return data, [VirtualDevice(kind, find(kind), data.devices[kind]) for kind in KINDS]
+
+
+@pytest.fixture
+def build(model, fleet, tmp_path):
+    """A simulation of three devices, 16 steps each, in a folder of its own."""
+    data, devices = fleet
+
+    def make(folder="run", fleet=devices, dropouts=None, **settings):
+        job = Job(**{"seed": 3, "rounds": 3, "devices": 3, "density": 0.25, "recipe": Recipe(max_steps=3), **settings})
+        path = tmp_path / folder
+        store = BlobStore(path / "blobs", durable=False)
+        return Simulation(job, model, fleet, (data.x, data.y), store, folder=path, dropouts=dropouts)
+
+    return make
+
+
+class KillError(Exception):
+    """Ends a simulation as a kill does: between two events, without a word."""
+
+
+def killed_after(trainings):
+    left = [trainings]
+
+    def progress(_):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KillError
+
+    return progress
+
+
+def test_same_seed_gives_the_same_bits_and_times(build):
+    first, second = build("first"), build("second")
+    assert first.run() == second.run()
+
+
+def test_another_seed_gives_another_model(build):
+    first, second = build("first"), build("second", seed=4)
+    first.run(), second.run()
+    assert first.state.model != second.state.model
+
+
+def test_training_improves_the_global_model(build):
+    simulation = build(density=0.5, rounds=3, recipe=Recipe(epochs=3, lr=0.03))
+    losses = [row["metrics"]["loss"] for row in simulation.run()]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("trainings", [1, 2, 4, 5, 9])
+def test_a_killed_run_goes_on_to_the_same_model(build, trainings):
+    whole = build("whole")
+    whole.run()
+    with pytest.raises(KillError):
+        build("killed").run(killed_after(trainings))
+    resumed = build("killed")
+    resumed.run()
+    assert resumed.state.model == whole.state.model
+    assert resumed.state.history == whole.state.history
+    assert resumed.record("x").rounds == whole.record("x").rounds
+
+
+def test_a_finished_run_is_not_repeated(build):
+    build().run()
+    again = build()
+    again.run(lambda _: pytest.fail("something was trained again"))
+    assert len(again.state.history) == 3
+
+
+def test_other_settings_do_not_go_on_with_a_saved_run(build):
+    build().run()
+    with pytest.raises(StorageError, match="other settings"):
+        build(seed=99)
+
+
+def test_damaged_state_is_refused(build, tmp_path):
+    build().run()
+    path = tmp_path / "run" / STATE
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(StorageError, match=r"simulation\.json"):
+        build()
+
+
+def test_partial_participation_asks_the_share_of_the_devices(build):
+    history = build(participation=0.5, rounds=4).run()
+    assert {len(row["devices"]) for row in history} == {2}
+    assert len({tuple(row["devices"]) for row in history}) > 1
+
+
+def test_a_device_that_is_too_slow_misses_the_deadline_and_the_round_goes_on(build, fleet):
+    alone = {}
+    for device in fleet[1]:
+        simulation = build(device.name, fleet=[device], devices=1, rounds=1)
+        simulation.run()
+        alone[device.name] = simulation.clock
+    *_, second, slowest = sorted(alone, key=alone.__getitem__)
+    (row,) = build(deadline_s=(alone[second] + alone[slowest]) / 2, rounds=1).run()
+    assert slowest == "raspberry-pi-zero-2w"
+    assert {n: d["progress"] == "folded" for n, d in row["devices"].items()} == {n: n != slowest for n in alone}
+
+
+def test_a_deadline_that_nobody_makes_ends_with_an_error(build):
+    with pytest.raises(PlanError, match="attempts"):
+        build(deadline_s=0.001).run()
+
+
+def test_drop_outs_cost_updates_but_not_the_run(build):
+    dropouts = DropOuts(probability=0.5, away_s=1000.0)
+    history = build(dropouts=dropouts, deadline_s=30.0, rounds=4).run()
+    counted = [sum(d["progress"] == "folded" for d in row["devices"].values()) for row in history]
+    assert len(history) == 4
+    assert min(counted) >= 1
+    assert sum(counted) < 12
+
+
+def test_drop_outs_are_the_same_every_time(build):
+    dropouts = DropOuts(probability=0.4, away_s=20.0)
+    first, second = (build(name, dropouts=dropouts, deadline_s=30.0) for name in ("first", "second"))
+    assert first.run() == second.run()
+
+
+def test_a_run_with_drop_outs_survives_a_kill(build):
+    dropouts = DropOuts(probability=0.4, away_s=20.0)
+    whole = build("whole", dropouts=dropouts, deadline_s=30.0)
+    whole.run()
+    with pytest.raises(KillError):
+        build("killed", dropouts=dropouts, deadline_s=30.0).run(killed_after(4))
+    resumed = build("killed", dropouts=dropouts, deadline_s=30.0)
+    resumed.run()
+    assert resumed.state.history == whole.state.history
+
+
+def test_the_virtual_clock_follows_link_and_board(build, fleet):
+    """One device: a round takes what the arithmetic of its profile says."""
+    zero = fleet[1][0]
+    simulation = build(fleet=[zero], devices=1, rounds=1)
+    (row,) = simulation.run()
+    link, record = zero.profile.link, simulation.record("x").last
+    trained = zero.train_s(
+        simulation.model.architecture, tuple(row["devices"][zero.name]["widths"]), simulation.job.recipe
+    )
+    expected = record.down / link.down_bytes_s + trained + record.up / link.up_bytes_s + 2 * link.latency_s
+    assert simulation.clock == pytest.approx(expected)
+
+
+def test_bytes_are_the_blobs_that_travel(build, model):
+    simulation = build(density=1.0, rounds=2, recipe=Recipe(max_steps=1))
+    simulation.run()
+    rounds = simulation.record("x").rounds
+    weights = len(tensorfile.encode(model.tensors))
+    assert [r.up for r in rounds] == [3 * weights, 6 * weights]
+    # Graphs travel once, weights every time.
+    assert rounds[1].down - rounds[0].down == 3 * weights
+    assert rounds[0].down > 3 * weights
+
+
+def test_blobs_of_past_rounds_are_deleted(build, tmp_path):
+    simulation = build(rounds=3)
+    simulation.run()
+    kept = set(simulation.store.names())
+    assert simulation.state.model in kept
+    assert simulation.state.history[0]["model"] not in kept
+
+
+def test_data_that_the_model_cannot_take_is_refused_and_named(model, fleet, tmp_path):
+    _, devices = fleet
+    wrong = replace(devices[0], data=replace(devices[0].data, y_train=devices[0].data.y_train + 7))
+    job = Job(rounds=1, devices=3, density=0.25, recipe=Recipe(max_steps=1))
+    simulation = Simulation(job, model, [wrong, *devices[1:]], None, BlobStore(tmp_path, durable=False))
+    (row,) = simulation.run()
+    assert row["devices"][wrong.name]["progress"] == "refused"
+    assert "label" in row["devices"][wrong.name]["reason"]
+    assert row["metrics"] == {}
+
+
+def test_a_board_too_small_for_any_width_stops_the_simulation_with_its_reason(model, fleet, tmp_path):
+    _, devices = fleet
+    job = Job(rounds=1, devices=3, byte_budget=1000)
+    with pytest.raises(PlanError, match="even the narrowest breaks bytes"):
+        Simulation(job, model, devices, None, BlobStore(tmp_path, durable=False)).run()
+
+
+@pytest.mark.parametrize("names", [[], ["a", "a"]])
+def test_wrong_devices_are_refused(model, fleet, tmp_path, names):
+    devices = [replace(fleet[1][0], name=n) for n in names]
+    with pytest.raises(ConfigError, match="devices"):
+        Simulation(Job(), model, devices, None, BlobStore(tmp_path, durable=False))
+
+
+def test_more_devices_than_there_are_cannot_be_waited_for(build):
+    with pytest.raises(ConfigError, match="at most the 3"):
+        build(devices=4)
+
+
+@pytest.mark.parametrize(("probability", "away"), [(1.0, 1.0), (-0.1, 1.0), (0.5, 0.0), (np.nan, 1.0)])
+def test_wrong_drop_outs_are_refused(probability, away):
+    with pytest.raises(FedpruneError):
+        DropOuts(probability, away)
+
+
+def test_saved_state_is_plain_json(build, tmp_path):
+    build().run()
+    assert json.loads((tmp_path / "run" / STATE).read_text())["format"] == "fedprune.simulation/1"
