@@ -107,7 +107,7 @@ def test_one_step_is_as_exact_as_torchs(name: str, density: float, imported: Cal
     for kind in KINDS:
         for seed in SEEDS:
             rng = np.random.default_rng([seed, len(kind.__name__)])
-            batch = 8 if seed % 4 else 3
+            batch = 5 if seed % 4 else 3
             x = kind(rng, (batch, *arch.input_shape)).astype(np.float32)
             y = rng.integers(0, arch.classes, batch)
             feeds: Arrays = {**tensors, step.X: x, step.Y: y}
@@ -118,8 +118,9 @@ def test_one_step_is_as_exact_as_torchs(name: str, density: float, imported: Cal
             for found, result in ((ours, session.run(feeds)), (torchs, usual)):
                 for part, distance in distances(result, exact, parts).items():
                     found[part].append(distance)
+    calm = [[d < FLIPPED for d in found["gradients"]] for found in (ours, torchs)]
+    assert calm[0].count(False) <= calm[1].count(False) + 2
     for part in parts:
         assert np.median(ours[part]) <= max(FLOOR, 2 * np.median(torchs[part])), part
-        calm = [[d for d in found[part] if d < FLIPPED] for found in (ours, torchs)]
-        assert max(calm[0]) <= max(FLOOR, 2 * max(calm[1])), part
-        assert len(ours[part]) - len(calm[0]) <= len(torchs[part]) - len(calm[1]) + 2, part
+        worst = [max(np.array(found[part])[c]) for found, c in zip((ours, torchs), calm, strict=True)]
+        assert worst[0] <= max(FLOOR, 2 * worst[1]), part
