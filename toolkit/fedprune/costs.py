@@ -26,17 +26,17 @@ WEIGHT_COPIES = 7
 """Arrays of the size of all weights that live at the peak of a step: weights as received, weights and momentum before
 and after the step, gradients, and the temporaries of the update."""
 
-KEPT_COPIES = 1.5
-"""Memory over size of what the backward pass needs: the allocator's gaps, and masks beside values."""
+KEPT_COPIES = 2
+"""Memory over size of what the backward pass needs: centred values and masks beside values, the allocator's gaps."""
 
-TRANSIENTS = 6
+TRANSIENTS = 5
 """Arrays of the size of the largest activation that live beside that: the gradients that go in and out of a layer and
 the buffers in which a convolution unrolls its input."""
 
-FLOP_WORK = 0.6
-BYTE_WORK = 55.0
-WEIGHT_WORK = 38.0
-VALUE_WORK = 1.8e6
+FLOP_WORK = 0.57
+BYTE_WORK = 50.0
+WEIGHT_WORK = 36.0
+VALUE_WORK = 1.7e6
 """Work of a step in units of the probe's FLOP: per multiplication and addition, per byte of activations, per byte of
 weights, per activation (the calls of its operators). The first is below 1 because the probe's own step has the
 others, too."""
