@@ -189,7 +189,7 @@ class TestWithMosquitto:
             assert sender.publish("x", b"1")
 
     def test_a_flood_is_dropped_and_counted(self, mosquitto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(link_module, "INBOX_BYTES", 10_000)
+        monkeypatch.setattr(link_module, "INBOX_BYTES", 15_000)
         with connected(mosquitto.url, "a") as sender, connected(mosquitto.url, "b", ["x"]) as receiver:
             for _ in range(30):
                 sender.publish("x", bytes(1000))

@@ -223,6 +223,18 @@ def test_after_a_reconnection_what_was_on_the_way_is_asked_for_again(source: Blo
     assert pull.outstanding == 1
 
 
+def test_patience_is_as_it_was_after_a_reconnection(source: BlobStore, target: BlobStore) -> None:
+    ref = source.put(b"small")
+    pull = Pull(ref, target.partial(ref), patience_s=5)
+    pull.start(0)
+    for second in range(1, 1000):
+        pull.on_tick(second)
+
+    pull.start(1000)
+
+    assert [second for second in range(1001, 1020) if pull.on_tick(second)] == [1006, 1017]
+
+
 def test_patience_grows_while_nothing_comes(source: BlobStore, target: BlobStore) -> None:
     ref = source.put(b"small")
     pull = Pull(ref, target.partial(ref), patience_s=5)

@@ -42,6 +42,7 @@ OUTBOX_MESSAGES = 10_000
 Will = tuple[str, bytes]
 
 MAX_DELAY = 60.0
+_MESSAGE_BYTES = 500  # what a waiting message costs beside its payload
 _STEADY = 10.0
 _POLL = 1.0
 
@@ -275,7 +276,7 @@ class Link:
             return None
         if isinstance(item, tuple):
             with self._state:
-                self._inbox_bytes -= len(item[1])
+                self._inbox_bytes -= _MESSAGE_BYTES + len(item[1])
         return item
 
     def close(self, timeout: float = 2.0) -> None:
@@ -434,12 +435,12 @@ class Link:
             return
         payload = bytes(message.payload)
         with self._state:
-            if self._inbox_bytes + len(payload) > INBOX_BYTES:
+            if self._inbox_bytes + _MESSAGE_BYTES + len(payload) > INBOX_BYTES:
                 self.dropped += 1
                 if self.dropped == 1:
                     log.warning("inbox of %s is full: messages are dropped", self.client_id)
                 return
-            self._inbox_bytes += len(payload)
+            self._inbox_bytes += _MESSAGE_BYTES + len(payload)
         self._inbox.put((topic, payload))
 
     def _on_publish(self, _client: paho.Client, _user: Any, mid: int, _reason: Any, _properties: Any) -> None:

@@ -28,8 +28,8 @@ MAX_PATIENCE = 120.0
 class Pull:
     """One blob on its way here.
 
-    The caller sends the wants that the methods return, hands in every chunk of this blob, and calls `on_tick` about once
-    a second, after it has handed in all chunks that wait. After a reconnection it calls `start` again.
+    The caller sends the wants that the methods return, hands in every chunk of this blob, and calls `on_tick` about
+    once a second, after it has handed in all chunks that wait. After a reconnection it calls `start` again.
 
     Args:
         ref: The blob.
@@ -98,6 +98,7 @@ class Pull:
             StorageError: The disk is full or fails.
         """
         self._moved_at = now
+        self._patience = self._base
         wants = self._again(list(self._asked), now)
         return wants + self._advance(now)
 
