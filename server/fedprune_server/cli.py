@@ -104,8 +104,8 @@ def _run(arguments: argparse.Namespace) -> int:
         k: getattr(arguments, k) for k in ("model", "evaluation", "state", "broker", "host", "port", "site", "keep")
     }
     config = overridden(config, job, server)
-    _log_to_stdout(arguments.verbose)
     with ExitStack() as stack:
+        stack.enter_context(_logged_to_stdout(arguments.verbose))
         folder = stack.enter_context(StateFolder(config.state))
         opened = folder.open_job(config)
         broker = None
@@ -239,13 +239,19 @@ def _register_demo(commands: Any) -> None:
     demo.register(commands)
 
 
-def _log_to_stdout(verbose: bool) -> None:
+@contextmanager
+def _logged_to_stdout(verbose: bool) -> Iterator[None]:
+    logger = logging.getLogger("fedprune")
+    before = (logger.handlers[:], logger.level, logger.propagate)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    root = logging.getLogger("fedprune")
-    root.handlers[:] = [handler]
-    root.setLevel(logging.DEBUG if verbose else logging.INFO)
-    root.propagate = False
+    logger.handlers[:], logger.propagate = [handler], False
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    try:
+        yield
+    finally:
+        logger.handlers[:], logger.propagate = before[0], before[2]
+        logger.setLevel(before[1])
 
 
 if __name__ == "__main__":

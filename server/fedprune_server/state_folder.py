@@ -99,8 +99,16 @@ class StateFolder:
         raw, name = self._model_bytes(config, known)
         model = import_onnx(raw, name)
         evaluation = None if config.evaluation is None else load_evaluation(config.evaluation, model.architecture)
+        settings = {
+            "job": config.job.to_dict(),
+            "name": name,
+            "model": tensorfile.digest(raw),
+            "evaluation": config.evaluation,
+        }
         if known is None:
             self.store.write_file(self.path / MODEL, raw)
+        # After the model and before the first state: a crash in between leaves nothing that contradicts itself.
+        self.storage.put_settings(settings)
         worker = Worker(config.job, model, self.store, evaluation)
         state = self.storage.load()
         if state is None:
@@ -110,13 +118,6 @@ class StateFolder:
             self._check_blobs(state)
             if state.phase is Phase.FINISHED and state.round < config.job.rounds:
                 state.phase = Phase.WAITING
-        settings = {
-            "job": config.job.to_dict(),
-            "name": name,
-            "model": tensorfile.digest(raw),
-            "evaluation": config.evaluation,
-        }
-        self.storage.put_settings(settings)
         self._sweep(state, config.keep)
         return OpenJob(config.job, model, worker, state, _changes(known, settings))
 

@@ -36,7 +36,7 @@ density = 0.5
 deadline_s = 300
 
 [job.recipe]
-epochs = 1500
+epochs = 1000
 lr = 0.001
 
 [model]
@@ -114,8 +114,9 @@ class Site:
     def start_all(self) -> None:
         if self.mosquitto:
             self.start("broker")
-            wait_for(lambda: listens(self.port), "the broker listens")
-        for name in ("server", *DEVICES):
+        self.start("server")
+        wait_for(lambda: listens(self.port), "the broker listens", self)
+        for name in DEVICES:
             self.start(name)
 
     def stop_all(self) -> None:
@@ -226,3 +227,17 @@ def test_kills_in_the_middle_of_rounds_change_not_a_bit(site: Site, undisturbed:
         site.kill(victim)
     state = site.finish()
     assert [r["model"] for r in state.history] == [r["model"] for r in undisturbed.history]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_server_cleanly(material: Path, tmp_path: Path, number: signal.Signals) -> None:
+    site = Site(material, tmp_path, mosquitto=False)
+    try:
+        site.start("server")
+        wait_for(lambda: listens(site.port), "the broker listens", site)
+        wait_for(lambda: "connected to the broker" in site.logs(), "the server is connected", site)
+        site.processes["server"].send_signal(number)
+        assert site.processes["server"].wait(15) == 0
+        assert not listens(site.port)
+    finally:
+        site.stop_all()

@@ -1,0 +1,243 @@
+"""`fedprune-server` in this process: errors end with their codes, results can be looked at and taken out."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from fedprune import tensorfile
+from fedprune.coordination import Phase
+from fedprune.coordination import events as on
+from fedprune.errors import ExitCode
+from fedprune.job import Job
+from fedprune.session import Session
+from fedprune_server.cli import main
+from fedprune_server.config import ServerConfig
+from fedprune_server.state_folder import StateFolder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    random = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(random.standard_normal(shape).astype(np.float32), name)
+        for name, shape in (("w1", (6, 4)), ("b1", (6,)), ("w2", (3, 6)), ("b2", (3,)))
+    ]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gemm", ["x", "w1", "b1"], ["h"], transB=1),
+            helper.make_node("Relu", ["h"], ["a"]),
+            helper.make_node("Gemm", ["a", "w2", "b2"], ["logits"], transB=1),
+        ],
+        "classifier",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 3])],
+        weights,
+    )
+    path = tmp_path_factory.mktemp("model") / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture
+def state(model: Path, tmp_path: Path) -> Path:
+    """A state folder with a job that has begun and moved its weights."""
+    with StateFolder(tmp_path / "state") as folder:
+        opened = folder.open_job(ServerConfig(job=Job(name="leaves", rounds=5), model=str(model)))
+        moved = {n: v + 1 for n, v in opened.model.tensors.items()}
+        opened.state.model = folder.store.put(tensorfile.encode(moved)).sha256
+        opened.state.round = 1
+        opened.state.history.append(
+            {
+                "round": 1,
+                "at": 1.0,
+                "model": opened.state.model,
+                "metrics": {"accuracy": 0.5},
+                "devices": {"pi": {"progress": "refused", "reason": "no room"}},
+            }
+        )
+        folder.storage.save(opened.state, on.Ticked(), 1.0)
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port on which nobody listens."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        yield held.getsockname()[1]
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The error, which must be one line."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_a_broker_that_is_not_there_ends_with_one_clear_error(
+    model: Path, tmp_path: Path, closed_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"mqtt://127.0.0.1:{closed_port}"
+    assert main(["run", "--model", str(model), "--state", str(tmp_path / "s"), "--broker", url]) == ExitCode.BROKER
+    assert f"127.0.0.1:{closed_port}" in one_line(capsys)
+
+
+def test_a_taken_port_ends_with_one_clear_error(
+    model: Path, tmp_path: Path, taken_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", "--model", str(model), "--state", str(tmp_path / "s"), "--port", str(taken_port)]
+    assert main(command) == ExitCode.BROKER
+    assert f"port {taken_port} of 127.0.0.1 is taken" in one_line(capsys)
+
+
+def test_a_file_that_is_no_model_ends_with_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = tmp_path / "wrong.onnx"
+    wrong.write_bytes(b"not onnx")
+    assert main(["run", "--model", str(wrong), "--state", str(tmp_path / "s")]) == ExitCode.MODEL
+    assert "wrong.onnx" in one_line(capsys)
+
+
+def test_a_model_cut_short_can_be_replaced_by_the_whole_one(model: Path, tmp_path: Path, closed_port: int) -> None:
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(model.read_bytes()[:-40])
+    url = f"mqtt://127.0.0.1:{closed_port}"
+    assert main(["run", "--model", str(cut), "--state", str(tmp_path / "s"), "--broker", url]) == ExitCode.MODEL
+    assert main(["run", "--model", str(model), "--state", str(tmp_path / "s"), "--broker", url]) == ExitCode.BROKER
+
+
+def test_a_new_folder_needs_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--state", str(tmp_path / "s")]) == ExitCode.CONFIG
+    assert "--model" in one_line(capsys)
+
+
+def test_evaluation_data_that_do_not_fit_the_model_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "e.npz", x=np.zeros((4, 9), np.float32), y=np.zeros(4, np.int64))
+    command = ["run", "--model", str(model), "--evaluation", str(tmp_path / "e.npz"), "--state", str(tmp_path / "s")]
+    assert main(command) == ExitCode.DATA
+    assert "e.npz" in one_line(capsys)
+
+
+def test_another_model_is_refused_by_a_folder_that_has_one(
+    state: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = onnx.load(model)
+    other.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.zeros((6, 4), np.float32), "w1"))
+    onnx.save(other, tmp_path / "other.onnx")
+    assert main(["run", "--model", str(tmp_path / "other.onnx"), "--state", str(state)]) == ExitCode.CONFIG
+    assert "is not the model with which the job" in one_line(capsys)
+
+
+def test_a_folder_goes_on_without_its_model_file(state: Path, closed_port: int) -> None:
+    assert main(["run", "--state", str(state), "--broker", f"mqtt://127.0.0.1:{closed_port}"]) == ExitCode.BROKER
+    with StateFolder(state) as folder:
+        assert folder.storage.settings()["job"]["name"] == "leaves"  # type: ignore[index]
+
+
+def test_two_servers_do_not_share_a_folder(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with StateFolder(state):
+        assert main(["run", "--state", str(state)]) == ExitCode.STORAGE
+    assert "another server runs" in one_line(capsys)
+
+
+def test_a_damaged_model_file_in_the_folder_is_noticed(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (state / "model.onnx").write_bytes(b"x")
+    assert main(["run", "--state", str(state)]) == ExitCode.STORAGE
+    assert "model.onnx is damaged" in one_line(capsys)
+
+
+def test_a_missing_global_model_is_noticed(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with StateFolder(state) as folder:
+        digest = folder.storage.load().model  # type: ignore[union-attr]
+        folder.store.delete(digest)
+    assert main(["run", "--state", str(state)]) == ExitCode.STORAGE
+    assert digest in one_line(capsys)
+
+
+def test_more_rounds_wake_a_finished_job(state: Path) -> None:
+    with StateFolder(state) as folder:
+        known = folder.storage.load()
+        assert known is not None
+        known.phase = Phase.FINISHED
+        folder.storage.save(known, None, 2.0)
+        opened = folder.open_job(ServerConfig(job=Job(name="leaves", rounds=9)))
+    assert opened.state.phase is Phase.WAITING
+    assert opened.changed == ["rounds: 5 is now 9"]
+
+
+def test_blobs_that_a_crash_left_behind_are_swept(state: Path) -> None:
+    with StateFolder(state) as folder:
+        stray = folder.store.put(b"stray").sha256
+        folder.open_job(ServerConfig(job=Job(name="leaves", rounds=5)))
+        assert not folder.store.has(stray)
+
+
+def test_status_shows_rounds_and_reasons(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--state", str(state)]) == ExitCode.OK
+    text = capsys.readouterr().out
+    assert "job leaves: round 1 of 5, waiting" in text
+    assert "round 1: 0 of 1 devices, accuracy 0.5000" in text
+    assert "pi: refused: no room" in text
+
+
+def test_status_speaks_json(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--json", "--state", str(state)]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["rounds"][0]["metrics"] == {"accuracy": 0.5}
+
+
+def test_status_of_a_folder_without_a_job_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--state", str(tmp_path)]) == ExitCode.STORAGE
+    assert str(tmp_path) in one_line(capsys)
+
+
+def test_the_exported_model_computes_with_the_current_weights(state: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    assert main(["export-model", "--state", str(state), "--out", str(out)]) == ExitCode.OK
+    x = np.random.default_rng(1).standard_normal((5, 4)).astype(np.float32)
+    w = {t.name: numpy_helper.to_array(t) + 1 for t in onnx.load(model).graph.initializer}
+    expected = np.maximum(x @ w["w1"].T + w["b1"], 0) @ w["w2"].T + w["b2"]
+    np.testing.assert_allclose(Session(out).run({"x": x})["logits"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_exported_weights_are_the_stored_bytes(state: Path, tmp_path: Path) -> None:
+    out = tmp_path / "weights.safetensors"
+    assert main(["export-model", "--state", str(state), "--out", str(out), "--round", "1"]) == ExitCode.OK
+    with StateFolder(state) as folder:
+        assert tensorfile.digest(out.read_bytes()) == folder.storage.load().model  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--out", "model.txt"], ExitCode.CONFIG), (["--out", "m.onnx", "--round", "9"], ExitCode.STORAGE)],
+)
+def test_what_can_not_be_exported_is_an_error(state: Path, arguments: list[str], code: ExitCode) -> None:
+    assert main(["export-model", "--state", str(state), *arguments]) == code
+
+
+def test_a_missing_package_names_the_extra(
+    state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("fedprune_server.storage", "fedprune_server.state_folder", "fedprune_server.daemon"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+    assert main(["status", "--state", str(state)]) == ExitCode.MISSING_EXTRA
+    assert "sqlalchemy, which is not installed" in one_line(capsys)

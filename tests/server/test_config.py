@@ -1,0 +1,120 @@
+"""fleet.toml: what is right is read, what is wrong is named with file, table and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import ConfigError
+from fedprune_server.config import ServerConfig, overridden, read_config
+
+WHOLE = """
+[job]
+name = "leaves"
+seed = 7
+rounds = 20
+devices = 4
+deadline_s = 120.0
+scorer = "curvature"
+
+[job.recipe]
+epochs = 2
+lr = 0.1
+
+[model]
+path = "model.onnx"
+
+[evaluation]
+data = "eval.npz"
+
+[server]
+site = "greenhouse"
+broker = "mqtts://broker.example"
+state = "state"
+keep = 5
+"""
+
+
+def read(folder: Path, text: str) -> ServerConfig:
+    path = folder / "fleet.toml"
+    path.write_text(text)
+    return read_config(path)
+
+
+def test_a_whole_file_is_read(tmp_path: Path) -> None:
+    config = read(tmp_path, WHOLE)
+    assert (config.job.name, config.job.rounds, config.job.recipe.epochs) == ("leaves", 20, 2)
+    assert (config.site, config.broker, config.keep) == ("greenhouse", "mqtts://broker.example", 5)
+
+
+def test_paths_count_from_the_folder_of_the_file(tmp_path: Path) -> None:
+    config = read(tmp_path, WHOLE)
+    assert config.model == str(tmp_path / "model.onnx")
+    assert config.evaluation == str(tmp_path / "eval.npz")
+    assert config.state == tmp_path / "state"
+
+
+def test_functions_are_no_paths(tmp_path: Path) -> None:
+    config = read(tmp_path, '[model]\npath = "nets:small"\n[evaluation]\ndata = "my.data:test_set"')
+    assert (config.model, config.evaluation) == ("nets:small", "my.data:test_set")
+
+
+def test_an_empty_file_gives_defaults(tmp_path: Path) -> None:
+    assert read(tmp_path, "") == ServerConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("[jop]\n", "unknown table 'jop'"),
+        ("job = 3\n", "job: expected a table"),
+        ("[job]\nround = 3\n", "[job] unknown key 'round'"),
+        ("[job]\nrounds = 0\n", "[job] rounds"),
+        ('[job]\nrounds = "3"\n', "[job] rounds"),
+        ("[job]\nparticipation = 1.5\n", "[job] participation"),
+        ('[job]\nscorer = "oracle"\n', "[job] scorer"),
+        ("[job.recipe]\nepochs = 0\n", "[job.recipe] epochs"),
+        ("[job.recipe]\nepoch = 1\n", "[job.recipe] unknown key 'epoch'"),
+        ("[job]\nrecipe = 3\n", "[job] recipe"),
+        ("[model]\nfile = 'x'\n", "[model]: unknown key 'file'"),
+        ("[model]\npath = 3\n", "[model] path"),
+        ("[evaluation]\ndata = ''\n", "[evaluation] data"),
+        ("[server]\nport = 70000\n", "[server] port"),
+        ("[server]\nport = true\n", "[server] port"),
+        ("[server]\nhost = ''\n", "[server] host"),
+        ("[server]\nkeep = 0\n", "[server] keep"),
+        ("[server]\nbroker = 'http://x'\n", "[server] broker"),
+        ("[server]\nsite = 'a/b'\n", "[server] site"),
+        ("[server]\nsites = 'a'\n", "[server]: unknown key 'sites'"),
+        ("[job\n", "this is not TOML"),
+    ],
+)
+def test_what_is_wrong_is_named_with_file_table_and_key(tmp_path: Path, text: str, where: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text)
+    assert str(tmp_path / "fleet.toml") in str(caught.value)
+    assert where in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+        read_config(tmp_path / "nowhere.toml")
+
+
+def test_the_command_line_wins(tmp_path: Path) -> None:
+    config = overridden(read(tmp_path, WHOLE), {"rounds": 3, "seed": None}, {"port": 99, "site": None})
+    assert (config.job.rounds, config.job.seed, config.port, config.site) == (3, 7, 99, "greenhouse")
+
+
+def test_a_wrong_value_on_the_command_line_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"command line: \[job\] rounds"):
+        overridden(ServerConfig(), {"rounds": -1}, {})
+
+
+@pytest.mark.parametrize(
+    ("broker", "host", "expected"),
+    [("embedded", "127.0.0.1", False), ("embedded", "0.0.0.0", True), ("mqtt://broker", "0.0.0.0", False)],  # noqa: S104
+)
+def test_only_an_embedded_broker_on_a_network_is_open_to_others(broker: str, host: str, expected: bool) -> None:
+    assert ServerConfig(broker=broker, host=host).open_to_others is expected

@@ -1,0 +1,190 @@
+"""The server's database: an event and its state are saved together or not at all."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fleet import ARCHITECTURE, JOB
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.coordination import Coordinator, State
+from fedprune.coordination import events as on
+from fedprune.errors import StorageError, StorageFullError
+from fedprune_server.storage import FILE, Storage
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[Storage]:
+    with Storage.at(tmp_path) as made:
+        yield made
+
+
+def born(name: str, session: int = 1) -> on.DeviceBorn:
+    return on.DeviceBorn(name, session, {"name": "board"}, 10)
+
+
+def filled() -> State:
+    """A state in the middle of a second round."""
+    state = State(model="m" * 64)
+    coordinator = Coordinator(JOB, ARCHITECTURE, state)
+    for name in "abc":
+        coordinator.handle(born(name), 0.0)
+    for number in (1, 2):
+        coordinator.handle(on.Scored(number, "r" * 64), 1.0)
+        for name in "abc":
+            coordinator.handle(on.Extracted(number, name, 1, {"weights": {"sha256": "w" * 64, "size": 5}}), 2.0)
+        if number == 2:
+            break
+        for name in "abc":
+            coordinator.handle(on.UpdateAnnounced(name, 1, 1, {"sha256": "u" * 64}, 10, 5, {"loss": 0.1}), 3.0)
+            coordinator.handle(on.UpdateStored(name, 1, 1, "u" * 64), 3.0)
+            coordinator.handle(on.Folded(name, 1, 1), 3.0)
+        coordinator.handle(on.Closed(1, "n" * 64, None, None), 4.0)
+        coordinator.handle(on.Evaluated(1, {"accuracy": 0.5}), 5.0)
+    return state
+
+
+def test_a_new_database_holds_no_state(storage: Storage) -> None:
+    assert storage.load() is None
+
+
+def test_a_state_comes_back_as_it_was(storage: Storage, tmp_path: Path) -> None:
+    state = filled()
+    assert state.history
+    storage.save(state, None, 1.0)
+    with Storage.at(tmp_path) as other:
+        assert other.load() == state
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 3), st.booleans()), max_size=8))
+def test_what_is_saved_step_by_step_is_what_was_there_last(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, bool]]
+) -> None:
+    folder = tmp_path_factory.mktemp("db")
+    state = State(model="m" * 64)
+    coordinator = Coordinator(JOB, ARCHITECTURE, state)
+    with Storage.at(folder) as storage:
+        storage.save(state, None, 0.0)
+        for name, session, alive in steps:
+            event = born(name, session) if alive else on.DeviceDied(name, session)
+            coordinator.handle(event, 0.0)
+            storage.save(state, event, 0.0)
+    with Storage.at(folder) as storage:
+        assert storage.load() == state
+        assert len(list(storage.events())) == len(steps)
+
+
+def test_rounds_are_rows_of_their_own(storage: Storage) -> None:
+    state = filled()
+    storage.save(state, None, 1.0)
+    assert storage.rounds() == state.history
+
+
+def test_devices_can_be_queried(storage: Storage) -> None:
+    storage.save(filled(), None, 1.0, {"a": (7, 8)})
+    row = storage.devices()[0]
+    assert (row["name"], row["profile"], row["widths"], row["bytes_down"], row["bytes_up"]) == ("a", "board", [4], 7, 8)
+
+
+def test_events_are_kept_in_order_with_their_time(storage: Storage) -> None:
+    state = State(model="m" * 64)
+    for number, name in enumerate("cab"):
+        storage.save(state, born(name), float(number))
+    assert [(at, kind, body["device"]) for _, at, kind, body in storage.events()] == [
+        (0.0, "DeviceBorn", "c"),
+        (1.0, "DeviceBorn", "a"),
+        (2.0, "DeviceBorn", "b"),
+    ]
+
+
+def test_settings_come_back(storage: Storage, tmp_path: Path) -> None:
+    storage.put_settings({"job": JOB.to_dict()})
+    with Storage.existing(tmp_path) as other:
+        assert other.settings() == {"job": JOB.to_dict()}
+
+
+def test_a_killed_transaction_leaves_what_was_before(tmp_path: Path) -> None:
+    before = State(model="a" * 64)
+    with Storage.at(tmp_path) as storage:
+        storage.save(before, born("a"), 1.0)
+    connection = sqlite3.connect(tmp_path / FILE)
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("UPDATE meta SET value = 'garbage' WHERE key = 'state'")
+    connection.execute("DELETE FROM events")
+    connection.close()  # without a commit: what a kill leaves
+    with Storage.at(tmp_path) as storage:
+        assert storage.load() == before
+        assert len(list(storage.events())) == 1
+
+
+def test_every_commit_waits_for_the_disk(storage: Storage) -> None:
+    with storage._engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+
+
+def test_a_full_disk_says_so_and_loses_nothing(storage: Storage, tmp_path: Path) -> None:
+    before = State(model="a" * 64)
+    storage.save(before, None, 1.0)
+    with storage._engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StorageFullError, match="no room left"):
+        storage.save(State(model="b" * 64), on.UpdateRejected("a", 1, 1, "x" * 100_000), 2.0)
+    with Storage.at(tmp_path) as other:
+        assert other.load() == before
+
+
+@pytest.mark.parametrize("content", [b"this is no database, but a text of some length" * 100, b"\0" * 5000])
+def test_a_file_that_is_no_database_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(StorageError, match=FILE):
+        Storage.at(tmp_path)
+
+
+def test_a_damaged_page_is_found_when_opening(tmp_path: Path) -> None:
+    with Storage.at(tmp_path) as storage:
+        for number in range(50):
+            storage.save(filled(), born(f"device{number}"), 1.0)
+    path = tmp_path / FILE
+    raw = bytearray(path.read_bytes())
+    assert len(raw) > 3 * 4096
+    raw[4096 : 2 * 4096] = b"\xa5" * 4096
+    path.write_bytes(raw)
+    with pytest.raises(StorageError):
+        Storage.at(tmp_path)
+
+
+def test_a_state_that_is_no_state_is_an_error(storage: Storage) -> None:
+    storage.save(State(model="a" * 64), None, 1.0)
+    with storage._engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE meta SET value = '{\"format\": 7}' WHERE key = 'state'")
+    with pytest.raises(StorageError):
+        storage.load()
+
+
+def test_a_database_of_another_version_is_refused(storage: Storage, tmp_path: Path) -> None:
+    with storage._engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE meta SET value = 'fedprune.server/99' WHERE key = 'format'")
+    with pytest.raises(StorageError, match=r"fedprune\.server/99"):
+        Storage.at(tmp_path)
+
+
+def test_looking_at_a_folder_without_a_database_makes_none(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no server's state folder"):
+        Storage.existing(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_looking_at_an_empty_database_makes_no_tables(tmp_path: Path) -> None:
+    sqlite3.connect(tmp_path / FILE).close()
+    (tmp_path / FILE).touch()
+    with pytest.raises(StorageError, match="holds no job yet"):
+        Storage.existing(tmp_path)
+    with Storage.at(tmp_path) as storage:
+        assert storage.load() is None

@@ -1,0 +1,93 @@
+"""What people see of a running job."""
+
+from __future__ import annotations
+
+import io
+import logging
+from dataclasses import replace
+
+import pytest
+
+from fedprune_server.table import Lines, LiveTable, Row, Snapshot, cells, make_display, round_line, row_line, title
+
+ROW = Row("pi", "raspberry-pi-4b", 0.5, 12_345, 2_500_000, 1_250_000, 12.34, 0.875, "train 3/10")
+SNAPSHOT = Snapshot("leaves", 2, 10, "training", {"accuracy": 0.75, "samples": 100.0}, 41.6, True, (ROW,))
+SUMMARY = {
+    "round": 2,
+    "model": "0123456789abcdef",
+    "metrics": {"accuracy": 0.75, "samples": 100.0},
+    "devices": {"pi": {"progress": "folded"}, "nano": {"progress": "refused"}},
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_row_has_every_column() -> None:
+    expected = ("pi", "raspberry-pi-4b", "0.5", "12,345", "2.50", "1.25", "12.3", "0.8750", "train 3/10")
+    assert cells(ROW) == expected
+
+
+def test_what_is_not_known_is_a_dash() -> None:
+    unknown = replace(ROW, density=None, parameters=0, seconds=None, accuracy=None)
+    assert cells(unknown)[2:4] + cells(unknown)[6:8] == ("-",) * 4
+
+
+def test_the_header_tells_round_phase_accuracy_and_deadline() -> None:
+    assert title(SNAPSHOT) == "leaves: round 2 of 10, training, global accuracy 0.7500, deadline in 42 s"
+
+
+def test_the_header_tells_when_the_broker_is_away() -> None:
+    assert title(replace(SNAPSHOT, connected=False)).endswith("no connection to the broker")
+
+
+def test_a_round_is_one_line() -> None:
+    assert round_line(SNAPSHOT, SUMMARY) == (
+        "round 2 of 10: 1 of 2 devices counted, accuracy 0.7500, 2.50 MB down and 1.25 MB up so far, model 0123456789ab"
+    )
+
+
+def test_without_a_terminal_there_are_lines() -> None:
+    assert isinstance(make_display(io.StringIO()), Lines)
+
+
+def test_lines_show_devices_only_at_debug_level(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "fedprune.server"):
+        Lines().round_over(SNAPSHOT, SUMMARY)
+    levels = {r.getMessage(): r.levelno for r in caplog.records}
+    assert levels == {round_line(SNAPSHOT, SUMMARY): logging.INFO, f"  {row_line(ROW)}": logging.DEBUG}
+
+
+def test_on_a_terminal_there_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    stream = Terminal()
+    display = make_display(stream)
+    assert isinstance(display, LiveTable)
+    display.refresh(lambda: SNAPSHOT)
+    logging.getLogger("fedprune.server").warning("device nano takes no part")
+    display.close()
+    for text in ("leaves: round 2 of 10", "raspberry-pi-4b", "12,345", "train 3/10", "device nano takes no part"):
+        assert text in stream.getvalue()
+
+
+def test_a_closed_table_gives_logging_back() -> None:
+    logger = logging.getLogger("fedprune")
+    before = (logger.handlers[:], logger.propagate)
+    LiveTable(Terminal()).close()
+    assert (logger.handlers[:], logger.propagate) == before
+
+
+def test_the_table_is_not_drawn_at_every_message() -> None:
+    drawn = []
+
+    def snapshot() -> Snapshot:
+        drawn.append(1)
+        return SNAPSHOT
+
+    display = LiveTable(Terminal())
+    for _ in range(100):
+        display.refresh(snapshot)
+    display.close()
+    assert len(drawn) == 1
