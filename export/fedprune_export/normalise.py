@@ -6,7 +6,7 @@ that do nothing at inference, forms of an operator that differ between opsets. W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,44 +17,17 @@ import onnx
 from fedprune.errors import ModelError
 from fedprune.session import Session
 from fedprune.step import LOGITS, RESERVED, X
-from fedprune_export.graph import TRAINING_OPSET, Graph, Node, Port
+from fedprune_export.graph import Graph, Node, Port
+from fedprune_export.lowering import lower, upgraded
+from fedprune_export.roles import CONSTANT_PREFIX, find_kinds, name_constants, untie
 from fedprune_export.trace import BATCHES, Trace, sample_input, trace
 
 Array = npt.NDArray[Any]
 
-CONSTANT_PREFIX = "const~"
-"""Initialisers whose names begin so are constants: `Graph.constant` names them."""
-
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
-_REDUCTIONS = frozenset(
-    {
-        "ReduceMean",
-        "ReduceMax",
-        "ReduceMin",
-        "ReduceProd",
-        "ReduceL1",
-        "ReduceL2",
-        "ReduceLogSum",
-        "ReduceLogSumExp",
-        "ReduceSumSquare",
-    }
-)
 _TOLERANCE = 1e-4
-
-_ROLES = {
-    "Conv": {1: "weight", 2: "bias"},
-    "Gemm": {1: "weight", 2: "bias"},
-    "MatMul": {0: "weight", 1: "weight"},
-    "BatchNormalization": {1: "norm_scale", 2: "norm_bias", 3: "stat_mean", 4: "stat_var"},
-    "PRelu": {1: "weight"},
-    "Add": {0: "bias", 1: "bias"},
-    "Sub": {0: "bias", 1: "bias"},
-    "Mul": {0: "norm_scale", 1: "norm_scale"},
-    "Div": {1: "norm_scale"},
-}
-_CARRIERS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 
 
 @dataclass
@@ -89,51 +62,34 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None) 
     if not model.graph.node:
         raise ModelError("the model has no operators")
     constants = {o for n in model.graph.node if n.op_type == "Constant" for o in n.output}
-    graph = Graph.from_proto(_upgraded(model))
+    graph = Graph.from_proto(upgraded(model))
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     notes: list[str] = []
     _check_ports(graph)
     _name_nodes(graph)
     reference = graph.copy()
     _drop_idle(graph)
-    _rename(graph, constants, notes)
     if parameters is not None:
         constants |= {n for n in graph.initializers if n not in parameters}
+    _rename(graph, constants, notes)
     softmax = _drop_output_softmax(graph, notes)
     graph.prune()
     seen = trace(graph)
     _drop_casts(graph, seen)
     _fold(graph, seen, constants)
-    _lower(graph, notes)
+    lower(graph, notes)
     _drop_idle(graph)
     _simplify(graph, seen, constants)
     graph.prune()
     if parameters is None:
-        _untie(graph, constants, notes)
-    kinds = _kinds(graph, constants, parameters is not None)
-    _name_constants(graph, kinds)
+        untie(graph, constants, notes)
+    kinds = find_kinds(graph, constants, parameters is not None)
+    name_constants(graph, kinds)
     _name_nodes(graph)
     seen = trace(graph)
     _check_types(graph, seen)
     _check_same(reference, graph, softmax)
     return Normalised(graph, kinds, seen, notes)
-
-
-def _upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
-    versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
-    if not versions or versions[0] >= TRAINING_OPSET:
-        return model
-    try:
-        from onnx import version_converter
-
-        upgraded: onnx.ModelProto = version_converter.convert_version(model, TRAINING_OPSET)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"the model's opset {versions[0]} can't be raised to {TRAINING_OPSET} ({reason})",
-            hint=f"Export it again with opset_version={TRAINING_OPSET} or later.",
-        ) from error
-    return upgraded
 
 
 def _check_ports(graph: Graph) -> None:
@@ -201,105 +157,6 @@ def _drop_casts(graph: Graph, seen: Trace) -> None:
         elif node.op == "CastLike":
             node.op, node.inputs = "Cast", node.inputs[:1]
             node.attrs = {"to": int(onnx.helper.np_dtype_to_tensor_dtype(after))}
-
-
-def _lower(graph: Graph, notes: list[str]) -> None:
-    """Rewrite operators of later opsets in the forms of opset 17."""
-    for node in graph.nodes:
-        if node.domain:
-            continue
-        rule = _LOWERING.get(node.op)
-        if rule is not None:
-            rule(graph, node)
-        if graph.opset > TRAINING_OPSET:
-            _check_form(node)
-    if graph.opset > TRAINING_OPSET:
-        notes.append(f"Lowered from opset {graph.opset} to {TRAINING_OPSET}.")
-        graph.opset = TRAINING_OPSET
-
-
-def _check_form(node: Node) -> None:
-    """Operators of later opsets are kept where they use only what opset 17 has."""
-    try:
-        schema = onnx.defs.get_schema(node.op, TRAINING_OPSET, "")
-    except onnx.defs.SchemaError as error:
-        raise ModelError(
-            f"operator {node.op} ({node.name}) does not exist in opset {TRAINING_OPSET}",
-            hint=f"Export the model with opset_version={TRAINING_OPSET} or 18.",
-        ) from error
-    extra = sorted(set(node.attrs) - set(schema.attributes))
-    used = len(node.inputs)
-    while used and not node.inputs[used - 1]:
-        used -= 1
-    if extra or used > schema.max_input:
-        raise ModelError(
-            f"operator {node.op} ({node.name}) is in a form that opset {TRAINING_OPSET} doesn't have",
-            got=", ".join(extra) or f"{used} inputs",
-            hint=f"Export the model with opset_version={TRAINING_OPSET} or 18.",
-        )
-
-
-def _static(graph: Graph, name: str, node: Node) -> Array:
-    """An integer argument of an operator, which must be known when the model is imported."""
-    if name in graph.initializers:
-        return graph.initializers[name]
-    raise ModelError(f"operator {node.op} ({node.name}) takes computed axes", expected="constant axes")
-
-
-def _lower_reduction(graph: Graph, node: Node) -> None:
-    """Axes as an attribute; empty axes with noop set mean that nothing is reduced."""
-    if len(node.inputs) > 1 and node.inputs[1]:
-        axes = _static(graph, node.inputs[1], node).reshape(-1).tolist()
-        if axes or not node.attrs.get("noop_with_empty_axes"):
-            node.inputs = node.inputs[:1]
-            node.attrs.pop("noop_with_empty_axes", None)
-            if axes:
-                node.attrs["axes"] = axes
-            return
-        node.op, node.inputs, node.attrs = "Identity", node.inputs[:1], {}
-        return
-    if node.attrs.pop("noop_with_empty_axes", 0):
-        node.op, node.attrs = "Identity", {}
-    node.inputs = node.inputs[:1]
-
-
-def _lower_pooling(graph: Graph, node: Node) -> None:
-    """Dilations of 1 are the only ones that AveragePool knows in opset 17."""
-    if node.op == "AveragePool" and all(d == 1 for d in node.attrs.get("dilations", [])):
-        node.attrs.pop("dilations", None)
-
-
-def _lower_cast(graph: Graph, node: Node) -> None:
-    """The newer attributes of casts concern types below 16 bits only."""
-    node.attrs.pop("saturate", None)
-    node.attrs.pop("round_mode", None)
-
-
-def _lower_reshape(graph: Graph, node: Node) -> None:
-    if not node.attrs.get("allowzero"):
-        node.attrs.pop("allowzero", None)
-
-
-def _lower_batch_norm(graph: Graph, node: Node) -> None:
-    if node.attrs.get("training_mode"):
-        raise ModelError(
-            f"batch normalisation {node.name} is in training mode",
-            hint="Export the model in evaluation mode (module.eval()).",
-        )
-    node.attrs.pop("training_mode", None)
-    node.attrs.pop("momentum", None)
-    node.attrs.pop("spatial", None)
-    node.outputs = node.outputs[:1]
-
-
-_LOWERING: dict[str, Callable[[Graph, Node], None]] = {
-    **dict.fromkeys(_REDUCTIONS, _lower_reduction),
-    "AveragePool": _lower_pooling,
-    "Cast": _lower_cast,
-    "CastLike": _lower_cast,
-    "Reshape": _lower_reshape,
-    "BatchNormalization": _lower_batch_norm,
-}
 
 
 def _rename(graph: Graph, constants: set[str], notes: list[str]) -> None:
@@ -420,81 +277,6 @@ def _simplify_reshape(graph: Graph, node: Node, seen: Trace) -> None:
     if sum(d is None for d in target) <= 1 and 0 not in target:
         node.inputs = [node.inputs[0], graph.ints(*(-1 if d is None else d for d in target))]
         node.attrs.pop("allowzero", None)
-
-
-def _untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
-    """Give every node its own copy of an initialiser that exporters merged only because the values were equal.
-
-    Uniform vectors (fresh norms) are merged by value; a matrix that several nodes read is truly tied.
-    """
-    uses: dict[str, int] = {}
-    for node in graph.nodes:
-        for i, name in enumerate(node.inputs):
-            value = graph.initializers.get(name)
-            if value is None or name in constants or value.dtype != np.float32:
-                continue
-            uses[name] = uses.get(name, 0) + 1
-            if uses[name] > 1 and value.size > 1 and np.all(value == value.reshape(-1)[0]):
-                clone = f"{name}_{uses[name]}"
-                while clone in graph.initializers:
-                    clone += "_"
-                graph.initializers[clone] = value
-                node.inputs[i] = clone
-                notes.append(f"Tensor {name} was shared; {node.op} {node.name} has its own copy {clone}.")
-
-
-def _kinds(graph: Graph, constants: set[str], explicit: bool) -> dict[str, str]:
-    """What every weight is for, by its use; the rest are constants.
-
-    Args:
-        graph: The graph.
-        constants: Names known to be constants.
-        explicit: Whether every initialiser that is not a constant is a parameter, scalars too.
-    """
-    consumers = graph.consumers()
-    kinds: dict[str, str] = {}
-    for node in graph.nodes:
-        for i, name in enumerate(node.inputs):
-            value = graph.initializers.get(name)
-            if value is None or name in kinds or value.dtype != np.float32:
-                continue
-            norm = node.op == "BatchNormalization"
-            if (name in constants and not norm) or not (explicit or norm or value.size > 1):
-                continue
-            role = _role(consumers, node, i)
-            if role:
-                kinds[name] = role
-    return kinds
-
-
-def _role(consumers: Mapping[str, list[tuple[Node, int]]], node: Node, index: int) -> str:
-    if node.domain:
-        return ""
-    if node.op in _CARRIERS and index == 0:
-        for reader, i in consumers.get(node.outputs[0], []):
-            role = _role(consumers, reader, i)
-            if role:
-                return role
-        return ""
-    return _ROLES.get(node.op, {}).get(index, "")
-
-
-def _name_constants(graph: Graph, kinds: Mapping[str, str]) -> None:
-    """Name constants as ours, so that importing this graph again finds the same parameters."""
-    names: dict[str, str] = {}
-    for name in _in_order(graph):
-        if name in graph.initializers and name not in kinds:
-            value = graph.initializers[name]
-            names[name] = name if name.startswith(CONSTANT_PREFIX) else graph.constant(value, value.dtype)
-    for node in graph.nodes:
-        node.inputs = [names.get(i, i) for i in node.inputs]
-    order = {**dict.fromkeys(kinds), **dict.fromkeys(names.values())}
-    graph.initializers = {n: graph.initializers[n] for n in order}
-    graph.prune()
-
-
-def _in_order(graph: Graph) -> Iterable[str]:
-    return dict.fromkeys(i for n in graph.nodes for i in n.inputs if i)
 
 
 def _name_nodes(graph: Graph) -> None:

@@ -163,6 +163,20 @@ def test_tied_weights_stay_tied() -> None:
     assert set(model.tensors) == {"a.weight", "a.bias", "out.weight", "out.bias"}
 
 
+def test_a_parameter_with_a_reserved_name_stays_a_parameter() -> None:
+    class Odd(nn.Module):
+        input_shape = (4,)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.lr = nn.Parameter(torch.ones(4, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.lr
+
+    assert set(import_onnx(export_torch(Odd()), "odd").tensors) == {"lr_"}
+
+
 def test_buffers_are_constants() -> None:
     class Scaled(nn.Module):
         input_shape = (4,)

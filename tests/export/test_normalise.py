@@ -16,7 +16,7 @@ from fedprune.step import RESERVED
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
 from fedprune_export.load import import_onnx
-from fedprune_export.normalise import CONSTANT_PREFIX
+from fedprune_export.roles import CONSTANT_PREFIX
 
 F32 = np.dtype(np.float32)
 
