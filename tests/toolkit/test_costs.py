@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune import tensorfile
@@ -27,6 +27,7 @@ from fedprune.errors import BundleError
 from fedprune.recipe import Features
 
 PLAIN = Features()
+BRIEF = settings(max_examples=50, deadline=None)
 
 
 def convnet(channels: Sequence[int], side: int = 16, inputs: int = 3, classes: int = 10) -> Architecture:
@@ -84,6 +85,7 @@ def nets_at_two_widths(draw: st.DrawFn) -> tuple[Architecture, tuple[int, ...], 
 
 @pytest.mark.board
 @given(nets_at_two_widths())
+@BRIEF
 def test_wire_bytes_are_the_size_of_the_encoded_file(
     case: tuple[Architecture, tuple[int, ...], tuple[int, ...]],
 ) -> None:
@@ -97,6 +99,7 @@ def test_wire_bytes_are_the_size_of_the_encoded_file(
 
 @pytest.mark.board
 @given(nets_at_two_widths(), st.integers(1, 64))
+@BRIEF
 def test_no_cost_shrinks_when_a_width_grows(
     case: tuple[Architecture, tuple[int, ...], tuple[int, ...]], batch: int
 ) -> None:

@@ -52,6 +52,9 @@ PROBE = ProbeReport(cores=4, memory_total=4 * 10**9, memory_available=3 * 10**9,
 FULL = predict(NET, NET.sizes, BOARD, RECIPE, 500)
 
 
+BRIEF = settings(max_examples=30, deadline=None)
+
+
 def board(**changes: Mapping[str, float]) -> HardwareProfile:
     parts: dict[str, Any] = {name: replace(getattr(BOARD, name), **change) for name, change in changes.items()}
     return replace(BOARD, **parts)
@@ -119,6 +122,7 @@ def made_or_none(situation: dict[str, Any]) -> Plan | None:
 
 
 @given(situations())
+@BRIEF
 def test_a_plan_fits_and_the_next_wider_breaks_what_bounds_it(situation: dict[str, Any]) -> None:
     made = made_or_none(situation)
     assume(made is not None)
@@ -143,6 +147,7 @@ def test_a_plan_fits_and_the_next_wider_breaks_what_bounds_it(situation: dict[st
 
 
 @given(situations(), st.sampled_from(["memory", "link", "byte_budget", "deadline_s"]), st.floats(1, 3))
+@BRIEF
 def test_a_looser_limit_never_gives_a_narrower_plan(situation: dict[str, Any], which: str, more: float) -> None:
     made = made_or_none(situation)
     assume(made is not None)
@@ -162,12 +167,13 @@ def test_a_looser_limit_never_gives_a_narrower_plan(situation: dict[str, Any], w
 
 
 @given(situations())
-@settings(max_examples=20)
+@BRIEF
 def test_the_same_question_has_the_same_answer(situation: dict[str, Any]) -> None:
     assert made_or_none(situation) == made_or_none(situation)
 
 
 @given(situations())
+@BRIEF
 def test_a_plan_survives_json(situation: dict[str, Any]) -> None:
     made = made_or_none(situation)
     assume(made is not None)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.errors import ProfileError
@@ -91,6 +91,7 @@ def test_a_report_is_checked_where_it_is_made() -> None:
 
 
 @given(st.sampled_from(sorted(REPORT.to_dict())), st.none() | st.integers() | st.floats() | st.text() | st.booleans())
+@settings(max_examples=100, deadline=None)
 def test_any_value_is_refused_or_kept(name: str, value: Any) -> None:
     try:
         report = ProbeReport.from_dict({**REPORT.to_dict(), name: value})

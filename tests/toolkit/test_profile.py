@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune import profile_store
@@ -214,6 +214,7 @@ JSON = st.recursive(
 
 
 @given(st.data())
+@settings(max_examples=100, deadline=None)
 def test_anything_in_place_of_a_value_is_a_profile_error_or_fine(data: st.DataObject) -> None:
     changed = body()
     target, keys = changed, list(changed)

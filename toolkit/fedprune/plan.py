@@ -296,7 +296,7 @@ def training_memory(profile: HardwareProfile, probe: ProbeReport | None) -> int:
     if probe is None:
         return profile.training_bytes
     free = min(probe.memory_total - profile.memory.reserve_bytes, probe.memory_available)
-    return int(max(0, free) * profile.memory.training_share)
+    return round(max(0, free) * profile.memory.training_share)
 
 
 def _limits(

@@ -166,7 +166,7 @@ class HardwareProfile:
     @property
     def training_bytes(self) -> int:
         """Memory that a training process may take."""
-        return int((self.memory.total_bytes - self.memory.reserve_bytes) * self.memory.training_share)
+        return round((self.memory.total_bytes - self.memory.reserve_bytes) * self.memory.training_share)
 
     @property
     def train_rate(self) -> float:
