@@ -11,6 +11,7 @@ import platform
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
@@ -56,6 +57,9 @@ _BUSY_WAIT = 0.05
 _IDLE_WAIT = 0.5
 _MAX_PACKET = CHUNK_LEAVES * LEAF + PACKET_OVERHEAD
 _MAX_DAMAGES = 3
+_REMEMBERED = 32
+"""Offers that are known when they come again."""
+
 _WEIGHT_COPIES = 5
 """Arrays of the size of all weights that training can't do without: received, current, next, two buffers."""
 
@@ -153,7 +157,9 @@ class Agent:
         self._downloads: Downloads | None = None
         self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: _Worker | None = None
+        self._refused: Offer | None = None
         self._refusal: Refusal | None = None
+        self._seen: deque[Offer] = deque(maxlen=_REMEMBERED)
         self._damages = 0
         self._announce_at = 0.0
         self._announced = 0
@@ -238,7 +244,7 @@ class Agent:
 
     def _greet(self, now: float) -> None:
         task, pending = self._store.task, self._store.pending
-        held = pending or (task.offer if task is not None and not task.done else None)
+        held = task.offer if task is not None and not task.done else pending
         birth = Birth(
             self._device,
             self._store.session,
@@ -255,35 +261,35 @@ class Agent:
 
     def _on_offer(self, offer: Offer, now: float) -> None:
         task, pending = self._store.task, self._store.pending
-        if self._refusal is not None and _key(self._refusal) == _key(offer):
+        if task is not None and not task.done and _same(task.offer, offer):
+            self._announce_at = now  # an update that waits is what the server should hear of
+            return
+        if self._refused is not None and self._refusal is not None and _same(self._refused, offer):
             self._say(self._refusal, offer.job)
             return
-        if task is not None and _same_run(task.offer, offer):
-            if _key(offer) == _key(task.offer):
-                self._announce_at = now  # an update that waits is what the server should hear of
-                return
-            if _key(offer) < _key(task.offer):
-                self._refuse(
-                    offer,
-                    ProtocolError(
-                        "the offer is older than what this device was asked for before",
-                        expected=f"round {task.offer.round} or later",
-                        got=f"round {offer.round}, attempt {offer.attempt}",
-                        hint="A job that starts anew needs a new name.",
-                    ),
-                )
-                return
-            if pending is not None and _same_work(task.offer, offer) and pending.round == offer.round:
-                _LOG.info("round %d of %s is offered again: its update is there already", offer.round, offer.job)
-                self._store.accept(offer)
-                self._store.keep(replace(pending, attempt=offer.attempt))
-                self._announced, self._announce_at = 0, now
-                return
+        if any(_same(old, offer) for old in self._seen):
+            return  # it came late, or twice
+        # Anything else is new, whatever its number: a server that lost its state begins again at its first round.
+        self._seen.append(offer)
+        if (
+            task is not None
+            and pending is not None
+            and (pending.job, pending.round) == (offer.job, offer.round)
+            and _same(replace(task.offer, attempt=0), replace(offer, attempt=0))
+        ):
+            _LOG.info("round %d of %s is offered again: its update is there already", offer.round, offer.job)
+            self._store.accept(offer)
+            self._store.keep(replace(pending, attempt=offer.attempt))
+            self._announced, self._announce_at = 0, now
+            return
         self._start(offer, now)
 
     def _start(self, offer: Offer, now: float) -> None:
         try:
             self._check(offer)
+            pending = self._store.pending
+            if pending is not None and pending.job == offer.job and pending.round >= offer.round:
+                self._store.forget()  # it answers an offer that the server no longer knows of
             self._store.accept(offer)
             self._halt()
             self._damages = 0
@@ -389,8 +395,10 @@ class Agent:
 
     def _begin(self, now: float) -> None:
         """Go on where the last process stopped."""
-        task = self._store.task
-        if self._store.pending is None and task is not None and not task.done:
+        task, pending = self._store.task, self._store.pending
+        if task is None or task.done:
+            return
+        if pending is None or (pending.job, pending.round) != (task.offer.job, task.offer.round):
             _LOG.info("going on with round %d of job %s", task.offer.round, task.offer.job)
             try:
                 self._downloads = Downloads(self._store.blobs, task.offer, now)
@@ -455,6 +463,7 @@ class Agent:
         code = error.exit_code if isinstance(error, FedpruneError) else ExitCode.INTERNAL
         reason = str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {error}"
         _LOG.warning("round %d of job %s: refused: %s", offer.round, offer.job, reason)
+        self._refused = offer
         self._refusal = Refusal(self._device, offer.job, offer.round, offer.attempt, _printable(reason), int(code))
         self._say(self._refusal, offer.job)
         task = self._store.task
@@ -495,18 +504,9 @@ class Agent:
         self._link.publish(self._topics.up(self._device, job), message.to_bytes(), qos)
 
 
-def _key(message: Offer | Refusal) -> tuple[str, int, int]:
-    return message.job, message.round, message.attempt
-
-
-def _same_run(one: Offer, other: Offer) -> bool:
-    """Whether two offers are of the same job, not only of jobs of the same name."""
-    return (one.job, one.seed, one.architecture) == (other.job, other.seed, other.architecture)
-
-
-def _same_work(one: Offer, other: Offer) -> bool:
-    """Whether two offers lead to the same weights."""
-    return replace(one, attempt=0, deadline_s=0.0) == replace(other, attempt=0, deadline_s=0.0)
+def _same(one: Offer, other: Offer) -> bool:
+    """Whether two offers ask for the same, whenever it is due."""
+    return replace(one, deadline_s=0.0) == replace(other, deadline_s=0.0)
 
 
 def _printable(text: str) -> str:

@@ -308,6 +308,26 @@ def test_training_that_was_cut_off_is_done_again_to_the_same_bits(
     assert same(server.result(1), expected(graphs, weights, data, 1, recipe))
 
 
+def test_a_round_goes_on_after_a_restart_beside_an_older_update(bench: Bench) -> None:
+    server = bench.server
+    server.plan, server.accepts = [server.offer(1)], False
+    recipe = Recipe(epochs=60, batch_size=1, lr=1e-3)
+
+    def react(message: Any) -> None:
+        if isinstance(message, Update):
+            server.plan = [server.offer(2, recipe)]
+            server.say(server.plan[0])
+        elif isinstance(message, Progress) and (message.phase, message.round) == ("train", 2):
+            assert bench.agent is not None
+            bench.agent.stop()
+
+    server.react = react
+    bench.run(until_finished=False)
+    server.react, server.accepts = lambda _: None, True
+    bench.run()
+    assert 2 in server.updates
+
+
 def test_the_same_round_offered_again_takes_the_update_that_is_there(bench: Bench) -> None:
     server = bench.server
     server.plan, server.accepts = [server.offer(1)], False
@@ -324,30 +344,32 @@ def test_the_same_round_offered_again_takes_the_update_that_is_there(bench: Benc
     assert len({m.metrics["train_seconds"] for m in server.of(Update)}) == 1
 
 
-def test_an_offer_of_an_earlier_round_is_refused_with_the_reason(bench: Bench) -> None:
+def test_a_server_that_lost_its_state_can_begin_again(bench: Bench, weights: Tensors) -> None:
     server = bench.server
-    server.plan, server.ends = [server.offer(5)], False
+    server.plan, server.ends = [server.offer(1), server.offer(2)], False
+    bench.stop_on(Update, round=2)
+    bench.run(until_finished=False)
+    before = {u.weights for u in server.of(Update)}
+    other = server.blobs.put(tensorfile.encode({n: v + 1 for n, v in weights.items()}))
+    server.react, server.ends = lambda _: None, True
+    server.updates.clear()
+    server.plan = [server.offer(1, weights=other)]
+    bench.run()
+    assert server.updates[1].weights not in before
+
+
+def test_an_offer_that_comes_late_again_changes_nothing(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1), server.offer(2, Recipe(epochs=40, batch_size=1, lr=1e-3))]
 
     def react(message: Any) -> None:
-        if isinstance(message, Update):
-            server.say(server.offer(2))
+        if isinstance(message, Progress) and message.round == 2:
+            server.say(server.offer(1))
 
-    bench.stop_on(Refusal)
-    stop = server.react
-    server.react = lambda m: (react(m), stop(m))[0]
-    bench.run(until_finished=False)
-    assert "older" in server.of(Refusal)[0].reason
-
-
-def test_another_job_of_the_same_name_starts_from_its_first_round(bench: Bench) -> None:
-    server = bench.server
-    server.plan, server.ends = [server.offer(5)], False
-    bench.stop_on(Update)
-    bench.run(until_finished=False)
-    server.react, server.ends = lambda _: None, True
-    server.plan = [server.offer(2, seed=8)]
+    server.react = react
     bench.run()
-    assert 2 in server.updates
+    assert sorted(server.updates) == [1, 2]
+    assert not [p for p in server.of(Progress)[-1:] if p.round == 1]
 
 
 def test_a_blob_that_the_disk_damaged_is_pulled_again(
