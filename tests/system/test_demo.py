@@ -1,0 +1,123 @@
+"""The demo as a user starts it: real processes that end well, end together, and stay lean."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import ConfigError
+from fedprune_server.demo_fleet import BOARDS
+from fedprune_server.demo_run import DemoFolder
+from fedprune_server.record import Record
+
+pytestmark = pytest.mark.system
+
+COMMAND = (sys.executable, "-m", "fedprune_server.cli", "demo", "--quick", "--out")
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def children(pid: int) -> set[int]:
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.add(int(path.parent.name))
+    return found
+
+
+def wait_until(what, seconds=60.0):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found = what()
+        if found:
+            return found
+        time.sleep(0.1)
+    pytest.fail("it didn't come to that in time")
+
+
+def maps(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return ""
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """A running quick demo."""
+    with (tmp_path / "output.txt").open("wb") as output:
+        process = subprocess.Popen([*COMMAND, tmp_path / "run"], stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def devices(demo: subprocess.Popen) -> dict[int, str]:
+    lines = {pid: command_line(pid) for pid in children(demo.pid)}
+    return {pid: line for pid, line in lines.items() if "fedprune_device" in line}
+
+
+def test_quick_demo_ends_well_and_its_devices_load_neither_torch_nor_onnx(demo, tmp_path):
+    seen = {}
+    while demo.poll() is None:
+        for pid in devices(demo):
+            text = maps(pid)
+            if "onnxruntime" in text:
+                seen[pid] = text
+        time.sleep(0.1)
+    assert demo.returncode == 0, (tmp_path / "output.txt").read_text()
+    assert len(seen) >= len(BOARDS)
+    for text in seen.values():
+        names = {part for line in text.splitlines() for part in line.split("/")[1:]}
+        assert names.isdisjoint({"torch", "onnx", "scipy", "matplotlib", "sqlalchemy"})
+    run = tmp_path / "run"
+    for name in ("report.html", "report.md", "curves.png", "bytes.png", "channels.png", "devices.png"):
+        assert (run / name).stat().st_size > 1000
+    fleet, reference = (Record.load(run / name) for name in ("metrics.json", "metrics-reference.json"))
+    assert len(fleet.rounds) == len(reference.rounds) == 2
+    assert len({d.widths for d in fleet.devices}) > 1
+    assert all(d.density == 1 for d in reference.devices)
+    assert 0 < fleet.last.up < reference.last.up
+    assert 0 < fleet.last.down < reference.last.down
+    assert set(fleet.last.local) == {b.name for b in BOARDS}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_when_the_demo_is_ended(demo, number):
+    wait_until(lambda: len(devices(demo)) == len(BOARDS))
+    family = children(demo.pid)
+    assert len(family) == len(BOARDS) + 1  # the broker, too
+    demo.send_signal(number)
+    demo.wait(30)
+    assert demo.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 4)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() and maps(pid) for pid in family), 20)
+
+
+def test_demo_folder_of_an_earlier_run_is_cleared(tmp_path):
+    folder = DemoFolder.prepare(tmp_path / "run", 0)
+    (folder.root / "fleet").mkdir()
+    DemoFolder.prepare(tmp_path / "run", 1)
+    assert not (folder.root / "fleet").exists()
+    assert json.loads((folder.root / "demo.json").read_text())["seed"] == 1
+
+
+def test_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("ten years of work")
+    with pytest.raises(ConfigError, match="not a demo's"):
+        DemoFolder.prepare(tmp_path, 0)
+    assert (tmp_path / "thesis.tex").exists()
