@@ -1,0 +1,100 @@
+"""`fedprune-simulate`: from a configuration to a report, and what it says to a wrong one."""
+
+import numpy as np
+import pytest
+
+from fedprune.errors import ExitCode
+from fedprune_server.digits import deal, digits_model, write_hand
+from fedprune_server.record import Record
+from fedprune_server.simulate_cli import main
+
+NAMES = ("barn", "dock")
+CONFIG = """
+[job]
+name = "yard"
+rounds = 2
+density = 0.25
+seed = 5
+recipe = { max_steps = 2, logit_adjustment = true }
+
+[model]
+path = "model.onnx"
+
+[evaluation]
+data = "server.npz"
+
+[[devices]]
+name = "barn"
+profile = "raspberry-pi-zero-2w"
+data = "barn.npz"
+
+[[devices]]
+name = "dock"
+profile = "jetson-orin-nano"
+data = "dock.npz"
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a configuration beside model and data, and gives its path."""
+    data = deal(NAMES, seed=5)
+    (tmp_path / "model.onnx").write_bytes(digits_model())
+    np.savez(tmp_path / "server.npz", x=data.x, y=data.y)
+    for name in NAMES:
+        write_hand(tmp_path / f"{name}.npz", data.devices[name])
+
+    def write(text=CONFIG):
+        (tmp_path / "fleet.toml").write_text(text)
+        return str(tmp_path / "fleet.toml")
+
+    return write
+
+
+def test_a_configuration_becomes_a_report(config, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["--config", config(), "--out", str(out)]) == ExitCode.OK
+    record = Record.load(out / "metrics.json")
+    assert [d.name for d in record.devices] == list(NAMES)
+    assert len(record.rounds) == 2
+    assert record.last.accuracy is not None
+    assert f"{record.final(3)[1]:.1%}" in capsys.readouterr().out
+    assert (out / "report.html").is_file()
+
+
+def test_reference_is_fedavg_at_full_width(config, tmp_path):
+    out = tmp_path / "out"
+    assert main(["--config", config(), "--out", str(out), "--reference", "--rounds", "1"]) == ExitCode.OK
+    reference = Record.load(out / "metrics-reference.json")
+    assert {d.density for d in reference.devices} == {1.0}
+    assert reference.job["recipe"]["logit_adjustment"] is False
+    assert reference.last.up > 4 * Record.load(out / "metrics.json").last.up
+
+
+def test_a_second_call_does_not_train_again(config, tmp_path, monkeypatch):
+    arguments = ["--config", config(), "--out", str(tmp_path / "out")]
+    assert main(arguments) == ExitCode.OK
+    first = Record.load(tmp_path / "out" / "metrics.json")
+    monkeypatch.setattr("fedprune_server.virtual_device.Bench.carry_out", lambda *_: pytest.fail("trained again"))
+    assert main(arguments) == ExitCode.OK
+    assert Record.load(tmp_path / "out" / "metrics.json") == first
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code", "named"),
+    [
+        ('data = "barn.npz"', 'data = "nothing.npz"', ExitCode.DATA, "nothing.npz"),
+        ('profile = "jetson-orin-nano"', 'profile = "toaster"', ExitCode.PROFILE, "toaster"),
+        ('name = "dock"\n', "", ExitCode.CONFIG, "[[devices]] 2"),
+        ('name = "dock"\n', 'name = "barn"\n', ExitCode.CONFIG, "devices"),
+        ("rounds = 2", "rounds = 0", ExitCode.CONFIG, "rounds"),
+        ("[evaluation]", "[evaluations]", ExitCode.CONFIG, "evaluations"),
+        ("[evaluation]", "[dropouts]\nprobability = 1.0\n[evaluation]", ExitCode.CONFIG, "drop-outs"),
+        ("[evaluation]", '[dropouts]\nprobability = "often"\n[evaluation]', ExitCode.CONFIG, "probability"),
+        ('path = "model.onnx"', 'path = "server.npz"', ExitCode.MODEL, "server.npz"),
+    ],
+)
+def test_what_is_wrong_is_named(config, tmp_path, capsys, old, new, code, named):
+    assert old in CONFIG
+    assert main(["--config", config(CONFIG.replace(old, new, 1)), "--out", str(tmp_path / "out")]) == code
+    assert named in capsys.readouterr().err
