@@ -403,10 +403,10 @@ class Fold:
         so that slices do; others need index arrays.
         """
         layout = self._expect_layout()
-        if not spec.axes:
-            yield (...,), (...,)
-            return
         if all(_same_ranks(layout, selection, axis) for axis in spec.axes):
+            if all(selection.widths[g] == layout.widths[g] for axis in spec.axes for g in axis.groups):
+                yield (...,), (...,)
+                return
             for pairs in itertools.product(*(_pieces(axis, selection) for axis in spec.axes)):
                 yield tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
             return
@@ -462,7 +462,10 @@ def _pieces(axis: Axis, selection: Selection) -> list[tuple[slice, slice]]:
         length = s.length
         if s.group != FIXED:
             kept = selection.ranks[s.group][: selection.widths[s.group]]
-            length = int(((kept >= s.start) & (kept < s.start + s.count)).sum()) * s.inner
+            whole = s.count == selection.ranks[s.group].size
+            length = (
+                kept.size * s.inner if whole else int(((kept >= s.start) & (kept < s.start + s.count)).sum()) * s.inner
+            )
         if runs and runs[-1][0] + runs[-1][2] == full and runs[-1][1] + runs[-1][2] == own:
             runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + length)
         elif length:

@@ -71,7 +71,7 @@ class Axis:
         """Indices at full width."""
         return sum(s.length for s in self.segments)
 
-    @property
+    @cached_property
     def groups(self) -> tuple[int, ...]:
         """The channel groups on this axis, ascending."""
         return tuple(sorted({s.group for s in self.segments if s.group != FIXED}))
