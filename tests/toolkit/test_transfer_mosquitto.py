@@ -35,8 +35,8 @@ def connected(url: str, name: str, topics: list[str]) -> closing[Link]:
     return closing(link)
 
 
-@pytest.fixture
-def serving(mosquitto: Any, tmp_path: Path) -> Iterator[BlobStore]:
+@pytest.fixture(params=[0, 1], ids=["QoS 0", "QoS 1"])
+def serving(request: pytest.FixtureRequest, mosquitto: Any, tmp_path: Path) -> Iterator[BlobStore]:
     """A store behind a server that answers wants until the test ends."""
     store, stop = BlobStore(tmp_path / "server"), threading.Event()
 
@@ -53,7 +53,7 @@ def serving(mosquitto: Any, tmp_path: Path) -> Iterator[BlobStore]:
                 answer = server.answer(want, 64 * 1024)
                 assert not isinstance(answer, Gone)
                 for raw in answer:
-                    assert link.publish(TOPICS.down_blob("pi"), raw)
+                    assert link.publish(TOPICS.down_blob("pi"), raw, request.param)
 
     ready = threading.Event()
     thread = threading.Thread(target=serve)

@@ -27,6 +27,10 @@ HEADER = struct.Struct("<3sBB3sI32s")
 MAX_PAYLOAD = 1024 * 1024
 """Payload bytes that no chunk may exceed."""
 
+QOS = 0
+"""Quality of service to publish chunks at: pulls ask again for what is lost, and the acknowledgements of QoS 1 cost up
+to two thirds of the rate where TCP's delayed acknowledgements meet Nagle's algorithm, as in a default Mosquitto."""
+
 PACKET_OVERHEAD = 512
 """Bytes of an MQTT packet that a chunk's payload can't have: topic, packet header, chunk header."""
 
