@@ -73,6 +73,7 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--host", help="address of the embedded broker (default: 127.0.0.1, this machine only)")
     run.add_argument("--port", type=int, help="port of the embedded broker (default: 1883; 0 for a free one)")
     run.add_argument("--site", help="devices of this site take part (default: default)")
+    run.add_argument("--profiles", type=Path, metavar="DIR", help="hardware profiles beside the shipped ones")
     run.add_argument("--keep", type=int, metavar="N", help="global models that stay on the disk (default: 3)")
     run.add_argument("--name", help="name of the job")
     run.add_argument("--seed", type=int, help="keys every random number")
@@ -101,7 +102,8 @@ def _run(arguments: argparse.Namespace) -> int:
     names = ("name", "seed", "rounds", "devices", "participation", "density")
     job = {k: getattr(arguments, k) for k in names} | {"deadline_s": arguments.deadline}
     server = {
-        k: getattr(arguments, k) for k in ("model", "evaluation", "state", "broker", "host", "port", "site", "keep")
+        k: getattr(arguments, k)
+        for k in ("model", "evaluation", "state", "broker", "host", "port", "site", "keep", "profiles")
     }
     config = overridden(config, job, server)
     with ExitStack() as stack:

@@ -59,6 +59,8 @@ class ServerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ConfigError(f"server: {name}", expected=f"a whole number from {low} to {high}", got=repr(value))
+        if self.profiles is not None and not self.profiles.is_dir():
+            raise ConfigError("server: profiles", expected="a folder that exists", got=str(self.profiles))
         if not self.host:
             raise ConfigError("server: host", expected="an address, such as 127.0.0.1 or 0.0.0.0", got="''")
         try:

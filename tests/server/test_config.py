@@ -86,6 +86,7 @@ def test_an_empty_file_gives_defaults(tmp_path: Path) -> None:
         ("[server]\nkeep = 0\n", "[server] keep"),
         ("[server]\nbroker = 'http://x'\n", "[server] broker"),
         ("[server]\nsite = 'a/b'\n", "[server] site"),
+        ("[server]\nprofiles = 'nowhere'\n", "[server] profiles"),
         ("[server]\nsites = 'a'\n", "[server]: unknown key 'sites'"),
         ("[job\n", "this is not TOML"),
     ],

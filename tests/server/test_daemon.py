@@ -11,6 +11,7 @@ from fleet import JOB, Fleet, ToyDevice, fill, larger
 from fedprune.coordination import Phase, State
 from fedprune.coordination import events as on
 from fedprune.errors import ModelError, StorageError, StorageFullError
+from fedprune.profile_store import find
 from fedprune.wire.messages import Accepted, Cancelled, Finished, Gone, Offer, Refusal, Update, Want
 from fedprune.wire.topics import Topics
 from fedprune_server.storage import Storage
@@ -154,6 +155,14 @@ def test_a_device_with_an_unknown_profile_takes_no_part(fleet: Fleet, caplog: py
     state = fleet.run()
     assert folded(state) == [["b", "c"]] * 3
     assert "device a takes no part: there is no hardware profile called 'toaster'" in caplog.text
+
+
+def test_profiles_of_a_folder_of_ones_own_are_found(fleet: Fleet, tmp_path: Path) -> None:
+    own = replace(find("raspberry-pi-5"), name="greenhouse-pi")
+    (tmp_path / "greenhouse-pi.json").write_text(own.to_json())
+    fleet.air.devices["a"].profile = "greenhouse-pi"
+    state = fleet.run(profiles=(tmp_path,))
+    assert state.devices["a"].profile["name"] == "greenhouse-pi"
 
 
 def test_a_device_can_not_name_a_file_of_the_server(fleet: Fleet, tmp_path: Path) -> None:
