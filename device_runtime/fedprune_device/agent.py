@@ -17,10 +17,9 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from fedprune import __version__, session
-from fedprune.errors import ExitCode, FedpruneError, PlanError, ProtocolError, StorageError, StorageFullError
+from fedprune.errors import ExitCode, FedpruneError, ProtocolError, StorageError
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
-from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
 from fedprune.wire.link import ConnectionDown, ConnectionUp
@@ -36,17 +35,18 @@ from fedprune.wire.messages import (
     Offer,
     Progress,
     Refusal,
-    Update,
     Want,
     parse,
 )
 from fedprune.wire.topics import NO_JOB, Topics
 from fedprune.wire.transfer import Serve
+from fedprune_device.acceptance import check_offer
 from fedprune_device.assignment import DamagedBlobError, Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.downloads import CHUNK_LEAVES, Downloads
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import TrainingStoppedError
+from fedprune_device.training_thread import TrainingThread
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -60,9 +60,6 @@ _MAX_DAMAGES = 3
 _REMEMBERED = 32
 """Offers that are known when they come again."""
 
-_WEIGHT_COPIES = 5
-"""Arrays of the size of all weights that training can't do without: received, current, next, two buffers."""
-
 
 class Wire(Protocol):
     """What the agent needs of `fedprune.wire.link.Link`."""
@@ -72,46 +69,6 @@ class Wire(Protocol):
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send without waiting; False if that isn't possible now."""
-
-
-class _Worker:
-    """A thread that carries out one offer."""
-
-    def __init__(self, bench: Workbench, offer: Offer, download_seconds: float) -> None:
-        self.offer = offer
-        self.status: tuple[str, int, int] = ("train", 0, 0)
-        self.update: Update | None = None
-        self.error: BaseException | None = None
-        self._stop = threading.Event()
-        self._bench = bench
-        self._download_seconds = download_seconds
-        self._thread = threading.Thread(target=self._run, name="fedprune-training", daemon=True)
-        self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    @property
-    def stopped(self) -> bool:
-        return self._stop.is_set()
-
-    def stop(self) -> None:
-        self._stop.set()
-
-    def join(self, timeout: float) -> None:
-        self._thread.join(timeout)
-
-    def _run(self) -> None:
-        try:
-            self.update = self._bench.carry_out(
-                self.offer, download_seconds=self._download_seconds, report=self._report, stop=self._stop.is_set
-            )
-        except Exception as error:  # noqa: BLE001 - it is handed to the loop, which reports it
-            self.error = error
-
-    def _report(self, phase: str, done: int, total: int) -> None:
-        self.status = (phase, done, total)
 
 
 class Agent:
@@ -124,6 +81,7 @@ class Agent:
         link: The connection; it must be subscribed to `Topics(site).device_subscriptions(device)`.
         data: Its samples.
         profile: What the board is; without it only the disk limits what is accepted.
+        profile_name: What the server is told the board is; the profile's name by default.
         threads: Threads for training.
         probe: What the board measured of itself.
         clock: Seconds that only grow.
@@ -156,7 +114,7 @@ class Agent:
         self._bench = Workbench(device, store, data, threads)
         self._downloads: Downloads | None = None
         self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
-        self._worker: _Worker | None = None
+        self._worker: TrainingThread | None = None
         self._refused: Offer | None = None
         self._refusal: Refusal | None = None
         self._seen: deque[Offer] = deque(maxlen=_REMEMBERED)
@@ -286,7 +244,7 @@ class Agent:
 
     def _start(self, offer: Offer, now: float) -> None:
         try:
-            self._check(offer)
+            check_offer(offer, self._store, self._profile)
             pending = self._store.pending
             if pending is not None and pending.job == offer.job and pending.round >= offer.round:
                 self._store.forget()  # it answers an offer that the server no longer knows of
@@ -302,31 +260,6 @@ class Agent:
     def _download(self, offer: Offer, now: float) -> None:
         self._downloads = Downloads(self._store.blobs, offer, now)
         self._ask(offer.job, self._downloads.start(now))
-
-    def _check(self, offer: Offer) -> None:
-        """Check what can be checked before anything is pulled."""
-        Recipe.from_dict(offer.recipe)
-        lacking = [r for r in (offer.weights, offer.training, offer.inference) if not self._store.blobs.has(r.sha256)]
-        needed = sum(r.size for r in lacking) + 2 * offer.weights.size
-        free = self._store.free_bytes()
-        if needed > free:
-            raise StorageFullError("no room for the offer's files", expected=f"{needed} bytes", got=f"{free} free")
-        if self._profile is None:
-            return
-        total = 3 * offer.weights.size + offer.training.size + offer.inference.size
-        if total > self._profile.storage.budget_bytes:
-            raise PlanError(
-                "the offer needs more room than the profile allows",
-                expected=f"at most {self._profile.storage.budget_bytes} bytes",
-                got=total,
-            )
-        memory = _WEIGHT_COPIES * offer.weights.size
-        if memory > self._profile.training_bytes:
-            raise PlanError(
-                "the offered model needs more memory than the profile allows",
-                expected=f"at most {self._profile.training_bytes} bytes",
-                got=f"{memory} and more",
-            )
 
     def _on_chunk(self, chunk: Chunk, now: float) -> None:
         if self._downloads is None:
@@ -420,12 +353,12 @@ class Agent:
         if self._worker is None and self._ready is not None and task is not None:
             seconds, self._ready = self._ready, None
             _LOG.info("round %d of job %s: training", task.offer.round, task.offer.job)
-            self._worker = _Worker(self._bench, task.offer, seconds)
+            self._worker = TrainingThread(self._bench, task.offer, seconds)
         if self._store.pending is not None and now >= self._announce_at:
             self._announce(now)
         self._progress(now)
 
-    def _settle(self, worker: _Worker, now: float) -> None:
+    def _settle(self, worker: TrainingThread, now: float) -> None:
         """Take what the worker leaves behind."""
         task, offer = self._store.task, worker.offer
         if worker.stopped or task is None or task.done or task.offer != offer:

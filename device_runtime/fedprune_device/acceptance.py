@@ -1,0 +1,49 @@
+"""Whether a device takes an offer: what can be said before anything is pulled."""
+
+from __future__ import annotations
+
+from fedprune.errors import PlanError, StorageFullError
+from fedprune.profile import HardwareProfile
+from fedprune.recipe import Recipe
+from fedprune.wire.messages import Offer
+from fedprune_device.store import DeviceStore
+
+_WEIGHT_COPIES = 5
+"""Arrays of the size of all weights that training can't do without: received, current, next, two buffers."""
+
+
+def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | None) -> None:
+    """Check an offer against the disk and the board's limits.
+
+    Args:
+        offer: The offer.
+        store: The device's state directory.
+        profile: What the board is, if that is known.
+
+    Raises:
+        ConfigError: The recipe doesn't make sense.
+        StorageFullError: Its files don't fit on the disk.
+        PlanError: It is beyond what the profile allows.
+    """
+    Recipe.from_dict(offer.recipe)
+    lacking = [r for r in (offer.weights, offer.training, offer.inference) if not store.blobs.has(r.sha256)]
+    needed = sum(r.size for r in lacking) + 2 * offer.weights.size
+    free = store.free_bytes()
+    if needed > free:
+        raise StorageFullError("no room for the offer's files", expected=f"{needed} bytes", got=f"{free} free")
+    if profile is None:
+        return
+    total = 3 * offer.weights.size + offer.training.size + offer.inference.size
+    if total > profile.storage.budget_bytes:
+        raise PlanError(
+            "the offer needs more room than the profile allows",
+            expected=f"at most {profile.storage.budget_bytes} bytes",
+            got=total,
+        )
+    memory = _WEIGHT_COPIES * offer.weights.size
+    if memory > profile.training_bytes:
+        raise PlanError(
+            "the offered model needs more memory than the profile allows",
+            expected=f"at most {profile.training_bytes} bytes",
+            got=f"{memory} and more",
+        )

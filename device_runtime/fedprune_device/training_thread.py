@@ -1,0 +1,64 @@
+"""The thread in which a device trains, so that its loop can go on listening (onnxruntime releases the interpreter)."""
+
+from __future__ import annotations
+
+import threading
+
+from fedprune.wire.messages import Offer, Update
+from fedprune_device.assignment import Workbench
+
+
+class TrainingThread:
+    """Carries out one offer, beginning at once.
+
+    Args:
+        bench: What carries it out.
+        offer: The offer; its blobs are in the store.
+        download_seconds: How long they took to arrive.
+
+    Attributes:
+        offer: The offer.
+        status: Phase, units done and units in all.
+        update: What came out, if it went well.
+        error: What went wrong, if something did.
+    """
+
+    def __init__(self, bench: Workbench, offer: Offer, download_seconds: float) -> None:
+        self.offer = offer
+        self.status: tuple[str, int, int] = ("train", 0, 0)
+        self.update: Update | None = None
+        self.error: BaseException | None = None
+        self._stop = threading.Event()
+        self._bench = bench
+        self._download_seconds = download_seconds
+        self._thread = threading.Thread(target=self._run, name="fedprune-training", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is still at it."""
+        return self._thread.is_alive()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was told to stop, so that nobody waits for what it makes."""
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        """Let it end before its next training step."""
+        self._stop.set()
+
+    def join(self, timeout: float) -> None:
+        """Wait for its end, but no longer than `timeout` seconds."""
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            self.update = self._bench.carry_out(
+                self.offer, download_seconds=self._download_seconds, report=self._report, stop=self._stop.is_set
+            )
+        except Exception as error:  # noqa: BLE001 - it is handed to the loop, which reports it
+            self.error = error
+
+    def _report(self, phase: str, done: int, total: int) -> None:
+        self.status = (phase, done, total)
