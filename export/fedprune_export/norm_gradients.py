@@ -34,12 +34,22 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     positions = tape.static(node, shape[2:])
     axes = [0, *range(2, len(shape))]
 
+    def column(value: str) -> str:
+        return g.emit("Unsqueeze", value, g.ints(*range(1, len(shape) - 1))) if len(shape) > 2 else value
+
+    def summed(value: str) -> str:
+        return g.emit("ReduceSum", value, g.ints(*axes), attrs={"keepdims": 0})
+
+    # A mean out of float32 sums is off by a little, most where much of the input is flat. Values that it has centred
+    # give exact statistics; `rest` is what it was off by.
+    rough = g.emit("ReduceMean", x, attrs={"axes": axes, "keepdims": 1})
+    centred = g.emit("Sub", x, rough)
     # onnxruntime writes the batch's statistics into the arrays that come in as running ones unless those outputs leave
     # the graph, so it gets scratch arrays. Nothing else may compute the same: equal nodes are merged.
     scratch = g.emit("Sub", scale, scale), g.emit("Sub", shift, shift)
-    y, mean, var = g.emit_many(
+    y, rest, var = g.emit_many(
         "BatchNormalization",
-        x,
+        centred,
         scale,
         shift,
         *scratch,
@@ -51,24 +61,16 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     count = _count(tape, x, positions)
     others = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
     unbiased = g.emit("Mul", var, g.emit("Div", count, others))
+    mean = g.emit("Add", g.emit("Squeeze", rough, g.ints(*axes)), rest)
     for statistic, value in ((mean_name, mean), (var_name, unbiased)):
         old = g.emit("Mul", tape.value(statistic), g.scalar(keep))
         new = g.emit("Mul", value, g.scalar(1 - keep))
         g.emit("Add", old, new, out=step.following(statistic))
         g.outputs.append(port(step.following(statistic), tape.shape(statistic)))
 
-    def column(value: str) -> str:
-        return g.emit("Unsqueeze", value, g.ints(*range(1, len(shape) - 1))) if len(shape) > 2 else value
-
-    def summed(value: str) -> str:
-        return g.emit("ReduceSum", value, g.ints(*axes), attrs={"keepdims": 0})
-
     def pull(dy: str) -> None:
         spread = g.emit("Add", var, g.scalar(eps))
         inverse = g.emit("Reciprocal", g.emit("Sqrt", spread))
-        centred = g.emit("Sub", x, column(mean))
-        # What the float32 mean is off by: taken out of the sums, it costs no digits where the mean is large.
-        rest = g.emit("Div", summed(centred), count)
         total = summed(dy)
         dot = g.emit("Sub", summed(g.emit("Mul", dy, centred)), g.emit("Mul", rest, total))
         tape.add(gamma, g.emit("Mul", dot, inverse))
