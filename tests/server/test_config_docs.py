@@ -1,0 +1,50 @@
+"""docs/run-a-fleet.md and docs/exit-codes.md say what the code does."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from fedprune.errors import ExitCode
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune_server.config import ServerConfig, parse_config
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def example() -> dict[str, object]:
+    text = (DOCS / "run-a-fleet.md").read_text()
+    block = re.search(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert block is not None
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        import tomli as tomllib
+    return tomllib.loads(block.group(1))
+
+
+def test_the_example_configuration_is_valid(tmp_path: Path) -> None:
+    (tmp_path / "profiles").mkdir()
+    assert parse_config(example(), "example", tmp_path).job.name == "leaves"
+
+
+def test_the_example_configuration_has_every_key() -> None:
+    body = example()
+    job = dict(body["job"])  # type: ignore[call-overload]
+    assert set(job.pop("recipe")) == {f.name for f in fields(Recipe)}
+    assert set(job) == {f.name for f in fields(Job)} - {"recipe"}
+    assert set(body["server"]) == {f.name for f in fields(ServerConfig)} - {"job", "model", "evaluation"}  # type: ignore[call-overload]
+
+
+def test_every_exit_code_has_a_paragraph_that_says_how_to_resolve_it() -> None:
+    text = (DOCS / "exit-codes.md").read_text()
+    parts = dict(re.findall(r"^## (\d+: \w+)\n\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
+    assert list(parts) == [f"{int(c)}: {c.name}" for c in ExitCode]
+    assert all("How to resolve" in " ".join(p.split()) for p in parts.values())
+
+
+def test_the_table_of_exit_codes_is_complete() -> None:
+    rows = re.findall(r"\| (\d+) \| (\w+) ", (DOCS / "exit-codes.md").read_text())
+    assert {(int(a), b) for a, b in rows} == {(int(c), c.name) for c in ExitCode}
