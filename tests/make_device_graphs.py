@@ -1,4 +1,4 @@
-"""Writes the small graphs under `graphs/`: needs onnx, which the tests that read them don't.
+"""Writes the small graphs under `device/graphs/`: needs onnx, which the tests that read them don't.
 
 A linear classifier of 6 features and 3 classes, with its step written out by hand: `plain`, `full` (all loss
 terms and the proximal pull), `stats` (with a running mean that behaves as batch-norm statistics do), `inference`.
@@ -16,7 +16,7 @@ from fedprune import step, tensorfile
 from fedprune_export.graph import Graph, Port
 
 FEATURES, CLASSES = 6, 3
-FOLDER = Path(__file__).parent / "graphs"
+FOLDER = Path(__file__).parent / "device" / "graphs"
 
 
 def training(full: bool = False, stats: bool = False) -> Graph:
