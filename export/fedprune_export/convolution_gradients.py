@@ -82,7 +82,7 @@ class _Convolution:
         g, tape = self.g, self.tape
         if self.form.forward == "columns":
             flat = g.emit("MatMul", g.emit("Flatten", self.kernel, attrs={"axis": 1}), self.columns())
-            y = self.from_channels_first(flat, self.w.output)
+            y = self.from_batch_last(flat, self.w.output)
             if self.bias:
                 y = g.emit("Add", y, _column(g, tape.value(self.bias), self.rank))
         else:
@@ -132,7 +132,7 @@ class _Convolution:
         g = self.g
         kernel = g.emit("Flatten", self.flipped_kernel(), attrs={"axis": 1})
         flat = g.emit("MatMul", kernel, columns(g, dy, self.back_window()))
-        return self.from_channels_first(flat, self.w.sizes)
+        return self.from_batch_last(flat, self.w.sizes)
 
     def input_by_transposed(self, dy: str) -> str:
         """A transposed convolution, for strides."""
@@ -142,27 +142,31 @@ class _Convolution:
     # -- weight gradient --------------------------------------------------------------------------------------------
 
     def weight_by_taps(self, dy: str) -> str:
-        """One batched matrix product per kernel element, summed over the batch."""
+        """One batched matrix product per row of the kernel, summed over the batch."""
         g, w = self.g, self.w
-        last = self.rank + 1
         rows = g.emit("Reshape", dy, g.ints(0, 0, -1))
         # Channels last: a tap is then a copy of long runs, and the product needs no further transpose.
         x = g.emit("Transpose", self.x, attrs={"perm": [0, *range(2, self.rank + 2), 1]})
         x = _padded(g, x, w, first=1)
-        parts = []
-        for tap in taps(g, x, w, first=1):
-            flat = g.emit("Reshape", tap, g.ints(0, math.prod(w.output), -1))
-            product = g.emit("MatMul", rows, flat)
-            parts.append(g.emit("ReduceSum", product, g.ints(0), attrs={"keepdims": 0}))
-        if len(parts) == 1:
-            return g.emit("Unsqueeze", parts[0], g.ints(*range(2, last + 1)))
-        stacked = [g.emit("Unsqueeze", p, g.ints(2)) for p in parts]
-        return g.emit("Reshape", g.emit("Concat", *stacked, attrs={"axis": 2}), g.ints(0, 0, *w.kernel))
+        # The taps of a row stand side by side on the channel axis: fewer and larger products.
+        row = taps(g, x, w, 1, range(self.rank - 1, self.rank))
+        x = g.emit("Concat", *row, attrs={"axis": self.rank + 1}) if len(row) > 1 else row[0]
+        products = []
+        for tap in taps(g, x, w, 1, range(self.rank - 1)):
+            flat = g.emit("Reshape", tap, g.ints(0, math.prod(w.output), -1)) if self.rank > 1 else tap
+            products.append(g.emit("MatMul", rows, flat))
+        whole = g.emit("Concat", *products, attrs={"axis": 2}) if len(products) > 1 else products[0]
+        total = g.emit("ReduceSum", whole, g.ints(0), attrs={"keepdims": 0})
+        count = math.prod(w.kernel)
+        if count == 1:
+            return g.emit("Unsqueeze", total, g.ints(*range(2, self.rank + 2)))
+        apart = g.emit("Reshape", total, g.ints(0, count, -1))
+        return g.emit("Reshape", g.emit("Transpose", apart, attrs={"perm": [0, 2, 1]}), g.ints(0, 0, *w.kernel))
 
     def weight_by_columns(self, dy: str) -> str:
         """One matrix product over all windows of the batch."""
         g = self.g
-        rows = g.emit("Flatten", _channels_first(g, dy, self.rank), attrs={"axis": 1})
+        rows = g.emit("Flatten", _batch_last(g, dy, self.rank), attrs={"axis": 1})
         flat = g.emit("Gemm", rows, self.columns(), attrs={"transB": 1})
         return g.emit("Reshape", flat, g.ints(0, -1, *self.w.kernel))
 
@@ -189,50 +193,64 @@ class _Convolution:
             self._columns = columns(self.g, self.x, self.w)
         return self._columns
 
-    def from_channels_first(self, flat: str, sizes: tuple[int, ...]) -> str:
-        """[C, N · positions] as [N, C, ...]."""
-        return _channels_first(self.g, self.g.emit("Reshape", flat, self.g.ints(0, -1, *sizes)), self.rank)
+    def from_batch_last(self, flat: str, sizes: tuple[int, ...]) -> str:
+        """[C, positions · N] as [N, C, ...]."""
+        g = self.g
+        apart = g.emit("Reshape", flat, g.ints(0, *sizes, -1))
+        return g.emit("Transpose", apart, attrs={"perm": [self.rank + 1, *range(self.rank + 1)]})
 
 
 def columns(g: Graph, x: str, w: Window) -> str:
-    """All windows of a whole batch: [C · taps, N · positions]."""
-    rank = len(w.sizes)
-    padded = _padded(g, _channels_first(g, x, rank), w, first=2)
-    parts = [g.emit("Unsqueeze", t, g.ints(1)) for t in taps(g, padded, w, first=2)]
+    """All windows of a whole batch: [C · taps, positions · N]. With the batch last, a tap is a copy of long runs."""
+    padded = _padded(g, _batch_last(g, x, len(w.sizes)), w, first=1)
+    parts = [g.emit("Unsqueeze", t, g.ints(1)) for t in taps(g, padded, w, first=1)]
     stacked = g.emit("Concat", *parts, attrs={"axis": 1}) if len(parts) > 1 else parts[0]
     return g.emit("Flatten", stacked, attrs={"axis": 2})
 
 
-def taps(g: Graph, padded: str, w: Window, first: int) -> list[str]:
-    """What each kernel element sees of a padded input whose spatial axes start at `first`."""
-    axes = range(first, first + len(w.sizes))
+def taps(g: Graph, padded: str, w: Window, first: int, over: range | None = None) -> list[str]:
+    """What each kernel element sees of a padded input.
+
+    Args:
+        g: The graph.
+        padded: The input, padded.
+        w: The window.
+        first: Where the spatial axes of the input start.
+        over: The spatial axes to take elements of; all by default.
+    """
+    over = range(len(w.sizes)) if over is None else over
     out = []
-    for position in itertools.product(*map(range, w.kernel)):
-        starts = [p * d for p, d in zip(position, w.dilations, strict=True)]
-        ends = [s + (n - 1) * t + 1 for s, n, t in zip(starts, w.output, w.strides, strict=True)]
+    for position in itertools.product(*(range(w.kernel[a]) for a in over)):
+        starts = [p * w.dilations[a] for p, a in zip(position, over, strict=True)]
+        ends = [s + (w.output[a] - 1) * w.strides[a] + 1 for s, a in zip(starts, over, strict=True)]
+        steps = [w.strides[a] for a in over]
         whole = all(
-            s == 0 and t == 1 and e == size + sum(pad)
-            for s, e, t, size, pad in zip(starts, ends, w.strides, w.sizes, w.pads, strict=True)
+            s == 0 and t == 1 and e == w.sizes[a] + sum(w.pads[a])
+            for s, e, t, a in zip(starts, ends, steps, over, strict=True)
         )
         if whole:
             out.append(padded)
             continue
-        steps = [g.ints(*w.strides)] if any(t != 1 for t in w.strides) else []
-        out.append(g.emit("Slice", padded, g.ints(*starts), g.ints(*ends), g.ints(*axes), *steps))
+        extra = [g.ints(*steps)] if any(t != 1 for t in steps) else []
+        axes = g.ints(*[first + a for a in over])
+        out.append(g.emit("Slice", padded, g.ints(*starts), g.ints(*ends), axes, *extra))
     return out
 
 
 def _padded(g: Graph, x: str, w: Window, first: int) -> str:
+    """Zeros around the spatial axes, which start at `first`; two axes in all are not spatial."""
     if not any(w.flat_pads):
         return x
-    tail = [0] * (2 - first)
-    begins = [0] * first + [p[0] for p in w.pads] + ([0] if first == 1 else tail)
-    ends = [0] * first + [p[1] for p in w.pads] + ([0] if first == 1 else tail)
+    begins, ends = ([0] * first + [p[k] for p in w.pads] + [0] * (2 - first) for k in (0, 1))
     return g.emit("Pad", x, g.ints(*begins, *ends))
 
 
 def _channels_first(g: Graph, value: str, rank: int) -> str:
     return g.emit("Transpose", value, attrs={"perm": [1, 0, *range(2, rank + 2)]})
+
+
+def _batch_last(g: Graph, value: str, rank: int) -> str:
+    return g.emit("Transpose", value, attrs={"perm": [*range(1, rank + 2), 0]})
 
 
 def _column(g: Graph, value: str, rank: int) -> str:

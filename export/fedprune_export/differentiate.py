@@ -73,6 +73,7 @@ class Tape:
         self._shape_values: dict[str, str] = {}
         self._arithmetic: set[str] = set()
         self._readers = model.graph.consumers()
+        self._producers = model.graph.producers()
 
     # -- values -----------------------------------------------------------------------------------------------------
 
@@ -141,6 +142,10 @@ class Tape:
     @cached_property
     def _trace(self) -> Trace:
         return trace(self._source)
+
+    def producer(self, name: str) -> Node | None:
+        """The node that makes a value, None for inputs and weights."""
+        return self._producers.get(name)
 
     def only_reader(self, name: str) -> Node | None:
         """The one node that reads a value, None where there are more or it is an output."""

@@ -120,7 +120,18 @@ def max_pool(tape: Tape, node: Node) -> Pull:
     if w.tiles and len(w.sizes) == 2:
         y = g.emit("MaxPool", x, attrs=attrs)
         tape.enter(node.outputs[0], y, out)
-        return lambda dy: tape.add(name, _tiled_gradient(g, w, x, y, dy))
+        before = tape.producer(name)
+        rectified = before is not None and before.op == "Relu" and tape.only_reader(name) is node
+
+        def pull_tiled(dy: str) -> None:
+            if before is None or not rectified:
+                tape.add(name, _tiled_gradient(g, w, x, y, dy))
+                return
+            # What comes out of a ReLU is 0 exactly where its maximum is: the small array is masked, not the large one.
+            masked = g.emit("Where", g.emit("Greater", y, g.scalar(0)), dy, g.scalar(0))
+            tape.add(before.inputs[0], _tiled_gradient(g, w, x, y, masked))
+
+        return pull_tiled
     y, indices = g.emit_many("MaxPool", x, outputs=2, attrs=attrs)
     tape.enter(node.outputs[0], y, out)
 

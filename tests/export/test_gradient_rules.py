@@ -84,15 +84,23 @@ def check(
     data: Arrays,
     shapes: dict[str, tuple[int | str, ...]] | None = None,
     constants: Arrays | None = None,
+    *,
+    sums: bool = False,
 ) -> None:
-    """Result and gradients are as near to float64 as 1e-6, or twice torch's own float32 error."""
+    """Result and gradients are as near to float64 as 1e-6, or twice torch's own float32 error.
+
+    With `sums` (operators that are linear in each input) an error is also fine if it is five roundings of the sum of
+    magnitudes: where a sum cancels to next to nothing, its relative error says nothing.
+    """
     shapes = shapes or {k: v.shape for k, v in data.items()}
     want = reference(oracle, data, torch.float64, None)["result"]
     dy = normal(*want.shape, seed=99)
     exact, usual = (reference(oracle, data, t, dy) for t in (torch.float64, torch.float32))
     got = differentiated(nodes, data, shapes, constants or {}).run({**data, "dy": dy})
+    sizes = reference(oracle, {k: abs(v) for k, v in data.items()}, torch.float64, abs(dy)) if sums else {}
     for name, value in exact.items():
-        assert error(got[name], value) <= max(1e-6, 2 * error(usual[name], value)), name
+        cancelled = 3e-7 * float(np.linalg.norm(sizes[name])) / float(np.linalg.norm(value)) if sums else 0.0
+        assert error(got[name], value) <= max(1e-6, cancelled, 2 * error(usual[name], value)), name
 
 
 def node(op: str, *inputs: str, out: str = "y", **attrs: Any) -> Node:
@@ -174,7 +182,7 @@ def broadcast_pairs(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
 @given(shapes=broadcast_pairs())
 def test_arithmetic_broadcasts(op: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     data = {"a": normal(*shapes[0], seed=1), "b": np.abs(normal(*shapes[1], seed=2)) + np.float32(0.5)}
-    check([node(op, "a", "b")], lambda a, b: BINARY[op](a, b), data)
+    check([node(op, "a", "b")], lambda a, b: BINARY[op](a, b), data, sums=op != "Div")
 
 
 @pytest.mark.parametrize("op", BINARY)
@@ -203,7 +211,7 @@ def test_gemm(ta: int, tb: int, alpha: float, beta: float, bias: tuple[int, ...]
         y = alpha * (a.T if ta else a) @ (b.T if tb else b)
         return y if c is None else y + beta * c
 
-    check([node("Gemm", *data, transA=ta, transB=tb, alpha=alpha, beta=beta)], oracle, data)
+    check([node("Gemm", *data, transA=ta, transB=tb, alpha=alpha, beta=beta)], oracle, data, sums=True)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +219,7 @@ def test_gemm(ta: int, tb: int, alpha: float, beta: float, bias: tuple[int, ...]
     [((4, 5), (5, 3)), ((2, 4, 5), (5, 3)), ((2, 4, 5), (2, 5, 3)), ((2, 3, 4, 5), (3, 5, 2)), ((4, 5), (2, 5, 3))],
 )
 def test_matmul(a: tuple[int, ...], b: tuple[int, ...]) -> None:
-    check([node("MatMul", "a", "b")], lambda a, b: a @ b, {"a": normal(*a), "b": normal(*b, seed=1)})
+    check([node("MatMul", "a", "b")], lambda a, b: a @ b, {"a": normal(*a), "b": normal(*b, seed=1)}, sums=True)
 
 
 # -- shapes ---------------------------------------------------------------------------------------------------------
@@ -367,7 +375,7 @@ def test_average_pool(case: dict[str, Any], counted: bool) -> None:
         x, case["kernel"], case["strides"], case["pads"], count_include_pad=counted
     )
     pool = node("AveragePool", "x", **onnx_pool(case), count_include_pad=int(counted))
-    check([pool], oracle, {"x": normal(2, 3, *case["size"])}, {"x": ("N", "c", *case["size"])})
+    check([pool], oracle, {"x": normal(2, 3, *case["size"])}, {"x": ("N", "c", *case["size"])}, sums=True)
 
 
 def test_average_pool_of_one_axis() -> None:
@@ -474,7 +482,7 @@ def check_convolution(case: dict[str, Any], groups: int = 1) -> None:
         "pads": [p[0] for p in case["pads"]] + [p[1] for p in case["pads"]],
         "group": groups,
     }
-    check([node("Conv", *data, **attrs)], oracle, data, shapes)
+    check([node("Conv", *data, **attrs)], oracle, data, shapes, sums=True)
 
 
 @settings(max_examples=80, deadline=None)
