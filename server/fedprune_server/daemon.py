@@ -65,6 +65,9 @@ ACCURACY = "accuracy_after"
 """Name of the metric that the table shows: on the device's own test samples, after its training."""
 
 _LINGER_S = 1.5
+_ANSWER_S = 75.0
+"""Devices that haven't answered a hello by then are gone: their pauses between two attempts go up to a minute."""
+
 _COMPLAINTS = 20
 """Bad messages that are logged one by one; later ones are only counted."""
 
@@ -185,6 +188,8 @@ class Daemon:
         self._contacts: dict[str, Contact] = {}
         self._garbage: set[str] = set()
         self._graphs: set[str] = set()
+        self._unheard: dict[str, int] = {}
+        self._heard_by = 0.0
         self._complaints = 0
         self._stopping = False
         self._finished = False
@@ -283,6 +288,9 @@ class Daemon:
             log.info("connected to the broker")
             hello = Hello(max(1, int(self._clock() * 1000)))
             self._link.publish(self._topics.broadcast(), hello.to_bytes())
+            # While we were away nobody told us who died.
+            self._unheard = {n: d.session for n, d in self.state.devices.items() if d.online}
+            self._heard_by = self._monotonic() + _ANSWER_S
             self._ask(self._uploads.restart(self._monotonic()))
             self._collect_uploads()
         elif isinstance(item, ConnectionDown):
@@ -334,6 +342,7 @@ class Daemon:
 
     def _born(self, birth: Birth, size: int) -> None:
         contact = self._contacts.setdefault(birth.device, Contact(up=size))
+        self._unheard.pop(birth.device, None)
         try:
             profile = find(_plain_name(birth.profile), self._profiles).to_dict()
         except ProfileError as error:
@@ -494,6 +503,11 @@ class Daemon:
                 self._broker.restart()
             except BrokerError as error:  # tried again at the next tick
                 log.error("%s", error)
+        if self._unheard and now > self._heard_by:
+            silent, self._unheard = self._unheard, {}
+            for device, session in silent.items():
+                self._uploads.drop(device)
+                self._handle(on.DeviceDied(device, session))
         self._ask(self._uploads.tick(now))
         self._collect_uploads()
 

@@ -12,6 +12,7 @@ from fedprune.coordination import Phase, State
 from fedprune.coordination import events as on
 from fedprune.errors import ModelError, StorageError, StorageFullError
 from fedprune.profile_store import find
+from fedprune.wire.link import ConnectionUp
 from fedprune.wire.messages import Accepted, Cancelled, Finished, Gone, Offer, Refusal, Update, Want
 from fedprune.wire.topics import Topics
 from fedprune_server.storage import Storage
@@ -196,6 +197,27 @@ def test_a_late_death_of_an_earlier_session_means_nothing(fleet: Fleet) -> None:
     device.die()
     device.session = 5
     assert folded(fleet.run()) == [["a", "b", "c"]] * 3
+
+
+def test_a_device_that_died_while_the_server_was_away_is_asked_no_more(fleet: Fleet) -> None:
+    ghost = fleet.air.devices["c"]
+    fleet.job = replace(JOB, devices=2)
+    hear, heard = ghost.hear, []
+
+    def vanish(topic: str, payload: bytes) -> None:
+        """In the second round the whole connection breaks down, and this device doesn't come back."""
+        hear(topic, payload)
+        offer = ghost.heard[-1]
+        if isinstance(offer, Offer) and offer.round == 2 and not heard:
+            heard.append(offer)
+            ghost.hear = lambda topic, payload: None  # type: ignore[method-assign]
+            ghost.pulls, ghost.pending = {}, None
+            fleet.air.inbox.append(ConnectionUp())
+
+    ghost.hear = vanish  # type: ignore[method-assign]
+    state = fleet.run()
+    assert not state.devices["c"].online
+    assert sorted(state.history[2]["devices"]) == ["a", "b"]
 
 
 def test_old_weights_are_deleted_and_the_last_models_kept(fleet: Fleet) -> None:
