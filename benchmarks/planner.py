@@ -5,7 +5,7 @@
 Memory is the high-water mark of a process that holds what a device's agent holds (trainer, MQTT client, local
 data). Time is the median of the processor time of a training step on one thread, so that neighbours on the machine
 disturb it little. Rate and bandwidth, from which time is predicted, are the best of a few measurements: the rate by
-the device's own probe (its processor time, too), the bandwidth by a large copy. The constants of `fedprune.costs`
+the device's own probe, the bandwidth by a large copy, both by processor time, too. The constants of `fedprune.costs`
 were fitted to earlier runs of all nets but ConcatNet.
 """
 
@@ -112,9 +112,9 @@ def bandwidth() -> float:
     source, target = np.ones(BANDWIDTH_BYTES // 8), np.zeros(BANDWIDTH_BYTES // 8)
     seconds = []
     for _ in range(10):
-        began = time.perf_counter()
+        began = time.process_time()
         np.copyto(target, source)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     return 2 * BANDWIDTH_BYTES / min(seconds)
 
 
