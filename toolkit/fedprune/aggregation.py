@@ -34,6 +34,7 @@ from fedprune.fixed_point import (
     Index,
     Range,
     check_range,
+    magnitude,
     run_all,
 )
 from fedprune.selection import Selection, Tensors, mesh
@@ -43,7 +44,7 @@ Rule = Literal["coverage", "fill"]
 Float64s = npt.NDArray[np.float64]
 
 MAX_STEPS = 2**31 - 1
-_CHUNK = 262_144
+_CHUNK = 65_536
 _STEP_RANGE = Range(-2)
 """Movement per step, saturated at 1/4: its square must keep its digits where it is small, not where it is absurd."""
 _STEP_SQUARE_RANGE = Range(-4)
@@ -326,7 +327,8 @@ class Fold:
         scale = VALUE_BITS - sums.span.exponent
         for rows in _row_blocks(spec.shape):
             if mass is None:
-                mean, held = sums.value(rows) / self.weight, None
+                mean, held = sums.value(rows), None
+                mean /= self.weight
             else:
                 part = mass[rows]
                 held = part > 0
@@ -426,7 +428,7 @@ def _check_base(architecture: Architecture, base: Mapping[str, npt.NDArray[np.fl
                 expected=f"float32 {spec.shape}",
                 got="nothing" if value is None else f"{value.dtype} {value.shape}",
             )
-        if not np.isfinite(value).all():
+        if not math.isfinite(magnitude(value)):
             raise BundleError(f"tensor {spec.name} of the fold's base", expected="finite numbers")
         out[spec.name] = value
     return out

@@ -1,0 +1,186 @@
+"""What folding ten updates of a ResNet-18 costs: `python benchmarks/aggregation.py`.
+
+Times are CPU time of one thread. All ways run in turn within each repetition, so that neighbours on the machine hit
+them alike; ratios are taken within a repetition. Flower's own functions take part where `flwr` is installed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from synthetic_nets import parameters, resnet18, setting, weights, write
+
+from fedprune.aggregation import Fold
+from fedprune.architecture import Architecture, widths_at
+from fedprune.scoring import random_ranks
+from fedprune.selection import Selection, Tensors
+
+CLIENTS = 10
+REPEATS = 7
+DENSITIES = (1.0, 0.75, 0.5, 0.25)
+BLOCK = 65_536
+
+Updates = list[tuple[Selection, Tensors, int]]
+
+
+def updates(architecture: Architecture, base: Tensors, densities: tuple[float, ...], order: str) -> Updates:
+    out = []
+    for k in range(CLIENTS):
+        ranks = None if order == "own" else random_ranks(architecture, 0, k if order == "various" else 0)
+        selection = Selection.of(architecture, widths_at(architecture, densities[k % len(densities)]), ranks)
+        part = {n: v + np.float32(1e-3) for n, v in selection.gather(base).items()}
+        out.append((selection, part, 100 + 37 * k))
+    return out
+
+
+def fold(architecture: Architecture, base: Tensors, given: Updates, **options: Any) -> Callable[[], Tensors]:
+    def run() -> Tensors:
+        sums = Fold(architecture, base, **options)
+        for selection, part, weight in given:
+            sums.add(selection, part, weight, 10)
+        return sums.close()[0]
+
+    return run
+
+
+def plain(given: Updates, kind: type[np.floating[Any]]) -> Callable[[], Tensors]:
+    """What one writes without thinking: total += weight · value, unchecked, whole models only."""
+
+    def run() -> Tensors:
+        total = {n: np.zeros(v.shape, kind) for n, v in given[0][1].items()}
+        for _, part, weight in given:
+            for name, value in part.items():
+                total[name] += value.astype(kind, copy=False) * kind(weight)
+        n = kind(sum(w for _, _, w in given))
+        return {name: (value / n).astype(np.float32, copy=False) for name, value in total.items()}
+
+    return run
+
+
+def blocked(given: Updates) -> Callable[[], Tensors]:
+    """The same in float32, in blocks that stay in the cache."""
+
+    def run() -> Tensors:
+        total = {n: np.zeros(v.shape, np.float32) for n, v in given[0][1].items()}
+        scratch = np.empty(BLOCK, np.float32)
+        for _, part, weight in given:
+            for name, value in part.items():
+                flat, into = value.reshape(-1), total[name].reshape(-1)
+                for at in range(0, flat.size, BLOCK):
+                    source, target = flat[at : at + BLOCK], into[at : at + BLOCK]
+                    np.multiply(source, np.float32(weight), out=scratch[: source.size])
+                    target += scratch[: source.size]
+        n = np.float32(sum(w for _, _, w in given))
+        for value in total.values():
+            value /= n
+        return total
+
+    return run
+
+
+def flower(given: Updates) -> dict[str, Callable[[], object]]:
+    """Flower's two ways, where it is installed."""
+    try:
+        from flwr.common import ArrayRecord, MetricRecord, RecordDict
+        from flwr.server.strategy.aggregate import aggregate
+        from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
+    except ImportError:
+        return {}
+    lists = [(list(part.values()), weight) for _, part, weight in given]
+    records = [
+        RecordDict({"arrays": ArrayRecord(list(part.values())), "metrics": MetricRecord({"n": weight})})
+        for _, part, weight in given
+    ]
+    return {
+        "Flower `aggregate`": lambda: aggregate(lists),
+        "Flower `aggregate_arrayrecords`": lambda: aggregate_arrayrecords(records, "n"),
+    }
+
+
+def peak(run: Callable[[], object]) -> float:
+    """Largest extra memory in MB, result included."""
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1] / 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def main() -> None:
+    net = resnet18()
+    base = weights(net)
+    size = parameters(base)
+    whole = updates(net, base, (1.0,), "own")
+    mixed, ranked, various = (updates(net, base, DENSITIES, o) for o in ("own", "common", "various"))
+    reference = "plain numpy, float32"
+    ways: dict[str, tuple[Callable[[], object], Updates]] = {
+        reference: (plain(whole, np.float32), whole),
+        "plain numpy, float64": (plain(whole, np.float64), whole),
+        "plain numpy, float32, blocked": (blocked(whole), whole),
+        **{name: (run, whole) for name, run in flower(whole).items()},
+        "fold, whole": (fold(net, base, whole), whole),
+        "fold, whole, evidence": (fold(net, base, whole, evidence=True), whole),
+        "fold, mixed widths, own order": (fold(net, base, mixed), mixed),
+        "fold, mixed widths, one ranking": (fold(net, base, ranked), ranked),
+        "fold, mixed widths, one ranking, fill": (fold(net, base, ranked, rule="fill"), ranked),
+        "fold, mixed widths, a ranking per device": (fold(net, base, various), various),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(REPEATS + 1):
+        for name, (run, _) in ways.items():
+            start = time.process_time()
+            run()
+            if repeat:
+                times[name].append(time.process_time() - start)
+    rows = []
+    for name, (run, given) in ways.items():
+        seconds = statistics.median(times[name])
+        received = sum(parameters(part) for _, part, _ in given)
+        rows.append(
+            {
+                "way": name,
+                "ms": seconds * 1e3,
+                "ns_per_parameter_and_client": seconds * 1e9 / size / CLIENTS,
+                "ns_per_received_parameter": seconds * 1e9 / received,
+                "to_plain": statistics.median(a / b for a, b in zip(times[name], times[reference], strict=True)),
+                "peak_mb": peak(run),
+            }
+        )
+    about = setting("flwr")
+    lines = [
+        "# Aggregation",
+        "",
+        (
+            f"{about['date']}, {about['cpu']}, {about['cores']} cores (load {about['load']} from neighbours), "
+            f"Python {about['python']}, numpy {about['numpy']}, "
+            f"flwr {about['flwr']}. `OMP_NUM_THREADS=1 python benchmarks/aggregation.py`"
+        ),
+        "",
+        (
+            f"{CLIENTS} updates of a ResNet-18 ({size / 1e6:.1f} M float32 numbers, {size * 4 / 1e6:.0f} MB), from "
+            f"updates to next model; mixed widths: {', '.join(f'{d:g}' for d in DENSITIES)} in turn. CPU time, medians "
+            f"of {REPEATS} interleaved runs; *×plain* is the median ratio within a run. A fold checks every update "
+            "(names, shapes, finite, in range) before it adds, and its bits don't depend on the order; the others do "
+            "neither. Memory includes the result."
+        ),
+        "",
+        "| way | ms | ns per parameter and client | ns per received parameter | ×plain | extra MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['way']} | {r['ms']:.0f} | {r['ns_per_parameter_and_client']:.2f} "
+        f"| {r['ns_per_received_parameter']:.2f} | {r['to_plain']:.2f} | {r['peak_mb']:.0f} |"
+        for r in rows
+    ]
+    body = {"setting": about, "parameters": size, "clients": CLIENTS, "rows": rows}
+    write("aggregation", body, "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
