@@ -85,7 +85,7 @@ def main() -> None:
         (
             f"CPU time, medians of {REPEATS}. *gather*: cut a device's submodel out of the global model; GB/s counts "
             "its bytes once. *×copy*: against a numpy copy of as many bytes in the same loop. *scatter*: put it back "
-            "into a new copy of the global model; *×copy* against copying that. *first*: gather before the index maps exist."
+            "into a new copy of the global model; *×copy* against copying that. *first*: before the index maps exist."
         ),
         "",
         "| net | density | ranks | kept / all (M) | first ms | gather ms | GB/s | ×copy | scatter ms | ×copy |",
