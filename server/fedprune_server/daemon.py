@@ -13,7 +13,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +24,6 @@ from fedprune.coordination import events as on
 from fedprune.coordination.state import Progress as Part
 from fedprune.errors import BrokerError, ProfileError, ProtocolError
 from fedprune.job import Job
-from fedprune.plan import Plan
 from fedprune.profile_store import find
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.chunk import Chunk
@@ -49,8 +47,9 @@ from fedprune.wire.messages import (
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
 from fedprune_server.downloads import Downloads
-from fedprune_server.storage import Storage
-from fedprune_server.table import Display, Lines, Row, Snapshot
+from fedprune_server.roster import ACCURACY, Roster
+from fedprune_server.storage import Storage, kept_models
+from fedprune_server.table import Display, Lines, Snapshot
 from fedprune_server.uploads import Arrived, Uploads, Wants
 from fedprune_server.workshop import Executes, Workshop
 
@@ -60,9 +59,6 @@ _TICK_S = 0.5
 _CHUNKS_PER_TURN = 4
 _UNSENT_BYTES = 2 * 2**20
 """Chunks wait while so much is on its way to the broker, so that messages never do."""
-
-ACCURACY = "accuracy_after"
-"""Name of the metric that the table shows: on the device's own test samples, after its training."""
 
 _LINGER_S = 1.5
 _ANSWER_S = 75.0
@@ -109,21 +105,6 @@ class Supervised(Protocol):
     def restart(self) -> None:
         """Run it again at the same address."""
         ...
-
-
-@dataclass
-class Contact:
-    """What the daemon knows of a device beside the coordinator's state; nothing here need survive."""
-
-    down: int = 0
-    up: int = 0
-    progress: Progress | None = None
-    offered_at: float | None = None
-    seconds: float | None = None
-    accuracy: float | None = None
-    introduced: tuple[Any, ...] = ()
-    problem: str = ""
-    parameters: dict[tuple[int, ...], int] = field(default_factory=dict)
 
 
 class Daemon:
@@ -185,7 +166,7 @@ class Daemon:
         self._downloads = Downloads(Serve(store))
         self._wakes: list[float] = []
         self._events: deque[on.Event] = deque()
-        self._contacts: dict[str, Contact] = {}
+        self._roster = Roster(job, architecture, state, storage.traffic())
         self._garbage: set[str] = set()
         self._graphs: set[str] = set()
         self._unheard: dict[str, int] = {}
@@ -193,8 +174,6 @@ class Daemon:
         self._complaints = 0
         self._stopping = False
         self._finished = False
-        for device, (down, up) in storage.traffic().items():
-            self._contacts[device] = Contact(down=down, up=up)
 
     @property
     def subscriptions(self) -> list[str]:
@@ -214,7 +193,7 @@ class Daemon:
     @property
     def traffic(self) -> dict[str, tuple[int, int]]:
         """Payload bytes to and from each device, over all starts of the server."""
-        return {n: (c.down, c.up) for n, c in sorted(self._contacts.items())}
+        return self._roster.traffic
 
     def stop(self) -> None:
         """End the loop soon; may be called from a signal handler or another thread."""
@@ -256,18 +235,8 @@ class Daemon:
 
     def snapshot(self) -> Snapshot:
         """The job as it stands."""
-        state, now = self.state, self._clock()
-        names = sorted(state.devices.keys() | self._contacts.keys())
-        return Snapshot(
-            job=self.job.name,
-            round=state.round,
-            rounds=self.job.rounds,
-            phase=state.phase.value,
-            metrics=dict(state.history[-1]["metrics"]) if state.history else {},
-            remaining_s=state.deadline - now if state.phase is Phase.TRAINING and state.deadline else None,
-            connected=self._link.connected,
-            rows=tuple(self._row(n) for n in names),
-        )
+        pulled = {n: p for n in self.state.tasks if (p := self._uploads.progress(n)) is not None}
+        return self._roster.snapshot(self._clock(), self._link.connected, pulled)
 
     # What comes in.
 
@@ -305,9 +274,7 @@ class Daemon:
 
     def _receive(self, topic: str, payload: bytes) -> None:
         device, _, channel = self._topics.parse(topic)
-        contact = self._contacts.get(device)
-        if contact is not None:  # a stranger that floods us with names must not fill the memory
-            contact.up += len(payload)
+        self._roster.received(device, len(payload))
         now = self._monotonic()
         if channel == "up/blob":
             self._ask(self._uploads.chunk(device, Chunk.parse(payload), now))
@@ -341,36 +308,16 @@ class Daemon:
             raise ProtocolError("message of a device", got=message.kind)
 
     def _born(self, birth: Birth, size: int) -> None:
-        contact = self._contacts.setdefault(birth.device, Contact(up=size))
+        if birth.device not in self._roster:
+            self._roster[birth.device].up = size
         self._unheard.pop(birth.device, None)
         try:
             profile = find(_plain_name(birth.profile), self._profiles).to_dict()
         except ProfileError as error:
-            if contact.problem != str(error):
-                log.warning("device %s takes no part: %s", birth.device, error)
-            contact.problem = str(error)
+            self._roster.exclude(birth.device, str(error))
             return
-        contact.problem = ""
         self._handle(on.DeviceBorn(birth.device, birth.session, profile, birth.samples, birth.probe))
-        self._introduce(birth.device, contact)
-
-    def _introduce(self, name: str, contact: Contact) -> None:
-        """Say who joined and how wide its model is, once for each plan."""
-        device = self.state.devices[name]
-        what = (device.widths, device.excluded, device.samples, device.profile.get("name"))
-        if what == contact.introduced:
-            return
-        contact.introduced = what
-        title = device.profile.get("title") or device.profile.get("name")
-        if device.excluded:
-            log.warning("device %s (%s) takes no part: %s", name, title, device.excluded)
-            return
-        log.info("device %s joined: %s, %d samples", name, title, device.samples)
-        if device.plan is not None:
-            for line in Plan.from_dict(device.plan).describe().splitlines():
-                log.info("  %s", line)
-        else:
-            log.info("  density %.3g, as the job says", self.job.density)
+        self._roster.introduce(birth.device)
 
     def _report(self, device: str, message: Progress | Refusal | Update) -> None:
         """What a device says about its part in a round."""
@@ -379,7 +326,7 @@ class Daemon:
             if isinstance(message, Update):
                 self._send(device, Cancelled(message.job, message.round, "this server runs another job"), message.job)
             return
-        contact = self._contacts.setdefault(device, Contact())
+        contact = self._roster[device]
         if isinstance(message, Progress):
             contact.progress = message
         elif isinstance(message, Refusal):
@@ -455,8 +402,7 @@ class Daemon:
         offer = Offer(
             self.job.name, command.round, command.attempt, **{**body, **blobs, "widths": tuple(body["widths"])}
         )
-        contact = self._contacts.setdefault(command.device, Contact())
-        contact.offered_at, contact.progress = self._monotonic(), None
+        self._roster.offered(command.device, self._monotonic())
         self._send(command.device, offer, self.job.name)
 
     def _pull(self, command: do.PullUpdate) -> None:
@@ -477,9 +423,7 @@ class Daemon:
             event: on.Event
             if isinstance(outcome, Arrived):
                 event = on.UpdateStored(outcome.device, outcome.round, outcome.attempt, outcome.weights)
-                contact = self._contacts.setdefault(outcome.device, Contact())
-                if contact.offered_at is not None:
-                    contact.seconds, contact.offered_at = self._monotonic() - contact.offered_at, None
+                self._roster.delivered(outcome.device, self._monotonic())
             else:
                 event = on.UpdateRejected(outcome.device, outcome.round, outcome.attempt, outcome.reason)
             if later and self._events:
@@ -532,8 +476,8 @@ class Daemon:
     def _send(self, device: str, message: FromServer, job: str | None = None) -> None:
         payload = message.to_bytes()
         topic = self._topics.down(device, job) if job else self._topics.down(device)
-        if self._link.publish(topic, payload) and device in self._contacts:
-            self._contacts[device].down += len(payload)
+        if self._link.publish(topic, payload):
+            self._roster.sent(device, len(payload))
 
     def _ask(self, wants: Wants) -> None:
         for device, want in wants:
@@ -549,8 +493,8 @@ class Daemon:
             device, chunk = item
             if isinstance(chunk, Gone):
                 self._send(device, chunk)
-            elif self._link.publish(self._topics.down_blob(device), chunk) and device in self._contacts:
-                self._contacts[device].down += len(chunk)
+            elif self._link.publish(self._topics.down_blob(device), chunk):
+                self._roster.sent(device, len(chunk))
 
     def _offered(self, device: str) -> set[str]:
         """Digests of what a device may fetch: only what its own offer names."""
@@ -566,57 +510,6 @@ class Daemon:
         for digest in self._garbage - kept:
             self._store.delete(digest)
         self._garbage &= kept
-
-    def _row(self, name: str) -> Row:
-        contact = self._contacts.get(name) or Contact()
-        device, task = self.state.devices.get(name), self.state.tasks.get(name)
-        if device is None:
-            return Row(name, "?", None, 0, contact.down, contact.up, None, None, contact.problem or "unknown")
-        density = self.job.density or (float(device.plan["density"]) if device.plan else None)
-        if device.widths and device.widths not in contact.parameters:
-            contact.parameters[device.widths] = parameters(self._architecture, device.widths)
-        if device.excluded:
-            doing = f"takes no part: {device.excluded}"
-        elif not device.online:
-            doing = "offline"
-        elif task is None or self.state.phase is not Phase.TRAINING:
-            doing = "ready"
-        elif task.progress is Part.OFFERED and contact.progress is not None:
-            p = contact.progress
-            doing = f"{p.phase} {p.done}/{p.total}" if p.total else p.phase
-        elif task.progress is Part.PULLING and (leaves := self._uploads.progress(name)) is not None:
-            doing = f"upload {leaves[0]}/{leaves[1]}"
-        elif task.progress is Part.REFUSED:
-            doing = f"refused: {task.reason}"
-        else:
-            doing = task.progress.value
-        return Row(
-            device=name,
-            profile=str(device.profile.get("name", "?")),
-            density=density,
-            parameters=contact.parameters.get(device.widths, 0),
-            bytes_down=contact.down,
-            bytes_up=contact.up,
-            seconds=contact.seconds,
-            accuracy=contact.accuracy,
-            state=doing,
-        )
-
-
-def kept_models(state: State, keep: int) -> set[str]:
-    """Digests of the latest global models that stay on the disk."""
-    return {state.model, *(r["model"] for r in state.history[-keep:])}
-
-
-def parameters(architecture: Architecture, widths: tuple[int, ...]) -> int:
-    """Trainable numbers at these widths."""
-    total = 0
-    for spec in architecture.trainable:
-        size = 1
-        for d in architecture.shape(spec.name, widths):
-            size *= d
-        total += size
-    return total
 
 
 def _plain_name(profile: str) -> str:

@@ -22,9 +22,8 @@ from fedprune_device.data import load_data
 from fedprune_export.imported import Model
 from fedprune_export.load import import_onnx, read_source
 from fedprune_server.config import ServerConfig
-from fedprune_server.daemon import kept_models
 from fedprune_server.storage import FILE as DATABASE
-from fedprune_server.storage import Storage
+from fedprune_server.storage import Storage, kept_models
 from fedprune_server.worker import Evaluation, Worker
 
 MODEL = "model.onnx"

@@ -1,0 +1,181 @@
+"""Who is in the fleet, as people see it: devices, their traffic and what they are doing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedprune.architecture import Architecture
+from fedprune.coordination import Phase, State
+from fedprune.coordination.state import Progress as Part
+from fedprune.job import Job
+from fedprune.plan import Plan
+from fedprune.wire.messages import Progress
+from fedprune_server.table import Row, Snapshot
+
+log = logging.getLogger("fedprune.server")
+
+ACCURACY = "accuracy_after"
+"""Name of the metric that the table shows: on the device's own test samples, after its training."""
+
+
+@dataclass
+class Contact:
+    """What the daemon knows of a device beside the coordinator's state; nothing here need survive."""
+
+    down: int = 0
+    up: int = 0
+    progress: Progress | None = None
+    offered_at: float | None = None
+    seconds: float | None = None
+    accuracy: float | None = None
+    introduced: tuple[Any, ...] = ()
+    problem: str = ""
+    parameters: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+
+class Roster:
+    """The devices of a job beside the coordinator's state.
+
+    Args:
+        job: The job.
+        architecture: The global model's.
+        state: The coordinator's state; read, never changed.
+        traffic: Payload bytes to and from each device before this start of the server.
+    """
+
+    def __init__(
+        self, job: Job, architecture: Architecture, state: State, traffic: Mapping[str, tuple[int, int]]
+    ) -> None:
+        self._job = job
+        self._architecture = architecture
+        self._state = state
+        self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
+
+    def __getitem__(self, device: str) -> Contact:
+        """A device's contact, made if there is none."""
+        return self._contacts.setdefault(device, Contact())
+
+    def __contains__(self, device: str) -> bool:
+        """Whether it has ever been heard of."""
+        return device in self._contacts
+
+    @property
+    def traffic(self) -> dict[str, tuple[int, int]]:
+        """Payload bytes to and from each device, over all starts of the server."""
+        return {n: (c.down, c.up) for n, c in sorted(self._contacts.items())}
+
+    def received(self, device: str, size: int) -> None:
+        """Count bytes from a device; not a stranger's, who might flood us with names."""
+        if device in self._contacts:
+            self._contacts[device].up += size
+
+    def sent(self, device: str, size: int) -> None:
+        """Count bytes to a device."""
+        if device in self._contacts:
+            self._contacts[device].down += size
+
+    def offered(self, device: str, now: float) -> None:
+        """A device has been offered a round."""
+        contact = self[device]
+        contact.offered_at, contact.progress = now, None
+
+    def delivered(self, device: str, now: float) -> None:
+        """A device's update is here."""
+        contact = self[device]
+        if contact.offered_at is not None:
+            contact.seconds, contact.offered_at = now - contact.offered_at, None
+
+    def exclude(self, device: str, problem: str) -> None:
+        """A device can't even be planned for; said once."""
+        if self[device].problem != problem:
+            log.warning("device %s takes no part: %s", device, problem)
+        self[device].problem = problem
+
+    def introduce(self, name: str) -> None:
+        """Say who joined and how wide its model is, once for each plan."""
+        contact, device = self[name], self._state.devices[name]
+        contact.problem = ""
+        what = (device.widths, device.excluded, device.samples, device.profile.get("name"))
+        if what == contact.introduced:
+            return
+        contact.introduced = what
+        title = device.profile.get("title") or device.profile.get("name")
+        if device.excluded:
+            log.warning("device %s (%s) takes no part: %s", name, title, device.excluded)
+            return
+        log.info("device %s joined: %s, %d samples", name, title, device.samples)
+        if device.plan is not None:
+            for line in Plan.from_dict(device.plan).describe().splitlines():
+                log.info("  %s", line)
+        else:
+            log.info("  density %.3g, as the job says", self._job.density)
+
+    def snapshot(self, now: float, connected: bool, pulled: Mapping[str, tuple[int, int]]) -> Snapshot:
+        """The job as it stands.
+
+        Args:
+            now: The clock of deadlines.
+            connected: Whether the broker is there.
+            pulled: Leaves that have arrived and leaves in all of the updates under way, by device.
+        """
+        state = self._state
+        names = sorted(state.devices.keys() | self._contacts.keys())
+        return Snapshot(
+            job=self._job.name,
+            round=state.round,
+            rounds=self._job.rounds,
+            phase=state.phase.value,
+            metrics=dict(state.history[-1]["metrics"]) if state.history else {},
+            remaining_s=state.deadline - now if state.phase is Phase.TRAINING and state.deadline else None,
+            connected=connected,
+            rows=tuple(self._row(n, pulled.get(n)) for n in names),
+        )
+
+    def _row(self, name: str, pulled: tuple[int, int] | None) -> Row:
+        contact = self._contacts.get(name) or Contact()
+        device, task = self._state.devices.get(name), self._state.tasks.get(name)
+        if device is None:
+            return Row(name, "?", None, 0, contact.down, contact.up, None, None, contact.problem or "unknown")
+        density = self._job.density or (float(device.plan["density"]) if device.plan else None)
+        if device.widths and device.widths not in contact.parameters:
+            contact.parameters[device.widths] = parameters(self._architecture, device.widths)
+        if device.excluded:
+            doing = f"takes no part: {device.excluded}"
+        elif not device.online:
+            doing = "offline"
+        elif task is None or self._state.phase is not Phase.TRAINING:
+            doing = "ready"
+        elif task.progress is Part.OFFERED and contact.progress is not None:
+            p = contact.progress
+            doing = f"{p.phase} {p.done}/{p.total}" if p.total else p.phase
+        elif task.progress is Part.PULLING and pulled is not None:
+            doing = f"upload {pulled[0]}/{pulled[1]}"
+        elif task.progress is Part.REFUSED:
+            doing = f"refused: {task.reason}"
+        else:
+            doing = task.progress.value
+        return Row(
+            device=name,
+            profile=str(device.profile.get("name", "?")),
+            density=density,
+            parameters=contact.parameters.get(device.widths, 0),
+            bytes_down=contact.down,
+            bytes_up=contact.up,
+            seconds=contact.seconds,
+            accuracy=contact.accuracy,
+            state=doing,
+        )
+
+
+def parameters(architecture: Architecture, widths: tuple[int, ...]) -> int:
+    """Trainable numbers at these widths."""
+    total = 0
+    for spec in architecture.trainable:
+        size = 1
+        for d in architecture.shape(spec.name, widths):
+            size *= d
+        total += size
+    return total
