@@ -32,6 +32,10 @@ class Formulation:
     weight_gradient: Literal["taps", "columns", "convolution"]
 
 
+_TINY_MAP, _SMALL_MAP, _LARGE_KERNEL, _IMAGE_CHANNELS = 4, 64, 25, 3
+"""Where one formulation overtakes another: measured with LeNet, VGG11 and ResNet20 on x86 (`benchmarks/step.py`)."""
+
+
 def formulation(w: Window, channels: int) -> Formulation:
     """The formulation for a layer.
 
@@ -39,19 +43,17 @@ def formulation(w: Window, channels: int) -> Formulation:
         w: The layer's window.
         channels: Its input channels at full width.
     """
-    area = math.prod(w.output)
+    area, elements = math.prod(w.output), math.prod(w.kernel)
     fits = all(p <= d * (k - 1) for pad, d, k in zip(w.pads, w.dilations, w.kernel, strict=True) for p in pad)
     plain = all(s == 1 for s in w.strides) and fits
-    small = area <= 16 and plain and math.prod(w.kernel) > 1
-    if channels <= 3 and math.prod(w.kernel) >= 25:
+    if plain and area <= _TINY_MAP and elements > 1:
+        return Formulation("columns", "columns", "columns")
+    large = elements >= _LARGE_KERNEL
+    if large and channels <= _IMAGE_CHANNELS:
         weight: Literal["taps", "columns", "convolution"] = "convolution"
     else:
-        weight = "taps" if area >= 196 else "columns"
-    return Formulation(
-        "columns" if small else "operator",
-        "columns" if small else "flipped" if plain else "transposed",
-        "columns" if small else weight,
-    )
+        weight = "taps" if area >= _SMALL_MAP else "columns"
+    return Formulation("operator", "flipped" if plain and not large else "transposed", weight)
 
 
 @rule("Conv")
@@ -142,21 +144,17 @@ class _Convolution:
     # -- weight gradient --------------------------------------------------------------------------------------------
 
     def weight_by_taps(self, dy: str) -> str:
-        """One batched matrix product per row of the kernel, summed over the batch."""
+        """One batched matrix product per kernel element, summed over the batch."""
         g, w = self.g, self.w
         rows = g.emit("Reshape", dy, g.ints(0, 0, -1))
         # Channels last: a tap is then a copy of long runs, and the product needs no further transpose.
         x = g.emit("Transpose", self.x, attrs={"perm": [0, *range(2, self.rank + 2), 1]})
-        x = _padded(g, x, w, first=1)
-        # The taps of a row stand side by side on the channel axis: fewer and larger products.
-        row = taps(g, x, w, 1, range(self.rank - 1, self.rank))
-        x = g.emit("Concat", *row, attrs={"axis": self.rank + 1}) if len(row) > 1 else row[0]
         products = []
-        for tap in taps(g, x, w, 1, range(self.rank - 1)):
+        for tap in taps(g, _padded(g, x, w, first=1), w, first=1):
             flat = g.emit("Reshape", tap, g.ints(0, math.prod(w.output), -1)) if self.rank > 1 else tap
-            products.append(g.emit("MatMul", rows, flat))
-        whole = g.emit("Concat", *products, attrs={"axis": 2}) if len(products) > 1 else products[0]
-        total = g.emit("ReduceSum", whole, g.ints(0), attrs={"keepdims": 0})
+            product = g.emit("MatMul", rows, flat)
+            products.append(g.emit("ReduceSum", product, g.ints(0), attrs={"keepdims": 0}))
+        total = g.emit("Concat", *products, attrs={"axis": 1}) if len(products) > 1 else products[0]
         count = math.prod(w.kernel)
         if count == 1:
             return g.emit("Unsqueeze", total, g.ints(*range(2, self.rank + 2)))
@@ -208,32 +206,22 @@ def columns(g: Graph, x: str, w: Window) -> str:
     return g.emit("Flatten", stacked, attrs={"axis": 2})
 
 
-def taps(g: Graph, padded: str, w: Window, first: int, over: range | None = None) -> list[str]:
-    """What each kernel element sees of a padded input.
-
-    Args:
-        g: The graph.
-        padded: The input, padded.
-        w: The window.
-        first: Where the spatial axes of the input start.
-        over: The spatial axes to take elements of; all by default.
-    """
-    over = range(len(w.sizes)) if over is None else over
+def taps(g: Graph, padded: str, w: Window, first: int) -> list[str]:
+    """What each kernel element sees of a padded input whose spatial axes start at `first`."""
+    axes = range(first, first + len(w.sizes))
     out = []
-    for position in itertools.product(*(range(w.kernel[a]) for a in over)):
-        starts = [p * w.dilations[a] for p, a in zip(position, over, strict=True)]
-        ends = [s + (w.output[a] - 1) * w.strides[a] + 1 for s, a in zip(starts, over, strict=True)]
-        steps = [w.strides[a] for a in over]
+    for position in itertools.product(*map(range, w.kernel)):
+        starts = [p * d for p, d in zip(position, w.dilations, strict=True)]
+        ends = [s + (n - 1) * t + 1 for s, n, t in zip(starts, w.output, w.strides, strict=True)]
         whole = all(
-            s == 0 and t == 1 and e == w.sizes[a] + sum(w.pads[a])
-            for s, e, t, a in zip(starts, ends, steps, over, strict=True)
+            s == 0 and t == 1 and e == size + sum(pad)
+            for s, e, t, size, pad in zip(starts, ends, w.strides, w.sizes, w.pads, strict=True)
         )
         if whole:
             out.append(padded)
             continue
-        extra = [g.ints(*steps)] if any(t != 1 for t in steps) else []
-        axes = g.ints(*[first + a for a in over])
-        out.append(g.emit("Slice", padded, g.ints(*starts), g.ints(*ends), axes, *extra))
+        steps = [g.ints(*w.strides)] if any(t != 1 for t in w.strides) else []
+        out.append(g.emit("Slice", padded, g.ints(*starts), g.ints(*ends), g.ints(*axes), *steps))
     return out
 
 

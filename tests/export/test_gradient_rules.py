@@ -526,8 +526,9 @@ def test_layers_of_common_shapes_keep_their_formulations() -> None:
         out = (size + 2 * pad - k) // stride + 1
         return Window((size,) * 2, (k,) * 2, (stride,) * 2, (1, 1), ((pad, pad),) * 2, (out,) * 2)
 
-    assert convolution_gradients.formulation(square(32, 3, 1), 16).weight_gradient == "taps"
-    assert convolution_gradients.formulation(square(8, 3, 1), 64).weight_gradient == "columns"
-    assert convolution_gradients.formulation(square(4, 3, 1), 64).forward == "columns"
+    assert convolution_gradients.formulation(square(32, 3, 1), 16) == Formulation("operator", "flipped", "taps")
+    assert convolution_gradients.formulation(square(4, 3, 1), 64) == Formulation("operator", "flipped", "columns")
+    assert convolution_gradients.formulation(square(2, 3, 1), 64) == Formulation("columns", "columns", "columns")
     assert convolution_gradients.formulation(square(28, 5, 0), 1).weight_gradient == "convolution"
+    assert convolution_gradients.formulation(square(14, 5, 2), 32) == Formulation("operator", "transposed", "taps")
     assert convolution_gradients.formulation(square(32, 3, 1, 2), 16).input_gradient == "transposed"
