@@ -171,7 +171,17 @@ class ToyDevice:
             return
         self.pulls = {}
         weights = self.store.put(fill("trained", self.store.read(offer.weights.sha256), self.name))
-        update = Update(self.name, offer.job, offer.round, offer.attempt, weights, 10, 5, {"accuracy_after": 0.25})
+        update = Update(
+            self.name,
+            offer.job,
+            offer.round,
+            offer.attempt,
+            offer.weights.sha256,
+            weights,
+            10,
+            5,
+            {"accuracy_after": 0.25},
+        )
         self.pending = self.lie(update)
         self.repeat()
 

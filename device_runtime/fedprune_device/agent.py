@@ -22,6 +22,7 @@ from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
+from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import (
     Accepted,
@@ -315,7 +316,7 @@ class Agent:
             self._say(answer, pending.job)
             return
         for chunk in answer:
-            if not self._link.publish(self._topics.up_blob(self._device, pending.job), chunk):
+            if not self._link.publish(self._topics.up_blob(self._device, pending.job), chunk, CHUNK_QOS):
                 break  # what doesn't get through is asked for again
         self._announce_at = max(self._announce_at, now + 5 * ANNOUNCE_S)
 

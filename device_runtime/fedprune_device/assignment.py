@@ -121,6 +121,7 @@ class Workbench:
             offer.job,
             offer.round,
             offer.attempt,
+            offer.weights.sha256,
             weights,
             result.samples,
             result.steps,

@@ -26,6 +26,7 @@ from fedprune.errors import BrokerError, ProfileError, ProtocolError
 from fedprune.job import Job
 from fedprune.profile_store import find
 from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import ConnectionDown, ConnectionUp, Event
 from fedprune.wire.messages import (
@@ -339,6 +340,7 @@ class Daemon:
                     device,
                     message.round,
                     message.attempt,
+                    message.base,
                     message.weights.to_dict(),
                     message.samples,
                     message.steps,
@@ -493,7 +495,7 @@ class Daemon:
             device, chunk = item
             if isinstance(chunk, Gone):
                 self._send(device, chunk)
-            elif self._link.publish(self._topics.down_blob(device), chunk):
+            elif self._link.publish(self._topics.down_blob(device), chunk, CHUNK_QOS):
                 self._roster.sent(device, len(chunk))
 
     def _offered(self, device: str) -> set[str]:

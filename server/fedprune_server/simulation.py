@@ -91,6 +91,7 @@ class _Run:
     down: int = 0
     up: int = 0
     traffic: dict[int, tuple[int, int]] = field(default_factory=dict)
+    refusal: str = ""
 
 
 class Simulation:
@@ -230,7 +231,8 @@ class Simulation:
         if command.attempt > _MAX_ATTEMPTS:
             raise PlanError(
                 f"nobody finished round {command.round} in {_MAX_ATTEMPTS} attempts",
-                hint="Raise deadline_s, or ask for less training.",
+                got=self._run.refusal or None,
+                hint="" if self._run.refusal else "Raise deadline_s, or ask for less training.",
             )
         self._forget(name, command.round)  # a newer attempt takes an older one's place
         device, held = self._devices[name], run.held.setdefault(name, set())
@@ -258,9 +260,17 @@ class Simulation:
         except StorageError:
             raise
         except FedpruneError as error:
+            self._run.refusal = f"{item.device}: {error}"
             return on.OfferRefused(item.device, item.round, item.attempt, str(error))
         return on.UpdateAnnounced(
-            item.device, item.round, item.attempt, out.weights.to_dict(), out.samples, out.steps, out.metrics
+            item.device,
+            item.round,
+            item.attempt,
+            item.offer["weights"]["sha256"],
+            out.weights.to_dict(),
+            out.samples,
+            out.steps,
+            out.metrics,
         )
 
     def _birth(self, name: str, at: float) -> None:

@@ -73,7 +73,7 @@ class Life:
         return Offer("job", n, 0, 7, "a" * 64, "b" * 64, (3,), 3, blob, graph, graph, {}, 0.0)
 
     def update(self, n: int) -> Update:
-        return Update("d", "job", n, 0, BlobRef.of(weights_of(10 + n)), 5, 5, {})
+        return Update("d", "job", n, 0, "0" * 64, BlobRef.of(weights_of(10 + n)), 5, 5, {})
 
     def record(self, n: int) -> Serving:
         return Serving("job", n, 3, BlobRef.of(self.graph).sha256, BlobRef.of(weights_of(10 + n)).sha256)

@@ -84,7 +84,7 @@ def test_a_late_update_is_cancelled(fleet: Fleet) -> None:
     slow = fleet.air.devices["b"]
     slow.silent = True
     fleet.run()
-    slow.pending = Update("b", JOB.name, 1, 1, slow.store.put(fill("late")), 10, 5)
+    slow.pending = Update("b", JOB.name, 1, 1, "0" * 64, slow.store.put(fill("late")), 10, 5)
     fleet.restart()
     fleet.run()
     assert isinstance(last(slow, Cancelled), Cancelled)
@@ -93,7 +93,7 @@ def test_a_late_update_is_cancelled(fleet: Fleet) -> None:
 
 def test_an_update_of_another_job_is_cancelled(fleet: Fleet) -> None:
     device = fleet.air.devices["a"]
-    device.pending = Update("a", "other", 1, 1, device.store.put(fill("other")), 10, 5)
+    device.pending = Update("a", "other", 1, 1, "0" * 64, device.store.put(fill("other")), 10, 5)
     fleet.run()
     assert next(m for m in device.heard if isinstance(m, Cancelled)).job == "other"
 

@@ -203,6 +203,13 @@ def test_data_that_the_model_cannot_take_is_refused_and_named(model, fleet, tmp_
     assert row["metrics"] == {}
 
 
+def test_what_all_devices_refuse_ends_with_their_reason(model, fleet, tmp_path):
+    wrong = replace(fleet[1][0], data=replace(fleet[1][0].data, y_train=fleet[1][0].data.y_train + 7))
+    job = Job(rounds=1, devices=1, density=0.25, recipe=Recipe(max_steps=1))
+    with pytest.raises(PlanError, match="label"):
+        Simulation(job, model, [wrong], None, BlobStore(tmp_path, durable=False)).run()
+
+
 def test_a_board_too_small_for_any_width_stops_the_simulation_with_its_reason(model, fleet, tmp_path):
     _, devices = fleet
     job = Job(rounds=1, devices=3, byte_budget=1000)

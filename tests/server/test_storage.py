@@ -40,7 +40,9 @@ def filled() -> State:
         if number == 2:
             break
         for name in "abc":
-            coordinator.handle(on.UpdateAnnounced(name, 1, 1, {"sha256": "u" * 64}, 10, 5, {"loss": 0.1}), 3.0)
+            coordinator.handle(
+                on.UpdateAnnounced(name, 1, 1, "w" * 64, {"sha256": "u" * 64}, 10, 5, {"loss": 0.1}), 3.0
+            )
             coordinator.handle(on.UpdateStored(name, 1, 1, "u" * 64), 3.0)
             coordinator.handle(on.Folded(name, 1, 1), 3.0)
         coordinator.handle(on.Closed(1, "n" * 64, None, None), 4.0)

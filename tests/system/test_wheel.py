@@ -26,7 +26,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = out.glob("fedprune-*.whl")
     site = out / "site"
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)  # noqa: S202 - our own wheel, made a moment ago
+        archive.extractall(site)
     return site
 
 

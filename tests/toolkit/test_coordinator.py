@@ -84,6 +84,7 @@ class Shell:
                     command.device,
                     command.round,
                     command.attempt,
+                    command.offer["weights"]["sha256"],
                     {"sha256": digest(command.device, command.round)},
                     10,
                     2,
@@ -223,7 +224,7 @@ def test_yesterdays_update_is_declined() -> None:
     shell = Shell()
     shell.everyone_arrives()
     shell.run()
-    shell.feed(on.UpdateAnnounced("a", 1, 1, {"sha256": "x"}, 10, 2))
+    shell.feed(on.UpdateAnnounced("a", 1, 1, "0", {"sha256": "x"}, 10, 2))
 
     assert shell.cancelled[-1] == ("a", 1, "the round is over")
 
@@ -234,10 +235,20 @@ def test_an_update_for_an_earlier_attempt_is_declined() -> None:
     for _ in range(7):
         shell.feed(shell.inbox.pop(0))
     shell.state.tasks["a"].attempt = 2
-    shell.feed(on.UpdateAnnounced("a", 1, 1, {"sha256": "x"}, 10, 2))
+    shell.feed(on.UpdateAnnounced("a", 1, 1, "0", {"sha256": "x"}, 10, 2))
 
     assert shell.cancelled[-1][:2] == ("a", 1)
     assert "another offer" in shell.cancelled[-1][2]
+
+
+def test_an_update_of_an_earlier_run_of_the_job_is_declined() -> None:
+    shell = Shell()
+    shell.everyone_arrives()
+    for _ in range(7):
+        shell.feed(shell.inbox.pop(0))
+    shell.feed(on.UpdateAnnounced("a", 1, 1, "another start", {"sha256": "x"}, 10, 2))
+
+    assert shell.cancelled[-1][:2] == ("a", 1)
 
 
 def test_a_rejected_update_does_not_count() -> None:

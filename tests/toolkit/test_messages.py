@@ -56,7 +56,7 @@ messages = st.one_of(
     st.builds(Death, names, counts),
     st.builds(Progress, names, names, counts, counts, st.sampled_from(PHASES), counts, counts),
     st.builds(Refusal, names, names, counts, counts, texts, st.integers(0, 255)),
-    st.builds(Update, names, names, counts, counts, refs, counts, counts, metrics),
+    st.builds(Update, names, names, counts, counts, hexes, refs, counts, counts, metrics),
     st.builds(Hello, counts),
     st.builds(
         Offer, names, counts, counts, counts, hexes, hexes, st.lists(st.integers(1, 4096), max_size=9).map(tuple),
@@ -76,7 +76,7 @@ EXAMPLES: list[Message] = [
     Death("pi-1", 3),
     Progress("pi-1", "j", 1, 0, "train", 3, 10),
     Refusal("pi-1", "j", 1, 0, "no room", 30),
-    Update("pi-1", "j", 1, 0, REF, 100, 40, {"loss": 0.5}),
+    Update("pi-1", "j", 1, 0, REF.sha256, REF, 100, 40, {"loss": 0.5}),
     Hello(4),
     Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), 60.0),
     Accepted("j", 1, 0, DIGEST),
@@ -200,7 +200,7 @@ def test_numbers_that_are_not_finite_are_refused(number: str) -> None:
     with pytest.raises(ProtocolError):
         parse(raw.replace(b'"loss":0.5', b'"loss":' + number.encode()))
     with pytest.raises(ProtocolError, match="metrics"):
-        Update("pi-1", "j", 1, 0, REF, 1, 1, {"loss": float(number.replace("1e999", "inf"))})
+        Update("pi-1", "j", 1, 0, REF.sha256, REF, 1, 1, {"loss": float(number.replace("1e999", "inf"))})
 
 
 def test_numbers_in_free_form_objects_are_finite_too() -> None:

@@ -199,7 +199,7 @@ class Coordinator:
         state = self.state
         task = state.tasks.get(event.device)
         late = event.round != state.round or state.phase not in (Phase.SCORING, Phase.TRAINING)
-        if task is not None and event.round == state.round and event.attempt == task.attempt:
+        if task is not None and event.round == state.round and event.attempt == task.attempt and _based(event, task):
             if task.progress in (Progress.STORED, Progress.FOLDED):
                 return [do.Acknowledge(event.device, event.round, event.attempt, task.weights)]
             if task.progress is Progress.PULLING and not late:
@@ -358,3 +358,8 @@ class Coordinator:
                 for n, t in sorted(state.tasks.items())
             },
         }
+
+
+def _based(event: on.UpdateAnnounced, task: Task) -> bool:
+    """Whether an update was trained from the weights of this task's offer, and not in an earlier run of the job."""
+    return task.offer is not None and event.base == task.offer["weights"]["sha256"]

@@ -45,11 +45,12 @@ class Extracted:
 
 @dataclass(frozen=True)
 class UpdateAnnounced:
-    """A device says that it has an update; `weights` is a blob reference's JSON body."""
+    """A device has an update: `weights` is a blob reference's JSON body, `base` what it was trained from."""
 
     device: str
     round: int
     attempt: int
+    base: str
     weights: dict[str, Any]
     samples: int
     steps: int

@@ -183,6 +183,8 @@ class Update(_Message):
         job: The job.
         round: The round.
         attempt: The attempt.
+        base: sha256 of the weights that training started from; an update of an earlier run of a job of the same name is
+            known by it.
         weights: The trained weights.
         samples: Local samples behind them.
         steps: Optimiser steps taken.
@@ -193,6 +195,7 @@ class Update(_Message):
     job: str
     round: int
     attempt: int
+    base: str
     weights: BlobRef
     samples: int
     steps: int
@@ -202,6 +205,7 @@ class Update(_Message):
     checks: ClassVar[Mapping[str, Check]] = {
         "device": check.device,
         **_ASSIGNMENT,
+        "base": check.digest,
         "weights": check.blob,
         "samples": _COUNT,
         "steps": _COUNT,

@@ -1,0 +1,199 @@
+"""What goes wrong for users ends in one clear line with a documented exit code, in the real commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune.errors import ExitCode
+from fedprune.profile_store import shipped_folder
+from fedprune_server.digits import deal, digits_model, write_hand
+
+pytestmark = pytest.mark.system
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "exit-codes.md"
+
+
+def run(command: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run one of our commands as a user does."""
+    program = Path(sys.executable).with_name(command)
+    return subprocess.run(
+        [str(program), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={k: v for k, v in os.environ.items() if k != "FEDPRUNE_DEBUG"},
+    )
+
+
+def expect(done: subprocess.CompletedProcess[str], code: ExitCode, *words: str) -> None:
+    """The command failed with this code, in one error line that has these words, and without a traceback."""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(errors) == 1, done.stderr
+    for word in words:
+        assert word in errors[0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "digits.onnx"
+    path.write_bytes(digits_model())
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "a.npz"
+    write_hand(path, deal(["a", "b", "c"], seed=0).devices["a"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "bundle"
+    done = run("fedprune-export", model, "--target", "raspberry-pi-4b", "--density", "0.5", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def bundle(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    path = tmp_path / "images.npy"
+    np.save(path, np.zeros((2, 1, 8, 8), np.float32))
+    return path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 KiB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], check=False)
+    if mount.returncode:
+        pytest.skip("no small disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("content", ["nothing", "text", "half"])
+def test_a_wrong_model_file(model: Path, tmp_path: Path, content: str) -> None:
+    raw = model.read_bytes()
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes({"nothing": b"", "text": b"This is not a model.\n" * 50, "half": raw[: len(raw) // 2]}[content])
+    done = run("fedprune-export", bad, "--target", "raspberry-pi-4b", "--out", tmp_path / "out")
+
+    expect(done, ExitCode.MODEL, "bad.onnx")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_missing_model_file(tmp_path: Path) -> None:
+    done = run("fedprune-export", tmp_path / "no.onnx", "--target", "raspberry-pi-4b", "--out", tmp_path / "out")
+
+    expect(done, ExitCode.MODEL, "no.onnx")
+
+
+def test_a_whole_bundle_predicts(bundle: Path, images: Path) -> None:
+    done = run("fedprune-device", "predict", "--bundle", bundle, "--input", images)
+
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "inference.onnx", "submodel.json"])
+def test_a_truncated_bundle(bundle: Path, images: Path, name: str) -> None:
+    path = bundle / name
+    path.write_bytes(path.read_bytes()[:-1])
+    done = run("fedprune-device", "predict", "--bundle", bundle, "--input", images)
+
+    expect(done, ExitCode.BUNDLE, name, "expected", "got")
+
+
+def test_a_flipped_bit(bundle: Path, images: Path) -> None:
+    path = bundle / "weights.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
+    done = run("fedprune-device", "predict", "--bundle", bundle, "--input", images)
+
+    expect(done, ExitCode.BUNDLE, "weights.safetensors", "expected", "got")
+
+
+def test_a_profile_with_negative_memory(tmp_path: Path, model: Path) -> None:
+    text = (shipped_folder() / "raspberry-pi-4b.toml").read_text()
+    bad = tmp_path / "board.toml"
+    bad.write_text(re.sub(r"total_bytes = [\d_]+", "total_bytes = -1", text))
+
+    expect(run("fedprune-export", "profiles", "check", bad), ExitCode.PROFILE, "board.toml", "total_bytes", "-1")
+    expect(
+        run("fedprune-export", model, "--target", bad, "--out", tmp_path / "out"),
+        ExitCode.PROFILE,
+        "board.toml",
+        "total_bytes",
+    )
+
+
+def test_a_full_disk_at_export(model: Path, small_disk: Path) -> None:
+    done = run("fedprune-export", model, "--target", "raspberry-pi-4b", "--out", small_disk / "bundle")
+
+    expect(done, ExitCode.STORAGE_FULL)
+    assert not (small_disk / "bundle" / "manifest.json").exists()
+
+
+def test_a_full_disk_at_the_server(model: Path, small_disk: Path) -> None:
+    done = run("fedprune-server", "run", "--model", model, "--state", small_disk / "state", "--port", "0")
+
+    expect(done, ExitCode.STORAGE_FULL)
+
+
+def test_a_broker_that_a_device_cannot_reach(data: Path, tmp_path: Path, closed_port: int) -> None:
+    url = f"mqtt://127.0.0.1:{closed_port}"
+    args = ["--device", "a", "--data", data, "--state", tmp_path / "state", "--no-probe"]
+    done = run("fedprune-device", "run", "--broker", url, *args, "--profile", "generic-x86-64")
+
+    expect(done, ExitCode.BROKER, "127.0.0.1", str(closed_port))
+
+
+def test_a_broker_that_the_server_cannot_reach(model: Path, tmp_path: Path, closed_port: int) -> None:
+    url = f"mqtt://127.0.0.1:{closed_port}"
+    done = run("fedprune-server", "run", "--model", model, "--state", tmp_path / "state", "--broker", url)
+
+    expect(done, ExitCode.BROKER, "127.0.0.1", str(closed_port))
+
+
+def test_data_that_is_not_there(tmp_path: Path, closed_port: int) -> None:
+    args = ["--device", "a", "--data", tmp_path / "no.npz", "--state", tmp_path / "state", "--no-probe"]
+    done = run("fedprune-device", "run", "--broker", f"mqtt://127.0.0.1:{closed_port}", *args)
+
+    expect(done, ExitCode.DATA, "no.npz")
+
+
+@pytest.mark.parametrize("code", list(ExitCode))
+def test_every_exit_code_is_documented(code: ExitCode) -> None:
+    assert re.search(rf"\b{code.value}\b", DOCS.read_text())
