@@ -65,9 +65,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(after)
         self.shortcut = nn.Sequential()
         if stride != 1 or before != after:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
@@ -107,9 +105,7 @@ class ConcatNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.norms = nn.ModuleList(nn.BatchNorm2d(8 + growth * i) for i in range(3))
-        self.convs = nn.ModuleList(
-            nn.Conv2d(8 + growth * i, growth, 3, padding=1, bias=False) for i in range(3)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(8 + growth * i, growth, 3, padding=1, bias=False) for i in range(3))
         self.last = nn.BatchNorm2d(8 + growth * 3)
         self.pool = nn.AvgPool2d(4)
         self.fc = nn.Linear((8 + growth * 3) * 16, classes)

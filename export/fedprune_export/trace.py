@@ -49,9 +49,7 @@ class Trace:
 
     def dims(self, name: str) -> tuple[int | None, ...]:
         """Sizes, None where they depend on the batch."""
-        return tuple(
-            None if a != b else a for a, b in zip(self.shapes[name], self.shapes_second[name], strict=True)
-        )
+        return tuple(None if a != b else a for a, b in zip(self.shapes[name], self.shapes_second[name], strict=True))
 
 
 def sample_input(port: Port, batch: int, seed: int = 0) -> Array:
@@ -90,9 +88,7 @@ def trace(graph: Graph) -> Trace:
             )
     probe = graph.copy()
     known = {p.name for p in probe.outputs}
-    probe.outputs += [
-        Port(o, np.dtype(np.float32), ()) for n in probe.nodes for o in n.outputs if o and o not in known
-    ]
+    probe.outputs += [Port(o, np.dtype(np.float32), ()) for n in probe.nodes for o in n.outputs if o and o not in known]
     proto = probe.to_proto()
     for value in proto.graph.output:
         value.ClearField("type")

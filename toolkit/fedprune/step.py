@@ -27,9 +27,7 @@ HITS = "hits"
 LOGITS = "logits"
 """The output of an inference graph (its input is `x`)."""
 
-RESERVED = frozenset(
-    {X, Y, LR, MOMENTUM, WEIGHT_DECAY, LOGIT_OFFSET, CLASS_WEIGHT, CLASS_MASK, LOSS, HITS, LOGITS}
-)
+RESERVED = frozenset({X, Y, LR, MOMENTUM, WEIGHT_DECAY, LOGIT_OFFSET, CLASS_WEIGHT, CLASS_MASK, LOSS, HITS, LOGITS})
 """Names that no tensor of a model may have; the importer renames such tensors."""
 
 
