@@ -20,8 +20,6 @@ from fedprune_server.digits import deal, digits_model, write_hand
 
 pytestmark = pytest.mark.system
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "exit-codes.md"
-
 
 def run(command: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
     """Run one of our commands as a user does."""
@@ -192,8 +190,3 @@ def test_data_that_is_not_there(tmp_path: Path, closed_port: int) -> None:
     done = run("fedprune-device", "run", "--broker", f"mqtt://127.0.0.1:{closed_port}", *args)
 
     expect(done, ExitCode.DATA, "no.npz")
-
-
-@pytest.mark.parametrize("code", list(ExitCode))
-def test_every_exit_code_is_documented(code: ExitCode) -> None:
-    assert re.search(rf"\b{code.value}\b", DOCS.read_text())
