@@ -1,0 +1,262 @@
+"""Gradients of pooling, batch normalisation and convolution against torch in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from differentiation import Arrays, check, differentiated, error, node, normal, reference
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.errors import ModelError
+from fedprune.session import Session
+from fedprune_export import convolution_gradients
+from fedprune_export.convolution_gradients import Formulation
+from fedprune_export.differentiate import Tape
+from fedprune_export.graph import Graph, Port
+from fedprune_export.imported import Model
+from fedprune_export.pooling_gradients import Window
+
+pytestmark = pytest.mark.torch
+
+F = torch.nn.functional
+few = settings(max_examples=40, deadline=None)
+
+
+# -- pooling --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def pools(draw: st.DrawFn) -> dict[str, Any]:
+    kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    return {
+        "size": draw(st.tuples(st.integers(3, 8), st.integers(3, 8))),
+        "kernel": kernel,
+        "strides": kernel if draw(st.booleans()) else draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
+        "pads": tuple(draw(st.integers(0, k // 2)) for k in kernel),
+        "constant": draw(st.sampled_from(["none", "some", "all"])),
+    }
+
+
+def pool_input(case: dict[str, Any], seed: int = 0) -> np.ndarray[Any, Any]:
+    """Random numbers; with `some` of eight values, so that many windows have several maxima; or constant."""
+    x = normal(3, 4, *case["size"], seed=seed)
+    if case["constant"] == "some":
+        x = np.round(x * 2).clip(-2, 2) / np.float32(2)
+    return np.full_like(x, 0.25) if case["constant"] == "all" else x
+
+
+def onnx_pool(case: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kernel_shape": list(case["kernel"]),
+        "strides": list(case["strides"]),
+        "pads": [*case["pads"], *case["pads"]],
+    }
+
+
+@few
+@given(case=pools())
+def test_max_pool_gives_the_gradient_to_torchs_maximum(case: dict[str, Any]) -> None:
+    oracle = lambda x: F.max_pool2d(x, case["kernel"], case["strides"], case["pads"])  # noqa: E731
+    x = pool_input(case)
+    check([node("MaxPool", "x", **onnx_pool(case))], oracle, {"x": x}, {"x": ("N", "c", *case["size"])})
+
+
+@pytest.mark.parametrize("constant", ["some", "all"])
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2), (3, 1), (2, 1), (4, 4)])
+def test_max_pool_on_flat_regions_is_bit_for_bit_torchs(constant: str, kernel: int, stride: int) -> None:
+    x = pool_input({"size": (8, 8), "constant": constant}, seed=3)
+    oracle = lambda x: F.max_pool2d(x, kernel, stride)  # noqa: E731
+    want_y = reference(oracle, {"x": x}, torch.float32, None)["result"]
+    dy = np.round(normal(*want_y.shape, seed=9) * 8)  # whole numbers: sums are exact in any order
+    want = reference(oracle, {"x": x}, torch.float32, dy)["x::gradient"]
+    pool = node("MaxPool", "x", kernel_shape=[kernel] * 2, strides=[stride] * 2)
+    got = differentiated([pool], {"x": x}, {"x": ("N", "c", 8, 8)}, {}).run({"x": x, "dy": dy})
+    np.testing.assert_array_equal(want, got["x::gradient"])
+
+
+def test_max_pool_of_one_axis() -> None:
+    oracle = lambda x: F.max_pool1d(x, 3, 2, 1)  # noqa: E731
+    pool = node("MaxPool", "x", kernel_shape=[3], strides=[2], pads=[1, 1])
+    check([pool], oracle, {"x": normal(2, 3, 11)}, {"x": ("N", "c", 11)})
+
+
+def test_max_pool_with_dilation() -> None:
+    oracle = lambda x: F.max_pool2d(x, 2, 1, 0, 2)  # noqa: E731
+    pool = node("MaxPool", "x", kernel_shape=[2, 2], strides=[1, 1], dilations=[2, 2])
+    check([pool], oracle, {"x": normal(2, 3, 6, 7)}, {"x": ("N", "c", 6, 7)})
+
+
+@pytest.mark.parametrize("size", [5, 6, 7])
+def test_max_pool_that_rounds_up(size: int) -> None:
+    oracle = lambda x: F.max_pool2d(x, 3, 2, 1, ceil_mode=True)  # noqa: E731
+    pool = node("MaxPool", "x", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1], ceil_mode=1)
+    check([pool], oracle, {"x": normal(2, 3, size, size)}, {"x": ("N", "c", size, size)})
+
+
+@few
+@given(case=pools(), counted=st.booleans())
+def test_average_pool(case: dict[str, Any], counted: bool) -> None:
+    oracle = lambda x: F.avg_pool2d(  # noqa: E731
+        x, case["kernel"], case["strides"], case["pads"], count_include_pad=counted
+    )
+    pool = node("AveragePool", "x", **onnx_pool(case), count_include_pad=int(counted))
+    check([pool], oracle, {"x": normal(2, 3, *case["size"])}, {"x": ("N", "c", *case["size"])}, sums=True)
+
+
+def test_average_pool_of_one_axis() -> None:
+    pool = node("AveragePool", "x", kernel_shape=[3], strides=[2])
+    check([pool], lambda x: F.avg_pool1d(x, 3, 2), {"x": normal(2, 3, 12)}, {"x": ("N", "c", 12)})
+
+
+# -- batch normalisation: gradients here, statistics in test_training -----------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (6, 4, 9), (4, 3, 6, 6), (4, 7, 1, 1), (32, 16, 8, 8)])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_batch_norm(shape: tuple[int, ...], offset: float) -> None:
+    c = shape[1]
+    data = {"x": normal(*shape, offset=offset), "w": normal(c, seed=1), "b": normal(c, seed=2)}
+    session = _batch_norm(data, ("N", "c", *shape[2:]))
+    dy = normal(*shape, seed=3)
+
+    def oracle(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(x, None, None, w, b, training=True)
+
+    exact, usual = (reference(oracle, data, t, dy) for t in (torch.float64, torch.float32))
+    feeds = {**data, "dy": dy, "m": np.zeros(c, np.float32), "v": np.ones(c, np.float32)}
+    got = session.run(feeds)
+    for name, value in exact.items():
+        assert error(got[name], value) <= max(1e-6, 2 * error(usual[name], value)), name
+
+
+def _batch_norm(data: Arrays, shape: tuple[int | str, ...]) -> Session:
+    c = data["w"].size
+    axes = (Axis((Segment(0, 0, c),)),)
+    kinds = {"w": "norm_scale", "b": "norm_bias", "m": "stat_mean", "v": "stat_var"}
+    specs = tuple(TensorSpec(n, TensorKind(k), axes) for n, k in kinds.items())
+    arch = Architecture("op", (ChannelGroup("c", c),), specs, (), (), (1,), 1)
+    graph = Graph(nodes=[node("BatchNormalization", "x", "w", "b", "m", "v", epsilon=1e-5)])
+    graph.outputs = [Port("y", np.dtype(np.float32), ())]
+    out = Graph()
+    tape = Tape(Model(graph, arch), out)
+    out.inputs = [Port("x", np.dtype(np.float32), shape)]
+    tape.enter("x", "x", shape, wanted=True)
+    for spec in specs:
+        out.inputs.append(Port(spec.name, np.dtype(np.float32), tape.tensor_shape(spec)))
+        tape.enter(spec.name, spec.name, tape.tensor_shape(spec), wanted=spec.kind.trainable)
+    tape.forward()
+    out.inputs.append(Port("dy", np.dtype(np.float32), shape))
+    tape.add("y", "dy")
+    tape.backward()
+    out.emit("Identity", tape.value("y"), out="result")
+    out.outputs.append(Port("result", np.dtype(np.float32), shape))
+    for name in data:
+        out.emit("Identity", tape.gradient(name) or "", out=f"{name}::gradient")
+        out.outputs.append(Port(f"{name}::gradient", np.dtype(np.float32), tape.shape(name)))
+    return Session(out.to_bytes(), training=True)
+
+
+# -- convolution ----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> dict[str, Any]:
+    rank = draw(st.sampled_from([1, 2, 2]))
+    each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(rank))  # noqa: E731
+    kernel = each(1, 4)
+    case = {
+        "batch": draw(st.integers(1, 4)),
+        "inputs": draw(st.integers(1, 5)),
+        "outputs": draw(st.integers(1, 5)),
+        "size": each(4, 9),
+        "kernel": kernel,
+        "strides": each(1, 3) if draw(st.booleans()) else (1,) * rank,
+        "dilations": each(1, 2),
+        "pads": tuple((draw(st.integers(0, k)), draw(st.integers(0, k))) for k in kernel),
+        "bias": draw(st.booleans()),
+    }
+    spans = [d * (k - 1) + 1 for d, k in zip(case["dilations"], kernel, strict=True)]
+    assume(all(s + sum(p) >= n for s, p, n in zip(case["size"], case["pads"], spans, strict=True)))
+    return case
+
+
+def check_convolution(case: dict[str, Any], groups: int = 1) -> None:
+    rank = len(case["size"])
+    data = {
+        "x": normal(case["batch"], case["inputs"], *case["size"]),
+        "w": normal(case["outputs"], case["inputs"] // groups, *case["kernel"], seed=1),
+    }
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "x": ("N", "c", *case["size"]),
+        "w": ("o" if groups == 1 else "c", "c" if groups == 1 else 1, *case["kernel"]),
+    }
+    if case["bias"]:
+        data["b"], shapes["b"] = normal(case["outputs"], seed=2), shapes["w"][:1]
+    flat = [p for pad in reversed(case["pads"]) for p in pad]
+
+    def oracle(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+        function = F.conv1d if rank == 1 else F.conv2d
+        return function(F.pad(x, flat), w, b, case["strides"], 0, case["dilations"], groups)
+
+    attrs = {
+        "kernel_shape": list(case["kernel"]),
+        "strides": list(case["strides"]),
+        "dilations": list(case["dilations"]),
+        "pads": [p[0] for p in case["pads"]] + [p[1] for p in case["pads"]],
+        "group": groups,
+    }
+    check([node("Conv", *data, **attrs)], oracle, data, shapes, sums=True)
+
+
+@settings(max_examples=80, deadline=None)
+@given(case=convolutions())
+def test_convolution(case: dict[str, Any]) -> None:
+    check_convolution(case)
+
+
+@pytest.mark.parametrize("weight_gradient", ["taps", "columns", "convolution"])
+@pytest.mark.parametrize("forward", ["operator", "columns"])
+@settings(max_examples=25, deadline=None)
+@given(case=convolutions())
+def test_every_formulation_of_a_convolution(weight_gradient: Any, forward: Any, case: dict[str, Any]) -> None:
+    plain = all(s == 1 for s in case["strides"])
+    fits = all(
+        p <= d * (k - 1) for pad, d, k in zip(case["pads"], case["dilations"], case["kernel"], strict=True) for p in pad
+    )
+    kinds: list[Any] = ["flipped", "columns", "transposed"] if plain and fits else ["transposed"]
+    for input_gradient in kinds:
+        chosen = Formulation(forward, input_gradient, weight_gradient)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(convolution_gradients, "formulation", lambda *_, chosen=chosen: chosen)
+            check_convolution(case)
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=convolutions())
+def test_depthwise_convolution_of_any_width(case: dict[str, Any]) -> None:
+    channels = case["inputs"] + 1
+    check_convolution({**case, "inputs": channels, "outputs": channels}, groups=channels)
+
+
+def test_groups_of_several_channels_are_refused_by_name() -> None:
+    data = {"x": normal(2, 4, 5, 5), "w": normal(6, 2, 3, 3)}
+    with pytest.raises(ModelError, match="the_Conv"):
+        differentiated([node("Conv", "x", "w", group=2)], data, {"x": ("N", "c", 5, 5), "w": ("o", 2, 3, 3)}, {})
+
+
+def test_layers_of_common_shapes_keep_their_formulations() -> None:
+    def square(size: int, k: int, pad: int, stride: int = 1) -> Window:
+        out = (size + 2 * pad - k) // stride + 1
+        return Window((size,) * 2, (k,) * 2, (stride,) * 2, (1, 1), ((pad, pad),) * 2, (out,) * 2)
+
+    assert convolution_gradients.formulation(square(32, 3, 1), 16) == Formulation("operator", "flipped", "taps")
+    assert convolution_gradients.formulation(square(4, 3, 1), 64) == Formulation("operator", "flipped", "columns")
+    assert convolution_gradients.formulation(square(2, 3, 1), 64) == Formulation("columns", "columns", "columns")
+    assert convolution_gradients.formulation(square(28, 5, 0), 1).weight_gradient == "convolution"
+    assert convolution_gradients.formulation(square(14, 5, 2), 32) == Formulation("operator", "transposed", "taps")
+    assert convolution_gradients.formulation(square(32, 3, 1, 2), 16).input_gradient == "transposed"
