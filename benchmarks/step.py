@@ -32,7 +32,7 @@ PAIRS = 21
 WARM_UP = 3
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 
-CONTENDED = 3.0
+CONTENDED = 2.0
 """From this ratio of CPU time to that of one thread on, a row with more threads compares nothing."""
 
 Step = Callable[[], float]
@@ -250,11 +250,11 @@ def page(about: dict[str, Any], rows: list[dict[str, Any]], sizes: dict[str, dic
     )
     return f"""# A training step
 
-{about["date"]}, {about["cpu"]}, {about["cores"]} cores (load {about["load"]} from neighbours), Python {about["python"]},
-onnxruntime {about["onnxruntime"]}, torch {about["torch"]}. `python benchmarks/step.py`
+{about["date"]}, {about["cpu"]}, {about["cores"]} cores (load {about["load"]} from neighbours),
+Python {about["python"]}, onnxruntime {about["onnxruntime"]}, torch {about["torch"]}. `python benchmarks/step.py`
 
-SGD with momentum and weight decay, batch {BATCH}; medians of {PAIRS} pairs of steps in turn; *ratio* is the median ratio
-within a pair, below 1 where ours is faster. CPU time counts all threads. Peak memory: fresh processes, one thread. The
+SGD with momentum and weight decay, batch {BATCH}; medians of {PAIRS} pairs of steps in turn; *ratio* is the median
+ratio within a pair, below 1 where ours is faster. CPU time counts all threads. Peak memory: fresh processes, one thread. The
 same graph file serves both widths.
 
 | net | width | threads | ms | torch ms | ratio | CPU | torch CPU | ratio | peak MB | torch peak MB |
