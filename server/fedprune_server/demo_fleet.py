@@ -13,7 +13,7 @@ from fedprune.profile import HardwareProfile
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 
-ROUNDS = 12
+ROUNDS = 24
 QUICK_ROUNDS = 2
 BYTE_BUDGET = 500_000
 """Bytes that the fleet's job lets one device cause per round, both ways."""
@@ -73,10 +73,10 @@ def fleet_job(seed: int = 0, rounds: int = ROUNDS) -> Job:
         devices=len(BOARDS),
         deadline_s=_DEADLINE_S,
         byte_budget=BYTE_BUDGET,
-        scorer="magnitude",
+        scorer="ordered",
         rule="fill",
-        server_momentum=0.5,
-        recipe=Recipe(epochs=2, batch_size=32, lr=0.05, momentum=0.9, logit_adjustment=True),
+        server_momentum=0.7,
+        recipe=Recipe(epochs=2, batch_size=32, lr=0.03, momentum=0.9, logit_adjustment=True),
     )
 
 
@@ -91,5 +91,5 @@ def reference_job(seed: int = 0, rounds: int = ROUNDS) -> Job:
         density=1.0,
         scorer="ordered",
         rule="coverage",
-        recipe=Recipe(epochs=2, batch_size=32, lr=0.05, momentum=0.9),
+        recipe=Recipe(epochs=2, batch_size=32, lr=0.03, momentum=0.9),
     )

@@ -20,7 +20,7 @@ from fedprune.errors import DataError
 from fedprune_device.data import TEST_SHARE, LocalData
 
 CLASSES = 10
-ALPHA = 0.4
+ALPHA = 0.5
 """Concentration of the Dirichlet shares: the smaller, the more one-sided is what a device sees."""
 
 SERVER_SHARE = 0.25

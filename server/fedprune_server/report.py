@@ -11,7 +11,7 @@ from pathlib import Path
 from fedprune_server import pictures
 from fedprune_server.record import Record
 
-TAIL = 3
+TAIL = 5
 """Final accuracies are means over this many last rounds: a single round of a small test set is a coin toss."""
 
 POINTS = 2.0

@@ -6,6 +6,7 @@ import pytest
 from fedprune.errors import ExitCode
 from fedprune_server.digits import deal, digits_model, write_hand
 from fedprune_server.record import Record
+from fedprune_server.report import TAIL
 from fedprune_server.simulate_cli import main
 
 NAMES = ("barn", "dock")
@@ -58,7 +59,7 @@ def test_a_configuration_becomes_a_report(config, tmp_path, capsys):
     assert [d.name for d in record.devices] == list(NAMES)
     assert len(record.rounds) == 2
     assert record.last.accuracy is not None
-    assert f"{record.final(3)[1]:.1%}" in capsys.readouterr().out
+    assert f"{record.final(TAIL)[1]:.1%}" in capsys.readouterr().out
     assert (out / "report.html").is_file()
 
 
