@@ -254,8 +254,8 @@ def page(about: dict[str, Any], rows: list[dict[str, Any]], sizes: dict[str, dic
 Python {about["python"]}, onnxruntime {about["onnxruntime"]}, torch {about["torch"]}. `python benchmarks/step.py`
 
 SGD with momentum and weight decay, batch {BATCH}; medians of {PAIRS} pairs of steps in turn; *ratio* is the median
-ratio within a pair, below 1 where ours is faster. CPU time counts all threads. Peak memory: fresh processes, one thread. The
-same graph file serves both widths.
+ratio within a pair, below 1 where ours is faster. CPU time counts all threads. Peak memory: fresh processes, one
+thread. The same graph file serves both widths.
 
 | net | width | threads | ms | torch ms | ratio | CPU | torch CPU | ratio | peak MB | torch peak MB |
 |---|---|---|---|---|---|---|---|---|---|---|
