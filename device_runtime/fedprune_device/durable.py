@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedprune.blobs import storage_errors
+from fedprune.disk import storage_errors
 from fedprune.errors import StorageError
 
 TEMPORARY = ".new-"

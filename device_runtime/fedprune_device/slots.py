@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.blobs import storage_errors
+from fedprune.disk import storage_errors
 from fedprune.errors import ModelError, StorageError
 from fedprune_device import durable
 from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor

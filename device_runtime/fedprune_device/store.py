@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedprune.blobs import BlobStore, storage_errors
+from fedprune.blobs import BlobStore
+from fedprune.disk import storage_errors
 from fedprune.errors import ProtocolError, StorageError
 from fedprune.wire import messages
 from fedprune_device import durable

@@ -215,7 +215,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _export_model(arguments: argparse.Namespace) -> int:
-    from fedprune.blobs import storage_errors
+    from fedprune.disk import storage_errors
     from fedprune_server.state_folder import global_model, model_after
 
     out: Path = arguments.out

@@ -14,8 +14,9 @@ import numpy as np
 
 from fedprune import tensorfile
 from fedprune.architecture import Architecture
-from fedprune.blobs import BlobStore, storage_errors
+from fedprune.blobs import BlobStore
 from fedprune.coordination import Phase, State
+from fedprune.disk import storage_errors
 from fedprune.errors import ConfigError, DataError, StorageError
 from fedprune.job import Job
 from fedprune_device.data import load_data

@@ -14,7 +14,8 @@ import pytest
 
 from fedprune.errors import BrokerError, ConfigError
 from fedprune.wire import link as link_module
-from fedprune.wire.link import BrokerUrl, ConnectionDown, ConnectionUp, Link
+from fedprune.wire.broker_url import BrokerUrl
+from fedprune.wire.link import ConnectionDown, ConnectionUp, Link
 
 Start = Callable[..., Any]
 

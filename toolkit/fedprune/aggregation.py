@@ -16,8 +16,6 @@ operations. Batch-norm statistics are always means over the devices that cover t
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -25,26 +23,18 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.architecture import FIXED, Architecture, Axis, TensorKind, TensorSpec
+from fedprune.architecture import Architecture, TensorKind, TensorSpec
 from fedprune.errors import BundleError, ProtocolError
-from fedprune.fixed_point import (
-    MAX_WEIGHT,
-    VALUE_BITS,
-    FixedSum,
-    Index,
-    Range,
-    check_range,
-    magnitude,
-    run_all,
-)
+from fedprune.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Index, Range, run_all
+from fedprune.layout import mass_in, places, row_blocks, to_global, to_layout
 from fedprune.selection import Selection, Tensors, mesh
+from fedprune.tensor_checks import check_model, check_submodel
 
 Rule = Literal["coverage", "fill"]
 
 Float64s = npt.NDArray[np.float64]
 
 MAX_STEPS = 2**31 - 1
-_CHUNK = 65_536
 _STEP_RANGE = Range(-2)
 """Movement per step, saturated at 1/4: its square must keep its digits where it is small, not where it is absurd."""
 _STEP_SQUARE_RANGE = Range(-4)
@@ -84,7 +74,7 @@ class Fold:
         if rule not in ("coverage", "fill"):
             raise BundleError("aggregation rule", expected="coverage or fill", got=repr(rule))
         self.architecture = architecture
-        self.base = _check_base(architecture, base)
+        self.base = check_model(architecture, base)
         self.rule: Rule = rule
         self.evidence = evidence
         self.threads = threads
@@ -115,30 +105,8 @@ class Fold:
             ProtocolError: A tensor is missing, unknown, not float32, of another shape than the selection says, or
                 holds values that are not finite or out of bounds; the message names it.
         """
-        mine = self.architecture
-        if selection.architecture is not mine and selection.architecture.digest != mine.digest:
-            raise BundleError("update's selection belongs to another architecture")
-        unknown = sorted(set(submodel) - set(mine.by_name))
-        if unknown:
-            raise ProtocolError(f"update holds a tensor that the model doesn't have: {unknown[0]!r}")
-        shapes = selection.shapes()
-        for spec in mine.tensors:
-            value = submodel.get(spec.name)
-            if value is None:
-                raise ProtocolError(f"update lacks tensor {spec.name}")
-            if value.dtype != np.float32:
-                raise ProtocolError(f"type of {spec.name} in an update", expected="float32", got=value.dtype)
-            if value.shape != shapes[spec.name]:
-                raise ProtocolError(f"shape of {spec.name} in an update", expected=shapes[spec.name], got=value.shape)
-        run_all(
-            [partial(check_range, t.name, submodel[t.name], self._spans[t.name].bound) for t in mine.tensors],
-            self.threads,
-        )
-        for spec in mine.statistics:
-            if spec.kind is TensorKind.STAT_VAR and submodel[spec.name].size:
-                least = float(submodel[spec.name].min())
-                if least < 0:
-                    raise ProtocolError(f"values of {spec.name}", expected="variances from 0 up", got=f"{least:g}")
+        bounds = {name: span.bound for name, span in self._spans.items()}
+        check_submodel(self.architecture, selection, submodel, bounds, self.threads)
 
     def add(
         self,
@@ -190,13 +158,13 @@ class Fold:
         steps: int,
     ) -> None:
         value = submodel[spec.name]
-        places = list(self._places(spec, selection))
-        for at, part in places:
+        pairs = list(places(self._expect_layout(), spec, selection))
+        for at, part in pairs:
             self._sums[spec.name].add(value[part], weight, at)
         if spec.name in self._means:
             mean = self._means[spec.name]
             off = np.array(submodel[mean], np.float64) - self.base[mean][selection.maps(mean)[0]]
-            for at, part in places:
+            for at, part in pairs:
                 self._spread[spec.name].add((off * off)[part], weight, at)
         if spec.name in self._moves:
             maps = selection.maps(spec.name)
@@ -205,10 +173,10 @@ class Fold:
             moved -= before
             moved /= steps
             np.clip(moved, -_STEP_RANGE.bound, _STEP_RANGE.bound, out=moved)
-            for at, part in places:
+            for at, part in pairs:
                 self._moves[spec.name].add(moved[part], weight, at)
             moved *= moved
-            for at, part in places:
+            for at, part in pairs:
                 self._squares[spec.name].add(moved[part], weight, at)
 
     def merge(self, other: Fold) -> None:
@@ -235,7 +203,7 @@ class Fold:
         for spec in self.architecture.tensors:
             for mine, theirs in ((s[spec.name], o[spec.name]) for s, o in self._stores(other) if spec.name in s):
                 for a, b in zip(mine.limbs, theirs.limbs, strict=True):
-                    a += _to_layout(_to_global(b, spec, other._layout), spec, self._layout)
+                    a += to_layout(to_global(b, spec, other._layout), spec, self._layout)
         for digest, (selection, weight) in other._shares.items():
             _, before = self._shares.get(digest, (selection, 0))
             self._shares[digest] = (selection, before + weight)
@@ -290,19 +258,19 @@ class Fold:
 
     def _close_tensor(self, spec: TensorSpec) -> npt.NDArray[np.float32]:
         layout = self._expect_layout()
-        base = _to_layout(self.base[spec.name], spec, layout)
+        base = to_layout(self.base[spec.name], spec, layout)
         out = np.empty(spec.shape, np.float32)
         for rows, mean, held in self._means_by_rows(spec, base):
             out[rows] = mean if held is None else np.where(held, mean, base[rows])
-        return np.array(_to_global(out, spec, layout))
+        return np.array(to_global(out, spec, layout))
 
     def _close_moving(
         self, spec: TensorSpec, momentum: float, velocity: npt.NDArray[np.float32] | None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         layout = self._expect_layout()
-        base = _to_layout(self.base[spec.name], spec, layout)
+        base = to_layout(self.base[spec.name], spec, layout)
         start = np.zeros(spec.shape, np.float32) if velocity is None else velocity
-        moving = _to_layout(start, spec, layout).copy()
+        moving = to_layout(start, spec, layout).copy()
         out = base.copy()
         for rows, mean, held in self._means_by_rows(spec, base):
             speed = momentum * moving[rows].astype(np.float64) + (mean - base[rows])
@@ -313,8 +281,8 @@ class Fold:
                 out[rows] = np.where(held, following, base[rows])
                 moving[rows] = np.where(held, speed, moving[rows])
         return (
-            np.array(_to_global(out, spec, layout)),
-            np.array(_to_global(moving, spec, layout)),
+            np.array(to_global(out, spec, layout)),
+            np.array(to_global(moving, spec, layout)),
         )
 
     def _means_by_rows(
@@ -325,7 +293,7 @@ class Fold:
         mass = self._mass(spec)
         fill = self.rule == "fill" and spec.kind.trainable
         scale = VALUE_BITS - sums.span.exponent
-        for rows in _row_blocks(spec.shape):
+        for rows in row_blocks(spec.shape):
             if mass is None:
                 mean, held = sums.value(rows), None
                 mean /= self.weight
@@ -347,7 +315,7 @@ class Fold:
         layout = self._expect_layout()
         mean = self.architecture.by_name[self._means[spec.name]]
         part = self.weight if mass is None else np.maximum(mass[rows], 1)
-        off = self._sums[mean.name].value(rows) / part - _to_layout(self.base[mean.name], mean, layout)[rows]
+        off = self._sums[mean.name].value(rows) / part - to_layout(self.base[mean.name], mean, layout)[rows]
         spread: Float64s = self._spread[spec.name].value(rows) / part - off * off
         return np.maximum(spread, 0.0)
 
@@ -359,7 +327,7 @@ class Fold:
         mass = self._mass(spec)
         if mass is None:
             return np.full(spec.shape, self.weight, np.int64)
-        return np.array(_to_global(mass, spec, self._layout))
+        return np.array(to_global(mass, spec, self._layout))
 
     def movement(self, name: str) -> tuple[Float64s, Float64s, npt.NDArray[np.bool_]]:
         """What a trainable tensor's devices say about gradient and curvature.
@@ -378,60 +346,18 @@ class Fold:
         if self._layout is None:
             return np.zeros(spec.shape), np.zeros(spec.shape), mass > 0
         part = np.maximum(mass, 1)
-        first = _to_global(self._moves[name].value(), spec, self._layout) / part
-        second = _to_global(self._squares[name].value(), spec, self._layout) / part
+        first = to_global(self._moves[name].value(), spec, self._layout) / part
+        second = to_global(self._squares[name].value(), spec, self._layout) / part
         return first, second, mass > 0
 
     def _mass(self, spec: TensorSpec) -> npt.NDArray[np.int64] | None:
         """Mass in the fold's layout; None where every update holds the whole tensor."""
-        shapes = [(s, n, s.architecture.shape(spec.name, s.widths)) for s, n in self._shares.values()]
-        if all(shape == spec.shape for _, _, shape in shapes):
-            return None
-        mass = np.zeros(spec.shape, np.int64)
-        for selection, weight, _ in shapes:
-            for at, _ in self._places(spec, selection):
-                mass[at] += weight
-        return mass
+        return mass_in(self._expect_layout(), spec, self._shares.values())
 
     def _expect_layout(self) -> Selection:
         if self._layout is None:
             raise BundleError("the fold is empty")
         return self._layout
-
-    def _places(self, spec: TensorSpec, selection: Selection) -> Iterator[tuple[Index, Index]]:
-        """Where a submodel's tensor lies in the sums: pairs of an index into them and one into it.
-
-        Sums are laid out by the ranks of the first update. A submodel of the same ranks is a prefix of each segment,
-        so that slices do; others need index arrays.
-        """
-        layout = self._expect_layout()
-        if all(_same_ranks(layout, selection, axis) for axis in spec.axes):
-            if all(selection.widths[g] == layout.widths[g] for axis in spec.axes for g in axis.groups):
-                yield (...,), (...,)
-                return
-            for pairs in itertools.product(*(_pieces(axis, selection) for axis in spec.axes)):
-                yield tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
-            return
-        into = [
-            np.argsort(order)[own] for order, own in zip(layout.maps(spec.name), selection.maps(spec.name), strict=True)
-        ]
-        yield mesh(into), (...,)
-
-
-def _check_base(architecture: Architecture, base: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
-    out: Tensors = {}
-    for spec in architecture.tensors:
-        value = base.get(spec.name)
-        if value is None or value.dtype != np.float32 or value.shape != spec.shape:
-            raise BundleError(
-                f"tensor {spec.name} of the fold's base",
-                expected=f"float32 {spec.shape}",
-                got="nothing" if value is None else f"{value.dtype} {value.shape}",
-            )
-        if not math.isfinite(magnitude(value)):
-            raise BundleError(f"tensor {spec.name} of the fold's base", expected="finite numbers")
-        out[spec.name] = value
-    return out
 
 
 def _span(spec: TensorSpec, base: npt.NDArray[np.float32]) -> Range:
@@ -448,57 +374,3 @@ def _paired_means(architecture: Architecture) -> dict[str, str]:
     if [t.axes for t in means] != [t.axes for t in variances]:
         raise BundleError("the model's batch-norm means and variances don't pair up")
     return {v.name: m.name for m, v in zip(means, variances, strict=True)}
-
-
-def _same_ranks(one: Selection, other: Selection, axis: Axis) -> bool:
-    return one.ranks is other.ranks or all(
-        one.ranks[g] is other.ranks[g] or np.array_equal(one.ranks[g], other.ranks[g]) for g in axis.groups
-    )
-
-
-def _pieces(axis: Axis, selection: Selection) -> list[tuple[slice, slice]]:
-    """Runs of a submodel's axis: slices of the whole axis in rank order and of its own, neighbours joined."""
-    runs: list[tuple[int, int, int]] = []
-    full = own = 0
-    for s in axis.segments:
-        length = s.length
-        if s.group != FIXED:
-            kept = selection.ranks[s.group][: selection.widths[s.group]]
-            whole = s.count == selection.ranks[s.group].size
-            length = (
-                kept.size * s.inner if whole else int(((kept >= s.start) & (kept < s.start + s.count)).sum()) * s.inner
-            )
-        if runs and runs[-1][0] + runs[-1][2] == full and runs[-1][1] + runs[-1][2] == own:
-            runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + length)
-        elif length:
-            runs.append((full, own, length))
-        full += s.length
-        own += length
-    return [(slice(a, a + n), slice(b, b + n)) for a, b, n in runs]
-
-
-def _to_layout(value: npt.NDArray[Any], spec: TensorSpec, layout: Selection) -> npt.NDArray[Any]:
-    for axis, order in enumerate(layout.maps(spec.name)):
-        if not _identity(order):
-            value = value.take(order, axis=axis)
-    return value
-
-
-def _to_global(value: npt.NDArray[Any], spec: TensorSpec, layout: Selection) -> npt.NDArray[Any]:
-    for axis, order in enumerate(layout.maps(spec.name)):
-        if not _identity(order):
-            value = value.take(np.argsort(order), axis=axis)
-    return value
-
-
-def _identity(order: npt.NDArray[np.int64]) -> bool:
-    return bool(np.array_equal(order, np.arange(order.size)))
-
-
-def _row_blocks(shape: tuple[int, ...]) -> Iterator[Index]:
-    if not shape:
-        yield (...,)
-        return
-    rows = max(1, _CHUNK // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0], rows):
-        yield (slice(start, start + rows),)

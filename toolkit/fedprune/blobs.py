@@ -1,22 +1,21 @@
 """Blob stores: folders of files that are named by the sha256 of what they hold.
 
-A file appears under its name only when it is whole and on the disk; what arrives bit by bit grows in `partial/` and can
-be resumed after any kind of death, because each leaf is verified against the blob's leaf table when a partial blob is
-opened again. Nothing but the leaf table needs to be remembered for that.
+A file appears under its name only when it is whole and on the disk; what arrives bit by bit grows in `partial/` until
+it is.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-from fedprune.errors import ProtocolError, StorageError, StorageFullError
+from fedprune.disk import storage_errors, write_all
+from fedprune.errors import StorageError, StorageFullError
+from fedprune.partial_blob import TABLE, PartialBlob
 from fedprune.wire.blob_ref import DIGEST, LEAF, BlobRef, is_digest, leaf_table
 
 MAX_SIZE = 2**30
@@ -24,9 +23,6 @@ MAX_SIZE = 2**30
 
 RESERVE = 1024 * 1024
 """Default number of bytes that stay free on the disk."""
-
-_TABLE = ".leaves"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BlobStore:
@@ -166,7 +162,7 @@ class BlobStore:
         with storage_errors(f"can't delete {path}"):
             path.unlink(missing_ok=True)
             self._table_path(sha256).unlink(missing_ok=True)
-            for name in (sha256, sha256 + _TABLE):
+            for name in (sha256, sha256 + TABLE):
                 (self.root / "partial" / name).unlink(missing_ok=True)
 
     def names(self) -> list[str]:
@@ -212,7 +208,7 @@ class BlobStore:
             with storage_errors(f"can't write {path}"):
                 descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
                 try:
-                    _write(descriptor, data)
+                    write_all(descriptor, data)
                     if self.durable:
                         os.fsync(descriptor)
                 finally:
@@ -242,7 +238,7 @@ class BlobStore:
 
     def _table_path(self, sha256: str) -> Path:
         path = self.path(sha256)
-        return path.with_name(path.name + _TABLE)
+        return path.with_name(path.name + TABLE)
 
     def _sweep(self) -> None:
         """Remove temporary files of processes that are no more."""
@@ -250,188 +246,3 @@ class BlobStore:
             pid = path.name.split("-")[0]
             if pid.isdigit() and not Path("/proc", pid).exists():
                 path.unlink(missing_ok=True)
-
-
-class PartialBlob:
-    """A blob on its way into a store.
-
-    Leaves are written in any order, each verified before it is written; `finish` verifies the whole and gives it its
-    name. Two of the same blob may grow at once: they write the same bytes.
-
-    Args:
-        store: Where it grows.
-        ref: What it shall become.
-
-    Raises:
-        StorageFullError: There is no room for it.
-        StorageError: The disk fails.
-    """
-
-    def __init__(self, store: BlobStore, ref: BlobRef) -> None:
-        self._descriptor: int | None = None
-        store.check_size(ref.size)
-        self.store = store
-        self.ref = ref
-        self.table: bytes | None = None
-        self.present = bytearray(ref.leaf_count)
-        self.count = 0
-        self._data = store.root / "partial" / ref.sha256
-        self._leaves = store.root / "partial" / (ref.sha256 + _TABLE)
-        if self.complete:
-            self.present = bytearray(b"\1" * ref.leaf_count)
-            self.count = ref.leaf_count
-            return
-        self._resume()
-        if self.count < ref.leaf_count:
-            store.check_room(ref.size - self.count * LEAF)
-
-    @property
-    def complete(self) -> bool:
-        """Whether the whole blob is in the store."""
-        return self.store.has(self.ref.sha256)
-
-    def set_table(self, table: bytes) -> bool:
-        """Keep the leaf table, if it is the one that the reference names.
-
-        Raises:
-            StorageError: The disk is full or fails.
-        """
-        if len(table) != self.ref.leaf_count * DIGEST or hashlib.sha256(table).hexdigest() != self.ref.leaves:
-            return False
-        self.store.write_file(self._leaves, table)
-        self.table = table
-        return True
-
-    def write(self, index: int, leaf: bytes | memoryview) -> bool:
-        """Keep a leaf, if it is what the table says. Needs the table.
-
-        Raises:
-            StorageFullError: The disk is full; what has arrived before is kept.
-            StorageError: The disk fails.
-        """
-        if self.table is None or not 0 <= index < len(self.present) or not self._matches(index, leaf):
-            return False
-        if not self.present[index]:
-            with storage_errors(f"can't write {self._data}"):
-                _write(self._open(), leaf, index * LEAF)
-            self.present[index] = 1
-            self.count += 1
-        return True
-
-    def finish(self) -> None:
-        """Verify the whole and give it its name.
-
-        Raises:
-            ProtocolError: All leaves are right but the whole is not: the reference contradicts itself. What has arrived
-                is thrown away.
-            StorageError: Leaves are missing, or the disk fails.
-        """
-        if self.complete:
-            self.close()
-            return
-        if self.count < self.ref.leaf_count or self.table is None:
-            raise StorageError(f"blob {self.ref.sha256} is not complete yet")
-        with storage_errors(f"can't finish {self._data}"):
-            descriptor = self._open()
-            os.ftruncate(descriptor, self.ref.size)
-            found = hashlib.sha256()
-            for at in range(0, self.ref.size, 32 * LEAF):
-                found.update(os.pread(descriptor, 32 * LEAF, at))
-            if found.hexdigest() != self.ref.sha256:
-                self.discard()
-                raise ProtocolError(
-                    "blob's leaves don't make up the blob", expected=self.ref.sha256, got=found.hexdigest()
-                )
-            if self.store.durable:
-                os.fsync(descriptor)
-            self.close()
-            target = self.store.path(self.ref.sha256)
-            with suppress(FileNotFoundError):  # another partial of the same blob was faster
-                self.store.write_file(target.with_name(target.name + _TABLE), self.table)
-                self.store.move(self._data, target)
-            self._leaves.unlink(missing_ok=True)
-        if not self.complete:
-            raise StorageError(f"{self._data} has vanished while it was being finished")
-
-    def discard(self) -> None:
-        """Throw away what has arrived."""
-        self.close()
-        self._data.unlink(missing_ok=True)
-        self._leaves.unlink(missing_ok=True)
-        self.table = None
-        self.present = bytearray(self.ref.leaf_count)
-        self.count = 0
-
-    def close(self) -> None:
-        """Close the file; what has arrived stays."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def _resume(self) -> None:
-        with storage_errors(f"can't read {self._data}"):
-            table = self._leaves.read_bytes() if self._leaves.is_file() else b""
-            if len(table) != self.ref.leaf_count * DIGEST or hashlib.sha256(table).hexdigest() != self.ref.leaves:
-                if self.ref.leaf_count > 1:
-                    return
-                # The only leaf of a small blob is the blob, so that its table is known without being sent.
-                table = bytes.fromhex(self.ref.sha256) if self.ref.leaf_count else b""
-                if hashlib.sha256(table).hexdigest() != self.ref.leaves:
-                    raise ProtocolError(
-                        f"reference of blob {self.ref.sha256} contradicts itself",
-                        expected=f"leaves {hashlib.sha256(table).hexdigest()}",
-                        got=self.ref.leaves,
-                    )
-            self.table = table
-            descriptor = self._open()
-            length = os.fstat(descriptor).st_size
-            for index in range(min(len(self.present), -(-length // LEAF))):
-                if self._matches(index, os.pread(descriptor, self.ref.leaf_size(index), index * LEAF)):
-                    self.present[index] = 1
-                    self.count += 1
-
-    def _matches(self, index: int, leaf: bytes | memoryview) -> bool:
-        table = self.table or b""
-        expected = table[index * DIGEST : (index + 1) * DIGEST]
-        return len(leaf) == self.ref.leaf_size(index) and hashlib.sha256(leaf).digest() == expected
-
-    def _open(self) -> int:
-        if self._descriptor is None:
-            self._descriptor = os.open(self._data, os.O_RDWR | os.O_CREAT, 0o644)
-        return self._descriptor
-
-    def __del__(self) -> None:
-        self.close()
-
-
-@contextmanager
-def storage_errors(what: str, *, missing: bool = False) -> Iterator[None]:
-    """Turn errors of the operating system into ours.
-
-    Args:
-        what: What can't be done, for the message.
-        missing: Let FileNotFoundError through.
-
-    Raises:
-        StorageFullError: The disk or a quota is full.
-        StorageError: Anything else.
-    """
-    try:
-        yield
-    except FileNotFoundError as error:
-        if missing:
-            raise
-        raise StorageError(f"{what}: {error.strerror}") from error
-    except OSError as error:
-        if error.errno in _FULL:
-            raise StorageFullError(
-                f"{what}: {error.strerror}", hint="Free some space; what was there before is untouched."
-            ) from error
-        raise StorageError(f"{what}: {error.strerror}") from error
-
-
-def _write(descriptor: int, data: bytes | memoryview, at: int = 0) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, at)
-        view, at = view[written:], at + written

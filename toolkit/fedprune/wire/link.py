@@ -13,7 +13,6 @@ import logging
 import queue
 import random
 import socket
-import ssl
 import threading
 import time
 from collections import deque
@@ -22,12 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
-from fedprune.errors import BrokerError, ConfigError
+from fedprune.errors import BrokerError
+from fedprune.wire.broker_url import BrokerUrl, failure, tls_context
 
 log = logging.getLogger(__name__)
 
@@ -54,68 +53,12 @@ class ConnectionUp:
 
 @dataclass(frozen=True)
 class ConnectionDown:
-    """The connection is lost.
-
-    Attributes:
-        reason: Why, in words.
-    """
+    """The connection is lost; `reason` says why."""
 
     reason: str
 
 
 Event = ConnectionUp | ConnectionDown
-
-
-@dataclass(frozen=True)
-class BrokerUrl:
-    """A broker's address.
-
-    Attributes:
-        host: Name or address.
-        port: TCP port.
-        tls: Whether the connection is encrypted (mqtts://).
-        user: User name, if any.
-        password: Its password, if any; never part of an error or of repr.
-    """
-
-    host: str
-    port: int
-    tls: bool
-    user: str | None
-    password: str | None
-
-    @classmethod
-    def parse(cls, url: str) -> BrokerUrl:
-        """Read mqtt://[user:password@]host[:port] or mqtts://...
-
-        Raises:
-            ConfigError: It is no such URL.
-        """
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError as error:
-            raise ConfigError("broker URL", expected="mqtt://[user:password@]host[:port]") from error
-        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path.strip("/") or port == 0:
-            raise ConfigError(
-                "broker URL",
-                expected="mqtt://[user:password@]host[:port] or mqtts://...",
-                got=f"scheme {parts.scheme!r}, host {parts.hostname!r}",
-            )
-        tls = parts.scheme == "mqtts"
-        return cls(
-            parts.hostname,
-            port or (8883 if tls else 1883),
-            tls,
-            unquote(parts.username) if parts.username is not None else None,
-            unquote(parts.password) if parts.password is not None else None,
-        )
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
-
-    def __repr__(self) -> str:
-        return f"BrokerUrl({self})"
 
 
 class Link:
@@ -148,7 +91,7 @@ class Link:
         """Messages that didn't fit into the inbox."""
         self._will = will
         self._keepalive = keepalive
-        self._tls = _tls_context(ca) if self.url.tls else None
+        self._tls = tls_context(ca) if self.url.tls else None
         self._topics: list[str] = []
         self._inbox: queue.SimpleQueue[tuple[str, bytes] | Event] = queue.SimpleQueue()
         self._state = threading.Condition(threading.RLock())
@@ -303,7 +246,7 @@ class Link:
             try:
                 reason = self._connection()
             except OSError as error:
-                reason = _describe(error)
+                reason = failure(error)
             except Exception as error:
                 log.warning("connection to %s failed unexpectedly", self.url, exc_info=True)
                 reason = f"{type(error).__name__}: {error}"
@@ -317,8 +260,7 @@ class Link:
         client = self._new_client()
         client.connect(self.url.host, self.url.port, self._keepalive)
         with self._state:
-            self._client = client
-            self._failure = ""
+            self._client, self._failure = client, ""
         deadline = time.monotonic() + client.connect_timeout + 5
         answered, closed_at = False, 0.0
         code = MQTTErrorCode.MQTT_ERR_SUCCESS
@@ -338,8 +280,7 @@ class Link:
                 failure = self._failure
             with suppress(OSError, ValueError):
                 client.disconnect()
-            sock = client.socket()
-            if sock is not None:
+            if (sock := client.socket()) is not None:
                 sock.close()
         return failure or paho.error_string(code).rstrip(".").lower()
 
@@ -353,8 +294,7 @@ class Link:
             reconnect_on_failure=False,
         )
         client.max_queued_messages_set(OUTBOX_MESSAGES)
-        if self.url.user is not None:
-            client.username_pw_set(self.url.user, self.url.password)
+        client.username_pw_set(self.url.user, self.url.password)
         if self._tls is not None:
             client.tls_set_context(self._tls)
         will = self._will() if callable(self._will) else self._will
@@ -362,7 +302,7 @@ class Link:
             client.will_set(will[0], will[1], qos=1, retain=False)
         client.on_socket_open = _no_delay
         # With this callback paho leaves writing to the network thread instead of doing it in `publish`.
-        client.on_socket_register_write = _nothing
+        client.on_socket_register_write = lambda *_: None
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
@@ -415,8 +355,7 @@ class Link:
             was_up, self._up = self._up, False
             news = reason != self._reported
             self._reported = "" if was_up else reason
-            self._client = None
-            self._failure = reason
+            self._client, self._failure = None, reason
             self._requested.clear()
             self._subscribing.clear()
             self._sent.clear()
@@ -430,10 +369,9 @@ class Link:
 
     def _on_message(self, _client: paho.Client, _user: Any, message: paho.MQTTMessage) -> None:
         try:
-            topic = message.topic
+            topic, payload = message.topic, bytes(message.payload)
         except UnicodeDecodeError:
             return
-        payload = bytes(message.payload)
         with self._state:
             if self._inbox_bytes + _MESSAGE_BYTES + len(payload) > INBOX_BYTES:
                 self.dropped += 1
@@ -457,27 +395,6 @@ class Link:
             self._state.notify_all()
 
 
-def _tls_context(ca: Path | None) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=str(ca) if ca is not None else None)
-    except OSError as error:
-        raise ConfigError(f"can't use the CA file {ca}: {error}") from error
-
-
 def _no_delay(_client: paho.Client, _user: Any, sock: Any) -> None:
     with suppress(OSError, AttributeError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _nothing(_client: paho.Client, _user: Any, _sock: Any) -> None:
-    pass
-
-
-def _describe(error: OSError) -> str:
-    if isinstance(error, socket.gaierror):
-        return f"the host name is unknown ({error.strerror})"
-    if isinstance(error, ssl.SSLError):
-        return f"TLS failed ({error.reason or error})"
-    if isinstance(error, TimeoutError):
-        return "no answer"
-    return (error.strerror or str(error) or type(error).__name__).lower()

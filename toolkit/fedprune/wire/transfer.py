@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from fedprune.blobs import BlobStore, PartialBlob
+from fedprune.blobs import BlobStore
 from fedprune.errors import ProtocolError, StorageError
+from fedprune.partial_blob import PartialBlob
 from fedprune.wire.blob_ref import DIGEST, LEAF, BlobRef
 from fedprune.wire.chunk import Chunk, leaves_per_chunk
 from fedprune.wire.messages import MAX_WANT, Gone, Want

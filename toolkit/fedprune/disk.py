@@ -1,0 +1,50 @@
+"""The disk: writing to it, and what the operating system says about it in errors of ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fedprune.errors import StorageError, StorageFullError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def storage_errors(what: str, *, missing: bool = False) -> Iterator[None]:
+    """Turn errors of the operating system into ours.
+
+    Args:
+        what: What can't be done, for the message.
+        missing: Let FileNotFoundError through.
+
+    Raises:
+        StorageFullError: The disk or a quota is full.
+        StorageError: Anything else.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        if missing:
+            raise
+        raise StorageError(f"{what}: {error.strerror}") from error
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageFullError(
+                f"{what}: {error.strerror}", hint="Free some space; what was there before is untouched."
+            ) from error
+        raise StorageError(f"{what}: {error.strerror}") from error
+
+
+def write_all(descriptor: int, data: bytes | memoryview, at: int = 0) -> None:
+    """Write all of `data` at an offset, in as many calls as it takes.
+
+    Raises:
+        OSError: As `os.pwrite`.
+    """
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, at)
+        view, at = view[written:], at + written

@@ -1,0 +1,116 @@
+"""The order in which a fold's sums lie, and where submodels lie in them.
+
+Sums are laid out by the ranks of the first update: along every axis, segment by segment, the most important channel
+first. A submodel of the same ranks is a prefix of each segment, so that slices do; others need index arrays.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.architecture import FIXED, Axis, TensorSpec
+from fedprune.fixed_point import Index
+from fedprune.selection import Selection, mesh
+
+_CHUNK = 65_536
+
+
+def places(layout: Selection, spec: TensorSpec, selection: Selection) -> Iterator[tuple[Index, Index]]:
+    """Where a submodel's tensor lies in the sums: pairs of an index into them and one into it."""
+    if all(_same_ranks(layout, selection, axis) for axis in spec.axes):
+        if all(selection.widths[g] == layout.widths[g] for axis in spec.axes for g in axis.groups):
+            yield (...,), (...,)
+            return
+        for pairs in itertools.product(*(_pieces(axis, selection) for axis in spec.axes)):
+            yield tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+        return
+    into = [
+        np.argsort(order)[own] for order, own in zip(layout.maps(spec.name), selection.maps(spec.name), strict=True)
+    ]
+    yield mesh(into), (...,)
+
+
+def mass_in(
+    layout: Selection, spec: TensorSpec, shares: Collection[tuple[Selection, int]]
+) -> npt.NDArray[np.int64] | None:
+    """Per coordinate of a tensor, in the layout, the weight of the updates that hold it.
+
+    Args:
+        layout: The sums' layout.
+        spec: The tensor.
+        shares: Selections and the weight of all updates of each.
+
+    Returns:
+        The weights; None where every update holds the whole tensor.
+    """
+    shapes = [(s, n, s.architecture.shape(spec.name, s.widths)) for s, n in shares]
+    if all(shape == spec.shape for _, _, shape in shapes):
+        return None
+    mass = np.zeros(spec.shape, np.int64)
+    for selection, weight, _ in shapes:
+        for at, _ in places(layout, spec, selection):
+            mass[at] += weight
+    return mass
+
+
+def to_layout(value: npt.NDArray[Any], spec: TensorSpec, layout: Selection) -> npt.NDArray[Any]:
+    """A tensor of the global model, in the layout."""
+    for axis, order in enumerate(layout.maps(spec.name)):
+        if not _identity(order):
+            value = value.take(order, axis=axis)
+    return value
+
+
+def to_global(value: npt.NDArray[Any], spec: TensorSpec, layout: Selection) -> npt.NDArray[Any]:
+    """What `to_layout` returned, in the model's order again."""
+    for axis, order in enumerate(layout.maps(spec.name)):
+        if not _identity(order):
+            value = value.take(np.argsort(order), axis=axis)
+    return value
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[Index]:
+    """Runs of rows small enough to work on in the cache."""
+    if not shape:
+        yield (...,)
+        return
+    rows = max(1, _CHUNK // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        yield (slice(start, start + rows),)
+
+
+def _same_ranks(one: Selection, other: Selection, axis: Axis) -> bool:
+    return one.ranks is other.ranks or all(
+        one.ranks[g] is other.ranks[g] or np.array_equal(one.ranks[g], other.ranks[g]) for g in axis.groups
+    )
+
+
+def _pieces(axis: Axis, selection: Selection) -> list[tuple[slice, slice]]:
+    """Runs of a submodel's axis: slices of the whole axis in rank order and of its own, neighbours joined."""
+    runs: list[tuple[int, int, int]] = []
+    full = own = 0
+    for s in axis.segments:
+        length = s.length
+        if s.group != FIXED:
+            kept = selection.ranks[s.group][: selection.widths[s.group]]
+            whole = s.count == selection.ranks[s.group].size
+            length = (
+                kept.size * s.inner if whole else int(((kept >= s.start) & (kept < s.start + s.count)).sum()) * s.inner
+            )
+        if runs and runs[-1][0] + runs[-1][2] == full and runs[-1][1] + runs[-1][2] == own:
+            runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + length)
+        elif length:
+            runs.append((full, own, length))
+        full += s.length
+        own += length
+    return [(slice(a, a + n), slice(b, b + n)) for a, b, n in runs]
+
+
+def _identity(order: npt.NDArray[np.int64]) -> bool:
+    return bool(np.array_equal(order, np.arange(order.size)))

@@ -1,0 +1,83 @@
+"""Checks of tensors that claim to be a model, or a submodel of it, before anything is computed with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.architecture import Architecture, TensorKind
+from fedprune.errors import BundleError, ProtocolError
+from fedprune.fixed_point import check_range, magnitude, run_all
+from fedprune.selection import Selection, Tensors
+
+
+def check_model(architecture: Architecture, base: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
+    """The tensors that a fold begins with, if they are a whole model.
+
+    Raises:
+        BundleError: One is missing, not float32, of another shape or not finite; the message names it.
+    """
+    out: Tensors = {}
+    for spec in architecture.tensors:
+        value = base.get(spec.name)
+        if value is None or value.dtype != np.float32 or value.shape != spec.shape:
+            raise BundleError(
+                f"tensor {spec.name} of the fold's base",
+                expected=f"float32 {spec.shape}",
+                got="nothing" if value is None else f"{value.dtype} {value.shape}",
+            )
+        if not math.isfinite(magnitude(value)):
+            raise BundleError(f"tensor {spec.name} of the fold's base", expected="finite numbers")
+        out[spec.name] = value
+    return out
+
+
+def check_submodel(
+    architecture: Architecture,
+    selection: Selection,
+    submodel: Mapping[str, npt.NDArray[Any]],
+    bounds: Mapping[str, float],
+    threads: int = 1,
+) -> None:
+    """Make sure that tensors are the submodel that a selection describes.
+
+    Args:
+        architecture: The model's.
+        selection: Where the submodel's channels live.
+        submodel: The tensors.
+        bounds: By tensor the largest magnitude that its values may have.
+        threads: Threads that look at values.
+
+    Raises:
+        BundleError: The selection is of another architecture.
+        ProtocolError: A tensor is missing, unknown, not float32, of another shape than the selection says, or holds
+            values that are not finite or out of bounds; the message names it.
+    """
+    if selection.architecture is not architecture and selection.architecture.digest != architecture.digest:
+        raise BundleError("update's selection belongs to another architecture")
+    unknown = sorted(set(submodel) - set(architecture.by_name))
+    if unknown:
+        raise ProtocolError(f"update holds a tensor that the model doesn't have: {unknown[0]!r}")
+    shapes = selection.shapes()
+    for spec in architecture.tensors:
+        value = submodel.get(spec.name)
+        if value is None:
+            raise ProtocolError(f"update lacks tensor {spec.name}")
+        if value.dtype != np.float32:
+            raise ProtocolError(f"type of {spec.name} in an update", expected="float32", got=value.dtype)
+        if value.shape != shapes[spec.name]:
+            raise ProtocolError(f"shape of {spec.name} in an update", expected=shapes[spec.name], got=value.shape)
+    run_all(
+        [partial(check_range, t.name, submodel[t.name], bounds[t.name]) for t in architecture.tensors],
+        threads,
+    )
+    for spec in architecture.statistics:
+        if spec.kind is TensorKind.STAT_VAR and submodel[spec.name].size:
+            least = float(submodel[spec.name].min())
+            if least < 0:
+                raise ProtocolError(f"values of {spec.name}", expected="variances from 0 up", got=f"{least:g}")

@@ -1,0 +1,89 @@
+"""Addresses of brokers, what TLS trusts there, and why one can't be reached."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from fedprune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BrokerUrl:
+    """A broker's address.
+
+    Attributes:
+        host: Name or address.
+        port: TCP port.
+        tls: Whether the connection is encrypted (mqtts://).
+        user: User name, if any.
+        password: Its password, if any; never part of an error or of repr.
+    """
+
+    host: str
+    port: int
+    tls: bool
+    user: str | None
+    password: str | None
+
+    @classmethod
+    def parse(cls, url: str) -> BrokerUrl:
+        """Read mqtt://[user:password@]host[:port] or mqtts://...
+
+        Raises:
+            ConfigError: It is no such URL.
+        """
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise ConfigError("broker URL", expected="mqtt://[user:password@]host[:port]") from error
+        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path.strip("/") or port == 0:
+            raise ConfigError(
+                "broker URL",
+                expected="mqtt://[user:password@]host[:port] or mqtts://...",
+                got=f"scheme {parts.scheme!r}, host {parts.hostname!r}",
+            )
+        tls = parts.scheme == "mqtts"
+        return cls(
+            parts.hostname,
+            port or (8883 if tls else 1883),
+            tls,
+            unquote(parts.username) if parts.username is not None else None,
+            unquote(parts.password) if parts.password is not None else None,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def __repr__(self) -> str:
+        return f"BrokerUrl({self})"
+
+
+def tls_context(ca: Path | None) -> ssl.SSLContext:
+    """What a client needs for TLS.
+
+    Args:
+        ca: Certificate authorities; the system's by default.
+
+    Raises:
+        ConfigError: The file can't be used.
+    """
+    try:
+        return ssl.create_default_context(cafile=str(ca) if ca is not None else None)
+    except OSError as error:
+        raise ConfigError(f"can't use the CA file {ca}: {error}") from error
+
+
+def failure(error: OSError) -> str:
+    """Why a broker can't be reached, in words."""
+    if isinstance(error, socket.gaierror):
+        return f"the host name is unknown ({error.strerror})"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed ({error.reason or error})"
+    if isinstance(error, TimeoutError):
+        return "no answer"
+    return (error.strerror or str(error) or type(error).__name__).lower()
