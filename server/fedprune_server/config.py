@@ -16,7 +16,7 @@ from fedprune.wire.topics import check_name
 EMBEDDED = "embedded"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
-_TABLES = ("job", "model", "evaluation", "server")
+_TABLES = ("job", "model", "evaluation", "calibration", "server")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class ServerConfig:
         model: The ONNX file (or torch factory, as `package.module:factory`) with which the job begins; None if the
             state folder has it.
         evaluation: A `.npz` file or `package.module:function` with the server's own samples, or None.
+        calibration: The same for samples on which batch-norm statistics are measured anew; labels are not looked at.
         site: First part of the topics: devices and servers of one site hear each other.
         broker: `embedded`, or the address of a broker such as `mqtt://broker:1883`.
         host: The address on which the embedded broker listens.
@@ -41,6 +42,7 @@ class ServerConfig:
     job: Job = field(default_factory=Job)
     model: str | None = None
     evaluation: str | None = None
+    calibration: str | None = None
     site: str = "default"
     broker: str = EMBEDDED
     host: str = "127.0.0.1"
@@ -113,14 +115,16 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
         if not isinstance(body[table], Mapping):
             raise ConfigError(f"{where}: {table}", expected=f"a table [{table}]", got=repr(body[table]))
     values: dict[str, Any] = {}
-    model, evaluation, server = (body.get(t, {}) for t in ("model", "evaluation", "server"))
+    model, server = (body.get(t, {}) for t in ("model", "server"))
     _only(model, ("path",), f"{where}: [model]", "key")
-    _only(evaluation, ("data",), f"{where}: [evaluation]", "key")
     _only(server, ("site", "broker", "host", "port", "state", "keep", "pulls", "profiles"), f"{where}: [server]", "key")
     if "path" in model:
         values["model"] = _source(_text(model["path"], f"{where}: [model] path"), folder)
-    if "data" in evaluation:
-        values["evaluation"] = _source(_text(evaluation["data"], f"{where}: [evaluation] data"), folder)
+    for table in ("evaluation", "calibration"):
+        data = body.get(table, {})
+        _only(data, ("data",), f"{where}: [{table}]", "key")
+        if "data" in data:
+            values[table] = _source(_text(data["data"], f"{where}: [{table}] data"), folder)
     for key in ("site", "broker", "host", "state", "profiles"):
         if key in server:
             values[key] = _text(server[key], f"{where}: [server] {key}")

@@ -15,7 +15,7 @@ from fedprune.recipe import Recipe
 
 ROUNDS = 24
 QUICK_ROUNDS = 2
-BYTE_BUDGET = 500_000
+BYTE_BUDGET = 430_000
 """Bytes that the fleet's job lets one device cause per round, both ways."""
 
 _DEADLINE_S = 60.0
@@ -55,9 +55,9 @@ class Board:
 
 
 BOARDS = (
-    Board("attic-zero", "raspberry-pi-zero-2w", "metered-modem", 220_000),
-    Board("barn-zero", "raspberry-pi-zero-2w", "metered-modem", 220_000),
-    Board("yard-pi4", "raspberry-pi-4b", "shared-uplink", 360_000),
+    Board("attic-zero", "raspberry-pi-zero-2w", "metered-modem", 290_000),
+    Board("barn-zero", "raspberry-pi-zero-2w", "metered-modem", 290_000),
+    Board("yard-pi4", "raspberry-pi-4b", "shared-uplink", 350_000),
     Board("hall-pi5", "raspberry-pi-5"),
     Board("dock-orin", "jetson-orin-nano"),
     Board("desk-x86", "generic-x86-64"),
@@ -76,7 +76,7 @@ def fleet_job(seed: int = 0, rounds: int = ROUNDS) -> Job:
         scorer="ordered",
         rule="fill",
         server_momentum=0.7,
-        recipe=Recipe(epochs=2, batch_size=32, lr=0.03, momentum=0.9, logit_adjustment=True),
+        recipe=Recipe(epochs=3, batch_size=32, lr=0.03, momentum=0.9, logit_adjustment=True),
     )
 
 
@@ -91,5 +91,5 @@ def reference_job(seed: int = 0, rounds: int = ROUNDS) -> Job:
         density=1.0,
         scorer="ordered",
         rule="coverage",
-        recipe=Recipe(epochs=2, batch_size=32, lr=0.03, momentum=0.9),
+        recipe=Recipe(epochs=3, batch_size=32, lr=0.03, momentum=0.9),
     )

@@ -60,6 +60,11 @@ class DemoFolder:
         return self.root / "data" / "server.npz"
 
     @property
+    def calibration(self) -> Path:
+        """What the server measures batch-norm statistics on."""
+        return self.root / "data" / "calibration.npz"
+
+    @property
     def profiles(self) -> Path:
         """Hardware profiles of the boards."""
         return self.root / "profiles"
@@ -89,6 +94,8 @@ class DemoFolder:
         folder.model.write_bytes(digits_model())
         hands = deal([b.name for b in BOARDS], seed=seed)
         np.savez(folder.evaluation, x=hands.x, y=hands.y)
+        nothing = np.zeros(len(hands.calibration), np.int64)  # a data file has labels, but nobody looks at these
+        np.savez(folder.calibration, x=hands.calibration, y=nothing)
         for board in BOARDS:
             write_hand(folder.data(board.name), hands.devices[board.name])
             profile = board.profile()
@@ -153,7 +160,12 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
             _start_board(children, board.name, folder, place, broker.url)
         state = stack.enter_context(StateFolder(place / "server"))
         config = ServerConfig(
-            job=job, model=str(folder.model), evaluation=str(folder.evaluation), site=_SITE, state=state.path
+            job=job,
+            model=str(folder.model),
+            evaluation=str(folder.evaluation),
+            calibration=str(folder.calibration),
+            site=_SITE,
+            state=state.path,
         )
         opened = state.open_job(config)
         link = Link(broker.url, f"fedprune-server-{_SITE}")

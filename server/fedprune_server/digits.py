@@ -26,6 +26,9 @@ ALPHA = 0.5
 SERVER_SHARE = 0.25
 """Share of all images that no device gets: the global model is measured on them."""
 
+CALIBRATION_SHARE = 0.05
+"""Share that the server keeps to measure batch-norm statistics on: never tested on, labels not looked at."""
+
 _BRIGHTEST = 16
 _TRIES = 1000
 
@@ -37,11 +40,13 @@ class Federation:
     Attributes:
         x: The server's test inputs.
         y: Their labels.
+        calibration: Inputs on which the server measures batch-norm statistics.
         devices: Every device's own data.
     """
 
     x: npt.NDArray[np.float32]
     y: npt.NDArray[np.int64]
+    calibration: npt.NDArray[np.float32]
     devices: dict[str, LocalData]
 
 
@@ -80,7 +85,8 @@ def deal(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, least: 
     x, y = load_digits()
     order = keyed(seed, "digits", "server").permutation(len(y))
     aside = int(len(y) * SERVER_SHARE)
-    server, rest = np.sort(order[:aside]), np.sort(order[aside:])
+    kept = aside + int(len(y) * CALIBRATION_SHARE)
+    server, calibration, rest = (np.sort(part) for part in (order[:aside], order[aside:kept], order[kept:]))
     least = least or len(rest) // (2 * len(devices))
     if least < 2 or least * len(devices) > len(rest):
         raise DataError(f"samples for {len(devices)} devices", expected="at least 2 for each", got=len(rest))
@@ -88,6 +94,7 @@ def deal(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, least: 
     return Federation(
         x[server],
         y[server],
+        x[calibration],
         {name: _own(x, y, rest[hand], seed, name) for name, hand in zip(devices, hands, strict=True)},
     )
 

@@ -89,7 +89,7 @@ class Record:
     Attributes:
         title: For people.
         job: The job's settings.
-        groups: Name and size of every channel group.
+        groups: The layer that makes each group's channels, and their number.
         devices: The fleet.
         rounds: Finished rounds, in order.
         channels: Per device and group the channels it held in the last round, most important first.
@@ -209,12 +209,18 @@ def record_of(
     return Record(
         title=title,
         job=job.to_dict(),
-        groups=tuple((g.name, g.size) for g in architecture.groups),
+        groups=tuple((_label(architecture, i), g.size) for i, g in enumerate(architecture.groups)),
         devices=devices,
         rounds=tuple(_round(entry, traffic, began) for entry in state.history),
         channels={} if selection is None else _channels(selection, devices),
         measured=measured,
     )
+
+
+def _label(architecture: Architecture, group: int) -> str:
+    """A group under the name of the layer that makes its channels, which says more than its own."""
+    members = architecture.members(group)
+    return members[0].partition("[")[0].rpartition(".")[0] or members[0] if members else architecture.groups[group].name
 
 
 def _round(entry: Mapping[str, Any], traffic: Mapping[int, tuple[int, int]], began: float) -> RoundRow:

@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fedprune import profile_store
 from fedprune.blobs import BlobStore
 from fedprune.cli import run_command
@@ -37,6 +40,7 @@ class Plan:
         model: The model.
         devices: The fleet.
         evaluation: The server's own samples, or None.
+        calibration: Samples on which it measures batch-norm statistics, or None.
         dropouts: How devices vanish.
     """
 
@@ -44,6 +48,7 @@ class Plan:
     model: Model
     devices: tuple[VirtualDevice, ...]
     evaluation: Evaluation | None
+    calibration: npt.NDArray[np.float32] | None
     dropouts: DropOuts
 
 
@@ -71,6 +76,9 @@ def read_plan(path: Path, options: argparse.Namespace) -> Plan:
     job = replace(job, devices=min(job.devices, len(devices)) if job.devices > 1 else len(devices))
     model = import_onnx(read_source(config.model), Path(config.model).stem)
     evaluation = None if config.evaluation is None else load_evaluation(config.evaluation, model.architecture)
+    calibration = None
+    if config.calibration is not None:
+        calibration, _ = load_evaluation(config.calibration, model.architecture)
     jobs = {job.name: job}
     if options.reference:
         jobs["FedAvg"] = replace(
@@ -86,7 +94,7 @@ def read_plan(path: Path, options: argparse.Namespace) -> Plan:
                 job.recipe, proximal=0.0, logit_adjustment=False, mask_absent_classes=False, balance_classes=False
             ),
         )
-    return Plan(jobs, model, devices, evaluation, _dropouts(body.get("dropouts", {}), path))
+    return Plan(jobs, model, devices, evaluation, calibration, _dropouts(body.get("dropouts", {}), path))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -141,6 +149,7 @@ def _one(title: str, job: Job, plan: Plan, folder: Path) -> Record:
         BlobStore(folder / "blobs"),
         folder=folder,
         dropouts=plan.dropouts,
+        calibration=plan.calibration,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
@@ -172,6 +181,7 @@ def _demo(options: argparse.Namespace) -> Plan:
         import_onnx(digits_model(), "digits-net"),
         tuple(VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in BOARDS),
         (data.x, data.y),
+        data.calibration,
         DropOuts(),
     )
 

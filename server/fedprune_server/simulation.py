@@ -17,6 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fedprune.blobs import BlobStore
 from fedprune.chance import keyed
 from fedprune.coordination import Coordinator, Phase, State
@@ -105,6 +108,7 @@ class Simulation:
         store: A blob store of this simulation's own: what is no longer needed is deleted from it.
         folder: Where the state is saved, and looked for; without it nothing is.
         dropouts: How devices vanish.
+        calibration: Samples on which the server measures batch-norm statistics, or None.
 
     Raises:
         ConfigError: There are no devices, or names come twice.
@@ -121,6 +125,7 @@ class Simulation:
         *,
         folder: Path | None = None,
         dropouts: DropOuts | None = None,
+        calibration: npt.NDArray[np.float32] | None = None,
     ) -> None:
         self.job = job
         self.model = model
@@ -133,11 +138,11 @@ class Simulation:
             raise ConfigError(
                 "simulation: job.devices", expected=f"at most the {len(devices)} there are", got=job.devices
             )
-        self._worker = Worker(job, model, store, evaluation)
+        self._worker = Worker(job, model, store, evaluation, calibration)
         self._folder = folder
         self._queue: list[tuple[float, int, Item]] = []
         self._run = _Run()
-        self._fingerprint = _fingerprint(job, model, devices, self.dropouts)
+        self._fingerprint = _fingerprint(job, model, devices, self.dropouts, calibration)
         state = None if folder is None else self._load(folder / STATE)
         fresh = state is None
         self.coordinator = Coordinator(job, model.architecture, state or State(model=self._worker.initial()))
@@ -368,7 +373,13 @@ class Simulation:
 _ANEW = "Choose another folder, or delete this one to begin anew."
 
 
-def _fingerprint(job: Job, model: Model, devices: Sequence[VirtualDevice], dropouts: DropOuts) -> str:
+def _fingerprint(
+    job: Job,
+    model: Model,
+    devices: Sequence[VirtualDevice],
+    dropouts: DropOuts,
+    calibration: npt.NDArray[np.float32] | None,
+) -> str:
     """Digest of all that decides a run."""
     digest = hashlib.sha256(json.dumps([job.to_dict(), asdict(dropouts)], sort_keys=True).encode())
     digest.update(model.architecture.digest.encode())
@@ -378,6 +389,8 @@ def _fingerprint(job: Job, model: Model, devices: Sequence[VirtualDevice], dropo
         digest.update(json.dumps([device.name, device.profile.to_dict()], sort_keys=True).encode())
         for array in (device.data.x_train, device.data.y_train, device.data.x_test, device.data.y_test):
             digest.update(array.tobytes())
+    if calibration is not None:
+        digest.update(calibration.tobytes())
     return digest.hexdigest()
 
 

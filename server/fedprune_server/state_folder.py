@@ -92,24 +92,28 @@ class StateFolder:
         Raises:
             ConfigError: The configuration doesn't fit what the folder holds.
             ModelError: The model can't be used.
-            DataError: The evaluation data can't be used.
+            DataError: The evaluation or calibration data can't be used.
             StorageError: The folder is damaged.
         """
         known = self.storage.settings()
         raw, name = self._model_bytes(config, known)
         model = import_onnx(raw, name)
         evaluation = None if config.evaluation is None else load_evaluation(config.evaluation, model.architecture)
+        calibration = None
+        if config.calibration is not None:
+            calibration, _ = load_evaluation(config.calibration, model.architecture)
         settings = {
             "job": config.job.to_dict(),
             "name": name,
             "model": tensorfile.digest(raw),
             "evaluation": config.evaluation,
+            "calibration": config.calibration,
         }
         if known is None:
             self.store.write_file(self.path / MODEL, raw)
         # After the model and before the first state: a crash in between leaves nothing that contradicts itself.
         self.storage.put_settings(settings)
-        worker = Worker(config.job, model, self.store, evaluation)
+        worker = Worker(config.job, model, self.store, evaluation, calibration)
         state = self.storage.load()
         if state is None:
             state = State(model=worker.initial())
@@ -175,7 +179,7 @@ class StateFolder:
 
 
 def stored_config(folder: Path, config: ServerConfig) -> ServerConfig:
-    """The configuration with job and evaluation data of a state folder that has been used before, if it has.
+    """The configuration with job and data of a state folder that has been used before, if it has.
 
     Raises:
         StorageError: The folder is damaged.
@@ -186,8 +190,8 @@ def stored_config(folder: Path, config: ServerConfig) -> ServerConfig:
         known = storage.settings()
     if known is None:
         return config
-    job, evaluation = Job.from_dict(known["job"]), config.evaluation or known["evaluation"]
-    return ServerConfig(**{**vars(config), "job": job, "evaluation": evaluation})
+    data = {k: getattr(config, k) or known.get(k) for k in ("evaluation", "calibration")}
+    return ServerConfig(**{**vars(config), **data, "job": Job.from_dict(known["job"])})
 
 
 def load_evaluation(source: str, architecture: Architecture) -> Evaluation:

@@ -27,6 +27,7 @@ from fedprune.session import Session
 from fedprune_export.imported import Model
 from fedprune_export.inference import inference_model
 from fedprune_export.training import training_graph
+from fedprune_server.calibration import Calibration
 
 Work = do.Score | do.Extract | do.Fold | do.Close | do.Evaluate
 Evaluation = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
@@ -44,14 +45,23 @@ class Worker:
         model: The imported model; its weights are where the job starts.
         store: Where blobs are read and put.
         evaluation: The server's set; without it `Evaluated` carries no metrics.
+        calibration: Samples on which every global model's batch-norm statistics are measured anew, if any.
     """
 
-    def __init__(self, job: Job, model: Model, store: BlobStore, evaluation: Evaluation | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        model: Model,
+        store: BlobStore,
+        evaluation: Evaluation | None = None,
+        calibration: npt.NDArray[np.float32] | None = None,
+    ) -> None:
         self.job = job
         self.model = model
         self.architecture = model.architecture
         self.store = store
         self.evaluation = evaluation
+        self._calibration = None if calibration is None else Calibration(model, calibration)
         self._training: dict[str, Any] | None = None
         self._inference: OrderedDict[tuple[int, ...], dict[str, Any]] = OrderedDict()
         self._tensors: tuple[str, Tensors] | None = None
@@ -169,6 +179,8 @@ class Worker:
         fold, _ = self._sums(command.round, command.model)
         velocity = None if command.velocity is None else tensorfile.decode(self.store.read(command.velocity))
         tensors, velocity = fold.close(self.job.server_momentum, velocity)
+        if self._calibration is not None:
+            tensors = self._calibration(tensors)
         evidence = command.evidence
         if self.job.scorer == "curvature":
             gathered = Evidence.empty(self.architecture) if evidence is None else self._evidence(evidence)

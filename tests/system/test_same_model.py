@@ -31,6 +31,7 @@ def test_daemon_with_device_processes_and_simulator_give_the_same_models(tmp_pat
         devices,
         (data.x, data.y),
         BlobStore(tmp_path / "blobs", durable=False),
+        calibration=data.calibration,
     )
     simulation.run()
 

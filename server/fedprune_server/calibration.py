@@ -1,0 +1,73 @@
+"""Batch-norm statistics of the global model, measured anew on a few samples of the server's own, without labels.
+
+Devices of different widths measure statistics of different sums: a channel that is fed by half of the channels before
+it has another mean and variance than in the whole model. Their average fits no width, and least of all the whole model
+(HeteroFL, Diao et al. 2021, re-estimates statistics, too). One forward pass in training mode over samples like the
+devices' puts that right.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune import step
+from fedprune.errors import DataError
+from fedprune.recipe import Features
+from fedprune.selection import Tensors
+from fedprune.session import Session
+from fedprune_export.imported import Model
+from fedprune_export.training import training_graph
+
+MAX_SAMPLES = 512
+"""All samples go through the model in one batch, so that the statistics are exactly theirs."""
+
+
+class Calibration:
+    """Measures statistics.
+
+    Args:
+        model: The model; its architecture and graph are used, not its weights.
+        x: Samples, as the model takes them, in any order; of more than 512 as many are used.
+
+    Raises:
+        DataError: There are fewer than two samples, or they have another shape than the model's input.
+    """
+
+    def __init__(self, model: Model, x: npt.NDArray[np.float32]) -> None:
+        shape = tuple(model.architecture.input_shape)
+        if x.ndim == 0 or x.shape[1:] != shape or len(x) < 2:
+            raise DataError("calibration samples", expected=("2 or more", *shape), got=x.shape)
+        # The order decides the last bits of a mean, so it must not depend on how a file was read.
+        rows = np.array(sorted(range(len(x)), key=lambda i: x[i].tobytes()))
+        chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLES)).astype(np.int64)]
+        self._x = np.ascontiguousarray(x[chosen], np.float32)
+        self._architecture = model.architecture
+        self._session = Session(training_graph(model, Features()).to_bytes(), training=True)
+
+    def __call__(self, tensors: Tensors) -> Tensors:
+        """The same model with statistics of these samples; weights stay as they are, bit for bit.
+
+        Raises:
+            ModelError: An operator fails.
+        """
+        names = [t.name for t in self._architecture.statistics]
+        if not names:
+            return tensors
+        feeds = dict(tensors) | {
+            step.buffer(t.name): np.zeros_like(tensors[t.name]) for t in self._architecture.trainable
+        }
+        feeds |= {k: np.array(0, np.float32) for k in (step.LR, step.MOMENTUM, step.WEIGHT_DECAY)}
+        feeds |= {step.X: self._x, step.Y: np.zeros(len(self._x), np.int64)}
+        # A step moves a statistic s to keep·s + (1 − keep)·b. Fed with 0 and with 1 it tells keep, hence b.
+        low, high = (
+            self._session.run(
+                feeds | {n: np.full_like(tensors[n], value) for n in names}, [step.following(n) for n in names]
+            )
+            for value in (0.0, 1.0)
+        )
+        out = dict(tensors)
+        for name in names:
+            zero, one = (r[step.following(name)].astype(np.float64) for r in (low, high))
+            out[name] = (zero / (1 - np.median(one - zero))).astype(np.float32)
+        return out
