@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +216,18 @@ def test_a_file_on_disk_is_read(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     path.write_bytes(GOOD)
     assert np.array_equal(tensorfile.load(path)["b"], np.ones(2, np.float32))
+
+
+@pytest.mark.parametrize("shape", [(1,) * 65, (0, 2**40, 2**40), (0, 2**47)])
+def test_shapes_that_numpy_can_not_hold_are_refused(shape: tuple[int, ...]) -> None:
+    size = 4 * math.prod(shape)
+    with pytest.raises(BundleError, match="shape of tensor"):
+        tensorfile.decode(with_header({"a": row(0, size, shape)}, bytes(size)))
+
+
+@given(st.lists(st.integers(0, 2**48), max_size=70), st.sampled_from(["F32", "U8", "F64"]))
+def test_any_shape_is_read_or_refused(shape: list[int], code: str) -> None:
+    size = math.prod(shape) * {"F32": 4, "U8": 1, "F64": 8}[code]
+    raw = with_header({"a": row(0, size, shape, code)}, bytes(min(size, 4096)))
+    with suppress(BundleError):
+        assert tensorfile.decode(raw)["a"].shape == tuple(shape)

@@ -23,6 +23,10 @@ Array = npt.NDArray[Any]
 
 ALIGN = 64
 MAX_HEADER = 16 * 2**20
+MAX_RANK = 8
+"""Dimensions of a tensor; numpy itself stops at 32 or 64."""
+
+_MAX_BYTES = 2**48
 
 _CODES = {
     "F64": np.float64,
@@ -77,7 +81,8 @@ def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], in
     """Where each tensor of a file lies: name to (code, shape, absolute start, end).
 
     Raises:
-        BundleError: The header is damaged, has gaps or overlaps, or doesn't cover the file exactly.
+        BundleError: The header is damaged, has gaps or overlaps, doesn't cover the file exactly, or a shape is one that
+            numpy can't hold.
     """
     view = memoryview(raw)
     if len(view) < 8:
@@ -104,13 +109,20 @@ def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], in
     at, base = 0, 8 + length
     for name, code, shape, start, end in sorted(rows, key=lambda r: (r[3], r[4])):
         if code not in _CODES:
-            raise BundleError(f"type of tensor {name}", expected=", ".join(_CODES), got=repr(code))
-        size = np.dtype(_CODES[code]).itemsize
+            raise BundleError(f"type of tensor {_shown(name)}", expected=", ".join(_CODES), got=_shown(code))
+        size = extent = np.dtype(_CODES[code]).itemsize
         for d in shape:
             size *= d
+            extent *= max(d, 1)  # numpy refuses an empty array whose other dimensions are too large
+        if len(shape) > MAX_RANK or extent >= _MAX_BYTES:
+            raise BundleError(
+                f"shape of tensor {_shown(name)}",
+                expected=f"at most {MAX_RANK} dimensions and less than {_MAX_BYTES} bytes",
+                got=_shown(shape),
+            )
         if start != at or end - start != size:
             raise BundleError(
-                f"tensor {name} doesn't lie where its shape says", expected=(at, at + size), got=(start, end)
+                f"tensor {_shown(name)} doesn't lie where its shape says", expected=(at, at + size), got=(start, end)
             )
         out[name] = (code, shape, base + start, base + end)
         at = end
@@ -150,6 +162,11 @@ def load(path: Path) -> dict[str, Array]:
 def digest(raw: bytes | memoryview) -> str:
     """sha256 as hex."""
     return hashlib.sha256(raw).hexdigest()
+
+
+def _shown(value: object) -> str:
+    """A received value in an error: short, on one line, without characters that can't be printed."""
+    return repr(value)[:80]
 
 
 def _size(value: object) -> int:

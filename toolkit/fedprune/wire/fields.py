@@ -35,6 +35,12 @@ def shown(value: object) -> str:
     return repr(value)[:80]
 
 
+def one_line(value: str, limit: int = 500) -> str:
+    """Somebody else's text as it may be logged, stored and shown: short, one line, nothing that steers a terminal."""
+    flat = " ".join("".join(c if c.isprintable() else " " for c in value[:limit]).split())
+    return flat if len(value) <= limit else f"{flat}..."
+
+
 def device(where: str, value: object) -> str:
     """A device's name."""
     return check_device(value, where)
@@ -77,15 +83,16 @@ def text(limit: int) -> Check:
     """Text without control characters other than line ends and tabs."""
 
     def check(where: str, value: object) -> str:
-        if (
-            not isinstance(value, str)
-            or len(value) > limit
-            or any((ord(c) < 32 and c not in "\n\t") or 0xD800 <= ord(c) < 0xE000 for c in value)
-        ):
+        if not isinstance(value, str) or len(value) > limit or any(_unprintable(ord(c)) for c in value):
             raise ProtocolError(where, expected=f"text of at most {limit} printable characters", got=shown(value))
         return value
 
     return check
+
+
+def _unprintable(code: int) -> bool:
+    """Control characters of ASCII and Latin-1 but line ends and tabs, and halves of surrogate pairs."""
+    return (code < 32 and code not in (9, 10)) or 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000
 
 
 def choice(*options: str) -> Check:

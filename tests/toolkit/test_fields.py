@@ -1,0 +1,34 @@
+"""Checks of fields: what may stand in a text, and how a stranger's text is shown."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.errors import ProtocolError
+from fedprune.wire import fields
+
+pytestmark = pytest.mark.board
+
+
+@pytest.mark.parametrize("code", [0, 7, 27, 0x7F, 0x80, 0x9B, 0x9F, 0xD800])
+def test_a_text_holds_nothing_that_steers_a_terminal(code: int) -> None:
+    with pytest.raises(ProtocolError, match="printable"):
+        fields.text(10)("reason", f"a{chr(code)}b")
+
+
+@pytest.mark.parametrize("value", ["two\nlines", "a\ttab", "µ", "\xa0", "漢字"])
+def test_a_text_may_hold_lines_tabs_and_any_script(value: str) -> None:
+    assert fields.text(10)("reason", value) == value
+
+
+@given(st.text(max_size=50) | st.text(st.characters(max_codepoint=0xFF), max_size=50))
+def test_a_strangers_text_becomes_one_printable_line(value: str) -> None:
+    shown = fields.one_line(value, 20)
+    assert shown.isprintable() or not shown
+    assert len(shown) <= 23
+
+
+def test_words_stay_words_on_one_line() -> None:
+    assert fields.one_line("no room\n  on\tdisk\x1b[2J") == "no room on disk [2J"
