@@ -6,6 +6,7 @@ any time, in another process, with the same bits.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +19,13 @@ from fedprune.aggregation import Fold
 from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.errors import FedpruneError, StorageError
+from fedprune.errors import BundleError, FedpruneError, StorageError
 from fedprune.evidence import Evidence
 from fedprune.job import Job
 from fedprune.scoring import random_ranks, ranks, score
 from fedprune.selection import Selection, Tensors
 from fedprune.session import Session
+from fedprune.wire.fields import one_line
 from fedprune_export.imported import Model
 from fedprune_export.inference import inference_model
 from fedprune_export.training import training_graph
@@ -32,6 +34,8 @@ from fedprune_server.calibration import Calibration
 Work = do.Score | do.Extract | do.Fold | do.Close | do.Evaluate
 Evaluation = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 """Samples and labels of the server's own set."""
+
+log = logging.getLogger("fedprune.server")
 
 _EVALUATION_BATCH = 256
 _CACHED_GRAPHS = 64
@@ -158,15 +162,23 @@ class Worker:
         except StorageError:
             raise
         except FedpruneError as error:
-            return on.UpdateRejected(part.device, command.round, part.attempt, str(error))
+            return on.UpdateRejected(part.device, command.round, part.attempt, one_line(str(error)))
         return on.Folded(part.device, command.round, part.attempt)
 
     def _include(self, round_: int, model: str, ranking: str, part: do.Contribution) -> None:
         fold, included = self._sums(round_, model)
         if part.device in included:
             return
-        submodel = tensorfile.decode(self.store.read(part.weights))
-        fold.add(self._selection(ranking, part.widths), submodel, part.samples, part.steps)
+        raw, selection = self.store.read(part.weights), self._selection(ranking, part.widths)
+        try:
+            fold.add(selection, tensorfile.decode(raw), part.weight, part.steps)
+        except (FedpruneError, MemoryError):
+            raise
+        except Exception as error:
+            # A stranger's bytes: what our checks have overlooked must cost this update, not the server.
+            log.warning("update of %s in round %d: our own code failed on it", part.device, round_, exc_info=True)
+            self._fold = None  # whatever got into the sums must not stay there; the others are added up anew
+            raise BundleError(f"update can't be read ({type(error).__name__}: {error})") from error
         included[part.device] = part
 
     def _close(self, command: do.Close) -> on.Closed:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from fedprune import tensorfile
 from fedprune.architecture import widths_at
@@ -141,6 +144,60 @@ def test_a_bad_update_is_rejected_with_its_reason(model: Model, tmp_path: Path, 
 
     assert isinstance(answer, on.UpdateRejected)
     assert answer.reason
+
+
+def file_of(shape: object, size: int) -> bytes:
+    text = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(size)
+
+
+HOSTILE = st.one_of(
+    st.binary(max_size=200),
+    st.binary(max_size=100).map(lambda b: len(b).to_bytes(8, "little") + b),
+    st.builds(
+        file_of,
+        st.lists(st.sampled_from([0, 1, 2, 2**31, 2**40, -1, 1.5, "x"]), max_size=80),
+        st.sampled_from([0, 4, 8]),
+    ),
+    st.tuples(st.integers(0, 5000), st.binary(min_size=1, max_size=8)),
+)
+"""Any bytes, headers of any bytes, any shapes; or where to damage a good update, and how."""
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(file_of([1] * 65, 4))
+@example(file_of([0, 2**40, 2**40], 0))
+@given(HOSTILE)
+def test_any_bytes_are_an_update_or_a_rejection(model: Model, tmp_path: Path, raw: bytes | tuple[int, bytes]) -> None:
+    w = worker(model, tmp_path)
+    start, ranking = w.initial(), rank(w)
+    widths = widths_at(model.architecture, 0.25)
+    if isinstance(raw, tuple):
+        at, damage = raw
+        selection = Selection.from_json(w.store.read(ranking), model.architecture).narrowed(widths)
+        good = tensorfile.encode(selection.gather(model.tensors))
+        raw = good[:at] + damage + good[at + len(damage) :]
+    part = do.Contribution("a", 1, w.store.put(raw).sha256, widths, 10, 1)
+    answer = w.execute(do.Fold(1, start, ranking, part))
+
+    assert isinstance(answer, (on.Folded, on.UpdateRejected))
+
+
+def test_an_update_that_trips_our_own_code_costs_only_itself(
+    model: Model, federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, fresh = worker(model, tmp_path), worker(model, tmp_path)
+    start, ranking = w.initial(), rank(w)
+    good, bad, other = contributions(w, model, ranking, federation)
+    w.execute(do.Fold(1, start, ranking, good))
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorfile, "decode", lambda raw: 1 / 0)
+        answer = w.execute(do.Fold(1, start, ranking, bad))
+    assert isinstance(answer, on.UpdateRejected)
+    assert "ZeroDivisionError" in answer.reason
+
+    close = do.Close(1, start, ranking, None, None, (good, other))
+    assert w.execute(close) == fresh.execute(close)
 
 
 def test_a_lost_blob_is_the_servers_fault(model: Model, tmp_path: Path) -> None:
