@@ -68,6 +68,7 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--config", type=Path, metavar="FILE", help="fleet.toml; the options below win over it")
     run.add_argument("--model", metavar="MODEL", help="model.onnx, or package.module:factory of a torch module")
     run.add_argument("--evaluation", metavar="DATA", help=".npz with x and y, or package.module:function")
+    run.add_argument("--calibration", metavar="DATA", help="the same, to measure batch-norm statistics anew on")
     run.add_argument("--state", type=Path, metavar="DIR", help="what must survive a crash (default: fedprune-state)")
     run.add_argument("--broker", metavar="URL", help="embedded (default), mqtt://host[:port] or mqtts://host[:port]")
     run.add_argument("--host", help="address of the embedded broker (default: 127.0.0.1, this machine only)")
@@ -103,7 +104,7 @@ def _run(arguments: argparse.Namespace) -> int:
     job = {k: getattr(arguments, k) for k in names} | {"deadline_s": arguments.deadline}
     server = {
         k: getattr(arguments, k)
-        for k in ("model", "evaluation", "state", "broker", "host", "port", "site", "keep", "profiles")
+        for k in ("model", "evaluation", "calibration", "state", "broker", "host", "port", "site", "keep", "profiles")
     }
     config = overridden(config, job, server)
     with ExitStack() as stack:
