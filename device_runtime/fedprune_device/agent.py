@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import logging
 import platform
-import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from fedprune import __version__, session
-from fedprune.errors import ExitCode, FedpruneError, ProtocolError, StorageError
+from fedprune.errors import FedpruneError, ProtocolError, StorageError
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
-from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import (
     Accepted,
@@ -34,42 +32,28 @@ from fedprune.wire.messages import (
     Hello,
     Message,
     Offer,
-    Progress,
-    Refusal,
     Want,
     parse,
 )
-from fedprune.wire.topics import NO_JOB, Topics
+from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
 from fedprune_device.acceptance import check_offer
 from fedprune_device.assignment import DamagedBlobError, Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.downloads import CHUNK_LEAVES, Downloads
+from fedprune_device.outbox import Outbox, Wire
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import TrainingStoppedError
 from fedprune_device.training_thread import TrainingThread
 
 _LOG = logging.getLogger("fedprune.device")
 
-PROGRESS_S = 1.0
-ANNOUNCE_S = 2.0
-ANNOUNCE_MAX_S = 60.0
 _BUSY_WAIT = 0.05
 _IDLE_WAIT = 0.5
 _MAX_PACKET = CHUNK_LEAVES * LEAF + PACKET_OVERHEAD
 _MAX_DAMAGES = 3
 _REMEMBERED = 32
 """Offers that are known when they come again."""
-
-
-class Wire(Protocol):
-    """What the agent needs of `fedprune.wire.link.Link`."""
-
-    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
-        """The next message or event."""
-
-    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        """Send without waiting; False if that isn't possible now."""
 
 
 class Agent:
@@ -106,6 +90,7 @@ class Agent:
         self._topics = Topics(site)
         self._store = store
         self._link = link
+        self._outbox = Outbox(device, self._topics, link)
         self._data = data
         self._profile = profile
         self._profile_name = profile_name or (profile.name if profile is not None else "")
@@ -116,14 +101,8 @@ class Agent:
         self._downloads: Downloads | None = None
         self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: TrainingThread | None = None
-        self._refused: Offer | None = None
-        self._refusal: Refusal | None = None
         self._seen: deque[Offer] = deque(maxlen=_REMEMBERED)
         self._damages = 0
-        self._announce_at = 0.0
-        self._announced = 0
-        self._reported: tuple[str, int, int] | None = None
-        self._report_at = 0.0
         self._finished = False
         self._stopping = threading.Event()
 
@@ -144,7 +123,7 @@ class Agent:
             if self._worker is not None:
                 self._worker.stop()
                 self._worker.join(10)
-            self._say(Death(self._device, self._store.session), NO_JOB)
+            self._outbox.say(Death(self._device, self._store.session))
 
     def stop(self) -> None:
         """Let `run` return soon; may be called from a signal handler or another thread."""
@@ -157,7 +136,7 @@ class Agent:
         except StorageError as error:
             _LOG.warning("can't keep the session number: %s", error)
             self._store.session += 1
-        return self._topics.up(self._device), Death(self._device, self._store.session).to_bytes()
+        return self._outbox.will(self._store.session)
 
     def _guarded(self, step: Callable[[Any], None], argument: Any) -> None:
         """Nothing that comes over the network ends the agent."""
@@ -213,18 +192,17 @@ class Agent:
             self._probe.to_dict() if self._probe is not None else None,
             None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
         )
-        self._say(birth, NO_JOB)
-        self._announced, self._announce_at = 0, now
+        self._outbox.say(birth)
+        self._outbox.hurry(now)
         if self._downloads is not None:
-            self._ask(self._downloads.offer.job, self._downloads.start(now))
+            self._outbox.ask(self._downloads.offer.job, self._downloads.start(now))
 
     def _on_offer(self, offer: Offer, now: float) -> None:
         task, pending = self._store.task, self._store.pending
-        if task is not None and not task.done and _same(task.offer, offer):
-            self._announce_at = now  # an update that waits is what the server should hear of
+        if self._outbox.refuse_again(offer):
             return
-        if self._refused is not None and self._refusal is not None and _same(self._refused, offer):
-            self._say(self._refusal, offer.job)
+        if task is not None and not task.done and _same(task.offer, offer):
+            self._outbox.hurry(now)  # an update that waits is what the server should hear of
             return
         if any(_same(old, offer) for old in self._seen):
             return  # it came late, or twice
@@ -239,7 +217,7 @@ class Agent:
             _LOG.info("round %d of %s is offered again: its update is there already", offer.round, offer.job)
             self._store.accept(offer)
             self._store.keep(replace(pending, attempt=offer.attempt))
-            self._announced, self._announce_at = 0, now
+            self._outbox.hurry(now)
             return
         self._start(offer, now)
 
@@ -260,14 +238,14 @@ class Agent:
 
     def _download(self, offer: Offer, now: float) -> None:
         self._downloads = Downloads(self._store.blobs, offer, now)
-        self._ask(offer.job, self._downloads.start(now))
+        self._outbox.ask(offer.job, self._downloads.start(now))
 
     def _on_chunk(self, chunk: Chunk, now: float) -> None:
         if self._downloads is None:
             return
         offer = self._downloads.offer
         try:
-            self._ask(offer.job, self._downloads.chunk(chunk, now))
+            self._outbox.ask(offer.job, self._downloads.chunk(chunk, now))
         except FedpruneError as error:
             self._refuse(offer, error)
 
@@ -309,16 +287,13 @@ class Agent:
         pending = self._store.pending
         if pending is None or pending.weights.sha256 != want.sha256:
             # Only the update is anybody's business.
-            self._say(Gone(want.sha256), NO_JOB)
+            self._outbox.say(Gone(want.sha256))
             return
         answer = self._serve.answer(want, _MAX_PACKET)
         if isinstance(answer, Gone):
-            self._say(answer, pending.job)
+            self._outbox.say(answer, pending.job)
             return
-        for chunk in answer:
-            if not self._link.publish(self._topics.up_blob(self._device, pending.job), chunk, CHUNK_QOS):
-                break  # what doesn't get through is asked for again
-        self._announce_at = max(self._announce_at, now + 5 * ANNOUNCE_S)
+        self._outbox.serve(pending.job, answer, now)
 
     def _on_gone(self, message: Gone) -> None:
         if self._downloads is not None and self._downloads.lacks(message.sha256):
@@ -346,7 +321,7 @@ class Agent:
                 self._ready = now - self._downloads.began
                 self._downloads = None
             else:
-                self._ask(self._downloads.offer.job, self._downloads.tick(now))
+                self._outbox.ask(self._downloads.offer.job, self._downloads.tick(now))
         if self._worker is not None and not self._worker.alive:
             worker, self._worker = self._worker, None
             self._settle(worker, now)
@@ -355,9 +330,15 @@ class Agent:
             seconds, self._ready = self._ready, None
             _LOG.info("round %d of job %s: training", task.offer.round, task.offer.job)
             self._worker = TrainingThread(self._bench, task.offer, seconds)
-        if self._store.pending is not None and now >= self._announce_at:
-            self._announce(now)
-        self._progress(now)
+        if self._store.pending is not None:
+            self._outbox.announce(self._store.pending, now)
+        self._report(now)
+
+    def _report(self, now: float) -> None:
+        if self._downloads is not None:
+            self._outbox.progress(self._downloads.offer, ("download", *self._downloads.progress), now)
+        elif self._worker is not None and not self._worker.stopped:
+            self._outbox.progress(self._worker.offer, self._worker.status, now)
 
     def _settle(self, worker: TrainingThread, now: float) -> None:
         """Take what the worker leaves behind."""
@@ -373,7 +354,7 @@ class Agent:
                 return
             shown = ", ".join(f"{k} {v:.4g}" for k, v in sorted(update.metrics.items()))
             _LOG.info("round %d of job %s: trained (%s)", offer.round, offer.job, shown)
-            self._announced, self._announce_at = 0, now
+            self._outbox.hurry(now)
         elif isinstance(worker.error, DamagedBlobError) and self._damages < _MAX_DAMAGES:
             self._damages += 1
             _LOG.warning("%s: pulling it again", worker.error)
@@ -394,54 +375,13 @@ class Agent:
             self._store.collect()
 
     def _refuse(self, offer: Offer, error: BaseException) -> None:
-        code = error.exit_code if isinstance(error, FedpruneError) else ExitCode.INTERNAL
-        reason = str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {error}"
-        _LOG.warning("round %d of job %s: refused: %s", offer.round, offer.job, reason)
-        self._refused = offer
-        self._refusal = Refusal(self._device, offer.job, offer.round, offer.attempt, _printable(reason), int(code))
-        self._say(self._refusal, offer.job)
+        self._outbox.refuse(offer, error)
         task = self._store.task
         if task is not None and task.offer == offer:
             self._halt()
             self._store.finish()
 
-    # What goes out
-
-    def _announce(self, now: float) -> None:
-        pending = self._store.pending
-        if pending is None:
-            return
-        self._say(pending, pending.job)
-        wait = min(ANNOUNCE_MAX_S, ANNOUNCE_S * 2.0 ** min(self._announced, 10))
-        self._announced += 1
-        self._announce_at = now + wait * random.uniform(0.75, 1.25)
-
-    def _progress(self, now: float) -> None:
-        if now < self._report_at:
-            return
-        if self._downloads is not None:
-            offer, status = self._downloads.offer, ("download", *self._downloads.progress)
-        elif self._worker is not None and not self._worker.stopped:
-            offer, status = self._worker.offer, self._worker.status
-        else:
-            return
-        if status != self._reported:
-            self._reported, self._report_at = status, now + PROGRESS_S
-            phase, done, total = status
-            self._say(Progress(self._device, offer.job, offer.round, offer.attempt, phase, done, total), offer.job, 0)
-
-    def _ask(self, job: str, wants: list[Want]) -> None:
-        for want in wants:
-            self._say(want, job)
-
-    def _say(self, message: Message, job: str, qos: int = 1) -> None:
-        self._link.publish(self._topics.up(self._device, job), message.to_bytes(), qos)
-
 
 def _same(one: Offer, other: Offer) -> bool:
     """Whether two offers ask for the same, whenever it is due."""
     return replace(one, deadline_s=0.0) == replace(other, deadline_s=0.0)
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)[:4000]

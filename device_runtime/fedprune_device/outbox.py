@@ -1,0 +1,125 @@
+"""What a device says to the server: that it is there, how far it is, what it won't do, what it has trained.
+
+Nothing here is lost for good when the connection is down: births, updates and refusals are said again.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable
+from typing import Protocol
+
+from fedprune.errors import ExitCode, FedpruneError
+from fedprune.wire.chunk import QOS as CHUNK_QOS
+from fedprune.wire.link import ConnectionDown, ConnectionUp
+from fedprune.wire.messages import Death, Message, Offer, Progress, Refusal, Update, Want
+from fedprune.wire.topics import NO_JOB, Topics
+
+_LOG = logging.getLogger("fedprune.device")
+
+PROGRESS_S = 1.0
+ANNOUNCE_S = 2.0
+ANNOUNCE_MAX_S = 60.0
+
+
+class Wire(Protocol):
+    """What a device needs of `fedprune.wire.link.Link`."""
+
+    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
+        """The next message or event."""
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        """Send without waiting; False if that isn't possible now."""
+
+
+class Outbox:
+    """The device's side of the conversation.
+
+    Args:
+        device: The device's name.
+        topics: The site's topics.
+        link: The connection.
+    """
+
+    def __init__(self, device: str, topics: Topics, link: Wire) -> None:
+        self._device = device
+        self._topics = topics
+        self._link = link
+        self._announce_at = 0.0
+        self._announced = 0
+        self._reported: tuple[str, int, int] | None = None
+        self._report_at = 0.0
+        self._refused: Offer | None = None
+        self._refusal: Refusal | None = None
+
+    def say(self, message: Message, job: str = NO_JOB, qos: int = 1) -> None:
+        """Say something once."""
+        self._link.publish(self._topics.up(self._device, job), message.to_bytes(), qos)
+
+    def ask(self, job: str, wants: Iterable[Want]) -> None:
+        """Ask for pieces of blobs."""
+        for want in wants:
+            self.say(want, job)
+
+    def serve(self, job: str, chunks: Iterable[bytes], now: float) -> None:
+        """Send pieces of the update; while the server asks for them, it needn't be told of it."""
+        for chunk in chunks:
+            if not self._link.publish(self._topics.up_blob(self._device, job), chunk, CHUNK_QOS):
+                break  # what doesn't get through is asked for again
+        self._announce_at = max(self._announce_at, now + 5 * ANNOUNCE_S)
+
+    def will(self, session: int) -> tuple[str, bytes]:
+        """Topic and payload that the broker shall publish when this connection is lost."""
+        return self._topics.up(self._device), Death(self._device, session).to_bytes()
+
+    def hurry(self, now: float) -> None:
+        """Announce the update at the next turn, and often at first: it is new, or the connection is."""
+        self._announced, self._announce_at = 0, now
+
+    def announce(self, update: Update, now: float) -> None:
+        """Announce an update, if it is time to, ever less often."""
+        if now < self._announce_at:
+            return
+        self.say(update, update.job)
+        wait = min(ANNOUNCE_MAX_S, ANNOUNCE_S * 2.0 ** min(self._announced, 10))
+        self._announced += 1
+        self._announce_at = now + wait * random.uniform(0.75, 1.25)
+
+    def progress(self, offer: Offer, status: tuple[str, int, int], now: float) -> None:
+        """Say how far an offer is, if that has changed, at most once a second.
+
+        Args:
+            offer: The offer.
+            status: Phase, units done, units in all.
+            now: The time.
+        """
+        if now < self._report_at or status == self._reported:
+            return
+        self._reported, self._report_at = status, now + PROGRESS_S
+        phase, done, total = status
+        self.say(Progress(self._device, offer.job, offer.round, offer.attempt, phase, done, total), offer.job, 0)
+
+    def refuse(self, offer: Offer, error: BaseException) -> None:
+        """Say why an offer isn't carried out."""
+        code = error.exit_code if isinstance(error, FedpruneError) else ExitCode.INTERNAL
+        reason = str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {error}"
+        _LOG.warning("round %d of job %s: refused: %s", offer.round, offer.job, reason)
+        self._refused = offer
+        self._refusal = Refusal(self._device, offer.job, offer.round, offer.attempt, _printable(reason), int(code))
+        self.say(self._refusal, offer.job)
+
+    def refuse_again(self, offer: Offer) -> bool:
+        """Repeat the last refusal, if it was of this very offer; returns whether it was."""
+        if self._refusal is None or self._refused != offer:
+            return False
+        self.say(self._refusal, offer.job)
+        return True
+
+    def forget_refusal(self) -> None:
+        """The refused offer is no longer open; should it come again, it is a new one."""
+        self._refused = self._refusal = None
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)[:4000]
