@@ -19,7 +19,7 @@ recipes = st.builds(
     epochs=st.integers(1, 100),
     batch_size=st.integers(1, 512),
     lr=st.floats(0, 10),
-    momentum=st.floats(0, 1),
+    momentum=st.floats(0, 1, exclude_max=True),
     weight_decay=st.floats(0, 1),
     proximal=st.floats(0, 10),
     logit_adjustment=st.booleans(),
@@ -70,6 +70,11 @@ def test_a_setting_asks_for_its_input(setting: dict[str, Any], feature: str) -> 
 def test_numbers_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"recipe: {name}"):
         Recipe.from_dict({name: value})
+
+
+def test_momentum_is_below_one() -> None:
+    with pytest.raises(ConfigError, match="recipe: momentum: expected a number from 0 to below 1, got 1"):
+        Recipe(momentum=1)
 
 
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "max_steps"])

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
 from fedprune.aggregation import Rule
-from fedprune.errors import ConfigError
+from fedprune.errors import ConfigError, ProtocolError
 from fedprune.recipe import Recipe
 from fedprune.scoring import SCORERS
+from fedprune.wire.topics import check_job
 
 RULES = get_args(Rule)
 
@@ -20,7 +21,7 @@ class Job:
     """Settings of a job.
 
     Attributes:
-        name: Names the job in topics and on disk.
+        name: Names the job in topics and on disk: 1 to 64 letters, digits, `_`, `.` or `-`; not `.`, `..` or `-`.
         seed: Every random number of the job is keyed by it.
         rounds: How many rounds to run.
         devices: A round starts when this many devices are there.
@@ -79,8 +80,10 @@ class Job:
                 raise ConfigError(f"job: {name}", expected=f"a number from {least} to {most}", got=repr(value))
         if self.participation == 0 or self.deadline_s == 0:
             raise ConfigError("job: participation and deadline_s", expected="above 0")
-        if not self.name or len(self.name) > 64 or not set(self.name) <= _NAME or self.name == "-":
-            raise ConfigError("job: name", expected="1 to 64 letters, digits, '_', '.' or '-'", got=repr(self.name))
+        try:
+            check_job(self.name)
+        except ProtocolError as error:
+            raise ConfigError("job: name", expected=error.expected, got=error.got) from error
         for name, allowed in (("scorer", SCORERS), ("rule", RULES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"job: {name}", expected=" or ".join(allowed), got=repr(getattr(self, name)))
@@ -106,6 +109,3 @@ class Job:
                 raise ConfigError("job: recipe", expected="a table of settings", got=repr(values["recipe"]))
             values["recipe"] = Recipe.from_dict(values["recipe"])
         return cls(**values)
-
-
-_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")

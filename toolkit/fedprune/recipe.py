@@ -49,7 +49,7 @@ class Recipe:
         epochs: Passes over the local data.
         batch_size: Samples per step; the last batch of an epoch may be smaller.
         lr: Learning rate of SGD.
-        momentum: Momentum of SGD; the buffer starts at zero every round.
+        momentum: Momentum of SGD, below 1; the buffer starts at zero every round.
         weight_decay: Added to gradients as weight_decay · w.
         proximal: Strength µ of the pull towards the weights that were received; 0 leaves it out.
         logit_adjustment: Add the log of the device's own (smoothed) label shares to the logits in the loss and in
@@ -88,10 +88,12 @@ class Recipe:
                 or not isinstance(value, int if whole else (int, float))
                 or not math.isfinite(value)
                 or not low <= value <= high
+                or (name == "momentum" and value == high)  # the buffer would never forget
             ):
+                below = "below " if name == "momentum" else ""
                 raise ConfigError(
                     f"recipe: {name}",
-                    expected=f"{'a whole number' if whole else 'a number'} from {low} to {high}",
+                    expected=f"{'a whole number' if whole else 'a number'} from {low} to {below}{high}",
                     got=repr(value),
                 )
 

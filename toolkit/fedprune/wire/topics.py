@@ -125,5 +125,7 @@ def check_job(value: object, what: str = "job") -> str:
         ProtocolError: It is not.
     """
     if value == NO_JOB:
-        raise ProtocolError(what, expected="a job's own name", got=repr(value))
+        raise ProtocolError(
+            what, expected="a name of 1 to 64 letters, digits, _ . or -, other than '-'", got=repr(value)
+        )
     return check_name(value, what)

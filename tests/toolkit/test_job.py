@@ -1,0 +1,50 @@
+"""Jobs: names, limits, JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.errors import ConfigError, ProtocolError
+from fedprune.job import Job
+from fedprune.wire.topics import check_job
+
+pytestmark = pytest.mark.board
+
+
+@given(st.text("aZ9_.-/ \n\0é", max_size=4) | st.text(max_size=80))
+def test_a_job_may_have_the_names_that_topics_take(name: str) -> None:
+    try:
+        check_job(name)
+    except ProtocolError:
+        with pytest.raises(ConfigError, match="job: name"):
+            Job(name=name)
+    else:
+        assert Job(name=name).name == name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "-", "a/b", "a b", "a\n", "x" * 65, None, 1, ["a"]])
+def test_what_is_no_name_is_refused(name: Any) -> None:
+    with pytest.raises(ConfigError, match=r"job: name: expected .*letters, digits"):
+        Job(name=name)
+
+
+def test_json_round_trip() -> None:
+    job = Job(name="leaves", rounds=3, density=0.5, rule="fill")
+    assert Job.from_dict(json.loads(json.dumps(job.to_dict()))) == job
+
+
+@pytest.mark.parametrize("value", [None, "1", True, float("nan"), float("inf"), -1, 1e12, [1]])
+@pytest.mark.parametrize("name", ["rounds", "devices", "participation", "deadline_s", "density", "server_momentum"])
+def test_numbers_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"job: {name}"):
+        Job.from_dict({name: value})
+
+
+def test_the_recipe_is_checked() -> None:
+    with pytest.raises(ConfigError, match="recipe: epochs"):
+        Job.from_dict({"recipe": {"epochs": 0}})
