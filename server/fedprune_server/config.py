@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedprune.errors import ConfigError, FedpruneError, MissingExtraError
+from fedprune.errors import ConfigError, FedpruneError
 from fedprune.job import Job
+from fedprune.toml_file import read_toml
 from fedprune.wire.topics import check_name
 
 EMBEDDED = "embedded"
@@ -89,14 +88,7 @@ def read_config(path: Path) -> ServerConfig:
             table and key.
         MissingExtraError: Python 3.10 without the package tomli.
     """
-    toml = _toml()
-    try:
-        body = toml.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"can't read {path}: {error.strerror}") from error
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError alike
-        raise ConfigError(f"{path}: this is not TOML ({error})") from error
-    return parse_config(body, str(path), path.parent)
+    return parse_config(read_toml(path, ConfigError), str(path), path.parent)
 
 
 def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerConfig:
@@ -179,12 +171,3 @@ def _text(value: object, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(where, expected="a text", got=repr(value))
     return value
-
-
-def _toml() -> Any:
-    try:
-        return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            "configuration files need the package tomli on Python 3.10", hint="pip install 'fedprune[server]'"
-        ) from error

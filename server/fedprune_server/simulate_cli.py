@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +16,7 @@ from fedprune.blobs import BlobStore
 from fedprune.cli import run_command
 from fedprune.errors import ConfigError, ExitCode, MissingExtraError
 from fedprune.job import Job
+from fedprune.toml_file import read_toml
 from fedprune_device.data import load_data
 from fedprune_export.imported import Model
 from fedprune_export.load import import_onnx, read_source
@@ -64,7 +63,7 @@ def read_plan(path: Path, options: argparse.Namespace) -> Plan:
         ConfigError: It can't be read, or a key is missing, unknown or wrong; the message names it.
         FedpruneError: Model, data or a profile can't be read.
     """
-    body = _toml(path)
+    body = read_toml(path, ConfigError)
     config = parse_config({k: v for k, v in body.items() if k not in _OWN_TABLES}, str(path), path.parent)
     if config.model is None:
         raise ConfigError(f"{path}: [model] path is missing", expected="an ONNX file")
@@ -215,20 +214,6 @@ def _dropouts(body: object, path: Path) -> DropOuts:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{path}: [dropouts] {key}", expected="a number", got=repr(value))
     return DropOuts(**{k: float(v) for k, v in body.items()})
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("tomli is not installed", hint="pip install 'fedprune[server]'") from error
-    try:
-        body: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"can't read {path}: {error.strerror}") from error
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError alike
-        raise ConfigError(f"{path}: this is not TOML ({error})") from error
-    return body
 
 
 if __name__ == "__main__":

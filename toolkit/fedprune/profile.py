@@ -10,11 +10,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from fedprune.errors import ProfileError
+from fedprune.toml_file import read_toml
 
 FORMAT = "fedprune.profile/1"
 SCHEMES = ("https://", "http://", "derived: ", "estimate: ")
@@ -289,15 +289,9 @@ class HardwareProfile:
 
         Raises:
             ProfileError: It can't be read, is no TOML, or `from_dict` refuses it; the message names the file.
+            MissingExtraError: Python 3.10 without the package tomli.
         """
-        toml = _toml()
-        try:
-            body = toml.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ProfileError(f"can't read {path}: {error.strerror}") from error
-        except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError alike
-            raise ProfileError(f"{path}: this is not TOML ({error})") from error
-        return cls.from_dict(body, str(path))
+        return cls.from_dict(read_toml(path, ProfileError), str(path))
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "profile") -> HardwareProfile:
@@ -314,18 +308,6 @@ class HardwareProfile:
             got = body.get("format") if isinstance(body, dict) else type(body).__name__
             raise ProfileError(f"{where}: format", expected=FORMAT, got=repr(got))
         return cls.from_dict(body, where)
-
-
-def _toml() -> Any:
-    for name in ("tomllib", "tomli"):  # the first is part of Python since 3.11
-        try:
-            return import_module(name)
-        except ModuleNotFoundError:  # noqa: PERF203
-            continue
-    raise ProfileError(
-        "profiles in TOML need Python 3.11 or the package tomli",
-        hint="pip install tomli, or give the profile as JSON.",
-    )
 
 
 def _section(kind: type, section: str, body: object, where: str) -> Any:

@@ -1,0 +1,47 @@
+"""TOML files: read whole, or refused by file and line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import ConfigError, MissingExtraError, ProfileError
+from fedprune.toml_file import read_toml
+
+pytestmark = pytest.mark.board
+
+
+def test_tables_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_bytes('x = 1\r\n[t]\r\ny = "é"\r\n'.encode())
+    assert read_toml(path, ConfigError) == {"x": 1, "t": {"y": "é"}}
+
+
+@pytest.mark.parametrize("raw", [b"ok = 1\nbroken\n", b"ok = 1\nx = = 2", b"ok = 1\n# \xff\n", b"ok = 1\nok = 2\n"])
+def test_the_file_and_the_line_of_an_error_are_named(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "a.toml"
+    path.write_bytes(raw)
+    with pytest.raises(ProfileError, match=r"a\.toml: this is not TOML \(.*(line 2|end of document)"):
+        read_toml(path, ProfileError)
+
+
+def test_deep_nesting_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("x = " + "[" * 100_000)
+    with pytest.raises(ConfigError, match=r"a\.toml: this is not TOML"):
+        read_toml(path, ConfigError)
+
+
+@pytest.mark.parametrize("name", ["absent.toml", "."])
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"can't read .*"):
+        read_toml(tmp_path / name, ConfigError)
+
+
+def test_without_a_parser_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tomllib", "tomli"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError, match="tomli"):
+        read_toml(tmp_path / "a.toml", ConfigError)

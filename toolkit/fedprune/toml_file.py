@@ -1,0 +1,46 @@
+"""TOML files: settings and profiles that people write."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from fedprune.errors import FedpruneError, MissingExtraError
+
+
+def read_toml(path: Path, error: type[FedpruneError]) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Args:
+        path: The file.
+        error: What to raise if it is none.
+
+    Raises:
+        FedpruneError: As `error`: the file can't be read or is no TOML; the message names the file and the line.
+        MissingExtraError: Python 3.10 without the package tomli.
+    """
+    toml = _parser()
+    try:
+        raw = path.read_bytes()
+    except OSError as cause:
+        raise error(f"can't read {path}: {cause.strerror}") from cause
+    try:
+        body: dict[str, Any] = toml.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as cause:
+        line = raw.count(b"\n", 0, cause.start) + 1
+        raise error(f"{path}: this is not TOML (not UTF-8 at line {line})") from cause
+    except RecursionError as cause:
+        raise error(f"{path}: this is not TOML (nested too deep)") from cause
+    except ValueError as cause:  # the parser's own error is one, and says the line
+        raise error(f"{path}: this is not TOML ({cause})") from cause
+    return body
+
+
+def _parser() -> Any:
+    for name in ("tomllib", "tomli"):  # the first is part of Python since 3.11
+        try:
+            return import_module(name)
+        except ModuleNotFoundError:  # noqa: PERF203
+            continue
+    raise MissingExtraError("TOML files need Python 3.11 or the package tomli", hint="pip install tomli.")
