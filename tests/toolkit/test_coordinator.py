@@ -50,6 +50,7 @@ class Shell:
         self.closes: dict[int, list[do.Close]] = {}
         self.acknowledged: list[tuple[str, int]] = []
         self.cancelled: list[tuple[str, int, str]] = []
+        self.told: list[str] = []
         self.wakes: list[float] = []
         self.session = 0
 
@@ -103,6 +104,8 @@ class Shell:
                 self.acknowledged.append((command.device, command.round))
             case do.Cancel():
                 self.cancelled.append((command.device, command.round, command.reason))
+            case do.TellFinished():
+                self.told.append(command.device)
             case do.Wake():
                 self.wakes.append(command.at)
         return None
@@ -178,6 +181,88 @@ def test_the_state_survives_json_at_every_step(data: st.DataObject) -> None:
         assert State.from_json(shell.state.to_json()) == shell.state
 
 
+class Weather(Shell):
+    """A shell whose devices die, return, refuse, lose their memory and are late."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        super().__init__(replace(JOB, devices=2))
+        self.data = data
+        self.gone: set[str] = set()
+        self.sessions = dict.fromkeys(NAMES, 0)
+
+    def answer(self, command: do.Command) -> on.Event | None:
+        if isinstance(command, (do.SendOffer, do.PullUpdate)) and command.device in self.gone:
+            return None
+        return super().answer(command)
+
+    def come(self, name: str, *, forgetful: bool = False) -> None:
+        self.gone.discard(name)
+        self.sessions[name] = 1 if forgetful else self.sessions[name] + 1
+        self.feed(on.DeviceBorn(name, self.sessions[name], {"name": "toy"}, 10))
+
+    def go(self, name: str) -> None:
+        self.gone.add(name)
+        self.feed(on.DeviceDied(name, self.sessions[name]))
+
+    def act(self) -> None:
+        action = self.data.draw(
+            st.sampled_from(
+                ["next", "next", "next", "twice", "lose", "tick", "die", "come", "forget", "refuse", "reject", "crash"]
+            )
+        )
+        name = self.data.draw(st.sampled_from(NAMES))
+        task = self.state.tasks.get(name)
+        if action in ("next", "twice", "lose") and self.inbox:
+            event = self.inbox.pop(self.data.draw(st.integers(0, len(self.inbox) - 1)))
+            # Workers don't lose their answers; what comes from devices may be lost.
+            if action == "lose" and isinstance(event, (on.UpdateAnnounced, on.UpdateStored)):
+                return
+            self.feed(event)
+            if action == "twice":
+                self.feed(event)
+        elif action == "tick":
+            self.now += self.job.deadline_s * self.data.draw(st.sampled_from([0.4, 1.1]))
+            self.feed(on.Ticked())
+        elif action == "die":
+            self.go(name)
+        elif action in ("come", "forget"):
+            self.come(name, forgetful=action == "forget")
+        elif action == "refuse" and task is not None:
+            self.feed(on.OfferRefused(name, self.state.round, task.attempt, "no room"))
+        elif action == "reject" and task is not None:
+            self.feed(on.UpdateRejected(name, self.state.round, task.attempt, "not finite"))
+        elif action == "crash":
+            self.coordinator = Coordinator(self.job, ARCHITECTURE, State.from_json(self.state.to_json()))
+            self.inbox.clear()
+            self.carry_out(self.coordinator.resume(self.now))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_job_ends_whatever_the_weather_was(data: st.DataObject) -> None:
+    shell = Weather(data)
+    for name in NAMES:
+        shell.come(name)
+    for _ in range(60):
+        shell.act()
+    for _ in range(60):  # the sun comes out
+        for name in NAMES:
+            shell.come(name)
+        shell.run()
+        if shell.state.phase is Phase.FINISHED:
+            break
+        shell.now += shell.job.deadline_s + 1
+        shell.feed(on.Ticked())
+
+    assert shell.state.phase is Phase.FINISHED
+    assert [h["round"] for h in shell.state.history] == [1, 2, 3]
+    for closes in shell.closes.values():
+        parts = closes[-1].contributions
+        assert parts
+        assert len({p.device for p in parts}) == len(parts)
+        assert all(p.weights and p.weight == 10 for p in parts)
+
+
 def test_a_round_closes_at_its_deadline_with_what_is_in() -> None:
     shell = Shell()
     shell.everyone_arrives()
@@ -196,13 +281,137 @@ def test_a_round_closes_at_its_deadline_with_what_is_in() -> None:
 def test_an_early_tick_closes_nothing() -> None:
     shell = Shell()
     shell.everyone_arrives()
-    for _ in range(4):
+    while not shell.wakes:
         shell.feed(shell.inbox.pop(0))
     shell.now = shell.wakes[-1] - 1
     shell.feed(on.Ticked())
 
     assert shell.state.phase is Phase.TRAINING
     assert not shell.closes
+    assert shell.wakes[-1] == shell.state.deadline
+
+
+def test_the_deadline_counts_from_the_last_offer() -> None:
+    shell = Shell()
+    shell.everyone_arrives()
+    while not any(isinstance(e, on.Extracted) for e in shell.inbox):
+        shell.feed(shell.inbox.pop(0))
+    for at, event in ((5.0, shell.inbox.pop(0)), (6.0, shell.inbox.pop(0))):
+        shell.now = at
+        shell.feed(event)
+    assert shell.state.deadline is None
+    shell.now = 7.0
+    shell.feed(shell.inbox.pop(0))
+
+    assert shell.state.deadline == 7.0 + JOB.deadline_s
+
+
+def test_an_update_on_the_disk_counts_though_the_deadline_passes_before_it_is_folded() -> None:
+    shell = Shell()
+    shell.everyone_arrives()
+    held = []
+    while shell.inbox:
+        event = shell.inbox.pop(0)
+        if isinstance(event, on.Folded):
+            held.append(event)
+        elif not (isinstance(event, on.UpdateAnnounced) and event.device == "c"):
+            shell.feed(event)
+    shell.now = shell.wakes[-1]
+    shell.feed(on.Ticked())
+    assert not shell.closes
+    for event in held:
+        shell.feed(event)
+
+    assert [p.device for p in shell.closes[1][0].contributions] == ["a", "b"]
+
+
+def test_a_round_that_nobody_finished_goes_to_whoever_is_there() -> None:
+    shell = Shell(replace(JOB, devices=1, participation=0.3))
+    shell.feed(shell.birth("a"))
+    while not isinstance(shell.inbox[0], on.UpdateAnnounced):
+        shell.feed(shell.inbox.pop(0))
+    shell.inbox.clear()
+    shell.feed(on.DeviceDied("a", 0))
+    shell.feed(shell.birth("b"))
+    shell.now = shell.wakes[-1]
+    shell.feed(on.Ticked())
+    shell.run()
+
+    assert shell.state.phase is Phase.FINISHED
+    assert set(shell.state.history[0]["devices"]) == {"b"}
+
+
+def test_a_round_that_nobody_is_left_for_waits() -> None:
+    shell = Shell()
+    shell.everyone_arrives()
+    while shell.inbox:
+        event = shell.inbox.pop(0)
+        if not isinstance(event, on.UpdateAnnounced):
+            shell.feed(event)
+    for name in NAMES:
+        shell.feed(on.DeviceDied(name, 1))
+    shell.now = shell.wakes[-1]
+    shell.feed(on.Ticked())
+    assert shell.state.phase is Phase.WAITING
+    shell.everyone_arrives()
+    shell.run()
+
+    assert [h["round"] for h in shell.state.history] == [1, 2, 3]
+
+
+def test_new_settings_hold_after_a_restart() -> None:
+    shell = Shell(replace(JOB, density=1.0))
+    shell.everyone_arrives()
+    shell.feed(shell.inbox.pop(0))
+    shell.coordinator = Coordinator(replace(JOB, density=0.25), ARCHITECTURE, State.from_json(shell.state.to_json()))
+    shell.coordinator.resume(0.0)
+
+    assert shell.state.devices["a"].widths == (2,)
+
+
+def test_weights_never_sum_to_more_than_sums_hold() -> None:
+    shell = Shell()
+    shell.inbox = [on.DeviceBorn(n, 1, {"name": "toy"}, s) for n, s in zip(NAMES, (2**24, 2**23, 1), strict=True)]
+    shell.run()
+    weights = [p.weight for p in shell.closes[1][0].contributions]
+
+    assert sum(weights) <= 2**24
+    assert weights[0] / weights[1] == pytest.approx(2, rel=1e-4)
+    assert weights[2] >= 1
+
+
+def test_an_update_cannot_say_what_it_counts_for() -> None:
+    shell = Shell()
+    shell.everyone_arrives()
+    while shell.inbox:
+        event = shell.inbox.pop(0)
+        if isinstance(event, on.UpdateAnnounced) and event.device == "a":
+            event = replace(event, samples=10**9, steps=10**9)
+        shell.feed(event)
+
+    assert {p.weight for p in shell.closes[1][0].contributions} == {10}
+    assert max(p.steps for p in shell.closes[1][0].contributions) <= JOB.recipe.steps(10)
+
+
+def test_only_the_one_who_comes_late_is_told_that_it_is_over() -> None:
+    shell = Shell()
+    shell.everyone_arrives()
+    shell.run()
+    shell.feed(on.DeviceBorn("b", 9, {"name": "toy"}, 10))
+
+    assert shell.told == ["b"]
+
+
+def test_a_device_that_forgot_how_often_it_came_is_let_in() -> None:
+    shell = Shell(replace(JOB, devices=4))
+    shell.feed(on.DeviceBorn("a", 17, {"name": "toy"}, 10))
+    shell.feed(on.DeviceBorn("a", 1, {"name": "toy"}, 10))
+    assert shell.state.devices["a"].session == 17
+    shell.feed(on.DeviceDied("a", 17))
+    shell.feed(on.DeviceBorn("a", 1, {"name": "toy"}, 10))
+
+    assert shell.state.devices["a"].online
+    assert shell.state.devices["a"].session == 1
 
 
 def test_a_round_without_any_update_is_offered_again() -> None:

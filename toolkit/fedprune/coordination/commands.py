@@ -69,18 +69,29 @@ class Cancel:
 
     device: str
     round: int
+    attempt: int
     reason: str
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """One device's stored update, as it enters the sums."""
+    """One device's stored update, as it enters the sums.
+
+    Attributes:
+        device: Whose it is.
+        attempt: The attempt that it answers.
+        weights: Digest of the trained submodel.
+        widths: Its widths.
+        weight: What it counts for: the samples that the device was planned with, scaled down where a round's sum would
+            be more than sums can hold.
+        steps: Optimiser steps behind it.
+    """
 
     device: str
     attempt: int
     weights: str
     widths: tuple[int, ...]
-    samples: int
+    weight: int
     steps: int
 
 
@@ -131,4 +142,25 @@ class Finish:
     model: str
 
 
-Command = Score | Extract | SendOffer | PullUpdate | Acknowledge | Cancel | Fold | Close | Evaluate | Wake | Finish
+@dataclass(frozen=True)
+class TellFinished:
+    """Tell a device that comes late that the job is done."""
+
+    device: str
+    model: str
+
+
+Command = (
+    Score
+    | Extract
+    | SendOffer
+    | PullUpdate
+    | Acknowledge
+    | Cancel
+    | Fold
+    | Close
+    | Evaluate
+    | Wake
+    | Finish
+    | TellFinished
+)

@@ -17,6 +17,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.state import Device, Phase, Progress, State, Task
 from fedprune.errors import FedpruneError
+from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.job import Job
 from fedprune.plan import plan
 from fedprune.probe_report import ProbeReport
@@ -24,14 +25,16 @@ from fedprune.profile import HardwareProfile
 
 Commands = list[do.Command]
 
+_LATE = "the deadline has passed"
+
 
 class Coordinator:
     """Synchronous rounds with a deadline over a changing fleet.
 
     A round: wait for enough devices, rank the channels, extract a submodel for every chosen device, offer it, collect
     updates until all are in or the deadline has passed, turn their sums into the next global model, evaluate it. A
-    round closes at its deadline with the updates that are in; without any it offers again with the next attempt
-    number.
+    round closes at its deadline with the updates that are on the server's disk; without any it starts anew with the
+    devices that are there then, under the next attempt number. The deadline counts from the last offer.
 
     Args:
         job: The job's settings.
@@ -59,16 +62,18 @@ class Coordinator:
     def resume(self, now: float) -> Commands:
         """What to do after the state was loaded: everything that may have been under way when the last shell ended.
 
-        All devices count as offline until they announce themselves again; a round's deadline starts anew.
+        All devices count as offline until they announce themselves again, and are planned anew, since settings may have
+        changed; a round's deadline starts anew.
         """
         state = self.state
         for device in state.devices.values():
             device.online = False
+            self._plan(device)
         if state.phase is Phase.SCORING:
             return self._score()
         if state.phase is Phase.TRAINING:
-            state.deadline = now + self.job.deadline_s
-            commands: Commands = [do.Wake(state.deadline)]
+            state.deadline = None
+            commands: Commands = self._start_clock(now)
             for name, task in sorted(state.tasks.items()):
                 if task.progress is Progress.EXTRACTING:
                     commands.append(self._extract(name, task))
@@ -96,8 +101,10 @@ class Coordinator:
     def _born(self, event: on.DeviceBorn, now: float) -> Commands:
         state = self.state
         known = state.devices.get(event.device)
-        if known is not None and event.session < known.session:
-            return []  # an announcement of an earlier connection, delivered late
+        if known is not None and known.online and event.session < known.session:
+            # An announcement of an earlier connection, delivered late. Of a device that is gone it is believed: one
+            # that lost its memory counts its connections anew.
+            return []
         device = Device(event.session, True, event.profile, event.probe, event.samples)
         if known is not None and (known.profile, known.probe, known.samples) == (
             event.profile,
@@ -113,7 +120,7 @@ class Coordinator:
         if state.phase is Phase.TRAINING and task is not None and task.progress is Progress.OFFERED and task.offer:
             commands.append(do.SendOffer(event.device, state.round, task.attempt, task.offer))
         if state.phase is Phase.FINISHED:
-            commands.append(do.Finish(state.model))
+            commands.append(do.TellFinished(event.device, state.model))
         return commands + self._begin(now)
 
     @_on.register
@@ -124,10 +131,10 @@ class Coordinator:
         return []
 
     def _plan(self, device: Device) -> None:
+        device.plan, device.widths, device.excluded = None, (), ""
         try:
             if self.job.density:
                 device.widths = widths_at(self.architecture, self.job.density)
-                device.plan = None
                 return
             made = plan(
                 self.architecture,
@@ -148,20 +155,30 @@ class Coordinator:
         state = self.state
         if state.phase is not Phase.WAITING:
             return []
-        ready = sorted(n for n, d in state.devices.items() if d.online and not d.excluded)
+        ready = self._ready()
         if len(ready) < self.job.devices:
             return []
         state.round += 1
-        state.tasks = {n: Task(1, state.devices[n].widths) for n in self._choose(ready)}
+        state.tasks = self._tasks(ready, attempt=1)
         state.phase = Phase.SCORING
         state.ranking = None
         state.deadline = None
         return self._score()
 
-    def _choose(self, ready: list[str]) -> list[str]:
+    def _ready(self) -> list[str]:
+        return sorted(n for n, d in self.state.devices.items() if d.online and not d.excluded)
+
+    def _tasks(self, ready: list[str], attempt: int) -> dict[str, Task]:
+        """Parts for a keyed share of the devices, each with its widths and weight of now."""
         count = max(1, math.ceil(self.job.participation * len(ready) - 1e-9))
         order = keyed(self.job.seed, self.state.round, "participation").permutation(len(ready))
-        return sorted(ready[i] for i in order[:count])
+        chosen = {n: self.state.devices[n] for n in sorted(ready[i] for i in order[:count])}
+        # Decided before any update is in: neither the order of arrival nor an update's own word changes what counts.
+        total = sum(d.samples for d in chosen.values())
+        return {
+            n: Task(attempt, d.widths, samples=d.samples, weight=_weight(d.samples, total, len(chosen)))
+            for n, d in chosen.items()
+        }
 
     def _score(self) -> Commands:
         state, job = self.state, self.job
@@ -175,9 +192,7 @@ class Coordinator:
             return []
         state.ranking = event.ranking
         state.phase = Phase.TRAINING
-        state.deadline = now + self.job.deadline_s
-        commands: Commands = [self._extract(n, t) for n, t in sorted(state.tasks.items())]
-        return [*commands, do.Wake(state.deadline)]
+        return [self._extract(n, t) for n, t in sorted(state.tasks.items())]
 
     def _extract(self, name: str, task: Task) -> do.Extract:
         state = self.state
@@ -190,7 +205,15 @@ class Coordinator:
             return []
         task.offer = event.offer
         task.progress = Progress.OFFERED
-        return [do.SendOffer(event.device, event.round, event.attempt, event.offer)]
+        return [do.SendOffer(event.device, event.round, event.attempt, event.offer), *self._start_clock(now)]
+
+    def _start_clock(self, now: float) -> Commands:
+        """Set the deadline once everything has been offered."""
+        state = self.state
+        if state.deadline is not None or any(t.progress is Progress.EXTRACTING for t in state.tasks.values()):
+            return []
+        state.deadline = now + self.job.deadline_s
+        return [do.Wake(state.deadline)]
 
     # Updates come in.
 
@@ -207,10 +230,13 @@ class Coordinator:
             if task.progress is Progress.OFFERED and not late:
                 task.progress = Progress.PULLING
                 task.update = event.weights
-                task.samples, task.steps, task.metrics = event.samples, event.steps, dict(event.metrics)
+                task.steps = max(1, min(event.steps, self.job.recipe.steps(task.samples)))
+                task.metrics = dict(event.metrics)
                 return [do.PullUpdate(event.device, event.round, event.attempt, event.weights)]
+            if task.progress is Progress.REFUSED:
+                return [do.Cancel(event.device, event.round, event.attempt, task.reason)]
         reason = "the round is over" if late else "another offer took this one's place"
-        return [do.Cancel(event.device, event.round, reason)]
+        return [do.Cancel(event.device, event.round, event.attempt, reason)]
 
     @_on.register
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
@@ -230,7 +256,7 @@ class Coordinator:
         if task is None:
             return []
         task.progress = Progress.FOLDED
-        return self._close_if_complete()
+        return self._close_if_complete(now)
 
     @_on.register
     def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
@@ -239,18 +265,18 @@ class Coordinator:
             or self._task(event, Progress.FOLDED)
             or self._task(event, Progress.PULLING)
         )
-        return self._give_up(task, event.reason)
+        return self._give_up(task, event.reason, now)
 
     @_on.register
     def _refused(self, event: on.OfferRefused, now: float) -> Commands:
-        return self._give_up(self._task(event, Progress.OFFERED), event.reason)
+        return self._give_up(self._task(event, Progress.OFFERED), event.reason, now)
 
-    def _give_up(self, task: Task | None, reason: str) -> Commands:
+    def _give_up(self, task: Task | None, reason: str, now: float) -> Commands:
         if task is None:
             return []
         task.progress = Progress.REFUSED
         task.reason = reason
-        return self._close_if_complete()
+        return self._close_if_complete(now)
 
     def _task(
         self,
@@ -277,37 +303,43 @@ class Coordinator:
         if state.phase is not Phase.TRAINING or state.deadline is None:
             return []
         if now < state.deadline:
+            return [do.Wake(state.deadline)]  # a clock was set back
+        late = [
+            (n, t) for n, t in sorted(state.tasks.items()) if not (t.progress.over or t.progress is Progress.STORED)
+        ]
+        for _, task in late:
+            task.progress = Progress.REFUSED
+            task.reason = _LATE
+        return [*(do.Cancel(n, state.round, t.attempt, _LATE) for n, t in late), *self._close_if_complete(now)]
+
+    def _close_if_complete(self, now: float) -> Commands:
+        state = self.state
+        if not all(t.progress.over for t in state.tasks.values()):
             return []
         if any(t.progress is Progress.FOLDED for t in state.tasks.values()):
             state.phase = Phase.CLOSING
-            late = [n for n, t in sorted(state.tasks.items()) if not t.progress.over]
-            return [*(do.Cancel(n, state.round, "the deadline has passed") for n in late), self._close()]
+            return [self._close()]
+        # Nobody delivered. Whoever refused needs time to get better: the next attempt waits for the deadline.
+        if state.deadline is None or now < state.deadline:
+            return []
         return self._again(now)
 
-    def _close_if_complete(self) -> Commands:
-        tasks = self.state.tasks.values()
-        if not all(t.progress.over for t in tasks) or not any(t.progress is Progress.FOLDED for t in tasks):
-            return []  # when all were refused, the deadline starts the next attempt
-        self.state.phase = Phase.CLOSING
-        return [self._close()]
-
     def _again(self, now: float) -> Commands:
-        """Nobody delivered: offer the same round once more."""
+        """Start the round anew with the devices that are there now; wait for more where they are too few."""
         state = self.state
-        state.deadline = now + self.job.deadline_s
-        commands: Commands = []
-        for name, task in sorted(state.tasks.items()):
-            if task.progress is Progress.STORED:
-                commands.append(self._fold(name, task))
-                continue
-            task.attempt += 1
-            task.progress = Progress.EXTRACTING
-            task.offer = task.update = None
-            commands.append(self._extract(name, task))
-        return [*commands, do.Wake(state.deadline)]
+        state.deadline = None
+        ready = self._ready()
+        if len(ready) < self.job.devices:
+            state.tasks = {}
+            state.round -= 1
+            state.phase = Phase.WAITING
+            return []
+        attempt = 1 + max(t.attempt for t in state.tasks.values())
+        state.tasks = self._tasks(ready, attempt)
+        return [self._extract(n, t) for n, t in sorted(state.tasks.items())]
 
     def _contribution(self, name: str, task: Task) -> do.Contribution:
-        return do.Contribution(name, task.attempt, task.weights, task.widths, task.samples, task.steps)
+        return do.Contribution(name, task.attempt, task.weights, task.widths, task.weight, task.steps)
 
     def _fold(self, name: str, task: Task) -> do.Fold:
         state = self.state
@@ -363,3 +395,10 @@ class Coordinator:
 def _based(event: on.UpdateAnnounced, task: Task) -> bool:
     """Whether an update was trained from the weights of this task's offer, and not in an earlier run of the job."""
     return task.offer is not None and event.base == task.offer["weights"]["sha256"]
+
+
+def _weight(samples: int, total: int, devices: int) -> int:
+    """What a device's update counts for, such that a round's sum stays within what sums can hold."""
+    if total <= MAX_WEIGHT:
+        return max(1, samples)
+    return max(1, samples * (MAX_WEIGHT - devices) // total)

@@ -66,7 +66,21 @@ class Device:
 
 @dataclass
 class Task:
-    """One device's part in the current round."""
+    """One device's part in the current round.
+
+    Attributes:
+        attempt: Counts how often the round was offered.
+        widths: Widths of its submodel.
+        progress: How far it is.
+        offer: What it was offered, as JSON.
+        update: Reference of the update that it announced, as JSON.
+        weights: Digest of that update, once it is stored.
+        samples: Its training samples when the round began.
+        weight: What its update counts for in the sums.
+        steps: Optimiser steps behind the update.
+        metrics: What the device measured.
+        reason: Why it was refused.
+    """
 
     attempt: int
     widths: tuple[int, ...]
@@ -75,6 +89,7 @@ class Task:
     update: dict[str, Any] | None = None
     weights: str = ""
     samples: int = 0
+    weight: int = 1
     steps: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     reason: str = ""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
-from fedprune.errors import ProtocolError
+from fedprune.errors import ProtocolError, shown
 from fedprune.wire import fields as check
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.fields import Check
@@ -299,20 +299,22 @@ class Accepted(_Message):
 
 @dataclass(frozen=True)
 class Cancelled(_Message):
-    """A round is over for the device; what it does for it is in vain.
+    """A device's part in a round is void; what it does for it is in vain.
 
     Attributes:
         job: The job.
         round: The round.
+        attempt: The attempt; a later one is not meant.
         reason: Why, in words.
     """
 
     job: str
     round: int
+    attempt: int
     reason: str
 
     kind: ClassVar[str] = "cancelled"
-    checks: ClassVar[Mapping[str, Check]] = {"job": check.job, "round": _COUNT, "reason": _LONG}
+    checks: ClassVar[Mapping[str, Check]] = {**_ASSIGNMENT, "reason": _LONG}
 
 
 @dataclass(frozen=True)
@@ -399,21 +401,21 @@ def parse(raw: bytes) -> Message:
     except RecursionError as error:
         raise ProtocolError("message is nested too deeply") from error
     except ValueError as error:
-        raise ProtocolError("message is not JSON", got=check.shown(bytes(raw))) from error
+        raise ProtocolError("message is not JSON", got=shown(bytes(raw))) from error
     if not isinstance(body, dict):
-        raise ProtocolError("message", expected="a JSON object", got=check.shown(body))
+        raise ProtocolError("message", expected="a JSON object", got=shown(body))
     version = body.get("v")
     if version != VERSION or isinstance(version, bool):
         raise ProtocolError(
             "version of a message",
             expected=VERSION,
-            got=check.shown(version),
+            got=shown(version),
             hint="Run the same major version of fedprune on server and devices.",
         )
     kind = body.get("type")
     cls = _TYPES.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise ProtocolError("type of a message", expected=", ".join(_TYPES), got=check.shown(kind))
+        raise ProtocolError("type of a message", expected=", ".join(_TYPES), got=shown(kind))
     values = {}
     for f in fields(cls):
         if f.name in body:
