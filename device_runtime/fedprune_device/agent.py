@@ -32,6 +32,7 @@ from fedprune.wire.messages import (
     Hello,
     Message,
     Offer,
+    Update,
     Want,
     parse,
 )
@@ -198,28 +199,43 @@ class Agent:
             self._outbox.ask(self._downloads.offer.job, self._downloads.start(now))
 
     def _on_offer(self, offer: Offer, now: float) -> None:
-        task, pending = self._store.task, self._store.pending
+        task = self._store.task
         if self._outbox.refuse_again(offer):
             return
-        if task is not None and not task.done and _same(task.offer, offer):
+        if task is not None and not task.done and task.offer == offer:
             self._outbox.hurry(now)  # an update that waits is what the server should hear of
             return
-        if any(_same(old, offer) for old in self._seen):
+        if offer in self._seen:
             return  # it came late, or twice
         # Anything else is new, whatever its number: a server that lost its state begins again at its first round.
+        if task is not None and _same_work(task.offer, offer) and (self._waiting(task.offer) or self._busy):
+            _LOG.info("round %d of job %s, attempt %d: the same work, going on", offer.round, offer.job, offer.attempt)
+            self._renumber(offer, now)
+        else:
+            self._start(offer, now)
         self._seen.append(offer)
-        if (
-            task is not None
-            and pending is not None
-            and (pending.job, pending.round) == (offer.job, offer.round)
-            and _same(replace(task.offer, attempt=0), replace(offer, attempt=0))
-        ):
-            _LOG.info("round %d of %s is offered again: its update is there already", offer.round, offer.job)
-            self._store.accept(offer)
+
+    def _renumber(self, offer: Offer, now: float) -> None:
+        """Let what is under way, or waits to be handed in, count for another attempt at the same work."""
+        pending = self._waiting(offer)
+        if pending is not None:
             self._store.keep(replace(pending, attempt=offer.attempt))
-            self._outbox.hurry(now)
-            return
-        self._start(offer, now)
+        self._store.accept(offer)
+        for part in (self._downloads, self._worker):
+            if part is not None:
+                part.offer = offer
+        self._outbox.hurry(now)
+
+    def _waiting(self, offer: Offer) -> Update | None:
+        """The update of an offer's round that the server doesn't have yet, if there is one."""
+        pending = self._store.pending
+        return pending if pending is not None and _place(pending) == _place(offer) else None
+
+    @property
+    def _busy(self) -> bool:
+        """Whether the current offer is being pulled or trained."""
+        running = self._worker is not None and not self._worker.stopped
+        return running or self._downloads is not None or self._ready is not None
 
     def _start(self, offer: Offer, now: float) -> None:
         try:
@@ -251,14 +267,10 @@ class Agent:
 
     def _on_accepted(self, message: Accepted) -> None:
         task, pending = self._store.task, self._store.pending
-        if (
-            pending is None
-            or (pending.job, pending.round) != (message.job, message.round)
-            or pending.weights.sha256 != message.weights
-        ):
+        if pending is None or _place(pending) != _place(message) or pending.weights.sha256 != message.weights:
             return
         _LOG.info("round %d of job %s: the server has the update", message.round, message.job)
-        if task is not None and (task.offer.job, task.offer.round) == (message.job, message.round):
+        if task is not None and _place(task.offer) == _place(message):
             self._store.finish()
         self._store.forget()
         self._collect()
@@ -304,10 +316,10 @@ class Agent:
 
     def _begin(self, now: float) -> None:
         """Go on where the last process stopped."""
-        task, pending = self._store.task, self._store.pending
+        task = self._store.task
         if task is None or task.done:
             return
-        if pending is None or (pending.job, pending.round) != (task.offer.job, task.offer.round):
+        if self._waiting(task.offer) is None:
             _LOG.info("going on with round %d of job %s", task.offer.round, task.offer.job)
             try:
                 self._downloads = Downloads(self._store.blobs, task.offer, now)
@@ -346,7 +358,7 @@ class Agent:
         if worker.stopped or task is None or task.done or task.offer != offer:
             return
         if worker.update is not None:
-            update = worker.update
+            update = replace(worker.update, attempt=offer.attempt)
             try:
                 self._store.keep(update)
             except FedpruneError as error:
@@ -382,6 +394,10 @@ class Agent:
             self._store.finish()
 
 
-def _same(one: Offer, other: Offer) -> bool:
-    """Whether two offers ask for the same, whenever it is due."""
-    return replace(one, deadline_s=0.0) == replace(other, deadline_s=0.0)
+def _same_work(one: Offer, other: Offer) -> bool:
+    """Whether two offers differ in nothing but the number of the attempt: they train to the same bits."""
+    return replace(one, attempt=0) == replace(other, attempt=0)
+
+
+def _place(message: Offer | Update | Accepted) -> tuple[str, int]:
+    return message.job, message.round

@@ -165,7 +165,7 @@ def test_a_cancelled_round_is_dropped_and_the_next_one_done(bench: Bench) -> Non
     def react(message: Any) -> None:
         if isinstance(message, Progress) and message.phase == "train" and server.plan[0].round == 1:
             server.plan = [server.offer(2)]
-            server.say(Cancelled("job", 1, "a test"))
+            server.say(Cancelled("job", 1, 1, "a test"))
 
     server.react = react
     bench.run()
@@ -342,6 +342,58 @@ def test_the_same_round_offered_again_takes_the_update_that_is_there(bench: Benc
     bench.run()
     assert server.updates[1].attempt == 1
     assert len({m.metrics["train_seconds"] for m in server.of(Update)}) == 1
+
+
+def test_another_attempt_at_the_same_work_goes_on_where_the_first_one_is(
+    bench: Bench, graphs: Path, weights: Tensors, data: LocalData
+) -> None:
+    server, recipe = bench.server, Recipe(epochs=60, batch_size=1, lr=1e-3)
+    server.plan = [server.offer(1, recipe)]
+
+    def react(message: Any) -> None:
+        if isinstance(message, Progress) and message.phase == "train" and message.attempt < 5:
+            server.plan = [server.offer(1, recipe, attempt=message.attempt + 1)]
+            server.say(server.plan[0])
+
+    server.react = react
+    bench.run()
+    done = [(p.attempt, p.done) for p in server.of(Progress) if p.phase == "train"]
+    assert server.updates[1].attempt >= 2
+    assert done == sorted(done)
+    assert [d for _, d in done] == sorted({d for _, d in done})
+    assert same(server.result(1), expected(graphs, weights, data, 1, recipe))
+
+
+def test_another_attempt_while_pulling_asks_for_nothing_twice(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1)]
+    wants: list[Want] = []
+
+    def react(message: Any) -> None:
+        if isinstance(message, Want) and message.sha256 == server.graphs["inference"].sha256:
+            wants.append(message)
+            server.plan = [server.offer(1, attempt=1)]
+            server.say(server.plan[0])
+
+    server.react = react
+    bench.run()
+    assert server.updates[1].attempt == 1
+    assert len(wants) == 1
+
+
+def test_another_attempt_at_other_work_begins_anew(bench: Bench, weights: Tensors) -> None:
+    server = bench.server
+    other = server.blobs.put(tensorfile.encode({n: v + 1 for n, v in weights.items()}))
+    server.plan = [server.offer(1, LONG)]
+
+    def react(message: Any) -> None:
+        if isinstance(message, Progress) and message.phase == "train" and message.attempt == 0:
+            server.plan = [server.offer(1, attempt=1, weights=other)]
+            server.say(server.plan[0])
+
+    server.react = react
+    bench.run()
+    assert (server.updates[1].attempt, server.updates[1].base) == (1, other.sha256)
 
 
 def test_a_server_that_lost_its_state_can_begin_again(bench: Bench, weights: Tensors) -> None:
