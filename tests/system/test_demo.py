@@ -59,7 +59,13 @@ def maps(pid: int) -> str:
 def demo(tmp_path):
     """A running quick demo."""
     with (tmp_path / "output.txt").open("wb") as output:
-        process = subprocess.Popen([*COMMAND, tmp_path / "run"], stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [*COMMAND, tmp_path / "run"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # A shell's background jobs ignore SIGINT, and so would the demo if the tests run in one.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     try:
         yield process
     finally:
