@@ -6,6 +6,7 @@ paragraph for each code.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 
 
@@ -55,6 +56,18 @@ class FedpruneError(Exception):
             parts.append(f"got {got}")
         message = ": ".join(parts[:1]) + (": " + ", ".join(parts[1:]) if parts[1:] else "")
         super().__init__(f"{message}. {hint}" if hint else message)
+
+
+def shown(value: object) -> str:
+    """A short text of any received value, for an error: on one line, without characters that can't be printed."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, (str, bytes)):
+        text = repr(value[:60])
+        return text if len(value) <= 60 else f"{text}... of length {len(value)}"
+    if isinstance(value, (list, tuple, Mapping)):
+        return f"{type(value).__name__} of length {len(value)}"
+    return repr(value)[:80]
 
 
 class MissingExtraError(FedpruneError):

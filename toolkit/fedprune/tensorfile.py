@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.errors import BundleError
+from fedprune.errors import BundleError, shown
 
 Array = npt.NDArray[Any]
 
@@ -109,20 +109,20 @@ def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], in
     at, base = 0, 8 + length
     for name, code, shape, start, end in sorted(rows, key=lambda r: (r[3], r[4])):
         if code not in _CODES:
-            raise BundleError(f"type of tensor {_shown(name)}", expected=", ".join(_CODES), got=_shown(code))
+            raise BundleError(f"type of tensor {shown(name)}", expected=", ".join(_CODES), got=shown(code))
         size = extent = np.dtype(_CODES[code]).itemsize
         for d in shape:
             size *= d
             extent *= max(d, 1)  # numpy refuses an empty array whose other dimensions are too large
         if len(shape) > MAX_RANK or extent >= _MAX_BYTES:
             raise BundleError(
-                f"shape of tensor {_shown(name)}",
+                f"shape of tensor {shown(name)}",
                 expected=f"at most {MAX_RANK} dimensions and less than {_MAX_BYTES} bytes",
-                got=_shown(shape),
+                got=repr(shape)[:80],
             )
         if start != at or end - start != size:
             raise BundleError(
-                f"tensor {_shown(name)} doesn't lie where its shape says", expected=(at, at + size), got=(start, end)
+                f"tensor {shown(name)} doesn't lie where its shape says", expected=(at, at + size), got=(start, end)
             )
         out[name] = (code, shape, base + start, base + end)
         at = end
@@ -162,11 +162,6 @@ def load(path: Path) -> dict[str, Array]:
 def digest(raw: bytes | memoryview) -> str:
     """sha256 as hex."""
     return hashlib.sha256(raw).hexdigest()
-
-
-def _shown(value: object) -> str:
-    """A received value in an error: short, on one line, without characters that can't be printed."""
-    return repr(value)[:80]
 
 
 def _size(value: object) -> int:

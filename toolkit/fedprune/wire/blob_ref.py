@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedprune.errors import ProtocolError
+from fedprune.errors import ProtocolError, shown
 
 LEAF = 32 * 1024
 """Bytes of a leaf; the last one of a blob may be shorter."""
@@ -48,12 +48,12 @@ class BlobRef:
         for name in ("sha256", "leaves"):
             value = getattr(self, name)
             if not is_digest(value):
-                raise ProtocolError(f"blob reference: field {name}", expected="64 hex digits", got=_short(value))
+                raise ProtocolError(f"blob reference: field {name}", expected="64 hex digits", got=shown(value))
         if not isinstance(self.size, int) or isinstance(self.size, bool) or not 0 <= self.size <= MAX_BLOB:
             raise ProtocolError(
                 "blob reference: field size",
                 expected=f"a whole number from 0 to {MAX_BLOB}",
-                got=_short(self.size),
+                got=shown(self.size),
             )
 
     @classmethod
@@ -104,10 +104,3 @@ def leaf_table(data: bytes | memoryview) -> bytes:
     """Digests of the leaves of `data`, one after the other."""
     view = memoryview(data)
     return b"".join(hashlib.sha256(view[at : at + LEAF]).digest() for at in range(0, len(view), LEAF))
-
-
-def _short(value: object) -> str:
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"a number of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedprune.errors import ProtocolError
+from fedprune.errors import ProtocolError, shown
 from fedprune.wire.blob_ref import BlobRef, is_digest
 from fedprune.wire.topics import check_device, check_job
 
@@ -20,19 +20,10 @@ MAX_DEPTH = 8
 
 MAX_METRICS = 64
 
+ACCURACY_AFTER = "accuracy_after"
+"""Metric of an update: accuracy on the device's own test samples after its training; tables and figures show it."""
+
 _METRIC = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
-
-
-def shown(value: object) -> str:
-    """A short text of any received value, for an error."""
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"a number of {value.bit_length()} bits"
-    if isinstance(value, (str, bytes)):
-        text = repr(value[:60])
-        return text if len(value) <= 60 else f"{text}... of length {len(value)}"
-    if isinstance(value, (list, tuple, Mapping)):
-        return f"{type(value).__name__} of length {len(value)}"
-    return repr(value)[:80]
 
 
 def one_line(value: str, limit: int = 500) -> str:
