@@ -10,7 +10,6 @@ import logging
 import platform
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -102,7 +101,7 @@ class Agent:
         self._downloads: Downloads | None = None
         self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: TrainingThread | None = None
-        self._seen: deque[Offer] = deque(maxlen=_REMEMBERED)
+        self._seen: list[Offer] = []
         self._damages = 0
         self._finished = False
         self._stopping = threading.Event()
@@ -154,6 +153,7 @@ class Agent:
         now = self._clock()
         if isinstance(item, ConnectionUp):
             _LOG.info("connected to the broker")
+            self._seen.clear()  # the server may be another, or run the same job once more
             self._greet(now)
         elif isinstance(item, ConnectionDown):
             _LOG.info("connection to the broker lost: %s", item.reason)
@@ -167,6 +167,7 @@ class Agent:
 
     def _on_message(self, message: Message, now: float) -> None:
         if isinstance(message, Hello):
+            self._seen.clear()
             self._greet(now)
         elif isinstance(message, Offer):
             self._on_offer(message, now)
@@ -213,7 +214,7 @@ class Agent:
             self._renumber(offer, now)
         else:
             self._start(offer, now)
-        self._seen.append(offer)
+        self._seen = [*self._seen, offer][-_REMEMBERED:]
 
     def _renumber(self, offer: Offer, now: float) -> None:
         """Let what is under way, or waits to be handed in, count for another attempt at the same work."""
@@ -277,9 +278,12 @@ class Agent:
 
     def _on_cancelled(self, message: Cancelled) -> None:
         task, pending = self._store.task, self._store.pending
-        if pending is not None and (pending.job, pending.round) == (message.job, message.round):
+        meant = (message.job, message.round, message.attempt)
+        # What is cancelled may be offered again under the same number: a server that waits for devices does that.
+        self._seen = [o for o in self._seen if _attempt(o) != meant]
+        if pending is not None and _attempt(pending) == meant:
             self._store.forget()
-        if task is not None and not task.done and (task.offer.job, task.offer.round) == (message.job, message.round):
+        if task is not None and not task.done and _attempt(task.offer) == meant:
             _LOG.info("round %d of job %s is cancelled: %s", message.round, message.job, message.reason)
             self._halt()
             self._store.finish()
@@ -287,6 +291,8 @@ class Agent:
     def _on_finished(self, message: Finished) -> None:
         task, pending = self._store.task, self._store.pending
         _LOG.info("job %s is finished", message.job)
+        self._seen.clear()
+        self._outbox.forget_refusal()
         if pending is not None and pending.job == message.job:
             self._store.forget()
         if task is not None and task.offer.job == message.job:
@@ -401,3 +407,7 @@ def _same_work(one: Offer, other: Offer) -> bool:
 
 def _place(message: Offer | Update | Accepted) -> tuple[str, int]:
     return message.job, message.round
+
+
+def _attempt(message: Offer | Update) -> tuple[str, int, int]:
+    return message.job, message.round, message.attempt

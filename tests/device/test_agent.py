@@ -15,7 +15,7 @@ from fedprune.errors import ExitCode
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.messages import Birth, Cancelled, Death, Gone, Hello, Progress, Refusal, Update, Want
+from fedprune.wire.messages import Birth, Cancelled, Death, Finished, Gone, Hello, Progress, Refusal, Update, Want
 from fedprune_device.agent import Agent
 from fedprune_device.data import LocalData
 from fedprune_device.store import DeviceStore
@@ -165,11 +165,79 @@ def test_a_cancelled_round_is_dropped_and_the_next_one_done(bench: Bench) -> Non
     def react(message: Any) -> None:
         if isinstance(message, Progress) and message.phase == "train" and server.plan[0].round == 1:
             server.plan = [server.offer(2)]
-            server.say(Cancelled("job", 1, 1, "a test"))
+            server.say(Cancelled("job", 1, 0, "a test"))
 
     server.react = react
     bench.run()
     assert list(server.updates) == [2]
+
+
+def test_a_cancellation_of_another_attempt_changes_nothing(bench: Bench) -> None:
+    server, recipe = bench.server, Recipe(epochs=40, batch_size=1, lr=1e-3)
+    server.plan, server.accepts = [server.offer(1, recipe, attempt=2)], False
+
+    def react(message: Any) -> None:
+        if isinstance(message, (Progress, Update)):
+            server.say(Cancelled("job", 1, 1, "too late"))
+            server.accepts = isinstance(message, Update)
+
+    server.react = react
+    bench.run()
+    assert server.updates[1].attempt == 2
+    assert len({m.metrics["train_seconds"] for m in server.of(Update)}) == 1
+
+
+def test_an_update_of_a_cancelled_attempt_is_dropped(bench: Bench) -> None:
+    server = bench.server
+    server.plan, server.accepts = [server.offer(1, attempt=2)], False
+
+    def react(message: Any) -> None:
+        if isinstance(message, Update) and message.round == 1:
+            server.plan, server.accepts = [server.offer(2)], True
+            server.say(Cancelled("job", 1, 2, "too late"))
+
+    server.react = react
+    bench.run()
+    assert [u.round for u in server.of(Update)] == [1, 2]
+
+
+def test_an_offer_that_was_cancelled_can_come_again_under_its_number(bench: Bench) -> None:
+    server, recipe = bench.server, Recipe(epochs=40, batch_size=1, lr=1e-3)
+    server.plan = [server.offer(1, recipe)]
+    cancelled: list[bool] = []
+
+    def react(message: Any) -> None:
+        if isinstance(message, Progress) and message.phase == "train" and not cancelled:
+            cancelled.append(True)
+            server.say(Cancelled("job", 1, 0, "too few devices"))
+
+    server.react = react
+    bench.run()
+    assert cancelled
+    assert 1 in server.updates
+
+
+@pytest.mark.parametrize("sign", ["finished", "hello", "connection"])
+def test_the_same_job_can_run_again_on_a_board_that_stayed_up(bench: Bench, sign: str) -> None:
+    server = bench.server
+    server.plan, server.ends = [server.offer(1)], False
+    plain, runs = server.tick, set()
+
+    def tick() -> None:
+        if 1 in server.updates:
+            runs.add(server.updates.pop(1).metrics["train_seconds"])
+            if sign == "connection":
+                server.link.drop()
+                server.link.restore()
+            else:
+                server.say(Finished("job") if sign == "finished" else Hello(1))
+            if len(runs) == 2:
+                assert bench.agent is not None
+                bench.agent.stop()
+        plain()
+
+    server.tick = tick  # type: ignore[method-assign]
+    bench.run(until_finished=False)
 
 
 def test_a_newer_offer_ends_the_older_one(bench: Bench) -> None:
