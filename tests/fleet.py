@@ -17,7 +17,6 @@ from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.errors import TrainingError
 from fedprune.job import Job
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.chunk import Chunk
@@ -88,7 +87,8 @@ class ToyWorker:
             case do.Fold():
                 self.store.read(command.contribution.weights)
                 if command.contribution.device in self.poison:
-                    raise TrainingError("weights are not finite")
+                    part = command.contribution
+                    return on.UpdateRejected(part.device, command.round, part.attempt, "weights are not finite")
                 return on.Folded(command.contribution.device, command.round, command.contribution.attempt)
             case do.Close():
                 parts = [(p.device, p.weights) for p in command.contributions]
@@ -203,6 +203,8 @@ class Air:
         self.devices: dict[str, ToyDevice] = {}
         self.inbox: deque[tuple[str, bytes] | ConnectionUp] = deque([ConnectionUp()])
         self.doubled = False
+        self.lost: list[str] = []
+        """Topics of which the next message gets lost."""
         self.on_idle: Callable[[], None] = lambda: None
         self.idle = 0
 
@@ -211,9 +213,13 @@ class Air:
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         name = topic.split("/")[3]
-        for device in list(self.devices.values()) if name == "all" else [self.devices[name]]:
+        if topic in self.lost:
+            self.lost.remove(topic)
+            return False
+        for device in list(self.devices.values()) if name == "all" else [self.devices.get(name)]:
             for _ in range(2 if self.doubled else 1):
-                device.hear(topic, payload)
+                if device is not None:
+                    device.hear(topic, payload)
         return True
 
     def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,15 +11,13 @@ from typing import Any
 from fedprune.architecture import Architecture
 from fedprune.coordination import Phase, State
 from fedprune.coordination.state import Progress as Part
+from fedprune.errors import ProtocolError
 from fedprune.job import Job
 from fedprune.plan import Plan
 from fedprune.wire.messages import Progress
 from fedprune_server.table import Row, Snapshot
 
 log = logging.getLogger("fedprune.server")
-
-ACCURACY = "accuracy_after"
-"""Name of the metric that the table shows: on the device's own test samples, after its training."""
 
 
 @dataclass
@@ -28,7 +27,9 @@ class Contact:
     down: int = 0
     up: int = 0
     progress: Progress | None = None
+    software: str = ""
     offered_at: float | None = None
+    heard_at: float = -math.inf
     seconds: float | None = None
     accuracy: float | None = None
     introduced: tuple[Any, ...] = ()
@@ -44,23 +45,47 @@ class Roster:
         architecture: The global model's.
         state: The coordinator's state; read, never changed.
         traffic: Payload bytes to and from each device before this start of the server.
+        limit: How many devices there may ever be; names cost a stranger nothing, but memory and disk here.
     """
 
     def __init__(
-        self, job: Job, architecture: Architecture, state: State, traffic: Mapping[str, tuple[int, int]]
+        self,
+        job: Job,
+        architecture: Architecture,
+        state: State,
+        traffic: Mapping[str, tuple[int, int]],
+        limit: int = 1000,
     ) -> None:
         self._job = job
         self._architecture = architecture
         self._state = state
+        self._limit = limit
         self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
 
     def __getitem__(self, device: str) -> Contact:
-        """A device's contact, made if there is none."""
-        return self._contacts.setdefault(device, Contact())
+        """A device's contact; for one that was never admitted a blank that nobody keeps."""
+        return self._contacts.get(device) or Contact()
 
-    def __contains__(self, device: str) -> bool:
-        """Whether it has ever been heard of."""
-        return device in self._contacts
+    def admit(self, device: str, software: str, size: int) -> None:
+        """Make the acquaintance of a device that announces itself.
+
+        Args:
+            device: Its name.
+            software: What it says that it runs.
+            size: Bytes of its announcement.
+
+        Raises:
+            ProtocolError: It is a new one, and there are too many already.
+        """
+        if device not in self._contacts:
+            if len(self._contacts) >= self._limit:
+                raise ProtocolError(
+                    f"device {device} is one too many",
+                    expected=f"at most {self._limit} devices",
+                    hint="Raise max_devices in [server], and see who uses your broker.",
+                )
+            self._contacts[device] = Contact(up=size)
+        self._contacts[device].software = software
 
     @property
     def traffic(self) -> dict[str, tuple[int, int]]:
@@ -80,7 +105,33 @@ class Roster:
     def offered(self, device: str, now: float) -> None:
         """A device has been offered a round."""
         contact = self[device]
-        contact.offered_at, contact.progress = now, None
+        contact.offered_at, contact.progress, contact.heard_at = now, None, now
+
+    def heard(self, device: str, now: float, progress: Progress | None = None) -> None:
+        """A device has shown that it works on its offer."""
+        contact = self[device]
+        contact.heard_at, contact.progress = now, progress or contact.progress
+
+    def silent(self, now: float, patience_s: float) -> list[str]:
+        """Devices that have an offer, are there, and haven't shown for so long that they know of it.
+
+        Each of them is named again only after another `patience_s`.
+        """
+        state = self._state
+        if state.phase is not Phase.TRAINING:
+            return []
+        names = []
+        for name, task in sorted(state.tasks.items()):
+            device, contact = state.devices.get(name), self[name]
+            if (
+                task.progress is Part.OFFERED
+                and device is not None
+                and device.online
+                and now - contact.heard_at >= patience_s
+            ):
+                contact.heard_at = now
+                names.append(name)
+        return names
 
     def delivered(self, device: str, now: float) -> None:
         """A device's update is here."""
@@ -106,7 +157,7 @@ class Roster:
         if device.excluded:
             log.warning("device %s (%s) takes no part: %s", name, title, device.excluded)
             return
-        log.info("device %s joined: %s, %d samples", name, title, device.samples)
+        log.info("device %s joined: %s, %d samples, %s", name, title, device.samples, contact.software or "?")
         if device.plan is not None:
             for line in Plan.from_dict(device.plan).describe().splitlines():
                 log.info("  %s", line)

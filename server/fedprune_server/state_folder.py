@@ -23,8 +23,9 @@ from fedprune_device.data import load_data
 from fedprune_export.imported import Model
 from fedprune_export.load import import_onnx, read_source
 from fedprune_server.config import ServerConfig
+from fedprune_server.garbage import sweep
 from fedprune_server.storage import FILE as DATABASE
-from fedprune_server.storage import Storage, kept_models
+from fedprune_server.storage import Storage
 from fedprune_server.worker import Evaluation, Worker
 
 MODEL = "model.onnx"
@@ -122,7 +123,7 @@ class StateFolder:
             self._check_blobs(state)
             if state.phase is Phase.FINISHED and state.round < config.job.rounds:
                 state.phase = Phase.WAITING
-        self._sweep(state, config.keep)
+        sweep(self.store, state, config.keep)
         return OpenJob(config.job, model, worker, state, _changes(known, settings))
 
     def _model_bytes(self, config: ServerConfig, known: dict[str, Any] | None) -> tuple[bytes, str]:
@@ -154,14 +155,6 @@ class StateFolder:
                 f"the global model {state.model} is missing from {self.path / BLOBS}",
                 hint="Restore the server's backup.",
             )
-
-    def _sweep(self, state: State, keep: int) -> None:
-        """Delete blobs that nothing refers to: what a crash left behind. Graphs are made again when needed."""
-        kept = state.references() | kept_models(state, keep)
-        kept |= {t.update["sha256"] for t in state.tasks.values() if t.update}
-        for digest in self.store.names():
-            if digest not in kept:
-                self.store.delete(digest)
 
     def _take_lock(self) -> None:
         until = time.monotonic() + _LOCK_PATIENCE_S

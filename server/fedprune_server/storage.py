@@ -254,11 +254,6 @@ class Storage:
             yield connection
 
 
-def kept_models(state: State, keep: int) -> set[str]:
-    """Digests of the latest global models that stay on the disk."""
-    return {state.model, *(r["model"] for r in state.history[-keep:])}
-
-
 def _url(folder: Path) -> str:
     return f"sqlite:///{folder.resolve() / FILE}"
 

@@ -148,15 +148,17 @@ class LiveTable:
 
     def _draw(self, snapshot: Snapshot) -> None:
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=title(snapshot), title_justify="left", expand=False)
+        # Texts, not markup: half of these words are devices' own, and a bracket in them must stay a bracket.
+        table = Table(title=Text(title(snapshot)), title_justify="left", expand=False)
         table.add_column("device")
         table.add_column("profile")
         for name in ("density", "parameters", "MB down", "MB up", "seconds", "accuracy"):
             table.add_column(name, justify="right")
         table.add_column("state")
         for row in snapshot.rows:
-            table.add_row(*cells(row))
+            table.add_row(*(Text(cell) for cell in cells(row)))
         self._live.update(table, refresh=True)
 
 
@@ -170,7 +172,10 @@ class _Above(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
         style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else None
-        self._console.print(self.format(record), style=style, markup=False, highlight=False)
+        try:
+            self._console.print(self.format(record), style=style, markup=False, highlight=False)
+        except Exception:  # noqa: BLE001 - as every handler does: a line that can't be shown ends nothing
+            self.handleError(record)
 
 
 def make_display(stream: TextIO | None = None) -> Display:

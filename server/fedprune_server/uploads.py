@@ -12,13 +12,6 @@ from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Want
 from fedprune.wire.transfer import Pull
 
-CHUNK_LEAVES = 4
-"""Leaves per chunk: 128 KiB, which every broker that we know takes."""
-
-WINDOW_LEAVES = 32
-"""Leaves of one pull that are asked for and not yet there: 1 MiB."""
-
-PATIENCE_S = 5.0
 STALLED_S = 30.0
 """A pull that got nothing for so long gives its place to one that waits."""
 
@@ -152,6 +145,10 @@ class Uploads:
         void = [n for n, u in self._uploads.items() if (n, u.round, u.attempt) not in wanted]
         return [self._uploads.pop(n).ref.sha256 for n in void]
 
+    def digests(self) -> set[str]:
+        """What is being fetched, or waits to be."""
+        return {u.ref.sha256 for u in self._uploads.values()}
+
     def outcomes(self) -> list[Outcome]:
         """What has come to an end since the last call."""
         ended, self._outcomes = self._outcomes, []
@@ -175,13 +172,7 @@ class Uploads:
                 break
             upload = self._uploads[device]
             try:
-                upload.pull = Pull(
-                    upload.ref,
-                    self._store.partial(upload.ref),
-                    chunk_leaves=CHUNK_LEAVES,
-                    window_leaves=WINDOW_LEAVES,
-                    patience_s=PATIENCE_S,
-                )
+                upload.pull = Pull(upload.ref, self._store.partial(upload.ref))
                 upload.moved_at = now
                 first = upload.pull.start(now)
             except ProtocolError as error:

@@ -30,8 +30,8 @@ from fedprune_export.imported import Model
 from fedprune_export.inference import inference_model
 from fedprune_export.training import training_graph
 from fedprune_server.calibration import Calibration
+from fedprune_server.workshop import Work
 
-Work = do.Score | do.Extract | do.Fold | do.Close | do.Evaluate
 Evaluation = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 """Samples and labels of the server's own set."""
 

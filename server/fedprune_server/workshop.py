@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
 from typing import Protocol
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.errors import FedpruneError, StorageError
 
 Work = do.Score | do.Extract | do.Fold | do.Close | do.Evaluate
 Result = on.Event | BaseException
@@ -28,12 +26,10 @@ class Workshop:
 
     Args:
         worker: Carries them out.
-        wake: Called (on the thread) when a result is there.
     """
 
-    def __init__(self, worker: Executes, wake: Callable[[], None] | None = None) -> None:
+    def __init__(self, worker: Executes) -> None:
         self._worker = worker
-        self._wake = wake
         self._orders: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
         self._pending = 0
@@ -77,17 +73,9 @@ class Workshop:
             if command is None:
                 return
             self._results.put(self._carry_out(command))
-            if self._wake is not None:
-                self._wake()
 
     def _carry_out(self, command: Work) -> Result:
         try:
             return self._worker.execute(command)
-        except FedpruneError as error:
-            # What a device sent must not stop the server; what is wrong with our own disk must.
-            if isinstance(command, do.Fold) and not isinstance(error, StorageError):
-                part = command.contribution
-                return on.UpdateRejected(part.device, command.round, part.attempt, str(error))
-            return error
         except Exception as error:  # noqa: BLE001 - it is raised again where the loop collects it
             return error

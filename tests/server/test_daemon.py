@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fleet import JOB, Fleet, ToyDevice, fill, larger
 
+from fedprune.blobs import BlobStore
 from fedprune.coordination import Phase, State
 from fedprune.coordination import events as on
-from fedprune.errors import ModelError, StorageError, StorageFullError
+from fedprune.coordination.state import Progress as Part
+from fedprune.coordination.state import Task
+from fedprune.errors import ModelError, ProtocolError, StorageError, StorageFullError
 from fedprune.profile_store import find
+from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.link import ConnectionUp
-from fedprune.wire.messages import Accepted, Cancelled, Finished, Gone, Offer, Refusal, Update, Want
+from fedprune.wire.messages import Accepted, Cancelled, Finished, Gone, Offer, Progress, Refusal, Update, Want
 from fedprune.wire.topics import Topics
+from fedprune_server.garbage import sweep
 from fedprune_server.storage import Storage
 
 
@@ -124,6 +130,107 @@ def test_an_update_of_the_wrong_size_is_rejected_before_a_byte_of_it_is_pulled(f
     assert not any(isinstance(m, Want) for m in liar.heard)
 
 
+def test_a_wrong_update_that_was_announced_before_a_crash_does_not_stop_the_next_server(fleet: Fleet) -> None:
+    liar = fleet.air.devices["a"]
+    liar.lie = larger
+    save = fleet.storage.save
+
+    def dying(state: State, event: object, *rest: object) -> None:
+        save(state, event, *rest)  # type: ignore[arg-type]
+        if isinstance(event, on.UpdateAnnounced) and event.device == "a":
+            raise KilledError
+
+    fleet.storage.save = dying  # type: ignore[method-assign]
+    with pytest.raises(KilledError):
+        fleet.run()
+    fleet.restart()
+    assert folded(fleet.run()) == [["b", "c"]] * 3
+
+
+def test_what_a_failed_event_leaves_behind_stops_nothing(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    handle, failed = daemon._coordinator.handle, []
+
+    def failing(event: on.Event, now: float) -> list[object]:
+        if not failed:
+            failed.append(event)
+            raise ProtocolError("our own fault")
+        return list(handle(event, now))
+
+    daemon._coordinator.handle = failing  # type: ignore[method-assign, assignment]
+    with pytest.raises(ProtocolError):
+        daemon._handle(on.DeviceDied("a", 1))
+    daemon._handle(on.DeviceBorn("a", 1, {"name": "raspberry-pi-5"}, 10))
+    assert "a" in daemon.state.devices
+
+
+def test_an_offer_that_gets_lost_is_said_again_before_the_deadline(fleet: Fleet) -> None:
+    fleet.air.lost = [Topics("default").down("b", JOB.name)]
+    state = fleet.run()
+    assert folded(state) == [["a", "b", "c"]] * 3
+    assert fleet.air.now < JOB.deadline_s
+
+
+def test_a_device_that_is_heard_of_is_not_offered_the_same_again(fleet: Fleet) -> None:
+    slow = fleet.air.devices["b"]
+    take, offers = slow.take, []
+
+    def working(offer: Offer) -> None:
+        """Seventy seconds of training with a word every ten."""
+        offers.append(offer)
+        begun, said = fleet.air.now, [fleet.air.now]
+        idle = fleet.air.on_idle
+
+        def tell() -> None:
+            idle()
+            if fleet.air.now - begun >= 70:
+                fleet.air.on_idle = idle
+                take(offer)
+            elif fleet.air.now - said[0] >= 10:
+                said[0] = fleet.air.now
+                slow.say(Progress("b", offer.job, offer.round, offer.attempt, "train", 1, 7))
+
+        fleet.air.on_idle = tell
+
+    slow.take = working  # type: ignore[method-assign]
+    assert folded(fleet.run()) == [["a", "b", "c"]] * 3
+    assert len(offers) == 3
+
+
+def test_parts_of_updates_that_never_came_whole_do_not_stay(fleet: Fleet) -> None:
+    device, hear = fleet.air.devices["a"], fleet.air.devices["a"].hear
+    seen = []
+
+    def cut(topic: str, payload: bytes) -> None:
+        """Answers the first want for an update's leaves, then dies."""
+        hear(topic, payload)
+        if not topic.endswith("blob") and isinstance(device.heard[-1], Want) and device.heard[-1].part == "data":
+            device.hear = lambda topic, payload: None  # type: ignore[method-assign]
+            seen.append(device.heard[-1].sha256)
+            device.air.inbox = deque(list(device.air.inbox)[:-1])  # of several chunks the last is lost
+            device.die()
+
+    device.hear = cut  # type: ignore[method-assign]
+    fleet.job = replace(JOB, devices=2)
+    fleet.air.devices["a"].session = 1
+    fleet.run()
+    assert seen
+    assert not list((fleet.store.root / "partial").iterdir())
+
+
+def test_parts_that_a_crash_left_are_gone_on_with_or_deleted(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, durable=False)
+    wanted, old = (BlobRef.of(fill(name)) for name in ("wanted", "old"))
+    for ref in (wanted, old):
+        (store.root / "partial" / ref.sha256).write_bytes(b"x")
+        (store.root / "partial" / f"{ref.sha256}.leaves").write_bytes(b"x")
+    model = store.put(fill("model")).sha256
+    state = State(model=model, tasks={"a": Task(1, (4,), Part.PULLING, update=wanted.to_dict())})
+    sweep(store, state, 1)
+    assert {p.name[:64] for p in (store.root / "partial").iterdir()} == {wanted.sha256}
+    assert store.names() == [model]
+
+
 def test_an_update_that_its_device_has_lost_is_rejected(fleet: Fleet) -> None:
     device = fleet.air.devices["a"]
 
@@ -156,6 +263,23 @@ def test_a_device_with_an_unknown_profile_takes_no_part(fleet: Fleet, caplog: py
     state = fleet.run()
     assert folded(state) == [["b", "c"]] * 3
     assert "device a takes no part: there is no hardware profile called 'toaster'" in caplog.text
+
+
+@pytest.mark.parametrize("profile", ["x" * 256, "../x", ".", "raspberry-pi-5.json", "a\nb", "Ä", ""])
+def test_a_profile_is_named_by_a_plain_name(fleet: Fleet, profile: str) -> None:
+    fleet.job = replace(JOB, devices=2)
+    fleet.air.devices["a"].profile = profile
+    assert folded(fleet.run()) == [["b", "c"]] * 3
+
+
+def test_a_refusal_is_told_on_one_line(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    device = fleet.air.devices["c"]
+    device.take = lambda offer: device.say(  # type: ignore[method-assign]
+        Refusal("c", offer.job, offer.round, offer.attempt, "no room\n12:00 job toy is finished", 30)
+    )
+    state = fleet.run()
+    assert state.history[0]["devices"]["c"]["reason"] == "no room 12:00 job toy is finished"
+    assert not [r for r in caplog.records if "\n" in r.getMessage()]
 
 
 def test_profiles_of_a_folder_of_ones_own_are_found(fleet: Fleet, tmp_path: Path) -> None:

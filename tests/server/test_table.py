@@ -91,3 +91,13 @@ def test_the_table_is_not_drawn_at_every_message() -> None:
         display.refresh(snapshot)
     display.close()
     assert len(drawn) == 1
+
+
+@pytest.mark.parametrize("text", ["refused: expected [n], got [/tmp]", "[bold red]", "[/]", "[link=file:///x]a[/link]"])
+def test_brackets_in_a_devices_words_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = Terminal()
+    display = make_display(stream)
+    display.refresh(lambda: replace(SNAPSHOT, rows=(replace(ROW, state=text),)))
+    display.close()
+    assert text in stream.getvalue()

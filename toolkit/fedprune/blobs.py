@@ -10,6 +10,7 @@ import hashlib
 import os
 import secrets
 import shutil
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
 
@@ -164,6 +165,18 @@ class BlobStore:
             self._table_path(sha256).unlink(missing_ok=True)
             for name in (sha256, sha256 + TABLE):
                 (self.root / "partial" / name).unlink(missing_ok=True)
+
+    def drop_partials(self, kept: AbstractSet[str]) -> None:
+        """Forget what has arrived of blobs that are not yet whole, except of these.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        folder = self.root / "partial"
+        with storage_errors(f"can't tidy {folder}"):
+            for path in folder.iterdir():
+                if path.name.removesuffix(TABLE) not in kept:
+                    path.unlink(missing_ok=True)
 
     def names(self) -> list[str]:
         """Digests of all blobs that are here, sorted."""

@@ -24,7 +24,8 @@ ARCHES = ("aarch64", "x86_64")
 TIERS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt")
 """What serves predictions on the board; training runs on onnxruntime's CPU kernels everywhere."""
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+"""What a profile may be called."""
 _MIN_REASON = 8
 
 
@@ -225,7 +226,7 @@ class HardwareProfile:
         if body.get("format", FORMAT) != FORMAT:
             raise ProfileError(f"{where}: format", expected=FORMAT, got=repr(body["format"]))
         top = {key: _checked_text(body, key, where) for key in ("name", "title", "family")}
-        if not _NAME.fullmatch(top["name"]):
+        if not NAME.fullmatch(top["name"]):
             raise ProfileError(
                 f"{where}: name",
                 expected="up to 64 lower-case letters, digits, dots and dashes",

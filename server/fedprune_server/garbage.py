@@ -1,0 +1,69 @@
+"""Blobs that a job needs no more, and when it is safe to delete them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
+
+from fedprune.blobs import BlobStore
+from fedprune.coordination import State
+
+
+class Garbage:
+    """What rounds leave behind.
+
+    Args:
+        store: Where blobs lie.
+        keep: How many of the latest global models stay.
+    """
+
+    def __init__(self, store: BlobStore, keep: int) -> None:
+        self._store = store
+        self._keep = keep
+        self._suspects: set[str] = set()
+        self._graphs: set[str] = set()
+
+    def suspect(self, digests: Iterable[str]) -> None:
+        """Blobs that something no longer refers to; something else still may."""
+        self._suspects |= set(digests)
+
+    def spare(self, graphs: Iterable[str]) -> None:
+        """Graphs that offers name again and again; they stay while this server runs."""
+        self._graphs |= set(graphs)
+
+    def collect(self, state: State, arriving: AbstractSet[str]) -> None:
+        """Delete what earlier rounds needed. Only between rounds: then nobody is about to put the same bytes again.
+
+        Args:
+            state: What it refers to stays.
+            arriving: Blobs of which parts are still to come; parts of all others are deleted.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        kept = state.references() | self._graphs | kept_models(state, self._keep)
+        for digest in self._suspects - kept:
+            self._store.delete(digest)
+        self._suspects &= kept
+        self._store.drop_partials(arriving)
+
+
+def kept_models(state: State, keep: int) -> set[str]:
+    """Digests of the latest global models that stay on the disk."""
+    return {state.model, *(r["model"] for r in state.history[-keep:])}
+
+
+def sweep(store: BlobStore, state: State, keep: int) -> None:
+    """Delete blobs, whole and partial, that nothing refers to: what a crash left behind.
+
+    Graphs are made again when they are needed.
+
+    Raises:
+        StorageError: The disk fails.
+    """
+    updates = {t.update["sha256"] for t in state.tasks.values() if t.update}
+    kept = state.references() | kept_models(state, keep) | updates
+    for digest in store.names():
+        if digest not in kept:
+            store.delete(digest)
+    store.drop_partials(updates)

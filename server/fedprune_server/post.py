@@ -1,0 +1,118 @@
+"""What the daemon sends: messages at once, chunks of blobs as fast as the connection takes them, all of it counted."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from typing import Protocol
+
+from fedprune.wire.chunk import QOS as CHUNK_QOS
+from fedprune.wire.link import Event
+from fedprune.wire.messages import FromServer, Gone, Hello, Want
+from fedprune.wire.topics import Topics
+from fedprune_server.downloads import Downloads
+from fedprune_server.roster import Roster
+from fedprune_server.uploads import Wants
+
+_CHUNKS_PER_TURN = 4
+_UNSENT_BYTES = 2 * 2**20
+"""Chunks wait while so much is on its way to the broker, so that messages never do."""
+
+
+class Wire(Protocol):
+    """What the daemon needs of its connection; `fedprune.wire.link.Link` has it."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection is up."""
+        ...
+
+    @property
+    def unsent(self) -> int:
+        """Payload bytes that wait to be sent."""
+        ...
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        """Send without waiting."""
+        ...
+
+    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | None:
+        """The next message or event."""
+        ...
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until what was published is sent."""
+        ...
+
+
+class Post:
+    """The way out to the devices of one site.
+
+    Args:
+        link: The connection.
+        topics: The site's topics.
+        roster: Counts the bytes.
+        downloads: Cuts blobs into chunks.
+    """
+
+    def __init__(self, link: Wire, topics: Topics, roster: Roster, downloads: Downloads) -> None:
+        self._link = link
+        self._topics = topics
+        self._roster = roster
+        self._downloads = downloads
+
+    @property
+    def waiting(self) -> bool:
+        """Whether chunks wait to be sent."""
+        return bool(self._downloads)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a chunk waits and could be sent now."""
+        return bool(self._downloads) and self._link.unsent < _UNSENT_BYTES
+
+    def send(self, device: str, message: FromServer, job: str | None = None) -> None:
+        """Send a message; when it gets lost, somebody will ask again.
+
+        Raises:
+            ProtocolError: It is longer than a message may be.
+        """
+        payload = message.to_bytes()
+        topic = self._topics.down(device, job) if job else self._topics.down(device)
+        if self._link.publish(topic, payload):
+            self._roster.sent(device, len(payload))
+
+    def broadcast(self, hello: Hello) -> None:
+        """Send a message to everybody."""
+        self._link.publish(self._topics.broadcast(), hello.to_bytes())
+
+    def ask(self, wants: Wants) -> None:
+        """Ask devices for pieces of their updates."""
+        for device, want in wants:
+            self.send(device, want)
+
+    def fetched(self, device: str, want: Want, allowed: AbstractSet[str]) -> None:
+        """A device wants pieces of a blob: queue them, if it may have them."""
+        if want.sha256 in allowed:
+            self._downloads.add(device, want)
+        else:
+            self.send(device, Gone(want.sha256))
+
+    def forget(self, device: str) -> None:
+        """A device has gone: what it wanted is wanted no more."""
+        self._downloads.drop(device)
+
+    def send_chunks(self) -> None:
+        """Send a few of the chunks that wait.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        for _ in range(_CHUNKS_PER_TURN):
+            item = self._downloads.next() if self.ready else None
+            if item is None:
+                return
+            device, chunk = item
+            if isinstance(chunk, Gone):
+                self.send(device, chunk)
+            elif self._link.publish(self._topics.down_blob(device), chunk, CHUNK_QOS):
+                self._roster.sent(device, len(chunk))

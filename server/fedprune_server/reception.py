@@ -1,0 +1,181 @@
+"""The daemon's way in: what devices say, checked, and turned into events of the job."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedprune.coordination import State
+from fedprune.coordination import events as on
+from fedprune.errors import ProfileError, ProtocolError
+from fedprune.job import Job
+from fedprune.probe_report import ProbeReport
+from fedprune.profile import NAME
+from fedprune.profile_store import find
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.fields import ACCURACY_AFTER, one_line
+from fedprune.wire.messages import Birth, Cancelled, Death, Gone, Progress, Refusal, Update, Want, parse
+from fedprune.wire.topics import Topics
+from fedprune_server.post import Post
+from fedprune_server.roster import Roster
+from fedprune_server.uploads import Uploads
+
+log = logging.getLogger("fedprune.server")
+
+_COMPLAINTS = 20
+"""Bad messages that are logged one by one; later ones are only counted."""
+
+
+class Reception:
+    """Takes in messages and chunks. What needs no decision (bytes asked for, bytes that came) it sees to itself.
+
+    Args:
+        job: The job.
+        state: The coordinator's state; read, never changed.
+        topics: The site's topics.
+        roster: The devices.
+        uploads: Updates on their way here.
+        post: The way out.
+        profiles: Folders of hardware profiles beside the shipped ones.
+        monotonic: Seconds of a clock that nobody sets.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        state: State,
+        topics: Topics,
+        roster: Roster,
+        uploads: Uploads,
+        post: Post,
+        profiles: Sequence[Path],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._job = job
+        self._state = state
+        self._topics = topics
+        self._roster = roster
+        self._uploads = uploads
+        self._post = post
+        self._profiles = tuple(profiles)
+        self._monotonic = monotonic
+        self._complaints = 0
+
+    def receive(self, topic: str, payload: bytes) -> on.Event | None:
+        """Take in what came over the wire; what is wrong is logged, the first few times, and dropped.
+
+        Returns:
+            What happened to the job, if anything did.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        try:
+            device, _, channel = self._topics.parse(topic)
+            self._roster.received(device, len(payload))
+            if channel == "up/blob":
+                self._post.ask(self._uploads.chunk(device, Chunk.parse(payload), self._monotonic()))
+                return None
+            if channel != "up":
+                raise ProtocolError("channel", expected="up or up/blob", got=channel)
+            return self._message(device, payload)
+        except ProtocolError as error:
+            self._complain(topic, error)
+            return None
+
+    def _complain(self, topic: str, error: ProtocolError) -> None:
+        self._complaints += 1
+        if self._complaints <= _COMPLAINTS:
+            log.warning("ignored a message on %s: %s", one_line(topic, 200), one_line(str(error)))
+        if self._complaints == _COMPLAINTS:
+            log.warning("further bad messages are ignored silently")
+
+    def _message(self, device: str, payload: bytes) -> on.Event | None:
+        message = parse(payload)
+        said = getattr(message, "device", device)
+        if said != device:
+            raise ProtocolError("device of a message", expected=device, got=said)
+        match message:
+            case Birth():
+                return self._born(message, len(payload))
+            case Death():
+                known = self._state.devices.get(device)
+                if known is not None and known.session == message.session:
+                    self._uploads.drop(device)
+                    self._post.forget(device)
+                return on.DeviceDied(device, message.session)
+            case Want():
+                self._roster.heard(device, self._monotonic())
+                self._post.fetched(device, message, self._offered(device))
+            case Gone():
+                self._post.ask(self._uploads.gone(device, message.sha256, self._monotonic()))
+            case Progress() | Refusal() | Update():
+                if message.job == self._job.name:
+                    return self._report(device, message)
+                if isinstance(message, Update):
+                    self._void(device, message.job, message.round, message.attempt)
+            case _:
+                raise ProtocolError("message of a device", got=message.kind)
+        return None
+
+    def _born(self, birth: Birth, size: int) -> on.Event | None:
+        self._roster.admit(birth.device, one_line(birth.software), size)
+        try:
+            profile = find(_plain_name(birth.profile), self._profiles).to_dict()
+            # What is kept is what we know how to check, and no more.
+            probe = None if birth.probe is None else ProbeReport.from_dict(birth.probe).to_dict()
+        except ProfileError as error:
+            self._roster.exclude(birth.device, one_line(str(error)))
+            return None
+        return on.DeviceBorn(birth.device, birth.session, profile, birth.samples, probe)
+
+    def _report(self, device: str, message: Progress | Refusal | Update) -> on.Event | None:
+        """What a device says about its part in a round."""
+        if isinstance(message, Progress):
+            task = self._state.tasks.get(device)
+            if task is not None and (message.round, message.attempt) == (self._state.round, task.attempt):
+                self._roster.heard(device, self._monotonic(), message)
+            return None
+        if isinstance(message, Refusal):
+            reason = one_line(message.reason)
+            log.warning("device %s refuses round %d: %s", device, message.round, reason)
+            return on.OfferRefused(device, message.round, message.attempt, reason)
+        contact = self._roster[device]
+        contact.accuracy = message.metrics.get(ACCURACY_AFTER, contact.accuracy)
+        return on.UpdateAnnounced(
+            device,
+            message.round,
+            message.attempt,
+            message.base,
+            message.weights.to_dict(),
+            message.samples,
+            message.steps,
+            dict(message.metrics),
+        )
+
+    def _void(self, device: str, job: str, round_: int, attempt: int) -> None:
+        """A device holds something of a job that isn't ours (any more): it may let go of it."""
+        self._post.send(device, Cancelled(job, round_, attempt, "this server runs another job"), job)
+
+    def _offered(self, device: str) -> set[str]:
+        """Digests of what a device may fetch: only what its own offer names."""
+        task = self._state.tasks.get(device)
+        offer: Mapping[str, Any] = (task.offer if task else None) or {}
+        return {v["sha256"] for v in offer.values() if isinstance(v, dict) and "sha256" in v}
+
+
+def _plain_name(profile: str) -> str:
+    """The name of a profile; a device's word must not become a path on this machine.
+
+    Raises:
+        ProfileError: It is none.
+    """
+    if not NAME.fullmatch(profile):
+        raise ProfileError(
+            "name of a device's hardware profile",
+            expected="up to 64 lower-case letters, digits, dots and dashes",
+            got=repr(profile)[:80],
+        )
+    return profile
