@@ -28,7 +28,7 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
     Recipe.from_dict(offer.recipe)
     lacking = [r for r in (offer.weights, offer.training, offer.inference) if not store.blobs.has(r.sha256)]
     needed = sum(r.size for r in lacking) + 2 * offer.weights.size
-    free = store.free_bytes()
+    free = store.free_bytes() + store.reclaimable_bytes(offer)
     if needed > free:
         raise StorageFullError("no room for the offer's files", expected=f"{needed} bytes", got=f"{free} free")
     if profile is None:

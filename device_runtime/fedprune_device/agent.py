@@ -287,6 +287,7 @@ class Agent:
             _LOG.info("round %d of job %s is cancelled: %s", message.round, message.job, message.reason)
             self._halt()
             self._store.finish()
+        self._collect()
 
     def _on_finished(self, message: Finished) -> None:
         task, pending = self._store.task, self._store.pending
@@ -322,6 +323,7 @@ class Agent:
 
     def _begin(self, now: float) -> None:
         """Go on where the last process stopped."""
+        self._collect()
         task = self._store.task
         if task is None or task.done:
             return
@@ -343,6 +345,7 @@ class Agent:
         if self._worker is not None and not self._worker.alive:
             worker, self._worker = self._worker, None
             self._settle(worker, now)
+            self._collect()
         task = self._store.task
         if self._worker is None and self._ready is not None and task is not None:
             seconds, self._ready = self._ready, None
@@ -388,9 +391,12 @@ class Agent:
             self._worker.stop()
 
     def _collect(self) -> None:
-        # What the worker has just made is referred to by nothing yet.
-        if self._worker is None:
-            self._store.collect()
+        # What the worker has just made is referred to by nothing yet; nobody waits for what a stopped one makes.
+        if self._worker is None or self._worker.stopped:
+            try:
+                self._store.collect()
+            except StorageError as error:
+                _LOG.warning("can't clear away old files: %s", error)
 
     def _refuse(self, offer: Offer, error: BaseException) -> None:
         self._outbox.refuse(offer, error)
@@ -398,6 +404,7 @@ class Agent:
         if task is not None and task.offer == offer:
             self._halt()
             self._store.finish()
+            self._collect()
 
 
 def _same_work(one: Offer, other: Offer) -> bool:

@@ -10,6 +10,7 @@ serving/        the model that serves predictions (`slots`)
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -154,23 +155,43 @@ class DeviceStore:
         Raises:
             StorageError: The disk fails.
         """
-        wanted = set()
-        if self.task is not None:
-            offer = self.task.offer
-            wanted = {offer.training.sha256, offer.inference.sha256}
-            if not self.task.done:
-                wanted.add(offer.weights.sha256)
-        if self.pending is not None:
-            wanted.add(self.pending.weights.sha256)
-        unfinished = {p.name.split(".")[0] for p in (self.blobs.root / "partial").iterdir()}
-        dropped = sorted((unfinished | set(self.blobs.names())) - wanted)
+        dropped = self._unwanted(self.task)
         for name in dropped:
             self.blobs.delete(name)
         return len(dropped)
 
+    def reclaimable_bytes(self, offer: messages.Offer) -> int:
+        """Room that `collect` would make if this offer were the current one.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        partial = self.blobs.root / "partial"
+        paths = [path for name in self._unwanted(Task(offer)) for path in (self.blobs.path(name), partial / name)]
+        total = 0
+        with storage_errors(f"can't read {self.blobs.root}"):
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.stat()
+                    # A file that a model slot holds, too, stays on the disk.
+                    total += 512 * status.st_blocks if status.st_nlink == 1 else 0
+        return total
+
     def free_bytes(self) -> int:
         """Room on the disk."""
         return shutil.disk_usage(self.root).free
+
+    def _unwanted(self, task: Task | None) -> list[str]:
+        wanted = set()
+        if task is not None:
+            wanted = {task.offer.training.sha256, task.offer.inference.sha256}
+            if not task.done:
+                wanted.add(task.offer.weights.sha256)
+        if self.pending is not None:
+            wanted.add(self.pending.weights.sha256)
+        with storage_errors(f"can't read {self.blobs.root}"):
+            unfinished = {p.name.split(".")[0] for p in (self.blobs.root / "partial").iterdir()}
+        return sorted((unfinished | set(self.blobs.names())) - wanted)
 
     def _set_task(self, task: Task) -> None:
         durable.write_document(self.root / "offer.json", {"message": _body(task.offer), "done": task.done})

@@ -192,13 +192,19 @@ def test_an_update_of_a_cancelled_attempt_is_dropped(bench: Bench) -> None:
     server.plan, server.accepts = [server.offer(1, attempt=2)], False
 
     def react(message: Any) -> None:
-        if isinstance(message, Update) and message.round == 1:
-            server.plan, server.accepts = [server.offer(2)], True
+        if isinstance(message, Update):
+            server.plan = []
             server.say(Cancelled("job", 1, 2, "too late"))
+            assert bench.agent is not None
+            threading.Timer(0.3, bench.agent.stop).start()
 
     server.react = react
-    bench.run()
-    assert [u.round for u in server.of(Update)] == [1, 2]
+    bench.run(until_finished=False)
+    with bench.reopened() as store:
+        assert store.pending is None
+        assert store.task is not None
+        assert store.task.done
+        assert store.blobs.names() == sorted(b.sha256 for b in (server.graphs["plain"], server.graphs["inference"]))
 
 
 def test_an_offer_that_was_cancelled_can_come_again_under_its_number(bench: Bench) -> None:
@@ -490,6 +496,54 @@ def test_an_offer_that_comes_late_again_changes_nothing(bench: Bench) -> None:
     bench.run()
     assert sorted(server.updates) == [1, 2]
     assert not [p for p in server.of(Progress)[-1:] if p.round == 1]
+
+
+def test_what_a_cancelled_offer_pulled_is_cleared_away(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1, LONG)]
+
+    def react(message: Any) -> None:
+        if isinstance(message, Progress) and message.phase == "train":
+            server.plan = []
+            server.say(Cancelled("job", 1, 0, "too late"))
+            assert bench.agent is not None
+            threading.Timer(0.5, bench.agent.stop).start()
+
+    server.react = react
+    bench.run(until_finished=False)
+    with bench.reopened() as store:
+        assert not store.blobs.has(server.weights.sha256)
+
+
+def test_what_a_refused_offer_pulled_is_cleared_away(bench: Bench) -> None:
+    server = bench.server
+    server.plan = [server.offer(1, classes=2)]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    with bench.reopened() as store:
+        assert not store.blobs.has(server.weights.sha256)
+
+
+def test_what_nobody_refers_to_is_cleared_away_at_the_start(bench: Bench) -> None:
+    with bench.reopened() as store:
+        left = store.blobs.put(b"of a process that was killed").sha256
+    bench.server.plan = [bench.server.offer(1, recipe={"epochs": 0})]
+    bench.stop_on(Birth)
+    bench.run(until_finished=False)
+    with bench.reopened() as store:
+        assert not store.blobs.has(left)
+
+
+def test_room_that_an_offer_will_free_counts_for_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = bench.server
+    server.plan = [server.offer(1, attempt=3)]
+    free = 3 * server.weights.size + 2 * max(b.size for b in server.graphs.values())
+    with bench.reopened() as store:
+        store.blobs.put(bytes(free))
+    monkeypatch.setattr(DeviceStore, "free_bytes", lambda s: free - sum(map(s.blobs.size, s.blobs.names())))
+    monkeypatch.setattr(Agent, "_begin", lambda *_: None)  # or it would be gone by then
+    bench.run()
+    assert not server.of(Refusal)
 
 
 def test_a_blob_that_the_disk_damaged_is_pulled_again(
