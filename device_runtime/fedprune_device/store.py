@@ -16,6 +16,8 @@ import json
 import logging
 import os
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,9 @@ from fedprune_device import durable
 from fedprune_device.slots import Slots
 
 _LOG = logging.getLogger("fedprune.device")
+
+_LAST_TIME = 2**53
+"""Milliseconds that no right clock shows; a wrong one must not use up the numbers."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class DeviceStore:
 
     Args:
         root: The directory; made if missing.
+        clock: Seconds since 1970.
 
     Attributes:
         blobs: Weights and graphs.
@@ -54,7 +60,7 @@ class DeviceStore:
         StorageError: Another process uses the directory, or it can't be written.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
         with storage_errors(f"can't write {root}"):
             root.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -66,6 +72,7 @@ class DeviceStore:
                 f"another fedprune-device uses {root}", hint="Stop it, or give this one a --state of its own."
             ) from error
         self.root = root
+        self._clock = clock
         try:
             durable.sweep(root)
             self.blobs = BlobStore(root / "blobs")
@@ -91,14 +98,18 @@ class DeviceStore:
         self.close()
 
     def next_session(self) -> int:
-        """A session number larger than every earlier one, on disk before it is used.
+        """A number for a new connection, larger than every earlier one, on disk before it is used.
+
+        It is the time in milliseconds where that is larger, so that also a board whose directory was deleted is
+        believed to be there anew.
 
         Raises:
             StorageError: The disk fails or is full.
         """
-        durable.write_document(self.root / "session.json", {"number": self.session + 1})
-        self.session += 1
-        return self.session
+        number = max(self.session + 1, int(min(1000 * self._clock(), _LAST_TIME)))
+        durable.write_document(self.root / "session.json", {"number": number})
+        self.session = number
+        return number
 
     def accept(self, offer: messages.Offer) -> None:
         """Make an offer the current one.

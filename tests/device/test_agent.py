@@ -623,7 +623,7 @@ def test_progress_comes_at_most_once_a_second(bench: Bench) -> None:
 
 
 def test_every_connection_has_a_number_of_its_own_and_a_will(bench: Bench, tmp_path: Path) -> None:
-    with bench.reopened() as store:
+    with DeviceStore(tmp_path / "state", clock=lambda: 0.0) as store:
         agent = Agent("d", "site", store, MemoryLink(bench.server), bench.data)
         wills = [agent.will() for _ in range(3)]
     assert [topic for topic, _ in wills] == [TOPICS.up("d")] * 3

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ class Life:
         self.done = 0
 
     def open(self) -> DeviceStore:
-        self.store = DeviceStore(self.root)
+        self.store = DeviceStore(self.root, clock=lambda: 0.0)
         return self.store
 
     def live(self, watch: Callable[[DeviceStore], object] = lambda _: None) -> None:
@@ -269,9 +270,27 @@ def test_graphs_outlive_their_round(tmp_path: Path, graphs: Path) -> None:
     life.close()
 
 
-def test_session_numbers_grow_over_restarts(tmp_path: Path) -> None:
-    numbers = []
-    for _ in range(3):
-        with DeviceStore(tmp_path) as store:
-            numbers.append(store.next_session())
-    assert numbers == [1, 2, 3]
+@pytest.mark.parametrize(
+    ("times", "numbers"),
+    [((0.0, 0.0, 0.0), (1, 2, 3)), ((5.0, 5.0, 2.0), (5000, 5001, 5002)), ((5.0, 7.5, 9.0), (5000, 7500, 9000))],
+)
+def test_session_numbers_grow_over_restarts(tmp_path: Path, times: tuple[float, ...], numbers: tuple[int, ...]) -> None:
+    given = []
+    for now in times:
+        with DeviceStore(tmp_path, clock=lambda now=now: now) as store:
+            given.append(store.next_session())
+    assert tuple(given) == numbers
+
+
+def test_a_board_whose_directory_was_deleted_still_counts_on(tmp_path: Path) -> None:
+    given = []
+    for folder in ("first", "second"):
+        with DeviceStore(tmp_path / folder) as store:
+            given.append(store.next_session())
+        time.sleep(0.002)
+    assert given[0] < given[1]
+
+
+def test_a_clock_that_is_far_off_uses_up_no_numbers(tmp_path: Path) -> None:
+    with DeviceStore(tmp_path, clock=lambda: 1e300) as store:
+        assert [store.next_session(), store.next_session()] == [2**53, 2**53 + 1]
