@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedprune.costs import storage_bytes
 from fedprune.errors import PlanError, StorageFullError
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
@@ -33,7 +34,7 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
         raise StorageFullError("no room for the offer's files", expected=f"{needed} bytes", got=f"{free} free")
     if profile is None:
         return
-    total = 3 * offer.weights.size + offer.training.size + offer.inference.size
+    total = storage_bytes(offer.weights.size, offer.training.size, offer.inference.size)
     if total > profile.storage.budget_bytes:
         raise PlanError(
             "the offer needs more room than the profile allows",

@@ -105,7 +105,7 @@ class Workbench:
         weights = self._store.blobs.put(tensorfile.encode(result.tensors))
         after = self._candidate(offer, weights)
         self._check(after, trainer, result, recipe, offer.classes)
-        self._evaluate(after, offset, metrics, "accuracy_after")
+        self._evaluate(after, offset, metrics, ACCURACY_AFTER)
         self._store.slots.install(
             Serving(
                 job=offer.job,

@@ -8,14 +8,6 @@ from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Offer, Want
 from fedprune.wire.transfer import Pull
 
-CHUNK_LEAVES = 4
-"""Leaves per chunk: 128 KiB, which every broker that we know takes."""
-
-WINDOW_LEAVES = 32
-"""Leaves of one blob that are asked for and not yet there: 1 MiB."""
-
-PATIENCE_S = 5.0
-
 
 class Downloads:
     """Parallel pulls of what a device lacks for an offer.
@@ -39,9 +31,6 @@ class Downloads:
             sha256: Pull(
                 ref,
                 store.partial(ref),
-                chunk_leaves=CHUNK_LEAVES,
-                window_leaves=WINDOW_LEAVES,
-                patience_s=PATIENCE_S,
             )
             for sha256, ref in refs.items()
             if not store.has(sha256)

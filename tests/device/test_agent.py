@@ -11,6 +11,7 @@ import pytest
 from memory_fleet import TOPICS, MemoryLink, MemoryServer, clock
 
 from fedprune import tensorfile
+from fedprune.costs import WEIGHT_FILES, storage_bytes
 from fedprune.errors import ExitCode
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
@@ -18,6 +19,7 @@ from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Birth, Cancelled, Death, Finished, Gone, Hello, Progress, Refusal, Update, Want
 from fedprune_device.agent import Agent
 from fedprune_device.data import LocalData
+from fedprune_device.slots import Slots
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import Trainer
 
@@ -290,6 +292,28 @@ def test_an_offer_beyond_the_profiles_limits_is_refused(bench: Bench, budget: in
     bench.run(until_finished=False)
     assert bench.server.of(Refusal)[0].exit_code == ExitCode.PLAN
     assert bench.server.of(Birth)[0].profile == "tiny"
+
+
+def test_the_disk_never_holds_more_than_the_planner_counts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, seen = bench.server, list[tuple[int, int]]()
+
+    def look() -> None:
+        files = [p.stat() for p in (bench.root / "state").rglob("*") if p.is_file()]
+        sizes = {s.st_ino: s.st_size for s in files}.values()
+        seen.append((sum(sizes), sum(size == server.weights.size for size in sizes)))
+
+    def watched(name: str) -> None:
+        plain = getattr(Slots, name)
+        monkeypatch.setattr(Slots, name, lambda self, *given: (plain(self, *given), look())[0])
+
+    watched("stage")
+    watched("install")
+    server.plan = [server.offer(n) for n in (1, 2, 3, 4)]
+    bench.run()
+    graphs = server.graphs["plain"].size, server.graphs["inference"].size
+    assert max(weights for _, weights in seen) == WEIGHT_FILES
+    documents = 8192
+    assert max(total for total, _ in seen) <= storage_bytes(server.weights.size, *graphs) + documents
 
 
 @pytest.mark.parametrize(

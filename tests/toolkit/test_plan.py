@@ -91,7 +91,7 @@ def test_the_link_binds() -> None:
 
 
 def test_storage_binds() -> None:
-    made = plan(NET, board(storage={"budget_bytes": 2 * FULL.wire_bytes}), RECIPE, 500)
+    made = plan(NET, board(storage={"budget_bytes": 4 * FULL.wire_bytes}), RECIPE, 500)
     assert made.bound == "storage"
 
 
@@ -138,7 +138,7 @@ def test_a_plan_fits_and_the_next_wider_breaks_what_bounds_it(situation: dict[st
         "time": need.train_s + need.transfer_s,
         "link": 2 * need.wire_bytes,
         "bytes": 2 * need.wire_bytes,
-        "storage": 3 * need.wire_bytes,
+        "storage": need.storage_bytes,
     }
     limits = {m.name: m.limit for m in made.limits}
     overshoot = {name: needs[name] / limits[name] for name in limits}

@@ -47,6 +47,16 @@ ACTIVATION_PASSES = 12
 INFERENCE_VALUES = 3
 """Largest activations that live at once in a forward pass: a layer's input, its output, a branch that waits."""
 
+WEIGHT_FILES = 4
+"""Weights files that a board holds at its worst moment: as received, as trained, and those of its two model slots."""
+
+INFERENCE_FILES = 3
+"""Inference graphs at that moment: the offer's, and in the slots perhaps others of earlier rounds."""
+
+TRAINING_GRAPH_BYTES = 4_000
+INFERENCE_GRAPH_BYTES = 500
+"""What graphs take on the disk per activation of the model, rounded up from those of the tests' nets."""
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -100,6 +110,12 @@ class Costs:
         held = 2 * self.parameter_bytes + batch * (self.inference_activation_bytes + self.sample_bytes)
         return RUNTIME_BYTES + VALUE_BYTES * self.values + held
 
+    @property
+    def storage_bytes(self) -> int:
+        """What a board's disk must hold for rounds of this submodel."""
+        graphs = TRAINING_GRAPH_BYTES * self.values, INFERENCE_GRAPH_BYTES * self.values
+        return storage_bytes(self.wire_bytes, *graphs)
+
     def step_seconds(self, batch: int, rate: float, bandwidth: float) -> float:
         """Time of one training step.
 
@@ -117,6 +133,17 @@ class Costs:
         )
         through_memory = ACTIVATION_PASSES * moved + WEIGHT_COPIES * self.parameter_bytes
         return max(work / rate, through_memory / bandwidth)
+
+
+def storage_bytes(weights: int, training: int, inference: int) -> int:
+    """Most bytes that a board's state directory takes for a submodel, whose rounds leave and overwrite files.
+
+    Args:
+        weights: Size of its weights file.
+        training: Size of its training graph.
+        inference: Size of its inference graph.
+    """
+    return WEIGHT_FILES * weights + training + INFERENCE_FILES * inference
 
 
 def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:

@@ -27,9 +27,6 @@ BYTES = "bytes"
 STORAGE = "storage"
 LIMITS = (MEMORY, TIME, LINK, BYTES, STORAGE)
 
-_KEPT_BLOBS = 3
-"""Weights files that a board holds at once: what it received, what it serves, what it sends."""
-
 
 @dataclass(frozen=True)
 class Limit:
@@ -79,6 +76,7 @@ class Prediction:
         wire_bytes: Size of its weights file: what travels, once each way.
         memory_bytes: Peak memory of the training process, local data included.
         inference_bytes: Peak memory of a process that predicts one sample at a time.
+        storage_bytes: What the board's disk must hold.
         step_s: Time of one full training step.
         steps: Steps of a round.
         train_s: Time of all steps.
@@ -91,6 +89,7 @@ class Prediction:
     wire_bytes: int
     memory_bytes: int
     inference_bytes: int
+    storage_bytes: int
     step_s: float
     steps: int
     train_s: float
@@ -274,6 +273,7 @@ def predict(
         wire_bytes=costs.wire_bytes,
         memory_bytes=costs.training_bytes(batch, recipe.features, samples),
         inference_bytes=costs.inference_bytes(1),
+        storage_bytes=costs.storage_bytes,
         step_s=step_s,
         steps=steps,
         train_s=steps * step_s,
@@ -309,7 +309,7 @@ def _limits(
     limits = [
         Limit(MEMORY, prediction.memory_bytes, training_memory(profile, probe), "bytes"),
         Limit(LINK, prediction.round_bytes, profile.link.bytes_per_round, "bytes"),
-        Limit(STORAGE, _KEPT_BLOBS * prediction.wire_bytes, profile.storage.budget_bytes, "bytes"),
+        Limit(STORAGE, prediction.storage_bytes, profile.storage.budget_bytes, "bytes"),
     ]
     if deadline_s is not None:
         limits.append(Limit(TIME, prediction.round_s, deadline_s, "s"))
