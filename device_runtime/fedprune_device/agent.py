@@ -36,11 +36,11 @@ from fedprune.wire.messages import (
     parse,
 )
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import Serve
+from fedprune.wire.transfer import CHUNK_LEAVES, Serve
 from fedprune_device.acceptance import check_offer
-from fedprune_device.assignment import DamagedBlobError, Workbench
+from fedprune_device.assignment import DamagedBlobError, LoadedTrainer, Workbench
 from fedprune_device.data import LocalData
-from fedprune_device.downloads import CHUNK_LEAVES, Downloads
+from fedprune_device.downloads import Downloads
 from fedprune_device.outbox import Outbox, Wire
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import TrainingStoppedError
@@ -97,7 +97,7 @@ class Agent:
         self._probe = probe
         self._clock = clock
         self._serve = Serve(store.blobs)
-        self._bench = Workbench(device, store, data, threads)
+        self._bench = Workbench(device, store.blobs, store.slots, data, LoadedTrainer(threads))
         self._downloads: Downloads | None = None
         self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: TrainingThread | None = None

@@ -6,20 +6,22 @@ import math
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune import tensorfile
+from fedprune.blobs import BlobStore
 from fedprune.errors import BundleError, StorageError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.fields import ACCURACY_AFTER
 from fedprune.wire.messages import Offer, Update
 from fedprune_device.data import LocalData, log_prior
 from fedprune_device.predictor import Predictor
-from fedprune_device.slots import Serving
-from fedprune_device.store import DeviceStore
+from fedprune_device.slots import Serving, Slots
 from fedprune_device.trainer import Trainer, TrainingResult, loss_terms
 
 PROBE_SAMPLES = 32
@@ -33,30 +35,73 @@ class DamagedBlobError(StorageError):
     """A blob on the disk is not what its name says. It has been deleted, so that it can be pulled again."""
 
 
-class Workbench:
-    """Carries out offers, one at a time.
+MEASURED = frozenset({"download_seconds", "evaluate_seconds", "train_seconds", "step_seconds", "peak_memory_bytes"})
+"""Metrics that tell of the machine; all others are the same wherever an offer is carried out."""
 
-    The last training graph stays loaded, because the next round usually needs it again.
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of an offer.
+
+    Attributes:
+        update: What the server gets; its weights are in the store.
+        model: What may serve now; it is staged and has passed its check.
+    """
+
+    update: Update
+    model: Serving
+
+
+class LoadedTrainer:
+    """The training graph that was used last: the next round usually needs it again.
 
     Args:
-        device: The device's name.
-        store: Its state directory, with all blobs of an offer.
-        data: Its samples.
         threads: Threads inside an operator.
     """
 
-    def __init__(self, device: str, store: DeviceStore, data: LocalData, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
+        self._loaded: tuple[str, Trainer] | None = None
+
+    def of(self, sha256: str, read: Callable[[], bytes]) -> Trainer:
+        """A trainer for a graph.
+
+        Args:
+            sha256: The graph.
+            read: Gives its bytes, if they are needed.
+
+        Raises:
+            ModelError: onnxruntime doesn't accept the graph.
+            TrainingError: It is not a training graph.
+        """
+        if self._loaded is None or self._loaded[0] != sha256:
+            self._loaded = None  # two loaded graphs are more than a small board has memory for
+            self._loaded = (sha256, Trainer(read(), threads=self.threads))
+        return self._loaded[1]
+
+
+class Workbench:
+    """Carries out offers, one at a time. The simulator does it here, too.
+
+    Args:
+        device: The device's name.
+        blobs: All blobs of an offer; trained weights are put there.
+        slots: Where models are staged and serve.
+        data: The device's samples.
+        trainer: The loaded training graph; benches may share it.
+    """
+
+    def __init__(
+        self, device: str, blobs: BlobStore, slots: Slots, data: LocalData, trainer: LoadedTrainer | None = None
+    ) -> None:
         self._device = device
-        self._store = store
+        self._blobs = blobs
+        self._slots = slots
         self._data = data
-        self._threads = threads
-        self._trainer: tuple[str, Trainer] | None = None
+        self._trainer = trainer or LoadedTrainer()
 
     def carry_out(self, offer: Offer, *, download_seconds: float, report: Report, stop: Callable[[], bool]) -> Update:
-        """Do what an offer asks for.
-
-        The same offer always gives the same weights, so that one that was cut off can be done again. The new model
-        serves when this returns; after any error the old one does.
+        """Do what an offer asks for, and let the new model serve; after any error the old one serves on.
 
         Args:
             offer: The offer; its blobs are in the store.
@@ -66,6 +111,34 @@ class Workbench:
 
         Returns:
             The update; its weights are in the store.
+
+        Raises:
+            FedpruneError: As `make`.
+        """
+        made = self.make(offer, download_seconds=download_seconds, report=report, stop=stop)
+        self._slots.install(made.model)
+        return made.update
+
+    def make(
+        self,
+        offer: Offer,
+        *,
+        download_seconds: float = 0.0,
+        report: Report = lambda *_: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Trained:
+        """Evaluate, train, evaluate, check; what serves stays as it is.
+
+        The same offer always gives the same weights, so that one that was cut off can be done again.
+
+        Args:
+            offer: The offer; its blobs are in the store.
+            download_seconds: How long they took to arrive, for the metrics.
+            report: Told how far it is.
+            stop: Asked between training steps.
+
+        Returns:
+            The update and the staged model.
 
         Raises:
             DamagedBlobError: A blob must be pulled again.
@@ -79,7 +152,7 @@ class Workbench:
         """
         recipe = Recipe.from_dict(offer.recipe)
         tensors = self._weights(offer.weights)
-        trainer = self._load(offer.training)
+        trainer = self._trainer.of(offer.training.sha256, lambda: self._blob(offer.training))
         trainer.check(tensors)
         self._data.check(offer.classes, trainer.input_shape)
         self._blob(offer.inference)
@@ -102,21 +175,11 @@ class Workbench:
             stop=stop,
         )
         report("evaluate", 1, 2)
-        weights = self._store.blobs.put(tensorfile.encode(result.tensors))
+        weights = self._blobs.put(tensorfile.encode(result.tensors))
         after = self._candidate(offer, weights)
         self._check(after, trainer, result, recipe, offer.classes)
         self._evaluate(after, offset, metrics, ACCURACY_AFTER)
-        self._store.slots.install(
-            Serving(
-                job=offer.job,
-                round=offer.round,
-                classes=offer.classes,
-                inference=offer.inference.sha256,
-                weights=weights.sha256,
-                offset=None if offset is None else tuple(map(float, offset)),
-            )
-        )
-        return Update(
+        update = Update(
             self._device,
             offer.job,
             offer.round,
@@ -127,6 +190,15 @@ class Workbench:
             result.steps,
             _finite(metrics | _measured(result)),
         )
+        model = Serving(
+            job=offer.job,
+            round=offer.round,
+            classes=offer.classes,
+            inference=offer.inference.sha256,
+            weights=weights.sha256,
+            offset=None if offset is None else tuple(map(float, offset)),
+        )
+        return Trained(update, model)
 
     def _weights(self, ref: BlobRef) -> Tensors:
         raw = self._blob(ref)
@@ -136,23 +208,16 @@ class Workbench:
             raise BundleError("the weights are not a canonical tensor file", hint="The server must write them anew.")
         return tensors
 
-    def _load(self, ref: BlobRef) -> Trainer:
-        if self._trainer is None or self._trainer[0] != ref.sha256:
-            self._trainer = None  # two loaded graphs are more than a small board has memory for
-            self._trainer = (ref.sha256, Trainer(self._blob(ref), threads=self._threads))
-        return self._trainer[1]
-
     def _blob(self, ref: BlobRef) -> bytes:
         try:
-            return self._store.blobs.read(ref.sha256)
+            return self._blobs.read(ref.sha256)
         except StorageError as error:
-            self._store.blobs.delete(ref.sha256)
+            self._blobs.delete(ref.sha256)
             raise DamagedBlobError(str(error)) from error
 
     def _candidate(self, offer: Offer, weights: BlobRef) -> Predictor:
-        blobs = self._store.blobs
-        folder = self._store.slots.stage(blobs.path(offer.inference.sha256), blobs.path(weights.sha256))
-        return Predictor(folder, threads=self._threads)
+        graph, path = self._blobs.path(offer.inference.sha256), self._blobs.path(weights.sha256)
+        return Predictor(self._slots.stage(graph, path), threads=self._trainer.threads)
 
     def _check(
         self, candidate: Predictor, trainer: Trainer, result: TrainingResult, recipe: Recipe, classes: int

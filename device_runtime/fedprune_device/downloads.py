@@ -27,14 +27,7 @@ class Downloads:
         refs: dict[str, BlobRef] = {r.sha256: r for r in (offer.training, offer.inference, offer.weights)}
         self.offer = offer
         self.began = now
-        self._pulls = {
-            sha256: Pull(
-                ref,
-                store.partial(ref),
-            )
-            for sha256, ref in refs.items()
-            if not store.has(sha256)
-        }
+        self._pulls = {sha256: Pull(ref, store.partial(ref)) for sha256, ref in refs.items() if not store.has(sha256)}
 
     @property
     def done(self) -> bool:

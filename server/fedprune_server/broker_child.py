@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import json
 import logging
 import os
@@ -19,10 +18,10 @@ import threading
 import warnings
 from typing import IO, Any
 
+from fedprune_server.children import signal_at_parents_end
+
 KINDS = ("up", "up/blob", "down", "down/blob", "other")
 """What traffic is counted by: the channel of a topic."""
-
-_PR_SET_PDEATHSIG = 1
 
 
 def kind(topic: str) -> str:
@@ -94,8 +93,7 @@ def _end_with(parent: int) -> None:
             os._exit(0)
 
     signal.signal(signal.SIGUSR1, look)
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1, 0, 0, 0)
+    signal_at_parents_end(signal.SIGUSR1)
     look(0, None)  # it may have gone before the signal was asked for
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from fedprune.errors import FedpruneError
@@ -55,7 +56,7 @@ class Children:
                 env={**os.environ, **environment},
                 # Ctrl-C in the terminal is for the parent alone, which then ends its children.
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=partial(signal_at_parents_end, signal.SIGTERM),
             )
         self._processes[name] = (process, output)
 
@@ -93,7 +94,10 @@ class Children:
         self.stop()
 
 
-def _end_with_parent() -> None:
-    """Runs in the child before its program: the kernel shall end it when the parent is gone, even after kill -9."""
+def signal_at_parents_end(number: signal.Signals) -> None:
+    """Ask the kernel to send this process a signal when its parent is gone, even after kill -9 (Linux alone can).
+
+    Also runs in a child before its program, so it may do no more than call the kernel.
+    """
     if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        _prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)

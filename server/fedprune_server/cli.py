@@ -71,6 +71,9 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--calibration", metavar="DATA", help="the same, to measure batch-norm statistics anew on")
     run.add_argument("--state", type=Path, metavar="DIR", help="what must survive a crash (default: fedprune-state)")
     run.add_argument("--broker", metavar="URL", help="embedded (default), mqtt://host[:port] or mqtts://host[:port]")
+    run.add_argument(
+        "--ca", type=Path, metavar="FILE", help="certificate authorities for mqtts:// (default: the system's)"
+    )
     run.add_argument("--host", help="address of the embedded broker (default: 127.0.0.1, this machine only)")
     run.add_argument("--port", type=int, help="port of the embedded broker (default: 1883; 0 for a free one)")
     run.add_argument("--site", help="devices of this site take part (default: default)")
@@ -104,7 +107,19 @@ def _run(arguments: argparse.Namespace) -> int:
     job = {k: getattr(arguments, k) for k in names} | {"deadline_s": arguments.deadline}
     server = {
         k: getattr(arguments, k)
-        for k in ("model", "evaluation", "calibration", "state", "broker", "host", "port", "site", "keep", "profiles")
+        for k in (
+            "model",
+            "evaluation",
+            "calibration",
+            "state",
+            "broker",
+            "ca",
+            "host",
+            "port",
+            "site",
+            "keep",
+            "profiles",
+        )
     }
     config = overridden(config, job, server)
     with ExitStack() as stack:
@@ -123,7 +138,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 "server. See docs/run-a-fleet.md.",
                 config.host,
             )
-        link = Link(url, f"fedprune-server-{config.site}"[:64])
+        link = Link(url, f"fedprune-server-{config.site}"[:64], ca=config.ca)
         stack.callback(link.close)
         display = make_display()
         daemon = Daemon(
@@ -138,6 +153,7 @@ def _run(arguments: argparse.Namespace) -> int:
             keep=config.keep,
             pulls=config.pulls,
             profiles=() if config.profiles is None else (config.profiles,),
+            max_devices=config.max_devices,
             broker=broker,
             display=display,
         )

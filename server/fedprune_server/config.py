@@ -16,6 +16,8 @@ EMBEDDED = "embedded"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 _TABLES = ("job", "model", "evaluation", "calibration", "server")
+_SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "profiles")
+_SERVER_NUMBERS = ("port", "keep", "pulls", "max_devices")
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,14 @@ class ServerConfig:
         calibration: The same for samples on which batch-norm statistics are measured anew; labels are not looked at.
         site: First part of the topics: devices and servers of one site hear each other.
         broker: `embedded`, or the address of a broker such as `mqtt://broker:1883`.
+        ca: A file of certificate authorities for `mqtts://`; the system's where there is none.
         host: The address on which the embedded broker listens.
         port: Its port, 0 for a free one.
         state: The folder in which everything lies that must survive a crash.
         keep: How many of the latest global models are kept.
         pulls: From how many devices updates are pulled at the same time.
         profiles: A folder of hardware profiles of your own, beside the shipped ones.
+        max_devices: How many devices may ever take part; announcements of further ones are ignored.
     """
 
     job: Job = field(default_factory=Job)
@@ -50,18 +54,24 @@ class ServerConfig:
     keep: int = 3
     pulls: int = 4
     profiles: Path | None = None
+    max_devices: int = 1000
+    ca: Path | None = None
 
     def __post_init__(self) -> None:
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
             raise ConfigError(
                 "server: broker", expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...", got=repr(self.broker)
             )
-        for name, low, high in (("port", 0, 65_535), ("keep", 1, 10**6), ("pulls", 1, 1000)):
+        for name, low, high in (("port", 0, 65_535), ("keep", 1, 10**6), ("pulls", 1, 1000), ("max_devices", 1, 10**6)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ConfigError(f"server: {name}", expected=f"a whole number from {low} to {high}", got=repr(value))
         if self.profiles is not None and not self.profiles.is_dir():
             raise ConfigError("server: profiles", expected="a folder that exists", got=str(self.profiles))
+        if self.ca is not None and not self.ca.is_file():
+            raise ConfigError("server: ca", expected="a file that exists", got=str(self.ca))
+        if self.ca is not None and not self.broker.startswith("mqtts://"):
+            raise ConfigError("server: ca", expected="a broker at mqtts://", got=repr(self.broker))
         if not self.host:
             raise ConfigError("server: host", expected="an address, such as 127.0.0.1 or 0.0.0.0", got="''")
         try:
@@ -109,7 +119,7 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
     values: dict[str, Any] = {}
     model, server = (body.get(t, {}) for t in ("model", "server"))
     _only(model, ("path",), f"{where}: [model]", "key")
-    _only(server, ("site", "broker", "host", "port", "state", "keep", "pulls", "profiles"), f"{where}: [server]", "key")
+    _only(server, (*_SERVER_TEXTS, *_SERVER_NUMBERS), f"{where}: [server]", "key")
     if "path" in model:
         values["model"] = _source(_text(model["path"], f"{where}: [model] path"), folder)
     for table in ("evaluation", "calibration"):
@@ -117,13 +127,13 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
         _only(data, ("data",), f"{where}: [{table}]", "key")
         if "data" in data:
             values[table] = _source(_text(data["data"], f"{where}: [{table}] data"), folder)
-    for key in ("site", "broker", "host", "state", "profiles"):
+    for key in _SERVER_TEXTS:
         if key in server:
             values[key] = _text(server[key], f"{where}: [server] {key}")
-    for key in ("state", "profiles"):
+    for key in ("state", "profiles", "ca"):
         if key in values:
             values[key] = folder / values[key]
-    values.update({key: server[key] for key in ("port", "keep", "pulls") if key in server})
+    values.update({key: server[key] for key in _SERVER_NUMBERS if key in server})
     return _located(lambda: ServerConfig(job=Job.from_dict(body.get("job", {})), **values), where)
 
 

@@ -18,11 +18,9 @@ from fedprune.costs import costs_at
 from fedprune.errors import StorageError
 from fedprune.job import Job
 from fedprune.selection import Selection
+from fedprune.wire.fields import ACCURACY_AFTER
 
 FORMAT = "fedprune.record/1"
-
-LOCAL_ACCURACY = "accuracy_after"
-"""The device metric that reports show: accuracy of its own model on its own test data."""
 
 
 @dataclass(frozen=True)
@@ -233,9 +231,9 @@ def _round(entry: Mapping[str, Any], traffic: Mapping[int, tuple[int, int]], beg
         accuracy=metrics.get("accuracy"),
         loss=metrics.get("loss"),
         local={
-            name: part["metrics"][LOCAL_ACCURACY]
+            name: part["metrics"][ACCURACY_AFTER]
             for name, part in devices.items()
-            if part["progress"] == "folded" and LOCAL_ACCURACY in part["metrics"]
+            if part["progress"] == "folded" and ACCURACY_AFTER in part["metrics"]
         },
         asked=len(devices),
         down=down,

@@ -24,6 +24,9 @@ FILE = "server.db"
 
 _FULL = ("disk is full", "no space left", "could not extend file", "database or disk is full")
 _BUSY_S = 10
+_PRUNE_EVERY = 500
+LOGGED_EVENTS = 50_000
+"""Events that the log keeps at least; older ones are deleted from time to time."""
 
 _tables = sql.MetaData()
 _meta = sql.Table(
@@ -75,15 +78,19 @@ class Storage:
         url: Where it is, as SQLAlchemy writes it, such as `sqlite:////var/lib/fedprune/server.db`.
 
         create: Make what is missing. Whoever only looks must not: the server may be making it at this moment.
+        logged: How many events the log keeps at least.
 
     Raises:
         StorageError: The database is damaged, of another version or can't be opened.
         StorageFullError: There is no room for it.
     """
 
-    def __init__(self, url: str, *, create: bool = True) -> None:
+    def __init__(self, url: str, *, create: bool = True, logged: int = LOGGED_EVENTS) -> None:
         self.url = url
+        self._logged = logged
+        self._saved_state = ""
         self._saved_devices: dict[str, tuple[Any, ...]] = {}
+        self._saved_traffic: dict[str, tuple[int, int]] = {}
         self._saved_rounds = 0
         with _translated(url):
             self._engine = sql.create_engine(url)
@@ -146,6 +153,9 @@ class Storage:
     def save(self, state: State, event: Event | None, now: float, traffic: Traffic | None = None) -> None:
         """Make an event and the state after it durable, both or neither.
 
+        An event that changed nothing is not written: whatever it led to (another copy of an acknowledgement, say)
+        follows from the state that is on the disk already. Nor are bytes alone: they are written with the next change.
+
         Args:
             state: The state after the event.
             event: What happened; None for a state that no event led to (a new job's).
@@ -156,25 +166,43 @@ class Storage:
             StorageFullError: There is no room; what was saved before is untouched.
             StorageError: The database can't be written.
         """
-        marks = {n: (*vars(d).values(), *(traffic or {}).get(n, (0, 0))) for n, d in state.devices.items()}
+        counted = {n: (traffic or {}).get(n, (0, 0)) for n in state.devices}
+        marks = {n: tuple(vars(d).values()) for n, d in state.devices.items()}
         changed = [n for n, mark in marks.items() if not _same(self._saved_devices.get(n), mark)]
         new_rounds = state.history[self._saved_rounds :]
+        # Devices and finished rounds lie in tables of their own, so that an event doesn't write all of them again.
+        body = replace(state, history=[], devices={}).to_json()
+        if body == self._saved_state and not changed and not new_rounds:
+            return
+        moved = [n for n, count in counted.items() if n not in changed and self._saved_traffic.get(n) != count]
         with self._transaction() as connection:
-            # Devices and finished rounds lie in tables of their own, so that an event doesn't write all of them again.
-            self._put_meta(connection, "state", replace(state, history=[], devices={}).to_json())
+            self._put_meta(connection, "state", body)
             if event is not None:
-                body = json.dumps(vars(event), sort_keys=True, separators=(",", ":"), default=vars)
-                connection.execute(_events.insert().values(at=now, type=type(event).__name__, body=body))
+                self._log(connection, event, now)
             for name in changed:
-                row = _device_row(name, state.devices[name], (traffic or {}).get(name, (0, 0)))
+                row = _device_row(name, state.devices[name], counted[name])
                 where = _devices.c.name == name
                 if not connection.execute(_devices.update().where(where).values(row)).rowcount:
                     connection.execute(_devices.insert().values(row))
+            for name in moved:
+                down, up = counted[name]
+                connection.execute(
+                    _devices.update().where(_devices.c.name == name).values(bytes_down=down, bytes_up=up)
+                )
             if new_rounds:
                 connection.execute(_rounds.delete().where(_rounds.c.round.in_([r["round"] for r in new_rounds])))
                 connection.execute(_rounds.insert(), [_round_row(r) for r in new_rounds])
+        self._saved_state = body
         self._saved_devices = marks
+        self._saved_traffic = counted
         self._saved_rounds = len(state.history)
+
+    def _log(self, connection: sql.Connection, event: Event, now: float) -> None:
+        body = json.dumps(vars(event), sort_keys=True, separators=(",", ":"), default=vars)
+        row = _events.insert().values(at=now, type=type(event).__name__, body=body)
+        number = int((connection.execute(row).inserted_primary_key or (0,))[0])
+        if number % min(_PRUNE_EVERY, self._logged) == 0:
+            connection.execute(_events.delete().where(_events.c.number <= number - self._logged))
 
     def load(self) -> State | None:
         """The state that was saved last, or None for a new database.

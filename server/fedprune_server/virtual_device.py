@@ -18,6 +18,7 @@ from fedprune.plan import predict
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.fields import ACCURACY_AFTER
 from fedprune_device.data import LocalData, log_prior
 from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_device.trainer import Trainer
@@ -110,7 +111,7 @@ class Bench:
         if len(data.y_test):
             offset = log_prior(data.y_train, classes) if recipe.logit_adjustment else None
             metrics["accuracy_before"] = received.accuracy(data.x_test, data.y_test, offset)
-            metrics["accuracy_after"] = trained.accuracy(data.x_test, data.y_test, offset)
+            metrics[ACCURACY_AFTER] = trained.accuracy(data.x_test, data.y_test, offset)
         return Outcome(self._store.put(raw), result.samples, result.steps, metrics)
 
     def _trainer(self, sha256: str) -> Trainer:

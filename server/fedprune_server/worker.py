@@ -7,6 +7,7 @@ any time, in another process, with the same bits.
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ from fedprune.scoring import random_ranks, ranks, score
 from fedprune.selection import Selection, Tensors
 from fedprune.session import Session
 from fedprune.wire.fields import one_line
+from fedprune_device.predictor import cross_entropy
 from fedprune_export.imported import Model
 from fedprune_export.inference import inference_model
 from fedprune_export.training import training_graph
@@ -48,7 +50,7 @@ class Worker:
         job: The job's settings.
         model: The imported model; its weights are where the job starts.
         store: Where blobs are read and put.
-        evaluation: The server's set; without it `Evaluated` carries no metrics.
+        evaluation: The server's set; without it `Evaluated` carries no metrics. One that isn't finite is left out.
         calibration: Samples on which every global model's batch-norm statistics are measured anew, if any.
     """
 
@@ -209,13 +211,14 @@ class Worker:
         x, y = self.evaluation
         run = self._evaluator(command.model)
         hits, loss = 0, 0.0
-        for at in range(0, len(x), _EVALUATION_BATCH):
-            labels = y[at : at + _EVALUATION_BATCH]
-            logits = run(x[at : at + _EVALUATION_BATCH]).astype(np.float64)
-            logits -= logits.max(axis=1, keepdims=True)
-            hits += int((logits.argmax(axis=1) == labels).sum())
-            loss += float((np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]).sum())
-        return on.Evaluated(command.round, {"accuracy": hits / len(x), "loss": loss / len(x), "samples": float(len(x))})
+        with np.errstate(over="ignore", invalid="ignore"):  # a diverged model has no loss, and that is no error
+            for at in range(0, len(x), _EVALUATION_BATCH):
+                labels = y[at : at + _EVALUATION_BATCH]
+                logits = run(x[at : at + _EVALUATION_BATCH])
+                hits += int((logits.argmax(axis=1) == labels).sum())
+                loss += cross_entropy(logits, labels, {}) * len(labels)
+        metrics = {"accuracy": hits / len(x), "loss": loss / len(x), "samples": float(len(x))}
+        return on.Evaluated(command.round, {k: v for k, v in metrics.items() if math.isfinite(v)})
 
     def _evaluator(self, model: str) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
         """A function from samples to logits of the global model.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,15 +71,18 @@ def test_what_is_saved_step_by_step_is_what_was_there_last(
     folder = tmp_path_factory.mktemp("db")
     state = State(model="m" * 64)
     coordinator = Coordinator(JOB, ARCHITECTURE, state)
+    changes = 0
     with Storage.at(folder) as storage:
         storage.save(state, None, 0.0)
         for name, session, alive in steps:
             event = born(name, session) if alive else on.DeviceDied(name, session)
+            before = state.to_json()
             coordinator.handle(event, 0.0)
+            changes += state.to_json() != before
             storage.save(state, event, 0.0)
     with Storage.at(folder) as storage:
         assert storage.load() == state
-        assert len(list(storage.events())) == len(steps)
+        assert len(list(storage.events())) == changes
 
 
 def test_rounds_are_rows_of_their_own(storage: Storage) -> None:
@@ -95,13 +99,40 @@ def test_devices_can_be_queried(storage: Storage) -> None:
 
 def test_events_are_kept_in_order_with_their_time(storage: Storage) -> None:
     state = State(model="m" * 64)
+    coordinator = Coordinator(replace(JOB, devices=9), ARCHITECTURE, state)
     for number, name in enumerate("cab"):
+        coordinator.handle(born(name), float(number))
         storage.save(state, born(name), float(number))
     assert [(at, kind, body["device"]) for _, at, kind, body in storage.events()] == [
         (0.0, "DeviceBorn", "c"),
         (1.0, "DeviceBorn", "a"),
         (2.0, "DeviceBorn", "b"),
     ]
+
+
+def test_an_event_that_changed_nothing_costs_no_write(storage: Storage) -> None:
+    state = filled()
+    storage.save(state, born("a"), 1.0, {"a": (1, 1)})
+    storage.save(state, on.UpdateAnnounced("a", 1, 1, "w" * 64, {}, 10, 5), 2.0, {"a": (1, 900)})
+    assert [kind for _, _, kind, _ in storage.events()] == ["DeviceBorn"]
+
+
+def test_bytes_are_written_with_the_next_change(storage: Storage) -> None:
+    state = filled()
+    storage.save(state, None, 1.0, {"a": (1, 1)})
+    state.devices["b"].online = False
+    storage.save(state, on.DeviceDied("b", 1), 2.0, {"a": (1, 900)})
+    assert storage.traffic()["a"] == (1, 900)
+
+
+def test_the_log_keeps_only_the_latest_events(tmp_path: Path) -> None:
+    state = State(model="m" * 64)
+    with Storage(f"sqlite:///{tmp_path / FILE}", logged=20) as storage:
+        for number in range(100):
+            state.round = number
+            storage.save(state, on.Scored(number, "r" * 64), float(number))
+        numbers = [body["round"] for _, _, _, body in storage.events()]
+    assert numbers == list(range(80, 100))
 
 
 def test_settings_come_back(storage: Storage, tmp_path: Path) -> None:
@@ -152,7 +183,7 @@ def test_a_file_that_is_no_database_is_an_error_that_names_it(tmp_path: Path, co
 def test_a_damaged_page_is_found_when_opening(tmp_path: Path) -> None:
     with Storage.at(tmp_path) as storage:
         for number in range(50):
-            storage.save(filled(), born(f"device{number}"), 1.0)
+            storage.save(replace(filled(), ranking=f"{number:064d}"), born(f"device{number}"), 1.0)
     path = tmp_path / FILE
     raw = bytearray(path.read_bytes())
     assert len(raw) > 3 * 4096

@@ -239,6 +239,15 @@ def test_curvature_starts_with_random_nested_ranks_and_then_judges(
     assert judged != random
 
 
+def test_a_diverged_model_has_no_loss(model: Model, federation: Federation, tmp_path: Path) -> None:
+    w = worker(model, tmp_path, federation)
+    wild = {k: np.full_like(v, np.inf) for k, v in model.tensors.items()}
+    done = w.execute(do.Evaluate(1, w.store.put(tensorfile.encode(wild)).sha256))
+
+    assert isinstance(done, on.Evaluated)
+    assert sorted(done.metrics) == ["accuracy", "samples"]
+
+
 def test_without_data_of_its_own_the_server_measures_nothing(model: Model, tmp_path: Path) -> None:
     w = worker(model, tmp_path)
 

@@ -20,6 +20,14 @@ from fedprune.wire.messages import MAX_WANT, Gone, Want
 MAX_PACKET = 256 * 1024
 """Default limit of an MQTT packet with a chunk."""
 
+CHUNK_LEAVES = 4
+"""Leaves that are asked for at a time: 128 KiB, which every broker that we know takes but AWS IoT Core."""
+
+WINDOW_LEAVES = 32
+"""Leaves of one blob that are asked for and not yet there: 1 MiB."""
+
+PATIENCE = 5.0
+
 MAX_TRIES = 8
 """Times that one leaf or the leaf table may arrive damaged before the transfer fails."""
 
@@ -49,9 +57,9 @@ class Pull:
         ref: BlobRef,
         partial: PartialBlob,
         *,
-        chunk_leaves: int = 4,
-        window_leaves: int = 32,
-        patience_s: float = 5.0,
+        chunk_leaves: int = CHUNK_LEAVES,
+        window_leaves: int = WINDOW_LEAVES,
+        patience_s: float = PATIENCE,
     ) -> None:
         if not 1 <= chunk_leaves <= window_leaves <= MAX_WANT:
             raise ProtocolError(
