@@ -233,8 +233,8 @@ def verdict(rows: list[dict[str, Any]], totals: list[dict[str, Any]]) -> str:
     more = "ours" if len(places[0]) > len(places[1]) else "torch"
     text = f"""{medians} Worst cases are another matter. In {len(flips["ours"])} of {cases} batches our gradient is
     more than {FLIPPED:g} off, in {len(flips["torch"])} torch's is, and only {len(places[0] & places[1])} of these
-    batches are the same. ({more} has more; of the batches that hit one alone, two equally good engines would part
-    {alone[1]} to {alone[0]} or further in {chance(*alone):.0%} of such runs.) This is
+    batches are the same. ({more.capitalize()} flips more often; of the batches that hit one alone, two equally good
+    engines would part {alone[1]} to {alone[0]} or further in {chance(*alone):.0%} of such runs.) This is
     not rounding that adds up but single decisions that fall the other way: a ReLU's input next to zero, or two almost
     equal maxima. Where the float64 step is taken again with the closest calls answered otherwise, at least
     {1 - EXPLAINED:.0%} of the distance is gone in {len(known["ours"])} of our {len(flips["ours"])} cases and in
