@@ -6,25 +6,26 @@ as on a board; only the time that it takes comes from the hardware profile.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedprune import tensorfile
 from fedprune.architecture import Architecture
 from fedprune.blobs import BlobStore
 from fedprune.plan import predict
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.fields import ACCURACY_AFTER
-from fedprune_device.data import LocalData, log_prior
-from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
-from fedprune_device.trainer import Trainer
+from fedprune.wire.messages import Offer
+from fedprune_device.assignment import MEASURED, LoadedTrainer, Workbench
+from fedprune_device.data import LocalData
+from fedprune_device.slots import Slots
 
 BLOBS = ("weights", "training", "inference")
 """Entries of an offer that refer to blobs."""
+
+_JOB = "simulation"
+"""The job's name in offers that nobody sees."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Outcome:
 
 
 class Bench:
-    """Where virtual devices do their work: loaded training graphs, and a folder for models to be measured.
+    """Where virtual devices do their work: the board's own workbench, over the simulation's blobs.
 
     Args:
         store: Where offers' blobs lie and updates are put.
@@ -83,8 +84,9 @@ class Bench:
 
     def __init__(self, store: BlobStore, folder: Path) -> None:
         self._store = store
-        self._folder = folder
-        self._trainers: dict[str, Trainer] = {}
+        self._slots = Slots(folder)
+        self._slots.prepare()
+        self._trainer = LoadedTrainer()
 
     def carry_out(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> Outcome:
         """Do what an offer asks of a device, as a board does.
@@ -95,32 +97,11 @@ class Bench:
             number: The round.
 
         Raises:
-            FedpruneError: As on a board: the offer's parts don't fit each other or the data, or numbers are not finite.
+            FedpruneError: As on a board: the offer's parts don't fit each other or the data, numbers are not finite, or
+                the new model fails its check.
         """
-        recipe, classes = Recipe.from_dict(offer["recipe"]), int(offer["classes"])
-        trainer = self._trainer(offer["training"]["sha256"])
-        tensors = tensorfile.decode(self._store.read(offer["weights"]["sha256"]))
-        received = self._predictor(offer, self._store.path(offer["weights"]["sha256"]).read_bytes())
-        result = trainer.train(
-            tensors, device.data, recipe, seed=offer["seed"], device=device.name, round=number, classes=classes
-        )
-        raw = tensorfile.encode(result.tensors)
-        trained = self._predictor(offer, raw)
-        metrics = {"loss_first": result.loss_first, "loss_last": result.loss_last}
-        data = device.data
-        if len(data.y_test):
-            offset = log_prior(data.y_train, classes) if recipe.logit_adjustment else None
-            metrics["accuracy_before"] = received.accuracy(data.x_test, data.y_test, offset)
-            metrics[ACCURACY_AFTER] = trained.accuracy(data.x_test, data.y_test, offset)
-        return Outcome(self._store.put(raw), result.samples, result.steps, metrics)
-
-    def _trainer(self, sha256: str) -> Trainer:
-        if sha256 not in self._trainers:
-            self._trainers = {sha256: Trainer(self._store.read(sha256), threads=1)}
-        return self._trainers[sha256]
-
-    def _predictor(self, offer: dict[str, Any], weights: bytes) -> Predictor:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self._store.path(offer["inference"]["sha256"]), self._folder / GRAPH)
-        (self._folder / WEIGHTS).write_bytes(weights)
-        return Predictor(self._folder, threads=1)
+        bench = Workbench(device.name, self._store, self._slots, device.data, self._trainer)
+        update = bench.make(Offer(_JOB, number, 0, **offer)).update
+        # Times and memory of this machine would make every run another one.
+        metrics = {name: value for name, value in update.metrics.items() if name not in MEASURED}
+        return Outcome(update.weights, update.samples, update.steps, metrics)

@@ -1,0 +1,83 @@
+"""A virtual device's work is a board's work: the same bits, the same refusals."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune import tensorfile
+from fedprune.blobs import BlobStore
+from fedprune.errors import BundleError, DataError, ModelError
+from fedprune.profile_store import find
+from fedprune.recipe import Recipe
+from fedprune.wire.messages import Offer
+from fedprune_device.assignment import MEASURED, Workbench
+from fedprune_device.data import LocalData
+from fedprune_device.slots import Slots
+from fedprune_server.virtual_device import Bench, VirtualDevice
+
+GRAPHS = Path(__file__).parents[1] / "device" / "graphs"
+RNG = np.random.default_rng(5)
+X, Y = RNG.standard_normal((30, 6)).astype(np.float32), RNG.integers(0, 3, 30)
+WEIGHTS = {"w": 0.1 * RNG.standard_normal((3, 6)).astype(np.float32), "b": np.zeros(3, np.float32)}
+DEVICE = VirtualDevice("d", find("raspberry-pi-4b"), LocalData(X[:20], Y[:20], X[20:], Y[20:]))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return BlobStore(tmp_path / "blobs", durable=False)
+
+
+@pytest.fixture
+def offer(store):
+    return {
+        "seed": 7,
+        "architecture": "a" * 64,
+        "selection": "b" * 64,
+        "widths": (3,),
+        "classes": 3,
+        "weights": store.put(tensorfile.encode(WEIGHTS)).to_dict(),
+        "training": store.put((GRAPHS / "plain.onnx").read_bytes()).to_dict(),
+        "inference": store.put((GRAPHS / "inference.onnx").read_bytes()).to_dict(),
+        "recipe": Recipe(epochs=2).to_dict(),
+        "deadline_s": 0.0,
+    }
+
+
+def test_it_gives_what_a_board_gives(store, offer, tmp_path):
+    virtual = Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 4)
+    slots = Slots(tmp_path / "serving")
+    slots.prepare()
+    real = Workbench("d", store, slots, DEVICE.data).carry_out(
+        Offer("job", 4, 1, **offer), download_seconds=1.0, report=lambda *_: None, stop=lambda: False
+    )
+    assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
+    assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
+    assert set(real.metrics) >= MEASURED
+    assert {"accuracy_before", "accuracy_after", "loss_last"} <= set(virtual.metrics)
+
+
+def test_metrics_that_are_not_finite_are_left_out(store, offer, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedprune_device.predictor.Predictor.accuracy", lambda *_: float("nan"))
+    assert "accuracy_after" not in Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1).metrics
+
+
+def test_weights_that_a_board_refuses_are_refused(store, offer, tmp_path):
+    offer["weights"] = store.put(tensorfile.encode(WEIGHTS, {"made": "elsewhere" * 9})).to_dict()
+    with pytest.raises(BundleError, match="canonical"):
+        Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
+
+
+def test_a_model_that_contradicts_its_training_graph_is_refused(store, offer, tmp_path):
+    raw = tensorfile.encode(WEIGHTS)
+    start = tensorfile.offsets(raw)["b"][2]
+    graph = (GRAPHS / "inference.onnx").read_bytes().replace(str(start).encode(), str(start - 16).encode())
+    offer["inference"] = store.put(graph).to_dict()
+    with pytest.raises(ModelError, match="training graph"):
+        Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
+
+
+def test_data_that_a_board_refuses_is_refused(store, offer, tmp_path):
+    offer["classes"] = 2
+    with pytest.raises(DataError):
+        Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
