@@ -55,6 +55,16 @@ def test_paths_count_from_the_folder_of_the_file(tmp_path: Path) -> None:
     assert config.state == tmp_path / "state"
 
 
+def test_a_ca_is_a_file_beside_the_configuration_and_for_tls_alone(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("x")
+    config = read(tmp_path, '[server]\nbroker = "mqtts://broker.example"\nca = "ca.pem"')
+    assert config.ca == tmp_path / "ca.pem"
+    with pytest.raises(ConfigError, match=r"\[server\] ca: expected a broker at mqtts://"):
+        read(tmp_path, '[server]\nca = "ca.pem"')
+    with pytest.raises(ConfigError, match=r"\[server\] ca: expected a file that exists"):
+        read(tmp_path, '[server]\nbroker = "mqtts://broker.example"\nca = "other.pem"')
+
+
 def test_functions_are_no_paths(tmp_path: Path) -> None:
     config = read(tmp_path, '[model]\npath = "nets:small"\n[evaluation]\ndata = "my.data:test_set"')
     assert (config.model, config.evaluation) == ("nets:small", "my.data:test_set")

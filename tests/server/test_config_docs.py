@@ -35,7 +35,11 @@ def test_the_example_configuration_has_every_key() -> None:
     job = dict(body["job"])  # type: ignore[call-overload]
     assert set(job.pop("recipe")) == {f.name for f in fields(Recipe)}
     assert set(job) == {f.name for f in fields(Job)} - {"recipe"}
-    assert set(body["server"]) == {f.name for f in fields(ServerConfig)} - {"job", "model", "evaluation"}  # type: ignore[call-overload]
+    tables = {"job", "model", "evaluation", "calibration"}
+    assert tables <= set(body)
+    server = {f.name for f in fields(ServerConfig)} - tables
+    assert set(body["server"]) == server - {"ca"}  # type: ignore[call-overload]
+    assert "\n# ca = " in (DOCS / "run-a-fleet.md").read_text()  # an embedded broker has none
 
 
 def test_every_exit_code_has_a_paragraph_that_says_how_to_resolve_it() -> None:
