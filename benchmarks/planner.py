@@ -1,6 +1,6 @@
 """How far the planner's memory and time are off: predicted beside measured, every case in a fresh process.
 
-    python benchmarks/planner.py [--output benchmarks/results/planner.json]
+    python benchmarks/planner.py [--raw measured.json]
 
 Memory is the high-water mark of a process that holds what a device's agent holds (trainer, MQTT client, local
 data). Time is the median of the processor time of a training step on one thread, so that neighbours on the machine
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = 512
 STEPS = 14
 BANDWIDTH_BYTES = 2**28
+UNSEEN = "ConcatNet"
+"""The net that took no part in the fit."""
 
 
 def nets() -> dict[str, Any]:
@@ -177,49 +178,66 @@ def compare(rows: list[dict[str, Any]], rate: float, bandwidth: float) -> list[d
     return table
 
 
-def processor() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+def spread(errors: list[float]) -> str:
+    """Least, greatest and median error."""
+    return f"{min(errors):+.0%} to {max(errors):+.0%}, median {statistics.median(errors):+.0%}"
+
+
+def page(about: dict[str, Any], result: dict[str, Any]) -> str:
+    """The results as a page."""
+    rows = result["rows"]
+    low = [r for r in rows if r["memory_error"] < 0]
+    safe = "never too low" if not low else f"TOO LOW in {len(low)} cases"
+    times = {
+        "the nets of the fit": [r["time_error"] for r in rows if r["net"] != UNSEEN],
+        UNSEEN: [r["time_error"] for r in rows if r["net"] == UNSEEN],
+    }
+    lines = []
+    for r in rows:
+        cells = [r["net"], r["density"], r["batch"]]
+        cells += [f"{r['peak_bytes'] / 1e6:.0f}", f"{r['predicted_bytes'] / 1e6:.0f}", f"{r['memory_error']:+.0%}"]
+        cells += [f"{r['step_s'] * 1e3:.1f}", f"{r['predicted_s'] * 1e3:.1f}", f"{r['time_error']:+.0%}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    table = "\n".join(lines)
+    return f"""# How far the planner is off
+
+{about["date"]}, {about["cpu"]}, {about["cores"]} cores (one used; load {about["load"]} at the start),
+Python {about["python"]}, onnxruntime {about["onnxruntime"]}. `python benchmarks/planner.py`
+
+Predicted beside measured, every case in fresh processes: peak resident memory of what a board's agent holds (the higher
+of two runs), median processor time of a training step on one thread. {UNSEEN} took no part in the fit of the constants.
+The probe's step reached {result["rate"] / 1e9:.1f} GFLOP/s, a large copy {result["bandwidth"] / 1e9:.1f} GB/s.
+
+- Memory: {spread([r["memory_error"] for r in rows])}; {safe}.
+- Time: {"; ".join(f"{n}: {spread(e)}" for n, e in times.items())}.
+
+| net | density | batch | peak MB | predicted | error | step ms | predicted | error |
+|---|---|---|---|---|---|---|---|---|
+{table}
+"""
 
 
 def main() -> None:
-    """Measure, compare, print a table, write the results."""
+    """Measure, compare, write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=32, help=argparse.SUPPRESS)
     parser.add_argument("--raw", type=Path, help="where to keep, or from where to take, what was measured")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "planner.json")
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child, arguments.batch)
         return
+    from synthetic_nets import setting, write
+
     if arguments.raw and arguments.raw.exists():
         raw = json.loads(arguments.raw.read_text())
     else:
-        raw = {"rate": rate(), "bandwidth": bandwidth(), "rows": measure()}
+        about = setting("onnxruntime")
+        raw = {"setting": about, "rate": rate(), "bandwidth": bandwidth(), "rows": measure()}
         if arguments.raw:
             arguments.raw.write_text(json.dumps(raw))
-    import onnxruntime
-
-    result = {
-        "machine": f"{platform.machine()}, {processor()}",
-        "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
-        "rate": raw["rate"],
-        "bandwidth": raw["bandwidth"],
-        "rows": compare(raw["rows"], raw["rate"], raw["bandwidth"]),
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"rate {result['rate'] / 1e9:.1f} GFLOP/s, bandwidth {result['bandwidth'] / 1e9:.1f} GB/s")
-    print("| net | density | batch | peak MB | predicted | error | step ms | predicted | error |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for r in result["rows"]:
-        cells = [r["net"], r["density"], r["batch"]]
-        cells += [f"{r['peak_bytes'] / 1e6:.0f}", f"{r['predicted_bytes'] / 1e6:.0f}", f"{r['memory_error']:+.0%}"]
-        cells += [f"{r['step_s'] * 1e3:.1f}", f"{r['predicted_s'] * 1e3:.1f}", f"{r['time_error']:+.0%}"]
-        print("| " + " | ".join(map(str, cells)) + " |")
+    result = {**raw, "rows": compare(raw["rows"], raw["rate"], raw["bandwidth"])}
+    write("planner", result, page(raw["setting"], result))
 
 
 if __name__ == "__main__":
