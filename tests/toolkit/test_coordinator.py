@@ -429,6 +429,36 @@ def test_a_round_without_any_update_is_offered_again() -> None:
     assert {t["attempt"] for t in shell.state.history[0]["devices"].values()} == {2}
 
 
+def test_who_is_late_and_asked_once_more_is_not_cancelled() -> None:
+    shell = Shell()
+    shell.everyone_arrives()
+    while shell.inbox:
+        event = shell.inbox.pop(0)
+        if not isinstance(event, on.UpdateAnnounced):
+            shell.feed(event)
+    shell.now = shell.wakes[-1]
+    shell.feed(on.Ticked())
+    shell.feed(on.UpdateAnnounced("a", 1, 1, "0", {"sha256": "x"}, 10, 2))  # it was ready a moment too late
+
+    assert {t.attempt for t in shell.state.tasks.values()} == {2}
+    assert shell.cancelled == []
+
+
+def test_who_is_late_and_not_asked_once_more_is_cancelled() -> None:
+    shell = Shell(replace(JOB, devices=2))
+    shell.everyone_arrives()
+    while shell.inbox:
+        event = shell.inbox.pop(0)
+        if not isinstance(event, on.UpdateAnnounced):
+            shell.feed(event)
+    shell.feed(on.DeviceDied("b", shell.session))
+    shell.now = shell.wakes[-1]
+    shell.feed(on.Ticked())
+
+    assert set(shell.state.tasks) == {"a", "c"}
+    assert [n for n, _, _ in shell.cancelled] == ["b"]
+
+
 def test_yesterdays_update_is_declined() -> None:
     shell = Shell()
     shell.everyone_arrives()

@@ -235,6 +235,8 @@ class Coordinator:
                 return [do.PullUpdate(event.device, event.round, event.attempt, event.weights)]
             if task.progress is Progress.REFUSED:
                 return [do.Cancel(event.device, event.round, event.attempt, task.reason)]
+        if task is not None and event.round == state.round and task.progress is Progress.EXTRACTING:
+            return []  # the offer that it gets in a moment says whether this update still counts
         reason = "the round is over" if late else "another offer took this one's place"
         return [do.Cancel(event.device, event.round, event.attempt, reason)]
 
@@ -307,10 +309,14 @@ class Coordinator:
         late = [
             (n, t) for n, t in sorted(state.tasks.items()) if not (t.progress.over or t.progress is Progress.STORED)
         ]
+        number = state.round
         for _, task in late:
             task.progress = Progress.REFUSED
             task.reason = _LATE
-        return [*(do.Cancel(n, state.round, t.attempt, _LATE) for n, t in late), *self._close_if_complete(now)]
+        commands = self._close_if_complete(now)
+        # Whoever is asked once more gets an offer instead: if that is the same work, it goes on where it is.
+        again = {c.device for c in commands if isinstance(c, do.Extract)}
+        return [*(do.Cancel(n, number, t.attempt, _LATE) for n, t in late if n not in again), *commands]
 
     def _close_if_complete(self, now: float) -> Commands:
         state = self.state
