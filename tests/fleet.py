@@ -81,7 +81,6 @@ class ToyWorker:
                     "training": graph,
                     "inference": graph,
                     "recipe": {},
-                    "deadline_s": 10.0,
                 }
                 return on.Extracted(command.round, command.device, command.attempt, body)
             case do.Fold():

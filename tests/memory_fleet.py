@@ -105,7 +105,6 @@ class MemoryServer:
             "training": self.graphs[graph],
             "inference": self.graphs["inference"],
             "recipe": recipe,
-            "deadline_s": 60.0,
         }
         return Offer(**{**values, **other})
 

@@ -125,7 +125,6 @@ class Worker:
             "training": self._training_graph(),
             "inference": self._inference_graph(command.widths),
             "recipe": self.job.recipe.to_dict(),
-            "deadline_s": self.job.deadline_s,
         }
         return on.Extracted(command.round, command.device, command.attempt, offer)
 

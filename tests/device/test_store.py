@@ -71,7 +71,7 @@ class Life:
     def offer(self, n: int) -> Offer:
         blob = BlobRef.of(weights_of(n))
         graph = BlobRef.of(self.graph)
-        return Offer("job", n, 0, 7, "a" * 64, "b" * 64, (3,), 3, blob, graph, graph, {}, 0.0)
+        return Offer("job", n, 0, 7, "a" * 64, "b" * 64, (3,), 3, blob, graph, graph, {})
 
     def update(self, n: int) -> Update:
         return Update("d", "job", n, 0, "0" * 64, BlobRef.of(weights_of(10 + n)), 5, 5, {})

@@ -40,7 +40,6 @@ def offer(store):
         "training": store.put((GRAPHS / "plain.onnx").read_bytes()).to_dict(),
         "inference": store.put((GRAPHS / "inference.onnx").read_bytes()).to_dict(),
         "recipe": Recipe(epochs=2).to_dict(),
-        "deadline_s": 0.0,
     }
 
 

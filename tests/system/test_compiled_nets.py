@@ -91,9 +91,8 @@ def test_a_round_of_a_submodel_ends_with_a_model_that_serves(
             store.blobs.put(training_graph(model, RECIPE.features).to_bytes()),
             store.blobs.put(inference_model(model, selection.widths)),
             RECIPE.to_dict(),
-            0.0,
         )
-        bench = Workbench("d", store, data)
+        bench = Workbench("d", store.blobs, store.slots, data)
         update = bench.carry_out(offer, download_seconds=0.0, report=lambda *_: None, stop=lambda: False)
         assert isinstance(update, Update)
         trained = tensorfile.decode(store.blobs.read(update.weights.sha256))

@@ -40,7 +40,6 @@ def test_a_planned_offer_is_within_the_storage_that_was_planned(tmp_path, name):
         training=store.put(training_graph(model, LARGEST.features).to_bytes()),
         inference=store.put(inference_model(model, model.architecture.sizes)),
         recipe=LARGEST.to_dict(),
-        deadline_s=0.0,
     )
     needed = storage_bytes(offer.weights.size, offer.training.size, offer.inference.size)
     assert needed <= costs.storage_bytes < 2 * needed

@@ -60,11 +60,11 @@ messages = st.one_of(
     st.builds(Hello, counts),
     st.builds(
         Offer, names, counts, counts, counts, hexes, hexes, st.lists(st.integers(1, 4096), max_size=9).map(tuple),
-        st.integers(1, 1000), refs, refs, refs, objects, st.floats(0, 1e9),
+        st.integers(1, 1000), refs, refs, refs, objects,
     ),
     st.builds(Accepted, names, counts, counts, hexes),
     st.builds(Cancelled, names, counts, counts, texts),
-    st.builds(Finished, names, st.none() | refs),
+    st.builds(Finished, names),
     st.builds(Want, hexes, st.sampled_from(["data", "leaves"]), st.integers(0, 2**31 - 1), st.integers(1, MAX_WANT)),
     st.builds(Gone, hexes),
 )  # fmt: skip
@@ -78,10 +78,10 @@ EXAMPLES: list[Message] = [
     Refusal("pi-1", "j", 1, 0, "no room", 30),
     Update("pi-1", "j", 1, 0, REF.sha256, REF, 100, 40, {"loss": 0.5}),
     Hello(4),
-    Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), 60.0),
+    Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict()),
     Accepted("j", 1, 0, DIGEST),
     Cancelled("j", 1, 1, "late"),
-    Finished("j", REF),
+    Finished("j"),
     Want(DIGEST, "data", 0, 4),
     Gone(DIGEST),
 ]
@@ -127,7 +127,7 @@ def test_a_missing_field_is_named(message: Message) -> None:
     for field in fields(message):
         body = json.loads(message.to_bytes())
         del body[field.name]
-        if field.name in ("probe", "held", "metrics") or (message.kind, field.name) == ("finished", "weights"):
+        if field.name in ("probe", "held", "metrics"):
             parse(json.dumps(body).encode())
             continue
         with pytest.raises(ProtocolError, match=f"{message.kind}: field {field.name}: expected"):
@@ -162,7 +162,7 @@ def test_a_wrong_value_is_refused_or_read_back_as_itself(message: Message, wrong
         (EXAMPLES[0], "probe", {"a": {"b": {"c": {"d": {"e": {"f": {"g": {"h": {"i": 1}}}}}}}}}),
         (EXAMPLES[0], "held", {"job": "../x", "round": 0, "attempt": 0}),
         (EXAMPLES[0], "held", {"job": "x", "round": 0}),
-        (EXAMPLES[2], "phase", "sleep"),
+        (EXAMPLES[2], "phase", "upload"),
         (EXAMPLES[2], "job", "-"),
         (EXAMPLES[3], "exit_code", 256),
         (EXAMPLES[3], "reason", "x" * 4097),
@@ -177,7 +177,6 @@ def test_a_wrong_value_is_refused_or_read_back_as_itself(message: Message, wrong
         (EXAMPLES[6], "widths", [1, 0]),
         (EXAMPLES[6], "widths", [1] * 65_537),
         (EXAMPLES[6], "widths", [1.0]),
-        (EXAMPLES[6], "deadline_s", -1),
         (EXAMPLES[6], "recipe", [1]),
         (EXAMPLES[10], "count", 0),
         (EXAMPLES[10], "count", MAX_WANT + 1),

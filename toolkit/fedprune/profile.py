@@ -174,10 +174,6 @@ class HardwareProfile:
         """Promised float32 rate of training, in FLOP/s."""
         return self.compute.peak_flops * self.compute.efficiency
 
-    def matches(self, model: str) -> bool:
-        """Whether a board whose device tree says `model` is one of these."""
-        return any(text in model for text in self.identify)
-
     def figures(self) -> dict[str, Any]:
         """Every figure that is set, by dotted name, in the order of the schema."""
         out: dict[str, Any] = {}

@@ -24,7 +24,7 @@ MAX_MESSAGE = 256 * 1024
 MAX_WANT = 1024
 """Leaves or pieces that one `Want` may ask for."""
 
-PHASES = ("download", "train", "evaluate", "upload")
+PHASES = ("download", "train", "evaluate")
 PARTS = ("data", "leaves")
 
 _COUNT = check.whole()
@@ -244,7 +244,6 @@ class Offer(_Message):
         training: The training graph.
         inference: The inference graph, whose external data the weights are.
         recipe: The recipe, as `fedprune.recipe.Recipe.to_dict` gives it.
-        deadline_s: Seconds after which the server goes on without this device; 0 for no deadline.
     """
 
     job: str
@@ -259,7 +258,6 @@ class Offer(_Message):
     training: BlobRef
     inference: BlobRef
     recipe: dict[str, Any]
-    deadline_s: float
 
     kind: ClassVar[str] = "offer"
     checks: ClassVar[Mapping[str, Check]] = {
@@ -273,7 +271,6 @@ class Offer(_Message):
         "training": check.blob,
         "inference": check.blob,
         "recipe": check.plain,
-        "deadline_s": check.number(0, 1e9),
     }
 
 
@@ -323,14 +320,12 @@ class Finished(_Message):
 
     Attributes:
         job: The job.
-        weights: The final weights of the device's submodel, if it shall keep them.
     """
 
     job: str
-    weights: BlobRef | None = None
 
     kind: ClassVar[str] = "finished"
-    checks: ClassVar[Mapping[str, Check]] = {"job": check.job, "weights": check.optional(check.blob)}
+    checks: ClassVar[Mapping[str, Check]] = {"job": check.job}
 
 
 @dataclass(frozen=True)
