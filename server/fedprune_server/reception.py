@@ -122,6 +122,8 @@ class Reception:
 
     def _born(self, birth: Birth, size: int) -> on.Event | None:
         self._roster.admit(birth.device, one_line(birth.software), size)
+        if birth.held is not None:
+            self._void(birth.device, **birth.held)
         try:
             profile = find(_plain_name(birth.profile), self._profiles).to_dict()
             # What is kept is what we know how to check, and no more.
@@ -155,9 +157,16 @@ class Reception:
             dict(message.metrics),
         )
 
-    def _void(self, device: str, job: str, round_: int, attempt: int) -> None:
-        """A device holds something of a job that isn't ours (any more): it may let go of it."""
-        self._post.send(device, Cancelled(job, round_, attempt, "this server runs another job"), job)
+    def _void(self, device: str, job: str, round: int, attempt: int) -> None:  # noqa: A002 - the message's own names
+        """If what a device holds can't count any more, tell it to let go, so that it doesn't train in vain."""
+        task = self._state.tasks.get(device)
+        if job != self._job.name:
+            reason = "this server runs another job"
+        elif task is None or round != self._state.round:
+            reason = "the round is over"  # an earlier attempt of this round may be going on as the present one
+        else:
+            return
+        self._post.send(device, Cancelled(job, round, attempt, reason), job)
 
     def _offered(self, device: str) -> set[str]:
         """Digests of what a device may fetch: only what its own offer names."""

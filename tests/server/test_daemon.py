@@ -20,6 +20,7 @@ from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.link import ConnectionUp
 from fedprune.wire.messages import (
     Accepted,
+    Birth,
     Cancelled,
     Finished,
     Gone,
@@ -112,6 +113,28 @@ def test_an_update_of_another_job_is_cancelled(fleet: Fleet) -> None:
     device.pending = Update("a", "other", 1, 1, "0" * 64, device.store.put(fill("other")), 10, 5)
     fleet.run()
     assert next(m for m in device.heard if isinstance(m, Cancelled)).job == "other"
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        ({"job": "other", "round": 1, "attempt": 1}, "this server runs another job"),
+        ({"job": JOB.name, "round": 1, "attempt": 1}, "the round is over"),
+        ({"job": JOB.name, "round": 2, "attempt": 2}, None),
+        ({"job": JOB.name, "round": 2, "attempt": 1}, None),
+    ],
+)
+def test_a_device_that_works_in_vain_is_told_so_as_it_comes_back(
+    fleet: Fleet, held: dict[str, object], told: str | None
+) -> None:
+    state = State(model=fleet.worker.initial(), round=2, phase=Phase.TRAINING, ranking="r" * 64)
+    state.tasks["a"] = Task(1, (4,), Part.PULLING, weights="")
+    fleet.storage.save(state, None, 0.0)
+    daemon = fleet.daemon()
+    birth = Birth("a", 7, "raspberry-pi-5", 10, "test", held=held)
+    daemon._take((Topics("default").up("a"), birth.to_bytes()))
+    reasons = [m.reason for m in fleet.air.devices["a"].heard if isinstance(m, Cancelled)]
+    assert reasons == ([told] if told else [])
 
 
 def test_a_refusal_leaves_the_round_to_the_others(fleet: Fleet) -> None:
