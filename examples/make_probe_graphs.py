@@ -7,6 +7,7 @@ measures what a round would run.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +49,14 @@ def _weights(*shape: int) -> np.ndarray:
     return keyed(0, shape).standard_normal(shape).astype(np.float32)
 
 
-def main() -> None:
+def main(folder: Path = FOLDER) -> None:
     """Compile the net and write its graphs, shapes and costs."""
     model = import_onnx(network(), "probe")
     architecture = model.architecture
     costs = costs_at(architecture, architecture.sizes)
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / "probe_training.onnx").write_bytes(training_graph(model, Features()).to_bytes())
-    (FOLDER / "probe_inference.onnx").write_bytes(inference_model(model, architecture.sizes))
+    folder.mkdir(exist_ok=True)
+    (folder / "probe_training.onnx").write_bytes(training_graph(model, Features()).to_bytes())
+    (folder / "probe_inference.onnx").write_bytes(inference_model(model, architecture.sizes))
     body = {
         "batch": BATCH,
         "classes": CLASSES,
@@ -64,8 +65,8 @@ def main() -> None:
         "training_macs": costs.training_macs,
         "tensors": {name: list(shape) for name, shape in architecture.shapes(architecture.sizes).items()},
     }
-    (FOLDER / "probe.json").write_text(json.dumps(body) + "\n")
+    (folder / "probe.json").write_text(json.dumps(body) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(Path, sys.argv[1:2]))
