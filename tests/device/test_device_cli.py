@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 from fedprune import tensorfile
+from fedprune.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
+from fedprune.bundle import FILES, MANIFEST, manifest
 from fedprune.errors import ExitCode
 from fedprune.probe_report import ProbeReport
-from fedprune.selection import Tensors
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection, Tensors
 from fedprune_device import cli
-from fedprune_device.data import LocalData
+from fedprune_device.data import LocalData, log_prior
 from fedprune_device.slots import Serving
 from fedprune_device.store import DeviceStore
 
@@ -73,6 +76,60 @@ def test_what_is_missing_is_named(tmp_path: Path, state: Path, what: list[str], 
     arguments[arguments.index(what[0]) + 1] = what[1]
     assert cli.main(["predict", *arguments]) in (ExitCode.DATA, ExitCode.MODEL)
     assert what[1].split(".")[0] in capsys.readouterr().err
+
+
+@pytest.fixture
+def bundle(model: Path, graphs: Path) -> Path:
+    """The model's folder as a bundle, whose classes have names."""
+    fixed = Axis.fixed
+    architecture = Architecture(
+        "linear",
+        (),
+        (TensorSpec("w", TensorKind.WEIGHT, (fixed(3), fixed(6))), TensorSpec("b", TensorKind.BIAS, (fixed(3),))),
+        (Layer("w", "Gemm", "w", 1),),
+        (),
+        (6,),
+        3,
+    )
+    selection = Selection.full(architecture)
+    (model / "training.onnx").write_bytes((graphs / "plain.onnx").read_bytes())
+    (model / "architecture.json").write_text(architecture.to_json())
+    (model / "submodel.json").write_text(selection.to_json())
+    files = {name: (model / name).read_bytes() for name in FILES}
+    (model / MANIFEST).write_text(manifest(files, selection, Recipe(), "raspberry-pi-5", ("ant", "bee", "cat")))
+    return model
+
+
+def test_a_bundle_predicts_with_the_names_of_its_classes(
+    tmp_path: Path, bundle: Path, weights: Tensors, data: LocalData, capsys: Capture
+) -> None:
+    np.save(tmp_path / "x.npy", data.x_test)
+    assert cli.main(["predict", "--bundle", str(bundle), "--input", str(tmp_path / "x.npy"), "--top", "3"]) == 0
+    wanted = np.argmax(data.x_test @ weights["w"].T + weights["b"], axis=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == [("ant", "bee", "cat")[c] for c in wanted]
+    assert all({"ant", "bee", "cat"} <= set(line.split()) for line in lines)
+
+
+def test_a_bundle_predicts_for_the_label_shares_of_given_data(
+    tmp_path: Path, bundle: Path, weights: Tensors, data: LocalData
+) -> None:
+    np.savez(tmp_path / "own.npz", x=data.x_train, y=data.y_train, x_test=data.x_test, y_test=data.y_test)
+    np.save(tmp_path / "x.npy", data.x_test)
+    arguments = ["--bundle", str(bundle), "--input", str(tmp_path / "x.npy"), "--output", str(tmp_path / "out.npy")]
+    assert cli.main(["predict", *arguments, "--data", str(tmp_path / "own.npz")]) == ExitCode.OK
+    plain = data.x_test @ weights["w"].T + weights["b"]
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), plain + log_prior(data.y_train, 3), atol=1e-4)
+
+
+def test_a_bundle_that_was_changed_does_not_predict(tmp_path: Path, bundle: Path, capsys: Capture) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((1, 6), np.float32))
+    with (bundle / "weights.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    arguments = ["predict", "--bundle", str(bundle), "--input", str(tmp_path / "x.npy")]
+    assert cli.main(arguments) == ExitCode.BUNDLE
+    assert "weights.safetensors" in capsys.readouterr().err
 
 
 def test_a_probe_is_printed_as_json(capsys: Capture) -> None:
