@@ -1,12 +1,14 @@
-"""Whether a device takes an offer: what can be said before anything is pulled."""
+"""Whether a device takes an offer: what can be said before anything is pulled, and whether it is news."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from fedprune.costs import storage_bytes
 from fedprune.errors import PlanError, StorageFullError
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
-from fedprune.wire.messages import Offer
+from fedprune.wire.messages import Accepted, Cancelled, Offer, Update
 from fedprune_device.store import DeviceStore
 
 _WEIGHT_COPIES = 5
@@ -48,3 +50,18 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
             expected=f"at most {profile.training_bytes} bytes",
             got=f"{memory} and more",
         )
+
+
+def same_work(one: Offer, other: Offer) -> bool:
+    """Whether two offers differ in nothing but the number of the attempt: they train to the same bits."""
+    return replace(one, attempt=0) == replace(other, attempt=0)
+
+
+def place_of(message: Offer | Update | Accepted) -> tuple[str, int]:
+    """Job and round."""
+    return message.job, message.round
+
+
+def attempt_of(message: Offer | Update | Cancelled) -> tuple[str, int, int]:
+    """Job, round and attempt."""
+    return message.job, message.round, message.attempt

@@ -31,13 +31,12 @@ from fedprune.wire.messages import (
     Hello,
     Message,
     Offer,
-    Update,
     Want,
     parse,
 )
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import CHUNK_LEAVES, Serve
-from fedprune_device.acceptance import check_offer
+from fedprune_device.acceptance import attempt_of, check_offer, place_of, same_work
 from fedprune_device.assignment import DamagedBlobError, LoadedTrainer, Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.downloads import Downloads
@@ -209,7 +208,7 @@ class Agent:
         if offer in self._seen:
             return  # it came late, or twice
         # Anything else is new, whatever its number: a server that lost its state begins again at its first round.
-        if task is not None and _same_work(task.offer, offer) and (self._waiting(task.offer) or self._busy):
+        if task is not None and same_work(task.offer, offer) and (self._store.waiting(task.offer) or self._busy):
             _LOG.info("round %d of job %s, attempt %d: the same work, going on", offer.round, offer.job, offer.attempt)
             self._renumber(offer, now)
         else:
@@ -218,7 +217,7 @@ class Agent:
 
     def _renumber(self, offer: Offer, now: float) -> None:
         """Let what is under way, or waits to be handed in, count for another attempt at the same work."""
-        pending = self._waiting(offer)
+        pending = self._store.waiting(offer)
         if pending is not None:
             self._store.keep(replace(pending, attempt=offer.attempt))
         self._store.accept(offer)
@@ -226,11 +225,6 @@ class Agent:
             if part is not None:
                 part.offer = offer
         self._outbox.hurry(now)
-
-    def _waiting(self, offer: Offer) -> Update | None:
-        """The update of an offer's round that the server doesn't have yet, if there is one."""
-        pending = self._store.pending
-        return pending if pending is not None and _place(pending) == _place(offer) else None
 
     @property
     def _busy(self) -> bool:
@@ -268,22 +262,22 @@ class Agent:
 
     def _on_accepted(self, message: Accepted) -> None:
         task, pending = self._store.task, self._store.pending
-        if pending is None or _place(pending) != _place(message) or pending.weights.sha256 != message.weights:
+        if pending is None or place_of(pending) != place_of(message) or pending.weights.sha256 != message.weights:
             return
         _LOG.info("round %d of job %s: the server has the update", message.round, message.job)
-        if task is not None and _place(task.offer) == _place(message):
+        if task is not None and place_of(task.offer) == place_of(message):
             self._store.finish()
         self._store.forget()
         self._collect()
 
     def _on_cancelled(self, message: Cancelled) -> None:
         task, pending = self._store.task, self._store.pending
-        meant = (message.job, message.round, message.attempt)
+        meant = attempt_of(message)
         # What is cancelled may be offered again under the same number: a server that waits for devices does that.
-        self._seen = [o for o in self._seen if _attempt(o) != meant]
-        if pending is not None and _attempt(pending) == meant:
+        self._seen = [o for o in self._seen if attempt_of(o) != meant]
+        if pending is not None and attempt_of(pending) == meant:
             self._store.forget()
-        if task is not None and not task.done and _attempt(task.offer) == meant:
+        if task is not None and not task.done and attempt_of(task.offer) == meant:
             _LOG.info("round %d of job %s is cancelled: %s", message.round, message.job, message.reason)
             self._halt()
             self._store.finish()
@@ -327,7 +321,7 @@ class Agent:
         task = self._store.task
         if task is None or task.done:
             return
-        if self._waiting(task.offer) is None:
+        if self._store.waiting(task.offer) is None:
             _LOG.info("going on with round %d of job %s", task.offer.round, task.offer.job)
             try:
                 self._downloads = Downloads(self._store.blobs, task.offer, now)
@@ -393,10 +387,7 @@ class Agent:
     def _collect(self) -> None:
         # What the worker has just made is referred to by nothing yet; nobody waits for what a stopped one makes.
         if self._worker is None or self._worker.stopped:
-            try:
-                self._store.collect()
-            except StorageError as error:
-                _LOG.warning("can't clear away old files: %s", error)
+            self._store.collect()
 
     def _refuse(self, offer: Offer, error: BaseException) -> None:
         self._outbox.refuse(offer, error)
@@ -405,16 +396,3 @@ class Agent:
             self._halt()
             self._store.finish()
             self._collect()
-
-
-def _same_work(one: Offer, other: Offer) -> bool:
-    """Whether two offers differ in nothing but the number of the attempt: they train to the same bits."""
-    return replace(one, attempt=0) == replace(other, attempt=0)
-
-
-def _place(message: Offer | Update | Accepted) -> tuple[str, int]:
-    return message.job, message.round
-
-
-def _attempt(message: Offer | Update) -> tuple[str, int, int]:
-    return message.job, message.round, message.attempt

@@ -157,19 +157,27 @@ class DeviceStore:
         durable.remove(self.root / "pending.json")
         self.pending = None
 
+    def waiting(self, offer: messages.Offer) -> messages.Update | None:
+        """The update of an offer's round that the server doesn't have yet, if there is one."""
+        pending = self.pending
+        return pending if pending is not None and (pending.job, pending.round) == (offer.job, offer.round) else None
+
     def collect(self) -> int:
         """Delete blobs, whole or partly pulled, that neither the current offer nor the pending update refers to.
 
+        A disk that fails at this is a warning: what couldn't be deleted is tried again the next time.
+
         Returns:
             How many were deleted.
-
-        Raises:
-            StorageError: The disk fails.
         """
-        dropped = self._unwanted(self.task)
-        for name in dropped:
-            self.blobs.delete(name)
-        return len(dropped)
+        count = 0
+        try:
+            for name in self._unwanted(self.task):
+                self.blobs.delete(name)
+                count += 1
+        except StorageError as error:
+            _LOG.warning("can't clear away old files: %s", error)
+        return count
 
     def reclaimable_bytes(self, offer: messages.Offer) -> int:
         """Room that `collect` would make if this offer were the current one.
