@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    missing = [r.nodeid for r in terminalreporter.stats.get("skipped", []) if "FEDPRUNE_DATA" in str(r.longrepr)]
+    missing = [name for name, why in _skips(terminalreporter) if "FEDPRUNE_DATA" in why]
     if missing:
         terminalreporter.section("tests that need real data did not run")
         terminalreporter.line(f"{len(missing)} tests need FEDPRUNE_DATA:")
         for name in missing:
             terminalreporter.line(f"  {name}")
+
+
+# A test may be skipped for these reasons even where everything is meant to be there.
+_MAY_BE_MISSING = ("FEDPRUNE_DATA", "only root can mount", "can be mounted here")
+
+
+def _skips(reporter: pytest.TerminalReporter) -> Iterator[tuple[str, str]]:
+    for report in reporter.stats.get("skipped", []):
+        longrepr = report.longrepr
+        yield report.nodeid, str(longrepr[2] if isinstance(longrepr, tuple) else longrepr)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI a skipped test is a failed one: an oracle that isn't installed must not go unnoticed."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not os.environ.get("CI") or reporter is None:
+        return
+    lost = [(n, why) for n, why in _skips(reporter) if not any(m in why for m in _MAY_BE_MISSING)]
+    for name, why in lost:
+        reporter.write_line(f"SKIPPED IN CI: {name}: {why}", red=True)
+    if lost and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture
