@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fedprune.bundle import (
     manifest,
     open_bundle,
 )
+from fedprune.disk import write_whole
 from fedprune.errors import BundleError
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
@@ -75,6 +75,8 @@ def write_bundle(
 
     Raises:
         BundleError: The folder holds something else, or the files don't belong together.
+        StorageFullError: There is no room; the folder is no bundle then.
+        StorageError: The disk fails.
     """
     classes = selection.architecture.classes
     if class_names and len(class_names) != classes:
@@ -83,8 +85,8 @@ def write_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     for name, raw in files.items():
-        _write(folder / name, raw)
-    _write(folder / MANIFEST, manifest(files, selection, recipe, target, class_names).encode())
+        write_whole(folder / name, raw)
+    write_whole(folder / MANIFEST, manifest(files, selection, recipe, target, class_names).encode())
     return open_bundle(folder)
 
 
@@ -98,17 +100,3 @@ def check_folder(folder: Path) -> None:
         raise BundleError(f"{folder} is not a folder", hint="Give another --out.")
     if folder.is_dir() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
         raise BundleError(f"{folder} is not empty and holds no bundle", hint="Empty it, or give another --out.")
-
-
-def _write(path: Path, raw: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise

@@ -12,7 +12,7 @@ from cutting import distance, inputs, outputs, random_selection
 
 from fedprune import tensorfile
 from fedprune.bundle import FILES, MANIFEST, open_bundle
-from fedprune.errors import BundleError
+from fedprune.errors import BundleError, StorageFullError
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune.session import Session
@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_no_bundle(
 
     monkeypatch.setattr(Path, "replace", full)
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageFullError, match="No space left"):
         write_bundle(tmp_path / "b", files, half, Recipe(), "raspberry-pi-5")
     assert not any(p.name.endswith(".partial") for p in (tmp_path / "b").iterdir())
     with pytest.raises(BundleError, match=MANIFEST):

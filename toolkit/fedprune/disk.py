@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from fedprune.errors import StorageError, StorageFullError
 
@@ -48,3 +49,38 @@ def write_all(descriptor: int, data: bytes | memoryview, at: int = 0) -> None:
     while view:
         written = os.pwrite(descriptor, view, at)
         view, at = view[written:], at + written
+
+
+def write_whole(path: Path, data: bytes | memoryview) -> None:
+    """Replace a file's content: after a crash at any moment it has the old content or the new one.
+
+    Raises:
+        StorageFullError: No room; the old content is untouched.
+        StorageError: The disk fails.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with storage_errors(f"can't write {path}"):
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and deletions in a folder survive a power cut.
+
+    Raises:
+        OSError: The folder can't be opened, or the disk fails.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

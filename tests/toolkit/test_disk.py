@@ -1,0 +1,55 @@
+"""Writing to the disk: whole or not at all, durably, and in errors of ours."""
+
+import errno
+import os
+import stat
+
+import pytest
+
+from fedprune.disk import write_whole
+from fedprune.errors import StorageError, StorageFullError
+
+pytestmark = pytest.mark.board
+
+
+def test_a_written_file_has_the_new_content_and_nothing_lies_beside_it(tmp_path):
+    path = tmp_path / "state.json"
+    write_whole(path, b"old")
+    write_whole(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, StorageFullError), (errno.EIO, StorageError)])
+def test_a_disk_that_fails_leaves_the_old_content_and_no_rest(tmp_path, monkeypatch, call, number, kind):
+    path = tmp_path / "state.json"
+    write_whole(path, b"old")
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*(("os.fsync", fail) if call == "fsync" else ("pathlib.Path.replace", fail)))
+    with pytest.raises(kind, match=r"state\.json"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_file_is_flushed_before_it_is_renamed_and_the_folder_after(tmp_path, monkeypatch):
+    path, done = tmp_path / "state.json", []
+    flush = os.fsync
+
+    def seen(descriptor):
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        done.append(("folder" if folder else "file", path.exists()))
+        flush(descriptor)
+
+    monkeypatch.setattr("os.fsync", seen)
+    write_whole(path, b"new")
+    assert done == [("file", False), ("folder", True)]
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(StorageError, match="nowhere"):
+        write_whole(tmp_path / "nowhere" / "state.json", b"x")
