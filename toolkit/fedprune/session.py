@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ import numpy.typing as npt
 from fedprune.errors import MissingExtraError, ModelError, RuntimeUnavailableError
 
 Array = npt.NDArray[Any]
+
+# Wheels of onnxruntime report usage to their maker. Boards promise that nothing leaves them but weights, and
+# their links are counted by the byte: it stays off, here and in child processes, unless somebody sets it otherwise.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 class Session:
