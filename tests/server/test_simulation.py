@@ -1,20 +1,25 @@
 """Simulated fleets: the same every time, through kills, drop-outs and partial participation."""
 
+import errno
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from fedprune import tensorfile
 from fedprune.blobs import BlobStore
-from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError
+from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError, StorageFullError
 from fedprune.job import Job
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune_export.load import import_onnx
+from fedprune_server import simulation_state
 from fedprune_server.digits import deal, digits_model
-from fedprune_server.simulation import STATE, DropOuts, Simulation
+from fedprune_server.simulation import DropOuts, Simulation
+from fedprune_server.simulation_state import FILE, fingerprint
 from fedprune_server.virtual_device import VirtualDevice
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
@@ -90,6 +95,75 @@ def test_a_killed_run_goes_on_to_the_same_model(build, trainings):
     assert resumed.record("x").rounds == whole.record("x").rounds
 
 
+@pytest.fixture
+def kill_at(monkeypatch):
+    """Ends a run just before it touches its folder for the n-th time; gives how often it did."""
+    save, delete = simulation_state.write_whole, BlobStore.delete
+    left, count = [-1], [0]
+
+    def step():
+        count[0] += 1
+        left[0] -= 1
+        if left[0] == -1:
+            raise KillError
+
+    def saving(path, data):
+        step()
+        save(path, data)
+
+    def deleting(store, name):
+        step()
+        delete(store, name)
+
+    monkeypatch.setattr(simulation_state, "write_whole", saving)
+    monkeypatch.setattr(BlobStore, "delete", deleting)
+
+    def after(number):
+        left[0], count[0] = number, 0
+        return count
+
+    return after
+
+
+def test_a_run_killed_at_any_save_or_deletion_goes_on_to_the_same_model(build, kill_at):
+    small = {"rounds": 2, "recipe": Recipe(max_steps=1), "scorer": "ordered"}
+    touched = kill_at(10**6)
+    whole = build("whole", **small)
+    whole.run()
+    left = set(whole.store.names())
+    for number in range(times := touched[0]):
+        kill_at(number)
+        with pytest.raises(KillError):
+            build(f"killed-{number}", **small).run()
+        kill_at(10**6)
+        resumed = build(f"killed-{number}", **small)
+        resumed.run()
+        assert resumed.state.history == whole.state.history
+        assert {resumed.state.model} <= set(resumed.store.names()) <= left
+    assert times > 10
+
+
+def test_a_state_that_finds_no_room_leaves_the_one_before(build, monkeypatch, tmp_path):
+    with pytest.raises(KillError):
+        build().run(killed_after(2))
+    before = (tmp_path / "run" / FILE).read_bytes()
+
+    rename = Path.replace
+
+    def full(path, target):
+        if target.name == FILE:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(StorageFullError, match=FILE):
+            build().run()
+    assert (tmp_path / "run" / FILE).read_bytes() == before
+    whole = build("whole")
+    assert build().run() == whole.run()
+
+
 def test_a_finished_run_is_not_repeated(build):
     build().run()
     again = build()
@@ -103,9 +177,67 @@ def test_other_settings_do_not_go_on_with_a_saved_run(build):
         build(seed=99)
 
 
+def leaky(slope):
+    """A net whose activation is no part of its architecture."""
+    file = onnx.load_from_string(digits_model())
+    for node in file.graph.node:
+        if node.op_type == "Relu":
+            node.op_type = "LeakyRelu"
+            node.attribute.append(onnx.helper.make_attribute("alpha", slope))
+    return import_onnx(file.SerializeToString(), "digits-net")
+
+
+def changed_model(settings):
+    other = leaky(0.3)
+    assert other.architecture.digest == settings["model"].architecture.digest
+    return settings | {"model": other}
+
+
+def changed_evaluation(settings):
+    x, y = settings["evaluation"]
+    return settings | {"evaluation": (x, (y + 1) % 10)}
+
+
+def changed_shape(settings):
+    """The same bytes of training data as other samples."""
+    first, *rest = settings["devices"]
+    x = first.data.x_train
+    data = replace(first.data, x_train=x.reshape(len(x), 1, 4, 16), x_test=first.data.x_test.reshape(-1, 1, 4, 16))
+    return settings | {"devices": [replace(first, data=data), *rest]}
+
+
+def moved_samples(settings):
+    """Evaluation samples that have become calibration samples."""
+    return settings | {"calibration": settings["evaluation"][0], "evaluation": None}
+
+
+@pytest.mark.parametrize("change", [changed_model, changed_evaluation, changed_shape, moved_samples])
+def test_whatever_decides_a_run_is_in_its_fingerprint(fleet, change):
+    data, devices = fleet
+    settings = {
+        "job": Job(),
+        "model": leaky(0.1),
+        "devices": devices,
+        "dropouts": {},
+        "evaluation": (data.x, data.y),
+        "calibration": None,
+    }
+    assert fingerprint(**settings) == fingerprint(**settings)
+    assert fingerprint(**change(settings)) != fingerprint(**settings)
+
+
+def test_another_evaluation_set_does_not_go_on_with_a_saved_run(build, model, fleet, tmp_path):
+    simulation = build()
+    simulation.run()
+    data, devices = fleet
+    store = BlobStore(tmp_path / "run" / "blobs", durable=False)
+    with pytest.raises(StorageError, match="other settings"):
+        Simulation(simulation.job, model, devices, (data.x[1:], data.y[1:]), store, folder=tmp_path / "run")
+
+
 def test_damaged_state_is_refused(build, tmp_path):
     build().run()
-    path = tmp_path / "run" / STATE
+    path = tmp_path / "run" / FILE
     path.write_text(path.read_text()[:-20])
     with pytest.raises(StorageError, match=r"simulation\.json"):
         build()
@@ -237,4 +369,4 @@ def test_wrong_drop_outs_are_refused(probability, away):
 
 def test_saved_state_is_plain_json(build, tmp_path):
     build().run()
-    assert json.loads((tmp_path / "run" / STATE).read_text())["format"] == "fedprune.simulation/1"
+    assert json.loads((tmp_path / "run" / FILE).read_text())["format"] == "fedprune.simulation/1"
