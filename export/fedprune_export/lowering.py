@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx
 
@@ -67,6 +68,12 @@ def lower(graph: Graph, notes: list[str]) -> None:
             rule(graph, node)
         if graph.opset > TRAINING_OPSET:
             _check_form(node)
+    still = [n.name for n in graph.nodes if n.op == "BatchNormalization" and n.attrs.get("momentum") == 1]
+    if still:
+        notes.append(
+            f"Statistics of {len(still)} batch normalisations are never updated, {still[0]} among them: their momentum "
+            "says so (torch's 0, or None, which ONNX can't express)."
+        )
     if graph.opset > TRAINING_OPSET:
         notes.append(f"Lowered from opset {graph.opset} to {TRAINING_OPSET}.")
         graph.opset = TRAINING_OPSET
@@ -141,8 +148,12 @@ def _lower_batch_norm(graph: Graph, node: Node) -> None:
             hint="Export the model in evaluation mode (module.eval()).",
         )
     node.attrs.pop("training_mode", None)
-    node.attrs.pop("momentum", None)
     node.attrs.pop("spatial", None)
+    # What a file holds as a 32-bit number is meant as the decimal that it prints as: 0.9, not 0.899999976.
+    keep = float(str(np.float32(node.attrs.get("momentum", 0.9))))
+    if not 0 <= keep <= 1:
+        raise ModelError(f"momentum of batch normalisation {node.name}", expected="from 0 to 1", got=keep)
+    node.attrs["momentum"] = keep
     node.outputs = node.outputs[:1]
 
 

@@ -17,6 +17,8 @@ from fedprune_export.graph import Node
 def batch_norm(tape: Tape, node: Node) -> Pull:
     """Normalise by the batch; the running statistics become outputs, with torch's unbiased variance.
 
+    The node's momentum is the share of the old statistics that is kept (torch's is the share that is replaced).
+
     With c = x − mean, s = 1/√(var + ε) and n elements per channel:
     dγ = s · Σ dy·c, dβ = Σ dy, dx = γ · s · (dy − Σdy/n − c · s² · Σ dy·c / n). Sums are taken of centred values, so
     that a mean far from zero costs no digits.

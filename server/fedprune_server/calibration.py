@@ -8,6 +8,8 @@ devices' puts that right.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
@@ -43,7 +45,11 @@ class Calibration:
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLES)).astype(np.int64)]
         self._x = np.ascontiguousarray(x[chosen], np.float32)
         self._architecture = model.architecture
-        self._session = Session(training_graph(model, Features()).to_bytes(), training=True)
+        graph = model.graph.copy()
+        for node in graph.nodes:
+            if node.op == "BatchNormalization":
+                node.attrs["momentum"] = 0.0  # The batch's statistics alone, whatever share a training step keeps.
+        self._session = Session(training_graph(replace(model, graph=graph), Features()).to_bytes(), training=True)
 
     def __call__(self, tensors: Tensors) -> Tensors:
         """The same model with statistics of these samples; weights stay as they are, bit for bit.
@@ -59,15 +65,6 @@ class Calibration:
         }
         feeds |= {k: np.array(0, np.float32) for k in (step.LR, step.MOMENTUM, step.WEIGHT_DECAY)}
         feeds |= {step.X: self._x, step.Y: np.zeros(len(self._x), np.int64)}
-        # A step moves a statistic s to keep·s + (1 − keep)·b. Fed with 0 and with 1 it tells keep, hence b.
-        low, high = (
-            self._session.run(
-                feeds | {n: np.full_like(tensors[n], value) for n in names}, [step.following(n) for n in names]
-            )
-            for value in (0.0, 1.0)
-        )
-        out = dict(tensors)
-        for name in names:
-            zero, one = (r[step.following(name)].astype(np.float64) for r in (low, high))
-            out[name] = (zero / (1 - np.median(one - zero))).astype(np.float32)
-        return out
+        feeds |= {n: np.zeros_like(tensors[n]) for n in names}
+        measured = self._session.run(feeds, [step.following(n) for n in names])
+        return dict(tensors) | {n: measured[step.following(n)] for n in names}

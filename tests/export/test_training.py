@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -232,6 +233,50 @@ def test_a_batch_of_one_position_keeps_statistics_finite() -> None:
     session = Session(training_graph(flat, Features()).to_bytes(), training=True)
     got = session.run(feeds(flat, Features(), 1))
     assert all(np.isfinite(v).all() for v in got.values())
+
+
+class Normalised(nn.Module):
+    """Two normalisations that keep different shares of their old statistics."""
+
+    input_shape = (2, 6, 6)
+
+    def __init__(self, first: float | None, second: float | None) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5, momentum=first)
+        self.fc, self.last = nn.Linear(5 * 16, 6), nn.BatchNorm1d(6, momentum=second)
+        self.out = nn.Linear(6, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.flatten(torch.relu(self.norm(self.conv(x))), 1)
+        return self.out(torch.relu(self.last(self.fc(x))))
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.5, 0.01), (0.1, 1.0), (0.0, 0.3)])
+def test_statistics_move_by_the_modules_momentum(first: float, second: float) -> None:
+    net = seeded(Normalised(first, second)).double().train()
+    normalised = import_onnx(export_torch(seeded(Normalised(first, second))), "normalised")
+    net.load_state_dict({n: torch.tensor(v) for n, v in normalised.tensors.items()}, strict=False)
+    fed = feeds(normalised, Features(), 7)
+    got = Session(training_graph(normalised, Features()).to_bytes(), training=True).run(fed)
+    net(torch.tensor(fed[step.X], dtype=torch.float64))
+    for name, value in net.named_buffers():
+        if not name.endswith("num_batches_tracked"):
+            np.testing.assert_allclose(got[step.following(name)], value.numpy(), rtol=2e-6, atol=1e-7, err_msg=name)
+
+
+def test_statistics_that_never_move_are_noted() -> None:
+    moving, still = (import_onnx(export_torch(seeded(Normalised(m, 0.1))), "normalised").notes for m in (0.1, None))
+    assert [n for n in moving if "never updated" in n] == []
+    assert len([n for n in still if "never updated" in n]) == 1
+
+
+@pytest.mark.parametrize("momentum", [-0.5, 1.5, float("nan")])
+def test_a_momentum_that_is_no_share_is_refused(momentum: float) -> None:
+    proto = onnx.load_model_from_string(export_torch(seeded(Normalised(0.1, 0.1))))
+    norm = next(n for n in proto.graph.node if n.op_type == "BatchNormalization")
+    next(a for a in norm.attribute if a.name == "momentum").f = momentum
+    with pytest.raises(ModelError, match="momentum of batch normalisation"):
+        import_onnx(proto.SerializeToString(), "normalised")
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.1])

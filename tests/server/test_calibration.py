@@ -1,5 +1,7 @@
 """Calibration: statistics of exactly these samples, and nothing else touched."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,18 @@ def test_statistics_before_do_not_matter(model):
     measure = Calibration(model, load_digits()[0][:50])
     once = measure(model.tensors)
     np.testing.assert_array_equal(measure(once)["bn3.running_var"], once["bn3.running_var"])
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99, 1.0])
+def test_statistics_are_the_samples_whatever_share_a_step_keeps(model, keep):
+    graph = model.graph.copy()
+    for node in graph.nodes:
+        if node.op == "BatchNormalization":
+            node.attrs["momentum"] = keep
+    x = load_digits()[0][:50]
+    out, usual = (Calibration(m, x)(model.tensors) for m in (replace(model, graph=graph), model))
+    for spec in model.architecture.statistics:
+        np.testing.assert_array_equal(out[spec.name], usual[spec.name])
 
 
 def test_order_of_the_samples_does_not_matter(model):
