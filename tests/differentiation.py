@@ -28,6 +28,7 @@ def differentiated(
 ) -> Session:
     """A session of y and the gradients of all data by the gradient `dy` of y."""
     graph = Graph(initializers=dict(constants), nodes=list(nodes), opset=17)
+    graph.inputs = [Port(n, a.dtype, (shapes[n][0], *a.shape[1:])) for n, a in data.items() if a.ndim]
     graph.outputs = [Port("y", np.dtype(np.float32), ())]
     arch = Architecture("op", (), (), (), (), (1,), 1)
     out = Graph()

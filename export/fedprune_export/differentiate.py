@@ -119,25 +119,53 @@ class Tape:
     def number(self, node: Node, index: int) -> Array | None:
         """The constant at a node's input, None where there is no such input.
 
-        Entries that depend on the batch come out as -1 (one of them) if the value is computed from shapes.
+        Raises:
+            ModelError: The input is computed from data, or depends on the batch.
+        """
+        number = self._traced(node, index)
+        if number is None:
+            return None
+        out, changing = number
+        if changing.any():
+            raise ModelError(
+                f"{describe(node)}: input {index} depends on the batch",
+                expected="a constant",
+                hint="Only the target of a Reshape may.",
+            )
+        return out
+
+    def target_shape(self, node: Node, index: int) -> Array | None:
+        """The target shape at a node's input with multiples of the batch at its `extent`, None where there is none.
 
         Raises:
-            ModelError: The input is computed from data.
+            ModelError: The input is computed from data, or depends on the batch in another way than as a multiple.
         """
+        number = self._traced(node, index)
+        if number is None:
+            return None
+        out, changing = number
+        if not changing.any():
+            return out
+        times, rest = np.divmod(out, BATCHES[0])
+        second = self._trace.integers_second[node.inputs[index]]
+        if np.any(changing & ((rest != 0) | (second != times * BATCHES[1]))):
+            raise ModelError(
+                f"{describe(node)}: its target shape is no multiple of the batch", got=f"{out} of {BATCHES[0]} samples"
+            )
+        return np.where(changing, times * _BATCH_EXTENT, out)
+
+    def _traced(self, node: Node, index: int) -> tuple[Array, npt.NDArray[np.bool_]] | None:
+        """A constant or the result of shape arithmetic, and where it depends on the batch."""
         if index >= len(node.inputs) or not node.inputs[index]:
             return None
         name = node.inputs[index]
         if name in self._source.initializers and not self.is_tensor(name):
-            return self._source.initializers[name]
+            constant = self._source.initializers[name]
+            return constant, np.zeros(constant.shape, np.bool_)
         first, second = self._trace.integers.get(name), self._trace.integers_second.get(name)
-        if first is None or second is None:
+        if first is None or second is None or first.shape != second.shape:
             raise ModelError(f"{describe(node)}: input {index} is not constant")
-        changing = first != second
-        out = np.where(changing, -1, first)
-        exact = np.all(first[changing] == BATCHES[0]) and np.all(second[changing] == BATCHES[1])
-        if int(changing.sum()) > 1 or not (exact or int(changing.sum()) <= 1):
-            raise ModelError(f"{describe(node)}: input {index} depends on the batch in a way that can't be traced")
-        return np.asarray(out)
+        return first, np.asarray(first != second)
 
     @cached_property
     def _trace(self) -> Trace:
@@ -252,7 +280,7 @@ class Tape:
         derived = any(i in self._arithmetic for i in inputs) and all(
             i in self._arithmetic or (i in self._source.initializers and not self.is_tensor(i)) for i in inputs
         )
-        if node.op == "Shape" or derived:
+        if node.op in ("Shape", "Size") or derived:
             self._arithmetic.update(node.outputs)
             return True
         return False

@@ -52,7 +52,10 @@ def leaky_relu(tape: Tape, node: Node) -> Pull:
 
 @rule("Clip")
 def clip(tape: Tape, node: Node) -> Pull:
-    """Dx = dy where low < x < high, torch's hardtanh (ReLU6)."""
+    """Dx = dy where low < x < high, torch's hardtanh (ReLU6); one bound alone is torch's clamp, dy at the bound, too.
+
+    With two bounds ONNX doesn't say which of torch's operators it was. Only at exactly a bound do the two differ.
+    """
     name = node.inputs[0]
     x = tape.value(name)
     bounds = [tape.number(node, i) for i in (1, 2)]
@@ -63,7 +66,8 @@ def clip(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], g.emit("Clip", x, *names), tape.shape(name))
 
     def pull(dy: str) -> None:
-        inside = [g.emit(op, x, bound) for op, bound in zip(("Greater", "Less"), names, strict=False) if bound]
+        given = [(op, bound) for op, bound in zip(("Greater", "Less"), names, strict=False) if bound]
+        inside = [g.emit(op if len(given) == 2 else f"{op}OrEqual", x, bound) for op, bound in given]
         if len(inside) == 2:
             inside = [g.emit("And", *inside)]
         tape.add(name, g.emit("Where", inside[0], dy, g.scalar(0)) if inside else dy)

@@ -38,7 +38,7 @@ def reshape(tape: Tape, node: Node) -> Pull:
     """Any reshape that leaves channel dimensions whole, or merges them."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    target = tape.number(node, 1)
+    target = tape.target_shape(node, 1)
     if target is None:
         raise ModelError(f"{describe(node)}: no target shape")
     out = reshaped(tape, node, shape, [int(t) for t in target.reshape(-1)])
@@ -221,7 +221,7 @@ def pad(tape: Tape, node: Node) -> Pull:
 
 @rule("Slice")
 def cut_out(tape: Tape, node: Node) -> Pull:
-    """A range with step 1 or more of fixed axes; the gradient is padded with zeros."""
+    """Ranges of fixed axes with step 1; the gradient is padded with zeros."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     starts, ends, chosen, strides = (tape.number(node, i) for i in (1, 2, 3, 4))
@@ -232,13 +232,15 @@ def cut_out(tape: Tape, node: Node) -> Pull:
     g = tape.graph
     pads = np.zeros((2, len(shape)), np.int64)
     out = list(shape)
-    ranges: list[tuple[int, int, int, int]] = []
+    ranges: list[tuple[int, int, int]] = []
     for a, start, end, stride in zip(axes, starts, ends, steps, strict=True):
         (size,) = tape.static(node, shape[a : a + 1])
-        picked = range(size)[int(start) : int(end) : stride]
-        if stride != 1 or not len(picked):
+        if stride != 1:
             raise ModelError(f"{describe(node)}: step of a slice", expected=1, got=stride)
-        ranges.append((a, picked.start, picked.stop, 1))
+        picked = range(size)[int(start) : int(end)]
+        if not picked:
+            raise ModelError(f"{describe(node)} cuts out nothing", got=f"{start}:{end} of {size}")
+        ranges.append((a, picked.start, picked.stop))
         pads[0, a], pads[1, a] = picked.start, size - picked.stop
         out[a] = len(picked)
     begin, stop, where = (g.ints(*[r[k] for r in ranges]) for k in (1, 2, 0))

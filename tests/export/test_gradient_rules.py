@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.errors import ModelError
+from fedprune.session import Session
 from fedprune_export.graph import Node
 
 pytestmark = pytest.mark.torch
@@ -67,6 +68,13 @@ def test_clip_without_an_upper_bound() -> None:
 def test_clip_without_a_lower_bound() -> None:
     high = {"high": floats(0.5)}
     check([node("Clip", "x", "", "high")], lambda x: x.clamp(max=0.5), {"x": normal(5, 9)}, None, high)
+
+
+@pytest.mark.parametrize("side", ["min", "max"])
+def test_clip_with_one_bound_passes_the_gradient_at_the_bound_as_torchs_clamp(side: str) -> None:
+    inputs = ["x", "bound"] if side == "min" else ["x", "", "bound"]
+    x = np.array([[0.5, 0.25, 0.5], [-3.0, 0.5, 4.0]], np.float32)
+    check([node("Clip", *inputs)], lambda x: x.clamp(**{side: 0.5}), {"x": x}, None, {"bound": floats(0.5)})
 
 
 BINARY: dict[str, Oracle] = {"Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Div": torch.div}
@@ -169,6 +177,58 @@ def test_shape_operators(case: str) -> None:
 def test_squeeze() -> None:
     data, shapes = {"x": normal(3, 5, 1, 1)}, {"x": ("N", "c", 1, 1)}
     check([node("Squeeze", "x", "a")], lambda x: x[..., 0, 0], data, shapes, {"a": ints(-1, 2)})
+
+
+def batch_of_x(*more: Node) -> list[Node]:
+    """The batch as `n`, computed from the input's shape, and what follows from it."""
+    return [node("Shape", "x", out="shape"), node("Gather", "shape", "first", out="n"), *more]
+
+
+def differentiated_at_the_batch(nodes: list[Node], x: np.ndarray[Any, Any], constants: Arrays) -> Session:
+    shape = ("N", *x.shape[1:])
+    return differentiated(nodes, {"x": x}, {"x": shape}, {"first": ints(0), **constants})
+
+
+@pytest.mark.parametrize(("batches", "rest"), [(1, [-1]), (1, [6, 20]), (1, [2, 3, -1]), (6, [4, 5]), (6, [-1])])
+def test_a_reshape_to_a_multiple_of_the_batch(batches: int, rest: list[int]) -> None:
+    x = normal(2, 6, 4, 5)
+    nodes = batch_of_x(
+        node("Mul", "n", "times", out="m"),
+        node("Concat", "m", "rest", out="s", axis=0),
+        node("Reshape", "x", "s"),
+    )
+    session = differentiated_at_the_batch(nodes, x, {"times": ints(batches), "rest": ints(*rest)})
+    want = x.reshape(2 * batches, *rest)
+    got = session.run({"x": x, "dy": 2 * want})
+    np.testing.assert_array_equal(want, got["result"])
+    np.testing.assert_array_equal(2 * x, got["x::gradient"])
+
+
+def test_a_reshape_to_no_multiple_of_the_batch_is_refused_by_name() -> None:
+    nodes = batch_of_x(
+        node("Div", "six", "n", out="m"), node("Concat", "m", "rest", out="s", axis=0), node("Reshape", "x", "s")
+    )
+    with pytest.raises(ModelError, match=r"the_Reshape.*multiple of the batch"):
+        differentiated_at_the_batch(nodes, normal(2, 6), {"six": ints(6), "rest": ints(-1)})
+
+
+def test_a_slice_up_to_the_batch_is_refused_by_name() -> None:
+    nodes = batch_of_x(node("Slice", "x", "zero", "n", "axis"))
+    with pytest.raises(ModelError, match=r"the_Slice.*depends on the batch"):
+        differentiated_at_the_batch(nodes, normal(2, 6), {"zero": ints(0), "axis": ints(1)})
+
+
+def test_padding_by_the_batch_is_refused_by_name() -> None:
+    nodes = batch_of_x(node("Concat", "none", "n", out="pads", axis=0), node("Pad", "x", "pads"))
+    with pytest.raises(ModelError, match=r"the_Pad.*depends on the batch"):
+        differentiated_at_the_batch(nodes, normal(2, 6), {"none": ints(0, 0, 0)})
+
+
+@pytest.mark.parametrize(("begin", "end", "stride", "words"), [(4, 4, 1, "nothing"), (0, 6, 2, "step of a slice")])
+def test_a_slice_of_nothing_or_with_steps_is_refused_by_name(begin: int, end: int, stride: int, words: str) -> None:
+    constants = {"b": ints(begin), "e": ints(end), "a": ints(1), "s": ints(stride)}
+    with pytest.raises(ModelError, match=f"the_Slice.*{words}"):
+        differentiated([node("Slice", "x", "b", "e", "a", "s")], {"x": normal(2, 6)}, {"x": ("N", 6)}, constants)
 
 
 def test_a_reshape_that_splits_channels_is_refused_by_name() -> None:
