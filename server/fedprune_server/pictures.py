@@ -44,20 +44,21 @@ _STYLE: Any = {
     "savefig.dpi": 130,
 }
 
-Value = Callable[[RoundRow], "float | None"]
+Values = Callable[[Record], "Sequence[float | None]"]
+"""A number per round, None where there is none."""
 
 
 def curves(run: Record, reference: Record | None, path: Path) -> Path:
     """Global and mean local accuracy, against rounds and against bytes."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(10, 6.6), sharey="row", layout="constrained")
-        rows: tuple[tuple[str, Value], ...] = (
-            ("Global model, server's test data", lambda r: r.accuracy),
-            ("Devices' own models, own test data (mean)", lambda r: r.mean_local),
+        rows: tuple[tuple[str, Values], ...] = (
+            ("Global model, server's test data", lambda record: [r.accuracy for r in record.rounds]),
+            ("Devices' own models, own test data (mean)", lambda record: record.mean_locals()),
         )
-        for (title, value), line in zip(rows, axes, strict=True):
-            _curve(line[0], run, reference, value, lambda r: r.round)
-            _curve(line[1], run, reference, value, lambda r: (r.down + r.up) / 1e6)
+        for (title, values), line in zip(rows, axes, strict=True):
+            _curve(line[0], run, reference, values, lambda r: r.round)
+            _curve(line[1], run, reference, values, lambda r: (r.down + r.up) / 1e6)
             line[0].set_title(title)
             line[0].set_ylabel("accuracy")
             line[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
@@ -119,37 +120,49 @@ def channel_map(run: Record, path: Path) -> Path:
 
 
 def local_bars(run: Record, reference: Record | None, path: Path) -> Path:
-    """Every device's own accuracy in the last round, beside the reference's."""
+    """Every device's own accuracy as it was measured last, beside the reference's; a dash where it never was."""
     names = [d.name for d in run.devices]
     with plt.rc_context(_STYLE):
         figure, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
         runs = [(run, FLEET, "")] + ([(reference, REFERENCE, "//")] if reference is not None else [])
         width = 0.8 / len(runs)
         for i, (each, colour, hatch) in enumerate(runs):
-            at = [k + (i - (len(runs) - 1) / 2) * width for k in range(len(names))]
-            values = [each.last.local.get(n, 0.0) for n in names]
-            bars = axis.bar(at, values, width * 0.92, color=colour, hatch=hatch, edgecolor="white", label=each.title)
-            axis.bar_label(bars, [f"{100 * v:.0f}" for v in values], padding=1, fontsize=8)
+            at = {name: k + (i - (len(runs) - 1) / 2) * width for k, name in enumerate(names)}
+            known = {name: value for name, value in each.latest.items() if name in at}
+            bars = axis.bar(
+                [at[n] for n in known],
+                list(known.values()),
+                width * 0.92,
+                color=colour,
+                hatch=hatch,
+                edgecolor="white",
+                label=each.title,
+            )
+            axis.bar_label(bars, [f"{100 * v:.0f}" for v in known.values()], padding=1, fontsize=8)
+            for name in at.keys() - known.keys():
+                axis.text(at[name], 0.01, "–", ha="center", fontsize=8)
         densities = {d.name: d.density for d in run.devices}
         axis.set_xticks(range(len(names)), [f"{n}\ndensity {densities[n]:.2f}" for n in names], fontsize=8)
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axis.set_ylim(0, 1.12)
         axis.grid(axis="x", visible=False)
         axis.set_ylabel("accuracy")
-        axis.set_title("Each device's own model on its own test data, last round")
+        axis.set_title("Each device's own model on its own test data, as measured last")
         if reference is not None:
             figure.legend(loc="outside right upper", frameon=False)
         return _save(figure, path)
 
 
-def _curve(axis: Axes, run: Record, reference: Record | None, value: Value, along: Callable[[RoundRow], float]) -> None:
+def _curve(
+    axis: Axes, run: Record, reference: Record | None, values: Values, along: Callable[[RoundRow], float]
+) -> None:
     shown: Sequence[tuple[Record | None, str, str, str]] = (
         (reference, REFERENCE, "--", "s"),
         (run, FLEET, "-", "o"),
     )
     for each, colour, style, marker in shown:
         if each is not None:
-            points = [(along(r), v) for r in each.rounds if (v := value(r)) is not None]
+            points = [(along(r), v) for r, v in zip(each.rounds, values(each), strict=True) if v is not None]
             axis.plot(
                 [p[0] for p in points],
                 [p[1] for p in points],

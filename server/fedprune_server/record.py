@@ -74,11 +74,6 @@ class RoundRow:
     down: int
     up: int
 
-    @property
-    def mean_local(self) -> float | None:
-        """Mean of the devices' accuracies, every device counting alike."""
-        return sum(self.local.values()) / len(self.local) if self.local else None
-
 
 @dataclass(frozen=True)
 class Record:
@@ -113,11 +108,32 @@ class Record:
             raise StorageError(f"run {self.title!r} has no finished round")
         return self.rounds[-1]
 
+    def local_accuracies(self) -> tuple[dict[str, float], ...]:
+        """Per round each device's own accuracy, as it was measured last, in that round or an earlier one.
+
+        A round may ask only some devices, and not all that were asked deliver. A mean over whoever did would be another
+        fleet's in every round.
+        """
+        known: dict[str, float] = {}
+        out = []
+        for row in self.rounds:
+            known = known | row.local
+            out.append(known)
+        return tuple(out)
+
+    def mean_locals(self) -> tuple[float | None, ...]:
+        """Per round the mean of `local_accuracies`, every device counting alike; None before the first."""
+        return tuple(sum(d.values()) / len(d) if d else None for d in self.local_accuracies())
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """Each device's own accuracy as it was measured last; devices that never delivered are missing."""
+        return self.local_accuracies()[-1] if self.rounds else {}
+
     def final(self, rounds: int = 1) -> tuple[float, float]:
         """Mean local accuracy and global accuracy over the last `rounds` rounds; NaN where nothing was measured."""
-        tail = self.rounds[-rounds:]
-        local = [r.mean_local for r in tail if r.mean_local is not None]
-        whole = [r.accuracy for r in tail if r.accuracy is not None]
+        local = [v for v in self.mean_locals()[-rounds:] if v is not None]
+        whole = [r.accuracy for r in self.rounds[-rounds:] if r.accuracy is not None]
         return (
             sum(local) / len(local) if local else math.nan,
             sum(whole) / len(whole) if whole else math.nan,

@@ -35,6 +35,11 @@ class Claim:
     measured: str
     held: bool
 
+    @property
+    def verdict(self) -> str:
+        """PASS or FAIL."""
+        return "PASS" if self.held else "FAIL"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -76,7 +81,7 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
     finals = [r.final(TAIL) for r in runs]
     rows = [
         ("", *(r.title for r in runs)),
-        ("mean local accuracy", *(_percent(f[0], 1) for f in finals)),
+        ("mean local accuracy", *(_percent(f[0], 1) + _part(r) for r, f in zip(runs, finals, strict=True))),
         ("global accuracy", *(_percent(f[1], 1) for f in finals)),
         ("MB down", *(f"{r.last.down / 1e6:.2f}" for r in runs)),
         ("MB up", *(f"{r.last.up / 1e6:.2f}" for r in runs)),
@@ -100,6 +105,7 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
 
 def plan_rows(run: Record) -> list[tuple[str, ...]]:
     """Rows of the plan table; the first is the header."""
+    latest = run.latest
     return [
         ("device", "profile", "samples", "density", "bound by", "widths", "parameters", "own accuracy"),
         *(
@@ -111,11 +117,24 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
                 d.bound or "the job",
                 " · ".join(map(str, d.widths)) or d.excluded,
                 f"{d.parameters:,}",
-                _percent(run.last.local.get(d.name, math.nan), 1),
+                _percent(latest.get(d.name, math.nan), 1),
             )
             for d in run.devices
         ),
     ]
+
+
+def summary_text(run: Record, reference: Record | None = None) -> str:
+    """Summary and verdicts for a terminal."""
+    rows = summary(run, reference)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "   ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]
+    if reference is not None:
+        lines += ["", *(f"{c.verdict}: {c.text} ({c.measured})" for c in claims(run, reference))]
+    return "\n".join(lines)
 
 
 def write_report(folder: Path, run: Record, reference: Record | None = None) -> Report:
@@ -140,7 +159,8 @@ def write_report(folder: Path, run: Record, reference: Record | None = None) -> 
     intro = (
         f"{len(run.devices)} devices, {shown.round} rounds, seed {run.job.get('seed', 0)}. "
         f"Accuracies of the summary are means over the last {min(TAIL, len(run.rounds))} rounds; "
-        f"local accuracy is the mean over devices of each one's own model on its own test data."
+        f"local accuracy is the mean over the {len(run.latest)} of {len(run.devices)} devices that delivered, of each "
+        f"one's own model on its own test data, as it was measured last."
         + (f" Bytes: {run.measured}." if run.measured else "")
     )
     judged = claims(run, reference) if reference is not None else ()
@@ -154,7 +174,7 @@ def _markdown(
     run: Record, reference: Record | None, intro: str, judged: tuple[Claim, ...], files: dict[str, Path]
 ) -> str:
     parts = [f"# {run.title}", intro, "## Summary", _markdown_table(summary(run, reference))]
-    parts += [f"- **{_verdict(c)}**: {c.text} ({c.measured})" for c in judged]
+    parts += [f"- **{c.verdict}**: {c.text} ({c.measured})" for c in judged]
     parts += ["## Plans", _markdown_table(plan_rows(run))]
     for title, path in files.items():
         parts += [f"## {title}", f"![{title}]({path.name})"]
@@ -180,7 +200,7 @@ img { max-width: 100%; height: auto } li.held b { color: #0b6b4f } li.failed b {
 
 def _html(run: Record, reference: Record | None, intro: str, judged: tuple[Claim, ...], files: dict[str, Path]) -> str:
     items = "".join(
-        f'<li class="{"held" if c.held else "failed"}"><b>{_verdict(c)}</b>: '
+        f'<li class="{"held" if c.held else "failed"}"><b>{c.verdict}</b>: '
         f"{html.escape(c.text)} ({html.escape(c.measured)})</li>"
         for c in judged
     )
@@ -206,8 +226,10 @@ def _html_table(rows: list[tuple[str, ...]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _verdict(claim: Claim) -> str:
-    return "PASS" if claim.held else "FAIL"
+def _part(run: Record) -> str:
+    """Over how many devices a mean goes, where it is not all."""
+    measured, all_ = len(run.latest), len(run.devices)
+    return f" ({measured} of {all_} devices)" if measured < all_ else ""
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.errors import StorageError
+from fedprune_server import pictures
 from fedprune_server.pictures import channel_map
 from fedprune_server.record import DeviceRow, Record, RoundRow
-from fedprune_server.report import claims, plan_rows, summary, write_report
+from fedprune_server.report import claims, plan_rows, summary, summary_text, write_report
 
 GROUPS = (("stem", 8), ("body", 24))
 
@@ -70,6 +71,61 @@ def test_final_accuracies_are_means_of_the_last_rounds():
 def test_what_nobody_measured_is_not_a_number():
     rows = tuple(replace(r, accuracy=None, local={}) for r in record().rounds)
     assert all(map(math.isnan, replace(record(), rounds=rows).final(3)))
+
+
+def asked_in_turn():
+    """A run whose rounds ask one device each: zero, orin, zero, orin."""
+    run = record(rounds=4)
+    local = [{"zero": 0.2}, {"orin": 0.4}, {"zero": 0.6}, {"orin": 0.8}]
+    return replace(run, rounds=tuple(replace(r, local=v, asked=1) for r, v in zip(run.rounds, local, strict=True)))
+
+
+def test_a_device_that_is_not_asked_keeps_its_latest_accuracy():
+    run = asked_in_turn()
+    assert run.mean_locals() == pytest.approx((0.2, 0.3, 0.5, 0.7))
+    assert run.latest == {"zero": 0.6, "orin": 0.8}
+    assert run.final(2)[0] == pytest.approx(0.6)
+    assert [row[-1] for row in plan_rows(run)[1:]] == ["60.0%", "80.0%"]
+
+
+def test_a_mean_over_some_devices_says_so(tmp_path):
+    run = asked_in_turn()
+    run = replace(run, rounds=run.rounds[:1])
+    assert summary(run)[1] == ("mean local accuracy", "20.0% (1 of 2 devices)")
+    assert summary(record())[1] == ("mean local accuracy", "90.0%")
+    assert "over the 1 of 2 devices that delivered" in write_report(tmp_path, run).markdown.read_text()
+
+
+def bars(run, reference, monkeypatch):
+    """Heights and texts of the picture of devices' accuracies."""
+    seen = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: seen.append(figure) or path)
+    pictures.local_bars(run, reference, None)
+    axis = seen[0].axes[0]
+    found = [p.get_height() for p in axis.patches], sorted(t.get_text() for t in axis.texts)
+    pictures.plt.close(seen[0])
+    return found
+
+
+def test_bars_are_what_was_measured_last(monkeypatch):
+    heights, texts = bars(asked_in_turn(), record(), monkeypatch)
+    assert heights == pytest.approx([0.6, 0.8, 0.88, 0.92])
+    assert texts == ["60", "80", "88", "92"]
+
+
+def test_a_device_that_never_delivered_has_a_dash_instead_of_a_bar(monkeypatch):
+    run = asked_in_turn()
+    heights, texts = bars(replace(run, rounds=run.rounds[:1]), None, monkeypatch)
+    assert (heights, texts) == ([0.2], ["20", "–"])
+
+
+def test_terminal_tells_what_the_report_tells():
+    text = summary_text(record(), record("FedAvg", accuracy=0.9))
+    for row in summary(record(), record("FedAvg", accuracy=0.9)):
+        assert re.search(r" +".join(map(re.escape, filter(None, row))), text)
+    assert "\nFAIL: mean local and global accuracy" in text
+    assert "FAIL" not in summary_text(record())
+    assert len({len(line) for line in text.split("\n\n")[0].splitlines()[:3]}) == 1
 
 
 @pytest.mark.parametrize(
