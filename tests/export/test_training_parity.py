@@ -13,9 +13,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from one_step import FLIPPED, KINDS, NETS, batch, distances, feeds, oracle, parts
+from one_step import FLIPPED, KINDS, NETS, batch, distances, feeds, oracle, parts, tensor_distances, tensors
 
 import nets
+from fedprune import step
 from fedprune.architecture import widths_at
 from fedprune.recipe import Features
 from fedprune.selection import Selection
@@ -37,21 +38,53 @@ def test_one_step_is_as_exact_as_torchs(name: str, density: float, imported: Cal
     model = imported(name)
     arch = model.architecture
     session = Session(training_graph(model, Features(gradients=True)).to_bytes(), training=True)
-    tensors = Selection.of(arch, widths_at(arch, density)).gather(model.tensors)
+    weights = Selection.of(arch, widths_at(arch, density)).gather(model.tensors)
     net = getattr(nets, name)().train()
     torch.set_num_threads(1)
     ours: dict[str, list[float]] = {p: [] for p in parts(arch)}
     torchs: dict[str, list[float]] = {p: [] for p in parts(arch)}
+    ours_each: dict[str, list[float]] = {n: [] for n in tensors(arch)}
+    torchs_each: dict[str, list[float]] = {n: [] for n in tensors(arch)}
     for kind in KINDS:
         for seed in SEEDS:
             x, y = batch(kind, seed, arch)
-            exact, usual = (oracle(net, model, tensors, x, y, t) for t in (torch.float64, torch.float32))
-            for found, result in ((ours, session.run(feeds(arch, tensors, x, y))), (torchs, usual)):
+            exact, usual = (oracle(net, model, weights, x, y, t) for t in (torch.float64, torch.float32))
+            got = session.run(feeds(arch, weights, x, y))
+            for found, each, result in ((ours, ours_each, got), (torchs, torchs_each, usual)):
                 for part, distance in distances(result, exact, parts(arch)).items():
                     found[part].append(distance)
+                for name_of, distance in tensor_distances(result, exact, arch).items():
+                    each[name_of].append(distance)
     calm = [[d < FLIPPED for d in found["gradients"]] for found in (ours, torchs)]
     assert calm[0].count(False) <= calm[1].count(False) + 2
     for part in parts(arch):
         assert np.median(ours[part]) <= max(FLOOR, 2 * np.median(torchs[part])), part
         worst = [max(np.array(found[part])[c]) for found, c in zip((ours, torchs), calm, strict=True)]
         assert worst[0] <= max(FLOOR, 2 * worst[1]), part
+    for tensor in tensors(arch):
+        assert np.median(ours_each[tensor]) <= max(FLOOR, 2 * np.median(torchs_each[tensor])), tensor
+
+
+def test_a_small_gradient_that_is_wrong_does_not_hide(imported: Callable[[str], Model]) -> None:
+    model = imported("vgg11_bn")
+    arch = model.architecture
+    x, y = batch(KINDS[0], 0, arch)
+    exact = oracle(nets.vgg11_bn().train(), model, model.tensors, x, y, torch.float64)
+    smallest = min(
+        (n for n, part in tensors(arch).items() if part == "gradients" and np.linalg.norm(exact[n]) > 1e-6),
+        key=lambda n: float(np.linalg.norm(exact[n])),
+    )
+    wrong = {**exact, smallest: exact[smallest] * (1 + 3e-5)}
+    assert distances(wrong, exact, parts(arch))["gradients"] < FLOOR
+    assert tensor_distances(wrong, exact, arch)[smallest] > 2e-5
+
+
+def test_a_gradient_where_there_is_none_does_not_hide(imported: Callable[[str], Model]) -> None:
+    model = imported("vgg11_bn")
+    arch = model.architecture
+    x, y = batch(KINDS[0], 0, arch)
+    exact = oracle(nets.vgg11_bn().train(), model, model.tensors, x, y, torch.float64)
+    bias = step.gradient("features.0.bias")
+    assert np.linalg.norm(exact[bias]) < 1e-12
+    assert tensor_distances(exact, exact, arch)[bias] == 0
+    assert tensor_distances({**exact, bias: exact[bias] + 0.01}, exact, arch)[bias] > FLIPPED
