@@ -503,6 +503,37 @@ def test_a_rejected_update_does_not_count() -> None:
     assert shell.state.history[0]["devices"]["c"]["reason"] == "not finite"
 
 
+def test_a_device_that_keeps_refusing_is_left_out_until_it_connects_again() -> None:
+    shell = Shell(replace(JOB, rounds=6, devices=2))
+    shell.everyone_arrives()
+    asked = []
+    while shell.inbox:
+        event = shell.inbox.pop(0)
+        if isinstance(event, on.UpdateAnnounced) and event.device == "c":
+            asked.append(event.round)
+            event = on.OfferRefused("c", event.round, event.attempt, "label 7 is out of range")
+        shell.feed(event)
+    assert asked == [2, 3, 4]  # the first round began before it was there
+    assert "label 7" in shell.state.devices["c"].excluded
+    shell.feed(on.DeviceBorn("c", 9, {"name": "toy"}, 10))
+
+    assert not shell.state.devices["c"].excluded
+    assert shell.state.devices["c"].widths
+
+
+def test_a_device_that_refuses_now_and_then_stays() -> None:
+    shell = Shell(replace(JOB, rounds=8, devices=2))
+    shell.everyone_arrives()
+    while shell.inbox:
+        event = shell.inbox.pop(0)
+        if isinstance(event, on.UpdateAnnounced) and event.device == "c" and event.round % 3:
+            event = on.OfferRefused("c", event.round, event.attempt, "no room")
+        shell.feed(event)
+
+    assert shell.state.phase is Phase.FINISHED
+    assert not shell.state.devices["c"].excluded
+
+
 def test_a_device_that_returns_is_offered_its_round_again() -> None:
     shell = Shell()
     shell.everyone_arrives()

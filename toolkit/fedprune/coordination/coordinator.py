@@ -25,6 +25,9 @@ from fedprune.profile import HardwareProfile
 
 Commands = list[do.Command]
 
+MAX_FAILURES = 3
+"""A device that refuses so many offers in a row, or whose updates don't count, is left out until it connects again."""
+
 _LATE = "the deadline has passed"
 
 
@@ -106,12 +109,13 @@ class Coordinator:
             # that lost its memory counts its connections anew.
             return []
         device = Device(event.session, True, event.profile, event.probe, event.samples)
-        if known is not None and (known.profile, known.probe, known.samples) == (
+        same = known is not None and (known.profile, known.probe, known.samples) == (
             event.profile,
             event.probe,
             event.samples,
-        ):
-            device.plan, device.widths, device.excluded = known.plan, known.widths, known.excluded
+        )
+        if known is not None and same and known.widths:
+            device.plan, device.widths = known.plan, known.widths
         else:
             self._plan(device)
         state.devices[event.device] = device
@@ -258,6 +262,7 @@ class Coordinator:
         if task is None:
             return []
         task.progress = Progress.FOLDED
+        self.state.devices[event.device].failures = 0
         return self._close_if_complete(now)
 
     @_on.register
@@ -267,17 +272,21 @@ class Coordinator:
             or self._task(event, Progress.FOLDED)
             or self._task(event, Progress.PULLING)
         )
-        return self._give_up(task, event.reason, now)
+        return self._give_up(event.device, task, event.reason, now)
 
     @_on.register
     def _refused(self, event: on.OfferRefused, now: float) -> Commands:
-        return self._give_up(self._task(event, Progress.OFFERED), event.reason, now)
+        return self._give_up(event.device, self._task(event, Progress.OFFERED), event.reason, now)
 
-    def _give_up(self, task: Task | None, reason: str, now: float) -> Commands:
+    def _give_up(self, name: str, task: Task | None, reason: str, now: float) -> Commands:
         if task is None:
             return []
         task.progress = Progress.REFUSED
         task.reason = reason
+        device = self.state.devices[name]
+        device.failures += 1
+        if device.failures >= MAX_FAILURES:
+            device.excluded = f"{device.failures} rounds in a row without an update that counts, lastly: {reason}"
         return self._close_if_complete(now)
 
     def _task(

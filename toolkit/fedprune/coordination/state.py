@@ -52,6 +52,7 @@ class Device:
         plan: The plan's JSON, or None where none fits.
         widths: Kept channels per group; empty without a plan.
         excluded: Why it takes no part; empty if it does.
+        failures: Offers in a row that it refused, or that brought an update that didn't count.
     """
 
     session: int
@@ -62,6 +63,7 @@ class Device:
     plan: dict[str, Any] | None = None
     widths: tuple[int, ...] = ()
     excluded: str = ""
+    failures: int = 0
 
 
 @dataclass
