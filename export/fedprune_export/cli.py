@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from fedprune import __version__, profile_store
-from fedprune.cli import run_command
-from fedprune.errors import ConfigError, ExitCode, MissingExtraError, ModelError
+from fedprune.cli import run_command, seconds, whole_number, with_extra
+from fedprune.errors import ConfigError, ExitCode, ModelError, UsageError
 from fedprune.plan import DENSITIES, plan
 from fedprune.recipe import Recipe
-from fedprune.scoring import SCORERS, ranks, score
+from fedprune.scoring import ranks, score
 from fedprune.selection import Selection
+
+_SCORERS = ("ordered", "magnitude")
+"""Those that look at a model alone; curvature needs what a fleet has learnt."""
 
 _PARITY_LIMIT = 1e-4
 """Float32 sums in another order differ by less than 1e-5; more means that the cut is wrong."""
@@ -42,18 +45,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", required=True, metavar="PROFILE", help="hardware profile: a name or a TOML file")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the bundle's folder")
     parser.add_argument("--density", type=_density, default=None, help="kept share of all channels, or auto (default)")
-    parser.add_argument("--scorer", default="magnitude", choices=SCORERS, help="how channels are ranked")
+    parser.add_argument("--scorer", default="magnitude", choices=_SCORERS, help="how channels are ranked")
     parser.add_argument(
-        "--samples", type=int, default=1000, metavar="N", help="training samples that the board holds (default: 1000)"
+        "--samples",
+        type=whole_number,
+        default=1000,
+        metavar="N",
+        help="training samples that the board holds (default: 1000)",
     )
     parser.add_argument("--input-shape", type=_shape, metavar="C,H,W", help="one sample's shape, for torch modules")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="local training as JSON (default: fedprune's)")
-    parser.add_argument("--bytes-per-round", type=int, metavar="N", help="what a round may carry, down plus up")
-    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="what a round may take")
+    parser.add_argument(
+        "--bytes-per-round", type=whole_number, metavar="N", help="what a round may carry, down plus up"
+    )
+    parser.add_argument("--deadline", type=seconds, metavar="SECONDS", help="what a round may take")
     parser.add_argument("--class-names", type=_names, default=(), metavar="A,B,C", help="names of the classes")
     parser.add_argument("--name", help="the model's name (default: that of the file or factory)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.set_defaults(run=_export)
+    parser.set_defaults(run=with_extra("export", _export))
     return parser
 
 
@@ -72,18 +81,22 @@ def _profiles(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    _check_packages()
     # Heavy imports wait until the command line is known to make sense.
     from fedprune_export.bundle import bundle_files, check_folder, write_bundle
     from fedprune_export.load import load
     from fedprune_export.report import Report, parity
 
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise UsageError(f"--out {arguments.out} is a file", expected="a folder, which is made if missing")
     check_folder(arguments.out)
     profile = profile_store.find(arguments.target)
     recipe = _recipe(arguments.recipe)
     with _progress() as tell:
         tell(f"importing {arguments.model}")
         model = load(arguments.model, name=arguments.name, input_shape=arguments.input_shape)
+        classes = model.architecture.classes
+        if arguments.class_names and len(arguments.class_names) != classes:
+            raise UsageError("--class-names", expected=f"{classes} names", got=len(arguments.class_names))
         tell("planning")
         chosen = plan(
             model.architecture,
@@ -144,15 +157,6 @@ def _recipe(path: Path | None) -> Recipe:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _check_packages() -> None:
-    try:
-        import onnx  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            "exporting needs onnx, which is not installed", hint="pip install 'fedprune[export]'."
-        ) from error
-
-
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """Says what is being done, on a terminal only."""
@@ -168,17 +172,20 @@ def _progress() -> Iterator[Callable[[str], None]]:
 def _density(text: str) -> float | None:
     if text == "auto":
         return None
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError("a density is above 0 and at most 1, or auto")
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, or auto, got {text!r}")
     return value
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    shape = tuple(int(n) for n in text.replace("x", ",").split(","))
-    if any(n < 1 for n in shape):
-        raise argparse.ArgumentTypeError("sizes are 1 or more")
-    return shape
+    try:
+        return tuple(whole_number(n) for n in text.replace("x", ",").split(","))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"expected sizes of 1 or more, such as 3,32,32, got {text!r}") from error
 
 
 def _names(text: str) -> tuple[Any, ...]:

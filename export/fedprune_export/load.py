@@ -14,12 +14,13 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from fedprune.errors import MissingExtraError, ModelError
+from fedprune.errors import MissingExtraError, ModelError, shown
 from fedprune_export.analysis import analyse
 from fedprune_export.imported import Model
 from fedprune_export.normalise import normalise
@@ -81,14 +82,25 @@ def import_onnx(raw: bytes, name: str) -> Model:
     listed = {p.key: p.value for p in proto.metadata_props}.get(PARAMETERS_KEY)
     parameters: frozenset[str] | None = None
     if listed is not None:
-        try:
-            parameters = frozenset(map(str, json.loads(listed)))
-        except (ValueError, TypeError) as error:
-            raise ModelError(f"metadata {PARAMETERS_KEY} is not a list of names") from error
+        parameters = _parameters(listed, {t.name for t in proto.graph.initializer})
     normal = normalise(proto, parameters)
     found = analyse(normal.graph, normal.parameters, normal.trace, name)
     notes = tuple(dict.fromkeys([*normal.notes, *found.notes]))
     return Model(normal.graph, found.architecture, notes, found.values)
+
+
+def _parameters(listed: str, held: AbstractSet[str]) -> frozenset[str]:
+    """The names of the trainable tensors that a file's metadata lists."""
+    try:
+        names = json.loads(listed)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise ModelError(f"metadata {PARAMETERS_KEY}", expected="a list of tensor names", got=shown(listed))
+    missing = [n for n in names if n not in held]
+    if missing:
+        raise ModelError(f"metadata {PARAMETERS_KEY} names a tensor that isn't there", got=shown(missing[0]))
+    return frozenset(names)
 
 
 def export_torch(made: Any, *, input_shape: Sequence[int] | None = None, name: str = "module") -> bytes:
@@ -112,7 +124,7 @@ def export_torch(made: Any, *, input_shape: Sequence[int] | None = None, name: s
     if not shape:
         raise ModelError(
             f"{name}: the input shape is unknown",
-            hint="Give --input-shape (such as 3,32,32), or let the module have an attribute input_shape.",
+            hint="Give the module an attribute input_shape (such as (3, 32, 32)), or fedprune-export --input-shape.",
         )
     modes = [(part, part.training) for part in module.modules()]
     device = next((p.device for p in module.parameters()), "cpu")
@@ -154,6 +166,7 @@ def export_torch(made: Any, *, input_shape: Sequence[int] | None = None, name: s
         if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
         for field in ("running_mean", "running_var")
     ]
+    norms = [n for n in norms if n in held]
     onnx.helper.set_model_props(proto, {PARAMETERS_KEY: json.dumps([*trainable, *norms])})
     proto.producer_version = ""
     del proto.graph.metadata_props[:]
@@ -210,7 +223,11 @@ def _read_file(path: Path) -> bytes:
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     except Exception as error:
-        raise ModelError(f"{path}: its external data can't be read ({_reason(error)})") from error
+        files = sorted({e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"})
+        raise ModelError(
+            f"{path}: its external data can't be read ({_reason(error)})",
+            hint=f"Copy {', '.join(files)} of the same export beside it.",
+        ) from error
     return raw
 
 

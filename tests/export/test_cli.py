@@ -131,11 +131,60 @@ def test_a_folder_with_other_things(lenet_file: Path, tmp_path: Path, capsys: py
     assert "not empty" in one_line(capsys)
 
 
-@pytest.mark.parametrize("density", ["0", "1.5", "wide", "nan"])
-def test_a_strange_density_is_a_usage_error(lenet_file: Path, tmp_path: Path, density: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        *(("--density", v, f"above 0 and at most 1, or auto, got '{v}'") for v in ("0", "1.5", "wide", "nan")),
+        ("--samples", "-4", "above 0, got '-4'"),
+        ("--bytes-per-round", "0", "above 0, got '0'"),
+        ("--deadline", "-1", "above 0, got '-1'"),
+        ("--input-shape", "3,a", "such as 3,32,32, got '3,a'"),
+        ("--scorer", "curvature", "magnitude"),
+    ],
+)
+def test_a_strange_option_is_a_usage_error(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, said: str
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        export(lenet_file, tmp_path / "b", "--density", density)
+        export(lenet_file, tmp_path / "b", option, value)
     assert caught.value.code == ExitCode.USAGE
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert option in last
+    assert said in last
+
+
+def test_a_wrong_number_of_class_names_is_a_usage_error(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(lenet_file, tmp_path / "b", "--class-names", "a,b") == ExitCode.USAGE
+    assert "--class-names: expected 10 names, got 2" in one_line(capsys)
+
+
+def test_a_file_as_the_folder_is_a_usage_error(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(lenet_file, lenet_file) == ExitCode.USAGE
+    assert "lenet.onnx is a file" in one_line(capsys)
+
+
+def test_the_report_says_that_the_density_was_asked_for(lenet_file: Path, tmp_path: Path) -> None:
+    export(lenet_file, tmp_path / "b", "--density", "0.5")
+    assert "density 0.5, as asked" in (tmp_path / "b" / "report.md").read_text()
+
+
+@pytest.mark.system
+def test_without_onnx_the_extra_is_named(lenet_file: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['onnx'] = None\n"
+        "from fedprune_export.cli import main\n"
+        f"sys.exit(main([{str(lenet_file)!r}, '--target', 'raspberry-pi-5', '--out', {str(tmp_path / 'b')!r}]))\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == ExitCode.MISSING_EXTRA
+    assert "fedprune[export]" in done.stderr
 
 
 def test_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,7 +107,16 @@ def test_missing_external_weights_name_the_file(tmp_path: Path, lenet_bytes: byt
     onnx.save_model(proto, str(tmp_path / "m.onnx"), save_as_external_data=True, location="m.data", size_threshold=0)
     (tmp_path / "m.data").unlink()
 
-    with pytest.raises(ModelError, match=r"m\.onnx"):
+    with pytest.raises(ModelError, match=r"m\.onnx.*Copy m\.data of the same export beside it"):
+        load(tmp_path / "m.onnx")
+
+
+def test_external_weights_that_are_cut_short_name_the_file(tmp_path: Path, lenet_bytes: bytes) -> None:
+    proto = onnx.load_model_from_string(lenet_bytes)
+    onnx.save_model(proto, str(tmp_path / "m.onnx"), save_as_external_data=True, location="m.data", size_threshold=0)
+    (tmp_path / "m.data").write_bytes(b"short")
+
+    with pytest.raises(ModelError, match=r"m\.onnx.*Copy m\.data of the same export beside it"):
         load(tmp_path / "m.onnx")
 
 

@@ -41,6 +41,12 @@ def test_the_list_takes_own_folders(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "\nmine\t" in capsys.readouterr().out
 
 
+def test_a_folder_that_is_not_there_ends_with_the_code_of_profiles(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match="nosuch") as caught:
+        run("list", "--folder", str(tmp_path / "nosuch"))
+    assert caught.value.exit_code == 12
+
+
 @pytest.mark.parametrize("name", profile_store.shipped())
 def test_a_profile_is_shown_with_every_source(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     run("show", name)

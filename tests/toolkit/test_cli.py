@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedprune.cli import DEBUG, run_command
-from fedprune.errors import BrokerError, ExitCode, ModelError, PlanError, StorageFullError
+from fedprune.cli import DEBUG, run_command, seconds, whole_number, with_extra
+from fedprune.errors import BrokerError, ExitCode, ModelError, PlanError, StorageFullError, UsageError
 
 pytestmark = pytest.mark.board
 
@@ -34,6 +34,7 @@ def failing(error: BaseException) -> Callable[[], Any]:
 @pytest.mark.parametrize(
     ("error", "code"),
     [
+        (UsageError("bad option"), ExitCode.USAGE),
         (ModelError("bad model"), ExitCode.MODEL),
         (PlanError("no width"), ExitCode.PLAN),
         (BrokerError("no broker"), ExitCode.BROKER),
@@ -95,3 +96,32 @@ def test_a_failing_parser_is_handled_too(capsys: pytest.CaptureFixture[str]) -> 
 
     assert run_command("tool", build, []) == ExitCode.MODEL
     assert capsys.readouterr().err == "error: early\n"
+
+
+def test_a_missing_package_names_the_extra(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
+
+    assert command(lambda: with_extra("server", run)(argparse.Namespace())) == ExitCode.MISSING_EXTRA
+    assert "needs onnx, which is not installed. pip install 'fedprune[server]'" in capsys.readouterr().err
+
+
+def test_a_module_of_our_own_is_no_missing_extra(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        raise ModuleNotFoundError("No module named 'fedprune.lost'", name="fedprune.lost")
+
+    assert command(lambda: with_extra("server", run)(argparse.Namespace())) == ExitCode.INTERNAL
+    assert "fedprune.lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [(whole_number, t) for t in ("0", "-4", "1.5", "many")] + [(seconds, t) for t in ("0", "-1", "inf", "nan", "soon")],
+)
+def test_a_number_out_of_range_is_refused_in_words(kind: Callable[[str], object], text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"above 0, got '{text}'"):
+        kind(text)
+
+
+def test_numbers_in_range_are_read() -> None:
+    assert (whole_number("12"), seconds("0.5")) == (12, 0.5)

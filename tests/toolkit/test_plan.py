@@ -216,6 +216,29 @@ def test_own_densities_are_kept_to() -> None:
     assert (made.density, made.bound) == (0.5, NOTHING)
 
 
+def test_a_narrow_model_that_was_asked_for_is_not_called_the_whole() -> None:
+    text = plan(NET, BOARD, RECIPE, 500, densities=(0.5,)).describe()
+    assert text.endswith("nothing binds: density 0.5, as asked")
+    assert plan(NET, BOARD, RECIPE, 500).describe().endswith("the whole model fits")
+
+
+def test_a_density_that_was_asked_for_is_named_where_it_does_not_fit() -> None:
+    with pytest.raises(PlanError, match=r"net at density 0\.5 doesn't fit raspberry-pi-4b: it breaks bytes"):
+        plan(NET, BOARD, RECIPE, 500, densities=(0.5,), byte_budget=10)
+
+
+@pytest.mark.parametrize("deadline", [1e-3, 2.5e-7])
+def test_short_times_are_not_rounded_to_nothing(deadline: float) -> None:
+    with pytest.raises(PlanError) as caught:
+        plan(NET, BOARD, RECIPE, 500, deadline_s=deadline)
+    assert caught.value.expected == f"at most {deadline * 1000:g} ms"
+
+
+def test_small_sizes_are_said_in_bytes() -> None:
+    with pytest.raises(PlanError, match=r"at most 14,321 bytes"):
+        plan(NET, BOARD, RECIPE, 500, densities=(1.0,), byte_budget=14_321)
+
+
 def test_a_measured_rate_beats_the_promise() -> None:
     assert train_rate(BOARD, replace(PROBE, train_rate=5e9)) == 5e9
 

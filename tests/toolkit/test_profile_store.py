@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,21 @@ def test_the_longest_match_wins(tmp_path: Path) -> None:
     path = own(tmp_path, "pi-4-fast", "Mine")
     path.write_text(path.read_text().replace("Raspberry Pi 4 Model B", "Raspberry Pi 4 Model B Rev 1.5"))
     assert profile_store.identify("Raspberry Pi 4 Model B Rev 1.5", "aarch64", [tmp_path]).name == "pi-4-fast"
+
+
+@pytest.mark.parametrize("search", [profile_store.names, lambda folders: profile_store.find("pi", folders)])
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path, search: Callable[[list[Path]], object]) -> None:
+    with pytest.raises(ProfileError, match=r"nowhere is no folder"):
+        search([tmp_path / "nowhere"])
+
+
+def test_a_folder_is_no_profile(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"is a folder: expected a TOML or JSON file"):
+        profile_store.find(tmp_path)
+
+
+def test_a_folder_named_like_a_profile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "boards").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ProfileError, match=r"boards is a folder; name a file in it"):
+        profile_store.find("boards")

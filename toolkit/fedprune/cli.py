@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from fedprune.errors import ExitCode, FedpruneError
+from fedprune.errors import ExitCode, FedpruneError, MissingExtraError
 
 DEBUG = "FEDPRUNE_DEBUG"
 """Environment variable that shows tracebacks, too."""
@@ -61,6 +62,49 @@ def run_command(
         return int(ExitCode.INTERNAL)
     except Exception as error:  # noqa: BLE001  the last line of defence: a user never sees a bare traceback
         return _internal(prog, error)
+
+
+def with_extra(extra: str, run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """A command that says what to install where a package is missing.
+
+    Args:
+        extra: The extra of fedprune that brings the package.
+        run: The command; it imports what the extra brings when it is called.
+    """
+
+    def checked(arguments: argparse.Namespace) -> int:
+        try:
+            return run(arguments)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("fedprune"):
+                raise
+            raise MissingExtraError(
+                f"this command needs {error.name}, which is not installed", hint=f"pip install 'fedprune[{extra}]'"
+            ) from error
+
+    return checked
+
+
+def whole_number(text: str) -> int:
+    """A number of an option: whole and above 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A time of an option: finite and above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
 
 
 def _internal(prog: str, error: Exception) -> int:

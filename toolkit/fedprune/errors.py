@@ -70,6 +70,12 @@ def shown(value: object) -> str:
     return repr(value)[:80]
 
 
+class UsageError(FedpruneError):
+    """A command line can't be followed, and only the work itself shows why."""
+
+    exit_code = ExitCode.USAGE
+
+
 class MissingExtraError(FedpruneError):
     """A command needs a package of an extra that is not installed."""
 

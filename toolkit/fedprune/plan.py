@@ -137,13 +137,18 @@ class Plan:
         p = self.prediction
         lines = [
             f"density {self.density:.3g} ({p.parameters:,} parameters, {p.forward_macs:,} multiplications per sample)",
-            f"a round: {p.steps} steps of {p.step_s * 1000:.0f} ms, {_amount(p.transfer_s, 's')} on the link",
+            f"a round: {p.steps} steps of {_amount(p.step_s, 's')}, {_amount(p.transfer_s, 's')} on the link",
         ]
         for limit in self.limits:
             mark = "  <- binds" if limit.name == self.bound else ""
             lines.append(f"  {limit.describe()}{mark}")
         if self.bound == NOTHING:
-            lines.append("  nothing binds: the whole model fits")
+            # The whole model is always tried first, unless the density was not the planner's to choose.
+            lines.append(
+                "  nothing binds: the whole model fits"
+                if self.density == 1
+                else f"  nothing binds: density {self.density:.3g}, as asked"
+            )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -233,7 +238,9 @@ def plan(
     worst = _worst(limits)
     others = [m.describe() for m in limits if not m.fits and m is not worst]
     raise PlanError(
-        f"no width of {architecture.name} fits {profile.name}: even the narrowest breaks {worst.name}",
+        f"no width of {architecture.name} fits {profile.name}: even the narrowest breaks {worst.name}"
+        if len(set(densities)) > 1
+        else f"{architecture.name} at density {density:.3g} doesn't fit {profile.name}: it breaks {worst.name}",
         expected=f"at most {_amount(worst.limit, worst.unit)}",
         got=f"{_amount(worst.value, worst.unit)}, {_amount(worst.value - worst.limit, worst.unit)} too much",
         hint=(f"It also breaks {'; '.join(others)}. " if others else "") + _HINTS[worst.name],
@@ -324,8 +331,10 @@ def _worst(limits: Sequence[Limit]) -> Limit:
 
 def _amount(value: float, unit: str) -> str:
     if unit == "bytes":
-        return f"{value / 1e6:,.2f} MB" if abs(value) >= 1e4 else f"{value:,.0f} bytes"
-    return f"{value:,.1f} s"
+        return f"{value / 1e6:,.2f} MB" if abs(value) >= 1e5 else f"{value:,.0f} bytes"
+    if abs(value) >= 1 or value == 0:
+        return f"{value:,.1f} s"
+    return f"{value * 1000:.3g} ms"
 
 
 def _number(value: Any, *, whole: bool = False) -> Any:

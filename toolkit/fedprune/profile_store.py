@@ -31,7 +31,12 @@ def shipped() -> tuple[str, ...]:
 
 
 def names(folders: Sequence[Path] = ()) -> tuple[str, ...]:
-    """Names of all profiles that `find` finds by name, sorted."""
+    """Names of all profiles that `find` finds by name, sorted.
+
+    Raises:
+        ProfileError: One of the folders isn't there.
+    """
+    _check(folders)
     own = (p.stem for folder in folders for s in _SUFFIXES for p in folder.glob(f"*{s}"))
     return tuple(sorted({*own, *shipped()}))
 
@@ -42,6 +47,8 @@ def read(path: Path) -> HardwareProfile:
     Raises:
         ProfileError: It can't be read or doesn't make sense; the message names the file.
     """
+    if path.is_dir():
+        raise ProfileError(f"{path} is a folder", expected="a TOML or JSON file of one profile")
     if path.suffix != ".json":
         return HardwareProfile.from_toml(path)
     try:
@@ -59,8 +66,10 @@ def find(name_or_path: str | Path, folders: Sequence[Path] = ()) -> HardwareProf
         folders: A user's own folders of profiles; they win over shipped ones.
 
     Raises:
-        ProfileError: There is none, it doesn't make sense, or its file has another name than the profile in it.
+        ProfileError: There is none, it doesn't make sense, its file has another name than the profile in it, or one
+            of the folders isn't there.
     """
+    _check(folders)
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or "/" in text or text.endswith(_SUFFIXES):
         return read(Path(name_or_path))
@@ -77,7 +86,9 @@ def find(name_or_path: str | Path, folders: Sequence[Path] = ()) -> HardwareProf
     raise ProfileError(
         f"there is no hardware profile called {text!r}",
         expected=f"one of {', '.join(names(folders))}, or a path",
-        hint="docs/add-a-board.md shows how to write one.",
+        hint=f"{text} is a folder; name a file in it."
+        if Path(text).is_dir()
+        else "docs/add-a-board.md shows how to write one, and where to put it.",
     )
 
 
@@ -110,3 +121,9 @@ def identify(model: str, machine: str | None = None, folders: Sequence[Path] = (
             hint="Write one (docs/add-a-board.md) and name it.",
         )
     return find(name, folders)
+
+
+def _check(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if not folder.is_dir():
+            raise ProfileError(f"{folder} is no folder", expected="a folder of TOML or JSON files, one per profile")
