@@ -101,8 +101,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
     config = ServerConfig() if arguments.config is None else read_config(arguments.config)
     state = arguments.state or config.state
-    if arguments.config is None:
-        config = stored_config(state, config)
     names = ("name", "seed", "rounds", "devices", "participation", "density")
     job = {k: getattr(arguments, k) for k in names} | {"deadline_s": arguments.deadline}
     server = {
@@ -121,6 +119,8 @@ def _run(arguments: argparse.Namespace) -> int:
             "profiles",
         )
     }
+    if arguments.config is None:
+        config = stored_config(state, config, server)
     config = overridden(config, job, server)
     with ExitStack() as stack:
         stack.enter_context(_logged_to_stdout(arguments.verbose))

@@ -18,6 +18,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 _TABLES = ("job", "model", "evaluation", "calibration", "server")
 _SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "profiles")
 _SERVER_NUMBERS = ("port", "keep", "pulls", "max_devices")
+_SIMULATED = ("devices", "dropouts")
+"""Tables that only a simulation reads, so that one file serves both."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ class ServerConfig:
         """Whether the server runs its own broker."""
         return self.broker == EMBEDDED
 
+    def server_settings(self) -> dict[str, Any]:
+        """What the table [server] says, as JSON, with paths that hold in every folder; all but the state folder."""
+        values = {k: getattr(self, k) for k in (*_SERVER_TEXTS, *_SERVER_NUMBERS) if k != "state"}
+        return {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
+
     @property
     def open_to_others(self) -> bool:
         """Whether other machines reach the embedded broker, which asks nobody for a password."""
@@ -112,8 +119,8 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
     Raises:
         ConfigError: As `read_config`.
     """
-    _only(body, _TABLES, where, "table")
-    for table in body:
+    _only(body, (*_TABLES, *_SIMULATED), where, "table")
+    for table in body.keys() - set(_SIMULATED):
         if not isinstance(body[table], Mapping):
             raise ConfigError(f"{where}: {table}", expected=f"a table [{table}]", got=repr(body[table]))
     values: dict[str, Any] = {}
@@ -150,6 +157,34 @@ def overridden(config: ServerConfig, job: Mapping[str, Any], server: Mapping[str
         return replace(config, job=replace(config.job, **chosen), **values)
 
     return _located(build, "command line")
+
+
+def with_stored(config: ServerConfig, stored: Mapping[str, Any], chosen: Mapping[str, Any]) -> ServerConfig:
+    """The configuration with the server's settings of an earlier start.
+
+    Args:
+        config: The configuration.
+        stored: What `server_settings` gave then.
+        chosen: What the command line says; None means that it says nothing. What it says is left to `overridden`, so
+            that it also replaces a setting that has become wrong.
+
+    Raises:
+        ConfigError: A setting no longer makes sense.
+    """
+    values = {k: v for k, v in stored.items() if k in (*_SERVER_TEXTS, *_SERVER_NUMBERS) and chosen.get(k) is None}
+    broker = str(chosen.get("broker") or values.get("broker", EMBEDDED))
+    for key in ("ca", "profiles"):
+        if values.get(key) is not None:
+            values[key] = Path(values[key])
+    if not broker.startswith("mqtts://") or chosen.get("broker") is not None:
+        values.pop("ca", None)  # the authority of another broker than the one to use
+    return _located(lambda: replace(config, **values), "settings of the last start")
+
+
+def without_password(broker: str) -> str:
+    """A broker's address as it may be shown."""
+    scheme, mark, rest = broker.partition("://")
+    return f"{scheme}{mark}{rest.rpartition('@')[2]}"
 
 
 def _located(build: Callable[[], ServerConfig], where: str) -> ServerConfig:

@@ -6,7 +6,8 @@ import fcntl
 import os
 import time
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from fedprune.architecture import Architecture
 from fedprune.blobs import BlobStore
 from fedprune.coordination import Phase, State
 from fedprune.disk import storage_errors
-from fedprune.errors import ConfigError, DataError, StorageError
+from fedprune.errors import ConfigError, DataError, ModelError, StorageError
 from fedprune.job import Job
 from fedprune_device.data import load_data
 from fedprune_export.imported import Model
 from fedprune_export.load import import_onnx, read_source
-from fedprune_server.config import ServerConfig
+from fedprune_server.config import ServerConfig, with_stored, without_password
 from fedprune_server.garbage import sweep
 from fedprune_server.storage import FILE as DATABASE
 from fedprune_server.storage import Storage
@@ -107,8 +108,9 @@ class StateFolder:
             "job": config.job.to_dict(),
             "name": name,
             "model": tensorfile.digest(raw),
-            "evaluation": config.evaluation,
-            "calibration": config.calibration,
+            "evaluation": _anywhere(config.evaluation),
+            "calibration": _anywhere(config.calibration),
+            "server": config.server_settings(),
         }
         if known is None:
             self.store.write_file(self.path / MODEL, raw)
@@ -135,7 +137,7 @@ class StateFolder:
                     hint="Give --model model.onnx, or [model] path in the configuration.",
                 )
             source = config.model
-            return read_source(source), source.rpartition(":")[2] if ":" in source else Path(source).stem
+            return _source_bytes(source), source.rpartition(":")[2] if ":" in source else Path(source).stem
         path = self.path / MODEL
         with storage_errors(f"can't read {path}"):
             raw = path.read_bytes()
@@ -171,11 +173,17 @@ class StateFolder:
             time.sleep(0.1)
 
 
-def stored_config(folder: Path, config: ServerConfig) -> ServerConfig:
-    """The configuration with job and data of a state folder that has been used before, if it has.
+def stored_config(folder: Path, config: ServerConfig, chosen: Mapping[str, Any]) -> ServerConfig:
+    """The configuration with what a state folder's last start ran with, if there was one.
+
+    Args:
+        folder: The state folder.
+        config: The configuration for a new one.
+        chosen: What the command line says of the server; None means that it says nothing.
 
     Raises:
         StorageError: The folder is damaged.
+        ConfigError: What it ran with no longer makes sense, such as a folder that has gone.
     """
     if not (folder / DATABASE).is_file():
         return config
@@ -183,8 +191,9 @@ def stored_config(folder: Path, config: ServerConfig) -> ServerConfig:
         known = storage.settings()
     if known is None:
         return config
-    data = {k: getattr(config, k) or known.get(k) for k in ("evaluation", "calibration")}
-    return ServerConfig(**{**vars(config), **data, "job": Job.from_dict(known["job"])})
+    data: dict[str, Any] = {k: getattr(config, k) or known.get(k) for k in ("evaluation", "calibration")}
+    config = replace(config, **data, job=Job.from_dict(known["job"]))
+    return with_stored(config, known.get("server", {}), chosen)
 
 
 def load_evaluation(source: str, architecture: Architecture) -> Evaluation:
@@ -257,5 +266,30 @@ def _has_test_split(path: Path) -> bool:
 def _changes(known: dict[str, Any] | None, settings: dict[str, Any]) -> list[str]:
     if known is None:
         return []
-    old, new = known["job"], settings["job"]
-    return [f"{k}: {old.get(k)!r} is now {new[k]!r}" for k in new if old.get(k) != new[k]]
+    lines = []
+    for table in ("job", "server"):
+        old, new = known.get(table, settings[table]), settings[table]
+        for key in new:
+            before, after = old.get(key), new[key]
+            if before == after:
+                continue
+            if key == "broker":  # the password in it is nobody's business
+                before, after = without_password(str(before)), without_password(str(after))
+            lines.append(f"{key}: {before!r} is now {after!r}")
+    return lines
+
+
+def _anywhere(source: str | None) -> str | None:
+    """A source that the next start finds from any folder: the file's whole path, or a function's name."""
+    return str(Path(source).resolve()) if source is not None and Path(source).is_file() else source
+
+
+def _source_bytes(source: str) -> bytes:
+    """A model's bytes, without advice that only `fedprune-export` can follow."""
+    try:
+        return read_source(source)
+    except ModelError as error:
+        if "--input-shape" not in error.hint:
+            raise
+        hint = "Give the module an attribute input_shape, such as (3, 32, 32)."
+        raise ModelError(error.what, expected=error.expected, got=error.got, hint=hint) from error

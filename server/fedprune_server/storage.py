@@ -7,6 +7,9 @@ out. Whatever was done was therefore remembered first, and what was remembered c
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +20,7 @@ import sqlalchemy as sql
 
 from fedprune.coordination import State
 from fedprune.coordination.events import Event
+from fedprune.disk import storage_errors
 from fedprune.errors import StorageError, StorageFullError
 
 FORMAT = "fedprune.server/1"
@@ -93,9 +97,12 @@ class Storage:
         self._saved_traffic: dict[str, tuple[int, int]] = {}
         self._saved_rounds = 0
         with _translated(url):
-            self._engine = sql.create_engine(url)
-            if self._engine.dialect.name == "sqlite":
-                sql.event.listen(self._engine, "connect", _tune_sqlite)
+            if not create and url.startswith("sqlite:///"):
+                self._engine = _read_only(url)
+            else:
+                self._engine = sql.create_engine(url)
+                if self._engine.dialect.name == "sqlite":
+                    sql.event.listen(self._engine, "connect", _tune_sqlite)
         try:
             with self._transaction() as connection:
                 self._check(connection)
@@ -111,17 +118,35 @@ class Storage:
 
     @classmethod
     def at(cls, folder: Path) -> Storage:
-        """The database of a state folder, made where there is none."""
+        """The database of a state folder, made where there is none.
+
+        Only its owner may read it: the broker's address may hold a password.
+        """
+        path = folder / FILE
+        with storage_errors(f"can't write {path}"):
+            try:
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            except FileExistsError:
+                if path.stat().st_mode & 0o077:
+                    path.chmod(0o600)
         return cls(_url(folder))
 
     @classmethod
     def existing(cls, folder: Path) -> Storage:
-        """The database of a state folder that a server has already used.
+        """The database of a state folder that a server has already used, to read only.
 
         Raises:
-            StorageError: There is none, or as the constructor.
+            StorageError: There is none, this user may not read it, or as the constructor.
         """
-        if not (folder / FILE).is_file():
+        path = folder / FILE
+        with storage_errors(f"can't read {path}"):
+            there = path.is_file()
+        if there and not os.access(path, os.R_OK, effective_ids=True):
+            raise StorageError(
+                f"can't read {path}: permission denied",
+                hint="Run the command as the server's user; the database may hold a broker's password.",
+            )
+        if not there:
             raise StorageError(
                 f"{folder} is no server's state folder",
                 expected=f"a file {FILE} in it",
@@ -284,6 +309,15 @@ class Storage:
 
 def _url(folder: Path) -> str:
     return f"sqlite:///{folder.resolve() / FILE}"
+
+
+def _read_only(url: str) -> sql.Engine:
+    path = urllib.parse.quote(url.removeprefix("sqlite:///"))
+
+    def connect() -> sqlite3.Connection:
+        return sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=_BUSY_S, check_same_thread=False)
+
+    return sql.create_engine(url, creator=connect)
 
 
 def _tune_sqlite(connection: Any, record: object) -> None:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fedprune import tensorfile
 from fedprune.coordination import Phase
 from fedprune.coordination import events as on
-from fedprune.errors import ExitCode
+from fedprune.errors import ExitCode, ModelError
 from fedprune.job import Job
 from fedprune.session import Session
 from fedprune_server.cli import main
@@ -151,6 +151,35 @@ def test_a_folder_goes_on_without_its_model_file(state: Path, closed_port: int) 
     assert main(["run", "--state", str(state), "--broker", f"mqtt://127.0.0.1:{closed_port}"]) == ExitCode.BROKER
     with StateFolder(state) as folder:
         assert folder.storage.settings()["job"]["name"] == "leaves"  # type: ignore[index]
+
+
+def test_a_restart_with_the_folder_alone_uses_the_broker_of_before(
+    state: Path, closed_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["run", "--state", str(state), "--broker", f"mqtt://127.0.0.1:{closed_port}"])
+    capsys.readouterr()
+    assert main(["run", "--state", str(state)]) == ExitCode.BROKER
+    assert f"127.0.0.1:{closed_port}" in one_line(capsys)
+
+
+def test_a_changed_setting_is_said_without_its_password(model: Path, state: Path) -> None:
+    with StateFolder(state) as folder:
+        job = Job(name="leaves", rounds=5)
+        opened = folder.open_job(ServerConfig(job=job, broker="mqtt://me:geheim@host", keep=4))
+    assert opened.changed == ["broker: 'embedded' is now 'mqtt://host'", "keep: 3 is now 4"]
+
+
+def test_a_model_that_lacks_its_input_shape_gets_advice_that_the_server_can_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read(source: str) -> bytes:
+        raise ModelError("shape unknown", hint="Give --input-shape (such as 3,32,32).")
+
+    monkeypatch.setattr("fedprune_server.state_folder.read_source", read)
+    assert main(["run", "--model", "nets:make", "--state", str(tmp_path / "s")]) == ExitCode.MODEL
+    line = one_line(capsys)
+    assert "--input-shape" not in line
+    assert "attribute input_shape" in line
 
 
 def test_two_servers_do_not_share_a_folder(state: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,6 +214,22 @@ def test_looking_at_a_folder_without_a_database_makes_none(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_whoever_only_looks_can_not_write(tmp_path: Path) -> None:
+    with Storage.at(tmp_path) as made:
+        made.put_settings({"job": {}})
+        with Storage.existing(tmp_path) as storage:
+            assert storage.settings() == {"job": {}}
+            with pytest.raises(StorageError, match="readonly"):
+                storage.put_settings({})
+
+
+def test_a_database_of_another_user_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Storage.at(tmp_path).close()
+    monkeypatch.setattr("os.access", lambda *_, **__: False)
+    with pytest.raises(StorageError, match=r"server\.db: permission denied.*as the server's user"):
+        Storage.existing(tmp_path)
+
+
 def test_looking_at_an_empty_database_makes_no_tables(tmp_path: Path) -> None:
     sqlite3.connect(tmp_path / FILE).close()
     (tmp_path / FILE).touch()

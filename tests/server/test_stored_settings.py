@@ -1,0 +1,96 @@
+"""What a server's state folder remembers of the settings it ran with."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import ConfigError
+from fedprune.job import Job
+from fedprune_server.config import ServerConfig, overridden, without_password
+from fedprune_server.state_folder import stored_config
+from fedprune_server.storage import FILE, Storage
+
+
+@pytest.fixture
+def ran(tmp_path: Path) -> ServerConfig:
+    """A configuration in which every setting of the server differs from its default."""
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "ca.pem").write_text("")
+    return ServerConfig(
+        job=Job(name="leaves", rounds=5),
+        site="field",
+        broker="mqtts://me:geheim@broker",
+        ca=tmp_path / "ca.pem",
+        host="0.0.0.0",  # noqa: S104 - nothing listens
+        port=1999,
+        state=tmp_path / "state",
+        keep=7,
+        pulls=2,
+        profiles=tmp_path / "profiles",
+        max_devices=9,
+    )
+
+
+def keep(config: ServerConfig) -> Path:
+    config.state.mkdir()
+    with Storage.at(config.state) as storage:
+        storage.put_settings({"job": config.job.to_dict(), "name": "n", "server": config.server_settings()})
+    return config.state
+
+
+def test_the_state_folder_alone_is_enough(ran: ServerConfig) -> None:
+    state = keep(ran)
+    assert stored_config(state, ServerConfig(state=state), {}) == ran
+
+
+def test_paths_hold_in_another_folder(ran: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = keep(replace(ran, profiles=Path("profiles"), ca=Path("ca.pem")))
+    monkeypatch.chdir("/")
+    assert stored_config(state, ServerConfig(state=state), {}) == ran
+
+
+def test_the_command_line_wins(ran: ServerConfig) -> None:
+    state = keep(ran)
+    chosen = {"port": 1234, "site": None}
+    config = overridden(stored_config(state, ServerConfig(state=state), chosen), {}, chosen)
+    assert (config.port, config.site) == (1234, "field")
+
+
+def test_another_broker_leaves_the_old_ones_authority_behind(ran: ServerConfig) -> None:
+    state = keep(ran)
+    chosen = {"broker": "embedded"}
+    config = overridden(stored_config(state, ServerConfig(state=state), chosen), {}, chosen)
+    assert (config.broker, config.ca) == ("embedded", None)
+
+
+def test_a_folder_of_profiles_that_has_gone_is_named_and_can_be_replaced(ran: ServerConfig, tmp_path: Path) -> None:
+    state = keep(ran)
+    (tmp_path / "profiles").rmdir()
+    with pytest.raises(ConfigError, match=r"profiles: expected a folder that exists"):
+        stored_config(state, ServerConfig(state=state), {})
+    chosen = {"profiles": tmp_path}
+    assert overridden(stored_config(state, ServerConfig(state=state), chosen), {}, chosen).profiles == tmp_path
+
+
+def test_a_folder_of_an_earlier_version_goes_on_with_defaults(tmp_path: Path) -> None:
+    with Storage.at(tmp_path) as storage:
+        storage.put_settings({"job": Job(name="leaves").to_dict(), "name": "n"})
+    assert stored_config(tmp_path, ServerConfig(), {}) == ServerConfig(job=Job(name="leaves"))
+
+
+def test_only_the_owner_reads_the_database(tmp_path: Path) -> None:
+    with Storage.at(tmp_path):
+        assert stat.S_IMODE((tmp_path / FILE).stat().st_mode) == 0o600
+    (tmp_path / FILE).chmod(0o644)
+    with Storage.at(tmp_path):
+        assert stat.S_IMODE((tmp_path / FILE).stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("url", ["mqtt://me:ge@heim@host:1", "mqtt://host:1"])
+def test_a_password_is_not_shown(url: str) -> None:
+    assert without_password(url) == "mqtt://host:1"
