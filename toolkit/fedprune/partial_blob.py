@@ -9,17 +9,46 @@ from __future__ import annotations
 import hashlib
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 from fedprune.disk import storage_errors, write_all
 from fedprune.errors import ProtocolError, StorageError
 from fedprune.wire.blob_ref import DIGEST, LEAF, BlobRef
 
-if TYPE_CHECKING:  # stores make partial blobs, which write into them
-    from fedprune.blobs import BlobStore
-
 TABLE = ".leaves"
 """What a leaf table's file name ends with, beside its blob's."""
+
+
+class Home(Protocol):
+    """What a partial blob needs of the store that it grows in; `BlobStore` has it."""
+
+    root: Path
+    durable: bool
+
+    def has(self, sha256: str) -> bool:
+        """Whether a blob is there, whole."""
+        ...
+
+    def path(self, sha256: str) -> Path:
+        """Where a whole blob is, or would be."""
+        ...
+
+    def check_size(self, size: int) -> None:
+        """Make sure that a blob may be this large."""
+        ...
+
+    def check_room(self, size: int) -> None:
+        """Make sure that this many more bytes fit."""
+        ...
+
+    def write_file(self, path: Path, data: bytes | memoryview) -> None:
+        """Write a file so that it appears whole or not at all."""
+        ...
+
+    def move(self, source: Path, target: Path) -> None:
+        """Put a finished file in its place."""
+        ...
 
 
 class PartialBlob:
@@ -37,7 +66,7 @@ class PartialBlob:
         StorageError: The disk fails.
     """
 
-    def __init__(self, store: BlobStore, ref: BlobRef) -> None:
+    def __init__(self, store: Home, ref: BlobRef) -> None:
         self._descriptor: int | None = None
         store.check_size(ref.size)
         self.store = store
