@@ -215,8 +215,7 @@ class Daemon:
                 self._roster.introduce(event.device)
         elif isinstance(item, ConnectionUp):
             log.info("connected to the broker")
-            hello = Hello(max(1, int(self._clock() * 1000)))
-            self._post.broadcast(hello)
+            self._post.broadcast(Hello())
             # While we were away nobody told us who died.
             self._unheard = {n: d.session for n, d in self.state.devices.items() if d.online}
             self._heard_by = self._monotonic() + _ANSWER_S

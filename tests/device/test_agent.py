@@ -238,7 +238,7 @@ def test_the_same_job_can_run_again_on_a_board_that_stayed_up(bench: Bench, sign
                 server.link.drop()
                 server.link.restore()
             else:
-                server.say(Finished("job") if sign == "finished" else Hello(1))
+                server.say(Finished("job") if sign == "finished" else Hello())
             if len(runs) == 2:
                 assert bench.agent is not None
                 bench.agent.stop()
@@ -634,7 +634,7 @@ def test_training_goes_on_while_the_broker_is_away(bench: Bench) -> None:
 def test_a_hello_is_answered_with_a_birth(bench: Bench) -> None:
     server = bench.server
     server.plan = [server.offer(1)]
-    server.react = lambda m: server.say(Hello(1)) if isinstance(m, Update) else None
+    server.react = lambda m: server.say(Hello()) if isinstance(m, Update) else None
     bench.run()
     assert len(server.of(Birth)) >= 2
 

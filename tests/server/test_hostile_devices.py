@@ -108,7 +108,7 @@ def messages(name: str) -> st.SearchStrategy[object]:
         ),
         st.builds(Want, DIGESTS, st.sampled_from(["data", "leaves"]), COUNTS.map(lambda n: n % 2**31), st.just(1024)),
         st.builds(Gone, DIGESTS),
-        st.builds(Hello, COUNTS),
+        st.builds(Hello),
         st.builds(Finished, st.just(JOB.name)),
     )
 

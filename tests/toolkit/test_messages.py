@@ -57,7 +57,7 @@ messages = st.one_of(
     st.builds(Progress, names, names, counts, counts, st.sampled_from(PHASES), counts, counts),
     st.builds(Refusal, names, names, counts, counts, texts, st.integers(0, 255)),
     st.builds(Update, names, names, counts, counts, hexes, refs, counts, counts, metrics),
-    st.builds(Hello, counts),
+    st.builds(Hello),
     st.builds(
         Offer, names, counts, counts, counts, hexes, hexes, st.lists(st.integers(1, 4096), max_size=9).map(tuple),
         st.integers(1, 1000), refs, refs, refs, objects,
@@ -77,7 +77,7 @@ EXAMPLES: list[Message] = [
     Progress("pi-1", "j", 1, 0, "train", 3, 10),
     Refusal("pi-1", "j", 1, 0, "no room", 30),
     Update("pi-1", "j", 1, 0, REF.sha256, REF, 100, 40, {"loss": 0.5}),
-    Hello(4),
+    Hello(),
     Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict()),
     Accepted("j", 1, 0, DIGEST),
     Cancelled("j", 1, 1, "late"),
@@ -120,6 +120,10 @@ def test_bytes_are_canonical(message: Message) -> None:
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)
 def test_unknown_keys_are_ignored(message: Message) -> None:
     assert parse(altered(message, surprise=[1, 2])) == message
+
+
+def test_a_hello_says_nothing_but_that() -> None:
+    assert json.loads(Hello().to_bytes()) == {"v": 1, "type": "hello"}
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)
@@ -218,15 +222,15 @@ def test_numbers_in_free_form_objects_are_finite_too() -> None:
         b"{",
         b"[" * 100_000,
         b'{"a":' * 50_000,
-        b'{"v":1,"type":"hello","session":1' + b"0" * 10_000 + b"}",
-        b'{"v":2,"type":"hello","session":1}',
-        b'{"v":"1","type":"hello","session":1}',
-        b'{"v":true,"type":"hello","session":1}',
-        b'{"type":"hello","session":1}',
-        b'{"v":1,"type":"eval","session":1}',
-        b'{"v":1,"type":["hello"],"session":1}',
-        b'{"v":1,"session":1}',
-        b'{"v":1,"type":"hello","session":1,"pad":"' + b"x" * MAX_MESSAGE + b'"}',
+        b'{"v":1,"type":"hello","extra":1' + b"0" * 10_000 + b"}",
+        b'{"v":2,"type":"hello"}',
+        b'{"v":"1","type":"hello"}',
+        b'{"v":true,"type":"hello"}',
+        b'{"type":"hello"}',
+        b'{"v":1,"type":"eval"}',
+        b'{"v":1,"type":["hello"]}',
+        b'{"v":1}',
+        b'{"v":1,"type":"hello","pad":"' + b"x" * MAX_MESSAGE + b'"}',
     ],
     ids=lambda raw: repr(raw[:30]),
 )

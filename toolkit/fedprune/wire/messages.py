@@ -215,16 +215,10 @@ class Update(_Message):
 
 @dataclass(frozen=True)
 class Hello(_Message):
-    """The server is up: devices answer with a birth and repeat an update that is not yet accepted.
-
-    Attributes:
-        session: Number of this connection of the server.
-    """
-
-    session: int
+    """The server is up: devices answer with a birth and repeat an update that is not yet accepted."""
 
     kind: ClassVar[str] = "hello"
-    checks: ClassVar[Mapping[str, Check]] = {"session": _COUNT}
+    checks: ClassVar[Mapping[str, Check]] = {}
 
 
 @dataclass(frozen=True)
