@@ -261,7 +261,7 @@ def test_damaged_messages_raise_nothing_but_protocol_errors(message: Message, da
 @given(st.recursive(scalars | texts, lambda inner: st.lists(inner) | st.dictionaries(texts, inner)))
 @settings(max_examples=200, deadline=None)
 def test_any_json_raises_nothing_but_protocol_errors(body: object) -> None:
-    kinds = [m.kind for m in EXAMPLES]
+    kinds = [m.kind for m in EXAMPLES if fields(m)]  # a hello is complete without any
     for raw in (body, *({**body, "v": 1, "type": kind} for kind in kinds if isinstance(body, dict))):
         with pytest.raises(ProtocolError):
             parse(json.dumps(raw).encode())
