@@ -27,8 +27,9 @@ from fedprune.architecture import (
 from fedprune.errors import ModelError
 from fedprune.step import LOGITS, X
 from fedprune_export.atoms import AtomRow
-from fedprune_export.channel_rules import Channels, walk
+from fedprune_export.channel_rules import ELEMENTWISE, Channels, walk
 from fedprune_export.graph import Graph, Node
+from fedprune_export.roles import REARRANGEMENTS
 from fedprune_export.trace import Trace
 
 ValueAxes = Mapping[str, tuple[Axis | None, ...]]
@@ -64,7 +65,6 @@ _READS_INPUT = frozenset(
 _READS_OUTPUT = frozenset(
     {"Relu", "LeakyRelu", "Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal", "Softmax", "LogSoftmax", "MaxPool"}
 )
-_CARRIERS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _layers(graph: Graph, parameters: Mapping[str, str], seen: Trace) -> Iterabl
         if node.domain or node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
             continue
         for place in (1, 0):
-            weight = _origin(node.inputs[place], producers)
+            weight, axis = _origin(node, place, producers, seen)
             if weight not in parameters:
                 continue
             shape, batched = seen.shapes[node.outputs[0]], seen.batched(node.outputs[0])
@@ -228,17 +228,18 @@ def _layers(graph: Graph, parameters: Mapping[str, str], seen: Trace) -> Iterabl
             if node.op == "ConvTranspose":
                 per_sample = [1 if b else n for n, b in zip(seen.shapes[node.inputs[0]], batched, strict=True)]
             places = per_sample[2:] if node.op.startswith("Conv") else per_sample[:-1]
-            axis = _output_axis(node, place, len(seen.shapes[node.inputs[place]]), producers)
             axis = min(axis, max(0, len(seen.shapes[weight]) - 1))
             yield Layer(node.name, node.op, weight, int(np.prod(places, dtype=np.int64)), axis)
             break
 
 
-def _output_axis(node: Node, place: int, rank: int, producers: Mapping[str, Node]) -> int:
-    """Which axis of a layer's weight makes the output's channels.
+def _origin(node: Node, place: int, producers: Mapping[str, Node], seen: Trace) -> tuple[str, int]:
+    """The initialiser that a layer's input is arranged or computed from, and its axis that makes the output's channels.
 
-    The operator says it of its input; transpositions between the weight and the operator are followed back.
+    The operator says the axis of its input; transpositions between the weight and the operator are followed back.
     """
+    name = node.inputs[place]
+    rank = len(seen.shapes[name])
     if node.op == "Conv":
         axis = 0
     elif node.op == "ConvTranspose":
@@ -247,20 +248,21 @@ def _output_axis(node: Node, place: int, rank: int, producers: Mapping[str, Node
         axis = (0 if node.attrs.get("transB") else 1) if place else (1 if node.attrs.get("transA") else 0)
     else:
         axis = rank - 1 if place == 1 else max(0, rank - 2)
-    name = node.inputs[place]
-    while name in producers and producers[name].op in _CARRIERS and not producers[name].domain:
-        if producers[name].op == "Transpose":
-            perm = list(producers[name].attrs.get("perm", range(rank)[::-1]))
-            axis = int(perm[axis]) if axis < len(perm) else axis
-        name = producers[name].inputs[0]
-    return axis
-
-
-def _origin(name: str, producers: Mapping[str, Node]) -> str:
-    """The initialiser that a value is a mere rearrangement of, or the value itself."""
-    while name in producers and producers[name].op in _CARRIERS and not producers[name].domain:
-        name = producers[name].inputs[0]
-    return name
+    while name in producers and not producers[name].domain:
+        maker = producers[name]
+        if maker.op in REARRANGEMENTS:
+            if maker.op == "Transpose":
+                perm = list(maker.attrs.get("perm", range(rank)[::-1]))
+                axis = int(perm[axis]) if axis < len(perm) else axis
+            name = maker.inputs[0]
+        elif maker.op in ELEMENTWISE:  # a scaled or squashed weight
+            alike = [i for i in maker.inputs if i and seen.shapes[i] == seen.shapes[name]]
+            if not alike:
+                break
+            name = alike[0]
+        else:
+            break
+    return name, axis
 
 
 def _activations(graph: Graph, values: ValueAxes, seen: Trace) -> Iterable[Activation]:

@@ -17,6 +17,35 @@ from fedprune_export.trace import Trace
 Rows = tuple[AtomRow, ...]
 """Atoms of a value, one row per axis."""
 
+_ONE_TO_ONE = (
+    "Relu",
+    "LeakyRelu",
+    "Sigmoid",
+    "Tanh",
+    "Elu",
+    "Selu",
+    "Celu",
+    "HardSigmoid",
+    "HardSwish",
+    "Softplus",
+    "Softsign",
+    "ThresholdedRelu",
+    "Identity",
+    "Dropout",
+    "Cast",
+    "Neg",
+    "Abs",
+    "Exp",
+    "Log",
+    "Sqrt",
+    "Reciprocal",
+    "Erf",
+    "Clip",
+)
+_MANY_TO_ONE = ("Add", "Sub", "Mul", "Div", "PRelu", "Pow", "Max", "Min", "Sum", "Mean")
+ELEMENTWISE = frozenset({*_ONE_TO_ONE, *_MANY_TO_ONE})
+"""Operators that compute every index of the output from the same index of the inputs."""
+
 
 class Channels:
     """What rules read and write: atoms of all values seen so far.
@@ -111,31 +140,7 @@ def walk(channels: Channels) -> list[str]:
     return channels.notes
 
 
-@rule(
-    "Relu",
-    "LeakyRelu",
-    "Sigmoid",
-    "Tanh",
-    "Elu",
-    "Selu",
-    "Celu",
-    "HardSigmoid",
-    "HardSwish",
-    "Softplus",
-    "Softsign",
-    "ThresholdedRelu",
-    "Identity",
-    "Dropout",
-    "Cast",
-    "Neg",
-    "Abs",
-    "Exp",
-    "Log",
-    "Sqrt",
-    "Reciprocal",
-    "Erf",
-    "Clip",
-)
+@rule(*_ONE_TO_ONE)
 def elementwise(channels: Channels, node: Node) -> None:
     """One value in, one of the same shape out; bounds and the like stay."""
     for i in range(1, len(node.inputs)):
@@ -151,7 +156,7 @@ def measure(channels: Channels, node: Node) -> None:
         channels.out(node, channels.still(name), i)
 
 
-@rule("Add", "Sub", "Mul", "Div", "PRelu", "Pow", "Max", "Min", "Sum", "Mean")
+@rule(*_MANY_TO_ONE)
 def broadcast(channels: Channels, node: Node) -> None:
     """Axes of equal length are tied; an axis of length 1 that is repeated is not."""
     shape = channels.shape(node.outputs[0])

@@ -70,8 +70,9 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None) 
     reference = graph.copy()
     _drop_idle(graph)
     if parameters is not None:
-        constants |= {n for n in graph.initializers if n not in parameters}
+        constants = {n for n in graph.initializers if n not in parameters}
     _rename(graph, constants, notes)
+    listed = set(graph.initializers) - constants if parameters is not None else None
     softmax = _drop_output_softmax(graph, notes)
     graph.prune()
     seen = trace(graph)
@@ -83,7 +84,7 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None) 
     graph.prune()
     if parameters is None:
         untie(graph, constants, notes)
-    kinds = find_kinds(graph, constants, parameters is not None)
+    kinds = find_kinds(graph, constants, listed, notes)
     name_constants(graph, kinds)
     _name_nodes(graph)
     seen = trace(graph)

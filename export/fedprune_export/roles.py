@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from fedprune.errors import ModelError
 from fedprune_export.graph import Graph, Node
 
 CONSTANT_PREFIX = "const~"
@@ -25,7 +26,10 @@ _ROLES = {
     "Mul": {0: "norm_scale", 1: "norm_scale"},
     "Div": {1: "norm_scale"},
 }
-_CARRIERS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
+REARRANGEMENTS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
+"""Operators that only arrange their first input anew."""
+
+_STATISTICS = ("stat_mean", "stat_var")
 
 
 def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
@@ -49,40 +53,76 @@ def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
                 notes.append(f"Tensor {name} was shared; {node.op} {node.name} has its own copy {clone}.")
 
 
-def find_kinds(graph: Graph, constants: set[str], explicit: bool) -> dict[str, str]:
+def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes: list[str]) -> dict[str, str]:
     """What every weight is for, by its use; the rest are constants.
+
+    Statistics of batch norms always count. Vectors that scale a norm's output do unless they are known constants.
 
     Args:
         graph: The graph.
         constants: Names known to be constants.
-        explicit: Whether every initialiser that is not a constant is a parameter, scalars too.
+        listed: The parameters, where the source knows them: then each counts, scalars and those of unknown use too.
+        notes: Gets a sentence for every tensor that could be a weight and is taken for a constant.
+
+    Raises:
+        ModelError: A parameter is not float32.
     """
-    consumers = graph.consumers()
+    consumers, made = graph.consumers(), _from_data(graph)
+    norms = {
+        name: _ROLES[node.op][i]
+        for node in graph.nodes
+        if node.op == "BatchNormalization" and not node.domain
+        for i, name in enumerate(node.inputs)
+        if i and name in graph.initializers
+    }
     kinds: dict[str, str] = {}
-    for node in graph.nodes:
-        for i, name in enumerate(node.inputs):
-            value = graph.initializers.get(name)
-            if value is None or name in kinds or value.dtype != np.float32:
-                continue
-            norm = node.op == "BatchNormalization"
-            if (name in constants and not norm) or not (explicit or norm or value.size > 1):
-                continue
-            role = _role(consumers, node, i)
-            if role:
-                kinds[name] = role
+    for name in _in_order(graph):
+        value = graph.initializers.get(name)
+        if value is None:
+            continue
+        known = name not in constants if listed is None else name in listed
+        if not known and norms.get(name) not in _STATISTICS:
+            continue
+        if value.dtype != np.float32:
+            if listed is not None:
+                raise ModelError(f"parameter {name}", expected="float32", got=value.dtype)
+            continue
+        if listed is not None or name in norms:
+            kinds[name] = norms.get(name) or _role(consumers, made, name) or "weight"
+        elif value.size > 1:
+            if kind := _role(consumers, made, name):
+                kinds[name] = kind
+            else:
+                notes.append(
+                    f"Tensor {name} is taken for a constant and not trained: its use doesn't make it a weight."
+                )
     return kinds
 
 
-def _role(consumers: Mapping[str, list[tuple[Node, int]]], node: Node, index: int) -> str:
-    if node.domain:
-        return ""
-    if node.op in _CARRIERS and index == 0:
-        for reader, i in consumers.get(node.outputs[0], []):
-            role = _role(consumers, reader, i)
-            if role:
+def _from_data(graph: Graph) -> set[str]:
+    """Values that depend on the input."""
+    made = {p.name for p in graph.inputs}
+    for node in graph.nodes:
+        if made.intersection(node.inputs):
+            made.update(o for o in node.outputs if o)
+    return made
+
+
+def _role(consumers: Mapping[str, list[tuple[Node, int]]], made: set[str], start: str) -> str:
+    """The role of an initialiser where it first meets data; what is computed from weights alone is followed."""
+    seen, waiting = {start}, [start]
+    while waiting:
+        for node, i in consumers.get(waiting.pop(0), []):
+            if node.domain:
+                continue
+            met = made.intersection(node.outputs)
+            if not met or (node.op in REARRANGEMENTS and i == 0):
+                further = [o for o in node.outputs if o and o not in seen]
+                seen.update(further)
+                waiting += further
+            elif role := _ROLES.get(node.op, {}).get(i, ""):
                 return role
-        return ""
-    return _ROLES.get(node.op, {}).get(index, "")
+    return ""
 
 
 def name_constants(graph: Graph, kinds: Mapping[str, str]) -> None:
