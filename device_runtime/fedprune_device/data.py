@@ -75,16 +75,8 @@ class LocalData:
                 got=top,
                 hint="Number the classes from 0 in the order that all devices share.",
             )
-        got = self.x_train.shape[1:]
-        if shape is not None and (
-            len(got) != len(shape) or any(isinstance(d, int) and d != g for d, g in zip(shape, got, strict=True))
-        ):
-            raise DataError(
-                "shape of one sample",
-                expected=shape,
-                got=got,
-                hint="Prepare the data as the model's input wants it (channels first).",
-            )
+        if shape is not None:
+            check_shape(self.x_train, shape)
 
 
 def load_data(source: str, seed: int = 0, device: str = "") -> LocalData:
@@ -103,21 +95,60 @@ def load_data(source: str, seed: int = 0, device: str = "") -> LocalData:
     Raises:
         DataError: The source can't be read or doesn't hold usable samples; the message names it.
     """
-    path = Path(source)
-    if source.endswith(".npz") or path.is_file():
-        found: object = _read_npz(path)
-    elif ":" in source:
-        found = _call(source, seed, device)
-    else:
-        raise DataError(
-            f"data source {source!r}",
-            expected="a .npz file that exists or package.module:function",
-            got="neither",
-        )
+    found = _found(source, seed, device)
     try:
         return found if isinstance(found, LocalData) else _assemble(found, seed, device)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
+
+
+def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None) -> npt.NDArray[np.float32]:
+    """Read samples without labels; where a source has labels, nobody looks at them.
+
+    Args:
+        source: As for `load_data`, but no label is needed. Of a source with `x_test` those samples are read, else all.
+        shape: One sample's shape as the model takes it; names and None stand for any size.
+
+    Raises:
+        DataError: The source can't be read or doesn't hold usable samples; the message names it.
+    """
+    found = _found(source, 0, "")
+    try:
+        if isinstance(found, LocalData):
+            found = {"x_train": found.x_train, **({"x_test": found.x_test} if len(found.x_test) else {})}
+        elif not isinstance(found, np.ndarray):
+            found = _named(found)
+        if isinstance(found, dict):
+            name = next((n for n in ("x_test", "x_train", "x") if n in found), None)
+            if name is None:
+                raise DataError("array 'x' is missing", got=", ".join(map(str, found)) or "nothing")
+            found = found[name]
+        x = _checked_inputs(np.asarray(found), "unlabelled")
+        if shape is not None:
+            check_shape(x, shape)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+    return x
+
+
+def check_shape(x: Array, shape: tuple[int | str | None, ...]) -> None:
+    """Check samples against a model's input.
+
+    Args:
+        x: Samples [n, ...].
+        shape: One sample's shape as the model takes it; names and None stand for any size.
+
+    Raises:
+        DataError: They have another shape.
+    """
+    got = x.shape[1:]
+    if len(got) != len(shape) or any(isinstance(d, int) and d != g for d, g in zip(shape, got, strict=True)):
+        raise DataError(
+            "shape of one sample",
+            expected=shape,
+            got=got,
+            hint="Prepare the data as the model's input wants it (channels first).",
+        )
 
 
 def class_counts(y: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.int64]:
@@ -167,8 +198,32 @@ def class_weights(y: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.floa
     return np.asarray(out, np.float32)
 
 
+def _found(source: str, seed: int, device: str) -> object:
+    path = Path(source)
+    if source.endswith(".npz") or path.is_file():
+        return _read_npz(path)
+    if ":" in source:
+        return _call(source, seed, device)
+    raise DataError(
+        f"data source {source!r}",
+        expected="a .npz file that exists or package.module:function",
+        got="neither",
+    )
+
+
 def _checked(x: object, y: object, split: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    inputs, labels = np.asarray(x), np.asarray(y)
+    labels = np.asarray(y)
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise DataError(f"{split} labels", expected="whole numbers [n]", got=f"{labels.dtype} {labels.shape}")
+    inputs = _checked_inputs(np.asarray(x), split)
+    if len(inputs) != len(labels):
+        raise DataError(f"number of {split} labels", expected=len(inputs), got=len(labels))
+    if len(labels) and int(labels.min()) < 0:
+        raise DataError(f"a {split} label is negative", expected="0 or more", got=int(labels.min()))
+    return inputs, np.ascontiguousarray(labels, np.int64)
+
+
+def _checked_inputs(inputs: Array, split: str) -> npt.NDArray[np.float32]:
     if inputs.dtype.kind != "f":
         raise DataError(
             f"type of {split} inputs",
@@ -176,19 +231,13 @@ def _checked(x: object, y: object, split: str) -> tuple[npt.NDArray[np.float32],
             got=inputs.dtype,
             hint="Scale images yourself as the model expects them, such as x.astype('float32') / 255.",
         )
-    if labels.dtype.kind not in "iu" or labels.ndim != 1:
-        raise DataError(f"{split} labels", expected="whole numbers [n]", got=f"{labels.dtype} {labels.shape}")
     if inputs.ndim < 2:
         raise DataError(f"{split} inputs", expected="[n, ...]", got=inputs.shape)
-    if len(inputs) != len(labels):
-        raise DataError(f"number of {split} labels", expected=len(inputs), got=len(labels))
     inputs = np.ascontiguousarray(inputs, np.float32)
     if not np.isfinite(inputs).all():
         bad = int(np.flatnonzero(~np.isfinite(inputs.reshape(len(inputs), -1)).all(1))[0])
         raise DataError(f"{split} inputs hold numbers that are not finite", got=f"sample {bad}")
-    if len(labels) and int(labels.min()) < 0:
-        raise DataError(f"a {split} label is negative", expected="0 or more", got=int(labels.min()))
-    return inputs, np.ascontiguousarray(labels, np.int64)
+    return inputs
 
 
 def _read_npz(path: Path) -> dict[str, Array]:
@@ -224,7 +273,8 @@ def _call(source: str, seed: int, device: str) -> object:
         ) from error
 
 
-def _assemble(found: object, seed: int, device: str) -> LocalData:
+def _named(found: object) -> dict[str, Any]:
+    """Arrays by name, from a mapping or a tuple."""
     if isinstance(found, (tuple, list)):
         names = {2: ("x", "y"), 4: ("x_train", "y_train", "x_test", "y_test")}.get(len(found))
         if names is None:
@@ -232,6 +282,11 @@ def _assemble(found: object, seed: int, device: str) -> LocalData:
         found = dict(zip(names, found, strict=True))
     if not isinstance(found, dict):
         raise DataError("data", expected="arrays, a mapping or LocalData", got=type(found).__name__)
+    return found
+
+
+def _assemble(arrays: object, seed: int, device: str) -> LocalData:
+    found = _named(arrays)
     suffix = "_train" if "x_train" in found else ""
     try:
         x, y = np.asarray(found[f"x{suffix}"]), np.asarray(found[f"y{suffix}"])

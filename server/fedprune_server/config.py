@@ -31,7 +31,7 @@ class ServerConfig:
         model: The ONNX file (or torch factory, as `package.module:factory`) with which the job begins; None if the
             state folder has it.
         evaluation: A `.npz` file or `package.module:function` with the server's own samples, or None.
-        calibration: The same for samples on which batch-norm statistics are measured anew; labels are not looked at.
+        calibration: The same for samples on which batch-norm statistics are measured anew; without labels.
         site: First part of the topics: devices and servers of one site hear each other.
         broker: `embedded`, or the address of a broker such as `mqtt://broker:1883`.
         ca: A file of certificate authorities for `mqtts://`; the system's where there is none.

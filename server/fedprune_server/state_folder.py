@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedprune import tensorfile
 from fedprune.architecture import Architecture
@@ -20,7 +21,7 @@ from fedprune.coordination import Phase, State
 from fedprune.disk import storage_errors
 from fedprune.errors import ConfigError, DataError, ModelError, StorageError
 from fedprune.job import Job
-from fedprune_device.data import load_data
+from fedprune_device.data import load_data, load_inputs
 from fedprune_export.imported import Model
 from fedprune_export.load import import_onnx, read_source
 from fedprune_server.config import ServerConfig, with_stored, without_password
@@ -103,7 +104,7 @@ class StateFolder:
         evaluation = None if config.evaluation is None else load_evaluation(config.evaluation, model.architecture)
         calibration = None
         if config.calibration is not None:
-            calibration, _ = load_evaluation(config.calibration, model.architecture)
+            calibration = load_calibration(config.calibration, model.architecture)
         settings = {
             "job": config.job.to_dict(),
             "name": name,
@@ -216,6 +217,19 @@ def load_evaluation(source: str, architecture: Architecture) -> Evaluation:
     if not len(data.y_test):
         return data.x_train, data.y_train
     return np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
+
+
+def load_calibration(source: str, architecture: Architecture) -> npt.NDArray[np.float32]:
+    """Samples for batch-norm statistics: `x_test` where the source has it, else all of `x`; labels are not needed.
+
+    Args:
+        source: A `.npz` file or `package.module:function`, as devices' data.
+        architecture: The model whose statistics will be measured.
+
+    Raises:
+        DataError: The samples can't be read or don't fit the model.
+    """
+    return load_inputs(source, tuple(architecture.input_shape))
 
 
 def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes]:

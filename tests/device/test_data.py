@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.errors import DataError
-from fedprune_device.data import LocalData, class_presence, class_weights, load_data, log_prior
+from fedprune_device.data import LocalData, class_presence, class_weights, load_data, load_inputs, log_prior
 
 pytestmark = pytest.mark.board
 
@@ -39,6 +39,39 @@ def test_the_split_keeps_every_sample_with_its_label(tmp_path: Path) -> None:
 def test_a_source_with_its_own_test_samples_keeps_them(tmp_path: Path) -> None:
     data = load_data(save(tmp_path / "d.npz", x_train=X, y_train=Y, x_test=X[:3], y_test=Y[:3]))
     assert (data.samples, len(data.y_test)) == (20, 3)
+
+
+@pytest.mark.parametrize("arrays", [{"x": X}, {"x_train": X}, {"x": X, "y": Y[:3]}, {"x": X[:4], "x_test": X}])
+def test_inputs_need_no_labels(tmp_path: Path, arrays: dict[str, object]) -> None:
+    assert np.array_equal(load_inputs(save(tmp_path / "d.npz", **arrays), (2,)), X)
+
+
+def test_inputs_come_from_whatever_a_function_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_inputs.py").write_text(
+        "import numpy as np\n"
+        "from fedprune_device.data import LocalData\n"
+        "x, y = np.ones((3, 2), 'float32'), np.zeros(3, int)\n"
+        "def bare(): return x\n"
+        "def pair(): return x, y\n"
+        "def local(): return LocalData(x, y, x[:0], y[:0])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("bare", "pair", "local"):
+        assert load_inputs(f"my_inputs:{name}").shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "text"),
+    [
+        ({"y": Y}, "'x' is missing"),
+        ({"x": X.astype(int)}, "expected float32"),
+        ({"x": X.reshape(20, 2, 1)}, "shape of one sample"),
+        ({"x": X * np.nan}, "not finite"),
+    ],
+)
+def test_inputs_that_cannot_be_used_are_named(tmp_path: Path, arrays: dict[str, object], text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        load_inputs(save(tmp_path / "d.npz", **arrays), (2,))
 
 
 def test_a_function_of_the_user_is_called_with_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
