@@ -12,6 +12,7 @@ from fedprune.job import Job
 from fedprune.profile import HardwareProfile
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
+from fedprune_server.reference import fedavg
 
 ROUNDS = 24
 QUICK_ROUNDS = 2
@@ -81,15 +82,5 @@ def fleet_job(seed: int = 0, rounds: int = ROUNDS) -> Job:
 
 
 def reference_job(seed: int = 0, rounds: int = ROUNDS) -> Job:
-    """FedAvg: the whole model on every device, plain local training, the plain mean."""
-    return Job(
-        name="fedavg",
-        seed=seed,
-        rounds=rounds,
-        devices=len(BOARDS),
-        deadline_s=_DEADLINE_S,
-        density=1.0,
-        scorer="ordered",
-        rule="coverage",
-        recipe=Recipe(epochs=3, batch_size=32, lr=0.03, momentum=0.9),
-    )
+    """FedAvg on the same boards, for as many rounds and steps."""
+    return fedavg(fleet_job(seed, rounds))

@@ -22,8 +22,9 @@ from fedprune_export.imported import Model
 from fedprune_export.load import import_onnx, read_source
 from fedprune_server.config import parse_config
 from fedprune_server.record import Record
+from fedprune_server.reference import TITLE, fedavg
 from fedprune_server.simulation import DropOuts, Simulation
-from fedprune_server.state_folder import load_evaluation
+from fedprune_server.state_folder import load_calibration, load_evaluation
 from fedprune_server.virtual_device import VirtualDevice
 from fedprune_server.worker import Evaluation
 
@@ -35,7 +36,9 @@ class Plan:
     """What is to be simulated.
 
     Attributes:
-        jobs: The job, and the one that it is compared with, if any, by title.
+        title: The job's title.
+        job: The job.
+        reference: The job that it is compared with, or None.
         model: The model.
         devices: The fleet.
         evaluation: The server's own samples, or None.
@@ -43,7 +46,9 @@ class Plan:
         dropouts: How devices vanish.
     """
 
-    jobs: dict[str, Job]
+    title: str
+    job: Job
+    reference: Job | None
     model: Model
     devices: tuple[VirtualDevice, ...]
     evaluation: Evaluation | None
@@ -72,28 +77,15 @@ def read_plan(path: Path, options: argparse.Namespace) -> Plan:
         raise ConfigError(f"{path}: [[devices]]", expected="one table with name, profile and data per device")
     job = _overridden(config.job, options)
     devices = tuple(_device(row, i, job, path) for i, row in enumerate(rows, 1))
-    job = replace(job, devices=min(job.devices, len(devices)) if job.devices > 1 else len(devices))
+    job = replace(job, devices=_present(body.get("job", {}), job, len(devices)))
     model = import_onnx(read_source(config.model), Path(config.model).stem)
     evaluation = None if config.evaluation is None else load_evaluation(config.evaluation, model.architecture)
     calibration = None
     if config.calibration is not None:
-        calibration, _ = load_evaluation(config.calibration, model.architecture)
-    jobs = {job.name: job}
-    if options.reference:
-        jobs["FedAvg"] = replace(
-            job,
-            name="fedavg",
-            density=1.0,
-            byte_budget=0,
-            scorer="ordered",
-            rule="coverage",
-            server_momentum=0.0,
-            warmup_rounds=0,
-            recipe=replace(
-                job.recipe, proximal=0.0, logit_adjustment=False, mask_absent_classes=False, balance_classes=False
-            ),
-        )
-    return Plan(jobs, model, devices, evaluation, calibration, _dropouts(body.get("dropouts", {}), path))
+        calibration = load_calibration(config.calibration, model.architecture)
+    dropouts = _dropouts(body.get("dropouts", {}), path)
+    reference = fedavg(job) if options.reference else None
+    return Plan(job.name, job, reference, model, devices, evaluation, calibration, dropouts)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -119,20 +111,17 @@ def _run(options: argparse.Namespace) -> int:
 
 def _simulate(plan: Plan, out: Path) -> None:
     try:
-        from fedprune_server.report import claims, summary, write_report
+        from fedprune_server.report import summary_text, write_report
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"{error.name} is not installed", hint="pip install 'fedprune[server]'") from error
-    runs = [_one(title, job, plan, out / job.name) for title, job in plan.jobs.items()]
-    reference = runs[1] if len(runs) > 1 else None
-    runs[0].save(out / "metrics.json")
-    if reference is not None:
+    run, reference = _one(plan.title, plan.job, plan, out / "run"), None
+    run.save(out / "metrics.json")
+    if plan.reference is not None:
+        reference = _one(TITLE, plan.reference, plan, out / "reference")
         reference.save(out / "metrics-reference.json")
-    report = write_report(out, runs[0], reference)
-    for row in summary(runs[0], reference):
-        print("  ".join(f"{cell:>22}" for cell in row).rstrip())
-    for claim in claims(runs[0], reference) if reference is not None else ():
-        print(f"{'PASS' if claim.held else 'FAIL'}: {claim.text} ({claim.measured})")
-    print(f"report: {report.html}")
+    report = write_report(out, run, reference)
+    print(summary_text(run, reference))
+    print(f"\nReport: {report.html}")
 
 
 def _one(title: str, job: Job, plan: Plan, folder: Path) -> Record:
@@ -173,10 +162,9 @@ def _demo(options: argparse.Namespace) -> Plan:
     seed = options.seed or 0
     data = deal([b.name for b in BOARDS], seed=seed)
     return Plan(
-        {
-            "fedprune": _overridden(fleet_job(seed), options),
-            "FedAvg": _overridden(reference_job(seed), options),
-        },
+        "fedprune",
+        _overridden(fleet_job(seed), options),
+        _overridden(reference_job(seed), options),
         import_onnx(digits_model(), "digits-net"),
         tuple(VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in BOARDS),
         (data.x, data.y),
@@ -188,6 +176,15 @@ def _demo(options: argparse.Namespace) -> Plan:
 def _overridden(job: Job, options: argparse.Namespace) -> Job:
     chosen = {k: getattr(options, k) for k in ("seed", "rounds") if getattr(options, k) is not None}
     return replace(job, **chosen)
+
+
+def _present(body: Mapping[str, object], job: Job, devices: int) -> int:
+    """How many devices a round waits for: what the configuration says, if there are as many; all if it says nothing."""
+    if "devices" not in body:
+        return devices
+    if job.devices > devices:
+        print(f"note: [job] devices is {job.devices}, but there are {devices}: rounds start with {devices}.")
+    return min(job.devices, devices)
 
 
 def _device(row: object, number: int, job: Job, path: Path) -> VirtualDevice:

@@ -81,6 +81,37 @@ def test_a_second_call_does_not_train_again(config, tmp_path, monkeypatch):
     assert Record.load(tmp_path / "out" / "metrics.json") == first
 
 
+@pytest.mark.parametrize("name", ["fedavg", "FedAvg", "run", "reference", "metrics.json"])
+def test_no_name_of_a_job_collides_with_what_lies_in_the_folder(config, tmp_path, name):
+    out = tmp_path / "out"
+    text = CONFIG.replace('"yard"', f'"{name}"').replace("rounds = 2", "rounds = 1")
+    assert main(["--config", config(text), "--out", str(out), "--reference"]) == ExitCode.OK
+    run, reference = (Record.load(out / f"metrics{end}.json") for end in ("", "-reference"))
+    assert (run.title, reference.title) == (name, "FedAvg")
+    assert {d.density for d in run.devices} == {0.25}
+    assert {d.density for d in reference.devices} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("line", "devices", "noted"), [("", 2, False), ("devices = 1\n", 1, False), ("devices = 5\n", 2, True)]
+)
+def test_rounds_wait_for_as_many_devices_as_the_configuration_says(config, tmp_path, capsys, line, devices, noted):
+    text = CONFIG.replace("rounds = 2", f"{line}rounds = 1")
+    assert main(["--config", config(text), "--out", str(tmp_path / "out")]) == ExitCode.OK
+    record = Record.load(tmp_path / "out" / "metrics.json")
+    assert (record.job["devices"], record.last.asked) == (devices, devices)
+    assert ("note: [job] devices is 5" in capsys.readouterr().out) is noted
+
+
+def test_calibration_samples_need_no_labels(config, tmp_path):
+    assert main(["--config", config(), "--out", str(tmp_path / "plain"), "--rounds", "1"]) == ExitCode.OK
+    np.savez(tmp_path / "calibration.npz", x=np.load(tmp_path / "server.npz")["x"])
+    text = CONFIG + '\n[calibration]\ndata = "calibration.npz"\n'
+    assert main(["--config", config(text), "--out", str(tmp_path / "out"), "--rounds", "1"]) == ExitCode.OK
+    models = [Record.load(tmp_path / folder / "metrics.json").last.model for folder in ("plain", "out")]
+    assert models[0] != models[1]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "code", "named"),
     [

@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     USAGE = 2
     MISSING_EXTRA = 3
     INTERRUPTED = 4
+    CLAIM = 5
     MODEL = 10
     BUNDLE = 11
     PROFILE = 12

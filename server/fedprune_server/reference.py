@@ -1,0 +1,28 @@
+"""FedAvg, the reference that narrow models are held against (McMahan et al., arXiv:1602.05629)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedprune.job import Job
+
+TITLE = "FedAvg"
+
+
+def fedavg(job: Job) -> Job:
+    """The job that trains the whole model on every device, with plain local training and the plain mean.
+
+    Seed, rounds, devices, participation, deadline, steps, batch and optimiser are the given job's.
+    """
+    plain = replace(job.recipe, proximal=0.0, logit_adjustment=False, mask_absent_classes=False, balance_classes=False)
+    return replace(
+        job,
+        name="fedavg",
+        density=1.0,
+        byte_budget=0,
+        scorer="ordered",
+        rule="coverage",
+        server_momentum=0.0,
+        warmup_rounds=0,
+        recipe=plain,
+    )

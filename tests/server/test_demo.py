@@ -1,0 +1,49 @@
+"""The demo's two jobs, and how it ends."""
+
+from dataclasses import replace
+
+import pytest
+
+from fedprune.errors import ExitCode
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune_server.demo_fleet import fleet_job, reference_job
+from fedprune_server.demo_run import verdict
+from fedprune_server.record import DeviceRow, Record, RoundRow
+from fedprune_server.reference import fedavg
+
+KEPT = ("seed", "rounds", "devices", "participation", "deadline_s")
+
+
+def run(accuracy=0.9, sent=100):
+    row = RoundRow(1, 1.0, "a" * 64, accuracy, 0.5, {"zero": 0.9}, 1, sent, sent)
+    return Record("run", {}, (), (DeviceRow("zero", "", 1, (1,), 1.0, "", 1),), (row,))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "sent", "quick", "code"),
+    [
+        (0.9, 40, False, ExitCode.OK),
+        (0.8, 40, False, ExitCode.CLAIM),
+        (0.9, 60, False, ExitCode.CLAIM),
+        (0.8, 60, True, ExitCode.OK),
+    ],
+)
+def test_a_claim_that_fails_is_the_exit_code(accuracy, sent, quick, code):
+    assert verdict(run(accuracy, sent), run(), quick) is code
+
+
+def test_reference_differs_only_in_what_makes_it_fedavg():
+    mine, theirs = fleet_job(3, 5), reference_job(3, 5)
+    assert all(getattr(mine, n) == getattr(theirs, n) for n in KEPT)
+    assert replace(theirs.recipe, logit_adjustment=True) == mine.recipe
+
+
+def test_fedavg_is_the_whole_model_a_plain_loss_and_a_plain_mean():
+    rich = Recipe(epochs=4, lr=0.2, proximal=0.1, logit_adjustment=True, mask_absent_classes=False)
+    job = Job("x", 1, 2, 3, 0.5, 9.0, 1000, 0.5, "curvature", 2, "fill", 0.5, rich)
+    plain = fedavg(job)
+    assert (plain.density, plain.byte_budget, plain.rule, plain.server_momentum) == (1.0, 0, "coverage", 0.0)
+    assert plain.warmup_rounds == 0
+    assert plain.recipe == Recipe(epochs=4, lr=0.2)
+    assert all(getattr(plain, n) == getattr(job, n) for n in KEPT)
