@@ -7,37 +7,23 @@ import importlib
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedprune import __version__, tensorfile
-from fedprune.cli import run_command
-from fedprune.errors import ConfigError, ExitCode, MissingExtraError
+from fedprune.cli import run_command, whole_number, with_extra
+from fedprune.errors import ConfigError, ExitCode
 
 log = logging.getLogger("fedprune.server")
+
+_STATE = "the folder of `run --state` (default: fedprune-state)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     return run_command("fedprune-server", build_parser, argv)
-
-
-def _extra(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """A command that says what to install where a package is missing."""
-
-    def checked(arguments: argparse.Namespace) -> int:
-        try:
-            return run(arguments)
-        except ModuleNotFoundError as error:
-            if (error.name or "").startswith("fedprune"):
-                raise
-            raise MissingExtraError(
-                f"this command needs {error.name}, which is not installed", hint="pip install 'fedprune[server]'"
-            ) from error
-
-    return checked
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,15 +36,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
-    status = commands.add_parser("status", help="show rounds and devices of a state folder")
-    status.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR")
+    status = commands.add_parser("status", help="show devices and rounds of a state folder")
+    status.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
+    status.add_argument(
+        "--rounds", type=whole_number, metavar="N", help="the last N rounds (default: 10; all with --json)"
+    )
     status.add_argument("--json", action="store_true", help="as JSON, for programs")
-    status.set_defaults(run=_extra(_status))
+    status.set_defaults(run=with_extra("server", _status))
     export = commands.add_parser("export-model", help="write the global model of a state folder")
-    export.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR")
+    export.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="model.onnx or weights.safetensors")
     export.add_argument("--round", type=int, metavar="N", help="after this round, if its model is still kept")
-    export.set_defaults(run=_extra(_export_model))
+    export.set_defaults(run=with_extra("server", _export_model))
     _register_demo(commands)
     return parser
 
@@ -68,7 +57,7 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--config", type=Path, metavar="FILE", help="fleet.toml; the options below win over it")
     run.add_argument("--model", metavar="MODEL", help="model.onnx, or package.module:factory of a torch module")
     run.add_argument("--evaluation", metavar="DATA", help=".npz with x and y, or package.module:function")
-    run.add_argument("--calibration", metavar="DATA", help="the same, to measure batch-norm statistics anew on")
+    run.add_argument("--calibration", metavar="DATA", help="the same, labels not needed: for batch-norm statistics")
     run.add_argument("--state", type=Path, metavar="DIR", help="what must survive a crash (default: fedprune-state)")
     run.add_argument("--broker", metavar="URL", help="embedded (default), mqtt://host[:port] or mqtts://host[:port]")
     run.add_argument(
@@ -88,7 +77,7 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--density", type=float, metavar="D", help="kept share on all devices; 0: the planner decides")
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--verbose", "-v", action="store_true", help="say more, such as each device's row per round")
-    run.set_defaults(run=_extra(_run))
+    run.set_defaults(run=with_extra("server", _run))
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -201,33 +190,14 @@ def _stopped_by_signals(daemon: Any) -> Iterator[None]:
 def _status(arguments: argparse.Namespace) -> int:
     import json
 
-    from fedprune_server.storage import Storage
+    from fedprune_server.status import LATEST, describe, status
 
-    with Storage.existing(arguments.state) as storage:
-        settings, state, rounds, devices = storage.settings(), storage.load(), storage.rounds(), storage.devices()
-    job = (settings or {}).get("job", {})
-    phase = state.phase.value if state is not None else "not begun"
-    number = state.round if state is not None else 0
+    body = status(arguments.state)
     if arguments.json:
-        body = {"job": job, "round": number, "phase": phase, "rounds": rounds, "devices": devices}
+        body["rounds"] = body["rounds"][-(arguments.rounds or len(body["rounds"])) :]
         print(json.dumps(body, indent=2, sort_keys=True))
-        return int(ExitCode.OK)
-    print(f"job {job.get('name', '?')}: round {number} of {job.get('rounds', '?')}, {phase}")
-    for row in rounds:
-        counted = sum(d["progress"] == "folded" for d in row["devices"].values())
-        metrics = ", ".join(f"{k} {v:.4f}" for k, v in sorted(row["metrics"].items()) if k != "samples")
-        print(f"  round {row['round']}: {counted} of {len(row['devices'])} devices, {metrics or 'not evaluated'}")
-        for name, part in sorted(row["devices"].items()):
-            if part["reason"]:
-                print(f"    {name}: {part['progress']}: {part['reason']}")
-    for device in devices:
-        plan = device["plan"]
-        width = f"density {plan['density']:.3g}, bound by {plan['bound']}" if plan else f"widths {device['widths']}"
-        state_text = f"takes no part: {device['excluded']}" if device["excluded"] else width
-        print(
-            f"  device {device['name']} ({device['profile']}): {device['samples']} samples, {state_text}, "
-            f"{device['bytes_down'] / 1e6:.2f} MB down, {device['bytes_up'] / 1e6:.2f} MB up"
-        )
+    else:
+        print(describe(body, arguments.rounds or LATEST))
     return int(ExitCode.OK)
 
 

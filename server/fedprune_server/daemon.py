@@ -117,7 +117,7 @@ class Daemon:
         self._display = display or Lines()
         self._clock = clock
         self._monotonic = monotonic
-        self._roster = Roster(job, architecture, state, storage.traffic(), max_devices)
+        self._roster = Roster(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
         self._uploads = Uploads(store, pulls)
         self._post = Post(link, self._topics, self._roster, Downloads(Serve(store)))
         self._reception = Reception(
@@ -213,6 +213,7 @@ class Daemon:
             if isinstance(event, on.DeviceBorn):
                 self._unheard.pop(event.device, None)
                 self._roster.introduce(event.device)
+            self._storage.put_outsiders(self._roster.outsiders)
         elif isinstance(item, ConnectionUp):
             log.info("connected to the broker")
             self._post.broadcast(Hello())

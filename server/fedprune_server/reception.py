@@ -105,6 +105,7 @@ class Reception:
                 if known is not None and known.session == message.session:
                     self._uploads.drop(device)
                     self._post.forget(device)
+                self._roster.gone(device)
                 return on.DeviceDied(device, message.session)
             case Want():
                 self._roster.heard(device, self._monotonic())
@@ -129,7 +130,7 @@ class Reception:
             # What is kept is what we know how to check, and no more.
             probe = None if birth.probe is None else ProbeReport.from_dict(birth.probe).to_dict()
         except ProfileError as error:
-            self._roster.exclude(birth.device, one_line(str(error)))
+            self._roster.exclude(birth.device, one_line(str(error)), one_line(birth.profile, 64), birth.samples)
             return None
         return on.DeviceBorn(birth.device, birth.session, profile, birth.samples, probe)
 

@@ -46,6 +46,7 @@ class Roster:
         state: The coordinator's state; read, never changed.
         traffic: Payload bytes to and from each device before this start of the server.
         limit: How many devices there may ever be; names cost a stranger nothing, but memory and disk here.
+        outsiders: Devices that couldn't be planned for before this start of the server, as `outsiders` gave them.
     """
 
     def __init__(
@@ -55,12 +56,18 @@ class Roster:
         state: State,
         traffic: Mapping[str, tuple[int, int]],
         limit: int = 1000,
+        outsiders: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self._job = job
         self._architecture = architecture
         self._state = state
         self._limit = limit
         self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
+        self.outsiders: dict[str, dict[str, Any]] = {}
+        """Devices that announced themselves and can't even be planned for, and why."""
+        for name, body in (outsiders or {}).items():
+            self.outsiders[name] = {**body, "online": False}
+            self._contacts.setdefault(name, Contact(problem=str(body.get("excluded", ""))))
 
     def __getitem__(self, device: str) -> Contact:
         """A device's contact; for one that was never admitted a blank that nobody keeps."""
@@ -139,16 +146,30 @@ class Roster:
         if contact.offered_at is not None:
             contact.seconds, contact.offered_at = now - contact.offered_at, None
 
-    def exclude(self, device: str, problem: str) -> None:
-        """A device can't even be planned for; said once."""
+    def exclude(self, device: str, problem: str, profile: str, samples: int) -> None:
+        """A device can't even be planned for; said once.
+
+        Args:
+            device: Its name; it has been admitted.
+            problem: Why.
+            profile: What it says that it is.
+            samples: Its training samples.
+        """
         if self[device].problem != problem:
             log.warning("device %s takes no part: %s", device, problem)
         self[device].problem = problem
+        self.outsiders[device] = {"online": True, "profile": profile, "samples": samples, "excluded": problem}
+
+    def gone(self, device: str) -> None:
+        """A device's connection has ended."""
+        if device in self.outsiders:
+            self.outsiders[device]["online"] = False
 
     def introduce(self, name: str) -> None:
         """Say who joined and how wide its model is, once for each plan."""
         contact, device = self[name], self._state.devices[name]
         contact.problem = ""
+        self.outsiders.pop(name, None)
         what = (device.widths, device.excluded, device.samples, device.profile.get("name"))
         if what == contact.introduced:
             return
@@ -189,7 +210,9 @@ class Roster:
         contact = self._contacts.get(name) or Contact()
         device, task = self._state.devices.get(name), self._state.tasks.get(name)
         if device is None:
-            return Row(name, "?", None, 0, contact.down, contact.up, None, None, contact.problem or "unknown")
+            profile = self.outsiders.get(name, {}).get("profile", "?")
+            doing = f"takes no part: {contact.problem}" if contact.problem else "unknown"
+            return Row(name, profile, None, 0, contact.down, contact.up, None, None, doing)
         density = self._job.density or (float(device.plan["density"]) if device.plan else None)
         if device.widths and device.widths not in contact.parameters:
             contact.parameters[device.widths] = parameters(self._architecture, device.widths)

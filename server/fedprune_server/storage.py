@@ -96,6 +96,7 @@ class Storage:
         self._saved_devices: dict[str, tuple[Any, ...]] = {}
         self._saved_traffic: dict[str, tuple[int, int]] = {}
         self._saved_rounds = 0
+        self._saved_outsiders: dict[str, Any] = {}
         with _translated(url):
             if not create and url.startswith("sqlite:///"):
                 self._engine = _read_only(url)
@@ -174,6 +175,23 @@ class Storage:
         """Keep the job's settings, so that a server started on this folder alone can go on."""
         with self._transaction() as connection:
             self._put_meta(connection, "settings", _encoded(body))
+
+    def outsiders(self) -> dict[str, dict[str, Any]]:
+        """What `put_outsiders` kept, by device."""
+        with self._transaction() as connection:
+            text = self._meta(connection, "outsiders")
+        found = _decoded(text or "{}", self.url)
+        self._saved_outsiders = found
+        return {str(name): dict(body) for name, body in found.items()}
+
+    def put_outsiders(self, devices: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep which devices announced themselves and can't be planned for, and why; only what is new is written."""
+        if devices == self._saved_outsiders:
+            return
+        body = {name: dict(device) for name, device in devices.items()}
+        with self._transaction() as connection:
+            self._put_meta(connection, "outsiders", _encoded(body))
+        self._saved_outsiders = body
 
     def save(self, state: State, event: Event | None, now: float, traffic: Traffic | None = None) -> None:
         """Make an event and the state after it durable, both or neither.

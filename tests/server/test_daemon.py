@@ -298,6 +298,31 @@ def test_a_device_with_an_unknown_profile_takes_no_part(fleet: Fleet, caplog: py
     assert "device a takes no part: there is no hardware profile called 'toaster'" in caplog.text
 
 
+def test_a_device_with_an_unknown_profile_is_remembered_until_it_can_take_part(fleet: Fleet) -> None:
+    fleet.job = replace(JOB, devices=2)
+    odd = fleet.air.devices["a"]
+    odd.profile, good = "toaster", odd.profile
+    fleet.run()
+    kept = Storage.at(fleet.folder).outsiders()
+    assert kept["a"]["profile"] == "toaster"
+    assert "no hardware profile called 'toaster'" in kept["a"]["excluded"]
+    odd.profile = good
+    fleet.restart()
+    fleet.run()
+    assert Storage.at(fleet.folder).outsiders() == {}
+
+
+def test_the_table_shows_why_a_device_takes_no_part(fleet: Fleet) -> None:
+    fleet.job = replace(JOB, devices=2)
+    fleet.air.devices["a"].profile = "toaster"
+    daemon = fleet.daemon()
+    fleet.air.on_idle = daemon.stop
+    daemon.run()
+    row = next(r for r in daemon.snapshot().rows if r.device == "a")
+    assert row.profile == "toaster"
+    assert row.state.startswith("takes no part: there is no hardware profile")
+
+
 @pytest.mark.parametrize("profile", ["x" * 256, "../x", ".", "raspberry-pi-5.json", "a\nb", "Ä", ""])
 def test_a_profile_is_named_by_a_plain_name(fleet: Fleet, profile: str) -> None:
     fleet.job = replace(JOB, devices=2)

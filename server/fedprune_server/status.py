@@ -1,0 +1,97 @@
+"""What `fedprune-server status` says of a state folder, as text for people and as JSON for programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedprune.coordination import State
+from fedprune_server.storage import Storage
+
+LATEST = 10
+"""Rounds that the text shows unless it is asked for more."""
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """A job as it stands on the disk; a server may be running on it.
+
+    Returns:
+        JSON: the job's settings, its round and phase, all finished rounds, and a row per device. Devices that can't
+        even be planned for have rows, too, and every row says how the device's last part in a round went.
+
+    Raises:
+        StorageError: The folder holds no job, or is damaged.
+    """
+    with Storage.existing(folder) as storage:
+        settings, state, rows = storage.settings(), storage.load(), storage.devices()
+        outsiders = storage.outsiders()
+    known = {row["name"] for row in rows}
+    rows += [_outsider(name, body) for name, body in outsiders.items() if name not in known]
+    devices = [row | _last_part(row["name"], state) for row in sorted(rows, key=lambda r: r["name"])]
+    return {
+        "job": (settings or {}).get("job", {}),
+        "round": state.round if state is not None else 0,
+        "phase": state.phase.value if state is not None else "not begun",
+        "rounds": state.history if state is not None else [],
+        "devices": devices,
+    }
+
+
+def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
+    """The same as text.
+
+    Args:
+        body: What `status` gave.
+        rounds: How many of the latest rounds to show.
+    """
+    job, history = body["job"], body["rounds"]
+    lines = [f"job {job.get('name', '?')}: round {body['round']} of {job.get('rounds', '?')}, {body['phase']}"]
+    for device in body["devices"]:
+        lines += _device_lines(device)
+    shown = history[-rounds:]
+    if len(shown) < len(history):
+        lines.append(f"  the last {len(shown)} of {len(history)} rounds:")
+    for row in shown:
+        counted = sum(d["progress"] == "folded" for d in row["devices"].values())
+        metrics = ", ".join(f"{k} {v:.4f}" for k, v in sorted(row["metrics"].items()) if k != "samples")
+        lines.append(
+            f"  round {row['round']}: {counted} of {len(row['devices'])} devices, {metrics or 'not evaluated'}"
+        )
+        lines += [
+            f"    {name}: {part['progress']}: {part['reason']}"
+            for name, part in sorted(row["devices"].items())
+            if part["reason"]
+        ]
+    return "\n".join(lines)
+
+
+def _device_lines(device: dict[str, Any]) -> list[str]:
+    plan = device["plan"]
+    width = f"density {plan['density']:.3g}, bound by {plan['bound']}" if plan else f"widths {device['widths']}"
+    lines = [
+        f"  device {device['name']} ({device['profile']}): {'online' if device['online'] else 'offline'}, "
+        f"{device['samples']} samples, "
+        + (f"takes no part: {device['excluded']}" if device["excluded"] else width)
+        + f", {device['bytes_down'] / 1e6:.2f} MB down, {device['bytes_up'] / 1e6:.2f} MB up"
+    ]
+    if device["reason"]:
+        lines.append(f"    round {device['round']}: {device['progress']}: {device['reason']}")
+    return lines
+
+
+def _outsider(name: str, body: dict[str, Any]) -> dict[str, Any]:
+    blank = {"online": False, "profile": "?", "samples": 0, "excluded": "unknown"}
+    return {**blank, **body, "name": name, "widths": [], "plan": None, "bytes_down": 0, "bytes_up": 0}
+
+
+def _last_part(name: str, state: State | None) -> dict[str, Any]:
+    """How a device's last part in a round went: in the present one, else in the last that asked it."""
+    if state is not None:
+        task = state.tasks.get(name)
+        if task is not None:
+            return {"round": state.round, "progress": task.progress.value, "reason": task.reason}
+        for row in reversed(state.history):
+            part = row["devices"].get(name)
+            if part is not None:
+                return {"round": row["round"], "progress": part["progress"], "reason": part["reason"]}
+    return {"round": None, "progress": None, "reason": ""}
