@@ -1,5 +1,8 @@
 """`fedprune-simulate`: from a configuration to a report, and what it says to a wrong one."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -7,8 +10,9 @@ from fedprune.errors import ExitCode
 from fedprune_server.digits import deal, digits_model, write_hand
 from fedprune_server.record import Record
 from fedprune_server.report import TAIL
-from fedprune_server.simulate_cli import main
+from fedprune_server.simulate_cli import build_parser, main, read_plan
 
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "simulate.md"
 NAMES = ("barn", "dock")
 CONFIG = """
 [job]
@@ -110,6 +114,20 @@ def test_calibration_samples_need_no_labels(config, tmp_path):
     assert main(["--config", config(text), "--out", str(tmp_path / "out"), "--rounds", "1"]) == ExitCode.OK
     models = [Record.load(tmp_path / folder / "metrics.json").last.model for folder in ("plain", "out")]
     assert models[0] != models[1]
+
+
+def test_the_example_of_the_docs_is_a_fleet(config, tmp_path):
+    block = re.search(r"```toml\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    path = Path(config(block.group(1)))
+    plan = read_plan(path, build_parser().parse_args(["--config", str(path), "--out", "x"]))
+    assert [d.name for d in plan.devices] == ["barn", "dock"]
+    assert (plan.job.devices, plan.dropouts.probability) == (2, 0.1)
+
+
+def test_the_docs_list_every_option():
+    options = {o for action in build_parser()._actions for o in action.option_strings} - {"-h", "--help"}
+    rows = "\n".join(line.split("|")[1] for line in DOCS.read_text().splitlines() if line.startswith("| `--"))
+    assert set(re.findall(r"--[a-z]+", rows)) == options
 
 
 @pytest.mark.parametrize(
