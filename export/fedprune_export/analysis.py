@@ -30,6 +30,7 @@ from fedprune_export.atoms import AtomRow
 from fedprune_export.channel_rules import ELEMENTWISE, Channels, walk
 from fedprune_export.graph import Graph, Node
 from fedprune_export.roles import REARRANGEMENTS
+from fedprune_export.shape_arithmetic import follow, origins
 from fedprune_export.trace import Trace
 
 ValueAxes = Mapping[str, tuple[Axis | None, ...]]
@@ -97,6 +98,7 @@ def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str)
     channels = Channels(graph, seen, parameters)
     notes = walk(channels)
     channels.fix(channels.rows[LOGITS])
+    notes += _fix_measured(channels)
     unit = channels.atoms.units()
     rows = {n: tuple(unit[r] for r in value) for n, value in channels.rows.items()}
     group_of, position, sizes, unfit = _groups(rows)
@@ -124,6 +126,31 @@ def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str)
     )
     architecture.validate()
     return Analysis(architecture, values, notes)
+
+
+def _fix_measured(channels: Channels) -> list[str]:
+    """Fix channels whose number the graph computes with.
+
+    Targets of reshapes whose sizes are known aren't computed any more once a graph is normalised: `cut` rewrites them.
+
+    Returns:
+        A note per place where such a number is read.
+    """
+    graph, seen = channels.graph, channels.seen
+    unit = channels.atoms.units()
+    constants = {n for n in graph.initializers if n not in channels.parameters}
+    numbers = follow(graph, seen, constants, lambda name: [bool(unit[r].any()) for r in channels.rows[name]])
+    notes, bad = [], {LOGITS} & set(numbers)
+    for node in graph.nodes:
+        if any(o in numbers for o in node.outputs):
+            continue
+        for name in node.inputs:
+            if name in numbers and numbers[name].any():
+                bad.add(name)
+                notes.append(f"{node.op} {node.name} computes with a number of channels: these stay.")
+    for node in origins(graph, bad):
+        channels.fix(channels.rows[node.inputs[0]])
+    return notes
 
 
 def _groups(rows: Mapping[str, Sequence[AtomRow]]) -> tuple[AtomRow, AtomRow, list[int], int]:

@@ -167,3 +167,39 @@ def test_a_reshape_target_follows_the_cut_and_leaves_the_batch_free() -> None:
 
     assert [g.size for g in model.architecture.groups] == [6, 8]
     assert cut_error(model, random_selection(model, 0.5, seed=1), batch=11) < 1e-5
+
+
+def _number_of_channels(graph: Graph, value: str, how: str) -> str:
+    """A float that a graph computes from the shape of a value."""
+    if how == "size":
+        measured = graph.emit("Size", value)
+    else:
+        measured = graph.emit("ReduceMax", graph.emit("Shape", value), attrs={"keepdims": 0})
+    return graph.emit("Cast", measured, attrs={"to": 1})
+
+
+@pytest.mark.parametrize("how", ["largest", "size"])
+def test_channels_stay_where_the_graph_computes_with_their_number(how: str) -> None:
+    def build(graph: Graph, rng: np.random.Generator) -> str:
+        value = graph.emit("Relu", _conv(graph, rng, "image", "first", (16, 3, 3, 3)))
+        value = graph.emit("Div", value, _number_of_channels(graph, value, how))
+        return _conv(graph, rng, value, "last", (8, 16, 1, 1))
+
+    model = _net(build, 4)
+
+    assert [g.size for g in model.architecture.groups] == [8]
+    assert any("computes with a number of channels" in note for note in model.notes)
+    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
+
+
+def test_channels_go_where_the_graph_computes_with_the_batch_alone() -> None:
+    def build(graph: Graph, rng: np.random.Generator) -> str:
+        value = graph.emit("Relu", _conv(graph, rng, "image", "first", (16, 3, 3, 3)))
+        batch = graph.emit("Slice", graph.emit("Shape", value), graph.ints(0), graph.ints(1))
+        value = graph.emit("Div", value, graph.emit("Cast", batch, attrs={"to": 1}))
+        return _conv(graph, rng, value, "last", (8, 16, 1, 1))
+
+    model = _net(build, 4)
+
+    assert [g.size for g in model.architecture.groups] == [16, 8]
+    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5

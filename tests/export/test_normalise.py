@@ -254,3 +254,59 @@ def test_node_names_are_unique() -> None:
 
     assert len({n.name for n in model.graph.nodes}) == 2
     assert len({layer.name for layer in model.architecture.layers}) == 2
+
+
+def _size(graph: Graph, value: str) -> str:
+    """The batch of a value, as one number."""
+    return graph.emit("Gather", graph.emit("Shape", value), graph.constant(0, np.int64))
+
+
+def _smallest(graph: Graph) -> str:
+    return graph.emit("Min", _size(graph, "image"), graph.constant(2, np.int64))
+
+
+def _first_two(graph: Graph) -> str:
+    return _size(graph, graph.emit("Slice", "image", graph.ints(0), graph.ints(2)))
+
+
+def _remainder(graph: Graph) -> str:
+    return graph.emit("Add", graph.emit("Mod", _size(graph, "image"), graph.constant(2, np.int64)), graph.ints(1))
+
+
+def _mean(graph: Graph) -> str:
+    mean = graph.emit("ReduceMean", graph.emit("Mul", "image", graph.scalar(30)), attrs={"keepdims": 0})
+    return graph.emit(
+        "Max", graph.emit("Cast", graph.emit("Div", mean, graph.scalar(30)), attrs={"to": 7}), graph.ints(1)
+    )
+
+
+@pytest.mark.parametrize("number", [_smallest, _first_two, _remainder, _mean])
+@pytest.mark.parametrize("batch", [1, 2, 4, 9])
+def test_a_number_that_follows_batch_or_data_stays_computed(number: Callable[[Graph], str], batch: int) -> None:
+    model, graph = model_of(
+        lambda g: linear(g, g.emit("Div", "image", g.emit("Cast", number(g), attrs={"to": 1})), 6, 2), 6
+    )
+    x = np.arange(6 * batch, dtype=np.float32).reshape(batch, 6)
+
+    before = Session(graph.to_bytes()).run({"image": x})[graph.outputs[0].name]
+
+    assert distance(outputs(model.graph, x), before) < 1e-5
+
+
+def test_an_axis_that_vanishes_for_one_sample_is_named() -> None:
+    def build(graph: Graph) -> str:
+        squeezed = graph.emit("Squeeze", graph.emit("Unsqueeze", "image", graph.ints(1)))
+        return linear(graph, squeezed, 3, 2)
+
+    with pytest.raises(ModelError, match="another number of axes for one sample"):
+        model_of(build, 3)
+
+
+def test_an_integer_input_is_refused() -> None:
+    graph = Graph(inputs=[Port("image", np.dtype(np.int64), ("N", 3))])
+    graph.initializers["w"] = random(3, 2)
+    value = graph.emit("MatMul", graph.emit("Cast", "image", attrs={"to": 1}), "w")
+    graph.outputs = [Port(value, F32, ("N", 2))]
+
+    with pytest.raises(ModelError, match="type of input image: expected float32, got int64"):
+        import_onnx(graph.to_bytes(), "net")
