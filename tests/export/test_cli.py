@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 
 from fedprune.bundle import FILES, MANIFEST, open_bundle
@@ -99,6 +100,18 @@ def test_a_truncated_model(lenet_file: Path, tmp_path: Path, capsys: pytest.Capt
     assert export(tmp_path / "broken.onnx", tmp_path / "b") == ExitCode.MODEL
     assert "broken.onnx" in one_line(capsys)
     assert not (tmp_path / "b").exists()
+
+
+def test_an_operator_that_can_not_be_trained_is_named(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proto = onnx.load_model(str(lenet_file))
+    relu = next(n for n in proto.graph.node if n.op_type == "Relu")
+    relu.op_type = "Sin"
+    (tmp_path / "sine.onnx").write_bytes(proto.SerializeToString())
+
+    assert export(tmp_path / "sine.onnx", tmp_path / "b") == ExitCode.MODEL
+    assert f"{relu.name} (Sin) has no gradient rule" in one_line(capsys)
 
 
 def test_no_such_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
