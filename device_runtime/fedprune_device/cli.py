@@ -6,10 +6,12 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
+import socket
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ import numpy.typing as npt
 from fedprune import __version__
 from fedprune.bundle import open_bundle
 from fedprune.cli import run_command
-from fedprune.errors import ConfigError, DataError, ExitCode, ProfileError
+from fedprune.disk import storage_errors
+from fedprune.errors import ConfigError, DataError, ExitCode, ProfileError, ProtocolError, StorageError
 from fedprune.profile import HardwareProfile
-from fedprune_device.data import log_prior
+from fedprune.wire.topics import EVERYONE, check_device, check_name
+from fedprune_device.data import log_prior, why_unreadable
 from fedprune_device.predictor import Predictor
 from fedprune_device.slots import Slots
 
@@ -62,8 +66,14 @@ def _add_run(commands: Any) -> None:
         help=f"mqtt://[user:password@]host[:port] or mqtts://...; ${_BROKER} keeps a password out of process lists",
     )
     run.add_argument("--ca", type=Path, metavar="FILE", help="authorities that mqtts:// trusts (default: the system's)")
-    run.add_argument("--site", default="default", help="the fleet's site (default: default)")
-    run.add_argument("--device", required=True, metavar="NAME", help="this board's name, unique in the site")
+    run.add_argument("--site", type=_name(check_name), default="default", help="the fleet's site (default: default)")
+    run.add_argument(
+        "--device",
+        type=_name(check_device),
+        default=_host_name(),
+        metavar="NAME",
+        help="this board's name, unique in the site (default: the host's name, %(default)s)",
+    )
     run.add_argument("--data", required=True, metavar="SRC", help=".npz with x and y, or package.module:function")
     run.add_argument("--state", type=Path, required=True, metavar="DIR", help="what must survive a power cut")
     run.add_argument("--seed", type=int, default=0, help="of the split into training and test samples")
@@ -72,7 +82,12 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--patient", action="store_true", help="wait for a broker that isn't there when starting")
     run.add_argument("--no-probe", action="store_true", help="don't measure the board; the profile is believed")
-    run.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    run.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="how much is said on stderr (default: info)",
+    )
     run.set_defaults(run=_run)
 
 
@@ -114,7 +129,7 @@ def _run(arguments: argparse.Namespace) -> int:
         _LOG.info("probe: %s", json.dumps(report.to_dict()))
     profile = _profile(arguments.profile)
     data = load_data(arguments.data, arguments.seed, arguments.device)
-    with DeviceStore(arguments.state) as store:
+    with DeviceStore(arguments.state, device=arguments.device) as store:
         # The link asks the agent for its will, and the agent speaks through the link.
         agents: list[Agent] = []
         link = Link(
@@ -169,7 +184,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
             offset = log_prior(load_data(arguments.data).y_train, bundle.architecture.classes)
     else:
-        predictor, record = Slots(arguments.state / "serving").open(arguments.threads)
+        predictor, record = _slots(arguments.state).open(arguments.threads)
         offset = record.logit_offset()
     x, y = _inputs(arguments.input)
     logits = predictor.predict(x)
@@ -185,6 +200,19 @@ def _predict(arguments: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
+def _slots(state: Path) -> Slots:
+    """The serving models of a state folder that is there and may be read."""
+    pointer = state / "serving" / "serving.json"
+    with storage_errors(f"can't read {pointer}"):
+        if not state.is_dir():
+            raise StorageError(
+                f"there is no folder {state}", hint="Give the folder that `fedprune-device run --state` uses."
+            )
+        if pointer.is_file():
+            pointer.open("rb").close()
+    return Slots(state / "serving")
+
+
 def _inputs(path: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any] | None]:
     try:
         with path.open("rb") as raw:
@@ -196,7 +224,11 @@ def _inputs(path: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any] | Non
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}") from error
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: {error}", expected="a .npy array, or an .npz file with x") from error
+        raise DataError(
+            f"{path} can't be read as arrays{why_unreadable(error)}", expected="a .npy array, or an .npz file with x"
+        ) from error
+    if not x.shape or not len(x):
+        raise DataError(f"{path} holds no samples", expected="inputs [n, ...]", got=x.shape)
     if x.dtype.kind != "f" or not np.isfinite(x).all():
         raise DataError(f"{path}: inputs", expected="finite float32 numbers", got=x.dtype)
     if y is not None and y.shape != x.shape[:1]:
@@ -228,6 +260,22 @@ def _probe(arguments: argparse.Namespace) -> int:
             value = f"{value / 2**20:.0f} MiB"
         print(f"{field.name}: {'unknown' if value in (None, '') else value}")
     return int(ExitCode.OK)
+
+
+def _host_name() -> str:
+    """This machine's name as a device's: what may not stand in one becomes a dash."""
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname().partition(".")[0])[:64]
+    return name if name not in ("", ".", "..", EVERYONE) else "board"
+
+
+def _name(check: Callable[[object, str], str]) -> Callable[[str], str]:
+    def checked(text: str) -> str:
+        try:
+            return check(text, "name")
+        except ProtocolError as error:
+            raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
+
+    return checked
 
 
 def _threads() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,31 +213,32 @@ def _found(source: str, seed: int, device: str) -> object:
 
 
 def _checked(x: object, y: object, split: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    labels = np.asarray(y)
+    labels, kind = np.asarray(y), f"{split} " if split else ""
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
-        raise DataError(f"{split} labels", expected="whole numbers [n]", got=f"{labels.dtype} {labels.shape}")
+        raise DataError(f"{kind}labels", expected="whole numbers [n]", got=f"{labels.dtype} {labels.shape}")
     inputs = _checked_inputs(np.asarray(x), split)
     if len(inputs) != len(labels):
-        raise DataError(f"number of {split} labels", expected=len(inputs), got=len(labels))
+        raise DataError(f"number of {kind}labels", expected=len(inputs), got=len(labels))
     if len(labels) and int(labels.min()) < 0:
-        raise DataError(f"a {split} label is negative", expected="0 or more", got=int(labels.min()))
+        raise DataError(f"a {kind}label is negative", expected="0 or more", got=int(labels.min()))
     return inputs, np.ascontiguousarray(labels, np.int64)
 
 
 def _checked_inputs(inputs: Array, split: str) -> npt.NDArray[np.float32]:
+    kind = f"{split} " if split else ""
     if inputs.dtype.kind != "f":
         raise DataError(
-            f"type of {split} inputs",
+            f"type of {kind}inputs",
             expected="float32",
             got=inputs.dtype,
             hint="Scale images yourself as the model expects them, such as x.astype('float32') / 255.",
         )
     if inputs.ndim < 2:
-        raise DataError(f"{split} inputs", expected="[n, ...]", got=inputs.shape)
+        raise DataError(f"{kind}inputs", expected="[n, ...]", got=inputs.shape)
     inputs = np.ascontiguousarray(inputs, np.float32)
     if not np.isfinite(inputs).all():
         bad = int(np.flatnonzero(~np.isfinite(inputs.reshape(len(inputs), -1)).all(1))[0])
-        raise DataError(f"{split} inputs hold numbers that are not finite", got=f"sample {bad}")
+        raise DataError(f"{kind}inputs hold numbers that are not finite", got=f"sample {bad}")
     return inputs
 
 
@@ -252,13 +254,25 @@ def _read_npz(path: Path) -> dict[str, Array]:
         raise DataError(f"can't read {path}: {error.strerror or error}") from error
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} is not a .npz file of plain arrays ({error})",
+            f"{path} is not an .npz file of plain arrays{why_unreadable(error)}",
             hint="Write it with numpy.savez(path, x=..., y=...).",
         ) from error
 
 
+def why_unreadable(error: Exception) -> str:
+    """What numpy's error says of a file, without its advice to allow pickles; in brackets, or empty."""
+    text = str(error)
+    if "Object arrays" in text:
+        return " (it holds objects, which are never unpickled)"
+    # What is neither a zip archive nor an array numpy takes for a pickle.
+    return "" if not text or "pickle" in text or isinstance(error, zipfile.BadZipFile) else f" ({text})"
+
+
 def _call(source: str, seed: int, device: str) -> object:
     module_name, _, name = source.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:  # as `python -m` does: the user's own modules lie in the current folder
+        sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module_name), name)
         known = {"device": device, "seed": seed}
@@ -300,8 +314,7 @@ def _assemble(arrays: object, seed: int, device: str) -> LocalData:
         raise DataError("test data", expected="both x_test and y_test, or neither")
     if "x_test" in found:
         return LocalData(x, y, np.asarray(found["x_test"]), np.asarray(found["y_test"]))
-    if x.ndim < 1 or y.ndim != 1 or len(x) != len(y):
-        raise DataError("number of labels", expected=x.shape[:1], got=y.shape)
+    x, y = _checked(x, y, "")  # before the split, so that an error names the sample by its place in the source
     order = keyed(seed, "split", device).permutation(len(y))
     aside = int(len(y) * TEST_SHARE)
     train, test = np.sort(order[aside:]), np.sort(order[:aside])

@@ -1,6 +1,7 @@
 """A device's state directory: what survives a power cut.
 
 lock            one process at a time
+device.json     whose directory it is
 session.json    number of the last connection
 offer.json      the last offer that was accepted, and whether it is done
 pending.json    an update that the server has not acknowledged
@@ -49,6 +50,7 @@ class DeviceStore:
     Args:
         root: The directory; made if missing.
         clock: Seconds since 1970.
+        device: Whose it is; without it nobody asks.
 
     Attributes:
         blobs: Weights and graphs.
@@ -57,10 +59,10 @@ class DeviceStore:
         pending: An update that is not acknowledged.
 
     Raises:
-        StorageError: Another process uses the directory, or it can't be written.
+        StorageError: Another process uses the directory, it is another device's, or it can't be written.
     """
 
-    def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, root: Path, clock: Callable[[], float] = time.time, *, device: str = "") -> None:
         with storage_errors(f"can't write {root}"):
             root.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -75,6 +77,8 @@ class DeviceStore:
         self._clock = clock
         try:
             durable.sweep(root)
+            if device:
+                self._claim(device)
             self.blobs = BlobStore(root / "blobs")
             self.slots = Slots(root / "serving")
             self.slots.prepare()
@@ -199,6 +203,18 @@ class DeviceStore:
     def free_bytes(self) -> int:
         """Room on the disk."""
         return shutil.disk_usage(self.root).free
+
+    def _claim(self, device: str) -> None:
+        owner = (self._read("device.json") or {}).get("device", "")
+        if owner == device:
+            return
+        if owner:
+            raise StorageError(
+                f"{self.root} is the state directory of device {owner}",
+                expected=f"one of {device}'s own",
+                hint=f"Use --device {owner}, or another --state; delete the directory to give the device another name.",
+            )
+        durable.write_document(self.root / "device.json", {"device": device})
 
     def _unwanted(self, task: Task | None) -> list[str]:
         wanted = set()

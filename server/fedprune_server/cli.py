@@ -14,7 +14,7 @@ from typing import Any
 
 from fedprune import __version__, tensorfile
 from fedprune.cli import run_command, whole_number, with_extra
-from fedprune.errors import ConfigError, ExitCode
+from fedprune.errors import ConfigError, ExitCode, ProtocolError
 
 log = logging.getLogger("fedprune.server")
 
@@ -65,7 +65,7 @@ def _add_run(commands: Any) -> None:
     )
     run.add_argument("--host", help="address of the embedded broker (default: 127.0.0.1, this machine only)")
     run.add_argument("--port", type=int, help="port of the embedded broker (default: 1883; 0 for a free one)")
-    run.add_argument("--site", help="devices of this site take part (default: default)")
+    run.add_argument("--site", type=_site, help="devices of this site take part (default: default)")
     run.add_argument("--profiles", type=Path, metavar="DIR", help="hardware profiles beside the shipped ones")
     run.add_argument("--keep", type=int, metavar="N", help="global models that stay on the disk (default: 3)")
     run.add_argument("--name", help="name of the job")
@@ -78,6 +78,15 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--verbose", "-v", action="store_true", help="say more, such as each device's row per round")
     run.set_defaults(run=with_extra("server", _run))
+
+
+def _site(text: str) -> str:
+    from fedprune.wire.topics import check_name
+
+    try:
+        return check_name(text, "site")
+    except ProtocolError as error:
+        raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -161,7 +170,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         link.subscribe(daemon.subscriptions)
         link.start()
-        with _stopped_by_signals(daemon):
+        with _stopped_by_signals(daemon) as signals:
             daemon.run(until_finished=arguments.until_finished)
         if broker is not None:
             traffic = broker.traffic()
@@ -170,18 +179,23 @@ def _run(arguments: argparse.Namespace) -> int:
                 sum(traffic.received.values()),
                 sum(traffic.delivered.values()),
             )
-    return int(ExitCode.OK)
+    # SIGTERM is how a service is stopped; Ctrl-C is somebody who didn't wait for the end.
+    return int(ExitCode.INTERRUPTED if signal.SIGINT in signals and not daemon.finished else ExitCode.OK)
 
 
 @contextmanager
-def _stopped_by_signals(daemon: Any) -> Iterator[None]:
+def _stopped_by_signals(daemon: Any) -> Iterator[list[int]]:
+    """Stop the daemon at SIGTERM or Ctrl-C; the signals that came are in the list."""
+    came: list[int] = []
+
     def stop(number: int, _frame: object) -> None:
+        came.append(number)
         log.info("%s: stopping", signal.Signals(number).name)
         daemon.stop()
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

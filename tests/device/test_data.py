@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,31 @@ def test_bad_arrays_are_refused_by_name(tmp_path: Path, arrays: dict[str, object
     with pytest.raises(DataError, match=text) as caught:
         load_data(source)
     assert source in str(caught.value)
+
+
+def test_a_sample_is_named_by_its_place_in_the_file(tmp_path: Path) -> None:
+    x = X.astype(np.float32).copy()
+    x[13] = np.inf
+    for name in ("a", "b", "c"):  # whichever split it falls into
+        with pytest.raises(DataError, match=r"^\S+: inputs hold numbers that are not finite: got sample 13"):
+            load_data(save(tmp_path / "d.npz", x=x, y=Y), device=name)
+
+
+def test_a_module_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "samples_here.py").write_text(
+        "import numpy as np\ndef load():\n    return np.ones((9, 2), 'float32'), np.zeros(9, int)\n"
+    )
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p])
+    monkeypatch.chdir(tmp_path)
+    assert load_data("samples_here:load").samples == 8
+
+
+@pytest.mark.parametrize("content", [b"junk", b"", b"PK\x03\x04 but no archive"])
+def test_a_file_of_another_kind_is_refused_without_advice_to_unpickle_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "d.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"d\.npz is not an \.npz file") as caught:
+        load_data(str(tmp_path / "d.npz"))
+    assert "pickle" not in str(caught.value)
 
 
 def test_objects_in_a_file_are_never_unpickled(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -67,6 +68,32 @@ def test_an_input_that_is_no_array_is_one_line_and_an_exit_code(
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert "x.npy" in error
+    assert "pickle" not in error
+
+
+@pytest.mark.parametrize("shape", [(0, 6), ()])
+def test_no_samples_are_an_error(tmp_path: Path, state: Path, shape: tuple[int, ...], capsys: Capture) -> None:
+    np.savez(tmp_path / "empty.npz", x=np.zeros(shape, np.float32))
+    code = cli.main(["predict", "--state", str(state), "--input", str(tmp_path / "empty.npz")])
+    assert code == ExitCode.DATA
+    assert "empty.npz holds no samples" in capsys.readouterr().err
+
+
+def test_a_state_folder_that_is_not_there_is_said_so(tmp_path: Path, capsys: Capture) -> None:
+    code = cli.main(["predict", "--state", str(tmp_path / "nosuch"), "--input", "x.npy"])
+    assert code == ExitCode.STORAGE
+    assert f"there is no folder {tmp_path / 'nosuch'}" in capsys.readouterr().err
+
+
+def test_a_state_folder_that_may_not_be_read_is_a_storage_error(
+    tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def refuse(self: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert cli.main(["predict", "--state", str(state), "--input", "x.npy"]) == ExitCode.STORAGE
+    assert "serving.json: Permission denied" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", [["--input", "nothing.npy"], ["--state", "nowhere"]])
@@ -74,7 +101,7 @@ def test_what_is_missing_is_named(tmp_path: Path, state: Path, what: list[str], 
     np.save(tmp_path / "x.npy", np.zeros((1, 6), np.float32))
     arguments = ["--state", str(state), "--input", str(tmp_path / "x.npy")]
     arguments[arguments.index(what[0]) + 1] = what[1]
-    assert cli.main(["predict", *arguments]) in (ExitCode.DATA, ExitCode.MODEL)
+    assert cli.main(["predict", *arguments]) in (ExitCode.DATA, ExitCode.STORAGE)
     assert what[1].split(".")[0] in capsys.readouterr().err
 
 
@@ -167,7 +194,6 @@ def test_without_a_broker_there_is_nothing_to_do(
     [
         ({"data": "nothing.npz"}, ExitCode.DATA),
         ({"profile": "no-such-board"}, ExitCode.PROFILE),
-        ({"device": "a/b"}, ExitCode.PROTOCOL),
         ({"broker": "http://x"}, ExitCode.CONFIG),
     ],
 )
@@ -176,6 +202,36 @@ def test_bad_arguments_end_before_anything_is_connected(
 ) -> None:
     assert run(tmp_path, **changes) == code
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("changes", [{"device": "a b"}, {"device": "all"}, {"site": "a/b"}, {"device": ".."}])
+def test_a_name_that_is_none_is_a_usage_error(tmp_path: Path, changes: dict[str, str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path, **changes)
+    assert caught.value.code == ExitCode.USAGE
+    assert next(iter(changes.values())) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("raspberrypi", "raspberrypi"),
+        ("Küche 2.local", "K-che-2"),
+        ("all", "board"),
+        ("", "board"),
+        ("x" * 70, "x" * 64),
+    ],
+)
+def test_a_device_is_called_like_its_host(monkeypatch: pytest.MonkeyPatch, host: str, name: str) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: host)
+    arguments = cli.build_parser().parse_args(["run", "--data", "d.npz", "--state", "s"])
+    assert arguments.device == name
+
+
+def test_another_devices_state_folder_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    DeviceStore(tmp_path / "state", device="shed").close()
+    assert run(tmp_path) == ExitCode.STORAGE
+    assert "is the state directory of device shed" in capsys.readouterr().err
 
 
 def test_a_password_is_never_shown(tmp_path: Path, capsys: Capture) -> None:

@@ -170,6 +170,20 @@ def test_two_processes_cannot_share_a_state_directory(tmp_path: Path) -> None:
         DeviceStore(tmp_path)
 
 
+def test_a_directory_belongs_to_one_device(tmp_path: Path) -> None:
+    DeviceStore(tmp_path, device="attic").close()
+    DeviceStore(tmp_path, device="attic").close()
+    with pytest.raises(StorageError, match=r"is the state directory of device attic.*expected one of shed's own"):
+        DeviceStore(tmp_path, device="shed")
+
+
+def test_a_directory_of_an_earlier_version_is_claimed_by_the_next_device(tmp_path: Path) -> None:
+    DeviceStore(tmp_path).close()
+    DeviceStore(tmp_path, device="attic").close()
+    with pytest.raises(StorageError, match="attic"):
+        DeviceStore(tmp_path, device="shed")
+
+
 def test_a_closed_directory_can_be_opened_again(tmp_path: Path) -> None:
     for _ in range(2):
         DeviceStore(tmp_path).close()

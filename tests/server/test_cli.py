@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from fedprune.job import Job
 from fedprune.session import Session
 from fedprune_server.cli import main
 from fedprune_server.config import ServerConfig
+from fedprune_server.daemon import Daemon
 from fedprune_server.state_folder import StateFolder
 from fedprune_server.storage import Storage
 
@@ -182,6 +184,33 @@ def test_a_model_that_lacks_its_input_shape_gets_advice_that_the_server_can_take
     line = one_line(capsys)
     assert "--input-shape" not in line
     assert "attribute input_shape" in line
+
+
+@pytest.mark.parametrize(
+    ("number", "finished", "code"),
+    [
+        (signal.SIGINT, False, ExitCode.INTERRUPTED),
+        (signal.SIGINT, True, ExitCode.OK),
+        (signal.SIGTERM, False, ExitCode.OK),
+    ],
+)
+def test_only_a_job_that_is_interrupted_ends_with_the_code_for_it(
+    state: Path, number: signal.Signals, finished: bool, code: ExitCode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(daemon: Daemon, *, until_finished: bool) -> None:
+        daemon._finished = finished
+        signal.raise_signal(number)
+        assert daemon._stopping
+
+    monkeypatch.setattr(Daemon, "run", run)
+    assert main(["run", "--state", str(state), "--port", "0"]) == code
+
+
+def test_a_site_that_is_no_name_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "--site", "a b"])
+    assert caught.value.code == ExitCode.USAGE
+    assert "'a b'" in capsys.readouterr().err
 
 
 def test_two_servers_do_not_share_a_folder(state: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.coordination import Phase, State
 from fedprune.coordination.state import Progress
-from fedprune.errors import StorageError
+from fedprune.errors import ExitCode, StorageError
 from fedprune_server.storage import Storage
 
 pytestmark = pytest.mark.system
@@ -229,15 +229,15 @@ def test_kills_in_the_middle_of_rounds_change_not_a_bit(site: Site, undisturbed:
     assert [r["model"] for r in state.history] == [r["model"] for r in undisturbed.history]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_server_cleanly(material: Path, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, ExitCode.OK), (signal.SIGINT, ExitCode.INTERRUPTED)])
+def test_a_signal_ends_a_server_cleanly(material: Path, tmp_path: Path, number: signal.Signals, code: ExitCode) -> None:
     site = Site(material, tmp_path, mosquitto=False)
     try:
         site.start("server")
         wait_for(lambda: listens(site.port), "the broker listens", site)
         wait_for(lambda: "connected to the broker" in site.logs(), "the server is connected", site)
         site.processes["server"].send_signal(number)
-        assert site.processes["server"].wait(15) == 0
+        assert site.processes["server"].wait(15) == code
         assert not listens(site.port)
     finally:
         site.stop_all()
