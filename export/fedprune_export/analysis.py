@@ -110,8 +110,10 @@ def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str)
         for n, value in rows.items()
     }
     out = seen.dims(LOGITS)
-    if not out or out[0] is not None or None in out[1:]:
+    if not out or out[0] is not None or None in out[1:] or 0 in out:
         raise ModelError("the model's output", expected="one row of logits per sample", got=list(out))
+    if not any(TensorKind(kind).trainable for kind in parameters.values()):
+        raise ModelError("the model has no trainable tensor that its output depends on")
     architecture = Architecture(
         name=name,
         groups=tuple(ChannelGroup(f"g{i}", s) for i, s in enumerate(sizes)),

@@ -6,6 +6,7 @@ the importer's knowledge (`imported.Model`), not the graph's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -201,7 +202,8 @@ class Graph:
             *(p.name for p in graph.inputs),
         ]
         tails = [t.rsplit("~", 1)[1] for t in taken if "~" in t]
-        graph._counter = max([int(t) for t in tails if t.isdigit()], default=0)
+        # Only short numbers count: a name of a thousand digits is nothing that `fresh` could ever come to.
+        graph._counter = max([int(t) for t in tails if re.fullmatch("[0-9]{1,9}", t)], default=0)
         return graph
 
 

@@ -88,6 +88,7 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None) 
     if parameters is None:
         untie(graph, constants, notes)
     kinds = find_kinds(graph, constants, listed, notes)
+    _check_finite(graph, kinds)
     name_constants(graph, kinds)
     _name_nodes(graph)
     seen = trace(graph)
@@ -300,6 +301,18 @@ def _check_types(graph: Graph, seen: Trace) -> None:
                     expected="float32",
                     hint="Convert the model to float32 before exporting it.",
                 )
+
+
+def _check_finite(graph: Graph, kinds: Mapping[str, str]) -> None:
+    """No tensor holds NaN, no weight an infinite number; a constant may, such as a bound or the mask of a softmax."""
+    for name, value in graph.initializers.items():
+        if value.dtype.kind == "f" and (np.isnan(value).any() or (name in kinds and np.isinf(value).any())):
+            raise ModelError(
+                f"tensor {name}",
+                expected="finite numbers",
+                got="NaN" if np.isnan(value).any() else "an infinite number",
+                hint="The training that made this model has failed; take an earlier state of it.",
+            )
 
 
 def _check_same(reference: Graph, graph: Graph, softmax: str) -> None:
