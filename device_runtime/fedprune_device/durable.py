@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedprune.disk import storage_errors
+from fedprune.disk import storage_errors, sync_folder
 from fedprune.errors import StorageError
 
 TEMPORARY = ".new-"
@@ -135,15 +135,6 @@ def sweep(folder: Path) -> None:
     with storage_errors(f"can't write {folder}"):
         for path in folder.glob(f"{TEMPORARY}*"):
             path.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

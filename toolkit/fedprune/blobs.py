@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
 
-from fedprune.disk import storage_errors, write_all
+from fedprune.disk import storage_errors, sync_folder, write_all
 from fedprune.errors import StorageError, StorageFullError
 from fedprune.partial_blob import TABLE, PartialBlob
 from fedprune.wire.blob_ref import DIGEST, LEAF, BlobRef, is_digest, leaf_table
@@ -236,11 +236,7 @@ class BlobStore:
         target.parent.mkdir(exist_ok=True)
         source.replace(target)
         if self.durable:
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync_folder(target.parent)
 
     def _whole(self, ref: BlobRef) -> bool:
         """Whether the blob is here with the right length (a file cut short by a failing disk is written again)."""
