@@ -87,6 +87,15 @@ def _conv(graph: Graph, node: Node, sizes: _Sizes) -> None:
         node.attrs["group"] = groups * (now or 0) // (full or 1)
 
 
+def _norm(graph: Graph, node: Node, sizes: _Sizes) -> None:
+    """A constant that scales or shifts all channels alike is as long as there are channels left."""
+    before, after = sizes.before(node.inputs[0])[1], sizes.after(node.inputs[0])[1]
+    for i in (1, 2):
+        constant = graph.initializers.get(node.inputs[i])
+        if constant is not None and before != after:
+            node.inputs[i] = graph.constant(np.full(after or 0, constant[0]), np.float32)
+
+
 def _target(graph: Graph, node: Node, sizes: _Sizes) -> None:
     """A target shape: known sizes as numbers, one batch-dependent entry as -1, several as computed before."""
     before, after = sizes.before(node.outputs[0]), sizes.after(node.outputs[0])
@@ -105,6 +114,7 @@ def _target(graph: Graph, node: Node, sizes: _Sizes) -> None:
 
 
 _REWRITES: dict[str, Callable[[Graph, Node, _Sizes], None]] = {
+    "BatchNormalization": _norm,
     "Conv": _conv,
     "Reshape": _target,
     "Expand": _target,

@@ -30,7 +30,7 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     if any(o.name == step.following(mean_name) for o in g.outputs):
         raise ModelError(f"{describe(node)} shares its statistics with another node", got=mean_name)
     x, shape = tape.value(name), tape.shape(name)
-    scale, shift = tape.value(gamma), tape.value(beta)
+    scale, shift = _vector(tape, node, 1, mean_name), _vector(tape, node, 2, var_name)
     eps = float(node.attrs.get("epsilon", 1e-5))
     keep = float(node.attrs.get("momentum", 0.9))
     positions = tape.static(node, shape[2:])
@@ -89,6 +89,19 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
         tape.add(name, g.emit("Mul", g.emit("Sub", dy, fit), column(steepness)))
 
     return pull
+
+
+def _vector(tape: Tape, node: Node, index: int, statistic: str) -> str:
+    """A vector that scales or shifts; a constant one is as long as the statistic, because it may go with a cut.
+
+    The analysis lets only constants with equal entries be cut.
+    """
+    name = node.inputs[index]
+    if tape.is_tensor(name) or tape.producer(name) is not None:
+        return tape.value(name)
+    g, constant, like = tape.graph, np.asarray(tape.number(node, index), np.float32), tape.value(statistic)
+    same = np.all(constant == constant[0])
+    return g.emit("Add", g.emit("Sub", like, like), g.constant(constant[0] if same else constant, np.float32))
 
 
 def _count(tape: Tape, x: str, positions: Sequence[int]) -> str:
