@@ -124,26 +124,27 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
     ]
 
 
-def summary_text(run: Record, reference: Record | None = None) -> str:
-    """Summary and verdicts for a terminal."""
+def summary_text(run: Record, reference: Record | None = None, *, judged: bool = True) -> str:
+    """Summary for a terminal, and the verdicts if the run is to be judged."""
     rows = summary(run, reference)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "   ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
         for row in rows
     ]
-    if reference is not None:
+    if reference is not None and judged:
         lines += ["", *(f"{c.verdict}: {c.text} ({c.measured})" for c in claims(run, reference))]
     return "\n".join(lines)
 
 
-def write_report(folder: Path, run: Record, reference: Record | None = None) -> Report:
+def write_report(folder: Path, run: Record, reference: Record | None = None, *, judged: bool = True) -> Report:
     """Write `report.html`, `report.md` and the pictures into `folder`.
 
     Args:
         folder: Where to; it is made if it isn't there.
         run: The run.
         reference: A run to compare with.
+        judged: Whether the comparison is a test of the claims.
 
     Raises:
         StorageError: The run has no finished round.
@@ -163,10 +164,10 @@ def write_report(folder: Path, run: Record, reference: Record | None = None) -> 
         f"one's own model on its own test data, as it was measured last."
         + (f" Bytes: {run.measured}." if run.measured else "")
     )
-    judged = claims(run, reference) if reference is not None else ()
+    verdicts = claims(run, reference) if reference is not None and judged else ()
     markdown, page = folder / "report.md", folder / "report.html"
-    markdown.write_text(_markdown(run, reference, intro, judged, files), encoding="utf-8")
-    page.write_text(_html(run, reference, intro, judged, files), encoding="utf-8")
+    markdown.write_text(_markdown(run, reference, intro, verdicts, files), encoding="utf-8")
+    page.write_text(_html(run, reference, intro, verdicts, files), encoding="utf-8")
     return Report(page, markdown, files)
 
 

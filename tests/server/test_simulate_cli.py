@@ -1,16 +1,20 @@
 """`fedprune-simulate`: from a configuration to a report, and what it says to a wrong one."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedprune.errors import ExitCode
+from fedprune_server.config import read_config
 from fedprune_server.digits import deal, digits_model, write_hand
 from fedprune_server.record import Record
 from fedprune_server.report import TAIL
-from fedprune_server.simulate_cli import build_parser, main, read_plan
+from fedprune_server.simulate_cli import build_parser, main
+from fedprune_server.simulated_fleet import read_plan
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "simulate.md"
 NAMES = ("barn", "dock")
@@ -118,8 +122,7 @@ def test_calibration_samples_need_no_labels(config, tmp_path):
 
 def test_the_example_of_the_docs_is_a_fleet(config, tmp_path):
     block = re.search(r"```toml\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    path = Path(config(block.group(1)))
-    plan = read_plan(path, build_parser().parse_args(["--config", str(path), "--out", "x"]))
+    plan = read_plan(Path(config(block.group(1))))
     assert [d.name for d in plan.devices] == ["barn", "dock"]
     assert (plan.job.devices, plan.dropouts.probability) == (2, 0.1)
 
@@ -133,18 +136,91 @@ def test_the_docs_list_every_option():
 @pytest.mark.parametrize(
     ("old", "new", "code", "named"),
     [
+        ('data = "barn.npz"', 'data = "nothing.npz"', ExitCode.DATA, "[[devices]] 1: data: "),
         ('data = "barn.npz"', 'data = "nothing.npz"', ExitCode.DATA, "nothing.npz"),
-        ('profile = "jetson-orin-nano"', 'profile = "toaster"', ExitCode.PROFILE, "toaster"),
-        ('name = "dock"\n', "", ExitCode.CONFIG, "[[devices]] 2"),
-        ('name = "dock"\n', 'name = "barn"\n', ExitCode.CONFIG, "devices"),
+        (
+            'profile = "jetson-orin-nano"',
+            'profile = "toaster"',
+            ExitCode.PROFILE,
+            "[[devices]] 2: profile: there is no",
+        ),
+        (
+            'profile = "jetson-orin-nano"',
+            'profile = "./toaster.toml"',
+            ExitCode.PROFILE,
+            "[[devices]] 2: profile: can't",
+        ),
+        ('name = "dock"\n', "", ExitCode.CONFIG, "[[devices]] 2: name is missing"),
+        ('name = "dock"\n', 'name = "barn"\n', ExitCode.CONFIG, "[[devices]] 2: name: expected another"),
+        ('name = "dock"\n', 'name = "barn"\n', ExitCode.CONFIG, "got 'barn' as 1"),
+        ('name = "dock"\n', 'name = "dock"\nsamples = 3\n', ExitCode.CONFIG, "[[devices]] 2: unknown key 'samples'"),
+        ('name = "dock"\n', "name = 3\n", ExitCode.CONFIG, "[[devices]] 2: name: expected a text, got 3"),
         ("rounds = 2", "rounds = 0", ExitCode.CONFIG, "rounds"),
         ("[evaluation]", "[evaluations]", ExitCode.CONFIG, "evaluations"),
-        ("[evaluation]", "[dropouts]\nprobability = 1.0\n[evaluation]", ExitCode.CONFIG, "drop-outs"),
-        ("[evaluation]", '[dropouts]\nprobability = "often"\n[evaluation]', ExitCode.CONFIG, "probability"),
-        ('path = "model.onnx"', 'path = "server.npz"', ExitCode.MODEL, "server.npz"),
+        (
+            "[evaluation]",
+            "[dropouts]\nprobability = 1.0\n[evaluation]",
+            ExitCode.CONFIG,
+            "[dropouts] probability: expected",
+        ),
+        ("[evaluation]", '[dropouts]\nprobability = "often"\n[evaluation]', ExitCode.CONFIG, "[dropouts] probability"),
+        ("[evaluation]", "[dropouts]\naway_s = 0\n[evaluation]", ExitCode.CONFIG, "[dropouts] away_s: expected"),
+        ("[evaluation]", "[dropouts]\naway = 9\n[evaluation]", ExitCode.CONFIG, "[dropouts]: unknown key 'away'"),
+        ('path = "model.onnx"', 'path = "server.npz"', ExitCode.MODEL, "[model] path: "),
+        ('data = "server.npz"', 'data = "model.onnx"', ExitCode.DATA, "[evaluation] data: "),
+        ("[evaluation]", '[calibration]\ndata = "no.npz"\n[evaluation]', ExitCode.DATA, "[calibration] data: "),
     ],
 )
 def test_what_is_wrong_is_named(config, tmp_path, capsys, old, new, code, named):
     assert old in CONFIG
     assert main(["--config", config(CONFIG.replace(old, new, 1)), "--out", str(tmp_path / "out")]) == code
-    assert named in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert named in err
+    assert "fleet.toml: " in err
+    assert err.count("\n") == 1
+
+
+def test_one_file_serves_simulator_and_server(config, tmp_path):
+    text = CONFIG + '\n[dropouts]\nprobability = 0.1\n[server]\nprofiles = "nowhere"\n'
+    assert main(["--config", config(text), "--out", str(tmp_path / "out"), "--rounds", "1"]) == ExitCode.OK
+    (tmp_path / "nowhere").mkdir()
+    assert read_config(tmp_path / "fleet.toml").job.name == "yard"
+
+
+def test_the_demo_s_claims_are_not_made_for_other_fleets(config, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["--config", config(), "--out", str(out), "--reference", "--rounds", "1"]) == ExitCode.OK
+    for text in (capsys.readouterr().out, (out / "report.md").read_text(), (out / "report.html").read_text()):
+        assert "FedAvg" in text
+        assert "PASS" not in text
+        assert "FAIL" not in text
+
+
+def test_a_file_as_the_folder_is_a_usage_error(config, tmp_path, capsys):
+    assert main(["--config", config(), "--out", str(tmp_path / "barn.npz")]) == ExitCode.USAGE
+    assert "barn.npz is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--version"], ["--help"]])
+def test_what_needs_no_package_of_an_extra_works_without(option):
+    done = without_onnx(option)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "fedprune" in done.stdout
+
+
+def test_a_missing_extra_is_named(config, tmp_path):
+    done = without_onnx(["--config", config(), "--out", str(tmp_path / "out")])
+    assert done.returncode == ExitCode.MISSING_EXTRA
+    assert done.stderr.count("\n") == 1
+    assert "fedprune[server]" in done.stderr
+
+
+def without_onnx(arguments):
+    code = (
+        "import sys\n"
+        "sys.modules['onnx'] = None\n"
+        "from fedprune_server.simulate_cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    words = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
