@@ -267,8 +267,6 @@ def reduction(channels: Channels, node: Node) -> None:
     if axes is None and channels.has(node, 1):
         axes = channels.graph.initializers[node.inputs[1]].reshape(-1).tolist()
     gone = {a % len(x) for a in (axes if axes else range(len(x)))}
-    if channels.has(node, 1):
-        channels.rows[node.inputs[1]] = channels.still(node.inputs[1])
     channels.fix([x[a] for a in gone])
     if node.attrs.get("keepdims", 1):
         channels.out(node, [still(1) if a in gone else x[a] for a in range(len(x))])

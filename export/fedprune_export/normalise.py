@@ -82,8 +82,8 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None) 
     _drop_casts(graph, seen)
     _fold(graph, seen, constants)
     lower(graph, notes)
-    _drop_idle(graph)
     _simplify(graph, seen, constants)
+    _drop_idle(graph)
     graph.prune()
     if parameters is None:
         untie(graph, constants, notes)
@@ -264,6 +264,8 @@ def _simplify(graph: Graph, seen: Trace, constants: set[str]) -> None:
                 node.inputs = node.inputs[:2]
         elif node.op == "Reshape":
             _simplify_reshape(graph, node, seen)
+        elif node.op == "ReduceSum":
+            _simplify_sum(graph, node)
         elif node.op in ("Squeeze", "Unsqueeze") and len(node.inputs) == 2:
             target = node.inputs[1]
             if target in graph.initializers:
@@ -280,6 +282,22 @@ def _simplify_reshape(graph: Graph, node: Node, seen: Trace) -> None:
     if sum(d is None for d in target) <= 1 and 0 not in target:
         node.inputs = [node.inputs[0], graph.ints(*(-1 if d is None else d for d in target))]
         node.attrs.pop("allowzero", None)
+
+
+def _simplify_sum(graph: Graph, node: Node) -> None:
+    """The one reduction whose axes opset 17 takes as an input: known ones that are, or no input for all of them."""
+    axes: list[int] = []
+    if len(node.inputs) > 1 and node.inputs[1]:
+        if node.inputs[1] not in graph.initializers:
+            raise ModelError(f"operator {node.op} ({node.name}) takes computed axes", expected="constant axes")
+        axes = graph.initializers[node.inputs[1]].reshape(-1).tolist()
+    nothing = node.attrs.pop("noop_with_empty_axes", 0)
+    if axes:
+        node.inputs[1:] = [graph.ints(*axes)]
+    else:
+        node.inputs = node.inputs[:1]
+        if nothing:
+            node.op, node.attrs = "Identity", {}
 
 
 def _name_nodes(graph: Graph) -> None:

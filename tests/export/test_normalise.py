@@ -310,3 +310,49 @@ def test_an_integer_input_is_refused() -> None:
 
     with pytest.raises(ModelError, match="type of input image: expected float32, got int64"):
         import_onnx(graph.to_bytes(), "net")
+
+
+def test_a_sum_over_nothing_goes() -> None:
+    def build(graph: Graph) -> str:
+        value = graph.emit("ReduceSum", linear(graph, "image", 3, 4), attrs={"noop_with_empty_axes": 1})
+        return linear(graph, value, 4, 2, "last")
+
+    model, graph = model_of(build, 3)
+
+    assert [n.op for n in model.graph.nodes] == ["MatMul", "MatMul"]
+    assert [g.size for g in model.architecture.groups] == [4]
+    assert same(model, graph)
+
+
+@pytest.mark.parametrize("axes", [[2, 3], [-1, -2]])
+def test_a_sum_over_places_passes_channels(axes: list[int]) -> None:
+    def build(graph: Graph) -> str:
+        graph.initializers["k"] = random(5, 3, 1, 1)
+        value = graph.emit("Relu", graph.emit("Conv", "image", "k"))
+        return linear(graph, graph.emit("ReduceSum", value, graph.ints(*axes), attrs={"keepdims": 0}), 5, 2)
+
+    model, graph = model_of(build, 3, 4, 4)
+
+    assert [g.size for g in model.architecture.groups] == [5]
+    assert same(model, graph)
+
+
+def test_a_sum_over_all_axes_that_are_left_out() -> None:
+    def build(graph: Graph) -> str:
+        total = graph.emit("ReduceSum", linear(graph, "image", 3, 4, "first"), attrs={"keepdims": 0})
+        return linear(graph, graph.emit("Add", "image", total), 3, 2)
+
+    model, graph = model_of(build, 3)
+
+    assert model.architecture.groups == ()
+    assert same(model, graph)
+
+
+def test_a_sum_over_computed_axes_is_named() -> None:
+    def build(graph: Graph) -> str:
+        number = graph.emit("Cast", graph.emit("ReduceMin", "image", attrs={"keepdims": 0}), attrs={"to": 7})
+        axis = graph.emit("Add", graph.emit("Mul", number, graph.ints(0)), graph.ints(2))
+        return linear(graph, graph.emit("ReduceSum", "image", axis, attrs={"keepdims": 0}), 3, 2)
+
+    with pytest.raises(ModelError, match=r"ReduceSum.*takes computed axes: expected constant axes"):
+        model_of(build, 3, 4)
