@@ -90,6 +90,8 @@ def _site(text: str) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from fedprune.profile_store import find as find_profile
+    from fedprune.profile_store import names as names_of_profiles
     from fedprune.wire.link import Link
     from fedprune_server.broker import EmbeddedBroker
     from fedprune_server.config import ServerConfig, overridden, read_config
@@ -123,6 +125,9 @@ def _run(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         stack.enter_context(_logged_to_stdout(arguments.verbose))
         folder = stack.enter_context(StateFolder(config.state))
+        profiles = () if config.profiles is None else (config.profiles,)
+        for name in names_of_profiles(profiles) if profiles else ():
+            find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
         opened = folder.open_job(config)
         broker = None
         url = config.broker
@@ -150,7 +155,7 @@ def _run(arguments: argparse.Namespace) -> int:
             site=config.site,
             keep=config.keep,
             pulls=config.pulls,
-            profiles=() if config.profiles is None else (config.profiles,),
+            profiles=profiles,
             max_devices=config.max_devices,
             broker=broker,
             display=display,

@@ -350,6 +350,7 @@ class Daemon:
             for device, session in silent.items():
                 self._uploads.drop(device)
                 self._handle(on.DeviceDied(device, session))
+        self._roster.namesakes.settle(now)
         for device in self._roster.silent(now, _UNHEARD_OFFER_S):
             task = self.state.tasks[device]
             if task.offer is not None:

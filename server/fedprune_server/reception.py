@@ -123,6 +123,8 @@ class Reception:
 
     def _born(self, birth: Birth, size: int) -> on.Event | None:
         self._roster.admit(birth.device, one_line(birth.software), size)
+        name = one_line(birth.profile, 64)
+        self._roster.born(birth.device, birth.session, name, birth.samples, self._monotonic())
         if birth.held is not None:
             self._void(birth.device, **birth.held)
         try:
@@ -130,7 +132,7 @@ class Reception:
             # What is kept is what we know how to check, and no more.
             probe = None if birth.probe is None else ProbeReport.from_dict(birth.probe).to_dict()
         except ProfileError as error:
-            self._roster.exclude(birth.device, one_line(str(error)), one_line(birth.profile, 64), birth.samples)
+            self._roster.exclude(birth.device, _advice(error), name, birth.samples)
             return None
         return on.DeviceBorn(birth.device, birth.session, profile, birth.samples, probe)
 
@@ -174,6 +176,15 @@ class Reception:
         task = self._state.tasks.get(device)
         offer: Mapping[str, Any] = (task.offer if task else None) or {}
         return {v["sha256"] for v in offer.values() if isinstance(v, dict) and "sha256" in v}
+
+
+def _advice(error: ProfileError) -> str:
+    """Why a profile can't be used, with what to do about it on this side of the wire."""
+    if not error.what.startswith("there is no hardware profile"):
+        return one_line(str(error))
+    return one_line(
+        f"{error.what}. Give the server the board's profile file, too: --profiles FOLDER (docs/add-a-board.md)"
+    )
 
 
 def _plain_name(profile: str) -> str:

@@ -15,6 +15,7 @@ from fedprune.errors import ProtocolError
 from fedprune.job import Job
 from fedprune.plan import Plan
 from fedprune.wire.messages import Progress
+from fedprune_server.namesakes import Namesakes
 from fedprune_server.table import Row, Snapshot
 
 log = logging.getLogger("fedprune.server")
@@ -63,6 +64,7 @@ class Roster:
         self._state = state
         self._limit = limit
         self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
+        self.namesakes = Namesakes()
         self.outsiders: dict[str, dict[str, Any]] = {}
         """Devices that announced themselves and can't even be planned for, and why."""
         for name, body in (outsiders or {}).items():
@@ -145,6 +147,27 @@ class Roster:
         contact = self[device]
         if contact.offered_at is not None:
             contact.seconds, contact.offered_at = now - contact.offered_at, None
+
+    def born(self, device: str, session: int, profile: str, samples: int, now: float) -> None:
+        """A device announces itself: see whether it is the one that had this name before.
+
+        Args:
+            device: Its name; it has been admitted.
+            session: Number of its connection.
+            profile: What it says that it is.
+            samples: Its training samples.
+            now: Seconds of a clock that nobody sets.
+        """
+        known = self._state.devices.get(device)
+        reason = self.namesakes.born(device, session, (profile, samples), known is not None and known.online, now)
+        if reason:
+            log.warning(
+                "device %s: another board called %s seems to be connected: %s. Give every board a --device of its own, "
+                "unless this one was only started again with other data.",
+                device,
+                device,
+                reason,
+            )
 
     def exclude(self, device: str, problem: str, profile: str, samples: int) -> None:
         """A device can't even be planned for; said once.
@@ -240,7 +263,7 @@ class Roster:
             bytes_up=contact.up,
             seconds=contact.seconds,
             accuracy=contact.accuracy,
-            state=doing,
+            state=f"{doing} (two boards of this name?)" if self.namesakes.suspects(name) else doing,
         )
 
 

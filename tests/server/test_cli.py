@@ -206,6 +206,15 @@ def test_only_a_job_that_is_interrupted_ends_with_the_code_for_it(
     assert main(["run", "--state", str(state), "--port", "0"]) == code
 
 
+def test_a_broken_profile_of_ones_own_is_an_error_at_the_start(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "my-board.toml").write_text("name = ")
+    assert main(["run", "--state", str(state), "--profiles", str(tmp_path / "own")]) == ExitCode.PROFILE
+    assert "my-board.toml" in one_line(capsys)
+
+
 def test_a_site_that_is_no_name_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["run", "--site", "a b"])

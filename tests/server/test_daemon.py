@@ -323,6 +323,26 @@ def test_the_table_shows_why_a_device_takes_no_part(fleet: Fleet) -> None:
     assert row.state.startswith("takes no part: there is no hardware profile")
 
 
+def test_two_boards_of_one_name_are_warned_of_and_shown(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    daemon = fleet.daemon()
+    device = fleet.air.devices["a"]
+
+    def idle() -> None:
+        if not daemon.busy and fleet.air.now == 0.0:
+            fleet.air.now = 1.0
+            twin = Birth("a", device.session + 1, "jetson-orin-nano", 7, "test", None, None)
+            fleet.air.to_server("fedprune/1/default/a/-/up", twin.to_bytes())
+        elif not daemon.busy:
+            daemon.stop()
+
+    fleet.air.on_idle = idle
+    daemon.run()
+    warnings = [r.getMessage() for r in caplog.records if "another board called a" in r.getMessage()]
+    assert len(warnings) == 1
+    assert "now it is a jetson-orin-nano with 7 samples" in warnings[0]
+    assert "two boards of this name?" in next(r.state for r in daemon.snapshot().rows if r.device == "a")
+
+
 @pytest.mark.parametrize("profile", ["x" * 256, "../x", ".", "raspberry-pi-5.json", "a\nb", "Ä", ""])
 def test_a_profile_is_named_by_a_plain_name(fleet: Fleet, profile: str) -> None:
     fleet.job = replace(JOB, devices=2)
