@@ -17,7 +17,7 @@ from fedprune.bundle import (
     manifest,
     open_bundle,
 )
-from fedprune.disk import write_whole
+from fedprune.disk import storage_errors, write_whole
 from fedprune.errors import BundleError
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
@@ -38,12 +38,7 @@ def bundle_files(model: Model, selection: Selection, recipe: Recipe) -> dict[str
         ModelError: An operator can't be trained.
         BundleError: The selection doesn't fit the model.
     """
-    if selection.architecture.digest != model.architecture.digest:
-        raise BundleError(
-            "selection belongs to another architecture",
-            expected=model.architecture.digest[:12],
-            got=selection.architecture.digest[:12],
-        )
+    model.check(selection)
     return {
         INFERENCE: inference_model(model, selection.widths),
         WEIGHTS: tensorfile.encode(selection.gather(model.tensors)),
@@ -76,14 +71,15 @@ def write_bundle(
     Raises:
         BundleError: The folder holds something else, or the files don't belong together.
         StorageFullError: There is no room; the folder is no bundle then.
-        StorageError: The disk fails.
+        StorageError: The folder can't be made or written to.
     """
     classes = selection.architecture.classes
     if class_names and len(class_names) != classes:
         raise BundleError("class names", expected=f"{classes} names", got=len(class_names))
     check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
+    with storage_errors(f"can't write a bundle to {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
     for name, raw in files.items():
         write_whole(folder / name, raw)
     write_whole(folder / MANIFEST, manifest(files, selection, recipe, target, class_names).encode())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fedprune.architecture import Axis
-from fedprune.errors import BundleError, ModelError
+from fedprune.errors import ModelError
 from fedprune.selection import Selection
 from fedprune_export.graph import Graph, Node
 from fedprune_export.imported import Model
@@ -27,12 +27,7 @@ def cut(model: Model, selection: Selection) -> Graph:
     Raises:
         BundleError: The selection belongs to another architecture.
     """
-    if selection.architecture.digest != model.architecture.digest:
-        raise BundleError(
-            "selection belongs to another architecture",
-            expected=model.architecture.digest[:12],
-            got=selection.architecture.digest[:12],
-        )
+    model.check(selection)
     graph = at_widths(model, selection.widths)
     graph.initializers = {**selection.gather(model.tensors), **graph.initializers}
     return graph

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedprune.architecture import Architecture, Axis
-from fedprune.selection import Tensors
+from fedprune.errors import BundleError
+from fedprune.selection import Selection, Tensors
 from fedprune_export.graph import Graph
 
 
@@ -31,3 +32,16 @@ class Model:
     def tensors(self) -> Tensors:
         """Weights and statistics by name, in the architecture's order."""
         return {t.name: self.graph.initializers[t.name] for t in self.architecture.tensors}
+
+    def check(self, selection: Selection) -> None:
+        """Make sure that a selection is one of this model's channels.
+
+        Raises:
+            BundleError: It belongs to another architecture.
+        """
+        if selection.architecture.digest != self.architecture.digest:
+            raise BundleError(
+                "selection belongs to another architecture",
+                expected=self.architecture.digest[:12],
+                got=selection.architecture.digest[:12],
+            )

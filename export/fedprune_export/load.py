@@ -75,6 +75,9 @@ def read_source(source: str | Path, *, input_shape: Sequence[int] | None = None)
 def import_onnx(raw: bytes, name: str) -> Model:
     """Import an ONNX model from memory; the same bytes and name always give the same architecture.
 
+    Models below opset 17 are raised by onnx, which may name values another way in another version: then the same
+    architecture is only sure with the same version of onnx.
+
     Raises:
         ModelError: It is damaged, or uses what can't be handled.
     """

@@ -12,7 +12,7 @@ from cutting import distance, inputs, outputs, random_selection
 
 from fedprune import tensorfile
 from fedprune.bundle import FILES, MANIFEST, open_bundle
-from fedprune.errors import BundleError, StorageFullError
+from fedprune.errors import BundleError, StorageError, StorageFullError
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune.session import Session
@@ -109,6 +109,13 @@ def test_a_full_disk_leaves_no_bundle(
     assert not any(p.name.endswith(".partial") for p in (tmp_path / "b").iterdir())
     with pytest.raises(BundleError, match=MANIFEST):
         open_bundle(tmp_path / "b")
+
+
+def test_a_folder_that_cannot_be_made(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(StorageError, match="can't write a bundle to"):
+        write_bundle(tmp_path / "file" / "b", files, half, Recipe(), "raspberry-pi-5")
 
 
 def test_class_names_must_fit(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
