@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.errors import ConfigError
-from fedprune_server.config import ServerConfig, overridden, read_config
+from fedprune_server.config import ServerConfig, overridden, parse_config, read_config
 
 WHOLE = """
 [job]
@@ -129,3 +129,8 @@ def test_a_wrong_value_on_the_command_line_is_named(tmp_path: Path) -> None:
 )
 def test_only_an_embedded_broker_on_a_network_is_open_to_others(broker: str, host: str, expected: bool) -> None:
     assert ServerConfig(broker=broker, host=host).open_to_others is expected
+
+
+def test_a_simulations_tables_are_left_to_the_simulation(tmp_path: Path) -> None:
+    body = {"job": {"name": "leaves"}, "devices": [{"name": "a"}], "dropouts": {"share": 0.1}}
+    assert parse_config(body, "fleet.toml", tmp_path) == parse_config({"job": body["job"]}, "fleet.toml", tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -40,6 +41,19 @@ def test_the_example_configuration_has_every_key() -> None:
     server = {f.name for f in fields(ServerConfig)} - tables
     assert set(body["server"]) == server - {"ca"}  # type: ignore[call-overload]
     assert "\n# ca = " in (DOCS / "run-a-fleet.md").read_text()  # an embedded broker has none
+
+
+def test_the_example_names_the_right_defaults() -> None:
+    text = (DOCS / "run-a-fleet.md").read_text()
+    said = dict(re.findall(r"^(\w+) = .*default (\S+)$", text, re.MULTILINE))
+    assert {"rounds", "devices", "epochs", "port"} <= set(said)
+    for kind in (Job, Recipe, ServerConfig):
+        for field in fields(kind):
+            if field.name in said:
+                default = field.default
+                shown = json.dumps(str(default) if isinstance(default, Path) else default)
+                assert said.pop(field.name) == shown
+    assert said == {}
 
 
 def test_every_exit_code_has_a_paragraph_that_says_how_to_resolve_it() -> None:
