@@ -89,7 +89,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.out.exists() and not arguments.out.is_dir():
         raise UsageError(f"--out {arguments.out} is a file", expected="a folder, which is made if missing")
     check_folder(arguments.out)
-    profile = profile_store.find(arguments.target)
+    profile = profile_store.chosen(arguments.target)
     recipe = _recipe(arguments.recipe)
     with _progress() as tell:
         tell(f"importing {arguments.model}")

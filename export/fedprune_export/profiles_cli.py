@@ -71,7 +71,7 @@ def show_profile(arguments: argparse.Namespace) -> int:
     Raises:
         ProfileError: There is none of that name, or it doesn't make sense.
     """
-    profile = profile_store.find(arguments.name, arguments.folder)
+    profile = profile_store.chosen(arguments.name, arguments.folder)
     if arguments.json:
         _print_json(profile.to_dict())
         return 0

@@ -152,7 +152,7 @@ def _device(row: Mapping[str, str], where: str, job: Job, path: Path) -> Virtual
     if "/" in profile or profile.endswith((".toml", ".json")):
         profile = str(path.parent / profile)
     with _named(f"{where}: profile"):
-        board = profile_store.find(profile)
+        board = profile_store.chosen(profile)
     with _named(f"{where}: data"):
         return VirtualDevice(name, board, load_data(source, job.seed, name))
 

@@ -115,13 +115,15 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, search: Callable[[l
         search([tmp_path / "nowhere"])
 
 
-def test_a_folder_is_no_profile(tmp_path: Path) -> None:
-    with pytest.raises(ProfileError, match=r"is a folder: expected a TOML or JSON file"):
-        profile_store.find(tmp_path)
-
-
-def test_a_folder_named_like_a_profile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("typed", ["boards", "./boards", "boards/"])
+def test_a_folder_is_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
     (tmp_path / "boards").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ProfileError, match=r"boards is a folder; name a file in it"):
-        profile_store.find("boards")
+    with pytest.raises(ProfileError, match=r"boards/? is a folder: expected a profile's name, or a TOML or JSON file"):
+        profile_store.chosen(typed)
+
+
+def test_a_folder_does_not_hide_a_profile_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "raspberry-pi-5").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert profile_store.chosen("raspberry-pi-5") == profile_store.find("raspberry-pi-5")

@@ -47,8 +47,6 @@ def read(path: Path) -> HardwareProfile:
     Raises:
         ProfileError: It can't be read or doesn't make sense; the message names the file.
     """
-    if path.is_dir():
-        raise ProfileError(f"{path} is a folder", expected="a TOML or JSON file of one profile")
     if path.suffix != ".json":
         return HardwareProfile.from_toml(path)
     try:
@@ -86,10 +84,24 @@ def find(name_or_path: str | Path, folders: Sequence[Path] = ()) -> HardwareProf
     raise ProfileError(
         f"there is no hardware profile called {text!r}",
         expected=f"one of {', '.join(names(folders))}, or a path",
-        hint=f"{text} is a folder; name a file in it."
-        if Path(text).is_dir()
-        else "docs/add-a-board.md shows how to write one, and where to put it.",
+        hint="docs/add-a-board.md shows how to write one, and where to put it.",
     )
+
+
+def chosen(name_or_path: str, folders: Sequence[Path] = ()) -> HardwareProfile:
+    """As `find`, for what a user of this machine typed: says so where it is a folder.
+
+    Raises:
+        ProfileError: As `find`.
+    """
+    try:
+        return find(name_or_path, folders)
+    except ProfileError as error:
+        if Path(name_or_path).is_dir():
+            raise ProfileError(
+                f"{name_or_path} is a folder", expected="a profile's name, or a TOML or JSON file of one profile"
+            ) from error
+        raise
 
 
 def identify(model: str, machine: str | None = None, folders: Sequence[Path] = ()) -> HardwareProfile:
