@@ -80,8 +80,7 @@ class Storage:
 
     Args:
         url: Where it is, as SQLAlchemy writes it, such as `sqlite:////var/lib/fedprune/server.db`.
-
-        create: Make what is missing. Whoever only looks must not: the server may be making it at this moment.
+        create: Make what is missing. Whoever only looks must not, and opens it to read only.
         logged: How many events the log keeps at least.
 
     Raises:
@@ -142,16 +141,16 @@ class Storage:
         path = folder / FILE
         with storage_errors(f"can't read {path}"):
             there = path.is_file()
-        if there and not os.access(path, os.R_OK, effective_ids=True):
-            raise StorageError(
-                f"can't read {path}: permission denied",
-                hint="Run the command as the server's user; the database may hold a broker's password.",
-            )
         if not there:
             raise StorageError(
                 f"{folder} is no server's state folder",
                 expected=f"a file {FILE} in it",
                 hint="Give the folder that `fedprune-server run --state` used.",
+            )
+        if not os.access(path, os.R_OK, effective_ids=True):
+            raise StorageError(
+                f"can't read {path}: permission denied",
+                hint="Run the command as the server's user; the database may hold a broker's password.",
             )
         return cls(_url(folder), create=False)
 
@@ -330,12 +329,10 @@ def _url(folder: Path) -> str:
 
 
 def _read_only(url: str) -> sql.Engine:
-    path = urllib.parse.quote(url.removeprefix("sqlite:///"))
-
-    def connect() -> sqlite3.Connection:
-        return sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=_BUSY_S, check_same_thread=False)
-
-    return sql.create_engine(url, creator=connect)
+    where = f"file:{urllib.parse.quote(url.removeprefix('sqlite:///'))}?mode=ro"
+    return sql.create_engine(
+        url, creator=lambda: sqlite3.connect(where, uri=True, timeout=_BUSY_S, check_same_thread=False)
+    )
 
 
 def _tune_sqlite(connection: Any, record: object) -> None:
