@@ -75,7 +75,12 @@ class Worker:
         self._session: Session | None = None
 
     def initial(self) -> str:
-        """Put the model's own weights into the store and return their digest."""
+        """Put the model's own weights into the store and return their digest.
+
+        Raises:
+            ModelError: The model can't be trained, which is better known before the first device is there.
+        """
+        self._training_graph()
         return self.store.put(tensorfile.encode(self.model.tensors)).sha256
 
     def execute(self, command: Work) -> on.Event:

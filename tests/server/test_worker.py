@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from fedprune.architecture import widths_at
 from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.errors import StorageError
+from fedprune.errors import ModelError, StorageError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
@@ -252,3 +253,13 @@ def test_without_data_of_its_own_the_server_measures_nothing(model: Model, tmp_p
     w = worker(model, tmp_path)
 
     assert w.execute(do.Evaluate(3, w.initial())) == on.Evaluated(3, {})
+
+
+def test_a_model_that_cannot_be_trained_is_refused_before_the_first_device_comes(model: Model, tmp_path: Path) -> None:
+    graph = model.graph.copy()
+    last = next(n for n in graph.nodes if model.graph.outputs[0].name in n.outputs)
+    last.outputs = ["before"]
+    graph.emit("Sin", "before", out=model.graph.outputs[0].name)
+
+    with pytest.raises(ModelError, match="Sin"):
+        worker(replace(model, graph=graph), tmp_path).initial()
