@@ -317,6 +317,19 @@ def pad(channels: Channels, node: Node) -> None:
     channels.out(node, out)
 
 
+@rule("Slice")
+def slicing(channels: Channels, node: Node) -> None:
+    """Axes of which something is cut out stay; the others pass."""
+    x = channels.of(node, 0)
+    axes = list(range(channels.shape(node.inputs[1])[0]))
+    if channels.has(node, 3):
+        given = channels.graph.initializers.get(node.inputs[3])
+        axes = list(range(len(x))) if given is None else [int(a) % len(x) for a in given]
+    channels.fix([x[a] for a in axes])
+    shape = channels.shape(node.outputs[0])
+    channels.out(node, [still(shape[i]) if i in axes else row for i, row in enumerate(x)])
+
+
 @rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def reshape(channels: Channels, node: Node) -> None:
     """Runs of axes that hold the same elements are matched; within a run atoms are spread out or gathered."""

@@ -203,3 +203,28 @@ def test_channels_go_where_the_graph_computes_with_the_batch_alone() -> None:
 
     assert [g.size for g in model.architecture.groups] == [16, 8]
     assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
+
+
+def test_a_crop_passes_channels() -> None:
+    def build(graph: Graph, rng: np.random.Generator) -> str:
+        value = graph.emit("Relu", _conv(graph, rng, "image", "first", (6, 3, 3, 3)))
+        value = graph.emit("Slice", value, graph.ints(1, 2), graph.ints(-1, 7), graph.ints(-1, 2))
+        return _conv(graph, rng, value, "last", (8, 6, 1, 1))
+
+    model = _net(build, 4)
+
+    assert [g.size for g in model.architecture.groups] == [6, 8]
+    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
+
+
+@pytest.mark.parametrize("axes", [[1], []], ids=["axis", "no axes"])
+def test_channels_of_which_some_are_cut_out_stay(axes: list[int]) -> None:
+    def build(graph: Graph, rng: np.random.Generator) -> str:
+        value = graph.emit("Relu", _conv(graph, rng, "image", "first", (6, 3, 3, 3)))
+        ranges = (graph.ints(1), graph.ints(5), graph.ints(1)) if axes else (graph.ints(0, 1), graph.ints(2**31, 5))
+        return _conv(graph, rng, graph.emit("Slice", value, *ranges), "last", (8, 4, 1, 1))
+
+    model = _net(build, 4)
+
+    assert [g.size for g in model.architecture.groups] == [8]
+    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
