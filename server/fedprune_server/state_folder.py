@@ -124,9 +124,9 @@ class StateFolder:
             self.storage.save(state, None, time.time())
         else:
             self._check_blobs(state)
+            sweep(self.store, state, config.keep)  # not a new job's folder: its worker has just put graphs there
             if state.phase is Phase.FINISHED and state.round < config.job.rounds:
                 state.phase = Phase.WAITING
-        sweep(self.store, state, config.keep)
         return OpenJob(config.job, model, worker, state, _changes(known, settings))
 
     def _model_bytes(self, config: ServerConfig, known: dict[str, Any] | None) -> tuple[bytes, str]:

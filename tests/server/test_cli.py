@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fedprune import tensorfile
 from fedprune.coordination import Phase, State
+from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.state import Device, Progress, Task
 from fedprune.errors import ExitCode, ModelError
@@ -240,6 +241,21 @@ def test_a_missing_global_model_is_noticed(state: Path, capsys: pytest.CaptureFi
         folder.store.delete(digest)
     assert main(["run", "--state", str(state)]) == ExitCode.STORAGE
     assert digest in one_line(capsys)
+
+
+@pytest.mark.parametrize("start", ["first", "second"])
+def test_all_blobs_of_an_offer_are_there(model: Path, tmp_path: Path, start: str) -> None:
+    config = ServerConfig(job=Job(name="leaves"), model=str(model))
+    with StateFolder(tmp_path / "s") as folder:
+        opened = folder.open_job(config)
+        if start == "second":
+            opened = folder.open_job(config)
+        scored = opened.worker.execute(do.Score(1, "magnitude", opened.state.model, None))
+        assert isinstance(scored, on.Scored)
+        extracted = opened.worker.execute(do.Extract(1, "a", 1, opened.state.model, scored.ranking, (4,)))
+        assert isinstance(extracted, on.Extracted)
+        for name in ("weights", "training", "inference"):
+            assert folder.store.has(extracted.offer[name]["sha256"])
 
 
 def test_more_rounds_wake_a_finished_job(state: Path) -> None:
