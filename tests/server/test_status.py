@@ -1,0 +1,89 @@
+"""`fedprune-server status`: boards first, with connection and reasons, then the latest rounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedprune.coordination import Phase, State
+from fedprune.coordination.state import Device, Progress, Task
+from fedprune.errors import ExitCode
+from fedprune.job import Job
+from fedprune_server.cli import main
+from fedprune_server.storage import Storage
+
+
+@pytest.fixture
+def fleet_state(tmp_path: Path) -> Path:
+    """A state folder after twelve rounds, with boards of every kind."""
+    profile = {"name": "pi"}
+    state = State(
+        model="0" * 64,
+        round=13,
+        phase=Phase.TRAINING,
+        devices={
+            "good": Device(1, True, profile, None, 300, widths=(3,)),
+            "off": Device(1, False, profile, None, 200, widths=(3,)),
+            "small": Device(1, True, profile, None, 100, excluded="no width fits: memory"),
+            "full": Device(1, True, profile, None, 100, widths=(3,)),
+        },
+        tasks={"full": Task(1, (3,), Progress.REFUSED, reason="disk full")},
+        history=[
+            {
+                "round": n,
+                "at": float(n),
+                "model": "0" * 64,
+                "metrics": {},
+                "devices": {"off": {"progress": "refused", "reason": f"too hot in {n}"}},
+            }
+            for n in range(1, 13)
+        ],
+    )
+    with Storage.at(tmp_path) as storage:
+        storage.put_settings({"job": Job(name="leaves", rounds=20).to_dict(), "name": "n"})
+        storage.put_outsiders({"odd": {"online": True, "profile": "toaster", "samples": 9, "excluded": "no profile"}})
+        storage.save(state, None, 1.0)
+    return tmp_path
+
+
+def test_status_shows_devices_first_with_connection_and_reasons(
+    fleet_state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", "--state", str(fleet_state)]) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    begins = [
+        "device full (pi): online, 100 samples",
+        "round 13: refused: disk full",
+        "device good (pi): online, 300 samples",
+        "device odd (toaster): online, 9 samples, takes no part: no profile",
+        "device off (pi): offline, 200 samples",
+        "round 12: refused: too hot in 12",
+        "device small (pi): online, 100 samples, takes no part: no width fits",
+        "the last 10 of 12 rounds:",
+        "round 3: 0 of 1 devices",
+    ]
+    for line, begin in zip(lines[1:], begins, strict=False):
+        assert line.strip().startswith(begin)
+
+
+@pytest.mark.parametrize(("options", "first"), [(["--rounds", "2"], 11), (["--rounds", "50"], 1)])
+def test_status_shows_as_many_rounds_as_asked(
+    fleet_state: Path, options: list[str], first: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["status", "--state", str(fleet_state), *options])
+    rounds = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  round")]
+    assert len(rounds) == 13 - first
+    assert rounds[0].startswith(f"  round {first}:")
+
+
+def test_status_as_json_has_excluded_boards_and_reasons(fleet_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--json", "--state", str(fleet_state)]) == ExitCode.OK
+    body = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in body["devices"]}
+    assert rows["odd"]["excluded"] == "no profile"
+    assert rows["small"]["excluded"] == "no width fits: memory"
+    assert (rows["full"]["progress"], rows["full"]["reason"]) == ("refused", "disk full")
+    assert len({frozenset(row) for row in rows.values()}) == 1
+    assert len(body["rounds"]) == 12
