@@ -340,6 +340,7 @@ def reshape(channels: Channels, node: Node) -> None:
         carried = _spread([x[i] for i in olds], [target[i] for i in news])
         if carried is None or any(row.any() and dims[i] is None for i, row in zip(news, carried, strict=True)):
             channels.fix([x[i] for i in olds])
+            channels.notes.append(f"{node.op} {node.name} mixes channels with other axes: they stay.")
             continue
         for i, row in zip(news, carried, strict=True):
             out[i] = row

@@ -228,3 +228,16 @@ def test_channels_of_which_some_are_cut_out_stay(axes: list[int]) -> None:
 
     assert [g.size for g in model.architecture.groups] == [8]
     assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
+
+
+def test_channels_that_a_reshape_mixes_stay_and_are_named() -> None:
+    def build(graph: Graph, rng: np.random.Generator) -> str:
+        value = graph.emit("Relu", _conv(graph, rng, "image", "first", (6, 3, 3, 3)))
+        value = graph.emit("Reshape", value, graph.ints(-1, 32, 12))
+        return _conv(graph, rng, graph.emit("Reshape", value, graph.ints(-1, 6, 8, 8)), "last", (8, 6, 1, 1))
+
+    model = _net(build, 4)
+
+    assert [g.size for g in model.architecture.groups] == [8]
+    assert any("mixes channels" in note for note in model.notes)
+    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
