@@ -185,8 +185,11 @@ def test_a_directory_of_an_earlier_version_is_claimed_by_the_next_device(tmp_pat
 
 
 def test_a_closed_directory_can_be_opened_again(tmp_path: Path) -> None:
-    for _ in range(2):
-        DeviceStore(tmp_path).close()
+    DeviceStore(tmp_path).close()
+    again = DeviceStore(tmp_path)
+
+    assert again.offer is None
+    again.close()
 
 
 @pytest.mark.parametrize("name", ["session.json", "offer.json", "pending.json", "serving/serving.json"])

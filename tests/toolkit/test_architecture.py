@@ -170,7 +170,10 @@ def test_parts_that_contradict_each_other_are_refused(broken: Architecture) -> N
     ],
 )
 def test_even_segments_in_any_order_are_fine(axis: tuple[Segment, ...]) -> None:
-    with_axis(*axis).validate()
+    architecture = with_axis(*axis)
+    architecture.validate()
+
+    assert Architecture.from_json(architecture.to_json()) == architecture
 
 
 def test_a_claim_of_two_thousand_million_channels_is_checked_at_once() -> None:
