@@ -188,7 +188,7 @@ def test_a_closed_directory_can_be_opened_again(tmp_path: Path) -> None:
     DeviceStore(tmp_path).close()
     again = DeviceStore(tmp_path)
 
-    assert again.offer is None
+    assert again.pending is None
     again.close()
 
 
