@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from fedprune.coordination import Phase, State
 from fedprune.coordination.state import Progress
 from fedprune.errors import ExitCode, StorageError
 from fedprune_server.storage import Storage
+from machine import find_mosquitto
 
 pytestmark = pytest.mark.system
 
@@ -100,7 +100,7 @@ class Site:
     def command(self, name: str) -> list[str]:
         url = f"mqtt://127.0.0.1:{self.port}"
         if name == "broker":
-            return [str(shutil.which("mosquitto")), "-c", str(self.folder / "mosquitto.conf")]
+            return [find_mosquitto(), "-c", str(self.folder / "mosquitto.conf")]
         if name == "server":
             where = ["--broker", url] if self.mosquitto else ["--port", str(self.port)]
             run = ["run", "--config", str(self.material / "fleet.toml"), "--state", str(self.state)]

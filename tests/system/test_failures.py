@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import machine
 from fedprune.errors import ExitCode
 from fedprune.profile_store import shipped_folder
 from fedprune_server.digits import deal, digits_model, write_hand
@@ -81,15 +82,8 @@ def images(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 256 KiB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], check=False)
-    if mount.returncode:
-        pytest.skip("no small disk can be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with machine.small_disk(tmp_path / "disk", "256k") as folder:
+        yield folder
 
 
 @pytest.fixture

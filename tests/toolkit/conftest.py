@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
 import subprocess
 import time
@@ -12,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from machine import find_mosquitto
 
 
 @dataclass
@@ -33,15 +33,6 @@ class Mosquitto:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-
-
-def find_mosquitto() -> str:
-    found = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
-    if found is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("CI must have mosquitto")
-        pytest.skip("mosquitto is not installed")
-    return found
 
 
 def free_port() -> int:

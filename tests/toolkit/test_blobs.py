@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import machine
 from fedprune.blobs import BlobStore
 from fedprune.errors import ProtocolError, StorageError, StorageFullError
 from fedprune.wire.blob_ref import LEAF, BlobRef, leaf_table
@@ -237,13 +238,8 @@ def test_a_blob_that_the_disk_has_no_room_for_is_refused_before_the_first_byte(t
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("can't mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with machine.small_disk(tmp_path / "tiny", "1m") as folder:
+        yield folder
 
 
 def test_a_disk_that_fills_up_leaves_the_store_as_it_was(tiny_disk: Path) -> None:
