@@ -12,7 +12,6 @@ from typing import Any
 
 import sqlalchemy
 
-from fedprune.architecture import Activation, Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
 from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
@@ -26,22 +25,8 @@ from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
 from fedprune_server.daemon import Daemon
 from fedprune_server.storage import Storage
+from toy import ARCHITECTURE, JOB, NAMES
 
-CHANNELS = Axis((Segment(0, 0, 8),))
-ARCHITECTURE = Architecture(
-    "toy",
-    (ChannelGroup("g0", 8),),
-    (
-        TensorSpec("w", TensorKind.WEIGHT, (CHANNELS, Axis.fixed(4))),
-        TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(3), CHANNELS)),
-    ),
-    (Layer("w", "Gemm", "w", 1), Layer("head", "Gemm", "head", 1)),
-    (Activation("h", CHANNELS, 1, True),),
-    (4,),
-    3,
-)
-JOB = Job(name="toy", rounds=3, devices=3, density=0.5, deadline_s=100)
-NAMES = ("a", "b", "c")
 SIZE = 100_000
 """Bytes of a device's weights: four leaves, in two chunks."""
 

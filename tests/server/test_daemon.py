@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fleet import JOB, Fleet, ToyDevice, fill, larger
+from fleet import Fleet, ToyDevice, fill, larger
 
 from fedprune.blobs import BlobStore
 from fedprune.coordination import Phase, State
@@ -33,6 +33,7 @@ from fedprune.wire.messages import (
 from fedprune.wire.topics import Topics
 from fedprune_server.garbage import sweep
 from fedprune_server.storage import Storage
+from toy import JOB
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fleet import JOB, Fleet, fill
+from fleet import Fleet, fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +15,7 @@ from fedprune.coordination import State
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Birth, Death, Finished, Gone, Hello, Progress, Refusal, Update, Want
 from fedprune.wire.topics import Topics
+from toy import JOB
 
 
 @pytest.fixture

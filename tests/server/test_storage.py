@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fleet import ARCHITECTURE, JOB
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from fedprune.coordination import Coordinator, State
 from fedprune.coordination import events as on
 from fedprune.errors import StorageError, StorageFullError
 from fedprune_server.storage import FILE, Storage
+from toy import ARCHITECTURE, JOB
 
 
 @pytest.fixture

@@ -9,30 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.architecture import Activation, Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
 from fedprune.coordination import Coordinator, Phase, State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.errors import ConfigError, StorageError
 from fedprune.job import Job
+from toy import ARCHITECTURE, JOB, NAMES
 
 pytestmark = pytest.mark.board
-
-CHANNELS = Axis((Segment(0, 0, 8),))
-ARCHITECTURE = Architecture(
-    "toy",
-    (ChannelGroup("g0", 8),),
-    (
-        TensorSpec("w", TensorKind.WEIGHT, (CHANNELS, Axis.fixed(4))),
-        TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(3), CHANNELS)),
-    ),
-    (Layer("w", "Gemm", "w", 1), Layer("head", "Gemm", "head", 1)),
-    (Activation("h", CHANNELS, 1, True),),
-    (4,),
-    3,
-)
-JOB = Job(name="toy", rounds=3, devices=3, density=0.5, deadline_s=100)
-NAMES = ("a", "b", "c")
 
 
 def digest(*parts: object) -> str:
@@ -122,6 +106,13 @@ class Shell:
         while self.inbox and steps < 10_000:
             self.feed(self.inbox.pop(0))
             steps += 1
+
+    def run_silently(self) -> None:
+        """Run while no device says that it has an update."""
+        while self.inbox:
+            event = self.inbox.pop(0)
+            if not isinstance(event, on.UpdateAnnounced):
+                self.feed(event)
 
 
 def finished_history(shell: Shell) -> list[tuple[int, str]]:
@@ -344,10 +335,7 @@ def test_a_round_that_nobody_finished_goes_to_whoever_is_there() -> None:
 def test_a_round_that_nobody_is_left_for_waits() -> None:
     shell = Shell()
     shell.everyone_arrives()
-    while shell.inbox:
-        event = shell.inbox.pop(0)
-        if not isinstance(event, on.UpdateAnnounced):
-            shell.feed(event)
+    shell.run_silently()
     for name in NAMES:
         shell.feed(on.DeviceDied(name, 1))
     shell.now = shell.wakes[-1]
@@ -417,10 +405,7 @@ def test_a_device_that_forgot_how_often_it_came_is_let_in() -> None:
 def test_a_round_without_any_update_is_offered_again() -> None:
     shell = Shell()
     shell.everyone_arrives()
-    while shell.inbox:
-        event = shell.inbox.pop(0)
-        if not isinstance(event, on.UpdateAnnounced):
-            shell.feed(event)
+    shell.run_silently()
     shell.now = shell.wakes[-1]
     shell.feed(on.Ticked())
     shell.run()
@@ -432,10 +417,7 @@ def test_a_round_without_any_update_is_offered_again() -> None:
 def test_who_is_late_and_asked_once_more_is_not_cancelled() -> None:
     shell = Shell()
     shell.everyone_arrives()
-    while shell.inbox:
-        event = shell.inbox.pop(0)
-        if not isinstance(event, on.UpdateAnnounced):
-            shell.feed(event)
+    shell.run_silently()
     shell.now = shell.wakes[-1]
     shell.feed(on.Ticked())
     shell.feed(on.UpdateAnnounced("a", 1, 1, "0", {"sha256": "x"}, 10, 2))  # it was ready a moment too late
@@ -447,10 +429,7 @@ def test_who_is_late_and_asked_once_more_is_not_cancelled() -> None:
 def test_who_is_late_and_not_asked_once_more_is_cancelled() -> None:
     shell = Shell(replace(JOB, devices=2))
     shell.everyone_arrives()
-    while shell.inbox:
-        event = shell.inbox.pop(0)
-        if not isinstance(event, on.UpdateAnnounced):
-            shell.feed(event)
+    shell.run_silently()
     shell.feed(on.DeviceDied("b", shell.session))
     shell.now = shell.wakes[-1]
     shell.feed(on.Ticked())

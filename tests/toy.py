@@ -1,0 +1,22 @@
+"""A job that is as small as can be, for tests of rounds in which no weight matters."""
+
+from __future__ import annotations
+
+from fedprune.architecture import Activation, Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.job import Job
+
+CHANNELS = Axis((Segment(0, 0, 8),))
+ARCHITECTURE = Architecture(
+    "toy",
+    (ChannelGroup("g0", 8),),
+    (
+        TensorSpec("w", TensorKind.WEIGHT, (CHANNELS, Axis.fixed(4))),
+        TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(3), CHANNELS)),
+    ),
+    (Layer("w", "Gemm", "w", 1), Layer("head", "Gemm", "head", 1)),
+    (Activation("h", CHANNELS, 1, True),),
+    (4,),
+    3,
+)
+JOB = Job(name="toy", rounds=3, devices=3, density=0.5, deadline_s=100)
+NAMES = ("a", "b", "c")
