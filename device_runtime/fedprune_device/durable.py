@@ -114,18 +114,6 @@ def read_document(path: Path) -> dict[str, Any] | None:
     return body
 
 
-def file_digest(path: Path) -> str | None:
-    """sha256 of a file as hex; None where it can't be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    except OSError:
-        return None
-    return digest.hexdigest()
-
-
 def sweep(folder: Path) -> None:
     """Delete what a process that was killed left unfinished in a folder.
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.disk import storage_errors
+from fedprune.disk import file_digest, storage_errors
 from fedprune.errors import ModelError, StorageError
 from fedprune_device import durable
 from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
@@ -181,7 +181,7 @@ class Slots:
 
 
 def _intact(folder: Path, record: Serving) -> bool:
-    return (
-        durable.file_digest(folder / GRAPH) == record.inference
-        and durable.file_digest(folder / WEIGHTS) == record.weights
-    )
+    try:
+        return file_digest(folder / GRAPH) == record.inference and file_digest(folder / WEIGHTS) == record.weights
+    except OSError:
+        return False

@@ -10,14 +10,15 @@ manifest.json         size and sha256 of each of these
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedprune import tensorfile
 from fedprune.architecture import Architecture
+from fedprune.disk import file_digest
 from fedprune.errors import BundleError, ConfigError
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
@@ -30,8 +31,6 @@ TRAINING = "training.onnx"
 ARCHITECTURE = "architecture.json"
 SUBMODEL = "submodel.json"
 FILES = (INFERENCE, WEIGHTS, TRAINING, ARCHITECTURE, SUBMODEL)
-
-_CHUNK = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def manifest(
         "classes": selection.architecture.classes,
         "class_names": list(class_names),
         "recipe": recipe.to_dict(),
-        "files": {n: {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()} for n, raw in sorted(files.items())},
+        "files": {n: {"size": len(raw), "sha256": tensorfile.digest(raw)} for n, raw in sorted(files.items())},
     }
     return json.dumps(body, indent=2) + "\n"
 
@@ -128,7 +127,6 @@ def _check_file(path: Path, entry: object) -> None:
         or not isinstance(entry.get("sha256"), str)
     ):
         raise BundleError(f"the manifest doesn't list {path.name}", hint="Export the bundle again.")
-    found = hashlib.sha256()
     try:
         size = path.stat().st_size
         if size != entry["size"]:
@@ -138,15 +136,13 @@ def _check_file(path: Path, entry: object) -> None:
                 got=f"{size} bytes",
                 hint="Copy or export the bundle again.",
             )
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                found.update(chunk)
+        found = file_digest(path)
     except OSError as error:
         raise BundleError(f"can't read {path}: {error.strerror}", hint="Copy or export the bundle again.") from error
-    if found.hexdigest() != entry["sha256"]:
+    if found != entry["sha256"]:
         raise BundleError(
             f"{path} has changed since it was exported",
             expected=f"sha256 {entry['sha256'][:16]}",
-            got=found.hexdigest()[:16],
+            got=found[:16],
             hint="Copy or export the bundle again.",
         )

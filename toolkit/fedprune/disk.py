@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -71,6 +72,19 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
                 partial.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file as hex, read piece by piece.
+
+    Raises:
+        OSError: It can't be read.
+    """
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
