@@ -28,6 +28,8 @@ from fedprune.selection import Selection, Tensors
 from fedprune.session import Session
 from fedprune.wire.fields import one_line
 from fedprune_device.predictor import cross_entropy
+from fedprune_export.cut import at_widths
+from fedprune_export.graph import Port
 from fedprune_export.imported import Model
 from fedprune_export.inference import inference_model
 from fedprune_export.training import training_graph
@@ -71,6 +73,7 @@ class Worker:
         self._training: dict[str, Any] | None = None
         self._inference: OrderedDict[tuple[int, ...], dict[str, Any]] = OrderedDict()
         self._tensors: tuple[str, Tensors] | None = None
+        self._ranked: tuple[str, dict[tuple[int, ...], Selection]] | None = None
         self._fold: tuple[tuple[int, str], Fold, dict[str, do.Contribution]] | None = None
         self._session: Session | None = None
 
@@ -230,11 +233,8 @@ class Worker:
         The weights are inputs of the graph, so that one session serves every round.
         """
         if self._session is None:
-            graph = self.model.graph.copy()
-            named = {t.name for t in self.architecture.tensors}
-            for name in named:
-                value = graph.initializers.pop(name)
-                graph.inputs.append(type(graph.inputs[0])(name, value.dtype, value.shape))
+            graph = at_widths(self.model, self.architecture.sizes)
+            graph.inputs += [Port(t.name, np.dtype(np.float32), t.shape) for t in self.architecture.tensors]
             self._session = Session(graph.to_bytes())
         session, weights = self._session, self._global(model)
 
@@ -253,4 +253,11 @@ class Worker:
         return Evidence.from_tensors(self.architecture, tensorfile.decode(self.store.read(digest)))
 
     def _selection(self, ranking: str, widths: tuple[int, ...]) -> Selection:
-        return Selection.from_json(self.store.read(ranking), self.architecture).narrowed(widths)
+        """The first channels of a ranking; boards of equal width share one, with its maps."""
+        if self._ranked is None or self._ranked[0] != ranking:
+            whole = Selection.from_json(self.store.read(ranking), self.architecture)
+            self._ranked = (ranking, {whole.widths: whole})
+        selections = self._ranked[1]
+        if widths not in selections:
+            selections[widths] = selections[self.architecture.sizes].narrowed(widths)
+        return selections[widths]
