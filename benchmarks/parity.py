@@ -29,7 +29,7 @@ from fedprune.recipe import Features
 from fedprune.selection import Selection
 from fedprune.session import Session
 from fedprune_export.imported import Model
-from fedprune_export.load import export_torch, import_onnx
+from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.training import training_graph
 
 SEEDS = 24

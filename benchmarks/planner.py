@@ -125,7 +125,7 @@ def measure() -> list[dict[str, Any]]:
     from fedprune.costs import costs_at
     from fedprune.recipe import Features
     from fedprune.selection import Selection
-    from fedprune_export.load import export_torch, import_onnx
+    from fedprune_export.importing import export_torch, import_onnx
     from fedprune_export.training import training_graph
 
     rows = []

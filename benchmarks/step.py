@@ -200,7 +200,7 @@ def main() -> None:
     from fedprune.architecture import widths_at
     from fedprune.recipe import Features
     from fedprune.selection import Selection
-    from fedprune_export.load import export_torch, import_onnx
+    from fedprune_export.importing import export_torch, import_onnx
     from fedprune_export.training import training_graph
 
     about = setting("onnxruntime", "torch")

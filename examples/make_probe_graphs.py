@@ -16,8 +16,8 @@ from fedprune.chance import keyed
 from fedprune.costs import costs_at
 from fedprune.recipe import Features
 from fedprune_export.graph import Graph, Port
+from fedprune_export.importing import import_onnx
 from fedprune_export.inference import inference_model
-from fedprune_export.load import import_onnx
 from fedprune_export.training import training_graph
 
 INPUT, CLASSES, BATCH = (3, 32, 32), 10, 16

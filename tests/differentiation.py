@@ -10,8 +10,8 @@ import torch
 
 from fedprune.architecture import Architecture
 from fedprune.session import Session
-from fedprune_export import training  # noqa: F401 (registers the rules)
-from fedprune_export.differentiate import Tape
+from fedprune_export import gradients  # noqa: F401 (registers the rules)
+from fedprune_export.gradients.tape import Tape
 from fedprune_export.graph import Graph, Node, Port
 from fedprune_export.imported import Model
 

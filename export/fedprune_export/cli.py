@@ -83,7 +83,7 @@ def _profiles(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     # Heavy imports wait until the command line is known to make sense.
     from fedprune_export.bundle import bundle_files, check_folder, write_bundle
-    from fedprune_export.load import load
+    from fedprune_export.importing import load
     from fedprune_export.report import Report, parity
 
     if arguments.out.exists() and not arguments.out.is_dir():

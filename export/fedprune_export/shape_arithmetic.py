@@ -11,8 +11,8 @@ from collections.abc import Callable, Container, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fedprune_export.channel_rules import ELEMENTWISE
 from fedprune_export.graph import Graph, Node
+from fedprune_export.operators import ELEMENTWISE
 from fedprune_export.trace import Trace
 
 Marks = npt.NDArray[np.bool_]

@@ -8,21 +8,9 @@ from fedprune import step
 from fedprune.architecture import TensorSpec
 from fedprune.errors import ModelError
 from fedprune.recipe import Features
-
-# Importing a module of rules registers them.
-from fedprune_export import (
-    convolution_gradients,
-    gradient_rules,
-    norm_gradients,
-    pooling_gradients,
-    shape_gradients,
-)
-from fedprune_export.differentiate import BATCH, Shape, Tape, port, sample_shape
+from fedprune_export.gradients.tape import BATCH, Shape, Tape, port, sample_shape
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
-
-RULE_MODULES = (convolution_gradients, gradient_rules, norm_gradients, pooling_gradients, shape_gradients)
-"""Where the gradient rules live."""
 
 
 def training_graph(model: Model, features: Features) -> Graph:

@@ -17,7 +17,7 @@ from fedprune.job import Job
 from fedprune.toml_file import read_toml
 from fedprune_device.data import load_data
 from fedprune_export.imported import Model
-from fedprune_export.load import import_onnx, read_source
+from fedprune_export.importing import import_onnx, read_source
 from fedprune_server.config import parse_config
 from fedprune_server.reference import fedavg
 from fedprune_server.simulation import DropOuts

@@ -23,7 +23,7 @@ from fedprune.errors import ConfigError, DataError, ModelError, StorageError
 from fedprune.job import Job
 from fedprune_device.data import load_data, load_inputs
 from fedprune_export.imported import Model
-from fedprune_export.load import import_onnx, read_source
+from fedprune_export.importing import import_onnx, read_source
 from fedprune_server.config import ServerConfig, with_stored, without_password
 from fedprune_server.garbage import sweep
 from fedprune_server.storage import FILE as DATABASE

@@ -14,7 +14,7 @@ def imported() -> Callable[[str], Model]:
     """Imports a network of `zoo.NETS` by name, each only once."""
     import zoo
 
-    from fedprune_export.load import export_torch, import_onnx
+    from fedprune_export.importing import export_torch, import_onnx
 
     held: dict[str, Model] = {}
 

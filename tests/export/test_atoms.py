@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune_export.atoms import ANCHORED, Atoms, still
-from fedprune_export.channel_rules import _runs, _spread
+from fedprune_export.channels.atoms import ANCHORED, Atoms, still
+from fedprune_export.channels.shapes import _runs, _spread
 
 
 @settings(deadline=None)

@@ -15,7 +15,7 @@ from fedprune.bundle import FILES, MANIFEST, open_bundle
 from fedprune.errors import ExitCode
 from fedprune_export.cli import main
 from fedprune_export.imported import Model
-from fedprune_export.load import read_source
+from fedprune_export.importing import read_source
 
 pytestmark = pytest.mark.torch
 

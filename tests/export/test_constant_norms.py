@@ -14,7 +14,7 @@ from fedprune.session import Session
 from fedprune_export.cut import at_widths
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
-from fedprune_export.load import export_torch, import_onnx
+from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.training import training_graph
 
 pytestmark = pytest.mark.torch

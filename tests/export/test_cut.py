@@ -14,7 +14,7 @@ from fedprune.selection import Selection
 from fedprune_export.cut import at_widths, cut
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
-from fedprune_export.load import import_onnx
+from fedprune_export.importing import import_onnx
 
 pytestmark = pytest.mark.torch
 

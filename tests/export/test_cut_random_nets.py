@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
-from fedprune_export.load import import_onnx
+from fedprune_export.importing import import_onnx
 
 F32 = np.dtype(np.float32)
 

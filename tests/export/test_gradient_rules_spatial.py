@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.errors import ModelError
 from fedprune.session import Session
-from fedprune_export import convolution_gradients
-from fedprune_export.convolution_gradients import Formulation
-from fedprune_export.differentiate import Tape
+from fedprune_export.gradients import convolutions
+from fedprune_export.gradients.convolutions import Formulation
+from fedprune_export.gradients.pooling import Window
+from fedprune_export.gradients.tape import Tape
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
-from fedprune_export.pooling_gradients import Window
 
 pytestmark = pytest.mark.torch
 
@@ -180,7 +180,7 @@ def _batch_norm(data: Arrays, shape: tuple[int | str, ...]) -> Session:
 
 
 @st.composite
-def convolutions(draw: st.DrawFn) -> dict[str, Any]:
+def convolution_cases(draw: st.DrawFn) -> dict[str, Any]:
     rank = draw(st.sampled_from([1, 2, 2]))
     each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(rank))  # noqa: E731
     kernel = each(1, 4)
@@ -229,7 +229,7 @@ def check_convolution(case: dict[str, Any], groups: int = 1) -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(case=convolutions())
+@given(case=convolution_cases())
 def test_convolution(case: dict[str, Any]) -> None:
     check_convolution(case)
 
@@ -237,7 +237,7 @@ def test_convolution(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("weight_gradient", ["taps", "columns", "convolution"])
 @pytest.mark.parametrize("forward", ["operator", "columns"])
 @settings(max_examples=25, deadline=None)
-@given(case=convolutions())
+@given(case=convolution_cases())
 def test_every_formulation_of_a_convolution(weight_gradient: Any, forward: Any, case: dict[str, Any]) -> None:
     plain = all(s == 1 for s in case["strides"])
     fits = all(
@@ -247,12 +247,12 @@ def test_every_formulation_of_a_convolution(weight_gradient: Any, forward: Any, 
     for input_gradient in kinds:
         chosen = Formulation(forward, input_gradient, weight_gradient)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(convolution_gradients, "formulation", lambda *_, chosen=chosen: chosen)
+            patch.setattr(convolutions, "formulation", lambda *_, chosen=chosen: chosen)
             check_convolution(case)
 
 
 @settings(max_examples=30, deadline=None)
-@given(case=convolutions())
+@given(case=convolution_cases())
 def test_depthwise_convolution_of_any_width(case: dict[str, Any]) -> None:
     channels = case["inputs"] + 1
     check_convolution({**case, "inputs": channels, "outputs": channels}, groups=channels)
@@ -269,9 +269,9 @@ def test_layers_of_common_shapes_keep_their_formulations() -> None:
         out = (size + 2 * pad - k) // stride + 1
         return Window((size,) * 2, (k,) * 2, (stride,) * 2, (1, 1), ((pad, pad),) * 2, (out,) * 2)
 
-    assert convolution_gradients.formulation(square(32, 3, 1), 16) == Formulation("operator", "flipped", "taps")
-    assert convolution_gradients.formulation(square(4, 3, 1), 64) == Formulation("operator", "flipped", "columns")
-    assert convolution_gradients.formulation(square(2, 3, 1), 64) == Formulation("columns", "columns", "columns")
-    assert convolution_gradients.formulation(square(28, 5, 0), 1).weight_gradient == "convolution"
-    assert convolution_gradients.formulation(square(14, 5, 2), 32) == Formulation("operator", "transposed", "taps")
-    assert convolution_gradients.formulation(square(32, 3, 1, 2), 16).input_gradient == "transposed"
+    assert convolutions.formulation(square(32, 3, 1), 16) == Formulation("operator", "flipped", "taps")
+    assert convolutions.formulation(square(4, 3, 1), 64) == Formulation("operator", "flipped", "columns")
+    assert convolutions.formulation(square(2, 3, 1), 64) == Formulation("columns", "columns", "columns")
+    assert convolutions.formulation(square(28, 5, 0), 1).weight_gradient == "convolution"
+    assert convolutions.formulation(square(14, 5, 2), 32) == Formulation("operator", "transposed", "taps")
+    assert convolutions.formulation(square(32, 3, 1, 2), 16).input_gradient == "transposed"

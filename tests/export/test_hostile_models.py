@@ -13,7 +13,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from fedprune.errors import ModelError
-from fedprune_export.load import PARAMETERS_KEY, import_onnx, load
+from fedprune_export.importing import PARAMETERS_KEY, import_onnx, load
 
 Nodes = list[onnx.NodeProto]
 Tensors = dict[str, np.ndarray[Any, Any]]

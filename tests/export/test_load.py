@@ -21,7 +21,7 @@ import nets
 from fedprune.errors import ExitCode, MissingExtraError, ModelError
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
-from fedprune_export.load import export_torch, import_onnx, load, read_source
+from fedprune_export.importing import export_torch, import_onnx, load, read_source
 
 pytestmark = pytest.mark.torch
 
@@ -308,7 +308,7 @@ def test_another_process_finds_the_same_architecture(tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(export_torch(nets.concat_net()))
     code = (
         "import sys, hashlib\n"
-        "from fedprune_export.load import load\n"
+        "from fedprune_export.importing import load\n"
         "model = load(sys.argv[1])\n"
         "print(model.architecture.digest, hashlib.sha256(model.graph.to_bytes()).hexdigest())\n"
     )

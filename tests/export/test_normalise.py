@@ -15,8 +15,8 @@ from fedprune.session import Session
 from fedprune.step import RESERVED
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
-from fedprune_export.load import import_onnx
-from fedprune_export.roles import CONSTANT_PREFIX
+from fedprune_export.importing import import_onnx
+from fedprune_export.importing.roles import CONSTANT_PREFIX
 
 F32 = np.dtype(np.float32)
 

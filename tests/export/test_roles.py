@@ -14,7 +14,7 @@ from fedprune.errors import ModelError
 from fedprune.recipe import Features
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
-from fedprune_export.load import PARAMETERS_KEY, export_torch, import_onnx
+from fedprune_export.importing import PARAMETERS_KEY, export_torch, import_onnx
 from fedprune_export.training import training_graph
 
 pytestmark = pytest.mark.torch

@@ -21,7 +21,7 @@ from fedprune.selection import Selection
 from fedprune.session import Session
 from fedprune_export.graph import TRAINING_OPSET, Graph, Node, Port
 from fedprune_export.imported import Model
-from fedprune_export.load import export_torch, import_onnx
+from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.training import training_graph
 from nets import seeded
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedprune.errors import DataError
-from fedprune_export.load import import_onnx
+from fedprune_export.importing import import_onnx
 from fedprune_server.calibration import MAX_SAMPLES, Calibration
 from fedprune_server.digits import digits_model, load_digits
 

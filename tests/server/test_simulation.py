@@ -15,7 +15,7 @@ from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError,
 from fedprune.job import Job
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
-from fedprune_export.load import import_onnx
+from fedprune_export.importing import import_onnx
 from fedprune_server import simulation_state
 from fedprune_server.digits import deal, digits_model
 from fedprune_server.simulation import DropOuts, Simulation

@@ -22,7 +22,7 @@ from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune_device.trainer import Trainer
 from fedprune_export.imported import Model
-from fedprune_export.load import import_onnx
+from fedprune_export.importing import import_onnx
 from fedprune_server.digits import Federation, deal, digits_model
 from fedprune_server.worker import Worker
 

@@ -20,8 +20,8 @@ from fedprune_device.predictor import Predictor
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import Trainer
 from fedprune_export.imported import Model
+from fedprune_export.importing import load
 from fedprune_export.inference import inference_model
-from fedprune_export.load import load
 from fedprune_export.training import training_graph
 
 torch = pytest.importorskip("torch")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fedprune.blobs import BlobStore
-from fedprune_export.load import import_onnx
+from fedprune_export.importing import import_onnx
 from fedprune_server.demo_fleet import BOARDS, fleet_job
 from fedprune_server.demo_run import DemoFolder, run_job
 from fedprune_server.digits import deal, digits_model

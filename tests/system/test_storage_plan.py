@@ -13,8 +13,8 @@ from fedprune.recipe import Recipe
 from fedprune.wire.messages import Offer
 from fedprune_device.acceptance import check_offer
 from fedprune_device.store import DeviceStore
+from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.inference import inference_model
-from fedprune_export.load import export_torch, import_onnx
 from fedprune_export.training import training_graph
 
 pytestmark = pytest.mark.torch

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedprune.errors import ModelError
-from fedprune_export.differentiate import Pull, Shape, Tape, describe, rule
+from fedprune_export.gradients.pooling import Window, leftovers, window
+from fedprune_export.gradients.tape import Pull, Shape, Tape, describe, rule
 from fedprune_export.graph import Graph, Node
-from fedprune_export.pooling_gradients import Window, leftovers, window
 
 
 @dataclass(frozen=True)

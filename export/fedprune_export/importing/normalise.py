@@ -18,8 +18,8 @@ from fedprune.errors import ModelError
 from fedprune.session import Session
 from fedprune.step import LOGITS, RESERVED, X
 from fedprune_export.graph import Graph, Node, Port
-from fedprune_export.lowering import lower, upgraded
-from fedprune_export.roles import CONSTANT_PREFIX, find_kinds, name_constants, untie
+from fedprune_export.importing.lowering import lower, upgraded
+from fedprune_export.importing.roles import CONSTANT_PREFIX, find_kinds, name_constants, untie
 from fedprune_export.shape_arithmetic import follow
 from fedprune_export.trace import Trace, sample_input, trace
 

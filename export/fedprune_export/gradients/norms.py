@@ -9,7 +9,7 @@ import numpy as np
 
 from fedprune import step
 from fedprune.errors import ModelError
-from fedprune_export.differentiate import Pull, Tape, describe, port, rule
+from fedprune_export.gradients.tape import Pull, Tape, describe, port, rule
 from fedprune_export.graph import Node
 
 

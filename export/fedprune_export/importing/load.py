@@ -21,9 +21,9 @@ from typing import Any
 import onnx
 
 from fedprune.errors import MissingExtraError, ModelError, shown
-from fedprune_export.analysis import analyse
+from fedprune_export.channels import analyse
 from fedprune_export.imported import Model
-from fedprune_export.normalise import normalise
+from fedprune_export.importing.normalise import normalise
 
 PARAMETERS_KEY = "fedprune.parameters"
 """Metadata of an ONNX file that lists its trainable tensors, where its author knew them."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedprune.errors import ModelError
-from fedprune_export.differentiate import BATCH, Dim, Pull, Shape, Tape, describe, rule
+from fedprune_export.gradients.tape import BATCH, Dim, Pull, Shape, Tape, describe, rule
 from fedprune_export.graph import Node
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedprune.errors import ModelError
-from fedprune_export.differentiate import Pull, Shape, Tape, describe, rule
+from fedprune_export.gradients.tape import Pull, Shape, Tape, describe, rule
 from fedprune_export.graph import Node
 
 

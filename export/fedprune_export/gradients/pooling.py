@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedprune.errors import ModelError
-from fedprune_export.differentiate import Pull, Shape, Tape, describe, rule
+from fedprune_export.gradients.tape import Pull, Shape, Tape, describe, rule
 from fedprune_export.graph import Graph, Node
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedprune.errors import ModelError
 from fedprune_export.graph import Graph, Node
+from fedprune_export.operators import REARRANGEMENTS
 
 CONSTANT_PREFIX = "const~"
 """Initialisers whose names begin so are constants: `Graph.constant` names them."""
@@ -26,9 +27,6 @@ _ROLES = {
     "Mul": {0: "norm_scale", 1: "norm_scale"},
     "Div": {1: "norm_scale"},
 }
-REARRANGEMENTS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
-"""Operators that only arrange their first input anew."""
-
 _STATISTICS = ("stat_mean", "stat_var")
 
 

@@ -1,0 +1,12 @@
+"""Channel analysis: which channels of a graph can only be kept or cut together.
+
+Importing the modules of rules registers them.
+"""
+
+from fedprune_export.channels import elementwise, norms, products, reductions, shapes
+from fedprune_export.channels.analysis import Analysis, analyse
+
+RULE_MODULES = (elementwise, norms, products, reductions, shapes)
+"""Where the channel rules live."""
+
+__all__ = ["RULE_MODULES", "Analysis", "analyse"]

@@ -1,0 +1,41 @@
+"""Element-wise operators: every index of the output comes from the same index of the inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.rule import Channels, rule
+from fedprune_export.graph import Node
+from fedprune_export.operators import MANY_TO_ONE, ONE_TO_ONE
+
+
+@rule(*ONE_TO_ONE)
+def elementwise(channels: Channels, node: Node) -> None:
+    """One value in, one of the same shape out; bounds and the like stay."""
+    for i in range(1, len(node.inputs)):
+        if channels.has(node, i):
+            channels.fix(channels.of(node, i))
+    channels.out(node, channels.of(node, 0))
+
+
+@rule(*MANY_TO_ONE)
+def broadcast(channels: Channels, node: Node) -> None:
+    """Axes of equal length are tied; an axis of length 1 that is repeated is not."""
+    shape = channels.shape(node.outputs[0])
+    out: list[AtomRow] = []
+    held = False
+    for axis, size in enumerate(shape):
+        rows = []
+        for name in node.inputs:
+            place = axis - (len(shape) - len(channels.rows[name]))
+            if place >= 0 and channels.rows[name][place].size == size:
+                rows.append(channels.rows[name][place])
+        first = max(rows, key=lambda r: int(np.count_nonzero(r)))
+        for other in rows:
+            channels.atoms.tie(first, other)
+        held = held or bool(first.any() and any(not r.any() for r in rows))
+        out.append(first if size > 1 else still(size))
+    if held and any(channels.constant(name) for name in node.inputs):
+        channels.notes.append(f"{node.op} {node.name} has a constant for each channel: its channels stay.")
+    channels.out(node, out)

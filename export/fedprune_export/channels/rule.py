@@ -1,0 +1,109 @@
+"""How each operator carries and ties atoms: one small function per operator.
+
+A rule reads the atoms of a node's inputs, ties what must be cut together, and says the atoms of the outputs. To support
+an operator, write its rule in the module of its family (and, if it has arguments that depend on widths, one in `cut`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from fedprune_export.channels.atoms import AtomRow, Atoms, still
+from fedprune_export.graph import Graph, Node
+from fedprune_export.trace import Trace
+
+Rows = tuple[AtomRow, ...]
+"""Atoms of a value, one row per axis."""
+
+
+class Channels:
+    """What rules read and write: atoms of all values seen so far.
+
+    Args:
+        graph: The graph.
+        seen: Its shapes.
+        parameters: Names of weights and statistics; only these get atoms of their own.
+    """
+
+    def __init__(self, graph: Graph, seen: Trace, parameters: Mapping[str, str]) -> None:
+        self.graph = graph
+        self.seen = seen
+        self.parameters = parameters
+        self.atoms = Atoms()
+        self.notes: list[str] = []
+        self.rows: dict[str, Rows] = {}
+        for name, value in graph.initializers.items():
+            if name in parameters:
+                self.rows[name] = tuple(self.atoms.fresh(n) for n in value.shape)
+            else:
+                self.rows[name] = tuple(still(n) for n in value.shape)
+        for port in graph.inputs:
+            self.rows[port.name] = self.still(port.name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a value at the first batch size."""
+        return self.seen.shapes[name]
+
+    def still(self, name: str) -> Rows:
+        """Rows of a value whose indices all stay."""
+        return tuple(still(n) for n in self.shape(name))
+
+    def constant(self, name: str) -> bool:
+        """Whether a value is a constant of more than one number."""
+        value = self.graph.initializers.get(name)
+        return value is not None and name not in self.parameters and value.size > 1
+
+    def of(self, node: Node, index: int) -> Rows:
+        """Rows of a node's input."""
+        return self.rows[node.inputs[index]]
+
+    def has(self, node: Node, index: int) -> bool:
+        """Whether a node's optional input is there."""
+        return len(node.inputs) > index and bool(node.inputs[index])
+
+    def out(self, node: Node, rows: Sequence[AtomRow], index: int = 0) -> None:
+        """Set the rows of a node's output."""
+        self.rows[node.outputs[index]] = tuple(rows)
+
+    def fix(self, rows: Sequence[AtomRow]) -> None:
+        """All these atoms stay."""
+        for row in rows:
+            self.atoms.fix(row)
+
+
+Rule = Callable[[Channels, Node], None]
+RULES: dict[str, Rule] = {}
+"""Rules by operator."""
+
+
+def rule(*operators: str) -> Callable[[Rule], Rule]:
+    """Register a rule for these operators."""
+
+    def register(function: Rule) -> Rule:
+        for name in operators:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def walk(channels: Channels) -> list[str]:
+    """Apply the rules to all nodes.
+
+    Returns:
+        One note per node that had to fix channels for want of a rule or because of a constant.
+    """
+    for node in channels.graph.nodes:
+        known = None if node.domain else RULES.get(node.op)
+        if known is not None:
+            known(channels, node)
+            continue
+        rows = [r for name in node.inputs if name for r in channels.rows[name]]
+        channels.fix(rows)
+        for i, name in enumerate(node.outputs):
+            if name:
+                channels.out(node, channels.still(name), i)
+        if any(r.any() for r in rows):
+            called = f"{node.domain}::{node.op}" if node.domain else node.op
+            channels.notes.append(f"Operator {called} ({node.name}) has no channel rule: its channels stay.")
+    return channels.notes
