@@ -17,14 +17,15 @@ import onnx
 from onnx import helper, numpy_helper
 
 from fedprune.errors import ModelError
+from fedprune_export.target_opset import NORMAL_OPSET, at_opset
 
 Array = npt.NDArray[Any]
 Dim = int | str | None
 
-TRAINING_OPSET = 17
+TRAINING_OPSET = NORMAL_OPSET
 """Loaded by every onnxruntime since 1.13."""
 
-_IR_VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
+_IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 
 
 @dataclass
@@ -141,8 +142,22 @@ class Graph:
             dict(self._constants),
         )
 
-    def to_proto(self) -> onnx.ModelProto:
-        """As an ONNX model."""
+    def to_proto(self, *, opset: int | None = None) -> onnx.ModelProto:
+        """As an ONNX model.
+
+        Args:
+            opset: What to write a normalised graph at; by default 17. Others can only be written as they are.
+
+        Raises:
+            ModelError: An operator has no form in that opset.
+        """
+        if self.opset == NORMAL_OPSET:
+            return at_opset(self, NORMAL_OPSET if opset is None else opset)._proto()
+        if opset not in (None, self.opset):
+            raise ModelError("only normalised graphs can be written at another opset", expected=self.opset, got=opset)
+        return self._proto()
+
+    def _proto(self) -> onnx.ModelProto:
         domains = sorted({n.domain for n in self.nodes if n.domain})
         graph = helper.make_graph(
             [_node_proto(n) for n in self.nodes],
@@ -161,9 +176,9 @@ class Graph:
             producer_name="fedprune",
         )
 
-    def to_bytes(self) -> bytes:
-        """As the bytes of an ONNX file; the same graph gives the same bytes."""
-        raw: bytes = self.to_proto().SerializeToString(deterministic=True)
+    def to_bytes(self, *, opset: int | None = None) -> bytes:
+        """As the bytes of an ONNX file; the same graph gives the same bytes. See `to_proto`."""
+        raw: bytes = self.to_proto(opset=opset).SerializeToString(deterministic=True)
         return raw
 
     @classmethod
