@@ -15,10 +15,24 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
+from fedprune.axis import FIXED, NO_AXIS, NOTHING, Axis, Segment, Volume
 from fedprune.errors import BundleError
 
-FIXED = -1
-"""The group number of indices that belong to no channel group."""
+__all__ = [
+    "FIXED",
+    "Activation",
+    "Architecture",
+    "Axis",
+    "ChannelGroup",
+    "Layer",
+    "Segment",
+    "TensorKind",
+    "TensorSpec",
+    "Volume",
+    "widths_at",
+]
+
+FORMAT = "fedprune.architecture/2"
 
 _MAX_RANK = 8
 _MAX_SIZE = 2**31 - 1
@@ -38,59 +52,6 @@ class TensorKind(str, Enum):
     def trainable(self) -> bool:
         """Whether an optimiser moves it; batch-norm statistics are pooled by counts instead."""
         return self not in (TensorKind.STAT_MEAN, TensorKind.STAT_VAR)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of `count` channels of `group` from channel `start` on, each `inner` indices long."""
-
-    group: int
-    start: int
-    count: int
-    inner: int = 1
-
-    @property
-    def length(self) -> int:
-        """Indices that the segment covers at full width."""
-        return self.count * self.inner
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a tensor or value, as segments from index 0 on."""
-
-    segments: tuple[Segment, ...]
-
-    @classmethod
-    def fixed(cls, size: int) -> Axis:
-        """An axis that no cut touches."""
-        return cls((Segment(FIXED, 0, size),))
-
-    @cached_property
-    def length(self) -> int:
-        """Indices at full width."""
-        return sum(s.length for s in self.segments)
-
-    @cached_property
-    def groups(self) -> tuple[int, ...]:
-        """The channel groups on this axis, ascending."""
-        return tuple(sorted({s.group for s in self.segments if s.group != FIXED}))
-
-    def size(self, widths: Sequence[int], sizes: Sequence[int]) -> int:
-        """Indices that are left at these widths.
-
-        Args:
-            widths: Kept channels per group.
-            sizes: Channels per group at full width.
-        """
-        total = 0
-        per_group: dict[int, int] = {}
-        for s in self.segments:
-            if s.group == FIXED:
-                total += s.length
-            else:
-                per_group[s.group] = per_group.get(s.group, 0) + s.length
-        return total + sum(n * widths[g] // sizes[g] for g, n in per_group.items())
 
 
 @dataclass(frozen=True)
@@ -117,14 +78,20 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Layer:
-    """A row of the cost table: a node that multiplies, and what it costs.
+    """A row of the cost table: a node that computes, and what its cost depends on.
 
     Attributes:
         name: The node's name.
         op: Its ONNX operator.
-        weight: Name of its weight tensor.
+        weight: Name of its weight tensor; empty where it multiplies by none.
         positions: How often each weight is used per sample (output height × width for a convolution).
         output_axis: The weight's axis that makes output channels; a channel's score is taken over it.
+        reads: What it reads of one sample, without weights.
+        makes: What it makes of one sample.
+        kernel: Elements of its window.
+        stride: Product of its strides.
+        groups: Groups of a convolution at full width.
+        inner: The axis over which a product of two values sums; none for other rows.
     """
 
     name: str
@@ -132,6 +99,12 @@ class Layer:
     weight: str
     positions: int
     output_axis: int = 0
+    reads: Volume = NOTHING
+    makes: Volume = NOTHING
+    kernel: int = 1
+    stride: int = 1
+    groups: int = 1
+    inner: Axis = NO_AXIS
 
 
 @dataclass(frozen=True)
@@ -159,7 +132,7 @@ class Architecture:
         name: For people.
         groups: The channel groups; segments refer to them by position.
         tensors: All weights and statistics, in the model's order.
-        layers: The cost table.
+        layers: The cost table, in the order of the graph: what multiplies by weights, and whatever else takes time.
         activations: The values whose memory a step needs.
         input_shape: One sample's shape, without the batch.
         classes: Entries of the output; 0 where the output is not a row of logits.
@@ -221,7 +194,7 @@ class Architecture:
         For a layer's weight that is the layer's output axis. Any other tensor (a bias, a norm's vector, an embedding)
         acts on the channels that it is indexed by, so that all its axes count.
         """
-        made = {n.output_axis for n in self.layers if n.weight == name}
+        made = {n.output_axis for n in self.layers if name and n.weight == name}
         return tuple(sorted(made)) if made else tuple(range(len(self.by_name[name].axes)))
 
     def members(self, group: int) -> tuple[str, ...]:
@@ -242,13 +215,13 @@ class Architecture:
     def to_json(self) -> str:
         """Canonical JSON: the same architecture always gives the same text."""
         body = {
-            "format": "fedprune.architecture/1",
+            "format": FORMAT,
             "name": self.name,
             "groups": [[g.name, g.size] for g in self.groups],
             "tensors": [
                 {"name": t.name, "kind": t.kind.value, "axes": [_axis_json(a) for a in t.axes]} for t in self.tensors
             ],
-            "layers": [[n.name, n.op, n.weight, n.positions, n.output_axis] for n in self.layers],
+            "layers": [_layer_json(n) for n in self.layers],
             "activations": [[v.name, _axis_json(v.channels), v.positions, int(v.kept)] for v in self.activations],
             "input_shape": list(self.input_shape),
             "classes": self.classes,
@@ -264,8 +237,8 @@ class Architecture:
         """
         try:
             body = json.loads(text)
-            if body["format"] != "fedprune.architecture/1":
-                raise BundleError("architecture format", expected="fedprune.architecture/1", got=repr(body["format"]))
+            if body["format"] != FORMAT:
+                raise BundleError("architecture format", expected=FORMAT, got=repr(body["format"]))
             arch = cls(
                 name=str(body["name"]),
                 groups=tuple(ChannelGroup(str(n), _whole(s)) for n, s in body["groups"]),
@@ -273,7 +246,7 @@ class Architecture:
                     TensorSpec(str(t["name"]), TensorKind(t["kind"]), tuple(map(_axis_read, t["axes"])))
                     for t in body["tensors"]
                 ),
-                layers=tuple(Layer(str(n), str(o), str(w), _whole(p), _whole(a)) for n, o, w, p, a in body["layers"]),
+                layers=tuple(map(_layer_read, body["layers"])),
                 activations=tuple(
                     Activation(str(n), _axis_read(a), _whole(p), bool(_whole(k))) for n, a, p, k in body["activations"]
                 ),
@@ -318,12 +291,27 @@ class Architecture:
             if value.positions < 0:
                 raise BundleError(f"architecture: positions of {value.name}", expected="0 or more", got=value.positions)
         for layer in self.layers:
-            if layer.weight not in self.by_name or layer.positions < 0:
+            self._check_layer(layer)
+
+    def _check_layer(self, layer: Layer) -> None:
+        axes = 0
+        if layer.weight:
+            if layer.weight not in self.by_name:
                 raise BundleError(
                     f"architecture: layer {layer.name} refers to a tensor that isn't there", got=layer.weight
                 )
-            if not 0 <= layer.output_axis < max(1, len(self.by_name[layer.weight].axes)):
-                raise BundleError(f"architecture: output axis of layer {layer.name}", got=layer.output_axis)
+            axes = len(self.by_name[layer.weight].axes)
+        if not 0 <= layer.output_axis < max(1, axes):
+            raise BundleError(f"architecture: output axis of layer {layer.name}", got=layer.output_axis)
+        numbers = (layer.positions, layer.reads.positions, layer.makes.positions)
+        if min(numbers) < 0 or min(layer.kernel, layer.stride, layer.groups) < 1:
+            raise BundleError(f"architecture: a number of layer {layer.name} is out of range", got=layer.name)
+        for volume in (layer.reads, layer.makes):
+            if len(volume.axes) > _MAX_RANK:
+                raise BundleError(f"architecture: axes of layer {layer.name}", expected=f"up to {_MAX_RANK}")
+            for axis in volume.axes:
+                self._check_axis(layer.name, axis)
+        self._check_axis(layer.name, layer.inner)
 
     def _check_axis(self, name: str, axis: Axis) -> None:
         seen: dict[int, dict[int, int]] = {}  # per group, where the number of indices per channel changes
@@ -349,6 +337,30 @@ def _whole(value: object) -> int:
     if type(value) is not int or abs(value) > _MAX_SIZE:
         raise ValueError(f"{str(value)[:40]!r} is not a whole number up to {_MAX_SIZE}")
     return value
+
+
+def _layer_json(n: Layer) -> list[Any]:
+    row: list[Any] = [n.name, n.op, n.weight, n.positions, n.output_axis]
+    for volume in (n.reads, n.makes):
+        row += [[_axis_json(a) for a in volume.axes], volume.positions]
+    return [*row, n.kernel, n.stride, n.groups, _axis_json(n.inner)]
+
+
+def _layer_read(row: Sequence[Any]) -> Layer:
+    name, op, weight, positions, axis, read, reads, made, makes, kernel, stride, groups, inner = row
+    return Layer(
+        str(name),
+        str(op),
+        str(weight),
+        _whole(positions),
+        _whole(axis),
+        Volume(tuple(map(_axis_read, read)), _whole(reads)),
+        Volume(tuple(map(_axis_read, made)), _whole(makes)),
+        _whole(kernel),
+        _whole(stride),
+        _whole(groups),
+        _axis_read(inner),
+    )
 
 
 def _axis_json(axis: Axis) -> list[list[int]]:

@@ -85,7 +85,7 @@ def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str)
             TensorSpec(n, TensorKind(kind), tuple(a for a in values[n] if a is not None))
             for n, kind in parameters.items()
         ),
-        layers=tuple(layers(graph, parameters, seen)),
+        layers=tuple(layers(graph, parameters, values, seen)),
         activations=tuple(activations(graph, values, seen)),
         input_shape=tuple(int(d) for d in graph.inputs[0].shape[1:] if isinstance(d, int)),
         classes=int(out[1] or 0) if len(out) == 2 else 0,

@@ -1,12 +1,14 @@
-"""The cost table of an architecture: layers that multiply, and activations that take memory."""
+"""The cost table of an architecture: nodes that take time, and activations that take memory."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
-from fedprune.architecture import Activation, Axis, Layer
+from fedprune.architecture import Activation, Axis, Layer, Volume
 from fedprune.step import LOGITS, X
 from fedprune_export.graph import Graph, Node
 from fedprune_export.operators import ELEMENTWISE, REARRANGEMENTS, VIEWS
@@ -44,24 +46,85 @@ _READS_OUTPUT = frozenset(
 )
 
 
-def layers(graph: Graph, parameters: Mapping[str, str], seen: Trace) -> Iterable[Layer]:
-    """A row per node that multiplies by a weight, in the order of the graph."""
+_UNCOUNTED = VIEWS | {"Constant", "ConstantOfShape", "Shape", "Size", "Dropout", "Range"}
+"""Operators that take no time worth a row."""
+
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_RECURRENT = ("LSTM", "GRU", "RNN")
+
+
+def layers(graph: Graph, parameters: Mapping[str, str], values: ValueAxes, seen: Trace) -> Iterable[Layer]:
+    """A row per node that takes time, in the order of the graph: what multiplies by a weight, and all else.
+
+    Args:
+        graph: The graph.
+        parameters: Names of weights and statistics.
+        values: Axes of every value.
+        seen: Shapes of its values.
+    """
     producers = graph.producers()
     for node in graph.nodes:
-        if node.domain or node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        weights = [] if node.domain else list(_weights(node, parameters, producers, seen))
+        if not weights and (node.op in _UNCOUNTED or not _moving(node.outputs[0], values, seen)):
             continue
-        for place in (1, 0):
-            weight, axis = _origin(node, place, producers, seen)
-            if weight not in parameters:
-                continue
-            shape, batched = seen.shapes[node.outputs[0]], seen.batched(node.outputs[0])
-            per_sample = [1 if b else n for n, b in zip(shape, batched, strict=True)]
-            if node.op == "ConvTranspose":
-                per_sample = [1 if b else n for n, b in zip(seen.shapes[node.inputs[0]], batched, strict=True)]
-            places = per_sample[2:] if node.op.startswith("Conv") else per_sample[:-1]
-            axis = min(axis, max(0, len(seen.shapes[weight]) - 1))
-            yield Layer(node.name, node.op, weight, int(np.prod(places, dtype=np.int64)), axis)
-            break
+        work = _work(node, values, seen, bool(weights))
+        for weight, axis, positions in weights or [("", 0, 0)]:
+            yield Layer(node.name, node.op, weight, positions, axis, **work)
+            work = {**work, "reads": Volume(), "makes": Volume()}  # a recurrent node's second weight moves nothing
+
+
+def _moving(name: str, values: ValueAxes, seen: Trace) -> bool:
+    """Whether a value is numbers of every sample."""
+    return name in values and None in values[name] and seen.dtypes[name].kind == "f"
+
+
+def _weights(
+    node: Node, parameters: Mapping[str, str], producers: Mapping[str, Node], seen: Trace
+) -> Iterable[tuple[str, int, int]]:
+    """The weights of a node: name, axis that makes its output, and how often a sample uses each number."""
+    if node.op in _RECURRENT:
+        length = int(seen.shapes[node.inputs[0]][1 if node.attrs.get("layout") else 0])
+        yield from ((w, 1, length) for w in node.inputs[1:3] if w in parameters)
+        return
+    if node.op not in _WEIGHTED:
+        return
+    for place in (1, 0):
+        weight, axis = _origin(node, place, producers, seen)
+        if weight not in parameters:
+            continue
+        # A transposed convolution uses its weights at every place of its input.
+        value = node.inputs[0] if node.op == "ConvTranspose" else node.outputs[0]
+        per_sample = [1 if b else n for n, b in zip(seen.shapes[value], seen.batched(node.outputs[0]), strict=True)]
+        places = per_sample[2:] if node.op.startswith("Conv") else per_sample[:-1]
+        yield weight, min(axis, max(0, len(seen.shapes[weight]) - 1)), int(np.prod(places, dtype=np.int64))
+        return
+
+
+def _work(node: Node, values: ValueAxes, seen: Trace, weighted: bool) -> dict[str, Any]:
+    """What a row says beside its weight."""
+    moved = [i for i in node.inputs if i and _moving(i, values, seen)]
+    window = node.attrs.get("kernel_shape", ())
+    if not window and node.op.startswith("Conv"):
+        window = seen.shapes[node.inputs[1]][2:]
+    inner = Axis(())
+    if node.op == "MatMul" and not weighted and moved:
+        last = values[node.inputs[0]][-1]
+        inner = last if last is not None else Axis.fixed(1)
+    return {
+        "reads": _volume(moved[0], values) if moved else Volume(),
+        "makes": _volume(node.outputs[0], values),
+        "kernel": max(1, math.prod(map(int, window))),
+        "stride": max(1, math.prod(map(int, node.attrs.get("strides", ())))),
+        "groups": max(1, int(node.attrs.get("group", 1))),
+        "inner": inner,
+    }
+
+
+def _volume(name: str, values: ValueAxes) -> Volume:
+    """A value as channel axes and the rest."""
+    axes = [a for a in values.get(name, ()) if a is not None]
+    rest = math.prod(a.length for a in axes if not a.groups)
+    return Volume(tuple(a for a in axes if a.groups), rest)
 
 
 def _origin(node: Node, place: int, producers: Mapping[str, Node], seen: Trace) -> tuple[str, int]:

@@ -1,0 +1,95 @@
+"""Axes of tensors and values, as runs of channels: what a width changes about a shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+FIXED = -1
+"""The group number of indices that belong to no channel group."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of `count` channels of `group` from channel `start` on, each `inner` indices long."""
+
+    group: int
+    start: int
+    count: int
+    inner: int = 1
+
+    @property
+    def length(self) -> int:
+        """Indices that the segment covers at full width."""
+        return self.count * self.inner
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a tensor or value, as segments from index 0 on."""
+
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def fixed(cls, size: int) -> Axis:
+        """An axis that no cut touches."""
+        return cls((Segment(FIXED, 0, size),))
+
+    @cached_property
+    def length(self) -> int:
+        """Indices at full width."""
+        return sum(s.length for s in self.segments)
+
+    @cached_property
+    def groups(self) -> tuple[int, ...]:
+        """The channel groups on this axis, ascending."""
+        return tuple(sorted({s.group for s in self.segments if s.group != FIXED}))
+
+    def size(self, widths: Sequence[int], sizes: Sequence[int]) -> int:
+        """Indices that are left at these widths.
+
+        Args:
+            widths: Kept channels per group.
+            sizes: Channels per group at full width.
+        """
+        total = 0
+        per_group: dict[int, int] = {}
+        for s in self.segments:
+            if s.group == FIXED:
+                total += s.length
+            else:
+                per_group[s.group] = per_group.get(s.group, 0) + s.length
+        return total + sum(n * widths[g] // sizes[g] for g, n in per_group.items())
+
+
+@dataclass(frozen=True)
+class Volume:
+    """What a value holds for one sample: the product of its channel axes and of everything else.
+
+    Attributes:
+        axes: The axes on which there are channels that can be cut.
+        positions: Elements per index of these axes: the product of all other axes but the batch.
+    """
+
+    axes: tuple[Axis, ...] = ()
+    positions: int = 0
+
+    def size(self, widths: Sequence[int], sizes: Sequence[int]) -> int:
+        """Elements of one sample that are left at these widths.
+
+        Args:
+            widths: Kept channels per group.
+            sizes: Channels per group at full width.
+        """
+        total = self.positions
+        for axis in self.axes:
+            total *= axis.size(widths, sizes)
+        return total
+
+
+NOTHING = Volume()
+"""What a row reads or makes that moves nothing."""
+
+NO_AXIS = Axis(())
+"""The axis of a row that has none."""
