@@ -12,7 +12,7 @@ import socket
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     probe.add_argument("--json", action="store_true", help="as JSON, for programs")
     probe.add_argument("--threads", type=_positive, default=_threads(), metavar="N", help="threads for the benchmark")
     probe.set_defaults(run=_probe)
+    identify = commands.add_parser("identify", help="say which hardware profile fits this board, and why")
+    identify.add_argument("--json", action="store_true", help="as JSON, for programs")
+    identify.set_defaults(run=_identify)
     return parser
 
 
@@ -161,15 +164,18 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _profile(name: str | None) -> HardwareProfile | None:
     from fedprune import profile_store
-    from fedprune_device.probe import board
+    from fedprune.identification import identify
+    from fedprune_device.identity import facts
 
+    if name:
+        return profile_store.find(name)
     try:
-        return profile_store.find(name) if name else profile_store.identify(board())
+        found = identify(facts())
     except ProfileError as error:
-        if name:
-            raise
         _LOG.warning("no hardware profile fits this board, so that only its disk limits what it accepts: %s", error)
         return None
+    _LOG.info("profile: %s", found.describe())
+    return found.profile
 
 
 def _predict(arguments: argparse.Namespace) -> int:
@@ -243,6 +249,19 @@ def _print_top(logits: npt.NDArray[np.float32], count: int, names: tuple[str, ..
     for i, row in enumerate(shares):
         best = np.argsort(-row, kind="stable")[:count]
         print(f"{i}: " + ", ".join(f"{names[c] if c < len(names) else c} {row[c]:.4f}" for c in best))
+
+
+def _identify(arguments: argparse.Namespace) -> int:
+    from fedprune.identification import identify
+    from fedprune_device.identity import facts
+
+    read = facts()
+    found = identify(read)
+    if arguments.json:
+        print(json.dumps({"board": asdict(read), **found.to_dict()}, sort_keys=True))
+    else:
+        print(found.describe())
+    return int(ExitCode.OK)
 
 
 def _probe(arguments: argparse.Namespace) -> int:

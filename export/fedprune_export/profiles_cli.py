@@ -1,4 +1,4 @@
-"""`profiles list | show | check`: hardware profiles on the command line."""
+"""`profiles list | show | check | identify`: hardware profiles on the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fedprune import profile_store
+from fedprune.cli import whole_number
 from fedprune.errors import ProfileError
+from fedprune.identification import Facts, identify
 from fedprune.profile import SECTIONS, HardwareProfile
 
 
@@ -21,7 +23,9 @@ def register(subparsers: Any) -> None:
     Args:
         subparsers: What `ArgumentParser.add_subparsers` returned.
     """
-    parser: argparse.ArgumentParser = subparsers.add_parser("profiles", help="list, show and check hardware profiles")
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "profiles", help="hardware profiles: list, show, check, identify"
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="all profiles, one line each")
     listing.set_defaults(function=list_profiles)
@@ -31,9 +35,23 @@ def register(subparsers: Any) -> None:
     checking = actions.add_parser("check", help="check files of profiles")
     checking.add_argument("files", nargs="+", type=Path, metavar="FILE")
     checking.set_defaults(function=check_profiles)
-    for action in (listing, showing, checking):
+    finding = actions.add_parser("identify", help="the profile for a board, from what the board says of itself")
+    finding.add_argument("--model", default="", help="what its /proc/device-tree/model says")
+    finding.add_argument(
+        "--compatible",
+        action="append",
+        default=[],
+        metavar="ENTRY",
+        help="an entry of its /proc/device-tree/compatible (can be repeated)",
+    )
+    finding.add_argument("--l4t", default="", metavar="RELEASE", help="a Jetson's L4T release, such as 36.4.3")
+    finding.add_argument("--memory", type=whole_number, metavar="BYTES", help="its MemTotal")
+    finding.add_argument("--clock", type=whole_number, metavar="HZ", help="the highest clock of its processor")
+    finding.add_argument("--machine", default="aarch64", help="what uname -m says (default: aarch64)")
+    finding.set_defaults(function=identify_profile)
+    for action in (listing, showing, checking, finding):
         action.add_argument("--json", action="store_true", help="print JSON")
-    for action in (listing, showing):
+    for action in (listing, showing, finding):
         action.add_argument(
             "--folder", type=Path, action="append", default=[], help="a folder of own profiles (can be repeated)"
         )
@@ -52,7 +70,7 @@ def list_profiles(arguments: argparse.Namespace) -> int:
     rows = [
         (
             p.name,
-            p.title,
+            p.title if p.support == "first" else f"{p.title} (second tier)",
             f"{p.cpu.cores} x {p.cpu.clock_hz / 1e9:g} GHz",
             _bytes(p.memory.total_bytes),
             _bytes(p.training_bytes),
@@ -78,6 +96,8 @@ def show_profile(arguments: argparse.Namespace) -> int:
     print(f"{profile.name}: {profile.title} ({profile.family}, {profile.arch})")
     if profile.identify:
         print(f"device tree: {', '.join(profile.identify)}")
+    if profile.advice:
+        print(f"second tier: {profile.advice}")
     rows = [(key, _figure(key, value), profile.sources[key]) for key, value in profile.figures().items()]
     _print_table(("figure", "value", "source"), rows)
     return 0
@@ -109,6 +129,28 @@ def check_profiles(arguments: argparse.Namespace) -> int:
         raise ProfileError(
             f"{len(bad)} of {len(arguments.files)} profiles are not sound: " + "; ".join(str(e) for _, e in bad)
         )
+    return 0
+
+
+def identify_profile(arguments: argparse.Namespace) -> int:
+    """Print which profile fits a board, and why.
+
+    Raises:
+        ProfileError: None fits.
+    """
+    facts = Facts(
+        arguments.model,
+        tuple(arguments.compatible),
+        arguments.l4t,
+        arguments.machine,
+        arguments.memory,
+        arguments.clock,
+    )
+    found = identify(facts, arguments.folder)
+    if arguments.json:
+        _print_json(found.to_dict())
+    else:
+        print(found.describe())
     return 0
 
 

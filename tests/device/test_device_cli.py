@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune import tensorfile
+from fedprune import profile_store, tensorfile
 from fedprune.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
 from fedprune.bundle import FILES, MANIFEST, manifest
 from fedprune.errors import ExitCode
@@ -238,3 +238,13 @@ def test_a_password_is_never_shown(tmp_path: Path, capsys: Capture) -> None:
     run(tmp_path, broker="mqtt://me:geheim@127.0.0.1:9")
     shown = capsys.readouterr()
     assert "geheim" not in shown.out + shown.err
+
+
+def test_identify_says_what_fits_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["identify", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["profile"] in profile_store.shipped()
+    assert cli.main(["identify"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{found['profile']}: {found['title']}\n")
+    assert all(f"because of {e}" in out for e in found["evidence"])

@@ -113,3 +113,21 @@ def test_the_check_as_json_tells_good_from_bad(bad_file: Path, capsys: pytest.Ca
         run("check", "--json", str(bad_file), str(good))
     rows = {Path(r["file"]).name: r["ok"] for r in json.loads(capsys.readouterr().out)}
     assert rows == {"bad.toml": False, "raspberry-pi-4b.toml": True}
+
+
+def test_a_board_is_identified_from_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("identify", "--model", "ACME Box", "--compatible", "nvidia,tegra234", "--memory", "16000000000")
+    assert run(*words, "--l4t", "36.4.3") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "jetson-orin-nx: NVIDIA Jetson Orin NX 16 GB",
+        "  because of processor: tegra234",
+        "  because of memory: 16.0 GB",
+        "  because of L4T 36.4.3: JetPack 6.2",
+    ]
+    assert run(*words, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["profile"] == "jetson-orin-nx"
+
+
+def test_the_advice_for_a_second_tier_board_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("show", "jetson-nano") == 0
+    assert "second tier: JetPack 4.6" in capsys.readouterr().out

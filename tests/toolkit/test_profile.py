@@ -241,3 +241,17 @@ def test_the_page_on_boards_lists_every_figure() -> None:
             assert row is not None, f"{section}.{figure} is not in {page.name}"
             assert spec.metadata["doc"] in row
             assert spec.metadata["unit"] in row
+
+
+@pytest.mark.parametrize(("support", "advice"), [("second", None), ("first", "Do this.")])
+def test_advice_goes_with_the_second_tier(support: str, advice: str | None) -> None:
+    body = profile_store.find("raspberry-pi-5").to_dict() | {"support": support}
+    if advice:
+        body["advice"] = advice
+    with pytest.raises(ProfileError, match="advice: expected what a user can do"):
+        HardwareProfile.from_dict(body)
+
+
+def test_a_second_tier_profile_survives_json() -> None:
+    profile = profile_store.find("jetson-nano")
+    assert HardwareProfile.from_json(profile.to_json()) == profile

@@ -125,7 +125,10 @@ SECTIONS: dict[str, tuple[type, bool]] = {
 }
 """Tables of a profile: their class and whether they are required."""
 
-_TOP = ("name", "title", "family", "arch", "identify")
+_TOP = ("name", "title", "family", "arch", "identify", "soc", "support", "advice")
+
+SUPPORT = ("first", "second")
+"""Whether the runtime runs on what the board's maker ships, or only on what a user adds to it."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,11 @@ class HardwareProfile:
         software: What it runs.
         accelerator: A unit beside the processor, if any.
         power: Power at the wall, if known.
-        identify: Texts of which one occurs in the board's /proc/device-tree/model; none for generic profiles.
+        identify: Texts of which one occurs in the board's device tree (model or compatible); none for generic profiles.
+        soc: The processor's name in the device tree's list of what it is compatible with, such as tegra234: it tells
+            a board on a carrier that no text of `identify` knows.
+        support: One of `SUPPORT`.
+        advice: What a user can do where the support is "second"; empty else.
         sources: For every figure ("cpu.cores") where it comes from.
     """
 
@@ -162,6 +169,9 @@ class HardwareProfile:
     accelerator: Accelerator | None = None
     power: Power | None = None
     identify: tuple[str, ...] = ()
+    soc: str = ""
+    support: str = "first"
+    advice: str = ""
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
@@ -193,6 +203,10 @@ class HardwareProfile:
             "arch": self.arch,
             "identify": list(self.identify),
         }
+        if self.soc:
+            body["soc"] = self.soc
+        if self.support != "first":
+            body |= {"support": self.support, "advice": self.advice}
         sources: dict[str, dict[str, str]] = {}
         for key, value in self.figures().items():
             section, figure = key.split(".", 1)
@@ -242,6 +256,9 @@ class HardwareProfile:
             arch=arch,
             **parts,
             identify=_texts(body.get("identify", []), f"{where}: identify"),
+            soc=_checked_text(body, "soc", where) if "soc" in body else "",
+            advice=_checked_text(body, "advice", where) if "advice" in body else "",
+            support=_checked_text({"support": "first", **body}, "support", where, SUPPORT),
             sources=_flat_sources(body.get("sources", {}), where),
         )
         profile._check(where)
@@ -258,6 +275,12 @@ class HardwareProfile:
         idle, load = (self.power.idle_w, self.power.load_w) if self.power is not None else (None, None)
         if idle is not None and load is not None and idle > load:
             raise ProfileError(f"{where}: power.idle_w", expected=f"at most power.load_w ({load})", got=idle)
+        if (self.support == "second") != bool(self.advice):
+            raise ProfileError(
+                f"{where}: advice",
+                expected="what a user can do, where the support is second, and only there",
+                got=repr(self.advice[:80]),
+            )
         figures = self.figures()
         for key in figures:
             if key not in self.sources:

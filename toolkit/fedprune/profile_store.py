@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,37 +101,6 @@ def chosen(name_or_path: str, folders: Sequence[Path] = ()) -> HardwareProfile:
                 f"{name_or_path} is a folder", expected="a profile's name, or a TOML or JSON file of one profile"
             ) from error
         raise
-
-
-def identify(model: str, machine: str | None = None, folders: Sequence[Path] = ()) -> HardwareProfile:
-    """The profile that fits a board best.
-
-    Args:
-        model: What /proc/device-tree/model says; empty where there is none.
-        machine: Its architecture (`uname -m`); this machine's by default.
-        folders: A user's own folders of profiles.
-
-    Returns:
-        The profile with the longest text that occurs in `model`, else the generic one of the architecture.
-
-    Raises:
-        ProfileError: No profile fits, and there is no generic one for this architecture.
-    """
-    candidates = [find(name, folders) for name in names(folders)]
-    matching = [
-        (len(text), profile.name, profile) for profile in candidates for text in profile.identify if text in model
-    ]
-    if matching:
-        return max(matching, key=lambda row: row[:2])[2]
-    machine = machine or platform.machine()
-    name = f"generic-{machine.replace('_', '-')}"
-    if name not in names(folders):
-        raise ProfileError(
-            f"no hardware profile fits a {machine} board",
-            got=repr(model),
-            hint="Write one (docs/add-a-board.md) and name it.",
-        )
-    return find(name, folders)
 
 
 def _check(folders: Sequence[Path]) -> None:
