@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedprune.errors import ConfigError, ProtocolError
 from fedprune.job import Job
+from fedprune.recipe import Recipe
 from fedprune.wire.topics import check_job
 
 pytestmark = pytest.mark.board
@@ -34,7 +35,7 @@ def test_what_is_no_name_is_refused(name: Any) -> None:
 
 
 def test_json_round_trip() -> None:
-    job = Job(name="leaves", rounds=3, density=0.5, rule="fill")
+    job = Job(name="leaves", rounds=3, density=0.5, rule="fill", recipe=Recipe(frozen=("a*",), ordered_dropout=(0.5,)))
     assert Job.from_dict(json.loads(json.dumps(job.to_dict()))) == job
 
 
@@ -43,6 +44,12 @@ def test_json_round_trip() -> None:
 def test_numbers_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"job: {name}"):
         Job.from_dict({name: value})
+
+
+def test_the_curvature_scorer_needs_sgd() -> None:
+    assert Job(scorer="curvature").recipe.optimizer == "sgd"
+    with pytest.raises(ConfigError, match=r"curvature.*expected recipe.optimizer 'sgd', got 'adam'"):
+        Job(scorer="curvature", recipe=Recipe(optimizer="adam"))
 
 
 def test_the_recipe_is_checked() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -26,7 +27,16 @@ recipes = st.builds(
     mask_absent_classes=st.booleans(),
     balance_classes=st.booleans(),
     max_steps=st.integers(0, 1000),
+    label_smoothing=st.floats(0, 1),
+    optimizer=st.sampled_from(["sgd", "adam", "adamw"]),
+    beta2=st.floats(0, 1, exclude_max=True),
+    clip_norm=st.floats(0, 10),
+    frozen=st.lists(st.text("abc.*[", min_size=1, max_size=5), max_size=3).map(tuple),
+    ordered_dropout=st.lists(st.floats(0.1, 1), max_size=3).map(tuple),
 )
+
+FLAGS = [f.name for f in fields(Features) if f.default is False]
+OTHERS = {"loss": "bce", "optimizer": "adamw", "frozen": ("a*",), "trainable": ("a*",)}
 
 
 @given(recipes)
@@ -47,9 +57,11 @@ def test_numbers_do_not_name_another_graph(recipe: Recipe, lr: float, epochs: in
 
 
 def test_every_feature_has_a_key_of_its_own() -> None:
-    names = ["logit_offset", "class_weight", "class_mask", "proximal", "element_mask", "gradients"]
-    keys = {Features(**dict.fromkeys(chosen, True)).key for chosen in ([], *([n] for n in names), names)}
-    assert len(keys) == len(names) + 2
+    asked: list[dict[str, Any]] = [{}, *({n: True} for n in FLAGS), dict.fromkeys(FLAGS, True)]
+    asked += [{k: v} for k, v in OTHERS.items()]
+    keys = {Features(**chosen).key for chosen in asked}
+    assert set(FLAGS) | set(OTHERS) == {f.name for f in fields(Features)}
+    assert len(keys) == len(asked)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +71,10 @@ def test_every_feature_has_a_key_of_its_own() -> None:
         ({"mask_absent_classes": True}, "class_mask"),
         ({"balance_classes": True}, "class_weight"),
         ({"proximal": 0.1}, "proximal"),
+        ({"label_smoothing": 0.1}, "label_smoothing"),
+        ({"clip_norm": 1.0}, "clip"),
+        ({"accumulate": 2}, "accumulate"),
+        ({"ordered_dropout": [0.5]}, "ordered_dropout"),
     ],
 )
 def test_a_setting_asks_for_its_input(setting: dict[str, Any], feature: str) -> None:
@@ -66,18 +82,19 @@ def test_a_setting_asks_for_its_input(setting: dict[str, Any], feature: str) -> 
 
 
 @pytest.mark.parametrize("value", [None, "1", True, float("nan"), float("inf"), -1, 1e12, [1]])
-@pytest.mark.parametrize("name", ["epochs", "batch_size", "lr", "momentum", "weight_decay", "proximal", "max_steps"])
+@pytest.mark.parametrize("name", [f.name for f in fields(Recipe) if type(f.default) in (int, float)])
 def test_numbers_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"recipe: {name}"):
         Recipe.from_dict({name: value})
 
 
-def test_momentum_is_below_one() -> None:
-    with pytest.raises(ConfigError, match="recipe: momentum: expected a number from 0 to below 1, got 1"):
-        Recipe(momentum=1)
+@pytest.mark.parametrize("name", ["momentum", "beta1", "beta2"])
+def test_shares_that_are_kept_are_below_one(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"recipe: {name}: expected a number from 0 to below 1, got 1"):
+        Recipe.from_dict({name: 1})
 
 
-@pytest.mark.parametrize("name", ["epochs", "batch_size", "max_steps"])
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "max_steps", "accumulate"])
 def test_counts_are_whole(name: str) -> None:
     with pytest.raises(ConfigError, match="whole number"):
         Recipe.from_dict({name: 1.5})
@@ -92,3 +109,52 @@ def test_switches_are_true_or_false(name: str) -> None:
 def test_an_unknown_key_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="'learning_rate'"):
         Recipe.from_dict({"learning_rate": 0.1})
+
+
+def test_a_recipe_of_an_older_form_reads() -> None:
+    old = {"epochs": 2, "batch_size": 16, "lr": 0.1, "momentum": 0.5, "weight_decay": 0.01, "proximal": 0.0}
+    old |= dict.fromkeys(("logit_adjustment", "mask_absent_classes", "balance_classes"), False) | {"max_steps": 0}
+    recipe = Recipe.from_dict(old)
+    assert recipe == Recipe(epochs=2, batch_size=16, lr=0.1, momentum=0.5, weight_decay=0.01)
+    assert recipe.features == Features()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"loss": "hinge"},
+        {"loss": None},
+        {"optimizer": ["sgd"]},
+        {"frozen": "conv1.*"},
+        {"frozen": [""]},
+        {"frozen": [1]},
+        {"frozen": {"a": 1}},
+        {"trainable": None},
+        {"ordered_dropout": 0.5},
+        {"ordered_dropout": [0]},
+        {"ordered_dropout": [1.5]},
+        {"ordered_dropout": [True]},
+        {"ordered_dropout": [float("nan")]},
+    ],
+    ids=str,
+)
+def test_what_is_no_setting_is_refused_by_name(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"recipe: {next(iter(setting))}"):
+        Recipe.from_dict(setting)
+
+
+@pytest.mark.parametrize("loss", ["bce", "mse", "huber"])
+@pytest.mark.parametrize("name", ["logit_adjustment", "mask_absent_classes", "balance_classes", "label_smoothing"])
+def test_settings_that_the_loss_has_no_meaning_for_are_refused(name: str, loss: str) -> None:
+    setting = {"loss": loss, name: 0.1 if name == "label_smoothing" else True}
+    if (name, loss) == ("balance_classes", "bce"):
+        assert Recipe.from_dict(setting).features.class_weight
+        return
+    with pytest.raises(ConfigError, match=f"recipe: {name} with loss '{loss}'"):
+        Recipe.from_dict(setting)
+
+
+def test_more_parts_than_samples_of_a_batch_are_refused() -> None:
+    assert Recipe(batch_size=10, accumulate=4).micro_batch == 3
+    with pytest.raises(ConfigError, match="recipe: accumulate"):
+        Recipe(batch_size=4, accumulate=5)

@@ -87,10 +87,16 @@ class Job:
         for name, allowed in (("scorer", SCORERS), ("rule", RULES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"job: {name}", expected=" or ".join(allowed), got=repr(getattr(self, name)))
+        if self.scorer == "curvature" and self.recipe.optimizer != "sgd":
+            raise ConfigError(
+                "job: scorer 'curvature' learns gradients from how far devices' SGD moves",
+                expected="recipe.optimizer 'sgd'",
+                got=repr(self.recipe.optimizer),
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
-        return asdict(self)
+        return asdict(self) | {"recipe": self.recipe.to_dict()}
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Job:

@@ -8,24 +8,42 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fedprune.errors import ConfigError
 
+LOSSES = ("cross_entropy", "bce", "mse", "huber")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+
+_MOST = 1000
+_LONGEST = 1000
+"""Entries of a list of patterns or densities, and letters of a pattern."""
+
 
 @dataclass(frozen=True)
 class Features:
-    """Optional inputs of a training graph.
+    """What a training graph can do; `fedprune.step` says which inputs and outputs that makes.
 
     Attributes:
         logit_offset: A vector [classes] added to the logits before the loss (logit adjustment by label prior).
-        class_weight: A vector [classes] of loss weights, used as torch does: sum of w·loss over sum of w.
+        class_weight: A vector [classes] of loss weights, used as torch does: sum of w·loss over sum of w; with `bce`
+            the weight of each class's positive labels.
         class_mask: A vector [classes]: logits of classes with 0 are replaced by 0 before the loss (HeteroFL).
-        proximal: Per trainable tensor an anchor and a strength µ: adds µ/2 · |w − anchor|² to the loss.
-        element_mask: Per trainable tensor a 0/1 mask: masked elements are 0 in the forward pass and stay put.
+        proximal: Per trained tensor an anchor and a strength µ: adds µ/2 · |w − anchor|² to the loss.
+        element_mask: Per trained tensor a 0/1 mask: masked elements are 0 in the forward pass and stay put.
         gradients: The gradients are outputs, too.
+        loss: `cross_entropy`, `bce` (with logits, one per label), `mse` or `huber`.
+        label_smoothing: A share of every label is spread over all classes (cross-entropy).
+        optimizer: `sgd`, `adam` or `adamw`.
+        clip: Gradients are scaled down to a global norm.
+        accumulate: A batch can be worked through in parts, whose gradients are summed.
+        squares: Sums of squared gradients are outputs.
+        sample_losses: The loss of every sample is an output.
+        ordered_dropout: The graph says in its metadata how channels lie on its tensors' axes.
+        frozen: Patterns of tensors that stay as they are.
+        trainable: Patterns of the only tensors that are trained, if there are any.
     """
 
     logit_offset: bool = False
@@ -34,11 +52,27 @@ class Features:
     proximal: bool = False
     element_mask: bool = False
     gradients: bool = False
+    loss: str = "cross_entropy"
+    label_smoothing: bool = False
+    optimizer: str = "sgd"
+    clip: bool = False
+    accumulate: bool = False
+    squares: bool = False
+    sample_losses: bool = False
+    ordered_dropout: bool = False
+    frozen: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         """Short text that names this combination."""
-        return "+".join(f.name for f in fields(self) if getattr(self, f.name)) or "plain"
+        parts = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            parts.append(field.name if value is True else f"{field.name}={_text(value)}")
+        return "+".join(parts) or "plain"
 
 
 @dataclass(frozen=True)
@@ -48,15 +82,32 @@ class Recipe:
     Attributes:
         epochs: Passes over the local data.
         batch_size: Samples per step; the last batch of an epoch may be smaller.
-        lr: Learning rate of SGD.
+        lr: Learning rate.
         momentum: Momentum of SGD, below 1; the buffer starts at zero every round.
-        weight_decay: Added to gradients as weight_decay · w.
+        weight_decay: Added to gradients as weight_decay · w; with AdamW it shrinks the weights by lr · weight_decay.
         proximal: Strength µ of the pull towards the weights that were received; 0 leaves it out.
         logit_adjustment: Add the log of the device's own (smoothed) label shares to the logits in the loss and in
             personal predictions: log((n_c + 0.1) / (n + 0.1·C)).
         mask_absent_classes: Take classes that the device has no sample of out of the loss (HeteroFL's masked loss).
-        balance_classes: Weigh classes by the inverse of their local share.
+        balance_classes: Weigh classes by the inverse of their local share; with `bce`, each class's positive labels by
+            its negatives over its positives.
         max_steps: Upper limit of steps, 0 for none.
+        loss: `cross_entropy` (one class per sample), `bce` (labels 0 or 1 of every class, from logits), `mse` or
+            `huber` (numbers to predict).
+        label_smoothing: Share of every label that is spread over all classes (cross-entropy).
+        huber_delta: From this error on the Huber loss grows linearly.
+        optimizer: `sgd`, `adam` or `adamw`, as in torch.optim; state starts at zero every round.
+        beta1: Adam's share of the old mean of gradients that is kept.
+        beta2: Adam's share of the old mean of squared gradients that is kept.
+        epsilon: Adam's addend of the denominator.
+        clip_norm: Gradients of all tensors together are scaled down to this norm; 0 leaves them.
+        accumulate: Parts in which a batch is worked through, one after the other: the memory of one part, the gradient
+            of the whole. (Batch norm takes the statistics of each part.)
+        frozen: Patterns of tensors (such as `layer1.*`) that are not trained and come back as they were. A batch norm
+            whose statistics are frozen normalises by them.
+        trainable: Patterns of the only tensors that are trained; empty for all but those that the model itself froze.
+        ordered_dropout: Densities: every step trains the model at one of these, or at the device's own width (FjORD);
+            empty for the device's own width in every step.
     """
 
     epochs: int = 1
@@ -69,6 +120,18 @@ class Recipe:
     mask_absent_classes: bool = False
     balance_classes: bool = False
     max_steps: int = 0
+    loss: str = "cross_entropy"
+    label_smoothing: float = 0.0
+    huber_delta: float = 1.0
+    optimizer: str = "sgd"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip_norm: float = 0.0
+    accumulate: int = 1
+    frozen: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
+    ordered_dropout: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[float, float]] = {
@@ -79,23 +142,56 @@ class Recipe:
             "weight_decay": (0, 1_000),
             "proximal": (0, 1e6),
             "max_steps": (0, 10**9),
+            "label_smoothing": (0, 1),
+            "huber_delta": (1e-6, 1e6),
+            "beta1": (0, 1),
+            "beta2": (0, 1),
+            "epsilon": (1e-16, 1),
+            "clip_norm": (0, 1e6),
+            "accumulate": (1, 65_536),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            whole = name in ("epochs", "batch_size", "max_steps")
+            whole = name in ("epochs", "batch_size", "max_steps", "accumulate")
+            share = name in ("momentum", "beta1", "beta2")
             if (
                 isinstance(value, bool)
                 or not isinstance(value, int if whole else (int, float))
                 or not math.isfinite(value)
                 or not low <= value <= high
-                or (name == "momentum" and value == high)  # the buffer would never forget
+                or (share and value == high)  # the buffer would never forget
             ):
-                below = "below " if name == "momentum" else ""
+                below = "below " if share else ""
                 raise ConfigError(
                     f"recipe: {name}",
                     expected=f"{'a whole number' if whole else 'a number'} from {low} to {below}{high}",
                     got=repr(value),
                 )
+        for name, allowed in (("loss", LOSSES), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"recipe: {name}", expected=" or ".join(allowed), got=repr(getattr(self, name)))
+        for name in ("frozen", "trainable"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        object.__setattr__(self, "ordered_dropout", _densities(self.ordered_dropout))
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        """Refuse settings that the loss has no meaning for."""
+        fitting = {
+            "logit_adjustment": ("cross_entropy",),
+            "mask_absent_classes": ("cross_entropy",),
+            "label_smoothing": ("cross_entropy",),
+            "balance_classes": ("cross_entropy", "bce"),
+        }
+        for name, losses in fitting.items():
+            if getattr(self, name) and self.loss not in losses:
+                raise ConfigError(
+                    f"recipe: {name} with loss {self.loss!r}",
+                    expected=f"loss {' or '.join(losses)}",
+                    got=repr(getattr(self, name)),
+                )
+        if self.accumulate > self.batch_size:
+            raise ConfigError("recipe: accumulate", expected="at most batch_size parts", got=self.accumulate)
 
     @property
     def features(self) -> Features:
@@ -105,7 +201,20 @@ class Recipe:
             class_weight=self.balance_classes,
             class_mask=self.mask_absent_classes,
             proximal=self.proximal > 0,
+            loss=self.loss,
+            label_smoothing=self.label_smoothing > 0,
+            optimizer=self.optimizer,
+            clip=self.clip_norm > 0,
+            accumulate=self.accumulate > 1,
+            ordered_dropout=bool(self.ordered_dropout),
+            frozen=self.frozen,
+            trainable=self.trainable,
         )
+
+    @property
+    def micro_batch(self) -> int:
+        """Most samples that are in memory at once."""
+        return -(-self.batch_size // self.accumulate)
 
     def steps(self, samples: int) -> int:
         """Optimiser steps for this many local samples."""
@@ -114,11 +223,11 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
-        return asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Recipe:
-        """Read and check.
+        """Read and check; what is missing is as by default.
 
         Raises:
             ConfigError: An unknown key, a wrong type or a number out of range.
@@ -134,3 +243,37 @@ class Recipe:
     def to_json(self) -> str:
         """Canonical JSON."""
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _patterns(name: str, value: object) -> tuple[str, ...]:
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str)
+        or not all(isinstance(v, str) and 0 < len(v) <= _LONGEST for v in value)
+        or len(value) > _MOST
+    ):
+        raise ConfigError(
+            f"recipe: {name}",
+            expected=f"a list of up to {_MOST} patterns of tensor names, such as ['layer1.*']",
+            got=repr(value),
+        )
+    return tuple(value)
+
+
+def _densities(value: object) -> tuple[float, ...]:
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str)
+        or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= 1 for v in value)
+        or len(value) > _MOST
+    ):
+        raise ConfigError(
+            "recipe: ordered_dropout",
+            expected=f"a list of up to {_MOST} densities above 0 and up to 1",
+            got=repr(value),
+        )
+    return tuple(map(float, value))

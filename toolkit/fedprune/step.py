@@ -1,39 +1,85 @@
 """The names by which a training graph's inputs and outputs are known.
 
-The exporter writes graphs to this contract and the trainer feeds them by it; neither knows the other.
+The exporter writes graphs to this contract and the trainer feeds them by it; neither knows the other. A graph has
+what its recipe's features ask for, and nothing else.
 
-Inputs: `x` [N, ...], `y` int64 [N], the scalars `lr`, `momentum`, `weight_decay` (float32, shape []), every tensor of
-    the architecture under its own name, and for every trainable tensor its momentum buffer. Depending on the recipe's
-    features also `logit_offset`, `class_weight`, `class_mask` (float32 [classes]) and, per trainable tensor, anchor,
-    µ (shape []) and mask.
+Inputs:
+    `x` [N, ...]: float32, or int64 where the model reads token ids.
+    `y`: int64 [N] (classes) with cross-entropy; float32 [N, K] with the other losses, 0 to 1 with `bce`.
+    Scalars (shape []): `lr`, `weight_decay`; with SGD `momentum`; with Adam and AdamW `beta1`, `beta2` (float64),
+        `epsilon` and `step_number` (int64, counting optimiser steps from 1); `label_smoothing`, `huber_delta`,
+        `clip_norm` as asked for. float32 where nothing else is said.
+    `divisor` (with accumulation): what the sum of the samples' losses is divided by, for the whole batch of which `x`
+        is a part: its number of samples, with class weights in cross-entropy the sum of its samples' weights.
+    `logit_offset`, `class_weight`, `class_mask`: float32 [K]; with `bce` the class weight is torch's `pos_weight`.
+    Every tensor of the architecture under its own name, and per *trained* tensor (trainable and not frozen) the
+        optimiser's state: one array with SGD (momentum), two with Adam and AdamW (mean and mean square of gradients).
+    On demand, per trained tensor: anchor and µ (shape []), mask, the gradients so far of this batch (`sum`), the
+        squares so far (`squares`).
 
-Outputs: `loss` (float32 []: the data loss, without the proximal term), `hits` (int64 []: correctly classified samples
-    of the batch), for every tensor its next value, for every trainable tensor its next momentum buffer and, on
-    demand, its gradient (of the whole objective, without weight decay).
+Outputs:
+    `loss` (float32 []): the data loss, without the proximal term. With accumulation it is this part's share: shares
+        add up to the batch's loss.
+    `hits` (int64 []): with cross-entropy, samples whose largest logit is their label's; with `bce`, entries of [N, K]
+        whose logit is on the label's side of 0 (labels above 0.5 count as 1). With `mse` and `huber` there is none.
+    Per trained tensor its next value and its next state; per statistic that isn't frozen its next value. A frozen
+        tensor has no output, because it stays as it is.
+    On demand: per trained tensor `gradient` (of the whole objective and, with accumulation, of the batch so far;
+        without weight decay, before clipping), the next `sum`, the next `squares` (with the squared gradient of this
+        batch's data loss added); `sample_losses` float32 [N], of which `loss` is the sum over the divisor.
+
+All state is zero at the beginning of a round, and `step_number` begins at 1. With accumulation only the last part's
+next values and next states are a step; of the parts before it only the sums, the statistics, `loss` and `hits` are
+taken, and `sum` is zero for the first part.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 X = "x"
 Y = "y"
 LR = "lr"
 MOMENTUM = "momentum"
 WEIGHT_DECAY = "weight_decay"
+BETA1 = "beta1"
+BETA2 = "beta2"
+EPSILON = "epsilon"
+STEP_NUMBER = "step_number"
+LABEL_SMOOTHING = "label_smoothing"
+HUBER_DELTA = "huber_delta"
+CLIP_NORM = "clip_norm"
+DIVISOR = "divisor"
 LOGIT_OFFSET = "logit_offset"
 CLASS_WEIGHT = "class_weight"
 CLASS_MASK = "class_mask"
 LOSS = "loss"
 HITS = "hits"
+SAMPLE_LOSSES = "sample_losses"
 LOGITS = "logits"
 """The output of an inference graph (its input is `x`)."""
 
-RESERVED = frozenset({X, Y, LR, MOMENTUM, WEIGHT_DECAY, LOGIT_OFFSET, CLASS_WEIGHT, CLASS_MASK, LOSS, HITS, LOGITS})
+RESERVED = frozenset(
+    {
+        *(X, Y, LR, MOMENTUM, WEIGHT_DECAY, BETA1, BETA2, EPSILON, STEP_NUMBER),
+        *(LABEL_SMOOTHING, HUBER_DELTA, CLIP_NORM, DIVISOR, LOGIT_OFFSET, CLASS_WEIGHT, CLASS_MASK),
+        *(LOSS, HITS, SAMPLE_LOSSES, LOGITS),
+    }
+)
 """Names that no tensor of a model may have; the importer renames such tensors."""
+
+AXES = "fedprune.axes"
+"""Key of a training graph's metadata that holds, for ordered dropout, how channels lie on its tensors' axes."""
 
 
 def buffer(name: str) -> str:
-    """Momentum buffer of a tensor (input)."""
+    """Momentum buffer of a tensor, with Adam its mean of gradients (input)."""
     return f"{name}::momentum"
+
+
+def second(name: str) -> str:
+    """Adam's mean of squared gradients of a tensor (input)."""
+    return f"{name}::second"
 
 
 def anchor(name: str) -> str:
@@ -51,11 +97,26 @@ def mask(name: str) -> str:
     return f"{name}::mask"
 
 
+def total(name: str) -> str:
+    """Gradients of a tensor summed over the parts of this batch so far (input)."""
+    return f"{name}::sum"
+
+
+def squares(name: str) -> str:
+    """Squared gradients of a tensor summed over the steps so far (input)."""
+    return f"{name}::squares"
+
+
 def following(name: str) -> str:
-    """The next value of a tensor or momentum buffer (output)."""
+    """The next value of a tensor or of an array that belongs to one (output)."""
     return f"{name}::next"
 
 
 def gradient(name: str) -> str:
     """Gradient of a tensor (output)."""
     return f"{name}::gradient"
+
+
+def states(optimizer: str) -> tuple[Callable[[str], str], ...]:
+    """What an optimiser keeps per trained tensor between steps: functions from its name to the arrays' names."""
+    return (buffer,) if optimizer == "sgd" else (buffer, second)

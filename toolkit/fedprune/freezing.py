@@ -1,0 +1,58 @@
+"""Which tensors a round trains, and which stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+
+from fedprune.architecture import Architecture, TensorSpec
+from fedprune.errors import ConfigError
+from fedprune.recipe import Features
+
+
+def frozen_tensors(architecture: Architecture, features: Features, frozen: Collection[str] = ()) -> frozenset[str]:
+    """Names of the tensors that stay as they are.
+
+    Those are what the model itself froze or, where the features name what is trainable, everything else; and whatever
+    matches a pattern of `features.frozen`. Batch-norm statistics are tensors, too: a frozen one isn't measured anew.
+
+    Args:
+        architecture: The model.
+        features: The training graph's features.
+        frozen: What the model itself froze (`requires_grad=False` in torch).
+
+    Raises:
+        ConfigError: A pattern matches no tensor, or no tensor is left to train.
+    """
+    names = [t.name for t in architecture.tensors]
+    for option in ("frozen", "trainable"):
+        for pattern in getattr(features, option):
+            if not any(fnmatchcase(n, pattern) for n in names):
+                raise ConfigError(
+                    f"recipe: {option}: no tensor is called {pattern!r}",
+                    expected="a pattern that matches some of " + ", ".join(names[:8]) + (", ..." * (len(names) > 8)),
+                    hint="'*' stands for any letters: 'layer1.*', '*.bias'.",
+                )
+    out = set(frozen).intersection(names)
+    if features.trainable:
+        out = {n for n in names if not _matches(n, features.trainable)}
+    out.update(n for n in names if _matches(n, features.frozen))
+    if architecture.trainable and out.issuperset(t.name for t in architecture.trainable):
+        raise ConfigError(
+            "recipe: every tensor is frozen",
+            expected="at least one that is trained",
+            hint="Let recipe.frozen match less, or recipe.trainable more.",
+        )
+    return frozenset(out)
+
+
+def trained_tensors(
+    architecture: Architecture, features: Features, frozen: Collection[str] = ()
+) -> tuple[TensorSpec, ...]:
+    """The tensors that an optimiser moves; arguments and errors are those of `frozen_tensors`."""
+    still = frozen_tensors(architecture, features, frozen)
+    return tuple(t for t in architecture.trainable if t.name not in still)
+
+
+def _matches(name: str, patterns: Collection[str]) -> bool:
+    return any(fnmatchcase(name, p) for p in patterns)
