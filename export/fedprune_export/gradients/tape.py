@@ -8,29 +8,23 @@ need a channel count as a number raises.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.architecture import FIXED, Architecture, Axis, TensorSpec
+from fedprune.architecture import FIXED, Axis, TensorSpec
 from fedprune.errors import ModelError
+from fedprune_export.gradients.dimensions import BATCH, BATCH_EXTENT, Dim, Dimensions, Shape
 from fedprune_export.graph import Graph, Node, Port
 from fedprune_export.imported import Model
 from fedprune_export.trace import BATCHES, Trace, trace
 
+__all__ = ["BATCH", "RULES", "Dim", "Pull", "Rule", "Shape", "Tape", "describe", "port", "rule", "sample_shape"]
+
 Array = npt.NDArray[Any]
-Dim = int | str
-Shape = tuple[Dim, ...]
-
-BATCH = "N"
-"""The name of the batch dimension."""
-
-_BATCH_EXTENT = 1_000_003
-"""Stands for the batch where sizes are matched by arithmetic: a prime that no model's dimension is a multiple of."""
 
 Pull = Callable[..., None]
 """Takes the gradients of a node's outputs (None where there is none) and adds those of its inputs."""
@@ -58,20 +52,24 @@ class Tape:
     Args:
         model: The model to differentiate.
         graph: The graph that is written to.
+        frozen: Names of tensors that don't train: their gradients are not computed, and a batch normalisation whose
+            statistics are frozen normalises by them.
     """
 
-    def __init__(self, model: Model, graph: Graph) -> None:
+    def __init__(self, model: Model, graph: Graph, frozen: Collection[str] = ()) -> None:
         self.graph = graph
+        self.dims = Dimensions(graph)
         self._source = model.graph
         self._architecture = model.architecture
+        self._analysed = model.values
+        self._frozen = frozenset(frozen)
         self._values: dict[str, str] = {}
         self._shapes: dict[str, Shape] = {}
-        self._extents: dict[str, int] = {BATCH: _BATCH_EXTENT}
         self._wanted: set[str] = set()
         self._gradients: dict[str, list[str]] = {}
         self._pulls: list[tuple[Node, Pull]] = []
         self._shape_values: dict[str, str] = {}
-        self._arithmetic: set[str] = set()
+        self._arithmetic: dict[str, Node] = {}
         self._readers = model.graph.consumers()
         self._producers = model.graph.producers()
 
@@ -81,36 +79,128 @@ class Tape:
         """Make a value of the model known: what it is called in the training graph, and its shape."""
         self._values[name] = value
         self._shapes[name] = shape
-        if wanted:
+        self.dims.seen(value, shape)
+        if wanted and name not in self._frozen:
             self._wanted.add(name)
 
     def tensor_shape(self, spec: TensorSpec) -> Shape:
         """The symbolic shape of a tensor of the architecture."""
-        out: list[Dim] = []
-        for axis in spec.axes:
-            dim = axis_name(axis, self._architecture)
-            out.append(self.symbol(dim, axis.length) if isinstance(dim, str) else dim)
-        return tuple(out)
+        return tuple(self.dims.of_axis(axis, self._architecture) for axis in spec.axes)
 
     def symbol(self, name: str, extent: int) -> Dim:
         """A dimension whose size varies, and its size at full width."""
-        self._extents[name] = extent
-        return name
+        return self.dims.symbol(name, extent)
 
     def value(self, name: str) -> str:
-        """What a value of the model is called in the training graph; constants are copied on first use."""
+        """What a value of the model is called in the training graph; constants are copied on first use.
+
+        A constant over channels is as long as there are channels left, which takes equal entries along that axis.
+
+        Raises:
+            ModelError: The value is not known yet, or a constant has another number for each channel.
+        """
         if name not in self._values:
             array = self._source.initializers.get(name)
             if array is None:
-                raise ModelError(f"value {name} is read before it is computed")
-            self._values[name] = self.graph.constant(array, array.dtype)
-            self._shapes[name] = array.shape
+                self._copy_arithmetic(name)
+            else:
+                self._enter_constant(name, array)
         return self._values[name]
+
+    def _enter_constant(self, name: str, array: Array) -> None:
+        if array.dtype in (np.float16, np.float64):
+            array = array.astype(np.float32)
+        known = self.known(name)
+        shape: Shape = array.shape if known is None or None in known else tuple(d for d in known if d is not None)
+        varying = [i for i, d in enumerate(shape) if isinstance(d, str)]
+        small = array
+        for axis in varying:
+            small = small.take([0], axis)
+        if varying and not np.array_equal(np.broadcast_to(small, array.shape), array):
+            raise ModelError(
+                f"constant {name} has another number for each channel",
+                expected="equal numbers along axes that are cut, or a parameter",
+                got=f"axes {list(shape)}",
+            )
+        value = self.graph.constant(small, array.dtype)
+        if varying:
+            value = self.graph.emit("Expand", value, self.sizes(shape))
+        self.enter(name, value, shape)
+
+    def _copy_arithmetic(self, name: str) -> None:
+        """Shape arithmetic that data is computed with is copied, so that it computes with the sizes at run time."""
+        node = self._arithmetic.get(name)
+        if node is None:
+            raise ModelError(f"value {name} is read before it is computed")
+        inputs = [self.value(i) if i else "" for i in node.inputs]
+        outputs = self.graph.emit_many(node.op, *inputs, outputs=len(node.outputs), attrs=node.attrs)
+        for output, value in zip(node.outputs, outputs, strict=True):
+            if output:
+                known = self.known(output)
+                if known is None or None in known:
+                    known = self._traced_shape(output)
+                self.enter(output, value, tuple(d for d in known if d is not None))
 
     def shape(self, name: str) -> Shape:
         """Symbolic shape of a value of the model."""
         self.value(name)
         return self._shapes[name]
+
+    def known(self, name: str) -> tuple[Dim | None, ...] | None:
+        """A value's dimensions as the channel analysis found them, None for an axis that follows the batch.
+
+        None where the model was not analysed.
+        """
+        axes = self._analysed.get(name)
+        if axes is None:
+            return None
+        return tuple(None if a is None else self.dims.of_axis(a, self._architecture) for a in axes)
+
+    def axis(self, name: str, index: int) -> Axis | None:
+        """What lies on an axis of a value at full width; None where it follows the batch or was not analysed."""
+        axes = self._analysed.get(name)
+        return axes[index] if axes is not None else None
+
+    def blocks(self, node: Node, name: str, index: int, count: int) -> tuple[Dim, Dim]:
+        """How an axis that is divided into `count` equal blocks at full width is divided at every width.
+
+        Either whole blocks are cut (their number varies), or the same positions of every block (their length does).
+
+        Returns:
+            How many blocks there are, and how long each is.
+
+        Raises:
+            ModelError: Neither is so.
+        """
+        dim = self.shape(name)[index]
+        length, rest = divmod(self.extent(dim), count)
+        axis = self.axis(name, index)
+        if not rest:
+            if isinstance(dim, int):
+                return count, length
+            ends = [self.prefix(axis, i * length) for i in range(count + 1)] if axis is not None else [None]
+            first = ends[1] if len(ends) > 1 else None
+            if first is not None and all(e == self.product([i, first]) for i, e in enumerate(ends)):
+                return count, first
+            number = self.dims.quotient(dim, length)
+            if number is not None:
+                return number, length
+        raise ModelError(f"{describe(node)}: its blocks are cut unevenly", expected=f"{count} equal blocks", got=dim)
+
+    def prefix(self, axis: Axis, index: int) -> Dim | None:
+        """How many of the first `index` indices of an axis are left at every width; None where that is no number."""
+        parts: list[Dim] = []
+        for s in axis.segments:
+            if index <= 0:
+                break
+            if s.length <= index:
+                parts.append(self.dims.of_axis(Axis((s,)), self._architecture))
+            elif s.group == FIXED:
+                parts.append(index)
+            else:
+                return None
+            index -= s.length
+        return self.total(parts)
 
     def is_tensor(self, name: str) -> bool:
         """Whether a value is a weight or statistic."""
@@ -152,7 +242,7 @@ class Tape:
             raise ModelError(
                 f"{describe(node)}: its target shape is no multiple of the batch", got=f"{out} of {BATCHES[0]} samples"
             )
-        return np.where(changing, times * _BATCH_EXTENT, out)
+        return np.where(changing, times * BATCH_EXTENT, out)
 
     def _traced(self, node: Node, index: int) -> tuple[Array, npt.NDArray[np.bool_]] | None:
         """A constant or the result of shape arithmetic, and where it depends on the batch."""
@@ -166,6 +256,21 @@ class Tape:
         if first is None or second is None or first.shape != second.shape:
             raise ModelError(f"{describe(node)}: input {index} is not constant")
         return first, np.asarray(first != second)
+
+    def _traced_shape(self, name: str) -> Shape:
+        """A value's shape where only the batch varies: every size is a linear form of it.
+
+        Raises:
+            ModelError: A size follows the batch in another way.
+        """
+        out: list[Dim] = []
+        first, second = self._trace.shapes[name], self._trace.shapes_second[name]
+        for a, b in zip(first, second, strict=True):
+            slope, rest = divmod(b - a, BATCHES[1] - BATCHES[0])
+            if rest:
+                raise ModelError(f"a size of value {name} is no linear form of the batch", got=f"{a}, {b}")
+            out.append(self.total([self.product([BATCH, slope]), a - slope * BATCHES[0]]))
+        return tuple(out)
 
     @cached_property
     def _trace(self) -> Trace:
@@ -186,23 +291,43 @@ class Tape:
 
     def extent(self, dim: Dim) -> int:
         """A dimension's size at full width (for the batch a large prime)."""
-        return dim if isinstance(dim, int) else self._extents[dim]
+        return self.dims.extent(dim)
 
     def product(self, dims: Sequence[Dim]) -> Dim:
         """The dimension that merging these gives."""
-        symbols = [d for d in dims if isinstance(d, str)]
-        factor = math.prod(d for d in dims if isinstance(d, int))
-        if not symbols:
-            return factor
-        name = "*".join(symbols) + (f"*{factor}" if factor != 1 else "")
-        return self.symbol(name, math.prod(self._extents[s] for s in symbols) * factor)
+        return self.dims.product(dims)
 
     def total(self, dims: Sequence[Dim]) -> Dim:
         """The dimension that concatenating these gives."""
-        if all(isinstance(d, int) for d in dims):
-            return sum(self.extent(d) for d in dims)
-        name = "+".join(map(str, dims))
-        return self.symbol(name, sum(self.extent(d) for d in dims))
+        return self.dims.total(dims)
+
+    def size(self, dim: Dim) -> str:
+        """A value that holds a dimension's size at run time, as int64 of shape [1]; a constant where it is fixed."""
+        return self.dims.size(dim)
+
+    def sizes(self, dims: Sequence[Dim]) -> str:
+        """A value that holds a shape at run time, as int64 of shape [len(dims)]; a constant where it is fixed."""
+        return self.dims.sizes(dims)
+
+    def reshape(self, value: str, shape: Shape, target: Shape) -> str:
+        """A value of `shape` reshaped to `target`, by constants as far as these say it."""
+        if shape == target:
+            return value
+        entries = [d if isinstance(d, int) else 0 if shape[i : i + 1] == (d,) else -1 for i, d in enumerate(target)]
+        free = [i for i, e in enumerate(entries) if e == -1]
+        if len(free) > 1:
+            # All but one are computed; of the rest a run of numbers is one constant.
+            parts: list[str] = []
+            run: list[int] = []
+            for i, entry in enumerate(entries):
+                if i in free[1:]:
+                    parts += ([self.graph.ints(*run)] if run else []) + [self.size(target[i])]
+                    run = []
+                else:
+                    run.append(entry)
+            parts += [self.graph.ints(*run)] if run else []
+            return self.graph.emit("Reshape", value, self.graph.emit("Concat", *parts, attrs={"axis": 0}))
+        return self.graph.emit("Reshape", value, self.graph.ints(*entries))
 
     def static(self, node: Node, dims: Sequence[Dim]) -> tuple[int, ...]:
         """These dimensions as numbers.
@@ -227,17 +352,12 @@ class Tape:
         rank = max(map(len, shapes))
         out: list[Dim] = []
         for column in zip(*[(1,) * (rank - len(s)) + s for s in shapes], strict=True):
-            best: Dim = 1
-            for dim in column:
-                if dim == 1 or dim == best:
-                    continue
-                same_kind = isinstance(best, int) == isinstance(dim, int)
-                if best != 1 and not (same_kind and self.extent(best) == self.extent(dim)):
-                    raise ModelError(
-                        f"{describe(node)}: a fixed size meets a channel dimension", expected=best, got=dim
-                    )
-                best = dim
-            out.append(best)
+            large = [d for d in dict.fromkeys(column) if d != 1]
+            if len(large) > 1:
+                raise ModelError(
+                    f"{describe(node)}: sizes don't fit each other at every width", expected=large[0], got=large[1]
+                )
+            out.append(large[0] if large else 1)
         return tuple(out)
 
     def shape_of(self, value: str) -> str:
@@ -269,10 +389,24 @@ class Tape:
                     hint="Replace the operator, or add a rule for it.",
                 )
             pull = function(self, node)
-            if any(self.wants(i) for i in node.inputs if i):
+            self._check_shapes(node)
+            if pull is not None and any(self.wants(i) for i in node.inputs if i):
                 self._wanted.update(o for o in node.outputs if o)
-                if pull is not None:
-                    self._pulls.append((node, pull))
+                self._pulls.append((node, pull))
+
+    def _check_shapes(self, node: Node) -> None:
+        """What a rule says of its outputs' shapes must be what the channel analysis says."""
+        for name in node.outputs:
+            known, shape = self.known(name) if name else None, self._shapes.get(name)
+            if known is None or shape is None:
+                continue
+            if len(known) != len(shape) or any(k not in (None, d) for k, d in zip(known, shape, strict=True)):
+                raise ModelError(
+                    f"{describe(node)}: the cut and the training graph would differ in shape",
+                    expected=list(known),
+                    got=list(shape),
+                    hint="The channel rule and the gradient rule of this operator contradict each other.",
+                )
 
     def _is_shape_arithmetic(self, node: Node) -> bool:
         """Nodes that only compute with shapes are not copied: rules look their results up in a trace."""
@@ -281,7 +415,7 @@ class Tape:
             i in self._arithmetic or (i in self._source.initializers and not self.is_tensor(i)) for i in inputs
         )
         if node.op in ("Shape", "Size") or derived:
-            self._arithmetic.update(node.outputs)
+            self._arithmetic.update(dict.fromkeys(node.outputs, node))
             return True
         return False
 
@@ -317,21 +451,6 @@ class Tape:
         if lead:
             gradient = self.graph.emit("Squeeze", gradient, self.graph.ints(*range(lead)))
         return gradient
-
-
-def axis_name(axis: Axis, architecture: Architecture) -> Dim:
-    """A dimension's name: by its channel groups, or its size where it is fixed."""
-    if not axis.groups:
-        return axis.length
-    parts = []
-    for s in axis.segments:
-        if s.group == FIXED:
-            parts.append(str(s.length))
-            continue
-        group = architecture.groups[s.group]
-        span = "" if s.count == group.size else f"[{s.start}:{s.start + s.count}]"
-        parts.append(f"{group.name}{span}" + (f"*{s.inner}" if s.inner != 1 else ""))
-    return "+".join(parts)
 
 
 def describe(node: Node) -> str:
