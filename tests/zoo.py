@@ -54,7 +54,7 @@ class _Torchvision:
         """Nothing to run."""
 
 
-def timm_model(name: str, size: int = 64) -> nn.Module:
+def timm_model(name: str, size: int = 64, **arguments: Any) -> nn.Module:
     """A network of timm with ten classes for images of `size`."""
     if "timm" not in sys.modules and importlib.util.find_spec("torchvision") is None:
         sys.meta_path.append(_Torchvision)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def timm_model(name: str, size: int = 64) -> nn.Module:
         timm = pytest.importorskip("timm")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = nets.seeded(timm.create_model(name, num_classes=10))
+        module = nets.seeded(timm.create_model(name, num_classes=10, **arguments))
     module.input_shape = (3, size, size)
     return module
 
