@@ -51,7 +51,7 @@ class Port:
 
 @dataclass
 class Graph:
-    """Nodes in topological order with their inputs, outputs and constants."""
+    """Nodes in topological order with their inputs, outputs and constants; `metadata` is text by keys `fedprune.*`."""
 
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
@@ -59,6 +59,7 @@ class Graph:
     initializers: dict[str, Array] = field(default_factory=dict)
     opset: int = TRAINING_OPSET
     name: str = "fedprune"
+    metadata: dict[str, str] = field(default_factory=dict)
     _counter: int = field(default=0, repr=False)
     _constants: dict[tuple[Any, ...], str] = field(default_factory=dict, repr=False)
 
@@ -138,6 +139,7 @@ class Graph:
             dict(self.initializers),
             self.opset,
             self.name,
+            dict(self.metadata),
             self._counter,
             dict(self._constants),
         )
@@ -166,7 +168,7 @@ class Graph:
             [_port_proto(p) for p in self.outputs],
             [numpy_helper.from_array(v, k) for k, v in self.initializers.items()],
         )
-        return helper.make_model(
+        model = helper.make_model(
             graph,
             opset_imports=[
                 helper.make_opsetid("", self.opset),
@@ -175,6 +177,8 @@ class Graph:
             ir_version=_IR_VERSIONS.get(self.opset, 8),
             producer_name="fedprune",
         )
+        helper.set_model_props(model, dict(sorted(self.metadata.items())))
+        return model
 
     def to_bytes(self, *, opset: int | None = None) -> bytes:
         """As the bytes of an ONNX file; the same graph gives the same bytes. See `to_proto`."""
@@ -210,6 +214,7 @@ class Graph:
             initializers,
             opset,
             proto.name or "model",
+            {p.key: p.value for p in model.metadata_props if p.key.startswith("fedprune.")},
         )
         taken: Iterable[str] = [
             *initializers,

@@ -21,12 +21,14 @@ class Model:
         architecture: Channel groups, tensors and costs of that graph.
         notes: What the import changed or could not analyse, for people: one sentence each.
         values: Axes of every value at full width; None for an axis that follows the batch.
+        frozen: Names of tensors that the model's author froze (`requires_grad=False` in torch).
     """
 
     graph: Graph
     architecture: Architecture
     notes: tuple[str, ...] = ()
     values: Mapping[str, tuple[Axis | None, ...]] = field(default_factory=dict, repr=False)
+    frozen: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> Tensors:
