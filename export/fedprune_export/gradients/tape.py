@@ -9,18 +9,17 @@ need a channel count as a number raises.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.architecture import FIXED, Axis, TensorSpec
+from fedprune.architecture import TensorSpec
 from fedprune.errors import ModelError
-from fedprune_export.gradients.dimensions import BATCH, BATCH_EXTENT, Dim, Dimensions, Shape
+from fedprune_export.gradients.dimensions import BATCH, Dim, Dimensions, Shape
+from fedprune_export.gradients.knowledge import Knowledge, describe
 from fedprune_export.graph import Graph, Node, Port
 from fedprune_export.imported import Model
-from fedprune_export.trace import BATCHES, Trace, trace
 
 __all__ = ["BATCH", "RULES", "Dim", "Pull", "Rule", "Shape", "Tape", "describe", "port", "rule", "sample_shape"]
 
@@ -46,7 +45,7 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
     return register
 
 
-class Tape:
+class Tape(Knowledge):
     """A training graph in the making.
 
     Args:
@@ -57,11 +56,8 @@ class Tape:
     """
 
     def __init__(self, model: Model, graph: Graph, frozen: Collection[str] = ()) -> None:
+        super().__init__(model, Dimensions(graph))
         self.graph = graph
-        self.dims = Dimensions(graph)
-        self._source = model.graph
-        self._architecture = model.architecture
-        self._analysed = model.values
         self._frozen = frozenset(frozen)
         self._values: dict[str, str] = {}
         self._shapes: dict[str, Shape] = {}
@@ -69,7 +65,6 @@ class Tape:
         self._gradients: dict[str, list[str]] = {}
         self._pulls: list[tuple[Node, Pull]] = []
         self._shape_values: dict[str, str] = {}
-        self._arithmetic: dict[str, Node] = {}
         self._readers = model.graph.consumers()
         self._producers = model.graph.producers()
 
@@ -138,28 +133,13 @@ class Tape:
             if output:
                 known = self.known(output)
                 if known is None or None in known:
-                    known = self._traced_shape(output)
+                    known = self.traced_shape(output)
                 self.enter(output, value, tuple(d for d in known if d is not None))
 
     def shape(self, name: str) -> Shape:
         """Symbolic shape of a value of the model."""
         self.value(name)
         return self._shapes[name]
-
-    def known(self, name: str) -> tuple[Dim | None, ...] | None:
-        """A value's dimensions as the channel analysis found them, None for an axis that follows the batch.
-
-        None where the model was not analysed.
-        """
-        axes = self._analysed.get(name)
-        if axes is None:
-            return None
-        return tuple(None if a is None else self.dims.of_axis(a, self._architecture) for a in axes)
-
-    def axis(self, name: str, index: int) -> Axis | None:
-        """What lies on an axis of a value at full width; None where it follows the batch or was not analysed."""
-        axes = self._analysed.get(name)
-        return axes[index] if axes is not None else None
 
     def blocks(self, node: Node, name: str, index: int, count: int) -> tuple[Dim, Dim]:
         """How an axis that is divided into `count` equal blocks at full width is divided at every width.
@@ -186,95 +166,6 @@ class Tape:
             if number is not None:
                 return number, length
         raise ModelError(f"{describe(node)}: its blocks are cut unevenly", expected=f"{count} equal blocks", got=dim)
-
-    def prefix(self, axis: Axis, index: int) -> Dim | None:
-        """How many of the first `index` indices of an axis are left at every width; None where that is no number."""
-        parts: list[Dim] = []
-        for s in axis.segments:
-            if index <= 0:
-                break
-            if s.length <= index:
-                parts.append(self.dims.of_axis(Axis((s,)), self._architecture))
-            elif s.group == FIXED:
-                parts.append(index)
-            else:
-                return None
-            index -= s.length
-        return self.total(parts)
-
-    def is_tensor(self, name: str) -> bool:
-        """Whether a value is a weight or statistic."""
-        return name in self._architecture.by_name
-
-    def number(self, node: Node, index: int) -> Array | None:
-        """The constant at a node's input, None where there is no such input.
-
-        Raises:
-            ModelError: The input is computed from data, or depends on the batch.
-        """
-        number = self._traced(node, index)
-        if number is None:
-            return None
-        out, changing = number
-        if changing.any():
-            raise ModelError(
-                f"{describe(node)}: input {index} depends on the batch",
-                expected="a constant",
-                hint="Only the target of a Reshape may.",
-            )
-        return out
-
-    def target_shape(self, node: Node, index: int) -> Array | None:
-        """The target shape at a node's input with multiples of the batch at its `extent`, None where there is none.
-
-        Raises:
-            ModelError: The input is computed from data, or depends on the batch in another way than as a multiple.
-        """
-        number = self._traced(node, index)
-        if number is None:
-            return None
-        out, changing = number
-        if not changing.any():
-            return out
-        times, rest = np.divmod(out, BATCHES[0])
-        second = self._trace.integers_second[node.inputs[index]]
-        if np.any(changing & ((rest != 0) | (second != times * BATCHES[1]))):
-            raise ModelError(
-                f"{describe(node)}: its target shape is no multiple of the batch", got=f"{out} of {BATCHES[0]} samples"
-            )
-        return np.where(changing, times * BATCH_EXTENT, out)
-
-    def _traced(self, node: Node, index: int) -> tuple[Array, npt.NDArray[np.bool_]] | None:
-        """A constant or the result of shape arithmetic, and where it depends on the batch."""
-        if index >= len(node.inputs) or not node.inputs[index]:
-            return None
-        name = node.inputs[index]
-        if name in self._source.initializers and not self.is_tensor(name):
-            constant = self._source.initializers[name]
-            return constant, np.zeros(constant.shape, np.bool_)
-        first, second = self._trace.integers.get(name), self._trace.integers_second.get(name)
-        if first is None or second is None or first.shape != second.shape:
-            raise ModelError(f"{describe(node)}: input {index} is not constant")
-        return first, np.asarray(first != second)
-
-    def _traced_shape(self, name: str) -> Shape:
-        """A value's shape where only the batch varies: every size is a linear form of it.
-
-        Raises:
-            ModelError: A size follows the batch in another way.
-        """
-        out: list[Dim] = []
-        first, second = self._trace.shapes[name], self._trace.shapes_second[name]
-        for a, b in zip(first, second, strict=True):
-            slope, rest = divmod(b - a, BATCHES[1] - BATCHES[0])
-            if rest:
-                raise ModelError(f"a size of value {name} is no linear form of the batch", got=f"{a}, {b}")
-            out.append(self.total([self.product([BATCH, slope]), a - slope * BATCHES[0]]))
-        return tuple(out)
-
-    @cached_property
-    def _trace(self) -> Trace:
-        return trace(self._source)
 
     def producer(self, name: str) -> Node | None:
         """The node that makes a value, None for inputs and weights."""
@@ -451,11 +342,6 @@ class Tape:
         if lead:
             gradient = self.graph.emit("Squeeze", gradient, self.graph.ints(*range(lead)))
         return gradient
-
-
-def describe(node: Node) -> str:
-    """A node in words, for messages."""
-    return f"node {node.name or node.outputs[0]} ({node.op})"
 
 
 def port(name: str, shape: Shape, dtype: npt.DTypeLike = np.float32) -> Port:
