@@ -11,7 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,21 @@ Tensors = dict[str, npt.NDArray[np.float32]]
 """Named tensors of a model or submodel."""
 
 Indices = npt.NDArray[np.int64]
+
+_ALIGNED = 16
+"""Numbers between the starts of tensors that share memory: 64 bytes, a cache line."""
+
+
+class _Piece(NamedTuple):
+    """How a tensor is gathered: what to slice (axes that hold a run), which axes to take indices of, where it goes."""
+
+    name: str
+    whole: tuple[int, ...]
+    shape: tuple[int, ...]
+    cut: tuple[Any, ...]
+    rows: tuple[tuple[int, Indices], ...]
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,16 +119,34 @@ class Selection:
         return self.architecture.shapes(self.widths)
 
     def gather(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
-        """The submodel's tensors out of the full model's.
+        """The submodel's tensors out of the full model's; they lie in one piece of memory.
 
         Raises:
             BundleError: A tensor is missing or has another shape than the architecture says.
         """
+        pieces = self._pieces
+        wholes = [_expect(tensors, piece.name, piece.whole) for piece in pieces]
+        # One piece of memory: the system hands that out faster than a hundred small ones.
+        room = np.empty(pieces[-1].stop if pieces else 0, np.float32)
         out: Tensors = {}
-        for spec in self.architecture.tensors:
-            full = _expect(tensors, spec.name, spec.shape)
-            out[spec.name] = _take(full, self.maps(spec.name))
+        for full, piece in zip(wholes, pieces, strict=True):
+            part = out[piece.name] = room[piece.start : piece.stop].reshape(piece.shape)
+            _take(full[piece.cut], piece.rows, part)
         return out
+
+    @cached_property
+    def _pieces(self) -> tuple[_Piece, ...]:
+        """How every tensor is gathered, in the architecture's order."""
+        out, start, shapes = [], 0, self.shapes()
+        for spec in self.architecture.tensors:
+            maps, shape = self.maps(spec.name), shapes[spec.name]
+            runs = [_run(m) for m in maps]
+            cut = (*(slice(None) if r is None else r for r in runs), ...)
+            rows = tuple((axis, maps[axis]) for axis, r in enumerate(runs) if r is None)
+            stop = start + prod(shape)
+            out.append(_Piece(spec.name, spec.shape, shape, cut, rows, start, stop))
+            start = -(-stop // _ALIGNED) * _ALIGNED
+        return tuple(out)
 
     def scatter(
         self, submodel: Mapping[str, npt.NDArray[np.float32]], onto: Mapping[str, npt.NDArray[np.float32]]
@@ -200,16 +234,15 @@ def _run(row: Indices) -> slice | None:
     return slice(start, stop) if stop - start == row.size and bool((np.diff(row) == 1).all()) else None
 
 
-def _take(full: npt.NDArray[np.float32], maps: Sequence[Indices]) -> npt.NDArray[np.float32]:
-    """The outer product of index rows as a C-ordered copy: cuts out runs, then takes the other axes in turn."""
-    runs = [_run(m) for m in maps]
-    view = tuple(slice(None) if r is None else r for r in runs)
-    index: tuple[Any, ...] = (*view, ...)
-    out: npt.NDArray[np.float32] = full[index]
-    for axis, row in enumerate(maps):
-        if runs[axis] is None:
-            out = out.take(row, axis=axis)
-    return out.copy() if np.may_share_memory(out, full) or not out.flags.c_contiguous else out
+def _take(part: npt.NDArray[np.float32], rows: Sequence[tuple[int, Indices]], out: npt.NDArray[np.float32]) -> None:
+    """Write the outer product of index rows into `out`, taking one axis after the other."""
+    if not rows:
+        np.copyto(out, part)
+        return
+    for axis, row in rows[:-1]:
+        part = part.take(row, axis=axis)
+    axis, row = rows[-1]
+    np.take(part, row, axis=axis, out=out, mode="clip")  # nothing is clipped, but this mode writes without a buffer
 
 
 def _expect(
