@@ -20,7 +20,6 @@ it stopped.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import resource
@@ -40,8 +39,6 @@ BATCH = 6
 SEEDS = 5
 LIMIT_SECONDS = 300
 LIMIT_BYTES = 12 * 2**30
-FLOOR = 1e-6
-"""A relative distance of gradients that counts as none."""
 BOUND = 1e-5
 """Largest relative distance of a cut network from the masked whole one."""
 
@@ -254,69 +251,36 @@ def cuts(record: Record, model: Any) -> None:
 def gradients(record: Record, model: Any, name: str) -> None:
     """Distances of our gradients and of torch's float32 ones from float64, at full and at half width."""
     import numpy as np
-    import torch
     from cutting import random_selection
-    from torch_graph import run
+    from gradient_distance import Trained
 
-    from fedprune import step
-    from fedprune.recipe import Features
     from fedprune.selection import Selection
-    from fedprune.session import Session
     from fedprune_export.cut import cut
-    from fedprune_export.training import training_graph
 
     arch = model.architecture
-    graph = training_graph(model, Features(gradients=True))
-    record.body["training_nodes"] = len(graph.nodes)
-    session = Session(graph.to_bytes(), training=True)
-    trainable = [t.name for t in arch.trainable]
-
-    def ours(tensors: Any, x: Any, y: Any) -> Any:
-        feeds = {**tensors, step.X: x, step.Y: y}
-        feeds |= {step.buffer(n): np.zeros_like(tensors[n]) for n in trainable}
-        feeds |= {s: np.array(0.1, np.float32) for s in (step.LR, step.MOMENTUM, step.WEIGHT_DECAY)}
-        feeds = {k: v for k, v in feeds.items() if k in session.inputs}
-        got = session.run(feeds, [step.gradient(n) for n in trainable])
-        return {n: got[step.gradient(n)] for n in trainable}
-
-    found: dict[str, Any] = {}
-    record.body["gradients"] = found
+    trained = Trained(model)
+    record.body["training_nodes"] = len(trained.graph.nodes)
+    batches = []
+    for seed in range(SEEDS):
+        rng = np.random.default_rng([seed, 7])
+        x = rng.standard_normal((BATCH, *arch.input_shape)).astype(np.float32)
+        batches.append((x, rng.integers(0, arch.classes, BATCH)))
+    record.body["gradients"] = {}
     for width, selection in (("full", Selection.full(arch)), ("half", random_selection(model, 0.5, seed=50))):
         tensors = selection.gather(model.tensors)
         graph = cut(model, selection)
         record.body["oracle"] = max(record.body.get("oracle", 0.0), off(graph, tensors, arch))
-        module = copy.deepcopy(module_of(name)) if width == "full" else None
-
-        def theirs(x: Any, y: Any, dtype: Any, module: Any = module, graph: Any = graph, held: Any = tensors) -> Any:
-            state = {n: torch.tensor(v, dtype=dtype) for n, v in held.items()}
-            leaves = {n: state[n].requires_grad_() for n in trainable}
-            images = torch.tensor(x, dtype=dtype)
-            if module is None:
-                logits = run(graph, state, images, training=True)
-            else:
-                logits = torch.func.functional_call(only_norms_train(copy.deepcopy(module).to(dtype)), state, images)
-            torch.nn.functional.cross_entropy(logits, torch.tensor(y)).backward()
-            return {n: np.zeros(w.shape) if w.grad is None else w.grad.numpy() for n, w in leaves.items()}
-
-        far: dict[str, list[float]] = {"ours": [], "torch": []}
-        each: dict[str, dict[str, list[float]]] = {"ours": {}, "torch": {}}
-        for seed in range(SEEDS):
-            rng = np.random.default_rng([seed, 7])
-            x = rng.standard_normal((BATCH, *arch.input_shape)).astype(np.float32)
-            y = rng.integers(0, arch.classes, BATCH)
-            exact, usual, got = theirs(x, y, torch.float64), theirs(x, y, torch.float32), ours(tensors, x, y)
-            whole = norm(exact.values())
-            for engine, result in (("ours", got), ("torch", usual)):
-                apart = {n: result[n].astype(np.float64) - exact[n] for n in trainable}
-                far[engine].append(norm(apart.values()) / whole)
-                for n in trainable:
-                    size = norm([exact[n]])
-                    each[engine].setdefault(n, []).append(norm([apart[n]]) / max(size, 1e-7 * whole))
-        tensor = max(trainable, key=lambda n: excess(each, n))
-        found[width] = {
-            "ours": far["ours"],
-            "torch": far["torch"],
-            "worst_tensor": {"name": tensor, **{e: statistics.median(each[e][tensor]) for e in each}},
+        far = trained.distances(module_of(name) if width == "full" else graph, tensors, batches)
+        worst = far.worst
+        record.body["gradients"][width] = {
+            "near": far.near,
+            "ours": far.ours,
+            "torch": far.torch,
+            "worst_tensor": {
+                "name": worst,
+                "ours": statistics.median(far.ours_each[worst]),
+                "torch": statistics.median(far.torch_each[worst]),
+            },
         }
         record.write()
 
@@ -333,27 +297,6 @@ def off(graph: Any, tensors: Any, architecture: Any) -> float:
     return distance(run(graph, state, torch.tensor(x), training=False).numpy(), outputs(graph, x))
 
 
-def only_norms_train(module: Any) -> Any:
-    """The module in evaluation mode, but batch normalisations take the batch's statistics."""
-    import torch
-
-    module.eval()
-    for part in module.modules():
-        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
-            part.train()
-    return module
-
-
-def excess(each: dict[str, dict[str, list[float]]], name: str) -> float:
-    """How much further off our gradient of a tensor is than torch's."""
-    ours, torchs = (statistics.median(each[e][name]) for e in ("ours", "torch"))
-    return ours / max(FLOOR, torchs)
-
-
-def norm(arrays: Any) -> float:
-    return float(sum(float((a.astype("float64") ** 2).sum()) for a in arrays)) ** 0.5
-
-
 # -- all networks -----------------------------------------------------------------------------------------------------
 
 
@@ -362,13 +305,8 @@ def verdict(record: dict[str, Any]) -> dict[str, Any]:
     order = ("export", "import", "cut", "gradients")
     failed = order.index(record["failed"]) if record["failed"] in order else len(order) if not record["failed"] else -1
     cut_ok = failed > 2 and all(d <= BOUND for d in record["cuts"].values()) and record["groups"] > 0
-    near = failed > 3 and all(as_near(g) for g in record["gradients"].values())
+    near = failed > 3 and all(g["near"] for g in record["gradients"].values())
     return {"import": failed > 1, "cut": cut_ok, "gradients": near}
-
-
-def as_near(found: dict[str, Any]) -> bool:
-    """Whether our gradients are at most twice as far from float64 as torch's float32 ones."""
-    return statistics.median(found["ours"]) <= max(FLOOR, 2 * statistics.median(found["torch"]))
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:

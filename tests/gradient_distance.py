@@ -1,0 +1,132 @@
+"""How far the gradients of a whole network are from torch's in float64, ours beside torch's own in float32.
+
+The reference is a torch module where there is one, else the inference graph of a submodel, run by torch. Batch
+normalisations take the batch's statistics; everything else is as in evaluation.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch_graph import run
+
+from fedprune import step
+from fedprune.recipe import Features
+from fedprune.session import Session
+from fedprune_export.graph import Graph
+from fedprune_export.imported import Model
+from fedprune_export.training import training_graph
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+FLOOR = 1e-6
+"""A relative distance that counts as none."""
+
+NOTHING = 1e-7
+"""Up to this share of all gradients' size a tensor's gradient is measured by that size: it cancels to nothing."""
+
+
+@dataclass
+class Distances:
+    """Relative L2 distances from float64, one per batch of samples.
+
+    Attributes:
+        ours: All gradients as one vector.
+        torch: The same of torch's float32.
+        ours_each: Each tensor by itself.
+        torch_each: The same of torch's float32.
+    """
+
+    ours: list[float] = field(default_factory=list)
+    torch: list[float] = field(default_factory=list)
+    ours_each: dict[str, list[float]] = field(default_factory=dict)
+    torch_each: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def near(self) -> bool:
+        """Whether ours is no further off than twice torch's, by medians."""
+        return statistics.median(self.ours) <= max(FLOOR, 2 * statistics.median(self.torch))
+
+    def excess(self, tensor: str) -> float:
+        """How many times as far off as torch's (or the floor) our gradient of a tensor is, by medians."""
+        ours, torchs = (statistics.median(e[tensor]) for e in (self.ours_each, self.torch_each))
+        return ours / max(FLOOR, torchs)
+
+    @property
+    def worst(self) -> str:
+        """The tensor whose gradient is off most beside torch's."""
+        return max(self.ours_each, key=self.excess)
+
+
+class Trained:
+    """A model with its training step.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.names = [t.name for t in model.architecture.trainable]
+        self.graph = training_graph(model, Features(gradients=True))
+        self._session = Session(self.graph.to_bytes(), training=True)
+
+    def gradients(self, tensors: Arrays, x: Any, y: Any) -> Arrays:
+        """Our gradients of the cross-entropy at these tensors, of any width."""
+        feeds: Arrays = {**tensors, step.X: x, step.Y: y}
+        for name in self._session.inputs:
+            if name not in feeds:  # momentum and learning rate, which gradients don't depend on
+                owner = name.rpartition("::")[0]
+                feeds[name] = np.zeros_like(tensors[owner]) if owner in tensors else np.array(0, np.float32)
+        got = self._session.run(feeds, [step.gradient(n) for n in self.names])
+        return {n: got[step.gradient(n)] for n in self.names}
+
+    def distances(self, net: torch.nn.Module | Graph, tensors: Arrays, samples: Iterable[tuple[Any, Any]]) -> Distances:
+        """Distances from float64 over some batches of samples and labels."""
+        found = Distances()
+        for x, y in samples:
+            exact = torchs_gradients(net, tensors, self.names, x, y, torch.float64)
+            usual = torchs_gradients(net, tensors, self.names, x, y, torch.float32)
+            got = self.gradients(tensors, x, y)
+            whole = norm(exact.values())
+            for result, far, each in ((got, found.ours, found.ours_each), (usual, found.torch, found.torch_each)):
+                apart = {n: result[n].astype(np.float64) - exact[n] for n in self.names}
+                far.append(norm(apart.values()) / whole)
+                for n in self.names:
+                    each.setdefault(n, []).append(norm([apart[n]]) / max(norm([exact[n]]), NOTHING * whole))
+        return found
+
+
+def torchs_gradients(
+    net: torch.nn.Module | Graph, tensors: Arrays, names: Iterable[str], x: Any, y: Any, dtype: torch.dtype
+) -> Arrays:
+    """torch's gradients of the cross-entropy of a module, or of an inference graph."""
+    state = {n: torch.tensor(v, dtype=dtype) for n, v in tensors.items()}
+    leaves = {n: state[n].requires_grad_() for n in names}
+    data = torch.tensor(x) if x.dtype == np.int64 else torch.tensor(x, dtype=dtype)
+    if isinstance(net, Graph):
+        logits = run(net, state, data, training=True)
+    else:
+        logits = torch.func.functional_call(only_norms_train(copy.deepcopy(net).to(dtype)), state, data)
+    torch.nn.functional.cross_entropy(logits, torch.tensor(y)).backward()
+    return {n: np.zeros(tuple(w.shape)) if w.grad is None else w.grad.numpy() for n, w in leaves.items()}
+
+
+def only_norms_train(module: torch.nn.Module) -> torch.nn.Module:
+    """The module in evaluation mode, but batch normalisations take the batch's statistics."""
+    module.eval()
+    for part in module.modules():
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+            part.train()
+    return module
+
+
+def norm(arrays: Iterable[np.ndarray[Any, Any]]) -> float:
+    """The length of arrays as one vector."""
+    return float(np.sqrt(sum(float(np.sum(a.astype(np.float64) ** 2)) for a in arrays)))

@@ -1,0 +1,220 @@
+"""Small transformers, mixers and recurrent networks, each a whole one of its kind: classes for `whole_models`.
+
+Every module says its `input_shape` (one sample).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class Attention(nn.Module):
+    """Self-attention as vision transformers write it: one projection for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, t, c = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        x = functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(n, t, c))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(functional.gelu(self.fc1(self.norm2(x))))
+
+
+class VisionTransformer(nn.Module):
+    """Patches, a class token, learnt positions, two blocks."""
+
+    input_shape = (3, 16, 16)
+
+    def __init__(self, width: int = 24, heads: int = 3) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, width) * 0.1)
+        self.places = nn.Parameter(torch.randn(1, 17, width) * 0.1)
+        self.blocks = nn.Sequential(Block(width, heads), Block(width, heads))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.places
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+class Encoder(nn.Module):
+    """torch's own transformer encoder over a sensor's windows."""
+
+    input_shape = (12, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(6, 16)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.enter(x)).mean(1))
+
+
+class WindowAttention(nn.Module):
+    """Swin's: windows, shifted by a roll, with a learnt bias for every pair of places."""
+
+    def __init__(self, width: int, heads: int, shift: int) -> None:
+        super().__init__()
+        self.heads, self.shift = heads, shift
+        self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.bias = nn.Parameter(torch.randn(heads, 16, 16) * 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, h, w, c = x.shape
+        y = self.norm(x)
+        if self.shift:
+            y = torch.roll(y, (-self.shift, -self.shift), (1, 2))
+        y = y.reshape(n, h // 4, 4, w // 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
+        q, k, v = self.qkv(y).reshape(-1, 16, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q * (c // self.heads) ** -0.5 @ k.transpose(-2, -1) + self.bias
+        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, 16, c)
+        y = self.proj(y).reshape(n, h // 4, w // 4, 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(n, h, w, c)
+        if self.shift:
+            y = torch.roll(y, (self.shift, self.shift), (1, 2))
+        return x + y
+
+
+class Swin(nn.Module):
+    """Two window blocks, patch merging, another one."""
+
+    input_shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 12, 2, 2)
+        self.one, self.two = WindowAttention(12, 2, 0), WindowAttention(12, 2, 2)
+        self.norm, self.merge = nn.LayerNorm(48), nn.Linear(48, 24, bias=False)
+        self.three, self.fc1, self.fc2 = WindowAttention(24, 4, 0), nn.Linear(24, 48), nn.Linear(48, 24)
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.two(self.one(self.patches(x).permute(0, 2, 3, 1)))
+        x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
+        x = self.three(self.merge(self.norm(x)))
+        x = x + self.fc2(functional.gelu(self.fc1(x)))
+        return self.head(x.mean((1, 2)))
+
+
+class MLPMixer(nn.Module):
+    """Dense layers over places and over channels in turn."""
+
+    input_shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 20, 4, 4)
+        self.norm1, self.token1, self.token2 = nn.LayerNorm(20), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.norm2, self.channel1, self.channel2 = nn.LayerNorm(20), nn.Linear(20, 32), nn.Linear(32, 20)
+        self.norm, self.head = nn.LayerNorm(20), nn.Linear(20, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        y = self.token2(functional.gelu(self.token1(self.norm1(x).transpose(1, 2))))
+        x = x + y.transpose(1, 2)
+        x = x + self.channel2(functional.gelu(self.channel1(self.norm2(x))))
+        return self.head(self.norm(x).mean(1))
+
+
+class LSTMClassifier(nn.Module):
+    """A recurrent layer over a sensor's steps; the last state is classified."""
+
+    input_shape = (10, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.fc = nn.LSTM(6, 16, batch_first=True), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.lstm(x)[0][:, -1])
+
+
+class GRUClassifier(nn.Module):
+    """Convolutions, then two bidirectional recurrent layers, averaged over time."""
+
+    input_shape = (6, 20)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(6, 12, 5, 2, 2)
+        self.gru = nn.GRU(12, 10, 2, batch_first=True, bidirectional=True)
+        self.fc = nn.Linear(20, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.conv(x)).transpose(1, 2)
+        return self.fc(self.gru(x)[0].mean(1))
+
+
+class Embedded(nn.Module):
+    """Words: an embedding, a convolution over time, dense layers."""
+
+    input_shape = (12,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        self.conv, self.fc1, self.fc2 = nn.Conv1d(16, 24, 3, padding=1), nn.Linear(24, 20), nn.Linear(20, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.conv(self.embedding(x).transpose(1, 2)))
+        return self.fc2(torch.relu(self.fc1(x.amax(-1))))
+
+
+class TiedLanguageModel(nn.Module):
+    """Words in, words out: RMS norms, a gated dense layer, causal attention; the embedding is also the last layer."""
+
+    input_shape = (8,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 16)
+        self.norm1, self.norm2, self.norm = nn.RMSNorm(16), nn.RMSNorm(16), nn.RMSNorm(16)
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16, bias=False) for _ in range(4))
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(x)
+        n, t, c = x.shape
+        y = self.norm1(x)
+        q, k, v = (part(y).reshape(n, t, 4, c // 4).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(y.transpose(1, 2).reshape(n, t, c))
+        y = self.norm2(x)
+        x = x + self.down(functional.silu(self.gate(y)) * self.up(y))
+        return functional.linear(self.norm(x)[:, -1], self.embedding.weight)
+
+
+class Perceptron(nn.Module):
+    """Dense layers with normalisation between them."""
+
+    input_shape = (20,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.norm1 = nn.Linear(20, 32), nn.BatchNorm1d(32)
+        self.fc2, self.norm2 = nn.Linear(32, 24), nn.LayerNorm(24)
+        self.fc3 = nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.selu(self.norm1(self.fc1(x)))
+        return self.fc3(torch.tanh(self.norm2(self.fc2(x))))
