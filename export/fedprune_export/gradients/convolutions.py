@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedprune.errors import ModelError
+from fedprune_export.gradients.depthwise import depthwise
 from fedprune_export.gradients.pooling import Window, leftovers, window
 from fedprune_export.gradients.tape import Pull, Shape, Tape, describe, rule
 from fedprune_export.graph import Graph, Node
@@ -60,7 +61,7 @@ def formulation(w: Window, channels: int) -> Formulation:
 def conv(tape: Tape, node: Node) -> Pull:
     """Y = x ∗ w + b in one or more dimensions."""
     if int(node.attrs.get("group", 1)) != 1:
-        return _depthwise(tape, node)
+        return _grouped(tape, node)
     return _Convolution(tape, node).write()
 
 
@@ -255,86 +256,13 @@ def _attrs(w: Window) -> dict[str, Any]:
     }
 
 
-def _depthwise(tape: Tape, node: Node) -> Pull:
-    """A convolution with one input and one output channel per group, tap by tap.
-
-    The operator's group count would have to be a number; products with one kernel element each serve any width.
-
-    Raises:
-        ModelError: Groups of several channels.
-    """
-    data, weight = node.inputs[:2]
-    bias = node.inputs[2] if len(node.inputs) > 2 else ""
-    x, shape, kernel = tape.value(data), tape.shape(data), tape.shape(weight)
-    groups = int(node.attrs["group"])
-    if kernel[1] != 1 or tape.extent(kernel[0]) != groups or tape.extent(shape[1]) != groups:
-        raise ModelError(
-            f"{describe(node)}: groups of several channels",
-            expected="one group, or one channel per group",
-            got=f"{groups} groups",
-            hint="Such a layer has a fixed number of groups and can't be part of a graph for all widths.",
-        )
-    g, rank = tape.graph, len(shape) - 2
+def _grouped(tape: Tape, node: Node) -> Pull:
+    kernel, shape = tape.shape(node.inputs[1]), tape.shape(node.inputs[0])
     w = window(tape, node, tape.static(node, kernel[2:]))
-    count = math.prod(w.kernel)
-    # [C, 1, k...] to one [C, 1, 1] per tap.
-    flat = g.emit("Reshape", tape.value(weight), g.ints(0, 1, -1))
-    elements = g.emit_many("Split", flat, outputs=count, attrs={"axis": 2}) if count > 1 else [flat]
-    if rank != 2:
-        elements = [g.emit("Reshape", e, g.ints(0, *[1] * rank)) for e in elements]
-    seen = taps(g, _padded(g, x, w, first=2), w, first=2)
-    y = ""
-    for tap, element in zip(seen, elements, strict=True):
-        part = g.emit("Mul", tap, element)
-        y = g.emit("Add", y, part) if y else part
-    if bias:
-        y = g.emit("Add", y, _column(g, tape.value(bias), rank))
-    tape.enter(node.outputs[0], y, (shape[0], kernel[0], *w.output))
-    axes = (0, *range(2, rank + 2))
-
-    def pull(dy: str) -> None:
-        if bias and tape.wants(bias):
-            tape.add(bias, g.emit("ReduceSum", dy, g.ints(*axes), attrs={"keepdims": 0}))
-        if tape.wants(weight):
-            sums = [g.emit("ReduceSum", g.emit("Mul", dy, tap), g.ints(*axes), attrs={"keepdims": 0}) for tap in seen]
-            stacked = g.emit("Concat", *[g.emit("Unsqueeze", s, g.ints(1)) for s in sums], attrs={"axis": 1})
-            tape.add(weight, g.emit("Reshape", stacked, g.ints(0, 1, *w.kernel)))
-        if tape.wants(data):
-            tape.add(data, _spread(g, w, dy, elements))
-
-    return pull
-
-
-def _spread(g: Graph, w: Window, dy: str, elements: list[str]) -> str:
-    """The input's gradient of a depthwise convolution: each tap's share put back where it was read."""
-    if any(s != 1 for s in w.strides):
-        dy = _dilated(g, w, dy)
-    sizes = [s * (n - 1) + 1 for s, n in zip(w.strides, w.output, strict=True)]
-    total = ""
-    for position, element in zip(itertools.product(*map(range, w.kernel)), elements, strict=True):
-        # Negative pads cut what falls into the layer's own padding.
-        starts = [p * d - pad[0] for p, d, pad in zip(position, w.dilations, w.pads, strict=True)]
-        ends = [n - s - size for n, s, size in zip(w.sizes, starts, sizes, strict=True)]
-        part = g.emit("Pad", g.emit("Mul", dy, element), g.ints(0, 0, *starts, 0, 0, *ends))
-        total = g.emit("Add", total, part) if total else part
-    return total
-
-
-def _dilated(g: Graph, w: Window, dy: str) -> str:
-    """Zeros between the rows of dy, as many as the stride skips."""
-    rank = len(w.output)
-    value = dy
-    for axis in range(rank):
-        s = w.strides[axis]
-        if s == 1:
-            continue
-        sizes = [w.strides[i] * (w.output[i] - 1) + 1 if i < axis else w.output[i] for i in range(rank)]
-        place = 3 + axis
-        value = g.emit("Unsqueeze", value, g.ints(place))
-        pads = [0] * (rank + 3)
-        pads[place] = s - 1
-        value = g.emit("Pad", value, g.ints(*[0] * (rank + 3), *pads))
-        merged = [s * n if i == axis else n for i, n in enumerate(sizes)]
-        value = g.emit("Reshape", value, g.ints(0, 0, *merged))
-        value = g.emit("Slice", value, g.ints(0), g.ints(s * (w.output[axis] - 1) + 1), g.ints(2 + axis))
-    return value
+    if kernel[1] == 1 and kernel[0] == shape[1]:
+        return depthwise(tape, node, w)
+    raise ModelError(
+        f"{describe(node)}: groups of several channels",
+        expected="one group, or one channel per group",
+        got=f"{node.attrs['group']} groups",
+    )

@@ -1,0 +1,201 @@
+"""Depthwise convolution for any number of channels.
+
+The operator's group count would have to be a number. Instead every channel multiplies a matrix of its own: lines of the
+map lie one below the other ([channels, lines, elements of a line]), and the kernel is a banded matrix that makes a line
+of the output of those that it reads. These are several times more multiplications than needed, but as matrix products
+over the whole batch, and far less memory moves than with one pass per kernel element.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune_export.gradients.pooling import Window
+from fedprune_export.gradients.tape import Pull, Tape
+from fedprune_export.graph import Graph, Node
+
+Indices = npt.NDArray[np.int64]
+Band = npt.NDArray[np.float32]
+
+_TINY_MAP, _WHOLE_LINE, _BLOCK = 16, 64, 16
+"""A map up to this area is one line; lines up to this length stay whole; longer ones are cut into blocks.
+
+Measured with MobileNetV2's layers on x86 (`benchmarks/layers.py`).
+"""
+
+
+@dataclass(frozen=True)
+class Side:
+    """How one side of the convolution is cut into lines.
+
+    Attributes:
+        sizes: Its spatial sizes.
+        count: Lines of one channel's map.
+        length: Elements of a line.
+        pads: Zeros before and after its last axis, to make it whole blocks.
+    """
+
+    sizes: tuple[int, ...]
+    count: int
+    length: int
+    pads: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A depthwise convolution as products of lines with banded matrices.
+
+    Attributes:
+        reads: Which lines of the input each line of the output reads; -1 for zeros: [lines, lines read].
+        band: Where a kernel element leads from an input to an output, as 1:
+            [kernel elements inside a line, blocks of a line, elements of an input's line, elements of an output's].
+        into: The input.
+        out: The output.
+    """
+
+    reads: Indices
+    band: Band
+    into: Side
+    out: Side
+
+    @property
+    def answers(self) -> Indices:
+        """Which lines of the output each line of the input goes to, in the order of `reads`."""
+        back = np.full((self.into.count, self.reads.shape[1]), -1, np.int64)
+        line, place = np.nonzero(self.reads >= 0)
+        back[self.reads[line, place], place] = line
+        return back
+
+
+def lines(w: Window) -> Lines:
+    """How a window's maps are best cut into lines."""
+    last = len(w.sizes) - 1
+    if math.prod(w.sizes) <= _TINY_MAP:
+        bands = [_band(_reads(w, axis), w.sizes[axis]) for axis in range(last + 1)]
+        band = bands[0]
+        for other in bands[1:]:
+            both = np.einsum("kio,lpq->klipoq", band, other)
+            band = both.reshape([a * b for a, b in zip(band.shape, other.shape, strict=True)])
+        sides = [Side(sizes, 1, math.prod(sizes)) for sizes in (w.sizes, w.output)]
+        return Lines(np.zeros((1, 1), np.int64), band[:, None], *sides)
+    size, output, kernel = w.sizes[last], w.output[last], w.kernel[last]
+    stride, dilation = w.strides[last], w.dilations[last]
+    leading = [math.prod(s[:last]) for s in (w.sizes, w.output)]
+    if size <= _WHOLE_LINE:
+        band = _band(_reads(w, last), size)[:, None]
+        into, out = Side(w.sizes, leading[0], size), Side(w.output, leading[1], output)
+        inside = np.zeros((1, 1), np.int64)
+    else:
+        step = max(_BLOCK // stride, 1)
+        length, before = step * stride, w.pads[last][0]
+        blocks = ((step - 1) * stride + dilation * (kernel - 1)) // length + 1
+        band = np.zeros((kernel, blocks * length, step), np.float32)
+        for tap, element in itertools.product(range(kernel), range(step)):
+            band[tap, element * stride + tap * dilation, element] = 1
+        band = band.reshape(kernel, blocks, length, step)
+        count_in, count_out = -(-(size + before) // length), -(-output // step)
+        into = Side(w.sizes, leading[0] * count_in, length, (before, count_in * length - size - before))
+        out = Side(w.output, leading[1] * count_out, step, (0, count_out * step - output))
+        inside = np.arange(count_out)[:, None] + np.arange(blocks)
+        inside = np.where(inside < count_in, inside, -1)
+    reads = np.zeros((1, 1), np.int64)
+    for axis in range(last):
+        reads = _joined(reads, _reads(w, axis), w.sizes[axis])
+    return Lines(_joined(reads, inside, into.count // leading[0]), band, into, out)
+
+
+def _reads(w: Window, axis: int) -> Indices:
+    """Which index of the input each output reads at each kernel element, -1 for padding: [outputs, elements]."""
+    at = np.arange(w.output[axis])[:, None] * w.strides[axis] + np.arange(w.kernel[axis]) * w.dilations[axis]
+    at = at - w.pads[axis][0]
+    return np.where((at >= 0) & (at < w.sizes[axis]), at, -1).astype(np.int64)
+
+
+def _band(reads: Indices, size: int) -> Band:
+    """1 where a kernel element leads from an input to an output: [elements, inputs, outputs]."""
+    hit = reads[None] == np.arange(size)[:, None, None]
+    return hit.transpose(2, 0, 1).astype(np.float32)
+
+
+def _joined(a: Indices, b: Indices, size: int) -> Indices:
+    """Indices over two axes, of which the second has `size` places, from those over each."""
+    left, right = a[:, None, :, None], b[None, :, None, :]
+    both = np.where((left < 0) | (right < 0), -1, left * size + right)
+    return both.reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
+
+
+def depthwise(tape: Tape, node: Node, w: Window) -> Pull:
+    """One input and one output channel per group: y = x ∗ w + b with any number of channels."""
+    data, weight = node.inputs[:2]
+    bias = node.inputs[2] if len(node.inputs) > 2 else ""
+    x, shape, g, rank = tape.value(data), tape.shape(data), tape.graph, len(w.sizes)
+    cut = lines(w)
+    elements, blocks = cut.band.shape[:2]
+    outer = math.prod(w.kernel) // elements
+    read = outer * blocks  # lines of the input per line of the output
+    kernel = g.emit("Reshape", tape.value(weight), g.ints(0, outer, elements))
+
+    def banded(band: Band) -> str:
+        matrix = g.emit("MatMul", kernel, g.constant(band.reshape(elements, -1), np.float32))
+        return g.emit("Reshape", matrix, g.ints(0, read * band.shape[2], band.shape[3]))
+
+    seen = _gathered(g, _to_lines(g, x, cut.into), cut.reads, cut.into.length)
+    y = _from_lines(g, g.emit("MatMul", seen, banded(cut.band)), cut.out)
+    if bias:
+        y = g.emit("Add", y, g.emit("Unsqueeze", tape.value(bias), g.ints(*range(1, rank + 1))))
+    tape.enter(node.outputs[0], y, (*shape[:2], *w.output))
+
+    def pull(dy: str) -> None:
+        if bias and tape.wants(bias):
+            tape.add(bias, g.emit("ReduceSum", dy, g.ints(0, *range(2, rank + 2)), attrs={"keepdims": 0}))
+        back = _to_lines(g, dy, cut.out)
+        if tape.wants(weight):
+            # Of the two factors the smaller one is turned.
+            side = g.emit(
+                "Transpose", g.emit("Reshape", back, g.ints(0, -1, cut.out.length)), attrs={"perm": [0, 2, 1]}
+            )
+            apart = g.emit("Reshape", g.emit("MatMul", side, seen), g.ints(0, cut.out.length, outer, -1))
+            apart = g.emit("Reshape", g.emit("Transpose", apart, attrs={"perm": [0, 2, 3, 1]}), g.ints(0, outer, -1))
+            sums = g.emit("MatMul", apart, g.constant(cut.band.reshape(elements, -1).T, np.float32))
+            tape.add(weight, g.emit("Reshape", sums, g.ints(0, 1, *w.kernel)))
+        if tape.wants(data):
+            turned = banded(cut.band.transpose(0, 1, 3, 2))
+            spread = _gathered(g, back, cut.answers, cut.out.length)
+            tape.add(data, _from_lines(g, g.emit("MatMul", spread, turned), cut.into))
+
+    return pull
+
+
+def _to_lines(g: Graph, value: str, side: Side) -> str:
+    """[N, C, ...] as [C, N, lines, elements]."""
+    rank = len(side.sizes)
+    value = g.emit("Transpose", value, attrs={"perm": [1, 0, *range(2, rank + 2)]})
+    if any(side.pads):
+        before, after = ([0] * (rank + 1) + [p] for p in side.pads)
+        value = g.emit("Pad", value, g.ints(*before, *after))
+    return g.emit("Reshape", value, g.ints(0, 0, side.count, side.length))
+
+
+def _from_lines(g: Graph, value: str, side: Side) -> str:
+    """[C, N · lines, elements] as [N, C, ...]."""
+    before, after = side.pads
+    sizes = [*side.sizes[:-1], side.sizes[-1] + before + after]
+    value = g.emit("Reshape", value, g.ints(0, -1, *sizes))
+    if before or after:
+        value = g.emit("Slice", value, g.ints(before), g.ints(before + side.sizes[-1]), g.ints(len(sizes) + 1))
+    return g.emit("Transpose", value, attrs={"perm": [1, 0, *range(2, len(sizes) + 2)]})
+
+
+def _gathered(g: Graph, value: str, reads: Indices, length: int) -> str:
+    """The lines that are read, side by side: [C, N, lines, elements] as [C, N · readers, lines read · elements]."""
+    if reads.shape[0] > 1 or reads.shape[1] > 1:
+        if (reads < 0).any():
+            value = g.emit("Pad", value, g.ints(0, 0, 0, 0, 0, 0, 1, 0))
+        # An index of -1 is the last line: the zeros.
+        value = g.emit("Gather", value, g.constant(reads, np.int64), attrs={"axis": 2})
+    return g.emit("Reshape", value, g.ints(0, -1, reads.shape[1] * length))
