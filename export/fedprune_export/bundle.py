@@ -26,13 +26,17 @@ from fedprune_export.inference import inference_model
 from fedprune_export.training import training_graph
 
 
-def bundle_files(model: Model, selection: Selection, recipe: Recipe) -> dict[str, bytes]:
+def bundle_files(
+    model: Model, selection: Selection, recipe: Recipe, *, training: bytes | None = None, opset: int | None = None
+) -> dict[str, bytes]:
     """The files of a bundle by name, without the manifest.
 
     Args:
         model: The whole model.
         selection: What of it the board holds.
         recipe: The local training that the training step is for.
+        training: The training step, where it is known already: it is the same for every selection.
+        opset: The opset of the inference graph; by default one that every supported onnxruntime loads.
 
     Raises:
         ModelError: An operator can't be trained.
@@ -40,12 +44,21 @@ def bundle_files(model: Model, selection: Selection, recipe: Recipe) -> dict[str
     """
     model.check(selection)
     return {
-        INFERENCE: inference_model(model, selection.widths),
+        INFERENCE: inference_model(model, selection.widths, opset=opset),
         WEIGHTS: tensorfile.encode(selection.gather(model.tensors)),
-        TRAINING: training_graph(model, recipe.features).to_bytes(),
+        TRAINING: training_step(model, recipe) if training is None else training,
         ARCHITECTURE: model.architecture.to_json().encode(),
         SUBMODEL: selection.to_json().encode(),
     }
+
+
+def training_step(model: Model, recipe: Recipe) -> bytes:
+    """The training step of a model, for any of its widths.
+
+    Raises:
+        ModelError: An operator can't be trained.
+    """
+    return training_graph(model, recipe.features).to_bytes()
 
 
 def write_bundle(
@@ -86,6 +99,11 @@ def write_bundle(
     return open_bundle(folder)
 
 
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder claims to be a bundle."""
+    return (folder / MANIFEST).exists()
+
+
 def check_folder(folder: Path) -> None:
     """Refuse to write a bundle among other things.
 
@@ -94,5 +112,5 @@ def check_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise BundleError(f"{folder} is not a folder", hint="Give another --out.")
-    if folder.is_dir() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
+    if folder.is_dir() and not is_bundle(folder) and any(folder.iterdir()):
         raise BundleError(f"{folder} is not empty and holds no bundle", hint="Empty it, or give another --out.")

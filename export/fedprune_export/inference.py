@@ -19,17 +19,20 @@ WEIGHTS_FILE = "weights.safetensors"
 """The file that an inference graph expects beside it."""
 
 
-def inference_model(model: Model, widths: Sequence[int]) -> bytes:
+def inference_model(model: Model, widths: Sequence[int], *, opset: int | None = None) -> bytes:
     """The inference graph at these widths, as ONNX bytes without weights.
 
     Args:
         model: The whole model.
         widths: Kept channels per group.
+        opset: The opset of what is written; by default one that every supported onnxruntime loads.
 
     Raises:
         BundleError: The widths don't fit the architecture.
+        ModelError: The graph can't be written at that opset.
     """
-    proto = at_widths(model, widths).to_proto()
+    graph = at_widths(model, widths)
+    proto = graph.to_proto() if opset is None else graph.to_proto(opset=opset)
     shapes = model.architecture.shapes(widths)
     offset = len(tensorfile.header([(n, "F32", s) for n, s in shapes.items()]))
     for name, shape in shapes.items():

@@ -1,28 +1,90 @@
-"""What an export did, for people and programs: sizes before and after, the plan, the parity of the cut."""
+"""What an export did, for people and programs: costs before and after, the plan, how exact the cut is."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
-import numpy as np
-
 from fedprune import __version__, session
-from fedprune.bundle import INFERENCE, TRAINING, WEIGHTS
 from fedprune.costs import Costs, costs_at
-from fedprune.plan import Plan
+from fedprune.plan import Plan, Prediction
 from fedprune.selection import Selection
-from fedprune.session import Session
-from fedprune.step import LOGITS, X
-from fedprune_export.cut import masked
 from fedprune_export.imported import Model
-from fedprune_export.trace import sample_input
+from fedprune_export.parity import SAMPLES
+from fedprune_export.terminal import amount
 
-SAMPLES = 7
-"""Random inputs of the parity check."""
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How well the model does on given data before any training, whole and as cut.
+
+    Attributes:
+        measure: What was computed, in words; of an error less is better.
+        samples: On how many samples.
+        before: Of the whole model.
+        after: Of the submodel.
+    """
+
+    measure: str
+    samples: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer before and after.
+
+    Attributes:
+        name: Its node.
+        op: Its operator.
+        weight: Its weight tensor.
+        shapes: The weight's shape at full width and as cut.
+        macs: Multiplications of one sample's forward pass, at full width and as cut.
+    """
+
+    name: str
+    op: str
+    weight: str
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    macs: tuple[int, int]
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Numbers in the weight, at full width and as cut."""
+        return prod(self.shapes[0]), prod(self.shapes[1])
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A row of the table of costs.
+
+    Attributes:
+        key: Its name in `report.json`.
+        title: What it is.
+        unit: bytes, s, J, or "" for a number.
+        before: Of the whole model.
+        after: Of the submodel.
+    """
+
+    key: str
+    title: str
+    unit: str
+    before: float
+    after: float
+
+    @property
+    def kept(self) -> str:
+        """What is left, in percent."""
+        return f"{self.after / self.before if self.before else 1:.1%}"
+
+    def shown(self) -> tuple[str, str]:
+        """Before and after, for people."""
+        if self.unit in ("", "bytes"):
+            return f"{round(self.before):,}", f"{round(self.after):,}"
+        return amount(self.before, self.unit), amount(self.after, self.unit)
 
 
 @dataclass(frozen=True)
@@ -34,19 +96,23 @@ class Report:
         selection: What the bundle holds of it.
         target: Name of the hardware profile.
         plan: Why it is as wide as it is.
+        whole: What a round of the whole model would cost the board.
         scorer: How channels were ranked.
         sizes: Bytes of every file.
         parity: Largest difference between the bundle's outputs and those of the whole model with the lost channels
             masked, relative to the largest output.
+        accuracy: On given data, if any was given.
     """
 
     model: Model
     selection: Selection
     target: str
     plan: Plan
+    whole: Prediction
     scorer: str
     sizes: Mapping[str, int]
     parity: float
+    accuracy: Accuracy | None = None
 
     @property
     def before(self) -> Costs:
@@ -58,6 +124,28 @@ class Report:
         """Costs of the submodel."""
         return costs_at(self.model.architecture, self.selection.widths)
 
+    def figures(self) -> tuple[Figure, ...]:
+        """The table of costs, as far as they are known."""
+        before, after = _figures(self.before, self.whole), _figures(self.after, self.plan.prediction)
+        return tuple(
+            Figure(key, title, unit, before[key], after[key])
+            for key, title, unit in _TITLES
+            if before.get(key) is not None and after.get(key) is not None
+        )
+
+    def layers(self) -> tuple[LayerRow, ...]:
+        """Every layer with a weight, before and after, in the model's order."""
+        architecture = self.model.architecture
+        now = self.selection.shapes()
+        rows = []
+        for layer in architecture.layers:
+            if layer.weight not in now:  # a node that takes time without multiplying by weights
+                continue
+            shapes = architecture.by_name[layer.weight].shape, now[layer.weight]
+            macs = prod(shapes[0]) * layer.positions, prod(shapes[1]) * layer.positions
+            rows.append(LayerRow(layer.name, layer.op, layer.weight, shapes, macs))
+        return tuple(rows)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
         architecture, widths = self.model.architecture, self.selection.widths
@@ -68,11 +156,22 @@ class Report:
             "model": architecture.name,
             "target": self.target,
             "scorer": self.scorer,
-            "before": _figures(self.before),
-            "after": _figures(self.after),
+            "before": _figures(self.before, self.whole),
+            "after": _figures(self.after, self.plan.prediction),
+            "accuracy": None if self.accuracy is None else asdict(self.accuracy),
             "groups": [
                 {"name": g.name, "channels": g.size, "kept": w, "members": list(architecture.members(i))}
                 for i, (g, w) in enumerate(zip(architecture.groups, widths, strict=True))
+            ],
+            "layers": [
+                {
+                    "name": r.name,
+                    "op": r.op,
+                    "weight": r.weight,
+                    "before": {"shape": list(r.shapes[0]), "parameters": r.parameters[0], "macs": r.macs[0]},
+                    "after": {"shape": list(r.shapes[1]), "parameters": r.parameters[1], "macs": r.macs[1]},
+                }
+                for r in self.layers()
             ],
             "plan": self.plan.to_dict(),
             "parity": {"samples": SAMPLES, "max_relative_error": self.parity},
@@ -83,14 +182,22 @@ class Report:
     def to_markdown(self) -> str:
         """As a page to read."""
         architecture, widths = self.model.architecture, self.selection.widths
-        before, after = _figures(self.before), _figures(self.after)
         lines = [
             f"# {architecture.name} for {self.target}",
             "",
             "| | whole model | this bundle | kept |",
             "|---|---:|---:|---:|",
-            *(f"| {_TITLES[k]} | {n:,} | {after[k]:,} | {after[k] / n if n else 1:.1%} |" for k, n in before.items()),
+            *(f"| {f.title} | {f.shown()[0]} | {f.shown()[1]} | {f.kept} |" for f in self.figures()),
             "",
+        ]
+        if self.accuracy is not None:
+            a = self.accuracy
+            lines += [
+                f"On {a.samples:,} given samples, before any training: {a.measure}",
+                f"{score(a, a.before)} of the whole model, {score(a, a.after)} of this bundle.",
+                "",
+            ]
+        lines += [
             "## Plan",
             "",
             *(f"    {line}" for line in self.plan.describe().splitlines()),
@@ -108,10 +215,12 @@ class Report:
             "|---|---:|---:|---|",
         ]
         for i, (group, width) in enumerate(zip(architecture.groups, widths, strict=True)):
-            members = architecture.members(i)
-            more = f" and {len(members) - 6} more" if len(members) > 6 else ""
-            places = ", ".join(f"`{m}`" for m in members[:6])
-            lines.append(f"| {group.name} | {group.size} | {width} | {places}{more} |")
+            lines.append(f"| {group.name} | {group.size} | {width} | {_cell(places(architecture.members(i)))} |")
+        lines += ["", "## Layers", "", "| weight | operator | before | after | multiplications | left |"]
+        lines.append("|---|---|---:|---:|---:|---:|")
+        for r in self.layers():
+            before, after = (" × ".join(map(str, s)) for s in r.shapes)
+            lines.append(f"| {_cell(f'`{r.weight}`')} | {r.op} | {before} | {after} | {r.macs[0]:,} | {r.macs[1]:,} |")
         lines += ["", "## Files", "", "| file | bytes |", "|---|---:|"]
         lines += [f"| {name} | {size:,} |" for name, size in self.sizes.items()]
         if self.model.notes:
@@ -119,42 +228,48 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-_TITLES = {
-    "parameters": "parameters",
-    "forward_macs": "multiplications per sample, forward",
-    "training_macs": "multiplications per sample, training",
-    "weights_bytes": "bytes of weights",
-    "activation_bytes": "bytes of activations per sample, training",
-}
+_TITLES = (
+    ("parameters", "parameters", ""),
+    ("forward_macs", "multiplications per sample, forward", ""),
+    ("training_macs", "multiplications per sample, training", ""),
+    ("weights_bytes", "bytes of weights, which travel once each way", "bytes"),
+    ("activation_bytes", "bytes of activations per sample, training", "bytes"),
+    ("memory_bytes", "peak memory of training, predicted", "bytes"),
+    ("inference_bytes", "peak memory of predictions, predicted", "bytes"),
+    ("storage_bytes", "bytes on the board's disk", "bytes"),
+    ("step_s", "a training step, predicted", "s"),
+    ("train_s", "training of a round, predicted", "s"),
+    ("transfer_s", "transfers of a round, predicted", "s"),
+    ("latency_s", "a prediction of one sample, predicted", "s"),
+    ("energy_j", "energy of a round, predicted", "J"),
+)
+"""Figures of `Costs` and `Prediction` by name, with title and unit."""
 
 
-def _figures(costs: Costs) -> dict[str, int]:
+def score(accuracy: Accuracy, value: float) -> str:
+    """A score for people."""
+    return f"{value:.1%}" if "accuracy" in accuracy.measure else f"{value:.4g}"
+
+
+def places(members: tuple[str, ...], most: int = 6) -> str:
+    """Where a group lives, shortened."""
+    more = f" and {len(members) - most} more" if len(members) > most else ""
+    return ", ".join(f"`{m}`" for m in members[:most]) + more
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _figures(costs: Costs, prediction: Prediction) -> dict[str, Any]:
+    predicted = {k: v for k, v in asdict(prediction).items() if isinstance(v, (int, float))}
     return {
         "parameters": costs.parameters,
         "forward_macs": costs.forward_macs,
         "training_macs": costs.training_macs,
         "weights_bytes": costs.wire_bytes,
         "activation_bytes": costs.kept_bytes,
+        **{
+            k: v for k, v in predicted.items() if k not in ("parameters", "forward_macs", "training_macs", "wire_bytes")
+        },
     }
-
-
-def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> float:
-    """How far the files of a bundle are from the masked whole model on random inputs.
-
-    Args:
-        model: The whole model.
-        selection: What the bundle holds of it.
-        files: The bundle's files by name.
-
-    Raises:
-        ModelError: onnxruntime doesn't load the training step, or doesn't load or run the inference graph.
-    """
-    Session(files[TRAINING], training=True)
-    x = sample_input(model.graph.inputs[0], SAMPLES)
-    with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
-        for file in (INFERENCE, WEIGHTS):
-            (Path(name) / file).write_bytes(files[file])
-        small = Session(Path(name) / INFERENCE).run({X: x})[LOGITS]
-    whole = Session(masked(model, selection).to_bytes()).run({X: x})[LOGITS]
-    scale = max(float(np.abs(whole).max(initial=0)), float(np.finfo(np.float32).tiny))
-    return float(np.abs(small - whole).max(initial=0)) / scale

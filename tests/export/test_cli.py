@@ -21,6 +21,8 @@ pytestmark = pytest.mark.torch
 
 Imported = Callable[[str], Model]
 
+REPORTS = ("report.html", "report.json", "report.md")
+
 
 @pytest.fixture(scope="module")
 def lenet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -47,7 +49,7 @@ def test_an_export_writes_a_bundle(lenet_file: Path, tmp_path: Path, capsys: pyt
     bundle = open_bundle(tmp_path / "b")
     assert bundle.selection.widths == (3, 8, 60, 42)
     assert bundle.target == "raspberry-pi-5"
-    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == sorted([*FILES, MANIFEST, "report.json", "report.md"])
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == sorted([*FILES, MANIFEST, *REPORTS])
     kept = (3 * 25 + 3) + (8 * 3 * 25 + 8) + (60 * 8 * 16 + 60) + (42 * 60 + 42) + (10 * 42 + 10)
     assert f"44,426 -> {kept:,}" in capsys.readouterr().out
 

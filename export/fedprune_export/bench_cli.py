@@ -1,0 +1,129 @@
+"""`bench BUNDLE`: time a bundle's training steps and predictions on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedprune import profile_store
+from fedprune.bundle import Bundle, open_bundle
+from fedprune.cli import whole_number
+from fedprune.errors import ExitCode
+from fedprune.plan import Prediction, predict
+from fedprune.profile import HardwareProfile
+from fedprune_export import terminal
+
+if TYPE_CHECKING:  # heavy imports wait until the command line is known to make sense
+    from fedprune_export.stopwatch import Measurement
+
+
+def register(subparsers: Any) -> None:
+    """Add the command `bench`; its function takes the parsed arguments and returns an exit code.
+
+    Args:
+        subparsers: What `ArgumentParser.add_subparsers` returned.
+    """
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "bench",
+        help="time a bundle on this machine",
+        description="Time training steps and predictions of a bundle on this machine, with random samples, each in a "
+        "process of its own. With --target, what the planner predicts for a board stands beside it.",
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder")
+    parser.add_argument("--runs", type=whole_number, default=30, metavar="N", help="timed runs of each (default: 30)")
+    parser.add_argument(
+        "--batch",
+        type=_numbers,
+        metavar="N,N",
+        help="samples of a run (default: the recipe's for training, 1 and the recipe's for predictions)",
+    )
+    parser.add_argument("--threads", type=_numbers, default=(1,), metavar="N,N", help="threads (default: 1)")
+    parser.add_argument("--target", metavar="PROFILE", help="hardware profile to predict for: a name or a TOML file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(function=bench)
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Print what was measured.
+
+    Raises:
+        FedpruneError: The bundle is damaged, a graph can't be run, or there is no such profile.
+    """
+    profile = profile_store.chosen(arguments.target) if arguments.target else None
+    bundle = open_bundle(arguments.bundle)
+    measured = _measure(bundle, arguments)
+    rows = [(m, _predicted(m, bundle, profile) if profile is not None else (None, None)) for m in measured]
+    if arguments.json:
+        body: dict[str, Any] = {
+            "bundle": str(arguments.bundle),
+            "model": bundle.architecture.name,
+            "widths": list(bundle.selection.widths),
+            "target": profile.name if profile is not None else None,
+            "measured": [
+                m.to_dict() if profile is None else {**m.to_dict(), "predicted": {"seconds": s, "peak_bytes": b}}
+                for m, (s, b) in rows
+            ],
+        }
+        terminal.print_json(body)
+        return int(ExitCode.OK)
+    titles = ["", "batch", "threads", "median", "quartiles", "per sample", "peak memory"]
+    if profile is not None:
+        titles += [f"predicted for {profile.name}", "its memory"]
+    terminal.print_table(titles, [_row(m, p, predicted_too=profile is not None) for m, p in rows])
+    return int(ExitCode.OK)
+
+
+def _measure(bundle: Bundle, arguments: argparse.Namespace) -> list[Measurement]:
+    from fedprune_export.stopwatch import Stopwatch
+
+    watch = Stopwatch(bundle, arguments.runs)
+    usual = bundle.recipe.micro_batch
+    with terminal.progress() as tell:
+        out = []
+        for threads in arguments.threads:
+            for batch in arguments.batch or (usual,):
+                tell(f"training, {batch} samples, {threads} threads")
+                out.append(watch.training_step(batch, threads))
+            for batch in arguments.batch or tuple(sorted({1, usual})):
+                tell(f"predicting, {batch} samples, {threads} threads")
+                out.append(watch.prediction(batch, threads))
+        return out
+
+
+def _predicted(measured: Measurement, bundle: Bundle, profile: HardwareProfile) -> tuple[float | None, float | None]:
+    """Seconds and bytes that the planner expects of what was measured, as far as it says."""
+    from fedprune_export.stopwatch import STEP
+
+    recipe = type(bundle.recipe).from_dict({**bundle.recipe.to_dict(), "batch_size": measured.batch, "accumulate": 1})
+    said: Prediction = predict(bundle.architecture, bundle.selection.widths, profile, recipe, samples=measured.batch)
+    body = asdict(said)
+    if measured.what == STEP:
+        return body["step_s"], body["memory_bytes"]
+    # The planner looks at predictions of one sample.
+    return (body.get("latency_s"), body["inference_bytes"]) if measured.batch == 1 else (None, None)
+
+
+def _row(
+    m: Measurement, predicted: tuple[float | None, float | None], *, predicted_too: bool = False
+) -> tuple[str, ...]:
+    low, median, high = (terminal.amount(s, "s") for s in m.quartiles)
+    out = [
+        m.what,
+        str(m.batch),
+        str(m.threads),
+        median,
+        f"{low} to {high}",
+        terminal.amount(m.seconds / m.batch, "s"),
+        terminal.amount(m.peak_bytes, "bytes"),
+    ]
+    if predicted_too:
+        seconds, peak = predicted
+        out.append(terminal.amount(seconds, "s") if seconds is not None else "–")
+        out.append(terminal.amount(peak, "bytes") if peak is not None else "–")
+    return tuple(out)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(whole_number(n) for n in text.split(","))

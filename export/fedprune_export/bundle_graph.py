@@ -1,0 +1,45 @@
+"""A bundle's inference graph with its weights inside."""
+
+from __future__ import annotations
+
+import onnx
+
+from fedprune import tensorfile
+from fedprune.bundle import INFERENCE, WEIGHTS, Bundle
+from fedprune.errors import BundleError
+from fedprune_export.graph import Graph
+
+
+def inference_graph(bundle: Bundle) -> Graph:
+    """The inference graph of a bundle; its weights are initialisers under their tensor names.
+
+    Args:
+        bundle: A bundle whose files have been checked.
+
+    Raises:
+        BundleError: The graph is damaged, or wants weights that the bundle lacks or that have another shape.
+        ModelError: The graph has what fedprune never writes.
+    """
+    path = bundle.path(INFERENCE)
+    try:
+        proto = onnx.load_model_from_string(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"can't read {path}: {error.strerror}") from error
+    except Exception as error:
+        raise BundleError(f"{path} is no ONNX model", hint="Export the bundle again.") from error
+    tensors = tensorfile.load(bundle.path(WEIGHTS))
+    outside = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    inside = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+    for wanted in outside:
+        found = tensors.get(wanted.name)
+        if found is None or found.shape != tuple(wanted.dims):
+            raise BundleError(
+                f"{path} and the weights don't belong together: {wanted.name}",
+                expected=tuple(wanted.dims),
+                got="nothing" if found is None else found.shape,
+            )
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(inside)
+    graph = Graph.from_proto(proto)
+    graph.initializers = {**{t.name: tensors[t.name] for t in outside}, **graph.initializers}
+    return graph

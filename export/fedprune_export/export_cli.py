@@ -1,0 +1,271 @@
+"""The export itself: one model, one or several boards, a bundle for each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedprune import profile_store
+from fedprune.cli import seconds, whole_number
+from fedprune.errors import BundleError, ExitCode, FedpruneError, UsageError
+from fedprune.plan import DENSITIES, plan, predict
+from fedprune.profile import HardwareProfile
+from fedprune.recipe import Recipe
+from fedprune.scoring import ranks, score
+from fedprune.selection import Selection
+from fedprune.session import Session
+from fedprune.step import LOGITS, X
+from fedprune_export import terminal
+from fedprune_export.options import (
+    MODEL_HELP,
+    add_model_options,
+    add_recipe_options,
+    density,
+    labels_of,
+    names,
+    read_model,
+    read_recipe,
+    targets,
+)
+
+if TYPE_CHECKING:  # heavy imports wait until the command line is known to make sense
+    from fedprune_export.imported import Model
+    from fedprune_export.labelled_data import LabelledData
+    from fedprune_export.report import Accuracy, Report
+
+_SCORERS = ("ordered", "magnitude")
+"""Those that look at a model alone; curvature needs what a fleet has learnt."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what an export takes."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--target",
+        required=True,
+        action="append",
+        metavar="PROFILE",
+        help="hardware profile: a name or a TOML file; several, repeated or with commas, give a folder each",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the bundle's folder, or the bundles'")
+    parser.add_argument("--density", type=density, default=None, help="kept share of all channels, or auto (default)")
+    parser.add_argument("--scorer", default="magnitude", choices=_SCORERS, help="how channels are ranked")
+    parser.add_argument(
+        "--samples",
+        type=whole_number,
+        default=1000,
+        metavar="N",
+        help="training samples that the board holds (default: 1000)",
+    )
+    parser.add_argument(
+        "--bytes-per-round", type=whole_number, metavar="N", help="what a round may carry, down plus up"
+    )
+    parser.add_argument("--deadline", type=seconds, metavar="SECONDS", help="what a round may take")
+    parser.add_argument("--opset", type=whole_number, metavar="N", help="opset of the inference graph (default: 17)")
+    parser.add_argument("--class-names", type=names, default=(), metavar="A,B,C", help="names of the classes")
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE.npz", help="samples to measure the model on, whole and as cut: x and y"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_model_options(parser)
+    add_recipe_options(parser)
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Export a model for every target; returns the exit code.
+
+    Raises:
+        FedpruneError: The model, the recipe or the data are wrong; or the only target is.
+    """
+    job = _Job(arguments)
+    if len(job.profiles) == 1:
+        with terminal.progress() as tell:
+            report = job.bundle(job.profiles[0], arguments.out, tell)
+        if arguments.json:
+            terminal.print_json(report.to_dict())
+        else:
+            _print_report(report, arguments.out)
+        return int(ExitCode.OK)
+    return _export_all(job, arguments)
+
+
+def _export_all(job: _Job, arguments: argparse.Namespace) -> int:
+    """Write what can be written; the exit code is that of the first target that failed."""
+    rows: list[tuple[str, ...]] = []
+    found: list[dict[str, Any]] = []
+    failed: list[tuple[str, FedpruneError]] = []
+    for i, profile in enumerate(job.profiles, 1):
+        with terminal.progress() as tell:
+            stage = f"{profile.name} ({i} of {len(job.profiles)})"
+            try:
+                report = job.bundle(profile, arguments.out / profile.name, _staged(tell, stage))
+            except FedpruneError as failure:
+                if not job.begun:  # the model itself can't be imported or trained: it is no target's fault
+                    raise
+                failed.append((profile.name, failure))
+                found.append({"target": profile.name, "error": str(failure), "exit_code": int(failure.exit_code)})
+                continue
+        found.append(report.to_dict())
+        rows.append(_summary_row(report))
+    if arguments.json:
+        terminal.print_json(found)
+    else:
+        terminal.print_table(_SUMMARY, rows)
+        for note in job.model.notes:
+            print(f"note: {note}")
+        print(f"bundles: {len(rows)} of {len(job.profiles)} in {arguments.out} (each has a report.html)")
+    for name, error in failed:
+        print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
+    return int(failed[0][1].exit_code) if failed else int(ExitCode.OK)
+
+
+def _staged(tell: Callable[[str], None], stage: str) -> Callable[[str], None]:
+    return lambda text: tell(f"{stage}: {text}")
+
+
+_SUMMARY = ("target", "density", "bound by", "parameters", "multiplications", "weights", "memory", "step", "parity")
+
+
+def _summary_row(report: Report) -> tuple[str, ...]:
+    p = report.plan.prediction
+    return (
+        report.target,
+        f"{report.plan.density:.3g}",
+        report.plan.bound,
+        f"{report.after.parameters:,}",
+        f"{report.after.forward_macs:,}",
+        terminal.amount(p.wire_bytes, "bytes"),
+        terminal.amount(p.memory_bytes, "bytes"),
+        terminal.amount(p.step_s, "s"),
+        f"{report.parity:.1e}",
+    )
+
+
+def _print_report(report: Report, out: Path) -> None:
+    print(report.plan.describe())
+    before, after = report.before, report.after
+    print(f"parameters: {before.parameters:,} -> {after.parameters:,}")
+    print(f"multiplications per sample: {before.forward_macs:,} -> {after.forward_macs:,}")
+    print(f"weights: {before.wire_bytes:,} -> {after.wire_bytes:,} bytes")
+    if report.accuracy is not None:
+        from fedprune_export.report import score as shown
+
+        a = report.accuracy
+        print(f"{a.measure} on {a.samples:,} samples, untrained: {shown(a, a.before)} -> {shown(a, a.after)}")
+    print(f"parity with the masked model: {report.parity:.1e}")
+    for note in report.model.notes:
+        print(f"note: {note}")
+    print(f"bundle: {out} (report.html says more)")
+
+
+class _Job:
+    """What all targets of an export share; the model is imported when the first one needs it."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.profiles = [profile_store.chosen(name) for name in targets(arguments.target)]
+        self.recipe: Recipe = read_recipe(arguments)
+        self.begun = False
+        self._check_folders()
+
+    def _check_folders(self) -> None:
+        """Refuse what can't be written to before the work begins."""
+        from fedprune_export.bundle import check_folder, is_bundle
+
+        out = self.arguments.out
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out {out} is a file", expected="a folder, which is made if missing")
+        named = [p.name for p in self.profiles]
+        if len(set(named)) < len(named):
+            raise UsageError("two targets have the same name", got=", ".join(named))
+        if len(named) == 1:
+            check_folder(out)
+            return
+        if is_bundle(out):
+            raise BundleError(f"{out} is itself a bundle", hint="Give another --out for several targets.")
+        for name in named:
+            check_folder(out / name)
+
+    def _begin(self, tell: Callable[[str], None]) -> None:
+        """Import the model and what depends on nothing else."""
+        from fedprune_export import labelled_data
+        from fedprune_export.bundle import training_step
+
+        arguments = self.arguments
+        tell(f"importing {arguments.model}")
+        self.model: Model = read_model(arguments)
+        architecture = self.model.architecture
+        if arguments.class_names and len(arguments.class_names) != architecture.classes:
+            raise UsageError("--class-names", expected=f"{architecture.classes} names", got=len(arguments.class_names))
+        self.data: LabelledData | None = None
+        if arguments.data is not None:
+            dtype = self.model.graph.inputs[0].dtype
+            self.data = labelled_data.read(arguments.data, architecture, dtype, labels_of(self.recipe))
+        tell("deriving the training step")
+        self.training = training_step(self.model, self.recipe)
+        self.order = ranks(score(arguments.scorer, architecture, self.model.tensors))
+        self.begun = True
+
+    def bundle(self, profile: HardwareProfile, out: Path, tell: Callable[[str], None]) -> Report:
+        """Write one target's bundle.
+
+        Raises:
+            FedpruneError: The model doesn't fit the board, the cut is wrong, or the folder can't be written.
+        """
+        from fedprune_export.bundle import bundle_files, write_bundle
+        from fedprune_export.parity import parity
+        from fedprune_export.report import Report
+        from fedprune_export.report_page import page
+
+        if not self.begun:
+            self._begin(tell)
+        arguments, model, recipe = self.arguments, self.model, self.recipe
+        tell("planning")
+        chosen = plan(
+            model.architecture,
+            profile,
+            recipe,
+            arguments.samples,
+            byte_budget=arguments.bytes_per_round,
+            deadline_s=arguments.deadline,
+            densities=DENSITIES if arguments.density is None else (arguments.density,),
+        )
+        whole = predict(model.architecture, model.architecture.sizes, profile, recipe, arguments.samples)
+        selection = Selection.of(model.architecture, chosen.widths, self.order)
+        tell("cutting")
+        files = bundle_files(model, selection, recipe, training=self.training, opset=arguments.opset)
+        tell("checking the cut")
+        error = parity(model, selection, files)
+        sizes = {n: len(raw) for n, raw in files.items()}
+        report = Report(
+            model, selection, profile.name, chosen, whole, arguments.scorer, sizes, error, self._accuracy(selection)
+        )
+        files["report.json"] = (json.dumps(report.to_dict(), indent=2) + "\n").encode()
+        files["report.md"] = report.to_markdown().encode()
+        files["report.html"] = page(report).encode()
+        tell("writing")
+        write_bundle(out, files, selection, recipe, profile.name, tuple(arguments.class_names))
+        return report
+
+    @cached_property
+    def _whole_score(self) -> float:
+        return _score(self.data, self.model.graph.to_bytes()) if self.data is not None else 0.0
+
+    def _accuracy(self, selection: Selection) -> Accuracy | None:
+        if self.data is None:
+            return None
+        from fedprune_export.cut import cut
+        from fedprune_export.report import Accuracy
+
+        small = _score(self.data, cut(self.model, selection).to_bytes())
+        return Accuracy(self.data.measure, len(self.data.x), self._whole_score, small)
+
+
+def _score(data: LabelledData, graph: bytes) -> float:
+    session = Session(graph)
+    return data.score(lambda x: session.run({X: x})[LOGITS])

@@ -1,0 +1,214 @@
+"""Options that several commands share: where a model comes from, and how it is trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedprune.cli import whole_number
+from fedprune.errors import ConfigError, ModelError, UsageError
+from fedprune.recipe import Recipe
+
+if TYPE_CHECKING:  # a command that needs no model starts without onnx
+    from fedprune_export.imported import Model
+
+MODEL_HELP = "model.onnx, package.module:factory of a torch module, or timm:NAME"
+
+PREFERENCES = ("coarse", "fine")
+
+_LOSS_OF = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
+_LABELS_OF = {"cross_entropy": "classes", "bce": "multi", "mse": "values", "huber": "values"}
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how a model is imported; `read_model` reads them."""
+    group = parser.add_argument_group("the model")
+    group.add_argument("--input-shape", type=shape, metavar="C,H,W", help="one sample's shape, for torch modules")
+    group.add_argument("--name", help="the model's name (default: that of the file or factory)")
+    group.add_argument("--output", metavar="NAME", help="which output counts, where an ONNX file has several")
+    group.add_argument(
+        "--parameters",
+        type=Path,
+        metavar="FILE",
+        help="names of the trainable tensors of an ONNX file: one per line, or a JSON list",
+    )
+    group.add_argument(
+        "--prefer",
+        choices=PREFERENCES,
+        help="where channels can be cut in two ways: whole heads or groups (coarse), or a part of each (fine)",
+    )
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how a board trains; `read_recipe` reads them."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--recipe", type=Path, metavar="FILE", help="local training as JSON; the options below win")
+    group.add_argument("--loss", choices=tuple(_LABELS_OF), help="what training minimises (default: cross_entropy)")
+    group.add_argument(
+        "--labels",
+        choices=tuple(_LOSS_OF),
+        help="what labels are: the number of a class, a 0 or 1 per class, or values; it chooses the loss",
+    )
+    group.add_argument("--label-smoothing", type=float, metavar="SHARE", help="of cross_entropy: 0 to below 1")
+    group.add_argument("--huber-delta", type=float, metavar="D", help="of huber: where squares become straight lines")
+    group.add_argument(
+        "--freeze", action="append", metavar="PATTERN", help="tensors that aren't trained, such as 'stem.*'; repeatable"
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_setting,
+        metavar="KEY=VALUE",
+        help="any other setting of the recipe, such as lr=0.01; repeatable",
+    )
+
+
+def read_model(arguments: argparse.Namespace, source: str | None = None) -> Model:
+    """Import the model that a command line names.
+
+    Args:
+        arguments: The parsed command line.
+        source: The model, where it is not `arguments.model`.
+
+    Raises:
+        ModelError: It can't be imported.
+        ConfigError: The list of parameters can't be read.
+        MissingExtraError: torch or timm is needed and not installed.
+    """
+    from fedprune_export.importing import load
+
+    chosen: dict[str, Any] = {"name": arguments.name, "input_shape": arguments.input_shape}
+    if arguments.output is not None:
+        chosen["output"] = arguments.output
+    if arguments.prefer is not None:
+        chosen["prefer"] = arguments.prefer
+    if arguments.parameters is not None:
+        chosen["parameters"] = _names_in(arguments.parameters)
+    return load(arguments.model if source is None else source, **chosen)
+
+
+def labels_of(recipe: Recipe) -> str:
+    """What labels a recipe's loss compares with: classes, multi or values."""
+    return _LABELS_OF[recipe.loss]
+
+
+def read_recipe(arguments: argparse.Namespace) -> Recipe:
+    """The recipe of a command line: that of the file, with what the options say in its place.
+
+    Raises:
+        ConfigError: The file can't be read, or a setting is unknown or makes no sense.
+        UsageError: Options contradict each other.
+    """
+    body = {} if arguments.recipe is None else _recipe_body(arguments.recipe)
+    if arguments.loss and arguments.labels and _LABELS_OF[arguments.loss] != arguments.labels:
+        raise UsageError(
+            f"--loss {arguments.loss} compares with labels of another kind",
+            expected=f"--labels {_LABELS_OF[arguments.loss]}",
+            got=arguments.labels,
+        )
+    if arguments.labels and not arguments.loss and _LABELS_OF.get(str(body.get("loss"))) != arguments.labels:
+        body["loss"] = _LOSS_OF[arguments.labels]
+    for key in ("loss", "label_smoothing", "huber_delta"):
+        if getattr(arguments, key) is not None:
+            body[key] = getattr(arguments, key)
+    if arguments.freeze:
+        body["frozen"] = arguments.freeze
+    body.update(arguments.set)
+    return _checked(body, arguments.recipe)
+
+
+def _checked(body: dict[str, Any], path: Path | None) -> Recipe:
+    try:
+        return Recipe.from_dict(body)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if path is not None else str(error)) from error
+
+
+def _recipe_body(path: Path) -> dict[str, Any]:
+    body = _json(path)
+    if not isinstance(body, dict):
+        raise ConfigError(f"{path}", expected="an object of recipe settings", got=type(body).__name__)
+    return body
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON ({error})") from error
+
+
+def _names_in(path: Path) -> list[str]:
+    """Tensor names of a file: a JSON list, or one per line, `#` begins a remark."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no text ({error})") from error
+    if text.lstrip().startswith("["):
+        names = _json(path)
+        if not all(isinstance(n, str) for n in names):
+            raise ConfigError(f"{path}", expected="a list of tensor names")
+    else:
+        names = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if not names:
+        raise ModelError(f"{path} names no tensor", expected="at least one trainable tensor")
+    return list(names)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names of an option, separated by commas."""
+    return tuple(n.strip() for n in text.split(","))
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Sizes of an option, separated by commas or ×."""
+    try:
+        return tuple(whole_number(n) for n in text.replace("x", ",").split(","))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"expected sizes of 1 or more, such as 3,32,32, got {text!r}") from error
+
+
+def density(text: str) -> float | None:
+    """A kept share, or None for `auto`."""
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, or auto, got {text!r}")
+    return value
+
+
+def targets(texts: Sequence[str]) -> tuple[str, ...]:
+    """Names of profiles, given one by one or separated by commas, each once.
+
+    Raises:
+        UsageError: There is none, or one of them comes twice.
+    """
+    found = [n.strip() for text in texts for n in text.split(",") if n.strip()]
+    if not found:
+        raise UsageError("--target", expected="the name of a hardware profile, or a file")
+    twice = [n for n in found if found.count(n) > 1]
+    if twice:
+        raise UsageError(f"--target {twice[0]} comes twice")
+    return tuple(found)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, such as lr=0.01, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value

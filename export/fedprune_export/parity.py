@@ -1,0 +1,62 @@
+"""Does a bundle compute what the whole model computes without the channels that were cut?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.bundle import INFERENCE, TRAINING, WEIGHTS
+from fedprune.errors import ModelError
+from fedprune.selection import Selection
+from fedprune.session import Session
+from fedprune.step import LOGITS, X
+from fedprune_export.cut import masked
+from fedprune_export.imported import Model
+from fedprune_export.trace import sample_input
+
+SAMPLES = 7
+"""Random inputs of the check."""
+
+LIMIT = 1e-4
+"""Float32 sums in another order differ by less than 1e-5; more means that the cut is wrong."""
+
+
+def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> float:
+    """How far the files of a bundle are from the masked whole model on random inputs.
+
+    Args:
+        model: The whole model.
+        selection: What the bundle holds of it.
+        files: The bundle's files by name.
+
+    Raises:
+        ModelError: They are too far from it; or onnxruntime doesn't load the training step, or doesn't load or run the
+            inference graph.
+    """
+    Session(files[TRAINING], training=True)
+    x = sample_input(model.graph.inputs[0], SAMPLES)
+    with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
+        for file in (INFERENCE, WEIGHTS):
+            (Path(name) / file).write_bytes(files[file])
+        small = Session(Path(name) / INFERENCE).run({X: x})[LOGITS]
+    whole = Session(masked(model, selection).to_bytes()).run({X: x})[LOGITS]
+    error = distance(small, whole)
+    if not error <= LIMIT:
+        raise ModelError(
+            "the cut model computes something else than the masked one",
+            expected=f"outputs equal to {LIMIT:g}",
+            got=f"{error:.2g}",
+            hint="Please report this with the model.",
+        )
+    return error
+
+
+def distance(some: npt.NDArray[Any], reference: npt.NDArray[Any]) -> float:
+    """The largest difference over the largest magnitude of the reference."""
+    scale = max(float(np.abs(reference).max(initial=0)), float(np.finfo(np.float32).tiny))
+    return float(np.abs(some - reference).max(initial=0)) / scale

@@ -1,0 +1,131 @@
+"""Pictures of a cut as SVG: which channels of every group are kept, and how wide every layer is before and after.
+
+They are drawn with nothing but text, so that a report needs no other file and no drawing library.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.architecture import Architecture, Layer
+from fedprune.selection import Selection
+
+_LABEL = 96.0
+_BAR = 560.0
+_NOTE = 150.0
+_ROW = 18.0
+_HEIGHT = 12.0
+_BINS = 140
+"""Cells of a bar at most: more would be narrower than a dot of the screen, and make the page huge."""
+
+_SHADES = 4
+"""Steps between a cell that is cut and one that is kept, where a cell stands for several channels."""
+
+
+def channel_bars(selection: Selection) -> str:
+    """One bar per channel group, all equally long: kept channels dark, cut ones light, in the model's own order.
+
+    Args:
+        selection: What is kept.
+    """
+    architecture = selection.architecture
+    rows = []
+    for i, (group, width) in enumerate(zip(architecture.groups, selection.widths, strict=True)):
+        kept = np.zeros(group.size, np.bool_)
+        kept[selection.ranks[i][:width]] = True
+        y = i * _ROW
+        members = ", ".join(architecture.members(i)[:8])
+        rows.append(
+            f"<g><title>{_text(f'{group.name}: {members}')}</title>"
+            f"{_label(group.name, y)}"
+            f'<rect class="cut" x="{_LABEL:g}" y="{y + 3:g}" width="{_BAR:g}" height="{_HEIGHT:g}"/>'
+            f"{_cells(kept, y + 3)}"
+            f"{_note(f'{width:,} of {group.size:,}', y)}</g>"
+        )
+    return _svg(rows, "Kept channels of every group")
+
+
+def layer_widths(architecture: Architecture, widths: Sequence[int]) -> str:
+    """One bar per layer: as long as its output channels, whole at full width, dark as cut.
+
+    Args:
+        architecture: The whole model.
+        widths: Kept channels per group.
+    """
+    sizes = [
+        (layer.name, layer.weight, *_outputs(architecture, widths, layer))
+        for layer in architecture.layers
+        if layer.weight in architecture.by_name
+    ]
+    widest = max((full for *_, full, _ in sizes), default=1)
+    rows = []
+    for i, (name, weight, full, now) in enumerate(sizes):
+        y = i * _ROW
+        rows.append(
+            f"<g><title>{_text(f'{name} ({weight})')}</title>"
+            f"{_label(weight.removesuffix('.weight'), y)}"
+            f'<rect class="cut" x="{_LABEL:g}" y="{y + 3:g}" width="{_BAR * full / widest:.4g}" height="{_HEIGHT:g}"/>'
+            f'<rect class="kept" x="{_LABEL:g}" y="{y + 3:g}" width="{_BAR * now / widest:.4g}" height="{_HEIGHT:g}"/>'
+            f"{_note(f'{full:,} → {now:,}' if now != full else f'{full:,}', y)}</g>"
+        )
+    return _svg(rows, "Output channels of every layer, before and after")
+
+
+def _outputs(architecture: Architecture, widths: Sequence[int], layer: Layer) -> tuple[int, int]:
+    """Output channels of a layer at full width and as cut."""
+    axes = architecture.by_name[layer.weight].axes
+    if not axes:
+        return 1, 1
+    axis = axes[layer.output_axis]
+    return axis.length, axis.size(widths, architecture.sizes)
+
+
+def _cells(kept: npt.NDArray[np.bool_], y: float) -> str:
+    """Kept channels of a bar as one path per shade."""
+    bins = min(_BINS, kept.size)
+    edges = np.linspace(0, kept.size, bins + 1).round().astype(np.int64)
+    share = np.add.reduceat(kept, edges[:-1], dtype=np.int64) / np.diff(edges)
+    shade = np.ceil(share * _SHADES).astype(np.int64)
+    paths = []
+    for level in range(1, _SHADES + 1):
+        runs = _runs(shade == level)
+        if runs:
+            step = _BAR / bins
+            lines = "".join(
+                f"M{_LABEL + step * a:.5g} {y:g}h{step * (b - a):.4g}v{_HEIGHT:g}h{step * (a - b):.4g}z"
+                for a, b in runs
+            )
+            paths.append(f'<path class="kept" fill-opacity="{level / _SHADES:g}" d="{lines}"/>')
+    return "".join(paths)
+
+
+def _runs(marks: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Where runs of true begin and end."""
+    steps = np.flatnonzero(np.diff(np.concatenate([[False], marks, [False]]).astype(np.int8)))
+    return [(int(a), int(b)) for a, b in steps.reshape(-1, 2)]
+
+
+def _label(text: str, y: float) -> str:
+    short = text if len(text) <= 16 else "…" + text[-15:]
+    return f'<text x="{_LABEL - 6:g}" y="{y + 13:g}" text-anchor="end">{_text(short)}</text>'
+
+
+def _note(text: str, y: float) -> str:
+    return f'<text class="note" x="{_LABEL + _BAR + 8:g}" y="{y + 13:g}">{_text(text)}</text>'
+
+
+def _svg(rows: Sequence[str], title: str) -> str:
+    width, height = _LABEL + _BAR + _NOTE, max(1, len(rows)) * _ROW
+    return (
+        f'<svg role="img" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" '
+        f'xmlns="http://www.w3.org/2000/svg"><title>{_text(title)}</title>{"".join(rows)}</svg>'
+    )
+
+
+def _text(text: str) -> str:
+    """Text of a model as text of a page: escaped, without characters that XML forbids."""
+    return html.escape("".join(c if c.isprintable() else "�" for c in text))

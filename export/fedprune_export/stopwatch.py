@@ -1,0 +1,126 @@
+"""How fast a bundle trains and predicts on this machine, and how much memory that takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune import step, tensorfile
+from fedprune.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle
+from fedprune.errors import ModelError
+from fedprune.session import Session
+from fedprune_export.bundle_graph import inference_graph
+from fedprune_export.step_feeds import random_labels, step_feeds
+from fedprune_export.trace import sample_input
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of one graph at one batch size and number of threads.
+
+    Attributes:
+        what: `training step` or `prediction`.
+        batch: Samples of a run.
+        threads: Threads inside an operator.
+        runs: How many runs were timed.
+        quartiles: Seconds of a run: lower quartile, median, upper quartile.
+        peak_bytes: Most memory of the process that ran nothing else.
+    """
+
+    what: str
+    batch: int
+    threads: int
+    runs: int
+    quartiles: tuple[float, float, float]
+    peak_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """The median."""
+        return self.quartiles[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        low, median, high = self.quartiles
+        return {
+            "what": self.what,
+            "batch": self.batch,
+            "threads": self.threads,
+            "runs": self.runs,
+            "seconds": {"lower_quartile": low, "median": median, "upper_quartile": high},
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+STEP = "training step"
+PREDICTION = "prediction"
+
+
+class Stopwatch:
+    """Times the graphs of a bundle, each measurement in a process of its own.
+
+    Args:
+        bundle: A bundle whose files have been checked.
+        runs: How often each graph is timed.
+    """
+
+    def __init__(self, bundle: Bundle, runs: int) -> None:
+        self._bundle = bundle
+        self._runs = runs
+        self._port = inference_graph(bundle).inputs[0]
+
+    def training_step(self, batch: int, threads: int) -> Measurement:
+        """Time a training step on random samples.
+
+        Args:
+            batch: Samples of the step.
+            threads: Threads inside an operator.
+
+        Raises:
+            ModelError: The graph can't be loaded or run.
+        """
+        bundle, outputs = self._bundle, self._bundle.architecture.classes
+        path = bundle.path(TRAINING)
+        inputs = Session(path, training=True).inputs
+        tensors = tensorfile.load(bundle.path(WEIGHTS))
+        x, y = sample_input(self._port, batch), random_labels(bundle.recipe, batch, outputs)
+        feeds = step_feeds(inputs, bundle.recipe, tensors, x, y, outputs)
+        return self._measured(STEP, path, feeds, batch, threads)
+
+    def prediction(self, batch: int, threads: int) -> Measurement:
+        """Time a prediction of random samples; arguments and errors are those of `training_step`."""
+        feeds = {step.X: sample_input(self._port, batch)}
+        return self._measured(PREDICTION, self._bundle.path(INFERENCE), feeds, batch, threads)
+
+    def _measured(self, what: str, graph: Path, feeds: dict[str, Any], batch: int, threads: int) -> Measurement:
+        with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
+            file = Path(name) / "feeds.safetensors"
+            file.write_bytes(tensorfile.encode(feeds))
+            plan = {
+                "graph": str(graph.resolve()),
+                "feeds": str(file),
+                "training": what == STEP,
+                "threads": threads,
+                "runs": self._runs,
+            }
+            found = _in_child(plan)
+        low, median, high = np.quantile(found["seconds"], (0.25, 0.5, 0.75)).tolist()
+        return Measurement(what, batch, threads, self._runs, (low, median, high), int(found["peak_bytes"]))
+
+
+def _in_child(plan: dict[str, Any]) -> dict[str, Any]:
+    command: Sequence[str] = (sys.executable, "-m", "fedprune_export.measure")
+    done = subprocess.run(command, input=json.dumps(plan), capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        raise ModelError(f"{plan['graph']} can't be timed ({last[:300]})")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found

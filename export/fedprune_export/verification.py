@@ -1,0 +1,218 @@
+"""Is a bundle whole, and does it compute what it should? Every check says what it found, or raises what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fedprune import step, tensorfile
+from fedprune.bundle import FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
+from fedprune.errors import BundleError, ModelError, TrainingError
+from fedprune.session import Session
+from fedprune_export.bundle_graph import inference_graph
+from fedprune_export.graph import Graph
+from fedprune_export.imported import Model
+from fedprune_export.parity import LIMIT, distance, parity
+from fedprune_export.step_feeds import Array, loss, random_labels, step_feeds
+from fedprune_export.trace import sample_input
+
+LOSS_LIMIT = 1e-3
+"""How far, relative to 1 + loss, the two graphs' losses may differ: as on a board before it serves a model."""
+
+_BATCH = 6
+_BATCHES = (1, 3, 6)
+_RATES = (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
+"""Learning rates of the trial steps: some curves are steep."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of a bundle that was passed.
+
+    Attributes:
+        name: What was looked at.
+        found: What there was, in words.
+    """
+
+    name: str
+    found: str
+
+
+def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
+    """Check a bundle, one thing after the other.
+
+    Args:
+        folder: The bundle's folder.
+        model: The whole model that it was cut from, to compare with.
+
+    Raises:
+        BundleError: A file is missing, changed, or doesn't fit the others.
+        ModelError: onnxruntime doesn't take a graph, or a graph computes nonsense.
+        TrainingError: The training step computes nonsense.
+    """
+    bundle = open_bundle(folder)
+    size = sum(bundle.path(n).stat().st_size for n in FILES)
+    yield Check("files", f"{len(FILES)} files of {size:,} bytes are as they were exported")
+    trial = _Trial(bundle)
+    yield Check("weights", trial.check_weights())
+    yield Check("inference", trial.check_inference())
+    yield Check("training", trial.check_step())
+    yield Check("descent", trial.check_descent())
+    yield Check("agreement", trial.check_agreement())
+    if model is not None:
+        yield Check("model", check_model(bundle, model))
+
+
+class _Trial:
+    """A bundle under trial, with a batch of random samples."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.outputs = bundle.architecture.classes
+        self.tensors = tensorfile.load(bundle.path(WEIGHTS))
+
+    @cached_property
+    def graph(self) -> Graph:
+        return inference_graph(self.bundle)
+
+    @cached_property
+    def training(self) -> Session:
+        return Session(self.bundle.path(TRAINING), training=True)
+
+    @cached_property
+    def x(self) -> Array:
+        return sample_input(self.graph.inputs[0], _BATCH)
+
+    @cached_property
+    def y(self) -> Array:
+        return random_labels(self.bundle.recipe, _BATCH, self.outputs)
+
+    def feeds(self, tensors: dict[str, Array] | None = None, rate: float | None = None) -> dict[str, Array]:
+        out = step_feeds(
+            self.training.inputs,
+            self.bundle.recipe,
+            self.tensors if tensors is None else tensors,
+            self.x,
+            self.y,
+            self.outputs,
+        )
+        return out if rate is None else {**out, step.LR: np.array(rate, np.float32)}
+
+    @cached_property
+    def loss(self) -> float:
+        return float(self.training.run(self.feeds(), [step.LOSS])[step.LOSS])
+
+    def check_weights(self) -> str:
+        """Names and shapes are those of the selection, all numbers are finite."""
+        shapes = self.bundle.selection.shapes()
+        found = {n: v.shape for n, v in self.tensors.items()}
+        if found != shapes:
+            wrong = next(n for n in (*shapes, *found) if shapes.get(n) != found.get(n))
+            raise BundleError(
+                f"{WEIGHTS}: tensor {wrong}",
+                expected=shapes.get(wrong, "no such tensor"),
+                got=found.get(wrong, "nothing"),
+            )
+        for name, value in self.tensors.items():
+            if not np.isfinite(value).all():
+                raise BundleError(f"{WEIGHTS}: tensor {name} has numbers that are not finite")
+        return f"{len(found)} tensors, {sum(v.size for v in self.tensors.values()):,} finite numbers"
+
+    def check_inference(self) -> str:
+        """Logits of several batch sizes have the right shape, and are those of each sample alone."""
+        shape = self.bundle.architecture.input_shape
+        if tuple(self.graph.inputs[0].shape[1:]) != shape:
+            raise BundleError(f"{INFERENCE}: its input", expected=shape, got=self.graph.inputs[0].shape[1:])
+        session = Session(self.bundle.path(INFERENCE))
+        whole = session.run({step.X: self.x})[step.LOGITS]
+        for batch in _BATCHES:
+            logits = session.run({step.X: self.x[:batch]})[step.LOGITS]
+            if logits.shape != (batch, self.outputs):
+                raise ModelError(f"{INFERENCE}: logits", expected=(batch, self.outputs), got=logits.shape)
+            if not np.isfinite(logits).all():
+                raise ModelError(f"{INFERENCE}: logits of {batch} random samples are not finite")
+            if not distance(logits, whole[:batch]) <= LIMIT:
+                raise ModelError(f"{INFERENCE}: the logits of a sample depend on the others of its batch")
+        return f"logits [n, {self.outputs}] of {', '.join(map(str, _BATCHES))} random samples are finite"
+
+    def check_step(self) -> str:
+        """A step gives a finite loss, moves weights, and keeps all shapes."""
+        out = self.training.run(self.feeds())
+        if not np.isfinite(out[step.LOSS]):
+            raise TrainingError(f"{TRAINING}: the loss of random samples", expected="a finite number", got=self.loss)
+        moved = 0
+        for name, value in self.tensors.items():
+            after = out.get(step.following(name), value)
+            if after.shape != value.shape:
+                raise TrainingError(f"{TRAINING}: next value of {name}", expected=value.shape, got=after.shape)
+            if not np.isfinite(after).all():
+                raise TrainingError(f"{TRAINING}: next value of {name} is not finite")
+            moved += self.bundle.architecture.by_name[name].kind.trainable and not np.array_equal(after, value)
+        if not moved:
+            raise TrainingError(f"{TRAINING}: a step moves no weight")
+        still = [n for n in self.tensors if step.following(n) not in out]
+        return f"loss {float(out[step.LOSS]):.4g}; a step moves {moved} tensors" + (
+            f" and leaves {len(still)} frozen" if still else ""
+        )
+
+    def check_descent(self) -> str:
+        """A small step lowers the loss of the batch that it is taken for."""
+        for rate in _RATES:
+            out = self.training.run(self.feeds(rate=rate))
+            after = {n: out.get(step.following(n), v) for n, v in self.tensors.items()}
+            later = float(self.training.run(self.feeds(after), [step.LOSS])[step.LOSS])
+            if later < self.loss:
+                return f"a step at learning rate {rate:g} lowers the loss to {later:.4g}"
+        raise TrainingError(f"{TRAINING}: no step, however small, lowers the loss of its own batch", got=self.loss)
+
+    def check_agreement(self) -> str:
+        """Both graphs compute the same loss, where batch norms take the batch's statistics in both."""
+        graph = self.graph
+        norms = [
+            n
+            for n in graph.nodes
+            if n.op == "BatchNormalization" and step.following(n.inputs[3]) in self.training.outputs
+        ]
+        if norms and graph.opset < 14:
+            return f"not compared: batch norms can't be told to train at opset {graph.opset}"
+        trained = graph.copy()
+        for node in trained.nodes:
+            if node.op == "BatchNormalization" and step.following(node.inputs[3]) in self.training.outputs:
+                node.attrs["training_mode"] = 1
+                node.outputs += [trained.fresh("mean"), trained.fresh("var")]
+        logits = Session(trained.to_bytes(), training=True).run({step.X: self.x})[step.LOGITS]
+        mine = loss(self.bundle.recipe, logits, self.y)
+        if not abs(mine - self.loss) <= LOSS_LIMIT * (1 + abs(self.loss)):
+            raise ModelError(
+                "inference and training graph contradict each other",
+                expected=f"a loss of {self.loss:.6g}",
+                got=f"{mine:.6g} of the inference graph's logits",
+                hint="Export the bundle again.",
+            )
+        return f"the inference graph's logits give the same loss to {abs(mine - self.loss):.1e}"
+
+
+def check_model(bundle: Bundle, model: Model) -> str:
+    """A bundle's outputs are those of the whole model with the lost channels masked.
+
+    Raises:
+        BundleError: The bundle is of another architecture, or its weights are not the model's.
+        ModelError: It computes something else.
+    """
+    model.check(bundle.selection)
+    mine = bundle.selection.gather(model.tensors)
+    held = tensorfile.load(bundle.path(WEIGHTS))
+    changed = [n for n, v in mine.items() if not np.array_equal(v, held[n])]
+    if changed:
+        raise BundleError(
+            "the bundle holds other weights than the model",
+            expected=f"{len(mine)} equal tensors",
+            got=f"{len(changed)} others, such as {changed[0]}",
+            hint="Give the model that the bundle was exported from; a torch factory may draw other weights each time.",
+        )
+    error = parity(model, bundle.selection, {n: bundle.path(n).read_bytes() for n in (INFERENCE, WEIGHTS, TRAINING)})
+    return f"equal to the whole model with the lost channels masked to {error:.1e}"
