@@ -1,11 +1,12 @@
-"""Every opset as opset 17: what later opsets write differently is rewritten, earlier ones are raised.
+"""Every opset as opset 17 with composites: what later opsets write differently is rewritten, earlier ones are raised.
 
-To support a later operator or form, add a rule to `_RULES`: a function that changes one node.
+To support a later operator or form, add a rule to `_RULES`: a function that emits what a node becomes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,40 +14,66 @@ import numpy.typing as npt
 import onnx
 
 from fedprune.errors import ModelError
+from fedprune_export.composites import COMPOSITES
 from fedprune_export.graph import TRAINING_OPSET, Graph, Node
+from fedprune_export.importing.attention import emit_attention
+from fedprune_export.importing.resizing import emit_pad, emit_resize
+from fedprune_export.target_opset import REDUCTIONS, check_form
+from fedprune_export.trace import Trace
 
 Array = npt.NDArray[Any]
 
-_REDUCTIONS = frozenset(
-    {
-        "ReduceMean",
-        "ReduceMax",
-        "ReduceMin",
-        "ReduceProd",
-        "ReduceL1",
-        "ReduceL2",
-        "ReduceLogSum",
-        "ReduceLogSumExp",
-        "ReduceSumSquare",
-    }
-)
+_OLDEST = 13
+"""From here on a node means at opset 17 what it meant."""
+
+
+@dataclass
+class Lowering:
+    """A graph in the making.
+
+    Attributes:
+        graph: Gets the nodes.
+        seen: Shapes of the values that were there before.
+        used: Values that some node reads, and the outputs.
+    """
+
+    graph: Graph
+    seen: Trace
+    used: set[str]
+
+    def keep(self, node: Node) -> None:
+        """Leave a node as it is."""
+        self.graph.nodes.append(node)
+
+    def known(self, name: str, node: Node, what: str) -> Array:
+        """An integer argument of an operator.
+
+        Raises:
+            ModelError: It is computed.
+        """
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        raise ModelError(f"operator {node.op} ({node.name}) takes computed {what}", expected=f"constant {what}")
+
+
+_Rule = Callable[[Lowering, Node], None]
 
 
 def upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model at opset 17 or later.
+    """The model at opset 13 or later.
 
     Raises:
         ModelError: onnx can't convert it.
     """
     versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
-    if not versions or versions[0] >= TRAINING_OPSET:
+    if not versions or versions[0] >= _OLDEST:
         return model
     try:
         from onnx import version_converter
 
         upgraded: onnx.ModelProto = version_converter.convert_version(model, TRAINING_OPSET)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(
             f"the model's opset {versions[0]} can't be raised to {TRAINING_OPSET} ({reason})",
             hint=f"Export it again with opset_version={TRAINING_OPSET} or later.",
@@ -54,20 +81,29 @@ def upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
     return upgraded
 
 
-def lower(graph: Graph, notes: list[str]) -> None:
-    """Rewrite operators of later opsets in the forms of opset 17.
+def lower(graph: Graph, seen: Trace, notes: list[str]) -> None:
+    """Rewrite operators in the forms of opset 17.
+
+    Args:
+        graph: The graph, with shape arithmetic folded; it is changed.
+        seen: Shapes of its values.
+        notes: Gets what people may want to know.
 
     Raises:
         ModelError: An operator has no such form.
     """
-    for node in graph.nodes:
-        if node.domain:
-            continue
-        rule = _RULES.get(node.op)
+    nodes, graph.nodes = graph.nodes, []
+    used = {p.name for p in graph.outputs} | {i for n in nodes for i in n.inputs}
+    state = Lowering(graph, seen, used)
+    for node in nodes:
+        rule = None if node.domain else _RULES.get(node.op)
         if rule is not None:
-            rule(graph, node)
-        if graph.opset > TRAINING_OPSET:
-            _check_form(node)
+            rule(state, node)
+        else:
+            state.keep(node)
+    for node in graph.nodes:
+        if not node.domain and node.op not in COMPOSITES and graph.opset > TRAINING_OPSET:
+            check_form(node, TRAINING_OPSET)
     still = [n.name for n in graph.nodes if n.op == "BatchNormalization" and n.attrs.get("momentum") == 1]
     if still:
         notes.append(
@@ -76,72 +112,51 @@ def lower(graph: Graph, notes: list[str]) -> None:
         )
     if graph.opset > TRAINING_OPSET:
         notes.append(f"Lowered from opset {graph.opset} to {TRAINING_OPSET}.")
-        graph.opset = TRAINING_OPSET
+    graph.opset = TRAINING_OPSET
 
 
-def _check_form(node: Node) -> None:
-    """Operators of later opsets are kept where they use only what opset 17 has."""
-    try:
-        schema = onnx.defs.get_schema(node.op, TRAINING_OPSET, "")
-    except onnx.defs.SchemaError as error:
-        raise ModelError(
-            f"operator {node.op} ({node.name}) does not exist in opset {TRAINING_OPSET}",
-            hint=f"Export the model with opset_version={TRAINING_OPSET} or 18.",
-        ) from error
-    extra = sorted(set(node.attrs) - set(schema.attributes))
-    used = len(node.inputs)
-    while used and not node.inputs[used - 1]:
-        used -= 1
-    if extra or used > schema.max_input:
-        raise ModelError(
-            f"operator {node.op} ({node.name}) is in a form that opset {TRAINING_OPSET} doesn't have",
-            got=", ".join(extra) or f"{used} inputs",
-            hint=f"Export the model with opset_version={TRAINING_OPSET} or 18.",
-        )
-
-
-def _static(graph: Graph, name: str, node: Node) -> Array:
-    """An integer argument of an operator, which must be known when the model is imported."""
-    if name in graph.initializers:
-        return graph.initializers[name]
-    raise ModelError(f"operator {node.op} ({node.name}) takes computed axes", expected="constant axes")
-
-
-def _lower_reduction(graph: Graph, node: Node) -> None:
+def _reduction(state: Lowering, node: Node) -> None:
     """Axes as an attribute; empty axes with noop set mean that nothing is reduced."""
+    nothing = node.attrs.pop("noop_with_empty_axes", 0)
+    axes: list[int] = []
     if len(node.inputs) > 1 and node.inputs[1]:
-        axes = _static(graph, node.inputs[1], node).reshape(-1).tolist()
-        if axes or not node.attrs.get("noop_with_empty_axes"):
-            node.inputs = node.inputs[:1]
-            node.attrs.pop("noop_with_empty_axes", None)
-            if axes:
-                node.attrs["axes"] = axes
-            return
-        node.op, node.inputs, node.attrs = "Identity", node.inputs[:1], {}
-        return
-    if node.attrs.pop("noop_with_empty_axes", 0):
+        axes = state.known(node.inputs[1], node, "axes").reshape(-1).tolist()
+        if axes:
+            node.attrs["axes"] = axes
+    if nothing and not axes:
         node.op, node.attrs = "Identity", {}
     node.inputs = node.inputs[:1]
+    state.keep(node)
 
 
-def _lower_pooling(graph: Graph, node: Node) -> None:
-    """Dilations of 1 are the only ones that AveragePool knows in opset 17."""
-    if node.op == "AveragePool" and all(d == 1 for d in node.attrs.get("dilations", [])):
+def _default(name: str, *values: object) -> _Rule:
+    """Leave out an attribute that opset 17 doesn't have, where it says what opset 17 does."""
+
+    def rule(state: Lowering, node: Node) -> None:
+        if name in node.attrs and node.attrs[name] in values:
+            del node.attrs[name]
+        state.keep(node)
+
+    return rule
+
+
+def _pooling(state: Lowering, node: Node) -> None:
+    """Dilations of 1 are the only ones that these pools know in opset 17."""
+    if all(d == 1 for d in node.attrs.get("dilations", [])):
         node.attrs.pop("dilations", None)
+    if node.op == "LpPool" and not node.attrs.get("ceil_mode"):
+        node.attrs.pop("ceil_mode", None)
+    state.keep(node)
 
 
-def _lower_cast(graph: Graph, node: Node) -> None:
+def _cast(state: Lowering, node: Node) -> None:
     """The newer attributes of casts concern types below 16 bits only."""
     node.attrs.pop("saturate", None)
     node.attrs.pop("round_mode", None)
+    state.keep(node)
 
 
-def _lower_reshape(graph: Graph, node: Node) -> None:
-    if not node.attrs.get("allowzero"):
-        node.attrs.pop("allowzero", None)
-
-
-def _lower_batch_norm(graph: Graph, node: Node) -> None:
+def _batch_norm(state: Lowering, node: Node) -> None:
     if node.attrs.get("training_mode"):
         raise ModelError(
             f"batch normalisation {node.name} is in training mode",
@@ -155,13 +170,90 @@ def _lower_batch_norm(graph: Graph, node: Node) -> None:
         raise ModelError(f"momentum of batch normalisation {node.name}", expected="from 0 to 1", got=keep)
     node.attrs["momentum"] = keep
     node.outputs = node.outputs[:1]
+    state.keep(node)
 
 
-_RULES: dict[str, Callable[[Graph, Node], None]] = {
-    **dict.fromkeys(_REDUCTIONS, _lower_reduction),
-    "AveragePool": _lower_pooling,
-    "Cast": _lower_cast,
-    "CastLike": _lower_cast,
-    "Reshape": _lower_reshape,
-    "BatchNormalization": _lower_batch_norm,
+def _norm(state: Lowering, node: Node) -> None:
+    """Axes counted from the end, float32 inside, and no output that nobody reads."""
+    rank = len(state.seen.shapes[node.inputs[0]])
+    axis = int(node.attrs.get("axis", -1))
+    node.attrs["axis"] = axis - rank if axis >= 0 else axis
+    node.attrs.pop("stash_type", None)
+    while len(node.outputs) > 1 and node.outputs[-1] not in state.used:
+        node.outputs.pop()
+    state.keep(node)
+
+
+def _group_norm(state: Lowering, node: Node) -> None:
+    """Scale and bias per channel; opsets 18 to 20 have them per group."""
+    graph, (x, *vectors) = state.graph, node.inputs
+    channels, groups = state.seen.shapes[x][1], int(node.attrs["num_groups"])
+    if graph.opset < 21 and channels != groups:
+        for i, name in enumerate(vectors):
+            column = graph.emit("Unsqueeze", name, graph.ints(1))
+            table = graph.emit("Expand", column, graph.ints(groups, channels // groups))
+            node.inputs[1 + i] = graph.emit("Reshape", table, graph.ints(channels))
+    node.attrs.pop("stash_type", None)
+    state.keep(node)
+
+
+def _split(state: Lowering, node: Node) -> None:
+    """Sizes of the parts as an input."""
+    node.attrs.pop("num_outputs", None)
+    if len(node.inputs) < 2 or not node.inputs[1]:
+        axis = int(node.attrs.get("axis", 0))
+        if any(state.seen.batched(o)[axis] for o in node.outputs if o):
+            raise ModelError(f"operator Split ({node.name}) splits the batch", hint="Split another axis.")
+        node.inputs = [node.inputs[0], state.graph.ints(*_sizes(state.seen, node, axis))]
+    state.keep(node)
+
+
+def _sizes(seen: Trace, node: Node, axis: int) -> list[int]:
+    total, parts = seen.shapes[node.inputs[0]][axis], len(node.outputs)
+    each = -(-total // parts)
+    return [each] * (parts - 1) + [total - each * (parts - 1)]
+
+
+def _swish(state: Lowering, node: Node) -> None:
+    graph, x = state.graph, node.inputs[0]
+    alpha = float(node.attrs.get("alpha", 1.0))
+    inner = x if alpha == 1 else graph.emit("Mul", x, graph.scalar(alpha))
+    graph.emit("Mul", x, graph.emit("Sigmoid", inner), out=node.outputs[0])
+
+
+def _grid_sample(state: Lowering, node: Node) -> None:
+    names = {"linear": "bilinear", "cubic": "bicubic"}
+    node.attrs["mode"] = names.get(node.attrs.get("mode", "bilinear"), node.attrs.get("mode", "bilinear"))
+    state.keep(node)
+
+
+def _scatter(state: Lowering, node: Node) -> None:
+    if node.attrs.get("reduction") in ("min", "max"):
+        raise _no_form(node, "reduction", "add or mul")
+    state.keep(node)
+
+
+def _no_form(node: Node, name: str, expected: str) -> ModelError:
+    return ModelError(
+        f"attribute {name} of {node.op} ({node.name}) has no form in opset {TRAINING_OPSET}",
+        expected=expected,
+        got=node.attrs[name],
+    )
+
+
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys(REDUCTIONS, _reduction),
+    **dict.fromkeys(("AveragePool", "LpPool"), _pooling),
+    **dict.fromkeys(("Cast", "CastLike", "QuantizeLinear", "DequantizeLinear"), _cast),
+    **dict.fromkeys(("LayerNormalization", "RMSNormalization"), _norm),
+    **dict.fromkeys(("ScatterND", "ScatterElements"), _scatter),
+    "Attention": lambda state, node: emit_attention(state.graph, node, state.seen, state.used),
+    "BatchNormalization": _batch_norm,
+    "GridSample": _grid_sample,
+    "GroupNormalization": _group_norm,
+    "Pad": lambda state, node: emit_pad(state.graph, node, state.seen),
+    "Reshape": _default("allowzero", 0),
+    "Resize": lambda state, node: emit_resize(state.graph, node, state.seen),
+    "Split": _split,
+    "Swish": _swish,
 }

@@ -17,9 +17,12 @@ import onnx
 from fedprune.errors import ModelError
 from fedprune.session import Session
 from fedprune.step import LOGITS, RESERVED, X
-from fedprune_export.graph import Graph, Node, Port
+from fedprune_export.graph import Graph, Port
 from fedprune_export.importing.lowering import lower, upgraded
+from fedprune_export.importing.norm_patterns import find_norms
+from fedprune_export.importing.patterns import find_activations
 from fedprune_export.importing.roles import CONSTANT_PREFIX, find_kinds, name_constants, untie
+from fedprune_export.importing.simplification import bypass, drop_idle, simplify
 from fedprune_export.shape_arithmetic import follow
 from fedprune_export.trace import Trace, sample_input, trace
 
@@ -71,7 +74,7 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None) 
     _check_ports(graph)
     _name_nodes(graph)
     reference = graph.copy()
-    _drop_idle(graph)
+    drop_idle(graph)
     if parameters is not None:
         constants = {n for n in graph.initializers if n not in parameters}
     _rename(graph, constants, notes)
@@ -81,10 +84,15 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None) 
     seen = trace(graph)
     _drop_casts(graph, seen)
     _fold(graph, seen, constants)
-    lower(graph, notes)
-    _simplify(graph, seen, constants)
-    _drop_idle(graph)
+    lower(graph, seen, notes)
+    simplify(graph, seen, constants)
+    drop_idle(graph)
     graph.prune()
+    constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
+    composites = find_activations(graph, seen, constants) + find_norms(graph, seen, constants)
+    if composites:
+        notes.append(f"{composites} norms and activations written out in primitives are one operator each.")
+    constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     if parameters is None:
         untie(graph, constants, notes)
     kinds = find_kinds(graph, constants, listed, notes)
@@ -119,37 +127,6 @@ def _check_ports(graph: Graph) -> None:
     sample_input(port, 1)
 
 
-def _substitute(graph: Graph, old: str, new: str) -> None:
-    """Let every reader of `old` read `new`; an output keeps its name, so its producer takes it over."""
-    for node in graph.nodes:
-        node.inputs = [new if i == old else i for i in node.inputs]
-
-
-def _drop_idle(graph: Graph) -> None:
-    """Take out Identity and Dropout."""
-    outputs = {p.name for p in graph.outputs}
-    for node in list(graph.nodes):
-        if node.domain or node.op not in ("Identity", "Dropout"):
-            continue
-        if node.op == "Dropout" and len(node.outputs) > 1 and node.outputs[1] in graph.consumers():
-            continue
-        _bypass(graph, node, outputs)
-
-
-def _bypass(graph: Graph, node: Node, outputs: set[str]) -> None:
-    """Remove a node whose first output is its first input."""
-    source, target = node.inputs[0], node.outputs[0]
-    if target in outputs:
-        producer = graph.producers().get(source)
-        if producer is None or source in outputs:
-            return  # an output that is an input or initialiser keeps its Identity
-        producer.outputs = [target if o == source else o for o in producer.outputs]
-        _substitute(graph, source, target)
-    else:
-        _substitute(graph, target, source)
-    graph.nodes = [n for n in graph.nodes if n is not node]
-
-
 def _drop_casts(graph: Graph, seen: Trace) -> None:
     """Take out casts to the type that a value already has; what a CastLike takes its type from doesn't matter."""
     outputs = {p.name for p in graph.outputs}
@@ -158,7 +135,7 @@ def _drop_casts(graph: Graph, seen: Trace) -> None:
             continue
         before, after = seen.dtypes[node.inputs[0]], seen.dtypes[node.outputs[0]]
         if before == after:
-            _bypass(graph, node, outputs)
+            bypass(graph, node, outputs)
         elif node.op == "CastLike":
             node.op, node.inputs = "Cast", node.inputs[:1]
             node.attrs = {"to": int(onnx.helper.np_dtype_to_tensor_dtype(after))}
@@ -211,7 +188,7 @@ def _drop_output_softmax(graph: Graph, notes: list[str]) -> str:
     if last.attrs.get("axis", -1) not in (-1, len(graph.outputs[0].shape) - 1):
         return ""
     notes.append(f"The {last.op} at the end was removed: the output is logits.")
-    _bypass(graph, last, {LOGITS})
+    bypass(graph, last, {LOGITS})
     return last.op
 
 
@@ -252,52 +229,6 @@ def _evaluate(graph: Graph, known: Mapping[str, Array], static: set[str], seen: 
     )
     part.prune()
     return Session(part.to_bytes()).run({}, names)
-
-
-def _simplify(graph: Graph, seen: Trace, constants: set[str]) -> None:
-    """Bring operators that can be written in several ways into one."""
-    for node in graph.nodes:
-        if node.domain:
-            continue
-        if node.op == "Conv" and len(node.inputs) > 2 and node.inputs[2] in constants:
-            if not np.any(graph.initializers[node.inputs[2]]):
-                node.inputs = node.inputs[:2]
-        elif node.op == "Reshape":
-            _simplify_reshape(graph, node, seen)
-        elif node.op == "ReduceSum":
-            _simplify_sum(graph, node)
-        elif node.op in ("Squeeze", "Unsqueeze") and len(node.inputs) == 2:
-            target = node.inputs[1]
-            if target in graph.initializers:
-                node.inputs[1] = graph.ints(*graph.initializers[target].reshape(-1).tolist())
-
-
-def _simplify_reshape(graph: Graph, node: Node, seen: Trace) -> None:
-    """Write a flatten as Flatten, and at most one batch-dependent entry of a target as -1."""
-    source, target = seen.dims(node.inputs[0]), seen.dims(node.outputs[0])
-    flat = len(target) == 2 and len(source) >= 2 and source[0] is None and None not in source[1:]
-    if flat and target[0] is None and target[1] is not None:
-        node.op, node.inputs, node.attrs = "Flatten", node.inputs[:1], {"axis": 1}
-        return
-    if sum(d is None for d in target) <= 1 and 0 not in target:
-        node.inputs = [node.inputs[0], graph.ints(*(-1 if d is None else d for d in target))]
-        node.attrs.pop("allowzero", None)
-
-
-def _simplify_sum(graph: Graph, node: Node) -> None:
-    """The one reduction whose axes opset 17 takes as an input: known ones that are, or no input for all of them."""
-    axes: list[int] = []
-    if len(node.inputs) > 1 and node.inputs[1]:
-        if node.inputs[1] not in graph.initializers:
-            raise ModelError(f"operator {node.op} ({node.name}) takes computed axes", expected="constant axes")
-        axes = graph.initializers[node.inputs[1]].reshape(-1).tolist()
-    nothing = node.attrs.pop("noop_with_empty_axes", 0)
-    if axes:
-        node.inputs[1:] = [graph.ints(*axes)]
-    else:
-        node.inputs = node.inputs[:1]
-        if nothing:
-            node.op, node.attrs = "Identity", {}
 
 
 def _name_nodes(graph: Graph) -> None:

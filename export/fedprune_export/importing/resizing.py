@@ -1,0 +1,110 @@
+"""Pad and Resize in one form each: what later opsets leave out is written out, sizes are scales where that is exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fedprune.errors import ModelError
+from fedprune_export.graph import TRAINING_OPSET, Graph, Node
+from fedprune_export.trace import Trace
+
+
+def emit_pad(graph: Graph, node: Node, seen: Trace) -> None:
+    """Pads of every axis; wrapping round as a concatenation.
+
+    Raises:
+        ModelError: Pads of some axes are computed.
+    """
+    x, pads, value, axes = [*node.inputs, "", "", ""][:4]
+    rank = len(seen.shapes[x])
+    if axes and pads not in graph.initializers:
+        raise ModelError(f"operator Pad ({node.name}) takes computed pads of some axes", expected="constant pads")
+    if axes:
+        if axes not in graph.initializers:
+            raise ModelError(f"operator Pad ({node.name}) takes computed axes", expected="constant axes")
+        which = graph.initializers[axes].reshape(-1).tolist()
+        given = graph.initializers[pads].reshape(2, -1)
+        full = np.zeros((2, rank), np.int64)
+        full[:, which] = given
+        pads = graph.ints(*full.reshape(-1).tolist())
+        node.inputs = [x, pads, value] if value else [x, pads]
+    if node.attrs.get("mode") == "wrap":
+        _wrap(graph, node, x, pads, seen)
+        return
+    graph.nodes.append(node)
+
+
+def _wrap(graph: Graph, node: Node, x: str, pads: str, seen: Trace) -> None:
+    if pads not in graph.initializers:
+        raise ModelError(f"operator Pad ({node.name}) takes computed pads", expected="constant pads")
+    table = graph.initializers[pads].reshape(2, -1)
+    for axis, (before, after) in enumerate(table.T.tolist()):
+        if not before and not after:
+            continue
+        if seen.batched(x)[axis] if x in seen.shapes else axis == 0:
+            raise ModelError(f"operator Pad ({node.name}) wraps the batch")
+        size = seen.shapes[node.inputs[0]][axis]
+        if not (0 <= before <= size and 0 <= after <= size):
+            raise ModelError(f"operator Pad ({node.name}) wraps more than once", expected=f"pads up to {size}")
+        parts = [x]
+        if before:
+            parts.insert(0, graph.emit("Slice", x, graph.ints(size - before), graph.ints(size), graph.ints(axis)))
+        if after:
+            parts.append(graph.emit("Slice", x, graph.ints(0), graph.ints(after), graph.ints(axis)))
+        x = graph.emit("Concat", *parts, attrs={"axis": axis})
+    graph.emit("Identity", x, out=node.outputs[0])
+
+
+def emit_resize(graph: Graph, node: Node, seen: Trace) -> None:
+    """One scale per axis where these give the same sizes, else what the node has.
+
+    Raises:
+        ModelError: It uses what opset 17 doesn't have.
+    """
+    attrs: dict[str, Any] = node.attrs
+    if attrs.pop("antialias", 0):
+        raise _no_form(node, "antialias", "0")
+    if attrs.get("coordinate_transformation_mode") == "half_pixel_symmetric":
+        raise _no_form(node, "coordinate_transformation_mode half_pixel_symmetric", "half_pixel")
+    attrs.pop("keep_aspect_ratio_policy", None)
+    axes = attrs.pop("axes", None)
+    crop = attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
+    if crop and axes is not None:
+        raise _no_form(node, "axes of a crop", "all axes")
+    before, after = seen.dims(node.inputs[0]), seen.dims(node.outputs[0])
+    scales = graph.initializers.get(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
+    if scales is not None and axes is not None:
+        full = np.ones(len(before), np.float32)
+        full[list(axes)] = scales
+        scales = full
+    elif scales is None and not crop:
+        scales = _scales(before, after)
+    if scales is not None and not crop:
+        node.inputs = [node.inputs[0], "", graph.constant(scales, np.float32)]
+    elif axes is not None:
+        raise _no_form(node, "sizes of some axes", "scales")
+    graph.nodes.append(node)
+
+
+def _scales(before: tuple[int | None, ...], after: tuple[int | None, ...]) -> np.ndarray[Any, Any] | None:
+    """Scales that give exactly these sizes; None if there are none in float32."""
+    out = np.ones(len(before), np.float32)
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        if old is None or new is None:
+            if i:
+                return None
+            continue
+        out[i] = np.float32(new) / np.float32(old)
+        if int(np.floor(np.float32(old) * out[i])) != new:
+            return None
+    return out
+
+
+def _no_form(node: Node, what: str, expected: str) -> ModelError:
+    return ModelError(
+        f"{what} of operator {node.op} ({node.name}) has no form in opset {TRAINING_OPSET}",
+        expected=expected,
+        hint=f"Export the model with opset_version={TRAINING_OPSET}.",
+    )
