@@ -224,11 +224,10 @@ def test_padding_by_the_batch_is_refused_by_name() -> None:
         differentiated_at_the_batch(nodes, normal(2, 6), {"none": ints(0, 0, 0)})
 
 
-@pytest.mark.parametrize(("begin", "end", "stride", "words"), [(4, 4, 1, "nothing"), (0, 6, 2, "step of a slice")])
-def test_a_slice_of_nothing_or_with_steps_is_refused_by_name(begin: int, end: int, stride: int, words: str) -> None:
-    constants = {"b": ints(begin), "e": ints(end), "a": ints(1), "s": ints(stride)}
-    with pytest.raises(ModelError, match=f"the_Slice.*{words}"):
-        differentiated([node("Slice", "x", "b", "e", "a", "s")], {"x": normal(2, 6)}, {"x": ("N", 6)}, constants)
+def test_a_slice_of_nothing_is_refused_by_name() -> None:
+    constants = {"b": ints(4), "e": ints(4), "a": ints(1)}
+    with pytest.raises(ModelError, match=r"the_Slice.*nothing"):
+        differentiated([node("Slice", "x", "b", "e", "a")], {"x": normal(2, 6)}, {"x": ("N", 6)}, constants)
 
 
 def test_a_reshape_that_splits_channels_is_refused_by_name() -> None:
@@ -238,16 +237,9 @@ def test_a_reshape_that_splits_channels_is_refused_by_name() -> None:
         )
 
 
-def test_padding_channels_is_refused_by_name() -> None:
-    with pytest.raises(ModelError, match="the_Pad"):
-        differentiated(
-            [node("Pad", "x", "p")], {"x": normal(*SHAPE)}, {"x": ("N", "c", 4, 5)}, {"p": ints(0, 1, 0, 0, 0, 1, 0, 0)}
-        )
-
-
 def test_an_operator_without_a_rule_is_refused_by_name() -> None:
-    with pytest.raises(ModelError, match="the_Erf"):
-        differentiated([node("Erf", "x")], {"x": normal(3)}, {"x": ("N",)}, {})
+    with pytest.raises(ModelError, match="the_Det"):
+        differentiated([node("Det", "x")], {"x": normal(3, 2, 2)}, {"x": ("N", 2, 2)}, {})
 
 
 def test_a_constant_over_channels_is_refused_by_name() -> None:

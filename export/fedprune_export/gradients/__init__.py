@@ -3,10 +3,32 @@
 Importing the modules of rules registers them.
 """
 
-from fedprune_export.gradients import arithmetic, convolutions, norms, pooling, shapes
+from fedprune_export.gradients import (
+    arithmetic,
+    convolutions,
+    elementwise,
+    layer_norms,
+    norms,
+    picking,
+    pooling,
+    products,
+    reductions,
+    shapes,
+)
 from fedprune_export.gradients.tape import RULES, Tape
 
-RULE_MODULES = (arithmetic, convolutions, norms, pooling, shapes)
+RULE_MODULES = (
+    arithmetic,
+    convolutions,
+    elementwise,
+    layer_norms,
+    norms,
+    picking,
+    pooling,
+    products,
+    reductions,
+    shapes,
+)
 """Where the gradient rules live."""
 
 __all__ = ["RULES", "RULE_MODULES", "Tape"]

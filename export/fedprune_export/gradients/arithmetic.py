@@ -1,102 +1,12 @@
-"""Gradient rules of element-wise operators and matrix products."""
+"""Gradient rules of element-wise operators of several values: arithmetic, extremes, choices, comparisons."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from fedprune.errors import ModelError
-from fedprune_export.gradients.tape import Pull, Shape, Tape, describe, rule
+from fedprune_export.gradients.tape import Pull, Tape, describe, rule
 from fedprune_export.graph import Node
-
-
-def _unary(tape: Tape, node: Node) -> tuple[str, str]:
-    """Write a one-input operator as it is; its input and output in the training graph."""
-    x = tape.value(node.inputs[0])
-    y = tape.graph.emit(node.op, x, attrs=node.attrs)
-    tape.enter(node.outputs[0], y, tape.shape(node.inputs[0]))
-    return x, y
-
-
-@rule("Identity", "Dropout")
-def identity(tape: Tape, node: Node) -> Pull:
-    """y = x; an exported Dropout is one, too."""
-    name = node.inputs[0]
-    tape.enter(node.outputs[0], tape.value(name), tape.shape(name))
-    return lambda dy, *_: tape.add(name, dy)
-
-
-@rule("Relu")
-def relu(tape: Tape, node: Node) -> Pull:
-    """Dx = dy where y > 0."""
-    _, y = _unary(tape, node)
-    g = tape.graph
-
-    def pull(dy: str) -> None:
-        tape.add(node.inputs[0], g.emit("Where", g.emit("Greater", y, g.scalar(0)), dy, g.scalar(0)))
-
-    return pull
-
-
-@rule("LeakyRelu")
-def leaky_relu(tape: Tape, node: Node) -> Pull:
-    """Dx = dy where x > 0, else alpha · dy."""
-    x, _ = _unary(tape, node)
-    g = tape.graph
-
-    def pull(dy: str) -> None:
-        scaled = g.emit("Mul", dy, g.scalar(float(node.attrs.get("alpha", 0.01))))
-        tape.add(node.inputs[0], g.emit("Where", g.emit("Greater", x, g.scalar(0)), dy, scaled))
-
-    return pull
-
-
-@rule("Clip")
-def clip(tape: Tape, node: Node) -> Pull:
-    """Dx = dy where low < x < high, torch's hardtanh (ReLU6); one bound alone is torch's clamp, dy at the bound, too.
-
-    With two bounds ONNX doesn't say which of torch's operators it was. Only at exactly a bound do the two differ.
-    """
-    name = node.inputs[0]
-    x = tape.value(name)
-    bounds = [tape.number(node, i) for i in (1, 2)]
-    g = tape.graph
-    names = [g.scalar(float(b)) if b is not None else "" for b in bounds]
-    while names and not names[-1]:
-        names.pop()
-    tape.enter(node.outputs[0], g.emit("Clip", x, *names), tape.shape(name))
-
-    def pull(dy: str) -> None:
-        given = [(op, bound) for op, bound in zip(("Greater", "Less"), names, strict=False) if bound]
-        inside = [g.emit(op if len(given) == 2 else f"{op}OrEqual", x, bound) for op, bound in given]
-        if len(inside) == 2:
-            inside = [g.emit("And", *inside)]
-        tape.add(name, g.emit("Where", inside[0], dy, g.scalar(0)) if inside else dy)
-
-    return pull
-
-
-@rule("Sigmoid")
-def sigmoid(tape: Tape, node: Node) -> Pull:
-    """Dx = dy · y · (1 − y)."""
-    _, y = _unary(tape, node)
-    g = tape.graph
-
-    def pull(dy: str) -> None:
-        tape.add(node.inputs[0], g.emit("Mul", dy, g.emit("Mul", y, g.emit("Sub", g.scalar(1), y))))
-
-    return pull
-
-
-@rule("Tanh")
-def tanh(tape: Tape, node: Node) -> Pull:
-    """Dx = dy · (1 − y²)."""
-    _, y = _unary(tape, node)
-    g = tape.graph
-
-    def pull(dy: str) -> None:
-        tape.add(node.inputs[0], g.emit("Mul", dy, g.emit("Sub", g.scalar(1), g.emit("Mul", y, y))))
-
-    return pull
 
 
 @rule("Add", "Sub", "Mul", "Div")
@@ -134,107 +44,115 @@ def arithmetic(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("Gemm")
-def gemm(tape: Tape, node: Node) -> Pull:
-    """Y = alpha · A' · B' + beta · C, where ' may transpose."""
-    left, right = node.inputs[:2]
-    bias = node.inputs[2] if len(node.inputs) > 2 else ""
-    alpha, beta = float(node.attrs.get("alpha", 1.0)), float(node.attrs.get("beta", 1.0))
-    ta, tb = int(node.attrs.get("transA", 0)), int(node.attrs.get("transB", 0))
-    a, b = tape.value(left), tape.value(right)
-    shape: Shape = (tape.shape(left)[1 if ta else 0], tape.shape(right)[0 if tb else 1])
-    g = tape.graph
-    inputs = [a, b] + ([tape.value(bias)] if bias else [])
-    tape.enter(node.outputs[0], g.emit("Gemm", *inputs, attrs=node.attrs), shape)
-
-    def product(p: str, q: str, tp: int, tq: int) -> str:
-        return g.emit("Gemm", p, q, attrs={"alpha": alpha, "transA": tp, "transB": tq})
+@rule("Sum", "Mean")
+def sums(tape: Tape, node: Node) -> Pull:
+    """The sum or mean of any number of values; each gets dy, or its share of it."""
+    g, names = tape.graph, node.inputs
+    shape = tape.broadcast(node, *[tape.shape(n) for n in names])
+    tape.enter(node.outputs[0], g.emit(node.op, *[tape.value(n) for n in names]), shape)
 
     def pull(dy: str) -> None:
-        if tape.wants(left):
-            tape.add(left, product(b, dy, tb, 1) if ta else product(dy, b, 0, 1 - tb))
-        if tape.wants(right):
-            tape.add(right, product(dy, a, 1, ta) if tb else product(a, dy, 1 - ta, 0))
-        if bias and tape.wants(bias):
-            dc = tape.reduced(dy, shape, tape.shape(bias))
-            tape.add(bias, g.emit("Mul", dc, g.scalar(beta)) if beta != 1 else dc)
+        share = g.emit("Mul", dy, g.scalar(1 / len(names))) if node.op == "Mean" else dy
+        for name in names:
+            if tape.wants(name):
+                tape.add(name, tape.reduced(share, shape, tape.shape(name)))
 
     return pull
 
 
-@rule("MatMul")
-def matmul(tape: Tape, node: Node) -> Pull:
-    """Y = A · B over broadcast batch axes; A and B have at least two axes."""
+@rule("Max", "Min")
+def extremes(tape: Tape, node: Node) -> Pull:
+    """The larger or smaller of two or more values, which gets dy; equals share it, as in torch."""
+    g, names = tape.graph, node.inputs
+    shapes = [tape.shape(n) for n in names]
+    y, shape = tape.value(names[0]), shapes[0]
+    chain = []
+    for name, other in zip(names[1:], shapes[1:], strict=True):
+        left, b, before = y, tape.value(name), shape
+        shape = tape.broadcast(node, shape, other)
+        y = g.emit(node.op, left, b)
+        chain.append((name, left, b, before, shape))
+    if not chain:
+        y = g.emit("Identity", y)
+    tape.enter(node.outputs[0], y, shape)
+    wins = "Greater" if node.op == "Max" else "Less"
+
+    def pull(dy: str) -> None:
+        for name, left, b, before, whole in reversed(chain):
+            half = g.emit("Where", g.emit("Equal", left, b), g.emit("Mul", dy, g.scalar(0.5)), g.scalar(0))
+            if tape.wants(name):
+                share = g.emit("Where", g.emit(wins, b, left), dy, half)
+                tape.add(name, tape.reduced(share, whole, tape.shape(name)))
+            dy = tape.reduced(g.emit("Where", g.emit(wins, left, b), dy, half), whole, before)
+        tape.add(names[0], dy)
+
+    return pull
+
+
+@rule("Pow")
+def power(tape: Tape, node: Node) -> Pull:
+    """Dx = dy · p · x^(p − 1), dp = dy · y · log x; both 0 where the power is constant there."""
     left, right = node.inputs
-    a, b = tape.value(left), tape.value(right)
-    sa, sb = tape.shape(left), tape.shape(right)
-    if len(sa) < 2 or len(sb) < 2:
-        raise ModelError(f"{describe(node)}: a vector as factor", expected="two axes or more", got=[sa, sb])
-    g = tape.graph
-    shape = (*tape.broadcast(node, sa[:-2], sb[:-2]), sa[-2], sb[-1])
-    tape.enter(node.outputs[0], g.emit("MatMul", a, b), shape)
-
-    def swapped(value: str, rank: int) -> str:
-        order = [*range(rank - 2), rank - 1, rank - 2]
-        return g.emit("Transpose", value, attrs={"perm": order})
-
-    def folded(value: str) -> str:
-        return g.emit("Flatten", value, attrs={"axis": len(shape) - 1})
+    g, x = tape.graph, tape.value(left)
+    constant = tape.constant(node, 1)
+    if constant is not None and constant.dtype.kind != "f":
+        p = g.constant(constant, np.float32)
+        exponent: tuple[int | str, ...] = constant.shape
+    else:
+        p, exponent = tape.value(right), tape.shape(right)
+    shape = tape.broadcast(node, tape.shape(left), exponent)
+    squares = constant is not None and bool(np.all(constant == 2))
+    y = g.emit("Mul", x, x) if squares and shape == tape.shape(left) else g.emit("Pow", x, p)
+    tape.enter(node.outputs[0], y, shape)
 
     def pull(dy: str) -> None:
         if tape.wants(left):
-            da = g.emit("MatMul", dy, swapped(b, len(sb)))
-            tape.add(left, tape.reduced(da, (*shape[:-2], *sa[-2:]), sa))
+            if squares:
+                slope = g.emit("Add", x, x)
+            else:
+                slope = g.emit("Mul", p, g.emit("Pow", x, g.emit("Sub", p, g.scalar(1))))
+                if constant is None or np.any(constant == 0):
+                    slope = g.emit("Where", g.emit("Equal", p, g.scalar(0)), g.scalar(0), slope)
+            tape.add(left, tape.reduced(g.emit("Mul", dy, slope), shape, tape.shape(left)))
         if tape.wants(right):
-            if len(sb) == 2 and len(sa) == len(shape):
-                # One product over all leading axes: far less work than one per position, summed.
-                tape.add(right, g.emit("Gemm", folded(a), folded(dy), attrs={"transA": 1}))
-                return
-            db = g.emit("MatMul", swapped(a, len(sa)), dy)
-            tape.add(right, tape.reduced(db, (*shape[:-2], *sb[-2:]), sb))
+            still = g.emit("And", g.emit("Equal", x, g.scalar(0)), g.emit("GreaterOrEqual", p, g.scalar(0)))
+            growth = g.emit("Where", still, g.scalar(0), g.emit("Mul", y, g.emit("Log", x)))
+            tape.add(right, tape.reduced(g.emit("Mul", dy, growth), shape, tape.shape(right)))
 
     return pull
 
 
-@rule("Sqrt")
-def square_root(tape: Tape, node: Node) -> Pull:
-    """Dx = dy / (2 · y)."""
-    _, y = _unary(tape, node)
-    g = tape.graph
-    return lambda dy: tape.add(node.inputs[0], g.emit("Div", g.emit("Mul", dy, g.scalar(0.5)), y))
+@rule("Mod")
+def remainder(tape: Tape, node: Node) -> Pull:
+    """X less a multiple of the divisor, which must not train: dx = dy."""
+    left, right = node.inputs
+    shape = tape.broadcast(node, tape.shape(left), tape.shape(right))
+    y = tape.graph.emit("Mod", tape.value(left), tape.value(right), attrs=node.attrs)
+    tape.enter(node.outputs[0], y, shape)
+    if tape.wants(right):
+        raise ModelError(f"{describe(node)}: its divisor trains", expected="a constant divisor")
+    return lambda dy: tape.add(left, tape.reduced(dy, shape, tape.shape(left)))
 
 
-@rule("Neg")
-def negation(tape: Tape, node: Node) -> Pull:
-    """Dx = −dy."""
-    _unary(tape, node)
-    return lambda dy: tape.add(node.inputs[0], tape.graph.emit("Neg", dy))
-
-
-@rule("HardSigmoid")
-def hard_sigmoid(tape: Tape, node: Node) -> Pull:
-    """Dx = alpha · dy where 0 < y < 1."""
-    _, y = _unary(tape, node)
-    g = tape.graph
+@rule("Where")
+def choice(tape: Tape, node: Node) -> Pull:
+    """The first value where the condition holds, else the second; each gets dy where it was taken."""
+    condition, left, right = node.inputs
+    shape = tape.broadcast(node, *[tape.shape(i) for i in node.inputs])
+    g, taken = tape.graph, tape.value(condition)
+    tape.enter(node.outputs[0], g.emit("Where", taken, tape.value(left), tape.value(right)), shape)
 
     def pull(dy: str) -> None:
-        inside = g.emit("And", g.emit("Greater", y, g.scalar(0)), g.emit("Less", y, g.scalar(1)))
-        slope = g.emit("Mul", dy, g.scalar(float(np.float32(node.attrs.get("alpha", 0.2)))))
-        tape.add(node.inputs[0], g.emit("Where", inside, slope, g.scalar(0)))
+        if tape.wants(left):
+            tape.add(left, tape.reduced(g.emit("Where", taken, dy, g.scalar(0)), shape, tape.shape(left)))
+        if tape.wants(right):
+            tape.add(right, tape.reduced(g.emit("Where", taken, g.scalar(0), dy), shape, tape.shape(right)))
 
     return pull
 
 
-@rule("HardSwish")
-def hard_swish(tape: Tape, node: Node) -> Pull:
-    """Y = x · clip(x/6 + 1/2, 0, 1); dx = dy · (0 up to −3, 1 from 3 on, x/3 + 1/2 between)."""
-    x, _ = _unary(tape, node)
-    g = tape.graph
-
-    def pull(dy: str) -> None:
-        slope = g.emit("Add", g.emit("Mul", x, g.scalar(1 / 3)), g.scalar(0.5))
-        slope = g.emit("Where", g.emit("LessOrEqual", x, g.scalar(-3)), g.scalar(0), slope)
-        slope = g.emit("Where", g.emit("GreaterOrEqual", x, g.scalar(3)), g.scalar(1), slope)
-        tape.add(node.inputs[0], g.emit("Mul", dy, slope))
-
-    return pull
+@rule("Greater", "Less", "Equal", "GreaterOrEqual", "LessOrEqual", "And", "Or", "Xor")
+def comparison(tape: Tape, node: Node) -> None:
+    """Comparisons and logic: no gradient passes."""
+    shape = tape.broadcast(node, *[tape.shape(i) for i in node.inputs])
+    tape.enter(node.outputs[0], tape.graph.emit(node.op, *[tape.value(i) for i in node.inputs]), shape)

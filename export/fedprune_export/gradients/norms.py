@@ -1,14 +1,12 @@
-"""Gradient rule of batch normalisation in training mode."""
+"""Gradient rules of batch normalisation: in training mode, and by frozen statistics."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
 
 import numpy as np
 
 from fedprune import step
 from fedprune.errors import ModelError
+from fedprune_export.gradients.reductions import count_of
 from fedprune_export.gradients.tape import Pull, Tape, describe, port, rule
 from fedprune_export.graph import Node
 
@@ -16,6 +14,8 @@ from fedprune_export.graph import Node
 @rule("BatchNormalization")
 def batch_norm(tape: Tape, node: Node) -> Pull:
     """Normalise by the batch; the running statistics become outputs, with torch's unbiased variance.
+
+    Where the statistics are frozen, normalise by them, as torch does in evaluation mode.
 
     The node's momentum is the share of the old statistics that is kept (torch's is the share that is replaced).
 
@@ -26,6 +26,16 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     name, gamma, beta, mean_name, var_name = node.inputs
     if not (tape.is_tensor(mean_name) and tape.is_tensor(var_name)):
         raise ModelError(f"{describe(node)}: its statistics are not tensors of the model")
+    if tape.is_frozen(mean_name) != tape.is_frozen(var_name):
+        raise ModelError(
+            f"{describe(node)}: only one of its statistics is frozen",
+            expected=f"both of {mean_name} and {var_name}, or neither",
+            hint="Mend the patterns of recipe.frozen and recipe.trainable.",
+        )
+    if tape.is_frozen(mean_name):
+        return _still_norm(tape, node)
+    if tape.frozen(mean_name) and tape.frozen(var_name):
+        return _still(tape, node)
     g = tape.graph
     if any(o.name == step.following(mean_name) for o in g.outputs):
         raise ModelError(f"{describe(node)} shares its statistics with another node", got=mean_name)
@@ -33,7 +43,6 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     scale, shift = _vector(tape, node, 1, mean_name), _vector(tape, node, 2, var_name)
     eps = float(node.attrs.get("epsilon", 1e-5))
     keep = float(node.attrs.get("momentum", 0.9))
-    positions = tape.static(node, shape[2:])
     axes = [0, *range(2, len(shape))]
 
     def column(value: str) -> str:
@@ -60,7 +69,7 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     )
     tape.enter(node.outputs[0], y, shape)
 
-    count = _count(tape, x, positions)
+    count = count_of(tape, [shape[0], *shape[2:]])
     others = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
     unbiased = g.emit("Mul", var, g.emit("Div", count, others))
     mean = g.emit("Add", g.emit("Squeeze", rough, g.ints(*axes)), rest)
@@ -91,6 +100,70 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     return pull
 
 
+def _still_norm(tape: Tape, node: Node) -> Pull:
+    """Normalise by the running statistics.
+
+    With s = 1/√(var + ε): dγ = s · Σ dy·(x − mean), dβ = Σ dy, dx = γ · s · dy.
+    """
+    name, gamma, beta, mean_name, var_name = node.inputs
+    g, x, shape = tape.graph, tape.value(name), tape.shape(name)
+    scale, shift = _vector(tape, node, 1, mean_name), _vector(tape, node, 2, var_name)
+    mean, var = tape.value(mean_name), tape.value(var_name)
+    eps = float(node.attrs.get("epsilon", 1e-5))
+    axes = [0, *range(2, len(shape))]
+    y = g.emit("BatchNormalization", x, scale, shift, mean, var, attrs={"epsilon": eps})
+    tape.enter(node.outputs[0], y, shape)
+
+    def column(value: str) -> str:
+        return g.emit("Unsqueeze", value, g.ints(*range(1, len(shape) - 1))) if len(shape) > 2 else value
+
+    def summed(value: str) -> str:
+        return g.emit("ReduceSum", value, g.ints(*axes), attrs={"keepdims": 0})
+
+    def pull(dy: str) -> None:
+        inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", var, g.scalar(eps))))
+        if tape.wants(gamma):
+            dot = summed(g.emit("Mul", dy, g.emit("Sub", x, column(mean))))
+            tape.add(gamma, g.emit("Mul", dot, inverse))
+        if tape.wants(beta):
+            tape.add(beta, summed(dy))
+        if tape.wants(name):
+            tape.add(name, g.emit("Mul", dy, column(g.emit("Mul", scale, inverse))))
+
+    return pull
+
+
+def _still(tape: Tape, node: Node) -> Pull:
+    """Normalise by statistics that never change, as at inference: a scale and a shift per channel.
+
+    With c = (x − mean) · s and s = 1/√(var + ε): dγ = Σ dy·c, dβ = Σ dy, dx = γ · s · dy.
+    """
+    name, gamma, beta, mean_name, var_name = node.inputs
+    g, shape = tape.graph, tape.shape(node.inputs[0])
+    axes = [0, *range(2, len(shape))]
+    scale, shift = _vector(tape, node, 1, mean_name), _vector(tape, node, 2, var_name)
+    mean, var = tape.value(mean_name), tape.value(var_name)
+    attrs = {"epsilon": float(node.attrs.get("epsilon", 1e-5))}
+    x = tape.value(name)
+    tape.enter(node.outputs[0], g.emit("BatchNormalization", x, scale, shift, mean, var, attrs=attrs), shape)
+    inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", var, g.scalar(attrs["epsilon"]))))
+
+    def column(value: str) -> str:
+        return g.emit("Unsqueeze", value, g.ints(*range(1, len(shape) - 1))) if len(shape) > 2 else value
+
+    def pull(dy: str) -> None:
+        if tape.wants(gamma):
+            products = g.emit("Mul", dy, g.emit("Sub", x, column(mean)))
+            dot = g.emit("ReduceSum", products, g.ints(*axes), attrs={"keepdims": 0})
+            tape.add(gamma, g.emit("Mul", dot, inverse))
+        if tape.wants(beta):
+            tape.add(beta, g.emit("ReduceSum", dy, g.ints(*axes), attrs={"keepdims": 0}))
+        if tape.wants(name):
+            tape.add(name, g.emit("Mul", dy, column(g.emit("Mul", scale, inverse))))
+
+    return pull
+
+
 def _vector(tape: Tape, node: Node, index: int, statistic: str) -> str:
     """A vector that scales or shifts; a constant one is as long as the statistic, because it may go with a cut.
 
@@ -102,10 +175,3 @@ def _vector(tape: Tape, node: Node, index: int, statistic: str) -> str:
     g, constant, like = tape.graph, np.asarray(tape.number(node, index), np.float32), tape.value(statistic)
     same = np.all(constant == constant[0])
     return g.emit("Add", g.emit("Sub", like, like), g.constant(constant[0] if same else constant, np.float32))
-
-
-def _count(tape: Tape, x: str, positions: Sequence[int]) -> str:
-    """Elements per channel, as a float32 scalar."""
-    g = tape.graph
-    batch = g.emit("Gather", tape.shape_of(x), g.constant(0, np.int64))
-    return g.emit("Mul", g.emit("Cast", batch, attrs={"to": 1}), g.scalar(float(math.prod(positions))))

@@ -11,48 +11,53 @@ from fedprune_export.gradients.tape import BATCH, Dim, Pull, Shape, Tape, descri
 from fedprune_export.graph import Node
 
 
-def _restored(tape: Tape, node: Node) -> Pull:
-    """The pull-back of everything that only changes the shape: the input's shape is given back."""
-    name = node.inputs[0]
-    x = tape.value(name)
-
-    def pull(dy: str) -> None:
-        tape.add(name, tape.graph.emit("Reshape", dy, tape.shape_of(x)))
-
-    return pull
-
-
 @rule("Flatten")
 def flatten(tape: Tape, node: Node) -> Pull:
     """Two axes out of many."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    axis = int(node.attrs.get("axis", 1)) % (len(shape) + 1)
+    axis = int(node.attrs.get("axis", 1))
+    axis = axis + len(shape) if axis < 0 else axis
     out = (tape.product(shape[:axis]), tape.product(shape[axis:]))
     tape.enter(node.outputs[0], tape.graph.emit("Flatten", x, attrs={"axis": axis}), out)
-    return _restored(tape, node)
+    return lambda dy: tape.add(name, tape.reshape(dy, out, shape))
 
 
 @rule("Reshape")
 def reshape(tape: Tape, node: Node) -> Pull:
-    """Any reshape that leaves channel dimensions whole, or merges them."""
+    """Any reshape; sizes that vary are computed at run time where 0 and -1 don't say them."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    target = tape.target_shape(node, 1)
-    if target is None:
-        raise ModelError(f"{describe(node)}: no target shape")
-    out = reshaped(tape, node, shape, [int(t) for t in target.reshape(-1)])
-    entries = [d if isinstance(d, int) else 0 if i < len(shape) and shape[i] == d else -1 for i, d in enumerate(out)]
-    if entries.count(-1) > 1:
-        raise ModelError(
-            f"{describe(node)} merges two varying dimensions apart from each other",
-            got=list(out),
-            hint="Use Flatten, or reshape in two steps.",
-        )
+    known = tape.known(node.outputs[0])
+    if known is not None:
+        out = _filled(tape, node, known, shape)
+    else:
+        target = tape.target_shape(node, 1)
+        if target is None:
+            raise ModelError(f"{describe(node)}: no target shape")
+        out = reshaped(tape, node, shape, [int(t) for t in target.reshape(-1)])
     if any(d == 0 for d in out):
         raise ModelError(f"{describe(node)}: an empty dimension", got=list(out))
-    tape.enter(node.outputs[0], tape.graph.emit("Reshape", x, tape.graph.ints(*entries)), out)
-    return _restored(tape, node)
+    if tape.product(out) != tape.product(shape):
+        raise ModelError(f"{describe(node)} splits a dimension whose size varies", got=f"{list(shape)} to {list(out)}")
+    tape.enter(node.outputs[0], tape.reshape(x, shape, out), out)
+    return lambda dy: tape.add(name, tape.reshape(dy, out, shape))
+
+
+def _filled(tape: Tape, node: Node, known: Sequence[Dim | None], shape: Shape) -> Shape:
+    """The analysed shape of a reshape's output with the axes that follow the batch filled in."""
+    free = [i for i, d in enumerate(known) if d is None]
+    if not free:
+        return tuple(d for d in known if d is not None)
+    if len(free) == 1:
+        rest = tape.dims.quotient(tape.product(shape), tape.product([d for d in known if d is not None]))
+        if rest is None:
+            raise ModelError(
+                f"{describe(node)} splits a dimension whose size varies", got=f"{list(shape)} to {list(known)}"
+            )
+        return tuple(rest if d is None else d for d in known)
+    traced = tape.traced_shape(node.outputs[0])
+    return tuple(t if d is None else d for d, t in zip(known, traced, strict=True))
 
 
 def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Shape:
@@ -160,6 +165,81 @@ def transpose(tape: Tape, node: Node) -> Pull:
     return lambda dy: tape.add(name, tape.graph.emit("Transpose", dy, attrs={"perm": back}))
 
 
+@rule("Expand")
+def expand(tape: Tape, node: Node) -> Pull:
+    """Repeated along axes of 1; the gradient is summed over them."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    out = _expanded(tape, node, shape)
+    padded = (1,) * (len(out) - len(shape)) + shape
+    # An axis that isn't repeated keeps its size whatever the target says, if that is 1.
+    target = tape.sizes([1 if d == p else d for d, p in zip(out, padded, strict=True)])
+    tape.enter(node.outputs[0], tape.graph.emit("Expand", x, target), out)
+    return lambda dy: tape.add(name, tape.reduced(dy, out, shape))
+
+
+def _expanded(tape: Tape, node: Node, shape: Shape) -> Shape:
+    """The shape that an Expand gives."""
+    known = tape.known(node.outputs[0])
+    if known is None:
+        target = tape.target_shape(node, 1)
+        if target is None:
+            raise ModelError(f"{describe(node)}: no target shape")
+        wanted: list[Dim | None] = [multiple_of_batch(tape, int(t)) for t in target.reshape(-1)]
+    else:
+        wanted = list(known)
+    rank = max(len(wanted), len(shape))
+    wanted[:0] = [1] * (rank - len(wanted))
+    padded = (1,) * (rank - len(shape)) + shape
+    out: list[Dim] = []
+    for i, (before, after) in enumerate(zip(padded, wanted, strict=True)):
+        if before != 1:
+            if known is None and isinstance(before, str) and after == tape.extent(before):
+                after = before
+            if after not in (None, 1, before):
+                raise ModelError(f"{describe(node)}: sizes don't fit each other", expected=before, got=after)
+            out.append(before)
+        else:
+            out.append(tape.traced_shape(node.outputs[0])[i] if after is None else after)
+    return tuple(out)
+
+
+def multiple_of_batch(tape: Tape, size: int) -> Dim:
+    """A size in which the batch stands as its extent."""
+    times, rest = divmod(size, tape.extent(BATCH))
+    return tape.product([BATCH, times]) if times and not rest else size
+
+
+@rule("Tile")
+def tile(tape: Tape, node: Node) -> Pull:
+    """Repeated whole along axes; the gradient is summed over the repetitions."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    given = tape.target_shape(node, 1)
+    if given is None:
+        raise ModelError(f"{describe(node)}: no repetitions")
+    repeats = [multiple_of_batch(tape, int(r)) for r in given.reshape(-1)]
+    out = tuple(tape.product([r, d]) for r, d in zip(repeats, shape, strict=True))
+    g = tape.graph
+    tape.enter(node.outputs[0], g.emit("Tile", x, tape.sizes(repeats)), out)
+
+    def pull(dy: str) -> None:
+        apart: list[Dim] = []
+        axes = []
+        for r, d in zip(repeats, shape, strict=True):
+            if r != 1:
+                axes.append(len(apart))
+                apart.append(r)
+            apart.append(d)
+        if not axes:
+            tape.add(name, dy)
+            return
+        parts = tape.reshape(dy, out, tuple(apart))
+        tape.add(name, g.emit("ReduceSum", parts, g.ints(*axes), attrs={"keepdims": 0}))
+
+    return pull
+
+
 @rule("Concat")
 def concat(tape: Tape, node: Node) -> Pull:
     """Pieces side by side; the gradient is cut where they meet, at run time where widths vary."""
@@ -171,16 +251,12 @@ def concat(tape: Tape, node: Node) -> Pull:
     out[axis] = tape.total([s[axis] for s in shapes])
     for i in range(len(out)):
         if i != axis:
-            out[i] = tape.broadcast(node, *[(s[i],) for s in shapes])[0]
+            _same(node, [s[i] for s in shapes])
     tape.enter(node.outputs[0], g.emit("Concat", *values, attrs={"axis": axis}), tuple(out))
 
     def pull(dy: str) -> None:
-        lengths = [
-            g.ints(d) if isinstance(d, int) else g.emit("Gather", tape.shape_of(v), g.ints(axis))
-            for v, d in zip(values, (s[axis] for s in shapes), strict=True)
-        ]
-        split = g.emit("Concat", *lengths, attrs={"axis": 0})
-        parts = g.emit_many("Split", dy, split, outputs=len(values), attrs={"axis": axis})
+        lengths = tape.sizes([s[axis] for s in shapes])
+        parts = g.emit_many("Split", dy, lengths, outputs=len(values), attrs={"axis": axis})
         for name, part in zip(node.inputs, parts, strict=True):
             if tape.wants(name):
                 tape.add(name, part)
@@ -188,93 +264,54 @@ def concat(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("Pad")
-def pad(tape: Tape, node: Node) -> Pull:
-    """Constant padding of fixed axes; negative pads cut."""
+def _same(node: Node, dims: Sequence[Dim]) -> None:
+    if len(set(dims)) > 1:
+        raise ModelError(f"{describe(node)}: sizes don't fit each other at every width", got=list(dims))
+
+
+@rule("Split")
+def split(tape: Tape, node: Node) -> Pull:
+    """Pieces apart, along channels, too; the gradient joins theirs, with zeros for pieces that nothing reads."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    if node.attrs.get("mode", "constant") != "constant":
-        raise ModelError(f"{describe(node)}: padding mode", expected="constant", got=node.attrs["mode"])
-    given, value, chosen = (tape.number(node, i) for i in (1, 2, 3))
+    axis = int(node.attrs.get("axis", 0)) % len(shape)
+    lengths = _lengths(tape, node, shape[axis], axis)
+    if tape.total(lengths) != shape[axis]:
+        raise ModelError(f"{describe(node)}: its pieces don't make up the whole", expected=shape[axis], got=lengths)
+    g = tape.graph
+    values = g.emit_many("Split", x, tape.sizes(lengths), outputs=len(lengths), attrs={"axis": axis})
+    for output, value, length in zip(node.outputs, values, lengths, strict=True):
+        if output:
+            tape.enter(output, value, (*shape[:axis], length, *shape[axis + 1 :]))
+
+    def pull(*gradients: str | None) -> None:
+        parts = [
+            dy or g.emit("ConstantOfShape", tape.shape_of(value)) for dy, value in zip(gradients, values, strict=True)
+        ]
+        tape.add(name, g.emit("Concat", *parts, attrs={"axis": axis}))
+
+    return pull
+
+
+def _lengths(tape: Tape, node: Node, whole: Dim, axis: int) -> list[Dim]:
+    """How long the pieces of a split are."""
+    count = len(node.outputs)
+    given = tape.number(node, 1)
+    if isinstance(whole, int):
+        each = -(-whole // count)
+        even = [each] * (count - 1) + [whole - each * (count - 1)]
+        return [int(n) for n in (even if given is None else given)]
+    on_axis = tape.axis(node.inputs[0], axis)
+    full = tape.extent(whole)
     if given is None:
-        raise ModelError(f"{describe(node)}: no pads")
-    axes = [int(a) % len(shape) for a in chosen] if chosen is not None else list(range(len(shape)))
-    half = len(given) // 2
-    pads = np.zeros((2, len(shape)), np.int64)
-    for k, a in enumerate(axes):
-        pads[0, a], pads[1, a] = given[k], given[half + k]
-    out = list(shape)
-    for a in range(len(shape)):
-        if pads[:, a].any():
-            (size,) = tape.static(node, shape[a : a + 1])
-            out[a] = size + int(pads[:, a].sum())
-    g = tape.graph
-    fill = [g.scalar(float(value.reshape(-1)[0]))] if value is not None and value.size else []
-    y = g.emit("Pad", x, g.ints(*pads.reshape(-1).tolist()), *fill)
-    tape.enter(node.outputs[0], y, tuple(out))
-
-    def pull(dy: str) -> None:
-        tape.add(name, g.emit("Pad", dy, g.ints(*(-pads).reshape(-1).tolist())))
-
-    return pull
-
-
-@rule("Slice")
-def cut_out(tape: Tape, node: Node) -> Pull:
-    """Ranges of fixed axes with step 1; the gradient is padded with zeros."""
-    name = node.inputs[0]
-    x, shape = tape.value(name), tape.shape(name)
-    starts, ends, chosen, strides = (tape.number(node, i) for i in (1, 2, 3, 4))
-    if starts is None or ends is None:
-        raise ModelError(f"{describe(node)}: no range")
-    axes = [int(a) % len(shape) for a in chosen] if chosen is not None else list(range(len(starts)))
-    steps = [int(s) for s in strides] if strides is not None else [1] * len(axes)
-    g = tape.graph
-    pads = np.zeros((2, len(shape)), np.int64)
-    out = list(shape)
-    ranges: list[tuple[int, int, int]] = []
-    for a, start, end, stride in zip(axes, starts, ends, steps, strict=True):
-        (size,) = tape.static(node, shape[a : a + 1])
-        if stride != 1:
-            raise ModelError(f"{describe(node)}: step of a slice", expected=1, got=stride)
-        picked = range(size)[int(start) : int(end)]
-        if not picked:
-            raise ModelError(f"{describe(node)} cuts out nothing", got=f"{start}:{end} of {size}")
-        ranges.append((a, picked.start, picked.stop))
-        pads[0, a], pads[1, a] = picked.start, size - picked.stop
-        out[a] = len(picked)
-    begin, stop, where = (g.ints(*[r[k] for r in ranges]) for k in (1, 2, 0))
-    tape.enter(node.outputs[0], g.emit("Slice", x, begin, stop, where), tuple(out))
-    return lambda dy: tape.add(name, g.emit("Pad", dy, g.ints(*pads.reshape(-1).tolist())))
-
-
-@rule("ReduceMean", "GlobalAveragePool")
-def mean(tape: Tape, node: Node) -> Pull:
-    """The mean over fixed axes; the gradient is spread evenly."""
-    name = node.inputs[0]
-    x, shape = tape.value(name), tape.shape(name)
-    g = tape.graph
-    rank = len(shape)
-    if node.op == "GlobalAveragePool":
-        axes, keep = list(range(2, rank)), True
-    else:
-        values = tape.number(node, 1)
-        raw = node.attrs.get("axes") if values is None else values.reshape(-1)
-        axes = sorted(int(a) % rank for a in raw) if raw is not None else list(range(rank))
-        keep = bool(node.attrs.get("keepdims", 1))
-    if BATCH in [shape[a] for a in axes]:
-        raise ModelError(f"{describe(node)} averages over the batch")
-    count = 1
-    for size in tape.static(node, [shape[a] for a in axes]):
-        count *= size
-    y = g.emit("ReduceMean", x, attrs={"axes": axes, "keepdims": int(keep)})
-    out = tuple(1 if i in axes else d for i, d in enumerate(shape) if keep or i not in axes)
-    tape.enter(node.outputs[0], y, out)
-
-    def pull(dy: str) -> None:
-        small = g.emit("Mul", dy, g.scalar(1 / count))
-        if not keep:
-            small = g.emit("Unsqueeze", small, g.ints(*axes))
-        tape.add(name, g.emit("Expand", small, tape.shape_of(x)))
-
-    return pull
+        given = np.full(count, -(-full // count))
+        given[-1] = full - given[:-1].sum()
+    ends = [tape.prefix(on_axis, int(n)) if on_axis is not None else None for n in np.cumsum(given)]
+    out: list[Dim] = []
+    before: Dim = 0
+    for end in ends:
+        if end is None:
+            raise ModelError(f"{describe(node)} cuts a run of channels", got=f"{given.tolist()} of {whole}")
+        out.append(tape.dims.difference(end, before))
+        before = end
+    return out

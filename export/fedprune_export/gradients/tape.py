@@ -78,6 +78,10 @@ class Tape(Knowledge):
         if wanted and name not in self._frozen:
             self._wanted.add(name)
 
+    def is_frozen(self, name: str) -> bool:
+        """Whether a tensor stays as it is."""
+        return name in self._frozen
+
     def tensor_shape(self, spec: TensorSpec) -> Shape:
         """The symbolic shape of a tensor of the architecture."""
         return tuple(self.dims.of_axis(axis, self._architecture) for axis in spec.axes)
@@ -258,6 +262,10 @@ class Tape(Knowledge):
         return self._shape_values[value]
 
     # -- forward ----------------------------------------------------------------------------------------------------
+
+    def frozen(self, name: str) -> bool:
+        """Whether a tensor doesn't train."""
+        return name in self._frozen
 
     def wants(self, name: str) -> bool:
         """Whether the gradient of a value is needed."""
