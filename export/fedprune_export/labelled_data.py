@@ -110,10 +110,12 @@ def _labels(path: Path, name: str, y: Array, samples: int, outputs: int, labels:
 
 def _arrays(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
+        with path.open("rb") as raw:
+            found = np.load(raw, allow_pickle=False)
+            if not hasattr(found, "files"):
                 raise DataError(f"{path} is no .npz file", hint="Write it with numpy.savez(path, x=..., y=...).")
-            return {n: file[n] for n in file.files}
+            with found as file:
+                return {n: file[n] for n in file.files}
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}") from error
     except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, MemoryError) as error:

@@ -14,13 +14,16 @@ import numpy.typing as npt
 from fedprune.architecture import Architecture, Layer
 from fedprune.selection import Selection
 
-_LABEL = 96.0
-_BAR = 560.0
+_LABEL = 170.0
+_BAR = 540.0
 _NOTE = 150.0
 _ROW = 18.0
 _HEIGHT = 12.0
 _BINS = 140
 """Cells of a bar at most: more would be narrower than a dot of the screen, and make the page huge."""
+
+_LETTERS = 26
+"""Of a label, whose end says more than its beginning."""
 
 _SHADES = 4
 """Steps between a cell that is cut and one that is kept, where a cell stands for several channels."""
@@ -38,10 +41,12 @@ def channel_bars(selection: Selection) -> str:
         kept = np.zeros(group.size, np.bool_)
         kept[selection.ranks[i][:width]] = True
         y = i * _ROW
-        members = ", ".join(architecture.members(i)[:8])
+        members = architecture.members(i)
+        home = members[0].rpartition("[")[0].removesuffix(".weight") if members else ""
+        title = f"{group.name}: {', '.join(members[:8])}"
         rows.append(
-            f"<g><title>{_text(f'{group.name}: {members}')}</title>"
-            f"{_label(group.name, y)}"
+            f"<g><title>{_text(title)}</title>"
+            f"{_label(home, y, f'{group.name} ')}"
             f'<rect class="cut" x="{_LABEL:g}" y="{y + 3:g}" width="{_BAR:g}" height="{_HEIGHT:g}"/>'
             f"{_cells(kept, y + 3)}"
             f"{_note(f'{width:,} of {group.size:,}', y)}</g>"
@@ -109,9 +114,10 @@ def _runs(marks: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in steps.reshape(-1, 2)]
 
 
-def _label(text: str, y: float) -> str:
-    short = text if len(text) <= 16 else "…" + text[-15:]
-    return f'<text x="{_LABEL - 6:g}" y="{y + 13:g}" text-anchor="end">{_text(short)}</text>'
+def _label(text: str, y: float, first: str = "") -> str:
+    most = _LETTERS - len(first)
+    short = text if len(text) <= most else "…" + text[1 - most :]
+    return f'<text x="{_LABEL - 6:g}" y="{y + 13:g}" text-anchor="end">{_text(first + short)}</text>'
 
 
 def _note(text: str, y: float) -> str:

@@ -1,0 +1,153 @@
+"""Several boards at once: a folder each, and one that a model doesn't fit keeps nothing from the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedprune import profile_store
+from fedprune.bundle import FILES, MANIFEST, open_bundle
+from fedprune.errors import ExitCode
+from fedprune_export.cli import main
+from fedprune_server.digits import digits_model
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "digits.onnx"
+    path.write_bytes(digits_model())
+    return path
+
+
+@pytest.fixture
+def tight(tmp_path: Path) -> Path:
+    """A board whose link carries next to nothing in a round."""
+    lines = (profile_store.shipped_folder() / "raspberry-pi-5.toml").read_text().splitlines()
+    lines = ["bytes_per_round = 1000" if n.startswith("bytes_per_round") else n for n in lines]
+    path = tmp_path / "tight.toml"
+    path.write_text("\n".join(lines).replace('name = "raspberry-pi-5"', 'name = "tight"') + "\n")
+    return path
+
+
+def test_every_target_gets_the_bundle_that_it_would_get_alone(digits: Path, tmp_path: Path) -> None:
+    names = ("raspberry-pi-5", "raspberry-pi-zero-2w", "jetson-orin-nano")
+    limits = ("--bytes-per-round", "300000")
+
+    assert (
+        main(
+            [
+                str(digits),
+                "--target",
+                ",".join(names[:2]),
+                "--target",
+                names[2],
+                "--out",
+                str(tmp_path / "all"),
+                *limits,
+            ]
+        )
+        == 0
+    )
+
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == sorted(names)
+    for name in names:
+        assert main([str(digits), "--target", name, "--out", str(tmp_path / name), *limits]) == 0
+        assert open_bundle(tmp_path / "all" / name).target == name
+        for file in (*FILES, MANIFEST):
+            assert (tmp_path / "all" / name / file).read_bytes() == (tmp_path / name / file).read_bytes()
+
+
+def test_the_table_has_a_row_per_target(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(digits), "--target", "raspberry-pi-5,raspberry-pi-4b", "--density", "0.5", "--out", str(tmp_path)])
+
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line.split("\t") for line in printed if "\t" in line]
+    assert [r[0] for r in rows] == ["target", "raspberry-pi-5", "raspberry-pi-4b"]
+    parameters = json.loads((tmp_path / "raspberry-pi-5" / "report.json").read_text())["after"]["parameters"]
+    assert rows[1][rows[0].index("parameters")] == f"{parameters:,}"
+    assert printed[-1] == f"bundles: 2 of 2 in {tmp_path} (each has a report.html)"
+
+
+def test_a_target_that_does_not_fit_is_one_line_and_the_others_are_written(
+    digits: Path, tight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    assert main([str(digits), "--target", f"{tight},raspberry-pi-5", "--out", str(out)]) == ExitCode.PLAN
+
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("error: tight: no width of digits fits tight")
+    assert "bundles: 1 of 2" in said.out
+    assert [p.name for p in out.iterdir()] == ["raspberry-pi-5"]
+    open_bundle(out / "raspberry-pi-5")
+
+
+def test_the_json_has_a_report_or_an_error_per_target(
+    digits: Path, tight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    code = main([str(digits), "--target", f"raspberry-pi-5,{tight}", "--out", str(out), "--json"])
+
+    found = json.loads(capsys.readouterr().out)
+    assert code == ExitCode.PLAN == found[1]["exit_code"]
+    assert found[0] == json.loads((out / "raspberry-pi-5" / "report.json").read_text())
+    assert found[1]["target"] == "tight"
+    assert "no width" in found[1]["error"]
+
+
+def test_a_model_that_can_not_be_read_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"nothing")
+
+    code = main([str(tmp_path / "m.onnx"), "--target", "raspberry-pi-5,raspberry-pi-4b", "--out", str(tmp_path / "o")])
+
+    assert code == ExitCode.MODEL
+    assert capsys.readouterr().err.count("error:") == 1
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("targets", "code", "said"),
+    [
+        ("raspberry-pi-5,raspberry-pi-5", ExitCode.USAGE, "--target raspberry-pi-5 comes twice"),
+        (",", ExitCode.USAGE, "--target: expected the name"),
+        ("raspberry-pi-5,toaster", ExitCode.PROFILE, "toaster"),
+    ],
+)
+def test_targets_that_make_no_sense(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], targets: str, code: ExitCode, said: str
+) -> None:
+    assert main([str(digits), "--target", targets, "--out", str(tmp_path / "o")]) == code
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_two_files_with_one_name_are_refused(digits: Path, tight: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.toml").write_text(tight.read_text())
+    other = tmp_path / "other.toml"
+
+    assert main([str(digits), "--target", f"{tight},{other}", "--out", str(tmp_path / "o")]) == ExitCode.USAGE
+
+
+def test_several_targets_do_not_go_into_a_bundle(digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    assert main([str(digits), "--target", "raspberry-pi-5", "--out", str(out)]) == ExitCode.OK
+    before = sorted(p.name for p in out.iterdir())
+
+    assert main([str(digits), "--target", "raspberry-pi-5,raspberry-pi-4b", "--out", str(out)]) == ExitCode.BUNDLE
+    assert sorted(p.name for p in out.iterdir()) == before
+
+
+def test_a_folder_with_other_things_stops_all_before_the_work(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "raspberry-pi-4b").mkdir()
+    (tmp_path / "raspberry-pi-4b" / "letter.txt").write_text("dear")
+
+    code = main([str(digits), "--target", "raspberry-pi-5,raspberry-pi-4b", "--out", str(tmp_path)])
+
+    assert code == ExitCode.BUNDLE
+    assert not (tmp_path / "raspberry-pi-5").exists()
