@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from fedprune import tensorfile
-from fedprune.architecture import Activation, Architecture
+from fedprune.architecture import Activation, Architecture, Layer
 from fedprune.recipe import Features
 
 FLOAT = 4
@@ -154,7 +154,7 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
     """
     checked = architecture.check_widths(widths)
     shapes = architecture.shapes(checked)
-    macs = [prod(shapes[layer.weight]) * layer.positions for layer in architecture.layers]
+    macs = [layer_macs(architecture, layer, checked, shapes) for layer in architecture.layers]
     forward = sum(macs)
     values = [_bytes(v, checked, architecture) for v in architecture.activations]
     kept = sum(b for v, b in zip(architecture.activations, values, strict=True) if v.kept)
@@ -164,7 +164,7 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
         parameters=parameters,
         forward_macs=forward,
         # Forward, weight gradient and input gradient cost the same; nobody needs the gradient of the model's input.
-        training_macs=3 * forward - (macs[0] if macs else 0),
+        training_macs=3 * forward - next(filter(None, macs), 0),
         wire_bytes=len(head) + FLOAT * parameters,
         kept_bytes=kept,
         largest_bytes=max(values, default=0),
@@ -173,6 +173,24 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
         sample_bytes=FLOAT * prod(architecture.input_shape),
         values=len(values),
     )
+
+
+def layer_macs(
+    architecture: Architecture, layer: Layer, widths: Sequence[int], shapes: Mapping[str, tuple[int, ...]]
+) -> int:
+    """Multiplications of one sample's forward pass in one row of the cost table.
+
+    Args:
+        architecture: The model.
+        layer: The row.
+        widths: Kept channels per group.
+        shapes: Shapes of all tensors at these widths.
+    """
+    if layer.weight:
+        return prod(shapes[layer.weight]) * layer.positions
+    # A product of two values: every number that it makes sums over the inner axis.
+    inner = layer.inner.size(widths, architecture.sizes)
+    return inner * layer.makes.size(widths, architecture.sizes) if inner else 0
 
 
 def _bytes(value: Activation, widths: Sequence[int], architecture: Architecture) -> int:
