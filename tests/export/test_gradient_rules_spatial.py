@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from differentiation import Arrays, check, differentiated, error, node, normal, reference
+from differentiation import Arrays, Symbols, check, differentiated, error, node, normal, reference
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.errors import ModelError
 from fedprune.session import Session
-from fedprune_export.gradients import convolutions
+from fedprune_export.gradients import convolutions, depthwise
 from fedprune_export.gradients.convolutions import Formulation
-from fedprune_export.gradients.pooling import Window
 from fedprune_export.gradients.tape import Tape
+from fedprune_export.gradients.windows import Window
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
 
@@ -180,15 +180,15 @@ def _batch_norm(data: Arrays, shape: tuple[int | str, ...]) -> Session:
 
 
 @st.composite
-def convolution_cases(draw: st.DrawFn) -> dict[str, Any]:
-    rank = draw(st.sampled_from([1, 2, 2]))
+def convolution_cases(draw: st.DrawFn, ranks: tuple[int, ...] = (1, 2, 2)) -> dict[str, Any]:
+    rank = draw(st.sampled_from(ranks))
     each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(rank))  # noqa: E731
-    kernel = each(1, 4)
+    kernel = each(1, 4 if rank < 3 else 3)
     case = {
-        "batch": draw(st.integers(1, 4)),
+        "batch": draw(st.integers(2, 4)),
         "inputs": draw(st.integers(1, 5)),
         "outputs": draw(st.integers(1, 5)),
-        "size": each(4, 9),
+        "size": each(4, 9 if rank < 3 else 6),
         "kernel": kernel,
         "strides": each(1, 3) if draw(st.booleans()) else (1,) * rank,
         "dilations": each(1, 2),
@@ -200,23 +200,37 @@ def convolution_cases(draw: st.DrawFn) -> dict[str, Any]:
     return case
 
 
-def check_convolution(case: dict[str, Any], groups: int = 1) -> None:
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def check_convolution(
+    case: dict[str, Any], groups: int = 1, inputs: int | str = "c", outputs: int | str = "o", inside: int | str = "c"
+) -> None:
+    """A convolution against torch, at full width and with two channels less.
+
+    Args:
+        case: The drawn attributes.
+        groups: Groups at full width; torch is told how many are left.
+        inputs: The input's channel dimension.
+        outputs: The output's.
+        inside: The kernel's second dimension.
+    """
     rank = len(case["size"])
     data = {
         "x": normal(case["batch"], case["inputs"], *case["size"]),
         "w": normal(case["outputs"], case["inputs"] // groups, *case["kernel"], seed=1),
     }
     shapes: dict[str, tuple[int | str, ...]] = {
-        "x": ("N", "c", *case["size"]),
-        "w": ("o" if groups == 1 else "c", "c" if groups == 1 else 1, *case["kernel"]),
+        "x": ("N", inputs, *case["size"]),
+        "w": (outputs, inside, *case["kernel"]),
     }
     if case["bias"]:
         data["b"], shapes["b"] = normal(case["outputs"], seed=2), shapes["w"][:1]
     flat = [p for pad in reversed(case["pads"]) for p in pad]
 
     def oracle(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
-        function = F.conv1d if rank == 1 else F.conv2d
-        return function(F.pad(x, flat), w, b, case["strides"], 0, case["dilations"], groups)
+        left = x.shape[1] // w.shape[1]
+        return CONVOLUTIONS[rank](F.pad(x, flat), w, b, case["strides"], 0, case["dilations"], left)
 
     attrs = {
         "kernel_shape": list(case["kernel"]),
@@ -225,7 +239,9 @@ def check_convolution(case: dict[str, Any], groups: int = 1) -> None:
         "pads": [p[0] for p in case["pads"]] + [p[1] for p in case["pads"]],
         "group": groups,
     }
-    check([node("Conv", *data, **attrs)], oracle, data, shapes, sums=True)
+    sizes = Symbols(data, shapes).sizes
+    narrow = {name: max(1, size - 2) for name, size in sizes.items()}
+    check([node("Conv", *data, **attrs)], oracle, data, shapes, sums=True, narrow=narrow)
 
 
 @settings(max_examples=80, deadline=None)
@@ -251,14 +267,68 @@ def test_every_formulation_of_a_convolution(weight_gradient: Any, forward: Any, 
             check_convolution(case)
 
 
-@settings(max_examples=30, deadline=None)
-@given(case=convolution_cases())
-def test_depthwise_convolution_of_any_width(case: dict[str, Any]) -> None:
+@settings(max_examples=20, deadline=None)
+@given(case=convolution_cases((3,)))
+def test_convolution_of_volumes(case: dict[str, Any]) -> None:
+    check_convolution(case)
+
+
+@pytest.mark.parametrize("lines", [(16, 64), (0, 64), (0, 3)])
+@settings(max_examples=20, deadline=None)
+@given(case=convolution_cases((1, 2, 2, 3)))
+def test_depthwise_convolution_of_any_width(lines: tuple[int, int], case: dict[str, Any]) -> None:
     channels = case["inputs"] + 1
-    check_convolution({**case, "inputs": channels, "outputs": channels}, groups=channels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(depthwise, "_TINY_MAP", lines[0])
+        patch.setattr(depthwise, "_WHOLE_LINE", lines[1])
+        patch.setattr(depthwise, "_BLOCK", 4)
+        check_convolution({**case, "inputs": channels, "outputs": channels}, channels, "c", "c", 1)
 
 
-def test_groups_of_several_channels_are_refused_by_name() -> None:
+def test_depthwise_convolution_of_a_long_signal() -> None:
+    data = {"x": normal(2, 5, 131), "w": normal(5, 1, 7, seed=1)}
+    oracle = lambda x, w: F.conv1d(x, w, None, 2, 4, 3, x.shape[1])  # noqa: E731
+    conv = node("Conv", "x", "w", group=5, kernel_shape=[7], strides=[2], dilations=[3], pads=[4, 4])
+    check([conv], oracle, data, {"x": ("N", "c", 131), "w": ("c", 1, 7)}, sums=True, narrow={"c": 3})
+
+
+@pytest.mark.parametrize("cut", ["groups", "positions", "nothing"])
+@settings(max_examples=25, deadline=None)
+@given(
+    case=convolution_cases((1, 2, 2, 3)),
+    groups=st.integers(2, 4),
+    taken=st.integers(1, 3),
+    made=st.integers(1, 3),
+)
+def test_convolution_in_groups(cut: str, case: dict[str, Any], groups: int, taken: int, made: int) -> None:
+    case = {**case, "inputs": groups * taken, "outputs": groups * made}
+    if cut == "groups":
+        check_convolution(case, groups, f"g*{taken}", f"g*{made}", taken)
+    elif cut == "positions":
+        check_convolution(case, groups, f"{groups}*i", f"{groups}*o", "i")
+    else:
+        check_convolution(case, groups, groups * taken, groups * made, taken)
+
+
+@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolution_that_pads_by_itself(mode: str, groups: int, stride: int) -> None:
+    data = {"x": normal(2, 4, 7, 8), "w": normal(4, 4 // groups, 4, 3, seed=1)}
+
+    def oracle(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        flat = []
+        for size, k in ((8, 3), (7, 4)):  # the last axis first
+            total = max((-(-size // stride) - 1) * stride + k - size, 0) if mode != "VALID" else 0
+            small, large = total // 2, total - total // 2
+            flat += [small, large] if mode == "SAME_UPPER" else [large, small]
+        return F.conv2d(F.pad(x, flat), w, None, stride, groups=groups)
+
+    conv = node("Conv", "x", "w", kernel_shape=[4, 3], strides=[stride] * 2, auto_pad=mode, group=groups)
+    check([conv], oracle, data, sums=True)
+
+
+def test_groups_that_are_cut_unevenly_are_refused_by_name() -> None:
     data = {"x": normal(2, 4, 5, 5), "w": normal(6, 2, 3, 3)}
     with pytest.raises(ModelError, match="the_Conv"):
         differentiated([node("Conv", "x", "w", group=2)], data, {"x": ("N", "c", 5, 5), "w": ("o", 2, 3, 3)}, {})

@@ -11,10 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedprune.errors import ModelError
-from fedprune_export.gradients.depthwise import depthwise
-from fedprune_export.gradients.pooling import Window, leftovers, window
-from fedprune_export.gradients.tape import Pull, Shape, Tape, describe, rule
+from fedprune_export.gradients.grouped import grouped
+from fedprune_export.gradients.tape import Pull, Shape, Tape, rule
+from fedprune_export.gradients.windows import Window, leftovers, window
 from fedprune_export.graph import Graph, Node
 
 
@@ -61,7 +60,7 @@ def formulation(w: Window, channels: int) -> Formulation:
 def conv(tape: Tape, node: Node) -> Pull:
     """Y = x ∗ w + b in one or more dimensions."""
     if int(node.attrs.get("group", 1)) != 1:
-        return _grouped(tape, node)
+        return grouped(tape, node)
     return _Convolution(tape, node).write()
 
 
@@ -254,15 +253,3 @@ def _attrs(w: Window) -> dict[str, Any]:
         "pads": w.flat_pads,
         "group": 1,
     }
-
-
-def _grouped(tape: Tape, node: Node) -> Pull:
-    kernel, shape = tape.shape(node.inputs[1]), tape.shape(node.inputs[0])
-    w = window(tape, node, tape.static(node, kernel[2:]))
-    if kernel[1] == 1 and kernel[0] == shape[1]:
-        return depthwise(tape, node, w)
-    raise ModelError(
-        f"{describe(node)}: groups of several channels",
-        expected="one group, or one channel per group",
-        got=f"{node.attrs['group']} groups",
-    )

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedprune_export.gradients.pooling import Window
 from fedprune_export.gradients.tape import Pull, Tape
+from fedprune_export.gradients.windows import Indices, Window, answers, joined, reads
 from fedprune_export.graph import Graph, Node
 
-Indices = npt.NDArray[np.int64]
 Band = npt.NDArray[np.float32]
 
 _TINY_MAP, _WHOLE_LINE, _BLOCK = 16, 64, 16
@@ -63,20 +62,12 @@ class Lines:
     into: Side
     out: Side
 
-    @property
-    def answers(self) -> Indices:
-        """Which lines of the output each line of the input goes to, in the order of `reads`."""
-        back = np.full((self.into.count, self.reads.shape[1]), -1, np.int64)
-        line, place = np.nonzero(self.reads >= 0)
-        back[self.reads[line, place], place] = line
-        return back
-
 
 def lines(w: Window) -> Lines:
     """How a window's maps are best cut into lines."""
     last = len(w.sizes) - 1
     if math.prod(w.sizes) <= _TINY_MAP:
-        bands = [_band(_reads(w, axis), w.sizes[axis]) for axis in range(last + 1)]
+        bands = [_band(reads(w, axis), w.sizes[axis]) for axis in range(last + 1)]
         band = bands[0]
         for other in bands[1:]:
             both = np.einsum("kio,lpq->klipoq", band, other)
@@ -87,7 +78,7 @@ def lines(w: Window) -> Lines:
     stride, dilation = w.strides[last], w.dilations[last]
     leading = [math.prod(s[:last]) for s in (w.sizes, w.output)]
     if size <= _WHOLE_LINE:
-        band = _band(_reads(w, last), size)[:, None]
+        band = _band(reads(w, last), size)[:, None]
         into, out = Side(w.sizes, leading[0], size), Side(w.output, leading[1], output)
         inside = np.zeros((1, 1), np.int64)
     else:
@@ -103,30 +94,16 @@ def lines(w: Window) -> Lines:
         out = Side(w.output, leading[1] * count_out, step, (0, count_out * step - output))
         inside = np.arange(count_out)[:, None] + np.arange(blocks)
         inside = np.where(inside < count_in, inside, -1)
-    reads = np.zeros((1, 1), np.int64)
+    leading_reads = np.zeros((1, 1), np.int64)
     for axis in range(last):
-        reads = _joined(reads, _reads(w, axis), w.sizes[axis])
-    return Lines(_joined(reads, inside, into.count // leading[0]), band, into, out)
+        leading_reads = joined(leading_reads, reads(w, axis), w.sizes[axis])
+    return Lines(joined(leading_reads, inside, into.count // leading[0]), band, into, out)
 
 
-def _reads(w: Window, axis: int) -> Indices:
-    """Which index of the input each output reads at each kernel element, -1 for padding: [outputs, elements]."""
-    at = np.arange(w.output[axis])[:, None] * w.strides[axis] + np.arange(w.kernel[axis]) * w.dilations[axis]
-    at = at - w.pads[axis][0]
-    return np.where((at >= 0) & (at < w.sizes[axis]), at, -1).astype(np.int64)
-
-
-def _band(reads: Indices, size: int) -> Band:
+def _band(read: Indices, size: int) -> Band:
     """1 where a kernel element leads from an input to an output: [elements, inputs, outputs]."""
-    hit = reads[None] == np.arange(size)[:, None, None]
-    return hit.transpose(2, 0, 1).astype(np.float32)
-
-
-def _joined(a: Indices, b: Indices, size: int) -> Indices:
-    """Indices over two axes, of which the second has `size` places, from those over each."""
-    left, right = a[:, None, :, None], b[None, :, None, :]
-    both = np.where((left < 0) | (right < 0), -1, left * size + right)
-    return both.reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
+    hit: Band = (read[None] == np.arange(size)[:, None, None]).transpose(2, 0, 1).astype(np.float32)
+    return hit
 
 
 def depthwise(tape: Tape, node: Node, w: Window) -> Pull:
@@ -165,7 +142,7 @@ def depthwise(tape: Tape, node: Node, w: Window) -> Pull:
             tape.add(weight, g.emit("Reshape", sums, g.ints(0, 1, *w.kernel)))
         if tape.wants(data):
             turned = banded(cut.band.transpose(0, 1, 3, 2))
-            spread = _gathered(g, back, cut.answers, cut.out.length)
+            spread = _gathered(g, back, answers(cut.reads, cut.into.count), cut.out.length)
             tape.add(data, _from_lines(g, g.emit("MatMul", spread, turned), cut.into))
 
     return pull
@@ -191,11 +168,11 @@ def _from_lines(g: Graph, value: str, side: Side) -> str:
     return g.emit("Transpose", value, attrs={"perm": [1, 0, *range(2, len(sizes) + 2)]})
 
 
-def _gathered(g: Graph, value: str, reads: Indices, length: int) -> str:
+def _gathered(g: Graph, value: str, read: Indices, length: int) -> str:
     """The lines that are read, side by side: [C, N, lines, elements] as [C, N · readers, lines read · elements]."""
-    if reads.shape[0] > 1 or reads.shape[1] > 1:
-        if (reads < 0).any():
+    if read.shape[0] > 1 or read.shape[1] > 1:
+        if (read < 0).any():
             value = g.emit("Pad", value, g.ints(0, 0, 0, 0, 0, 0, 1, 0))
         # An index of -1 is the last line: the zeros.
-        value = g.emit("Gather", value, g.constant(reads, np.int64), attrs={"axis": 2})
-    return g.emit("Reshape", value, g.ints(0, -1, reads.shape[1] * length))
+        value = g.emit("Gather", value, g.constant(read, np.int64), attrs={"axis": 2})
+    return g.emit("Reshape", value, g.ints(0, -1, read.shape[1] * length))

@@ -3,88 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
 from fedprune.errors import ModelError
 from fedprune_export.gradients.tape import Pull, Shape, Tape, describe, rule
+from fedprune_export.gradients.windows import Window, leftovers, window
 from fedprune_export.graph import Graph, Node
-
-
-@dataclass(frozen=True)
-class Window:
-    """A sliding window over the spatial axes of a value.
-
-    Attributes:
-        sizes: The input's spatial sizes.
-        kernel: The window's sizes.
-        strides: Steps of the window.
-        dilations: Steps inside the window.
-        pads: Padding before and after, per axis.
-        output: How many positions the window has per axis.
-    """
-
-    sizes: tuple[int, ...]
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    pads: tuple[tuple[int, int], ...]
-    output: tuple[int, ...]
-
-    @property
-    def flat_pads(self) -> list[int]:
-        """Padding in ONNX order: all begins, then all ends."""
-        return [p[0] for p in self.pads] + [p[1] for p in self.pads]
-
-    @property
-    def tiles(self) -> bool:
-        """Whether windows lie side by side and cover the input exactly."""
-        return (
-            self.kernel == self.strides
-            and all(d == 1 for d in self.dilations)
-            and all(p == (0, 0) for p in self.pads)
-            and all(s % k == 0 for s, k in zip(self.sizes, self.kernel, strict=True))
-        )
-
-
-def window(tape: Tape, node: Node, kernel: tuple[int, ...]) -> Window:
-    """The window that a node's attributes describe.
-
-    Raises:
-        ModelError: The input's spatial sizes vary, or nothing is left of them.
-    """
-    shape = tape.shape(node.inputs[0])
-    sizes = tape.static(node, shape[2:])
-    rank = len(sizes)
-    if len(kernel) != rank:
-        raise ModelError(f"{describe(node)}: axes of the kernel", expected=rank, got=len(kernel))
-    strides = tuple(int(s) for s in node.attrs.get("strides", [1] * rank))
-    dilations = tuple(int(d) for d in node.attrs.get("dilations", [1] * rank))
-    spans = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
-    mode = str(node.attrs.get("auto_pad", "NOTSET"))
-    if mode in ("SAME_UPPER", "SAME_LOWER"):
-        pads = []
-        for size, stride, span in zip(sizes, strides, spans, strict=True):
-            total = max((math.ceil(size / stride) - 1) * stride + span - size, 0)
-            small, large = total // 2, total - total // 2
-            pads.append((small, large) if mode == "SAME_UPPER" else (large, small))
-    else:
-        flat = [int(p) for p in node.attrs.get("pads", [0] * (2 * rank))] if mode == "NOTSET" else [0] * (2 * rank)
-        pads = list(zip(flat[:rank], flat[rank:], strict=True))
-    output = []
-    for i, (size, stride, span) in enumerate(zip(sizes, strides, spans, strict=True)):
-        room = size + sum(pads[i]) - span
-        count = room // stride + 1
-        # Rounding up: a window more, if it starts inside the input or the padding before it; its overhang is padding.
-        rounds_up = bool(int(node.attrs.get("ceil_mode", 0)) and room % stride)
-        if rounds_up and count * stride < size + pads[i][0]:
-            pads[i] = (pads[i][0], pads[i][1] + stride - room % stride)
-            count += 1
-        output.append(count)
-    if min(output) < 1:
-        raise ModelError(f"{describe(node)}: the kernel is larger than its input", got=list(sizes))
-    return Window(sizes, kernel, strides, dilations, tuple(pads), tuple(output))
 
 
 def _kernel(node: Node) -> tuple[int, ...]:
@@ -202,16 +127,6 @@ def average_pool(tape: Tape, node: Node) -> Pull:
         tape.add(name, g.emit("Reshape", spread, tape.shape_of(x)))
 
     return pull
-
-
-def leftovers(w: Window) -> list[int]:
-    """Per axis, how many input rows at the end no window reaches: a transposed convolution must add them."""
-    return [
-        size + sum(pad) - (stride * (out - 1) + dilation * (k - 1) + 1)
-        for size, pad, stride, out, dilation, k in zip(
-            w.sizes, w.pads, w.strides, w.output, w.dilations, w.kernel, strict=True
-        )
-    ]
 
 
 def _counts(w: Window, counted: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
