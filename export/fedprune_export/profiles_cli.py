@@ -14,7 +14,8 @@ from fedprune import profile_store
 from fedprune.cli import whole_number
 from fedprune.errors import ProfileError
 from fedprune.identification import Facts, identify
-from fedprune.profile import SECTIONS, HardwareProfile
+from fedprune.profile import HardwareProfile
+from fedprune.profile_sections import SECTIONS
 
 
 def register(subparsers: Any) -> None:

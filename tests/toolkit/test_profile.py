@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fedprune import profile_store
 from fedprune.errors import ExitCode, ProfileError
-from fedprune.profile import SECTIONS, HardwareProfile
+from fedprune.profile import HardwareProfile
+from fedprune.profile_sections import SECTIONS
 
 pytestmark = pytest.mark.board
 
