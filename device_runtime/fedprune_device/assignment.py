@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedprune import tensorfile
+from fedprune import step, tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.errors import BundleError, StorageError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.fields import ACCURACY_AFTER
 from fedprune.wire.messages import Offer, Update
-from fedprune_device.data import LocalData, log_prior
+from fedprune_device.data import LocalData
+from fedprune_device.labels import log_prior, targets
+from fedprune_device.losses import data_loss, hits
 from fedprune_device.predictor import Predictor
 from fedprune_device.slots import Serving, Slots
 from fedprune_device.trainer import Trainer, TrainingResult, loss_terms
@@ -154,14 +155,14 @@ class Workbench:
         tensors = self._weights(offer.weights)
         trainer = self._trainer.of(offer.training.sha256, lambda: self._blob(offer.training))
         trainer.check(tensors)
-        self._data.check(offer.classes, trainer.input_shape)
+        self._data.check(offer.classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
         self._blob(offer.inference)
         offset = log_prior(self._data.y_train, offer.classes) if recipe.logit_adjustment else None
         metrics = {"download_seconds": download_seconds, "samples_test": float(len(self._data.y_test))}
 
         report("evaluate", 0, 2)
         before = self._candidate(offer, offer.weights)
-        self._evaluate(before, offset, metrics, "accuracy_before")
+        self._evaluate(before, offset, recipe, offer.classes, metrics, "before")
         del before
         result = trainer.train(
             tensors,
@@ -171,6 +172,7 @@ class Workbench:
             device=self._device,
             round=offer.round,
             classes=offer.classes,
+            widths=offer.widths,
             progress=lambda done, total: report("train", done, total),
             stop=stop,
         )
@@ -178,7 +180,7 @@ class Workbench:
         weights = self._blobs.put(tensorfile.encode(result.tensors))
         after = self._candidate(offer, weights)
         self._check(after, trainer, result, recipe, offer.classes)
-        self._evaluate(after, offset, metrics, ACCURACY_AFTER)
+        self._evaluate(after, offset, recipe, offer.classes, metrics, "after")
         update = Update(
             self._device,
             offer.job,
@@ -223,30 +225,48 @@ class Workbench:
         self, candidate: Predictor, trainer: Trainer, result: TrainingResult, recipe: Recipe, classes: int
     ) -> None:
         data, loss = self._data, None
+        y = targets(data.y_train, recipe.loss, classes)
         if not trainer.normalised:
             loss = trainer.loss(result.tensors, data, recipe, classes, PROBE_SAMPLES)
         candidate.check(
             classes,
             data.x_train[:PROBE_SAMPLES],
-            data.y_train[:PROBE_SAMPLES],
+            y[:PROBE_SAMPLES],
             loss=loss,
-            terms=loss_terms(data.y_train, recipe, classes),
+            terms=loss_terms(y, recipe, classes),
+            kind=recipe.loss,
         )
 
     def _evaluate(
-        self, model: Predictor, offset: npt.NDArray[np.float32] | None, metrics: dict[str, float], name: str
+        self,
+        model: Predictor,
+        offset: npt.NDArray[np.float32] | None,
+        recipe: Recipe,
+        classes: int,
+        metrics: dict[str, float],
+        when: str,
     ) -> None:
-        if len(self._data.y_test):
-            began = time.monotonic()
-            metrics[name] = model.accuracy(self._data.x_test, self._data.y_test, offset)
-            metrics["evaluate_seconds"] = time.monotonic() - began
+        """Loss and, where classes are predicted, accuracy on the device's own test samples."""
+        if not len(self._data.y_test):
+            return
+        began = time.monotonic()
+        y = targets(self._data.y_test, recipe.loss, classes)
+        outputs = model.predict(self._data.x_test)
+        if offset is not None:
+            outputs = outputs + offset
+        right = hits(recipe.loss, outputs, y)
+        if right is not None:
+            metrics[f"accuracy_{when}"] = float(np.mean(right))
+        terms = {step.HUBER_DELTA: np.array(recipe.huber_delta)}
+        metrics[f"loss_{when}"] = data_loss(recipe.loss, outputs, y, terms)
+        metrics["evaluate_seconds"] = time.monotonic() - began
 
 
 def _measured(result: TrainingResult) -> dict[str, float]:
-    return {
+    hits = {} if result.train_accuracy is None else {"train_accuracy": result.train_accuracy}
+    return hits | {
         "loss_first": result.loss_first,
         "loss_last": result.loss_last,
-        "train_accuracy": result.train_accuracy,
         "train_seconds": result.seconds,
         "step_seconds": result.step_seconds,
         "peak_memory_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),

@@ -26,7 +26,8 @@ from fedprune.disk import storage_errors
 from fedprune.errors import ConfigError, DataError, ExitCode, ProfileError, ProtocolError, StorageError
 from fedprune.profile import HardwareProfile
 from fedprune.wire.topics import EVERYONE, check_device, check_name
-from fedprune_device.data import log_prior, why_unreadable
+from fedprune_device.data import why_unreadable
+from fedprune_device.labels import log_prior
 from fedprune_device.predictor import Predictor
 from fedprune_device.slots import Slots
 

@@ -15,13 +15,14 @@ import numpy.typing as npt
 
 from fedprune.chance import keyed
 from fedprune.errors import DataError
+from fedprune_device.labels import targets
 
 Array = npt.NDArray[Any]
 
 TEST_SHARE = 0.2
 """Share of the samples that is set aside where a source brings no test split of its own."""
 
-_SMOOTHING = 0.1
+_SCALE = "Scale images yourself as the model expects them, such as x.astype('float32') / 255."
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,19 +30,19 @@ class LocalData:
     """Training and test samples of one device.
 
     Attributes:
-        x_train: Inputs, float32 [n, ...].
-        y_train: Labels, int64 [n].
+        x_train: Inputs [n, ...]: float32, or int64 for token ids.
+        y_train: Labels: classes int64 [n], or float32 [n] or [n, K] (0 or 1 per class, or numbers to predict).
         x_test: Inputs that are never trained on; may be empty.
         y_test: Their labels.
 
     Raises:
-        DataError: Types, lengths or shapes don't fit, a number is not finite, or a label is negative.
+        DataError: Types, lengths or shapes don't fit, a number is not finite, or a class or token id is negative.
     """
 
-    x_train: npt.NDArray[np.float32]
-    y_train: npt.NDArray[np.int64]
-    x_test: npt.NDArray[np.float32]
-    y_test: npt.NDArray[np.int64]
+    x_train: Array
+    y_train: Array
+    x_test: Array
+    y_test: Array
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):
@@ -52,32 +53,40 @@ class LocalData:
             raise DataError("training data is empty", expected="at least one sample", got=0)
         if len(self.y_test) and self.x_test.shape[1:] != self.x_train.shape[1:]:
             raise DataError("shape of one test sample", expected=self.x_train.shape[1:], got=self.x_test.shape[1:])
+        for one, other, what in ((self.x_train, self.x_test, "inputs"), (self.y_train, self.y_test, "labels")):
+            if len(self.y_test) and (one.dtype, one.shape[1:]) != (other.dtype, other.shape[1:]):
+                raise DataError(f"type of test {what}", expected=_kind(one), got=_kind(other))
 
     @property
     def samples(self) -> int:
         """Training samples."""
         return len(self.y_train)
 
-    def check(self, classes: int, shape: tuple[int | str | None, ...] | None = None) -> None:
+    def check(
+        self,
+        classes: int,
+        shape: tuple[int | str | None, ...] | None = None,
+        *,
+        loss: str = "cross_entropy",
+        token_ids: bool | None = None,
+    ) -> None:
         """Check the data against a model.
 
         Args:
             classes: Entries of the model's output.
             shape: One sample's shape as the model takes it; names and None stand for any size.
+            loss: What the model is trained with.
+            token_ids: Whether the model takes whole numbers; None leaves that unchecked.
 
         Raises:
-            DataError: A label is not below `classes`, or samples have another shape.
+            DataError: Labels don't fit the loss or the number of classes, or samples have another shape or type.
         """
-        top = int(max(self.y_train.max(), self.y_test.max() if len(self.y_test) else 0))
-        if top >= classes:
-            raise DataError(
-                "a label is out of range",
-                expected=f"0 to {classes - 1} ({classes} classes)",
-                got=top,
-                hint="Number the classes from 0 in the order that all devices share.",
-            )
+        for y in filter(len, (self.y_train, self.y_test)):
+            targets(y, loss, classes)
         if shape is not None:
             check_shape(self.x_train, shape)
+        if token_ids is not None:
+            check_type(self.x_train, token_ids)
 
 
 def load_data(source: str, seed: int = 0, device: str = "") -> LocalData:
@@ -103,12 +112,13 @@ def load_data(source: str, seed: int = 0, device: str = "") -> LocalData:
         raise DataError(f"{source}: {error}") from error
 
 
-def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None) -> npt.NDArray[np.float32]:
+def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, *, token_ids: bool = False) -> Array:
     """Read samples without labels; where a source has labels, nobody looks at them.
 
     Args:
         source: As for `load_data`, but no label is needed. Of a source with `x_test` those samples are read, else all.
         shape: One sample's shape as the model takes it; names and None stand for any size.
+        token_ids: Whether the model takes whole numbers.
 
     Raises:
         DataError: The source can't be read or doesn't hold usable samples; the message names it.
@@ -125,6 +135,7 @@ def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None) 
                 raise DataError("array 'x' is missing", got=", ".join(map(str, found)) or "nothing")
             found = found[name]
         x = _checked_inputs(np.asarray(found), "unlabelled")
+        check_type(x, token_ids)
         if shape is not None:
             check_shape(x, shape)
     except DataError as error:
@@ -152,51 +163,23 @@ def check_shape(x: Array, shape: tuple[int | str | None, ...]) -> None:
         )
 
 
-def class_counts(y: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.int64]:
-    """Samples per class.
+def check_type(x: Array, token_ids: bool) -> None:
+    """Check the samples' type against a model's input.
+
+    Args:
+        x: Samples.
+        token_ids: Whether the model takes whole numbers.
 
     Raises:
-        DataError: A label is out of range.
+        DataError: They are of the other type.
     """
-    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
-        raise DataError("a label is out of range", expected=f"0 to {classes - 1}", got=f"{y.min()} to {y.max()}")
-    return np.bincount(y, minlength=classes).astype(np.int64)
-
-
-def log_prior(y: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.float32]:
-    """Log of the smoothed label shares: log((n_c + 0.1) / (n + 0.1·C)).
-
-    It is added to the logits in the loss (logit adjustment, Menon et al., arXiv:2007.07314) and, because a
-    device predicts for its own surroundings, to those of its own predictions.
-
-    Raises:
-        DataError: A label is out of range.
-    """
-    counts = class_counts(y, classes).astype(np.float64)
-    shares = (counts + _SMOOTHING) / (counts.sum() + _SMOOTHING * classes)
-    return np.asarray(np.log(shares), np.float32)
-
-
-def class_presence(y: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.float32]:
-    """1 for every class that has a sample, else 0.
-
-    Raises:
-        DataError: A label is out of range.
-    """
-    return np.asarray(class_counts(y, classes) > 0, np.float32)
-
-
-def class_weights(y: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.float32]:
-    """Loss weights that make all present classes count alike: n / (present classes · n_c), 0 for absent ones.
-
-    Raises:
-        DataError: A label is out of range.
-    """
-    counts = class_counts(y, classes).astype(np.float64)
-    present = counts > 0
-    out = np.zeros(classes, np.float64)
-    out[present] = counts.sum() / (present.sum() * counts[present])
-    return np.asarray(out, np.float32)
+    if (x.dtype.kind == "i") != token_ids:
+        raise DataError(
+            "type of inputs",
+            expected="whole numbers (token ids)" if token_ids else "float32",
+            got=x.dtype,
+            hint="Save token ids as int64." if token_ids else _SCALE,
+        )
 
 
 def _found(source: str, seed: int, device: str) -> object:
@@ -212,34 +195,57 @@ def _found(source: str, seed: int, device: str) -> object:
     )
 
 
-def _checked(x: object, y: object, split: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    labels, kind = np.asarray(y), f"{split} " if split else ""
-    if labels.dtype.kind not in "iu" or labels.ndim != 1:
-        raise DataError(f"{kind}labels", expected="whole numbers [n]", got=f"{labels.dtype} {labels.shape}")
+def _checked(x: object, y: object, split: str) -> tuple[Array, Array]:
+    labels, kind = _checked_labels(np.asarray(y), split), f"{split} " if split else ""
     inputs = _checked_inputs(np.asarray(x), split)
     if len(inputs) != len(labels):
         raise DataError(f"number of {kind}labels", expected=len(inputs), got=len(labels))
-    if len(labels) and int(labels.min()) < 0:
-        raise DataError(f"a {kind}label is negative", expected="0 or more", got=int(labels.min()))
-    return inputs, np.ascontiguousarray(labels, np.int64)
+    return inputs, labels
 
 
-def _checked_inputs(inputs: Array, split: str) -> npt.NDArray[np.float32]:
+def _checked_labels(labels: Array, split: str) -> Array:
     kind = f"{split} " if split else ""
-    if inputs.dtype.kind != "f":
+    if labels.dtype.kind not in "iufb" or labels.ndim not in (1, 2):
         raise DataError(
-            f"type of {kind}inputs",
-            expected="float32",
-            got=inputs.dtype,
-            hint="Scale images yourself as the model expects them, such as x.astype('float32') / 255.",
+            f"{kind}labels",
+            expected="classes as whole numbers [n], or numbers [n] or [n, K]",
+            got=f"{labels.dtype} {labels.shape}",
         )
+    if labels.ndim == 1 and labels.dtype.kind != "f":
+        if len(labels) and int(labels.min()) < 0:
+            raise DataError(
+                f"a {kind}label is negative",
+                expected="0 or more",
+                got=int(labels.min()),
+                hint="Save numbers to predict as float32.",
+            )
+        return np.ascontiguousarray(labels, np.int64)
+    labels = np.ascontiguousarray(labels, np.float32)
+    if not np.isfinite(labels).all():
+        bad = int(np.flatnonzero(~np.isfinite(labels.reshape(len(labels), -1)).all(1))[0])
+        raise DataError(f"{kind}labels hold numbers that are not finite", got=f"sample {bad}")
+    return labels
+
+
+def _checked_inputs(inputs: Array, split: str) -> Array:
+    kind = f"{split} " if split else ""
+    if inputs.dtype.kind != "f" and inputs.dtype not in (np.int32, np.int64):
+        raise DataError(f"type of {kind}inputs", expected="float32", got=inputs.dtype, hint=_SCALE)
     if inputs.ndim < 2:
         raise DataError(f"{kind}inputs", expected="[n, ...]", got=inputs.shape)
+    if inputs.dtype.kind == "i":
+        if inputs.size and int(inputs.min()) < 0:
+            raise DataError(f"{kind}inputs hold a negative token id", expected="0 or more", got=int(inputs.min()))
+        return np.ascontiguousarray(inputs, np.int64)
     inputs = np.ascontiguousarray(inputs, np.float32)
     if not np.isfinite(inputs).all():
         bad = int(np.flatnonzero(~np.isfinite(inputs.reshape(len(inputs), -1)).all(1))[0])
         raise DataError(f"{kind}inputs hold numbers that are not finite", got=f"sample {bad}")
     return inputs
+
+
+def _kind(array: Array) -> str:
+    return f"{array.dtype} [{', '.join(['n', *map(str, array.shape[1:])])}]"
 
 
 def _read_npz(path: Path) -> dict[str, Array]:

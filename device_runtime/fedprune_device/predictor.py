@@ -12,6 +12,7 @@ from fedprune import step
 from fedprune.chance import keyed
 from fedprune.errors import DataError, ModelError
 from fedprune.session import Session
+from fedprune_device.losses import Terms, data_loss
 
 Array = npt.NDArray[Any]
 
@@ -42,17 +43,19 @@ class Predictor:
                 expected=f"input {step.X}, output {step.LOGITS}",
                 got=f"{', '.join(self._session.inputs)}; {', '.join(self._session.outputs)}",
             )
-        self.input_shape = self._session.inputs[step.X][1][1:]
+        kind, shape = self._session.inputs[step.X]
+        self.input_shape = shape[1:]
+        self._dtype = np.dtype(np.int64 if kind == "tensor(int64)" else np.float32)
 
-    def predict(self, x: npt.NDArray[np.float32], batch: int = 64) -> npt.NDArray[np.float32]:
+    def predict(self, x: Array, batch: int = 64) -> npt.NDArray[np.float32]:
         """Logits of every sample.
 
         Args:
-            x: Inputs, float32 [n, ...].
+            x: Inputs [n, ...]; whole numbers where the model takes token ids.
             batch: Samples per run.
 
         Raises:
-            DataError: The inputs' shape isn't the model's.
+            DataError: The inputs' shape or kind isn't the model's.
             ModelError: An operator fails.
         """
         shape = self.input_shape
@@ -60,17 +63,19 @@ class Predictor:
             isinstance(d, int) and d != g for d, g in zip(shape, x.shape[1:], strict=True)
         ):
             raise DataError("shape of the inputs", expected=("n", *shape), got=x.shape)
+        if self._dtype.kind == "i" and x.dtype.kind not in "iu":
+            raise DataError("type of the inputs", expected="whole numbers (token ids)", got=x.dtype)
         # An empty input still runs once: that is how the number of classes is known.
         starts = range(0, max(len(x), 1), batch)
         parts = [
-            self._session.run({step.X: np.ascontiguousarray(x[s : s + batch], np.float32)}, [step.LOGITS])[step.LOGITS]
+            self._session.run({step.X: np.ascontiguousarray(x[s : s + batch], self._dtype)}, [step.LOGITS])[step.LOGITS]
             for s in starts
         ]
         return np.concatenate(parts).astype(np.float32, copy=False)
 
     def accuracy(
         self,
-        x: npt.NDArray[np.float32],
+        x: Array,
         y: npt.NDArray[np.int64],
         offset: npt.NDArray[np.float32] | None = None,
     ) -> float:
@@ -94,35 +99,38 @@ class Predictor:
     def check(
         self,
         classes: int,
-        x: npt.NDArray[np.float32] | None = None,
-        y: npt.NDArray[np.int64] | None = None,
+        x: Array | None = None,
+        y: Array | None = None,
         *,
         loss: float | None = None,
-        terms: dict[str, Array] | None = None,
+        terms: Terms | None = None,
+        kind: str = "cross_entropy",
     ) -> None:
         """The numeric check before a model may serve.
 
         Args:
             classes: Entries that its logits must have.
-            x: A few inputs; fixed noise without them.
-            y: Their labels.
+            x: A few inputs; fixed noise without them (or the first token).
+            y: Their labels, as the training graph takes them.
             loss: What the training graph says the loss of these samples is at the same weights. A model with
                 batch-norm statistics has none: training and inference differ there by design.
-            terms: Vectors of the loss, as `trainer.loss_terms` gives them.
+            terms: Vectors and numbers of the loss, as `trainer.loss_terms` gives them.
+            kind: Which loss it is.
 
         Raises:
             ModelError: Logits have another shape, are not finite, or contradict the training graph's loss.
         """
         if x is None:
             free = [d if isinstance(d, int) else 1 for d in self.input_shape]
-            x = keyed(0, "check").standard_normal((4, *free)).astype(np.float32)
+            noise = keyed(0, "check").standard_normal((4, *free))
+            x = np.zeros(noise.shape, np.int64) if self._dtype.kind == "i" else noise.astype(np.float32)
         logits = self.predict(x)
         if logits.shape != (len(x), classes):
             raise ModelError("shape of the new model's logits", expected=(len(x), classes), got=logits.shape)
         if not np.isfinite(logits).all():
             raise ModelError("the new model's logits are not finite")
         if loss is not None and y is not None:
-            mine = cross_entropy(logits, y, terms or {})
+            mine = data_loss(kind, logits, y, terms)
             if not abs(mine - loss) <= 1e-3 * (1 + abs(loss)):
                 raise ModelError(
                     "the new model's predictions contradict its training graph",
@@ -130,22 +138,3 @@ class Predictor:
                     got=f"{mine:.6g}",
                     hint="Inference graph, weights or training graph don't belong together.",
                 )
-
-
-def cross_entropy(logits: npt.NDArray[np.float32], y: npt.NDArray[np.int64], terms: dict[str, Array]) -> float:
-    """The data loss of a training graph, computed from logits.
-
-    Args:
-        logits: [n, classes].
-        y: Labels [n].
-        terms: Offset, mask and weights of classes, by input name of the training graph.
-    """
-    z = logits.astype(np.float64)
-    if step.LOGIT_OFFSET in terms:
-        z = z + terms[step.LOGIT_OFFSET]
-    if step.CLASS_MASK in terms:
-        z = np.where(terms[step.CLASS_MASK] > 0, z, 0.0)
-    z = z - z.max(axis=1, keepdims=True)
-    losses = np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(y)), y]
-    weights = np.asarray(terms[step.CLASS_WEIGHT], np.float64)[y] if step.CLASS_WEIGHT in terms else None
-    return float(np.average(losses, weights=weights))

@@ -15,13 +15,25 @@ import numpy.typing as npt
 
 from fedprune import step
 from fedprune.chance import keyed
-from fedprune.errors import ExitCode, FedpruneError, ModelError, TrainingError
+from fedprune.errors import BundleError, ExitCode, FedpruneError, ModelError, TrainingError
+from fedprune.ordered_dropout import TensorAxes
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.session import Session
-from fedprune_device.data import LocalData, class_presence, class_weights, log_prior
+from fedprune_device.data import LocalData
+from fedprune_device.labels import class_presence, class_weights, log_prior, positive_weights, targets
 
 Array = npt.NDArray[Any]
+
+Rows = npt.NDArray[np.int64]
+
+_NUMBERS = frozenset(
+    {
+        *(step.LABEL_SMOOTHING, step.HUBER_DELTA, step.CLIP_NORM, step.DIVISOR),
+        *(step.LOGIT_OFFSET, step.CLASS_WEIGHT, step.CLASS_MASK),
+    }
+)
+"""Inputs that a training graph may have once, besides those that it must have."""
 
 _FAR = "The learning rate may be too high for this device's data: try a lower lr, or a smaller momentum."
 
@@ -42,9 +54,11 @@ class TrainingResult:
         samples: Local training samples.
         loss_first: Mean loss over the first tenth of the steps (at least one).
         loss_last: Mean loss over the last tenth of the steps (at least one).
-        train_accuracy: Share of correctly classified samples in the last epoch, as seen while training.
+        train_accuracy: Share of correctly classified samples (with `bce` of labels) in the last epoch, as seen while
+            training; None where numbers are predicted.
         seconds: Wall-clock time.
         step_seconds: Median time of a step.
+        squares: Squared gradients summed over the steps, by tensor, if the graph gives them.
     """
 
     tensors: Tensors
@@ -52,9 +66,10 @@ class TrainingResult:
     samples: int
     loss_first: float
     loss_last: float
-    train_accuracy: float
+    train_accuracy: float | None
     seconds: float
     step_seconds: float
+    squares: Tensors
 
 
 class Trainer:
@@ -64,6 +79,13 @@ class Trainer:
         graph: A training graph written to the contract of `fedprune.step`: a file or its bytes.
         threads: Threads inside an operator; with 1 the same inputs give the same bits.
 
+    Attributes:
+        names: The model's tensors.
+        trainable: Those that an optimiser moves; tensors that are neither these nor statistics are frozen.
+        normalised: Whether there are batch-norm statistics that move.
+        input_shape: One sample's shape.
+        token_ids: Whether samples are whole numbers.
+
     Raises:
         ModelError: onnxruntime doesn't accept the graph.
         TrainingError: It is not a training graph.
@@ -72,28 +94,36 @@ class Trainer:
     def __init__(self, graph: Path | bytes, *, threads: int = 1) -> None:
         self._session = Session(graph, threads=threads, training=True)
         inputs, outputs = self._session.inputs, set(self._session.outputs)
-        required = {step.X, step.Y, step.LR, step.MOMENTUM, step.WEIGHT_DECAY}
-        if required - set(inputs) or not {step.LOSS, step.HITS} <= outputs:
-            missing = sorted(required - set(inputs)) + sorted({step.LOSS, step.HITS} - outputs)
+        optimizer = "adam" if step.BETA1 in inputs else "sgd"
+        required = {step.X, step.Y, step.LR, step.WEIGHT_DECAY}
+        required |= {step.BETA1, step.BETA2, step.EPSILON, step.STEP_NUMBER} if optimizer == "adam" else {step.MOMENTUM}
+        self._classifies = inputs.get(step.Y, ("", ()))[0] == "tensor(int64)"
+        results = {step.LOSS, step.HITS} if self._classifies else {step.LOSS}
+        if required - set(inputs) or not results <= outputs:
+            missing = sorted(required - set(inputs)) + sorted(results - outputs)
             raise TrainingError("this is not a training graph", got=f"no {', '.join(missing)}")
+        self._results = (step.LOSS, step.HITS) if step.HITS in outputs else (step.LOSS,)
         self.names = tuple(n for n in inputs if n not in step.RESERVED and "::" not in n)
         self.trainable = tuple(n for n in self.names if step.buffer(n) in inputs)
-        self.normalised = len(self.trainable) < len(self.names)
-        """Whether the model has batch-norm statistics."""
+        self._statistics = tuple(n for n in self.names if n not in self.trainable and step.following(n) in outputs)
+        self.normalised = bool(self._statistics)
         self.input_shape = inputs[step.X][1][1:]
-        known = {*required, *self.names, step.LOGIT_OFFSET, step.CLASS_WEIGHT, step.CLASS_MASK}
-        known.update(f(n) for n in self.trainable for f in (step.buffer, step.anchor, step.strength))
+        self.token_ids = inputs[step.X][0] == "tensor(int64)"
+        self._states = [f(n) for n in self.trainable for f in step.states(optimizer)]
+        self._squares = [step.squares(n) for n in self.trainable if step.squares(n) in inputs]
+        self._sums = [step.total(n) for n in self.trainable if step.total(n) in inputs]
+        known = {*required, *self.names, *_NUMBERS, *self._states, *self._squares, *self._sums}
+        known.update(f(n) for n in self.trainable for f in (step.anchor, step.strength))
         if set(inputs) - known:
             raise TrainingError(
                 "the training graph has inputs that this device can't feed",
                 got=", ".join(sorted(set(inputs) - known)[:5]),
                 hint="Update fedprune on the device.",
             )
-        self._moved = [step.following(n) for n in self.names] + [step.following(step.buffer(n)) for n in self.trainable]
-        if set(self._moved) - outputs:
-            raise TrainingError(
-                "the training graph lacks outputs", got=", ".join(sorted(set(self._moved) - outputs)[:5])
-            )
+        self._moving = [*self.trainable, *self._statistics, *self._states, *self._squares]
+        lacking = {step.following(n) for n in (*self._moving, *self._sums)} - outputs
+        if lacking:
+            raise TrainingError("the training graph lacks outputs", got=", ".join(sorted(lacking)[:5]))
 
     def check(self, tensors: Mapping[str, Array]) -> None:
         """Check weights against the graph's inputs.
@@ -130,6 +160,7 @@ class Trainer:
         device: str,
         round: int,  # noqa: A002 - the field's word
         classes: int,
+        widths: Sequence[int] = (),
         progress: Callable[[int, int], None] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> TrainingResult:
@@ -143,6 +174,7 @@ class Trainer:
             device: The device's name.
             round: The round.
             classes: Entries of the model's output.
+            widths: Channels per group that the tensors have; needed for ordered dropout alone.
             progress: Called with (steps done, steps in all) after each step.
             stop: Asked before each step; True ends the training.
 
@@ -153,11 +185,15 @@ class Trainer:
         """
         began = time.monotonic()
         self.check(tensors)
-        data.check(classes, self.input_shape)
-        constant = self._constants(tensors, data.y_train, recipe, classes)
+        data.check(classes, self.input_shape, loss=recipe.loss, token_ids=self.token_ids)
+        y = targets(data.y_train, recipe.loss, classes)
+        constant = self._constants(tensors, y, recipe, classes)
         state: dict[str, Array] = {n: np.asarray(v, order="C") for n, v in tensors.items()}
-        for name in self.trainable:
-            state[step.buffer(name)] = np.zeros_like(state[name])
+        for name in (*self._states, *self._squares):
+            state[name] = np.zeros_like(state[name.partition("::")[0]])
+        plans = self._plans(tensors, recipe, widths)
+        if len(plans) > 1:
+            state = {n: v.copy() for n, v in state.items()}  # narrower steps write into it
         starts = self._starts(data.samples, recipe)
         steps = recipe.epochs * len(starts)
         steps = min(steps, recipe.max_steps) if recipe.max_steps else steps
@@ -170,14 +206,23 @@ class Trainer:
             if stop is not None and stop():
                 raise TrainingStoppedError(f"training was stopped before step {number} of {steps}")
             at = time.monotonic()
-            out = self._run({**constant, **state, step.X: data.x_train[rows], step.Y: data.y_train[rows]})
-            loss = float(out[step.LOSS])
+            parts = self._parts(rows, recipe)
+            plan = plans[int(keyed(seed, round, device, "widths", number).integers(len(plans)))]
+            fed = {**constant, **state}
+            if plan != plans[0]:
+                fed = self._axes.narrowed(fed, plans[0], plan)
+            loss, right, moved = self._step(fed, [(data.x_train[p], y[p]) for p in parts], number)
             if not math.isfinite(loss):
                 raise TrainingError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
-            state = {n.removesuffix(step.following("")): out[n] for n in self._moved}
+            if plan == plans[0]:
+                state.update(moved)
+            else:
+                # Statistics of narrower layers are those of other sums: only steps at the own width measure them.
+                moved = {n: v for n, v in moved.items() if n not in self._statistics}
+                self._axes.write_back(state, moved, plans[0], plan)
             losses.append(loss)
             if epoch == last_epoch:
-                hits, seen = hits + int(out[step.HITS]), seen + len(rows)
+                hits, seen = hits + right, seen + sum(y[p].size for p in parts)
             times.append(time.monotonic() - at)
             if progress is not None:
                 progress(number, steps)
@@ -192,9 +237,10 @@ class Trainer:
             samples=data.samples,
             loss_first=float(np.mean(losses[:tenth])),
             loss_last=float(np.mean(losses[-tenth:])),
-            train_accuracy=hits / seen,
+            train_accuracy=hits / seen if step.HITS in self._results else None,
             seconds=time.monotonic() - began,
             step_seconds=float(np.median(times)),
+            squares={n.partition("::")[0]: state[n] for n in self._squares},
         )
 
     def loss(
@@ -204,42 +250,86 @@ class Trainer:
 
         Raises:
             TrainingError: Weights or recipe don't fit the graph.
+            DataError: The labels don't fit the recipe's loss.
         """
         self.check(tensors)
-        feeds = self._constants(tensors, data.y_train, recipe, classes)
+        y = targets(data.y_train, recipe.loss, classes)
+        feeds = self._constants(tensors, y, recipe, classes)
         feeds |= {n: np.asarray(v, order="C") for n, v in tensors.items()}
-        feeds |= {step.buffer(n): np.zeros_like(feeds[n]) for n in self.trainable}
-        feeds |= {step.X: data.x_train[:samples], step.Y: data.y_train[:samples]}
-        return float(self._run(feeds, [step.LOSS])[step.LOSS])
+        feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in (*self._states, *self._squares)}
+        return self._step(feeds, [(data.x_train[:samples], y[:samples])], 1)[0]
 
-    def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+    def _step(
+        self, feeds: dict[str, Array], parts: Sequence[tuple[Array, Array]], number: int
+    ) -> tuple[float, int, dict[str, Array]]:
+        """One optimiser step over the parts of a batch: loss, hits, and what has moved, by input name."""
+        feeds = dict(feeds)
+        if step.STEP_NUMBER in self._session.inputs:
+            feeds[step.STEP_NUMBER] = np.array(number, np.int64)
+        if step.DIVISOR in self._session.inputs:
+            feeds[step.DIVISOR] = np.array(sum(_weight(y, feeds) for _, y in parts), np.float32)
+        feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in self._sums}
+        loss, hits = 0.0, 0
+        out: dict[str, Array] = {}
+        for count, (x, y) in enumerate(parts, 1):
+            names = self._moving if count == len(parts) else [*self._statistics, *self._sums]
+            out = self._run({**feeds, step.X: x, step.Y: y}, [*self._results, *map(step.following, names)])
+            loss += float(out[step.LOSS])
+            hits += int(out[step.HITS]) if step.HITS in out else 0
+            out = {n: out[step.following(n)] for n in names}
+            feeds |= out
+        return loss, hits, out
+
+    def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         try:
-            return self._session.run(feeds, outputs or [step.LOSS, step.HITS, *self._moved])
+            return self._session.run(feeds, outputs)
         except ModelError as error:
             raise TrainingError(f"the training graph failed: {error}") from error
 
-    def _constants(
-        self, tensors: Mapping[str, Array], y: npt.NDArray[np.int64], recipe: Recipe, classes: int
-    ) -> dict[str, Array]:
+    def _constants(self, tensors: Mapping[str, Array], y: Array, recipe: Recipe, classes: int) -> dict[str, Array]:
+        """What is fed in every step alike."""
         feeds: dict[str, Array] = {
             step.LR: np.array(recipe.lr, np.float32),
-            step.MOMENTUM: np.array(recipe.momentum, np.float32),
             step.WEIGHT_DECAY: np.array(recipe.weight_decay, np.float32),
             **loss_terms(y, recipe, classes),
         }
+        if recipe.optimizer == "sgd":
+            feeds[step.MOMENTUM] = np.array(recipe.momentum, np.float32)
+        else:
+            feeds[step.BETA1] = np.array(recipe.beta1, np.float64)
+            feeds[step.BETA2] = np.array(recipe.beta2, np.float64)
+            feeds[step.EPSILON] = np.array(recipe.epsilon, np.float32)
+        if recipe.features.clip:
+            feeds[step.CLIP_NORM] = np.array(recipe.clip_norm, np.float32)
         if recipe.features.proximal:
             for name in self.trainable:
                 feeds[step.anchor(name)] = np.asarray(tensors[name], order="C")
                 feeds[step.strength(name)] = np.array(recipe.proximal, np.float32)
-        moving = {step.X, step.Y, *self.names, *map(step.buffer, self.trainable)}
-        wanted = set(self._session.inputs) - moving
-        if wanted != set(feeds):
+        moving = {step.X, step.Y, step.STEP_NUMBER, step.DIVISOR}
+        wanted = set(self._session.inputs) - moving - {*self.names, *self._states, *self._squares, *self._sums}
+        classifies, scores = recipe.loss == "cross_entropy", recipe.loss in ("cross_entropy", "bce")
+        whole = not self._sums and recipe.features.accumulate
+        if wanted != set(feeds) or classifies != self._classifies or scores != (step.HITS in self._results) or whole:
             raise TrainingError(
                 "training graph and recipe don't fit each other",
                 expected=", ".join(sorted(wanted - set(feeds))[:5]) or "no further inputs",
-                got=", ".join(sorted(set(feeds) - wanted)[:5]) or "no value for them",
+                got=", ".join(sorted(set(feeds) - wanted)[:5]) or f"no value for them (loss {recipe.loss})",
             )
         return feeds
+
+    def _plans(self, tensors: Mapping[str, Array], recipe: Recipe, widths: Sequence[int]) -> list[tuple[int, ...]]:
+        """The widths at which steps train, the tensors' own first."""
+        if not recipe.ordered_dropout:
+            return [()]
+        try:
+            self._axes = TensorAxes.from_json(self._session.metadata.get(step.AXES, "{}"))
+            plans = self._axes.plans(widths, recipe.ordered_dropout)
+            self._axes.check(tensors, plans[0])
+        except BundleError as error:
+            raise TrainingError(
+                f"ordered dropout: {error}", hint="The training graph must be made for this recipe."
+            ) from error
+        return plans
 
     def _starts(self, samples: int, recipe: Recipe) -> range:
         """Where the batches of an epoch begin in its order."""
@@ -250,10 +340,15 @@ class Trainer:
             return starts[:-1]
         return starts
 
+    def _parts(self, rows: Rows, recipe: Recipe) -> list[Rows]:
+        """The parts in which a batch is worked through, as equal as can be."""
+        most = recipe.micro_batch
+        if self.normalised and most == 2 and len(rows) % 2 and len(rows) > 1:
+            rows = rows[:-1]  # as above: no part of a single sample
+        return np.array_split(rows, -(-len(rows) // most))
 
-def _batches(
-    starts: range, samples: int, recipe: Recipe, *key: object, seed: int
-) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+
+def _batches(starts: range, samples: int, recipe: Recipe, *key: object, seed: int) -> Iterator[tuple[int, Rows]]:
     """Rows of every step, with the epoch."""
     for epoch in range(recipe.epochs):
         order = keyed(seed, *key, "batches", epoch).permutation(samples)
@@ -261,8 +356,20 @@ def _batches(
             yield epoch, order[start : start + recipe.batch_size]
 
 
-def loss_terms(y: npt.NDArray[np.int64], recipe: Recipe, classes: int) -> dict[str, Array]:
-    """The vectors over classes that a recipe brings into the loss, by input name of the training graph.
+def _weight(y: Array, feeds: Mapping[str, Array]) -> float:
+    """What a part of a batch adds to the divisor of the loss."""
+    if y.ndim == 1 and step.CLASS_WEIGHT in feeds:
+        return float(feeds[step.CLASS_WEIGHT][y].sum(dtype=np.float64))
+    return float(len(y))
+
+
+def loss_terms(y: Array, recipe: Recipe, classes: int) -> dict[str, Array]:
+    """The vectors over classes and the numbers that a recipe brings into the loss, by input name of the training graph.
+
+    Args:
+        y: All training labels, as `labels.targets` gives them.
+        recipe: The recipe.
+        classes: Entries of the model's output.
 
     Raises:
         DataError: A label is out of range.
@@ -271,7 +378,11 @@ def loss_terms(y: npt.NDArray[np.int64], recipe: Recipe, classes: int) -> dict[s
     if features.logit_offset:
         out[step.LOGIT_OFFSET] = log_prior(y, classes)
     if features.class_weight:
-        out[step.CLASS_WEIGHT] = class_weights(y, classes)
+        out[step.CLASS_WEIGHT] = class_weights(y, classes) if recipe.loss == "cross_entropy" else positive_weights(y)
     if features.class_mask:
         out[step.CLASS_MASK] = class_presence(y, classes)
+    if features.label_smoothing:
+        out[step.LABEL_SMOOTHING] = np.array(recipe.label_smoothing, np.float32)
+    if recipe.loss == "huber":
+        out[step.HUBER_DELTA] = np.array(recipe.huber_delta, np.float32)
     return out

@@ -9,12 +9,14 @@ devices' puts that right.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune import step
 from fedprune.errors import DataError
+from fedprune.freezing import frozen_tensors
 from fedprune.recipe import Features
 from fedprune.selection import Tensors
 from fedprune.session import Session
@@ -31,25 +33,30 @@ class Calibration:
     Args:
         model: The model; its architecture and graph are used, not its weights.
         x: Samples, as the model takes them, in any order; of more than 512 as many are used.
+        features: What of the model is frozen: such statistics stay as they are.
 
     Raises:
         DataError: There are fewer than two samples, or they have another shape than the model's input.
     """
 
-    def __init__(self, model: Model, x: npt.NDArray[np.float32]) -> None:
+    def __init__(self, model: Model, x: npt.NDArray[Any], features: Features | None = None) -> None:
         shape = tuple(model.architecture.input_shape)
         if x.ndim == 0 or x.shape[1:] != shape or len(x) < 2:
             raise DataError("calibration samples", expected=("2 or more", *shape), got=x.shape)
         # The order decides the last bits of a mean, so it must not depend on how a file was read.
         rows = np.array(sorted(range(len(x)), key=lambda i: x[i].tobytes()))
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLES)).astype(np.int64)]
-        self._x = np.ascontiguousarray(x[chosen], np.float32)
-        self._architecture = model.architecture
+        self._x = np.ascontiguousarray(x[chosen])
+        features = features or Features()
+        kept = Features(frozen=features.frozen, trainable=features.trainable)
+        frozen = frozen_tensors(model.architecture, kept, model.frozen)
+        self._trained = [t.name for t in model.architecture.trainable if t.name not in frozen]
+        self._statistics = [t.name for t in model.architecture.statistics if t.name not in frozen]
         graph = model.graph.copy()
         for node in graph.nodes:
             if node.op == "BatchNormalization":
                 node.attrs["momentum"] = 0.0  # The batch's statistics alone, whatever share a training step keeps.
-        self._session = Session(training_graph(replace(model, graph=graph), Features()).to_bytes(), training=True)
+        self._session = Session(training_graph(replace(model, graph=graph), kept).to_bytes(), training=True)
 
     def __call__(self, tensors: Tensors) -> Tensors:
         """The same model with statistics of these samples; weights stay as they are, bit for bit.
@@ -57,12 +64,10 @@ class Calibration:
         Raises:
             ModelError: An operator fails.
         """
-        names = [t.name for t in self._architecture.statistics]
+        names = self._statistics
         if not names:
             return tensors
-        feeds = dict(tensors) | {
-            step.buffer(t.name): np.zeros_like(tensors[t.name]) for t in self._architecture.trainable
-        }
+        feeds = dict(tensors) | {step.buffer(n): np.zeros_like(tensors[n]) for n in self._trained}
         feeds |= {k: np.array(0, np.float32) for k in (step.LR, step.MOMENTUM, step.WEIGHT_DECAY)}
         feeds |= {step.X: self._x, step.Y: np.zeros(len(self._x), np.int64)}
         feeds |= {n: np.zeros_like(tensors[n]) for n in names}

@@ -12,9 +12,17 @@ TITLE = "FedAvg"
 def fedavg(job: Job) -> Job:
     """The job that trains the whole model on every device, with plain local training and the plain mean.
 
-    Seed, rounds, devices, participation, deadline, steps, batch and optimiser are the given job's.
+    Seed, rounds, devices, participation, deadline, steps, batch, loss, optimiser and what is frozen are those of the
+    given job.
     """
-    plain = replace(job.recipe, proximal=0.0, logit_adjustment=False, mask_absent_classes=False, balance_classes=False)
+    plain = replace(
+        job.recipe,
+        proximal=0.0,
+        logit_adjustment=False,
+        mask_absent_classes=False,
+        balance_classes=False,
+        ordered_dropout=(),
+    )
     return replace(
         job,
         name="fedavg",

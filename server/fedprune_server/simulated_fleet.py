@@ -80,10 +80,10 @@ def read_plan(path: Path, *, reference: bool = False, seed: int | None = None, r
     evaluation, calibration = None, None
     if config.evaluation is not None:
         with _named(f"{path}: [evaluation] data"):
-            evaluation = load_evaluation(config.evaluation, model.architecture)
+            evaluation = load_evaluation(config.evaluation, model, job.recipe.loss)
     if config.calibration is not None:
         with _named(f"{path}: [calibration] data"):
-            calibration = load_calibration(config.calibration, model.architecture)
+            calibration = load_calibration(config.calibration, model)
     return Plan(job.name, job, fedavg(job) if reference else None, model, devices, evaluation, calibration, dropouts)
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune import tensorfile
-from fedprune.architecture import Architecture
 from fedprune.blobs import BlobStore
 from fedprune.coordination import Phase, State
 from fedprune.disk import storage_errors
@@ -101,10 +100,11 @@ class StateFolder:
         known = self.storage.settings()
         raw, name = self._model_bytes(config, known)
         model = import_onnx(raw, name)
-        evaluation = None if config.evaluation is None else load_evaluation(config.evaluation, model.architecture)
-        calibration = None
+        evaluation = calibration = None
+        if config.evaluation is not None:
+            evaluation = load_evaluation(config.evaluation, model, config.job.recipe.loss)
         if config.calibration is not None:
-            calibration = load_calibration(config.calibration, model.architecture)
+            calibration = load_calibration(config.calibration, model)
         settings = {
             "job": config.job.to_dict(),
             "name": name,
@@ -197,19 +197,22 @@ def stored_config(folder: Path, config: ServerConfig, chosen: Mapping[str, Any])
     return with_stored(config, known.get("server", {}), chosen)
 
 
-def load_evaluation(source: str, architecture: Architecture) -> Evaluation:
+def load_evaluation(source: str, model: Model, loss: str) -> Evaluation:
     """The server's own samples: `x_test` and `y_test` where a file has them, else all samples.
 
     Args:
         source: A `.npz` file or `package.module:function`, as devices' data.
-        architecture: The model that will be measured.
+        model: The model that will be measured.
+        loss: What it is trained with.
 
     Raises:
         DataError: The data can't be read or doesn't fit the model.
     """
     data = load_data(source)
     try:
-        data.check(architecture.classes, architecture.input_shape)
+        data.check(
+            model.architecture.classes, model.architecture.input_shape, loss=loss, token_ids=_takes_token_ids(model)
+        )
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     if len(data.y_test) and _has_test_split(Path(source)):
@@ -219,17 +222,21 @@ def load_evaluation(source: str, architecture: Architecture) -> Evaluation:
     return np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
 
 
-def load_calibration(source: str, architecture: Architecture) -> npt.NDArray[np.float32]:
+def load_calibration(source: str, model: Model) -> npt.NDArray[Any]:
     """Samples for batch-norm statistics: `x_test` where the source has it, else all of `x`; labels are not needed.
 
     Args:
         source: A `.npz` file or `package.module:function`, as devices' data.
-        architecture: The model whose statistics will be measured.
+        model: The model whose statistics will be measured.
 
     Raises:
         DataError: The samples can't be read or don't fit the model.
     """
-    return load_inputs(source, tuple(architecture.input_shape))
+    return load_inputs(source, tuple(model.architecture.input_shape), token_ids=_takes_token_ids(model))
+
+
+def _takes_token_ids(model: Model) -> bool:
+    return model.graph.inputs[0].dtype.kind == "i"
 
 
 def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes]:

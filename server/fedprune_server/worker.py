@@ -27,7 +27,8 @@ from fedprune.scoring import random_ranks, ranks, score
 from fedprune.selection import Selection, Tensors
 from fedprune.session import Session
 from fedprune.wire.fields import one_line
-from fedprune_device.predictor import cross_entropy
+from fedprune_device.labels import targets
+from fedprune_device.losses import data_loss, hits
 from fedprune_export.cut import at_widths
 from fedprune_export.graph import Port
 from fedprune_export.imported import Model
@@ -36,8 +37,8 @@ from fedprune_export.training import training_graph
 from fedprune_server.calibration import Calibration
 from fedprune_server.workshop import Work
 
-Evaluation = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
-"""Samples and labels of the server's own set."""
+Evaluation = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+"""Samples and labels of the server's own set, as `LocalData` has them."""
 
 log = logging.getLogger("fedprune.server")
 
@@ -52,7 +53,8 @@ class Worker:
         job: The job's settings.
         model: The imported model; its weights are where the job starts.
         store: Where blobs are read and put.
-        evaluation: The server's set; without it `Evaluated` carries no metrics. One that isn't finite is left out.
+        evaluation: The server's set; without it `Evaluated` carries no metrics. One that isn't finite is left out, and
+            there is no accuracy where numbers are predicted.
         calibration: Samples on which every global model's batch-norm statistics are measured anew, if any.
     """
 
@@ -69,7 +71,7 @@ class Worker:
         self.architecture = model.architecture
         self.store = store
         self.evaluation = evaluation
-        self._calibration = None if calibration is None else Calibration(model, calibration)
+        self._calibration = None if calibration is None else Calibration(model, calibration, job.recipe.features)
         self._training: dict[str, Any] | None = None
         self._inference: OrderedDict[tuple[int, ...], dict[str, Any]] = OrderedDict()
         self._tensors: tuple[str, Tensors] | None = None
@@ -215,19 +217,25 @@ class Worker:
     def _evaluate(self, command: do.Evaluate) -> on.Evaluated:
         if self.evaluation is None:
             return on.Evaluated(command.round, {})
+        recipe, outputs = self.job.recipe, self.architecture.classes
         x, y = self.evaluation
+        y = targets(y, recipe.loss, outputs)
         run = self._evaluator(command.model)
-        hits, loss = 0, 0.0
+        terms = {step.HUBER_DELTA: np.array(recipe.huber_delta)}
+        right: list[npt.NDArray[np.bool_]] = []
+        loss = 0.0
         with np.errstate(over="ignore", invalid="ignore"):  # a diverged model has no loss, and that is no error
             for at in range(0, len(x), _EVALUATION_BATCH):
                 labels = y[at : at + _EVALUATION_BATCH]
                 logits = run(x[at : at + _EVALUATION_BATCH])
-                hits += int((logits.argmax(axis=1) == labels).sum())
-                loss += cross_entropy(logits, labels, {}) * len(labels)
-        metrics = {"accuracy": hits / len(x), "loss": loss / len(x), "samples": float(len(x))}
+                found = hits(recipe.loss, logits, labels)
+                right += [] if found is None else [found]
+                loss += data_loss(recipe.loss, logits, labels, terms) * len(labels)
+        metrics = {"accuracy": float(np.mean(np.concatenate(right)))} if right else {}
+        metrics |= {"loss": loss / len(x), "samples": float(len(x))}
         return on.Evaluated(command.round, {k: v for k, v in metrics.items() if math.isfinite(v)})
 
-    def _evaluator(self, model: str) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
+    def _evaluator(self, model: str) -> Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]]:
         """A function from samples to logits of the global model.
 
         The weights are inputs of the graph, so that one session serves every round.
@@ -238,7 +246,7 @@ class Worker:
             self._session = Session(graph.to_bytes())
         session, weights = self._session, self._global(model)
 
-        def run(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        def run(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
             logits: npt.NDArray[np.float32] = session.run({step.X: x, **weights}, [step.LOGITS])[step.LOGITS]
             return logits
 

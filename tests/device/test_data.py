@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.errors import DataError
-from fedprune_device.data import LocalData, class_presence, class_weights, load_data, load_inputs, log_prior
+from fedprune_device.data import LocalData, load_data, load_inputs
+from fedprune_device.labels import class_presence, class_weights, log_prior
 
 pytestmark = pytest.mark.board
 
@@ -93,7 +94,12 @@ def test_a_function_of_the_user_is_called_with_what_it_takes(tmp_path: Path, mon
         ({"x": X}, "'y' is missing"),
         ({"x": X, "y": Y[:-1]}, "number of labels"),
         ({"x": X.astype(np.uint8), "y": Y}, "float32"),
-        ({"x": X, "y": Y.astype(np.float32)}, "whole numbers"),
+        ({"x": X, "y": Y.astype(str)}, "whole numbers"),
+        ({"x": X, "y": Y.reshape(20, 1, 1)}, "whole numbers"),
+        ({"x": X, "y": Y * np.nan}, "labels hold numbers that are not finite: got sample 0"),
+        ({"x": X.astype(int) - 50, "y": Y}, "negative token id: expected 0 or more, got -50"),
+        ({"x": X, "y": Y, "x_test": X, "y_test": Y * 1.0}, "type of test labels"),
+        ({"x": X, "y": Y, "x_test": X.astype(int), "y_test": Y}, "type of test inputs"),
         ({"x": X, "y": Y - 1}, "negative"),
         ({"x": X[:, 0], "y": Y}, r"\[n, ...\]"),
         ({"x": np.where(X == 8, np.nan, X), "y": Y}, "not finite"),

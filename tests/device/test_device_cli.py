@@ -15,7 +15,8 @@ from fedprune.probe_report import ProbeReport
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
 from fedprune_device import cli
-from fedprune_device.data import LocalData, log_prior
+from fedprune_device.data import LocalData
+from fedprune_device.labels import log_prior
 from fedprune_device.slots import Serving
 from fedprune_device.store import DeviceStore
 

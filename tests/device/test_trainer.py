@@ -9,7 +9,8 @@ from fedprune.chance import keyed
 from fedprune.errors import DataError, ModelError, TrainingError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
-from fedprune_device.data import LocalData, class_presence, class_weights, log_prior
+from fedprune_device.data import LocalData
+from fedprune_device.labels import class_presence, class_weights, log_prior
 from fedprune_device.trainer import Trainer, TrainingResult, TrainingStoppedError
 
 pytestmark = pytest.mark.board

@@ -56,6 +56,7 @@ class Session:
         self.inputs: dict[str, tuple[str, tuple[int | str | None, ...]]] = {
             i.name: (i.type, tuple(i.shape)) for i in self._session.get_inputs()
         }
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:

@@ -21,7 +21,9 @@ MAX_DEPTH = 8
 MAX_METRICS = 64
 
 ACCURACY_AFTER = "accuracy_after"
-"""Metric of an update: accuracy on the device's own test samples after its training; tables and figures show it."""
+LOSS_AFTER = "loss_after"
+"""Metrics of an update: accuracy (where classes are predicted) and loss on the device's own test samples after its
+training; tables and figures show them."""
 
 _METRIC = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
 

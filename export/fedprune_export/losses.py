@@ -1,0 +1,176 @@
+"""Losses of a training step, with their gradient by the logits: torch's functions of the same names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedprune import step
+from fedprune.recipe import Features
+from fedprune_export.gradients.tape import BATCH, Shape, port
+from fedprune_export.graph import Graph
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A loss: Σ row·weight over the divisor.
+
+    Attributes:
+        row: Loss of every sample [N, 1].
+        slope: Its gradient by the sample's logits [N, K].
+        weight: The samples' weights [N, 1], or empty.
+        divisor: What the sum is divided by, or empty for the number of samples.
+    """
+
+    row: str
+    slope: str
+    weight: str = ""
+    divisor: str = ""
+
+
+def target_shape(features: Features, outputs: int) -> tuple[Shape, np.dtype[np.generic]]:
+    """Shape and type of the labels."""
+    if features.loss == "cross_entropy":
+        return (BATCH,), np.dtype(np.int64)
+    return (BATCH, outputs), np.dtype(np.float32)
+
+
+def write_loss(g: Graph, logits: str, outputs: int, features: Features) -> str:
+    """Write the loss and what else is known of a batch's outputs.
+
+    Args:
+        g: The training graph; its inputs and outputs grow.
+        logits: The model's output [N, K].
+        outputs: K.
+        features: Which loss, and what of it.
+
+    Returns:
+        The gradient of the loss by the logits.
+    """
+    present = ""
+    if features.logit_offset:
+        g.inputs.append(port(step.LOGIT_OFFSET, (outputs,)))
+        logits = g.emit("Add", logits, step.LOGIT_OFFSET)
+    if features.class_mask:
+        g.inputs.append(port(step.CLASS_MASK, (outputs,)))
+        present = g.emit("Greater", step.CLASS_MASK, g.scalar(0))
+        logits = g.emit("Where", present, logits, g.scalar(0))
+    if features.class_weight:
+        g.inputs.append(port(step.CLASS_WEIGHT, (outputs,)))
+    parts = _LOSSES[features.loss](g, logits, outputs, features)
+    share = _share(g, parts, features)
+    g.emit("ReduceSum", g.emit("Mul", parts.row, share), attrs={"keepdims": 0}, out=step.LOSS)
+    if features.sample_losses:
+        row = g.emit("Mul", parts.row, parts.weight) if parts.weight else parts.row
+        g.emit("Squeeze", row, g.ints(1), out=step.SAMPLE_LOSSES)
+        g.outputs.append(port(step.SAMPLE_LOSSES, (BATCH,)))
+    gradient = g.emit("Mul", parts.slope, share)
+    # Logits of masked classes were replaced, so that no gradient passes them.
+    return g.emit("Where", present, gradient, g.scalar(0)) if present else gradient
+
+
+def _share(g: Graph, parts: _Parts, features: Features) -> str:
+    """By what a sample's loss is multiplied: [N, 1] or []."""
+    divisor = parts.divisor
+    if features.accumulate:
+        g.inputs.append(port(step.DIVISOR, ()))
+        divisor = step.DIVISOR
+    if parts.weight:
+        return g.emit("Div", parts.weight, divisor)
+    if not divisor:
+        batch = g.emit("Gather", g.emit("Shape", step.Y), g.constant(0, np.int64))
+        divisor = g.emit("Cast", batch, attrs={"to": 1})
+    return g.emit("Reciprocal", divisor)
+
+
+def _cross_entropy(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
+    """Cross-entropy with class labels; hits are samples whose largest logit is their label's.
+
+    With smoothing ε, a_c = (1 − ε)·w_y·[c = y] + ε/K·w_c: the loss is −Σ a_c·log p_c, its slope p·Σa − a.
+    """
+    label = g.emit("Unsqueeze", step.Y, g.ints(1))
+    is_label = g.emit("Equal", label, g.constant(np.arange(outputs)[None], np.int64))
+    log_probability = g.emit("LogSoftmax", logits, attrs={"axis": 1})
+    probability = g.emit("Softmax", logits, attrs={"axis": 1})
+    expected = g.emit("Cast", is_label, attrs={"to": 1})
+    guess = g.emit("ArgMax", logits, attrs={"axis": 1, "keepdims": 0})
+    _count_hits(g, g.emit("Equal", guess, step.Y))
+    weight = divisor = ""
+    if features.class_weight:
+        weight = g.emit("Gather", step.CLASS_WEIGHT, label)
+        divisor = g.emit("ReduceSum", weight, attrs={"keepdims": 0})
+    if not features.label_smoothing:
+        own = g.emit("Where", is_label, log_probability, g.scalar(0))
+        row = g.emit("Neg", g.emit("ReduceSum", own, g.ints(1), attrs={"keepdims": 1}))
+        return _Parts(row, g.emit("Sub", probability, expected), weight, divisor)
+    g.inputs.append(port(step.LABEL_SMOOTHING, ()))
+    kept = g.emit("Sub", g.scalar(1), step.LABEL_SMOOTHING)
+    spread = g.emit("Div", step.LABEL_SMOOTHING, g.scalar(outputs))
+    if weight:
+        kept = g.emit("Mul", kept, weight)
+        spread = g.emit("Mul", spread, step.CLASS_WEIGHT)
+    aim = g.emit("Add", g.emit("Mul", expected, kept), spread)
+    row = g.emit("Neg", g.emit("ReduceSum", g.emit("Mul", aim, log_probability), g.ints(1), attrs={"keepdims": 1}))
+    whole = g.emit("ReduceSum", aim, g.ints(1), attrs={"keepdims": 1})
+    return _Parts(row, g.emit("Sub", g.emit("Mul", probability, whole), aim), "", divisor)
+
+
+def _bce(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
+    """Binary cross-entropy of every label, from logits; hits are labels on whose side of 0 the logit is.
+
+    With e = exp(−|x|) and positive weight p, l = 1 + (p − 1)·y: (1 − y)·x + l·(log(1 + e) + max(−x, 0)), with slope
+    (1 − y) − l·(1 − σ(x)).
+    """
+    zero, one = g.scalar(0), g.scalar(1)
+    e = g.emit("Exp", g.emit("Neg", g.emit("Abs", logits)))
+    away = g.emit("Add", one, e)
+    # log(1 + e) where the sum rounds e off: log(u)·e/(u − 1), in which the rounding of u cancels.
+    rounded = g.emit("Sub", away, one)
+    lost = g.emit("Equal", rounded, zero)
+    exact = g.emit("Div", g.emit("Mul", g.emit("Log", away), e), g.emit("Where", lost, one, rounded))
+    soft = g.emit("Add", g.emit("Where", lost, e, exact), g.emit("Relu", g.emit("Neg", logits)))
+    positive = g.emit("Greater", logits, zero)
+    # 1 − σ(x) without a difference, so that its tail keeps its digits.
+    rest = g.emit("Div", g.emit("Where", positive, e, one), away)
+    absent = g.emit("Sub", one, step.Y)
+    if features.class_weight:
+        load = g.emit("Add", one, g.emit("Mul", g.emit("Sub", step.CLASS_WEIGHT, one), step.Y))
+        soft, rest = g.emit("Mul", load, soft), g.emit("Mul", load, rest)
+        slope = g.emit("Sub", absent, rest)
+    else:
+        sigma = g.emit("Div", g.emit("Where", positive, one, e), away)
+        slope = g.emit("Sub", sigma, step.Y)
+    each = g.emit("Add", g.emit("Mul", absent, logits), soft)
+    _count_hits(g, g.emit("Equal", positive, g.emit("Greater", step.Y, g.scalar(0.5))))
+    return _mean(g, each, slope, outputs)
+
+
+def _mse(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
+    """Squared error of every output: d², slope 2·d."""
+    d = g.emit("Sub", logits, step.Y)
+    return _mean(g, g.emit("Mul", d, d), g.emit("Mul", d, g.scalar(2)), outputs)
+
+
+def _huber(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
+    """Huber's error of every output: with c = min(|d|, δ) it is c·(|d| − c/2), its slope d within ±δ."""
+    g.inputs.append(port(step.HUBER_DELTA, ()))
+    d = g.emit("Sub", logits, step.Y)
+    size = g.emit("Abs", d)
+    c = g.emit("Min", size, step.HUBER_DELTA)
+    each = g.emit("Mul", c, g.emit("Sub", size, g.emit("Mul", c, g.scalar(0.5))))
+    return _mean(g, each, g.emit("Mul", g.emit("Sign", d), c), outputs)
+
+
+_LOSSES = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse, "huber": _huber}
+
+
+def _mean(g: Graph, each: str, slope: str, outputs: int) -> _Parts:
+    """Every sample's mean over its outputs."""
+    row = g.emit("ReduceMean", each, attrs={"axes": [1], "keepdims": 1})
+    return _Parts(row, g.emit("Mul", slope, g.scalar(1 / outputs)))
+
+
+def _count_hits(g: Graph, right: str) -> None:
+    g.emit("ReduceSum", g.emit("Cast", right, attrs={"to": 7}), attrs={"keepdims": 0}, out=step.HITS)
+    g.outputs.append(port(step.HITS, (), np.int64))

@@ -1,0 +1,153 @@
+"""From gradients to the next weights: proximal pull, clipping, and the optimisers of torch.optim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedprune import step
+from fedprune.recipe import Features
+from fedprune_export.gradients.tape import Shape, Tape, port
+from fedprune_export.graph import Graph
+
+_CLIP_EPSILON = 1e-6
+"""torch.nn.utils.clip_grad_norm_ adds it to the norm."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A tensor that is trained, and its symbolic shape."""
+
+    name: str
+    shape: Shape
+
+
+def add_inputs(g: Graph, tensors: Sequence[Trained], features: Features) -> None:
+    """Give the graph the inputs of the optimiser: its numbers, and what every tensor brings besides itself."""
+    g.inputs.append(port(step.LR, ()))
+    if features.optimizer == "sgd":
+        g.inputs.append(port(step.MOMENTUM, ()))
+    g.inputs.append(port(step.WEIGHT_DECAY, ()))
+    if features.optimizer != "sgd":
+        g.inputs += [port(step.BETA1, (), np.float64), port(step.BETA2, (), np.float64), port(step.EPSILON, ())]
+        g.inputs.append(port(step.STEP_NUMBER, (), np.int64))
+    if features.clip:
+        g.inputs.append(port(step.CLIP_NORM, ()))
+    arrays = [*step.states(features.optimizer)]
+    arrays += [step.anchor] * features.proximal + [step.mask] * features.element_mask
+    arrays += [step.total] * features.accumulate + [step.squares] * features.squares
+    for tensor in tensors:
+        g.inputs += [port(array(tensor.name), tensor.shape) for array in arrays]
+        if features.proximal:
+            g.inputs.append(port(step.strength(tensor.name), ()))
+
+
+def write_updates(g: Graph, tape: Tape, tensors: Sequence[Trained], features: Features) -> None:
+    """Write every tensor's next value and state from the gradients on the tape."""
+    gradients = [_objective(g, tape, tensor, features) for tensor in tensors]
+    if features.clip:
+        gradients = _clipped(g, gradients)
+    update = _sgd(g) if features.optimizer == "sgd" else _adam(g, decoupled=features.optimizer == "adamw")
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        name = tensor.name
+        mask = step.mask(name) if features.element_mask else ""
+        change = update(name, gradient, mask)
+        target = step.following(name)
+        if mask:
+            kept = g.emit("Greater", mask, g.scalar(0))
+            g.emit("Where", kept, g.emit("Sub", name, change), name, out=target)
+        else:
+            g.emit("Sub", name, change, out=target)
+        arrays = [name, *(state(name) for state in step.states(features.optimizer))]
+        g.outputs += [port(step.following(n), tensor.shape) for n in arrays]
+
+
+def _objective(g: Graph, tape: Tape, tensor: Trained, features: Features) -> str:
+    """The gradient of the whole objective by a tensor; sums and squares of the data loss's alone."""
+    name, shape = tensor.name, tensor.shape
+    gradient = tape.gradient(name) or g.emit("ConstantOfShape", tape.shape_of(name))
+    if features.accumulate:
+        so_far = step.following(step.total(name))
+        gradient = g.emit("Add", step.total(name), gradient, out=so_far)
+        g.outputs.append(port(so_far, shape))
+    if features.squares:
+        seen = g.emit("Mul", gradient, step.mask(name)) if features.element_mask else gradient
+        so_far = step.following(step.squares(name))
+        g.emit("Add", step.squares(name), g.emit("Mul", seen, seen), out=so_far)
+        g.outputs.append(port(so_far, shape))
+    if features.proximal:
+        pull = g.emit("Mul", g.emit("Sub", name, step.anchor(name)), step.strength(name))
+        gradient = g.emit("Add", gradient, pull)
+    if features.element_mask:
+        gradient = g.emit("Mul", gradient, step.mask(name))
+    if features.gradients:
+        gradient = g.emit("Identity", gradient, out=step.gradient(name))
+        g.outputs.append(port(step.gradient(name), shape))
+    return gradient
+
+
+def _clipped(g: Graph, gradients: Sequence[str]) -> list[str]:
+    """All gradients times min(1, clip_norm / (norm + 1e-6)), with the norm of all of them together."""
+    squares = [g.emit("ReduceSumSquare", x, attrs={"keepdims": 0}) for x in gradients]
+    norm = g.emit("Sqrt", g.emit("Sum", *squares))
+    share = g.emit("Div", step.CLIP_NORM, g.emit("Add", norm, g.scalar(_CLIP_EPSILON)))
+    share = g.emit("Min", share, g.scalar(1))
+    return [g.emit("Mul", x, share) for x in gradients]
+
+
+_Update = Callable[[str, str, str], str]
+"""Takes a tensor, its gradient and its mask (or nothing), writes its state and returns what it loses."""
+
+
+def _decayed(g: Graph, name: str, gradient: str, mask: str) -> str:
+    """g + wd · w, where the mask lets it."""
+    out = g.emit("Add", gradient, g.emit("Mul", name, step.WEIGHT_DECAY))
+    return g.emit("Mul", out, mask) if mask else out
+
+
+def _sgd(g: Graph) -> _Update:
+    """g += wd · w; buf = m · buf + g; w −= lr · buf (torch.optim.SGD)."""
+
+    def update(name: str, gradient: str, mask: str) -> str:
+        gradient = _decayed(g, name, gradient, mask)
+        old = g.emit("Mul", step.buffer(name), step.MOMENTUM)
+        moved = g.emit("Add", old, gradient, out=step.following(step.buffer(name)))
+        return g.emit("Mul", moved, step.LR)
+
+    return update
+
+
+def _adam(g: Graph, *, decoupled: bool) -> _Update:
+    """torch.optim.Adam, with `decoupled` torch.optim.AdamW.
+
+    g += wd · w (Adam only); m = β1·m + (1 − β1)·g; v = β2·v + (1 − β2)·g²;
+    w −= lr/(1 − β1^t) · m / (√v/√(1 − β2^t) + ε), with AdamW also lr · wd · w.
+    """
+
+    def single(value: str) -> str:
+        return g.emit("Cast", value, attrs={"to": 1})
+
+    # Numbers near 1 lose too many digits in float32 differences.
+    number, one = g.emit("Cast", step.STEP_NUMBER, attrs={"to": 11}), g.constant(1, np.float64)
+    keep1, keep2 = single(step.BETA1), single(step.BETA2)
+    take1, take2 = (single(g.emit("Sub", one, beta)) for beta in (step.BETA1, step.BETA2))
+    bias1, bias2 = (g.emit("Sub", one, g.emit("Pow", beta, number)) for beta in (step.BETA1, step.BETA2))
+    pace = single(g.emit("Div", g.emit("Cast", step.LR, attrs={"to": 11}), bias1))
+    root = single(g.emit("Sqrt", bias2))
+    shrink = g.emit("Mul", step.LR, step.WEIGHT_DECAY) if decoupled else ""
+
+    def update(name: str, gradient: str, mask: str) -> str:
+        if not decoupled:
+            gradient = _decayed(g, name, gradient, mask)
+        first, second = step.buffer(name), step.second(name)
+        fresh = g.emit("Mul", gradient, take1)
+        mean = g.emit("Add", g.emit("Mul", first, keep1), fresh, out=step.following(first))
+        fresh = g.emit("Mul", g.emit("Mul", gradient, gradient), take2)
+        square = g.emit("Add", g.emit("Mul", second, keep2), fresh, out=step.following(second))
+        spread = g.emit("Add", g.emit("Div", g.emit("Sqrt", square), root), step.EPSILON)
+        change = g.emit("Mul", g.emit("Div", mean, spread), pace)
+        return g.emit("Add", change, g.emit("Mul", name, shrink)) if decoupled else change
+
+    return update
