@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.errors import ModelError
 from fedprune.session import Session
-from fedprune_export.gradients import convolutions, depthwise
-from fedprune_export.gradients.convolutions import Formulation
+from fedprune_export.gradients import dense, depthwise
+from fedprune_export.gradients.dense import Formulation
 from fedprune_export.gradients.tape import Tape
 from fedprune_export.gradients.windows import Window
 from fedprune_export.graph import Graph, Port
@@ -263,7 +263,7 @@ def test_every_formulation_of_a_convolution(weight_gradient: Any, forward: Any, 
     for input_gradient in kinds:
         chosen = Formulation(forward, input_gradient, weight_gradient)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(convolutions, "formulation", lambda *_, chosen=chosen: chosen)
+            patch.setattr(dense, "formulation", lambda *_, chosen=chosen: chosen)
             check_convolution(case)
 
 
@@ -339,9 +339,9 @@ def test_layers_of_common_shapes_keep_their_formulations() -> None:
         out = (size + 2 * pad - k) // stride + 1
         return Window((size,) * 2, (k,) * 2, (stride,) * 2, (1, 1), ((pad, pad),) * 2, (out,) * 2)
 
-    assert convolutions.formulation(square(32, 3, 1), 16) == Formulation("operator", "flipped", "taps")
-    assert convolutions.formulation(square(4, 3, 1), 64) == Formulation("operator", "flipped", "columns")
-    assert convolutions.formulation(square(2, 3, 1), 64) == Formulation("columns", "columns", "columns")
-    assert convolutions.formulation(square(28, 5, 0), 1).weight_gradient == "convolution"
-    assert convolutions.formulation(square(14, 5, 2), 32) == Formulation("operator", "transposed", "taps")
-    assert convolutions.formulation(square(32, 3, 1, 2), 16).input_gradient == "transposed"
+    assert dense.formulation(square(32, 3, 1), 16) == Formulation("operator", "flipped", "taps")
+    assert dense.formulation(square(4, 3, 1), 64) == Formulation("operator", "flipped", "columns")
+    assert dense.formulation(square(2, 3, 1), 64) == Formulation("columns", "columns", "columns")
+    assert dense.formulation(square(28, 5, 0), 1).weight_gradient == "convolution"
+    assert dense.formulation(square(14, 5, 2), 32) == Formulation("operator", "transposed", "taps")
+    assert dense.formulation(square(32, 3, 1, 2), 16).input_gradient == "transposed"

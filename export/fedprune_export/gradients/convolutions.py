@@ -1,255 +1,155 @@
-"""Gradient rules of convolutions.
+"""Gradient rules of convolutions and transposed convolutions.
 
-Each layer's forward, input gradient and weight gradient has several formulations that give the same numbers;
-which one is fast depends on the layer's shape. `formulation` chooses.
+One is the other's pull-back, so both need the same three maps, in other roles.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Protocol
 
-from fedprune_export.gradients.grouped import grouped
-from fedprune_export.gradients.tape import Pull, Shape, Tape, rule
-from fedprune_export.gradients.windows import Window, leftovers, window
-from fedprune_export.graph import Graph, Node
+from fedprune.errors import ModelError
+from fedprune_export.gradients.dense import Dense
+from fedprune_export.gradients.depthwise import Depthwise
+from fedprune_export.gradients.grouped import Grouped
+from fedprune_export.gradients.tape import Dim, Pull, Tape, describe, rule
+from fedprune_export.gradients.windows import Window, window
+from fedprune_export.graph import Node
 
 
-@dataclass(frozen=True)
-class Formulation:
-    """How one convolution is computed.
+class Convolution(Protocol):
+    """A convolution with its window and kernel: three maps, each linear in what it is given.
 
-    Attributes:
-        forward: The operator, or one matrix product over columns (all windows of the whole batch, channels first).
-        input_gradient: A convolution with the flipped kernel, a transposed convolution, or a product over columns.
-        weight_gradient: One product per kernel element, one over columns, or a convolution with dy as its kernel.
+    x is what a window slides over, [N, inputs, ...]; y has one place per position of the window, [N, outputs, ...].
+    A bias is a list of one vector, or empty.
     """
 
-    forward: Literal["operator", "columns"]
-    input_gradient: Literal["flipped", "transposed", "columns"]
-    weight_gradient: Literal["taps", "columns", "convolution"]
+    def apply(self, x: str, bias: list[str]) -> str:
+        """Y = x ∗ kernel + bias."""
+
+    def back(self, dy: str, bias: list[str]) -> str:
+        """The gradient of x, which is a transposed convolution, + bias."""
+
+    def kernel_gradient(self, x: str, dy: str) -> str:
+        """The gradient of the kernel."""
 
 
-_TINY_MAP, _SMALL_MAP, _LARGE_KERNEL, _IMAGE_CHANNELS = 4, 64, 25, 3
-"""Where one formulation overtakes another: measured with LeNet, VGG11 and ResNet20 on x86 (`benchmarks/step.py`)."""
-
-
-def formulation(w: Window, channels: int) -> Formulation:
-    """The formulation for a layer.
+def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[Dim, Dim]) -> Convolution:
+    """How a layer is computed.
 
     Args:
-        w: The layer's window.
-        channels: Its input channels at full width.
+        tape: The tape.
+        node: The layer; its second input is the kernel.
+        w: The window.
+        number: How many groups there are.
+        lengths: Inputs and outputs of a group.
     """
-    area, elements = math.prod(w.output), math.prod(w.kernel)
-    fits = all(p <= d * (k - 1) for pad, d, k in zip(w.pads, w.dilations, w.kernel, strict=True) for p in pad)
-    plain = all(s == 1 for s in w.strides) and fits
-    if plain and area <= _TINY_MAP and elements > 1:
-        return Formulation("columns", "columns", "columns")
-    large = elements >= _LARGE_KERNEL
-    if large and channels <= _IMAGE_CHANNELS:
-        weight: Literal["taps", "columns", "convolution"] = "convolution"
-    else:
-        weight = "taps" if area >= _SMALL_MAP else "columns"
-    return Formulation("operator", "flipped" if plain and not large else "transposed", weight)
+    kernel, shape = tape.value(node.inputs[1]), tape.shape(node.inputs[1])
+    if int(node.attrs.get("group", 1)) == 1:
+        return Dense(tape, w, kernel, shape)
+    if lengths == (1, 1):
+        return Depthwise(tape, w, kernel)
+    return Grouped(tape, w, kernel, shape, number, lengths, tape.shape(node.inputs[0])[0])
 
 
 @rule("Conv")
 def conv(tape: Tape, node: Node) -> Pull:
-    """Y = x ∗ w + b in one or more dimensions."""
-    if int(node.attrs.get("group", 1)) != 1:
-        return grouped(tape, node)
-    return _Convolution(tape, node).write()
+    """Y = x ∗ w + b in one or more dimensions, in any number of groups.
+
+    Raises:
+        ModelError: Groups don't keep equally many channels, or the size of the map varies.
+    """
+    data, weight = node.inputs[:2]
+    w = window(tape, node, tape.static(node, tape.shape(weight)[2:]))
+    groups = int(node.attrs.get("group", 1))
+    number, taken = tape.blocks(node, data, 1, groups)
+    made = tape.blocks(node, weight, 0, groups)[1]
+    layer = convolution(tape, node, w, number, (taken, made))
+    x, bias = tape.value(data), _bias(tape, node)
+    y = layer.apply(x, bias)
+    tape.enter(node.outputs[0], y, (tape.shape(data)[0], tape.shape(weight)[0], *w.output))
+
+    def pull(dy: str) -> None:
+        _pull_bias(tape, node, dy)
+        if tape.wants(weight):
+            tape.add(weight, layer.kernel_gradient(x, dy))
+        if tape.wants(data):
+            tape.add(data, layer.back(dy, []))
+
+    return pull
 
 
-class _Convolution:
-    """One convolution with a single group on the tape."""
+@rule("ConvTranspose")
+def conv_transpose(tape: Tape, node: Node) -> Pull:
+    """The pull-back of a convolution as a layer: its own pull-back is that convolution.
 
-    def __init__(self, tape: Tape, node: Node) -> None:
-        self.tape, self.node, self.g = tape, node, tape.graph
-        self.data, self.weight = node.inputs[:2]
-        self.bias = node.inputs[2] if len(node.inputs) > 2 else ""
-        self.x, self.kernel = tape.value(self.data), tape.value(self.weight)
-        shape, kernel = tape.shape(self.data), tape.shape(self.weight)
-        self.rank = len(shape) - 2
-        self.w = window(tape, node, tape.static(node, kernel[2:]))
-        self.shape: Shape = (shape[0], kernel[0], *self.w.output)
-        self.form = formulation(self.w, tape.extent(kernel[1]))
-        self._columns: str | None = None
+    Raises:
+        ModelError: Groups don't keep equally many channels, or the size of the map varies.
+    """
+    data, weight = node.inputs[:2]
+    w = transposed_window(tape, node)
+    groups = int(node.attrs.get("group", 1))
+    number, made = tape.blocks(node, data, 1, groups)
+    taken = tape.shape(weight)[1]
+    layer = convolution(tape, node, w, number, (taken, made))
+    x, bias = tape.value(data), _bias(tape, node)
+    y = layer.back(x, bias)
+    tape.enter(node.outputs[0], y, (tape.shape(data)[0], tape.product([number, taken]), *w.sizes))
 
-    def write(self) -> Pull:
-        """Write the forward pass."""
-        g, tape = self.g, self.tape
-        if self.form.forward == "columns":
-            flat = g.emit("MatMul", g.emit("Flatten", self.kernel, attrs={"axis": 1}), self.columns())
-            y = self.from_batch_last(flat, self.w.output)
-            if self.bias:
-                y = g.emit("Add", y, _column(g, tape.value(self.bias), self.rank))
-        else:
-            inputs = [self.x, self.kernel] + ([tape.value(self.bias)] if self.bias else [])
-            y = g.emit("Conv", *inputs, attrs=_attrs(self.w))
-        tape.enter(self.node.outputs[0], y, self.shape)
-        return self.pull
+    def pull(dy: str) -> None:
+        _pull_bias(tape, node, dy)
+        if tape.wants(weight):
+            tape.add(weight, layer.kernel_gradient(dy, x))
+        if tape.wants(data):
+            tape.add(data, layer.apply(dy, []))
 
-    def pull(self, dy: str) -> None:
-        """Write the backward pass."""
-        tape, g, form = self.tape, self.g, self.form
-        if self.bias and tape.wants(self.bias):
-            axes = g.ints(0, *range(2, self.rank + 2))
-            tape.add(self.bias, g.emit("ReduceSum", dy, axes, attrs={"keepdims": 0}))
-        if tape.wants(self.weight):
-            tape.add(self.weight, getattr(self, f"weight_by_{form.weight_gradient}")(dy))
-        if tape.wants(self.data):
-            tape.add(self.data, getattr(self, f"input_by_{form.input_gradient}")(dy))
-
-    # -- input gradient ---------------------------------------------------------------------------------------------
-
-    def flipped_kernel(self) -> str:
-        """The kernel with its channels swapped and its taps in reverse order."""
-        g, axes = self.g, range(2, self.rank + 2)
-        swapped = g.emit("Transpose", self.kernel, attrs={"perm": [1, 0, *axes]})
-        flip = [a for a in axes if self.w.kernel[a - 2] > 1]
-        if not flip:
-            return swapped
-        ones = [-1] * len(flip)
-        return g.emit("Slice", swapped, g.ints(*ones), g.ints(*[-(2**31)] * len(flip)), g.ints(*flip), g.ints(*ones))
-
-    def back_window(self) -> Window:
-        """The window of the convolution that gives the input's gradient (stride 1)."""
-        w = self.w
-        pads = tuple(
-            (d * (k - 1) - before, d * (k - 1) - after)
-            for (before, after), d, k in zip(w.pads, w.dilations, w.kernel, strict=True)
-        )
-        return Window(w.output, w.kernel, w.strides, w.dilations, pads, w.sizes)
-
-    def input_by_flipped(self, dy: str) -> str:
-        """A convolution of dy with the flipped kernel."""
-        return self.g.emit("Conv", dy, self.flipped_kernel(), attrs=_attrs(self.back_window()))
-
-    def input_by_columns(self, dy: str) -> str:
-        """The same as one matrix product."""
-        g = self.g
-        kernel = g.emit("Flatten", self.flipped_kernel(), attrs={"axis": 1})
-        flat = g.emit("MatMul", kernel, columns(g, dy, self.back_window()))
-        return self.from_batch_last(flat, self.w.sizes)
-
-    def input_by_transposed(self, dy: str) -> str:
-        """A transposed convolution, for strides."""
-        attrs = {**_attrs(self.w), "output_padding": leftovers(self.w)}
-        return self.g.emit("ConvTranspose", dy, self.kernel, attrs=attrs)
-
-    # -- weight gradient --------------------------------------------------------------------------------------------
-
-    def weight_by_taps(self, dy: str) -> str:
-        """One batched matrix product per kernel element, summed over the batch."""
-        g, w = self.g, self.w
-        rows = g.emit("Reshape", dy, g.ints(0, 0, -1))
-        # Channels last: a tap is then a copy of long runs, and the product needs no further transpose.
-        x = g.emit("Transpose", self.x, attrs={"perm": [0, *range(2, self.rank + 2), 1]})
-        products = []
-        for tap in taps(g, _padded(g, x, w, first=1), w, first=1):
-            flat = g.emit("Reshape", tap, g.ints(0, math.prod(w.output), -1)) if self.rank > 1 else tap
-            product = g.emit("MatMul", rows, flat)
-            products.append(g.emit("ReduceSum", product, g.ints(0), attrs={"keepdims": 0}))
-        total = g.emit("Concat", *products, attrs={"axis": 1}) if len(products) > 1 else products[0]
-        count = math.prod(w.kernel)
-        if count == 1:
-            return g.emit("Unsqueeze", total, g.ints(*range(2, self.rank + 2)))
-        apart = g.emit("Reshape", total, g.ints(0, count, -1))
-        return g.emit("Reshape", g.emit("Transpose", apart, attrs={"perm": [0, 2, 1]}), g.ints(0, 0, *w.kernel))
-
-    def weight_by_columns(self, dy: str) -> str:
-        """One matrix product over all windows of the batch."""
-        g = self.g
-        rows = g.emit("Flatten", _batch_last(g, dy, self.rank), attrs={"axis": 1})
-        flat = g.emit("Gemm", rows, self.columns(), attrs={"transB": 1})
-        return g.emit("Reshape", flat, g.ints(0, -1, *self.w.kernel))
-
-    def weight_by_convolution(self, dy: str) -> str:
-        """A convolution over the batch, with dy as the kernel."""
-        g, w = self.g, self.w
-        attrs: dict[str, Any] = {
-            "kernel_shape": list(w.output),
-            "strides": list(w.dilations),
-            "dilations": list(w.strides),
-            "pads": w.flat_pads,
-        }
-        swapped = g.emit("Conv", _channels_first(g, self.x, self.rank), _channels_first(g, dy, self.rank), attrs=attrs)
-        if any(rest >= d for rest, d in zip(leftovers(w), w.dilations, strict=True)):
-            axes = range(2, self.rank + 2)
-            swapped = g.emit("Slice", swapped, g.ints(*[0] * self.rank), g.ints(*w.kernel), g.ints(*axes))
-        return _channels_first(g, swapped, self.rank)
-
-    # -- columns ----------------------------------------------------------------------------------------------------
-
-    def columns(self) -> str:
-        """The input's windows, made once for forward and weight gradient."""
-        if self._columns is None:
-            self._columns = columns(self.g, self.x, self.w)
-        return self._columns
-
-    def from_batch_last(self, flat: str, sizes: tuple[int, ...]) -> str:
-        """[C, positions · N] as [N, C, ...]."""
-        g = self.g
-        apart = g.emit("Reshape", flat, g.ints(0, *sizes, -1))
-        return g.emit("Transpose", apart, attrs={"perm": [self.rank + 1, *range(self.rank + 1)]})
+    return pull
 
 
-def columns(g: Graph, x: str, w: Window) -> str:
-    """All windows of a whole batch: [C · taps, positions · N]. With the batch last, a tap is a copy of long runs."""
-    padded = _padded(g, _batch_last(g, x, len(w.sizes)), w, first=1)
-    parts = [g.emit("Unsqueeze", t, g.ints(1)) for t in taps(g, padded, w, first=1)]
-    stacked = g.emit("Concat", *parts, attrs={"axis": 1}) if len(parts) > 1 else parts[0]
-    return g.emit("Flatten", stacked, attrs={"axis": 2})
+def transposed_window(tape: Tape, node: Node) -> Window:
+    """The window of the convolution whose pull-back a node is: it slides over the node's output.
+
+    Raises:
+        ModelError: The input's spatial sizes vary, or nothing would be left of them.
+    """
+    output = tape.static(node, tape.shape(node.inputs[0])[2:])
+    kernel = tape.static(node, tape.shape(node.inputs[1])[2:])
+    rank = len(output)
+
+    def numbers(name: str, default: int) -> list[int]:
+        return [int(v) for v in node.attrs.get(name, [default] * rank)]
+
+    strides, dilations, rests = numbers("strides", 1), numbers("dilations", 1), numbers("output_padding", 0)
+    full = [
+        s * (n - 1) + d * (k - 1) + 1 + rest
+        for s, n, d, k, rest in zip(strides, output, dilations, kernel, rests, strict=True)
+    ]
+    mode = str(node.attrs.get("auto_pad", "NOTSET"))
+    pads: list[tuple[int, int]]
+    if "output_shape" in node.attrs or mode in ("SAME_UPPER", "SAME_LOWER"):
+        given = [int(v) for v in node.attrs.get("output_shape", [])][-rank:]
+        wanted = given or [n * s for n, s in zip(output, strides, strict=True)]
+        pads = []
+        for size, want in zip(full, wanted, strict=True):
+            total = max(size - want, 0)
+            small, large = total // 2, total - total // 2
+            pads.append((small, large) if mode == "SAME_UPPER" else (large, small))
+    else:
+        wanted = full
+        flat = [int(p) for p in node.attrs.get("pads", [0] * (2 * rank))] if mode == "NOTSET" else [0] * (2 * rank)
+        pads = list(zip(flat[:rank], flat[rank:], strict=True))
+    sizes = tuple(size - sum(pad) for size, pad in zip(full, pads, strict=True))
+    if min(sizes) < 1 or math.prod(sizes) == 0:
+        raise ModelError(f"{describe(node)}: padding leaves nothing of its output", got=list(sizes))
+    return Window(sizes, kernel, tuple(strides), tuple(dilations), tuple(pads), output)
 
 
-def taps(g: Graph, padded: str, w: Window, first: int) -> list[str]:
-    """What each kernel element sees of a padded input whose spatial axes start at `first`."""
-    axes = range(first, first + len(w.sizes))
-    out = []
-    for position in itertools.product(*map(range, w.kernel)):
-        starts = [p * d for p, d in zip(position, w.dilations, strict=True)]
-        ends = [s + (n - 1) * t + 1 for s, n, t in zip(starts, w.output, w.strides, strict=True)]
-        whole = all(
-            s == 0 and t == 1 and e == size + sum(pad)
-            for s, e, t, size, pad in zip(starts, ends, w.strides, w.sizes, w.pads, strict=True)
-        )
-        if whole:
-            out.append(padded)
-            continue
-        steps = [g.ints(*w.strides)] if any(t != 1 for t in w.strides) else []
-        out.append(g.emit("Slice", padded, g.ints(*starts), g.ints(*ends), g.ints(*axes), *steps))
-    return out
+def _bias(tape: Tape, node: Node) -> list[str]:
+    return [tape.value(node.inputs[2])] if len(node.inputs) > 2 and node.inputs[2] else []
 
 
-def _padded(g: Graph, x: str, w: Window, first: int) -> str:
-    """Zeros around the spatial axes, which start at `first`; two axes in all are not spatial."""
-    if not any(w.flat_pads):
-        return x
-    begins, ends = ([0] * first + [p[k] for p in w.pads] + [0] * (2 - first) for k in (0, 1))
-    return g.emit("Pad", x, g.ints(*begins, *ends))
-
-
-def _channels_first(g: Graph, value: str, rank: int) -> str:
-    return g.emit("Transpose", value, attrs={"perm": [1, 0, *range(2, rank + 2)]})
-
-
-def _batch_last(g: Graph, value: str, rank: int) -> str:
-    return g.emit("Transpose", value, attrs={"perm": [*range(1, rank + 2), 0]})
-
-
-def _column(g: Graph, value: str, rank: int) -> str:
-    return g.emit("Unsqueeze", value, g.ints(*range(1, rank + 1)))
-
-
-def _attrs(w: Window) -> dict[str, Any]:
-    return {
-        "kernel_shape": list(w.kernel),
-        "strides": list(w.strides),
-        "dilations": list(w.dilations),
-        "pads": w.flat_pads,
-        "group": 1,
-    }
+def _pull_bias(tape: Tape, node: Node, dy: str) -> None:
+    name = node.inputs[2] if len(node.inputs) > 2 else ""
+    if name and tape.wants(name):
+        axes = tape.graph.ints(0, *range(2, len(tape.shape(node.inputs[0]))))
+        tape.add(name, tape.graph.emit("ReduceSum", dy, axes, attrs={"keepdims": 0}))

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedprune_export.gradients.tape import Pull, Tape
-from fedprune_export.gradients.windows import Indices, Window, answers, joined, reads
-from fedprune_export.graph import Graph, Node
+from fedprune_export.gradients.tape import Tape
+from fedprune_export.gradients.windows import Indices, Window, add_bias, answers, joined, reads
+from fedprune_export.graph import Graph
 
 Band = npt.NDArray[np.float32]
 
@@ -106,46 +106,60 @@ def _band(read: Indices, size: int) -> Band:
     return hit
 
 
-def depthwise(tape: Tape, node: Node, w: Window) -> Pull:
-    """One input and one output channel per group: y = x ∗ w + b with any number of channels."""
-    data, weight = node.inputs[:2]
-    bias = node.inputs[2] if len(node.inputs) > 2 else ""
-    x, shape, g, rank = tape.value(data), tape.shape(data), tape.graph, len(w.sizes)
-    cut = lines(w)
-    elements, blocks = cut.band.shape[:2]
-    outer = math.prod(w.kernel) // elements
-    read = outer * blocks  # lines of the input per line of the output
-    kernel = g.emit("Reshape", tape.value(weight), g.ints(0, outer, elements))
+class Depthwise:
+    """One input and one output channel per group (see `convolutions.Convolution`)."""
 
-    def banded(band: Band) -> str:
-        matrix = g.emit("MatMul", kernel, g.constant(band.reshape(elements, -1), np.float32))
-        return g.emit("Reshape", matrix, g.ints(0, read * band.shape[2], band.shape[3]))
+    def __init__(self, tape: Tape, w: Window, kernel: str) -> None:
+        self.g, self.w, self.cut = tape.graph, w, lines(w)
+        self.elements, blocks = self.cut.band.shape[:2]
+        self.outer = math.prod(w.kernel) // self.elements
+        self.read = self.outer * blocks  # lines of the input per line of the output
+        self.kernel = self.g.emit("Reshape", kernel, self.g.ints(0, self.outer, self.elements))
+        self._lines: dict[str, str] = {}
+        self._seen: dict[str, str] = {}
 
-    seen = _gathered(g, _to_lines(g, x, cut.into), cut.reads, cut.into.length)
-    y = _from_lines(g, g.emit("MatMul", seen, banded(cut.band)), cut.out)
-    if bias:
-        y = g.emit("Add", y, g.emit("Unsqueeze", tape.value(bias), g.ints(*range(1, rank + 1))))
-    tape.enter(node.outputs[0], y, (*shape[:2], *w.output))
+    def apply(self, x: str, bias: list[str]) -> str:
+        """The convolution of x."""
+        y = self.g.emit("MatMul", self.seen(x), self.banded(self.cut.band))
+        return add_bias(self.g, _from_lines(self.g, y, self.cut.out), bias, len(self.w.sizes))
 
-    def pull(dy: str) -> None:
-        if bias and tape.wants(bias):
-            tape.add(bias, g.emit("ReduceSum", dy, g.ints(0, *range(2, rank + 2)), attrs={"keepdims": 0}))
-        back = _to_lines(g, dy, cut.out)
-        if tape.wants(weight):
-            # Of the two factors the smaller one is turned.
-            side = g.emit(
-                "Transpose", g.emit("Reshape", back, g.ints(0, -1, cut.out.length)), attrs={"perm": [0, 2, 1]}
-            )
-            apart = g.emit("Reshape", g.emit("MatMul", side, seen), g.ints(0, cut.out.length, outer, -1))
-            apart = g.emit("Reshape", g.emit("Transpose", apart, attrs={"perm": [0, 2, 3, 1]}), g.ints(0, outer, -1))
-            sums = g.emit("MatMul", apart, g.constant(cut.band.reshape(elements, -1).T, np.float32))
-            tape.add(weight, g.emit("Reshape", sums, g.ints(0, 1, *w.kernel)))
-        if tape.wants(data):
-            turned = banded(cut.band.transpose(0, 1, 3, 2))
-            spread = _gathered(g, back, answers(cut.reads, cut.into.count), cut.out.length)
-            tape.add(data, _from_lines(g, g.emit("MatMul", spread, turned), cut.into))
+    def back(self, dy: str, bias: list[str]) -> str:
+        """What the transposed convolution makes of dy."""
+        g, cut = self.g, self.cut
+        spread = _gathered(g, self.lines(dy, cut.out), answers(cut.reads, cut.into.count), cut.out.length)
+        x = g.emit("MatMul", spread, self.banded(cut.band.transpose(0, 1, 3, 2)))
+        return add_bias(g, _from_lines(g, x, cut.into), bias, len(self.w.sizes))
 
-    return pull
+    def kernel_gradient(self, x: str, dy: str) -> str:
+        """The gradients of the bands, whose elements are summed."""
+        g, out = self.g, self.cut.out
+        # Of the two factors the smaller one is turned.
+        side = g.emit("Reshape", self.lines(dy, out), g.ints(0, -1, out.length))
+        side = g.emit("Transpose", side, attrs={"perm": [0, 2, 1]})
+        apart = g.emit("Reshape", g.emit("MatMul", side, self.seen(x)), g.ints(0, out.length, self.outer, -1))
+        apart = g.emit("Transpose", apart, attrs={"perm": [0, 2, 3, 1]})
+        apart = g.emit("Reshape", apart, g.ints(0, self.outer, -1))
+        sums = g.emit("MatMul", apart, g.constant(self.cut.band.reshape(self.elements, -1).T, np.float32))
+        return g.emit("Reshape", sums, g.ints(0, 1, *self.w.kernel))
+
+    def banded(self, band: Band) -> str:
+        """The matrix of every channel."""
+        g = self.g
+        matrix = g.emit("MatMul", self.kernel, g.constant(band.reshape(self.elements, -1), np.float32))
+        return g.emit("Reshape", matrix, g.ints(0, self.read * band.shape[2], band.shape[3]))
+
+    def lines(self, value: str, side: Side) -> str:
+        """[N, C, ...] as [C, N, lines, elements], made once."""
+        if value not in self._lines:
+            self._lines[value] = _to_lines(self.g, value, side)
+        return self._lines[value]
+
+    def seen(self, x: str) -> str:
+        """The lines that each line of the output reads, made once: [C, N · lines, lines read · elements]."""
+        if x not in self._seen:
+            into = self.cut.into
+            self._seen[x] = _gathered(self.g, self.lines(x, into), self.cut.reads, into.length)
+        return self._seen[x]
 
 
 def _to_lines(g: Graph, value: str, side: Side) -> str:

@@ -11,108 +11,77 @@ import math
 
 import numpy as np
 
-from fedprune_export.gradients.depthwise import depthwise
-from fedprune_export.gradients.tape import Dim, Pull, Shape, Tape
-from fedprune_export.gradients.windows import Indices, Window, all_reads, answers, leftovers, window
-from fedprune_export.graph import Node
+from fedprune_export.gradients.tape import Dim, Shape, Tape
+from fedprune_export.gradients.windows import (
+    Indices,
+    Window,
+    add_bias,
+    all_reads,
+    answers,
+    leftovers,
+    operator_attrs,
+    shortened,
+)
 
 
-def grouped(tape: Tape, node: Node) -> Pull:
-    """A convolution in several groups.
-
-    Raises:
-        ModelError: The groups don't keep equally many channels, or the size of the map varies.
-    """
-    data, weight = node.inputs[:2]
-    w = window(tape, node, tape.static(node, tape.shape(weight)[2:]))
-    if tape.shape(weight)[1] == 1 and tape.shape(weight)[0] == tape.shape(data)[1]:
-        return depthwise(tape, node, w)
-    return _Grouped(tape, node, w).write()
-
-
-class _Grouped:
-    """One convolution in groups of several channels, or with several outputs per channel.
+class Grouped:
+    """A convolution in groups of several channels, or with several outputs per channel (`convolutions.Convolution`).
 
     Whatever is gathered has the batch last, so that it is copied in runs.
     """
 
-    def __init__(self, tape: Tape, node: Node, w: Window) -> None:
-        self.tape, self.node, self.g, self.w = tape, node, tape.graph, w
-        self.data, self.weight = node.inputs[:2]
-        self.bias = node.inputs[2] if len(node.inputs) > 2 else ""
-        self.x, self.kernel = tape.value(self.data), tape.value(self.weight)
-        groups = int(node.attrs["group"])
-        self.number, self.taken = tape.blocks(node, self.data, 1, groups)
-        _, self.made = tape.blocks(node, self.weight, 0, groups)
-        self.batch, self.inputs = tape.shape(self.data)[:2]
-        self.outputs = tape.shape(self.weight)[0]
+    def __init__(
+        self, tape: Tape, w: Window, kernel: str, shape: Shape, number: Dim, lengths: tuple[Dim, Dim], batch: Dim
+    ) -> None:
+        self.tape, self.g, self.w, self.kernel, self.shape = tape, tape.graph, w, kernel, shape
+        self.number, self.batch = number, batch
+        self.taken, self.made = lengths
+        self.inputs, self.outputs = tape.product([number, self.taken]), tape.product([number, self.made])
         self.rank = len(w.sizes)
         self.area, self.positions, self.taps = map(math.prod, (w.sizes, w.output, w.kernel))
         self.read = all_reads(w)
-        self.attrs = {
-            "kernel_shape": list(w.kernel),
-            "strides": list(w.strides),
-            "dilations": list(w.dilations),
-            "pads": w.flat_pads,
-            "group": self.number,
-        }
+        self._columns: dict[str, str] = {}
 
-    def write(self) -> Pull:
-        """Write the forward pass."""
-        g, tape = self.g, self.tape
-        bias = [tape.value(self.bias)] if self.bias else []
-        columns = ""
+    def apply(self, x: str, bias: list[str]) -> str:
+        """The convolution of x."""
+        g, w = self.g, self.w
         if isinstance(self.number, int):
-            y = g.emit("Conv", self.x, self.kernel, *bias, attrs=self.attrs)
-        else:
-            columns = self.columns()
-            y = self.from_columns(g.emit("MatMul", self.matrix(), columns), self.outputs, self.made, self.w.output)
-            if bias:
-                y = g.emit("Add", y, g.emit("Unsqueeze", bias[0], g.ints(*range(1, self.rank + 1))))
-        tape.enter(self.node.outputs[0], y, (self.batch, self.outputs, *self.w.output))
+            return shortened(g, g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(w, self.number)), w)
+        y = self.from_columns(g.emit("MatMul", self.matrix(), self.columns(x)), self.outputs, self.made, w.output)
+        return add_bias(g, y, bias, self.rank)
 
-        def pull(dy: str) -> None:
-            if self.bias and tape.wants(self.bias):
-                axes = g.ints(0, *range(2, self.rank + 2))
-                tape.add(self.bias, g.emit("ReduceSum", dy, axes, attrs={"keepdims": 0}))
-            flat = self.batch_last(dy, self.positions)
-            if tape.wants(self.weight):
-                tape.add(self.weight, self.weight_gradient(columns or self.columns(), flat))
-            if not tape.wants(self.data):
-                return
-            if isinstance(self.number, int):
-                attrs = {**self.attrs, "output_padding": leftovers(self.w)}
-                tape.add(self.data, g.emit("ConvTranspose", dy, self.kernel, attrs=attrs))
-            elif all(s == 1 for s in self.w.strides):
-                tape.add(self.data, self.input_by_gathering(flat))
-            else:
-                tape.add(self.data, self.input_by_summing(flat))
+    def back(self, dy: str, bias: list[str]) -> str:
+        """What the transposed convolution makes of dy."""
+        g, w = self.g, self.w
+        if isinstance(self.number, int):
+            attrs = {**operator_attrs(w, self.number), "output_padding": leftovers(w)}
+            return g.emit("ConvTranspose", dy, self.kernel, *bias, attrs=attrs)
+        flat = self.batch_last(dy, self.positions)
+        x = self.back_by_gathering(flat) if all(s == 1 for s in w.strides) else self.back_by_summing(flat)
+        return add_bias(g, x, bias, self.rank)
 
-        return pull
-
-    # -- gradients --------------------------------------------------------------------------------------------------
-
-    def weight_gradient(self, columns: str, dy: str) -> str:
+    def kernel_gradient(self, x: str, dy: str) -> str:
         """One product per group over all windows; of its factors the smaller one is turned."""
         g, tape = self.g, self.tape
         rows, width = tape.product([self.taken, self.taps]), tape.product([self.positions, self.batch])
-        side = tape.reshape(dy, (self.outputs, self.positions, self.batch), (self.number, self.made, width))
-        product = g.emit("MatMul", columns, g.emit("Transpose", side, attrs={"perm": [0, 2, 1]}))
+        flat = self.batch_last(dy, self.positions)
+        side = tape.reshape(flat, (self.outputs, self.positions, self.batch), (self.number, self.made, width))
+        product = g.emit("MatMul", self.columns(x), g.emit("Transpose", side, attrs={"perm": [0, 2, 1]}))
         product = g.emit("Transpose", product, attrs={"perm": [0, 2, 1]})
-        return tape.reshape(product, (self.number, self.made, rows), tape.shape(self.weight))
+        return tape.reshape(product, (self.number, self.made, rows), self.shape)
 
-    def input_by_gathering(self, dy: str) -> str:
+    def back_by_gathering(self, dy: str) -> str:
         """Columns of dy times the kernel with inputs and outputs swapped: for stride 1."""
         g, tape = self.g, self.tape
         columns = self.gathered(dy, self.outputs, self.made, answers(self.read, self.area), self.positions)
         shape = (self.number, self.made, self.taken, self.taps)
-        kernel = tape.reshape(self.kernel, tape.shape(self.weight), shape)
+        kernel = tape.reshape(self.kernel, self.shape, shape)
         kernel = g.emit("Transpose", kernel, attrs={"perm": [0, 2, 1, 3]})
         shape = (self.number, self.taken, self.made, self.taps)
         kernel = tape.reshape(kernel, shape, (*shape[:2], tape.product(shape[2:])))
         return self.from_columns(g.emit("MatMul", kernel, columns), self.inputs, self.taken, self.w.sizes)
 
-    def input_by_summing(self, dy: str) -> str:
+    def back_by_summing(self, dy: str) -> str:
         """The gradient of the columns; each place of the input then adds up the few that it was in."""
         g, tape = self.g, self.tape
         width, rows = tape.product([self.positions, self.batch]), tape.product([self.taken, self.taps])
@@ -133,12 +102,14 @@ class _Grouped:
     def matrix(self) -> str:
         """The kernel: [groups, outputs of a group, inputs of a group · taps]."""
         rows = self.tape.product([self.taken, self.taps])
-        return self.tape.reshape(self.kernel, self.tape.shape(self.weight), (self.number, self.made, rows))
+        return self.tape.reshape(self.kernel, self.shape, (self.number, self.made, rows))
 
-    def columns(self) -> str:
-        """All windows of the batch: [groups, inputs of a group · taps, positions · N]."""
-        flat = self.batch_last(self.x, self.area)
-        return self.gathered(flat, self.inputs, self.taken, self.read, self.area)
+    def columns(self, x: str) -> str:
+        """All windows of the batch, made once: [groups, inputs of a group · taps, positions · N]."""
+        if x not in self._columns:
+            flat = self.batch_last(x, self.area)
+            self._columns[x] = self.gathered(flat, self.inputs, self.taken, self.read, self.area)
+        return self._columns[x]
 
     def gathered(self, flat: str, channels: Dim, inside: Dim, read: Indices, area: int) -> str:
         """What is read of [C, area, N]: [groups, channels of a group · taps, readers · N]."""

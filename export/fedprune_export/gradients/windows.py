@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.errors import ModelError
 from fedprune_export.gradients.tape import Tape, describe
-from fedprune_export.graph import Node
+from fedprune_export.graph import Graph, Node
 
 Indices = npt.NDArray[np.int64]
 
@@ -135,3 +136,28 @@ def answers(read: Indices, places: int) -> Indices:
     output, element = np.nonzero(read >= 0)
     back[read[output, element], element] = output
     return back
+
+
+def operator_attrs(w: Window, group: int = 1) -> dict[str, Any]:
+    """The attributes of onnxruntime's convolutions."""
+    return {
+        "kernel_shape": list(w.kernel),
+        "strides": list(w.strides),
+        "dilations": list(w.dilations),
+        "pads": w.flat_pads,
+        "group": group,
+    }
+
+
+def shortened(g: Graph, y: str, w: Window) -> str:
+    """The output of an operator without the positions that fit beyond the window's last: [N, C, ...]."""
+    fits = [rest // stride for rest, stride in zip(leftovers(w), w.strides, strict=True)]
+    if not any(fits):
+        return y
+    rank = len(fits)
+    return g.emit("Slice", y, g.ints(*[0] * rank), g.ints(*w.output), g.ints(*range(2, rank + 2)))
+
+
+def add_bias(g: Graph, y: str, bias: list[str], rank: int) -> str:
+    """A vector added to the channels of [N, C, ...], if there is one."""
+    return g.emit("Add", y, g.emit("Unsqueeze", bias[0], g.ints(*range(1, rank + 1)))) if bias else y
