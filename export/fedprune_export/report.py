@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from fedprune import __version__, session
-from fedprune.costs import Costs, costs_at
+from fedprune.costs import Costs, costs_at, layer_macs
 from fedprune.plan import Plan, Prediction
 from fedprune.selection import Selection
 from fedprune_export.imported import Model
@@ -40,21 +40,32 @@ class LayerRow:
     Attributes:
         name: Its node.
         op: Its operator.
-        weight: Its weight tensor.
-        shapes: The weight's shape at full width and as cut.
+        weight: Its weight tensor; empty where two values are multiplied.
+        shapes: The weight's shape at full width and as cut; None without a weight.
         macs: Multiplications of one sample's forward pass, at full width and as cut.
     """
 
     name: str
     op: str
     weight: str
-    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
     macs: tuple[int, int]
 
     @property
     def parameters(self) -> tuple[int, int]:
         """Numbers in the weight, at full width and as cut."""
-        return prod(self.shapes[0]), prod(self.shapes[1])
+        before, after = (prod(s) if s is not None else 0 for s in self.shapes)
+        return before, after
+
+    @property
+    def title(self) -> str:
+        """What people know it by: its weight, else its node."""
+        return self.weight or self.name
+
+    def shown(self) -> tuple[str, str]:
+        """The weight's shapes, for people."""
+        before, after = (" × ".join(map(str, s)) if s is not None else "–" for s in self.shapes)
+        return before, after
 
 
 @dataclass(frozen=True)
@@ -134,16 +145,21 @@ class Report:
         )
 
     def layers(self) -> tuple[LayerRow, ...]:
-        """Every layer with a weight, before and after, in the model's order."""
-        architecture = self.model.architecture
+        """Everything that multiplies, before and after, in the model's order."""
+        architecture, widths = self.model.architecture, self.selection.widths
+        full = {t.name: t.shape for t in architecture.tensors}
         now = self.selection.shapes()
         rows = []
         for layer in architecture.layers:
-            if layer.weight not in now:  # a node that takes time without multiplying by weights
+            macs = (
+                layer_macs(architecture, layer, architecture.sizes, full),
+                layer_macs(architecture, layer, widths, now),
+            )
+            if not macs[0]:  # it takes time, but doesn't multiply
                 continue
-            shapes = architecture.by_name[layer.weight].shape, now[layer.weight]
-            macs = prod(shapes[0]) * layer.positions, prod(shapes[1]) * layer.positions
-            rows.append(LayerRow(layer.name, layer.op, layer.weight, shapes, macs))
+            rows.append(
+                LayerRow(layer.name, layer.op, layer.weight, (full.get(layer.weight), now.get(layer.weight)), macs)
+            )
         return tuple(rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,8 +184,8 @@ class Report:
                     "name": r.name,
                     "op": r.op,
                     "weight": r.weight,
-                    "before": {"shape": list(r.shapes[0]), "parameters": r.parameters[0], "macs": r.macs[0]},
-                    "after": {"shape": list(r.shapes[1]), "parameters": r.parameters[1], "macs": r.macs[1]},
+                    "before": {"shape": list(r.shapes[0] or ()), "parameters": r.parameters[0], "macs": r.macs[0]},
+                    "after": {"shape": list(r.shapes[1] or ()), "parameters": r.parameters[1], "macs": r.macs[1]},
                 }
                 for r in self.layers()
             ],
@@ -216,11 +232,11 @@ class Report:
         ]
         for i, (group, width) in enumerate(zip(architecture.groups, widths, strict=True)):
             lines.append(f"| {group.name} | {group.size} | {width} | {_cell(places(architecture.members(i)))} |")
-        lines += ["", "## Layers", "", "| weight | operator | before | after | multiplications | left |"]
+        lines += ["", "## Layers", "", "| layer | operator | before | after | multiplications | left |"]
         lines.append("|---|---|---:|---:|---:|---:|")
         for r in self.layers():
-            before, after = (" × ".join(map(str, s)) for s in r.shapes)
-            lines.append(f"| {_cell(f'`{r.weight}`')} | {r.op} | {before} | {after} | {r.macs[0]:,} | {r.macs[1]:,} |")
+            before, after = r.shown()
+            lines.append(f"| {_cell(f'`{r.title}`')} | {r.op} | {before} | {after} | {r.macs[0]:,} | {r.macs[1]:,} |")
         lines += ["", "## Files", "", "| file | bytes |", "|---|---:|"]
         lines += [f"| {name} | {size:,} |" for name, size in self.sizes.items()]
         if self.model.notes:

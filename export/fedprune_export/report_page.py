@@ -42,10 +42,7 @@ def page(report: Report) -> str:
         (g.name, f"{g.size:,}", f"{w:,}", places(architecture.members(i), 40).replace("`", ""))
         for i, (g, w) in enumerate(zip(architecture.groups, widths, strict=True))
     ]
-    layers = [
-        (r.weight, r.op, *(" × ".join(map(str, s)) for s in r.shapes), f"{r.macs[0]:,}", f"{r.macs[1]:,}")
-        for r in report.layers()
-    ]
+    layers = [(r.title, r.op, *r.shown(), f"{r.macs[0]:,}", f"{r.macs[1]:,}") for r in report.layers()]
     parts = [
         f"<h1>{_text(title)}</h1>",
         _paragraph(
@@ -63,7 +60,7 @@ def page(report: Report) -> str:
         f'<div class="scroll">{pictures.layer_widths(architecture, widths)}</div>',
         _details(
             "Shapes and multiplications",
-            _table(("weight", "operator", "before", "after", "multiplications", "left"), layers, words=(1,)),
+            _table(("layer", "operator", "before", "after", "multiplications", "left"), layers, words=(1,)),
         ),
         "<h2>Files</h2>",
         _table(("file", "bytes"), [(n, f"{size:,}") for n, size in report.sizes.items()]),

@@ -1,0 +1,115 @@
+"""`groups` and `operators`: what people and programs read about a model, and about what can be handled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.errors import ExitCode
+from fedprune_export.channels.rule import RULES as CHANNELS
+from fedprune_export.cli import main
+from fedprune_export.gradients.tape import RULES as GRADIENTS
+from fedprune_export.groups_cli import shortened
+from fedprune_export.importing import import_onnx
+from fedprune_server.digits import digits_model
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    (tmp_path / "digits.onnx").write_bytes(digits_model())
+    return tmp_path / "digits.onnx"
+
+
+def test_groups_are_printed_with_what_stays(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["groups", str(digits)]) == ExitCode.OK
+
+    assert capsys.readouterr().out.splitlines() == [
+        "g0: 32 channels: conv1.weight[0], bn1.*, conv2.weight[1]",
+        "g1: 64 channels: conv2.weight[0], bn2.*, conv3.weight[1]",
+        "g2: 128 channels: conv3.weight[0], bn3.*, fc.weight[1]",
+        "stays: fc.weight[0] (10), fc.bias[0] (10)",
+        "why: the inputs and outputs of a model stay.",
+    ]
+
+
+def test_groups_as_json_are_the_architecture(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["groups", str(digits), "--json"])
+
+    body = json.loads(capsys.readouterr().out)
+    architecture = import_onnx(digits.read_bytes(), "digits").architecture
+    assert body["digest"] == architecture.digest
+    assert [(g["name"], g["channels"], tuple(g["members"])) for g in body["groups"]] == [
+        (g.name, g.size, architecture.members(i)) for i, g in enumerate(architecture.groups)
+    ]
+    assert body["stays"] == [{"place": "fc.weight[0]", "indices": 10}, {"place": "fc.bias[0]", "indices": 10}]
+
+
+def test_what_keeps_channels_is_named(
+    digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(CHANNELS, "Relu")
+
+    assert main(["groups", str(digits)]) == ExitCode.OK
+
+    out = capsys.readouterr().out
+    assert "conv1.weight[0] (32)" in out
+    assert "why: the inputs and outputs of a model stay; and, as the import says:\n  Operator Relu" in out
+
+
+def test_modules_are_shortened_only_where_all_of_them_is_there() -> None:
+    ours, theirs = Axis((Segment(0, 0, 4),)), Axis((Segment(1, 0, 4),))
+    kinds = (TensorKind.NORM_SCALE, TensorKind.NORM_BIAS)
+    architecture = Architecture(
+        name="a",
+        groups=(ChannelGroup("g0", 4), ChannelGroup("g1", 4)),
+        tensors=(
+            TensorSpec("conv.weight", TensorKind.WEIGHT, (ours, theirs)),
+            TensorSpec("conv.bias", TensorKind.BIAS, (ours,)),
+            *(TensorSpec(f"bn.{n}", k, (ours,)) for n, k in zip(("weight", "bias"), kinds, strict=True)),
+            *(TensorSpec(f"odd.{n}", k, (a,)) for n, k, a in zip("ab", kinds, (ours, theirs), strict=True)),
+        ),
+        layers=(),
+        activations=(),
+        input_shape=(4,),
+        classes=4,
+    )
+
+    assert shortened(architecture, architecture.members(0)) == ["conv.weight[0]", "conv.bias[0]", "bn.*", "odd.a[0]"]
+    assert shortened(architecture, architecture.members(1)) == ["conv.weight[1]", "odd.b[0]"]
+
+
+def test_every_rule_is_listed_with_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["operators", "--json"]) == ExitCode.OK
+
+    rows = {r["operator"]: r for r in json.loads(capsys.readouterr().out)}
+    assert {n for n, r in rows.items() if r["channels"]} == set(CHANNELS)
+    assert {n for n, r in rows.items() if r["gradient"]} == set(GRADIENTS)
+    assert list(rows) == sorted(rows)
+    for row in rows.values():
+        for said in (row["channels"], row["gradient"], row["import"]):
+            assert said is None or (said.strip() and "\n" not in said)
+
+
+def test_the_table_of_operators_has_a_row_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["operators"]) == ExitCode.OK
+
+    header, *rows = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert header == ["operator", "channels", "gradient", "import"]
+    assert {r[0] for r in rows} >= {*CHANNELS, *GRADIENTS}
+    assert {len(r) for r in rows} == {4}
+
+
+@pytest.mark.parametrize("command", ["groups", "operators", "verify", "bench", "to-onnx", "to-torch", "profiles"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: fedprune-export {command}")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"\n  {command} " in capsys.readouterr().out

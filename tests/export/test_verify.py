@@ -1,0 +1,247 @@
+"""`verify`: a good bundle passes, and every kind of damage is found, also where the manifest agrees with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from fedprune import tensorfile
+from fedprune.bundle import ARCHITECTURE, FILES, INFERENCE, TRAINING, WEIGHTS, open_bundle
+from fedprune.errors import BundleError, ExitCode, FedpruneError, ModelError, TrainingError
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection
+from fedprune_export.bundle import bundle_files, write_bundle
+from fedprune_export.cli import main
+from fedprune_export.imported import Model
+from fedprune_export.importing import import_onnx
+from fedprune_export.verification import verify
+from fedprune_server.digits import digits_model
+
+CHECKS = ["files", "weights", "inference", "training", "descent", "agreement"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits")
+
+
+@pytest.fixture(scope="module")
+def half(model: Model) -> Selection:
+    random = np.random.default_rng(3)
+    arch = model.architecture
+    return Selection.of(arch, [n // 2 for n in arch.sizes], [random.permutation(n) for n in arch.sizes])
+
+
+@pytest.fixture(scope="module")
+def files(model: Model, half: Selection) -> dict[str, bytes]:
+    return bundle_files(model, half, Recipe())
+
+
+def written(folder: Path, files: dict[str, bytes], half: Selection, recipe: Recipe | None = None) -> Path:
+    """A bundle whose manifest agrees with its files, whatever is in them."""
+    write_bundle(folder, files, half, recipe or Recipe(), "raspberry-pi-5")
+    return folder
+
+
+def passed(folder: Path, model: Model | None = None) -> tuple[list[str], FedpruneError | None]:
+    """The checks that were passed, and what ended them."""
+    done: list[str] = []
+    try:
+        for check in verify(folder, model):
+            done.append(check.name)  # noqa: PERF401  what came before the error counts
+    except FedpruneError as error:
+        return done, error
+    return done, None
+
+
+def test_a_good_bundle_passes(files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path) -> None:
+    assert passed(written(tmp_path / "b", files, half)) == (CHECKS, None)
+    assert passed(tmp_path / "b", model) == ([*CHECKS, "model"], None)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(proximal=0.1, logit_adjustment=True, mask_absent_classes=True, balance_classes=True),
+        Recipe(loss="bce"),
+        Recipe(loss="mse"),
+        Recipe(loss="huber", huber_delta=0.3),
+        Recipe(label_smoothing=0.2, optimizer="adam", clip_norm=1.0),
+        Recipe(optimizer="adamw", accumulate=2, frozen=("conv1.*", "bn1.*")),
+    ],
+    ids=lambda r: r.features.key,
+)
+def test_every_recipe_can_be_tried(model: Model, half: Selection, recipe: Recipe, tmp_path: Path) -> None:
+    assert passed(written(tmp_path / "b", bundle_files(model, half, recipe), half, recipe)) == (CHECKS, None)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_changed_bit_is_found(files: dict[str, bytes], half: Selection, tmp_path: Path, name: str) -> None:
+    folder = written(tmp_path / "b", files, half)
+    raw = bytearray((folder / name).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (folder / name).write_bytes(raw)
+
+    done, error = passed(folder)
+
+    assert done == []
+    assert isinstance(error, BundleError)
+    assert name in str(error)
+
+
+def changed(raw: bytes, change: Callable[[onnx.ModelProto], None]) -> bytes:
+    proto = onnx.load_model_from_string(raw)
+    change(proto)
+    out: bytes = proto.SerializeToString()
+    return out
+
+
+def test_weights_that_are_not_finite(files: dict[str, bytes], half: Selection, tmp_path: Path) -> None:
+    tensors = {n: v.copy() for n, v in tensorfile.decode(files[WEIGHTS]).items()}
+    tensors["conv2.weight"].flat[7] = np.nan
+
+    done, error = passed(written(tmp_path / "b", {**files, WEIGHTS: tensorfile.encode(tensors)}, half))
+
+    assert done == ["files"]
+    assert "conv2.weight has numbers that are not finite" in str(error)
+
+
+def test_weights_of_another_width(files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path) -> None:
+    wider = half.narrowed([w + 1 for w in half.widths])
+    raw = tensorfile.encode(wider.gather(model.tensors))
+
+    done, error = passed(written(tmp_path / "b", {**files, WEIGHTS: raw}, half))
+
+    assert (done, type(error)) == (["files"], BundleError)
+    assert "conv1.weight: expected (16, 1, 3, 3), got (17, 1, 3, 3)" in str(error)
+
+
+def test_an_inference_graph_of_another_width(
+    files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path
+) -> None:
+    wider = bundle_files(model, half.narrowed([w + 1 for w in half.widths]), Recipe())
+
+    done, error = passed(written(tmp_path / "b", {**files, INFERENCE: wider[INFERENCE]}, half))
+
+    assert (done, type(error)) == (["files", "weights"], BundleError)
+
+
+def test_a_training_step_that_climbs(files: dict[str, bytes], half: Selection, tmp_path: Path) -> None:
+    """Where weights are moved along the gradient instead of against it, no step lowers the loss."""
+
+    def uphill(proto: onnx.ModelProto) -> None:
+        for node in proto.graph.node:
+            if node.op_type == "Sub" and node.output[0].endswith("::next"):
+                node.op_type = "Add"
+
+    done, error = passed(written(tmp_path / "b", {**files, TRAINING: changed(files[TRAINING], uphill)}, half))
+
+    assert (done, type(error)) == (CHECKS[:4], TrainingError)
+    assert "no step, however small, lowers the loss" in str(error)
+
+
+def test_a_training_step_that_stands_still(files: dict[str, bytes], half: Selection, tmp_path: Path) -> None:
+    def still(proto: onnx.ModelProto) -> None:
+        for node in proto.graph.node:
+            if node.op_type == "Sub" and node.output[0].endswith("::next"):
+                del node.input[1:]
+                node.op_type = "Identity"
+
+    done, error = passed(written(tmp_path / "b", {**files, TRAINING: changed(files[TRAINING], still)}, half))
+
+    assert (done, type(error)) == (CHECKS[:3], TrainingError)
+    assert "a step moves no weight" in str(error)
+
+
+def test_graphs_that_contradict_each_other(files: dict[str, bytes], half: Selection, tmp_path: Path) -> None:
+    """An inference graph whose logits are doubled still loads, runs and is finite."""
+
+    def doubled(proto: onnx.ModelProto) -> None:
+        for node in proto.graph.node:
+            node.output[:] = ["half" if o == "logits" else o for o in node.output]
+        proto.graph.node.append(onnx.helper.make_node("Add", ["half", "half"], ["logits"]))
+
+    done, error = passed(written(tmp_path / "b", {**files, INFERENCE: changed(files[INFERENCE], doubled)}, half))
+
+    assert (done, type(error)) == (CHECKS[:5], ModelError)
+    assert "contradict each other" in str(error)
+
+
+def test_logits_of_the_wrong_shape(files: dict[str, bytes], half: Selection, tmp_path: Path) -> None:
+    def cropped(proto: onnx.ModelProto) -> None:
+        for node in proto.graph.node:
+            node.output[:] = ["all" if o == "logits" else o for o in node.output]
+        for name, number in (("from", 0), ("to", 9), ("axis", 1)):
+            proto.graph.initializer.append(numpy_helper.from_array(np.array([number]), name))
+        proto.graph.node.append(onnx.helper.make_node("Slice", ["all", "from", "to", "axis"], ["logits"]))
+        proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 9
+
+    done, error = passed(written(tmp_path / "b", {**files, INFERENCE: changed(files[INFERENCE], cropped)}, half))
+
+    assert (done, type(error)) == (CHECKS[:2], ModelError)
+    assert "expected (1, 10), got (1, 9)" in str(error)
+
+
+def test_another_model_is_told_apart(files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path) -> None:
+    folder = written(tmp_path / "b", files, half)
+    graph = model.graph.copy()
+    graph.initializers["fc.weight"] = graph.initializers["fc.weight"] + np.float32(0.01)
+    moved = Model(graph, model.architecture, model.notes, model.values)
+
+    done, error = passed(folder, moved)
+
+    assert (done, type(error)) == (CHECKS, BundleError)
+    assert "other weights than the model: expected 17 equal tensors, got 1 others, such as fc.weight" in str(error)
+
+
+def test_the_command_says_what_it_checked(
+    files: dict[str, bytes], half: Selection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = written(tmp_path / "b", files, half)
+    (tmp_path / "digits.onnx").write_bytes(digits_model())
+
+    assert main(["verify", str(folder), "--model", str(tmp_path / "digits.onnx")]) == ExitCode.OK
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [*CHECKS, "model"]
+
+
+def test_the_command_speaks_json_also_of_what_is_wrong(
+    files: dict[str, bytes], half: Selection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = written(tmp_path / "b", files, half)
+    assert main(["verify", str(folder), "--json"]) == ExitCode.OK
+    good = json.loads(capsys.readouterr().out)
+    (folder / ARCHITECTURE).write_text("{}")
+
+    assert main(["verify", str(folder), "--json"]) == ExitCode.BUNDLE
+
+    said = capsys.readouterr()
+    bad = json.loads(said.out)
+    assert (good["ok"], [c["check"] for c in good["passed"]]) == (True, CHECKS)
+    assert (bad["ok"], bad["passed"]) == (False, [])
+    assert ARCHITECTURE in bad["error"]
+    assert said.err.count("\n") == 1
+
+
+def test_what_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path)]) == ExitCode.BUNDLE
+    assert "Is this a bundle's folder?" in capsys.readouterr().err
+
+
+def test_a_swapped_weights_file_that_the_manifest_knows_is_a_bundle_of_its_own(
+    files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path
+) -> None:
+    """Trained weights in the place of the exported ones: all checks hold, only the model's weights are others."""
+    trained = {n: v * np.float32(0.9) for n, v in tensorfile.decode(files[WEIGHTS]).items()}
+    folder = written(tmp_path / "b", {**files, WEIGHTS: tensorfile.encode(trained)}, half)
+
+    assert open_bundle(folder).selection.digest == half.digest
+    assert passed(folder) == (CHECKS, None)
+    assert passed(folder, model)[0] == CHECKS
