@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from fedprune.errors import ProfileError
 from fedprune.identification import Facts, identify
 from fedprune.profile import HardwareProfile
 from fedprune.profile_sections import SECTIONS
+from fedprune_export.terminal import print_table
 
 
 def register(subparsers: Any) -> None:
@@ -80,7 +79,7 @@ def list_profiles(arguments: argparse.Namespace) -> int:
         )
         for p in profiles
     ]
-    _print_table(("name", "board", "cores", "memory", "for training", "trains at", "per round"), rows)
+    print_table(("name", "board", "cores", "memory", "for training", "trains at", "per round"), rows)
     return 0
 
 
@@ -100,7 +99,7 @@ def show_profile(arguments: argparse.Namespace) -> int:
     if profile.advice:
         print(f"second tier: {profile.advice}")
     rows = [(key, _figure(key, value), profile.sources[key]) for key, value in profile.figures().items()]
-    _print_table(("figure", "value", "source"), rows)
+    print_table(("figure", "value", "source"), rows)
     return 0
 
 
@@ -180,19 +179,3 @@ def _bytes(value: float) -> str:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, sort_keys=True))
-
-
-def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A framed table on a terminal; columns separated by tabs elsewhere, for other programs."""
-    if not sys.stdout.isatty():
-        for row in (titles, *rows):
-            print("\t".join(row))
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(*titles)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console().print(table)
