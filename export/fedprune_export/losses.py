@@ -119,29 +119,31 @@ def _cross_entropy(g: Graph, logits: str, outputs: int, features: Features) -> _
 def _bce(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
     """Binary cross-entropy of every label, from logits; hits are labels on whose side of 0 the logit is.
 
-    With e = exp(−|x|) and positive weight p, l = 1 + (p − 1)·y: (1 − y)·x + l·(log(1 + e) + max(−x, 0)), with slope
-    (1 − y) − l·(1 − σ(x)).
+    With positive weight p: (1 − y)·softplus(x) + p·y·softplus(−x), its slope (1 − y)·σ(x) − p·y·σ(−x). All of it is
+    written with e = exp(−|x|) and without differences, so that small losses keep their digits.
     """
     zero, one = g.scalar(0), g.scalar(1)
     e = g.emit("Exp", g.emit("Neg", g.emit("Abs", logits)))
-    away = g.emit("Add", one, e)
+    above = g.emit("Add", one, e)
     # log(1 + e) where the sum rounds e off: log(u)·e/(u − 1), in which the rounding of u cancels.
-    rounded = g.emit("Sub", away, one)
+    rounded = g.emit("Sub", above, one)
     lost = g.emit("Equal", rounded, zero)
-    exact = g.emit("Div", g.emit("Mul", g.emit("Log", away), e), g.emit("Where", lost, one, rounded))
-    soft = g.emit("Add", g.emit("Where", lost, e, exact), g.emit("Relu", g.emit("Neg", logits)))
+    exact = g.emit("Div", g.emit("Mul", g.emit("Log", above), e), g.emit("Where", lost, one, rounded))
+    soft = g.emit("Where", lost, e, exact)
     positive = g.emit("Greater", logits, zero)
-    # 1 − σ(x) without a difference, so that its tail keeps its digits.
-    rest = g.emit("Div", g.emit("Where", positive, e, one), away)
-    absent = g.emit("Sub", one, step.Y)
+    absent, present = g.emit("Sub", one, step.Y), step.Y
     if features.class_weight:
-        load = g.emit("Add", one, g.emit("Mul", g.emit("Sub", step.CLASS_WEIGHT, one), step.Y))
-        soft, rest = g.emit("Mul", load, soft), g.emit("Mul", load, rest)
-        slope = g.emit("Sub", absent, rest)
-    else:
-        sigma = g.emit("Div", g.emit("Where", positive, one, e), away)
-        slope = g.emit("Sub", sigma, step.Y)
-    each = g.emit("Add", g.emit("Mul", absent, logits), soft)
+        present = g.emit("Mul", present, step.CLASS_WEIGHT)
+
+    def side(load: str, x: str, up: str, down: str) -> tuple[str, str]:
+        """A kind of labels' loss and the size of its slope."""
+        softplus = g.emit("Add", soft, g.emit("Relu", x))
+        sigma = g.emit("Div", g.emit("Where", positive, up, down), above)
+        return g.emit("Mul", load, softplus), g.emit("Mul", load, sigma)
+
+    of_absent, down = side(absent, logits, one, e)
+    of_present, up = side(present, g.emit("Neg", logits), e, one)
+    each, slope = g.emit("Add", of_absent, of_present), g.emit("Sub", down, up)
     _count_hits(g, g.emit("Equal", positive, g.emit("Greater", step.Y, g.scalar(0.5))))
     return _mean(g, each, slope, outputs)
 

@@ -1,0 +1,163 @@
+"""Losses of the training graph and their gradients against torch, on logits of any size."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from torch.nn import functional
+
+from fedprune import step
+from fedprune.recipe import Features
+from fedprune.session import Session
+from fedprune_export.gradients.tape import BATCH, port
+from fedprune_export.graph import Graph
+from fedprune_export.losses import target_shape, write_loss
+
+pytestmark = pytest.mark.torch
+
+Array = np.ndarray[Any, Any]
+K = 4
+LOSSES = {
+    "plain": Features(),
+    "weights": Features(class_weight=True),
+    "smooth": Features(label_smoothing=True),
+    "smooth weights": Features(label_smoothing=True, class_weight=True),
+    "all of cross-entropy": Features(True, True, True, label_smoothing=True),
+    "bce": Features(loss="bce"),
+    "bce weights": Features(loss="bce", class_weight=True),
+    "mse": Features(loss="mse"),
+    "huber": Features(loss="huber"),
+}
+
+
+@cache
+def session(name: str, parts: bool = False) -> Session:
+    """The loss alone, with every sample's loss and the gradient by the logits."""
+    asked = LOSSES[name]
+    features = Features(**{**asked.__dict__, "accumulate": parts, "sample_losses": True})
+    g = Graph(name="loss")
+    g.inputs = [port("z", (BATCH, K)), port(step.Y, *target_shape(features, K))]
+    g.outputs = [port(step.LOSS, ())]
+    g.emit("Identity", write_loss(g, "z", K, features), out="dz")
+    g.outputs.append(port("dz", (BATCH, K)))
+    return Session(g.to_bytes(), training=True)
+
+
+def numbers(seed: int) -> dict[str, Array]:
+    """What the losses read besides logits and labels."""
+    rng = np.random.default_rng(seed)
+    return {
+        step.LOGIT_OFFSET: rng.standard_normal(K).astype(np.float32),
+        step.CLASS_WEIGHT: rng.uniform(0.1, 3, K).astype(np.float32),
+        step.CLASS_MASK: np.array([1, 0, 1, 1], np.float32),
+        step.LABEL_SMOOTHING: np.array(rng.uniform(0, 1), np.float32),
+        step.HUBER_DELTA: np.array(rng.uniform(0.1, 3), np.float32),
+    }
+
+
+def labels(kind: str, batch: int, seed: int) -> Array:
+    rng = np.random.default_rng([seed, batch])
+    if kind == "cross_entropy":
+        return rng.integers(0, K, batch)
+    if kind == "bce":
+        return rng.choice([0, 1, 0.3], (batch, K), p=[0.5, 0.4, 0.1]).astype(np.float32)
+    return (3 * rng.standard_normal((batch, K))).astype(np.float32)
+
+
+def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtype: torch.dtype) -> dict[str, Array]:
+    get = {k: torch.tensor(v, dtype=dtype) for k, v in extra.items()}
+    leaf = torch.tensor(z, dtype=dtype, requires_grad=True)
+    x, weight = leaf, get[step.CLASS_WEIGHT] if features.class_weight else None
+    if features.logit_offset:
+        x = x + get[step.LOGIT_OFFSET]
+    if features.class_mask:
+        x = torch.where(get[step.CLASS_MASK] > 0, x, torch.zeros_like(x))
+    target = torch.tensor(y) if y.dtype == np.int64 else torch.tensor(y, dtype=dtype)
+    out: dict[str, torch.Tensor] = {}
+    for reduction in ("mean", "none"):
+        if features.loss == "cross_entropy":
+            smooth = float(extra[step.LABEL_SMOOTHING]) if features.label_smoothing else 0.0
+            out[reduction] = functional.cross_entropy(x, target, weight, label_smoothing=smooth, reduction=reduction)
+        elif features.loss == "bce":
+            out[reduction] = functional.binary_cross_entropy_with_logits(
+                x, target, pos_weight=weight, reduction=reduction
+            )
+        elif features.loss == "mse":
+            out[reduction] = functional.mse_loss(x, target, reduction=reduction)
+        else:
+            out[reduction] = functional.huber_loss(x, target, reduction=reduction, delta=float(extra[step.HUBER_DELTA]))
+    out["mean"].backward()
+    each = out["none"] if out["none"].ndim == 1 else out["none"].mean(1)
+    assert leaf.grad is not None
+    found = {step.LOSS: out["mean"], step.SAMPLE_LOSSES: each, "dz": leaf.grad}
+    if features.loss == "cross_entropy":
+        found[step.HITS] = (x.argmax(1) == target).sum()
+    if features.loss == "bce":
+        found[step.HITS] = ((x > 0) == (target > 0.5)).sum()
+    return {k: v.detach().numpy() for k, v in found.items()}
+
+
+def error(got: Array, want: Array) -> float:
+    return float(np.linalg.norm((got - want).ravel()) / max(float(np.linalg.norm(want.ravel())), 1e-30))
+
+
+logits = st.integers(1, 9).flatmap(
+    lambda n: arrays.arrays(np.float32, (n, K), elements=st.floats(-90, 90, width=32) | st.floats(-2, 2, width=32))
+)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@settings(max_examples=60, deadline=None)
+@given(z=logits, seed=st.integers(0, 99))
+def test_a_loss_and_its_gradient_are_torchs(name: str, z: Array, seed: int) -> None:
+    features, run = LOSSES[name], session(name)
+    y, extra = labels(LOSSES[name].loss, len(z), seed), numbers(seed)
+    exact, usual = (oracle(features, z, y, extra, t) for t in (torch.float64, torch.float32))
+    got = run.run({k: v for k, v in {"z": z, step.Y: y, **extra}.items() if k in run.inputs})
+    assert set(got) == set(exact)
+    # Where terms cancel, what is left is as exact as the terms: the largest of them is as large as a logit.
+    floor = 2e-7 * (1 + float(np.abs(z).max()))
+    for key, value in exact.items():
+        off = float(np.max(np.abs(got[key] - value)))
+        assert off <= floor or error(got[key], value) <= max(1e-6, 2 * error(usual[key], value)), key
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(name: str) -> None:
+    features = LOSSES[name]
+    rng = np.random.default_rng(5)
+    z, y, extra = rng.standard_normal((11, K)).astype(np.float32), labels(features.loss, 11, 5), numbers(5)
+    weights = extra[step.CLASS_WEIGHT][y] if features.class_weight and features.loss == "cross_entropy" else np.ones(11)
+    extra[step.DIVISOR] = np.array(weights.sum(), np.float32)
+    run, exact = session(name, True), oracle(features, z, y, extra, torch.float64)
+    found = []
+    for rows in np.array_split(np.arange(11), 3):
+        fed = {"z": z[rows], step.Y: y[rows], **extra}
+        found.append(run.run({k: v for k, v in fed.items() if k in run.inputs}))
+    assert sum(float(f[step.LOSS]) for f in found) == pytest.approx(float(exact[step.LOSS]), rel=1e-6)
+    assert error(np.concatenate([f["dz"] for f in found]), exact["dz"]) < 1e-6
+    if step.HITS in exact:
+        assert sum(int(f[step.HITS]) for f in found) == exact[step.HITS]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_extreme_outputs_give_finite_losses(name: str) -> None:
+    features, run, extra = LOSSES[name], session(name), numbers(1)
+    z = np.array([[1e6, -1e6, 0, 1], [-1e6, 1e6, 1e-30, -1e-30]], np.float32)
+    fed = {"z": z, step.Y: labels(features.loss, 2, 0), **extra}
+    got = run.run({k: v for k, v in fed.items() if k in run.inputs})
+    assert all(np.isfinite(v).all() for v in got.values())
+
+
+def test_small_losses_keep_their_digits() -> None:
+    z = np.array([[20, -20, 40, -40]], np.float32)
+    got = session("bce").run({"z": z, step.Y: np.array([[1, 0, 1, 0]], np.float32)})
+    np.testing.assert_allclose(got["dz"][0] * K, [-np.exp(-20), np.exp(-20), -np.exp(-40), np.exp(-40)], rtol=1e-6)
+    assert got[step.LOSS] == pytest.approx(np.exp(-20) / 2, rel=1e-6)
