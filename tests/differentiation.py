@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedprune.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment
+from fedprune.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.session import Session
 from fedprune_export import gradients  # noqa: F401 (registers the rules)
 from fedprune_export.gradients.tape import Shape, Tape
@@ -96,11 +96,13 @@ def differentiated(
         values: Dimensions of further values, as the channel analysis would find them.
     """
     symbols = Symbols(data, shapes)
-    graph = Graph(initializers=dict(constants), nodes=list(nodes), opset=17)
-    graph.inputs = [Port(n, a.dtype, (shapes[n][0], *a.shape[1:])) for n, a in data.items() if a.ndim]
+    weights = {n: a for n, a in data.items() if "N" not in shapes[n]}
+    graph = Graph(initializers={**constants, **weights}, nodes=list(nodes), opset=17)
+    graph.inputs = [Port(n, a.dtype, (shapes[n][0], *a.shape[1:])) for n, a in data.items() if n not in weights]
     graph.outputs = [Port("y", np.dtype(np.float32), ())]
-    arch = Architecture("op", symbols.groups, (), (), (), (1,), 1)
     axes = {n: tuple(map(symbols.axis, dims)) for n, dims in {**shapes, **(values or {})}.items()}
+    specs = tuple(TensorSpec(n, TensorKind.WEIGHT, tuple(a for a in axes[n] if a)) for n in weights)
+    arch = Architecture("op", symbols.groups, specs, (), (), (1,), 1)
     out = Graph()
     tape = Tape(Model(graph, arch, values=axes), out)
     wanted = {n: a.dtype.kind == "f" for n, a in data.items()}
