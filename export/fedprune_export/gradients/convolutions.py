@@ -5,7 +5,6 @@ One is the other's pull-back, so both need the same three maps, in other roles.
 
 from __future__ import annotations
 
-import math
 from typing import Protocol
 
 from fedprune.errors import ModelError
@@ -139,8 +138,13 @@ def transposed_window(tape: Tape, node: Node) -> Window:
         flat = [int(p) for p in node.attrs.get("pads", [0] * (2 * rank))] if mode == "NOTSET" else [0] * (2 * rank)
         pads = list(zip(flat[:rank], flat[rank:], strict=True))
     sizes = tuple(size - sum(pad) for size, pad in zip(full, pads, strict=True))
-    if min(sizes) < 1 or math.prod(sizes) == 0:
-        raise ModelError(f"{describe(node)}: padding leaves nothing of its output", got=list(sizes))
+    if min(sizes) < 1 or any(rest >= s for rest, s in zip(rests, strides, strict=True)):
+        # onnxruntime doesn't run the second kind either.
+        raise ModelError(
+            f"{describe(node)}: padding of its output",
+            expected="at least one, added ones fewer than the stride",
+            got=list(sizes),
+        )
     return Window(sizes, kernel, tuple(strides), tuple(dilations), tuple(pads), output)
 
 

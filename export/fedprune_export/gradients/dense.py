@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedprune_export.gradients.tape import Shape, Tape
-from fedprune_export.gradients.windows import Window, add_bias, leftovers, operator_attrs, shortened
+from fedprune_export.gradients.windows import Window, add_bias, leftovers, operator_attrs
 from fedprune_export.graph import Graph
 
 
@@ -70,7 +70,7 @@ class Dense:
         if self.form.forward == "columns":
             flat = g.emit("MatMul", g.emit("Flatten", self.kernel, attrs={"axis": 1}), self.columns(x))
             return add_bias(g, self.from_batch_last(flat, w.output), bias, self.rank)
-        return shortened(g, g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(w)), w)
+        return g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(w))
 
     def back(self, dy: str, bias: list[str]) -> str:
         """What the transposed convolution makes of dy."""
@@ -98,8 +98,8 @@ class Dense:
         """The window of the convolution that gives the input's gradient (stride 1)."""
         w = self.w
         pads = tuple(
-            (d * (k - 1) - before, d * (k - 1) - after + rest)
-            for (before, after), d, k, rest in zip(w.pads, w.dilations, w.kernel, leftovers(w), strict=True)
+            (d * (k - 1) - before, d * (k - 1) - after)
+            for (before, after), d, k in zip(w.pads, w.dilations, w.kernel, strict=True)
         )
         return Window(w.output, w.kernel, w.strides, w.dilations, pads, w.sizes)
 

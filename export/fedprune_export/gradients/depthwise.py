@@ -126,7 +126,7 @@ class Depthwise:
     def back(self, dy: str, bias: list[str]) -> str:
         """What the transposed convolution makes of dy."""
         g, cut = self.g, self.cut
-        spread = _gathered(g, self.lines(dy, cut.out), answers(cut.reads, cut.into.count), cut.out.length)
+        spread = _gathered(g, self.lines(dy, cut.out), answers(cut.reads, cut.into.count), cut.out)
         x = g.emit("MatMul", spread, self.banded(cut.band.transpose(0, 1, 3, 2)))
         return add_bias(g, _from_lines(g, x, cut.into), bias, len(self.w.sizes))
 
@@ -158,7 +158,7 @@ class Depthwise:
         """The lines that each line of the output reads, made once: [C, N · lines, lines read · elements]."""
         if x not in self._seen:
             into = self.cut.into
-            self._seen[x] = _gathered(self.g, self.lines(x, into), self.cut.reads, into.length)
+            self._seen[x] = _gathered(self.g, self.lines(x, into), self.cut.reads, into)
         return self._seen[x]
 
 
@@ -182,11 +182,11 @@ def _from_lines(g: Graph, value: str, side: Side) -> str:
     return g.emit("Transpose", value, attrs={"perm": [1, 0, *range(2, len(sizes) + 2)]})
 
 
-def _gathered(g: Graph, value: str, read: Indices, length: int) -> str:
+def _gathered(g: Graph, value: str, read: Indices, side: Side) -> str:
     """The lines that are read, side by side: [C, N, lines, elements] as [C, N · readers, lines read · elements]."""
-    if read.shape[0] > 1 or read.shape[1] > 1:
+    if read.shape[1] > 1 or not np.array_equal(read[:, 0], np.arange(side.count)):
         if (read < 0).any():
             value = g.emit("Pad", value, g.ints(0, 0, 0, 0, 0, 0, 1, 0))
         # An index of -1 is the last line: the zeros.
         value = g.emit("Gather", value, g.constant(read, np.int64), attrs={"axis": 2})
-    return g.emit("Reshape", value, g.ints(0, -1, read.shape[1] * length))
+    return g.emit("Reshape", value, g.ints(0, -1, read.shape[1] * side.length))

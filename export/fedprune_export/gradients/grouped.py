@@ -20,7 +20,6 @@ from fedprune_export.gradients.windows import (
     answers,
     leftovers,
     operator_attrs,
-    shortened,
 )
 
 
@@ -46,7 +45,7 @@ class Grouped:
         """The convolution of x."""
         g, w = self.g, self.w
         if isinstance(self.number, int):
-            return shortened(g, g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(w, self.number)), w)
+            return g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(w, self.number))
         y = self.from_columns(g.emit("MatMul", self.matrix(), self.columns(x)), self.outputs, self.made, w.output)
         return add_bias(g, y, bias, self.rank)
 

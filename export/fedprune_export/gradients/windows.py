@@ -149,15 +149,6 @@ def operator_attrs(w: Window, group: int = 1) -> dict[str, Any]:
     }
 
 
-def shortened(g: Graph, y: str, w: Window) -> str:
-    """The output of an operator without the positions that fit beyond the window's last: [N, C, ...]."""
-    fits = [rest // stride for rest, stride in zip(leftovers(w), w.strides, strict=True)]
-    if not any(fits):
-        return y
-    rank = len(fits)
-    return g.emit("Slice", y, g.ints(*[0] * rank), g.ints(*w.output), g.ints(*range(2, rank + 2)))
-
-
 def add_bias(g: Graph, y: str, bias: list[str], rank: int) -> str:
     """A vector added to the channels of [N, C, ...], if there is one."""
     return g.emit("Add", y, g.emit("Unsqueeze", bias[0], g.ints(*range(1, rank + 1)))) if bias else y
