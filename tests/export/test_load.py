@@ -269,21 +269,32 @@ def test_free_height_and_width_are_refused() -> None:
         import_onnx(graph.to_bytes(), "net")
 
 
-def test_control_flow_is_refused() -> None:
-    inner = onnx.helper.make_graph(
-        [onnx.helper.make_node("Identity", ["x"], ["z"])],
-        "inner",
-        [],
-        [onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, ["N", 3])],
-    )
-    graph = Graph(inputs=_port("N", 3), initializers={"yes": np.array(True)})
-    graph.emit("Relu", "x", out="out")
-    graph.outputs = [Port("out", F32, ("N", 3))]
-    proto = graph.to_proto()
-    proto.graph.node[0].CopyFrom(onnx.helper.make_node("If", ["yes"], ["out"], then_branch=inner, else_branch=inner))
+def _branches(condition: list[str]) -> bytes:
+    """A linear layer after a choice of two activations."""
 
+    def branch(op: str) -> onnx.GraphProto:
+        info = onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, ["N", 3])
+        return onnx.helper.make_graph([onnx.helper.make_node(op, ["x"], ["z"])], op, [], [info])
+
+    graph = Graph(inputs=_port("N", 3), initializers={"yes": np.array(True), "w": np.ones((3, 2), np.float32)})
+    graph.emit("IsNaN", graph.emit("ReduceMax", "x", attrs={"keepdims": 0}), out="no")
+    graph.emit("Relu", "x", out="h")
+    graph.outputs = [Port(graph.emit("MatMul", "h", "w"), F32, ("N", 2))]
+    proto = graph.to_proto()
+    spot = next(n for n in proto.graph.node if n.op_type == "Relu")
+    choices = {"then_branch": branch("Relu"), "else_branch": branch("Tanh")}
+    spot.CopyFrom(onnx.helper.make_node("If", condition, ["h"], **choices))
+    raw: bytes = proto.SerializeToString()
+    return raw
+
+
+def test_a_branch_on_a_constant_is_taken() -> None:
+    assert [n.op for n in import_onnx(_branches(["yes"]), "net").graph.nodes] == ["Relu", "MatMul"]
+
+
+def test_control_flow_is_refused() -> None:
     with pytest.raises(ModelError, match=r"sub-graph \(If\)"):
-        import_onnx(proto.SerializeToString(), "net")
+        import_onnx(_branches(["no"]), "net")
 
 
 def test_several_inputs_are_refused() -> None:

@@ -23,6 +23,7 @@ from fedprune_export.importing.norm_patterns import find_norms
 from fedprune_export.importing.patterns import find_activations
 from fedprune_export.importing.roles import CONSTANT_PREFIX, find_kinds, name_constants, untie
 from fedprune_export.importing.simplification import bypass, drop_idle, simplify
+from fedprune_export.importing.transpositions import merge_transpositions
 from fedprune_export.shape_arithmetic import follow
 from fedprune_export.trace import Trace, sample_input, trace
 
@@ -45,12 +46,14 @@ class Normalised:
         parameters: Kind of every weight and statistic (a `TensorKind` value), in the order of first use.
         trace: Shapes and types of its values.
         notes: What was changed that a user may want to know.
+        names: New names of tensors that were renamed.
     """
 
     graph: Graph
     parameters: dict[str, str]
     trace: Trace
     notes: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
 
 
 def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None) -> Normalised:
@@ -77,7 +80,7 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None) 
     drop_idle(graph)
     if parameters is not None:
         constants = {n for n in graph.initializers if n not in parameters}
-    _rename(graph, constants, notes)
+    names = _rename(graph, constants, notes)
     listed = set(graph.initializers) - constants if parameters is not None else None
     softmax = _drop_output_softmax(graph, notes)
     graph.prune()
@@ -86,6 +89,7 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None) 
     _fold(graph, seen, constants)
     lower(graph, seen, notes)
     simplify(graph, seen, constants)
+    merge_transpositions(graph, seen)
     drop_idle(graph)
     graph.prune()
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
@@ -102,7 +106,7 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None) 
     seen = trace(graph)
     _check_types(graph, seen)
     _check_same(reference, graph, softmax)
-    return Normalised(graph, kinds, seen, notes)
+    return Normalised(graph, kinds, seen, notes, names)
 
 
 def _check_ports(graph: Graph) -> None:
@@ -141,7 +145,7 @@ def _drop_casts(graph: Graph, seen: Trace) -> None:
             node.attrs = {"to": int(onnx.helper.np_dtype_to_tensor_dtype(after))}
 
 
-def _rename(graph: Graph, constants: set[str], notes: list[str]) -> None:
+def _rename(graph: Graph, constants: set[str], notes: list[str]) -> dict[str, str]:
     """Name input and output as the contract says, and everything that clashes with a reserved name another way."""
     taken = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs), graph.inputs[0].name}
     names: dict[str, str] = {}
@@ -172,6 +176,7 @@ def _rename(graph: Graph, constants: set[str], notes: list[str]) -> None:
     for node in graph.nodes:
         node.inputs = [names.get(i, i) for i in node.inputs]
         node.outputs = [names.get(o, o) for o in node.outputs]
+    return names
 
 
 def _drop_output_softmax(graph: Graph, notes: list[str]) -> str:

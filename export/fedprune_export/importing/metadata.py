@@ -1,0 +1,80 @@
+"""What a model's author knows of it and an ONNX file has no place for, as texts in the file's metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+
+import onnx
+
+from fedprune.errors import ModelError, shown
+
+PARAMETERS_KEY = "fedprune.parameters"
+"""Lists the trainable tensors."""
+
+FROZEN_KEY = "fedprune.frozen"
+"""Lists those of them that the author froze."""
+
+TIED_KEY = "fedprune.tied"
+"""Further names of tensors that have several."""
+
+PREFER_KEY = "fedprune.prefer"
+"""Which channels to cut where only one kind can be: coarse or fine."""
+
+
+def read(model: onnx.ModelProto) -> dict[str, str]:
+    """All texts by key."""
+    return {p.key: p.value for p in model.metadata_props}
+
+
+def write(model: onnx.ModelProto, texts: Mapping[str, str]) -> None:
+    """Set these texts and leave others."""
+    merged = {**read(model), **texts}
+    del model.metadata_props[:]
+    for key, value in sorted(merged.items()):
+        model.metadata_props.add(key=key, value=value)
+
+
+def names(texts: Mapping[str, str], key: str, held: AbstractSet[str]) -> tuple[str, ...] | None:
+    """A list of tensor names; None where there is none.
+
+    Raises:
+        ModelError: It is no list of names, or a tensor isn't held.
+    """
+    if key not in texts:
+        return None
+    found = _parsed(texts[key])
+    if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
+        raise ModelError(f"metadata {key}", expected="a list of tensor names", got=shown(texts[key]))
+    return checked(found, held, f"metadata {key}")
+
+
+def checked(listed: Sequence[str], held: AbstractSet[str], where: str) -> tuple[str, ...]:
+    """The list, if a model holds all these tensors.
+
+    Raises:
+        ModelError: It doesn't.
+    """
+    missing = [n for n in listed if n not in held]
+    if missing:
+        raise ModelError(f"{where} names a tensor that isn't there", got=shown(missing[0]))
+    return tuple(listed)
+
+
+def tied(texts: Mapping[str, str]) -> list[str]:
+    """A note per tensor that had several names."""
+    found = _parsed(texts[TIED_KEY]) if TIED_KEY in texts else {}
+    if not isinstance(found, dict) or not all(
+        isinstance(v, list) and all(isinstance(n, str) for n in v) for v in found.values()
+    ):
+        raise ModelError(f"metadata {TIED_KEY}", expected="lists of names by name", got=shown(texts[TIED_KEY]))
+    return [f"Tensor {k} is known as {', '.join(v)} too: it is one tensor." for k, v in sorted(found.items())]
+
+
+def _parsed(text: str) -> object:
+    try:
+        out: object = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return out

@@ -1,0 +1,148 @@
+"""ONNX files: reading one with what lies beside it, and refusing what is damaged or reaches elsewhere."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+
+from fedprune.errors import ModelError, shown
+from fedprune_export.importing.torch_export import reason
+
+_MOST_BYTES = 2**31 - 1
+"""What one ONNX message can hold."""
+
+
+def read_model_file(path: Path) -> bytes:
+    """A model as one ONNX file, with the weights that lie beside it.
+
+    Raises:
+        ModelError: It can't be read, is no model, or its weights aren't there.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ModelError(
+            f"can't read {path}: {error.strerror or error}",
+            hint="Give an ONNX file, a torch factory as package.module:factory, or timm:NAME.",
+        ) from error
+    try:
+        proto = parse(raw, whole=False)
+        outside = [t for t in _tensors(proto.graph) if t.data_location == onnx.TensorProto.EXTERNAL]
+        if not outside:
+            return raw
+        _fill(outside, path.parent)
+        filled: bytes = proto.SerializeToString(deterministic=True)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    return filled
+
+
+def parse(raw: bytes, *, whole: bool = True) -> onnx.ModelProto:
+    """The model that a file holds.
+
+    Args:
+        raw: The file.
+        whole: Whether to check it as well.
+
+    Raises:
+        ModelError: It isn't one.
+    """
+    try:
+        proto = onnx.load_model_from_string(raw)
+        if not proto.ir_version or not proto.HasField("graph"):
+            raise ValueError("it has no graph")
+    except Exception as error:
+        raise _broken(error, len(raw)) from error
+    if whole:
+        check(proto)
+    return proto
+
+
+def check(model: onnx.ModelProto) -> None:
+    """Make sure that a model is what ONNX allows.
+
+    Raises:
+        ModelError: It isn't.
+    """
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:
+        raise _broken(error, model.ByteSize()) from error
+
+
+def _broken(error: Exception, size: int) -> ModelError:
+    return ModelError(
+        f"this is not a whole ONNX model ({reason(error)})",
+        got=f"{size} bytes",
+        hint="Export or copy the file again.",
+    )
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """All tensors of a graph: initialisers, constants, and those of graphs within."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("g"):
+                yield from _tensors(attribute.g)
+            for inner in attribute.graphs:
+                yield from _tensors(inner)
+
+
+def _fill(tensors: list[onnx.TensorProto], folder: Path) -> None:
+    """Read what tensors refer to; each range must lie in a plain file of the folder and fit the tensor."""
+    total = 0
+    for tensor in tensors:
+        entry = {e.key: e.value for e in tensor.external_data}
+        location = entry.get("location", "")
+        try:
+            offset, length = (int(entry.get(k) or 0) for k in ("offset", "length"))
+            needed = _bytes(tensor)
+            if offset < 0 or length not in (0, needed):
+                raise ValueError(f"{length} bytes of {shown(tensor.name)}, which has {needed}")
+            total += needed
+            if total > _MOST_BYTES:
+                raise ValueError(f"more than {_MOST_BYTES} bytes in all")
+            tensor.raw_data = _range(folder, location, offset, needed)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"its external data can't be read ({reason(error)})",
+                hint=f"Copy {location if len(location) < 200 else shown(location)} of the same export beside it.",
+            ) from error
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    if any(d < 0 for d in tensor.dims):
+        raise ValueError(f"tensor {shown(tensor.name)} has a negative size")
+    numbers = math.prod(int(d) for d in tensor.dims)
+    try:
+        each = int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"tensor {shown(tensor.name)} is of no known type") from error
+    return numbers * each
+
+
+def _range(folder: Path, location: str, offset: int, length: int) -> bytes:
+    parts = Path(location).parts
+    if not location or "\0" in location or Path(location).is_absolute() or ".." in parts:
+        raise ValueError(f"{shown(location)} is not a file beside the model")
+    inside = folder.resolve()
+    path = inside.joinpath(*parts)
+    if path.resolve() != path:
+        raise ValueError(f"{shown(location)} is a link")
+    with path.open("rb") as file:
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode) or offset + length > state.st_size:
+            raise ValueError(f"{shown(location)} has {state.st_size} bytes, not {offset + length}")
+        file.seek(offset)
+        return file.read(length)

@@ -1,0 +1,264 @@
+"""torch modules as ONNX files with all their weights.
+
+They are exported unoptimised, because optimised exports fuse batch norms into convolutions and merge equal weights of
+different layers; what then remains to be simplified is simplified on import, without touching weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from fedprune.errors import MissingExtraError, ModelError
+from fedprune_export.importing import metadata
+
+_TORCH_HINT = (
+    "pip install torch --index-url https://download.pytorch.org/whl/cpu (small CPU wheel), "
+    "then pip install 'fedprune[export]'."
+)
+
+
+def export_torch(made: Any, *, input_shape: Sequence[int] | None = None, name: str = "module") -> bytes:
+    """A torch module in evaluation mode as ONNX bytes, with all weights under their `state_dict` names.
+
+    Parameters that don't require gradients are listed as frozen. A tensor that has several names goes by its first.
+
+    Args:
+        made: The module, or a pair of the module and an example input (with a batch), which may be int64.
+        input_shape: One sample's shape; else that of the example, else the module's attribute `input_shape`. The
+            module's attribute `input_dtype` says that the input is int64.
+        name: What to call it in messages.
+
+    Raises:
+        ModelError: It can't be exported, or weights were lost on the way.
+        MissingExtraError: torch or onnxscript is not installed.
+    """
+    torch = torch_package()
+    module, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(module, torch.nn.Module):
+        raise ModelError(f"{name} made no model", expected="a torch module", got=type(module).__name__)
+    modes = [(part, part.training) for part in module.modules()]
+    sample = _sample(module, example, input_shape, name)
+    module.eval()
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                module,
+                (sample,),
+                dynamo=True,
+                optimize=False,
+                dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
+                custom_translation_table=_translations(),
+                external_data=False,
+                verbose=False,
+            )
+        proto: onnx.ModelProto = program.model_proto
+    except Exception as error:
+        raise ModelError(
+            f"{name}: torch can't export it ({reason(error)})",
+            hint="Check that the module takes one tensor with a batch of any size and returns one tensor.",
+        ) from error
+    finally:
+        for part, training in modes:
+            part.training = training
+    proto = onnx.load_model_from_string(proto.SerializeToString())
+    _list_tensors(torch, module, proto, name)
+    proto.producer_version = ""
+    del proto.graph.metadata_props[:]
+    for node in proto.graph.node:  # stack traces and paths of the machine that exported it
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*proto.graph.initializer, *proto.graph.value_info):
+        del value.metadata_props[:]
+    raw: bytes = proto.SerializeToString(deterministic=True)
+    return raw
+
+
+def _sample(module: Any, example: Any, input_shape: Sequence[int] | None, name: str) -> Any:
+    """Two samples of zeros, for the exporter to look at."""
+    torch = torch_package()
+    shape = input_shape or (tuple(example.shape[1:]) if example is not None else None)
+    shape = shape or getattr(module, "input_shape", None)
+    if not shape:
+        raise ModelError(
+            f"{name}: the input shape is unknown",
+            hint="Give the module an attribute input_shape (such as (3, 32, 32)), or fedprune-export --input-shape.",
+        )
+    dtype = example.dtype if example is not None else getattr(module, "input_dtype", torch.float32)
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in (torch.float32, torch.int64):
+        raise ModelError(f"{name}: type of the input", expected="float32 or int64", got=dtype)
+    device = next((p.device for p in module.parameters()), "cpu")
+    return torch.zeros((2, *map(int, shape)), device=device, dtype=dtype)
+
+
+def _list_tensors(torch: Any, module: Any, proto: onnx.ModelProto, name: str) -> None:
+    """Give tensors their first name, and list what can be trained, what is frozen and what has several names."""
+    firsts = _first_names([*module.named_parameters(remove_duplicate=False), *_buffers(module)])
+    _rename(proto, firsts)
+    trainable = [n for n, _ in module.named_parameters()]
+    held = {t.name for t in proto.graph.initializer}
+    lost = [n for n in trainable if n not in held]
+    if lost:
+        raise ModelError(
+            f"{name}: weights were lost or fused in the export",
+            expected=f"{len(trainable)} tensors",
+            got=f"{len(trainable) - len(lost)} (without {', '.join(lost[:5])})",
+            hint="Every parameter must be used by the forward pass in evaluation mode.",
+        )
+    norms = [
+        f"{prefix}.{field}" if prefix else field
+        for prefix, part in module.named_modules()
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
+        for field in ("running_mean", "running_var")
+    ]
+    norms = [n for n in norms if n in held]
+    texts = {metadata.PARAMETERS_KEY: json.dumps([*trainable, *norms])}
+    frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
+    if frozen:
+        texts[metadata.FROZEN_KEY] = json.dumps(frozen)
+    others: dict[str, list[str]] = {}
+    for other, first in firsts.items():
+        if other != first:
+            others.setdefault(first, []).append(other)
+    if others:
+        texts[metadata.TIED_KEY] = json.dumps(others)
+    onnx.helper.set_model_props(proto, texts)
+
+
+def _buffers(module: Any) -> Iterable[tuple[str, Any]]:
+    found: Iterable[tuple[str, Any]] = module.named_buffers(remove_duplicate=False)
+    return found
+
+
+def _first_names(named: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """The first name of the same tensor, by name."""
+    firsts: dict[int, str] = {}
+    return {n: firsts.setdefault(id(tensor), n) for n, tensor in named}
+
+
+def _rename(proto: onnx.ModelProto, names: dict[str, str]) -> None:
+    """Rename initialisers; those that become the same are the same tensor."""
+    if all(old == new for old, new in names.items()):
+        return
+    kept = {t.name: t for t in proto.graph.initializer if names.get(t.name, t.name) == t.name}
+    for tensor in list(proto.graph.initializer):
+        new = names.get(tensor.name, tensor.name)
+        if new == tensor.name:
+            continue
+        if new in kept:
+            proto.graph.initializer.remove(tensor)
+        else:
+            tensor.name = new
+            kept[new] = tensor
+    for node in proto.graph.node:
+        for i, value in enumerate(node.input):
+            node.input[i] = names.get(value, value)
+    for info in list(proto.graph.value_info):
+        if names.get(info.name, info.name) != info.name:
+            proto.graph.value_info.remove(info)
+
+
+def _translations() -> dict[Any, Callable[..., Any]]:
+    """Views of memory as reshapes: the exporter's own form gathers by computed places, which no analysis sees through.
+
+    Pooling channels-last data to one place ends in such a view. A view that lies in memory in its own order reads what
+    it views in order, so a reshape is the same.
+    """
+    torch = torch_package()
+    ops: Any = importlib.import_module("onnxscript").opset18
+    general: Any = importlib.import_module("onnxscript.function_libs.torch_lib.ops.core").aten_as_strided
+
+    def as_strided(self: Any, size: Any, stride: Any, storage_offset: int = 0) -> Any:
+        if storage_offset or not _in_order(size, stride):
+            return general(self, size, stride, storage_offset)
+        if all(isinstance(d, int) for d in size):
+            return ops.Reshape(self, ops.Constant(value_ints=list(size)))
+        one = ops.Constant(value_ints=[1])
+        parts = [ops.Constant(value_ints=[d]) if isinstance(d, int) else ops.Reshape(d, one) for d in size]
+        return ops.Reshape(self, ops.Concat(*parts, axis=0))
+
+    return {torch.ops.aten.as_strided.default: as_strided}
+
+
+def _in_order(size: Sequence[Any], stride: Sequence[Any]) -> bool:
+    """Whether steps through memory are those of an array in order; the first size may be computed."""
+    step = 1
+    for d, s in reversed(list(zip(size, stride, strict=True))[1:]):
+        if not isinstance(d, int) or (d != 1 and s != step):
+            return False
+        step *= d
+    return bool(stride) and isinstance(stride[0], int) and stride[0] == step
+
+
+def factory_product(text: str) -> Any:
+    """What the factory `package.module:factory` makes.
+
+    Raises:
+        ModelError: There is no such factory, or it fails.
+        MissingExtraError: torch is not installed.
+    """
+    module_name, _, function = text.rpartition(":")
+    torch_package()
+    here = str(Path.cwd())
+    if here not in sys.path:  # as `python -m` does: the user's own modules lie in the current folder
+        sys.path.insert(0, here)
+    try:
+        factory = getattr(importlib.import_module(module_name), function)
+    except ImportError as error:
+        raise ModelError(
+            f"can't import {module_name} ({reason(error)})",
+            hint="Run the command in the folder of the module, or install its package.",
+        ) from error
+    except AttributeError as error:
+        raise ModelError(f"module {module_name} has no {function}") from error
+    except Exception as error:
+        raise ModelError(f"importing {module_name} failed ({type(error).__name__}: {reason(error)})") from error
+    try:
+        return factory() if callable(factory) and not hasattr(factory, "state_dict") else factory
+    except Exception as error:
+        raise ModelError(f"{text} failed ({type(error).__name__}: {reason(error)})") from error
+
+
+def torch_package() -> Any:
+    """torch, with what its exporter needs.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        import onnxscript  # noqa: F401  torch.onnx needs it
+        import torch
+    except ImportError as error:
+        raise MissingExtraError(
+            f"a torch module needs {error.name or 'torch'}, which is not installed", hint=_TORCH_HINT
+        ) from error
+    return torch
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the progress lines, logs and deprecation warnings of others to themselves."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, in short."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
