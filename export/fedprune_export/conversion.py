@@ -31,28 +31,28 @@ _COUNTER = "num_batches_tracked"
 """What torch's batch norms count beside their statistics; a strict `load_state_dict` misses it."""
 
 
-def with_weights(model: Model, path: Path) -> Model:
-    """A model with the weights of a file, such as the server's global ones.
+def with_weights(model: Model, tensors: Mapping[str, Array], where: str) -> Model:
+    """A model with other weights, such as the server's global ones.
 
     Args:
         model: The whole model.
-        path: A safetensors file with all its tensors.
+        tensors: All its tensors by name; further ones, such as torch's counters, are left out.
+        where: Where they come from, for messages.
 
     Raises:
-        BundleError: The file is damaged, or its tensors are not the model's.
+        BundleError: The tensors are not the model's.
     """
-    found = tensorfile.load(path)
     for spec in model.architecture.tensors:
-        value = found.get(spec.name)
+        value = tensors.get(spec.name)
         if value is None or value.shape != spec.shape or value.dtype != np.float32:
             raise BundleError(
-                f"{path} holds no weights of {model.architecture.name}: tensor {spec.name}",
+                f"{where} holds no weights of {model.architecture.name}: tensor {spec.name}",
                 expected=f"float32 {spec.shape}",
                 got="nothing" if value is None else f"{value.dtype} {value.shape}",
                 hint="A submodel's weights are in its bundle: give that instead.",
             )
     graph = model.graph.copy()
-    graph.initializers.update({t.name: found[t.name] for t in model.architecture.tensors})
+    graph.initializers.update({t.name: tensors[t.name] for t in model.architecture.tensors})
     return replace(model, graph=graph)
 
 

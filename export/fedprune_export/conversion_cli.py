@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedprune import tensorfile
 from fedprune.bundle import Bundle, open_bundle
 from fedprune.cli import whole_number
 from fedprune.disk import write_whole
@@ -109,4 +110,6 @@ def _source(arguments: argparse.Namespace) -> Bundle | Model:
     with terminal.progress() as tell:
         tell(f"importing {arguments.source}")
         model = read_model(arguments, arguments.source)
-        return model if arguments.weights is None else conversion.with_weights(model, arguments.weights)
+        if arguments.weights is None:
+            return model
+        return conversion.with_weights(model, tensorfile.load(arguments.weights), str(arguments.weights))

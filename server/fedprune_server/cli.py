@@ -45,7 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
     status.set_defaults(run=with_extra("server", _status))
     export = commands.add_parser("export-model", help="write the global model of a state folder")
     export.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
-    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="model.onnx or weights.safetensors")
+    export.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="model.onnx, weights.safetensors, or state.pt"
+    )
+    export.add_argument("--opset", type=whole_number, metavar="N", help="opset of the .onnx file (default: 17)")
     export.add_argument("--round", type=int, metavar="N", help="after this round, if its model is still kept")
     export.set_defaults(run=with_extra("server", _export_model))
     _register_demo(commands)
@@ -221,21 +224,24 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _export_model(arguments: argparse.Namespace) -> int:
-    from fedprune.disk import storage_errors
+    from fedprune.disk import write_whole
+    from fedprune_export.conversion import model_onnx, state_dict, with_weights, write_state_dict
     from fedprune_server.state_folder import global_model, model_after
 
     out: Path = arguments.out
-    if out.suffix not in (".onnx", ".safetensors"):
-        raise ConfigError("--out", expected="a file name that ends in .onnx or .safetensors", got=str(out))
+    if out.suffix not in (".onnx", ".safetensors", ".pt", ".pth"):
+        raise ConfigError("--out", expected="a file name that ends in .onnx, .safetensors, .pt or .pth", got=str(out))
     digest = None if arguments.round is None else model_after(arguments.state, arguments.round)
     model, weights = global_model(arguments.state, digest)
-    if out.suffix == ".onnx":
-        graph = model.graph.copy()
-        graph.initializers.update(tensorfile.decode(weights))
-        weights = graph.to_bytes()
-    with storage_errors(f"can't write {out}"):
-        out.write_bytes(weights)
-    print(f"{out}: {len(weights)} bytes")
+    tensors = tensorfile.decode(weights)
+    if out.suffix in (".pt", ".pth"):
+        size = write_state_dict(out, state_dict(model.architecture, tensors))
+    else:
+        if out.suffix == ".onnx":
+            weights = model_onnx(with_weights(model, tensors, str(arguments.state)), arguments.opset)
+        write_whole(out, weights)
+        size = len(weights)
+    print(f"{out}: {size} bytes")
     return int(ExitCode.OK)
 
 

@@ -308,6 +308,28 @@ def test_exported_weights_are_the_stored_bytes(state: Path, tmp_path: Path) -> N
         assert tensorfile.digest(out.read_bytes()) == folder.storage.load().model  # type: ignore[union-attr]
 
 
+def test_the_exported_model_is_written_at_an_opset(state: Path, tmp_path: Path) -> None:
+    one, other = tmp_path / "17.onnx", tmp_path / "13.onnx"
+    assert main(["export-model", "--state", str(state), "--out", str(one)]) == ExitCode.OK
+    assert main(["export-model", "--state", str(state), "--out", str(other), "--opset", "13"]) == ExitCode.OK
+    assert [o.version for o in onnx.load(other).opset_import] == [13]
+    x = np.random.default_rng(1).standard_normal((5, 4)).astype(np.float32)
+    np.testing.assert_array_equal(Session(one).run({"x": x})["logits"], Session(other).run({"x": x})["logits"])
+
+
+@pytest.mark.torch
+def test_torch_loads_the_exported_weights(state: Path, tmp_path: Path) -> None:
+    import torch
+
+    for name in ("w.pt", "w.safetensors"):
+        assert main(["export-model", "--state", str(state), "--out", str(tmp_path / name)]) == ExitCode.OK
+    found = torch.load(tmp_path / "w.pt", weights_only=True)
+    expected = tensorfile.load(tmp_path / "w.safetensors")
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name].numpy(), value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [(["--out", "model.txt"], ExitCode.CONFIG), (["--out", "m.onnx", "--round", "9"], ExitCode.STORAGE)],
