@@ -246,6 +246,16 @@ def test_members_name_tensor_and_axis() -> None:
     assert PLAIN.describe() == "hidden: 4 channels: fc1.weight[0], fc1.bias[0], fc2.weight[1]"
 
 
+def test_vectors_of_one_module_are_named_as_a_family() -> None:
+    hidden = Axis((Segment(0, 0, 4),))
+    kinds = {"weight": TensorKind.NORM_SCALE, "bias": TensorKind.NORM_BIAS, "running_mean": TensorKind.STAT_MEAN}
+    norm = tuple(TensorSpec(f"bn.{name}", kind, (hidden,)) for name, kind in kinds.items())
+    other = replace(norm[0], axes=(Axis.fixed(4),))
+
+    assert replace(PLAIN, tensors=(*PLAIN.tensors[:2], *norm)).summary(0) == ("fc1.weight[0]", "fc1.bias[0]", "bn.*")
+    assert replace(PLAIN, tensors=(other, *norm[1:])).summary(0) == ("bn.bias[0]", "bn.running_mean[0]")
+
+
 def test_statistics_are_not_trained() -> None:
     assert [k.value for k in TensorKind if not k.trainable] == ["stat_mean", "stat_var"]
 

@@ -201,10 +201,25 @@ class Architecture:
         """Where a group's channels live, as text such as `conv3.weight[0]`."""
         return tuple(f"{t.name}[{i}]" for t in self.tensors for i, a in enumerate(t.axes) if group in a.groups)
 
+    def summary(self, group: int) -> tuple[str, ...]:
+        """Where a group's channels live, in short: `bn3.*` where all tensors `bn3.…` are vectors along them."""
+        families: dict[str, list[TensorSpec]] = {}
+        for t in self.tensors:
+            families.setdefault(t.name.rpartition(".")[0], []).append(t)
+        out: list[str] = []
+        for t in self.tensors:
+            prefix = t.name.rpartition(".")[0]
+            family = families[prefix]
+            if prefix and len(family) > 1 and all(len(f.axes) == 1 and group in f.axes[0].groups for f in family):
+                out += [f"{prefix}.*"] if t is family[0] else []
+            else:
+                out += [f"{t.name}[{i}]" for i, a in enumerate(t.axes) if group in a.groups]
+        return tuple(out)
+
     def describe(self) -> str:
         """One line per channel group, for people."""
         return "\n".join(
-            f"{g.name}: {g.size} channels: {', '.join(self.members(i))}" for i, g in enumerate(self.groups)
+            f"{g.name}: {g.size} channels: {', '.join(self.summary(i))}" for i, g in enumerate(self.groups)
         )
 
     @cached_property
