@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune_export.channels.atoms import ANCHORED, Atoms, still
-from fedprune_export.channels.shapes import _runs, _spread
+from fedprune_export.channels.reshapes import assignments, factored, runs
 
 
 @settings(deadline=None)
@@ -73,26 +73,44 @@ def reshapes(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 @settings(deadline=None, max_examples=300)
 @given(shapes=reshapes(), carrier=st.integers(0, 4))
 def test_reshaped_rows_say_where_numpy_puts_the_elements(shapes: tuple[list[int], list[int]], carrier: int) -> None:
+    """One option per new axis that can take the atoms: what it takes says which of them every element is tied to."""
     old, new = shapes
     carrier %= len(old)
-    rows = [np.arange(1, n + 1) if i == carrier else still(n) for i, n in enumerate(old)]
+    row = np.arange(1, old[carrier] + 1)
     places = [-1 if i == carrier else 1 for i in range(len(old))]
-    elements = np.broadcast_to(rows[carrier].reshape(places), old).reshape(new)
-    runs = _runs(old, new)
+    elements = np.broadcast_to(row.reshape(places), old).reshape(new)
+    parts = runs(old, new)
 
-    assert [i for olds, _ in runs for i in olds] == list(range(len(old)))
-    assert [i for _, news in runs for i in news] == list(range(len(new)))
-    out = [still(n) for n in new]
-    for olds, news in runs:
-        carried = _spread([rows[i] for i in olds], [new[i] for i in news])
-        if carried is None:
-            return  # such atoms are fixed
-        for i, row in zip(news, carried, strict=True):
-            out[i] = row
-    moving = [i for i, row in enumerate(out) if row.any()]
+    assert [i for olds, _ in parts for i in olds] == list(range(len(old)))
+    assert [i for _, news in parts for i in news] == list(range(len(new)))
     if old[carrier] == 1:
-        assert moving == [] or out[moving[0]].size == 1
         return
-    assert len(moving) == 1
-    shape = [-1 if i == moving[0] else 1 for i in range(len(new))]
-    np.testing.assert_array_equal(np.broadcast_to(out[moving[0]].reshape(shape), new), elements)
+    olds, news = next(p for p in parts if carrier in p[0])
+    run = factored(olds, news, old, new)
+    if run is None:
+        return  # such atoms are fixed
+    grids = [
+        (row if i == carrier else still(old[i])).reshape([run.factors[f] for f in span])
+        for i, span in zip(run.olds, run.of_old, strict=True)
+    ]
+    options = assignments(run, grids, [False] * len(new))
+    varying = [j for j in range(len(new)) if (elements != elements.take([0], axis=j)).any()]
+    assert [option[olds.index(carrier)] for option in options] == varying
+    assert all(j is None for option in options for i, j in zip(olds, option, strict=True) if i != carrier)
+
+
+@settings(deadline=None, max_examples=200)
+@given(ties=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), max_size=40), parts=st.integers(1, 5))
+def test_units_can_be_asked_for_in_between(ties: list[tuple[int, int]], parts: int) -> None:
+    at_once, in_parts = Atoms(), Atoms()
+    at_once.fresh(30)
+    in_parts.fresh(15)
+    in_parts.units()
+    in_parts.fresh(15)
+    for i, (a, b) in enumerate(ties):
+        for atoms in (at_once, in_parts):
+            atoms.tie(np.array([a]), np.array([b]))
+        if i % parts == 0:
+            in_parts.units()
+
+    assert in_parts.units().tolist() == at_once.units().tolist()

@@ -2,7 +2,8 @@
 
 Units (what can be cut on its own) with the same footprint form a group. Submodels lay a group's channels out in rank
 order, so every axis must hold a group as whole passes over its channels in one and the same order; units for which that
-fails are split into smaller groups by the runs in which they occur, and stay where even that doesn't help.
+fails are split into smaller groups by the runs in which they occur, and stay where even that doesn't help. A group of
+one channel is none.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ from fedprune.architecture import (
 from fedprune.errors import ModelError
 from fedprune.step import LOGITS
 from fedprune_export.channels.atoms import AtomRow
+from fedprune_export.channels.choices import Choices, Prefer
 from fedprune_export.channels.cost_table import ValueAxes, activations, layers
 from fedprune_export.channels.rule import Channels, walk
+from fedprune_export.channels.targets import TARGETS
 from fedprune_export.graph import Graph
 from fedprune_export.shape_arithmetic import follow, origins
 from fedprune_export.trace import Trace
+
+_MOST_RUNS = 40
+"""Runs of the rules: a choice or two per layer are settled in fewer than ten."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Analysis:
     notes: list[str] = field(default_factory=list)
 
 
-def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str) -> Analysis:
+def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str, prefer: Prefer = "coarse") -> Analysis:
     """Find the channel groups of a normalised graph.
 
     Args:
@@ -55,15 +61,14 @@ def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str)
         parameters: Kind of every weight and statistic.
         seen: Shapes of its values.
         name: The architecture's name.
+        prefer: Which channels to cut where only one kind can be: "coarse" for whole heads, convolution groups and norm
+            groups, "fine" for positions within all of them. Where one leaves nothing to cut, the other is taken.
 
     Raises:
         ModelError: The output is not one row or map per sample.
     """
-    channels = Channels(graph, seen, parameters)
-    notes = walk(channels)
-    channels.fix(channels.rows[LOGITS])
-    notes += _fix_measured(channels)
-    unit = channels.atoms.units()
+    channels, notes = _settle(graph, parameters, seen, prefer)
+    unit = _owned(channels)
     rows = {n: tuple(unit[r] for r in value) for n, value in channels.rows.items()}
     group_of, position, sizes, unfit = _groups(rows)
     if unfit:
@@ -94,24 +99,53 @@ def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str)
     return Analysis(architecture, values, notes)
 
 
+def _settle(graph: Graph, parameters: Mapping[str, str], seen: Trace, prefer: Prefer) -> tuple[Channels, list[str]]:
+    """Run the rules until no choice is left that leaves nothing to cut."""
+    choices = Choices(prefer)
+    for _ in range(_MOST_RUNS):
+        channels = Channels(graph, seen, parameters, choices)
+        notes = walk(channels)
+        channels.fix(channels.rows[LOGITS])
+        notes += _fix_measured(channels)
+        if not choices.advance(channels.atoms.units()):
+            break
+    return channels, notes
+
+
+def _owned(channels: Channels) -> AtomRow:
+    """The unit of every atom; what no weight or statistic has stays, because there is nothing to cut."""
+    unit = channels.atoms.units()
+    owned = np.zeros(unit.size, np.bool_)
+    for name in channels.parameters:
+        for row in channels.rows[name]:
+            owned[unit[row]] = True
+    return np.where(owned[unit], unit, 0)
+
+
 def _fix_measured(channels: Channels) -> list[str]:
     """Fix channels whose number the graph computes with.
 
-    Targets of reshapes whose sizes are known aren't computed any more once a graph is normalised: `cut` rewrites them.
+    Sizes of targets that `rewrites` writes anew may say it, except where they follow the batch as well.
 
     Returns:
         A note per place where such a number is read.
     """
     graph, seen = channels.graph, channels.seen
-    unit = channels.atoms.units()
+    unit = _owned(channels)
     constants = {n for n in graph.initializers if n not in channels.parameters}
     numbers = follow(graph, seen, constants, lambda name: [bool(unit[r].any()) for r in channels.rows[name]])
     notes, bad = [], {LOGITS} & set(numbers)
     for node in graph.nodes:
         if any(o in numbers for o in node.outputs):
             continue
-        for name in node.inputs:
-            if name in numbers and numbers[name].any():
+        for i, name in enumerate(node.inputs):
+            if name not in numbers:
+                continue
+            marks = numbers[name]
+            if TARGETS.get(node.op) == i and not node.domain:
+                free = [d is None for d in seen.dims(node.outputs[0])]
+                marks = marks.reshape(-1) & np.array(free) if marks.size == len(free) else marks
+            if marks.any():
                 bad.add(name)
                 notes.append(f"{node.op} {node.name} computes with a number of channels: these stay.")
     for node in origins(graph, bad):
@@ -126,35 +160,42 @@ def _groups(rows: Mapping[str, Sequence[AtomRow]]) -> tuple[AtomRow, AtomRow, li
         Per unit label: its group (-1 fixed) and its position in it; the groups' sizes; how many units had to be fixed.
     """
     size = 1 + max((int(r.max(initial=0)) for value in rows.values() for r in value), default=0)
-    axes = [r for value in rows.values() for r in value if r.any()]
+    axes = list({r.tobytes(): r for value in rows.values() for r in value if r.any()}.values())
     footprint: dict[int, list[tuple[int, int]]] = {}
     for i, row in enumerate(axes):
         found, counts = np.unique(row, return_counts=True)
         for u, n in zip(found.tolist(), counts.tolist(), strict=True):
             if u:
                 footprint.setdefault(u, []).append((i, n))
-    fixed: set[int] = set()
     keys: dict[int, object] = {u: tuple(f) for u, f in footprint.items()}
-    order = list(footprint)  # by first appearance: graph order
+    divided: set[int] = set()
+    unfit = 0
     while True:
         members: dict[object, list[int]] = {}
-        for u in order:
-            if u not in fixed:
+        for u in footprint:  # by first appearance: graph order
+            if u in keys:
                 members.setdefault(keys[u], []).append(u)
-        group_of, position = np.full(size, FIXED, np.int64), np.zeros(size, np.int64)
-        for g, units in enumerate(members.values()):
-            group_of[units], position[units] = g, np.arange(len(units))
-        runs, broken = _check_passes(axes, group_of, position, [len(m) for m in members.values()])
-        if not broken:
-            return group_of, position, [len(m) for m in members.values()], len(fixed)
         lists = list(members.values())
-        for g in broken:
+        group_of, position = np.full(size, FIXED, np.int64), np.zeros(size, np.int64)
+        for g, units in enumerate(lists):
+            group_of[units], position[units] = g, np.arange(len(units))
+        runs, broken = _check_passes(axes, group_of, position, [len(m) for m in lists])
+        single = {g for g, units in enumerate(lists) if len(units) == 1}
+        if not broken and not single:
+            return group_of, position, [len(m) for m in lists], unfit
+        for g in broken - single:
             parts = {u: runs.get(u, ()) for u in lists[g]}
             if len(set(parts.values())) > 1:
                 for u, part in parts.items():
                     keys[u] = (keys[u], part)
-            else:
-                fixed.update(lists[g])
+                divided.update(parts)
+                continue
+            unfit += len(lists[g])
+            for u in lists[g]:
+                del keys[u]
+        for g in single:
+            unfit += lists[g][0] in divided
+            del keys[lists[g][0]]
 
 
 def _check_passes(
@@ -164,12 +205,22 @@ def _check_passes(
     broken: set[int] = set()
     spots: dict[int, list[tuple[int, int]]] = {}
     for i, row in enumerate(axes):
-        for at, (g, start, stop) in enumerate(_stretches(group_of[row])):
+        at = 0
+        for g, start, stop in _stretches(group_of[row]):
+            at += 1
             if g == FIXED:
                 continue
-            if _passes(position[row[start:stop]], sizes[g]) is None:
+            part = row[start:stop]
+            if _passes(position[part], sizes[g]) is None:
                 broken.add(g)
-            for u in np.unique(row[start:stop]).tolist():
+                # Where the order breaks, another run begins: its units may form a group of their own.
+                step = np.diff(position[part])
+                for run in np.split(part, np.flatnonzero((step != 0) & (step != 1)) + 1):
+                    at += 1
+                    for u in np.unique(run).tolist():
+                        spots.setdefault(u, []).append((i, at))
+                continue
+            for u in np.unique(part).tolist():
                 spots.setdefault(u, []).append((i, at))
     return {u: tuple(s) for u, s in spots.items()}, broken
 

@@ -23,6 +23,7 @@ class Atoms:
         self._count = 1
         self._left: list[AtomRow] = []
         self._right: list[AtomRow] = []
+        self._label: AtomRow = np.zeros(1, np.int64)
 
     def fresh(self, size: int) -> AtomRow:
         """Atoms of a new axis; an axis of size 1 has nothing to cut."""
@@ -44,28 +45,30 @@ class Atoms:
         """These atoms stay."""
         self.tie(row, np.zeros_like(row))
 
-    def units(self) -> npt.NDArray[np.int64]:
-        """The unit of every atom, named by its smallest atom; unit 0 stays.
+    def units(self) -> AtomRow:
+        """The unit of every atom by the ties so far, named by its smallest atom; unit 0 stays.
 
         Labels only ever fall along ties, and following a label to its own label halves every chain, so that a few
-        passes over all ties suffice.
+        passes over the ties suffice. Only ties that came since the last call are looked at.
         """
-        label = np.arange(self._count, dtype=np.int64)
-        if not self._left:
-            return label
-        left, right = np.concatenate(self._left), np.concatenate(self._right)
-        while True:
-            a, b = label[left], label[right]
-            open_ties = a != b
-            if not open_ties.any():
-                return label
-            left, right, a, b = left[open_ties], right[open_ties], a[open_ties], b[open_ties]
-            np.minimum.at(label, np.maximum(a, b), np.minimum(a, b))
+        label = np.concatenate([self._label, np.arange(self._label.size, self._count, dtype=np.int64)])
+        if self._left:
+            left, right = np.concatenate(self._left), np.concatenate(self._right)
+            self._left, self._right = [], []
             while True:
-                further = label[label]
-                if np.array_equal(further, label):
+                a, b = label[left], label[right]
+                open_ties = a != b
+                if not open_ties.any():
                     break
-                label = further
+                left, right, a, b = left[open_ties], right[open_ties], a[open_ties], b[open_ties]
+                np.minimum.at(label, np.maximum(a, b), np.minimum(a, b))
+                while True:
+                    further = label[label]
+                    if np.array_equal(further, label):
+                        break
+                    label = further
+        self._label = label
+        return label
 
 
 def still(size: int) -> AtomRow:

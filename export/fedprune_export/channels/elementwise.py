@@ -9,17 +9,58 @@ from fedprune_export.channels.rule import Channels, rule
 from fedprune_export.graph import Node
 from fedprune_export.operators import MANY_TO_ONE, ONE_TO_ONE
 
+_ALONE = (
+    "Acos",
+    "Acosh",
+    "Asin",
+    "Asinh",
+    "Atan",
+    "Atanh",
+    "BitwiseNot",
+    "Ceil",
+    "Cos",
+    "Cosh",
+    "Floor",
+    "Gelu",
+    "IsInf",
+    "IsNaN",
+    "Mish",
+    "Not",
+    "Round",
+    "Shrink",
+    "Sign",
+    "Sin",
+    "Sinh",
+    "Swish",
+    "Tan",
+)
+_TOGETHER = (
+    "And",
+    "BitShift",
+    "BitwiseAnd",
+    "BitwiseOr",
+    "BitwiseXor",
+    "Equal",
+    "Greater",
+    "GreaterOrEqual",
+    "Less",
+    "LessOrEqual",
+    "Mod",
+    "Or",
+    "Where",
+    "Xor",
+)
 
-@rule(*ONE_TO_ONE)
+
+@rule(*dict.fromkeys([*ONE_TO_ONE, *_ALONE]))
 def elementwise(channels: Channels, node: Node) -> None:
     """One value in, one of the same shape out; bounds and the like stay."""
-    for i in range(1, len(node.inputs)):
-        if channels.has(node, i):
-            channels.fix(channels.of(node, i))
-    channels.out(node, channels.of(node, 0))
+    channels.fix_inputs(node, 1)
+    for i in range(len(node.outputs)):
+        channels.out(node, channels.of(node, 0), i)
 
 
-@rule(*MANY_TO_ONE)
+@rule(*dict.fromkeys([*MANY_TO_ONE, *_TOGETHER]))
 def broadcast(channels: Channels, node: Node) -> None:
     """Axes of equal length are tied; an axis of length 1 that is repeated is not."""
     shape = channels.shape(node.outputs[0])

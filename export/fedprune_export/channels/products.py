@@ -1,30 +1,94 @@
-"""Operators that contract channels: convolutions and matrix products."""
+"""Operators that contract channels: convolutions, matrix products, einsum."""
 
 from __future__ import annotations
+
+import numpy as np
 
 from fedprune_export.channels.atoms import AtomRow, still
 from fedprune_export.channels.rule import Channels, rule
 from fedprune_export.graph import Node
 
+GROUPS, POSITIONS = "groups", "positions"
+"""What a grouped operator loses: whole groups, or the same positions of every group."""
+
 
 @rule("Conv")
 def convolution(channels: Channels, node: Node) -> None:
-    """Plain, depthwise (channels tied one to one, or one to several), or grouped (whole groups)."""
-    x, weight = channels.of(node, 0), channels.of(node, 1)
+    """Plain, depthwise (channels tied one to one, or one to several), or grouped."""
+    x, weight = channels.of(node, 0)[1], channels.of(node, 1)
     groups = int(node.attrs.get("group", 1))
-    produced = weight[0]
     if groups == 1:
-        channels.atoms.tie(weight[1], x[1])
+        channels.atoms.tie(weight[1], x)
+        produced = weight[0]
     else:
-        channels.fix([weight[1]])
-        inside = x[1].reshape(groups, -1)
-        channels.atoms.tie(inside, inside[:, :1])
-        channels.atoms.tie(produced.reshape(groups, -1), inside[:, :1])
+        produced = _grouped(channels, node, x, weight[0], weight[1], groups)
+    _produce(channels, node, produced)
+
+
+@rule("ConvTranspose")
+def transposed_convolution(channels: Channels, node: Node) -> None:
+    """Its weight has the input's channels first, then the outputs of one group."""
+    x, weight = channels.of(node, 0)[1], channels.of(node, 1)
+    groups = int(node.attrs.get("group", 1))
+    if groups == 1:
+        channels.atoms.tie(weight[0], x)
+        produced = weight[1]
+    else:
+        channels.atoms.tie(weight[0], x)
+        produced = _grouped(channels, node, weight[0], None, weight[1], groups)
+    _produce(channels, node, produced)
+
+
+def _produce(channels: Channels, node: Node, produced: AtomRow) -> None:
+    """Tie the bias, fix the kernel's places, set the output."""
     if channels.has(node, 2):
         channels.atoms.tie(channels.of(node, 2)[0], produced)
-    channels.fix(weight[2:])
+    channels.fix(channels.of(node, 1)[2:])
     shape = channels.shape(node.outputs[0])
     channels.out(node, [still(shape[0]), produced, *(still(n) for n in shape[2:])])
+
+
+def _grouped(
+    channels: Channels, node: Node, taken: AtomRow, made: AtomRow | None, inside: AtomRow, groups: int
+) -> AtomRow:
+    """Tie what a grouped convolution can only lose together.
+
+    Args:
+        channels: The atoms.
+        node: The convolution.
+        taken: Input channels of all groups.
+        made: Output channels of all groups, where the weight has an axis of them (Conv).
+        inside: The weight's axis of one group's channels: inputs (Conv) or outputs (ConvTranspose).
+        groups: Number of groups.
+
+    Returns:
+        The output's channels.
+    """
+    blocks = taken.reshape(groups, -1)
+    outputs = made.reshape(groups, -1) if made is not None else np.tile(inside, (groups, 1))
+    options = [GROUPS] if blocks.shape[1] == outputs.shape[1] == 1 else [GROUPS, POSITIONS]
+    option = channels.choices.pick(node.outputs[0], options)
+    if option == GROUPS:
+        whole = blocks[:, :1]
+        channels.atoms.tie(blocks, whole)
+        channels.atoms.fix(inside)
+        if made is not None:
+            channels.atoms.tie(outputs, whole)
+        produced = np.repeat(whole[:, 0], outputs.shape[1])
+        kept = [whole[:, 0]]
+    elif option == POSITIONS:
+        channels.atoms.tie(blocks, blocks[:1])
+        if made is not None:
+            channels.atoms.tie(inside, blocks[0])
+            channels.atoms.tie(outputs, outputs[:1])
+        produced = np.tile(outputs[0], groups)
+        kept = [blocks[0], outputs[0]]
+    else:
+        channels.fix([taken, inside, outputs.reshape(-1)])
+        return still(outputs.size)
+    if len(options) > 1:
+        channels.choices.watch(node.outputs[0], option, kept)
+    return produced
 
 
 @rule("MatMul")
@@ -60,3 +124,34 @@ def gemm(channels: Channels, node: Node) -> None:
             channels.atoms.tie(addend[-1], b[1])
         channels.fix(addend[:-1])
     channels.out(node, [a[0], b[1]])
+
+
+def einsum_terms(equation: str, inputs: int) -> tuple[list[str], str] | None:
+    """The letters of an explicit equation's inputs and output; None where it is implicit or takes a diagonal."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    letters = "".join([*terms, right])
+    if not arrow or "." in letters or len(terms) != inputs or any(len(set(t)) != len(t) for t in [*terms, right]):
+        return None
+    return terms, right
+
+
+@rule("Einsum")
+def einsum(channels: Channels, node: Node) -> None:
+    """Axes of the same letter are tied; a letter that is repeated from length 1 is not."""
+    found = einsum_terms(str(node.attrs["equation"]), len(node.inputs))
+    if found is None:
+        channels.fix_inputs(node)
+        channels.still_outputs(node)
+        channels.notes.append(f"Einsum {node.name} is implicit or takes a diagonal: its channels stay.")
+        return
+    terms, right = found
+    held: dict[str, AtomRow] = {}
+    for name, term in zip(node.inputs, terms, strict=True):
+        for letter, row in zip(term, channels.rows[name], strict=True):
+            first = held.setdefault(letter, row)
+            if first.size == row.size:
+                channels.atoms.tie(first, row)
+            elif row.size > first.size:
+                held[letter] = row
+    channels.out(node, [held[letter] for letter in right])

@@ -1,14 +1,19 @@
 """How each operator carries and ties atoms: one small function per operator.
 
 A rule reads the atoms of a node's inputs, ties what must be cut together, and says the atoms of the outputs. To support
-an operator, write its rule in the module of its family (and, if it has arguments that depend on widths, one in `cut`).
+an operator, write its rule in the module of its family (and, if it has arguments that depend on widths, one in
+`rewrites`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy.typing as npt
 
 from fedprune_export.channels.atoms import AtomRow, Atoms, still
+from fedprune_export.channels.choices import Choices
 from fedprune_export.graph import Graph, Node
 from fedprune_export.trace import Trace
 
@@ -23,15 +28,21 @@ class Channels:
         graph: The graph.
         seen: Its shapes.
         parameters: Names of weights and statistics; only these get atoms of their own.
+        choices: Options that were tried before.
     """
 
-    def __init__(self, graph: Graph, seen: Trace, parameters: Mapping[str, str]) -> None:
+    def __init__(
+        self, graph: Graph, seen: Trace, parameters: Mapping[str, str], choices: Choices | None = None
+    ) -> None:
         self.graph = graph
         self.seen = seen
         self.parameters = parameters
+        self.choices = choices or Choices()
+        self.choices.begin()
         self.atoms = Atoms()
         self.notes: list[str] = []
         self.rows: dict[str, Rows] = {}
+        self.data = {p.name for p in graph.inputs}
         for name, value in graph.initializers.items():
             if name in parameters:
                 self.rows[name] = tuple(self.atoms.fresh(n) for n in value.shape)
@@ -53,6 +64,20 @@ class Channels:
         value = self.graph.initializers.get(name)
         return value is not None and name not in self.parameters and value.size > 1
 
+    def uniform(self, name: str) -> bool:
+        """Whether a value is a constant whose numbers are all equal: `rewrites` can shorten it."""
+        value = self.graph.initializers.get(name)
+        if value is None or name in self.parameters or not value.size:
+            return False
+        return bool((value == value.reshape(-1)[0]).all())
+
+    def number(self, node: Node, index: int) -> npt.NDArray[Any] | None:
+        """The constant at a node's input, flattened; None if it is none, or not there."""
+        if not self.has(node, index) or node.inputs[index] in self.parameters:
+            return None
+        value = self.graph.initializers.get(node.inputs[index])
+        return None if value is None else value.reshape(-1)
+
     def of(self, node: Node, index: int) -> Rows:
         """Rows of a node's input."""
         return self.rows[node.inputs[index]]
@@ -62,13 +87,41 @@ class Channels:
         return len(node.inputs) > index and bool(node.inputs[index])
 
     def out(self, node: Node, rows: Sequence[AtomRow], index: int = 0) -> None:
-        """Set the rows of a node's output."""
-        self.rows[node.outputs[index]] = tuple(rows)
+        """Set the rows of a node's output; the only index of an axis stays, because an axis can't be cut to nothing."""
+        if index >= len(node.outputs) or not node.outputs[index]:
+            return
+        kept = []
+        for row in rows:
+            if row.size == 1 and row[0]:
+                self.atoms.fix(row)
+                row = still(1)
+            kept.append(row)
+        self.rows[node.outputs[index]] = tuple(kept)
+
+    def still_outputs(self, node: Node) -> None:
+        """All indices of all outputs stay."""
+        for i, name in enumerate(node.outputs):
+            if name:
+                self.out(node, self.still(name), i)
 
     def fix(self, rows: Sequence[AtomRow]) -> None:
         """All these atoms stay."""
         for row in rows:
             self.atoms.fix(row)
+
+    def fix_inputs(self, node: Node, start: int = 0) -> None:
+        """All atoms of a node's inputs from one on stay."""
+        for name in node.inputs[start:]:
+            if name:
+                self.fix(self.rows[name])
+
+    def resolved(self, row: AtomRow) -> AtomRow:
+        """A row with every atom as its unit by the ties so far."""
+        return self.atoms.units()[row]
+
+    def follows_data(self, node: Node) -> bool:
+        """Whether a node reads something that depends on the graph's input."""
+        return bool(self.data.intersection(node.inputs))
 
 
 Rule = Callable[[Channels, Node], None]
@@ -94,15 +147,15 @@ def walk(channels: Channels) -> list[str]:
         One note per node that had to fix channels for want of a rule or because of a constant.
     """
     for node in channels.graph.nodes:
+        if channels.follows_data(node):
+            channels.data.update(o for o in node.outputs if o)
         known = None if node.domain else RULES.get(node.op)
         if known is not None:
             known(channels, node)
             continue
         rows = [r for name in node.inputs if name for r in channels.rows[name]]
         channels.fix(rows)
-        for i, name in enumerate(node.outputs):
-            if name:
-                channels.out(node, channels.still(name), i)
+        channels.still_outputs(node)
         if any(r.any() for r in rows):
             called = f"{node.domain}::{node.op}" if node.domain else node.op
             channels.notes.append(f"Operator {called} ({node.name}) has no channel rule: its channels stay.")

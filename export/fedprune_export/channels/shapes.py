@@ -1,4 +1,4 @@
-"""Operators that move indices about: reshape, transpose, concat, pad, slice."""
+"""Operators that move indices about: transpose, concat, split, slice, gather, pad, expand, tile, resize."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.reductions import fresh_axes
 from fedprune_export.channels.rule import Channels, rule
-from fedprune_export.graph import Node
+from fedprune_export.graph import Graph, Node
 
 
 @rule("Concat")
@@ -25,6 +26,21 @@ def concat(channels: Channels, node: Node) -> None:
     channels.out(node, out)
 
 
+@rule("Split")
+def split(channels: Channels, node: Node) -> None:
+    """Rows in parts along the axis."""
+    x = list(channels.of(node, 0))
+    axis = int(node.attrs.get("axis", 0)) % len(x)
+    sizes = [channels.shape(name)[axis] if name else 0 for name in node.outputs]
+    if channels.seen.dims(node.inputs[0])[axis] is None or sum(sizes) != x[axis].size:
+        channels.fix([x[axis]])
+        for i, n in enumerate(sizes):
+            channels.out(node, [*x[:axis], still(n), *x[axis + 1 :]], i)
+        return
+    for i, row in enumerate(np.split(x[axis], np.cumsum(sizes)[:-1])):
+        channels.out(node, [*x[:axis], row, *x[axis + 1 :]], i)
+
+
 @rule("Transpose")
 def transpose(channels: Channels, node: Node) -> None:
     """Axes change places."""
@@ -37,12 +53,13 @@ def transpose(channels: Channels, node: Node) -> None:
 def pad(channels: Channels, node: Node) -> None:
     """Added indices stay; reflecting or repeating padding of a channel axis fixes it."""
     x = channels.of(node, 0)
-    name = node.inputs[1]
-    if name not in channels.graph.initializers:
+    given = channels.number(node, 1)
+    channels.fix_inputs(node, 1)
+    if given is None:
         channels.fix(x)
-        channels.out(node, channels.still(node.outputs[0]))
+        channels.still_outputs(node)
         return
-    amounts = channels.graph.initializers[name].reshape(-1).tolist()
+    amounts = given.tolist()
     out = []
     for i, row in enumerate(x):
         before, after = int(amounts[i]), int(amounts[i + len(x)])
@@ -54,77 +71,151 @@ def pad(channels: Channels, node: Node) -> None:
     channels.out(node, out)
 
 
+def sliced(graph: Graph, node: Node, rank: int) -> dict[int, slice] | None:
+    """What a Slice takes along each of its axes; None where that isn't constant."""
+    constants = [graph.initializers.get(name) if name else None for name in node.inputs[1:]]
+    count = len(node.inputs) - 1
+    if count < 2 or constants[0] is None or constants[1] is None:
+        return None
+    if any(node.inputs[i + 1] and constants[i] is None for i in range(2, count)):
+        return None
+    starts, ends = (constants[i].reshape(-1).tolist() for i in (0, 1))  # type: ignore[union-attr]
+    axes = constants[2].reshape(-1).tolist() if count > 2 and constants[2] is not None else range(len(starts))
+    steps = constants[3].reshape(-1).tolist() if count > 3 and constants[3] is not None else [1] * len(starts)
+    out = {}
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        # Backwards, an end at the very bottom means that index 0 is included.
+        stop = None if step < 0 and end < -(2**30) else int(end)
+        out[int(axis) % rank] = slice(int(start), stop, int(step))
+    return out
+
+
 @rule("Slice")
 def slicing(channels: Channels, node: Node) -> None:
-    """Axes of which something is cut out stay; the others pass."""
+    """Indices that are taken pass; where each of a few neighbours is taken, the neighbours are kept or cut together."""
     x = channels.of(node, 0)
-    axes = list(range(channels.shape(node.inputs[1])[0]))
-    if channels.has(node, 3):
-        given = channels.graph.initializers.get(node.inputs[3])
-        axes = list(range(len(x))) if given is None else [int(a) % len(x) for a in given]
-    channels.fix([x[a] for a in axes])
-    shape = channels.shape(node.outputs[0])
-    channels.out(node, [still(shape[i]) if i in axes else row for i, row in enumerate(x)])
-
-
-@rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
-def reshape(channels: Channels, node: Node) -> None:
-    """Runs of axes that hold the same elements are matched; within a run atoms are spread out or gathered."""
-    x, target = channels.of(node, 0), channels.shape(node.outputs[0])
-    dims = channels.seen.dims(node.outputs[0])
-    out: list[AtomRow] = [still(n) for n in target]
-    for olds, news in _runs([r.size for r in x], target):
-        carried = _spread([x[i] for i in olds], [target[i] for i in news])
-        if carried is None or any(row.any() and dims[i] is None for i, row in zip(news, carried, strict=True)):
-            channels.fix([x[i] for i in olds])
-            channels.notes.append(f"{node.op} {node.name} mixes channels with other axes: they stay.")
-            continue
-        for i, row in zip(news, carried, strict=True):
-            out[i] = row
+    shape, dims = channels.shape(node.outputs[0]), channels.seen.dims(node.inputs[0])
+    taken = sliced(channels.graph, node, len(x))
+    out = list(x)
+    if taken is None:
+        axes = list(range(channels.shape(node.inputs[1])[0]))
+        if channels.has(node, 3):
+            given = channels.number(node, 3)
+            axes = list(range(len(x))) if given is None else [int(a) % len(x) for a in given]
+        channels.fix([x[a] for a in axes])
+        for axis in axes:
+            out[axis] = still(shape[axis])
+    else:
+        for axis, part in taken.items():
+            row, step = x[axis], part.step
+            if dims[axis] is None or row[part].size != shape[axis]:
+                channels.atoms.fix(row)
+                out[axis] = still(shape[axis])
+                continue
+            if row.any() and step > 1 and row.size % step == 0:
+                blocks = row.reshape(-1, step)
+                channels.atoms.tie(blocks, blocks[:, :1])
+            out[axis] = row[part]
     channels.out(node, out)
 
 
-def _runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Shortest runs of old and new axes with equal products, in order."""
-    runs: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        olds, news, a, b = [], [], 1, 1
-        while True:
-            if i < len(old) and (a <= b or j >= len(new)):
-                a *= old[i]
-                olds.append(i)
-                i += 1
-            elif j < len(new):
-                b *= new[j]
-                news.append(j)
-                j += 1
-            if (olds and news and a == b) or (i >= len(old) and j >= len(new)):
-                break
-        runs.append((olds, news))
-    if len(runs) > 1 and not (runs[-1][0] and runs[-1][1]):
-        tail = runs.pop()
-        runs[-1] = (runs[-1][0] + tail[0], runs[-1][1] + tail[1])
-    return runs
+@rule("Gather")
+def gather(channels: Channels, node: Node) -> None:
+    """Constant indices take channels; a table that is looked up by data, or indices that repeat, keep theirs."""
+    x, indices = channels.of(node, 0), channels.of(node, 1)
+    axis = int(node.attrs.get("axis", 0)) % len(x)
+    row = x[axis]
+    constant = channels.graph.initializers.get(node.inputs[1])
+    channels.fix(indices)
+    middle: list[AtomRow] = [np.zeros_like(r) for r in indices]
+    if row.any():
+        if constant is None or constant.ndim > 1 or constant.size > row.size:
+            channels.atoms.fix(row)
+        elif constant.ndim == 0:
+            channels.atoms.fix(row[constant.reshape(1)])
+        else:
+            middle = [row[constant]]
+    channels.out(node, [*x[:axis], *middle, *x[axis + 1 :]])
 
 
-def _spread(rows: Sequence[AtomRow], target: Sequence[int]) -> list[AtomRow] | None:
-    """Rows of a run's new axes, or None if one index would stand for several atoms or one atom for a mixture."""
-    if not any(r.any() for r in rows):
-        return [still(n) for n in target]
-    carrying = [i for i, r in enumerate(rows) if r.any()]
-    if len(carrying) != 1:
-        return None
-    shape = [r.size for r in rows]
-    view = [1] * len(rows)
-    view[carrying[0]] = -1
-    flat = np.broadcast_to(rows[carrying[0]].reshape(view), shape).reshape(list(target))
-    moving = [
-        axis
-        for axis, size in enumerate(target)
-        if size > 1 and not np.array_equal(flat, np.broadcast_to(flat.take([0], axis), flat.shape))
-    ]
-    if len(moving) != 1:
-        return None
-    row = np.moveaxis(flat, moving[0], 0).reshape(target[moving[0]], -1)[:, 0]
-    return [row.copy() if axis == moving[0] else still(size) for axis, size in enumerate(target)]
+@rule("GatherND")
+def gather_nd(channels: Channels, node: Node) -> None:
+    """Axes that are looked up stay, those behind them pass."""
+    x, indices = channels.of(node, 0), channels.of(node, 1)
+    looked = int(node.attrs.get("batch_dims", 0)) + channels.shape(node.inputs[1])[-1]
+    channels.fix([*x[:looked], *indices])
+    channels.out(node, [*(np.zeros_like(r) for r in indices[:-1]), *x[looked:]])
+
+
+@rule("ScatterND")
+def scatter_nd(channels: Channels, node: Node) -> None:
+    """Axes that are looked up stay, those behind them are tied to what is put there."""
+    x, indices, updates = (channels.of(node, i) for i in range(3))
+    looked = channels.shape(node.inputs[1])[-1]
+    passed = x[looked:]
+    channels.fix([*x[:looked], *indices, *updates[: len(updates) - len(passed)]])
+    for row, other in zip(passed, updates[len(updates) - len(passed) :], strict=True):
+        channels.atoms.tie(row, other)
+    channels.out(node, [*(np.zeros_like(r) for r in x[:looked]), *passed])
+
+
+@rule("Expand")
+def expand(channels: Channels, node: Node) -> None:
+    """Axes pass; those that are made of one index get as many as are needed."""
+    x = channels.of(node, 0)
+    shape = channels.shape(node.outputs[0])
+    lead = len(shape) - len(x)
+    rows = [x[i - lead] if i >= lead and x[i - lead].size == n else None for i, n in enumerate(shape)]
+    channels.out(node, fresh_axes(channels, node.outputs[0], rows))
+
+
+@rule("Tile")
+def tile(channels: Channels, node: Node) -> None:
+    """Rows one after the other as often as is said."""
+    x, shape = channels.of(node, 0), channels.shape(node.outputs[0])
+    repeats = channels.number(node, 1)
+    out = []
+    for i, row in enumerate(x):
+        if repeats is None and row.size != shape[i]:
+            channels.atoms.fix(row)
+            out.append(still(shape[i]))
+        else:
+            out.append(row if repeats is None else np.tile(row, int(repeats[i])))
+    channels.out(node, out)
+
+
+@rule("Resize", "Upsample", "GridSample")
+def resample(channels: Channels, node: Node) -> None:
+    """Batch and channels pass, places stay."""
+    x = channels.of(node, 0)
+    channels.fix_inputs(node, 1)
+    shape = channels.shape(node.outputs[0])
+    resized = node.op == "Resize" and node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
+    passed = [i < 2 and not resized and row.size == n for i, (row, n) in enumerate(zip(x, shape, strict=True))]
+    channels.fix([row for row, passes in zip(x, passed, strict=True) if not passes])
+    channels.out(node, [row if passes else still(n) for row, n, passes in zip(x, shape, passed, strict=True)])
+
+
+@rule("DepthToSpace")
+def depth_to_space(channels: Channels, node: Node) -> None:
+    """A channel is a block of neighbours, or the same place of every part, by mode."""
+    x = channels.of(node, 0)
+    times = int(node.attrs["blocksize"]) ** 2
+    channels.fix(x[2:])
+    crd = node.attrs.get("mode", "DCR") == "CRD"
+    blocks = x[1].reshape(-1, times) if crd else x[1].reshape(times, -1).T
+    channels.atoms.tie(blocks, blocks[:, :1])
+    _spatial(channels, node, blocks[:, 0])
+
+
+@rule("SpaceToDepth")
+def space_to_depth(channels: Channels, node: Node) -> None:
+    """All channels once for every place of a block."""
+    x = channels.of(node, 0)
+    channels.fix(x[2:])
+    _spatial(channels, node, np.tile(x[1], int(node.attrs["blocksize"]) ** 2))
+
+
+def _spatial(channels: Channels, node: Node, row: AtomRow) -> None:
+    shape: Sequence[int] = channels.shape(node.outputs[0])
+    channels.out(node, [still(shape[0]), row, *(still(n) for n in shape[2:])])

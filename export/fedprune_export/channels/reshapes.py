@@ -1,0 +1,193 @@
+"""Reshapes: axes that are split into factors and put together from others.
+
+Runs of axes that hold the same elements are cut into common factors. What the atoms of an axis do not vary along needs
+no care. Where they vary along factors that end up on several axes, only one of these can be cut: a choice.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedprune_export.channels.atoms import AtomRow, still
+from fedprune_export.channels.rule import Channels, Rows, rule
+from fedprune_export.graph import Node
+from fedprune_export.trace import BATCHES
+
+_BATCH = 1_000_003
+"""Stands for the batch where sizes are matched: a prime that no model's dimension is a multiple of."""
+
+Assignment = tuple[int | None, ...]
+"""Per old axis the new axis that takes its atoms."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Old and new axes that hold the same elements, and their common factors.
+
+    Attributes:
+        olds: Old axes.
+        news: New axes.
+        factors: Sizes whose product is that of either.
+        of_old: Per old axis the places of its factors.
+        of_new: Per new axis the places of its factors.
+    """
+
+    olds: list[int]
+    news: list[int]
+    factors: list[int]
+    of_old: list[range]
+    of_new: list[range]
+
+
+@rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+def reshape(channels: Channels, node: Node) -> None:
+    """Atoms go along with the factors of their axes."""
+    x, target = channels.of(node, 0), channels.shape(node.outputs[0])
+    out: list[AtomRow] = [still(n) for n in target]
+    if any(row.any() for row in x):
+        old, new = _extents(channels, node.inputs[0]), _extents(channels, node.outputs[0])
+        free = [d is None for d in channels.seen.dims(node.outputs[0])]
+        if old is None or new is None:
+            _mixed(channels, node, x)
+        else:
+            for olds, news in runs(old, new):
+                _carry(channels, node, x, out, factored(olds, news, old, new), olds, free)
+    channels.out(node, out)
+
+
+def _extents(channels: Channels, name: str) -> list[int] | None:
+    """Sizes of a value with multiples of a prime for multiples of the batch; None where one is neither."""
+    out = []
+    for a, b in zip(channels.seen.shapes[name], channels.seen.shapes_second[name], strict=True):
+        times, rest = divmod(a, BATCHES[0])
+        if a == b:
+            out.append(a)
+        elif rest == 0 and b == times * BATCHES[1]:
+            out.append(times * _BATCH)
+        else:
+            return None
+    return out
+
+
+def runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Shortest runs of old and new axes with equal products, in order."""
+    found: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        olds, news, a, b = [], [], 1, 1
+        while True:
+            if i < len(old) and (a <= b or j >= len(new)):
+                a *= old[i]
+                olds.append(i)
+                i += 1
+            elif j < len(new):
+                b *= new[j]
+                news.append(j)
+                j += 1
+            if (olds and news and a == b) or (i >= len(old) and j >= len(new)):
+                break
+        found.append((olds, news))
+    if len(found) > 1 and not (found[-1][0] and found[-1][1]):
+        tail = found.pop()
+        found[-1] = (found[-1][0] + tail[0], found[-1][1] + tail[1])
+    return found
+
+
+def factored(olds: list[int], news: list[int], old: Sequence[int], new: Sequence[int]) -> Run | None:
+    """The common factors of a run; None where the axes of one side end within a factor of the other."""
+    ends = [
+        list(itertools.accumulate((sizes[i] for i in axes), lambda a, b: a * b, initial=1))
+        for axes, sizes in ((olds, old), (news, new))
+    ]
+    marks = sorted({*ends[0], *ends[1]})
+    if ends[0][-1] != ends[1][-1] or not marks[0] or any(b % a for a, b in itertools.pairwise(marks)):
+        return None
+    factors = [b // a for a, b in itertools.pairwise(marks)]
+    place = {mark: i for i, mark in enumerate(marks)}
+    spans = [[range(place[a], place[b]) for a, b in itertools.pairwise(side)] for side in ends]
+    return Run(olds, news, factors, spans[0], spans[1])
+
+
+def _carry(
+    channels: Channels, node: Node, x: Rows, out: list[AtomRow], run: Run | None, olds: list[int], free: Sequence[bool]
+) -> None:
+    """Carry the atoms of a run's old axes to its new ones."""
+    if not any(x[i].any() for i in olds):
+        return
+    if run is None:
+        _mixed(channels, node, [x[i] for i in olds])
+        return
+    sizes = [f // _BATCH * BATCHES[0] if f % _BATCH == 0 else f for f in run.factors]
+    grids = [x[i].reshape([sizes[f] for f in span]) for i, span in zip(run.olds, run.of_old, strict=True)]
+    options = assignments(run, grids, free)
+    if len(options) > 1:
+        unit = channels.atoms.units()
+        grids = [unit[g] for g in grids]
+        options = assignments(run, grids, free)
+    if not options:
+        _mixed(channels, node, grids)
+        return
+    key = f"{node.outputs[0]}:{run.olds[0]}"
+    option = options[0] if len(options) == 1 else channels.choices.pick(key, options)
+    if option is None:
+        if channels.follows_data(node):
+            _mixed(channels, node, grids)
+        channels.fix([g.reshape(-1) for g in grids])
+        return
+    kept = []
+    for grid, span, to in zip(grids, run.of_old, option, strict=True):
+        if to is None:
+            channels.atoms.fix(grid.reshape(-1))
+            continue
+        target = run.of_new[run.news.index(to)]
+        lost = tuple(place for place, f in enumerate(span) if f not in target)
+        held = grid
+        for place in lost:
+            held = held.take([0], axis=place)
+        channels.atoms.tie(grid, held)
+        view = [grid.shape[f - span.start] if f in span else 1 for f in target]
+        row = np.broadcast_to(held.reshape(view), [sizes[f] for f in target]).reshape(-1)
+        out[to] = row
+        kept.append(row)
+    if len(options) > 1:
+        channels.choices.watch(key, option, kept)
+
+
+def assignments(run: Run, grids: Sequence[AtomRow], free: Sequence[bool]) -> list[Assignment]:
+    """Ways to give the atoms of old axes to new ones, leading axes first; none where no axis can take any.
+
+    Args:
+        run: The run.
+        grids: Atoms of the old axes by factor.
+        free: Per new axis of the value whether it follows the batch: then it can't take atoms.
+    """
+    takers: list[list[int | None]] = []
+    for grid, span in zip(grids, run.of_old, strict=True):
+        moving = {
+            f for place, f in enumerate(span) if grid.shape[place] > 1 and (grid != grid.take([0], axis=place)).any()
+        }
+        takers.append([j for j, s in zip(run.news, run.of_new, strict=True) if moving & set(s) and not free[j]])
+    carrying = [bool(t) for t in takers]
+    if not any(carrying):
+        return []
+    found: list[Assignment] = []
+    for option in itertools.product(*([*t, None] if t else [None] for t in takers)):
+        taken = [j for j in option if j is not None]
+        if len(set(taken)) != len(taken):
+            continue
+        # An old axis gives up only where all that could take it are taken.
+        if any(j is None and any(k not in taken for k in t) for j, t in zip(option, takers, strict=True)):
+            continue
+        found.append(option)
+    return found
+
+
+def _mixed(channels: Channels, node: Node, rows: Sequence[AtomRow]) -> None:
+    unit = channels.atoms.units()
+    if any(unit[row].any() for row in rows):
+        channels.notes.append(f"{node.op} {node.name} mixes channels with other axes: they stay.")
+    channels.fix([row.reshape(-1) for row in rows])
