@@ -1,0 +1,240 @@
+"""Optimisers, clipping, pulls, masks and sums of the training graph against torch.optim, on given gradients."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune import step
+from fedprune.recipe import OPTIMIZERS, Features
+from fedprune.session import Session
+from fedprune_export.gradients.tape import port
+from fedprune_export.graph import Graph
+from fedprune_export.optimisers import Trained, add_inputs, write_updates
+
+pytestmark = pytest.mark.torch
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+SHAPES = {"w": (3, 4), "b": (5,), "scale": ()}
+
+
+class GivenGradients:
+    """Stands for a tape whose gradients are inputs of the graph."""
+
+    def gradient(self, name: str) -> str:
+        return f"d{name}"
+
+
+@cache
+def session(optimizer: str, **asked: bool) -> Session:
+    features = Features(optimizer=optimizer, **asked)
+    g = Graph(name="update")
+    trained = [Trained(n, s) for n, s in SHAPES.items()]
+    g.inputs = [port(n, t.shape) for t in trained for n in (t.name, f"d{t.name}")]
+    add_inputs(g, trained, features)
+    write_updates(g, GivenGradients(), trained, features)  # type: ignore[arg-type]
+    return Session(g.to_bytes(), training=True)
+
+
+def start(run: Session) -> Arrays:
+    rng = np.random.default_rng(3)
+    out = {n: rng.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
+    for name, (_, shape) in run.inputs.items():
+        if "::" in name and not name.endswith(("::mu", "::mask", "::anchor")):
+            out[name] = np.zeros(shape, np.float32)
+    return out
+
+
+def steps(run: Session, numbers: Arrays, gradients: list[Arrays]) -> list[Arrays]:
+    """Every step's tensors and state."""
+    state, found = start(run), []
+    for count, gradient in enumerate(gradients, 1):
+        fed = {**numbers, **state, **gradient, step.STEP_NUMBER: np.array(count, np.int64)}
+        out = run.run({k: v for k, v in fed.items() if k in run.inputs})
+        state = {n: out[step.following(n)] for n in state}
+        found.append(state)
+    return found
+
+
+def gradients(count: int, seed: int, sizes: float) -> list[Arrays]:
+    rng = np.random.default_rng(seed)
+
+    def one(shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        # Some are so small that Adam's division brings them up to the others.
+        return np.asarray(sizes * rng.standard_normal(shape) * rng.choice([1e-4, 1], shape), np.float32)
+
+    return [{f"d{n}": one(s) for n, s in SHAPES.items()} for _ in range(count)]
+
+
+def scalars(**values: float) -> Arrays:
+    return {k: np.array(v, np.float64 if k in (step.BETA1, step.BETA2) else np.float32) for k, v in values.items()}
+
+
+def oracle(
+    optimizer: str, numbers: Arrays, state: Arrays, gradient: Arrays, clip: float, count: int, dtype: torch.dtype
+) -> Arrays:
+    """One step of torch.optim from these tensors and this state, as its `count`th."""
+    leaves = {n: torch.tensor(state[n], dtype=dtype).requires_grad_() for n in SHAPES}
+    get = {k: float(v) for k, v in numbers.items()}
+    if optimizer == "sgd":
+        made: torch.optim.Optimizer = torch.optim.SGD(
+            leaves.values(), get["lr"], get["momentum"], weight_decay=get["weight_decay"]
+        )
+        names = {"momentum_buffer": step.buffer}
+    else:
+        kind = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
+        betas = (get["beta1"], get["beta2"])
+        made = kind(leaves.values(), get["lr"], betas, get["epsilon"], get["weight_decay"])
+        names = {"exp_avg": step.buffer, "exp_avg_sq": step.second}
+    for name, leaf in leaves.items():
+        leaf.grad = torch.tensor(gradient[f"d{name}"], dtype=dtype)
+        made.state[leaf] = {key: torch.tensor(state[array(name)], dtype=dtype) for key, array in names.items()}
+        if optimizer != "sgd":
+            made.state[leaf]["step"] = torch.tensor(count - 1.0)
+    if clip:
+        torch.nn.utils.clip_grad_norm_(leaves.values(), clip)
+    made.step()
+    out = {n: w.detach().numpy() for n, w in leaves.items()}
+    if not get.get("momentum", 1):
+        return out  # torch keeps no buffer then
+    return out | {array(n): made.state[w][key].numpy() for n, w in leaves.items() for key, array in names.items()}
+
+
+def error(got: Arrays, want: Arrays) -> float:
+    """Relative distance of all tensors as one vector."""
+    off = sum(float(np.sum((got[n].astype(np.float64) - want[n]) ** 2)) for n in want)
+    return float(np.sqrt(off / max(sum(float(np.sum(want[n] ** 2)) for n in want), 1e-60)))
+
+
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@settings(max_examples=40, deadline=None)
+@given(
+    lr=st.floats(2**-13, 0.5, width=32),
+    decay=st.sampled_from([0.0, 0.01, 0.5]),
+    keep=st.sampled_from([0.0, 0.5, 0.9]),
+    keep2=st.sampled_from([0.9, 0.99, 0.999]),
+    clip=st.sampled_from([0.01, 1.0, 100.0]),
+    size=st.sampled_from([1e-3, 1.0, 10.0]),
+    seed=st.integers(0, 99),
+)
+def test_several_steps_are_those_of_torch(
+    optimizer: str, clips: bool, lr: float, decay: float, keep: float, keep2: float, clip: float, size: float, seed: int
+) -> None:
+    run = session(optimizer, clip=clips)
+    numbers = scalars(lr=lr, weight_decay=np.float32(decay), clip_norm=clip)
+    numbers |= scalars(momentum=keep) if optimizer == "sgd" else scalars(beta1=keep, beta2=keep2, epsilon=1e-8)
+    given_gradients, state = gradients(4, seed, size), start(run)
+    for count, (gradient, ours) in enumerate(
+        zip(given_gradients, steps(run, numbers, given_gradients), strict=True), 1
+    ):
+        want = oracle(optimizer, numbers, state, gradient, clip if clips else 0, count, torch.float64)
+        for group in (SHAPES, set(want) - set(SHAPES)):
+            assert error(ours, {n: want[n] for n in group}) < 4e-7
+        state = ours
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_twenty_steps_stay_as_near_to_float64_as_torchs_own(optimizer: str) -> None:
+    run, given_gradients = session(optimizer, clip=True), gradients(20, 2, 1.0)
+    numbers = scalars(lr=0.02, weight_decay=0.01, clip_norm=0.5, momentum=0.9, beta1=0.9, beta2=0.999, epsilon=1e-8)
+    if optimizer != "sgd":
+        numbers.pop("momentum")
+    paths = []
+    for dtype in (torch.float64, torch.float32):
+        state: Arrays = start(run)
+        for count, gradient in enumerate(given_gradients, 1):
+            state = oracle(optimizer, numbers, state, gradient, 0.5, count, dtype)
+        paths.append({n: state[n] for n in SHAPES})
+    exact, usual = paths
+    ours = steps(run, numbers, given_gradients)[-1]
+    assert error(ours, exact) <= max(1e-6, 2 * error(usual, exact))
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 1000])
+def test_bias_correction_keeps_its_digits(count: int) -> None:
+    """With equal gradients every step of Adam is lr, whatever the step's number."""
+    run = session("adam")
+    numbers = scalars(lr=1.0, weight_decay=0, beta1=0.9, beta2=0.999, epsilon=1e-16)
+    size = np.float32(0.37)
+    state = start(run)
+    for name, shape in SHAPES.items():
+        # What count − 1 such gradients have left behind.
+        state[step.buffer(name)] = np.full(shape, size * (1 - 0.9 ** (count - 1)), np.float32)
+        state[step.second(name)] = np.full(shape, float(size) ** 2 * (1 - 0.999 ** (count - 1)), np.float32)
+        state[name] = np.zeros(shape, np.float32)
+    fed = {**numbers, **state, **{f"d{n}": np.full(s, size, np.float32) for n, s in SHAPES.items()}}
+    got = run.run({**fed, step.STEP_NUMBER: np.array(count, np.int64)})
+    for name in SHAPES:
+        np.testing.assert_allclose(got[step.following(name)], -1, rtol=4e-7)
+
+
+def test_a_norm_below_the_limit_changes_no_bit() -> None:
+    given_gradients = gradients(3, 1, 1e-3)
+    numbers = scalars(lr=0.1, momentum=0.9, weight_decay=0.01, clip_norm=1.0)
+    plain, clipped = (steps(session("sgd", **c), numbers, given_gradients)[-1] for c in ({}, {"clip": True}))
+    assert all(np.array_equal(plain[n], clipped[n]) for n in plain)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_pull_and_mask_act_with_every_optimiser(optimizer: str) -> None:
+    """A masked element stays, whatever its gradient; the pull's gradient is µ · (w − anchor)."""
+    run = session(optimizer, proximal=True, element_mask=True, clip=True, gradients=True)
+    rng = np.random.default_rng(8)
+    numbers = scalars(lr=0.1, weight_decay=0.3, clip_norm=0.5, momentum=0.9, beta1=0.9, beta2=0.99, epsilon=1e-8)
+    state, mu = start(run), {n: np.float32(rng.uniform(0.1, 1)) for n in SHAPES}
+    masks = {n: (rng.random(s) < 0.6).astype(np.float32) for n, s in SHAPES.items()}
+    masks["scale"] = np.array(1, np.float32)
+    anchors = {n: rng.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
+    extra = {step.mask(n): m for n, m in masks.items()} | {step.anchor(n): a for n, a in anchors.items()}
+    extra |= {step.strength(n): np.array(m) for n, m in mu.items()}
+    given_gradients = gradients(1, 5, 1.0)[0]
+    fed = {**numbers, **state, **extra, **given_gradients, step.STEP_NUMBER: np.array(1, np.int64)}
+    got = run.run({k: v for k, v in fed.items() if k in run.inputs})
+    pulled = {
+        f"d{n}": ((given_gradients[f"d{n}"] + mu[n] * (state[n] - anchors[n])) * masks[n]).astype(np.float32)
+        for n in SHAPES
+    }
+    want = oracle(optimizer, numbers, state, pulled, 0.5, 1, torch.float64)
+    for name in SHAPES:
+        np.testing.assert_allclose(got[step.gradient(name)], pulled[f"d{name}"], rtol=1e-5, atol=1e-7)
+        expected = np.where(masks[name] > 0, want[name], state[name])
+        np.testing.assert_allclose(got[step.following(name)], expected, rtol=1e-5, atol=1e-6)
+        held = np.broadcast_to(masks[name] == 0, SHAPES[name])
+        np.testing.assert_array_equal(got[step.following(name)][held], state[name][held])
+
+
+def test_sums_and_squares_are_those_of_the_data_loss_alone() -> None:
+    run = session("sgd", accumulate=True, squares=True, proximal=True, clip=True, gradients=True)
+    first, second = gradients(2, 4, 1.0)
+    state = start(run)
+    numbers = scalars(lr=0.1, weight_decay=0.3, clip_norm=0.1, momentum=0.0)
+    extra = {f(n): np.full(s, 2, np.float32) for n, s in SHAPES.items() for f in (step.anchor, step.squares)}
+    extra |= {step.strength(n): np.array(3, np.float32) for n in SHAPES}
+    part = run.run({**numbers, **state, **extra, **first})
+    sums = {step.total(n): part[step.following(step.total(n))] for n in SHAPES}
+    whole = run.run({**numbers, **state, **extra, **second, **sums})
+    for name in SHAPES:
+        total = first[f"d{name}"] + second[f"d{name}"]
+        np.testing.assert_array_equal(sums[step.total(name)], first[f"d{name}"])
+        np.testing.assert_array_equal(whole[step.following(step.total(name))], total)
+        np.testing.assert_allclose(whole[step.following(step.squares(name))], 2 + total**2, rtol=1e-6)
+        np.testing.assert_allclose(whole[step.gradient(name)], total + 3 * (state[name] - 2), rtol=1e-6)
+
+
+def test_only_what_is_asked_for_is_in_the_graph() -> None:
+    names = {"w", "dw", "b", "db", "scale", "dscale"}
+    buffers = {step.buffer(n) for n in SHAPES}
+    plain = set(session("sgd").inputs)
+    assert plain == names | buffers | {step.LR, step.MOMENTUM, step.WEIGHT_DECAY}
+    adam = set(session("adam").inputs)
+    assert adam == names | buffers | {step.second(n) for n in SHAPES} | {
+        *(step.LR, step.WEIGHT_DECAY, step.BETA1, step.BETA2, step.EPSILON, step.STEP_NUMBER)
+    }
+    assert set(session("sgd", clip=True).inputs) == plain | {step.CLIP_NORM}
