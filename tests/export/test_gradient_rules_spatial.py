@@ -1,4 +1,4 @@
-"""Gradients of pooling, batch normalisation and convolution against torch in float64."""
+"""Gradients of batch normalisation and convolution against torch in float64."""
 
 from __future__ import annotations
 
@@ -24,93 +24,6 @@ from fedprune_export.imported import Model
 pytestmark = pytest.mark.torch
 
 F = torch.nn.functional
-few = settings(max_examples=40, deadline=None)
-
-
-# -- pooling --------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def pools(draw: st.DrawFn) -> dict[str, Any]:
-    kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
-    return {
-        "size": draw(st.tuples(st.integers(3, 8), st.integers(3, 8))),
-        "kernel": kernel,
-        "strides": kernel if draw(st.booleans()) else draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
-        "pads": tuple(draw(st.integers(0, k // 2)) for k in kernel),
-        "constant": draw(st.sampled_from(["none", "some", "all"])),
-    }
-
-
-def pool_input(case: dict[str, Any], seed: int = 0) -> np.ndarray[Any, Any]:
-    """Random numbers; with `some` of eight values, so that many windows have several maxima; or constant."""
-    x = normal(3, 4, *case["size"], seed=seed)
-    if case["constant"] == "some":
-        x = np.round(x * 2).clip(-2, 2) / np.float32(2)
-    return np.full_like(x, 0.25) if case["constant"] == "all" else x
-
-
-def onnx_pool(case: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "kernel_shape": list(case["kernel"]),
-        "strides": list(case["strides"]),
-        "pads": [*case["pads"], *case["pads"]],
-    }
-
-
-@few
-@given(case=pools())
-def test_max_pool_gives_the_gradient_to_torchs_maximum(case: dict[str, Any]) -> None:
-    oracle = lambda x: F.max_pool2d(x, case["kernel"], case["strides"], case["pads"])  # noqa: E731
-    x = pool_input(case)
-    check([node("MaxPool", "x", **onnx_pool(case))], oracle, {"x": x}, {"x": ("N", "c", *case["size"])})
-
-
-@pytest.mark.parametrize("constant", ["some", "all"])
-@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2), (3, 1), (2, 1), (4, 4)])
-def test_max_pool_on_flat_regions_is_bit_for_bit_torchs(constant: str, kernel: int, stride: int) -> None:
-    x = pool_input({"size": (8, 8), "constant": constant}, seed=3)
-    oracle = lambda x: F.max_pool2d(x, kernel, stride)  # noqa: E731
-    want_y = reference(oracle, {"x": x}, torch.float32, None)["result"]
-    dy = np.round(normal(*want_y.shape, seed=9) * 8)  # whole numbers: sums are exact in any order
-    want = reference(oracle, {"x": x}, torch.float32, dy)["x::gradient"]
-    pool = node("MaxPool", "x", kernel_shape=[kernel] * 2, strides=[stride] * 2)
-    got = differentiated([pool], {"x": x}, {"x": ("N", "c", 8, 8)}, {}).run({"x": x, "dy": dy})
-    np.testing.assert_array_equal(want, got["x::gradient"])
-
-
-def test_max_pool_of_one_axis() -> None:
-    oracle = lambda x: F.max_pool1d(x, 3, 2, 1)  # noqa: E731
-    pool = node("MaxPool", "x", kernel_shape=[3], strides=[2], pads=[1, 1])
-    check([pool], oracle, {"x": normal(2, 3, 11)}, {"x": ("N", "c", 11)})
-
-
-def test_max_pool_with_dilation() -> None:
-    oracle = lambda x: F.max_pool2d(x, 2, 1, 0, 2)  # noqa: E731
-    pool = node("MaxPool", "x", kernel_shape=[2, 2], strides=[1, 1], dilations=[2, 2])
-    check([pool], oracle, {"x": normal(2, 3, 6, 7)}, {"x": ("N", "c", 6, 7)})
-
-
-@pytest.mark.parametrize("size", [5, 6, 7])
-def test_max_pool_that_rounds_up(size: int) -> None:
-    oracle = lambda x: F.max_pool2d(x, 3, 2, 1, ceil_mode=True)  # noqa: E731
-    pool = node("MaxPool", "x", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1], ceil_mode=1)
-    check([pool], oracle, {"x": normal(2, 3, size, size)}, {"x": ("N", "c", size, size)})
-
-
-@few
-@given(case=pools(), counted=st.booleans())
-def test_average_pool(case: dict[str, Any], counted: bool) -> None:
-    oracle = lambda x: F.avg_pool2d(  # noqa: E731
-        x, case["kernel"], case["strides"], case["pads"], count_include_pad=counted
-    )
-    pool = node("AveragePool", "x", **onnx_pool(case), count_include_pad=int(counted))
-    check([pool], oracle, {"x": normal(2, 3, *case["size"])}, {"x": ("N", "c", *case["size"])}, sums=True)
-
-
-def test_average_pool_of_one_axis() -> None:
-    pool = node("AveragePool", "x", kernel_shape=[3], strides=[2])
-    check([pool], lambda x: F.avg_pool1d(x, 3, 2), {"x": normal(2, 3, 12)}, {"x": ("N", "c", 12)})
 
 
 # -- batch normalisation: gradients here, statistics in test_training -----------------------------------------------

@@ -1,4 +1,4 @@
-"""Gradient rules of max and average pooling."""
+"""Gradient rules of poolings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from fedprune.errors import ModelError
 from fedprune_export.gradients.tape import Pull, Shape, Tape, describe, rule
-from fedprune_export.gradients.windows import Window, leftovers, window
+from fedprune_export.gradients.windows import Window, leftovers, operator_attrs, window
 from fedprune_export.graph import Graph, Node
 
 
@@ -42,7 +42,7 @@ def max_pool(tape: Tape, node: Node) -> Pull:
     if not tape.wants(name):
         tape.enter(node.outputs[0], g.emit("MaxPool", x, attrs=attrs), out)
         return lambda dy: None
-    if w.tiles and len(w.sizes) == 2:
+    if w.tiles:
         y = g.emit("MaxPool", x, attrs=attrs)
         tape.enter(node.outputs[0], y, out)
         before = tape.producer(name)
@@ -86,47 +86,113 @@ def _tiled_gradient(g: Graph, w: Window, x: str, y: str, dy: str) -> str:
     return g.emit("Where", g.emit("Equal", mark, best), _upsampled(g, dy, w.kernel), g.scalar(0))
 
 
+@rule("GlobalMaxPool")
+def global_max_pool(tape: Tape, node: Node) -> Pull:
+    """The gradient goes to the first maximum of each map, as torch does it."""
+    name, g = node.inputs[0], tape.graph
+    x, shape = tape.value(name), tape.shape(name)
+    area = math.prod(tape.static(node, shape[2:]))
+    tape.enter(node.outputs[0], g.emit("GlobalMaxPool", x), (*shape[:2], *[1] * (len(shape) - 2)))
+
+    def pull(dy: str) -> None:
+        flat = g.emit("Reshape", x, g.ints(0, 0, -1))
+        place = g.emit("ArgMax", flat, attrs={"axis": 2, "keepdims": 1})
+        here = g.emit("Equal", place, g.constant(np.arange(area)[None, None], np.int64))
+        spread = g.emit("Where", here, g.emit("Reshape", dy, g.ints(0, 0, 1)), g.scalar(0))
+        tape.add(name, g.emit("Reshape", spread, tape.shape_of(x)))
+
+    return pull
+
+
 @rule("AveragePool")
 def average_pool(tape: Tape, node: Node) -> Pull:
-    """The gradient is spread evenly over each window (over what is not padding, if padding doesn't count)."""
+    """The gradient is spread evenly over each window (over what is not padding, if padding doesn't count).
+
+    Of a window that reaches beyond its padding (a size that is rounded up) what is beyond never counts, as in torch.
+    """
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     w = window(tape, node, _kernel(node))
-    if any(d != 1 for d in w.dilations) or (
-        int(node.attrs.get("ceil_mode", 0)) and w.flat_pads != list(node.attrs.get("pads", [0] * len(w.flat_pads)))
-    ):
-        raise ModelError(f"{describe(node)}: dilation or a rounded-up size", hint="Use a window that fits the map.")
+    if any(d != 1 for d in w.dilations):
+        raise ModelError(f"{describe(node)}: dilation of an average", hint="Use a convolution.")
     counted = bool(node.attrs.get("count_include_pad", 0))
-    g = tape.graph
+    g, counts = tape.graph, _counts(w, counted)
+    beyond = any(w.overhang)
     attrs = {
         "kernel_shape": list(w.kernel),
         "strides": list(w.strides),
         "pads": w.flat_pads,
-        "count_include_pad": int(counted),
+        "count_include_pad": int(counted or beyond),
     }
-    tape.enter(node.outputs[0], g.emit("AveragePool", x, attrs=attrs), (*shape[:2], *w.output))
+    y = g.emit("AveragePool", x, attrs=attrs)
+    if beyond:
+        y = g.emit("Mul", y, g.constant(math.prod(w.kernel) / counts[None, None], np.float32))
+    tape.enter(node.outputs[0], y, (*shape[:2], *w.output))
 
     def pull(dy: str) -> None:
-        share = g.emit("Mul", dy, g.constant(1 / _counts(w, counted)[None, None], np.float32))
-        if w.tiles and len(w.sizes) == 2:
-            tape.add(name, _upsampled(g, share, w.kernel))
-            return
-        # Channels join the batch: one kernel of ones then serves any number of them.
-        rows = g.emit("Reshape", share, g.ints(-1, 1, *w.output))
-        spread = g.emit(
-            "ConvTranspose",
-            rows,
-            g.constant(np.ones((1, 1, *w.kernel)), np.float32),
-            attrs={
-                "kernel_shape": list(w.kernel),
-                "strides": list(w.strides),
-                "pads": w.flat_pads,
-                "output_padding": leftovers(w),
-            },
-        )
-        tape.add(name, g.emit("Reshape", spread, tape.shape_of(x)))
+        share = g.emit("Mul", dy, g.constant(1 / counts[None, None], np.float32))
+        tape.add(name, _spread(tape, w, x, share))
 
     return pull
+
+
+@rule("LpPool")
+def lp_pool(tape: Tape, node: Node) -> Pull:
+    """Y = (Σ |x|ᵖ)^(1/p) over each window; dx = sign(x) · |x|ᵖ⁻¹ · Σ dy / yᵖ⁻¹ over the windows, 0 where y is 0."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    w = window(tape, node, _kernel(node))
+    if any(w.overhang) or any(d != 1 for d in w.dilations):
+        raise ModelError(f"{describe(node)}: dilation or a rounded-up size", hint="Use a window that fits the map.")
+    g, power = tape.graph, int(node.attrs.get("p", 2))
+    attrs = {"kernel_shape": list(w.kernel), "strides": list(w.strides), "pads": w.flat_pads, "p": power}
+    y = g.emit("LpPool", x, attrs=attrs)
+    tape.enter(node.outputs[0], y, (*shape[:2], *w.output))
+
+    def pull(dy: str) -> None:
+        tape.add(name, _rooted(g, x, power, _spread(tape, w, x, _unrooted(g, y, power, dy))))
+
+    return pull
+
+
+@rule("GlobalLpPool")
+def global_lp_pool(tape: Tape, node: Node) -> Pull:
+    """The same over the whole map."""
+    name, g, power = node.inputs[0], tape.graph, int(node.attrs.get("p", 2))
+    x, shape = tape.value(name), tape.shape(name)
+    y = g.emit("GlobalLpPool", x, attrs={"p": power})
+    tape.enter(node.outputs[0], y, (*shape[:2], *[1] * (len(shape) - 2)))
+    return lambda dy: tape.add(name, _rooted(g, x, power, _unrooted(g, y, power, dy)))
+
+
+def _rooted(g: Graph, x: str, power: int, slope: str) -> str:
+    """Slope · sign(x) · |x|^(power − 1)."""
+    if power == 2:
+        return g.emit("Mul", x, slope)
+    steep = g.emit("Sign", x)
+    if power > 1:
+        steep = g.emit("Mul", steep, g.emit("Pow", g.emit("Abs", x), g.scalar(power - 1)))
+    return g.emit("Mul", steep, slope)
+
+
+def _unrooted(g: Graph, y: str, power: int, dy: str) -> str:
+    """Dy / y^(power − 1), 0 where y is 0."""
+    if power == 1:
+        return dy
+    steep = y if power == 2 else g.emit("Pow", y, g.scalar(power - 1))
+    return g.emit("Where", g.emit("Greater", y, g.scalar(0)), g.emit("Div", dy, steep), g.scalar(0))
+
+
+def _spread(tape: Tape, w: Window, x: str, share: str) -> str:
+    """For every place of x the sum of what the windows that it is in have."""
+    g = tape.graph
+    if w.tiles:
+        return _upsampled(g, share, w.kernel)
+    # Channels join the batch: one kernel of ones then serves any number of them.
+    rows = g.emit("Reshape", share, g.ints(-1, 1, *w.output))
+    ones = g.constant(np.ones((1, 1, *w.kernel)), np.float32)
+    spread = g.emit("ConvTranspose", rows, ones, attrs={**operator_attrs(w), "output_padding": leftovers(w)})
+    return g.emit("Reshape", spread, tape.shape_of(x))
 
 
 def _counts(w: Window, counted: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
@@ -136,7 +202,7 @@ def _counts(w: Window, counted: bool) -> np.ndarray[tuple[int, ...], np.dtype[np
         zip(w.sizes, w.kernel, w.strides, w.pads, w.output, strict=True)
     ):
         start = np.arange(out) * stride - pad[0]
-        inside = np.minimum(start + k, size) - np.maximum(start, 0)
-        per_axis = np.full(out, k) if counted else inside
+        end = size + pad[1] - (w.overhang[axis] if w.overhang else 0)
+        per_axis = np.minimum(start + k, end) - start if counted else np.minimum(start + k, size) - np.maximum(start, 0)
         total = total * per_axis.reshape([-1 if i == axis else 1 for i in range(len(w.output))])
     return total

@@ -27,6 +27,7 @@ class Window:
         dilations: Steps inside the window.
         pads: Padding before and after, per axis.
         output: How many positions the window has per axis.
+        overhang: How much of the padding after is there only because the last window reaches beyond, per axis.
     """
 
     sizes: tuple[int, ...]
@@ -35,6 +36,7 @@ class Window:
     dilations: tuple[int, ...]
     pads: tuple[tuple[int, int], ...]
     output: tuple[int, ...]
+    overhang: tuple[int, ...] = ()
 
     @property
     def flat_pads(self) -> list[int]:
@@ -76,19 +78,20 @@ def window(tape: Tape, node: Node, kernel: tuple[int, ...]) -> Window:
     else:
         flat = [int(p) for p in node.attrs.get("pads", [0] * (2 * rank))] if mode == "NOTSET" else [0] * (2 * rank)
         pads = list(zip(flat[:rank], flat[rank:], strict=True))
-    output = []
+    output, overhang = [], [0] * rank
     for i, (size, stride, span) in enumerate(zip(sizes, strides, spans, strict=True)):
         room = size + sum(pads[i]) - span
         count = room // stride + 1
         # Rounding up: a window more, if it starts inside the input or the padding before it; its overhang is padding.
         rounds_up = bool(int(node.attrs.get("ceil_mode", 0)) and room % stride)
         if rounds_up and count * stride < size + pads[i][0]:
-            pads[i] = (pads[i][0], pads[i][1] + stride - room % stride)
+            overhang[i] = stride - room % stride
+            pads[i] = (pads[i][0], pads[i][1] + overhang[i])
             count += 1
         output.append(count)
     if min(output) < 1:
         raise ModelError(f"{describe(node)}: the kernel is larger than its input", got=list(sizes))
-    return Window(sizes, kernel, strides, dilations, tuple(pads), tuple(output))
+    return Window(sizes, kernel, strides, dilations, tuple(pads), tuple(output), tuple(overhang))
 
 
 def leftovers(w: Window) -> list[int]:
