@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedprune import profile_store
 from fedprune.bundle import Bundle, open_bundle
 from fedprune.cli import whole_number
-from fedprune.errors import ExitCode
-from fedprune.plan import Prediction, predict
+from fedprune.errors import ExitCode, UsageError
+from fedprune.plan import predict
+from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
+from fedprune.recipe import Recipe
 from fedprune_export import terminal
+from fedprune_export.options import add_probe_option, read_probe
 
 if TYPE_CHECKING:  # heavy imports wait until the command line is known to make sense
     from fedprune_export.stopwatch import Measurement
@@ -41,6 +43,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--threads", type=_numbers, default=(1,), metavar="N,N", help="threads (default: 1)")
     parser.add_argument("--target", metavar="PROFILE", help="hardware profile to predict for: a name or a TOML file")
+    add_probe_option(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(function=bench)
 
@@ -52,9 +55,12 @@ def bench(arguments: argparse.Namespace) -> int:
         FedpruneError: The bundle is damaged, a graph can't be run, or there is no such profile.
     """
     profile = profile_store.chosen(arguments.target) if arguments.target else None
+    probe = read_probe(arguments)
+    if probe is not None and profile is None:
+        raise UsageError("--probe says what a board measured", expected="its --target, too")
     bundle = open_bundle(arguments.bundle)
     measured = _measure(bundle, arguments)
-    rows = [(m, _predicted(m, bundle, profile) if profile is not None else (None, None)) for m in measured]
+    rows = [(m, _predicted(m, bundle, profile, probe) if profile is not None else (None, None)) for m in measured]
     if arguments.json:
         body: dict[str, Any] = {
             "bundle": str(arguments.bundle),
@@ -92,17 +98,19 @@ def _measure(bundle: Bundle, arguments: argparse.Namespace) -> list[Measurement]
         return out
 
 
-def _predicted(measured: Measurement, bundle: Bundle, profile: HardwareProfile) -> tuple[float | None, float | None]:
+def _predicted(
+    measured: Measurement, bundle: Bundle, profile: HardwareProfile, probe: ProbeReport | None
+) -> tuple[float | None, float | None]:
     """Seconds and bytes that the planner expects of what was measured, as far as it says."""
     from fedprune_export.stopwatch import STEP
 
-    recipe = type(bundle.recipe).from_dict({**bundle.recipe.to_dict(), "batch_size": measured.batch, "accumulate": 1})
-    said: Prediction = predict(bundle.architecture, bundle.selection.widths, profile, recipe, samples=measured.batch)
-    body = asdict(said)
+    batch = measured.batch
+    recipe = Recipe.from_dict({**bundle.recipe.to_dict(), "batch_size": batch, "accumulate": 1})
+    said = predict(bundle.architecture, bundle.selection.widths, profile, recipe, batch, probe=probe)
     if measured.what == STEP:
-        return body["step_s"], body["memory_bytes"]
+        return said.step_s, said.memory_bytes
     # The planner looks at predictions of one sample.
-    return (body.get("latency_s"), body["inference_bytes"]) if measured.batch == 1 else (None, None)
+    return (getattr(said, "latency_s", None), said.inference_bytes) if batch == 1 else (None, None)
 
 
 def _row(

@@ -14,6 +14,7 @@ from fedprune import profile_store
 from fedprune.cli import seconds, whole_number
 from fedprune.errors import BundleError, ExitCode, FedpruneError, UsageError
 from fedprune.plan import DENSITIES, plan, predict
+from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
 from fedprune.scoring import ranks, score
@@ -24,11 +25,13 @@ from fedprune_export import terminal
 from fedprune_export.options import (
     MODEL_HELP,
     add_model_options,
+    add_probe_option,
     add_recipe_options,
     density,
     labels_of,
     names,
     read_model,
+    read_probe,
     read_recipe,
     targets,
 )
@@ -72,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="FILE.npz", help="samples to measure the model on, whole and as cut: x and y"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_probe_option(parser)
     add_model_options(parser)
     add_recipe_options(parser)
 
@@ -170,6 +174,9 @@ class _Job:
         self.arguments = arguments
         self.profiles = [profile_store.chosen(name) for name in targets(arguments.target)]
         self.recipe: Recipe = read_recipe(arguments)
+        self.probe: ProbeReport | None = read_probe(arguments)
+        if self.probe is not None and len(self.profiles) > 1:
+            raise UsageError("--probe is of one board", expected="one --target", got=len(self.profiles))
         self.begun = False
         self._check_folders()
 
@@ -233,9 +240,11 @@ class _Job:
             arguments.samples,
             byte_budget=arguments.bytes_per_round,
             deadline_s=arguments.deadline,
+            probe=self.probe,
             densities=DENSITIES if arguments.density is None else (arguments.density,),
         )
-        whole = predict(model.architecture, model.architecture.sizes, profile, recipe, arguments.samples)
+        full = model.architecture.sizes
+        whole = predict(model.architecture, full, profile, recipe, arguments.samples, probe=self.probe)
         selection = Selection.of(model.architecture, chosen.widths, self.order)
         tell("cutting")
         files = bundle_files(model, selection, recipe, training=self.training, opset=arguments.opset)

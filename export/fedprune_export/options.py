@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedprune.cli import whole_number
-from fedprune.errors import ConfigError, ModelError, UsageError
+from fedprune.errors import ConfigError, ModelError, ProfileError, UsageError
+from fedprune.probe_report import ProbeReport
 from fedprune.recipe import Recipe
 
 if TYPE_CHECKING:  # a command that needs no model starts without onnx
@@ -89,6 +90,31 @@ def read_model(arguments: argparse.Namespace, source: str | None = None) -> Mode
     if arguments.parameters is not None:
         chosen["parameters"] = _names_in(arguments.parameters)
     return load(arguments.model if source is None else source, **chosen)
+
+
+def add_probe_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says what a board measured of itself; `read_probe` reads it."""
+    parser.add_argument(
+        "--probe",
+        type=Path,
+        metavar="FILE.json",
+        help="what the board measured of itself (fedprune-device probe --json); it beats the profile",
+    )
+
+
+def read_probe(arguments: argparse.Namespace) -> ProbeReport | None:
+    """What a board measured of itself, if the command line gives it.
+
+    Raises:
+        ConfigError: The file can't be read.
+        ProfileError: It is no probe report.
+    """
+    if arguments.probe is None:
+        return None
+    try:
+        return ProbeReport.from_dict(_json(arguments.probe))
+    except ProfileError as error:
+        raise ProfileError(f"{arguments.probe}: {error}") from error
 
 
 def labels_of(recipe: Recipe) -> str:

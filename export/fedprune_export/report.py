@@ -257,7 +257,8 @@ _TITLES = (
     ("train_s", "training of a round, predicted", "s"),
     ("transfer_s", "transfers of a round, predicted", "s"),
     ("latency_s", "a prediction of one sample, predicted", "s"),
-    ("energy_j", "energy of a round, predicted", "J"),
+    ("step_j", "energy of a training step, predicted", "J"),
+    ("latency_j", "energy of a prediction, predicted", "J"),
 )
 """Figures of `Costs` and `Prediction` by name, with title and unit."""
 

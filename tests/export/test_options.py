@@ -1,0 +1,247 @@
+"""Flags of the command line: what they make of recipe and model, and how they end where they make no sense."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from fedprune.bundle import open_bundle
+from fedprune.errors import ExitCode, UsageError
+from fedprune.probe_report import ProbeReport
+from fedprune.recipe import Recipe
+from fedprune.session import Session
+from fedprune_export.cli import main
+from fedprune_export.options import add_recipe_options, read_recipe, targets
+from fedprune_server.digits import digits_model
+
+
+def recipe(*words: str) -> Recipe:
+    parser = argparse.ArgumentParser()
+    add_recipe_options(parser)
+    return read_recipe(parser.parse_args(list(words)))
+
+
+def file(folder: Path, body: dict[str, Any]) -> str:
+    (folder / "recipe.json").write_text(json.dumps(body))
+    return str(folder / "recipe.json")
+
+
+def test_without_flags_the_recipe_is_the_default() -> None:
+    assert recipe() == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--loss", "huber", "--huber-delta", "0.5"), Recipe(loss="huber", huber_delta=0.5)),
+        (("--label-smoothing", "0.1"), Recipe(label_smoothing=0.1)),
+        (("--labels", "classes"), Recipe()),
+        (("--labels", "multi"), Recipe(loss="bce")),
+        (("--labels", "values"), Recipe(loss="mse")),
+        (("--labels", "values", "--loss", "huber"), Recipe(loss="huber")),
+        (("--freeze", "a.*", "--freeze", "*.bias"), Recipe(frozen=("a.*", "*.bias"))),
+        (("--set", "lr=0.5", "--set", "optimizer=adam"), Recipe(lr=0.5, optimizer="adam")),
+        (
+            ("--set", "logit_adjustment=true", "--set", 'trainable=["fc.*"]'),
+            Recipe(logit_adjustment=True, trainable=("fc.*",)),
+        ),
+    ],
+)
+def test_flags_are_settings_of_the_recipe(words: tuple[str, ...], expected: Recipe) -> None:
+    assert recipe(*words) == expected
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = file(tmp_path, {"loss": "mse", "lr": 0.2, "frozen": ["a.*"], "epochs": 3})
+
+    assert recipe("--recipe", path) == Recipe(loss="mse", lr=0.2, frozen=("a.*",), epochs=3)
+    merged = recipe("--recipe", path, "--loss", "huber", "--freeze", "b.*", "--set", "lr=0.4")
+    assert merged == Recipe(loss="huber", lr=0.4, frozen=("b.*",), epochs=3)
+
+
+def test_the_file_chooses_among_losses_of_the_same_labels(tmp_path: Path) -> None:
+    path = file(tmp_path, {"loss": "huber"})
+
+    assert recipe("--recipe", path, "--labels", "values").loss == "huber"
+    assert recipe("--recipe", path, "--labels", "multi").loss == "bce"
+
+
+def test_loss_and_labels_that_contradict_each_other() -> None:
+    with pytest.raises(UsageError, match="expected --labels multi, got values"):
+        recipe("--loss", "bce", "--labels", "values")
+
+
+@pytest.mark.parametrize(
+    ("texts", "found"),
+    [(["a"], ("a",)), (["a,b", "c"], ("a", "b", "c")), ([" a , b.toml"], ("a", "b.toml"))],
+)
+def test_targets_are_repeated_or_separated_by_commas(texts: list[str], found: tuple[str, ...]) -> None:
+    assert targets(texts) == found
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "digits.onnx"
+    path.write_bytes(digits_model())
+    return path
+
+
+def export(model: Path, out: Path, *more: str) -> int:
+    return main([str(model), "--target", "raspberry-pi-5", "--density", "0.5", "--out", str(out), *more])
+
+
+def test_the_bundle_holds_the_recipe_of_the_flags(digits: Path, tmp_path: Path) -> None:
+    flags = ("--loss", "mse", "--freeze", "conv1.*", "--set", "lr=0.125")
+
+    assert export(digits, tmp_path / "b", *flags) == ExitCode.OK
+
+    assert open_bundle(tmp_path / "b").recipe == Recipe(loss="mse", frozen=("conv1.*",), lr=0.125)
+    outputs = Session(tmp_path / "b" / "training.onnx", training=True).outputs
+    assert "conv2.weight::next" in outputs
+    assert "conv1.weight::next" not in outputs
+
+
+def test_the_inference_graph_is_written_at_the_opset_that_is_asked_for(digits: Path, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((3, 1, 8, 8)).astype(np.float32)
+    found = []
+    for opset in (13, 17, 21):
+        assert export(digits, tmp_path / str(opset), "--opset", str(opset)) == ExitCode.OK
+        graph = tmp_path / str(opset) / "inference.onnx"
+        assert [o.version for o in onnx.load(graph, load_external_data=False).opset_import] == [opset]
+        assert main(["verify", str(tmp_path / str(opset))]) == ExitCode.OK
+        found.append(Session(graph).run({"x": x})["logits"])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[2], found[1], rtol=1e-5, atol=1e-6)
+
+
+def two_heads(path: Path) -> Path:
+    """A net with two outputs of 3 and 4 entries and a matrix `fixed` that nobody said is trained."""
+    random = np.random.default_rng(1)
+    weights = {
+        "first": random.standard_normal((5, 6)),
+        "fixed": random.standard_normal((6, 6)),
+        "three": random.standard_normal((6, 3)),
+        "four": random.standard_normal((6, 4)),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "first"], ["a"]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("MatMul", ["b", "fixed"], ["c"]),
+        helper.make_node("MatMul", ["c", "three"], ["p"]),
+        helper.make_node("MatMul", ["c", "four"], ["q"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "two",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 5])],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", k]) for n, k in (("p", 3), ("q", 4))],
+        [numpy_helper.from_array(v.astype(np.float32), n) for n, v in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize(("output", "classes"), [("p", 3), ("q", 4)])
+def test_one_of_several_outputs_is_chosen(tmp_path: Path, output: str, classes: int) -> None:
+    model = two_heads(tmp_path / "two.onnx")
+
+    assert export(model, tmp_path / "b", "--output", output) == ExitCode.OK
+
+    assert open_bundle(tmp_path / "b").architecture.classes == classes
+
+
+def test_an_output_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(two_heads(tmp_path / "two.onnx"), tmp_path / "b", "--output", "r") == ExitCode.MODEL
+    err = capsys.readouterr().err
+    assert "p" in err
+    assert "q" in err
+
+
+@pytest.mark.parametrize("text", ["first\n# a remark\n\nthree\n", '["first", "three"]'])
+def test_only_the_listed_parameters_are_trained(tmp_path: Path, text: str) -> None:
+    (tmp_path / "names.txt").write_text(text)
+    options = ("--output", "p", "--parameters", str(tmp_path / "names.txt"))
+
+    assert export(two_heads(tmp_path / "two.onnx"), tmp_path / "b", *options) == ExitCode.OK
+
+    assert [t.name for t in open_bundle(tmp_path / "b").architecture.tensors] == ["first", "three"]
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        ("first\nnone.such\n", ExitCode.MODEL, "none.such"),
+        ("# nothing\n", ExitCode.MODEL, "names no tensor"),
+        ("[1, 2]", ExitCode.CONFIG, "a list of tensor names"),
+        ("[", ExitCode.CONFIG, "is not JSON"),
+        (None, ExitCode.CONFIG, "can't read"),
+    ],
+)
+def test_parameters_that_can_not_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, code: ExitCode, said: str
+) -> None:
+    if text is not None:
+        (tmp_path / "names.txt").write_text(text)
+    options = ("--output", "p", "--parameters", str(tmp_path / "names.txt"))
+
+    assert export(two_heads(tmp_path / "two.onnx"), tmp_path / "b", *options) == code
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--set", "speed=1"), ExitCode.CONFIG, "unknown key 'speed'"),
+        (("--set", "lr=fast"), ExitCode.CONFIG, "recipe: lr"),
+        (("--freeze", "nothing.*"), ExitCode.CONFIG, "no tensor is called 'nothing.*'"),
+        (("--freeze", "*"), ExitCode.CONFIG, "every tensor is frozen"),
+        (("--loss", "mse", "--label-smoothing", "0.1"), ExitCode.CONFIG, "label_smoothing"),
+        (("--loss", "bce", "--labels", "classes"), ExitCode.USAGE, "labels of another kind"),
+        (("--opset", "12"), ExitCode.MODEL, "expected 13 to 23, got 12"),
+    ],
+)
+def test_flags_that_make_no_sense_are_one_line(
+    digits: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    code: ExitCode,
+    said: str,
+) -> None:
+    assert export(digits, tmp_path / "b", *words) == code
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("text", ["lr", "=1", ""])
+def test_a_setting_needs_key_and_value(digits: Path, tmp_path: Path, text: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        export(digits, tmp_path / "b", "--set", text)
+    assert caught.value.code == ExitCode.USAGE
+
+
+def test_a_probe_beats_the_profile(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A board that measured next to no memory gets a narrower model, or none."""
+    body = ProbeReport(cores=4, memory_total=4 * 10**9, memory_available=2 * 10**9, seconds=1.0).to_dict()
+    small = {**body, "memory_available": 10**6}
+    (tmp_path / "good.json").write_text(json.dumps(body))
+    (tmp_path / "small.json").write_text(json.dumps(small))
+    (tmp_path / "bad.json").write_text("{}")
+
+    assert export(digits, tmp_path / "b", "--probe", str(tmp_path / "good.json")) == ExitCode.OK
+    assert export(digits, tmp_path / "s", "--probe", str(tmp_path / "small.json")) == ExitCode.PLAN
+    assert export(digits, tmp_path / "s", "--probe", str(tmp_path / "bad.json")) == ExitCode.PROFILE
+    assert "bad.json" in capsys.readouterr().err.splitlines()[-1]
+    two = ("--target", "raspberry-pi-4b", "--probe", str(tmp_path / "good.json"))
+    assert export(digits, tmp_path / "s", *two) == ExitCode.USAGE
