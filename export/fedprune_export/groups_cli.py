@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedprune.architecture import FIXED, Architecture
@@ -47,7 +46,7 @@ def groups(arguments: argparse.Namespace) -> int:
         return int(ExitCode.OK)
     architecture = model.architecture
     for i, group in enumerate(architecture.groups):
-        print(f"{group.name}: {group.size} channels: {', '.join(shortened(architecture, architecture.members(i)))}")
+        print(f"{group.name}: {group.size} channels: {', '.join(architecture.summary(i))}")
     whole = staying(architecture)
     print(f"stays: {', '.join(f'{place} ({size})' for place, size in whole) if whole else 'nothing'}")
     print("why: the inputs and outputs of a model stay" + ("; and, as the import says:" if model.notes else "."))
@@ -84,22 +83,4 @@ def staying(architecture: Architecture) -> list[tuple[str, int]]:
             # A depthwise filter reads one channel: an axis of length 1 is none that could be cut.
             if size and not (size == 1 and axis.length == 1):
                 out.append((f"{spec.name}[{i}]", size))
-    return out
-
-
-def shortened(architecture: Architecture, members: Sequence[str]) -> list[str]:
-    """Members with those of one module in one word: `bn.*` where all of its tensors are vectors of the group."""
-    held = set(members)
-    modules: dict[str, list[str]] = {}
-    for spec in architecture.tensors:
-        modules.setdefault(spec.name.rpartition(".")[0], []).append(f"{spec.name}[0]")
-    out: list[str] = []
-    for member in members:
-        module = member.rpartition("[")[0].rpartition(".")[0]
-        tensors = modules.get(module, [])
-        vectors = all(len(architecture.by_name[t.removesuffix("[0]")].axes) == 1 for t in tensors)
-        whole = module and len(tensors) > 1 and vectors and held.issuperset(tensors)
-        word = f"{module}.*" if whole else member
-        if word not in out:
-            out.append(word)
     return out

@@ -41,8 +41,8 @@ def channel_bars(selection: Selection) -> str:
         kept = np.zeros(group.size, np.bool_)
         kept[selection.ranks[i][:width]] = True
         y = i * _ROW
-        members = architecture.members(i)
-        home = members[0].rpartition("[")[0].removesuffix(".weight") if members else ""
+        members = architecture.summary(i)
+        home = members[0].partition("[")[0].removesuffix(".weight") if members else ""
         title = f"{group.name}: {', '.join(members[:8])}"
         rows.append(
             f"<g><title>{_text(title)}</title>"

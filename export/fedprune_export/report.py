@@ -231,7 +231,7 @@ class Report:
             "|---|---:|---:|---|",
         ]
         for i, (group, width) in enumerate(zip(architecture.groups, widths, strict=True)):
-            lines.append(f"| {group.name} | {group.size} | {width} | {_cell(places(architecture.members(i)))} |")
+            lines.append(f"| {group.name} | {group.size} | {width} | {_cell(places(architecture.summary(i)))} |")
         lines += ["", "## Layers", "", "| layer | operator | before | after | multiplications | left |"]
         lines.append("|---|---|---:|---:|---:|---:|")
         for r in self.layers():

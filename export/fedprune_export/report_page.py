@@ -39,7 +39,7 @@ def page(report: Report) -> str:
         a = report.accuracy
         rows.append((f"{a.measure} on {a.samples:,} given samples", score(a, a.before), score(a, a.after), ""))
     groups = [
-        (g.name, f"{g.size:,}", f"{w:,}", places(architecture.members(i), 40).replace("`", ""))
+        (g.name, f"{g.size:,}", f"{w:,}", places(architecture.summary(i), 40).replace("`", ""))
         for i, (g, w) in enumerate(zip(architecture.groups, widths, strict=True))
     ]
     layers = [(r.title, r.op, *r.shown(), f"{r.macs[0]:,}", f"{r.macs[1]:,}") for r in report.layers()]

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.errors import ExitCode
 from fedprune_export.channels.rule import RULES as CHANNELS
 from fedprune_export.cli import main
 from fedprune_export.gradients.tape import RULES as GRADIENTS
-from fedprune_export.groups_cli import shortened
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import digits_model
 
@@ -57,28 +55,6 @@ def test_what_keeps_channels_is_named(
     out = capsys.readouterr().out
     assert "conv1.weight[0] (32)" in out
     assert "why: the inputs and outputs of a model stay; and, as the import says:\n  Operator Relu" in out
-
-
-def test_modules_are_shortened_only_where_all_of_them_is_there() -> None:
-    ours, theirs = Axis((Segment(0, 0, 4),)), Axis((Segment(1, 0, 4),))
-    kinds = (TensorKind.NORM_SCALE, TensorKind.NORM_BIAS)
-    architecture = Architecture(
-        name="a",
-        groups=(ChannelGroup("g0", 4), ChannelGroup("g1", 4)),
-        tensors=(
-            TensorSpec("conv.weight", TensorKind.WEIGHT, (ours, theirs)),
-            TensorSpec("conv.bias", TensorKind.BIAS, (ours,)),
-            *(TensorSpec(f"bn.{n}", k, (ours,)) for n, k in zip(("weight", "bias"), kinds, strict=True)),
-            *(TensorSpec(f"odd.{n}", k, (a,)) for n, k, a in zip("ab", kinds, (ours, theirs), strict=True)),
-        ),
-        layers=(),
-        activations=(),
-        input_shape=(4,),
-        classes=4,
-    )
-
-    assert shortened(architecture, architecture.members(0)) == ["conv.weight[0]", "conv.bias[0]", "bn.*", "odd.a[0]"]
-    assert shortened(architecture, architecture.members(1)) == ["conv.weight[1]", "odd.b[0]"]
 
 
 def test_every_rule_is_listed_with_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
