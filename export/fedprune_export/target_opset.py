@@ -159,3 +159,9 @@ _EARLIER: dict[str, tuple[int, _Rule]] = {
     **dict.fromkeys(("ScatterND", "ScatterElements"), (16, _without(("reduction", "none")))),
 }
 """First opset of the form that opset 17 has, and how to write it before."""
+
+LATER_FORMS = {op: since for op, (since, _) in _LATER.items()}
+"""First opset of a form that comes after opset 17's."""
+
+EARLIER_FORMS = {op: since for op, (since, _) in _EARLIER.items()}
+"""First opset of the form that opset 17 has, where it isn't the first."""

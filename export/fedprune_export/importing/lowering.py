@@ -257,3 +257,6 @@ _RULES: dict[str, _Rule] = {
     "Split": _split,
     "Swish": _swish,
 }
+
+LOWERED = frozenset(_RULES)
+"""Operators whose later forms, or which themselves, are written in the forms of opset 17."""
