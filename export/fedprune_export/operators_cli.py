@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,9 +21,9 @@ def register(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "operators",
         help="every operator that can be cut or trained",
-        description="Print every operator with what its channel rule, its gradient rule and the import do with it. "
-        "Channels of an operator without a channel rule stay; a model with one that has no gradient rule can't be "
-        "trained.",
+        description="Print every operator with what its channel rule and its gradient rule do, and in which forms it "
+        "is read and written. Channels of an operator without a channel rule stay; a model with one that has no gradient "
+        "rule can't be trained.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(function=operators)
@@ -35,8 +36,8 @@ def operators(arguments: argparse.Namespace) -> int:
         terminal.print_json(rows)
         return int(ExitCode.OK)
     terminal.print_table(
-        ("operator", "channels", "gradient", "import"),
-        [(r["operator"], r["channels"] or "–", r["gradient"] or "–", r["import"] or "") for r in rows],
+        ("operator", "channels", "gradient", "forms"),
+        [(r["operator"], r["channels"] or "–", r["gradient"] or "–", r["forms"] or "") for r in rows],
     )
     return int(ExitCode.OK)
 
@@ -46,22 +47,51 @@ def table() -> list[dict[str, Any]]:
     from fedprune_export.channels.rule import RULES as CHANNELS
     from fedprune_export.gradients.tape import RULES as GRADIENTS
 
-    imported = _import_notes()
-    names = sorted({*CHANNELS, *GRADIENTS, *imported})
+    forms = _forms()
+    names = sorted({*CHANNELS, *GRADIENTS, *forms})
     return [
         {
             "operator": name,
             "channels": _said(CHANNELS, name),
             "gradient": _said(GRADIENTS, name),
-            "import": imported.get(name),
+            "forms": forms.get(name),
         }
         for name in names
     ]
 
 
-def _import_notes() -> Mapping[str, str]:
-    """What becomes of operators before any rule sees them."""
-    return {}
+_BECOMES = {
+    "Attention": "products, Softmax and reshapes, on import",
+    "CastLike": "Cast, on import",
+    "Swish": "a product with Sigmoid, on import",
+    "SplitToSequence": "Split, on import",
+    "ConcatFromSequence": "Concat, on import",
+}
+"""What operators become that no rule needs to know."""
+
+
+def _forms() -> Mapping[str, str]:
+    """In which forms operators are read and written."""
+    from fedprune_export.composites import COMPOSITES, NATIVE
+    from fedprune_export.importing.lowering import LOWERED
+    from fedprune_export.importing.sequences import SEQUENCE_OPERATORS
+    from fedprune_export.target_opset import EARLIER_FORMS, LATER_FORMS
+
+    out: dict[str, list[str]] = {}
+    for name in sorted(SEQUENCE_OPERATORS | {n for n in LOWERED if n in _BECOMES}):
+        out[name] = [f"becomes {_BECOMES[name]}" if name in _BECOMES else "dissolved on import"]
+    for name in sorted(LOWERED - set(out)):
+        out[name] = ["later forms are read, too"]
+    for name, since in NATIVE.items():
+        found = "found where it is written out in primitives" if name in COMPOSITES else "found in primitives"
+        out.setdefault(name, []).append(f"{found}; written so below opset {since}")
+    for forms in (LATER_FORMS, EARLIER_FORMS):
+        for name, since in forms.items():
+            out.setdefault(name, []).append(f"written in its newer form from opset {since} on")
+    return {name: "; ".join(parts) for name, parts in out.items()}
+
+
+_FORMULA = re.compile(r"(Dx|Y|X)\b(?= *[=/·(])")
 
 
 def _said(rules: Mapping[str, Callable[..., Any]], name: str) -> str | None:
@@ -69,4 +99,6 @@ def _said(rules: Mapping[str, Callable[..., Any]], name: str) -> str | None:
     rule = rules.get(name)
     if rule is None:
         return None
-    return (inspect.getdoc(rule) or rule.__module__.rpartition(".")[2]).splitlines()[0]
+    text = (inspect.getdoc(rule) or rule.__module__.rpartition(".")[2]).splitlines()[0]
+    # Sentences begin with capitals, also where a formula begins with dx.
+    return _FORMULA.sub(lambda m: m.group().lower(), text, count=1) if _FORMULA.match(text) else text

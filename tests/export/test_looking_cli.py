@@ -10,8 +10,12 @@ import pytest
 from fedprune.errors import ExitCode
 from fedprune_export.channels.rule import RULES as CHANNELS
 from fedprune_export.cli import main
+from fedprune_export.composites import NATIVE
 from fedprune_export.gradients.tape import RULES as GRADIENTS
 from fedprune_export.importing import import_onnx
+from fedprune_export.importing.lowering import LOWERED
+from fedprune_export.importing.sequences import SEQUENCE_OPERATORS
+from fedprune_export.target_opset import EARLIER_FORMS, LATER_FORMS
 from fedprune_server.digits import digits_model
 
 
@@ -65,15 +69,26 @@ def test_every_rule_is_listed_with_a_line_of_its_own(capsys: pytest.CaptureFixtu
     assert {n for n, r in rows.items() if r["gradient"]} == set(GRADIENTS)
     assert list(rows) == sorted(rows)
     for row in rows.values():
-        for said in (row["channels"], row["gradient"], row["import"]):
+        for said in (row["channels"], row["gradient"], row["forms"]):
             assert said is None or (said.strip() and "\n" not in said)
+
+
+def test_forms_are_named_for_what_the_import_and_the_writer_change(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["operators", "--json"])
+
+    forms = {r["operator"]: r["forms"] for r in json.loads(capsys.readouterr().out) if r["forms"]}
+    assert {*LOWERED, *SEQUENCE_OPERATORS, *NATIVE, *LATER_FORMS, *EARLIER_FORMS} == set(forms)
+    for name, since in NATIVE.items():
+        assert f"below opset {since}" in forms[name]
+    for name, since in (*LATER_FORMS.items(), *EARLIER_FORMS.items()):
+        assert f"from opset {since} on" in forms[name]
 
 
 def test_the_table_of_operators_has_a_row_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["operators"]) == ExitCode.OK
 
     header, *rows = (line.split("\t") for line in capsys.readouterr().out.splitlines())
-    assert header == ["operator", "channels", "gradient", "import"]
+    assert header == ["operator", "channels", "gradient", "forms"]
     assert {r[0] for r in rows} >= {*CHANNELS, *GRADIENTS}
     assert {len(r) for r in rows} == {4}
 
