@@ -22,7 +22,7 @@ def register(subparsers: Any) -> None:
         "operators",
         help="every operator that can be cut or trained",
         description="Print every operator with what its channel rule and its gradient rule do, and in which forms it "
-        "is read and written. Channels of an operator without a channel rule stay; a model with one that has no gradient "
+        "is read and written. Channels of an operator without a channel rule stay; a model with one without a gradient "
         "rule can't be trained.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
