@@ -2,6 +2,9 @@
 
 A linear classifier of 6 features and 3 classes, with its step written out by hand: `plain`, `full` (all loss
 terms and the proximal pull), `stats` (with a running mean that behaves as batch-norm statistics do), `inference`.
+
+The others come from the compiler, of that classifier (`adamw`, `bce`, `huber`), of one with a hidden normalised layer
+that can be narrowed (`narrow`, `still`), and of one that reads token ids (`tokens`).
 """
 
 from __future__ import annotations
@@ -13,9 +16,14 @@ import onnx
 from onnx import TensorProto, helper
 
 from fedprune import step, tensorfile
+from fedprune.architecture import Architecture, Axis, TensorKind, TensorSpec
+from fedprune.recipe import Features
 from fedprune_export.graph import Graph, Port
+from fedprune_export.imported import Model
+from fedprune_export.importing import import_onnx
+from fedprune_export.training import training_graph
 
-FEATURES, CLASSES = 6, 3
+FEATURES, CLASSES, HIDDEN, VOCABULARY = 6, 3, 8, 11
 FOLDER = Path(__file__).parent / "device" / "graphs"
 
 
@@ -75,6 +83,54 @@ def training(full: bool = False, stats: bool = False) -> Graph:
     return g
 
 
+def linear() -> Model:
+    g = Graph(inputs=[Port("x", np.dtype(np.float32), ("N", FEATURES))])
+    g.initializers = {"w": np.zeros((CLASSES, FEATURES), np.float32), "b": np.zeros(CLASSES, np.float32)}
+    g.emit("Gemm", "x", "w", "b", attrs={"transB": 1}, out="logits")
+    g.outputs = [Port("logits", np.dtype(np.float32), ("N", CLASSES))]
+    return import_onnx(g.to_bytes(), "linear")
+
+
+def hidden() -> Model:
+    """Two layers with a normalisation between them."""
+    rng = np.random.default_rng(0)
+    g = Graph(inputs=[Port("x", np.dtype(np.float32), ("N", FEATURES))])
+    shapes = {
+        "w1": (HIDDEN, FEATURES),
+        "gamma": (HIDDEN,),
+        "beta": (HIDDEN,),
+        "w2": (CLASSES, HIDDEN),
+        "b2": (CLASSES,),
+    }
+    g.initializers = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    g.initializers |= {"mean": np.zeros(HIDDEN, np.float32), "var": np.ones(HIDDEN, np.float32)}
+    h = g.emit("Gemm", "x", "w1", attrs={"transB": 1})
+    h = g.emit("Relu", g.emit("BatchNormalization", h, "gamma", "beta", "mean", "var"))
+    g.emit("Gemm", h, "w2", "b2", attrs={"transB": 1}, out="logits")
+    g.outputs = [Port("logits", np.dtype(np.float32), ("N", CLASSES))]
+    return import_onnx(g.to_bytes(), "hidden")
+
+
+def tokens() -> Model:
+    """The mean of the tokens' rows of a table."""
+    table = np.random.default_rng(0).standard_normal((VOCABULARY, CLASSES)).astype(np.float32)
+    g = Graph(inputs=[Port("x", np.dtype(np.int64), ("N", 5))], initializers={"table": table})
+    g.emit("ReduceMean", g.emit("Gather", "table", "x"), attrs={"axes": [1], "keepdims": 0}, out="logits")
+    g.outputs = [Port("logits", np.dtype(np.float32), ("N", CLASSES))]
+    spec = TensorSpec("table", TensorKind.WEIGHT, (Axis.fixed(VOCABULARY), Axis.fixed(CLASSES)))
+    return Model(g, Architecture("tokens", (), (spec,), (), (), (5,), CLASSES))
+
+
+COMPILED = {
+    "adamw": (linear, Features(optimizer="adamw", clip=True, accumulate=True, label_smoothing=True, class_weight=True)),
+    "bce": (linear, Features(loss="bce", class_weight=True)),
+    "huber": (linear, Features(loss="huber", accumulate=True, squares=True)),
+    "narrow": (hidden, Features(ordered_dropout=True, optimizer="adam", proximal=True)),
+    "still": (hidden, Features(frozen=("w1", "gamma", "mean", "var"))),
+    "tokens": (tokens, Features()),
+}
+
+
 def inference() -> onnx.ModelProto:
     shapes = {"w": (CLASSES, FEATURES), "b": (CLASSES,)}
     where = tensorfile.offsets(tensorfile.encode({n: np.zeros(s, np.float32) for n, s in shapes.items()}))
@@ -104,4 +160,6 @@ if __name__ == "__main__":
         "stats": training(stats=True),
     }.items():
         (FOLDER / f"{name}.onnx").write_bytes(graph.to_bytes())
+    for name, (model, features) in COMPILED.items():
+        (FOLDER / f"{name}.onnx").write_bytes(training_graph(model(), features).to_bytes())
     (FOLDER / "inference.onnx").write_bytes(inference().SerializeToString(deterministic=True))
