@@ -84,7 +84,12 @@ def _runs(dim: str) -> list[tuple[int, str, int]]:
 
 
 def differentiated(
-    nodes: Sequence[Node], data: Arrays, shapes: Shapes, constants: Arrays, values: Shapes | None = None
+    nodes: Sequence[Node],
+    data: Arrays,
+    shapes: Shapes,
+    constants: Arrays,
+    values: Shapes | None = None,
+    frozen: Sequence[str] = (),
 ) -> Session:
     """A session of y and the gradients of all data by the gradient `dy` of y.
 
@@ -94,6 +99,7 @@ def differentiated(
         shapes: Its dimensions, as `Symbols` reads them.
         constants: Constants of the model.
         values: Dimensions of further values, as the channel analysis would find them.
+        frozen: Names of data that is only fed.
     """
     symbols = Symbols(data, shapes)
     weights = {n: a for n, a in data.items() if "N" not in shapes[n]}
@@ -104,8 +110,8 @@ def differentiated(
     specs = tuple(TensorSpec(n, TensorKind.WEIGHT, tuple(a for a in axes[n] if a)) for n in weights)
     arch = Architecture("op", symbols.groups, specs, (), (), (1,), 1)
     out = Graph()
-    tape = Tape(Model(graph, arch, values=axes), out)
-    wanted = {n: a.dtype.kind == "f" for n, a in data.items()}
+    tape = Tape(Model(graph, arch, values=axes), out, frozen)
+    wanted = {n: a.dtype.kind == "f" and n not in frozen for n, a in data.items()}
     entered: dict[str, Shape] = {}
     for name, array in data.items():
         entered[name] = tuple("N" if a is None else tape.dims.of_axis(a, arch) for a in axes[name])
@@ -155,6 +161,7 @@ def check(
     sums: bool = False,
     values: Shapes | None = None,
     narrow: dict[str, int] | None = None,
+    frozen: Sequence[str] = (),
 ) -> None:
     """Result and gradients are as near to float64 as 1e-6, or twice torch's own float32 error.
 
@@ -165,7 +172,7 @@ def check(
     with a batch of one sample less; the oracle must do with data of any width.
     """
     shapes = shapes or {k: v.shape for k, v in data.items()}
-    session = differentiated(nodes, data, shapes, constants or {}, values)
+    session = differentiated(nodes, data, shapes, constants or {}, values, frozen)
     runs = [data]
     if narrow is not None:
         symbols = Symbols(data, shapes)

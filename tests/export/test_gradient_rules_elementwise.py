@@ -34,9 +34,15 @@ SMOOTH: dict[str, tuple[dict[str, Any], Oracle]] = {
     "Asinh": ({}, torch.asinh),
     "Abs": ({}, torch.abs),
     "ThresholdedRelu": ({"alpha": 0.6}, lambda x: F.threshold(x, 0.6, 0.0)),
+    "Shrink": ({"lambd": 0.7, "bias": 0.7}, lambda x: F.softshrink(x, 0.7)),
     "Reciprocal": ({}, lambda x: 1 / x),
 }
-POSITIVE: dict[str, Oracle] = {"Log": torch.log, "Sqrt": torch.sqrt, "Reciprocal": torch.reciprocal}
+POSITIVE: dict[str, Oracle] = {
+    "Acosh": lambda x: torch.acosh(1 + x),
+    "Log": torch.log,
+    "Sqrt": torch.sqrt,
+    "Reciprocal": torch.reciprocal,
+}
 WITHIN: dict[str, Oracle] = {"Asin": torch.asin, "Acos": torch.acos, "Atanh": torch.atanh}
 
 
@@ -56,7 +62,9 @@ def test_functions(op: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("op", POSITIVE)
 def test_functions_of_positive_numbers(op: str) -> None:
-    check([node(op, "x")], lambda x: POSITIVE[op](x), {"x": np.abs(normal(4, 30)) + np.float32(0.1)})
+    nodes = [node("Add", "x", "one", out="s"), node(op, "s")] if op == "Acosh" else [node(op, "x")]
+    x = np.abs(normal(4, 30)) + np.float32(0.1)
+    check(nodes, lambda x: POSITIVE[op](x), {"x": x}, None, {"one": floats(1)})
 
 
 @pytest.mark.parametrize("op", WITHIN)

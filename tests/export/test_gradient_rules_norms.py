@@ -100,3 +100,35 @@ def test_lp_norm(p: int, axis: int) -> None:
     data, shapes = {"x": normal(3, 5, 6)}, {"x": ("N", "c", 6)}
     nodes = [node("LpNormalization", "x", p=p, axis=axis)]
     check(nodes, lambda x: F.normalize(x, p, axis), data, shapes, narrow={"c": 3})
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5])
+def test_local_response(size: int) -> None:
+    data, shapes = {"x": 3 * normal(3, 7, 4, 5)}, {"x": ("N", "c", 4, 5)}
+    nodes = [node("LRN", "x", size=size, alpha=0.5, beta=0.6, bias=1.5)]
+
+    def oracle(x: torch.Tensor) -> torch.Tensor:
+        squares = F.pad(x * x, (0, 0, 0, 0, (size - 1) // 2, size // 2))
+        total = sum(squares[:, k : k + x.shape[1]] for k in range(size))
+        return x / (1.5 + 0.5 / size * total) ** 0.6
+
+    check(nodes, oracle, data, shapes, narrow={"c": 3})
+
+
+@pytest.mark.parametrize("axes", [[0, 2, 3], [1, -1]])
+def test_mean_and_variance(axes: list[int]) -> None:
+    def oracle(x: torch.Tensor) -> torch.Tensor:
+        return (x - x.mean(axes, keepdim=True)) / x.std(axes, correction=0, keepdim=True)
+
+    data, shapes = {"x": normal(4, 5, 3, 6, offset=10.0)}, {"x": ("N", "c", 3, 6)}
+    check([node("MeanVarianceNormalization", "x", axes=axes)], oracle, data, shapes, narrow={"c": 3})
+
+
+@pytest.mark.parametrize("spatial", [(), (4, 5)])
+def test_batch_norm_with_frozen_statistics_normalises_by_them(spatial: tuple[int, ...]) -> None:
+    data = {"x": normal(3, 6, *spatial, offset=2.0), "w": normal(6, seed=1), "b": normal(6, seed=2)}
+    data |= {"m": normal(6, seed=3), "v": np.abs(normal(6, seed=4)) + np.float32(0.2)}
+    shapes = dict.fromkeys("wbmv", ("c",)) | {"x": ("N", "c", *spatial)}
+    nodes = [node("BatchNormalization", "x", "w", "b", "m", "v", epsilon=1e-3)]
+    oracle = lambda x, w, b, m, v: F.batch_norm(x, m.detach(), v.detach(), w, b, eps=1e-3)  # noqa: E731
+    check(nodes, oracle, data, shapes, frozen=("m", "v"), narrow={"c": 4})

@@ -329,3 +329,42 @@ def test_padding_channels_with_a_value() -> None:
     oracle = lambda x: F.pad(x, (1, 2), value=3.0) ** 2  # noqa: E731
     nodes = [node("Pad", "x", "p", "v", out="z"), node("Mul", "z", "z")]
     check(nodes, oracle, {"x": normal(3, 5)}, {"x": ("N", "c")}, constants, narrow={"c": 2})
+
+
+# -- writing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["none", "add"])
+def test_rows_written_at_places(reduction: str) -> None:
+    data = {"x": normal(5, 6, 4), "u": normal(2, 4, seed=1)}
+    shapes = {"x": (5, 6, "c"), "u": (2, "c")}
+
+    def oracle(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        where = (torch.tensor([0, 3]), torch.tensor([5, 2]))
+        return x.exp().index_put(where, u, accumulate=reduction == "add")
+
+    nodes = [node("Exp", "x", out="e"), node("ScatterND", "e", "i", "u", reduction=reduction)]
+    check(nodes, oracle, data, shapes, {"i": np.array([[0, 5], [3, 2]])}, narrow={"c": 2})
+
+
+def test_elements_written_at_places() -> None:
+    data = {"x": normal(3, 6), "u": normal(3, 2, seed=1)}
+    places = np.array([[0, 5], [3, 2], [1, 0]])
+    oracle = lambda x, u: x.scatter(1, torch.tensor(places), u)  # noqa: E731
+    check([node("ScatterElements", "x", "i", "u", axis=1)], oracle, data, None, {"i": places})
+
+
+@pytest.mark.parametrize("upper", [0, 1])
+def test_triangles(upper: int) -> None:
+    function = torch.triu if upper else torch.tril
+    data, shapes = {"x": normal(3, 4, 5)}, {"x": ("N", 4, 5)}
+    nodes = [node("Trilu", "x", "k", upper=upper)]
+    check(nodes, lambda x: function(x, 1), data, shapes, {"k": np.array(1, np.int64)}, sums=True, narrow={})
+
+
+def test_vectors_of_places() -> None:
+    nodes = [node("OneHot", "t", "depth", "values", out="o"), node("MatMul", "o", "w")]
+    data = {"w": normal(6, 5), "t": np.array([0, 3, 3, 5])}
+    constants = {"depth": ints(6), "values": np.array([0, 1], np.float32)}
+    oracle = lambda w, t: F.one_hot(t, 6).to(w.dtype) @ w  # noqa: E731
+    check(nodes, oracle, data, {"w": (6, "c"), "t": ("N",)}, constants, sums=True, narrow={"c": 2})

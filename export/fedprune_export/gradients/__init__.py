@@ -13,7 +13,9 @@ from fedprune_export.gradients import (
     pooling,
     products,
     reductions,
+    resampling,
     shapes,
+    writing,
 )
 from fedprune_export.gradients.tape import RULES, Tape
 
@@ -27,7 +29,9 @@ RULE_MODULES = (
     pooling,
     products,
     reductions,
+    resampling,
     shapes,
+    writing,
 )
 """Where the gradient rules live."""
 

@@ -83,6 +83,11 @@ _smooth("Sinh", "Dx = dy · cosh(x).", lambda g, n, x, y: g.emit("Cosh", x))
 _smooth("Cosh", "Dx = dy · sinh(x).", lambda g, n, x, y: g.emit("Sinh", x))
 _smooth("Asinh", "Dx = dy / √(1 + x²).", lambda g, n, x, y: _inverse(g, _root(g, _more(g, _squared(g, x)))))
 _smooth("Atanh", "Dx = dy / (1 − x²).", lambda g, n, x, y: _inverse(g, _rest(g, _squared(g, x))))
+_smooth(
+    "Acosh",
+    "Dx = dy / √(x² − 1).",
+    lambda g, n, x, y: _inverse(g, _root(g, g.emit("Sub", _squared(g, x), g.scalar(1)))),
+)
 _smooth("Reciprocal", "Dx = −dy · y².", lambda g, n, x, y: g.emit("Neg", _squared(g, y)))
 _smooth(
     "Erf",
@@ -148,6 +153,15 @@ def thresholded_relu(tape: Tape, node: Node) -> Pull:
     g = tape.graph
     over = g.emit("Greater", x, g.scalar(_number(node, "alpha", 1.0)))
     return lambda dy: tape.add(node.inputs[0], g.emit("Where", over, dy, g.scalar(0)))
+
+
+@rule("Shrink")
+def shrink(tape: Tape, node: Node) -> Pull:
+    """Dx = dy where |x| > lambd."""
+    x, _ = _unary(tape, node)
+    g = tape.graph
+    outside = g.emit("Greater", g.emit("Abs", x), g.scalar(_number(node, "lambd", 0.5)))
+    return lambda dy: tape.add(node.inputs[0], g.emit("Where", outside, dy, g.scalar(0)))
 
 
 @rule("Elu", "Selu", "Celu")
@@ -318,7 +332,7 @@ def hard_swish(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-@rule("Floor", "Ceil", "Round", "Sign", "IsNaN", "IsInf", "Not")
+@rule("Floor", "Ceil", "Round", "Sign", "Hardmax", "IsNaN", "IsInf", "Not")
 def steps(tape: Tape, node: Node) -> None:
     """Constant between jumps: no gradient passes."""
     if any(i and i != node.inputs[0] for i in node.inputs[1:]):

@@ -196,3 +196,51 @@ def lp_norm(tape: Tape, node: Node) -> Pull:
         tape.add(name, g.emit("Div", g.emit("Sub", dy, g.emit("Mul", direction, along)), length))
 
     return pull
+
+
+_NOTHING = 1e-18
+"""The square of what the operator adds to a standard deviation."""
+
+
+@rule("MeanVarianceNormalization")
+def standardised(tape: Tape, node: Node) -> Pull:
+    """Less the mean and divided by the standard deviation over the given axes."""
+    name = node.inputs[0]
+    shape = tape.shape(name)
+    axes = sorted(int(a) % len(shape) for a in node.attrs.get("axes", [0, 2, 3]))
+    z, pull = normalised(tape, tape.value(name), axes, [shape[a] for a in axes], _NOTHING)
+    tape.enter(node.outputs[0], z, shape)
+    return lambda dy: tape.add(name, pull(dy))
+
+
+@rule("LRN")
+def local_response(tape: Tape, node: Node) -> Pull:
+    """X · s^−β with s from squares of neighbouring channels; dx = dy · s^−β − 2αβ/n · x · Σ dy·x·s^(−β−1)."""
+    name, g = node.inputs[0], tape.graph
+    x, shape = tape.value(name), tape.shape(name)
+    size = int(node.attrs["size"])
+    alpha, beta, bias = (float(node.attrs.get(k, d)) for k, d in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0)))
+    before, after = (size - 1) // 2, size // 2
+
+    def neighbours(value: str, before: int, after: int) -> str:
+        """The sum over a window of channels: shifted copies of the padded value."""
+        pads = [0, before] + [0] * (len(shape) - 1) + [after] + [0] * (len(shape) - 2)
+        padded, total = g.emit("Pad", value, g.ints(*pads)), ""
+        for k in range(size):
+            end = k + 1 - size or 2**31
+            part = g.emit("Slice", padded, g.ints(k), g.ints(end), g.ints(1))
+            total = g.emit("Add", total, part) if total else part
+        return total
+
+    spread = g.emit("Mul", neighbours(g.emit("Mul", x, x), before, after), g.scalar(alpha / size))
+    base = g.emit("Add", spread, g.scalar(bias))
+    share = g.emit("Pow", base, g.scalar(-beta))
+    tape.enter(node.outputs[0], g.emit("Mul", x, share), shape)
+
+    def pull(dy: str) -> None:
+        own = g.emit("Mul", dy, share)
+        weighted = neighbours(g.emit("Div", g.emit("Mul", own, x), base), after, before)
+        others = g.emit("Mul", g.emit("Mul", x, weighted), g.scalar(2 * alpha * beta / size))
+        tape.add(name, g.emit("Sub", own, others))
+
+    return pull
