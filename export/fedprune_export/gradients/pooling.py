@@ -42,7 +42,7 @@ def max_pool(tape: Tape, node: Node) -> Pull:
     if not tape.wants(name):
         tape.enter(node.outputs[0], g.emit("MaxPool", x, attrs=attrs), out)
         return lambda dy: None
-    if w.tiles:
+    if w.tiles and len(w.sizes) < 3:
         y = g.emit("MaxPool", x, attrs=attrs)
         tape.enter(node.outputs[0], y, out)
         before = tape.producer(name)
@@ -186,7 +186,7 @@ def _unrooted(g: Graph, y: str, power: int, dy: str) -> str:
 def _spread(tape: Tape, w: Window, x: str, share: str) -> str:
     """For every place of x the sum of what the windows that it is in have."""
     g = tape.graph
-    if w.tiles:
+    if w.tiles and len(w.sizes) < 3:
         return _upsampled(g, share, w.kernel)
     # Channels join the batch: one kernel of ones then serves any number of them.
     rows = g.emit("Reshape", share, g.ints(-1, 1, *w.output))
