@@ -16,6 +16,7 @@ import numpy.typing as npt
 from fedprune import step
 from fedprune.chance import keyed
 from fedprune.errors import BundleError, ExitCode, FedpruneError, ModelError, TrainingError
+from fedprune.feeds import anchors, loss_numbers, numbers
 from fedprune.ordered_dropout import TensorAxes
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
@@ -288,23 +289,7 @@ class Trainer:
 
     def _constants(self, tensors: Mapping[str, Array], y: Array, recipe: Recipe, classes: int) -> dict[str, Array]:
         """What is fed in every step alike."""
-        feeds: dict[str, Array] = {
-            step.LR: np.array(recipe.lr, np.float32),
-            step.WEIGHT_DECAY: np.array(recipe.weight_decay, np.float32),
-            **loss_terms(y, recipe, classes),
-        }
-        if recipe.optimizer == "sgd":
-            feeds[step.MOMENTUM] = np.array(recipe.momentum, np.float32)
-        else:
-            feeds[step.BETA1] = np.array(recipe.beta1, np.float64)
-            feeds[step.BETA2] = np.array(recipe.beta2, np.float64)
-            feeds[step.EPSILON] = np.array(recipe.epsilon, np.float32)
-        if recipe.features.clip:
-            feeds[step.CLIP_NORM] = np.array(recipe.clip_norm, np.float32)
-        if recipe.features.proximal:
-            for name in self.trainable:
-                feeds[step.anchor(name)] = np.asarray(tensors[name], order="C")
-                feeds[step.strength(name)] = np.array(recipe.proximal, np.float32)
+        feeds = numbers(recipe) | anchors(recipe, tensors, self.trainable) | loss_terms(y, recipe, classes)
         moving = {step.X, step.Y, step.STEP_NUMBER, step.DIVISOR}
         wanted = set(self._session.inputs) - moving - {*self.names, *self._states, *self._squares, *self._sums}
         classifies, scores = recipe.loss == "cross_entropy", recipe.loss in ("cross_entropy", "bce")
@@ -381,8 +366,4 @@ def loss_terms(y: Array, recipe: Recipe, classes: int) -> dict[str, Array]:
         out[step.CLASS_WEIGHT] = class_weights(y, classes) if recipe.loss == "cross_entropy" else positive_weights(y)
     if features.class_mask:
         out[step.CLASS_MASK] = class_presence(y, classes)
-    if features.label_smoothing:
-        out[step.LABEL_SMOOTHING] = np.array(recipe.label_smoothing, np.float32)
-    if recipe.loss == "huber":
-        out[step.HUBER_DELTA] = np.array(recipe.huber_delta, np.float32)
-    return out
+    return out | loss_numbers(recipe)
