@@ -78,7 +78,8 @@ def oracle(net: torch.nn.Module, model: Model, tensors: Arrays, x: Any, y: Any, 
     state = {n: torch.tensor(v, dtype=dtype) for n, v in tensors.items()}
     leaves = {t.name: state[t.name].requires_grad_() for t in model.architecture.trainable}
     optimiser = torch.optim.SGD(list(leaves.values()), LR, MOMENTUM, weight_decay=DECAY)
-    logits = torch.func.functional_call(net, state, torch.tensor(x, dtype=dtype))
+    given = torch.tensor(x, dtype=dtype if x.dtype.kind == "f" else None)
+    logits = torch.func.functional_call(net, state, given)
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(y))
     loss.backward()
     gradients = {step.gradient(n): w.grad.numpy().copy() for n, w in leaves.items() if w.grad is not None}
