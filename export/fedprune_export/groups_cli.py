@@ -49,9 +49,9 @@ def groups(arguments: argparse.Namespace) -> int:
         print(f"{group.name}: {group.size} channels: {', '.join(architecture.summary(i))}")
     whole = staying(architecture)
     print(f"stays: {', '.join(f'{place} ({size})' for place, size in whole) if whole else 'nothing'}")
-    print("why: the inputs and outputs of a model stay" + ("; and, as the import says:" if model.notes else "."))
+    print("why: inputs and outputs of a model stay; notes name what else keeps channels")
     for note in model.notes:
-        print(f"  {note}")
+        print(f"note: {note}")
     return int(ExitCode.OK)
 
 
