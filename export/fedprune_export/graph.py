@@ -39,6 +39,12 @@ class Node:
     name: str = ""
     domain: str = ""
 
+    def to_proto(self) -> onnx.NodeProto:
+        """As a node of an ONNX graph."""
+        proto = helper.make_node(self.op, self.inputs, self.outputs, self.name or None, domain=self.domain)
+        proto.attribute.extend(_attribute_proto(k, v) for k, v in sorted(self.attrs.items()))
+        return proto
+
 
 @dataclass
 class Port:
@@ -162,7 +168,7 @@ class Graph:
     def _proto(self) -> onnx.ModelProto:
         domains = sorted({n.domain for n in self.nodes if n.domain})
         graph = helper.make_graph(
-            [_node_proto(n) for n in self.nodes],
+            [n.to_proto() for n in self.nodes],
             self.name,
             [_port_proto(p) for p in self.inputs],
             [_port_proto(p) for p in self.outputs],
@@ -275,6 +281,8 @@ def _port_proto(port: Port) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(port.name, helper.np_dtype_to_tensor_dtype(port.dtype), list(port.shape))
 
 
-def _node_proto(node: Node) -> onnx.NodeProto:
-    attrs = {k: numpy_helper.from_array(v) if isinstance(v, np.ndarray) else v for k, v in sorted(node.attrs.items())}
-    return helper.make_node(node.op, node.inputs, node.outputs, node.name or None, domain=node.domain, **attrs)
+def _attribute_proto(name: str, value: Any) -> onnx.AttributeProto:
+    if isinstance(value, np.ndarray):
+        value = numpy_helper.from_array(value)
+    kind = onnx.AttributeProto.INTS if isinstance(value, list) and not value else None
+    return helper.make_attribute(name, value, attr_type=kind)

@@ -1,13 +1,13 @@
-"""What a graph's values look like: shapes, types and small integers, seen by running it at several batch sizes.
+"""What a graph's values look like: shapes, types and small integers at several batch sizes.
 
-Running beats inferring: shape arithmetic, exotic operators and exporter artefacts all come out right. Axes whose size
-differs between runs depend on the batch.
+Shapes are inferred, operator by operator, with all the numbers that they are computed from; what can't be inferred is
+run. Axes whose size differs between batch sizes depend on the batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,23 @@ import numpy.typing as npt
 from fedprune.errors import ModelError
 from fedprune.session import Session
 from fedprune_export.graph import Graph, Port
+from fedprune_export.shape_inference import Inferred, infer
 
 Array = npt.NDArray[Any]
 
 BATCHES = (3, 5)
-"""Batch sizes of the first two runs; tests use others, so that nothing frozen at one of these goes unnoticed."""
+"""The first two batch sizes; tests use others, so that nothing frozen at one of these goes unnoticed."""
 
 _FURTHER = (1, 8)
-"""More runs, for the sake of shapes alone: some sizes follow the batch only where it is small or even."""
+"""More sizes, for the sake of shapes alone: some sizes follow the batch only where it is small or even."""
 
 _MAX_NUMBERS = 2**24
 """Numbers of one sample, of which several batches are made: four times what a camera's picture has."""
 
 _SMALL = 64
+
+_IDENTIFIERS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Slice"})
+"""Operators that hand identifiers on."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,14 @@ class Trace:
         return (self.shapes, self.shapes_second, *self.shapes_further)
 
 
-def sample_input(port: Port, batch: int, seed: int = 0) -> Array:
-    """An array of random normal numbers for a graph input.
+def sample_input(port: Port, batch: int, seed: int = 0, *, below: int = 2) -> Array:
+    """An array for a graph input: random normal numbers, or random identifiers for int64.
+
+    Args:
+        port: The input.
+        batch: Number of samples.
+        seed: Seed of the random numbers.
+        below: How many identifiers there are; see `vocabulary`.
 
     Raises:
         ModelError: A dimension other than the first is free or no size, or the array would be huge.
@@ -82,14 +92,44 @@ def sample_input(port: Port, batch: int, seed: int = 0) -> Array:
         )
     if any(d < 1 for d in sizes) or math.prod(sizes) > _MAX_NUMBERS:
         raise ModelError(f"size of input {port.name}", expected=f"1 to {_MAX_NUMBERS} numbers per sample", got=sizes)
+    if port.dtype == np.int64:
+        return np.random.default_rng(seed).integers(0, below, (batch, *sizes))
     return np.random.default_rng(seed).standard_normal((batch, *sizes), np.float32)
 
 
-def trace(graph: Graph) -> Trace:
-    """Run `graph` at all batch sizes and look at every value.
+def sample_feeds(graph: Graph, batch: int, seed: int = 0) -> dict[str, Array]:
+    """Arrays for all inputs of a graph.
 
     Raises:
-        ModelError: onnxruntime can't run it, or the batch can't vary.
+        ModelError: See `sample_input`.
+    """
+    below = vocabulary(graph)
+    return {p.name: sample_input(p, batch, seed, below=below) for p in graph.inputs}
+
+
+def vocabulary(graph: Graph) -> int:
+    """How many identifiers the embeddings hold that read a graph's input; 2 where none does."""
+    names = {p.name for p in graph.inputs if p.dtype == np.int64}
+    sizes = []
+    for node in graph.nodes:
+        if node.domain:
+            continue
+        if node.op in _IDENTIFIERS and node.inputs[0] in names:
+            names.update(node.outputs)
+        elif node.op == "Gather" and node.inputs[1] in names and node.inputs[0] in graph.initializers:
+            axis = int(node.attrs.get("axis", 0))
+            shape = graph.initializers[node.inputs[0]].shape
+            sizes += [shape[axis]] if -len(shape) <= axis < len(shape) else []
+        elif node.op == "OneHot" and node.inputs[0] in names and node.inputs[1] in graph.initializers:
+            sizes.append(int(graph.initializers[node.inputs[1]].reshape(-1)[0]))
+    return max(1, min(sizes, default=2))
+
+
+def trace(graph: Graph) -> Trace:
+    """Look at every value of a graph at all batch sizes.
+
+    Raises:
+        ModelError: The batch can't vary, a value would be huge, or an operator makes no sense.
     """
     for port in graph.inputs:
         if not port.shape or isinstance(port.shape[0], int):
@@ -99,33 +139,51 @@ def trace(graph: Graph) -> Trace:
                 got=list(port.shape),
                 hint="Export the model with a dynamic batch.",
             )
-    probe = graph.copy()
-    known = {p.name for p in probe.outputs}
-    probe.outputs += [Port(o, np.dtype(np.float32), ()) for n in probe.nodes for o in n.outputs if o and o not in known]
-    proto = probe.to_proto()
-    for value in proto.graph.output:
-        value.ClearField("type")
-    session = Session(proto.SerializeToString())
-    runs = [_run(session, probe, b) for b in BATCHES]
-    further = [{k: v.shape for k, v in _run(session, probe, b).items()} for b in _FURTHER]
-    for name, value in runs[0].items():
-        if any(len(shapes[name]) != value.ndim for shapes in further):
+    runs = [inferred(graph, batch) for batch in (*BATCHES, *_FURTHER)]
+    first, second, *further = runs
+    for name, shape in first.shapes.items():
+        if any(len(run.shapes[name]) != len(shape) for run in runs):
             raise ModelError(
                 f"value {name} has another number of axes for one sample than for several",
                 hint="Squeeze axes by number, so that an axis of one sample stays.",
             )
-    first, second = runs
     return Trace(
-        {k: v.shape for k, v in first.items()},
-        {k: v.shape for k, v in second.items()},
-        tuple(further),
-        {k: v.dtype for k, v in first.items()},
-        {k: v for k, v in first.items() if v.dtype.kind in "iu" and v.size <= _SMALL},
-        {k: v for k, v in second.items() if v.dtype.kind in "iu" and v.size <= _SMALL},
+        first.shapes,
+        second.shapes,
+        tuple(run.shapes for run in further),
+        first.dtypes,
+        _integers(first),
+        _integers(second),
     )
 
 
-def _run(session: Session, graph: Graph, batch: int) -> dict[str, Array]:
-    """All values of a graph at one batch size, inputs and initialisers included."""
-    feeds = {p.name: sample_input(p, batch) for p in graph.inputs}
-    return {**session.run(feeds), **feeds, **graph.initializers}
+def inferred(graph: Graph, batch: int) -> Inferred:
+    """What is known of a graph's values at one batch size: all shapes and types.
+
+    Raises:
+        ModelError: See `trace`.
+    """
+    found = infer(graph, batch)
+    measured: dict[str, Array] = {}
+    while found.missing:
+        before = len(measured)
+        measured |= _measured(graph, found.missing, batch)
+        found = infer(graph, batch, measured)
+        if len(measured) == before:
+            raise ModelError(f"value {found.missing[0]} has no shape")
+    return found
+
+
+def _integers(found: Inferred) -> dict[str, Array]:
+    return {k: v for k, v in found.numbers.items() if v.dtype.kind in "iu" and v.size <= _SMALL}
+
+
+def _measured(graph: Graph, names: Sequence[str], batch: int) -> dict[str, Array]:
+    """These values, from a run."""
+    probe = graph.copy()
+    probe.outputs = [Port(n, np.dtype(np.float32), ()) for n in names]
+    probe.prune()
+    proto = probe.to_proto()
+    for value in proto.graph.output:
+        value.ClearField("type")
+    return Session(proto.SerializeToString()).run(sample_feeds(probe, batch))

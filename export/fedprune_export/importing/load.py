@@ -117,14 +117,16 @@ def import_onnx(
     Raises:
         ModelError: It is damaged, or uses what can't be handled.
     """
-    proto = prepared(parse(raw, whole=False))
+    given = parse(raw, whole=False)
+    proto = prepared(given)
     check(proto)
     _choose(proto, output, parameters, prefer)
     texts, held = metadata.read(proto), {t.name for t in proto.graph.initializer}
     listed = metadata.names(texts, metadata.PARAMETERS_KEY, held)
     frozen = metadata.names(texts, metadata.FROZEN_KEY, held) or ()
     chosen = _preferred(texts.get(metadata.PREFER_KEY, "coarse"))
-    normal = normalise(proto, None if listed is None else frozenset(listed))
+    same = proto is given and output is None and len(proto.graph.output) == 1
+    normal = normalise(proto, None if listed is None else frozenset(listed), raw if same else None)
     found = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=chosen)
     notes = tuple(dict.fromkeys([*metadata.tied(texts), *normal.notes, *found.notes]))
     still = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
@@ -151,7 +153,7 @@ def _choose(
     if output is not None:
         names = [o.name for o in proto.graph.output]
         if output not in names:
-            raise ModelError("the model has no such output", expected=_listed(names), got=shown(output))
+            raise ModelError("the model has no such output", expected=metadata.shown_names(names), got=shown(output))
         for other in [o for o in proto.graph.output if o.name != output]:
             proto.graph.output.remove(other)
     if parameters is not None:
@@ -160,11 +162,6 @@ def _choose(
         metadata.write(proto, {metadata.PARAMETERS_KEY: json.dumps(checked)})
     if prefer is not None:
         metadata.write(proto, {metadata.PREFER_KEY: prefer})
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f", and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(n[:60] for n in names[:8]) + more
 
 
 def _is_factory(text: str) -> bool:

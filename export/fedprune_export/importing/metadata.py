@@ -62,14 +62,22 @@ def checked(listed: Sequence[str], held: AbstractSet[str], where: str) -> tuple[
     return tuple(listed)
 
 
+def shown_names(listed: Sequence[str]) -> str:
+    """The first of these names, for an error."""
+    more = f", and {len(listed) - 8} more" if len(listed) > 8 else ""
+    return ", ".join(n[:60] for n in listed[:8]) + more
+
+
 def tied(texts: Mapping[str, str]) -> list[str]:
-    """A note per tensor that had several names."""
+    """A note on tensors that had several names."""
     found = _parsed(texts[TIED_KEY]) if TIED_KEY in texts else {}
     if not isinstance(found, dict) or not all(
         isinstance(v, list) and all(isinstance(n, str) for n in v) for v in found.values()
     ):
         raise ModelError(f"metadata {TIED_KEY}", expected="lists of names by name", got=shown(texts[TIED_KEY]))
-    return [f"Tensor {k} is known as {', '.join(v)} too: it is one tensor." for k, v in sorted(found.items())]
+    said = [f"{k} is {' and '.join(v[:3])} too" for k, v in sorted(found.items())]
+    more = f", and {len(said) - 3} more" if len(said) > 3 else ""
+    return [f"Tensors that have several names are one tensor each: {', '.join(said[:3])}{more}."] if said else []
 
 
 def _parsed(text: str) -> object:

@@ -6,32 +6,46 @@ transposed, and back. As one transposition no axis of heads is ever merged with 
 
 from __future__ import annotations
 
-import math
-
+from fedprune_export.channels.reshapes import BATCH, common_factors, extents
 from fedprune_export.graph import Graph, Node
 from fedprune_export.trace import Trace
 
 
 def merge_transpositions(graph: Graph, seen: Trace) -> None:
-    """Write a reshape, a transposition and a reshape as one transposition where they are one."""
+    """Write a reshape, a transposition and a reshape as one transposition of all factors, where they are one."""
     makers = graph.producers()
-    for node in graph.nodes:
+    nodes, graph.nodes = graph.nodes, []
+    for node in nodes:
         moved = _made_by(makers, node, "Reshape", "Transpose")
         merged = _made_by(makers, moved, "Transpose", "Reshape") if moved is not None else None
-        if moved is None or merged is None:
-            continue
-        names = [merged.inputs[0], merged.outputs[0], node.outputs[0]]
-        if not all(name in seen.shapes for name in names):
-            continue
-        before, between, after = ([*zip(seen.shapes[n], seen.shapes_second[n], strict=True)] for n in names)
-        perm = moved.attrs.get("perm", list(range(len(between)))[::-1])
-        parts = _parts([a for a, _ in before], [a for a, _ in between])
-        if parts is None or parts != _parts([b for _, b in before], [b for _, b in between]):
-            continue
-        order = [axis for place in perm for axis in parts[place]]
-        if [before[axis] for axis in order] == after:
-            node.op, node.inputs, node.attrs = "Transpose", [merged.inputs[0]], {"perm": order}
+        if moved is not None and merged is not None:
+            _merge(graph, node, moved, merged, seen)
+        graph.nodes.append(node)
     graph.prune()
+
+
+def _merge(graph: Graph, node: Node, moved: Node, merged: Node, seen: Trace) -> None:
+    names = [merged.inputs[0], merged.outputs[0], node.outputs[0]]
+    if not all(name in seen.shapes for name in names):
+        return
+    before, between, after = (extents(seen, name) for name in names)
+    if before is None or between is None or after is None:
+        return
+    found = common_factors(before, between)
+    if found is None:
+        return
+    factors, spans = found
+    perm = moved.attrs.get("perm", list(range(len(between)))[::-1])
+    order = [factor for place in perm for factor in spans[place]]
+    free = [f % BATCH == 0 for f in factors]
+    if [factors[f] for f in order] != after or sum(free) > 1:
+        return
+    source = merged.inputs[0]
+    if factors != before:
+        source = graph.emit(
+            "Reshape", source, graph.ints(*(-1 if f else n for f, n in zip(free, factors, strict=True)))
+        )
+    node.op, node.inputs, node.attrs = "Transpose", [source], {"perm": order}
 
 
 def _made_by(makers: dict[str, Node], node: Node, op: str, maker: str) -> Node | None:
@@ -40,21 +54,3 @@ def _made_by(makers: dict[str, Node], node: Node, op: str, maker: str) -> Node |
         return None
     found = makers.get(node.inputs[0])
     return found if found is not None and found.op == maker and not found.domain else None
-
-
-def _parts(before: list[int], after: list[int]) -> list[list[int]] | None:
-    """Per new axis the old axes that a reshape merges into it; None where it does anything else."""
-    parts: list[list[int]] = []
-    at = 0
-    for size in after:
-        part: list[int] = []
-        while at < len(before) and (not part or math.prod(before[i] for i in part) < size):
-            part.append(at)
-            at += 1
-        if math.prod(before[i] for i in part) != size:
-            return None
-        parts.append(part)
-    while at < len(before) and before[at] == 1 and parts:
-        parts[-1].append(at)
-        at += 1
-    return parts if at == len(before) else None
