@@ -1,13 +1,16 @@
-"""Writes the probe's reference net among the assets of `fedprune_device`; needs the exporter, which boards don't have.
+"""Writes the probe's nets among the assets of `fedprune_device`; needs the exporter, which boards don't have.
 
 A small convolutional net in the shape of those that boards train. Its graphs go through the compiler, so that the probe
-measures what a round would run.
+measures what a round would run. Beside it, in one archive, the nets of `probe_nets.py` at a few widths each.
 """
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,14 @@ from fedprune_export.graph import Graph, Port
 from fedprune_export.importing import import_onnx
 from fedprune_export.inference import inference_model
 from fedprune_export.training import training_graph
+
+sys.path.insert(0, str(Path(__file__).parent))
+from probe_nets import NETS
+
+POINTS = 14
+"""Widths at which each net is measured: whole, a half, a quarter, then random ones, most of them odd."""
+
+BATCHES = (16, 16, 4, 8, 16)
 
 INPUT, CLASSES, BATCH = (3, 32, 32), 10, 16
 CONVOLUTIONS = ((3, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2))
@@ -49,6 +60,37 @@ def _weights(*shape: int) -> np.ndarray:
     return keyed(0, shape).standard_normal(shape).astype(np.float32)
 
 
+def points(sizes: tuple[int, ...], name: str) -> list[dict[str, object]]:
+    """Widths and batches at which a net is measured."""
+    random = keyed(0, "points", name)
+    out: list[dict[str, object]] = []
+    for i in range(POINTS):
+        shares = np.full(len(sizes), 0.5**i) if i < 3 else np.exp(random.uniform(np.log(0.08), 0, len(sizes)))
+        widths = [max(1, round(float(n * share))) for n, share in zip(sizes, shares, strict=True)]
+        out.append({"widths": widths, "batch": BATCHES[i % len(BATCHES)]})
+    return out
+
+
+def archive() -> bytes:
+    """The nets of `probe_nets.py`, compiled, as one compressed archive."""
+    index, files = {}, dict[str, bytes]()
+    for name, net in NETS.items():
+        model = import_onnx(net(), name)
+        index[name] = points(model.architecture.sizes, name)
+        files[f"{name}/architecture.json"] = model.architecture.to_json().encode()
+        files[f"{name}/training.onnx"] = training_graph(model, Features()).to_bytes()
+        for i, point in enumerate(index[name]):
+            files[f"{name}/inference-{i}.onnx"] = inference_model(model, point["widths"])
+    files["index.json"] = json.dumps(index).encode()
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w") as out:
+        for name in sorted(files):
+            about = tarfile.TarInfo(name)
+            about.size = len(files[name])
+            out.addfile(about, io.BytesIO(files[name]))
+    return gzip.compress(raw.getvalue(), 9, mtime=0)
+
+
 def main(folder: Path = FOLDER) -> None:
     """Compile the net and write its graphs, shapes and costs."""
     model = import_onnx(network(), "probe")
@@ -66,6 +108,7 @@ def main(folder: Path = FOLDER) -> None:
         "tensors": {name: list(shape) for name, shape in architecture.shapes(architecture.sizes).items()},
     }
     (folder / "probe.json").write_text(json.dumps(body) + "\n")
+    (folder / "probe_layers.tar.gz").write_bytes(archive())
 
 
 if __name__ == "__main__":

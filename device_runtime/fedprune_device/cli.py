@@ -24,6 +24,7 @@ from fedprune.bundle import open_bundle
 from fedprune.cli import run_command
 from fedprune.disk import storage_errors
 from fedprune.errors import ConfigError, DataError, ExitCode, ProfileError, ProtocolError, StorageError
+from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.wire.topics import EVERYONE, check_device, check_name
 from fedprune_device.data import why_unreadable
@@ -126,11 +127,12 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError("no broker is given", hint=f"Use --broker mqtt://host or set {_BROKER}.")
     topics = Topics(arguments.site)
     subscriptions = topics.device_subscriptions(arguments.device)
-    report = None if arguments.no_probe else probe(arguments.threads)
+    layers = arguments.state / "layer_times.json"
+    report = None if arguments.no_probe else probe(arguments.threads, memory_file=layers)
     if report is None:
         check_runtime()
     else:
-        _LOG.info("probe: %s", json.dumps(report.to_dict()))
+        _LOG.info("probe: %s", json.dumps({**report.to_dict(), "latency": _latency(report)}))
     profile = _profile(arguments.profile)
     data = load_data(arguments.data, arguments.seed, arguments.device)
     with DeviceStore(arguments.state, device=arguments.device) as store:
@@ -278,8 +280,19 @@ def _probe(arguments: argparse.Namespace) -> int:
             value = f"{value / 1e9:.2f} GFLOP/s"
         elif field.name.startswith("memory_"):
             value = f"{value / 2**20:.0f} MiB"
+        elif field.name == "latency":
+            value = _latency(report)
         print(f"{field.name}: {'unknown' if value in (None, '') else value}")
     return int(ExitCode.OK)
+
+
+def _latency(report: ProbeReport) -> str:
+    """The table of layers' times in a few words."""
+    table = report.latency
+    if table is None:
+        return ""
+    error = f"{table.error:.1%}" if table.points else "unknown"
+    return f"{table.points} measurements, median error {error}, blocks of {table.block} channels"
 
 
 def _host_name() -> str:

@@ -1,7 +1,7 @@
 """The probe: what a board is and how fast it trains, measured on the board itself.
 
-A profile is a promise; a board may have a slower edition of its processor, less memory, a bad cooler. The probe takes
-about two seconds and runs what a round would run: a training graph and an inference graph from the compiler.
+A profile is a promise; a board may have a slower edition of its processor, less memory, a bad cooler. The probe runs
+what a round would run, graphs from the compiler: two seconds of a reference net, some more of nets of all kinds.
 """
 
 from __future__ import annotations
@@ -19,24 +19,34 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import step, tensorfile
+from fedprune import __version__, step, tensorfile
 from fedprune.chance import keyed
 from fedprune.errors import MissingExtraError, RuntimeUnavailableError
 from fedprune.probe_report import ProbeReport
 from fedprune.session import Session
+from fedprune_device.layer_times import measure_table, remembered_table
 from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
 
 _IMPORT_TIMEOUT = 120
 _MIN_RUNS = 3
 
 
-def probe(threads: int = 1, seconds: float = 2.0, root: Path = Path("/")) -> ProbeReport:
+def probe(
+    threads: int = 1,
+    seconds: float = 2.0,
+    root: Path = Path("/"),
+    *,
+    layer_seconds: float = 10.0,
+    memory_file: Path | None = None,
+) -> ProbeReport:
     """Measure this board.
 
     Args:
         threads: Threads inside an operator.
         seconds: Time for the measurements of speed; half of it trains, half of it predicts.
         root: Where /proc and /sys are found.
+        layer_seconds: Time for the layers' measurements, see `layer_times`; 0 leaves them out.
+        memory_file: Where the layers' times are kept, so that the next start need not measure them again.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -47,6 +57,12 @@ def probe(threads: int = 1, seconds: float = 2.0, root: Path = Path("/")) -> Pro
     total, available = memory(root)
     version = check_runtime()
     train, infer = _rates(threads, seconds)
+    latency = None
+    if layer_seconds and memory_file is not None:
+        about = f"fedprune {__version__}, onnxruntime {version}, {threads} threads, {board(root)}"
+        latency = remembered_table(memory_file, about, lambda: measure_table(threads, layer_seconds, train))
+    elif layer_seconds:
+        latency = measure_table(threads, layer_seconds, train)
     return ProbeReport(
         cores=len(os.sched_getaffinity(0)),
         memory_total=total,
@@ -59,6 +75,7 @@ def probe(threads: int = 1, seconds: float = 2.0, root: Path = Path("/")) -> Pro
         infer_rate=infer,
         temperature_c=temperature_c(root),
         throttled=throttled(root),
+        latency=latency,
     )
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedprune.errors import MissingExtraError, RuntimeUnavailableError
+from fedprune.latency import LatencyTable, typical_table
 from fedprune.probe_report import ProbeReport
+from fedprune_device.layer_times import measure, remembered_table
 from fedprune_device.probe import board, check_runtime, clock_hz, memory, probe, temperature_c, throttled
 
 pytestmark = pytest.mark.board
@@ -29,13 +31,41 @@ def python(tmp_path: Path, script: str) -> str:
 
 
 def test_a_probe_measures_this_machine() -> None:
-    report = probe(seconds=0.1)
+    report = probe(seconds=0.1, layer_seconds=0.5)
     assert report.cores == len(os.sched_getaffinity(0))
     assert report.train_rate is not None
     assert report.train_rate > 1e7
     assert report.infer_rate is not None
     assert report.infer_rate > 1e7
+    assert report.latency is not None
+    assert report.latency.points >= 40
+    assert 0 <= report.latency.error < 1
     assert ProbeReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_layers_are_measured_by_the_given_clock() -> None:
+    ticks = iter(range(10**6))
+    found = measure(seconds=0.0, clock=lambda: float(next(ticks)))
+    assert {m.training for m in found} == {True, False}
+    assert all(m.seconds == 1 for m in found)
+    assert all(m.batch == 1 for m in found if not m.training)
+
+
+def test_a_table_is_measured_again_only_where_something_changed(tmp_path: Path) -> None:
+    table, asked = typical_table(1e10), list[str]()
+
+    def make() -> LatencyTable:
+        asked.append("now")
+        return table
+
+    path = tmp_path / "layer_times.json"
+    assert remembered_table(path, "board", make) == remembered_table(path, "board", make) == table
+    assert len(asked) == 1
+    remembered_table(path, "another board", make)
+    path.write_text("{}")
+    remembered_table(path, "another board", make)
+    assert len(asked) == 3
+    assert remembered_table(tmp_path / "none" / "x.json", "board", make) == table
 
 
 def test_memory_is_what_the_kernel_says(tmp_path: Path) -> None:

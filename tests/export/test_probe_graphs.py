@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import onnx
@@ -32,3 +33,23 @@ def test_shipped_probe_graphs_are_what_the_compiler_writes(written: Path, name: 
 def test_shipped_shapes_and_costs_of_the_probe_are_what_the_compiler_says(written: Path) -> None:
     new, shipped = (json.loads((folder / "probe.json").read_text()) for folder in (written, SHIPPED))
     assert new == shipped, "run examples/make_probe_graphs.py"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    with tarfile.open(folder / "probe_layers.tar.gz") as archive:
+        return {m.name: part.read() for m in archive if (part := archive.extractfile(m)) is not None}
+
+
+def test_shipped_nets_of_layers_are_what_the_compiler_writes(written: Path) -> None:
+    new, shipped = files(written), files(SHIPPED)
+    assert list(new) == list(shipped), "run examples/make_probe_graphs.py"
+    for name, body in new.items():
+        if name.endswith(".json"):
+            assert json.loads(body) == json.loads(shipped[name]), f"{name}: run examples/make_probe_graphs.py"
+        else:
+            graphs = [onnx.load_model_from_string(raw).graph for raw in (body, shipped[name])]
+            assert graphs[0] == graphs[1], f"{name}: run examples/make_probe_graphs.py"
+
+
+def test_the_nets_of_layers_stay_small() -> None:
+    assert (SHIPPED / "probe_layers.tar.gz").stat().st_size < 200_000

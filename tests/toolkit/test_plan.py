@@ -24,7 +24,9 @@ from fedprune.architecture import (
     widths_at,
 )
 from fedprune.errors import ExitCode, PlanError
+from fedprune.ladder import rungs
 from fedprune.plan import DENSITIES, NOTHING, Limit, Plan, plan, predict, train_rate, training_memory
+from fedprune.prediction import Correction, latency_table
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
@@ -128,7 +130,8 @@ def test_a_plan_fits_and_the_next_wider_breaks_what_bounds_it(situation: dict[st
     assume(made is not None)
     assert made is not None
     assert all(limit.fits for limit in made.limits)
-    wider = [w for w in dict.fromkeys(widths_at(NET, d) for d in DENSITIES) if w > made.widths]
+    table = latency_table(situation["profile"], None)
+    wider = [r.widths for r in rungs(NET, table, RECIPE.batch_size, DENSITIES) if r.widths > made.widths]
     if not wider:
         assert made.bound == NOTHING
         return
@@ -299,6 +302,8 @@ def test_no_candidates_is_an_error() -> None:
         {"density": float("nan")},
         {"bound": "weather"},
         {"prediction": {}},
+        {"uniform": {}},
+        {"correction": {"step": "fast", "latency": 1}},
         {"limits": [{"name": "memory"}]},
         {"limits": [{"name": "weather", "value": 1, "limit": 2, "unit": "bytes"}]},
     ],
@@ -318,3 +323,57 @@ def test_headroom_is_what_is_left() -> None:
     assert Limit("memory", 75, 100, "bytes").headroom == 0.25
     assert Limit("memory", 150, 100, "bytes").headroom == -0.5
     assert not Limit("memory", 1, 0, "bytes").fits
+
+
+def test_a_density_that_was_asked_for_is_kept_in_every_group() -> None:
+    made = plan(NET, BOARD, RECIPE, 500, densities=(0.3,))
+    assert made.widths == widths_at(NET, 0.3)
+
+
+@given(situations())
+@BRIEF
+def test_a_plan_is_never_expected_to_be_slower_than_uniform_width(situation: dict[str, Any]) -> None:
+    made = made_or_none(situation)
+    assume(made is not None)
+    assert made is not None
+    assume(made.density > DENSITIES[-1])  # the narrowest is uniform, whatever lies above it
+    assert made.prediction.step_s <= made.uniform.step_s * (1 + 1e-9)
+    assert made.prediction.latency_s <= made.uniform.latency_s * (1 + 1e-9)
+
+
+def test_what_rounds_taught_is_in_all_times() -> None:
+    plain = plan(NET, BOARD, RECIPE, 500)
+    taught = plan(NET, BOARD, RECIPE, 500, correction=Correction(step=2.0, latency=0.5))
+    assert taught.prediction.step_s == pytest.approx(2 * plain.prediction.step_s)
+    assert taught.prediction.latency_s == pytest.approx(plain.prediction.latency_s / 2)
+    assert "steps take 2.00, predictions 0.50 times as long" in taught.describe()
+
+
+def test_a_slow_board_gets_a_narrower_plan_once_it_is_known() -> None:
+    deadline = FULL.round_s * 1.5
+    assert plan(NET, BOARD, RECIPE, 500, deadline_s=deadline).bound == NOTHING
+    slow = plan(NET, BOARD, RECIPE, 500, deadline_s=deadline, correction=Correction(step=3.0))
+    assert slow.bound == "time"
+
+
+def test_a_correction_is_learnt_from_what_was_measured() -> None:
+    learnt = Correction.learnt(FULL, Correction(), {"step_seconds": 1.5 * FULL.step_s})
+    assert learnt.step == pytest.approx(1.5)
+    assert learnt.latency == 1
+    corrected = predict(NET, NET.sizes, BOARD, RECIPE, 500, correction=learnt)
+    again = Correction.learnt(corrected, learnt, {"step_seconds": 1.5 * FULL.step_s})
+    assert again.step == pytest.approx(1.5)
+
+
+def test_a_correction_has_bounds() -> None:
+    assert Correction.learnt(FULL, Correction(), {"step_seconds": 1e6}).step == 5
+    assert Correction.learnt(FULL, Correction(), {"latency_seconds": 1e-12}).latency == 0.2
+
+
+def test_energy_is_power_beyond_idle_times_time() -> None:
+    power = BOARD.power
+    assert power is not None
+    assert power.load_w is not None
+    assert power.idle_w is not None
+    assert FULL.step_j == pytest.approx((power.load_w - power.idle_w) * FULL.step_s)
+    assert predict(NET, NET.sizes, replace(BOARD, power=None), RECIPE, 500).step_j is None

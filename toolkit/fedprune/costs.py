@@ -16,30 +16,22 @@ from fedprune.recipe import Features
 FLOAT = 4
 """Bytes of a float32."""
 
-RUNTIME_BYTES = 84_000_000
+RUNTIME_BYTES = 77_000_000
 """A process with Python, numpy, onnxruntime and the MQTT client, and what allocators round up."""
 
 VALUE_BYTES = 130_000
 """What a loaded graph takes per activation of the model, which is some thirty nodes of a training graph."""
 
-WEIGHT_COPIES = 7
+WEIGHT_COPIES = 6
 """Arrays of the size of all weights that live at the peak of a step: weights as received, weights and momentum before
 and after the step, gradients, and the temporaries of the update."""
 
-KEPT_COPIES = 2
-"""Memory over size of what the backward pass needs: centred values and masks beside values, the allocator's gaps."""
+KEPT_COPIES = 1.2
+"""Memory over size of what the backward pass needs: masks and centred values beside values, the allocator's gaps."""
 
-TRANSIENTS = 5
+TRANSIENTS = 4.5
 """Arrays of the size of the largest activation that live beside that: the gradients that go in and out of a layer and
 the buffers in which a convolution unrolls its input."""
-
-FLOP_WORK = 0.57
-BYTE_WORK = 50.0
-WEIGHT_WORK = 36.0
-VALUE_WORK = 1.7e6
-"""Work of a step in units of the probe's FLOP: per multiplication and addition, per byte of activations, per byte of
-weights, per activation (the calls of its operators). The first is below 1 because the probe's own step has the
-others, too."""
 
 ACTIVATION_PASSES = 12
 """How often a training step moves its activations through main memory where caches don't help."""
@@ -116,23 +108,14 @@ class Costs:
         graphs = TRAINING_GRAPH_BYTES * self.values, INFERENCE_GRAPH_BYTES * self.values
         return storage_bytes(self.wire_bytes, *graphs)
 
-    def step_seconds(self, batch: int, rate: float, bandwidth: float) -> float:
-        """Time of one training step.
+    def memory_seconds(self, batch: int, bandwidth: float) -> float:
+        """Least time of a training step on a board whose main memory is slow.
 
         Args:
             batch: Samples of the step.
-            rate: FLOP/s that the probe's training step reaches.
             bandwidth: Bytes per second of main memory, read plus write.
         """
-        moved = batch * self.traffic_bytes
-        work = (
-            FLOP_WORK * 2 * batch * self.training_macs
-            + BYTE_WORK * moved
-            + WEIGHT_WORK * self.parameter_bytes
-            + VALUE_WORK * self.values
-        )
-        through_memory = ACTIVATION_PASSES * moved + WEIGHT_COPIES * self.parameter_bytes
-        return max(work / rate, through_memory / bandwidth)
+        return (ACTIVATION_PASSES * batch * self.traffic_bytes + WEIGHT_COPIES * self.parameter_bytes) / bandwidth
 
 
 def storage_bytes(weights: int, training: int, inference: int) -> int:

@@ -8,11 +8,35 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fedprune.architecture import Architecture, widths_at
-from fedprune.costs import Costs, costs_at
 from fedprune.errors import PlanError
+from fedprune.ladder import Rung, equal_work, rungs
+from fedprune.latency import LatencyTable
+from fedprune.prediction import (
+    NO_CORRECTION,
+    Correction,
+    Prediction,
+    latency_table,
+    predict,
+    train_rate,
+    training_memory,
+)
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
+
+__all__ = [
+    "DENSITIES",
+    "LIMITS",
+    "NOTHING",
+    "Correction",
+    "Limit",
+    "Plan",
+    "Prediction",
+    "plan",
+    "predict",
+    "train_rate",
+    "training_memory",
+]
 
 DENSITIES: tuple[float, ...] = tuple(k / 64 for k in range(64, 3, -1))
 """Candidates, widest first: from the whole model down to a sixteenth of every group."""
@@ -66,44 +90,18 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What a round of a submodel is expected to cost a board.
+class Uniform:
+    """What uniform widths of as many multiplications as a plan's would take.
 
     Attributes:
-        parameters: Numbers in all tensors.
-        forward_macs: Multiplications of one sample's forward pass.
-        training_macs: Multiplications of one sample's training step.
-        wire_bytes: Size of its weights file: what travels, once each way.
-        memory_bytes: Peak memory of the training process, local data included.
-        inference_bytes: Peak memory of a process that predicts one sample at a time.
-        storage_bytes: What the board's disk must hold.
-        step_s: Time of one full training step.
-        steps: Steps of a round.
-        train_s: Time of all steps.
-        transfer_s: Time on the link, down and up.
+        density: Their share of every group.
+        step_s: Time of a training step.
+        latency_s: Time of a prediction.
     """
 
-    parameters: int
-    forward_macs: int
-    training_macs: int
-    wire_bytes: int
-    memory_bytes: int
-    inference_bytes: int
-    storage_bytes: int
+    density: float
     step_s: float
-    steps: int
-    train_s: float
-    transfer_s: float
-
-    @property
-    def round_s(self) -> float:
-        """Time of a round."""
-        return self.train_s + self.transfer_s
-
-    @property
-    def round_bytes(self) -> int:
-        """Bytes of a round, down plus up."""
-        return 2 * self.wire_bytes
+    latency_s: float
 
 
 @dataclass(frozen=True)
@@ -112,10 +110,12 @@ class Plan:
 
     Attributes:
         widths: Kept channels per group.
-        density: The kept share from which they came.
+        density: The kept share that they are near to.
         prediction: What a round is expected to cost.
         limits: Every limit that was looked at.
         bound: The limit that the next wider candidate breaks (by most, if several); "nothing" at full width.
+        uniform: What uniform widths would take instead.
+        correction: What the board's rounds taught; it is in all times.
     """
 
     widths: tuple[int, ...]
@@ -123,6 +123,8 @@ class Plan:
     prediction: Prediction
     limits: tuple[Limit, ...]
     bound: str
+    uniform: Uniform
+    correction: Correction = NO_CORRECTION
 
     def limit(self, name: str) -> Limit:
         """The limit of that name.
@@ -138,7 +140,14 @@ class Plan:
         lines = [
             f"density {self.density:.3g} ({p.parameters:,} parameters, {p.forward_macs:,} multiplications per sample)",
             f"a round: {p.steps} steps of {_amount(p.step_s, 's')}, {_amount(p.transfer_s, 's')} on the link",
+            f"a prediction: {_amount(p.latency_s, 's')}{self._energy()}",
         ]
+        if self.correction != NO_CORRECTION:
+            c = self.correction
+            lines.append(f"learnt from its rounds: steps take {c.step:.2f}, predictions {c.latency:.2f} times as long")
+        gains = self._gains()
+        if gains:
+            lines.append(f"gained over uniform width at as many multiplications: {gains}")
         for limit in self.limits:
             mark = "  <- binds" if limit.name == self.bound else ""
             lines.append(f"  {limit.describe()}{mark}")
@@ -150,6 +159,22 @@ class Plan:
                 else f"  nothing binds: density {self.density:.3g}, as asked"
             )
         return "\n".join(lines)
+
+    def _gains(self) -> str:
+        """What differs from uniform width by at least a hundredth."""
+        p, u = self.prediction, self.uniform
+        pairs = (("step", p.step_s, u.step_s), ("prediction", p.latency_s, u.latency_s))
+        return ", ".join(
+            f"{name} {_amount(mine, 's')} instead of {_amount(its, 's')}"
+            for name, mine, its in pairs
+            if abs(its - mine) >= 0.01 * its
+        )
+
+    def _energy(self) -> str:
+        p = self.prediction
+        if p.step_j is None or p.latency_j is None:
+            return ""
+        return f"; {_amount(p.step_j, 'J')} per step, {_amount(p.latency_j, 'J')} per prediction"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -166,7 +191,7 @@ class Plan:
             if not isinstance(body, Mapping):
                 raise TypeError(f"a {type(body).__name__}")
             prediction = Prediction(
-                **{f.name: _number(body["prediction"][f.name], whole=f.type == "int") for f in fields(Prediction)}
+                **{f.name: _figure(body["prediction"][f.name], str(f.type)) for f in fields(Prediction)}
             )
             limits = tuple(
                 Limit(
@@ -183,6 +208,8 @@ class Plan:
                 prediction=prediction,
                 limits=limits,
                 bound=_choice(body["bound"], (*LIMITS, NOTHING)),
+                uniform=Uniform(**{f.name: _number(body["uniform"][f.name]) for f in fields(Uniform)}),
+                correction=Correction(**{f.name: _number(body["correction"][f.name]) for f in fields(Correction)}),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise PlanError(f"this is not a plan ({type(error).__name__}: {error})") from error
@@ -201,8 +228,12 @@ def plan(
     deadline_s: float | None = None,
     probe: ProbeReport | None = None,
     densities: Sequence[float] = DENSITIES,
+    correction: Correction = NO_CORRECTION,
 ) -> Plan:
     """The widest submodel of `architecture` that a board can train.
+
+    Where the planner is free to choose (`DENSITIES`), widths are those that are cheap on the board
+    (`fedprune.ladder`); densities that somebody asks for are kept to in every group.
 
     Args:
         architecture: The model.
@@ -213,6 +244,7 @@ def plan(
         deadline_s: Seconds that a round may take on the board, transfers included.
         probe: What the board measured of itself; it beats the profile.
         densities: Candidate shares of every group.
+        correction: What its earlier rounds taught about its times.
 
     Raises:
         PlanError: Not even the narrowest candidate fits; or there is no candidate, or a limit isn't positive.
@@ -222,16 +254,22 @@ def plan(
             raise PlanError(name, expected="a number above 0", got=value)
     wider: tuple[Limit, ...] = ()
     limits: tuple[Limit, ...] = ()
-    seen: set[tuple[int, ...]] = set()
-    for density in sorted(set(densities), reverse=True):
-        widths = widths_at(architecture, density)
-        if widths in seen:
-            continue
-        seen.add(widths)
-        prediction = predict(architecture, widths, profile, recipe, samples, probe=probe)
+    table, batch = latency_table(profile, probe), min(recipe.batch_size, samples)
+    for rung in _candidates(architecture, table, batch, densities):
+        prediction = predict(architecture, rung.widths, profile, recipe, samples, probe=probe, correction=correction)
         limits = _limits(prediction, profile, probe, byte_budget, deadline_s)
         if all(limit.fits for limit in limits):
-            return Plan(widths, density, prediction, limits, _worst(wider).name if wider else NOTHING)
+            other = equal_work(architecture, table, batch, rung.widths)
+            seen = predict(architecture, other.widths, profile, recipe, samples, probe=probe, correction=correction)
+            return Plan(
+                rung.widths,
+                rung.density,
+                prediction,
+                limits,
+                _worst(wider).name if wider else NOTHING,
+                Uniform(other.density, seen.step_s, seen.latency_s),
+                correction,
+            )
         wider = limits
     if not limits:
         raise PlanError("there is no density to choose from")
@@ -240,11 +278,23 @@ def plan(
     raise PlanError(
         f"no width of {architecture.name} fits {profile.name}: even the narrowest breaks {worst.name}"
         if len(set(densities)) > 1
-        else f"{architecture.name} at density {density:.3g} doesn't fit {profile.name}: it breaks {worst.name}",
+        else f"{architecture.name} at density {max(densities):.3g} doesn't fit {profile.name}: it breaks {worst.name}",
         expected=f"at most {_amount(worst.limit, worst.unit)}",
         got=f"{_amount(worst.value, worst.unit)}, {_amount(worst.value - worst.limit, worst.unit)} too much",
         hint=(f"It also breaks {'; '.join(others)}. " if others else "") + _HINTS[worst.name],
     )
+
+
+def _candidates(
+    architecture: Architecture, table: LatencyTable, batch: int, densities: Sequence[float]
+) -> Sequence[Rung]:
+    if tuple(densities) == DENSITIES:
+        return rungs(architecture, table, batch, densities)
+    found: dict[tuple[int, ...], Rung] = {}
+    for density in sorted(set(densities), reverse=True):
+        widths = widths_at(architecture, density)
+        found.setdefault(widths, Rung(density, widths, 1))
+    return list(found.values())
 
 
 _HINTS = {
@@ -254,56 +304,6 @@ _HINTS = {
     BYTES: "Raise the job's byte budget, or use a smaller model.",
     STORAGE: "Raise storage.budget_bytes of the profile.",
 }
-
-
-def predict(
-    architecture: Architecture,
-    widths: Sequence[int],
-    profile: HardwareProfile,
-    recipe: Recipe,
-    samples: int,
-    *,
-    probe: ProbeReport | None = None,
-) -> Prediction:
-    """What a round at these widths is expected to cost a board."""
-    costs: Costs = costs_at(architecture, widths)
-    batch = min(recipe.batch_size, samples)
-    steps = recipe.steps(samples)
-    step_s = costs.step_seconds(batch, train_rate(profile, probe), profile.memory.bandwidth_bytes_s)
-    link = profile.link
-    # Two transfers, each announced and acknowledged: a round trip before, one after.
-    transfer_s = costs.wire_bytes / link.down_bytes_s + costs.wire_bytes / link.up_bytes_s + 4 * link.latency_s
-    return Prediction(
-        parameters=costs.parameters,
-        forward_macs=costs.forward_macs,
-        training_macs=costs.training_macs,
-        wire_bytes=costs.wire_bytes,
-        memory_bytes=costs.training_bytes(batch, recipe.features, samples),
-        inference_bytes=costs.inference_bytes(1),
-        storage_bytes=costs.storage_bytes,
-        step_s=step_s,
-        steps=steps,
-        train_s=steps * step_s,
-        transfer_s=transfer_s,
-    )
-
-
-def train_rate(profile: HardwareProfile, probe: ProbeReport | None) -> float:
-    """FLOP/s of training: measured, else promised, corrected by cores and clock that the board really has."""
-    if probe is None:
-        return profile.train_rate
-    if probe.train_rate is not None:
-        return probe.train_rate
-    clock = probe.clock_hz if probe.clock_hz is not None else profile.cpu.clock_hz
-    return profile.train_rate * (probe.cores * clock) / (profile.cpu.cores * profile.cpu.clock_hz)
-
-
-def training_memory(profile: HardwareProfile, probe: ProbeReport | None) -> int:
-    """Bytes that training may take: of the memory that is really there, and no more than was free."""
-    if probe is None:
-        return profile.training_bytes
-    free = min(probe.memory_total - profile.memory.reserve_bytes, probe.memory_available)
-    return round(max(0, free) * profile.memory.training_share)
 
 
 def _limits(
@@ -330,6 +330,8 @@ def _worst(limits: Sequence[Limit]) -> Limit:
 
 
 def _amount(value: float, unit: str) -> str:
+    if unit == "J":
+        return f"{value:,.1f} J" if abs(value) >= 1 or value == 0 else f"{value * 1000:.3g} mJ"
     if unit == "bytes":
         return f"{value / 1e6:,.2f} MB" if abs(value) >= 1e5 else f"{value:,.0f} bytes"
     if abs(value) >= 1 or value == 0:
@@ -341,6 +343,11 @@ def _number(value: Any, *, whole: bool = False) -> Any:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value):
         raise ValueError(f"{value!r} is not a {'whole ' if whole else ''}number")
     return value
+
+
+def _figure(value: Any, kind: str) -> Any:
+    """A figure of a prediction; those that a profile may lack are numbers or null."""
+    return None if value is None and "None" in kind else _number(value, whole=kind == "int")
 
 
 def _choice(value: Any, choices: tuple[str, ...]) -> str:

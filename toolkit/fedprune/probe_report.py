@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fedprune.errors import ProfileError
+from fedprune.latency import LatencyTable
 
 _LIMITS: dict[str, tuple[bool, float, float, bool]] = {
     # name: whole number, lowest, highest, may be absent
@@ -38,6 +39,7 @@ class ProbeReport:
         infer_rate: The same for the forward pass.
         temperature_c: The processor's temperature at the end, in degrees Celsius.
         throttled: Whether the board slowed itself down (heat, low voltage) during the probe.
+        latency: What kinds of layers take there; None if not measured.
     """
 
     cores: int
@@ -51,6 +53,7 @@ class ProbeReport:
     infer_rate: float | None = None
     temperature_c: float | None = None
     throttled: bool = False
+    latency: LatencyTable | None = None
 
     def __post_init__(self) -> None:
         for name, (whole, low, high, optional) in _LIMITS.items():
@@ -73,6 +76,8 @@ class ProbeReport:
                 raise ProfileError(
                     f"probe report: {name}", expected=f"a text of up to {_MAX_TEXT} characters", got=repr(value)[:80]
                 )
+        if self.latency is not None and not isinstance(self.latency, LatencyTable):
+            raise ProfileError("probe report: latency", expected="a latency table", got=type(self.latency).__name__)
         if not isinstance(self.throttled, bool):
             raise ProfileError("probe report: throttled", expected="true or false", got=repr(self.throttled))
         if self.memory_available > self.memory_total:
@@ -84,7 +89,8 @@ class ProbeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
-        return asdict(self)
+        body = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**body, "latency": None if self.latency is None else self.latency.to_dict()}
 
     @classmethod
     def from_dict(cls, body: object) -> ProbeReport:
@@ -98,4 +104,7 @@ class ProbeReport:
         for name in ("cores", "memory_total", "memory_available", "seconds"):
             if name not in body:
                 raise ProfileError(f"probe report: {name} is missing")
-        return cls(**{f.name: body[f.name] for f in fields(cls) if f.name in body})
+        values = {f.name: body[f.name] for f in fields(cls) if f.name in body}
+        if values.get("latency") is not None:
+            values["latency"] = LatencyTable.from_dict(values["latency"])
+        return cls(**values)

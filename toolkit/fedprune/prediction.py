@@ -1,0 +1,176 @@
+"""What a round of a submodel is expected to cost a board: memory, time, bytes, energy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedprune.architecture import Architecture
+from fedprune.costs import Costs, costs_at
+from fedprune.latency import LatencyTable, typical_table
+from fedprune.probe_report import ProbeReport
+from fedprune.profile import HardwareProfile
+from fedprune.recipe import Recipe
+
+BOUNDS = 0.2, 5.0
+"""How far a measured time may correct a predicted one: beyond that something else is wrong."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a round of a submodel is expected to cost a board.
+
+    Attributes:
+        parameters: Numbers in all tensors.
+        forward_macs: Multiplications of one sample's forward pass.
+        training_macs: Multiplications of one sample's training step.
+        wire_bytes: Size of its weights file: what travels, once each way.
+        memory_bytes: Peak memory of the training process, local data included.
+        inference_bytes: Peak memory of a process that predicts one sample at a time.
+        storage_bytes: What the board's disk must hold.
+        step_s: Time of one full training step.
+        steps: Steps of a round.
+        train_s: Time of all steps.
+        transfer_s: Time on the link, down and up.
+        latency_s: Time of the prediction of one sample.
+        step_j: Energy of a step beyond what the idle board takes, in joules; None where the profile doesn't say.
+        latency_j: The same for the prediction of one sample.
+    """
+
+    parameters: int
+    forward_macs: int
+    training_macs: int
+    wire_bytes: int
+    memory_bytes: int
+    inference_bytes: int
+    storage_bytes: int
+    step_s: float
+    steps: int
+    train_s: float
+    transfer_s: float
+    latency_s: float
+    step_j: float | None = None
+    latency_j: float | None = None
+
+    @property
+    def round_s(self) -> float:
+        """Time of a round."""
+        return self.train_s + self.transfer_s
+
+    @property
+    def round_bytes(self) -> int:
+        """Bytes of a round, down plus up."""
+        return 2 * self.wire_bytes
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a board's own rounds taught about its predicted times.
+
+    Attributes:
+        step: Measured over predicted time of a training step.
+        latency: Measured over predicted time of a prediction.
+    """
+
+    step: float = 1.0
+    latency: float = 1.0
+
+    @classmethod
+    def learnt(cls, prediction: Prediction, correction: Correction, measured: Mapping[str, float]) -> Correction:
+        """The correction after a round.
+
+        Args:
+            prediction: What was predicted for it.
+            correction: The correction that is in that prediction.
+            measured: What the board measured: `step_seconds` and `latency_seconds`, as far as it did.
+        """
+        low, high = BOUNDS
+        factors = {"step": correction.step, "latency": correction.latency}
+        for name, predicted in (("step", prediction.step_s), ("latency", prediction.latency_s)):
+            seconds = measured.get(f"{name}_seconds", 0.0)
+            if seconds > 0 and predicted > 0:
+                factors[name] = min(high, max(low, factors[name] * seconds / predicted))
+        return cls(**factors)
+
+
+NO_CORRECTION = Correction()
+"""Nothing was measured yet."""
+
+
+def predict(
+    architecture: Architecture,
+    widths: Sequence[int],
+    profile: HardwareProfile,
+    recipe: Recipe,
+    samples: int,
+    *,
+    probe: ProbeReport | None = None,
+    correction: Correction = NO_CORRECTION,
+) -> Prediction:
+    """What a round at these widths is expected to cost a board.
+
+    Args:
+        architecture: The model.
+        widths: Kept channels per group.
+        profile: What the board is.
+        recipe: The local training of a round.
+        samples: The board's training samples.
+        probe: What the board measured of itself; it beats the profile.
+        correction: What its rounds taught about its times.
+    """
+    costs: Costs = costs_at(architecture, widths)
+    batch = min(recipe.batch_size, samples)
+    steps = recipe.steps(samples)
+    table = latency_table(profile, probe)
+    step_s = float(table.step_seconds(architecture, widths, batch)[0])
+    latency_s = float(table.latency_seconds(architecture, widths)[0])
+    if probe is None or probe.latency is None:
+        step_s = max(step_s, costs.memory_seconds(batch, profile.memory.bandwidth_bytes_s))
+    step_s, latency_s = step_s * correction.step, latency_s * correction.latency
+    link, power = profile.link, profile.power
+    # Two transfers, each announced and acknowledged: a round trip before, one after.
+    transfer_s = costs.wire_bytes / link.down_bytes_s + costs.wire_bytes / link.up_bytes_s + 4 * link.latency_s
+    watts = None
+    if power is not None and power.load_w is not None and power.idle_w is not None:
+        watts = power.load_w - power.idle_w
+    return Prediction(
+        parameters=costs.parameters,
+        forward_macs=costs.forward_macs,
+        training_macs=costs.training_macs,
+        wire_bytes=costs.wire_bytes,
+        memory_bytes=costs.training_bytes(batch, recipe.features, samples),
+        inference_bytes=costs.inference_bytes(1),
+        storage_bytes=costs.storage_bytes,
+        step_s=step_s,
+        steps=steps,
+        train_s=steps * step_s,
+        transfer_s=transfer_s,
+        latency_s=latency_s,
+        step_j=None if watts is None else watts * step_s,
+        latency_j=None if watts is None else watts * latency_s,
+    )
+
+
+def latency_table(profile: HardwareProfile, probe: ProbeReport | None) -> LatencyTable:
+    """What the board's kernels take: measured, else what is typical at its rate."""
+    if probe is not None and probe.latency is not None:
+        return probe.latency
+    return typical_table(train_rate(profile, probe))
+
+
+def train_rate(profile: HardwareProfile, probe: ProbeReport | None) -> float:
+    """FLOP/s of training: measured, else promised, corrected by cores and clock that the board really has."""
+    if probe is None:
+        return profile.train_rate
+    if probe.train_rate is not None:
+        return probe.train_rate
+    clock = probe.clock_hz if probe.clock_hz is not None else profile.cpu.clock_hz
+    return profile.train_rate * (probe.cores * clock) / (profile.cpu.cores * profile.cpu.clock_hz)
+
+
+def training_memory(profile: HardwareProfile, probe: ProbeReport | None) -> int:
+    """Bytes that training may take: of the memory that is really there, and no more than was free."""
+    if probe is None:
+        return profile.training_bytes
+    free = min(probe.memory_total - profile.memory.reserve_bytes, probe.memory_available)
+    return round(max(0, free) * profile.memory.training_share)
