@@ -39,6 +39,11 @@ class Node:
     name: str = ""
     domain: str = ""
 
+    def read_inside(self) -> set[str]:
+        """Names that the node's sub-graph reads, its own and those of the graph around it."""
+        bodies = [v for v in self.attrs.values() if isinstance(v, onnx.GraphProto)]
+        return {i for body in bodies for node in body.node for i in node.input}
+
     def to_proto(self) -> onnx.NodeProto:
         """As a node of an ONNX graph."""
         proto = helper.make_node(self.op, self.inputs, self.outputs, self.name or None, domain=self.domain)
@@ -131,6 +136,7 @@ class Graph:
         for node in reversed(self.nodes):
             if needed.intersection(o for o in node.outputs if o):
                 needed.update(i for i in node.inputs if i)
+                needed.update(node.read_inside())
                 kept.append(node)
         self.nodes = kept[::-1]
         self.initializers = {k: v for k, v in self.initializers.items() if k in needed}
