@@ -38,7 +38,7 @@ def outputs(graph: Graph, x: Array) -> Array:
 def distance(a: Array, b: Array) -> float:
     """Largest difference, relative to the largest number of `b`."""
     assert a.shape == b.shape
-    return float(np.abs(a - b).max() / np.abs(b).max())
+    return float(np.abs(a - b).max() / max(float(np.abs(b).max()), np.finfo(np.float32).tiny))
 
 
 def cut_error(model: Model, selection: Selection, batch: int = 7) -> float:

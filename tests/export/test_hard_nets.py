@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal
 
 import hard_nets
 import pytest
 import torch
 from cutting import cut_error, inputs, outputs, random_selection
 
+from fedprune.architecture import Segment
 from fedprune_export.imported import Model
 from fedprune_export.importing import export_torch, import_onnx
 
 pytestmark = pytest.mark.torch
 
 
+FINE = {
+    "CausalAttention": [12, 4, 4, 12],
+    "CrossAttention": [12, 12, 6, 6],
+    "DepthMultiplier": [8, 8],
+    "FusedAttention": [12, 4],
+    "GroupNorms": [2, 4, 8],
+    "GroupedConvs": [2, 3, 8],
+    "SwinBlock": [8, 4, 8],
+    "TinyViT": [12, 4, 16, 4, 16],
+    "TransposedConvs": [8, 2, 3, 8],
+}
+"""Networks in which positions can be cut as well as heads or groups, and the sizes of the groups then."""
+
+
 @cache
-def imported(name: str) -> Model:
-    return import_onnx(export_torch(hard_nets.make(name)), name)
+def exported(name: str) -> bytes:
+    return export_torch(hard_nets.make(name))
+
+
+@cache
+def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
+    return import_onnx(exported(name), name, prefer=prefer)
 
 
 @pytest.mark.parametrize("name", hard_nets.NETS)
@@ -45,3 +66,21 @@ def test_a_cut_equals_the_masked_original(name: str, density: float) -> None:
 
     for batch in (2, 7):
         assert cut_error(model, random_selection(model, density, seed=int(density * 100) + batch), batch) < 1e-5
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_positions_are_cut_where_they_are_preferred(name: str) -> None:
+    model = imported(name, "fine")
+
+    assert [g.size for g in model.architecture.groups] == FINE[name]
+    for density, batch in ((0.25, 2), (0.5, 7), (0.75, 2), (0.001, 7)):
+        assert cut_error(model, random_selection(model, density, seed=batch), batch) < 1e-5
+
+
+def test_heads_groups_and_dims_of_one_network() -> None:
+    """The same layers: whole heads, or the same dims of every head."""
+    coarse, fine = (imported("FusedAttention", how).architecture for how in ("coarse", "fine"))
+
+    assert coarse.by_name["qkv.weight"].axes[0].segments == (Segment(1, 0, 3, 4),) * 3
+    assert fine.by_name["qkv.weight"].axes[0].segments == (Segment(1, 0, 4),) * 9
+    assert coarse.members(1) == fine.members(1) == ("qkv.weight[0]", "qkv.bias[0]", "out.weight[1]")

@@ -74,9 +74,16 @@ def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str,
     if unfit:
         notes.append(f"{unfit} channels stay, because their order differs between layers.")
     batched = {n: seen.batched(n) for n in rows}
+    axes: dict[bytes, Axis] = {}
+
+    def axis(row: AtomRow) -> Axis:
+        key = row.tobytes()
+        if key not in axes:
+            axes[key] = _axis(group_of[row], position[row])
+        return axes[key]
+
     values: dict[str, tuple[Axis | None, ...]] = {
-        n: tuple(None if b else _axis(group_of[r], position[r]) for r, b in zip(value, batched[n], strict=True))
-        for n, value in rows.items()
+        n: tuple(None if b else axis(r) for r, b in zip(value, batched[n], strict=True)) for n, value in rows.items()
     }
     out = seen.dims(LOGITS)
     if not out or out[0] is not None or None in out[1:] or 0 in out:

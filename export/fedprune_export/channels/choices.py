@@ -41,18 +41,19 @@ class Choices:
         """Forget what was watched: a new run begins."""
         self._watched, self._spent = {}, set()
 
-    def pick(self, key: str, options: Sequence[Option]) -> Option | None:
+    def pick(self, key: str, options: Sequence[Option], *, ranked: bool = False) -> Option | None:
         """The first option of a node that hasn't failed yet.
 
         Args:
             key: The node, by its first output.
             options: What it offers, coarsest first.
+            ranked: Whether the first is the better one whatever is preferred.
 
         Returns:
             The option, or None if all have failed: then the channels stay.
         """
         tried = self._tried.setdefault(key, set())
-        for option in reversed(options) if self._reverse else options:
+        for option in reversed(options) if self._reverse and not ranked else options:
             if option not in tried:
                 return option
         self._spent.add(key)

@@ -72,11 +72,12 @@ def broadcast(channels: Channels, node: Node) -> None:
             place = axis - (len(shape) - len(channels.rows[name]))
             if place >= 0 and channels.rows[name][place].size == size:
                 rows.append(channels.rows[name][place])
-        first = max(rows, key=lambda r: int(np.count_nonzero(r)))
-        for other in rows:
+        first = rows[0]
+        for other in rows[1:]:
             channels.atoms.tie(first, other)
-        held = held or bool(first.any() and any(not r.any() for r in rows))
-        out.append(first if size > 1 else still(size))
+        held = held or bool(any(r.any() for r in rows) and any(not r.any() for r in rows))
+        # Of atoms that are tied any stands for all; what stays is best known at once.
+        out.append(np.minimum.reduce(rows) if size > 1 else still(size))
     if held and any(channels.constant(name) for name in node.inputs):
         channels.notes.append(f"{node.op} {node.name} has a constant for each channel: its channels stay.")
     channels.out(node, out)

@@ -67,7 +67,8 @@ def _grouped(
     blocks = taken.reshape(groups, -1)
     outputs = made.reshape(groups, -1) if made is not None else np.tile(inside, (groups, 1))
     options = [GROUPS] if blocks.shape[1] == outputs.shape[1] == 1 else [GROUPS, POSITIONS]
-    option = channels.choices.pick(node.outputs[0], options)
+    # Positions of a group of one channel read would keep all channels that are read.
+    option = channels.choices.pick(node.outputs[0], options, ranked=blocks.shape[1] == 1)
     if option == GROUPS:
         whole = blocks[:, :1]
         channels.atoms.tie(blocks, whole)

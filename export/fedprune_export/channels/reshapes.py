@@ -15,9 +15,9 @@ import numpy as np
 from fedprune_export.channels.atoms import AtomRow, still
 from fedprune_export.channels.rule import Channels, Rows, rule
 from fedprune_export.graph import Node
-from fedprune_export.trace import BATCHES
+from fedprune_export.trace import BATCHES, Trace
 
-_BATCH = 1_000_003
+BATCH = 1_000_003
 """Stands for the batch where sizes are matched: a prime that no model's dimension is a multiple of."""
 
 Assignment = tuple[int | None, ...]
@@ -49,7 +49,7 @@ def reshape(channels: Channels, node: Node) -> None:
     x, target = channels.of(node, 0), channels.shape(node.outputs[0])
     out: list[AtomRow] = [still(n) for n in target]
     if any(row.any() for row in x):
-        old, new = _extents(channels, node.inputs[0]), _extents(channels, node.outputs[0])
+        old, new = extents(channels.seen, node.inputs[0]), extents(channels.seen, node.outputs[0])
         free = [d is None for d in channels.seen.dims(node.outputs[0])]
         if old is None or new is None:
             _mixed(channels, node, x)
@@ -59,15 +59,15 @@ def reshape(channels: Channels, node: Node) -> None:
     channels.out(node, out)
 
 
-def _extents(channels: Channels, name: str) -> list[int] | None:
-    """Sizes of a value with multiples of a prime for multiples of the batch; None where one is neither."""
+def extents(seen: Trace, name: str) -> list[int] | None:
+    """Sizes of a value with multiples of `BATCH` for multiples of the batch; None where one is neither."""
     out = []
-    for a, b in zip(channels.seen.shapes[name], channels.seen.shapes_second[name], strict=True):
+    for a, b in zip(seen.shapes[name], seen.shapes_second[name], strict=True):
         times, rest = divmod(a, BATCHES[0])
         if a == b:
             out.append(a)
         elif rest == 0 and b == times * BATCHES[1]:
-            out.append(times * _BATCH)
+            out.append(times * BATCH)
         else:
             return None
     return out
@@ -112,6 +112,19 @@ def factored(olds: list[int], news: list[int], old: Sequence[int], new: Sequence
     return Run(olds, news, factors, spans[0], spans[1])
 
 
+def common_factors(old: Sequence[int], new: Sequence[int]) -> tuple[list[int], list[list[int]]] | None:
+    """The coarsest sizes that make up both shapes, and per new axis the places of its factors; None without any."""
+    factors: list[int] = []
+    spans: list[list[int]] = []
+    for olds, news in runs(old, new):
+        run = factored(olds, news, old, new)
+        if run is None:
+            return None
+        spans += [[len(factors) + f for f in span] for span in run.of_new]
+        factors += run.factors
+    return factors, spans
+
+
 def _carry(
     channels: Channels, node: Node, x: Rows, out: list[AtomRow], run: Run | None, olds: list[int], free: Sequence[bool]
 ) -> None:
@@ -121,7 +134,7 @@ def _carry(
     if run is None:
         _mixed(channels, node, [x[i] for i in olds])
         return
-    sizes = [f // _BATCH * BATCHES[0] if f % _BATCH == 0 else f for f in run.factors]
+    sizes = [f // BATCH * BATCHES[0] if f % BATCH == 0 else f for f in run.factors]
     grids = [x[i].reshape([sizes[f] for f in span]) for i, span in zip(run.olds, run.of_old, strict=True)]
     options = assignments(run, grids, free)
     if len(options) > 1:

@@ -22,6 +22,7 @@ def concat(channels: Channels, node: Node) -> None:
         for i, row in enumerate(other):
             if i != axis:
                 channels.atoms.tie(out[i], row)
+                out[i] = np.minimum(out[i], row)
     out[axis] = np.concatenate([p[axis] for p in parts])
     channels.out(node, out)
 

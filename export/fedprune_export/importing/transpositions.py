@@ -6,41 +6,50 @@ transposed, and back. As one transposition no axis of heads is ever merged with 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fedprune_export.channels.reshapes import BATCH, common_factors, extents
 from fedprune_export.graph import Graph, Node
 from fedprune_export.trace import Trace
 
 
 def merge_transpositions(graph: Graph, seen: Trace) -> None:
-    """Write a reshape, a transposition and a reshape as one transposition of all factors, where they are one."""
-    makers = graph.producers()
+    """Write a reshape, transpositions and a reshape as one transposition of all factors, where they are one."""
+    makers = {name: node for name, node in graph.producers().items() if not node.domain}
     nodes, graph.nodes = graph.nodes, []
     for node in nodes:
-        moved = _made_by(makers, node, "Reshape", "Transpose")
-        merged = _made_by(makers, moved, "Transpose", "Reshape") if moved is not None else None
-        if moved is not None and merged is not None:
-            _merge(graph, node, moved, merged, seen)
+        if node.op == "Reshape" and not node.domain:
+            _merge(graph, node, makers, seen)
         graph.nodes.append(node)
     graph.prune()
 
 
-def _merge(graph: Graph, node: Node, moved: Node, merged: Node, seen: Trace) -> None:
-    names = [merged.inputs[0], merged.outputs[0], node.outputs[0]]
-    if not all(name in seen.shapes for name in names):
-        return
-    before, between, after = (extents(seen, name) for name in names)
-    if before is None or between is None or after is None:
-        return
+def _merge(graph: Graph, node: Node, makers: Mapping[str, Node], seen: Trace) -> None:
+    """Look at what lies between this reshape and the one before it."""
+    after = _extents(seen, node.outputs[0])
+    name, perm = node.inputs[0], list(range(len(_extents(seen, node.inputs[0]) or [])))
+    while True:
+        maker = makers.get(name)
+        if maker is None or maker.op not in ("Reshape", "Transpose"):
+            return
+        before, between = _extents(seen, maker.inputs[0]), _extents(seen, name)
+        if before is None or between is None or after is None or len(between) != len(perm):
+            return
+        if maker.op == "Transpose":
+            own = list(maker.attrs.get("perm", range(len(perm))[::-1]))
+            perm = [own[i] for i in perm]
+        elif before != between:
+            break
+        name = maker.inputs[0]
     found = common_factors(before, between)
-    if found is None:
+    if found is None or perm == sorted(perm):
         return
     factors, spans = found
-    perm = moved.attrs.get("perm", list(range(len(between)))[::-1])
     order = [factor for place in perm for factor in spans[place]]
     free = [f % BATCH == 0 for f in factors]
     if [factors[f] for f in order] != after or sum(free) > 1:
         return
-    source = merged.inputs[0]
+    source = maker.inputs[0]
     if factors != before:
         source = graph.emit(
             "Reshape", source, graph.ints(*(-1 if f else n for f, n in zip(free, factors, strict=True)))
@@ -48,9 +57,6 @@ def _merge(graph: Graph, node: Node, moved: Node, merged: Node, seen: Trace) -> 
     node.op, node.inputs, node.attrs = "Transpose", [source], {"perm": order}
 
 
-def _made_by(makers: dict[str, Node], node: Node, op: str, maker: str) -> Node | None:
-    """The node that makes the first input of a node of this operator, if it is of that one."""
-    if node.op != op or node.domain:
-        return None
-    found = makers.get(node.inputs[0])
-    return found if found is not None and found.op == maker and not found.domain else None
+def _extents(seen: Trace, name: str) -> list[int] | None:
+    """Sizes of a value by which shapes can be told apart; None where it wasn't traced."""
+    return extents(seen, name) if name in seen.shapes else None
