@@ -239,6 +239,23 @@ class Grouped(nn.Module):
         return self.fc(functional.adaptive_max_pool2d(x, 1).flatten(1))
 
 
+class Ghost(nn.Module):
+    """GhostNet's module: half of the channels are a depthwise convolution of the other half."""
+
+    input_shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 12)
+        self.primary, self.cheap = conv_bn(12, 10, 1), conv_bn(10, 10, 3, groups=10)
+        self.last, self.fc = conv_bn(20, 16, 3, 2), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.primary(torch.relu(self.stem(x))))
+        x = torch.cat([x, torch.relu(self.cheap(x))], 1)
+        return self.fc(torch.relu(self.last(x)).mean((2, 3)))
+
+
 class FeaturePyramid(nn.Module):
     """Three scales that are resized and added, then pixel-shuffled, with leaky units and PReLU."""
 

@@ -88,6 +88,7 @@ OURS: dict[str, Whole] = {
     "padded_shortcuts": Whole(_ours(whole_cnns.PaddedShortcuts), 1, 0.9),
     "inception": Whole(_ours(whole_cnns.Inception), 1, 0.9),
     "grouped": Whole(_ours(whole_cnns.Grouped), 1, 0.9),
+    "ghost": Whole(_ours(whole_cnns.Ghost), 1, 0.9),
     "feature_pyramid": Whole(_ours(whole_cnns.FeaturePyramid), 1, 0.9),
     "conv_mixer": Whole(_ours(whole_cnns.ConvMixer), 1, 0.9),
     "video": Whole(_ours(whole_cnns.Video), 1, 0.9),

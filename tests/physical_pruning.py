@@ -1,0 +1,169 @@
+"""Torch-Pruning as an oracle: the groups it finds, and networks that it has physically pruned."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedprune.architecture import Architecture, TensorKind
+from fedprune.selection import Selection
+
+Side = tuple[str, str]
+"""A layer's name, and which of its sides ("in" or "out")."""
+
+LayerGroup = tuple[frozenset[Side], int]
+"""The sides of layers that can only be cut together, and how many channels that are."""
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
+
+
+def our_groups(architecture: Architecture, module: nn.Module) -> Counter[LayerGroup]:
+    """Per channel group the sides of convolutions and dense layers that it touches, and its size."""
+    layers = {n: part for n, part in module.named_modules() if isinstance(part, LAYERS)}
+    found: Counter[LayerGroup] = Counter()
+    for i, group in enumerate(architecture.groups):
+        sides = set()
+        for tensor in architecture.tensors:
+            layer = tensor.name.rpartition(".")[0]
+            if tensor.kind is not TensorKind.WEIGHT or layer not in layers or not tensor.name.endswith(".weight"):
+                continue
+            out = 1 if isinstance(layers[layer], TRANSPOSED) else 0
+            sides |= {(layer, "out" if axis == out else "in") for axis in (0, 1) if i in tensor.axes[axis].groups}
+        found[frozenset(sides), group.size] += 1
+    return found
+
+
+def dependency_graph(module: nn.Module, **options: Any) -> tuple[Any, Any]:
+    """The package and its dependency graph of a module."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tp = pytest.importorskip("torch_pruning")
+        graph = tp.DependencyGraph().build_dependency(module, torch.zeros((2, *module.input_shape)), **options)
+    return tp, graph
+
+
+def their_groups(module: nn.Module) -> Counter[LayerGroup]:
+    """The same of Torch-Pruning, without the classes, which we never cut."""
+    return Counter(group for group, _ in _groups(module))
+
+
+def _groups(module: nn.Module) -> Iterator[tuple[LayerGroup, Any]]:
+    _, graph = dependency_graph(module)
+    names = {part: name for name, part in module.named_modules()}
+    last = [n for n, part in module.named_modules() if isinstance(part, LAYERS)][-1]
+    for group in graph.get_all_groups(root_module_types=LAYERS):
+        sides = set()
+        for item in group:
+            part = item.dep.target.module
+            if isinstance(part, LAYERS):
+                sides.add((names[part], "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"))
+        if frozenset(sides) != frozenset({(last, "out")}):
+            yield (frozenset(sides), len(group[0].idxs)), group
+
+
+def prune(module: nn.Module, selection: Selection) -> nn.Module:
+    """The module, cut by Torch-Pruning to the channels of a selection, which stay in their own order."""
+    tp, graph = dependency_graph(module)
+    modules = dict(module.named_modules())
+    architecture = selection.architecture
+    gone: dict[str, list[int]] = {}
+    for i in range(len(architecture.groups)):
+        layer, tensor, out = maker(architecture, modules, i)
+        widths = [w if g == i else n for g, (w, n) in enumerate(zip(selection.widths, architecture.sizes, strict=True))]
+        only = selection.narrowed(widths)
+        axis = architecture.by_name[tensor].axes[out]
+        lost = set(range(axis.length)) - set(only.indices(axis).tolist())
+        before = gone.setdefault(layer, [])
+        rows = sorted(row - sum(b < row for b in before) for row in lost)
+        before += lost
+        part = modules[layer]
+        if isinstance(part, nn.Linear):
+            function = tp.prune_linear_out_channels
+        elif getattr(part, "groups", 1) > 1:
+            function = tp.prune_depthwise_conv_out_channels
+        else:
+            function = tp.prune_conv_out_channels
+        if rows:
+            graph.get_pruning_group(part, function, idxs=rows).prune()
+    return module
+
+
+def maker(architecture: Architecture, modules: dict[str, Any], group: int) -> tuple[str, str, int]:
+    """A layer that makes a group's channels (alone, if there is one), its weight, and the axis of its outputs."""
+    found = []
+    for tensor in architecture.tensors:
+        layer = tensor.name.rpartition(".")[0]
+        if tensor.kind is TensorKind.WEIGHT and isinstance(modules.get(layer), LAYERS):
+            out = 1 if isinstance(modules[layer], TRANSPOSED) else 0
+            if group in tensor.axes[out].groups:
+                found.append((len(tensor.axes[out].groups), layer, tensor.name, out))
+    assert found, f"no layer makes group {group}"
+    return min(found, key=lambda f: f[0])[1:]
+
+
+def verdicts(make: Callable[[], nn.Module], x: np.ndarray[Any, Any], near: float = 1e-5) -> dict[str, str]:
+    """What becomes of a network when Torch-Pruning cuts one channel of one of its groups, by group as text.
+
+    "fails": it can't be pruned, or doesn't run any more. "differs": it computes something else than the whole network
+    in which everything that makes the pruned channels is zero. (With a normalisation across channels it may.) "equal":
+    it computes the same.
+    """
+    out = {}
+    for place, (group, _) in enumerate(list(_groups(make()))):
+        (text,) = lines(Counter([group]))
+        out[text] = _verdict(make, x, place, near)
+    return out
+
+
+def _verdict(make: Callable[[], nn.Module], x: np.ndarray[Any, Any], place: int, near: float) -> str:
+    module = make()
+    _, graph = dependency_graph(module)
+    (_, size), found = list(_groups(module))[place]
+    first = found[0]
+    try:
+        group = graph.get_pruning_group(first.dep.target.module, first.dep.handler, idxs=[size // 3])
+        names = {part: name for name, part in module.named_modules()}
+        made = [
+            (names[item.dep.target.module], list(item.idxs))
+            for item in group
+            if item.dep.target.module in names and graph.is_out_channel_pruning_fn(item.dep.handler)
+        ]
+        group.prune()
+        result = outputs_of(module, x)
+    except Exception:  # noqa: BLE001 - whatever torch says to shapes that don't fit
+        return "fails"
+    whole = make()
+    parts = dict(whole.named_modules())
+    with torch.no_grad():
+        for name, rows in made:
+            for tensor in parts[name].parameters(recurse=False):
+                if isinstance(parts[name], TRANSPOSED) and tensor.ndim > 1:
+                    tensor[:, rows] = 0
+                else:
+                    tensor[rows] = 0
+    expected = outputs_of(whole, x)
+    return "equal" if np.abs(result - expected).max() <= near * np.abs(expected).max() else "differs"
+
+
+def lines(groups: Counter[LayerGroup]) -> list[str]:
+    """Groups as text, in an order that no hash seed changes."""
+    return sorted(
+        f"{size}: {', '.join(f'{layer}.{side}' for layer, side in sorted(sides))}"
+        for (sides, size), n in groups.items()
+        for _ in range(n)
+    )
+
+
+def outputs_of(module: nn.Module, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A module's logits."""
+    with torch.no_grad():
+        out: np.ndarray[Any, Any] = module.eval()(torch.from_numpy(x)).numpy()
+    return out
