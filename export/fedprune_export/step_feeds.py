@@ -1,22 +1,19 @@
-"""Feeds of a training step for trials: every input of the contract in `fedprune.step`, with random labels."""
+"""A training step on trial: random labels, all its inputs, and what its loss should be."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fedprune import feeds as feeds_of
 from fedprune import step
 from fedprune.errors import ModelError
 from fedprune.recipe import Recipe
 
 Array = npt.NDArray[Any]
-Inputs = Mapping[str, tuple[str, tuple[int | str | None, ...]]]
-"""Type and shape by name, as a session lists them."""
-
-_TYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64}
 
 
 def random_labels(recipe: Recipe, samples: int, outputs: int, seed: int = 0) -> Array:
@@ -40,12 +37,12 @@ def random_labels(recipe: Recipe, samples: int, outputs: int, seed: int = 0) -> 
 
 
 def step_feeds(
-    inputs: Inputs, recipe: Recipe, tensors: Mapping[str, Array], x: Array, y: Array, outputs: int
+    inputs: Collection[str], recipe: Recipe, tensors: Mapping[str, Array], x: Array, y: Array, outputs: int
 ) -> dict[str, Array]:
     """All inputs of a first training step on one whole batch.
 
     Args:
-        inputs: The training graph's inputs.
+        inputs: Names of the training graph's inputs.
         recipe: The local training.
         tensors: Weights and statistics; the anchors are the same.
         x: Samples.
@@ -55,56 +52,18 @@ def step_feeds(
     Raises:
         ModelError: The graph has an input that is not in the contract, or lacks x, y or a tensor.
     """
-    numbers = {
-        step.LR: recipe.lr,
-        step.MOMENTUM: recipe.momentum,
-        step.WEIGHT_DECAY: recipe.weight_decay,
-        step.BETA1: recipe.beta1,
-        step.BETA2: recipe.beta2,
-        step.EPSILON: recipe.epsilon,
-        step.STEP_NUMBER: 1,
-        step.LABEL_SMOOTHING: recipe.label_smoothing,
-        step.HUBER_DELTA: recipe.huber_delta,
-        step.CLIP_NORM: recipe.clip_norm,
-        step.DIVISOR: len(x),
-    }
-    vectors = {step.LOGIT_OFFSET: 0.0, step.CLASS_WEIGHT: 1.0, step.CLASS_MASK: 1.0}
+    feeds = {step.X: x, step.Y: y, **feeds_of.first_step(recipe, tensors, inputs, len(x), outputs)}
     missing = [n for n in (step.X, step.Y, *tensors) if n not in inputs]
     if missing:
         raise ModelError("the training step lacks inputs", got=", ".join(missing[:5]))
-    feeds: dict[str, Array] = {}
-    for name, (kind, _) in inputs.items():
-        base = name.partition("::")[0]
-        if name == step.X:
-            value = x
-        elif name == step.Y:
-            value = y
-        elif name in tensors:
-            value = tensors[name]
-        elif name in numbers:
-            value = np.array(numbers[name])
-        elif name in vectors:
-            value = np.full(outputs, vectors[name])
-        elif base in tensors:
-            value = _extra(name, base, recipe, tensors[base])
-        else:
-            raise ModelError(
-                f"the training step has an input {name} that fedprune doesn't know",
-                hint="Export the bundle again with this version.",
-            )
-        feeds[name] = np.ascontiguousarray(value, _TYPES.get(kind)).reshape(np.shape(value))
+    strange = sorted(set(inputs) - set(feeds))
+    if strange:
+        raise ModelError(
+            "the training step has inputs that fedprune or the bundle's recipe doesn't know",
+            got=", ".join(strange[:5]),
+            hint="Export the bundle again with this version.",
+        )
     return feeds
-
-
-def _extra(name: str, tensor: str, recipe: Recipe, value: Array) -> Array:
-    """What a tensor brings besides itself: zero unless it has a meaning."""
-    if name == step.anchor(tensor):
-        return value
-    if name == step.strength(tensor):
-        return np.array(recipe.proximal)
-    if name == step.mask(tensor):
-        return np.ones_like(value)
-    return np.zeros_like(value)
 
 
 def loss(recipe: Recipe, logits: Array, y: Array) -> float:
