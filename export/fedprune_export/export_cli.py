@@ -225,7 +225,7 @@ class _Job:
             FedpruneError: The model doesn't fit the board, the cut is wrong, or the folder can't be written.
         """
         from fedprune_export.bundle import bundle_files, write_bundle
-        from fedprune_export.parity import parity
+        from fedprune_export.parity import parity, try_step
         from fedprune_export.report import Report
         from fedprune_export.report_page import page
 
@@ -250,6 +250,8 @@ class _Job:
         files = bundle_files(model, selection, recipe, training=self.training, opset=arguments.opset)
         tell("checking the cut")
         error = parity(model, selection, files)
+        tell("trying a training step")
+        try_step(model, recipe, files)
         sizes = {n: len(raw) for n, raw in files.items()}
         report = Report(
             model, selection, profile.name, chosen, whole, arguments.scorer, sizes, error, self._accuracy(selection)

@@ -10,17 +10,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedprune import tensorfile
 from fedprune.bundle import INFERENCE, TRAINING, WEIGHTS
 from fedprune.errors import ModelError
+from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune.session import Session
-from fedprune.step import LOGITS, X
+from fedprune.step import LOGITS, X, following
 from fedprune_export.cut import masked
 from fedprune_export.imported import Model
+from fedprune_export.step_feeds import random_labels, step_feeds
 from fedprune_export.trace import sample_input
 
 SAMPLES = 7
 """Random inputs of the check."""
+
+_STEP_SAMPLES = 2
+"""More than one, so that batch norms have something to normalise by."""
 
 LIMIT = 1e-4
 """Float32 sums in another order differ by less than 1e-5; more means that the cut is wrong."""
@@ -35,10 +41,8 @@ def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> fl
         files: The bundle's files by name.
 
     Raises:
-        ModelError: They are too far from it; or onnxruntime doesn't load the training step, or doesn't load or run the
-            inference graph.
+        ModelError: They are too far from it, or onnxruntime doesn't load or run the inference graph.
     """
-    Session(files[TRAINING], training=True)
     x = sample_input(model.graph.inputs[0], SAMPLES)
     with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
         for file in (INFERENCE, WEIGHTS):
@@ -54,6 +58,32 @@ def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> fl
             hint="Please report this with the model.",
         )
     return error
+
+
+def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes]) -> None:
+    """Take a training step of a bundle with two random samples: whether it runs is seen at the bundle's own widths.
+
+    Args:
+        model: The whole model.
+        recipe: The bundle's recipe.
+        files: The bundle's files by name.
+
+    Raises:
+        ModelError: onnxruntime doesn't load or run the step, or a tensor comes out of it in another shape.
+    """
+    session = Session(files[TRAINING], training=True)
+    tensors, outputs = tensorfile.decode(files[WEIGHTS]), model.architecture.classes
+    x, y = sample_input(model.graph.inputs[0], _STEP_SAMPLES), random_labels(recipe, _STEP_SAMPLES, outputs)
+    out = session.run(step_feeds(session.inputs, recipe, tensors, x, y, outputs))
+    for name, value in tensors.items():
+        after = out.get(following(name), value)
+        if after.shape != value.shape:
+            raise ModelError(
+                f"the training step changes the shape of {name}",
+                expected=value.shape,
+                got=after.shape,
+                hint="Please report this with the model.",
+            )
 
 
 def distance(some: npt.NDArray[Any], reference: npt.NDArray[Any]) -> float:

@@ -214,5 +214,5 @@ def check_model(bundle: Bundle, model: Model) -> str:
             got=f"{len(changed)} others, such as {changed[0]}",
             hint="Give the model that the bundle was exported from; a torch factory may draw other weights each time.",
         )
-    error = parity(model, bundle.selection, {n: bundle.path(n).read_bytes() for n in (INFERENCE, WEIGHTS, TRAINING)})
+    error = parity(model, bundle.selection, {n: bundle.path(n).read_bytes() for n in (INFERENCE, WEIGHTS)})
     return f"equal to the whole model with the lost channels masked to {error:.1e}"

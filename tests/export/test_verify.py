@@ -20,6 +20,7 @@ from fedprune_export.bundle import bundle_files, write_bundle
 from fedprune_export.cli import main
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
+from fedprune_export.parity import try_step
 from fedprune_export.verification import verify
 from fedprune_server.digits import digits_model
 
@@ -157,6 +158,34 @@ def test_a_training_step_that_stands_still(files: dict[str, bytes], half: Select
 
     assert (done, type(error)) == (CHECKS[:3], TrainingError)
     assert "a step moves no weight" in str(error)
+
+
+def test_an_export_tries_the_step_at_its_own_widths(
+    files: dict[str, bytes], model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A step in which a channel count stands as a number loads, and runs at full width only."""
+
+    def frozen(proto: onnx.ModelProto) -> None:
+        shape = model.tensors["bn2.bias"].shape
+        proto.graph.initializer.append(numpy_helper.from_array(np.zeros(shape, np.float32), "wide"))
+        for node in proto.graph.node:
+            if node.output[0] == "bn2.bias::next":
+                node.output[0] = "narrow"
+        proto.graph.node.append(onnx.helper.make_node("Add", ["narrow", "wide"], ["bn2.bias::next"]))
+
+    broken = changed(files[TRAINING], frozen)
+    whole = {**files, WEIGHTS: tensorfile.encode(model.tensors), TRAINING: broken}
+    try_step(model, Recipe(), whole)
+
+    with pytest.raises(ModelError, match="onnxruntime couldn't run the graph"):
+        try_step(model, Recipe(), {**files, TRAINING: broken})
+    (tmp_path / "digits.onnx").write_bytes(digits_model())
+    monkeypatch.setattr("fedprune_export.bundle.training_step", lambda *_: broken)
+    code = main(
+        [str(tmp_path / "digits.onnx"), "--target", "raspberry-pi-5", "--density", "0.5", "--out", str(tmp_path / "b")]
+    )
+    assert code == ExitCode.MODEL
+    assert not (tmp_path / "b").exists()
 
 
 def test_graphs_that_contradict_each_other(files: dict[str, bytes], half: Selection, tmp_path: Path) -> None:
