@@ -10,7 +10,7 @@ from fedprune import profile_store
 from fedprune.bundle import Bundle, open_bundle
 from fedprune.cli import whole_number
 from fedprune.errors import ExitCode, UsageError
-from fedprune.plan import predict
+from fedprune.prediction import predict
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
@@ -110,7 +110,7 @@ def _predicted(
     if measured.what == STEP:
         return said.step_s, said.memory_bytes
     # The planner looks at predictions of one sample.
-    return (getattr(said, "latency_s", None), said.inference_bytes) if batch == 1 else (None, None)
+    return (said.latency_s, said.inference_bytes) if batch == 1 else (None, None)
 
 
 def _row(

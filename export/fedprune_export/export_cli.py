@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from fedprune import profile_store
 from fedprune.cli import seconds, whole_number
 from fedprune.errors import BundleError, ExitCode, FedpruneError, UsageError
-from fedprune.plan import DENSITIES, plan, predict
+from fedprune.plan import DENSITIES, plan
+from fedprune.prediction import predict
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe

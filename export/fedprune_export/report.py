@@ -9,7 +9,8 @@ from typing import Any
 
 from fedprune import __version__, session
 from fedprune.costs import Costs, costs_at, layer_macs
-from fedprune.plan import Plan, Prediction
+from fedprune.plan import Plan
+from fedprune.prediction import Prediction
 from fedprune.selection import Selection
 from fedprune_export.imported import Model
 from fedprune_export.parity import SAMPLES

@@ -10,7 +10,7 @@ import pytest
 from fedprune import profile_store
 from fedprune.bundle import WEIGHTS, open_bundle
 from fedprune.errors import ExitCode, ModelError
-from fedprune.plan import predict
+from fedprune.prediction import predict
 from fedprune.recipe import Recipe
 from fedprune_export.cli import main
 from fedprune_export.stopwatch import Stopwatch
@@ -46,7 +46,8 @@ def test_the_recipe_says_what_is_measured(bundle: Path, capsys: pytest.CaptureFi
         opened.architecture, opened.selection.widths, profile_store.find("raspberry-pi-5"), Recipe(batch_size=8), 8
     )
     assert rows[0]["predicted"] == {"seconds": said.step_s, "peak_bytes": said.memory_bytes}
-    assert rows[1]["predicted"]["peak_bytes"] == said.inference_bytes
+    assert rows[1]["predicted"] == {"seconds": said.latency_s, "peak_bytes": said.inference_bytes}
+    assert rows[2]["predicted"] == {"seconds": None, "peak_bytes": None}
 
 
 def test_batches_and_threads_are_chosen(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
