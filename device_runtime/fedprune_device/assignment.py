@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,9 @@ from fedprune_device.trainer import Trainer, TrainingResult, loss_terms
 PROBE_SAMPLES = 32
 """Local samples with which a new model is checked before it serves."""
 
+_PREDICTIONS = 7
+"""Predictions of one sample that are timed in a round."""
+
 Report = Callable[[str, int, int], None]
 """Takes the phase, units done and units in all."""
 
@@ -36,7 +40,16 @@ class DamagedBlobError(StorageError):
     """A blob on the disk is not what its name says. It has been deleted, so that it can be pulled again."""
 
 
-MEASURED = frozenset({"download_seconds", "evaluate_seconds", "train_seconds", "step_seconds", "peak_memory_bytes"})
+MEASURED = frozenset(
+    {
+        "download_seconds",
+        "evaluate_seconds",
+        "train_seconds",
+        "step_seconds",
+        "latency_seconds",
+        "peak_memory_bytes",
+    }
+)
 """Metrics that tell of the machine; all others are the same wherever an offer is carried out."""
 
 
@@ -181,6 +194,7 @@ class Workbench:
         after = self._candidate(offer, weights)
         self._check(after, trainer, result, recipe, offer.classes)
         self._evaluate(after, offset, recipe, offer.classes, metrics, "after")
+        metrics["latency_seconds"] = _latency(after, self._data.x_train[:1])
         update = Update(
             self._device,
             offer.job,
@@ -260,6 +274,16 @@ class Workbench:
         terms = {step.HUBER_DELTA: np.array(recipe.huber_delta)}
         metrics[f"loss_{when}"] = data_loss(recipe.loss, outputs, y, terms)
         metrics["evaluate_seconds"] = time.monotonic() - began
+
+
+def _latency(model: Predictor, sample: npt.NDArray[Any]) -> float:
+    """Median time of predicting one sample; the first prediction allocates and doesn't count."""
+    times = []
+    for _ in range(_PREDICTIONS + 1):
+        began = time.perf_counter()
+        model.predict(sample)
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[1:]))
 
 
 def _measured(result: TrainingResult) -> dict[str, float]:

@@ -17,8 +17,10 @@ from fedprune.coordination import State
 from fedprune.costs import costs_at
 from fedprune.errors import StorageError
 from fedprune.job import Job
+from fedprune.recipe import REGRESSIONS
 from fedprune.selection import Selection
-from fedprune.wire.fields import ACCURACY_AFTER
+from fedprune.wire.fields import ACCURACY_AFTER, LOSS_AFTER
+from fedprune_server.foresight import Compared, compared, predicted
 
 FORMAT = "fedprune.record/1"
 
@@ -36,6 +38,7 @@ class DeviceRow:
         bound: The limit that kept it from being wider; empty where nobody planned.
         parameters: Numbers in its model.
         excluded: Why it takes no part; empty if it does.
+        compared: Per metric what was predicted of its rounds and what it measured, see `foresight`.
     """
 
     name: str
@@ -46,6 +49,7 @@ class DeviceRow:
     bound: str
     parameters: int
     excluded: str = ""
+    compared: Compared = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class RoundRow:
         model: Digest of the global model.
         accuracy: Accuracy of the global model on the server's data, None without any.
         loss: Its loss there.
-        local: Accuracy per device that delivered: its own model on its own test data.
+        local: Accuracy per device that delivered (loss, where numbers are predicted): its own model on its own test
+            data.
         asked: Devices that were asked.
         down: Bytes from server to devices since the run began.
         up: Bytes from devices to server since the run began.
@@ -108,8 +113,18 @@ class Record:
             raise StorageError(f"run {self.title!r} has no finished round")
         return self.rounds[-1]
 
-    def local_accuracies(self) -> tuple[dict[str, float], ...]:
-        """Per round each device's own accuracy, as it was measured last, in that round or an earlier one.
+    @property
+    def measure(self) -> str:
+        """What tells how good a model is: `accuracy`, or `loss` where numbers are predicted."""
+        recipe = self.job.get("recipe", {})
+        return "loss" if isinstance(recipe, Mapping) and recipe.get("loss") in REGRESSIONS else "accuracy"
+
+    def global_values(self) -> tuple[float | None, ...]:
+        """Per round the global model's measure on the server's data; None without any."""
+        return tuple(r.loss if self.measure == "loss" else r.accuracy for r in self.rounds)
+
+    def local_values(self) -> tuple[dict[str, float], ...]:
+        """Per round each device's own measure, as it was measured last, in that round or an earlier one.
 
         A round may ask only some devices, and not all that were asked deliver. A mean over whoever did would be another
         fleet's in every round.
@@ -122,18 +137,18 @@ class Record:
         return tuple(out)
 
     def mean_locals(self) -> tuple[float | None, ...]:
-        """Per round the mean of `local_accuracies`, every device counting alike; None before the first."""
-        return tuple(sum(d.values()) / len(d) if d else None for d in self.local_accuracies())
+        """Per round the mean of `local_values`, every device counting alike; None before the first."""
+        return tuple(sum(d.values()) / len(d) if d else None for d in self.local_values())
 
     @property
     def latest(self) -> dict[str, float]:
-        """Each device's own accuracy as it was measured last; devices that never delivered are missing."""
-        return self.local_accuracies()[-1] if self.rounds else {}
+        """Each device's own measure as it was measured last; devices that never delivered are missing."""
+        return self.local_values()[-1] if self.rounds else {}
 
     def final(self, rounds: int = 1) -> tuple[float, float]:
-        """Mean local accuracy and global accuracy over the last `rounds` rounds; NaN where nothing was measured."""
+        """Mean local measure and global measure over the last `rounds` rounds; NaN where nothing was measured."""
         local = [v for v in self.mean_locals()[-rounds:] if v is not None]
-        whole = [r.accuracy for r in self.rounds[-rounds:] if r.accuracy is not None]
+        whole = [v for v in self.global_values()[-rounds:] if v is not None]
         return (
             sum(local) / len(local) if local else math.nan,
             sum(whole) / len(whole) if whole else math.nan,
@@ -155,7 +170,7 @@ class Record:
             if body.pop("format") != FORMAT:
                 raise StorageError(f"{where} is of another version", expected=FORMAT)
             body["groups"] = tuple((str(n), int(s)) for n, s in body["groups"])
-            body["devices"] = tuple(DeviceRow(**{**d, "widths": tuple(d["widths"])}) for d in body["devices"])
+            body["devices"] = tuple(_device_row(d) for d in body["devices"])
             body["rounds"] = tuple(RoundRow(**r) for r in body["rounds"])
             body["channels"] = {n: tuple(tuple(g) for g in groups) for n, groups in body["channels"].items()}
             return cls(**body)
@@ -217,6 +232,7 @@ def record_of(
             bound=device.plan["bound"] if device.plan else "",
             parameters=costs_at(architecture, device.widths).parameters if device.widths else 0,
             excluded=device.excluded,
+            compared=compared(name, state, predicted(device, job, architecture)),
         )
         for name, device in sorted(state.devices.items())
     )
@@ -225,10 +241,15 @@ def record_of(
         job=job.to_dict(),
         groups=tuple((_label(architecture, i), g.size) for i, g in enumerate(architecture.groups)),
         devices=devices,
-        rounds=tuple(_round(entry, traffic, began) for entry in state.history),
+        rounds=tuple(_round(entry, traffic, began, job.recipe.loss) for entry in state.history),
         channels={} if selection is None else _channels(selection, devices),
         measured=measured,
     )
+
+
+def _device_row(body: Mapping[str, Any]) -> DeviceRow:
+    pairs = {str(metric): (pair[0], pair[1]) for metric, pair in body.get("compared", {}).items()}
+    return DeviceRow(**{**body, "widths": tuple(body["widths"]), "compared": pairs})
 
 
 def _label(architecture: Architecture, group: int) -> str:
@@ -237,8 +258,9 @@ def _label(architecture: Architecture, group: int) -> str:
     return members[0].partition("[")[0].rpartition(".")[0] or members[0] if members else architecture.groups[group].name
 
 
-def _round(entry: Mapping[str, Any], traffic: Mapping[int, tuple[int, int]], began: float) -> RoundRow:
+def _round(entry: Mapping[str, Any], traffic: Mapping[int, tuple[int, int]], began: float, loss: str) -> RoundRow:
     metrics, devices = entry["metrics"], entry["devices"]
+    own = LOSS_AFTER if loss in REGRESSIONS else ACCURACY_AFTER
     down, up = traffic.get(entry["round"], (0, 0))
     return RoundRow(
         round=entry["round"],
@@ -247,9 +269,9 @@ def _round(entry: Mapping[str, Any], traffic: Mapping[int, tuple[int, int]], beg
         accuracy=metrics.get("accuracy"),
         loss=metrics.get("loss"),
         local={
-            name: part["metrics"][ACCURACY_AFTER]
+            name: part["metrics"][own]
             for name, part in devices.items()
-            if part["progress"] == "folded" and ACCURACY_AFTER in part["metrics"]
+            if part["progress"] == "folded" and own in part["metrics"]
         },
         asked=len(devices),
         down=down,

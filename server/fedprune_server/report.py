@@ -8,14 +8,17 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedprune_server import pictures
+from fedprune_server import foresight, pictures
 from fedprune_server.record import Record
 
 TAIL = 5
-"""Final accuracies are means over this many last rounds: a single round of a small test set is a coin toss."""
+"""Final accuracies (losses) are means over this many last rounds: a single round of a small test set is a coin toss."""
 
 POINTS = 2.0
 """How far the fleet's accuracies may lie below the reference's, in percentage points."""
+
+EXCESS = 0.05
+"""How far the fleet's losses may lie above the reference's, where numbers are predicted."""
 
 SHARE = 0.5
 """What share of the reference's bytes the fleet may use, each way."""
@@ -59,13 +62,15 @@ class Report:
 def claims(run: Record, reference: Record) -> tuple[Claim, ...]:
     """What narrow models promise, held against a reference that trains the whole model everywhere."""
     mine, theirs = run.final(TAIL), reference.final(TAIL)
-    lost = [100 * (b - a) for a, b in zip(mine, theirs, strict=True)]
+    lost = [_worse(run, a, b) for a, b in zip(mine, theirs, strict=True)]
+    limit = EXCESS if run.measure == "loss" else POINTS / 100
+    allowed = f"{EXCESS:.0%} above" if run.measure == "loss" else f"{POINTS:.0f} points below"
     shares = [_ratio(run.last.down, reference.last.down), _ratio(run.last.up, reference.last.up)]
     return (
         Claim(
-            f"mean local and global accuracy at most {POINTS:.0f} points below {reference.title}",
-            f"local {_points(-lost[0])}, global {_points(-lost[1])}",
-            all(d <= POINTS for d in lost),  # NaN compares false: what was not measured is not held
+            f"mean local and global {run.measure} at most {allowed} {reference.title}",
+            f"local {_difference(run, lost[0])}, global {_difference(run, lost[1])}",
+            all(d <= limit for d in lost),  # NaN compares false: what was not measured is not held
         ),
         Claim(
             f"at most {SHARE:.0%} of its bytes, down and up",
@@ -81,8 +86,8 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
     finals = [r.final(TAIL) for r in runs]
     rows = [
         ("", *(r.title for r in runs)),
-        ("mean local accuracy", *(_percent(f[0], 1) + _part(r) for r, f in zip(runs, finals, strict=True))),
-        ("global accuracy", *(_percent(f[1], 1) for f in finals)),
+        (f"mean local {run.measure}", *(_shown(r, f[0]) + _part(r) for r, f in zip(runs, finals, strict=True))),
+        (f"global {run.measure}", *(_shown(r, f[1]) for r, f in zip(runs, finals, strict=True))),
         ("MB down", *(f"{r.last.down / 1e6:.2f}" for r in runs)),
         ("MB up", *(f"{r.last.up / 1e6:.2f}" for r in runs)),
         ("rounds", *(str(len(r.rounds)) for r in runs)),
@@ -90,11 +95,9 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
     ]
     if reference is None:
         return rows
-    lost = [a - b for a, b in zip(*finals, strict=True)]
     notes = (
         "difference",
-        _points(100 * lost[0]),
-        _points(100 * lost[1]),
+        *(_difference(run, _worse(run, a, b)) for a, b in zip(*finals, strict=True)),
         _percent(_ratio(run.last.down, reference.last.down)),
         _percent(_ratio(run.last.up, reference.last.up)),
         "",
@@ -107,7 +110,7 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
     """Rows of the plan table; the first is the header."""
     latest = run.latest
     return [
-        ("device", "profile", "samples", "density", "bound by", "widths", "parameters", "own accuracy"),
+        ("device", "profile", "samples", "density", "bound by", "widths", "parameters", f"own {run.measure}"),
         *(
             (
                 d.name,
@@ -117,11 +120,16 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
                 d.bound or "the job",
                 " · ".join(map(str, d.widths)) or d.excluded,
                 f"{d.parameters:,}",
-                _percent(latest.get(d.name, math.nan), 1),
+                _shown(run, latest.get(d.name, math.nan)),
             )
             for d in run.devices
         ),
     ]
+
+
+def foresight_rows(run: Record) -> list[tuple[str, ...]]:
+    """Rows of the table of predictions beside measurements; the first is the header."""
+    return foresight.table([(d.name, d.compared) for d in run.devices if d.widths])
 
 
 def summary_text(run: Record, reference: Record | None = None, *, judged: bool = True) -> str:
@@ -159,9 +167,10 @@ def write_report(folder: Path, run: Record, reference: Record | None = None, *, 
     }
     intro = (
         f"{len(run.devices)} devices, {shown.round} rounds, seed {run.job.get('seed', 0)}. "
-        f"Accuracies of the summary are means over the last {min(TAIL, len(run.rounds))} rounds; "
-        f"local accuracy is the mean over the {len(run.latest)} of {len(run.devices)} devices that delivered, of each "
-        f"one's own model on its own test data, as it was measured last."
+        f"{'Losses' if run.measure == 'loss' else 'Accuracies'} of the summary are means over the last "
+        f"{min(TAIL, len(run.rounds))} rounds; "
+        f"local {run.measure} is the mean over the {len(run.latest)} of {len(run.devices)} devices that delivered, of "
+        f"each one's own model on its own test data, as it was measured last."
         + (f" Bytes: {run.measured}." if run.measured else "")
     )
     verdicts = claims(run, reference) if reference is not None and judged else ()
@@ -177,6 +186,7 @@ def _markdown(
     parts = [f"# {run.title}", intro, "## Summary", _markdown_table(summary(run, reference))]
     parts += [f"- **{c.verdict}**: {c.text} ({c.measured})" for c in judged]
     parts += ["## Plans", _markdown_table(plan_rows(run))]
+    parts += ["## Predicted and measured", _markdown_table(foresight_rows(run))]
     for title, path in files.items():
         parts += [f"## {title}", f"![{title}]({path.name})"]
     return "\n\n".join(parts) + "\n"
@@ -217,7 +227,8 @@ def _html(run: Record, reference: Record | None, intro: str, judged: tuple[Claim
         f"<h1>{html.escape(run.title)}</h1><p>{html.escape(intro)}</p>"
         f"<h2>Summary</h2>{_html_table(summary(run, reference))}"
         + (f"<ul>{items}</ul>" if items else "")
-        + f"<h2>Plans</h2>{_html_table(plan_rows(run))}{images}</body></html>\n"
+        + f"<h2>Plans</h2>{_html_table(plan_rows(run))}"
+        + f"<h2>Predicted and measured</h2>{_html_table(foresight_rows(run))}{images}</body></html>\n"
     )
 
 
@@ -241,5 +252,21 @@ def _percent(value: float, digits: int = 0) -> str:
     return f"{value:.{digits}%}" if math.isfinite(value) else "–"
 
 
-def _points(value: float) -> str:
-    return f"{value:+.1f} points" if math.isfinite(value) else "not measured"
+def _shown(run: Record, value: float) -> str:
+    """An accuracy as a percentage, a loss as a number."""
+    if run.measure == "accuracy":
+        return _percent(value, 1)
+    return f"{value:.4g}" if math.isfinite(value) else "–"
+
+
+def _worse(run: Record, mine: float, theirs: float) -> float:
+    """By how much a measure is worse than another: a difference of accuracies, a share of the other loss."""
+    if run.measure == "accuracy":
+        return theirs - mine
+    return (mine - theirs) / theirs if theirs else math.nan
+
+
+def _difference(run: Record, worse: float) -> str:
+    if not math.isfinite(worse):
+        return "not measured"
+    return f"{0 - 100 * worse:+.1f} points" if run.measure == "accuracy" else f"{worse:+.1%}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.coordination import State
+from fedprune_server.foresight import Compared, compared, described
 from fedprune_server.storage import Storage
 
 LATEST = 10
@@ -27,7 +28,10 @@ def status(folder: Path) -> dict[str, Any]:
         outsiders = storage.outsiders()
     known = {row["name"] for row in rows}
     rows += [_outsider(name, body) for name, body in outsiders.items() if name not in known]
-    devices = [row | _last_part(row["name"], state) for row in sorted(rows, key=lambda r: r["name"])]
+    devices = [
+        row | _last_part(row["name"], state) | {"compared": _compared(row, state)}
+        for row in sorted(rows, key=lambda r: r["name"])
+    ]
     return {
         "job": (settings or {}).get("job", {}),
         "round": state.round if state is not None else 0,
@@ -74,9 +78,16 @@ def _device_lines(device: dict[str, Any]) -> list[str]:
         + (f"takes no part: {device['excluded']}" if device["excluded"] else width)
         + f", {device['bytes_down'] / 1e6:.2f} MB down, {device['bytes_up'] / 1e6:.2f} MB up"
     ]
+    times = described(device["compared"])
+    if times:
+        lines.append(f"    {times}")
     if device["reason"]:
         lines.append(f"    round {device['round']}: {device['progress']}: {device['reason']}")
     return lines
+
+
+def _compared(row: dict[str, Any], state: State | None) -> Compared:
+    return compared(row["name"], state, (row["plan"] or {}).get("prediction"))
 
 
 def _outsider(name: str, body: dict[str, Any]) -> dict[str, Any]:

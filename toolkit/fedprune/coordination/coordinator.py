@@ -19,7 +19,7 @@ from fedprune.coordination.state import Device, Phase, Progress, State, Task
 from fedprune.errors import FedpruneError
 from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.job import Job
-from fedprune.plan import plan
+from fedprune.plan import Correction, Plan, plan
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 
@@ -27,6 +27,9 @@ Commands = list[do.Command]
 
 MAX_FAILURES = 3
 """A device that refuses so many offers in a row, or whose updates don't count, is left out until it connects again."""
+
+OFF = 1.25
+"""How far a measured time may be from the predicted one before a device is planned for anew."""
 
 _LATE = "the deadline has passed"
 
@@ -114,6 +117,8 @@ class Coordinator:
             event.probe,
             event.samples,
         )
+        if known is not None and known.profile == event.profile:
+            device.correction = known.correction
         if known is not None and same and known.widths:
             device.plan, device.widths = known.plan, known.widths
         else:
@@ -148,10 +153,26 @@ class Coordinator:
                 byte_budget=self.job.byte_budget or None,
                 deadline_s=self.job.deadline_s,
                 probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
+                correction=Correction(**device.correction),
             )
             device.widths, device.plan = made.widths, made.to_dict()
         except FedpruneError as error:
             device.excluded = str(error)
+
+    def _learn(self, device: Device, task: Task) -> None:
+        """Let a round's own times correct a device's predicted ones; plan anew where they were far off."""
+        if device.plan is None or device.widths != task.widths:
+            return
+        before = Plan.from_dict(device.plan)
+        learnt = Correction.learnt(before.prediction, before.correction, task.metrics)
+        device.correction = vars(learnt)
+        ratios = (learnt.step / before.correction.step, learnt.latency / before.correction.latency)
+        if all(1 / OFF < r < OFF for r in ratios):
+            return
+        old = device.plan, device.widths
+        self._plan(device)
+        if device.excluded:  # too slow even at the narrowest: it delivered all the same, and goes on as it is
+            (device.plan, device.widths), device.excluded = old, ""
 
     # A round begins.
 
@@ -263,6 +284,7 @@ class Coordinator:
             return []
         task.progress = Progress.FOLDED
         self.state.devices[event.device].failures = 0
+        self._learn(self.state.devices[event.device], task)
         return self._close_if_complete(now)
 
     @_on.register

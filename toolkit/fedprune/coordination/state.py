@@ -53,6 +53,7 @@ class Device:
         widths: Kept channels per group; empty without a plan.
         excluded: Why it takes no part; empty if it does.
         failures: Offers in a row that it refused, or that brought an update that didn't count.
+        correction: What its rounds taught about its predicted times (`fedprune.prediction.Correction`).
     """
 
     session: int
@@ -64,6 +65,7 @@ class Device:
     widths: tuple[int, ...] = ()
     excluded: str = ""
     failures: int = 0
+    correction: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -1,0 +1,105 @@
+"""What was predicted of a device's rounds beside what it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedprune.architecture import Architecture
+from fedprune.coordination import State
+from fedprune.coordination.state import Device
+from fedprune.errors import FedpruneError
+from fedprune.job import Job
+from fedprune.plan import predict
+from fedprune.probe_report import ProbeReport
+from fedprune.profile import HardwareProfile
+
+QUANTITIES: dict[str, tuple[str, str]] = {
+    "step_seconds": ("step", "step_s"),
+    "latency_seconds": ("prediction", "latency_s"),
+    "peak_memory_bytes": ("memory", "memory_bytes"),
+}
+"""Per metric of an update what people call it and the figure of a plan's prediction that foretells it."""
+
+Compared = dict[str, tuple[float | None, float | None]]
+"""Per metric what was predicted and what was measured, as far as there is either."""
+
+
+def compared(name: str, state: State | None, predicted: Mapping[str, Any] | None) -> Compared:
+    """A device's predictions beside its latest measurements at the same widths.
+
+    Args:
+        name: The device.
+        state: The coordinator's state.
+        predicted: Figures of its plan's prediction; None without a plan.
+    """
+    measured = _measured(name, state)
+    rows = {m: (_number(predicted, figure), _number(measured, m)) for m, (_, figure) in QUANTITIES.items()}
+    return {m: pair for m, pair in rows.items() if pair != (None, None)}
+
+
+def predicted(device: Device, job: Job, architecture: Architecture) -> Mapping[str, Any] | None:
+    """What a device's rounds are expected to cost: its plan's figures, or those of the widths that the job gives it."""
+    if device.plan is not None:
+        figures: Mapping[str, Any] = device.plan["prediction"]
+        return figures
+    if not device.widths:
+        return None
+    try:
+        probe = None if device.probe is None else ProbeReport.from_dict(device.probe)
+        profile = HardwareProfile.from_dict(device.profile)
+        return vars(predict(architecture, device.widths, profile, job.recipe, device.samples, probe=probe))
+    except FedpruneError:
+        return None
+
+
+def described(rows: Compared) -> str:
+    """One line for people; empty where nothing was measured."""
+    parts = []
+    for metric, (expected, seen) in rows.items():
+        if seen is None:
+            continue
+        text = f"{QUANTITIES[metric][0]} {amount(metric, seen)}"
+        parts.append(text if expected is None else f"{text} (predicted {amount(metric, expected)})")
+    return ", ".join(parts)
+
+
+def table(rows: Sequence[tuple[str, Compared]]) -> list[tuple[str, ...]]:
+    """Devices and their comparisons as rows for a report; the first is the header."""
+    names = [f"{title} {word}" for title, _ in QUANTITIES.values() for word in ("predicted", "measured", "off by")]
+    out: list[tuple[str, ...]] = [("device", *names)]
+    for name, pairs in rows:
+        cells = [name]
+        for metric in QUANTITIES:
+            expected, seen = pairs.get(metric, (None, None))
+            cells += [amount(metric, v) for v in (expected, seen)]
+            cells.append(f"{expected / seen - 1:+.0%}" if expected is not None and seen else "–")
+        out.append(tuple(cells))
+    return out
+
+
+def amount(metric: str, value: float | None) -> str:
+    """A figure for people."""
+    if value is None:
+        return "–"
+    if metric.endswith("_bytes"):
+        return f"{value / 1e6:.0f} MB"
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
+def _measured(name: str, state: State | None) -> Mapping[str, Any]:
+    """Metrics of a device's latest update at the widths that it has now."""
+    if state is None or name not in state.devices:
+        return {}
+    widths = list(state.devices[name].widths)
+    for row in reversed(state.history):
+        part = row["devices"].get(name)
+        if part is not None and part["progress"] == "folded" and part.get("widths") == widths:
+            metrics: Mapping[str, Any] = part["metrics"]
+            return metrics
+    return {}
+
+
+def _number(values: Mapping[str, Any] | None, name: str) -> float | None:
+    value = (values or {}).get(name)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
