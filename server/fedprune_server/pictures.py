@@ -49,19 +49,20 @@ Values = Callable[[Record], "Sequence[float | None]"]
 
 
 def curves(run: Record, reference: Record | None, path: Path) -> Path:
-    """Global and mean local accuracy, against rounds and against bytes."""
+    """Global and mean local accuracy (or loss), against rounds and against bytes."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(10, 6.6), sharey="row", layout="constrained")
         rows: tuple[tuple[str, Values], ...] = (
-            ("Global model, server's test data", lambda record: [r.accuracy for r in record.rounds]),
+            ("Global model, server's test data", lambda record: record.global_values()),
             ("Devices' own models, own test data (mean)", lambda record: record.mean_locals()),
         )
         for (title, values), line in zip(rows, axes, strict=True):
             _curve(line[0], run, reference, values, lambda r: r.round)
             _curve(line[1], run, reference, values, lambda r: (r.down + r.up) / 1e6)
             line[0].set_title(title)
-            line[0].set_ylabel("accuracy")
-            line[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+            line[0].set_ylabel(run.measure)
+            if run.measure == "accuracy":
+                line[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
             line[0].set_xlabel("round")
             line[0].xaxis.set_major_locator(MaxNLocator(integer=True))
             line[1].set_xlabel("MB sent so far, down and up")
@@ -120,7 +121,7 @@ def channel_map(run: Record, path: Path) -> Path:
 
 
 def local_bars(run: Record, reference: Record | None, path: Path) -> Path:
-    """Every device's own accuracy as it was measured last, beside the reference's; a dash where it never was."""
+    """Every device's own accuracy (or loss) as measured last, beside the reference's; a dash where it never was."""
     names = [d.name for d in run.devices]
     with plt.rc_context(_STYLE):
         figure, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
@@ -138,15 +139,17 @@ def local_bars(run: Record, reference: Record | None, path: Path) -> Path:
                 edgecolor="white",
                 label=each.title,
             )
-            axis.bar_label(bars, [f"{100 * v:.0f}" for v in known.values()], padding=1, fontsize=8)
+            shown = [f"{100 * v:.0f}" if run.measure == "accuracy" else f"{v:.3g}" for v in known.values()]
+            axis.bar_label(bars, shown, padding=1, fontsize=8)
             for name in at.keys() - known.keys():
                 axis.text(at[name], 0.01, "–", ha="center", fontsize=8)
         densities = {d.name: d.density for d in run.devices}
         axis.set_xticks(range(len(names)), [f"{n}\ndensity {densities[n]:.2f}" for n in names], fontsize=8)
-        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axis.set_ylim(0, 1.12)
+        if run.measure == "accuracy":
+            axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axis.set_ylim(0, 1.12)
         axis.grid(axis="x", visible=False)
-        axis.set_ylabel("accuracy")
+        axis.set_ylabel(run.measure)
         axis.set_title("Each device's own model on its own test data, as measured last")
         if reference is not None:
             figure.legend(loc="outside right upper", frameon=False)

@@ -15,7 +15,7 @@ from fedprune.probe_report import ProbeReport
 from fedprune.profile import NAME
 from fedprune.profile_store import find
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.fields import ACCURACY_AFTER, one_line
+from fedprune.wire.fields import ACCURACY_AFTER, LOSS_AFTER, one_line
 from fedprune.wire.messages import Birth, Cancelled, Death, Gone, Progress, Refusal, Update, Want, parse
 from fedprune.wire.topics import Topics
 from fedprune_server.post import Post
@@ -149,6 +149,7 @@ class Reception:
             return on.OfferRefused(device, message.round, message.attempt, reason)
         contact = self._roster[device]
         contact.accuracy = message.metrics.get(ACCURACY_AFTER, contact.accuracy)
+        contact.loss = message.metrics.get(LOSS_AFTER, contact.loss)
         return on.UpdateAnnounced(
             device,
             message.round,

@@ -33,6 +33,7 @@ class Contact:
     heard_at: float = -math.inf
     seconds: float | None = None
     accuracy: float | None = None
+    loss: float | None = None
     introduced: tuple[Any, ...] = ()
     problem: str = ""
     parameters: dict[tuple[int, ...], int] = field(default_factory=dict)
@@ -263,6 +264,7 @@ class Roster:
             bytes_up=contact.up,
             seconds=contact.seconds,
             accuracy=contact.accuracy,
+            loss=contact.loss,
             state=f"{doing} (two boards of this name?)" if self.namesakes.suspects(name) else doing,
         )
 

@@ -94,7 +94,9 @@ def _one(title: str, job: Job, plan: Plan, folder: Path) -> Record:
             state = simulation.state
             done = sum(t.progress.over for t in state.tasks.values()) / max(1, len(state.tasks))
             metrics = state.history[-1]["metrics"] if state.history else {}
-            note = f"accuracy {metrics['accuracy']:.1%}" if "accuracy" in metrics else ""
+            note = f"loss {metrics['loss']:.4g}" if "loss" in metrics else ""
+            if "accuracy" in metrics:
+                note = f"accuracy {metrics['accuracy']:.1%}"
             shown = min(job.rounds, len(state.history) + (done if state.round > len(state.history) else 0))
             bar.update(rounds, completed=round(shown, 2), note=note)
 

@@ -28,6 +28,7 @@ class Row:
         seconds: From its last offer to the arrival of its update, None before the first.
         accuracy: On its own test samples, as it said last.
         state: What it is doing.
+        loss: On its own test samples; shown where there is no accuracy, because numbers are predicted.
     """
 
     device: str
@@ -39,6 +40,7 @@ class Row:
     seconds: float | None
     accuracy: float | None
     state: str
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,8 @@ def title(snapshot: Snapshot) -> str:
     parts = [f"{snapshot.job}: round {snapshot.round} of {snapshot.rounds}", snapshot.phase]
     if "accuracy" in snapshot.metrics:
         parts.append(f"global accuracy {snapshot.metrics['accuracy']:.4f}")
+    elif "loss" in snapshot.metrics:
+        parts.append(f"global loss {snapshot.metrics['loss']:.4g}")
     if snapshot.remaining_s is not None:
         parts.append(f"deadline in {max(0, round(snapshot.remaining_s))} s")
     if not snapshot.connected:
@@ -206,9 +210,15 @@ def cells(row: Row) -> tuple[str, ...]:
         _mb(row.bytes_down),
         _mb(row.bytes_up),
         "-" if row.seconds is None else f"{row.seconds:.1f}",
-        "-" if row.accuracy is None else f"{row.accuracy:.4f}",
+        _own(row),
         row.state,
     )
+
+
+def _own(row: Row) -> str:
+    if row.accuracy is not None:
+        return f"{row.accuracy:.4f}"
+    return "-" if row.loss is None else f"loss {row.loss:.4g}"
 
 
 def row_line(row: Row) -> str:
@@ -216,7 +226,7 @@ def row_line(row: Row) -> str:
     device, profile, density, parameters, down, up, seconds, accuracy, state = cells(row)
     return (
         f"{device} ({profile}): density {density}, {parameters} parameters, {down} MB down, {up} MB up, "
-        f"{seconds} s, accuracy {accuracy}, {state}"
+        f"{seconds} s, {accuracy if accuracy.startswith('loss') else f'accuracy {accuracy}'}, {state}"
     )
 
 

@@ -128,6 +128,15 @@ def test_terminal_tells_what_the_report_tells():
     assert len({len(line) for line in text.split("\n\n")[0].splitlines()[:3]}) == 1
 
 
+@pytest.mark.parametrize(("local", "held"), [(0.9, True), (0.944, True), (0.96, False), (0.5, True)])
+def test_loss_claim_looks_at_the_share_by_which_it_is_worse(local, held):
+    job = {"recipe": {"loss": "mse"}}
+    claim = claims(replace(record(local=local), job=job), replace(record(), job=job))[0]
+    assert claim.held is held
+    assert claim.text == "mean local and global loss at most 5% above fleet"
+    assert claim.measured == f"local {local / 0.9 - 1:+.1%}, global +0.0%"
+
+
 @pytest.mark.parametrize(
     ("local", "accuracy", "held"),
     [(0.9, 0.8, True), (0.885, 0.785, True), (0.95, 0.95, True), (0.875, 0.8, False), (0.9, 0.775, False)],

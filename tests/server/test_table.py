@@ -35,6 +35,13 @@ def test_what_is_not_known_is_a_dash() -> None:
     assert cells(unknown)[2:4] + cells(unknown)[6:8] == ("-",) * 4
 
 
+def test_where_there_is_no_accuracy_the_loss_is_shown() -> None:
+    row = replace(ROW, accuracy=None, loss=0.25)
+    assert cells(row)[-2] == "loss 0.25"
+    assert ", loss 0.25, train 3/10" in row_line(row)
+    assert "global loss 0.125" in title(replace(SNAPSHOT, metrics={"loss": 0.125}))
+
+
 def test_the_header_tells_round_phase_accuracy_and_deadline() -> None:
     assert title(SNAPSHOT) == "leaves: round 2 of 10, training, global accuracy 0.7500, deadline in 42 s"
 

@@ -15,6 +15,9 @@ from typing import Any
 from fedprune.errors import ConfigError
 
 LOSSES = ("cross_entropy", "bce", "mse", "huber")
+REGRESSIONS = ("mse", "huber")
+"""Losses of numbers to predict, of which none is right or wrong."""
+
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
 _MOST = 1000

@@ -1,0 +1,128 @@
+"""Recipes of every kind from the job to the report: simulated fleets run the server's and the board's code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune import tensorfile
+from fedprune.blobs import BlobStore
+from fedprune.errors import ConfigError, DataError, PlanError
+from fedprune.job import Job
+from fedprune.profile_store import find
+from fedprune_device.data import LocalData
+from fedprune_export.imported import Model
+from fedprune_export.importing import import_onnx
+from fedprune_server.digits import deal, digits_model
+from fedprune_server.report import summary, summary_text, write_report
+from fedprune_server.simulation import Simulation
+from fedprune_server.state_folder import load_evaluation
+from fedprune_server.virtual_device import VirtualDevice
+
+KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b")
+Labels = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+
+LABELS: dict[str, Labels] = {
+    "cross_entropy": lambda x, y: y,
+    "bce": lambda x, y: np.arange(10) <= y[:, None],
+    "mse": lambda x, y: x.reshape(len(x), 8, 8)[:, 1:6:4, 1:6].reshape(len(x), 10),
+}
+LABELS["huber"] = LABELS["mse"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits-net")
+
+
+def simulation(model: Model, folder: Path, recipe: dict[str, Any], **settings: Any) -> Simulation:
+    """Two devices whose labels fit the recipe's loss."""
+    loss = recipe.get("loss", "cross_entropy")
+    data = deal(KINDS, seed=1)
+
+    def labelled(d: LocalData) -> LocalData:
+        return LocalData(d.x_train, LABELS[loss](d.x_train, d.y_train), d.x_test, LABELS[loss](d.x_test, d.y_test))
+
+    devices = [VirtualDevice(kind, find(kind), labelled(data.devices[kind])) for kind in KINDS]
+    values = {"seed": 3, "rounds": 2, "devices": 2, "density": 0.5, "recipe": recipe, **settings}
+    store = BlobStore(folder / "blobs", durable=False)
+    evaluation = LocalData(data.x, LABELS[loss](data.x, data.y), data.x[:0], LABELS[loss](data.x[:1], data.y[:1])[:0])
+    return Simulation(Job.from_dict(values), model, devices, (evaluation.x_train, evaluation.y_train), store)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"loss": "bce", "balance_classes": True, "lr": 0.1, "epochs": 3},
+        {"optimizer": "adamw", "lr": 0.003, "clip_norm": 1.0, "accumulate": 4, "label_smoothing": 0.1},
+        {"optimizer": "adam", "lr": 0.003, "ordered_dropout": [0.25, 0.5], "epochs": 2},
+    ],
+    ids=lambda r: r.get("loss", r.get("optimizer")),
+)
+def test_a_job_of_this_recipe_learns(model: Model, tmp_path: Path, recipe: dict[str, Any]) -> None:
+    run = simulation(model, tmp_path, recipe)
+    run.run()
+    first, last = (run.state.history[i]["metrics"] for i in (0, -1))
+    assert last["loss"] < first["loss"]
+    assert last["accuracy"] > first["accuracy"]
+    for part in run.state.history[-1]["devices"].values():
+        assert part["metrics"]["loss_after"] < part["metrics"]["loss_before"]
+        assert 0 < part["metrics"]["accuracy_after"] <= 1
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber"])
+def test_where_numbers_are_predicted_all_numbers_are_losses(model: Model, tmp_path: Path, loss: str) -> None:
+    run = simulation(model, tmp_path, {"loss": loss, "lr": 0.05, "epochs": 2, "huber_delta": 0.2})
+    run.run()
+    for entry in run.state.history:
+        assert set(entry["metrics"]) == {"loss", "samples"}
+        for part in entry["devices"].values():
+            assert not [name for name in part["metrics"] if "accuracy" in name]
+            assert part["metrics"]["loss_after"] < part["metrics"]["loss_before"]
+    record = run.record("numbers")
+    assert record.measure == "loss"
+    assert record.last.local == {n: p["metrics"]["loss_after"] for n, p in entry["devices"].items()}
+    assert record.final() == pytest.approx((np.mean(list(record.last.local.values())), entry["metrics"]["loss"]))
+    report = write_report(tmp_path / "report", record, record)
+    text = report.markdown.read_text() + summary_text(record, record)
+    assert "accurac" not in text.lower()
+    assert "mean local loss" in text
+    assert "PASS: mean local and global loss at most 5% above numbers" in text
+    assert summary(record)[2] == ("global loss", f"{np.mean([e['metrics']['loss'] for e in run.state.history]):.4g}")
+
+
+def test_frozen_tensors_of_the_global_model_keep_their_bits(model: Model, tmp_path: Path) -> None:
+    names = [t.name for t in model.architecture.tensors]
+    last = names[-1].rpartition(".")[0]
+    recipe = {"trainable": [f"{last}.*"], "lr": 0.1}
+    run = simulation(model, tmp_path, recipe)
+    run.run()
+    after = tensorfile.decode(run.store.read(run.state.model))
+    for name, value in model.tensors.items():
+        assert (after[name].tobytes() == value.tobytes()) == (not name.startswith(last)), name
+
+
+def test_a_pattern_of_nothing_is_refused_before_the_first_device_comes(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"recipe: frozen: no tensor is called 'backbone\.\*'"):
+        simulation(model, tmp_path, {"frozen": ["backbone.*"]}).run()
+
+
+def test_devices_whose_labels_do_not_fit_refuse_with_a_reason(model: Model, tmp_path: Path) -> None:
+    run = simulation(model, tmp_path, {"loss": "mse"})
+    for device in run._devices.values():
+        object.__setattr__(device, "data", deal(KINDS, seed=1).devices[device.name])
+    with pytest.raises(PlanError, match=r"labels for loss mse: expected numbers \[n, 10\]"):
+        run.run()
+
+
+def test_evaluation_samples_are_checked_against_the_loss(model: Model, tmp_path: Path) -> None:
+    data = deal(KINDS, seed=1)
+    source = str(tmp_path / "e.npz")
+    np.savez(source, x=data.x, y=data.y)
+    assert load_evaluation(source, model, "cross_entropy")[1].dtype == np.int64
+    with pytest.raises(DataError, match=r"e\.npz: labels for loss bce"):
+        load_evaluation(source, model, "bce")
