@@ -52,6 +52,8 @@ def follow(
                 out[node.outputs[0]] = np.array(row.any())
             continue
         reads = [i for i in node.inputs if i]
+        if node.op == "ConstantOfShape" or (node.op == "Expand" and node.inputs[0] not in out):
+            continue  # sizes say how long it is, not what is in it
         if any(i in out for i in reads) and all(i in out or i in constants for i in reads):
             for name in node.outputs:
                 if name:
