@@ -23,7 +23,7 @@ _ROLES = {
     "ConvTranspose": {1: "weight", 2: "bias"},
     "Gather": {0: "weight"},
     "Einsum": {0: "weight", 1: "weight", 2: "weight"},
-    **{op: {1: "weight", 2: "weight", 3: "bias"} for op in ("LSTM", "GRU", "RNN")},
+    **{op: {1: "weight", 2: "weight", 3: "bias", 7: "weight"} for op in ("LSTM", "GRU", "RNN")},
     **{f"{kind}Normalization": {1: "norm_scale", 2: "norm_bias"} for kind in ("Layer", "Group", "Instance")},
     "RMSNormalization": {1: "norm_scale"},
     "BatchNormalization": {1: "norm_scale", 2: "norm_bias", 3: "stat_mean", 4: "stat_var"},
