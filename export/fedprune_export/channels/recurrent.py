@@ -23,15 +23,14 @@ def recurrent(channels: Channels, node: Node) -> None:
     channels.atoms.tie(weight[2], x[2])
     channels.atoms.tie(weight[1].reshape(gates, -1), hidden)
     channels.atoms.tie(recurrence[1].reshape(gates, -1), hidden)
-    if channels.has(node, 3):
-        channels.atoms.tie(channels.of(node, 3)[1].reshape(2 * gates, -1), hidden)
-    for i in (5, 6):
+    # Bias, lengths of the sequences, first states, peepholes: what is left are directions, steps and samples.
+    for i, rows in ((3, 2 * gates), (5, 1), (6, 1), (7, 3)):
         if channels.has(node, i):
-            channels.atoms.tie(channels.of(node, i)[2], hidden)
-    if channels.has(node, 7):
-        channels.atoms.tie(channels.of(node, 7)[1].reshape(3, -1), hidden)
+            *others, units = channels.of(node, i)
+            channels.atoms.tie(units.reshape(rows, -1), hidden)
+            channels.fix(others)
     channels.fix([weight[0], recurrence[0], x[0], x[1]])
     for i, name in enumerate(node.outputs):
         if name:
-            rows: list[AtomRow] = [still(n) for n in channels.shape(name)[:-1]]
-            channels.out(node, [*rows, hidden], i)
+            lead: list[AtomRow] = [still(n) for n in channels.shape(name)[:-1]]
+            channels.out(node, [*lead, hidden], i)
