@@ -372,7 +372,7 @@ class Mixer(Tokens):
 # -- recurrent layers ------------------------------------------------------------------------------------------------
 
 
-@hard(2)
+@hard(3)
 class TwoLSTMs(Tokens):
     """Two layers, both directions."""
 

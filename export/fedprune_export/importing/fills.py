@@ -1,0 +1,59 @@
+"""Filled values: constants that are as large as a shape says, such as the first state of a recurrent layer.
+
+Exporters make one for several readers. Every reader gets its own, because readers share nothing by it: the hidden units
+of two layers can be cut on their own although both begin with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from fedprune_export.graph import Graph, Node
+from fedprune_export.operators import REARRANGEMENTS
+from fedprune_export.shape_arithmetic import SOURCES
+
+_PASSING = REARRANGEMENTS | {"Cast", "Gather", "Slice", "Split", "Concat"}
+_MOST_COPIES = 64
+"""A value with more readers than that is no state of layers."""
+
+
+def part_fills(graph: Graph, constants: Collection[str]) -> None:
+    """Give every reader of a filled value a copy of the nodes that make it.
+
+    Args:
+        graph: The graph.
+        constants: Names of initialisers that are constants.
+    """
+    fixed, sizes = set(constants), set[str]()
+    filled: set[str] = set()
+    outputs = {p.name for p in graph.outputs}
+    for node in graph.nodes:
+        if node.domain:
+            continue
+        reads = [i for i in node.inputs if i]
+        if node.op in SOURCES or all(i in sizes or i in fixed for i in reads):
+            fills = node.op in ("Expand", "ConstantOfShape") and any(i in sizes for i in reads)
+            (filled if fills else sizes).update(o for o in node.outputs if o)
+        elif node.op in _PASSING and all(i in filled or i in sizes or i in fixed for i in reads):
+            filled.update(o for o in node.outputs if o)
+    nodes: list[Node] = []
+    readers: dict[str, list[Node]] = {}
+    for node in reversed(graph.nodes):
+        copies = [node]
+        made = [o for o in node.outputs if o]
+        if made and filled.issuperset(made) and not outputs.intersection(made):
+            reading = list({id(n): n for name in made for n in readers.get(name, [])}.values())
+            copies += [_copied(graph, node, reader) for reader in reading[1:_MOST_COPIES]]
+        for copy in copies[::-1]:
+            nodes.append(copy)
+            for name in copy.inputs:
+                readers.setdefault(name, []).append(copy)
+    graph.nodes = nodes[::-1]
+
+
+def _copied(graph: Graph, node: Node, reader: Node) -> Node:
+    """A copy of a node whose outputs one reader reads instead."""
+    names = {name: graph.fresh(node.op) for name in node.outputs if name}
+    reader.inputs = [names.get(i, i) for i in reader.inputs]
+    outputs = [names.get(o, "") for o in node.outputs]
+    return Node(node.op, list(node.inputs), outputs, dict(node.attrs), outputs[0])
