@@ -89,11 +89,11 @@ def layer_norm(tape: Tape, node: Node) -> Pull:
     g, rank = tape.graph, len(shape)
     axis = int(node.attrs.get("axis", -1)) % rank
     axes, epsilon = list(range(axis, rank)), float(node.attrs.get("epsilon", 1e-5))
-    scale = tape.value(gamma)
+    scale = tape.fitted(node, 1, shape[axis:])
     dims = [shape[a] for a in axes]
     # The operator's own statistics lose digits where the mean is large; of centred values they are exact.
     centred = g.emit("Sub", x, g.emit("ReduceMean", x, attrs={"axes": axes, "keepdims": 1}))
-    inputs = [centred, scale] + ([tape.value(beta)] if beta else [])
+    inputs = [centred, scale] + ([tape.fitted(node, 2, shape[axis:])] if beta else [])
     y, rest, inverse = g.emit_many("LayerNormalization", *inputs, outputs=3, attrs={"axis": axis, "epsilon": epsilon})
     tape.enter(node.outputs[0], y, shape)
 
@@ -117,10 +117,11 @@ def layer_norm(tape: Tape, node: Node) -> Pull:
 def rms_norm(tape: Tape, node: Node) -> Pull:
     """Divided by the root of the mean square over the last axes; dx = s · (dz − z · Σ(dz · z)/n)."""
     name, gamma = node.inputs[:2]
-    x, shape, scale = tape.value(name), tape.shape(name), tape.value(gamma)
+    x, shape = tape.value(name), tape.shape(name)
     g, rank = tape.graph, len(shape)
     axes = list(range(int(node.attrs.get("axis", -1)) % rank, rank))
     dims = [shape[a] for a in axes]
+    scale = tape.fitted(node, 1, tuple(dims))
     square = g.emit("ReduceMean", g.emit("Mul", x, x), attrs={"axes": axes, "keepdims": 1})
     lifted = g.emit("Add", square, g.scalar(float(node.attrs.get("epsilon", 1e-5))))
     inverse = g.emit("Reciprocal", g.emit("Sqrt", lifted))
@@ -157,7 +158,8 @@ def group_norm(tape: Tape, node: Node) -> Pull:
         axes = [2]
     z, normal_pull = normalised(tape, tape.reshape(x, shape, apart), axes, dims, epsilon)
     z = tape.reshape(z, apart, shape)
-    scale, shift = (_column(tape, v, len(spatial)) for v in (gamma, beta))
+    vectors = (tape.fitted(node, i, shape[1:2]) for i in (1, 2))
+    scale, shift = (g.emit("Unsqueeze", v, g.ints(*[i - 1 for i in spatial])) if spatial else v for v in vectors)
     tape.enter(node.outputs[0], g.emit("Add", g.emit("Mul", z, scale), shift), shape)
 
     def pull(dy: str) -> None:
@@ -171,12 +173,6 @@ def group_norm(tape: Tape, node: Node) -> Pull:
             tape.add(name, tape.reshape(normal_pull(dz), apart, shape))
 
     return pull
-
-
-def _column(tape: Tape, name: str, spatial: int) -> str:
-    """A vector over channels, so that it broadcasts over positions."""
-    g, value = tape.graph, tape.value(name)
-    return g.emit("Unsqueeze", value, g.ints(*range(1, spatial + 1))) if spatial else value
 
 
 @rule("LpNormalization")

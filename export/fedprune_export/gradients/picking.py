@@ -1,12 +1,14 @@
-"""Gradient rules of operators that pick elements by index, or put others around them: slices, gathers, padding."""
+"""Gradient rules of operators that pick elements by index: slices and gathers."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.architecture import FIXED
 from fedprune.errors import ModelError
 from fedprune_export.gradients.tape import Dim, Pull, Shape, Tape, describe, rule
 from fedprune_export.graph import Node
@@ -31,6 +33,7 @@ def cut_out(tape: Tape, node: Node) -> Pull:
     out = list(shape)
     runs: list[tuple[int, Dim, Dim]] = []
     picks: list[tuple[int, range]] = []
+    regular: list[tuple[int, range]] = []
     for a, start, end, step in zip(axes, starts, ends, steps, strict=True):
         size = tape.extent(shape[a])
         picked = range(size)[int(start) : int(end) : step]
@@ -42,10 +45,12 @@ def cut_out(tape: Tape, node: Node) -> Pull:
             begin, stop = _run(tape, node, a, picked)
             runs.append((a, begin, stop))
             out[a] = tape.dims.difference(stop, begin)
-        else:
-            tape.static(node, [shape[a]])
+        elif isinstance(shape[a], int):
             picks.append((a, picked))
             out[a] = len(picked)
+        else:
+            regular.append((a, picked))
+            out[a] = _every(tape, node, a, picked)
     y = x
     if runs:
         where = g.ints(*[r[0] for r in runs])
@@ -53,21 +58,50 @@ def cut_out(tape: Tape, node: Node) -> Pull:
     for a, picked in picks:
         last = picked.stop if picked.stop >= 0 else -(2**31)
         y = g.emit("Slice", y, g.ints(picked.start), g.ints(last), g.ints(a), g.ints(picked.step))
+    for a, picked in regular:
+        y = g.emit("Slice", y, g.ints(picked.start), g.ints(2**62), g.ints(a), g.ints(picked.step))
     tape.enter(node.outputs[0], y, tuple(out))
 
     def pull(dy: str) -> None:
         now = list(out)
+        for a, picked in regular:
+            apart = g.emit("Unsqueeze", dy, g.ints(a + 1))
+            pads = [0] * (2 * len(shape) + 2)
+            pads[a + 1], pads[a + len(shape) + 2] = picked.start, picked.step - picked.start - 1
+            between = (*now[: a + 1], picked.step, *now[a + 1 :])
+            now[a] = shape[a]
+            dy = tape.reshape(g.emit("Pad", apart, g.ints(*pads)), between, tuple(now))
         for a, picked in picks:
             dy = scattered(tape, dy, tuple(now), a, np.array(picked), tape.extent(shape[a]))
             now[a] = shape[a]
         if runs:
-            pads: list[list[Dim]] = [[0] * len(shape), [0] * len(shape)]
-            for a, begin, stop in runs:
-                pads[0][a], pads[1][a] = begin, tape.dims.difference(shape[a], stop)
-            dy = g.emit("Pad", dy, tape.sizes(pads[0] + pads[1]))
+            dy = _put_back(tape, dy, shape, runs)
         tape.add(name, dy)
 
     return pull
+
+
+def _put_back(tape: Tape, dy: str, shape: Shape, runs: Sequence[tuple[int, Dim, Dim]]) -> str:
+    """The gradient of runs along some axes, among zeros."""
+    before: list[Dim] = [0] * len(shape)
+    after: list[Dim] = [0] * len(shape)
+    for a, begin, stop in runs:
+        before[a], after[a] = begin, tape.dims.difference(shape[a], stop)
+    return tape.graph.emit("Pad", dy, tape.sizes(before + after))
+
+
+def _every(tape: Tape, node: Node, axis: int, picked: range) -> Dim:
+    """How many elements a step along channels takes, where each channel has as many indices as several steps."""
+    name = node.inputs[0]
+    whole, found = tape.shape(name)[axis], tape.axis(name, axis)
+    size, step = tape.extent(whole), picked.step
+    count = tape.dims.quotient(whole, step) if step > 0 else None
+    even = found is not None and all((s.length if s.group == FIXED else s.inner) % step == 0 for s in found.segments)
+    if count is None or not even or picked.start >= step or len(picked) != size // step:
+        raise ModelError(
+            f"{describe(node)}: a step that is not within each channel", expected="a run of channels", got=picked
+        )
+    return count
 
 
 def _run(tape: Tape, node: Node, axis: int, picked: range) -> tuple[Dim, Dim]:
@@ -132,9 +166,12 @@ def gather(tape: Tape, node: Node) -> Pull:
     x, shape = tape.value(name), tape.shape(name)
     axis = int(node.attrs.get("axis", 0)) % len(shape)
     constant = tape.constant(node, 1)
-    (size,) = tape.static(node, [shape[axis]])
     if constant is None:
+        tape.static(node, [shape[axis]])
         return _embedding(tape, node, axis)
+    size = tape.extent(shape[axis])
+    if not isinstance(shape[axis], int):
+        return _channels(tape, node, axis, np.where(constant < 0, constant + size, constant))
     picked = np.where(constant < 0, constant + size, constant).astype(np.int64)
     g = tape.graph
     out = (*shape[:axis], *picked.shape, *shape[axis + 1 :])
@@ -147,6 +184,56 @@ def gather(tape: Tape, node: Node) -> Pull:
         tape.add(name, scattered(tape, dy, flat, axis, picked.reshape(-1), size))
 
     return pull
+
+
+def _channels(tape: Tape, node: Node, axis: int, picked: Array) -> Pull:
+    """Runs of channels in another order, or fixed indices among channels: as slices side by side."""
+    name, g = node.inputs[0], tape.graph
+    x, shape = tape.value(name), tape.shape(name)
+    runs = _runs(tape, node, axis, picked.reshape(-1).tolist())
+    where = g.ints(axis)
+    parts = [g.emit("Slice", x, tape.size(begin), tape.size(stop), where) for begin, stop in runs]
+    lengths = [tape.dims.difference(stop, begin) for begin, stop in runs]
+    y = g.emit("Concat", *parts, attrs={"axis": axis}) if len(parts) > 1 else parts[0]
+    out: Shape = (*shape[:axis], tape.total(lengths), *shape[axis + 1 :])
+    if picked.ndim == 0:
+        y, out = g.emit("Squeeze", y, where), (*shape[:axis], *shape[axis + 1 :])
+    elif picked.ndim > 1:
+        raise ModelError(f"{describe(node)}: indices into channels", expected="a vector", got=picked.shape)
+    tape.enter(node.outputs[0], y, out)
+
+    def pull(dy: str) -> None:
+        dy = g.emit("Unsqueeze", dy, where) if picked.ndim == 0 else dy
+        own = [dy]
+        if len(runs) > 1:
+            own = g.emit_many("Split", dy, tape.sizes(lengths), outputs=len(runs), attrs={"axis": axis})
+        for part, (begin, stop) in zip(own, runs, strict=True):
+            tape.add(name, _put_back(tape, part, shape, [(axis, begin, stop)]))
+
+    return pull
+
+
+def _runs(tape: Tape, node: Node, axis: int, picked: list[int]) -> list[tuple[Dim, Dim]]:
+    """Indices as runs that begin and stop between channel groups."""
+    found = tape.axis(node.inputs[0], axis)
+    out: list[tuple[Dim, Dim]] = []
+    at = 0
+    while at < len(picked):
+        length = 1
+        while at + length < len(picked) and picked[at + length] == picked[at] + length:
+            length += 1
+        begin = tape.prefix(found, picked[at]) if found is not None else None
+        stop = None
+        while found is not None and length and stop is None:
+            stop = tape.prefix(found, picked[at] + length)
+            length -= stop is None
+        if begin is None or stop is None or not length:
+            raise ModelError(
+                f"{describe(node)} picks single channels", expected="whole channel groups", got=f"index {picked[at]}"
+            )
+        out.append((begin, stop))
+        at += length
+    return out
 
 
 def _embedding(tape: Tape, node: Node, axis: int) -> Pull:
@@ -254,72 +341,3 @@ def largest(tape: Tape, node: Node) -> Pull:
             tape.add(name, _added(tape, x, places, dy, axis))
 
     return pull
-
-
-@rule("Pad")
-def pad(tape: Tape, node: Node) -> Pull:
-    """A constant around any axes (negative pads cut), or fixed axes reflected or their edges repeated."""
-    name = node.inputs[0]
-    x, shape = tape.value(name), tape.shape(name)
-    mode = str(node.attrs.get("mode", "constant"))
-    given, value, chosen = (tape.number(node, i) for i in (1, 2, 3))
-    if given is None:
-        raise ModelError(f"{describe(node)}: no pads")
-    axes = [int(a) % len(shape) for a in chosen] if chosen is not None else list(range(len(shape)))
-    half = len(given) // 2
-    pads = np.zeros((2, len(shape)), np.int64)
-    for k, a in enumerate(axes):
-        pads[0, a], pads[1, a] = given[k], given[half + k]
-    if mode != "constant":
-        return _mirrored(tape, node, pads, mode)
-    for a in range(len(shape)):
-        if (pads[:, a] < 0).any():
-            tape.static(node, [shape[a]])
-    out = tuple(tape.total([d, int(pads[:, a].sum())]) for a, d in enumerate(shape))
-    g = tape.graph
-    fill = [g.scalar(float(value.reshape(-1)[0]))] if value is not None and value.size else []
-    y = g.emit("Pad", x, g.ints(*pads.reshape(-1).tolist()), *fill)
-    tape.enter(node.outputs[0], y, out)
-    return lambda dy: tape.add(name, g.emit("Pad", dy, g.ints(*(-pads).reshape(-1).tolist())))
-
-
-_MIRRORS: tuple[Literal["reflect", "edge", "wrap"], ...] = ("reflect", "edge", "wrap")
-
-
-def _mirrored(tape: Tape, node: Node, pads: Array, mode: str) -> Pull:
-    """Padding with elements of the value itself: axis by axis they are picked."""
-    name = node.inputs[0]
-    x, shape = tape.value(name), tape.shape(name)
-    how = next((m for m in _MIRRORS if m == mode), None)
-    if how is None:
-        raise ModelError(f"{describe(node)}: padding mode", expected=["constant", *_MIRRORS], got=mode)
-    padded = [a for a in range(len(shape)) if pads[:, a].any()]
-    picks = {}
-    for a in padded:
-        (size,) = tape.static(node, [shape[a]])
-        picks[a] = _indices(node, np.arange(size), int(pads[0, a]), int(pads[1, a]), how)
-    g = tape.graph
-    steps: list[tuple[int, Shape]] = []
-    now, y = list(shape), x
-    for a in padded:
-        y = g.emit("Gather", y, g.constant(picks[a], np.int64), attrs={"axis": a})
-        now[a] = len(picks[a])
-        steps.append((a, tuple(now)))
-    tape.enter(node.outputs[0], y, tuple(now))
-
-    def pull(dy: str) -> None:
-        for a, after in reversed(steps):
-            dy = scattered(tape, dy, after, a, picks[a], tape.extent(shape[a]))
-        tape.add(name, dy)
-
-    return pull
-
-
-def _indices(node: Node, own: Array, before: int, after: int, mode: Literal["reflect", "edge", "wrap"]) -> Array:
-    """Which elements a padded axis consists of."""
-    kept = own[max(0, -before) : len(own) - max(0, -after)]
-    before, after = max(0, before), max(0, after)
-    if mode == "reflect" and max(before, after) >= len(kept):
-        raise ModelError(f"{describe(node)} reflects more than there is", expected=f"under {len(kept)}", got=before)
-    picked: Array = np.pad(kept, (before, after), mode=mode)
-    return picked

@@ -255,6 +255,18 @@ class Tape(Knowledge):
             out.append(large[0] if large else 1)
         return tuple(out)
 
+    def fitted(self, node: Node, index: int, shape: Shape) -> str:
+        """What scales or shifts a value whose last axes have `shape`; a constant with equal entries fits any width."""
+        name = node.inputs[index]
+        constant = self._source.initializers.get(name)
+        if constant is None or self.is_tensor(name) or not any(isinstance(d, str) for d in shape):
+            return self.value(name)
+        own = constant.reshape(-1)
+        if not own.size or np.any(own != own[0]):
+            return self.value(name)
+        first = self.graph.constant(np.float32(own[0]), np.float32)
+        return self.graph.emit("Expand", first, self.sizes(shape[len(shape) - constant.ndim :]))
+
     def shape_of(self, value: str) -> str:
         """A node that gives the run-time shape of a value of the training graph."""
         if value not in self._shape_values:
