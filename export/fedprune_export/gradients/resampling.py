@@ -121,30 +121,3 @@ def space_and_depth(tape: Tape, node: Node) -> Pull:
         tape.add(name, dx)
 
     return pull
-
-
-@rule("LRN")
-def local_response_norm(tape: Tape, node: Node) -> Pull:
-    """Y = x · s^−β with s = bias + α/n · (sum of x² over n neighbouring channels).
-
-    dx = dy · s^−β − 2αβ/n · x · (sum of dy · x · s^(−β−1) over the channels that x is a neighbour of).
-    """
-    name = node.inputs[0]
-    x, shape, g = tape.value(name), tape.shape(name), tape.graph
-    (channels,) = tape.static(node, shape[1:2])
-    size = int(node.attrs["size"])
-    alpha, beta = float(node.attrs.get("alpha", 1e-4)) / size, float(node.attrs.get("beta", 0.75))
-    tape.enter(node.outputs[0], g.emit("LRN", x, attrs=node.attrs), shape)
-    ahead = np.arange(channels)[None] - np.arange(channels)[:, None]
-    near = (abs(ahead) <= size // 2).astype(np.float32)  # onnxruntime has odd sizes only
-
-    def pull(dy: str) -> None:
-        flat, slope = g.emit("Reshape", x, g.ints(0, 0, -1)), g.emit("Reshape", dy, g.ints(0, 0, -1))
-        total = g.emit("MatMul", g.constant(near, np.float32), g.emit("Mul", flat, flat))
-        s = g.emit("Add", g.emit("Mul", total, g.scalar(alpha)), g.scalar(float(node.attrs.get("bias", 1.0))))
-        direct = g.emit("Mul", slope, g.emit("Pow", s, g.scalar(-beta)))
-        share = g.emit("MatMul", g.constant(near, np.float32), g.emit("Div", g.emit("Mul", direct, flat), s))
-        indirect = g.emit("Mul", g.emit("Mul", flat, share), g.scalar(2 * alpha * beta))
-        tape.add(name, g.emit("Reshape", g.emit("Sub", direct, indirect), tape.shape_of(x)))
-
-    return pull
