@@ -117,7 +117,7 @@ class TensorAxes:
                 )
 
     def narrowed(self, arrays: Mapping[str, Array], widths: Sequence[int], narrower: Sequence[int]) -> dict[str, Array]:
-        """The arrays of a submodel: copies of prefixes.
+        """The arrays of a submodel: prefixes, which may be views.
 
         Args:
             arrays: Tensors, and arrays of their shape that belong to them (`name::momentum`), at `widths`. What
@@ -129,7 +129,7 @@ class TensorAxes:
         for name, value in arrays.items():
             axes = self.axes.get(name.partition("::")[0])
             if axes is not None and len(axes) == value.ndim:
-                out[name] = np.ascontiguousarray(value[self._prefix(axes, widths, narrower)])
+                out[name] = np.asarray(value[self._prefix(axes, widths, narrower)], order="C")
         return out
 
     def write_back(
