@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from dataclasses import replace
 from typing import Any
@@ -143,6 +144,50 @@ def test_a_step_with_every_combination_of_features(model: Model, features: Featu
     got = session.run(fed)
     assert set(got) == set(exact)
     assert far(got, exact, usual) == []
+
+
+EVERYTHING = replace(
+    ALL,
+    label_smoothing=True,
+    optimizer="adamw",
+    clip=True,
+    accumulate=True,
+    squares=True,
+    sample_losses=True,
+    ordered_dropout=True,
+    frozen=("conv1.*",),
+)
+
+
+def test_all_features_go_together(model: Model) -> None:
+    """Outputs on demand agree with the gradient and the loss of the same step, and there is nothing else."""
+    graph = training_graph(model, EVERYTHING)
+    session = Session(graph.to_bytes(), training=True)
+    trained = [t.name for t in model.architecture.trainable if t.name != "conv1.weight"]
+    fed = {n: v for n, v in feeds(model, EVERYTHING, 9).items() if n in session.inputs}
+    fed |= {step.BETA1: np.array(0.9), step.BETA2: np.array(0.99), step.STEP_NUMBER: np.array(1)}
+    numbers = (step.EPSILON, step.CLIP_NORM, step.LABEL_SMOOTHING, step.DIVISOR)
+    fed |= {n: np.array(v, np.float32) for n, v in zip(numbers, (1e-8, 0.1, 0.2, 9), strict=True)}
+    for name in trained:
+        zero = np.zeros_like(fed[name])
+        fed |= {f(name): zero for f in (step.buffer, step.second, step.total, step.squares)}
+        fed[step.anchor(name)] = fed[name]  # no pull, so that the objective's gradient is the data loss's
+    got = session.run(fed)
+    assert set(fed) == set(session.inputs)
+    per_tensor = (step.buffer, step.second, step.total, step.squares)
+    wanted = {step.LOSS, step.HITS, step.SAMPLE_LOSSES, *(step.gradient(n) for n in trained)}
+    wanted |= {step.following(n) for n in (*trained, "norm.running_mean", "norm.running_var")}
+    assert set(got) == wanted | {step.following(f(n)) for n in trained for f in per_tensor}
+    assert got[step.SAMPLE_LOSSES].sum() / 9 == pytest.approx(float(got[step.LOSS]), rel=1e-6)
+    for name in trained:
+        squares = got[step.following(step.squares(name))]
+        np.testing.assert_allclose(squares, got[step.gradient(name)] ** 2, rtol=1e-5, atol=1e-12)
+    assert all(np.isfinite(v).all() for v in got.values())
+    assert json.loads(session.metadata[step.AXES])["sizes"] == list(model.architecture.sizes)
+
+
+def test_the_axes_of_tensors_are_written_only_for_ordered_dropout(model: Model) -> None:
+    assert training_graph(model, replace(EVERYTHING, ordered_dropout=False)).metadata == {}
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 33])
