@@ -42,7 +42,7 @@ class Session:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.enable_mem_pattern = False
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails comes as an exception; the log would print it a second time
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if training:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
