@@ -6,7 +6,7 @@ transposed, and back. As one transposition no axis of heads is ever merged with 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fedprune_export.channels.reshapes import BATCH, common_factors, extents
 from fedprune_export.graph import Graph, Node
@@ -46,15 +46,37 @@ def _merge(graph: Graph, node: Node, makers: Mapping[str, Node], seen: Trace) ->
         return
     factors, spans = found
     order = [factor for place in perm for factor in spans[place]]
-    free = [f % BATCH == 0 for f in factors]
-    if [factors[f] for f in order] != after or sum(free) > 1:
+    moved = [factors[f] for f in order]
+    exact = moved == after
+    parted = _hides_batch(before, between) and not _hides_batch(factors, after)
+    if not exact and not (parted and _merges(moved, after)):
+        return
+    if sum(f % BATCH == 0 for f in factors) > 1:
         return
     source = maker.inputs[0]
     if factors != before:
-        source = graph.emit(
-            "Reshape", source, graph.ints(*(-1 if f else n for f, n in zip(free, factors, strict=True)))
-        )
-    node.op, node.inputs, node.attrs = "Transpose", [source], {"perm": order}
+        source = graph.emit("Reshape", source, _target(graph, factors))
+    if exact:
+        node.op, node.inputs, node.attrs = "Transpose", [source], {"perm": order}
+    else:
+        node.inputs = [graph.emit("Transpose", source, attrs={"perm": order}), _target(graph, after)]
+        node.attrs.pop("allowzero", None)
+
+
+def _hides_batch(before: Sequence[int], between: Sequence[int]) -> bool:
+    """Whether a reshape merges the batch with another axis."""
+    return any(b % BATCH == 0 and b not in before for b in between)
+
+
+def _merges(fine: Sequence[int], coarse: Sequence[int]) -> bool:
+    """Whether every coarse axis is made of whole fine ones."""
+    found = common_factors(fine, coarse)
+    return found is not None and found[0] == list(fine)
+
+
+def _target(graph: Graph, sizes: Sequence[int]) -> str:
+    """A target of a reshape with the batch free."""
+    return graph.ints(*(-1 if n % BATCH == 0 else n for n in sizes))
 
 
 def _extents(seen: Trace, name: str) -> list[int] | None:
