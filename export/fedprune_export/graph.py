@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from fedprune.errors import ModelError
+from fedprune.errors import ModelError, shown
 from fedprune_export.target_opset import NORMAL_OPSET, at_opset
 
 Array = npt.NDArray[Any]
@@ -24,6 +24,8 @@ Dim = int | str | None
 
 TRAINING_OPSET = NORMAL_OPSET
 """Loaded by every onnxruntime since 1.13."""
+
+_TYPES = frozenset(helper.get_all_tensor_dtypes())
 
 _IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 
@@ -209,8 +211,9 @@ class Graph:
         proto = model.graph
         if proto.sparse_initializer:
             raise ModelError("the model has sparse tensors", hint="Export it with dense weights.")
+        _check_text(proto)
         opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-        initializers = {t.name: _array(t) for t in proto.initializer}
+        initializers = {t.name: read_tensor(t) for t in proto.initializer}
         nodes: list[Node] = []
         for n in proto.node:
             attrs = {a.name: _attribute(n, a) for a in n.attribute}
@@ -239,25 +242,50 @@ class Graph:
         return graph
 
 
-def _array(tensor: onnx.TensorProto) -> Array:
+def _check_text(graph: onnx.GraphProto) -> None:
+    """Make sure that all names are text: protobuf hands on what isn't as bytes."""
+    texts: list[object] = [graph.name, *(t.name for t in graph.initializer)]
+    for n in graph.node:
+        texts += [n.name, n.op_type, n.domain, *n.input, *n.output, *(a.name for a in n.attribute)]
+    for value in (*graph.input, *graph.output):
+        texts += [value.name, *(d.dim_param for d in value.type.tensor_type.shape.dim)]
+    odd = next((t for t in texts if not isinstance(t, str)), None)
+    if odd is not None:
+        raise ModelError("a name in the model is not UTF-8 text", got=shown(odd))
+
+
+def read_tensor(tensor: onnx.TensorProto) -> Array:
+    """The numbers of a tensor.
+
+    Raises:
+        ModelError: They lie in another file, are of no known type, or are more or fewer than its shape says.
+    """
+    name = shown(tensor.name)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        raise ModelError(f"tensor {tensor.name} lies in another file", hint="Load the model with its external data.")
-    return np.array(numpy_helper.to_array(tensor), order="C")  # 0-d stays 0-d, unlike ascontiguousarray
+        raise ModelError(f"tensor {name} lies in another file", hint="Load the model with its external data.")
+    try:
+        return np.array(numpy_helper.to_array(tensor), order="C")  # 0-d stays 0-d, unlike ascontiguousarray
+    except (KeyError, TypeError, ValueError) as error:
+        reason = error if isinstance(error, ValueError) else "its type is unknown"
+        raise ModelError(f"tensor {name} can't be read ({str(reason)[:200]})") from error
 
 
 def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> Any:
     if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
         raise ModelError(
-            f"node {node.name or node.op_type} has a sub-graph ({node.op_type})",
+            f"node {shown(node.name or node.op_type)} has a sub-graph ({node.op_type})",
             hint="Control flow can't be cut or trained; export the model without If, Loop and Scan.",
         )
-    value = helper.get_attribute_value(attribute)
-    if isinstance(value, onnx.TensorProto):
-        return _array(value)
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [v.decode() if isinstance(v, bytes) else v for v in value]
+    try:
+        value = helper.get_attribute_value(attribute)
+        if isinstance(value, onnx.TensorProto):
+            return read_tensor(value)
+        if isinstance(value, bytes):
+            return value.decode()
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return [v.decode() if isinstance(v, bytes) else v for v in value]
+    except ValueError as error:  # of no known type, or text that isn't UTF-8
+        raise ModelError(f"attribute {shown(attribute.name)} of {shown(node.op_type)} can't be read") from error
     return value
 
 
@@ -276,9 +304,12 @@ def _constant_value(attrs: Mapping[str, Any]) -> Array:
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:
-    if not value.type.HasField("tensor_type"):
-        raise ModelError(f"{value.name} is not a tensor", hint="Sequences, maps and optionals are not supported.")
     tensor = value.type.tensor_type
+    if not value.type.HasField("tensor_type") or tensor.elem_type not in _TYPES:
+        raise ModelError(
+            f"{shown(value.name)} is not a tensor of a known type",
+            hint="Sequences, maps and optionals are not supported.",
+        )
     dims: list[Dim] = [d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim]
     return Port(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)), tuple(dims))
 

@@ -18,7 +18,7 @@ from fedprune_export.importing.model_file import check, parse, read_model_file
 from fedprune_export.importing.normalise import normalise
 from fedprune_export.importing.preparation import prepared
 from fedprune_export.importing.timm_models import PREFIX, timm_model, timm_name
-from fedprune_export.importing.torch_export import export_torch, factory_product
+from fedprune_export.importing.torch_export import export_torch, factory_product, reason
 
 __all__ = ["PARAMETERS_KEY", "export_torch", "import_onnx", "load", "read_source"]
 
@@ -117,6 +117,18 @@ def import_onnx(
     Raises:
         ModelError: It is damaged, or uses what can't be handled.
     """
+    try:
+        return _imported(raw, name, output, parameters, prefer)
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the model can't be understood ({type(error).__name__}: {reason(error)})",
+            hint="If it runs elsewhere, please report this with the model.",
+        ) from error
+
+
+def _imported(
+    raw: bytes, name: str, output: str | None, parameters: Sequence[str] | None, prefer: Prefer | None
+) -> Model:
     given = parse(raw, whole=False)
     proto = prepared(given)
     check(proto)

@@ -19,18 +19,21 @@ from fedprune.session import Session
 from fedprune.step import LOGITS, RESERVED, X
 from fedprune_export.graph import Graph, Port
 from fedprune_export.importing.comparison import compare
+from fedprune_export.importing.fills import part_fills
 from fedprune_export.importing.lowering import lower, upgraded
 from fedprune_export.importing.metadata import shown_names
 from fedprune_export.importing.norm_patterns import find_norms
 from fedprune_export.importing.patterns import find_activations
 from fedprune_export.importing.roles import CONSTANT_PREFIX, find_kinds, name_constants, untie
 from fedprune_export.importing.simplification import bypass, drop_idle, simplify
+from fedprune_export.importing.soundness import check_nodes
 from fedprune_export.importing.transpositions import merge_transpositions
 from fedprune_export.shape_arithmetic import follow
 from fedprune_export.trace import Trace, sample_input, trace
 
 Array = npt.NDArray[Any]
 
+_ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Clip", "Max", "Min"})
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
@@ -74,6 +77,7 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, 
     graph = Graph.from_proto(upgraded(model))
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     notes: list[str] = []
+    check_nodes(graph)
     _check_ports(graph)
     _name_nodes(graph)
     graph.prune()
@@ -81,6 +85,7 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, 
     loaded = [n for n in model.graph.node if n.op_type != "Constant" or n.domain]
     usable = len(loaded) == len(graph.nodes) and len({n.name for n in model.graph.node}) == len(model.graph.node)
     drop_idle(graph)
+    constants |= _plain_numbers(graph)
     if parameters is not None:
         constants = {n for n in graph.initializers if n not in parameters}
     names = _rename(graph, constants, notes)
@@ -103,6 +108,7 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, 
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     if parameters is None:
         untie(graph, constants, notes)
+    part_fills(graph, constants)
     kinds = find_kinds(graph, constants, listed, notes)
     _check_finite(graph, kinds)
     name_constants(graph, kinds)
@@ -111,6 +117,17 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, 
     _check_types(graph, seen)
     compare(before, output, graph, softmax)
     return Normalised(graph, kinds, seen, notes, names)
+
+
+def _plain_numbers(graph: Graph) -> set[str]:
+    """Initialisers that no author means to train: integers, and single numbers that scale, shift or bound."""
+    readers = graph.consumers()
+    return {
+        name
+        for name, value in graph.initializers.items()
+        if value.dtype != np.float32
+        or (value.size == 1 and all(n.op in _ARITHMETIC and not n.domain for n, _ in readers.get(name, [])))
+    }
 
 
 def _check_ports(graph: Graph) -> None:

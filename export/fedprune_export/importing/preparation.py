@@ -10,6 +10,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from fedprune.errors import ModelError, shown
+from fedprune_export.graph import read_tensor
+from fedprune_export.importing.model_file import check
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, without_sequences
 
 MOST_NODES = 200_000
@@ -34,6 +36,8 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     operators = {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx")}
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     grouped = 18 <= opset < 21 and "GroupNormalization" in operators
+    if not grouped and (model.functions or "If" in operators or operators & SEQUENCE_OPERATORS):
+        check(model)
     if not grouped and "If" not in operators and not operators & SEQUENCE_OPERATORS:
         return model
     out = onnx.ModelProto()
@@ -105,7 +109,7 @@ def _take_branches(graph: onnx.GraphProto) -> None:
             ):
                 nodes.append(node)
                 continue
-            yes = bool(numpy_helper.to_array(condition).reshape(-1)[0])
+            yes = bool(read_tensor(condition).reshape(-1)[0])
             branch = next((a.g for a in node.attribute if a.name == ("then_branch" if yes else "else_branch")), None)
             if branch is None or len(branch.output) != len(node.output):
                 raise ModelError(f"If {shown(node.name)} lacks a branch")

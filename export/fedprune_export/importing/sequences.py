@@ -11,6 +11,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from fedprune.errors import ModelError, shown
+from fedprune_export.graph import read_tensor
 
 Array = npt.NDArray[Any]
 
@@ -95,7 +96,7 @@ class _Writer:
         if total is None:
             raise ModelError(f"SplitToSequence {shown(node.name)} splits an axis of unknown size")
         if split is None or split.ndim == 0:
-            each = 1 if split is None else int(split)
+            each = 1 if split is None else int(split.reshape(-1)[0])
             if not each > 0 or total // each > _MOST_PARTS:
                 raise ModelError(
                     f"SplitToSequence {shown(node.name)}", expected="a few parts", got=f"{total} by {each}"
@@ -103,6 +104,8 @@ class _Writer:
             sizes = [min(each, total - i) for i in range(0, total, each)]
         else:
             sizes = [int(s) for s in split.reshape(-1)[:_MOST_PARTS]]
+        if not sizes:
+            raise ModelError(f"SplitToSequence {shown(node.name)} makes no parts")
         if split is None and not attrs.get("keepdims", 1):
             parts = [self._name(node.output[0]) for _ in sizes]
             for i, part in enumerate(parts):
@@ -187,10 +190,10 @@ class _Writer:
         tensor = self._tensors.get(node.input[index])
         if tensor is None:
             raise ModelError(f"{node.op_type} {shown(node.name)} takes computed numbers", expected="constant numbers")
-        try:
-            return np.asarray(numpy_helper.to_array(tensor))
-        except (TypeError, ValueError) as error:
-            raise ModelError(f"tensor {shown(node.input[index])} can't be read ({error})") from error
+        found = read_tensor(tensor)
+        if found.dtype.kind not in "iu":
+            raise ModelError(f"{node.op_type} {shown(node.name)}", expected="integers", got=found.dtype)
+        return found
 
     def _size(self, value: str, axis: int) -> int | None:
         """The size of an axis."""

@@ -11,6 +11,9 @@ from fedprune_export.graph import Graph, Node
 from fedprune_export.trace import Trace
 
 _KEEPING = frozenset({"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
+_ENDLESS = 2**31 - 1
+"""Where slices end that go to the end of any axis."""
+
 _NEUTRAL = {"Mul": 1.0, "Div": 1.0, "Add": 0.0, "Sub": 0.0, "Pow": 1.0}
 """What an operator's second operand must be for it to do nothing; the first too where the order doesn't matter."""
 
@@ -145,6 +148,10 @@ def _drop_neutral(graph: Graph, seen: Trace, constants: Container[str]) -> None:
     """Take out products with one, sums with zero and expansions to the shape that a value has."""
     outputs = {p.name for p in graph.outputs}
     for node in list(graph.nodes):
+        if node.op == "Slice" and not node.domain and _is_whole(graph, seen, node):
+            node.inputs = node.inputs[:1]
+            bypass(graph, node, outputs)
+            continue
         if node.domain or len(node.inputs) != 2 or node.outputs[0] not in seen.shapes:
             continue
         for x, other in (node.inputs, node.inputs[::-1]):
@@ -164,3 +171,15 @@ def _drop_neutral(graph: Graph, seen: Trace, constants: Container[str]) -> None:
                 node.inputs = [x]
                 bypass(graph, node, outputs)
                 break
+
+
+def _is_whole(graph: Graph, seen: Trace, node: Node) -> bool:
+    """Whether a slice takes everything."""
+    arguments = [graph.initializers.get(i) for i in node.inputs[1:] if i]
+    if any(a is None for a in arguments) or not {node.inputs[0], node.outputs[0]} <= seen.shapes.keys():
+        return False
+    starts, ends = (a.tolist() for a in arguments[:2] if a is not None)
+    steps = graph.initializers[node.inputs[4]] if len(node.inputs) > 4 and node.inputs[4] else np.ones(1)
+    whole = all(s == 0 and e >= _ENDLESS for s, e in zip(starts, ends, strict=True))
+    sizes = seen.dims(node.inputs[0])
+    return bool((steps == 1).all()) and (whole or (None not in sizes and sizes == seen.dims(node.outputs[0])))

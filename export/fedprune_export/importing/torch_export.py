@@ -62,6 +62,7 @@ def export_torch(made: Any, *, input_shape: Sequence[int] | None = None, name: s
                 external_data=False,
                 verbose=False,
             )
+        _separate_names(program.model.graph)
         proto: onnx.ModelProto = program.model_proto
     except Exception as error:
         raise ModelError(
@@ -100,6 +101,16 @@ def _sample(module: Any, example: Any, input_shape: Sequence[int] | None, name: 
         raise ModelError(f"{name}: type of the input", expected="float32 or int64", got=dtype)
     device = next((p.device for p in module.parameters()), "cpu")
     return torch.zeros((2, *map(int, shape)), device=device, dtype=dtype)
+
+
+def _separate_names(graph: Any) -> None:
+    """Rename values that the exporter calls as it calls a tensor or an earlier value, such as a buffer `index`."""
+    taken = {*graph.initializers, *(i.name for i in graph.inputs)}
+    for node in graph:
+        for value in node.outputs:
+            while value.name in taken:
+                value.name += "_"
+            taken.add(value.name)
 
 
 def _list_tensors(torch: Any, module: Any, proto: onnx.ModelProto, name: str) -> None:
