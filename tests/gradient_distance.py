@@ -28,6 +28,12 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 FLOOR = 1e-6
 """A relative distance that counts as none."""
 
+FLIPS = 10
+"""Times the least distance, from which on a decision must have fallen to the other side."""
+
+SPARE_FLIPS = 2
+"""So many more batches may flip than torch's do: which ones do is chance."""
+
 NOTHING = 1e-7
 """Up to this share of all gradients' size a tensor's gradient is measured by that size: it cancels to nothing."""
 
@@ -48,10 +54,23 @@ class Distances:
     ours_each: dict[str, list[float]] = field(default_factory=dict)
     torch_each: dict[str, list[float]] = field(default_factory=dict)
 
+    def flipped(self, far: list[float]) -> list[float]:
+        """The batches of an engine in which a decision of a ReLU or maximum fell to the other side.
+
+        They are off by a multiple of what is the least for either engine: a gradient that is wrong is so in each batch.
+        """
+        return [d for d in far if d > FLIPS * max(FLOOR, min(*self.ours, *self.torch))]
+
+    def calm(self, far: list[float]) -> float:
+        """The median of an engine's other batches; of all, where there are none."""
+        flips = self.flipped(far)
+        return statistics.median([d for d in far if d not in flips] or far)
+
     @property
     def near(self) -> bool:
-        """Whether ours is no further off than twice torch's, by medians."""
-        return statistics.median(self.ours) <= max(FLOOR, 2 * statistics.median(self.torch))
+        """Whether ours is no further off than twice torch's: by medians of the batches in which nothing flipped."""
+        more = len(self.flipped(self.ours)) - len(self.flipped(self.torch))
+        return more <= SPARE_FLIPS and self.calm(self.ours) <= max(FLOOR, 2 * self.calm(self.torch))
 
     def excess(self, tensor: str) -> float:
         """How many times as far off as torch's (or the floor) our gradient of a tensor is, by medians."""

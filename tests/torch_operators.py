@@ -231,7 +231,7 @@ def _reshape(a: Mapping[str, Any], x: Tensor, target: Tensor) -> Tensor:
     sizes = target.tolist()
     if not a.get("allowzero"):
         sizes = [x.shape[i] if n == 0 else n for i, n in enumerate(sizes)]
-    return x.reshape(sizes)
+    return x.reshape(tuple(sizes))
 
 
 @operator("Flatten")

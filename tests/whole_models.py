@@ -48,7 +48,7 @@ def _ours(kind: type[nn.Module]) -> Callable[[], nn.Module]:
 
 
 def _timm(name: str, **arguments: Any) -> Callable[[], nn.Module]:
-    return lambda: scattered(zoo.timm_model(name, **arguments))
+    return lambda: settled(scattered(zoo.timm_model(name, **arguments)))
 
 
 def scattered(module: nn.Module, seed: int = 1) -> nn.Module:
@@ -72,51 +72,84 @@ def scattered(module: nn.Module, seed: int = 1) -> nn.Module:
     return module
 
 
+def settled(module: nn.Module, seed: int = 2) -> nn.Module:
+    """The module with batch-norm statistics that nearly fit its layers, as those of a trained network do.
+
+    With statistics that don't fit, a deep network's values grow from layer to layer until float32 says nothing. The
+    same happens where a variance is next to nothing, so none is.
+    """
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    generator = torch.Generator().manual_seed(seed)
+    module.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    with torch.no_grad():
+        module(torch.from_numpy(pictures(np.random.default_rng(seed), (16, *module.input_shape))))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.eval()
+            norm.momentum = momentum
+            if norm.running_mean is not None and norm.running_var is not None:
+                spread = norm.running_var.sqrt()
+                norm.running_mean.add_(0.05 * spread * torch.randn(spread.shape, generator=generator))
+                norm.running_var.mul_(1 + 0.2 * torch.rand(spread.shape, generator=generator)).add_(0.01)
+    return module
+
+
+def pictures(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Coarse coloured patches with grain, each picture with a brightness and contrast of its own."""
+    n, c, h, w = shape
+    coarse = rng.standard_normal((n, c, 4, 4)).repeat(-(-h // 4), 2).repeat(-(-w // 4), 3)[:, :, :h, :w]
+    x = coarse * rng.uniform(0.5, 2, (n, 1, 1, 1)) + rng.standard_normal((n, c, 1, 1))
+    return (x + 0.3 * rng.standard_normal(shape)).astype(np.float32)
+
+
 OURS: dict[str, Whole] = {
-    "lenet": Whole(nets.lenet, 4, 0.3),
-    "vgg11_bn": Whole(nets.vgg11_bn, 8, 0.3),
-    "resnet20_bn": Whole(nets.resnet20_bn, 12, 0.3),
-    "concat_net": Whole(nets.concat_net, 4, 0.5),
-    "unet": Whole(_ours(whole_cnns.UNet), 1, 0.9),
-    "sensor_net": Whole(_ours(whole_cnns.SensorNet), 1, 0.9),
-    "group_norm_resnet": Whole(_ours(whole_cnns.GroupNormResNet), 1, 0.9),
-    "shufflenet_v2": Whole(_ours(whole_cnns.ShuffleNetV2), 1, 0.9),
-    "glu": Whole(_ours(whole_cnns.GatedLinearUnits), 1, 0.9),
-    "gate": Whole(_ours(whole_cnns.GateOfOneChannel), 1, 0.9),
-    "chunk_and_concat": Whole(_ours(whole_cnns.ChunkAndConcat), 1, 0.9),
-    "squeeze_and_excite": Whole(_ours(whole_cnns.SqueezeAndExcite), 1, 0.9),
-    "padded_shortcuts": Whole(_ours(whole_cnns.PaddedShortcuts), 1, 0.9),
-    "inception": Whole(_ours(whole_cnns.Inception), 1, 0.9),
-    "grouped": Whole(_ours(whole_cnns.Grouped), 1, 0.9),
-    "ghost": Whole(_ours(whole_cnns.Ghost), 1, 0.9),
-    "feature_pyramid": Whole(_ours(whole_cnns.FeaturePyramid), 1, 0.9),
-    "conv_mixer": Whole(_ours(whole_cnns.ConvMixer), 1, 0.9),
-    "video": Whole(_ours(whole_cnns.Video), 1, 0.9),
-    "vision_transformer": Whole(_ours(whole_sequences.VisionTransformer), 1, 0.9),
-    "encoder": Whole(_ours(whole_sequences.Encoder), 1, 0.9),
-    "swin": Whole(_ours(whole_sequences.Swin), 1, 0.9),
-    "mlp_mixer": Whole(_ours(whole_sequences.MLPMixer), 1, 0.9),
-    "lstm": Whole(_ours(whole_sequences.LSTMClassifier), 1, 0.9),
-    "gru": Whole(_ours(whole_sequences.GRUClassifier), 1, 0.9),
-    "embedded": Whole(_ours(whole_sequences.Embedded), 1, 0.9, vocabulary=50),
-    "tied_language_model": Whole(_ours(whole_sequences.TiedLanguageModel), 1, 0.9, vocabulary=40),
-    "perceptron": Whole(_ours(whole_sequences.Perceptron), 1, 0.9),
+    "lenet": Whole(nets.lenet, 4, 0.27),
+    "vgg11_bn": Whole(nets.vgg11_bn, 8, 0.26),
+    "resnet20_bn": Whole(nets.resnet20_bn, 12, 0.26),
+    "concat_net": Whole(nets.concat_net, 4, 0.43),
+    "unet": Whole(_ours(whole_cnns.UNet), 7, 0.28),
+    "sensor_net": Whole(_ours(whole_cnns.SensorNet), 3, 0.32),
+    "group_norm_resnet": Whole(_ours(whole_cnns.GroupNormResNet), 5, 0.27),
+    "shufflenet_v2": Whole(_ours(whole_cnns.ShuffleNetV2), 7, 0.51),
+    "glu": Whole(_ours(whole_cnns.GatedLinearUnits), 3, 0.29),
+    "gate": Whole(_ours(whole_cnns.GateOfOneChannel), 2, 0.31),
+    "chunk_and_concat": Whole(_ours(whole_cnns.ChunkAndConcat), 6, 0.3),
+    "squeeze_and_excite": Whole(_ours(whole_cnns.SqueezeAndExcite), 4, 0.41),
+    "padded_shortcuts": Whole(_ours(whole_cnns.PaddedShortcuts), 3, 0.36),
+    "inception": Whole(_ours(whole_cnns.Inception), 5, 0.41),
+    "grouped": Whole(_ours(whole_cnns.Grouped), 2, 0.45),
+    "ghost": Whole(_ours(whole_cnns.Ghost), 3, 0.31),
+    "feature_pyramid": Whole(_ours(whole_cnns.FeaturePyramid), 5, 0.3),
+    "conv_mixer": Whole(_ours(whole_cnns.ConvMixer), 3, 0.43),
+    "video": Whole(_ours(whole_cnns.Video), 2, 0.39),
+    "vision_transformer": Whole(_ours(whole_sequences.VisionTransformer), 5, 0.35),
+    "encoder": Whole(_ours(whole_sequences.Encoder), 5, 0.29),
+    "swin": Whole(_ours(whole_sequences.Swin), 6, 0.33),
+    "mlp_mixer": Whole(_ours(whole_sequences.MLPMixer), 3, 0.42),
+    "lstm": Whole(_ours(whole_sequences.LSTMClassifier), 1, 0.35),
+    "gru": Whole(_ours(whole_sequences.GRUClassifier), 2, 0.31),
+    "embedded": Whole(_ours(whole_sequences.Embedded), 3, 0.35, vocabulary=50),
+    "tied_language_model": Whole(_ours(whole_sequences.TiedLanguageModel), 3, 0.32, vocabulary=40),
+    "perceptron": Whole(_ours(whole_sequences.Perceptron), 2, 0.4),
 }
 """Small ones: all of them are tested each time."""
 
 PUBLISHED: dict[str, Whole] = {
-    "resnet18": Whole(_timm("resnet18"), 1, 0.9),
-    "resnet50": Whole(_timm("resnet50"), 1, 0.9),
-    "mobilenetv2_100": Whole(_timm("mobilenetv2_100"), 1, 0.9),
-    "mobilenetv3_small_100": Whole(_timm("mobilenetv3_small_100"), 1, 0.9),
-    "efficientnet_b0": Whole(_timm("efficientnet_b0"), 1, 0.9),
-    "convnext_atto": Whole(_timm("convnext_atto"), 1, 0.9),
-    "regnetx_002": Whole(_timm("regnetx_002"), 1, 0.9),
-    "densenet121": Whole(_timm("densenet121"), 1, 0.9),
-    "vit_tiny_patch16_224": Whole(_timm("vit_tiny_patch16_224", img_size=64), 1, 0.9),
-    "ghostnet_050": Whole(_timm("ghostnet_050"), 1, 0.9),
-    "repvgg_a0": Whole(_timm("repvgg_a0"), 1, 0.9),
-    "mobilevit_xxs": Whole(_timm("mobilevit_xxs"), 1, 0.9),
+    "resnet18": Whole(_timm("resnet18"), 12, 0.26),
+    "resnet50": Whole(_timm("resnet50"), 37, 0.26),
+    "mobilenetv2_100": Whole(_timm("mobilenetv2_100"), 25, 0.28),
+    "mobilenetv3_small_100": Whole(_timm("mobilenetv3_small_100"), 27, 0.28),
+    "efficientnet_b0": Whole(_timm("efficientnet_b0"), 40, 0.28),
+    "convnext_atto": Whole(_timm("convnext_atto"), 16, 0.27),
+    "regnetx_002": Whole(_timm("regnetx_002"), 18, 0.29),
+    "densenet121": Whole(_timm("densenet121"), 120, 0.27),
+    "vit_tiny_patch16_224": Whole(_timm("vit_tiny_patch16_224", img_size=64), 25, 0.3),
+    "ghostnet_050": Whole(_timm("ghostnet_050"), 31, 0.27),
+    "repvgg_a0": Whole(_timm("repvgg_a0"), 5, 0.26),
+    "mobilevit_xxs": Whole(_timm("mobilevit_xxs"), 40, 0.41, stays=("mixes channels",)),
 }
 """timm's, for images of 64 pixels."""
 
