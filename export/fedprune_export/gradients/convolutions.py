@@ -60,9 +60,8 @@ def conv(tape: Tape, node: Node) -> Pull:
     """
     data, weight = node.inputs[:2]
     w = window(tape, node, tape.static(node, tape.shape(weight)[2:]))
-    groups = int(node.attrs.get("group", 1))
-    number, taken = tape.blocks(node, data, 1, groups)
-    made = tape.blocks(node, weight, 0, groups)[1]
+    number, taken = _groups(tape, node, data, 1)
+    _, made = _groups(tape, node, weight, 0)
     layer = convolution(tape, node, w, number, (taken, made))
     x, bias = tape.value(data), _bias(tape, node)
     y = layer.apply(x, bias)
@@ -87,8 +86,7 @@ def conv_transpose(tape: Tape, node: Node) -> Pull:
     """
     data, weight = node.inputs[:2]
     w = transposed_window(tape, node)
-    groups = int(node.attrs.get("group", 1))
-    number, made = tape.blocks(node, data, 1, groups)
+    number, made = _groups(tape, node, data, 1)
     taken = tape.shape(weight)[1]
     layer = convolution(tape, node, w, number, (taken, made))
     x, bias = tape.value(data), _bias(tape, node)
@@ -146,6 +144,12 @@ def transposed_window(tape: Tape, node: Node) -> Window:
             got=list(sizes),
         )
     return Window(sizes, kernel, tuple(strides), tuple(dilations), tuple(pads), output)
+
+
+def _groups(tape: Tape, node: Node, name: str, axis: int) -> tuple[Dim, Dim]:
+    """How many groups an axis of channels has, and how long they are."""
+    groups = int(node.attrs.get("group", 1))
+    return tape.blocks(node, name, axis, groups) if groups > 1 else (1, tape.shape(name)[axis])
 
 
 def _bias(tape: Tape, node: Node) -> list[str]:
