@@ -213,6 +213,7 @@ class Workbench:
             inference=offer.inference.sha256,
             weights=weights.sha256,
             offset=None if offset is None else tuple(map(float, offset)),
+            loss=recipe.loss,
         )
         return Trained(update, model)
 

@@ -27,8 +27,9 @@ from fedprune.errors import ConfigError, DataError, ExitCode, ProfileError, Prot
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.wire.topics import EVERYONE, check_device, check_name
-from fedprune_device.data import why_unreadable
-from fedprune_device.labels import log_prior
+from fedprune_device.data import checked_inputs, checked_samples, why_unreadable
+from fedprune_device.labels import log_prior, targets
+from fedprune_device.predictions import described, judged
 from fedprune_device.predictor import Predictor
 from fedprune_device.slots import Slots
 
@@ -187,14 +188,17 @@ def _predict(arguments: argparse.Namespace) -> int:
     if arguments.bundle is not None:
         bundle = open_bundle(arguments.bundle)
         predictor = Predictor(arguments.bundle, threads=arguments.threads)
-        class_names = bundle.class_names
+        class_names, loss = bundle.class_names, bundle.recipe.loss
         if arguments.data is not None:
             from fedprune_device.data import load_data
 
-            offset = log_prior(load_data(arguments.data).y_train, bundle.architecture.classes)
+            if loss != "cross_entropy":
+                raise ConfigError(f"--data with a model of loss {loss!r}", expected="one that predicts one class")
+            classes = bundle.architecture.classes
+            offset = log_prior(targets(load_data(arguments.data).y_train, loss, classes), classes)
     else:
         predictor, record = _slots(arguments.state).open(arguments.threads)
-        offset = record.logit_offset()
+        offset, loss = record.logit_offset(), record.loss
     x, y = _inputs(arguments.input)
     logits = predictor.predict(x)
     if offset is not None:
@@ -203,9 +207,10 @@ def _predict(arguments: argparse.Namespace) -> int:
         with arguments.output.open("wb") as file:
             np.save(file, logits)
     else:
-        _print_top(logits, arguments.top, class_names)
+        for line in described(logits, loss, arguments.top, class_names):
+            print(line)
     if y is not None and len(y):
-        print(f"accuracy {np.mean(np.argmax(logits, axis=1) == y):.4f} on {len(y)} samples", file=sys.stderr)
+        print(judged(logits, y, loss), file=sys.stderr)
     return int(ExitCode.OK)
 
 
@@ -222,7 +227,7 @@ def _slots(state: Path) -> Slots:
     return Slots(state / "serving")
 
 
-def _inputs(path: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any] | None]:
+def _inputs(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
     try:
         with path.open("rb") as raw:
             found = np.load(raw, allow_pickle=False)
@@ -238,20 +243,12 @@ def _inputs(path: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any] | Non
         ) from error
     if not x.shape or not len(x):
         raise DataError(f"{path} holds no samples", expected="inputs [n, ...]", got=x.shape)
-    if x.dtype.kind != "f" or not np.isfinite(x).all():
-        raise DataError(f"{path}: inputs", expected="finite float32 numbers", got=x.dtype)
-    if y is not None and y.shape != x.shape[:1]:
-        raise DataError(f"{path}: labels", expected=x.shape[:1], got=y.shape)
-    return np.asarray(x, np.float32), y
-
-
-def _print_top(logits: npt.NDArray[np.float32], count: int, names: tuple[str, ...]) -> None:
-    z = logits.astype(np.float64)
-    shares = np.exp(z - z.max(axis=1, keepdims=True))
-    shares /= shares.sum(axis=1, keepdims=True)
-    for i, row in enumerate(shares):
-        best = np.argsort(-row, kind="stable")[:count]
-        print(f"{i}: " + ", ".join(f"{names[c] if c < len(names) else c} {row[c]:.4f}" for c in best))
+    try:
+        if y is None:
+            return checked_inputs(x), None
+        return checked_samples(x, y)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _identify(arguments: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ class LocalData:
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):
-            x, y = _checked(getattr(self, f"x_{split}"), getattr(self, f"y_{split}"), split)
+            x, y = checked_samples(getattr(self, f"x_{split}"), getattr(self, f"y_{split}"), split)
             object.__setattr__(self, f"x_{split}", x)
             object.__setattr__(self, f"y_{split}", y)
         if not len(self.y_train):
@@ -134,7 +134,7 @@ def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, 
             if name is None:
                 raise DataError("array 'x' is missing", got=", ".join(map(str, found)) or "nothing")
             found = found[name]
-        x = _checked_inputs(np.asarray(found), "unlabelled")
+        x = checked_inputs(np.asarray(found), "unlabelled")
         check_type(x, token_ids)
         if shape is not None:
             check_shape(x, shape)
@@ -195,9 +195,19 @@ def _found(source: str, seed: int, device: str) -> object:
     )
 
 
-def _checked(x: object, y: object, split: str) -> tuple[Array, Array]:
+def checked_samples(x: object, y: object, split: str = "") -> tuple[Array, Array]:
+    """Samples and labels in the types that `LocalData` has.
+
+    Args:
+        x: Inputs [n, ...].
+        y: Labels.
+        split: What they are, for messages.
+
+    Raises:
+        DataError: Types, lengths or shapes don't fit, or a number is out of range.
+    """
     labels, kind = _checked_labels(np.asarray(y), split), f"{split} " if split else ""
-    inputs = _checked_inputs(np.asarray(x), split)
+    inputs = checked_inputs(np.asarray(x), split)
     if len(inputs) != len(labels):
         raise DataError(f"number of {kind}labels", expected=len(inputs), got=len(labels))
     return inputs, labels
@@ -227,7 +237,8 @@ def _checked_labels(labels: Array, split: str) -> Array:
     return labels
 
 
-def _checked_inputs(inputs: Array, split: str) -> Array:
+def checked_inputs(inputs: Array, split: str = "") -> Array:
+    """Inputs as float32 or int64; arguments and errors are those of `checked_samples`."""
     kind = f"{split} " if split else ""
     if inputs.dtype.kind != "f" and inputs.dtype not in (np.int32, np.int64):
         raise DataError(f"type of {kind}inputs", expected="float32", got=inputs.dtype, hint=_SCALE)
@@ -320,7 +331,7 @@ def _assemble(arrays: object, seed: int, device: str) -> LocalData:
         raise DataError("test data", expected="both x_test and y_test, or neither")
     if "x_test" in found:
         return LocalData(x, y, np.asarray(found["x_test"]), np.asarray(found["y_test"]))
-    x, y = _checked(x, y, "")  # before the split, so that an error names the sample by its place in the source
+    x, y = checked_samples(x, y, "")  # before the split, so that an error names the sample by its place in the source
     order = keyed(seed, "split", device).permutation(len(y))
     aside = int(len(y) * TEST_SHARE)
     train, test = np.sort(order[aside:]), np.sort(order[:aside])

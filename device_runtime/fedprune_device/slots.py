@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from fedprune.disk import file_digest, storage_errors
 from fedprune.errors import ModelError, StorageError
+from fedprune.recipe import LOSSES
 from fedprune_device import durable
 from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
 
@@ -39,6 +40,7 @@ class Serving:
         weights: sha256 of the weights.
         offset: Added to the logits of own predictions, where the recipe adjusts logits.
         slot: Where it lies.
+        loss: What it was trained with.
     """
 
     job: str
@@ -48,6 +50,7 @@ class Serving:
     weights: str
     offset: tuple[float, ...] | None = None
     slot: str = ""
+    loss: str = "cross_entropy"
 
     def logit_offset(self) -> npt.NDArray[np.float32] | None:
         """The offset as an array."""
@@ -61,7 +64,10 @@ class Serving:
             StorageError: It is not what this class writes.
         """
         try:
-            values = {f.name: body[f.name] for f in fields(cls)}
+            values = {f.name: body[f.name] for f in fields(cls) if f.name != "loss"}
+            values["loss"] = body.get("loss", "cross_entropy")  # records of older agents have none
+            if values["loss"] not in LOSSES:
+                raise ValueError(values["loss"])
             if values["slot"] not in _NAMES:
                 raise ValueError(values["slot"])
             if values["offset"] is not None:

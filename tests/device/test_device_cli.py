@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,3 +250,37 @@ def test_identify_says_what_fits_and_why(capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert out.startswith(f"{found['profile']}: {found['title']}\n")
     assert all(f"because of {e}" in out for e in found["evidence"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "y", "lines", "verdict"),
+    [
+        ("bce", [[1, 0, 1], [1, 1, 0]], ["0: ant 0.8808, cat 0.5000", "1: ant 0.8808, cat 0.5000"], "accuracy 0.6667"),
+        (
+            "mse",
+            [[2.0, -1.0, 0.0], [2.0, -1.0, 3.0]],
+            ["0: ant 2, bee -1, cat 0", "1: ant 2, bee -1, cat 0"],
+            "loss 1.5",
+        ),
+    ],
+)
+def test_predictions_are_told_by_what_the_model_was_trained_for(
+    tmp_path: Path, bundle: Path, capsys: Capture, loss: str, y: list[Any], lines: list[str], verdict: str
+) -> None:
+    (bundle / "weights.safetensors").write_bytes(
+        tensorfile.encode({"w": np.zeros((3, 6), np.float32), "b": np.array([2, -1, 0], np.float32)})
+    )
+    opened = json.loads((bundle / MANIFEST).read_text())
+    selection = Selection.from_json(
+        (bundle / "submodel.json").read_bytes(), Architecture.from_json((bundle / "architecture.json").read_bytes())
+    )
+    files = {name: (bundle / name).read_bytes() for name in FILES}
+    names = tuple(opened["class_names"])
+    (bundle / MANIFEST).write_text(manifest(files, selection, Recipe(loss=loss), opened["target"], names))
+    np.savez(tmp_path / "d.npz", x=np.ones((2, 6), np.float32), y=np.array(y))
+    arguments = ["predict", "--bundle", str(bundle), "--input", str(tmp_path / "d.npz"), "--top", "2"]
+    assert cli.main(arguments) == ExitCode.OK
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == lines
+    assert shown.err.startswith(verdict)
+    assert cli.main([*arguments, "--data", str(tmp_path / "d.npz")]) == ExitCode.CONFIG
