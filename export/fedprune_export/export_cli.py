@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedprune import profile_store
 from fedprune.cli import seconds, whole_number
-from fedprune.errors import BundleError, ExitCode, FedpruneError, UsageError
+from fedprune.errors import BundleError, DataError, ExitCode, FedpruneError, ModelError, UsageError
 from fedprune.plan import DENSITIES, plan
 from fedprune.prediction import predict
 from fedprune.probe_report import ProbeReport
@@ -20,7 +20,7 @@ from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
 from fedprune.scoring import ranks, score
 from fedprune.selection import Selection
-from fedprune.session import Session
+from fedprune.session import Array, Session
 from fedprune.step import LOGITS, X
 from fedprune_export import terminal
 from fedprune_export.options import (
@@ -280,4 +280,11 @@ class _Job:
 
 def _score(data: LabelledData, graph: bytes) -> float:
     session = Session(graph)
-    return data.score(lambda x: session.run({X: x})[LOGITS])
+
+    def outputs(x: Array) -> Array:
+        try:
+            return session.run({X: x})[LOGITS]
+        except ModelError as error:
+            raise DataError(f"the model doesn't take the samples of --data ({error})") from error
+
+    return data.score(outputs)

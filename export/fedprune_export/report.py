@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from fedprune import __version__, session
-from fedprune.costs import Costs, costs_at, layer_macs
+from fedprune.costs import FLOAT, Costs, costs_at, layer_macs
 from fedprune.plan import Plan
 from fedprune.prediction import Prediction
 from fedprune.selection import Selection
@@ -44,6 +44,7 @@ class LayerRow:
         weight: Its weight tensor; empty where two values are multiplied.
         shapes: The weight's shape at full width and as cut; None without a weight.
         macs: Multiplications of one sample's forward pass, at full width and as cut.
+        activation_bytes: What it makes of one sample, at full width and as cut.
     """
 
     name: str
@@ -51,6 +52,7 @@ class LayerRow:
     weight: str
     shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
     macs: tuple[int, int]
+    activation_bytes: tuple[int, int]
 
     @property
     def parameters(self) -> tuple[int, int]:
@@ -146,20 +148,26 @@ class Report:
         )
 
     def layers(self) -> tuple[LayerRow, ...]:
-        """Everything that multiplies, before and after, in the model's order."""
+        """Everything that takes time, before and after, in the model's order."""
         architecture, widths = self.model.architecture, self.selection.widths
         full = {t.name: t.shape for t in architecture.tensors}
         now = self.selection.shapes()
         rows = []
         for layer in architecture.layers:
-            macs = (
-                layer_macs(architecture, layer, architecture.sizes, full),
-                layer_macs(architecture, layer, widths, now),
+            before, after = (
+                (layer_macs(architecture, layer, w, shapes), FLOAT * layer.makes.size(w, architecture.sizes))
+                for w, shapes in ((architecture.sizes, full), (widths, now))
             )
-            if not macs[0]:  # it takes time, but doesn't multiply
-                continue
+            shapes = full.get(layer.weight), now.get(layer.weight)
             rows.append(
-                LayerRow(layer.name, layer.op, layer.weight, (full.get(layer.weight), now.get(layer.weight)), macs)
+                LayerRow(
+                    layer.name,
+                    layer.op,
+                    layer.weight,
+                    shapes,
+                    macs=(before[0], after[0]),
+                    activation_bytes=(before[1], after[1]),
+                )
             )
         return tuple(rows)
 
@@ -185,8 +193,7 @@ class Report:
                     "name": r.name,
                     "op": r.op,
                     "weight": r.weight,
-                    "before": {"shape": list(r.shapes[0] or ()), "parameters": r.parameters[0], "macs": r.macs[0]},
-                    "after": {"shape": list(r.shapes[1] or ()), "parameters": r.parameters[1], "macs": r.macs[1]},
+                    **{side: _layer_figures(r, i) for i, side in enumerate(("before", "after"))},
                 }
                 for r in self.layers()
             ],
@@ -235,7 +242,7 @@ class Report:
             lines.append(f"| {group.name} | {group.size} | {width} | {_cell(places(architecture.summary(i)))} |")
         lines += ["", "## Layers", "", "| layer | operator | before | after | multiplications | left |"]
         lines.append("|---|---|---:|---:|---:|---:|")
-        for r in self.layers():
+        for r in filter(lambda row: row.macs[0], self.layers()):
             before, after = r.shown()
             lines.append(f"| {_cell(f'`{r.title}`')} | {r.op} | {before} | {after} | {r.macs[0]:,} | {r.macs[1]:,} |")
         lines += ["", "## Files", "", "| file | bytes |", "|---|---:|"]
@@ -262,6 +269,15 @@ _TITLES = (
     ("latency_j", "energy of a prediction, predicted", "J"),
 )
 """Figures of `Costs` and `Prediction` by name, with title and unit."""
+
+
+def _layer_figures(row: LayerRow, side: int) -> dict[str, Any]:
+    return {
+        "shape": list(row.shapes[side] or ()),
+        "parameters": row.parameters[side],
+        "macs": row.macs[side],
+        "activation_bytes": row.activation_bytes[side],
+    }
 
 
 def score(accuracy: Accuracy, value: float) -> str:

@@ -26,6 +26,9 @@ svg .cut { fill: var(--cut) } svg .kept { fill: var(--kept) } .scroll { overflow
 """
 
 
+_LAYERS = ("layer", "operator", "weight", "as cut", "multiplications", "as cut", "bytes made", "as cut")
+
+
 def page(report: Report) -> str:
     """The page.
 
@@ -42,7 +45,7 @@ def page(report: Report) -> str:
         (g.name, f"{g.size:,}", f"{w:,}", places(architecture.summary(i), 40).replace("`", ""))
         for i, (g, w) in enumerate(zip(architecture.groups, widths, strict=True))
     ]
-    layers = [(r.title, r.op, *r.shown(), f"{r.macs[0]:,}", f"{r.macs[1]:,}") for r in report.layers()]
+    layers = [(r.title, r.op, *r.shown(), *(f"{n:,}" for n in (*r.macs, *r.activation_bytes))) for r in report.layers()]
     parts = [
         f"<h1>{_text(title)}</h1>",
         _paragraph(
@@ -59,8 +62,8 @@ def page(report: Report) -> str:
         _paragraph("Output channels of every layer: the whole bar before, its dark part after."),
         f'<div class="scroll">{pictures.layer_widths(architecture, widths)}</div>',
         _details(
-            "Shapes and multiplications",
-            _table(("layer", "operator", "before", "after", "multiplications", "left"), layers, words=(1,)),
+            "Shapes, multiplications and activations of one sample",
+            _table(_LAYERS, layers, words=(1,)),
         ),
         "<h2>Files</h2>",
         _table(("file", "bytes"), [(n, f"{size:,}") for n, size in report.sizes.items()]),

@@ -199,6 +199,22 @@ def test_without_onnx_the_extra_is_named(lenet_file: Path, tmp_path: Path) -> No
     assert "fedprune[export]" in done.stderr
 
 
+def test_a_terminal_sees_what_is_being_done(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names in square brackets are names, not styles."""
+    told: list[str] = []
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("rich.status.Status.update", lambda self, text: told.append(text))
+    odd = tmp_path / "[bold]lenet.onnx"
+    odd.write_bytes(lenet_file.read_bytes())
+
+    assert export(odd, tmp_path / "b", "--density", "0.5") == ExitCode.OK
+
+    assert told[0] == f"importing {tmp_path}/\\[bold]lenet.onnx"
+    assert told[-1] == "writing"
+
+
 def test_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profiles", "list"]) == ExitCode.OK
     assert "raspberry-pi-5" in capsys.readouterr().out

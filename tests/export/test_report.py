@@ -65,7 +65,7 @@ class Page(HTMLParser):
 
 
 def test_the_layers_are_those_of_the_files(bundle: Path, digits: Path) -> None:
-    layers = json.loads((bundle / "report.json").read_text())["layers"]
+    layers = [r for r in json.loads((bundle / "report.json").read_text())["layers"] if r["weight"]]
     small = tensorfile.load(bundle / "weights.safetensors")
     whole = {t.name: tuple(t.dims) for t in onnx.load(digits).graph.initializer}
 
@@ -74,6 +74,20 @@ def test_the_layers_are_those_of_the_files(bundle: Path, digits: Path) -> None:
         assert tuple(row["after"]["shape"]) == small[row["weight"]].shape
         assert tuple(row["before"]["shape"]) == whole[row["weight"]]
         assert row["after"]["parameters"] == small[row["weight"]].size
+
+
+def test_activations_are_what_the_graph_makes(bundle: Path) -> None:
+    """Every row's bytes are those of the value that its node makes of one sample, as onnxruntime makes it."""
+    proto = onnx.load(bundle / "inference.onnx")
+    made = {n.name: n.output[0] for n in proto.graph.node}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=v) for v in made.values() if v != "logits")
+    out = Session(proto.SerializeToString()).run({"x": np.zeros((1, 1, 8, 8), np.float32)})
+
+    rows = json.loads((bundle / "report.json").read_text())["layers"]
+
+    assert len(rows) > 4
+    for row in rows:
+        assert row["after"]["activation_bytes"] == out[made[row["name"]]].nbytes
 
 
 def test_multiplications_add_up(bundle: Path) -> None:
@@ -197,6 +211,51 @@ def test_a_file_that_is_no_data_ends_with_the_code_of_data(
     assert export(digits, tmp_path / "b", "--data", str(tmp_path / "data.npz")) == ExitCode.DATA
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "b").exists()
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    """A net that reads three identifiers below 20 and tells 5 classes apart."""
+    random = np.random.default_rng(1)
+    held = {"table": (20, 6), "hidden": (18, 8), "head": (8, 5)}
+    nodes = [
+        onnx.helper.make_node("Gather", ["table", "x"], ["e"]),
+        onnx.helper.make_node("Flatten", ["e"], ["f"]),
+        onnx.helper.make_node("MatMul", ["f", "hidden"], ["h"]),
+        onnx.helper.make_node("Relu", ["h"], ["r"]),
+        onnx.helper.make_node("MatMul", ["r", "head"], ["y"]),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "tokens",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.INT64, ["N", 3])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 5])],
+        [onnx.numpy_helper.from_array(random.standard_normal(v).astype(np.float32), n) for n, v in held.items()],
+    )
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "tokens.onnx")
+    return tmp_path / "tokens.onnx"
+
+
+def test_identifiers_are_whole_numbers_that_the_model_knows(
+    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 20, (9, 3)), random.integers(0, 5, 9)
+    np.savez(tmp_path / "good.npz", x=x.astype(np.int32), y=y)
+    np.savez(tmp_path / "float.npz", x=x.astype(np.float32), y=y)
+    np.savez(tmp_path / "far.npz", x=x + 20, y=y)
+
+    codes = [
+        export(tokens, tmp_path / f"b-{name}", "--data", str(tmp_path / f"{name}.npz"))
+        for name in ("good", "float", "far")
+    ]
+
+    assert codes == [ExitCode.OK, ExitCode.DATA, ExitCode.DATA]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "type of x: expected whole numbers" in said[0]
+    assert "the model doesn't take the samples of --data" in said[1]
 
 
 def test_labels_of_every_kind_are_scored(digits: Path, tmp_path: Path) -> None:
