@@ -368,3 +368,71 @@ def test_vectors_of_places() -> None:
     constants = {"depth": ints(6), "values": np.array([0, 1], np.float32)}
     oracle = lambda w, t: F.one_hot(t, 6).to(w.dtype) @ w  # noqa: E731
     check(nodes, oracle, data, {"w": (6, "c"), "t": ("N",)}, constants, sums=True, narrow={"c": 2})
+
+
+@pytest.mark.parametrize("op", ["Expand", "ConstantOfShape"])
+def test_a_state_of_zeros_is_as_long_as_there_are_channels(op: str) -> None:
+    """It is computed from the batch and numbers alone, one of which is a number of channels."""
+    make = [node("Expand", "zero", "s", out="h")] if op == "Expand" else [node("ConstantOfShape", "s", out="h")]
+    nodes = [
+        node("Shape", "x", out="shape"),
+        node("Slice", "shape", "from", "to", out="n"),
+        node("Concat", "n", "six", out="s", axis=0),
+        *make,
+        node("MatMul", "h", "w", out="m"),
+        node("Add", "m", "x"),
+    ]
+    data, shapes = {"x": normal(3, 6), "w": normal(6, 6, seed=1)}, {"x": ("N", "c"), "w": ("c", "c")}
+    constants = {"from": ints(0), "to": ints(1), "six": ints(6), "zero": floats(0)}
+    check(nodes, lambda x, w: (x * 0) @ w + x, data, shapes, constants, values={"h": ("N", "c")}, narrow={"c": 4})
+
+
+def test_every_second_channel_where_each_has_two_indices() -> None:
+    """GLU with neighbouring halves."""
+    nodes = [
+        node("Slice", "x", "zero", "end", "one", "two", out="p"),
+        node("Slice", "x", "one", "end", "one", "two", out="q"),
+        node("Sigmoid", "q", out="s"),
+        node("Mul", "p", "s"),
+    ]
+    constants = {"zero": ints(0), "one": ints(1), "two": ints(2), "end": ints(2**62)}
+    oracle = lambda x: x[:, ::2] * x[:, 1::2].sigmoid()  # noqa: E731
+    check(nodes, oracle, {"x": normal(3, 12, 4)}, {"x": ("N", "g*2", 4)}, constants, narrow={"g": 2})
+
+
+def test_a_step_across_channels_is_refused_by_name() -> None:
+    constants = {"zero": ints(0), "one": ints(1), "two": ints(2), "end": ints(2**62)}
+    nodes = [node("Slice", "x", "zero", "end", "one", "two")]
+    with pytest.raises(ModelError, match=r"the_Slice.*step"):
+        differentiated(nodes, {"x": normal(3, 12)}, {"x": ("N", "c")}, constants)
+
+
+def test_whole_groups_of_channels_in_another_order() -> None:
+    nodes = [
+        node("Gather", "x", "i", axis=1, out="g"),
+        node("Mul", "g", "w", out="m"),
+        node("ReduceSum", "a", out="s", keepdims=0),
+        node("Mul", "m", "s"),
+    ]
+    data = {"a": normal(3, seed=2), "x": normal(3, 12, 4), "w": normal(20, 1, seed=1)}
+    shapes = {"a": ("f",), "x": ("N", "f+2+g", 4), "w": ("f+g+3+g", 1)}
+    constants = {"i": ints(0, 1, 2, *range(5, 12), 3, 4, 3, *range(5, 12))}
+
+    def oracle(a: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        f, two, g = x.split([len(a), 2, x.shape[1] - 2 - len(a)], 1)
+        return torch.cat([f, g, two, two[:, :1], g], 1) * w * a.sum()
+
+    check(nodes, oracle, data, shapes, constants, sums=True, narrow={"f": 2, "g": 3})
+
+
+def test_a_fixed_index_among_channels_leaves_its_axis() -> None:
+    data, shapes = {"a": normal(3, seed=2), "x": normal(3, 5, 4)}, {"a": ("f",), "x": ("N", "f+2", 4)}
+    nodes = [node("Gather", "x", "i", axis=1, out="g"), node("ReduceSum", "a", out="s", keepdims=0)]
+    nodes += [node("Mul", "g", "s")]
+    oracle = lambda a, x: x[:, -2] * a.sum()  # noqa: E731
+    check(nodes, oracle, data, shapes, {"i": np.array(-2, np.int64)}, sums=True, narrow={"f": 1})
+
+
+def test_single_channels_of_a_run_are_refused_by_name() -> None:
+    with pytest.raises(ModelError, match=r"the_Gather.*single channels"):
+        differentiated([node("Gather", "x", "i", axis=1)], {"x": normal(3, 5)}, {"x": ("N", "c")}, {"i": ints(4, 0)})

@@ -210,6 +210,21 @@ def multiple_of_batch(tape: Tape, size: int) -> Dim:
     return tape.product([BATCH, times]) if times and not rest else size
 
 
+@rule("ConstantOfShape")
+def constant_of_shape(tape: Tape, node: Node) -> None:
+    """Equal numbers, as many as there are channels: no gradient passes."""
+    known = tape.known(node.outputs[0])
+    out: list[Dim] = []
+    if known is None:
+        target = tape.target_shape(node, 0)
+        out += [multiple_of_batch(tape, int(t)) for t in target.reshape(-1)] if target is not None else []
+    else:
+        for i, d in enumerate(known):
+            out.append(tape.traced_shape(node.outputs[0])[i] if d is None else d)
+    y = tape.graph.emit("ConstantOfShape", tape.sizes(out), attrs=node.attrs)
+    tape.enter(node.outputs[0], y, tuple(out))
+
+
 @rule("Tile")
 def tile(tape: Tape, node: Node) -> Pull:
     """Repeated whole along axes; the gradient is summed over the repetitions."""

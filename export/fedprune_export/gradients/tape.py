@@ -325,7 +325,9 @@ class Tape(Knowledge):
         derived = any(i in self._arithmetic for i in inputs) and all(
             i in self._arithmetic or (i in self._source.initializers and not self.is_tensor(i)) for i in inputs
         )
-        if node.op in ("Shape", "Size") or derived:
+        # What is as long as there are channels is data, even if it is computed from nothing else: states of zeros.
+        long = any(isinstance(d, str) for o in node.outputs if o for d in self.known(o) or ())
+        if node.op in ("Shape", "Size") or (derived and not long):
             self._arithmetic.update(dict.fromkeys(node.outputs, node))
             return True
         return False
