@@ -355,6 +355,21 @@ class SwinBlock(Images):
         return self.merge(self.merge_norm(x)).permute(0, 3, 1, 2)
 
 
+@hard(2)
+class FoldedPatches(Images):
+    """MobileViT: channels folded into the batch with the rows of patches, attention between patches, and back."""
+
+    def build(self) -> None:
+        self.attention, self.last = nn.Linear(8, 8), conv(8, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.reshape(-1, 4, 2).reshape(x.shape[0] * 8 * 4, 2, 4, 2).transpose(1, 2).reshape(-1, 8, 16, 4)
+        y = y.transpose(1, 3)
+        y = y + torch.relu(self.attention(y))
+        y = y.transpose(1, 3).reshape(x.shape[0] * 8 * 4, 4, 2, 2).transpose(1, 2).reshape(-1, 8, 8, 8)
+        return self.last(y)
+
+
 @hard(3)
 class Mixer(Tokens):
     """Layers across the tokens and across the channels."""
@@ -509,9 +524,9 @@ class LRNNet(Images):
         return self.last(self.norm(x))
 
 
-@hard(1)
+@hard(3)
 class WeightStandardised(Images):
-    """Weights of zero mean and unit variance per output channel: what such a layer reads stays."""
+    """Weights of zero mean and unit variance per output channel, over what is kept of the input channels."""
 
     def build(self) -> None:
         self.second, self.last = conv(8, 8), conv(8, 8)
@@ -522,7 +537,7 @@ class WeightStandardised(Images):
         return self.last(torch.relu(functional.conv2d(x, w, self.second.bias, padding=1)))
 
 
-@hard(1)
+@hard(3)
 class WeightNormed(Images):
     """torch's weight norm: a direction and a length per output channel."""
 

@@ -3,7 +3,8 @@
 Weights stay as they are. Lost channels are multiplied by zero where they are contracted: at the inputs of convolutions,
 matrix products, recurrent layers and sums. In between they hold what they hold, since no operator mixes them with kept
 ones; zero weights instead would make weights that are normalised in the graph divide by zero. A norm that averages over
-channels averages over those that are kept: that is what the smaller network does, and all that it can do.
+channels averages over those that are kept, be it of activations or of weights (weight standardisation, weight norm):
+that is what the smaller network does, and all that it can do.
 """
 
 from __future__ import annotations
@@ -140,6 +141,21 @@ def _sum(masks: _Masks, node: Node) -> bool:
     return False
 
 
+def _mean(masks: _Masks, node: Node) -> bool:
+    """A mean over what is kept of a weight; over data no channels are lost."""
+    rank = masks.rank(node.inputs[0])
+    axes = sorted({int(a) % rank for a in node.attrs.get("axes", range(rank))})
+    found = {a: m for a in axes if (m := masks.of(node.inputs[0], a)) is not None}
+    if not found:
+        return False
+    count = math.prod(float(found[a].sum()) if a in found else masks.length(node.inputs[0], a) for a in axes)
+    masks.apply(node, 0, axes)
+    attrs = {"keepdims": node.attrs.get("keepdims", 1)}
+    total = masks.graph.emit("ReduceSum", node.inputs[0], masks.graph.ints(*axes), attrs=attrs)
+    masks.graph.emit("Div", total, masks.graph.scalar(count), out=node.outputs[0])
+    return True
+
+
 def _layer_norm(masks: _Masks, node: Node) -> bool:
     rank = masks.rank(node.inputs[0])
     first = int(node.attrs.get("axis", -1)) % rank
@@ -234,5 +250,6 @@ _CHANGES: dict[str, _Change] = {
     "MatMul": _matmul,
     "RMSNormalization": _layer_norm,
     "RNN": _recurrent,
+    "ReduceMean": _mean,
     **dict.fromkeys(ADDING, _sum),
 }

@@ -39,13 +39,12 @@ def pooling(channels: Channels, node: Node) -> None:
 def reduction(channels: Channels, node: Node) -> None:
     """The axes that are left pass. Of those reduced away channels stay, because cutting them would change the result,
 
-    unless the result is a sum over data: the channels that are lost are those that would add nothing to it. A sum over
-    weights alone (a weight's norm) counts all of them.
+    unless the result is a sum (the channels that are lost are those that add nothing to it) or normalises weights: a
+    weight's mean or length is taken over what is kept of it, as a layer norm's is.
     """
     x = channels.of(node, 0)
     gone = reduced_axes(channels, node)
-    adds = node.op in ADDING and channels.follows_data(node)
-    if not adds:
+    if node.op not in ADDING and (node.op != "ReduceMean" or channels.follows_data(node)):
         if any(x[a].any() for a in gone):
             channels.notes.append(f"{node.op} {node.name} reduces over channels: they stay.")
         channels.fix([x[a] for a in gone])
