@@ -82,7 +82,7 @@ def to_torch(arguments: argparse.Namespace) -> int:
 
     source = _source(arguments)
     if isinstance(source, Bundle):
-        into = None if arguments.into is None else read_model(arguments, arguments.into)
+        into = None if arguments.into is None else read_model(arguments, arguments.into, source.architecture.name)
         tensors = conversion.bundle_tensors(source, into)
     elif arguments.into is not None:
         raise UsageError("--into is for bundles", hint="A whole model's weights are in their places already.")

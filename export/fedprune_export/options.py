@@ -68,12 +68,13 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_model(arguments: argparse.Namespace, source: str | None = None) -> Model:
+def read_model(arguments: argparse.Namespace, source: str | None = None, name: str | None = None) -> Model:
     """Import the model that a command line names.
 
     Args:
         arguments: The parsed command line.
         source: The model, where it is not `arguments.model`.
+        name: What to call it where the command line doesn't say; an architecture is only equal under the same name.
 
     Raises:
         ModelError: It can't be imported.
@@ -82,7 +83,7 @@ def read_model(arguments: argparse.Namespace, source: str | None = None) -> Mode
     """
     from fedprune_export.importing import load
 
-    chosen: dict[str, Any] = {"name": arguments.name, "input_shape": arguments.input_shape}
+    chosen: dict[str, Any] = {"name": arguments.name or name, "input_shape": arguments.input_shape}
     if arguments.output is not None:
         chosen["output"] = arguments.output
     if arguments.prefer is not None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fedprune.bundle import open_bundle
 from fedprune.errors import ExitCode, FedpruneError
 from fedprune_export import terminal
 from fedprune_export.options import MODEL_HELP, add_model_options, read_model
@@ -41,8 +42,10 @@ def verify(arguments: argparse.Namespace) -> int:
     passed: list[dict[str, str]] = []
     try:
         with terminal.progress() as tell:
-            tell("importing the model" if arguments.model else "checking the bundle")
-            model = read_model(arguments) if arguments.model else None
+            model = None
+            if arguments.model:
+                tell(f"importing {arguments.model}")
+                model = read_model(arguments, name=open_bundle(arguments.bundle).architecture.name)
             tell("checking the bundle")
             for check in verification.verify(arguments.bundle, model):
                 passed.append({"check": check.name, "found": check.found})

@@ -233,9 +233,9 @@ def test_the_command_says_what_it_checked(
     files: dict[str, bytes], half: Selection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = written(tmp_path / "b", files, half)
-    (tmp_path / "digits.onnx").write_bytes(digits_model())
+    (tmp_path / "renamed.onnx").write_bytes(digits_model())
 
-    assert main(["verify", str(folder), "--model", str(tmp_path / "digits.onnx")]) == ExitCode.OK
+    assert main(["verify", str(folder), "--model", str(tmp_path / "renamed.onnx")]) == ExitCode.OK
 
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [*CHECKS, "model"]
