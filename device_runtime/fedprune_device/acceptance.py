@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fedprune import step
 from fedprune.costs import storage_bytes
 from fedprune.errors import PlanError, StorageFullError
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
 from fedprune.wire.messages import Accepted, Cancelled, Offer, Update
 from fedprune_device.store import DeviceStore
-
-_WEIGHT_COPIES = 5
-"""Arrays of the size of all weights that training can't do without: received, current, next, two buffers."""
 
 
 def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | None) -> None:
@@ -28,7 +26,7 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
         StorageFullError: Its files don't fit on the disk.
         PlanError: It is beyond what the profile allows.
     """
-    Recipe.from_dict(offer.recipe)
+    recipe = Recipe.from_dict(offer.recipe)
     lacking = [r for r in (offer.weights, offer.training, offer.inference) if not store.blobs.has(r.sha256)]
     needed = sum(r.size for r in lacking) + 2 * offer.weights.size
     free = store.free_bytes() + store.reclaimable_bytes(offer)
@@ -43,13 +41,22 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
             expected=f"at most {profile.storage.budget_bytes} bytes",
             got=total,
         )
-    memory = _WEIGHT_COPIES * offer.weights.size
+    memory = _copies(recipe) * offer.weights.size
     if memory > profile.training_bytes:
         raise PlanError(
             "the offered model needs more memory than the profile allows",
             expected=f"at most {profile.training_bytes} bytes",
             got=f"{memory} and more",
         )
+
+
+def _copies(recipe: Recipe) -> int:
+    """Arrays of the size of all weights that training can't do without.
+
+    Those are the weights as received, now and next, and the optimiser's state now and next. Which tensors are frozen
+    only the training graph says, so that a recipe that freezes some is held to the weights alone.
+    """
+    return 1 if recipe.frozen or recipe.trainable else 3 + 2 * len(step.states(recipe.optimizer))
 
 
 def same_work(one: Offer, other: Offer) -> bool:
