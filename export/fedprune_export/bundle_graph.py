@@ -1,4 +1,4 @@
-"""A bundle's inference graph with its weights inside."""
+"""A bundle's inference graph with its weights inside, and the model that it was cut from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from fedprune import tensorfile
 from fedprune.bundle import INFERENCE, WEIGHTS, Bundle
 from fedprune.errors import BundleError
 from fedprune_export.graph import Graph
+from fedprune_export.imported import Model
 
 
 def inference_graph(bundle: Bundle) -> Graph:
@@ -43,3 +44,18 @@ def inference_graph(bundle: Bundle) -> Graph:
     graph = Graph.from_proto(proto)
     graph.initializers = {**{t.name: tensors[t.name] for t in outside}, **graph.initializers}
     return graph
+
+
+def check_origin(bundle: Bundle, model: Model) -> None:
+    """Make sure that a bundle was cut from a model.
+
+    Raises:
+        BundleError: It belongs to another architecture.
+    """
+    if bundle.architecture.digest != model.architecture.digest:
+        raise BundleError(
+            f"{bundle.folder} was not cut from {model.architecture.name} as it was imported here",
+            expected=f"architecture {bundle.architecture.digest[:12]}",
+            got=model.architecture.digest[:12],
+            hint="Give the model of the export, with the same --output, --parameters and --prefer.",
+        )

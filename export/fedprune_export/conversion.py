@@ -18,7 +18,7 @@ from fedprune.architecture import Architecture, TensorKind
 from fedprune.bundle import WEIGHTS, Bundle
 from fedprune.disk import write_whole
 from fedprune.errors import BundleError, MissingExtraError, UsageError
-from fedprune_export.bundle_graph import inference_graph
+from fedprune_export.bundle_graph import check_origin, inference_graph
 from fedprune_export.graph import Graph
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
@@ -108,7 +108,7 @@ def bundle_tensors(bundle: Bundle, into: Model | None = None) -> dict[str, Array
     tensors = tensorfile.load(bundle.path(WEIGHTS))
     if into is None:
         return dict(tensors)
-    into.check(bundle.selection)
+    check_origin(bundle, into)
     return dict(bundle.selection.scatter(tensors, into.tensors))
 
 

@@ -13,7 +13,7 @@ from fedprune import step, tensorfile
 from fedprune.bundle import FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
 from fedprune.errors import BundleError, ModelError, TrainingError
 from fedprune.session import Session
-from fedprune_export.bundle_graph import inference_graph
+from fedprune_export.bundle_graph import check_origin, inference_graph
 from fedprune_export.graph import Graph
 from fedprune_export.imported import Model
 from fedprune_export.parity import LIMIT, distance, parity
@@ -203,7 +203,7 @@ def check_model(bundle: Bundle, model: Model) -> str:
         BundleError: The bundle is of another architecture, or its weights are not the model's.
         ModelError: It computes something else.
     """
-    model.check(bundle.selection)
+    check_origin(bundle, model)
     mine = bundle.selection.gather(model.tensors)
     held = tensorfile.load(bundle.path(WEIGHTS))
     changed = [n for n, v in mine.items() if not np.array_equal(v, held[n])]
