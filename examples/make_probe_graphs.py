@@ -26,8 +26,8 @@ from fedprune_export.training import training_graph
 sys.path.insert(0, str(Path(__file__).parent))
 from probe_nets import NETS
 
-POINTS = 14
-"""Widths at which each net is measured: whole, a half, a quarter, then random ones, most of them odd."""
+POINTS = 15
+"""Widths at which each net is measured: whole, a half, a quarter, then random ones."""
 
 BATCHES = (16, 16, 4, 8, 16)
 
@@ -66,7 +66,9 @@ def points(sizes: tuple[int, ...], name: str) -> list[dict[str, object]]:
     out: list[dict[str, object]] = []
     for i in range(POINTS):
         shares = np.full(len(sizes), 0.5**i) if i < 3 else np.exp(random.uniform(np.log(0.08), 0, len(sizes)))
-        widths = [max(1, round(float(n * share))) for n, share in zip(sizes, shares, strict=True)]
+        # Every other random plan is one of multiples, so that both sides of a board's cliffs are seen alike.
+        m = 8 if i >= 3 and i % 2 else 1
+        widths = [min(n, max(m, m * round(float(n * s / m)))) for n, s in zip(sizes, shares, strict=True)]
         out.append({"widths": widths, "batch": BATCHES[i % len(BATCHES)]})
     return out
 

@@ -187,11 +187,12 @@ class Workload:
         out, inner = sizes[:, self._outs].prod(-1), sizes[:, self._inners].prod(-1)
         kinds = np.broadcast_to(self._inference, macs.shape).copy()
         plain = self._plain(kinds, inner, out, block)
+        filled = _filled(out, block) * np.where(inner >= block, _filled(inner, block), 1.0)
         convolutions = np.isin(self._inference, _CONVOLUTIONS)
-        padded = np.where(plain, 1.0, np.ceil(out / block) * block / np.maximum(out, 1))
+        padded = np.where(plain, 1.0, np.where(convolutions, filled, _filled(out, block)))
         places = np.maximum(self._positions, 1)
         columns = np.where(plain, np.ceil(places / TILE) * TILE / places, 1.0)
-        macs = np.where(convolutions, macs * padded * columns, macs)
+        macs = np.where(convolutions, macs * padded * columns, np.where(self._depthwise, macs * padded, macs))
         # Plain kernels lay out every window of their input first.
         taps = np.where(plain & (self._kernels > 1) & (kinds == _INDEX["conv"]), self._kernels / self._strides, 1.0)
         small = self._positions < LARGE_MAP
@@ -207,8 +208,8 @@ class Workload:
     def _plain(kinds: npt.NDArray[np.int64], inner: Numbers, out: Numbers, block: int) -> npt.NDArray[np.bool_]:
         """Where onnxruntime can't use its blocked kernels."""
         wide = np.isin(kinds, [_INDEX["conv"], _INDEX["conv1x1"]])
-        # Few input channels (an image's) have a kernel of their own.
-        bad = ((inner >= block) & (inner % ALIGNMENT > 0)) | (out < block)
+        # Less than a block of input channels (an image's) has a kernel of its own.
+        bad = (inner >= block) & (inner % ALIGNMENT > 0)
         narrow = (kinds == _INDEX["depthwise"]) & (out % ALIGNMENT > 0)
         return np.asarray((wide & bad) | narrow)
 
@@ -225,6 +226,11 @@ class Workload:
 
 _CONVOLUTIONS = [_INDEX["conv"], _INDEX["conv1x1"]]
 _PLAIN = {"conv": "conv-plain", "conv1x1": "conv1x1-plain", "depthwise": "depthwise-plain"}
+
+
+def _filled(channels: Numbers, block: int) -> Numbers:
+    """By how much channels grow when they fill whole blocks."""
+    return np.asarray(np.ceil(channels / block) * block / np.maximum(channels, 1))
 
 
 def workload(architecture: Architecture) -> Workload:

@@ -1,0 +1,305 @@
+"""Predicted beside measured: step time and latency of random width plans, and of planned widths beside uniform ones.
+
+    OMP_NUM_THREADS=1 python benchmarks/latency.py [--plans 50]
+
+All times are processor time on one thread (`time.process_time`), medians over several runs, so that neighbours on the
+machine disturb them little; plans are visited in turn. The table of layers' times is the probe's own, measured with the
+same clock before each net; no net of this page is among the probe's. The networks need the tests' folder, and timm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune import step, tensorfile, widths_at
+from fedprune.architecture import Architecture
+from fedprune.ladder import equal_work, rungs
+from fedprune.latency import LatencyTable, Measurement, fitted
+from fedprune.plan import DENSITIES
+from fedprune.recipe import Features
+from fedprune.session import Session
+from fedprune.workload import workload
+from fedprune_device.layer_times import measure
+from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
+from fedprune_export.imported import Model
+from fedprune_export.importing import export_torch, import_onnx
+from fedprune_export.inference import inference_model
+from fedprune_export.training import training_graph
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCH = 16
+LEARNT_AT = 0.5
+"""The uniform share at which one measured round teaches the correction."""
+
+SHARES = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+"""Where planned widths are compared with uniform ones."""
+
+STEPS, PREDICTIONS = 5, 15
+
+
+def nets() -> dict[str, Any]:
+    """Torch modules by name."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import zoo
+    from planner import nets as planned
+
+    import nets as shared
+
+    return {
+        "LeNet": planned()["LeNet"],
+        "ResNet20": shared.resnet20_bn(),
+        "MobileNetV2": zoo.timm_model("mobilenetv2_100", 64),
+    }
+
+
+class Bench:
+    """A model whose steps and predictions can be timed at any widths.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.architecture = model, model.architecture
+        self._step = Session(training_graph(model, Features()).to_bytes(), threads=1, training=True)
+        self._random = np.random.default_rng(0)
+
+    def tensors(self, widths: Sequence[int]) -> dict[str, Any]:
+        """Weights of an ordinary size."""
+        shapes = self.architecture.shapes(widths)
+        return {n: (0.01 + 0.05 * self._random.random(s)).astype(np.float32) for n, s in shapes.items()}
+
+    def step(self, widths: Sequence[int]) -> Callable[[], object]:
+        """A training step to be timed."""
+        tensors = self.tensors(widths)
+        feeds: dict[str, Any] = {
+            step.X: self._random.standard_normal((BATCH, *self.architecture.input_shape)).astype(np.float32),
+            step.Y: self._random.integers(0, self.architecture.classes, BATCH),
+        }
+        feeds |= {n: np.array(0, np.float32) for n in (step.LR, step.MOMENTUM, step.WEIGHT_DECAY)}
+        feeds |= tensors
+        feeds |= {step.buffer(t.name): np.zeros_like(tensors[t.name]) for t in self.architecture.trainable}
+        return lambda: self._step.run(feeds)
+
+    def prediction(self, widths: Sequence[int]) -> Callable[[], object]:
+        """A prediction of one sample to be timed."""
+        return prediction(self.model, widths, self.tensors(widths))
+
+
+def prediction(model: Model, widths: Sequence[int], tensors: dict[str, Any]) -> Callable[[], object]:
+    """A prediction of one sample at some widths, to be timed."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        (folder / GRAPH).write_bytes(inference_model(model, widths))
+        (folder / WEIGHTS).write_bytes(tensorfile.encode(tensors))
+        predictor = Predictor(folder, threads=1)
+    x = np.random.default_rng(1).standard_normal((1, *model.architecture.input_shape)).astype(np.float32)
+    return lambda: predictor.predict(x)
+
+
+def seconds(run: Callable[[], object], times: int) -> float:
+    """Median processor time of a run, without the first."""
+    run()
+    taken = []
+    for _ in range(times):
+        began = time.process_time()
+        run()
+        taken.append(time.process_time() - began)
+    return statistics.median(taken)
+
+
+def pair_seconds(runs: Sequence[Callable[[], object]], times: int) -> list[float]:
+    """Median processor time of several runs that take turns."""
+    for run in runs:
+        run()
+    taken: list[list[float]] = [[] for _ in runs]
+    for _ in range(times):
+        for place, run in enumerate(runs):
+            began = time.process_time()
+            run()
+            taken[place].append(time.process_time() - began)
+    return [statistics.median(t) for t in taken]
+
+
+def measured_plans(bench: Bench, plans: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
+    """Step time and latency of every plan."""
+    return [(seconds(bench.step(widths), STEPS), seconds(bench.prediction(widths), PREDICTIONS)) for widths in plans]
+
+
+def random_plans(architecture: Architecture, count: int, seed: int) -> list[tuple[int, ...]]:
+    """Widths that are random in every group, from a tenth of it to the whole."""
+    random = np.random.default_rng(seed)
+    return [
+        tuple(max(1, round(float(n * share))) for n, share in zip(architecture.sizes, shares, strict=True))
+        for shares in random.uniform(0.1, 1, (count, len(architecture.sizes)))
+    ]
+
+
+def predictions(table: LatencyTable, architecture: Architecture, plans: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Predicted step times and latencies."""
+    return [
+        table.step_seconds(architecture, plans, BATCH).tolist(),
+        table.latency_seconds(architecture, plans).tolist(),
+    ]
+
+
+def errors(predicted: Sequence[float], seen: Sequence[float]) -> dict[str, float]:
+    """Quartiles of the absolute relative error, its worst, and the mean of the signed one."""
+    off = [p / s - 1 for p, s in zip(predicted, seen, strict=True)]
+    quarter, half, three = np.quantile(np.abs(off), (0.25, 0.5, 0.75)).tolist()
+    worst = float(np.abs(off).max())
+    return {"quarter": quarter, "median": half, "three_quarters": three, "worst": worst, "bias": float(np.mean(off))}
+
+
+def compare_plans(bench: Bench, table: LatencyTable) -> list[dict[str, Any]]:
+    """Rungs of the planner's ladder beside uniform widths with at least as many multiplications."""
+    architecture, rows = bench.architecture, []
+    ladder = rungs(architecture, table, BATCH, DENSITIES)
+    for share in SHARES:
+        rung = min(ladder, key=lambda r: abs(r.density - share))
+        uniform = equal_work(architecture, table, BATCH, rung.widths)
+        both = (rung.widths, uniform.widths)
+        step_s = pair_seconds([bench.step(w) for w in both], STEPS + 2)
+        latency_s = pair_seconds([bench.prediction(w) for w in both], 2 * PREDICTIONS)
+        macs = workload(architecture).forward_macs(both)
+        predicted = predictions(table, architecture, both)
+        rows.append(
+            {
+                "density": rung.density,
+                "multiple": rung.multiple,
+                "macs": float(macs[0] / macs[1]),
+                "same": rung.widths == uniform.widths,
+                "step_s": step_s,
+                "latency_s": latency_s,
+                "predicted_step_s": predicted[0],
+                "predicted_latency_s": predicted[1],
+            }
+        )
+    return rows
+
+
+def measure_net(name: str, module: Any, count: int, probed: list[Measurement]) -> dict[str, Any]:
+    """All measurements of one net; the probe's are added to what was probed."""
+    model = import_onnx(export_torch(module), name)
+    bench = Bench(model)
+    probed += measure(threads=1, seconds=20.0, clock=time.process_time)
+    print(f"{name}: measuring {count} plans", file=sys.stderr)
+    plans = [widths_at(model.architecture, LEARNT_AT), *random_plans(model.architecture, count, 1)]
+    seen = measured_plans(bench, plans)
+    return {"name": name, "bench": bench, "plans": plans, "seen": seen}
+
+
+def result_of(net: dict[str, Any], table: LatencyTable) -> dict[str, Any]:
+    """Errors of the table on one net, as it is and corrected by one measured round, and planned beside uniform."""
+    architecture = net["bench"].architecture
+    predicted = predictions(table, architecture, net["plans"])
+    out: dict[str, Any] = {"net": net["name"], "groups": len(architecture.groups), "plans": len(net["plans"]) - 1}
+    for place, what in enumerate(("step", "latency")):
+        seen = [s[place] for s in net["seen"]]
+        learnt = seen[0] / predicted[place][0]
+        out[what] = {
+            "seconds": [min(seen[1:]), statistics.median(seen[1:]), max(seen[1:])],
+            "table": errors(predicted[place][1:], seen[1:]),
+            "corrected": errors([learnt * p for p in predicted[place][1:]], seen[1:]),
+            "predicted": predicted[place],
+            "measured": seen,
+        }
+    out["planned"] = compare_plans(net["bench"], table)
+    return out
+
+
+def page(about: dict[str, Any], result: dict[str, Any]) -> str:
+    """The results as a page."""
+    lines, planned = [], []
+    for net in result["nets"]:
+        for what in ("step", "latency"):
+            row = net[what]
+            cells = [net["net"], what, "{:.2f} to {:.2f}".format(*(1e3 * row["seconds"][i] for i in (0, 2)))]
+            for kind in ("table", "corrected"):
+                e = row[kind]
+                cells += [f"{e['median']:.1%}", f"{e['quarter']:.0%} to {e['three_quarters']:.0%}", f"{e['worst']:.0%}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        for row in net["planned"]:
+            cells = [net["net"], f"{row['density']:.2f}", str(row["multiple"]), f"{row['macs']:.3f}"]
+            for what in ("step", "latency"):
+                mine, its = row[f"{what}_s"]
+                expected = row[f"predicted_{what}_s"]
+                cells += [f"{1e3 * mine:.2f}", f"{1e3 * its:.2f}", f"{mine / its:.2f}"]
+                cells.append(f"{expected[0] / expected[1]:.2f}")
+            planned.append("| " + " | ".join(cells) + " |")
+    worst = result["worst_planned"]
+    nl = "\n"
+    names = ["step ms", "uniform", "ratio", "predicted", "latency ms", "uniform", "ratio", "predicted"]
+    header = " | ".join(["net", "share", "multiple", "multiplications", *names])
+    return f"""# How far predicted times are off
+
+{about["date"]}, {about["cpu"]}, {about["cores"]} cores (one used; load {about["load"]} at the start),
+Python {about["python"]}, onnxruntime {about["onnxruntime"]}. `python benchmarks/latency.py`
+
+Processor time on one thread. A step has {BATCH} samples, a prediction one. Each net at {result["count"]} width plans,
+random in every channel group (a tenth to the whole); the table is what the probe measured on its own small nets
+({result["table"]["points"]} measurements, median error {result["table"]["error"]:.1%} on them, blocks of
+{result["table"]["block"]} channels). "Corrected" is the same table times one factor per net, learnt from one round at
+half width, as a server does when a device reports its first round. Errors are absolute and relative.
+
+| net | time | ms | median | quartiles | worst | corrected: median | quartiles | worst |
+|---|---|---|---|---|---|---|---|---|
+{nl.join(lines)}
+
+Planned widths (the rung of the planner's ladder that is nearest to a share) beside the narrowest uniform widths with at
+least as many multiplications, in turns; `predicted` is the ratio that the table expects. Longest planned over uniform:
+step {worst["step"]:.2f}, latency {worst["latency"]:.2f}.
+
+| {header} |
+|---|---|---|---|---|---|---|---|---|---|---|---|
+{nl.join(planned)}
+"""
+
+
+def main() -> None:
+    """Measure, compare, write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--plans", type=int, default=50, help="random width plans of each net (default: 50)")
+    parser.add_argument("--nets", nargs="*", help="only these nets; nothing is written then")
+    arguments = parser.parse_args()
+    from synthetic_nets import setting, write
+
+    about = setting("onnxruntime")
+    probed: list[Measurement] = []
+    chosen = {n: m for n, m in nets().items() if not arguments.nets or n in arguments.nets}
+    measured = [measure_net(name, module, arguments.plans, probed) for name, module in chosen.items()]
+    table = fitted(probed)
+    rows = [result_of(net, table) for net in measured]
+    worst = {
+        what: max(r[f"{what}_s"][0] / r[f"{what}_s"][1] for net in rows for r in net["planned"])
+        for what in ("step", "latency")
+    }
+    shown = {"block": table.block, "points": table.points, "error": table.error}
+    result = {
+        "setting": about,
+        "count": arguments.plans,
+        "table": shown,
+        "worst_planned": worst,
+        "nets": rows,
+        "probed": [{**asdict(m), "architecture": m.architecture.name} for m in probed],
+    }
+    if arguments.nets:
+        print(page(about, result))
+        Path(tempfile.gettempdir(), "latency.json").write_text(json.dumps(result))
+    else:
+        write("latency", result, page(about, result))
+
+
+if __name__ == "__main__":
+    main()
