@@ -663,7 +663,7 @@ class SlicedChannels(Images):
         return torch.relu(self.all(x) + self.some(x[:, 1:6]))
 
 
-@hard(3)
+@hard(2)
 class PickedChannels(Images):
     """Channels by their numbers."""
 
@@ -675,7 +675,7 @@ class PickedChannels(Images):
         return self.some(x.index_select(1, self.which)) + self.all(x)
 
 
-@hard(3)
+@hard(2)
 class RolledChannels(Images):
     """Channels moved round: the two parts change places."""
 

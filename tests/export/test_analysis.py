@@ -222,6 +222,26 @@ def test_channels_in_another_order_stay() -> None:
     assert all(s.group == FIXED for t in model.architecture.tensors for a in t.axes for s in a.segments)
 
 
+def test_widths_that_no_shape_tells_stay() -> None:
+    """Two groups side by side wherever they occur: one of them stays, and the note says so."""
+    rng = np.random.default_rng(0)
+    graph = Graph(inputs=[Port("x", F32, ("N", 3))])
+    for name, shape in (("a", (3, 7)), ("b", (7, 2))):
+        graph.initializers[name] = rng.standard_normal(shape).astype(np.float32)
+    value = graph.emit("MatMul", "x", "a")
+    parts = [
+        graph.emit("Slice", value, graph.ints(start), graph.ints(stop), graph.ints(1))
+        for start, stop in ((3, 7), (0, 3))
+    ]
+    value = graph.emit("Concat", parts[0], graph.emit("Tanh", parts[1]), attrs={"axis": 1})
+    graph.outputs = [Port(graph.emit("MatMul", value, "b"), F32, ("N", 2))]
+
+    model = import_onnx(graph.to_bytes(), "net")
+
+    assert [g.size for g in model.architecture.groups] == [4]
+    assert any("3 channels stay" in note for note in model.notes)
+
+
 def test_nothing_to_cut_is_not_an_error() -> None:
     graph = Graph(inputs=[Port("x", F32, ("N", 3))])
     graph.initializers["w"] = np.ones((3, 2), np.float32)

@@ -202,14 +202,14 @@ def indices_of_a_pool(graph: Graph, value: str) -> str:
     return graph.emit("Add", pooled, small)
 
 
-@net(3, 2, 3, 6)
+@net(3, 6)
 def split_unevenly(graph: Graph, value: str) -> str:
     """Three parts in another order."""
     a, b, c = graph.emit_many("Split", value, graph.ints(3, 2, 3), outputs=3, attrs={"axis": 1})
     return graph.emit("Concat", graph.emit("Tanh", c), a, b, attrs={"axis": 1})
 
 
-@net(4, 4, 4, 4, 6)
+@net(4, 4, 4, 6)
 def split_of_a_concatenation(graph: Graph, value: str) -> str:
     """The parts of two layers, cut across the seam."""
     both = graph.emit("Concat", value, conv(graph, value, "other", 8, 8), attrs={"axis": 1})
@@ -235,14 +235,14 @@ def sliced_by_the_shape(graph: Graph, value: str) -> str:
     return graph.emit("Slice", value, graph.ints(0), end, graph.ints(1))
 
 
-@net(3, 4, 6)
+@net(4, 6)
 def one_channel_as_a_gate(graph: Graph, value: str) -> str:
     """One of them scales all, and stays."""
     gate = graph.emit("Gather", value, graph.constant(3, np.int64), attrs={"axis": 1})
     return graph.emit("Mul", value, graph.emit("Unsqueeze", gate, graph.ints(1)))
 
 
-@net(2, 3, 3, 6, width=5)
+@net(3, 3, 6, width=5)
 def gathered_channels(graph: Graph, value: str) -> str:
     """By their numbers, beside all of them."""
     some = graph.emit("Gather", value, graph.ints(0, 1, -3, -2, -1), attrs={"axis": 1})

@@ -69,10 +69,19 @@ def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str,
     """
     channels, notes = _settle(graph, parameters, seen, prefer)
     unit = _owned(channels)
-    rows = {n: tuple(unit[r] for r in value) for n, value in channels.rows.items()}
-    group_of, position, sizes, unfit = _groups(rows)
+    untold = 0
+    while True:
+        rows = {n: tuple(unit[r] for r in value) for n, value in channels.rows.items()}
+        group_of, position, sizes, unfit = _groups(rows)
+        hidden = _untold({frozenset(group_of[r].tolist()) for n in parameters for r in rows[n]}, sizes)
+        if hidden is None:
+            break
+        untold += sizes[hidden]
+        unit = np.where(group_of[unit] == hidden, 0, unit)
     if unfit:
         notes.append(f"{unfit} channels stay, because their order differs between layers.")
+    if untold:
+        notes.append(f"{untold} channels stay, because no tensor's shape would tell how many of them are kept.")
     batched = {n: seen.batched(n) for n in rows}
     axes: dict[bytes, Axis] = {}
 
@@ -203,6 +212,24 @@ def _groups(rows: Mapping[str, Sequence[AtomRow]]) -> tuple[AtomRow, AtomRow, li
         for g in single:
             unfit += lists[g][0] in divided
             del keys[lists[g][0]]
+
+
+def _untold(axes: Iterable[frozenset[int]], sizes: Sequence[int]) -> int | None:
+    """The smallest of the groups whose widths don't follow from the shapes of tensors; None if all do.
+
+    A training graph serves all widths: it reads them from the shapes of the tensors that it is given.
+
+    Args:
+        axes: Groups on every axis of a tensor.
+        sizes: Channels per group.
+    """
+    told = {FIXED}
+    while True:
+        found = {g for axis in axes if len(axis - told) == 1 for g in axis - told}
+        if not found:
+            break
+        told |= found
+    return min((g for g in range(len(sizes)) if g not in told), key=lambda g: sizes[g], default=None)
 
 
 def _check_passes(
