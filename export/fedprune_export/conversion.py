@@ -22,7 +22,7 @@ from fedprune_export.bundle_graph import check_origin, inference_graph
 from fedprune_export.graph import Graph
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
-from fedprune_export.importing.load import PARAMETERS_KEY
+from fedprune_export.importing.metadata import PARAMETERS_KEY, tied
 from fedprune_export.target_opset import NORMAL_OPSET
 
 Array = npt.NDArray[Any]
@@ -112,11 +112,23 @@ def bundle_tensors(bundle: Bundle, into: Model | None = None) -> dict[str, Array
     return dict(bundle.selection.scatter(tensors, into.tensors))
 
 
-def state_dict(architecture: Architecture, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """Tensors as a torch module's state dict has them, with the counters of its batch norms."""
+def state_dict(
+    architecture: Architecture, tensors: Mapping[str, Array], graph: Graph | None = None
+) -> dict[str, Array]:
+    """Tensors as a torch module's state dict has them: with the counters of its batch norms, and all names of each.
+
+    Args:
+        architecture: The model.
+        tensors: Its tensors, or a submodel's.
+        graph: A graph of the model, which says what other names tensors have.
+
+    Raises:
+        ModelError: What it says is damaged.
+    """
     out: dict[str, Array] = {}
+    others = tied({} if graph is None else graph.metadata)
     for name, value in tensors.items():
-        out[name] = value
+        out |= dict.fromkeys((name, *others.get(name, ())), value)
         spec = architecture.by_name.get(name)
         if spec is not None and spec.kind is TensorKind.STAT_VAR and name.endswith("running_var"):
             out[name.removesuffix("running_var") + _COUNTER] = np.zeros((), np.int64)

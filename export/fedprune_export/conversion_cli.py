@@ -79,16 +79,17 @@ def to_torch(arguments: argparse.Namespace) -> int:
         FedpruneError: The source is damaged, doesn't fit the model, or the file can't be written.
     """
     from fedprune_export import conversion
+    from fedprune_export.bundle_graph import inference_graph
 
     source = _source(arguments)
     if isinstance(source, Bundle):
         into = None if arguments.into is None else read_model(arguments, arguments.into, source.architecture.name)
-        tensors = conversion.bundle_tensors(source, into)
+        tensors, graph = conversion.bundle_tensors(source, into), inference_graph(source)
     elif arguments.into is not None:
         raise UsageError("--into is for bundles", hint="A whole model's weights are in their places already.")
     else:
-        tensors = source.tensors
-    state = conversion.state_dict(source.architecture, tensors)
+        tensors, graph = source.tensors, source.graph
+    state = conversion.state_dict(source.architecture, tensors, graph)
     size = conversion.write_state_dict(arguments.out, state)
     print(f"{arguments.out}: {len(state)} tensors, {size:,} bytes")
     return int(ExitCode.OK)

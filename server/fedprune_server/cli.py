@@ -235,7 +235,7 @@ def _export_model(arguments: argparse.Namespace) -> int:
     model, weights = global_model(arguments.state, digest)
     tensors = tensorfile.decode(weights)
     if out.suffix in (".pt", ".pth"):
-        size = write_state_dict(out, state_dict(model.architecture, tensors))
+        size = write_state_dict(out, state_dict(model.architecture, tensors, model.graph))
     else:
         if out.suffix == ".onnx":
             weights = model_onnx(with_weights(model, tensors, str(arguments.state)), arguments.opset)

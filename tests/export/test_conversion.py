@@ -231,3 +231,35 @@ def test_a_narrow_module_loads_a_submodel(tmp_path: Path) -> None:
         y = module["fc3"](torch.relu(module["fc2"](torch.relu(module["fc1"](y)))))
 
     assert distance(y.numpy(), logits(folder / "inference.onnx", x.numpy())) < 1e-5
+
+
+@pytest.mark.torch
+def test_tied_tensors_have_all_their_names(tmp_path: Path) -> None:
+    import torch
+    from torch import nn
+
+    from fedprune_export.importing import export_torch
+
+    class Tied(nn.Module):
+        input_shape = (6,)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.two.weight = self.one.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.relu(self.two(torch.relu(self.one(x)))))
+
+    torch.manual_seed(0)
+    module = Tied().eval()
+    (tmp_path / "m.onnx").write_bytes(export_torch(module))
+    folder = exported(tmp_path / "m.onnx", tmp_path / "b", "--density", "1")
+    assert main(["to-torch", str(folder), str(tmp_path / "b.pt"), "--into", str(tmp_path / "m.onnx")]) == ExitCode.OK
+    assert main(["to-torch", str(tmp_path / "m.onnx"), str(tmp_path / "m.pt")]) == ExitCode.OK
+
+    for name in ("b.pt", "m.pt"):
+        state = torch.load(tmp_path / name, weights_only=True)
+        Tied().load_state_dict(state, strict=True)
+        for key, value in module.state_dict().items():
+            assert torch.equal(state[key], value)

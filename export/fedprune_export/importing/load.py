@@ -140,11 +140,14 @@ def _imported(
     same = proto is given and output is None and len(proto.graph.output) == 1
     normal = normalise(proto, None if listed is None else frozenset(listed), raw if same else None)
     found = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=chosen)
-    notes = tuple(dict.fromkeys([*metadata.tied(texts), *normal.notes, *found.notes]))
+    tied = metadata.tied(texts)
+    notes = tuple(dict.fromkeys([*metadata.note_of_tied(tied), *normal.notes, *found.notes]))
     still = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
     normal.graph.metadata = {metadata.PARAMETERS_KEY: json.dumps(list(normal.parameters))}
     if still:
         normal.graph.metadata[metadata.FROZEN_KEY] = json.dumps(still)
+    if tied:
+        normal.graph.metadata[metadata.TIED_KEY] = json.dumps({normal.names.get(k, k): v for k, v in tied.items()})
     if chosen != "coarse":
         normal.graph.metadata[metadata.PREFER_KEY] = chosen
     return Model(normal.graph, found.architecture, notes, found.values, still)

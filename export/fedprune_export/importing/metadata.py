@@ -68,14 +68,23 @@ def shown_names(listed: Sequence[str]) -> str:
     return ", ".join(n[:60] for n in listed[:8]) + more
 
 
-def tied(texts: Mapping[str, str]) -> list[str]:
-    """A note on tensors that had several names."""
+def tied(texts: Mapping[str, str]) -> dict[str, list[str]]:
+    """Further names of tensors that have several, by the name that is theirs here.
+
+    Raises:
+        ModelError: It is something else.
+    """
     found = _parsed(texts[TIED_KEY]) if TIED_KEY in texts else {}
     if not isinstance(found, dict) or not all(
         isinstance(v, list) and all(isinstance(n, str) for n in v) for v in found.values()
     ):
         raise ModelError(f"metadata {TIED_KEY}", expected="lists of names by name", got=shown(texts[TIED_KEY]))
-    said = [f"{k} is {' and '.join(v[:3])} too" for k, v in sorted(found.items())]
+    return found
+
+
+def note_of_tied(names: Mapping[str, Sequence[str]]) -> list[str]:
+    """A note on tensors that had several names."""
+    said = [f"{k} is {' and '.join(v[:3])} too" for k, v in sorted(names.items())]
     more = f", and {len(said) - 3} more" if len(said) > 3 else ""
     return [f"Tensors that have several names are one tensor each: {', '.join(said[:3])}{more}."] if said else []
 
