@@ -166,6 +166,14 @@ def test_features_that_hold_arrays_take_memory(feature: str) -> None:
 
 
 @pytest.mark.board
+def test_an_optimisers_second_state_takes_memory_and_frozen_weights_take_less() -> None:
+    costs = costs_at(NET, NET.sizes)
+    sgd, adam = (costs.training_bytes(8, replace(PLAIN, optimizer=o), 10) for o in ("sgd", "adam"))
+    assert adam == sgd + 2 * costs.parameter_bytes
+    assert costs.training_bytes(8, PLAIN, 10, trained=0.25) == sgd - 3 * costs.parameter_bytes
+
+
+@pytest.mark.board
 def test_local_data_takes_memory() -> None:
     costs = costs_at(NET, NET.sizes)
     assert costs.training_bytes(8, PLAIN, 1010) - costs.training_bytes(8, PLAIN, 10) == 1000 * 3 * 16 * 16 * 4

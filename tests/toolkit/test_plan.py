@@ -370,6 +370,13 @@ def test_a_correction_has_bounds() -> None:
     assert Correction.learnt(FULL, Correction(), {"latency_seconds": 1e-12}).latency == 0.2
 
 
+def test_small_parts_of_a_batch_and_frozen_layers_need_less_memory() -> None:
+    parts = predict(NET, NET.sizes, BOARD, replace(RECIPE, accumulate=4), 500)
+    still = predict(NET, NET.sizes, BOARD, replace(RECIPE, frozen=("fc",)), 500)
+    assert still.memory_bytes < FULL.memory_bytes
+    assert parts.memory_bytes - FULL.parameters * 4 < FULL.memory_bytes
+
+
 def test_energy_is_power_beyond_idle_times_time() -> None:
     power = BOARD.power
     assert power is not None

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from fedprune import tensorfile
+from fedprune import step, tensorfile
 from fedprune.architecture import Activation, Architecture, Layer
 from fedprune.recipe import Features
 
@@ -25,6 +25,9 @@ VALUE_BYTES = 130_000
 WEIGHT_COPIES = 6
 """Arrays of the size of all weights that live at the peak of a step: weights as received, weights and momentum before
 and after the step, gradients, and the temporaries of the update."""
+
+FROZEN_COPIES = 2
+"""The same of weights that aren't trained: as received, and as the step reads them."""
 
 KEPT_COPIES = 1.2
 """Memory over size of what the backward pass needs: masks and centred values beside values, the allocator's gaps."""
@@ -83,15 +86,18 @@ class Costs:
         """All tensors as float32."""
         return FLOAT * self.parameters
 
-    def training_bytes(self, batch: int, features: Features, samples: int) -> int:
+    def training_bytes(self, batch: int, features: Features, samples: int, trained: float = 1.0) -> int:
         """Peak memory of a process that trains.
 
         Args:
-            batch: Samples of a step.
-            features: Optional inputs of the training graph: anchors, masks and gradients take memory.
+            batch: Samples that are worked on at once.
+            features: Features of the training graph: anchors, masks, sums and an optimiser's state take memory.
             samples: Local samples, which it holds as float32.
+            trained: Share of the parameters that are trained; the others are only held.
         """
-        copies = WEIGHT_COPIES + 2 * features.proximal + 2 * features.element_mask + features.gradients
+        more = 2 * features.proximal + 2 * features.element_mask + 2 * (len(step.states(features.optimizer)) - 1)
+        more += features.gradients + features.accumulate + features.squares
+        copies = FROZEN_COPIES + trained * (WEIGHT_COPIES - FROZEN_COPIES + more)
         activations = batch * (KEPT_COPIES * self.kept_bytes + TRANSIENTS * self.largest_bytes)
         fixed = RUNTIME_BYTES + VALUE_BYTES * self.values
         return int(fixed + copies * self.parameter_bytes + activations + samples * self.sample_bytes)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from fedprune.architecture import Architecture
 from fedprune.costs import Costs, costs_at
+from fedprune.freezing import trained_tensors
 from fedprune.latency import LatencyTable, typical_table
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
@@ -138,7 +140,12 @@ def predict(
         forward_macs=costs.forward_macs,
         training_macs=costs.training_macs,
         wire_bytes=costs.wire_bytes,
-        memory_bytes=costs.training_bytes(batch, recipe.features, samples),
+        memory_bytes=costs.training_bytes(
+            min(recipe.micro_batch, samples),
+            recipe.features,
+            samples,
+            _trained(architecture, widths, recipe, costs.parameters),
+        ),
         inference_bytes=costs.inference_bytes(1),
         storage_bytes=costs.storage_bytes,
         step_s=step_s,
@@ -149,6 +156,15 @@ def predict(
         step_j=None if watts is None else watts * step_s,
         latency_j=None if watts is None else watts * latency_s,
     )
+
+
+def _trained(architecture: Architecture, widths: Sequence[int], recipe: Recipe, parameters: int) -> float:
+    """Share of the parameters that a recipe trains."""
+    features = recipe.features
+    if not (features.frozen or features.trainable):
+        return 1.0
+    moved = trained_tensors(architecture, features)
+    return sum(prod(architecture.shape(t.name, widths)) for t in moved) / max(1, parameters)
 
 
 def latency_table(profile: HardwareProfile, probe: ProbeReport | None) -> LatencyTable:
