@@ -8,6 +8,7 @@ import numpy as np
 
 from fedprune.errors import ModelError
 from fedprune_export.graph import Graph, Node
+from fedprune_export.shape_inference import MOST_NUMBERS
 from fedprune_export.trace import Trace
 
 
@@ -40,6 +41,9 @@ def emit_attention(graph: Graph, node: Node, seen: Trace, used: set[str]) -> Non
     scores = graph.emit("MatMul", q, graph.emit("Transpose", k, attrs={"perm": [0, 1, 3, 2]}))
     scores = graph.emit("Mul", scores, graph.scalar(scale))
     tokens = tuple(seen.dims(node.inputs[i])[-2] for i in (0, 1))
+    most = heads[0] * math.prod(t or 1 for t in tokens)
+    if most > MOST_NUMBERS:
+        raise ModelError(f"operator Attention ({node.name})", expected=f"at most {MOST_NUMBERS} scores", got=most)
     for bias in _biases(graph, node, mask, tokens, seen):
         scores = graph.emit("Add", scores, bias)
     out = graph.emit(

@@ -152,6 +152,10 @@ def _drop_neutral(graph: Graph, seen: Trace, constants: Container[str]) -> None:
             node.inputs = node.inputs[:1]
             bypass(graph, node, outputs)
             continue
+        if node.op == "ScatterND" and not node.domain and _overwrites(seen, node):
+            node.inputs = node.inputs[2:]
+            bypass(graph, node, outputs)
+            continue
         if node.domain or len(node.inputs) != 2 or node.outputs[0] not in seen.shapes:
             continue
         for x, other in (node.inputs, node.inputs[::-1]):
@@ -183,3 +187,14 @@ def _is_whole(graph: Graph, seen: Trace, node: Node) -> bool:
     whole = all(s == 0 and e >= _ENDLESS for s, e in zip(starts, ends, strict=True))
     sizes = seen.dims(node.inputs[0])
     return bool((steps == 1).all()) and (whole or (None not in sizes and sizes == seen.dims(node.outputs[0])))
+
+
+def _overwrites(seen: Trace, node: Node) -> bool:
+    """Whether a scatter puts every row of its updates in its own place: torch's `x[:] = y`."""
+    data, places, updates = node.inputs
+    if node.attrs.get("reduction", "none") != "none" or not {data, updates} <= seen.shapes.keys():
+        return False
+    runs = [(seen.integers.get(places), seen.shapes), (seen.integers_second.get(places), seen.shapes_second)]
+    return seen.dims(data) == seen.dims(updates) and all(
+        rows is not None and np.array_equal(rows, np.arange(shapes[data][0])[:, None]) for rows, shapes in runs
+    )
