@@ -3,8 +3,8 @@
 A linear classifier of 6 features and 3 classes, with its step written out by hand: `plain`, `full` (all loss
 terms and the proximal pull), `stats` (with a running mean that behaves as batch-norm statistics do), `inference`.
 
-The others come from the compiler, of that classifier (`adamw`, `bce`, `huber`), of one with a hidden normalised layer
-that can be narrowed (`narrow`, `still`), and of one that reads token ids (`tokens`).
+The others come from the compiler, of that classifier (`adamw`, `bce`, `bias`, `huber`), of one with a hidden normalised
+layer that can be narrowed (`narrow`, `still`), and of one that reads token ids (`tokens`).
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ def tokens() -> Model:
 COMPILED = {
     "adamw": (linear, Features(optimizer="adamw", clip=True, accumulate=True, label_smoothing=True, class_weight=True)),
     "bce": (linear, Features(loss="bce", class_weight=True)),
+    "bias": (linear, Features(trainable=("b",))),
     "huber": (linear, Features(loss="huber", accumulate=True, squares=True)),
     "narrow": (hidden, Features(ordered_dropout=True, optimizer="adam", proximal=True)),
     "still": (hidden, Features(frozen=("w1", "gamma", "mean", "var"))),

@@ -201,7 +201,7 @@ class Workbench:
             offer.round,
             offer.attempt,
             offer.weights.sha256,
-            weights,
+            self._sent(offer, weights, result.tensors, trainer),
             result.samples,
             result.steps,
             _finite(metrics | _measured(result)),
@@ -216,6 +216,14 @@ class Workbench:
             loss=recipe.loss,
         )
         return Trained(update, model)
+
+    def _sent(self, offer: Offer, weights: BlobRef, tensors: Tensors, trainer: Trainer) -> BlobRef:
+        """What the server gets: the trained weights without those that are frozen, which it has."""
+        if not trainer.frozen:
+            return weights
+        if weights != offer.weights:
+            self._blobs.delete(weights.sha256)  # it is staged; the disk has room for one file of trained weights
+        return self._blobs.put(tensorfile.encode({n: v for n, v in tensors.items() if n not in trainer.frozen}))
 
     def _weights(self, ref: BlobRef) -> Tensors:
         raw = self._blob(ref)

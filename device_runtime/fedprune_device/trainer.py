@@ -82,7 +82,8 @@ class Trainer:
 
     Attributes:
         names: The model's tensors.
-        trainable: Those that an optimiser moves; tensors that are neither these nor statistics are frozen.
+        trainable: Those that an optimiser moves.
+        frozen: Those that stay as they are; all others are statistics.
         normalised: Whether there are batch-norm statistics that move.
         input_shape: One sample's shape.
         token_ids: Whether samples are whole numbers.
@@ -107,6 +108,7 @@ class Trainer:
         self.names = tuple(n for n in inputs if n not in step.RESERVED and "::" not in n)
         self.trainable = tuple(n for n in self.names if step.buffer(n) in inputs)
         self._statistics = tuple(n for n in self.names if n not in self.trainable and step.following(n) in outputs)
+        self.frozen = tuple(n for n in self.names if n not in {*self.trainable, *self._statistics})
         self.normalised = bool(self._statistics)
         self.input_shape = inputs[step.X][1][1:]
         self.token_ids = inputs[step.X][0] == "tensor(int64)"

@@ -10,6 +10,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.errors import BundleError, FedpruneError, StorageError
 from fedprune.evidence import Evidence
+from fedprune.freezing import frozen_tensors
 from fedprune.job import Job
 from fedprune.scoring import random_ranks, ranks, score
 from fedprune.selection import Selection, Tensors
@@ -182,7 +184,8 @@ class Worker:
             return
         raw, selection = self.store.read(part.weights), self._selection(ranking, part.widths)
         try:
-            fold.add(selection, tensorfile.decode(raw), part.weight, part.steps)
+            # Whatever a device says of frozen tensors, they are the global model's.
+            fold.add(selection, tensorfile.decode(raw) | self._frozen_part(model, selection), part.weight, part.steps)
         except (FedpruneError, MemoryError):
             raise
         except Exception as error:
@@ -191,6 +194,17 @@ class Worker:
             self._fold = None  # whatever got into the sums must not stay there; the others are added up anew
             raise BundleError(f"update can't be read ({type(error).__name__}: {error})") from error
         included[part.device] = part
+
+    @cached_property
+    def _frozen(self) -> frozenset[str]:
+        return frozen_tensors(self.architecture, self.job.recipe.features, self.model.frozen)
+
+    def _frozen_part(self, model: str, selection: Selection) -> Tensors:
+        """The frozen tensors of a submodel, which don't travel in updates."""
+        if not self._frozen:
+            return {}
+        held = selection.gather(self._global(model))
+        return {name: held[name] for name in self._frozen}
 
     def _close(self, command: do.Close) -> on.Closed:
         _, included = self._sums(command.round, command.model)
@@ -202,6 +216,7 @@ class Worker:
         fold, _ = self._sums(command.round, command.model)
         velocity = None if command.velocity is None else tensorfile.decode(self.store.read(command.velocity))
         tensors, velocity = fold.close(self.job.server_momentum, velocity)
+        tensors |= {n: self._global(command.model)[n] for n in self._frozen}  # sums would round them
         if self._calibration is not None:
             tensors = self._calibration(tensors)
         evidence = command.evidence

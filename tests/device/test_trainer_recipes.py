@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from memory_fleet import MemoryServer
 
+from fedprune import tensorfile
 from fedprune.chance import keyed
 from fedprune.errors import DataError, TrainingError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
+from fedprune_device.assignment import Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.labels import class_weights, positive_weights, targets
 from fedprune_device.losses import data_loss, hits
+from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import Trainer, TrainingResult, loss_terms
 
 pytestmark = pytest.mark.board
@@ -352,3 +356,24 @@ def test_a_graph_that_asks_for_more_is_refused(graphs: Path) -> None:
     raw = (graphs / "adamw.onnx").read_bytes().replace(b"w::second", b"w::thirds")
     with pytest.raises(TrainingError, match=r"can't feed.*w::thirds"):
         Trainer(raw)
+
+
+def test_frozen_tensors_do_not_travel_up(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> None:
+    """The update holds what was trained; what serves holds everything; the full file is gone from the store."""
+    server = MemoryServer(tmp_path / "server", graphs, weights)
+    with DeviceStore(tmp_path / "state") as store:
+        for ref in (server.weights, server.graphs["inference"]):
+            store.blobs.put(server.blobs.read(ref.sha256))
+        training = store.blobs.put((graphs / "bias.onnx").read_bytes())
+        bench = Workbench("d", store.blobs, store.slots, data)
+        offer = server.offer(1, Recipe(trainable=("b",)), training=training)
+        update = bench.carry_out(offer, download_seconds=0.0, report=lambda *_: None, stop=lambda: False)
+        sent = tensorfile.decode(store.blobs.read(update.weights.sha256))
+        predictor, record = store.slots.open()
+        assert list(sent) == ["b"]
+        assert not np.array_equal(sent["b"], weights["b"])
+        assert record.weights != update.weights.sha256
+        assert not store.blobs.has(record.weights)
+        assert store.blobs.has(server.weights.sha256)
+    wanted = data.x_test @ weights["w"].T + sent["b"]
+    np.testing.assert_allclose(predictor.predict(data.x_test), wanted, atol=1e-5)
