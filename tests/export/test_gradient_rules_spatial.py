@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.errors import ModelError
 from fedprune.session import Session
-from fedprune_export.gradients import dense, depthwise
+from fedprune_export.gradients import columns, dense, depthwise
 from fedprune_export.gradients.dense import Formulation
 from fedprune_export.gradients.tape import Tape
 from fedprune_export.gradients.windows import Window
@@ -164,20 +164,28 @@ def test_convolution(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("weight_gradient", ["taps", "columns", "convolution"])
-@pytest.mark.parametrize("forward", ["operator", "columns"])
 @settings(max_examples=25, deadline=None)
 @given(case=convolution_cases())
-def test_every_formulation_of_a_convolution(weight_gradient: Any, forward: Any, case: dict[str, Any]) -> None:
+def test_every_formulation_of_a_convolution(weight_gradient: Any, case: dict[str, Any]) -> None:
     plain = all(s == 1 for s in case["strides"])
     fits = all(
         p <= d * (k - 1) for pad, d, k in zip(case["pads"], case["dilations"], case["kernel"], strict=True) for p in pad
     )
-    kinds: list[Any] = ["flipped", "columns", "transposed"] if plain and fits else ["transposed"]
+    kinds: list[Any] = ["flipped", "transposed"] if plain and fits else ["transposed"]
     for input_gradient in kinds:
-        chosen = Formulation(forward, input_gradient, weight_gradient)
+        chosen = Formulation(input_gradient, weight_gradient)
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(columns, "SMALL_MAP", 0)
             patch.setattr(dense, "formulation", lambda *_, chosen=chosen: chosen)
             check_convolution(case)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=convolution_cases((1, 2, 2, 3)))
+def test_convolution_of_a_small_map(case: dict[str, Any]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns, "SMALL_MAP", 1000)
+        check_convolution(case)
 
 
 @settings(max_examples=20, deadline=None)
@@ -215,12 +223,14 @@ def test_depthwise_convolution_of_a_long_signal() -> None:
 )
 def test_convolution_in_groups(cut: str, case: dict[str, Any], groups: int, taken: int, made: int) -> None:
     case = {**case, "inputs": groups * taken, "outputs": groups * made}
-    if cut == "groups":
-        check_convolution(case, groups, f"g*{taken}", f"g*{made}", taken)
-    elif cut == "positions":
-        check_convolution(case, groups, f"{groups}*i", f"{groups}*o", "i")
-    else:
-        check_convolution(case, groups, groups * taken, groups * made, taken)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns, "SMALL_MAP", 8)  # so that both ways occur
+        if cut == "groups":
+            check_convolution(case, groups, f"g*{taken}", f"g*{made}", taken)
+        elif cut == "positions":
+            check_convolution(case, groups, f"{groups}*i", f"{groups}*o", "i")
+        else:
+            check_convolution(case, groups, groups * taken, groups * made, taken)
 
 
 @pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])
@@ -252,9 +262,8 @@ def test_layers_of_common_shapes_keep_their_formulations() -> None:
         out = (size + 2 * pad - k) // stride + 1
         return Window((size,) * 2, (k,) * 2, (stride,) * 2, (1, 1), ((pad, pad),) * 2, (out,) * 2)
 
-    assert dense.formulation(square(32, 3, 1), 16) == Formulation("operator", "flipped", "taps")
-    assert dense.formulation(square(4, 3, 1), 64) == Formulation("operator", "flipped", "columns")
-    assert dense.formulation(square(2, 3, 1), 64) == Formulation("columns", "columns", "columns")
+    assert dense.formulation(square(32, 3, 1), 16) == Formulation("flipped", "taps")
+    assert dense.formulation(square(6, 3, 1), 64) == Formulation("flipped", "columns")
     assert dense.formulation(square(28, 5, 0), 1).weight_gradient == "convolution"
-    assert dense.formulation(square(14, 5, 2), 32) == Formulation("operator", "transposed", "taps")
+    assert dense.formulation(square(14, 5, 2), 32) == Formulation("transposed", "taps")
     assert dense.formulation(square(32, 3, 1, 2), 16).input_gradient == "transposed"

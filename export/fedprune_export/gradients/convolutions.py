@@ -5,12 +5,13 @@ One is the other's pull-back, so both need the same three maps, in other roles.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 from fedprune.errors import ModelError
+from fedprune_export.gradients import columns
 from fedprune_export.gradients.dense import Dense
 from fedprune_export.gradients.depthwise import Depthwise
-from fedprune_export.gradients.grouped import Grouped
 from fedprune_export.gradients.tape import Dim, Pull, Tape, describe, rule
 from fedprune_export.gradients.windows import Window, window
 from fedprune_export.graph import Node
@@ -45,10 +46,11 @@ def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[D
     """
     kernel, shape = tape.value(node.inputs[1]), tape.shape(node.inputs[1])
     if int(node.attrs.get("group", 1)) == 1:
-        return Dense(tape, w, kernel, shape)
-    if lengths == (1, 1):
+        if math.prod(w.output) > columns.SMALL_MAP:
+            return Dense(tape, w, kernel, shape)
+    elif lengths == (1, 1):
         return Depthwise(tape, w, kernel)
-    return Grouped(tape, w, kernel, shape, number, lengths, tape.shape(node.inputs[0])[0])
+    return columns.Columns(tape, w, kernel, shape, number, lengths, tape.shape(node.inputs[0])[0])
 
 
 @rule("Conv")

@@ -1,7 +1,7 @@
 """Convolution in one group.
 
-A layer's forward, input gradient and kernel gradient have several formulations each that give the same numbers; which
-one is fast depends on the layer's shape. `formulation` chooses.
+The gradients of a layer have several formulations each that give the same numbers; which one is fast depends on the
+layer's shape. `formulation` chooses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedprune_export.gradients.tape import Shape, Tape
-from fedprune_export.gradients.windows import Window, add_bias, leftovers, operator_attrs
+from fedprune_export.gradients.windows import Window, leftovers, operator_attrs
 from fedprune_export.graph import Graph
 
 
@@ -21,17 +21,16 @@ class Formulation:
     """How one convolution is computed.
 
     Attributes:
-        forward: The operator, or one matrix product over columns (all windows of the whole batch, channels first).
-        input_gradient: A convolution with the flipped kernel, a transposed convolution, or a product over columns.
-        weight_gradient: One product per kernel element, one over columns, or a convolution with dy as its kernel.
+        input_gradient: A convolution with the flipped kernel, or a transposed convolution.
+        weight_gradient: One product per kernel element, one over columns (all windows of the whole batch), or a
+            convolution with dy as its kernel.
     """
 
-    forward: Literal["operator", "columns"]
-    input_gradient: Literal["flipped", "transposed", "columns"]
+    input_gradient: Literal["flipped", "transposed"]
     weight_gradient: Literal["taps", "columns", "convolution"]
 
 
-_TINY_MAP, _SMALL_MAP, _LARGE_KERNEL, _IMAGE_CHANNELS = 4, 64, 25, 3
+_SMALL_MAP, _LARGE_KERNEL, _IMAGE_CHANNELS = 64, 25, 3
 """Where one formulation overtakes another: measured with LeNet, VGG11 and ResNet20 on x86 (`benchmarks/step.py`)."""
 
 
@@ -45,14 +44,12 @@ def formulation(w: Window, channels: int) -> Formulation:
     area, elements = math.prod(w.output), math.prod(w.kernel)
     fits = all(p <= d * (k - 1) for pad, d, k in zip(w.pads, w.dilations, w.kernel, strict=True) for p in pad)
     plain = all(s == 1 for s in w.strides) and fits
-    if plain and area <= _TINY_MAP and elements > 1:
-        return Formulation("columns", "columns", "columns")
     large = elements >= _LARGE_KERNEL
     if large and channels <= _IMAGE_CHANNELS:
         weight: Literal["taps", "columns", "convolution"] = "convolution"
     else:
         weight = "taps" if area >= _SMALL_MAP else "columns"
-    return Formulation("operator", "flipped" if plain and not large else "transposed", weight)
+    return Formulation("flipped" if plain and not large else "transposed", weight)
 
 
 class Dense:
@@ -62,15 +59,10 @@ class Dense:
         self.g, self.w, self.kernel = tape.graph, w, kernel
         self.rank = len(w.sizes)
         self.form = formulation(w, tape.extent(shape[1]))
-        self._columns: dict[str, str] = {}
 
     def apply(self, x: str, bias: list[str]) -> str:
         """The convolution of x."""
-        g, w = self.g, self.w
-        if self.form.forward == "columns":
-            flat = g.emit("MatMul", g.emit("Flatten", self.kernel, attrs={"axis": 1}), self.columns(x))
-            return add_bias(g, self.from_batch_last(flat, w.output), bias, self.rank)
-        return g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(w))
+        return self.g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(self.w))
 
     def back(self, dy: str, bias: list[str]) -> str:
         """What the transposed convolution makes of dy."""
@@ -107,13 +99,6 @@ class Dense:
         """A convolution of dy with the flipped kernel."""
         return self.g.emit("Conv", dy, self.flipped_kernel(), *bias, attrs=operator_attrs(self.back_window()))
 
-    def back_by_columns(self, dy: str, bias: list[str]) -> str:
-        """The same as one matrix product."""
-        g = self.g
-        kernel = g.emit("Flatten", self.flipped_kernel(), attrs={"axis": 1})
-        flat = g.emit("MatMul", kernel, columns(g, dy, self.back_window()))
-        return add_bias(g, self.from_batch_last(flat, self.w.sizes), bias, self.rank)
-
     def back_by_transposed(self, dy: str, bias: list[str]) -> str:
         """A transposed convolution, for strides."""
         attrs = {**operator_attrs(self.w), "output_padding": leftovers(self.w)}
@@ -143,7 +128,7 @@ class Dense:
         """One matrix product over all windows of the batch."""
         g = self.g
         rows = g.emit("Flatten", _batch_last(g, dy, self.rank), attrs={"axis": 1})
-        flat = g.emit("Gemm", rows, self.columns(x), attrs={"transB": 1})
+        flat = g.emit("Gemm", rows, columns(g, x, self.w), attrs={"transB": 1})
         return g.emit("Reshape", flat, g.ints(0, -1, *self.w.kernel))
 
     def kernel_by_convolution(self, x: str, dy: str) -> str:
@@ -160,20 +145,6 @@ class Dense:
             axes = range(2, self.rank + 2)
             swapped = g.emit("Slice", swapped, g.ints(*[0] * self.rank), g.ints(*w.kernel), g.ints(*axes))
         return _channels_first(g, swapped, self.rank)
-
-    # -- columns ----------------------------------------------------------------------------------------------------
-
-    def columns(self, x: str) -> str:
-        """The windows of an input, made once for the product and the kernel's gradient."""
-        if x not in self._columns:
-            self._columns[x] = columns(self.g, x, self.w)
-        return self._columns[x]
-
-    def from_batch_last(self, flat: str, sizes: tuple[int, ...]) -> str:
-        """[C, positions · N] as [N, C, ...]."""
-        g = self.g
-        apart = g.emit("Reshape", flat, g.ints(0, *sizes, -1))
-        return g.emit("Transpose", apart, attrs={"perm": [self.rank + 1, *range(self.rank + 1)]})
 
 
 def columns(g: Graph, x: str, w: Window) -> str:

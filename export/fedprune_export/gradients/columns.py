@@ -1,8 +1,9 @@
-"""Convolution in groups of channels.
+"""Convolution as matrix products with columns, the windows of the whole batch.
 
-Where the same positions of every group are cut, the number of groups is fixed and onnxruntime's operators serve. Where
-whole groups are cut it varies, which an operator's attribute can't: then every group multiplies a matrix of its own,
-with the windows of the whole batch as columns.
+Where whole groups of a convolution are cut the number of groups varies, which an operator's attribute can't: then every
+group multiplies a matrix of its own. On small maps a plain convolution is faster that way, too, because onnxruntime's
+operator takes one product per sample. Where the same positions of every group are cut, the number of groups is fixed,
+and on large maps the operators serve for all but the gradient of the kernel.
 """
 
 from __future__ import annotations
@@ -22,9 +23,15 @@ from fedprune_export.gradients.windows import (
     operator_attrs,
 )
 
+SMALL_MAP = 16
+"""Up to so many positions of the window columns are faster than operators.
 
-class Grouped:
-    """A convolution in groups of several channels, or with several outputs per channel (`convolutions.Convolution`).
+Measured with layers of ResNets and RegNets on x86 (`benchmarks/layers.py`).
+"""
+
+
+class Columns:
+    """A convolution in one group, or in groups of any length (see `convolutions.Convolution`).
 
     Whatever is gathered has the batch last, so that it is copied in runs.
     """
@@ -34,6 +41,8 @@ class Grouped:
     ) -> None:
         self.tape, self.g, self.w, self.kernel, self.shape = tape, tape.graph, w, kernel, shape
         self.number, self.batch = number, batch
+        large = math.prod(w.output) > SMALL_MAP
+        self.operator = number if large and isinstance(number, int) else 0
         self.taken, self.made = lengths
         self.inputs, self.outputs = tape.product([number, self.taken]), tape.product([number, self.made])
         self.rank = len(w.sizes)
@@ -44,16 +53,16 @@ class Grouped:
     def apply(self, x: str, bias: list[str]) -> str:
         """The convolution of x."""
         g, w = self.g, self.w
-        if isinstance(self.number, int):
-            return g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(w, self.number))
+        if self.operator:
+            return g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(w, self.operator))
         y = self.from_columns(g.emit("MatMul", self.matrix(), self.columns(x)), self.outputs, self.made, w.output)
         return add_bias(g, y, bias, self.rank)
 
     def back(self, dy: str, bias: list[str]) -> str:
         """What the transposed convolution makes of dy."""
         g, w = self.g, self.w
-        if isinstance(self.number, int):
-            attrs = {**operator_attrs(w, self.number), "output_padding": leftovers(w)}
+        if self.operator:
+            attrs = {**operator_attrs(w, self.operator), "output_padding": leftovers(w)}
             return g.emit("ConvTranspose", dy, self.kernel, *bias, attrs=attrs)
         flat = self.batch_last(dy, self.positions)
         x = self.back_by_gathering(flat) if all(s == 1 for s in w.strides) else self.back_by_summing(flat)
