@@ -78,4 +78,4 @@ def test_every_rule_says_in_a_line_what_it_does() -> None:
         for operator, function in registry.items():
             line = (function.__doc__ or "").strip().splitlines()[:1]
             assert line, operator
-            assert 10 < len(line[0]) < 130, operator
+            assert 5 < len(line[0]) < 130, operator
