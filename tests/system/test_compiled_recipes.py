@@ -164,3 +164,46 @@ def test_parts_need_the_memory_of_a_part(model: Model) -> None:
     trainer._session.run = watched  # type: ignore[method-assign]
     trainer.train(model.tensors, data("cross_entropy"), recipe, seed=7, device="d", round=1, classes=CLASSES)
     assert seen == [8, 8, 8, 8, 5, 4]
+
+
+class Reader(nn.Module):
+    """Reads words; the table of words is frozen by its author."""
+
+    input_shape, input_dtype = (6,), torch.int64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(20, 8), nn.Linear(8, 12), nn.Linear(12, CLASSES)
+        self.words.weight.requires_grad_(False)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(torch.tanh(self.mix(self.words(x))).mean(1))
+
+
+@pytest.mark.parametrize("thawed", [False, True])
+def test_words_are_read_and_what_the_author_froze_stays(thawed: bool) -> None:
+    """A recipe may train what the author froze by naming it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        net = Reader()
+    model = import_onnx(export_torch(net), "reader")
+    recipe = Recipe(epochs=3, batch_size=8, lr=0.3, trainable=("*",) if thawed else ())
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 20, (SAMPLES, 6)), rng.integers(0, CLASSES, SAMPLES)
+    trainer = Trainer(training_graph(model, recipe.features).to_bytes())
+    assert (trainer.frozen, trainer.token_ids) == (() if thawed else ("words.weight",), True)
+    local = LocalData(x, y, x[:0], y[:0])
+    got = trainer.train(model.tensors, local, recipe, seed=7, device="d", round=1, classes=CLASSES).tensors
+    net = net.double().train()
+    net.words.weight.requires_grad_(thawed)
+    made = optimiser(recipe, [p for p in net.parameters() if p.requires_grad])
+    for epoch in range(3):
+        order = keyed(7, 1, "d", "batches", epoch).permutation(SAMPLES)
+        for at in range(0, SAMPLES, 8):
+            rows = order[at : at + 8]
+            made.zero_grad()
+            functional.cross_entropy(net(torch.tensor(x[rows])), torch.tensor(y[rows])).backward()
+            made.step()
+    for name, value in net.state_dict().items():
+        np.testing.assert_allclose(got[name], value.numpy(), rtol=1e-4, atol=2e-6, err_msg=name)
+    assert (got["words.weight"].tobytes() == model.tensors["words.weight"].tobytes()) is not thawed
