@@ -210,8 +210,9 @@ class Trainer:
                 raise TrainingStoppedError(f"training was stopped before step {number} of {steps}")
             at = time.monotonic()
             parts = self._parts(rows, recipe)
-            plan = plans[int(keyed(seed, round, device, "widths", number).integers(len(plans)))]
-            fed = {**constant, **state}
+            plan, fed = plans[0], {**constant, **state}
+            if len(plans) > 1:
+                plan = plans[int(keyed(seed, round, device, "widths", number).integers(len(plans)))]
             if plan != plans[0]:
                 fed = self._axes.narrowed(fed, plans[0], plan)
             loss, right, moved = self._step(fed, [(data.x_train[p], y[p]) for p in parts], number)
@@ -260,7 +261,9 @@ class Trainer:
         feeds = self._constants(tensors, y, recipe, classes)
         feeds |= {n: np.asarray(v, order="C") for n, v in tensors.items()}
         feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in (*self._states, *self._squares)}
-        return self._step(feeds, [(data.x_train[:samples], y[:samples])], 1)[0]
+        rows = np.arange(min(samples, len(y)))
+        parts = self._parts(rows, recipe) if self._sums else [rows]
+        return self._step(feeds, [(data.x_train[p], y[p]) for p in parts], 1)[0]
 
     def _step(
         self, feeds: dict[str, Array], parts: Sequence[tuple[Array, Array]], number: int
