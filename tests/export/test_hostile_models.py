@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,177 @@ def test_an_attack_is_one_error(make: Callable[[], bytes], message: str) -> None
     assert len(str(caught.value)) < 500
 
 
+HUGE = 2**40
+
+
+def _growing(op: str) -> bytes:
+    """A model that claims 2^40 numbers in a few bytes."""
+    ints: Tensors = {"n": np.array([HUGE], np.int64), "one": np.array([1], np.int64)}
+    zero = {"z": np.array(0, np.int64), "big": np.array(HUGE, np.int64), "i": np.array(1, np.int64)}
+    scales = {"s": np.array([1, 2**20], np.float32), "long": np.array([1, HUGE], np.int64)}
+    make = {
+        "ConstantOfShape": [helper.make_node("ConstantOfShape", ["n"], ["c"])],
+        "Expand": [helper.make_node("Expand", ["one", "n"], ["d"]), helper.make_node("Cast", ["d"], ["c"], to=1)],
+        "Tile": [helper.make_node("Tile", ["one", "n"], ["d"]), helper.make_node("Cast", ["d"], ["c"], to=1)],
+        "Range": [helper.make_node("Range", ["z", "big", "i"], ["d"]), helper.make_node("Cast", ["d"], ["c"], to=1)],
+        "Resize": [
+            helper.make_node("Resize", ["x", "", "s"], ["a"]),
+            helper.make_node("Resize", ["a", "", "s"], ["c"]),
+        ],
+        "Pad": [helper.make_node("Pad", ["x", "p"], ["c"])],
+        "product": [
+            helper.make_node("Expand", ["x", "wide"], ["a"]),
+            helper.make_node("MatMul", ["a", "b"], ["c"]),
+        ],
+    }[op]
+    more: Tensors = {"p": np.array([0, HUGE, 0, 0], np.int64), "wide": np.array([2**20, 1, 1], np.int64)}
+    more["b"] = np.zeros((6, 4096), np.float32)
+    total = [helper.make_node("ReduceMean", ["c"], ["m"], keepdims=0)]
+    scaled = [helper.make_node("Mul", ["x", "m"], ["t"]), helper.make_node("Gemm", ["t", "w"], ["y"])]
+    return model({"w": W, **ints, **zero, **scales, **more}, [*make, *total, *scaled])
+
+
+@pytest.mark.parametrize("op", ["ConstantOfShape", "Expand", "Tile", "Range", "Resize", "Pad", "product"])
+def test_a_claim_of_huge_values_is_refused_before_anything_is_made(op: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    with pytest.raises(ModelError, match="expected at most 268435456"):
+        import_onnx(_growing(op), "net")
+
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
+
+
+def test_a_size_that_data_decide_is_refused() -> None:
+    most = [helper.make_node("ReduceMax", ["x"], ["a"], keepdims=0), helper.make_node("Cast", ["a"], ["b"], to=7)]
+    grown = [helper.make_node("Reshape", ["b", "one"], ["n"]), helper.make_node("ConstantOfShape", ["n"], ["c"])]
+    total = [helper.make_node("ReduceSum", ["c"], ["m"], keepdims=0), helper.make_node("Add", ["x", "m"], ["t"])]
+    raw = model(
+        {"w": W, "one": np.array([1], np.int64)}, [*most, *grown, *total, helper.make_node("Gemm", ["t", "w"], ["y"])]
+    )
+
+    with pytest.raises(ModelError, match="the size of ConstantOfShape 'c' can't be told"):
+        import_onnx(raw, "net")
+
+
+def _edited(change: Callable[[onnx.ModelProto], object]) -> bytes:
+    """A sound model of two layers, changed."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], name="first"), helper.make_node("Relu", ["h"], ["y"])]
+    proto = onnx.load_model_from_string(model({"w": W}, nodes))
+    change(proto)
+    raw: bytes = proto.SerializeToString()
+    return raw
+
+
+def _cycle(proto: onnx.ModelProto) -> None:
+    proto.graph.node[0].input[0] = "y"
+
+
+def _type(number: int) -> Callable[[onnx.ModelProto], object]:
+    return lambda proto: setattr(proto.graph.initializer[0], "data_type", number)
+
+
+def _nested(proto: onnx.ModelProto) -> None:
+    inner = helper.make_graph([], "g", [], [])
+    for _ in range(25):
+        node = helper.make_node("If", ["x"], ["z"], then_branch=inner, else_branch=inner)
+        inner = onnx.GraphProto()
+        inner.node.append(node)
+        inner.name = "g"
+        del inner.node[0].attribute[1:]
+    proto.graph.node.append(inner.node[0])
+
+
+def _attribute(name: str, value: object) -> Callable[[onnx.ModelProto], object]:
+    return lambda proto: proto.graph.node[1].attribute.append(helper.make_attribute(name, value))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_cycle, "not a whole ONNX model"),
+        (lambda p: p.graph.node.append(p.graph.node[0]), "not a whole ONNX model"),
+        (lambda p: p.graph.initializer.append(p.graph.initializer[0]), "not a whole ONNX model"),
+        (lambda p: p.graph.initializer.pop(), "not a whole ONNX model"),
+        (lambda p: p.graph.initializer[0].dims.append(2**40), "not a whole ONNX model"),
+        (lambda p: p.graph.initializer[0].dims.__setitem__(0, -6), "tensor 'w' can't be read|not a whole"),
+        (_type(0), "not a whole ONNX model"),
+        (_type(999), "tensor 'w' can't be read|not a whole"),
+        (_type(7), "tensor 'w' can't be read|not a whole"),
+        (_nested, "not a whole ONNX model|sub-graph|branch"),
+        (_attribute("axis", 3), "not a whole ONNX model"),
+        (lambda p: p.opset_import[0].__setattr__("version", 2**40), "not a whole ONNX model|opset"),
+        (lambda p: p.graph.node[1].__setattr__("op_type", "Loop"), "not a whole ONNX model"),
+        (lambda p: p.graph.output[0].__setattr__("name", "nothing"), "not a whole ONNX model|output"),
+    ],
+)
+def test_a_broken_structure_is_one_error(change: Callable[[onnx.ModelProto], object], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        import_onnx(_edited(change), "net")
+
+    assert len(str(caught.value)) < 700
+
+
+def test_a_name_that_is_not_text_is_refused() -> None:
+    raw = _edited(lambda p: p.graph.node[0].__setattr__("name", "FIRST"))
+
+    with pytest.raises(ModelError):
+        import_onnx(raw.replace(b"FIRST", b"\xed\xa0\x80ab"), "net")  # half of a surrogate pair
+
+
+def test_a_very_long_name_is_refused_in_few_words() -> None:
+    with pytest.raises(ModelError, match="a name of 'Relu'") as caught:
+        import_onnx(_edited(lambda p: p.graph.node[1].__setattr__("name", "x" * 10**6)), "net")
+
+    assert len(str(caught.value)) < 500
+
+
+def test_thousands_of_operators_are_fine() -> None:
+    steps = [helper.make_node("Neg", [f"h{i}"], [f"h{i + 1}"]) for i in range(3000)]
+    first, last = helper.make_node("Gemm", ["x", "w"], ["h0"]), helper.make_node("Identity", ["h3000"], ["y"])
+
+    assert len(import_onnx(model({"w": W}, [first, *steps, last]), "net").graph.nodes) == 3001
+
+
+def test_functions_that_call_each_other_for_ever_are_refused() -> None:
+    made = [
+        helper.make_function(
+            "own",
+            name,
+            ["a"],
+            ["b"],
+            [helper.make_node(other, ["a"], ["b"], domain="own")],
+            [helper.make_opsetid("own", 1)],
+        )
+        for name, other in (("F", "G"), ("G", "F"))
+    ]
+
+    def change(proto: onnx.ModelProto) -> None:
+        proto.functions.extend(made)
+        proto.opset_import.append(helper.make_opsetid("own", 1))
+        proto.graph.node[1].CopyFrom(helper.make_node("F", ["h"], ["y"], domain="own"))
+
+    with pytest.raises(ModelError, match="local functions call each other"):
+        import_onnx(_edited(change), "net")
+
+
+def test_functions_that_grow_beyond_measure_are_refused() -> None:
+    """Ten functions, each of which calls the next ten times: ten thousand million operators."""
+
+    def function(i: int) -> onnx.FunctionProto:
+        op, domain = (f"F{i + 1}", "own") if i < 9 else ("Neg", "")
+        steps = [helper.make_node(op, [f"v{j}"], [f"v{j + 1}"], domain=domain) for j in range(10)]
+        imports = [helper.make_opsetid("own", 1), helper.make_opsetid("", 17)]
+        return helper.make_function("own", f"F{i}", ["v0"], ["v10"], steps, imports)
+
+    def change(proto: onnx.ModelProto) -> None:
+        proto.functions.extend(function(i) for i in range(10))
+        proto.opset_import.append(helper.make_opsetid("own", 1))
+        proto.graph.node[1].CopyFrom(helper.make_node("F0", ["h"], ["y"], domain="own"))
+
+    with pytest.raises(ModelError, match="number of operators with functions written out"):
+        import_onnx(_edited(change), "net")
+
+
 def _external(folder: Path, location: str) -> Path:
     proto = onnx.load_model_from_string(model({"w": W}))
     (tensor,) = proto.graph.initializer
@@ -126,4 +298,46 @@ def test_external_data_elsewhere_is_refused(tmp_path: Path, place: str) -> None:
         (path.parent / "link.bin").symlink_to(secret)
 
     with pytest.raises(ModelError, match=r"m\.onnx: its external data can't be read"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("length", "1000000000000"),
+        ("offset", "-4"),
+        ("offset", "8"),
+        ("offset", "x"),
+        ("length", "4"),
+        ("location", ""),
+    ],
+)
+def test_external_data_that_do_not_fit_are_refused(tmp_path: Path, key: str, value: str) -> None:
+    path = _external(tmp_path, "w.bin")
+    (path.parent / "w.bin").write_bytes(W.tobytes())
+    proto = onnx.load_model_from_string(path.read_bytes())
+    next(e for e in proto.graph.initializer[0].external_data if e.key == key).value = value
+    path.write_bytes(proto.SerializeToString())
+
+    with pytest.raises(ModelError, match=r"m\.onnx: its external data can't be read"):
+        load(path)
+
+
+def test_external_data_of_a_huge_claim_are_refused(tmp_path: Path) -> None:
+    path = _external(tmp_path, "w.bin")
+    (path.parent / "w.bin").write_bytes(W.tobytes())
+    proto = onnx.load_model_from_string(path.read_bytes())
+    proto.graph.initializer[0].dims[0] = 2**40
+    proto.graph.initializer[0].external_data.pop()
+    path.write_bytes(proto.SerializeToString())
+
+    with pytest.raises(ModelError, match="its external data can't be read"):
+        load(path)
+
+
+def test_a_folder_in_place_of_external_data_is_refused(tmp_path: Path) -> None:
+    path = _external(tmp_path, "w.bin")
+    (path.parent / "w.bin").mkdir()
+
+    with pytest.raises(ModelError, match="its external data can't be read"):
         load(path)
