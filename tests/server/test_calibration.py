@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fedprune.errors import DataError
+from fedprune.recipe import Features
 from fedprune_export.importing import import_onnx
 from fedprune_server.calibration import MAX_SAMPLES, Calibration
 from fedprune_server.digits import digits_model, load_digits
@@ -56,6 +57,17 @@ def test_statistics_are_the_samples_whatever_share_a_step_keeps(model, keep):
     out, usual = (Calibration(m, x)(model.tensors) for m in (replace(model, graph=graph), model))
     for spec in model.architecture.statistics:
         np.testing.assert_array_equal(out[spec.name], usual[spec.name])
+
+
+def test_frozen_statistics_stay_and_others_are_measured_behind_them(model):
+    x = load_digits()[0][:50]
+    out = Calibration(model, x, Features(frozen=("bn1.*", "conv1.*")))(model.tensors)
+    whole = Calibration(model, x)(model.tensors)
+    for name in model.tensors:
+        assert (out[name].tobytes() == model.tensors[name].tobytes()) == ("bn1" in name or "running" not in name), name
+    assert not np.array_equal(out["bn2.running_mean"], whole["bn2.running_mean"])  # bn1 normalises by what is frozen
+    head = Calibration(model, x, Features(trainable=("fc*",)))(model.tensors)
+    assert all(head[n].tobytes() == v.tobytes() for n, v in model.tensors.items())
 
 
 def test_order_of_the_samples_does_not_matter(model):
