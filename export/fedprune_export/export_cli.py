@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,6 +213,8 @@ class _Job:
         if arguments.data is not None:
             dtype = self.model.graph.inputs[0].dtype
             self.data = labelled_data.read(arguments.data, architecture, dtype, labels_of(self.recipe))
+            tell("measuring the whole model")
+            self.whole_score = _score(self.data, self.model.graph.to_bytes())
         tell("deriving the training step")
         self.training = training_step(self.model, self.recipe)
         self.order = ranks(score(arguments.scorer, architecture, self.model.tensors))
@@ -264,10 +265,6 @@ class _Job:
         write_bundle(out, files, selection, recipe, profile.name, tuple(arguments.class_names))
         return report
 
-    @cached_property
-    def _whole_score(self) -> float:
-        return _score(self.data, self.model.graph.to_bytes()) if self.data is not None else 0.0
-
     def _accuracy(self, selection: Selection) -> Accuracy | None:
         if self.data is None:
             return None
@@ -275,7 +272,7 @@ class _Job:
         from fedprune_export.report import Accuracy
 
         small = _score(self.data, cut(self.model, selection).to_bytes())
-        return Accuracy(self.data.measure, len(self.data.x), self._whole_score, small)
+        return Accuracy(self.data.measure, len(self.data.x), self.whole_score, small)
 
 
 def _score(data: LabelledData, graph: bytes) -> float:
