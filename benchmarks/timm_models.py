@@ -23,14 +23,18 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+from synthetic_nets import setting, write
+from timm_networks import NETWORKS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -39,89 +43,11 @@ BATCH = 4
 SEEDS = 5
 LIMIT_SECONDS = 300
 LIMIT_BYTES = 12 * 2**30
+DENSITIES = (0.5, 0.25, 0.75, 0.001)
+FLOOR = 1e-6
+"""A relative distance of gradients that counts as none."""
 BOUND = 1e-5
 """Largest relative distance of a cut network from the masked whole one."""
-
-NETWORKS: dict[str, dict[str, Any]] = {
-    # residual networks and what grew out of them
-    "resnet10t": {},
-    "resnet18": {},
-    "resnet50": {},
-    "legacy_seresnet18": {},
-    "seresnext26d_32x4d": {},
-    "skresnet18": {},
-    "botnet26t_256": {"img_size": 64},
-    "lambda_resnet26t": {},
-    "gcresnext26ts": {},
-    "regnetx_002": {},
-    "regnety_002": {},
-    "regnetz_005": {},
-    "nf_regnet_b0": {},
-    "test_nfnet": {},
-    "dla46_c": {},
-    "hrnet_w18_small": {},
-    "selecsls42": {},
-    "densenet121": {},
-    "ese_vovnet19b_slim_dw": {},
-    "cs3darknet_s": {},
-    "inception_v3": {"size": 96},
-    "repvgg_a0": {},
-    "mobileone_s0": {},
-    # mobile networks
-    "mobilenetv1_100": {},
-    "mobilenetv2_100": {},
-    "mobilenetv3_small_100": {},
-    "mobilenetv4_conv_small_035": {},
-    "efficientnet_b0": {},
-    "mixnet_s": {},
-    "mnasnet_small": {},
-    "semnasnet_050": {},
-    "fbnetc_100": {},
-    "fbnetv3_b": {},
-    "tinynet_e": {},
-    "lcnet_035": {},
-    "hardcorenas_a": {},
-    "rexnet_100": {},
-    "ghostnet_050": {},
-    "repghostnet_050": {},
-    "repvit_m0_9": {},
-    "fasternet_t0": {},
-    "starnet_s050": {},
-    "shvit_s1": {},
-    "efficientvit_b0": {},
-    "efficientvit_m0": {},
-    # networks in the manner of transformers
-    "convnext_atto": {},
-    "convnextv2_atto": {},
-    "inception_next_atto": {},
-    "poolformer_s12": {},
-    "caformer_s18": {},
-    "test_mambaout": {},
-    "fastvit_t8": {},
-    "mixer_s32_224": {"img_size": 64},
-    "resmlp_12_224": {"img_size": 64},
-    "gmlp_ti16_224": {"img_size": 64},
-    # transformers
-    "vit_tiny_patch16_224": {"img_size": 64},
-    "deit_tiny_distilled_patch16_224": {"img_size": 64},
-    "eva02_tiny_patch14_224": {"img_size": 56, "size": 56},
-    "cait_xxs24_224": {"img_size": 64, "depth": 8},
-    "pit_ti_224": {"img_size": 64},
-    "convit_tiny": {"img_size": 64},
-    "swin_tiny_patch4_window7_224": {"img_size": 64, "depths": (1, 1, 2, 1)},
-    "swinv2_tiny_window8_256": {"img_size": 64, "depths": (1, 1, 2, 1)},
-    "pvt_v2_b0": {},
-    "levit_128s": {"img_size": 64},
-    "visformer_tiny": {"img_size": 64},
-    "maxvit_rmlp_pico_rw_256": {"img_size": 64},
-    "edgenext_xx_small": {},
-    "mobilevit_xxs": {},
-    "mobilevitv2_050": {},
-    "efficientformerv2_s0": {"img_size": 64},
-    "tiny_vit_5m_224": {},
-    "swiftformer_xs": {},
-}
-"""timm's name, and what its constructor is given; `size` is that of the images (64 by default)."""
 
 
 def module_of(name: str) -> Any:
@@ -201,7 +127,7 @@ def cuts(record: Record, model: Any) -> None:
 
     found: dict[str, float] = {}
     record.body["cuts"] = found
-    for density in (0.5, 0.25, 0.75, 0.001):
+    for density in DENSITIES:
         selection = random_selection(model, density, seed=int(density * 100))
         if density == 0.5:
             kept = sum(v.size for v in selection.gather(model.tensors).values())
@@ -242,8 +168,8 @@ def gradients(record: Record, model: Any, name: str) -> None:
             "calm": [far.calm(far.ours), far.calm(far.torch)],
             "worst_tensor": {
                 "name": worst,
-                "ours": statistics.median(far.ours_each[worst]),
-                "torch": statistics.median(far.torch_each[worst]),
+                "ours": median(far.ours_each[worst]),
+                "torch": median(far.torch_each[worst]),
             },
         }
         record.write()
@@ -300,6 +226,102 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
+def page(about: dict[str, Any], records: list[dict[str, Any]]) -> str:
+    """The table, what failed, and what the numbers say."""
+    marks = [verdict(r) for r in records]
+    counts = {k: sum(m[k] for m in marks) for k in marks[0]}
+    sides = [(r, w, g) for r in records for w, g in r.get("gradients", {}).items()]
+    plain = sum(median(g["ours"]) <= max(FLOOR, 2 * median(g["torch"])) for _, _, g in sides)
+    flips = [sum(g["flipped"][e] for _, _, g in sides) for e in (0, 1)]
+    worst_cut = max((d for r in records for d in r.get("cuts", {}).values()), default=0.0)
+    cpu = sum(sum(r["seconds"].values()) for r in records)
+    text = f"""{len(records)} networks: {counts["import"]} are imported, {counts["cut"]} of these cut right, and
+    {counts["gradients"]} give gradients no further from torch in float64 than twice torch's float32, at full and at
+    half width. The cut network that is furthest from its masked whole one is {worst_cut:.1e} off (the bound is
+    {BOUND:g}). In {flips[0]} of {len(sides) * SEEDS} batches a decision of ours fell to the other side of zero, in {flips[1]} of
+    torch's; over all batches alike our medians are within twice torch's in {plain} of {len(sides)} rows, and without
+    these in all that are counted as right. {cpu / 60:.0f} minutes of processor time."""
+    oracle = max(r.get("oracle", 0.0) for r in records)
+    lines = []
+    for record, mark in zip(records, marks, strict=True):
+        cuts = max(record.get("cuts", {}).values(), default=None)
+        cells = [
+            record["name"] + given(record["name"]),
+            "×".join(map(str, record.get("input", []))),
+            f"{record['parameters'] / 1e6:.2f}" if "parameters" in record else "",
+            str(record.get("groups", "")),
+            f"{record['kept']:.2f}" if "kept" in record else "",
+            "" if cuts is None else f"{cuts:.0e}" + ("" if mark["cut"] else " **!**"),
+        ]
+        for width in ("full", "half"):
+            found = record.get("gradients", {}).get(width)
+            cells.append("" if not found else pair(found["calm"]) + ("" if found["near"] else " **!**"))
+            cells.append("" if not found else "{} / {}".format(*found["flipped"]))
+        lines.append("| " + " | ".join(cells) + " |")
+    failures = [f"- {r['name']}, {r['failed']}: {r['error']}" for r in records if r["failed"]]
+    failures += [
+        f"- {r['name']}, gradients at {w} width: {pair(g['calm'])}, flipped {g['flipped'][0]} / {g['flipped'][1]}; "
+        f"furthest beside torch's is {g['worst_tensor']['name']}"
+        for r, w, g in sides
+        if not g["near"]
+    ]
+    failures += [
+        f"- {r['name']}, cut: {'nothing can be cut' if not r['groups'] else max(r['cuts'].values())}"
+        for r, m in zip(records, marks, strict=True)
+        if len(r.get("cuts", {})) == len(DENSITIES) and not m["cut"]
+    ]
+    stays = [f"- {r['name']}: {brief(r['notes'])}" for r in records if any("stay" in n for n in r.get("notes", []))]
+    table, failed, held = "\n".join(lines), "\n".join(failures) or "Nothing.", "\n".join(stays) or "Nothing."
+    return f"""# What of timm can be imported, cut and trained
+
+{about["date"]}, {about["cpu"]}, one thread, Python {about["python"]}, onnxruntime {about["onnxruntime"]}, torch
+{about["torch"]}, timm {about["timm"]}, onnx {about["onnx"]}. `python benchmarks/timm_models.py`
+
+{fill(text)}
+
+*cut*: largest relative distance of the cut from the masked whole network, at densities .5, .25, .75 and one channel per
+group, batch {BATCH}. *kept*: share of the parameters that is left at density .5. *gradients*: relative L2 distance of
+all gradients together from float64, ours / torch's float32, median of {SEEDS} batches of {BATCH} samples without those
+in which a decision flipped (of which the number is beside it). A batch counts as flipped if it is more than ten times
+as far off as the best one of either engine; where both engines flip in every batch, that can't be told. A row is right
+if ours is at most twice torch's, or {FLOOR:g}, and flips at most in two more batches. At full width the reference is
+timm's module; at half width it is the cut graph, run by torch, whose logits in float64 are at most {oracle:.0e} from
+onnxruntime's.
+
+| network | input | parameters (M) | groups | kept | cut | gradients, full width | flipped | half width | flipped |
+|---|---|---|---|---|---|---|---|---|---|
+{table}
+
+## What failed
+
+{failed}
+
+## Channels that stay
+
+{held}
+"""
+
+
+def given(name: str) -> str:
+    """What a network was given besides the image size, where it isn't timm's own."""
+    more = [f"{k}={v}" for k, v in NETWORKS.get(name, {}).items() if k not in ("img_size", "size")]
+    return f" ({', '.join(more)})" if more else ""
+
+
+def pair(both: list[float]) -> str:
+    return f"{both[0]:.1e} / {both[1]:.1e}"
+
+
+def brief(notes: list[str]) -> str:
+    """The notes about channels that stay, the first two in full."""
+    held = [n for n in notes if "stay" in n]
+    return " ".join(held[:2]) + (f" And {len(held) - 2} more." if len(held) > 2 else "")
+
+
+def fill(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 118)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what of timm can be imported, cut and trained.")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these networks, and no page")
@@ -320,7 +342,9 @@ def main() -> None:
     marks = [verdict(r) for r in records]
     print({k: sum(m[k] for m in marks) for k in marks[0]}, "of", len(records))
     if not options.only:
-        pass
+        about = setting("onnxruntime", "torch", "timm", "onnx")
+        body = {"setting": about, "bound": BOUND, "batch": BATCH, "seeds": SEEDS, "networks": records}
+        write("timm_models", body, page(about, records))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Whole:
         kept: Share of the parameters that are left at density .5 at most, if the analysis finds all that can be cut.
         vocabulary: Number of words, where the input is words.
         stays: What notes must name, because it can't be cut.
+        places: Weights of layers that make places of a map or steps of a sequence, not channels.
     """
 
     make: Callable[[], nn.Module]
@@ -36,6 +37,7 @@ class Whole:
     kept: float
     vocabulary: int = 0
     stays: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
 
 
 def _ours(kind: type[nn.Module]) -> Callable[[], nn.Module]:
@@ -128,7 +130,7 @@ OURS: dict[str, Whole] = {
     "vision_transformer": Whole(_ours(whole_sequences.VisionTransformer), 5, 0.35),
     "encoder": Whole(_ours(whole_sequences.Encoder), 5, 0.29),
     "swin": Whole(_ours(whole_sequences.Swin), 6, 0.33),
-    "mlp_mixer": Whole(_ours(whole_sequences.MLPMixer), 3, 0.42),
+    "mlp_mixer": Whole(_ours(whole_sequences.MLPMixer), 3, 0.42, places=("token2.weight",)),
     "lstm": Whole(_ours(whole_sequences.LSTMClassifier), 1, 0.35),
     "gru": Whole(_ours(whole_sequences.GRUClassifier), 2, 0.31),
     "embedded": Whole(_ours(whole_sequences.Embedded), 3, 0.35, vocabulary=50),

@@ -1,6 +1,7 @@
 """Whole networks: imported right, cut right at every density, differentiated right, and cut where they can be.
 
-All of ours, and of timm's those that export quickly; `benchmarks/whole_models.py` has all of them, at more batch sizes.
+All of ours, and some of timm's; `benchmarks/whole_models.py` has all of these, and `benchmarks/timm_models.py` many
+more of timm's, with their gradients.
 """
 
 from __future__ import annotations
@@ -69,22 +70,19 @@ def test_so_much_can_be_cut(name: str) -> None:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_what_stays_is_named(name: str) -> None:
-    """Where a layer's channels stay, other than the classes, a note says why."""
+    """Where a layer's channels stay, other than classes and places, a note says why."""
     model = whole_models.imported(name)
     architecture = model.architecture
-    stays = [
-        layer.weight
-        for layer in architecture.layers[:-1]
-        if not architecture.by_name[layer.weight].axes[layer.axis].groups
-        and architecture.by_name[layer.weight].axes[layer.axis].length > 1
-    ]
+    made = {n.weight: architecture.by_name[n.weight].axes[n.output_axis] for n in architecture.layers if n.weight}
+    made = {n: axis for n, axis in list(made.items())[:-1] if n not in MODELS[name].places}
+    stays = [axis for axis in made.values() if not axis.groups and axis.length > 1]
 
     assert not stays or any("stay" in note for note in model.notes)
     for text in MODELS[name].stays:
         assert any(text in note for note in model.notes), text
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", OURS)
 def test_gradients_are_as_exact_as_torchs(name: str) -> None:
     """At full width beside the module, at half width beside the cut graph as torch runs and differentiates it."""
     model = whole_models.imported(name)
