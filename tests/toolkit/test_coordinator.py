@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedprune import profile_store
 from fedprune.coordination import Coordinator, Phase, State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
@@ -580,3 +581,67 @@ def test_a_bad_setting_names_its_key(key: str, value: object) -> None:
 
 def test_a_job_survives_its_dict() -> None:
     assert Job.from_dict(JOB.to_dict()) == JOB
+
+
+PI = profile_store.find("raspberry-pi-5")
+
+
+def planned_fleet(deadline_s: float = 10_000) -> Coordinator:
+    job = replace(JOB, density=0.0, devices=1, rounds=9, deadline_s=deadline_s)
+    coordinator = Coordinator(job, ARCHITECTURE, State(model="m0"))
+    coordinator.handle(on.DeviceBorn("a", 1, PI.to_dict(), 10), 0.0)
+    return coordinator
+
+
+def play(coordinator: Coordinator, times: float) -> None:
+    """One round in which steps take so many times as long as the plan says."""
+    state = coordinator.state
+    coordinator.handle(on.Scored(state.round, "r"), 0.0)
+    offer = {"weights": {"sha256": digest(state.round)}}
+    coordinator.handle(on.Extracted(state.round, "a", 1, offer), 0.0)
+    plan = state.devices["a"].plan
+    assert plan is not None
+    metrics = {"step_seconds": times * plan["prediction"]["step_s"]}
+    update = on.UpdateAnnounced("a", state.round, 1, digest(state.round), {"sha256": "u"}, 10, 1, metrics)
+    coordinator.handle(update, 0.0)
+    coordinator.handle(on.UpdateStored("a", state.round, 1, "w"), 0.0)
+    coordinator.handle(on.Folded("a", state.round, 1), 0.0)
+
+
+def test_a_rounds_own_times_correct_a_plan_that_was_far_off() -> None:
+    coordinator = planned_fleet()
+    before = coordinator.state.devices["a"].plan
+    play(coordinator, 3.0)
+    device = coordinator.state.devices["a"]
+    assert before is not None
+    assert device.plan is not None
+    assert device.correction == {"step": pytest.approx(3.0), "latency": 1.0}
+    assert device.plan["prediction"]["step_s"] == pytest.approx(3 * before["prediction"]["step_s"])
+    assert State.from_json(coordinator.state.to_json()).devices["a"] == device
+
+
+def test_a_plan_that_was_nearly_right_stays_as_it_is() -> None:
+    coordinator = planned_fleet()
+    before = coordinator.state.devices["a"].plan
+    play(coordinator, 1.1)
+    assert coordinator.state.devices["a"].plan == before
+
+
+def test_a_device_that_turns_out_too_slow_for_any_width_goes_on_as_it_is() -> None:
+    probing = planned_fleet().state.devices["a"].plan
+    assert probing is not None
+    round_s = 1.5 * probing["prediction"]["train_s"] + probing["prediction"]["transfer_s"]
+    coordinator = planned_fleet(deadline_s=round_s)
+    device = coordinator.state.devices["a"]
+    before = device.plan, device.widths
+    play(coordinator, 1e9)
+    device = coordinator.state.devices["a"]
+    assert not device.excluded
+    assert (device.plan, device.widths) == before
+
+
+def test_what_was_learnt_outlasts_a_new_connection() -> None:
+    coordinator = planned_fleet()
+    play(coordinator, 3.0)
+    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 11), 0.0)
+    assert coordinator.state.devices["a"].correction["step"] == pytest.approx(3.0)

@@ -84,7 +84,10 @@ def _weights(
     """The weights of a node: name, axis that makes its output, and how often a sample uses each number."""
     if node.op in _RECURRENT:
         length = int(seen.shapes[node.inputs[0]][1 if node.attrs.get("layout") else 0])
-        yield from ((w, 1, length) for w in node.inputs[1:3] if w in parameters)
+        for place in (1, 2):
+            found = _sources(node.inputs[place], parameters, producers)
+            # A layer's own weights; torch's two directions come as one array made of two.
+            yield from ((w, min(1, len(seen.shapes[w]) - 2), length) for w in found)
         return
     if node.op not in _WEIGHTED:
         return
@@ -98,6 +101,17 @@ def _weights(
         places = per_sample[2:] if node.op.startswith("Conv") else per_sample[:-1]
         yield weight, min(axis, max(0, len(seen.shapes[weight]) - 1)), int(np.prod(places, dtype=np.int64))
         return
+
+
+def _sources(name: str, parameters: Mapping[str, str], producers: Mapping[str, Node]) -> list[str]:
+    """The weights of which a value is put together, each once."""
+    if name in parameters:
+        return [name]
+    maker = producers.get(name)
+    if maker is None or maker.domain or maker.op not in REARRANGEMENTS | {"Slice", "Split", "Concat", "Gather"}:
+        return []
+    parts = maker.inputs if maker.op == "Concat" else maker.inputs[:1]
+    return list(dict.fromkeys(w for part in parts for w in _sources(part, parameters, producers)))
 
 
 def _work(node: Node, values: ValueAxes, seen: Trace, weighted: bool) -> dict[str, Any]:
