@@ -90,6 +90,20 @@ def test_a_reshape_merges_batch_and_tokens_and_two_channel_axes() -> None:
         differentiated([node("Reshape", "x", "s")], data, shapes, {"s": ints(0, 0, 24)}, {"y": ("N", 5, 24)})
 
 
+def test_a_reshape_of_a_value_that_follows_the_batch_twice() -> None:
+    """Similarities of all samples with all: what the target doesn't say, a trace does."""
+    nodes = [
+        node("Transpose", "x", perm=[1, 0], out="t"),
+        node("MatMul", "x", "t", out="m"),
+        node("Reshape", "m", "s", out="r"),
+        node("Tanh", "r"),
+    ]
+    data, shapes = {"x": normal(3, 5)}, {"x": ("N", "c")}
+    values = {"m": ("N", "N"), "r": ("N", 1, "N"), "y": ("N", 1, "N")}
+    oracle = lambda x: (x @ x.T)[:, None].tanh()  # noqa: E731
+    check(nodes, oracle, data, shapes, {"s": ints(0, 1, -1)}, values=values, narrow={"c": 3})
+
+
 def test_a_reshape_apart_whose_sizes_all_vary() -> None:
     """Neither 0 nor -1 can say two sizes: one is computed at run time from a weight that has it."""
     nodes = [node("Reshape", "x", "s", out="r"), node("Mul", "r", "w")]

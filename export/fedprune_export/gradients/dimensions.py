@@ -155,7 +155,11 @@ class Dimensions:
             return self._graph.ints(dim)
         found = self._size(dim, set())
         if found is None:
-            raise ModelError(f"the size {dim} can't be told from any tensor of the model")
+            raise ModelError(
+                f"the size {dim} can't be told from any tensor of the model",
+                got=", ".join(self._sources) or "no size that varies",
+                hint="A training graph reads widths off shapes of weights: give one an axis of this size alone.",
+            )
         return found
 
     def sizes(self, dims: Sequence[Dim]) -> str:

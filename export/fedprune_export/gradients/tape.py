@@ -296,8 +296,8 @@ class Tape(Knowledge):
             if function is None:
                 raise ModelError(
                     f"{describe(node)} has no gradient rule",
-                    expected=", ".join(sorted(RULES)),
-                    hint="Replace the operator, or add a rule for it.",
+                    expected=f"one of {len(RULES)} operators (`fedprune-export operators` lists them)",
+                    hint="Replace the operator, or add a rule for it (docs/add-an-operator.md).",
                 )
             pull = function(self, node)
             self._check_shapes(node)
