@@ -20,7 +20,7 @@ from fedprune.step import LOGITS, X, following
 from fedprune_export.cut import masked
 from fedprune_export.imported import Model
 from fedprune_export.step_feeds import random_labels, step_feeds
-from fedprune_export.trace import sample_input
+from fedprune_export.trace import sample_feeds
 
 SAMPLES = 7
 """Random inputs of the check."""
@@ -43,7 +43,7 @@ def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> fl
     Raises:
         ModelError: They are too far from it, or onnxruntime doesn't load or run the inference graph.
     """
-    x = sample_input(model.graph.inputs[0], SAMPLES)
+    x = sample_feeds(model.graph, SAMPLES)[X]
     with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
         for file in (INFERENCE, WEIGHTS):
             (Path(name) / file).write_bytes(files[file])
@@ -73,7 +73,7 @@ def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes]) -> None:
     """
     session = Session(files[TRAINING], training=True)
     tensors, outputs = tensorfile.decode(files[WEIGHTS]), model.architecture.classes
-    x, y = sample_input(model.graph.inputs[0], _STEP_SAMPLES), random_labels(recipe, _STEP_SAMPLES, outputs)
+    x, y = sample_feeds(model.graph, _STEP_SAMPLES)[X], random_labels(recipe, _STEP_SAMPLES, outputs)
     out = session.run(step_feeds(session.inputs, recipe, tensors, x, y, outputs))
     for name, value in tensors.items():
         after = out.get(following(name), value)

@@ -19,7 +19,7 @@ from fedprune.errors import ModelError
 from fedprune.session import Session
 from fedprune_export.bundle_graph import inference_graph
 from fedprune_export.step_feeds import random_labels, step_feeds
-from fedprune_export.trace import sample_input
+from fedprune_export.trace import sample_feeds
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Stopwatch:
     def __init__(self, bundle: Bundle, runs: int) -> None:
         self._bundle = bundle
         self._runs = runs
-        self._port = inference_graph(bundle).inputs[0]
+        self._graph = inference_graph(bundle)
 
     def training_step(self, batch: int, threads: int) -> Measurement:
         """Time a training step on random samples.
@@ -91,13 +91,13 @@ class Stopwatch:
         path = bundle.path(TRAINING)
         inputs = Session(path, training=True).inputs
         tensors = tensorfile.load(bundle.path(WEIGHTS))
-        x, y = sample_input(self._port, batch), random_labels(bundle.recipe, batch, outputs)
+        x, y = sample_feeds(self._graph, batch)[step.X], random_labels(bundle.recipe, batch, outputs)
         feeds = step_feeds(inputs, bundle.recipe, tensors, x, y, outputs)
         return self._measured(STEP, path, feeds, batch, threads)
 
     def prediction(self, batch: int, threads: int) -> Measurement:
         """Time a prediction of random samples; arguments and errors are those of `training_step`."""
-        feeds = {step.X: sample_input(self._port, batch)}
+        feeds = sample_feeds(self._graph, batch)
         return self._measured(PREDICTION, self._bundle.path(INFERENCE), feeds, batch, threads)
 
     def _measured(self, what: str, graph: Path, feeds: dict[str, Any], batch: int, threads: int) -> Measurement:

@@ -18,7 +18,7 @@ from fedprune_export.graph import Graph
 from fedprune_export.imported import Model
 from fedprune_export.parity import LIMIT, distance, parity
 from fedprune_export.step_feeds import Array, loss, random_labels, step_feeds
-from fedprune_export.trace import sample_input
+from fedprune_export.trace import sample_feeds
 
 LOSS_LIMIT = 1e-3
 """How far, relative to 1 + loss, the two graphs' losses may differ: as on a board before it serves a model."""
@@ -85,7 +85,7 @@ class _Trial:
 
     @cached_property
     def x(self) -> Array:
-        return sample_input(self.graph.inputs[0], _BATCH)
+        return sample_feeds(self.graph, _BATCH)[step.X]
 
     @cached_property
     def y(self) -> Array:

@@ -20,7 +20,7 @@ from fedprune_export.bundle import bundle_files, write_bundle
 from fedprune_export.cli import main
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
-from fedprune_export.parity import try_step
+from fedprune_export.parity import parity, try_step
 from fedprune_export.verification import verify
 from fedprune_server.digits import digits_model
 
@@ -274,3 +274,34 @@ def test_a_swapped_weights_file_that_the_manifest_knows_is_a_bundle_of_its_own(
     assert open_bundle(folder).selection.digest == half.digest
     assert passed(folder) == (CHECKS, None)
     assert passed(folder, model)[0] == CHECKS
+
+
+def test_identifiers_are_drawn_from_the_whole_vocabulary(tmp_path: Path) -> None:
+    """A bundle whose embedding is wrong in its last row only is told from the model."""
+    random = np.random.default_rng(1)
+    held = {"table": (9, 6), "hidden": (18, 8), "head": (8, 5)}
+    nodes = [
+        onnx.helper.make_node("Gather", ["table", "x"], ["e"]),
+        onnx.helper.make_node("Flatten", ["e"], ["f"]),
+        onnx.helper.make_node("MatMul", ["f", "hidden"], ["h"]),
+        onnx.helper.make_node("Relu", ["h"], ["r"]),
+        onnx.helper.make_node("MatMul", ["r", "head"], ["y"]),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "tokens",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.INT64, ["N", 3])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 5])],
+        [numpy_helper.from_array(random.standard_normal(v).astype(np.float32), n) for n, v in held.items()],
+    )
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    model = import_onnx(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString(), "tokens")
+    whole = Selection.full(model.architecture)
+    files = bundle_files(model, whole, Recipe())
+    assert passed(written(tmp_path / "good", files, whole), model) == ([*CHECKS, "model"], None)
+    assert parity(model, whole, files) < 1e-6
+    tensors = {n: v.copy() for n, v in tensorfile.decode(files[WEIGHTS]).items()}
+    tensors["table"][-1] += 1
+
+    with pytest.raises(ModelError, match="something else than the masked one"):
+        parity(model, whole, {**files, WEIGHTS: tensorfile.encode(tensors)})
