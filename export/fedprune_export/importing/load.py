@@ -131,7 +131,7 @@ def _imported(
 ) -> Model:
     given = parse(raw, whole=False)
     proto = prepared(given)
-    check(proto)
+    check(raw if proto is given else proto)
     _choose(proto, output, parameters, prefer)
     texts, held = metadata.read(proto), {t.name for t in proto.graph.initializer}
     listed = metadata.names(texts, metadata.PARAMETERS_KEY, held)

@@ -59,12 +59,12 @@ def parse(raw: bytes, *, whole: bool = True) -> onnx.ModelProto:
     except Exception as error:
         raise _broken(error, len(raw)) from error
     if whole:
-        check(proto)
+        check(raw)
     return proto
 
 
-def check(model: onnx.ModelProto) -> None:
-    """Make sure that a model is what ONNX allows.
+def check(model: onnx.ModelProto | bytes) -> None:
+    """Make sure that a model, or the bytes of one, is what ONNX allows.
 
     Raises:
         ModelError: It isn't.
@@ -72,7 +72,7 @@ def check(model: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(model)
     except Exception as error:
-        raise _broken(error, model.ByteSize()) from error
+        raise _broken(error, len(model) if isinstance(model, bytes) else model.ByteSize()) from error
 
 
 def _broken(error: Exception, size: int) -> ModelError:
