@@ -74,7 +74,7 @@ def bench(arguments: argparse.Namespace) -> int:
         }
         terminal.print_json(body)
         return int(ExitCode.OK)
-    titles = ["", "batch", "threads", "median", "quartiles", "per sample", "peak memory"]
+    titles = ["what", "batch", "threads", "median", "quartiles", "per sample", "peak memory"]
     if profile is not None:
         titles += [f"predicted for {profile.name}", "its memory"]
     terminal.print_table(titles, [_row(m, p, predicted_too=profile is not None) for m, p in rows])

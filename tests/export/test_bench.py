@@ -54,7 +54,7 @@ def test_batches_and_threads_are_chosen(bundle: Path, capsys: pytest.CaptureFixt
     assert main(["bench", str(bundle), "--runs", "1", "--batch", "2,3", "--threads", "1,2"]) == ExitCode.OK
 
     header, *rows = (line.split("\t") for line in capsys.readouterr().out.splitlines())
-    assert header[:3] == ["", "batch", "threads"]
+    assert header[:3] == ["what", "batch", "threads"]
     assert not any("predicted" in title for title in header)
     assert [tuple(r[:3]) for r in rows] == [
         (what, batch, threads) for threads in "12" for what in ("training step", "prediction") for batch in "23"

@@ -75,6 +75,7 @@ def test_a_good_bundle_passes(files: dict[str, bytes], half: Selection, model: M
         Recipe(loss="huber", huber_delta=0.3),
         Recipe(label_smoothing=0.2, optimizer="adam", clip_norm=1.0),
         Recipe(optimizer="adamw", accumulate=2, frozen=("conv1.*", "bn1.*")),
+        Recipe(ordered_dropout=(0.5,), trainable=("fc.*",)),
     ],
     ids=lambda r: r.features.key,
 )
