@@ -13,7 +13,7 @@ from cutting import distance, inputs, outputs, random_selection
 
 from fedprune.architecture import FIXED, Architecture, TensorKind
 from fedprune.selection import Selection
-from fedprune_export.channels.analysis import _passes
+from fedprune_export.channels.grouping import _passes
 from fedprune_export.cut import cut
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model

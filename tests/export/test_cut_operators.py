@@ -222,6 +222,14 @@ def channels_backwards(graph: Graph, value: str) -> str:
     return graph.emit("Slice", value, graph.ints(-1), graph.ints(-(2**62)), graph.ints(1), graph.ints(-1))
 
 
+@net(8, 6)
+def sliced_at_other_places(graph: Graph, value: str) -> str:
+    """Blocks of four channels go together, of the first the last three are taken and of the second the first three."""
+    blocks = graph.emit("Conv", value, weight(graph, "blocks", 8, 4, 1, 1), attrs={"group": 2})
+    some = graph.emit("Slice", blocks, graph.ints(1), graph.ints(7), graph.ints(1))
+    return conv(graph, some, "other", 6, 8)
+
+
 @net(4, 6, width=4)
 def every_second_channel(graph: Graph, value: str) -> str:
     """Every second, so that pairs go."""

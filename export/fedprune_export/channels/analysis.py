@@ -1,25 +1,20 @@
 """From a normalised graph to its `Architecture`: channel groups, tensors, cost table, activations.
 
-Units (what can be cut on its own) with the same footprint form a group. Submodels lay a group's channels out in rank
-order, so every axis must hold a group as whole passes over its channels in one and the same order; units for which that
-fails are split into smaller groups by the runs in which they occur, and stay where even that doesn't help. A group of
-one channel is none.
+The rules run over the graph until no choice is left that leaves nothing to cut; what hangs together then is a unit, and
+units become groups (see `grouping`).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedprune.architecture import (
-    FIXED,
     Architecture,
     Axis,
     ChannelGroup,
-    Segment,
     TensorKind,
     TensorSpec,
 )
@@ -28,7 +23,8 @@ from fedprune.step import LOGITS
 from fedprune_export.channels.atoms import AtomRow
 from fedprune_export.channels.choices import Choices, Prefer
 from fedprune_export.channels.cost_table import ValueAxes, activations, layers
-from fedprune_export.channels.rule import Channels, walk
+from fedprune_export.channels.grouping import grouped
+from fedprune_export.channels.rule import Channels, Pick, walk
 from fedprune_export.channels.targets import TARGETS
 from fedprune_export.graph import Graph
 from fedprune_export.shape_arithmetic import follow, origins
@@ -69,30 +65,13 @@ def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str,
     """
     channels, notes = _settle(graph, parameters, seen, prefer)
     unit = _owned(channels)
-    untold = 0
-    while True:
-        rows = {n: tuple(unit[r] for r in value) for n, value in channels.rows.items()}
-        group_of, position, sizes, unfit = _groups(rows)
-        hidden = _untold({frozenset(group_of[r].tolist()) for n in parameters for r in rows[n]}, sizes)
-        if hidden is None:
-            break
-        untold += sizes[hidden]
-        unit = np.where(group_of[unit] == hidden, 0, unit)
-    if unfit:
-        notes.append(f"{unfit} channels stay, because their order differs between layers.")
-    if untold:
-        notes.append(f"{untold} channels stay, because no tensor's shape would tell how many of them are kept.")
-    batched = {n: seen.batched(n) for n in rows}
-    axes: dict[bytes, Axis] = {}
-
-    def axis(row: AtomRow) -> Axis:
-        key = row.tobytes()
-        if key not in axes:
-            axes[key] = _axis(group_of[row], position[row])
-        return axes[key]
-
+    rows = {n: tuple(unit[r] for r in value) for n, value in channels.rows.items()}
+    picks = [Pick(unit[p.source], p.taken, unit[p.made]) for p in channels.picks]
+    groups = grouped(rows, parameters, picks)
+    notes += groups.notes
     values: dict[str, tuple[Axis | None, ...]] = {
-        n: tuple(None if b else axis(r) for r, b in zip(value, batched[n], strict=True)) for n, value in rows.items()
+        n: tuple(None if b else groups.axis(r) for r, b in zip(value, seen.batched(n), strict=True))
+        for n, value in rows.items()
     }
     out = seen.dims(LOGITS)
     if not out or out[0] is not None or None in out[1:] or 0 in out:
@@ -101,7 +80,7 @@ def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str,
         raise ModelError("the model has no trainable tensor that its output depends on")
     architecture = Architecture(
         name=name,
-        groups=tuple(ChannelGroup(f"g{i}", s) for i, s in enumerate(sizes)),
+        groups=tuple(ChannelGroup(f"g{i}", s) for i, s in enumerate(groups.sizes)),
         tensors=tuple(
             TensorSpec(n, TensorKind(kind), tuple(a for a in values[n] if a is not None))
             for n, kind in parameters.items()
@@ -167,126 +146,3 @@ def _fix_measured(channels: Channels) -> list[str]:
     for node in origins(graph, bad):
         channels.fix(channels.rows[node.inputs[0]])
     return notes
-
-
-def _groups(rows: Mapping[str, Sequence[AtomRow]]) -> tuple[AtomRow, AtomRow, list[int], int]:
-    """Form groups of units.
-
-    Returns:
-        Per unit label: its group (-1 fixed) and its position in it; the groups' sizes; how many units had to be fixed.
-    """
-    size = 1 + max((int(r.max(initial=0)) for value in rows.values() for r in value), default=0)
-    axes = list({r.tobytes(): r for value in rows.values() for r in value if r.any()}.values())
-    footprint: dict[int, list[tuple[int, int]]] = {}
-    for i, row in enumerate(axes):
-        found, counts = np.unique(row, return_counts=True)
-        for u, n in zip(found.tolist(), counts.tolist(), strict=True):
-            if u:
-                footprint.setdefault(u, []).append((i, n))
-    keys: dict[int, object] = {u: tuple(f) for u, f in footprint.items()}
-    divided: set[int] = set()
-    unfit = 0
-    while True:
-        members: dict[object, list[int]] = {}
-        for u in footprint:  # by first appearance: graph order
-            if u in keys:
-                members.setdefault(keys[u], []).append(u)
-        lists = list(members.values())
-        group_of, position = np.full(size, FIXED, np.int64), np.zeros(size, np.int64)
-        for g, units in enumerate(lists):
-            group_of[units], position[units] = g, np.arange(len(units))
-        runs, broken = _check_passes(axes, group_of, position, [len(m) for m in lists])
-        single = {g for g, units in enumerate(lists) if len(units) == 1}
-        if not broken and not single:
-            return group_of, position, [len(m) for m in lists], unfit
-        for g in broken - single:
-            parts = {u: runs.get(u, ()) for u in lists[g]}
-            if len(set(parts.values())) > 1:
-                for u, part in parts.items():
-                    keys[u] = (keys[u], part)
-                divided.update(parts)
-                continue
-            unfit += len(lists[g])
-            for u in lists[g]:
-                del keys[u]
-        for g in single:
-            unfit += lists[g][0] in divided
-            del keys[lists[g][0]]
-
-
-def _untold(axes: Iterable[frozenset[int]], sizes: Sequence[int]) -> int | None:
-    """The smallest of the groups whose widths don't follow from the shapes of tensors; None if all do.
-
-    A training graph serves all widths: it reads them from the shapes of the tensors that it is given.
-
-    Args:
-        axes: Groups on every axis of a tensor.
-        sizes: Channels per group.
-    """
-    told = {FIXED}
-    while True:
-        found = {g for axis in axes if len(axis - told) == 1 for g in axis - told}
-        if not found:
-            break
-        told |= found
-    return min((g for g in range(len(sizes)) if g not in told), key=lambda g: sizes[g], default=None)
-
-
-def _check_passes(
-    axes: Sequence[AtomRow], group_of: AtomRow, position: AtomRow, sizes: Sequence[int]
-) -> tuple[dict[int, tuple[tuple[int, int], ...]], set[int]]:
-    """Which groups are not whole passes in order on some axis, and in which runs their units occur."""
-    broken: set[int] = set()
-    spots: dict[int, list[tuple[int, int]]] = {}
-    for i, row in enumerate(axes):
-        at = 0
-        for g, start, stop in _stretches(group_of[row]):
-            at += 1
-            if g == FIXED:
-                continue
-            part = row[start:stop]
-            if _passes(position[part], sizes[g]) is None:
-                broken.add(g)
-                # Where the order breaks, another run begins: its units may form a group of their own.
-                step = np.diff(position[part])
-                for run in np.split(part, np.flatnonzero((step != 0) & (step != 1)) + 1):
-                    at += 1
-                    for u in np.unique(run).tolist():
-                        spots.setdefault(u, []).append((i, at))
-                continue
-            for u in np.unique(part).tolist():
-                spots.setdefault(u, []).append((i, at))
-    return {u: tuple(s) for u, s in spots.items()}, broken
-
-
-def _stretches(groups: AtomRow) -> Iterable[tuple[int, int, int]]:
-    """Runs of equal numbers as (number, start, stop)."""
-    if not groups.size:
-        return
-    cuts = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), groups.size]
-    for start, stop in itertools.pairwise(cuts):
-        yield int(groups[start]), start, stop
-
-
-def _passes(positions: AtomRow, size: int) -> tuple[int, int] | None:
-    """How often and with which inner length a run goes over all positions in order; None if it doesn't."""
-    inner = int(np.argmax(positions != positions[0])) if (positions != positions[0]).any() else positions.size
-    if positions.size % (inner * size):
-        return None
-    passes = positions.size // (inner * size)
-    if not np.array_equal(positions, np.tile(np.repeat(np.arange(size), inner), passes)):
-        return None
-    return passes, inner
-
-
-def _axis(groups: AtomRow, positions: AtomRow) -> Axis:
-    segments: list[Segment] = []
-    for g, start, stop in _stretches(groups):
-        if g == FIXED:
-            segments.append(Segment(FIXED, 0, stop - start))
-            continue
-        run = positions[start:stop]
-        size = int(run.max()) + 1
-        passes, inner = _passes(run, size) or (1, 1)
-        segments += [Segment(g, 0, size, inner)] * passes
-    return Axis(tuple(segments)) if segments else Axis.fixed(0)

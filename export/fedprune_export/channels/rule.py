@@ -8,8 +8,9 @@ an operator, write its rule in the module of its family (and, if it has argument
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
 from fedprune_export.channels.atoms import AtomRow, Atoms, still
@@ -19,6 +20,20 @@ from fedprune_export.trace import Trace
 
 Rows = tuple[AtomRow, ...]
 """Atoms of a value, one row per axis."""
+
+
+class Pick(NamedTuple):
+    """Indices that are taken from an axis.
+
+    Attributes:
+        source: Atoms of the axis.
+        taken: The indices.
+        made: Atoms of what they make.
+    """
+
+    source: AtomRow
+    taken: npt.NDArray[np.int64]
+    made: AtomRow
 
 
 class Channels:
@@ -42,6 +57,7 @@ class Channels:
         self.atoms = Atoms()
         self.notes: list[str] = []
         self.rows: dict[str, Rows] = {}
+        self.picks: list[Pick] = []
         self.data = {p.name for p in graph.inputs}
         for name, value in graph.initializers.items():
             if name in parameters:
@@ -97,6 +113,13 @@ class Channels:
                 row = still(1)
             kept.append(row)
         self.rows[node.outputs[index]] = tuple(kept)
+
+    def pick(self, row: AtomRow, taken: npt.NDArray[np.int64]) -> AtomRow:
+        """The atoms of the indices that are taken from an axis."""
+        made = row[taken]
+        if made.any():
+            self.picks.append(Pick(row, taken, made))
+        return made
 
     def still_outputs(self, node: Node) -> None:
         """All indices of all outputs stay."""

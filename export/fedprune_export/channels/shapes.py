@@ -38,8 +38,8 @@ def split(channels: Channels, node: Node) -> None:
         for i, n in enumerate(sizes):
             channels.out(node, [*x[:axis], still(n), *x[axis + 1 :]], i)
         return
-    for i, row in enumerate(np.split(x[axis], np.cumsum(sizes)[:-1])):
-        channels.out(node, [*x[:axis], row, *x[axis + 1 :]], i)
+    for i, taken in enumerate(np.split(np.arange(x[axis].size), np.cumsum(sizes)[:-1])):
+        channels.out(node, [*x[:axis], channels.pick(x[axis], taken), *x[axis + 1 :]], i)
 
 
 @rule("Transpose")
@@ -116,7 +116,7 @@ def slicing(channels: Channels, node: Node) -> None:
             if row.any() and step > 1 and row.size % step == 0:
                 blocks = row.reshape(-1, step)
                 channels.atoms.tie(blocks, blocks[:, :1])
-            out[axis] = row[part]
+            out[axis] = channels.pick(row, np.arange(row.size)[part])
     channels.out(node, out)
 
 
@@ -135,7 +135,7 @@ def gather(channels: Channels, node: Node) -> None:
         elif constant.ndim == 0:
             channels.atoms.fix(row[constant.reshape(1)])
         else:
-            middle = [row[constant]]
+            middle = [channels.pick(row, constant % row.size)]
     channels.out(node, [*x[:axis], *middle, *x[axis + 1 :]])
 
 
