@@ -82,7 +82,9 @@ def _batch_norm(a: Mapping[str, Any], x: Tensor, w: Tensor, b: Tensor, mean: Ten
 @operator("LayerNormalization")
 def _layer_norm(a: Mapping[str, Any], x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     shape = x.shape[a.get("axis", -1) % x.ndim :]
-    return functional.layer_norm(x, shape, w.expand(shape), None if b is None else b.expand(shape), a["epsilon"])
+    return functional.layer_norm(
+        x, shape, w.expand(shape), None if b is None else b.expand(shape), a.get("epsilon", 1e-5)
+    )
 
 
 @operator("RMSNormalization")
