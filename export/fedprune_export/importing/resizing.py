@@ -10,6 +10,9 @@ from fedprune.errors import ModelError
 from fedprune_export.graph import TRAINING_OPSET, Graph, Node
 from fedprune_export.trace import Trace
 
+_NEAR = 1e-4
+"""How near to a whole or half place a place counts as being there."""
+
 
 def emit_pad(graph: Graph, node: Node, seen: Trace) -> None:
     """Pads of every axis; wrapping round as a concatenation.
@@ -80,16 +83,26 @@ def emit_resize(graph: Graph, node: Node, seen: Trace) -> None:
         full[list(axes)] = scales
         scales = full
     elif scales is None and not crop:
-        scales = _scales(before, after)
+        scales = _scales(before, after, moving=attrs.get("mode", "nearest") == "nearest")
     if scales is not None and not crop:
         node.inputs = [node.inputs[0], "", graph.constant(scales, np.float32)]
     elif axes is not None:
-        raise _no_form(node, "sizes of some axes", "scales")
+        first = len(before) - len(axes)
+        if [a % len(before) for a in axes] != list(range(first, len(before))):
+            raise _no_form(node, "sizes of some axes", "those of the last axes")
+        leading = graph.emit("Shape", node.inputs[0], attrs={"start": 0, "end": first})
+        node.inputs[3] = graph.emit("Concat", leading, node.inputs[3], attrs={"axis": 0})
     graph.nodes.append(node)
 
 
-def _scales(before: tuple[int | None, ...], after: tuple[int | None, ...]) -> np.ndarray[Any, Any] | None:
-    """Scales that give exactly these sizes; None if there are none in float32."""
+def _scales(
+    before: tuple[int | None, ...], after: tuple[int | None, ...], *, moving: bool
+) -> np.ndarray[Any, Any] | None:
+    """Scales that give these sizes; None if there are none that give the same values.
+
+    A scale that rounding makes too small is taken a step larger, unless places jump from one value to the next and one
+    of them lies where such a step could move it.
+    """
     out = np.ones(len(before), np.float32)
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
         if old is None or new is None:
@@ -97,7 +110,11 @@ def _scales(before: tuple[int | None, ...], after: tuple[int | None, ...]) -> np
                 return None
             continue
         out[i] = np.float32(new) / np.float32(old)
-        if int(np.floor(np.float32(old) * out[i])) != new:
+        if int(old * float(out[i])) == new:
+            continue
+        out[i] = np.nextafter(out[i], np.float32(np.inf))
+        places = np.concatenate([np.arange(1, new) / (new / old), (np.arange(new) + 0.5) / (new / old) - 0.5]) * 2
+        if int(old * float(out[i])) != new or (moving and bool((np.abs(places - np.round(places)) < _NEAR).any())):
             return None
     return out
 

@@ -152,6 +152,9 @@ def _drop_neutral(graph: Graph, seen: Trace, constants: Container[str]) -> None:
             node.inputs = node.inputs[:1]
             bypass(graph, node, outputs)
             continue
+        if node.op == "Concat" and not node.domain and len(node.inputs) == 1:
+            bypass(graph, node, outputs)
+            continue
         if node.op == "ScatterND" and not node.domain and _overwrites(seen, node):
             node.inputs = node.inputs[2:]
             bypass(graph, node, outputs)
