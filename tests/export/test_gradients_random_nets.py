@@ -1,0 +1,43 @@
+"""Gradients of random networks at random widths of one graph, against torch on the physically cut networks."""
+
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+import pytest
+from cutting import random_selection
+from gradient_distance import Distances, Trained
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from random_nets import mixing_nets, nets
+
+from fedprune_export.cut import cut
+from fedprune_export.imported import Model
+
+pytestmark = pytest.mark.torch
+
+few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def distances(model: Model, density: float, seed: int) -> Distances:
+    """Distances at one width, over three batches of different sizes."""
+    selection = random_selection(model, density, seed)
+    rng = np.random.default_rng(seed)
+    shape, classes = model.architecture.input_shape, model.architecture.classes
+    samples = [(rng.standard_normal((b, *shape)).astype(np.float32), rng.integers(0, classes, b)) for b in (3, 4, 6)]
+    return Trained(model).distances(cut(model, selection), selection.gather(model.tensors), samples)
+
+
+@few
+@given(model=mixing_nets(), density=st.sampled_from([0.01, 0.3, 0.5, 0.8, 1.0]), seed=st.integers(0, 99))
+def test_gradients_of_mixed_channels_are_torchs(model: Model, density: float, seed: int) -> None:
+    found = distances(model, density, seed)
+    assert found.near, (statistics.median(found.ours), statistics.median(found.torch))
+
+
+@few
+@given(model=nets(), density=st.sampled_from([0.01, 0.3, 0.5, 0.8, 1.0]), seed=st.integers(0, 99))
+def test_gradients_of_chains_are_torchs(model: Model, density: float, seed: int) -> None:
+    found = distances(model, density, seed)
+    assert found.near, (statistics.median(found.ours), statistics.median(found.torch))
