@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zoo
 
 from fedprune.bundle import FILES, MANIFEST, open_bundle
 from fedprune.errors import ExitCode
@@ -60,6 +61,15 @@ def test_a_torch_factory_gives_the_same_bundle(lenet_file: Path, tmp_path: Path)
 
     for name in FILES:
         assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "factory" / name).read_bytes()
+
+
+def test_a_network_of_timm_is_exported_by_name(tmp_path: Path) -> None:
+    zoo.timm_model("test_resnet")  # skips where there is no timm
+
+    assert export("timm:test_resnet", tmp_path / "b", "--input-shape", "3,32,32", "--density", "0.5") == ExitCode.OK
+
+    architecture = open_bundle(tmp_path / "b").architecture
+    assert (architecture.name, architecture.input_shape, architecture.classes) == ("test_resnet", (3, 32, 32), 1000)
 
 
 def test_the_planner_cuts_until_a_round_fits(lenet_file: Path, tmp_path: Path) -> None:
