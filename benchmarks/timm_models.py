@@ -238,7 +238,8 @@ def page(about: dict[str, Any], records: list[dict[str, Any]]) -> str:
     text = f"""{len(records)} networks: {counts["import"]} are imported, {counts["cut"]} of these cut right, and
     {counts["gradients"]} give gradients no further from torch in float64 than twice torch's float32, at full and at
     half width. The cut network that is furthest from its masked whole one is {worst_cut:.1e} off (the bound is
-    {BOUND:g}). In {flips[0]} of {len(sides) * SEEDS} batches a decision of ours fell to the other side of zero, in {flips[1]} of
+    {BOUND:g}). In {flips[0]} of {len(sides) * SEEDS} batches a decision of ours fell to the other side of zero, in
+    {flips[1]} of
     torch's; over all batches alike our medians are within twice torch's in {plain} of {len(sides)} rows, and without
     these in all that are counted as right. {cpu / 60:.0f} minutes of processor time."""
     oracle = max(r.get("oracle", 0.0) for r in records)
