@@ -17,15 +17,18 @@ from fedprune_export.imported import Model
 
 pytestmark = pytest.mark.torch
 
-few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+"""The same networks each time: one in a thousand is so placed that torch's float32 is twice as near by luck."""
 
 
 def distances(model: Model, density: float, seed: int) -> Distances:
-    """Distances at one width, over three batches of different sizes."""
+    """Distances at one width, over five batches of different sizes."""
     selection = random_selection(model, density, seed)
     rng = np.random.default_rng(seed)
     shape, classes = model.architecture.input_shape, model.architecture.classes
-    samples = [(rng.standard_normal((b, *shape)).astype(np.float32), rng.integers(0, classes, b)) for b in (3, 4, 6)]
+    samples = [
+        (rng.standard_normal((b, *shape)).astype(np.float32), rng.integers(0, classes, b)) for b in (3, 4, 6, 2, 5)
+    ]
     return Trained(model).distances(cut(model, selection), selection.gather(model.tensors), samples)
 
 
