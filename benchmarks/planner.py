@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = 512
 STEPS = 3
 BATCHES = 8, 32
-TIMM = ("resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_b0", "regnetx_002", "convnext_atto")
+TIMM = ("resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "regnetx_002", "convnext_atto")
 UNSEEN = ("convnext_atto", "Signals")
 """Nets that took no part in the fit."""
 

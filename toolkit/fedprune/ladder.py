@@ -29,6 +29,9 @@ _PER_GROUP = 4
 _FINE = 256
 """Shares of uniform width among which the one of equal work is looked for."""
 
+_ABOUT = 1.1
+"""How much longer a candidate may take, step and latency together, than the fastest of the same density."""
+
 _EQUAL = 1 + 1e-9
 """Times that differ by less are the same: sums of many terms."""
 
@@ -158,8 +161,10 @@ def _rungs(model: _Model, densities: tuple[float, ...]) -> tuple[Rung, ...]:
                 shapes.setdefault(snapped(architecture, density, m), m)
         # Clipped to the rung above, so that rungs lie on one another.
         candidates = list(dict.fromkeys(Rung(density, tuple(map(min, w, last)), m) for w, m in shapes.items()))
-        gains = _gains(model, candidates, uniform, last)
-        at = min(range(len(candidates)), key=lambda i: gains[i])
+        gains, macs = _gains(model, candidates, uniform, last)
+        # Of those that are about as fast the widest: coarse steps would leave a board's room unused.
+        good = [i for i in range(len(candidates)) if gains[i] <= _ABOUT * min(gains)]
+        at = max(good, key=lambda i: (candidates[i].widths != last, macs[i]))
         if density == densities[-1]:
             at = 0  # what the smallest board can hold is no question of speed
         elif gains[at] == math.inf:
@@ -170,10 +175,13 @@ def _rungs(model: _Model, densities: tuple[float, ...]) -> tuple[Rung, ...]:
     return tuple(out)
 
 
-def _gains(model: _Model, candidates: Sequence[Rung], uniform: _Uniform, above: Sequence[int]) -> list[float]:
-    """Step time times latency over that of uniform widths of equal work.
+def _gains(
+    model: _Model, candidates: Sequence[Rung], uniform: _Uniform, above: Sequence[int]
+) -> tuple[list[float], Times]:
+    """Step time times latency, each per multiplication (the less, the better), and multiplications.
 
-    Infinite where either is longer, and where a narrower model would be slower than the rung above it.
+    Infinite where uniform widths of equal work are faster, and where a narrower model would be slower than the rung
+    above it.
     """
     widths = [*(c.widths for c in candidates), tuple(above)]
     macs = workload(model.architecture).forward_macs(widths)
@@ -183,5 +191,5 @@ def _gains(model: _Model, candidates: Sequence[Rung], uniform: _Uniform, above: 
         at = uniform.covering(float(macs[i]))
         step, latency = times[0, i] / uniform.step_s[at], times[1, i] / uniform.latency_s[at]
         fast = max(step, latency) <= _EQUAL and bool((times[:, i] <= _EQUAL * times[:, -1]).all())
-        gains.append(float(step * latency) if fast else math.inf)
-    return gains
+        gains.append(float(times[:, i].prod() / macs[i] ** 2) if fast else math.inf)
+    return gains, macs

@@ -1,0 +1,73 @@
+"""The cost table's rows: what a narrow model costs is what its own, cut graph says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from torch import nn
+
+from fedprune import widths_at
+from fedprune.architecture import Architecture
+from fedprune.costs import costs_at
+from fedprune.selection import Selection
+from fedprune.workload import workload
+from fedprune_export.cut import cut
+from fedprune_export.importing import export_torch, import_onnx
+
+pytestmark = pytest.mark.torch
+
+Imported = Callable[[str], Architecture]
+DENSITY = 0.5
+
+
+class Sequences(nn.Module):
+    """A recurrent net over twenty steps of six numbers."""
+
+    input_shape = (20, 6)
+
+    def __init__(self, kind: type[nn.RNNBase], both: bool) -> None:
+        super().__init__()
+        self.rnn = kind(6, 12, batch_first=True, bidirectional=both)
+        self.fc = nn.Linear(24 if both else 12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.fc(self.rnn(x)[0][:, -1])
+        return out
+
+
+@pytest.mark.parametrize(("kind", "gates", "both"), [(nn.GRU, 3, False), (nn.LSTM, 4, False), (nn.GRU, 3, True)])
+def test_recurrent_layers_multiply_once_per_step(kind: type[nn.RNNBase], gates: int, both: bool) -> None:
+    architecture = import_onnx(export_torch(Sequences(kind, both)), "sequences").architecture
+    directions = 2 if both else 1
+    expected = directions * 20 * gates * 12 * (6 + 12) + directions * 12 * 5
+    assert costs_at(architecture, architecture.sizes).forward_macs == expected
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet20_bn", "concat_net"])
+def test_costs_at_a_width_are_those_of_the_cut_graph(name: str) -> None:
+    model = import_onnx(export_torch(zoo.make(name)), name)
+    widths = widths_at(model.architecture, DENSITY)
+    narrow = import_onnx(cut(model, Selection.of(model.architecture, widths)).to_bytes(), name).architecture
+    mine, its = costs_at(model.architecture, widths), costs_at(narrow, narrow.sizes)
+    assert mine.forward_macs == its.forward_macs
+    assert mine.kept_bytes == its.kept_bytes
+    assert mine.parameters == its.parameters
+    # The kernels' work as well: rows of the whole model at these widths are rows of the narrow one at its full width.
+    for count in (lambda w, sizes: w.training(sizes, 4), lambda w, sizes: w.inference(sizes, 1, 16)):
+        assert np.allclose(count(workload(model.architecture), widths), count(workload(narrow), narrow.sizes))
+
+
+def test_rows_of_a_small_net_by_hand() -> None:
+    architecture = import_onnx(export_torch(zoo.make("lenet")), "lenet").architecture
+    second = next(n for n in architecture.layers if n.weight == "conv2.weight")
+    pool = next(n for n in architecture.layers if n.op == "MaxPool")
+    sizes = architecture.sizes
+    assert (second.kernel, second.stride, second.groups, second.positions) == (25, 1, 1, 64)
+    assert second.reads.size(sizes, sizes) == 6 * 12 * 12
+    assert second.makes.size(sizes, sizes) == 16 * 8 * 8
+    assert (pool.kernel, pool.stride, pool.weight) == (4, 4, "")
+    assert pool.makes.size((3, *sizes[1:]), sizes) == 3 * 12 * 12
