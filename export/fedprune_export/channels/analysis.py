@@ -102,9 +102,21 @@ def _settle(graph: Graph, parameters: Mapping[str, str], seen: Trace, prefer: Pr
         notes = walk(channels)
         channels.fix(channels.rows[LOGITS])
         notes += _fix_measured(channels)
-        if not choices.advance(channels.atoms.units()):
+        unit = channels.atoms.units()
+        if not choices.advance(unit, _footprints(channels, unit)):
             break
     return channels, notes
+
+
+def _footprints(channels: Channels, unit: AtomRow) -> AtomRow:
+    """Per unit a number that stands for the axes of tensors that it is on: the same for units that may form a group."""
+    rows = [row for name in channels.parameters for row in channels.rows[name] if row.any()]
+    out = np.zeros(unit.size, np.int64)
+    numbers = np.random.default_rng(0).integers(1, 2**62, len(rows))
+    with np.errstate(over="ignore"):
+        for row, number in zip(rows, numbers, strict=True):
+            np.add.at(out, unit[row], number)
+    return out
 
 
 def _owned(channels: Channels) -> AtomRow:

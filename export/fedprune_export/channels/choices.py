@@ -63,18 +63,19 @@ class Choices:
         """Say in which rows the option picked last must leave channels to choose from."""
         self._watched[key] = (option, list(rows))
 
-    def advance(self, unit: AtomRow) -> bool:
-        """Advance what left no row with two units or more to cut; say whether another run is worth it.
+    def advance(self, unit: AtomRow, footprint: AtomRow) -> bool:
+        """Advance what left no row with two units that could be a group; say whether another run is worth it.
 
         A node that has run out of options gets one more round, since it may have failed for another one's choice.
 
         Args:
             unit: The unit of every atom after this run.
+            footprint: Per unit a number that is the same for units on the same axes of tensors.
         """
         failed = [
             (key, option)
             for key, (option, rows) in self._watched.items()
-            if not any(np.unique(found[found > 0]).size > 1 for found in (unit[r] for r in rows))
+            if not any(_alike(unit[row], footprint) for row in rows)
         ]
         for key, option in failed:
             self._tried[key].add(option)
@@ -87,3 +88,9 @@ class Choices:
                     self._tried[key] = set()
                     again = True
         return again
+
+
+def _alike(row: AtomRow, footprint: AtomRow) -> bool:
+    """Whether two units of a row could be channels of one group."""
+    units = np.unique(row[row > 0])
+    return bool(np.unique(footprint[units]).size < units.size)

@@ -59,7 +59,7 @@ def grouped(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Gro
     unit = np.arange(1 + max((int(r.max(initial=0)) for value in rows.values() for r in value), default=0))
     while True:
         axes = list({r.tobytes(): r for value in rows.values() for row in value if (r := unit[row]).any()}.values())
-        found, unfit = _groups(axes, unit.size)
+        found, unfit, alone = _groups(axes, unit.size)
         why = "no tensor's shape would tell how many of them are kept"
         lost = _untold({frozenset(found.group_of[unit[r]].tolist()) for n in names for r in rows[n]}, found.sizes)
         if lost is None:
@@ -72,6 +72,8 @@ def grouped(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Gro
     if unfit:
         stay = {"their order differs between layers": unfit, **stay}
     notes = [f"{count} channels stay, because {why}." for why, count in stay.items()]
+    if alone:
+        notes.append(f"{alone} sets of channels stay, because each could only be kept or cut as a whole.")
     return Grouping(found.group_of[unit], found.position[unit], found.sizes, notes)
 
 
@@ -103,8 +105,12 @@ def _places(axis: Axis) -> AtomRow:
     return np.concatenate(out) if out else np.zeros(0, np.int64)
 
 
-def _groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, int]:
-    """Groups of units that every axis holds in whole passes, and how many units had to be fixed for it."""
+def _groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, int, int]:
+    """Groups of units that every axis holds in whole passes.
+
+    Returns:
+        The groups; how many units had to be fixed because of their order, and how many because they were alone.
+    """
     footprint: dict[int, list[tuple[int, int]]] = {}
     for i, row in enumerate(axes):
         found, counts = np.unique(row, return_counts=True)
@@ -113,7 +119,7 @@ def _groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, int]:
                 footprint.setdefault(u, []).append((i, n))
     keys: dict[int, object] = {u: tuple(f) for u, f in footprint.items()}
     divided: set[int] = set()
-    unfit = 0
+    unfit = alone = 0
     while True:
         members: dict[object, list[int]] = {}
         for u in footprint:  # by first appearance: graph order
@@ -126,7 +132,7 @@ def _groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, int]:
         runs, broken = _check_passes(axes, group_of, position, [len(m) for m in lists])
         single = {g for g, units in enumerate(lists) if len(units) == 1}
         if not broken and not single:
-            return Grouping(group_of, position, [len(m) for m in lists]), unfit
+            return Grouping(group_of, position, [len(m) for m in lists]), unfit, alone
         for g in broken - single:
             parts = {u: runs.get(u, ()) for u in lists[g]}
             if len(set(parts.values())) > 1:
@@ -139,6 +145,7 @@ def _groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, int]:
                 del keys[u]
         for g in single:
             unfit += lists[g][0] in divided
+            alone += lists[g][0] not in divided
             del keys[lists[g][0]]
 
 
