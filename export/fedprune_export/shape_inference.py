@@ -28,6 +28,9 @@ _FEW = 1024
 MOST_NUMBERS = 2**28
 """Numbers of one value, and of all values that are needed at the same time: 1 GiB of float32."""
 
+MOST_WORK = 2**40
+"""Multiplications of one sample: the largest image networks take a fifth of it."""
+
 _GROWING = frozenset({"ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"})
 """Operators whose output is as large as their arguments say."""
 
@@ -73,6 +76,9 @@ def infer(graph: Graph, batch: int, measured: Mapping[str, Array] | None = None)
         if wanted:
             _node(graph, out, node, wanted)
     _check_memory(graph, out)
+    work = sum(_work(n, out) for n in graph.nodes if not n.domain) // max(batch, 1)
+    if work > MOST_WORK:
+        raise ModelError("multiplications for one sample", expected=f"at most {MOST_WORK}", got=work)
     return out
 
 
@@ -164,6 +170,39 @@ def _check_memory(graph: Graph, out: Inferred) -> None:
             )
         done = {i for i in [*node.inputs, *node.outputs] if i and last.get(i, at) == at}
         alive -= sum(math.prod(out.shapes.get(i, ())) for i in done if i not in graph.initializers)
+
+
+def _work(node: Node, out: Inferred) -> int:
+    """Multiplications of an operator that does more than one or a few for each number."""
+    shapes = [out.shapes.get(i, ()) for i in node.inputs]
+    made = math.prod(out.shapes.get(node.outputs[0], ()))
+    if node.op in ("MatMul", "Gemm") and len(shapes) > 1 and shapes[0]:
+        return made * shapes[0][0 if node.attrs.get("transA") else -1]
+    if node.op == "Conv" and len(shapes) > 1:
+        return made * math.prod(shapes[1][1:])
+    if node.op == "ConvTranspose" and len(shapes) > 1:
+        return math.prod(shapes[0]) * math.prod(shapes[1][1:])
+    if node.op in ("LSTM", "GRU", "RNN") and len(shapes) > 2:
+        return math.prod(shapes[0][:2]) * (math.prod(shapes[1]) + math.prod(shapes[2]))
+    if node.op == "Einsum":
+        return _einsum_work(str(node.attrs.get("equation", "")), shapes)
+    if "kernel_shape" in node.attrs:
+        return made * math.prod(int(k) for k in node.attrs["kernel_shape"])
+    if node.op == "Attention" and len(shapes) > 2:
+        return 2 * math.prod(shapes[0]) * math.prod(shapes[1][-2:-1])
+    return made
+
+
+def _einsum_work(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
+    """The product of all sizes that an equation names; an ellipsis counts as the axes that no letter stands for."""
+    sizes: dict[str, int] = {}
+    rest = 1
+    for term, shape in zip(equation.partition("->")[0].replace(" ", "").split(","), shapes, strict=False):
+        letters = term.replace(".", "")
+        named = dict(zip(letters, shape[: len(letters)] if "." not in term else shape[-len(letters) :], strict=False))
+        sizes.update(named)
+        rest = max(rest, math.prod(shape) // max(1, math.prod(named.values())))
+    return rest * math.prod(sizes.values())
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

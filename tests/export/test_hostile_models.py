@@ -138,6 +138,26 @@ def test_a_claim_of_huge_values_is_refused_before_anything_is_made(op: str) -> N
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
 
 
+def test_a_claim_of_endless_work_is_refused() -> None:
+    """Matrices that fit, multiplied again and again."""
+    wide: Tensors = {"w": W, "rows": np.array([8192, 1], np.int64), "one": np.array(1.0, np.float32)}
+    grown = [
+        helper.make_node("ReduceMean", ["x"], ["m"], keepdims=0),
+        helper.make_node("ConstantOfShape", ["both"], ["ones"]),
+        helper.make_node("Mul", ["ones", "m"], ["h0"]),
+    ]
+    wide["both"] = np.array([8192, 8192], np.int64)
+    steps = [helper.make_node("MatMul", [f"h{i}", f"h{i}"], [f"h{i + 1}"]) for i in range(3)]
+    last = [
+        helper.make_node("ReduceMean", ["h3"], ["t"], keepdims=0),
+        helper.make_node("Add", ["x", "t"], ["s"]),
+        helper.make_node("Gemm", ["s", "w"], ["y"]),
+    ]
+
+    with pytest.raises(ModelError, match="multiplications for one sample: expected at most 1099511627776"):
+        import_onnx(model(wide, [*grown, *steps, *last]), "net")
+
+
 def test_a_size_that_data_decide_is_refused() -> None:
     most = [helper.make_node("ReduceMax", ["x"], ["a"], keepdims=0), helper.make_node("Cast", ["a"], ["b"], to=7)]
     grown = [helper.make_node("Reshape", ["b", "one"], ["n"]), helper.make_node("ConstantOfShape", ["n"], ["c"])]
