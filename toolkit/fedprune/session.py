@@ -48,7 +48,10 @@ class Session:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         try:
             self._session = ort.InferenceSession(
-                str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
+                str(model) if isinstance(model, Path) else model,
+                options,
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,  # else a damaged file is said on stdout and tried twice, on the same provider
             )
         except Exception as error:
             where = str(model) if isinstance(model, Path) else "graph"
