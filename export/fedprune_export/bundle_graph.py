@@ -41,7 +41,13 @@ def inference_graph(bundle: Bundle) -> Graph:
             )
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(inside)
-    graph = Graph.from_proto(proto)
+    try:
+        graph = Graph.from_proto(proto)
+        graph.to_bytes()  # what protobuf lets in and doesn't let out again, such as text that is none
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"{path} is damaged ({type(error).__name__}: {error})", hint="Export the bundle again."
+        ) from error
     graph.initializers = {**{t.name: tensors[t.name] for t in outside}, **graph.initializers}
     return graph
 

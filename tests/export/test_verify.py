@@ -12,7 +12,7 @@ import pytest
 from onnx import numpy_helper
 
 from fedprune import tensorfile
-from fedprune.bundle import ARCHITECTURE, FILES, INFERENCE, TRAINING, WEIGHTS, open_bundle
+from fedprune.bundle import ARCHITECTURE, FILES, INFERENCE, TRAINING, WEIGHTS, manifest, open_bundle
 from fedprune.errors import BundleError, ExitCode, FedpruneError, ModelError, TrainingError
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
@@ -306,3 +306,31 @@ def test_identifiers_are_drawn_from_the_whole_vocabulary(tmp_path: Path) -> None
 
     with pytest.raises(ModelError, match="something else than the masked one"):
         parity(model, whole, {**files, WEIGHTS: tensorfile.encode(tensors)})
+
+
+def test_damage_that_the_manifest_agrees_with_never_surprises(
+    files: dict[str, bytes], half: Selection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random changes of graphs, weights and tables end in an error of ours, or in none; nothing is printed."""
+    folder = written(tmp_path / "b", files, half)
+    random = np.random.default_rng(7)
+    for round_ in range(60):
+        name = FILES[round_ % len(FILES)]
+        raw = bytearray(files[name])
+        for at in random.integers(0, min(len(raw), 3000), 1 + round_ % 3):
+            raw[at] ^= 1 << int(random.integers(8))
+        broken = {**files, name: bytes(raw)}
+        for file, content in broken.items():
+            (folder / file).write_bytes(content)
+        (folder / "manifest.json").write_text(manifest(broken, half, Recipe(), "raspberry-pi-5"))
+
+        assert main(["verify", str(folder)]) in (
+            ExitCode.OK,
+            ExitCode.MODEL,
+            ExitCode.BUNDLE,
+            ExitCode.TRAINING,
+        ), (name, round_)
+
+    said = capsys.readouterr()
+    assert {line.partition(":")[0] for line in said.out.splitlines()} <= set(CHECKS)
+    assert {line.partition(":")[0] for line in said.err.splitlines()} == {"error"}
