@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -302,8 +303,20 @@ def _measured(result: TrainingResult) -> dict[str, float]:
         "loss_last": result.loss_last,
         "train_seconds": result.seconds,
         "step_seconds": result.step_seconds,
-        "peak_memory_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+        "peak_memory_bytes": _peak_memory(),
     }
+
+
+def _peak_memory() -> float:
+    """The most memory that this process ever held, in bytes.
+
+    getrusage also counts what a process was before it became this program: the size of whatever started it.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:

@@ -62,6 +62,8 @@ def trained(root: Path, net: str, data: dict[str, Any], recipe: Recipe, density:
         shapes = {n: v.shape for n, v in server.result(1).items()}
         loaded = loaded_packages(field)
     assert shapes == selection.shapes()
+    # This process is several times as large: what a device reports is its own peak, not that of who started it.
+    assert server.updates[1].metrics["peak_memory_bytes"] < 250e6
     assert {"onnxruntime", "numpy", "fedprune_device"} <= loaded
     assert not loaded & FORBIDDEN
     return server.updates[1]
@@ -73,7 +75,7 @@ def _train(field: Field) -> None:
 
 
 CASES = {
-    "mobilenet_v2": Recipe(epochs=3, batch_size=16, lr=0.05),
+    "mobilenet_v2": Recipe(epochs=6, batch_size=16, lr=0.05),
     "vision_transformer": Recipe(epochs=4, batch_size=16, optimizer="adamw", lr=2e-3, clip_norm=1.0, accumulate=2),
 }
 
@@ -92,7 +94,7 @@ def test_a_network_for_motion_sensors_trains_on_a_device_process(tmp_path: Path,
     with np.load(data_dir / "har.npz") as file:
         x, y = _signals(file), file["y"].astype(np.int64)
         chosen = np.flatnonzero(file["subject"] <= 3)  # the first three people are one device's
-    recipe = Recipe(epochs=2, batch_size=32, lr=0.05)
+    recipe = Recipe(epochs=5, batch_size=32, lr=0.05)
     metrics = trained(tmp_path, "motion_net", {"x": x[chosen], "y": y[chosen]}, recipe, 0.5).metrics
     assert metrics["loss_last"] < 0.8 * metrics["loss_first"]
     assert metrics["accuracy_after"] > max(0.5, metrics["accuracy_before"])
