@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedprune.errors import ModelError
 from fedprune.session import Session
+from fedprune_export.gradients.tape import RULES, rule
 from fedprune_export.graph import Node
 
 pytestmark = pytest.mark.torch
@@ -240,6 +241,13 @@ def test_a_reshape_that_splits_channels_is_refused_by_name() -> None:
 def test_an_operator_without_a_rule_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="the_Det"):
         differentiated([node("Det", "x")], {"x": normal(3, 2, 2)}, {"x": ("N", 2, 2)}, {})
+
+
+def test_an_operator_has_one_rule() -> None:
+    before = RULES["Relu"]
+    with pytest.raises(ModelError, match=r"Relu has two gradient rules"):
+        rule("Relu")(lambda tape, node: None)
+    assert RULES["Relu"] is before
 
 
 def test_a_constant_over_channels_is_refused_by_name() -> None:

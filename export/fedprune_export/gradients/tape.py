@@ -35,10 +35,19 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*operators: str) -> Callable[[Rule], Rule]:
-    """Register a rule for these operators."""
+    """Register a rule for these operators.
+
+    Raises:
+        ModelError: Another module has a rule for one of them.
+    """
 
     def register(function: Rule) -> Rule:
         for operator in operators:
+            before = RULES.setdefault(operator, function)
+            if before.__module__ != function.__module__:
+                raise ModelError(
+                    f"operator {operator} has two gradient rules", got=f"{before.__module__} and {function.__module__}"
+                )
             RULES[operator] = function
         return function
 
