@@ -117,7 +117,7 @@ class Stopwatch:
 
 
 def _in_child(plan: dict[str, Any]) -> dict[str, Any]:
-    command: Sequence[str] = (sys.executable, "-m", "fedprune_export.measure")
+    command: Sequence[str] = (sys.executable, "-m", "fedprune_export.timing")
     done = subprocess.run(command, input=json.dumps(plan), capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]

@@ -1,4 +1,4 @@
-"""Timing one graph in a process of its own (`python -m fedprune_export.measure`), so that its peak memory is its alone.
+"""Timing one graph in a process of its own (`python -m fedprune_export.timing`), so that its peak memory is its alone.
 
 It reads a plan as JSON from stdin and writes what it measured as JSON to stdout. It imports what a board imports, and
 no more, so that the memory is that of a board's process.
