@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +291,6 @@ def main() -> None:
         "table": shown,
         "worst_planned": worst,
         "nets": rows,
-        "probed": [{**asdict(m), "architecture": m.architecture.name} for m in probed],
     }
     if arguments.nets:
         print(page(about, result))

@@ -40,6 +40,9 @@ _MIN_RUNS, _MAX_RUNS = 3, 25
 _ENOUGH = 0.03
 """Seconds that one point's runs take where they are short."""
 
+_LONG = 0.3
+"""Seconds of a run from which on one is enough."""
+
 Clock = Callable[[], float]
 
 
@@ -183,10 +186,12 @@ def _feeds(architecture: Architecture, widths: tuple[int, ...], batch: int) -> T
 
 
 def _median(run: Callable[[], object], clock: Clock) -> float:
-    """Seconds of a run, without the first, which allocates."""
+    """Seconds of a run, without the first, which allocates; slow boards run but once more."""
+    began = clock()
     run()
+    least = 1 if clock() - began > _LONG else _MIN_RUNS
     times: list[float] = []
-    while len(times) < _MIN_RUNS or (sum(times) < _ENOUGH and len(times) < _MAX_RUNS):
+    while len(times) < least or (sum(times) < _ENOUGH and len(times) < _MAX_RUNS):
         began = clock()
         run()
         times.append(clock() - began)
