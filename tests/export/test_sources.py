@@ -1,0 +1,225 @@
+"""What sources say of a model: several names, frozen tensors, chosen outputs, identifiers, networks of timm."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import zoo
+from cutting import distance, inputs, outputs
+from torch import nn
+
+import nets
+from fedprune.errors import MissingExtraError, ModelError
+from fedprune.session import Session
+from fedprune_export.graph import Graph, Port
+from fedprune_export.importing import export_torch, import_onnx, load, read_source
+from fedprune_export.importing.metadata import FROZEN_KEY, PARAMETERS_KEY, write
+from fedprune_export.trace import sample_feeds, vocabulary
+
+pytestmark = pytest.mark.torch
+
+F32 = np.dtype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def lenet_bytes() -> bytes:
+    return export_torch(nets.lenet())
+
+
+def _port(*shape: int | str) -> list[Port]:
+    return [Port("x", F32, shape)]
+
+
+class TwoNames(nn.Module):
+    """Modules and tensors that are registered twice, and a frozen bias."""
+
+    input_shape = (4,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.second, self.again = self.first, self.norm
+        self.shared, self.out = nn.Linear(4, 4, bias=False), nn.Linear(4, 2)
+        self.shared.weight = self.first.weight
+        self.first.bias.requires_grad = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.shared(self.again(self.second(self.norm(self.first(x))))))
+
+
+def test_what_has_several_names_is_one_tensor_with_the_first() -> None:
+    module = TwoNames()
+    model = import_onnx(export_torch(module), "net")
+    norms = {"norm.running_mean", "norm.running_var"}
+
+    assert set(model.tensors) == {n for n, _ in module.named_parameters()} | norms
+    assert any("first.weight is second.weight and shared.weight too" in note for note in model.notes)
+    x = inputs(model, 7)
+    with torch.no_grad():
+        assert distance(outputs(model.graph, x), module.eval()(torch.from_numpy(x)).numpy()) < 1e-5
+
+
+def test_frozen_parameters_are_known_also_after_a_round_trip() -> None:
+    model = import_onnx(export_torch(TwoNames()), "net")
+
+    again = import_onnx(model.graph.to_bytes(), "net")
+
+    assert model.frozen == again.frozen == ("first.bias",)
+    assert "first.bias" in model.tensors
+    assert again.architecture.digest == model.architecture.digest
+
+
+def test_a_frozen_parameter_that_is_renamed() -> None:
+    class Odd(nn.Module):
+        input_shape = (4,)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.lr, self.out = nn.Parameter(torch.ones(4, 3), requires_grad=False), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(x @ self.lr)
+
+    assert import_onnx(export_torch(Odd()), "odd").frozen == ("lr_",)
+
+
+@pytest.mark.parametrize("text", ["3", '"w"', "[1]", '["nothing"]', "[" * 5000])
+@pytest.mark.parametrize("key", [FROZEN_KEY, PARAMETERS_KEY])
+def test_metadata_that_make_no_sense_are_refused(lenet_bytes: bytes, key: str, text: str) -> None:
+    proto = onnx.load_model_from_string(lenet_bytes)
+    write(proto, {key: text})
+
+    with pytest.raises(ModelError, match=f"metadata {key}"):
+        import_onnx(proto.SerializeToString(), "net")
+
+
+def _two_outputs() -> bytes:
+    graph = Graph(inputs=_port("N", 3), initializers={"w": np.ones((3, 2), np.float32)})
+    graph.emit("MatMul", "x", "w", out="scores")
+    graph.emit("Neg", "x", out="features")
+    graph.outputs = [Port("features", F32, ("N", 3)), Port("scores", F32, ("N", 2))]
+    return graph.to_bytes()
+
+
+def test_one_of_several_outputs_is_chosen(tmp_path: Path) -> None:
+    (tmp_path / "two.onnx").write_bytes(_two_outputs())
+
+    chosen = [
+        import_onnx(_two_outputs(), "two", output="scores"),
+        import_onnx(read_source(tmp_path / "two.onnx", output="scores"), "two"),
+        load(tmp_path / "two.onnx", output="scores"),
+    ]
+
+    assert [m.architecture.classes for m in chosen] == [2, 2, 2]
+    assert len({m.architecture.digest for m in chosen}) == 1
+
+
+def test_several_outputs_without_a_choice_are_listed() -> None:
+    with pytest.raises(ModelError, match=r"got 1 and 2 \(features, scores\).*output"):
+        import_onnx(_two_outputs(), "two")
+
+
+def test_an_output_that_is_not_there() -> None:
+    with pytest.raises(ModelError, match="no such output: expected features, scores, got 'logits'"):
+        import_onnx(_two_outputs(), "two", output="logits")
+
+
+def test_parameters_can_be_listed(tmp_path: Path) -> None:
+    graph = Graph(inputs=_port("N", 3))
+    graph.initializers.update(a=np.ones((3, 3), np.float32), b=np.ones((3, 2), np.float32))
+    graph.outputs = [Port(graph.emit("MatMul", graph.emit("MatMul", "x", "a"), "b"), F32, ("N", 2))]
+    (tmp_path / "net.onnx").write_bytes(graph.to_bytes())
+
+    assert set(load(tmp_path / "net.onnx").tensors) == {"a", "b"}
+    assert set(load(tmp_path / "net.onnx", parameters=["b"]).tensors) == {"b"}
+    assert set(import_onnx(read_source(tmp_path / "net.onnx", parameters=["b"]), "net").tensors) == {"b"}
+    with pytest.raises(ModelError, match="the list of parameters names a tensor that isn't there: got 'c'"):
+        load(tmp_path / "net.onnx", parameters=["c"])
+
+
+class Tokens(nn.Module):
+    """The mean of embedded tokens, with positions."""
+
+    input_shape = (6,)
+    input_dtype = torch.int64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(37, 16), nn.Embedding(6, 16)
+        self.hidden, self.out = nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.hidden(self.tokens(x) + self.places(torch.arange(6)))).mean(1))
+
+
+@pytest.mark.parametrize("example", [False, True])
+def test_identifiers_as_input(example: bool) -> None:
+    module = Tokens()
+    made = (module, torch.zeros((1, 6), dtype=torch.int64)) if example else module
+    model = import_onnx(export_torch(made), "tokens")
+    x = np.random.default_rng(0).integers(0, 37, (7, 6))
+
+    assert model.graph.inputs[0].dtype == np.int64
+    assert model.architecture.input_shape == (6,)
+    assert vocabulary(model.graph) == 37
+    assert {t.name: t.kind for t in model.architecture.tensors}["tokens.weight"] == "weight"
+    with torch.no_grad():
+        expected = module(torch.from_numpy(x)).numpy()
+    assert distance(Session(model.graph.to_bytes()).run({"x": x})["logits"], expected) < 1e-5
+
+
+def test_sampled_identifiers_are_within_the_vocabulary() -> None:
+    model = import_onnx(export_torch(Tokens()), "tokens")
+
+    x = sample_feeds(model.graph, 500)["x"]
+
+    assert (x.min(), x.max()) == (0, 36)
+
+
+def test_a_network_of_timm_by_name() -> None:
+    zoo.timm_model("resnet18")  # timm is there, with what stands in for torchvision
+    model = load("timm:mobilenetv3_small_050", input_shape=(1, 32, 32))
+
+    assert model.architecture.name == "mobilenetv3_small_050"
+    assert model.architecture.input_shape == (1, 32, 32)
+    assert model.architecture.classes == 1000
+    assert load("mobilenetv3_small_050", input_shape=(1, 32, 32)).architecture.digest == model.architecture.digest
+
+
+def test_a_network_that_timm_does_not_have() -> None:
+    zoo.timm_model("resnet18")
+
+    with pytest.raises(ModelError, match=r"no network 'resnet81'.*resnet18"):
+        load("timm:resnet81")
+
+
+def test_without_timm_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+
+    with pytest.raises(MissingExtraError, match="pip install timm"):
+        load("timm:resnet18")
+
+
+def test_a_buffer_that_is_called_as_an_operator_names_its_result() -> None:
+    class Picked(nn.Module):
+        input_shape = (6,)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("index", torch.tensor([2, 0, 1]))
+            self.first, self.last = nn.Linear(6, 3), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(x)[:, self.index])
+
+    module = Picked()
+    model = import_onnx(export_torch(module), "net")
+    x = inputs(model, 7)
+
+    with torch.no_grad():
+        assert distance(outputs(model.graph, x), module(torch.from_numpy(x)).numpy()) < 1e-5
