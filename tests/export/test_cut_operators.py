@@ -335,6 +335,12 @@ def triangles(graph: Graph, value: str) -> str:
 
 
 @net(8, 6)
+def the_same_number_for_all(graph: Graph, value: str) -> str:
+    """A constant for each channel, all equal."""
+    return graph.emit("Mul", value, graph.constant(np.full((1, 8, 1, 1), 0.7), np.float32))
+
+
+@net(8, 6)
 def comparisons(graph: Graph, value: str) -> str:
     """Choices by comparisons with another layer."""
     other = graph.emit("Tanh", conv(graph, value, "other", 8, 8))

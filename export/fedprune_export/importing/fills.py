@@ -1,7 +1,8 @@
-"""Filled values: constants that are as large as a shape says, such as the first state of a recurrent layer.
+"""Filled values: constants that are larger than what they say.
 
-Exporters make one for several readers. Every reader gets its own, because readers share nothing by it: the hidden units
-of two layers can be cut on their own although both begin with zeros.
+The first state of a recurrent layer is as large as a shape says. Exporters make one for several readers. Every reader
+gets its own, because readers share nothing by it: the hidden units of two layers can be cut on their own although both
+begin with zeros. A constant that says the same for all channels says it once, so that any number of channels fits it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from fedprune_export.graph import Graph, Node
-from fedprune_export.operators import REARRANGEMENTS
+from fedprune_export.operators import MANY_TO_ONE, REARRANGEMENTS
 from fedprune_export.shape_arithmetic import SOURCES
+from fedprune_export.trace import Trace
 
 _PASSING = REARRANGEMENTS | {"Cast", "Gather", "Slice", "Split", "Concat"}
 _MOST_COPIES = 64
@@ -49,6 +51,33 @@ def part_fills(graph: Graph, constants: Collection[str]) -> None:
             for name in copy.inputs:
                 readers.setdefault(name, []).append(copy)
     graph.nodes = nodes[::-1]
+
+
+def narrow_constants(graph: Graph, seen: Trace, constants: set[str]) -> None:
+    """Shorten constants along axes on which they are all equal, where another operand says how long the axis is.
+
+    Args:
+        graph: The graph.
+        seen: Its shapes.
+        constants: Names of initialisers that are constants; gets those that are new.
+    """
+    for node in graph.nodes:
+        if node.domain or node.op not in MANY_TO_ONE or not all(i in seen.shapes for i in node.inputs):
+            continue
+        for place, name in enumerate(node.inputs):
+            value = graph.initializers.get(name)
+            if value is None or name not in constants or value.size < 2:
+                continue
+            others = [seen.shapes[i] for i in node.inputs if i not in constants]
+            short = value
+            for axis, size in enumerate(value.shape):
+                back = value.ndim - axis
+                told = any(len(shape) >= back and shape[-back] == size for shape in others)
+                if size > 1 and told and (value == value.take([0], axis)).all():
+                    short = short.take([0], axis)
+            if short.size < value.size:
+                node.inputs[place] = graph.constant(short, short.dtype)
+                constants.add(node.inputs[place])
 
 
 def _copied(graph: Graph, node: Node, reader: Node) -> Node:

@@ -19,7 +19,7 @@ from fedprune.session import Session
 from fedprune.step import LOGITS, RESERVED, X
 from fedprune_export.graph import Graph, Port
 from fedprune_export.importing.comparison import compare
-from fedprune_export.importing.fills import part_fills
+from fedprune_export.importing.fills import narrow_constants, part_fills
 from fedprune_export.importing.lowering import lower, upgraded
 from fedprune_export.importing.metadata import shown_names
 from fedprune_export.importing.norm_patterns import find_norms
@@ -109,6 +109,7 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, 
     if parameters is None:
         untie(graph, constants, notes)
     part_fills(graph, constants)
+    narrow_constants(graph, seen, constants)
     kinds = find_kinds(graph, constants, listed, notes)
     _check_finite(graph, kinds)
     name_constants(graph, kinds)
