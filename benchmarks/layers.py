@@ -124,7 +124,7 @@ def recurrent(op: str, batch: int, steps: int, inputs: int, hidden: int) -> dict
 
     case = {"direction": "forward", "steps": steps, "inputs": inputs, "hidden": hidden, "bias": True, "states": False}
     data = tensors(op, case)
-    data = {**data, "x": normal(steps, batch, inputs), "r": data["r"] / np.float32(hidden**0.5)}
+    data = {**data, "x": normal(steps, batch, inputs)}
     layer, attrs = torchs(op, case), {"linear_before_reset": 1} if op == "GRU" else {}
     one = node(op, "x", "w", "r", "b", hidden_size=hidden, **attrs)
     return compared(one, data, {n: dims(op, case)[n] for n in data}, lambda **leaves: layer(**leaves)[0])

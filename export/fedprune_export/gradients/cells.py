@@ -225,21 +225,25 @@ def _plain_forward(d: Direction, x: str) -> tuple[str, list[str]]:
     across = turned(d.g, d.recurrence)
 
     def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
-        h = b.emit(d.activation, b.emit("Add", b.emit("MatMul", states[0], across), read[0]))
-        return [h], [h]
+        total = b.emit("Add", b.emit("MatMul", states[0], across), read[0])
+        h = b.emit(d.activation, total)
+        return [h], [h, total]
 
-    last, (h,) = scan(d.g, d.states, [d.projected(x)], step, backwards=d.turned)
-    d.kept = {"h": h}
+    last, (h, total) = scan(d.g, d.states, [d.projected(x)], step, backwards=d.turned)
+    d.kept = {"h": h, "total": total}
     return h, last
 
 
 def _plain_backward(d: Direction, dy: str, last: list[str]) -> Backward:
-    """The gate's gradient is dh · (1 − h²), or dh where h > 0."""
-    g, h = d.g, d.kept["h"]
+    """The gate's gradient is dh · tanh'(total), or dh where the total is positive."""
+    g, h, total = d.g, d.kept["h"], d.kept["total"]
     if d.activation == "Tanh":
-        slope = _tanh_slope(g, h)
+        # 4s / (1 + s)² with s = exp(−2 · |total|), because 1 − h² has few digits where h is nearly 1.
+        s = g.emit("Exp", g.emit("Mul", g.emit("Abs", total), g.scalar(-2)))
+        more = g.emit("Add", s, g.scalar(1))
+        slope = g.emit("Div", g.emit("Mul", s, g.scalar(4)), g.emit("Mul", more, more))
     else:
-        slope = g.emit("Cast", g.emit("Greater", h, g.scalar(0)), attrs={"to": 1})
+        slope = g.emit("Cast", g.emit("Greater", total, g.scalar(0)), attrs={"to": 1})
 
     def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
         gate = b.emit("Mul", b.emit("Add", states[0], read[1]) if dy else states[0], read[0])
