@@ -17,8 +17,10 @@ import nets
 from fedprune.errors import MissingExtraError, ModelError
 from fedprune.session import Session
 from fedprune_export.graph import Graph, Port
+from fedprune_export.imported import Model
 from fedprune_export.importing import export_torch, import_onnx, load, read_source
 from fedprune_export.importing.metadata import FROZEN_KEY, PARAMETERS_KEY, write
+from fedprune_export.importing.timm_models import timm_name
 from fedprune_export.trace import sample_feeds, vocabulary
 
 pytestmark = pytest.mark.torch
@@ -52,9 +54,14 @@ class TwoNames(nn.Module):
         return self.out(self.shared(self.again(self.second(self.norm(self.first(x))))))
 
 
-def test_what_has_several_names_is_one_tensor_with_the_first() -> None:
+@pytest.fixture(scope="module")
+def two_names() -> tuple[TwoNames, Model]:
     module = TwoNames()
-    model = import_onnx(export_torch(module), "net")
+    return module, import_onnx(export_torch(module), "net")
+
+
+def test_what_has_several_names_is_one_tensor_with_the_first(two_names: tuple[TwoNames, Model]) -> None:
+    module, model = two_names
     norms = {"norm.running_mean", "norm.running_var"}
 
     assert set(model.tensors) == {n for n, _ in module.named_parameters()} | norms
@@ -64,8 +71,8 @@ def test_what_has_several_names_is_one_tensor_with_the_first() -> None:
         assert distance(outputs(model.graph, x), module.eval()(torch.from_numpy(x)).numpy()) < 1e-5
 
 
-def test_frozen_parameters_are_known_also_after_a_round_trip() -> None:
-    model = import_onnx(export_torch(TwoNames()), "net")
+def test_frozen_parameters_are_known_also_after_a_round_trip(two_names: tuple[TwoNames, Model]) -> None:
+    _, model = two_names
 
     again = import_onnx(model.graph.to_bytes(), "net")
 
@@ -171,14 +178,8 @@ def test_identifiers_as_input(example: bool) -> None:
     with torch.no_grad():
         expected = module(torch.from_numpy(x)).numpy()
     assert distance(Session(model.graph.to_bytes()).run({"x": x})["logits"], expected) < 1e-5
-
-
-def test_sampled_identifiers_are_within_the_vocabulary() -> None:
-    model = import_onnx(export_torch(Tokens()), "tokens")
-
-    x = sample_feeds(model.graph, 500)["x"]
-
-    assert (x.min(), x.max()) == (0, 36)
+    drawn = sample_feeds(model.graph, 500)["x"]
+    assert (drawn.min(), drawn.max()) == (0, 36)
 
 
 def test_a_network_of_timm_by_name() -> None:
@@ -188,7 +189,16 @@ def test_a_network_of_timm_by_name() -> None:
     assert model.architecture.name == "mobilenetv3_small_050"
     assert model.architecture.input_shape == (1, 32, 32)
     assert model.architecture.classes == 1000
-    assert load("mobilenetv3_small_050", input_shape=(1, 32, 32)).architecture.digest == model.architecture.digest
+    assert timm_name("mobilenetv3_small_050") == "mobilenetv3_small_050"
+    assert timm_name("no_such_network") == timm_name("models/resnet18.onnx") == timm_name("nets:lenet") == ""
+
+
+def test_a_file_comes_before_a_network_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo.timm_model("resnet18")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18").write_bytes(b"")
+
+    assert timm_name("resnet18") == ""
 
 
 def test_a_network_that_timm_does_not_have() -> None:
