@@ -258,7 +258,8 @@ half width, as a server does when a device reports its first round. Errors are a
 
 Planned widths (the rung of the planner's ladder that is nearest to a share) beside the narrowest uniform widths with at
 least as many multiplications, in turns; `predicted` is the ratio that the table expects. Longest planned over uniform:
-step {worst["step"]:.2f}, latency {worst["latency"]:.2f}.
+step {worst["step"]:.2f}, latency {worst["latency"]:.2f}. Where the two are the same widths (multiple 1, multiplications
+1.000), the ratio shows how well two measurements of one thing agree.
 
 | {header} |
 |---|---|---|---|---|---|---|---|---|---|---|---|

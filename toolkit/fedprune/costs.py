@@ -39,6 +39,14 @@ the buffers in which a convolution unrolls its input."""
 ACTIVATION_PASSES = 12
 """How often a training step moves its activations through main memory where caches don't help."""
 
+INFERENCE_RUNTIME_BYTES = 70_000_000
+INFERENCE_VALUE_BYTES = 20_000
+"""The same as `RUNTIME_BYTES` and `VALUE_BYTES` for a process that only predicts."""
+
+INFERENCE_COPIES = 3.4
+"""Arrays of the size of all weights while a model is loaded: the file's pages, onnxruntime's copy, and what it lays out
+anew for its kernels."""
+
 INFERENCE_VALUES = 3
 """Largest activations that live at once in a forward pass: a layer's input, its output, a branch that waits."""
 
@@ -104,9 +112,9 @@ class Costs:
 
     def inference_bytes(self, batch: int) -> int:
         """Peak memory of a process that predicts `batch` samples at a time."""
-        # The weights twice: the file's pages, and the copy that onnxruntime reorders for its kernels.
-        held = 2 * self.parameter_bytes + batch * (self.inference_activation_bytes + self.sample_bytes)
-        return RUNTIME_BYTES + VALUE_BYTES * self.values + held
+        activations = batch * (self.inference_activation_bytes + self.sample_bytes)
+        fixed = INFERENCE_RUNTIME_BYTES + INFERENCE_VALUE_BYTES * self.values
+        return int(fixed + INFERENCE_COPIES * self.parameter_bytes + activations)
 
     @property
     def storage_bytes(self) -> int:
