@@ -239,6 +239,36 @@ class Grouped(nn.Module):
         return self.fc(functional.adaptive_max_pool2d(x, 1).flatten(1))
 
 
+class StandardisedConv(nn.Conv2d):
+    """A convolution whose kernels are normalised, as a batch normalisation does it, in every forward pass."""
+
+    def __init__(self, before: int, after: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(before, after, 3, stride, 1, groups=groups)
+        self.gain = nn.Parameter(torch.full((after, 1, 1, 1), 1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kernels = self.weight.reshape(1, self.out_channels, -1)
+        weight = functional.batch_norm(kernels, None, None, self.gain.reshape(-1), training=True, eps=1e-6)
+        weight = weight.reshape_as(self.weight) * (9 * self.in_channels / self.groups) ** -0.5
+        return functional.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class NormalizerFree(nn.Module):
+    """No normalisation but that of kernels; a residual block with a gain."""
+
+    input_shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = StandardisedConv(3, 12, 2), StandardisedConv(12, 16), StandardisedConv(16, 12)
+        self.gain, self.last, self.fc = nn.Parameter(torch.zeros(())), StandardisedConv(12, 24, 2), nn.Linear(24, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.silu(self.stem(x)) * 1.7881
+        x = x + 0.2 * self.gain * self.b(functional.silu(self.a(x)) * 1.7881)
+        return self.fc(functional.silu(self.last(x)).mean((2, 3)))
+
+
 class Ghost(nn.Module):
     """GhostNet's module: half of the channels are a depthwise convolution of the other half."""
 

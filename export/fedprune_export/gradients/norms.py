@@ -25,7 +25,7 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     """
     name, gamma, beta, mean_name, var_name = node.inputs
     if not (tape.is_tensor(mean_name) and tape.is_tensor(var_name)):
-        raise ModelError(f"{describe(node)}: its statistics are not tensors of the model")
+        return _still(tape, node)
     if tape.is_frozen(mean_name) != tape.is_frozen(var_name):
         raise ModelError(
             f"{describe(node)}: only one of its statistics is frozen",
@@ -134,9 +134,10 @@ def _still_norm(tape: Tape, node: Node) -> Pull:
 
 
 def _still(tape: Tape, node: Node) -> Pull:
-    """Normalise by statistics that never change, as at inference: a scale and a shift per channel.
+    """Normalise by statistics that never change, as at inference, or that the graph computes (of weights, mostly).
 
-    With c = (x − mean) · s and s = 1/√(var + ε): dγ = Σ dy·c, dβ = Σ dy, dx = γ · s · dy.
+    With c = (x − mean) · s and s = 1/√(var + ε): dγ = Σ dy·c, dβ = Σ dy, dx = γ · s · dy; and of computed statistics
+    dmean = −γ · s · Σ dy, dvar = −γ · s² · Σ dy·c / 2.
     """
     name, gamma, beta, mean_name, var_name = node.inputs
     g, shape = tape.graph, tape.shape(node.inputs[0])
@@ -151,15 +152,25 @@ def _still(tape: Tape, node: Node) -> Pull:
     def column(value: str) -> str:
         return g.emit("Unsqueeze", value, g.ints(*range(1, len(shape) - 1))) if len(shape) > 2 else value
 
+    def summed(value: str) -> str:
+        return g.emit("ReduceSum", value, g.ints(*axes), attrs={"keepdims": 0})
+
     def pull(dy: str) -> None:
-        if tape.wants(gamma):
-            products = g.emit("Mul", dy, g.emit("Sub", x, column(mean)))
-            dot = g.emit("ReduceSum", products, g.ints(*axes), attrs={"keepdims": 0})
-            tape.add(gamma, g.emit("Mul", dot, inverse))
-        if tape.wants(beta):
-            tape.add(beta, g.emit("ReduceSum", dy, g.ints(*axes), attrs={"keepdims": 0}))
+        steepness = g.emit("Mul", scale, inverse)
+        if tape.wants(gamma) or tape.wants(var_name):
+            centred = g.emit("Sub", x, column(mean))
+            dot = g.emit("Mul", summed(g.emit("Mul", dy, centred)), inverse)
+            tape.add(gamma, dot)
+            if tape.wants(var_name):
+                half = g.emit("Mul", g.emit("Mul", steepness, inverse), g.scalar(-0.5))
+                tape.add(var_name, g.emit("Mul", half, dot))
+        if tape.wants(beta) or tape.wants(mean_name):
+            total = summed(dy)
+            tape.add(beta, total)
+            if tape.wants(mean_name):
+                tape.add(mean_name, g.emit("Neg", g.emit("Mul", steepness, total)))
         if tape.wants(name):
-            tape.add(name, g.emit("Mul", dy, column(g.emit("Mul", scale, inverse))))
+            tape.add(name, g.emit("Mul", dy, column(steepness)))
 
     return pull
 
