@@ -33,7 +33,8 @@ SECONDS = 20
 
 
 def case(seed: int) -> tuple[str, bytes]:
-    from model_mutations import corpus, damaged
+    from model_corpus import corpus
+    from model_mutations import damaged
 
     rng, models = np.random.default_rng(seed), corpus()
     name = sorted(models)[rng.integers(len(models))]
@@ -51,7 +52,9 @@ def outcome(raw: bytes) -> dict[str, Any]:
         if len(str(error)) > 2000:
             return {"kind": "finding", "what": f"a message of {len(str(error))} characters"}
         caught = error.__cause__ if "can't be understood" in str(error) else None
-        return {"kind": "net", "what": _place(caught)} if caught is not None else {"kind": "refused"}
+        if caught is not None:
+            return {"kind": "net", "what": _place(caught)}
+        return {"kind": "checker" if "not a whole ONNX model" in str(error) else "refused"}
     except BaseException as error:  # noqa: BLE001  that is what we look for
         return {"kind": "finding", "what": _place(error)}
     return {"kind": "imported"}
@@ -139,11 +142,14 @@ def main() -> None:
     print(dict(kinds))
     if arguments.dry:
         return
-    about, times = setting(), np.array([r["s"] for r in rows])
+    about, times = setting("onnx", "onnxruntime"), np.array([r["s"] for r in rows])
     lines = [
         "# Fuzzing the importer",
         "",
-        f"{about['date']}, {about['cpu']}, Python {about['python']}. `python benchmarks/fuzz_import.py`",
+        (
+            f"{about['date']}, {about['cpu']}, Python {about['python']}, onnx {about['onnx']}, onnxruntime "
+            f"{about['onnxruntime']}. `python benchmarks/fuzz_import.py --minutes {arguments.minutes:g}`"
+        ),
         "",
         (
             f"{len(rows)} damaged models (seeds from {arguments.first}) of {len({r['net'] for r in rows})} kinds in "
@@ -154,7 +160,8 @@ def main() -> None:
         "| outcome | models |",
         "|---|---|",
         f"| imported: the damage did no harm | {kinds['imported']} |",
-        f"| refused by a check of ours | {kinds['refused']} |",
+        f"| refused by onnx's checker | {kinds['checker']} |",
+        f"| refused by what comes after it | {kinds['refused']} |",
         f"| refused by the net below all checks | {kinds['net']} |",
         f"| findings: other exceptions, dead or slow processes | {kinds['finding']} |",
         "",

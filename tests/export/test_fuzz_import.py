@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from model_mutations import corpus, damaged
+from model_corpus import corpus
+from model_mutations import damaged
 
 from fedprune.errors import ModelError
 from fedprune_export.importing import import_onnx
