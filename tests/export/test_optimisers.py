@@ -112,6 +112,37 @@ def error(got: Arrays, want: Arrays) -> float:
     return float(np.sqrt(off / max(sum(float(np.sum(want[n] ** 2)) for n in want), 1e-60)))
 
 
+def beyond_rounding(
+    got: Arrays, want: Arrays, before: Arrays, gradient: Arrays, decay: float, clip: float
+) -> list[str]:
+    """Kinds of arrays that are off by more than a few roundings of the largest terms that they are sums of.
+
+    A strong decay makes weights and momentum differences of much larger terms, whose own rounding stays.
+    """
+
+    def size(arrays: Arrays, names: list[str]) -> float:
+        return float(np.sqrt(sum(float(np.sum(np.asarray(arrays[n], np.float64) ** 2)) for n in names)))
+
+    tensors = list(SHAPES)
+    sums = {
+        "tensors": (tensors, size(before, tensors)),
+        "means": (
+            [step.buffer(n) for n in tensors],
+            size(before, [step.buffer(n) for n in tensors])
+            + decay * size(before, tensors)
+            + min(clip, size(gradient, [f"d{n}" for n in tensors])),
+        ),
+        "squares": ([step.second(n) for n in tensors], 0.0),
+    }
+    off = []
+    for kind, (names, terms) in sums.items():
+        names = [n for n in names if n in want]
+        difference = {n: got[n].astype(np.float64) - want[n] for n in names}
+        if size(difference, names) > 4e-7 * (size(want, names) + terms):
+            off.append(kind)
+    return off
+
+
 @pytest.mark.parametrize("clips", [False, True])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @settings(max_examples=40, deadline=None)
@@ -135,8 +166,7 @@ def test_several_steps_are_those_of_torch(
         zip(given_gradients, steps(run, numbers, given_gradients), strict=True), 1
     ):
         want = oracle(optimizer, numbers, state, gradient, clip if clips else 0, count, torch.float64)
-        for group in (SHAPES, set(want) - set(SHAPES)):
-            assert error(ours, {n: want[n] for n in group}) < 4e-7
+        assert not beyond_rounding(ours, want, state, gradient, decay, clip if clips else np.inf)
         state = ours
 
 
