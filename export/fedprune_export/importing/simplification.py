@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 
 import numpy as np
@@ -82,7 +83,7 @@ def _reshape(graph: Graph, node: Node, seen: Trace) -> None:
     """Write a flatten as Flatten, and at most one batch-dependent entry of a target as -1."""
     source, target = seen.dims(node.inputs[0]), seen.dims(node.outputs[0])
     flat = len(target) == 2 and len(source) >= 2 and source[0] is None and None not in source[1:]
-    if flat and target[0] is None and target[1] is not None:
+    if flat and target[0] is None and target[1] == math.prod(d or 1 for d in source[1:]):
         node.op, node.inputs, node.attrs = "Flatten", node.inputs[:1], {"axis": 1}
         return
     if sum(d is None for d in target) <= 1 and 0 not in target:
