@@ -136,6 +136,7 @@ OURS: dict[str, Whole] = {
     "gru": Whole(_ours(whole_sequences.GRUClassifier), 3, 0.31),
     "embedded": Whole(_ours(whole_sequences.Embedded), 3, 0.35, vocabulary=50),
     "tied_language_model": Whole(_ours(whole_sequences.TiedLanguageModel), 3, 0.32, vocabulary=40),
+    "token_norms": Whole(_ours(whole_sequences.TokenNorms), 2, 0.41),
     "perceptron": Whole(_ours(whole_sequences.Perceptron), 2, 0.4),
 }
 """Small ones: all of them are tested each time."""

@@ -204,6 +204,24 @@ class TiedLanguageModel(nn.Module):
         return functional.linear(self.norm(x)[:, -1], self.embedding.weight)
 
 
+class TokenNorms(nn.Module):
+    """Batch normalisation of all places' tokens at once, as LeViT has it: places are folded into the batch."""
+
+    input_shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.fc1, self.norm1 = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 24), nn.BatchNorm1d(24)
+        self.fc2, self.norm2, self.head = nn.Linear(24, 16), nn.BatchNorm1d(16), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        y = self.fc1(x)
+        y = functional.hardswish(self.norm1(y.flatten(0, 1)).reshape_as(y))
+        y = self.fc2(y)
+        return self.head((x + self.norm2(y.flatten(0, 1)).reshape_as(y)).mean(1))
+
+
 class Perceptron(nn.Module):
     """Dense layers with normalisation between them."""
 
