@@ -132,3 +132,19 @@ def test_batch_norm_with_frozen_statistics_normalises_by_them(spatial: tuple[int
     nodes = [node("BatchNormalization", "x", "w", "b", "m", "v", epsilon=1e-3)]
     oracle = lambda x, w, b, m, v: F.batch_norm(x, m.detach(), v.detach(), w, b, eps=1e-3)  # noqa: E731
     check(nodes, oracle, data, shapes, frozen=("m", "v"), narrow={"c": 4})
+
+
+def test_batch_norm_by_statistics_that_the_graph_computes() -> None:
+    data = {"x": normal(3, 6, 4, offset=2.0)} | {n: normal(6, seed=i) for i, n in enumerate("wbmv", 1)}
+    shapes = {n: ("c",) for n in "wbmv"} | {"x": ("N", "c", 4)}
+    nodes = [
+        node("Tanh", "m", out="mean"),
+        node("Exp", "v", out="var"),
+        node("BatchNormalization", "x", "w", "b", "mean", "var", epsilon=1e-3),
+    ]
+
+    def oracle(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        inverse = (v.exp() + 1e-3).rsqrt()
+        return (x - m.tanh()[:, None]) * (inverse * w)[:, None] + b[:, None]
+
+    check(nodes, oracle, data, shapes, narrow={"c": 4})

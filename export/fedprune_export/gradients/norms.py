@@ -26,15 +26,13 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     name, gamma, beta, mean_name, var_name = node.inputs
     if not (tape.is_tensor(mean_name) and tape.is_tensor(var_name)):
         return _still(tape, node)
-    if tape.is_frozen(mean_name) != tape.is_frozen(var_name):
+    if tape.frozen(mean_name) != tape.frozen(var_name):
         raise ModelError(
             f"{describe(node)}: only one of its statistics is frozen",
             expected=f"both of {mean_name} and {var_name}, or neither",
             hint="Mend the patterns of recipe.frozen and recipe.trainable.",
         )
-    if tape.is_frozen(mean_name):
-        return _still_norm(tape, node)
-    if tape.frozen(mean_name) and tape.frozen(var_name):
+    if tape.frozen(mean_name):
         return _still(tape, node)
     g = tape.graph
     if any(o.name == step.following(mean_name) for o in g.outputs):
@@ -96,39 +94,6 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
         fit = g.emit("BatchNormalization", centred, slope, base, zero, one, attrs={"epsilon": 0.0})
         steepness = g.emit("Mul", scale, inverse)
         tape.add(name, g.emit("Mul", g.emit("Sub", dy, fit), column(steepness)))
-
-    return pull
-
-
-def _still_norm(tape: Tape, node: Node) -> Pull:
-    """Normalise by the running statistics.
-
-    With s = 1/√(var + ε): dγ = s · Σ dy·(x − mean), dβ = Σ dy, dx = γ · s · dy.
-    """
-    name, gamma, beta, mean_name, var_name = node.inputs
-    g, x, shape = tape.graph, tape.value(name), tape.shape(name)
-    scale, shift = _vector(tape, node, 1, mean_name), _vector(tape, node, 2, var_name)
-    mean, var = tape.value(mean_name), tape.value(var_name)
-    eps = float(node.attrs.get("epsilon", 1e-5))
-    axes = [0, *range(2, len(shape))]
-    y = g.emit("BatchNormalization", x, scale, shift, mean, var, attrs={"epsilon": eps})
-    tape.enter(node.outputs[0], y, shape)
-
-    def column(value: str) -> str:
-        return g.emit("Unsqueeze", value, g.ints(*range(1, len(shape) - 1))) if len(shape) > 2 else value
-
-    def summed(value: str) -> str:
-        return g.emit("ReduceSum", value, g.ints(*axes), attrs={"keepdims": 0})
-
-    def pull(dy: str) -> None:
-        inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", var, g.scalar(eps))))
-        if tape.wants(gamma):
-            dot = summed(g.emit("Mul", dy, g.emit("Sub", x, column(mean))))
-            tape.add(gamma, g.emit("Mul", dot, inverse))
-        if tape.wants(beta):
-            tape.add(beta, summed(dy))
-        if tape.wants(name):
-            tape.add(name, g.emit("Mul", dy, column(g.emit("Mul", scale, inverse))))
 
     return pull
 

@@ -87,10 +87,6 @@ class Tape(Knowledge):
         if wanted and name not in self._frozen:
             self._wanted.add(name)
 
-    def is_frozen(self, name: str) -> bool:
-        """Whether a tensor stays as it is."""
-        return name in self._frozen
-
     def tensor_shape(self, spec: TensorSpec) -> Shape:
         """The symbolic shape of a tensor of the architecture."""
         return tuple(self.dims.of_axis(axis, self._architecture) for axis in spec.axes)
