@@ -110,6 +110,19 @@ def test_shape_arithmetic_becomes_a_flatten() -> None:
     assert same(model, graph)
 
 
+def test_samples_and_places_as_one_axis_are_no_flatten() -> None:
+    """torch's `x.flatten(0, 1)`: the first axis follows the batch, the second is one of the value's own."""
+
+    def build(graph: Graph) -> str:
+        rows = linear(graph, graph.emit("Reshape", "image", graph.ints(-1, 3)), 3, 4)
+        return linear(graph, graph.emit("Reshape", rows, graph.ints(-1, 20)), 20, 2, "last")
+
+    model, graph = model_of(build, 5, 3)
+
+    assert [n.op for n in model.graph.nodes] == ["Reshape", "MatMul", "Reshape", "MatMul"]
+    assert same(model, graph)
+
+
 def test_constants_are_folded_and_weights_are_not() -> None:
     def build(graph: Graph) -> str:
         two = graph.emit("Add", graph.scalar(1.5), graph.scalar(0.5))
