@@ -19,30 +19,18 @@ ValueAxes = Mapping[str, tuple[Axis | None, ...]]
 
 _READS_INPUT = frozenset(
     {
-        "Conv",
-        "ConvTranspose",
-        "Gemm",
-        "MatMul",
-        "BatchNormalization",
-        "Mul",
-        "Div",
-        "Pow",
-        "Clip",
-        "Abs",
-        "Log",
-        "Erf",
-        "HardSigmoid",
-        "HardSwish",
-        "PRelu",
-        "MaxPool",
-        "ReduceMax",
-        "ReduceMin",
-        "Max",
-        "Min",
+        *("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"),
+        *("BatchNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization"),
+        *("InstanceNormalization", "Mul", "Div", "Pow", "Clip", "Abs", "Log", "Erf", "Gelu", "Mish", "Softplus"),
+        *("HardSigmoid", "HardSwish", "PRelu", "MaxPool", "LpPool", "GlobalMaxPool", "ReduceMax", "ReduceMin"),
+        *("ReduceProd", "ReduceL2", "Max", "Min"),
     }
 )
 _READS_OUTPUT = frozenset(
-    {"Relu", "LeakyRelu", "Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal", "Softmax", "LogSoftmax", "MaxPool"}
+    {
+        *("Relu", "LeakyRelu", "Elu", "Selu", "Celu", "Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal"),
+        *("Softmax", "LogSoftmax", "MaxPool"),
+    }
 )
 
 
