@@ -136,7 +136,7 @@ def test_batch_norm_with_frozen_statistics_normalises_by_them(spatial: tuple[int
 
 def test_batch_norm_by_statistics_that_the_graph_computes() -> None:
     data = {"x": normal(3, 6, 4, offset=2.0)} | {n: normal(6, seed=i) for i, n in enumerate("wbmv", 1)}
-    shapes = {n: ("c",) for n in "wbmv"} | {"x": ("N", "c", 4)}
+    shapes = dict.fromkeys("wbmv", ("c",)) | {"x": ("N", "c", 4)}
     nodes = [
         node("Tanh", "m", out="mean"),
         node("Exp", "v", out="var"),
