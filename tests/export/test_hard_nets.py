@@ -31,6 +31,15 @@ FINE = {
 """Networks in which positions can be cut as well as heads or groups, and the sizes of the groups then."""
 
 
+HEADS = {
+    "CausalAttention": [12, 3, 12],
+    "MultiheadAttention": [12, 3],
+    "TransformerEncoder": [12, 3, 16, 3, 16],
+    "TwoLSTMs": [12, 7, 7],
+}
+"""Networks whose heads torch merges with the batch, or whose layers begin with the same zeros; sizes of their groups."""
+
+
 @cache
 def exported(name: str) -> bytes:
     return export_torch(hard_nets.make(name))
@@ -57,6 +66,11 @@ def test_what_can_be_cut_is_found(name: str) -> None:
     model = imported(name)
 
     assert len(model.architecture.groups) >= hard_nets.NETS[name].groups, model.notes
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_how_torch_writes_them_hides_no_channels(name: str) -> None:
+    assert [g.size for g in imported(name).architecture.groups] == HEADS[name]
 
 
 @pytest.mark.parametrize("density", [0.25, 0.5, 0.75, 0.001])
