@@ -37,7 +37,7 @@ HEADS = {
     "TransformerEncoder": [12, 3, 16, 3, 16],
     "TwoLSTMs": [12, 7, 7],
 }
-"""Networks whose heads torch merges with the batch, or whose layers begin with the same zeros; sizes of their groups."""
+"""Sizes of groups where torch merges heads with the batch, or where layers begin with the same zeros."""
 
 
 @cache
