@@ -90,7 +90,12 @@ def beside(name: str, model: Any) -> dict[str, Any]:
     if not found["only_ours"] and not found["only_theirs"]:
         selection = random_selection(model, 0.5, seed=9)
         x = whole_models.samples(name, 4)
-        found["pruned"] = distance(outputs(cut(model, selection), x), outputs_of(prune(module, selection), x))
+        try:
+            theirs_cut = outputs_of(prune(module, selection), x)
+        except RuntimeError as error:
+            found["error"] = f"same, but what it has pruned doesn't run: {' '.join(str(error).split())[:60]}"
+        else:
+            found["pruned"] = distance(outputs(cut(model, selection), x), theirs_cut)
     return found
 
 
