@@ -153,6 +153,8 @@ def test_a_second_tier_board_says_what_can_be_done(name: str) -> None:
         ("R39 (release), REVISION: 2", "39.2"),
         ("", ""),
         ("something else", ""),
+        ("# R36 (release), REVISION: 4.3.1.1, GCID: 1", ""),
+        ("# R36 (release), REVISION: 4.30000, GCID: 1", ""),
     ],
 )
 def test_the_release_file_is_read(text: str, release: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedprune.errors import ProfileError
 
-_RELEASE = re.compile(r"#?\s*R(\d{1,3})\s*\(release\),\s*REVISION:\s*(\d{1,3}(?:\.\d{1,3})*)")
+_RELEASE = re.compile(r"#?\s*R(\d{1,3})\s*\(release\),\s*REVISION:\s*(\d{1,3}(?:\.\d{1,3}){0,2})(?![.\d])")
 _NUMBER = re.compile(r"\d{1,3}(\.\d{1,3}){0,3}")
 _RUNTIME_PYTHON = (3, 10)
 
