@@ -334,7 +334,7 @@ class Video(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.norm = nn.Conv3d(3, 8, 3, 1, 1), nn.BatchNorm3d(8)
+        self.a, self.norm = nn.Conv3d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm3d(8)
         self.b, self.fc = nn.Conv3d(8, 12, (1, 3, 3), (1, 2, 2), (0, 1, 1)), nn.Linear(12, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

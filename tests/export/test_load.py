@@ -201,6 +201,23 @@ def test_buffers_are_constants() -> None:
     assert set(import_onnx(export_torch(Scaled()), "net").tensors) == {"out.weight", "out.bias"}
 
 
+@pytest.mark.parametrize(
+    "convolution",
+    [nn.Conv3d(2, 6, 3, bias=False), nn.Conv3d(2, 6, 3, 2, 1, 1, 2, bias=False), nn.Conv3d(2, 6, 2, padding="same")],
+    ids=["plain", "grouped", "same"],
+)
+def test_convolutions_of_three_axes(convolution: nn.Conv3d) -> None:
+    module = nn.Sequential(convolution, nn.BatchNorm3d(6), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(6, 3))
+    model = import_onnx(export_torch(module, input_shape=(2, 4, 6, 6)), "video")
+    x = inputs(model, 3)
+
+    with torch.no_grad():
+        expected = module.eval()(torch.from_numpy(x)).numpy()
+
+    assert distance(outputs(model.graph, x), expected) < 1e-5
+    assert {n for n in model.tensors if n.startswith("0.")} == {f"0.{n}" for n, _ in convolution.named_parameters()}
+
+
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"nothing\.onnx.*No such file") as caught:
         load(tmp_path / "nothing.onnx")

@@ -181,14 +181,18 @@ def _rename(proto: onnx.ModelProto, names: dict[str, str]) -> None:
 
 
 def _translations() -> dict[Any, Callable[..., Any]]:
-    """Views of memory as reshapes: the exporter's own form gathers by computed places, which no analysis sees through.
+    """Translations in place of the exporter's own.
 
-    Pooling channels-last data to one place ends in such a view. A view that lies in memory in its own order reads what
-    it views in order, so a reshape is the same.
+    Views of memory become reshapes: the exporter gathers by computed places, which no analysis sees through. Pooling
+    channels-last data to one place ends in such a view. A view that lies in memory in its own order reads what it views
+    in order, so a reshape is the same.
+
+    A 3-D convolution without a bias gets one zero per channel: the exporter's zeros are a matrix.
     """
     torch = torch_package()
     ops: Any = importlib.import_module("onnxscript").opset18
-    general: Any = importlib.import_module("onnxscript.function_libs.torch_lib.ops.core").aten_as_strided
+    library: Any = importlib.import_module("onnxscript.function_libs.torch_lib.ops.core")
+    general = library.aten_as_strided
 
     def as_strided(self: Any, size: Any, stride: Any, storage_offset: int = 0) -> Any:
         if storage_offset or not _in_order(size, stride):
@@ -199,7 +203,12 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         parts = [ops.Constant(value_ints=[d]) if isinstance(d, int) else ops.Reshape(d, one) for d in size]
         return ops.Reshape(self, ops.Concat(*parts, axis=0))
 
-    return {torch.ops.aten.as_strided.default: as_strided}
+    def conv3d(self: Any, weight: Any, bias: Any = None, *how: Any, **named: Any) -> Any:
+        if bias is None:
+            bias = ops.Expand(ops.CastLike(0.0, self), ops.Shape(weight, start=0, end=1))
+        return library.aten_conv3d(self, weight, bias, *how, **named)
+
+    return {torch.ops.aten.as_strided.default: as_strided, torch.ops.aten.conv3d.default: conv3d}
 
 
 def _in_order(size: Sequence[Any], stride: Sequence[Any]) -> bool:
