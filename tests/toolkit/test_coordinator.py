@@ -15,6 +15,8 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.errors import ConfigError, StorageError
 from fedprune.job import Job
+from fedprune.latency import typical_table
+from fedprune.probe_report import ProbeReport
 from toy import ARCHITECTURE, JOB, NAMES
 
 pytestmark = pytest.mark.board
@@ -627,7 +629,8 @@ def test_a_plan_that_was_nearly_right_stays_as_it_is() -> None:
     assert coordinator.state.devices["a"].plan == before
 
 
-def test_a_device_that_turns_out_too_slow_for_any_width_goes_on_as_it_is() -> None:
+def too_slow() -> Coordinator:
+    """A fleet after a round that was so slow that no width would be fast enough."""
     probing = planned_fleet().state.devices["a"].plan
     assert probing is not None
     round_s = 1.5 * probing["prediction"]["train_s"] + probing["prediction"]["transfer_s"]
@@ -638,6 +641,56 @@ def test_a_device_that_turns_out_too_slow_for_any_width_goes_on_as_it_is() -> No
     device = coordinator.state.devices["a"]
     assert not device.excluded
     assert (device.plan, device.widths) == before
+    return coordinator
+
+
+def test_a_device_that_turns_out_too_slow_for_any_width_goes_on_as_it_is() -> None:
+    assert too_slow().state.devices["a"].correction["step"] == 5
+
+
+@pytest.mark.parametrize("samples", [10, 9])
+def test_a_device_that_is_too_slow_may_connect_anew(samples: int) -> None:
+    coordinator = too_slow()
+    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), samples), 0.0)
+    device = coordinator.state.devices["a"]
+    assert not device.excluded
+    assert device.widths == ARCHITECTURE.sizes
+
+
+def test_a_device_that_is_too_slow_outlasts_a_restart_and_unlearns() -> None:
+    before = too_slow()
+    coordinator = Coordinator(before.job, ARCHITECTURE, State.from_json(before.state.to_json()))
+    coordinator.resume(0.0)
+    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 10), 0.0)
+    device = coordinator.state.devices["a"]
+    assert not device.excluded
+    assert device.widths == ARCHITECTURE.sizes
+
+    coordinator.handle(on.Closed(1, "m1", None, None), 0.0)
+    coordinator.handle(on.Evaluated(1, {}), 0.0)
+    play(coordinator, 1.0)
+    assert coordinator.state.devices["a"].correction["step"] == pytest.approx(1)
+
+
+def test_a_device_that_no_width_fits_stays_out_whatever_it_learnt() -> None:
+    coordinator = too_slow()
+    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 10**9), 0.0)
+    assert "breaks" in coordinator.state.devices["a"].excluded
+
+
+def test_what_was_learnt_of_a_guess_is_forgotten_once_the_board_has_measured() -> None:
+    coordinator = planned_fleet()
+    play(coordinator, 3.0)
+    probe = ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, latency=typical_table(4e9))
+    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 10, probe.to_dict()), 0.0)
+    assert coordinator.state.devices["a"].correction == {}
+
+    coordinator = planned_fleet()
+    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 10, probe.to_dict()), 0.0)
+    play(coordinator, 3.0)
+    other = replace(probe, memory_available=6 * 10**9)
+    coordinator.handle(on.DeviceBorn("a", 3, PI.to_dict(), 10, other.to_dict()), 0.0)
+    assert coordinator.state.devices["a"].correction["step"] == pytest.approx(3.0)
 
 
 def test_what_was_learnt_outlasts_a_new_connection() -> None:

@@ -11,25 +11,19 @@ import math
 from functools import singledispatchmethod
 from typing import Any
 
-from fedprune.architecture import Architecture, widths_at
+from fedprune.architecture import Architecture
 from fedprune.chance import keyed
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.planning import Planner
 from fedprune.coordination.state import Device, Phase, Progress, State, Task
-from fedprune.errors import FedpruneError
 from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.job import Job
-from fedprune.plan import Correction, Plan, plan
-from fedprune.probe_report import ProbeReport
-from fedprune.profile import HardwareProfile
 
 Commands = list[do.Command]
 
 MAX_FAILURES = 3
 """A device that refuses so many offers in a row, or whose updates don't count, is left out until it connects again."""
-
-OFF = 1.25
-"""How far a measured time may be from the predicted one before a device is planned for anew."""
 
 _LATE = "the deadline has passed"
 
@@ -52,6 +46,7 @@ class Coordinator:
         self.job = job
         self.architecture = architecture
         self.state = state
+        self._planner = Planner(job, architecture)
 
     def handle(self, event: on.Event, now: float) -> Commands:
         """Take in one event and say what to do.
@@ -74,9 +69,9 @@ class Coordinator:
         state = self.state
         for device in state.devices.values():
             device.online = False
-            self._plan(device)
+            self._planner.plan(device)
         if state.phase is Phase.SCORING:
-            return self._score()
+            return self._rescore(now)
         if state.phase is Phase.TRAINING:
             state.deadline = None
             commands: Commands = self._start_clock(now)
@@ -112,17 +107,7 @@ class Coordinator:
             # that lost its memory counts its connections anew.
             return []
         device = Device(event.session, True, event.profile, event.probe, event.samples)
-        same = known is not None and (known.profile, known.probe, known.samples) == (
-            event.profile,
-            event.probe,
-            event.samples,
-        )
-        if known is not None and known.profile == event.profile:
-            device.correction = known.correction
-        if known is not None and same and known.widths:
-            device.plan, device.widths = known.plan, known.widths
-        else:
-            self._plan(device)
+        self._planner.replace(known, device)
         state.devices[event.device] = device
         commands: Commands = []
         task = state.tasks.get(event.device)
@@ -138,41 +123,6 @@ class Coordinator:
         if device is not None and device.session == event.session:
             device.online = False
         return []
-
-    def _plan(self, device: Device) -> None:
-        device.plan, device.widths, device.excluded = None, (), ""
-        try:
-            if self.job.density:
-                device.widths = widths_at(self.architecture, self.job.density)
-                return
-            made = plan(
-                self.architecture,
-                HardwareProfile.from_dict(device.profile),
-                self.job.recipe,
-                device.samples,
-                byte_budget=self.job.byte_budget or None,
-                deadline_s=self.job.deadline_s,
-                probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
-                correction=Correction(**device.correction),
-            )
-            device.widths, device.plan = made.widths, made.to_dict()
-        except FedpruneError as error:
-            device.excluded = str(error)
-
-    def _learn(self, device: Device, task: Task) -> None:
-        """Let a round's own times correct a device's predicted ones; plan anew where they were far off."""
-        if device.plan is None or device.widths != task.widths:
-            return
-        before = Plan.from_dict(device.plan)
-        learnt = Correction.learnt(before.prediction, before.correction, task.metrics)
-        device.correction = vars(learnt)
-        ratios = (learnt.step / before.correction.step, learnt.latency / before.correction.latency)
-        if all(1 / OFF < r < OFF for r in ratios):
-            return
-        old = device.plan, device.widths
-        self._plan(device)
-        if device.excluded:  # too slow even at the narrowest: it delivered all the same, and goes on as it is
-            (device.plan, device.widths), device.excluded = old, ""
 
     # A round begins.
 
@@ -209,6 +159,19 @@ class Coordinator:
         state, job = self.state, self.job
         scorer = "random" if state.round <= job.warmup_rounds else job.scorer
         return [do.Score(state.round, scorer, state.model, state.evidence)]
+
+    def _rescore(self, now: float) -> Commands:
+        """Score once more for the same devices, at the widths that they have now; without any, wait for others."""
+        state = self.state
+        for name, task in list(state.tasks.items()):
+            task.widths = state.devices[name].widths
+            if not task.widths:
+                del state.tasks[name]
+        if state.tasks:
+            return self._score()
+        state.round -= 1
+        state.phase = Phase.WAITING
+        return self._begin(now)
 
     @_on.register
     def _scored(self, event: on.Scored, now: float) -> Commands:
@@ -284,7 +247,7 @@ class Coordinator:
             return []
         task.progress = Progress.FOLDED
         self.state.devices[event.device].failures = 0
-        self._learn(self.state.devices[event.device], task)
+        self._planner.learn(self.state.devices[event.device], task)
         return self._close_if_complete(now)
 
     @_on.register
@@ -415,17 +378,7 @@ class Coordinator:
             "at": now,
             "model": state.model,
             "metrics": dict(metrics),
-            "devices": {
-                n: {
-                    "progress": t.progress.value,
-                    "attempt": t.attempt,
-                    "widths": list(t.widths),
-                    "samples": t.samples,
-                    "metrics": dict(t.metrics),
-                    "reason": t.reason,
-                }
-                for n, t in sorted(state.tasks.items())
-            },
+            "devices": {n: t.summary() for n, t in sorted(state.tasks.items())},
         }
 
 

@@ -98,6 +98,17 @@ class Task:
     metrics: dict[str, float] = field(default_factory=dict)
     reason: str = ""
 
+    def summary(self) -> dict[str, Any]:
+        """What a finished round keeps of it, as JSON."""
+        return {
+            "progress": self.progress.value,
+            "attempt": self.attempt,
+            "widths": list(self.widths),
+            "samples": self.samples,
+            "metrics": dict(self.metrics),
+            "reason": self.reason,
+        }
+
 
 @dataclass
 class State:

@@ -1,0 +1,98 @@
+"""How wide each device's model is: planned from what the device says of itself and from what its rounds taught."""
+
+from __future__ import annotations
+
+from fedprune.architecture import Architecture, widths_at
+from fedprune.coordination.state import Device, Task
+from fedprune.errors import FedpruneError, PlanError
+from fedprune.job import Job
+from fedprune.plan import Plan, plan
+from fedprune.prediction import NO_CORRECTION, Correction
+from fedprune.probe_report import ProbeReport
+from fedprune.profile import HardwareProfile
+
+OFF = 1.25
+"""How far a measured time may be from the predicted one before a device is planned for anew."""
+
+
+class Planner:
+    """Plans a job's devices.
+
+    Args:
+        job: The job's settings.
+        architecture: The global model's architecture.
+    """
+
+    def __init__(self, job: Job, architecture: Architecture) -> None:
+        self.job = job
+        self.architecture = architecture
+
+    def plan(self, device: Device) -> None:
+        """Give a device its plan and widths, or the reason why it takes no part.
+
+        A device that only its own rounds make look too slow is planned without what they taught: it delivered, and one
+        bad round must not shut it out for good.
+        """
+        device.plan, device.widths, device.excluded = None, (), ""
+        try:
+            if self.job.density:
+                device.widths = widths_at(self.architecture, self.job.density)
+                return
+            learnt = Correction(**device.correction)
+            try:
+                made = self._planned(device, learnt)
+            except PlanError:
+                if learnt == NO_CORRECTION:
+                    raise
+                made = self._planned(device, NO_CORRECTION)
+            device.widths, device.plan = made.widths, made.to_dict()
+        except FedpruneError as error:
+            device.excluded = str(error)
+
+    def replace(self, known: Device | None, device: Device) -> None:
+        """Plan a device that announced itself, with what still holds of what was known of it.
+
+        Args:
+            known: The device before, if it was there.
+            device: The device as it announced itself.
+        """
+        if known is not None and known.profile == device.profile and _table(known) == _table(device):
+            device.correction = known.correction
+        said = (device.profile, device.probe, device.samples)
+        if known is not None and known.widths and (known.profile, known.probe, known.samples) == said:
+            device.plan, device.widths = known.plan, known.widths
+        else:
+            self.plan(device)
+
+    def learn(self, device: Device, task: Task) -> None:
+        """Let a round's own times correct a device's predicted ones; plan anew where they were far off."""
+        if device.plan is None or device.widths != task.widths:
+            return
+        before = Plan.from_dict(device.plan)
+        learnt = Correction.learnt(before.prediction, before.correction, task.metrics)
+        device.correction = vars(learnt)
+        ratios = (learnt.step / before.correction.step, learnt.latency / before.correction.latency)
+        if all(1 / OFF < r < OFF for r in ratios):
+            return
+        try:
+            made = self._planned(device, learnt)
+        except FedpruneError:  # too slow even at the narrowest: it delivered all the same, and goes on as it is
+            return
+        device.widths, device.plan = made.widths, made.to_dict()
+
+    def _planned(self, device: Device, correction: Correction) -> Plan:
+        return plan(
+            self.architecture,
+            HardwareProfile.from_dict(device.profile),
+            self.job.recipe,
+            device.samples,
+            byte_budget=self.job.byte_budget or None,
+            deadline_s=self.job.deadline_s,
+            probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
+            correction=correction,
+        )
+
+
+def _table(device: Device) -> object:
+    """The layer times that a device measured, which its correction corrects."""
+    return None if device.probe is None else device.probe.get("latency")
