@@ -127,6 +127,13 @@ def test_extremes_share_the_gradient_of_equals(op: str) -> None:
     check([node(op, "a", "b", "c")], oracle, data)
 
 
+@pytest.mark.parametrize("inputs", [("x", "bound"), ("bound", "x")])
+@pytest.mark.parametrize(("op", "side"), [("Max", "min"), ("Min", "max")])
+def test_an_extreme_beside_one_number_is_torchs_clamp(op: str, side: str, inputs: tuple[str, str]) -> None:
+    x = np.array([[0.5, 0.25, 0.5], [-3.0, 0.5, 4.0]], np.float32)
+    check([node(op, *inputs)], lambda x: x.clamp(**{side: 0.5}), {"x": x}, None, {"bound": floats(0.5)})
+
+
 @pytest.mark.parametrize("op", ["Sum", "Mean"])
 def test_sums_of_several_values(op: str) -> None:
     data = {"a": normal(3, 4), "b": normal(1, 4, seed=1), "c": normal(4, seed=2)}

@@ -62,7 +62,10 @@ def sums(tape: Tape, node: Node) -> Pull:
 
 @rule("Max", "Min")
 def extremes(tape: Tape, node: Node) -> Pull:
-    """The larger or smaller of two or more values, which gets dy; equals share it, as in torch."""
+    """The larger or smaller of two or more values, which gets dy; equals share it, as in torch.
+
+    One number beside a value is a bound of torch's clamp: the value gets all of dy at the bound, too.
+    """
     g, names = tape.graph, node.inputs
     shapes = [tape.shape(n) for n in names]
     y, shape = tape.value(names[0]), shapes[0]
@@ -72,12 +75,18 @@ def extremes(tape: Tape, node: Node) -> Pull:
         shape = tape.broadcast(node, shape, other)
         y = g.emit(node.op, left, b)
         chain.append((name, left, b, before, shape))
+    bounded = len(names) == 2 and any(map(tape.is_number, names))
     if not chain:
         y = g.emit("Identity", y)
     tape.enter(node.outputs[0], y, shape)
     wins = "Greater" if node.op == "Max" else "Less"
 
     def pull(dy: str) -> None:
+        if bounded:
+            name, bound = sorted(names, key=tape.is_number)
+            inside = g.emit(f"{wins}OrEqual", tape.value(name), tape.value(bound))
+            tape.add(name, g.emit("Where", inside, dy, g.scalar(0)))
+            return
         for name, left, b, before, whole in reversed(chain):
             half = g.emit("Where", g.emit("Equal", left, b), g.emit("Mul", dy, g.scalar(0.5)), g.scalar(0))
             if tape.wants(name):

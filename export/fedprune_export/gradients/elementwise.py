@@ -283,10 +283,15 @@ def clip(tape: Tape, node: Node) -> Pull:
 
 @rule("Sqrt")
 def square_root(tape: Tape, node: Node) -> Pull:
-    """Dx = dy / (2 · y)."""
+    """Dx = dy / (2 · y), and 0 where y is: so torch has it of the standard deviation of equal numbers."""
     _, y = _unary(tape, node)
     g = tape.graph
-    return lambda dy: tape.add(node.inputs[0], g.emit("Div", _times(g, dy, 0.5), y))
+
+    def pull(dy: str) -> None:
+        slope = g.emit("Where", g.emit("Equal", y, g.scalar(0)), g.scalar(0), g.emit("Div", g.scalar(0.5), y))
+        tape.add(node.inputs[0], g.emit("Mul", dy, slope))
+
+    return pull
 
 
 @rule("Log")

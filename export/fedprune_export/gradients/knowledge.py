@@ -67,6 +67,11 @@ class Knowledge:
         """Whether a value is a weight or statistic."""
         return name in self._architecture.by_name
 
+    def is_number(self, name: str) -> bool:
+        """Whether a value is one constant number, without axes."""
+        constant = self._source.initializers.get(name)
+        return constant is not None and not constant.ndim and not self.is_tensor(name)
+
     def constant(self, node: Node, index: int) -> Array | None:
         """The constant at a node's input, None where it is computed from data or a parameter, or is not there."""
         if index >= len(node.inputs) or not node.inputs[index]:
