@@ -101,6 +101,7 @@ def export(arguments: argparse.Namespace) -> int:
 def _export_all(job: _Job, arguments: argparse.Namespace) -> int:
     """Write what can be written; the exit code is that of the first target that failed."""
     rows: list[tuple[str, ...]] = []
+    advice: list[str] = []
     found: list[dict[str, Any]] = []
     failed: list[tuple[str, FedpruneError]] = []
     for i, profile in enumerate(job.profiles, 1):
@@ -116,13 +117,19 @@ def _export_all(job: _Job, arguments: argparse.Namespace) -> int:
                 continue
         found.append(report.to_dict())
         rows.append(_summary_row(report))
+        if report.advice:
+            advice.append(f"{profile.name} is of the second tier: {report.advice}")
     if arguments.json:
         terminal.print_json(found)
     else:
-        terminal.print_table(_SUMMARY, rows)
+        if rows:
+            terminal.print_table(_SUMMARY, rows)
+        for line in advice:
+            print(line)
         for note in job.model.notes:
             print(f"note: {note}")
-        print(f"bundles: {len(rows)} of {len(job.profiles)} in {arguments.out} (each has a report.html)")
+        where = f" in {arguments.out} (each has a report.html)" if rows else ""
+        print(f"bundles: {len(rows)} of {len(job.profiles)}{where}")
     for name, error in failed:
         print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
     return int(failed[0][1].exit_code) if failed else int(ExitCode.OK)
@@ -162,6 +169,8 @@ def _print_report(report: Report, out: Path) -> None:
         a = report.accuracy
         print(f"{a.measure} on {a.samples:,} samples, untrained: {shown(a, a.before)} -> {shown(a, a.after)}")
     print(f"parity with the masked model: {report.parity:.1e}")
+    if report.advice:
+        print(f"second tier: {report.advice}")
     for note in report.model.notes:
         print(f"note: {note}")
     print(f"bundle: {out} (report.html says more)")
@@ -256,7 +265,16 @@ class _Job:
         try_step(model, recipe, files)
         sizes = {n: len(raw) for n, raw in files.items()}
         report = Report(
-            model, selection, profile.name, chosen, whole, arguments.scorer, sizes, error, self._accuracy(selection)
+            model,
+            selection,
+            profile.name,
+            chosen,
+            whole,
+            arguments.scorer,
+            sizes,
+            error,
+            self._accuracy(selection),
+            profile.advice,
         )
         files["report.json"] = (json.dumps(report.to_dict(), indent=2) + "\n").encode()
         files["report.md"] = report.to_markdown().encode()

@@ -116,6 +116,7 @@ class Report:
         parity: Largest difference between the bundle's outputs and those of the whole model with the lost channels
             masked, relative to the largest output.
         accuracy: On given data, if any was given.
+        advice: What to do on a board of the second tier; empty on others.
     """
 
     model: Model
@@ -127,6 +128,7 @@ class Report:
     sizes: Mapping[str, int]
     parity: float
     accuracy: Accuracy | None = None
+    advice: str = ""
 
     @property
     def before(self) -> Costs:
@@ -180,6 +182,7 @@ class Report:
             "onnxruntime": session.version(),
             "model": architecture.name,
             "target": self.target,
+            "advice": self.advice,
             "scorer": self.scorer,
             "before": _figures(self.before, self.whole),
             "after": _figures(self.after, self.plan.prediction),
@@ -209,6 +212,7 @@ class Report:
         lines = [
             f"# {architecture.name} for {self.target}",
             "",
+            *((f"Second tier: {_line(self.advice)}", "") if self.advice else ()),
             "| | whole model | this bundle | kept |",
             "|---|---:|---:|---:|",
             *(f"| {f.title} | {f.shown()[0]} | {f.shown()[1]} | {f.kept} |" for f in self.figures()),
@@ -292,7 +296,11 @@ def places(members: tuple[str, ...], most: int = 6) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _line(text).replace("|", "\\|")
+
+
+def _line(text: str) -> str:
+    return text.replace("\n", " ")
 
 
 def _figures(costs: Costs, prediction: Prediction) -> dict[str, Any]:

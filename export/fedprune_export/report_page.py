@@ -48,6 +48,7 @@ def page(report: Report) -> str:
     layers = [(r.title, r.op, *r.shown(), *(f"{n:,}" for n in (*r.macs, *r.activation_bytes))) for r in report.layers()]
     parts = [
         f"<h1>{_text(title)}</h1>",
+        *([_paragraph(f"Second tier: {report.advice}")] if report.advice else []),
         _paragraph(
             f"Channels were ranked by {report.scorer}. On {SAMPLES} random inputs the bundle differs from the whole "
             f"model with the lost channels masked by at most {report.parity:.1e} of the largest output."

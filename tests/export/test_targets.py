@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -84,6 +85,40 @@ def test_a_target_that_does_not_fit_is_one_line_and_the_others_are_written(
     assert "bundles: 1 of 2" in said.out
     assert [p.name for p in out.iterdir()] == ["raspberry-pi-5"]
     open_bundle(out / "raspberry-pi-5")
+
+
+def test_where_no_target_fits_no_table_and_no_folder_is_promised(
+    digits: Path, tight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tighter = tmp_path / "tighter.toml"
+    tighter.write_text(tight.read_text().replace('name = "tight"', 'name = "tighter"'))
+
+    assert main([str(digits), "--target", f"{tight},{tighter}", "--out", str(tmp_path / "out")]) == ExitCode.PLAN
+
+    printed = capsys.readouterr()
+    assert printed.out == "bundles: 0 of 2\n"
+    assert [line.split()[:2] for line in printed.err.splitlines()] == [["error:", "tight:"], ["error:", "tighter:"]]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_repeats_the_advice_for_a_second_tier_board(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    advice = profile_store.find("jetson-nano").advice
+    assert main([str(digits), "--target", "jetson-nano", "--out", str(tmp_path / "one")]) == ExitCode.OK
+    assert f"second tier: {advice}\n" in capsys.readouterr().out
+    for name in ("report.md", "report.html"):
+        text = html.unescape((tmp_path / "one" / name).read_text())
+        assert f"Second tier: {advice}" in text
+    assert json.loads((tmp_path / "one" / "report.json").read_text())["advice"] == advice
+
+    words = [str(digits), "--target", "jetson-nano,raspberry-pi-5,jetson-tx2", "--out", str(tmp_path / "several")]
+    assert main(words) == ExitCode.OK
+    told = [line for line in capsys.readouterr().out.splitlines() if "second tier" in line]
+    assert [line.split()[0] for line in told] == ["jetson-nano", "jetson-tx2"]
+    assert told[0].endswith(advice)
+    assert main([*words, "--json"]) == ExitCode.OK
+    assert [bool(r["advice"]) for r in json.loads(capsys.readouterr().out)] == [True, False, True]
 
 
 def test_the_json_has_a_report_or_an_error_per_target(
