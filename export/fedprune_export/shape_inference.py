@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from fedprune.errors import ModelError, shown
+from fedprune.errors import ModelError, reason, shown
 from fedprune_export.composites import NATIVE
 from fedprune_export.graph import Graph, Node
 
@@ -141,8 +141,7 @@ def _by_onnx(graph: Graph, out: Inferred, node: Node) -> _Kinds:
             schema, node.to_proto(), types, data, opset_imports=[helper.make_opsetid("", opset)], ir_version=8
         )
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ModelError(f"operator {node.op} {shown(node.name)} makes no sense ({reason})") from error
+        raise ModelError(f"operator {node.op} {shown(node.name)} makes no sense ({reason(error)})") from error
     found: _Kinds = {}
     for name, kind in inferred.items():
         if not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):

@@ -140,6 +140,34 @@ def test_an_unknown_input_shape_says_what_to_do() -> None:
         export_torch(nn.Linear(4, 3))
 
 
+class MixedBounds(nn.Module):
+    input_shape = (4,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(-1.5, 2)
+
+
+class Raising(nn.Module):
+    input_shape = (4,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("\x1b[31mmine\x07\nand more")
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (MixedBounds(), r"\(Cannot find a compatible OpOverload for aten\.clamp"),
+        (Raising(), r"torch can't export it \(mine\)"),
+    ],
+)
+def test_why_torch_can_not_export_is_said_in_print(module: nn.Module, message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        export_torch(module)
+
+    assert str(caught.value).isprintable()
+
+
 def test_a_parameter_that_the_forward_pass_never_uses() -> None:
     class Spare(nn.Module):
         input_shape = (4,)

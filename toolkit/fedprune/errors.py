@@ -6,6 +6,7 @@ paragraph for each code.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import IntEnum
 
@@ -69,6 +70,12 @@ def shown(value: object) -> str:
     if isinstance(value, (list, tuple, Mapping)):
         return f"{type(value).__name__} of length {len(value)}"
     return repr(value)[:80]
+
+
+def reason(error: BaseException) -> str:
+    """The first line of another library's error, in short, without codes that would steer a terminal."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", str(error)).strip() or type(error).__name__
+    return "".join(c if c.isprintable() else " " for c in text.splitlines()[0][:200]).strip()
 
 
 class UsageError(FedpruneError):

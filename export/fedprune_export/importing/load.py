@@ -9,7 +9,7 @@ from typing import Literal
 
 import onnx
 
-from fedprune.errors import ModelError, shown
+from fedprune.errors import ModelError, reason, shown
 from fedprune_export.channels import analyse
 from fedprune_export.imported import Model
 from fedprune_export.importing import metadata
@@ -18,7 +18,7 @@ from fedprune_export.importing.model_file import check, parse, read_model_file
 from fedprune_export.importing.normalise import normalise
 from fedprune_export.importing.preparation import prepared
 from fedprune_export.importing.timm_models import PREFIX, timm_model, timm_name
-from fedprune_export.importing.torch_export import export_torch, factory_product, reason
+from fedprune_export.importing.torch_export import export_torch, factory_product
 
 __all__ = ["PARAMETERS_KEY", "export_torch", "import_onnx", "load", "read_source"]
 

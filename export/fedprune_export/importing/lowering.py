@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from fedprune.errors import ModelError
+from fedprune.errors import ModelError, reason
 from fedprune_export.composites import COMPOSITES
 from fedprune_export.graph import TRAINING_OPSET, Graph, Node
 from fedprune_export.importing.attention import emit_attention
@@ -73,9 +73,8 @@ def upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
 
         upgraded: onnx.ModelProto = version_converter.convert_version(model, TRAINING_OPSET)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(
-            f"the model's opset {versions[0]} can't be raised to {TRAINING_OPSET} ({reason})",
+            f"the model's opset {versions[0]} can't be raised to {TRAINING_OPSET} ({reason(error)})",
             hint=f"Export it again with opset_version={TRAINING_OPSET} or later.",
         ) from error
     return upgraded

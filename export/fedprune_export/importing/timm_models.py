@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedprune.errors import MissingExtraError, ModelError, shown
-from fedprune_export.importing.torch_export import quiet, reason, torch_package
+from fedprune.errors import MissingExtraError, ModelError, reason, shown
+from fedprune_export.importing.torch_export import quiet, torch_package
 
 PREFIX = "timm:"
 """What a source begins with that names a network of timm."""

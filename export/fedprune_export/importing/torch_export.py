@@ -19,7 +19,7 @@ from typing import Any
 
 import onnx
 
-from fedprune.errors import MissingExtraError, ModelError
+from fedprune.errors import MissingExtraError, ModelError, reason
 from fedprune_export.importing import metadata
 
 _TORCH_HINT = (
@@ -66,7 +66,7 @@ def export_torch(made: Any, *, input_shape: Sequence[int] | None = None, name: s
         proto: onnx.ModelProto = program.model_proto
     except Exception as error:
         raise ModelError(
-            f"{name}: torch can't export it ({reason(error)})",
+            f"{name}: torch can't export it ({reason(_innermost(error))})",
             hint="Check that the module takes one tensor with a batch of any size and returns one tensor.",
         ) from error
     finally:
@@ -279,6 +279,10 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def reason(error: BaseException) -> str:
-    """The first line of an error, in short."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _innermost(error: BaseException) -> BaseException:
+    """What an error comes from in the end: the exporter's own speak of its steps."""
+    seen = {id(error)}
+    while error.__cause__ is not None and id(error.__cause__) not in seen:
+        error = error.__cause__
+        seen.add(id(error))
+    return error
