@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -54,7 +55,7 @@ def outcome(raw: bytes) -> dict[str, Any]:
         caught = error.__cause__ if "can't be understood" in str(error) else None
         if caught is not None:
             return {"kind": "net", "what": _place(caught)}
-        return {"kind": "checker" if "not a whole ONNX model" in str(error) else "refused"}
+        return {"kind": "checker" if re.search("not (a whole|valid) ONNX", str(error)) else "refused"}
     except BaseException as error:  # noqa: BLE001  that is what we look for
         return {"kind": "finding", "what": _place(error)}
     return {"kind": "imported"}

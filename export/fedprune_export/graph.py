@@ -7,6 +7,7 @@ the importer's knowledge (`imported.Model`), not the graph's.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,9 @@ TRAINING_OPSET = NORMAL_OPSET
 """Loaded by every onnxruntime since 1.13."""
 
 _TYPES = frozenset(helper.get_all_tensor_dtypes())
+
+_UNPRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Kinds of characters that names don't hold: controls, marks of direction, halves of characters, line ends."""
 
 _IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 
@@ -243,7 +247,7 @@ class Graph:
 
 
 def _check_text(graph: onnx.GraphProto) -> None:
-    """Make sure that all names are text: protobuf hands on what isn't as bytes."""
+    """Make sure that all names are text that can be printed; protobuf hands on what isn't text as bytes."""
     texts: list[object] = [graph.name, *(t.name for t in graph.initializer)]
     for n in graph.node:
         texts += [n.name, n.op_type, n.domain, *n.input, *n.output, *(a.name for a in n.attribute)]
@@ -252,6 +256,20 @@ def _check_text(graph: onnx.GraphProto) -> None:
     odd = next((t for t in texts if not isinstance(t, str)), None)
     if odd is not None:
         raise ModelError("a name in the model is not UTF-8 text", got=shown(odd))
+    for text in texts:
+        check_name(str(text))
+
+
+def check_name(name: str) -> None:
+    """Make sure that a name holds nothing that would steer a terminal or break a line.
+
+    Raises:
+        ModelError: It does.
+    """
+    if not name.isprintable() and any(unicodedata.category(c) in _UNPRINTED for c in name):
+        raise ModelError(
+            "a name in the model holds characters that can't be printed", got=shown(name), hint="Rename it."
+        )
 
 
 def read_tensor(tensor: onnx.TensorProto) -> Array:

@@ -15,6 +15,8 @@ from onnx import helper, numpy_helper
 
 from fedprune.errors import ModelError
 from fedprune_export.importing import PARAMETERS_KEY, import_onnx, load
+from fedprune_export.importing.metadata import TIED_KEY, write
+from fedprune_export.importing.preparation import MOST_NODES
 
 Nodes = list[onnx.NodeProto]
 Tensors = dict[str, np.ndarray[Any, Any]]
@@ -205,20 +207,20 @@ def _attribute(name: str, value: object) -> Callable[[onnx.ModelProto], object]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_cycle, "not a whole ONNX model"),
-        (lambda p: p.graph.node.append(p.graph.node[0]), "not a whole ONNX model"),
-        (lambda p: p.graph.initializer.append(p.graph.initializer[0]), "not a whole ONNX model"),
-        (lambda p: p.graph.initializer.pop(), "not a whole ONNX model"),
-        (lambda p: p.graph.initializer[0].dims.append(2**40), "not a whole ONNX model"),
-        (lambda p: p.graph.initializer[0].dims.__setitem__(0, -6), "tensor 'w' can't be read|not a whole"),
-        (_type(0), "not a whole ONNX model"),
-        (_type(999), "tensor 'w' can't be read|not a whole"),
-        (_type(7), "tensor 'w' can't be read|not a whole"),
-        (_nested, "not a whole ONNX model|sub-graph|branch"),
-        (_attribute("axis", 3), "not a whole ONNX model"),
-        (lambda p: p.opset_import[0].__setattr__("version", 2**40), "not a whole ONNX model|opset"),
-        (lambda p: p.graph.node[1].__setattr__("op_type", "Loop"), "not a whole ONNX model"),
-        (lambda p: p.graph.output[0].__setattr__("name", "nothing"), "not a whole ONNX model|output"),
+        (_cycle, "not valid ONNX"),
+        (lambda p: p.graph.node.append(p.graph.node[0]), "not valid ONNX"),
+        (lambda p: p.graph.initializer.append(p.graph.initializer[0]), "not valid ONNX"),
+        (lambda p: p.graph.initializer.pop(), "not valid ONNX"),
+        (lambda p: p.graph.initializer[0].dims.append(2**40), "not valid ONNX"),
+        (lambda p: p.graph.initializer[0].dims.__setitem__(0, -6), "tensor 'w' can't be read|not valid"),
+        (_type(0), "not valid ONNX"),
+        (_type(999), "tensor 'w' can't be read|not valid"),
+        (_type(7), "tensor 'w' can't be read|not valid"),
+        (_nested, "not valid ONNX|sub-graph|branch"),
+        (_attribute("axis", 3), "not valid ONNX"),
+        (lambda p: p.opset_import[0].__setattr__("version", 2**40), "not valid ONNX|opset"),
+        (lambda p: p.graph.node[1].__setattr__("op_type", "Loop"), "not valid ONNX"),
+        (lambda p: p.graph.output[0].__setattr__("name", "nothing"), "not valid ONNX|output"),
     ],
 )
 def test_a_broken_structure_is_one_error(change: Callable[[onnx.ModelProto], object], message: str) -> None:
@@ -233,6 +235,70 @@ def test_a_name_that_is_not_text_is_refused() -> None:
 
     with pytest.raises(ModelError):
         import_onnx(raw.replace(b"FIRST", b"\xed\xa0\x80ab"), "net")  # half of a surrogate pair
+
+
+@pytest.mark.parametrize("name", ["w\n", "\x1b[31mw", "w\x9b", "a\u202eb", "a\u2028b", "\x00"])
+def test_names_that_steer_a_terminal_are_refused(name: str) -> None:
+    with pytest.raises(ModelError, match="can't be printed") as caught:
+        import_onnx(model({name: W}), "net")
+
+    assert str(caught.value).isprintable()
+
+
+def test_further_names_that_steer_a_terminal_are_refused() -> None:
+    proto = onnx.load_model_from_string(model({"w": W}))
+    write(proto, {TIED_KEY: json.dumps({"w": ["a\x1b[31m"]})})
+
+    with pytest.raises(ModelError, match="can't be printed"):
+        import_onnx(proto.SerializeToString(), "net")
+
+
+@pytest.mark.parametrize("name", ["weights/первый", "权重:0", "a\xa0b", "<script>"])
+def test_names_of_any_script_are_names(name: str) -> None:
+    assert set(import_onnx(model({name: W}), "net").tensors) == {name}
+
+
+def _convolution(group: int) -> bytes:
+    filters = np.ones((4, 6, 1), np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], group=group),
+        helper.make_node("ReduceMean", ["c"], ["y"], axes=[2], keepdims=0),
+    ]
+    return model({"w": filters}, nodes, shape=("N", 6, 5))
+
+
+def test_a_convolution_of_no_groups_is_refused_by_name() -> None:
+    assert import_onnx(_convolution(1), "net").architecture.classes == 4
+    for group in (0, -1):
+        with pytest.raises(ModelError, match=rf"attribute group of 'Conv' '': expected 1 or more, got {group}"):
+            import_onnx(_convolution(group), "net")
+
+
+@pytest.mark.parametrize(("index", "sound"), [(0, True), (5, True), (-6, True), (6, False), (-7, False), (99, False)])
+def test_a_constant_index_out_of_range_is_refused_by_name(index: int, sound: bool) -> None:
+    nodes = [helper.make_node("Gather", ["x", "i"], ["p"], axis=1), helper.make_node("Gemm", ["p", "w"], ["y"])]
+    raw = model({"w": W, "i": np.array([0, 1, 2, 3, 4, index])}, nodes)
+    if sound:
+        import_onnx(raw, "net")
+    else:
+        with pytest.raises(ModelError, match=rf"an index of 'Gather' 'p': expected from -6 to 5, got {index}"):
+            import_onnx(raw, "net")
+
+
+def test_too_many_operators_are_refused_at_once() -> None:
+    steps = [helper.make_node("Neg", [f"h{i}"], [f"h{i + 1}"]) for i in range(MOST_NODES)]
+    first = helper.make_node("Gemm", ["x", "w"], ["h0"])
+
+    with pytest.raises(ModelError, match="number of operators"):
+        import_onnx(model({"w": W}, [first, *steps]), "net")
+
+
+@pytest.mark.parametrize("change", [_attribute("alpha2", 3), lambda p: p.graph.output[0].type.Clear()])
+def test_a_model_that_came_whole_is_not_called_damaged(change: Callable[[onnx.ModelProto], object]) -> None:
+    with pytest.raises(ModelError, match=r"not valid ONNX.*onnx\.checker") as caught:
+        import_onnx(_edited(change), "net")
+
+    assert "copy the file" not in str(caught.value)
 
 
 def test_a_very_long_name_is_refused_in_few_words() -> None:

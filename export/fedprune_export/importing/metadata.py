@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 import onnx
 
 from fedprune.errors import ModelError, shown
+from fedprune_export.graph import check_name
 
 PARAMETERS_KEY = "fedprune.parameters"
 """Lists the trainable tensors."""
@@ -65,20 +66,22 @@ def checked(listed: Sequence[str], held: AbstractSet[str], where: str) -> tuple[
 def shown_names(listed: Sequence[str]) -> str:
     """The first of these names, for an error."""
     more = f", and {len(listed) - 8} more" if len(listed) > 8 else ""
-    return ", ".join(n[:60] for n in listed[:8]) + more
+    return ", ".join(n[:60] if n.isprintable() else shown(n) for n in listed[:8]) + more
 
 
 def tied(texts: Mapping[str, str]) -> dict[str, list[str]]:
     """Further names of tensors that have several, by the name that is theirs here.
 
     Raises:
-        ModelError: It is something else.
+        ModelError: It is something else, or a name can't be printed.
     """
     found = _parsed(texts[TIED_KEY]) if TIED_KEY in texts else {}
     if not isinstance(found, dict) or not all(
         isinstance(v, list) and all(isinstance(n, str) for n in v) for v in found.values()
     ):
         raise ModelError(f"metadata {TIED_KEY}", expected="lists of names by name", got=shown(texts[TIED_KEY]))
+    for name in (n for first, further in found.items() for n in (first, *further)):
+        check_name(name)
     return found
 
 

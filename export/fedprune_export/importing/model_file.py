@@ -10,8 +10,7 @@ from pathlib import Path
 
 import onnx
 
-from fedprune.errors import ModelError, shown
-from fedprune_export.importing.torch_export import reason
+from fedprune.errors import ModelError, reason, shown
 
 _MOST_BYTES = 2**31 - 1
 """What one ONNX message can hold."""
@@ -57,7 +56,11 @@ def parse(raw: bytes, *, whole: bool = True) -> onnx.ModelProto:
         if not proto.ir_version or not proto.HasField("graph"):
             raise ValueError("it has no graph")
     except Exception as error:
-        raise _broken(error, len(raw)) from error
+        raise ModelError(
+            f"this is not a whole ONNX model ({reason(error)})",
+            got=f"{len(raw)} bytes",
+            hint="Export or copy the file again.",
+        ) from error
     if whole:
         check(raw)
     return proto
@@ -72,15 +75,10 @@ def check(model: onnx.ModelProto | bytes) -> None:
     try:
         onnx.checker.check_model(model)
     except Exception as error:
-        raise _broken(error, len(model) if isinstance(model, bytes) else model.ByteSize()) from error
-
-
-def _broken(error: Exception, size: int) -> ModelError:
-    return ModelError(
-        f"this is not a whole ONNX model ({reason(error)})",
-        got=f"{size} bytes",
-        hint="Export or copy the file again.",
-    )
+        raise ModelError(
+            f"the model is not valid ONNX ({reason(error)})",
+            hint="Mend it where it was made; onnx.checker.check_model says the same of it.",
+        ) from error
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -26,7 +26,7 @@ from fedprune_export.importing.norm_patterns import find_norms
 from fedprune_export.importing.patterns import find_activations
 from fedprune_export.importing.roles import CONSTANT_PREFIX, find_kinds, name_constants, untie
 from fedprune_export.importing.simplification import bypass, drop_idle, simplify
-from fedprune_export.importing.soundness import check_nodes
+from fedprune_export.importing.soundness import check_indices, check_nodes
 from fedprune_export.importing.transpositions import merge_transpositions
 from fedprune_export.shape_arithmetic import follow
 from fedprune_export.trace import Trace, sample_input, trace
@@ -93,6 +93,7 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, 
     softmax = _drop_output_softmax(graph, notes)
     graph.prune()
     seen = trace(graph)  # before anything is run: what a file says about sizes is bounded here
+    check_indices(graph, seen)
     before = Session(raw if raw is not None and usable else reference.to_bytes())
     _drop_casts(graph, seen)
     _fold(graph, seen, constants)

@@ -9,13 +9,13 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from fedprune.errors import ModelError, shown
+from fedprune.errors import ModelError, reason, shown
 from fedprune_export.graph import read_tensor
 from fedprune_export.importing.model_file import check
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, without_sequences
 
-MOST_NODES = 200_000
-"""Operators of a model, its functions written out."""
+MOST_NODES = 40_000
+"""Operators of a model, its functions written out: so many are imported in about a minute."""
 
 _DEEPEST = 20
 """Functions that call functions, and branches within branches."""
@@ -81,9 +81,8 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
         onnx.checker.check_model(model)
         out: onnx.ModelProto = inliner.inline_local_functions(model)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(
-            f"the model's local functions can't be written out ({reason})", hint="Export it without functions."
+            f"the model's local functions can't be written out ({reason(error)})", hint="Export it without functions."
         ) from error
     return out
 
