@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import time
 import zipfile
@@ -20,6 +21,7 @@ from fedprune.coordination import Phase, State
 from fedprune.disk import storage_errors
 from fedprune.errors import ConfigError, DataError, ModelError, StorageError
 from fedprune.job import Job
+from fedprune.selection import Selection
 from fedprune_device.data import load_data, load_inputs
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx, read_source
@@ -28,6 +30,8 @@ from fedprune_server.garbage import sweep
 from fedprune_server.storage import FILE as DATABASE
 from fedprune_server.storage import Storage
 from fedprune_server.worker import Evaluation, Worker
+
+log = logging.getLogger("fedprune.server")
 
 MODEL = "model.onnx"
 BLOBS = "blobs"
@@ -124,6 +128,7 @@ class StateFolder:
             self.storage.save(state, None, time.time())
         else:
             self._check_blobs(state)
+            self._fit(state, model)
             sweep(self.store, state, config.keep)  # not a new job's folder: its worker has just put graphs there
             if state.phase is Phase.FINISHED and state.round < config.job.rounds:
                 state.phase = Phase.WAITING
@@ -158,6 +163,15 @@ class StateFolder:
                 f"the global model {state.model} is missing from {self.path / BLOBS}",
                 hint="Restore the server's backup.",
             )
+
+    def _fit(self, state: State, model: Model) -> None:
+        """Let go of a ranking of channels that another version of the compiler found in the model."""
+        if state.ranking is None or not self.store.has(state.ranking):
+            return
+        if Selection.owner(self.store.read(state.ranking)) != model.architecture.digest:
+            log.warning("this version describes the model differently: channels are ranked anew")
+            state.score_anew()
+            self.storage.save(state, None, time.time())
 
     def _take_lock(self) -> None:
         until = time.monotonic() + _LOCK_PATIENCE_S

@@ -148,6 +148,18 @@ class State:
                     found.add(value["sha256"])
         return {d for d in found if d}
 
+    def score_anew(self) -> None:
+        """Drop the ranking; a round that has begun with it starts anew, under the next attempt number.
+
+        What devices have trained of it no longer counts: it is of channels that the old ranking chose.
+        """
+        self.ranking = None
+        if self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):
+            self.phase, self.deadline = Phase.SCORING, None
+            self.tasks = {
+                n: Task(t.attempt + 1, t.widths, samples=t.samples, weight=t.weight) for n, t in self.tasks.items()
+            }
+
     def to_json(self) -> str:
         """As JSON text."""
         # `vars` instead of `asdict`: a large fleet's state is written at every event, and copying it first costs most.
