@@ -1,0 +1,47 @@
+"""docs/planner.md: its sample plan is what the command prints, and its example of widths is what the ladder makes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fedprune import profile_store
+from fedprune.architecture import widths_at
+from fedprune.errors import ExitCode
+from fedprune.ladder import MULTIPLES, rungs, snapped
+from fedprune.plan import DENSITIES
+from fedprune.prediction import latency_table
+from fedprune.recipe import Recipe
+from fedprune_export.cli import main
+from fedprune_export.importing import import_onnx
+from fedprune_server.digits import digits_model
+
+PAGE = (Path(__file__).parents[2] / "docs" / "planner.md").read_text()
+BLOCKS = [[line[4:] for line in block.splitlines()] for block in re.findall(r"(?:^    .*\n)+", PAGE, re.MULTILINE)]
+
+
+def test_the_sample_is_what_the_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (command,), sample = BLOCKS[:2]
+    monkeypatch.chdir(tmp_path)
+    Path("digits.onnx").write_bytes(digits_model())
+
+    assert main(shlex.split(command)[1:]) == ExitCode.OK
+
+    assert capsys.readouterr().out.splitlines()[: len(sample)] == sample
+
+
+def test_the_example_is_what_the_ladder_makes() -> None:
+    text = re.search(r"At 36/64 .*? rung is [^.]*", PAGE, re.DOTALL)
+    assert text is not None
+    said = [tuple(map(int, found.split(", "))) for found in re.findall(r"\(([\d, ]+)\)", text[0])]
+    architecture, density = import_onnx(digits_model(), "digits").architecture, 36 / 64
+
+    candidates = [widths_at(architecture, density), *(snapped(architecture, density, m) for m in MULTIPLES)]
+    table = latency_table(profile_store.find("raspberry-pi-4b"), None)
+    ladder = rungs(architecture, table, Recipe().batch_size, DENSITIES)
+    assert said == [*candidates, next(rung.widths for rung in ladder if rung.density == density)]
