@@ -158,3 +158,15 @@ def test_more_parts_than_samples_of_a_batch_are_refused() -> None:
     assert Recipe(batch_size=10, accumulate=4).micro_batch == 3
     with pytest.raises(ConfigError, match="recipe: accumulate"):
         Recipe(batch_size=4, accumulate=5)
+
+
+@given(recipes)
+def test_an_offer_says_the_same_as_the_recipe(recipe: Recipe) -> None:
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_offer()))) == recipe
+
+
+def test_an_offer_names_newer_settings_only_where_they_matter() -> None:
+    known = ["epochs", "batch_size", "lr", "momentum", "weight_decay", "proximal"]
+    known += ["logit_adjustment", "mask_absent_classes", "balance_classes", "max_steps"]
+    assert list(Recipe().to_offer()) == known
+    assert set(Recipe(loss="bce", frozen=("a",)).to_offer()) == {*known, "loss", "frozen"}

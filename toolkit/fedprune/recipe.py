@@ -20,6 +20,20 @@ REGRESSIONS = ("mse", "huber")
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
+_FIRST = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "proximal",
+    "logit_adjustment",
+    "mask_absent_classes",
+    "balance_classes",
+    "max_steps",
+)
+"""Settings that every board knows."""
+
 _MOST = 1000
 _LONGEST = 1000
 """Entries of a list of patterns or densities, and letters of a pattern."""
@@ -227,6 +241,15 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def to_offer(self) -> dict[str, Any]:
+        """As plain JSON types, without newer settings that are as by default: older boards refuse what they don't know.
+
+        A newer setting that is not as by default is there, and such a board rightly refuses it.
+        """
+        plain = {f.name: f.default for f in fields(self)}
+        body = self.to_dict()
+        return {k: v for k, v in body.items() if k in _FIRST or getattr(self, k) != plain[k]}
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Recipe:

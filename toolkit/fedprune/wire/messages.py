@@ -237,7 +237,7 @@ class Offer(_Message):
         weights: The submodel's weights.
         training: The training graph.
         inference: The inference graph, whose external data the weights are.
-        recipe: The recipe, as `fedprune.recipe.Recipe.to_dict` gives it.
+        recipe: The recipe, as `fedprune.recipe.Recipe.to_offer` gives it.
     """
 
     job: str
