@@ -187,11 +187,25 @@ def test_kinds_of_other_versions_are_ignored_or_typical() -> None:
         {"inference": {"conv": [1, 2, 3, 4, math.inf]}},
         {"inference": {"conv": [1, 2, 3, 4, "5"]}},
         {"error": math.nan},
+        {"error": -0.1},
+        {"training": {k: [0, 0, 1, 1, 1] for k in KINDS}},
+        {"inference": {k: [0.0] * 5 for k in KINDS}},
     ],
 )
 def test_a_table_from_outside_is_checked(change: dict[str, Any]) -> None:
     with pytest.raises(ProfileError, match="latency table"):
         LatencyTable.from_dict({**made_up().to_dict(), **change})
+
+
+def test_a_board_on_which_some_kinds_take_no_time_gets_the_whole_model() -> None:
+    body = made_up().to_dict()
+    for part in ("training", "inference"):
+        body[part] = {k: [0.0] * 5 if k != "recurrent" else row for k, row in body[part].items()}
+    table = LatencyTable.from_dict(body)
+    assert (table.step_seconds(NET, [(8, 20), NET.sizes], 4) > 0).all()
+    assert (table.latency_seconds(NET, [(8, 20), NET.sizes]) > 0).all()
+    with np.errstate(all="raise"):
+        assert rungs(NET, table, 16, DENSITIES)[0].widths == NET.sizes
 
 
 def test_snapped_widths_are_multiples_that_groups_have_room_for() -> None:

@@ -38,6 +38,9 @@ _TRUST = 0.01
 
 _SWEEPS = 300
 _MAX_SECONDS = 1e3
+_LEAST_SECONDS = 1e-9
+"""Nothing runs in no time, whatever a table from outside says of some kinds: times are divided by one another."""
+
 _DIGITS = 5
 _STEPS, _PREDICTIONS = "training", "inference"
 
@@ -93,6 +96,10 @@ class LatencyTable:
                         expected=f"{len(FEATURES)} numbers of seconds",
                         got=repr(row)[:80],
                     )
+            if not any(row[0] > 0 for row in rows.values()):
+                raise ProfileError(f"latency table: {name}", expected="a time of a call or run", got="none above 0")
+        if self.error < 0:
+            raise ProfileError("latency table: error", expected="0 or more", got=self.error)
 
     def step_seconds(self, architecture: Architecture, widths: npt.ArrayLike, batch: int) -> Numbers:
         """Time of training steps.
@@ -105,11 +112,12 @@ class LatencyTable:
         Returns:
             Seconds, [n].
         """
-        return workload(architecture).training(widths, batch) @ _vector(self.training)
+        return np.maximum(_LEAST_SECONDS, workload(architecture).training(widths, batch) @ _vector(self.training))
 
     def latency_seconds(self, architecture: Architecture, widths: npt.ArrayLike, batch: int = 1) -> Numbers:
         """Time of predictions, as `step_seconds` gives it."""
-        return workload(architecture).inference(widths, batch, self.block) @ _vector(self.inference)
+        work = workload(architecture).inference(widths, batch, self.block)
+        return np.maximum(_LEAST_SECONDS, work @ _vector(self.inference))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
