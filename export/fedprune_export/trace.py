@@ -24,6 +24,9 @@ Array = npt.NDArray[Any]
 BATCHES = (3, 5)
 """The first two batch sizes; tests use others, so that nothing frozen at one of these goes unnoticed."""
 
+BATCH_EXTENT = 1_000_003
+"""Stands for the batch where sizes are matched by arithmetic: a prime that no model's dimension is a multiple of."""
+
 _FURTHER = (1, 8)
 """More sizes, for the sake of shapes alone: some sizes follow the batch only where it is small or even."""
 

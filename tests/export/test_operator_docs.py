@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from fedprune.errors import ModelError
-from fedprune_export import channels, gradients
+from fedprune_export import channels
 from fedprune_export.channels.rule import RULES as CHANNELS
+from fedprune_export.channels.rule import rule as channel_rule
 from fedprune_export.gradients.tape import RULES as GRADIENTS
 from fedprune_export.gradients.tape import Tape
+from fedprune_export.gradients.tape import rule as gradient_rule
 
 pytestmark = pytest.mark.torch
 
@@ -66,11 +68,21 @@ def test_what_the_page_names_is_there() -> None:
     assert len(methods) > 12
     assert [m for m in methods if not callable(getattr(Tape, m, None))] == []
     assert channels.RULE_MODULES
-    assert gradients.RULE_MODULES
     modules = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", PAGE))
     source = ROOT / "export" / "fedprune_export"
     assert len(modules) > 8
     assert [m for m in modules if not (source / m).exists() and not (ROOT / m).exists()] == []
+
+
+@pytest.mark.parametrize(("registry", "register"), [(CHANNELS, channel_rule), (GRADIENTS, gradient_rule)])
+def test_no_rule_takes_the_place_of_another_of_its_module(registry: dict[str, Any], register: Any) -> None:
+    first = register("OfThisTest")(lambda *_: None)
+    try:
+        with pytest.raises(ModelError, match=r"OfThisTest has two (channel|gradient) rules"):
+            register("OfThisTest")(lambda *_: None)
+        assert registry["OfThisTest"] is first
+    finally:
+        del registry["OfThisTest"]
 
 
 def test_every_rule_says_in_a_line_what_it_does() -> None:

@@ -15,10 +15,7 @@ import numpy as np
 from fedprune_export.channels.atoms import AtomRow, still
 from fedprune_export.channels.rule import Channels, Rows, rule
 from fedprune_export.graph import Node
-from fedprune_export.trace import BATCHES, Trace
-
-BATCH = 1_000_003
-"""Stands for the batch where sizes are matched: a prime that no model's dimension is a multiple of."""
+from fedprune_export.trace import BATCH_EXTENT, BATCHES, Trace
 
 Assignment = tuple[int | None, ...]
 """Per old axis the new axis that takes its atoms."""
@@ -60,14 +57,14 @@ def reshape(channels: Channels, node: Node) -> None:
 
 
 def extents(seen: Trace, name: str) -> list[int] | None:
-    """Sizes of a value with multiples of `BATCH` for multiples of the batch; None where one is neither."""
+    """Sizes of a value with multiples of `BATCH_EXTENT` for multiples of the batch; None where one is neither."""
     out = []
     for a, b in zip(seen.shapes[name], seen.shapes_second[name], strict=True):
         times, rest = divmod(a, BATCHES[0])
         if a == b:
             out.append(a)
         elif rest == 0 and b == times * BATCHES[1]:
-            out.append(times * BATCH)
+            out.append(times * BATCH_EXTENT)
         else:
             return None
     return out
@@ -134,7 +131,7 @@ def _carry(
     if run is None:
         _mixed(channels, node, [x[i] for i in olds])
         return
-    sizes = [f // BATCH * BATCHES[0] if f % BATCH == 0 else f for f in run.factors]
+    sizes = [f // BATCH_EXTENT * BATCHES[0] if f % BATCH_EXTENT == 0 else f for f in run.factors]
     grids = [x[i].reshape([sizes[f] for f in span]) for i, span in zip(run.olds, run.of_old, strict=True)]
     options = assignments(run, grids, free)
     if len(options) > 1:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.errors import ModelError
 from fedprune_export.channels.atoms import AtomRow, Atoms, still
 from fedprune_export.channels.choices import Choices
 from fedprune_export.graph import Graph, Node
@@ -153,11 +154,18 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*operators: str) -> Callable[[Rule], Rule]:
-    """Register a rule for these operators."""
+    """Register a rule for these operators.
+
+    Raises:
+        ModelError: One of them has a rule already.
+    """
 
     def register(function: Rule) -> Rule:
-        for name in operators:
-            RULES[name] = function
+        for operator in operators:
+            before = RULES.setdefault(operator, function)
+            if before is not function:
+                both = [f"{f.__module__}.{f.__qualname__}" for f in (before, function)]
+                raise ModelError(f"operator {operator} has two channel rules", got=" and ".join(both))
         return function
 
     return register

@@ -13,15 +13,13 @@ from collections.abc import Sequence
 from fedprune.architecture import FIXED, Architecture, Axis
 from fedprune.errors import ModelError
 from fedprune_export.graph import Graph
+from fedprune_export.trace import BATCH_EXTENT
 
 Dim = int | str
 Shape = tuple[Dim, ...]
 
 BATCH = "N"
 """The name of the batch dimension."""
-
-BATCH_EXTENT = 1_000_003
-"""Stands for the batch where sizes are matched by arithmetic: a prime that no model's dimension is a multiple of."""
 
 Monomial = tuple[str, ...]
 Form = dict[Monomial, int]

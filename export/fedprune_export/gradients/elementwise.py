@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fedprune.errors import ModelError
+from fedprune_export.composites import GELU_CUBE
 from fedprune_export.gradients.tape import Pull, Tape, describe, rule
 from fedprune_export.graph import Graph, Node
 
@@ -225,12 +226,12 @@ def _tanh_gelu(tape: Tape, node: Node, x: str) -> Pull:
     """Y = x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) / 2, with 1 + tanh(u) = 2 · sigmoid(2u)."""
     g, c = tape.graph, 2 * math.sqrt(2 / math.pi)
     square = _squared(g, x)
-    inner = g.emit("Mul", x, g.emit("Add", _times(g, square, c * 0.044715), g.scalar(c)))
+    inner = g.emit("Mul", x, g.emit("Add", _times(g, square, c * GELU_CUBE), g.scalar(c)))
     share = g.emit("Sigmoid", inner)
     tape.enter(node.outputs[0], g.emit("Mul", x, share), tape.shape(node.inputs[0]))
 
     def pull(dy: str) -> None:
-        steepness = g.emit("Add", _times(g, square, 3 * c * 0.044715), g.scalar(c))
+        steepness = g.emit("Add", _times(g, square, 3 * c * GELU_CUBE), g.scalar(c))
         change = g.emit("Mul", g.emit("Mul", share, _rest(g, share)), g.emit("Mul", x, steepness))
         tape.add(node.inputs[0], g.emit("Mul", dy, g.emit("Add", share, change)))
 

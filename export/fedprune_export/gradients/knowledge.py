@@ -1,19 +1,20 @@
-"""What is known of a model before it is differentiated: axes of values, constants, results of shape arithmetic."""
+"""What is known of a model before it is differentiated: axes of values, constants, shape arithmetic, dimensions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.architecture import FIXED, Axis
+from fedprune.architecture import FIXED, Axis, TensorSpec
 from fedprune.errors import ModelError
-from fedprune_export.gradients.dimensions import BATCH, BATCH_EXTENT, Dim, Dimensions, Shape
+from fedprune_export.gradients.dimensions import BATCH, Dim, Dimensions, Shape
 from fedprune_export.graph import Node
 from fedprune_export.imported import Model
-from fedprune_export.trace import BATCHES, Trace, trace
+from fedprune_export.trace import BATCH_EXTENT, BATCHES, Trace, trace
 
 Array = npt.NDArray[Any]
 
@@ -146,6 +147,50 @@ class Knowledge:
                 raise ModelError(f"a size of value {name} is no linear form of the batch", got=f"{a}, {b}")
             out.append(self.dims.total([self.dims.product([BATCH, slope]), a - slope * BATCHES[0]]))
         return tuple(out)
+
+    # -- dimensions -------------------------------------------------------------------------------------------------
+
+    def tensor_shape(self, spec: TensorSpec) -> Shape:
+        """The symbolic shape of a tensor of the architecture."""
+        return tuple(self.dims.of_axis(axis, self._architecture) for axis in spec.axes)
+
+    def symbol(self, name: str, extent: int) -> Dim:
+        """A dimension whose size varies, and its size at full width."""
+        return self.dims.symbol(name, extent)
+
+    def extent(self, dim: Dim) -> int:
+        """A dimension's size at full width (for the batch a large prime)."""
+        return self.dims.extent(dim)
+
+    def product(self, dims: Sequence[Dim]) -> Dim:
+        """The dimension that merging these gives."""
+        return self.dims.product(dims)
+
+    def total(self, dims: Sequence[Dim]) -> Dim:
+        """The dimension that concatenating these gives."""
+        return self.dims.total(dims)
+
+    def size(self, dim: Dim) -> str:
+        """A value that holds a dimension's size at run time, as int64 of shape [1]; a constant where it is fixed."""
+        return self.dims.size(dim)
+
+    def sizes(self, dims: Sequence[Dim]) -> str:
+        """A value that holds a shape at run time, as int64 of shape [len(dims)]; a constant where it is fixed."""
+        return self.dims.sizes(dims)
+
+    def static(self, node: Node, dims: Sequence[Dim]) -> tuple[int, ...]:
+        """These dimensions as numbers.
+
+        Raises:
+            ModelError: One of them is a channel or batch dimension.
+        """
+        if not all(isinstance(d, int) for d in dims):
+            raise ModelError(
+                f"{describe(node)} needs a fixed size where the batch or a channel dimension varies",
+                got=list(dims),
+                hint="One training graph serves all widths; this operator can't be a part of it.",
+            )
+        return tuple(d for d in dims if isinstance(d, int))
 
     @cached_property
     def _trace(self) -> Trace:

@@ -8,7 +8,7 @@ from fedprune import step
 from fedprune.errors import ModelError
 from fedprune_export.gradients.reductions import count_of
 from fedprune_export.gradients.tape import Pull, Tape, describe, port, rule
-from fedprune_export.graph import Node
+from fedprune_export.graph import Graph, Node
 
 
 @rule("BatchNormalization")
@@ -41,17 +41,11 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     scale, shift = _vector(tape, node, 1, mean_name), _vector(tape, node, 2, var_name)
     eps = float(node.attrs.get("epsilon", 1e-5))
     keep = float(node.attrs.get("momentum", 0.9))
-    axes = [0, *range(2, len(shape))]
-
-    def column(value: str) -> str:
-        return g.emit("Unsqueeze", value, g.ints(*range(1, len(shape) - 1))) if len(shape) > 2 else value
-
-    def summed(value: str) -> str:
-        return g.emit("ReduceSum", value, g.ints(*axes), attrs={"keepdims": 0})
+    channels = _Channels(g, len(shape))
 
     # A mean out of float32 sums is off by a little, most where much of the input is flat. Values that it has centred
     # give exact statistics; `rest` is what it was off by.
-    rough = g.emit("ReduceMean", x, attrs={"axes": axes, "keepdims": 1})
+    rough = g.emit("ReduceMean", x, attrs={"axes": channels.others, "keepdims": 1})
     centred = g.emit("Sub", x, rough)
     # onnxruntime writes the batch's statistics into the arrays that come in as running ones unless those outputs leave
     # the graph, so it gets scratch arrays. Nothing else may compute the same: equal nodes are merged.
@@ -70,7 +64,7 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     count = count_of(tape, [shape[0], *shape[2:]])
     others = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
     unbiased = g.emit("Mul", var, g.emit("Div", count, others))
-    mean = g.emit("Add", g.emit("Squeeze", rough, g.ints(*axes)), rest)
+    mean = g.emit("Add", g.emit("Squeeze", rough, g.ints(*channels.others)), rest)
     for statistic, value in ((mean_name, mean), (var_name, unbiased)):
         old = g.emit("Mul", tape.value(statistic), g.scalar(keep))
         new = g.emit("Mul", value, g.scalar(1 - keep))
@@ -80,8 +74,8 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     def pull(dy: str) -> None:
         spread = g.emit("Add", var, g.scalar(eps))
         inverse = g.emit("Reciprocal", g.emit("Sqrt", spread))
-        total = summed(dy)
-        dot = g.emit("Sub", summed(g.emit("Mul", dy, centred)), g.emit("Mul", rest, total))
+        total = channels.summed(dy)
+        dot = g.emit("Sub", channels.summed(g.emit("Mul", dy, centred)), g.emit("Mul", rest, total))
         tape.add(gamma, g.emit("Mul", dot, inverse))
         tape.add(beta, total)
         if not tape.wants(name):
@@ -93,9 +87,31 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
         one = g.emit("Add", zero, g.scalar(1))
         fit = g.emit("BatchNormalization", centred, slope, base, zero, one, attrs={"epsilon": 0.0})
         steepness = g.emit("Mul", scale, inverse)
-        tape.add(name, g.emit("Mul", g.emit("Sub", dy, fit), column(steepness)))
+        tape.add(name, g.emit("Mul", g.emit("Sub", dy, fit), channels.column(steepness)))
 
     return pull
+
+
+class _Channels:
+    """What is done channel by channel to values whose second axis has the channels.
+
+    Args:
+        graph: The graph that is written to.
+        rank: How many axes the values have.
+    """
+
+    def __init__(self, graph: Graph, rank: int) -> None:
+        self._graph = graph
+        self.others = [0, *range(2, rank)]
+
+    def column(self, vector: str) -> str:
+        """One number per channel as it fits the values."""
+        inner = len(self.others) - 1
+        return self._graph.emit("Unsqueeze", vector, self._graph.ints(*range(1, 1 + inner))) if inner else vector
+
+    def summed(self, value: str) -> str:
+        """The sums over all axes but the channels'."""
+        return self._graph.emit("ReduceSum", value, self._graph.ints(*self.others), attrs={"keepdims": 0})
 
 
 def _still(tape: Tape, node: Node) -> Pull:
@@ -106,7 +122,7 @@ def _still(tape: Tape, node: Node) -> Pull:
     """
     name, gamma, beta, mean_name, var_name = node.inputs
     g, shape = tape.graph, tape.shape(node.inputs[0])
-    axes = [0, *range(2, len(shape))]
+    channels = _Channels(g, len(shape))
     scale, shift = _vector(tape, node, 1, mean_name), _vector(tape, node, 2, var_name)
     mean, var = tape.value(mean_name), tape.value(var_name)
     attrs = {"epsilon": float(node.attrs.get("epsilon", 1e-5))}
@@ -114,28 +130,22 @@ def _still(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], g.emit("BatchNormalization", x, scale, shift, mean, var, attrs=attrs), shape)
     inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", var, g.scalar(attrs["epsilon"]))))
 
-    def column(value: str) -> str:
-        return g.emit("Unsqueeze", value, g.ints(*range(1, len(shape) - 1))) if len(shape) > 2 else value
-
-    def summed(value: str) -> str:
-        return g.emit("ReduceSum", value, g.ints(*axes), attrs={"keepdims": 0})
-
     def pull(dy: str) -> None:
         steepness = g.emit("Mul", scale, inverse)
         if tape.wants(gamma) or tape.wants(var_name):
-            centred = g.emit("Sub", x, column(mean))
-            dot = g.emit("Mul", summed(g.emit("Mul", dy, centred)), inverse)
+            centred = g.emit("Sub", x, channels.column(mean))
+            dot = g.emit("Mul", channels.summed(g.emit("Mul", dy, centred)), inverse)
             tape.add(gamma, dot)
             if tape.wants(var_name):
                 half = g.emit("Mul", g.emit("Mul", steepness, inverse), g.scalar(-0.5))
                 tape.add(var_name, g.emit("Mul", half, dot))
         if tape.wants(beta) or tape.wants(mean_name):
-            total = summed(dy)
+            total = channels.summed(dy)
             tape.add(beta, total)
             if tape.wants(mean_name):
                 tape.add(mean_name, g.emit("Neg", g.emit("Mul", steepness, total)))
         if tape.wants(name):
-            tape.add(name, g.emit("Mul", dy, column(steepness)))
+            tape.add(name, g.emit("Mul", dy, channels.column(steepness)))
 
     return pull
 

@@ -8,13 +8,12 @@ need a channel count as a number raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.architecture import TensorSpec
 from fedprune.errors import ModelError
 from fedprune_export.gradients.dimensions import BATCH, Dim, Dimensions, Shape
 from fedprune_export.gradients.knowledge import Knowledge, describe
@@ -38,17 +37,15 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
     """Register a rule for these operators.
 
     Raises:
-        ModelError: Another module has a rule for one of them.
+        ModelError: One of them has a rule already.
     """
 
     def register(function: Rule) -> Rule:
         for operator in operators:
             before = RULES.setdefault(operator, function)
-            if before.__module__ != function.__module__:
-                raise ModelError(
-                    f"operator {operator} has two gradient rules", got=f"{before.__module__} and {function.__module__}"
-                )
-            RULES[operator] = function
+            if before is not function:
+                both = [f"{f.__module__}.{f.__qualname__}" for f in (before, function)]
+                raise ModelError(f"operator {operator} has two gradient rules", got=" and ".join(both))
         return function
 
     return register
@@ -86,14 +83,6 @@ class Tape(Knowledge):
         self.dims.seen(value, shape)
         if wanted and name not in self._frozen:
             self._wanted.add(name)
-
-    def tensor_shape(self, spec: TensorSpec) -> Shape:
-        """The symbolic shape of a tensor of the architecture."""
-        return tuple(self.dims.of_axis(axis, self._architecture) for axis in spec.axes)
-
-    def symbol(self, name: str, extent: int) -> Dim:
-        """A dimension whose size varies, and its size at full width."""
-        return self.dims.symbol(name, extent)
 
     def value(self, name: str) -> str:
         """What a value of the model is called in the training graph; constants are copied on first use.
@@ -187,27 +176,7 @@ class Tape(Knowledge):
             return None
         return readers[0][0]
 
-    # -- dimensions -------------------------------------------------------------------------------------------------
-
-    def extent(self, dim: Dim) -> int:
-        """A dimension's size at full width (for the batch a large prime)."""
-        return self.dims.extent(dim)
-
-    def product(self, dims: Sequence[Dim]) -> Dim:
-        """The dimension that merging these gives."""
-        return self.dims.product(dims)
-
-    def total(self, dims: Sequence[Dim]) -> Dim:
-        """The dimension that concatenating these gives."""
-        return self.dims.total(dims)
-
-    def size(self, dim: Dim) -> str:
-        """A value that holds a dimension's size at run time, as int64 of shape [1]; a constant where it is fixed."""
-        return self.dims.size(dim)
-
-    def sizes(self, dims: Sequence[Dim]) -> str:
-        """A value that holds a shape at run time, as int64 of shape [len(dims)]; a constant where it is fixed."""
-        return self.dims.sizes(dims)
+    # -- shapes -----------------------------------------------------------------------------------------------------
 
     def reshape(self, value: str, shape: Shape, target: Shape) -> str:
         """A value of `shape` reshaped to `target`, by constants as far as these say it."""
@@ -228,20 +197,6 @@ class Tape(Knowledge):
             parts += [self.graph.ints(*run)] if run else []
             return self.graph.emit("Reshape", value, self.graph.emit("Concat", *parts, attrs={"axis": 0}))
         return self.graph.emit("Reshape", value, self.graph.ints(*entries))
-
-    def static(self, node: Node, dims: Sequence[Dim]) -> tuple[int, ...]:
-        """These dimensions as numbers.
-
-        Raises:
-            ModelError: One of them is a channel or batch dimension.
-        """
-        if not all(isinstance(d, int) for d in dims):
-            raise ModelError(
-                f"{describe(node)} needs a fixed size where the batch or a channel dimension varies",
-                got=list(dims),
-                hint="One training graph serves all widths; this operator can't be a part of it.",
-            )
-        return tuple(d for d in dims if isinstance(d, int))
 
     def broadcast(self, node: Node, *shapes: Shape) -> Shape:
         """The shape to which these broadcast.

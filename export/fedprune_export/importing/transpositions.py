@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedprune_export.channels.reshapes import BATCH, common_factors, extents
+from fedprune_export.channels.reshapes import common_factors, extents
 from fedprune_export.graph import Graph, Node
-from fedprune_export.trace import Trace
+from fedprune_export.trace import BATCH_EXTENT, Trace
 
 
 def merge_transpositions(graph: Graph, seen: Trace) -> None:
@@ -51,7 +51,7 @@ def _merge(graph: Graph, node: Node, makers: Mapping[str, Node], seen: Trace) ->
     parted = _hides_batch(before, between) and not _hides_batch(factors, after)
     if not exact and not (parted and _merges(moved, after)):
         return
-    if sum(f % BATCH == 0 for f in factors) > 1:
+    if sum(f % BATCH_EXTENT == 0 for f in factors) > 1:
         return
     source = maker.inputs[0]
     if factors != before:
@@ -65,7 +65,7 @@ def _merge(graph: Graph, node: Node, makers: Mapping[str, Node], seen: Trace) ->
 
 def _hides_batch(before: Sequence[int], between: Sequence[int]) -> bool:
     """Whether a reshape merges the batch with another axis."""
-    return any(b % BATCH == 0 and b not in before for b in between)
+    return any(b % BATCH_EXTENT == 0 and b not in before for b in between)
 
 
 def _merges(fine: Sequence[int], coarse: Sequence[int]) -> bool:
@@ -76,7 +76,7 @@ def _merges(fine: Sequence[int], coarse: Sequence[int]) -> bool:
 
 def _target(graph: Graph, sizes: Sequence[int]) -> str:
     """A target of a reshape with the batch free."""
-    return graph.ints(*(-1 if n % BATCH == 0 else n for n in sizes))
+    return graph.ints(*(-1 if n % BATCH_EXTENT == 0 else n for n in sizes))
 
 
 def _extents(seen: Trace, name: str) -> list[int] | None:
