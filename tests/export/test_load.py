@@ -82,6 +82,34 @@ def test_a_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert [g.size for g in model.architecture.groups] == [5]
 
 
+def test_a_class_of_modules_is_a_factory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small(nn.Module):
+        input_shape = (12,)
+
+        def __init__(self, hidden: int = 5) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(12, hidden), nn.GELU(), nn.Linear(hidden, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.layers(x)
+            return out
+
+    monkeypatch.setattr(nets, "Small", Small, raising=False)
+    monkeypatch.setattr(nets, "made", Small(), raising=False)
+
+    for name in ("Small", "made"):
+        model = load(f"nets:{name}")
+        assert model.architecture.name == name
+        assert [g.size for g in model.architecture.groups] == [5]
+
+
+def test_a_class_that_needs_arguments_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nets, "Linear", nn.Linear, raising=False)
+
+    with pytest.raises(ModelError, match=r"nets:Linear failed \(TypeError: .*in_features"):
+        load("nets:Linear")
+
+
 def test_a_file_is_loaded_by_path(tmp_path: Path, lenet_bytes: bytes) -> None:
     (tmp_path / "mine.onnx").write_bytes(lenet_bytes)
 

@@ -188,6 +188,9 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     in order, so a reshape is the same.
 
     A 3-D convolution without a bias gets one zero per channel: the exporter's zeros are a matrix.
+
+    A clamp is a maximum and a minimum: as a Clip it couldn't be told from a hardtanh, whose gradient at a bound is 0. The
+    logarithm of a sigmoid is a softplus, which stays finite where the sigmoid is 0.
     """
     torch = torch_package()
     ops: Any = importlib.import_module("onnxscript").opset18
@@ -208,7 +211,23 @@ def _translations() -> dict[Any, Callable[..., Any]]:
             bias = ops.Expand(ops.CastLike(0.0, self), ops.Shape(weight, start=0, end=1))
         return library.aten_conv3d(self, weight, bias, *how, **named)
 
-    return {torch.ops.aten.as_strided.default: as_strided, torch.ops.aten.conv3d.default: conv3d}
+    def clamp(self: Any, min: Any = None, max: Any = None) -> Any:
+        for extreme, bound in ((ops.Max, min), (ops.Min, max)):
+            self = self if bound is None else extreme(self, ops.CastLike(bound, self))
+        return self
+
+    def log_sigmoid(self: Any) -> Any:
+        return ops.Neg(ops.Softplus(ops.Neg(self)))
+
+    aten = torch.ops.aten
+    return {
+        aten.as_strided.default: as_strided,
+        aten.conv3d.default: conv3d,
+        aten.clamp.default: clamp,
+        aten.clamp_min.default: lambda self, low: clamp(self, min=low),
+        aten.clamp_max.default: lambda self, high: clamp(self, max=high),
+        aten.log_sigmoid.default: log_sigmoid,
+    }
 
 
 def _in_order(size: Sequence[Any], stride: Sequence[Any]) -> bool:
@@ -222,14 +241,14 @@ def _in_order(size: Sequence[Any], stride: Sequence[Any]) -> bool:
 
 
 def factory_product(text: str) -> Any:
-    """What the factory `package.module:factory` makes.
+    """What the factory `package.module:factory` makes; a class of modules makes one without arguments.
 
     Raises:
         ModelError: There is no such factory, or it fails.
         MissingExtraError: torch is not installed.
     """
     module_name, _, function = text.rpartition(":")
-    torch_package()
+    torch = torch_package()
     here = str(Path.cwd())
     if here not in sys.path:  # as `python -m` does: the user's own modules lie in the current folder
         sys.path.insert(0, here)
@@ -245,7 +264,8 @@ def factory_product(text: str) -> Any:
     except Exception as error:
         raise ModelError(f"importing {module_name} failed ({type(error).__name__}: {reason(error)})") from error
     try:
-        return factory() if callable(factory) and not hasattr(factory, "state_dict") else factory
+        made = isinstance(factory, torch.nn.Module) or not callable(factory)
+        return factory if made else factory()
     except Exception as error:
         raise ModelError(f"{text} failed ({type(error).__name__}: {reason(error)})") from error
 
