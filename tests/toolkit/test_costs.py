@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ from fedprune.architecture import (
     TensorSpec,
     widths_at,
 )
-from fedprune.costs import costs_at
+from fedprune.costs import costs_at, memory_seconds
 from fedprune.errors import BundleError
 from fedprune.recipe import Features
+from fedprune.workload import workload
 
 PLAIN = Features()
 BRIEF = settings(max_examples=50, deadline=None)
@@ -108,7 +110,22 @@ def test_no_cost_shrinks_when_a_width_grows(
     assert all(getattr(less, name) <= getattr(more, name) for name in vars(less))
     assert less.training_bytes(batch, PLAIN, 100) <= more.training_bytes(batch, PLAIN, 100)
     assert less.inference_bytes(batch) <= more.inference_bytes(batch)
-    assert less.memory_seconds(batch, 1e9) <= more.memory_seconds(batch, 1e9)
+    assert memory_seconds(net, narrow, batch, 1e9) <= memory_seconds(net, wide, batch, 1e9)
+
+
+@pytest.mark.board
+@given(nets_at_two_widths(), st.integers(1, 64))
+@BRIEF
+def test_what_moves_through_memory_is_summed_for_many_widths_at_once(
+    case: tuple[Architecture, tuple[int, ...], tuple[int, ...]], batch: int
+) -> None:
+    net, *widths = case
+    expected = [
+        sum(12 * batch * v.positions * v.channels.size(w, net.sizes) for v in net.activations)
+        + 6 * sum(prod(net.shape(t.name, w)) for t in net.tensors)
+        for w in widths
+    ]
+    assert memory_seconds(net, widths, batch, 4e9) * 1e9 == pytest.approx(expected)
 
 
 @pytest.mark.board
@@ -124,7 +141,7 @@ def test_activations_of_a_small_net_by_hand() -> None:
     costs = costs_at(NET, (4, 5))
     maps = [4 * 256] * 3 + [4 * 64] + [5 * 64] * 3 + [5 * 16, 10]
     unkept = [4 * 256, 5 * 64]
-    assert costs.traffic_bytes == 4 * sum(maps)
+    assert workload(NET).contents((4, 5))[0] == sum(maps)
     assert costs.kept_bytes == 4 * (sum(maps) - sum(unkept))
     assert costs.largest_bytes == 4 * 4 * 256
     assert costs.sample_bytes == 4 * 3 * 16 * 16

@@ -9,9 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
+import numpy.typing as npt
+
 from fedprune import step, tensorfile
 from fedprune.architecture import Activation, Architecture, Layer
 from fedprune.recipe import Features
+from fedprune.workload import workload
+
+Numbers = npt.NDArray[np.float64]
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -73,7 +79,6 @@ class Costs:
         kept_bytes: Activations that the backward pass needs.
         largest_bytes: The largest activation.
         inference_activation_bytes: Activations that live at once in a forward pass.
-        traffic_bytes: Bytes of all activations.
         sample_bytes: One sample of local data.
         values: How many activations the model has.
     """
@@ -85,7 +90,6 @@ class Costs:
     kept_bytes: int
     largest_bytes: int
     inference_activation_bytes: int
-    traffic_bytes: int
     sample_bytes: int
     values: int
 
@@ -122,15 +126,6 @@ class Costs:
         graphs = TRAINING_GRAPH_BYTES * self.values, INFERENCE_GRAPH_BYTES * self.values
         return storage_bytes(self.wire_bytes, *graphs)
 
-    def memory_seconds(self, batch: int, bandwidth: float) -> float:
-        """Least time of a training step on a board whose main memory is slow.
-
-        Args:
-            batch: Samples of the step.
-            bandwidth: Bytes per second of main memory, read plus write.
-        """
-        return (ACTIVATION_PASSES * batch * self.traffic_bytes + WEIGHT_COPIES * self.parameter_bytes) / bandwidth
-
 
 def storage_bytes(weights: int, training: int, inference: int) -> int:
     """Most bytes that a board's state directory takes for a submodel, whose rounds leave and overwrite files.
@@ -166,10 +161,26 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
         kept_bytes=kept,
         largest_bytes=max(values, default=0),
         inference_activation_bytes=sum(sorted(values)[-INFERENCE_VALUES:]),
-        traffic_bytes=sum(values),
         sample_bytes=FLOAT * prod(architecture.input_shape),
         values=len(values),
     )
+
+
+def memory_seconds(architecture: Architecture, widths: npt.ArrayLike, batch: int, bandwidth: float) -> Numbers:
+    """Least times of training steps on a board whose main memory is slow.
+
+    Args:
+        architecture: The model.
+        widths: Kept channels per group, [n, groups] or [groups].
+        batch: Samples of a step.
+        bandwidth: Bytes per second of main memory, read plus write; may be infinite.
+
+    Returns:
+        Seconds, [n].
+    """
+    elements, parameters = workload(architecture).contents(widths)
+    moved: Numbers = FLOAT * (ACTIVATION_PASSES * batch * elements + WEIGHT_COPIES * parameters)
+    return moved / bandwidth
 
 
 def layer_macs(

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.architecture import Architecture, widths_at
+from fedprune.costs import memory_seconds
 from fedprune.latency import LatencyTable
 from fedprune.workload import workload
 
@@ -53,7 +54,13 @@ class Rung:
     multiple: int
 
 
-def rungs(architecture: Architecture, table: LatencyTable, batch: int, densities: Sequence[float]) -> tuple[Rung, ...]:
+def rungs(
+    architecture: Architecture,
+    table: LatencyTable,
+    batch: int,
+    densities: Sequence[float],
+    bandwidth: float = math.inf,
+) -> tuple[Rung, ...]:
     """The width plans of a model on a board, widest first.
 
     Args:
@@ -61,8 +68,10 @@ def rungs(architecture: Architecture, table: LatencyTable, batch: int, densities
         table: What the board's kernels take.
         batch: Samples of a training step.
         densities: Shares of all groups, one rung for each at most.
+        bandwidth: Bytes per second of main memory, where that bounds a step beyond what the table says.
     """
-    return _rungs(_Model(architecture, table, table.to_json(), batch), tuple(sorted(set(densities), reverse=True)))
+    model = _Model(architecture, table, table.to_json(), batch, bandwidth)
+    return _rungs(model, tuple(sorted(set(densities), reverse=True)))
 
 
 def snapped(architecture: Architecture, density: float, multiple: int) -> tuple[int, ...]:
@@ -84,7 +93,13 @@ def snapped(architecture: Architecture, density: float, multiple: int) -> tuple[
     return tuple(widths)
 
 
-def equal_work(architecture: Architecture, table: LatencyTable, batch: int, widths: Sequence[int]) -> Rung:
+def equal_work(
+    architecture: Architecture,
+    table: LatencyTable,
+    batch: int,
+    widths: Sequence[int],
+    bandwidth: float = math.inf,
+) -> Rung:
     """The narrowest uniform widths with at least as many multiplications as `widths` has.
 
     Args:
@@ -92,8 +107,9 @@ def equal_work(architecture: Architecture, table: LatencyTable, batch: int, widt
         table: What the board's kernels take.
         batch: Samples of a training step.
         widths: Kept channels per group.
+        bandwidth: As in `rungs`; it changes no answer.
     """
-    found = _uniform(_Model(architecture, table, table.to_json(), batch))
+    found = _uniform(_Model(architecture, table, table.to_json(), batch, bandwidth))
     return found.rungs[found.covering(float(workload(architecture).forward_macs(widths)[0]))]
 
 
@@ -114,13 +130,14 @@ class _Uniform:
 class _Model:
     """What uniform times depend on, compared by digests."""
 
-    def __init__(self, architecture: Architecture, table: LatencyTable, key: str, batch: int) -> None:
-        self.architecture, self.table, self.batch = architecture, table, batch
-        self.key = (architecture.digest, key, batch)
+    def __init__(self, architecture: Architecture, table: LatencyTable, key: str, batch: int, bandwidth: float) -> None:
+        self.architecture, self.table, self.batch, self.bandwidth = architecture, table, batch, bandwidth
+        self.key = (architecture.digest, key, batch, bandwidth)
 
     def steps(self, widths: Sequence[tuple[int, ...]]) -> Times:
         """Times of training steps."""
-        return self.table.step_seconds(self.architecture, widths, self.batch)
+        floor = memory_seconds(self.architecture, widths, self.batch, self.bandwidth)
+        return np.maximum(floor, self.table.step_seconds(self.architecture, widths, self.batch))
 
     def latencies(self, widths: Sequence[tuple[int, ...]]) -> Times:
         """Times of predictions."""

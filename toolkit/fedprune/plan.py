@@ -15,6 +15,7 @@ from fedprune.prediction import (
     NO_CORRECTION,
     Correction,
     Prediction,
+    bandwidth,
     latency_table,
     predict,
     train_rate,
@@ -254,12 +255,12 @@ def plan(
             raise PlanError(name, expected="a number above 0", got=value)
     wider: tuple[Limit, ...] = ()
     limits: tuple[Limit, ...] = ()
-    table, batch = latency_table(profile, probe), min(recipe.batch_size, samples)
-    for rung in _candidates(architecture, table, batch, densities):
+    table, batch, memory = latency_table(profile, probe), min(recipe.batch_size, samples), bandwidth(profile, probe)
+    for rung in _candidates(architecture, table, batch, densities, memory):
         prediction = predict(architecture, rung.widths, profile, recipe, samples, probe=probe, correction=correction)
         limits = _limits(prediction, profile, probe, byte_budget, deadline_s)
         if all(limit.fits for limit in limits):
-            other = equal_work(architecture, table, batch, rung.widths)
+            other = equal_work(architecture, table, batch, rung.widths, memory)
             seen = predict(architecture, other.widths, profile, recipe, samples, probe=probe, correction=correction)
             return Plan(
                 rung.widths,
@@ -286,10 +287,10 @@ def plan(
 
 
 def _candidates(
-    architecture: Architecture, table: LatencyTable, batch: int, densities: Sequence[float]
+    architecture: Architecture, table: LatencyTable, batch: int, densities: Sequence[float], memory: float
 ) -> Sequence[Rung]:
     if tuple(densities) == DENSITIES:
-        return rungs(architecture, table, batch, densities)
+        return rungs(architecture, table, batch, densities, memory)
     found: dict[tuple[int, ...], Rung] = {}
     for density in sorted(set(densities), reverse=True):
         widths = widths_at(architecture, density)

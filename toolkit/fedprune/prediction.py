@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 from fedprune.architecture import Architecture
-from fedprune.costs import Costs, costs_at
+from fedprune.costs import Costs, costs_at, memory_seconds
 from fedprune.freezing import trained_tensors
 from fedprune.latency import LatencyTable, typical_table
 from fedprune.probe_report import ProbeReport
@@ -126,8 +126,7 @@ def predict(
     table = latency_table(profile, probe)
     step_s = float(table.step_seconds(architecture, widths, batch)[0])
     latency_s = float(table.latency_seconds(architecture, widths)[0])
-    if probe is None or probe.latency is None:
-        step_s = max(step_s, costs.memory_seconds(batch, profile.memory.bandwidth_bytes_s))
+    step_s = max(step_s, float(memory_seconds(architecture, widths, batch, bandwidth(profile, probe))[0]))
     step_s, latency_s = step_s * correction.step, latency_s * correction.latency
     link, power = profile.link, profile.power
     # Two transfers, each announced and acknowledged: a round trip before, one after.
@@ -164,7 +163,7 @@ def _trained(architecture: Architecture, widths: Sequence[int], recipe: Recipe, 
     if not (features.frozen or features.trainable):
         return 1.0
     moved = trained_tensors(architecture, features)
-    return sum(prod(architecture.shape(t.name, widths)) for t in moved) / max(1, parameters)
+    return sum(math.prod(architecture.shape(t.name, widths)) for t in moved) / max(1, parameters)
 
 
 def latency_table(profile: HardwareProfile, probe: ProbeReport | None) -> LatencyTable:
@@ -172,6 +171,11 @@ def latency_table(profile: HardwareProfile, probe: ProbeReport | None) -> Latenc
     if probe is not None and probe.latency is not None:
         return probe.latency
     return typical_table(train_rate(profile, probe))
+
+
+def bandwidth(profile: HardwareProfile, probe: ProbeReport | None) -> float:
+    """Bytes per second of main memory that bound a step; infinite where measured layers tell of it already."""
+    return math.inf if probe is not None and probe.latency is not None else profile.memory.bandwidth_bytes_s
 
 
 def train_rate(profile: HardwareProfile, probe: ProbeReport | None) -> float:

@@ -115,6 +115,7 @@ class Workload:
         self._read_positions = np.array([n.reads.positions for n in self._layers], float)
         self._make_positions = np.array([n.makes.positions for n in self._layers], float)
         self._positions = np.array([n.positions for n in self._layers], float)
+        self._value_positions = np.array([v.positions for v in architecture.activations], float)
         self._kernels = np.array([n.kernel for n in self._layers], float)
         self._strides = np.array([n.stride for n in self._layers], float)
         self._weighted = np.array([bool(n.weight) for n in self._layers], bool)
@@ -138,6 +139,11 @@ class Workload:
     def forward_macs(self, widths: npt.ArrayLike) -> Numbers:
         """Multiplications of one sample's forward pass, all layers: [n]."""
         return np.asarray(self.macs(widths).sum(1))
+
+    def contents(self, widths: npt.ArrayLike) -> tuple[Numbers, Numbers]:
+        """Elements of one sample's activations, and of all tensors: [n] each."""
+        sizes = self.sizes(widths)
+        return (sizes[:, self._values].prod(-1) * self._value_positions).sum(1), sizes[:, self._tensors].prod(-1).sum(1)
 
     def _elements(self, sizes: Numbers) -> tuple[Numbers, Numbers, Numbers]:
         reads = sizes[:, self._reads].prod(-1) * self._read_positions
