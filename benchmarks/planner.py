@@ -1,10 +1,11 @@
-"""How far predicted peak memory is off, of training and of predicting: every case in a fresh process.
+"""How far predicted peak memory is off, of rounds and of predicting: every case in a fresh process.
 
     python benchmarks/planner.py [--raw measured.json]
 
-Peak memory is the high-water mark of resident memory of a process that holds what a device's agent holds (trainer or
-predictor, MQTT client, local data). The constants of `fedprune.costs` were fitted to the nets of the tests and of timm
-in this list but those of `UNSEEN`. Times are another page's: `latency.py`.
+Peak memory is the high-water mark of resident memory of a process that holds what a device's agent holds (its workbench
+or a predictor, MQTT client, local data); a round is a whole one, evaluations and the new model's check included. The
+constants of `fedprune.costs` were fitted to the nets of the tests and of timm in this list but those of `UNSEEN`. Times
+are another page's: `latency.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLES = 512
+SAMPLES, TEST_SAMPLES = 512, 128
 STEPS = 3
 BATCHES = 8, 32
 TIMM = ("resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "regnetx_002", "convnext_atto")
@@ -90,7 +91,7 @@ def timm_nets() -> dict[str, Any]:
 
 
 def child(folder: Path, batch: int) -> None:
-    """Train a few steps as a device does, or with batch 0 predict, and print the peak memory."""
+    """Carry out a round of a few steps as a device does, or with batch 0 predict, and print the peak memory."""
     import paho.mqtt.client  # noqa: F401 - an agent holds it, too
 
     from fedprune_device.predictor import Predictor
@@ -98,7 +99,7 @@ def child(folder: Path, batch: int) -> None:
     spec = json.loads((folder / "spec.json").read_text())
     rng = np.random.default_rng(0)
     if batch:
-        train(folder, batch, spec)
+        carry_out(folder, batch, spec)
     else:
         predictor = Predictor(folder, threads=1)
         for _ in range(STEPS):
@@ -108,21 +109,37 @@ def child(folder: Path, batch: int) -> None:
     print(json.dumps({"peak_bytes": peak}))
 
 
-def train(folder: Path, batch: int, spec: dict[str, Any]) -> None:
-    """A few steps on noise."""
-    from fedprune import tensorfile
+def carry_out(folder: Path, batch: int, spec: dict[str, Any]) -> None:
+    """A round on noise: evaluation, a few steps, the check of the new model, evaluation, predictions of one sample."""
     from fedprune.recipe import Recipe
+    from fedprune.wire.messages import Offer
+    from fedprune_device.assignment import Workbench
     from fedprune_device.data import LocalData
-    from fedprune_device.trainer import Trainer
+    from fedprune_device.predictor import GRAPH, WEIGHTS
+    from fedprune_device.store import DeviceStore
 
-    tensors = tensorfile.load(folder / "weights.safetensors")
-    trainer = Trainer(folder / "training.onnx", threads=1)
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((SAMPLES, *spec["input_shape"]), dtype=np.float32)
-    y = rng.integers(0, spec["classes"], SAMPLES)
+    x = rng.standard_normal((SAMPLES + TEST_SAMPLES, *spec["input_shape"]), dtype=np.float32)
+    y = rng.integers(0, spec["classes"], len(x))
+    data = LocalData(x[:SAMPLES], y[:SAMPLES], x[SAMPLES:], y[SAMPLES:])
     recipe = Recipe(epochs=STEPS, batch_size=batch, lr=1e-6, max_steps=STEPS)
-    data = LocalData(x, y, x[:1], y[:1])
-    trainer.train(tensors, data, recipe, seed=0, device="d", round=1, classes=spec["classes"])
+    with tempfile.TemporaryDirectory(dir=folder) as state, DeviceStore(Path(state)) as store:
+        offer = Offer(
+            job="benchmark",
+            round=1,
+            attempt=0,
+            seed=0,
+            architecture="0" * 64,
+            selection="0" * 64,
+            widths=tuple(spec["widths"]),
+            classes=spec["classes"],
+            weights=store.blobs.put((folder / WEIGHTS).read_bytes()),
+            training=store.blobs.put((folder / "training.onnx").read_bytes()),
+            inference=store.blobs.put((folder / GRAPH).read_bytes()),
+            recipe=recipe.to_dict(),
+        )
+        bench = Workbench("d", store.blobs, store.slots, data)
+        bench.carry_out(offer, download_seconds=0.0, report=lambda *_: None, stop=lambda: False)
 
 
 def measure() -> list[dict[str, Any]]:
@@ -150,7 +167,7 @@ def measure() -> list[dict[str, Any]]:
                 (folder / GRAPH).write_bytes(inference_model(model, widths))
                 weights = Selection.of(architecture, widths).gather(model.tensors)
                 (folder / WEIGHTS).write_bytes(tensorfile.encode(weights))
-                spec = {"input_shape": architecture.input_shape, "classes": architecture.classes}
+                spec = {"input_shape": architecture.input_shape, "classes": architecture.classes, "widths": widths}
                 (folder / "spec.json").write_text(json.dumps(spec))
                 for batch in (0, *BATCHES):
                     command = [sys.executable, __file__, "--child", made, "--batch", str(batch)]
@@ -204,8 +221,9 @@ def page(about: dict[str, Any], result: dict[str, Any]) -> str:
 {about["date"]}, {about["cpu"]}, Python {about["python"]}, onnxruntime {about["onnxruntime"]}.
 `python benchmarks/planner.py`
 
-Peak resident memory, every case in a fresh process with what a board's agent holds; {SAMPLES} local samples where it
-trains.
+Peak resident memory, every case in a fresh process with what a board's agent holds. Training is a whole round of
+{STEPS} steps, from the first evaluation to the new model's check and the last one, with {SAMPLES} local samples and
+{TEST_SAMPLES} to test with.
 
 {text}
 

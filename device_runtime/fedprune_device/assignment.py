@@ -30,6 +30,9 @@ from fedprune_device.trainer import Trainer, TrainingResult, loss_terms
 PROBE_SAMPLES = 32
 """Local samples with which a new model is checked before it serves."""
 
+_MOST_AT_ONCE = 64
+"""Samples that are predicted at once, where a training step takes as many: the planner counts a step's memory."""
+
 _PREDICTIONS = 7
 """Predictions of one sample that are timed in a round."""
 
@@ -191,9 +194,13 @@ class Workbench:
             stop=stop,
         )
         report("evaluate", 1, 2)
+        del tensors  # from here on there is memory for the new ones alone, beside the model that is loaded
+        loss = None
+        if not trainer.normalised:
+            loss = trainer.loss(result.tensors, self._data, recipe, offer.classes, PROBE_SAMPLES)
         weights = self._blobs.put(tensorfile.encode(result.tensors))
         after = self._candidate(offer, weights)
-        self._check(after, trainer, result, recipe, offer.classes)
+        self._check(after, loss, recipe, offer.classes)
         self._evaluate(after, offset, recipe, offer.classes, metrics, "after")
         metrics["latency_seconds"] = _latency(after, self._data.x_train[:1])
         update = Update(
@@ -245,21 +252,20 @@ class Workbench:
         graph, path = self._blobs.path(offer.inference.sha256), self._blobs.path(weights.sha256)
         return Predictor(self._slots.stage(graph, path), threads=self._trainer.threads)
 
-    def _check(
-        self, candidate: Predictor, trainer: Trainer, result: TrainingResult, recipe: Recipe, classes: int
-    ) -> None:
-        data, loss = self._data, None
-        y = targets(data.y_train, recipe.loss, classes)
-        if not trainer.normalised:
-            loss = trainer.loss(result.tensors, data, recipe, classes, PROBE_SAMPLES)
+    def _check(self, candidate: Predictor, loss: float | None, recipe: Recipe, classes: int) -> None:
+        y = targets(self._data.y_train, recipe.loss, classes)
         candidate.check(
             classes,
-            data.x_train[:PROBE_SAMPLES],
+            self._data.x_train[:PROBE_SAMPLES],
             y[:PROBE_SAMPLES],
             loss=loss,
             terms=loss_terms(y, recipe, classes),
             kind=recipe.loss,
+            batch=self._at_once(recipe),
         )
+
+    def _at_once(self, recipe: Recipe) -> int:
+        return min(_MOST_AT_ONCE, recipe.micro_batch, self._data.samples)
 
     def _evaluate(
         self,
@@ -275,7 +281,7 @@ class Workbench:
             return
         began = time.monotonic()
         y = targets(self._data.y_test, recipe.loss, classes)
-        outputs = model.predict(self._data.x_test)
+        outputs = model.predict(self._data.x_test, self._at_once(recipe))
         if offset is not None:
             outputs = outputs + offset
         right = hits(recipe.loss, outputs, y)

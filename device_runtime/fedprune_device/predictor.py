@@ -105,6 +105,7 @@ class Predictor:
         loss: float | None = None,
         terms: Terms | None = None,
         kind: str = "cross_entropy",
+        batch: int = 64,
     ) -> None:
         """The numeric check before a model may serve.
 
@@ -116,6 +117,7 @@ class Predictor:
                 batch-norm statistics has none: training and inference differ there by design.
             terms: Vectors and numbers of the loss, as `trainer.loss_terms` gives them.
             kind: Which loss it is.
+            batch: Inputs per run.
 
         Raises:
             ModelError: Logits have another shape, are not finite, or contradict the training graph's loss.
@@ -124,7 +126,7 @@ class Predictor:
             free = [d if isinstance(d, int) else 1 for d in self.input_shape]
             noise = keyed(0, "check").standard_normal((4, *free))
             x = np.zeros(noise.shape, np.int64) if self._dtype.kind == "i" else noise.astype(np.float32)
-        logits = self.predict(x)
+        logits = self.predict(x, batch)
         if logits.shape != (len(x), classes):
             raise ModelError("shape of the new model's logits", expected=(len(x), classes), got=logits.shape)
         if not np.isfinite(logits).all():

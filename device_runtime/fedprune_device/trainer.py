@@ -262,8 +262,11 @@ class Trainer:
         feeds |= {n: np.asarray(v, order="C") for n, v in tensors.items()}
         feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in (*self._states, *self._squares)}
         rows = np.arange(min(samples, len(y)))
-        parts = self._parts(rows, recipe) if self._sums else [rows]
-        return self._step(feeds, [(data.x_train[p], y[p]) for p in parts], 1)[0]
+        parts = [(data.x_train[p], y[p]) for p in self._parts(rows, recipe)]
+        if self._sums:
+            return self._step(feeds, parts, 1)[0]
+        losses = [self._step(feeds, [part], 1)[0] for part in parts]
+        return float(np.average(losses, weights=[_weight(y, feeds) for _, y in parts]))
 
     def _step(
         self, feeds: dict[str, Array], parts: Sequence[tuple[Array, Array]], number: int

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from memory_fleet import MemoryServer
 
-from fedprune import tensorfile
+from fedprune import step, tensorfile
 from fedprune.chance import keyed
 from fedprune.errors import DataError, TrainingError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
+from fedprune.session import Session
 from fedprune_device.assignment import Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.labels import class_weights, positive_weights, targets
@@ -356,6 +357,40 @@ def test_a_graph_that_asks_for_more_is_refused(graphs: Path) -> None:
     raw = (graphs / "adamw.onnx").read_bytes().replace(b"w::second", b"w::thirds")
     with pytest.raises(TrainingError, match=r"can't feed.*w::thirds"):
         Trainer(raw)
+
+
+@pytest.mark.parametrize(
+    ("graph", "recipe", "samples", "most"),
+    [("plain", Recipe(batch_size=2), 70, 2), ("plain", Recipe(), 3, 3), ("adamw", ADAMW, 70, 6)],
+)
+def test_no_part_of_a_round_works_on_more_samples_than_a_step(
+    tmp_path: Path,
+    graphs: Path,
+    weights: Tensors,
+    data: LocalData,
+    monkeypatch: pytest.MonkeyPatch,
+    graph: str,
+    recipe: Recipe,
+    samples: int,
+    most: int,
+) -> None:
+    """The planner's memory is that of a step; evaluations and the check of a new model must do with it."""
+    run, sizes = Session.run, list[int]()
+
+    def counted(session: Session, feeds: Tensors, outputs: Any = None, **how: Any) -> Tensors:
+        sizes.append(len(feeds[step.X]))
+        return run(session, feeds, outputs, **how)
+
+    monkeypatch.setattr(Session, "run", counted)
+    server = MemoryServer(tmp_path / "server", graphs, weights)
+    data = LocalData(data.x_train[:samples], data.y_train[:samples], data.x_test, data.y_test)
+    with DeviceStore(tmp_path / "state") as store:
+        for ref in (server.weights, server.graphs["inference"]):
+            store.blobs.put(server.blobs.read(ref.sha256))
+        training = store.blobs.put((graphs / f"{graph}.onnx").read_bytes())
+        made = Workbench("d", store.blobs, store.slots, data).make(server.offer(1, recipe, training=training))
+    assert made.update.samples == samples
+    assert max(sizes) == most
 
 
 def test_frozen_tensors_do_not_travel_up(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> None:
