@@ -73,6 +73,38 @@ class Trace:
         return (self.shapes, self.shapes_second, *self.shapes_further)
 
 
+def check_batch(port: Port) -> None:
+    """Make sure that an input takes batches of any size.
+
+    Raises:
+        ModelError: It doesn't.
+    """
+    if not port.shape or isinstance(port.shape[0], int):
+        raise ModelError(
+            f"input {port.name} has a fixed batch",
+            expected="a free first dimension",
+            got=list(port.shape),
+            hint="Export the model with a dynamic batch.",
+        )
+
+
+def sample_sizes(port: Port) -> list[int]:
+    """Sizes of one sample of an input.
+
+    Raises:
+        ModelError: A dimension other than the first is free.
+    """
+    sizes = [d for d in port.shape[1:] if isinstance(d, int)]
+    if len(sizes) + 1 != len(port.shape):
+        raise ModelError(
+            f"input {port.name} has free dimensions besides the batch",
+            expected="fixed sizes from the second dimension on",
+            got=list(port.shape),
+            hint="Export the model with a fixed input size.",
+        )
+    return sizes
+
+
 def sample_input(port: Port, batch: int, seed: int = 0, *, below: int = 2) -> Array:
     """An array for a graph input: random normal numbers, or random identifiers for int64.
 
@@ -83,16 +115,9 @@ def sample_input(port: Port, batch: int, seed: int = 0, *, below: int = 2) -> Ar
         below: How many identifiers there are; see `vocabulary`.
 
     Raises:
-        ModelError: A dimension other than the first is free or no size, or the array would be huge.
+        ModelError: See `sample_sizes`; or a size is none, or the array would be huge.
     """
-    sizes = [d for d in port.shape[1:] if isinstance(d, int)]
-    if len(sizes) + 1 != len(port.shape):
-        raise ModelError(
-            f"input {port.name} has free dimensions besides the batch",
-            expected="fixed sizes from the second dimension on",
-            got=list(port.shape),
-            hint="Export the model with a fixed input size.",
-        )
+    sizes = sample_sizes(port)
     if any(d < 1 for d in sizes) or math.prod(sizes) > _MAX_NUMBERS:
         raise ModelError(f"size of input {port.name}", expected=f"1 to {_MAX_NUMBERS} numbers per sample", got=sizes)
     if port.dtype == np.int64:
@@ -135,13 +160,7 @@ def trace(graph: Graph) -> Trace:
         ModelError: The batch can't vary, a value would be huge, or an operator makes no sense.
     """
     for port in graph.inputs:
-        if not port.shape or isinstance(port.shape[0], int):
-            raise ModelError(
-                f"input {port.name} has a fixed batch",
-                expected="a free first dimension",
-                got=list(port.shape),
-                hint="Export the model with a dynamic batch.",
-            )
+        check_batch(port)
     runs = [inferred(graph, batch) for batch in (*BATCHES, *_FURTHER)]
     first, second, *further = runs
     for name, shape in first.shapes.items():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from cutting import cut_error, random_selection
 from torch import nn
 
+import nets
 from fedprune.errors import ModelError
 from fedprune.recipe import Features
 from fedprune_export.graph import Graph, Port
@@ -138,6 +141,54 @@ def test_an_import_of_an_import_has_no_such_note() -> None:
 
 def test_one_number_is_a_constant_without_a_note() -> None:
     assert import_onnx(graph_of(np.ones(1, np.float32)).to_bytes(), "net").notes == ()
+
+
+class Shifting(nn.Module):
+    """Pictures are normalised by buffers; a scale of channels is a buffer too, a mixing number a parameter."""
+
+    input_shape = (3, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc, self.mix = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Parameter(torch.tensor(0.3))
+        for name, shape in (("mean", (3, 1, 1)), ("deviation", (3, 1, 1)), ("scale", (8, 1, 1))):
+            self.register_buffer(name, torch.rand(shape) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv((x - self.mean) / self.deviation).relu() * self.scale
+        return self.fc((h + self.mix * h.tanh()).mean((2, 3)))
+
+
+def bare(module: nn.Module) -> bytes:
+    """A module as torch writes it, which doesn't say what is trained."""
+    proto = onnx.load_model_from_string(export_torch(module))
+    del proto.metadata_props[:]
+    raw: bytes = proto.SerializeToString()
+    return raw
+
+
+def test_without_a_list_what_normalises_the_input_is_a_constant_and_guesses_are_named() -> None:
+    model = import_onnx(bare(Shifting()), "net")
+
+    assert set(model.tensors) == {"conv.weight", "conv.bias", "scale", "fc.weight", "fc.bias"}
+    notes = [n for n in model.notes if "--parameters" in n]
+    assert [n.partition(". --")[0] for n in notes] == [
+        "Taken for constants, as they apply straight to the input: mean, deviation",
+        "Trained because they are added or multiplied, as constants may be too: scale",
+        "Single numbers that are taken for constants: mix",
+    ]
+
+
+def test_with_a_list_nothing_is_guessed() -> None:
+    model = import_onnx(export_torch(Shifting()), "net")
+
+    assert set(model.tensors) == {"conv.weight", "conv.bias", "mix", "fc.weight", "fc.bias"}
+    assert not any("--parameters" in n for n in model.notes)
+
+
+@pytest.mark.parametrize("make", [nets.lenet, nets.resnet20_bn])
+def test_biases_of_layers_are_no_guesses(make: Callable[[], nn.Module]) -> None:
+    assert not any("--parameters" in n for n in import_onnx(bare(make()), "net").notes)
 
 
 def test_a_listed_tensor_of_another_type_is_refused() -> None:

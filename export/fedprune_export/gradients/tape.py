@@ -19,6 +19,7 @@ from fedprune_export.gradients.dimensions import BATCH, Dim, Dimensions, Shape
 from fedprune_export.gradients.knowledge import Knowledge, describe
 from fedprune_export.graph import Graph, Node, Port
 from fedprune_export.imported import Model
+from fedprune_export.trace import sample_sizes
 
 __all__ = ["BATCH", "RULES", "Dim", "Pull", "Rule", "Shape", "Tape", "describe", "port", "rule", "sample_shape"]
 
@@ -335,14 +336,6 @@ def sample_shape(graph: Graph) -> Shape:
     """The shape of the model's input, with the batch's name.
 
     Raises:
-        ModelError: It has free dimensions besides the batch.
+        ModelError: See `trace.sample_sizes`.
     """
-    source = graph.inputs[0]
-    sizes = [d for d in source.shape[1:] if isinstance(d, int)]
-    if len(sizes) + 1 != len(source.shape):
-        raise ModelError(
-            f"input {source.name} has free dimensions besides the batch",
-            expected="fixed sizes from the second dimension on",
-            got=list(source.shape),
-        )
-    return (BATCH, *sizes)
+    return (BATCH, *sample_sizes(graph.inputs[0]))

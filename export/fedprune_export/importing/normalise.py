@@ -24,12 +24,12 @@ from fedprune_export.importing.lowering import lower, upgraded
 from fedprune_export.importing.metadata import shown_names
 from fedprune_export.importing.norm_patterns import find_norms
 from fedprune_export.importing.patterns import find_activations
-from fedprune_export.importing.roles import CONSTANT_PREFIX, find_kinds, name_constants, untie
+from fedprune_export.importing.roles import CONSTANT_PREFIX, find_kinds, name_constants, note_scalars, untie
 from fedprune_export.importing.simplification import bypass, drop_idle, simplify
 from fedprune_export.importing.soundness import check_indices, check_nodes
 from fedprune_export.importing.transpositions import merge_transpositions
 from fedprune_export.shape_arithmetic import follow
-from fedprune_export.trace import Trace, sample_input, trace
+from fedprune_export.trace import Trace, check_batch, sample_input, trace
 
 Array = npt.NDArray[Any]
 
@@ -68,8 +68,8 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, 
         raw: The model's bytes, where they are at hand.
 
     Raises:
-        ModelError: It has several inputs or outputs, a fixed batch, control flow, other types than float32, or
-            operators that opset 17 has no form of.
+        ModelError: It has several inputs or outputs, a fixed batch, control flow, numbers in other
+            types than float32, or operators that opset 17 has no form of.
     """
     if not model.graph.node:
         raise ModelError("the model has no operators")
@@ -85,7 +85,9 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, 
     loaded = [n for n in model.graph.node if n.op_type != "Constant" or n.domain]
     usable = len(loaded) == len(graph.nodes) and len({n.name for n in model.graph.node}) == len(model.graph.node)
     drop_idle(graph)
-    constants |= _plain_numbers(graph)
+    plain = _plain_numbers(graph)
+    scalars = {n for n in plain - constants if parameters is None and graph.initializers[n].dtype == np.float32}
+    constants |= plain
     if parameters is not None:
         constants = {n for n in graph.initializers if n not in parameters}
     names = _rename(graph, constants, notes)
@@ -105,13 +107,18 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, 
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     composites = find_activations(graph, seen, constants) + find_norms(graph, seen, constants)
     if composites:
-        notes.append(f"{composites} norms and activations written out in primitives are one operator each.")
+        notes.append(
+            "A norm or activation that was written out in primitives is one operator."
+            if composites == 1
+            else f"{composites} norms and activations that were written out in primitives are one operator each."
+        )
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     if parameters is None:
         untie(graph, constants, notes)
     part_fills(graph, constants)
     narrow_constants(graph, seen, constants)
     kinds = find_kinds(graph, constants, listed, notes)
+    note_scalars(graph, {names.get(s, s) for s in scalars}, notes)
     _check_finite(graph, kinds)
     name_constants(graph, kinds)
     _name_nodes(graph)
@@ -146,13 +153,7 @@ def _check_ports(graph: Graph) -> None:
     port = graph.inputs[0]
     if port.dtype not in (np.float32, np.int64):
         raise ModelError(f"type of input {port.name}", expected="float32, or int64 for identifiers", got=port.dtype)
-    if not port.shape or isinstance(port.shape[0], int):
-        raise ModelError(
-            f"input {port.name} has a fixed batch",
-            expected="a free first dimension",
-            got=list(port.shape),
-            hint="Export the model with a dynamic batch.",
-        )
+    check_batch(port)
     sample_input(port, 1)
 
 

@@ -33,6 +33,11 @@ _ROLES = {
     "Mul": {0: "norm_scale", 1: "norm_scale"},
     "Div": {1: "norm_scale"},
 }
+_ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div"})
+"""What applies so may be a weight, and may as well be a table of positions or what normalises pictures."""
+
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"})
+_LISTED = "--parameters FILE lists what is to be trained."
 _STATISTICS = ("stat_mean", "stat_var")
 
 
@@ -60,18 +65,23 @@ def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
 def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes: list[str]) -> dict[str, str]:
     """What every weight is for, by its use; the rest are constants.
 
-    Statistics of batch norms always count. Vectors that scale a norm's output do unless they are known constants.
+    Statistics of batch norms always count. Vectors that scale a norm's output do unless they are known constants. What
+    is added to the model's input or multiplied by it normalises data: it is a constant.
 
     Args:
         graph: The graph.
         constants: Names known to be constants.
         listed: The parameters, where the source knows them: then each counts, scalars and those of unknown use too.
-        notes: Gets a sentence for every tensor that could be a weight and is taken for a constant.
+        notes: Gets a sentence for every tensor that could be a weight and is taken for a constant, and one for all that
+            could be constants and are taken for weights.
 
     Raises:
         ModelError: A parameter is not float32.
     """
     consumers, made = graph.consumers(), _from_data(graph)
+    source, producers = _still_input(graph, made), graph.producers()
+    straight: list[str] = []
+    guessed: list[str] = []
     norms = {
         name: _ROLES[node.op][i]
         for node in graph.nodes
@@ -92,15 +102,63 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
                 raise ModelError(f"parameter {name}", expected="float32", got=value.dtype)
             continue
         if listed is not None or name in norms:
-            kinds[name] = norms.get(name) or _role(consumers, made, name) or "weight"
+            uses = _uses(consumers, made, name)
+            kinds[name] = norms.get(name) or (uses[0][0] if uses else "weight")
         elif value.size > 1:
-            if kind := _role(consumers, made, name):
-                kinds[name] = kind
-            else:
+            uses = _uses(consumers, made, name)
+            others = [n.inputs[1 - i] if n.op in _ARITHMETIC else "" for _, n, i in uses]
+            if not uses:
                 notes.append(
                     f"Tensor {name} is taken for a constant and not trained: its use doesn't make it a weight."
                 )
+            elif all(o in source for o in others):
+                straight.append(name)
+            else:
+                kinds[name] = uses[0][0]
+                after = [producers[o].op if o in producers else "" for o in others]
+                vector = max(value.shape) == value.size
+                if all(others) and not (vector and uses[0][1].op == "Add" and after[0] in _PRODUCTS):
+                    guessed.append(name)
+    if straight:
+        notes.append(f"Taken for constants, as they apply straight to the input: {_some(straight)}. {_LISTED}")
+    if guessed:
+        notes.append(
+            f"Trained because they are added or multiplied, as constants may be too: {_some(guessed)}. {_LISTED}"
+        )
     return kinds
+
+
+def note_scalars(graph: Graph, scalars: set[str], notes: list[str]) -> None:
+    """A note on single numbers that scale or shift and aren't trained.
+
+    Args:
+        graph: The graph.
+        scalars: Names of numbers that are taken for constants and could be weights.
+        notes: Gets the note.
+    """
+    made, readers = _from_data(graph), graph.consumers()
+    used = [
+        s
+        for s in _in_order(graph)
+        if s in scalars and any(n.op in _ARITHMETIC and made.intersection(n.outputs) for n, _ in readers[s])
+    ]
+    if used:
+        notes.append(f"Single numbers that are taken for constants: {_some(used)}. {_LISTED}")
+
+
+def _some(names: list[str]) -> str:
+    """The first of these names."""
+    return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _still_input(graph: Graph, made: set[str]) -> set[str]:
+    """The model's input, also in another order, and shifted and scaled by what isn't computed from it."""
+    out = {p.name for p in graph.inputs}
+    for node in graph.nodes:
+        data = made.intersection(node.inputs)
+        if data and data <= out and not node.domain and node.op in _ARITHMETIC | REARRANGEMENTS | {"Cast"}:
+            out.update(o for o in node.outputs if o)
+    return out
 
 
 def _from_data(graph: Graph) -> set[str]:
@@ -112,8 +170,9 @@ def _from_data(graph: Graph) -> set[str]:
     return made
 
 
-def _role(consumers: Mapping[str, list[tuple[Node, int]]], made: set[str], start: str) -> str:
-    """The role of an initialiser where it first meets data; what is computed from weights alone is followed."""
+def _uses(consumers: Mapping[str, list[tuple[Node, int]]], made: set[str], start: str) -> list[tuple[str, Node, int]]:
+    """Roles of an initialiser where it, or what is computed from it and weights, meets data; node and input too."""
+    out: list[tuple[str, Node, int]] = []
     seen, waiting = {start}, [start]
     while waiting:
         for node, i in consumers.get(waiting.pop(0), []):
@@ -125,8 +184,8 @@ def _role(consumers: Mapping[str, list[tuple[Node, int]]], made: set[str], start
                 seen.update(further)
                 waiting += further
             elif role := _ROLES.get(node.op, {}).get(i, ""):
-                return role
-    return ""
+                out.append((role, node, i))
+    return out
 
 
 def name_constants(graph: Graph, kinds: Mapping[str, str]) -> None:
