@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 Dim = int | str | None
 
 TRAINING_OPSET = NORMAL_OPSET
-"""Loaded by every onnxruntime since 1.13."""
+"""The opset of graphs that train; every onnxruntime that fedprune supports loads it."""
 
 _TYPES = frozenset(helper.get_all_tensor_dtypes())
 
