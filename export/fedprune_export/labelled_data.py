@@ -78,34 +78,50 @@ def read(path: Path, architecture: Architecture, dtype: npt.DTypeLike, labels: s
         raise DataError(f"{path}", expected="arrays x_test and y_test, or x and y", got=", ".join(arrays) or "none")
     x, y = (arrays[n] for n in pair)
     if not len(x) or x.shape[1:] != architecture.input_shape:
-        raise DataError(f"{path}: shape of {pair[0]}", expected=("n", *architecture.input_shape), got=x.shape)
+        raise DataError(
+            f"{path}: shape of {pair[0]}", expected=_shape("n", *architecture.input_shape), got=_shape(*x.shape)
+        )
     wanted = np.dtype(dtype)
     if wanted.kind == "i" and x.dtype.kind not in "iu":
         raise DataError(f"{path}: type of {pair[0]}", expected="whole numbers", got=x.dtype)
-    if x.dtype.kind not in "iufb" or not np.isfinite(x).all():
-        raise DataError(f"{path}: {pair[0]}", expected="finite numbers", got=x.dtype)
+    if x.dtype.kind not in "iufb":
+        raise DataError(f"{path}: {pair[0]}", expected="numbers", got=x.dtype)
+    _check_finite(f"{path}: {pair[0]}", x)
     return LabelledData(x.astype(wanted), _labels(path, pair[1], y, len(x), architecture.classes, labels), labels)
 
 
 def _labels(path: Path, name: str, y: Array, samples: int, outputs: int, labels: str) -> Array:
     if y.ndim < 1 or len(y) != samples:
-        raise DataError(f"{path}: {name}", expected=f"{samples} labels", got=y.shape)
+        raise DataError(f"{path}: {name}", expected=f"{samples} labels", got=_shape(*y.shape))
     if labels == "classes":
         if y.shape != (samples,) or y.dtype.kind not in "iu":
-            raise DataError(f"{path}: {name}", expected="one whole number per sample", got=f"{y.dtype} {y.shape}")
+            raise DataError(f"{path}: {name}", expected="one whole number per sample", got=_kind(y))
         if y.min() < 0 or y.max() >= outputs:
             wrong = int(y.min() if y.min() < 0 else y.max())
             raise DataError(f"{path}: a label is out of range", expected=f"0 to {outputs - 1}", got=wrong)
         return y.astype(np.int64)
     if y.ndim == 1 and outputs == 1:
         y = y[:, None]
-    if y.shape != (samples, outputs) or y.dtype.kind not in "iufb" or not np.isfinite(y).all():
-        raise DataError(
-            f"{path}: {name}", expected=f"finite numbers [{samples}, {outputs}]", got=f"{y.dtype} {y.shape}"
-        )
+    if y.shape != (samples, outputs) or y.dtype.kind not in "iufb":
+        raise DataError(f"{path}: {name}", expected=f"numbers {_shape(samples, outputs)}", got=_kind(y))
+    _check_finite(f"{path}: {name}", y)
     if labels == "multi" and not np.isin(y, (0, 1)).all():
         raise DataError(f"{path}: {name}", expected="0 or 1 for every class")
     return y.astype(np.float32)
+
+
+def _check_finite(where: str, array: Array) -> None:
+    bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
+    if len(bad):
+        raise DataError(f"{where} holds numbers that are not finite", got=f"sample {bad[0]}")
+
+
+def _kind(array: Array) -> str:
+    return f"{array.dtype} {_shape(*array.shape)}"
+
+
+def _shape(*sizes: object) -> str:
+    return f"[{', '.join(map(str, sizes))}]"
 
 
 def _arrays(path: Path) -> dict[str, Array]:

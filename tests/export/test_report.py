@@ -175,16 +175,18 @@ def test_a_test_split_is_taken_first(digits: Path, tmp_path: Path) -> None:
 
 X = np.zeros((4, 1, 8, 8), np.float32)
 Y = np.zeros(4, np.int64)
+HOLED = X.copy()
+HOLED[2, 0, 1, 5] = np.inf
 
 
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [
         ({"x": X}, "expected arrays x_test and y_test, or x and y, got x"),
-        ({"x": X[:, :, :7], "y": Y}, r"shape of x: expected \('n', 1, 8, 8\), got \(4, 1, 7, 8\)"),
+        ({"x": X[:, :, :7], "y": Y}, r"shape of x: expected \[n, 1, 8, 8\], got \[4, 1, 7, 8\]"),
         ({"x": X[:0], "y": Y[:0]}, "shape of x"),
-        ({"x": X + np.nan, "y": Y}, "x: expected finite numbers"),
-        ({"x": X.astype(complex), "y": Y}, "x: expected finite numbers"),
+        ({"x": HOLED, "y": Y}, "x holds numbers that are not finite: got sample 2"),
+        ({"x": X.astype(complex), "y": Y}, "x: expected numbers, got complex128"),
         ({"x": X, "y": Y[:3]}, "y: expected 4 labels"),
         ({"x": X, "y": Y + 10}, "a label is out of range: expected 0 to 9, got 10"),
         ({"x": X, "y": Y - 1}, "a label is out of range: expected 0 to 9, got -1"),
@@ -200,6 +202,19 @@ def test_data_that_does_not_fit_is_refused(
 
     with pytest.raises(DataError, match=said):
         labelled_data.read(tmp_path / "data.npz", architecture, np.float32)
+
+
+def test_a_value_to_predict_that_is_not_finite_is_named(digits: Path, tmp_path: Path) -> None:
+    y = np.zeros((4, 10), np.float32)
+    y[3, 1] = np.nan
+    np.savez(tmp_path / "data.npz", x=X, y=y)
+    architecture = import_onnx(digits.read_bytes(), "d").architecture
+
+    with pytest.raises(DataError, match=r"data\.npz: y holds numbers that are not finite: got sample 3"):
+        labelled_data.read(tmp_path / "data.npz", architecture, np.float32, "values")
+    np.savez(tmp_path / "data.npz", x=X, y=y[:, :9])
+    with pytest.raises(DataError, match=r"y: expected numbers \[4, 10\], got float32 \[4, 9\]"):
+        labelled_data.read(tmp_path / "data.npz", architecture, np.float32, "values")
 
 
 @pytest.mark.parametrize("raw", [b"", b"PK\x03\x04 not really", b"\x93NUMPY"])
