@@ -218,3 +218,13 @@ def test_a_value_within_a_pattern_that_something_else_reads() -> None:
         return g.emit("Add", g.emit("Div", c, root(g, c, inverse=False)), c)
 
     assert sorted(ops(build)) == ["Add", "LayerNormalization", "ReduceMean", "Sub"]
+
+
+def test_the_note_counts_what_was_found() -> None:
+    def twice(g: Graph, x: str) -> str:
+        return rms(inverse=True, power=False)(g, rms(inverse=False, power=False)(g, x))
+
+    written = "written out in primitives"
+    one, two = imported(rms(inverse=True, power=False)).notes, imported(twice).notes
+    assert f"A norm or activation that was {written} is one operator." in one
+    assert f"2 norms and activations that were {written} are one operator each." in two
