@@ -15,7 +15,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
-from fedprune.axis import FIXED, NO_AXIS, NOTHING, Axis, Segment, Volume
+from fedprune.axis import FIXED, MAX_SIZE, NO_AXIS, NOTHING, Axis, Segment, Volume, whole
 from fedprune.errors import BundleError
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
 FORMAT = "fedprune.architecture/2"
 
 _MAX_RANK = 8
-_MAX_SIZE = 2**31 - 1
 
 
 class TensorKind(str, Enum):
@@ -234,10 +233,10 @@ class Architecture:
             "name": self.name,
             "groups": [[g.name, g.size] for g in self.groups],
             "tensors": [
-                {"name": t.name, "kind": t.kind.value, "axes": [_axis_json(a) for a in t.axes]} for t in self.tensors
+                {"name": t.name, "kind": t.kind.value, "axes": [a.to_rows() for a in t.axes]} for t in self.tensors
             ],
             "layers": [_layer_json(n) for n in self.layers],
-            "activations": [[v.name, _axis_json(v.channels), v.positions, int(v.kept)] for v in self.activations],
+            "activations": [[v.name, v.channels.to_rows(), v.positions, int(v.kept)] for v in self.activations],
             "input_shape": list(self.input_shape),
             "classes": self.classes,
         }
@@ -256,17 +255,18 @@ class Architecture:
                 raise BundleError("architecture format", expected=FORMAT, got=repr(body["format"]))
             arch = cls(
                 name=str(body["name"]),
-                groups=tuple(ChannelGroup(str(n), _whole(s)) for n, s in body["groups"]),
+                groups=tuple(ChannelGroup(str(n), whole(s)) for n, s in body["groups"]),
                 tensors=tuple(
-                    TensorSpec(str(t["name"]), TensorKind(t["kind"]), tuple(map(_axis_read, t["axes"])))
+                    TensorSpec(str(t["name"]), TensorKind(t["kind"]), tuple(map(Axis.from_rows, t["axes"])))
                     for t in body["tensors"]
                 ),
                 layers=tuple(map(_layer_read, body["layers"])),
                 activations=tuple(
-                    Activation(str(n), _axis_read(a), _whole(p), bool(_whole(k))) for n, a, p, k in body["activations"]
+                    Activation(str(n), Axis.from_rows(a), whole(p), bool(whole(k)))
+                    for n, a, p, k in body["activations"]
                 ),
-                input_shape=tuple(_whole(d) for d in body["input_shape"]),
-                classes=_whole(body["classes"]),
+                input_shape=tuple(whole(d) for d in body["input_shape"]),
+                classes=whole(body["classes"]),
             )
         except BundleError:
             raise
@@ -292,7 +292,7 @@ class Architecture:
                 "architecture: classes and input shape", expected="sizes", got=(self.classes, self.input_shape)
             )
         for group in self.groups:
-            if not 1 <= group.size <= _MAX_SIZE:
+            if not 1 <= group.size <= MAX_SIZE:
                 raise BundleError(f"architecture: size of group {group.name}", expected="1 or more", got=group.size)
         for spec in self.tensors:
             if len(spec.axes) > _MAX_RANK:
@@ -331,7 +331,7 @@ class Architecture:
     def _check_axis(self, name: str, axis: Axis) -> None:
         seen: dict[int, dict[int, int]] = {}  # per group, where the number of indices per channel changes
         for s in axis.segments:
-            if s.count < 0 or s.start < 0 or s.inner < 1 or s.length > _MAX_SIZE:
+            if s.count < 0 or s.start < 0 or s.inner < 1 or s.length > MAX_SIZE:
                 raise BundleError(f"architecture: a segment of {name} is out of range", got=s)
             if s.group == FIXED:
                 continue
@@ -347,18 +347,11 @@ class Architecture:
                 raise BundleError(f"architecture: channels of group {self.groups[g].name} are uneven on {name}")
 
 
-def _whole(value: object) -> int:
-    """A JSON number that is whole and of a size that anything here can have."""
-    if type(value) is not int or abs(value) > _MAX_SIZE:
-        raise ValueError(f"{str(value)[:40]!r} is not a whole number up to {_MAX_SIZE}")
-    return value
-
-
 def _layer_json(n: Layer) -> list[Any]:
     row: list[Any] = [n.name, n.op, n.weight, n.positions, n.output_axis]
     for volume in (n.reads, n.makes):
-        row += [[_axis_json(a) for a in volume.axes], volume.positions]
-    return [*row, n.kernel, n.stride, n.groups, _axis_json(n.inner)]
+        row += [[a.to_rows() for a in volume.axes], volume.positions]
+    return [*row, n.kernel, n.stride, n.groups, n.inner.to_rows()]
 
 
 def _layer_read(row: Sequence[Any]) -> Layer:
@@ -367,23 +360,15 @@ def _layer_read(row: Sequence[Any]) -> Layer:
         str(name),
         str(op),
         str(weight),
-        _whole(positions),
-        _whole(axis),
-        Volume(tuple(map(_axis_read, read)), _whole(reads)),
-        Volume(tuple(map(_axis_read, made)), _whole(makes)),
-        _whole(kernel),
-        _whole(stride),
-        _whole(groups),
-        _axis_read(inner),
+        whole(positions),
+        whole(axis),
+        Volume(tuple(map(Axis.from_rows, read)), whole(reads)),
+        Volume(tuple(map(Axis.from_rows, made)), whole(makes)),
+        whole(kernel),
+        whole(stride),
+        whole(groups),
+        Axis.from_rows(inner),
     )
-
-
-def _axis_json(axis: Axis) -> list[list[int]]:
-    return [[s.group, s.start, s.count, s.inner] for s in axis.segments]
-
-
-def _axis_read(rows: Sequence[Sequence[Any]]) -> Axis:
-    return Axis(tuple(Segment(_whole(g), _whole(s), _whole(c), _whole(i)) for g, s, c, i in rows))
 
 
 def widths_at(

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 FIXED = -1
 """The group number of indices that belong to no channel group."""
+
+MAX_SIZE = 2**31 - 1
+"""No count and no length is larger."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,19 @@ class Axis:
     def groups(self) -> tuple[int, ...]:
         """The channel groups on this axis, ascending."""
         return tuple(sorted({s.group for s in self.segments if s.group != FIXED}))
+
+    def to_rows(self) -> list[list[int]]:
+        """As plain JSON types: group, start, count and inner of every segment."""
+        return [[s.group, s.start, s.count, s.inner] for s in self.segments]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[Any]]) -> Axis:
+        """Read what `to_rows` gives; whether it makes sense is the architecture's to say.
+
+        Raises:
+            ValueError, TypeError: It is something else.
+        """
+        return cls(tuple(Segment(whole(g), whole(s), whole(c), whole(i)) for g, s, c, i in rows))
 
     def size(self, widths: Sequence[int], sizes: Sequence[int]) -> int:
         """Indices that are left at these widths.
@@ -93,3 +110,14 @@ NOTHING = Volume()
 
 NO_AXIS = Axis(())
 """The axis of a row that has none."""
+
+
+def whole(value: object) -> int:
+    """A JSON number that is whole and of a size that anything here can have.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if type(value) is not int or abs(value) > MAX_SIZE:
+        raise ValueError(f"{str(value)[:40]!r} is not a whole number up to {MAX_SIZE}")
+    return value
