@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fedprune.architecture import Architecture
 from fedprune.blobs import BlobStore
@@ -37,7 +37,7 @@ from fedprune_server.reception import Reception
 from fedprune_server.roster import Roster
 from fedprune_server.storage import Storage
 from fedprune_server.table import Display, Lines, Snapshot
-from fedprune_server.uploads import Arrived, Uploads
+from fedprune_server.uploads import Arrived, Uploads, misfit, sent
 from fedprune_server.workshop import Executes, Workshop
 
 log = logging.getLogger("fedprune.server")
@@ -296,7 +296,7 @@ class Daemon:
                     self._workshop.order(command)
 
     def _offer(self, command: do.SendOffer, *, again: bool = False) -> None:
-        body: dict[str, Any] = dict(command.offer)
+        body = sent(command.offer)
         try:
             blobs = {k: BlobRef.from_dict(body[k]) for k in ("weights", "training", "inference")}
             body |= {**blobs, "widths": tuple(body["widths"])}
@@ -309,11 +309,8 @@ class Daemon:
 
     def _pull(self, command: do.PullUpdate) -> None:
         task = self.state.tasks.get(command.device)
-        expected = ((task.offer if task else None) or {}).get("weights", {}).get("size")
         ref = BlobRef.from_dict(command.weights)
-        # An update is as large as the weights that were offered, or it is no update: nothing of it is fetched.
-        if ref.size != expected:
-            reason = f"size of the update: expected {expected} bytes, got {ref.size}"
+        if reason := misfit(task.offer if task else None, ref):
             self._handle(on.UpdateRejected(command.device, command.round, command.attempt, reason))
             return
         self._post.ask(self._uploads.add(command.device, command.round, command.attempt, ref, self._monotonic()))

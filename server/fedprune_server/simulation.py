@@ -24,9 +24,11 @@ from fedprune.coordination import events as on
 from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
+from fedprune.wire.blob_ref import BlobRef
 from fedprune_export.imported import Model
 from fedprune_server.record import Record, record_of
 from fedprune_server.simulation_state import Item, SimulationState, Trained, fingerprint
+from fedprune_server.uploads import misfit
 from fedprune_server.virtual_device import BLOBS, Bench, VirtualDevice
 from fedprune_server.worker import Evaluation, Worker
 
@@ -173,22 +175,27 @@ class Simulation:
         )
 
     def _carry_out(self, command: do.Command) -> None:
-        now, run = self._run.clock, self._run
+        now = self._run.clock
         if isinstance(command, (do.Score, do.Extract, do.Fold, do.Close, do.Evaluate)):
             self._run.push(now, self._worker.execute(command))
         elif isinstance(command, do.SendOffer):
             self._offer(command, now)
         elif isinstance(command, do.PullUpdate):
-            size = int(command.weights["size"])
-            run.up += size
-            at = now + self._devices[command.device].upload_s(size)
-            stored = on.UpdateStored(command.device, command.round, command.attempt, command.weights["sha256"])
-            self._run.push(at, stored)
+            self._pull(command, now)
         elif isinstance(command, do.Cancel):
             self._run.forget(command.device, command.round)
         elif isinstance(command, do.Wake):
             self._run.push(command.at, on.Ticked())
         # An acknowledgement tells a virtual device nothing that it must act on, and the end is seen by the state.
+
+    def _pull(self, command: do.PullUpdate, now: float) -> None:
+        device, ref = command.device, BlobRef.from_dict(command.weights)
+        if reason := misfit(self.state.tasks[device].offer, ref):
+            self._run.push(now, on.UpdateRejected(device, command.round, command.attempt, reason))
+            return
+        self._run.up += ref.size
+        at = now + self._devices[device].upload_s(ref.size)
+        self._run.push(at, on.UpdateStored(device, command.round, command.attempt, ref.sha256))
 
     def _offer(self, command: do.SendOffer, now: float) -> None:
         name, run = command.device, self._run

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fedprune.blobs import BlobStore
 from fedprune.errors import ProtocolError
@@ -14,6 +16,10 @@ from fedprune.wire.transfer import Pull
 
 STALLED_S = 30.0
 """A pull that got nothing for so long gives its place to one that waits."""
+
+
+UPDATE_SIZE = "update_size"
+"""Entry of an offer that no device is sent: how many bytes the update has that answers it."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,22 @@ class Spoilt:
 
 Outcome = Arrived | Spoilt
 Wants = list[tuple[str, Want]]
+
+
+def sent(offer: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an offer the device gets."""
+    return {k: v for k, v in offer.items() if k != UPDATE_SIZE}
+
+
+def misfit(offer: Mapping[str, Any] | None, ref: BlobRef) -> str:
+    """What is wrong with the size of an update, if anything is.
+
+    An update is as large as the weights that were offered, less those that are frozen, or it is no update: nothing of
+    it is fetched.
+    """
+    offer = offer or {}
+    expected = offer.get(UPDATE_SIZE, offer.get("weights", {}).get("size"))
+    return "" if ref.size == expected else f"size of the update: expected {expected} bytes, got {ref.size}"
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedprune.architecture import Architecture
 from fedprune.blobs import BlobStore
-from fedprune.plan import predict
+from fedprune.prediction import predict
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
@@ -20,6 +20,7 @@ from fedprune.wire.messages import Offer
 from fedprune_device.assignment import MEASURED, LoadedTrainer, Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.slots import Slots
+from fedprune_server.uploads import sent
 
 BLOBS = ("weights", "training", "inference")
 """Entries of an offer that refer to blobs."""
@@ -101,7 +102,7 @@ class Bench:
                 the new model fails its check.
         """
         bench = Workbench(device.name, self._store, self._slots, device.data, self._trainer)
-        update = bench.make(Offer(_JOB, number, 0, **offer)).update
+        update = bench.make(Offer(_JOB, number, 0, **sent(offer))).update
         # Times and memory of this machine would make every run another one.
         metrics = {name: value for name, value in update.metrics.items() if name not in MEASURED}
         return Outcome(update.weights, update.samples, update.steps, metrics)

@@ -37,6 +37,7 @@ from fedprune_export.imported import Model
 from fedprune_export.inference import inference_model
 from fedprune_export.training import training_graph
 from fedprune_server.calibration import Calibration
+from fedprune_server.uploads import UPDATE_SIZE
 from fedprune_server.workshop import Work
 
 Evaluation = tuple[npt.NDArray[Any], npt.NDArray[Any]]
@@ -126,7 +127,8 @@ class Worker:
 
     def _extract(self, command: do.Extract) -> on.Extracted:
         selection = self._selection(command.ranking, command.widths)
-        weights = self.store.put(tensorfile.encode(selection.gather(self._global(command.model))))
+        tensors = selection.gather(self._global(command.model))
+        weights = self.store.put(tensorfile.encode(tensors))
         offer = {
             "seed": self.job.seed,
             "architecture": self.architecture.digest,
@@ -136,9 +138,17 @@ class Worker:
             "weights": weights.to_dict(),
             "training": self._training_graph(),
             "inference": self._inference_graph(command.widths),
-            "recipe": self.job.recipe.to_dict(),
+            "recipe": self.job.recipe.to_offer(),
+            UPDATE_SIZE: self._update_size(tensors),
         }
         return on.Extracted(command.round, command.device, command.attempt, offer)
+
+    def _update_size(self, tensors: Tensors) -> int:
+        """Bytes of the update that answers these weights: as many, without those that are frozen."""
+        sent = {n: v for n, v in tensors.items() if n not in self._frozen}
+        return len(tensorfile.header((n, "F32", v.shape) for n, v in sent.items())) + sum(
+            v.nbytes for v in sent.values()
+        )
 
     def _training_graph(self) -> dict[str, Any]:
         if self._training is None:

@@ -1,14 +1,26 @@
 """The simulator and real processes over a real broker give the same global model, bit for bit."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from fedprune import tensorfile
 from fedprune.blobs import BlobStore
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune_device.data import LocalData
 from fedprune_export.importing import import_onnx
+from fedprune_export.importing.torch_export import export_torch
 from fedprune_server.demo_fleet import BOARDS, fleet_job
 from fedprune_server.demo_run import DemoFolder, run_job
-from fedprune_server.digits import deal, digits_model
+from fedprune_server.digits import Federation, deal, digits_model, write_hand
+from fedprune_server.record import Record
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import VirtualDevice
 
@@ -17,20 +29,22 @@ pytestmark = pytest.mark.system
 SEED = 11
 
 
-@pytest.mark.parametrize("scorer", ["magnitude", "curvature"])
-def test_daemon_with_device_processes_and_simulator_give_the_same_models(tmp_path, scorer):
-    job = fleet_job(SEED, rounds=2)
-    job = replace(job, scorer=scorer, warmup_rounds=1, recipe=replace(job.recipe, epochs=1))
-    record = run_job("real", job, DemoFolder.prepare(tmp_path / "demo", SEED))
+def run_both(root: Path, job: Job, raw: bytes, data: Federation) -> tuple[Record, Simulation]:
+    """Run a job on the demo's boards in both ways, and compare what came of it."""
+    folder = DemoFolder.prepare(root / "demo", SEED)
+    folder.model.write_bytes(raw)
+    np.savez(folder.evaluation, x=data.x, y=data.y)
+    for board in BOARDS:
+        write_hand(folder.data(board.name), data.devices[board.name])
+    record = run_job("real", job, folder)
 
-    data = deal([b.name for b in BOARDS], seed=SEED)
     devices = [VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in BOARDS]
     simulation = Simulation(
         job,
-        import_onnx(digits_model(), "model"),
+        import_onnx(raw, "model"),
         devices,
         (data.x, data.y),
-        BlobStore(tmp_path / "blobs", durable=False),
+        BlobStore(root / "blobs", durable=False),
         calibration=data.calibration,
     )
     simulation.run()
@@ -38,5 +52,62 @@ def test_daemon_with_device_processes_and_simulator_give_the_same_models(tmp_pat
     virtual = simulation.record("virtual")
     assert [r.model for r in record.rounds] == [r.model for r in virtual.rounds]
     assert [r.local for r in record.rounds] == [r.local for r in virtual.rounds]
-    assert record.devices == virtual.devices
+    # What was measured beside what was predicted tells of the machine.
+    assert [replace(d, compared={}) for d in record.devices] == [replace(d, compared={}) for d in virtual.devices]
     assert record.channels == virtual.channels
+    return record, simulation
+
+
+@pytest.mark.parametrize("scorer", ["magnitude", "curvature"])
+def test_daemon_with_device_processes_and_simulator_give_the_same_models(tmp_path, scorer):
+    job = fleet_job(SEED, rounds=2)
+    job = replace(job, scorer=scorer, warmup_rounds=1, recipe=replace(job.recipe, epochs=1))
+    run_both(tmp_path, job, digits_model(), deal([b.name for b in BOARDS], seed=SEED))
+
+
+def frozen_by_its_author() -> bytes:
+    torch.manual_seed(SEED)
+    layers = [nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 40), nn.ReLU()]
+    module = nn.Sequential(*layers, nn.Linear(40, 10))
+    module[0].requires_grad_(False)
+    module[4].bias.requires_grad_(False)
+    return export_torch(module, input_shape=(1, 8, 8))
+
+
+def numbers(data: Federation) -> Federation:
+    """The same images; their labels are two of their own rows."""
+
+    def of(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return x.reshape(len(x), 8, 8)[:, 1:6:4, 1:6].reshape(len(x), 10)
+
+    hands = {name: LocalData(d.x_train, of(d.x_train), d.x_test, of(d.x_test)) for name, d in data.devices.items()}
+    return Federation(data.x, of(data.x), data.calibration, hands)
+
+
+@pytest.mark.parametrize(
+    ("make", "recipe", "of", "still"),
+    [
+        (digits_model, {"frozen": ["conv1.*", "*.bias"]}, lambda d: d, {"conv1.weight", "fc.bias"}),
+        (digits_model, {"loss": "mse", "frozen": ["conv2.*"]}, numbers, {"conv2.weight"}),
+        (digits_model, {"loss": "huber"}, numbers, set()),
+        (frozen_by_its_author, {}, lambda d: d, {"0.weight", "0.bias", "4.bias"}),
+    ],
+    ids=["recipe", "regression-recipe", "regression", "torch"],
+)
+def test_frozen_tensors_and_numbers_give_the_same_models(
+    tmp_path: Path,
+    make: Callable[[], bytes],
+    recipe: dict[str, Any],
+    of: Callable[[Federation], Federation],
+    still: set[str],
+) -> None:
+    raw = make()
+    job = replace(fleet_job(SEED, rounds=2), recipe=Recipe(epochs=1, batch_size=32, lr=0.03, momentum=0.9, **recipe))
+    record, simulation = run_both(tmp_path, job, raw, of(deal([b.name for b in BOARDS], seed=SEED)))
+    assert len({r.model for r in record.rounds}) == 2
+    begun = import_onnx(raw, "model").tensors
+    ended = tensorfile.decode(simulation.store.read(record.rounds[-1].model))
+    kept = {n for n in begun if ended[n].tobytes() == begun[n].tobytes()}
+    assert still <= kept < set(begun)
+    moved = [n for n in begun if n.endswith("weight") and n not in still]
+    assert not kept.intersection(moved)
