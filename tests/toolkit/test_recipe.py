@@ -100,6 +100,13 @@ def test_counts_are_whole(name: str) -> None:
         Recipe.from_dict({name: 1.5})
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("nan"), float("inf"), "1", None, True])
+@pytest.mark.parametrize("name", ["epochs", "lr", "beta1", "epsilon"])
+def test_what_is_no_number_of_its_range_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"recipe: {name}: expected a"):
+        Recipe.from_dict({name: value})
+
+
 @pytest.mark.parametrize("name", ["logit_adjustment", "mask_absent_classes", "balance_classes"])
 def test_switches_are_true_or_false(name: str) -> None:
     with pytest.raises(ConfigError, match="true or false"):
@@ -124,6 +131,7 @@ def test_a_recipe_of_an_older_form_reads() -> None:
     [
         {"loss": "hinge"},
         {"loss": None},
+        {"loss": 10**400},
         {"optimizer": ["sgd"]},
         {"frozen": "conv1.*"},
         {"frozen": [""]},

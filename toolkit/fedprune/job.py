@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
 from fedprune.aggregation import Rule
-from fedprune.errors import ConfigError, ProtocolError
+from fedprune.errors import ConfigError, ProtocolError, shown
 from fedprune.recipe import Recipe
 from fedprune.scoring import SCORERS
 from fedprune.wire.topics import check_job
@@ -68,16 +67,11 @@ class Job:
         for name, (low, high) in whole.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ConfigError(f"job: {name}", expected=f"a whole number from {low} to {high}", got=repr(value))
+                raise ConfigError(f"job: {name}", expected=f"a whole number from {low} to {high}", got=shown(value))
         for name, (least, most) in real.items():
             value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not math.isfinite(value)
-                or not least <= value <= most
-            ):
-                raise ConfigError(f"job: {name}", expected=f"a number from {least} to {most}", got=repr(value))
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+                raise ConfigError(f"job: {name}", expected=f"a number from {least} to {most}", got=shown(value))
         if self.participation == 0 or self.deadline_s == 0:
             raise ConfigError("job: participation and deadline_s", expected="above 0")
         try:
@@ -86,7 +80,7 @@ class Job:
             raise ConfigError("job: name", expected=error.expected, got=error.got) from error
         for name, allowed in (("scorer", SCORERS), ("rule", RULES)):
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"job: {name}", expected=" or ".join(allowed), got=repr(getattr(self, name)))
+                raise ConfigError(f"job: {name}", expected=" or ".join(allowed), got=shown(getattr(self, name)))
         if self.scorer == "curvature" and self.recipe.optimizer != "sgd":
             raise ConfigError(
                 "job: scorer 'curvature' learns gradients from how far devices' SGD moves",

@@ -7,12 +7,11 @@ that is fed at run time and never needs a new graph.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fedprune.errors import ConfigError
+from fedprune.errors import ConfigError, shown
 
 LOSSES = ("cross_entropy", "bce", "mse", "huber")
 REGRESSIONS = ("mse", "huber")
@@ -174,7 +173,6 @@ class Recipe:
             if (
                 isinstance(value, bool)
                 or not isinstance(value, int if whole else (int, float))
-                or not math.isfinite(value)
                 or not low <= value <= high
                 or (share and value == high)  # the buffer would never forget
             ):
@@ -182,11 +180,11 @@ class Recipe:
                 raise ConfigError(
                     f"recipe: {name}",
                     expected=f"{'a whole number' if whole else 'a number'} from {low} to {below}{high}",
-                    got=repr(value),
+                    got=shown(value),
                 )
         for name, allowed in (("loss", LOSSES), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"recipe: {name}", expected=" or ".join(allowed), got=repr(getattr(self, name)))
+                raise ConfigError(f"recipe: {name}", expected=" or ".join(allowed), got=shown(getattr(self, name)))
         for name in ("frozen", "trainable"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         object.__setattr__(self, "ordered_dropout", _densities(self.ordered_dropout))
