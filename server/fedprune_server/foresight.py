@@ -10,7 +10,7 @@ from fedprune.coordination import State
 from fedprune.coordination.state import Device
 from fedprune.errors import FedpruneError
 from fedprune.job import Job
-from fedprune.plan import predict
+from fedprune.prediction import predict
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 

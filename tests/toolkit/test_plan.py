@@ -25,8 +25,8 @@ from fedprune.architecture import (
 )
 from fedprune.errors import ExitCode, PlanError
 from fedprune.ladder import rungs
-from fedprune.plan import DENSITIES, NOTHING, Limit, Plan, plan, predict, train_rate, training_memory
-from fedprune.prediction import Correction, bandwidth, latency_table
+from fedprune.plan import DENSITIES, NOTHING, Limit, Plan, plan
+from fedprune.prediction import Correction, bandwidth, latency_table, predict, train_rate, training_memory
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe

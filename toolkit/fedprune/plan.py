@@ -18,26 +18,11 @@ from fedprune.prediction import (
     bandwidth,
     latency_table,
     predict,
-    train_rate,
     training_memory,
 )
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
-
-__all__ = [
-    "DENSITIES",
-    "LIMITS",
-    "NOTHING",
-    "Correction",
-    "Limit",
-    "Plan",
-    "Prediction",
-    "plan",
-    "predict",
-    "train_rate",
-    "training_memory",
-]
 
 DENSITIES: tuple[float, ...] = tuple(k / 64 for k in range(64, 3, -1))
 """Candidates, widest first: from the whole model down to a sixteenth of every group."""

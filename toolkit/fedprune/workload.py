@@ -321,13 +321,3 @@ def _kind(layer: Layer) -> str:
     if op in _COPIES:
         return "copy"
     return "cheap" if op in _CHEAP else "dear"
-
-
-def kinds_of(architecture: Architecture, *, training: bool) -> dict[str, int]:
-    """How many kernels of each kind a model has, for people."""
-    found: dict[str, int] = {}
-    for i, layer in enumerate(architecture.layers):
-        number = _INDEX[_training_kind(layer)] if training else _inference_kind(architecture.layers, i)
-        if number >= 0:
-            found[KINDS[number]] = found.get(KINDS[number], 0) + 1
-    return found
