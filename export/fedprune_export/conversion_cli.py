@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedprune import tensorfile
-from fedprune.bundle import Bundle, open_bundle
+from fedprune.bundle import FILES, MANIFEST, Bundle, open_bundle
 from fedprune.cli import whole_number
 from fedprune.disk import write_whole
 from fedprune.errors import ExitCode, UsageError
@@ -62,6 +62,7 @@ def to_onnx(arguments: argparse.Namespace) -> int:
     """
     from fedprune_export import conversion
 
+    _check_out(arguments)
     source = _source(arguments)
     if isinstance(source, Bundle):
         raw = conversion.bundle_onnx(source, arguments.opset)
@@ -81,6 +82,7 @@ def to_torch(arguments: argparse.Namespace) -> int:
     from fedprune_export import conversion
     from fedprune_export.bundle_graph import inference_graph
 
+    _check_out(arguments)
     source = _source(arguments)
     if isinstance(source, Bundle):
         into = None if arguments.into is None else read_model(arguments, arguments.into, source.architecture.name)
@@ -93,6 +95,24 @@ def to_torch(arguments: argparse.Namespace) -> int:
     size = conversion.write_state_dict(arguments.out, state)
     print(f"{arguments.out}: {len(state)} tensors, {size:,} bytes")
     return int(ExitCode.OK)
+
+
+def _check_out(arguments: argparse.Namespace) -> None:
+    """Refuse to write over what is read.
+
+    Raises:
+        UsageError: The result would take the place of a file that it is made from.
+    """
+    if not arguments.out.exists():
+        return
+    for read in (arguments.source, arguments.weights, getattr(arguments, "into", None)):
+        if read is not None and any(p.exists() and arguments.out.samefile(p) for p in _files(Path(read))):
+            raise UsageError(f"{arguments.out} is read and would be written over", hint="Give the result another name.")
+
+
+def _files(source: Path) -> list[Path]:
+    """A file, or the files of a bundle."""
+    return [source / name for name in (*FILES, MANIFEST)] if source.is_dir() else [source]
 
 
 def _source(arguments: argparse.Namespace) -> Bundle | Model:

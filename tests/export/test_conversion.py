@@ -263,3 +263,25 @@ def test_tied_tensors_have_all_their_names(tmp_path: Path) -> None:
         Tied().load_state_dict(state, strict=True)
         for key, value in module.state_dict().items():
             assert torch.equal(state[key], value)
+
+
+def test_nothing_that_is_read_is_written_over(
+    digits: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, link = tmp_path / "digits.onnx", tmp_path / "link.onnx"
+    model.write_bytes(digits.read_bytes())
+    link.symlink_to(model)
+    weights = tmp_path / "global.safetensors"
+    weights.write_bytes(tensorfile.encode(import_onnx(digits.read_bytes(), "digits").tensors))
+    before = {p: p.read_bytes() for p in (model, weights, bundle / "inference.onnx", bundle / "weights.safetensors")}
+
+    for words in (
+        ("to-onnx", str(model), str(model)),
+        ("to-onnx", str(model), str(link)),
+        ("to-torch", str(model), str(weights), "--weights", str(weights)),
+        ("to-onnx", str(bundle), str(bundle / "inference.onnx")),
+        ("to-torch", str(bundle), str(bundle / "weights.safetensors")),
+    ):
+        assert main(list(words)) == ExitCode.USAGE
+        assert "is read and would be written over" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in before} == before
