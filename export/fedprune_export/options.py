@@ -21,6 +21,9 @@ MODEL_HELP = "model.onnx, package.module:factory of a torch module, or timm:NAME
 PREFERENCES = ("coarse", "fine")
 
 _LOSS_OF = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
+_LISTS = ("frozen", "trainable", "ordered_dropout")
+"""Settings of a recipe that are lists."""
+
 _LABELS_OF = {"cross_entropy": "classes", "bce": "multi", "mse": "values", "huber": "values"}
 
 
@@ -64,7 +67,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=_setting,
         metavar="KEY=VALUE",
-        help="any other setting of the recipe, such as lr=0.01; repeatable",
+        help="any other setting of the recipe, such as lr=0.01 or ordered_dropout=0.25,0.5; repeatable",
     )
 
 
@@ -144,8 +147,15 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
             body[key] = getattr(arguments, key)
     if arguments.freeze:
         body["frozen"] = arguments.freeze
-    body.update(arguments.set)
+    body.update({key: _listed(value) if key in _LISTS else value for key, value in arguments.set})
     return _checked(body, arguments.recipe)
+
+
+def _listed(value: Any) -> Any:
+    """A setting that is a list, also where it was given as one entry or as several between commas."""
+    if isinstance(value, str):
+        return [_value(entry.strip()) for entry in value.split(",")]
+    return value if isinstance(value, list) else [value]
 
 
 def _checked(body: dict[str, Any], path: Path | None) -> Recipe:
@@ -235,7 +245,12 @@ def _setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, such as lr=0.01, got {text!r}")
+    return key, _value(value)
+
+
+def _value(text: str) -> Any:
+    """JSON, or else the text itself."""
     try:
-        return key, json.loads(value)
+        return json.loads(text)
     except ValueError:
-        return key, value
+        return text

@@ -48,6 +48,10 @@ def test_without_flags_the_recipe_is_the_default() -> None:
         (("--labels", "values", "--loss", "huber"), Recipe(loss="huber")),
         (("--freeze", "a.*", "--freeze", "*.bias"), Recipe(frozen=("a.*", "*.bias"))),
         (("--set", "lr=0.5", "--set", "optimizer=adam"), Recipe(lr=0.5, optimizer="adam")),
+        (("--set", "ordered_dropout=0.25,0.5"), Recipe(ordered_dropout=(0.25, 0.5))),
+        (("--set", "ordered_dropout=0.5"), Recipe(ordered_dropout=(0.5,))),
+        (("--set", "frozen=conv1.weight", "--loss", "mse"), Recipe(frozen=("conv1.weight",), loss="mse")),
+        (("--set", "frozen=conv[12].*, bn1.bias"), Recipe(frozen=("conv[12].*", "bn1.bias"))),
         (
             ("--set", "logit_adjustment=true", "--set", 'trainable=["fc.*"]'),
             Recipe(logit_adjustment=True, trainable=("fc.*",)),
