@@ -17,7 +17,7 @@ COMMANDS = {
     "bench": ("bench_cli", "time a bundle on this machine"),
     "to-onnx": ("conversion_cli", "a bundle or model as one ONNX file"),
     "to-torch": ("conversion_cli", "a bundle's weights as a torch state dict"),
-    "profiles": ("profiles_cli", "list, show and check hardware profiles"),
+    "profiles": ("profiles_cli", "list, show, check and identify hardware profiles"),
 }
 """Commands beside the export, by the first word of the command line: their module and what they do."""
 

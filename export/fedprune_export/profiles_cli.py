@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,28 @@ def register(subparsers: Any) -> None:
 
 
 def list_profiles(arguments: argparse.Namespace) -> int:
-    """Print all profiles.
+    """Print all profiles, the sound ones before the first error is raised.
 
     Raises:
-        ProfileError: One of them doesn't make sense.
+        ProfileError: What is wrong with the others, each named.
     """
-    profiles = [profile_store.find(n, arguments.folder) for n in profile_store.names(arguments.folder)]
+    profiles: list[HardwareProfile] = []
+    bad: list[ProfileError] = []
+    names = profile_store.names(arguments.folder)
+    for name in names:
+        try:
+            profiles.append(profile_store.find(name, arguments.folder))
+        except ProfileError as error:  # noqa: PERF203
+            bad.append(error)
     if arguments.json:
         _print_json([p.to_dict() for p in profiles])
-        return 0
+    else:
+        _print_profiles(profiles)
+    _raise(bad, len(names))
+    return 0
+
+
+def _print_profiles(profiles: Sequence[HardwareProfile]) -> None:
     rows = [
         (
             p.name,
@@ -80,7 +94,13 @@ def list_profiles(arguments: argparse.Namespace) -> int:
         for p in profiles
     ]
     print_table(("name", "board", "cores", "memory", "for training", "trains at", "per round"), rows)
-    return 0
+
+
+def _raise(bad: Sequence[ProfileError], of: int) -> None:
+    if len(bad) == 1:
+        raise bad[0]
+    if bad:
+        raise ProfileError(f"{len(bad)} of {of} profiles are not sound: " + "; ".join(map(str, bad)))
 
 
 def show_profile(arguments: argparse.Namespace) -> int:
@@ -123,12 +143,7 @@ def check_profiles(arguments: argparse.Namespace) -> int:
     else:
         for path, profile in good:
             print(f"{path}: ok ({profile.name}, {len(profile.sources)} figures with sources)")
-    if len(bad) == 1:
-        raise bad[0][1]
-    if bad:
-        raise ProfileError(
-            f"{len(bad)} of {len(arguments.files)} profiles are not sound: " + "; ".join(str(e) for _, e in bad)
-        )
+    _raise([e for _, e in bad], len(arguments.files))
     return 0
 
 

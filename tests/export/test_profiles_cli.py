@@ -41,6 +41,21 @@ def test_the_list_takes_own_folders(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "\nmine\t" in capsys.readouterr().out
 
 
+def test_a_bad_file_keeps_no_other_profile_from_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (profile_store.shipped_folder() / "raspberry-pi-5.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text.replace('name = "raspberry-pi-5"', 'name = "mine"'))
+    (tmp_path / "bad.toml").write_text(text.replace("cores = 4", "cores = -4"))
+    with pytest.raises(ProfileError, match=r"bad\.toml: cpu\.cores"):
+        run("list", "--folder", str(tmp_path))
+    rows = [row.split("\t")[0] for row in capsys.readouterr().out.splitlines()]
+    assert rows == ["name", *sorted([*profile_store.shipped(), "mine"])]
+
+    (tmp_path / "worse.toml").write_text("name = 1")
+    with pytest.raises(ProfileError, match=r"^2 of \d+ profiles are not sound: .*bad\.toml.*worse\.toml"):
+        run("list", "--json", "--folder", str(tmp_path))
+    assert len(json.loads(capsys.readouterr().out)) == len(rows) - 1
+
+
 def test_a_folder_that_is_not_there_ends_with_the_code_of_profiles(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="nosuch") as caught:
         run("list", "--folder", str(tmp_path / "nosuch"))
