@@ -55,6 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PROFILE",
         help="hardware profile: a name or a TOML file; several, repeated or with commas, give a folder each",
     )
+    parser.add_argument(
+        "--profiles",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder of own profiles that --target takes by name (can be repeated)",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the bundle's folder, or the bundles'")
     parser.add_argument("--density", type=density, default=None, help="kept share of all channels, or auto (default)")
     parser.add_argument("--scorer", default="magnitude", choices=_SCORERS, help="how channels are ranked")
@@ -181,7 +189,7 @@ class _Job:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.profiles = [profile_store.chosen(name) for name in targets(arguments.target)]
+        self.profiles = [profile_store.chosen(name, arguments.profiles) for name in targets(arguments.target)]
         self.recipe: Recipe = read_recipe(arguments)
         self.probe: ProbeReport | None = read_probe(arguments)
         if self.probe is not None and len(self.profiles) > 1:

@@ -101,6 +101,17 @@ def test_where_no_target_fits_no_table_and_no_folder_is_promised(
     assert not (tmp_path / "out").exists()
 
 
+def test_own_profiles_are_taken_by_name(digits: Path, tmp_path: Path) -> None:
+    shipped = (profile_store.shipped_folder() / "raspberry-pi-5.toml").read_text()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "field.toml").write_text(shipped.replace('name = "raspberry-pi-5"', 'name = "field"'))
+    words = [str(digits), "--target", "field", "--out", str(tmp_path / "out")]
+
+    assert main(words) == ExitCode.PROFILE
+    assert main([*words, "--profiles", str(tmp_path / "mine")]) == ExitCode.OK
+    assert open_bundle(tmp_path / "out").target == "field"
+
+
 def test_an_export_repeats_the_advice_for_a_second_tier_board(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
