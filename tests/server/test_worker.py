@@ -221,6 +221,7 @@ def test_boards_of_equal_width_share_their_graphs(model: Model, tmp_path: Path) 
     assert offers[0]["inference"] == offers[1]["inference"] != offers[2]["inference"]
     assert len({o["training"]["sha256"] for o in offers}) == 1
     assert {o["training"]["sha256"] for o in offers} <= w.graphs()
+    assert "loss" not in offers[0]["recipe"]  # which boards of the first version would refuse
 
 
 def test_curvature_starts_with_random_nested_ranks_and_then_judges(
