@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
-if TYPE_CHECKING:  # the graph writes itself by these rules, so they can't import it
-    from fedprune_export.graph import Graph, Node
+from fedprune_export.drafts import Draft, Node
+
+_Draft = TypeVar("_Draft", bound=Draft)
 
 GELU_CUBE = 0.044715
 """The factor of the cube in the tanh form of Gelu."""
@@ -24,7 +25,7 @@ COMPOSITES = frozenset(NATIVE) - {"LayerNormalization"}
 """Those that opset 17 lacks."""
 
 
-def expanded(graph: Graph, opset: int) -> Graph:
+def expanded(graph: _Draft, opset: int) -> _Draft:
     """The graph without operators that `opset` lacks; names of values stay. The same object if nothing changes."""
     lacking = {op for op, since in NATIVE.items() if opset < since}
     if not any(n.op in lacking and not n.domain for n in graph.nodes):
@@ -39,7 +40,7 @@ def expanded(graph: Graph, opset: int) -> Graph:
     return out
 
 
-def _gelu(out: Graph, node: Node) -> None:
+def _gelu(out: Draft, node: Node) -> None:
     """x / 2 * (1 + erf(x / sqrt 2)), in the order that onnxruntime fuses; or its approximation by tanh."""
     x = node.inputs[0]
     if node.attrs.get("approximate", "none") == "tanh":
@@ -52,12 +53,12 @@ def _gelu(out: Graph, node: Node) -> None:
     out.emit("Mul", product, out.scalar(0.5), out=node.outputs[0])
 
 
-def _mish(out: Graph, node: Node) -> None:
+def _mish(out: Draft, node: Node) -> None:
     x = node.inputs[0]
     out.emit("Mul", x, out.emit("Tanh", out.emit("Softplus", x)), out=node.outputs[0])
 
 
-def _group_norm(out: Graph, node: Node) -> None:
+def _group_norm(out: Draft, node: Node) -> None:
     """An instance norm of [batch, groups, rest], then scale and bias on [batch, channels, rest]."""
     x, scale, bias = node.inputs
     groups = int(node.attrs["num_groups"])
@@ -71,7 +72,7 @@ def _group_norm(out: Graph, node: Node) -> None:
     out.emit("Reshape", value, out.emit("Shape", x), out=node.outputs[0])
 
 
-def _rms_norm(out: Graph, node: Node) -> None:
+def _rms_norm(out: Draft, node: Node) -> None:
     """x / sqrt(mean x^2 + epsilon) * scale, with means over the axes from `axis` on."""
     x, scale = node.inputs
     axes, value, back = _trailing(out, node)
@@ -82,7 +83,7 @@ def _rms_norm(out: Graph, node: Node) -> None:
     out.emit("Mul", normal, scale, out=node.outputs[0])
 
 
-def _layer_norm(out: Graph, node: Node) -> None:
+def _layer_norm(out: Draft, node: Node) -> None:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias; mean and 1 / deviation too where something reads them."""
     x, scale, *bias = (i for i in node.inputs if i)
     further = [*node.outputs[1:], "", ""][:2]
@@ -101,7 +102,7 @@ def _layer_norm(out: Graph, node: Node) -> None:
         out.emit("Mul", normal, scale, out=node.outputs[0])
 
 
-def _trailing(out: Graph, node: Node) -> tuple[dict[str, object], str, bool]:
+def _trailing(out: Draft, node: Node) -> tuple[dict[str, object], str, bool]:
     """Axes from `axis` on as attributes of a reduction, what to reduce, and whether that has another shape than x.
 
     Axes that are counted from the front can't be listed without the rank: their value is seen as a matrix.
@@ -112,11 +113,11 @@ def _trailing(out: Graph, node: Node) -> tuple[dict[str, object], str, bool]:
     return {"axes": [-1], "keepdims": 1}, out.emit("Flatten", node.inputs[0], attrs={"axis": axis}), True
 
 
-def _root(out: Graph, mean_square: str, node: Node) -> str:
+def _root(out: Draft, mean_square: str, node: Node) -> str:
     return out.emit("Sqrt", out.emit("Add", mean_square, out.scalar(float(node.attrs.get("epsilon", 1e-5)))))
 
 
-_RULES: dict[str, Callable[[Graph, Node], None]] = {
+_RULES: dict[str, Callable[[Draft, Node], None]] = {
     "Gelu": _gelu,
     "Mish": _mish,
     "GroupNormalization": _group_norm,

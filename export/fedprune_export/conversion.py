@@ -19,11 +19,11 @@ from fedprune.bundle import WEIGHTS, Bundle
 from fedprune.disk import write_whole
 from fedprune.errors import BundleError, MissingExtraError, UsageError
 from fedprune_export.bundle_graph import check_origin, inference_graph
+from fedprune_export.drafts import NORMAL_OPSET
 from fedprune_export.graph import Graph
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
 from fedprune_export.importing.metadata import PARAMETERS_KEY, tied
-from fedprune_export.target_opset import NORMAL_OPSET
 
 Array = npt.NDArray[Any]
 

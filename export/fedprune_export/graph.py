@@ -1,7 +1,6 @@
-"""An ONNX graph as plain Python: what every pass of the compiler reads and writes.
+"""An ONNX graph as plain Python: what every pass of the compiler reads and writes, read from files and written to them.
 
-Values are known by name. Weights are *initialisers*; constants are initialisers too, and which of them are weights is
-the importer's knowledge (`imported.Model`), not the graph's.
+What a graph holds is a `drafts.Draft`; this adds the file.
 """
 
 from __future__ import annotations
@@ -9,19 +8,17 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
 from fedprune.errors import ModelError, shown
-from fedprune_export.target_opset import NORMAL_OPSET, at_opset
+from fedprune_export.drafts import NORMAL_OPSET, Array, Dim, Draft, Node, Port
+from fedprune_export.target_opset import at_opset
 
-Array = npt.NDArray[Any]
-Dim = int | str | None
+__all__ = ["TRAINING_OPSET", "Array", "Dim", "Graph", "Node", "Port", "check_name", "read_tensor"]
 
 TRAINING_OPSET = NORMAL_OPSET
 """The opset of graphs that train; every onnxruntime that fedprune supports loads it."""
@@ -31,136 +28,9 @@ _TYPES = frozenset(helper.get_all_tensor_dtypes())
 _UNPRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Kinds of characters that names don't hold: controls, marks of direction, halves of characters, line ends."""
 
-_IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 
-
-@dataclass
-class Node:
-    """One operator. Attributes are Python values: int, float, str, lists of these, or numpy arrays for tensors."""
-
-    op: str
-    inputs: list[str]
-    outputs: list[str]
-    attrs: dict[str, Any] = field(default_factory=dict)
-    name: str = ""
-    domain: str = ""
-
-    def read_inside(self) -> set[str]:
-        """Names that the node's sub-graph reads, its own and those of the graph around it."""
-        bodies = [v for v in self.attrs.values() if isinstance(v, onnx.GraphProto)]
-        return {i for body in bodies for node in body.node for i in node.input}
-
-    def to_proto(self) -> onnx.NodeProto:
-        """As a node of an ONNX graph."""
-        proto = helper.make_node(self.op, self.inputs, self.outputs, self.name or None, domain=self.domain)
-        proto.attribute.extend(_attribute_proto(k, v) for k, v in sorted(self.attrs.items()))
-        return proto
-
-
-@dataclass
-class Port:
-    """An input or output of a graph: name, numpy type and shape (a name or None for a free dimension)."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[Dim, ...]
-
-
-@dataclass
-class Graph:
-    """Nodes in topological order with their inputs, outputs and constants; `metadata` is text by keys `fedprune.*`."""
-
-    inputs: list[Port] = field(default_factory=list)
-    outputs: list[Port] = field(default_factory=list)
-    nodes: list[Node] = field(default_factory=list)
-    initializers: dict[str, Array] = field(default_factory=dict)
-    opset: int = TRAINING_OPSET
-    name: str = "fedprune"
-    metadata: dict[str, str] = field(default_factory=dict)
-    _counter: int = field(default=0, repr=False)
-    _constants: dict[tuple[Any, ...], str] = field(default_factory=dict, repr=False)
-
-    def fresh(self, stem: str) -> str:
-        """A value name that nothing else in this graph has."""
-        self._counter += 1
-        return f"{stem}~{self._counter}"
-
-    def emit(
-        self,
-        op: str,
-        *inputs: str,
-        attrs: Mapping[str, Any] | None = None,
-        out: str | None = None,
-        domain: str = "",
-    ) -> str:
-        """Append a node with one output and return the output's name."""
-        output = out or self.fresh(op)
-        self.nodes.append(Node(op, list(inputs), [output], dict(attrs or {}), output, domain))
-        return output
-
-    def emit_many(self, op: str, *inputs: str, outputs: int, attrs: Mapping[str, Any] | None = None) -> list[str]:
-        """Append a node with several outputs and return their names."""
-        names = [self.fresh(op) for _ in range(outputs)]
-        self.nodes.append(Node(op, list(inputs), list(names), dict(attrs or {}), names[0]))
-        return names
-
-    def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike) -> str:
-        """The name of a constant with this value; equal constants share one."""
-        array = np.array(value, dtype=dtype, order="C")
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self._constants:
-            name = self.fresh("const")
-            self.initializers[name] = array
-            self._constants[key] = name
-        return self._constants[key]
-
-    def ints(self, *values: int) -> str:
-        """A constant vector of int64."""
-        return self.constant(list(values), np.int64)
-
-    def scalar(self, value: float) -> str:
-        """A constant float32 of shape []."""
-        return self.constant(value, np.float32)
-
-    def producers(self) -> dict[str, Node]:
-        """Which node makes each value."""
-        return {o: n for n in self.nodes for o in n.outputs if o}
-
-    def consumers(self) -> dict[str, list[tuple[Node, int]]]:
-        """Which nodes read each value, and at which input."""
-        out: dict[str, list[tuple[Node, int]]] = {}
-        for node in self.nodes:
-            for i, name in enumerate(node.inputs):
-                if name:
-                    out.setdefault(name, []).append((node, i))
-        return out
-
-    def prune(self) -> None:
-        """Drop nodes and initialisers that no output needs."""
-        needed = {p.name for p in self.outputs}
-        kept: list[Node] = []
-        for node in reversed(self.nodes):
-            if needed.intersection(o for o in node.outputs if o):
-                needed.update(i for i in node.inputs if i)
-                needed.update(node.read_inside())
-                kept.append(node)
-        self.nodes = kept[::-1]
-        self.initializers = {k: v for k, v in self.initializers.items() if k in needed}
-        self._constants = {k: v for k, v in self._constants.items() if v in self.initializers}
-
-    def copy(self) -> Graph:
-        """A copy whose nodes and lists can be changed; arrays are shared."""
-        return Graph(
-            [Port(p.name, p.dtype, p.shape) for p in self.inputs],
-            [Port(p.name, p.dtype, p.shape) for p in self.outputs],
-            [Node(n.op, list(n.inputs), list(n.outputs), dict(n.attrs), n.name, n.domain) for n in self.nodes],
-            dict(self.initializers),
-            self.opset,
-            self.name,
-            dict(self.metadata),
-            self._counter,
-            dict(self._constants),
-        )
+class Graph(Draft):
+    """A graph that files are read into and written from, at any opset."""
 
     def to_proto(self, *, opset: int | None = None) -> onnx.ModelProto:
         """As an ONNX model.
@@ -172,31 +42,10 @@ class Graph:
             ModelError: An operator has no form in that opset.
         """
         if self.opset == NORMAL_OPSET:
-            return at_opset(self, NORMAL_OPSET if opset is None else opset)._proto()
+            return at_opset(self, NORMAL_OPSET if opset is None else opset).as_held()
         if opset not in (None, self.opset):
             raise ModelError("only normalised graphs can be written at another opset", expected=self.opset, got=opset)
-        return self._proto()
-
-    def _proto(self) -> onnx.ModelProto:
-        domains = sorted({n.domain for n in self.nodes if n.domain})
-        graph = helper.make_graph(
-            [n.to_proto() for n in self.nodes],
-            self.name,
-            [_port_proto(p) for p in self.inputs],
-            [_port_proto(p) for p in self.outputs],
-            [numpy_helper.from_array(v, k) for k, v in self.initializers.items()],
-        )
-        model = helper.make_model(
-            graph,
-            opset_imports=[
-                helper.make_opsetid("", self.opset),
-                *(helper.make_opsetid(d, 1) for d in domains),
-            ],
-            ir_version=_IR_VERSIONS.get(self.opset, 8),
-            producer_name="fedprune",
-        )
-        helper.set_model_props(model, dict(sorted(self.metadata.items())))
-        return model
+        return self.as_held()
 
     def to_bytes(self, *, opset: int | None = None) -> bytes:
         """As the bytes of an ONNX file; the same graph gives the same bytes. See `to_proto`."""
@@ -330,14 +179,3 @@ def _port(value: onnx.ValueInfoProto) -> Port:
         )
     dims: list[Dim] = [d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim]
     return Port(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)), tuple(dims))
-
-
-def _port_proto(port: Port) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(port.name, helper.np_dtype_to_tensor_dtype(port.dtype), list(port.shape))
-
-
-def _attribute_proto(name: str, value: Any) -> onnx.AttributeProto:
-    if isinstance(value, np.ndarray):
-        value = numpy_helper.from_array(value)
-    kind = onnx.AttributeProto.INTS if isinstance(value, list) and not value else None
-    return helper.make_attribute(name, value, attr_type=kind)

@@ -6,18 +6,13 @@ To support a further form, add a rule to `_LATER` or `_EARLIER`: a function that
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import onnx
 
 from fedprune.errors import ModelError
 from fedprune_export.composites import expanded
-
-if TYPE_CHECKING:  # the graph writes itself by these rules, so they can't import it
-    from fedprune_export.graph import Graph, Node
-
-NORMAL_OPSET = 17
-"""The opset whose operators the normalised graph is made of."""
+from fedprune_export.drafts import NORMAL_OPSET, Draft, Node
 
 OPSETS = range(13, 24)
 """Opsets that can be written."""
@@ -40,10 +35,11 @@ REDUCTIONS = frozenset(
 _MODES = {"bilinear": "linear", "bicubic": "cubic"}
 """Names that GridSample gives its modes from opset 20 on."""
 
-_Rule = Callable[["Graph", "Node"], None]
+_Rule = Callable[[Draft, Node], None]
+_Draft = TypeVar("_Draft", bound=Draft)
 
 
-def at_opset(graph: Graph, opset: int) -> Graph:
+def at_opset(graph: _Draft, opset: int) -> _Draft:
     """A normalised graph in the forms of an opset; values keep their names. It is the same object if nothing changes.
 
     Raises:
@@ -95,7 +91,7 @@ def check_form(node: Node, opset: int) -> None:
         )
 
 
-def _reduction(out: Graph, node: Node) -> None:
+def _reduction(out: Draft, node: Node) -> None:
     """Axes as an input."""
     axes = node.attrs.pop("axes", None)
     if axes is not None:
@@ -103,20 +99,20 @@ def _reduction(out: Graph, node: Node) -> None:
     out.nodes.append(node)
 
 
-def _split(out: Graph, node: Node) -> None:
+def _split(out: Draft, node: Node) -> None:
     """Equal parts need their number."""
     if len(node.inputs) < 2 or not node.inputs[1]:
         node.attrs["num_outputs"] = len(node.outputs)
     out.nodes.append(node)
 
 
-def _grid_sample(out: Graph, node: Node) -> None:
+def _grid_sample(out: Draft, node: Node) -> None:
     mode = node.attrs.get("mode", "bilinear")
     node.attrs["mode"] = _MODES.get(mode, mode)
     out.nodes.append(node)
 
 
-def _shape(out: Graph, node: Node) -> None:
+def _shape(out: Draft, node: Node) -> None:
     """A part of a shape is sliced out of the whole."""
     start, end = node.attrs.pop("start", 0), node.attrs.pop("end", None)
     if start or end is not None:
@@ -126,12 +122,12 @@ def _shape(out: Graph, node: Node) -> None:
         out.nodes.append(node)
 
 
-def _hard_swish(out: Graph, node: Node) -> None:
+def _hard_swish(out: Draft, node: Node) -> None:
     gate = out.emit("HardSigmoid", node.inputs[0], attrs={"alpha": 1 / 6, "beta": 0.5})
     out.emit("Mul", node.inputs[0], gate, out=node.outputs[0])
 
 
-def _batch_norm(out: Graph, node: Node) -> None:
+def _batch_norm(out: Draft, node: Node) -> None:
     """The statistics of the batch, and what running ones become, in primitives: training is a mode since opset 14."""
     if not node.attrs.pop("training_mode", 0):
         out.nodes.append(node)
@@ -159,7 +155,7 @@ def _batch_norm(out: Graph, node: Node) -> None:
 def _without(*defaults: tuple[str, object]) -> _Rule:
     """Leave out attributes that say what an earlier opset does anyway."""
 
-    def rule(out: Graph, node: Node) -> None:
+    def rule(out: Draft, node: Node) -> None:
         for name, value in defaults:
             if name in node.attrs and node.attrs[name] == value:
                 del node.attrs[name]
