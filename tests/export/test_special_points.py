@@ -26,6 +26,10 @@ TINY = float(np.finfo(np.float32).tiny)
 
 AT_BOUNDS: dict[str, tuple[Function, tuple[float, ...]]] = {
     "clamp": (lambda x: x.clamp(-1, 1), ()),
+    "clamp_between_fractions": (lambda x: x.clamp(-0.5, 1.5), (-0.5, 1.5)),
+    "clamp_below_min": (lambda x: x.clamp_min(0.5), (0.5,)),
+    "clamp_above_max": (lambda x: x.clamp_max(-0.5), (-0.5,)),
+    "clamp_of_equal_bounds": (lambda x: x + x.clamp(1.0, 1.0), ()),
     "clamp_wide": (lambda x: x.clamp(-3, 6), (-3.0, 6.0)),
     "clamp_min": (lambda x: x.clamp(min=0), ()),
     "clamp_max": (lambda x: x.clamp(max=1), ()),
@@ -63,6 +67,7 @@ SMOOTH: dict[str, tuple[Function, tuple[float, ...]]] = {
     "mish": (F.mish, (20.0, -20.0)),
     "softplus": (F.softplus, (20.0, -20.0)),
     "softplus_steep": (lambda x: F.softplus(x, beta=2), (10.0, -10.0)),
+    "log_sigmoid": (F.logsigmoid, (20.0, -20.0)),
     "softsign": (F.softsign, ()),
     "tanh": (torch.tanh, ()),
     "tanhshrink": (F.tanhshrink, ()),

@@ -189,8 +189,8 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 
     A 3-D convolution without a bias gets one zero per channel: the exporter's zeros are a matrix.
 
-    A clamp is a maximum and a minimum: as a Clip it couldn't be told from a hardtanh, whose gradient at a bound is 0. The
-    logarithm of a sigmoid is a softplus, which stays finite where the sigmoid is 0.
+    A clamp is a maximum and a minimum: as a Clip it couldn't be told from a hardtanh, whose gradient at a bound is 0.
+    The logarithm of a sigmoid is a softplus, which stays finite where the sigmoid is 0.
     """
     torch = torch_package()
     ops: Any = importlib.import_module("onnxscript").opset18
@@ -211,8 +211,8 @@ def _translations() -> dict[Any, Callable[..., Any]]:
             bias = ops.Expand(ops.CastLike(0.0, self), ops.Shape(weight, start=0, end=1))
         return library.aten_conv3d(self, weight, bias, *how, **named)
 
-    def clamp(self: Any, min: Any = None, max: Any = None) -> Any:
-        for extreme, bound in ((ops.Max, min), (ops.Min, max)):
+    def clamp(self: Any, low: Any = None, high: Any = None, **named: Any) -> Any:
+        for extreme, bound in ((ops.Max, named.get("min", low)), (ops.Min, named.get("max", high))):
             self = self if bound is None else extreme(self, ops.CastLike(bound, self))
         return self
 
@@ -224,8 +224,8 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         aten.as_strided.default: as_strided,
         aten.conv3d.default: conv3d,
         aten.clamp.default: clamp,
-        aten.clamp_min.default: lambda self, low: clamp(self, min=low),
-        aten.clamp_max.default: lambda self, high: clamp(self, max=high),
+        aten.clamp_min.default: lambda self, low: clamp(self, low),
+        aten.clamp_max.default: lambda self, high: clamp(self, None, high),
         aten.log_sigmoid.default: log_sigmoid,
     }
 
