@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -24,7 +25,8 @@ import numpy as np
 from fedprune import step, tensorfile
 from fedprune.architecture import Architecture
 from fedprune.chance import keyed
-from fedprune.errors import ProfileError
+from fedprune.disk import write_whole
+from fedprune.errors import ProfileError, StorageError
 from fedprune.latency import LatencyTable, Measurement, fitted
 from fedprune.selection import Tensors
 from fedprune.session import Session
@@ -34,7 +36,7 @@ ARCHIVE = "probe_layers.tar.gz"
 """The asset: `index.json` and a folder per net."""
 
 _MIN_POINTS = 3
-"""Widths of a net that are measured even where there is no time for them."""
+"""Widths of a net that are measured even where its share of the time is over; one, where all of the time is."""
 
 _MIN_RUNS, _MAX_RUNS = 3, 25
 _ENOUGH = 0.03
@@ -44,6 +46,20 @@ _LONG = 0.3
 """Seconds of a run from which on one is enough."""
 
 Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class _Time:
+    """Until when a net may be measured: its share, and the end of all."""
+
+    clock: Clock
+    share: float
+    end: float
+
+    def over(self, points: int) -> bool:
+        """Whether no more is to be measured after so many points."""
+        now = self.clock()
+        return (points >= _MIN_POINTS and now > self.share) or (points >= 1 and now > self.end)
 
 
 class LayerNets:
@@ -77,7 +93,7 @@ def measure(threads: int = 1, seconds: float = 10.0, clock: Clock = time.perf_co
 
     Args:
         threads: Threads inside an operator.
-        seconds: Time for all of it; points are left out where it doesn't suffice.
+        seconds: Time for all of it; points are left out where it doesn't suffice, but one per net.
         clock: Seconds that only grow.
 
     Raises:
@@ -85,10 +101,13 @@ def measure(threads: int = 1, seconds: float = 10.0, clock: Clock = time.perf_co
     """
     nets = LayerNets()
     began, found = clock(), list[Measurement]()
+    end = began + seconds
     for place, (net, points) in enumerate(nets.points.items()):
-        share = (seconds - (clock() - began)) / (len(nets.points) - place)
-        found += _steps(nets, net, points, threads, clock, share * 0.65)
-        found += _predictions(nets, net, points, threads, clock, share * 0.35)
+        now = clock()
+        share = (end - now) / (len(nets.points) - place)
+        found += _steps(nets, net, points, threads, _Time(clock, now + share * 0.65, end))
+        now = clock()
+        found += _predictions(nets, net, points, threads, _Time(clock, now + share * 0.35, end))
     return found
 
 
@@ -123,8 +142,8 @@ def remembered_table(path: Path, about: str, make: Callable[[], LatencyTable]) -
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ProfileError):
         pass  # there is none, or it is damaged: it can be measured again
     table = make()
-    with contextlib.suppress(OSError):
-        path.write_text(json.dumps({"about": about, "latency": table.to_dict()}), encoding="utf-8")
+    with contextlib.suppress(StorageError):
+        write_whole(path, json.dumps({"about": about, "latency": table.to_dict()}).encode())
     return table
 
 
@@ -133,37 +152,37 @@ def _archive() -> bytes:
 
 
 def _steps(
-    nets: LayerNets, net: str, points: list[dict[str, Any]], threads: int, clock: Clock, seconds: float
+    nets: LayerNets, net: str, points: list[dict[str, Any]], threads: int, time_left: _Time
 ) -> list[Measurement]:
-    began, architecture = clock(), nets.architecture(net)
+    architecture = nets.architecture(net)
     session = Session(nets.training(net), threads=threads, training=True)
     out: list[Measurement] = []
     for number, point in enumerate(points):
-        if number >= _MIN_POINTS and clock() - began > seconds:
+        if time_left.over(number):
             break
         widths, batch = tuple(point["widths"]), int(point["batch"])
         feeds = _feeds(architecture, widths, batch)
-        taken = _median(lambda f=feeds: session.run(f), clock)  # type: ignore[misc]
+        taken = _median(lambda f=feeds: session.run(f), time_left.clock)  # type: ignore[misc]
         out.append(Measurement(architecture, widths, batch, taken, True))
     return out
 
 
 def _predictions(
-    nets: LayerNets, net: str, points: list[dict[str, Any]], threads: int, clock: Clock, seconds: float
+    nets: LayerNets, net: str, points: list[dict[str, Any]], threads: int, time_left: _Time
 ) -> list[Measurement]:
-    began, architecture = clock(), nets.architecture(net)
+    architecture = nets.architecture(net)
     x = keyed(0, "layers").standard_normal((1, *architecture.input_shape)).astype(np.float32)
     out: list[Measurement] = []
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         for number, point in enumerate(points):
-            if number >= _MIN_POINTS and clock() - began > seconds:
+            if time_left.over(number):
                 break
             widths = tuple(point["widths"])
             (folder / GRAPH).write_bytes(nets.inference(net, number))
             (folder / WEIGHTS).write_bytes(tensorfile.encode(_tensors(architecture, widths)))
             predictor = Predictor(folder, threads=threads)
-            taken = _median(lambda p=predictor: p.predict(x), clock)  # type: ignore[misc]
+            taken = _median(lambda p=predictor: p.predict(x), time_left.clock)  # type: ignore[misc]
             out.append(Measurement(architecture, widths, 1, taken, False))
     return out
 

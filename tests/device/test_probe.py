@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import pytest
 from fedprune.errors import MissingExtraError, RuntimeUnavailableError
 from fedprune.latency import LatencyTable, typical_table
 from fedprune.probe_report import ProbeReport
-from fedprune_device.layer_times import measure, remembered_table
+from fedprune_device.layer_times import LayerNets, measure, remembered_table
 from fedprune_device.probe import board, check_runtime, clock_hz, memory, probe, temperature_c, throttled
 
 pytestmark = pytest.mark.board
@@ -31,7 +32,7 @@ def python(tmp_path: Path, script: str) -> str:
 
 
 def test_a_probe_measures_this_machine() -> None:
-    report = probe(seconds=0.1, layer_seconds=0.5)
+    report = probe(seconds=0.1, layer_seconds=8.0)
     assert report.cores == len(os.sched_getaffinity(0))
     assert report.train_rate is not None
     assert report.train_rate > 1e7
@@ -49,6 +50,24 @@ def test_layers_are_measured_by_the_given_clock() -> None:
     assert {m.training for m in found} == {True, False}
     assert all(m.seconds == 1 for m in found)
     assert all(m.batch == 1 for m in found if not m.training)
+    assert len(found) == 2 * len(LayerNets().points)
+
+
+def test_a_slow_board_measures_everything_where_there_is_time() -> None:
+    ticks = itertools.count()
+    found = measure(seconds=1e6, clock=lambda: float(next(ticks)))
+    assert len(found) == 2 * sum(map(len, LayerNets().points.values()))
+
+
+@pytest.mark.parametrize("seconds", [20.0, 150.0])
+def test_a_slow_board_measures_every_net_and_is_done_soon_after_its_time(seconds: float) -> None:
+    ticks = itertools.count()
+    found = measure(seconds=seconds, clock=lambda: float(next(ticks)))
+    nets = LayerNets().points
+    for training in (True, False):
+        assert len({m.architecture.digest for m in found if m.training is training}) == len(nets)
+    # Beyond its time it measures what has begun, and one width of each net that is left, of eight ticks each.
+    assert next(ticks) <= seconds + 8 * (1 + 2 * len(nets))
 
 
 def test_a_table_is_measured_again_only_where_something_changed(tmp_path: Path) -> None:
