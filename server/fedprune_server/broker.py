@@ -125,7 +125,9 @@ class EmbeddedBroker:
             if process is None:
                 return
             self._before, self._latest = self._before + self._latest, Traffic()
-            process.terminate()
+            if process.stdin is not None:
+                with suppress(OSError):
+                    process.stdin.close()  # which ends it; a signal might come from elsewhere, and before its time
             try:
                 process.wait(5)
             except subprocess.TimeoutExpired:

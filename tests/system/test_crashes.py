@@ -92,10 +92,12 @@ class Site:
         if mosquitto:
             (folder / "mosquitto.conf").write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\n")
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, *, in_group: bool = False) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with (self.folder / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(self.command(name), stdout=log, stderr=log, env=environment)
+            self.processes[name] = subprocess.Popen(
+                self.command(name), stdout=log, stderr=log, env=environment, start_new_session=in_group
+            )
 
     def command(self, name: str) -> list[str]:
         url = f"mqtt://127.0.0.1:{self.port}"
@@ -229,15 +231,24 @@ def test_kills_in_the_middle_of_rounds_change_not_a_bit(site: Site, undisturbed:
     assert [r["model"] for r in state.history] == [r["model"] for r in undisturbed.history]
 
 
+@pytest.mark.parametrize("group", [False, True], ids=["server", "group"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, ExitCode.OK), (signal.SIGINT, ExitCode.INTERRUPTED)])
-def test_a_signal_ends_a_server_cleanly(material: Path, tmp_path: Path, number: signal.Signals, code: ExitCode) -> None:
+def test_a_signal_ends_a_server_cleanly(
+    material: Path, tmp_path: Path, number: signal.Signals, code: ExitCode, group: bool
+) -> None:
     site = Site(material, tmp_path, mosquitto=False)
     try:
-        site.start("server")
+        site.start("server", in_group=True)
         wait_for(lambda: listens(site.port), "the broker listens", site)
         wait_for(lambda: "connected to the broker" in site.logs(), "the server is connected", site)
-        site.processes["server"].send_signal(number)
-        assert site.processes["server"].wait(15) == code
+        server = site.processes["server"]
+        if group:  # as a service manager and a terminal do
+            os.killpg(server.pid, number)
+        else:
+            server.send_signal(number)
+        assert server.wait(15) == code
+        assert "connection was lost" not in site.logs()
+        assert "took in 0 " not in site.logs()
         assert not listens(site.port)
     finally:
         site.stop_all()
