@@ -12,7 +12,7 @@ import socket
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_predict(commands)
-    probe = commands.add_parser("probe", help="measure this board, which takes a few seconds")
+    probe = commands.add_parser("probe", help="measure this board, which takes about ten seconds")
     probe.add_argument("--json", action="store_true", help="as JSON, for programs")
     probe.add_argument("--threads", type=_positive, default=_threads(), metavar="N", help="threads for the benchmark")
     probe.set_defaults(run=_probe)
@@ -82,7 +82,7 @@ def _add_run(commands: Any) -> None:
     )
     run.add_argument("--data", required=True, metavar="SRC", help=".npz with x and y, or package.module:function")
     run.add_argument("--state", type=Path, required=True, metavar="DIR", help="what must survive a power cut")
-    run.add_argument("--seed", type=int, default=0, help="of the split into training and test samples")
+    run.add_argument("--seed", type=int, default=0, help="of the split into training and test samples (default: 0)")
     run.add_argument("--profile", metavar="NAME", help="a hardware profile's name or file (default: what fits)")
     run.add_argument("--threads", type=_positive, default=_threads(), metavar="N", help="default: half of the cores")
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
@@ -128,23 +128,26 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError("no broker is given", hint=f"Use --broker mqtt://host or set {_BROKER}.")
     topics = Topics(arguments.site)
     subscriptions = topics.device_subscriptions(arguments.device)
-    layers = arguments.state / "layer_times.json"
-    report = None if arguments.no_probe else probe(arguments.threads, memory_file=layers)
-    if report is None:
-        check_runtime()
-    else:
-        _LOG.info("probe: %s", json.dumps({**report.to_dict(), "latency": _latency(report)}))
+    # All that a mistake can be in comes before the probe, which takes its time.
+    agents: list[Agent] = []  # the link asks the agent for its will, and the agent speaks through the link
+    link = Link(
+        arguments.broker,
+        f"fedprune-{arguments.site}-{arguments.device}",
+        will=lambda: agents[0].will(),
+        ca=arguments.ca,
+    )
     profile = _profile(arguments.profile)
     data = load_data(arguments.data, arguments.seed, arguments.device)
     with DeviceStore(arguments.state, device=arguments.device) as store:
-        # The link asks the agent for its will, and the agent speaks through the link.
-        agents: list[Agent] = []
-        link = Link(
-            arguments.broker,
-            f"fedprune-{arguments.site}-{arguments.device}",
-            will=lambda: agents[0].will(),
-            ca=arguments.ca,
-        )
+        report = None
+        if arguments.no_probe:
+            check_runtime()
+        else:
+            report = probe(arguments.threads, memory_file=arguments.state / "layer_times.json")
+            # A plan counts the samples, which are here already.
+            free = min(report.memory_total, report.memory_available + data.bytes)
+            report = replace(report, memory_available=free)
+            _LOG.info("probe: %s", json.dumps({**report.to_dict(), "latency": _latency(report)}))
         agent = Agent(
             arguments.device,
             arguments.site,
@@ -276,7 +279,9 @@ def _probe(arguments: argparse.Namespace) -> int:
         if field.name.endswith("_rate") and value is not None:
             value = f"{value / 1e9:.2f} GFLOP/s"
         elif field.name.startswith("memory_"):
-            value = f"{value / 2**20:.0f} MiB"
+            value = f"{value / 1e6:.0f} MB"
+        elif field.name == "seconds":
+            value = f"{value:.1f}"
         elif field.name == "latency":
             value = _latency(report)
         print(f"{field.name}: {'unknown' if value in (None, '') else value}")

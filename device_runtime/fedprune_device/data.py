@@ -62,6 +62,11 @@ class LocalData:
         """Training samples."""
         return len(self.y_train)
 
+    @property
+    def bytes(self) -> int:
+        """Memory that all samples and labels take."""
+        return sum(array.nbytes for array in (self.x_train, self.y_train, self.x_test, self.y_test))
+
     def check(
         self,
         classes: int,

@@ -161,6 +161,14 @@ def test_a_bundle_that_was_changed_does_not_predict(tmp_path: Path, bundle: Path
     assert "weights.safetensors" in capsys.readouterr().err
 
 
+def test_a_probe_is_printed_for_people(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    report = ProbeReport(cores=4, memory_total=2_000_000_000, memory_available=500_400_000, seconds=10.062659254999744)
+    monkeypatch.setattr("fedprune_device.probe.probe", lambda threads: report)
+    assert cli.main(["probe"]) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert {"memory_total: 2000 MB", "memory_available: 500 MB", "seconds: 10.1"} <= set(lines)
+
+
 def test_a_probe_is_printed_as_json(capsys: Capture) -> None:
     assert cli.main(["probe", "--json"]) == ExitCode.OK
     assert ProbeReport.from_dict(json.loads(capsys.readouterr().out)).cores >= 1
@@ -175,12 +183,40 @@ def run(tmp_path: Path, **changes: str) -> int:
         "--state": str(tmp_path / "state"),
         **{f"--{k}": v for k, v in changes.items()},
     }
-    return cli.main(["run", "--no-probe", *(part for row in values.items() for part in row if row[1])])
+    return cli.main(["run", *(part for row in values.items() for part in row if row[1])])
 
 
-def test_a_broker_that_is_not_there_is_an_error(tmp_path: Path, capsys: Capture) -> None:
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """In place of a probe: the threads of every one that was made."""
+    made: list[int] = []
+
+    def probe(threads: int, **_: object) -> ProbeReport:
+        made.append(threads)
+        return ProbeReport(cores=1, memory_total=10**9, memory_available=10**8, seconds=0.0)
+
+    monkeypatch.setattr("fedprune_device.probe.probe", probe)
+    return made
+
+
+def test_a_broker_that_is_not_there_is_an_error(tmp_path: Path, probed: list[int], capsys: Capture) -> None:
     assert run(tmp_path) == ExitCode.BROKER
     assert "127.0.0.1:9" in capsys.readouterr().err
+    assert len(probed) == 1
+
+
+def test_samples_that_a_plan_counts_are_not_counted_as_taken_memory(
+    tmp_path: Path, probed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[ProbeReport] = []
+
+    def agent(*_: object, probe: ProbeReport, **__: object) -> None:
+        told.append(probe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedprune_device.agent.Agent", agent)
+    assert run(tmp_path) == ExitCode.INTERRUPTED
+    assert [r.memory_available for r in told] == [10**8 + 5 * 6 * 4 + 5 * 8]
 
 
 def test_without_a_broker_there_is_nothing_to_do(
@@ -197,13 +233,16 @@ def test_without_a_broker_there_is_nothing_to_do(
         ({"data": "nothing.npz"}, ExitCode.DATA),
         ({"profile": "no-such-board"}, ExitCode.PROFILE),
         ({"broker": "http://x"}, ExitCode.CONFIG),
+        ({"broker": "mqtts://x", "ca": "nothing.pem"}, ExitCode.CONFIG),
+        ({"state": "/dev/null"}, ExitCode.STORAGE),
     ],
 )
-def test_bad_arguments_end_before_anything_is_connected(
-    tmp_path: Path, changes: dict[str, str], code: int, capsys: Capture
+def test_bad_arguments_end_before_anything_is_measured_or_connected(
+    tmp_path: Path, changes: dict[str, str], code: int, probed: list[int], capsys: Capture
 ) -> None:
     assert run(tmp_path, **changes) == code
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert not probed
 
 
 @pytest.mark.parametrize("changes", [{"device": "a b"}, {"device": "all"}, {"site": "a/b"}, {"device": ".."}])
@@ -230,13 +269,14 @@ def test_a_device_is_called_like_its_host(monkeypatch: pytest.MonkeyPatch, host:
     assert arguments.device == name
 
 
-def test_another_devices_state_folder_is_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_another_devices_state_folder_is_refused(tmp_path: Path, probed: list[int], capsys: Capture) -> None:
     DeviceStore(tmp_path / "state", device="shed").close()
     assert run(tmp_path) == ExitCode.STORAGE
+    assert not probed
     assert "is the state directory of device shed" in capsys.readouterr().err
 
 
-def test_a_password_is_never_shown(tmp_path: Path, capsys: Capture) -> None:
+def test_a_password_is_never_shown(tmp_path: Path, probed: list[int], capsys: Capture) -> None:
     run(tmp_path, broker="mqtt://me:geheim@127.0.0.1:9")
     shown = capsys.readouterr()
     assert "geheim" not in shown.out + shown.err
