@@ -217,6 +217,12 @@ def test_hostile_values_are_refused(path: tuple[Any, ...], value: Any) -> None:
         Architecture.from_json(_spoilt(json.loads(PLAIN.to_json()), path, value))
 
 
+def test_an_architecture_of_an_older_form_says_what_to_do() -> None:
+    old = PLAIN.to_json().replace("fedprune.architecture/2", "fedprune.architecture/1")
+    with pytest.raises(BundleError, match=r"expected fedprune.architecture/2, got .*/1'. Export the model again"):
+        Architecture.from_json(old)
+
+
 @pytest.mark.parametrize("text", ["", "null", "[]", "{}", "1", '"x"', "[" * 100_000, b"\xff\xfe", b"\x00", "9" * 5000])
 def test_text_that_is_no_architecture_is_refused(text: str | bytes) -> None:
     with pytest.raises(BundleError):

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from fedprune.axis import FIXED, MAX_SIZE, NO_AXIS, NOTHING, Axis, Segment, Volume, whole
-from fedprune.errors import BundleError
+from fedprune.errors import BundleError, shown
 
 __all__ = [
     "FIXED",
@@ -252,7 +252,9 @@ class Architecture:
         try:
             body = json.loads(text)
             if body["format"] != FORMAT:
-                raise BundleError("architecture format", expected=FORMAT, got=repr(body["format"]))
+                raise BundleError(
+                    "architecture format", expected=FORMAT, got=shown(body["format"]), hint="Export the model again."
+                )
             arch = cls(
                 name=str(body["name"]),
                 groups=tuple(ChannelGroup(str(n), whole(s)) for n, s in body["groups"]),
