@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fleet import Fleet, ToyDevice, fill, larger
+from fleet import SIZE, Fleet, ToyDevice, fill, larger
 
 from fedprune.blobs import BlobStore
 from fedprune.coordination import Phase, State
+from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.state import Progress as Part
 from fedprune.coordination.state import Task
@@ -33,6 +34,7 @@ from fedprune.wire.messages import (
 from fedprune.wire.topics import Topics
 from fedprune_server.garbage import sweep
 from fedprune_server.storage import Storage
+from fedprune_server.uploads import UPDATE_SIZE
 from toy import JOB
 
 
@@ -162,6 +164,26 @@ def test_an_update_of_the_wrong_size_is_rejected_before_a_byte_of_it_is_pulled(f
     state = fleet.run()
     assert folded(state) == [["b", "c"]] * 3
     assert not any(isinstance(m, Want) for m in liar.heard)
+
+
+def test_an_update_without_what_is_frozen_counts_and_one_of_the_offers_size_does_not(fleet: Fleet) -> None:
+    execute, refs = fleet.worker.execute, {}
+    for name in ("a", "b"):
+        device = fleet.air.devices[name]
+        refs[name] = device.store.put(fill("trained part", name, size=SIZE // 2))
+        device.lie = lambda update: replace(update, weights=refs[update.device])
+
+    def with_size(command: do.Command) -> on.Event:
+        event = execute(command)
+        if isinstance(event, on.Extracted):
+            return replace(event, offer={**event.offer, UPDATE_SIZE: SIZE // 2})
+        return event
+
+    fleet.worker.execute = with_size  # type: ignore[method-assign]
+    state = fleet.run()
+    assert folded(state) == [["a", "b"]] * 3
+    reason = f"size of the update: expected {SIZE // 2} bytes, got {SIZE}"
+    assert state.history[0]["devices"]["c"]["reason"] == reason
 
 
 def test_a_wrong_update_that_was_announced_before_a_crash_does_not_stop_the_next_server(fleet: Fleet) -> None:
