@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedprune.errors import ConfigError, FedpruneError
+from fedprune.errors import ConfigError, FedpruneError, shown
 from fedprune.job import Job
 from fedprune.toml_file import read_toml
 from fedprune.wire.topics import check_name
@@ -30,6 +30,7 @@ class ServerConfig:
         job: The job.
         model: The ONNX file (or torch factory, as `package.module:factory`) with which the job begins; None if the
             state folder has it.
+        input_shape: One sample's shape, where a torch factory's module doesn't say it; None else.
         evaluation: A `.npz` file or `package.module:function` with the server's own samples, or None.
         calibration: The same for samples on which batch-norm statistics are measured anew; without labels.
         site: First part of the topics: devices and servers of one site hear each other.
@@ -58,6 +59,7 @@ class ServerConfig:
     profiles: Path | None = None
     max_devices: int = 1000
     ca: Path | None = None
+    input_shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
@@ -125,10 +127,12 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
             raise ConfigError(f"{where}: {table}", expected=f"a table [{table}]", got=repr(body[table]))
     values: dict[str, Any] = {}
     model, server = (body.get(t, {}) for t in ("model", "server"))
-    _only(model, ("path",), f"{where}: [model]", "key")
+    _only(model, ("path", "input_shape"), f"{where}: [model]", "key")
     _only(server, (*_SERVER_TEXTS, *_SERVER_NUMBERS), f"{where}: [server]", "key")
     if "path" in model:
         values["model"] = _source(_text(model["path"], f"{where}: [model] path"), folder)
+    if "input_shape" in model:
+        values["input_shape"] = _shape(model["input_shape"], f"{where}: [model] input_shape")
     for table in ("evaluation", "calibration"):
         data = body.get(table, {})
         _only(data, ("data",), f"{where}: [{table}]", "key")
@@ -210,6 +214,12 @@ def _only(body: Mapping[str, Any], known: tuple[str, ...], where: str, kind: str
     for key in body:
         if key not in known:
             raise ConfigError(f"{where}: unknown {kind} {key!r}", expected=f"one of {', '.join(known)}")
+
+
+def _shape(value: object, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value or any(type(n) is not int or n < 1 for n in value):
+        raise ConfigError(where, expected="a list of sizes of 1 or more, such as [3, 32, 32]", got=shown(value))
+    return tuple(value)
 
 
 def _text(value: object, where: str) -> str:

@@ -76,7 +76,7 @@ def read_plan(path: Path, *, reference: bool = False, seed: int | None = None, r
     devices = _devices(body.get("devices"), job, path)
     job = replace(job, devices=_present(body.get("job", {}), job, len(devices)))
     with _named(f"{path}: [model] path"):
-        model = import_onnx(read_source(config.model), Path(config.model).stem)
+        model = import_onnx(read_source(config.model, input_shape=config.input_shape), Path(config.model).stem)
     evaluation, calibration = None, None
     if config.evaluation is not None:
         with _named(f"{path}: [evaluation] data"):

@@ -143,7 +143,8 @@ class StateFolder:
                     hint="Give --model model.onnx, or [model] path in the configuration.",
                 )
             source = config.model
-            return _source_bytes(source), source.rpartition(":")[2] if ":" in source else Path(source).stem
+            name = source.rpartition(":")[2] if ":" in source else Path(source).stem
+            return _source_bytes(source, config.input_shape), name
         path = self.path / MODEL
         with storage_errors(f"can't read {path}"):
             raw = path.read_bytes()
@@ -319,12 +320,15 @@ def _anywhere(source: str | None) -> str | None:
     return str(Path(source).resolve()) if source is not None and Path(source).is_file() else source
 
 
-def _source_bytes(source: str) -> bytes:
+def _source_bytes(source: str, input_shape: tuple[int, ...] | None) -> bytes:
     """A model's bytes, without advice that only `fedprune-export` can follow."""
     try:
-        return read_source(source)
+        return read_source(source, input_shape=input_shape)
     except ModelError as error:
         if "--input-shape" not in error.hint:
             raise
-        hint = "Give the module an attribute input_shape, such as (3, 32, 32)."
+        hint = (
+            "Give the module an attribute input_shape, such as (3, 32, 32), or the configuration "
+            "[model] input_shape, such as [3, 32, 32]."
+        )
         raise ModelError(error.what, expected=error.expected, got=error.got, hint=hint) from error

@@ -175,7 +175,8 @@ def test_a_changed_setting_is_said_without_its_password(model: Path, state: Path
 def test_a_model_that_lacks_its_input_shape_gets_advice_that_the_server_can_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def read(source: str) -> bytes:
+    def read(source: str, *, input_shape: object) -> bytes:
+        assert input_shape is None
         raise ModelError("shape unknown", hint="Give --input-shape (such as 3,32,32).")
 
     monkeypatch.setattr("fedprune_server.state_folder.read_source", read)
@@ -183,6 +184,7 @@ def test_a_model_that_lacks_its_input_shape_gets_advice_that_the_server_can_take
     line = one_line(capsys)
     assert "--input-shape" not in line
     assert "attribute input_shape" in line
+    assert "[model] input_shape" in line
 
 
 @pytest.mark.parametrize(

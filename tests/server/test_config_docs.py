@@ -38,9 +38,10 @@ def test_the_example_configuration_has_every_key() -> None:
     assert set(job) == {f.name for f in fields(Job)} - {"recipe"}
     tables = {"job", "model", "evaluation", "calibration"}
     assert tables <= set(body)
-    server = {f.name for f in fields(ServerConfig)} - tables
+    server = {f.name for f in fields(ServerConfig)} - tables - {"input_shape"}
     assert set(body["server"]) == server - {"ca"}  # type: ignore[call-overload]
     assert "\n# ca = " in (DOCS / "run-a-fleet.md").read_text()  # an embedded broker has none
+    assert "\n# input_shape = " in (DOCS / "run-a-fleet.md").read_text()  # nor has an ONNX file need of it
 
 
 def test_the_example_names_the_right_defaults() -> None:

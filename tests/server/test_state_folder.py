@@ -9,7 +9,7 @@ from fedprune import profile_store, tensorfile
 from fedprune.coordination import Coordinator, Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.errors import DataError
+from fedprune.errors import DataError, ModelError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune_server.config import ServerConfig
@@ -37,6 +37,21 @@ def test_calibration_samples_need_no_labels(config, tmp_path):
 def test_calibration_samples_of_another_shape_are_named(config, tmp_path):
     with StateFolder(tmp_path / "state") as folder, pytest.raises(DataError, match=r"calibration\.npz: shape"):
         folder.open_job(config(x=load_digits()[0][:20, :, :4]))
+
+
+@pytest.mark.torch
+def test_a_torch_factory_takes_the_input_shape_of_the_configuration(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    (tmp_path / "shapeless_net.py").write_text(
+        "from torch import nn\n\n\n"
+        "def make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 2))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with StateFolder(tmp_path / "without") as folder, pytest.raises(ModelError, match=r"\[model\] input_shape"):
+        folder.open_job(ServerConfig(model="shapeless_net:make"))
+    with StateFolder(tmp_path / "state") as folder:
+        opened = folder.open_job(ServerConfig(model="shapeless_net:make", input_shape=(3, 2, 2)))
+    assert opened.model.architecture.input_shape == (3, 2, 2)
 
 
 PI = profile_store.find("raspberry-pi-5").to_dict()
