@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,12 @@ def test_any_shape_is_read_or_refused(shape: list[int], code: str) -> None:
     raw = with_header({"a": row(0, size, shape, code)}, bytes(min(size, 4096)))
     with suppress(BundleError):
         assert tensorfile.decode(raw)["a"].shape == tuple(shape)
+
+
+def test_encoding_takes_no_memory_beside_the_file() -> None:
+    tensors = {f"t{i}": np.ones((500, 500), np.float32) for i in range(8)}
+    tracemalloc.start()
+    raw = tensorfile.encode(tensors)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.1 * len(raw)

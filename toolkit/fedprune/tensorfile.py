@@ -67,14 +67,19 @@ def encode(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = No
     Raises:
         BundleError: A tensor's type has no safetensors code.
     """
-    rows, parts = [], []
+    rows = []
     for name, value in tensors.items():
         code = _NAMES.get(value.dtype)
         if code is None:
             raise BundleError(f"type of tensor {name}", expected=", ".join(_CODES), got=value.dtype)
         rows.append((name, code, value.shape))
-        parts.append(value.tobytes())  # C order, whatever the memory layout
-    return header(rows, metadata) + b"".join(parts)
+    # Joined from the tensors themselves: on boards a further copy of all weights is memory that they may not have.
+    return b"".join([header(rows, metadata), *map(_bytes, tensors.values())])
+
+
+def _bytes(value: Array) -> memoryview:
+    """A tensor's bytes in C order, whatever its layout in memory."""
+    return memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
 
 
 def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
