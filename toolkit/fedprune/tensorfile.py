@@ -79,7 +79,7 @@ def encode(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = No
 
 def _bytes(value: Array) -> memoryview:
     """A tensor's bytes in C order, whatever its layout in memory."""
-    return memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
 
 
 def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
