@@ -46,8 +46,8 @@ LIMIT_SECONDS = 240
 
 LIMIT_BYTES = 12 * 2**30
 DENSITIES = (0.5, 0.25, 0.75, 0.001)
-FLOOR = 1e-6
-"""A relative distance of gradients that counts as none."""
+FLOOR = 2.0**-21
+"""A relative distance of gradients that counts as none, as in `tests/gradient_distance.py`."""
 BOUND = 1e-5
 """Largest relative distance of a cut network from the masked whole one."""
 
@@ -288,8 +288,8 @@ group, batch {BATCH}. *kept*: share of the parameters that is left at density .5
 all gradients together from float64, ours / torch's float32, median of {SEEDS} batches of {BATCH} samples without those
 in which a decision flipped (of which the number is beside it). A batch counts as flipped if it is more than ten times
 as far off as the best one of either engine; where both engines flip in every batch, that can't be told. A row is right
-if ours is at most twice torch's, or {FLOOR:g}, and flips at most in two more batches. At full width the reference is
-timm's module; at half width it is the cut graph, run by torch, whose logits in float64 are at most {oracle:.0e} from
+if ours is at most twice torch's, or {FLOOR:.1e}, flips at most in two more batches, and is in no batch further off than
+1 % or twice torch's furthest. At full width the reference is timm's module; at half width it is the cut graph, run by torch, whose logits in float64 are at most {oracle:.0e} from
 onnxruntime's.
 
 | network | input | parameters (M) | groups | kept | cut | gradients, full width | flipped | half width | flipped |

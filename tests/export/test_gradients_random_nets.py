@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-
 import numpy as np
 import pytest
 from cutting import random_selection
-from gradient_distance import Distances, Trained
+from gradient_distance import TENSOR, Distances, Trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_nets import mixing_nets, nets
@@ -22,12 +20,13 @@ few = settings(max_examples=60, deadline=None, derandomize=True, suppress_health
 
 
 def distances(model: Model, density: float, seed: int) -> Distances:
-    """Distances at one width, over five batches of different sizes."""
+    """Distances at one width, over three batches of each of three sizes; of one sample, where no batch norm trains."""
     selection = random_selection(model, density, seed)
     rng = np.random.default_rng(seed)
     shape, classes = model.architecture.input_shape, model.architecture.classes
+    least = 2 if any(n.op == "BatchNormalization" for n in model.graph.nodes) else 1
     samples = [
-        (rng.standard_normal((b, *shape)).astype(np.float32), rng.integers(0, classes, b)) for b in (3, 4, 6, 2, 5)
+        (rng.standard_normal((b, *shape)).astype(np.float32), rng.integers(0, classes, b)) for b in (least, 3, 5) * 3
     ]
     return Trained(model).distances(cut(model, selection), selection.gather(model.tensors), samples)
 
@@ -36,11 +35,13 @@ def distances(model: Model, density: float, seed: int) -> Distances:
 @given(model=mixing_nets(), density=st.sampled_from([0.01, 0.3, 0.5, 0.8, 1.0]), seed=st.integers(0, 99))
 def test_gradients_of_mixed_channels_are_torchs(model: Model, density: float, seed: int) -> None:
     found = distances(model, density, seed)
-    assert found.near, (statistics.median(found.ours), statistics.median(found.torch))
+    assert found.near, (found.ours, found.torch)
+    assert found.excess(found.worst) <= TENSOR, found.worst
 
 
 @few
 @given(model=nets(), density=st.sampled_from([0.01, 0.3, 0.5, 0.8, 1.0]), seed=st.integers(0, 99))
 def test_gradients_of_chains_are_torchs(model: Model, density: float, seed: int) -> None:
     found = distances(model, density, seed)
-    assert found.near, (statistics.median(found.ours), statistics.median(found.torch))
+    assert found.near, (found.ours, found.torch)
+    assert found.excess(found.worst) <= TENSOR, found.worst

@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from gradient_distance import CAP
 from one_step import FLIPPED, Arrays, distances, feeds, oracle, parts, tensor_distances
 from torch import nn
 
@@ -30,6 +31,9 @@ CLASSES, VOCABULARY = 5, 23
 
 FLOOR = 1e-6
 """A relative distance that counts as none."""
+
+SEEDS = 6
+"""Two batches of each of three sizes: what is wrong at one size isn't taken for a flip."""
 
 
 def normed(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
@@ -185,7 +189,7 @@ def net_and_model(name: str) -> tuple[nn.Module, Model]:
 
 def sample(name: str, shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    batch = 3 + seed % 3
+    batch = (2 if name == "mobilenet" else 1, 3, 5)[seed % 3]  # its squeezed channels are one number a sample
     if name == "words":
         return rng.integers(0, VOCABULARY, (batch, *shape)), rng.integers(0, CLASSES, batch)
     return rng.standard_normal((batch, *shape)).astype(np.float32), rng.integers(0, CLASSES, batch)
@@ -200,7 +204,7 @@ def test_gradients_of_whole_networks(name: str, density: float) -> None:
     weights = Selection.of(arch, widths_at(arch, density)).gather(model.tensors)
     ours: dict[str, list[float]] = {}
     torchs: dict[str, list[float]] = {}
-    for seed in range(5):
+    for seed in range(SEEDS):
         x, y = sample(name, arch.input_shape, seed)
         exact, usual = (oracle(net, model, weights, x, y, t) for t in (torch.float64, torch.float32))
         got: Arrays = session.run(feeds(arch, weights, x, y))
@@ -215,6 +219,7 @@ def test_gradients_of_whole_networks(name: str, density: float) -> None:
         calm = [[e for e in found[part] if e < FLIPPED] for found in (ours, torchs)]
         assert len(calm[0]) >= len(calm[1]) - 1
         assert max(calm[0]) <= max(FLOOR, 2 * max(calm[1])), part
+        assert max(ours[part]) <= CAP, part
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import whole_models
 from cutting import distance, outputs, random_selection
-from gradient_distance import Trained
+from gradient_distance import TENSOR, Trained
 from torch_graph import run
 from whole_models import MODELS, OURS
 
@@ -88,11 +88,15 @@ def test_gradients_are_as_exact_as_torchs(name: str) -> None:
     model = whole_models.imported(name)
     trained = Trained(model)
     rng = np.random.default_rng(0)
+    sizes = [6] * SEEDS
+    if not any(n.op == "BatchNormalization" for n in model.graph.nodes):
+        sizes += [1] * SEEDS
     batches = [
-        (whole_models.samples(name, 6, seed), rng.integers(0, model.architecture.classes, 6)) for seed in range(SEEDS)
+        (whole_models.samples(name, size, seed), rng.integers(0, model.architecture.classes, size))
+        for seed, size in enumerate(sizes)
     ]
     half = random_selection(model, 0.5, seed=3)
     for net, selection in ((MODELS[name].make(), Selection.full(model.architecture)), (cut(model, half), half)):
         far = trained.distances(net, selection.gather(model.tensors), batches)
         assert far.near, (selection.whole, far.ours, far.torch)
-        assert far.excess(far.worst) < 20, (selection.whole, far.worst)
+        assert far.excess(far.worst) <= TENSOR, (selection.whole, far.worst)
