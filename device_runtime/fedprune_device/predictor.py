@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fedprune import step
 from fedprune.chance import keyed
-from fedprune.errors import DataError, ModelError
+from fedprune.errors import DataError, ModelError, shape_text
 from fedprune.session import Session
 from fedprune_device.losses import Terms, data_loss
 
@@ -62,7 +62,7 @@ class Predictor:
         if x.ndim != len(shape) + 1 or any(
             isinstance(d, int) and d != g for d, g in zip(shape, x.shape[1:], strict=True)
         ):
-            raise DataError("shape of the inputs", expected=("n", *shape), got=x.shape)
+            raise DataError("shape of the inputs", expected=shape_text("n", *shape), got=shape_text(*x.shape))
         if self._dtype.kind == "i" and x.dtype.kind not in "iu":
             raise DataError("type of the inputs", expected="whole numbers (token ids)", got=x.dtype)
         # An empty input still runs once: that is how the number of classes is known.

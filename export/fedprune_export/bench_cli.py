@@ -15,7 +15,7 @@ from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
 from fedprune_export import terminal
-from fedprune_export.options import add_probe_option, read_probe
+from fedprune_export.options import add_probe_option, add_profiles_option, read_probe
 
 if TYPE_CHECKING:  # heavy imports wait until the command line is known to make sense
     from fedprune_export.stopwatch import Measurement
@@ -43,6 +43,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--threads", type=_numbers, default=(1,), metavar="N,N", help="threads (default: 1)")
     parser.add_argument("--target", metavar="PROFILE", help="hardware profile to predict for: a name or a TOML file")
+    add_profiles_option(parser)
     add_probe_option(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(function=bench)
@@ -54,7 +55,7 @@ def bench(arguments: argparse.Namespace) -> int:
     Raises:
         FedpruneError: The bundle is damaged, a graph can't be run, or there is no such profile.
     """
-    profile = profile_store.chosen(arguments.target) if arguments.target else None
+    profile = profile_store.chosen(arguments.target, arguments.profiles) if arguments.target else None
     probe = read_probe(arguments)
     if probe is not None and profile is None:
         raise UsageError("--probe says what a board measured", expected="its --target, too")

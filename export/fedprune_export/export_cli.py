@@ -26,6 +26,7 @@ from fedprune_export.options import (
     MODEL_HELP,
     add_model_options,
     add_probe_option,
+    add_profiles_option,
     add_recipe_options,
     density,
     labels_of,
@@ -55,14 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PROFILE",
         help="hardware profile: a name or a TOML file; several, repeated or with commas, give a folder each",
     )
-    parser.add_argument(
-        "--profiles",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="a folder of own profiles that --target takes by name (can be repeated)",
-    )
+    add_profiles_option(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the bundle's folder, or the bundles'")
     parser.add_argument("--density", type=density, default=None, help="kept share of all channels, or auto (default)")
     parser.add_argument("--scorer", default="magnitude", choices=_SCORERS, help="how channels are ranked")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.architecture import Architecture
-from fedprune.errors import DataError
+from fedprune.errors import DataError, shape_text
 
 Array = npt.NDArray[Any]
 
@@ -79,7 +79,7 @@ def read(path: Path, architecture: Architecture, dtype: npt.DTypeLike, labels: s
     x, y = (arrays[n] for n in pair)
     if not len(x) or x.shape[1:] != architecture.input_shape:
         raise DataError(
-            f"{path}: shape of {pair[0]}", expected=_shape("n", *architecture.input_shape), got=_shape(*x.shape)
+            f"{path}: shape of {pair[0]}", expected=shape_text("n", *architecture.input_shape), got=shape_text(*x.shape)
         )
     wanted = np.dtype(dtype)
     if wanted.kind == "i" and x.dtype.kind not in "iu":
@@ -92,7 +92,7 @@ def read(path: Path, architecture: Architecture, dtype: npt.DTypeLike, labels: s
 
 def _labels(path: Path, name: str, y: Array, samples: int, outputs: int, labels: str) -> Array:
     if y.ndim < 1 or len(y) != samples:
-        raise DataError(f"{path}: {name}", expected=f"{samples} labels", got=_shape(*y.shape))
+        raise DataError(f"{path}: {name}", expected=f"{samples} labels", got=shape_text(*y.shape))
     if labels == "classes":
         if y.shape != (samples,) or y.dtype.kind not in "iu":
             raise DataError(f"{path}: {name}", expected="one whole number per sample", got=_kind(y))
@@ -103,7 +103,7 @@ def _labels(path: Path, name: str, y: Array, samples: int, outputs: int, labels:
     if y.ndim == 1 and outputs == 1:
         y = y[:, None]
     if y.shape != (samples, outputs) or y.dtype.kind not in "iufb":
-        raise DataError(f"{path}: {name}", expected=f"numbers {_shape(samples, outputs)}", got=_kind(y))
+        raise DataError(f"{path}: {name}", expected=f"numbers {shape_text(samples, outputs)}", got=_kind(y))
     _check_finite(f"{path}: {name}", y)
     if labels == "multi" and not np.isin(y, (0, 1)).all():
         raise DataError(f"{path}: {name}", expected="0 or 1 for every class")
@@ -117,11 +117,7 @@ def _check_finite(where: str, array: Array) -> None:
 
 
 def _kind(array: Array) -> str:
-    return f"{array.dtype} {_shape(*array.shape)}"
-
-
-def _shape(*sizes: object) -> str:
-    return f"[{', '.join(map(str, sizes))}]"
+    return f"{array.dtype} {shape_text(*array.shape)}"
 
 
 def _arrays(path: Path) -> dict[str, Array]:

@@ -96,6 +96,18 @@ def read_model(arguments: argparse.Namespace, source: str | None = None, name: s
     return load(arguments.model if source is None else source, **chosen)
 
 
+def add_profiles_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says where a user's own profiles lie."""
+    parser.add_argument(
+        "--profiles",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder of own profiles that --target takes by name; repeatable",
+    )
+
+
 def add_probe_option(parser: argparse.ArgumentParser) -> None:
     """Add the option that says what a board measured of itself; `read_probe` reads it."""
     parser.add_argument(

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune import step
-from fedprune.errors import DataError
+from fedprune.errors import DataError, shape_text
 from fedprune.freezing import frozen_tensors
 from fedprune.recipe import Features
 from fedprune.selection import Tensors
@@ -42,7 +42,7 @@ class Calibration:
     def __init__(self, model: Model, x: npt.NDArray[Any], features: Features | None = None) -> None:
         shape = tuple(model.architecture.input_shape)
         if x.ndim == 0 or x.shape[1:] != shape or len(x) < 2:
-            raise DataError("calibration samples", expected=("2 or more", *shape), got=x.shape)
+            raise DataError("calibration samples", expected=shape_text("2 or more", *shape), got=shape_text(*x.shape))
         # The order decides the last bits of a mean, so it must not depend on how a file was read.
         rows = np.array(sorted(range(len(x)), key=lambda i: x[i].tobytes()))
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLES)).astype(np.int64)]

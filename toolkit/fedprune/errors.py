@@ -72,6 +72,11 @@ def shown(value: object) -> str:
     return repr(value)[:80]
 
 
+def shape_text(*sizes: object) -> str:
+    """A shape as messages show it, such as [n, 3, 32, 32]."""
+    return f"[{', '.join(map(str, sizes))}]"
+
+
 def reason(error: BaseException) -> str:
     """The first line of another library's error, in short, without codes that would steer a terminal."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", str(error)).strip() or type(error).__name__
