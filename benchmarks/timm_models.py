@@ -289,8 +289,8 @@ all gradients together from float64, ours / torch's float32, median of {SEEDS} b
 in which a decision flipped (of which the number is beside it). A batch counts as flipped if it is more than ten times
 as far off as the best one of either engine; where both engines flip in every batch, that can't be told. A row is right
 if ours is at most twice torch's, or {FLOOR:.1e}, flips at most in two more batches, and is in no batch further off than
-1 % or twice torch's furthest. At full width the reference is timm's module; at half width it is the cut graph, run by torch, whose logits in float64 are at most {oracle:.0e} from
-onnxruntime's.
+1 % or twice torch's furthest. At full width the reference is timm's module; at half width it is the cut graph, run by
+torch, whose logits in float64 are at most {oracle:.0e} from onnxruntime's.
 
 | network | input | parameters (M) | groups | kept | cut | gradients, full width | flipped | half width | flipped |
 |---|---|---|---|---|---|---|---|---|---|
