@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,17 @@ class Trained:
 
 
 class LoadedTrainer:
-    """The training graph that was used last: the next round usually needs it again.
+    """The training graph that was used last: another bench's round usually needs it again.
 
     Args:
         threads: Threads inside an operator.
+        keep: Whether it stays loaded after training. A board lets it go: its memory is needed for the new model, and
+            loading it again takes less than a step or two.
     """
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1, *, keep: bool = False) -> None:
         self.threads = threads
+        self._keep = keep
         self._loaded: tuple[str, Trainer] | None = None
 
     def of(self, sha256: str, read: Callable[[], bytes]) -> Trainer:
@@ -96,6 +99,11 @@ class LoadedTrainer:
             self._loaded = None  # two loaded graphs are more than a small board has memory for
             self._loaded = (sha256, Trainer(read(), threads=self.threads))
         return self._loaded[1]
+
+    def release(self) -> None:
+        """Training is over."""
+        if not self._keep:
+            self._loaded = None
 
 
 class Workbench:
@@ -199,6 +207,10 @@ class Workbench:
         if not trainer.normalised:
             loss = trainer.loss(result.tensors, self._data, recipe, offer.classes, PROBE_SAMPLES)
         weights = self._blobs.put(tensorfile.encode(result.tensors))
+        moved = {n: v.copy() for n, v in result.tensors.items() if n not in trainer.frozen} if trainer.frozen else {}
+        result = replace(result, tensors={})  # arrays in the memory of the loaded graph, which goes, too
+        del trainer
+        self._trainer.release()
         after = self._candidate(offer, weights)
         self._check(after, loss, recipe, offer.classes)
         self._evaluate(after, offset, recipe, offer.classes, metrics, "after")
@@ -209,7 +221,7 @@ class Workbench:
             offer.round,
             offer.attempt,
             offer.weights.sha256,
-            self._sent(offer, weights, result.tensors, trainer),
+            self._sent(offer, weights, moved),
             result.samples,
             result.steps,
             _finite(metrics | _measured(result)),
@@ -225,13 +237,19 @@ class Workbench:
         )
         return Trained(update, model)
 
-    def _sent(self, offer: Offer, weights: BlobRef, tensors: Tensors, trainer: Trainer) -> BlobRef:
-        """What the server gets: the trained weights without those that are frozen, which it has."""
-        if not trainer.frozen:
+    def _sent(self, offer: Offer, weights: BlobRef, moved: Tensors) -> BlobRef:
+        """What the server gets: the trained weights without those that are frozen, which it has.
+
+        Args:
+            offer: The offer.
+            weights: All trained weights.
+            moved: Those that aren't frozen, where some are; nothing else.
+        """
+        if not moved:
             return weights
         if weights != offer.weights:
             self._blobs.delete(weights.sha256)  # it is staged; the disk has room for one file of trained weights
-        return self._blobs.put(tensorfile.encode({n: v for n, v in tensors.items() if n not in trainer.frozen}))
+        return self._blobs.put(tensorfile.encode(moved))
 
     def _weights(self, ref: BlobRef) -> Tensors:
         raw = self._blob(ref)

@@ -87,7 +87,7 @@ class Bench:
         self._store = store
         self._slots = Slots(folder)
         self._slots.prepare()
-        self._trainer = LoadedTrainer()
+        self._trainer = LoadedTrainer(keep=True)
 
     def carry_out(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> Outcome:
         """Do what an offer asks of a device, as a board does.
