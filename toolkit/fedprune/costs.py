@@ -25,25 +25,28 @@ FLOAT = 4
 RUNTIME_BYTES = 77_000_000
 """A process with Python, numpy, onnxruntime and the MQTT client, and what allocators round up."""
 
-VALUE_BYTES = 130_000
+VALUE_BYTES = 190_000
 """What a loaded graph takes per activation of the model, which is some thirty nodes of a training graph."""
 
-WEIGHT_COPIES = 6
+WEIGHT_COPIES = 7
 """Arrays of the size of all weights that live at the peak of a step: weights as received, weights and momentum before
-and after the step, gradients, and the temporaries of the update."""
+and after the step, gradients, the temporaries of the update, and what the allocator can't use in between."""
 
 FROZEN_COPIES = 2
 """The same of weights that aren't trained: as received, and as the step reads them."""
 
-KEPT_COPIES = 1.2
+KEPT_COPIES = 1.15
 """Memory over size of what the backward pass needs: masks and centred values beside values, the allocator's gaps."""
 
-TRANSIENTS = 4.5
+TRANSIENTS = 7.5
 """Arrays of the size of the largest activation that live beside that: the gradients that go in and out of a layer and
 the buffers in which a convolution unrolls its input."""
 
 ACTIVATION_PASSES = 12
 """How often a training step moves its activations through main memory where caches don't help."""
+
+WEIGHT_PASSES = 6
+"""The same of its weights."""
 
 INFERENCE_RUNTIME_BYTES = 70_000_000
 INFERENCE_VALUE_BYTES = 20_000
@@ -179,7 +182,7 @@ def memory_seconds(architecture: Architecture, widths: npt.ArrayLike, batch: int
         Seconds, [n].
     """
     elements, parameters = workload(architecture).contents(widths)
-    moved: Numbers = FLOAT * (ACTIVATION_PASSES * batch * elements + WEIGHT_COPIES * parameters)
+    moved: Numbers = FLOAT * (ACTIVATION_PASSES * batch * elements + WEIGHT_PASSES * parameters)
     return moved / bandwidth
 
 
