@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,20 +24,15 @@ Tensors = dict[str, npt.NDArray[np.float32]]
 
 Indices = npt.NDArray[np.int64]
 
-_ALIGNED = 16
-"""Numbers between the starts of tensors that share memory: 64 bytes, a cache line."""
-
 
 class _Piece(NamedTuple):
-    """How a tensor is gathered: what to slice (axes that hold a run), which axes to take indices of, where it goes."""
+    """How a tensor is gathered: what to slice (axes that hold a run), which axes to take indices of."""
 
     name: str
     whole: tuple[int, ...]
     shape: tuple[int, ...]
     cut: tuple[Any, ...]
     rows: tuple[tuple[int, Indices], ...]
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,33 +113,29 @@ class Selection:
         return self.architecture.shapes(self.widths)
 
     def gather(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
-        """The submodel's tensors out of the full model's; they lie in one piece of memory.
+        """The submodel's tensors out of the full model's.
 
         Raises:
             BundleError: A tensor is missing or has another shape than the architecture says.
         """
         pieces = self._pieces
         wholes = [_expect(tensors, piece.name, piece.whole) for piece in pieces]
-        # One piece of memory: the system hands that out faster than a hundred small ones.
-        room = np.empty(pieces[-1].stop if pieces else 0, np.float32)
         out: Tensors = {}
         for full, piece in zip(wholes, pieces, strict=True):
-            part = out[piece.name] = room[piece.start : piece.stop].reshape(piece.shape)
+            part = out[piece.name] = np.empty(piece.shape, np.float32)
             _take(full[piece.cut], piece.rows, part)
         return out
 
     @cached_property
     def _pieces(self) -> tuple[_Piece, ...]:
         """How every tensor is gathered, in the architecture's order."""
-        out, start, shapes = [], 0, self.shapes()
+        out, shapes = [], self.shapes()
         for spec in self.architecture.tensors:
-            maps, shape = self.maps(spec.name), shapes[spec.name]
+            maps = self.maps(spec.name)
             runs = [_run(m) for m in maps]
             cut = (*(slice(None) if r is None else r for r in runs), ...)
             rows = tuple((axis, maps[axis]) for axis, r in enumerate(runs) if r is None)
-            stop = start + prod(shape)
-            out.append(_Piece(spec.name, spec.shape, shape, cut, rows, start, stop))
-            start = -(-stop // _ALIGNED) * _ALIGNED
+            out.append(_Piece(spec.name, spec.shape, shapes[spec.name], cut, rows))
         return tuple(out)
 
     def scatter(
