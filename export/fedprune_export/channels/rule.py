@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.errors import ModelError
 from fedprune_export.channels.atoms import AtomRow, Atoms, still
 from fedprune_export.channels.choices import Choices
 from fedprune_export.graph import Graph, Node
+from fedprune_export.registry import registrar
 from fedprune_export.trace import Trace
 
 Rows = tuple[AtomRow, ...]
@@ -152,23 +152,8 @@ Rule = Callable[[Channels, Node], None]
 RULES: dict[str, Rule] = {}
 """Rules by operator."""
 
-
-def rule(*operators: str) -> Callable[[Rule], Rule]:
-    """Register a rule for these operators.
-
-    Raises:
-        ModelError: One of them has a rule already.
-    """
-
-    def register(function: Rule) -> Rule:
-        for operator in operators:
-            before = RULES.setdefault(operator, function)
-            if before is not function:
-                both = [f"{f.__module__}.{f.__qualname__}" for f in (before, function)]
-                raise ModelError(f"operator {operator} has two channel rules", got=" and ".join(both))
-        return function
-
-    return register
+rule = registrar(RULES, "channel")
+"""Register a rule for operators."""
 
 
 def walk(channels: Channels) -> list[str]:

@@ -19,6 +19,7 @@ from fedprune_export.gradients.dimensions import BATCH, Dim, Dimensions, Shape
 from fedprune_export.gradients.knowledge import Knowledge, describe
 from fedprune_export.graph import Graph, Node, Port
 from fedprune_export.imported import Model
+from fedprune_export.registry import registrar
 from fedprune_export.trace import sample_sizes
 
 __all__ = ["BATCH", "RULES", "Dim", "Pull", "Rule", "Shape", "Tape", "describe", "port", "rule", "sample_shape"]
@@ -33,23 +34,8 @@ Rule = Callable[["Tape", Node], "Pull | None"]
 RULES: dict[str, Rule] = {}
 """Rules by operator."""
 
-
-def rule(*operators: str) -> Callable[[Rule], Rule]:
-    """Register a rule for these operators.
-
-    Raises:
-        ModelError: One of them has a rule already.
-    """
-
-    def register(function: Rule) -> Rule:
-        for operator in operators:
-            before = RULES.setdefault(operator, function)
-            if before is not function:
-                both = [f"{f.__module__}.{f.__qualname__}" for f in (before, function)]
-                raise ModelError(f"operator {operator} has two gradient rules", got=" and ".join(both))
-        return function
-
-    return register
+rule = registrar(RULES, "gradient")
+"""Register a rule for operators."""
 
 
 class Tape(Knowledge):
