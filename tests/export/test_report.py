@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from token_net import token_net
 
 from fedprune import tensorfile
 from fedprune.errors import DataError, ExitCode
@@ -230,25 +231,7 @@ def test_a_file_that_is_no_data_ends_with_the_code_of_data(
 
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
-    """A net that reads three identifiers below 20 and tells 5 classes apart."""
-    random = np.random.default_rng(1)
-    held = {"table": (20, 6), "hidden": (18, 8), "head": (8, 5)}
-    nodes = [
-        onnx.helper.make_node("Gather", ["table", "x"], ["e"]),
-        onnx.helper.make_node("Flatten", ["e"], ["f"]),
-        onnx.helper.make_node("MatMul", ["f", "hidden"], ["h"]),
-        onnx.helper.make_node("Relu", ["h"], ["r"]),
-        onnx.helper.make_node("MatMul", ["r", "head"], ["y"]),
-    ]
-    graph = onnx.helper.make_graph(
-        nodes,
-        "tokens",
-        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.INT64, ["N", 3])],
-        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 5])],
-        [onnx.numpy_helper.from_array(random.standard_normal(v).astype(np.float32), n) for n, v in held.items()],
-    )
-    opsets = [onnx.helper.make_opsetid("", 17)]
-    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "tokens.onnx")
+    (tmp_path / "tokens.onnx").write_bytes(token_net(20))
     return tmp_path / "tokens.onnx"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from token_net import token_net
 
 from fedprune import tensorfile
 from fedprune.bundle import ARCHITECTURE, FILES, INFERENCE, TRAINING, WEIGHTS, manifest, open_bundle
@@ -279,24 +280,7 @@ def test_a_swapped_weights_file_that_the_manifest_knows_is_a_bundle_of_its_own(
 
 def test_identifiers_are_drawn_from_the_whole_vocabulary(tmp_path: Path) -> None:
     """A bundle whose embedding is wrong in its last row only is told from the model."""
-    random = np.random.default_rng(1)
-    held = {"table": (9, 6), "hidden": (18, 8), "head": (8, 5)}
-    nodes = [
-        onnx.helper.make_node("Gather", ["table", "x"], ["e"]),
-        onnx.helper.make_node("Flatten", ["e"], ["f"]),
-        onnx.helper.make_node("MatMul", ["f", "hidden"], ["h"]),
-        onnx.helper.make_node("Relu", ["h"], ["r"]),
-        onnx.helper.make_node("MatMul", ["r", "head"], ["y"]),
-    ]
-    graph = onnx.helper.make_graph(
-        nodes,
-        "tokens",
-        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.INT64, ["N", 3])],
-        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 5])],
-        [numpy_helper.from_array(random.standard_normal(v).astype(np.float32), n) for n, v in held.items()],
-    )
-    opsets = [onnx.helper.make_opsetid("", 17)]
-    model = import_onnx(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString(), "tokens")
+    model = import_onnx(token_net(9), "tokens")
     whole = Selection.full(model.architecture)
     files = bundle_files(model, whole, Recipe())
     assert passed(written(tmp_path / "good", files, whole), model) == ([*CHECKS, "model"], None)
