@@ -30,12 +30,8 @@ def transposed_convolution(channels: Channels, node: Node) -> None:
     """Its weight has the input's channels first, then the outputs of one group."""
     x, weight = channels.of(node, 0)[1], channels.of(node, 1)
     groups = int(node.attrs.get("group", 1))
-    if groups == 1:
-        channels.atoms.tie(weight[0], x)
-        produced = weight[1]
-    else:
-        channels.atoms.tie(weight[0], x)
-        produced = _grouped(channels, node, weight[0], None, weight[1], groups)
+    channels.atoms.tie(weight[0], x)
+    produced = weight[1] if groups == 1 else _grouped(channels, node, weight[0], None, weight[1], groups)
     _produce(channels, node, produced)
 
 
