@@ -1,0 +1,1 @@
+"""Strategies: compositions of roles, each with one paper behind it."""

@@ -1,0 +1,250 @@
+"""The roles that a strategy is composed of: what each is asked, and what it answers.
+
+Roles are small objects without state of their own: all that lasts lies in the job's memory, which is stored after every
+round, so that a round can be repeated, in another process, with the same bits. *Scorer*, *extractor*, *aggregator* and
+*personaliser* work on tensors, in the worker; *objective* writes the recipe that a board trains by; *allocator* and
+*schedule* (`fedprune.allocation`, `fedprune.schedule`) decide in the coordinator, which sees no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from fedprune.aggregation import Fold
+from fedprune.architecture import Architecture
+from fedprune.element_mask import ElementMask
+from fedprune.recipe import Recipe
+from fedprune.scoring import Ranks
+from fedprune.selection import Selection, Tensors
+
+Memory = Mapping[str, Mapping[str, npt.NDArray[Any]]]
+"""What a job remembers between rounds: named collections of tensors, such as `velocity`. Loaded when asked for."""
+
+Memories = dict[str, dict[str, npt.NDArray[Any]]]
+"""What a role wants remembered from now on, by the same names; an empty collection is forgotten."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One device's part in a round.
+
+    Attributes:
+        seed: The job's seed.
+        round: The round, from 1.
+        device: The device's name.
+        widths: Its channels per group.
+        density: The share of the model that it was given, above 0 and at most 1.
+        samples: Its training samples.
+    """
+
+    seed: int
+    round: int
+    device: str
+    widths: tuple[int, ...]
+    density: float = 1.0
+    samples: int = 1
+
+    @property
+    def pruning_rate(self) -> float:
+        """1 − density."""
+        return 1.0 - self.density
+
+
+@dataclass(frozen=True, eq=False)
+class Submodel:
+    """What a device trains, or has trained.
+
+    Attributes:
+        selection: Where its channels live.
+        tensors: In the selection's coordinates.
+        mask: Which of its elements are active, in the same coordinates; None for all.
+    """
+
+    selection: Selection
+    tensors: Tensors
+    mask: ElementMask | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Past(Submodel):
+    """What a device last handed in.
+
+    Attributes:
+        round: When.
+    """
+
+    round: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """An answer of a scorer.
+
+    Attributes:
+        ranks: Per group its channels, best first: a device of width k gets the first k.
+        order: Importance per element of the global model, more is better, where masks are made of elements; None
+            where there are none.
+    """
+
+    ranks: Ranks
+    order: Tensors | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """A round as the worker's roles see it.
+
+    Attributes:
+        architecture: The model.
+        seed: The job's seed.
+        round: The round, from 1.
+        model: The global model w_t.
+        memory: What the job remembers.
+        recipe: The job's local training, before the objective has written a device's.
+        participants: The devices that take part, sorted.
+    """
+
+    architecture: Architecture
+    seed: int
+    round: int
+    model: Tensors
+    memory: Memory = field(default_factory=dict)
+    recipe: Recipe = field(default_factory=Recipe)
+    participants: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What there is to make one device's submodel of.
+
+    Attributes:
+        scene: The round.
+        turn: The device's part.
+        selection: The ranking's first channels, at the device's widths.
+        order: The ranking's importance per element, in global coordinates; None where it has none.
+        past: What the device last handed in, or None.
+    """
+
+    scene: Scene
+    turn: Turn
+    selection: Selection
+    order: Tensors | None = None
+    past: Past | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """A stored update, as it enters the sums.
+
+    Attributes:
+        cut: What the device's submodel was made of, as it was then: in an asynchronous job `cut.scene.model` may be an
+            earlier model than the one that is folded onto.
+        sent: The submodel that the device was sent.
+        trained: What it made of it.
+        weight: What it counts for, from 1 up.
+        steps: Optimiser steps behind it.
+    """
+
+    cut: Cut
+    sent: Submodel
+    trained: Submodel
+    weight: int
+    steps: int
+
+
+@dataclass(frozen=True, eq=False)
+class Closing:
+    """The end of a round.
+
+    Attributes:
+        model: The next global model.
+        memories: What is to be remembered.
+    """
+
+    model: Tensors
+    memories: Memories = field(default_factory=dict)
+
+
+class Scorer(Protocol):
+    """Ranks channels, and elements where masks are made of them, once a round for all devices."""
+
+    observes: bool
+    """Whether it learns from how far weights moved: the fold then keeps movements (`Fold(evidence=True)`)."""
+
+    def rank(self, scene: Scene) -> Ranking:
+        """Rank for this round."""
+        ...
+
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+        """What to remember of a round that is about to close.
+
+        Args:
+            scene: The round.
+            fold: Its sums.
+            reports: Reads all that was folded, one after the other.
+        """
+        ...
+
+
+class Extractor(Protocol):
+    """Makes a device's submodel of the global model, and leads what was learnt back."""
+
+    def extract(self, cut: Cut) -> Submodel:
+        """The submodel to send."""
+        ...
+
+    def reconstruct(self, report: Report) -> Submodel:
+        """What was trained, as it enters the sums: at its places in global space."""
+        ...
+
+
+class Personaliser(Protocol):
+    """What of a device's model is its own, as far as the server keeps it."""
+
+    def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
+        """The submodel to send, with the device's own parts in it."""
+        ...
+
+    def share(self, report: Report, lifted: Submodel) -> Submodel:
+        """What of a reconstructed submodel others get to see in the global model."""
+        ...
+
+
+class Objective(Protocol):
+    """What a board minimises."""
+
+    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
+        """The device's recipe of this round, made of the job's."""
+        ...
+
+
+class Aggregator(Protocol):
+    """Turns a round's sums into the next global model."""
+
+    weighting: str
+    """`samples`: devices count by their training samples; `uniform`: all alike."""
+
+    def fold(self, scene: Scene, *, evidence: bool) -> Fold:
+        """Empty sums for a round."""
+        ...
+
+    def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
+        """Add an update, reconstructed and shared; all of it or, where it raises, nothing."""
+        ...
+
+    def close(
+        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
+    ) -> Closing:
+        """The next model.
+
+        Args:
+            fold: The sums.
+            scene: The round.
+            rate: Share of the way from w_t to the sums' mean that the schedule allows (1 in synchronous rounds).
+            reports: Reads all updates again, each with its reconstruction, for whatever is no sum (a median).
+        """
+        ...
