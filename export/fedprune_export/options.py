@@ -21,7 +21,7 @@ MODEL_HELP = "model.onnx, package.module:factory of a torch module, or timm:NAME
 PREFERENCES = ("coarse", "fine")
 
 _LOSS_OF = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
-_LISTS = ("frozen", "trainable", "ordered_dropout")
+_LISTS = ("frozen", "trainable", "ordered_dropout", "personal")
 """Settings of a recipe that are lists."""
 
 _LABELS_OF = {"cross_entropy": "classes", "bce": "multi", "mse": "values", "huber": "values"}

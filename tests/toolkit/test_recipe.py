@@ -33,6 +33,12 @@ recipes = st.builds(
     clip_norm=st.floats(0, 10),
     frozen=st.lists(st.text("abc.*[", min_size=1, max_size=5), max_size=3).map(tuple),
     ordered_dropout=st.lists(st.floats(0.1, 1), max_size=3).map(tuple),
+    average=st.floats(0, 1, exclude_max=True),
+    calibrate=st.booleans(),
+    personal=st.lists(st.text("abc.*[", min_size=1, max_size=5), max_size=3).map(tuple),
+    scale=st.floats(1, 16),
+    patience=st.integers(0, 9),
+    report_squares=st.booleans(),
 )
 
 FLAGS = [f.name for f in fields(Features) if f.default is False]
@@ -75,6 +81,11 @@ def test_every_feature_has_a_key_of_its_own() -> None:
         ({"clip_norm": 1.0}, "clip"),
         ({"accumulate": 2}, "accumulate"),
         ({"ordered_dropout": [0.5]}, "ordered_dropout"),
+        ({"average": 0.85}, "axes"),
+        ({"scale": 2}, "scale"),
+        ({"mask": "hard"}, "element_mask"),
+        ({"mask": "threshold", "mask_threshold": 0.1}, "threshold"),
+        ({"report_squares": True}, "gradients"),
     ],
 )
 def test_a_setting_asks_for_its_input(setting: dict[str, Any], feature: str) -> None:
@@ -88,13 +99,13 @@ def test_numbers_out_of_range_are_refused_by_name(name: str, value: Any) -> None
         Recipe.from_dict({name: value})
 
 
-@pytest.mark.parametrize("name", ["momentum", "beta1", "beta2"])
+@pytest.mark.parametrize("name", ["momentum", "beta1", "beta2", "average"])
 def test_shares_that_are_kept_are_below_one(name: str) -> None:
     with pytest.raises(ConfigError, match=f"recipe: {name}: expected a number from 0 to below 1, got 1"):
         Recipe.from_dict({name: 1})
 
 
-@pytest.mark.parametrize("name", ["epochs", "batch_size", "max_steps", "accumulate"])
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "max_steps", "accumulate", "patience"])
 def test_counts_are_whole(name: str) -> None:
     with pytest.raises(ConfigError, match="whole number"):
         Recipe.from_dict({name: 1.5})
@@ -107,7 +118,9 @@ def test_what_is_no_number_of_its_range_is_refused_by_name(name: str, value: obj
         Recipe.from_dict({name: value})
 
 
-@pytest.mark.parametrize("name", ["logit_adjustment", "mask_absent_classes", "balance_classes"])
+@pytest.mark.parametrize(
+    "name", ["logit_adjustment", "mask_absent_classes", "balance_classes", "calibrate", "report_squares"]
+)
 def test_switches_are_true_or_false(name: str) -> None:
     with pytest.raises(ConfigError, match="true or false"):
         Recipe.from_dict({name: 1})
@@ -143,6 +156,10 @@ def test_a_recipe_of_an_older_form_reads() -> None:
         {"ordered_dropout": [1.5]},
         {"ordered_dropout": [True]},
         {"ordered_dropout": [float("nan")]},
+        {"personal": "head.*"},
+        {"mask": "soft"},
+        {"mask": True},
+        {"scale": 0},
     ],
     ids=str,
 )
@@ -166,6 +183,26 @@ def test_more_parts_than_samples_of_a_batch_are_refused() -> None:
     assert Recipe(batch_size=10, accumulate=4).micro_batch == 3
     with pytest.raises(ConfigError, match="recipe: accumulate"):
         Recipe(batch_size=4, accumulate=5)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"ordered_dropout": [0.5], "mask": "hard"},
+        {"ordered_dropout": [0.5], "mask": "threshold"},
+        {"mask_threshold": 0.1},
+        {"mask_threshold": 0.1, "mask": "hard"},
+    ],
+    ids=str,
+)
+def test_settings_that_have_no_meaning_together_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"recipe: {next(iter(setting))} with mask"):
+        Recipe.from_dict(setting)
+
+
+@pytest.mark.parametrize("setting", [{"calibrate": True}, {"personal": ["a*"]}, {"patience": 2}], ids=str)
+def test_what_the_graph_has_no_part_in_needs_no_other_graph(setting: dict[str, Any]) -> None:
+    assert Recipe.from_dict(setting).features == Features()
 
 
 @given(recipes)

@@ -28,6 +28,8 @@ def numbers(recipe: Recipe) -> dict[str, Array]:
         out[step.EPSILON] = np.array(recipe.epsilon, np.float32)
     if recipe.features.clip:
         out[step.CLIP_NORM] = np.array(recipe.clip_norm, np.float32)
+    if recipe.features.scale:
+        out[step.OUTPUT_SCALE] = np.array(recipe.scale, np.float32)
     return out | loss_numbers(recipe)
 
 
@@ -71,11 +73,13 @@ def first_step(
     out: dict[str, Array] = {n: np.asarray(v, order="C") for n, v in tensors.items()}
     out |= numbers(recipe) | anchors(recipe, tensors, trained)
     out[step.STEP_NUMBER] = np.array(1, np.int64)
+    out[step.OUTPUT_SCALE] = np.array(1, np.float32)
     out[step.DIVISOR] = np.array(samples, np.float32)
     out[step.LOGIT_OFFSET] = np.zeros(classes, np.float32)
     out[step.CLASS_WEIGHT] = out[step.CLASS_MASK] = np.ones(classes, np.float32)
     for name in trained:
         out[step.mask(name)] = np.ones_like(out[name])
+        out[step.threshold(name)] = np.array(0, np.float32)
         for array in (*step.states(recipe.optimizer), step.total, step.squares):
             out[array(name)] = np.zeros_like(out[name])
     return {n: v for n, v in out.items() if n in inputs}

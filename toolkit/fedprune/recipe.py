@@ -19,6 +19,8 @@ REGRESSIONS = ("mse", "huber")
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
+MASKS = ("none", "hard", "threshold")
+
 _FIRST = (
     "epochs",
     "batch_size",
@@ -58,6 +60,10 @@ class Features:
         squares: Sums of squared gradients are outputs.
         sample_losses: The loss of every sample is an output.
         ordered_dropout: The graph says in its metadata how channels lie on its tensors' axes.
+        axes: So it does, too, where the steps are all as wide as the device.
+        threshold: Per trained tensor a number θ: elements below it in size are 0 in the forward pass, and what is above
+            it learns what its size is worth (FIARSE).
+        scale: The outputs of every layer with weights, but the last, are multiplied by a number (HeteroFL's scaler).
         frozen: Patterns of tensors that stay as they are.
         trainable: Patterns of the only tensors that are trained, if there are any.
     """
@@ -76,6 +82,9 @@ class Features:
     squares: bool = False
     sample_losses: bool = False
     ordered_dropout: bool = False
+    axes: bool = False
+    threshold: bool = False
+    scale: bool = False
     frozen: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
 
@@ -124,6 +133,20 @@ class Recipe:
         trainable: Patterns of the only tensors that are trained; empty for all but those that the model itself froze.
         ordered_dropout: Densities: every step trains the model at one of these, or at the device's own width (FjORD);
             empty for the device's own width in every step.
+        average: Share of the old average that the board's own moving average of trained weights keeps every round; it
+            is what serves, and its accuracy is reported. 0 for none: the last weights serve.
+        calibrate: After training, one pass over the local training samples measures batch-norm statistics anew, for
+            what is evaluated, averaged and serves; the update has those that training left.
+        personal: Patterns of tensors that stay on the board: they are not part of its updates, and its own last ones
+            take the place of those received.
+        scale: The outputs of every layer with weights, but the last, are multiplied by this in training alone
+            (HeteroFL's scaler: 1 / the device's share of channels).
+        mask: `none`; `hard`: elements that the offer's mask leaves out are 0 and stay so; `threshold`: so are, step by
+            step, those of masked tensors that are smaller than `mask_threshold` (FIARSE).
+        mask_threshold: FIARSE's θ.
+        patience: Training ends when the loss of the device's validation samples hasn't fallen below its lowest for so
+            many epochs, and the weights of the best epoch count; 0 trains all epochs.
+        report_squares: The update has the squared gradients of the last step, too, as tensors `name::squares`.
     """
 
     epochs: int = 1
@@ -148,6 +171,14 @@ class Recipe:
     frozen: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
     ordered_dropout: tuple[float, ...] = ()
+    average: float = 0.0
+    calibrate: bool = False
+    personal: tuple[str, ...] = ()
+    scale: float = 1.0
+    mask: str = "none"
+    mask_threshold: float = 0.0
+    patience: int = 0
+    report_squares: bool = False
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[float, float]] = {
@@ -165,11 +196,15 @@ class Recipe:
             "epsilon": (1e-16, 1),
             "clip_norm": (0, 1e6),
             "accumulate": (1, 65_536),
+            "average": (0, 1),
+            "scale": (1e-3, 1e3),
+            "mask_threshold": (0, 1e6),
+            "patience": (0, 10_000),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            whole = name in ("epochs", "batch_size", "max_steps", "accumulate")
-            share = name in ("momentum", "beta1", "beta2")
+            whole = name in ("epochs", "batch_size", "max_steps", "accumulate", "patience")
+            share = name in ("momentum", "beta1", "beta2", "average")
             if (
                 isinstance(value, bool)
                 or not isinstance(value, int if whole else (int, float))
@@ -182,16 +217,16 @@ class Recipe:
                     expected=f"{'a whole number' if whole else 'a number'} from {low} to {below}{high}",
                     got=shown(value),
                 )
-        for name, allowed in (("loss", LOSSES), ("optimizer", OPTIMIZERS)):
+        for name, allowed in (("loss", LOSSES), ("optimizer", OPTIMIZERS), ("mask", MASKS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"recipe: {name}", expected=" or ".join(allowed), got=shown(getattr(self, name)))
-        for name in ("frozen", "trainable"):
+        for name in ("frozen", "trainable", "personal"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         object.__setattr__(self, "ordered_dropout", _densities(self.ordered_dropout))
-        self._check_loss()
+        self._check_together()
 
-    def _check_loss(self) -> None:
-        """Refuse settings that the loss has no meaning for."""
+    def _check_together(self) -> None:
+        """Refuse settings that have no meaning together."""
         fitting = {
             "logit_adjustment": ("cross_entropy",),
             "mask_absent_classes": ("cross_entropy",),
@@ -207,6 +242,14 @@ class Recipe:
                 )
         if self.accumulate > self.batch_size:
             raise ConfigError("recipe: accumulate", expected="at most batch_size parts", got=self.accumulate)
+        if self.mask_threshold and self.mask != "threshold":
+            raise ConfigError(f"recipe: mask_threshold with mask {self.mask!r}", expected="mask 'threshold'")
+        if self.ordered_dropout and self.mask != "none":
+            raise ConfigError(
+                f"recipe: ordered_dropout with mask {self.mask!r}",
+                expected="one of the two",
+                hint="A narrower step of a masked model is a model that nothing has chosen.",
+            )
 
     @property
     def features(self) -> Features:
@@ -222,6 +265,11 @@ class Recipe:
             clip=self.clip_norm > 0,
             accumulate=self.accumulate > 1,
             ordered_dropout=bool(self.ordered_dropout),
+            axes=self.average > 0,
+            element_mask=self.mask == "hard",
+            threshold=self.mask == "threshold",
+            scale=self.scale != 1,
+            gradients=self.report_squares,
             frozen=self.frozen,
             trainable=self.trainable,
         )

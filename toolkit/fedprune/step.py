@@ -11,11 +11,12 @@ Inputs:
         `clip_norm` as asked for. float32 where nothing else is said.
     `divisor` (with accumulation): what the sum of the samples' losses is divided by, for the whole batch of which `x`
         is a part: its number of samples, with class weights in cross-entropy the sum of its samples' weights.
+    `output_scale` (with a scaler, shape []): outputs of every layer with weights, but the last, are multiplied by it.
     `logit_offset`, `class_weight`, `class_mask`: float32 [K]; with `bce` the class weight is torch's `pos_weight`.
     Every tensor of the architecture under its own name, and per *trained* tensor (trainable and not frozen) the
         optimiser's state: one array with SGD (momentum), two with Adam and AdamW (mean and mean square of gradients).
-    On demand, per trained tensor: anchor and µ (shape []), mask, the gradients so far of this batch (`sum`), the
-        squares so far (`squares`).
+    On demand, per trained tensor: anchor and µ (shape []), mask (0 or 1), `threshold` θ (shape [], 0 for none), the
+        gradients so far of this batch (`sum`), the squares so far (`squares`).
 
 Outputs:
     `loss` (float32 []): the data loss, without the proximal term. With accumulation it is this part's share: shares
@@ -53,6 +54,7 @@ DIVISOR = "divisor"
 LOGIT_OFFSET = "logit_offset"
 CLASS_WEIGHT = "class_weight"
 CLASS_MASK = "class_mask"
+OUTPUT_SCALE = "output_scale"
 LOSS = "loss"
 HITS = "hits"
 SAMPLE_LOSSES = "sample_losses"
@@ -63,13 +65,14 @@ RESERVED = frozenset(
     {
         *(X, Y, LR, MOMENTUM, WEIGHT_DECAY, BETA1, BETA2, EPSILON, STEP_NUMBER),
         *(LABEL_SMOOTHING, HUBER_DELTA, CLIP_NORM, DIVISOR, LOGIT_OFFSET, CLASS_WEIGHT, CLASS_MASK),
+        OUTPUT_SCALE,
         *(LOSS, HITS, SAMPLE_LOSSES, LOGITS),
     }
 )
 """Names that no tensor of a model may have; the importer renames such tensors."""
 
 AXES = "fedprune.axes"
-"""Key of a training graph's metadata that holds, for ordered dropout, how channels lie on its tensors' axes."""
+"""Key of a training graph's metadata that holds, on demand, how channels lie on its tensors' axes."""
 
 
 def buffer(name: str) -> str:
@@ -95,6 +98,11 @@ def strength(name: str) -> str:
 def mask(name: str) -> str:
     """Element mask of a tensor (input)."""
     return f"{name}::mask"
+
+
+def threshold(name: str) -> str:
+    """Size θ below which elements of a tensor count as 0 (input)."""
+    return f"{name}::threshold"
 
 
 def total(name: str) -> str:
