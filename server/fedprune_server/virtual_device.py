@@ -6,9 +6,15 @@ as on a board; only the time that it takes comes from the hardware profile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fedprune.architecture import Architecture
 from fedprune.blobs import BlobStore
@@ -30,18 +36,61 @@ _JOB = "simulation"
 
 
 @dataclass(frozen=True)
+class StoredData:
+    """Samples that are read when they are needed, and forgotten afterwards: a thousand devices' don't fit in memory.
+
+    Attributes:
+        samples: Training samples.
+        fingerprint: Digest of all samples and labels.
+        load: Reads them; the same ones every time.
+    """
+
+    samples: int
+    fingerprint: str
+    load: Callable[[], LocalData]
+
+    @classmethod
+    def of(cls, load: Callable[[], LocalData]) -> StoredData:
+        """Look once at what a function reads.
+
+        Raises:
+            DataError: It can't be read.
+        """
+        data = load()
+        return cls(data.samples, fingerprint(data), load)
+
+
+@dataclass(frozen=True)
 class VirtualDevice:
     """A board that exists as a profile and data.
 
     Attributes:
         name: Its name.
         profile: What kind of board it is.
-        data: Its own samples.
+        data: Its own samples, or where they are read.
     """
 
     name: str
     profile: HardwareProfile
-    data: LocalData
+    data: LocalData | StoredData
+
+    @property
+    def samples(self) -> int:
+        """Training samples."""
+        return self.data.samples
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of its samples and labels."""
+        return self.data.fingerprint if isinstance(self.data, StoredData) else fingerprint(self.data)
+
+    def load(self) -> LocalData:
+        """Its samples.
+
+        Raises:
+            DataError: They can't be read.
+        """
+        return self.data.load() if isinstance(self.data, StoredData) else self.data
 
     def download_s(self, size: int) -> float:
         """Seconds until `size` bytes from the server are here."""
@@ -55,7 +104,7 @@ class VirtualDevice:
 
     def train_s(self, architecture: Architecture, widths: tuple[int, ...], recipe: Recipe) -> float:
         """Seconds that the planner expects the training of a round to take."""
-        return predict(architecture, widths, self.profile, recipe, self.data.samples).train_s
+        return predict(architecture, widths, self.profile, recipe, self.samples).train_s
 
 
 @dataclass(frozen=True)
@@ -101,8 +150,19 @@ class Bench:
             FedpruneError: As on a board: the offer's parts don't fit each other or the data, numbers are not finite, or
                 the new model fails its check.
         """
-        bench = Workbench(device.name, self._store, self._slots, device.data, self._trainer)
+        bench = Workbench(device.name, self._store, self._slots, device.load(), self._trainer)
         update = bench.make(Offer(_JOB, number, 0, **sent(offer))).update
         # Times and memory of this machine would make every run another one.
         metrics = {name: value for name, value in update.metrics.items() if name not in MEASURED}
         return Outcome(update.weights, update.samples, update.steps, metrics)
+
+
+def fingerprint(data: LocalData) -> str:
+    """Digest of a device's samples and labels with their types and shapes."""
+    digest = hashlib.sha256()
+    for field in fields(data):
+        array = getattr(data, field.name)
+        if array is not None:  # a split that there is not
+            digest.update(json.dumps([field.name, array.dtype.str, array.shape]).encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
