@@ -11,6 +11,7 @@ from fedprune import step
 from fedprune.recipe import Features
 from fedprune_export.gradients.tape import Shape, Tape, port
 from fedprune_export.graph import Graph
+from fedprune_export.sparse_weights import passed
 
 _CLIP_EPSILON = 1e-6
 """torch.nn.utils.clip_grad_norm_ adds it to the norm."""
@@ -40,8 +41,8 @@ def add_inputs(g: Graph, tensors: Sequence[Trained], features: Features) -> None
     arrays += [step.total] * features.accumulate + [step.squares] * features.squares
     for tensor in tensors:
         g.inputs += [port(array(tensor.name), tensor.shape) for array in arrays]
-        if features.proximal:
-            g.inputs.append(port(step.strength(tensor.name), ()))
+        scalars = [step.strength] * features.proximal + [step.threshold] * features.threshold
+        g.inputs += [port(scalar(tensor.name), ()) for scalar in scalars]
 
 
 def write_updates(g: Graph, tape: Tape, tensors: Sequence[Trained], features: Features) -> None:
@@ -68,6 +69,7 @@ def _objective(g: Graph, tape: Tape, tensor: Trained, features: Features) -> str
     """The gradient of the whole objective by a tensor; sums and squares of the data loss's alone."""
     name, shape = tensor.name, tensor.shape
     gradient = tape.gradient(name) or g.emit("ConstantOfShape", tape.shape_of(name))
+    gradient = passed(g, name, gradient, features)
     if features.accumulate:
         so_far = step.following(step.total(name))
         gradient = g.emit("Add", step.total(name), gradient, out=so_far)

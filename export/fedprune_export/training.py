@@ -12,6 +12,8 @@ from fedprune_export.graph import Graph
 from fedprune_export.imported import Model
 from fedprune_export.losses import target_shape, write_loss
 from fedprune_export.optimisers import Trained, add_inputs, write_updates
+from fedprune_export.scaler import scaled_outputs
+from fedprune_export.sparse_weights import used
 
 
 def training_graph(model: Model, features: Features) -> Graph:
@@ -35,9 +37,11 @@ def training_graph(model: Model, features: Features) -> Graph:
         )
     frozen = frozen_tensors(architecture, features, model.frozen)
     graph = Graph(name="training_step", _counter=model.graph._counter)
-    if features.ordered_dropout:
+    if features.ordered_dropout or features.axes:
         graph.metadata[step.AXES] = axes_json(architecture)
-    tape = Tape(model, graph, frozen)
+    tape = Tape(model, graph, frozen, scaled=scaled_outputs(model) if features.scale else ())
+    if features.scale:
+        graph.inputs.append(port(step.OUTPUT_SCALE, ()))
     input_shape = sample_shape(model.graph)
     graph.inputs.append(port(step.X, input_shape, model.graph.inputs[0].dtype))
     graph.inputs.append(port(step.Y, *target_shape(features, outputs)))
@@ -50,8 +54,7 @@ def training_graph(model: Model, features: Features) -> Graph:
         wanted = spec.kind.trainable and spec.name not in frozen
         if wanted:
             trained.append(Trained(spec.name, shape))
-            if features.element_mask:
-                value = graph.emit("Mul", spec.name, step.mask(spec.name))
+            value = used(graph, spec.name, features)
         tape.enter(spec.name, value, shape, wanted=wanted)
     add_inputs(graph, trained, features)
     graph.outputs.append(port(step.LOSS, ()))

@@ -175,7 +175,7 @@ def test_multiplications_are_what_torch_counts(density: float) -> None:
 
 
 @pytest.mark.board
-@pytest.mark.parametrize("feature", ["proximal", "element_mask", "gradients"])
+@pytest.mark.parametrize("feature", ["proximal", "element_mask", "threshold", "gradients"])
 def test_features_that_hold_arrays_take_memory(feature: str) -> None:
     costs = costs_at(NET, NET.sizes)
     plain, more = (costs.training_bytes(8, f, 10) for f in (PLAIN, replace(PLAIN, **{feature: True})))

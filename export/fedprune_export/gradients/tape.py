@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedprune import step
 from fedprune.errors import ModelError
 from fedprune_export.gradients.dimensions import BATCH, Dim, Dimensions, Shape
 from fedprune_export.gradients.knowledge import Knowledge, describe
@@ -46,12 +47,16 @@ class Tape(Knowledge):
         graph: The graph that is written to.
         frozen: Names of tensors that don't train: their gradients are not computed, and a batch normalisation whose
             statistics are frozen normalises by them.
+        scaled: Names of values that are multiplied by the input `output_scale` as soon as they are computed.
     """
 
-    def __init__(self, model: Model, graph: Graph, frozen: Collection[str] = ()) -> None:
+    def __init__(
+        self, model: Model, graph: Graph, frozen: Collection[str] = (), *, scaled: Collection[str] = ()
+    ) -> None:
         super().__init__(model, Dimensions(graph))
         self.graph = graph
         self._frozen = frozenset(frozen)
+        self._scaled = frozenset(scaled)
         self._values: dict[str, str] = {}
         self._shapes: dict[str, Shape] = {}
         self._wanted: set[str] = set()
@@ -248,9 +253,20 @@ class Tape(Knowledge):
                 )
             pull = function(self, node)
             self._check_shapes(node)
+            if pull is not None and node.outputs[0] in self._scaled:
+                pull = self._scale(node.outputs[0], pull)
             if pull is not None and any(self.wants(i) for i in node.inputs if i):
                 self._wanted.update(o for o in node.outputs if o)
                 self._pulls.append((node, pull))
+
+    def _scale(self, name: str, pull: Pull) -> Pull:
+        """Multiply a value by `output_scale`, and its gradient before it is pulled back."""
+        self.enter(name, self.graph.emit("Mul", self.value(name), step.OUTPUT_SCALE), self.shape(name))
+
+        def scaled(dy: str) -> None:
+            pull(self.graph.emit("Mul", dy, step.OUTPUT_SCALE))
+
+        return scaled
 
     def _check_shapes(self, node: Node) -> None:
         """What a rule says of its outputs' shapes must be what the channel analysis says."""
