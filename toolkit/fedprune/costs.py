@@ -110,9 +110,8 @@ class Costs:
             samples: Local samples, which it holds as float32.
             trained: Share of the parameters that are trained; the others are only held.
         """
-        more = 2 * (features.proximal + features.element_mask + features.threshold) + 2 * (
-            len(step.states(features.optimizer)) - 1
-        )
+        more = 2 * (features.proximal + features.element_mask + features.threshold)
+        more += 2 * (len(step.states(features.optimizer)) - 1)
         more += features.gradients + features.accumulate + features.squares
         copies = FROZEN_COPIES + trained * (WEIGHT_COPIES - FROZEN_COPIES + more)
         activations = batch * (KEPT_COPIES * self.kept_bytes + TRANSIENTS * self.largest_bytes)
