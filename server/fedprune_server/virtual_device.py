@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -124,19 +124,37 @@ class Outcome:
     metrics: dict[str, float]
 
 
+Work = tuple[VirtualDevice, dict[str, Any], int]
+"""A device, what it is offered, and the round."""
+
+
 class Bench:
     """Where virtual devices do their work: the board's own workbench, over the simulation's blobs.
 
     Args:
         store: Where offers' blobs lie and updates are put.
         folder: A folder for scratch files.
+
+    Attributes:
+        together: How many offers it likes to know of at once, see `prepare`.
+        boards: Digest of what each board keeps between its rounds, a blob of the store; the simulation saves this.
     """
 
+    together: int = 1
+
     def __init__(self, store: BlobStore, folder: Path) -> None:
+        self.boards: dict[str, str] = {}
         self._store = store
         self._slots = Slots(folder)
         self._slots.prepare()
         self._trainer = LoadedTrainer(keep=True)
+
+    def prepare(self, work: Sequence[Work]) -> None:
+        """Hear of offers that will probably be carried out next; nothing that lasts may come of it.
+
+        Args:
+            work: At most `together` of them, of one round and of different devices, sorted by these.
+        """
 
     def carry_out(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> Outcome:
         """Do what an offer asks of a device, as a board does.
