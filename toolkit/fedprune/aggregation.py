@@ -2,63 +2,73 @@
 
 A `Fold` keeps, per coordinate i of the global model, S_i = Σ_{k covers i} n_k·w_{k,i} as an order-free sum, and how
 much weight M_i = Σ_{k covers i} n_k and N = Σ_k n_k it stands for. Since Σ n_k·w_{k,i} = M_i·w_{t,i} + Σ n_k·Δ_{k,i},
-this is the sum of what devices learnt (Δ_k = w_k − w_t) without reading w_t for every update. Two rules turn it into
+this is the sum of what devices learnt (Δ_k = w_k − w_t) without reading w_t for every update. A rule turns it into
 the next model:
 
 - `coverage`: w_i = S_i / M_i = w_{t,i} + Σ n_k Δ_{k,i} / M_i: the mean over the devices that hold the coordinate
   (HeteroFL, Diao et al. 2021, Sec. 3.2; weighted by samples as FedAvg, McMahan et al. 2017, Alg. 1).
 - `fill`: w_i = (S_i + (N − M_i)·w_{t,i}) / N = w_{t,i} + Σ n_k Δ_{k,i} / N: submodels are filled up from w_t before
   the mean is taken (CA-HFP, Sec. II-A, eq. 4), so that devices without the coordinate vote for no change.
+- `zero`: w_i = S_i / N: what a device doesn't hold counts as 0 (CA-HFP's ablation without reconstruction, Table II;
+  eq. 13). It shows what reconstruction is good for, and is good for nothing else.
 
-In both, a coordinate that nobody holds keeps its bits; where all hold it, both are FedAvg, bit for bit, by the same
-operations. Batch-norm statistics are always means over the devices that cover them.
+In the first two, a coordinate that nobody holds keeps its bits; where all hold it, all three are FedAvg, bit for bit,
+by the same operations. Batch-norm statistics are always means over the devices that cover them.
+
+A device may hold single elements (a mask): M_i then counts whose mask is 1 at i. A device may have begun with an
+earlier model (asynchronous rounds): with `sent` its Δ is taken against what it was sent, and moves the model of now.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.architecture import Architecture, TensorKind, TensorSpec
+from fedprune.coverage import Active, Coverage, partly_active
+from fedprune.deltas import rebased
+from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, ProtocolError
 from fedprune.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Index, Range, run_all
-from fedprune.layout import mass_in, places, row_blocks, to_global, to_layout
+from fedprune.layout import places, row_blocks, to_global, to_layout
+from fedprune.movement import Movement, merge_sums
 from fedprune.selection import Selection, Tensors, mesh
+from fedprune.server_step import ServerStep
 from fedprune.tensor_checks import check_model, check_submodel
 
-Rule = Literal["coverage", "fill"]
+Rule = Literal["coverage", "fill", "zero"]
 
 Float64s = npt.NDArray[np.float64]
 
 MAX_STEPS = 2**31 - 1
-_STEP_RANGE = Range(-2)
-"""Movement per step, saturated at 1/4: its square must keep its digits where it is small, not where it is absurd."""
-_STEP_SQUARE_RANGE = Range(-4)
 
 
 class Fold:
     """A streaming mean of updates, whose bits depend neither on their order nor on how partial folds were merged.
 
     Memory is one int64 per coordinate (with `evidence` three), plus one tensor while closing; which coordinates an
-    update covers is kept as its selection, not as an array.
+    update covers is kept as its selection, not as an array, but where masks of single elements are added: that takes
+    one more int64 per coordinate of the masked tensors.
 
     Args:
         architecture: The model.
         base: The global model w_t that devices' submodels were cut from.
-        rule: `coverage` or `fill`, as the module says.
+        rule: `coverage`, `fill` or `zero`, as the module says.
         evidence: Also sum movements per step and their squares, which curvature scores are made from.
         pool_variance: Pool variances by the law of total variance, E[v] + Var[m], instead of the mean E[v] that
             FedAvg takes of them and that HeteroFL's static batch norm accumulates over batches. It is exact where all
             devices measured at the same weights; after local training their means also differ because their weights
             do, hence the default.
         threads: Threads that add; the bits don't depend on them.
+        excluded: Names of tensors that nobody shares (FedPer's personal layers): they keep their bits, and updates
+            need not have them.
 
     Raises:
-        BundleError: The base is not a finite float32 model of this architecture.
+        BundleError: The base is not a finite float32 model of this architecture, or there is no such rule or tensor.
     """
 
     def __init__(
@@ -70,28 +80,40 @@ class Fold:
         evidence: bool = False,
         pool_variance: bool = False,
         threads: int = 1,
+        excluded: Collection[str] = (),
     ) -> None:
-        if rule not in ("coverage", "fill"):
-            raise BundleError("aggregation rule", expected="coverage or fill", got=repr(rule))
+        if rule not in get_args(Rule):
+            raise BundleError("aggregation rule", expected=" or ".join(get_args(Rule)), got=repr(rule))
+        unknown = sorted(set(excluded) - set(architecture.by_name))
+        if unknown:
+            raise BundleError(f"the model has no tensor {unknown[0]!r} to exclude")
         self.architecture = architecture
         self.base = check_model(architecture, base)
         self.rule: Rule = rule
         self.evidence = evidence
         self.threads = threads
-        self.weight = 0
-        self.updates = 0
-        self._means = _paired_means(architecture) if pool_variance else {}
-        self._shares: dict[str, tuple[Selection, int]] = {}
-        self._layout: Selection | None = None
+        self.excluded = frozenset(excluded)
+        self._shared = tuple(t for t in architecture.tensors if t.name not in self.excluded)
+        pairs = _paired_means(architecture) if pool_variance else {}
+        self._means = {v: m for v, m in pairs.items() if not {v, m} & self.excluded}
         self._spans = {t.name: _span(t, self.base[t.name]) for t in architecture.tensors}
-        self._sums = {t.name: FixedSum(t.shape, self._spans[t.name]) for t in architecture.tensors}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all updates."""
+        self.updates = 0
+        self._coverage = Coverage(self.architecture)
+        self._sums = {t.name: FixedSum(t.shape, self._spans[t.name]) for t in self._shared}
         self._spread = {
             name: FixedSum(self.base[name].shape, Range(2 * self._spans[mean].exponent + 2, 3))
             for name, mean in self._means.items()
         }
-        moved = architecture.trainable if evidence else ()
-        self._moves = {t.name: FixedSum(t.shape, _STEP_RANGE) for t in moved}
-        self._squares = {t.name: FixedSum(t.shape, _STEP_SQUARE_RANGE) for t in moved}
+        self._movement = Movement(t for t in self._shared if t.kind.trainable and self.evidence)
+
+    @property
+    def weight(self) -> int:
+        """N, the weight of all updates."""
+        return self._coverage.weight
 
     def bound(self, name: str) -> float:
         """The largest magnitude that values of a tensor may have in an update."""
@@ -106,7 +128,7 @@ class Fold:
                 holds values that are not finite or out of bounds; the message names it.
         """
         bounds = {name: span.bound for name, span in self._spans.items()}
-        check_submodel(self.architecture, selection, submodel, bounds, self.threads)
+        check_submodel(self.architecture, selection, submodel, bounds, self.threads, self.excluded)
 
     def add(
         self,
@@ -114,6 +136,9 @@ class Fold:
         submodel: Mapping[str, npt.NDArray[np.float32]],
         weight: int,
         steps: int = 1,
+        *,
+        mask: ElementMask | None = None,
+        sent: Mapping[str, npt.NDArray[np.float32]] | None = None,
     ) -> None:
         """Add one device's trained submodel: S_i += n_k·w_{k,i} at the coordinates that its selection holds.
 
@@ -124,10 +149,14 @@ class Fold:
             submodel: The tensors after training.
             weight: n_k, the device's number of samples.
             steps: Optimiser steps that it took; only evidence needs them.
+            mask: Which elements of the submodel count; None for all. What lies outside it is not looked at.
+            sent: The submodel that the device began with, where that is not the base's: w_t + (w_k − w_sent) counts
+                instead of w_k (FedBuff, Nguyen et al. 2022, Alg. 1), but for batch-norm statistics.
 
         Raises:
             BundleError: As `check`.
-            ProtocolError: As `check`, or weight or steps are out of range.
+            ProtocolError: As `check`, weight or steps are out of range, the mask doesn't fit, or a rebased update is
+                out of bounds.
         """
         if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= MAX_WEIGHT - self.weight:
             raise ProtocolError(
@@ -138,46 +167,46 @@ class Fold:
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
             raise ProtocolError("steps of an update", expected=f"a whole number from 1 to {MAX_STEPS}", got=repr(steps))
         self.check(selection, submodel)
-        if self._layout is None:
-            self._layout = selection.narrowed(self.architecture.sizes)
+        active = partly_active(self.architecture, selection, mask, self.excluded)
+        values: Mapping[str, npt.NDArray[Any]] = submodel
+        if sent is not None:
+            self.check(selection, sent)
+            bounds = {name: span.bound for name, span in self._spans.items()}
+            values = rebased(self.architecture, selection, submodel, sent, self.base, bounds, self.excluded)
+        self._coverage.settle(selection)
         tasks: list[Callable[[], None]] = [
-            partial(self._add_tensor, t, selection, submodel, weight, steps) for t in self.architecture.tensors
+            partial(self._add_tensor, t, selection, values, weight, steps, active) for t in self._shared
         ]
         run_all(tasks, self.threads)
-        _, before = self._shares.get(selection.digest, (selection, 0))
-        self._shares[selection.digest] = (selection, before + weight)
-        self.weight += weight
+        self._coverage.add(selection, weight, active)
         self.updates += 1
 
     def _add_tensor(
         self,
         spec: TensorSpec,
         selection: Selection,
-        submodel: Mapping[str, npt.NDArray[np.float32]],
+        submodel: Mapping[str, npt.NDArray[Any]],
         weight: int,
         steps: int,
+        active: Active,
     ) -> None:
         value = submodel[spec.name]
-        pairs = list(places(self._expect_layout(), spec, selection))
+        mask = active.get(spec.name)
+        counted = value if mask is None else np.where(mask, value, 0)
+        pairs = list(places(self._coverage.expect_layout, spec, selection))
         for at, part in pairs:
-            self._sums[spec.name].add(value[part], weight, at)
+            self._sums[spec.name].add(counted[part], weight, at)
         if spec.name in self._means:
             mean = self._means[spec.name]
             off = np.array(submodel[mean], np.float64) - self.base[mean][selection.maps(mean)[0]]
             for at, part in pairs:
                 self._spread[spec.name].add((off * off)[part], weight, at)
-        if spec.name in self._moves:
-            maps = selection.maps(spec.name)
-            before = self.base[spec.name][mesh(maps)]
+        if spec.name in self._movement:
             moved = np.array(value, np.float64)
-            moved -= before
-            moved /= steps
-            np.clip(moved, -_STEP_RANGE.bound, _STEP_RANGE.bound, out=moved)
-            for at, part in pairs:
-                self._moves[spec.name].add(moved[part], weight, at)
-            moved *= moved
-            for at, part in pairs:
-                self._squares[spec.name].add(moved[part], weight, at)
+            moved -= self.base[spec.name][mesh(selection.maps(spec.name))]
+            if mask is not None:
+                moved *= mask
+            self._movement.add(spec.name, moved, weight, steps, pairs)
 
     def merge(self, other: Fold) -> None:
         """Add a partial fold of other updates to the same base.
@@ -189,6 +218,7 @@ class Fold:
         if (
             other.architecture.digest != self.architecture.digest
             or (other.rule, other.evidence, other._means) != (self.rule, self.evidence, self._means)
+            or other.excluded != self.excluded
             or any(not np.array_equal(self.base[n], other.base[n]) for n in self.base)
         ):
             raise BundleError("folds of different models, bases or rules can't be merged")
@@ -196,85 +226,81 @@ class Fold:
             raise ProtocolError(
                 "total weight of merged folds", expected=f"up to {MAX_WEIGHT}", got=self.weight + other.weight
             )
-        if other._layout is None:
+        if other._coverage.layout is None:
             return
-        if self._layout is None:
-            self._layout = other._layout
-        for spec in self.architecture.tensors:
-            for mine, theirs in ((s[spec.name], o[spec.name]) for s, o in self._stores(other) if spec.name in s):
-                for a, b in zip(mine.limbs, theirs.limbs, strict=True):
-                    a += to_layout(to_global(b, spec, other._layout), spec, self._layout)
-        for digest, (selection, weight) in other._shares.items():
-            _, before = self._shares.get(digest, (selection, 0))
-            self._shares[digest] = (selection, before + weight)
-        self.weight += other.weight
+        layout, theirs = self._coverage.settle(other._coverage.layout), other._coverage.layout
+        merge_sums(self._sums, other._sums, self._shared, layout, theirs)
+        merge_sums(self._spread, other._spread, self._shared, layout, theirs)
+        self._movement.merge(other._movement, layout, theirs)
+        self._coverage.merge(other._coverage)
         self.updates += other.updates
 
-    def _stores(self, other: Fold) -> list[tuple[dict[str, FixedSum], dict[str, FixedSum]]]:
-        return [
-            (self._sums, other._sums),
-            (self._spread, other._spread),
-            (self._moves, other._moves),
-            (self._squares, other._squares),
-        ]
-
     def close(
-        self, server_momentum: float = 0.0, velocity: Mapping[str, npt.NDArray[np.float32]] | None = None
+        self,
+        server_momentum: float = 0.0,
+        velocity: Mapping[str, npt.NDArray[np.float32]] | None = None,
+        *,
+        rate: float = 1.0,
+        damped: bool = False,
     ) -> tuple[Tensors, Tensors | None]:
         """The next global model.
 
-        With server momentum β (FedAvgM, Hsu et al. 2019, Sec. 4.3), v ← β·v + (w̄ − w_t) and w ← w_t + v, for
+        With server momentum β (FedAvgM, Hsu et al. 2019, Sec. 4.3), v ← β·v + (w̄ − w_t) and w ← w_t + rate·v, for
         trainable tensors; where nobody holds a coordinate neither v nor w changes.
 
         Args:
             server_momentum: β, from 0 to below 1.
             velocity: v of the round before; empty or None in the first.
+            rate: Share of the way from w_t to the mean: w ← w_t + rate·(w̄ − w_t) (FedAsync's α·s, Xie et al. 2019,
+                Alg. 1; FedBuff's η_g). Statistics are measured, so that 1 is the most they go.
+            damped: v ← β·v + (1 − β)·(w̄ − w_t) instead (AutoFLIP's server): v is a moving average, not a sum.
 
         Returns:
             The next model, and v for the next call (None without momentum).
 
         Raises:
-            BundleError: Velocity or momentum don't fit.
+            BundleError: Velocity, momentum or rate don't fit.
         """
-        if not 0 <= server_momentum < 1:
-            raise BundleError("server momentum", expected="from 0 to below 1", got=server_momentum)
+        step = ServerStep(rate, server_momentum, damped)
         model: Tensors = {}
         moving: Tensors = {}
         for spec in self.architecture.tensors:
             before = (velocity or {}).get(spec.name)
             if before is not None and before.shape != spec.shape:
                 raise BundleError(f"shape of velocity of {spec.name}", expected=spec.shape, got=before.shape)
-            if self._layout is None:
+            if spec.name in self.excluded:
+                model[spec.name] = self.base[spec.name].copy()
+            elif self._coverage.layout is None:
                 model[spec.name] = self.base[spec.name].copy()
                 if server_momentum and spec.kind.trainable:
                     moving[spec.name] = (
                         np.zeros(spec.shape, np.float32) if before is None else before.astype(np.float32)
                     )
             elif server_momentum and spec.kind.trainable:
-                model[spec.name], moving[spec.name] = self._close_moving(spec, server_momentum, before)
+                model[spec.name], moving[spec.name] = self._close_moving(spec, step, before)
             else:
-                model[spec.name] = self._close_tensor(spec)
+                model[spec.name] = self._close_tensor(spec, step)
         return model, moving if server_momentum else None
 
-    def _close_tensor(self, spec: TensorSpec) -> npt.NDArray[np.float32]:
-        layout = self._expect_layout()
+    def _close_tensor(self, spec: TensorSpec, step: ServerStep) -> npt.NDArray[np.float32]:
+        layout = self._coverage.expect_layout
         base = to_layout(self.base[spec.name], spec, layout)
         out = np.empty(spec.shape, np.float32)
         for rows, mean, held in self._means_by_rows(spec, base):
-            out[rows] = mean if held is None else np.where(held, mean, base[rows])
+            end = step.towards(base[rows], mean, measured=not spec.kind.trainable)
+            out[rows] = end if held is None else np.where(held, end, base[rows])
         return np.array(to_global(out, spec, layout))
 
     def _close_moving(
-        self, spec: TensorSpec, momentum: float, velocity: npt.NDArray[np.float32] | None
+        self, spec: TensorSpec, step: ServerStep, velocity: npt.NDArray[np.float32] | None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        layout = self._expect_layout()
+        layout = self._coverage.expect_layout
         base = to_layout(self.base[spec.name], spec, layout)
         start = np.zeros(spec.shape, np.float32) if velocity is None else velocity
         moving = to_layout(start, spec, layout).copy()
         out = base.copy()
         for rows, mean, held in self._means_by_rows(spec, base):
-            speed = momentum * moving[rows].astype(np.float64) + (mean - base[rows])
-            following = base[rows] + speed
+            following, speed = step.moving(base[rows], mean, moving[rows])
             if held is None:
                 out[rows], moving[rows] = following, speed
             else:
@@ -290,7 +316,8 @@ class Fold:
     ) -> Iterator[tuple[Index, Float64s, npt.NDArray[np.bool_] | None]]:
         """By runs of rows in the fold's layout: index, mean, and where anyone holds a coordinate (None: everywhere)."""
         sums = self._sums[spec.name]
-        mass = self._mass(spec)
+        # Zero filling divides by all weight, whoever holds a coordinate.
+        mass = None if self.rule == "zero" and spec.kind.trainable else self._coverage.mass(spec)
         fill = self.rule == "fill" and spec.kind.trainable
         scale = VALUE_BITS - sums.span.exponent
         for rows in row_blocks(spec.shape):
@@ -312,7 +339,7 @@ class Fold:
 
     def _variance_of_means(self, spec: TensorSpec, rows: Index, mass: npt.NDArray[np.int64] | None) -> Float64s:
         """Var[m] = E[(m − m_t)²] − (E[m] − m_t)², which is exact where all means are equal."""
-        layout = self._expect_layout()
+        layout = self._coverage.expect_layout
         mean = self.architecture.by_name[self._means[spec.name]]
         part = self.weight if mass is None else np.maximum(mass[rows], 1)
         off = self._sums[mean.name].value(rows) / part - to_layout(self.base[mean.name], mean, layout)[rows]
@@ -322,12 +349,12 @@ class Fold:
     def mass(self, name: str) -> npt.NDArray[np.int64]:
         """M_i per coordinate of a tensor: the weight of the updates that hold it."""
         spec = self.architecture.by_name[name]
-        if self._layout is None:
+        if self._coverage.layout is None or name in self.excluded:
             return np.zeros(spec.shape, np.int64)
-        mass = self._mass(spec)
+        mass = self._coverage.mass(spec)
         if mass is None:
             return np.full(spec.shape, self.weight, np.int64)
-        return np.array(to_global(mass, spec, self._layout))
+        return np.array(to_global(mass, spec, self._coverage.layout))
 
     def movement(self, name: str) -> tuple[Float64s, Float64s, npt.NDArray[np.bool_]]:
         """What a trainable tensor's devices say about gradient and curvature.
@@ -339,25 +366,16 @@ class Fold:
         Raises:
             BundleError: The fold was made without evidence, or the tensor isn't trainable.
         """
-        if name not in self._moves:
+        spec = self.architecture.by_name.get(name)
+        if not self.evidence or spec is None or not spec.kind.trainable:
             raise BundleError(f"the fold keeps no movement of {name}", hint="Make it with evidence=True.")
         mass = self.mass(name)
-        spec = self.architecture.by_name[name]
-        if self._layout is None:
+        layout = self._coverage.layout
+        if layout is None or name in self.excluded:
             return np.zeros(spec.shape), np.zeros(spec.shape), mass > 0
         part = np.maximum(mass, 1)
-        first = to_global(self._moves[name].value(), spec, self._layout) / part
-        second = to_global(self._squares[name].value(), spec, self._layout) / part
-        return first, second, mass > 0
-
-    def _mass(self, spec: TensorSpec) -> npt.NDArray[np.int64] | None:
-        """Mass in the fold's layout; None where every update holds the whole tensor."""
-        return mass_in(self._expect_layout(), spec, self._shares.values())
-
-    def _expect_layout(self) -> Selection:
-        if self._layout is None:
-            raise BundleError("the fold is empty")
-        return self._layout
+        first, second = self._movement.sums(name, layout)
+        return first / part, second / part, mass > 0
 
 
 def _span(spec: TensorSpec, base: npt.NDArray[np.float32]) -> Range:

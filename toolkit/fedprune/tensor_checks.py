@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,7 @@ def check_submodel(
     submodel: Mapping[str, npt.NDArray[Any]],
     bounds: Mapping[str, float],
     threads: int = 1,
+    optional: Collection[str] = (),
 ) -> None:
     """Make sure that tensors are the submodel that a selection describes.
 
@@ -52,6 +53,7 @@ def check_submodel(
         submodel: The tensors.
         bounds: By tensor the largest magnitude that its values may have.
         threads: Threads that look at values.
+        optional: Tensors that may be missing.
 
     Raises:
         BundleError: The selection is of another architecture.
@@ -66,17 +68,17 @@ def check_submodel(
     shapes = selection.shapes()
     for spec in architecture.tensors:
         value = submodel.get(spec.name)
+        if value is None and spec.name in optional:
+            continue
         if value is None:
             raise ProtocolError(f"update lacks tensor {spec.name}")
         if value.dtype != np.float32:
             raise ProtocolError(f"type of {spec.name} in an update", expected="float32", got=value.dtype)
         if value.shape != shapes[spec.name]:
             raise ProtocolError(f"shape of {spec.name} in an update", expected=shapes[spec.name], got=value.shape)
-    run_all(
-        [partial(check_range, t.name, submodel[t.name], bounds[t.name]) for t in architecture.tensors],
-        threads,
-    )
-    for spec in architecture.statistics:
+    there = [t for t in architecture.tensors if t.name in submodel]
+    run_all([partial(check_range, t.name, submodel[t.name], bounds[t.name]) for t in there], threads)
+    for spec in there:
         if spec.kind is TensorKind.STAT_VAR and submodel[spec.name].size:
             least = float(submodel[spec.name].min())
             if least < 0:
