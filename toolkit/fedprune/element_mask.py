@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.errors import BundleError
-from fedprune.selection import Tensors
+from fedprune.selection import Selection, Tensors, mesh
+
+Bits = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +23,72 @@ class ElementMask:
         active: Per masked tensor a boolean array of its shape.
     """
 
-    active: dict[str, npt.NDArray[np.bool_]]
+    active: dict[str, Bits]
+
+    @property
+    def count(self) -> int:
+        """Active elements of the tensors that the mask names."""
+        return sum(int(np.count_nonzero(m)) for m in self.active.values())
+
+    @property
+    def size(self) -> int:
+        """Elements of the tensors that the mask names."""
+        return sum(m.size for m in self.active.values())
+
+    @property
+    def density(self) -> float:
+        """Their active share; 1 where the mask names none."""
+        return self.count / self.size if self.size else 1.0
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Make sure that the mask is one of these tensors.
+
+        Args:
+            shapes: Shapes of the tensors by name.
+
+        Raises:
+            BundleError: The mask names a tensor that isn't there, or has another shape.
+        """
+        for name, mask in self.active.items():
+            if shapes.get(name) != mask.shape:
+                raise BundleError(f"mask of {name}", expected=shapes.get(name, "no such tensor"), got=mask.shape)
+
+    def applied(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
+        """Tensors with 0 where masked; those that the mask doesn't name are the same arrays."""
+        zero = np.float32(0)
+        return {n: np.where(self.active[n], v, zero) if n in self.active else v for n, v in tensors.items()}
+
+    def gathered(self, selection: Selection) -> ElementMask:
+        """The mask of a submodel, out of the whole model's."""
+        return ElementMask({n: m[mesh(selection.maps(n))] for n, m in self.active.items()})
+
+    def scattered(self, selection: Selection) -> ElementMask:
+        """A submodel's mask at its places in the whole model; elsewhere nothing is active."""
+        out: dict[str, Bits] = {}
+        for name, mask in self.active.items():
+            out[name] = np.zeros(selection.architecture.by_name[name].shape, np.bool_)
+            out[name][mesh(selection.maps(name))] = mask
+        return ElementMask(out)
+
+    def union(self, other: ElementMask) -> ElementMask:
+        """What is active in one of two masks: tensors that both name."""
+        both = self.active.keys() & other.active.keys()
+        return ElementMask({n: m | other.active[n] for n, m in self.active.items() if n in both})
+
+    def intersection(self, other: ElementMask) -> ElementMask:
+        """What is active in both masks: tensors that one of them names."""
+        out = dict(self.active)
+        for name, mask in other.active.items():
+            out[name] = out[name] & mask if name in out else mask
+        return ElementMask(out)
+
+    def within(self, other: ElementMask) -> bool:
+        """Whether all that is active here is active there."""
+        for name, mask in other.active.items():
+            mine = self.active.get(name)
+            if not (mask.all() if mine is None else not np.any(mine & ~mask)):
+                return False
+        return True
 
     def pack(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
         """Tensors with masked ones reduced to their active values [n_active], in C order."""
@@ -50,9 +117,7 @@ class ElementMask:
         return {n: np.packbits(m.reshape(-1)) for n, m in self.active.items()}
 
     @classmethod
-    def from_tensors(
-        cls, packed: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]
-    ) -> ElementMask:
+    def from_tensors(cls, packed: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]) -> ElementMask:
         """Read what `to_tensors` wrote.
 
         Args:
