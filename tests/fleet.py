@@ -53,30 +53,31 @@ class ToyWorker:
             case do.Score():
                 return on.Scored(command.round, self.store.put(fill("ranks", command.model, size=50)).sha256)
             case do.Extract():
-                self.store.read(command.model)
-                weights = self.store.put(fill("part", command.model, command.ranking, command.device))
+                basis, part = command.basis, command.part
+                self.store.read(basis.model)
+                weights = self.store.put(fill("part", basis.model, basis.ranking, part.device))
                 graph = self.store.put(fill("graph", size=70_000)).to_dict()
                 body = {
                     "seed": 1,
                     "architecture": "0" * 64,
                     "selection": "1" * 64,
-                    "widths": list(command.widths),
+                    "widths": list(part.widths),
                     "classes": 3,
                     "weights": weights.to_dict(),
                     "training": graph,
                     "inference": graph,
                     "recipe": {},
                 }
-                return on.Extracted(command.round, command.device, command.attempt, body)
+                return on.Extracted(basis.round, part.device, part.attempt, body)
             case do.Fold():
                 self.store.read(command.contribution.weights)
-                if command.contribution.device in self.poison:
-                    part = command.contribution
+                part = command.contribution.part
+                if part.device in self.poison:
                     return on.UpdateRejected(part.device, command.round, part.attempt, "weights are not finite")
-                return on.Folded(command.contribution.device, command.round, command.contribution.attempt)
+                return on.Folded(part.device, command.round, part.attempt)
             case do.Close():
-                parts = [(p.device, p.weights) for p in command.contributions]
-                return on.Closed(command.round, self.store.put(fill("global", command.model, parts)).sha256, None, None)
+                parts = [(p.part.device, p.weights) for p in command.contributions]
+                return on.Closed(command.round, self.store.put(fill("global", command.model, parts)).sha256)
             case do.Evaluate():
                 self.store.read(command.model)
                 return on.Evaluated(command.round, {"accuracy": 0.5})

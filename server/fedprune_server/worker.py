@@ -1,16 +1,15 @@
 """The worker: does the heavy work that the coordinator asks for, on blobs.
 
 Daemon and simulator use it alike. Every command is answered from blobs and settings alone, so it can be repeated at
-any time, in another process, with the same bits.
+any time, in another process, with the same bits. What it does is what the job's strategy says.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import OrderedDict
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,22 +21,21 @@ from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.errors import BundleError, FedpruneError, StorageError
-from fedprune.evidence import Evidence
-from fedprune.freezing import frozen_tensors
 from fedprune.job import Job
-from fedprune.scoring import random_ranks, ranks, score
+from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
 from fedprune.session import Session
+from fedprune.strategies import compose
+from fedprune.strategies.roles import Cut, Memories, Report, Scene, Submodel, Turn
 from fedprune.wire.fields import one_line
 from fedprune_device.labels import targets
 from fedprune_device.losses import data_loss, hits
 from fedprune_export.cut import at_widths
 from fedprune_export.graph import Port
 from fedprune_export.imported import Model
-from fedprune_export.inference import inference_model
-from fedprune_export.training import training_graph
+from fedprune_server.archive import Archive, parts
 from fedprune_server.calibration import Calibration
-from fedprune_server.uploads import UPDATE_SIZE
+from fedprune_server.offers import Offers
 from fedprune_server.workshop import Work
 
 Evaluation = tuple[npt.NDArray[Any], npt.NDArray[Any]]
@@ -46,7 +44,6 @@ Evaluation = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 log = logging.getLogger("fedprune.server")
 
 _EVALUATION_BATCH = 256
-_CACHED_GRAPHS = 64
 
 
 class Worker:
@@ -59,6 +56,9 @@ class Worker:
         evaluation: The server's set; without it `Evaluated` carries no metrics. One that isn't finite is left out, and
             there is no accuracy where numbers are predicted.
         calibration: Samples on which every global model's batch-norm statistics are measured anew, if any.
+
+    Raises:
+        ConfigError: The job's strategy or its options are wrong.
     """
 
     def __init__(
@@ -72,13 +72,12 @@ class Worker:
         self.job = job
         self.model = model
         self.architecture = model.architecture
+        self.strategy = compose(job)
         self.store = store
         self.evaluation = evaluation
         self._calibration = None if calibration is None else Calibration(model, calibration, job.recipe.features)
-        self._training: dict[str, Any] | None = None
-        self._inference: OrderedDict[tuple[int, ...], dict[str, Any]] = OrderedDict()
-        self._tensors: tuple[str, Tensors] | None = None
-        self._ranked: tuple[str, dict[tuple[int, ...], Selection]] | None = None
+        self._archive = Archive(model.architecture, store)
+        self._offers = Offers(model, store)
         self._fold: tuple[tuple[int, str], Fold, dict[str, do.Contribution]] | None = None
         self._session: Session | None = None
 
@@ -88,7 +87,8 @@ class Worker:
         Raises:
             ModelError: The model can't be trained, which is better known before the first device is there.
         """
-        self._training_graph()
+        turn = Turn(self.job.seed, 1, "", self.architecture.sizes)
+        self._offers.training(self.strategy.objective.recipe(self.job.recipe, turn))
         return self.store.put(tensorfile.encode(self.model.tensors)).sha256
 
     def execute(self, command: Work) -> on.Event:
@@ -111,133 +111,163 @@ class Worker:
 
     def graphs(self) -> set[str]:
         """Digests of the graphs that current offers refer to; they must outlive garbage collection."""
-        found = [g["sha256"] for g in self._inference.values()]
-        return {*found, *([self._training["sha256"]] if self._training else [])}
+        return self._offers.graphs()
+
+    # A round begins.
 
     def _score(self, command: do.Score) -> on.Scored:
-        evidence = None if command.evidence is None else self._evidence(command.evidence)
-        # Until every channel has been trained once there is nothing to judge some of them by (CA-HFP, Sec. III-B).
-        unknown = command.scorer == "curvature" and (evidence is None or not evidence.complete)
-        if command.scorer == "random" or unknown:
-            order = random_ranks(self.architecture, self.job.seed, command.round)
-        else:
-            order = ranks(score(command.scorer, self.architecture, self._global(command.model), evidence))
-        selection = Selection.of(self.architecture, self.architecture.sizes, order)
-        return on.Scored(command.round, self.store.put(selection.to_json().encode()).sha256)
+        ranking = self.strategy.scorer.rank(
+            self._scene(command.round, command.model, command.memory, command.participants)
+        )
+        selection = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
+        stored = self.store.put(selection.to_json().encode()).sha256
+        order = None if ranking.order is None else self.store.put(tensorfile.encode(ranking.order)).sha256
+        return on.Scored(command.round, stored, order)
 
     def _extract(self, command: do.Extract) -> on.Extracted:
-        selection = self._selection(command.ranking, command.widths)
-        tensors = selection.gather(self._global(command.model))
-        weights = self.store.put(tensorfile.encode(tensors))
+        part, cut = command.part, self._cut(command.basis, command.part)
+        submodel = self.strategy.personaliser.personalise(cut, self.strategy.extractor.extract(cut))
+        recipe = self._recipe(cut.turn)
+        if submodel.mask is not None and recipe.mask == "none":
+            recipe = replace(recipe, mask="hard")
         offer = {
             "seed": self.job.seed,
             "architecture": self.architecture.digest,
-            "selection": selection.digest,
-            "widths": list(command.widths),
+            "selection": submodel.selection.digest,
+            "widths": list(submodel.selection.widths),
             "classes": self.architecture.classes,
-            "weights": weights.to_dict(),
-            "training": self._training_graph(),
-            "inference": self._inference_graph(command.widths),
-            "recipe": self.job.recipe.to_offer(),
-            UPDATE_SIZE: self._update_size(tensors),
+            **self._offers.body(submodel, recipe),
         }
-        return on.Extracted(command.round, command.device, command.attempt, offer)
+        return on.Extracted(command.basis.round, part.device, part.attempt, offer)
 
-    def _update_size(self, tensors: Tensors) -> int:
-        """Bytes of the update that answers these weights: as many, without those that are frozen."""
-        sent = {n: v for n, v in tensors.items() if n not in self._frozen}
-        return len(tensorfile.header((n, "F32", v.shape) for n, v in sent.items())) + sum(
-            v.nbytes for v in sent.values()
+    def _scene(self, round_: int, model: str, memory: dict[str, str], participants: tuple[str, ...] = ()) -> Scene:
+        return Scene(
+            self.architecture,
+            self.job.seed,
+            round_,
+            self._archive.model(model),
+            self._archive.memory(memory),
+            self.job.recipe,
+            participants,
         )
 
-    def _training_graph(self) -> dict[str, Any]:
-        if self._training is None:
-            graph = training_graph(self.model, self.job.recipe.features)
-            self._training = self.store.put(graph.to_bytes()).to_dict()
-        return self._training
+    def _cut(self, basis: do.Basis, part: do.Part) -> Cut:
+        turn = Turn(self.job.seed, basis.round, part.device, part.widths, part.density, part.samples)
+        scene = self._scene(basis.round, basis.model, basis.memory)
+        withheld = self._offers.withheld(self._recipe(turn))
+        past = self._archive.past(part.past, lambda s: _gathered(s, scene.model, withheld))
+        selection = self._archive.selection(basis.ranking, part.widths)
+        return Cut(scene, turn, selection, self._archive.order(basis.order), past)
 
-    def _inference_graph(self, widths: tuple[int, ...]) -> dict[str, Any]:
-        known = self._inference.get(widths)
-        if known is None:
-            known = self._inference[widths] = self.store.put(inference_model(self.model, widths)).to_dict()
-            while len(self._inference) > _CACHED_GRAPHS:
-                self._inference.popitem(last=False)
-        self._inference.move_to_end(widths)
-        return known
+    def _recipe(self, turn: Turn) -> Recipe:
+        return self.strategy.objective.recipe(self.job.recipe, turn)
 
-    def _sums(self, round_: int, model: str) -> tuple[Fold, dict[str, do.Contribution]]:
+    # Updates come in.
+
+    def _sums(self, round_: int, model: str, memory: dict[str, str]) -> tuple[Fold, dict[str, do.Contribution]]:
         """The round's sums and which contributions are in them; new sums for another round or model."""
         key = (round_, model)
         if self._fold is None or self._fold[0] != key:
-            fold = Fold(
-                self.architecture,
-                self._global(model),
-                rule=self.job.rule,
-                evidence=self.job.scorer == "curvature",
-            )
+            scene = self._scene(round_, model, memory)
+            fold = self.strategy.aggregator.fold(scene, evidence=self.strategy.scorer.observes)
             self._fold = (key, fold, {})
         return self._fold[1], self._fold[2]
 
     def _add(self, command: do.Fold) -> on.Folded | on.UpdateRejected:
-        part = command.contribution
+        found = command.contribution
         try:
-            self._include(command.round, command.model, command.ranking, part)
+            self._include(command.round, command.model, command.memory, found)
         except StorageError:
             raise
         except FedpruneError as error:
-            return on.UpdateRejected(part.device, command.round, part.attempt, one_line(str(error)))
-        return on.Folded(part.device, command.round, part.attempt)
+            return on.UpdateRejected(found.part.device, found.basis.round, found.part.attempt, one_line(str(error)))
+        return on.Folded(found.part.device, found.basis.round, found.part.attempt)
 
-    def _include(self, round_: int, model: str, ranking: str, part: do.Contribution) -> None:
-        fold, included = self._sums(round_, model)
-        if part.device in included:
+    def _include(self, round_: int, model: str, memory: dict[str, str], found: do.Contribution) -> None:
+        fold, included = self._sums(round_, model, memory)
+        device = found.part.device
+        if device in included:
             return
-        raw, selection = self.store.read(part.weights), self._selection(ranking, part.widths)
         try:
-            # Whatever a device says of frozen tensors, they are the global model's.
-            fold.add(selection, tensorfile.decode(raw) | self._frozen_part(model, selection), part.weight, part.steps)
+            report = self._report(found)
+            fold.check(report.trained.selection, report.trained.tensors)
+            self.strategy.aggregator.add(fold, report, self._lifted(report))
         except (FedpruneError, MemoryError):
             raise
         except Exception as error:
             # A stranger's bytes: what our checks have overlooked must cost this update, not the server.
-            log.warning("update of %s in round %d: our own code failed on it", part.device, round_, exc_info=True)
+            log.warning("update of %s in round %d: our own code failed on it", device, round_, exc_info=True)
             self._fold = None  # whatever got into the sums must not stay there; the others are added up anew
             raise BundleError(f"update can't be read ({type(error).__name__}: {error})") from error
-        included[part.device] = part
+        included[device] = found
 
-    @cached_property
-    def _frozen(self) -> frozenset[str]:
-        return frozen_tensors(self.architecture, self.job.recipe.features, self.model.frozen)
+    def _report(self, found: do.Contribution) -> Report:
+        """A stored update. What doesn't travel is the server's own, whatever a device says of it."""
+        cut = self._cut(found.basis, found.part)
+        # What was sent says where its channels live: an extractor may have cut less than the turn's widths.
+        selection = cut.selection if found.widths is None else cut.selection.narrowed(found.widths)
+        mask = self._archive.mask(found.mask, selection)
+        withheld = self._offers.withheld(self._recipe(cut.turn))
+        held = _gathered(selection, cut.scene.model, withheld)
+        tensors, squares = parts(self._archive.tensors(found.weights), mask)
 
-    def _frozen_part(self, model: str, selection: Selection) -> Tensors:
-        """The frozen tensors of a submodel, which don't travel in updates."""
-        if not self._frozen:
-            return {}
-        held = selection.gather(self._global(model))
-        return {name: held[name] for name in self._frozen}
+        def sent() -> Submodel:
+            offered, _ = parts(self._archive.tensors(found.sent), mask)
+            return Submodel(selection, offered, mask)
+
+        return Report(cut, Submodel(selection, tensors | held, mask), found.weight, found.steps, sent, squares)
+
+    def _lifted(self, report: Report) -> Submodel:
+        return self.strategy.personaliser.share(report, self.strategy.extractor.reconstruct(report))
+
+    # A round ends.
 
     def _close(self, command: do.Close) -> on.Closed:
-        _, included = self._sums(command.round, command.model)
-        wanted = {p.device: p for p in command.contributions}
-        if any(wanted.get(name) != part for name, part in included.items()):
+        _, included = self._sums(command.round, command.model, command.memory)
+        wanted = {p.part.device: p for p in command.contributions}
+        if any(wanted.get(name) != found for name, found in included.items()):
             self._fold = None  # the sums hold something that must not count: add up anew
-        for part in command.contributions:
-            self._include(command.round, command.model, command.ranking, part)
-        fold, _ = self._sums(command.round, command.model)
-        velocity = None if command.velocity is None else tensorfile.decode(self.store.read(command.velocity))
-        tensors, velocity = fold.close(self.job.server_momentum, velocity)
-        tensors |= {n: self._global(command.model)[n] for n in self._frozen}  # sums would round them
+        for found in command.contributions:
+            self._include(command.round, command.model, command.memory, found)
+        fold, _ = self._sums(command.round, command.model, command.memory)
+        scene = self._scene(command.round, command.model, command.memory, command.participants)
+
+        def reports() -> Iterator[Report]:
+            return map(self._report, command.contributions)
+
+        memories = self.strategy.scorer.learn(scene, fold, reports)
+        model = command.model
+        if command.round > self.strategy.explores:
+            closing = self.strategy.aggregator.close(
+                fold, scene, command.rate, lambda: ((r, self._lifted(r)) for r in reports())
+            )
+            memories = closing.memories | memories
+            model = self._put_model(closing.model, scene, command)
+        self._fold = None
+        return on.Closed(command.round, model, self._remembered(command.memory, memories))
+
+    def _put_model(self, tensors: Tensors, scene: Scene, command: do.Close) -> str:
+        """Store the next model; what doesn't travel keeps its bits, which sums would round."""
+        kept: set[str] = set()
+        for found in command.contributions:
+            kept |= self._offers.withheld(self._recipe(self._turn(found)))
+        tensors = tensors | {n: scene.model[n] for n in kept}
         if self._calibration is not None:
             tensors = self._calibration(tensors)
-        evidence = command.evidence
-        if self.job.scorer == "curvature":
-            gathered = Evidence.empty(self.architecture) if evidence is None else self._evidence(evidence)
-            gathered.update(fold, self.job.recipe.lr, self.job.recipe.momentum)
-            evidence = self.store.put(tensorfile.encode(gathered.to_tensors())).sha256
-        model = self.store.put(tensorfile.encode(tensors)).sha256
-        moved = None if velocity is None else self.store.put(tensorfile.encode(velocity)).sha256
-        self._fold = None
-        return on.Closed(command.round, model, moved, evidence)
+        return self.store.put(tensorfile.encode(tensors)).sha256
+
+    def _turn(self, found: do.Contribution) -> Turn:
+        part = found.part
+        return Turn(self.job.seed, found.basis.round, part.device, part.widths, part.density, part.samples)
+
+    def _remembered(self, before: dict[str, str], memories: Memories) -> dict[str, str]:
+        after = dict(before)
+        for name, tensors in memories.items():
+            if tensors:
+                after[name] = self.store.put(tensorfile.encode(tensors)).sha256
+            else:
+                after.pop(name, None)
+        return after
 
     def _evaluate(self, command: do.Evaluate) -> on.Evaluated:
         if self.evaluation is None:
@@ -269,7 +299,7 @@ class Worker:
             graph = at_widths(self.model, self.architecture.sizes)
             graph.inputs += [Port(t.name, np.dtype(np.float32), t.shape) for t in self.architecture.tensors]
             self._session = Session(graph.to_bytes())
-        session, weights = self._session, self._global(model)
+        session, weights = self._session, self._archive.model(model)
 
         def run(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
             logits: npt.NDArray[np.float32] = session.run({step.X: x, **weights}, [step.LOGITS])[step.LOGITS]
@@ -277,20 +307,10 @@ class Worker:
 
         return run
 
-    def _global(self, digest: str) -> Tensors:
-        if self._tensors is None or self._tensors[0] != digest:
-            self._tensors = (digest, tensorfile.decode(self.store.read(digest)))
-        return self._tensors[1]
 
-    def _evidence(self, digest: str) -> Evidence:
-        return Evidence.from_tensors(self.architecture, tensorfile.decode(self.store.read(digest)))
-
-    def _selection(self, ranking: str, widths: tuple[int, ...]) -> Selection:
-        """The first channels of a ranking; boards of equal width share one, with its maps."""
-        if self._ranked is None or self._ranked[0] != ranking:
-            whole = Selection.from_json(self.store.read(ranking), self.architecture)
-            self._ranked = (ranking, {whole.widths: whole})
-        selections = self._ranked[1]
-        if widths not in selections:
-            selections[widths] = selections[self.architecture.sizes].narrowed(widths)
-        return selections[widths]
+def _gathered(selection: Selection, model: Tensors, names: frozenset[str]) -> Tensors:
+    """Some tensors of a submodel."""
+    if not names:
+        return {}
+    held = selection.gather(model)
+    return {name: held[name] for name in sorted(names)}

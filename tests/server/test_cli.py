@@ -250,9 +250,10 @@ def test_all_blobs_of_an_offer_are_there(model: Path, tmp_path: Path, start: str
         opened = folder.open_job(config)
         if start == "second":
             opened = folder.open_job(config)
-        scored = opened.worker.execute(do.Score(1, "magnitude", opened.state.model, None))
+        scored = opened.worker.execute(do.Score(1, opened.state.model, {}, ("a",)))
         assert isinstance(scored, on.Scored)
-        extracted = opened.worker.execute(do.Extract(1, "a", 1, opened.state.model, scored.ranking, (4,)))
+        basis = do.Basis(1, opened.state.model, scored.ranking)
+        extracted = opened.worker.execute(do.Extract(basis, do.Part("a", 1, (4,), 1.0, 50, None)))
         assert isinstance(extracted, on.Extracted)
         for name in ("weights", "training", "inference"):
             assert folder.store.has(extracted.offer[name]["sha256"])

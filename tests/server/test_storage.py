@@ -36,8 +36,9 @@ def filled() -> State:
         coordinator.handle(born(name), 0.0)
     for number in (1, 2):
         coordinator.handle(on.Scored(number, "r" * 64), 1.0)
+        offer = {"weights": {"sha256": "w" * 64, "size": 5}, "widths": [2], "recipe": JOB.recipe.to_offer()}
         for name in "abc":
-            coordinator.handle(on.Extracted(number, name, 1, {"weights": {"sha256": "w" * 64, "size": 5}}), 2.0)
+            coordinator.handle(on.Extracted(number, name, 1, offer), 2.0)
         if number == 2:
             break
         for name in "abc":
@@ -46,7 +47,7 @@ def filled() -> State:
             )
             coordinator.handle(on.UpdateStored(name, 1, 1, "u" * 64), 3.0)
             coordinator.handle(on.Folded(name, 1, 1), 3.0)
-        coordinator.handle(on.Closed(1, "n" * 64, None, None), 4.0)
+        coordinator.handle(on.Closed(1, "n" * 64), 4.0)
         coordinator.handle(on.Evaluated(1, {"accuracy": 0.5}), 5.0)
     return state
 

@@ -19,6 +19,7 @@ from fedprune.coordination import events as on
 from fedprune.errors import ModelError, StorageError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
+from fedprune.scoring import random_ranks
 from fedprune.selection import Selection
 from fedprune_device.trainer import Trainer
 from fedprune_export.imported import Model
@@ -47,10 +48,30 @@ def worker(model: Model, folder: Path, federation: Federation | None = None, **s
     return Worker(job, model, BlobStore(folder, durable=False), evaluation)
 
 
-def rank(w: Worker, round_: int = 1, evidence: str | None = None) -> str:
-    scored = w.execute(do.Score(round_, w.job.scorer, w.initial(), evidence))
+def rank(w: Worker, round_: int = 1) -> str:
+    scored = w.execute(do.Score(round_, w.initial(), {}, DEVICES))
     assert isinstance(scored, on.Scored)
+    assert scored.order is None
     return scored.ranking
+
+
+def part(name: str, widths: tuple[int, ...], samples: int = 10) -> do.Part:
+    return do.Part(name, 1, widths, 1.0, samples, None)
+
+
+def contribution(
+    basis: do.Basis, of: do.Part, weights: str, weight: int = 10, steps: int = 1, sent: str = "0" * 64
+) -> do.Contribution:
+    return do.Contribution(basis, of, sent, None, weights, weight, steps)
+
+
+def fold(found: do.Contribution) -> do.Fold:
+    return do.Fold(1, found.basis.model, {}, found)
+
+
+def close(parts: list[do.Contribution]) -> do.Close:
+    names = tuple(sorted(p.part.device for p in parts))
+    return do.Close(1, parts[0].basis.model, {}, names, tuple(parts))
 
 
 def contributions(w: Worker, model: Model, ranking: str, federation: Federation) -> list[do.Contribution]:
@@ -58,7 +79,8 @@ def contributions(w: Worker, model: Model, ranking: str, federation: Federation)
     parts = []
     for name in DEVICES:
         widths = widths_at(model.architecture, DENSITIES[name])
-        extracted = w.execute(do.Extract(1, name, 1, w.initial(), ranking, widths))
+        basis, of = do.Basis(1, w.initial(), ranking), part(name, widths)
+        extracted = w.execute(do.Extract(basis, of))
         assert isinstance(extracted, on.Extracted)
         offer = extracted.offer
         result = Trainer(w.store.read(offer["training"]["sha256"])).train(
@@ -71,7 +93,7 @@ def contributions(w: Worker, model: Model, ranking: str, federation: Federation)
             classes=10,
         )
         weights = w.store.put(tensorfile.encode(result.tensors)).sha256
-        parts.append(do.Contribution(name, 1, weights, widths, result.samples, result.steps))
+        parts.append(contribution(basis, of, weights, result.samples, result.steps, offer["weights"]["sha256"]))
     return parts
 
 
@@ -80,9 +102,9 @@ def test_a_round_makes_the_model_better(model: Model, federation: Federation, tm
     start = w.initial()
     ranking = rank(w)
     parts = contributions(w, model, ranking, federation)
-    for part in parts:
-        assert w.execute(do.Fold(1, start, ranking, part)) == on.Folded(part.device, 1, 1)
-    closed = w.execute(do.Close(1, start, ranking, None, None, tuple(parts)))
+    for found in parts:
+        assert w.execute(fold(found)) == on.Folded(found.part.device, 1, 1)
+    closed = w.execute(close(parts))
     assert isinstance(closed, on.Closed)
     before, after = (w.execute(do.Evaluate(1, m)) for m in (start, closed.model))
     assert isinstance(before, on.Evaluated)
@@ -93,34 +115,32 @@ def test_a_round_makes_the_model_better(model: Model, federation: Federation, tm
 
 def test_order_repetition_and_a_lost_worker_change_no_bit(model: Model, federation: Federation, tmp_path: Path) -> None:
     first = worker(model, tmp_path)
-    start, ranking = first.initial(), rank(first)
-    parts = contributions(first, model, ranking, federation)
-    close = do.Close(1, start, ranking, None, None, tuple(parts))
-    for part in parts:
-        first.execute(do.Fold(1, start, ranking, part))
-    expected = first.execute(close)
+    parts = contributions(first, model, rank(first), federation)
+    end = close(parts)
+    for found in parts:
+        first.execute(fold(found))
+    expected = first.execute(end)
 
     shuffled = worker(model, tmp_path)
-    for part in [parts[2], parts[0], parts[2], parts[1], parts[0]]:
-        shuffled.execute(do.Fold(1, start, ranking, part))
+    for found in [parts[2], parts[0], parts[2], parts[1], parts[0]]:
+        shuffled.execute(fold(found))
     fresh = worker(model, tmp_path)
 
-    assert shuffled.execute(close) == expected
-    assert fresh.execute(close) == expected
-    assert fresh.execute(close) == expected
+    assert shuffled.execute(end) == expected
+    assert fresh.execute(end) == expected
+    assert fresh.execute(end) == expected
 
 
 def test_a_contribution_that_does_not_count_leaves_no_trace(
     model: Model, federation: Federation, tmp_path: Path
 ) -> None:
     one, two = worker(model, tmp_path), worker(model, tmp_path)
-    start, ranking = one.initial(), rank(one)
-    parts = contributions(one, model, ranking, federation)
-    for part in parts:
-        one.execute(do.Fold(1, start, ranking, part))
-    close = do.Close(1, start, ranking, None, None, tuple(parts[:2]))
+    parts = contributions(one, model, rank(one), federation)
+    for found in parts:
+        one.execute(fold(found))
+    end = close(parts[:2])
 
-    assert one.execute(close) == two.execute(close)
+    assert one.execute(end) == two.execute(end)
 
 
 @pytest.mark.parametrize("damage", ["nan", "shape", "missing", "far", "garbage"])
@@ -140,8 +160,8 @@ def test_a_bad_update_is_rejected_with_its_reason(model: Model, tmp_path: Path, 
     elif damage == "far":
         tensors[name].reshape(-1)[0] = 1e30
     raw = b"not tensors" if damage == "garbage" else tensorfile.encode(tensors)
-    part = do.Contribution("a", 1, w.store.put(raw).sha256, widths, 10, 1)
-    answer = w.execute(do.Fold(1, start, ranking, part))
+    found = contribution(do.Basis(1, start, ranking), part("a", widths), w.store.put(raw).sha256)
+    answer = w.execute(fold(found))
 
     assert isinstance(answer, on.UpdateRejected)
     assert answer.reason
@@ -178,8 +198,8 @@ def test_any_bytes_are_an_update_or_a_rejection(model: Model, tmp_path: Path, ra
         selection = Selection.from_json(w.store.read(ranking), model.architecture).narrowed(widths)
         good = tensorfile.encode(selection.gather(model.tensors))
         raw = good[:at] + damage + good[at + len(damage) :]
-    part = do.Contribution("a", 1, w.store.put(raw).sha256, widths, 10, 1)
-    answer = w.execute(do.Fold(1, start, ranking, part))
+    found = contribution(do.Basis(1, start, ranking), part("a", widths), w.store.put(raw).sha256)
+    answer = w.execute(fold(found))
 
     assert isinstance(answer, (on.Folded, on.UpdateRejected))
 
@@ -188,25 +208,25 @@ def test_an_update_that_trips_our_own_code_costs_only_itself(
     model: Model, federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w, fresh = worker(model, tmp_path), worker(model, tmp_path)
-    start, ranking = w.initial(), rank(w)
-    good, bad, other = contributions(w, model, ranking, federation)
-    w.execute(do.Fold(1, start, ranking, good))
+    good, bad, other = contributions(w, model, rank(w), federation)
+    w.execute(fold(good))
     with monkeypatch.context() as patch:
         patch.setattr(tensorfile, "decode", lambda raw: 1 / 0)
-        answer = w.execute(do.Fold(1, start, ranking, bad))
+        answer = w.execute(fold(bad))
     assert isinstance(answer, on.UpdateRejected)
     assert "ZeroDivisionError" in answer.reason
 
-    close = do.Close(1, start, ranking, None, None, (good, other))
-    assert w.execute(close) == fresh.execute(close)
+    end = close([good, other])
+    assert w.execute(end) == fresh.execute(end)
 
 
 def test_a_lost_blob_is_the_servers_fault(model: Model, tmp_path: Path) -> None:
     w = worker(model, tmp_path)
-    part = do.Contribution("a", 1, "0" * 64, widths_at(model.architecture, 0.5), 10, 1)
+    of = part("a", widths_at(model.architecture, 0.5))
+    found = contribution(do.Basis(1, w.initial(), rank(w)), of, "0" * 64)
 
     with pytest.raises(StorageError):
-        w.execute(do.Fold(1, w.initial(), rank(w), part))
+        w.execute(fold(found))
 
 
 def test_boards_of_equal_width_share_their_graphs(model: Model, tmp_path: Path) -> None:
@@ -214,7 +234,8 @@ def test_boards_of_equal_width_share_their_graphs(model: Model, tmp_path: Path) 
     ranking = rank(w)
     offers = []
     for name, density in (("a", 0.5), ("b", 0.5), ("c", 1.0)):
-        done = w.execute(do.Extract(1, name, 1, w.initial(), ranking, widths_at(model.architecture, density)))
+        of = part(name, widths_at(model.architecture, density))
+        done = w.execute(do.Extract(do.Basis(1, w.initial(), ranking), of))
         assert isinstance(done, on.Extracted)
         offers.append(done.offer)
 
@@ -228,17 +249,17 @@ def test_curvature_starts_with_random_nested_ranks_and_then_judges(
     model: Model, federation: Federation, tmp_path: Path
 ) -> None:
     w = worker(model, tmp_path, scorer="curvature")
-    start = w.initial()
     ranking = rank(w)
-    assert ranking == worker(model, tmp_path, scorer="curvature").execute(do.Score(1, "random", start, None)).ranking  # type: ignore[union-attr]
-    parts = contributions(w, model, ranking, federation)
-    closed = w.execute(do.Close(1, start, ranking, None, None, tuple(parts)))
+    ranks = random_ranks(model.architecture, w.job.seed, 1)
+    chosen = Selection.of(model.architecture, model.architecture.sizes, ranks)
+    assert ranking == w.store.put(chosen.to_json().encode()).sha256
+    closed = w.execute(close(contributions(w, model, ranking, federation)))
     assert isinstance(closed, on.Closed)
-    assert closed.evidence is not None
-    judged = w.execute(do.Score(2, "curvature", closed.model, closed.evidence))
-    random = w.execute(do.Score(2, "random", closed.model, closed.evidence))
+    assert set(closed.memory) == {"evidence"}
+    judged = w.execute(do.Score(2, closed.model, closed.memory, DEVICES))
+    unjudged = w.execute(do.Score(2, closed.model, {}, DEVICES))
 
-    assert judged != random
+    assert judged != unjudged
 
 
 def test_a_diverged_model_has_no_loss(model: Model, federation: Federation, tmp_path: Path) -> None:

@@ -66,7 +66,9 @@ class Shell:
             case do.Score():
                 return on.Scored(command.round, digest("ranking", command.round))
             case do.Extract():
-                return on.Extracted(command.round, command.device, command.attempt, {"weights": {"sha256": "0"}})
+                part = command.part
+                offer = {"weights": {"sha256": "0"}, "widths": list(part.widths), "recipe": self.job.recipe.to_offer()}
+                return on.Extracted(command.basis.round, part.device, part.attempt, offer)
             case do.SendOffer():
                 return on.UpdateAnnounced(
                     command.device,
@@ -80,11 +82,11 @@ class Shell:
             case do.PullUpdate():
                 return on.UpdateStored(command.device, command.round, command.attempt, str(command.weights["sha256"]))
             case do.Fold():
-                part = command.contribution
+                part = command.contribution.part
                 return on.Folded(part.device, command.round, part.attempt)
             case do.Close():
                 self.closes.setdefault(command.round, []).append(command)
-                return on.Closed(command.round, digest("model", command.contributions), None, None)
+                return on.Closed(command.round, digest("model", command.contributions))
             case do.Evaluate():
                 return on.Evaluated(command.round, {"accuracy": 0.5})
             case do.Acknowledge():
@@ -137,7 +139,7 @@ def test_a_job_runs_its_rounds_with_every_device_once() -> None:
 
     assert [r for r, _ in finished_history(shell)] == [1, 2, 3]
     for closes in shell.closes.values():
-        assert [p.device for p in closes[-1].contributions] == list(NAMES)
+        assert [p.part.device for p in closes[-1].contributions] == list(NAMES)
     assert sorted(shell.acknowledged) == sorted((n, r) for n in NAMES for r in (1, 2, 3))
 
 
@@ -253,7 +255,7 @@ def test_a_job_ends_whatever_the_weather_was(data: st.DataObject) -> None:
     for closes in shell.closes.values():
         parts = closes[-1].contributions
         assert parts
-        assert len({p.device for p in parts}) == len(parts)
+        assert len({p.part.device for p in parts}) == len(parts)
         assert all(p.weights and p.weight == 10 for p in parts)
 
 
@@ -268,7 +270,7 @@ def test_a_round_closes_at_its_deadline_with_what_is_in() -> None:
     shell.now = shell.wakes[-1]
     shell.feed(on.Ticked())
 
-    assert [p.device for p in shell.closes[1][0].contributions] == ["a", "c"]
+    assert [p.part.device for p in shell.closes[1][0].contributions] == ["a", "c"]
     assert ("b", 1, "the deadline has passed") in shell.cancelled
 
 
@@ -316,7 +318,7 @@ def test_an_update_on_the_disk_counts_though_the_deadline_passes_before_it_is_fo
     for event in held:
         shell.feed(event)
 
-    assert [p.device for p in shell.closes[1][0].contributions] == ["a", "b"]
+    assert [p.part.device for p in shell.closes[1][0].contributions] == ["a", "b"]
 
 
 def test_a_round_that_nobody_finished_goes_to_whoever_is_there() -> None:
@@ -481,7 +483,7 @@ def test_a_rejected_update_does_not_count() -> None:
             shell.feed(on.UpdateRejected("c", 1, event.attempt, "not finite"))
         shell.feed(event)
 
-    assert [p.device for p in shell.closes[1][0].contributions] == ["a", "b"]
+    assert [p.part.device for p in shell.closes[1][0].contributions] == ["a", "b"]
     assert shell.state.history[0]["devices"]["c"]["reason"] == "not finite"
 
 
@@ -599,7 +601,7 @@ def play(coordinator: Coordinator, times: float) -> None:
     """One round in which steps take so many times as long as the plan says."""
     state = coordinator.state
     coordinator.handle(on.Scored(state.round, "r"), 0.0)
-    offer = {"weights": {"sha256": digest(state.round)}}
+    offer = {"weights": {"sha256": digest(state.round)}, "widths": [2], "recipe": coordinator.job.recipe.to_offer()}
     coordinator.handle(on.Extracted(state.round, "a", 1, offer), 0.0)
     plan = state.devices["a"].plan
     assert plan is not None
@@ -666,7 +668,7 @@ def test_a_device_that_is_too_slow_outlasts_a_restart_and_unlearns() -> None:
     assert not device.excluded
     assert device.widths == ARCHITECTURE.sizes
 
-    coordinator.handle(on.Closed(1, "m1", None, None), 0.0)
+    coordinator.handle(on.Closed(1, "m1"), 0.0)
     coordinator.handle(on.Evaluated(1, {}), 0.0)
     play(coordinator, 1.0)
     assert coordinator.state.devices["a"].correction["step"] == pytest.approx(1)

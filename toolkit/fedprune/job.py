@@ -14,6 +14,9 @@ from fedprune.wire.topics import check_job
 
 RULES = get_args(Rule)
 
+_PLAIN = ("scorer", "warmup_rounds", "rule", "server_momentum")
+"""What only the plain strategy reads."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -27,6 +30,9 @@ class Job:
         participation: Share of the present devices that a round asks.
         deadline_s: Seconds that a round waits for updates after the offers went out.
         byte_budget: Payload bytes that one device may cause per round, both ways; 0 for no limit of the job's own.
+        strategy: A preset's name, or a composition of your own as `package.module:function`. `plain` is what the keys
+            from `density` to `server_momentum` say.
+        options: The strategy's own settings.
         density: Kept share of every channel group on every device, or 0 to let the planner decide per device.
         scorer: Ranks channels: `ordered`, `magnitude` or `curvature`.
         warmup_rounds: Rounds of random nested ranks before the scorer's (curvature needs evidence first).
@@ -43,6 +49,8 @@ class Job:
     participation: float = 1.0
     deadline_s: float = 600.0
     byte_budget: int = 0
+    strategy: str = "plain"
+    options: dict[str, Any] = field(default_factory=dict)
     density: float = 0.0
     scorer: str = "magnitude"
     warmup_rounds: int = 0
@@ -81,12 +89,33 @@ class Job:
         for name, allowed in (("scorer", SCORERS), ("rule", RULES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"job: {name}", expected=" or ".join(allowed), got=shown(getattr(self, name)))
+        if not isinstance(self.strategy, str) or not 0 < len(self.strategy) <= 200:
+            raise ConfigError("job: strategy", expected="a name", got=shown(self.strategy))
+        if not isinstance(self.options, Mapping) or not all(isinstance(k, str) for k in self.options):
+            raise ConfigError("job: options", expected="a table of settings", got=shown(self.options))
+        self._check_ranked()
         if self.scorer == "curvature" and self.recipe.optimizer != "sgd":
             raise ConfigError(
                 "job: scorer 'curvature' learns gradients from how far devices' SGD moves",
                 expected="recipe.optimizer 'sgd'",
                 got=repr(self.recipe.optimizer),
             )
+
+    def _check_ranked(self) -> None:
+        """Refuse keys of the plain strategy beside another one, which would not look at them."""
+        if self.strategy == "plain":
+            if self.options:
+                raise ConfigError(
+                    "job: options of the strategy 'plain'", expected="none", got=", ".join(sorted(self.options))
+                )
+            return
+        for f in fields(self):
+            if f.name in _PLAIN and getattr(self, f.name) != f.default:
+                raise ConfigError(
+                    f"job: {f.name} beside strategy {shown(self.strategy)}",
+                    expected="only the strategy's own [job.options]",
+                    got=shown(getattr(self, f.name)),
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""

@@ -2,35 +2,107 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
-class Score:
-    """Rank the channels of `model`; answered by `Scored`.
+class Past:
+    """Where a device's last counted update lies.
 
     Attributes:
-        scorer: Name of the scorer, or `random` for a warm-up round.
-        evidence: Digest of the evidence that the scorer may use.
+        round: When it was handed in.
+        weights: Digest of the trained submodel, as it came.
+        ranking: Digest of the ranking that it was cut by.
+        widths: Its widths.
+        mask: Digest of its element mask, or None.
     """
 
     round: int
-    scorer: str
+    weights: str
+    ranking: str
+    widths: tuple[int, ...]
+    mask: str | None = None
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Past:
+        """From JSON."""
+        return cls(**{**body, "widths": tuple(body["widths"])})
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What submodels are cut from.
+
+    Attributes:
+        round: The round.
+        model: Digest of the global model.
+        ranking: Digest of the ranks of its channels (a selection at full width).
+        order: Digest of the importance of its elements, or None.
+        memory: Digests of what the job remembers, by name.
+    """
+
+    round: int
     model: str
-    evidence: str | None
+    ranking: str
+    order: str | None = None
+    memory: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Basis:
+        """From JSON."""
+        return cls(**body)
+
+    def references(self) -> set[str]:
+        """Digests of the blobs that it names."""
+        return {d for d in (self.model, self.ranking, self.order, *self.memory.values()) if d}
+
+
+@dataclass(frozen=True)
+class Score:
+    """Rank channels, and elements where masks are made of them, for a round; answered by `Scored`.
+
+    Attributes:
+        round: The round.
+        model: Digest of the global model.
+        memory: Digests of what the job remembers, by name.
+        participants: The devices of the round, sorted.
+    """
+
+    round: int
+    model: str
+    memory: dict[str, str]
+    participants: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One device's part, as the worker needs to know it.
+
+    Attributes:
+        device: Its name.
+        attempt: The attempt.
+        widths: Channels per group.
+        density: The share of the model that it was given.
+        samples: Its training samples.
+        past: Its last counted update, when the part began.
+    """
+
+    device: str
+    attempt: int
+    widths: tuple[int, ...]
+    density: float
+    samples: int
+    past: Past | None
 
 
 @dataclass(frozen=True)
 class Extract:
-    """Gather a device's submodel out of `model`; answered by `Extracted`."""
+    """Make a device's submodel; answered by `Extracted`."""
 
-    round: int
-    device: str
-    attempt: int
-    model: str
-    ranking: str
-    widths: tuple[int, ...]
+    basis: Basis
+    part: Part
 
 
 @dataclass(frozen=True)
@@ -78,30 +150,41 @@ class Contribution:
     """One device's stored update, as it enters the sums.
 
     Attributes:
-        device: Whose it is.
-        attempt: The attempt that it answers.
+        basis: What its submodel was cut from.
+        part: Whose it is.
+        sent: Digest of the weights that it was sent.
+        mask: Digest of the element mask that it was sent, or None.
         weights: Digest of the trained submodel.
-        widths: Its widths.
-        weight: What it counts for: the samples that the device was planned with, scaled down where a round's sum would
-            be more than sums can hold.
+        weight: What it counts for: the samples that the device was planned with, or what the schedule makes of them,
+            scaled down where a round's sum would be more than sums can hold.
         steps: Optimiser steps behind it.
+        widths: Widths of what it was sent, where an extractor made it narrower than its part; None where not.
     """
 
-    device: str
-    attempt: int
+    basis: Basis
+    part: Part
+    sent: str
+    mask: str | None
     weights: str
-    widths: tuple[int, ...]
     weight: int
     steps: int
+    widths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Check a stored update and add it to the round's sums; answered by `Folded` or `UpdateRejected`."""
+    """Check a stored update and add it to a round's sums; answered by `Folded` or `UpdateRejected`.
+
+    Attributes:
+        round: The round whose sums they are.
+        model: Digest of the global model that is moved.
+        memory: Digests of what the job remembers, by name.
+        contribution: The update.
+    """
 
     round: int
     model: str
-    ranking: str
+    memory: dict[str, str]
     contribution: Contribution
 
 
@@ -110,14 +193,22 @@ class Close:
     """Turn the sums of exactly these contributions into a new global model; answered by `Closed`.
 
     Contributions that are not in the worker's sums (it may be new) are added first.
+
+    Attributes:
+        round: The round.
+        model: Digest of the global model that is moved.
+        memory: Digests of what the job remembers, by name.
+        participants: The devices of the round, sorted.
+        contributions: What counts.
+        rate: Share of the way to the sums' mean that is gone.
     """
 
     round: int
     model: str
-    ranking: str
-    velocity: str | None
-    evidence: str | None
+    memory: dict[str, str]
+    participants: tuple[str, ...]
     contributions: tuple[Contribution, ...]
+    rate: float = 1.0
 
 
 @dataclass(frozen=True)

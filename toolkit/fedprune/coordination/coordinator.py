@@ -19,6 +19,8 @@ from fedprune.coordination.planning import Planner
 from fedprune.coordination.state import Device, Phase, Progress, State, Task
 from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune.strategies import compose
 
 Commands = list[do.Command]
 
@@ -46,6 +48,7 @@ class Coordinator:
         self.job = job
         self.architecture = architecture
         self.state = state
+        self.strategy = compose(job)
         self._planner = Planner(job, architecture)
 
     def handle(self, event: on.Event, now: float) -> Commands:
@@ -136,7 +139,7 @@ class Coordinator:
         state.round += 1
         state.tasks = self._tasks(ready, attempt=1)
         state.phase = Phase.SCORING
-        state.ranking = None
+        state.ranking = state.order = None
         state.deadline = None
         return self._score()
 
@@ -145,26 +148,35 @@ class Coordinator:
 
     def _tasks(self, ready: list[str], attempt: int) -> dict[str, Task]:
         """Parts for a keyed share of the devices, each with its widths and weight of now."""
-        count = max(1, math.ceil(self.job.participation * len(ready) - 1e-9))
+        share = 1.0 if self.state.round <= self.strategy.explores else self.job.participation
+        count = max(1, math.ceil(share * len(ready) - 1e-9))
         order = keyed(self.job.seed, self.state.round, "participation").permutation(len(ready))
         chosen = {n: self.state.devices[n] for n in sorted(ready[i] for i in order[:count])}
         # Decided before any update is in: neither the order of arrival nor an update's own word changes what counts.
-        total = sum(d.samples for d in chosen.values())
+        uniform = self.strategy.aggregator.weighting == "uniform"
+        counts = {n: 1 if uniform else d.samples for n, d in chosen.items()}
+        total = sum(counts.values())
         return {
-            n: Task(attempt, d.widths, samples=d.samples, weight=_weight(d.samples, total, len(chosen)))
+            n: Task(
+                attempt,
+                d.widths,
+                d.density,
+                samples=d.samples,
+                weight=_weight(counts[n], total, len(chosen)),
+                past=d.past,
+            )
             for n, d in chosen.items()
         }
 
     def _score(self) -> Commands:
-        state, job = self.state, self.job
-        scorer = "random" if state.round <= job.warmup_rounds else job.scorer
-        return [do.Score(state.round, scorer, state.model, state.evidence)]
+        state = self.state
+        return [do.Score(state.round, state.model, dict(state.memory), tuple(sorted(state.tasks)))]
 
     def _rescore(self, now: float) -> Commands:
         """Score once more for the same devices, at the widths that they have now; without any, wait for others."""
         state = self.state
         for name, task in list(state.tasks.items()):
-            task.widths = state.devices[name].widths
+            task.widths, task.density = state.devices[name].widths, state.devices[name].density
             if not task.widths:
                 del state.tasks[name]
         if state.tasks:
@@ -178,13 +190,16 @@ class Coordinator:
         state = self.state
         if state.phase is not Phase.SCORING or event.round != state.round:
             return []
-        state.ranking = event.ranking
+        state.ranking, state.order = event.ranking, event.order
         state.phase = Phase.TRAINING
         return [self._extract(n, t) for n, t in sorted(state.tasks.items())]
 
     def _extract(self, name: str, task: Task) -> do.Extract:
+        return do.Extract(self._basis(), _part(name, task))
+
+    def _basis(self) -> do.Basis:
         state = self.state
-        return do.Extract(state.round, name, task.attempt, state.model, state.ranking or "", task.widths)
+        return do.Basis(state.round, state.model, state.ranking or "", state.order, dict(state.memory))
 
     @_on.register
     def _extracted(self, event: on.Extracted, now: float) -> Commands:
@@ -218,7 +233,8 @@ class Coordinator:
             if task.progress is Progress.OFFERED and not late:
                 task.progress = Progress.PULLING
                 task.update = event.weights
-                task.steps = max(1, min(event.steps, self.job.recipe.steps(task.samples)))
+                recipe = Recipe.from_dict((task.offer or {})["recipe"])
+                task.steps = max(1, min(event.steps, recipe.steps(task.samples)))
                 task.metrics = dict(event.metrics)
                 return [do.PullUpdate(event.device, event.round, event.attempt, event.weights)]
             if task.progress is Progress.REFUSED:
@@ -309,7 +325,7 @@ class Coordinator:
             task.reason = _LATE
         commands = self._close_if_complete(now)
         # Whoever is asked once more gets an offer instead: if that is the same work, it goes on where it is.
-        again = {c.device for c in commands if isinstance(c, do.Extract)}
+        again = {c.part.device for c in commands if isinstance(c, do.Extract)}
         return [*(do.Cancel(n, number, t.attempt, _LATE) for n, t in late if n not in again), *commands]
 
     def _close_if_complete(self, now: float) -> Commands:
@@ -339,25 +355,50 @@ class Coordinator:
         return [self._extract(n, t) for n, t in sorted(state.tasks.items())]
 
     def _contribution(self, name: str, task: Task) -> do.Contribution:
-        return do.Contribution(name, task.attempt, task.weights, task.widths, task.weight, task.steps)
+        offer = task.offer or {}
+        mask = offer.get("mask")
+        return do.Contribution(
+            self._basis(),
+            _part(name, task),
+            offer["weights"]["sha256"],
+            mask["sha256"] if mask else None,
+            task.weights,
+            task.weight,
+            task.steps,
+            tuple(offer["widths"]),
+        )
 
     def _fold(self, name: str, task: Task) -> do.Fold:
         state = self.state
-        return do.Fold(state.round, state.model, state.ranking or "", self._contribution(name, task))
+        return do.Fold(state.round, state.model, dict(state.memory), self._contribution(name, task))
 
     def _close(self) -> do.Close:
         state = self.state
-        parts = tuple(self._contribution(n, t) for n, t in sorted(state.tasks.items()) if t.progress is Progress.FOLDED)
-        return do.Close(state.round, state.model, state.ranking or "", state.velocity, state.evidence, parts)
+        done = {n: t for n, t in sorted(state.tasks.items()) if t.progress is Progress.FOLDED}
+        parts = tuple(self._contribution(n, t) for n, t in done.items())
+        return do.Close(state.round, state.model, dict(state.memory), tuple(done), parts)
 
     @_on.register
     def _closed(self, event: on.Closed, now: float) -> Commands:
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round:
             return []
-        state.model, state.velocity, state.evidence = event.model, event.velocity, event.evidence
+        if self.strategy.keeps_past:
+            self._remember()
+        state.model, state.memory = event.model, dict(event.memory)
         state.phase = Phase.EVALUATING
         return [do.Evaluate(state.round, state.model)]
+
+    def _remember(self) -> None:
+        """Keep what each device handed in, for strategies that go on from there."""
+        state = self.state
+        for name, task in state.tasks.items():
+            if task.progress is Progress.FOLDED:
+                mask = (task.offer or {}).get("mask")
+                past = do.Past(
+                    state.round, task.weights, state.ranking or "", task.widths, mask["sha256"] if mask else None
+                )
+                state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
     @_on.register
     def _evaluated(self, event: on.Evaluated, now: float) -> Commands:
@@ -380,6 +421,11 @@ class Coordinator:
             "metrics": dict(metrics),
             "devices": {n: t.summary() for n, t in sorted(state.tasks.items())},
         }
+
+
+def _part(name: str, task: Task) -> do.Part:
+    past = None if task.past is None else do.Past.from_dict(task.past)
+    return do.Part(name, task.attempt, task.widths, task.density, task.samples, past)
 
 
 def _based(event: on.UpdateAnnounced, task: Task) -> bool:

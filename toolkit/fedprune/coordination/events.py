@@ -27,10 +27,11 @@ class DeviceDied:
 
 @dataclass(frozen=True)
 class Scored:
-    """The ranking of this round is stored under `ranking` (a selection at full width)."""
+    """The ranking of this round is stored under `ranking` (a selection at full width), importances under `order`."""
 
     round: int
     ranking: str
+    order: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,11 @@ class Folded:
 
 @dataclass(frozen=True)
 class Closed:
-    """The round's sums have become a new global model."""
+    """The round's sums have become a new global model; `memory` is all that the job remembers from now on."""
 
     round: int
     model: str
-    velocity: str | None
-    evidence: str | None
+    memory: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedprune.errors import StorageError
 
-FORMAT = "fedprune.state/1"
+FORMAT = "fedprune.state/2"
 
 
 class Phase(str, Enum):
@@ -54,6 +54,9 @@ class Device:
         excluded: Why it takes no part; empty if it does.
         failures: Offers in a row that it refused, or that brought an update that didn't count.
         correction: What its rounds taught about its predicted times (`fedprune.prediction.Correction`).
+        density: Share of the model that it was given; 1 where the planner chose widths group by group.
+        past: Its last counted update (`fedprune.coordination.commands.Past`), where the strategy keeps that.
+        allocation: What the strategy's allocator remembers of it.
     """
 
     session: int
@@ -66,6 +69,9 @@ class Device:
     excluded: str = ""
     failures: int = 0
     correction: dict[str, float] = field(default_factory=dict)
+    density: float = 1.0
+    past: dict[str, Any] | None = None
+    allocation: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -75,6 +81,7 @@ class Task:
     Attributes:
         attempt: Counts how often the round was offered.
         widths: Widths of its submodel.
+        density: The share of the model that it was given.
         progress: How far it is.
         offer: What it was offered, as JSON.
         update: Reference of the update that it announced, as JSON.
@@ -84,10 +91,12 @@ class Task:
         steps: Optimiser steps behind the update.
         metrics: What the device measured.
         reason: Why it was refused.
+        past: The device's last counted update when the part began.
     """
 
     attempt: int
     widths: tuple[int, ...]
+    density: float = 1.0
     progress: Progress = Progress.EXTRACTING
     offer: dict[str, Any] | None = None
     update: dict[str, Any] | None = None
@@ -97,6 +106,7 @@ class Task:
     steps: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     reason: str = ""
+    past: dict[str, Any] | None = None
 
     def summary(self) -> dict[str, Any]:
         """What a finished round keeps of it, as JSON."""
@@ -104,6 +114,7 @@ class Task:
             "progress": self.progress.value,
             "attempt": self.attempt,
             "widths": list(self.widths),
+            "density": self.density,
             "samples": self.samples,
             "metrics": dict(self.metrics),
             "reason": self.reason,
@@ -120,9 +131,10 @@ class State:
         phase: Where that round stands.
         devices: Known devices by name.
         tasks: The current round's parts, by device.
-        ranking: Digest of the current round's ranking.
-        velocity: Digest of the server momentum's buffer.
-        evidence: Digest of the scorer's evidence.
+        ranking: Digest of the current round's ranking of channels.
+        order: Digest of its importance of elements; None where no masks are made of elements.
+        memory: Digests of what the strategy's roles remember, by name.
+        allocation: What the strategy's allocator remembers of the fleet.
         deadline: When the current round stops waiting, on the shell's clock.
         history: One summary per finished round.
     """
@@ -133,16 +145,19 @@ class State:
     devices: dict[str, Device] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     ranking: str | None = None
-    velocity: str | None = None
-    evidence: str | None = None
+    order: str | None = None
+    memory: dict[str, str] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
     deadline: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def references(self) -> set[str]:
         """Digests of the blobs that this state needs."""
-        found = {self.model, self.ranking, self.velocity, self.evidence}
+        found = {self.model, self.ranking, self.order, *self.memory.values()}
+        for device in self.devices.values():
+            found |= _named(device.past)
         for task in self.tasks.values():
-            found.add(task.weights)
+            found |= {task.weights} | _named(task.past)
             for value in (task.offer or {}).values():
                 if isinstance(value, dict) and isinstance(value.get("sha256"), str):
                     found.add(value["sha256"])
@@ -153,11 +168,12 @@ class State:
 
         What devices have trained of it no longer counts: it is of channels that the old ranking chose.
         """
-        self.ranking = None
+        self.ranking = self.order = None
         if self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):
             self.phase, self.deadline = Phase.SCORING, None
             self.tasks = {
-                n: Task(t.attempt + 1, t.widths, samples=t.samples, weight=t.weight) for n, t in self.tasks.items()
+                n: Task(t.attempt + 1, t.widths, t.density, samples=t.samples, weight=t.weight, past=t.past)
+                for n, t in self.tasks.items()
             }
 
     def to_json(self) -> str:
@@ -190,3 +206,8 @@ class State:
                 f"state of a job is damaged ({type(error).__name__}: {error})",
                 hint="Restore the server's backup.",
             ) from error
+
+
+def _named(past: dict[str, Any] | None) -> set[str]:
+    """Digests that a past update refers to."""
+    return {past[k] for k in ("weights", "ranking", "mask") if past[k]} if past else set()

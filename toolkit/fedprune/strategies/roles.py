@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -105,7 +106,7 @@ class Scene:
         model: The global model w_t.
         memory: What the job remembers.
         recipe: The job's local training, before the objective has written a device's.
-        participants: The devices that take part, sorted.
+        participants: The devices that take part, sorted; empty where a device's submodel is made.
     """
 
     architecture: Architecture
@@ -143,17 +144,25 @@ class Report:
     Attributes:
         cut: What the device's submodel was made of, as it was then: in an asynchronous job `cut.scene.model` may be an
             earlier model than the one that is folded onto.
-        sent: The submodel that the device was sent.
-        trained: What it made of it.
+        trained: What the device made of its submodel.
         weight: What it counts for, from 1 up.
         steps: Optimiser steps behind it.
+        read_sent: Reads the submodel that it was sent.
+        squares: Squared gradients of the last step by tensor, where the recipe asks for them; in the submodel's
+            coordinates.
     """
 
     cut: Cut
-    sent: Submodel
     trained: Submodel
     weight: int
     steps: int
+    read_sent: Callable[[], Submodel]
+    squares: Tensors = field(default_factory=dict)
+
+    @cached_property
+    def sent(self) -> Submodel:
+        """The submodel that the device was sent."""
+        return self.read_sent()
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,8 +181,10 @@ class Closing:
 class Scorer(Protocol):
     """Ranks channels, and elements where masks are made of them, once a round for all devices."""
 
-    observes: bool
-    """Whether it learns from how far weights moved: the fold then keeps movements (`Fold(evidence=True)`)."""
+    @property
+    def observes(self) -> bool:
+        """Whether it learns from how far weights moved: the fold then keeps movements (`Fold(evidence=True)`)."""
+        ...
 
     def rank(self, scene: Scene) -> Ranking:
         """Rank for this round."""
@@ -225,8 +236,10 @@ class Objective(Protocol):
 class Aggregator(Protocol):
     """Turns a round's sums into the next global model."""
 
-    weighting: str
-    """`samples`: devices count by their training samples; `uniform`: all alike."""
+    @property
+    def weighting(self) -> str:
+        """`samples`: devices count by their training samples; `uniform`: all alike."""
+        ...
 
     def fold(self, scene: Scene, *, evidence: bool) -> Fold:
         """Empty sums for a round."""

@@ -1,0 +1,44 @@
+"""Every strategy by its name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from fedprune.errors import ConfigError, FedpruneError
+from fedprune.job import Job
+from fedprune.strategies.plain import plain
+from fedprune.strategies.strategy import Strategy
+
+Preset = Callable[[Job], Strategy]
+"""Composes a strategy from a job and its `options`."""
+
+PRESETS: dict[str, Preset] = {
+    "plain": plain,
+}
+
+
+def compose(job: Job) -> Strategy:
+    """The strategy of a job: a preset by its name, or a function of the user's as `package.module:function`.
+
+    Raises:
+        ConfigError: There is no such strategy, or its options are wrong.
+    """
+    preset = PRESETS.get(job.strategy)
+    if preset is not None:
+        return preset(job)
+    module_name, colon, name = job.strategy.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"job: no strategy is called {job.strategy!r}",
+            expected=f"{', '.join(sorted(PRESETS))}, or package.module:function",
+        )
+    try:
+        strategy = getattr(importlib.import_module(module_name), name)(job)
+    except FedpruneError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise ConfigError(f"job: strategy {job.strategy} failed ({type(error).__name__}: {error})") from error
+    if not isinstance(strategy, Strategy):
+        raise ConfigError(f"job: strategy {job.strategy}", expected="a Strategy", got=type(strategy).__name__)
+    return strategy

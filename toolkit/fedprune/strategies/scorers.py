@@ -1,0 +1,53 @@
+"""Scorers that rank channels by name: `ordered`, `magnitude`, `curvature`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from fedprune.aggregation import Fold
+from fedprune.evidence import Evidence
+from fedprune.scoring import random_ranks, ranks, score
+from fedprune.strategies.roles import Memories, Ranking, Report, Scene
+
+EVIDENCE = "evidence"
+"""What the curvature score remembers."""
+
+
+@dataclass(frozen=True)
+class ByName:
+    """The ranking of one of the toolkit's scorers, the same for all devices of a round.
+
+    Attributes:
+        scorer: `ordered`, `magnitude` or `curvature`.
+        warmup_rounds: Rounds of random ranks before it; with `curvature` at least until every channel was trained once,
+            since until then there is nothing to judge some of them by (CA-HFP, Sec. III-B).
+    """
+
+    scorer: str = "ordered"
+    warmup_rounds: int = 0
+
+    @property
+    def observes(self) -> bool:
+        """Whether it learns from how far weights moved."""
+        return self.scorer == "curvature"
+
+    def rank(self, scene: Scene) -> Ranking:
+        """Ranks of channels; no order of elements."""
+        evidence = self._evidence(scene) if self.observes else None
+        unknown = evidence is not None and not evidence.complete
+        if scene.round <= self.warmup_rounds or unknown:
+            return Ranking(random_ranks(scene.architecture, scene.seed, scene.round))
+        return Ranking(ranks(score(self.scorer, scene.architecture, scene.model, evidence)))
+
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+        """Evidence, where it observes."""
+        if not self.observes:
+            return {}
+        evidence = self._evidence(scene)
+        evidence.update(fold, scene.recipe.lr, scene.recipe.momentum)
+        return {EVIDENCE: evidence.to_tensors()}
+
+    def _evidence(self, scene: Scene) -> Evidence:
+        known = scene.memory.get(EVIDENCE)
+        return Evidence.empty(scene.architecture) if known is None else Evidence.from_tensors(scene.architecture, known)
