@@ -83,6 +83,13 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--data", required=True, metavar="SRC", help=".npz with x and y, or package.module:function")
     run.add_argument("--state", type=Path, required=True, metavar="DIR", help="what must survive a power cut")
     run.add_argument("--seed", type=int, default=0, help="of the split into training and test samples (default: 0)")
+    run.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the training samples, set aside for what training and fleet decide by (default: 0)",
+    )
     run.add_argument("--profile", metavar="NAME", help="a hardware profile's name or file (default: what fits)")
     run.add_argument("--threads", type=_positive, default=_threads(), metavar="N", help="default: half of the cores")
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
@@ -137,7 +144,7 @@ def _run(arguments: argparse.Namespace) -> int:
         ca=arguments.ca,
     )
     profile = _profile(arguments.profile)
-    data = load_data(arguments.data, arguments.seed, arguments.device)
+    data = load_data(arguments.data, arguments.seed, arguments.device, arguments.validation_share)
     with DeviceStore(arguments.state, device=arguments.device) as store:
         report = None
         if arguments.no_probe:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,23 @@ Array = npt.NDArray[Any]
 TEST_SHARE = 0.2
 """Share of the samples that is set aside where a source brings no test split of its own."""
 
+_SPLITS = ("train", "test", "val")
+_NO_SAMPLES = np.zeros((0, 0), np.float32)
+
 _SCALE = "Scale images yourself as the model expects them, such as x.astype('float32') / 255."
 
 
 @dataclass(frozen=True, eq=False)
 class LocalData:
-    """Training and test samples of one device.
+    """Training, test and validation samples of one device.
 
     Attributes:
         x_train: Inputs [n, ...]: float32, or int64 for token ids.
         y_train: Labels: classes int64 [n], or float32 [n] or [n, K] (0 or 1 per class, or numbers to predict).
-        x_test: Inputs that are never trained on; may be empty.
+        x_test: Inputs that are never trained on; may be empty. What is measured on them is reported and decides nothing.
         y_test: Their labels.
+        x_val: Inputs that are never trained on, by which training and fleet decide; may be empty.
+        y_val: Their labels.
 
     Raises:
         DataError: Types, lengths or shapes don't fit, a number is not finite, or a class or token id is negative.
@@ -43,19 +48,26 @@ class LocalData:
     y_train: Array
     x_test: Array
     y_test: Array
+    x_val: Array = field(default_factory=lambda: _NO_SAMPLES)
+    y_val: Array = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
-        for split in ("train", "test"):
-            x, y = checked_samples(getattr(self, f"x_{split}"), getattr(self, f"y_{split}"), split)
+        for split in _SPLITS:
+            if split == "val" and not len(self.y_val) and not len(self.x_val):
+                x, y = self.x_train[:0], self.y_train[:0]
+            else:
+                x, y = checked_samples(getattr(self, f"x_{split}"), getattr(self, f"y_{split}"), split)
             object.__setattr__(self, f"x_{split}", x)
             object.__setattr__(self, f"y_{split}", y)
         if not len(self.y_train):
             raise DataError("training data is empty", expected="at least one sample", got=0)
-        if len(self.y_test) and self.x_test.shape[1:] != self.x_train.shape[1:]:
-            raise DataError("shape of one test sample", expected=self.x_train.shape[1:], got=self.x_test.shape[1:])
-        for one, other, what in ((self.x_train, self.x_test, "inputs"), (self.y_train, self.y_test, "labels")):
-            if len(self.y_test) and (one.dtype, one.shape[1:]) != (other.dtype, other.shape[1:]):
-                raise DataError(f"type of test {what}", expected=_kind(one), got=_kind(other))
+        for split in filter(lambda s: len(getattr(self, f"y_{s}")), _SPLITS[1:]):
+            x, y = getattr(self, f"x_{split}"), getattr(self, f"y_{split}")
+            if x.shape[1:] != self.x_train.shape[1:]:
+                raise DataError(f"shape of one {split} sample", expected=self.x_train.shape[1:], got=x.shape[1:])
+            for one, other, what in ((self.x_train, x, "inputs"), (self.y_train, y, "labels")):
+                if (one.dtype, one.shape[1:]) != (other.dtype, other.shape[1:]):
+                    raise DataError(f"type of {split} {what}", expected=_kind(one), got=_kind(other))
 
     @property
     def samples(self) -> int:
@@ -65,7 +77,28 @@ class LocalData:
     @property
     def bytes(self) -> int:
         """Memory that all samples and labels take."""
-        return sum(array.nbytes for array in (self.x_train, self.y_train, self.x_test, self.y_test))
+        return sum(getattr(self, f"{kind}_{split}").nbytes for kind in "xy" for split in _SPLITS)
+
+    def with_validation(self, share: float, seed: int = 0, device: str = "") -> LocalData:
+        """The same with some of the training samples set aside for validation; unchanged where there are such already.
+
+        Args:
+            share: Of the training samples, from 0 to below 1, rounded down.
+            seed: With the device's name it decides which.
+            device: The device's name.
+
+        Raises:
+            DataError: The share is out of range.
+        """
+        if not 0 <= share < 1:
+            raise DataError("share of the training samples for validation", expected="0 to below 1", got=share)
+        aside = int(self.samples * share)
+        if not aside or len(self.y_val):
+            return self
+        order = keyed(seed, "validation", device).permutation(self.samples)
+        train, val = np.sort(order[aside:]), np.sort(order[:aside])
+        x, y = self.x_train, self.y_train
+        return LocalData(x[train], y[train], self.x_test, self.y_test, x[val], y[val])
 
     def check(
         self,
@@ -86,7 +119,7 @@ class LocalData:
         Raises:
             DataError: Labels don't fit the loss or the number of classes, or samples have another shape or type.
         """
-        for y in filter(len, (self.y_train, self.y_test)):
+        for y in filter(len, (self.y_train, self.y_test, self.y_val)):
             targets(y, loss, classes)
         if shape is not None:
             check_shape(self.x_train, shape)
@@ -94,15 +127,17 @@ class LocalData:
             check_type(self.x_train, token_ids)
 
 
-def load_data(source: str, seed: int = 0, device: str = "") -> LocalData:
+def load_data(source: str, seed: int = 0, device: str = "", validation_share: float = 0.0) -> LocalData:
     """Read a device's data.
 
     Args:
-        source: A `.npz` file with `x`, `y` (or `x_train`, `y_train`) and, if there is one, `x_test`,
-            `y_test`; or `package.module:function`. The function may take `device` and `seed` and returns a
+        source: A `.npz` file with `x`, `y` (or `x_train`, `y_train`) and, if there are such, `x_test`,
+            `y_test`, `x_val`, `y_val`; or `package.module:function`. The function may take `device` and `seed` and returns a
             `LocalData`, a mapping with a file's names, (x, y) or (x_train, y_train, x_test, y_test).
         seed: Seed of the split where the source has no test samples.
         device: The device's name: it keys the split.
+        validation_share: Share of the training samples that is set aside for validation, where the source has no
+            validation samples.
 
     Returns:
         Checked data. The same source, seed and device always give the same split.
@@ -112,7 +147,8 @@ def load_data(source: str, seed: int = 0, device: str = "") -> LocalData:
     """
     found = _found(source, seed, device)
     try:
-        return found if isinstance(found, LocalData) else _assemble(found, seed, device)
+        data = found if isinstance(found, LocalData) else _assemble(found, seed, device)
+        return data.with_validation(validation_share, seed, device)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
 
@@ -332,12 +368,14 @@ def _assemble(arrays: object, seed: int, device: str) -> LocalData:
             expected="x and y (or x_train and y_train)",
             got=", ".join(map(str, found)) or "nothing",
         ) from error
-    if ("x_test" in found) != ("y_test" in found):
-        raise DataError("test data", expected="both x_test and y_test, or neither")
+    for split in ("test", "val"):
+        if (f"x_{split}" in found) != (f"y_{split}" in found):
+            raise DataError(f"{split} data", expected=f"both x_{split} and y_{split}, or neither")
+    own = [np.asarray(found[f"{kind}_val"]) for kind in "xy"] if "x_val" in found else []
     if "x_test" in found:
-        return LocalData(x, y, np.asarray(found["x_test"]), np.asarray(found["y_test"]))
+        return LocalData(x, y, np.asarray(found["x_test"]), np.asarray(found["y_test"]), *own)
     x, y = checked_samples(x, y, "")  # before the split, so that an error names the sample by its place in the source
     order = keyed(seed, "split", device).permutation(len(y))
     aside = int(len(y) * TEST_SHARE)
     train, test = np.sort(order[aside:]), np.sort(order[:aside])
-    return LocalData(x[train], y[train], x[test], y[test])
+    return LocalData(x[train], y[train], x[test], y[test], *own)

@@ -43,6 +43,56 @@ def test_a_source_with_its_own_test_samples_keeps_them(tmp_path: Path) -> None:
     assert (data.samples, len(data.y_test)) == (20, 3)
 
 
+def test_validation_samples_are_taken_from_those_that_would_be_trained_on(tmp_path: Path) -> None:
+    source = save(tmp_path / "d.npz", x=X, y=Y)
+    whole, data, again, other = (
+        load_data(source, 3, d, s) for d, s in (("a", 0), ("a", 0.25), ("a", 0.25), ("b", 0.25))
+    )
+    assert (data.samples, len(data.y_val), len(data.y_test)) == (12, 4, 4)
+    assert np.array_equal(data.x_test, whole.x_test)
+    got = np.concatenate([data.x_train, data.x_val])
+    assert sorted(map(tuple, got)) == sorted(map(tuple, whole.x_train))
+    assert all(
+        int(y) == int(Y[np.flatnonzero((x == X).all(1))[0]]) for x, y in zip(data.x_val, data.y_val, strict=True)
+    )
+    assert np.array_equal(data.x_val, again.x_val) and not np.array_equal(data.x_val, other.x_val)
+
+
+@pytest.mark.parametrize("test", [{}, {"x_test": X[3:5], "y_test": Y[3:5]}])
+def test_a_source_with_its_own_validation_samples_keeps_them(tmp_path: Path, test: dict[str, object]) -> None:
+    data = load_data(save(tmp_path / "d.npz", x=X, y=Y, x_val=X[:3], y_val=Y[:3], **test), validation_share=0.5)
+    assert np.array_equal(data.x_val, X[:3]) and np.array_equal(data.y_val, Y[:3])
+    assert data.samples == (20 if test else 16)
+
+
+def test_without_validation_samples_there_are_none_of_the_right_shape() -> None:
+    data = LocalData(X, Y, X[:0], Y[:0])
+    assert (data.x_val.shape, data.y_val.shape) == ((0, 2), (0,))
+    assert data.with_validation(0.01) is data
+
+
+@pytest.mark.parametrize(
+    ("arrays", "named"),
+    [
+        ({"x_val": X}, "both x_val and y_val"),
+        ({"x_val": X, "y_val": Y[:3]}, "number of val labels"),
+        ({"x_val": X[:, :1], "y_val": Y}, "shape of one val sample"),
+        ({"x_val": X.astype(int), "y_val": Y}, "type of val inputs"),
+        ({"x_val": X, "y_val": Y.astype("float32")}, "type of val labels"),
+        ({"x_val": X * np.float32(np.nan), "y_val": Y}, "not finite"),
+    ],
+)
+def test_validation_samples_are_checked_like_all_others(tmp_path: Path, arrays: dict[str, object], named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        load_data(save(tmp_path / "d.npz", x=X, y=Y, **arrays))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_for_validation_leaves_something_to_train_on(share: float) -> None:
+    with pytest.raises(DataError, match="validation"):
+        LocalData(X, Y, X[:0], Y[:0]).with_validation(share)
+
+
 @pytest.mark.parametrize("arrays", [{"x": X}, {"x_train": X}, {"x": X, "y": Y[:3]}, {"x": X[:4], "x_test": X}])
 def test_inputs_need_no_labels(tmp_path: Path, arrays: dict[str, object]) -> None:
     assert np.array_equal(load_inputs(save(tmp_path / "d.npz", **arrays), (2,)), X)
