@@ -1,0 +1,133 @@
+"""Data sets in `.npz` files. Arrays that lie uncompressed in the file are mapped, not read."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as npy
+
+from fedprune.errors import DataError
+from fedprune_device.data import why_unreadable
+from fedprune_server.data.samples import Samples, assembled
+
+Array = npt.NDArray[Any]
+
+_OWNERS = ("owner", "subject", "writer", "domain", "user")
+"""Names that the array of owners may have."""
+
+_LOCAL = struct.Struct("<4s5H3I2H")
+"""A member's header inside a zip archive (APPNOTE.TXT, 4.3.7)."""
+
+_HINT = "Write it with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)."
+
+
+def read_npz(path: Path) -> Samples:
+    """Read a data set.
+
+    Args:
+        path: A file with x_train, y_train, x_test and y_test, or with x, y and, if there is one, the mark is_test
+            (numbers other than 0 are test samples); `owner` (or subject, writer, domain, user) says whose samples
+            they are, `owner_train` and `owner_test` in the first form, and `class_names` what the classes are called.
+            Other arrays are not looked at.
+
+    Raises:
+        DataError: It can't be read, an array is missing, or arrays don't fit each other.
+    """
+    arrays = npz_arrays(path)
+    names = _names(arrays.get("class_names"))
+    if "x_train" in arrays or "x" not in arrays:
+        _need(path, arrays, ("x_train", "y_train"))
+        if ("x_test" in arrays) != ("y_test" in arrays):
+            raise DataError("test data", expected="both x_test and y_test, or neither", got=_listed(arrays))
+        splits = [(arrays["x_train"], arrays["y_train"], False)]
+        if "x_test" in arrays:
+            splits.append((arrays["x_test"], arrays["y_test"], True))
+        word = next((w for w in _OWNERS if f"{w}_train" in arrays), None)
+        owners = None
+        if word is not None:
+            owners = [arrays[f"{word}_train"]]
+            if "x_test" in arrays:
+                _need(path, arrays, (f"{word}_test",))
+                owners.append(arrays[f"{word}_test"])
+        return assembled(splits, owners=owners, class_names=names)
+    _need(path, arrays, ("x", "y"))
+    word = next((w for w in _OWNERS if w in arrays), None)
+    whole = assembled(
+        [(arrays["x"], arrays["y"], False)], owners=None if word is None else [arrays[word]], class_names=names
+    )
+    if "is_test" not in arrays:
+        return whole
+    marks = arrays["is_test"]
+    if marks.dtype.kind not in "biu" or marks.shape != whole.labels.shape:
+        raise DataError("is_test", expected=f"true or false [{len(whole)}]", got=f"{marks.dtype} {marks.shape}")
+    return Samples(
+        whole.parts, whole.labels, np.asarray(marks) != 0, whole.owners, whole.owner_names, whole.class_names
+    )
+
+
+def npz_arrays(path: Path) -> dict[str, Array]:
+    """All arrays of a file; those that lie uncompressed in it are mapped read-only. Nothing is unpickled.
+
+    Raises:
+        DataError: It can't be read or is no `.npz` file of plain arrays.
+    """
+    try:
+        arrays: dict[str, Array] = {}
+        with path.open("rb") as raw, zipfile.ZipFile(raw) as archive, np.load(path, allow_pickle=False) as file:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                mapped = _mapped(path, raw, member) if member.filename.endswith(".npy") else None
+                arrays[name] = file[name] if mapped is None else mapped
+        return arrays
+    except OSError as error:
+        raise DataError(f"can't read {path}: {error.strerror or error}") from error
+    except (
+        ValueError, EOFError, KeyError, zipfile.BadZipFile, TypeError, AttributeError, struct.error, RuntimeError,
+        NotImplementedError, MemoryError,
+    ) as error:  # fmt: skip
+        raise DataError(f"{path} is not an .npz file of plain arrays{why_unreadable(error)}", hint=_HINT) from error
+
+
+def _mapped(path: Path, raw: Any, member: zipfile.ZipInfo) -> Array | None:
+    """The array as a read-only map of the file; None where it is compressed, encrypted, tiny or of objects."""
+    if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.file_size < 2**16:
+        return None
+    raw.seek(member.header_offset)
+    header = _LOCAL.unpack(raw.read(_LOCAL.size))
+    if header[0] != b"PK\x03\x04":
+        raise zipfile.BadZipFile("a member's header is damaged")
+    begin = member.header_offset + _LOCAL.size + header[9] + header[10]
+    raw.seek(begin)
+    version = npy.read_magic(raw)
+    if version not in ((1, 0), (2, 0)):
+        return None
+    shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(raw)
+    if dtype.hasobject or not all(shape):
+        return None
+    at = raw.tell()
+    if at + dtype.itemsize * int(np.prod(shape, dtype=object)) != begin + member.file_size:
+        raise ValueError(f"{member.filename} is cut off")
+    return np.memmap(path, dtype, "r", at, shape, "F" if fortran else "C")
+
+
+def _names(array: Array | None) -> tuple[str, ...]:
+    if array is None:
+        return ()
+    if array.dtype.kind != "U" or array.ndim != 1:
+        raise DataError("class_names", expected="texts [classes]", got=f"{array.dtype} {array.shape}")
+    return tuple(map(str, array.tolist()))
+
+
+def _need(path: Path, arrays: dict[str, Array], names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in arrays:
+            raise DataError(f"{path}: array {name!r} is missing", got=_listed(arrays), hint=_HINT)
+
+
+def _listed(arrays: dict[str, Array]) -> str:
+    return ", ".join(arrays) or "nothing"

@@ -1,0 +1,467 @@
+"""Files of data sets: what others write is read exactly, and what is damaged or dangerous is refused."""
+
+import gzip
+import io
+import pickle
+import pickletools
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.errors import DataError
+from fedprune_server.data.cifar import read_cifar
+from fedprune_server.data.idx import read_idx, read_idx_folder
+from fedprune_server.data.image_folder import read_image_folder
+from fedprune_server.data.npz import npz_arrays, read_npz
+from fedprune_server.data.plain_pickle import read_plain
+from fedprune_server.data.samples import Preparation, Samples, assembled
+from fedprune_server.data.source import read_samples
+
+
+def images(n, *shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), np.uint8)
+
+
+def labels(n, classes=10):
+    return np.arange(n) % classes
+
+
+# --- npz
+
+
+def test_npz_with_a_split(tmp_path):
+    x, y = images(700, 16, 16), labels(700)
+    np.savez(tmp_path / "a.npz", x_train=x[:600], y_train=y[:600], x_test=x[600:], y_test=y[600:].astype(np.uint8))
+    read = read_npz(tmp_path / "a.npz")
+    assert np.array_equal(read.take(np.arange(700)), x)
+    assert np.array_equal(read.labels, y)
+    assert read.testing.sum() == 100
+    assert read.testing[600:].all()
+
+
+def test_npz_with_owners_and_marks(tmp_path):
+    x = np.random.default_rng(0).standard_normal((40, 9, 128)).astype(np.float32)
+    subject = np.repeat([3, 7, 30, 1], 10)
+    np.savez(tmp_path / "a.npz", x=x, y=labels(40, 6), subject=subject, is_test=subject == 7, lossy=np.zeros(3))
+    read = read_npz(tmp_path / "a.npz")
+    assert read.owner_names == ("1", "3", "7", "30")
+    assert [read.owner_names[o] for o in read.owners] == list(map(str, subject))
+    assert np.array_equal(read.testing, subject == 7)
+    assert read.classes == 6
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npz_arrays_are_what_numpy_reads(tmp_path, save, order):
+    arrays = {
+        "big": np.asarray(images(300, 28, 28), order=order),
+        "float": np.asarray(np.random.default_rng(0).standard_normal((200, 100)), order=order),
+        "small": np.arange(5),
+        "texts": np.array(["cat", "dog"]),
+        "empty": np.zeros((0, 4)),
+    }
+    save(tmp_path / "a.npz", **arrays)
+    read = npz_arrays(tmp_path / "a.npz")
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert read[name].dtype == array.dtype
+        assert np.array_equal(read[name], array)
+    assert isinstance(read["big"], np.memmap) == (save is np.savez)
+
+
+def test_an_npz_with_objects_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.array([{}] * 20000, object), y=labels(20000))
+    with pytest.raises(DataError, match="never unpickled"):
+        read_npz(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("missing", ["x_train", "y_train", "y_test"])
+def test_a_missing_array_is_named(tmp_path, missing):
+    arrays = {"x_train": images(4, 8, 8), "y_train": labels(4), "x_test": images(2, 8, 8), "y_test": labels(2)}
+    del arrays[missing]
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(DataError, match=missing):
+        read_npz(tmp_path / "a.npz")
+
+
+@given(st.data())
+def test_a_damaged_npz_is_read_or_refused(tmp_path_factory, data):
+    file = io.BytesIO()
+    np.savez(file, x=images(100, 32, 32), y=labels(100))
+    raw = bytearray(file.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        near = data.draw(st.sampled_from([0, 0, 128, len(raw) - 400]))
+        raw[min(len(raw) - 1, near + data.draw(st.integers(0, 399)))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        del raw[data.draw(st.integers(0, len(raw) - 1)) :]
+    path = tmp_path_factory.getbasetemp() / "damaged.npz"
+    path.write_bytes(raw)
+    try:
+        read = read_npz(path)
+    except DataError:
+        return
+    assert len(read) == sum(map(len, read.parts))
+
+
+# --- idx
+
+
+def idx_bytes(array):
+    codes = {"uint8": 8, "int8": 9, "int16": 0x0B, "int32": 0x0C, "float32": 0x0D, "float64": 0x0E}
+    head = bytes([0, 0, codes[array.dtype.name], array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    return head + array.astype(array.dtype.newbyteorder(">")).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8", "int16", "int32", "float32", "float64"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx(tmp_path, kind, packed):
+    array = (np.random.default_rng(0).standard_normal((5, 3, 4)) * 50).astype(kind)
+    path = tmp_path / ("a.gz" if packed else "a")
+    path.write_bytes(gzip.compress(idx_bytes(array)) if packed else idx_bytes(array))
+    read = read_idx(path)
+    assert read.dtype == array.dtype
+    assert np.array_equal(read, array)
+
+
+def write_mnist(folder, *, packed=False):
+    folder.mkdir(parents=True, exist_ok=True)
+    x, y = images(30, 28, 28), labels(30)
+    for prefix, rows in (("train", slice(0, 20)), ("t10k", slice(20, 30))):
+        for name, array in (("images-idx3-ubyte", x[rows]), ("labels-idx1-ubyte", y[rows].astype(np.uint8))):
+            raw = idx_bytes(array)
+            path = folder / f"{prefix}-{name}{'.gz' if packed else ''}"
+            path.write_bytes(gzip.compress(raw) if packed else raw)
+    return x, y
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_folder(tmp_path, packed):
+    x, y = write_mnist(tmp_path, packed=packed)
+    read = read_idx_folder(tmp_path)
+    assert np.array_equal(read.take(np.arange(30)), x)
+    assert np.array_equal(read.labels, y)
+    assert read.testing.sum() == 10
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\0\0\x08",
+        b"\0\0\x08\x01\0\0\0\x02a",
+        b"\0\0\x08\x01\0\0\0\x02abc",
+        b"\0\0\x07\x01\0\0\0\x02ab",
+        b"\0\0\x08\x03" + b"\xff" * 12,
+        b"\1\0\x08\x01\0\0\0\x02ab",
+    ],
+)
+def test_a_damaged_idx_file_is_refused(tmp_path, raw):
+    (tmp_path / "a").write_bytes(raw)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(raw)[: -4 if raw else None])
+    for name in ("a", "a.gz"):
+        with pytest.raises(DataError):
+            read_idx(tmp_path / name)
+
+
+# --- pickles
+
+
+def python2_pickle(entries):
+    """What Python 2's cPickle makes of a dict of lists, strings and one array (checked by pickletools below)."""
+    out, memo = [b"\x80\x02}q\x01("], [1]
+
+    def put():
+        memo[0] += 1
+        return b"q" + bytes([memo[0]]) if memo[0] < 256 else b"r" + struct.pack("<I", memo[0])
+
+    def text(value):
+        head = b"U" + bytes([len(value)]) if len(value) < 256 else b"T" + struct.pack("<i", len(value))
+        return head + value + put()
+
+    for key, value in entries.items():
+        out.append(text(key))
+        if isinstance(value, bytes):
+            out.append(text(value))
+        elif isinstance(value, list):
+            items = [
+                text(v) if isinstance(v, bytes) else (b"K" + bytes([v]) if v < 256 else b"M" + struct.pack("<H", v))
+                for v in value
+            ]
+            out.append(b"]" + put() + b"(" + b"".join(items) + b"e")
+        else:
+            out += [
+                b"cnumpy.core.multiarray\n_reconstruct\n" + put() + b"cnumpy\nndarray\n" + put(),
+                b"K\x00\x85" + put() + b"U\x01b\x87" + put() + b"R" + put() + b"(K\x01",
+                b"".join(b"M" + struct.pack("<H", n) for n in value.shape) + b"\x86" + put(),
+                b"cnumpy\ndtype\n" + put() + b"U\x02u1K\x00K\x01\x87" + put() + b"R" + put(),
+                b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89",
+                b"T" + struct.pack("<i", value.nbytes) + value.tobytes() + put() + b"t" + put() + b"b",
+            ]
+    out.append(b"u.")
+    return b"".join(out)
+
+
+def batch(n, label=b"labels", seed=0):
+    return {
+        b"batch_label": b"training batch 1 of 5",
+        label: labels(n).tolist(),
+        b"data": images(n, 3072, seed=seed),
+        b"filenames": [b"leptodactylus_%d.png" % i for i in range(n)],
+    }
+
+
+def same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        if isinstance(value, np.ndarray):
+            assert ours[key].dtype == value.dtype
+            assert np.array_equal(ours[key], value)
+        else:
+            assert ours[key] == value
+
+
+def test_a_pickle_of_python_2_is_read_as_pickle_reads_it():
+    raw = python2_pickle(batch(130))
+    assert sum(1 for _ in pickletools.genops(raw)) > 300  # well-formed
+    same(read_plain(raw), pickle.loads(raw, encoding="bytes"))  # noqa: S301 - the oracle, on our own bytes
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["u1", "i8", "f4", ">i4"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_pickle_of_python_3_is_read_as_pickle_reads_it(protocol, kind, order):
+    value = {
+        "data": np.asarray(np.arange(12).reshape(3, 4), kind, order=order),
+        "labels": [0, 255, 256, 65536, -1, 2**40],
+        b"key": b"\x00\xff" * 200,
+        "names": ["ä", "b"],
+        "none": None,
+        "flags": (True, False),
+        "long": "x" * 300,
+    }
+    same(read_plain(pickle.dumps(value, protocol)), value)
+
+
+class Calls:
+    def __init__(self, what, *given):
+        self.what, self.given = what, given
+
+    def __reduce__(self):
+        return self.what, self.given
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "value",
+    [
+        Calls(print, "never"),
+        {"data": Calls(Path, "never")},
+        {"data": Calls(np.dtype, "O")},
+        {"data": Calls(np.load, "never.npy")},
+        {"data": 1.5},
+        {"data": [[1]]},
+        {"data": {"data": 1}},
+        {"data": {1, 2}},
+        {1: 2},
+        np.array([{}, []], object),
+        {"data": np.zeros(2, [("a", "u1")])},
+        {"data": np.array(["text"])},
+    ],
+)
+def test_a_pickle_of_anything_else_is_refused(protocol, value, capsys):
+    with pytest.raises(DataError):
+        read_plain(pickle.dumps(value, protocol))
+    assert capsys.readouterr().out == ""
+
+
+@given(st.data())
+def test_a_damaged_pickle_is_read_or_refused(data):
+    raw = bytearray(python2_pickle(batch(2)))
+    for _ in range(data.draw(st.integers(1, 5))):
+        raw[data.draw(st.integers(0, min(250, len(raw) - 1)))] = data.draw(st.integers(0, 255))
+    try:
+        read = read_plain(bytes(raw))
+    except DataError:
+        return
+    assert all(isinstance(v, (int, str, bytes, list, tuple, np.ndarray, type(None))) for v in read.values())
+
+
+@given(st.lists(st.sampled_from([bytes([i]) for i in range(256)]), max_size=40))
+def test_random_opcodes_do_no_harm(codes):
+    try:
+        read_plain(b"\x80\x02" + b"".join(codes) + b".")
+    except DataError:
+        return
+
+
+# --- CIFAR
+
+
+def write_cifar10(folder, *, python):
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = []
+    for seed, name in enumerate(
+        ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]
+    ):
+        content = batch(7, seed=seed)
+        whole.append(content)
+        if python:
+            (folder / name).write_bytes(python2_pickle(content))
+        else:
+            rows = np.concatenate([np.array(content[b"labels"], np.uint8)[:, None], content[b"data"]], 1)
+            (folder / f"{name}.bin").write_bytes(rows.tobytes())
+    if python:
+        meta = {b"label_names": [b"airplane", b"automobile", *(b"class %d" % i for i in range(2, 10))]}
+        (folder / "batches.meta").write_bytes(python2_pickle(meta))
+    return whole
+
+
+@pytest.mark.parametrize("python", [True, False])
+def test_cifar10(tmp_path, python):
+    whole = write_cifar10(tmp_path, python=python)
+    read = read_cifar(tmp_path)
+    pixels = np.concatenate([b[b"data"] for b in whole]).reshape(-1, 3, 32, 32)
+    assert np.array_equal(read.take(np.arange(42)), pixels)
+    assert read.labels.tolist() == [v for b in whole for v in b[b"labels"]]
+    assert np.flatnonzero(read.testing).tolist() == list(range(35, 42))
+    assert read.class_names[1] == ("automobile" if python else "1")
+    assert np.array_equal(Preparation()(read.take([3])), pixels[3:4].astype(np.float32) / np.float32(255))
+
+
+def test_cifar100_takes_fine_labels(tmp_path):
+    for name, seed in (("train", 0), ("test", 1)):
+        content = batch(5, b"fine_labels", seed=seed)
+        (tmp_path / name).write_bytes(python2_pickle({**content, b"coarse_labels": [0] * 5}))
+        rows = [np.full((5, 1), 9, np.uint8), np.array(content[b"fine_labels"], np.uint8)[:, None], content[b"data"]]
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / f"{name}.bin").write_bytes(np.concatenate(rows, 1).tobytes())
+    python, binary = read_cifar(tmp_path), read_cifar(tmp_path / "bin")
+    assert python.labels.tolist() == binary.labels.tolist() == [0, 1, 2, 3, 4] * 2
+    assert np.array_equal(python.take(range(10)), binary.take(range(10)))
+
+
+def test_a_damaged_cifar_file_is_named(tmp_path):
+    write_cifar10(tmp_path, python=True)
+    (tmp_path / "data_batch_3").write_bytes(pickle.dumps(Calls(print, "never"), 2))
+    with pytest.raises(DataError, match=r"data_batch_3.*names a function.*binary version"):
+        read_cifar(tmp_path)
+    (tmp_path / "data_batch_3").unlink()
+    with pytest.raises(DataError, match="data_batch_3 is missing"):
+        read_cifar(tmp_path)
+
+
+# --- folders of images
+
+
+def write_images(folder, names, side=6, colour=True):
+    from PIL import Image
+
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = images(1, side, side, 3, seed=number)[0]
+        (Image.fromarray(pixels) if colour else Image.fromarray(pixels[..., 0])).save(path)
+
+
+def test_a_folder_per_class(tmp_path):
+    write_images(tmp_path, ["dog/1.png", "cat/2.png", "cat/1.png", "cat/notes.txt.png"])
+    read = read_image_folder(tmp_path)
+    assert read.class_names == ("cat", "dog")
+    assert read.labels.tolist() == [0, 0, 0, 1]
+    assert np.array_equal(read.take([0]), images(1, 6, 6, 3, seed=2))
+    assert read.owners is None
+
+
+def test_folders_of_splits_and_of_domains(tmp_path):
+    write_images(tmp_path / "split", ["train/a/1.png", "train/b/1.png", "test/b/1.png"])
+    split = read_image_folder(tmp_path / "split")
+    assert split.labels[split.testing].tolist() == [1]
+    write_images(tmp_path / "domains", ["photo/a/1.png", "photo/b/1.png", "sketch/b/1.png"])
+    domains = read_image_folder(tmp_path / "domains", colour=False)
+    assert domains.owner_names == ("photo", "sketch")
+    assert domains.owners.tolist() == [0, 0, 1]
+    assert domains.shape == (6, 6)
+
+
+def test_images_of_different_sizes_need_a_size(tmp_path):
+    write_images(tmp_path, ["a/1.png"])
+    write_images(tmp_path, ["b/2.png"], side=9)
+    with pytest.raises(DataError, match=r"2\.png: size.*Say a size"):
+        read_image_folder(tmp_path)
+    assert read_image_folder(tmp_path, size=(4, 5)).shape == (4, 5, 3)
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    write_images(tmp_path, ["a/1.png"])
+    (tmp_path / "a" / "2.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"a/2\.png"):
+        read_image_folder(tmp_path)
+
+
+# --- which reader, and what becomes of the samples
+
+
+def test_sources_are_told_apart(tmp_path, monkeypatch):
+    write_mnist(tmp_path / "mnist" / "MNIST" / "raw", packed=True)
+    write_cifar10(tmp_path / "cifar" / "cifar-10-batches-py", python=True)
+    write_images(tmp_path / "pets", ["a/1.png", "b/1.png"])
+    np.savez(tmp_path / "own.npz", x=images(4, 8, 8), y=labels(4))
+    monkeypatch.setenv("FEDPRUNE_DATA", str(tmp_path))
+    lengths = {name: len(read_samples(name)) for name in ("mnist", "cifar", "pets", "own", "own.npz")}
+    assert lengths == {"mnist": 30, "cifar": 42, "pets": 2, "own": 4, "own.npz": 4}
+    with pytest.raises(DataError, match="nothing at"):
+        read_samples("unknown")
+
+
+def test_preparation_of_images():
+    raw = images(3, 4, 4, 3)
+    prepared = Preparation(pool=2)(raw)
+    assert prepared.shape == (3, 3, 2, 2)
+    assert np.allclose(prepared[1, 2, 0, 1], raw[1, 0:2, 2:4, 2].mean() / 255)
+    assert Preparation()(images(3, 4, 4)).shape == (3, 1, 4, 4)
+    assert Preparation()(np.arange(6).reshape(2, 3)).dtype == np.int64
+    with pytest.raises(DataError, match="divisible by 3"):
+        Preparation(pool=3)(raw)
+
+
+def test_standardised_channels_have_mean_0_and_deviation_1():
+    samples = assembled([(images(5000, 4, 4, 3), labels(5000), False), (images(10, 4, 4, 3, seed=1), labels(10), True)])
+    x = Preparation(pool=2).standardised(samples)(samples.take(range(5000)))
+    assert np.allclose(x.mean((0, 2, 3)), 0, atol=1e-5)
+    assert np.allclose(x.std((0, 2, 3)), 1, atol=1e-5)
+
+
+def test_rows_are_gathered_across_parts():
+    x = images(9, 2, 2)
+    samples = Samples((x[:4], x[4:5], x[5:]), labels(9), np.zeros(9, bool))
+    rows = [8, 0, 4, 4, 3, 5]
+    assert np.array_equal(samples.take(rows), x[rows])
+    with pytest.raises(DataError):
+        samples.take([9])
+    with pytest.raises(DataError):
+        samples.take([-1])
+
+
+def test_the_digest_tells_data_sets_apart():
+    x, y = images(9, 2, 2), labels(9)
+    whole = assembled([(x, y, False)])
+    assert whole.digest == Samples((x[:4], x[4:]), y, np.zeros(9, bool)).digest
+    assert whole.digest != assembled([(x, y, True)]).digest
+    assert whole.digest != assembled([(x, (y + 1) % 9, False)]).digest
+    assert whole.digest != assembled([(x, y, False)], owners=[y]).digest
+    assert whole.digest != assembled([(x ^ 1, y, False)]).digest
+
+
+def test_a_zip_bomb_is_no_npz(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        head = io.BytesIO()
+        np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": (2**50,)})
+        archive.writestr("x.npy", head.getvalue() + bytes(1000))
+        archive.writestr("y.npy", head.getvalue() + bytes(1000))
+    with pytest.raises(DataError):
+        read_npz(tmp_path / "a.npz")
