@@ -35,7 +35,7 @@ class LocalData:
     Attributes:
         x_train: Inputs [n, ...]: float32, or int64 for token ids.
         y_train: Labels: classes int64 [n], or float32 [n] or [n, K] (0 or 1 per class, or numbers to predict).
-        x_test: Inputs that are never trained on; may be empty. What is measured on them is reported and decides nothing.
+        x_test: Inputs that are never trained on; may be empty. What is measured on them is reported alone.
         y_test: Their labels.
         x_val: Inputs that are never trained on, by which training and fleet decide; may be empty.
         y_val: Their labels.
@@ -132,8 +132,8 @@ def load_data(source: str, seed: int = 0, device: str = "", validation_share: fl
 
     Args:
         source: A `.npz` file with `x`, `y` (or `x_train`, `y_train`) and, if there are such, `x_test`,
-            `y_test`, `x_val`, `y_val`; or `package.module:function`. The function may take `device` and `seed` and returns a
-            `LocalData`, a mapping with a file's names, (x, y) or (x_train, y_train, x_test, y_test).
+            `y_test`, `x_val`, `y_val`; or `package.module:function`. The function may take `device` and `seed` and
+            returns a `LocalData`, a mapping with a file's names, (x, y) or (x_train, y_train, x_test, y_test).
         seed: Seed of the split where the source has no test samples.
         device: The device's name: it keys the split.
         validation_share: Share of the training samples that is set aside for validation, where the source has no

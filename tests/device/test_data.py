@@ -55,13 +55,15 @@ def test_validation_samples_are_taken_from_those_that_would_be_trained_on(tmp_pa
     assert all(
         int(y) == int(Y[np.flatnonzero((x == X).all(1))[0]]) for x, y in zip(data.x_val, data.y_val, strict=True)
     )
-    assert np.array_equal(data.x_val, again.x_val) and not np.array_equal(data.x_val, other.x_val)
+    assert np.array_equal(data.x_val, again.x_val)
+    assert not np.array_equal(data.x_val, other.x_val)
 
 
 @pytest.mark.parametrize("test", [{}, {"x_test": X[3:5], "y_test": Y[3:5]}])
 def test_a_source_with_its_own_validation_samples_keeps_them(tmp_path: Path, test: dict[str, object]) -> None:
     data = load_data(save(tmp_path / "d.npz", x=X, y=Y, x_val=X[:3], y_val=Y[:3], **test), validation_share=0.5)
-    assert np.array_equal(data.x_val, X[:3]) and np.array_equal(data.y_val, Y[:3])
+    assert np.array_equal(data.x_val, X[:3])
+    assert np.array_equal(data.y_val, Y[:3])
     assert data.samples == (20 if test else 16)
 
 
