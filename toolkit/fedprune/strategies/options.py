@@ -1,0 +1,92 @@
+"""A strategy's own settings, read from a job and checked."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, TypeVar
+
+from fedprune.errors import ConfigError, shown
+from fedprune.job import Job
+
+T = TypeVar("T")
+
+_TEXT = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "a list",
+    dict: "a table",
+}
+
+
+def read_options(job: Job, kind: type[T]) -> T:
+    """A preset's settings from a job's `options`.
+
+    Args:
+        job: The job.
+        kind: A frozen dataclass whose fields all have defaults; their types (bool, int, float, str, tuple or dict)
+            are checked against the defaults', and its own `__post_init__` checks the values.
+
+    Raises:
+        ConfigError: An option is unknown or of another type.
+    """
+    if not is_dataclass(kind):
+        raise TypeError("options are described by a dataclass")
+    known = {f.name: f for f in fields(kind)}
+    values: dict[str, Any] = {}
+    for name, value in job.options.items():
+        if name not in known:
+            raise ConfigError(
+                f"job: strategy {job.strategy!r} has no option {name!r}", expected=", ".join(sorted(known)) or "none"
+            )
+        values[name] = _checked(job.strategy, name, value, _default(known[name]))
+    return kind(**values)
+
+
+def number(strategy: str, name: str, value: float, low: float, high: float, *, below: bool = False) -> None:
+    """Check an option's range.
+
+    Args:
+        strategy: For the message.
+        name: The option.
+        value: Its value.
+        low: The least that it may be.
+        high: The most.
+        below: Whether it must be less than `high`.
+
+    Raises:
+        ConfigError: It is out of range, or no number at all.
+    """
+    if not low <= value <= high or (below and value == high):
+        bound = "below " if below else ""
+        raise ConfigError(
+            f"job: option {name} of {strategy}", expected=f"from {low} to {bound}{high}", got=shown(value)
+        )
+
+
+def choice(strategy: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Check an option that is one of a few words.
+
+    Raises:
+        ConfigError: It is another one.
+    """
+    if value not in allowed:
+        raise ConfigError(f"job: option {name} of {strategy}", expected=" or ".join(allowed), got=shown(value))
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _checked(strategy: str, name: str, value: object, default: object) -> object:
+    kind = type(default)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is tuple and isinstance(value, (list, tuple)):
+        return tuple(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(
+            f"job: option {name} of {strategy}", expected=_TEXT.get(kind, kind.__name__), got=shown(value)
+        )
+    return value
