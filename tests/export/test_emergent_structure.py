@@ -1,0 +1,82 @@
+"""Networks cut to what an element mask leaves alive: they predict and train as the masked whole ones do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cutting import distance, inputs, outputs
+
+from fedprune import step
+from fedprune.element_mask import ElementMask
+from fedprune.element_order import prunable
+from fedprune.feeds import first_step
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection, Tensors
+from fedprune.session import Session
+from fedprune.survivors import surviving, survivors
+from fedprune_export.cut import cut
+from fedprune_export.imported import Model
+from fedprune_export.importing import export_torch, import_onnx
+from fedprune_export.training import training_graph
+from nets import LeNet, seeded
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(export_torch(seeded(LeNet())), "lenet")
+
+
+def masked(model: Model, seed: int) -> tuple[ElementMask, Tensors]:
+    """A mask of single weights, whole filters and whole inputs, and the model's weights under it, without biases."""
+    random, architecture = np.random.default_rng(seed), model.architecture
+    active = {}
+    for name in prunable(architecture):
+        shape = architecture.by_name[name].shape
+        rest = (1,) * (len(shape) - 2)
+        bits = random.random(shape) < 0.7
+        bits &= random.random((shape[0], 1, *rest)) < 0.7
+        active[name] = bits & (random.random((1, shape[1], *rest)) < 0.9)
+    mask = ElementMask(active)
+    weights = {n: np.zeros_like(v) if n.endswith("bias") else v for n, v in model.tensors.items()}
+    return mask, mask.applied(weights)
+
+
+def with_weights(model: Model, weights: Tensors) -> Model:
+    graph = model.graph.copy()
+    graph.initializers.update(weights)
+    return replace(model, graph=graph)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_cut_net_predicts_what_the_masked_one_does(model: Model, seed: int) -> None:
+    mask, weights = masked(model, seed)
+    selection = surviving(Selection.full(model.architecture), survivors(model.architecture, mask))
+    assert sum(selection.widths) < sum(model.architecture.sizes)
+    whole, x = with_weights(model, weights), inputs(model, 5)
+    assert distance(outputs(cut(whole, selection), x), outputs(whole.graph, x)) < 1e-5
+
+
+def test_a_step_of_the_cut_net_is_that_of_the_masked_one(model: Model) -> None:
+    mask, weights = masked(model, 0)
+    selection = surviving(Selection.full(model.architecture), survivors(model.architecture, mask, reading=False))
+    recipe = Recipe(mask="hard", weight_decay=0.01, proximal=0.1, lr=0.1)
+    session = Session(training_graph(model, recipe.features).to_bytes(), training=True)
+    x, y = inputs(model, 6), np.arange(6)
+
+    def after(tensors: Tensors, bits: ElementMask) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+        fed = {step.X: x, step.Y: y, **first_step(recipe, tensors, session.inputs, 6, 10)}
+        fed |= {step.mask(n): m.astype(np.float32) for n, m in bits.active.items()}
+        got = session.run(fed)
+        return {n: got[step.following(n)] for n in tensors} | {"loss": got[step.LOSS]}
+
+    whole = after(weights, mask)
+    small = after(selection.gather(weights), mask.gathered(selection))
+    assert small.pop("loss") == pytest.approx(float(whole.pop("loss")), rel=1e-5)
+    for name, value in selection.gather(whole).items():
+        np.testing.assert_allclose(small[name], value, atol=1e-6, err_msg=name)
+    for name, bits in mask.active.items():
+        assert not whole[name][~bits].any()
