@@ -26,13 +26,7 @@ def frozen_tensors(architecture: Architecture, features: Features, frozen: Colle
     """
     names = [t.name for t in architecture.tensors]
     for option in ("frozen", "trainable"):
-        for pattern in getattr(features, option):
-            if not any(fnmatchcase(n, pattern) for n in names):
-                raise ConfigError(
-                    f"recipe: {option}: no tensor is called {pattern!r}",
-                    expected="a pattern that matches some of " + ", ".join(names[:8]) + (", ..." * (len(names) > 8)),
-                    hint="'*' stands for any letters: 'layer1.*', '*.bias'.",
-                )
+        matching(architecture, getattr(features, option), f"recipe: {option}")
     out = set(frozen).intersection(names)
     if features.trainable:
         out = {n for n in names if not _matches(n, features.trainable)}
@@ -52,6 +46,28 @@ def trained_tensors(
     """The tensors that an optimiser moves; arguments and errors are those of `frozen_tensors`."""
     still = frozen_tensors(architecture, features, frozen)
     return tuple(t for t in architecture.trainable if t.name not in still)
+
+
+def matching(architecture: Architecture, patterns: Collection[str], what: str) -> frozenset[str]:
+    """Names of the tensors that match some pattern.
+
+    Args:
+        architecture: The model.
+        patterns: `*` stands for any letters.
+        what: What the patterns are of, for the message.
+
+    Raises:
+        ConfigError: A pattern matches no tensor.
+    """
+    names = [t.name for t in architecture.tensors]
+    for pattern in patterns:
+        if not any(fnmatchcase(n, pattern) for n in names):
+            raise ConfigError(
+                f"{what}: no tensor is called {pattern!r}",
+                expected="a pattern that matches some of " + ", ".join(names[:8]) + (", ..." * (len(names) > 8)),
+                hint="'*' stands for any letters: 'layer1.*', '*.bias'.",
+            )
+    return frozenset(n for n in names if _matches(n, patterns))
 
 
 def _matches(name: str, patterns: Collection[str]) -> bool:
