@@ -272,10 +272,6 @@ class Schedule:
         return self.share(arrival)
 
 
-SYNCHRONOUS = Schedule()
-"""Rounds as the job's own keys describe them."""
-
-
 def checked(kind: type[Any], body: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The keys of a table that a dataclass knows.
 
@@ -307,3 +303,7 @@ def _whole(what: str, value: object, low: int, high: int) -> None:
 def _truth(what: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ConfigError(what, expected="true or false", got=shown(value))
+
+
+SYNCHRONOUS = Schedule()
+"""Rounds as the job's own keys describe them."""

@@ -1,0 +1,290 @@
+"""Who gets how much of the model: fixed points, bounds, and the papers' steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.allocation import Allocator, Fixed, Fleet, Tiers, natural
+from fedprune.architecture import widths_at
+from fedprune.coordination.state import Device, State, Task
+from fedprune.errors import ConfigError
+from fedprune.growth import Ladder, TimeDriven, balanced
+from fedprune.recovery import Recovery, watch
+from toy import ARCHITECTURE, JOB
+
+pytestmark = pytest.mark.board
+
+DENSITIES = st.floats(0.05, 1.0)
+SECONDS = st.floats(0.1, 1000)
+
+
+def fleet_of(allocator: Allocator, *names: str, samples: int = 10) -> Fleet:
+    fleet = Fleet(JOB, ARCHITECTURE, State("m", round=1))
+    for name in names:
+        fleet.state.devices[name] = Device(1, True, {}, None, samples)
+    for name in names:
+        allocator.admit(fleet, name, None)
+    return fleet
+
+
+def densities(fleet: Fleet) -> list[float]:
+    return [d.density for _, d in sorted(fleet.state.devices.items())]
+
+
+def deliver(allocator: Allocator, fleet: Fleet, name: str, seconds: float | None, **metrics: float) -> None:
+    device = fleet.state.devices[name]
+    allocator.learn(fleet, name, Task(1, device.widths, device.density, metrics=metrics), seconds)
+
+
+def test_a_density_becomes_widths_unless_elements_are_masked() -> None:
+    fleet = fleet_of(Fixed(0.3, named={"b": 0.7}), "a", "b")
+    assert [d.widths for d in fleet.state.devices.values()] == [widths_at(ARCHITECTURE, x) for x in (0.3, 0.7)]
+    masked = fleet_of(Fixed(0.3, elements=True), "a")
+    assert (masked.state.devices["a"].widths, masked.state.devices["a"].density) == (ARCHITECTURE.sizes, 0.3)
+
+
+def test_tiers_are_dealt_in_the_order_of_names() -> None:
+    tiers = Tiers((1.0, 0.5, 0.25), shares=(0.2, 0.2, 0.6))
+    names = [f"board-{i}" for i in range(1, 11)]
+    fleet = fleet_of(tiers, *names)
+    tiers.open(fleet)
+    assert [fleet.state.devices[n].density for n in names] == [1.0] * 2 + [0.5] * 2 + [0.25] * 6
+    assert sorted(names, key=natural) == names
+
+
+@given(st.permutations(list("abcdef")))
+def test_the_order_of_announcements_makes_no_tiers(order: list[str]) -> None:
+    tiers = Tiers((1.0, 0.5, 0.25))
+    fleet = fleet_of(tiers, *order)
+    tiers.open(fleet)
+    assert densities(fleet) == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    assert not tiers.open(fleet)
+
+
+def test_drawn_tiers_are_drawn_anew_when_it_is_time() -> None:
+    tiers = Tiers((1.0, 0.25), by="chance", every=5)
+    names = [f"n{i}" for i in range(64)]
+    fleet = fleet_of(tiers, *names)
+    first = densities(fleet)
+    assert 16 < first.count(1.0) < 48
+    for number in range(1, 6):
+        fleet.state.round = number
+        assert not tiers.open(fleet)
+    fleet.state.round = 6
+    assert tiers.open(fleet)
+    assert densities(fleet) != first
+    assert densities(fleet_of(tiers, *reversed(names))) == first
+
+
+@given(DENSITIES, st.floats(0.001, 1.0), st.floats(0, 1))
+def test_equal_times_are_the_fixed_point(density: float, ratio: float, gain: float) -> None:
+    assert balanced(density, 1.0, gain) == density
+    assert balanced(density, ratio, gain) <= density
+    assert balanced(density, ratio) == pytest.approx(density * ratio)
+
+
+@given(st.lists(st.tuples(DENSITIES, SECONDS), min_size=2, max_size=6), st.floats(0.05, 0.5))
+def test_times_move_densities_within_their_bounds(parts: list[tuple[float, float]], floor: float) -> None:
+    names = [f"d{i}" for i in range(len(parts))]
+    start = Fixed(named={n: max(floor, d) for n, (d, _) in zip(names, parts, strict=True)})
+    allocator = TimeDriven(start, None, interval=1, floor=floor)
+    fleet = fleet_of(allocator, *names)
+    before = densities(fleet)
+    for name, (_, seconds) in zip(names, parts, strict=True):
+        deliver(allocator, fleet, name, seconds)
+    changed = allocator.review(fleet, {})
+    fastest = min(s for _, s in parts)
+    for old, new, (_, seconds) in zip(before, densities(fleet), parts, strict=True):
+        ratio = fastest / seconds
+        assert new == pytest.approx(old if 1 - ratio <= 0.05 else max(floor, old * ratio))
+    assert changed == (densities(fleet) != before)
+
+
+def test_times_of_another_density_say_nothing() -> None:
+    allocator = TimeDriven(Fixed(), None, interval=2)
+    fleet = fleet_of(allocator, "a", "b")
+    fleet.state.round = 2
+    for name, seconds in (("a", 10.0), ("a", 20.0), ("b", 60.0), ("b", None)):
+        deliver(allocator, fleet, name, seconds)
+    assert allocator.review(fleet, {})
+    assert densities(fleet) == [1.0, 0.25]
+    old = Task(1, ARCHITECTURE.sizes, 1.0)
+    allocator.learn(fleet, "b", old, 60.0)
+    fleet.state.round = 4
+    assert not allocator.review(fleet, {}), "b has shown nothing at its new density yet"
+    deliver(allocator, fleet, "b", 30.0)
+    fleet.state.round = 5
+    assert not allocator.review(fleet, {}), "it is not time"
+    fleet.state.round = 6
+    assert allocator.review(fleet, {})
+    assert densities(fleet) == [1.0, 0.125]
+
+
+def test_round_times_that_are_partly_fixed_converge_to_equal_ones() -> None:
+    """A round takes its density's share of a time plus some that no density changes: the rule is applied again."""
+    allocator = TimeDriven(Fixed(), None, interval=1, floor=0.01, band=0.0)
+    fleet = fleet_of(allocator, "a", "b")
+    for _ in range(200):
+        deliver(allocator, fleet, "a", 10.0)
+        deliver(allocator, fleet, "b", 5.0 + 20.0 * fleet.state.devices["b"].density)
+        allocator.review(fleet, {})
+    assert densities(fleet) == pytest.approx([1.0, 0.25], rel=1e-6)
+
+
+def test_early_stopping_counts_checks_without_a_better_score() -> None:
+    seen: dict[str, object] = {}
+    scores = [0.1, 0.2, 0.15, 0.15, 0.19, 0.2, 0.3, 0.29, 0.1, 0.3]
+    fired = []
+    for found in scores:
+        seen, now = watch(seen, found, 3)
+        fired.append(now)
+    # 0.15 for the second time is the same as at the last check: too little was learnt to say.
+    assert fired == [False, False, False, False, False, True, False, False, False, True]
+    assert seen["best"] == 0.3
+    assert watch(seen, None, 1)[1] is False
+
+
+@pytest.mark.parametrize(
+    ("recovery", "path"),
+    [
+        (Recovery(), [0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 1.0]),
+        (Recovery(step="double"), [0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (Recovery(step="ladder"), [0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 1.0]),
+    ],
+)
+def test_densities_grow_by_the_papers_steps(recovery: Recovery, path: list[float]) -> None:
+    grown = [path[0]]
+    while len(grown) < len(path):
+        grown.append(recovery.grown(grown[-1]))
+    assert grown == pytest.approx(path)
+
+
+def still(allocator: Ladder, fleet: Fleet, rounds: int, **scores: float) -> list[list[float]]:
+    """Rounds in which no device's score becomes better (but never is the same twice)."""
+    out = []
+    for _ in range(rounds):
+        fleet.state.round += 1
+        for name in fleet.state.devices:
+            wiggle = 1e-4 * (fleet.state.round % 2)
+            deliver(allocator, fleet, name, 10.0, accuracy_validation=scores.get(name, 0.5) - wiggle)
+        allocator.review(fleet, {})
+        out.append(densities(fleet))
+    return out
+
+
+def test_whoever_has_learnt_what_it_can_grows_until_all_have_all() -> None:
+    allocator = TimeDriven(Fixed(0.5), Recovery(patience=2, delta=0.25, final_patience=3), interval=1, floor=0.5)
+    fleet = fleet_of(allocator, "a", "b")
+    path = still(allocator, fleet, 12)
+    assert path[0] == [0.5, 0.5]
+    assert sorted({tuple(p) for p in path}) == [(0.5, 0.5), (0.75, 0.75), (1.0, 1.0)]
+    assert path == sorted(path)
+    assert not allocator.done(fleet) or densities(fleet) == [1.0, 1.0]
+    still(allocator, fleet, 12)
+    assert allocator.done(fleet)
+
+
+def test_who_still_learns_does_not_grow_by_itself() -> None:
+    allocator = Ladder(Fixed(0.1), Recovery(patience=3, step="ladder"), interval=1)
+    fleet = fleet_of(allocator, "a", "b")
+    for number in range(1, 8):
+        fleet.state.round = number
+        deliver(allocator, fleet, "a", None, accuracy_validation=0.1 * number)
+        deliver(allocator, fleet, "b", None, accuracy_validation=0.5 - 0.01 * number)
+        allocator.review(fleet, {"accuracy": 0.9})
+    assert densities(fleet) == [0.1, 0.5]
+
+
+def test_once_something_has_grown_times_change_nothing() -> None:
+    recovery = Recovery(patience=1, delta=0.5)
+    frozen, free = (TimeDriven(Fixed(0.5), recovery, interval=1, freeze=f) for f in (True, False))
+    for allocator, expected in ((frozen, [1.0, 1.0]), (free, [1.0, 1.0])):
+        fleet = fleet_of(allocator, "a", "b")
+        still(allocator, fleet, 2)
+        assert densities(fleet) == expected
+        for _ in range(3):
+            fleet.state.round += 1
+            deliver(allocator, fleet, "a", 1.0)
+            deliver(allocator, fleet, "b", 100.0)
+            allocator.review(fleet, {})
+        assert densities(fleet) == expected, "what has grown is a floor"
+
+
+def test_the_servers_own_score_counts_where_it_is_for_validation() -> None:
+    allocator = Ladder(Fixed(0.1), Recovery(patience=2, validation="server"), interval=1)
+    fleet = fleet_of(allocator, "a")
+    for number, accuracy in enumerate((0.5, 0.4, 0.41), start=1):
+        fleet.state.round = number
+        allocator.review(fleet, {"accuracy": accuracy})
+    assert densities(fleet) == pytest.approx([0.3])
+
+
+def test_a_ladder_can_be_climbed_by_the_clock() -> None:
+    allocator = Ladder(Fixed(0.05), Recovery(step="ladder"), climb_at=(2, 4))
+    fleet = fleet_of(allocator, "a")
+    path = []
+    for number in range(1, 6):
+        fleet.state.round = number
+        allocator.review(fleet, {})
+        path += densities(fleet)
+    assert path == [0.05, 0.1, 0.1, 0.2, 0.2]
+
+
+def test_whoever_returns_has_what_it_had() -> None:
+    allocator = TimeDriven(Fixed(0.8), None, interval=1)
+    fleet = fleet_of(allocator, "a", "b")
+    deliver(allocator, fleet, "a", 10.0)
+    deliver(allocator, fleet, "b", 20.0)
+    allocator.review(fleet, {})
+    assert densities(fleet) == [0.8, 0.4]
+    known = fleet.state.devices["b"]
+    fleet.state.devices["b"] = Device(2, True, {}, None, 10, allocation=known.allocation)
+    allocator.admit(fleet, "b", known)
+    assert densities(fleet) == [0.8, 0.4]
+    assert fleet.state.devices["b"].widths == known.widths
+
+
+@given(st.data())
+def test_what_allocators_remember_survives_json_and_is_replaced_not_changed(data: st.DataObject) -> None:
+    allocator = TimeDriven(Fixed(0.3), Recovery(patience=1), interval=2)
+    fleet = fleet_of(allocator, "a", "b")
+    for _ in range(8):
+        before = [(d, d.allocation, json.dumps(d.allocation)) for d in fleet.state.devices.values()]
+        fleet.state.round += 1
+        for name in fleet.state.devices:
+            if data.draw(st.booleans()):
+                deliver(allocator, fleet, name, data.draw(SECONDS), accuracy_validation=data.draw(st.floats(0, 1)))
+        allocator.review(fleet, {})
+        for device, kept, text in before:
+            assert json.dumps(kept) == text
+            if json.dumps(device.allocation) != text:
+                assert device.allocation is not kept
+        again = State.from_json(fleet.state.to_json())
+        assert again == fleet.state
+        assert all(0.1 <= d <= 1 for d in densities(fleet))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Fixed(0.0),
+        lambda: Fixed(named={"a": 1.5}),
+        lambda: Tiers(()),
+        lambda: Tiers((1.0, 0.5), shares=(1.0,)),
+        lambda: Tiers((1.0,), every=3),
+        lambda: Ladder(interval=0),
+        lambda: TimeDriven(floor=0),
+        lambda: TimeDriven(gain=2),
+        lambda: Recovery(patience=0),
+        lambda: Recovery(rungs=(0.5, 0.1, 1.0)),
+        lambda: replace(Recovery(), delta=0),
+    ],
+)
+def test_nonsense_is_refused(make: object) -> None:
+    with pytest.raises(ConfigError):
+        make()  # type: ignore[operator]

@@ -1,0 +1,187 @@
+"""When rounds close and what updates count for: the papers' formulas, and sums that hold any fleet."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.errors import ConfigError
+from fedprune.fixed_point import MAX_WEIGHT
+from fedprune.schedule import Arrival, Schedule, Staleness
+
+pytestmark = pytest.mark.board
+
+BUFFER = Schedule("asynchronous", arrivals=3, mixing="damped")
+WINDOW = Schedule("asynchronous", window_s=10.0, least=2)
+
+
+@pytest.mark.parametrize(
+    ("staleness", "values"),
+    [
+        (Staleness(), [1, 1, 1, 1]),
+        (Staleness("polynomial", a=0.5), [1, 2**-0.5, 3**-0.5, 0.5]),
+        (Staleness("polynomial", a=0.6), [1, 2**-0.6, 3**-0.6, 4**-0.6]),
+        (Staleness("hinge", a=10, b=2), [1, 1, 1, 1 / 11]),
+        (Staleness("hinge", a=0.6, b=0), [1, 1 / 1.6, 1 / 2.2, 1 / 2.8]),
+    ],
+)
+def test_staleness_is_what_fedasync_says(staleness: Staleness, values: list[float]) -> None:
+    assert [staleness(k) for k in range(4)] == pytest.approx(values, rel=1e-15)
+    assert staleness(-1) == 1
+
+
+@given(st.sampled_from(["polynomial", "hinge"]), st.floats(0.01, 20), st.integers(0, 9), st.integers(0, 500))
+def test_what_is_staler_never_counts_for_more(decay: str, a: float, b: int, k: int) -> None:
+    staleness = Staleness(decay, a, b)  # type: ignore[arg-type]
+    assert 0 < staleness(k + 1) <= staleness(k) <= 1
+
+
+def test_one_update_at_a_time_is_mixed_as_in_fedasync() -> None:
+    schedule = Schedule("asynchronous", arrivals=1, mixing="damped", rate=0.6, staleness=Staleness("polynomial", a=0.5))
+    update = Arrival(staleness=3, samples=17)
+    assert schedule.step([update], [], uniform=False) == pytest.approx(0.6 * 4**-0.5, rel=1e-15)
+
+
+def test_a_buffer_is_averaged_as_in_fedbuff() -> None:
+    """w ← w + η·(1/K)·Σ s(k_i)·Δ_i: shares times step are η·s_i / K."""
+    schedule = replace(BUFFER, rate=0.7, staleness=Staleness("polynomial", a=0.5))
+    updates = [Arrival(k, 5) for k in (0, 1, 8)]
+    weights = schedule.weights(updates, [5] * 3, uniform=True)
+    step = schedule.step(updates, [], uniform=True)
+    for update, weight in zip(updates, weights, strict=True):
+        share = step * weight / sum(weights)
+        assert share == pytest.approx(0.7 * (update.staleness + 1) ** -0.5 / 3, rel=3 * 3 * 2**-24)
+
+
+def test_windows_weigh_by_how_often_a_device_comes() -> None:
+    """FedFix: d_i = ceil(τ_i / Δt)·p_i with p_i = n_i / Σ n_j over all devices."""
+    schedule = Schedule("asynchronous", window_s=10.0, mixing="unbiased", rate=0.5)
+    updates = [Arrival(0, 30, 9.9), Arrival(2, 10, 20.1), Arrival(0, 20, 10.0)]
+    others = [Arrival(1, 40, 35.0)]
+    weights = schedule.weights(updates, [30, 10, 20, 40])
+    assert weights == [30, 30, 20]
+    step = schedule.step(updates, others)
+    assert [step * w / sum(weights) for w in weights] == pytest.approx([0.5 * 0.3, 0.5 * 0.3, 0.5 * 0.2])
+
+
+def test_all_that_is_normalised_goes_the_whole_way() -> None:
+    schedule = Schedule("asynchronous", window_s=1.0, staleness=Staleness("hinge", a=1, b=2))
+    assert schedule.step([Arrival(9, 10), Arrival(0, 10)], [Arrival(30, 99)]) == 1.0
+
+
+def test_a_share_is_of_the_whole_fleet() -> None:
+    """PR-FL's FedAsync: (1 − c)·w + c·w_i with c = s_i / Σ_j s_j over all devices."""
+    schedule = Schedule("asynchronous", arrivals=1, mixing="share", staleness=Staleness("polynomial", a=1))
+    step = schedule.step([Arrival(1, 7)], [Arrival(0, 9), Arrival(3, 2)], uniform=True)
+    assert step == pytest.approx(0.5 / (0.5 + 1 + 0.25), rel=1e-15)
+
+
+def test_frozen_staleness_is_that_of_the_arrival() -> None:
+    schedule = replace(WINDOW, staleness=Staleness("polynomial", a=1))
+    kept = Arrival(5, 10, share=0.5)
+    assert schedule.share(kept) == pytest.approx(1 / 6)
+    assert replace(schedule, staleness=Staleness("polynomial", a=1, frozen=True)).share(kept) == 0.5
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=12))
+def test_fresh_updates_weigh_their_samples(samples: list[int]) -> None:
+    weights = BUFFER.weights([Arrival(0, n) for n in samples], samples)
+    assert weights == samples or sum(samples) > MAX_WEIGHT
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 2**24)), min_size=1, max_size=9),
+    st.lists(st.integers(1, 2**24), max_size=9),
+    st.sampled_from([Staleness(), Staleness("polynomial", a=0.6), Staleness("hinge", a=0.6, b=2)]),
+    st.booleans(),
+)
+def test_weights_fit_the_sums_and_keep_the_shares(
+    parts: list[tuple[int, int]], others: list[int], staleness: Staleness, uniform: bool
+) -> None:
+    schedule = replace(BUFFER, staleness=staleness)
+    arrivals = [Arrival(k, n) for k, n in parts]
+    weights = schedule.weights(arrivals, [n for _, n in parts] + others, uniform=uniform)
+    assert min(weights) >= 1
+    assert sum(weights) <= MAX_WEIGHT
+    if len({k for k, _ in parts}) == 1 and uniform:
+        assert len(set(weights)) == 1
+    order = sorted(range(len(parts)), key=lambda i: staleness(parts[i][0]) * (1 if uniform else parts[i][1]))
+    assert [weights[i] for i in order] == sorted(weights)
+
+
+def test_an_update_weighs_alone_what_it_weighs_among_others() -> None:
+    schedule = replace(BUFFER, staleness=Staleness("polynomial", a=0.6))
+    fleet = [10, 200, 3000]
+    arrivals = [Arrival(k, n) for k, n in zip((0, 3, 17), fleet, strict=True)]
+    together = schedule.weights(arrivals, fleet)
+    assert [schedule.weights([a], fleet)[0] for a in arrivals] == together
+    for weight, arrival in zip(together, arrivals, strict=True):
+        assert abs(weight - 4096 * arrival.samples * schedule.share(arrival)) <= 0.5
+
+
+def test_a_round_closes_with_the_last_update_that_it_waits_for() -> None:
+    assert BUFFER.closes_at(0, [], 3, 5) is None
+    assert BUFFER.closes_at(0, [1, 2], 1, 5) is None
+    assert BUFFER.closes_at(0, [1, 2, 4], 0, 5) == 5
+    assert BUFFER.closes_at(0, [1, 2], 0, 5) == 5, "nobody works: the third would never come"
+
+
+def test_a_window_stays_open_until_enough_is_there() -> None:
+    assert WINDOW.closes_at(100, [], 3, 105) is None
+    assert WINDOW.closes_at(100, [99], 3, 105) is None
+    assert WINDOW.closes_at(100, [99, 104], 3, 105) == 110
+    assert WINDOW.closes_at(100, [99, 113], 3, 113) == 123, "extended by another window after the second"
+    assert replace(WINDOW, extension_s=1.0).closes_at(100, [99, 113], 3, 113) == 114
+    assert WINDOW.closes_at(100, [99], 0, 105) == 110
+    assert WINDOW.closes_at(100, [99, 113], 0, 113) == 113
+
+
+@given(st.lists(st.floats(0, 50), max_size=6), st.integers(0, 3), st.floats(0, 60), st.integers(1, 4))
+def test_more_arrivals_never_close_a_window_later(times: list[float], working: int, now: float, least: int) -> None:
+    times = sorted(times)
+    schedule = replace(WINDOW, least=least)
+    before = [schedule.closes_at(0, times[:i], working + 1, now) for i in range(len(times) + 1)]
+    known = [t for t in before if t is not None]
+    assert before[len(before) - len(known) :] == known, "once it is known when, it stays known"
+    assert len(set(known)) <= 1
+    assert all(t >= schedule.window_s for t in known)
+
+
+def test_too_stale_is_too_stale() -> None:
+    assert BUFFER.fits(10**6)
+    assert replace(BUFFER, max_staleness=3).fits(3)
+    assert not replace(BUFFER, max_staleness=3).fits(4)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [Schedule(), BUFFER, replace(WINDOW, keep=True, staleness=Staleness("hinge", 0.6, 2, frozen=True))],
+    ids=["synchronous", "buffer", "window"],
+)
+def test_a_schedule_survives_json(schedule: Schedule) -> None:
+    assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"kind": "sometimes"}, "kind"),
+        ({"kind": "asynchronous"}, "neither"),
+        ({"kind": "asynchronous", "arrivals": 1, "window_s": 2}, "both"),
+        ({"kind": "asynchronous", "arrivals": 4, "concurrent": 3}, "at most concurrent"),
+        ({"kind": "asynchronous", "arrivals": 4, "mixing": "unbiased"}, "window_s above 0"),
+        ({"rate": -1}, "rate"),
+        ({"least": 0}, "least"),
+        ({"keep": 1}, "keep"),
+        ({"staleness": {"decay": "never"}}, "decay"),
+        ({"staleness": {"c": 1}}, "unknown key 'c'"),
+        ({"speed": 1}, "unknown key 'speed'"),
+    ],
+)
+def test_nonsense_is_refused_by_name(body: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Schedule.from_dict(body)
