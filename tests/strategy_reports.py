@@ -1,0 +1,66 @@
+"""Updates as a strategy's roles see them, without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from fedprune.aggregation import Fold
+from fedprune.architecture import Architecture
+from fedprune.element_mask import ElementMask
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection, Tensors
+from fedprune.strategies.roles import Aggregator, Closing, Cut, Memory, Report, Scene, Submodel, Turn
+
+
+def scene(
+    architecture: Architecture,
+    model: Tensors,
+    memory: Memory | None = None,
+    *,
+    round: int = 1,  # noqa: A002 - the project's word
+    recipe: Recipe | None = None,
+) -> Scene:
+    """A round."""
+    return Scene(architecture, 0, round, model, memory or {}, recipe or Recipe())
+
+
+def report(
+    at: Scene,
+    selection: Selection,
+    trained: Tensors,
+    weight: int = 1,
+    *,
+    steps: int = 1,
+    sent: Tensors | None = None,
+    mask: ElementMask | None = None,
+    device: str = "d",
+) -> Report:
+    """An update; sent was what the round's model holds, unless said otherwise."""
+    turn = Turn(at.seed, at.round, device, selection.widths, 1.0, weight)
+    before = selection.gather(at.model) if sent is None else sent
+    return Report(
+        Cut(at, turn, selection),
+        Submodel(selection, trained, mask),
+        weight,
+        steps,
+        lambda: Submodel(selection, before, mask),
+    )
+
+
+def close(
+    aggregator: Aggregator, at: Scene, reports: Iterable[Report], rate: float = 1.0, *, evidence: bool = False
+) -> Closing:
+    """A round's end: every update is added, then the next model is made."""
+    return close_fold(aggregator, at, reports, rate, evidence=evidence)[0]
+
+
+def close_fold(
+    aggregator: Aggregator, at: Scene, reports: Iterable[Report], rate: float = 1.0, *, evidence: bool = False
+) -> tuple[Closing, Fold]:
+    """The same, with the sums."""
+    given = list(reports)
+    fold = aggregator.fold(at, evidence=evidence)
+    for each in given:
+        aggregator.add(fold, each, each.trained)
+    again: Callable[[], Iterator[tuple[Report, Submodel]]] = lambda: ((r, r.trained) for r in given)  # noqa: E731
+    return aggregator.close(fold, at, rate, again), fold
