@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedprune.architecture import Architecture
 from fedprune.coordination import State
@@ -20,7 +20,11 @@ from fedprune.job import Job
 from fedprune.recipe import REGRESSIONS
 from fedprune.selection import Selection
 from fedprune.wire.fields import ACCURACY_AFTER, LOSS_AFTER
+from fedprune_device.assignment import MEASURED
 from fedprune_server.foresight import Compared, compared, predicted
+
+if TYPE_CHECKING:
+    from fedprune_server.simulation_state import Notes
 
 FORMAT = "fedprune.record/1"
 
@@ -67,6 +71,12 @@ class RoundRow:
         asked: Devices that were asked.
         down: Bytes from server to devices since the run began.
         up: Bytes from devices to server since the run began.
+        own: Whatever else devices that delivered measured, per metric and device.
+        density: Share of the model that each device that delivered had.
+        measured: What a simulation measured of the global model, by name.
+        spent: Per device bytes down, bytes up and multiplications of its training, since the round before; in
+            simulations.
+        coverage: How many of the round's updates held each channel, per group; empty where it wasn't noted.
     """
 
     round: int
@@ -78,6 +88,16 @@ class RoundRow:
     asked: int
     down: int
     up: int
+    own: dict[str, dict[str, float]] = field(default_factory=dict)
+    density: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    spent: dict[str, list[int]] = field(default_factory=dict)
+    coverage: list[list[int]] = field(default_factory=list)
+
+    @property
+    def macs(self) -> int:
+        """Multiplications of all training since the round before."""
+        return sum(macs for _, _, macs in self.spent.values())
 
 
 @dataclass(frozen=True)
@@ -129,21 +149,43 @@ class Record:
         A round may ask only some devices, and not all that were asked deliver. A mean over whoever did would be another
         fleet's in every round.
         """
-        known: dict[str, float] = {}
-        out = []
-        for row in self.rounds:
-            known = known | row.local
-            out.append(known)
-        return tuple(out)
+        return tuple(_latest(row.local for row in self.rounds))
+
+    def own_means(self, metric: str) -> tuple[float | None, ...]:
+        """Per round the mean of a metric of devices' own, as each device measured it last; None before the first."""
+        return _running_means(row.own.get(metric, {}) for row in self.rounds)
+
+    def measured_values(self, name: str) -> tuple[float | None, ...]:
+        """Per round what was measured of the global model under a name; None where it wasn't."""
+        return tuple(r.measured.get(name) for r in self.rounds)
+
+    def macs(self) -> int:
+        """Multiplications of all training."""
+        return sum(r.macs for r in self.rounds)
+
+    def reached(self, target: float, values: Sequence[float | None]) -> RoundRow | None:
+        """The first round whose value is as good as a target, or None.
+
+        Args:
+            target: An accuracy, or a loss where numbers are predicted.
+            values: A value per round.
+        """
+        for row, value in zip(self.rounds, values, strict=True):
+            if value is not None and (value <= target if self.measure == "loss" else value >= target):
+                return row
+        return None
 
     def mean_locals(self) -> tuple[float | None, ...]:
         """Per round the mean of `local_values`, every device counting alike; None before the first."""
-        return tuple(sum(d.values()) / len(d) if d else None for d in self.local_values())
+        return _running_means(row.local for row in self.rounds)
 
     @property
     def latest(self) -> dict[str, float]:
         """Each device's own measure as it was measured last; devices that never delivered are missing."""
-        return self.local_values()[-1] if self.rounds else {}
+        found: dict[str, float] = {}
+        for row in self.rounds:
+            found.update(row.local)
+        return found
 
     def final(self, rounds: int = 1) -> tuple[float, float]:
         """Mean local measure and global measure over the last `rounds` rounds; NaN where nothing was measured."""
@@ -204,6 +246,7 @@ def record_of(
     state: State,
     *,
     traffic: Mapping[int, tuple[int, int]] | None = None,
+    notes: Mapping[int, Notes] | None = None,
     ranking: str | bytes | None = None,
     measured: str = "",
     began: float = 0.0,
@@ -216,11 +259,16 @@ def record_of(
         architecture: Its model's architecture.
         state: The coordinator's state.
         traffic: Bytes down and up since the run began, at the end of each round, by its number.
+        notes: What a simulation noted of each round, by its number; instead of `traffic`.
         ranking: The last round's selection as JSON, for the channel map.
         measured: Where bytes were counted.
         began: When the run began, on the clock of the state's history.
     """
-    traffic = traffic or {}
+    rounds = tuple(
+        _round(entry, (traffic or {}).get(entry["round"], (0, 0)), began, job.recipe.loss) for entry in state.history
+    )
+    if notes is not None:
+        rounds = tuple(_noted(row, notes[row.round]) for row in rounds)
     selection = None if ranking is None else Selection.from_json(ranking, architecture)
     devices = tuple(
         DeviceRow(
@@ -241,7 +289,7 @@ def record_of(
         job=job.to_dict(),
         groups=tuple((_label(architecture, i), g.size) for i, g in enumerate(architecture.groups)),
         devices=devices,
-        rounds=tuple(_round(entry, traffic, began, job.recipe.loss) for entry in state.history),
+        rounds=rounds,
         channels={} if selection is None else _channels(selection, devices),
         measured=measured,
     )
@@ -258,25 +306,51 @@ def _label(architecture: Architecture, group: int) -> str:
     return members[0].partition("[")[0].rpartition(".")[0] or members[0] if members else architecture.groups[group].name
 
 
-def _round(entry: Mapping[str, Any], traffic: Mapping[int, tuple[int, int]], began: float, loss: str) -> RoundRow:
+def _round(entry: Mapping[str, Any], traffic: tuple[int, int], began: float, loss: str) -> RoundRow:
     metrics, devices = entry["metrics"], entry["devices"]
     own = LOSS_AFTER if loss in REGRESSIONS else ACCURACY_AFTER
-    down, up = traffic.get(entry["round"], (0, 0))
+    delivered = {n: part for n, part in devices.items() if part["progress"] == "folded"}
+    names = sorted(set().union(*(part["metrics"] for part in delivered.values())) - MEASURED)
     return RoundRow(
         round=entry["round"],
         at=entry["at"] - began,
         model=entry["model"],
         accuracy=metrics.get("accuracy"),
         loss=metrics.get("loss"),
-        local={
-            name: part["metrics"][own]
-            for name, part in devices.items()
-            if part["progress"] == "folded" and own in part["metrics"]
-        },
+        local={n: part["metrics"][own] for n, part in delivered.items() if own in part["metrics"]},
         asked=len(devices),
-        down=down,
-        up=up,
+        down=traffic[0],
+        up=traffic[1],
+        own={m: {n: p["metrics"][m] for n, p in delivered.items() if m in p["metrics"]} for m in names},
+        density={n: part["density"] for n, part in delivered.items() if "density" in part},
     )
+
+
+def _noted(row: RoundRow, notes: Notes) -> RoundRow:
+    return replace(
+        row,
+        down=notes.down,
+        up=notes.up,
+        measured=dict(notes.measured),
+        spent={n: list(v) for n, v in sorted(notes.devices.items())},
+        coverage=notes.coverage,
+    )
+
+
+def _running_means(rows: Iterable[Mapping[str, float]]) -> tuple[float | None, ...]:
+    known: dict[str, float] = {}
+    out: list[float | None] = []
+    for row in rows:
+        known.update(row)
+        out.append(sum(known.values()) / len(known) if known else None)
+    return tuple(out)
+
+
+def _latest(rows: Iterable[Mapping[str, float]]) -> Iterator[dict[str, float]]:
+    known: dict[str, float] = {}
+    for row in rows:
+        known = {**known, **row}
+        yield known
 
 
 def _channels(selection: Selection, devices: Sequence[DeviceRow]) -> dict[str, tuple[tuple[int, ...], ...]]:

@@ -2,13 +2,14 @@
 
 It is the second shell round the coordinator; the daemon is the first. Events wait in a queue ordered by time and, at
 the same time, by the order in which they were made, so a run is the same every time. What a run needs to go on after a
-kill is a JSON file and the blobs beside it.
+kill are two files and the blobs beside them.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,40 +22,39 @@ from fedprune.chance import keyed
 from fedprune.coordination import Coordinator, Phase, State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.costs import costs_at
 from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
 from fedprune_export.imported import Model
+from fedprune_server.archive import Archive
+from fedprune_server.checkpoints import write_checkpoint
+from fedprune_server.measure import Hook, Moment
 from fedprune_server.record import Record, record_of
-from fedprune_server.simulation_state import Item, SimulationState, Trained, fingerprint
-from fedprune_server.uploads import misfit
+from fedprune_server.simulation_state import Item, Left, SimulationState, Trained, fingerprint
+from fedprune_server.uploads import UPDATE_SIZE, misfit
 from fedprune_server.virtual_device import BLOBS, Bench, VirtualDevice
+from fedprune_server.weather import ALWAYS, Availability, DropOuts, Weather, transfer
 from fedprune_server.worker import Evaluation, Worker
 
 _MAX_ATTEMPTS = 20
 """A round that nobody finished in this many attempts never will be."""
 
+_MAX_BIRTHS = 200
+"""A fleet whose devices came so many times each without a training never gets to one."""
 
-@dataclass(frozen=True)
-class DropOuts:
-    """Devices that vanish during a round.
+_SAVE_S = 5.0
+"""Within a round the state is saved when so many seconds have passed since the last time."""
 
-    Attributes:
-        probability: That a device vanishes while it works on an offer.
-        away_s: Mean time until it is back, in virtual seconds.
-    """
+_DEAR_S = 0.25
+"""Where saving takes longer, it passes by ends of rounds, so that it takes at most a twentieth of the time."""
 
-    probability: float = 0.0
-    away_s: float = 60.0
+_MAPS = 100
+"""In about so many of a run's rounds it is noted which channels were trained."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.probability < 1 or not self.away_s > 0:
-            raise ConfigError(
-                "drop-outs",
-                expected="a probability from 0 to below 1 and away_s above 0",
-                got=(self.probability, self.away_s),
-            )
+ONNXRUNTIME = "onnxruntime"
+"""The boards' own trainer."""
 
 
 class Simulation:
@@ -69,6 +69,12 @@ class Simulation:
         folder: Where the state is saved, and looked for; without it nothing is.
         dropouts: How devices vanish.
         calibration: Samples on which the server measures batch-norm statistics, or None.
+        weather: How links and boards vary.
+        availability: When devices are there.
+        measure: Measures the global model when a round has closed; what it finds is noted, and nobody decides by it.
+        checkpoints: After every so many rounds the global model is put into `folder`'s checkpoints; 0 for never.
+        trainer: What trains: `onnxruntime` as on boards, or another that `fedprune_server.trainers` knows.
+        workers: In how many processes.
 
     Raises:
         ConfigError: There are no devices, or names come twice.
@@ -86,11 +92,22 @@ class Simulation:
         folder: Path | None = None,
         dropouts: DropOuts | None = None,
         calibration: npt.NDArray[np.float32] | None = None,
+        weather: Weather | None = None,
+        availability: Availability | None = None,
+        measure: Hook | None = None,
+        checkpoints: int = 0,
+        trainer: str = ONNXRUNTIME,
+        workers: int = 1,
     ) -> None:
         self.job = job
         self.model = model
         self.store = store
         self.dropouts = dropouts or DropOuts()
+        self.weather = weather or Weather()
+        self.availability = availability or Availability()
+        self.measure = measure
+        self._checkpoints = checkpoints if folder is not None else 0
+        self._trainer, self._workers = trainer, workers
         self._devices = {d.name: d for d in devices}
         if not devices or len(self._devices) != len(devices):
             raise ConfigError("simulation: devices", expected="one or more with different names", got=len(devices))
@@ -99,8 +116,15 @@ class Simulation:
                 "simulation: job.devices", expected=f"at most the {len(devices)} there are", got=job.devices
             )
         self._worker = Worker(job, model, store, evaluation, calibration)
+        self._archive = Archive(model.architecture, store)
+        self._profiles: dict[int, dict[str, Any]] = {}
+        self._macs: dict[tuple[int, ...], int] = {}
+        self._prepared: set[tuple[int, ...]] = set()
+        self._idle = 0
+        self._saved_at, self._saving_s = time.monotonic(), 0.0
         self._folder = folder
-        self._fingerprint = fingerprint(job, model, devices, asdict(self.dropouts), evaluation, calibration)
+        more = {"weather": asdict(self.weather), "availability": asdict(self.availability), "trainer": trainer}
+        self._fingerprint = fingerprint(job, model, devices, asdict(self.dropouts), evaluation, calibration, more)
         saved = None if folder is None else SimulationState.load(folder, self._fingerprint)
         if saved is not None:
             self._run, state = saved
@@ -111,6 +135,7 @@ class Simulation:
         self.coordinator = Coordinator(job, model.architecture, State(model=self._worker.initial()))
         for name in sorted(self._devices):
             self._birth(name, 0.0)
+        self._save()
 
     @property
     def state(self) -> State:
@@ -121,6 +146,11 @@ class Simulation:
     def clock(self) -> float:
         """Virtual seconds since the beginning."""
         return self._run.clock
+
+    @property
+    def measured(self) -> dict[int, dict[str, float]]:
+        """What `measure` found, by round."""
+        return {number: notes.measured for number, notes in self._run.rounds.items()}
 
     def run(self, progress: Callable[[Simulation], None] | None = None) -> list[dict[str, Any]]:
         """Run the job to its end, from wherever it stands.
@@ -136,29 +166,27 @@ class Simulation:
             FedpruneError: The worker can't do what it is told to.
         """
         with TemporaryDirectory(prefix="fedprune-simulation-") as scratch:
-            bench = Bench(self.store, Path(scratch))
+            bench = self._bench(Path(scratch))
+            bench.boards = self._run.boards
             while self.state.phase is not Phase.FINISHED:
                 if not self._run.queue:
                     raise PlanError("the simulation has come to a standstill", hint=self._excuse())
-                item: Item = self._run.pop()
+                key, item = self._run.pop()
+                event = self._event(bench, key, item)
+                if event is None:
+                    continue
                 finished = len(self.state.history)
-                trained = isinstance(item, Trained)
-                if isinstance(item, Trained):
-                    item = self._train(bench, item)
-                elif isinstance(item, on.DeviceBorn):
-                    self._run.sessions[item.device] = item.session
-                    self._run.online.add(item.device)
-                for command in self.coordinator.handle(item, self._run.clock):
+                for command in self.coordinator.handle(event, self._run.clock):
                     self._carry_out(command)
                 ended = len(self.state.history) > finished
                 if ended:
-                    self._run.traffic[len(self.state.history)] = (self._run.down, self._run.up)
-                if trained or ended:
-                    self._save()
-                    if ended:
-                        self._tidy()  # only now: until the new state is saved, a kill goes back to the old one
+                    self._finish(self.state.history[-1]["round"])
+                if ended or isinstance(item, Trained):
+                    self._keep(ended)
                     if progress is not None:
                         progress(self)
+        self._save()
+        self._tidy()
         return self.state.history
 
     def record(self, title: str) -> Record:
@@ -169,65 +197,145 @@ class Simulation:
             self.job,
             self.model.architecture,
             self.state,
-            traffic=self._run.traffic,
+            notes=self._run.rounds,
             ranking=self.store.read(ranking) if ranking and self.store.has(ranking) else None,
             measured="weights and graphs on the virtual links",
         )
 
+    def _bench(self, scratch: Path) -> Bench:
+        if self._trainer == ONNXRUNTIME and self._workers == 1:
+            return Bench(self.store, scratch)
+        from fedprune_server import trainers
+
+        return trainers.bench(self._trainer, self._workers, self.model, self.store, scratch)
+
+    def _event(self, bench: Bench, key: int, item: Item) -> on.Event | None:
+        """What the coordinator is told of something that has happened; None for nothing."""
+        run = self._run
+        if isinstance(item, Trained):
+            self._idle = 0
+            return self._train(bench, key, item)
+        if isinstance(item, Left):
+            return self._leave(item)
+        if isinstance(item, on.DeviceBorn):
+            run.sessions[item.device] = item.session
+            run.online.add(item.device)
+            if (end := run.leaves.get(item.device, ALWAYS)) < ALWAYS:
+                run.push(end, Left(item.device, item.session))
+            if item.device in run.unsent:  # what it has trained it announces again, as a board does
+                run.push(run.clock, run.unsent[item.device])
+            self._idle += 1
+            if self._idle > _MAX_BIRTHS * len(self._devices):
+                raise PlanError("devices come and go, and none of them ever trains", hint=self._excuse())
+        elif isinstance(item, on.UpdateAnnounced):
+            run.unsent[item.device] = item
+        elif isinstance(item, on.UpdateStored):
+            run.unsent.pop(item.device, None)
+        return item
+
     def _carry_out(self, command: do.Command) -> None:
         now = self._run.clock
         if isinstance(command, (do.Score, do.Extract, do.Fold, do.Close, do.Evaluate)):
-            self._run.push(now, self._worker.execute(command))
+            event = self._worker.execute(command)
+            if isinstance(command, do.Close) and isinstance(event, on.Closed):
+                self._note(command, event)
+            self._run.push(now, event)
         elif isinstance(command, do.SendOffer):
             self._offer(command, now)
         elif isinstance(command, do.PullUpdate):
             self._pull(command, now)
         elif isinstance(command, do.Cancel):
             self._run.forget(command.device, command.round)
+            unsent = self._run.unsent.get(command.device)
+            if unsent is not None and unsent.round == command.round:
+                del self._run.unsent[command.device]
         elif isinstance(command, do.Wake):
             self._run.push(command.at, on.Ticked())
         # An acknowledgement tells a virtual device nothing that it must act on, and the end is seen by the state.
 
-    def _pull(self, command: do.PullUpdate, now: float) -> None:
-        device, ref = command.device, BlobRef.from_dict(command.weights)
-        if reason := misfit(self.state.tasks[device].offer, ref):
-            self._run.push(now, on.UpdateRejected(device, command.round, command.attempt, reason))
+    def _note(self, command: do.Close, event: on.Closed) -> None:
+        """Note what only a simulation looks at, while all of the round's blobs are there."""
+        notes, parts = self._run.now, command.contributions
+        if not parts:
             return
-        self._run.up += ref.size
-        at = now + self._devices[device].upload_s(ref.size)
-        self._run.push(at, on.UpdateStored(device, command.round, command.attempt, ref.sha256))
+        if command.round % max(1, self.job.rounds // _MAPS) == 0 or command.round in (1, self.job.rounds):
+            notes.coverage = self._coverage(parts)
+        if self.measure is not None:
+            moment = Moment(
+                self.job,
+                self.model,
+                command.round,
+                self._run.clock,
+                tuple(c.part for c in parts),
+                max((c.basis for c in parts), key=lambda b: b.round),
+                event.model,
+                self._archive,
+            )
+            notes.measured = {str(k): float(v) for k, v in self.measure(moment).items()}
+
+    def _coverage(self, parts: Sequence[do.Contribution]) -> list[list[int]]:
+        """How many updates held each channel, per group."""
+        counts = [np.zeros(size, np.int64) for size in self.model.architecture.sizes]
+        for found in parts:
+            selection = self._archive.selection(found.basis.ranking, found.part.widths)
+            for count, rank, width in zip(counts, selection.ranks, selection.widths, strict=True):
+                count[rank[:width]] += 1
+        return [[int(c) for c in count] for count in counts]
+
+    def _pull(self, command: do.PullUpdate, now: float) -> None:
+        run, device, ref = self._run, command.device, BlobRef.from_dict(command.weights)
+        expected = {UPDATE_SIZE: run.sizes.get(device, ref.size)}
+        if reason := misfit(expected, ref):
+            run.push(now, on.UpdateRejected(device, command.round, command.attempt, reason))
+            return
+        run.up += ref.size
+        self._spent(device)[1] += ref.size
+        link = self._devices[device].profile.link
+        rate = link.up_bytes_s * self.weather.link(self.job.seed, command.round, device, "up")
+        limit = self.weather.server(self.job.seed, command.round, "up")
+        arrived, run.free[1] = transfer(now, run.free[1], ref.size, rate, limit)
+        at = arrived + link.latency_s
+        run.push(at, on.UpdateStored(device, command.round, command.attempt, ref.sha256))
 
     def _offer(self, command: do.SendOffer, now: float) -> None:
-        name, run = command.device, self._run
+        name, run, seed = command.device, self._run, self.job.seed
         if name not in run.online:
             return  # it is offered again when the device is back
         if command.attempt > _MAX_ATTEMPTS:
             raise PlanError(
                 f"nobody finished round {command.round} in {_MAX_ATTEMPTS} attempts",
-                got=self._run.refusal or None,
-                hint="" if self._run.refusal else "Raise deadline_s, or ask for less training.",
+                got=run.refusal or None,
+                hint="" if run.refusal else "Raise deadline_s, or ask for less training.",
             )
-        self._run.forget(name, command.round)  # a newer attempt takes an older one's place
-        device, held = self._devices[name], run.held.setdefault(name, set())
-        refs = [command.offer[k] for k in BLOBS]
+        run.forget(name)  # a newer offer takes an older one's place
+        run.unsent.pop(name, None)
+        run.sizes[name] = int(command.offer.get(UPDATE_SIZE, command.offer["weights"]["size"]))
+        device, held = self._devices[name], run.held.get(name, [])
+        refs = [command.offer[k] for k in (*BLOBS, "mask") if command.offer.get(k)]
         size = sum(int(r["size"]) for r in refs if r["sha256"] not in held)
-        run.held[name] = {r["sha256"] for r in refs}
+        run.held[name] = [r["sha256"] for r in refs]
         run.down += size
-        ready = now + device.download_s(size)
+        self._spent(name)[0] += size
+        link = device.profile.link
+        rate = link.down_bytes_s * self.weather.link(seed, command.round, name, "down")
+        limit = self.weather.server(seed, command.round, "down")
+        arrived, run.free[0] = transfer(now, run.free[0], size, rate, limit)
+        ready = arrived + link.latency_s
         took = device.train_s(
             self.model.architecture, tuple(command.offer["widths"]), Recipe.from_dict(command.offer["recipe"])
-        )
-        chance = keyed(self.job.seed, command.round, name, command.attempt, run.sessions[name], "drop-out")
+        ) / self.weather.compute(seed, command.round, name)
+        chance = keyed(seed, command.round, name, command.attempt, run.sessions[name], "drop-out")
         if chance.random() < self.dropouts.probability:
-            gone = ready + chance.random() * took
-            self._run.push(gone, on.DeviceDied(name, run.sessions[name]))
+            gone = min(ready + chance.random() * took, run.leaves.get(name, ALWAYS))
+            run.push(gone, on.DeviceDied(name, run.sessions[name]))
             run.online.discard(name)  # whatever is sent meanwhile does not arrive
             self._birth(name, gone + chance.exponential(self.dropouts.away_s))
         else:
-            self._run.push(ready + took, Trained(name, command.round, command.attempt, command.offer))
+            run.push(ready + took, Trained(name, command.round, command.attempt, command.offer))
 
-    def _train(self, bench: Bench, item: Trained) -> on.Event:
+    def _train(self, bench: Bench, key: int, item: Trained) -> on.Event:
         device = self._devices[item.device]
+        self._prepare(bench, key, item)
         try:
             out = bench.carry_out(device, item.offer, item.round)
         except StorageError:
@@ -235,7 +343,8 @@ class Simulation:
         except FedpruneError as error:
             self._run.refusal = f"{item.device}: {error}"
             return on.OfferRefused(item.device, item.round, item.attempt, str(error))
-        return on.UpdateAnnounced(
+        self._spent(item.device)[2] += self._training_macs(device, item.offer, out.steps)
+        event = on.UpdateAnnounced(
             item.device,
             item.round,
             item.attempt,
@@ -245,19 +354,78 @@ class Simulation:
             out.steps,
             out.metrics,
         )
+        self._run.unsent[item.device] = event
+        return event
+
+    def _prepare(self, bench: Bench, key: int, item: Trained) -> None:
+        """Let a bench that works out several trainings at once hear of those that are under way."""
+        if bench.together < 2:
+            return
+        group = self._run.group(key, item, bench.together)
+        self._prepared &= {tuple(g) for g in self._run.groups}
+        if tuple(group) not in self._prepared:
+            self._prepared.add(tuple(group))
+            bench.prepare([(self._devices[w.device], w.offer, w.round) for w in group.values()])
+
+    def _training_macs(self, device: VirtualDevice, offer: dict[str, Any], steps: int) -> int:
+        """Multiplications of a training, whose steps all count as whole and as wide as the device."""
+        widths, recipe = tuple(offer["widths"]), offer["recipe"]
+        if widths not in self._macs:
+            self._macs[widths] = costs_at(self.model.architecture, widths).training_macs
+        samples = min(steps * recipe["batch_size"], recipe["epochs"] * device.samples)
+        return self._macs[widths] * int(samples)
+
+    def _spent(self, device: str) -> list[int]:
+        return self._run.now.devices.setdefault(device, [0, 0, 0])
 
     def _birth(self, name: str, at: float) -> None:
+        """Let a device appear, as soon as its window of time is open."""
         session = self._run.sessions.get(name, 0) + 1
         device = self._devices[name]
-        self._run.push(at, on.DeviceBorn(name, session, device.profile.to_dict(), device.data.samples))
+        begin, end = self.availability.window(self.job.seed, name, at)
+        self._run.leaves[name] = end
+        profile = self._profiles.setdefault(id(device.profile), device.profile.to_dict())
+        self._run.push(max(at, begin), on.DeviceBorn(name, session, profile, device.samples))
+
+    def _leave(self, item: Left) -> on.Event | None:
+        """A device's window closes; what it trains is lost, what it has announced is sent once more when it is back."""
+        run, name = self._run, item.device
+        if name not in run.online or run.sessions[name] != item.session:
+            return None
+        run.online.discard(name)
+        run.forget(name)
+        self._birth(name, run.clock)
+        return on.DeviceDied(name, item.session)
+
+    def _finish(self, number: int) -> None:
+        self._run.finish_round(number)
+        if self._folder is not None and self._checkpoints and number % self._checkpoints == 0:
+            write_checkpoint(self._folder, self.model, number, self.store.read(self.state.model))
 
     def _excuse(self) -> str:
         reasons = sorted({d.excluded for d in self.state.devices.values() if d.excluded})
         return reasons[0] if reasons else "Fewer devices can take part than job.devices asks for."
 
+    def _keep(self, ended: bool) -> None:
+        """Save where it is due, and delete what is needed no more."""
+        if self._folder is None:
+            if ended:
+                self._tidy()
+            return
+        since = time.monotonic() - self._saved_at
+        dear = self._saving_s > _DEAR_S and since < 20 * self._saving_s
+        if dear if ended else since < max(_SAVE_S, 20 * self._saving_s):
+            return
+        self._save()
+        if ended:
+            self._tidy()  # only now: until the new state is saved, a kill goes back to the old one
+
     def _save(self) -> None:
         if self._folder is not None:
+            began = time.monotonic()
             self._run.save(self._folder, self.state, self._fingerprint)
+            self._saved_at = time.monotonic()
+            self._saving_s = self._saved_at - began
 
     def _tidy(self) -> None:
         needed = self.state.references() | self._worker.graphs() | self._run.references()

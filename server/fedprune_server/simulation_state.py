@@ -1,7 +1,8 @@
 """What a simulation knows beside the coordinator's state: the events to come, who is there, what was sent.
 
-One JSON file holds all of it, so that a run that was killed goes on. A digest of everything that decides a run is in
-that file, too: a run is never continued with other settings, another model or other data.
+One JSON file holds what changes, a second one, to which only ever something is added, the finished rounds: so a run
+that was killed goes on, and saving it doesn't get dearer with every round. A digest of everything that decides a run is
+in there, too: a run is never continued with other settings, another model or other data.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,16 @@ import numpy.typing as npt
 
 from fedprune.coordination import State
 from fedprune.coordination import events as on
-from fedprune.disk import write_whole
+from fedprune.disk import storage_errors, write_whole
 from fedprune.errors import StorageError
 from fedprune.job import Job
 from fedprune_export.imported import Model
 from fedprune_server.virtual_device import VirtualDevice
 from fedprune_server.worker import Evaluation
 
-FORMAT = "fedprune.simulation/1"
+FORMAT = "fedprune.simulation/2"
 FILE = "simulation.json"
+ROUNDS = "rounds.jsonl"
 
 _ANEW = "Choose another folder, or delete this one to begin anew."
 
@@ -42,15 +45,46 @@ class Trained:
     offer: dict[str, Any]
 
 
-Item = on.Event | Trained
+@dataclass(frozen=True)
+class Left:
+    """A device's window of time has come to its end; counts only for the connection that it names."""
+
+    device: str
+    session: int
+
+
+Item = on.Event | Trained | Left
 
 _ITEMS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
-        Trained, on.DeviceBorn, on.DeviceDied, on.Scored, on.Extracted, on.UpdateAnnounced, on.UpdateStored,
+        Trained, Left, on.DeviceBorn, on.DeviceDied, on.Scored, on.Extracted, on.UpdateAnnounced, on.UpdateStored,
         on.UpdateRejected, on.OfferRefused, on.Folded, on.Closed, on.Evaluated, on.Ticked,
     )
 }  # fmt: skip
+
+_WORK = (Trained, on.UpdateAnnounced, on.UpdateStored)
+"""What comes of a device's part in a round."""
+
+
+@dataclass
+class Notes:
+    """What the simulation keeps of a finished round.
+
+    Attributes:
+        down: Bytes sent to devices since the run began.
+        up: Bytes sent by devices since the run began.
+        devices: Of each device, since the round before ended: bytes sent to it, bytes that it sent, multiplications of
+            its training.
+        measured: What was measured of the global model, in the simulation alone.
+        coverage: How many of the round's updates held each channel, per group; empty in rounds that were left out.
+    """
+
+    down: int = 0
+    up: int = 0
+    devices: dict[str, list[int]] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    coverage: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
@@ -59,60 +93,133 @@ class SimulationState:
 
     Attributes:
         clock: Virtual seconds since the beginning.
-        sequence: How many events have been made; orders those of the same time.
-        queue: Events to come, as a heap by time and sequence.
-        sessions: The last session of each device.
+        sequence: Number of the last event that was put into the queue; it orders events of the same time.
+        queue: Events to come, by number, and when they come.
+        sessions: Number of each device's latest connection.
         online: Devices that are there.
+        leaves: When the window of time ends in which each of them is there.
         held: Digests that each device holds.
+        unsent: Updates that were announced and are not yet at the server, by device.
+        sizes: Bytes of the update that each device was asked for last.
+        boards: Digest of what each board keeps between its rounds.
+        groups: Numbers of trainings that are worked out together, with what they are.
+        free: When the server's link is free, for sending and for receiving.
         down: Bytes sent to devices.
         up: Bytes sent by devices.
-        traffic: Bytes down and up at the end of each round.
+        now: Notes of the round under way.
+        rounds: Notes of finished rounds, by their number.
         refusal: Why a device refused an offer, last.
+        logged: Length of the file of finished rounds, in bytes.
     """
 
     clock: float = 0.0
     sequence: int = 0
-    queue: list[tuple[float, int, Item]] = field(default_factory=list)
+    queue: dict[int, tuple[float, Item]] = field(default_factory=dict)
     sessions: dict[str, int] = field(default_factory=dict)
     online: set[str] = field(default_factory=set)
-    held: dict[str, set[str]] = field(default_factory=dict)
+    leaves: dict[str, float] = field(default_factory=dict)
+    held: dict[str, list[str]] = field(default_factory=dict)
+    unsent: dict[str, on.UpdateAnnounced] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    boards: dict[str, str] = field(default_factory=dict)
+    groups: list[dict[int, Trained]] = field(default_factory=list)
+    free: list[float] = field(default_factory=lambda: [0.0, 0.0])
     down: int = 0
     up: int = 0
-    traffic: dict[int, tuple[int, int]] = field(default_factory=dict)
+    now: Notes = field(default_factory=Notes)
+    rounds: dict[int, Notes] = field(default_factory=dict)
     refusal: str = ""
+    logged: int = 0
+    _order: list[tuple[float, int]] = field(default_factory=list)
+    _work: dict[str, set[int]] = field(default_factory=dict)
+    _saved: int = 0
 
     def push(self, at: float, item: Item) -> None:
         """Let something happen at a time."""
         self.sequence += 1
-        heapq.heappush(self.queue, (at, self.sequence, item))
+        self._put(at, self.sequence, item)
 
-    def pop(self) -> Item:
+    def _put(self, at: float, number: int, item: Item) -> None:
+        self.queue[number] = (at, item)
+        heapq.heappush(self._order, (at, number))
+        if isinstance(item, _WORK):
+            self._work.setdefault(item.device, set()).add(number)
+
+    def pop(self) -> tuple[int, Item]:
         """Go on to the next event.
+
+        Returns:
+            Its number, and what it is.
 
         Raises:
             IndexError: There is none.
         """
-        self.clock, _, item = heapq.heappop(self.queue)
-        return item
+        while True:
+            at, number = heapq.heappop(self._order)
+            if number in self.queue:
+                break
+        _, item = self.queue.pop(number)
+        self.clock = at
+        if isinstance(item, _WORK):
+            self._done(item.device, number)
+        return number, item
 
-    def forget(self, device: str, number: int) -> None:
-        """Stop whatever a device still does for a round."""
-        kept = [
-            entry
-            for entry in self.queue
-            if not (
-                isinstance(entry[2], (Trained, on.UpdateAnnounced))
-                and entry[2].device == device
-                and entry[2].round == number
-            )
-        ]
-        if len(kept) < len(self.queue):
-            self.queue = kept
-            heapq.heapify(self.queue)
+    def _done(self, device: str, number: int) -> None:
+        numbers = self._work[device]
+        numbers.discard(number)
+        if not numbers:
+            del self._work[device]
+
+    def forget(self, device: str, number: int | None = None) -> None:
+        """Stop whatever a device still does, for one round or for all."""
+        for key in sorted(self._work.get(device, ())):
+            item = self.queue[key][1]
+            if isinstance(item, _WORK) and number in (None, item.round):
+                del self.queue[key]
+                self._done(device, key)
+
+    def group(self, key: int, item: Trained, size: int) -> dict[int, Trained]:
+        """The trainings that are worked out together with one: of the same round, as many as are under way.
+
+        Once put together they stay together, so that they are the same after a kill.
+
+        Args:
+            key: The training's number in the queue, which it has just left.
+            item: The training.
+            size: How many at most.
+        """
+        self.groups = [g for g in self.groups if key in g or not self.queue.keys().isdisjoint(g)]
+        for group in self.groups:
+            if key in group:
+                return group
+        taken = set().union(*self.groups)
+        others = {
+            k: i
+            for k, (_, i) in self.queue.items()
+            if isinstance(i, Trained) and i.round == item.round and k not in taken
+        }
+        chosen = sorted({key: item, **others}.items(), key=lambda pair: (pair[0] != key, pair[1].device))[:size]
+        self.groups.append(dict(sorted(chosen, key=lambda pair: pair[1].device)))
+        return self.groups[-1]
+
+    def finish_round(self, number: int) -> None:
+        """Close the notes of the round under way."""
+        self.now.down, self.now.up = self.down, self.up
+        self.rounds[number] = self.now
+        self.now = Notes()
 
     def references(self) -> set[str]:
         """Every text of the events to come that may name a blob."""
-        return set().union(*(_texts(asdict(item)) for _, _, item in self.queue))
+        found: set[str] = set(self.boards.values())
+        for _, item in self.queue.values():
+            if not isinstance(item, (on.DeviceBorn, on.DeviceDied, on.Ticked, Left)):
+                found |= _texts(vars(item))
+        for event in self.unsent.values():
+            found |= _texts(event.weights)
+        for group in self.groups:
+            for work in group.values():
+                found |= _texts(work.offer)
+        return found
 
     def save(self, folder: Path, coordinator: State, fingerprint: str) -> None:
         """Write it, and the coordinator's state with it.
@@ -121,20 +228,44 @@ class SimulationState:
             StorageFullError: There is no room; what was saved before is untouched.
             StorageError: The disk fails.
         """
+        logged = self._log(folder / ROUNDS, coordinator.history)
         body = {
             "format": FORMAT,
             "fingerprint": fingerprint,
-            "coordinator": coordinator.to_json(),
+            "coordinator": replace(coordinator, history=[]).to_json(),
+            "rounds": [len(coordinator.history), logged],
             "clock": self.clock,
             "sequence": self.sequence,
             "sessions": self.sessions,
             "online": sorted(self.online),
-            "held": {k: sorted(v) for k, v in self.held.items()},
+            "leaves": self.leaves,
+            "held": self.held,
+            "unsent": {k: asdict(v) for k, v in self.unsent.items()},
+            "sizes": self.sizes,
+            "boards": self.boards,
+            "groups": [[[k, asdict(v)] for k, v in g.items()] for g in self.groups],
+            "free": self.free,
             "bytes": [self.down, self.up],
-            "traffic": {str(k): list(v) for k, v in self.traffic.items()},
-            "queue": [[at, n, type(item).__name__, asdict(item)] for at, n, item in self.queue],
+            "now": asdict(self.now),
+            "refusal": self.refusal,
+            "queue": [[at, n, type(item).__name__, vars(item)] for n, (at, item) in self.queue.items()],
         }
         write_whole(folder / FILE, json.dumps(body).encode())
+        self.logged, self._saved = logged, len(coordinator.history)
+
+    def _log(self, path: Path, history: Sequence[dict[str, Any]]) -> int:
+        """Add the rounds that finished since the last time; returns the file's length."""
+        rows = [json.dumps([row, asdict(self.rounds[row["round"]])]) + "\n" for row in history[self._saved :]]
+        if not rows:
+            return self.logged
+        data = "".join(rows).encode()
+        with storage_errors(f"can't write {path}"), path.open("r+b" if path.exists() else "w+b") as file:
+            file.truncate(self.logged)  # rounds that a kill has made undone
+            file.seek(self.logged)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return self.logged + len(data)
 
     @classmethod
     def load(cls, folder: Path, fingerprint: str) -> tuple[SimulationState, State] | None:
@@ -155,32 +286,61 @@ class SimulationState:
                 raise StorageError(f"{path} is of another version", expected=FORMAT, hint=_ANEW)
             if body["fingerprint"] != fingerprint:
                 raise StorageError(f"{path} belongs to a simulation with other settings, model or data", hint=_ANEW)
+            history, notes = _finished(folder / ROUNDS, *body["rounds"])
             state = cls(
                 clock=float(body["clock"]),
                 sequence=int(body["sequence"]),
-                queue=[(float(at), int(n), _ITEMS[kind](**fields)) for at, n, kind, fields in body["queue"]],
                 sessions={str(k): int(v) for k, v in body["sessions"].items()},
                 online=set(body["online"]),
-                held={k: set(v) for k, v in body["held"].items()},
+                leaves={k: float(v) for k, v in body["leaves"].items()},
+                held={k: list(v) for k, v in body["held"].items()},
+                unsent={k: on.UpdateAnnounced(**v) for k, v in body["unsent"].items()},
+                sizes={str(k): int(v) for k, v in body["sizes"].items()},
+                boards=dict(body["boards"]),
+                groups=[{int(k): Trained(**v) for k, v in g} for g in body["groups"]],
+                free=[float(v) for v in body["free"]],
                 down=int(body["bytes"][0]),
                 up=int(body["bytes"][1]),
-                traffic={int(k): (int(d), int(u)) for k, (d, u) in body["traffic"].items()},
+                now=Notes(**body["now"]),
+                rounds=notes,
+                refusal=str(body["refusal"]),
+                logged=int(body["rounds"][1]),
             )
-            heapq.heapify(state.queue)
-            return state, State.from_json(body["coordinator"])
+            state._saved = len(history)
+            for at, number, kind, fields in body["queue"]:
+                state._put(float(at), int(number), _ITEMS[kind](**fields))
+            coordinator = State.from_json(body["coordinator"])
+            coordinator.history = history
+            return state, coordinator
         except StorageError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise StorageError(f"{path} is damaged ({type(error).__name__}: {error})", hint=_ANEW) from error
 
 
+def _finished(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]], dict[int, Notes]]:
+    """The coordinator's and our own notes of the finished rounds."""
+    if not count:
+        return [], {}
+    try:
+        with path.open("rb") as file:
+            lines = file.read(length).decode().splitlines()
+    except OSError as error:
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=_ANEW) from error
+    if len(lines) != count:
+        raise StorageError(f"{path} is damaged", expected=f"{count} rounds", got=len(lines), hint=_ANEW)
+    rows = [json.loads(line) for line in lines]
+    return [row for row, _ in rows], {int(row["round"]): Notes(**notes) for row, notes in rows}
+
+
 def fingerprint(
     job: Job,
     model: Model,
     devices: Sequence[VirtualDevice],
-    dropouts: Mapping[str, float],
+    dropouts: Mapping[str, Any],
     evaluation: Evaluation | None,
     calibration: npt.NDArray[np.float32] | None,
+    more: Mapping[str, Any] | None = None,
 ) -> str:
     """Digest of all that decides a run.
 
@@ -191,14 +351,15 @@ def fingerprint(
         dropouts: Settings of drop-outs.
         evaluation: The server's own samples and labels, or None.
         calibration: Its calibration samples, or None.
+        more: Other settings of the simulation, as JSON.
     """
-    digest = hashlib.sha256(json.dumps([job.to_dict(), dict(dropouts)], sort_keys=True).encode())
+    settings = [job.to_dict(), dict(dropouts), dict(more or {})]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(model.architecture.digest.encode())
     digest.update(hashlib.sha256(model.graph.to_bytes()).digest())
     for device in sorted(devices, key=lambda d: d.name):
-        digest.update(json.dumps([device.name, device.profile.to_dict()], sort_keys=True).encode())
-        data = device.data
-        _add(digest, (data.x_train, data.y_train, data.x_test, data.y_test))
+        data = [device.samples, device.fingerprint]
+        digest.update(json.dumps([device.name, device.profile.to_dict(), *data], sort_keys=True).encode())
     _add(digest, evaluation or ())
     _add(digest, () if calibration is None else (calibration,))
     return digest.hexdigest()

@@ -126,7 +126,7 @@ def kill_at(monkeypatch):
 
 
 def test_a_run_killed_at_any_save_or_deletion_goes_on_to_the_same_model(build, kill_at):
-    small = {"rounds": 2, "recipe": Recipe(max_steps=1), "scorer": "ordered"}
+    small = {"rounds": 3, "recipe": Recipe(max_steps=1), "scorer": "ordered"}
     touched = kill_at(10**6)
     whole = build("whole", **small)
     whole.run()
@@ -369,4 +369,4 @@ def test_wrong_drop_outs_are_refused(probability, away):
 
 def test_saved_state_is_plain_json(build, tmp_path):
     build().run()
-    assert json.loads((tmp_path / "run" / FILE).read_text())["format"] == "fedprune.simulation/1"
+    assert json.loads((tmp_path / "run" / FILE).read_text())["format"] == "fedprune.simulation/2"
