@@ -86,13 +86,15 @@ class Moment:
     def submodel(self, density: float) -> Submodel:
         """What the job's strategy cuts out of the new model for a device of this density that was never there.
 
-        Its widths are those of the round's devices of this density; where there are none, the same share of each group.
+        It keeps the same share of each group; where the round's devices keep all channels, and their density says how
+        many elements, so does it.
 
         Args:
             density: Share of the model, above 0 and at most 1.
         """
-        known = [p.widths for p in self.parts if math.isclose(p.density, density, abs_tol=1e-9)]
-        widths = known[0] if known else widths_at(self.architecture, density)
+        sizes = self.architecture.sizes
+        elements = any(p.density < 1 and p.widths == sizes for p in self.parts)
+        widths = sizes if elements else widths_at(self.architecture, density)
         scene = Scene(
             self.architecture, self.job.seed, self.round, self.model, self.memory, self.job.recipe, participants=()
         )

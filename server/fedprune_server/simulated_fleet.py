@@ -20,9 +20,9 @@ from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_server.config import parse_config
 from fedprune_server.reference import fedavg
-from fedprune_server.simulation import DropOuts
 from fedprune_server.state_folder import load_calibration, load_evaluation
 from fedprune_server.virtual_device import VirtualDevice
+from fedprune_server.weather import DropOuts
 from fedprune_server.worker import Evaluation
 
 _DEVICE_KEYS = ("name", "profile", "data")
