@@ -22,10 +22,10 @@ from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Offer, Update
 from fedprune_device.data import LocalData
 from fedprune_device.labels import log_prior, targets
-from fedprune_device.losses import data_loss, hits
+from fedprune_device.losses import data_loss, hits, loss_terms
 from fedprune_device.predictor import Predictor
 from fedprune_device.slots import Serving, Slots
-from fedprune_device.trainer import Trainer, TrainingResult, loss_terms
+from fedprune_device.trainer import Trainer, TrainingResult
 
 PROBE_SAMPLES = 32
 """Local samples with which a new model is checked before it serves."""

@@ -9,6 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune import step
+from fedprune.feeds import loss_numbers
+from fedprune.recipe import Recipe
+from fedprune_device.labels import class_presence, class_weights, log_prior, positive_weights
 
 Array = npt.NDArray[Any]
 Terms = Mapping[str, Array]
@@ -22,7 +25,7 @@ def data_loss(loss: str, outputs: npt.NDArray[np.float32], targets: Array, terms
         loss: `cross_entropy`, `bce`, `mse` or `huber`.
         outputs: The model's outputs [n, K].
         targets: Labels as the training graph takes them (`labels.targets`).
-        terms: What `trainer.loss_terms` gives; without it the plain loss.
+        terms: What `loss_terms` gives; without it the plain loss.
     """
     terms = terms or {}
     z = outputs.astype(np.float64)
@@ -75,3 +78,24 @@ def hits(loss: str, outputs: npt.NDArray[np.float32], targets: Array) -> npt.NDA
     if loss == "bce":
         return np.asarray((outputs > 0) == (targets > 0.5))
     return None
+
+
+def loss_terms(y: Array, recipe: Recipe, classes: int) -> dict[str, Array]:
+    """The vectors over classes and the numbers that a recipe brings into the loss, by input name of the training graph.
+
+    Args:
+        y: All training labels, as `labels.targets` gives them.
+        recipe: The recipe.
+        classes: Entries of the model's output.
+
+    Raises:
+        DataError: A label is out of range.
+    """
+    features, out = recipe.features, dict[str, Array]()
+    if features.logit_offset:
+        out[step.LOGIT_OFFSET] = log_prior(y, classes)
+    if features.class_weight:
+        out[step.CLASS_WEIGHT] = class_weights(y, classes) if recipe.loss == "cross_entropy" else positive_weights(y)
+    if features.class_mask:
+        out[step.CLASS_MASK] = class_presence(y, classes)
+    return out | loss_numbers(recipe)

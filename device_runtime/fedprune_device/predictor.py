@@ -27,16 +27,17 @@ class Predictor:
     Args:
         model: The folder, or `inference.onnx` in it with `weights.safetensors` beside it.
         threads: Threads inside an operator.
+        session: Runs the graph instead of a session of onnxruntime.
 
     Raises:
         ModelError: A file is missing, or onnxruntime doesn't accept the graph with these weights.
     """
 
-    def __init__(self, model: Path, *, threads: int = 1) -> None:
+    def __init__(self, model: Path, *, threads: int = 1, session: Session | None = None) -> None:
         path = model / GRAPH if model.is_dir() else model
         if not path.is_file():
             raise ModelError(f"there is no model at {path}")
-        self._session = Session(path, threads=threads)
+        self._session = session or Session(path, threads=threads)
         if step.X not in self._session.inputs or step.LOGITS not in self._session.outputs:
             raise ModelError(
                 f"{path} is not an inference graph",
@@ -71,7 +72,7 @@ class Predictor:
             self._session.run({step.X: np.ascontiguousarray(x[s : s + batch], self._dtype)}, [step.LOGITS])[step.LOGITS]
             for s in starts
         ]
-        return np.concatenate(parts).astype(np.float32, copy=False)
+        return np.concatenate([np.asarray(p) for p in parts]).astype(np.float32, copy=False)
 
     def accuracy(
         self,
@@ -115,7 +116,7 @@ class Predictor:
             y: Their labels, as the training graph takes them.
             loss: What the training graph says the loss of these samples is at the same weights. A model with
                 batch-norm statistics has none: training and inference differ there by design.
-            terms: Vectors and numbers of the loss, as `trainer.loss_terms` gives them.
+            terms: Vectors and numbers of the loss, as `losses.loss_terms` gives them.
             kind: Which loss it is.
             batch: Inputs per run.
 

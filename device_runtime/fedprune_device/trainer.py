@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,20 @@ import numpy.typing as npt
 
 from fedprune import step
 from fedprune.chance import keyed
-from fedprune.errors import BundleError, ExitCode, FedpruneError, ModelError, TrainingError
-from fedprune.feeds import anchors, loss_numbers, numbers
+from fedprune.element_mask import ElementMask
+from fedprune.errors import BundleError, ExitCode, FedpruneError, TrainingError
 from fedprune.ordered_dropout import TensorAxes
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.session import Session
+from fedprune_device.batches import Batches, even_parts
+from fedprune_device.calibration import measured
 from fedprune_device.data import LocalData
-from fedprune_device.labels import class_presence, class_weights, log_prior, positive_weights, targets
+from fedprune_device.labels import targets
+from fedprune_device.patience import Patience
+from fedprune_device.step_graph import StepGraph, weight_of
 
 Array = npt.NDArray[Any]
-
-Rows = npt.NDArray[np.int64]
-
-_NUMBERS = frozenset(
-    {
-        *(step.LABEL_SMOOTHING, step.HUBER_DELTA, step.CLIP_NORM, step.DIVISOR),
-        *(step.LOGIT_OFFSET, step.CLASS_WEIGHT, step.CLASS_MASK),
-    }
-)
-"""Inputs that a training graph may have once, besides those that it must have."""
 
 _FAR = "The learning rate may be too high for this device's data: try a lower lr, or a smaller momentum."
 
@@ -51,7 +44,7 @@ class TrainingResult:
 
     Attributes:
         tensors: The new weights and statistics, in the order in which they were given.
-        steps: Optimiser steps that were taken.
+        steps: Optimiser steps that led to these weights.
         samples: Local training samples.
         loss_first: Mean loss over the first tenth of the steps (at least one).
         loss_last: Mean loss over the last tenth of the steps (at least one).
@@ -60,6 +53,7 @@ class TrainingResult:
         seconds: Wall-clock time.
         step_seconds: Median time of a step.
         squares: Squared gradients summed over the steps, by tensor, if the graph gives them.
+        last_squares: Squared gradients of the last of these steps, by tensor, if the recipe asks for them.
     """
 
     tensors: Tensors
@@ -71,14 +65,16 @@ class TrainingResult:
     seconds: float
     step_seconds: float
     squares: Tensors
+    last_squares: Tensors
 
 
 class Trainer:
-    """A loaded training graph.
+    """A loaded training graph, with what a round needs of it.
 
     Args:
         graph: A training graph written to the contract of `fedprune.step`: a file or its bytes.
         threads: Threads inside an operator; with 1 the same inputs give the same bits.
+        session: Runs the graph instead of a session of onnxruntime.
 
     Attributes:
         names: The model's tensors.
@@ -93,40 +89,23 @@ class Trainer:
         TrainingError: It is not a training graph.
     """
 
-    def __init__(self, graph: Path | bytes, *, threads: int = 1) -> None:
-        self._session = Session(graph, threads=threads, training=True)
-        inputs, outputs = self._session.inputs, set(self._session.outputs)
-        optimizer = "adam" if step.BETA1 in inputs else "sgd"
-        required = {step.X, step.Y, step.LR, step.WEIGHT_DECAY}
-        required |= {step.BETA1, step.BETA2, step.EPSILON, step.STEP_NUMBER} if optimizer == "adam" else {step.MOMENTUM}
-        self._classifies = inputs.get(step.Y, ("", ()))[0] == "tensor(int64)"
-        results = {step.LOSS, step.HITS} if self._classifies else {step.LOSS}
-        if required - set(inputs) or not results <= outputs:
-            missing = sorted(required - set(inputs)) + sorted(results - outputs)
-            raise TrainingError("this is not a training graph", got=f"no {', '.join(missing)}")
-        self._results = (step.LOSS, step.HITS) if step.HITS in outputs else (step.LOSS,)
-        self.names = tuple(n for n in inputs if n not in step.RESERVED and "::" not in n)
-        self.trainable = tuple(n for n in self.names if step.buffer(n) in inputs)
-        self._statistics = tuple(n for n in self.names if n not in self.trainable and step.following(n) in outputs)
-        self.frozen = tuple(n for n in self.names if n not in {*self.trainable, *self._statistics})
-        self.normalised = bool(self._statistics)
-        self.input_shape = inputs[step.X][1][1:]
-        self.token_ids = inputs[step.X][0] == "tensor(int64)"
-        self._states = [f(n) for n in self.trainable for f in step.states(optimizer)]
-        self._squares = [step.squares(n) for n in self.trainable if step.squares(n) in inputs]
-        self._sums = [step.total(n) for n in self.trainable if step.total(n) in inputs]
-        known = {*required, *self.names, *_NUMBERS, *self._states, *self._squares, *self._sums}
-        known.update(f(n) for n in self.trainable for f in (step.anchor, step.strength))
-        if set(inputs) - known:
-            raise TrainingError(
-                "the training graph has inputs that this device can't feed",
-                got=", ".join(sorted(set(inputs) - known)[:5]),
-                hint="Update fedprune on the device.",
-            )
-        self._moving = [*self.trainable, *self._statistics, *self._states, *self._squares]
-        lacking = {step.following(n) for n in (*self._moving, *self._sums)} - outputs
-        if lacking:
-            raise TrainingError("the training graph lacks outputs", got=", ".join(sorted(lacking)[:5]))
+    def __init__(self, graph: Path | bytes, *, threads: int = 1, session: Session | None = None) -> None:
+        self._graph = StepGraph(graph, threads=threads, session=session)
+        self.names = self._graph.names
+        self.trainable = self._graph.trainable
+        self.frozen = self._graph.frozen
+        self.normalised = bool(self._graph.statistics)
+        self.input_shape = self._graph.input_shape
+        self.token_ids = self._graph.token_ids
+
+    @property
+    def axes(self) -> TensorAxes | None:
+        """How channels lie on the tensors' axes; None where the graph doesn't say it.
+
+        Raises:
+            BundleError: What it says can't be read.
+        """
+        return self._graph.axes
 
     def check(self, tensors: Mapping[str, Array]) -> None:
         """Check weights against the graph's inputs.
@@ -134,24 +113,7 @@ class Trainer:
         Raises:
             TrainingError: A tensor is missing, unknown, of another type or of a shape that doesn't fit.
         """
-        for name in self.names:
-            if name not in tensors:
-                raise TrainingError(f"tensor {name} is missing from the weights")
-        for name in tensors:
-            if name not in self.names:
-                raise TrainingError(f"the training graph has no tensor {name}")
-        sizes: dict[str, int] = {}
-        for name, value in tensors.items():
-            shape = self._session.inputs[name][1]
-            if value.dtype != np.float32:
-                raise TrainingError(f"type of {name}", expected="float32", got=value.dtype)
-            if len(shape) != value.ndim:
-                raise TrainingError(f"shape of {name}", expected=shape, got=value.shape)
-            for dim, size in zip(shape, value.shape, strict=True):
-                # A free dimension has a name; the same name must mean the same width everywhere.
-                wanted = sizes.setdefault(dim, size) if isinstance(dim, str) and dim else dim
-                if isinstance(wanted, int) and wanted != size:
-                    raise TrainingError(f"shape of {name}", expected=f"{wanted} ({dim})", got=value.shape)
+        self._graph.check(tensors)
 
     def train(
         self,
@@ -164,6 +126,7 @@ class Trainer:
         round: int,  # noqa: A002 - the field's word
         classes: int,
         widths: Sequence[int] = (),
+        mask: ElementMask | None = None,
         progress: Callable[[int, int], None] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> TrainingResult:
@@ -178,6 +141,7 @@ class Trainer:
             round: The round.
             classes: Entries of the model's output.
             widths: Channels per group that the tensors have; needed for ordered dropout alone.
+            mask: Which elements of the tensors are active; the others are 0.
             progress: Called with (steps done, steps in all) after each step.
             stop: Asked before each step; True ends the training.
 
@@ -190,48 +154,60 @@ class Trainer:
         self.check(tensors)
         data.check(classes, self.input_shape, loss=recipe.loss, token_ids=self.token_ids)
         y = targets(data.y_train, recipe.loss, classes)
-        constant = self._constants(tensors, y, recipe, classes)
+        constant = self._graph.constants(tensors, y, recipe, classes, mask)
         state: dict[str, Array] = {n: np.asarray(v, order="C") for n, v in tensors.items()}
-        for name in (*self._states, *self._squares):
+        for name in (*self._graph.states, *self._graph.squares):
             state[name] = np.zeros_like(state[name.partition("::")[0]])
         plans = self._plans(tensors, recipe, widths)
         if len(plans) > 1:
             state = {n: v.copy() for n, v in state.items()}  # narrower steps write into it
-        starts = self._starts(data.samples, recipe)
-        steps = recipe.epochs * len(starts)
-        steps = min(steps, recipe.max_steps) if recipe.max_steps else steps
-        last_epoch = (steps - 1) // len(starts)
-        batches = _batches(starts, data.samples, recipe, round, device, seed=seed)
+        batches = Batches(data.samples, recipe, normalised=self.normalised)
+        patience = Patience(recipe.patience) if recipe.patience and self._can_validate(data) else None
         losses: list[float] = []
         times: list[float] = []
+        squares: Tensors = {}
         hits = seen = 0
-        for number, (epoch, rows) in enumerate(itertools.islice(batches, steps), 1):
+        for number, (_, rows) in enumerate(batches.rows(round, device, seed=seed), 1):
             if stop is not None and stop():
-                raise TrainingStoppedError(f"training was stopped before step {number} of {steps}")
+                raise TrainingStoppedError(f"training was stopped before step {number} of {batches.steps}")
             at = time.monotonic()
-            parts = self._parts(rows, recipe)
+            parts = [(data.x_train[p], y[p]) for p in batches.parts(rows)]
             plan, fed = plans[0], {**constant, **state}
             if len(plans) > 1:
                 plan = plans[int(keyed(seed, round, device, "widths", number).integers(len(plans)))]
-            if plan != plans[0]:
-                fed = self._axes.narrowed(fed, plans[0], plan)
-            loss, right, moved = self._step(fed, [(data.x_train[p], y[p]) for p in parts], number)
+            if plan != plans[0] and self.axes is not None:
+                fed = self.axes.narrowed(fed, plans[0], plan)
+            ends = number == batches.steps or number % batches.per_epoch == 0
+            wanted = self._graph.gradients if recipe.report_squares and ends else []
+            loss, right, moved, gradients = self._graph.advance(fed, parts, number, wanted)
             if not math.isfinite(loss):
                 raise TrainingError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
-            if plan == plans[0]:
+            if plan == plans[0] or self.axes is None:
                 state.update(moved)
             else:
                 # Statistics of narrower layers are those of other sums: only steps at the own width measure them.
-                moved = {n: v for n, v in moved.items() if n not in self._statistics}
-                self._axes.write_back(state, moved, plans[0], plan)
+                moved = {n: v for n, v in moved.items() if n not in self._graph.statistics}
+                self.axes.write_back(state, moved, plans[0], plan)
             losses.append(loss)
-            if epoch == last_epoch:
-                hits, seen = hits + right, seen + sum(y[p].size for p in parts)
+            if (number - 1) % batches.per_epoch == 0:
+                hits = seen = 0
+            hits, seen = hits + right, seen + sum(labels.size for _, labels in parts)
+            with np.errstate(over="ignore"):  # what is not finite is an error below
+                squares = {n: np.square(np.asarray(g)) for n, g in zip(self.trainable, gradients, strict=False)}
             times.append(time.monotonic() - at)
             if progress is not None:
-                progress(number, steps)
+                progress(number, batches.steps)
+            if patience is not None and ends:
+                reached = {n: state[n].copy() if len(plans) > 1 else state[n] for n in tensors}
+                judged = self._validation_loss({**constant, **reached}, data, recipe, classes)
+                if patience.over(judged, reached, number, squares):
+                    break
+        steps = len(losses)
+        if patience is not None:
+            state |= patience.tensors
+            steps, squares = patience.steps, patience.squares
         result = {n: np.asarray(state[n], np.float32) for n in tensors}
-        for name, value in result.items():
+        for name, value in {**result, **{step.squares(n): v for n, v in squares.items()}}.items():
             if not np.isfinite(value).all():
                 raise TrainingError(f"tensor {name} is not finite after step {steps}", hint=_FAR)
         tenth = max(1, len(losses) // 10)
@@ -241,16 +217,48 @@ class Trainer:
             samples=data.samples,
             loss_first=float(np.mean(losses[:tenth])),
             loss_last=float(np.mean(losses[-tenth:])),
-            train_accuracy=hits / seen if step.HITS in self._results else None,
+            train_accuracy=hits / seen if self._graph.scores else None,
             seconds=time.monotonic() - began,
             step_seconds=float(np.median(times)),
-            squares={n.partition("::")[0]: state[n] for n in self._squares},
+            squares={n.partition("::")[0]: state[n] for n in self._graph.squares},
+            last_squares=squares,
         )
+
+    def calibrated(
+        self, tensors: Mapping[str, Array], data: LocalData, recipe: Recipe, *, seed: int, device: str
+    ) -> Tensors:
+        """Batch-norm statistics of the local training samples at these weights, which stay as they are.
+
+        It is one pass in training mode, in batches of what a step works on at once: every statistic becomes the mean
+        of what the batches say, as torch's BatchNorm has it with momentum=None. Layers' outputs aren't scaled.
+
+        Args:
+            tensors: All tensors; elements that are masked are 0.
+            data: Local samples.
+            recipe: What the graph was made for.
+            seed: The job's seed: with the device it decides which samples are in one batch.
+            device: The device's name.
+
+        Returns:
+            The tensors with new statistics; those that are frozen stay as they are.
+
+        Raises:
+            TrainingError: The graph fails on them.
+        """
+        names = self._graph.statistics
+        if not names:
+            return dict(tensors)
+        self.check(tensors)
+        order = keyed(seed, "calibration", device).permutation(data.samples)
+        batches = [data.x_train[rows] for rows in even_parts(order, recipe.micro_batch)]
+        feeds = {n: np.asarray(v, order="C") for n, v in tensors.items() if n not in names}
+        feeds |= self._graph.masking(tensors, replace(recipe, scale=1.0, mask_threshold=0.0), None)
+        return dict(tensors) | measured(self._graph.run_forward, names, feeds, batches, tensors)
 
     def loss(
         self, tensors: Mapping[str, Array], data: LocalData, recipe: Recipe, classes: int, samples: int = 32
     ) -> float:
-        """Data loss of the first training samples at these weights, which stay as they are.
+        """Data loss of the first training samples at these weights, which stay as they are, without masks and scaler.
 
         Raises:
             TrainingError: Weights or recipe don't fit the graph.
@@ -258,120 +266,48 @@ class Trainer:
         """
         self.check(tensors)
         y = targets(data.y_train, recipe.loss, classes)
-        feeds = self._constants(tensors, y, recipe, classes)
+        feeds = self._graph.constants(tensors, y, replace(recipe, scale=1.0, mask_threshold=0.0), classes)
         feeds |= {n: np.asarray(v, order="C") for n, v in tensors.items()}
-        feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in (*self._states, *self._squares)}
+        feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in (*self._graph.states, *self._graph.squares)}
         rows = np.arange(min(samples, len(y)))
-        parts = [(data.x_train[p], y[p]) for p in self._parts(rows, recipe)]
-        if self._sums:
-            return self._step(feeds, parts, 1)[0]
-        losses = [self._step(feeds, [part], 1)[0] for part in parts]
-        return float(np.average(losses, weights=[_weight(y, feeds) for _, y in parts]))
+        batches = Batches(data.samples, recipe, normalised=self.normalised)
+        parts = [(data.x_train[p], y[p]) for p in batches.parts(rows)]
+        if self._graph.accumulates:
+            return self._graph.advance(feeds, parts, 1).loss
+        losses = [self._graph.advance(feeds, [part], 1).loss for part in parts]
+        return float(np.average(losses, weights=[weight_of(y, feeds) for _, y in parts]))
 
-    def _step(
-        self, feeds: dict[str, Array], parts: Sequence[tuple[Array, Array]], number: int
-    ) -> tuple[float, int, dict[str, Array]]:
-        """One optimiser step over the parts of a batch: loss, hits, and what has moved, by input name."""
+    def _can_validate(self, data: LocalData) -> bool:
+        return len(data.y_val) > (1 if self.normalised else 0)  # statistics of a single sample are worthless
+
+    def _validation_loss(self, feeds: dict[str, Array], data: LocalData, recipe: Recipe, classes: int) -> float:
+        """Data loss of the validation samples, as a step sees it (batch norm takes their statistics), unscaled."""
+        y = targets(data.y_val, recipe.loss, classes)
         feeds = dict(feeds)
-        if step.STEP_NUMBER in self._session.inputs:
-            feeds[step.STEP_NUMBER] = np.array(number, np.int64)
-        if step.DIVISOR in self._session.inputs:
-            feeds[step.DIVISOR] = np.array(sum(_weight(y, feeds) for _, y in parts), np.float32)
-        feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in self._sums}
-        loss, hits = 0.0, 0
-        out: dict[str, Array] = {}
-        for count, (x, y) in enumerate(parts, 1):
-            names = self._moving if count == len(parts) else [*self._statistics, *self._sums]
-            out = self._run({**feeds, step.X: x, step.Y: y}, [*self._results, *map(step.following, names)])
-            loss += float(out[step.LOSS])
-            hits += int(out[step.HITS]) if step.HITS in out else 0
-            out = {n: out[step.following(n)] for n in names}
-            feeds |= out
-        return loss, hits, out
-
-    def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        try:
-            return self._session.run(feeds, outputs)
-        except ModelError as error:
-            raise TrainingError(f"the training graph failed: {error}") from error
-
-    def _constants(self, tensors: Mapping[str, Array], y: Array, recipe: Recipe, classes: int) -> dict[str, Array]:
-        """What is fed in every step alike."""
-        feeds = numbers(recipe) | anchors(recipe, tensors, self.trainable) | loss_terms(y, recipe, classes)
-        moving = {step.X, step.Y, step.STEP_NUMBER, step.DIVISOR}
-        wanted = set(self._session.inputs) - moving - {*self.names, *self._states, *self._squares, *self._sums}
-        classifies, scores = recipe.loss == "cross_entropy", recipe.loss in ("cross_entropy", "bce")
-        whole = not self._sums and recipe.features.accumulate
-        if wanted != set(feeds) or classifies != self._classifies or scores != (step.HITS in self._results) or whole:
-            raise TrainingError(
-                "training graph and recipe don't fit each other",
-                expected=", ".join(sorted(wanted - set(feeds))[:5]) or "no further inputs",
-                got=", ".join(sorted(set(feeds) - wanted)[:5]) or f"no value for them (loss {recipe.loss})",
-            )
-        return feeds
+        if step.OUTPUT_SCALE in feeds:
+            feeds[step.OUTPUT_SCALE] = np.array(1, np.float32)
+        loss = total = 0.0
+        for rows in even_parts(np.arange(len(y)), recipe.micro_batch):
+            weight = weight_of(y[rows], feeds)
+            if not weight:
+                continue  # of classes that the training samples lack, which weigh nothing
+            own = {step.X: data.x_val[rows], step.Y: y[rows], step.DIVISOR: np.array(weight, np.float32)}
+            loss += weight * float(self._graph.run_forward({**feeds, **own}, [step.LOSS])[step.LOSS])
+            total += weight
+        if not math.isfinite(loss):
+            raise TrainingError("the validation loss is not finite", got=loss, hint=_FAR)
+        return loss / total if total else 0.0
 
     def _plans(self, tensors: Mapping[str, Array], recipe: Recipe, widths: Sequence[int]) -> list[tuple[int, ...]]:
         """The widths at which steps train, the tensors' own first."""
         if not recipe.ordered_dropout:
             return [()]
         try:
-            self._axes = TensorAxes.from_json(self._session.metadata.get(step.AXES, "{}"))
-            plans = self._axes.plans(widths, recipe.ordered_dropout)
-            self._axes.check(tensors, plans[0])
+            axes = self.axes or TensorAxes.from_json("{}")
+            plans = axes.plans(widths, recipe.ordered_dropout)
+            axes.check(tensors, plans[0])
         except BundleError as error:
             raise TrainingError(
                 f"ordered dropout: {error}", hint="The training graph must be made for this recipe."
             ) from error
         return plans
-
-    def _starts(self, samples: int, recipe: Recipe) -> range:
-        """Where the batches of an epoch begin in its order."""
-        starts = range(0, samples, recipe.batch_size)
-        # Statistics of a single sample are worthless (over a 1×1 map its variance is 0, the unbiased one 0/0), so
-        # a leftover sample waits for an epoch whose order puts it into a real batch.
-        if self.normalised and len(starts) > 1 and samples % recipe.batch_size == 1 < recipe.batch_size:
-            return starts[:-1]
-        return starts
-
-    def _parts(self, rows: Rows, recipe: Recipe) -> list[Rows]:
-        """The parts in which a batch is worked through, as equal as can be."""
-        most = recipe.micro_batch
-        if self.normalised and most == 2 and len(rows) % 2 and len(rows) > 1:
-            rows = rows[:-1]  # as above: no part of a single sample
-        return np.array_split(rows, -(-len(rows) // most))
-
-
-def _batches(starts: range, samples: int, recipe: Recipe, *key: object, seed: int) -> Iterator[tuple[int, Rows]]:
-    """Rows of every step, with the epoch."""
-    for epoch in range(recipe.epochs):
-        order = keyed(seed, *key, "batches", epoch).permutation(samples)
-        for start in starts:
-            yield epoch, order[start : start + recipe.batch_size]
-
-
-def _weight(y: Array, feeds: Mapping[str, Array]) -> float:
-    """What a part of a batch adds to the divisor of the loss."""
-    if y.ndim == 1 and step.CLASS_WEIGHT in feeds:
-        return float(feeds[step.CLASS_WEIGHT][y].sum(dtype=np.float64))
-    return float(len(y))
-
-
-def loss_terms(y: Array, recipe: Recipe, classes: int) -> dict[str, Array]:
-    """The vectors over classes and the numbers that a recipe brings into the loss, by input name of the training graph.
-
-    Args:
-        y: All training labels, as `labels.targets` gives them.
-        recipe: The recipe.
-        classes: Entries of the model's output.
-
-    Raises:
-        DataError: A label is out of range.
-    """
-    features, out = recipe.features, dict[str, Array]()
-    if features.logit_offset:
-        out[step.LOGIT_OFFSET] = log_prior(y, classes)
-    if features.class_weight:
-        out[step.CLASS_WEIGHT] = class_weights(y, classes) if recipe.loss == "cross_entropy" else positive_weights(y)
-    if features.class_mask:
-        out[step.CLASS_MASK] = class_presence(y, classes)
-    return out | loss_numbers(recipe)

@@ -10,8 +10,9 @@ from fedprune.errors import DataError, ModelError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune_device.data import LocalData
+from fedprune_device.losses import loss_terms
 from fedprune_device.predictor import Predictor
-from fedprune_device.trainer import Trainer, loss_terms
+from fedprune_device.trainer import Trainer
 
 pytestmark = pytest.mark.board
 

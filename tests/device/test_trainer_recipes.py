@@ -16,11 +16,12 @@ from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.session import Session
 from fedprune_device.assignment import Workbench
+from fedprune_device.batches import Batches
 from fedprune_device.data import LocalData
 from fedprune_device.labels import class_weights, positive_weights, targets
-from fedprune_device.losses import data_loss, hits
+from fedprune_device.losses import data_loss, hits, loss_terms
 from fedprune_device.store import DeviceStore
-from fedprune_device.trainer import Trainer, TrainingResult, loss_terms
+from fedprune_device.trainer import Trainer, TrainingResult
 
 pytestmark = pytest.mark.board
 
@@ -303,12 +304,14 @@ def test_labels_of_another_kind_are_refused(
 
 
 def test_the_parts_of_a_batch_hold_no_single_sample_where_statistics_are_taken(graphs: Path) -> None:
-    narrow, plain = (Trainer(graphs / f"{n}.onnx") for n in ("narrow", "adamw"))
+    assert [Trainer(graphs / f"{n}.onnx").normalised for n in ("narrow", "adamw")] == [True, False]
     recipe = Recipe(batch_size=7, accumulate=4)
-    assert [len(p) for p in plain._parts(np.arange(7), recipe)] == [2, 2, 2, 1]
-    assert [len(p) for p in narrow._parts(np.arange(7), recipe)] == [2, 2, 2]
-    assert [len(p) for p in narrow._parts(np.arange(1), recipe)] == [1]
-    assert [len(p) for p in plain._parts(np.arange(5), Recipe(batch_size=9, accumulate=3))] == [3, 2]
+    narrow, plain = (Batches(7, recipe, normalised=n) for n in (True, False))
+    assert [len(p) for p in plain.parts(np.arange(7))] == [2, 2, 2, 1]
+    assert [len(p) for p in narrow.parts(np.arange(7))] == [2, 2, 2]
+    assert [len(p) for p in narrow.parts(np.arange(1))] == [1]
+    fewer = Batches(9, Recipe(batch_size=9, accumulate=3), normalised=False)
+    assert [len(p) for p in fewer.parts(np.arange(5))] == [3, 2]
 
 
 # -- token ids --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,50 @@
+"""Early stopping: which epoch's weights are the best so far, and when to wait for better ones no longer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+class Patience:
+    """Keeps the weights of the epoch with the lowest validation loss.
+
+    Args:
+        epochs: So many without a lower loss are enough.
+
+    Attributes:
+        tensors: The best epoch's.
+        steps: Optimiser steps that led to them.
+        squares: What else belongs to that epoch: the squared gradients of its last step.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        self._epochs = epochs
+        self._lowest: float | None = None
+        self._waited = 0
+        self.tensors: dict[str, Array] = {}
+        self.steps = 0
+        self.squares: dict[str, Array] = {}
+
+    def over(self, loss: float, tensors: Mapping[str, Array], steps: int, squares: Mapping[str, Array]) -> bool:
+        """Take in an epoch's end.
+
+        Args:
+            loss: The validation loss.
+            tensors: The weights; nobody may write into them.
+            steps: Optimiser steps so far.
+            squares: Squared gradients of the last one, where they are reported.
+
+        Returns:
+            Whether training should end.
+        """
+        if self._lowest is None or loss < self._lowest:
+            self._lowest, self._waited = loss, 0
+            self.tensors, self.steps, self.squares = dict(tensors), steps, dict(squares)
+            return False
+        self._waited += 1
+        return self._waited >= self._epochs
