@@ -9,6 +9,7 @@ from typing import Any
 
 from fedprune.errors import ConfigError, FedpruneError, shown
 from fedprune.job import Job
+from fedprune.strategies import compose
 from fedprune.toml_file import read_toml
 from fedprune.wire.topics import check_name
 
@@ -193,7 +194,9 @@ def without_password(broker: str) -> str:
 
 def _located(build: Callable[[], ServerConfig], where: str) -> ServerConfig:
     try:
-        return build()
+        config = build()
+        compose(config.job)  # a wrong option is better known now than when the first device is there
+        return config
     except ConfigError as error:
         what = error.what
         for table in ("job", "recipe", "server"):

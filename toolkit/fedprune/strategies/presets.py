@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from fedprune.errors import ConfigError, FedpruneError
 from fedprune.job import Job
@@ -33,6 +35,9 @@ def compose(job: Job) -> Strategy:
             f"job: no strategy is called {job.strategy!r}",
             expected=f"{', '.join(sorted(PRESETS))}, or package.module:function",
         )
+    here = str(Path.cwd())
+    if here not in sys.path:  # as `python -m` does: the user's own modules lie in the current folder
+        sys.path.insert(0, here)
     try:
         strategy = getattr(importlib.import_module(module_name), name)(job)
     except FedpruneError:
