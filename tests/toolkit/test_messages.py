@@ -60,7 +60,7 @@ messages = st.one_of(
     st.builds(Hello),
     st.builds(
         Offer, names, counts, counts, counts, hexes, hexes, st.lists(st.integers(1, 4096), max_size=9).map(tuple),
-        st.integers(1, 1000), refs, refs, refs, objects,
+        st.integers(1, 1000), refs, refs, refs, objects, st.none() | refs, st.none() | hexes,
     ),
     st.builds(Accepted, names, counts, counts, hexes),
     st.builds(Cancelled, names, counts, counts, texts),
@@ -78,7 +78,7 @@ EXAMPLES: list[Message] = [
     Refusal("pi-1", "j", 1, 0, "no room", 30),
     Update("pi-1", "j", 1, 0, REF.sha256, REF, 100, 40, {"loss": 0.5}),
     Hello(),
-    Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict()),
+    Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), REF, DIGEST),
     Accepted("j", 1, 0, DIGEST),
     Cancelled("j", 1, 1, "late"),
     Finished("j"),
@@ -122,6 +122,13 @@ def test_unknown_keys_are_ignored(message: Message) -> None:
     assert parse(altered(message, surprise=[1, 2])) == message
 
 
+def test_what_older_peers_do_not_know_is_left_out_where_there_is_none() -> None:
+    plain = Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, {})
+    assert parse(plain.to_bytes()) == plain
+    assert set(json.loads(plain.to_bytes())) == {"v", "type", *(f.name for f in fields(Offer))} - {"mask", "ranking"}
+    assert parse(altered(plain, mask=None, ranking=None)) == plain
+
+
 def test_a_hello_says_nothing_but_that() -> None:
     assert json.loads(Hello().to_bytes()) == {"v": 1, "type": "hello"}
 
@@ -131,7 +138,7 @@ def test_a_missing_field_is_named(message: Message) -> None:
     for field in fields(message):
         body = json.loads(message.to_bytes())
         del body[field.name]
-        if field.name in ("probe", "held", "metrics"):
+        if field.name in ("probe", "held", "metrics", "mask", "ranking"):
             parse(json.dumps(body).encode())
             continue
         with pytest.raises(ProtocolError, match=f"{message.kind}: field {field.name}: expected"):
@@ -182,6 +189,9 @@ def test_a_wrong_value_is_refused_or_read_back_as_itself(message: Message, wrong
         (EXAMPLES[6], "widths", [1] * 65_537),
         (EXAMPLES[6], "widths", [1.0]),
         (EXAMPLES[6], "recipe", [1]),
+        (EXAMPLES[6], "mask", DIGEST),
+        (EXAMPLES[6], "mask", {"sha256": DIGEST, "size": 1}),
+        (EXAMPLES[6], "ranking", "newest"),
         (EXAMPLES[10], "count", 0),
         (EXAMPLES[10], "count", MAX_WANT + 1),
         (EXAMPLES[10], "first", 2**31),

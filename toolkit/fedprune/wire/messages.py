@@ -15,11 +15,8 @@ from typing import Any, ClassVar
 from fedprune.errors import ProtocolError, shown
 from fedprune.wire import fields as check
 from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.checked_message import MAX_MESSAGE, VERSION, CheckedMessage
 from fedprune.wire.fields import Check
-
-VERSION = 1
-MAX_MESSAGE = 256 * 1024
-"""Bytes that no message may exceed."""
 
 MAX_WANT = 1024
 """Leaves or pieces that one `Want` may ask for."""
@@ -34,37 +31,7 @@ _ASSIGNMENT: dict[str, Check] = {"job": check.job, "round": _COUNT, "attempt": _
 
 
 @dataclass(frozen=True)
-class _Message:
-    """What all messages share; `checks` has one entry per field."""
-
-    kind: ClassVar[str]
-    checks: ClassVar[Mapping[str, Check]]
-
-    def __post_init__(self) -> None:
-        for name, checked in self.checks.items():
-            value = checked(f"{self.kind}: field {name}", getattr(self, name))
-            object.__setattr__(self, name, value)
-
-    def to_bytes(self) -> bytes:
-        """Canonical JSON in UTF-8.
-
-        Raises:
-            ProtocolError: It is longer than a message may be.
-        """
-        body: dict[str, Any] = {"v": VERSION, "type": self.kind}
-        for name in self.checks:
-            value = getattr(self, name)
-            body[name] = value.to_dict() if isinstance(value, BlobRef) else value
-        raw = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-        if len(raw) > MAX_MESSAGE:
-            raise ProtocolError(
-                f"{self.kind}: message is too long", expected=f"at most {MAX_MESSAGE} bytes", got=len(raw)
-            )
-        return raw
-
-
-@dataclass(frozen=True)
-class Birth(_Message):
+class Birth(CheckedMessage):
     """A device is there.
 
     Attributes:
@@ -98,7 +65,7 @@ class Birth(_Message):
 
 
 @dataclass(frozen=True)
-class Death(_Message):
+class Death(CheckedMessage):
     """A device is gone; the broker says so in its name (a will), or the device itself as it leaves.
 
     Attributes:
@@ -114,7 +81,7 @@ class Death(_Message):
 
 
 @dataclass(frozen=True)
-class Progress(_Message):
+class Progress(CheckedMessage):
     """How far a device is.
 
     Attributes:
@@ -146,7 +113,7 @@ class Progress(_Message):
 
 
 @dataclass(frozen=True)
-class Refusal(_Message):
+class Refusal(CheckedMessage):
     """A device can't or won't do what it was offered.
 
     Attributes:
@@ -175,7 +142,7 @@ class Refusal(_Message):
 
 
 @dataclass(frozen=True)
-class Update(_Message):
+class Update(CheckedMessage):
     """A device has trained; the server pulls the weights.
 
     Attributes:
@@ -214,7 +181,7 @@ class Update(_Message):
 
 
 @dataclass(frozen=True)
-class Hello(_Message):
+class Hello(CheckedMessage):
     """The server is up: devices answer with a birth and repeat an update that is not yet accepted."""
 
     kind: ClassVar[str] = "hello"
@@ -222,7 +189,7 @@ class Hello(_Message):
 
 
 @dataclass(frozen=True)
-class Offer(_Message):
+class Offer(CheckedMessage):
     """What a device is asked to train.
 
     Attributes:
@@ -238,6 +205,10 @@ class Offer(_Message):
         training: The training graph.
         inference: The inference graph, whose external data the weights are.
         recipe: The recipe, as `fedprune.recipe.Recipe.to_offer` gives it.
+        mask: Which elements are active (`ElementMask.to_tensors`): of masked tensors `weights` has the active
+            values alone, and so has the update. None where all are.
+        ranking: Digest of the order of channels that the selection is the beginning of. Selections of other widths
+            with the same digest are nested. None where nothing is known of it.
     """
 
     job: str
@@ -252,8 +223,11 @@ class Offer(_Message):
     training: BlobRef
     inference: BlobRef
     recipe: dict[str, Any]
+    mask: BlobRef | None = None
+    ranking: str | None = None
 
     kind: ClassVar[str] = "offer"
+    newer: ClassVar[frozenset[str]] = frozenset({"mask", "ranking"})
     checks: ClassVar[Mapping[str, Check]] = {
         **_ASSIGNMENT,
         "seed": _COUNT,
@@ -265,11 +239,13 @@ class Offer(_Message):
         "training": check.blob,
         "inference": check.blob,
         "recipe": check.plain,
+        "mask": check.optional(check.blob),
+        "ranking": check.optional(check.digest),
     }
 
 
 @dataclass(frozen=True)
-class Accepted(_Message):
+class Accepted(CheckedMessage):
     """An update is durable at the server; the device may forget it.
 
     Attributes:
@@ -289,7 +265,7 @@ class Accepted(_Message):
 
 
 @dataclass(frozen=True)
-class Cancelled(_Message):
+class Cancelled(CheckedMessage):
     """A device's part in a round is void; what it does for it is in vain.
 
     Attributes:
@@ -309,7 +285,7 @@ class Cancelled(_Message):
 
 
 @dataclass(frozen=True)
-class Finished(_Message):
+class Finished(CheckedMessage):
     """A job has ended.
 
     Attributes:
@@ -323,7 +299,7 @@ class Finished(_Message):
 
 
 @dataclass(frozen=True)
-class Want(_Message):
+class Want(CheckedMessage):
     """Please send pieces of a blob.
 
     Attributes:
@@ -348,7 +324,7 @@ class Want(_Message):
 
 
 @dataclass(frozen=True)
-class Gone(_Message):
+class Gone(CheckedMessage):
     """The wanted blob is not here (any more).
 
     Attributes:
