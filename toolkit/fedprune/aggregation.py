@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.addition import Addition
 from fedprune.architecture import Architecture, TensorKind, TensorSpec
 from fedprune.coverage import Active, Coverage, partly_active
 from fedprune.deltas import rebased
@@ -38,13 +39,14 @@ from fedprune.layout import places, row_blocks, to_global, to_layout
 from fedprune.movement import Movement, merge_sums
 from fedprune.selection import Selection, Tensors, mesh
 from fedprune.server_step import ServerStep
-from fedprune.tensor_checks import check_model, check_submodel
+from fedprune.tensor_checks import check_counts, check_model, check_submodel
 
 Rule = Literal["coverage", "fill", "zero"]
 
 Float64s = npt.NDArray[np.float64]
 
-MAX_STEPS = 2**31 - 1
+Gate = Callable[[Addition], "Addition | None"]
+"""What every checked update passes before it is added: it may change its tensors, or keep it back."""
 
 
 class Fold:
@@ -93,6 +95,7 @@ class Fold:
         self.evidence = evidence
         self.threads = threads
         self.excluded = frozenset(excluded)
+        self.gate: Gate | None = None
         self._shared = tuple(t for t in architecture.tensors if t.name not in self.excluded)
         pairs = _paired_means(architecture) if pool_variance else {}
         self._means = {v: m for v, m in pairs.items() if not {v, m} & self.excluded}
@@ -158,19 +161,18 @@ class Fold:
             ProtocolError: As `check`, weight or steps are out of range, the mask doesn't fit, or a rebased update is
                 out of bounds.
         """
-        if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= MAX_WEIGHT - self.weight:
-            raise ProtocolError(
-                "weight of an update",
-                expected=f"a whole number from 1 to {MAX_WEIGHT - self.weight} (a fold takes {MAX_WEIGHT} in all)",
-                got=repr(weight),
-            )
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-            raise ProtocolError("steps of an update", expected=f"a whole number from 1 to {MAX_STEPS}", got=repr(steps))
+        check_counts(weight, steps, MAX_WEIGHT - self.weight)
         self.check(selection, submodel)
         active = partly_active(self.architecture, selection, mask, self.excluded)
-        values: Mapping[str, npt.NDArray[Any]] = submodel
         if sent is not None:
             self.check(selection, sent)
+        if self.gate is not None:
+            passed = self.gate(Addition(selection, submodel, weight, steps, mask, sent))
+            if passed is None:
+                return
+            submodel = passed.tensors
+        values: Mapping[str, npt.NDArray[Any]] = submodel
+        if sent is not None:
             bounds = {name: span.bound for name, span in self._spans.items()}
             values = rebased(self.architecture, selection, submodel, sent, self.base, bounds, self.excluded)
         self._coverage.settle(selection)

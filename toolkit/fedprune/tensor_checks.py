@@ -12,8 +12,10 @@ import numpy.typing as npt
 
 from fedprune.architecture import Architecture, TensorKind
 from fedprune.errors import BundleError, ProtocolError
-from fedprune.fixed_point import check_range, magnitude, run_all
+from fedprune.fixed_point import MAX_WEIGHT, check_range, magnitude, run_all
 from fedprune.selection import Selection, Tensors
+
+MAX_STEPS = 2**31 - 1
 
 
 def check_model(architecture: Architecture, base: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
@@ -83,3 +85,24 @@ def check_submodel(
             least = float(submodel[spec.name].min())
             if least < 0:
                 raise ProtocolError(f"values of {spec.name}", expected="variances from 0 up", got=f"{least:g}")
+
+
+def check_counts(weight: object, steps: object, most: int) -> None:
+    """Make sure that an update's weight and steps are counts.
+
+    Args:
+        weight: What it counts for.
+        steps: Optimiser steps behind it.
+        most: Weight that the sum has room for.
+
+    Raises:
+        ProtocolError: One isn't, or is out of range.
+    """
+    if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= most:
+        raise ProtocolError(
+            "weight of an update",
+            expected=f"a whole number from 1 to {most} (a fold takes {MAX_WEIGHT} in all)",
+            got=repr(weight),
+        )
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+        raise ProtocolError("steps of an update", expected=f"a whole number from 1 to {MAX_STEPS}", got=repr(steps))

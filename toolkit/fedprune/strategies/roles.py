@@ -172,10 +172,12 @@ class Closing:
     Attributes:
         model: The next global model.
         memories: What is to be remembered.
+        rejected: Devices whose updates were left out after all, because they stand out among the others, and why.
     """
 
     model: Tensors
     memories: Memories = field(default_factory=dict)
+    rejected: Mapping[str, str] = field(default_factory=dict)
 
 
 class Scorer(Protocol):
