@@ -96,6 +96,12 @@ class Part:
     samples: int
     past: Past | None
 
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Part:
+        """From JSON."""
+        past = None if body["past"] is None else Past.from_dict(body["past"])
+        return cls(**{**body, "widths": tuple(body["widths"]), "past": past})
+
 
 @dataclass(frozen=True)
 class Extract:
@@ -169,6 +175,13 @@ class Contribution:
     weight: int
     steps: int
     widths: tuple[int, ...] | None = None
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Contribution:
+        """From JSON, as `dataclasses.asdict` writes it."""
+        widths = None if body["widths"] is None else tuple(body["widths"])
+        part = {"basis": Basis.from_dict(body["basis"]), "part": Part.from_dict(body["part"])}
+        return cls(**{**body, **part, "widths": widths})
 
 
 @dataclass(frozen=True)

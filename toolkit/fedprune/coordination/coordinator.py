@@ -11,26 +11,15 @@ import math
 from functools import singledispatchmethod
 from typing import Any
 
-from fedprune.architecture import Architecture
 from fedprune.chance import keyed
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.planning import Planner
-from fedprune.coordination.state import Device, Phase, Progress, State, Task
+from fedprune.coordination.desk import LATE, Commands, Desk, based, steps_of
+from fedprune.coordination.state import Phase, Progress, Task
 from fedprune.fixed_point import MAX_WEIGHT
-from fedprune.job import Job
-from fedprune.recipe import Recipe
-from fedprune.strategies import compose
-
-Commands = list[do.Command]
-
-MAX_FAILURES = 3
-"""A device that refuses so many offers in a row, or whose updates don't count, is left out until it connects again."""
-
-_LATE = "the deadline has passed"
 
 
-class Coordinator:
+class Coordinator(Desk):
     """Synchronous rounds with a deadline over a changing fleet.
 
     A round: wait for enough devices, rank the channels, extract a submodel for every chosen device, offer it, collect
@@ -44,23 +33,8 @@ class Coordinator:
         state: Where to go on; for a new job `State(model=digest of the initial weights)`.
     """
 
-    def __init__(self, job: Job, architecture: Architecture, state: State) -> None:
-        self.job = job
-        self.architecture = architecture
-        self.state = state
-        self.strategy = compose(job)
-        self._planner = Planner(job, architecture)
-
     def handle(self, event: on.Event, now: float) -> Commands:
-        """Take in one event and say what to do.
-
-        Args:
-            event: What happened.
-            now: The shell's clock, in seconds.
-
-        Returns:
-            Commands in the order in which they should start.
-        """
+        """Take in one event and say what to do."""
         return self._on(event, now)
 
     def resume(self, now: float) -> Commands:
@@ -70,22 +44,21 @@ class Coordinator:
         changed; a round's deadline starts anew.
         """
         state = self.state
-        for device in state.devices.values():
-            device.online = False
-            self._planner.plan(device)
+        self._all_gone()
         if state.phase is Phase.SCORING:
             return self._rescore(now)
         if state.phase is Phase.TRAINING:
             state.deadline = None
             commands: Commands = self._start_clock(now)
             for name, task in sorted(state.tasks.items()):
+                task.offered_at = None
                 if task.progress is Progress.EXTRACTING:
                     commands.append(self._extract(name, task))
                 elif task.progress is Progress.PULLING and task.update is not None:
                     # The announcement will be repeated, too; pulling is resumed from what is on disk.
                     commands.append(do.PullUpdate(name, state.round, task.attempt, task.update))
                 elif task.progress in (Progress.STORED, Progress.FOLDED):
-                    commands.append(self._fold(name, task))
+                    commands.append(self._fold(name, task, task.weight))
             return commands
         if state.phase is Phase.CLOSING:
             return [self._close()]
@@ -104,14 +77,8 @@ class Coordinator:
     @_on.register
     def _born(self, event: on.DeviceBorn, now: float) -> Commands:
         state = self.state
-        known = state.devices.get(event.device)
-        if known is not None and known.online and event.session < known.session:
-            # An announcement of an earlier connection, delivered late. Of a device that is gone it is believed: one
-            # that lost its memory counts its connections anew.
+        if not self._admit(event):
             return []
-        device = Device(event.session, True, event.profile, event.probe, event.samples)
-        self._planner.replace(known, device)
-        state.devices[event.device] = device
         commands: Commands = []
         task = state.tasks.get(event.device)
         if state.phase is Phase.TRAINING and task is not None and task.progress is Progress.OFFERED and task.offer:
@@ -121,11 +88,8 @@ class Coordinator:
         return commands + self._begin(now)
 
     @_on.register
-    def _died(self, event: on.DeviceDied, now: float) -> Commands:
-        device = self.state.devices.get(event.device)
-        if device is not None and device.session == event.session:
-            device.online = False
-        return []
+    def _gone(self, event: on.DeviceDied, now: float) -> Commands:
+        return self._died(event)
 
     # A round begins.
 
@@ -137,24 +101,23 @@ class Coordinator:
         if len(ready) < self.job.devices:
             return []
         state.round += 1
+        self.allocator.open(self.fleet)
         state.tasks = self._tasks(ready, attempt=1)
         state.phase = Phase.SCORING
         state.ranking = state.order = None
         state.deadline = None
         return self._score()
 
-    def _ready(self) -> list[str]:
-        return sorted(n for n, d in self.state.devices.items() if d.online and not d.excluded)
-
     def _tasks(self, ready: list[str], attempt: int) -> dict[str, Task]:
         """Parts for a keyed share of the devices, each with its widths and weight of now."""
-        share = 1.0 if self.state.round <= self.strategy.explores else self.job.participation
+        share = self.schedule.participation or self.job.participation
+        if self.state.round <= self.strategy.explores:
+            share = 1.0
         count = max(1, math.ceil(share * len(ready) - 1e-9))
         order = keyed(self.job.seed, self.state.round, "participation").permutation(len(ready))
         chosen = {n: self.state.devices[n] for n in sorted(ready[i] for i in order[:count])}
         # Decided before any update is in: neither the order of arrival nor an update's own word changes what counts.
-        uniform = self.strategy.aggregator.weighting == "uniform"
-        counts = {n: 1 if uniform else d.samples for n, d in chosen.items()}
+        counts = {n: 1 if self.uniform else d.samples for n, d in chosen.items()}
         total = sum(counts.values())
         return {
             n: Task(
@@ -194,20 +157,13 @@ class Coordinator:
         state.phase = Phase.TRAINING
         return [self._extract(n, t) for n, t in sorted(state.tasks.items())]
 
-    def _extract(self, name: str, task: Task) -> do.Extract:
-        return do.Extract(self._basis(), _part(name, task))
-
-    def _basis(self) -> do.Basis:
-        state = self.state
-        return do.Basis(state.round, state.model, state.ranking or "", state.order, dict(state.memory))
-
     @_on.register
     def _extracted(self, event: on.Extracted, now: float) -> Commands:
         task = self._task(event, Progress.EXTRACTING)
         if task is None:
             return []
         task.offer = event.offer
-        task.progress = Progress.OFFERED
+        task.progress, task.offered_at = Progress.OFFERED, now
         return [do.SendOffer(event.device, event.round, event.attempt, event.offer), *self._start_clock(now)]
 
     def _start_clock(self, now: float) -> Commands:
@@ -215,7 +171,7 @@ class Coordinator:
         state = self.state
         if state.deadline is not None or any(t.progress is Progress.EXTRACTING for t in state.tasks.values()):
             return []
-        state.deadline = now + self.job.deadline_s
+        state.deadline = now + self.deadline_s
         return [do.Wake(state.deadline)]
 
     # Updates come in.
@@ -225,7 +181,7 @@ class Coordinator:
         state = self.state
         task = state.tasks.get(event.device)
         late = event.round != state.round or state.phase not in (Phase.SCORING, Phase.TRAINING)
-        if task is not None and event.round == state.round and event.attempt == task.attempt and _based(event, task):
+        if task is not None and event.round == state.round and event.attempt == task.attempt and based(event, task):
             if task.progress in (Progress.STORED, Progress.FOLDED):
                 return [do.Acknowledge(event.device, event.round, event.attempt, task.weights)]
             if task.progress is Progress.PULLING and not late:
@@ -233,8 +189,7 @@ class Coordinator:
             if task.progress is Progress.OFFERED and not late:
                 task.progress = Progress.PULLING
                 task.update = event.weights
-                recipe = Recipe.from_dict((task.offer or {})["recipe"])
-                task.steps = max(1, min(event.steps, recipe.steps(task.samples)))
+                task.steps = steps_of(event, task)
                 task.metrics = dict(event.metrics)
                 return [do.PullUpdate(event.device, event.round, event.attempt, event.weights)]
             if task.progress is Progress.REFUSED:
@@ -251,9 +206,10 @@ class Coordinator:
             return []
         task.progress = Progress.STORED
         task.weights = event.weights
+        task.seconds = None if task.offered_at is None else now - task.offered_at
         return [
             do.Acknowledge(event.device, event.round, event.attempt, event.weights),
-            self._fold(event.device, task),
+            self._fold(event.device, task, task.weight),
         ]
 
     @_on.register
@@ -263,7 +219,7 @@ class Coordinator:
             return []
         task.progress = Progress.FOLDED
         self.state.devices[event.device].failures = 0
-        self._planner.learn(self.state.devices[event.device], task)
+        self.allocator.learn(self.fleet, event.device, task, task.seconds)
         return self._close_if_complete(now)
 
     @_on.register
@@ -282,12 +238,7 @@ class Coordinator:
     def _give_up(self, name: str, task: Task | None, reason: str, now: float) -> Commands:
         if task is None:
             return []
-        task.progress = Progress.REFUSED
-        task.reason = reason
-        device = self.state.devices[name]
-        device.failures += 1
-        if device.failures >= MAX_FAILURES:
-            device.excluded = f"{device.failures} rounds in a row without an update that counts, lastly: {reason}"
+        self._fail(name, task, reason)
         return self._close_if_complete(now)
 
     def _task(
@@ -322,11 +273,11 @@ class Coordinator:
         number = state.round
         for _, task in late:
             task.progress = Progress.REFUSED
-            task.reason = _LATE
+            task.reason = LATE
         commands = self._close_if_complete(now)
         # Whoever is asked once more gets an offer instead: if that is the same work, it goes on where it is.
         again = {c.part.device for c in commands if isinstance(c, do.Extract)}
-        return [*(do.Cancel(n, number, t.attempt, _LATE) for n, t in late if n not in again), *commands]
+        return [*(do.Cancel(n, number, t.attempt, LATE) for n, t in late if n not in again), *commands]
 
     def _close_if_complete(self, now: float) -> Commands:
         state = self.state
@@ -354,28 +305,10 @@ class Coordinator:
         state.tasks = self._tasks(ready, attempt)
         return [self._extract(n, t) for n, t in sorted(state.tasks.items())]
 
-    def _contribution(self, name: str, task: Task) -> do.Contribution:
-        offer = task.offer or {}
-        mask = offer.get("mask")
-        return do.Contribution(
-            self._basis(),
-            _part(name, task),
-            offer["weights"]["sha256"],
-            mask["sha256"] if mask else None,
-            task.weights,
-            task.weight,
-            task.steps,
-            tuple(offer["widths"]),
-        )
-
-    def _fold(self, name: str, task: Task) -> do.Fold:
-        state = self.state
-        return do.Fold(state.round, state.model, dict(state.memory), self._contribution(name, task))
-
     def _close(self) -> do.Close:
         state = self.state
         done = {n: t for n, t in sorted(state.tasks.items()) if t.progress is Progress.FOLDED}
-        parts = tuple(self._contribution(n, t) for n, t in done.items())
+        parts = tuple(self._contribution(n, t, t.weight) for n, t in done.items())
         return do.Close(state.round, state.model, dict(state.memory), tuple(done), parts)
 
     @_on.register
@@ -383,22 +316,12 @@ class Coordinator:
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round:
             return []
-        if self.strategy.keeps_past:
-            self._remember()
+        for name, task in state.tasks.items():
+            if task.progress is Progress.FOLDED:
+                self._keep_past(name, task)
         state.model, state.memory = event.model, dict(event.memory)
         state.phase = Phase.EVALUATING
         return [do.Evaluate(state.round, state.model)]
-
-    def _remember(self) -> None:
-        """Keep what each device handed in, for strategies that go on from there."""
-        state = self.state
-        for name, task in state.tasks.items():
-            if task.progress is Progress.FOLDED:
-                mask = (task.offer or {}).get("mask")
-                past = do.Past(
-                    state.round, task.weights, state.ranking or "", task.widths, mask["sha256"] if mask else None
-                )
-                state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
     @_on.register
     def _evaluated(self, event: on.Evaluated, now: float) -> Commands:
@@ -406,7 +329,8 @@ class Coordinator:
         if state.phase is not Phase.EVALUATING or event.round != state.round:
             return []
         state.history.append(self._summary(event.metrics, now))
-        if state.round >= self.job.rounds:
+        self.allocator.review(self.fleet, event.metrics)
+        if self._last():
             state.phase = Phase.FINISHED
             return [do.Finish(state.model)]
         state.phase = Phase.WAITING
@@ -421,16 +345,6 @@ class Coordinator:
             "metrics": dict(metrics),
             "devices": {n: t.summary() for n, t in sorted(state.tasks.items())},
         }
-
-
-def _part(name: str, task: Task) -> do.Part:
-    past = None if task.past is None else do.Past.from_dict(task.past)
-    return do.Part(name, task.attempt, task.widths, task.density, task.samples, past)
-
-
-def _based(event: on.UpdateAnnounced, task: Task) -> bool:
-    """Whether an update was trained from the weights of this task's offer, and not in an earlier run of the job."""
-    return task.offer is not None and event.base == task.offer["weights"]["sha256"]
 
 
 def _weight(samples: int, total: int, devices: int) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from fedprune.allocation import Fleet
 from fedprune.architecture import Architecture, widths_at
 from fedprune.coordination.state import Device, Task
 from fedprune.errors import FedpruneError, PlanError
@@ -33,10 +36,10 @@ class Planner:
         A device that only its own rounds make look too slow is planned without what they taught: it delivered, and one
         bad round must not shut it out for good.
         """
-        device.plan, device.widths, device.excluded = None, (), ""
+        device.plan, device.widths, device.density, device.excluded = None, (), 1.0, ""
         try:
             if self.job.density:
-                device.widths = widths_at(self.architecture, self.job.density)
+                device.widths, device.density = widths_at(self.architecture, self.job.density), self.job.density
                 return
             learnt = Correction(**device.correction)
             try:
@@ -60,7 +63,7 @@ class Planner:
             device.correction = known.correction
         said = (device.profile, device.probe, device.samples)
         if known is not None and known.widths and (known.profile, known.probe, known.samples) == said:
-            device.plan, device.widths = known.plan, known.widths
+            device.plan, device.widths, device.density = known.plan, known.widths, known.density
         else:
             self.plan(device)
 
@@ -91,6 +94,37 @@ class Planner:
             probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
             correction=correction,
         )
+
+
+class Planned:
+    """The allocator of jobs whose strategy has none: the planner.
+
+    Args:
+        planner: The job's.
+    """
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner = planner
+
+    def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
+        """Plan a device."""
+        self._planner.replace(known, fleet.state.devices[name])
+
+    def open(self, fleet: Fleet) -> bool:
+        """Nothing changes when a round begins."""
+        return False
+
+    def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
+        """Let a round's own times correct the predicted ones."""
+        self._planner.learn(fleet.state.devices[name], task)
+
+    def review(self, fleet: Fleet, metrics: Mapping[str, float]) -> bool:
+        """Nothing changes when a round ends."""
+        return False
+
+    def done(self, fleet: Fleet) -> bool:
+        """The job runs its rounds."""
+        return False
 
 
 def _table(device: Device) -> object:

@@ -57,6 +57,8 @@ class Device:
         density: Share of the model that it was given; 1 where the planner chose widths group by group.
         past: Its last counted update (`fedprune.coordination.commands.Past`), where the strategy keeps that.
         allocation: What the strategy's allocator remembers of it.
+        buffer: Asynchronous jobs: its last counted update (`fedprune.coordination.commands.Contribution`) where the
+            schedule keeps that, and what it counted for.
     """
 
     session: int
@@ -72,11 +74,12 @@ class Device:
     density: float = 1.0
     past: dict[str, Any] | None = None
     allocation: dict[str, Any] = field(default_factory=dict)
+    buffer: dict[str, Any] | None = None
 
 
 @dataclass
 class Task:
-    """One device's part in the current round.
+    """One device's part: in the current round or, in an asynchronous job, in the round that it was offered in.
 
     Attributes:
         attempt: Counts how often the round was offered.
@@ -92,6 +95,11 @@ class Task:
         metrics: What the device measured.
         reason: Why it was refused.
         past: The device's last counted update when the part began.
+        basis: Asynchronous jobs: what it was cut from (`fedprune.coordination.commands.Basis`); else the state says it.
+        offered_at: When it was offered first, on the shell's clock; None before, and where a restart lies between.
+        seconds: How long it took from then until its update was here.
+        arrived_at: Asynchronous jobs: when its update was here.
+        deadline: Asynchronous jobs: when it is late or, if it was refused, when it may be tried again.
     """
 
     attempt: int
@@ -107,6 +115,11 @@ class Task:
     metrics: dict[str, float] = field(default_factory=dict)
     reason: str = ""
     past: dict[str, Any] | None = None
+    basis: dict[str, Any] | None = None
+    offered_at: float | None = None
+    seconds: float | None = None
+    arrived_at: float | None = None
+    deadline: float | None = None
 
     def summary(self) -> dict[str, Any]:
         """What a finished round keeps of it, as JSON."""
@@ -136,6 +149,10 @@ class State:
         memory: Digests of what the strategy's roles remember, by name.
         allocation: What the strategy's allocator remembers of the fleet.
         deadline: When the current round stops waiting, on the shell's clock.
+        opened: Asynchronous jobs: when the current round began to collect.
+        closing: Asynchronous jobs: what enters the sums that are being closed: which updates for the first time, what
+            each counts for, and how far the sums move the model.
+        wake: Asynchronous jobs: the next time that the shell was asked for.
         history: One summary per finished round.
     """
 
@@ -149,30 +166,44 @@ class State:
     memory: dict[str, str] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
     deadline: float | None = None
+    opened: float | None = None
+    closing: dict[str, Any] | None = None
+    wake: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def references(self) -> set[str]:
         """Digests of the blobs that this state needs."""
         found = {self.model, self.ranking, self.order, *self.memory.values()}
         for device in self.devices.values():
-            found |= _named(device.past)
+            found |= _named(device.past) | _contributed((device.buffer or {}).get("contribution"))
         for task in self.tasks.values():
-            found |= {task.weights} | _named(task.past)
+            found |= {task.weights} | _named(task.past) | _cut_from(task.basis)
             for value in (task.offer or {}).values():
                 if isinstance(value, dict) and isinstance(value.get("sha256"), str):
                     found.add(value["sha256"])
         return {d for d in found if d}
+
+    def round_of(self, task: Task) -> int:
+        """The round that a part was offered in."""
+        return self.round if task.basis is None else int(task.basis["round"])
 
     def score_anew(self) -> None:
         """Drop the ranking; a round that has begun with it starts anew, under the next attempt number.
 
         What devices have trained of it no longer counts: it is of channels that the old ranking chose.
         """
-        self.ranking = self.order = None
-        if self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):
+        self.ranking = self.order = self.closing = None
+        for device in self.devices.values():
+            device.past = device.buffer = None
+        if any(t.basis is not None for t in self.tasks.values()):
+            for task in self.tasks.values():
+                task.progress, task.reason, task.past, task.deadline = Progress.REFUSED, "ranked anew", None, None
+            if self.phase in (Phase.TRAINING, Phase.CLOSING):
+                self.phase, self.deadline = Phase.SCORING, None
+        elif self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):
             self.phase, self.deadline = Phase.SCORING, None
             self.tasks = {
-                n: Task(t.attempt + 1, t.widths, t.density, samples=t.samples, weight=t.weight, past=t.past)
+                n: Task(t.attempt + 1, t.widths, t.density, samples=t.samples, weight=t.weight)
                 for n, t in self.tasks.items()
             }
 
@@ -211,3 +242,19 @@ class State:
 def _named(past: dict[str, Any] | None) -> set[str]:
     """Digests that a past update refers to."""
     return {past[k] for k in ("weights", "ranking", "mask") if past[k]} if past else set()
+
+
+def _cut_from(basis: dict[str, Any] | None) -> set[str]:
+    """Digests of what a part was cut from."""
+    return {basis["model"], basis["ranking"], basis["order"], *basis["memory"].values()} if basis else set()
+
+
+def _contributed(update: dict[str, Any] | None) -> set[str]:
+    """Digests that a kept update refers to."""
+    if update is None:
+        return set()
+    return (
+        {update["sent"], update["mask"], update["weights"]}
+        | _cut_from(update["basis"])
+        | _named(update["part"]["past"])
+    )

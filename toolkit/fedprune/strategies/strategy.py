@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from fedprune.allocation import Allocator
+from fedprune.schedule import Schedule
 from fedprune.strategies.roles import Aggregator, Extractor, Objective, Personaliser, Scorer
 
 
@@ -31,7 +32,7 @@ class Strategy:
     aggregator: Aggregator
     personaliser: Personaliser
     objective: Objective
-    allocator: Any = None
-    schedule: Any = None
+    allocator: Allocator | None = None
+    schedule: Schedule | None = None
     explores: int = 0
     keeps_past: bool = False

@@ -1,0 +1,175 @@
+"""What coordinators of synchronous and of asynchronous jobs have in common: the fleet, and words about single parts."""
+
+from __future__ import annotations
+
+from fedprune.allocation import Allocator, Fleet
+from fedprune.architecture import Architecture
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coordination.planning import Planned, Planner
+from fedprune.coordination.state import Device, Progress, State, Task
+from fedprune.errors import ConfigError
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune.schedule import SYNCHRONOUS
+from fedprune.strategies import compose
+
+Commands = list[do.Command]
+
+MAX_FAILURES = 3
+"""A device that refuses so many offers in a row, or whose updates don't count, is left out until it connects again."""
+
+LATE = "the deadline has passed"
+
+
+class Desk:
+    """The part of a coordinator that knows of no rounds.
+
+    Args:
+        job: The job's settings.
+        architecture: The global model's architecture.
+        state: Where to go on; for a new job `State(model=digest of the initial weights)`.
+
+    Raises:
+        ConfigError: The job's strategy or its options are wrong.
+    """
+
+    def __init__(self, job: Job, architecture: Architecture, state: State) -> None:
+        self.job = job
+        self.architecture = architecture
+        self.state = state
+        self.strategy = compose(job)
+        self.schedule = self.strategy.schedule or SYNCHRONOUS
+        self.allocator: Allocator = self.strategy.allocator or Planned(Planner(job, architecture))
+        self.fleet = Fleet(job, architecture, state)
+        if self.schedule.asynchronous and self.strategy.explores:
+            raise ConfigError(
+                f"strategy {self.strategy.name}: rounds of exploration ask all devices at once",
+                expected="a synchronous schedule",
+                got="an asynchronous one",
+            )
+
+    def handle(self, event: on.Event, now: float) -> Commands:
+        """Take in one event and say what to do.
+
+        Args:
+            event: What happened.
+            now: The shell's clock, in seconds.
+
+        Returns:
+            Commands in the order in which they should start.
+        """
+        raise NotImplementedError
+
+    def resume(self, now: float) -> Commands:
+        """What to do after the state was loaded: everything that may have been under way when the last shell ended.
+
+        All devices count as offline until they announce themselves again, and are given their share of the model anew,
+        since settings may have changed; deadlines start anew.
+        """
+        raise NotImplementedError
+
+    @property
+    def deadline_s(self) -> float:
+        """Seconds that a device has for its part."""
+        return self.schedule.deadline_s or self.job.deadline_s
+
+    @property
+    def uniform(self) -> bool:
+        """Whether devices count alike, whatever their samples."""
+        return self.strategy.aggregator.weighting == "uniform"
+
+    def _admit(self, event: on.DeviceBorn) -> bool:
+        """Take in an announcement; False for one of an earlier connection, delivered late.
+
+        Of a device that is gone it is believed: one that lost its memory counts its connections anew.
+        """
+        state = self.state
+        known = state.devices.get(event.device)
+        if known is not None and known.online and event.session < known.session:
+            return False
+        device = Device(event.session, True, event.profile, event.probe, event.samples)
+        if known is not None:
+            device.past, device.allocation, device.buffer = known.past, known.allocation, known.buffer
+        state.devices[event.device] = device
+        self.allocator.admit(self.fleet, event.device, known)
+        return True
+
+    def _died(self, event: on.DeviceDied) -> Commands:
+        device = self.state.devices.get(event.device)
+        if device is not None and device.session == event.session:
+            device.online = False
+        return []
+
+    def _all_gone(self) -> None:
+        """After a restart: nobody is there until it says so, and settings may have changed."""
+        for name, device in self.state.devices.items():
+            device.online, device.excluded = False, ""
+            self.allocator.admit(self.fleet, name, None)
+
+    def _ready(self) -> list[str]:
+        return sorted(n for n, d in self.state.devices.items() if d.online and not d.excluded)
+
+    def _basis(self) -> do.Basis:
+        state = self.state
+        return do.Basis(state.round, state.model, state.ranking or "", state.order, dict(state.memory))
+
+    def _extract(self, name: str, task: Task) -> do.Extract:
+        return do.Extract(self._basis_of(task), part_of(name, task))
+
+    def _basis_of(self, task: Task) -> do.Basis:
+        return self._basis() if task.basis is None else do.Basis.from_dict(task.basis)
+
+    def _contribution(self, name: str, task: Task, weight: int) -> do.Contribution:
+        offer = task.offer or {}
+        mask = offer.get("mask")
+        return do.Contribution(
+            self._basis_of(task),
+            part_of(name, task),
+            offer["weights"]["sha256"],
+            mask["sha256"] if mask else None,
+            task.weights,
+            weight,
+            task.steps,
+            tuple(offer["widths"]),
+        )
+
+    def _fold(self, name: str, task: Task, weight: int) -> do.Fold:
+        state = self.state
+        return do.Fold(state.round, state.model, dict(state.memory), self._contribution(name, task, weight))
+
+    def _keep_past(self, name: str, task: Task) -> None:
+        """Keep what a device handed in, for strategies that go on from there."""
+        if self.strategy.keeps_past:
+            basis, mask = self._basis_of(task), (task.offer or {}).get("mask")
+            past = do.Past(basis.round, task.weights, basis.ranking, task.widths, mask["sha256"] if mask else None)
+            self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
+
+    def _fail(self, name: str, task: Task, reason: str) -> None:
+        """A device's part came to nothing by its own fault."""
+        task.progress, task.reason = Progress.REFUSED, reason
+        device = self.state.devices[name]
+        device.failures += 1
+        if device.failures >= MAX_FAILURES:
+            device.excluded = f"{device.failures} rounds in a row without an update that counts, lastly: {reason}"
+
+    def _last(self) -> bool:
+        """Whether the job ends with the round that has just ended."""
+        return self.state.round >= self.job.rounds or self.allocator.done(self.fleet)
+
+
+def part_of(name: str, task: Task) -> do.Part:
+    """A part as the worker needs to know it."""
+    past = None if task.past is None else do.Past.from_dict(task.past)
+    return do.Part(name, task.attempt, task.widths, task.density, task.samples, past)
+
+
+def based(event: on.UpdateAnnounced, task: Task) -> bool:
+    """Whether an update was trained from the weights of this task's offer, and not in an earlier run of the job."""
+    return task.offer is not None and event.base == task.offer["weights"]["sha256"]
+
+
+def steps_of(event: on.UpdateAnnounced, task: Task) -> int:
+    """Optimiser steps behind an update: its own word, as far as its recipe allows it."""
+    recipe = Recipe.from_dict((task.offer or {})["recipe"])
+    return max(1, min(event.steps, recipe.steps(task.samples)))
