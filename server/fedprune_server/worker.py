@@ -20,6 +20,7 @@ from fedprune.aggregation import Fold
 from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.element_order import magnitudes, threshold
 from fedprune.errors import BundleError, FedpruneError, StorageError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
@@ -127,9 +128,7 @@ class Worker:
     def _extract(self, command: do.Extract) -> on.Extracted:
         part, cut = command.part, self._cut(command.basis, command.part)
         submodel = self.strategy.personaliser.personalise(cut, self.strategy.extractor.extract(cut))
-        recipe = self._recipe(cut.turn)
-        if submodel.mask is not None and recipe.mask == "none":
-            recipe = replace(recipe, mask="hard")
+        recipe = _masked(self._recipe(cut.turn), submodel)
         offer = {
             "seed": self.job.seed,
             "architecture": self.architecture.digest,
@@ -237,7 +236,7 @@ class Worker:
 
         memories = self.strategy.scorer.learn(scene, fold, reports)
         model = command.model
-        if command.round > self.strategy.explores:
+        if command.round > self.strategy.explores or self.strategy.explorers_count:
             closing = self.strategy.aggregator.close(
                 fold, scene, command.rate, lambda: ((r, self._lifted(r)) for r in reports())
             )
@@ -306,6 +305,16 @@ class Worker:
             return logits
 
         return run
+
+
+def _masked(recipe: Recipe, submodel: Submodel) -> Recipe:
+    """The recipe for a submodel's mask: it stays or, if the objective says so, is where sizes reach its least."""
+    if submodel.mask is None:
+        return recipe
+    if recipe.mask == "threshold":
+        least = threshold(magnitudes(submodel.tensors, submodel.mask.active), submodel.mask)
+        return replace(recipe, mask_threshold=least)
+    return replace(recipe, mask="hard")
 
 
 def _gathered(selection: Selection, model: Tensors, names: frozenset[str]) -> Tensors:

@@ -23,6 +23,7 @@ class Strategy:
         allocator: Who gets how much of the model; None leaves it to the planner, or to the job's `density`.
         schedule: When offers go out and rounds close; None for synchronous rounds.
         explores: In so many first rounds every device is asked, and the scorer learns, but the model doesn't move.
+        explorers_count: Whether the model becomes the aggregate of those rounds all the same.
         keeps_past: Whether a device's last counted update is kept, for roles that go on from there (`Cut.past`).
     """
 
@@ -35,4 +36,5 @@ class Strategy:
     allocator: Allocator | None = None
     schedule: Schedule | None = None
     explores: int = 0
+    explorers_count: bool = False
     keeps_past: bool = False
