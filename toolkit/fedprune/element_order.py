@@ -7,7 +7,7 @@ have exactly as many elements as was asked for. +∞ marks what every mask keeps
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -23,17 +23,17 @@ _HAIR = 1e-6
 """What a product of a density and a number of elements may lack to the whole number that is meant."""
 
 
-def prunable(architecture: Architecture, *, vectors: bool = False) -> tuple[str, ...]:
+def prunable(architecture: Architecture, more: Collection[TensorKind] = ()) -> tuple[str, ...]:
     """Names of the tensors whose elements can be masked: the weights of layers.
 
     Args:
         architecture: The model.
-        vectors: Biases, the vectors of norms and weights outside layers, too: all that is trained.
+        more: Kinds of tensors that can be masked, too, such as biases.
     """
-    if vectors:
-        return tuple(t.name for t in architecture.trainable)
     layers = {n.weight for n in architecture.layers if n.weight}
-    return tuple(t.name for t in architecture.tensors if t.kind is TensorKind.WEIGHT and t.name in layers)
+    return tuple(
+        t.name for t in architecture.trainable if t.kind in more or (t.kind is TensorKind.WEIGHT and t.name in layers)
+    )
 
 
 def magnitudes(tensors: Mapping[str, Floats], names: Iterable[str]) -> Tensors:

@@ -1,0 +1,153 @@
+"""How important single elements are: squared gradients that devices report, sizes, or what the server saw move.
+
+Importances and masks are PR-FL's (arXiv 2403.15439), the third kind is FedGMR's (arXiv 2512.05372);
+`docs/strategies/pr-fl.md` says where the sources are silent and how they are read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.aggregation import Fold
+from fedprune.element_order import magnitudes, prunable, with_floors
+from fedprune.errors import ConfigError, shown
+from fedprune.scoring import ordered, ranks
+from fedprune.selection import Tensors, mesh
+from fedprune.strategies.roles import Memories, Memory, Ranking, Report, Scene
+
+Floats = npt.NDArray[np.float32]
+
+Kind = Literal["squares", "size", "taylor"]
+
+ORDER = "order"
+"""Memory: the order of elements that holds until the next interval ends."""
+
+STORE = "importance"
+"""Memory: importances as far as they are known (0 where not)."""
+
+SUM, COUNT = "importance/sum", "importance/count"
+"""Memory: what devices reported since the last interval ended, and how many reported something of each element."""
+
+BEFORE = "importance/before"
+"""Memory: the model when the last interval ended."""
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Ranks elements anew every so many rounds; in between masks change with densities alone.
+
+    Attributes:
+        kind: `squares`: the squared gradients of devices' last steps, which the recipe's `report_squares` asks for,
+            stretched over all tensors of a device from 0 to 1, and averaged over the devices that reported something
+            other than 0. What an interval brings replaces what was known before. Elements of which nothing is known
+            come by |w|, times the least that is known of their tensor (PR-FL). `size`: |w|. `taylor`: |(w − w') · w|,
+            with w' the model an interval before: what the loss would lose, to first order (FedGMR's `wg`).
+        interval: Rounds between two orders.
+        floor: Share of every tensor, by |w|, that every mask keeps.
+    """
+
+    kind: Kind = "squares"
+    interval: int = 50
+    floor: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ConfigError("kind of importance", expected=" or ".join(get_args(Kind)), got=shown(self.kind))
+        if self.interval < 1:
+            raise ConfigError("interval of importances", expected="1 round or more", got=self.interval)
+        if not 0 <= self.floor <= 1:
+            raise ConfigError("floor of element masks", expected="from 0 to 1", got=self.floor)
+
+    @property
+    def observes(self) -> bool:
+        """The fold's movements aren't needed."""
+        return False
+
+    def rank(self, scene: Scene) -> Ranking:
+        """Channels in their own order, and the order of elements that holds."""
+        known = scene.memory.get(ORDER)
+        order = self._order(scene, _store(scene.memory)) if known is None else dict(known)
+        return Ranking(ranks(ordered(scene.architecture)), order)
+
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+        """What devices reported; where an interval ends, the next order."""
+        out: Memories = {}
+        over, first = scene.round % self.interval == 0, ORDER not in scene.memory
+        sums, counts = _gathered(scene, reports()) if self.kind == "squares" else ({}, {})
+        store = _store(scene.memory)
+        if over:
+            store = self._known(scene, store, sums, counts)
+            sums, counts = {}, {}
+        if self.kind == "squares":
+            out |= {STORE: store, SUM: sums, COUNT: counts} if over else {SUM: sums, COUNT: counts}
+        if self.kind == "taylor" and (over or first):
+            out |= {STORE: store, BEFORE: {n: scene.model[n] for n in prunable(scene.architecture)}}
+        if over or first:
+            out[ORDER] = self._order(scene, store)
+        return out
+
+    def _known(self, scene: Scene, store: Tensors, sums: Tensors, counts: Tensors) -> Tensors:
+        """Importances at the end of an interval."""
+        if self.kind == "taylor":
+            before = scene.memory.get(BEFORE)
+            if before is None:
+                return store
+            names = prunable(scene.architecture)
+            return {n: np.abs((scene.model[n] - before[n]) * scene.model[n]) for n in names}
+        out = dict(store)
+        for name, total in sums.items():
+            mean = total / np.maximum(counts[name], 1)
+            out[name] = np.where(mean > 0, mean, store.get(name, np.zeros_like(mean))).astype(np.float32)
+        return out
+
+    def _order(self, scene: Scene, store: Tensors) -> Tensors:
+        size = magnitudes(scene.model, prunable(scene.architecture))
+        order = size if self.kind == "size" else {n: _filled(v, store.get(n), _least(store)) for n, v in size.items()}
+        return with_floors(order, scene.model, self.floor)
+
+
+def _filled(size: Floats, known: Floats | None, least: float) -> Floats:
+    """Importances of a tensor; where there is none, |w| times the least of the tensor or, without any, of the model."""
+    if known is None:
+        return (size * np.float32(least)).astype(np.float32)
+    positive = known[known > 0]
+    unit = positive.min() if positive.size else np.float32(least)
+    return np.where(known > 0, known, size * unit).astype(np.float32)
+
+
+def _least(store: Tensors) -> float:
+    """The least importance above 0 of all; 1 where there is none."""
+    found = [float(v[v > 0].min()) for v in store.values() if (v > 0).any()]
+    return min(found, default=1.0)
+
+
+def _store(memory: Memory) -> Tensors:
+    return dict(memory.get(STORE, {}))
+
+
+def _gathered(scene: Scene, reports: Iterator[Report]) -> tuple[Tensors, Tensors]:
+    """Sums and counts of the interval, with those of this round's reports."""
+    names = prunable(scene.architecture)
+    shapes = {n: scene.architecture.by_name[n].shape for n in names}
+    known = {k: scene.memory.get(k, {}) for k in (SUM, COUNT)}
+    sums, counts = ({n: np.array(known[k].get(n, np.zeros(shapes[n], np.float32))) for n in names} for k in known)
+    for report in reports:
+        trained = report.trained
+        if not report.squares:
+            continue
+        parts = {n: v.astype(np.float64) for n, v in report.squares.items()}
+        low, high = min(float(v.min()) for v in parts.values()), max(float(v.max()) for v in parts.values())
+        if not high > low:
+            continue
+        for name in names:
+            if name in parts:
+                at = mesh(trained.selection.maps(name))
+                share = (parts[name] - low) / (high - low)
+                sums[name][at] += share.astype(np.float32)
+                counts[name][at] += share > 0
+    return sums, counts
