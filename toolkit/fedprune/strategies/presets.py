@@ -9,6 +9,9 @@ from pathlib import Path
 
 from fedprune.errors import ConfigError, FedpruneError
 from fedprune.job import Job
+from fedprune.strategies.autoflip import autoflip
+from fedprune.strategies.fedobp import fedobp
+from fedprune.strategies.fiarse import fiarse
 from fedprune.strategies.plain import plain
 from fedprune.strategies.strategy import Strategy
 
@@ -16,6 +19,9 @@ Preset = Callable[[Job], Strategy]
 """Composes a strategy from a job and its `options`."""
 
 PRESETS: dict[str, Preset] = {
+    "autoflip": autoflip,
+    "fedobp": fedobp,
+    "fiarse": fiarse,
     "plain": plain,
 }
 
