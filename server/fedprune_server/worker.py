@@ -22,6 +22,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.element_order import magnitudes, threshold
 from fedprune.errors import BundleError, FedpruneError, StorageError
+from fedprune.head import spelt
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
@@ -89,7 +90,7 @@ class Worker:
             ModelError: The model can't be trained, which is better known before the first device is there.
         """
         turn = Turn(self.job.seed, 1, "", self.architecture.sizes)
-        self._offers.training(self.strategy.objective.recipe(self.job.recipe, turn))
+        self._offers.training(self._recipe(turn))
         return self.store.put(tensorfile.encode(self.model.tensors)).sha256
 
     def execute(self, command: Work) -> on.Event:
@@ -159,7 +160,8 @@ class Worker:
         return Cut(scene, turn, selection, self._archive.order(basis.order), past)
 
     def _recipe(self, turn: Turn) -> Recipe:
-        return self.strategy.objective.recipe(self.job.recipe, turn)
+        recipe = self.strategy.objective.recipe(self.job.recipe, turn)
+        return replace(recipe, personal=spelt(recipe.personal, self.architecture))
 
     # Updates come in.
 
@@ -231,17 +233,22 @@ class Worker:
         fold, _ = self._sums(command.round, command.model, command.memory)
         scene = self._scene(command.round, command.model, command.memory, command.participants)
 
-        def reports() -> Iterator[Report]:
-            return map(self._report, command.contributions)
+        model, left_out = command.model, frozenset[str]()
 
-        memories = self.strategy.scorer.learn(scene, fold, reports)
-        model = command.model
+        def reports() -> Iterator[Report]:
+            return (self._report(found) for found in command.contributions if found.part.device not in left_out)
+
+        memories: Memories = {}
         if command.round > self.strategy.explores or self.strategy.explorers_count:
             closing = self.strategy.aggregator.close(
                 fold, scene, command.rate, lambda: ((r, self._lifted(r)) for r in reports())
             )
-            memories = closing.memories | memories
+            for device, reason in sorted(closing.rejected.items()):
+                log.warning("update of %s in round %d doesn't count: %s", device, command.round, reason)
+            memories, left_out = closing.memories, frozenset(closing.rejected)
             model = self._put_model(closing.model, scene, command)
+        # Last, so that a scorer learns from what counted.
+        memories = memories | self.strategy.scorer.learn(scene, fold, reports)
         self._fold = None
         return on.Closed(command.round, model, self._remembered(command.memory, memories))
 

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from fedprune.architecture import Architecture, TensorSpec
 from fedprune.errors import ConfigError
+from fedprune.head import spelt
 from fedprune.recipe import Features
 
 
@@ -53,13 +54,15 @@ def matching(architecture: Architecture, patterns: Collection[str], what: str) -
 
     Args:
         architecture: The model.
-        patterns: `*` stands for any letters.
+        patterns: `*` stands for any letters, `@head` for the last layer.
         what: What the patterns are of, for the message.
 
     Raises:
+        BundleError: `@head` is among them, and the model has no last layer.
         ConfigError: A pattern matches no tensor.
     """
     names = [t.name for t in architecture.tensors]
+    patterns = spelt(patterns, architecture)
     for pattern in patterns:
         if not any(fnmatchcase(n, pattern) for n in names):
             raise ConfigError(

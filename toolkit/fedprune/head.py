@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from glob import escape
+
 from fedprune.architecture import Architecture, TensorKind
 from fedprune.errors import BundleError
+
+HEAD = "@head"
+"""A pattern that stands for the last layer's tensors, where tensors are named by patterns."""
 
 
 def head_axes(architecture: Architecture) -> dict[str, int]:
@@ -34,3 +40,15 @@ def head_axes(architecture: Architecture) -> dict[str, int]:
         out.update(dict.fromkeys((named or behind)[:1], 0))
         return out
     raise BundleError("the model has no last layer with weights of its own", hint="Name its tensors yourself.")
+
+
+def spelt(patterns: Collection[str], architecture: Architecture) -> tuple[str, ...]:
+    """Patterns of tensors with `@head` spelt out.
+
+    Raises:
+        BundleError: `@head` is among them, and the model has no last layer.
+    """
+    out: list[str] = []
+    for pattern in patterns:
+        out += [escape(n) for n in head_axes(architecture)] if pattern == HEAD else [pattern]
+    return tuple(out)
