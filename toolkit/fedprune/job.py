@@ -104,9 +104,11 @@ class Job:
     def _check_ranked(self) -> None:
         """Refuse keys of the plain strategy beside another one, which would not look at them."""
         if self.strategy == "plain":
-            if self.options:
+            if set(self.options) - {"robust"}:
                 raise ConfigError(
-                    "job: options of the strategy 'plain'", expected="none", got=", ".join(sorted(self.options))
+                    "job: options of the strategy 'plain'",
+                    expected="none but robust",
+                    got=", ".join(sorted(self.options)),
                 )
             return
         for f in fields(self):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from fedprune.errors import ConfigError, FedpruneError
@@ -13,7 +14,11 @@ from fedprune.strategies.autoflip import autoflip
 from fedprune.strategies.fedobp import fedobp
 from fedprune.strategies.fiarse import fiarse
 from fedprune.strategies.plain import plain
+from fedprune.strategies.robust import robust
 from fedprune.strategies.strategy import Strategy
+
+ROBUST = "robust"
+"""The option that goes with every strategy."""
 
 Preset = Callable[[Job], Strategy]
 """Composes a strategy from a job and its `options`."""
@@ -29,9 +34,18 @@ PRESETS: dict[str, Preset] = {
 def compose(job: Job) -> Strategy:
     """The strategy of a job: a preset by its name, or a function of the user's as `package.module:function`.
 
+    The option `robust` goes with every strategy: it wraps the aggregator (`fedprune.strategies.robust`).
+
     Raises:
         ConfigError: There is no such strategy, or its options are wrong.
     """
+    options = dict(job.options)
+    settings = options.pop(ROBUST, None)
+    strategy = _compose(replace(job, options=options))
+    return replace(strategy, aggregator=robust(strategy.aggregator, settings))
+
+
+def _compose(job: Job) -> Strategy:
     preset = PRESETS.get(job.strategy)
     if preset is not None:
         return preset(job)
