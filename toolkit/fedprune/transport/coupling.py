@@ -1,0 +1,182 @@
+"""Sparse stochastic maps between the channels of two models: how much of each target channel is which source channel.
+
+A coupling of n sources and m targets with uniform marginals is a transport plan Π [n, m] with row sums 1/n and column
+sums 1/m. What is kept is T = m·Π, whose columns sum to 1 (the normalised plan of SubFLOT, arXiv 2604.06631, Alg. 1):
+every target channel is a convex combination of source channels. Optimal plans have fewer than n + m entries, so that
+carrying an axis costs a few gathers instead of a product with a matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.errors import BundleError
+
+Indices = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class _Gather(NamedTuple):
+    """How one side of a coupling is computed from the other.
+
+    Attributes:
+        rounds: Which indices to add up in turn, where every place has as many entries of the same share.
+        share: That share.
+        matrix: Places by indices, for scipy, where entries are uneven.
+    """
+
+    rounds: tuple[Indices, ...]
+    share: float
+    matrix: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """T [sources, targets] by its entries, sorted by target and then source; columns sum to 1, rows to targets/sources.
+
+    Attributes:
+        sources: n.
+        targets: m.
+        rows: Source of every entry.
+        columns: Target of every entry.
+        shares: T's entries, above 0.
+    """
+
+    sources: int
+    targets: int
+    rows: Indices
+    columns: Indices
+    shares: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls, sources: int, targets: int, rows: npt.ArrayLike, columns: npt.ArrayLike, flow: npt.ArrayLike
+    ) -> Coupling:
+        """A checked coupling.
+
+        Args:
+            sources: n.
+            targets: m.
+            rows: Source of every entry; an entry may come twice.
+            columns: Target of every entry.
+            flow: The plan's mass in units of 1/lcm(n, m): every source sends lcm/n, every target gets lcm/m.
+
+        Raises:
+            BundleError: The marginals are not uniform.
+        """
+        i, j = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
+        mass = np.asarray(flow, np.float64)
+        keys, inverse = np.unique(j * sources + i, return_inverse=True)
+        summed = np.bincount(inverse, mass, keys.size).astype(np.float64)
+        keys, summed = keys[summed > 0], summed[summed > 0]
+        common = gcd(sources, targets)
+        i, j = keys % sources, keys // sources
+        sent = np.bincount(i, summed, sources) - targets // common
+        got = np.bincount(j, summed, targets) - sources // common
+        if max(np.abs(sent).max(initial=0), np.abs(got).max(initial=0)) > 1e-6 * (sources + targets):
+            raise BundleError("marginals of a transport plan", expected="uniform")
+        return cls(sources, targets, i, j, summed / (sources // common))
+
+    @classmethod
+    def in_order(cls, sources: int, targets: int) -> Coupling:
+        """The plan that keeps channels in their own order (optimal on a line); the identity where widths are equal."""
+        common = gcd(sources, targets)
+        send, take = targets // common, sources // common
+        ends = np.union1d(np.arange(1, sources + 1) * send, np.arange(1, targets + 1) * take)
+        return cls.of(sources, targets, (ends - 1) // send, (ends - 1) // take, np.diff(ends, prepend=0))
+
+    @cached_property
+    def dense(self) -> npt.NDArray[np.float64]:
+        """T as a matrix [sources, targets]."""
+        out = np.zeros((self.sources, self.targets))
+        out[self.rows, self.columns] = self.shares
+        return out
+
+    def averaged(self, other: Coupling) -> Coupling:
+        """(T + T′)/2: what SubFLOT hands on where residual branches meet."""
+        i, j = np.concatenate([self.rows, other.rows]), np.concatenate([self.columns, other.columns])
+        keys, inverse = np.unique(j * self.sources + i, return_inverse=True)
+        shares = np.bincount(inverse, np.concatenate([self.shares, other.shares]) / 2, keys.size)
+        i, j = keys % self.sources, keys // self.sources
+        return Coupling(self.sources, self.targets, i, j, shares.astype(np.float64))
+
+    def forward(self, values: Floats, factor: float = 1.0) -> Floats:
+        """y[:, k] = factor · Σ_j T[j, k] · x[:, j].
+
+        Args:
+            values: x [before, sources, after].
+            factor: Times everything.
+
+        Returns:
+            y [before, targets, after].
+        """
+        return _run(self._forward, values, self.targets, factor)
+
+    def backward(self, values: Floats, factor: float = 1.0) -> Floats:
+        """The adjoint, x[:, j] = factor · Σ_k T[j, k] · y[:, k].
+
+        Args:
+            values: y [before, targets, after].
+            factor: Times everything.
+
+        Returns:
+            x [before, sources, after].
+        """
+        return _run(self._backward, values, self.sources, factor)
+
+    @cached_property
+    def _forward(self) -> _Gather:
+        return _gather(self.rows, self.columns, self.shares, self.targets, self.sources)
+
+    @cached_property
+    def _backward(self) -> _Gather:
+        order = np.lexsort((self.columns, self.rows))
+        return _gather(self.columns[order], self.rows[order], self.shares[order], self.sources, self.targets)
+
+
+def _gather(takes: Indices, places: Indices, shares: npt.NDArray[np.float64], size: int, length: int) -> _Gather:
+    """A gather of entries that are sorted by place."""
+    counts = np.bincount(places, minlength=size)
+    count = int(counts[0])
+    if bool((counts == count).all()) and bool((shares == shares[0]).all()):
+        return _Gather(tuple(takes.reshape(size, count).T.copy()), float(shares[0]), None)
+    from scipy.sparse import csr_array
+
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    return _Gather((), 0.0, csr_array((shares.astype(np.float32), takes, ends), shape=(size, length)))
+
+
+def _run(gather: _Gather, values: Floats, size: int, factor: float) -> Floats:
+    out: Floats
+    if gather.matrix is None:
+        out = values.take(gather.rounds[0], axis=1)
+        for takes in gather.rounds[1:]:
+            out += values.take(takes, axis=1)
+        if gather.share * factor != 1:
+            out *= np.float32(gather.share * factor)
+        return out
+    before, length, after = values.shape
+    led = (gather.matrix @ _swapped(values).reshape(length, -1)).reshape(size, before, after)
+    if factor != 1:
+        led *= np.float32(factor)
+    return _swapped(led)
+
+
+def _swapped(values: Floats) -> Floats:
+    """[a, b, c] as [b, a, c], in order: a sparse product runs along rows, so its axis goes to the front and back.
+
+    What lies along c moves as one item: numpy would run a loop of its own over the taps of every kernel.
+    """
+    a, b, c = values.shape
+    if a == 1 or b == 1:
+        return values.reshape(b, a, c)
+    if c == 1:
+        return np.ascontiguousarray(values.reshape(a, b).T).reshape(b, a, c)
+    items = np.ascontiguousarray(values).reshape(a, b * c).view(f"V{4 * c}")
+    return np.ascontiguousarray(items.T).view(np.float32).reshape(b, a, c)
