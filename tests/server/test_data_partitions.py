@@ -281,6 +281,12 @@ def test_owners_names_are_kept_where_they_can_be():
     assert plan(partition="owners", devices=0).deal(pictures(owners=True)).names[0] == "device-000"
 
 
+def test_devices_can_be_numbered_by_size():
+    federation = plan(ascending=True).deal(pictures())
+    sizes = [len(h.rows) for h in federation.holdings.values()]
+    assert sizes == sorted(len(h.rows) for h in plan().deal(pictures()).holdings.values())
+
+
 def test_a_picture_and_a_table(tmp_path):
     federation = plan(validation=0.1).deal(pictures())
     assert draw_partition(federation, tmp_path / "a.png").stat().st_size > 5000

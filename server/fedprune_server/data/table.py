@@ -45,6 +45,7 @@ class DataPlan:
         standardise: Whether channels get mean 0 and deviation 1, measured on what is not the server's.
         size: Height and width of images of a folder; empty for as they are.
         colour: Whether images of a folder are read in colour.
+        ascending: Whether devices are numbered by how much they hold, least first.
         seed: The partition's seed; None for the job's.
     """
 
@@ -65,6 +66,7 @@ class DataPlan:
     standardise: bool = False
     size: tuple[int, ...] = ()
     colour: bool = True
+    ascending: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -84,7 +86,7 @@ class DataPlan:
                 raise ConfigError(f"data: {name}", expected=f"a number from {least} to {most}", got=shown(value))
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < math.inf:
             raise ConfigError("data: alpha", expected="a number above 0", got=shown(self.alpha))
-        for name in ("balance", "pooled", "standardise", "colour"):
+        for name in ("balance", "pooled", "standardise", "colour", "ascending"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"data: {name}", expected="true or false", got=shown(getattr(self, name)))
         object.__setattr__(self, "size", tuple(self.size) if isinstance(self.size, (list, tuple)) else self.size)
@@ -159,6 +161,8 @@ class DataPlan:
         if self.standardise:
             preparation = preparation.standardised(samples, rows)
         hands = self._hands(samples, rows, own)
+        if self.ascending:
+            hands.sort(key=len)
         return federate(
             samples,
             hands,
@@ -185,7 +189,7 @@ class DataPlan:
 
     def _names(self, samples: Samples, rows: Rows, devices: int) -> list[str]:
         """An owner's own name where each device is one owner and the names can be devices' names."""
-        if self.partition == "owners" and samples.owners is not None:
+        if self.partition == "owners" and samples.owners is not None and not self.ascending:
             present = [samples.owner_names[int(o)] for o in np.unique(samples.owners[rows])]
             if len(present) == devices and all(n.isascii() and n.isidentifier() for n in present):
                 return present

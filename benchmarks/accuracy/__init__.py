@@ -1,0 +1,1 @@
+"""Accuracy of strategies on real data: `python -m benchmarks.accuracy TABLE`."""

@@ -1,0 +1,199 @@
+"""Accuracy of strategies on real data, one command a table: `python -m benchmarks.accuracy TABLE`.
+
+Every run (a method and a seed) is a process of its own. A run that was killed goes on from where it stood, one that is
+finished is not repeated unless its settings have changed; its numbers lie under `build/accuracy`. The page and the
+numbers of all finished runs are written to `benchmarks/results/accuracy` after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.page import page
+from benchmarks.accuracy.protocol import Method, Protocol
+
+RUNS = Path("build/accuracy")
+RESULTS = Path("benchmarks/results/accuracy")
+
+
+def main() -> None:
+    options = arguments()
+    from benchmarks.accuracy.protocols import PROTOCOLS
+
+    if options.table == "list":
+        for protocol in PROTOCOLS.values():
+            rows = len(protocol.methods) * len(protocol.seeds)
+            budget = f"{rows} runs of {protocol.minutes:g} CPU minutes"
+            print(f"{protocol.name:28} {'for a GPU' if protocol.full else budget}: {protocol.title}")
+        return
+    if options.table not in PROTOCOLS:
+        sys.exit(f"no table is called {options.table!r}; there are: list, {', '.join(PROTOCOLS)}")
+    protocol = changed(PROTOCOLS[options.table], options)
+    methods = [m for m in protocol.methods if not options.methods or m.name in options.methods.split(",")]
+    if unknown := set(filter(None, options.methods.split(","))) - {m.name for m in methods}:
+        sys.exit(
+            f"no such rows: {', '.join(sorted(unknown))}; there are: {', '.join(m.name for m in protocol.methods)}"
+        )
+    if options.one:
+        one(protocol, methods[0], protocol.seeds[0], options)
+        return
+    if not options.page:
+        everything(protocol, methods, options)
+    report(protocol, options)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
+    parser.add_argument("table", help="a table's name, or `list`")
+    parser.add_argument("--methods", default="", help="only these rows, separated by commas")
+    parser.add_argument("--seeds", default="", help="instead of the table's, separated by commas")
+    parser.add_argument("--rounds", type=int, default=0, help="instead of the table's")
+    parser.add_argument("--most", type=int, default=0, help="samples that are used, instead of the table's")
+    parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--trainer", default="onnxruntime", help="what trains: onnxruntime, torch or torch:cuda")
+    parser.add_argument("--processes", type=int, default=1, help="processes that train within a run")
+    parser.add_argument("--page", action="store_true", help="run nothing, write the page of what there is")
+    parser.add_argument("--again", action="store_true", help="run finished runs again")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the page")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of runs")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def changed(protocol: Protocol, options: argparse.Namespace) -> Protocol:
+    """The protocol with what the command line says instead."""
+    if options.seeds:
+        protocol = replace(protocol, seeds=tuple(int(s) for s in options.seeds.split(",")))
+    if options.rounds:
+        protocol = replace(protocol, rounds=options.rounds)
+    if options.most:
+        protocol = replace(protocol, data={**protocol.data, "most": options.most})
+    return protocol
+
+
+def everything(protocol: Protocol, methods: list[Method], options: argparse.Namespace) -> None:
+    """All runs that are missing, a few at a time, each in a process of its own."""
+    wanted = [(m, s) for s in protocol.seeds for m in methods]  # seed by seed: a first look comes early
+    if options.again:
+        for method, seed in wanted:
+            result_path(protocol, method, seed, options).unlink(missing_ok=True)
+    left = [(m, s) for m, s in wanted if not finished(protocol, m, s, options)]
+    done = [r["cpu_s"] / 60 for r in results(protocol, options)]
+    each = sum(done) / len(done) if done else protocol.minutes
+    basis = "as those that are finished took" if done else "a guess"
+    print(
+        f"{protocol.name}: {len(left)} of {len(wanted)} runs to do, about {len(left) * each:.0f} CPU minutes "
+        f"({each:.1f} each, {basis}), {options.workers} at a time",
+        flush=True,
+    )
+    from benchmarks.accuracy.sets import samples
+
+    samples(protocol.source)  # unpacked once, not by every process
+    running: dict[subprocess.Popen[bytes], tuple[str, int]] = {}
+    failed = []
+    try:
+        while left or running:
+            while left and len(running) < options.workers:
+                method, seed = left.pop(0)
+                running[start(protocol, method, seed, options)] = (method.name, seed)
+            time.sleep(0.5)
+            for process in [p for p in running if p.poll() is not None]:
+                name = running.pop(process)
+                if process.returncode:
+                    failed.append(name)
+                    print(f"{name[0]} seed {name[1]}: FAILED with exit code {process.returncode}", flush=True)
+                else:
+                    report(protocol, options, quiet=True)
+    finally:
+        for process in running:
+            process.terminate()
+    if failed:
+        print(f"{len(failed)} runs failed: {', '.join(f'{n} seed {s}' for n, s in failed)}", flush=True)
+
+
+def start(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "benchmarks.accuracy", protocol.name, "--one", "--methods", method.name]
+    command += ["--seeds", str(seed), "--trainer", options.trainer, "--processes", str(options.processes)]
+    command += ["--runs", str(options.runs), "--rounds", str(options.rounds), "--most", str(options.most)]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def one(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> None:
+    from benchmarks.accuracy.run import run
+
+    folder = options.runs / protocol.name
+    result = run(protocol, method, seed, folder, trainer=options.trainer, workers=options.processes)
+    path = result_path(protocol, method, seed, options)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result))
+    part.rename(path)
+
+
+def result_path(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> Path:
+    name = f"{method.name}-{seed}".replace(" ", "_").replace("/", "_")
+    return Path(options.runs, protocol.name, f"{name}.json")
+
+
+def finished(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> bool:
+    """Whether a run with just these settings is there."""
+    path = result_path(protocol, method, seed, options)
+    return path.exists() and json.loads(path.read_text())["key"] == protocol.key(method, seed)
+
+
+def results(protocol: Protocol, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All finished runs of the table as it is now."""
+    return [
+        json.loads(result_path(protocol, m, s, options).read_text())
+        for m in protocol.methods
+        for s in protocol.seeds
+        if finished(protocol, m, s, options)
+    ]
+
+
+def report(protocol: Protocol, options: argparse.Namespace, *, quiet: bool = False) -> None:
+    runs = results(protocol, options)
+    header = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "versions": versions()}
+    options.output.mkdir(parents=True, exist_ok=True)
+    text = page(protocol, runs, header)
+    (options.output / f"{protocol.name}.md").write_text(text)
+    (options.output / f"{protocol.name}.json").write_text(json.dumps({**header, "runs": slim(runs)}) + "\n")
+    if not quiet:
+        print(text)
+
+
+def slim(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs without what no page shows: losses, counts of samples, tiers of rounds that are not read."""
+    kept = ("accuracy_after", "accuracy_average", "accuracy_before", "accuracy_validation")
+    return [
+        {**run, "rounds": [{**r, "own": {k: v for k, v in r["own"].items() if k in kept}} for r in run["rounds"]]}
+        for run in runs
+    ]
+
+
+def machine() -> str:
+    name = platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            name = line.split(":", 1)[1].strip()
+            break
+    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def versions() -> dict[str, str]:
+    names = ("fedprune", "numpy", "onnxruntime", "torch")
+    return {"Python": platform.python_version(), **{n: version(n) for n in names if find_spec(n) is not None}}
+
+
+if __name__ == "__main__":
+    main()

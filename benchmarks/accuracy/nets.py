@@ -1,0 +1,192 @@
+"""Networks of the experiments, made as torch modules and imported as a user's would be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fedprune_export.imported import Model
+from fedprune_export.importing import export_torch, import_onnx
+
+FOLDER = Path("build/accuracy/nets")
+
+
+def model(name: str, shape: tuple[int, ...], classes: int, seed: int) -> Model:
+    """A network with weights drawn by a seed. The file is kept: exporting takes seconds.
+
+    Args:
+        name: One of `NETS`.
+        shape: One sample's shape.
+        classes: Entries of the output.
+        seed: Of the initial weights.
+    """
+    size = "x".join(map(str, shape))
+    path = FOLDER / f"{name}-{size}-{classes}-{seed}.onnx"
+    if not path.exists():
+        import torch
+
+        torch.manual_seed(seed)
+        raw = export_torch(NETS[name](shape, classes), input_shape=shape, name=name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{seed}.part")
+        part.write_bytes(raw)
+        part.rename(path)
+    return import_onnx(path.read_bytes(), name)
+
+
+def small_cnn(shape: tuple[int, ...], classes: int) -> Any:
+    """conv 32-64-128-128 with batch norm, 242 k parameters for 3 colours: the small trials' net."""
+    from torch import nn
+
+    layers, before = [], shape[0]
+    for place, after in enumerate((32, 64, 128, 128)):
+        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        if place < 3:
+            layers.append(nn.MaxPool2d(2))
+        before = after
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+
+def resnet8(shape: tuple[int, ...], classes: int) -> Any:
+    """Three stages of one residual block (16, 32, 64 channels), 1×1 shortcuts where the width changes; 78 k."""
+    from torch import nn
+
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        *(_block()(before, after, after // before) for before, after in ((16, 16), (16, 32), (32, 64))),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, classes),
+    )
+
+
+def resnet32(shape: tuple[int, ...], classes: int) -> Any:
+    """CA-HFP's ResNet-32: three stages of five residual blocks, 466 k parameters."""
+    from torch import nn
+
+    layers, before = [nn.Conv2d(shape[0], 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()], 16
+    for after in (16, 32, 64):
+        for place in range(5):
+            layers.append(_block()(before, after, 2 if place == 0 and after > 16 else 1))
+            before = after
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+
+
+def mobile_net(shape: tuple[int, ...], classes: int) -> Any:
+    """Depthwise-separable inverted residuals in the manner of MobileNetV2, small enough for images of 16×16; 94 k."""
+    from torch import nn
+
+    class Inverted(nn.Module):
+        def __init__(self, before: int, after: int, stride: int, factor: int = 4) -> None:
+            super().__init__()
+            inner = before * factor
+            self.body = nn.Sequential(
+                nn.Conv2d(before, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU6(),
+                nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False), nn.BatchNorm2d(inner), nn.ReLU6(),
+                nn.Conv2d(inner, after, 1, bias=False), nn.BatchNorm2d(after),
+            )  # fmt: skip
+            self.same = stride == 1 and before == after
+
+        def forward(self, x: Any) -> Any:
+            return x + self.body(x) if self.same else self.body(x)
+
+    layers, before = [nn.Conv2d(shape[0], 24, 3, 1, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6()], 24
+    for after, stride in ((32, 2), (32, 1), (48, 2), (48, 1), (64, 1)):
+        layers.append(Inverted(before, after, stride))
+        before = after
+    layers += [nn.Conv2d(before, 160, 1, bias=False), nn.BatchNorm2d(160), nn.ReLU6()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(160, classes))
+
+
+def motion_net(shape: tuple[int, ...], classes: int) -> Any:
+    """Three one-dimensional convolutions with batch norm over time, for HAR's nine signals; 101 k."""
+    from torch import nn
+
+    layers, before = [], shape[0]
+    for after, kernel in ((48, 9), (96, 7), (96, 5)):
+        layers += [nn.Conv1d(before, after, kernel, padding=kernel // 2, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
+        layers.append(nn.MaxPool1d(2))
+        before = after
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(before, classes))
+
+
+def vgg(plan: tuple[int, ...], head: tuple[int, ...], norm: bool, shape: tuple[int, ...], classes: int) -> Any:
+    """VGG for 32×32 images: widths of 3×3 convolutions (0: pool), then of hidden linear layers."""
+    from torch import nn
+
+    layers: list[Any] = []
+    before, side = shape[0], shape[1]
+    for after in plan:
+        if not after:
+            layers.append(nn.MaxPool2d(2))
+            side //= 2
+            continue
+        layers += [nn.Conv2d(before, after, 3, padding=1, bias=not norm)]
+        layers += [nn.BatchNorm2d(after)] if norm else []
+        layers.append(nn.ReLU())
+        before = after
+    layers.append(nn.Flatten())
+    before *= side * side
+    for after in head:
+        layers += [nn.Linear(before, after), nn.ReLU()]
+        before = after
+    return nn.Sequential(*layers, nn.Linear(before, classes))
+
+
+def two_convs(
+    kernel: int, widths: tuple[int, int], hidden: int, shape: tuple[int, ...], classes: int, *, pad: int = 0
+) -> Any:
+    """Two convolutions with pooling and one hidden linear layer, without norm (FedOBP, AutoFLIP)."""
+    from torch import nn
+
+    layers: list[Any] = []
+    before, side = shape[0], shape[1]
+    for after in widths:
+        layers += [nn.Conv2d(before, after, kernel, padding=pad), nn.ReLU(), nn.MaxPool2d(2)]
+        before, side = after, (side + 2 * pad - kernel + 1) // 2
+    layers += [nn.Flatten(), nn.Linear(before * side * side, hidden), nn.ReLU(), nn.Linear(hidden, classes)]
+    return nn.Sequential(*layers)
+
+
+_VGG11 = (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0)
+_VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
+
+NETS: dict[str, Callable[[tuple[int, ...], int], Any]] = {
+    "small_cnn": small_cnn,
+    "resnet8": resnet8,
+    "resnet32": resnet32,
+    "mobile_net": mobile_net,
+    "motion_net": motion_net,
+    "vgg11": lambda shape, classes: vgg(_VGG11, (), True, shape, classes),
+    "vgg11_plain": lambda shape, classes: vgg(_VGG11, (512, 512), False, shape, classes),
+    "vgg16": lambda shape, classes: vgg(_VGG16, (512,), True, shape, classes),
+    "avgcnn": lambda shape, classes: two_convs(5, (32, 64), 512, shape, classes),
+    "two_cnn": lambda shape, classes: two_convs(5, (32, 64), 512, shape, classes, pad=2),
+    # The last pool of VGG has nothing left to pool at 16×16: one less, and narrow enough for a processor.
+    "small_vgg": lambda shape, classes: vgg((32, 0, 64, 0, 128, 128, 0), (128, 128), False, shape, classes),
+}
+
+
+@cache
+def _block() -> Any:
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, before: int, after: int, stride: int) -> None:
+            super().__init__()
+            self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+            self.bn1, self.bn2 = nn.BatchNorm2d(after), nn.BatchNorm2d(after)
+            self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+            self.shortcut = nn.Sequential()
+            if before != after:
+                self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+
+        def forward(self, x: Any) -> Any:
+            y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+            return (y + self.shortcut(x)).relu()
+
+    return Block

@@ -1,0 +1,260 @@
+"""A table as Markdown, made of the runs that there are."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from benchmarks.accuracy.protocol import Method, Protocol
+
+Run = dict[str, Any]
+Value = Callable[[Run], "float | None"]
+
+
+def page(protocol: Protocol, runs: Sequence[Run], header: dict[str, Any]) -> str:
+    """The page.
+
+    Args:
+        protocol: The table's settings.
+        runs: Finished runs, of any methods and seeds.
+        header: Date, machine, versions.
+    """
+    versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
+    minutes = sum(r["cpu_s"] for r in runs) / 60
+    seeds = sorted({r["seed"] for r in runs})
+    lines = [
+        f"# {protocol.title}",
+        "",
+        f"{header['date']}, {header['machine']};",
+        f"{versions}. `python -m benchmarks.accuracy {protocol.name}`: {len(runs)} runs, {minutes:.0f} CPU minutes.",
+        "",
+        *_wrapped(protocol.keeps),
+        "",
+        *_reading(protocol, seeds),
+        "",
+        *_table(protocol, runs, _at_equal_rounds(protocol)),
+    ]
+    costly = [m.name for m in protocol.methods if _costlier(protocol, m, runs)]
+    if costly:
+        lines += ["", "## At equal bytes", "", *_wrapped(_EQUAL_BYTES.format(reference=protocol.reference)), ""]
+        lines += _table(protocol, runs, _at_equal_bytes(protocol, runs), only=[protocol.reference, *costly])
+    lines += _tiers(protocol, runs)
+    papers = [(m.name, m.paper) for m in protocol.methods if m.paper]
+    if papers or protocol.paper:
+        lines += ["", "## The papers' figures", ""]
+        lines += [f"- {name}: {figure}" for name, figure in papers]
+        lines += ["", *_wrapped(protocol.paper)] if protocol.paper else []
+    notes = [(m.name, m.note) for m in protocol.methods if m.note]
+    if notes:
+        lines += ["", "## Rows", "", *(f"- {name}: {note}" for name, note in notes)]
+    missing = [
+        f"{m.name} ({', '.join(str(s) for s in protocol.seeds if not _of(runs, m.name, s))})"
+        for m in protocol.methods
+        if any(not _of(runs, m.name, s) for s in protocol.seeds)
+    ]
+    if missing:
+        lines += ["", f"Not run yet (seeds): {', '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+_EQUAL_BYTES = (
+    "Methods that send more than {reference} in as many rounds, at the round in which they have sent what it sends "
+    "in all; the same shares of those rounds are averaged."
+)
+
+
+def figure(protocol: Protocol, run: Run, read: Callable[[dict[str, Any]], float | None], last: int = 0) -> float | None:
+    """A run's figure: the mean over the rounds that the protocol reads, of the first `last` rounds (0: all)."""
+    rounds = run["rounds"][: last or None]
+    found = []
+    for share in protocol.reads:
+        # The last round at or before that share in which it was measured.
+        upto = rounds[: max(1, round(share * len(rounds)))]
+        value = next((v for v in map(read, reversed(upto)) if v is not None), None)
+        if value is not None:
+            found.append(value)
+    return statistics.fmean(found) if found else None
+
+
+def own(metric: str) -> Callable[[dict[str, Any]], float | None]:
+    """Reads the mean over devices of what they measured, in percent."""
+
+    def read(row: dict[str, Any]) -> float | None:
+        value = row["own"].get(metric, {}).get("mean")
+        return None if value is None else 100 * value
+
+    return read
+
+
+def measured(name: str) -> Callable[[dict[str, Any]], float | None]:
+    """Reads what was measured of the global model, in percent."""
+
+    def read(row: dict[str, Any]) -> float | None:
+        value = row["measured"].get(name)
+        return None if value is None else 100 * value
+
+    return read
+
+
+def target_time(protocol: Protocol, run: Run) -> float | None:
+    """Simulated seconds until the global model reached the target; infinity if it never did."""
+    if not protocol.target:
+        return None
+    return next((r["at"] for r in run["rounds"] if r["measured"].get("global", 0) >= protocol.target), math.inf)
+
+
+def bytes_of(run: Run) -> float:
+    """Bytes down and up, of all devices and rounds."""
+    last = run["rounds"][-1]
+    return float(last["down"] + last["up"])
+
+
+Columns = list[tuple[str, Value, int]]
+"""Heading, what it shows of a run, and decimals; -1 shows the difference to the reference instead, seed by seed."""
+
+
+def _at_equal_rounds(protocol: Protocol) -> Columns:
+    return _columns(protocol, lambda run: 0)
+
+
+def _at_equal_bytes(protocol: Protocol, runs: Sequence[Run]) -> Columns:
+    def last(run: Run) -> int:
+        same = _of(runs, protocol.reference, run["seed"])
+        budget = bytes_of(same[0]) if same else math.inf
+        count = sum(r["down"] + r["up"] <= budget * 1.005 for r in run["rounds"])
+        return max(1, count)
+
+    return _columns(protocol, last)
+
+
+def _columns(protocol: Protocol, last: Callable[[Run], int]) -> Columns:
+    def mean(read: Callable[[dict[str, Any]], float | None]) -> Value:
+        return lambda run: figure(protocol, run, read, last(run))
+
+    def best(read: Callable[[dict[str, Any]], float | None]) -> Value:
+        def value(run: Run) -> float | None:
+            found = [v for v in map(read, run["rounds"][: last(run) or None]) if v is not None]
+            return max(found) if found else None
+
+        return value
+
+    def cut(run: Run) -> dict[str, Any]:
+        return run["rounds"][: last(run) or None][-1]
+
+    def share(run: Run) -> float:
+        return (cut(run)["down"] + cut(run)["up"]) / max(1, len(run["devices"])) / 1e6
+
+    columns: Columns = [
+        ("after", mean(own("accuracy_after")), 1),
+        ("Δ", mean(own("accuracy_after")), -1),
+        ("average", mean(own("accuracy_average")), 1),
+        ("Δ", mean(own("accuracy_average")), -1),
+        ("before", mean(own("accuracy_before")), 1),
+        ("global", mean(measured("global")), 1),
+        ("Δ", mean(measured("global")), -1),
+    ]
+    if protocol.submodels:
+        columns += [(f"sub {d:g}", mean(measured(f"sub@{d:g}")), 1) for d in protocol.densities if d < 1]
+    columns += [
+        ("best average", best(own("accuracy_average")), 1),
+        ("best global", best(measured("global")), 1),
+        ("MB a device", share, 2),
+        ("TMAC", lambda run: cut(run)["macs"] / 1e12, 2),
+        ("rounds", lambda run: float(len(run["rounds"][: last(run) or None])), 0),
+    ]
+    if protocol.target:
+        columns.append((f"s to {100 * protocol.target:g} %", lambda run: target_time(protocol, run), 0))
+    return columns
+
+
+def _table(protocol: Protocol, runs: Sequence[Run], columns: Columns, only: Iterable[str] | None = None) -> list[str]:
+    names = [m.name for m in protocol.methods if only is None or m.name in set(only)]
+    shown = [c for c in columns if any(c[1](r) is not None for r in runs)]
+    lines = [f"| method | {' | '.join(c[0] for c in shown)} |", f"|---|{'---:|' * len(shown)}"]
+    for name in names:
+        rows = [r for r in runs if r["method"] == name]
+        if rows:
+            cells = [_cell(protocol, runs, rows, value, decimals) for _, value, decimals in shown]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(protocol: Protocol, runs: Sequence[Run], rows: Sequence[Run], value: Value, decimals: int) -> str:
+    if decimals < 0:
+        pairs = [(value(r), _of(runs, protocol.reference, r["seed"])) for r in sorted(rows, key=lambda r: r["seed"])]
+        gaps = [v - w for v, same in pairs if v is not None and same and (w := value(same[0])) is not None]
+        return " ".join(f"{g:+.1f}" for g in gaps).replace("-", "−") or "–"
+    found = [v for v in map(value, rows) if v is not None]
+    if not found:
+        return "–"
+    if any(map(math.isinf, found)):
+        reached = [v for v in found if not math.isinf(v)]
+        return f"{statistics.fmean(reached):,.0f} ({len(reached)} of {len(found)})" if reached else "never"
+    return f"{statistics.fmean(found):,.{decimals}f}"
+
+
+def _tiers(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
+    """Personal accuracy by density, the device's average where there is one."""
+    if len(protocol.densities) < 2:
+        return []
+    lines = ["", "## Personal accuracy (average) by the device's density", ""]
+    keys = [f"{d:g}" for d in protocol.densities]
+    lines += [f"| method | {' | '.join(keys)} |", f"|---|{'---:|' * len(keys)}"]
+    for method in protocol.methods:
+        rows = [r for r in runs if r["method"] == method.name]
+        cells = []
+        for key in keys:
+            found = [v for r in rows if (v := figure(protocol, r, _tier(key))) is not None]
+            cells.append(f"{100 * statistics.fmean(found):.1f}" if found else "–")
+        if any(c != "–" for c in cells):
+            lines.append(f"| {method.name} | {' | '.join(cells)} |")
+    return lines if len(lines) > 5 else []
+
+
+def _tier(key: str) -> Callable[[dict[str, Any]], float | None]:
+    def read(row: dict[str, Any]) -> float | None:
+        found = row["own"].get("accuracy_average") or row["own"].get("accuracy_after") or {}
+        value: float | None = found.get("tiers", {}).get(key)
+        return value
+
+    return read
+
+
+def _costlier(protocol: Protocol, method: Method, runs: Sequence[Run]) -> bool:
+    pairs = [(r, _of(runs, protocol.reference, r["seed"])) for r in runs if r["method"] == method.name]
+    return any(same and bytes_of(r) > 1.05 * bytes_of(same[0]) for r, same in pairs)
+
+
+def _of(runs: Sequence[Run], method: str, seed: int) -> list[Run]:
+    return [r for r in runs if r["method"] == method and r["seed"] == seed]
+
+
+def _reading(protocol: Protocol, seeds: Sequence[int]) -> list[str]:
+    reads = ", ".join(str(round(s * protocol.rounds)) for s in protocol.reads)
+    text = (
+        f"Accuracy in percent, means of rounds {reads} (of the shares of all rounds, where a method has more) and of "
+        f"seeds {', '.join(map(str, seeds))}. *after*: devices' own models on their own test data after local training, "
+        "mean over devices; *average*: the same for each device's moving average of its trained weights (.85, no "
+        "bytes); *before*: what the device was sent, on its own test data, as it was sent; *global*: the full global "
+        "model on all devices' test data together; *sub*: what the strategy cuts out of it. Batch-norm statistics "
+        "are measured anew, alike for all: on a device's own training data for *after* and *average*, on 512 "
+        "training samples of all for *global* and *sub*. Δ: difference to "
+        f"{protocol.reference}, seed by seed. MB: both ways, all rounds, mean per device, graphs included. TMAC: "
+        "multiplications of all training. "
+    )
+    if protocol.target:
+        text += "s: simulated seconds until *global* reaches the target. "
+    return _wrapped(text.strip())
+
+
+def _wrapped(text: str, width: int = 118) -> list[str]:
+    lines, line = [], ""
+    for word in text.split():
+        if line and len(line) + 1 + len(word) > width:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    return [*lines, line] if line else lines

@@ -1,0 +1,133 @@
+"""What a table compares, and how: data, net, fleet, local training, methods."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fedprune.recipe import Recipe
+
+AVERAGE = 0.85
+"""Decay of the moving average that every device keeps of its own trained weights, whatever the method: it is measured
+beside the last weights, and costs no bytes."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of a table.
+
+    Attributes:
+        name: Its name in the table, unique there.
+        strategy: The job's strategy.
+        options: The strategy's options; `densities` is the protocol's unless it is given here.
+        recipe: Settings of local training that differ from the protocol's.
+        job: Settings of the job that differ, such as rounds.
+        densities: Whether the strategy gets the protocol's densities.
+        paper: The paper's figure, where it has one for this row.
+        note: What to know about the row.
+    """
+
+    name: str
+    strategy: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    job: Mapping[str, Any] = field(default_factory=dict)
+    densities: bool = True
+    paper: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Board:
+    """The kind of board of one tier of the fleet.
+
+    Attributes:
+        profile: Name of a shipped hardware profile.
+        down_mb_s: Its link from the server, in megabytes a second; 0 for the profile's.
+        up_mb_s: Its link to the server.
+    """
+
+    profile: str
+    down_mb_s: float = 0.0
+    up_mb_s: float = 0.0
+
+
+BOARDS = (
+    Board("jetson-orin-nano", 4, 1),
+    Board("raspberry-pi-5", 2, 0.5),
+    Board("raspberry-pi-4b", 1, 0.25),
+    Board("raspberry-pi-zero-2w", 0.25, 0.0625),
+)
+"""A fleet in which what a board can train goes with how fast it is reached: a cable, a shared one, Wi-Fi, a modem."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a table's methods are compared.
+
+    Attributes:
+        name: What the command calls the table.
+        title: Its heading.
+        keeps: What it keeps of a paper's protocol and what it changes, for the page.
+        source: The data set.
+        data: Settings of `DataPlan`, without source and seed.
+        net: The network.
+        recipe: Local training.
+        rounds: How many rounds.
+        methods: The rows.
+        densities: Densities of the fleet's tiers, dealt in the order of devices.
+        boards: The tiers' boards.
+        reference: The row that others are compared with, seed by seed.
+        seeds: Of data, initial weights and the job.
+        job: Further settings of the job.
+        target: Accuracy of the global model whose simulated time is listed; 0 for none.
+        submodels: Whether submodels of the global model are measured.
+        every: Submodels are measured every so many rounds; the global model `every_global`.
+        every_global: See `every`.
+        weather: Settings of `Weather`.
+        minutes: CPU minutes of one run, roughly, on the machine of the results.
+        reads: The rounds, as shares of all, whose mean is a run's figure.
+        full: Whether it is a paper's full protocol, made for a GPU.
+        paper: The paper's figures that no row has.
+    """
+
+    name: str
+    title: str
+    keeps: str
+    source: str
+    data: Mapping[str, Any]
+    net: str
+    recipe: Recipe
+    rounds: int
+    methods: tuple[Method, ...]
+    densities: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    boards: tuple[Board, ...] = BOARDS
+    reference: str = "heterofl"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    job: Mapping[str, Any] = field(default_factory=dict)
+    target: float = 0.0
+    submodels: bool = True
+    every: int = 5
+    every_global: int = 1
+    weather: Mapping[str, Any] = field(default_factory=dict)
+    minutes: float = 4.0
+    reads: tuple[float, ...] = (0.5, 0.75, 1.0)
+    full: bool = False
+    paper: str = ""
+
+    def method(self, name: str) -> Method:
+        """A row by its name."""
+        return next(m for m in self.methods if m.name == name)
+
+    def key(self, method: Method, seed: int) -> str:
+        """Digest of all that decides a run's numbers: results of other settings are not mixed in."""
+        parts = asdict(self)
+        for name in ("title", "keeps", "methods", "seeds", "reference", "target", "minutes", "reads", "paper", "name"):
+            parts.pop(name)
+        row = asdict(method)
+        for name in ("paper", "note", "name"):
+            row.pop(name)
+        return hashlib.sha256(json.dumps([parts, row, seed], sort_keys=True).encode()).hexdigest()[:16]

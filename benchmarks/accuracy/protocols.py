@@ -1,0 +1,198 @@
+"""The tables that two cores can do. `papers` has the papers' own protocols."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks.accuracy.papers import PAPERS
+from benchmarks.accuracy.protocol import Method, Protocol
+
+from fedprune.recipe import Recipe
+
+SLICES = "benchmarks.accuracy.compositions:slices"
+
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+ELEMENTS = [1.0, 0.566, 0.252, 0.066]
+"""Shares of elements in which a mask's values weigh what a submodel of `WIDTHS` weighs."""
+
+ONE_WIDTH = [0.68]
+"""One width for all, whose submodel weighs what those of `WIDTHS` weigh on average."""
+
+SMALL = Recipe(epochs=2, batch_size=64, lr=0.05, momentum=0.9)
+
+POOLED = {"devices": 20, "most": 12_000, "pool": 2, "test": 0.25, "validation": 0.1, "standardise": True, "least": 40}
+DIRICHLET = {**POOLED, "partition": "dirichlet", "alpha": 0.1}
+PATHOLOGICAL = {**POOLED, "partition": "pathological", "classes": 2}
+
+_KEEPS = (
+    "12,000 images of training and test set together, shrunk to {size}, 20 devices, {partition}; a quarter of what a "
+    "device has is its test data, a tenth of the rest its validation data. {net}. SGD, learning rate .05, momentum "
+    ".9, batches of 64, 2 local epochs, all devices in every round, {rounds} rounds. Densities 1, .75, .5 and .25, "
+    "five devices each; methods whose submodels are made of elements get the shares of elements that weigh the same. "
+    "Of SubFLOT's protocol this keeps the number of devices, the split, the densities and the metric; images, "
+    "networks, learning rate and number of rounds are smaller or other, so figures can't be compared with the "
+    "papers', only with each other."
+)
+
+
+def _all(rounds: int = 20) -> tuple[Method, ...]:
+    la = {"logit_adjustment": True}
+    return (
+        Method("local", "local", note="every device for itself at its density; nothing is sent after the first model"),
+        Method("heterofl", "heterofl"),
+        Method("slices", SLICES, note="prefix slices averaged by samples: HeteroFL without scaler and masked classes"),
+        Method("fedrolex", "fedrolex"),
+        Method("fiarse", "fiarse", {"densities": ELEMENTS}),
+        Method("subflot", "subflot"),
+        Method("ca-hfp", "ca-hfp"),
+        Method("pr-fl", "pr-fl", {"densities": ELEMENTS}, note="at fixed densities and synchronous, as the others"),
+        Method("fedobp", "fedobp", note="on submodels"),
+        Method("fedprune", "fedprune"),
+        Method("fedavg .68", "fedavg", {"densities": ONE_WIDTH}, note="one width for all, at the bytes of the others"),
+        Method("fedavg .68 la", "fedavg", {"densities": ONE_WIDTH}, la, note="the same with logit adjustment"),
+        Method("fedavg", "fedavg", densities=False, note="full width"),
+        Method("fedavg la", "fedavg", {}, la, densities=False, note="full width with logit adjustment"),
+        Method("fedprox", "fedprox", densities=False, note="full width"),
+        Method("fedper", "fedper", densities=False, note="full width"),
+        Method("fedobp full", "fedobp", densities=False, note="full width"),
+        Method(
+            "autoflip",
+            "autoflip",
+            {"exploration_epochs": 20},
+            densities=False,
+            note="full width, 20 epochs of exploration",
+        ),
+    )
+
+
+def _some(*names: str) -> tuple[Method, ...]:
+    return tuple(m for m in _all() if m.name in names)
+
+
+FINALISTS = _some("local", "heterofl", "fedrolex", "subflot", "ca-hfp", "fedprune", "fedavg .68", "fedavg")
+
+CIFAR = Protocol(
+    "cifar10-dirichlet",
+    "CIFAR-10, Dirichlet .1",
+    _KEEPS.format(
+        size="16×16",
+        partition="of every class a share by a Dirichlet distribution of .1",
+        net="conv 32-64-128-128 with batch norm, 243 k parameters",
+        rounds=20,
+    ),
+    "cifar10",
+    DIRICHLET,
+    "small_cnn",
+    SMALL,
+    20,
+    _all(),
+    target=0.30,
+    paper="SubFLOT's Table 1, CIFAR-10 Dirichlet .1, VGG11, learning rate .001, 200 rounds: SubFLOT 83.78, HeteroFL "
+    "81.21, FedRolex 81.04.",
+)
+
+_FASHION = {
+    "source": "fashion_mnist",
+    "target": 0.60,
+    "paper": "",
+}
+
+CIFAR_PATHOLOGICAL = replace(
+    CIFAR,
+    name="cifar10-pathological",
+    title="CIFAR-10, two classes each",
+    keeps=CIFAR.keeps.replace("of every class a share by a Dirichlet distribution of .1", "two classes each"),
+    data=PATHOLOGICAL,
+    paper="SubFLOT's Table 1, CIFAR-10 with two classes each: SubFLOT 86.89, HeteroFL 84.54, FedRolex 84.33.",
+)
+
+FASHION, FASHION_PATHOLOGICAL = (
+    replace(
+        table,
+        name=table.name.replace("cifar10", "fashion"),
+        title=table.title.replace("CIFAR-10", "Fashion-MNIST"),
+        keeps=table.keeps.replace("16×16", "14×14"),
+        **_FASHION,
+    )
+    for table in (CIFAR, CIFAR_PATHOLOGICAL)
+)
+
+HAR = replace(
+    CIFAR,
+    name="har",
+    title="HAR: thirty people",
+    keeps="All 10,299 windows of accelerometer and gyroscope (9 signals, 128 steps), one device per person, a "
+    "quarter of a person's windows for tests. A one-dimensional net, conv 48-96-96 with batch norm, 84 k parameters. "
+    "Local training, densities and rounds as in the tables of images. SubFLOT's protocol has the same people; its "
+    "net and split are not known.",
+    source="har",
+    data={"partition": "owners", "test": 0.25, "validation": 0.1, "standardise": True},
+    net="motion_net",
+    methods=FINALISTS,
+    target=0.90,
+    minutes=5,
+    paper="SubFLOT's Table 1, HAR: SubFLOT 79.72, HeteroFL 69.80, FedRolex 68.96. Many repositories scramble this "
+    "set by a wrong reshape, which costs that much.",
+)
+
+MOBILE, RESNET = (
+    replace(
+        CIFAR,
+        name=f"cifar10-{short}",
+        title=f"CIFAR-10, Dirichlet .1, {title}",
+        keeps=CIFAR.keeps.replace("conv 32-64-128-128 with batch norm, 243 k parameters", described),
+        net=net,
+        methods=FINALISTS,
+        minutes=minutes,
+        target=0.25,
+        paper="",
+    )
+    for short, title, net, described, minutes in (
+        ("mobile", "a MobileNet", "mobile_net", "Inverted residuals with depthwise convolutions, 90 k parameters", 14),
+        ("resnet", "a residual net", "resnet8", "ResNet-8, 79 k parameters", 12),
+    )
+)
+
+PARTIAL = replace(
+    CIFAR,
+    name="cifar10-partial",
+    title="CIFAR-10, Dirichlet .1, ten of fifty devices a round",
+    keeps=CIFAR.keeps.replace("20 devices", "50 devices")
+    .replace("all devices in every round, 20 rounds", "a fifth of the devices in every round, 50 rounds")
+    .replace("five devices each", "a quarter of the devices each"),
+    data={**DIRICHLET, "devices": 50, "least": 20},
+    rounds=50,
+    job={"participation": 0.2},
+    methods=_some("local", "heterofl", "fedrolex", "subflot", "ca-hfp", "fedobp", "fedprune", "fedavg .68", "fedavg"),
+    every=10,
+    every_global=2,
+    paper="",
+)
+
+INGREDIENTS = replace(
+    CIFAR,
+    name="cifar10-ingredients",
+    title="CIFAR-10, Dirichlet .1: single ingredients on prefix slices",
+    methods=(
+        Method("slices", SLICES),
+        Method("la", SLICES, {}, {"logit_adjustment": True}),
+        Method("fill", SLICES, {"rule": "fill"}),
+        Method("momentum .5", SLICES, {"server_momentum": 0.5}),
+        Method("od", SLICES, {}, {"ordered_dropout": (0.5,)}),
+        Method("P", SLICES, {"rule": "fill"}, {"logit_adjustment": True, "ordered_dropout": (0.5,)}),
+        Method(
+            "P + momentum .5",
+            SLICES,
+            {"rule": "fill", "server_momentum": 0.5},
+            {"logit_adjustment": True, "ordered_dropout": (0.5,)},
+        ),
+    ),
+    reference="slices",
+    paper="",
+)
+
+TABLES = (
+    CIFAR, CIFAR_PATHOLOGICAL, FASHION, FASHION_PATHOLOGICAL, HAR, MOBILE, RESNET, PARTIAL, INGREDIENTS,
+)  # fmt: skip
+
+PROTOCOLS = {p.name: p for p in (*TABLES, *PAPERS)}

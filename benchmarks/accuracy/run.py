@@ -1,0 +1,236 @@
+"""One run: a method, a seed, and the numbers that are left of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from benchmarks.accuracy import nets, sets
+from benchmarks.accuracy.protocol import AVERAGE, Board, Method, Protocol
+
+from fedprune.allocation import natural
+from fedprune.chance import keyed
+from fedprune.job import Job
+from fedprune.profile import HardwareProfile
+from fedprune.profile_store import find
+from fedprune_server.data.federation import Federation
+from fedprune_server.data.table import DataPlan
+from fedprune_server.experiment import Experiment, simulate
+from fedprune_server.measure import Measure, Moment
+from fedprune_server.record import Record
+from fedprune_server.simulation import Simulation
+from fedprune_server.virtual_device import StoredData, VirtualDevice
+from fedprune_server.weather import Weather
+
+CALIBRATION = 512
+"""Training samples of all devices together, without labels, on which batch-norm statistics are measured anew."""
+
+
+def job_of(protocol: Protocol, method: Method, devices: int, seed: int) -> Job:
+    """The job of a row."""
+    options = dict(method.options)
+    if method.densities:
+        options = {"densities": list(protocol.densities), **options}
+    recipe = replace(protocol.recipe, **{"average": AVERAGE, "calibrate": True, **method.recipe})
+    settings: dict[str, Any] = {"deadline_s": 1e7, "rounds": protocol.rounds, **protocol.job, **method.job}
+    return Job(
+        name=protocol.name, seed=seed, devices=devices, strategy=method.strategy, options=options, recipe=recipe,
+        **settings,
+    )  # fmt: skip
+
+
+def experiment_of(
+    protocol: Protocol, method: Method, seed: int, *, trainer: str = "onnxruntime", workers: int = 1
+) -> Experiment:
+    """All of a run: data dealt out by the seed, net drawn by the seed, boards by tiers."""
+    plan = DataPlan(source=protocol.source, seed=seed, **protocol.data)
+    federation = plan.deal(sets.samples(protocol.source))
+    job = job_of(protocol, method, len(federation.names), seed)
+    shape = federation.preparation(federation.samples.take([0])).shape[1:]
+    return Experiment(
+        f"{protocol.name}: {method.name}",
+        job,
+        nets.model(protocol.net, shape, federation.samples.classes, seed),
+        fleet(federation, protocol.boards),
+        measure=Scales(protocol, federation, seed),
+        weather=Weather(**protocol.weather),
+        trainer=trainer,
+        workers=workers,
+    )
+
+
+def fleet(federation: Federation, boards: tuple[Board, ...]) -> tuple[VirtualDevice, ...]:
+    """Devices with their boards: as many of each kind, in the order of their names."""
+    names = sorted(federation.names, key=natural)
+    kinds = [_profile(board) for board in boards]
+    return tuple(
+        VirtualDevice(
+            name,
+            kinds[place * len(kinds) // len(names)],
+            StoredData(federation.count(name), federation.fingerprint(name), lambda name=name: federation.load(name)),
+        )
+        for place, name in enumerate(names)
+    )
+
+
+class Scales:
+    """Measures the global model on all devices' tests together, and its submodels more rarely.
+
+    Batch-norm statistics are measured anew for every width, on the same training samples for every method.
+    """
+
+    def __init__(self, protocol: Protocol, federation: Federation, seed: int) -> None:
+        # With a test set of the server's own (the papers' global one) that is what global models are measured on.
+        found = federation.evaluation()
+        x, y = found if found is not None else federation.tests()
+        calibration = calibration_of(federation, seed)
+        densities = tuple(d for d in protocol.densities if d < 1) if protocol.submodels else ()
+        self._often = Measure(x, y, calibration=calibration, every=protocol.every_global)
+        self._rarely = Measure(x, y, densities, calibration, every=protocol.every)
+        self._every = protocol.every
+
+    def __call__(self, moment: Moment) -> dict[str, float]:
+        """The numbers of a round."""
+        rare = moment.round % self._every == 0 or moment.round == moment.job.rounds
+        return self._rarely(moment) if rare else self._often(moment)
+
+
+def calibration_of(federation: Federation, seed: int) -> npt.NDArray[Any]:
+    """Some training samples of all devices together."""
+    rows = np.sort(np.concatenate([h.train for h in federation.holdings.values()]))
+    order = keyed(seed, "calibration").permutation(len(rows))[:CALIBRATION]
+    return federation.preparation(federation.samples.take(rows[np.sort(order)]))
+
+
+def run(
+    protocol: Protocol,
+    method: Method,
+    seed: int,
+    folder: Path,
+    *,
+    trainer: str = "onnxruntime",
+    workers: int = 1,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run, or go on with, a row for one seed.
+
+    Args:
+        protocol: The table.
+        method: The row.
+        seed: The seed.
+        folder: Where its state lies until it is over; emptied then.
+        trainer: What trains.
+        workers: In how many processes.
+        quiet: Whether to say nothing of each round.
+
+    Returns:
+        The run's numbers as JSON.
+    """
+    key, began = protocol.key(method, seed), (time.perf_counter(), cpu_seconds())
+    experiment = experiment_of(protocol, method, seed, trainer=trainer, workers=workers)
+    place = folder / f"{method.name}-{seed}-{key}".replace(" ", "_").replace("/", "_")
+    place.mkdir(parents=True, exist_ok=True)
+    clock = place / "seconds.json"
+    before = json.loads(clock.read_text()) if clock.exists() else [0.0, 0.0]
+    seen = [0]
+
+    def used() -> list[float]:
+        return [before[0] + time.perf_counter() - began[0], before[1] + cpu_seconds() - began[1]]
+
+    def progress(simulation: Simulation) -> None:
+        done = len(simulation.state.history)
+        if done == seen[0]:
+            return
+        seen[0] = done
+        clock.write_text(json.dumps(used()))
+        if not quiet:
+            found = {k: round(v, 3) for k, v in simulation.measured.get(done, {}).items() if not k.endswith("_loss")}
+            print(f"{method.name} seed {seed}: round {done}/{simulation.job.rounds} {found}", flush=True)
+
+    record = simulate(experiment, place, progress)
+    spent = used()
+    result = {
+        "table": protocol.name,
+        "method": method.name,
+        "seed": seed,
+        "key": key,
+        "trainer": trainer,
+        "wall_s": round(spent[0], 1),
+        "cpu_s": round(spent[1], 1),
+        "fingerprint": experiment.settings()["fingerprint"],
+        "devices": {d.name: [d.density, d.samples, d.parameters] for d in record.devices},
+        "rounds": rounds_of(record),
+    }
+    shutil.rmtree(place / "run")  # the state of a run that is over
+    return result
+
+
+def rounds_of(record: Record) -> list[dict[str, Any]]:
+    """A run's rounds in short: means over devices of each device's latest measurement, bytes, work, time."""
+    latest: dict[str, dict[str, float]] = {}
+    density: dict[str, float] = {}
+    macs, out = 0.0, []
+    for row in record.rounds:
+        for metric, values in row.own.items():
+            latest.setdefault(metric, {}).update({k: v for k, v in values.items() if math.isfinite(v)})
+        density.update(row.density)
+        macs += sum(spent[2] for spent in row.spent.values())
+        out.append(
+            {
+                "round": row.round,
+                "at": round(row.at, 3),
+                "down": row.down,
+                "up": row.up,
+                "macs": macs,
+                "measured": {k: round(v, 5) for k, v in row.measured.items()},
+                "own": {m: _means(v, density) for m, v in latest.items()},
+            }
+        )
+    return out
+
+
+def _means(values: Mapping[str, float], density: Mapping[str, float]) -> dict[str, Any]:
+    """The mean over devices, how many they are, and means by density."""
+    if not values:
+        return {"n": 0}
+    tiers: dict[str, list[float]] = {}
+    for name, value in values.items():
+        tiers.setdefault(f"{density.get(name, 1.0):g}", []).append(value)
+    return {
+        "mean": round(statistics.fmean(values.values()), 5),
+        "n": len(values),
+        "tiers": {k: round(statistics.fmean(v), 5) for k, v in sorted(tiers.items(), reverse=True)},
+    }
+
+
+def _profile(board: Board) -> HardwareProfile:
+    shipped = find(board.profile)
+    if not board.down_mb_s:
+        return shipped
+    link = replace(
+        shipped.link, down_bytes_s=board.down_mb_s * 1e6, up_bytes_s=board.up_mb_s * 1e6, bytes_per_round=2**40
+    )
+    said = dict.fromkeys(("link.down_bytes_s", "link.up_bytes_s", "link.bytes_per_round"), "estimate: an experiment's")
+    return replace(
+        shipped,
+        name=f"{shipped.name}-{board.down_mb_s:g}-{board.up_mb_s:g}",
+        link=link,
+        sources={**shipped.sources, **said},
+    )
+
+
+def cpu_seconds() -> float:
+    """Processor seconds of this process and the children that it waited for."""
+    return sum(
+        u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
