@@ -19,7 +19,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 _TABLES = ("job", "model", "evaluation", "calibration", "server")
 _SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "profiles")
 _SERVER_NUMBERS = ("port", "keep", "pulls", "max_devices")
-_SIMULATED = ("devices", "dropouts")
+_SIMULATED = ("devices", "data", "dropouts", "weather", "availability", "simulation")
 """Tables that only a simulation reads, so that one file serves both."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from fedprune_server.record import Record, RoundRow
 FLEET = "#0072B2"
 REFERENCE = "#D55E00"
 """Colours of Okabe and Ito's palette, told apart by everyone; line styles and hatches tell them apart in grey, too."""
+
+_RUNS = (FLEET, REFERENCE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+_LINES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 _GROUPS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#D55E00")
 _EMPTY = "#EBEDF0"
@@ -44,32 +49,76 @@ _STYLE: Any = {
     "savefig.dpi": 130,
 }
 
+DEVICES = 24
+"""Pictures show so many devices one by one; of larger fleets some, evenly spread, or all as a histogram."""
+
+GROUPS = 12
+"""Channel groups side by side in a picture."""
+
 Values = Callable[[Record], "Sequence[float | None]"]
 """A number per round, None where there is none."""
 
 
-def curves(run: Record, reference: Record | None, path: Path) -> Path:
-    """Global and mean local accuracy (or loss), against rounds and against bytes."""
+Along = tuple[str, Callable[[RoundRow], float]]
+"""What a curve runs along: a label, and where a round lies on it."""
+
+_ALONG: tuple[Along, ...] = (
+    ("round", lambda r: r.round),
+    ("MB sent so far, down and up", lambda r: (r.down + r.up) / 1e6),
+    ("seconds", lambda r: r.at),
+)
+
+MEASURED = 6
+"""Most names of what a simulation measured that get curves."""
+
+
+def curves(runs: Sequence[Record], path: Path) -> Path:
+    """Accuracy (or loss) of the global model and of the devices' own, against rounds, bytes and time.
+
+    Args:
+        runs: Runs to lay over each other; their titles tell them apart.
+        path: Where to.
+    """
+    rows = _rows(runs)
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(10, 6.6), sharey="row", layout="constrained")
-        rows: tuple[tuple[str, Values], ...] = (
-            ("Global model, server's test data", lambda record: record.global_values()),
-            ("Devices' own models, own test data (mean)", lambda record: record.mean_locals()),
+        figure, axes = plt.subplots(
+            len(rows), 3, figsize=(13, 0.6 + 2.9 * len(rows)), sharey="row", layout="constrained", squeeze=False
         )
         for (title, values), line in zip(rows, axes, strict=True):
-            _curve(line[0], run, reference, values, lambda r: r.round)
-            _curve(line[1], run, reference, values, lambda r: (r.down + r.up) / 1e6)
+            for axis, (label, along) in zip(line, _ALONG, strict=True):
+                _curves(axis, runs, values, along)
+                axis.set_xlabel(label)
+                axis.set_xlim(left=0)
             line[0].set_title(title)
-            line[0].set_ylabel(run.measure)
-            if run.measure == "accuracy":
+            line[0].set_ylabel(runs[0].measure)
+            if runs[0].measure == "accuracy":
                 line[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-            line[0].set_xlabel("round")
             line[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-            line[1].set_xlabel("MB sent so far, down and up")
-            line[1].set_xlim(left=0)
-        if reference is not None:
-            axes[0][0].legend(loc="lower right", frameon=False)
+        if len(runs) > 1:
+            axes[0][0].legend(loc="best", frameon=False, fontsize=8)
         return _save(figure, path)
+
+
+def _rows(runs: Sequence[Record]) -> list[tuple[str, Values]]:
+    """What there are curves of: a title, and a run's values."""
+    kind = runs[0].measure
+    rows: list[tuple[str, Values]] = [
+        ("Global model, server's test data", lambda record: record.global_values()),
+        ("Devices' own models, own test data (mean)", lambda record: record.mean_locals()),
+    ]
+    for moment, title in (("before", "As received, own test data (mean)"), ("average", "Devices' own averages (mean)")):
+        rows.append((title, partial(Record.own_means, metric=f"{kind}_{moment}")))
+    suffix = "_loss" if kind == "loss" else ""
+    names: dict[str, None] = {}
+    for run in runs:
+        for row in run.rounds:
+            names |= dict.fromkeys(n for n in row.measured if n.endswith("_loss") == (kind == "loss"))
+    rows += [
+        (f"Measured: {name.removesuffix(suffix)}", partial(Record.measured_values, name=name))
+        for name in list(names)[:MEASURED]
+    ]
+    known = [row for row in rows if any(v is not None for run in runs for v in row[1](run))]
+    return known or rows[:1]
 
 
 def traffic(run: Record, reference: Record | None, path: Path) -> Path:
@@ -96,8 +145,8 @@ def traffic(run: Record, reference: Record | None, path: Path) -> Path:
 
 def channel_map(run: Record, path: Path) -> Path:
     """Which channels of every group each device holds in the last round: a row per device, a tile per channel."""
-    names = [d.name for d in run.devices if d.name in run.channels]
-    sizes = [size for _, size in run.groups]
+    names = _some([d.name for d in run.devices if d.name in run.channels])
+    sizes = [size for _, size in run.groups][:GROUPS]
     with plt.rc_context({**_STYLE, "axes.grid": False}):
         columns = max(len(sizes), 1)
         figure, axes = plt.subplots(
@@ -120,8 +169,47 @@ def channel_map(run: Record, path: Path) -> Path:
         return _save(figure, path)
 
 
+def coverage_map(run: Record, path: Path) -> Path:
+    """Which share of a round's updates trained each channel: a row per noted round, a column per channel and group."""
+    rows = [r for r in run.rounds if r.coverage]
+    with plt.rc_context({**_STYLE, "axes.grid": False}):
+        columns = max(len(run.groups), 1)
+        shown = [i for i, (_, size) in enumerate(run.groups) if size > 1][:GROUPS] or list(range(columns))[:1]
+        figure, axes = plt.subplots(
+            1,
+            len(shown),
+            figsize=(11.5, 3.4),
+            width_ratios=[max(run.groups[g][1], 12) for g in shown] if run.groups else [1],
+            layout="constrained",
+            squeeze=False,
+        )
+        image = None
+        for axis, g in zip(axes[0], shown, strict=True):
+            if rows and run.groups:
+                shares = [[c / max(1, delivered(r)) for c in r.coverage[g]] for r in rows]
+                image = axis.imshow(shares, aspect="auto", interpolation="nearest", vmin=0, vmax=1, cmap="cividis")
+                axis.set_title(f"{run.groups[g][0]} ({run.groups[g][1]})", fontsize=9)
+                places = sorted({0, len(rows) // 2, len(rows) - 1})
+                axis.set_yticks(places, [str(rows[p].round) if g == shown[0] else "" for p in places])
+            axis.tick_params(length=0, labelsize=8)
+        axes[0][0].set_ylabel("round")
+        if image is not None:
+            bar = figure.colorbar(image, ax=axes[0][-1], format=PercentFormatter(1, decimals=0))
+            bar.outline.set_visible(False)
+        figure.suptitle("Share of each round's updates that trained a channel", x=0.01, ha="left", fontweight="bold")
+        figure.supxlabel("channel of the global model", fontsize=10)
+        return _save(figure, path)
+
+
+def delivered(row: RoundRow) -> int:
+    """How many updates a round's model is made of."""
+    return len(row.density) or len(row.local)
+
+
 def local_bars(run: Record, reference: Record | None, path: Path) -> Path:
     """Every device's own accuracy (or loss) as measured last, beside the reference's; a dash where it never was."""
+    if len(run.devices) > DEVICES:
+        return _histogram(run, reference, path)
     names = [d.name for d in run.devices]
     with plt.rc_context(_STYLE):
         figure, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
@@ -156,26 +244,49 @@ def local_bars(run: Record, reference: Record | None, path: Path) -> Path:
         return _save(figure, path)
 
 
-def _curve(
-    axis: Axes, run: Record, reference: Record | None, values: Values, along: Callable[[RoundRow], float]
-) -> None:
-    shown: Sequence[tuple[Record | None, str, str, str]] = (
-        (reference, REFERENCE, "--", "s"),
-        (run, FLEET, "-", "o"),
-    )
-    for each, colour, style, marker in shown:
-        if each is not None:
-            points = [(along(r), v) for r, v in zip(each.rounds, values(each), strict=True) if v is not None]
-            axis.plot(
-                [p[0] for p in points],
-                [p[1] for p in points],
-                color=colour,
-                linestyle=style,
-                marker=marker,
-                markersize=3.5,
-                linewidth=1.8,
-                label=each.title,
-            )
+def _curves(axis: Axes, runs: Sequence[Record], values: Values, along: Callable[[RoundRow], float]) -> None:
+    for i, run in enumerate(runs):
+        points = [(along(r), v) for r, v in zip(run.rounds, values(run), strict=True) if v is not None]
+        axis.plot(
+            [p[0] for p in points],
+            [p[1] for p in points],
+            color=_RUNS[i % len(_RUNS)],
+            linestyle=_LINES[i % len(_LINES)],
+            marker=_MARKERS[i % len(_MARKERS)] if len(points) <= 60 else None,
+            markersize=3.5,
+            linewidth=1.8,
+            label=run.title,
+            zorder=3 - 0.01 * i,
+        )
+
+
+def _some(names: list[str]) -> list[str]:
+    """A fleet's devices, or some of them, evenly spread."""
+    if len(names) <= DEVICES:
+        return names
+    return [names[i * (len(names) - 1) // (DEVICES - 1)] for i in range(DEVICES)]
+
+
+def _histogram(run: Record, reference: Record | None, path: Path) -> Path:
+    """How many devices have which accuracy (or loss) of their own."""
+    runs = [run] + ([reference] if reference is not None else [])
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
+        axis.hist(
+            [list(each.latest.values()) for each in runs],
+            bins=20,
+            color=[FLEET, REFERENCE][: len(runs)],
+            label=[each.title for each in runs],
+        )
+        if run.measure == "accuracy":
+            axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.grid(axis="x", visible=False)
+        axis.set_xlabel(run.measure)
+        axis.set_ylabel("devices")
+        axis.set_title("Devices' own models on their own test data, as measured last")
+        if reference is not None:
+            axis.legend(frameon=False)
+        return _save(figure, path)
 
 
 def _tiles(axis: Axes, rows: Sequence[Sequence[int]], size: int, colour: str) -> None:

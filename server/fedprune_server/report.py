@@ -86,8 +86,8 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
     finals = [r.final(TAIL) for r in runs]
     rows = [
         ("", *(r.title for r in runs)),
-        (f"mean local {run.measure}", *(_shown(r, f[0]) + _part(r) for r, f in zip(runs, finals, strict=True))),
-        (f"global {run.measure}", *(_shown(r, f[1]) for r, f in zip(runs, finals, strict=True))),
+        (f"mean local {run.measure}", *(shown(r, f[0]) + _part(r) for r, f in zip(runs, finals, strict=True))),
+        (f"global {run.measure}", *(shown(r, f[1]) for r, f in zip(runs, finals, strict=True))),
         ("MB down", *(f"{r.last.down / 1e6:.2f}" for r in runs)),
         ("MB up", *(f"{r.last.up / 1e6:.2f}" for r in runs)),
         ("rounds", *(str(len(r.rounds)) for r in runs)),
@@ -120,7 +120,7 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
                 d.bound or "the job",
                 " · ".join(map(str, d.widths)) or d.excluded,
                 f"{d.parameters:,}",
-                _shown(run, latest.get(d.name, math.nan)),
+                shown(run, latest.get(d.name, math.nan)),
             )
             for d in run.devices
         ),
@@ -160,11 +160,13 @@ def write_report(folder: Path, run: Record, reference: Record | None = None, *, 
     shown = run.last  # nothing is written about a run without a round
     folder.mkdir(parents=True, exist_ok=True)
     files = {
-        "Learning": pictures.curves(run, reference, folder / "curves.png"),
+        "Learning": pictures.curves([run] + ([reference] if reference is not None else []), folder / "curves.png"),
         "Bytes": pictures.traffic(run, reference, folder / "bytes.png"),
         "Channels": pictures.channel_map(run, folder / "channels.png"),
         "Devices": pictures.local_bars(run, reference, folder / "devices.png"),
     }
+    if any(r.coverage for r in run.rounds):
+        files["Channels over rounds"] = pictures.coverage_map(run, folder / "coverage.png")
     intro = (
         f"{len(run.devices)} devices, {shown.round} rounds, seed {run.job.get('seed', 0)}. "
         f"{'Losses' if run.measure == 'loss' else 'Accuracies'} of the summary are means over the last "
@@ -183,22 +185,23 @@ def write_report(folder: Path, run: Record, reference: Record | None = None, *, 
 def _markdown(
     run: Record, reference: Record | None, intro: str, judged: tuple[Claim, ...], files: dict[str, Path]
 ) -> str:
-    parts = [f"# {run.title}", intro, "## Summary", _markdown_table(summary(run, reference))]
+    parts = [f"# {run.title}", intro, "## Summary", markdown_table(summary(run, reference))]
     parts += [f"- **{c.verdict}**: {c.text} ({c.measured})" for c in judged]
-    parts += ["## Plans", _markdown_table(plan_rows(run))]
-    parts += ["## Predicted and measured", _markdown_table(foresight_rows(run))]
+    parts += ["## Plans", markdown_table(plan_rows(run))]
+    parts += ["## Predicted and measured", markdown_table(foresight_rows(run))]
     for title, path in files.items():
         parts += [f"## {title}", f"![{title}]({path.name})"]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(rows: list[tuple[str, ...]]) -> str:
+def markdown_table(rows: list[tuple[str, ...]]) -> str:
+    """Rows as Markdown; the first is the header."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     lines.insert(1, "|" + " --- |" * len(rows[0]))
     return "\n".join(lines)
 
 
-_CSS = """
+CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #24292f; background: #fff; max-width: 62rem }
 body { margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2rem }
@@ -223,16 +226,17 @@ def _html(run: Record, reference: Record | None, intro: str, judged: tuple[Claim
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(run.title)}</title><style>{_CSS}</style></head><body>"
+        f"<title>{html.escape(run.title)}</title><style>{CSS}</style></head><body>"
         f"<h1>{html.escape(run.title)}</h1><p>{html.escape(intro)}</p>"
-        f"<h2>Summary</h2>{_html_table(summary(run, reference))}"
+        f"<h2>Summary</h2>{html_table(summary(run, reference))}"
         + (f"<ul>{items}</ul>" if items else "")
-        + f"<h2>Plans</h2>{_html_table(plan_rows(run))}"
-        + f"<h2>Predicted and measured</h2>{_html_table(foresight_rows(run))}{images}</body></html>\n"
+        + f"<h2>Plans</h2>{html_table(plan_rows(run))}"
+        + f"<h2>Predicted and measured</h2>{html_table(foresight_rows(run))}{images}</body></html>\n"
     )
 
 
-def _html_table(rows: list[tuple[str, ...]]) -> str:
+def html_table(rows: list[tuple[str, ...]]) -> str:
+    """Rows as HTML; the first is the header."""
     head = "".join(f"<th>{html.escape(c)}</th>" for c in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows[1:])
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -252,7 +256,7 @@ def _percent(value: float, digits: int = 0) -> str:
     return f"{value:.{digits}%}" if math.isfinite(value) else "–"
 
 
-def _shown(run: Record, value: float) -> str:
+def shown(run: Record, value: float) -> str:
     """An accuracy as a percentage, a loss as a number."""
     if run.measure == "accuracy":
         return _percent(value, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,23 +14,29 @@ from fedprune.cli import run_command, whole_number, with_extra
 from fedprune.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:  # what follows needs packages of an extra; the command line doesn't
-    from fedprune.job import Job
+    from fedprune_server.experiment import Experiment
     from fedprune_server.record import Record
-    from fedprune_server.simulated_fleet import Plan
     from fedprune_server.simulation import Simulation
+
+PROG = "fedprune-simulate"
+COMPARE = "compare"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return run_command("fedprune-simulate", build_parser, argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == [COMPARE]:
+        return run_command(PROG, build_compare_parser, given[1:])
+    return run_command(PROG, build_parser, given)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     parser = argparse.ArgumentParser(
-        prog="fedprune-simulate",
+        prog=PROG,
         description="Simulate a fleet on a virtual clock and write its report.",
-        epilog="Exit codes are explained in docs/exit-codes.md.",
+        epilog=f"`{PROG} {COMPARE} DIR... --out DIR` puts several runs into one report. "
+        "Exit codes are explained in docs/exit-codes.md.",
     )
     parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -41,7 +48,27 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference", action="store_true", help="run FedAvg at full width on the same devices, too")
     parser.add_argument("--seed", type=int, metavar="N", help="instead of the job's")
     parser.add_argument("--rounds", type=whole_number, metavar="N", help="instead of the job's")
+    parser.add_argument("--trainer", metavar="NAME", help="what trains, such as torch or torch:cuda; onnxruntime else")
+    parser.add_argument("--workers", type=whole_number, metavar="N", help="train in so many processes")
     parser.set_defaults(run=with_extra("server", _run))
+    return parser
+
+
+def build_compare_parser() -> argparse.ArgumentParser:
+    """The grammar of `fedprune-simulate compare`."""
+    parser = argparse.ArgumentParser(
+        prog=f"{PROG} {COMPARE}", description="Put runs side by side: curves, finals, time and bytes to a target."
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="folders of runs, or their metrics.json")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
+    parser.add_argument(
+        "--target",
+        type=float,
+        action="append",
+        metavar="X",
+        help="accuracy (or loss) whose cost is compared; repeatable",
+    )
+    parser.set_defaults(run=with_extra("server", _compare))
     return parser
 
 
@@ -49,18 +76,14 @@ def _run(options: argparse.Namespace) -> int:
     from fedprune_server.report import summary_text, write_report
     from fedprune_server.simulated_fleet import demo_plan, read_plan
 
-    out = options.out
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file", expected="a folder, which is made if missing")
+    out = _folder(options.out)
     changes = {"seed": options.seed, "rounds": options.rounds}
     plan = demo_plan(**changes) if options.demo else read_plan(options.config, reference=options.reference, **changes)
-    run, reference = _one(plan.title, plan.job, plan, out / "run"), None
-    run.save(out / "metrics.json")
-    if plan.reference is not None:
-        from fedprune_server.reference import TITLE
-
-        reference = _one(TITLE, plan.reference, plan, out / "reference")
-        reference.save(out / "metrics-reference.json")
+    plan = replace(plan, trainer=options.trainer or plan.trainer, workers=options.workers or plan.workers)
+    compared, reference = plan.compared(), None
+    run = _one(plan, out)
+    if compared is not None:
+        reference = _one(compared, out, suffix="-reference", state="reference")
     # What the demo claims was chosen for its own fleet and budget.
     report = write_report(out, run, reference, judged=options.demo)
     print(summary_text(run, reference, judged=options.demo))
@@ -68,30 +91,38 @@ def _run(options: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _one(title: str, job: Job, plan: Plan, folder: Path) -> Record:
+def _compare(options: argparse.Namespace) -> int:
+    from fedprune_server.comparison import comparison_text, read_runs, write_comparison
+
+    out = _folder(options.out)
+    runs = read_runs(options.runs)
+    page = write_comparison(out, runs, tuple(options.target or ()))
+    print(comparison_text(runs, tuple(options.target or ())))
+    print(f"\nReport: {page}")
+    return int(ExitCode.OK)
+
+
+def _folder(out: Path) -> Path:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file", expected="a folder, which is made if missing")
+    return out
+
+
+def _one(experiment: Experiment, folder: Path, *, suffix: str = "", state: str = "run") -> Record:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from fedprune.blobs import BlobStore
-    from fedprune_server.simulation import Simulation
+    from fedprune_server.experiment import simulate
 
-    folder.mkdir(parents=True, exist_ok=True)
-    simulation = Simulation(
-        job,
-        plan.model,
-        plan.devices,
-        plan.evaluation,
-        BlobStore(folder / "blobs"),
-        folder=folder,
-        dropouts=plan.dropouts,
-        calibration=plan.calibration,
-    )
+    job = experiment.job
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
-        rounds = bar.add_task(title, total=job.rounds, completed=len(simulation.state.history), note="")
+        rounds = bar.add_task(experiment.title, total=job.rounds, note="")
 
         def show(simulation: Simulation) -> None:
             state = simulation.state
+            if not bar.tasks[0].completed:  # what an earlier start has done tells nothing about what is left
+                bar.reset(rounds, total=job.rounds, completed=max(0, len(state.history) - 1))
             done = sum(t.progress.over for t in state.tasks.values()) / max(1, len(state.tasks))
             metrics = state.history[-1]["metrics"] if state.history else {}
             note = f"loss {metrics['loss']:.4g}" if "loss" in metrics else ""
@@ -100,8 +131,7 @@ def _one(title: str, job: Job, plan: Plan, folder: Path) -> Record:
             shown = min(job.rounds, len(state.history) + (done if state.round > len(state.history) else 0))
             bar.update(rounds, completed=round(shown, 2), note=note)
 
-        simulation.run(show)
-    return simulation.record(title)
+        return simulate(experiment, folder, show, suffix=suffix, state=state)
 
 
 if __name__ == "__main__":

@@ -2,56 +2,38 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from fedprune import profile_store
-from fedprune.errors import ConfigError, FedpruneError
+from fedprune.errors import ConfigError
 from fedprune.job import Job
 from fedprune.toml_file import read_toml
-from fedprune_device.data import load_data
-from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_server.config import parse_config
-from fedprune_server.reference import fedavg
+from fedprune_server.data.table import DataPlan
+from fedprune_server.experiment import Experiment
+from fedprune_server.fleet_devices import named, read_devices
+from fedprune_server.fleet_weather import read_availability, read_dropouts, read_settings, read_weather
+from fedprune_server.measure import Measure
+from fedprune_server.reference import TITLE, fedavg
 from fedprune_server.state_folder import load_calibration, load_evaluation
 from fedprune_server.virtual_device import VirtualDevice
-from fedprune_server.weather import DropOuts
-from fedprune_server.worker import Evaluation
-
-_DEVICE_KEYS = ("name", "profile", "data")
-_DROPOUT_KEYS = ("probability", "away_s")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be simulated.
+@dataclass(frozen=True, eq=False)
+class Plan(Experiment):
+    """What is to be simulated, and what it is compared with.
 
     Attributes:
-        title: The job's title.
-        job: The job.
-        reference: The job that it is compared with, or None.
-        model: The model.
-        devices: The fleet.
-        evaluation: The server's own samples, or None.
-        calibration: Samples on which it measures batch-norm statistics, or None.
-        dropouts: How devices vanish.
+        reference: The job that it is compared with on the same devices, or None.
     """
 
-    title: str
-    job: Job
-    reference: Job | None
-    model: Model
-    devices: tuple[VirtualDevice, ...]
-    evaluation: Evaluation | None
-    calibration: npt.NDArray[np.float32] | None
-    dropouts: DropOuts
+    reference: Job | None = None
+
+    def compared(self) -> Experiment | None:
+        """The experiment that it is compared with."""
+        return None if self.reference is None else replace(self, title=TITLE, job=self.reference, reference=None)
 
 
 def read_plan(path: Path, *, reference: bool = False, seed: int | None = None, rounds: int | None = None) -> Plan:
@@ -71,20 +53,57 @@ def read_plan(path: Path, *, reference: bool = False, seed: int | None = None, r
     config = parse_config({k: v for k, v in body.items() if k != "server"}, str(path), path.parent)
     if config.model is None:
         raise ConfigError(f"{path}: [model] path is missing", expected="an ONNX file")
-    dropouts = _dropouts(body.get("dropouts", {}), path)
+    dropouts, availability = read_dropouts(body, path), read_availability(body, path)
+    weather, links = read_weather(body, path)
+    settings = read_settings(body, path)
     job = _overridden(config.job, seed, rounds)
-    devices = _devices(body.get("devices"), job, path)
+    federation = None
+    if "data" in body:
+        with named(f"{path}: [data]"):
+            federation = _federation(body["data"], body.get("devices"), path).read(job.seed)
+    devices = read_devices(body.get("devices"), job.seed, path, federation, links)
     job = replace(job, devices=_present(body.get("job", {}), job, len(devices)))
-    with _named(f"{path}: [model] path"):
+    with named(f"{path}: [model] path"):
         model = import_onnx(read_source(config.model, input_shape=config.input_shape), Path(config.model).stem)
     evaluation, calibration = None, None
     if config.evaluation is not None:
-        with _named(f"{path}: [evaluation] data"):
+        with named(f"{path}: [evaluation] data"):
             evaluation = load_evaluation(config.evaluation, model, job.recipe.loss)
+    elif federation is not None:
+        evaluation = federation.evaluation()
     if config.calibration is not None:
-        with _named(f"{path}: [calibration] data"):
+        with named(f"{path}: [calibration] data"):
             calibration = load_calibration(config.calibration, model)
-    return Plan(job.name, job, fedavg(job) if reference else None, model, devices, evaluation, calibration, dropouts)
+    measure = None
+    if settings.densities:
+        if evaluation is None:
+            raise ConfigError(f"{path}: [simulation] densities", expected="samples in [evaluation] to measure on")
+        measure = Measure(*evaluation, densities=settings.densities, calibration=calibration, every=settings.every)
+    return Plan(
+        job.name,
+        job,
+        model,
+        devices,
+        evaluation,
+        calibration,
+        dropouts,
+        weather,
+        availability,
+        measure,
+        settings.checkpoints,
+        settings.trainer,
+        settings.workers,
+        fedavg(job) if reference else None,
+    )
+
+
+def _federation(body: object, devices: object, path: Path) -> DataPlan:
+    """The table [data]; how many devices there are may also be said by [[devices]]."""
+    if isinstance(body, Mapping) and "devices" not in body and isinstance(devices, list):
+        counts = [r.get("count", 1) for r in devices if isinstance(r, Mapping) and {"name", "count"} & set(r)]
+        if len(counts) == len(devices) and all(isinstance(c, int) for c in counts):
+            body = {**body, "devices": sum(counts)}
+    return DataPlan.from_dict(body, f"{path}: [data]", path.parent)
 
 
 def demo_plan(*, seed: int | None = None, rounds: int | None = None) -> Plan:
@@ -101,12 +120,11 @@ def demo_plan(*, seed: int | None = None, rounds: int | None = None) -> Plan:
     return Plan(
         "fedprune",
         _overridden(fleet_job(seed or 0), seed, rounds),
-        _overridden(reference_job(seed or 0), seed, rounds),
         import_onnx(digits_model(), "digits-net"),
         tuple(VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in BOARDS),
         (data.x, data.y),
         data.calibration,
-        DropOuts(),
+        reference=_overridden(reference_job(seed or 0), seed, rounds),
     )
 
 
@@ -121,66 +139,3 @@ def _present(body: Mapping[str, object], job: Job, devices: int) -> int:
     if job.devices > devices:
         print(f"note: [job] devices is {job.devices}, but there are {devices}: rounds start with {devices}.")
     return min(job.devices, devices)
-
-
-def _devices(rows: object, job: Job, path: Path) -> tuple[VirtualDevice, ...]:
-    if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
-        raise ConfigError(f"{path}: [[devices]]", expected="one table with name, profile and data per device")
-    seen: dict[str, int] = {}
-    for number, row in enumerate(rows, 1):
-        where = f"{path}: [[devices]] {number}"
-        if not isinstance(row, Mapping):
-            raise ConfigError(where, expected="a table with name, profile and data", got=repr(row))
-        _only(row, _DEVICE_KEYS, where)
-        for key in _DEVICE_KEYS:
-            if key not in row:
-                raise ConfigError(f"{where}: {key} is missing", expected="name, profile and data")
-            if not isinstance(row[key], str) or not row[key]:
-                raise ConfigError(f"{where}: {key}", expected="a text", got=repr(row[key]))
-        if row["name"] in seen:
-            raise ConfigError(
-                f"{where}: name", expected="another one for each device", got=f"{row['name']!r} as {seen[row['name']]}"
-            )
-        seen[row["name"]] = number
-    return tuple(_device(row, f"{path}: [[devices]] {number}", job, path) for number, row in enumerate(rows, 1))
-
-
-def _device(row: Mapping[str, str], where: str, job: Job, path: Path) -> VirtualDevice:
-    name, profile, source = (row[key] for key in _DEVICE_KEYS)
-    if source.endswith(".npz"):
-        source = str(path.parent / source)
-    if "/" in profile or profile.endswith((".toml", ".json")):
-        profile = str(path.parent / profile)
-    with _named(f"{where}: profile"):
-        board = profile_store.chosen(profile)
-    with _named(f"{where}: data"):
-        return VirtualDevice(name, board, load_data(source, job.seed, name))
-
-
-def _dropouts(body: object, path: Path) -> DropOuts:
-    where = f"{path}: [dropouts]"
-    if not isinstance(body, Mapping):
-        raise ConfigError(where, expected="a table [dropouts]", got=repr(body))
-    _only(body, _DROPOUT_KEYS, where)
-    for key, value in body.items():
-        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
-        if key == "probability" and not 0 <= number < 1:
-            raise ConfigError(f"{where} {key}", expected="a number from 0 to below 1", got=repr(value))
-        if key == "away_s" and not 0 < number < math.inf:
-            raise ConfigError(f"{where} {key}", expected="a number of seconds above 0", got=repr(value))
-    return DropOuts(**{k: float(v) for k, v in body.items()})
-
-
-def _only(body: Mapping[str, object], known: Sequence[str], where: str) -> None:
-    for key in body:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}", expected=f"one of {', '.join(known)}")
-
-
-@contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Say in an error where in the file the thing stands that it is about."""
-    try:
-        yield
-    except FedpruneError as error:
-        raise type(error)(f"{where}: {error.what}", expected=error.expected, got=error.got, hint=error.hint) from error

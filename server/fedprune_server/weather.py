@@ -168,3 +168,13 @@ def transfer(now: float, free: float, size: int, rate: float, limit: float) -> t
     """
     begin = max(now, free)
     return begin + size / min(rate, limit), begin + size / limit
+
+
+PR_FL_LINKS = (
+    (20.0, 5.0), (18.0, 4.0), (12.0, 3.0), (10.0, 2.5), (6.0, 1.5),
+    (4.0, 1.0), (2.5, 0.6), (2.0, 0.5), (2.0, 0.5), (1.5, 0.4),
+)  # fmt: skip
+"""Down and up, in MB/s, of the ten clients of PR-FL's simulation (arXiv:2403.15439, public code)."""
+
+PR_FL = Weather(links_sigma=0.3, draws=20, server_up_bytes_s=10e6, server_down_bytes_s=50e6, server_sigma=0.1)
+"""How their speeds vary, and the server's."""
