@@ -74,21 +74,26 @@ class Evidence:
                 out.last[spec.name] = (np.zeros(spec.shape, np.float32), np.zeros(spec.shape, np.float32))
         return out
 
-    def update(self, fold: Fold, lr: float, momentum: float = 0.0) -> None:
+    def update(self, fold: Fold, lr: float, momentum: float = 0.0, decay: float = DECAY) -> None:
         """Take in one round (the formulas are the module's).
 
         Args:
             fold: The round's fold, made with `evidence=True`; open or closed.
             lr: The devices' learning rate.
             momentum: The devices' momentum.
+            decay: What old estimates keep of themselves, from 0 to below 1.
 
         Raises:
             BundleError: The fold is of another architecture or without evidence, or the rates are out of range.
         """
         if fold.architecture.digest != self.architecture.digest:
             raise BundleError("evidence and fold belong to different architectures")
-        if not 0 <= momentum < 1 or not lr >= 0:
-            raise BundleError("rates of evidence", expected="lr from 0 up and momentum below 1", got=(lr, momentum))
+        if not 0 <= momentum < 1 or not 0 <= decay < 1 or not lr >= 0:
+            raise BundleError(
+                "rates of evidence",
+                expected="lr from 0 up, momentum and decay below 1",
+                got=(lr, momentum, decay),
+            )
         rate = lr / (1 - momentum)
         if rate == 0:
             return  # nothing moved because of a gradient
@@ -100,8 +105,8 @@ class Evidence:
                 bend, seen = (square / rate**2).astype(np.float32), held
             else:
                 bend, seen = self._secant(name, slope, fold.base[name], held, 2 / rate)
-            self.gradient[name] = _average(self.gradient[name], slope, self.trained[name], held)
-            self.curvature[name] = _average(self.curvature[name], bend, self.known[name], seen)
+            self.gradient[name] = _average(self.gradient[name], slope, self.trained[name], held, decay)
+            self.curvature[name] = _average(self.curvature[name], bend, self.known[name], seen, decay)
             self.trained[name] = self.trained[name] | held
             self.known[name] = self.known[name] | seen
 
@@ -190,8 +195,9 @@ def _average(
     now: npt.NDArray[np.float32],
     known: npt.NDArray[np.bool_],
     seen: npt.NDArray[np.bool_],
+    decay: float,
 ) -> npt.NDArray[np.float32]:
-    """before where nothing was seen, now where nothing was known, else 0.9·before + 0.1·now."""
-    mixed = np.float32(DECAY) * before + np.float32(1 - DECAY) * now
+    """before where nothing was seen, now where nothing was known, else decay·before + (1 − decay)·now."""
+    mixed = np.float32(decay) * before + np.float32(1 - decay) * now
     out: npt.NDArray[np.float32] = np.where(seen, np.where(known, mixed, now), before)
     return out

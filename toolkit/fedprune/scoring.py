@@ -9,7 +9,7 @@ and its norm's γ and β. The weights of the next layer, which read the channel,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ Scores = tuple[npt.NDArray[np.float64], ...]
 
 Ranks = tuple[npt.NDArray[np.int64], ...]
 """Per group its channels, best first."""
+
+Form = Literal["abs", "signed", "hw2"]
 
 SCORERS = ("ordered", "magnitude", "curvature")
 
@@ -61,13 +63,23 @@ def ordered(architecture: Architecture) -> Scores:
 
 
 def magnitude(
-    architecture: Architecture, tensors: Mapping[str, npt.NDArray[np.float32]], norm: Literal["l1", "l2"] = "l1"
+    architecture: Architecture,
+    tensors: Mapping[str, npt.NDArray[np.float32]],
+    norm: Literal["l1", "l2"] = "l1",
+    *,
+    per_count: bool = False,
 ) -> Scores:
     """S_c = Σ |w| (l1) or sqrt(Σ w²) (l2) over the weights that make channel c.
 
     Filters and linear rows count, biases and norm vectors don't (Li et al. 2017, "Pruning filters for efficient
     ConvNets", Sec. 3.1; the l1 criterion of CA-HFP, Table II). Where several layers write to one group, the sum runs
     over all of them.
+
+    Args:
+        architecture: The model.
+        tensors: The global model.
+        norm: Of which kind.
+        per_count: As `channel_sums`.
 
     Raises:
         BundleError: Tensors don't fit the architecture, or there is no such norm.
@@ -79,7 +91,7 @@ def magnitude(
         w = _tensor(architecture, tensors, name)
         return np.abs(w) if norm == "l1" else w * w
 
-    scores = channel_sums(architecture, part, (TensorKind.WEIGHT,))
+    scores = channel_sums(architecture, part, (TensorKind.WEIGHT,), per_count=per_count)
     return scores if norm == "l1" else tuple(np.sqrt(s) for s in scores)
 
 
@@ -87,7 +99,9 @@ def curvature(
     architecture: Architecture,
     tensors: Mapping[str, npt.NDArray[np.float32]],
     evidence: Evidence,
-    form: Literal["abs", "signed", "hw2"] = "abs",
+    form: Form = "abs",
+    *,
+    per_count: bool = False,
 ) -> Scores:
     """S_c = Σ s_i over the coordinates that make channel c: weights, bias, γ and β (CA-HFP, eq. 15, and its ablations).
 
@@ -98,11 +112,12 @@ def curvature(
         form: `abs`: s = |g·w| + ½·h·w², the size of the second-order change of the loss (eq. 14) when a weight is
             removed; terms of opposite sign don't cancel. `signed`: s = g·w + h·w², eq. 15 to the letter. `hw2`: s =
             h·w², its limit late in training.
+        per_count: As `channel_sums`.
 
     Raises:
         BundleError: Tensors or evidence don't fit the architecture, or there is no such form.
     """
-    if form not in ("abs", "signed", "hw2"):
+    if form not in get_args(Form):
         raise BundleError("form of the curvature score", expected="abs, signed or hw2", got=repr(form))
     if evidence.architecture.digest != architecture.digest:
         raise BundleError("evidence belongs to another architecture")
@@ -115,13 +130,38 @@ def curvature(
         slope = evidence.gradient[name] * w
         return np.abs(slope) + 0.5 * bend if form == "abs" else slope + bend
 
-    return channel_sums(architecture, part, tuple(k for k in TensorKind if k.trainable))
+    return channel_sums(architecture, part, tuple(k for k in TensorKind if k.trainable), per_count=per_count)
+
+
+def movement(architecture: Architecture, evidence: Evidence, *, per_count: bool = False) -> Scores:
+    """S_c = Σ |Δw| over the coordinates that make channel c: CA-HFP's `Delta w` criterion (Table II).
+
+    Δw is what evidence keeps of it, the moving average of moves per step as a gradient, −Δ / (η_eff·steps): all
+    coordinates are scaled alike, so that ranks are those of Δw, and one that nobody trained lately keeps its value.
+
+    Args:
+        architecture: The model.
+        evidence: Estimates of the gradient.
+        per_count: As `channel_sums`.
+
+    Raises:
+        BundleError: Evidence doesn't fit the architecture.
+    """
+    if evidence.architecture.digest != architecture.digest:
+        raise BundleError("evidence belongs to another architecture")
+
+    def part(name: str) -> npt.NDArray[np.float64]:
+        return np.abs(evidence.gradient[name]).astype(np.float64)
+
+    return channel_sums(architecture, part, tuple(k for k in TensorKind if k.trainable), per_count=per_count)
 
 
 def channel_sums(
     architecture: Architecture,
     part: Callable[[str], npt.NDArray[np.float64]],
     kinds: Sequence[TensorKind],
+    *,
+    per_count: bool = False,
 ) -> Scores:
     """Sums of a per-coordinate quantity over the coordinates that make each channel.
 
@@ -129,6 +169,9 @@ def channel_sums(
         architecture: The model.
         part: The quantity for a tensor of a given name, of the tensor's shape.
         kinds: Which tensors count.
+        per_count: Each tensor counts by its mean over a channel's coordinates instead of by their sum. Channels of a
+            group have equally many, so that this only decides how much layers count that share a group: a bias or a 1×1
+            shortcut then as much as a 3×3 convolution.
     """
     out = tuple(np.zeros(n) for n in architecture.sizes)
     for spec in architecture.tensors:
@@ -138,12 +181,12 @@ def channel_sums(
         values = part(spec.name)
         for axis in axes:
             row = values.sum(axis=tuple(i for i in range(values.ndim) if i != axis))
+            many = values.size // max(1, row.size) if per_count else 1
             at = 0
             for s in spec.axes[axis].segments:
                 if s.group != FIXED:
-                    out[s.group][s.start : s.start + s.count] += (
-                        row[at : at + s.length].reshape(s.count, s.inner).sum(axis=1)
-                    )
+                    made = row[at : at + s.length].reshape(s.count, s.inner).sum(axis=1)
+                    out[s.group][s.start : s.start + s.count] += made / (many * s.inner) if per_count else made
                 at += s.length
     return out
 

@@ -1,0 +1,159 @@
+"""CA-HFP (arXiv 2603.12591): nested masks of whole channels by curvature, and reconstruction before the mean.
+
+Which channels matter is scored on the server, out of what devices send anyway (`fedprune.evidence`). Narrow devices get
+the best channels of a wide one's. Before the mean is taken, submodels are filled up from the current model (rule
+`fill`), so that devices without a channel vote for no change. The paper leaves open how gradient and curvature are
+estimated, how scores of weights become a channel's, and how long warm-up lasts; the options say what we read into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast, get_args
+
+from fedprune.aggregation import Fold, Rule
+from fedprune.errors import ConfigError
+from fedprune.evidence import DECAY, Estimator, Evidence
+from fedprune.job import Job
+from fedprune.scoring import Form, Scores, curvature, magnitude, movement, random_ranks, ranks
+from fedprune.strategies.densities import dealt
+from fedprune.strategies.extraction import Nobody, Selected
+from fedprune.strategies.means import Mean
+from fedprune.strategies.objectives import AsJob
+from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.roles import Memories, Ranking, Report, Scene
+from fedprune.strategies.scorers import EVIDENCE
+from fedprune.strategies.strategy import Strategy
+
+SCORES = ("curvature", "l1", "delta_w", "random")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of `ca-hfp`.
+
+    Attributes:
+        densities: Widths by tier, 1 − ρ each; empty to leave it to the job's `density` or the planner.
+        score: `curvature` (the paper's), or what its Table II compares with: `l1` (Σ|w|), `delta_w` (Σ|Δw|), `random`.
+        form: Of the curvature score: `abs`, |g·w| + ½·h·w²; `signed`, g·w + h·w², eq. 15 to the letter; `hw2`, h·w².
+        estimator: Of h: `fisher`, the mean of squared moves; `secant`, change of gradient over change of weight.
+        decay: What old estimates keep of themselves every round.
+        per_count: A channel's layers count by the mean over their weights instead of by the sum.
+        warmup_rounds: Rounds of random nested masks, at least; scores that learn from devices wait until every channel
+            was trained once.
+        reconstruction: `fill`: from the current model (eq. 4). `zero`: none, what a device doesn't hold counts as 0
+            (our reading of Table II's arm without reconstruction). `coverage`: HeteroFL's mean over those that hold it.
+        weighting: `samples` (the paper's p_k), or `uniform`.
+        server_momentum: β of FedAvgM; the paper has none.
+    """
+
+    densities: tuple[Any, ...] = ()
+    score: str = "curvature"
+    form: str = "abs"
+    estimator: str = "fisher"
+    decay: float = DECAY
+    per_count: bool = False
+    warmup_rounds: int = 0
+    reconstruction: str = "fill"
+    weighting: str = "samples"
+    server_momentum: float = 0.0
+
+
+@dataclass(frozen=True)
+class ByLoss:
+    """Ranks by how much the loss would change without a channel, or by a rougher guess at it.
+
+    Attributes:
+        score: As in `Options`, and so on.
+        form: See there.
+        estimator: See there.
+        decay: See there.
+        per_count: See there.
+        warmup_rounds: See there.
+    """
+
+    score: str = "curvature"
+    form: Form = "abs"
+    estimator: Estimator = "fisher"
+    decay: float = DECAY
+    per_count: bool = False
+    warmup_rounds: int = 0
+
+    @property
+    def observes(self) -> bool:
+        """Whether it learns from how far weights moved."""
+        return self.score in ("curvature", "delta_w")
+
+    def rank(self, scene: Scene) -> Ranking:
+        """Ranks of channels, the same for all devices, so that masks are nested."""
+        evidence = self._evidence(scene) if self.observes else None
+        unknown = evidence is not None and not evidence.complete
+        if self.score == "random" or scene.round <= self.warmup_rounds or unknown:
+            return Ranking(random_ranks(scene.architecture, scene.seed, scene.round))
+        return Ranking(ranks(self._scores(scene, evidence)))
+
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+        """Evidence, where it observes."""
+        if not self.observes:
+            return {}
+        evidence = self._evidence(scene)
+        evidence.update(fold, scene.recipe.lr, scene.recipe.momentum, self.decay)
+        return {EVIDENCE: evidence.to_tensors()}
+
+    def _scores(self, scene: Scene, evidence: Evidence | None) -> Scores:
+        if evidence is None:
+            return magnitude(scene.architecture, scene.model, per_count=self.per_count)
+        if self.score == "delta_w":
+            return movement(scene.architecture, evidence, per_count=self.per_count)
+        return curvature(scene.architecture, scene.model, evidence, self.form, per_count=self.per_count)
+
+    def _evidence(self, scene: Scene) -> Evidence:
+        known = scene.memory.get(EVIDENCE)
+        if known is None:
+            return Evidence.empty(scene.architecture, self.estimator)
+        return Evidence.from_tensors(scene.architecture, known)
+
+
+def ca_hfp(job: Job) -> Strategy:
+    """The preset.
+
+    Raises:
+        ConfigError: An option is unknown or out of range, or devices don't train by SGD, whose moves are gradients.
+    """
+    options, name = read_options(job, Options), job.strategy
+    choice(name, "score", options.score, SCORES)
+    choice(name, "form", options.form, get_args(Form))
+    choice(name, "estimator", options.estimator, get_args(Estimator))
+    choice(name, "reconstruction", options.reconstruction, get_args(Rule))
+    choice(name, "weighting", options.weighting, ("samples", "uniform"))
+    number(name, "decay", options.decay, 0, 1, below=True)
+    number(name, "warmup_rounds", options.warmup_rounds, 0, 10**6)
+    number(name, "server_momentum", options.server_momentum, 0, 0.999)
+    scorer = ByLoss(
+        options.score,
+        cast(Form, options.form),
+        cast(Estimator, options.estimator),
+        options.decay,
+        options.per_count,
+        options.warmup_rounds,
+    )
+    if scorer.observes and job.recipe.optimizer != "sgd":
+        raise ConfigError(
+            f"job: score {options.score!r} of {name} learns gradients from how far devices' SGD moves",
+            expected="recipe.optimizer 'sgd'",
+            got=repr(job.recipe.optimizer),
+        )
+    return Strategy(
+        name,
+        scorer=scorer,
+        extractor=Selected(),
+        aggregator=Mean(
+            rule=cast(Rule, options.reconstruction),
+            server_momentum=options.server_momentum,
+            weighting=options.weighting,
+        ),
+        personaliser=Nobody(),
+        objective=AsJob(),
+        allocator=dealt(job, options.densities),
+    )

@@ -1,0 +1,46 @@
+"""Who gets how much of the model, as presets' options say it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, cast
+
+from fedprune.allocation import Allocator, Fixed, Tiers
+from fedprune.errors import ConfigError, shown
+from fedprune.job import Job
+from fedprune.strategies.options import choice
+
+
+def dealt(
+    job: Job,
+    densities: Sequence[float],
+    shares: Sequence[float] = (),
+    by: str = "name",
+    every: int = 0,
+    *,
+    default: Sequence[float] = (),
+) -> Allocator | None:
+    """The allocator that `densities` and its companions ask for.
+
+    Args:
+        job: Its own `density` comes next.
+        densities: One per tier; empty to leave it to the job or, where it has none, to the default.
+        shares: Share of the fleet in each tier; empty for equal ones.
+        by: `name` or `chance`.
+        every: With `chance`, tiers are drawn anew every so many rounds.
+        default: Densities of the preset's own; empty to leave it to the planner.
+
+    Raises:
+        ConfigError: They don't fit each other.
+    """
+    for name, values in (("densities", densities), ("shares", shares)):
+        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
+            raise ConfigError(f"job: option {name} of {job.strategy}", expected="numbers", got=shown(list(values)))
+    choice(job.strategy, "by", by, ("name", "chance"))
+    if densities:
+        return Tiers(tuple(densities), tuple(shares), cast(Literal["name", "chance"], by), every)
+    if job.density:
+        return Fixed(job.density)
+    if len(default) == 1:
+        return Fixed(default[0])
+    return Tiers(tuple(default)) if default else None
