@@ -18,7 +18,7 @@ from fedprune.element_order import magnitudes, prunable, with_floors
 from fedprune.errors import ConfigError, shown
 from fedprune.scoring import ordered, ranks
 from fedprune.selection import Tensors, mesh
-from fedprune.strategies.roles import Memories, Memory, Ranking, Report, Scene
+from fedprune.strategies.roles import Memories, Ranking, Report, Scene
 
 Floats = npt.NDArray[np.float32]
 
@@ -70,51 +70,59 @@ class Importance:
 
     def rank(self, scene: Scene) -> Ranking:
         """Channels in their own order, and the order of elements that holds."""
-        known = scene.memory.get(ORDER)
-        order = self._order(scene, _store(scene.memory)) if known is None else dict(known)
-        return Ranking(ranks(ordered(scene.architecture)), order)
+        return Ranking(ranks(ordered(scene.architecture)), self._order(scene))
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
-        """What devices reported; where an interval ends, the next order."""
+        """The order, if it is new, and what devices reported."""
         out: Memories = {}
-        over, first = scene.round % self.interval == 0, ORDER not in scene.memory
-        sums, counts = _gathered(scene, reports()) if self.kind == "squares" else ({}, {})
-        store = _store(scene.memory)
-        if over:
-            store = self._known(scene, store, sums, counts)
-            sums, counts = {}, {}
+        if self._begins(scene):
+            out[ORDER] = self._order(scene)
+            if self.kind == "taylor":
+                out[BEFORE] = {n: scene.model[n] for n in prunable(scene.architecture)}
         if self.kind == "squares":
-            out |= {STORE: store, SUM: sums, COUNT: counts} if over else {SUM: sums, COUNT: counts}
-        if self.kind == "taylor" and (over or first):
-            out |= {STORE: store, BEFORE: {n: scene.model[n] for n in prunable(scene.architecture)}}
-        if over or first:
-            out[ORDER] = self._order(scene, store)
+            sums, counts = _gathered(scene, reports())
+            if scene.round % self.interval:
+                out |= {SUM: sums, COUNT: counts}
+            else:
+                out |= {STORE: _known(scene, sums, counts), SUM: {}, COUNT: {}}
         return out
 
-    def _known(self, scene: Scene, store: Tensors, sums: Tensors, counts: Tensors) -> Tensors:
-        """Importances at the end of an interval."""
-        if self.kind == "taylor":
-            before = scene.memory.get(BEFORE)
-            if before is None:
-                return store
-            names = prunable(scene.architecture)
-            return {n: np.abs((scene.model[n] - before[n]) * scene.model[n]) for n in names}
-        out = dict(store)
-        for name, total in sums.items():
-            mean = total / np.maximum(counts[name], 1)
-            out[name] = np.where(mean > 0, mean, store.get(name, np.zeros_like(mean))).astype(np.float32)
-        return out
+    def _begins(self, scene: Scene) -> bool:
+        """Whether a round is the first of an interval."""
+        return ORDER not in scene.memory or (scene.round - 1) % self.interval == 0
 
-    def _order(self, scene: Scene, store: Tensors) -> Tensors:
-        size = magnitudes(scene.model, prunable(scene.architecture))
-        order = size if self.kind == "size" else {n: _filled(v, store.get(n), _least(store)) for n, v in size.items()}
+    def _order(self, scene: Scene) -> Tensors:
+        if not self._begins(scene):
+            return dict(scene.memory[ORDER])
+        order = size = magnitudes(scene.model, prunable(scene.architecture))
+        if self.kind != "size":
+            known = self._importance(scene)
+            least = _least(known)
+            order = {n: _filled(v, known.get(n), least) for n, v in size.items()}
         return with_floors(order, scene.model, self.floor)
+
+    def _importance(self, scene: Scene) -> Tensors:
+        """What is known of elements; 0 where nothing is."""
+        if self.kind == "squares":
+            return dict(scene.memory.get(STORE, {}))
+        before = scene.memory.get(BEFORE, {})
+        return {n: np.abs((scene.model[n] - v) * scene.model[n]) for n, v in before.items()}
+
+
+def _known(scene: Scene, sums: Tensors, counts: Tensors) -> Tensors:
+    """Importances at the end of an interval: its means, and what was known before where it brought nothing."""
+    before = scene.memory.get(STORE, {})
+    out: Tensors = {}
+    for name, total in sums.items():
+        mean = total / np.maximum(counts[name], 1)
+        out[name] = np.where(mean > 0, mean, before.get(name, np.zeros_like(mean))).astype(np.float32)
+    return out
 
 
 def _filled(size: Floats, known: Floats | None, least: float) -> Floats:
     """Importances of a tensor; where there is none, |w| times the least of the tensor or, without any, of the model."""
     if known is None:
-        return (size * np.float32(least)).astype(np.float32)
+        return np.multiply(size, least, dtype=np.float32)
     positive = known[known > 0]
     unit = positive.min() if positive.size else np.float32(least)
     return np.where(known > 0, known, size * unit).astype(np.float32)
@@ -124,10 +132,6 @@ def _least(store: Tensors) -> float:
     """The least importance above 0 of all; 1 where there is none."""
     found = [float(v[v > 0].min()) for v in store.values() if (v > 0).any()]
     return min(found, default=1.0)
-
-
-def _store(memory: Memory) -> Tensors:
-    return dict(memory.get(STORE, {}))
 
 
 def _gathered(scene: Scene, reports: Iterator[Report]) -> tuple[Tensors, Tensors]:

@@ -1,0 +1,154 @@
+"""Rounds of a strategy without worker, boards or wire: its roles are asked as the worker asks them, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.chance import keyed
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection, Tensors, mesh
+from fedprune.strategies.roles import Cut, Past, Report, Scene, Submodel, Turn
+from fedprune.strategies.strategy import Strategy
+
+A, B = (Axis((Segment(g, 0, n),)) for g, n in enumerate((6, 4)))
+
+NET = Architecture(
+    "two layers, a norm and a head",
+    (ChannelGroup("a", 6), ChannelGroup("b", 4)),
+    (
+        TensorSpec("first.weight", TensorKind.WEIGHT, (A, Axis.fixed(3))),
+        TensorSpec("norm.weight", TensorKind.NORM_SCALE, (A,)),
+        TensorSpec("norm.mean", TensorKind.STAT_MEAN, (A,)),
+        TensorSpec("norm.variance", TensorKind.STAT_VAR, (A,)),
+        TensorSpec("second.weight", TensorKind.WEIGHT, (B, A)),
+        TensorSpec("second.bias", TensorKind.BIAS, (B,)),
+        TensorSpec("head.weight", TensorKind.WEIGHT, (Axis.fixed(3), B)),
+        TensorSpec("head.bias", TensorKind.BIAS, (Axis.fixed(3),)),
+    ),
+    tuple(Layer(n, "Gemm", f"{n}.weight", 1) for n in ("first", "second", "head")),
+    (),
+    (3,),
+    3,
+)
+"""A small model with one of each kind of tensor."""
+
+Move = Callable[[Submodel, str, int], Tensors]
+"""Makes what a device trained of what it was sent, by its name and the round."""
+
+
+@dataclass
+class Device:
+    """A device of the play.
+
+    Attributes:
+        widths: Its channels per group.
+        density: Its turn's density.
+        weight: What its updates count for.
+        absent: Rounds in which it takes no part.
+    """
+
+    widths: tuple[int, ...] = NET.sizes
+    density: float = 1.0
+    weight: int = 10
+    absent: frozenset[int] = frozenset()
+
+
+@dataclass
+class Play:
+    """A job's rounds.
+
+    Attributes:
+        strategy: The roles.
+        model: The global model, which rounds replace.
+        devices: Who takes part.
+        move: How devices train.
+        squares: What devices report of squared gradients.
+        memory: What the job remembers.
+        past: What devices handed in last.
+        round: The last round.
+        sent: What devices were sent in it.
+        reports: What they handed in.
+    """
+
+    strategy: Strategy
+    model: Tensors
+    devices: Mapping[str, Device]
+    architecture: Architecture = NET
+    move: Move = lambda submodel, device, round_: moved(submodel, device, round_)
+    squares: Callable[[Submodel, str, int], Tensors] = lambda submodel, device, round_: {}
+    seed: int = 7
+    memory: dict[str, dict[str, npt.NDArray[Any]]] = field(default_factory=dict)
+    past: dict[str, Past] = field(default_factory=dict)
+    round: int = 0
+    sent: dict[str, Submodel] = field(default_factory=dict)
+    reports: dict[str, Report] = field(default_factory=dict)
+
+    def play(self, rounds: int = 1) -> Tensors:
+        """Some rounds; the model after them."""
+        for _ in range(rounds):
+            self._round()
+        return self.model
+
+    def scene(self, participants: Sequence[str] = ()) -> Scene:
+        """The present round's scene."""
+        return Scene(
+            self.architecture, self.seed, self.round, self.model, dict(self.memory), Recipe(), tuple(participants)
+        )
+
+    def _round(self) -> None:
+        self.round += 1
+        names = sorted(n for n, d in self.devices.items() if self.round not in d.absent)
+        scene, strategy = self.scene(names), self.strategy
+        ranking = strategy.scorer.rank(scene)
+        fold = strategy.aggregator.fold(scene, evidence=strategy.scorer.observes)
+        self.sent, self.reports = {}, {}
+        for name in names:
+            device = self.devices[name]
+            turn = Turn(self.seed, self.round, name, device.widths, device.density, device.weight)
+            selection = Selection.of(self.architecture, device.widths, ranking.ranks)
+            cut = Cut(self.scene(), turn, selection, ranking.order, self.past.get(name))
+            sent = strategy.personaliser.personalise(cut, strategy.extractor.extract(cut))
+            trained = Submodel(sent.selection, self.move(sent, name, self.round), sent.mask)
+            weight = device.weight if strategy.aggregator.weighting == "samples" else 1
+            squares = self.squares(sent, name, self.round)
+            report = Report(cut, trained, weight, 5, lambda sent=sent: sent, squares)  # type: ignore[misc]
+            strategy.aggregator.add(fold, report, self._lifted(report))
+            self.sent[name], self.reports[name] = sent, report
+        memories = strategy.scorer.learn(scene, fold, self._all)
+        if self.round > strategy.explores or strategy.explorers_count:
+            closing = strategy.aggregator.close(fold, scene, 1.0, lambda: ((r, self._lifted(r)) for r in self._all()))
+            self.model, memories = closing.model, closing.memories | memories
+        self.memory = {n: v for n, v in (self.memory | memories).items() if v}
+        for name, report in self.reports.items():
+            trained = report.trained
+            self.past[name] = Past(trained.selection, trained.tensors, trained.mask, self.round)
+
+    def _lifted(self, report: Report) -> Submodel:
+        return self.strategy.personaliser.share(report, self.strategy.extractor.reconstruct(report))
+
+    def _all(self) -> Iterator[Report]:
+        return iter(self.reports.values())
+
+
+def moved(submodel: Submodel, device: str, round_: int, scale: float = 0.1) -> Tensors:
+    """What was sent, moved by normal numbers that belong to the places in the global model; masked elements stay."""
+    out: Tensors = {}
+    for spec in submodel.selection.architecture.tensors:
+        value = submodel.tensors[spec.name]
+        by = keyed(1, device, round_, spec.name).standard_normal(spec.shape)[mesh(submodel.selection.maps(spec.name))]
+        after = (value + scale * by).astype(np.float32)
+        if submodel.mask is not None and spec.name in submodel.mask.active:
+            after = np.where(submodel.mask.active[spec.name], after, value)
+        out[spec.name] = np.abs(after) if spec.kind is TensorKind.STAT_VAR else after
+    return out
+
+
+def identical(one: Tensors, other: Tensors) -> bool:
+    """Whether two models have the same bits."""
+    return one.keys() == other.keys() and all(one[n].tobytes() == other[n].tobytes() for n in one)
