@@ -44,7 +44,7 @@ def read_options(job: Job, kind: type[T]) -> T:
     return kind(**values)
 
 
-def number(strategy: str, name: str, value: float, low: float, high: float, *, below: bool = False) -> None:
+def number(strategy: str, name: str, value: object, low: float, high: float, *, below: bool = False) -> None:
     """Check an option's range.
 
     Args:
@@ -58,7 +58,8 @@ def number(strategy: str, name: str, value: float, low: float, high: float, *, b
     Raises:
         ConfigError: It is out of range, or no number at all.
     """
-    if not low <= value <= high or (below and value == high):
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not low <= value <= high or (below and value == high):  # type: ignore[operator]
         bound = "below " if below else ""
         raise ConfigError(
             f"job: option {name} of {strategy}", expected=f"from {low} to {bound}{high}", got=shown(value)

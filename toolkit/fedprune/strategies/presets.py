@@ -11,8 +11,13 @@ from pathlib import Path
 from fedprune.errors import ConfigError, FedpruneError
 from fedprune.job import Job
 from fedprune.strategies.autoflip import autoflip
+from fedprune.strategies.ca_hfp import ca_hfp
+from fedprune.strategies.fedavg import fedavg, fedprox
 from fedprune.strategies.fedobp import fedobp
+from fedprune.strategies.fedper import fedper, history, local
+from fedprune.strategies.fedprune import fedprune
 from fedprune.strategies.fiarse import fiarse
+from fedprune.strategies.heterofl import fedrolex, heterofl
 from fedprune.strategies.plain import plain
 from fedprune.strategies.robust import robust
 from fedprune.strategies.strategy import Strategy
@@ -25,8 +30,17 @@ Preset = Callable[[Job], Strategy]
 
 PRESETS: dict[str, Preset] = {
     "autoflip": autoflip,
+    "ca-hfp": ca_hfp,
+    "fedavg": fedavg,
     "fedobp": fedobp,
+    "fedper": fedper,
+    "fedprox": fedprox,
+    "fedrolex": fedrolex,
     "fiarse": fiarse,
+    "heterofl": heterofl,
+    "history": history,
+    "local": local,
+    "fedprune": fedprune,
     "plain": plain,
 }
 

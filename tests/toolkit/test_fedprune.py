@@ -1,0 +1,75 @@
+"""The preset `fedprune`: ranks that stay, and a recipe that leaves the job's own settings alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.aggregation import Fold
+from fedprune.errors import ConfigError
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune.scoring import magnitude, ranks
+from fedprune.selection import Selection
+from fedprune.strategies import compose
+from fedprune.strategies.roles import Scene, Turn
+from strategies import architectures, model, seeds
+
+pytestmark = pytest.mark.board
+
+
+def job(options: dict[str, Any] | None = None, **settings: Any) -> Job:
+    return Job(strategy="fedprune", options=options or {}, **settings)
+
+
+@given(data=st.data(), seed=seeds)
+def test_ranks_are_those_of_the_first_model_whatever_follows(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    scorer, start = compose(job()).scorer, model(architecture, seed)
+    first = Scene(architecture, 0, 1, start)
+    chosen = scorer.rank(first).ranks
+    memory = scorer.learn(first, Fold(architecture, start), lambda: iter(()))
+    later = Scene(architecture, 0, 2, model(architecture, seed + 1), memory)
+
+    assert all(np.array_equal(a, b) for a, b in zip(chosen, ranks(magnitude(architecture, start)), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(scorer.rank(later).ranks, chosen, strict=True))
+    assert scorer.learn(later, Fold(architecture, start), lambda: iter(())) == {}
+    Selection.of(architecture, architecture.sizes, scorer.rank(later).ranks)  # which checks that they are permutations
+
+
+def test_the_recipe_has_the_strategys_own_settings_beside_the_jobs() -> None:
+    turn = Turn(0, 1, "a", (3,))
+    plain, own = Recipe(lr=0.3), Recipe(average=0.5, ordered_dropout=(0.1,))
+    objective = compose(job()).objective
+
+    made = objective.recipe(plain, turn)
+    assert (made.lr, made.logit_adjustment, made.calibrate) == (0.3, True, True)
+    assert made.ordered_dropout
+    assert (objective.recipe(own, turn).average, objective.recipe(own, turn).ordered_dropout) == (0.5, (0.1,))
+    assert not objective.recipe(Recipe(loss="mse"), turn).logit_adjustment
+
+
+def test_what_is_switched_off_is_off() -> None:
+    off = {"adjust": False, "dropout": [], "average": 0.0, "calibrate": False, "server_momentum": 0.0}
+
+    assert compose(job(off)).objective.recipe(Recipe(), Turn(0, 1, "a", (3,))) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"averag": 0.5}, "averag"),
+        ({"average": 1.0}, "average"),
+        ({"ranking": "curvature"}, "ranking"),
+        ({"dropout": [0.5, 2.0]}, "dropout"),
+        ({"dropout": ["half"]}, "dropout"),
+        ({"rule": "sum"}, "rule"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, Any], what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        compose(job(options))

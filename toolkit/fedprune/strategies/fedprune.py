@@ -1,0 +1,145 @@
+"""`fedprune`: the strategy that this project recommends.
+
+Every ingredient earned its place in `benchmarks/accuracy` (`docs/strategies/fedprune.md` has the ablation):
+
+- ranks that are settled before the first round and then stay: a submodel's channels are its own for good, so ordered
+  dropout can make the ranking true, and a trained model is cut where it hurts least;
+- a logit-adjusted loss, so that a device's missing classes don't pull on the model that all share (Menon et al. 2021,
+  "Long-tail learning via logit adjustment", eq. 10, with the device's own label shares as prior);
+- ordered dropout over the fleet's densities, so that wide boards train the narrow models, too (FjORD, Horvath et al.
+  2021, Alg. 1);
+- filling from w_t, by which few devices move a coordinate less than many (CA-HFP, Sec. II-A, eq. 4);
+- server momentum (FedAvgM, Hsu et al. 2019, Sec. 4.3);
+- on the board, batch-norm statistics of its own data, and its own moving average of what it trained, which serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fedprune.aggregation import Fold, Rule
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune.scoring import SCORERS, ranks, score
+from fedprune.strategies.densities import dealt
+from fedprune.strategies.extraction import Nobody, Selected
+from fedprune.strategies.means import Mean
+from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Turn
+from fedprune.strategies.strategy import Strategy
+
+RANKS = "ranks"
+"""The ranks that were settled, by the group's number."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of `fedprune`.
+
+    Attributes:
+        densities: Widths by tier; empty to give every board the widest model that the planner finds fit for it.
+        ranking: What the ranks are settled by before the first round: `magnitude` or `ordered`.
+        adjust: Logit-adjusted loss (cross-entropy only).
+        dropout: Densities at which steps train beside the device's own width; empty for none.
+        rule: `fill` or `coverage`.
+        server_momentum: β of the global model's moves.
+        average: Share of the old average that a board's own moving average keeps each round; 0 for none.
+        calibrate: Boards measure batch-norm statistics of their own data after training.
+    """
+
+    densities: tuple[Any, ...] = ()
+    ranking: str = "magnitude"
+    adjust: bool = True
+    dropout: tuple[Any, ...] = (0.25, 0.5, 0.75)
+    rule: str = "fill"
+    server_momentum: float = 0.5
+    average: float = 0.85
+    calibrate: bool = True
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Ranks by the score of the model that the job starts from, kept for the whole job.
+
+    A trained model is cut by what it has learnt. In a model that was just made, all channels are alike, and any order
+    is as good as another as long as it stays.
+
+    Attributes:
+        scorer: `magnitude` or `ordered`.
+    """
+
+    scorer: str = "magnitude"
+
+    @property
+    def observes(self) -> bool:
+        """It needs to know nothing of how weights moved."""
+        return False
+
+    def rank(self, scene: Scene) -> Ranking:
+        """The settled ranks; of the first round's model, if none are."""
+        known = scene.memory.get(RANKS)
+        if known is not None:
+            return Ranking(tuple(np.asarray(known[str(g)]) for g in range(len(scene.architecture.groups))))
+        return Ranking(ranks(score(self.scorer, scene.architecture, scene.model)))
+
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+        """The first round's ranks."""
+        if RANKS in scene.memory:
+            return {}
+        return {RANKS: {str(g): row for g, row in enumerate(self.rank(scene).ranks)}}
+
+
+@dataclass(frozen=True)
+class Fair:
+    """The job's recipe with a logit-adjusted loss, ordered dropout, statistics and an average of the board's own.
+
+    Attributes:
+        options: Which of them.
+    """
+
+    options: Options
+
+    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
+        """The device's recipe.
+
+        Raises:
+            ConfigError: The job's own recipe has settings that don't go with these.
+        """
+        options = self.options
+        return replace(
+            recipe,
+            logit_adjustment=recipe.logit_adjustment or (options.adjust and recipe.loss == "cross_entropy"),
+            ordered_dropout=recipe.ordered_dropout or options.dropout,
+            average=recipe.average or options.average,
+            calibrate=recipe.calibrate or options.calibrate,
+        )
+
+
+def fedprune(job: Job) -> Strategy:
+    """The preset.
+
+    Raises:
+        ConfigError: An option is unknown or out of range.
+    """
+    options = read_options(job, Options)
+    name = job.strategy
+    choice(name, "ranking", options.ranking, tuple(s for s in SCORERS if s != "curvature"))
+    choice(name, "rule", options.rule, ("fill", "coverage"))
+    number(name, "server_momentum", options.server_momentum, 0, 0.999)
+    number(name, "average", options.average, 0, 1, below=True)
+    for density in options.dropout:
+        number(name, "dropout", density, 0.001, 1)
+    rule: Rule = "fill" if options.rule == "fill" else "coverage"
+    return Strategy(
+        name,
+        scorer=Settled(options.ranking),
+        extractor=Selected(),
+        aggregator=Mean(rule=rule, server_momentum=options.server_momentum),
+        personaliser=Nobody(),
+        objective=Fair(options),
+        allocator=dealt(job, options.densities),
+    )
