@@ -27,27 +27,33 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
         PlanError: It is beyond what the profile allows.
     """
     recipe = Recipe.from_dict(offer.recipe)
-    lacking = [r for r in (offer.weights, offer.training, offer.inference) if not store.blobs.has(r.sha256)]
-    needed = sum(r.size for r in lacking) + 2 * offer.weights.size
+    lacking = [r for r in offer.blobs() if not store.blobs.has(r.sha256)]
+    full = _full_size(offer)
+    needed = sum(r.size for r in lacking) + (2 + recipe.own_files) * full
     free = store.free_bytes() + store.reclaimable_bytes(offer)
     if needed > free:
         raise StorageFullError("no room for the offer's files", expected=f"{needed} bytes", got=f"{free} free")
     if profile is None:
         return
-    total = storage_bytes(offer.weights.size, offer.training.size, offer.inference.size)
+    total = storage_bytes(full, offer.training.size, offer.inference.size, recipe.own_files)
     if total > profile.storage.budget_bytes:
         raise PlanError(
             "the offer needs more room than the profile allows",
             expected=f"at most {profile.storage.budget_bytes} bytes",
             got=total,
         )
-    memory = _copies(recipe) * offer.weights.size
+    memory = _copies(recipe) * full
     if memory > profile.training_bytes:
         raise PlanError(
             "the offered model needs more memory than the profile allows",
             expected=f"at most {profile.training_bytes} bytes",
             got=f"{memory} and more",
         )
+
+
+def _full_size(offer: Offer) -> int:
+    """About the bytes of the weights with all elements in their places: a mask has a bit for every four of them."""
+    return max(offer.weights.size, 0 if offer.mask is None else 32 * offer.mask.size)
 
 
 def _copies(recipe: Recipe) -> int:

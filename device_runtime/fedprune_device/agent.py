@@ -96,7 +96,7 @@ class Agent:
         self._probe = probe
         self._clock = clock
         self._serve = Serve(store.blobs)
-        self._bench = Workbench(device, store.blobs, store.slots, data, LoadedTrainer(threads))
+        self._bench = Workbench(device, store.blobs, store.slots, data, LoadedTrainer(threads), store.own)
         self._downloads: Downloads | None = None
         self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: TrainingThread | None = None

@@ -24,7 +24,7 @@ class Downloads:
     """
 
     def __init__(self, store: BlobStore, offer: Offer, now: float) -> None:
-        refs: dict[str, BlobRef] = {r.sha256: r for r in (offer.training, offer.inference, offer.weights)}
+        refs: dict[str, BlobRef] = {r.sha256: r for r in offer.blobs()}
         self.offer = offer
         self.began = now
         self._pulls = {sha256: Pull(ref, store.partial(ref)) for sha256, ref in refs.items() if not store.has(sha256)}

@@ -7,6 +7,7 @@ offer.json      the last offer that was accepted, and whether it is done
 pending.json    an update that the server has not acknowledged
 blobs/          weights and graphs by digest, finished or partly pulled
 serving/        the model that serves predictions (`slots`)
+own/            what the board keeps of its own from round to round (`own`)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fedprune.disk import storage_errors
 from fedprune.errors import ProtocolError, StorageError
 from fedprune.wire import messages
 from fedprune_device import durable
+from fedprune_device.own import OwnFolder
 from fedprune_device.slots import Slots
 
 _LOG = logging.getLogger("fedprune.device")
@@ -55,6 +57,7 @@ class DeviceStore:
     Attributes:
         blobs: Weights and graphs.
         slots: The serving model.
+        own: What it keeps of its own from round to round.
         task: The last offer.
         pending: An update that is not acknowledged.
 
@@ -82,6 +85,8 @@ class DeviceStore:
             self.blobs = BlobStore(root / "blobs")
             self.slots = Slots(root / "serving")
             self.slots.prepare()
+            self.own = OwnFolder(root / "own")
+            self.own.prepare()
             self.session = _number(self._read("session.json"))
             self.task = self._load_task()
             self.pending = self._load_pending()
@@ -133,12 +138,13 @@ class DeviceStore:
             self._set_task(Task(self.task.offer, done=True))
 
     def drop(self) -> None:
-        """Forget the current offer; its job is over.
+        """Forget the current offer and what was kept for its job, which is over; its last model serves on.
 
         Raises:
             StorageError: The disk fails.
         """
         durable.remove(self.root / "offer.json")
+        self.own.clear()
         self.task = None
 
     def keep(self, update: messages.Update) -> None:
@@ -221,7 +227,7 @@ class DeviceStore:
         if task is not None:
             wanted = {task.offer.training.sha256, task.offer.inference.sha256}
             if not task.done:
-                wanted.add(task.offer.weights.sha256)
+                wanted.update(r.sha256 for r in task.offer.blobs())
         if self.pending is not None:
             wanted.add(self.pending.weights.sha256)
         with storage_errors(f"can't read {self.blobs.root}"):

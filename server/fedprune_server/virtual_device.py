@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fedprune import tensorfile
 from fedprune.architecture import Architecture
 from fedprune.blobs import BlobStore
 from fedprune.prediction import predict
@@ -25,6 +26,7 @@ from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Offer
 from fedprune_device.assignment import MEASURED, LoadedTrainer, Workbench
 from fedprune_device.data import LocalData
+from fedprune_device.own import OwnInMemory
 from fedprune_device.slots import Slots
 from fedprune_server.uploads import sent
 
@@ -128,6 +130,39 @@ Work = tuple[VirtualDevice, dict[str, Any], int]
 """A device, what it is offered, and the round."""
 
 
+class BlobShelf:
+    """What a board keeps between its rounds (`fedprune_device.own`), in one blob.
+
+    Args:
+        store: Where the blob lies.
+        digest: The blob; None where nothing was kept yet.
+
+    Attributes:
+        digest: The blob as it is now.
+    """
+
+    def __init__(self, store: BlobStore, digest: str | None) -> None:
+        self._store = store
+        self.digest = digest
+
+    def read(self) -> dict[str, bytes]:
+        """See `fedprune_device.own.Shelf`.
+
+        Raises:
+            StorageError: The blob isn't there or is damaged.
+        """
+        if self.digest is None:
+            return {}
+        return {name: record.tobytes() for name, record in tensorfile.decode(self._store.read(self.digest)).items()}
+
+    def put(self, record: bytes, beside: str | None) -> None:
+        """See `fedprune_device.own.Shelf`."""
+        shelf = OwnInMemory({} if beside is None else {beside: self.read()[beside]})
+        shelf.put(record, beside)
+        kept = {name: np.frombuffer(data, np.uint8) for name, data in sorted(shelf.records.items())}
+        self.digest = self._store.put(tensorfile.encode(kept)).sha256
+
+
 class Bench:
     """Where virtual devices do their work: the board's own workbench, over the simulation's blobs.
 
@@ -168,8 +203,11 @@ class Bench:
             FedpruneError: As on a board: the offer's parts don't fit each other or the data, numbers are not finite, or
                 the new model fails its check.
         """
-        bench = Workbench(device.name, self._store, self._slots, device.load(), self._trainer)
+        shelf = BlobShelf(self._store, self.boards.get(device.name))
+        bench = Workbench(device.name, self._store, self._slots, device.load(), self._trainer, shelf)
         update = bench.make(Offer(_JOB, number, 0, **sent(offer))).update
+        if shelf.digest is not None:
+            self.boards[device.name] = shelf.digest
         # Times and memory of this machine would make every run another one.
         metrics = {name: value for name, value in update.metrics.items() if name not in MEASURED}
         return Outcome(update.weights, update.samples, update.steps, metrics)

@@ -57,7 +57,7 @@ def test_it_gives_what_a_board_gives(store, offer, tmp_path):
 
 
 def test_metrics_that_are_not_finite_are_left_out(store, offer, tmp_path, monkeypatch):
-    monkeypatch.setattr("fedprune_device.assignment.data_loss", lambda *_: float("nan"))
+    monkeypatch.setattr("fedprune_device.evaluation.data_loss", lambda *_: float("nan"))
     assert "loss_after" not in Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1).metrics
 
 

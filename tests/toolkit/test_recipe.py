@@ -71,7 +71,7 @@ def test_every_feature_has_a_key_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "feature"),
+    ("setting", "features"),
     [
         ({"logit_adjustment": True}, "logit_offset"),
         ({"mask_absent_classes": True}, "class_mask"),
@@ -83,13 +83,13 @@ def test_every_feature_has_a_key_of_its_own() -> None:
         ({"ordered_dropout": [0.5]}, "ordered_dropout"),
         ({"average": 0.85}, "axes"),
         ({"scale": 2}, "scale"),
-        ({"mask": "hard"}, "element_mask"),
-        ({"mask": "threshold", "mask_threshold": 0.1}, "threshold"),
+        ({"mask": "hard"}, "element_mask axes"),
+        ({"mask": "threshold", "mask_threshold": 0.1}, "threshold axes"),
         ({"report_squares": True}, "gradients"),
     ],
 )
-def test_a_setting_asks_for_its_input(setting: dict[str, Any], feature: str) -> None:
-    assert Recipe.from_dict(setting).features == Features(**{feature: True})
+def test_a_setting_asks_for_its_input(setting: dict[str, Any], features: str) -> None:
+    assert Recipe.from_dict(setting).features == Features(**dict.fromkeys(features.split(), True))
 
 
 @pytest.mark.parametrize("value", [None, "1", True, float("nan"), float("inf"), -1, 1e12, [1]])
@@ -198,6 +198,24 @@ def test_more_parts_than_samples_of_a_batch_are_refused() -> None:
 def test_settings_that_have_no_meaning_together_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"recipe: {next(iter(setting))} with mask"):
         Recipe.from_dict(setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "files"),
+    [
+        ({}, 0),
+        ({"frozen": ["a*"]}, 0),
+        ({"calibrate": True}, 1),
+        ({"mask": "hard"}, 1),
+        ({"average": 0.9}, 3),
+        ({"personal": ["a*"]}, 3),
+        ({"average": 0.9, "personal": ["a*"], "calibrate": True}, 5),
+        ({"report_squares": True}, 2),
+    ],
+    ids=str,
+)
+def test_what_a_board_keeps_beside_a_round_is_counted(setting: dict[str, Any], files: int) -> None:
+    assert Recipe.from_dict(setting).own_files == files
 
 
 @pytest.mark.parametrize("setting", [{"calibrate": True}, {"personal": ["a*"]}, {"patience": 2}], ids=str)

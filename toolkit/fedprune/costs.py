@@ -127,19 +127,24 @@ class Costs:
     @property
     def storage_bytes(self) -> int:
         """What a board's disk must hold for rounds of this submodel."""
+        return self.storage_with(0)
+
+    def storage_with(self, own: int) -> int:
+        """The same with further files that the recipe makes the board keep (`Recipe.own_files`)."""
         graphs = TRAINING_GRAPH_BYTES * self.values, INFERENCE_GRAPH_BYTES * self.values
-        return storage_bytes(self.wire_bytes, *graphs)
+        return storage_bytes(self.wire_bytes, *graphs, own)
 
 
-def storage_bytes(weights: int, training: int, inference: int) -> int:
+def storage_bytes(weights: int, training: int, inference: int, own: int = 0) -> int:
     """Most bytes that a board's state directory takes for a submodel, whose rounds leave and overwrite files.
 
     Args:
         weights: Size of its weights file.
         training: Size of its training graph.
         inference: Size of its inference graph.
+        own: Further files of that size that the board keeps (`Recipe.own_files`).
     """
-    return WEIGHT_FILES * weights + training + INFERENCE_FILES * inference
+    return (WEIGHT_FILES + own) * weights + training + INFERENCE_FILES * inference
 
 
 def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:

@@ -89,8 +89,7 @@ class TensorAxes:
         Raises:
             BundleError: The widths don't fit.
         """
-        if len(widths) != len(self.sizes) or any(not 1 <= w <= n for w, n in zip(widths, self.sizes, strict=True)):
-            raise BundleError("widths don't fit the training graph", expected=f"up to {self.sizes}", got=tuple(widths))
+        self._fit(widths)
         plans = [tuple(widths)]
         for density in densities:
             # A hair above a whole number (0.7 × 10) is not a channel.
@@ -102,6 +101,19 @@ class TensorAxes:
             if plan not in plans:
                 plans.append(plan)
         return plans
+
+    def shapes(self, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors at some widths.
+
+        Raises:
+            BundleError: The widths don't fit.
+        """
+        self._fit(widths)
+        return {n: tuple(a.size(widths, self.sizes) for a in axes) for n, axes in self.axes.items()}
+
+    def _fit(self, widths: Sequence[int]) -> None:
+        if len(widths) != len(self.sizes) or any(not 1 <= w <= n for w, n in zip(widths, self.sizes, strict=True)):
+            raise BundleError("widths don't fit the training graph", expected=f"up to {self.sizes}", got=tuple(widths))
 
     def check(self, tensors: Mapping[str, Array], widths: Sequence[int]) -> None:
         """Make sure that tensors have these widths.

@@ -146,7 +146,7 @@ def predict(
             _trained(architecture, widths, recipe, costs.parameters),
         ),
         inference_bytes=costs.inference_bytes(1),
-        storage_bytes=costs.storage_bytes,
+        storage_bytes=costs.storage_with(recipe.own_files),
         step_s=step_s,
         steps=steps,
         train_s=steps * step_s,

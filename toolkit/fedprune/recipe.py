@@ -60,7 +60,7 @@ class Features:
         squares: Sums of squared gradients are outputs.
         sample_losses: The loss of every sample is an output.
         ordered_dropout: The graph says in its metadata how channels lie on its tensors' axes.
-        axes: So it does, too, where the steps are all as wide as the device.
+        axes: So it does, too, where the steps are all as wide as the device, for averages and masks.
         threshold: Per trained tensor a number θ: elements below it in size are 0 in the forward pass, and what is above
             it learns what its size is worth (FIARSE).
         scale: The outputs of every layer with weights, but the last, are multiplied by a number (HeteroFL's scaler).
@@ -265,7 +265,7 @@ class Recipe:
             clip=self.clip_norm > 0,
             accumulate=self.accumulate > 1,
             ordered_dropout=bool(self.ordered_dropout),
-            axes=self.average > 0,
+            axes=self.average > 0 or self.mask != "none",
             element_mask=self.mask == "hard",
             threshold=self.mask == "threshold",
             scale=self.scale != 1,
@@ -273,6 +273,15 @@ class Recipe:
             frozen=self.frozen,
             trainable=self.trainable,
         )
+
+    @property
+    def own_files(self) -> int:
+        """Files of a model's size that a board keeps besides those of every round, at its worst moment.
+
+        Those are a model that isn't what is sent and, twice, its own average and personal tensors.
+        """
+        serves = self.calibrate or self.average > 0 or bool(self.personal) or self.mask != "none" or self.report_squares
+        return int(serves) + 2 * ((self.average > 0) + bool(self.personal)) + self.report_squares
 
     @property
     def micro_batch(self) -> int:

@@ -243,6 +243,10 @@ class Offer(CheckedMessage):
         "ranking": check.optional(check.digest),
     }
 
+    def blobs(self) -> tuple[BlobRef, ...]:
+        """What must be pulled for it, graphs first."""
+        return (self.training, self.inference, self.weights, *(() if self.mask is None else (self.mask,)))
+
 
 @dataclass(frozen=True)
 class Accepted(CheckedMessage):

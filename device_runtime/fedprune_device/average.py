@@ -1,0 +1,92 @@
+"""A board's own moving average of its trained weights: a ← decay · a + (1 − decay) · w, in the submodel's coordinates.
+
+It evens out what the noise of few local steps and of each round's averaging does to a personal model, and costs no
+bytes of the link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.element_mask import ElementMask
+from fedprune.errors import BundleError
+from fedprune.ordered_dropout import TensorAxes
+from fedprune.selection import Tensors
+from fedprune.wire.messages import Offer
+from fedprune_device.own import Own
+
+Array = npt.NDArray[Any]
+
+
+def averaged(
+    base: Own | None,
+    offer: Offer,
+    trained: Mapping[str, npt.NDArray[np.float32]],
+    decay: float,
+    *,
+    axes: TensorAxes | None = None,
+    mask: ElementMask | None = None,
+) -> Tensors:
+    """The average after a round.
+
+    In another selection of the same order of channels, what both have is carried over; of a selection of another order
+    nothing is known to be the same, so that the average begins anew. So does an element that was masked before.
+
+    Args:
+        base: What the round before left; None where there is none.
+        offer: The offer: where the tensors lie.
+        trained: The trained tensors.
+        decay: Share of the old average that is kept.
+        axes: How channels lie on the tensors' axes.
+        mask: Which elements of the tensors are active.
+
+    Returns:
+        Arrays of their own.
+    """
+    out = {n: np.array(v, np.float32) for n, v in trained.items()}
+    if base is None or not base.average:
+        return out
+    if base.selection == offer.selection:
+        if {n: v.shape for n, v in base.average.items()} == {n: v.shape for n, v in trained.items()}:
+            for name, value in trained.items():
+                out[name] = _mixed(base, name, value, decay, mask)
+    elif base.ranking is not None and base.ranking == offer.ranking and not (axes is None or mask or base.mask):
+        _carry(base, offer, out, decay, axes)
+    return out
+
+
+def _mixed(
+    base: Own, name: str, value: npt.NDArray[np.float32], decay: float, mask: ElementMask | None
+) -> npt.NDArray[np.float32]:
+    mixed = _mean(base.average[name], value, decay)
+    if base.mask is not None and name in base.mask.active:
+        mixed = np.where(base.mask.active[name], mixed, value)
+    if mask is not None and name in mask.active:
+        mixed = np.where(mask.active[name], mixed, np.float32(0))
+    return mixed
+
+
+def _carry(base: Own, offer: Offer, out: Tensors, decay: float, axes: TensorAxes) -> None:
+    """Mix the part that both widths have into the new weights."""
+    if len(base.widths) != len(offer.widths):
+        return
+    common = tuple(map(min, base.widths, offer.widths))
+    differing = {g for g, (a, b) in enumerate(zip(base.widths, offer.widths, strict=True)) if a != b}
+    if not differing <= axes.prefixed or set(base.average) != set(out):
+        return
+    try:
+        axes.check(base.average, base.widths)
+        axes.check(out, offer.widths)
+    except BundleError:
+        return  # whatever it is, it is no average of this model
+    old = axes.narrowed(base.average, base.widths, common)
+    new = axes.narrowed(out, offer.widths, common)
+    axes.write_back(out, {n: _mean(old[n], new[n], decay) for n in out}, offer.widths, common)
+
+
+def _mean(old: Array, new: Array, decay: float) -> npt.NDArray[np.float32]:
+    return np.asarray(np.float32(decay) * old + np.float32(1 - decay) * new, np.float32)

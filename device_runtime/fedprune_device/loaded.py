@@ -1,0 +1,56 @@
+"""The training graph that is loaded, and how models are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedprune_device.predictor import Predictor
+from fedprune_device.trainer import Trainer
+
+
+class LoadedTrainer:
+    """The training graph that was used last: another bench's round usually needs it again.
+
+    Args:
+        threads: Threads inside an operator.
+        keep: Whether it stays loaded after training. A board lets it go: its memory is needed for the new model, and
+            loading it again takes less than a step or two.
+    """
+
+    def __init__(self, threads: int = 1, *, keep: bool = False) -> None:
+        self.threads = threads
+        self._keep = keep
+        self._loaded: tuple[str, Trainer] | None = None
+
+    def of(self, sha256: str, read: Callable[[], bytes]) -> Trainer:
+        """A trainer for a graph.
+
+        Args:
+            sha256: The graph.
+            read: Gives its bytes, if they are needed.
+
+        Raises:
+            ModelError: onnxruntime doesn't accept the graph.
+            TrainingError: It is not a training graph.
+        """
+        if self._loaded is None or self._loaded[0] != sha256:
+            self._loaded = None  # two loaded graphs are more than a small board has memory for
+            self._loaded = (sha256, Trainer(read(), threads=self.threads))
+        return self._loaded[1]
+
+    def predictor(self, model: Path) -> Predictor:
+        """A staged model, opened.
+
+        Args:
+            model: Its folder.
+
+        Raises:
+            ModelError: onnxruntime doesn't accept it.
+        """
+        return Predictor(model, threads=self.threads)
+
+    def release(self) -> None:
+        """Training is over."""
+        if not self._keep:
+            self._loaded = None

@@ -1,0 +1,252 @@
+"""What a board keeps of its own from round to round: the moving average of its weights, and its personal tensors.
+
+There are two records at most: the newest, and the one that the newest was made from. A round that is done twice (a
+power cut, an update that was lost, another attempt) finds the same beginning both times and gives the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune import tensorfile
+from fedprune.disk import storage_errors
+from fedprune.element_mask import ElementMask
+from fedprune.errors import BundleError, StorageError
+from fedprune.selection import Tensors
+from fedprune.wire.messages import Offer
+from fedprune_device import durable
+
+_LOG = logging.getLogger("fedprune.device")
+
+_FORMAT = "fedprune.own/1"
+_HEAD = "record"
+_SLOTS = ("a", "b")
+_DIGEST = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """What was kept after a round.
+
+    Attributes:
+        job: The job.
+        seed: Its seed.
+        architecture: Digest of its architecture.
+        selection: Digest of the selection in whose coordinates the tensors lie.
+        ranking: Digest of the order of channels that it is the beginning of; None where that is unknown.
+        widths: Kept channels per group.
+        round: The round.
+        average: Moving average of all tensors; empty where the recipe asks for none.
+        personal: Tensors that stay on the board, as that round left them.
+        mask: Which elements of the average are active; None for all.
+    """
+
+    job: str
+    seed: int
+    architecture: str
+    selection: str
+    ranking: str | None
+    widths: tuple[int, ...]
+    round: int
+    average: Tensors = field(default_factory=dict)
+    personal: Tensors = field(default_factory=dict)
+    mask: ElementMask | None = None
+
+    @classmethod
+    def of(cls, offer: Offer, average: Tensors, personal: Tensors, mask: ElementMask | None) -> Own:
+        """What an offer's round leaves."""
+        place = (offer.job, offer.seed, offer.architecture, offer.selection, offer.ranking, offer.widths, offer.round)
+        return cls(*place, average, personal, mask)
+
+    def precedes(self, offer: Offer) -> bool:
+        """Whether it was left by an earlier round of the same run."""
+        mine, theirs = ((o.job, o.seed, o.architecture) for o in (self, offer))
+        return mine == theirs and self.round < offer.round
+
+    def personalised(self, offer: Offer, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
+        """Received tensors with the board's personal ones in the place of theirs, where they still fit.
+
+        Args:
+            offer: The offer.
+            tensors: The received tensors that are personal.
+        """
+        if self.selection != offer.selection:
+            return dict(tensors)
+        return {n: self.personal[n] if self._fits(n, v) else v for n, v in tensors.items()}
+
+    def _fits(self, name: str, tensor: npt.NDArray[np.float32]) -> bool:
+        mine = self.personal.get(name)
+        return mine is not None and mine.shape == tensor.shape
+
+    def to_bytes(self) -> bytes:
+        """As a file with its own digest."""
+        names = ("job", "seed", "architecture", "selection", "ranking", "widths", "round")
+        head: dict[str, Any] = {n: getattr(self, n) for n in names}
+        text = json.dumps({"format": _FORMAT, **head, "masked": self.mask is not None}, sort_keys=True)
+        arrays: dict[str, npt.NDArray[Any]] = {_HEAD: np.frombuffer(text.encode(), np.uint8)}
+        arrays |= {f"average/{n}": v for n, v in self.average.items()}
+        arrays |= {f"personal/{n}": v for n, v in self.personal.items()}
+        if self.mask is not None:
+            arrays |= {f"mask/{n}": v for n, v in self.mask.to_tensors().items() if n in self.average}
+        raw = tensorfile.encode(arrays)
+        return hashlib.sha256(raw).digest() + raw
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Own:
+        """Read and check.
+
+        Raises:
+            StorageError: It is damaged.
+        """
+        raw = memoryview(data)[_DIGEST:]
+        try:
+            if hashlib.sha256(raw).digest() != data[:_DIGEST]:
+                raise ValueError("the digest is another")
+            arrays = tensorfile.decode(raw)
+            head = json.loads(arrays[_HEAD].tobytes())
+            if head.pop("format") != _FORMAT:
+                raise ValueError("another format")
+            parts: dict[str, dict[str, npt.NDArray[Any]]] = {"average": {}, "personal": {}, "mask": {}}
+            for name, value in arrays.items():
+                if name != _HEAD:
+                    kind, _, tensor = name.partition("/")
+                    parts[kind][tensor] = value
+            shapes = {n: v.shape for n, v in parts["average"].items()}
+            mask = ElementMask.from_tensors(parts["mask"], shapes) if head.pop("masked") else None
+            head["widths"] = tuple(head["widths"])
+            return cls(**head, average=parts["average"], personal=parts["personal"], mask=mask)
+        except (ValueError, KeyError, TypeError, BundleError) as error:
+            raise StorageError(f"what the board keeps of its own is damaged ({error})") from error
+
+
+class Shelf(Protocol):
+    """Where two records can lie."""
+
+    def read(self) -> dict[str, bytes]:
+        """What lies there, by place."""
+        ...
+
+    def put(self, record: bytes, beside: str | None) -> None:
+        """Add a record; of the others only the one at `beside` stays.
+
+        Raises:
+            StorageError: It can't be kept; what was there stays.
+        """
+        ...
+
+
+class KeptOwn:
+    """Finds what an offer's round begins with, and keeps what it leaves.
+
+    Args:
+        shelf: Where the records lie.
+        offer: The offer.
+
+    Attributes:
+        base: What an earlier round of the same run left; None where there is none.
+    """
+
+    def __init__(self, shelf: Shelf, offer: Offer) -> None:
+        self._shelf = shelf
+        self._place: str | None = None
+        self.base: Own | None = None
+        for place, data in sorted(shelf.read().items()):
+            try:
+                found = Own.from_bytes(data)
+            except StorageError as error:
+                _LOG.warning("%s: going on without it", error)
+                continue
+            if found.precedes(offer) and (self.base is None or found.round > self.base.round):
+                self._place, self.base = place, found
+
+    def put(self, own: Own) -> None:
+        """Keep what the round leaves, and what it began with.
+
+        Raises:
+            StorageFullError: No room.
+            StorageError: The disk fails.
+        """
+        self._shelf.put(own.to_bytes(), self._place)
+
+
+class OwnInMemory:
+    """A shelf that lasts as long as the process."""
+
+    def __init__(self, records: dict[str, bytes] | None = None) -> None:
+        self.records = dict(records or {})
+
+    def read(self) -> dict[str, bytes]:
+        """See `Shelf`."""
+        return dict(self.records)
+
+    def put(self, record: bytes, beside: str | None) -> None:
+        """See `Shelf`."""
+        kept = {} if beside is None else {beside: self.records[beside]}
+        self.records = {**kept, _free(beside): record}
+
+
+class OwnFolder:
+    """A shelf in a board's state directory.
+
+    Args:
+        root: The folder; made when something is first written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def prepare(self) -> None:
+        """Make the folder and clear away what a killed process left.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        with storage_errors(f"can't write {self._root}"):
+            self._root.mkdir(parents=True, exist_ok=True)
+        durable.sweep(self._root)
+
+    def read(self) -> dict[str, bytes]:
+        """See `Shelf`; a file that can't be read is as good as none."""
+        found = {name: _content(self._root / name) for name in _SLOTS}
+        return {name: data for name, data in found.items() if data is not None}
+
+    def put(self, record: bytes, beside: str | None) -> None:
+        """See `Shelf`."""
+        place = _free(beside)
+        durable.write(self._root / place, record)
+        for name in _SLOTS:
+            if name not in (place, beside):
+                durable.remove(self._root / name)
+
+    def clear(self) -> None:
+        """Forget everything: the job is over.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        for name in _SLOTS:
+            if (self._root / name).exists():
+                durable.remove(self._root / name)
+
+
+def _free(beside: str | None) -> str:
+    return next(n for n in _SLOTS if n != beside)
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _LOG.warning("can't read %s: %s", path, error.strerror)
+        return None

@@ -1,0 +1,156 @@
+"""One offer in hand: what its weights are to the board that trains them, and what comes of them in files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from fedprune import step, tensorfile
+from fedprune.recipe import Recipe
+from fedprune.selection import Tensors
+from fedprune.wire.messages import Offer
+from fedprune_device.average import averaged
+from fedprune_device.data import LocalData
+from fedprune_device.evaluation import PROBE_SAMPLES
+from fedprune_device.offered import unpacked
+from fedprune_device.own import KeptOwn, Own, Shelf
+from fedprune_device.trainer import Trainer, TrainingResult
+
+
+@dataclass(frozen=True)
+class Made:
+    """What training leaves, once its graph and its arrays are gone.
+
+    Attributes:
+        sent: The file that the server gets.
+        after: The trained model's file; None where it is the one that is sent.
+        average: The file of the board's own average, where there is one.
+        own: What the board keeps, where it keeps anything.
+        loss: What the training graph says of the model that is to serve, where it computes the same as inference.
+    """
+
+    sent: bytes
+    after: bytes | None
+    average: bytes | None
+    own: Own | None
+    loss: float | None
+
+
+class Work:
+    """What a board trains for an offer.
+
+    Args:
+        offer: The offer.
+        recipe: Its recipe.
+        weights: Its weights file.
+        mask: Its mask file, or None.
+        trainer: Its training graph.
+        shelf: Where the board keeps what is its own between rounds.
+        device: The board's name.
+        data: Its samples.
+
+    Attributes:
+        tensors: What training begins with: what was received, with the board's personal tensors in it.
+        mask: Which elements are active; None for all.
+        kept: Finds and keeps what lasts from round to round; None where the recipe asks for nothing of the kind.
+
+    Raises:
+        BundleError: The files don't fit each other.
+        TrainingError: They don't fit the training graph.
+    """
+
+    def __init__(
+        self,
+        offer: Offer,
+        recipe: Recipe,
+        weights: bytes,
+        mask: bytes | None,
+        trainer: Trainer,
+        shelf: Shelf,
+        device: str,
+        data: LocalData,
+    ) -> None:
+        self._offer, self._recipe, self._trainer, self._device, self._data = offer, recipe, trainer, device, data
+        self._personal = frozenset(n for n in trainer.names if any(fnmatchcase(n, p) for p in recipe.personal))
+        self.kept = KeptOwn(shelf, offer) if recipe.average or self._personal else None
+        self._calibrates = recipe.calibrate and trainer.normalised
+        maskable = {*trainer.trainable, *trainer.frozen}
+        received, self.mask = unpacked(weights, mask, recipe, trainer.axes, offer.widths, maskable)
+        self.tensors = received
+        if self.kept is not None and self.kept.base is not None:
+            mine = {n: v for n, v in received.items() if n in self._personal}
+            mine = self.kept.base.personalised(offer, mine)
+            self.tensors = received | (mine if self.mask is None else self.mask.applied(mine))
+        trainer.check(self.tensors)
+
+    def before(self) -> bytes | None:
+        """The file of the offered model as it predicts here; None where it is the one that was received."""
+        own = self.kept is not None and self.kept.base is not None and bool(self._personal)
+        return self._file(self.tensors) if own or self.mask is not None or self._calibrates else None
+
+    def made(self, result: TrainingResult) -> Made:
+        """What comes of the training.
+
+        Raises:
+            TrainingError: The training graph fails on it.
+        """
+        trained, recipe, trainer = result.tensors, self._recipe, self._trainer
+        whole = self.mask is None and not (trainer.frozen or self._personal or recipe.report_squares)
+        after = trained if whole and not self._calibrates else self._predicting(trained)
+        sent = tensorfile.encode(self._sent(result, after))
+        average: Tensors = {}
+        if recipe.average:
+            base = None if self.kept is None else self.kept.base
+            average = averaged(base, self._offer, trained, recipe.average, axes=trainer.axes, mask=self.mask)
+        own = None
+        if self.kept is not None:
+            personal = {n: np.array(v) for n, v in trained.items() if n in self._personal}
+            own = Own.of(self._offer, average, personal, self.mask if average else None)
+        loss = None
+        if not trainer.normalised:
+            model = self._effective(average or trained)
+            loss = trainer.loss(model, self._data, recipe, self._offer.classes, PROBE_SAMPLES)
+        return Made(
+            sent,
+            None if after is trained else tensorfile.encode(after),
+            self._file(average) if average else None,
+            own,
+            loss,
+        )
+
+    def _sent(self, result: TrainingResult, after: Tensors) -> Tensors:
+        """What the server gets: what was trained, without what is frozen, which it has, and what is personal.
+
+        Statistics are those that training left, which are nearer to those of the averaged weights than the board's own.
+        Only those of scaled layers are of another model than the one that is trained.
+        """
+        tensors, trainer, recipe = result.tensors, self._trainer, self._recipe
+        if self._calibrates and recipe.scale != 1:
+            tensors = {n: v if n in trainer.trainable else after[n] for n, v in tensors.items()}
+        sent = {n: v for n, v in tensors.items() if n not in self._personal and n not in trainer.frozen}
+        squares = {n: result.last_squares[n] for n in sent if n in result.last_squares}
+        if self.mask is not None:
+            sent, squares = self.mask.pack(sent), self.mask.pack(squares)
+        return sent | {step.squares(n): v for n, v in squares.items()}
+
+    def _file(self, tensors: Tensors) -> bytes:
+        return tensorfile.encode(self._predicting(tensors))
+
+    def _predicting(self, tensors: Tensors) -> Tensors:
+        """Weights as they predict, with statistics of the board's own where it measures them."""
+        tensors = self._effective(tensors)
+        if not self._calibrates:
+            return tensors
+        seed = self._offer.seed
+        return self._trainer.calibrated(tensors, self._data, self._recipe, seed=seed, device=self._device)
+
+    def _effective(self, tensors: Tensors) -> Tensors:
+        """The weights that a forward pass sees: with FIARSE's threshold, small elements of masked tensors are 0."""
+        out = dict(tensors)
+        if self._recipe.mask == "threshold" and self.mask is not None:
+            theta = np.float32(self._recipe.mask_threshold)
+            for name in self.mask.active.keys() & set(self._trainer.trainable):
+                out[name] = np.where(np.abs(out[name]) >= theta, out[name], np.float32(0))
+        return out
