@@ -37,7 +37,7 @@ def resize(tape: Tape, node: Node) -> Pull:
         if factor == 1 or (factor is None and wanted in (0, tape.extent(shape[axis]))):
             continue
         (size,) = tape.static(node, shape[axis : axis + 1])
-        matrices[axis] = _matrix(node, size, factor, wanted)
+        matrices[axis] = axis_matrix(node, size, factor, wanted)
     out: Shape = tuple(matrices[a].shape[0] if a in matrices else d for a, d in enumerate(shape))
     amounts = ["", g.constant(scales, np.float32)] if scales is not None else ["", "", tape.sizes(out)]
     tape.enter(node.outputs[0], g.emit("Resize", x, *amounts, attrs=node.attrs), out)
@@ -48,7 +48,7 @@ def resize(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-def _matrix(node: Node, size: int, scale: float | None, wanted: int) -> Matrix:
+def axis_matrix(node: Node, size: int, scale: float | None, wanted: int) -> Matrix:
     """What the operator does along one axis: [new size, size]."""
     graph = Graph(nodes=[Node("Resize", ["x", ""], ["y"], dict(node.attrs))])
     graph.inputs, graph.outputs = (
