@@ -47,6 +47,9 @@ class ToyWorker:
     def initial(self) -> str:
         return self.store.put(fill("initial")).sha256
 
+    def expect(self, commands: list[do.Command]) -> None:
+        pass
+
     def execute(self, command: do.Command) -> on.Event:
         self.executed.append(command)
         match command:

@@ -8,7 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,11 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune.wire.link import Link
     from fedprune_server.broker import EmbeddedBroker
     from fedprune_server.config import ServerConfig, overridden, read_config
+    from fedprune_server.crew import Crew
     from fedprune_server.daemon import Daemon
     from fedprune_server.state_folder import StateFolder, stored_config
     from fedprune_server.table import make_display
+    from fedprune_server.workshop import Executes
 
     config = ServerConfig() if arguments.config is None else read_config(arguments.config)
     state = arguments.state or config.state
@@ -144,6 +146,9 @@ def _run(arguments: argparse.Namespace) -> int:
                 "server. See docs/run-a-fleet.md.",
                 config.host,
             )
+        worker: Executes = opened.worker
+        if config.workers > 1:
+            worker = stack.enter_context(closing(Crew(opened.worker, config.workers)))
         link = Link(url, f"fedprune-server-{config.site}"[:64], ca=config.ca)
         stack.callback(link.close)
         display = make_display()
@@ -153,7 +158,7 @@ def _run(arguments: argparse.Namespace) -> int:
             opened.state,
             folder.storage,
             folder.store,
-            opened.worker,
+            worker,
             link,
             site=config.site,
             keep=config.keep,

@@ -18,7 +18,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 _TABLES = ("job", "model", "evaluation", "calibration", "server")
 _SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "profiles")
-_SERVER_NUMBERS = ("port", "keep", "pulls", "max_devices")
+_SERVER_NUMBERS = ("port", "keep", "pulls", "workers", "max_devices")
 _SIMULATED = ("devices", "data", "dropouts", "weather", "availability", "simulation")
 """Tables that only a simulation reads, so that one file serves both."""
 
@@ -42,6 +42,7 @@ class ServerConfig:
         state: The folder in which everything lies that must survive a crash.
         keep: How many of the latest global models are kept.
         pulls: From how many devices updates are pulled at the same time.
+        workers: Processes that make submodels; more than one pay where making one is dear.
         profiles: A folder of hardware profiles of your own, beside the shipped ones.
         max_devices: How many devices may ever take part; announcements of further ones are ignored.
     """
@@ -57,6 +58,7 @@ class ServerConfig:
     state: Path = Path("fedprune-state")
     keep: int = 3
     pulls: int = 4
+    workers: int = 1
     profiles: Path | None = None
     max_devices: int = 1000
     ca: Path | None = None
@@ -67,7 +69,13 @@ class ServerConfig:
             raise ConfigError(
                 "server: broker", expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...", got=repr(self.broker)
             )
-        for name, low, high in (("port", 0, 65_535), ("keep", 1, 10**6), ("pulls", 1, 1000), ("max_devices", 1, 10**6)):
+        for name, low, high in (
+            ("port", 0, 65_535),
+            ("keep", 1, 10**6),
+            ("pulls", 1, 1000),
+            ("workers", 1, 1000),
+            ("max_devices", 1, 10**6),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ConfigError(f"server: {name}", expected=f"a whole number from {low} to {high}", got=repr(value))

@@ -270,6 +270,7 @@ class Daemon:
         self._carry_out(commands)
 
     def _carry_out(self, commands: list[do.Command]) -> None:
+        self._workshop.expect(commands)
         for command in commands:
             match command:
                 case do.SendOffer():

@@ -8,7 +8,8 @@ kill are two files and the blobs beside them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +31,7 @@ from fedprune.wire.blob_ref import BlobRef
 from fedprune_export.imported import Model
 from fedprune_server.archive import Archive
 from fedprune_server.checkpoints import write_checkpoint
+from fedprune_server.crew import Crew
 from fedprune_server.measure import Hook, Moment
 from fedprune_server.record import Record, record_of
 from fedprune_server.simulation_state import Item, Left, SimulationState, Trained, fingerprint
@@ -115,7 +117,7 @@ class Simulation:
             raise ConfigError(
                 "simulation: job.devices", expected=f"at most the {len(devices)} there are", got=job.devices
             )
-        self._worker = Worker(job, model, store, evaluation, calibration)
+        self._worker: Worker | Crew = Worker(job, model, store, evaluation, calibration)
         self._archive = Archive(model.architecture, store)
         self._profiles: dict[int, dict[str, Any]] = {}
         self._macs: dict[tuple[int, ...], int] = {}
@@ -165,7 +167,7 @@ class Simulation:
             PlanError: No device can take part, or none ever makes its deadline.
             FedpruneError: The worker can't do what it is told to.
         """
-        with TemporaryDirectory(prefix="fedprune-simulation-") as scratch:
+        with TemporaryDirectory(prefix="fedprune-simulation-") as scratch, self._crew():
             bench = self._bench(Path(scratch))
             bench.boards = self._run.boards
             while self.state.phase is not Phase.FINISHED:
@@ -176,7 +178,9 @@ class Simulation:
                 if event is None:
                     continue
                 finished = len(self.state.history)
-                for command in self.coordinator.handle(event, self._run.clock):
+                commands = self.coordinator.handle(event, self._run.clock)
+                self._worker.expect(commands)
+                for command in commands:
                     self._carry_out(command)
                 ended = len(self.state.history) > finished
                 if ended:
@@ -201,6 +205,20 @@ class Simulation:
             ranking=self.store.read(ranking) if ranking and self.store.has(ranking) else None,
             measured="weights and graphs on the virtual links",
         )
+
+    @contextmanager
+    def _crew(self) -> Iterator[None]:
+        """Helpers for the worker, while the simulation runs."""
+        alone = self._worker
+        if self._workers == 1 or not isinstance(alone, Worker):
+            yield
+            return
+        self._worker = crew = Crew(alone, self._workers)
+        try:
+            yield
+        finally:
+            crew.close()
+            self._worker = alone
 
     def _bench(self, scratch: Path) -> Bench:
         if self._trainer == ONNXRUNTIME and self._workers == 1:

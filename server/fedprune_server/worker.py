@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -110,6 +110,9 @@ class Worker:
                 return self._close(command)
             case do.Evaluate():
                 return self._evaluate(command)
+
+    def expect(self, commands: Sequence[do.Command]) -> None:
+        """Commands that will be carried out in a moment; here nothing can be done ahead (`fedprune_server.crew`)."""
 
     def graphs(self) -> set[str]:
         """Digests of the graphs that current offers refer to; they must outlive garbage collection."""

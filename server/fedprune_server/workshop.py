@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Sequence
 from typing import Protocol
 
 from fedprune.coordination import commands as do
@@ -18,6 +19,10 @@ class Executes(Protocol):
 
     def execute(self, command: Work) -> on.Event:
         """Carry out one command."""
+        ...
+
+    def expect(self, commands: Sequence[do.Command]) -> None:
+        """Commands of which some will be carried out in a moment: what can be done ahead may begin."""
         ...
 
 
@@ -41,6 +46,10 @@ class Workshop:
     def busy(self) -> bool:
         """Whether a result is awaited."""
         return self._pending > 0
+
+    def expect(self, commands: Sequence[do.Command]) -> None:
+        """Say what will be ordered in a moment."""
+        self._worker.expect(commands)
 
     def order(self, command: Work) -> None:
         """Have a command carried out."""

@@ -1,0 +1,94 @@
+"""A worker with helpers: submodels of a round are made in several processes at a time.
+
+Making a submodel may be dear (optimal transport), a round makes one for every device, and none needs another. What the
+helpers are given are digests; what they answer is an offer, whose blobs are in the store by then. So it makes no
+difference which process does what, or whether it does it twice.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+
+from fedprune.blobs import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.job import Job
+from fedprune_export.imported import Model
+from fedprune_server.worker import Worker
+from fedprune_server.workshop import Work
+
+_Key = tuple[int, str, int]
+
+_helper: Worker | None = None
+"""In a helper's process: its worker."""
+
+
+class Crew:
+    """Carries out commands as its worker does; submodels that are expected are made by helpers meanwhile.
+
+    Args:
+        worker: Does everything else, and whatever a helper fails at, so that errors are its own.
+        helpers: How many processes.
+    """
+
+    def __init__(self, worker: Worker, helpers: int) -> None:
+        self._worker = worker
+        self._pool = ProcessPoolExecutor(
+            helpers,
+            multiprocessing.get_context("spawn"),  # a thread may hold any lock at the moment of a fork
+            _begin,
+            (worker.job, worker.model, worker.store.root, worker.store.durable),
+        )
+        self._expected: dict[_Key, tuple[do.Extract, Future[on.Event]]] = {}
+        self._graphs: set[str] = set()
+
+    def expect(self, commands: Sequence[do.Command]) -> None:
+        """Let helpers begin with the submodels among commands that will be carried out in a moment."""
+        for command in commands:
+            if isinstance(command, do.Extract) and _key(command) not in self._expected:
+                self._expected[_key(command)] = (command, self._pool.submit(_extract, command))
+
+    def execute(self, command: Work) -> on.Event:
+        """Carry out one command.
+
+        Raises:
+            FedpruneError: It can't be done.
+        """
+        if not isinstance(command, do.Extract):
+            return self._worker.execute(command)
+        expected, future = self._expected.pop(_key(command), (None, None))
+        if future is None or expected != command:
+            return self._worker.execute(command)
+        try:
+            event = future.result()
+        except Exception:  # noqa: BLE001 - a helper may fail or be killed in any way; the worker will tell the reason
+            return self._worker.execute(command)
+        if isinstance(event, on.Extracted):
+            self._graphs |= {event.offer[name]["sha256"] for name in ("training", "inference")}
+        return event
+
+    def graphs(self) -> set[str]:
+        """Digests of the graphs that current offers refer to."""
+        return self._worker.graphs() | self._graphs
+
+    def close(self) -> None:
+        """Let the helpers go."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _key(command: do.Extract) -> _Key:
+    return command.basis.round, command.part.device, command.part.attempt
+
+
+def _begin(job: Job, model: Model, folder: Path, durable: bool) -> None:
+    global _helper
+    _helper = Worker(job, model, BlobStore(folder, durable=durable))
+
+
+def _extract(command: do.Extract) -> on.Event:
+    if _helper is None:
+        raise RuntimeError("this is no helper's process")
+    return _helper.execute(command)

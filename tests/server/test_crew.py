@@ -1,0 +1,95 @@
+"""A crew gives what its worker gives, whichever process does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedprune import profile_store
+from fedprune.architecture import widths_at
+from fedprune.blobs import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.errors import StorageError
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune_export.imported import Model
+from fedprune_export.importing import import_onnx
+from fedprune_server.crew import Crew
+from fedprune_server.digits import deal, digits_model
+from fedprune_server.simulation import Simulation
+from fedprune_server.virtual_device import VirtualDevice
+from fedprune_server.worker import Worker
+
+DENSITIES = {"a": 1.0, "b": 0.5, "c": 0.25}
+JOB = Job(rounds=2, devices=3, density=0.5, recipe=Recipe(max_steps=4))
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits")
+
+
+@pytest.fixture
+def worker(model: Model, tmp_path: Path) -> Worker:
+    return Worker(JOB, model, BlobStore(tmp_path / "blobs", durable=False))
+
+
+@pytest.fixture
+def crew(worker: Worker) -> Iterator[Crew]:
+    with closing(Crew(worker, 2)) as crew:
+        yield crew
+
+
+def extracts(worker: Worker) -> list[do.Extract]:
+    start = worker.initial()
+    scored = worker.execute(do.Score(1, start, {}, tuple(DENSITIES)))
+    assert isinstance(scored, on.Scored)
+    basis = do.Basis(1, start, scored.ranking)
+    widths = {n: widths_at(worker.architecture, d) for n, d in DENSITIES.items()}
+    return [do.Extract(basis, do.Part(n, 1, widths[n], d, 10, None)) for n, d in DENSITIES.items()]
+
+
+def test_helpers_make_the_same_offers(worker: Worker, crew: Crew) -> None:
+    orders = extracts(worker)
+    crew.expect([do.Wake(1.0), *orders])
+
+    assert [crew.execute(o) for o in orders] == [worker.execute(o) for o in orders]
+    assert crew.graphs() == worker.graphs()
+    assert all(worker.store.has(g) for g in crew.graphs())
+
+
+def test_what_was_expected_otherwise_is_done_as_ordered(worker: Worker, crew: Crew) -> None:
+    order = extracts(worker)[0]
+    crew.expect([order])
+    other = replace(order, part=replace(order.part, widths=widths_at(worker.architecture, 0.75)))
+
+    assert crew.execute(other) == worker.execute(other) != worker.execute(order)
+
+
+def test_an_error_is_the_workers_own(worker: Worker, crew: Crew) -> None:
+    order = extracts(worker)[0]
+    lost = replace(order, basis=replace(order.basis, model="0" * 64))
+    crew.expect([lost])
+
+    with pytest.raises(StorageError, match="0" * 12):
+        crew.execute(lost)
+
+
+def test_a_simulation_with_helpers_gives_the_same_models(model: Model, tmp_path: Path) -> None:
+    names = tuple(DENSITIES)
+    federation = deal(names, seed=0)
+    profile = profile_store.find("raspberry-pi-5")
+    devices = [VirtualDevice(n, profile, federation.devices[n]) for n in names]
+    found = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        simulation = Simulation(JOB, model, devices, None, BlobStore(folder / "blobs"), folder=folder, workers=workers)
+        found.append([h["model"] for h in simulation.run()])
+
+    assert found[0] == found[1]
