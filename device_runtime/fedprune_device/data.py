@@ -310,7 +310,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
         raise
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}") from error
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, TypeError, AttributeError) as error:
+    except Exception as error:  # what is damaged makes zipfile, numpy and its parser of headers raise anything
         raise DataError(
             f"{path} is not an .npz file of plain arrays{why_unreadable(error)}",
             hint="Write it with numpy.savez(path, x=..., y=...).",

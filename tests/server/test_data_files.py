@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import strategies  # noqa: F401 - its settings of Hypothesis
 from fedprune.errors import DataError
 from fedprune_server.data.cifar import read_cifar
 from fedprune_server.data.idx import read_idx, read_idx_folder

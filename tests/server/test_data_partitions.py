@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import strategies  # noqa: F401 - its settings of Hypothesis
 from fedprune.errors import ConfigError, DataError
 from fedprune_server.data import partition
 from fedprune_server.data.federation import Federation, Holding, default_names, federate
@@ -46,6 +47,7 @@ def test_iid(problem, spread):
         assert max(sizes) - min(sizes) <= 1
 
 
+@settings(max_examples=25)
 @given(problems(), st.sampled_from([0.001, 0.1, 1.0, 100.0]), st.booleans(), st.integers(0, 8))
 def test_dirichlet(problem, alpha, balance, least):
     rows, labels, devices, seed = problem
