@@ -235,8 +235,8 @@ def _reading(protocol: Protocol, seeds: Sequence[int]) -> list[str]:
     reads = ", ".join(str(round(s * protocol.rounds)) for s in protocol.reads)
     text = (
         f"Accuracy in percent, means of rounds {reads} (of the shares of all rounds, where a method has more) and of "
-        f"seeds {', '.join(map(str, seeds))}. *after*: devices' own models on their own test data after local training, "
-        "mean over devices; *average*: the same for each device's moving average of its trained weights (.85, no "
+        f"seeds {', '.join(map(str, seeds))}. *after*: devices' own models on their own test data after local "
+        "training, their mean; *average*: the same for each device's moving average of its trained weights (.85, no "
         "bytes); *before*: what the device was sent, on its own test data, as it was sent; *global*: the full global "
         "model on all devices' test data together; *sub*: what the strategy cuts out of it. Batch-norm statistics "
         "are measured anew, alike for all: on a device's own training data for *after* and *average*, on 512 "
