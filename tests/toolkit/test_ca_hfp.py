@@ -1,0 +1,198 @@
+"""CA-HFP's identities: nested masks, warm-up, scores, reconstruction, and what keeps its estimate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategy_reports import close_fold, report, scene
+
+from fedprune.architecture import widths_at
+from fedprune.errors import ConfigError
+from fedprune.evidence import Evidence
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune.scoring import channel_sums, curvature, magnitude, movement, random_ranks, ranks
+from fedprune.selection import Selection
+from fedprune.strategies.ca_hfp import ByLoss, ca_hfp
+from fedprune.strategies.roles import Memories, Scene
+from fedprune.strategies.scorers import EVIDENCE
+from strategies import architectures, model, seeds, trained
+from toy import ARCHITECTURE
+
+pytestmark = pytest.mark.board
+
+RATIOS = (0.0, 0.25, 0.5, 0.75, 0.9)
+
+
+def strategy(**options: Any) -> Any:
+    return ca_hfp(Job(strategy="ca-hfp", options=options))
+
+
+def a_round(at: Scene, scorer: ByLoss, density: float, seed: int) -> tuple[Memories, Selection]:
+    """One device of a density trains what the scorer ranks best; gives what the scorer remembers."""
+    architecture = at.architecture
+    selection = Selection.of(architecture, widths_at(architecture, density), scorer.rank(at).ranks)
+    made = report(at, selection, trained(selection, dict(at.model), seed), 5, steps=3)
+    _, fold = close_fold(strategy().aggregator, at, [made], evidence=scorer.observes)
+    return scorer.learn(at, fold, lambda: iter([made])), selection
+
+
+@given(st.data(), seeds)
+def test_masks_are_nested_and_keep_what_the_ratio_says(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    score = data.draw(st.sampled_from(["curvature", "l1", "delta_w", "random"]))
+    base = model(architecture, seed)
+    found = strategy(score=score).scorer.rank(scene(architecture, base, round=2)).ranks
+    kept: set[tuple[int, int]] = {(g, c) for g, n in enumerate(architecture.sizes) for c in range(n)}
+    for ratio in RATIOS:
+        selection = Selection.of(architecture, widths_at(architecture, 1 - ratio), found)
+        assert selection.widths == tuple(max(1, math.ceil((1 - ratio) * n - 1e-9)) for n in architecture.sizes)
+        narrower = {(g, int(c)) for g, r in enumerate(selection.ranks) for c in r[: selection.widths[g]]}
+        assert narrower <= kept
+        kept = narrower
+
+
+@given(st.data(), seeds)
+def test_warm_up_is_random_until_every_channel_was_trained(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    scorer = strategy(densities=[0.5]).scorer
+    memory: Memories = {}
+    for t in range(1, 60):
+        at = scene(architecture, base, memory, round=t)
+        evidence = memory.get(EVIDENCE)
+        complete = evidence is not None and Evidence.from_tensors(architecture, evidence).complete
+        found = scorer.rank(at).ranks
+        if complete:
+            known = Evidence.from_tensors(architecture, memory[EVIDENCE])
+            expected = ranks(curvature(architecture, base, known))
+        else:
+            expected = random_ranks(architecture, 0, t)
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+        if complete:
+            return
+        learnt, _ = a_round(at, scorer, 0.5, seed + t)
+        memory = {**memory, **learnt}
+    pytest.fail("warm-up never ended")
+
+
+def test_warm_up_lasts_as_long_as_it_is_told() -> None:
+    scorer = strategy(score="l1", warmup_rounds=3).scorer
+    architecture = ARCHITECTURE
+    base = model(architecture, 0)
+    best = ranks(magnitude(architecture, base))
+    for t in range(1, 6):
+        found = scorer.rank(scene(architecture, base, round=t)).ranks
+        expected = random_ranks(architecture, 0, t) if t <= 3 else best
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@given(st.data(), seeds)
+def test_what_nobody_trained_keeps_its_estimates(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    estimator = data.draw(st.sampled_from(["fisher", "secant"]))
+    scorer = strategy(estimator=estimator).scorer
+    memory, _ = a_round(scene(architecture, base), scorer, 1.0, seed)
+    at = scene(architecture, base, memory, round=2)
+    after, selection = a_round(at, scorer, 0.5, seed + 1)
+    before, now = (Evidence.from_tensors(architecture, m[EVIDENCE]) for m in (memory, after))
+    assert before.estimator == now.estimator == estimator
+    for spec in architecture.trainable:
+        out = ~selection.covered(spec.name)
+        for kind in ("gradient", "curvature", "known"):
+            assert getattr(now, kind)[spec.name][out].tobytes() == getattr(before, kind)[spec.name][out].tobytes()
+
+
+@given(st.data(), seeds)
+def test_without_a_gradient_the_score_is_h_w_squared(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    evidence = Evidence.empty(architecture)
+    for spec in architecture.trainable:
+        evidence.curvature[spec.name] = np.abs(model(architecture, seed + 1)[spec.name])
+    signed, late, size = (curvature(architecture, base, evidence, f) for f in ("signed", "hw2", "abs"))  # type: ignore[arg-type]
+    assert all(np.array_equal(a, b) for a, b in zip(signed, late, strict=True))
+    assert all(np.allclose(a, b / 2) for a, b in zip(size, late, strict=True))
+
+
+@given(st.data(), seeds)
+def test_means_per_tensor_rank_alike_where_one_tensor_makes_a_group(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    kinds = {t.kind for t in architecture.tensors}
+    for name in [t.name for t in architecture.trainable]:
+
+        def part(asked: str, only: str = name) -> Any:
+            return np.abs(base[asked]).astype(np.float64) * (asked == only)
+
+        total, mean = (channel_sums(architecture, part, list(kinds), per_count=p) for p in (False, True))
+        for a, b in zip(total, mean, strict=True):
+            ratio = {round(float(x / y), 6) for x, y in zip(a, b, strict=True) if y > 0}
+            assert len(ratio) <= 1  # as many coordinates for every channel of a group
+
+
+def test_delta_w_ranks_by_how_far_weights_moved() -> None:
+    architecture = ARCHITECTURE
+    base = model(architecture, 0)
+    at = scene(architecture, base, recipe=Recipe(lr=0.1, momentum=0.0))
+    whole = Selection.full(architecture)
+    part = {n: v + np.float32(0.001) * np.arange(v.size, dtype=np.float32).reshape(v.shape) for n, v in base.items()}
+    scorer = strategy(score="delta_w").scorer
+    made = report(at, whole, part, 1)
+    _, fold = close_fold(strategy().aggregator, at, [made], evidence=True)
+    memory = scorer.learn(at, fold, lambda: iter([made]))
+    found = scorer.rank(scene(architecture, base, memory, round=2)).ranks
+    moved = channel_sums(
+        architecture,
+        lambda n: np.abs(part[n].astype(np.float64) - base[n]),
+        [t.kind for t in architecture.trainable],
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(found, ranks(moved), strict=True))
+    evidence = Evidence.from_tensors(architecture, memory[EVIDENCE])
+    assert all(np.allclose(a, 10 * b, rtol=1e-4) for a, b in zip(movement(architecture, evidence), moved, strict=True))
+
+
+def test_estimates_forget_as_fast_as_they_are_told() -> None:
+    architecture = ARCHITECTURE
+    base = model(architecture, 0)
+    whole = Selection.full(architecture)
+    recipe = Recipe(lr=1.0, momentum=0.0)
+    for decay in (0.0, 0.5):
+        scorer, memory = strategy(decay=decay).scorer, {}
+        for t, move in enumerate((0.1, 0.2)):
+            at = scene(architecture, base, memory, round=t + 1, recipe=recipe)
+            made = report(at, whole, {n: v + np.float32(move) for n, v in base.items()})
+            _, fold = close_fold(strategy().aggregator, at, [made], evidence=True)
+            memory = scorer.learn(at, fold, lambda m=made: iter([m]))
+        got = Evidence.from_tensors(architecture, memory[EVIDENCE]).gradient
+        assert all(np.allclose(v, -(decay * 0.1 + (1 - decay) * 0.2), atol=1e-5) for v in got.values())
+
+
+@pytest.mark.parametrize("reconstruction", ["fill", "zero", "coverage"])
+def test_reconstruction_says_what_a_missing_channel_counts_as(reconstruction: str) -> None:
+    architecture = ARCHITECTURE
+    base = model(architecture, 0)
+    at = scene(architecture, base)
+    wide, narrow = Selection.full(architecture), Selection.of(architecture, (2,))
+    parts = [trained(wide, base, 1), trained(narrow, base, 2)]
+    reports = [report(at, wide, parts[0], 1), report(at, narrow, parts[1], 3)]
+    closing, _ = close_fold(strategy(reconstruction=reconstruction).aggregator, at, reports)
+    for name, got in closing.model.items():
+        out = ~narrow.covered(name)
+        missing = {"fill": base[name], "zero": 0 * base[name], "coverage": parts[0][name]}[reconstruction]
+        expected = parts[0][name] / 4 + 3 * missing / 4
+        assert np.allclose(got[out], expected[out], atol=1e-6)
+
+
+def test_scores_that_learn_need_sgd() -> None:
+    recipe = Recipe(optimizer="adam")
+    for score in ("curvature", "delta_w"):
+        with pytest.raises(ConfigError, match="SGD"):
+            ca_hfp(Job(strategy="ca-hfp", recipe=recipe, options={"score": score}))
+    assert ca_hfp(Job(strategy="ca-hfp", recipe=recipe, options={"score": "l1"})).scorer.observes is False
