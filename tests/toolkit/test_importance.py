@@ -83,6 +83,18 @@ def test_squared_gradients_are_stretched_averaged_and_kept() -> None:
         assert "importance/sum" not in play.memory
 
 
+def test_an_update_that_comes_again_from_a_buffer_counts_once() -> None:
+    play = Play(strategy(interval=3), model(NET, 1), {"a": Device(), "b": Device()}, squares=squares)
+    play.play()
+    first, scorer, scene = play.reports["a"], play.strategy.scorer, play.scene
+    fold = play.strategy.aggregator.fold(scene(), evidence=False)
+    play.play()
+    total = {n: np.array(v) for n, v in play.memory["importance/sum"].items()}
+    again = scorer.learn(scene(), fold, lambda: iter([first, play.reports["b"]]))
+    for n in NAMES:
+        np.testing.assert_array_equal(again["importance/sum"][n], total[n])
+
+
 def test_masks_change_when_an_interval_ends_and_with_densities() -> None:
     device = Device(density=0.4)
     play = Play(strategy(interval=3), model(NET, 1), {"a": device}, squares=squares)

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation import Fold
-from fedprune.allocation import Tiers
 from fedprune.architecture import Architecture, TensorKind
 from fedprune.element_mask import ElementMask
 from fedprune.element_order import prunable, quantile
@@ -21,6 +20,7 @@ from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.scoring import ordered, ranks
 from fedprune.selection import Selection, Tensors, mesh
+from fedprune.strategies.densities import dealt
 from fedprune.strategies.elements import Elements, global_mask, masked
 from fedprune.strategies.extraction import Nobody
 from fedprune.strategies.means import VELOCITY, Mean
@@ -224,7 +224,7 @@ def autoflip(job: Job) -> Strategy:
         ),
         personaliser=Nobody(),
         objective=Exploring(options),
-        allocator=Tiers(options.densities) if options.densities else None,
+        allocator=dealt(job, options.densities),
         explores=1,
         explorers_count=options.warm_start == "explored_mean",
     )

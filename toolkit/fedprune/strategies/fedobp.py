@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation import Fold
-from fedprune.allocation import Tiers
 from fedprune.architecture import Architecture
 from fedprune.element_order import quantile
 from fedprune.head import head_axes
 from fedprune.job import Job
 from fedprune.scoring import ordered, ranks
 from fedprune.selection import Tensors, mesh
+from fedprune.strategies.densities import dealt
 from fedprune.strategies.extraction import Selected
 from fedprune.strategies.means import Mean, same_coordinates
 from fedprune.strategies.objectives import AsJob
@@ -206,7 +206,7 @@ def fedobp(job: Job) -> Strategy:
         aggregator=Mean(),
         personaliser=apart,
         objective=AsJob(),
-        allocator=Tiers(options.densities) if options.densities else None,
+        allocator=dealt(job, options.densities),
         keeps_past=True,
     )
 

@@ -33,6 +33,9 @@ STORE = "importance"
 SUM, COUNT = "importance/sum", "importance/count"
 """Memory: what devices reported since the last interval ended, and how many reported something of each element."""
 
+SEEN = "importance/seen"
+"""Memory: the round of every device's last update that was added up: buffered updates come again in later rounds."""
+
 BEFORE = "importance/before"
 """Memory: the model when the last interval ended."""
 
@@ -80,7 +83,8 @@ class Importance:
             if self.kind == "taylor":
                 out[BEFORE] = {n: scene.model[n] for n in prunable(scene.architecture)}
         if self.kind == "squares":
-            sums, counts = _gathered(scene, reports())
+            sums, counts, seen = _gathered(scene, reports())
+            out[SEEN] = dict(seen)
             if scene.round % self.interval:
                 out |= {SUM: sums, COUNT: counts}
             else:
@@ -134,24 +138,24 @@ def _least(store: Tensors) -> float:
     return min(found, default=1.0)
 
 
-def _gathered(scene: Scene, reports: Iterator[Report]) -> tuple[Tensors, Tensors]:
-    """Sums and counts of the interval, with those of this round's reports."""
+def _gathered(scene: Scene, reports: Iterator[Report]) -> tuple[Tensors, Tensors, dict[str, npt.NDArray[np.int64]]]:
+    """Sums and counts of the interval with those of new reports, and of which rounds these are."""
     names = prunable(scene.architecture)
     shapes = {n: scene.architecture.by_name[n].shape for n in names}
     known = {k: scene.memory.get(k, {}) for k in (SUM, COUNT)}
     sums, counts = ({n: np.array(known[k].get(n, np.zeros(shapes[n], np.float32))) for n in names} for k in known)
+    seen = dict(scene.memory.get(SEEN, {}))
     for report in reports:
-        trained = report.trained
-        if not report.squares:
+        turn, maps = report.cut.turn, report.trained.selection.maps
+        if turn.device in seen and int(seen[turn.device][0]) >= turn.round:
             continue
+        seen[turn.device] = np.array([turn.round], np.int64)
         parts = {n: v.astype(np.float64) for n, v in report.squares.items()}
-        low, high = min(float(v.min()) for v in parts.values()), max(float(v.max()) for v in parts.values())
-        if not high > low:
-            continue
+        low = min((float(v.min()) for v in parts.values()), default=0.0)
+        high = max((float(v.max()) for v in parts.values()), default=0.0)
         for name in names:
-            if name in parts:
-                at = mesh(trained.selection.maps(name))
+            if name in parts and high > low:
                 share = (parts[name] - low) / (high - low)
-                sums[name][at] += share.astype(np.float32)
-                counts[name][at] += share > 0
-    return sums, counts
+                sums[name][mesh(maps(name))] += share.astype(np.float32)
+                counts[name][mesh(maps(name))] += share > 0
+    return sums, counts, seen
