@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
 BOARD := .venv-py310
+FLOWER := build/flower
 PIP := pip install -q -c constraints.txt
 SOURCES := pyproject.toml constraints.txt $(shell find toolkit export device_runtime server hardware_profiles -type f -not -path '*/__pycache__/*')
 
@@ -20,7 +21,7 @@ demo: $(VENV)/installed
 
 test: test-dev test-board
 
-test-dev: $(DEV)/installed
+test-dev: $(DEV)/installed $(FLOWER)/installed
 	$(DEV)/bin/pytest $(ARGS)
 
 # What a board imports, on the Python and onnxruntime of JetPack 6.
@@ -53,6 +54,12 @@ $(DEV)/installed: pyproject.toml constraints.txt
 	$(DEV)/bin/$(PIP) -e '.[dev]'
 	# Peers that tests compare with; their own dependencies (torchvision) are not needed.
 	$(DEV)/bin/$(PIP) --no-deps torch-pruning timm
+	@touch $@
+
+# A peer that tests compare with, in an environment of its own: its dependencies are not ours.
+$(FLOWER)/installed:
+	$(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/pip install -q flwr==1.41.0
 	@touch $@
 
 $(BOARD)/installed: pyproject.toml constraints.txt

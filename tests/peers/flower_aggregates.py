@@ -1,0 +1,48 @@
+"""Runs in Flower's own environment: `python flower_aggregates.py IN.npz OUT.npz` aggregates what IN holds.
+
+IN: `weights` [rounds, clients]; `base/TENSOR`; `ROUND/CLIENT/TENSOR`; `trim`, `momentum`, `rate`.
+OUT: `mean/ROUND/TENSOR`, `median/...`, `trimmed/...`, and `momentum/...` of FedAvgM, round after round.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from flwr.common import Code, FitRes, Status, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.server.strategy import FedAvgM
+from flwr.server.strategy.aggregate import aggregate, aggregate_median, aggregate_trimmed_avg
+
+
+def main(source: str, target: str) -> None:
+    given = dict(np.load(source))
+    rounds, clients = given["weights"].shape
+    names = [n.partition("/")[2] for n in given if n.startswith("base/")]
+    strategy = FedAvgM(
+        server_learning_rate=float(given["rate"]),
+        server_momentum=float(given["momentum"]),
+        initial_parameters=ndarrays_to_parameters([given[f"base/{n}"] for n in names]),
+    )
+    out: dict[str, Any] = {}
+    for r in range(rounds):
+        results = [([given[f"{r}/{k}/{n}"] for n in names], int(given["weights"][r, k])) for k in range(clients)]
+        found = {
+            "mean": aggregate(results),
+            "median": aggregate_median(results),
+            "trimmed": aggregate_trimmed_avg(results, float(given["trim"])),
+        }
+        fits: Any = [
+            (None, FitRes(Status(Code.OK, ""), ndarrays_to_parameters(arrays), weight, {}))
+            for arrays, weight in results
+        ]
+        parameters, _ = strategy.aggregate_fit(r + 1, fits, [])
+        assert parameters is not None
+        found["momentum"] = parameters_to_ndarrays(parameters)
+        for way, arrays in found.items():
+            out |= {f"{way}/{r}/{n}": v for n, v in zip(names, arrays, strict=True)}
+    np.savez(target, **out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
