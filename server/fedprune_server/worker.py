@@ -137,6 +137,7 @@ class Worker:
             "seed": self.job.seed,
             "architecture": self.architecture.digest,
             "selection": submodel.selection.digest,
+            "ranking": command.basis.ranking,
             "widths": list(submodel.selection.widths),
             "classes": self.architecture.classes,
             **self._offers.body(submodel, recipe),
