@@ -4,7 +4,8 @@ A linear classifier of 6 features and 3 classes, with its step written out by ha
 terms and the proximal pull), `stats` (with a running mean that behaves as batch-norm statistics do), `inference`.
 
 The others come from the compiler, of that classifier (`adamw`, `bce`, `bias`, `huber`), of one with a hidden normalised
-layer that can be narrowed (`narrow`, `still`), and of one that reads token ids (`tokens`).
+layer that can be narrowed (`narrow`, `still`, `kept`, `masked`, `threshold`, `scaled`; `hidden` and `hidden_half`
+predict), and of one that reads token ids (`tokens`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fedprune.recipe import Features
 from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
+from fedprune_export.inference import inference_model
 from fedprune_export.training import training_graph
 
 FEATURES, CLASSES, HIDDEN, VOCABULARY = 6, 3, 8, 11
@@ -129,6 +131,10 @@ COMPILED = {
     "narrow": (hidden, Features(ordered_dropout=True, optimizer="adam", proximal=True)),
     "still": (hidden, Features(frozen=("w1", "gamma", "mean", "var"))),
     "tokens": (tokens, Features()),
+    "kept": (hidden, Features(axes=True)),
+    "masked": (hidden, Features(element_mask=True, axes=True, gradients=True)),
+    "threshold": (hidden, Features(threshold=True, axes=True)),
+    "scaled": (hidden, Features(scale=True, axes=True, gradients=True)),
 }
 
 
@@ -163,4 +169,7 @@ if __name__ == "__main__":
         (FOLDER / f"{name}.onnx").write_bytes(graph.to_bytes())
     for name, (model, features) in COMPILED.items():
         (FOLDER / f"{name}.onnx").write_bytes(training_graph(model(), features).to_bytes())
+    whole = hidden()
+    (FOLDER / "hidden.onnx").write_bytes(inference_model(whole, whole.architecture.sizes))
+    (FOLDER / "hidden_half.onnx").write_bytes(inference_model(whole, [HIDDEN // 2]))
     (FOLDER / "inference.onnx").write_bytes(inference().SerializeToString(deterministic=True))

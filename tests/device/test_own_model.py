@@ -1,0 +1,290 @@
+"""What a board keeps of its own: its moving average, its personal tensors, statistics of its own samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hidden_board import CLASSES, DEVICE, HIDDEN, SEED, HiddenBoard, hidden_weights, logits, measured_statistics
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.element_mask import ElementMask
+from fedprune.errors import StorageError
+from fedprune.recipe import Recipe
+from fedprune.selection import Tensors
+from fedprune.wire.messages import Offer
+from fedprune_device.average import averaged
+from fedprune_device.data import LocalData
+from fedprune_device.own import KeptOwn, Own, OwnFolder, OwnInMemory
+from fedprune_device.store import DeviceStore
+from fedprune_device.trainer import Trainer
+
+pytestmark = pytest.mark.board
+
+DECAY = 0.85
+PLAIN = Recipe(epochs=1, batch_size=16)
+AVERAGE = Recipe(epochs=1, batch_size=16, average=DECAY)
+
+
+@pytest.fixture
+def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
+    return HiddenBoard(tmp_path / "state", graphs, data)
+
+
+def trained(board: HiddenBoard, number: int, weights: Tensors) -> Tensors:
+    """What plain training makes of them in a round."""
+    trainer = Trainer(board.graphs / "kept.onnx")
+    result = trainer.train(weights, board.data, PLAIN, seed=SEED, device=DEVICE, round=number, classes=CLASSES)
+    return {n: v.copy() for n, v in result.tensors.items()}
+
+
+def mean(old: Tensors, new: Tensors) -> Tensors:
+    return {n: np.float32(DECAY) * old[n] + np.float32(1 - DECAY) * new[n] for n in new}
+
+
+def equal(one: Tensors, other: Tensors) -> bool:
+    return list(one) == list(other) and all(one[n].tobytes() == other[n].tobytes() for n in one)
+
+
+# -- the moving average -----------------------------------------------------------------------------------------------
+
+
+def test_the_average_of_all_rounds_serves_and_the_update_is_what_was_trained(board: HiddenBoard) -> None:
+    wanted: Tensors = {}
+    for number in (1, 2, 4):
+        weights = hidden_weights(seed=number)
+        update, sent, serves = board.carry_out(board.offer(number, AVERAGE, weights, graph="kept"))
+        new = trained(board, number, weights)
+        wanted = mean(wanted, new) if wanted else new
+        assert equal(sent, new)
+        assert equal(serves, wanted)
+        x, y = board.data.x_test, board.data.y_test
+        assert update.metrics["accuracy_average"] == np.mean(logits(serves, x).argmax(1) == y)
+        assert update.metrics["accuracy_after"] == np.mean(logits(new, x).argmax(1) == y)
+        assert update.metrics["accuracy_before"] == np.mean(logits(weights, x).argmax(1) == y)
+
+
+def test_a_round_that_is_done_twice_gives_the_same_average(board: HiddenBoard) -> None:
+    """Whether its update was lost, or it came again as another attempt, whatever was trained in between."""
+    first = board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))[2]
+    again = board.offer(2, AVERAGE, hidden_weights(seed=2), graph="kept")
+    two = board.carry_out(again)[2]
+    assert equal(board.carry_out(again)[2], two)
+    board.carry_out(board.offer(2, AVERAGE, hidden_weights(seed=3), graph="kept"))
+    assert equal(board.carry_out(again)[2], two)
+    assert equal(two, mean(first, trained(board, 2, hidden_weights(seed=2))))
+
+
+@pytest.mark.parametrize(
+    "other", [{"job": "another"}, {"seed": 8}, {"architecture": "e" * 64}, {"selection": "e" * 64}]
+)
+def test_the_average_of_something_else_is_none(board: HiddenBoard, other: dict[str, Any]) -> None:
+    board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))
+    _, sent, serves = board.carry_out(
+        board.offer(2, AVERAGE, hidden_weights(seed=2), graph="kept", ranking=None, **other)
+    )
+    assert equal(serves, sent)
+
+
+def test_a_job_that_begins_anew_does_not_begin_with_its_last_run(board: HiddenBoard) -> None:
+    for number in (5, 6):
+        board.carry_out(board.offer(number, AVERAGE, hidden_weights(seed=number), graph="kept"))
+    _, sent, serves = board.carry_out(board.offer(1, AVERAGE, hidden_weights(), graph="kept"))
+    assert equal(serves, sent)
+
+
+@pytest.mark.parametrize(("first", "second"), [(HIDDEN, HIDDEN // 2), (HIDDEN // 2, HIDDEN)])
+def test_at_another_width_what_both_have_is_carried_over(board: HiddenBoard, first: int, second: int) -> None:
+    old = board.carry_out(board.offer(1, AVERAGE, hidden_weights(first, 1), graph="kept"))[2]
+    _, sent, serves = board.carry_out(board.offer(2, AVERAGE, hidden_weights(second, 2), graph="kept"))
+    both, at = HIDDEN // 2, {"w2": (slice(None), slice(None, HIDDEN // 2)), "b2": (slice(None),)}
+    for name, value in serves.items():
+        part = at.get(name, (slice(None, both),))
+        wanted = sent[name].copy()
+        wanted[part] = np.float32(DECAY) * old[name][part] + np.float32(1 - DECAY) * sent[name][part]
+        np.testing.assert_array_equal(value, wanted)
+
+
+def test_at_another_width_of_another_order_the_average_begins_anew(board: HiddenBoard) -> None:
+    board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))
+    narrow = board.offer(2, AVERAGE, hidden_weights(HIDDEN // 2, 2), graph="kept", ranking="d" * 64)
+    _, sent, serves = board.carry_out(narrow)
+    assert equal(serves, sent)
+
+
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 2**32 - 1))
+def test_an_average_lies_between_what_it_is_made_of(decay: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    old, new = ({"w": rng.standard_normal((3, 4)).astype(np.float32)} for _ in range(2))
+    ref = {"sha256": "a" * 64, "size": 1, "leaves": "a" * 64}
+    offer = Offer("j", 2, 0, 1, "a" * 64, "b" * 64, (3,), 3, ref, ref, ref, {})  # type: ignore[arg-type]
+    base = Own("j", 1, "a" * 64, "b" * 64, None, (3,), 1, average=old)
+    got = averaged(base, offer, new, decay)["w"]
+    low, high = np.minimum(old["w"], new["w"]), np.maximum(old["w"], new["w"])
+    assert np.all((got >= low - 1e-6) & (got <= high + 1e-6))
+
+
+def test_elements_that_were_masked_begin_anew_and_those_that_are_stay_zero() -> None:
+    ref = {"sha256": "a" * 64, "size": 1, "leaves": "a" * 64}
+    offer = Offer("j", 2, 0, 1, "a" * 64, "b" * 64, (3,), 3, ref, ref, ref, {})  # type: ignore[arg-type]
+    before, now = (ElementMask({"w": np.array(bits, np.bool_)}) for bits in ([1, 1, 0, 0], [1, 0, 1, 0]))
+    base = Own("j", 1, "a" * 64, "b" * 64, None, (3,), 1, {"w": np.float32([4, 4, 0, 0])}, {}, before)
+    got = averaged(base, offer, {"w": np.float32([8, 0, 8, 0])}, 0.75, mask=now)["w"]
+    np.testing.assert_array_equal(got, [5, 0, 8, 0])
+
+
+# -- where it is kept -------------------------------------------------------------------------------------------------
+
+
+def record(number: int, fill: float = 1.0) -> Own:
+    mask = ElementMask({"w": np.arange(6).reshape(2, 3) % 2 == 0})
+    tensors = {"w": np.full((2, 3), fill, np.float32)}
+    return Own("job", 7, "a" * 64, "b" * 64, "c" * 64, (3,), number, tensors, {"head": np.float32([fill])}, mask)
+
+
+def test_what_is_kept_is_what_is_read(tmp_path: Path) -> None:
+    one = record(3)
+    two = Own.from_bytes(one.to_bytes())
+    assert (two.job, two.seed, two.round, two.widths, two.ranking) == ("job", 7, 3, (3,), "c" * 64)
+    assert equal(two.average, one.average)
+    assert equal(two.personal, one.personal)
+    assert two.mask is not None
+    assert one.mask is not None
+    np.testing.assert_array_equal(two.mask.active["w"], one.mask.active["w"])
+
+
+@given(st.integers(0, 10**6), st.binary(min_size=1, max_size=4))
+def test_damage_is_noticed(at: int, junk: bytes) -> None:
+    raw = bytearray(record(3).to_bytes())
+    at %= len(raw)
+    if raw[at : at + len(junk)] == junk:
+        return
+    raw[at : at + len(junk)] = junk
+    with pytest.raises(StorageError, match="damaged"):
+        Own.from_bytes(bytes(raw))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_newest_record_before_a_round_and_what_it_leaves_stay(board: HiddenBoard, in_memory: bool) -> None:
+    shelf: Any = OwnInMemory() if in_memory else OwnFolder(board.root / "own")
+    if not in_memory:
+        shelf.prepare()
+
+    def offer(number: int) -> Offer:
+        return board.offer(number, AVERAGE, hidden_weights())
+
+    for number in (1, 2, 5):
+        kept = KeptOwn(shelf, offer(number))
+        kept.put(Own.of(offer(number), {"w": np.float32([number])}, {}, None))
+    rounds = {Own.from_bytes(raw).round for raw in shelf.read().values()}
+    assert rounds == {2, 5}
+    bases = {n: KeptOwn(shelf, offer(n)).base for n in (1, 2, 3, 5, 6)}
+    assert {n: b and b.round for n, b in bases.items()} == {1: None, 2: None, 3: 2, 5: 2, 6: 5}
+
+
+def test_a_damaged_record_costs_the_average_alone(board: HiddenBoard) -> None:
+    board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))
+    (board.root / "own" / "a").write_bytes(b"junk")
+    _, sent, serves = board.carry_out(board.offer(2, AVERAGE, hidden_weights(seed=2), graph="kept"))
+    assert equal(serves, sent)
+
+
+def test_it_is_forgotten_when_the_job_is_over(board: HiddenBoard) -> None:
+    board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))
+    with DeviceStore(board.root) as store:
+        assert store.own.read()
+        store.drop()
+        assert not store.own.read()
+
+
+# -- personal tensors -------------------------------------------------------------------------------------------------
+
+
+def test_personal_tensors_stay_and_the_rest_is_the_servers(board: HiddenBoard) -> None:
+    recipe = Recipe(epochs=1, batch_size=16, personal=("w2", "b2", "mean", "var"))
+    own: Tensors = {}
+    for number in (1, 2):
+        weights = hidden_weights(seed=number)
+        began = weights | own
+        update, sent, serves = board.carry_out(board.offer(number, recipe, weights, graph="kept"))
+        new = trained(board, number, began)
+        assert list(sent) == ["w1", "gamma", "beta"]
+        assert equal(sent, {n: new[n] for n in sent})
+        assert equal(serves, new)
+        own = {n: new[n] for n in ("w2", "b2", "mean", "var")}
+        x, y = board.data.x_test, board.data.y_test
+        assert update.metrics["accuracy_before"] == np.mean(logits(began, x).argmax(1) == y)
+
+
+def test_a_board_that_shares_nothing_sends_an_empty_file(board: HiddenBoard) -> None:
+    recipe = Recipe(epochs=1, batch_size=16, personal=("*",))
+    update, sent, first = board.carry_out(board.offer(1, recipe, hidden_weights(seed=1), graph="kept"))
+    _, _, second = board.carry_out(board.offer(2, recipe, hidden_weights(seed=2), graph="kept"))
+    assert sent == {}
+    assert update.weights.size == 64
+    assert equal(second, trained(board, 2, first))
+
+
+@pytest.mark.parametrize("other", [{"job": "another"}, {"selection": "e" * 64}])
+def test_personal_tensors_of_something_else_are_not_taken(board: HiddenBoard, other: dict[str, Any]) -> None:
+    recipe = Recipe(epochs=1, batch_size=16, personal=("w2",))
+    board.carry_out(board.offer(1, recipe, hidden_weights(seed=1), graph="kept"))
+    _, _, serves = board.carry_out(board.offer(2, recipe, hidden_weights(seed=2), graph="kept", **other))
+    assert equal(serves, trained(board, 2, hidden_weights(seed=2)))
+
+
+# -- statistics of the board's own samples ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [2, 7, 16, 70])
+def test_statistics_are_the_mean_of_what_the_batches_say(board: HiddenBoard, batch: int) -> None:
+    weights = hidden_weights()
+    recipe = Recipe(batch_size=batch)
+    got = Trainer(board.graphs / "kept.onnx").calibrated(weights, board.data, recipe, seed=SEED, device=DEVICE)
+    for name, value in measured_statistics(weights, board.data.x_train, batch).items():
+        np.testing.assert_allclose(got[name], value, rtol=2e-6, atol=2e-6)
+    assert all(np.array_equal(got[n], weights[n]) for n in weights if n not in ("mean", "var"))
+
+
+def test_statistics_that_are_frozen_or_cannot_be_measured_stay(board: HiddenBoard) -> None:
+    weights = hidden_weights()
+    still = Trainer(board.graphs / "still.onnx").calibrated(weights, board.data, PLAIN, seed=SEED, device=DEVICE)
+    assert equal(still, weights)
+    one = LocalData(board.data.x_train[:1], board.data.y_train[:1], board.data.x_test[:0], board.data.y_test[:0])
+    got = Trainer(board.graphs / "kept.onnx").calibrated(weights, one, PLAIN, seed=SEED, device=DEVICE)
+    assert np.isfinite(np.concatenate([v.reshape(-1) for v in got.values()])).all()
+
+
+@pytest.mark.parametrize("average", [0.0, DECAY])
+def test_what_is_evaluated_and_serves_is_calibrated_and_what_is_sent_is_not(board: HiddenBoard, average: float) -> None:
+    recipe = Recipe(epochs=1, batch_size=16, average=average, calibrate=True)
+    weights, wanted = hidden_weights(seed=1), Tensors()
+    for number in (1, 2):
+        update, sent, serves = board.carry_out(board.offer(number, recipe, weights, graph="kept"))
+        new = trained(board, number, weights)
+        wanted = mean(wanted, new) if wanted and average else new
+        assert equal(sent, new)
+        for name, value in serves.items():
+            fresh = measured_statistics(wanted, board.data.x_train, 16).get(name, wanted[name])
+            np.testing.assert_allclose(value, fresh, rtol=2e-6, atol=2e-6)
+        x, y = board.data.x_test, board.data.y_test
+        for when, tensors in (("before", weights), ("after", new), ("average", wanted)):
+            if when == "average" and not average:
+                continue
+            fresh = {n: v.astype(np.float32) for n, v in measured_statistics(tensors, board.data.x_train, 16).items()}
+            assert update.metrics[f"accuracy_{when}"] == np.mean(logits(tensors | fresh, x).argmax(1) == y)
+
+
+def test_validation_samples_are_measured_beside_test_samples(board: HiddenBoard) -> None:
+    board.data = board.data.with_validation(0.2, 1, DEVICE)
+    weights = hidden_weights(seed=1)
+    update, sent, _ = board.carry_out(board.offer(1, PLAIN, weights, graph="kept"))
+    x, y = board.data.x_val, board.data.y_val
+    assert update.metrics["samples_validation"] == len(y) == 14
+    assert update.metrics["accuracy_validation"] == np.mean(logits(sent, x).argmax(1) == y)
+    assert update.metrics["accuracy_validation_before"] == np.mean(logits(weights, x).argmax(1) == y)
+    assert {"loss_validation", "loss_validation_before", "loss_after", "accuracy_after"} <= set(update.metrics)
+    assert "accuracy_average" not in update.metrics

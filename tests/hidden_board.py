@@ -1,0 +1,84 @@
+"""A board with a model of a hidden normalised layer (`make_device_graphs.hidden`), for tests of what it keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune import tensorfile
+from fedprune.chance import keyed
+from fedprune.element_mask import ElementMask
+from fedprune.recipe import Recipe
+from fedprune.selection import Tensors
+from fedprune.wire.messages import Offer, Update
+from fedprune_device.assignment import Workbench
+from fedprune_device.data import LocalData
+from fedprune_device.store import DeviceStore
+
+HIDDEN, FEATURES, CLASSES = 8, 6, 3
+SEED, DEVICE = 7, "d"
+Array = np.ndarray[Any, Any]
+
+
+def hidden_weights(width: int = HIDDEN, seed: int = 0) -> Tensors:
+    """In the order in which the compiler's graphs have them."""
+    rng = np.random.default_rng(seed)
+    shapes = {"w1": (width, FEATURES), "gamma": (width,), "beta": (width,), "mean": (width,), "var": (width,)}
+    shapes |= {"w2": (CLASSES, width), "b2": (CLASSES,)}
+    out = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    return out | {"var": np.abs(out["var"]) + np.float32(0.1)}
+
+
+def logits(w: Tensors, x: Array) -> Array:
+    """What the model predicts, in float64."""
+    v = {n: a.astype(np.float64) for n, a in w.items()}
+    h = (x @ v["w1"].T - v["mean"]) / np.sqrt(v["var"] + 1e-5) * v["gamma"] + v["beta"]
+    return np.maximum(h, 0) @ v["w2"].T + v["b2"]
+
+
+def measured_statistics(w: Tensors, x: Array, batch: int) -> dict[str, Array]:
+    """Mean over batches of what each says: its mean and its unbiased variance."""
+    order = keyed(SEED, "calibration", DEVICE).permutation(len(x))
+    parts = [x[rows].astype(np.float64) @ w["w1"].T for rows in np.array_split(order, -(-len(x) // batch))]
+    return {
+        "mean": np.mean([p.mean(0) for p in parts], axis=0),
+        "var": np.mean([p.var(0, ddof=1) for p in parts], axis=0),
+    }
+
+
+class HiddenBoard:
+    """A state directory that may be opened again and again, and offers of a server that is not there."""
+
+    def __init__(self, root: Path, graphs: Path, data: LocalData) -> None:
+        self.root, self.graphs, self.data = root, graphs, data
+
+    def offer(self, number: int, recipe: Recipe, weights: Tensors, **other: Any) -> Offer:
+        graph, width = other.pop("graph", "narrow"), len(weights["gamma"])
+        mask: ElementMask | None = other.pop("mask", None)
+        packed = weights if mask is None else mask.pack(weights)
+        inference = "hidden" if width == HIDDEN else "hidden_half"
+        with DeviceStore(self.root) as store:
+            put = store.blobs.put
+            values: dict[str, Any] = {
+                "job": "job", "round": number, "attempt": 0, "seed": SEED, "architecture": "a" * 64,
+                "selection": f"{width:064x}", "widths": (width,), "classes": CLASSES, "ranking": "c" * 64,
+                "weights": put(tensorfile.encode(packed)),
+                "training": put((self.graphs / f"{graph}.onnx").read_bytes()),
+                "inference": put((self.graphs / f"{inference}.onnx").read_bytes()),
+                "recipe": recipe.to_offer(),
+                "mask": None if mask is None else put(tensorfile.encode(mask.to_tensors())),
+            }  # fmt: skip
+        return Offer(**{**values, **other})
+
+    def carry_out(self, offer: Offer) -> tuple[Update, Tensors, Tensors]:
+        """The update, its tensors, and the tensors that serve afterwards."""
+        with DeviceStore(self.root) as store:
+            bench = Workbench(DEVICE, store.blobs, store.slots, self.data, shelf=store.own)
+            update = bench.carry_out(offer, download_seconds=0.0, report=lambda *_: None, stop=lambda: False)
+            sent = tensorfile.decode(store.blobs.read(update.weights.sha256))
+            record = store.slots.current()
+            assert record is not None
+            serves = tensorfile.load(self.root / "serving" / record.slot / "weights.safetensors")
+        return update, sent, serves
