@@ -93,7 +93,7 @@ def _wide(record: Record) -> list[dict[str, Any]]:
             "total_bytes_up": r.up,
             "training_macs": r.macs,
             "asked": r.asked,
-            "delivered": len(r.density) or len(r.local),
+            "updates": r.updates,
             "model": r.model,
             "accuracy": r.accuracy,
             "loss": r.loss,

@@ -113,10 +113,8 @@ def _rows(runs: Sequence[Record]) -> list[tuple[str, Values]]:
     for run in runs:
         for row in run.rounds:
             names |= dict.fromkeys(n for n in row.measured if n.endswith("_loss") == (kind == "loss"))
-    rows += [
-        (f"Measured: {name.removesuffix(suffix)}", partial(Record.measured_values, name=name))
-        for name in list(names)[:MEASURED]
-    ]
+    shown = sorted(names, key=lambda name: "/" in name)[:MEASURED]  # further sets of samples last
+    rows += [(f"Measured: {name.removesuffix(suffix)}", partial(Record.measured_values, name=name)) for name in shown]
     known = [row for row in rows if any(v is not None for run in runs for v in row[1](run))]
     return known or rows[:1]
 
@@ -186,7 +184,7 @@ def coverage_map(run: Record, path: Path) -> Path:
         image = None
         for axis, g in zip(axes[0], shown, strict=True):
             if rows and run.groups:
-                shares = [[c / max(1, delivered(r)) for c in r.coverage[g]] for r in rows]
+                shares = [[c / max(1, r.updates) for c in r.coverage[g]] for r in rows]
                 image = axis.imshow(shares, aspect="auto", interpolation="nearest", vmin=0, vmax=1, cmap="cividis")
                 axis.set_title(f"{run.groups[g][0]} ({run.groups[g][1]})", fontsize=9)
                 places = sorted({0, len(rows) // 2, len(rows) - 1})
@@ -199,11 +197,6 @@ def coverage_map(run: Record, path: Path) -> Path:
         figure.suptitle("Share of each round's updates that trained a channel", x=0.01, ha="left", fontweight="bold")
         figure.supxlabel("channel of the global model", fontsize=10)
         return _save(figure, path)
-
-
-def delivered(row: RoundRow) -> int:
-    """How many updates a round's model is made of."""
-    return len(row.density) or len(row.local)
 
 
 def local_bars(run: Record, reference: Record | None, path: Path) -> Path:

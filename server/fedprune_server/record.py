@@ -76,7 +76,8 @@ class RoundRow:
         measured: What a simulation measured of the global model, by name.
         spent: Per device bytes down, bytes up and multiplications of its training, since the round before; in
             simulations.
-        coverage: How many of the round's updates held each channel, per group; empty where it wasn't noted.
+        updates: How many updates the model is made of; in simulations.
+        coverage: How many of them held each channel, per group; empty where it wasn't noted.
     """
 
     round: int
@@ -92,6 +93,7 @@ class RoundRow:
     density: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
     spent: dict[str, list[int]] = field(default_factory=dict)
+    updates: int = 0
     coverage: list[list[int]] = field(default_factory=list)
 
     @property
@@ -333,6 +335,7 @@ def _noted(row: RoundRow, notes: Notes) -> RoundRow:
         up=notes.up,
         measured=dict(notes.measured),
         spent={n: list(v) for n, v in sorted(notes.devices.items())},
+        updates=notes.updates,
         coverage=notes.coverage,
     )
 

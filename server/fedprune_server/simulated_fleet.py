@@ -78,7 +78,10 @@ def read_plan(path: Path, *, reference: bool = False, seed: int | None = None, r
     if settings.densities:
         if evaluation is None:
             raise ConfigError(f"{path}: [simulation] densities", expected="samples in [evaluation] to measure on")
-        measure = Measure(*evaluation, densities=settings.densities, calibration=calibration, every=settings.every)
+        sets = {} if federation is None else {"tests": federation.tests()}
+        measure = Measure(
+            *evaluation, densities=settings.densities, calibration=calibration, every=settings.every, sets=sets
+        )
     return Plan(
         job.name,
         job,

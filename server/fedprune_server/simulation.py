@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -167,8 +167,11 @@ class Simulation:
             PlanError: No device can take part, or none ever makes its deadline.
             FedpruneError: The worker can't do what it is told to.
         """
-        with TemporaryDirectory(prefix="fedprune-simulation-") as scratch, self._crew():
-            bench = self._bench(Path(scratch))
+        with (
+            TemporaryDirectory(prefix="fedprune-simulation-") as scratch,
+            self._crew(),
+            closing(self._bench(Path(scratch))) as bench,
+        ):
             bench.boards = self._run.boards
             while self.state.phase is not Phase.FINISHED:
                 if not self._run.queue:
@@ -274,6 +277,7 @@ class Simulation:
     def _note(self, command: do.Close, event: on.Closed) -> None:
         """Note what only a simulation looks at, while all of the round's blobs are there."""
         notes, parts = self._run.now, command.contributions
+        notes.updates = len(parts)
         if not parts:
             return
         if command.round % max(1, self.job.rounds // _MAPS) == 0 or command.round in (1, self.job.rounds):

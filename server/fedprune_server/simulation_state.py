@@ -77,13 +77,15 @@ class Notes:
         devices: Of each device, since the round before ended: bytes sent to it, bytes that it sent, multiplications of
             its training.
         measured: What was measured of the global model, in the simulation alone.
-        coverage: How many of the round's updates held each channel, per group; empty in rounds that were left out.
+        updates: How many updates the round's model is made of.
+        coverage: How many of them held each channel, per group; empty in rounds that were left out.
     """
 
     down: int = 0
     up: int = 0
     devices: dict[str, list[int]] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
+    updates: int = 0
     coverage: list[list[int]] = field(default_factory=list)
 
 
