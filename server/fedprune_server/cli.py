@@ -70,6 +70,7 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--port", type=int, help="port of the embedded broker (default: 1883; 0 for a free one)")
     run.add_argument("--site", type=_site, help="devices of this site take part (default: default)")
     run.add_argument("--profiles", type=Path, metavar="DIR", help="hardware profiles beside the shipped ones")
+    run.add_argument("--workers", type=int, metavar="N", help="processes that make submodels (default: 1)")
     run.add_argument("--keep", type=int, metavar="N", help="global models that stay on the disk (default: 3)")
     run.add_argument("--name", help="name of the job")
     run.add_argument("--seed", type=int, help="keys every random number")
@@ -77,6 +78,9 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--devices", type=int, metavar="N", help="a round starts when so many devices are there")
     run.add_argument("--participation", type=float, metavar="SHARE", help="share of the devices that a round asks")
     run.add_argument("--deadline", type=float, metavar="S", help="seconds that a round waits for updates")
+    run.add_argument(
+        "--strategy", metavar="NAME", help="fedprune, subflot, ... (docs/strategies), or package.module:function"
+    )
     run.add_argument("--density", type=float, metavar="D", help="kept share on all devices; 0: the planner decides")
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--verbose", "-v", action="store_true", help="say more, such as each device's row per round")
@@ -106,7 +110,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     config = ServerConfig() if arguments.config is None else read_config(arguments.config)
     state = arguments.state or config.state
-    names = ("name", "seed", "rounds", "devices", "participation", "density")
+    names = ("name", "seed", "rounds", "devices", "participation", "strategy", "density")
     job = {k: getattr(arguments, k) for k in names} | {"deadline_s": arguments.deadline}
     server = {
         k: getattr(arguments, k)
@@ -121,6 +125,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "port",
             "site",
             "keep",
+            "workers",
             "profiles",
         )
     }
