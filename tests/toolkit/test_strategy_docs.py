@@ -1,0 +1,47 @@
+"""The pages of strategies name every option, with its default."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.strategies import ca_hfp, fedavg, fedper, heterofl
+from fedprune.strategies.robust import Robustness
+
+PAGES = Path(__file__).parents[2] / "docs/strategies"
+
+TABLES = [
+    ("fedavg", (fedavg.ProximalOptions,), {}),
+    ("heterofl", (heterofl.Options,), {}),
+    ("ca-hfp", (ca_hfp.Options,), {}),
+    ("fedper", (fedper.Options, fedper.LocalOptions, fedper.HistoryOptions), {"personal": "`@head`"}),
+    ("robust", (Robustness,), {"check": "none"}),
+]
+
+
+def said(page: str) -> dict[str, str]:
+    text = (PAGES / f"{page}.md").read_text(encoding="utf-8").partition("## Options")[2]
+    return dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", text, re.MULTILINE))
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value == ():
+        return "empty"
+    return f"{value:g}" if isinstance(value, (int, float)) else f"`{value}`"
+
+
+@pytest.mark.parametrize(("page", "kinds", "others"), TABLES, ids=[t[0] for t in TABLES])
+def test_a_page_names_every_option_and_its_default(page: str, kinds: Any, others: dict[str, str]) -> None:
+    expected = {f.name: shown(f.default) for kind in kinds for f in fields(kind)} | others
+    assert said(page) == expected
+
+
+def test_fedrolex_has_heterofl_s_options_and_one_more() -> None:
+    more = {f.name for f in fields(heterofl.RollingOptions)} - {f.name for f in fields(heterofl.Options)}
+    assert said("fedrolex").keys() == more
