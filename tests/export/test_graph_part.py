@@ -1,0 +1,56 @@
+"""Parts of graphs with branches and loops, which read names from outside."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from fedprune.graph_part import part_for
+from fedprune.session import Session
+
+
+def value(name: str, shape: list[int], kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def branching() -> bytes:
+    """`a` is doubled or, where `c` says so, handed through from outside; `b` has nothing to do with it."""
+    then = helper.make_graph([helper.make_node("Add", ["a2", "two"], ["t"])], "then", [], [value("t", [3])])
+    handed = helper.make_graph([helper.make_node("Identity", ["a3"], ["e"])], "else", [], [value("e", [3])])
+    inner = helper.make_node("If", ["c"], ["i"], then_branch=then, else_branch=handed)
+    outer = helper.make_graph([inner], "outer", [], [value("i", [3])])
+    other = helper.make_graph([helper.make_node("Neg", ["a4"], ["o"])], "other", [], [value("o", [3])])
+    nodes = [
+        helper.make_node("Add", ["a", "one"], ["a2"]),
+        helper.make_node("Mul", ["a", "two"], ["a3"]),
+        helper.make_node("Sub", ["a", "two"], ["a4"]),
+        helper.make_node("Mul", ["b", "unused"], ["b2"]),
+        helper.make_node("If", ["d"], ["y"], then_branch=outer, else_branch=other),
+        helper.make_node("Neg", ["b2"], ["z"]),
+    ]
+    constants = [helper.make_tensor(n, TensorProto.FLOAT, [], [v]) for n, v in (("one", 1), ("two", 2), ("unused", 3))]
+    inputs = [value("a", [3]), value("b", [3]), value("c", [], TensorProto.BOOL), value("d", [], TensorProto.BOOL)]
+    graph = helper.make_graph(nodes, "g", inputs, [value("y", [3]), value("z", [3])], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    raw: bytes = model.SerializeToString(deterministic=True)
+    return raw
+
+
+def test_what_branches_read_from_outside_is_kept() -> None:
+    raw = branching()
+    whole, part = Session(raw), Session(part_for(raw, ["y"]))
+    assert set(part.inputs) == {"a", "c", "d"}
+    for c in (True, False):
+        for d in (True, False):
+            feeds = {"a": np.float32([1, 2, 3]), "b": np.zeros(3, np.float32), "c": np.array(c), "d": np.array(d)}
+            got = part.run({n: feeds[n] for n in part.inputs}, ["y"])["y"]
+            np.testing.assert_array_equal(got, whole.run(feeds, ["y"])["y"])
+
+
+def test_what_is_left_is_a_valid_model_without_what_it_does_not_need() -> None:
+    model = onnx.load_from_string(part_for(branching(), ["z"]))
+    onnx.checker.check_model(model, full_check=True)
+    assert [n.op_type for n in model.graph.node] == ["Mul", "Neg"]
+    assert [i.name for i in model.graph.initializer] == ["unused"]
+    assert [i.name for i in model.graph.input] == ["b"]
