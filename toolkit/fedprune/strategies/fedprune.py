@@ -24,10 +24,11 @@ import numpy as np
 from fedprune.aggregation import Fold, Rule
 from fedprune.job import Job
 from fedprune.recipe import Recipe
+from fedprune.schedule import Schedule, Staleness
 from fedprune.scoring import SCORERS, ranks, score
 from fedprune.strategies.densities import dealt
 from fedprune.strategies.extraction import Nobody, Selected
-from fedprune.strategies.means import Mean
+from fedprune.strategies.means import DeltaMean, Mean
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Turn
 from fedprune.strategies.strategy import Strategy
@@ -49,6 +50,9 @@ class Options:
         server_momentum: β of the global model's moves.
         average: Share of the old average that a board's own moving average keeps each round; 0 for none.
         calibrate: Boards measure batch-norm statistics of their own data after training.
+        lr_decay: The learning rate of round t is lr · lr_decay^(t − 1).
+        arrivals: An asynchronous job: the model moves whenever so many updates have arrived, by the moves that they
+            report, stale ones counting (k + 1)^-½ (FedBuff, Nguyen et al. 2022); 0 for synchronous rounds.
     """
 
     densities: tuple[Any, ...] = ()
@@ -59,6 +63,8 @@ class Options:
     server_momentum: float = 0.5
     average: float = 0.85
     calibrate: bool = True
+    lr_decay: float = 1.0
+    arrivals: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class Fair:
         options = self.options
         return replace(
             recipe,
+            lr=recipe.lr * options.lr_decay ** (turn.round - 1),
             logit_adjustment=recipe.logit_adjustment or (options.adjust and recipe.loss == "cross_entropy"),
             ordered_dropout=recipe.ordered_dropout or options.dropout,
             average=recipe.average or options.average,
@@ -131,15 +138,23 @@ def fedprune(job: Job) -> Strategy:
     choice(name, "rule", options.rule, ("fill", "coverage"))
     number(name, "server_momentum", options.server_momentum, 0, 0.999)
     number(name, "average", options.average, 0, 1, below=True)
+    number(name, "lr_decay", options.lr_decay, 1e-3, 1)
+    number(name, "arrivals", options.arrivals, 0, 10**6)
     for density in options.dropout:
         number(name, "dropout", density, 0.001, 1)
     rule: Rule = "fill" if options.rule == "fill" else "coverage"
+    kind = DeltaMean if options.arrivals else Mean
     return Strategy(
         name,
         scorer=Settled(options.ranking),
         extractor=Selected(),
-        aggregator=Mean(rule=rule, server_momentum=options.server_momentum),
+        aggregator=kind(rule=rule, server_momentum=options.server_momentum),
         personaliser=Nobody(),
         objective=Fair(options),
         allocator=dealt(job, options.densities),
+        schedule=_buffered(options.arrivals) if options.arrivals else None,
     )
+
+
+def _buffered(arrivals: int) -> Schedule:
+    return Schedule(kind="asynchronous", arrivals=arrivals, staleness=Staleness("polynomial", a=0.5), mixing="damped")
