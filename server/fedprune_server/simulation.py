@@ -49,8 +49,11 @@ _MAX_BIRTHS = 200
 _SAVE_S = 5.0
 """Within a round the state is saved when so many seconds have passed since the last time."""
 
+_SAVES = 20.0
+"""Saving takes at most one part of so many of the time, except in rounds that end quickly."""
+
 _DEAR_S = 0.25
-"""Where saving takes longer, it passes by ends of rounds, so that it takes at most a twentieth of the time."""
+"""Where saving takes longer, it passes by ends of rounds, too."""
 
 _MAPS = 100
 """In about so many of a run's rounds it is noted which channels were trained."""
@@ -435,8 +438,8 @@ class Simulation:
                 self._tidy()
             return
         since = time.monotonic() - self._saved_at
-        dear = self._saving_s > _DEAR_S and since < 20 * self._saving_s
-        if dear if ended else since < max(_SAVE_S, 20 * self._saving_s):
+        dear = self._saving_s > _DEAR_S and since < _SAVES * self._saving_s
+        if dear if ended else since < max(_SAVE_S, _SAVES * self._saving_s):
             return
         self._save()
         if ended:
