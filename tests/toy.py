@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fedprune.architecture import Activation, Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
 from fedprune.job import Job
+from fedprune.schedule import Schedule
+from fedprune.strategies.means import DeltaMean
+from fedprune.strategies.plain import plain
+from fedprune.strategies.strategy import Strategy
 
 CHANNELS = Axis((Segment(0, 0, 8),))
 ARCHITECTURE = Architecture(
@@ -20,3 +26,11 @@ ARCHITECTURE = Architecture(
 )
 JOB = Job(name="toy", rounds=3, devices=3, density=0.5, deadline_s=100)
 NAMES = ("a", "b", "c")
+
+
+def scheduled(job: Job) -> Strategy:
+    """The plain strategy on a schedule: `strategy="toy:scheduled"`, `options={"schedule": {...}}`."""
+    options = dict(job.options)
+    schedule = Schedule.from_dict(options.pop("schedule"))
+    aggregator = DeltaMean(weighting=options.get("weighting", "samples"))
+    return replace(plain(replace(job, strategy="plain", options={})), schedule=schedule, aggregator=aggregator)

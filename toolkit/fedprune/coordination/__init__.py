@@ -1,6 +1,22 @@
 """The course of a job: events in, commands out, no input or output of its own."""
 
+from fedprune.architecture import Architecture
+from fedprune.coordination.asynchronous import AsynchronousCoordinator
 from fedprune.coordination.coordinator import Coordinator
+from fedprune.coordination.desk import Desk
 from fedprune.coordination.state import Phase, State
+from fedprune.job import Job
+from fedprune.strategies import compose
 
-__all__ = ["Coordinator", "Phase", "State"]
+__all__ = ["AsynchronousCoordinator", "Coordinator", "Desk", "Phase", "State", "coordinate"]
+
+
+def coordinate(job: Job, architecture: Architecture, state: State) -> Desk:
+    """The coordinator of a job: of synchronous rounds or of asynchronous ones, as its strategy's schedule says.
+
+    Raises:
+        ConfigError: The job's strategy or its options are wrong.
+    """
+    schedule = compose(job).schedule
+    kind = AsynchronousCoordinator if schedule is not None and schedule.asynchronous else Coordinator
+    return kind(job, architecture, state)

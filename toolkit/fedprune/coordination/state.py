@@ -152,7 +152,7 @@ class State:
         opened: Asynchronous jobs: when the current round began to collect.
         closing: Asynchronous jobs: what enters the sums that are being closed: which updates for the first time, what
             each counts for, and how far the sums move the model.
-        wake: Asynchronous jobs: the next time that the shell was asked for.
+        wakes: Asynchronous jobs: times at which the shell was asked to say that time has passed, and has not yet.
         history: One summary per finished round.
     """
 
@@ -168,7 +168,7 @@ class State:
     deadline: float | None = None
     opened: float | None = None
     closing: dict[str, Any] | None = None
-    wake: float | None = None
+    wakes: list[float] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def references(self) -> set[str]:

@@ -1,0 +1,367 @@
+"""The coordinator of asynchronous jobs: every idle device works on the current model, which moves when it is time.
+
+A round is one move of the model. It is scored, collects updates until the schedule closes it, becomes the next model
+and is evaluated, one after the other; devices work across rounds. An offer is of the round in which it was made, and
+names the model that it was cut from. A device trains a model once: whoever delivers waits for the next model, so that
+an update is known by its device and its round, and the same events give the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import singledispatchmethod
+from typing import Any
+
+from fedprune.architecture import Architecture
+from fedprune.chance import keyed
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coordination.desk import LATE, Commands, Desk, based, steps_of
+from fedprune.coordination.shares import Shares, plain
+from fedprune.coordination.state import Phase, Progress, State, Task
+from fedprune.job import Job
+
+_WORKING = (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
+
+
+class AsynchronousCoordinator(Desk):
+    """Rounds that close by arrivals or by windows, over devices that never wait for one another.
+
+    Until a round is scored, and while it is closed and evaluated, updates go on coming in: they count for the next.
+    A device that is late, or whose update is too stale, gets a new offer; one that refused gets it when its time is
+    over, or with the next model.
+    """
+
+    def __init__(self, job: Job, architecture: Architecture, state: State) -> None:
+        super().__init__(job, architecture, state)
+        self._shares = Shares(state, self.schedule, uniform=self.uniform)
+
+    def handle(self, event: on.Event, now: float) -> Commands:
+        """Take in one event and say what to do."""
+        return self._on(event, now) + self._wake(now)
+
+    def resume(self, now: float) -> Commands:
+        """What to do after the state was loaded; deadlines and the round's window start anew."""
+        state = self.state
+        self._all_gone()
+        state.wakes = []
+        commands: Commands = []
+        for name, task in sorted(state.tasks.items()):
+            task.offered_at = None
+            task.deadline = None if task.deadline is None else now + self.deadline_s
+            if task.progress is Progress.EXTRACTING:
+                commands.append(self._extract(name, task))
+            elif task.progress is Progress.PULLING and task.update is not None:
+                commands.append(do.PullUpdate(name, state.round_of(task), task.attempt, task.update))
+        if state.phase is Phase.SCORING:
+            commands.append(self._score())
+        elif state.phase is Phase.TRAINING:
+            state.opened = now
+            commands += self._folds() + self._close_if_due(now)
+        elif state.phase is Phase.CLOSING:
+            commands.append(self._close())
+        elif state.phase is Phase.EVALUATING:
+            commands.append(do.Evaluate(state.round, state.model))
+        elif state.phase is Phase.FINISHED:
+            commands.append(do.Finish(state.model))
+        return commands + self._wake(now)
+
+    @singledispatchmethod
+    def _on(self, event: Any, now: float) -> Commands:
+        raise TypeError(f"unknown event {type(event).__name__}")
+
+    # Devices come and go.
+
+    @_on.register
+    def _born(self, event: on.DeviceBorn, now: float) -> Commands:
+        state = self.state
+        if not self._admit(event):
+            return []
+        if state.phase is Phase.FINISHED:
+            return [do.TellFinished(event.device, state.model)]
+        if state.phase is Phase.WAITING:
+            return self._open(now) if len(self._ready()) >= self.job.devices else []
+        task = state.tasks.get(event.device)
+        if task is not None and task.progress is Progress.OFFERED and task.offer:
+            return [do.SendOffer(event.device, state.round_of(task), task.attempt, task.offer)]
+        return self._offers(now)
+
+    @_on.register
+    def _gone(self, event: on.DeviceDied, now: float) -> Commands:
+        return self._died(event)
+
+    # A round begins.
+
+    def _open(self, now: float) -> Commands:
+        state = self.state
+        state.round += 1
+        state.opened = state.deadline = None
+        anew = self.allocator.open(self.fleet) or (state.round - 1) % self.schedule.score_every == 0
+        if state.ranking is not None and not anew:
+            return self._collect(now)
+        state.phase = Phase.SCORING
+        state.ranking = state.order = None
+        return [self._score()]
+
+    def _score(self) -> do.Score:
+        state = self.state
+        return do.Score(state.round, state.model, dict(state.memory), tuple(self._ready()))
+
+    @_on.register
+    def _scored(self, event: on.Scored, now: float) -> Commands:
+        state = self.state
+        if state.phase is not Phase.SCORING or event.round != state.round:
+            return []
+        state.ranking, state.order = event.ranking, event.order
+        return self._collect(now)
+
+    def _collect(self, now: float) -> Commands:
+        """Let go of what has become too stale, and begin to collect what is there."""
+        state = self.state
+        state.phase, state.opened = Phase.TRAINING, now
+        commands: Commands = []
+        for name, task in sorted(state.tasks.items()):
+            if task.progress is not Progress.REFUSED and not self.schedule.fits(state.round - state.round_of(task)):
+                if task.progress in (Progress.OFFERED, Progress.PULLING):
+                    commands.append(do.Cancel(name, state.round_of(task), task.attempt, self._stale))
+                task.progress, task.reason, task.deadline = Progress.REFUSED, self._stale, None
+        return commands + self._folds() + self._offers(now) + self._close_if_due(now)
+
+    @property
+    def _stale(self) -> str:
+        return f"the model has moved more than {self.schedule.max_staleness} times since"
+
+    def _offers(self, now: float) -> Commands:
+        """Parts in the current model for idle devices, as many as may work at a time."""
+        state = self.state
+        if state.phase is not Phase.TRAINING:
+            return []
+        idle = [n for n in self._ready() if self._idle(n)]
+        most = self.schedule.concurrent
+        if most:
+            # By lot: who asks first would else always be served first.
+            idle.sort(key=lambda n: (keyed(self.job.seed, state.round, n, "turn").random(), n))
+            idle = sorted(idle[: max(0, most - self._working(stored=False))])
+        basis = plain(self._basis())
+        for name in idle:
+            device, last = state.devices[name], state.tasks.get(name)
+            again = last is not None and state.round_of(last) == state.round
+            attempt = last.attempt + 1 if last is not None and again else 1
+            state.tasks[name] = Task(
+                attempt, device.widths, device.density, samples=device.samples, past=device.past, basis=basis
+            )
+        return [self._extract(n, state.tasks[n]) for n in idle]
+
+    def _idle(self, name: str) -> bool:
+        task = self.state.tasks.get(name)
+        if task is None:
+            return True
+        if task.progress is not Progress.REFUSED:
+            return False
+        return task.deadline is None or self.state.round_of(task) < self.state.round
+
+    def _working(self, *, stored: bool) -> int:
+        """How many devices something is awaited of; with `stored` also those whose updates are being checked."""
+        kinds = (*_WORKING, Progress.STORED) if stored else _WORKING
+        return sum(t.progress in kinds for t in self.state.tasks.values())
+
+    @_on.register
+    def _extracted(self, event: on.Extracted, now: float) -> Commands:
+        task = self._task(event, Progress.EXTRACTING)
+        if task is None:
+            return []
+        task.offer, task.progress = event.offer, Progress.OFFERED
+        task.offered_at, task.deadline = now, now + self.deadline_s
+        return [do.SendOffer(event.device, event.round, event.attempt, event.offer)]
+
+    # Updates come in.
+
+    @_on.register
+    def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
+        task = self.state.tasks.get(event.device)
+        mine = task is not None and event.round == self.state.round_of(task)
+        if task is not None and mine and event.attempt == task.attempt and based(event, task):
+            if task.progress in (Progress.STORED, Progress.FOLDED):
+                return [do.Acknowledge(event.device, event.round, event.attempt, task.weights)]
+            if task.progress is Progress.REFUSED:
+                return [do.Cancel(event.device, event.round, event.attempt, task.reason)]
+            if task.progress is Progress.OFFERED:
+                task.progress, task.update = Progress.PULLING, event.weights
+                task.steps, task.metrics = steps_of(event, task), dict(event.metrics)
+            return [do.PullUpdate(event.device, event.round, event.attempt, task.update or event.weights)]
+        if task is not None and mine and task.progress is Progress.EXTRACTING:
+            return []  # the offer that it gets in a moment says whether this update still counts
+        reason = "another offer took this one's place" if task is not None else "the round is over"
+        return [do.Cancel(event.device, event.round, event.attempt, reason)]
+
+    @_on.register
+    def _stored(self, event: on.UpdateStored, now: float) -> Commands:
+        task = self._task(event, Progress.PULLING)
+        if task is None:
+            return []
+        task.progress, task.weights, task.arrived_at, task.deadline = Progress.STORED, event.weights, now, None
+        task.seconds = None if task.offered_at is None else now - task.offered_at
+        commands: Commands = [do.Acknowledge(event.device, event.round, event.attempt, event.weights)]
+        if self.state.phase is Phase.TRAINING:
+            commands.append(self._fold(event.device, task, self._shares.weight(task)))
+        return commands
+
+    def _folds(self) -> Commands:
+        """Add what came while no sums were open."""
+        tasks = sorted(self.state.tasks.items())
+        return [self._fold(n, t, self._shares.weight(t)) for n, t in tasks if t.progress is Progress.STORED]
+
+    @_on.register
+    def _folded(self, event: on.Folded, now: float) -> Commands:
+        task = self._task(event, Progress.STORED)
+        if task is None:
+            return []
+        task.progress = Progress.FOLDED
+        self.state.devices[event.device].failures = 0
+        self.allocator.learn(self.fleet, event.device, task, task.seconds)
+        return self._close_if_due(now) + self._offers(now)
+
+    @_on.register
+    def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
+        task = self._task(event, Progress.PULLING) or self._task(event, Progress.STORED)
+        return self._give_up(event.device, task, event.reason, now)
+
+    @_on.register
+    def _refused(self, event: on.OfferRefused, now: float) -> Commands:
+        return self._give_up(event.device, self._task(event, Progress.OFFERED), event.reason, now)
+
+    def _give_up(self, name: str, task: Task | None, reason: str, now: float) -> Commands:
+        """Whoever can't do its part needs time to get better: it is asked again when its deadline is over."""
+        if task is None:
+            return []
+        self._fail(name, task, reason)
+        task.deadline = task.deadline or now + self.deadline_s
+        return self._close_if_due(now) + self._offers(now)
+
+    def _task(
+        self,
+        event: on.Extracted | on.UpdateStored | on.Folded | on.UpdateRejected | on.OfferRefused,
+        progress: Progress,
+    ) -> Task | None:
+        """The task that an event is about, if it is still at this point."""
+        task = self.state.tasks.get(event.device)
+        if task is None or (event.round, event.attempt) != (self.state.round_of(task), task.attempt):
+            return None
+        return task if task.progress is progress else None
+
+    # Time.
+
+    @_on.register
+    def _ticked(self, event: on.Ticked, now: float) -> Commands:
+        state = self.state
+        if state.phase in (Phase.WAITING, Phase.FINISHED):
+            return []
+        if state.wakes and now < min(state.wakes):
+            return [do.Wake(min(state.wakes))]  # a clock was set back
+        state.wakes = [at for at in state.wakes if at > now]
+        late: dict[str, tuple[int, int]] = {}
+        for name, task in sorted(state.tasks.items()):
+            if task.deadline is not None and task.deadline <= now:
+                task.deadline = None
+                if task.progress is not Progress.REFUSED:
+                    late[name] = (state.round_of(task), task.attempt)
+                    task.progress, task.reason = Progress.REFUSED, LATE
+        commands = self._close_if_due(now) + self._offers(now)
+        # Whoever is asked once more for the same gets an offer instead: it goes on where it is.
+        again = {c.part.device for c in commands if isinstance(c, do.Extract)}
+        again = {n for n in again if n in late and late[n][0] == state.round}
+        cancels: Commands = [do.Cancel(n, number, a, LATE) for n, (number, a) in late.items() if n not in again]
+        return cancels + commands
+
+    def _wake(self, now: float) -> Commands:
+        """Ask for the next time at which something is due, unless an earlier one is asked for already."""
+        state = self.state
+        due = [t.deadline for t in state.tasks.values() if t.deadline is not None]
+        if state.phase is Phase.TRAINING and state.deadline is not None:
+            due.append(state.deadline)
+        if not due or state.phase is Phase.FINISHED or any(at <= min(due) for at in state.wakes):
+            return []
+        state.wakes = [*state.wakes, min(due)]
+        return [do.Wake(min(due))]
+
+    # A round ends.
+
+    def _close_if_due(self, now: float) -> Commands:
+        state = self.state
+        if state.phase is not Phase.TRAINING or state.opened is None:
+            return []
+        here = self._here()
+        times = [t.arrived_at or 0.0 for _, t in here]
+        working = self._working(stored=True) + sum(self._idle(n) for n in self._ready())
+        state.deadline = self.schedule.closes_at(state.opened, times, working + self._absent(), now)
+        if state.deadline is None and times and not working:
+            # Whoever is away had time to come back.
+            state.deadline = state.opened + self.deadline_s
+        if state.deadline is None or state.deadline > now:
+            return []
+        fresh = here[: self.schedule.arrivals] if self.schedule.arrivals else here
+        state.closing = self._shares.entering(dict(fresh))
+        state.phase, state.deadline = Phase.CLOSING, None
+        return [self._close()]
+
+    def _absent(self) -> int:
+        """How many devices are away, and owe nothing."""
+        state = self.state
+        away = (n for n, d in state.devices.items() if not d.online and not d.excluded)
+        return sum(n not in state.tasks or state.tasks[n].progress is Progress.REFUSED for n in away)
+
+    def _here(self) -> list[tuple[str, Task]]:
+        """Checked updates, in the order in which they came."""
+        tasks = [(n, t) for n, t in self.state.tasks.items() if t.progress is Progress.FOLDED]
+        return sorted(tasks, key=lambda pair: (pair[1].arrived_at or 0.0, pair[0]))
+
+    def _close(self) -> do.Close:
+        state = self.state
+        closing = state.closing or {}
+        parts = []
+        for name, weight in sorted(closing["weights"].items()):
+            if name in closing["fresh"]:
+                parts.append(self._contribution(name, state.tasks[name], weight))
+            else:
+                buffer = state.devices[name].buffer or {}
+                parts.append(replace(do.Contribution.from_dict(buffer["contribution"]), weight=weight))
+        fresh = tuple(closing["fresh"])  # those whose updates have not been seen before
+        return do.Close(state.round, state.model, dict(state.memory), fresh, tuple(parts), closing["rate"])
+
+    @_on.register
+    def _closed(self, event: on.Closed, now: float) -> Commands:
+        state = self.state
+        if state.phase is not Phase.CLOSING or event.round != state.round or state.closing is None:
+            return []
+        for name in state.closing["fresh"]:
+            task = state.tasks[name]
+            found = self._contribution(name, task, state.closing["weights"][name])
+            state.devices[name].buffer = self._shares.buffer(task, plain(found))
+            self._keep_past(name, task)
+        state.model, state.memory = event.model, dict(event.memory)
+        if state.round % self.schedule.evaluate_every and state.round < self.job.rounds:
+            return self._end(event.round, {}, now)
+        state.phase = Phase.EVALUATING
+        return [do.Evaluate(state.round, state.model)]
+
+    @_on.register
+    def _evaluated(self, event: on.Evaluated, now: float) -> Commands:
+        if self.state.phase is not Phase.EVALUATING or event.round != self.state.round:
+            return []
+        return self._end(event.round, dict(event.metrics), now)
+
+    def _end(self, number: int, metrics: dict[str, float], now: float) -> Commands:
+        state = self.state
+        fresh = (state.closing or {}).get("fresh", [])
+        ended = {n: t for n, t in sorted(state.tasks.items()) if n in fresh or t.progress is Progress.REFUSED}
+        more = {n: {"staleness": number - state.round_of(t), "seconds": t.seconds} for n, t in ended.items()}
+        devices = {n: t.summary() | more[n] for n, t in ended.items()}
+        state.history.append({"round": number, "at": now, "model": state.model, "metrics": metrics, "devices": devices})
+        state.tasks = {n: t for n, t in state.tasks.items() if n not in ended}
+        state.closing = None
+        if self.allocator.review(self.fleet, metrics):
+            state.ranking = state.order = None
+        if not self._last():
+            return self._open(now)
+        state.phase, state.tasks, state.wakes = Phase.FINISHED, {}, []
+        return [do.Finish(state.model)]

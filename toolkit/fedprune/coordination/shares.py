@@ -1,0 +1,84 @@
+"""What updates count for in an asynchronous job, worked out from the state as the schedule says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from fedprune.coordination import commands as do
+from fedprune.coordination.state import State, Task
+from fedprune.schedule import Arrival, Schedule
+
+
+class Shares:
+    """The schedule's arithmetic on a job's state.
+
+    Args:
+        state: The coordinator's; read, never changed.
+        schedule: The strategy's.
+        uniform: Whether devices count alike, whatever their samples.
+    """
+
+    def __init__(self, state: State, schedule: Schedule, *, uniform: bool) -> None:
+        self._state = state
+        self._schedule = schedule
+        self._uniform = uniform
+
+    def weight(self, task: Task) -> int:
+        """What an update will count for if no device comes or goes: else the sums are made anew."""
+        return self._schedule.weights([self._arrival(task)], self._fleet(), uniform=self._uniform)[0]
+
+    def entering(self, fresh: dict[str, Task]) -> dict[str, Any]:
+        """What the sums are made of: these updates and, where the schedule keeps them, everybody else's last.
+
+        Returns:
+            JSON for `State.closing`: `rate`, `fresh` (names) and `weights` by name.
+        """
+        state, schedule = self._state, self._schedule
+        entering = {n: self._arrival(t) for n, t in fresh.items()}
+        others = []
+        for name, device in sorted(state.devices.items()):
+            kept = None if device.buffer is None else self._kept(device.buffer)
+            if name in entering or (device.excluded and kept is None):
+                continue
+            if schedule.keep and kept is not None and schedule.fits(kept.staleness):
+                entering[name] = kept
+            else:
+                others.append(kept or Arrival(0, device.samples))
+        names = sorted(entering)
+        arrivals = [entering[n] for n in names]
+        weights = schedule.weights(arrivals, self._fleet(), uniform=self._uniform)
+        rate = schedule.step(arrivals, others, uniform=self._uniform)
+        return {"rate": rate, "fresh": sorted(fresh), "weights": dict(zip(names, weights, strict=True))}
+
+    def buffer(self, task: Task, contribution: dict[str, Any]) -> dict[str, Any]:
+        """What a device's counted update leaves behind.
+
+        Args:
+            task: The device's part.
+            contribution: The update, as `plain` gives it; dropped where the schedule doesn't keep it.
+        """
+        return {
+            "round": self._state.round_of(task),
+            "samples": task.samples,
+            "seconds": task.seconds,
+            "share": self._schedule.share(self._arrival(task)),
+            "contribution": contribution if self._schedule.keep else None,
+        }
+
+    def _arrival(self, task: Task) -> Arrival:
+        return Arrival(self._state.round - self._state.round_of(task), task.samples, task.seconds or 0.0)
+
+    def _kept(self, buffer: dict[str, Any]) -> Arrival:
+        staleness = self._state.round - int(buffer["round"])
+        return Arrival(staleness, buffer["samples"], buffer["seconds"] or 0.0, buffer["share"])
+
+    def _fleet(self) -> list[int]:
+        return [d.samples for d in self._state.devices.values()]
+
+
+def plain(value: do.Basis | do.Contribution) -> dict[str, Any]:
+    """As JSON, with lists for tuples."""
+    body: dict[str, Any] = json.loads(json.dumps(asdict(value)))
+    return body
