@@ -18,7 +18,7 @@ from typing import Protocol
 
 from fedprune.architecture import Architecture
 from fedprune.blobs import BlobStore
-from fedprune.coordination import Coordinator, Phase, State
+from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.state import Progress as Part
@@ -108,7 +108,7 @@ class Daemon:
     ) -> None:
         self.job = job
         self.state = state
-        self._coordinator = Coordinator(job, architecture, state)
+        self._coordinator = coordinate(job, architecture, state)
         self._storage = storage
         self._workshop = Workshop(worker)
         self._link = link
@@ -261,8 +261,8 @@ class Daemon:
             self._garbage.spare(event.offer[k]["sha256"] for k in ("training", "inference") if k in event.offer)
         if isinstance(event, on.UpdateRejected):
             log.warning("update of %s in round %d doesn't count: %s", event.device, event.round, event.reason)
-        wanted = {(n, state.round, t.attempt) for n, t in state.tasks.items() if t.progress is Part.PULLING}
-        self._garbage.suspect(self._uploads.keep(wanted if state.phase is Phase.TRAINING else set()))
+        pulled = {n: t for n, t in state.tasks.items() if t.progress is Part.PULLING and state.awaits(t)}
+        self._garbage.suspect(self._uploads.keep({(n, state.round_of(t), t.attempt) for n, t in pulled.items()}))
         if state.round != round_ or state.phase is Phase.FINISHED:
             self._garbage.collect(state, self._uploads.digests())
         for summary in state.history[done:]:
@@ -352,7 +352,7 @@ class Daemon:
         for device in self._roster.silent(now, _UNHEARD_OFFER_S):
             task = self.state.tasks[device]
             if task.offer is not None:
-                self._offer(do.SendOffer(device, self.state.round, task.attempt, task.offer), again=True)
+                self._offer(do.SendOffer(device, self.state.round_of(task), task.attempt, task.offer), again=True)
         self._post.ask(self._uploads.tick(now))
         self._collect_uploads()
 

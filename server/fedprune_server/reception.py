@@ -140,7 +140,7 @@ class Reception:
         """What a device says about its part in a round."""
         if isinstance(message, Progress):
             task = self._state.tasks.get(device)
-            if task is not None and (message.round, message.attempt) == (self._state.round, task.attempt):
+            if task is not None and (message.round, message.attempt) == (self._state.round_of(task), task.attempt):
                 self._roster.heard(device, self._monotonic(), message)
             return None
         if isinstance(message, Refusal):
@@ -166,7 +166,7 @@ class Reception:
         task = self._state.tasks.get(device)
         if job != self._job.name:
             reason = "this server runs another job"
-        elif task is None or round != self._state.round:
+        elif task is None or round != self._state.round_of(task):
             reason = "the round is over"  # an earlier attempt of this round may be going on as the present one
         else:
             return

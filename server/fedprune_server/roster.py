@@ -128,13 +128,12 @@ class Roster:
         Each of them is named again only after another `patience_s`.
         """
         state = self._state
-        if state.phase is not Phase.TRAINING:
-            return []
         names = []
         for name, task in sorted(state.tasks.items()):
             device, contact = state.devices.get(name), self[name]
             if (
                 task.progress is Part.OFFERED
+                and state.awaits(task)
                 and device is not None
                 and device.online
                 and now - contact.heard_at >= patience_s
@@ -244,7 +243,7 @@ class Roster:
             doing = f"takes no part: {device.excluded}"
         elif not device.online:
             doing = "offline"
-        elif task is None or self._state.phase is not Phase.TRAINING:
+        elif task is None or not self._state.awaits(task):
             doing = "ready"
         elif task.progress is Part.OFFERED and contact.progress is not None:
             p = contact.progress

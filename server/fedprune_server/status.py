@@ -100,7 +100,7 @@ def _last_part(name: str, state: State | None) -> dict[str, Any]:
     if state is not None:
         task = state.tasks.get(name)
         if task is not None:
-            return {"round": state.round, "progress": task.progress.value, "reason": task.reason}
+            return {"round": state.round_of(task), "progress": task.progress.value, "reason": task.reason}
         for row in reversed(state.history):
             part = row["devices"].get(name)
             if part is not None:

@@ -187,6 +187,10 @@ class State:
         """The round that a part was offered in."""
         return self.round if task.basis is None else int(task.basis["round"])
 
+    def awaits(self, task: Task) -> bool:
+        """Whether a part may still bring something: in this phase of a round or, in an asynchronous job, in any."""
+        return self.phase is Phase.TRAINING or (task.basis is not None and self.phase is not Phase.FINISHED)
+
     def score_anew(self) -> None:
         """Drop the ranking; a round that has begun with it starts anew, under the next attempt number.
 
