@@ -192,8 +192,9 @@ class Trainer:
             if (number - 1) % batches.per_epoch == 0:
                 hits = seen = 0
             hits, seen = hits + right, seen + sum(labels.size for _, labels in parts)
-            with np.errstate(over="ignore"):  # what is not finite is an error below
-                squares = {n: np.square(np.asarray(g)) for n, g in zip(self.trainable, gradients, strict=False)}
+            if gradients:
+                with np.errstate(over="ignore"):  # what is not finite is an error below
+                    squares = {n: np.square(np.asarray(g)) for n, g in zip(self.trainable, gradients, strict=True)}
             times.append(time.monotonic() - at)
             if progress is not None:
                 progress(number, batches.steps)

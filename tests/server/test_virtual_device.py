@@ -1,12 +1,15 @@
 """A virtual device's work is a board's work: the same bits, the same refusals."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hidden_board import HiddenBoard, hidden_weights
 
 from fedprune import tensorfile
 from fedprune.blobs import BlobStore
+from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, DataError, ModelError
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
@@ -14,6 +17,7 @@ from fedprune.wire.messages import Offer
 from fedprune_device.assignment import MEASURED, Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.slots import Slots
+from fedprune_device.store import DeviceStore
 from fedprune_server.virtual_device import Bench, VirtualDevice
 
 GRAPHS = Path(__file__).parents[1] / "device" / "graphs"
@@ -80,3 +84,51 @@ def test_data_that_a_board_refuses_is_refused(store, offer, tmp_path):
     offer["classes"] = 2
     with pytest.raises(DataError):
         Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
+
+
+KEEPING = {
+    "average": Recipe(batch_size=16, average=0.8),
+    "calibrated": Recipe(batch_size=16, average=0.8, calibrate=True, patience=2, epochs=3),
+    "personal": Recipe(batch_size=16, personal=("w2", "b2", "mean", "var")),
+    "masked": Recipe(batch_size=16, average=0.8, mask="hard", report_squares=True),
+}
+
+
+@pytest.mark.parametrize("name", list(KEEPING))
+def test_what_a_board_keeps_is_kept_for_a_virtual_device_too(store, tmp_path, name):
+    """Round for round the same bits as on a board's disk; also after a kill that takes the simulation back."""
+    recipe = KEEPING[name]
+    x, y = RNG.standard_normal((60, 6)).astype(np.float32), RNG.integers(0, 3, 60)
+    data = LocalData(x[:30], y[:30], x[30:45], y[30:45], x[45:], y[45:])
+    board = HiddenBoard(tmp_path / "board", GRAPHS, data)
+    device = VirtualDevice("d", find("raspberry-pi-4b"), data)
+    bench, saved = Bench(store, tmp_path / "scratch"), {}
+    for number, width in ((1, 8), (2, 8), (3, 4), (5, 8), (5, 8)):
+        weights = hidden_weights(width, number)
+        mask = ElementMask({"w1": weights["w1"] > 0}) if recipe.mask != "none" else None
+        offer = board.offer(number, recipe, weights, graph="masked" if mask is not None else "kept", mask=mask)
+        real, sent, _ = board.carry_out(offer)
+        with DeviceStore(board.root) as there:
+            for ref in offer.blobs():
+                store.put(there.blobs.read(ref.sha256))
+        body = {
+            k: v for k, v in json.loads(offer.to_bytes()).items() if k not in ("v", "type", "job", "round", "attempt")
+        }
+        before = dict(bench.boards)
+        virtual = bench.carry_out(device, body, number)
+        assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
+        assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
+        assert all(np.isfinite(v).all() for v in sent.values())
+        saved[number] = bench.boards["d"]
+        bench = Bench(store, tmp_path / f"scratch-{number}")  # another process, which goes on from what was saved
+        bench.boards |= before
+        assert bench.carry_out(device, body, number) == virtual
+        assert bench.boards["d"] == saved[number]
+    assert ("accuracy_average" in virtual.metrics) == (recipe.average > 0)
+    assert {"accuracy_validation", "loss_validation_before"} <= set(virtual.metrics)
+
+
+def test_nothing_is_kept_where_nothing_is_asked_for(store, offer, tmp_path):
+    bench = Bench(store, tmp_path / "scratch")
+    bench.carry_out(DEVICE, offer, 1)
+    assert bench.boards == {}
