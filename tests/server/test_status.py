@@ -29,7 +29,7 @@ def fleet_state(tmp_path: Path) -> Path:
             "small": Device(1, True, profile, None, 100, excluded="no width fits: memory"),
             "full": Device(1, True, profile, None, 100, widths=(3,)),
         },
-        tasks={"full": Task(1, (3,), Progress.REFUSED, reason="disk full")},
+        tasks={"full": Task(1, (3,), progress=Progress.REFUSED, reason="disk full")},
         history=[
             {
                 "round": n,
