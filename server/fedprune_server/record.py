@@ -24,7 +24,7 @@ from fedprune_device.assignment import MEASURED
 from fedprune_server.foresight import Compared, compared, predicted
 
 if TYPE_CHECKING:
-    from fedprune_server.simulation_state import Notes
+    from fedprune_server.round_notes import Notes
 
 FORMAT = "fedprune.record/1"
 

@@ -7,7 +7,6 @@ kill are two files and the blobs beside them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -20,24 +19,24 @@ import numpy.typing as npt
 
 from fedprune.blobs import BlobStore
 from fedprune.chance import keyed
-from fedprune.coordination import Coordinator, Phase, State
+from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.costs import costs_at
 from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
 from fedprune_export.imported import Model
-from fedprune_server.archive import Archive
 from fedprune_server.checkpoints import write_checkpoint
 from fedprune_server.crew import Crew
-from fedprune_server.measure import Hook, Moment
+from fedprune_server.measure import Hook
 from fedprune_server.record import Record, record_of
+from fedprune_server.rhythm import Rhythm
+from fedprune_server.round_notes import Notary
 from fedprune_server.simulation_state import Item, Left, SimulationState, Trained, fingerprint
 from fedprune_server.uploads import UPDATE_SIZE, misfit
 from fedprune_server.virtual_device import BLOBS, Bench, VirtualDevice
-from fedprune_server.weather import ALWAYS, Availability, DropOuts, Weather, transfer
+from fedprune_server.weather import ALWAYS, Availability, DropOuts, Weather
 from fedprune_server.worker import Evaluation, Worker
 
 _MAX_ATTEMPTS = 20
@@ -45,18 +44,6 @@ _MAX_ATTEMPTS = 20
 
 _MAX_BIRTHS = 200
 """A fleet whose devices came so many times each without a training never gets to one."""
-
-_SAVE_S = 5.0
-"""Within a round the state is saved when so many seconds have passed since the last time."""
-
-_SAVES = 20.0
-"""Saving takes at most one part of so many of the time, except in rounds that end quickly."""
-
-_DEAR_S = 0.25
-"""Where saving takes longer, it passes by ends of rounds, too."""
-
-_MAPS = 100
-"""In about so many of a run's rounds it is noted which channels were trained."""
 
 ONNXRUNTIME = "onnxruntime"
 """The boards' own trainer."""
@@ -110,7 +97,6 @@ class Simulation:
         self.dropouts = dropouts or DropOuts()
         self.weather = weather or Weather()
         self.availability = availability or Availability()
-        self.measure = measure
         self._checkpoints = checkpoints if folder is not None else 0
         self._trainer, self._workers = trainer, workers
         self._devices = {d.name: d for d in devices}
@@ -121,23 +107,22 @@ class Simulation:
                 "simulation: job.devices", expected=f"at most the {len(devices)} there are", got=job.devices
             )
         self._worker: Worker | Crew = Worker(job, model, store, evaluation, calibration)
-        self._archive = Archive(model.architecture, store)
+        self._notary = Notary(job, model, store, measure)
         self._profiles: dict[int, dict[str, Any]] = {}
-        self._macs: dict[tuple[int, ...], int] = {}
         self._prepared: set[tuple[int, ...]] = set()
         self._idle = 0
-        self._saved_at, self._saving_s = time.monotonic(), 0.0
+        self._rhythm = Rhythm()
         self._folder = folder
         more = {"weather": asdict(self.weather), "availability": asdict(self.availability), "trainer": trainer}
         self._fingerprint = fingerprint(job, model, devices, asdict(self.dropouts), evaluation, calibration, more)
         saved = None if folder is None else SimulationState.load(folder, self._fingerprint)
         if saved is not None:
             self._run, state = saved
-            self.coordinator = Coordinator(job, model.architecture, state)
+            self.coordinator = coordinate(job, model.architecture, state)
             self._tidy()  # a kill may have come between the last state and what it made superfluous
             return
         self._run = SimulationState()
-        self.coordinator = Coordinator(job, model.architecture, State(model=self._worker.initial()))
+        self.coordinator = coordinate(job, model.architecture, State(model=self._worker.initial()))
         for name in sorted(self._devices):
             self._birth(name, 0.0)
         self._save()
@@ -262,7 +247,7 @@ class Simulation:
         if isinstance(command, (do.Score, do.Extract, do.Fold, do.Close, do.Evaluate)):
             event = self._worker.execute(command)
             if isinstance(command, do.Close) and isinstance(event, on.Closed):
-                self._note(command, event)
+                self._notary.close(self._run.now, command, event.model, now)
             self._run.push(now, event)
         elif isinstance(command, do.SendOffer):
             self._offer(command, now)
@@ -277,36 +262,6 @@ class Simulation:
             self._run.push(command.at, on.Ticked())
         # An acknowledgement tells a virtual device nothing that it must act on, and the end is seen by the state.
 
-    def _note(self, command: do.Close, event: on.Closed) -> None:
-        """Note what only a simulation looks at, while all of the round's blobs are there."""
-        notes, parts = self._run.now, command.contributions
-        notes.updates = len(parts)
-        if not parts:
-            return
-        if command.round % max(1, self.job.rounds // _MAPS) == 0 or command.round in (1, self.job.rounds):
-            notes.coverage = self._coverage(parts)
-        if self.measure is not None:
-            moment = Moment(
-                self.job,
-                self.model,
-                command.round,
-                self._run.clock,
-                tuple(c.part for c in parts),
-                max((c.basis for c in parts), key=lambda b: b.round),
-                event.model,
-                self._archive,
-            )
-            notes.measured = {str(k): float(v) for k, v in self.measure(moment).items()}
-
-    def _coverage(self, parts: Sequence[do.Contribution]) -> list[list[int]]:
-        """How many updates held each channel, per group."""
-        counts = [np.zeros(size, np.int64) for size in self.model.architecture.sizes]
-        for found in parts:
-            selection = self._archive.selection(found.basis.ranking, found.part.widths)
-            for count, rank, width in zip(counts, selection.ranks, selection.widths, strict=True):
-                count[rank[:width]] += 1
-        return [[int(c) for c in count] for count in counts]
-
     def _pull(self, command: do.PullUpdate, now: float) -> None:
         run, device, ref = self._run, command.device, BlobRef.from_dict(command.weights)
         expected = {UPDATE_SIZE: run.sizes.get(device, ref.size)}
@@ -315,11 +270,8 @@ class Simulation:
             return
         run.up += ref.size
         self._spent(device)[1] += ref.size
-        link = self._devices[device].profile.link
-        rate = link.up_bytes_s * self.weather.link(self.job.seed, command.round, device, "up")
-        limit = self.weather.server(self.job.seed, command.round, "up")
-        arrived, run.free[1] = transfer(now, run.free[1], ref.size, rate, limit)
-        at = arrived + link.latency_s
+        link, key = self._devices[device].profile.link, (self.job.seed, command.round, device)
+        at, run.free[1] = self.weather.arrives(*key, link, "up", ref.size, now, run.free[1])
         run.push(at, on.UpdateStored(device, command.round, command.attempt, ref.sha256))
 
     def _offer(self, command: do.SendOffer, now: float) -> None:
@@ -341,11 +293,8 @@ class Simulation:
         run.held[name] = [r["sha256"] for r in refs]
         run.down += size
         self._spent(name)[0] += size
-        link = device.profile.link
-        rate = link.down_bytes_s * self.weather.link(seed, command.round, name, "down")
-        limit = self.weather.server(seed, command.round, "down")
-        arrived, run.free[0] = transfer(now, run.free[0], size, rate, limit)
-        ready = arrived + link.latency_s
+        key = (seed, command.round, name)
+        ready, run.free[0] = self.weather.arrives(*key, device.profile.link, "down", size, now, run.free[0])
         took = device.train_s(
             self.model.architecture, tuple(command.offer["widths"]), Recipe.from_dict(command.offer["recipe"])
         ) / self.weather.compute(seed, command.round, name)
@@ -368,7 +317,7 @@ class Simulation:
         except FedpruneError as error:
             self._run.refusal = f"{item.device}: {error}"
             return on.OfferRefused(item.device, item.round, item.attempt, str(error))
-        self._spent(item.device)[2] += self._training_macs(device, item.offer, out.steps)
+        self._spent(item.device)[2] += self._notary.macs(item.offer, out.steps, device.samples)
         event = on.UpdateAnnounced(
             item.device,
             item.round,
@@ -392,14 +341,6 @@ class Simulation:
             self._prepared.add(tuple(group))
             bench.prepare([(self._devices[w.device], w.offer, w.round) for w in group.values()])
 
-    def _training_macs(self, device: VirtualDevice, offer: dict[str, Any], steps: int) -> int:
-        """Multiplications of a training, whose steps all count as whole and as wide as the device."""
-        widths, recipe = tuple(offer["widths"]), offer["recipe"]
-        if widths not in self._macs:
-            self._macs[widths] = costs_at(self.model.architecture, widths).training_macs
-        samples = min(steps * recipe["batch_size"], recipe["epochs"] * device.samples)
-        return self._macs[widths] * int(samples)
-
     def _spent(self, device: str) -> list[int]:
         return self._run.now.devices.setdefault(device, [0, 0, 0])
 
@@ -409,7 +350,9 @@ class Simulation:
         device = self._devices[name]
         begin, end = self.availability.window(self.job.seed, name, at)
         self._run.leaves[name] = end
-        profile = self._profiles.setdefault(id(device.profile), device.profile.to_dict())
+        if id(device.profile) not in self._profiles:  # devices of one kind share one
+            self._profiles[id(device.profile)] = device.profile.to_dict()
+        profile = self._profiles[id(device.profile)]
         self._run.push(max(at, begin), on.DeviceBorn(name, session, profile, device.samples))
 
     def _leave(self, item: Left) -> on.Event | None:
@@ -437,20 +380,15 @@ class Simulation:
             if ended:
                 self._tidy()
             return
-        since = time.monotonic() - self._saved_at
-        dear = self._saving_s > _DEAR_S and since < _SAVES * self._saving_s
-        if dear if ended else since < max(_SAVE_S, _SAVES * self._saving_s):
-            return
-        self._save()
-        if ended:
-            self._tidy()  # only now: until the new state is saved, a kill goes back to the old one
+        if self._rhythm.due(ended=ended):
+            self._save()
+            if ended:
+                self._tidy()  # only now: until the new state is saved, a kill goes back to the old one
 
     def _save(self) -> None:
-        if self._folder is not None:
-            began = time.monotonic()
-            self._run.save(self._folder, self.state, self._fingerprint)
-            self._saved_at = time.monotonic()
-            self._saving_s = self._saved_at - began
+        folder = self._folder
+        if folder is not None:
+            self._rhythm.save(lambda: self._run.save(folder, self.state, self._fingerprint))
 
     def _tidy(self) -> None:
         needed = self.state.references() | self._worker.graphs() | self._run.references()

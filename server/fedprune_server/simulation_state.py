@@ -25,6 +25,7 @@ from fedprune.disk import storage_errors, write_whole
 from fedprune.errors import StorageError
 from fedprune.job import Job
 from fedprune_export.imported import Model
+from fedprune_server.round_notes import Notes
 from fedprune_server.virtual_device import VirtualDevice
 from fedprune_server.worker import Evaluation
 
@@ -65,28 +66,6 @@ _ITEMS: dict[str, type[Any]] = {
 
 _WORK = (Trained, on.UpdateAnnounced, on.UpdateStored)
 """What comes of a device's part in a round."""
-
-
-@dataclass
-class Notes:
-    """What the simulation keeps of a finished round.
-
-    Attributes:
-        down: Bytes sent to devices since the run began.
-        up: Bytes sent by devices since the run began.
-        devices: Of each device, since the round before ended: bytes sent to it, bytes that it sent, multiplications of
-            its training.
-        measured: What was measured of the global model, in the simulation alone.
-        updates: How many updates the round's model is made of.
-        coverage: How many of them held each channel, per group; empty in rounds that were left out.
-    """
-
-    down: int = 0
-    up: int = 0
-    devices: dict[str, list[int]] = field(default_factory=dict)
-    measured: dict[str, float] = field(default_factory=dict)
-    updates: int = 0
-    coverage: list[list[int]] = field(default_factory=list)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 
 from fedprune.chance import keyed
 from fedprune.errors import ConfigError, shown
+from fedprune.profile_sections import Link
 
 ALWAYS = math.inf
 """The end of a window that never closes."""
@@ -139,6 +140,28 @@ class Weather:
         """What the server's link carries in a round, in bytes/s; `way` is the devices' (`down` is what it sends)."""
         rate = self.server_up_bytes_s if way == "down" else self.server_down_bytes_s
         return rate * self._drawn(self.server_sigma, seed, number, "server", way) if rate else math.inf
+
+    def arrives(
+        self, seed: int, number: int, device: str, link: Link, way: str, size: int, now: float, free: float
+    ) -> tuple[float, float]:
+        """Send bytes between the server and a device.
+
+        Args:
+            seed: The job's seed.
+            number: The round.
+            device: The device's name.
+            link: Its profile's link.
+            way: `down` or `up`.
+            size: How many bytes.
+            now: When they are ready.
+            free: When the server's link is free.
+
+        Returns:
+            When all of them are there, and when the server's link is free again.
+        """
+        rate = (link.down_bytes_s if way == "down" else link.up_bytes_s) * self.link(seed, number, device, way)
+        arrived, free = transfer(now, free, size, rate, self.server(seed, number, way))
+        return arrived + link.latency_s, free
 
     def _drawn(self, sigma: float, seed: int, number: int, who: str, what: str) -> float:
         if not sigma:

@@ -1,0 +1,114 @@
+"""What a simulation notes of every round, beside what the coordinator keeps: costs, channels, measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedprune.blobs import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.costs import costs_at
+from fedprune.job import Job
+from fedprune_export.imported import Model
+from fedprune_server.archive import Archive
+from fedprune_server.measure import Hook, Moment
+
+_MAPS = 100
+"""In about so many of a run's rounds it is noted which channels were trained."""
+
+
+@dataclass
+class Notes:
+    """What the simulation keeps of a finished round.
+
+    Attributes:
+        down: Bytes sent to devices since the run began.
+        up: Bytes sent by devices since the run began.
+        devices: Of each device, since the round before ended: bytes sent to it, bytes that it sent, multiplications of
+            its training.
+        measured: What was measured of the global model, in the simulation alone.
+        updates: How many updates the round's model is made of.
+        coverage: How many of them held each channel, per group; empty in rounds that were left out.
+    """
+
+    down: int = 0
+    up: int = 0
+    devices: dict[str, list[int]] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    updates: int = 0
+    coverage: list[list[int]] = field(default_factory=list)
+
+
+class Notary:
+    """Fills in notes while a round's blobs are there.
+
+    Args:
+        job: The job's settings.
+        model: The imported model.
+        store: Where the blobs lie.
+        measure: Measures the global model, or None.
+    """
+
+    def __init__(self, job: Job, model: Model, store: BlobStore, measure: Hook | None) -> None:
+        self._job = job
+        self._model = model
+        self._archive = Archive(model.architecture, store)
+        self._measure = measure
+        self._macs: dict[tuple[int, ...], int] = {}
+
+    def close(self, notes: Notes, command: do.Close, model: str, clock: float) -> None:
+        """Note a round that has just closed.
+
+        Args:
+            notes: Where.
+            command: What closed it.
+            model: Digest of the new global model.
+            clock: Virtual seconds since the beginning.
+
+        Raises:
+            FedpruneError: The measurement fails.
+        """
+        parts = command.contributions
+        notes.updates = len(parts)
+        if not parts:
+            return
+        if command.round % max(1, self._job.rounds // _MAPS) == 0 or command.round in (1, self._job.rounds):
+            notes.coverage = self._coverage(parts)
+        if self._measure is not None:
+            basis = max((c.basis for c in parts), key=lambda b: b.round)
+            moment = Moment(
+                self._job,
+                self._model,
+                command.round,
+                clock,
+                tuple(c.part for c in parts),
+                basis,
+                model,
+                self._archive,
+            )
+            notes.measured = {str(k): float(v) for k, v in self._measure(moment).items()}
+
+    def macs(self, offer: Mapping[str, Any], steps: int, samples: int) -> int:
+        """Multiplications of a training, whose steps all count as whole and as wide as the device.
+
+        Args:
+            offer: What the device was offered.
+            steps: Steps that it took.
+            samples: Its training samples.
+        """
+        widths, recipe = tuple(offer["widths"]), offer["recipe"]
+        if widths not in self._macs:
+            self._macs[widths] = costs_at(self._model.architecture, widths).training_macs
+        return self._macs[widths] * int(min(steps * recipe["batch_size"], recipe["epochs"] * samples))
+
+    def _coverage(self, parts: Sequence[do.Contribution]) -> list[list[int]]:
+        """How many updates held each channel, per group."""
+        counts = [np.zeros(size, np.int64) for size in self._model.architecture.sizes]
+        for found in parts:
+            selection = self._archive.selection(found.basis.ranking, found.part.widths)
+            for count, rank, width in zip(counts, selection.ranks, selection.widths, strict=True):
+                count[rank[:width]] += 1
+        return [[int(c) for c in count] for count in counts]
