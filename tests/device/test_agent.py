@@ -2,21 +2,36 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from hidden_board import HIDDEN, hidden_weights
 from memory_fleet import TOPICS, MemoryLink, MemoryServer, clock
 
 from fedprune import tensorfile
 from fedprune.costs import WEIGHT_FILES, storage_bytes
+from fedprune.element_mask import ElementMask
 from fedprune.errors import ExitCode
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.messages import Birth, Cancelled, Death, Finished, Gone, Hello, Progress, Refusal, Update, Want
+from fedprune.wire.messages import (
+    Birth,
+    Cancelled,
+    Death,
+    Finished,
+    Gone,
+    Hello,
+    Offer,
+    Progress,
+    Refusal,
+    Update,
+    Want,
+)
 from fedprune_device.agent import Agent
 from fedprune_device.data import LocalData
 from fedprune_device.slots import Slots
@@ -314,6 +329,79 @@ def test_the_disk_never_holds_more_than_the_planner_counts(bench: Bench, monkeyp
     assert max(weights for _, weights in seen) == WEIGHT_FILES
     documents = 8192
     assert max(total for total, _ in seen) <= storage_bytes(server.weights.size, *graphs) + documents
+
+
+def hidden_offer(bench: Bench, number: int, recipe: Recipe, mask: ElementMask) -> Offer:
+    """An offer of a masked model; what belongs to it lies at the server."""
+    graphs, put = Path(__file__).parent / "graphs", bench.server.blobs.put
+    blobs = {
+        "training": put((graphs / "masked.onnx").read_bytes()),
+        "inference": put((graphs / "hidden.onnx").read_bytes()),
+        "weights": put(tensorfile.encode(mask.pack(hidden_weights(seed=number)))),
+        "mask": put(tensorfile.encode(mask.to_tensors())),
+    }
+    return bench.server.offer(number, recipe, widths=(HIDDEN,), **blobs)
+
+
+def test_a_mask_is_pulled_with_the_weights_and_an_average_lasts_from_round_to_round(bench: Bench) -> None:
+    recipe = Recipe(epochs=1, batch_size=16, mask="hard", average=0.5, calibrate=True)
+    mask = ElementMask({"w1": np.arange(48).reshape(8, 6) % 3 > 0})
+    bench.server.plan = [hidden_offer(bench, n, recipe, mask) for n in (1, 2)]
+    bench.run()
+    one, two = (mask.unpack(bench.server.result(n)) for n in (1, 2))
+    with bench.reopened() as store:
+        record = store.slots.current()
+        assert record is not None
+        serves = tensorfile.load(bench.root / "state" / "serving" / record.slot / "weights.safetensors")
+        assert not store.own.read()  # the job is over
+    for name in ("w1", "gamma", "beta", "w2", "b2"):
+        np.testing.assert_allclose(serves[name], 0.5 * one[name] + 0.5 * two[name], rtol=1e-6, atol=1e-7)
+    assert not serves["w1"][~mask.active["w1"]].any()
+    assert "accuracy_average" in bench.server.updates[2].metrics
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(mask="hard", calibrate=True),
+        Recipe(mask="hard", average=0.5, calibrate=True),
+        Recipe(mask="hard", average=0.5, personal=("*",), report_squares=True),
+    ],
+    ids=["calibrated", "average", "everything"],
+)
+def test_what_a_board_keeps_of_its_own_is_counted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+) -> None:
+    """Whole weights are large here beside documents and headers: the mask hides nothing."""
+    seen = list[int]()
+    plain = Slots.stage
+
+    def staged(slots: Slots, *given: Any) -> Path:
+        out = plain(slots, *given)
+        files = {s.st_ino: s.st_size for p in (bench.root / "state").rglob("*") if p.is_file() for s in [p.stat()]}
+        seen.append(sum(files.values()))
+        return out
+
+    monkeypatch.setattr(Slots, "stage", staged)
+    mask = ElementMask({"w1": np.ones((8, 6), np.bool_)})
+    offers = [hidden_offer(bench, n, recipe, mask) for n in (1, 2, 3, 4)]
+    bench.server.plan = offers
+    bench.run()
+    weights, *graphs = offers[0].weights.size, offers[0].training.size, offers[0].inference.size
+    documents = 12_000
+    assert max(seen) <= storage_bytes(weights, graphs[0], graphs[1], recipe.own_files) + documents
+
+
+def test_an_offer_whose_mask_does_not_fit_is_refused(bench: Bench) -> None:
+    mask = ElementMask({"w1": np.arange(48).reshape(8, 6) % 3 > 0})
+    offer = hidden_offer(bench, 1, Recipe(mask="hard"), mask)
+    other = bench.server.blobs.put(tensorfile.encode({"w1": np.zeros(6, np.uint8)}))
+    bench.server.plan = [replace(offer, mask=other)]
+    bench.stop_on(Refusal)
+    bench.run(until_finished=False)
+    refusal = bench.server.of(Refusal)[0]
+    assert refusal.exit_code == ExitCode.BUNDLE
+    assert "mask and weights of the offer don't fit each other" in refusal.reason
 
 
 @pytest.mark.parametrize(

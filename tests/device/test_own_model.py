@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faults import Crash, fault
 from hidden_board import CLASSES, DEVICE, HIDDEN, SEED, HiddenBoard, hidden_weights, logits, measured_statistics
 from hypothesis import given
 from hypothesis import strategies as st
@@ -198,6 +199,32 @@ def test_it_is_forgotten_when_the_job_is_over(board: HiddenBoard) -> None:
         assert store.own.read()
         store.drop()
         assert not store.own.read()
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_death_at_any_write_of_a_round_changes_none_of_its_bits(
+    tmp_path: Path, graphs: Path, data: LocalData, first: bool
+) -> None:
+    recipe = Recipe(epochs=1, batch_size=16, average=DECAY, personal=("w2", "b2"), calibrate=True)
+
+    def begin(name: str) -> tuple[HiddenBoard, Offer]:
+        board = HiddenBoard(tmp_path / name, graphs, data)
+        if not first:
+            board.carry_out(board.offer(1, recipe, hidden_weights(seed=1), graph="kept"))
+        return board, board.offer(2, recipe, hidden_weights(seed=2), graph="kept")
+
+    board, offer = begin("whole")
+    with fault(0, None) as writes:
+        update, sent, serves = board.carry_out(offer)
+    assert writes[0] > 15
+    for at in range(2, writes[0] + 1, 2):
+        board, offer = begin(str(at))
+        with fault(at, Crash()), pytest.raises(Crash):
+            board.carry_out(offer)
+        again = board.carry_out(offer)
+        assert equal(again[1], sent)
+        assert equal(again[2], serves)
+        assert again[0].metrics["accuracy_average"] == update.metrics["accuracy_average"]
 
 
 # -- personal tensors -------------------------------------------------------------------------------------------------

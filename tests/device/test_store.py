@@ -1,15 +1,14 @@
 from __future__ import annotations
 
 import errno
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from faults import Crash, fault
 
 from fedprune import tensorfile
 from fedprune.errors import ModelError, StorageError, StorageFullError
@@ -90,33 +89,6 @@ def snapshot(store: DeviceStore) -> Snapshot:
         None if store.pending is None else store.pending.round,
         None if serving is None else serving.round,
     )
-
-
-class Crash(BaseException):
-    pass
-
-
-@contextmanager
-def fault(at: int, error: BaseException | None) -> Iterator[list[int]]:
-    """The `at`-th write, sync, rename or deletion fails; after a crash every later one, too."""
-    count = [0]
-    patched = [(os, n) for n in ("fsync", "pwrite", "link", "ftruncate")] + [(Path, n) for n in ("replace", "unlink")]
-    # Nothing here cuts the power, so a sync needn't reach the disk: it only counts.
-    old = [(lambda _: None) if name == "fsync" else getattr(owner, name) for owner, name in patched]
-
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            count[0] += 1
-            if error is not None and (count[0] == at or (count[0] > at and isinstance(error, Crash))):
-                raise error
-            return function(*args, **kwargs)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for (owner, name), function in zip(patched, old, strict=True):
-            patch.setattr(owner, name, wrap(function))
-        yield count
 
 
 def fails_for_room(step: Callable[[DeviceStore], object], store: DeviceStore) -> bool:
