@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedprune.errors import ConfigError, FedpruneError
 from fedprune.job import Job
+from fedprune.strategies.asynchronous import fedasync, fedbuff, fedfix
 from fedprune.strategies.autoflip import autoflip
 from fedprune.strategies.ca_hfp import ca_hfp
 from fedprune.strategies.fedavg import fedavg, fedprox
@@ -19,6 +20,7 @@ from fedprune.strategies.fedprune import fedprune
 from fedprune.strategies.fiarse import fiarse
 from fedprune.strategies.heterofl import fedrolex, heterofl
 from fedprune.strategies.plain import plain
+from fedprune.strategies.pr_fl import pr_fl
 from fedprune.strategies.robust import robust
 from fedprune.strategies.strategy import Strategy
 
@@ -31,7 +33,10 @@ Preset = Callable[[Job], Strategy]
 PRESETS: dict[str, Preset] = {
     "autoflip": autoflip,
     "ca-hfp": ca_hfp,
+    "fedasync": fedasync,
     "fedavg": fedavg,
+    "fedbuff": fedbuff,
+    "fedfix": fedfix,
     "fedobp": fedobp,
     "fedper": fedper,
     "fedprox": fedprox,
@@ -42,6 +47,7 @@ PRESETS: dict[str, Preset] = {
     "local": local,
     "fedprune": fedprune,
     "plain": plain,
+    "pr-fl": pr_fl,
 }
 
 

@@ -1,0 +1,188 @@
+"""PR-FL: densities by communication time, recovery by early stopping, buffered asynchronous aggregation.
+
+arXiv 2403.15439 and its public code; `docs/strategies/pr-fl.md` has the equations, and says where the sources are
+silent or differ, and how they are read here. FedGMR (arXiv 2512.05372), the same authors' later form, is had by
+`stage1 = false`, `step = "double"` or `"ladder"`, `importance = "taylor"` and tiers as `densities`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from fedprune.allocation import Allocator, Fixed, Tiers
+from fedprune.errors import ConfigError, shown
+from fedprune.growth import Ladder, Start, TimeDriven
+from fedprune.job import Job
+from fedprune.recovery import Recovery, Step, Validation
+from fedprune.schedule import SYNCHRONOUS, Schedule
+from fedprune.strategies.asynchronous import staleness_of
+from fedprune.strategies.elements import Elements
+from fedprune.strategies.extraction import Nobody, Selected
+from fedprune.strategies.importance import Importance, Kind
+from fedprune.strategies.means import Mean
+from fedprune.strategies.objectives import AsJob
+from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.scorers import ByName
+from fedprune.strategies.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of `pr-fl`.
+
+    Attributes:
+        masks: `elements`, as published: all channels, single weights masked, which makes messages smaller and training
+            no faster. `channels`: whole channels, by which boards get faster, too.
+        importance: What elements are ranked by: `squares`, `taylor` or `size` (`fedprune.strategies.importance`).
+        densities: What devices begin with, by tier in the order of names; empty for all of the model, or the job's
+            `density`.
+        shares: Share of the fleet in each tier; empty for equal ones.
+        interval: I: masks, densities and early stopping are looked at every so many rounds.
+        stage1: Whether times drive densities.
+        floor: ρ_min.
+        layer_floor: Share of every tensor that every mask keeps, by |w| (masks of elements).
+        gain: How much of the way to equal times is gone at once.
+        band: Times that are longer by no more than this share are equal.
+        freeze: Once something has grown, times drive no densities any more.
+        recovery: Whether densities grow back.
+        patience: P, in checks.
+        step: `add` (Δρ), `double` or `ladder`.
+        delta: Δρ.
+        rungs: The ladder.
+        reset: Whoever grows begins with a new best score.
+        stable: So many checks whoever has just grown is not looked at.
+        final_patience: P of the whole model at the end; 0 for 8·P.
+        validation: `devices` or `server` (`fedprune.recovery.Recovery`).
+        stop: Whether the job ends when nothing gets better any more.
+        window_s: How long a round collects.
+        least: With fewer updates it goes on collecting.
+        keep: Every device's last update enters every round.
+        staleness: `polynomial`, `hinge` or `constant`.
+        a: As in `fedprune.schedule.Staleness`.
+        b: Where the hinge is.
+        frozen: What a kept update counts for is settled when it comes.
+        max_staleness: Staler updates don't count; 0 for no limit.
+        rate: η_g.
+        weighting: `uniform` or `samples`.
+        synchronous: Rounds in step, with a deadline (the ablation PR-FL-Syn).
+        mean: `masked`: a weight's mean over those that hold it (MaskFedAvg); `plain`: over all, with 0 where it is
+            masked (the ablation FedAvg-PR-FL).
+        evaluate_every: The model is evaluated every so many rounds.
+    """
+
+    masks: str = "elements"
+    importance: str = "squares"
+    densities: tuple[Any, ...] = ()
+    shares: tuple[Any, ...] = ()
+    interval: int = 50
+    stage1: bool = True
+    floor: float = 0.1
+    layer_floor: float = 0.05
+    gain: float = 1.0
+    band: float = 0.05
+    freeze: bool = True
+    recovery: bool = True
+    patience: int = 10
+    step: str = "add"
+    delta: float = 0.2
+    rungs: tuple[Any, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)
+    reset: bool = False
+    stable: int = 0
+    final_patience: int = 0
+    validation: str = "devices"
+    stop: bool = True
+    window_s: float = 1.0
+    least: int = 2
+    keep: bool = True
+    staleness: str = "polynomial"
+    a: float = 0.6
+    b: int = 2
+    frozen: bool = False
+    max_staleness: int = 0
+    rate: float = 1.0
+    weighting: str = "uniform"
+    synchronous: bool = False
+    mean: str = "masked"
+    evaluate_every: int = 1
+
+
+def pr_fl(job: Job) -> Strategy:
+    """The preset.
+
+    Raises:
+        ConfigError: An option is unknown or out of range.
+    """
+    options = read_options(job, Options)
+    name = job.strategy
+    choice(name, "masks", options.masks, ("elements", "channels"))
+    choice(name, "weighting", options.weighting, ("uniform", "samples"))
+    choice(name, "mean", options.mean, ("masked", "plain"))
+    number(name, "rate", options.rate, 0, 1)
+    elements = options.masks == "elements"
+    rule: Literal["coverage", "zero"] = "coverage" if options.mean == "masked" else "zero"
+    squares = elements and options.importance == "squares"
+    return Strategy(
+        name,
+        scorer=_importance(options) if elements else ByName("magnitude"),
+        extractor=Elements() if elements else Selected(),
+        aggregator=Mean(rule=rule, weighting=options.weighting),
+        personaliser=Nobody(),
+        objective=AsJob({"report_squares": True} if squares else {}),
+        allocator=_allocator(job, options, elements),
+        schedule=SYNCHRONOUS if options.synchronous else _schedule(job, options),
+    )
+
+
+def _importance(options: Options) -> Importance:
+    return Importance(cast(Kind, options.importance), options.interval, options.layer_floor)
+
+
+def _schedule(job: Job, options: Options) -> Schedule:
+    number(job.strategy, "window_s", options.window_s, 1e-3, 1e8)
+    return Schedule(
+        "asynchronous",
+        window_s=options.window_s,
+        least=options.least,
+        keep=options.keep,
+        staleness=staleness_of(job, options.staleness, options.a, options.b, frozen=options.frozen),
+        max_staleness=options.max_staleness,
+        mixing="normalised",
+        rate=options.rate,
+        score_every=options.interval,
+        evaluate_every=options.evaluate_every,
+    )
+
+
+def _allocator(job: Job, options: Options, elements: bool) -> Allocator:
+    for name in ("densities", "shares", "rungs"):
+        values = getattr(options, name)
+        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
+            raise ConfigError(f"job: option {name} of {job.strategy}", expected="numbers", got=shown(list(values)))
+    start: Start = Fixed(job.density or 1.0, elements)
+    if options.densities:
+        start = Tiers(tuple(options.densities), tuple(options.shares), elements=elements)
+    recovery = None
+    if options.recovery:
+        recovery = Recovery(
+            patience=options.patience,
+            step=cast(Step, options.step),
+            delta=options.delta,
+            rungs=tuple(options.rungs),
+            reset=options.reset,
+            stable=options.stable,
+            final_patience=options.final_patience,
+            validation=cast(Validation, options.validation),
+            stop=options.stop,
+        )
+    if not options.stage1:
+        return Ladder(start, recovery, options.interval)
+    return TimeDriven(
+        start,
+        recovery,
+        options.interval,
+        floor=options.floor,
+        gain=options.gain,
+        band=options.band,
+        freeze=options.freeze,
+    )
