@@ -29,6 +29,11 @@ pytestmark = pytest.mark.system
 SEED = 11
 
 
+def measures(own: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Accuracies and losses; the rest tells of the machine."""
+    return {k: v for k, v in own.items() if k.startswith(("accuracy", "loss"))}
+
+
 def run_both(root: Path, job: Job, raw: bytes, data: Federation) -> tuple[Record, Simulation]:
     """Run a job on the demo's boards in both ways, and compare what came of it."""
     folder = DemoFolder.prepare(root / "demo", SEED)
@@ -52,6 +57,7 @@ def run_both(root: Path, job: Job, raw: bytes, data: Federation) -> tuple[Record
     virtual = simulation.record("virtual")
     assert [r.model for r in record.rounds] == [r.model for r in virtual.rounds]
     assert [r.local for r in record.rounds] == [r.local for r in virtual.rounds]
+    assert [measures(r.own) for r in record.rounds] == [measures(r.own) for r in virtual.rounds]
     # What was measured beside what was predicted tells of the machine.
     assert [replace(d, compared={}) for d in record.devices] == [replace(d, compared={}) for d in virtual.devices]
     assert record.channels == virtual.channels
@@ -91,8 +97,14 @@ def numbers(data: Federation) -> Federation:
         (digits_model, {"loss": "mse", "frozen": ["conv2.*"]}, numbers, {"conv2.weight"}),
         (digits_model, {"loss": "huber"}, numbers, set()),
         (frozen_by_its_author, {}, lambda d: d, {"0.weight", "0.bias", "4.bias"}),
+        (
+            digits_model,
+            {"personal": ["fc.*"], "average": 0.85, "calibrate": True},
+            lambda d: d,
+            {"fc.weight", "fc.bias"},
+        ),
     ],
-    ids=["recipe", "regression-recipe", "regression", "torch"],
+    ids=["recipe", "regression-recipe", "regression", "torch", "own"],
 )
 def test_frozen_tensors_and_numbers_give_the_same_models(
     tmp_path: Path,
@@ -105,6 +117,7 @@ def test_frozen_tensors_and_numbers_give_the_same_models(
     job = replace(fleet_job(SEED, rounds=2), recipe=Recipe(epochs=1, batch_size=32, lr=0.03, momentum=0.9, **recipe))
     record, simulation = run_both(tmp_path, job, raw, of(deal([b.name for b in BOARDS], seed=SEED)))
     assert len({r.model for r in record.rounds}) == 2
+    assert ("accuracy_average" in record.rounds[-1].own) == ("average" in recipe)
     begun = import_onnx(raw, "model").tensors
     ended = tensorfile.decode(simulation.store.read(record.rounds[-1].model))
     kept = {n for n in begun if ended[n].tobytes() == begun[n].tobytes()}
