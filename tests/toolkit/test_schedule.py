@@ -113,10 +113,10 @@ def test_weights_fit_the_sums_and_keep_the_shares(
     assert [weights[i] for i in order] == sorted(weights)
 
 
-def test_an_update_weighs_alone_what_it_weighs_among_others() -> None:
+def test_a_stale_update_weighs_alone_what_it_weighs_among_others() -> None:
     schedule = replace(BUFFER, staleness=Staleness("polynomial", a=0.6))
     fleet = [10, 200, 3000]
-    arrivals = [Arrival(k, n) for k, n in zip((0, 3, 17), fleet, strict=True)]
+    arrivals = [Arrival(k, n) for k, n in zip((1, 3, 17), fleet, strict=True)]
     together = schedule.weights(arrivals, fleet)
     assert [schedule.weights([a], fleet)[0] for a in arrivals] == together
     for weight, arrival in zip(together, arrivals, strict=True):

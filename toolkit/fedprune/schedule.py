@@ -23,11 +23,11 @@ x_i − w_{r_i}, the move away from what was sent, for those that average moves.
 `share` is PR-FL's reading of FedAsync and FedFix, and `unbiased` FedFix's own (Fraboni et al. 2022): whose rounds take
 τ_i comes in every ceil(τ_i / Δt)-th window.
 
-Shares enter the sums as whole numbers, since sums of whole weights don't depend on the order of arrival. Where s is 1
-they are the samples themselves, and an aggregation of everybody's fresh updates is FedAvg's, bit for bit. Elsewhere
-they are v_i times the largest power of two with which all devices' shares stay within 2^24 in all, rounded: a share is
-off by at most half a unit, which for N devices of equal importance is N·2^-24 of it for a fresh update (6e-7 for ten
-devices, 6e-5 for a thousand) and 1/s(k) times that for a stale one.
+Shares enter the sums as whole numbers, since sums of whole weights don't depend on the order of arrival. Where all s
+are 1 they are the samples themselves, and an aggregation of everybody's fresh updates is FedAvg's, bit for bit.
+Elsewhere they are v_i times the largest power of two with which all devices' shares stay within 2^24 in all, rounded: a
+share is off by at most half a unit, which for N devices of equal importance is N·2^-24 of it for a fresh update (6e-7
+for ten devices, 6e-5 for a thousand) and 1/s(k) times that for a stale one.
 """
 
 from __future__ import annotations
@@ -229,13 +229,12 @@ class Schedule:
 
         Args:
             arrivals: The updates that enter the sums.
-            fleet: n_j of all devices that could ever take part; weights depend on them only through their scale, and
-                so are the same for one update alone as for all together.
+            fleet: n_j of all devices that could ever take part: they say how finely shares can be told apart.
             uniform: Devices count alike, whatever their samples.
         """
         total = sum(1 if uniform else max(1, n) for n in fleet)
         factors = [self._factor(a) * (1 if uniform else max(1, a.samples)) for a in arrivals]
-        exact = self.mixing == "unbiased" or self.staleness.decay == "constant"
+        exact = self.mixing == "unbiased" or all(self.share(a) == 1 for a in arrivals)
         scale = 2.0 ** min(0 if exact else math.inf, math.floor(math.log2(MAX_WEIGHT / max(1, total))))
         weights = [max(1, round(f * scale)) for f in factors]
         while sum(weights) > MAX_WEIGHT:

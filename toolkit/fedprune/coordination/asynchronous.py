@@ -203,13 +203,13 @@ class AsynchronousCoordinator(Desk):
         task.seconds = None if task.offered_at is None else now - task.offered_at
         commands: Commands = [do.Acknowledge(event.device, event.round, event.attempt, event.weights)]
         if self.state.phase is Phase.TRAINING:
-            commands.append(self._fold(event.device, task, self._shares.weight(task)))
+            commands.append(self._fold(event.device, task, self._shares.weight(event.device)))
         return commands
 
     def _folds(self) -> Commands:
         """Add what came while no sums were open."""
         tasks = sorted(self.state.tasks.items())
-        return [self._fold(n, t, self._shares.weight(t)) for n, t in tasks if t.progress is Progress.STORED]
+        return [self._fold(n, t, self._shares.weight(n)) for n, t in tasks if t.progress is Progress.STORED]
 
     @_on.register
     def _folded(self, event: on.Folded, now: float) -> Commands:

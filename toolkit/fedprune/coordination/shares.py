@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fedprune.coordination import commands as do
-from fedprune.coordination.state import State, Task
+from fedprune.coordination.state import Progress, State, Task
 from fedprune.schedule import Arrival, Schedule
 
 
@@ -25,9 +25,15 @@ class Shares:
         self._schedule = schedule
         self._uniform = uniform
 
-    def weight(self, task: Task) -> int:
-        """What an update will count for if no device comes or goes: else the sums are made anew."""
-        return self._schedule.weights([self._arrival(task)], self._fleet(), uniform=self._uniform)[0]
+    def weight(self, name: str) -> int:
+        """What a device's update will count for if nobody comes or goes: else the sums are made anew."""
+        state = self._state
+        first = self._arrival(state.tasks[name])
+        others = [self._arrival(t) for n, t in state.tasks.items() if n != name and t.progress is not Progress.REFUSED]
+        if self._schedule.keep:
+            buffers = (d.buffer for n, d in state.devices.items() if n not in state.tasks and d.buffer is not None)
+            others += [self._kept(b) for b in buffers]
+        return self._schedule.weights([first, *others], self._fleet(), uniform=self._uniform)[0]
 
     def entering(self, fresh: dict[str, Task]) -> dict[str, Any]:
         """What the sums are made of: these updates and, where the schedule keeps them, everybody else's last.
