@@ -60,6 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", default="", help="instead of the table's, separated by commas")
     parser.add_argument("--rounds", type=int, default=0, help="instead of the table's")
     parser.add_argument("--most", type=int, default=0, help="samples that are used, instead of the table's")
+    parser.add_argument("--steps", type=int, default=0, help="most local steps of a round, instead of the table's")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
     parser.add_argument("--trainer", default="onnxruntime", help="what trains: onnxruntime, torch or torch:cuda")
     parser.add_argument("--processes", type=int, default=1, help="processes that train within a run")
@@ -79,6 +80,8 @@ def changed(protocol: Protocol, options: argparse.Namespace) -> Protocol:
         protocol = replace(protocol, rounds=options.rounds)
     if options.most:
         protocol = replace(protocol, data={**protocol.data, "most": options.most})
+    if options.steps:
+        protocol = replace(protocol, recipe=replace(protocol.recipe, max_steps=options.steps))
     return protocol
 
 
@@ -126,6 +129,7 @@ def start(protocol: Protocol, method: Method, seed: int, options: argparse.Names
     command = [sys.executable, "-m", "benchmarks.accuracy", protocol.name, "--one", "--methods", method.name]
     command += ["--seeds", str(seed), "--trainer", options.trainer, "--processes", str(options.processes)]
     command += ["--runs", str(options.runs), "--rounds", str(options.rounds), "--most", str(options.most)]
+    command += ["--steps", str(options.steps)]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

@@ -200,24 +200,24 @@ def _tiers(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
     if len(protocol.densities) < 2:
         return []
     lines = ["", "## Personal accuracy (average) by the device's density", ""]
-    keys = [f"{d:g}" for d in protocol.densities]
-    lines += [f"| method | {' | '.join(keys)} |", f"|---|{'---:|' * len(keys)}"]
+    lines += [f"| method | {' | '.join(f'{d:g}' for d in protocol.densities)} |"]
+    lines += [f"|---|{'---:|' * len(protocol.densities)}"]
     for method in protocol.methods:
         rows = [r for r in runs if r["method"] == method.name]
-        cells = []
-        for key in keys:
-            found = [v for r in rows if (v := figure(protocol, r, _tier(key))) is not None]
-            cells.append(f"{100 * statistics.fmean(found):.1f}" if found else "–")
-        if any(c != "–" for c in cells):
+        found = [[figure(protocol, r, _tier(place)) for r in rows] for place in range(len(protocol.densities))]
+        if rows and all(v is not None for values in found for v in values):
+            cells = [f"{100 * statistics.fmean(v for v in values if v is not None):.1f}" for values in found]
             lines.append(f"| {method.name} | {' | '.join(cells)} |")
     return lines if len(lines) > 5 else []
 
 
-def _tier(key: str) -> Callable[[dict[str, Any]], float | None]:
+def _tier(place: int) -> Callable[[dict[str, Any]], float | None]:
+    """Reads the mean of the devices of one tier, the widest being the first."""
+
     def read(row: dict[str, Any]) -> float | None:
         found = row["own"].get("accuracy_average") or row["own"].get("accuracy_after") or {}
-        value: float | None = found.get("tiers", {}).get(key)
-        return value
+        tiers = sorted(found.get("tiers", {}).items(), key=lambda item: -float(item[0]))
+        return float(tiers[place][1]) if place < len(tiers) else None
 
     return read
 

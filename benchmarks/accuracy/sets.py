@@ -22,21 +22,20 @@ UNPACKED = Path("build/data")
 def samples(name: str) -> Samples:
     """A data set by its name, such as `cifar10`."""
     ready = UNPACKED / f"{name}.npz"
-    if ready.exists():
-        return read_npz(ready)
     root = os.environ.get(VARIABLE)
-    if root is None:
+    if root is None and not ready.exists():
         sys.exit(f"{VARIABLE} is not set: it must name a folder with {name}.npz or the data set's own files.")
-    packed = Path(root, f"{name}.npz")
-    if packed.exists() and _is_packed(packed):
+    packed = Path(root or "", f"{name}.npz")
+    if root is not None and not (packed.exists() and _is_packed(packed)):
+        return read_samples(name)
+    if not ready.exists():
         print(f"unpacking {packed} to {ready}", file=sys.stderr)
         arrays = _unpacker(packed.parent).load(packed)
         ready.parent.mkdir(parents=True, exist_ok=True)
         part = ready.with_suffix(f".{os.getpid()}.npz")
         np.savez(part, **arrays)
         part.rename(ready)
-        return read_npz(ready)
-    return read_samples(name)
+    return read_npz(ready)
 
 
 def _is_packed(path: Path) -> bool:
