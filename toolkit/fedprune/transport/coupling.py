@@ -8,6 +8,7 @@ carrying an axis costs a few gathers instead of a product with a matrix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
@@ -20,6 +21,9 @@ from fedprune.errors import BundleError
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+
+_CHUNK = 1 << 17
+"""Numbers that are worked on at once: beside copies of them they fit in a core's cache."""
 
 
 class _Gather(NamedTuple):
@@ -149,34 +153,58 @@ def _gather(takes: Indices, places: Indices, shares: npt.NDArray[np.float64], si
     from scipy.sparse import csr_array
 
     ends = np.concatenate([[0], np.cumsum(counts)])
-    return _Gather((), 0.0, csr_array((shares.astype(np.float32), takes, ends), shape=(size, length)))
+    return _Gather((), 1.0, csr_array((shares.astype(np.float32), takes, ends), shape=(size, length)))
 
 
 def _run(gather: _Gather, values: Floats, size: int, factor: float) -> Floats:
-    out: Floats
-    if gather.matrix is None:
-        out = values.take(gather.rounds[0], axis=1)
-        for takes in gather.rounds[1:]:
-            out += values.take(takes, axis=1)
-        if gather.share * factor != 1:
-            out *= np.float32(gather.share * factor)
-        return out
+    """All places from all indices, in chunks that stay in the cache."""
     before, length, after = values.shape
-    led = (gather.matrix @ _swapped(values).reshape(length, -1)).reshape(size, before, after)
-    if factor != 1:
-        led *= np.float32(factor)
-    return _swapped(led)
+    scale = np.float32(gather.share * factor)
+    if gather.matrix is not None and before == 1:
+        whole: Floats = gather.matrix @ values[0]
+        if scale != 1:
+            whole *= scale
+        return whole[None]
+    out = np.empty((before, size, after), np.float32)
+    if before == 1:
+        step = max(1, _CHUNK // max(1, after))
+        for at in range(0, size, step):
+            _sum(values, [takes[at : at + step] for takes in gather.rounds], scale, out[:, at : at + step])
+        return out
+    step = max(1, _CHUNK // max(1, length * after)) if gather.matrix is None else 128
+    for at in range(0, before, step):
+        part, into = values[at : at + step], out[at : at + step]
+        if gather.matrix is None:
+            if part.size and part.flags.c_contiguous:
+                # Read it once in order, so that reading it in random order finds it in the cache.
+                part.reshape(-1)[::16].max()
+            _sum(part, gather.rounds, scale, into)
+            continue
+        led = gather.matrix @ _swapped(part).reshape(length, -1)
+        if scale != 1:
+            led *= scale
+        _swapped(led.reshape(size, len(part), after), into)
+    return out
 
 
-def _swapped(values: Floats) -> Floats:
-    """[a, b, c] as [b, a, c], in order: a sparse product runs along rows, so its axis goes to the front and back.
+def _sum(values: Floats, rounds: Sequence[Indices], scale: np.float32, out: Floats) -> None:
+    # Indices are right by construction: "clip" only lets numpy write without a buffer of its own.
+    np.take(values, rounds[0], axis=1, out=out, mode="clip")
+    for takes in rounds[1:]:
+        out += values.take(takes, axis=1)
+    if scale != 1:
+        out *= scale
+
+
+def _swapped(values: Floats, out: Floats | None = None) -> Floats:
+    """[a, b, c] as [b, a, c]: a sparse product runs along rows, so its axis goes to the front and back.
 
     What lies along c moves as one item: numpy would run a loop of its own over the taps of every kernel.
     """
     a, b, c = values.shape
-    if a == 1 or b == 1:
-        return values.reshape(b, a, c)
-    if c == 1:
-        return np.ascontiguousarray(values.reshape(a, b).T).reshape(b, a, c)
-    items = np.ascontiguousarray(values).reshape(a, b * c).view(f"V{4 * c}")
-    return np.ascontiguousarray(items.T).view(np.float32).reshape(b, a, c)
+    if out is None:
+        out = np.empty((b, a, c), np.float32)
+    kind = f"V{4 * c}"
+    items = np.ascontiguousarray(values).reshape(a, b * c).view(kind)
+    out.reshape(b, a * c).view(kind)[...] = items.T
+    return out

@@ -31,8 +31,11 @@ SMALL = 160 * 160
 _KEPT = 10
 """Cheapest pairs per channel that the simplex starts with, over both sides."""
 
-_SMOOTHING = 0.2
-_SMOOTH_STEPS = 20
+_LEAST = 3
+"""And at least so many of every channel."""
+
+_SMOOTHING = ((0.4, 8), (0.1, 20))
+"""Widths of Sinkhorn's kernel, beside the spread of the costs, and how many steps with each."""
 
 _ROUNDS = 8
 _PIVOTS = 10_000_000
@@ -125,7 +128,7 @@ def _by_columns(cost: Cost) -> Coupling | None:
         reduced -= v.astype(np.float32)
         # In float32 to find what may be negative, in float64 to know.
         doubt = 1e-5 * max(scale, float(np.abs(u).max()), float(np.abs(v).max()))
-        found = np.flatnonzero(reduced.reshape(-1) < max(doubt, -float(reduced.min()) / 2))
+        found = np.flatnonzero(reduced.reshape(-1) < doubt)
         exact = flat[found] - u[found // m] - v[found % m]
         if not (exact < -_EXACT * scale).any():
             bound = float(u @ sent + v @ got)
@@ -133,6 +136,8 @@ def _by_columns(cost: Cost) -> Coupling | None:
             proven = total - bound <= _EXACT * float(sent.sum()) * scale
             return Coupling.of(n, m, plan.row, plan.col, plan.data) if proven else None
         used[found if found.size <= room else found[np.argpartition(exact, room)[:room]]] = True
+        if found.size < room:  # pairs that come near may be the next to break it
+            used |= reduced.reshape(-1) <= _lowest(reduced, room // 2)
     return None
 
 
@@ -145,37 +150,45 @@ def _smoothed(cost: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     reduced: npt.NDArray[np.float32] = cost - cost.mean(1, keepdims=True)
     reduced -= reduced.mean(0)
     flat = reduced.reshape(-1)
-    width = np.float32(_SMOOTHING * max(float(np.sqrt(flat @ flat / flat.size)), 1e-30))
-    kernel = reduced - reduced.min()
-    kernel *= -1 / width
-    np.exp(kernel, out=kernel)
-    kernel += np.float32(1e-30)
-    b = np.ones(m, np.float32)
-    for _ in range(_SMOOTH_STEPS):
-        a = 1 / (kernel @ b)
-        b = np.float32(n / m) / (a @ kernel)
-    reduced -= width * np.log(a)[:, None]
-    reduced -= width * np.log(b)
+    spread = max(float(np.sqrt(flat @ flat / flat.size)), 1e-30)
+    for part, steps in _SMOOTHING:
+        width = np.float32(part * spread)
+        kernel = reduced * (-1 / width)
+        np.clip(kernel, -60, 40, out=kernel)  # a pair that stands out must not drown all others
+        np.exp(kernel, out=kernel)
+        b = np.ones(m, np.float32)
+        for _ in range(steps):
+            a = 1 / (kernel @ b)
+            b = np.float32(n / m) / (a @ kernel)
+        reduced -= width * np.log(a)[:, None]
+        reduced -= width * np.log(b)
     return reduced
 
 
 def _first_pairs(reduced: npt.NDArray[np.float32], room: int) -> npt.NDArray[np.bool_]:
     """Where to begin, as a mask of all pairs [n·m].
 
-    About `room` cheapest pairs, the cheapest of rows and columns that have none of them, and a plan that is possible.
+    About `room` cheapest pairs, the cheapest of rows and columns that have few of them, and a plan that is possible.
     """
     n, m = reduced.shape
-    flat = reduced.reshape(-1)
-    sample = flat[:: flat.size // 8192 | 1]
-    last = min(sample.size - 1, room * sample.size // flat.size)
-    used: npt.NDArray[np.bool_] = flat <= np.partition(sample, last)[last]
+    used: npt.NDArray[np.bool_] = reduced.reshape(-1) <= _lowest(reduced, room)
     grid = used.reshape(n, m)
-    rows, columns = np.flatnonzero(~grid.any(1)), np.flatnonzero(~grid.any(0))
-    grid[rows, reduced[rows].argmin(1)] = True
-    grid[reduced[:, columns].argmin(0), columns] = True
+    for side, values in ((grid, reduced), (grid.T, reduced.T)):
+        few = np.flatnonzero(np.count_nonzero(side, axis=1) < _LEAST)
+        least = min(_LEAST, values.shape[1])
+        side[few[:, None], np.argpartition(values[few], least - 1, axis=1)[:, :least]] = True
     order = Coupling.in_order(n, m)
     grid[order.rows, order.columns] = True
     return used
+
+
+def _lowest(values: npt.NDArray[np.float32], count: int) -> np.float32:
+    """A bound below which about `count` of the values lie, as a sample of them tells."""
+    flat = values.reshape(-1)
+    sample = flat[:: flat.size // 8192 | 1]
+    last = min(sample.size - 1, count * sample.size // flat.size)
+    bound: np.float32 = np.partition(sample, last)[last]
+    return bound
 
 
 @cache
