@@ -125,6 +125,17 @@ def test_times_of_another_density_say_nothing() -> None:
     assert densities(fleet) == [1.0, 0.125]
 
 
+def test_checks_of_scores_hold_no_density_up() -> None:
+    allocator = TimeDriven(Fixed(), Recovery(patience=5), interval=1, floor=0.2)
+    fleet = fleet_of(allocator, "a", "b")
+    for number in range(1, 5):
+        fleet.state.round = number
+        for name, seconds in (("a", 10.0), ("b", 40.0 * fleet.state.devices["b"].density)):
+            deliver(allocator, fleet, name, seconds, accuracy_validation=0.1 * number)
+        allocator.review(fleet, {})
+    assert densities(fleet) == [1.0, 0.25]
+
+
 def test_round_times_that_are_partly_fixed_converge_to_equal_ones() -> None:
     """A round takes its density's share of a time plus some that no density changes: the rule is applied again."""
     allocator = TimeDriven(Fixed(), None, interval=1, floor=0.01, band=0.0)

@@ -69,13 +69,17 @@ class Ladder:
                 changed |= self._grant(fleet, name, self.recovery.grown(device.density))
         if number % self.interval or self.recovery is None:
             return changed
-        for name, density in self.recovery.review(fleet.state, metrics).items():
+        for name, density in self.recovery.review(fleet.state, metrics, self._lowest(fleet)).items():
             changed |= self._grant(fleet, name, density)
         return changed
 
     def done(self, fleet: Fleet) -> bool:
         """Whether the whole model has learnt what it can."""
         return self.recovery is not None and self.recovery.stop and bool(fleet.state.allocation.get("done"))
+
+    def _lowest(self, fleet: Fleet) -> float:
+        """ρ_min: nobody has less, and from there all grow."""
+        return min((d.density for d in fleet.state.devices.values() if d.widths and not d.excluded), default=0.0)
 
     def _least(self, fleet: Fleet, name: str) -> float:
         """The device's floor: what it was given to grow, and what all have."""
@@ -152,6 +156,10 @@ class TimeDriven(Ladder):
             density = balanced(fleet.state.devices[name].density, fastest / seconds, self.gain, self.band)
             changed |= self._grant(fleet, name, min(1.0, max(density, self._least(fleet, name))))
         return changed
+
+    def _lowest(self, fleet: Fleet) -> float:
+        # Until something has grown, densities still come down to the floor, wherever they stand.
+        return max(self.floor, super()._lowest(fleet)) if fleet.state.allocation.get("frozen") else self.floor
 
     def _least(self, fleet: Fleet, name: str) -> float:
         return max(self.floor, super()._least(fleet, name))

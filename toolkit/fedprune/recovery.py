@@ -93,12 +93,13 @@ class Recovery:
         if found is not None:
             device.allocation = {**device.allocation, SCORE: found}
 
-    def review(self, state: State, metrics: Mapping[str, float]) -> dict[str, float]:
+    def review(self, state: State, metrics: Mapping[str, float], least: float) -> dict[str, float]:
         """A check: look at all scores.
 
         Args:
             state: Its devices' and its own `allocation` are replaced.
             metrics: What the server measured of the new model.
+            least: ρ_min, as far as nothing has made it grow.
 
         Returns:
             Devices that grow, with their new densities.
@@ -114,18 +115,18 @@ class Recovery:
                 seen = self._restarted(seen)
                 device.allocation = {**device.allocation, FLOOR: grows[name]}
             device.allocation = {**device.allocation, _WATCH: seen}
-        lifted = self._review_whole(state, part, metrics, bool(grows))
+        lifted = self._review_whole(state, part, metrics, least, bool(grows))
         for name, device in part.items():
             if max(device.density, grows.get(name, 0.0)) < lifted:
                 grows[name] = lifted
         return grows
 
     def _review_whole(
-        self, state: State, part: Mapping[str, Device], metrics: Mapping[str, float], growing: bool
+        self, state: State, part: Mapping[str, Device], metrics: Mapping[str, float], least: float, growing: bool
     ) -> float:
         """Look at the whole model's score, and return the floor."""
         own = dict(state.allocation)
-        floor = max(float(own.get(FLOOR, 0.0)), min(d.density for d in part.values()))
+        floor = max(float(own.get(FLOOR, 0.0)), least)
         found = score(metrics) if self.validation == "server" else _mean_score(part)
         patience = self.patience if floor < 1 else self.final_patience or 8 * self.patience
         seen, fired = watch(own.get(_WATCH, {}), found, patience)
