@@ -53,7 +53,7 @@ SUBFLOT_SMALL = replace(
     rounds=100,
     methods=(
         *_SUBFLOT,
-        Method("subflot λ 0", "subflot", {"sar": 0.0}, note="without the pull to the anchor"),
+        Method("history", "history", note="a device's own last model mixed in by halves, without transport"),
     ),
     every=25,
     every_global=5,
@@ -150,17 +150,39 @@ def _weather(scale: float) -> dict[str, float]:
 _SCALE = 0.324 / 9.75
 """Links shrink with the network, so that sending it takes as long as in the paper."""
 
-_PR_FL = (
-    Method("pr-fl", "pr-fl", densities=False, paper="80 % IID / non-IID: 26,300 / 29,700 s; 84 %: 39,100 / 52,500 s"),
-    Method("pr-fl synchronous", "pr-fl", {"mode": "sync"}, densities=False),
-    Method("pr-fl without recovery", "pr-fl", {"recovery": False}, densities=False),
-    Method("heterofl", "fiarse", {"densities": TIERS}, densities=False, paper="40,900 / 44,500; 70,900 / 97,900 s",
-           note="the authors' HeteroFL has unstructured masks by size at fixed densities"),
-    Method("fedfix", "fedfix", densities=False, paper="48,000 / 59,100; 108,700 / 111,500 s"),
-    Method("fedasync", "fedasync", densities=False, paper="70,100 / 82,800; 113,700 / 172,500 s"),
-    Method("fedbuff", "fedbuff", densities=False),
-    Method("fedavg", "fedavg", densities=False, paper="202,200 / 210,900 s; 84 % never"),
-)  # fmt: skip
+_FIXED = {"densities": TIERS, "shares": SHARES, "stage1": False, "recovery": False}
+_STALE = {"mixing": "share", "staleness": "polynomial", "a": 0.6}
+
+
+def _pr_fl(interval: int, patience: int) -> tuple[Method, ...]:
+    """The methods that PR-FL compares, all with the densities that the authors' code begins with.
+
+    Args:
+        interval: Rounds between looks at masks, densities and early stopping.
+        patience: In such looks.
+    """
+    ours = {"densities": TIERS, "shares": SHARES, "interval": interval, "patience": patience}
+    rows = (
+        Method("pr-fl", "pr-fl", ours, paper="80 % IID / non-IID: 26,300 / 29,700 s; 84 %: 39,100 / 52,500 s"),
+        Method("pr-fl synchronous", "pr-fl", {**ours, "synchronous": True}),
+        Method("pr-fl without recovery", "pr-fl", {**ours, "recovery": False}),
+        Method("pr-fl channels", "pr-fl", {**ours, "masks": "channels"}, note="masks of whole channels"),
+        Method(
+            "heterofl",
+            "pr-fl",
+            {**_FIXED, "interval": interval, "synchronous": True, "keep": False},
+            paper="40,900 / 44,500; 70,900 / 97,900 s",
+            note="as in the authors' code: unstructured masks at fixed densities, synchronous",
+        ),
+        Method("fedfix", "fedfix", {**_STALE, "window_s": 1.0}, paper="48,000 / 59,100; 108,700 / 111,500 s"),
+        Method("fedasync", "fedasync", {**_STALE, "rate": 1.0}, paper="70,100 / 82,800; 113,700 / 172,500 s"),
+        Method("fedasync α .6", "fedasync", {"a": 0.5}, note="Xie et al.'s own mixing, α s(k)"),
+        Method("fedbuff", "fedbuff", {"buffer": 4}),
+        Method("fedavg", "fedavg", paper="202,200 / 210,900 s; 84 % never"),
+        Method("fedprune", "fedprune", {"densities": TIERS, "arrivals": 4}, note="two or three devices of each width"),
+    )
+    return tuple(replace(m, densities=False) for m in rows)
+
 
 PR_FL_FULL = Protocol(
     "pr-fl-cifar10-full",
@@ -175,7 +197,7 @@ PR_FL_FULL = Protocol(
     "vgg11_plain",
     Recipe(max_steps=5, batch_size=20, lr=0.05, momentum=0.0),
     10_001,
-    _PR_FL,
+    _pr_fl(50, 10),
     densities=(1.0,),
     boards=_links(1.0),
     weather=_weather(1.0),
@@ -194,10 +216,12 @@ PR_FL_SMALL = replace(
     keeps="PR-FL's ten links, its distribution of data (Dirichlet 1.0, less data behind faster links) and local "
     "training (5 steps of 20 samples); but 12,000 training images at 16×16 and a VGG of 324 k parameters. Links "
     "shrink with the network, so that sending it takes as long as in the paper. Learning rate .05 with "
-    "cross-entropy, where theirs is .25 with a mean of binary cross-entropies.",
+    "cross-entropy, where theirs is .25 with a mean of binary cross-entropies. Masks, densities and early stopping "
+    "are looked at every 10 rounds (theirs: 50), with a patience of 3 (10).",
     data={**PR_FL_FULL.data, "most": 12_000, "pool": 2},
     net="small_vgg",
     rounds=400,
+    methods=_pr_fl(10, 3),
     boards=_links(_SCALE),
     weather=_weather(_SCALE),
     target=0.45,

@@ -45,7 +45,13 @@ def _all(rounds: int = 20) -> tuple[Method, ...]:
         Method("fiarse", "fiarse", {"densities": ELEMENTS}),
         Method("subflot", "subflot"),
         Method("ca-hfp", "ca-hfp"),
-        Method("pr-fl", "pr-fl", {"densities": ELEMENTS}, note="at fixed densities and synchronous, as the others"),
+        Method("history", "history", note="a device's own last model mixed in by halves, without transport"),
+        Method(
+            "pr-fl",
+            "pr-fl",
+            {"densities": ELEMENTS, "stage1": False, "recovery": False, "synchronous": True, "interval": 5},
+            note="at fixed densities and synchronous, as the others; masks anew every 5 rounds",
+        ),
         Method("fedobp", "fedobp", note="on submodels"),
         Method("fedprune", "fedprune"),
         Method("fedavg .68", "fedavg", {"densities": ONE_WIDTH}, note="one width for all, at the bytes of the others"),
@@ -169,6 +175,27 @@ PARTIAL = replace(
     paper="",
 )
 
+ABLATION = replace(
+    CIFAR,
+    name="fedprune-ablation",
+    title="fedprune, each ingredient left out",
+    methods=(
+        Method("fedprune", "fedprune"),
+        Method("no adjustment", "fedprune", {"adjust": False}),
+        Method("no dropout", "fedprune", {"dropout": []}),
+        Method("dropout .5", "fedprune", {"dropout": [0.5]}),
+        Method("coverage", "fedprune", {"rule": "coverage"}, note="each coordinate's mean over those that hold it"),
+        Method("no momentum", "fedprune", {"server_momentum": 0.0}),
+        Method("momentum .8", "fedprune", {"server_momentum": 0.8}),
+        Method("ordered", "fedprune", {"ranking": "ordered"}, note="channels in their own order"),
+        Method("lr decay .95", "fedprune", {"lr_decay": 0.95}),
+        Method("one width", "fedprune", {"densities": ONE_WIDTH, "dropout": []}, note="equal bytes, one width for all"),
+        Method("slices", SLICES),
+    ),
+    reference="fedprune",
+    paper="",
+)
+
 INGREDIENTS = replace(
     CIFAR,
     name="cifar10-ingredients",
@@ -192,7 +219,7 @@ INGREDIENTS = replace(
 )
 
 TABLES = (
-    CIFAR, CIFAR_PATHOLOGICAL, FASHION, FASHION_PATHOLOGICAL, HAR, MOBILE, RESNET, PARTIAL, INGREDIENTS,
+    CIFAR, CIFAR_PATHOLOGICAL, FASHION, FASHION_PATHOLOGICAL, HAR, MOBILE, RESNET, PARTIAL, ABLATION, INGREDIENTS,
 )  # fmt: skip
 
 PROTOCOLS = {p.name: p for p in (*TABLES, *PAPERS)}
