@@ -23,6 +23,7 @@ from fedprune.strategies.plain import plain
 from fedprune.strategies.pr_fl import pr_fl
 from fedprune.strategies.robust import robust
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.subflot import subflot
 
 ROBUST = "robust"
 """The option that goes with every strategy."""
@@ -48,6 +49,7 @@ PRESETS: dict[str, Preset] = {
     "fedprune": fedprune,
     "plain": plain,
     "pr-fl": pr_fl,
+    "subflot": subflot,
 }
 
 
