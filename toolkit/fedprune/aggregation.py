@@ -194,7 +194,7 @@ class Fold:
     ) -> None:
         value = submodel[spec.name]
         mask = active.get(spec.name)
-        counted = value if mask is None else np.where(mask, value, 0)
+        counted = value if mask is None else value * mask  # np.where takes ten times as long
         pairs = list(places(self._coverage.expect_layout, spec, selection))
         for at, part in pairs:
             self._sums[spec.name].add(counted[part], weight, at)

@@ -177,7 +177,7 @@ def rows_of(slab: Slab, addition: Addition, base: Tensors) -> tuple[npt.NDArray[
             held = addition.mask.active[spec.name]
     whole, flags = np.zeros(spec.shape, np.float32), np.zeros(spec.shape, np.bool_)
     at = mesh(selection.maps(spec.name))
-    whole[at], flags[at] = np.where(held, value, 0), held
+    whole[at], flags[at] = value * held, held
     if not spec.axes:
         return whole, flags
     return whole[slab.start : slab.stop], flags[slab.start : slab.stop]
@@ -198,8 +198,9 @@ def centre(
     Returns:
         [...]; 0 where nobody holds a coordinate.
     """
-    ordered = np.sort(np.where(held, values, np.float32(np.inf)), axis=0)
     count = held.sum(axis=0)
+    full = bool((count == len(values)).all())
+    ordered = np.sort(values if full else np.where(held, values, np.float32(np.inf)), axis=0)
     if kind == "median":
         low = np.take_along_axis(ordered, np.maximum(count - 1, 0)[None] // 2, axis=0)[0].astype(np.float64)
         high = np.take_along_axis(ordered, count[None] // 2, axis=0)[0]
