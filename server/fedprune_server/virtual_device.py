@@ -191,6 +191,9 @@ class Bench:
             work: At most `together` of them, of one round and of different devices, sorted by these.
         """
 
+    def close(self) -> None:
+        """Let go of whatever helps; the bench isn't used any more."""
+
     def carry_out(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> Outcome:
         """Do what an offer asks of a device, as a board does.
 
@@ -203,14 +206,32 @@ class Bench:
             FedpruneError: As on a board: the offer's parts don't fit each other or the data, numbers are not finite, or
                 the new model fails its check.
         """
+        outcome, board = self.work(device, offer, number, self._trainer, self._slots)
+        if board is not None:
+            self.boards[device.name] = board
+        return outcome
+
+    def work(
+        self, device: VirtualDevice, offer: dict[str, Any], number: int, trainer: LoadedTrainer, slots: Slots
+    ) -> tuple[Outcome, str | None]:
+        """Do the work without keeping what the board keeps: the outcome, and the digest of that.
+
+        Args:
+            device: The device.
+            offer: The offer.
+            number: The round.
+            trainer: Loads the training graph.
+            slots: Where models are staged.
+
+        Raises:
+            FedpruneError: As `carry_out`.
+        """
         shelf = BlobShelf(self._store, self.boards.get(device.name))
-        bench = Workbench(device.name, self._store, self._slots, device.load(), self._trainer, shelf)
+        bench = Workbench(device.name, self._store, slots, device.load(), trainer, shelf)
         update = bench.make(Offer(_JOB, number, 0, **sent(offer))).update
-        if shelf.digest is not None:
-            self.boards[device.name] = shelf.digest
         # Times and memory of this machine would make every run another one.
         metrics = {name: value for name, value in update.metrics.items() if name not in MEASURED}
-        return Outcome(update.weights, update.samples, update.steps, metrics)
+        return Outcome(update.weights, update.samples, update.steps, metrics), shelf.digest
 
 
 def fingerprint(data: LocalData) -> str:

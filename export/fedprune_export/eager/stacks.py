@@ -13,6 +13,10 @@ Array = npt.NDArray[Any]
 Tensor = torch.Tensor
 
 
+_ALIGNED = 64
+"""Bytes to which torch aligns what it allocates on a CPU."""
+
+
 class Row:
     """One device's part of a stack, as an array that is only fetched when somebody reads it.
 
@@ -77,9 +81,10 @@ class Stacks:
     def single(self, value: Any) -> Tensor:
         """One array."""
         array = np.asarray(value)
-        if not array.flags.writeable:
-            array = array.copy()
-        return torch.from_numpy(array).to(self._device)
+        if array.flags.writeable and not array.ctypes.data % _ALIGNED:
+            return torch.from_numpy(array).to(self._device)
+        # How products of matrices are summed up depends on where numbers begin in memory, and numpy begins anywhere.
+        return torch.tensor(array, device=self._device)
 
     def stacked(self, name: str, values: Sequence[Any], *, constant: bool = False) -> Tensor:
         """Arrays of equal shapes as one tensor [devices, ...].
@@ -101,7 +106,7 @@ class Stacks:
             known, tensor = self._constants[name]
             if len(known) == len(values) and all(a is b for a, b in zip(known, values, strict=True)):
                 return tensor
-        out = torch.from_numpy(np.stack([np.asarray(v) for v in values])).to(self._device)
+        out = torch.stack([torch.from_numpy(np.require(v, requirements="W")) for v in values]).to(self._device)
         if constant:
             self._constants[name] = (list(values), out)
         return out
@@ -112,4 +117,4 @@ class Stacks:
         Padding by samples, and not by zeros, keeps everything that is computed of it finite.
         """
         rows = [np.concatenate([v, np.repeat(v[:1], size - len(v), 0)]) if len(v) < size else v for v in values]
-        return torch.from_numpy(np.stack(rows)).to(self._device)
+        return torch.stack([torch.from_numpy(np.require(r, requirements="W")) for r in rows]).to(self._device)
