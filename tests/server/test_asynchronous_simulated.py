@@ -1,0 +1,260 @@
+"""Asynchronous strategies in simulated fleets: their models are what the papers' equations make of the updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune import tensorfile
+from fedprune.architecture import TensorKind
+from fedprune.blobs import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.element_mask import ElementMask
+from fedprune.job import Job
+from fedprune.profile_store import find
+from fedprune.recipe import Recipe
+from fedprune.schedule import Schedule
+from fedprune.selection import Tensors
+from fedprune_device.data import LocalData
+from fedprune_export.importing import import_onnx
+from fedprune_server.digits import deal, digits_model
+from fedprune_server.simulation import Simulation
+from fedprune_server.virtual_device import VirtualDevice
+
+KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
+
+
+class Hoard(BlobStore):
+    """A store that keeps everything."""
+
+    def delete(self, digest: str) -> None:
+        """Nothing is deleted."""
+
+
+class Run:
+    """A finished simulation, with all that closed its rounds."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self.simulation = simulation
+        self.store = simulation.store
+        self.closes: list[do.Close] = []
+        worker = simulation._worker
+        execute = worker.execute
+
+        def watched(command: Any) -> Any:
+            if isinstance(command, do.Close):
+                self.closes.append(command)
+            return execute(command)
+
+        worker.execute = watched  # type: ignore[method-assign]
+        simulation.run()
+
+    @property
+    def models(self) -> list[str]:
+        return [h["model"] for h in self.simulation.state.history]
+
+    def tensors(self, digest: str) -> Tensors:
+        return tensorfile.decode(self.store.read(digest))
+
+    def steps(self) -> Iterator[tuple[do.Close, Tensors, Tensors]]:
+        """Every round: how it was closed, the model before and the model after."""
+        for close, after in zip(self.closes, self.models, strict=True):
+            yield close, self.tensors(close.model), self.tensors(after)
+
+
+Build = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return import_onnx(digits_model(), "digits-net")
+
+
+@pytest.fixture(scope="module")
+def data() -> Any:
+    federation = deal(KINDS, seed=1)
+    hands = {}
+    for kind, d in federation.devices.items():
+        hands[kind] = LocalData(d.x_train[:-40], d.y_train[:-40], d.x_test, d.y_test, d.x_train[-40:], d.y_train[-40:])
+    return replace(federation, devices=hands)
+
+
+@pytest.fixture
+def make(model: Any, data: Any, tmp_path: Path) -> Callable[..., Simulation]:
+    devices = [VirtualDevice(kind, find(kind), data.devices[kind]) for kind in KINDS]
+
+    def build(strategy: str, folder: str = "", **settings: Any) -> Simulation:
+        recipe = settings.pop("recipe", Recipe(max_steps=3, batch_size=16))
+        name = folder or f"{strategy}-{len(list(tmp_path.iterdir()))}"
+        values = {"seed": 3, "rounds": 4, "devices": 3, "recipe": recipe, "strategy": strategy, **settings}
+        store = (BlobStore if folder else Hoard)(tmp_path / name / "blobs", durable=False)
+        where = tmp_path / name if folder else None
+        return Simulation(Job(name=name, **values), model, devices, (data.x, data.y), store, folder=where)
+
+    return build
+
+
+@pytest.fixture
+def run(make: Callable[..., Simulation]) -> Build:
+    return lambda strategy, **settings: Run(make(strategy, **settings))
+
+
+def close_to(found: Tensors, expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=2e-6, err_msg=name)
+
+
+def test_a_buffer_of_everybody_is_fedavg_bit_for_bit(run: Build) -> None:
+    options = {"buffer": 3, "staleness": "constant", "weighting": "samples"}
+    assert run("fedbuff", rounds=2, options=options).models == run("fedavg", rounds=2).models
+    fresh = {"buffer": 3, "staleness": "polynomial"}
+    uniform = run("fedavg", rounds=2, options={"weighting": "uniform"})
+    assert run("fedbuff", rounds=2, options=fresh).models == uniform.models
+
+
+def test_fedasync_mixes_one_update_at_a_time(run: Build) -> None:
+    """w ← (1 − α·s(k))·w + α·s(k)·w_k."""
+    found = run("fedasync", rounds=8, options={"rate": 0.6, "a": 0.5})
+    stale = []
+    for close, before, after in found.steps():
+        (update,) = close.contributions
+        stale.append(close.round - update.basis.round)
+        assert close.rate == pytest.approx(0.6 * (stale[-1] + 1) ** -0.5)
+        new = found.tensors(update.weights)
+        close_to(after, {n: (1 - close.rate) * before[n].astype(float) + close.rate * new[n] for n in new})
+    assert max(stale) >= 2, "boards of different speed"
+    fast = [c.contributions[0].part.device for c in found.closes]
+    assert fast.count("jetson-orin-nano") > fast.count("raspberry-pi-zero-2w")
+
+
+def test_fedbuff_moves_by_the_mean_of_stale_moves(run: Build) -> None:
+    """w ← w + η·(1/K)·Σ s(k_i)·(w_i − w_sent)."""
+    found = run("fedbuff", rounds=6, options={"buffer": 2, "rate": 0.8})
+    for close, before, after in found.steps():
+        assert len(close.contributions) == 2
+        moved = {n: np.zeros(v.shape) for n, v in before.items()}
+        for c in close.contributions:
+            share = (close.round - c.basis.round + 1) ** -0.5
+            new, sent = found.tensors(c.weights), found.tensors(c.basis.model)
+            for name in moved:
+                moved[name] += 0.8 / 2 * share * (new[name].astype(float) - sent[name])
+        trained = trainable(found)
+        close_to(after, {n: before[n] + moved[n] for n in trained})
+    assert any(close.round > c.basis.round for close in found.closes for c in close.contributions)
+
+
+def test_fedfix_weighs_by_how_many_windows_a_device_takes(run: Build) -> None:
+    """w ← w + η·Σ ceil(τ_i / Δt)·p_i·(w_i − w_sent), p_i = 1/M."""
+    found = run("fedfix", rounds=9, options={"window_s": 0.1, "rate": 0.9})
+    history = found.simulation.state.history
+    factors = set()
+    for (close, before, after), entry in zip(found.steps(), history, strict=True):
+        moved = {n: np.zeros(v.shape) for n, v in before.items()}
+        for c in close.contributions:
+            factor = np.ceil(entry["devices"][c.part.device]["seconds"] / 0.1)
+            factors.add(factor)
+            new, sent = found.tensors(c.weights), found.tensors(c.basis.model)
+            for name in moved:
+                moved[name] += 0.9 * factor / 3 * (new[name].astype(float) - sent[name])
+        close_to(after, {n: before[n] + moved[n] for n in trainable(found)})
+    assert len(factors) > 1
+
+
+def trainable(found: Run) -> list[str]:
+    return [t.name for t in found.simulation.model.architecture.trainable]
+
+
+def masked_mean(found: Run, close: do.Close, before: Tensors, schedule: Schedule) -> dict[str, Any]:
+    """MaskFedAvg (PR-FL) in float64, of element masks: means over those that hold an element; else the model before."""
+    sums = {n: np.zeros(v.shape) for n, v in before.items()}
+    mass = {n: np.zeros(v.shape) for n, v in before.items()}
+    shapes = {n: v.shape for n, v in before.items()}
+    for c in close.contributions:
+        share = schedule.staleness(close.round - c.basis.round)
+        bits = ElementMask({}) if c.mask is None else ElementMask.from_tensors(found.tensors(c.mask), shapes)
+        new = {n: v for n, v in found.tensors(c.weights).items() if "::" not in n}
+        for name, value in bits.unpack(new).items():
+            held = bits.active.get(name, np.ones(shapes[name], bool))
+            sums[name] += share * held * value.astype(float)
+            mass[name] += share * held
+    return {n: np.where(mass[n] > 0, sums[n] / np.maximum(mass[n], 1e-300), before[n]) for n in before}
+
+
+PR_FL = {"interval": 2, "window_s": 0.1, "patience": 1, "floor": 0.2}
+
+
+def test_pr_fl_is_a_masked_mean_of_everybodys_last_update(run: Build) -> None:
+    found = run("pr-fl", rounds=10, options={**PR_FL, "delta": 0.3})
+    schedule = found.simulation.coordinator.schedule
+    assert schedule.keep
+    for close, before, after in found.steps():
+        close_to(after, masked_mean(found, close, before, schedule))
+    assert max(len(c.contributions) for c in found.closes) == 3
+    stale = [c.round - p.basis.round for c in found.closes for p in c.contributions]
+    assert max(stale) >= 2
+    masked = [p for c in found.closes for p in c.contributions if p.mask is not None]
+    assert masked, "times have made somebody's model sparser"
+    assert {p.part.widths for p in masked} == {found.simulation.model.architecture.sizes}
+
+
+def test_pr_fl_with_channels_narrows_slow_boards_and_widens_them_again(run: Build) -> None:
+    found = run("pr-fl", rounds=16, options={**PR_FL, "masks": "channels"})
+    parts = [(c.round, p.part) for c in found.closes for p in c.contributions]
+    slow = [p.density for _, p in parts if p.device == "raspberry-pi-zero-2w"]
+    assert slow[0] == 1.0
+    assert min(slow) < 0.9
+    assert slow[-1] > min(slow), "what has learnt all it can grows"
+    for _, part in parts:
+        assert (part.widths == found.simulation.model.architecture.sizes) == (part.density == 1.0)
+    assert not any(p.mask for c in found.closes for p in c.contributions)
+
+
+def test_pr_fl_in_step_and_without_buffers(run: Build) -> None:
+    in_step = run("pr-fl", rounds=3, options={**PR_FL, "synchronous": True})
+    assert all(len(c.contributions) == 3 for c in in_step.closes)
+    bare = run("pr-fl", rounds=5, options={**PR_FL, "keep": False, "recovery": False, "importance": "taylor"})
+    seen = [(p.part.device, p.basis.round) for c in bare.closes for p in c.contributions]
+    assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("fedbuff", {"buffer": 2}), ("pr-fl", {**PR_FL, "delta": 0.3})],
+)
+def test_a_killed_simulation_goes_on_to_the_same_models(
+    make: Callable[..., Simulation], strategy: str, options: dict[str, Any]
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    calm = make(strategy, folder="calm", rounds=5, options=options)
+    calm.run()
+    expected = [(h["model"], h["at"]) for h in calm.state.history]
+    for at in (2, 5):
+        seen = 0
+
+        def watch(_: Simulation, at: int = at) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == at:
+                raise KilledError
+
+        with pytest.raises(KilledError):
+            make(strategy, folder="calm2", rounds=5, options=options).run(watch)
+    again = make(strategy, folder="calm2", rounds=5, options=options)
+    again.run()
+    assert [(h["model"], h["at"]) for h in again.state.history] == expected
+
+
+def test_no_batch_norm_statistic_is_masked(run: Build) -> None:
+    found = run("pr-fl", rounds=4, options=PR_FL)
+    kinds = {t.name: t.kind for t in found.simulation.model.architecture.tensors}
+    for close in found.closes:
+        for part in close.contributions:
+            if part.mask is not None:
+                assert {kinds[n] for n in found.tensors(part.mask)} <= {TensorKind.WEIGHT}
