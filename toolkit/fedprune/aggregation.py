@@ -142,6 +142,7 @@ class Fold:
         *,
         mask: ElementMask | None = None,
         sent: Mapping[str, npt.NDArray[np.float32]] | None = None,
+        checked: bool = False,
     ) -> None:
         """Add one device's trained submodel: S_i += n_k·w_{k,i} at the coordinates that its selection holds.
 
@@ -155,6 +156,7 @@ class Fold:
             mask: Which elements of the submodel count; None for all. What lies outside it is not looked at.
             sent: The submodel that the device began with, where that is not the base's: w_t + (w_k − w_sent) counts
                 instead of w_k (FedBuff, Nguyen et al. 2022, Alg. 1), but for batch-norm statistics.
+            checked: `check` has passed these tensors, so that they needn't be looked at once more.
 
         Raises:
             BundleError: As `check`.
@@ -162,10 +164,10 @@ class Fold:
                 out of bounds.
         """
         check_counts(weight, steps, MAX_WEIGHT - self.weight)
-        self.check(selection, submodel)
+        if not checked:
+            for tensors in (submodel,) if sent is None else (submodel, sent):
+                self.check(selection, tensors)
         active = partly_active(self.architecture, selection, mask, self.excluded)
-        if sent is not None:
-            self.check(selection, sent)
         if self.gate is not None:
             passed = self.gate(Addition(selection, submodel, weight, steps, mask, sent))
             if passed is None:

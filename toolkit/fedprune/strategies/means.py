@@ -71,9 +71,9 @@ class Mean:
             BundleError: As `Fold.add`.
             ProtocolError: As `Fold.add`.
         """
-        fold.check(lifted.selection, lifted.tensors)
+        check(fold, report, lifted)
         mask = self._counted(report, lifted)
-        fold.add(lifted.selection, lifted.tensors, report.weight, report.steps, mask=mask)
+        fold.add(lifted.selection, lifted.tensors, report.weight, report.steps, mask=mask, checked=True)
 
     def close(
         self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
@@ -110,7 +110,7 @@ class DeltaMean(Mean):
             BundleError: As `Fold.add`.
             ProtocolError: As `Fold.add`.
         """
-        fold.check(lifted.selection, lifted.tensors)
+        check(fold, report, lifted)
         fold.add(
             lifted.selection,
             lifted.tensors,
@@ -118,7 +118,19 @@ class DeltaMean(Mean):
             report.steps,
             mask=self._counted(report, lifted),
             sent=origin(report, lifted),
+            checked=True,
         )
+
+
+def check(fold: Fold, report: Report, lifted: Submodel) -> None:
+    """Check what an extractor made of an update, which itself was checked before.
+
+    Raises:
+        BundleError: As `Fold.check`.
+        ProtocolError: As `Fold.check`.
+    """
+    if lifted.tensors is not report.trained.tensors:
+        fold.check(lifted.selection, lifted.tensors)
 
 
 def origin(report: Report, lifted: Submodel) -> Tensors:

@@ -144,7 +144,7 @@ class Report:
     Attributes:
         cut: What the device's submodel was made of, as it was then: in an asynchronous job `cut.scene.model` may be an
             earlier model than the one that is folded onto.
-        trained: What the device made of its submodel.
+        trained: What the device made of its submodel; its tensors have passed `Fold.check`.
         weight: What it counts for, from 1 up.
         steps: Optimiser steps behind it.
         read_sent: Reads the submodel that it was sent.
