@@ -51,6 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--opset", type=whole_number, metavar="N", help="opset of the .onnx file (default: 17)")
     export.add_argument("--round", type=int, metavar="N", help="after this round, if its model is still kept")
     export.set_defaults(run=with_extra("server", _export_model))
+    replay = commands.add_parser("replay", help="work a job out again from its log, and compare")
+    replay.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
+    replay.set_defaults(run=with_extra("server", _replay))
     _register_demo(commands)
     return parser
 
@@ -71,7 +74,13 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--site", type=_site, help="devices of this site take part (default: default)")
     run.add_argument("--profiles", type=Path, metavar="DIR", help="hardware profiles beside the shipped ones")
     run.add_argument("--workers", type=int, metavar="N", help="processes that make submodels (default: 1)")
-    run.add_argument("--keep", type=int, metavar="N", help="global models that stay on the disk (default: 3)")
+    run.add_argument(
+        "--keep",
+        type=int,
+        metavar="N",
+        help="global models that stay on the disk (default: 3)",
+    )
+    run.add_argument("--archive", action="store_true", default=None, help="keep all that `replay` needs")
     run.add_argument("--name", help="name of the job")
     run.add_argument("--seed", type=int, help="keys every random number")
     run.add_argument("--rounds", type=int, metavar="N", help="rounds to run")
@@ -125,6 +134,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "port",
             "site",
             "keep",
+            "archive",
             "workers",
             "profiles",
         )
@@ -166,7 +176,7 @@ def _run(arguments: argparse.Namespace) -> int:
             worker,
             link,
             site=config.site,
-            keep=config.keep,
+            keep=config.kept,
             pulls=config.pulls,
             profiles=profiles,
             max_devices=config.max_devices,
@@ -230,6 +240,17 @@ def _status(arguments: argparse.Namespace) -> int:
         print(json.dumps(body, indent=2, sort_keys=True))
     else:
         print(describe(body, arguments.rounds or LATEST))
+    return int(ExitCode.OK)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from fedprune_server.replay import replay
+
+    rounds = 0
+    for step in replay(arguments.state):
+        rounds += 1
+        print(f"round {step.round}: {step.model} ({len(step.devices)} devices: {', '.join(step.devices)})")
+    print(f"{rounds} rounds, every model the same to the bit")
     return int(ExitCode.OK)
 
 

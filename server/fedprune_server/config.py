@@ -19,6 +19,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 _TABLES = ("job", "model", "evaluation", "calibration", "server")
 _SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "profiles")
 _SERVER_NUMBERS = ("port", "keep", "pulls", "workers", "max_devices")
+_SERVER_SWITCHES = ("archive",)
+_SERVER = (*_SERVER_TEXTS, *_SERVER_NUMBERS, *_SERVER_SWITCHES)
 _SIMULATED = ("devices", "data", "dropouts", "weather", "availability", "simulation")
 """Tables that only a simulation reads, so that one file serves both."""
 
@@ -41,6 +43,7 @@ class ServerConfig:
         port: Its port, 0 for a free one.
         state: The folder in which everything lies that must survive a crash.
         keep: How many of the latest global models are kept.
+        archive: All models, updates and events are kept instead, for `fedprune-server replay`.
         pulls: From how many devices updates are pulled at the same time.
         workers: Processes that make submodels; more than one pay where making one is dear.
         profiles: A folder of hardware profiles of your own, beside the shipped ones.
@@ -57,6 +60,7 @@ class ServerConfig:
     port: int = 1883
     state: Path = Path("fedprune-state")
     keep: int = 3
+    archive: bool = False
     pulls: int = 4
     workers: int = 1
     profiles: Path | None = None
@@ -79,6 +83,9 @@ class ServerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ConfigError(f"server: {name}", expected=f"a whole number from {low} to {high}", got=repr(value))
+        for name in _SERVER_SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"server: {name}", expected="true or false", got=repr(getattr(self, name)))
         if self.profiles is not None and not self.profiles.is_dir():
             raise ConfigError("server: profiles", expected="a folder that exists", got=str(self.profiles))
         if self.ca is not None and not self.ca.is_file():
@@ -93,13 +100,18 @@ class ServerConfig:
             raise ConfigError("server: site", expected=error.expected, got=error.got) from error
 
     @property
+    def kept(self) -> int | None:
+        """How many of the latest global models are kept, None for everything."""
+        return None if self.archive else self.keep
+
+    @property
     def embedded(self) -> bool:
         """Whether the server runs its own broker."""
         return self.broker == EMBEDDED
 
     def server_settings(self) -> dict[str, Any]:
         """What the table [server] says, as JSON, with paths that hold in every folder; all but the state folder."""
-        values = {k: getattr(self, k) for k in (*_SERVER_TEXTS, *_SERVER_NUMBERS) if k != "state"}
+        values = {k: getattr(self, k) for k in _SERVER if k != "state"}
         return {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
 
     @property
@@ -137,7 +149,7 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
     values: dict[str, Any] = {}
     model, server = (body.get(t, {}) for t in ("model", "server"))
     _only(model, ("path", "input_shape"), f"{where}: [model]", "key")
-    _only(server, (*_SERVER_TEXTS, *_SERVER_NUMBERS), f"{where}: [server]", "key")
+    _only(server, _SERVER, f"{where}: [server]", "key")
     if "path" in model:
         values["model"] = _source(_text(model["path"], f"{where}: [model] path"), folder)
     if "input_shape" in model:
@@ -153,7 +165,7 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
     for key in ("state", "profiles", "ca"):
         if key in values:
             values[key] = folder / values[key]
-    values.update({key: server[key] for key in _SERVER_NUMBERS if key in server})
+    values.update({key: server[key] for key in (*_SERVER_NUMBERS, *_SERVER_SWITCHES) if key in server})
     return _located(lambda: ServerConfig(job=Job.from_dict(body.get("job", {})), **values), where)
 
 
@@ -184,7 +196,7 @@ def with_stored(config: ServerConfig, stored: Mapping[str, Any], chosen: Mapping
     Raises:
         ConfigError: A setting no longer makes sense.
     """
-    values = {k: v for k, v in stored.items() if k in (*_SERVER_TEXTS, *_SERVER_NUMBERS) and chosen.get(k) is None}
+    values = {k: v for k, v in stored.items() if k in _SERVER and chosen.get(k) is None}
     broker = str(chosen.get("broker") or values.get("broker", EMBEDDED))
     for key in ("ca", "profiles"):
         if values.get(key) is not None:

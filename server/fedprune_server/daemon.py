@@ -76,7 +76,7 @@ class Daemon:
         worker: Carries out heavy commands.
         link: The connection to the broker, subscribed to `subscriptions`, not necessarily up yet.
         site: The site whose devices take part.
-        keep: How many of the latest global models stay on the disk.
+        keep: How many of the latest global models stay on the disk; None for all that ever was in the store.
         pulls: From how many devices updates are pulled at a time.
         profiles: Folders of hardware profiles beside the shipped ones.
         max_devices: How many devices may ever take part.
@@ -97,7 +97,7 @@ class Daemon:
         link: Wire,
         *,
         site: str = "default",
-        keep: int = 3,
+        keep: int | None = 3,
         pulls: int = 4,
         profiles: Sequence[Path] = (),
         max_devices: int = 1000,
@@ -230,8 +230,11 @@ class Daemon:
     def _resume(self) -> None:
         """Go on where the last process ended; what follows from that at once comes after it."""
         self._draining = True
+        event, now = on.Resumed(), self._clock()
         try:
-            self._carry_out(self._coordinator.resume(self._clock()))
+            commands = self._coordinator.handle(event, now)
+            self._storage.save(self.state, event, now, self.traffic)
+            self._carry_out(commands)
         finally:
             self._draining = False
         self._drain()

@@ -14,10 +14,10 @@ class Garbage:
 
     Args:
         store: Where blobs lie.
-        keep: How many of the latest global models stay.
+        keep: How many of the latest global models stay; None for everything.
     """
 
-    def __init__(self, store: BlobStore, keep: int) -> None:
+    def __init__(self, store: BlobStore, keep: int | None) -> None:
         self._store = store
         self._keep = keep
         self._suspects: set[str] = set()
@@ -25,7 +25,8 @@ class Garbage:
 
     def suspect(self, digests: Iterable[str]) -> None:
         """Blobs that something no longer refers to; something else still may."""
-        self._suspects |= set(digests)
+        if self._keep is not None:
+            self._suspects |= set(digests)
 
     def spare(self, graphs: Iterable[str]) -> None:
         """Graphs that offers name again and again; they stay while this server runs."""
@@ -48,22 +49,22 @@ class Garbage:
         self._store.drop_partials(arriving)
 
 
-def kept_models(state: State, keep: int) -> set[str]:
-    """Digests of the latest global models that stay on the disk."""
-    return {state.model, *(r["model"] for r in state.history[-keep:])}
+def kept_models(state: State, keep: int | None) -> set[str]:
+    """Digests of the latest global models that stay on the disk; of all without `keep`."""
+    return {state.model, *(r["model"] for r in state.history[-(keep or 0) :])}
 
 
-def sweep(store: BlobStore, state: State, keep: int) -> None:
+def sweep(store: BlobStore, state: State, keep: int | None) -> None:
     """Delete blobs, whole and partial, that nothing refers to: what a crash left behind.
 
-    Graphs are made again when they are needed.
+    Graphs are made again when they are needed. Without `keep` everything stays.
 
     Raises:
         StorageError: The disk fails.
     """
     updates = {t.update["sha256"] for t in state.tasks.values() if t.update}
     kept = state.references() | kept_models(state, keep) | updates
-    for digest in store.names():
+    for digest in store.names() if keep is not None else ():
         if digest not in kept:
             store.delete(digest)
     store.drop_partials(updates)

@@ -101,6 +101,8 @@ class StateFolder:
             DataError: The evaluation or calibration data can't be used.
             StorageError: The folder is damaged.
         """
+        if config.archive:
+            self.storage.logged = 0
         known = self.storage.settings()
         raw, name = self._model_bytes(config, known)
         model = import_onnx(raw, name)
@@ -129,7 +131,7 @@ class StateFolder:
         else:
             self._check_blobs(state)
             self._fit(state, model)
-            sweep(self.store, state, config.keep)  # not a new job's folder: its worker has just put graphs there
+            sweep(self.store, state, config.kept)  # not a new job's folder: its worker has just put graphs there
             if state.phase is Phase.FINISHED and state.round < config.job.rounds:
                 state.phase = Phase.WAITING
         return OpenJob(config.job, model, worker, state, _changes(known, settings))

@@ -81,7 +81,7 @@ class Storage:
     Args:
         url: Where it is, as SQLAlchemy writes it, such as `sqlite:////var/lib/fedprune/server.db`.
         create: Make what is missing. Whoever only looks must not, and opens it to read only.
-        logged: How many events the log keeps at least.
+        logged: How many events the log keeps at least; 0 for all.
 
     Raises:
         StorageError: The database is damaged, of another version or can't be opened.
@@ -90,7 +90,7 @@ class Storage:
 
     def __init__(self, url: str, *, create: bool = True, logged: int = LOGGED_EVENTS) -> None:
         self.url = url
-        self._logged = logged
+        self.logged = logged
         self._saved_state = ""
         self._saved_devices: dict[str, tuple[Any, ...]] = {}
         self._saved_traffic: dict[str, tuple[int, int]] = {}
@@ -243,8 +243,8 @@ class Storage:
         body = json.dumps(vars(event), sort_keys=True, separators=(",", ":"), default=vars)
         row = _events.insert().values(at=now, type=type(event).__name__, body=body)
         number = int((connection.execute(row).inserted_primary_key or (0,))[0])
-        if number % min(_PRUNE_EVERY, self._logged) == 0:
-            connection.execute(_events.delete().where(_events.c.number <= number - self._logged))
+        if self.logged and number % min(_PRUNE_EVERY, self.logged) == 0:
+            connection.execute(_events.delete().where(_events.c.number <= number - self.logged))
 
     def load(self) -> State | None:
         """The state that was saved last, or None for a new database.

@@ -87,6 +87,10 @@ class AsynchronousCoordinator(Desk):
         return self._offers(now)
 
     @_on.register
+    def _resumed(self, event: on.Resumed, now: float) -> Commands:
+        return self.resume(now)
+
+    @_on.register
     def _gone(self, event: on.DeviceDied, now: float) -> Commands:
         return self._died(event)
 

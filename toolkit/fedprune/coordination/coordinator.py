@@ -88,6 +88,10 @@ class Coordinator(Desk):
         return commands + self._begin(now)
 
     @_on.register
+    def _resumed(self, event: on.Resumed, now: float) -> Commands:
+        return self.resume(now)
+
+    @_on.register
     def _gone(self, event: on.DeviceDied, now: float) -> Commands:
         return self._died(event)
 

@@ -119,6 +119,11 @@ class Ticked:
     """Time has passed."""
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """A shell goes on with a state that an earlier one has saved."""
+
+
 Event = (
     DeviceBorn
     | DeviceDied
@@ -132,4 +137,5 @@ Event = (
     | Closed
     | Evaluated
     | Ticked
+    | Resumed
 )

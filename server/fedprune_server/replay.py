@@ -1,0 +1,138 @@
+"""A job worked out again from its log: the same events, a new coordinator and a new worker, the same models.
+
+The log has everything that the coordinator was ever told, and when. Rankings, submodels and models are made anew, in a
+store of their own, and compared with what the log says that they were; only what came from devices (updates) and what
+the server measured of its models are taken as they are. So the log proves how a model came about, also of an
+asynchronous job, whose course no other run repeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+from fedprune.blobs import BlobStore
+from fedprune.coordination import State, coordinate
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.disk import storage_errors
+from fedprune.errors import StorageError
+from fedprune.job import Job
+from fedprune_export.importing import import_onnx
+from fedprune_server.state_folder import BLOBS, MODEL, load_calibration
+from fedprune_server.storage import Storage
+from fedprune_server.worker import Worker
+
+_KINDS: dict[str, Callable[..., on.Event]] = {kind.__name__: kind for kind in get_args(on.Event)}
+_MADE = (on.Scored, on.Extracted, on.Closed)
+"""Events that a worker answers with, and so can be worked out again."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A round that was worked out again.
+
+    Attributes:
+        round: Its number.
+        model: Digest of its model, the same as in the log.
+        devices: Whose updates entered it.
+    """
+
+    round: int
+    model: str
+    devices: tuple[str, ...]
+
+
+def replay(folder: Path) -> Iterator[Step]:
+    """Work out the job of a state folder again, round by round.
+
+    Args:
+        folder: The folder of a server that ran with `archive`, and with the same settings from beginning to end.
+
+    Raises:
+        StorageError: The folder holds no job, its log doesn't begin with the job, an update is gone, or something that
+            was worked out differs from the log; the message says what.
+        FedpruneError: As for a server that is started on the folder.
+    """
+    with Storage.existing(folder) as storage:
+        known, log = storage.settings(), list(storage.events())
+    if known is None or not log:
+        raise StorageError(f"{folder} holds no job with a log", hint="Has a server been started on it?")
+    if log[0][0] != 1:
+        raise StorageError(
+            f"the log of {folder} begins with event {log[0][0]}",
+            expected="event 1",
+            hint="Run the server with --archive from the beginning.",
+        )
+    with storage_errors(f"can't read {folder / MODEL}"):
+        raw = (folder / MODEL).read_bytes()
+    model = import_onnx(raw, str(known["name"]))
+    source = known.get("calibration")
+    calibration = None if source is None else load_calibration(str(source), model)
+    with TemporaryDirectory(prefix="fedprune-replay-") as scratch:
+        store = BlobStore(Path(scratch), durable=False)
+        worker = Worker(Job.from_dict(known["job"]), model, store, None, calibration)
+        yield from _Replay(worker, store, BlobStore(folder / BLOBS)).run(log)
+
+
+class _Replay:
+    def __init__(self, worker: Worker, store: BlobStore, updates: BlobStore) -> None:
+        self._worker = worker
+        self._store = store
+        self._updates = updates
+        self._made: dict[tuple[Any, ...], on.Event] = {}
+
+    def run(self, log: list[tuple[int, float, str, dict[str, Any]]]) -> Iterator[Step]:
+        worker = self._worker
+        state = State(model=worker.initial())
+        coordinator = coordinate(worker.job, worker.architecture, state)
+        devices: tuple[str, ...] = ()
+        for number, at, kind, body in log:
+            event = _event(number, kind, body)
+            self._compare(number, event)
+            finished = len(state.history)
+            for command in coordinator.handle(event, at):
+                if isinstance(command, (do.Score, do.Extract, do.Close)):
+                    self._work(command)
+                if isinstance(command, do.Close):
+                    devices = tuple(c.part.device for c in command.contributions)
+            if len(state.history) > finished:
+                yield Step(state.history[-1]["round"], state.history[-1]["model"], devices)
+
+    def _work(self, command: do.Score | do.Extract | do.Close) -> None:
+        if isinstance(command, do.Close):
+            for found in command.contributions:
+                if not self._store.has(found.weights):
+                    self._store.put(self._updates.read(found.weights))
+        event = self._worker.execute(command)
+        self._made[_key(event)] = event
+
+    def _compare(self, number: int, event: on.Event) -> None:
+        if not isinstance(event, _MADE):
+            return
+        made = self._made.pop(_key(event), None)
+        if made is None:
+            raise StorageError(f"event {number} of the log answers nothing that was asked", got=type(event).__name__)
+        for f in fields(event):
+            logged, found = getattr(event, f.name), getattr(made, f.name)
+            if logged != found:
+                raise StorageError(
+                    f"event {number} of the log ({type(event).__name__} of round {event.round}): {f.name}",
+                    expected=logged,
+                    got=found,
+                    hint="Was the job run with other settings, or by another version?",
+                )
+
+
+def _key(event: on.Event) -> tuple[Any, ...]:
+    return (type(event), *(getattr(event, n, None) for n in ("round", "device", "attempt")))
+
+
+def _event(number: int, kind: str, body: dict[str, Any]) -> on.Event:
+    try:
+        return _KINDS[kind](**body)
+    except (KeyError, TypeError) as error:
+        raise StorageError(f"event {number} of the log is of another version ({kind}: {error})") from error
