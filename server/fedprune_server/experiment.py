@@ -21,8 +21,9 @@ from fedprune_export.imported import Model
 from fedprune_server.measure import Hook, Measure
 from fedprune_server.metrics_table import write_metrics
 from fedprune_server.record import Record
-from fedprune_server.simulation import ONNXRUNTIME, Simulation
+from fedprune_server.simulation import Simulation
 from fedprune_server.simulation_state import fingerprint
+from fedprune_server.trainers import ONNXRUNTIME
 from fedprune_server.virtual_device import VirtualDevice
 from fedprune_server.weather import Availability, DropOuts, Weather
 from fedprune_server.worker import Evaluation

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedprune.errors import ConfigError, FedpruneError
 from fedprune_server.fleet_devices import MEGABYTE, Link, number, only
-from fedprune_server.simulation import ONNXRUNTIME
+from fedprune_server.trainers import ONNXRUNTIME, choice
 from fedprune_server.weather import PR_FL, PR_FL_LINKS, Availability, DropOuts, Weather
 
 _LIKE: dict[str, tuple[Weather, tuple[Link, ...]]] = {
@@ -101,8 +101,10 @@ def read_settings(body: Mapping[str, object], path: Path) -> Settings:
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key == "trainer":
-            if not isinstance(value, str) or not value:
-                raise ConfigError(f"{where} trainer", expected="a text, such as 'onnxruntime'", got=repr(value))
+            try:
+                choice(value)  # type: ignore[arg-type]
+            except ConfigError as error:
+                raise ConfigError(f"{where} trainer", expected=error.expected, got=error.got) from error
             values[key] = value
         elif key == "densities":
             if not isinstance(value, list):

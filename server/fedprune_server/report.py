@@ -20,6 +20,9 @@ POINTS = 2.0
 EXCESS = 0.05
 """How far the fleet's losses may lie above the reference's, where numbers are predicted."""
 
+ROWS = 100
+"""Most devices that a table lists."""
+
 SHARE = 0.5
 """What share of the reference's bytes the fleet may use, each way."""
 
@@ -132,6 +135,12 @@ def foresight_rows(run: Record) -> list[tuple[str, ...]]:
     return foresight.table([(d.name, d.compared) for d in run.devices if d.widths])
 
 
+def _some(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Rows of a table that fits a page: the first ones, and how many more there are."""
+    more = len(rows) - 1 - ROWS
+    return rows if more <= 0 else [*rows[: ROWS + 1], (f"and {more:,} more", *[""] * (len(rows[0]) - 1))]
+
+
 def summary_text(run: Record, reference: Record | None = None, *, judged: bool = True) -> str:
     """Summary for a terminal, and the verdicts if the run is to be judged."""
     rows = summary(run, reference)
@@ -187,8 +196,8 @@ def _markdown(
 ) -> str:
     parts = [f"# {run.title}", intro, "## Summary", markdown_table(summary(run, reference))]
     parts += [f"- **{c.verdict}**: {c.text} ({c.measured})" for c in judged]
-    parts += ["## Plans", markdown_table(plan_rows(run))]
-    parts += ["## Predicted and measured", markdown_table(foresight_rows(run))]
+    parts += ["## Plans", markdown_table(_some(plan_rows(run)))]
+    parts += ["## Predicted and measured", markdown_table(_some(foresight_rows(run)))]
     for title, path in files.items():
         parts += [f"## {title}", f"![{title}]({path.name})"]
     return "\n\n".join(parts) + "\n"
@@ -230,8 +239,8 @@ def _html(run: Record, reference: Record | None, intro: str, judged: tuple[Claim
         f"<h1>{html.escape(run.title)}</h1><p>{html.escape(intro)}</p>"
         f"<h2>Summary</h2>{html_table(summary(run, reference))}"
         + (f"<ul>{items}</ul>" if items else "")
-        + f"<h2>Plans</h2>{html_table(plan_rows(run))}"
-        + f"<h2>Predicted and measured</h2>{html_table(foresight_rows(run))}{images}</body></html>\n"
+        + f"<h2>Plans</h2>{html_table(_some(plan_rows(run)))}"
+        + f"<h2>Predicted and measured</h2>{html_table(_some(foresight_rows(run)))}{images}</body></html>\n"
     )
 
 

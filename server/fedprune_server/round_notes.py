@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from fedprune.blobs import BlobStore
+from fedprune.chance import keyed
 from fedprune.coordination import commands as do
 from fedprune.costs import costs_at
 from fedprune.job import Job
+from fedprune.ordered_dropout import TensorAxes, axes_json
+from fedprune.recipe import Recipe
 from fedprune_export.imported import Model
 from fedprune_server.archive import Archive
 from fedprune_server.measure import Hook, Moment
@@ -91,18 +95,37 @@ class Notary:
             )
             notes.measured = {str(k): float(v) for k, v in self._measure(moment).items()}
 
-    def macs(self, offer: Mapping[str, Any], steps: int, samples: int) -> int:
-        """Multiplications of a training, whose steps all count as whole and as wide as the device.
+    def macs(self, device: str, number: int, offer: Mapping[str, Any], steps: int, samples: int) -> int:
+        """Multiplications of a training, forward and backward, each step at the widths that it trained at.
 
         Args:
-            offer: What the device was offered.
+            device: The device's name.
+            number: The round.
+            offer: What it was offered.
             steps: Steps that it took.
             samples: Its training samples.
         """
-        widths, recipe = tuple(offer["widths"]), offer["recipe"]
+        widths, recipe = tuple(offer["widths"]), Recipe.from_dict(offer["recipe"])
+        per_epoch = -(-samples // recipe.batch_size)
+        if not recipe.ordered_dropout:
+            epochs, rest = divmod(steps, per_epoch)
+            return self._per_sample(widths) * (epochs * samples + min(rest * recipe.batch_size, samples))
+        plans = self._axes.plans(widths, recipe.ordered_dropout)
+        total = 0
+        for step in range(1, steps + 1):
+            chosen = int(keyed(offer["seed"], number, device, "widths", step).integers(len(plans)))
+            begun = (step - 1) % per_epoch * recipe.batch_size
+            total += self._per_sample(plans[chosen]) * min(recipe.batch_size, samples - begun)
+        return total
+
+    def _per_sample(self, widths: tuple[int, ...]) -> int:
         if widths not in self._macs:
             self._macs[widths] = costs_at(self._model.architecture, widths).training_macs
-        return self._macs[widths] * int(min(steps * recipe["batch_size"], recipe["epochs"] * samples))
+        return self._macs[widths]
+
+    @cached_property
+    def _axes(self) -> TensorAxes:
+        return TensorAxes.from_json(axes_json(self._model.architecture))
 
     def _coverage(self, parts: Sequence[do.Contribution]) -> list[list[int]]:
         """How many updates held each channel, per group."""

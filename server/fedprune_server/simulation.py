@@ -27,6 +27,7 @@ from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
 from fedprune_export.imported import Model
+from fedprune_server import trainers
 from fedprune_server.checkpoints import write_checkpoint
 from fedprune_server.crew import Crew
 from fedprune_server.measure import Hook
@@ -34,6 +35,7 @@ from fedprune_server.record import Record, record_of
 from fedprune_server.rhythm import Rhythm
 from fedprune_server.round_notes import Notary
 from fedprune_server.simulation_state import Item, Left, SimulationState, Trained, fingerprint
+from fedprune_server.trainers import ONNXRUNTIME
 from fedprune_server.uploads import UPDATE_SIZE, misfit
 from fedprune_server.virtual_device import BLOBS, Bench, VirtualDevice
 from fedprune_server.weather import ALWAYS, Availability, DropOuts, Weather
@@ -44,9 +46,6 @@ _MAX_ATTEMPTS = 20
 
 _MAX_BIRTHS = 200
 """A fleet whose devices came so many times each without a training never gets to one."""
-
-ONNXRUNTIME = "onnxruntime"
-"""The boards' own trainer."""
 
 
 class Simulation:
@@ -214,8 +213,6 @@ class Simulation:
     def _bench(self, scratch: Path) -> Bench:
         if self._trainer == ONNXRUNTIME and self._workers == 1:
             return Bench(self.store, scratch)
-        from fedprune_server import trainers
-
         return trainers.bench(self._trainer, self._workers, self.model, self.store, scratch)
 
     def _event(self, bench: Bench, key: int, item: Item) -> on.Event | None:
@@ -317,7 +314,7 @@ class Simulation:
         except FedpruneError as error:
             self._run.refusal = f"{item.device}: {error}"
             return on.OfferRefused(item.device, item.round, item.attempt, str(error))
-        self._spent(item.device)[2] += self._notary.macs(item.offer, out.steps, device.samples)
+        self._spent(item.device)[2] += self._notary.macs(item.device, item.round, item.offer, out.steps, device.samples)
         event = on.UpdateAnnounced(
             item.device,
             item.round,

@@ -17,6 +17,7 @@ from fedprune.blobs import BlobStore
 from fedprune.costs import costs_at
 from fedprune.errors import PlanError
 from fedprune.job import Job
+from fedprune.ordered_dropout import TensorAxes
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
@@ -405,6 +406,23 @@ def test_what_a_round_cost_is_noted_per_device(build, devices):
         widths = simulation.state.devices[device.name].widths
         macs = costs_at(simulation.model.architecture, widths).training_macs
         assert rounds[0].spent[device.name][2] == 2 * device.samples * macs
+
+
+def test_steps_of_ordered_dropout_count_at_the_widths_that_they_trained(build, devices, monkeypatch):
+    """Widths are watched where the trainer narrows its tensors."""
+    seen = []
+    narrowed = TensorAxes.narrowed
+    monkeypatch.setattr(TensorAxes, "narrowed", lambda *a: seen.append(a[3]) or narrowed(*a))
+    device = devices[0]
+    recipe = Recipe(epochs=9, batch_size=device.samples, ordered_dropout=(0.25,))  # a step an epoch
+    simulation = build(fleet=[device], rounds=1, density=1.0, recipe=recipe)
+    simulation.run()
+    architecture = simulation.model.architecture
+    narrow, whole = (costs_at(architecture, widths_at(architecture, d)).training_macs for d in (0.25, 1.0))
+    assert set(seen) == {widths_at(architecture, 0.25)}
+    assert 0 < len(seen) < 9
+    expected = device.samples * (narrow * len(seen) + whole * (9 - len(seen)))
+    assert simulation.record("x").rounds[0].spent[device.name][2] == expected
 
 
 def test_coverage_counts_the_updates_that_held_a_channel(build):
