@@ -150,20 +150,20 @@ class Workbench:
         )
         report("evaluate", 1, 2)
         work.tensors = {}  # from here on there is memory for the new ones alone, beside the model that is loaded
-        made, kept = work.made(result), work.kept
+        made, kept = work.made(result, self._blobs.put), work.kept
         result = replace(result, tensors={}, squares={}, last_squares={})  # arrays in the loaded graph's memory
         del work, trainer
         self._trainer.release()
-        sent = self._blobs.put(made.sent)
-        made = replace(made, sent=b"")
-        serves: BlobRef | bytes = made.after or sent
+        serves: BlobRef | bytes = made.sent if made.after is None else tensorfile.encode(made.after)
+        made = replace(made, after=None)
         model = self._candidate(offer, serves)
         if made.average is None:
             evaluation.check(model, made.loss)
         evaluation.add(model, "after")
         if made.average is not None:
             del model
-            serves = made.average
+            serves = tensorfile.encode(made.average)
+            made = replace(made, average=None)
             model = self._candidate(offer, serves)
             evaluation.check(model, made.loss)
             evaluation.add(model, "average")
@@ -177,7 +177,7 @@ class Workbench:
             offer.round,
             offer.attempt,
             offer.weights.sha256,
-            sent,
+            made.sent,
             result.samples,
             result.steps,
             evaluation.finite(),

@@ -52,22 +52,23 @@ def averaged(
         return out
     if base.selection == offer.selection:
         if {n: v.shape for n, v in base.average.items()} == {n: v.shape for n, v in trained.items()}:
-            for name, value in trained.items():
-                out[name] = _mixed(base, name, value, decay, mask)
+            for name in out:
+                _mix(out[name], base, name, decay, mask)
     elif base.ranking is not None and base.ranking == offer.ranking and not (axes is None or mask or base.mask):
         _carry(base, offer, out, decay, axes)
     return out
 
 
-def _mixed(
-    base: Own, name: str, value: npt.NDArray[np.float32], decay: float, mask: ElementMask | None
-) -> npt.NDArray[np.float32]:
-    mixed = _mean(base.average[name], value, decay)
+def _mix(value: npt.NDArray[np.float32], base: Own, name: str, decay: float, mask: ElementMask | None) -> None:
+    """Mix the old average into new weights, in their place: boards have no memory to waste."""
+    fresh = None
     if base.mask is not None and name in base.mask.active:
-        mixed = np.where(base.mask.active[name], mixed, value)
+        fresh = value[~base.mask.active[name]]
+    _mean(base.average[name], value, decay)
+    if fresh is not None and base.mask is not None:
+        value[~base.mask.active[name]] = fresh
     if mask is not None and name in mask.active:
-        mixed = np.where(mask.active[name], mixed, np.float32(0))
-    return mixed
+        value[~mask.active[name]] = 0
 
 
 def _carry(base: Own, offer: Offer, out: Tensors, decay: float, axes: TensorAxes) -> None:
@@ -84,9 +85,13 @@ def _carry(base: Own, offer: Offer, out: Tensors, decay: float, axes: TensorAxes
     except BundleError:
         return  # whatever it is, it is no average of this model
     old = axes.narrowed(base.average, base.widths, common)
-    new = axes.narrowed(out, offer.widths, common)
-    axes.write_back(out, {n: _mean(old[n], new[n], decay) for n in out}, offer.widths, common)
+    new = {n: v.copy() for n, v in axes.narrowed(out, offer.widths, common).items()}
+    for name in new:
+        _mean(old[name], new[name], decay)
+    axes.write_back(out, new, offer.widths, common)
 
 
-def _mean(old: Array, new: Array, decay: float) -> npt.NDArray[np.float32]:
-    return np.asarray(np.float32(decay) * old + np.float32(1 - decay) * new, np.float32)
+def _mean(old: Array, new: Array, decay: float) -> None:
+    """decay · old + (1 − decay) · new, in the place of the new."""
+    new *= np.float32(1 - decay)
+    new += np.float32(decay) * old

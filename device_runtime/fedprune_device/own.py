@@ -28,9 +28,9 @@ from fedprune_device import durable
 _LOG = logging.getLogger("fedprune.device")
 
 _FORMAT = "fedprune.own/1"
-_HEAD = "record"
+_HEAD, _DIGEST = "record", "sha256"
+_FIELDS = ("job", "seed", "architecture", "selection", "ranking", "widths", "round")
 _SLOTS = ("a", "b")
-_DIGEST = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,17 +88,15 @@ class Own:
         return mine is not None and mine.shape == tensor.shape
 
     def to_bytes(self) -> bytes:
-        """As a file with its own digest."""
-        names = ("job", "seed", "architecture", "selection", "ranking", "widths", "round")
-        head: dict[str, Any] = {n: getattr(self, n) for n in names}
-        text = json.dumps({"format": _FORMAT, **head, "masked": self.mask is not None}, sort_keys=True)
-        arrays: dict[str, npt.NDArray[Any]] = {_HEAD: np.frombuffer(text.encode(), np.uint8)}
-        arrays |= {f"average/{n}": v for n, v in self.average.items()}
+        """As a tensor file whose head knows a digest of the rest."""
+        arrays: dict[str, npt.NDArray[Any]] = {f"average/{n}": v for n, v in self.average.items()}
         arrays |= {f"personal/{n}": v for n, v in self.personal.items()}
         if self.mask is not None:
             arrays |= {f"mask/{n}": v for n, v in self.mask.to_tensors().items() if n in self.average}
-        raw = tensorfile.encode(arrays)
-        return hashlib.sha256(raw).digest() + raw
+        head = {n: getattr(self, n) for n in _FIELDS} | {"format": _FORMAT, "masked": self.mask is not None}
+        text = json.dumps(head, sort_keys=True).encode()
+        digest = np.frombuffer(_digest(text, arrays), np.uint8)
+        return tensorfile.encode({_HEAD: np.frombuffer(text, np.uint8), _DIGEST: digest, **arrays})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Own:
@@ -107,25 +105,33 @@ class Own:
         Raises:
             StorageError: It is damaged.
         """
-        raw = memoryview(data)[_DIGEST:]
         try:
-            if hashlib.sha256(raw).digest() != data[:_DIGEST]:
+            arrays = tensorfile.decode(data)
+            text, digest = arrays.pop(_HEAD).tobytes(), arrays.pop(_DIGEST).tobytes()
+            if _digest(text, arrays) != digest:
                 raise ValueError("the digest is another")
-            arrays = tensorfile.decode(raw)
-            head = json.loads(arrays[_HEAD].tobytes())
+            head = json.loads(text)
             if head.pop("format") != _FORMAT:
                 raise ValueError("another format")
             parts: dict[str, dict[str, npt.NDArray[Any]]] = {"average": {}, "personal": {}, "mask": {}}
             for name, value in arrays.items():
-                if name != _HEAD:
-                    kind, _, tensor = name.partition("/")
-                    parts[kind][tensor] = value
+                kind, _, tensor = name.partition("/")
+                parts[kind][tensor] = value
             shapes = {n: v.shape for n, v in parts["average"].items()}
             mask = ElementMask.from_tensors(parts["mask"], shapes) if head.pop("masked") else None
             head["widths"] = tuple(head["widths"])
             return cls(**head, average=parts["average"], personal=parts["personal"], mask=mask)
         except (ValueError, KeyError, TypeError, BundleError) as error:
             raise StorageError(f"what the board keeps of its own is damaged ({error})") from error
+
+
+def _digest(text: bytes, arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    """sha256 of a record: of its head, and of all names, types, shapes and bytes in their order."""
+    digest = hashlib.sha256(text)
+    for name, value in arrays.items():
+        digest.update(json.dumps([name, value.dtype.str, value.shape]).encode())
+        digest.update(np.ascontiguousarray(value).data)
+    return digest.digest()
 
 
 class Shelf(Protocol):
@@ -167,6 +173,10 @@ class KeptOwn:
                 continue
             if found.precedes(offer) and (self.base is None or found.round > self.base.round):
                 self._place, self.base = place, found
+
+    def release(self) -> None:
+        """Forget what the round began with; on the shelf it stays."""
+        self.base = None
 
     def put(self, own: Own) -> None:
         """Keep what the round leaves, and what it began with.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -10,6 +11,7 @@ import numpy as np
 from fedprune import step, tensorfile
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
+from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Offer
 from fedprune_device.average import averaged
 from fedprune_device.data import LocalData
@@ -21,19 +23,19 @@ from fedprune_device.trainer import Trainer, TrainingResult
 
 @dataclass(frozen=True)
 class Made:
-    """What training leaves, once its graph and its arrays are gone.
+    """What training leaves, in memory that outlives its graph.
 
     Attributes:
         sent: The file that the server gets.
-        after: The trained model's file; None where it is the one that is sent.
-        average: The file of the board's own average, where there is one.
+        after: The trained model as it predicts; None where it is the file that is sent.
+        average: The board's own average as it predicts, where there is one.
         own: What the board keeps, where it keeps anything.
         loss: What the training graph says of the model that is to serve, where it computes the same as inference.
     """
 
-    sent: bytes
-    after: bytes | None
-    average: bytes | None
+    sent: BlobRef
+    after: Tensors | None
+    average: Tensors | None
     own: Own | None
     loss: float | None
 
@@ -88,18 +90,24 @@ class Work:
     def before(self) -> bytes | None:
         """The file of the offered model as it predicts here; None where it is the one that was received."""
         own = self.kept is not None and self.kept.base is not None and bool(self._personal)
-        return self._file(self.tensors) if own or self.mask is not None or self._calibrates else None
+        changed = own or self.mask is not None or self._calibrates
+        return tensorfile.encode(self._predicting(self.tensors)) if changed else None
 
-    def made(self, result: TrainingResult) -> Made:
+    def made(self, result: TrainingResult, put: Callable[[bytes], BlobRef]) -> Made:
         """What comes of the training.
+
+        Args:
+            result: What training gave.
+            put: Takes the file that the server gets.
 
         Raises:
             TrainingError: The training graph fails on it.
+            StorageError: The disk fails or is full.
         """
         trained, recipe, trainer = result.tensors, self._recipe, self._trainer
         whole = self.mask is None and not (trainer.frozen or self._personal or recipe.report_squares)
         after = trained if whole and not self._calibrates else self._predicting(trained)
-        sent = tensorfile.encode(self._sent(result, after))
+        sent = put(tensorfile.encode(self._sent(result, after)))
         average: Tensors = {}
         if recipe.average:
             base = None if self.kept is None else self.kept.base
@@ -108,35 +116,26 @@ class Work:
         if self.kept is not None:
             personal = {n: np.array(v) for n, v in trained.items() if n in self._personal}
             own = Own.of(self._offer, average, personal, self.mask if average else None)
+            self.kept.release()
         loss = None
         if not trainer.normalised:
             model = self._effective(average or trained)
             loss = trainer.loss(model, self._data, recipe, self._offer.classes, PROBE_SAMPLES)
-        return Made(
-            sent,
-            None if after is trained else tensorfile.encode(after),
-            self._file(average) if average else None,
-            own,
-            loss,
-        )
+        kept = None
+        if after is not trained:  # most of these arrays lie in the memory of the training graph
+            kept = {n: np.array(v) if v is trained[n] else v for n, v in after.items()}
+        return Made(sent, kept, self._predicting(average) if average else None, own, loss)
 
     def _sent(self, result: TrainingResult, after: Tensors) -> Tensors:
-        """What the server gets: what was trained, without what is frozen, which it has, and what is personal.
-
-        Statistics are those that training left, which are nearer to those of the averaged weights than the board's own.
-        Only those of scaled layers are of another model than the one that is trained.
-        """
-        tensors, trainer, recipe = result.tensors, self._trainer, self._recipe
-        if self._calibrates and recipe.scale != 1:
+        """What the server gets: what was trained, without what is frozen, which it has, and what is personal."""
+        tensors, trainer = result.tensors, self._trainer
+        if self._calibrates:  # those that training left are mostly of the weights that were received
             tensors = {n: v if n in trainer.trainable else after[n] for n, v in tensors.items()}
         sent = {n: v for n, v in tensors.items() if n not in self._personal and n not in trainer.frozen}
         squares = {n: result.last_squares[n] for n in sent if n in result.last_squares}
         if self.mask is not None:
             sent, squares = self.mask.pack(sent), self.mask.pack(squares)
         return sent | {step.squares(n): v for n, v in squares.items()}
-
-    def _file(self, tensors: Tensors) -> bytes:
-        return tensorfile.encode(self._predicting(tensors))
 
     def _predicting(self, tensors: Tensors) -> Tensors:
         """Weights as they predict, with statistics of the board's own where it measures them."""

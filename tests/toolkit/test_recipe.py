@@ -218,6 +218,11 @@ def test_what_a_board_keeps_beside_a_round_is_counted(setting: dict[str, Any], f
     assert Recipe.from_dict(setting).own_files == files
 
 
+def test_what_a_board_holds_beside_training_is_counted() -> None:
+    settings = [Recipe(), Recipe(average=0.5), Recipe(patience=1), Recipe(average=0.5, patience=1)]
+    assert [r.own_copies for r in settings] == [0, 2, 1, 3]
+
+
 @pytest.mark.parametrize("setting", [{"calibrate": True}, {"personal": ["a*"]}, {"patience": 2}], ids=str)
 def test_what_the_graph_has_no_part_in_needs_no_other_graph(setting: dict[str, Any]) -> None:
     assert Recipe.from_dict(setting).features == Features()

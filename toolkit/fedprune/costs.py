@@ -101,7 +101,7 @@ class Costs:
         """All tensors as float32."""
         return FLOAT * self.parameters
 
-    def training_bytes(self, batch: int, features: Features, samples: int, trained: float = 1.0) -> int:
+    def training_bytes(self, batch: int, features: Features, samples: int, trained: float = 1.0, own: int = 0) -> int:
         """Peak memory of a process that trains.
 
         Args:
@@ -109,11 +109,12 @@ class Costs:
             features: Features of the training graph: anchors, masks, sums and an optimiser's state take memory.
             samples: Local samples, which it holds as float32.
             trained: Share of the parameters that are trained; the others are only held.
+            own: Further copies of all weights that it holds (`Recipe.own_copies`).
         """
         more = 2 * (features.proximal + features.element_mask + features.threshold)
         more += 2 * (len(step.states(features.optimizer)) - 1)
         more += features.gradients + features.accumulate + features.squares
-        copies = FROZEN_COPIES + trained * (WEIGHT_COPIES - FROZEN_COPIES + more)
+        copies = own + FROZEN_COPIES + trained * (WEIGHT_COPIES - FROZEN_COPIES + more)
         activations = batch * (KEPT_COPIES * self.kept_bytes + TRANSIENTS * self.largest_bytes)
         fixed = RUNTIME_BYTES + VALUE_BYTES * self.values
         return int(fixed + copies * self.parameter_bytes + activations + samples * self.sample_bytes)

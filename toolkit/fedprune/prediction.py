@@ -144,6 +144,7 @@ def predict(
             recipe.features,
             samples,
             _trained(architecture, widths, recipe, costs.parameters),
+            recipe.own_copies,
         ),
         inference_bytes=costs.inference_bytes(1),
         storage_bytes=costs.storage_with(recipe.own_files),

@@ -136,7 +136,7 @@ class Recipe:
         average: Share of the old average that the board's own moving average of trained weights keeps every round; it
             is what serves, and its accuracy is reported. 0 for none: the last weights serve.
         calibrate: After training, one pass over the local training samples measures batch-norm statistics anew, for
-            what is evaluated, averaged and serves; the update has those that training left.
+            what is evaluated, serves and is sent.
         personal: Patterns of tensors that stay on the board: they are not part of its updates, and its own last ones
             take the place of those received.
         scale: The outputs of every layer with weights, but the last, are multiplied by this in training alone
@@ -282,6 +282,14 @@ class Recipe:
         """
         serves = self.calibrate or self.average > 0 or bool(self.personal) or self.mask != "none" or self.report_squares
         return int(serves) + 2 * ((self.average > 0) + bool(self.personal)) + self.report_squares
+
+    @property
+    def own_copies(self) -> int:
+        """Copies of all weights that a board holds in memory besides those of training.
+
+        Those are the average as it was and as it is, and the best epoch's weights.
+        """
+        return 2 * (self.average > 0) + (self.patience > 0)
 
     @property
     def micro_batch(self) -> int:
