@@ -1,7 +1,8 @@
 """What folding ten updates of a ResNet-18 costs: `python benchmarks/aggregation.py`.
 
 Times are CPU time of one thread. All ways run in turn within each repetition, so that neighbours on the machine hit
-them alike; ratios are taken within a repetition. Flower's own functions take part where `flwr` is installed.
+them alike; ratios are taken within a repetition. Flower's own functions take part where `flwr` is installed, as in the
+environment that `make test` makes for it: `PYTHONPATH=toolkit build/flower/bin/python benchmarks/aggregation.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,15 @@ from synthetic_nets import parameters, resnet18, setting, weights, write
 
 from fedprune.aggregation import Fold
 from fedprune.architecture import Architecture, widths_at
+from fedprune.element_mask import ElementMask
 from fedprune.scoring import random_ranks
 from fedprune.selection import Selection, Tensors
+from fedprune.strategies.means import Mean
+from fedprune.strategies.robust import Robust, Robustness
+from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
 
 CLIENTS = 10
-REPEATS = 7
+REPEATS = 5
 DENSITIES = (1.0, 0.75, 0.5, 0.25)
 BLOCK = 65_536
 
@@ -44,6 +50,60 @@ def fold(architecture: Architecture, base: Tensors, given: Updates, **options: A
         for selection, part, weight in given:
             sums.add(selection, part, weight, 10)
         return sums.close()[0]
+
+    return run
+
+
+def masked(architecture: Architecture, base: Tensors, given: Updates) -> Callable[[], Tensors]:
+    """Updates of which a random half of every tensor's elements counts."""
+    dice = np.random.default_rng(0)
+    masks = [
+        ElementMask({t.name: dice.random(part[t.name].shape, np.float32) < 0.5 for t in architecture.trainable})
+        for _, part, _ in given
+    ]
+
+    def run() -> Tensors:
+        sums = Fold(architecture, base)
+        for (selection, part, weight), mask in zip(given, masks, strict=True):
+            sums.add(selection, part, weight, 10, mask=mask)
+        return sums.close()[0]
+
+    return run
+
+
+def moved(architecture: Architecture, base: Tensors, given: Updates) -> Callable[[], Tensors]:
+    """Updates of an earlier model, which move the base as they moved that."""
+    earlier = [{n: v - np.float32(1e-3) for n, v in part.items()} for _, part, _ in given]
+
+    def run() -> Tensors:
+        sums = Fold(architecture, base)
+        for (selection, part, weight), sent in zip(given, earlier, strict=True):
+            sums.add(selection, part, weight, 10, sent=sent)
+        return sums.close()[0]
+
+    return run
+
+
+def robust(architecture: Architecture, base: Tensors, given: Updates, how: Robustness) -> Callable[[], Tensors]:
+    """A round through an aggregator that clips, checks or takes medians; reading updates again costs nothing here."""
+    scene = Scene(architecture, 0, 1, base)
+    reports = [
+        Report(
+            Cut(scene, Turn(0, 1, f"d{k}", selection.widths), selection),
+            Submodel(selection, part),
+            weight,
+            10,
+            partial(Submodel, selection, part),
+        )
+        for k, (selection, part, weight) in enumerate(given)
+    ]
+    aggregator = Robust(Mean(), how)
+
+    def run() -> Tensors:
+        sums = aggregator.fold(scene, evidence=False)
+        for report in reports:
+            aggregator.add(sums, report, report.trained)
+        return aggregator.close(sums, scene, 1.0, lambda: ((r, r.trained) for r in reports)).model
 
     return run
 
@@ -130,6 +190,11 @@ def main() -> None:
         "fold, mixed widths, one ranking": (fold(net, base, ranked), ranked),
         "fold, mixed widths, one ranking, fill": (fold(net, base, ranked, rule="fill"), ranked),
         "fold, mixed widths, a ranking per device": (fold(net, base, various), various),
+        "fold, whole, masks of elements": (masked(net, base, whole), whole),
+        "fold, whole, moves of earlier models": (moved(net, base, whole), whole),
+        "robust, whole, clipped": (robust(net, base, whole, Robustness(clip=1e-6)), whole),
+        "robust, whole, checked by norm and cosine": (robust(net, base, whole, Robustness(check="both")), whole),
+        "robust, mixed widths, one ranking, median": (robust(net, base, ranked, Robustness(centre="median")), ranked),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(REPEATS + 1):
