@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedprune.strategies import ca_hfp, fedavg, fedper, heterofl
+from fedprune.strategies import ca_hfp, fedavg, fedper, heterofl, subflot
 from fedprune.strategies.robust import Robustness
 
 PAGES = Path(__file__).parents[2] / "docs/strategies"
@@ -19,6 +19,7 @@ TABLES = [
     ("heterofl", (heterofl.Options,), {}),
     ("ca-hfp", (ca_hfp.Options,), {}),
     ("fedper", (fedper.Options, fedper.LocalOptions, fedper.HistoryOptions), {"personal": "`@head`"}),
+    ("subflot", (subflot.Options,), {}),
     ("robust", (Robustness,), {"check": "none"}),
 ]
 

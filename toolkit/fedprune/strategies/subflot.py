@@ -140,7 +140,7 @@ def subflot(job: Job) -> Strategy:
                 expected=f"a recipe without {key}",
                 hint="Tensors that must stay as they are go with fedavg, fedper or heterofl.",
             )
-    default = () if options.planned else RATES
+    densities = options.densities or (() if options.planned or job.density else RATES)
     return Strategy(
         name,
         scorer=ByName("ordered"),
@@ -150,6 +150,6 @@ def subflot(job: Job) -> Strategy:
         aggregator=Mean(weighting=options.weighting),
         personaliser=Nobody(),
         objective=Anchored(options.sar),
-        allocator=dealt(job, options.densities, options.shares, options.by, options.every, default=default),
+        allocator=dealt(job, densities, options.shares, options.by, options.every),
         keeps_past=True,
     )

@@ -235,14 +235,14 @@ class _Alignment:
     def _unwritten(self, group: int) -> Coupling:
         """The map of a group that no layer has written to before it is read.
 
-        An embedding is such a writer: its channels are its columns. With none, channels keep their order.
+        An embedding is such a writer: its channels are its columns, also where a last layer shares its table. With
+        none, channels keep their order.
         """
         weights = {n.weight for n in self.architecture.layers}
-        for spec in self.architecture.tensors:
-            if spec.kind is not TensorKind.WEIGHT or spec.name in weights:
-                continue
+        tables = [t for t in self.architecture.tensors if t.kind is TensorKind.WEIGHT]
+        for spec in sorted(tables, key=lambda t: t.name in weights):
             axes = [i for i, a in enumerate(spec.axes) if group in a.groups]
-            others = {g for i, a in enumerate(spec.axes) if i not in axes for g in a.groups}
+            others = {g for a in spec.axes for g in a.groups} - {group}
             if len(axes) == 1 and not others:
                 axis = spec.axes[axes[0]]
                 a = channel_rows(self.source[spec.name], axes[0], self._at(axis, source=True), group)
