@@ -59,6 +59,22 @@ def page(protocol: Protocol, runs: Sequence[Run], header: dict[str, Any]) -> str
     return "\n".join(lines) + "\n"
 
 
+def in_short(protocol: Protocol, runs: Sequence[Run], date: str) -> list[str]:
+    """A few columns of the table, for a page that has many of them."""
+    kept = ("after", "average", "before", "global", "MB a device", "TMAC")
+    columns = _at_equal_rounds(protocol)
+    shown = [
+        c for place, c in enumerate(columns)
+        if c[0] in kept or c[0].startswith("s to") or (c[2] < 0 and columns[place - 1][0] in kept)
+    ]  # fmt: skip
+    seeds = sorted({r["seed"] for r in runs})
+    link = f"[{protocol.title}](../benchmarks/results/accuracy/{protocol.name}.md)"
+    said = (
+        f"{link}, {date}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; Δ to {protocol.reference}:"
+    )
+    return ["", said, "", *_table(protocol, runs, shown), ""]
+
+
 _EQUAL_BYTES = (
     "Methods that send more than {reference} in as many rounds, at the round in which they have sent what it sends "
     "in all; the same shares of those rounds are averaged."

@@ -155,6 +155,8 @@ def run(
         clock.write_text(json.dumps(used()))
         if not quiet:
             found = {k: round(v, 3) for k, v in simulation.measured.get(done, {}).items() if not k.endswith("_loss")}
+            if not found:
+                return
             print(f"{method.name} seed {seed}: round {done}/{simulation.job.rounds} {found}", flush=True)
 
     record = simulate(experiment, place, progress)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,3 +130,21 @@ def test_the_same_run_gives_the_same_numbers_and_a_page(accuracy, tmp_path, monk
     assert "+10.0" in rows[0]
     assert len(rows) >= 2  # it is among the costlier ones, too
     assert "Not run yet (seeds): slices (1, 2), la (1, 2)" in text
+
+
+def test_the_page_about_papers_names_tables_that_there_are(accuracy, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.accuracy.docs import filled
+
+    text = (ROOT / "docs/reproduce-a-paper.md").read_text()
+    named = set(re.findall(r"<!-- results: (\S+) -->", text)) | set(
+        re.findall(r"benchmarks\.accuracy ([a-z][\w-]+)", text)
+    )
+    assert named - {"list"} <= TABLES.keys()
+    assert {n for n, p in TABLES.items() if p.full} <= named
+    rounds = [{"round": 1, "at": 1.0, "down": 9, "up": 9, "macs": 1e12, "measured": {"global": 0.5}, "own": {}}]
+    runs = [{"method": "subflot", "seed": 0, "rounds": rounds, "devices": {"a": [1.0, 1, 1]}}]
+    (tmp_path / "subflot-regime.json").write_text(json.dumps({"runs": runs, "date": "today"}))
+    once = filled(text, tmp_path)
+    assert "| subflot | 50.0 |" in once
+    assert filled(once, tmp_path) == once

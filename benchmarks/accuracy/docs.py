@@ -1,0 +1,33 @@
+"""Puts tables of results into `docs/reproduce-a-paper.md`: `python -m benchmarks.accuracy.docs`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks.accuracy.page import in_short
+from benchmarks.accuracy.protocols import PROTOCOLS
+
+PAGE = Path("docs/reproduce-a-paper.md")
+RESULTS = Path("benchmarks/results/accuracy")
+
+_PLACE = re.compile(r"(<!-- results: ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str, results: Path) -> str:
+    """The page with every table that there are results of."""
+
+    def table(match: re.Match[str]) -> str:
+        path = results / f"{match[2]}.json"
+        if not path.exists():
+            return match[0]
+        found = json.loads(path.read_text())
+        lines = in_short(PROTOCOLS[match[2]], found["runs"], found["date"])
+        return match[1] + "\n".join(lines) + "\n" + match[4]
+
+    return _PLACE.sub(table, text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(), RESULTS))
