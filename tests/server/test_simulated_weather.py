@@ -265,6 +265,27 @@ def test_trainings_that_go_together_are_the_same_after_a_kill(build, monkeypatch
     assert all(group in seen for group in groups)
 
 
+@pytest.mark.parametrize("trainings", [1, 4, 5, 8])
+def test_what_boards_keep_is_as_old_as_the_state_that_a_killed_run_goes_back_to(build, trainings):
+    """Averages and personal tensors of trainings that a kill has undone must not be the start of the same trainings."""
+    keeping = Recipe(max_steps=1, average=0.5, calibrate=True, personal=("fc.*", "*bias"))
+    whole = build("whole", recipe=keeping, rounds=3)
+    whole.run()
+    assert any("accuracy_average" in d["metrics"] for d in whole.state.history[-1]["devices"].values())
+    left = [trainings]
+
+    def kill(_):
+        left[0] -= 1
+        if not left[0]:
+            raise KillError
+
+    with pytest.raises(KillError):
+        build("killed", recipe=keeping, rounds=3).run(kill)
+    resumed = build("killed", recipe=keeping, rounds=3)
+    assert resumed.run() == whole.state.history
+    assert set(resumed.store.names()) == set(whole.store.names())
+
+
 def test_a_finished_round_is_written_once(build, tmp_path):
     """What a save writes does not grow with the rounds behind it."""
     sizes = {}
