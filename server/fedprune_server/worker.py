@@ -237,24 +237,24 @@ class Worker:
         fold, _ = self._sums(command.round, command.model, command.memory)
         scene = self._scene(command.round, command.model, command.memory, command.participants)
 
-        model, left_out = command.model, frozenset[str]()
+        model, rejected = command.model, dict[str, str]()
 
         def reports() -> Iterator[Report]:
-            return (self._report(found) for found in command.contributions if found.part.device not in left_out)
+            return (self._report(found) for found in command.contributions if found.part.device not in rejected)
 
         memories: Memories = {}
         if command.round > self.strategy.explores or self.strategy.explorers_count:
             closing = self.strategy.aggregator.close(
                 fold, scene, command.rate, lambda: ((r, self._lifted(r)) for r in reports())
             )
-            for device, reason in sorted(closing.rejected.items()):
+            memories, rejected = closing.memories, dict(sorted(closing.rejected.items()))
+            for device, reason in rejected.items():
                 log.warning("update of %s in round %d doesn't count: %s", device, command.round, reason)
-            memories, left_out = closing.memories, frozenset(closing.rejected)
             model = self._put_model(closing.model, scene, command)
         # Last, so that a scorer learns from what counted.
         memories = memories | self.strategy.scorer.learn(scene, fold, reports)
         self._fold = None
-        return on.Closed(command.round, model, self._remembered(command.memory, memories))
+        return on.Closed(command.round, model, self._remembered(command.memory, memories), rejected)
 
     def _put_model(self, tensors: Tensors, scene: Scene, command: do.Close) -> str:
         """Store the next model; what doesn't travel keeps its bits, which sums would round."""

@@ -165,6 +165,37 @@ def test_rows_of_absent_labels_are_left_to_those_that_have_them(
         assert all(got[n].tobytes() == everyone[n].tobytes() for n in body)
 
 
+def test_a_device_that_stands_out_is_left_out_and_the_history_says_why(
+    model: Any, fleet: tuple[Any, list[VirtualDevice]], tmp_path: Path
+) -> None:
+    """Five boards with data, and one that calls everything 0."""
+    data, devices = fleet
+    names = [f"d{i}" for i in range(6)]
+    dealt, kind = deal(names, seed=1), devices[0].profile
+    boards = []
+    for name in names:
+        own: LocalData = dealt.devices[name]
+        bad = replace(own, y_train=own.y_train * 0) if name == "d3" else own
+        boards.append(VirtualDevice(name, kind, bad))
+    models = {}
+    for label, members in (("checked", boards), ("without", [b for b in boards if b.name != "d3"])):
+        job = Job(
+            name="t", seed=3, rounds=1, devices=len(members), strategy="ca-hfp",
+            options={"densities": [1.0], "robust": {"check": "norm"} if label == "checked" else None},
+            recipe=Recipe(max_steps=2, batch_size=16),
+        )  # fmt: skip
+        store = BlobStore(tmp_path / label / "blobs", durable=False)
+        simulation = Simulation(job, model, members, (data.x, data.y), store, folder=tmp_path / label)
+        simulation.run()
+        models[label] = simulation
+    row = models["checked"].state.history[0]["devices"]
+    assert {n for n, d in row.items() if d["progress"] == "refused"} == {"d3"}
+    assert "deviations above the median" in row["d3"]["reason"]
+    assert models["checked"].state.devices["d3"].past is None
+    assert models["checked"].state.model == models["without"].state.model
+    assert models["checked"].state.memory == models["without"].state.memory  # evidence is as clean
+
+
 def only(device: VirtualDevice, labels: list[int]) -> VirtualDevice:
     data: LocalData = device.load()
     kept = np.isin(data.y_train, labels)

@@ -339,6 +339,9 @@ class AsynchronousCoordinator(Desk):
             return []
         for name in state.closing["fresh"]:
             task = state.tasks[name]
+            if name in event.rejected:
+                task.reject(event.rejected[name])
+                continue
             found = self._contribution(name, task, state.closing["weights"][name])
             state.devices[name].buffer = self._shares.buffer(task, plain(found))
             self._keep_past(name, task)

@@ -321,7 +321,9 @@ class Coordinator(Desk):
         if state.phase is not Phase.CLOSING or event.round != state.round:
             return []
         for name, task in state.tasks.items():
-            if task.progress is Progress.FOLDED:
+            if name in event.rejected:
+                task.reject(event.rejected[name])
+            elif task.progress is Progress.FOLDED:
                 self._keep_past(name, task)
         state.model, state.memory = event.model, dict(event.memory)
         state.phase = Phase.EVALUATING

@@ -99,11 +99,19 @@ class Folded:
 
 @dataclass(frozen=True)
 class Closed:
-    """The round's sums have become a new global model; `memory` is all that the job remembers from now on."""
+    """The round's sums have become a new global model.
+
+    Attributes:
+        round: The round.
+        model: Digest of the model.
+        memory: All that the job remembers from now on, by name.
+        rejected: Devices whose updates didn't count after all, since they stand out among the others, and why.
+    """
 
     round: int
     model: str
     memory: dict[str, str] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,13 @@ class Task:
     arrived_at: float | None = None
     deadline: float | None = None
 
+    def reject(self, reason: str) -> None:
+        """Note that its update doesn't count, though it was in the sums: it stood out among the others.
+
+        That is no failure of the device, which is asked again as if nothing had happened: its data may be what is odd.
+        """
+        self.progress, self.reason = Progress.REFUSED, reason
+
     def summary(self) -> dict[str, Any]:
         """What a finished round keeps of it, as JSON."""
         return {
