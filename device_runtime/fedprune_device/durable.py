@@ -20,8 +20,13 @@ TEMPORARY = ".new-"
 """How names of unfinished files begin; whoever opens a folder may delete what an earlier process left."""
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Replace a file's content: after a crash at any moment it has the old content or the new one.
+
+    Args:
+        path: The file.
+        data: The new content.
+        sync: Whether that holds for power cuts, too.
 
     Raises:
         StorageFullError: No room; the old content is untouched.
@@ -31,13 +36,20 @@ def write(path: Path, data: bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         new.replace(path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
 
 
-def place(source: Path, path: Path) -> None:
+def place(source: Path, path: Path, *, sync: bool = True) -> None:
     """Put a file that never changes at a second path, as a hard link where the disk has them, else as a copy.
+
+    Args:
+        source: The file.
+        path: Where to.
+        sync: Whether it is whole after a power cut, too.
 
     Raises:
         StorageFullError: No room; what was at `path` is untouched.
@@ -52,10 +64,12 @@ def place(source: Path, path: Path) -> None:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
                 raise
             shutil.copyfile(source, new)
-            with new.open("rb") as file:
-                os.fsync(file.fileno())
+            if sync:
+                with new.open("rb") as file:
+                    os.fsync(file.fileno())
         new.replace(path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
 
 
 def move(source: Path, path: Path) -> None:

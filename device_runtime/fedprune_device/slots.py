@@ -84,10 +84,12 @@ class Slots:
 
     Args:
         root: The folder; made when something is first written.
+        lasting: Whether staged models must outlive a power cut; where none is ever installed, they need not.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, lasting: bool = True) -> None:
         self._root = root
+        self._lasting = lasting
 
     def prepare(self) -> None:
         """Make the folders and clear away what a killed process left.
@@ -115,11 +117,11 @@ class Slots:
             StorageError: The disk fails.
         """
         folder = self._root / _STAGE
-        durable.place(inference, folder / GRAPH)
+        durable.place(inference, folder / GRAPH, sync=self._lasting)
         if isinstance(weights, Path):
-            durable.place(weights, folder / WEIGHTS)
+            durable.place(weights, folder / WEIGHTS, sync=self._lasting)
         else:
-            durable.write(folder / WEIGHTS, weights)
+            durable.write(folder / WEIGHTS, weights, sync=self._lasting)
         return folder
 
     def install(self, record: Serving) -> Serving:

@@ -202,7 +202,7 @@ class TorchBench(PreparedBench):
 
         def piece(place: int, device: VirtualDevice, offer: dict[str, Any], number: int) -> Done:
             recipe = Recipe.from_dict(offer["recipe"])
-            slots = Slots(self._folder / f"slots-{place}")
+            slots = Slots(self._folder / f"slots-{place}", lasting=False)
             slots.prepare()
             # Narrower steps are written into a board's arrays, which must then be its own.
             resident = self._resident and not recipe.ordered_dropout

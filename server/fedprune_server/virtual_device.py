@@ -180,7 +180,7 @@ class Bench:
     def __init__(self, store: BlobStore, folder: Path) -> None:
         self.boards: dict[str, str] = {}
         self._store = store
-        self._slots = Slots(folder)
+        self._slots = Slots(folder, lasting=False)
         self._slots.prepare()
         self._trainer = LoadedTrainer(keep=True)
 
