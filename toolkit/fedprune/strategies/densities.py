@@ -37,10 +37,15 @@ def dealt(
         if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
             raise ConfigError(f"job: option {name} of {job.strategy}", expected="numbers", got=shown(list(values)))
     choice(job.strategy, "by", by, ("name", "chance"))
-    if densities:
-        return Tiers(tuple(densities), tuple(shares), cast(Literal["name", "chance"], by), every)
-    if job.density:
-        return Fixed(job.density)
-    if len(default) == 1:
+    if not densities and not job.density and len(default) == 1:
         return Fixed(default[0])
-    return Tiers(tuple(default)) if default else None
+    tiers = densities or (() if job.density else default)
+    if tiers:
+        return Tiers(tuple(tiers), tuple(shares), cast(Literal["name", "chance"], by), every)
+    if shares or by != "name" or every:
+        raise ConfigError(
+            f"job: options shares, by and every of {job.strategy}",
+            expected="densities to deal",
+            got="the job's density" if job.density else "the planner's widths",
+        )
+    return Fixed(job.density) if job.density else None
