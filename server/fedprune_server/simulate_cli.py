@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what follows needs packages of an extra; the command line d
 
 PROG = "fedprune-simulate"
 COMPARE = "compare"
+SWEEP = "sweep"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == [COMPARE]:
         return run_command(PROG, build_compare_parser, given[1:])
+    if given[:1] == [SWEEP]:
+        return run_command(PROG, build_sweep_parser, given[1:])
     return run_command(PROG, build_parser, given)
 
 
@@ -35,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROG,
         description="Simulate a fleet on a virtual clock and write its report.",
-        epilog=f"`{PROG} {COMPARE} DIR... --out DIR` puts several runs into one report. "
+        epilog=f"`{PROG} {COMPARE} DIR... --out DIR` puts several runs into one report; "
+        f"`{PROG} {SWEEP} FILE --out DIR` does many runs side by side. "
         "Exit codes are explained in docs/exit-codes.md.",
     )
     parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
@@ -72,6 +76,21 @@ def build_compare_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def build_sweep_parser() -> argparse.ArgumentParser:
+    """The grammar of `fedprune-simulate sweep`."""
+    parser = argparse.ArgumentParser(
+        prog=f"{PROG} {SWEEP}", description="Simulate a fleet again and again, with other settings each time."
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="a TOML file: config, seeds, and [[runs]]")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the runs' folders; finished runs are kept"
+    )
+    parser.add_argument("--workers", type=whole_number, default=1, metavar="N", help="so many runs at a time")
+    parser.add_argument("--ray", action="store_true", help="on a Ray cluster, which must see DIR and the data")
+    parser.set_defaults(run=with_extra("server", _sweep))
+    return parser
+
+
 def _run(options: argparse.Namespace) -> int:
     from fedprune_server.report import summary_text, write_report
     from fedprune_server.simulated_fleet import demo_plan, read_plan
@@ -100,6 +119,26 @@ def _compare(options: argparse.Namespace) -> int:
     print(comparison_text(runs, tuple(options.target or ())))
     print(f"\nReport: {page}")
     return int(ExitCode.OK)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from fedprune_server.comparison import comparison_text, read_runs, write_comparison
+    from fedprune_server.runs import carry_out
+    from fedprune_server.runs_progress import Watching
+    from fedprune_server.sweep import read_sweep, simulated
+
+    runs, out = read_sweep(options.file), _folder(options.out)
+    with Watching() as watching:
+        ended = carry_out(simulated, runs, out, workers=options.workers, ray=options.ray, watch=watching.show)
+    failed = [e for e in ended if e.result is None]
+    done = [out / e.name for e in ended if e.result is not None]
+    if done:
+        records = read_runs(done)
+        page = write_comparison(out, records)
+        print(f"{comparison_text(records)}\n\nReport: {page}")
+    for run in failed:
+        print(f"{run.name} failed: {run.error.splitlines()[-1]}", file=sys.stderr)
+    return int(ExitCode.TRAINING if failed else ExitCode.OK)
 
 
 def _folder(out: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fedprune.errors import ConfigError
 from fedprune.job import Job
@@ -36,7 +37,15 @@ class Plan(Experiment):
         return None if self.reference is None else replace(self, title=TITLE, job=self.reference, reference=None)
 
 
-def read_plan(path: Path, *, reference: bool = False, seed: int | None = None, rounds: int | None = None) -> Plan:
+def read_plan(
+    path: Path,
+    *,
+    reference: bool = False,
+    seed: int | None = None,
+    rounds: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+    title: str = "",
+) -> Plan:
     """Read a `fleet.toml` with a [[devices]] table. What only a server needs, [server], is not looked at.
 
     Args:
@@ -44,12 +53,14 @@ def read_plan(path: Path, *, reference: bool = False, seed: int | None = None, r
         reference: Whether the job is compared with FedAvg.
         seed: Instead of the job's.
         rounds: Instead of the job's.
+        changes: Tables of which single keys replace those of the file's.
+        title: Instead of the job's name.
 
     Raises:
         ConfigError: It can't be read, or a key is missing, unknown or wrong; the message names it.
         FedpruneError: Model, data or a profile can't be read; the message names the table and the key.
     """
-    body = read_toml(path, ConfigError)
+    body = _changed(read_toml(path, ConfigError), changes or {})
     config = parse_config({k: v for k, v in body.items() if k != "server"}, str(path), path.parent)
     if config.model is None:
         raise ConfigError(f"{path}: [model] path is missing", expected="an ONNX file")
@@ -83,7 +94,7 @@ def read_plan(path: Path, *, reference: bool = False, seed: int | None = None, r
             *evaluation, densities=settings.densities, calibration=calibration, every=settings.every, sets=sets
         )
     return Plan(
-        job.name,
+        title or job.name,
         job,
         model,
         devices,
@@ -98,6 +109,15 @@ def read_plan(path: Path, *, reference: bool = False, seed: int | None = None, r
         settings.workers,
         fedavg(job) if reference else None,
     )
+
+
+def _changed(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables with other values for some of their keys; tables within tables are changed key by key, too."""
+    out = dict(body)
+    for key, value in changes.items():
+        old = out.get(key)
+        out[key] = _changed(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
 
 
 def _federation(body: object, devices: object, path: Path) -> DataPlan:

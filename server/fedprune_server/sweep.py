@@ -1,0 +1,102 @@
+"""Sweeps: one `fleet.toml` simulated again and again, with other settings each time.
+
+A sweep's file names the `fleet.toml` and has a table for each variant, whose keys replace those of the same tables:
+
+    config = "fleet.toml"
+    seeds = [0, 1, 2]
+
+    [[runs]]
+    name = "heterofl"
+    job = { strategy = "heterofl" }
+
+    [[runs]]
+    name = "ours"
+    job = { strategy = "fedprune", rounds = 20 }
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedprune.errors import ConfigError, shown
+from fedprune.toml_file import read_toml
+from fedprune_server.runs import Report, Run
+
+_KEYS = ("config", "seeds", "runs")
+_OWN = ("name", "seeds")
+_MOST_SEEDS = 1000
+
+
+def read_sweep(path: Path) -> list[Run]:
+    """The runs of a sweep's file: each variant with each of its seeds.
+
+    Raises:
+        ConfigError: It can't be read, or a key is missing, unknown or wrong.
+    """
+    body = read_toml(path, ConfigError)
+    for key in body:
+        if key not in _KEYS:
+            raise ConfigError(f"{path}: unknown key {key!r}", expected=f"one of {', '.join(_KEYS)}")
+    config = body.get("config")
+    if not isinstance(config, str) or not (path.parent / config).is_file():
+        raise ConfigError(f"{path}: config", expected="a fleet.toml that exists", got=shown(config))
+    rows = body.get("runs")
+    if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
+        raise ConfigError(f"{path}: [[runs]]", expected="a table with a name for each variant")
+    common = _seeds(body.get("seeds", [0]), f"{path}: seeds")
+    return [
+        run
+        for number, row in enumerate(rows, 1)
+        for run in _variant(row, common, str((path.parent / config).resolve()), f"{path}: [[runs]] {number}")
+    ]
+
+
+def _variant(row: object, common: Sequence[int], config: str, where: str) -> list[Run]:
+    if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
+        raise ConfigError(f"{where}: name", expected="a text", got=shown(row))
+    changes = {k: v for k, v in row.items() if k not in _OWN}
+    for key, value in changes.items():
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {key}", expected="a table of fleet.toml, such as job", got=shown(value))
+    seeds = _seeds(row["seeds"], f"{where}: seeds") if "seeds" in row else common
+    return [Run(f"{row['name']}-{s}", {"config": config, "changes": changes, "seed": s}) for s in seeds]
+
+
+def _seeds(value: object, where: str) -> list[int]:
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str)
+        or not 0 < len(value) <= _MOST_SEEDS
+        or any(type(s) is not int or s < 0 for s in value)
+    ):
+        raise ConfigError(where, expected="a list of whole numbers, such as [0, 1, 2]", got=shown(value))
+    return list(value)
+
+
+def simulated(run: Run, folder: Path, report: Report) -> dict[str, Any]:
+    """Simulate one run of a sweep, from wherever it stands, and write its report.
+
+    Raises:
+        FedpruneError: As `simulated_fleet.read_plan` and `experiment.simulate`.
+    """
+    from fedprune_server.experiment import simulate
+    from fedprune_server.report import write_report
+    from fedprune_server.simulated_fleet import read_plan
+    from fedprune_server.simulation import Simulation
+
+    settings = run.settings
+    plan = read_plan(Path(settings["config"]), seed=settings["seed"], changes=settings["changes"], title=run.name)
+
+    def progress(simulation: Simulation) -> None:
+        state = simulation.state
+        metrics = state.history[-1]["metrics"] if state.history else {}
+        found = next((k for k in ("accuracy", "loss") if k in metrics), None)
+        report(len(state.history) / plan.job.rounds, f"{found} {metrics[found]:.3f}" if found else "")
+
+    record = simulate(plan, folder, progress)
+    write_report(folder, record, None)
+    own, whole = (None if math.isnan(v) else v for v in record.final())
+    return {"rounds": len(record.rounds), f"own_{record.measure}": own, f"global_{record.measure}": whole}

@@ -1,0 +1,29 @@
+"""Work for tests of many runs; other processes import it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedprune.chance import keyed
+from fedprune.errors import PlanError
+from fedprune_server.runs import Report, Run
+
+
+def drawn(run: Run, folder: Path, report: Report) -> Mapping[str, Any]:
+    """Draws numbers, or fails in the way that the settings say; counts how often it was called."""
+    calls = folder / "calls"
+    calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
+    report(0.5, "half")
+    kind = run.settings.get("fail")
+    if kind == "refused":
+        raise PlanError("no device can take part", hint="Try another.")
+    if kind == "broken":
+        raise ZeroDivisionError("by nothing")
+    if kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    numbers = keyed(run.settings["seed"], run.name).standard_normal(3)
+    return {"numbers": numbers.tolist()}

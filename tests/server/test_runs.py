@@ -1,0 +1,164 @@
+"""Many runs: whatever one of them meets, the others end; how many go at a time changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from run_works import drawn
+
+from fedprune.errors import ConfigError, ExitCode, MissingExtraError, StorageError
+from fedprune_server.digits import deal, digits_model, write_hand
+from fedprune_server.record import Record
+from fedprune_server.runs import DONE, Run, Standing, carry_out
+from fedprune_server.simulate_cli import main
+from fedprune_server.sweep import read_sweep
+
+RUNS = [Run(f"run-{i}", {"seed": i}) for i in range(3)]
+WRONG = [Run(f"wrong-{kind}", {"seed": 0, "fail": kind}) for kind in ("refused", "broken", "killed")]
+CONFIG = """
+[job]
+name = "yard"
+rounds = 2
+density = 0.25
+recipe = { max_steps = 2 }
+
+[model]
+path = "model.onnx"
+
+[evaluation]
+data = "server.npz"
+
+[[devices]]
+name = "barn"
+profile = "raspberry-pi-zero-2w"
+data = "barn.npz"
+
+[[devices]]
+name = "dock"
+profile = "jetson-orin-nano"
+data = "dock.npz"
+"""
+SWEEP = """
+config = "fleet.toml"
+seeds = [3, 4]
+
+[[runs]]
+name = "quarter"
+
+[[runs]]
+name = "long"
+seeds = [3]
+[runs.job]
+rounds = 3
+recipe = { lr = 0.01 }
+"""
+
+
+def test_runs_end_as_they_would_alone(tmp_path: Path) -> None:
+    one = carry_out(drawn, [*RUNS, *WRONG], tmp_path / "one", workers=1)
+    seen: list[list[Standing]] = []
+    two = carry_out(drawn, [*RUNS, *WRONG], tmp_path / "two", workers=2, watch=lambda s: seen.append(list(s)))
+    assert [(e.name, e.result, e.error.splitlines()[-1:]) for e in one] == [
+        (e.name, e.result, e.error.splitlines()[-1:]) for e in two
+    ]
+    assert [e.result is None for e in one] == [False] * 3 + [True] * 3
+    assert "no device can take part. Try another." in one[3].error
+    assert "ZeroDivisionError: by nothing" in one[4].error
+    assert "exit code -9" in one[5].error
+    assert [s.state for s in seen[-1]] == ["done"] * 3 + ["failed"] * 3
+    assert max(sum(s.state == "running" for s in row) for row in seen) <= 2
+
+
+def test_what_has_finished_is_not_done_again(tmp_path: Path) -> None:
+    first = carry_out(drawn, [RUNS[0], WRONG[0]], tmp_path)
+    again = carry_out(drawn, [RUNS[0], WRONG[0], RUNS[1]], tmp_path, workers=2)
+    assert again[0] == first[0]
+    assert [len((tmp_path / r.name / "calls").read_text()) for r in (RUNS[0], WRONG[0], RUNS[1])] == [1, 2, 1]
+    with pytest.raises(StorageError, match="other settings"):
+        carry_out(drawn, [Run(RUNS[0].name, {"seed": 9})], tmp_path)
+    (tmp_path / RUNS[0].name / DONE).write_text("{")
+    with pytest.raises(StorageError, match="can't be read"):
+        carry_out(drawn, [RUNS[0]], tmp_path)
+
+
+def test_names_are_those_of_folders_of_their_own(tmp_path: Path) -> None:
+    for name in ("..", "a/b", "", "x" * 100):
+        with pytest.raises(ConfigError, match="name of a run"):
+            Run(name)
+    with pytest.raises(ConfigError, match="a name for each"):
+        carry_out(drawn, [RUNS[0], RUNS[0]], tmp_path)
+
+
+def test_ray_does_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    here = carry_out(drawn, [RUNS[0], WRONG[1]], tmp_path / "here")
+    there = carry_out(drawn, [RUNS[0], WRONG[1]], tmp_path / "there", ray=True)
+    assert [e.result for e in there] == [e.result for e in here]
+    assert there[1].error.splitlines()[-1] == here[1].error.splitlines()[-1]
+
+
+def test_ray_is_missed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(MissingExtraError, match="Ray"):
+        carry_out(drawn, RUNS, tmp_path, ray=True)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Path:
+    data = deal(("barn", "dock"), seed=5)
+    (tmp_path / "model.onnx").write_bytes(digits_model())
+    np.savez(tmp_path / "server.npz", x=data.x, y=data.y)
+    for name in ("barn", "dock"):
+        write_hand(tmp_path / f"{name}.npz", data.devices[name])
+    (tmp_path / "fleet.toml").write_text(CONFIG)
+    return tmp_path
+
+
+def test_a_sweep_simulates_every_variant(fleet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A variant that fails is said; each of the others is what it would be alone."""
+    text = SWEEP.replace("seeds = [3, 4]", "seeds = [3]") + '[[runs]]\nname = "wrong"\njob = { scorer = "none" }\n'
+    (fleet / "sweep.toml").write_text(text)
+    out = fleet / "out"
+    assert main(["sweep", str(fleet / "sweep.toml"), "--out", str(out), "--workers", "2"]) == ExitCode.TRAINING
+    records = [Record.load(out / name / "metrics.json") for name in ("quarter-3", "long-3")]
+    assert [len(r.rounds) for r in records] == [2, 3]
+    assert records[0].rounds[0].loss != records[1].rounds[0].loss
+    assert (out / "quarter-3" / "report.html").exists()
+    assert (out / "comparison.html").exists()
+    said = capsys.readouterr()
+    assert "wrong-3 failed: ConfigError" in said.err
+    assert "scorer" in said.err
+    assert "quarter-3" in said.out
+    alone = fleet / "alone"
+    assert main(["--config", str(fleet / "fleet.toml"), "--seed", "3", "--out", str(alone)]) == ExitCode.OK
+    mine, theirs = (json.loads((p / "metrics.json").read_text()) for p in (alone, out / "quarter-3"))
+    assert mine["rounds"] == theirs["rounds"]
+
+
+def test_each_variant_has_its_seeds(tmp_path: Path) -> None:
+    (tmp_path / "fleet.toml").write_text(CONFIG)
+    (tmp_path / "sweep.toml").write_text(SWEEP)
+    runs = read_sweep(tmp_path / "sweep.toml")
+    assert [r.name for r in runs] == ["quarter-3", "quarter-4", "long-3"]
+    assert [r.settings["seed"] for r in runs] == [3, 4, 3]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ('config = "fleet.toml"', 'config = "none.toml"', "config"),
+        ("seeds = [3, 4]", "seeds = []", "seeds"),
+        ("seeds = [3, 4]", "seeds = [true]", "seeds"),
+        ("seeds = [3, 4]", "sseds = [1]", "sseds"),
+        ('name = "quarter"', "", "name"),
+        ("[runs.job]\nrounds = 3", "rounds = 3", "rounds"),
+    ],
+)
+def test_a_wrong_sweep_is_refused(old: str, new: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / "fleet.toml").write_text(CONFIG)
+    (tmp_path / "sweep.toml").write_text(SWEEP.replace(old, new))
+    with pytest.raises(ConfigError, match=what):
+        read_sweep(tmp_path / "sweep.toml")
