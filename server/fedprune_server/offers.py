@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from fnmatch import fnmatchcase
 from typing import Any
 
 from fedprune import step, tensorfile
 from fedprune.blobs import BlobStore
-from fedprune.freezing import frozen_tensors
+from fedprune.freezing import frozen_tensors, matching
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.strategies.roles import Submodel
@@ -81,15 +80,15 @@ class Offers:
         """Tensors that no update carries: those that are frozen, and those that stay on the board.
 
         Raises:
-            ConfigError: A pattern of what is frozen matches no tensor, or no tensor is left to train.
+            ConfigError: A pattern matches no tensor, or no tensor is left to train.
         """
         features = recipe.features
         key = "|".join((features.key, *recipe.personal))
         if key not in self._withheld:
             architecture = self._model.architecture
             frozen = frozen_tensors(architecture, features, self._model.frozen)
-            own = {t.name for t in architecture.tensors if any(fnmatchcase(t.name, p) for p in recipe.personal)}
-            self._withheld[key] = frozen | own
+            # A pattern that matches nothing is an error: what was misspelt must not be sent by mistake.
+            self._withheld[key] = frozen | matching(architecture, recipe.personal, "recipe: personal")
         return self._withheld[key]
 
     def _update_size(self, packed: Tensors, recipe: Recipe) -> int:

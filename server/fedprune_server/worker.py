@@ -88,9 +88,11 @@ class Worker:
 
         Raises:
             ModelError: The model can't be trained, which is better known before the first device is there.
+            ConfigError: A pattern of the recipe matches no tensor.
         """
-        turn = Turn(self.job.seed, 1, "", self.architecture.sizes)
-        self._offers.training(self._recipe(turn))
+        recipe = self._recipe(Turn(self.job.seed, 1, "", self.architecture.sizes))
+        self._offers.training(recipe)
+        self._offers.withheld(recipe)
         return self.store.put(tensorfile.encode(self.model.tensors)).sha256
 
     def execute(self, command: Work) -> on.Event:

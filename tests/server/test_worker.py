@@ -16,7 +16,7 @@ from fedprune.architecture import widths_at
 from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.errors import ModelError, StorageError
+from fedprune.errors import ConfigError, ModelError, StorageError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.scoring import random_ranks
@@ -285,3 +285,9 @@ def test_a_model_that_cannot_be_trained_is_refused_before_the_first_device_comes
 
     with pytest.raises(ModelError, match="Compress"):
         worker(replace(model, graph=graph), tmp_path).initial()
+
+
+def test_a_pattern_of_personal_tensors_that_matches_nothing_is_refused_at_once(model: Model, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, personal=("fc.*", "haed.*"))
+    with pytest.raises(ConfigError, match=r"recipe: personal: no tensor is called 'haed\.\*'"):
+        worker(model, tmp_path, recipe=recipe.to_dict()).initial()
