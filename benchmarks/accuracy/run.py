@@ -7,6 +7,7 @@ import math
 import resource
 import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -34,6 +35,10 @@ from fedprune_server.weather import Weather
 
 CALIBRATION = 512
 """Training samples of all devices together, without labels, on which batch-norm statistics are measured anew."""
+
+
+SMALL = 60_000_000
+"""Numbers that fit into memory as they are; larger data sets are read anew for every training."""
 
 
 def job_of(protocol: Protocol, method: Method, devices: int, seed: int) -> Job:
@@ -73,14 +78,20 @@ def fleet(federation: Federation, boards: tuple[Board, ...]) -> tuple[VirtualDev
     """Devices with their boards: as many of each kind, in the order of their names."""
     names = sorted(federation.names, key=natural)
     kinds = [_profile(board) for board in boards]
+    small = sum(federation.count(n) for n in names) * math.prod(federation.samples.shape) < SMALL
     return tuple(
         VirtualDevice(
             name,
             kinds[place * len(kinds) // len(names)],
-            StoredData(federation.count(name), federation.fingerprint(name), lambda name=name: federation.load(name)),
+            federation.load(name) if small else stored(federation, name),
         )
         for place, name in enumerate(names)
     )
+
+
+def stored(federation: Federation, name: str) -> StoredData:
+    """A device's data, made each time that it is needed."""
+    return StoredData(federation.count(name), federation.fingerprint(name), lambda: federation.load(name))
 
 
 class Scales:
@@ -167,6 +178,7 @@ def run(
         "seed": seed,
         "key": key,
         "trainer": trainer,
+        "code": commit(),
         "wall_s": round(spent[0], 1),
         "cpu_s": round(spent[1], 1),
         "fingerprint": experiment.settings()["fingerprint"],
@@ -229,6 +241,12 @@ def _profile(board: Board) -> HardwareProfile:
         link=link,
         sources={**shipped.sources, **said},
     )
+
+
+def commit() -> str:
+    """The commit of the code that runs, with a mark where files differ from it; empty outside of a repository."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()
 
 
 def cpu_seconds() -> float:

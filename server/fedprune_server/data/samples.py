@@ -297,5 +297,10 @@ def _pooled(x: Array, factor: int) -> Array:
             "images to shrink", expected=f"[n, colours, height, width], divisible by {factor}", got=shape_text(*x.shape)
         )
     n, c, h, w = x.shape
-    squares = x.reshape(n, c, h // factor, factor, w // factor, factor)
-    return np.asarray(squares.mean((3, 5), dtype=np.float32))
+    # Slices are added, which is many times faster than a mean over axes of two or three.
+    total: Array = np.zeros((n, c, h // factor, w // factor), np.float32)
+    for i in range(factor):
+        for j in range(factor):
+            total += x[:, :, i::factor, j::factor]
+    total /= factor * factor
+    return total
