@@ -1,0 +1,170 @@
+"""FedAsync, FedFix, FedBuff and PR-FL as composed: what their options mean, and PR-FL's worked examples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.aggregation import Fold
+from fedprune.allocation import Fixed, Tiers
+from fedprune.element_mask import ElementMask
+from fedprune.errors import ConfigError
+from fedprune.growth import Ladder, TimeDriven
+from fedprune.job import Job
+from fedprune.scoring import ordered, ranks
+from fedprune.selection import Selection
+from fedprune.strategies import compose
+from fedprune.strategies.elements import Elements
+from fedprune.strategies.extraction import Selected
+from fedprune.strategies.means import DeltaMean, Mean
+from fedprune.strategies.roles import Turn
+from fedprune.strategies.strategy import Strategy
+from toy import ARCHITECTURE, JOB
+
+pytestmark = pytest.mark.board
+
+PAPERS = ("fedasync", "fedbuff", "fedfix", "pr-fl")
+
+
+def strategy_of(name: str, **options: Any) -> Strategy:
+    return compose(replace(JOB, density=0.0, strategy=name, options=options))
+
+
+def model_of(value: float) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    return {t.name: np.full(t.shape, value, np.float32) for t in ARCHITECTURE.tensors}
+
+
+def masked_mean(previous: float, values: list[float | None], weights: list[int], rate: float = 1.0) -> float:
+    """MaskFedAvg of one weight; None where a device's model has it pruned."""
+    aggregator = strategy_of("pr-fl").aggregator
+    assert isinstance(aggregator, Mean)
+    whole = Selection.of(ARCHITECTURE, ARCHITECTURE.sizes, ranks(ordered(ARCHITECTURE)))
+    fold = Fold(ARCHITECTURE, model_of(previous), rule=aggregator.rule)
+    for value, weight in zip(values, weights, strict=True):
+        mask = None
+        tensors = model_of(0.0 if value is None else value)
+        if value is None:
+            mask = ElementMask({"w": np.zeros((8, 4), np.bool_)})
+            tensors["w"] = np.zeros((8, 4), np.float32)
+        fold.add(whole, tensors, weight, mask=mask)
+    model, _ = fold.close(rate=rate)
+    assert len(np.unique(model["w"])) == 1
+    return float(model["w"][0, 0])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([1.0, 3.0, 2.0], 2.0), ([None, None, 1.0], 1.0), ([None, None, None], 3.0)]
+)
+def test_the_worked_examples_of_mask_fed_avg(values: list[float | None], expected: float) -> None:
+    assert masked_mean(3.0, values, [7, 7, 7]) == expected
+
+
+def test_staleness_weighs_only_those_that_hold_a_weight() -> None:
+    assert masked_mean(9.0, [1.0, None, 2.0], [3, 100, 1]) == 1.25
+    assert masked_mean(9.0, [1.0, None, 2.0], [3, 100, 1], rate=0.5) == pytest.approx(9 + 0.5 * (1.25 - 9))
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_presets_are_asynchronous_and_of_the_whole_model(name: str) -> None:
+    strategy = strategy_of(name)
+    assert strategy.schedule is not None
+    assert strategy.schedule.asynchronous
+    start = strategy.allocator.start if isinstance(strategy.allocator, Ladder) else strategy.allocator
+    assert start == Fixed(1.0, elements=name == "pr-fl")
+
+
+def test_each_aggregates_what_its_paper_does() -> None:
+    assert type(strategy_of("fedasync").aggregator) is Mean
+    assert type(strategy_of("fedbuff").aggregator) is DeltaMean
+    assert type(strategy_of("fedfix").aggregator) is DeltaMean
+    assert type(strategy_of("fedfix", mixing="share").aggregator) is Mean
+
+
+def test_schedules_are_what_the_options_say() -> None:
+    fedasync, fedbuff, fedfix, pr_fl = (
+        strategy_of("fedasync", rate=0.9, staleness="hinge", a=10, b=4, max_staleness=16, concurrent=5),
+        strategy_of("fedbuff", buffer=7, rate=0.3),
+        strategy_of("fedfix", window_s=12),
+        strategy_of("pr-fl", window_s=0.5, a=0.6, interval=10),
+    )
+    one, many, window, kept = (s.schedule for s in (fedasync, fedbuff, fedfix, pr_fl))
+    assert one is not None
+    assert many is not None
+    assert window is not None
+    assert kept is not None
+    assert (one.arrivals, one.rate, one.staleness(5), one.max_staleness, one.concurrent) == (1, 0.9, 1 / 11, 16, 5)
+    assert (many.arrivals, many.rate, many.staleness(3), many.mixing) == (7, 0.3, 0.5, "damped")
+    assert (window.window_s, window.staleness(9), window.mixing) == (12, 1.0, "unbiased")
+    assert (kept.window_s, kept.keep, kept.mixing, kept.score_every) == (0.5, True, "normalised", 10)
+    assert kept.staleness(2) == pytest.approx(3**-0.6)
+
+
+def test_pr_fl_by_elements_and_by_channels() -> None:
+    elements, channels = strategy_of("pr-fl"), strategy_of("pr-fl", masks="channels")
+    assert isinstance(elements.extractor, Elements)
+    assert isinstance(channels.extractor, Selected)
+    assert isinstance(elements.allocator, TimeDriven)
+    assert isinstance(channels.allocator, TimeDriven)
+    assert elements.allocator.start.elements
+    assert not channels.allocator.start.elements
+    recipe = JOB.recipe
+    turn = Turn(0, 1, "a", ARCHITECTURE.sizes)
+    assert elements.objective.recipe(recipe, turn).report_squares
+    assert not channels.objective.recipe(recipe, turn).report_squares
+    assert not strategy_of("pr-fl", importance="taylor").objective.recipe(recipe, turn).report_squares
+
+
+def test_fed_gmr_is_a_setting_of_pr_fl() -> None:
+    allocator = strategy_of(
+        "pr-fl", stage1=False, densities=[1.0, 0.5, 0.2, 0.1, 0.05], step="ladder", reset=True, stable=20
+    ).allocator
+    assert type(allocator) is Ladder
+    assert allocator.start == Tiers((1.0, 0.5, 0.2, 0.1, 0.05), elements=True)
+    assert allocator.recovery is not None
+    assert allocator.recovery.grown(0.1) == 0.2
+
+
+def test_ablations_are_settings_of_pr_fl() -> None:
+    in_step = strategy_of("pr-fl", synchronous=True, recovery=False, mean="plain")
+    assert in_step.schedule is not None
+    assert not in_step.schedule.asynchronous
+    assert isinstance(in_step.aggregator, Mean)
+    assert in_step.aggregator.rule == "zero"
+    assert isinstance(in_step.allocator, TimeDriven)
+    assert in_step.allocator.recovery is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("fedasync", {"rate": 1.5}, "rate"),
+        ("fedasync", {"mixing": "unbiased"}, "mixing"),
+        ("fedasync", {"staleness": "never"}, "staleness"),
+        ("fedasync", {"alpha": 1}, "alpha"),
+        ("fedbuff", {"buffer": 0}, "buffer"),
+        ("fedbuff", {"buffer": 5, "concurrent": 3}, "at most concurrent"),
+        ("fedbuff", {"rule": "zero"}, "rule"),
+        ("fedfix", {"window_s": 0.0}, "window_s"),
+        ("fedfix", {"max_staleness": -1}, "max_staleness"),
+        ("pr-fl", {"masks": "rows"}, "masks"),
+        ("pr-fl", {"floor": 0.0}, "floor"),
+        ("pr-fl", {"patience": 0}, "patience"),
+        ("pr-fl", {"step": "jump"}, "step"),
+        ("pr-fl", {"densities": ["a"]}, "densities"),
+        ("pr-fl", {"least": 0}, "least"),
+        ("pr-fl", {"importance": "luck"}, "importance"),
+    ],
+)
+def test_wrong_options_are_named(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        strategy_of(name, **options)
+
+
+def test_a_jobs_own_density_is_where_devices_begin() -> None:
+    job = Job(name="toy", density=0.4, strategy="pr-fl")
+    allocator = compose(job).allocator
+    assert isinstance(allocator, TimeDriven)
+    assert allocator.start == Fixed(0.4, elements=True)
