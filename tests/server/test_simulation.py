@@ -292,6 +292,24 @@ def test_a_run_with_drop_outs_survives_a_kill(build):
     assert resumed.state.history == whole.state.history
 
 
+@pytest.mark.parametrize("trainings", [2, 4, 8])
+def test_what_boards_keep_survives_a_kill(build, trainings):
+    """Averages and personal tensors go on from where the saved state says, not from where the process was."""
+    recipe = Recipe(max_steps=2, average=0.8, calibrate=True, personal=("fc.*",))
+    settings = {"recipe": recipe, "scorer": "ordered"}
+    whole = build("whole", **settings)
+    whole.run()
+    with pytest.raises(KillError):
+        build("killed", **settings).run(killed_after(trainings))
+    resumed = build("killed", **settings)
+    resumed.run()
+    assert resumed.state.history == whole.state.history
+    found = resumed.record("x").rounds
+    assert found == whole.record("x").rounds
+    assert all(len(row.own["accuracy_average"]) == 3 for row in found)
+    assert found[1].own["accuracy_average"] != dict(found[1].local.items())
+
+
 def test_the_virtual_clock_follows_link_and_board(build, fleet):
     """One device: a round takes what the arithmetic of its profile says."""
     zero = fleet[1][0]
