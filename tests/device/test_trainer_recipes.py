@@ -20,6 +20,7 @@ from fedprune_device.batches import Batches
 from fedprune_device.data import LocalData
 from fedprune_device.labels import class_weights, positive_weights, targets
 from fedprune_device.losses import data_loss, hits, loss_terms
+from fedprune_device.patience import Patience
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import Trainer, TrainingResult
 
@@ -360,6 +361,28 @@ def test_a_graph_that_asks_for_more_is_refused(graphs: Path) -> None:
     raw = (graphs / "adamw.onnx").read_bytes().replace(b"w::second", b"w::thirds")
     with pytest.raises(TrainingError, match=r"can't feed.*w::thirds"):
         Trainer(raw)
+
+
+@pytest.mark.parametrize(("graph", "recipe"), [("adamw", ADAMW), ("bce", BCE), ("huber", HUBER)])
+def test_the_validation_loss_is_the_recipes(
+    graphs: Path,
+    weights: Tensors,
+    labelled: dict[str, LocalData],
+    monkeypatch: pytest.MonkeyPatch,
+    graph: str,
+    recipe: Recipe,
+) -> None:
+    """Over parts of any size, with class weights and smoothing; at a learning rate of 0 no epoch is better."""
+    data = labelled[recipe.loss].with_validation(0.3, 1)
+    seen, over = list[float](), Patience.over
+    monkeypatch.setattr(Patience, "over", lambda self, loss, *other: (seen.append(loss), over(self, loss, *other))[1])
+    still = Recipe.from_dict({**recipe.to_dict(), "lr": 0.0, "epochs": 9, "patience": 2})
+    got = train(graphs / f"{graph}.onnx", weights, data, still)
+    y = targets(data.y_val, recipe.loss, CLASSES)
+    terms = loss_terms(targets(data.y_train, recipe.loss, CLASSES), still, CLASSES)
+    wanted = data_loss(recipe.loss, data.x_val @ weights["w"].T + weights["b"], y, terms)
+    np.testing.assert_allclose(seen, [wanted] * 3, rtol=1e-5)
+    assert got.steps == -(-data.samples // recipe.batch_size)
 
 
 @pytest.mark.parametrize(
