@@ -35,6 +35,7 @@ class AsynchronousCoordinator(Desk):
     def __init__(self, job: Job, architecture: Architecture, state: State) -> None:
         super().__init__(job, architecture, state)
         self._shares = Shares(state, self.schedule, uniform=self.uniform)
+        self._lots: tuple[int, dict[str, float]] = (0, {})
 
     def handle(self, event: on.Event, now: float) -> Commands:
         """Take in one event and say what to do."""
@@ -140,12 +141,17 @@ class AsynchronousCoordinator(Desk):
         state = self.state
         if state.phase is not Phase.TRAINING:
             return []
+        room = (
+            self.schedule.concurrent - self._working(stored=False) if self.schedule.concurrent else len(state.devices)
+        )
+        if room <= 0:
+            return []
         idle = [n for n in self._ready() if self._idle(n)]
-        most = self.schedule.concurrent
-        if most:
+        if room < len(idle):
             # By lot: who asks first would else always be served first.
-            idle.sort(key=lambda n: (keyed(self.job.seed, state.round, n, "turn").random(), n))
-            idle = sorted(idle[: max(0, most - self._working(stored=False))])
+            idle = sorted(sorted(idle, key=self._lot)[:room])
+        if not idle:
+            return []
         basis = plain(self._basis())
         for name in idle:
             device, last = state.devices[name], state.tasks.get(name)
@@ -155,6 +161,15 @@ class AsynchronousCoordinator(Desk):
                 attempt, device.widths, device.density, samples=device.samples, past=device.past, basis=basis
             )
         return [self._extract(n, state.tasks[n]) for n in idle]
+
+    def _lot(self, name: str) -> tuple[float, str]:
+        """A device's place in the present round's queue."""
+        if self._lots[0] != self.state.round:
+            self._lots = (self.state.round, {})
+        lots = self._lots[1]
+        if name not in lots:
+            lots[name] = keyed(self.job.seed, self.state.round, name, "turn").random()
+        return lots[name], name
 
     def _idle(self, name: str) -> bool:
         task = self.state.tasks.get(name)
