@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from fedprune.growth import Ladder, TimeDriven
 from fedprune.job import Job
 from fedprune.scoring import ordered, ranks
 from fedprune.selection import Selection
-from fedprune.strategies import compose
+from fedprune.strategies import asynchronous, compose, pr_fl
 from fedprune.strategies.elements import Elements
 from fedprune.strategies.extraction import Selected
 from fedprune.strategies.means import DeltaMean, Mean
@@ -168,3 +170,20 @@ def test_a_jobs_own_density_is_where_devices_begin() -> None:
     allocator = compose(job).allocator
     assert isinstance(allocator, TimeDriven)
     assert allocator.start == Fixed(0.4, elements=True)
+
+
+OPTIONS = {
+    "fedasync": asynchronous.OneByOne,
+    "fedbuff": asynchronous.Buffers,
+    "fedfix": asynchronous.Windows,
+    "pr-fl": pr_fl.Options,
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_page_has_a_row_for_every_option(name: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "strategies" / f"{name}.md").read_text()
+    assert f'strategy = "{name}"' in text
+    rows = [line.split("|")[1] for line in text.partition("## Options")[2].splitlines() if line.startswith("| `")]
+    named = [word for row in rows for word in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(f.name for f in fields(OPTIONS[name]))
