@@ -18,6 +18,7 @@ from fedprune_device.loaded import LoadedTrainer
 from fedprune_device.own import OwnInMemory, Shelf
 from fedprune_device.predictor import Predictor
 from fedprune_device.slots import Serving, Slots
+from fedprune_device.trainer import TrainingStoppedError
 from fedprune_device.work import Work
 
 __all__ = ["MEASURED", "DamagedBlobError", "LoadedTrainer", "Trained", "Workbench"]
@@ -122,12 +123,13 @@ class Workbench:
             StorageError: The disk fails or is full.
         """
         recipe = Recipe.from_dict(offer.recipe)
-        trainer = self._trainer.of(offer.training.sha256, lambda: self._blob(offer.training))
-        mask = None if offer.mask is None else self._blob(offer.mask)
-        weights = self._blob(offer.weights)
+        # Damage is found out first and fast: whoever is told to stop must not delete what is being pulled anew.
+        weights = self._blob(offer.weights, stop)
+        mask = None if offer.mask is None else self._blob(offer.mask, stop)
+        trainer = self._trainer.of(offer.training.sha256, lambda: self._blob(offer.training, stop))
         work = Work(offer, recipe, weights, mask, trainer, self._shelf, self._device, self._data)
         self._data.check(offer.classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
-        self._blob(offer.inference)
+        self._blob(offer.inference, stop)
         offset = log_prior(self._data.y_train, offer.classes) if recipe.logit_adjustment else None
         evaluation = Evaluation(self._data, recipe, offer.classes, offset)
         evaluation.metrics["download_seconds"] = download_seconds
@@ -193,10 +195,12 @@ class Workbench:
         )
         return Trained(update, serving)
 
-    def _blob(self, ref: BlobRef) -> bytes:
+    def _blob(self, ref: BlobRef, stop: Callable[[], bool]) -> bytes:
         try:
             return self._blobs.read(ref.sha256)
         except StorageError as error:
+            if stop():
+                raise TrainingStoppedError("training was stopped before its first step") from error
             self._blobs.delete(ref.sha256)
             raise DamagedBlobError(str(error)) from error
 
