@@ -267,6 +267,24 @@ def test_alpha_mixes_the_aligned_model_and_the_history(data: st.DataObject, seed
         np.testing.assert_allclose(fused[name], 0.25 * lifted[name] + 0.75 * whole[name], atol=1e-6)
 
 
+@given(st.data(), seeds)
+@settings(max_examples=25)
+def test_models_that_were_aligned_stay_as_they_are_while_others_are(data: st.DataObject, seed: int) -> None:
+    """Layers are worked on in memory that is used again; what comes out of it is not."""
+    architecture = data.draw(architectures())
+    at = data.draw(selections(architecture))
+    first, second = model(architecture, seed), model(architecture, seed + 1)
+    given = {n: v.tobytes() for n, v in first.items()}
+    for plans in ("layer", "group"):
+        how = Transport(plans=plans)  # type: ignore[arg-type]
+        sent, lifted = how.prune(first, at.gather(second), at), how.aggregate(at.gather(second), at, first)
+        before = [{n: v.tobytes() for n, v in m.items()} for m in (sent, lifted)]
+        how.prune(second, at.gather(first), at)
+        how.aggregate(at.gather(first), at, second)
+        assert [{n: v.tobytes() for n, v in m.items()} for m in (sent, lifted)] == before
+        assert {n: v.tobytes() for n, v in first.items()} == given
+
+
 @given(seeds)
 def test_inputs_and_classes_keep_their_order(seed: int) -> None:
     whole, full = model(NET, seed), Selection.full(NET)

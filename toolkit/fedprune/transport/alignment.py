@@ -29,6 +29,7 @@ from fedprune.selection import Selection, Tensors
 from fedprune.transport.coupling import Coupling
 from fedprune.transport.distances import squared_distances
 from fedprune.transport.layouts import Block, blocks, carried, channel_rows
+from fedprune.transport.scratch import SCRATCH
 from fedprune.transport.solver import exact_plan
 
 Floats = npt.NDArray[np.float32]
@@ -123,7 +124,7 @@ def _fused(aligned: Tensors, own: Mapping[str, Floats], alpha: float) -> Tensors
         if not value.flags.writeable or np.shares_memory(value, own[name]):
             value = value.copy()
         value *= np.float32(alpha)
-        value += own[name] * np.float32(1 - alpha)
+        value += np.multiply(own[name], np.float32(1 - alpha), out=SCRATCH.array("fused", value.shape))
         aligned[name] = value
     return aligned
 
@@ -254,7 +255,7 @@ class _Alignment:
         value = self.source[step.name]
         for i in step.inputs:
             axis = step.axes[i]
-            value = self._carry(value, i, axis, self._known(axis.groups), self.factors)
+            value = self._carry(value, i, axis, self._known(axis.groups), self.factors, room=f"input {i}")
         return value
 
     def _output(self, step: _Step, value: Floats, couplings: Mapping[int, Coupling]) -> Floats:
@@ -263,7 +264,7 @@ class _Alignment:
             if axis.groups:
                 own = {g: couplings[g] if g in couplings else self._map(g) for g in axis.groups}
                 value = self._carry(value, i, axis, own, {})
-        return value.copy() if value is self.source[step.name] else value
+        return value if any(step.axes[i].groups for i in step.outputs) else value.copy()
 
     def _distances(self, step: _Step, inner: Floats, group: int) -> Floats:
         """‖Ŵ_j − V_k‖² of all pairs of rows.
@@ -279,7 +280,8 @@ class _Alignment:
             return squared_distances(a, b)
         for i in step.inputs:
             axis = step.axes[i]
-            target = self._carry(target, i, axis, self._known(axis.groups), self.factors, adjoint=True)
+            known = self._known(axis.groups)
+            target = self._carry(target, i, axis, known, self.factors, adjoint=True, room=f"adjoint {i}")
         product = channel_rows(raw, out, at, group) @ channel_rows(target, out, to, group).T
         return squared_distances(a, b, products=product)
 
@@ -292,9 +294,10 @@ class _Alignment:
         factors: Mapping[int, float],
         *,
         adjoint: bool = False,
+        room: str = "",
     ) -> Floats:
         before, after = self._at(axis, source=not adjoint), self._at(axis, source=adjoint)
-        return carried(value, i, before, after, couplings, factors, adjoint=adjoint)
+        return carried(value, i, before, after, couplings, factors, adjoint=adjoint, room=room)
 
     def _at(self, axis: Axis, *, source: bool) -> tuple[Block, ...]:
         key = (axis, source)

@@ -110,29 +110,31 @@ class Coupling:
         i, j = keys % self.sources, keys // self.sources
         return Coupling(self.sources, self.targets, i, j, shares.astype(np.float64))
 
-    def forward(self, values: Floats, factor: float = 1.0) -> Floats:
+    def forward(self, values: Floats, factor: float = 1.0, out: Floats | None = None) -> Floats:
         """y[:, k] = factor · Σ_j T[j, k] · x[:, j].
 
         Args:
             values: x [before, sources, after].
             factor: Times everything.
+            out: Where to write y.
 
         Returns:
             y [before, targets, after].
         """
-        return _run(self._forward, values, self.targets, factor)
+        return _run(self._forward, values, self.targets, factor, out)
 
-    def backward(self, values: Floats, factor: float = 1.0) -> Floats:
+    def backward(self, values: Floats, factor: float = 1.0, out: Floats | None = None) -> Floats:
         """The adjoint, x[:, j] = factor · Σ_k T[j, k] · y[:, k].
 
         Args:
             values: y [before, targets, after].
             factor: Times everything.
+            out: Where to write x.
 
         Returns:
             x [before, sources, after].
         """
-        return _run(self._backward, values, self.sources, factor)
+        return _run(self._backward, values, self.sources, factor, out)
 
     @cached_property
     def _forward(self) -> _Gather:
@@ -156,7 +158,7 @@ def _gather(takes: Indices, places: Indices, shares: npt.NDArray[np.float64], si
     return _Gather((), 1.0, csr_array((shares.astype(np.float32), takes, ends), shape=(size, length)))
 
 
-def _run(gather: _Gather, values: Floats, size: int, factor: float) -> Floats:
+def _run(gather: _Gather, values: Floats, size: int, factor: float, out: Floats | None) -> Floats:
     """All places from all indices, in chunks that stay in the cache."""
     before, length, after = values.shape
     scale = np.float32(gather.share * factor)
@@ -164,14 +166,18 @@ def _run(gather: _Gather, values: Floats, size: int, factor: float) -> Floats:
         whole: Floats = gather.matrix @ values[0]
         if scale != 1:
             whole *= scale
-        return whole[None]
-    out = np.empty((before, size, after), np.float32)
+        if out is None:
+            return whole[None]
+        out[0] = whole
+        return out
+    if out is None:
+        out = np.empty((before, size, after), np.float32)
     if before == 1:
         step = max(1, _CHUNK // max(1, after))
         for at in range(0, size, step):
             _sum(values, [takes[at : at + step] for takes in gather.rounds], scale, out[:, at : at + step])
         return out
-    step = max(1, _CHUNK // max(1, length * after)) if gather.matrix is None else 128
+    step = max(1, _CHUNK // max(1, length * after)) if gather.matrix is None else 64
     for at in range(0, before, step):
         part, into = values[at : at + step], out[at : at + step]
         if gather.matrix is None:

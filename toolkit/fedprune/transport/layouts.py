@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from fedprune.architecture import FIXED, Axis
 from fedprune.selection import Selection
 from fedprune.transport.coupling import Coupling
+from fedprune.transport.scratch import SCRATCH
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -97,6 +99,7 @@ def carried(
     factors: Mapping[int, float],
     *,
     adjoint: bool = False,
+    room: str = "",
 ) -> Floats:
     """An array with one axis led from one model's channels to another's.
 
@@ -108,25 +111,31 @@ def carried(
         couplings: Per group on the axis, how (from the couplings' sources to their targets).
         factors: Per group, times what; 1 where there is none.
         adjoint: Go from the couplings' targets to their sources instead.
+        room: A name of scratch memory for the result, which then is good until the name comes again.
     """
+    length = sum(b.stop - b.start if b.at is None else b.at.size for b in after)
+    shape = (*values.shape[:axis], length, *values.shape[axis + 1 :])
+    out = SCRATCH.array(room, shape) if room else None
 
-    def run(old: Block) -> Floats:
+    def run(old: Block, into: Floats | None) -> Floats:
         part = part_of(values, axis, old)
         if old.group == FIXED:
             return part
-        shape = part.shape
-        channels = shape[axis] // old.inner
-        flat = part.reshape(int(np.prod(shape[:axis])), channels, -1)
         coupling, factor = couplings[old.group], factors.get(old.group, 1.0)
-        step: Callable[[Floats, float], Floats] = coupling.backward if adjoint else coupling.forward
-        return step(flat, factor).reshape(*shape[:axis], -1, *shape[axis + 1 :])
+        ahead = prod(part.shape[:axis])
+        behind = prod(part.shape[axis + 1 :]) * old.inner
+        flat = part.reshape(ahead, part.shape[axis] // old.inner, behind)
+        size = coupling.sources if adjoint else coupling.targets
+        step: Callable[[Floats, float, Floats | None], Floats] = coupling.backward if adjoint else coupling.forward
+        led = step(flat, factor, None if into is None else into.reshape(ahead, size, behind))
+        return led.reshape(*part.shape[:axis], size * old.inner, *part.shape[axis + 1 :])
 
-    if len(before) == 1 and after[0].at is None:
-        return run(before[0])
-    length = sum(b.stop - b.start if b.at is None else b.at.size for b in after)
-    out = np.empty((*values.shape[:axis], length, *values.shape[axis + 1 :]), np.float32)
+    if len(before) == 1 and before[0].group != FIXED and after[0].at is None:
+        return run(before[0], out)
+    if out is None:
+        out = np.empty(shape, np.float32)
     lead = (slice(None),) * axis
     for old, new in zip(before, after, strict=True):
         where = (*lead, slice(new.start, new.stop) if new.at is None else new.at)
-        out[where] = run(old)
+        out[where] = run(old, None)
     return out
