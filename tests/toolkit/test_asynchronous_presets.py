@@ -39,6 +39,10 @@ def model_of(value: float) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     return {t.name: np.full(t.shape, value, np.float32) for t in ARCHITECTURE.tensors}
 
 
+def turn_in(number: int) -> Turn:
+    return Turn(0, number, "a", ARCHITECTURE.sizes)
+
+
 def masked_mean(previous: float, values: list[float | None], weights: list[int], rate: float = 1.0) -> float:
     """MaskFedAvg of one weight; None where a device's model has it pruned."""
     aggregator = strategy_of("pr-fl").aggregator
@@ -113,8 +117,11 @@ def test_pr_fl_by_elements_and_by_channels() -> None:
     assert elements.allocator.start.elements
     assert not channels.allocator.start.elements
     recipe = JOB.recipe
-    turn = Turn(0, 1, "a", ARCHITECTURE.sizes)
-    assert elements.objective.recipe(recipe, turn).report_squares
+    asked = [elements.objective.recipe(recipe, turn_in(r)).report_squares for r in range(1, 101)]
+    assert [r for r, yes in enumerate(asked, start=1) if yes] == [*range(46, 51), *range(96, 101)]
+    always = strategy_of("pr-fl", reported=1.0, interval=7).objective
+    assert all(always.recipe(recipe, turn_in(r)).report_squares for r in range(1, 15))
+    turn = turn_in(50)
     assert not channels.objective.recipe(recipe, turn).report_squares
     assert not strategy_of("pr-fl", importance="taylor").objective.recipe(recipe, turn).report_squares
 

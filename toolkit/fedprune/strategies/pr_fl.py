@@ -7,13 +7,14 @@ silent or differ, and how they are read here. FedGMR (arXiv 2512.05372), the sam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from fedprune.allocation import Allocator, Fixed, Tiers
 from fedprune.errors import ConfigError, shown
 from fedprune.growth import Ladder, Start, TimeDriven
 from fedprune.job import Job
+from fedprune.recipe import Recipe
 from fedprune.recovery import Recovery, Step, Validation
 from fedprune.schedule import SYNCHRONOUS, Schedule
 from fedprune.strategies.asynchronous import staleness_of
@@ -23,6 +24,7 @@ from fedprune.strategies.importance import Importance, Kind
 from fedprune.strategies.means import Mean
 from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.roles import Turn
 from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
 
@@ -41,6 +43,8 @@ class Options:
         interval: I: masks, densities and early stopping are looked at every so many rounds.
         stage1: Whether times drive densities.
         floor: ρ_min.
+        reported: Share of an interval, its last rounds, in whose offers devices are asked for squared gradients, which
+            double an update. 1 is all of them, as in the authors' code.
         layer_floor: Share of every tensor that every mask keeps, by |w| (masks of elements).
         gain: How much of the way to equal times is gone at once.
         band: Times that are longer by no more than this share are equal.
@@ -78,6 +82,7 @@ class Options:
     interval: int = 50
     stage1: bool = True
     floor: float = 0.1
+    reported: float = 0.1
     layer_floor: float = 0.05
     gain: float = 1.0
     band: float = 0.05
@@ -107,6 +112,24 @@ class Options:
     evaluate_every: int = 1
 
 
+@dataclass(frozen=True)
+class Reporting:
+    """The job's recipe; in the last rounds of every interval devices also report squared gradients.
+
+    Attributes:
+        interval: I.
+        rounds: How many rounds of each.
+    """
+
+    interval: int
+    rounds: int
+
+    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
+        """The device's recipe."""
+        last = (turn.round - 1) % self.interval >= self.interval - self.rounds
+        return replace(recipe, report_squares=recipe.report_squares or last)
+
+
 def pr_fl(job: Job) -> Strategy:
     """The preset.
 
@@ -119,6 +142,7 @@ def pr_fl(job: Job) -> Strategy:
     choice(name, "weighting", options.weighting, ("uniform", "samples"))
     choice(name, "mean", options.mean, ("masked", "plain"))
     number(name, "rate", options.rate, 0, 1)
+    number(name, "reported", options.reported, 0, 1)
     elements = options.masks == "elements"
     rule: Literal["coverage", "zero"] = "coverage" if options.mean == "masked" else "zero"
     squares = elements and options.importance == "squares"
@@ -128,7 +152,9 @@ def pr_fl(job: Job) -> Strategy:
         extractor=Elements() if elements else Selected(),
         aggregator=Mean(rule=rule, weighting=options.weighting),
         personaliser=Nobody(),
-        objective=AsJob({"report_squares": True} if squares else {}),
+        objective=Reporting(options.interval, max(1, round(options.reported * options.interval)))
+        if squares
+        else AsJob(),
         allocator=_allocator(job, options, elements),
         schedule=SYNCHRONOUS if options.synchronous else _schedule(job, options),
     )
