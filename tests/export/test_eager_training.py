@@ -126,6 +126,23 @@ def test_predictions_are_those_of_an_interpreter_in_double_precision(name: str) 
     np.testing.assert_allclose(got.numpy(), expected.numpy(), rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", [*HARD, *smooth_nets.NETS])
+def test_nothing_but_single_numbers_meets_from_two_devices(name: str) -> None:
+    """Arrays on the meta device compute nothing, but refuse to meet others on the CPU, as those on a GPU do."""
+    model, meta = model_of(name), torch.device("meta")
+    arch = model.architecture
+    with pytest.raises(RuntimeError, match="device"):
+        torch.add(torch.empty(3, device=meta), torch.ones(3))
+    ours = Program(at_widths(model, arch.sizes), list(model.tensors), meta)
+    statistics = frozenset(t.name for t in arch.statistics)
+    tensors = {n: torch.empty(v.shape, device=meta) for n, v in model.tensors.items()}
+    x = torch.from_numpy(samples_of(model, np.random.default_rng(0), 3)).to(meta)
+    for training in (False, True):
+        run = Context(training=training, statistics=statistics, moving=statistics)
+        out = ours(tensors, x, run)
+        assert (out.device.type, tuple(out.shape)) == ("meta", (3, arch.classes))
+
+
 RECIPES: dict[str, Recipe] = {
     "plain": Recipe(epochs=2, batch_size=6, lr=0.05, weight_decay=1e-3),
     "adjusted": Recipe(batch_size=6, logit_adjustment=True, balance_classes=True, label_smoothing=0.1),

@@ -89,7 +89,7 @@ _MANY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def together(*values: Tensor) -> tuple[Tensor, ...]:
     """The values on one device: sizes and constants of whole numbers wait on the CPU."""
     place = next((v.device for v in values if v.device.type != "cpu"), None)
-    return values if place is None else tuple(v.to(place) for v in values)
+    return values if place is None else tuple(v.to(place) if v.ndim else v for v in values)
 
 
 def _register_plain() -> None:
@@ -225,7 +225,7 @@ def _gemm(run: Context, node: Node, a: Tensor, b: Tensor, c: Tensor | None = Non
 
 @operator("Einsum")
 def _einsum(run: Context, node: Node, *values: Tensor) -> Tensor:
-    return torch.einsum(node.attrs["equation"], *values)
+    return torch.einsum(node.attrs["equation"], *together(*values))
 
 
 @operator("ArgMax", "ArgMin")

@@ -22,7 +22,7 @@ _OPERATOR_MODULES = (arithmetic, layers, movement, recurrent)
 class Program:
     """A graph at given widths, without its weights: `cut.at_widths`.
 
-    Numbers of constants wait on the device, whole numbers (shapes, axes, indices) on the CPU.
+    Arrays of constants wait on the device, single numbers and whole ones (shapes, axes, indices) on the CPU.
 
     Args:
         graph: The graph.
@@ -57,7 +57,8 @@ class Program:
                 continue
             constant = torch.from_numpy(np.array(value))
             if constant.is_floating_point():
-                constant = constant.to(device, torch.float32)
+                # A single number fits values on every device, and operators that read it need not wait for a GPU.
+                constant = constant.to(device if constant.ndim else "cpu", torch.float32)
             self._constants[name] = constant
 
     def __call__(self, tensors: Mapping[str, Tensor], x: Tensor, run: Context, scale: Tensor | None = None) -> Tensor:

@@ -37,7 +37,7 @@ def _recurrent(
     for i, direction in enumerate(directions):
         biases = (None, None) if b is None else b[i].chunk(2)
         zeros = x.new_zeros(x.shape[1], r.shape[2])
-        states = [zeros if state is None else state[i] for state in given]
+        states = [zeros if state is None else state[i].to(x.device) for state in given]
         cell = _CELLS[node.op](node, names[i] if node.op == "RNN" else "", w[i], r[i], *biases)
         outputs = []
         for at in range(x.shape[0])[::direction]:
