@@ -146,6 +146,16 @@ def test_each_variant_has_its_seeds(tmp_path: Path) -> None:
     assert [r.settings["seed"] for r in runs] == [3, 4, 3]
 
 
+def test_the_docs_sweep_can_be_read(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "simulate.md").read_text()
+    (block,) = [b.partition("```")[0] for b in text.split("```toml\n")[1:] if "[[runs]]" in b]
+    (tmp_path / "fleet.toml").write_text(CONFIG)
+    (tmp_path / "sweep.toml").write_text(block)
+    runs = read_sweep(tmp_path / "sweep.toml")
+    assert [r.name for r in runs] == ["heterofl-0", "heterofl-1", "heterofl-2", "ours-0"]
+    assert runs[-1].settings["changes"]["simulation"] == {"trainer": "torch"}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "what"),
     [
