@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune import tensorfile
+from fedprune.architecture import Axis, Segment
 from fedprune.element_mask import ElementMask
 from fedprune.errors import StorageError
+from fedprune.ordered_dropout import TensorAxes
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.messages import Offer
@@ -127,6 +129,16 @@ def test_an_average_lies_between_what_it_is_made_of(decay: float, seed: int) -> 
     got = averaged(base, offer, new, decay)["w"]
     low, high = np.minimum(old["w"], new["w"]), np.maximum(old["w"], new["w"])
     assert np.all((got >= low - 1e-6) & (got <= high + 1e-6))
+
+
+def test_where_only_ranks_would_tell_which_channels_are_the_same_the_average_begins_anew() -> None:
+    ref = {"sha256": "a" * 64, "size": 1, "leaves": "a" * 64}
+    offer = Offer("j", 2, 0, 1, "a" * 64, "b" * 64, (2,), 3, ref, ref, ref, {}, None, "c" * 64)  # type: ignore[arg-type]
+    base = Own("j", 1, "a" * 64, "e" * 64, "c" * 64, (4,), 1, average={"w": np.float32([4, 4, 4, 4])})
+    new = {"w": np.float32([8, 8])}
+    for parts, wanted in ((((0, 4),), [6, 6]), (((0, 2), (2, 2)), [8, 8])):
+        axes = TensorAxes((4,), {"w": (Axis(tuple(Segment(0, *part, 1) for part in parts)),)})
+        np.testing.assert_array_equal(averaged(base, offer, new, 0.5, axes=axes)["w"], wanted)
 
 
 def test_elements_that_were_masked_begin_anew_and_those_that_are_stay_zero() -> None:
