@@ -134,8 +134,10 @@ class Workbench:
         evaluation = Evaluation(self._data, recipe, offer.classes, offset)
         evaluation.metrics["download_seconds"] = download_seconds
 
+        evaluates = offer.round % recipe.evaluate_every == 0
         report("evaluate", 0, 2)
-        evaluation.add(self._candidate(offer, work.before() or offer.weights), "before")
+        if evaluates:
+            evaluation.add(self._candidate(offer, work.before() or offer.weights), "before")
         del weights, mask
         result = trainer.train(
             work.tensors,
@@ -158,17 +160,16 @@ class Workbench:
         self._trainer.release()
         serves: BlobRef | bytes = made.sent if made.after is None else tensorfile.encode(made.after)
         made = replace(made, after=None)
-        model = self._candidate(offer, serves)
-        if made.average is None:
-            evaluation.check(model, made.loss)
-        evaluation.add(model, "after")
+        when = "after"
         if made.average is not None:
-            del model
-            serves = tensorfile.encode(made.average)
+            if evaluates:
+                evaluation.add(self._candidate(offer, serves), when)
+            serves, when = tensorfile.encode(made.average), "average"
             made = replace(made, average=None)
-            model = self._candidate(offer, serves)
-            evaluation.check(model, made.loss)
-            evaluation.add(model, "average")
+        model = self._candidate(offer, serves)
+        evaluation.check(model, made.loss)
+        if evaluates:
+            evaluation.add(model, when)
         evaluation.latency(model)
         evaluation.metrics |= training_metrics(result)
         if kept is not None and made.own is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -341,3 +342,21 @@ def test_validation_samples_are_measured_beside_test_samples(board: HiddenBoard)
     assert update.metrics["accuracy_validation_before"] == np.mean(logits(weights, x).argmax(1) == y)
     assert {"loss_validation", "loss_validation_before", "loss_after", "accuracy_after"} <= set(update.metrics)
     assert "accuracy_average" not in update.metrics
+
+
+@pytest.mark.parametrize("average", [0.0, DECAY])
+def test_rounds_without_measurements_give_the_same_models(
+    tmp_path: Path, graphs: Path, data: LocalData, average: float
+) -> None:
+    always, rarely = (HiddenBoard(tmp_path / name, graphs, data) for name in ("always", "rarely"))
+    for number in (1, 2):
+        weights = hidden_weights(seed=number)
+        every = Recipe(epochs=1, batch_size=16, average=average)
+        other = replace(every, evaluate_every=2)
+        one, *models = always.carry_out(always.offer(number, every, weights, graph="kept"))
+        two, *same = rarely.carry_out(rarely.offer(number, other, weights, graph="kept"))
+
+        assert all(equal(a, b) for a, b in zip(models, same, strict=True))
+        judged = {n for n in one.metrics if n.startswith(("accuracy", "loss_"))} - {"loss_first", "loss_last"}
+        assert {"accuracy_before", "accuracy_after"} <= judged
+        assert judged & set(two.metrics) == (judged if number == 2 else set())

@@ -146,6 +146,8 @@ class Recipe:
         mask_threshold: FIARSE's θ.
         patience: Training ends when the loss of the device's validation samples hasn't fallen below its lowest for so
             many epochs, and the weights of the best epoch count; 0 trains all epochs.
+        evaluate_every: The board measures its models (offered, trained, averaged) on its own test and validation
+            samples in every so many rounds; in the others it trains and serves without, which costs it less.
         report_squares: The update has the squared gradients of the last step, too, as tensors `name::squares`.
     """
 
@@ -179,6 +181,7 @@ class Recipe:
     mask_threshold: float = 0.0
     patience: int = 0
     report_squares: bool = False
+    evaluate_every: int = 1
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[float, float]] = {
@@ -200,10 +203,11 @@ class Recipe:
             "scale": (1e-3, 1e3),
             "mask_threshold": (0, 1e6),
             "patience": (0, 10_000),
+            "evaluate_every": (1, 10**6),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            whole = name in ("epochs", "batch_size", "max_steps", "accumulate", "patience")
+            whole = name in ("epochs", "batch_size", "max_steps", "accumulate", "patience", "evaluate_every")
             share = name in ("momentum", "beta1", "beta2", "average")
             if (
                 isinstance(value, bool)
