@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedprune.strategies import ca_hfp, fedavg, fedper, heterofl, subflot
+from fedprune.strategies import ca_hfp, fedavg, fedper, fedprune, heterofl, subflot
 from fedprune.strategies.robust import Robustness
 
 PAGES = Path(__file__).parents[2] / "docs/strategies"
@@ -20,6 +20,7 @@ TABLES = [
     ("ca-hfp", (ca_hfp.Options,), {}),
     ("fedper", (fedper.Options, fedper.LocalOptions, fedper.HistoryOptions), {"personal": "`@head`"}),
     ("subflot", (subflot.Options,), {}),
+    ("fedprune", (fedprune.Options,), {"dropout": "0.25, 0.5, 0.75"}),
     ("robust", (Robustness,), {"check": "none"}),
 ]
 
