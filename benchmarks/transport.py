@@ -13,7 +13,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,14 @@ PAPER = {"VGG11": 0.12, "ResNet18": 0.20, "MobileNetV2": 1.15}
 """Seconds per device for OTP on an RTX 4090 (arXiv 2604.06631, Sec. 5.8); OTA has no number."""
 
 HISTORIES = ("trained slice", "unrelated")
+MANY = "MobileNetV2"
+"""The network of the second part."""
+
 PROCESSES = 2
 
 
-def networks() -> dict[str, tuple[Architecture, Tensors]]:
-    """The networks, freshly made by torch and imported."""
+def networks(names: Collection[str]) -> dict[str, tuple[Architecture, Tensors]]:
+    """Some of the networks, freshly made by torch and imported."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     import torch
     from torch import nn
@@ -102,8 +105,8 @@ def networks() -> dict[str, tuple[Architecture, Tensors]]:
     torch.manual_seed(0)
     made = {"VGG11": nets.VGG11(width=1.0), "ResNet18": ResNet18(), "MobileNetV2": MobileNetV2()}
     out = {}
-    for name, module in made.items():
-        model = import_onnx(export_torch(nets.seeded(module), name=name), name)
+    for name in names:
+        model = import_onnx(export_torch(nets.seeded(made[name]), name=name), name)
         out[name] = model.architecture, {n: np.array(v) for n, v in model.tensors.items()}
     return out
 
@@ -206,7 +209,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     kept = json.loads((RESULTS / "transport.json").read_text()) if arguments.part != "all" else {}
-    made = networks()
+    made = networks(PAPER if arguments.part != "devices" else (MANY,))
     rows, many = kept.get("rows"), kept.get("fleet")
     if arguments.part != "devices":
         rows = [
@@ -216,7 +219,7 @@ def main() -> None:
             for rate in (0.0, *RATES)
         ]
     if arguments.part != "times":
-        many = fleet(*made["MobileNetV2"], arguments.devices)
+        many = fleet(*made[MANY], arguments.devices)
     report(rows, many)
 
 
@@ -279,7 +282,7 @@ def report(rows: list[dict[str, Any]], many: dict[str, Any]) -> None:
             "## Many devices",
             "",
             (
-                f"OTP of MobileNetV2 for {many['devices']} devices, a quarter at each of the rates 0, 1/4, 1/2, 3/4, "
+                f"OTP of {MANY} for {many['devices']} devices, a quarter at each of the rates 0, 1/4, 1/2, 3/4, "
                 f"in {many['processes']} processes of one thread each: {many['wall_s']:.0f} s, "
                 f"{many['devices_per_s']:.1f} devices per second (histories are made in that time, too); "
                 f"{many['devices_per_cpu_s']:.1f} per second of CPU time within OTP."
