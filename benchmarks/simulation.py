@@ -151,10 +151,9 @@ def page(cases: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
     table = ["| net | recipe | turns | trainer | CPU s | beside onnxruntime | loss |", "|---|---|---|---|---|---|---|"]
     for case in cases:
         for name, row in case["rows"].items():
-            table.append(
-                f"| {case['net']} ({case['parameters'] / 1e3:.0f} k) | {case['recipe']} | {case['turns']} | {name} | {row['cpu_s']:.2f} "
-                f"| {row['beside_onnxruntime']:.2f} | {row['furthest_loss']:.1e} |"
-            )
+            about_case = f"{case['net']} ({case['parameters'] / 1e3:.0f} k) | {case['recipe']} | {case['turns']}"
+            numbers = f"{row['cpu_s']:.2f} | {row['beside_onnxruntime']:.2f} | {row['furthest_loss']:.1e}"
+            table.append(f"| {about_case} | {name} | {numbers} |")
     return "\n\n".join(["# A round by each trainer", heading, explained, "\n".join(table)])
 
 
@@ -165,8 +164,8 @@ def main() -> None:
     about = setting("onnxruntime", "torch")
     closing = (
         "On a CPU nothing is gained by working out many devices at once: a convolution of one device fills a core, and "
-        "with the devices' own weights it becomes a grouped convolution, which is slower there. It is for GPUs, whose "
-        "time goes into starting small kernels."
+        "with the devices' own weights it becomes a grouped convolution, which is slower there. It is meant "
+        "for GPUs, whose time would go into starting small kernels; no GPU was at hand."
     )
     write("simulation", {"setting": about, "cases": cases}, page(cases, about) + "\n\n" + closing + "\n")
 
