@@ -89,7 +89,7 @@ def figure(protocol: Protocol, run: Run, read: Callable[[dict[str, Any]], float 
     found = []
     for share in protocol.reads:
         # The last round at or before that share in which it was measured.
-        upto = rounds[: max(1, round(share * len(rounds)))]
+        upto = [r for r in rounds if r["round"] <= round(share * rounds[-1]["round"])] or rounds[:1]
         value = next((v for v in map(read, reversed(upto)) if v is not None), None)
         if value is not None:
             found.append(value)
@@ -180,7 +180,7 @@ def _columns(protocol: Protocol, last: Callable[[Run], int]) -> Columns:
         ("best global", best(measured("global")), 1),
         ("MB a device", share, 2),
         ("TMAC", lambda run: cut(run)["macs"] / 1e12, 2),
-        ("rounds", lambda run: float(len(run["rounds"][: last(run) or None])), 0),
+        ("rounds", lambda run: float(cut(run)["round"]), 0),
     ]
     if protocol.target:
         columns.append((f"s to {100 * protocol.target:g} %", lambda run: target_time(protocol, run), 0))

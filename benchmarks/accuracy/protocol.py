@@ -87,6 +87,8 @@ class Protocol:
         submodels: Whether submodels of the global model are measured.
         every: Submodels are measured every so many rounds; the global model `every_global`.
         every_global: See `every`.
+        until_s: The run ends at this simulated time instead of after `rounds`; 0 for never.
+        every_s: Measured whenever so many simulated seconds have passed, instead of every so many rounds; 0 for rounds.
         weather: Settings of `Weather`.
         minutes: CPU minutes of one run, roughly, on the machine of the results.
         reads: The rounds, as shares of all, whose mean is a run's figure.
@@ -112,6 +114,8 @@ class Protocol:
     submodels: bool = True
     every: int = 5
     every_global: int = 1
+    until_s: float = 0.0
+    every_s: float = 0.0
     weather: Mapping[str, Any] = field(default_factory=dict)
     minutes: float = 4.0
     reads: tuple[float, ...] = (0.5, 0.75, 1.0)

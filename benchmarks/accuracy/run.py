@@ -107,13 +107,18 @@ class Scales:
         calibration = calibration_of(federation, seed)
         densities = tuple(d for d in protocol.densities if d < 1) if protocol.submodels else ()
         self._often = Measure(x, y, calibration=calibration, every=protocol.every_global)
-        self._rarely = Measure(x, y, densities, calibration, every=protocol.every)
-        self._every = protocol.every
+        self._rarely = Measure(x, y, densities, calibration)
+        self._protocol, self._next = protocol, 0.0
 
     def __call__(self, moment: Moment) -> dict[str, float]:
         """The numbers of a round."""
-        rare = moment.round % self._every == 0 or moment.round == moment.job.rounds
-        return self._rarely(moment) if rare else self._often(moment)
+        protocol, last = self._protocol, moment.round == moment.job.rounds
+        if protocol.every_s:
+            if moment.clock < self._next and not last:
+                return {}
+            self._next = (moment.clock // protocol.every_s + 1) * protocol.every_s
+            return self._rarely(moment)
+        return self._rarely(moment) if last or moment.round % protocol.every == 0 else self._often(moment)
 
 
 def calibration_of(federation: Federation, seed: int) -> npt.NDArray[Any]:
@@ -153,7 +158,7 @@ def run(
     place.mkdir(parents=True, exist_ok=True)
     clock = place / "seconds.json"
     before = json.loads(clock.read_text()) if clock.exists() else [0.0, 0.0]
-    seen = [0]
+    seen, running = [0], []
 
     def used() -> list[float]:
         return [before[0] + time.perf_counter() - began[0], before[1] + cpu_seconds() - began[1]]
@@ -163,6 +168,7 @@ def run(
         if done == seen[0]:
             return
         seen[0] = done
+        running[:] = [simulation]
         clock.write_text(json.dumps(used()))
         if not quiet:
             found = {k: round(v, 3) for k, v in simulation.measured.get(done, {}).items() if not k.endswith("_loss")}
@@ -170,7 +176,15 @@ def run(
                 return
             print(f"{method.name} seed {seed}: round {done}/{simulation.job.rounds} {found}", flush=True)
 
-    record = simulate(experiment, place, progress)
+    def timed(simulation: Simulation) -> None:
+        progress(simulation)
+        if protocol.until_s and simulation.state.history and simulation.clock >= protocol.until_s:
+            raise _TimeIsUpError
+
+    try:
+        record = simulate(experiment, place, timed)
+    except _TimeIsUpError:
+        record = running[0].record(experiment.title)
     spent = used()
     result = {
         "table": protocol.name,
@@ -189,6 +203,10 @@ def run(
     return result
 
 
+class _TimeIsUpError(Exception):
+    """The simulated time that a protocol gives its runs is over."""
+
+
 def rounds_of(record: Record) -> list[dict[str, Any]]:
     """A run's rounds in short: means over devices of each device's latest measurement, bytes, work, time."""
     latest: dict[str, dict[str, float]] = {}
@@ -199,6 +217,8 @@ def rounds_of(record: Record) -> list[dict[str, Any]]:
             latest.setdefault(metric, {}).update({k: v for k, v in values.items() if math.isfinite(v)})
         density.update(row.density)
         macs += sum(spent[2] for spent in row.spent.values())
+        if not row.measured and row is not record.rounds[-1]:
+            continue
         out.append(
             {
                 "round": row.round,
