@@ -148,6 +148,30 @@ def test_fedbuff_moves_by_the_mean_of_stale_moves(run: Build) -> None:
     assert any(close.round > c.basis.round for close in found.closes for c in close.contributions)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options", "rate", "beta"),
+    [
+        ("fedbuff", {"buffer": 2, "rate": 0.8, "server_momentum": 0.9}, 0.8, 0.9),
+        ("fedprune", {"arrivals": 2, "densities": [1.0], "ranking": "ordered"}, 1.0, 0.5),
+    ],
+)
+def test_stale_moves_enter_the_server_s_velocity(
+    run: Build, strategy: str, options: dict[str, Any], rate: float, beta: float
+) -> None:
+    """v ← β·v + η·Σ p_i·s(k_i)·(w_i − w_sent) / Σ p_i, w ← w + v."""
+    found = run(strategy, rounds=6, options=options)
+    velocity = {n: np.zeros(1) for n in trainable(found)}
+    for close, before, after in found.steps():
+        importance = [1 if strategy == "fedbuff" else c.part.samples for c in close.contributions]
+        velocity = {n: beta * v for n, v in velocity.items()}
+        for c, p in zip(close.contributions, importance, strict=True):
+            share = rate * p / sum(importance) * (close.round - c.basis.round + 1) ** -0.5
+            new, sent = found.tensors(c.weights), found.tensors(c.basis.model)
+            velocity = {n: v + share * (new[n].astype(float) - sent[n]) for n, v in velocity.items()}
+        close_to(after, {n: before[n] + v for n, v in velocity.items()})
+    assert any(close.round > c.basis.round for close in found.closes for c in close.contributions)
+
+
 def test_fedfix_weighs_by_how_many_windows_a_device_takes(run: Build) -> None:
     """w ← w + η·Σ ceil(τ_i / Δt)·p_i·(w_i − w_sent), p_i = 1/M."""
     found = run("fedfix", rounds=9, options={"window_s": 0.1, "rate": 0.9})

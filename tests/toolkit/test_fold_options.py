@@ -217,9 +217,9 @@ def test_damped_momentum_is_a_moving_average(
     for spec in architecture.trainable:
         held = plain_sums(spec.name, architecture, updates)[1] > 0
         way = mean[spec.name].astype(np.float64) - base[spec.name]
-        speed = np.where(held, beta * before[spec.name] + (1 - beta) * way, before[spec.name])
+        speed = np.where(held, beta * before[spec.name] + (1 - beta) * rate * way, before[spec.name])
         assert np.allclose(velocity[spec.name], speed, rtol=1e-5, atol=1e-5)
-        expected = base[spec.name] + np.where(held, rate * speed, 0)
+        expected = base[spec.name] + np.where(held, speed, 0)
         assert np.allclose(got[spec.name], expected, rtol=1e-5, atol=1e-5)
 
 

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategy_reports import close, report, scene
 
-from fedprune.aggregation import Fold
+from fedprune.aggregation import Fold, Rule
 from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
 from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, ConfigError
 from fedprune.head import head_axes
 from fedprune.recipe import Recipe
+from fedprune.schedule import Arrival, Schedule, Staleness
 from fedprune.selection import Selection, Tensors
 from fedprune.strategies.means import VELOCITY, DeltaMean, Mean
 from strategies import architectures, model, seeds, selections, trained
@@ -183,6 +184,35 @@ def test_momentum_goes_on_from_round_to_round(damped: bool, gain: float) -> None
             assert np.allclose(closing.model[n], expected[n], atol=1e-5)
         now, memory = closing.model, {**memory, **closing.memories}
     assert list(memory) == [VELOCITY]
+
+
+@pytest.mark.parametrize("rule", ["fill", "coverage"])
+@pytest.mark.parametrize("damped", [False, True])
+def test_staleness_scales_what_enters_the_velocity_alone(rule: Rule, damped: bool) -> None:
+    """v ← β·v + g·(η/K)·Σ s(k_i)·Δ_i, w ← w + v (FedBuff): what was fresh when it came goes on as it was."""
+    beta, eta, gain = 0.9, 0.7, 0.1 if damped else 1.0
+    aggregator = DeltaMean(rule=rule, server_momentum=beta, damped=damped, weighting="uniform")
+    schedule = Schedule("asynchronous", arrivals=2, mixing="damped", rate=eta, staleness=Staleness("polynomial", a=0.5))
+    whole, memory, past = Selection.full(NET), {}, [model(NET, 0)]
+    expected = {n: v.astype(np.float64) for n, v in past[0].items()}
+    velocity = {n: np.zeros(v.shape) for n, v in expected.items()}
+    for t, stale in enumerate([(0, 0), (1, 0), (0, 2), (3, 3)], 1):
+        arrivals = [Arrival(k, 1) for k in stale]
+        reports = []
+        for i, (k, weight) in enumerate(zip(stale, schedule.weights(arrivals, [1, 1], uniform=True), strict=True)):
+            then = scene(NET, past[t - 1 - k], round=t - k)
+            part = trained(whole, then.model, 10 * t + i)
+            reports.append(report(then, whole, part, weight, device=f"d{i}"))
+            for n in velocity:
+                velocity[n] *= beta if i == 0 else 1
+                velocity[n] += gain * eta / 2 * (k + 1) ** -0.5 * (part[n] - then.model[n].astype(np.float64))
+        at = scene(NET, past[-1], memory, round=t)
+        closing = close(aggregator, at, reports, rate=schedule.step(arrivals, [], uniform=True))
+        for n in expected:
+            expected[n] += velocity[n]
+            assert np.allclose(closing.model[n], expected[n], rtol=0, atol=1e-5), (t, n)
+        past.append(closing.model)
+        memory = {**memory, **closing.memories}
 
 
 @given(st.data(), seeds)

@@ -269,7 +269,7 @@ def test_rate_and_momentum_follow_the_median() -> None:
     middle = close(Robust(Mean(), Robustness(centre="median")), at, reports).model
     got = close(Robust(Mean(server_momentum=0.5), Robustness(centre="median")), at, reports, rate=0.1)
     for name, base in at.model.items():
-        expected = base + 0.1 * (0.5 + (middle[name].astype(np.float64) - base))
+        expected = base + 0.5 + 0.1 * (middle[name].astype(np.float64) - base)
         assert np.allclose(got.model[name], expected, atol=1e-5)
     assert set(got.memories) == {"velocity"}
 

@@ -249,7 +249,7 @@ class Fold:
     ) -> tuple[Tensors, Tensors | None]:
         """The next global model.
 
-        With server momentum β (FedAvgM, Hsu et al. 2019, Sec. 4.3), v ← β·v + (w̄ − w_t) and w ← w_t + rate·v, for
+        With server momentum β (FedAvgM, Hsu et al. 2019, Sec. 4.3), v ← β·v + rate·(w̄ − w_t) and w ← w_t + v, for
         trainable tensors; where nobody holds a coordinate neither v nor w changes.
 
         Args:
@@ -257,7 +257,7 @@ class Fold:
             velocity: v of the round before; empty or None in the first.
             rate: Share of the way from w_t to the mean: w ← w_t + rate·(w̄ − w_t) (FedAsync's α·s, Xie et al. 2019,
                 Alg. 1; FedBuff's η_g). Statistics are measured, so that 1 is the most they go.
-            damped: v ← β·v + (1 − β)·(w̄ − w_t) instead (AutoFLIP's server): v is a moving average, not a sum.
+            damped: v ← β·v + (1 − β)·rate·(w̄ − w_t) instead (AutoFLIP's server): v is a moving average, not a sum.
 
         Returns:
             The next model, and v for the next call (None without momentum).

@@ -22,8 +22,8 @@ class ServerStep:
     Attributes:
         rate: Share of the way, above 0; above 1 it goes beyond the mean.
         momentum: β, from 0 to below 1.
-        damped: The velocity is a moving average, v ← β·v + (1 − β)·(w̄ − w_t), instead of FedAvgM's sum,
-            v ← β·v + (w̄ − w_t).
+        damped: The velocity is a moving average, v ← β·v + (1 − β)·rate·(w̄ − w_t), instead of FedAvgM's sum,
+            v ← β·v + rate·(w̄ − w_t).
     """
 
     rate: float = 1.0
@@ -53,8 +53,12 @@ class ServerStep:
     def moving(
         self, base: npt.NDArray[Any], mean: Float64s, velocity: npt.NDArray[np.float32]
     ) -> tuple[Float64s, Float64s]:
-        """w_t + rate·v, and v."""
+        """w_t + v, and v.
+
+        The rate scales the move that enters v, as FedBuff (Nguyen et al. 2022, Alg. 1) hands its sum of moves, each
+        scaled by its own staleness, to the server's optimiser: v keeps what came before at the rate of its own round.
+        """
         gain = 1.0 - self.momentum if self.damped else 1.0
-        speed: Float64s = self.momentum * velocity.astype(np.float64) + gain * (mean - base)
-        following: Float64s = base + self.rate * speed
+        speed: Float64s = self.momentum * velocity.astype(np.float64) + gain * self.rate * (mean - base)
+        following: Float64s = base + speed
         return following, speed
