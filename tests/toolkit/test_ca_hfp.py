@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from role_play import NET, Device, Play, identical
 from strategy_reports import close_fold, report, scene
 
 from fedprune.architecture import widths_at
@@ -19,6 +20,7 @@ from fedprune.recipe import Recipe
 from fedprune.scoring import channel_sums, curvature, magnitude, movement, random_ranks, ranks
 from fedprune.selection import Selection
 from fedprune.strategies.ca_hfp import ByLoss, ca_hfp
+from fedprune.strategies.fedavg import fedavg
 from fedprune.strategies.roles import Memories, Scene
 from fedprune.strategies.scorers import EVIDENCE
 from strategies import architectures, model, seeds, trained
@@ -55,6 +57,19 @@ def test_masks_are_nested_and_keep_what_the_ratio_says(data: st.DataObject, seed
         narrower = {(g, int(c)) for g, r in enumerate(selection.ranks) for c in r[: selection.widths[g]]}
         assert narrower <= kept
         kept = narrower
+
+
+@pytest.mark.parametrize("options", [{}, {"score": "l1"}, {"score": "random"}, {"form": "signed", "warmup_rounds": 2}])
+def test_with_all_ratios_0_its_sums_are_fedavg_s_bits_in_any_order(options: dict[str, Any]) -> None:
+    """Devices whose training doesn't depend on the channels' order: the models are FedAvg's, whatever the ranks."""
+    fleet = {n: Device(weight=w) for n, w in (("a", 3), ("b", 10), ("c", 7))}
+    expected = Play(fedavg(Job(strategy="fedavg")), model(NET, 1), fleet)
+    got = Play(strategy(densities=[1.0], **options), model(NET, 1), fleet)
+    orders = set()
+    for _ in range(5):
+        assert identical(got.play(), expected.play())
+        orders.add(tuple(got.sent["a"].selection.ranks[0]))
+    assert tuple(range(NET.sizes[0])) not in orders, "channels lay in another order"
 
 
 @given(st.data(), seeds)
