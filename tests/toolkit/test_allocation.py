@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedprune.allocation import Allocator, Fixed, Fleet, Tiers, natural
 from fedprune.architecture import widths_at
+from fedprune.chance import keyed
 from fedprune.coordination.state import Device, State, Task
 from fedprune.errors import ConfigError
 from fedprune.growth import Ladder, TimeDriven, balanced
@@ -81,11 +84,18 @@ def test_drawn_tiers_are_drawn_anew_when_it_is_time() -> None:
     assert densities(fleet_of(tiers, *reversed(names))) == first
 
 
-@given(DENSITIES, st.floats(0.001, 1.0), st.floats(0, 1))
-def test_equal_times_are_the_fixed_point(density: float, ratio: float, gain: float) -> None:
-    assert balanced(density, 1.0, gain) == density
-    assert balanced(density, ratio, gain) <= density
+@given(DENSITIES, st.floats(0.001, 1000.0), st.floats(0, 1), st.sampled_from([1.0, 2.0]))
+def test_equal_times_are_the_fixed_point(density: float, ratio: float, gain: float, power: float) -> None:
+    assert balanced(density, 1.0, gain, power=power) == density
+    assert (balanced(density, ratio, gain, power=power) - density) * (ratio - 1) >= 0, "the slower the less"
     assert balanced(density, ratio) == pytest.approx(density * ratio)
+    assert balanced(density, ratio, power=2.0) == pytest.approx(density * ratio**0.5)
+
+
+@pytest.mark.parametrize("ratio", [0.951, 1.049])
+def test_nearly_equal_times_are_equal_on_both_sides(ratio: float) -> None:
+    assert balanced(0.4, ratio, band=0.05) == 0.4
+    assert balanced(0.4, 2 * ratio - 1, band=0.05) != 0.4
 
 
 @given(st.lists(st.tuples(DENSITIES, SECONDS), min_size=2, max_size=6), st.floats(0.05, 0.5))
@@ -98,11 +108,62 @@ def test_times_move_densities_within_their_bounds(parts: list[tuple[float, float
     for name, (_, seconds) in zip(names, parts, strict=True):
         deliver(allocator, fleet, name, seconds)
     changed = allocator.review(fleet, {})
-    fastest = min(s for _, s in parts)
+    whole = min(s / d for d, (_, s) in zip(before, parts, strict=True))
     for old, new, (_, seconds) in zip(before, densities(fleet), parts, strict=True):
-        ratio = fastest / seconds
-        assert new == pytest.approx(old if 1 - ratio <= 0.05 else max(floor, old * ratio))
+        # The paper's formula, of times as they would be without pruning.
+        expected = min(1.0, max(floor, whole / (seconds / old)))
+        assert new == pytest.approx(old if abs(1 - whole / seconds) <= 0.05 else expected)
     assert changed == (densities(fleet) != before)
+
+
+def play(allocator: TimeDriven, fleet: Fleet, rounds: int, seconds: Callable[[int, str], float]) -> list[list[float]]:
+    """Rounds whose times go with densities, `seconds` being those of the whole model."""
+    out = []
+    for _ in range(rounds):
+        fleet.state.round += 1
+        for name, device in fleet.state.devices.items():
+            deliver(allocator, fleet, name, seconds(fleet.state.round, name) * device.density**allocator.power)
+        allocator.review(fleet, {})
+        out.append(densities(fleet))
+    return out
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_a_density_comes_back_when_a_slow_link_has_recovered(power: float) -> None:
+    allocator = TimeDriven(Fixed(), None, interval=1, floor=0.1, power=power)
+    fleet = fleet_of(allocator, "a", "b")
+    path = play(allocator, fleet, 4, lambda number, name: 50.0 if (number, name) == (2, "a") else 10.0)
+    assert path[0] == pytest.approx([0.2 ** (1 / power), 1.0])
+    assert path[1:] == [[1.0, 1.0]] * 3
+
+
+def test_devices_that_are_alike_do_not_drift_down_by_their_noise() -> None:
+    names = [f"d{i}" for i in range(10)]
+    allocator = TimeDriven(Fixed(), None, interval=1, floor=0.01)
+    fleet = fleet_of(allocator, *names)
+    path = play(allocator, fleet, 200, lambda *at: 10.0 * math.exp(0.3 * keyed(0, *at).standard_normal()))
+    means = [sum(found) / len(found) for found in path]
+    early, late = sum(means[:50]) / 50, sum(means[-50:]) / 50
+    assert late == pytest.approx(early, rel=0.1)
+    assert min(means) > 0.3
+    assert all(max(found) > 0.95 for found in path), "the fastest has all of the model, but for the band"
+    assert min(play(allocator, fleet, 1, lambda *_: 10.0)[0]) > 0.95
+
+
+def test_a_fleet_that_begins_pruned_gets_the_model_that_its_fastest_can_have() -> None:
+    allocator = TimeDriven(Fixed(0.2), None, interval=1)
+    fleet = fleet_of(allocator, "a", "b")
+    assert play(allocator, fleet, 1, lambda _, name: {"a": 10.0, "b": 40.0}[name]) == [pytest.approx([1.0, 0.25])]
+
+
+@pytest.mark.parametrize("slow", [2.0, 5.0, 60.0])
+def test_densities_of_channels_settle_without_swinging(slow: float) -> None:
+    """Work goes with the square of the density, messages with less; the slow device may begin anywhere."""
+    for start in (1.0, 0.1):
+        allocator = TimeDriven(Fixed(named={"b": start}), None, interval=1, floor=0.1, band=0.0, power=2.0)
+        fleet = fleet_of(allocator, "a", "b")
+        path = play(allocator, fleet, 3, lambda _, name: {"a": 1.0, "b": slow}[name])
+        assert path[1:] == [pytest.approx([1.0, max(0.1, slow**-0.5)])] * 2
 
 
 def test_times_of_another_density_say_nothing() -> None:
@@ -122,7 +183,7 @@ def test_times_of_another_density_say_nothing() -> None:
     assert not allocator.review(fleet, {}), "it is not time"
     fleet.state.round = 6
     assert allocator.review(fleet, {})
-    assert densities(fleet) == [1.0, 0.125]
+    assert densities(fleet) == [1.0, 0.125], "twice as long as a, whose 15 seconds are of the whole model"
 
 
 def test_checks_of_scores_hold_no_density_up() -> None:
@@ -189,13 +250,14 @@ def still(allocator: Ladder, fleet: Fleet, rounds: int, **scores: float) -> list
 
 
 def test_whoever_has_learnt_what_it_can_grows_until_all_have_all() -> None:
-    allocator = TimeDriven(Fixed(0.5), Recovery(patience=2, delta=0.25, final_patience=3), interval=1, floor=0.5)
-    fleet = fleet_of(allocator, "a", "b")
+    start = Fixed(0.5, named={"c": 1.0})  # with times that are equal
+    allocator = TimeDriven(start, Recovery(patience=2, delta=0.25, final_patience=3), interval=1, floor=0.5)
+    fleet = fleet_of(allocator, "a", "b", "c")
     path = still(allocator, fleet, 12)
-    assert path[0] == [0.5, 0.5]
-    assert sorted({tuple(p) for p in path}) == [(0.5, 0.5), (0.75, 0.75), (1.0, 1.0)]
+    assert path[0] == [0.5, 0.5, 1.0]
+    assert sorted({tuple(p) for p in path}) == [(0.5, 0.5, 1.0), (0.75, 0.75, 1.0), (1.0, 1.0, 1.0)]
     assert path == sorted(path)
-    assert not allocator.done(fleet) or densities(fleet) == [1.0, 1.0]
+    assert not allocator.done(fleet) or densities(fleet) == [1.0, 1.0, 1.0]
     still(allocator, fleet, 12)
     assert allocator.done(fleet)
 
@@ -211,19 +273,24 @@ def test_who_still_learns_does_not_grow_by_itself() -> None:
     assert densities(fleet) == [0.1, 0.5]
 
 
-def test_once_something_has_grown_times_change_nothing() -> None:
-    recovery = Recovery(patience=1, delta=0.5)
-    frozen, free = (TimeDriven(Fixed(0.5), recovery, interval=1, freeze=f) for f in (True, False))
-    for allocator, expected in ((frozen, [1.0, 1.0]), (free, [1.0, 1.0])):
-        fleet = fleet_of(allocator, "a", "b")
-        still(allocator, fleet, 2)
-        assert densities(fleet) == expected
-        for _ in range(3):
-            fleet.state.round += 1
-            deliver(allocator, fleet, "a", 1.0)
-            deliver(allocator, fleet, "b", 100.0)
-            allocator.review(fleet, {})
-        assert densities(fleet) == expected, "what has grown is a floor"
+@pytest.mark.parametrize(("freeze", "expected"), [(True, [0.7, 0.5, 1.0]), (False, [0.7, 0.1, 1.0])])
+def test_once_something_has_grown_times_change_nothing(freeze: bool, expected: list[float]) -> None:
+    """Unless that is switched off: a has grown, which is a floor for a; b has not, and becomes slow."""
+    start = Fixed(0.5, named={"c": 1.0})
+    allocator = TimeDriven(start, Recovery(patience=1, delta=0.2), interval=1, floor=0.1, freeze=freeze)
+    fleet = fleet_of(allocator, "a", "b", "c")
+    for number in range(2, 8):
+        fleet.state.round = number
+        late = number > 4
+        for name, score in (("a", 0.5 - 0.01 * max(0, number - 3)), ("b", 0.1 * number), ("c", 0.1 * number)):
+            deliver(allocator, fleet, name, 100.0 if late and name != "c" else 10.0, accuracy_validation=score)
+        allocator.review(fleet, {})
+        if number == 3:
+            assert densities(fleet) == [0.5, 0.5, 1.0], "all take equally long"
+        if number == 4:
+            assert densities(fleet) == pytest.approx([0.7, 0.5, 1.0])
+            allocator = replace(allocator, recovery=None)  # what follows is up to times
+    assert densities(fleet) == pytest.approx(expected)
 
 
 def test_the_servers_own_score_counts_where_it_is_for_validation() -> None:
@@ -252,11 +319,11 @@ def test_whoever_returns_has_what_it_had() -> None:
     deliver(allocator, fleet, "a", 10.0)
     deliver(allocator, fleet, "b", 20.0)
     allocator.review(fleet, {})
-    assert densities(fleet) == [0.8, 0.4]
+    assert densities(fleet) == [1.0, 0.5]
     known = fleet.state.devices["b"]
     fleet.state.devices["b"] = Device(2, True, {}, None, 10, allocation=known.allocation)
     allocator.admit(fleet, "b", known)
-    assert densities(fleet) == [0.8, 0.4]
+    assert densities(fleet) == [1.0, 0.5]
     assert fleet.state.devices["b"].widths == known.widths
 
 
@@ -291,6 +358,7 @@ def test_what_allocators_remember_survives_json_and_is_replaced_not_changed(data
         lambda: Ladder(interval=0),
         lambda: TimeDriven(floor=0),
         lambda: TimeDriven(gain=2),
+        lambda: TimeDriven(power=0.5),
         lambda: Recovery(patience=0),
         lambda: Recovery(rungs=(0.5, 0.1, 1.0)),
         lambda: replace(Recovery(), delta=0),

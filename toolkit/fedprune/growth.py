@@ -102,14 +102,19 @@ class Ladder:
 class TimeDriven(Ladder):
     """Densities at which all devices take equally long (PR-FL, stage 1), then growing ones (stage 2).
 
-    Every I rounds ρ_i ← clip(ρ_i·(1 − g·(1 − min_j t_j / t_i)), ρ_min,i, 1), with t_i the mean of the last I times from
-    offer to update at the present density; with gain g = 1 that is ρ_i·min_j t_j / t_i. Equal times are its fixed
-    point; they are none of the paper's own rule, which lacks the factor ρ_i.
+    Every I rounds ρ_i ← clip(ρ_i·(1 − g·(1 − T / t_i)), ρ_min,i, 1), with t_i the mean of the last I times from offer
+    to update at the present density, and T = min_j t_j / ρ_j: what the fastest would take for the whole model. With
+    gain g = 1 that is the paper's min_j t_j / t_i, of times as they would be without pruning. Whoever is faster than T
+    gets more of the model again, so that a density comes back when a slow link has recovered, and the fastest has all
+    of it, however small they have all become. Equal times are the fixed point.
 
     Attributes:
         floor: ρ_min: no density goes below it.
         gain: g; the authors' code has 0.9.
-        band: Times that are longer by no more than this share are equal.
+        band: Times that are within this share of T are equal to it.
+        power: Times go with ρ to this power, at most: 1 where elements are masked, 2 where channels are left out, whose
+            work and weights are products of two widths. Then T = min_j t_j / ρ_j², and the root of T / t_i counts.
+            Densities would else overshoot, and swing to and fro.
         freeze: Once a density has grown, times change none any more, as in the authors' code.
     """
 
@@ -118,6 +123,7 @@ class TimeDriven(Ladder):
     gain: float = 1.0
     band: float = 0.05
     freeze: bool = True
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,6 +131,8 @@ class TimeDriven(Ladder):
         for name in ("gain", "band"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"allocator: {name}", expected="from 0 to 1", got=getattr(self, name))
+        if not 1 <= self.power <= 2:
+            raise ConfigError("allocator: power", expected="from 1 to 2", got=self.power)
 
     def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
         """Keep the time, if it was taken at the present density, and the score."""
@@ -151,9 +159,10 @@ class TimeDriven(Ladder):
         }
         if not means:
             return False
-        fastest, changed = min(means.values()), False
+        present = {name: fleet.state.devices[name].density for name in means}
+        whole, changed = min(seconds / present[name] ** self.power for name, seconds in means.items()), False
         for name, seconds in means.items():
-            density = balanced(fleet.state.devices[name].density, fastest / seconds, self.gain, self.band)
+            density = balanced(present[name], whole / seconds, self.gain, self.band, self.power)
             changed |= self._grant(fleet, name, min(1.0, max(density, self._least(fleet, name))))
         return changed
 
@@ -165,14 +174,14 @@ class TimeDriven(Ladder):
         return max(self.floor, super()._least(fleet, name))
 
 
-def balanced(density: float, ratio: float, gain: float = 1.0, band: float = 0.0) -> float:
-    """A density for times like the fastest device's (PR-FL, stage 1).
+def balanced(density: float, ratio: float, gain: float = 1.0, band: float = 0.0, power: float = 1.0) -> float:
+    """A density at which a device takes as long as wanted (PR-FL, stage 1).
 
     Args:
         density: The present one.
-        ratio: The fastest device's time over this device's.
+        ratio: The wanted time over the device's present one.
         gain: How much of the way is gone at once.
-        band: Distances 1 − ratio of no more than this are none.
+        band: A ratio this close to 1 is 1.
+        power: Times go with the density to this power.
     """
-    away = 1.0 - ratio
-    return density if away <= band else density * (1.0 - gain * away)
+    return density if abs(1.0 - ratio) <= band else density * (1.0 - gain * (1.0 - ratio ** (1.0 / power)))

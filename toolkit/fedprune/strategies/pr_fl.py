@@ -47,7 +47,7 @@ class Options:
             double an update. 1 is all of them, as in the authors' code.
         layer_floor: Share of every tensor that every mask keeps, by |w| (masks of elements).
         gain: How much of the way to equal times is gone at once.
-        band: Times that are longer by no more than this share are equal.
+        band: Times that are within this share of the fastest device's for the whole model are equal.
         freeze: Once something has grown, times drive no densities any more.
         recovery: Whether densities grow back.
         patience: P, in checks.
@@ -211,4 +211,5 @@ def _allocator(job: Job, options: Options, elements: bool) -> Allocator:
         gain=options.gain,
         band=options.band,
         freeze=options.freeze,
+        power=1.0 if elements else 2.0,
     )
