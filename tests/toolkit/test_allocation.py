@@ -262,6 +262,33 @@ def test_whoever_has_learnt_what_it_can_grows_until_all_have_all() -> None:
     assert allocator.done(fleet)
 
 
+@pytest.mark.parametrize("names", ["a", "ab"])
+@pytest.mark.parametrize(("patience", "final", "checks"), [(2, 0, 16), (10, 0, 80), (2, 5, 5)])
+def test_a_fleet_that_has_all_of_the_model_is_done_after_the_last_patience(
+    names: str, patience: int, final: int, checks: int
+) -> None:
+    """8·P checks, whatever ρ_min is: nothing has been pruned, so nothing has to grow first."""
+    allocator = TimeDriven(Fixed(), Recovery(patience=patience, final_patience=final), interval=1, floor=0.1)
+    fleet = fleet_of(allocator, *names)
+    still(allocator, fleet, checks)  # the first score is the best one
+    assert not allocator.done(fleet)
+    assert allocator._least(fleet, "a") == 0.1, "times may still prune"
+    still(allocator, fleet, 1)
+    assert allocator.done(fleet)
+
+
+def test_the_whole_model_grows_from_where_the_sparsest_device_stands() -> None:
+    recovery = Recovery(patience=2, stop=False)
+    allocator = TimeDriven(Fixed(0.5, named={"c": 1.0}), recovery, interval=1, floor=0.1)
+    fleet = fleet_of(allocator, "a", "c")
+    for number in range(2, 5):
+        fleet.state.round = number
+        for name, gain in (("a", 0.01), ("c", -0.04)):  # a becomes better, all together do not
+            deliver(allocator, fleet, name, 10.0, accuracy_validation=0.5 + gain * number)
+        allocator.review(fleet, {})
+    assert densities(fleet) == pytest.approx([0.7, 1.0])
+
+
 def test_who_still_learns_does_not_grow_by_itself() -> None:
     allocator = Ladder(Fixed(0.1), Recovery(patience=3, step="ladder"), interval=1)
     fleet = fleet_of(allocator, "a", "b")

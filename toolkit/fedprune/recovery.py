@@ -124,16 +124,20 @@ class Recovery:
     def _review_whole(
         self, state: State, part: Mapping[str, Device], metrics: Mapping[str, float], least: float, growing: bool
     ) -> float:
-        """Look at the whole model's score, and return the floor."""
+        """Look at the whole model's score, and return the floor.
+
+        It rises from where the sparsest device stands: growth that nobody's density follows would be none.
+        """
         own = dict(state.allocation)
         floor = max(float(own.get(FLOOR, 0.0)), least)
+        standing = max(floor, min(d.density for d in part.values()))
         found = score(metrics) if self.validation == "server" else _mean_score(part)
-        patience = self.patience if floor < 1 else self.final_patience or 8 * self.patience
+        patience = self.patience if standing < 1 else self.final_patience or 8 * self.patience
         seen, fired = watch(own.get(_WATCH, {}), found, patience)
-        if fired and floor >= 1:
+        if fired and standing >= 1:
             own["done"] = True
         elif fired:
-            floor = self.grown(floor)
+            floor = self.grown(standing)
             seen = self._restarted(seen)
         elif growing and self.reset:
             seen = {**seen, "best": None, "count": 0}
