@@ -15,7 +15,7 @@ from fedprune.probe_report import ProbeReport
 from fedprune.profile import NAME
 from fedprune.profile_store import find
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.fields import ACCURACY_AFTER, LOSS_AFTER, one_line
+from fedprune.wire.fields import ACCURACY_AFTER, LOSS_AFTER, believable, one_line
 from fedprune.wire.messages import Birth, Cancelled, Death, Gone, Progress, Refusal, Update, Want, parse
 from fedprune.wire.topics import Topics
 from fedprune_server.post import Post
@@ -148,8 +148,9 @@ class Reception:
             log.warning("device %s refuses round %d: %s", device, message.round, reason)
             return on.OfferRefused(device, message.round, message.attempt, reason)
         contact = self._roster[device]
-        contact.accuracy = message.metrics.get(ACCURACY_AFTER, contact.accuracy)
-        contact.loss = message.metrics.get(LOSS_AFTER, contact.loss)
+        metrics = believable(message.metrics)
+        contact.accuracy = metrics.get(ACCURACY_AFTER, contact.accuracy)
+        contact.loss = metrics.get(LOSS_AFTER, contact.loss)
         return on.UpdateAnnounced(
             device,
             message.round,
@@ -158,7 +159,7 @@ class Reception:
             message.weights.to_dict(),
             message.samples,
             message.steps,
-            dict(message.metrics),
+            metrics,
         )
 
     def _void(self, device: str, job: str, round: int, attempt: int) -> None:  # noqa: A002 - the message's own names

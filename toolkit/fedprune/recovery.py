@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedprune.errors import ConfigError, shown
+from fedprune.wire.fields import believable
 
 if TYPE_CHECKING:  # the coordinator imports strategies, and those allocators
     from fedprune.coordination.state import Device, State
@@ -48,7 +49,9 @@ class Recovery:
         stable: So many checks whoever has just grown is not looked at (FedGMR: 2·P).
         final_patience: P of the whole model when all have all of it; 0 for 8·P.
         validation: Where the whole model's score comes from: `devices`, the mean over their validation samples, each
-            device by its samples; `server`, its evaluation set, which is then no test set any more.
+            device by its samples, without the quarter with the lowest and the quarter with the highest scores (one of
+            three devices, none of two), so that no board's word alone decides when all grow; `server`, its evaluation
+            set, which is then no test set any more.
         stop: Whether the job ends when training is done.
     """
 
@@ -177,15 +180,18 @@ def watch(seen: Mapping[str, Any], found: float | None, patience: int) -> tuple[
 
 def score(metrics: Mapping[str, float], suffix: str = "") -> float | None:
     """A score, more is better: the accuracy, or where numbers are predicted minus the loss; None without either."""
+    found = believable(metrics)
     for name, sign in ((f"accuracy{suffix}", 1.0), (f"loss{suffix}", -1.0)):
-        value = metrics.get(name)
-        if value is not None and math.isfinite(value):
-            return sign * value
+        if name in found:
+            return sign * found[name]
     return None
 
 
 def _mean_score(part: Mapping[str, Device]) -> float | None:
-    known = [(d.allocation[SCORE], max(1, d.samples)) for _, d in sorted(part.items()) if SCORE in d.allocation]
+    """The mean of the middle scores: a board's word, and what it says of its samples, can't move it far."""
+    known = sorted((d.allocation[SCORE], max(1, d.samples)) for d in part.values() if SCORE in d.allocation)
     if not known:
         return None
-    return math.fsum(s * n for s, n in known) / sum(n for _, n in known)
+    outer = (len(known) + 1) // 4
+    middle = known[outer : len(known) - outer]
+    return math.fsum(s * n for s, n in middle) / sum(n for _, n in middle)

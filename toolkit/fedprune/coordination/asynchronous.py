@@ -20,6 +20,7 @@ from fedprune.coordination.desk import LATE, Commands, Desk, based, steps_of
 from fedprune.coordination.shares import Shares, plain
 from fedprune.coordination.state import Phase, Progress, State, Task
 from fedprune.job import Job
+from fedprune.wire.fields import believable
 
 _WORKING = (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
 
@@ -206,7 +207,7 @@ class AsynchronousCoordinator(Desk):
                 return [do.Cancel(event.device, event.round, event.attempt, task.reason)]
             if task.progress is Progress.OFFERED:
                 task.progress, task.update = Progress.PULLING, event.weights
-                task.steps, task.metrics = steps_of(event, task), dict(event.metrics)
+                task.steps, task.metrics = steps_of(event, task), believable(event.metrics)
             return [do.PullUpdate(event.device, event.round, event.attempt, task.update or event.weights)]
         if task is not None and mine and task.progress is Progress.EXTRACTING:
             return []  # the offer that it gets in a moment says whether this update still counts

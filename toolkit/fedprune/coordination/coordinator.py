@@ -17,6 +17,7 @@ from fedprune.coordination import events as on
 from fedprune.coordination.desk import LATE, Commands, Desk, based, steps_of
 from fedprune.coordination.state import Phase, Progress, Task
 from fedprune.fixed_point import MAX_WEIGHT
+from fedprune.wire.fields import believable
 
 
 class Coordinator(Desk):
@@ -194,7 +195,7 @@ class Coordinator(Desk):
                 task.progress = Progress.PULLING
                 task.update = event.weights
                 task.steps = steps_of(event, task)
-                task.metrics = dict(event.metrics)
+                task.metrics = believable(event.metrics)
                 return [do.PullUpdate(event.device, event.round, event.attempt, event.weights)]
             if task.progress is Progress.REFUSED:
                 return [do.Cancel(event.device, event.round, event.attempt, task.reason)]

@@ -25,6 +25,9 @@ LOSS_AFTER = "loss_after"
 """Metrics of an update: accuracy (where classes are predicted) and loss on the device's own test samples after its
 training; tables and figures show them."""
 
+MAX_LOSS = 1e6
+"""Losses beyond this, of either sign, are no measurements."""
+
 _METRIC = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
 
 
@@ -142,6 +145,21 @@ def metrics(where: str, value: object) -> dict[str, float]:
         if not isinstance(name, str) or not _METRIC.fullmatch(name):
             raise ProtocolError(f"{where}: name of a metric", expected="letters, digits and _.:/-", got=shown(name))
     return {name: one(f"{where}[{name}]", item) for name, item in value.items()}
+
+
+def believable(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What a device says that it measured, without what nobody can measure: it decides on densities, and on the end.
+
+    Args:
+        metrics: Numbers by name: `accuracy…` is from 0 to 1, `loss…` from −`MAX_LOSS` to `MAX_LOSS`; all are finite.
+    """
+    limits = {"accuracy": (0.0, 1.0), "loss": (-MAX_LOSS, MAX_LOSS)}
+    found = {}
+    for name, value in metrics.items():
+        low, high = limits.get(name.split("_")[0], (-math.inf, math.inf))
+        if math.isfinite(value) and low <= value <= high:
+            found[name] = value
+    return found
 
 
 def plain(where: str, value: object) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""What boards say of their scores decides on densities, and on the end: how far one board's word goes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fedprune.coordination.state import Device, State
+from fedprune.recovery import Recovery, score
+from fedprune.wire.fields import MAX_LOSS, believable
+
+pytestmark = pytest.mark.board
+
+ANYTHING = st.floats(allow_nan=True, allow_infinity=True)
+
+
+def checked(recovery: Recovery, state: State, scores: dict[str, float], samples: dict[str, int]) -> None:
+    """One check in which devices report these accuracies."""
+    for name, found in scores.items():
+        device = state.devices.setdefault(name, Device(1, True, {}, None, samples.get(name, 10), widths=(1,)))
+        device.density = 0.5
+        recovery.learn(device, {"accuracy_validation": found})
+    recovery.review(state, {}, 0.5)
+
+
+@example([1e308, 1e308], [0.0])
+@example([1e308, -1e308], [0.0])
+@given(st.lists(ANYTHING, min_size=1, max_size=6), st.lists(ANYTHING, min_size=1, max_size=6))
+def test_no_number_stops_a_check(accuracies: list[float], losses: list[float]) -> None:
+    recovery, state = Recovery(patience=1), State("m")
+    for found in accuracies:
+        checked(recovery, state, {str(i): a for i, a in enumerate(accuracies)}, {})
+        for i, loss in enumerate(losses):
+            recovery.learn(state.devices.setdefault(str(i), Device(1, True, {}, None, 1)), {"loss_validation": loss})
+        recovery.review(state, {"accuracy": found, "loss": losses[0]}, 0.5)
+        assert State.from_json(state.to_json()) == state
+
+
+@pytest.mark.parametrize("wrong", [1e308, -1e308, math.inf, math.nan, 1.5, -0.5])
+def test_what_is_no_share_is_no_accuracy(wrong: float) -> None:
+    assert believable({"accuracy_validation": wrong, "accuracy_after": 0.5, "time_step_s": 2.0}) == {
+        "accuracy_after": 0.5,
+        "time_step_s": 2.0,
+    }
+    assert score({"accuracy": wrong, "loss": 0.25}) == -0.25
+    assert score({"accuracy": wrong, "loss": 2 * MAX_LOSS}) is None
+
+
+@pytest.mark.parametrize("boards", [3, 5, 10])
+def test_one_inflated_score_makes_nobody_else_grow(boards: int) -> None:
+    """The others still learn: without the inflated board all goes on, with it, it must go on alike."""
+    recovery, state, honest = Recovery(patience=3), State("m"), [f"honest-{i}" for i in range(boards - 1)]
+    for number in range(12):
+        scores = {n: 0.3 + 0.02 * number + 0.001 * i for i, n in enumerate(honest)}
+        # Once a score that nobody can beat, by a board that says that it has all the samples in the world.
+        checked(recovery, state, scores | {"zz": 1.0 if number == 0 else 0.2}, {"zz": 10**9})
+    assert state.allocation["floor"] == 0.5
+    assert all("floor" not in state.devices[n].allocation for n in honest)
