@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 
 from fedprune import step, tensorfile
@@ -13,6 +14,7 @@ from fedprune.architecture import Architecture
 from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.element_mask import ElementMask
+from fedprune.errors import BundleError, shown
 from fedprune.selection import Selection, Tensors
 from fedprune.strategies.roles import Past
 
@@ -101,11 +103,17 @@ def parts(update: Mapping[str, npt.NDArray[Any]], mask: ElementMask | None) -> t
     """The trained tensors of an update, and its squared gradients, both as large as the submodel.
 
     Raises:
-        BundleError: An update of a masked submodel has another number of values than the mask has active elements.
+        BundleError: An update of a masked submodel has another number of values than the mask has active elements, or
+            values of another type than float32.
     """
     trained = {n: v for n, v in update.items() if not n.endswith(_SQUARES)}
     squares = {n.removesuffix(_SQUARES): v for n, v in update.items() if n.endswith(_SQUARES)}
-    return (trained, squares) if mask is None else (mask.unpack(trained), mask.unpack(squares))
+    if mask is None:
+        return trained, squares  # `tensor_checks` look at them as they came
+    for name, value in update.items():
+        if value.dtype != np.float32:
+            raise BundleError(f"type of {shown(name)}", expected="float32", got=value.dtype)
+    return mask.unpack(trained), mask.unpack(squares)
 
 
 class _Memory(Mapping[str, Mapping[str, npt.NDArray[Any]]]):

@@ -29,6 +29,7 @@ from fedprune.selection import Selection, Tensors
 from fedprune.session import Session
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Cut, Memories, Report, Scene, Submodel, Turn
+from fedprune.tensor_checks import check_squares
 from fedprune.wire.fields import one_line
 from fedprune_device.labels import targets
 from fedprune_device.losses import data_loss, hits
@@ -198,6 +199,7 @@ class Worker:
         try:
             report = self._report(found)
             fold.check(report.trained.selection, report.trained.tensors)
+            check_squares(report.trained.selection, report.squares, self._reported(report))
             self.strategy.aggregator.add(fold, report, self._lifted(report))
         except (FedpruneError, MemoryError):
             raise
@@ -223,6 +225,13 @@ class Worker:
             return Submodel(selection, offered, mask)
 
         return Report(cut, Submodel(selection, tensors | held, mask), found.weight, found.steps, sent, squares)
+
+    def _reported(self, report: Report) -> frozenset[str]:
+        """Of which tensors a device was asked for squared gradients."""
+        recipe = self._recipe(report.cut.turn)
+        if not recipe.report_squares:
+            return frozenset()
+        return frozenset(t.name for t in self.architecture.trainable) - self._offers.withheld(recipe)
 
     def _lifted(self, report: Report) -> Submodel:
         return self.strategy.personaliser.share(report, self.strategy.extractor.reconstruct(report))

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.architecture import Architecture, TensorKind
-from fedprune.errors import BundleError, ProtocolError
+from fedprune.errors import BundleError, ProtocolError, shown
 from fedprune.fixed_point import MAX_WEIGHT, check_range, magnitude, run_all
 from fedprune.selection import Selection, Tensors
 
@@ -85,6 +85,33 @@ def check_submodel(
             least = float(submodel[spec.name].min())
             if least < 0:
                 raise ProtocolError(f"values of {spec.name}", expected="variances from 0 up", got=f"{least:g}")
+
+
+def check_squares(selection: Selection, squares: Mapping[str, npt.NDArray[Any]], reported: Collection[str]) -> None:
+    """Make sure that tensors are squared gradients of a submodel.
+
+    Args:
+        selection: Where the submodel's channels live.
+        squares: The tensors, by the names of the weights that they belong to.
+        reported: Of which tensors the recipe asks for them.
+
+    Raises:
+        ProtocolError: A tensor was not asked for, is not float32, has another shape than the selection says, or holds
+            values that are negative or not finite; the message names it.
+    """
+    shapes = selection.shapes()
+    largest = float(np.finfo(np.float32).max)
+    for name, value in sorted(squares.items()):
+        what = f"squared gradients of {shown(name)}"
+        if name not in reported:
+            raise ProtocolError(f"update holds {what}, which nobody asked for")
+        if value.dtype != np.float32:
+            raise ProtocolError(f"type of {what}", expected="float32", got=value.dtype)
+        if value.shape != shapes[name]:
+            raise ProtocolError(f"shape of {what}", expected=shapes[name], got=value.shape)
+        check_range(what, value, largest)
+        if value.size and float(value.min()) < 0:
+            raise ProtocolError(f"values of {what}", expected="numbers from 0 up", got=f"{float(value.min()):g}")
 
 
 def check_counts(weight: object, steps: object, most: int) -> None:

@@ -149,7 +149,7 @@ class Report:
         steps: Optimiser steps behind it.
         read_sent: Reads the submodel that it was sent.
         squares: Squared gradients of the last step by tensor, where the recipe asks for them; in the submodel's
-            coordinates.
+            coordinates, finite and not negative (`fedprune.tensor_checks.check_squares`). A device may leave some out.
     """
 
     cut: Cut

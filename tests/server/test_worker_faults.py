@@ -1,0 +1,115 @@
+"""Updates at fault, which any device may hand in: each costs itself, in whichever command it is found out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from fedprune import step, tensorfile
+from fedprune.blobs import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.job import Job
+from fedprune_export.imported import Model
+from fedprune_export.importing import import_onnx
+from fedprune_server.digits import digits_model
+from fedprune_server.worker import Worker
+
+Update = dict[str, npt.NDArray[Any]]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits")
+
+
+def worker(model: Model, folder: Path, **options: Any) -> Worker:
+    job = Job.from_dict({"name": "t", "strategy": "pr-fl", "options": options})
+    return Worker(job, model, BlobStore(folder, durable=False))
+
+
+def contribution(w: Worker, device: str, make: Callable[[Update], object], *, model: str = "", round_: int = 1) -> Any:
+    """What a device hands in that was sent the whole model; `make` changes it in place."""
+    start = model or w.initial()
+    scored = w.execute(do.Score(round_, start, {}, (device,)))
+    assert isinstance(scored, on.Scored)
+    basis = do.Basis(round_, start, scored.ranking, scored.order)
+    part = do.Part(device, 1, w.architecture.sizes, 1.0, 10, None)
+    extracted = w.execute(do.Extract(basis, part))
+    assert isinstance(extracted, on.Extracted)
+    offer = extracted.offer
+    update: Update = {n: v.copy() for n, v in tensorfile.decode(w.store.read(offer["weights"]["sha256"])).items()}
+    make(update)
+    stored = w.store.put(tensorfile.encode(update)).sha256
+    mask = offer["mask"]["sha256"] if "mask" in offer else None
+    return do.Contribution(basis, part, offer["weights"]["sha256"], mask, stored, 1, 1, tuple(offer["widths"]))
+
+
+def squares(update: Update) -> None:
+    """Squared gradients of all that was trained, with a least and a greatest."""
+    for name in [n for n in update if n.endswith((".weight", ".bias"))]:
+        value = np.full(update[name].shape, 0.5, np.float32)
+        value.reshape(-1)[0] = 0
+        update[step.squares(name)] = value
+
+
+def swapped(update: Update) -> None:
+    squares(update)
+    name = step.squares("conv1.weight")
+    value = update[name]
+    update[name] = value.reshape(value.shape[1], value.shape[0], *value.shape[2:])
+
+
+def filled(number: float) -> Callable[[Update], None]:
+    def make(update: Update) -> None:
+        squares(update)
+        update[step.squares("conv1.weight")].reshape(-1)[1] = number
+
+    return make
+
+
+def other_type(update: Update) -> None:
+    squares(update)
+    name = step.squares("conv1.weight")
+    update[name] = update[name].astype(np.int32)
+
+
+def unknown(update: Update) -> None:
+    squares(update)
+    update[step.squares("nobody")] = np.zeros(3, np.float32)
+
+
+BAD = {
+    "shape": swapped,
+    "inf": filled(np.inf),
+    "nan": filled(np.nan),
+    "negative": filled(-1.0),
+    "type": other_type,
+    "name": unknown,
+}
+
+
+@pytest.mark.parametrize("make", BAD.values(), ids=BAD)
+def test_squares_are_checked_like_weights(model: Model, tmp_path: Path, make: Callable[[Update], None]) -> None:
+    w = worker(model, tmp_path, interval=1, reported=1.0)
+    answer = w.execute(do.Fold(1, w.initial(), {}, contribution(w, "a", make)))
+    assert isinstance(answer, on.UpdateRejected)
+    assert "squared gradients" in answer.reason
+
+
+def test_good_squares_make_importances_and_unasked_ones_are_refused(model: Model, tmp_path: Path) -> None:
+    asked = worker(model, tmp_path, interval=1, reported=1.0)
+    found = contribution(asked, "a", squares)
+    assert isinstance(asked.execute(do.Fold(1, asked.initial(), {}, found)), on.Folded)
+    closed = asked.execute(do.Close(1, asked.initial(), {}, ("a",), (found,)))
+    assert isinstance(closed, on.Closed)
+    assert any((v > 0).any() for v in tensorfile.decode(asked.store.read(closed.memory["importance"])).values())
+    silent = worker(model, tmp_path, importance="size")
+    answer = silent.execute(do.Fold(1, silent.initial(), {}, contribution(silent, "a", squares)))
+    assert isinstance(answer, on.UpdateRejected)
+    assert "nobody asked" in answer.reason
