@@ -29,6 +29,7 @@ __all__ = [
     "TensorKind",
     "TensorSpec",
     "Volume",
+    "kept_share",
     "widths_at",
 ]
 
@@ -396,3 +397,17 @@ def widths_at(
             raise BundleError(f"no channel group is called {name!r}", expected=", ".join(names))
         widths[names[name]] = width
     return architecture.check_widths(widths)
+
+
+def kept_share(architecture: Architecture, widths: Sequence[int]) -> float:
+    """The share of all channels that these widths keep, all groups together: 1 at full width.
+
+    At equal shares of all groups it is the `density` of `widths_at`, but for rounding; where a planner keeps more of
+    one group than of another it is their mean, a group counting by its channels.
+
+    Args:
+        architecture: The model.
+        widths: Kept channels per group.
+    """
+    whole = sum(architecture.sizes)
+    return sum(widths) / whole if whole else 1.0

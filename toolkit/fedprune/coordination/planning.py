@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedprune.allocation import Fleet
-from fedprune.architecture import Architecture, widths_at
+from fedprune.architecture import Architecture, kept_share, widths_at
 from fedprune.coordination.state import Device, Task
 from fedprune.errors import FedpruneError, PlanError
 from fedprune.job import Job
@@ -48,7 +48,7 @@ class Planner:
                 if learnt == NO_CORRECTION:
                     raise
                 made = self._planned(device, NO_CORRECTION)
-            device.widths, device.plan = made.widths, made.to_dict()
+            self._give(device, made)
         except FedpruneError as error:
             device.excluded = str(error)
 
@@ -81,7 +81,12 @@ class Planner:
             made = self._planned(device, learnt)
         except FedpruneError:  # too slow even at the narrowest: it delivered all the same, and goes on as it is
             return
+        self._give(device, made)
+
+    def _give(self, device: Device, made: Plan) -> None:
+        """A plan's widths; strategies that go by a device's density (a pull, a scaler) need to know their share."""
         device.widths, device.plan = made.widths, made.to_dict()
+        device.density = kept_share(self.architecture, made.widths)
 
     def _planned(self, device: Device, correction: Correction) -> Plan:
         return plan(

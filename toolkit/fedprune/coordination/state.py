@@ -54,7 +54,8 @@ class Device:
         excluded: Why it takes no part; empty if it does.
         failures: Offers in a row that it refused, or that brought an update that didn't count.
         correction: What its rounds taught about its predicted times (`fedprune.prediction.Correction`).
-        density: Share of the model that it was given; 1 where the planner chose widths group by group.
+        density: Share of the model that it was given; where the planner chose widths group by group, the share of all
+            channels that they keep.
         past: Its last counted update (`fedprune.coordination.commands.Past`), where the strategy keeps that.
         allocation: What the strategy's allocator remembers of it.
         buffer: Asynchronous jobs: its last counted update (`fedprune.coordination.commands.Contribution`) where the

@@ -14,8 +14,8 @@ from fedprune.strategies.roles import Cut, Report, Submodel
 class Elements:
     """The ranking's first channels, of whose elements the most important ones of the whole model are active.
 
-    How many those are is the turn's density; the masks of a round lie inside each other (PR-FL, Sec. "Stage 1";
-    `docs/strategies/pr-fl.md`). Where the ranking has no order of elements, none is masked.
+    How many those are is the turn's density, if the device has all channels; the masks of a round lie inside each other
+    (PR-FL, Sec. "Stage 1"; `docs/strategies/pr-fl.md`). Where the ranking has no order of elements, none is masked.
 
     Attributes:
         zeros: Whether masked elements count as 0 in the sums (AutoFLIP). Otherwise they don't count.
@@ -39,10 +39,12 @@ class Elements:
 
 
 def global_mask(cut: Cut) -> ElementMask | None:
-    """The mask of the whole model that a turn's density makes; None where it masks nothing."""
+    """The mask of the whole model that a turn's density makes at full width; None where it masks nothing."""
     if cut.order is None:
         return None
-    mask = top(cut.order, cut.turn.density)
+    # A device of fewer channels has its density in them already.
+    whole = cut.turn.widths == cut.scene.architecture.sizes
+    mask = top(cut.order, cut.turn.density if whole else 1.0)
     return None if mask.count == mask.size else mask
 
 
