@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from fedprune_export.graph import Port
 from fedprune_export.imported import Model
 from fedprune_server.archive import Archive, parts
 from fedprune_server.calibration import Calibration
+from fedprune_server.faults import AtFaultError, Suspect
 from fedprune_server.offers import Offers
 from fedprune_server.workshop import Work
 
@@ -100,7 +102,8 @@ class Worker:
         """Carry out one command and return what came of it.
 
         Raises:
-            FedpruneError: It can't be done. A `Fold` whose update is at fault is answered by `UpdateRejected` instead.
+            FedpruneError: It can't be done. A `Fold` whose update is at fault is answered by `UpdateRejected` instead,
+                and a `Close` leaves such updates out.
         """
         match command:
             case do.Score():
@@ -140,12 +143,21 @@ class Worker:
             "seed": self.job.seed,
             "architecture": self.architecture.digest,
             "selection": submodel.selection.digest,
-            "ranking": command.basis.ranking,
+            "ranking": self._ranking(command.basis, cut, submodel.selection),
             "widths": list(submodel.selection.widths),
             "classes": self.architecture.classes,
             **self._offers.body(submodel, recipe),
         }
         return on.Extracted(command.basis.round, part.device, part.attempt, offer)
+
+    def _ranking(self, basis: do.Basis, cut: Cut, sent: Selection) -> str:
+        """The ranking that a submodel's channels are the first of: the round's or, by the extractor's choice, its own.
+
+        What comes back goes where that says, so that an extractor may choose whichever channels it likes.
+        """
+        if sent.digest == cut.selection.narrowed(sent.widths).digest:
+            return basis.ranking
+        return self.store.put(sent.narrowed(self.architecture.sizes).to_json().encode()).sha256
 
     def _scene(self, round_: int, model: str, memory: dict[str, str], participants: tuple[str, ...] = ()) -> Scene:
         return Scene(
@@ -183,13 +195,20 @@ class Worker:
 
     def _add(self, command: do.Fold) -> on.Folded | on.UpdateRejected:
         found = command.contribution
+        reason = self._fault(command, found)
+        if reason:
+            return on.UpdateRejected(found.part.device, found.basis.round, found.part.attempt, reason)
+        return on.Folded(found.part.device, found.basis.round, found.part.attempt)
+
+    def _fault(self, command: do.Fold | do.Close, found: do.Contribution) -> str:
+        """Add an update to a round's sums; why that can't be done, or nothing."""
         try:
             self._include(command.round, command.model, command.memory, found)
         except StorageError:
             raise
         except FedpruneError as error:
-            return on.UpdateRejected(found.part.device, found.basis.round, found.part.attempt, one_line(str(error)))
-        return on.Folded(found.part.device, found.basis.round, found.part.attempt)
+            return one_line(str(error))
+        return ""
 
     def _include(self, round_: int, model: str, memory: dict[str, str], found: do.Contribution) -> None:
         fold, included = self._sums(round_, model, memory)
@@ -213,8 +232,8 @@ class Worker:
     def _report(self, found: do.Contribution) -> Report:
         """A stored update. What doesn't travel is the server's own, whatever a device says of it."""
         cut = self._cut(found.basis, found.part)
-        # What was sent says where its channels live: an extractor may have cut less than the turn's widths.
-        selection = cut.selection if found.widths is None else cut.selection.narrowed(found.widths)
+        # What was sent says where its channels live: an extractor may have cut less than the turn's, or others.
+        selection = self._archive.selection(found.ranking or found.basis.ranking, found.widths or found.part.widths)
         mask = self._archive.mask(found.mask, selection)
         withheld = self._offers.withheld(self._recipe(cut.turn))
         held = _gathered(selection, cut.scene.model, withheld)
@@ -239,38 +258,78 @@ class Worker:
     # A round ends.
 
     def _close(self, command: do.Close) -> on.Closed:
+        """Close a round with whatever of its contributions can be used.
+
+        An update that passed when it came may be at fault now: a later model allows less, and what a scorer makes of it
+        is seen here for the first time. It is left out with its reason; else no round would ever end again. Verdicts
+        depend on blobs alone, so that they are the same whenever this is repeated.
+        """
+        at_fault: dict[str, str] = {}
+        while True:
+            counted = tuple(c for c in command.contributions if c.part.device not in at_fault)
+            found = self._include_all(command, counted)
+            if not found:
+                try:
+                    closed = self._closed(command, counted)
+                    break
+                except AtFaultError as error:
+                    found = {error.device: error.reason}
+            for device, reason in found.items():
+                log.warning("update of %s can't be used in round %d: %s", device, command.round, reason)
+            at_fault |= found
+        self._fold = None
+        return replace(closed, rejected=dict(sorted((closed.rejected | at_fault).items())))
+
+    def _include_all(self, command: do.Close, counted: tuple[do.Contribution, ...]) -> dict[str, str]:
+        """Make sums of exactly these contributions; by device, why one can't be added."""
         _, included = self._sums(command.round, command.model, command.memory)
-        wanted = {p.part.device: p for p in command.contributions}
+        wanted = {c.part.device: c for c in counted}
         if any(wanted.get(name) != found for name, found in included.items()):
             self._fold = None  # the sums hold something that must not count: add up anew
-        for found in command.contributions:
-            self._include(command.round, command.model, command.memory, found)
+        reasons = {c.part.device: self._fault(command, c) for c in counted}
+        return {device: reason for device, reason in reasons.items() if reason}
+
+    def _closed(self, command: do.Close, counted: tuple[do.Contribution, ...]) -> on.Closed:
+        """Close the sums.
+
+        Raises:
+            AtFaultError: A role failed while it looked at an update.
+        """
+        if not counted:
+            return on.Closed(command.round, command.model, dict(command.memory))
         fold, _ = self._sums(command.round, command.model, command.memory)
         scene = self._scene(command.round, command.model, command.memory, command.participants)
-
-        model, rejected = command.model, dict[str, str]()
+        rejected: dict[str, str] = {}
+        suspect = Suspect()
 
         def reports() -> Iterator[Report]:
-            return (self._report(found) for found in command.contributions if found.part.device not in rejected)
+            left = (c for c in counted if c.part.device not in rejected)
+            return suspect.each((c.part.device, partial(self._report, c)) for c in left)
 
-        memories: Memories = {}
-        if command.round > self.strategy.explores or self.strategy.explorers_count:
-            closing = self.strategy.aggregator.close(
-                fold, scene, command.rate, lambda: ((r, self._lifted(r)) for r in reports())
-            )
-            memories, rejected = closing.memories, dict(sorted(closing.rejected.items()))
+        model, memories = command.model, Memories()
+        try:
+            # A round of exploration is closed, too, for the sake of who is rejected; its model is thrown away.
+            with suspect.blamed():
+                closing = self.strategy.aggregator.close(
+                    fold, scene, command.rate, lambda: ((r, self._lifted(r)) for r in reports())
+                )
+            rejected |= sorted(closing.rejected.items())
             for device, reason in rejected.items():
                 log.warning("update of %s in round %d doesn't count: %s", device, command.round, reason)
-            model = self._put_model(closing.model, scene, command)
-        # Last, so that a scorer learns from what counted.
-        memories = memories | self.strategy.scorer.learn(scene, fold, reports)
-        self._fold = None
+            if command.round > self.strategy.explores or self.strategy.explorers_count:
+                model, memories = self._put_model(closing.model, scene, counted), closing.memories
+            # Last, so that a scorer learns from what counted.
+            with suspect.blamed():
+                memories = memories | self.strategy.scorer.learn(scene, fold, reports)
+        except AtFaultError:
+            self._fold = None
+            raise
         return on.Closed(command.round, model, self._remembered(command.memory, memories), rejected)
 
-    def _put_model(self, tensors: Tensors, scene: Scene, command: do.Close) -> str:
+    def _put_model(self, tensors: Tensors, scene: Scene, counted: tuple[do.Contribution, ...]) -> str:
         """Store the next model; what doesn't travel keeps its bits, which sums would round."""
         kept: set[str] = set()
-        for found in command.contributions:
+        for found in counted:
             kept |= self._offers.withheld(self._recipe(self._turn(found)))
         tensors = tensors | {n: scene.model[n] for n in kept}
         if self._calibration is not None:

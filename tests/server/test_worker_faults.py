@@ -14,6 +14,7 @@ from fedprune import step, tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.errors import StorageError
 from fedprune.job import Job
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
@@ -113,3 +114,93 @@ def test_good_squares_make_importances_and_unasked_ones_are_refused(model: Model
     answer = silent.execute(do.Fold(1, silent.initial(), {}, contribution(silent, "a", squares)))
     assert isinstance(answer, on.UpdateRejected)
     assert "nobody asked" in answer.reason
+
+
+def largest(number: float) -> Callable[[Update], None]:
+    """Weights of a layer that are small, but for one of this size: it decides how large an update's may be."""
+
+    def make(update: Update) -> None:
+        update["conv1.weight"] = np.clip(update["conv1.weight"], -0.5, 0.5)
+        update["conv1.weight"].reshape(-1)[0] = number
+
+    return make
+
+
+def nothing(update: Update) -> None:
+    pass
+
+
+def models(w: Worker) -> tuple[str, str]:
+    """Two global models: an update of the first may hold a 9, one of the second may not."""
+    stored = []
+    for number in (1.01, 0.99):
+        tensors = {n: v.copy() for n, v in w.model.tensors.items()}
+        largest(number)(tensors)
+        stored.append(w.store.put(tensorfile.encode(tensors)).sha256)
+    return stored[0], stored[1]
+
+
+def nine(update: Update) -> None:
+    update["conv1.weight"].reshape(-1)[1] = 9.0
+
+
+def test_a_kept_update_that_no_longer_fits_is_left_out(model: Model, tmp_path: Path) -> None:
+    w = worker(model, tmp_path, densities=[1.0], importance="size")
+    first, second = models(w)
+    old = contribution(w, "old", nine, model=first)
+    assert isinstance(w.execute(do.Fold(1, first, {}, old)), on.Folded)
+    fresh = contribution(w, "fresh", nothing, model=second, round_=2)
+    closed = w.execute(do.Close(2, second, {}, ("fresh",), (fresh, old)))
+    alone = w.execute(do.Close(2, second, {}, ("fresh",), (fresh,)))
+    assert isinstance(closed, on.Closed)
+    assert isinstance(alone, on.Closed)
+    assert set(closed.rejected) == {"old"}
+    assert "conv1.weight" in closed.rejected["old"]
+    assert (closed.model, closed.memory) == (alone.model, alone.memory)
+    again = worker(model, tmp_path, densities=[1.0], importance="size")
+    assert again.execute(do.Close(2, second, {}, ("fresh",), (fresh, old))) == closed
+
+
+def test_a_round_in_which_nobody_is_left_moves_nothing(model: Model, tmp_path: Path) -> None:
+    w = worker(model, tmp_path, densities=[1.0], importance="size")
+    first, second = models(w)
+    old = contribution(w, "old", nine, model=first)
+    closed = w.execute(do.Close(2, second, {"x": first}, ("old",), (old,)))
+    assert isinstance(closed, on.Closed)
+    assert (closed.model, closed.memory, set(closed.rejected)) == (second, {"x": first}, {"old"})
+
+
+def test_an_update_that_a_scorer_trips_over_costs_only_itself(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = worker(model, tmp_path, importance="size")
+    parts = tuple(contribution(w, name, nothing) for name in "abc")
+
+    def learn(self: object, scene: object, fold: object, reports: Callable[[], Any]) -> dict[str, Any]:
+        seen = 0
+        for report in reports():
+            seen += 1 // (report.cut.turn.device != "b")
+        return {"seen": {"n": np.array([seen])}}
+
+    monkeypatch.setattr(type(w.strategy.scorer), "learn", learn)
+    closed = w.execute(do.Close(1, w.initial(), {}, ("a", "b", "c"), parts))
+    assert isinstance(closed, on.Closed)
+    assert set(closed.rejected) == {"b"}
+    assert "ZeroDivisionError" in closed.rejected["b"]
+    assert int(tensorfile.decode(w.store.read(closed.memory["seen"]))["n"][0]) == 2
+
+
+def test_our_own_failures_are_nobodys_fault(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = worker(model, tmp_path, importance="size")
+    found = contribution(w, "a", largest(0.9))
+
+    def learn(self: object, scene: object, fold: object, reports: Callable[[], Any]) -> dict[str, Any]:
+        list(reports())
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(type(w.strategy.scorer), "learn", learn)
+    with pytest.raises(ZeroDivisionError):
+        w.execute(do.Close(1, w.initial(), {}, ("a",), (found,)))
+    w.store.path(found.weights).unlink()
+    with pytest.raises(StorageError):
+        worker(model, tmp_path, importance="size").execute(do.Close(1, w.initial(), {}, ("a",), (found,)))
