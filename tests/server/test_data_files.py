@@ -5,6 +5,7 @@ import io
 import pickle
 import pickletools
 import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import strategies  # noqa: F401 - its settings of Hypothesis
 from fedprune.errors import DataError
+from fedprune_server.data import npz, plain_pickle
 from fedprune_server.data.cifar import read_cifar
 from fedprune_server.data.idx import read_idx, read_idx_folder
 from fedprune_server.data.image_folder import read_image_folder
@@ -300,6 +302,29 @@ def test_random_opcodes_do_no_harm(codes):
         return
 
 
+def test_a_text_is_not_encoded_again_and_again():
+    text = b"a" * 2**16
+    again = b"h\x01h\x00h\x02\x86R" * 1000
+    raw = b"\x80\x02X" + struct.pack("<I", len(text)) + text + b"q\x00c_codecs\nencode\nq\x01X\x06\0\0\0latin1q\x02"
+
+    def read():
+        with pytest.raises(DataError, match="no more than the file is long"):
+            read_plain(raw + again + b".")
+
+    assert most_memory(read) < 10 * len(text)
+
+
+def test_a_list_is_looked_through_once_however_many_keys_have_it(monkeypatch):
+    looked = []
+    entry = plain_pickle._entry
+    monkeypatch.setattr(plain_pickle, "_entry", lambda value: looked.append(1) or entry(value))
+    keys = b"".join(b"U\x04%04dh\x00" % i for i in range(1000))
+    found = read_plain(b"\x80\x02}(U\x01a](" + b"N" * 1000 + b"eq\x00" + keys + b"u.")
+    assert len(found) == 1001
+    assert found[b"0999"] == [None] * 1000
+    assert len(looked) == 1
+
+
 # --- CIFAR
 
 
@@ -356,6 +381,13 @@ def test_a_damaged_cifar_file_is_named(tmp_path):
         read_cifar(tmp_path)
 
 
+def test_a_class_is_not_called_by_a_book(tmp_path):
+    write_cifar10(tmp_path, python=True)
+    (tmp_path / "batches.meta").write_bytes(python2_pickle({b"label_names": [b"x" * 300] * 10}))
+    with pytest.raises(DataError, match="label_names"):
+        read_cifar(tmp_path)
+
+
 # --- folders of images
 
 
@@ -404,6 +436,26 @@ def test_what_is_no_image_is_named(tmp_path):
         read_image_folder(tmp_path)
 
 
+def test_a_file_that_programs_would_run_on_is_no_image_whatever_its_name(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin, Image
+
+    def never(*_):
+        raise AssertionError("Ghostscript was asked for")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", never)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(images(1, 6, 6, 3)[0]).save(tmp_path / "a" / "1.eps")
+    (tmp_path / "a" / "1.eps").rename(tmp_path / "a" / "1.png")
+    with pytest.raises(DataError, match=r"a/1\.png.*cannot identify"):
+        read_image_folder(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "bmp", "gif", "ppm", "pgm", "webp"])
+def test_images_of_every_kind_are_read(tmp_path, suffix):
+    write_images(tmp_path, [f"a/1.{suffix}"], colour=suffix != "pgm")
+    assert read_image_folder(tmp_path).shape == (6, 6, 3)
+
+
 # --- which reader, and what becomes of the samples
 
 
@@ -417,6 +469,24 @@ def test_sources_are_told_apart(tmp_path, monkeypatch):
     assert lengths == {"mnist": 30, "cifar": 42, "pets": 2, "own": 4, "own.npz": 4}
     with pytest.raises(DataError, match="nothing at"):
         read_samples("unknown")
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"x_train": np.zeros((4, 3)), "y_train": labels(3)},
+        {"x": np.zeros((4, 3)), "y": labels(4), "is_test": np.zeros(3, bool)},
+        {"x": np.zeros(4), "y": labels(4)},
+        {"x": np.zeros((4, 3)), "y": labels(4) - 1},
+        {"x": np.zeros((4, 3)), "y": np.arange(4.0)},
+        {"z": np.zeros(4)},
+    ],
+)
+def test_every_error_names_the_file_once(tmp_path, arrays):
+    np.savez(tmp_path / "own.npz", **arrays)
+    with pytest.raises(DataError) as caught:
+        read_samples(tmp_path / "own.npz")
+    assert str(caught.value).count("own.npz") == 1
 
 
 def test_preparation_of_images():
@@ -458,11 +528,55 @@ def test_the_digest_tells_data_sets_apart():
     assert whole.digest != assembled([(x ^ 1, y, False)]).digest
 
 
-def test_a_zip_bomb_is_no_npz(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        head = io.BytesIO()
-        np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": (2**50,)})
-        archive.writestr("x.npy", head.getvalue() + bytes(1000))
-        archive.writestr("y.npy", head.getvalue() + bytes(1000))
+def npy_header(*shape):
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return head.getvalue()
+
+
+def write_npz(path, **members):
+    """Compressed members as they are given: a file of some kilobytes may hold many megabytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, raw in members.items():
+            archive.writestr(f"{name}.npy", raw)
+
+
+def most_memory(action):
+    """Bytes that were allocated at once while it ran, beyond those before."""
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_npz_that_claims_more_than_it_has_is_refused(tmp_path):
+    cut = npy_header(2**50) + bytes(1000)
+    write_npz(tmp_path / "a.npz", x=cut, y=cut)
     with pytest.raises(DataError):
         read_npz(tmp_path / "a.npz")
+
+
+def test_arrays_that_nobody_reads_are_not_unpacked(tmp_path):
+    size = 2**26
+    bomb = npy_header(size) + bytes(size)
+    arrays = {}
+    for name, array in {"x": images(4, 8, 8), "y": labels(4)}.items():
+        file = io.BytesIO()
+        np.save(file, array)
+        arrays[name] = file.getvalue()
+    write_npz(tmp_path / "a.npz", **arrays, other=bomb)
+    assert most_memory(lambda: read_npz(tmp_path / "a.npz")) < size // 8
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    size = 2**26
+    monkeypatch.setattr(npz, "_MOST_INFLATED", size // 2)
+    write_npz(tmp_path / "a.npz", x=npy_header(4, size // 4) + bytes(size), y=npy_header(4) + bytes(4))
+
+    def read():
+        with pytest.raises(DataError, match=r"size of x.*mapped"):
+            read_npz(tmp_path / "a.npz")
+
+    assert most_memory(read) < size // 8

@@ -18,8 +18,11 @@ Array = npt.NDArray[Any]
 Split = tuple[Array, Array, bool]
 
 _PIXELS = 3 * 32 * 32
-_MOST = 2**30
+_MOST = 2**28
 """Bytes of a file beyond which it is none of CIFAR's."""
+
+_LONGEST = 256
+"""Letters of a class's name beyond which it is none."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,6 @@ def _class_names(path: Path, layout: _Layout) -> tuple[str, ...]:
         return tuple(line for line in path.read_text(encoding="ascii", errors="replace").split("\n") if line.strip())
     found = _texts(read_plain(_content(path)))
     names = found.get("label_names", found.get("fine_label_names"))
-    if not isinstance(names, list) or not all(isinstance(n, (bytes, str)) for n in names):
-        raise DataError(f"{path}: label_names", expected="a list of texts")
+    if not isinstance(names, list) or not all(isinstance(n, (bytes, str)) and len(n) <= _LONGEST for n in names):
+        raise DataError(f"{path}: label_names", expected=f"a list of texts of up to {_LONGEST} letters")
     return tuple(n.decode("latin1") if isinstance(n, bytes) else n for n in names)

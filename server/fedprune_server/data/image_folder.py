@@ -13,6 +13,9 @@ from fedprune.errors import DataError, MissingExtraError, reason
 from fedprune_server.data.samples import Samples, assembled
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp")
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP")
+"""What Pillow may take a file for, whatever its name ends in: some of its other formats run programs on the file."""
+
 _TRAIN, _TEST = ("train", "training"), ("test", "val", "valid", "validation")
 _MOST_SIDE = 4096
 _MOST_BYTES = 2**34
@@ -74,7 +77,7 @@ def _decoded(paths: list[Path], size: tuple[int, int] | None, colour: bool) -> n
     out: npt.NDArray[np.uint8] | None = None
     for number, path in enumerate(paths):
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=_FORMATS) as image:
                 if max(image.size) > _MOST_SIDE:  # before a single pixel is decoded
                     raise DataError(f"{path}: size", expected=f"sides up to {_MOST_SIDE}", got=image.size)
                 shown: Any = image.convert("RGB" if colour else "L")

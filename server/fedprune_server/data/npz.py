@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ Array = npt.NDArray[Any]
 
 _OWNERS = ("owner", "subject", "writer", "domain", "user")
 """Names that the array of owners may have."""
+
+_KNOWN = frozenset(
+    {"x", "y", "x_train", "y_train", "x_test", "y_test", "is_test", "class_names"}
+    | {word + end for word in _OWNERS for end in ("", "_train", "_test")}
+)
+"""Names of the arrays that are read."""
+
+_MOST_INFLATED, _MOST_RATIO = 2**30, 100
+"""An array that grows beyond so many bytes, and to so many times what it takes in the file, isn't unpacked."""
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 """A member's header inside a zip archive (APPNOTE.TXT, 4.3.7)."""
@@ -38,12 +48,12 @@ def read_npz(path: Path) -> Samples:
     Raises:
         DataError: It can't be read, an array is missing, or arrays don't fit each other.
     """
-    arrays = npz_arrays(path)
+    arrays = npz_arrays(path, _KNOWN)
     names = _names(arrays.get("class_names"))
     if "x_train" in arrays or "x" not in arrays:
         _need(path, arrays, ("x_train", "y_train"))
         if ("x_test" in arrays) != ("y_test" in arrays):
-            raise DataError("test data", expected="both x_test and y_test, or neither", got=_listed(arrays))
+            raise DataError("test data", expected="both x_test and y_test, or neither", got=_listed(path))
         splits = [(arrays["x_train"], arrays["y_train"], False)]
         if "x_test" in arrays:
             splits.append((arrays["x_test"], arrays["y_test"], True))
@@ -70,17 +80,31 @@ def read_npz(path: Path) -> Samples:
     )
 
 
-def npz_arrays(path: Path) -> dict[str, Array]:
-    """All arrays of a file; those that lie uncompressed in it are mapped read-only. Nothing is unpickled.
+def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Array]:
+    """Arrays of a file; those that lie uncompressed in it are mapped read-only. Nothing is unpickled.
+
+    Args:
+        path: The file.
+        names: Which arrays are read, if they are there; None for all. The others are not even unpacked.
 
     Raises:
-        DataError: It can't be read or is no `.npz` file of plain arrays.
+        DataError: It can't be read, is no `.npz` file of plain arrays, or an array is packed so tightly that it would
+            fill the memory.
     """
     try:
         arrays: dict[str, Array] = {}
         with path.open("rb") as raw, zipfile.ZipFile(raw) as archive, np.load(path, allow_pickle=False) as file:
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
+                if names is not None and name not in names:
+                    continue
+                if member.file_size > max(_MOST_INFLATED, _MOST_RATIO * member.compress_size):
+                    raise DataError(
+                        f"{path}: size of {name}",
+                        expected=f"at most {_MOST_INFLATED} bytes, or {_MOST_RATIO} times what it takes in the file",
+                        got=member.file_size,
+                        hint="Write it with numpy.savez: then it is mapped, and not unpacked.",
+                    )
                 mapped = _mapped(path, raw, member) if member.filename.endswith(".npy") else None
                 arrays[name] = file[name] if mapped is None else mapped
         return arrays
@@ -125,8 +149,10 @@ def _names(array: Array | None) -> tuple[str, ...]:
 def _need(path: Path, arrays: dict[str, Array], names: tuple[str, ...]) -> None:
     for name in names:
         if name not in arrays:
-            raise DataError(f"{path}: array {name!r} is missing", got=_listed(arrays), hint=_HINT)
+            raise DataError(f"{path}: array {name!r} is missing", got=_listed(path), hint=_HINT)
 
 
-def _listed(arrays: dict[str, Array]) -> str:
-    return ", ".join(arrays) or "nothing"
+def _listed(path: Path) -> str:
+    """Names of all arrays of a file that has been read."""
+    with zipfile.ZipFile(path) as archive:
+        return ", ".join(n.removesuffix(".npy") for n in archive.namelist()) or "nothing"

@@ -76,10 +76,13 @@ def read_plain(data: bytes) -> Any:
 
 
 def _finished(value: Any) -> Any:
-    """Arrays in the place of drafts. Nothing that could contain itself, or the same thing many times, gets through."""
-    if isinstance(value, dict):
-        return {key: _entry(entry) for key, entry in value.items()}
-    return _entry(value)
+    """Arrays in the place of drafts. Nothing that contains containers gets through."""
+    if not isinstance(value, dict):
+        return _entry(value)
+    # A file can refer to one list under every key that it has: each is looked through once.
+    entries = {id(entry): entry for entry in value.values()}
+    plain = {key: _entry(entry) for key, entry in entries.items()}
+    return {key: plain[id(entry)] for key, entry in value.items()}
 
 
 def _entry(value: Any) -> Any:
@@ -101,6 +104,7 @@ class _Machine:
         self._at = 0
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._encoded = 0
 
     def run(self) -> Any:
         if self._bytes(1) != b"\x80" or self._number("<B") not in (2, 3, 4):
@@ -189,7 +193,11 @@ class _Machine:
                 raise DataError("a pickle's array", expected="plain numbers", got=shown(code), hint=_HINT)
             self._stack.append(_Type(code))
         elif what is _ENCODE and len(given) == 2 and given[1] == "latin1" and isinstance(given[0], str):
-            self._stack.append(given[0].encode("latin1"))  # bytes, as Python 3 writes them for Python 2
+            value = given[0].encode("latin1")  # bytes, as Python 3 writes them for Python 2
+            self._encoded += len(value)
+            if self._encoded > len(self._data):  # one text, referred to again and again
+                raise DataError("a pickle's bytes", expected="no more than the file is long", hint=_HINT)
+            self._stack.append(value)
         else:
             raise DataError("a pickle asks for more than plain values", got="a call", hint=_HINT)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedprune.errors import DataError
@@ -32,6 +34,11 @@ def read_samples(source: str | Path, *, size: tuple[int, int] | None = None, col
         DataError: It is not there, or can't be read; the message names the file.
     """
     path = found(source)
+    with _named(path):
+        return _read(path, size, colour)
+
+
+def _read(path: Path, size: tuple[int, int] | None, colour: bool) -> Samples:
     if path.is_file():
         return read_npz(path)
     for folder in (path, *(path / inner for inner in _INNER)):
@@ -40,6 +47,17 @@ def read_samples(source: str | Path, *, size: tuple[int, int] | None = None, col
         if has_idx(folder):
             return read_idx_folder(folder)
     return read_image_folder(path, size=size, colour=colour)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Puts the file's name before an error that doesn't have it."""
+    try:
+        yield
+    except DataError as error:
+        if str(path) in error.what:
+            raise
+        raise DataError(f"{path}: {error.what}", expected=error.expected, got=error.got, hint=error.hint) from error
 
 
 def found(source: str | Path) -> Path:
