@@ -171,7 +171,7 @@ class Worker:
         )
 
     def _cut(self, basis: do.Basis, part: do.Part) -> Cut:
-        turn = Turn(self.job.seed, basis.round, part.device, part.widths, part.density, part.samples)
+        turn = self._turn(basis, part)
         scene = self._scene(basis.round, basis.model, basis.memory)
         withheld = self._offers.withheld(self._recipe(turn))
         past = self._archive.past(part.past, lambda s: _gathered(s, scene.model, withheld))
@@ -330,15 +330,14 @@ class Worker:
         """Store the next model; what doesn't travel keeps its bits, which sums would round."""
         kept: set[str] = set()
         for found in counted:
-            kept |= self._offers.withheld(self._recipe(self._turn(found)))
+            kept |= self._offers.withheld(self._recipe(self._turn(found.basis, found.part)))
         tensors = tensors | {n: scene.model[n] for n in kept}
         if self._calibration is not None:
             tensors = self._calibration(tensors)
         return self.store.put(tensorfile.encode(tensors)).sha256
 
-    def _turn(self, found: do.Contribution) -> Turn:
-        part = found.part
-        return Turn(self.job.seed, found.basis.round, part.device, part.widths, part.density, part.samples)
+    def _turn(self, basis: do.Basis, part: do.Part) -> Turn:
+        return Turn(self.job.seed, basis.round, part.device, part.widths, part.density, part.samples, part.last)
 
     def _remembered(self, before: dict[str, str], memories: Memories) -> dict[str, str]:
         after = dict(before)

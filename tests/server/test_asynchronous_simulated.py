@@ -226,6 +226,22 @@ def test_pr_fl_is_a_masked_mean_of_everybodys_last_update(run: Build) -> None:
     assert {p.part.widths for p in masked} == {found.simulation.model.architecture.sizes}
 
 
+def test_pr_fl_hears_of_every_device_in_every_interval_however_slow_it_is(run: Build) -> None:
+    options = {"interval": 10, "window_s": 0.02, "least": 1, "stage1": False, "recovery": False, "evaluate_every": 100}
+    found = run("pr-fl", rounds=40, recipe=Recipe(max_steps=2, batch_size=16), options=options)
+    counted: dict[str, dict[int, bool]] = {kind: {} for kind in KINDS}
+    for close in found.closes:
+        for part in close.contributions:
+            number, known = part.basis.round, counted[part.part.device]
+            assert part.part.last == max((n for n in known if n < number), default=0)
+            known[number] = any("::squares" in n for n in found.tensors(part.weights))
+    assert len(counted["jetson-orin-nano"]) > 2 * len(counted["raspberry-pi-zero-2w"])
+    for known in counted.values():
+        heard = {(n - 1) // 10 for n, squares in known.items() if squares}
+        assert heard == {(n - 1) // 10 for n in known}
+    assert sum(counted["jetson-orin-nano"].values()) <= 2 * 4, "the first and the last of each, not all"
+
+
 def test_pr_fl_with_channels_narrows_slow_boards_and_widens_them_again(run: Build) -> None:
     found = run("pr-fl", rounds=16, options={**PR_FL, "masks": "channels"})
     parts = [(c.round, p.part) for c in found.closes for p in c.contributions]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedprune.aggregation import Fold
 from fedprune.allocation import Fixed, Tiers
@@ -39,8 +42,18 @@ def model_of(value: float) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     return {t.name: np.full(t.shape, value, np.float32) for t in ARCHITECTURE.tensors}
 
 
-def turn_in(number: int) -> Turn:
-    return Turn(0, number, "a", ARCHITECTURE.sizes)
+def turn_in(number: int, last: int = 0) -> Turn:
+    return Turn(0, number, "a", ARCHITECTURE.sizes, last=last)
+
+
+def asked(strategy: Strategy, offers: Iterable[int]) -> list[int]:
+    """Of a device's offers, by their rounds, those that ask for squared gradients, where every update counts."""
+    found, last = [], 0
+    for number in offers:
+        if strategy.objective.recipe(JOB.recipe, turn_in(number, last)).report_squares:
+            found.append(number)
+        last = number
+    return found
 
 
 def masked_mean(previous: float, values: list[float | None], weights: list[int], rate: float = 1.0) -> float:
@@ -117,13 +130,30 @@ def test_pr_fl_by_elements_and_by_channels() -> None:
     assert elements.allocator.start.elements
     assert not channels.allocator.start.elements
     recipe = JOB.recipe
-    asked = [elements.objective.recipe(recipe, turn_in(r)).report_squares for r in range(1, 101)]
-    assert [r for r, yes in enumerate(asked, start=1) if yes] == [*range(46, 51), *range(96, 101)]
-    always = strategy_of("pr-fl", reported=1.0, interval=7).objective
-    assert all(always.recipe(recipe, turn_in(r)).report_squares for r in range(1, 15))
+    assert asked(elements, range(1, 101)) == [1, *range(46, 51), 51, *range(96, 101)]
+    assert asked(strategy_of("pr-fl", reported=1.0, interval=7), range(1, 15)) == [*range(1, 15)]
+    assert asked(strategy_of("pr-fl", reported=0.0, interval=7), range(1, 15)) == [1, 8]
     turn = turn_in(50)
     assert not channels.objective.recipe(recipe, turn).report_squares
     assert not strategy_of("pr-fl", importance="taylor").objective.recipe(recipe, turn).report_squares
+
+
+@given(st.lists(st.integers(1, 130), min_size=1, max_size=60), st.sampled_from([0.0, 0.1]))
+def test_every_device_reports_squares_once_an_interval_however_slow_it_is(gaps: list[int], reported: float) -> None:
+    """Of every interval in which it gets an offer, one asks it; hardly more do than the interval's last ones."""
+    offers = np.cumsum([1, *gaps]).tolist()
+    found = asked(strategy_of("pr-fl", reported=reported), offers)
+    early = [n for n in found if (n - 1) % 50 < 50 * (1 - reported)]
+    intervals = [(n - 1) // 50 for n in offers]
+    assert {(n - 1) // 50 for n in found} == set(intervals)
+    assert len({(n - 1) // 50 for n in early}) == len(early), "one of them before its last rounds"
+
+
+def test_whose_update_did_not_count_is_asked_again() -> None:
+    objective = strategy_of("pr-fl").objective
+    recipes = [objective.recipe(JOB.recipe, turn_in(n, last=3)) for n in (51, 60)]
+    assert [r.report_squares for r in recipes] == [True, True]
+    assert not objective.recipe(JOB.recipe, turn_in(60, last=51)).report_squares
 
 
 def test_fed_gmr_is_a_setting_of_pr_fl() -> None:

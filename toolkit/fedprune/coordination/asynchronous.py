@@ -159,7 +159,13 @@ class AsynchronousCoordinator(Desk):
             again = last is not None and state.round_of(last) == state.round
             attempt = last.attempt + 1 if last is not None and again else 1
             state.tasks[name] = Task(
-                attempt, device.widths, device.density, samples=device.samples, past=device.past, basis=basis
+                attempt,
+                device.widths,
+                device.density,
+                samples=device.samples,
+                past=device.past,
+                last=device.last,
+                basis=basis,
             )
         return [self._extract(n, state.tasks[n]) for n in idle]
 

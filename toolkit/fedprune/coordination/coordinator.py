@@ -132,6 +132,7 @@ class Coordinator(Desk):
                 samples=d.samples,
                 weight=_weight(counts[n], total, len(chosen)),
                 past=d.past,
+                last=d.last,
             )
             for n, d in chosen.items()
         }

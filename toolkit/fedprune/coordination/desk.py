@@ -90,7 +90,8 @@ class Desk:
             return False
         device = Device(event.session, True, event.profile, event.probe, event.samples)
         if known is not None:
-            device.past, device.allocation, device.buffer = known.past, known.allocation, known.buffer
+            device.past, device.last = known.past, known.last
+            device.allocation, device.buffer = known.allocation, known.buffer
         state.devices[event.device] = device
         self.allocator.admit(self.fleet, event.device, known)
         return True
@@ -139,7 +140,8 @@ class Desk:
         return do.Fold(state.round, state.model, dict(state.memory), self._contribution(name, task, weight))
 
     def _keep_past(self, name: str, task: Task) -> None:
-        """Keep what a device handed in, for strategies that go on from there."""
+        """Keep when a device handed in what counts and, for strategies that go on from there, what that was."""
+        self.state.devices[name].last = self.state.round_of(task)
         if self.strategy.keeps_past:
             basis, mask = self._basis_of(task), (task.offer or {}).get("mask")
             past = do.Past(basis.round, task.weights, basis.ranking, task.widths, mask["sha256"] if mask else None)
@@ -161,7 +163,7 @@ class Desk:
 def part_of(name: str, task: Task) -> do.Part:
     """A part as the worker needs to know it."""
     past = None if task.past is None else do.Past.from_dict(task.past)
-    return do.Part(name, task.attempt, task.widths, task.density, task.samples, past)
+    return do.Part(name, task.attempt, task.widths, task.density, task.samples, past, task.last)
 
 
 def based(event: on.UpdateAnnounced, task: Task) -> bool:

@@ -57,6 +57,7 @@ class Device:
         density: Share of the model that it was given; where the planner chose widths group by group, the share of all
             channels that they keep.
         past: Its last counted update (`fedprune.coordination.commands.Past`), where the strategy keeps that.
+        last: The round of the offer behind its last counted update; 0 before the first.
         allocation: What the strategy's allocator remembers of it.
         buffer: Asynchronous jobs: its last counted update (`fedprune.coordination.commands.Contribution`) where the
             schedule keeps that, and what it counted for.
@@ -74,6 +75,7 @@ class Device:
     correction: dict[str, float] = field(default_factory=dict)
     density: float = 1.0
     past: dict[str, Any] | None = None
+    last: int = 0
     allocation: dict[str, Any] = field(default_factory=dict)
     buffer: dict[str, Any] | None = None
 
@@ -96,6 +98,7 @@ class Task:
         metrics: What the device measured.
         reason: Why it was refused.
         past: The device's last counted update when the part began.
+        last: The round of the offer behind that; 0 for none.
         basis: Asynchronous jobs: what it was cut from (`fedprune.coordination.commands.Basis`); else the state says it.
         offered_at: When it was offered first, on the shell's clock; None before, and where a restart lies between.
         seconds: How long it took from then until its update was here.
@@ -116,6 +119,7 @@ class Task:
     metrics: dict[str, float] = field(default_factory=dict)
     reason: str = ""
     past: dict[str, Any] | None = None
+    last: int = 0
     basis: dict[str, Any] | None = None
     offered_at: float | None = None
     seconds: float | None = None
@@ -215,7 +219,7 @@ class State:
         elif self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):
             self.phase, self.deadline = Phase.SCORING, None
             self.tasks = {
-                n: Task(t.attempt + 1, t.widths, t.density, samples=t.samples, weight=t.weight)
+                n: Task(t.attempt + 1, t.widths, t.density, samples=t.samples, weight=t.weight, last=t.last)
                 for n, t in self.tasks.items()
             }
 

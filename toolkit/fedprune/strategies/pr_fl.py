@@ -7,6 +7,7 @@ silent or differ, and how they are read here. FedGMR (arXiv 2512.05372), the sam
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -44,7 +45,8 @@ class Options:
         stage1: Whether times drive densities.
         floor: ρ_min.
         reported: Share of an interval, its last rounds, in whose offers devices are asked for squared gradients, which
-            double an update. 1 is all of them, as in the authors' code.
+            double an update. Every device is asked in its first offer of an interval in any case, so that slow ones are
+            heard, too. 1 is all of them, as in the authors' code.
         layer_floor: Share of every tensor that every mask keeps, by |w| (masks of elements).
         gain: How much of the way to equal times is gone at once.
         band: Times that are within this share of the fastest device's for the whole model are equal.
@@ -114,11 +116,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Reporting:
-    """The job's recipe; in the last rounds of every interval devices also report squared gradients.
+    """The job's recipe; some updates of every interval also bring squared gradients.
+
+    Those of its last rounds, which know the model best that is ranked next, and every device's first. In asynchronous
+    rounds a device gets an offer when it comes back: whoever takes long may never come in an interval's last rounds.
 
     Attributes:
         interval: I.
-        rounds: How many rounds of each.
+        rounds: How many rounds are an interval's last ones.
     """
 
     interval: int
@@ -126,8 +131,10 @@ class Reporting:
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         """The device's recipe."""
-        last = (turn.round - 1) % self.interval >= self.interval - self.rounds
-        return replace(recipe, report_squares=recipe.report_squares or last)
+        interval, place = divmod(turn.round - 1, self.interval)
+        first = turn.last == 0 or (turn.last - 1) // self.interval < interval
+        last = place >= self.interval - self.rounds
+        return replace(recipe, report_squares=recipe.report_squares or first or last)
 
 
 def pr_fl(job: Job) -> Strategy:
@@ -152,7 +159,7 @@ def pr_fl(job: Job) -> Strategy:
         extractor=Elements() if elements else Selected(),
         aggregator=Mean(rule=rule, weighting=options.weighting),
         personaliser=Nobody(),
-        objective=Reporting(options.interval, max(1, round(options.reported * options.interval)))
+        objective=Reporting(options.interval, math.ceil(options.reported * options.interval - 1e-9))
         if squares
         else AsJob(),
         allocator=_allocator(job, options, elements),

@@ -40,6 +40,7 @@ class Turn:
         widths: Its channels per group.
         density: The share of the model that it was given, above 0 and at most 1.
         samples: Its training samples.
+        last: The round in whose offer it trained what it last handed in and counted; 0 where there is none.
     """
 
     seed: int
@@ -48,6 +49,7 @@ class Turn:
     widths: tuple[int, ...]
     density: float = 1.0
     samples: int = 1
+    last: int = 0
 
     @property
     def pruning_rate(self) -> float:
