@@ -132,6 +132,7 @@ COMPILED = {
     "still": (hidden, Features(frozen=("w1", "gamma", "mean", "var"))),
     "tokens": (tokens, Features()),
     "kept": (hidden, Features(axes=True)),
+    "masked_classes": (hidden, Features(class_mask=True)),
     "masked": (hidden, Features(element_mask=True, axes=True, gradients=True)),
     "threshold": (hidden, Features(threshold=True, axes=True)),
     "scaled": (hidden, Features(scale=True, axes=True, gradients=True)),

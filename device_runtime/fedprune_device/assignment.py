@@ -13,9 +13,9 @@ from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Offer, Update
 from fedprune_device.data import LocalData
 from fedprune_device.evaluation import MEASURED, Evaluation, training_metrics
-from fedprune_device.labels import log_prior
 from fedprune_device.loaded import LoadedTrainer
 from fedprune_device.own import OwnInMemory, Shelf
+from fedprune_device.own_labels import OwnLabels
 from fedprune_device.predictor import Predictor
 from fedprune_device.slots import Serving, Slots
 from fedprune_device.trainer import TrainingStoppedError
@@ -130,8 +130,8 @@ class Workbench:
         work = Work(offer, recipe, weights, mask, trainer, self._shelf, self._device, self._data)
         self._data.check(offer.classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
         self._blob(offer.inference, stop)
-        offset = log_prior(self._data.y_train, offer.classes) if recipe.logit_adjustment else None
-        evaluation = Evaluation(self._data, recipe, offer.classes, offset)
+        own = OwnLabels.of(self._data.y_train, recipe, offer.classes)
+        evaluation = Evaluation(self._data, recipe, offer.classes, own)
         evaluation.metrics["download_seconds"] = download_seconds
 
         evaluates = offer.round % recipe.evaluate_every == 0
@@ -191,8 +191,9 @@ class Workbench:
             classes=offer.classes,
             inference=offer.inference.sha256,
             weights=serves.sha256 if isinstance(serves, BlobRef) else tensorfile.digest(serves),
-            offset=None if offset is None else tuple(map(float, offset)),
+            offset=own.offset,
             loss=recipe.loss,
+            present=own.present,
         )
         return Trained(update, serving)
 

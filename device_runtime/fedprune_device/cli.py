@@ -28,7 +28,8 @@ from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.wire.topics import EVERYONE, check_device, check_name
 from fedprune_device.data import checked_inputs, checked_samples, why_unreadable
-from fedprune_device.labels import log_prior, targets
+from fedprune_device.labels import targets
+from fedprune_device.own_labels import OwnLabels
 from fedprune_device.predictions import described, judged
 from fedprune_device.predictor import Predictor
 from fedprune_device.slots import Slots
@@ -193,7 +194,7 @@ def _profile(name: str | None) -> HardwareProfile | None:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    offset: npt.NDArray[np.float32] | None = None
+    own = OwnLabels()
     class_names: tuple[str, ...] = ()
     if arguments.bundle is not None:
         bundle = open_bundle(arguments.bundle)
@@ -205,14 +206,13 @@ def _predict(arguments: argparse.Namespace) -> int:
             if loss != "cross_entropy":
                 raise ConfigError(f"--data with a model of loss {loss!r}", expected="one that predicts one class")
             classes = bundle.architecture.classes
-            offset = log_prior(targets(load_data(arguments.data).y_train, loss, classes), classes)
+            labels = targets(load_data(arguments.data).y_train, loss, classes)
+            own = OwnLabels.of(labels, replace(bundle.recipe, logit_adjustment=True), classes)
     else:
         predictor, record = _slots(arguments.state).open(arguments.threads)
-        offset, loss = record.logit_offset(), record.loss
+        own, loss = record.own, record.loss
     x, y = _inputs(arguments.input)
-    logits = predictor.predict(x)
-    if offset is not None:
-        logits = logits + offset
+    logits = own(predictor.predict(x))
     if arguments.output is not None:
         with arguments.output.open("wb") as file:
             np.save(file, logits)

@@ -16,6 +16,7 @@ from fedprune.recipe import Recipe
 from fedprune_device.data import LocalData
 from fedprune_device.labels import targets
 from fedprune_device.losses import data_loss, hits, loss_terms
+from fedprune_device.own_labels import OwnLabels
 from fedprune_device.predictor import Predictor
 from fedprune_device.trainer import TrainingResult
 
@@ -48,16 +49,14 @@ class Evaluation:
         data: The board's samples.
         recipe: The round's recipe.
         classes: Entries of the models' outputs.
-        offset: Added to outputs, where the recipe adjusts logits.
+        own: What the board's own labels say about its predictions.
     """
 
-    def __init__(
-        self, data: LocalData, recipe: Recipe, classes: int, offset: npt.NDArray[np.float32] | None = None
-    ) -> None:
+    def __init__(self, data: LocalData, recipe: Recipe, classes: int, own: OwnLabels) -> None:
         self._data = data
         self._recipe = recipe
         self._classes = classes
-        self._offset = offset
+        self._own = own
         self._at_once = min(_MOST_AT_ONCE, recipe.micro_batch, data.samples)
         self.metrics: dict[str, float] = {"samples_test": float(len(data.y_test))}
         if len(data.y_val):
@@ -117,9 +116,7 @@ class Evaluation:
         if not len(y):
             return False
         y = targets(y, self._recipe.loss, self._classes)
-        outputs = model.predict(x, self._at_once)
-        if self._offset is not None:
-            outputs = outputs + self._offset
+        outputs = self._own(model.predict(x, self._at_once))
         right = hits(self._recipe.loss, outputs, y)
         if right is not None:
             self.metrics[f"accuracy_{name}"] = float(np.mean(right))

@@ -74,29 +74,6 @@ class Predictor:
         ]
         return np.concatenate([np.asarray(p) for p in parts]).astype(np.float32, copy=False)
 
-    def accuracy(
-        self,
-        x: Array,
-        y: npt.NDArray[np.int64],
-        offset: npt.NDArray[np.float32] | None = None,
-    ) -> float:
-        """Share of correctly classified samples.
-
-        Args:
-            x: Inputs.
-            y: Labels.
-            offset: A vector [classes] that is added to the logits.
-
-        Raises:
-            DataError: There are no samples, or their shape isn't the model's.
-        """
-        if not len(y):
-            raise DataError("accuracy of no samples")
-        logits = self.predict(x)
-        if offset is not None:
-            logits = logits + offset
-        return float(np.mean(np.argmax(logits, axis=1) == y))
-
     def check(
         self,
         classes: int,

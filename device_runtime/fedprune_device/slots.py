@@ -13,13 +13,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from fedprune.disk import file_digest, storage_errors
 from fedprune.errors import ModelError, StorageError
 from fedprune.recipe import LOSSES
 from fedprune_device import durable
+from fedprune_device.own_labels import OwnLabels
 from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
 
 _LOG = logging.getLogger("fedprune.device")
@@ -41,6 +39,7 @@ class Serving:
         offset: Added to the logits of own predictions, where the recipe adjusts logits.
         slot: Where it lies.
         loss: What it was trained with.
+        present: 0 for the classes whose logits are replaced by 0 in own predictions, else 1; None where none are.
     """
 
     job: str
@@ -51,10 +50,12 @@ class Serving:
     offset: tuple[float, ...] | None = None
     slot: str = ""
     loss: str = "cross_entropy"
+    present: tuple[float, ...] | None = None
 
-    def logit_offset(self) -> npt.NDArray[np.float32] | None:
-        """The offset as an array."""
-        return None if self.offset is None else np.array(self.offset, np.float32)
+    @property
+    def own(self) -> OwnLabels:
+        """What turns its logits into those of own predictions."""
+        return OwnLabels(self.offset, self.present)
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Serving:
@@ -64,16 +65,18 @@ class Serving:
             StorageError: It is not what this class writes.
         """
         try:
-            values = {f.name: body[f.name] for f in fields(cls) if f.name != "loss"}
-            values["loss"] = body.get("loss", "cross_entropy")  # records of older agents have none
+            values = {f.name: body[f.name] for f in fields(cls) if f.name not in ("loss", "present")}
+            values["loss"] = body.get("loss", "cross_entropy")  # records of older agents have neither
+            values["present"] = body.get("present")
             if values["loss"] not in LOSSES:
                 raise ValueError(values["loss"])
             if values["slot"] not in _NAMES:
                 raise ValueError(values["slot"])
-            if values["offset"] is not None:
-                values["offset"] = tuple(float(v) for v in values["offset"])
-                if len(values["offset"]) != values["classes"] or not all(map(math.isfinite, values["offset"])):
-                    raise ValueError("offset")
+            for name in ("offset", "present"):
+                if values[name] is not None:
+                    values[name] = tuple(float(v) for v in values[name])
+                    if len(values[name]) != values["classes"] or not all(map(math.isfinite, values[name])):
+                        raise ValueError(name)
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise StorageError(f"the record of the serving model is not one ({error!r})") from error

@@ -26,11 +26,6 @@ def test_no_inputs_give_no_rows_of_logits(model: Path, data: LocalData) -> None:
     assert Predictor(model).predict(data.x_train[:0]).shape == (0, 3)
 
 
-def test_the_offset_counts_in_accuracy(model: Path, data: LocalData) -> None:
-    sure = np.array([0, 1000, 0], np.float32)
-    assert Predictor(model).accuracy(data.x_test, data.y_test, sure) == np.mean(data.y_test == 1)
-
-
 def test_inputs_of_another_shape_are_refused(model: Path, data: LocalData) -> None:
     with pytest.raises(DataError, match=r"shape of the inputs: expected \[n, .*\], got \[\d+, 3[],]"):
         Predictor(model).predict(data.x_test[:, :3])
