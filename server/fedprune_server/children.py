@@ -94,6 +94,18 @@ class Children:
         self.stop()
 
 
+def begin_helper(parent: int) -> None:
+    """Make this process a helper of another one: it ends with it, and leaves Ctrl-C to it.
+
+    Args:
+        parent: The other one's process id.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal_at_parents_end(signal.SIGTERM)
+    if os.getppid() != parent:  # it was gone before the kernel was asked
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def signal_at_parents_end(number: signal.Signals) -> None:
     """Ask the kernel to send this process a signal when its parent is gone, even after kill -9 (Linux alone can).
 

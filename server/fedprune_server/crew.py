@@ -7,9 +7,11 @@ difference which process does what, or whether it does it twice.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
+import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from pathlib import Path
 
 from fedprune.blobs import BlobStore
@@ -17,8 +19,11 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.job import Job
 from fedprune_export.imported import Model
+from fedprune_server.children import begin_helper
 from fedprune_server.worker import Worker
 from fedprune_server.workshop import Work
+
+log = logging.getLogger(__name__)
 
 _Key = tuple[int, str, int]
 
@@ -36,12 +41,8 @@ class Crew:
 
     def __init__(self, worker: Worker, helpers: int) -> None:
         self._worker = worker
-        self._pool = ProcessPoolExecutor(
-            helpers,
-            multiprocessing.get_context("spawn"),  # a thread may hold any lock at the moment of a fork
-            _begin,
-            (worker.job, worker.model, worker.store.root, worker.store.durable),
-        )
+        self._helpers = helpers
+        self._pool = self._new_pool()
         self._expected: dict[_Key, tuple[do.Extract, Future[on.Event]]] = {}
         self._graphs: set[str] = set()
 
@@ -49,7 +50,7 @@ class Crew:
         """Let helpers begin with the submodels among commands that will be carried out in a moment."""
         for command in commands:
             if isinstance(command, do.Extract) and _key(command) not in self._expected:
-                self._expected[_key(command)] = (command, self._pool.submit(_extract, command))
+                self._expected[_key(command)] = (command, self._submit(command))
 
     def execute(self, command: Work) -> on.Event:
         """Carry out one command.
@@ -74,6 +75,24 @@ class Crew:
         """Digests of the graphs that current offers refer to."""
         return self._worker.graphs() | self._graphs
 
+    def _submit(self, command: do.Extract) -> Future[on.Event]:
+        try:
+            return self._pool.submit(_extract, command)
+        except BrokenExecutor:
+            log.warning("a helper was killed, maybe since memory ran out; others take its place")
+            self._pool.shutdown(wait=False)
+            self._pool = self._new_pool()
+            return self._pool.submit(_extract, command)
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        worker = self._worker
+        return ProcessPoolExecutor(
+            self._helpers,
+            multiprocessing.get_context("spawn"),  # a thread may hold any lock at the moment of a fork
+            _begin,
+            (os.getpid(), worker.job, worker.model, worker.store.root, worker.store.durable),
+        )
+
     def close(self) -> None:
         """Let the helpers go."""
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -83,8 +102,9 @@ def _key(command: do.Extract) -> _Key:
     return command.basis.round, command.part.device, command.part.attempt
 
 
-def _begin(job: Job, model: Model, folder: Path, durable: bool) -> None:
+def _begin(parent: int, job: Job, model: Model, folder: Path, durable: bool) -> None:
     global _helper
+    begin_helper(parent)
     _helper = Worker(job, model, BlobStore(folder, durable=durable))
 
 

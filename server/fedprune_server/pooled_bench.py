@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from fedprune.blobs import BlobStore
-from fedprune.errors import FedpruneError
+from fedprune.errors import FedpruneError, TrainingError
 from fedprune_export.imported import Model
+from fedprune_server.children import begin_helper
 from fedprune_server.prepared_bench import Done, PreparedBench
 from fedprune_server.virtual_device import Bench, Outcome, VirtualDevice, Work
 
 TOGETHER = 64
 """How many offers are known ahead, so that no process waits for another one's device."""
+
+_SPARE = 2
+"""So many devices' samples wait beside those that train, so that no process waits for the next."""
 
 Failure = tuple[type[FedpruneError], str, Any, Any, str]
 """What an error said."""
@@ -37,30 +42,36 @@ class PooledBench(PreparedBench):
 
     def __init__(self, trainer: str, workers: int, model: Model, store: BlobStore, folder: Path) -> None:
         super().__init__(store, folder, TOGETHER)
+        self._processes = workers
         self._pool = ProcessPoolExecutor(
             workers,
             multiprocessing.get_context("spawn"),  # a thread may hold any lock at the moment of a fork
             _begin,
-            (trainer, model, store.root, folder),
+            (os.getpid(), trainer, model, store.root, folder),
         )
 
     def ahead(self, work: Sequence[Work]) -> list[Done | Exception]:
-        """See `PreparedBench.ahead`."""
-        futures = [
-            # Samples are read here: how they are read need not be known in other processes.
-            self._pool.submit(
-                _carry_out, VirtualDevice(d.name, d.profile, d.load()), offer, number, self.boards.get(d.name)
-            )
-            for d, offer, number in work
-        ]
+        """See `PreparedBench.ahead`.
+
+        Raises:
+            TrainingError: A process was killed.
+        """
+        futures: list[Future[Done | Failure]] = []
         results: list[Done | Exception] = []
-        for future in futures:
-            found = future.result()
-            if isinstance(found[0], type):
-                kind, what, expected, got, hint = found
-                results.append(kind(what, expected=expected, got=got, hint=hint))
-            else:
-                results.append(found)
+        try:
+            for device, offer, number in work:
+                # Samples are read here, since how they are read need not be known in other processes, and no sooner
+                # than they are needed: a training takes much longer than to read them.
+                if len(futures) - len(results) >= self._processes + _SPARE:
+                    results.append(_result(futures[len(results)]))
+                near = VirtualDevice(device.name, device.profile, device.load())
+                futures.append(self._pool.submit(_carry_out, near, offer, number, self.boards.get(device.name)))
+            results += [_result(f) for f in futures[len(results) :]]
+        except BrokenExecutor as error:
+            raise TrainingError(
+                "a process that trains devices was killed",
+                hint="Did memory run out? Start again with fewer workers: a run with a folder goes on where it stood.",
+            ) from error
         return results
 
     def carry_out(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> Outcome:
@@ -74,8 +85,9 @@ class PooledBench(PreparedBench):
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(trainer: str, model: Model, blobs: Path, folder: Path) -> None:
+def _begin(parent: int, trainer: str, model: Model, blobs: Path, folder: Path) -> None:
     global _bench
+    begin_helper(parent)
     from fedprune_server.trainers import bench
 
     place = folder / f"process-{multiprocessing.current_process().pid}"
@@ -91,6 +103,14 @@ def _carry_out(device: VirtualDevice, offer: dict[str, Any], number: int, board:
     except FedpruneError as error:
         return type(error), error.what, _plain(error.expected), _plain(error.got), error.hint
     return outcome, _bench.boards.get(device.name)
+
+
+def _result(future: Future[Done | Failure]) -> Done | Exception:
+    found = future.result()
+    if not isinstance(found[0], type):
+        return found
+    kind, what, expected, got, hint = found
+    return kind(what, expected=expected, got=got, hint=hint)
 
 
 def _plain(value: object) -> object:

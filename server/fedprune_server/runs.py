@@ -21,6 +21,7 @@ from typing import Any
 from fedprune.disk import storage_errors, write_whole
 from fedprune.errors import ConfigError, FedpruneError, MissingExtraError, StorageError, shown
 from fedprune.wire.topics import check_name
+from fedprune_server.children import begin_helper
 
 DONE, FAILED, PROGRESS = "done.json", "failed.txt", "progress.json"
 """Files of a run's folder."""
@@ -156,7 +157,7 @@ class _Processes:
 
     def start(self, work: WorkOf, run: Run, out: Path) -> None:
         """Start a run."""
-        process = self._context.Process(target=_do, args=(work, run, out), name=run.name)
+        process = self._context.Process(target=_do_here, args=(os.getpid(), work, run, out), name=run.name)
         process.start()
         self.active[run.name] = (run, process)
 
@@ -227,6 +228,11 @@ class _Ray:
             self._ray.shutdown()
 
 
+def _do_here(parent: int, work: WorkOf, run: Run, out: Path) -> None:
+    begin_helper(parent)
+    _do(work, run, out)
+
+
 def _do(work: WorkOf, run: Run, out: Path) -> None:
     """Do one run and leave its result, or why it failed; in a process of its own."""
     folder = out / run.name
@@ -277,7 +283,7 @@ def _standing(run: Run, out: Path, active: bool) -> Standing:
     if (folder / DONE).exists():
         return Standing(run.name, "done", 1.0)
     if (folder / FAILED).exists():
-        return Standing(run.name, "failed", note=folder.joinpath(FAILED).read_text().splitlines()[0][:80])
+        return Standing(run.name, "failed", note=folder.joinpath(FAILED).read_text().partition("\n")[0][:80])
     try:
         body = json.loads((folder / PROGRESS).read_bytes())
         return Standing(run.name, "running", float(body["share"]), str(body["note"]))

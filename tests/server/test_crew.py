@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -78,6 +83,60 @@ def test_an_error_is_the_workers_own(worker: Worker, crew: Crew) -> None:
 
     with pytest.raises(StorageError, match="0" * 12):
         crew.execute(lost)
+
+
+def test_helpers_that_were_killed_are_replaced(worker: Worker, crew: Crew) -> None:
+    orders = extracts(worker)
+    crew.expect(orders)
+    expected = [crew.execute(o) for o in orders]
+    for process in crew._pool._processes.values():
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    while not crew._pool._broken:  # the pool's own thread notices
+        time.sleep(0.01)
+
+    crew.expect(orders)
+
+    assert [crew.execute(o) for o in orders] == expected
+
+
+def test_helpers_leave_ctrl_c_to_their_parent_and_end_with_it() -> None:
+    """The parent is interrupted with its helper, as by a terminal, and then killed."""
+    program = (
+        "import os, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from fedprune_server.children import begin_helper\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, get_context('spawn'), begin_helper, (os.getpid(),))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    sys.stdin.readline()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        helper = int(parent.stdout.readline())
+        os.kill(helper, signal.SIGINT)
+        parent.stdin.write("\n")
+        parent.stdin.flush()
+        assert int(parent.stdout.readline()) == helper
+        parent.kill()
+        parent.wait()
+        until = time.monotonic() + 20
+        while _alive(helper) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not _alive(helper)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_simulation_with_helpers_gives_the_same_models(model: Model, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@ but for rounding from torch, one by one or many at once."""
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -24,6 +26,7 @@ from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.inference import inference_model
 from fedprune_export.training import training_graph
 from fedprune_server.ensemble import Ensemble
+from fedprune_server.pooled_bench import PooledBench
 from fedprune_server.torch_bench import TorchBench
 from fedprune_server.trainers import bench, choice
 from fedprune_server.virtual_device import Bench, Outcome, VirtualDevice, Work
@@ -153,6 +156,47 @@ def test_other_processes_give_the_same_bits(trainer: str, model: Model, tmp_path
         assert str(theirs.value) == str(mine.value)
     finally:
         pooled.close()
+
+
+def test_a_killed_process_is_said(model: Model, tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "blobs", durable=False)
+    pooled = bench("onnxruntime", 2, model, store, tmp_path / "scratch")
+    assert isinstance(pooled, PooledBench)
+    work = offers(model, store, RECIPES["plain"], devices(model, 1))
+    try:
+        carried_out(pooled, work)
+        for process in pooled._pool._processes.values():
+            os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(TrainingError, match="killed"):
+            pooled.prepare(work)
+    finally:
+        pooled.close()
+
+
+def test_few_samples_wait_for_a_process(model: Model, tmp_path: Path) -> None:
+    """Those of devices that no process will work on soon are not read yet."""
+    store = BlobStore(tmp_path / "blobs", durable=False)
+    pooled = bench("onnxruntime", 2, model, store, tmp_path / "scratch")
+    assert isinstance(pooled, PooledBench)
+    read: list[str] = []
+    found: list[int] = []
+
+    class Answer:
+        def result(self) -> Any:
+            found.append(len(read))
+            return "outcome", None
+
+    class Slow:
+        def submit(self, _: object, device: VirtualDevice, *more: object) -> Answer:
+            read.append(device.name)
+            return Answer()
+
+    pooled.close()
+    pooled._pool = Slow()  # type: ignore[assignment]
+    work = offers(model, store, RECIPES["plain"], devices(model, 12))
+    assert len(pooled.ahead(work)) == 12
+    assert read == [d.name for d, _, _ in work]
+    assert found[:3] == [4, 5, 6]
 
 
 def test_what_is_prepared_happens_when_it_is_asked_for(model: Model, tmp_path: Path) -> None:
