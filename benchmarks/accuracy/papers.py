@@ -55,9 +55,10 @@ SUBFLOT_SMALL = replace(
         *_SUBFLOT,
         Method("history", "history", note="a device's own last model mixed in by halves, without transport"),
     ),
+    seeds=(0,),
     every=25,
     every_global=5,
-    minutes=14,
+    minutes=16,
     full=False,
 )
 
@@ -170,7 +171,7 @@ def _pr_fl(interval: int, patience: int) -> tuple[Method, ...]:
         Method(
             "heterofl",
             "pr-fl",
-            {**_FIXED, "interval": interval, "synchronous": True, "keep": False},
+            {**_FIXED, "interval": interval, "synchronous": True},
             paper="40,900 / 44,500; 70,900 / 97,900 s",
             note="as in the authors' code: unstructured masks at fixed densities, synchronous",
         ),
@@ -226,11 +227,11 @@ PR_FL_SMALL = replace(
     methods=_pr_fl(20, 3),
     boards=_links(_SCALE),
     weather=_weather(_SCALE),
-    target=0.42,
+    target=0.40,
     seeds=(0,),
     until_s=8_000,
-    every_s=200,
-    minutes=12,
+    every_s=100,
+    minutes=20,
     full=False,
 )
 

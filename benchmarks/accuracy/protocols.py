@@ -93,6 +93,7 @@ CIFAR = Protocol(
     20,
     _all(),
     target=0.30,
+    minutes=3,
     paper="SubFLOT's Table 1, CIFAR-10 Dirichlet .1, VGG11, learning rate .001, 200 rounds: SubFLOT 83.78, HeteroFL "
     "81.21, FedRolex 81.04.",
 )
