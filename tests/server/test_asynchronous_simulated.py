@@ -210,6 +210,7 @@ def masked_mean(found: Run, close: do.Close, before: Tensors, schedule: Schedule
 
 
 PR_FL = {"interval": 2, "window_s": 0.1, "patience": 1, "floor": 0.2}
+IN_STEP = {"interval": 2, "patience": 1, "floor": 0.2, "synchronous": True}
 
 
 def test_pr_fl_is_a_masked_mean_of_everybodys_last_update(run: Build) -> None:
@@ -255,11 +256,19 @@ def test_pr_fl_with_channels_narrows_slow_boards_and_widens_them_again(run: Buil
 
 
 def test_pr_fl_in_step_and_without_buffers(run: Build) -> None:
-    in_step = run("pr-fl", rounds=3, options={**PR_FL, "synchronous": True})
+    in_step = run("pr-fl", rounds=3, options=IN_STEP)
     assert all(len(c.contributions) == 3 for c in in_step.closes)
     bare = run("pr-fl", rounds=5, options={**PR_FL, "keep": False, "recovery": False, "importance": "taylor"})
     seen = [(p.part.device, p.basis.round) for c in bare.closes for p in c.contributions]
     assert len(seen) == len(set(seen))
+
+
+def test_pr_fl_in_step_ranks_channels_every_interval(run: Build) -> None:
+    options = {**IN_STEP, "masks": "channels", "interval": 3, "stage1": False, "recovery": False, "densities": [0.5]}
+    found = run("pr-fl", rounds=6, recipe=Recipe(max_steps=8, batch_size=16, lr=0.1), options=options)
+    rankings = [{p.basis.ranking for p in close.contributions} for close in found.closes]
+    assert rankings == [rankings[0]] * 3 + [rankings[3]] * 3
+    assert rankings[0] != rankings[3]
 
 
 @pytest.mark.parametrize(

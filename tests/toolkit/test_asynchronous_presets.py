@@ -195,6 +195,10 @@ def test_ablations_are_settings_of_pr_fl() -> None:
         ("pr-fl", {"densities": ["a"]}, "densities"),
         ("pr-fl", {"least": 0}, "least"),
         ("pr-fl", {"importance": "luck"}, "importance"),
+        ("pr-fl", {"importance": "luck", "masks": "channels"}, "importance"),
+        ("pr-fl", {"synchronous": True, "rate": 0.5}, "rate"),
+        ("pr-fl", {"synchronous": True, "window_s": 2, "masks": "channels"}, "window_s"),
+        ("pr-fl", {"synchronous": True, "evaluate_every": 5}, "evaluate_every"),
     ],
 )
 def test_wrong_options_are_named(name: str, options: dict[str, Any], words: str) -> None:

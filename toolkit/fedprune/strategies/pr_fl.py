@@ -25,8 +25,8 @@ from fedprune.strategies.importance import Importance, Kind
 from fedprune.strategies.means import Mean
 from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Turn
-from fedprune.strategies.scorers import ByName
+from fedprune.strategies.roles import Scorer, Turn
+from fedprune.strategies.scorers import ByName, Held
 from fedprune.strategies.strategy import Strategy
 
 
@@ -71,7 +71,8 @@ class Options:
         max_staleness: Staler updates don't count; 0 for no limit.
         rate: η_g.
         weighting: `uniform` or `samples`.
-        synchronous: Rounds in step, with a deadline (the ablation PR-FL-Syn).
+        synchronous: Rounds in step, with a deadline (the ablation PR-FL-Syn). Options about windows, buffers and
+            staleness are refused then.
         mean: `masked`: a weight's mean over those that hold it (MaskFedAvg); `plain`: over all, with 0 where it is
             masked (the ablation FedAvg-PR-FL).
         evaluate_every: The model is evaluated every so many rounds.
@@ -114,6 +115,12 @@ class Options:
     evaluate_every: int = 1
 
 
+_ASYNCHRONOUS = (
+    "window_s", "least", "keep", "staleness", "a", "b", "frozen", "max_staleness", "rate", "evaluate_every",
+)  # fmt: skip
+"""Options that say nothing of rounds in step."""
+
+
 @dataclass(frozen=True)
 class Reporting:
     """The job's recipe; some updates of every interval also bring squared gradients.
@@ -150,12 +157,19 @@ def pr_fl(job: Job) -> Strategy:
     choice(name, "mean", options.mean, ("masked", "plain"))
     number(name, "rate", options.rate, 0, 1)
     number(name, "reported", options.reported, 0, 1)
+    if options.synchronous and (idle := [n for n in _ASYNCHRONOUS if n in job.options]):
+        raise ConfigError(
+            f"job: option {idle[0]} of {name}",
+            expected="none of " + ", ".join(_ASYNCHRONOUS) + " with synchronous = true",
+            got=shown(job.options[idle[0]]),
+            hint="Rounds in step take the fresh updates of all that deliver by the job's deadline.",
+        )
     elements = options.masks == "elements"
     rule: Literal["coverage", "zero"] = "coverage" if options.mean == "masked" else "zero"
     squares = elements and options.importance == "squares"
     return Strategy(
         name,
-        scorer=_importance(options) if elements else ByName("magnitude"),
+        scorer=_scorer(options, elements),
         extractor=Elements() if elements else Selected(),
         aggregator=Mean(rule=rule, weighting=options.weighting),
         personaliser=Nobody(),
@@ -167,8 +181,14 @@ def pr_fl(job: Job) -> Strategy:
     )
 
 
-def _importance(options: Options) -> Importance:
-    return Importance(cast(Kind, options.importance), options.interval, options.layer_floor)
+def _scorer(options: Options, elements: bool) -> Scorer:
+    # Both are made for every combination: an option that is wrong is named whether it is used or not.
+    importance = Importance(cast(Kind, options.importance), options.interval, options.layer_floor)
+    if elements:
+        return importance
+    size = ByName("magnitude")
+    # The asynchronous schedule ranks every I rounds by itself; rounds in step are ranked one by one.
+    return Held(size, options.interval) if options.synchronous else size
 
 
 def _schedule(job: Job, options: Options) -> Schedule:

@@ -1,17 +1,22 @@
-"""Scorers that rank channels by name: `ordered`, `magnitude`, `curvature`."""
+"""Scorers that rank channels by name: `ordered`, `magnitude`, `curvature`; and one that holds ranks for some rounds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedprune.aggregation import Fold
 from fedprune.evidence import Evidence
 from fedprune.scoring import random_ranks, ranks, score
-from fedprune.strategies.roles import Memories, Ranking, Report, Scene
+from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Scorer
 
 EVIDENCE = "evidence"
 """What the curvature score remembers."""
+
+HELD = "ranks"
+"""Memory: the ranks of channels that hold until the next interval begins, by group."""
 
 
 @dataclass(frozen=True)
@@ -51,3 +56,34 @@ class ByName:
     def _evidence(self, scene: Scene) -> Evidence:
         known = scene.memory.get(EVIDENCE)
         return Evidence.empty(scene.architecture) if known is None else Evidence.from_tensors(scene.architecture, known)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Another scorer's ranks of channels, made anew every so many rounds only, for schedules that rank every round.
+
+    Attributes:
+        scorer: The other one; it learns from every round.
+        interval: Rounds between two rankings.
+    """
+
+    scorer: Scorer
+    interval: int
+
+    @property
+    def observes(self) -> bool:
+        """Whether the other one learns from how far weights moved."""
+        return self.scorer.observes
+
+    def rank(self, scene: Scene) -> Ranking:
+        """New ranks in the first round of an interval, and those again in its others; no order of elements."""
+        held = scene.memory.get(HELD)
+        if held is None or (scene.round - 1) % self.interval == 0:
+            return Ranking(self.scorer.rank(scene).ranks)
+        return Ranking(tuple(held[group.name].astype(np.int64) for group in scene.architecture.groups))
+
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+        """The ranks that hold, and what the other one learns."""
+        found = self.rank(scene).ranks
+        held = {g.name: r.astype(np.int32) for g, r in zip(scene.architecture.groups, found, strict=True)}
+        return {**self.scorer.learn(scene, fold, reports), HELD: dict(held)}
