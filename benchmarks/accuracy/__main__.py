@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ RESULTS = Path("benchmarks/results/accuracy")
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs that were started end, too
     options = arguments()
     from benchmarks.accuracy.protocols import PROTOCOLS
 
