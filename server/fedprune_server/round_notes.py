@@ -131,7 +131,7 @@ class Notary:
         """How many updates held each channel, per group."""
         counts = [np.zeros(size, np.int64) for size in self._model.architecture.sizes]
         for found in parts:
-            selection = self._archive.selection(found.basis.ranking, found.part.widths)
+            selection = self._archive.selection(found.ranking or found.basis.ranking, found.widths or found.part.widths)
             for count, rank, width in zip(counts, selection.ranks, selection.widths, strict=True):
                 count[rank[:width]] += 1
         return [[int(c) for c in count] for count in counts]

@@ -166,7 +166,10 @@ class Contribution:
         weight: What it counts for: the samples that the device was planned with, or what the schedule makes of them,
             scaled down where a round's sum would be more than sums can hold.
         steps: Optimiser steps behind it.
-        widths: Widths of what it was sent, where an extractor made it narrower than its part; None where not.
+        widths: Widths of what it was sent, which an extractor may have made narrower than its part; None for the
+            part's.
+        ranking: Digest of the ranking whose first channels it was sent, which may be an extractor's own; None for the
+            basis's.
     """
 
     basis: Basis
@@ -177,6 +180,7 @@ class Contribution:
     weight: int
     steps: int
     widths: tuple[int, ...] | None = None
+    ranking: str | None = None
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Contribution:

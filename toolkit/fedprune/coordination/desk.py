@@ -133,6 +133,7 @@ class Desk:
             weight,
             task.steps,
             tuple(offer["widths"]),
+            offer.get("ranking"),
         )
 
     def _fold(self, name: str, task: Task, weight: int) -> do.Fold:
@@ -143,8 +144,10 @@ class Desk:
         """Keep when a device handed in what counts and, for strategies that go on from there, what that was."""
         self.state.devices[name].last = self.state.round_of(task)
         if self.strategy.keeps_past:
-            basis, mask = self._basis_of(task), (task.offer or {}).get("mask")
-            past = do.Past(basis.round, task.weights, basis.ranking, task.widths, mask["sha256"] if mask else None)
+            # As it was sent: an extractor may have chosen fewer channels than the part says, or others.
+            sent = self._contribution(name, task, task.weight)
+            ranking, widths = sent.ranking or sent.basis.ranking, sent.widths or task.widths
+            past = do.Past(sent.basis.round, task.weights, ranking, widths, sent.mask)
             self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
     def _fail(self, name: str, task: Task, reason: str) -> None:

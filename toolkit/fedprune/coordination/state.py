@@ -190,6 +190,7 @@ class State:
             found |= _named(device.past) | _contributed((device.buffer or {}).get("contribution"))
         for task in self.tasks.values():
             found |= {task.weights} | _named(task.past) | _cut_from(task.basis)
+            found.add((task.offer or {}).get("ranking"))
             for value in (task.offer or {}).values():
                 if isinstance(value, dict) and isinstance(value.get("sha256"), str):
                     found.add(value["sha256"])
@@ -270,7 +271,7 @@ def _contributed(update: dict[str, Any] | None) -> set[str]:
     if update is None:
         return set()
     return (
-        {update["sent"], update["mask"], update["weights"]}
+        {update["sent"], update["mask"], update["weights"], update.get("ranking")}
         | _cut_from(update["basis"])
         | _named(update["part"]["past"])
     )

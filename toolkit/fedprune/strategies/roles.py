@@ -209,7 +209,11 @@ class Extractor(Protocol):
     """Makes a device's submodel of the global model, and leads what was learnt back."""
 
     def extract(self, cut: Cut) -> Submodel:
-        """The submodel to send."""
+        """The submodel to send.
+
+        Its selection is usually the cut's, or its first channels. It may be of other channels, too: the offer then has
+        a ranking of its own, and `Report.trained` lies where that says.
+        """
         ...
 
     def reconstruct(self, report: Report) -> Submodel:

@@ -1,0 +1,44 @@
+"""Strategies whose extractors choose channels of their own, for tests: `strategy="picking:others"`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedprune.allocation import Fixed
+from fedprune.chance import keyed
+from fedprune.job import Job
+from fedprune.selection import Selection
+from fedprune.strategies.autoflip import Emergent
+from fedprune.strategies.extraction import Selected
+from fedprune.strategies.fedper import OwnHistory
+from fedprune.strategies.importance import Importance
+from fedprune.strategies.means import Mean
+from fedprune.strategies.objectives import AsJob
+from fedprune.strategies.roles import Cut, Submodel
+from fedprune.strategies.scorers import ByName
+from fedprune.strategies.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Others(Selected):
+    """Channels by chance, whatever the ranking says."""
+
+    def extract(self, cut: Cut) -> Submodel:
+        """As many as the cut has."""
+        scene, turn = cut.scene, cut.turn
+        chance = keyed(scene.seed, scene.round, turn.device, "others")
+        ranks = [chance.permutation(n) for n in scene.architecture.sizes]
+        selection = Selection.of(scene.architecture, turn.widths, ranks)
+        return Submodel(selection, selection.gather(scene.model))
+
+
+def others(job: Job) -> Strategy:
+    """Channels by chance, and a memory of the last ones."""
+    parts = (ByName("magnitude"), Others(), Mean(rule="fill"), OwnHistory(0.5), AsJob())
+    return Strategy("others", *parts, keeps_past=True)
+
+
+def emergent(job: Job) -> Strategy:
+    """Channels that an extractor's masks leave, out of a ranking that knows nothing of those masks."""
+    parts = (Importance("size", 50, 0.0), Emergent(False, 0.3), Mean(rule="fill"), OwnHistory(0.5), AsJob())
+    return Strategy("emergent", *parts, allocator=Fixed(0.3, elements=True), keeps_past=True)
