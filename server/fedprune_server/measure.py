@@ -20,6 +20,7 @@ from fedprune.architecture import Architecture, widths_at
 from fedprune.coordination import commands as do
 from fedprune.errors import ConfigError
 from fedprune.job import Job
+from fedprune.recipe import Features
 from fedprune.selection import Selection, Tensors
 from fedprune.session import Session
 from fedprune.strategies import compose
@@ -120,7 +121,7 @@ class Measure:
         sets: Further inputs and labels, by name.
 
     Raises:
-        ConfigError: A density is out of range, or `every` is.
+        ConfigError: A density is out of range, or `every` is, or there are no samples.
     """
 
     x: Array
@@ -135,6 +136,9 @@ class Measure:
             raise ConfigError(
                 "measure", expected="densities above 0 and at most 1, every 1 or more", got=(self.densities, self.every)
             )
+        if not all(len(y) for y in (self.y, *(y for _, y in self.sets.values()))):
+            raise ConfigError("measure", expected="one sample or more in each set", got=0)
+        self._of: tuple[Model, Features] | None = None
         self._calibrate: Calibration | None = None
         self._sessions: dict[tuple[int, ...], Session] = {}
 
@@ -150,13 +154,20 @@ class Measure:
         """
         if moment.round % self.every and moment.round < moment.job.rounds:
             return {}
-        if self.calibration is not None and self._calibrate is None:
-            self._calibrate = Calibration(moment.imported, self.calibration, moment.job.recipe.features)
+        self._begin(moment.imported, moment.job)
         whole = Submodel(Selection.full(moment.architecture), moment.model)
         found = self._measured(moment, "global", whole)
         for density in self.densities:
             found |= self._measured(moment, f"sub@{density:g}", moment.submodel(density))
         return {k: v for k, v in found.items() if math.isfinite(v)}
+
+    def _begin(self, model: Model, job: Job) -> None:
+        """Let go of what was made for another model or recipe: one `Measure` may serve several experiments."""
+        features = job.recipe.features
+        if self._of is not None and self._of[0] is model and self._of[1] == features:
+            return
+        self._of, self._sessions = (model, features), {}
+        self._calibrate = None if self.calibration is None else Calibration(model, self.calibration, features)
 
     def _measured(self, moment: Moment, name: str, submodel: Submodel) -> dict[str, float]:
         tensors = submodel.tensors if submodel.mask is None else submodel.mask.applied(submodel.tensors)

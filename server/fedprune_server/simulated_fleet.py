@@ -89,7 +89,8 @@ def read_plan(
     if settings.densities:
         if evaluation is None:
             raise ConfigError(f"{path}: [simulation] densities", expected="samples in [evaluation] to measure on")
-        sets = {} if federation is None else {"tests": federation.tests()}
+        tests = None if federation is None else federation.tests()
+        sets = {} if tests is None or not len(tests[1]) else {"tests": tests}  # [data] test may be 0
         measure = Measure(
             *evaluation, densities=settings.densities, calibration=calibration, every=settings.every, sets=sets
         )

@@ -104,6 +104,13 @@ def test_data_is_dealt_out_to_the_devices(write):
     assert [d.name for d in counted.devices] == [f"a-{i:03}" for i in range(1, 6)]
 
 
+def test_devices_without_test_samples_leave_nothing_to_measure_on(write):
+    text = DATA + "devices = 4\nserver = 0.1\ntest = 0\n[[devices]]\nprofile = 'raspberry-pi-4b'\n"
+    plan = read_plan(write(text + "[simulation]\ndensities = [0.5]\n"))
+    assert not plan.measure.sets
+    assert len(plan.measure.y)
+
+
 def test_the_example_has_the_paper_s_links(write, tmp_path):
     np.savez(tmp_path / "data.npz", **np.load(tmp_path / "all.npz"))
     plan = read_plan(write((EXAMPLES / "pr_fl_links.toml").read_text(), head=""))

@@ -6,16 +6,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+from onnx import helper, numpy_helper
 
 from fedprune import tensorfile
 from fedprune.architecture import widths_at
 from fedprune.blobs import BlobStore
 from fedprune.costs import costs_at
-from fedprune.errors import PlanError
+from fedprune.errors import ConfigError, PlanError
 from fedprune.job import Job
 from fedprune.ordered_dropout import TensorAxes
 from fedprune.profile_store import find
@@ -383,6 +385,41 @@ def test_statistics_are_measured_anew_at_a_submodel_s_widths(model, hand):
     spoilt = {n: v + 1 if "running" in n else v for n, v in part.items()}
     again = calibrate(spoilt)
     assert all(np.array_equal(found[n], again[n]) for n in found)
+
+
+def test_one_measure_serves_models_of_the_same_widths(hand):
+    """Each is measured with its own graph, and with statistics of its own."""
+    rng = np.random.default_rng(0)
+    models = [import_onnx(dense(kind, rng), "net") for kind in ("Relu", "Tanh")]
+    samples = hand.x.reshape(len(hand.x), -1)[:, :8]
+    moments = [
+        SimpleNamespace(round=1, job=Job(rounds=1), imported=m, architecture=m.architecture, model=models[0].tensors)
+        for m in models
+    ]
+    shared = Measure(samples, hand.y)
+    found = [shared(m) for m in moments]
+    assert found == [Measure(samples, hand.y)(m) for m in moments]
+    assert found[0] != found[1]
+
+
+def dense(kind, rng):
+    """Two layers with an activation between."""
+    weights = {"a.weight": (6, 8), "b.weight": (10, 6)}
+    nodes = [
+        helper.make_node("Gemm", ["x", "a.weight"], ["h"], transB=1),
+        helper.make_node(kind, ["h"], ["g"]),
+        helper.make_node("Gemm", ["g", "b.weight"], ["logits"], transB=1),
+    ]
+    tensors = [numpy_helper.from_array(rng.standard_normal(s).astype(np.float32), n) for n, s in weights.items()]
+    values = [helper.make_tensor_value_info(n, 1, ["N", s]) for n, s in (("x", 8), ("logits", 10))]
+    graph = helper.make_graph(nodes, "net", values[:1], values[1:], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString()
+
+
+@pytest.mark.parametrize("sets", [{}, {"few": (np.zeros((0, 1, 8, 8), np.float32), np.zeros(0, np.int64))}])
+def test_nothing_is_measured_on_no_samples(hand, sets):
+    with pytest.raises(ConfigError, match="measure"):
+        Measure(hand.x[: len(sets) * 9], hand.y[: len(sets) * 9], sets=sets)
 
 
 def test_measurements_may_be_any_function(build):
