@@ -16,11 +16,13 @@ A sweep's file names the `fleet.toml` and has a table for each variant, whose ke
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedprune.disk import file_digest, storage_errors
 from fedprune.errors import ConfigError, shown
 from fedprune.toml_file import read_toml
 from fedprune_server.runs import Report, Run
@@ -28,6 +30,10 @@ from fedprune_server.runs import Report, Run
 _KEYS = ("config", "seeds", "runs")
 _OWN = ("name", "seeds")
 _MOST_SEEDS = 1000
+_FOLDERS = ("source", "data", "path")
+"""Keys that may name a folder; what else is called like one, such as the runs' own, is none of a run's."""
+_LONGEST = 1000
+"""No path is longer; a text may be."""
 
 
 def read_sweep(path: Path) -> list[Run]:
@@ -47,14 +53,70 @@ def read_sweep(path: Path) -> list[Run]:
     if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
         raise ConfigError(f"{path}: [[runs]]", expected="a table with a name for each variant")
     common = _seeds(body.get("seeds", [0]), f"{path}: seeds")
+    files = _Files((path.parent / config).resolve())
     return [
-        run
-        for number, row in enumerate(rows, 1)
-        for run in _variant(row, common, str((path.parent / config).resolve()), f"{path}: [[runs]] {number}")
+        run for number, row in enumerate(rows, 1) for run in _variant(row, common, files, f"{path}: [[runs]] {number}")
     ]
 
 
-def _variant(row: object, common: Sequence[int], config: str, where: str) -> list[Run]:
+class _Files:
+    """A `fleet.toml` and the files that it names, by their digests."""
+
+    def __init__(self, config: Path) -> None:
+        self.config = config
+        self._body = read_toml(config, ConfigError)
+        self._digests: dict[Path, str] = {}
+
+    def digest(self, changes: Mapping[str, Any]) -> str:
+        """Digest of the file, and of every file and folder that it or these changes name.
+
+        Raises:
+            StorageError: One can't be read.
+        """
+        found = hashlib.sha256(self._of(self.config).encode())
+        for key, text in sorted({*_texts(self._body), *_texts(changes)}):
+            for path in self._named(key, text):
+                found.update(f"{text}\0{self._of(path)}\0".encode())
+        return found.hexdigest()
+
+    def _named(self, key: str, text: str) -> Iterator[Path]:
+        """Files that a text names: a path, or `package.module:function`."""
+        if key == "name" or not 0 < len(text) < _LONGEST or "\0" in text:
+            return
+        path = self.config.parent / text
+        if path.is_file() or (path.is_dir() and key in _FOLDERS):
+            yield path
+        module, colon, _ = text.partition(":")
+        for place in (self.config.parent, Path()) if colon else ():
+            path = place / (module.replace(".", "/") + ".py")
+            if path.is_file():
+                yield path
+
+    def _of(self, path: Path) -> str:
+        if path not in self._digests:
+            with storage_errors(f"can't read {path}"):
+                if path.is_dir():
+                    inside = sorted(p for p in path.rglob("*") if p.is_file())
+                    rows = "".join(f"{p.relative_to(path)}\0{file_digest(p)}\0" for p in inside)
+                    self._digests[path] = hashlib.sha256(rows.encode()).hexdigest()
+                else:
+                    self._digests[path] = file_digest(path)
+        return self._digests[path]
+
+
+def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts, each with the key under which it stands."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _texts(inner, str(name))
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _texts(inner, key)
+
+
+def _variant(row: object, common: Sequence[int], files: _Files, where: str) -> list[Run]:
     if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
         raise ConfigError(f"{where}: name", expected="a text", got=shown(row))
     changes = {k: v for k, v in row.items() if k not in _OWN}
@@ -62,7 +124,9 @@ def _variant(row: object, common: Sequence[int], config: str, where: str) -> lis
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: {key}", expected="a table of fleet.toml, such as job", got=shown(value))
     seeds = _seeds(row["seeds"], f"{where}: seeds") if "seeds" in row else common
-    return [Run(f"{row['name']}-{s}", {"config": config, "changes": changes, "seed": s}) for s in seeds]
+    # Whoever edits the configuration, the model or data must not be shown what was found with the old ones.
+    known = {"config": str(files.config), "files": files.digest(changes), "changes": changes}
+    return [Run(f"{row['name']}-{s}", {**known, "seed": s}) for s in seeds]
 
 
 def _seeds(value: object, where: str) -> list[int]:

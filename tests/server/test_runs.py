@@ -14,7 +14,7 @@ from fedprune_server.digits import deal, digits_model, write_hand
 from fedprune_server.record import Record
 from fedprune_server.runs import DONE, Run, Standing, carry_out
 from fedprune_server.simulate_cli import main
-from fedprune_server.sweep import read_sweep
+from fedprune_server.sweep import read_sweep, simulated
 
 RUNS = [Run(f"run-{i}", {"seed": i}) for i in range(3)]
 WRONG = [Run(f"wrong-{kind}", {"seed": 0, "fail": kind}) for kind in ("refused", "broken", "killed")]
@@ -136,6 +136,32 @@ def test_a_sweep_simulates_every_variant(fleet: Path, capsys: pytest.CaptureFixt
     assert main(["--config", str(fleet / "fleet.toml"), "--seed", "3", "--out", str(alone)]) == ExitCode.OK
     mine, theirs = (json.loads((p / "metrics.json").read_text()) for p in (alone, out / "quarter-3"))
     assert mine["rounds"] == theirs["rounds"]
+
+
+def edited(fleet: Path, what: str) -> None:
+    """Change something that decides a sweep's runs."""
+    if what == "fleet.toml":
+        (fleet / what).write_text(CONFIG.replace("rounds = 2", "rounds = 5"))
+    elif what == "model.onnx":
+        (fleet / what).write_bytes(digits_model() + b"\x1a\x00")
+    else:
+        np.savez(fleet / what, **{k: v + 1 for k, v in np.load(fleet / what).items()})
+
+
+@pytest.mark.parametrize("what", ["fleet.toml", "model.onnx", "barn.npz", "server.npz"])
+def test_results_of_files_that_were_edited_since_are_not_shown(fleet: Path, what: str) -> None:
+    (fleet / "sweep.toml").write_text(SWEEP)
+    first, out = read_sweep(fleet / "sweep.toml"), fleet / "yard"  # called like the job
+    for run in first:
+        (out / run.name).mkdir(parents=True)
+        (out / run.name / DONE).write_text(json.dumps({"settings": dict(run.settings), "result": {}, "seconds": 1}))
+    assert read_sweep(fleet / "sweep.toml") == first
+    assert [e.result for e in carry_out(simulated, first, out)] == [{}] * 3
+
+    edited(fleet, what)
+
+    with pytest.raises(StorageError, match="other settings"):
+        carry_out(simulated, read_sweep(fleet / "sweep.toml"), out)
 
 
 def test_each_variant_has_its_seeds(tmp_path: Path) -> None:
