@@ -159,15 +159,6 @@ class Worker:
             return basis.ranking
         return self.store.put(sent.narrowed(self.architecture.sizes).to_json().encode()).sha256
 
-    def _ranking(self, basis: do.Basis, cut: Cut, sent: Selection) -> str:
-        """The ranking that a submodel's channels are the first of: the round's or, by the extractor's choice, its own.
-
-        What comes back goes where that says, so that an extractor may choose whichever channels it likes.
-        """
-        if sent.digest == cut.selection.narrowed(sent.widths).digest:
-            return basis.ranking
-        return self.store.put(sent.narrowed(self.architecture.sizes).to_json().encode()).sha256
-
     def _scene(self, round_: int, model: str, memory: dict[str, str], participants: tuple[str, ...] = ()) -> Scene:
         return Scene(
             self.architecture,
