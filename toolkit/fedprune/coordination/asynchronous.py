@@ -30,7 +30,7 @@ class AsynchronousCoordinator(Desk):
 
     Until a round is scored, and while it is closed and evaluated, updates go on coming in: they count for the next.
     A device that is late, or whose update is too stale, gets a new offer; one that refused gets it when its time is
-    over, or with the next model.
+    over, whether there is a new model by then or not.
     """
 
     def __init__(self, job: Job, architecture: Architecture, state: State) -> None:
@@ -180,11 +180,7 @@ class AsynchronousCoordinator(Desk):
 
     def _idle(self, name: str) -> bool:
         task = self.state.tasks.get(name)
-        if task is None:
-            return True
-        if task.progress is not Progress.REFUSED:
-            return False
-        return task.deadline is None or self.state.round_of(task) < self.state.round
+        return task is None or (task.progress is Progress.REFUSED and task.deadline is None)
 
     def _working(self, *, stored: bool) -> int:
         """How many devices something is awaited of; with `stored` also those whose updates are being checked."""
@@ -359,14 +355,23 @@ class AsynchronousCoordinator(Desk):
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round or state.closing is None:
             return []
-        for name in state.closing["fresh"]:
-            task = state.tasks[name]
-            if name in event.rejected:
-                task.reject(event.rejected[name])
-                continue
-            found = self._contribution(name, task, state.closing["weights"][name])
-            state.devices[name].buffer = self._shares.buffer(task, plain(found))
-            self._keep_past(name, task)
+        for name, weight in state.closing["weights"].items():
+            fresh = name in state.closing["fresh"]
+            if name in event.rejected and fresh:
+                state.tasks[name].reject(event.rejected[name])
+            elif name in event.rejected:
+                state.devices[name].buffer = None
+            elif fresh:
+                task = state.tasks[name]
+                found = self._contribution(name, task, weight)
+                state.devices[name].buffer = self._shares.buffer(task, plain(found))
+                self._keep_past(name, task)
+        if state.closing["weights"].keys() <= event.rejected.keys():
+            # Nobody is left: the round goes on collecting, and whoever was in it is asked again, but not at once.
+            for name in state.closing["fresh"]:
+                state.tasks[name].deadline = now + self.deadline_s
+            state.closing = None
+            return self._collect(now)
         state.model, state.memory = event.model, dict(event.memory)
         if state.round % self.schedule.evaluate_every and state.round < self.job.rounds:
             return self._end(event.round, {}, now)
@@ -383,10 +388,14 @@ class AsynchronousCoordinator(Desk):
         state = self.state
         fresh = (state.closing or {}).get("fresh", [])
         ended = {n: t for n, t in sorted(state.tasks.items()) if n in fresh or t.progress is Progress.REFUSED}
-        more = {n: {"staleness": number - state.round_of(t), "seconds": t.seconds} for n, t in ended.items()}
-        devices = {n: t.summary() | more[n] for n, t in ended.items()}
+        news = {n: t for n, t in ended.items() if not t.told}
+        more = {n: {"staleness": number - state.round_of(t), "seconds": t.seconds} for n, t in news.items()}
+        devices = {n: t.summary() | more[n] for n, t in news.items()}
         state.history.append({"round": number, "at": now, "model": state.model, "metrics": metrics, "devices": devices})
-        state.tasks = {n: t for n, t in state.tasks.items() if n not in ended}
+        for task in news.values():
+            task.told = True
+        # Whoever refused waits for its time to be over, whatever becomes of the model meanwhile.
+        state.tasks = {n: t for n, t in state.tasks.items() if n not in ended or t.deadline is not None}
         state.closing = None
         if self.allocator.review(self.fleet, metrics):
             state.ranking = state.order = None

@@ -211,7 +211,8 @@ class Fold:
 class Close:
     """Turn the sums of exactly these contributions into a new global model; answered by `Closed`.
 
-    Contributions that are not in the worker's sums (it may be new) are added first.
+    Contributions that are not in the worker's sums (it may be new) are added first; what can't be used is left out, and
+    named with its reason in `Closed.rejected`.
 
     Attributes:
         round: The round.

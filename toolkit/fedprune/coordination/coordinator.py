@@ -297,6 +297,14 @@ class Coordinator(Desk):
             return []
         return self._again(now)
 
+    def _deserted(self, now: float) -> Commands:
+        """None of the updates in the sums could be used: the round starts anew when its time is over."""
+        state = self.state
+        state.phase = Phase.TRAINING
+        if state.deadline is None or now < state.deadline:
+            return self._start_clock(now) or [do.Wake(state.deadline or now)]
+        return self._again(now)
+
     def _again(self, now: float) -> Commands:
         """Start the round anew with the devices that are there now; wait for more where they are too few."""
         state = self.state
@@ -327,6 +335,8 @@ class Coordinator(Desk):
                 task.reject(event.rejected[name])
             elif task.progress is Progress.FOLDED:
                 self._keep_past(name, task)
+        if not any(t.progress is Progress.FOLDED for t in state.tasks.values()):
+            return self._deserted(now)
         state.model, state.memory = event.model, dict(event.memory)
         state.phase = Phase.EVALUATING
         return [do.Evaluate(state.round, state.model)]

@@ -105,7 +105,8 @@ class Closed:
         round: The round.
         model: Digest of the model.
         memory: All that the job remembers from now on, by name.
-        rejected: Devices whose updates didn't count after all, since they stand out among the others, and why.
+        rejected: Devices whose updates didn't count after all, since they stand out among the others or can't be
+            used, and why. Where nobody else is left, model and memory are what they were.
     """
 
     round: int

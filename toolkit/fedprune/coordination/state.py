@@ -104,6 +104,7 @@ class Task:
         seconds: How long it took from then until its update was here.
         arrived_at: Asynchronous jobs: when its update was here.
         deadline: Asynchronous jobs: when it is late or, if it was refused, when it may be tried again.
+        told: Asynchronous jobs: whether a finished round's summary has it already.
     """
 
     attempt: int
@@ -125,11 +126,13 @@ class Task:
     seconds: float | None = None
     arrived_at: float | None = None
     deadline: float | None = None
+    told: bool = False
 
     def reject(self, reason: str) -> None:
-        """Note that its update doesn't count, though it was in the sums: it stood out among the others.
+        """Note that its update doesn't count, though it was in the sums: it stood out, or couldn't be used.
 
-        That is no failure of the device, which is asked again as if nothing had happened: its data may be what is odd.
+        That is no failure of the device, which is asked again as if nothing had happened: its data may be what is odd,
+        or the model has become another one meanwhile.
         """
         self.progress, self.reason = Progress.REFUSED, reason
 
