@@ -10,20 +10,20 @@ For the weight W of every layer in the order of the graph, with the rows of its 
 Axes that no cut touches, such as the image's colours and the classes, keep their order: T = I. Biases, norm vectors and
 statistics are led as the rows of the layer that they follow. A depthwise weight has no plan of its own: it is led, and
 leads on, as its channels are. Where several layers write to one group (residual streams), each layer's rows go by the
-layer's own plan, and readers by the running average T ← (T + T_l)/2.
+layer's own plan, and readers, and norms that come after the sum, by the running average T ← (T + T_l)/2. An embedding
+that others add to goes by its own plan, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.architecture import Architecture, Axis, Layer, TensorKind
+from fedprune.architecture import Architecture, Axis, TensorKind
 from fedprune.errors import BundleError
 from fedprune.selection import Selection, Tensors
 from fedprune.transport.coupling import Coupling
@@ -31,6 +31,7 @@ from fedprune.transport.distances import squared_distances
 from fedprune.transport.layouts import Block, blocks, carried, channel_rows
 from fedprune.transport.scratch import SCRATCH
 from fedprune.transport.solver import exact_plan
+from fedprune.transport.steps import Step, after_sums, steps
 
 Floats = npt.NDArray[np.float32]
 
@@ -161,6 +162,8 @@ class _Alignment:
             self.factors = {g: n / m for g, (n, m) in enumerate(pairs)}
         self.current: dict[int, Coupling] = {}
         self.own: dict[str, dict[int, Coupling]] = {}
+        self.first: dict[int, Coupling] = {}
+        self.streams: dict[str, dict[int, Coupling]] = {}
         self.sums: dict[int, Floats] = {}
         self._blocks: dict[tuple[Axis, bool], tuple[Block, ...]] = {}
 
@@ -168,35 +171,43 @@ class _Alignment:
         """Align all tensors."""
         done: Tensors = {}
         together = self.how.plans == "group"
-        steps = _steps(self.architecture)
-        for step in steps:
+        order = steps(self.architecture)
+        summed = {} if together else after_sums(self.architecture, order)
+        for step in order:
             inner, plans = self._solve(step)
             if not together:
                 done[step.name] = self._output(step, inner, {**self.current, **plans})
+            for name in summed.get(step.name, ()):
+                axes = self.architecture.by_name[name].axes
+                self.streams[name] = self._known(sorted({g for a in axes for g in a.groups}))
         if together:
             for group in self.sums:
                 self._settle(group)
-            for step in steps:
+            for step in order:
                 done[step.name] = self._output(step, self._input(step), self._known(step.outputs_groups))
         self._follow(done)
         return {t.name: done[t.name] for t in self.architecture.tensors}
 
     def _follow(self, done: Tensors) -> None:
-        """All that is no layer's weight: by the plan of the last layer before it that writes to its channels."""
+        """All that is no layer's weight: by the map of its channels where it stands.
+
+        That is the plan of the last layer before it that writes to them, or the stream's average after a sum.
+        """
         recent: dict[int, Coupling] = {}
         for spec in self.architecture.tensors:
             if spec.name in done:
                 recent.update(self.own.get(spec.name, {}))
                 continue
             groups = sorted({g for axis in spec.axes for g in axis.groups})
-            couplings = {g: recent[g] if g in recent else self._map(g) for g in groups}
+            known = {**self.first, **recent, **self.streams.get(spec.name, {})}
+            couplings = {g: known[g] if g in known else self._map(g) for g in groups}
             value = self.source[spec.name]
             for i, axis in enumerate(spec.axes):
                 if axis.groups:
                     value = self._carry(value, i, axis, couplings, {})
             done[spec.name] = value if value is not self.source[spec.name] else value.copy()
 
-    def _solve(self, step: _Step) -> tuple[Floats, dict[int, Coupling]]:
+    def _solve(self, step: Step) -> tuple[Floats, dict[int, Coupling]]:
         """The plans of a layer, and its weight with inputs led."""
         inner = self._input(step)
         plans: dict[int, Coupling] = {}
@@ -223,6 +234,8 @@ class _Alignment:
             known = self._settle(group)
         if known is None:
             known = self.current[group] = self._unwritten(group)
+            if self.how.plans == "layer":
+                self.first[group] = known
         return known
 
     def _known(self, groups: Sequence[int]) -> dict[int, Coupling]:
@@ -251,14 +264,14 @@ class _Alignment:
                 return exact_plan(np.sqrt(squared_distances(a, b)))
         return Coupling.in_order(self.source_at.widths[group], self.target_at.widths[group])
 
-    def _input(self, step: _Step) -> Floats:
+    def _input(self, step: Step) -> Floats:
         value = self.source[step.name]
         for i in step.inputs:
             axis = step.axes[i]
             value = self._carry(value, i, axis, self._known(axis.groups), self.factors, room=f"input {i}")
         return value
 
-    def _output(self, step: _Step, value: Floats, couplings: Mapping[int, Coupling]) -> Floats:
+    def _output(self, step: Step, value: Floats, couplings: Mapping[int, Coupling]) -> Floats:
         for i in step.outputs:
             axis = step.axes[i]
             if axis.groups:
@@ -266,7 +279,7 @@ class _Alignment:
                 value = self._carry(value, i, axis, own, {})
         return value if any(step.axes[i].groups for i in step.outputs) else value.copy()
 
-    def _distances(self, step: _Step, inner: Floats, group: int) -> Floats:
+    def _distances(self, step: Step, inner: Floats, group: int) -> Floats:
         """‖Ŵ_j − V_k‖² of all pairs of rows.
 
         The product Ŵ·Vᵀ = (W·T)·Vᵀ = W·(V·Tᵀ)ᵀ is taken on the side with fewer input channels.
@@ -305,50 +318,3 @@ class _Alignment:
         if found is None:
             found = self._blocks[key] = blocks(axis, self.source_at if source else self.target_at)
         return found
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A layer's weight.
-
-    Attributes:
-        name: The tensor.
-        axes: Its axes.
-        outputs: Positions of the axes along which channels are made.
-        inputs: Positions of the other axes with channels.
-        made: The groups that it writes to, with a plan of its own.
-    """
-
-    name: str
-    axes: tuple[Axis, ...]
-    outputs: tuple[int, ...]
-    inputs: tuple[int, ...]
-    made: tuple[int, ...]
-
-    @cached_property
-    def outputs_groups(self) -> tuple[int, ...]:
-        """The groups on its output axes."""
-        return tuple(sorted({g for i in self.outputs for g in self.axes[i].groups}))
-
-
-def _steps(architecture: Architecture) -> list[_Step]:
-    """The layers' weights in the order of the graph."""
-    out: list[_Step] = []
-    seen: set[str] = set()
-    for layer in architecture.layers:
-        if not layer.weight or layer.weight in seen:
-            continue
-        seen.add(layer.weight)
-        axes = architecture.by_name[layer.weight].axes
-        outputs = architecture.output_axes(layer.weight)
-        inputs = tuple(i for i, a in enumerate(axes) if i not in outputs and a.groups)
-        made = axes[outputs[0]].groups if len(outputs) == 1 else ()
-        out.append(_Step(layer.weight, axes, outputs, inputs, () if _passes(layer, inputs) else made))
-    return out
-
-
-def _passes(layer: Layer, inputs: Sequence[int]) -> bool:
-    """Whether a layer works on each channel by itself (depthwise), so that its channels go on as they came."""
-    read = {g for a in layer.reads.axes for g in a.groups}
-    made = {g for a in layer.makes.axes for g in a.groups}
-    return layer.groups > 1 and not inputs and bool(read & made)
