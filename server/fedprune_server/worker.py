@@ -23,6 +23,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.element_order import magnitudes, threshold
 from fedprune.errors import BundleError, FedpruneError, StorageError
+from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.head import spelt
 from fedprune.job import Job
 from fedprune.recipe import Recipe
@@ -195,6 +196,10 @@ class Worker:
 
     def _add(self, command: do.Fold) -> on.Folded | on.UpdateRejected:
         found = command.contribution
+        if self._fold is not None and self._fold[1].weight + found.weight > MAX_WEIGHT:
+            # What an update counts for is settled when its round closes; until then it is a guess, and guesses may add
+            # up to more than sums hold. Those sums would be made anew in any case.
+            self._fold = None
         reason = self._fault(command, found)
         if reason:
             return on.UpdateRejected(found.part.device, found.basis.round, found.part.attempt, reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.errors import StorageError
+from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.job import Job
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
@@ -159,6 +161,18 @@ def test_a_kept_update_that_no_longer_fits_is_left_out(model: Model, tmp_path: P
     assert (closed.model, closed.memory) == (alone.model, alone.memory)
     again = worker(model, tmp_path, densities=[1.0], importance="size")
     assert again.execute(do.Close(2, second, {}, ("fresh",), (fresh, old))) == closed
+
+
+def test_guessed_weights_that_are_too_much_together_cost_nobody_anything(model: Model, tmp_path: Path) -> None:
+    w = worker(model, tmp_path, importance="size")
+    parts = [contribution(w, name, largest(0.5)) for name in "abc"]
+    for found, guess in zip(parts, (MAX_WEIGHT, MAX_WEIGHT // 2, MAX_WEIGHT), strict=True):
+        assert isinstance(w.execute(do.Fold(1, w.initial(), {}, replace(found, weight=guess))), on.Folded)
+    end = do.Close(1, w.initial(), {}, ("a", "b", "c"), tuple(replace(p, weight=MAX_WEIGHT // 3) for p in parts))
+    closed = w.execute(end)
+    assert closed == worker(model, tmp_path, importance="size").execute(end)
+    assert isinstance(closed, on.Closed)
+    assert not closed.rejected
 
 
 def test_a_round_in_which_nobody_is_left_moves_nothing(model: Model, tmp_path: Path) -> None:
