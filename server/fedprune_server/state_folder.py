@@ -126,7 +126,7 @@ class StateFolder:
         worker = Worker(config.job, model, self.store, evaluation, calibration)
         state = self.storage.load()
         if state is None:
-            state = State(model=worker.initial())
+            state = State(model=worker.initial(), architecture=model.architecture.digest)
             self.storage.save(state, None, time.time())
         else:
             self._check_blobs(state)
@@ -168,12 +168,16 @@ class StateFolder:
             )
 
     def _fit(self, state: State, model: Model) -> None:
-        """Let go of a ranking of channels that another version of the compiler found in the model."""
-        if state.ranking is None or not self.store.has(state.ranking):
-            return
-        if Selection.owner(self.store.read(state.ranking)) != model.architecture.digest:
+        """Let go of rankings of channels that another version of the compiler found in the model."""
+        digest = model.architecture.digest
+        known = {state.architecture or digest}
+        if state.ranking is not None and self.store.has(state.ranking):
+            known.add(Selection.owner(self.store.read(state.ranking)))
+        if known != {digest}:
             log.warning("this version describes the model differently: channels are ranked anew")
             state.score_anew()
+        if known != {digest} or not state.architecture:
+            state.architecture = digest
             self.storage.save(state, None, time.time())
 
     def _take_lock(self) -> None:

@@ -58,12 +58,16 @@ PI = profile_store.find("raspberry-pi-5").to_dict()
 
 
 def play(opened, folder, commands, until=()):
-    """Carry out commands, as a server and a device that sends back what it got would, until one of some kind."""
+    """Carry out commands, as a server and a device that sends back what it got would, until one of some kind.
+
+    That may also be a function that knows it when it sees it.
+    """
+    stops = until if callable(until) and not isinstance(until, type) else lambda c: isinstance(c, until)
     coordinator = Coordinator(opened.job, opened.model.architecture, opened.state)
     todo = list(coordinator.resume(0.0) if commands is None else commands(coordinator))
     while todo:
         command, event = todo.pop(0), None
-        if isinstance(command, until):
+        if stops(command):
             break
         if isinstance(command, do.SendOffer):
             weights = command.offer["weights"]
@@ -116,3 +120,32 @@ def test_a_round_whose_devices_no_longer_fit_waits_for_others(tmp_path):
     with StateFolder(tmp_path / "state") as folder:
         state = play(folder.open_job(config), folder, None)
         assert (state.phase, state.round, state.tasks) == (Phase.WAITING, 0, {})
+
+
+def test_what_no_ranking_says_of_an_older_description_is_let_go_of_too(tmp_path):
+    """Between rounds, or before the first ranking, nothing but the state knows which description it belongs to."""
+    (tmp_path / "model.onnx").write_bytes(digits_model())
+    job = Job(rounds=3, devices=1, strategy="history", recipe=Recipe(max_steps=2))
+    config = ServerConfig(model=str(tmp_path / "model.onnx"), job=job)
+    with StateFolder(tmp_path / "state") as folder:
+        opened = folder.open_job(config)
+        assert opened.state.architecture == opened.model.architecture.digest
+        scores = iter((False, True))
+        state = play(
+            opened,
+            folder,
+            lambda c: c.handle(on.DeviceBorn("a", 1, PI, 50), 0.0),
+            until=lambda c: isinstance(c, do.Score) and next(scores),
+        )
+        assert state.ranking is None
+        old = json.loads(folder.store.read(state.devices["a"].past["ranking"]))
+        old["architecture"] = state.architecture = tensorfile.digest(b"an older one")
+        past = state.devices["a"].past | {"ranking": folder.store.put(json.dumps(old).encode()).sha256}
+        state.devices["a"].past = state.tasks["a"].past = past
+        folder.storage.save(state, None, 0.0)
+
+    with StateFolder(tmp_path / "state") as folder:
+        opened = folder.open_job(config)
+        assert opened.state.devices["a"].past is None
+        play(opened, folder, None)
+        assert play(opened, folder, lambda c: c.handle(on.DeviceBorn("a", 2, PI, 50), 0.0)).phase is Phase.FINISHED

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedprune.aggregation import Fold
@@ -73,3 +73,19 @@ def test_what_is_switched_off_is_off() -> None:
 def test_a_wrong_option_is_named(options: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         compose(job(options))
+
+
+@given(data=st.data(), seed=seeds)
+def test_ranks_of_another_description_of_the_model_are_settled_anew(data: st.DataObject, seed: int) -> None:
+    one, other = data.draw(architectures()), data.draw(architectures())
+    assume(one.digest != other.digest)
+    scorer, start = compose(job()).scorer, model(other, seed)
+    first = Scene(one, 0, 1, model(one, seed))
+    memory = scorer.learn(first, Fold(one, first.model), lambda: iter(()))
+    upgraded = Scene(other, 0, 2, start, memory)
+    chosen = scorer.rank(upgraded).ranks
+
+    assert all(np.array_equal(a, b) for a, b in zip(chosen, ranks(magnitude(other, start)), strict=True))
+    again = scorer.learn(upgraded, Fold(other, start), lambda: iter(()))
+    later = Scene(other, 0, 3, model(other, seed + 1), memory | again)
+    assert all(np.array_equal(a, b) for a, b in zip(scorer.rank(later).ranks, chosen, strict=True))

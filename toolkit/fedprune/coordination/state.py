@@ -169,6 +169,7 @@ class State:
             each counts for, and how far the sums move the model.
         wakes: Asynchronous jobs: times at which the shell was asked to say that time has passed, and has not yet.
         history: One summary per finished round.
+        architecture: Digest of the architecture that rankings and widths belong to, where the shell keeps that.
     """
 
     model: str
@@ -185,6 +186,7 @@ class State:
     closing: dict[str, Any] | None = None
     wakes: list[float] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    architecture: str = ""
 
     def references(self) -> set[str]:
         """Digests of the blobs that this state needs."""

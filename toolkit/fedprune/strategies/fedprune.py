@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from fedprune.aggregation import Fold, Rule
+from fedprune.architecture import Architecture
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.schedule import Schedule, Staleness
@@ -34,7 +35,7 @@ from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Turn
 from fedprune.strategies.strategy import Strategy
 
 RANKS = "ranks"
-"""The ranks that were settled, by the group's number."""
+"""Memory: the ranks that were settled, by the architecture's digest and the group's number."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Settled:
     """Ranks by the score of the model that the job starts from, kept for the whole job.
 
     A trained model is cut by what it has learnt. In a model that was just made, all channels are alike, and any order
-    is as good as another as long as it stays.
+    is as good as another as long as it stays. Should another version of the compiler ever find other groups of channels
+    in the model, ranks are settled anew, by what the model is then.
 
     Attributes:
         scorer: `magnitude` or `ordered`.
@@ -87,16 +89,25 @@ class Settled:
 
     def rank(self, scene: Scene) -> Ranking:
         """The settled ranks; of the first round's model, if none are."""
-        known = scene.memory.get(RANKS)
+        known = self._settled(scene)
         if known is not None:
-            return Ranking(tuple(np.asarray(known[str(g)]) for g in range(len(scene.architecture.groups))))
+            return known
         return Ranking(ranks(score(self.scorer, scene.architecture, scene.model)))
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
         """The first round's ranks."""
-        if RANKS in scene.memory:
+        if self._settled(scene) is not None:
             return {}
-        return {RANKS: {str(g): row for g, row in enumerate(self.rank(scene).ranks)}}
+        return {RANKS: dict(zip(_places(scene.architecture), self.rank(scene).ranks, strict=True))}
+
+    def _settled(self, scene: Scene) -> Ranking | None:
+        known, places = scene.memory.get(RANKS, {}), _places(scene.architecture)
+        return Ranking(tuple(np.asarray(known[p]) for p in places)) if set(known) == set(places) else None
+
+
+def _places(architecture: Architecture) -> list[str]:
+    """Names of a group's ranks in memory, which no other description of the model has."""
+    return [f"{architecture.digest}/{g}" for g in range(len(architecture.groups))]
 
 
 @dataclass(frozen=True)
