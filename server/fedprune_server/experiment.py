@@ -18,6 +18,7 @@ from fedprune.blobs import BlobStore
 from fedprune.disk import storage_errors, write_whole
 from fedprune.job import Job
 from fedprune_export.imported import Model
+from fedprune_server.evaluator import Evaluation
 from fedprune_server.measure import Hook, Measure
 from fedprune_server.metrics_table import write_metrics
 from fedprune_server.record import Record
@@ -26,7 +27,6 @@ from fedprune_server.simulation_state import fingerprint
 from fedprune_server.trainers import ONNXRUNTIME
 from fedprune_server.virtual_device import VirtualDevice
 from fedprune_server.weather import Availability, DropOuts, Weather
-from fedprune_server.worker import Evaluation
 
 CONFIG = "config{}.json"
 RECORD = "metrics{}.json"

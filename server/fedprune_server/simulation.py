@@ -30,6 +30,7 @@ from fedprune_export.imported import Model
 from fedprune_server import trainers
 from fedprune_server.checkpoints import write_checkpoint
 from fedprune_server.crew import Crew
+from fedprune_server.evaluator import Evaluation
 from fedprune_server.measure import Hook
 from fedprune_server.record import Record, record_of
 from fedprune_server.rhythm import Rhythm
@@ -39,7 +40,7 @@ from fedprune_server.trainers import ONNXRUNTIME
 from fedprune_server.uploads import UPDATE_SIZE, misfit
 from fedprune_server.virtual_device import BLOBS, Bench, VirtualDevice
 from fedprune_server.weather import ALWAYS, Availability, DropOuts, Weather
-from fedprune_server.worker import Evaluation, Worker
+from fedprune_server.worker import Worker
 
 _MAX_ATTEMPTS = 20
 """A round that nobody finished in this many attempts never will be."""

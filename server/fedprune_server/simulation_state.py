@@ -25,9 +25,9 @@ from fedprune.disk import storage_errors, write_whole
 from fedprune.errors import StorageError
 from fedprune.job import Job
 from fedprune_export.imported import Model
+from fedprune_server.evaluator import Evaluation
 from fedprune_server.round_notes import Notes
 from fedprune_server.virtual_device import VirtualDevice
-from fedprune_server.worker import Evaluation
 
 FORMAT = "fedprune.simulation/2"
 FILE = "simulation.json"

@@ -26,10 +26,11 @@ from fedprune_device.data import load_data, load_inputs
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_server.config import ServerConfig, with_stored, without_password
+from fedprune_server.evaluator import Evaluation
 from fedprune_server.garbage import sweep
 from fedprune_server.storage import FILE as DATABASE
 from fedprune_server.storage import Storage
-from fedprune_server.worker import Evaluation, Worker
+from fedprune_server.worker import Worker
 
 log = logging.getLogger("fedprune.server")
 

@@ -7,16 +7,14 @@ any time, in another process, with the same bits. What it does is what the job's
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune import step, tensorfile
+from fedprune import tensorfile
 from fedprune.aggregation import Fold
 from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
@@ -28,28 +26,19 @@ from fedprune.head import spelt
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
-from fedprune.session import Session
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Cut, Memories, Report, Scene, Submodel, Turn
 from fedprune.tensor_checks import check_squares
 from fedprune.wire.fields import one_line
-from fedprune_device.labels import targets
-from fedprune_device.losses import data_loss, hits
-from fedprune_export.cut import at_widths
-from fedprune_export.graph import Port
 from fedprune_export.imported import Model
 from fedprune_server.archive import Archive, parts
 from fedprune_server.calibration import Calibration
+from fedprune_server.evaluator import Evaluation, Evaluator
 from fedprune_server.faults import AtFaultError, Suspect
 from fedprune_server.offers import Offers
 from fedprune_server.workshop import Work
 
-Evaluation = tuple[npt.NDArray[Any], npt.NDArray[Any]]
-"""Samples and labels of the server's own set, as `LocalData` has them."""
-
 log = logging.getLogger("fedprune.server")
-
-_EVALUATION_BATCH = 256
 
 
 class Worker:
@@ -80,12 +69,11 @@ class Worker:
         self.architecture = model.architecture
         self.strategy = compose(job)
         self.store = store
-        self.evaluation = evaluation
+        self._evaluator = None if evaluation is None else Evaluator(model, job.recipe, evaluation)
         self._calibration = None if calibration is None else Calibration(model, calibration, job.recipe.features)
         self._archive = Archive(model.architecture, store)
         self._offers = Offers(model, store)
         self._fold: tuple[tuple[int, str], Fold, dict[str, do.Contribution]] | None = None
-        self._session: Session | None = None
 
     def initial(self) -> str:
         """Put the model's own weights into the store and return their digest.
@@ -354,42 +342,9 @@ class Worker:
         return after
 
     def _evaluate(self, command: do.Evaluate) -> on.Evaluated:
-        if self.evaluation is None:
+        if self._evaluator is None:
             return on.Evaluated(command.round, {})
-        recipe, outputs = self.job.recipe, self.architecture.classes
-        x, y = self.evaluation
-        y = targets(y, recipe.loss, outputs)
-        run = self._evaluator(command.model)
-        terms = {step.HUBER_DELTA: np.array(recipe.huber_delta)}
-        right: list[npt.NDArray[np.bool_]] = []
-        loss = 0.0
-        with np.errstate(over="ignore", invalid="ignore"):  # a diverged model has no loss, and that is no error
-            for at in range(0, len(x), _EVALUATION_BATCH):
-                labels = y[at : at + _EVALUATION_BATCH]
-                logits = run(x[at : at + _EVALUATION_BATCH])
-                found = hits(recipe.loss, logits, labels)
-                right += [] if found is None else [found]
-                loss += data_loss(recipe.loss, logits, labels, terms) * len(labels)
-        metrics = {"accuracy": float(np.mean(np.concatenate(right)))} if right else {}
-        metrics |= {"loss": loss / len(x), "samples": float(len(x))}
-        return on.Evaluated(command.round, {k: v for k, v in metrics.items() if math.isfinite(v)})
-
-    def _evaluator(self, model: str) -> Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]]:
-        """A function from samples to logits of the global model.
-
-        The weights are inputs of the graph, so that one session serves every round.
-        """
-        if self._session is None:
-            graph = at_widths(self.model, self.architecture.sizes)
-            graph.inputs += [Port(t.name, np.dtype(np.float32), t.shape) for t in self.architecture.tensors]
-            self._session = Session(graph.to_bytes())
-        session, weights = self._session, self._archive.model(model)
-
-        def run(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-            logits: npt.NDArray[np.float32] = session.run({step.X: x, **weights}, [step.LOGITS])[step.LOGITS]
-            return logits
-
-        return run
+        return on.Evaluated(command.round, self._evaluator(self._archive.model(command.model)))
 
 
 def _masked(recipe: Recipe, submodel: Submodel) -> Recipe:
