@@ -394,3 +394,31 @@ def test_what_allocators_remember_survives_json_and_is_replaced_not_changed(data
 def test_nonsense_is_refused(make: object) -> None:
     with pytest.raises(ConfigError):
         make()  # type: ignore[operator]
+
+
+@given(st.lists(st.sampled_from([f"n{i}" for i in (1, 2, 10, 20, 100)] + ["N1", "1n", "n01", "m"]), min_size=1))
+def test_a_devices_place_is_that_of_a_sort(coming: list[str]) -> None:
+    """However devices come, one by one or many unseen, and whether or not the same ones come again."""
+    fleet = Fleet(JOB, ARCHITECTURE, State("m"))
+    for i, name in enumerate(coming):
+        fleet.state.devices[name] = Device(1, True, {}, None, 10)
+        if i % 3:
+            ordered = sorted(fleet.state.devices, key=lambda n: (natural(n), n))
+            assert [fleet.place(n) for n in ordered] == list(range(len(ordered)))
+
+
+def test_many_births_sort_no_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = 0
+
+    def counted(name: str) -> list[tuple[int, int, str]]:
+        nonlocal seen
+        seen += 1
+        return natural(name)
+
+    monkeypatch.setattr("fedprune.allocation.natural", counted)
+    tiers, fleet = Tiers((1.0, 0.5, 0.25)), Fleet(JOB, ARCHITECTURE, State("m"))
+    for i in range(300):
+        fleet.state.devices[f"device-{i}"] = Device(1, True, {}, None, 5)
+        tiers.admit(fleet, f"device-{i}", None)
+    tiers.open(fleet)
+    assert seen <= 3 * 300

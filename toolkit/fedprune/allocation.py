@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -23,6 +24,8 @@ from fedprune.job import Job
 
 if TYPE_CHECKING:  # the coordinator imports strategies, and those allocators
     from fedprune.coordination.state import Device, State, Task
+
+_Key = list[tuple[int, int, str]]
 
 TIMES = "times"
 """Entry of `Device.allocation`: seconds from offer to update, of the last few rounds at the present density."""
@@ -42,6 +45,21 @@ class Fleet:
     job: Job
     architecture: Architecture
     state: State
+    _order: list[tuple[_Key, str]] = field(default_factory=list, init=False, repr=False)
+
+    def place(self, name: str) -> int:
+        """Where a known device stands among all, in the order of names; numbers in them count as numbers.
+
+        The order is kept, since thousands of devices may announce themselves one after the other.
+        """
+        entry = (natural(name), name)
+        at = bisect_left(self._order, entry)
+        if at == len(self._order) or self._order[at] != entry:
+            self._order.insert(at, entry)
+        if len(self._order) != len(self.state.devices):  # others came or went unseen, as at a restart
+            self._order[:] = sorted((natural(n), n) for n in self.state.devices)
+            at = bisect_left(self._order, entry)
+        return at
 
     def grant(self, name: str, density: float, *, elements: bool) -> bool:
         """Give a device a share of the model; times that it took for another one are forgotten.
@@ -195,26 +213,17 @@ class Tiers(_Still):
         """Deal anew: others may have come, or it is time."""
         if self.by == "chance" and not self.every:
             return False
-        ranks = self._ranks(fleet) if self.by == "name" else {}
         changed = False
         for name, device in sorted(fleet.state.devices.items()):
             if not device.excluded:
-                density = self._at(ranks[name], len(ranks)) if ranks else self._density(fleet, name)
-                changed |= fleet.grant(name, density, elements=self.elements)
+                changed |= fleet.grant(name, self._density(fleet, name), elements=self.elements)
         return changed
 
     def _density(self, fleet: Fleet, name: str) -> float:
         if self.by == "name":
-            ranks = self._ranks(fleet)
-            return self._at(ranks[name], len(ranks))
+            return self._of((fleet.place(name) + 0.5) / len(fleet.state.devices))
         era = max(0, fleet.state.round - 1) // self.every if self.every else 0
         return self._of(keyed(fleet.job.seed, name, era, "tier").random())
-
-    def _ranks(self, fleet: Fleet) -> dict[str, int]:
-        return {n: i for i, n in enumerate(sorted(fleet.state.devices, key=natural))}
-
-    def _at(self, rank: int, count: int) -> float:
-        return self._of((rank + 0.5) / count)
 
     def _of(self, place: float) -> float:
         """The density at a place from 0 to below 1 in the fleet."""
@@ -227,7 +236,7 @@ class Tiers(_Still):
         return self.densities[-1]
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
+def natural(name: str) -> _Key:
     """A key that sorts `device-2` before `device-10`."""
     return [(1, 0, part) if not part.isdigit() else (0, int(part), part) for part in re.split(r"(\d+)", name) if part]
 
