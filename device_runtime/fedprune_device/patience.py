@@ -1,4 +1,4 @@
-"""Early stopping: which epoch's weights are the best so far, and when to wait for better ones no longer."""
+"""Early stopping: when to wait for better weights no longer, and which epoch's were the best."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ Array = npt.NDArray[Any]
 
 
 class Patience:
-    """Keeps the weights of the epoch with the lowest validation loss.
+    """Says when the validation loss has not fallen for long enough, and keeps the weights of its lowest.
 
     Args:
         epochs: So many without a lower loss are enough.
+        keep: Whether the best epoch's weights will be asked for; if not, the attributes stay empty.
 
     Attributes:
         tensors: The best epoch's.
@@ -22,8 +23,8 @@ class Patience:
         squares: What else belongs to that epoch: the squared gradients of its last step.
     """
 
-    def __init__(self, epochs: int) -> None:
-        self._epochs = epochs
+    def __init__(self, epochs: int, *, keep: bool = True) -> None:
+        self._epochs, self._keep = epochs, keep
         self._lowest: float | None = None
         self._waited = 0
         self.tensors: dict[str, Array] = {}
@@ -44,7 +45,8 @@ class Patience:
         """
         if self._lowest is None or loss < self._lowest:
             self._lowest, self._waited = loss, 0
-            self.tensors, self.steps, self.squares = dict(tensors), steps, dict(squares)
+            if self._keep:
+                self.tensors, self.steps, self.squares = dict(tensors), steps, dict(squares)
             return False
         self._waited += 1
         return self._waited >= self._epochs

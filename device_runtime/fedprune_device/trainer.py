@@ -162,7 +162,8 @@ class Trainer:
         if len(plans) > 1:
             state = {n: v.copy() for n, v in state.items()}  # narrower steps write into it
         batches = Batches(data.samples, recipe, normalised=self.normalised)
-        patience = Patience(recipe.patience) if recipe.patience and self._can_validate(data) else None
+        waits = recipe.patience > 0 and self._can_validate(data)
+        patience = Patience(recipe.patience, keep=recipe.best_epoch) if waits else None
         losses: list[float] = []
         times: list[float] = []
         squares: Tensors = {}
@@ -204,7 +205,7 @@ class Trainer:
                 if patience.over(judged, reached, number, squares):
                     break
         steps = len(losses)
-        if patience is not None:
+        if patience is not None and recipe.best_epoch:
             state |= patience.tensors
             steps, squares = patience.steps, patience.squares
         result = {n: np.asarray(state[n], np.float32) for n in tensors}

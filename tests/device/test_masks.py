@@ -304,6 +304,10 @@ def test_training_ends_when_the_validation_loss_no_longer_falls(board: HiddenBoa
     assert got.steps == (best + 1) * per_epoch
     for name, value in after[best].items():
         np.testing.assert_array_equal(got.tensors[name], value)
+    last = train(board.graphs / "kept.onnx", weights, data, replace(recipe, best_epoch=False))
+    assert last.steps == (epoch + 1) * per_epoch, "it ends as early"
+    for name, value in after[epoch].items():
+        np.testing.assert_array_equal(last.tensors[name], value)
 
 
 def test_without_validation_samples_all_epochs_are_trained(board: HiddenBoard) -> None:

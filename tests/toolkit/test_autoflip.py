@@ -208,7 +208,7 @@ def test_exploring_is_long_and_the_learning_rate_decays_afterwards() -> None:
     def at(round_: int) -> Recipe:
         return objective.recipe(recipe, Turn(0, round_, "a", NET.sizes))
 
-    assert at(1) == replace(recipe, epochs=20, patience=4, max_steps=0)
+    assert at(1) == replace(recipe, epochs=20, patience=4, best_epoch=False, max_steps=0)
     assert at(2) == recipe
     assert at(5).lr == pytest.approx(0.1 * 0.9**3)
     assert at(5).epochs == 2

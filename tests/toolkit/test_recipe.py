@@ -39,6 +39,7 @@ recipes = st.builds(
     scale=st.floats(1, 16),
     patience=st.integers(0, 9),
     report_squares=st.booleans(),
+    best_epoch=st.booleans(),
 )
 
 FLAGS = [f.name for f in fields(Features) if f.default is False]
@@ -119,7 +120,7 @@ def test_what_is_no_number_of_its_range_is_refused_by_name(name: str, value: obj
 
 
 @pytest.mark.parametrize(
-    "name", ["logit_adjustment", "mask_absent_classes", "balance_classes", "calibrate", "report_squares"]
+    "name", ["logit_adjustment", "mask_absent_classes", "balance_classes", "calibrate", "report_squares", "best_epoch"]
 )
 def test_switches_are_true_or_false(name: str) -> None:
     with pytest.raises(ConfigError, match="true or false"):
@@ -221,6 +222,7 @@ def test_what_a_board_keeps_beside_a_round_is_counted(setting: dict[str, Any], f
 def test_what_a_board_holds_beside_training_is_counted() -> None:
     settings = [Recipe(), Recipe(average=0.5), Recipe(patience=1), Recipe(average=0.5, patience=1)]
     assert [r.own_copies for r in settings] == [0, 2, 1, 3]
+    assert Recipe(patience=1, best_epoch=False).own_copies == 0
 
 
 @pytest.mark.parametrize("setting", [{"calibrate": True}, {"personal": ["a*"]}, {"patience": 2}], ids=str)

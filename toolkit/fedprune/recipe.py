@@ -145,7 +145,9 @@ class Recipe:
             step, those of masked tensors that are smaller than `mask_threshold` (FIARSE).
         mask_threshold: FIARSE's θ.
         patience: Training ends when the loss of the device's validation samples hasn't fallen below its lowest for so
-            many epochs, and the weights of the best epoch count; 0 trains all epochs.
+            many epochs; 0 trains all epochs.
+        best_epoch: With `patience` the weights of the epoch with the lowest validation loss count; if not, those that
+            training ended with.
         evaluate_every: The board measures its models (offered, trained, averaged) on its own test and validation
             samples in every so many rounds; in the others it trains and serves without, which costs it less.
         report_squares: The update has the squared gradients of the last step, too, as tensors `name::squares`.
@@ -182,6 +184,7 @@ class Recipe:
     patience: int = 0
     report_squares: bool = False
     evaluate_every: int = 1
+    best_epoch: bool = True
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[float, float]] = {
@@ -293,7 +296,7 @@ class Recipe:
 
         Those are the average as it was and as it is, and the best epoch's weights.
         """
-        return 2 * (self.average > 0) + (self.patience > 0)
+        return 2 * (self.average > 0) + (self.patience > 0 and self.best_epoch)
 
     @property
     def micro_batch(self) -> int:

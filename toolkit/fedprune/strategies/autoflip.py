@@ -46,7 +46,8 @@ class Options:
     Attributes:
         pruned_share: T_p: this share of all elements, those with the least guidance, is masked; 0 masks none.
         exploration_epochs: Most local epochs of the first round, in which devices explore.
-        patience: Exploration ends when a device's validation loss has not improved for so many epochs; 0 for never.
+        patience: Exploration ends when a device's validation loss has not improved for so many epochs, with the weights
+            that it has then; 0 for never.
         server_momentum: β of v ← β·v + (1 − β)·Δ, w ← w − v.
         lr_decay: The learning rate of round t is lr times this to the power of t − 2.
         biases: Whether biases are ranked and masked, too.
@@ -167,6 +168,8 @@ class Emergent(Elements):
 class Exploring:
     """A long first round, then a learning rate that decays: AutoFLIP's objective.
 
+    However far an explorer got counts, as in the authors' code: early stopping doesn't take it back to its best epoch.
+
     Attributes:
         options: The preset's settings.
     """
@@ -176,7 +179,10 @@ class Exploring:
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         """The device's recipe."""
         if turn.round == 1:
-            return replace(recipe, epochs=self.options.exploration_epochs, patience=self.options.patience, max_steps=0)
+            options = self.options
+            return replace(
+                recipe, epochs=options.exploration_epochs, patience=options.patience, best_epoch=False, max_steps=0
+            )
         return replace(recipe, lr=recipe.lr * self.options.lr_decay ** (turn.round - 2))
 
 
