@@ -108,16 +108,15 @@ class Scales:
         densities = tuple(d for d in protocol.densities if d < 1) if protocol.submodels else ()
         self._often = Measure(x, y, calibration=calibration, every=protocol.every_global)
         self._rarely = Measure(x, y, densities, calibration)
-        self._protocol, self._next = protocol, 0.0
+        self._protocol = protocol
 
     def __call__(self, moment: Moment) -> dict[str, float]:
         """The numbers of a round."""
         protocol, last = self._protocol, moment.round == moment.job.rounds
         if protocol.every_s:
-            if moment.clock < self._next and not last:
-                return {}
-            self._next = (moment.clock // protocol.every_s + 1) * protocol.every_s
-            return self._rarely(moment)
+            # Nothing is remembered: a run that was killed measures in the same rounds as one that wasn't.
+            passed = moment.before // protocol.every_s < moment.clock // protocol.every_s
+            return self._rarely(moment) if passed or last or moment.round == 1 else {}
         return self._rarely(moment) if last or moment.round % protocol.every == 0 else self._often(moment)
 
 

@@ -76,10 +76,12 @@ def small(protocol):
     return replace(protocol, rounds=1, recipe=recipe, data=data, every=1, every_global=1)
 
 
-def check(run, protocol, folder):
+def check(run, protocol, folder, rounds=1):
     method = next(m for m in protocol.methods if m.name == protocol.reference)
     result = run.run(protocol, method, 0, folder, quiet=True)
-    (row,) = result["rounds"]
+    if rounds:
+        assert len(result["rounds"]) == rounds
+    row = result["rounds"][-1]
     assert math.isfinite(row["measured"]["global_loss"])
     assert 0 <= row["measured"]["global"] <= 1
     assert row["own"]["accuracy_after"]["n"] >= 1
@@ -130,6 +132,36 @@ def test_the_same_run_gives_the_same_numbers_and_a_page(accuracy, tmp_path, monk
     assert "+10.0" in rows[0]
     assert len(rows) >= 2  # it is among the costlier ones, too
     assert "Not run yet (seeds): slices (1, 2), la (1, 2)" in text
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_run_by_simulated_time_that_is_killed_is_measured_in_the_same_rounds(accuracy, tmp_path, monkeypatch):
+    _, run = accuracy
+    protocol = replace(small(TABLES["pr-fl-time"]), rounds=9, every_s=20, until_s=0)
+    whole = check(run, protocol, tmp_path / "whole", rounds=None)
+    simulate = run.simulate
+    for rounds in (2, 5):
+
+        def killed(experiment, place, progress, rounds=rounds):
+            def stop(simulation):
+                progress(simulation)
+                if len(simulation.state.history) == rounds:
+                    raise KilledError
+
+            return simulate(experiment, place, stop)
+
+        monkeypatch.setattr(run, "simulate", killed)
+        with pytest.raises(KilledError):
+            check(run, protocol, tmp_path / "killed")
+    monkeypatch.setattr(run, "simulate", simulate)
+    resumed = check(run, protocol, tmp_path / "killed", rounds=None)
+    assert resumed["rounds"] == whole["rounds"]
+    times = [r["at"] // 20 for r in whole["rounds"] if r["measured"]]
+    assert 3 < len(times) < 9
+    assert len(set(times[:-1])) == len(times) - 1
 
 
 def test_the_page_about_papers_names_tables_that_there_are(accuracy, tmp_path, monkeypatch):
