@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedprune.errors import ConfigError
 from fedprune.fixed_point import MAX_WEIGHT
-from fedprune.schedule import Arrival, Schedule, Staleness
+from fedprune.job import Job
+from fedprune.schedule import Arrival, Decay, Mixing, Schedule, Staleness
+from fedprune.server_step import ServerStep
+from fedprune.strategies import compose
 
 pytestmark = pytest.mark.board
 
 BUFFER = Schedule("asynchronous", arrivals=3, mixing="damped")
 WINDOW = Schedule("asynchronous", window_s=10.0, least=2)
+ARRIVALS = st.builds(Arrival, st.integers(0, 10**6), st.integers(0, 10**6), st.floats(0, 1e8))
 
 
 @pytest.mark.parametrize(
@@ -185,3 +190,31 @@ def test_a_schedule_survives_json(schedule: Schedule) -> None:
 def test_nonsense_is_refused_by_name(body: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Schedule.from_dict(body)
+
+
+@pytest.mark.parametrize("strategy", ["fedasync", "fedfix", "fedbuff", "pr-fl"])
+def test_a_rate_that_never_moves_the_model_is_refused_at_the_start(strategy: str) -> None:
+    with pytest.raises(ConfigError, match="rate"):
+        compose(Job(strategy=strategy, options={"rate": 0.0}))
+
+
+@given(
+    st.sampled_from(get_args(Mixing)),
+    st.sampled_from(get_args(Decay)),
+    st.floats(0, 1e6),
+    st.floats(0, 1e3, exclude_min=True),
+    st.lists(
+        st.builds(Arrival, st.integers(0, 10**6), st.integers(0, 10**6), st.floats(0, 1e8)), min_size=1, max_size=3
+    ),
+    st.lists(st.builds(Arrival, st.integers(0, 10**6), st.integers(0, 10**6)), max_size=3),
+)
+@example("unbiased", "constant", 0.5, 1.0, [Arrival(1, 10, 300.0)], [Arrival(0, 10)])
+@example("damped", "polynomial", 1100.0, 1.0, [Arrival(1, 1)], [])
+@example("share", "polynomial", 1e6, 1e3, [Arrival(1, 1)], [Arrival(9, 9)])
+def test_every_step_of_a_schedule_is_one_that_the_server_takes(
+    mixing: Mixing, decay: Decay, a: float, rate: float, arrivals: list[Arrival], others: list[Arrival]
+) -> None:
+    schedule = Schedule("asynchronous", window_s=0.1, staleness=Staleness(decay, a), mixing=mixing, rate=rate)
+    for uniform in (False, True):
+        ServerStep(schedule.step(arrivals, others, uniform=uniform))
+        assert all(w >= 1 for w in schedule.weights(arrivals, [1], uniform=uniform))

@@ -23,6 +23,8 @@ x_i − w_{r_i}, the move away from what was sent, for those that average moves.
 `share` is PR-FL's reading of FedAsync and FedFix, and `unbiased` FedFix's own (Fraboni et al. 2022): whose rounds take
 τ_i comes in every ceil(τ_i / Δt)-th window.
 
+s is at least 2^-50 and ρ at most 1000, so that whatever is configured and whoever comes, a round can be closed.
+
 Shares enter the sums as whole numbers, since sums of whole weights don't depend on the order of arrival. Where all s
 are 1 they are the samples themselves, and an aggregation of everybody's fresh updates is FedAvg's, bit for bit.
 Elsewhere they are v_i times the largest power of two with which all devices' shares stay within 2^24 in all, rounded: a
@@ -33,16 +35,21 @@ for ten devices, 6e-5 for a thousand) and 1/s(k) times that for a stale one.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from fedprune.errors import ConfigError, shown
 from fedprune.fixed_point import MAX_WEIGHT
+from fedprune.server_step import MAX_RATE
 
 Kind = Literal["synchronous", "asynchronous"]
 Decay = Literal["constant", "polynomial", "hinge"]
 Mixing = Literal["damped", "normalised", "share", "unbiased"]
+
+_LEAST_SHARE = 2.0**-50
+"""What any staleness leaves: 0 would be no update at all, and is what large powers are rounded to."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +76,16 @@ class Staleness:
         _truth("staleness: frozen", self.frozen)
 
     def __call__(self, k: int) -> float:
-        """s(k), above 0 and at most 1.
+        """s(k), at least 2^-50 and at most 1.
 
         Args:
             k: Aggregations since the model that the update was trained from; below 0 counts as 0.
         """
         k = max(0, k)
         if self.decay == "polynomial":
-            return float((k + 1.0) ** -self.a)
+            return max(_LEAST_SHARE, float((k + 1.0) ** -self.a))
         if self.decay == "hinge":
-            return 1.0 if k <= self.b else 1.0 / (self.a * (k - self.b) + 1.0)
+            return 1.0 if k <= self.b else max(_LEAST_SHARE, 1.0 / (self.a * (k - self.b) + 1.0))
         return 1.0
 
 
@@ -143,7 +150,9 @@ class Schedule:
         _number("schedule: participation", self.participation, 0, 1)
         for name in ("deadline_s", "window_s", "extension_s"):
             _number(f"schedule: {name}", getattr(self, name), 0, 1e8)
-        _number("schedule: rate", self.rate, 0, 1e3)
+        _number("schedule: rate", self.rate, 0, MAX_RATE)
+        if not self.rate:
+            raise ConfigError("schedule: rate", expected="above 0, or the model never moves", got=self.rate)
         for name, low in (
             ("arrivals", 0), ("least", 1), ("max_staleness", 0), ("concurrent", 0), ("score_every", 1),
             ("evaluate_every", 1),
@@ -243,7 +252,10 @@ class Schedule:
         return weights
 
     def step(self, arrivals: Sequence[Arrival], others: Sequence[Arrival], *, uniform: bool = False) -> float:
-        """ρ: the share of the way to the sums' mean that is gone.
+        """ρ: the share of the way to the sums' mean that is gone, above 0 and at most `server_step.MAX_RATE`.
+
+        That is the most that a server's step may go: only `unbiased` shares of rounds that last over a thousand windows
+        could be more.
 
         Args:
             arrivals: The updates that enter the sums.
@@ -263,7 +275,7 @@ class Schedule:
             whole = math.fsum(importance(a) * self._factor(a) for a in (*arrivals, *others))
         else:
             whole = math.fsum(importance(a) for a in (*arrivals, *others))
-        return self.rate * part / whole
+        return min(max(self.rate * part / whole, sys.float_info.min), MAX_RATE)
 
     def _factor(self, arrival: Arrival) -> float:
         if self.mixing == "unbiased":

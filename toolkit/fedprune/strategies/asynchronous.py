@@ -106,7 +106,7 @@ def fedasync(job: Job) -> Strategy:
     """
     options = read_options(job, OneByOne)
     choice(job.strategy, "mixing", options.mixing, ("damped", "share"))
-    number(job.strategy, "rate", options.rate, 0, 1)
+    number(job.strategy, "rate", options.rate, 0, 1, above=True)
     return _strategy(job, options, Mean(weighting=options.weighting), options.mixing, arrivals=1)
 
 

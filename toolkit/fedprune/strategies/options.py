@@ -44,7 +44,9 @@ def read_options(job: Job, kind: type[T]) -> T:
     return kind(**values)
 
 
-def number(strategy: str, name: str, value: object, low: float, high: float, *, below: bool = False) -> None:
+def number(
+    strategy: str, name: str, value: object, low: float, high: float, *, above: bool = False, below: bool = False
+) -> None:
     """Check an option's range.
 
     Args:
@@ -53,17 +55,17 @@ def number(strategy: str, name: str, value: object, low: float, high: float, *, 
         value: Its value.
         low: The least that it may be.
         high: The most.
+        above: Whether it must be more than `low`.
         below: Whether it must be less than `high`.
 
     Raises:
         ConfigError: It is out of range, or no number at all.
     """
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not low <= value <= high or (below and value == high):  # type: ignore[operator]
-        bound = "below " if below else ""
-        raise ConfigError(
-            f"job: option {name} of {strategy}", expected=f"from {low} to {bound}{high}", got=shown(value)
-        )
+    end = (above and value == low) or (below and value == high)
+    if not real or not low <= value <= high or end:  # type: ignore[operator]
+        least, most = f"above {low}" if above else f"from {low}", f"below {high}" if below else f"{high}"
+        raise ConfigError(f"job: option {name} of {strategy}", expected=f"{least} to {most}", got=shown(value))
 
 
 def choice(strategy: str, name: str, value: str, allowed: tuple[str, ...]) -> None:

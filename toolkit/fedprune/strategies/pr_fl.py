@@ -155,7 +155,7 @@ def pr_fl(job: Job) -> Strategy:
     choice(name, "masks", options.masks, ("elements", "channels"))
     choice(name, "weighting", options.weighting, ("uniform", "samples"))
     choice(name, "mean", options.mean, ("masked", "plain"))
-    number(name, "rate", options.rate, 0, 1)
+    number(name, "rate", options.rate, 0, 1, above=True)
     number(name, "reported", options.reported, 0, 1)
     if options.synchronous and (idle := [n for n in _ASYNCHRONOUS if n in job.options]):
         raise ConfigError(
