@@ -74,6 +74,7 @@ class Play:
         round: The last round.
         sent: What devices were sent in it.
         reports: What they handed in.
+        rejected: Whose updates stood out in it, and why.
     """
 
     strategy: Strategy
@@ -88,6 +89,7 @@ class Play:
     round: int = 0
     sent: dict[str, Submodel] = field(default_factory=dict)
     reports: dict[str, Report] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
 
     def play(self, rounds: int = 1) -> Tensors:
         """Some rounds; the model after them."""
@@ -120,10 +122,13 @@ class Play:
             report = Report(cut, trained, weight, 5, lambda sent=sent: sent, squares)  # type: ignore[misc]
             strategy.aggregator.add(fold, report, self._lifted(report))
             self.sent[name], self.reports[name] = sent, report
-        memories = strategy.scorer.learn(scene, fold, self._all)
-        if self.round > strategy.explores or strategy.explorers_count:
-            closing = strategy.aggregator.close(fold, scene, 1.0, lambda: ((r, self._lifted(r)) for r in self._all()))
-            self.model, memories = closing.model, closing.memories | memories
+        closing = strategy.aggregator.close(fold, scene, 1.0, lambda: ((r, self._lifted(r)) for r in self._all()))
+        self.rejected = dict(closing.rejected)
+        counts = self.round > strategy.explores or strategy.explorers_count
+        memories = dict(closing.memories) if counts else {}
+        memories |= strategy.scorer.learn(scene, fold, lambda: (r for n, r in self._named() if n not in self.rejected))
+        if counts:
+            self.model = closing.model
         self.memory = {n: v for n, v in (self.memory | memories).items() if v}
         for name, report in self.reports.items():
             trained = report.trained
@@ -134,6 +139,9 @@ class Play:
 
     def _all(self) -> Iterator[Report]:
         return iter(self.reports.values())
+
+    def _named(self) -> Iterator[tuple[str, Report]]:
+        return iter(self.reports.items())
 
 
 def moved(submodel: Submodel, device: str, round_: int, scale: float = 0.1) -> Tensors:

@@ -218,3 +218,22 @@ def test_our_own_failures_are_nobodys_fault(model: Model, tmp_path: Path, monkey
     w.store.path(found.weights).unlink()
     with pytest.raises(StorageError):
         worker(model, tmp_path, importance="size").execute(do.Close(1, w.initial(), {}, ("a",), (found,)))
+
+
+def test_an_explorer_that_stands_out_leaves_no_guidance(model: Model, tmp_path: Path) -> None:
+    options = {"pruned_share": 0.5, "robust": {"check": "norm"}}
+    job = Job.from_dict({"name": "t", "strategy": "autoflip", "options": options})
+    w = Worker(job, model, BlobStore(tmp_path, durable=False))
+
+    def moved_by(length: float) -> Callable[[Update], None]:
+        def make(update: Update) -> None:
+            update["conv1.weight"] += np.float32(length)
+
+        return make
+
+    parts = tuple(contribution(w, n, moved_by(5.0 if n == "far" else 0.1)) for n in ("a", "b", "c", "d", "far"))
+    closed = w.execute(do.Close(1, w.initial(), {}, ("a", "b", "c", "d", "far"), parts))
+    assert isinstance(closed, on.Closed)
+    assert closed.model == w.initial(), "exploring moves no model"
+    assert set(closed.rejected) == {"far"}
+    assert set(closed.memory) == {f"guidance/{n}" for n in "abcd"}

@@ -19,7 +19,7 @@ from fedprune.selection import Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.elements import Elements, global_mask
 from fedprune.strategies.means import Mean
-from fedprune.strategies.roles import Turn
+from fedprune.strategies.roles import Submodel, Turn
 from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
 from strategies import model, seeds
@@ -59,6 +59,27 @@ def test_exploring_moves_guidance_and_not_the_model() -> None:
         want = (play.past["b"].tensors[name].astype(np.float64) - start[name]) ** 2
         np.testing.assert_allclose(play.memory["guidance/b"][name], want, rtol=1e-6)
     assert play.sent["a"].mask is None
+
+
+def test_an_explorer_that_stands_out_says_nothing_of_what_is_masked() -> None:
+    def far(submodel: Submodel, device: str, round_: int) -> Tensors:
+        out = moved(submodel, device, round_)
+        for name in RANKED if device == "far" else ():
+            out[name].reshape(-1)[: out[name].size // 2] += np.float32(6)
+        return out
+
+    start, names = model(NET, 1), [f"d{i}" for i in range(9)]
+    strategy = autoflip(pruned_share=0.5, robust={"check": "norm"})
+    honest = Play(strategy, start, {n: Device() for n in names}, move=far)
+    play = Play(strategy, start, {n: Device() for n in (*names, "far")}, move=far)
+    honest.play()
+    play.play()
+    assert set(play.rejected) == {"far"}
+    assert set(play.memory) == set(honest.memory)
+    honest.play()
+    play.play()
+    for name, mask in masks(honest, "d0").items():
+        np.testing.assert_array_equal(mask, masks(play, "d0")[name])
 
 
 @given(seeds, st.floats(0.01, 0.9))
