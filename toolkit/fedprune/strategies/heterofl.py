@@ -31,6 +31,10 @@ LEVELS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 """The papers' widths a, b, c, d, e."""
 
 
+MOST_SCALED = 1e-3
+"""The narrowest width whose scaler boards take."""
+
+
 @dataclass(frozen=True)
 class Options:
     """Settings of `heterofl`.
@@ -47,7 +51,7 @@ class Options:
         masked: Logits of absent classes are masked (cross-entropy only).
         label_rows: Of the last layer only rows that were trained count; goes with `masked`, since without it all are.
         clip_norm: Gradients' largest norm; 0 leaves it to the recipe.
-        milestones: From these rounds on, the learning rate is `factor` times what it was.
+        milestones: After each of these rounds, the learning rate is `factor` times what it was.
         factor: As above.
     """
 
@@ -159,8 +163,17 @@ def _widths(job: Job, options: Options, scorer: Scorer) -> Strategy:
         raise ConfigError(
             f"job: option milestones of {job.strategy}", expected="numbers of rounds", got=shown(options.milestones)
         )
+    if options.scaler:
+        for density in options.densities or ((job.density,) if job.density else ()):
+            number(job.strategy, "densities", density, MOST_SCALED, 1)
     default = () if options.planned else LEVELS
     rows = options.label_rows and options.masked and job.recipe.loss == "cross_entropy"
+    if rows and job.recipe.optimizer == "adam" and job.recipe.weight_decay:
+        raise ConfigError(
+            f"job: option label_rows of {job.strategy} tells rows that nobody trained by their direction, which Adam's "
+            "weight decay changes",
+            expected="optimizer adamw or sgd, weight_decay 0, or label_rows = false",
+        )
     return Strategy(
         job.strategy,
         scorer=scorer,
