@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 
-from fedprune.strategies import ca_hfp, fedavg, fedper, fedprune, heterofl, subflot
+from fedprune.strategies import (
+    asynchronous,
+    autoflip,
+    ca_hfp,
+    fedavg,
+    fedobp,
+    fedper,
+    fedprune,
+    fiarse,
+    heterofl,
+    pr_fl,
+    subflot,
+)
 from fedprune.strategies.robust import Robustness
 
 PAGES = Path(__file__).parents[2] / "docs/strategies"
@@ -22,12 +34,24 @@ TABLES = [
     ("subflot", (subflot.Options,), {}),
     ("fedprune", (fedprune.Options,), {"dropout": "0.25, 0.5, 0.75"}),
     ("robust", (Robustness,), {"check": "none"}),
+    ("fedasync", (asynchronous.OneByOne,), {}),
+    ("fedbuff", (asynchronous.Buffers,), {}),
+    ("fedfix", (asynchronous.Windows,), {}),
+    ("fedobp", (fedobp.Options,), {}),
+    ("autoflip", (autoflip.Options,), {}),
+    ("fiarse", (fiarse.Options,), {"densities": "1, 1/4, 1/16, 1/64"}),
+    ("pr-fl", (pr_fl.Options,), {"rungs": "`add`"}),
 ]
 
 
 def said(page: str) -> dict[str, str]:
+    """Defaults by option. A row may have several options, and a default for each, or one for all."""
     text = (PAGES / f"{page}.md").read_text(encoding="utf-8").partition("## Options")[2]
-    return dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", text, re.MULTILINE))
+    out: dict[str, str] = {}
+    for names, default in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+?) \|", text, re.MULTILINE):
+        options, values = re.findall(r"\w+", names), default.split(", ")
+        out |= zip(options, values if len(values) == len(options) else [default] * len(options), strict=True)
+    return out
 
 
 def shown(value: Any) -> str:
