@@ -42,8 +42,8 @@ def turn(density: float) -> Turn:
 
 
 @given(st.floats(0, 10), st.floats(0.01, 1))
-def test_the_pull_s_gradient_is_twice_lambda_rho_times_the_way_from_the_anchor(sar: float, density: float) -> None:
-    """µ/2·‖w − w_sent‖² has the gradient µ·(w − w_sent): µ must be 2·λ·ρ."""
+def test_the_recipe_s_pull_is_twice_lambda_rho(sar: float, density: float) -> None:
+    """A step's pull is µ·(w − w_sent), which tests of optimisers show: µ must be 2·λ·ρ."""
     recipe = Recipe(lr=0.1)
     got = subflot(sar=sar).objective.recipe(recipe, turn(density))
     assert got.proximal == pytest.approx(2 * sar * (1 - density))
@@ -129,6 +129,23 @@ def test_a_history_takes_the_widths_that_its_device_has_now(data: st.DataObject,
     grown = any(b > a for a, b in zip(old.widths, new.widths, strict=True))
     want: Tensors = placed if grown or old.widths == new.widths else Transport().align(own, old, placed, new)
     assert identical(resized, want)
+
+
+@given(seeds, st.integers(1, 6), st.integers(1, 4))
+def test_a_history_that_shrinks_has_a_share_of_every_channel_and_one_that_grows_keeps_its_own(
+    seed: int, a: int, b: int
+) -> None:
+    wide, narrow = Selection.full(NET), Selection.of(NET, (a, b))
+    whole, all_of_it = model(NET, seed), model(NET, seed + 1)
+    vectors = [t.name for t in NET.tensors if len(t.axes) == 1 and t.axes[0].groups]
+    less = Transported().resized(Past(wide, all_of_it), Cut(scene(NET, whole), turn(0.5), narrow))
+    for name in vectors:  # plans with uniform marginals keep the mean over channels
+        assert np.allclose(less[name].mean(), all_of_it[name].mean(), atol=1e-5), name
+    own = narrow.gather(all_of_it)
+    more = Transported().resized(Past(narrow, own), Cut(scene(NET, whole), turn(1.0), wide))
+    for name in vectors:
+        k = len(own[name])
+        assert more[name].tobytes() == np.concatenate([own[name], whole[name][k:]]).tobytes()
 
 
 def test_a_device_with_other_widths_goes_on_from_its_history() -> None:

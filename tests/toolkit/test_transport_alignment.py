@@ -134,12 +134,21 @@ def test_models_that_were_aligned_stay_as_they_are_while_others_are(data: st.Dat
 
 
 @given(seeds)
-def test_inputs_and_classes_keep_their_order(seed: int) -> None:
+def test_classes_keep_their_order(seed: int) -> None:
     whole, full = model(NET, seed), Selection.full(NET)
     other = {n: v.copy() for n, v in whole.items()}
     other["head.weight"], other["head.bias"] = whole["head.weight"][::-1].copy(), whole["head.bias"][::-1].copy()
     got = Transport().align(whole, full, other, full)
     assert all(got[n].tobytes() == whole[n].tobytes() for n in whole)
+
+
+@given(seeds, st.permutations(range(3)))
+def test_inputs_keep_their_order(seed: int, order: list[int]) -> None:
+    """T₀ = I: whatever the other model makes of its inputs, rows come back in another order, and are the same rows."""
+    whole, full = model(NET, seed), Selection.full(NET)
+    other = whole | {"first.weight": whole["first.weight"][:, order].copy()}
+    got = Transport().align(whole, full, other, full)
+    assert sorted(map(tuple, got["first.weight"])) == sorted(map(tuple, whole["first.weight"]))
 
 
 def widened(architecture: Architecture, small: Selection, narrow: Tensors) -> Tensors:
