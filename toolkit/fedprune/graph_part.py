@@ -67,6 +67,7 @@ def _cut(graph: bytes, wanted: set[str]) -> bytes:
             continue
         kept.add(at)
         needed.update(_reads(value))
+        needed.discard("")  # an optional input that is absent; an optional output that is absent doesn't make it
     out = []
     for at, (number, kind, value) in enumerate(rows):
         if number == _NODE and at not in kept:
