@@ -202,10 +202,10 @@ class Trainer:
             if patience is not None and ends:
                 reached = {n: state[n].copy() if len(plans) > 1 else state[n] for n in tensors}
                 judged = self._validation_loss({**constant, **reached}, data, recipe, classes)
-                if patience.over(judged, reached, number, squares):
+                if judged is not None and patience.over(judged, reached, number, squares):
                     break
         steps = len(losses)
-        if patience is not None and recipe.best_epoch:
+        if patience is not None and recipe.best_epoch and patience.steps:
             state |= patience.tensors
             steps, squares = patience.steps, patience.squares
         result = {n: np.asarray(state[n], np.float32) for n in tensors}
@@ -282,8 +282,13 @@ class Trainer:
     def _can_validate(self, data: LocalData) -> bool:
         return len(data.y_val) > (1 if self.normalised else 0)  # statistics of a single sample are worthless
 
-    def _validation_loss(self, feeds: dict[str, Array], data: LocalData, recipe: Recipe, classes: int) -> float:
-        """Data loss of the validation samples, as a step sees it (batch norm takes their statistics), unscaled."""
+    def _validation_loss(
+        self, feeds: dict[str, Array], data: LocalData, recipe: Recipe, classes: int
+    ) -> float | None:
+        """Data loss of the validation samples, as a step sees it (batch norm takes their statistics), unscaled.
+
+        None where all of them are of classes that the training samples lack, so that they weigh nothing.
+        """
         y = targets(data.y_val, recipe.loss, classes)
         feeds = dict(feeds)
         if step.OUTPUT_SCALE in feeds:
@@ -298,7 +303,7 @@ class Trainer:
             total += weight
         if not math.isfinite(loss):
             raise TrainingError("the validation loss is not finite", got=loss, hint=_FAR)
-        return loss / total if total else 0.0
+        return loss / total if total else None
 
     def _plans(self, tensors: Mapping[str, Array], recipe: Recipe, widths: Sequence[int]) -> list[tuple[int, ...]]:
         """The widths at which steps train, the tensors' own first."""

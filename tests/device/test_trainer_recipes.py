@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +384,16 @@ def test_the_validation_loss_is_the_recipes(
     wanted = data_loss(recipe.loss, data.x_val @ weights["w"].T + weights["b"], y, terms)
     np.testing.assert_allclose(seen, [wanted] * 3, rtol=1e-5)
     assert got.steps == -(-data.samples // recipe.batch_size)
+
+
+def test_validation_samples_that_weigh_nothing_end_nothing(graphs: Path, weights: Tensors, data: LocalData) -> None:
+    """All are of a class that the training samples lack: they say nothing, and training goes on as without them."""
+    lacking = replace(data, y_train=np.minimum(data.y_train, CLASSES - 2))
+    useless = replace(lacking, x_val=data.x_test, y_val=np.full(len(data.x_test), CLASSES - 1, data.y_test.dtype))
+    recipe = replace(ADAMW, epochs=5, patience=1)
+    got, wanted = (train(graphs / "adamw.onnx", weights, d, recipe) for d in (useless, lacking))
+    assert got.steps == wanted.steps
+    assert all(np.array_equal(got.tensors[n], wanted.tensors[n]) for n in weights)
 
 
 @pytest.mark.parametrize(
