@@ -237,15 +237,19 @@ class OwnFolder:
             if name not in (place, beside):
                 durable.remove(self._root / name)
 
+    def paths(self) -> list[Path]:
+        """Files that there may be."""
+        return [self._root / name for name in _SLOTS]
+
     def clear(self) -> None:
         """Forget everything: the job is over.
 
         Raises:
             StorageError: The disk fails.
         """
-        for name in _SLOTS:
-            if (self._root / name).exists():
-                durable.remove(self._root / name)
+        for path in self.paths():
+            if path.exists():
+                durable.remove(path)
 
 
 def _free(beside: str | None) -> str:

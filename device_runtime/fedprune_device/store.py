@@ -121,11 +121,13 @@ class DeviceStore:
         return number
 
     def accept(self, offer: messages.Offer) -> None:
-        """Make an offer the current one.
+        """Make an offer the current one; what was kept for another job, whose end was missed, is forgotten.
 
         Raises:
             StorageError: The disk fails or is full; the old offer stays.
         """
+        if self._of_another_run(offer):
+            self.own.clear()
         self._set_task(Task(offer))
 
     def finish(self) -> None:
@@ -197,6 +199,8 @@ class DeviceStore:
         """
         partial = self.blobs.root / "partial"
         paths = [path for name in self._unwanted(Task(offer)) for path in (self.blobs.path(name), partial / name)]
+        if self._of_another_run(offer):
+            paths += self.own.paths()
         total = 0
         with storage_errors(f"can't read {self.blobs.root}"):
             for path in paths:
@@ -209,6 +213,10 @@ class DeviceStore:
     def free_bytes(self) -> int:
         """Room on the disk."""
         return shutil.disk_usage(self.root).free
+
+    def _of_another_run(self, offer: messages.Offer) -> bool:
+        before = None if self.task is None else self.task.offer
+        return before is not None and (before.job, before.seed) != (offer.job, offer.seed)
 
     def _claim(self, device: str) -> None:
         owner = (self._read("device.json") or {}).get("device", "")

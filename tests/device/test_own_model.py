@@ -219,6 +219,23 @@ def test_a_damaged_record_costs_the_average_alone(board: HiddenBoard) -> None:
     assert equal(serves, sent)
 
 
+@pytest.mark.parametrize("change", [{"job": "other"}, {"seed": 99}])
+def test_it_is_forgotten_when_another_jobs_offer_is_taken(board: HiddenBoard, change: dict[str, Any]) -> None:
+    """The board was away when its job ended; until then it counts as room that can be had."""
+    first = board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept")
+    with DeviceStore(board.root) as store:
+        store.accept(first)
+    board.carry_out(first)
+    same, other = (board.offer(2, AVERAGE, hidden_weights(seed=1), graph="kept", **c) for c in ({}, change))
+    with DeviceStore(board.root) as store:
+        assert store.reclaimable_bytes(other) > store.reclaimable_bytes(same)
+        store.accept(same)
+        assert store.own.read()
+    with DeviceStore(board.root) as store:
+        store.accept(other)
+        assert not store.own.read()
+
+
 def test_it_is_forgotten_when_the_job_is_over(board: HiddenBoard) -> None:
     board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))
     with DeviceStore(board.root) as store:
