@@ -66,6 +66,8 @@ def test_settings_that_are_unknown_are_named(name: str) -> None:
         ("heterofl", {"milestones": ["late"]}),
         ("heterofl", {"shares": [1], "densities": [1, 0.5]}),
         ("heterofl", {"clip_norm": -1.0}),
+        ("heterofl", {"densities": [1.0, 0.0005]}),
+        ("subflot", {"sar": 1e6}),
         ("fedrolex", {"step": -1}),
         ("fedper", {"personal": []}),
         ("fedper", {"personal": [3]}),
@@ -115,6 +117,26 @@ def test_heterofl_s_aids_follow_the_width() -> None:
     assert compose(job("heterofl", **bare)).objective.recipe(Recipe(), turn(0.5)) == Recipe()
     numbers = Recipe(loss="mse")
     assert not compose(job("heterofl")).objective.recipe(numbers, turn()).mask_absent_classes
+
+
+def test_what_boards_would_refuse_is_refused_at_the_start() -> None:
+    """The widest settings that a preset takes make recipes that are recipes."""
+    for name, options, density in (("heterofl", {"densities": [0.001]}, 0.001), ("subflot", {"sar": 5e5}, 0.001)):
+        compose(job(name, **options)).objective.recipe(Recipe(), turn(density))
+
+
+@pytest.mark.parametrize("name", ["heterofl", "fedrolex"])
+def test_adam_s_weight_decay_leaves_no_rows_to_tell_apart(name: str) -> None:
+    def composed(recipe: Recipe, **options: Any) -> None:
+        compose(Job(strategy=name, options=options, recipe=recipe))
+
+    decays = Recipe(optimizer="adam", weight_decay=0.01)
+    with pytest.raises(ConfigError, match="label_rows"):
+        composed(decays)
+    for options in ({"label_rows": False}, {"masked": False}):
+        composed(decays, **options)
+    for recipe in (Recipe(optimizer="adam"), Recipe(optimizer="adamw", weight_decay=0.01), Recipe(weight_decay=0.01)):
+        composed(recipe)
 
 
 @given(st.data(), seeds, st.integers(1, 40), st.integers(0, 3))

@@ -128,7 +128,7 @@ def subflot(job: Job) -> Strategy:
     options = read_options(job, Options)
     name, recipe = job.strategy, job.recipe
     number(name, "alpha", options.alpha, 0, 1)
-    number(name, "sar", options.sar, 0, 1e6)
+    number(name, "sar", options.sar, 0, 5e5)  # 2·λ is the most that boards are asked to pull with
     number(name, "ota_fuse", options.ota_fuse, 0, 1)
     choice(name, "maps", options.maps, ("literal", "preserving"))
     choice(name, "plans", options.plans, ("layer", "group"))
