@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +19,7 @@ from fedprune.disk import storage_errors, write_whole
 from fedprune.job import Job
 from fedprune_export.imported import Model
 from fedprune_server.evaluator import Evaluation
-from fedprune_server.measure import Hook, Measure
+from fedprune_server.measure import Hook, described
 from fedprune_server.metrics_table import write_metrics
 from fedprune_server.record import Record
 from fedprune_server.simulation import Simulation
@@ -96,7 +96,12 @@ class Experiment:
 
     def settings(self) -> dict[str, Any]:
         """All that decides the run, as JSON: what is large (model, data) by its digest."""
-        more = {"weather": asdict(self.weather), "availability": asdict(self.availability), "trainer": self.trainer}
+        more: dict[str, Any] = {
+            "weather": asdict(self.weather),
+            "availability": asdict(self.availability),
+            "trainer": self.trainer,
+        }
+        more["measure"] = described(self.measure)
         digest = fingerprint(
             self.job, self.model, self.devices, asdict(self.dropouts), self.evaluation, self.calibration, more
         )
@@ -108,7 +113,6 @@ class Experiment:
             "model": {"name": self.model.architecture.name, "architecture": self.model.architecture.digest},
             "dropouts": asdict(self.dropouts),
             **more,
-            "measure": _described(self.measure),
             "checkpoints": self.checkpoints,
             "evaluation": 0 if self.evaluation is None else len(self.evaluation[1]),
             "calibration": 0 if self.calibration is None else len(self.calibration),
@@ -166,10 +170,3 @@ def simulate(
         record.save(folder / RECORD.format(suffix))
         write_metrics(folder, record, suffix)
     return record
-
-
-def _described(measure: Hook | None) -> Mapping[str, Any] | str | None:
-    if isinstance(measure, Measure):
-        sizes = {f.name: getattr(measure, f.name) for f in fields(measure) if f.name in ("densities", "every")}
-        return {**sizes, "samples": len(measure.y), "sets": {k: len(y) for k, (_, y) in measure.sets.items()}}
-    return None if measure is None else getattr(measure, "__qualname__", type(measure).__name__)

@@ -49,6 +49,7 @@ class Moment:
         imported: The imported model; its weights are those that the job began with.
         round: The round, from 1.
         clock: Virtual seconds since the beginning.
+        before: The clock when the round before ended; 0 in the first.
         parts: The devices' parts whose updates made the new model.
         basis: What the round's submodels were cut from; its `model` is the one before the round.
         digest: Digest of the new global model.
@@ -59,6 +60,7 @@ class Moment:
     imported: Model
     round: int
     clock: float
+    before: float
     parts: tuple[do.Part, ...]
     basis: do.Basis
     digest: str
@@ -106,6 +108,14 @@ class Moment:
 
 Hook = Callable[[Moment], Mapping[str, float]]
 """Measures; the names are the caller's. `Measure` is one."""
+
+
+def described(measure: Hook | None) -> Mapping[str, Any] | str | None:
+    """What a measurement measures, as JSON; of another function than `Measure` its name."""
+    if isinstance(measure, Measure):
+        sizes = {"samples": len(measure.y), "sets": {k: len(y) for k, (_, y) in measure.sets.items()}}
+        return {"densities": list(measure.densities), "every": measure.every, **sizes}
+    return None if measure is None else getattr(measure, "__qualname__", type(measure).__name__)
 
 
 @dataclass(eq=False)

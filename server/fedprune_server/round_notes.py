@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ import numpy as np
 from fedprune.blobs import BlobStore
 from fedprune.chance import keyed
 from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
 from fedprune.costs import costs_at
 from fedprune.job import Job
 from fedprune.ordered_dropout import TensorAxes, axes_json
@@ -63,37 +65,46 @@ class Notary:
         self._measure = measure
         self._macs: dict[tuple[int, ...], int] = {}
 
-    def close(self, notes: Notes, command: do.Close, model: str, clock: float) -> None:
+    def close(
+        self, notes: Notes, command: do.Close, event: on.Closed, basis: do.Basis, clock: float, before: float
+    ) -> None:
         """Note a round that has just closed.
 
         Args:
             notes: Where.
             command: What closed it.
-            model: Digest of the new global model.
+            event: What came of that.
+            basis: What submodels were cut from last; for a round that no update entered.
             clock: Virtual seconds since the beginning.
+            before: The clock when the round before ended; 0 in the first.
 
         Raises:
             FedpruneError: The measurement fails.
         """
-        parts = command.contributions
+        parts = [c for c in command.contributions if c.part.device not in event.rejected]
         notes.updates = len(parts)
-        if not parts:
-            return
-        if command.round % max(1, self._job.rounds // _MAPS) == 0 or command.round in (1, self._job.rounds):
+        if parts and self._mapped(command.round):
             notes.coverage = self._coverage(parts)
-        if self._measure is not None:
-            basis = max((c.basis for c in parts), key=lambda b: b.round)
-            moment = Moment(
-                self._job,
-                self._model,
-                command.round,
-                clock,
-                tuple(c.part for c in parts),
-                basis,
-                model,
-                self._archive,
-            )
-            notes.measured = {str(k): float(v) for k, v in self._measure(moment).items()}
+        if self._measure is None or not (parts or basis.ranking):
+            return
+        moment = Moment(
+            self._job,
+            self._model,
+            command.round,
+            clock,
+            before,
+            tuple(c.part for c in parts),
+            max((c.basis for c in parts), key=lambda b: b.round, default=basis),
+            event.model,
+            self._archive,
+        )
+        found = {str(k): float(v) for k, v in self._measure(moment).items()}
+        # Any function may measure, and what isn't finite can't be written as JSON.
+        notes.measured = {k: v for k, v in found.items() if math.isfinite(v)}
+
+    def _mapped(self, number: int) -> bool:
+        """Whether channels are noted in a round."""
+        return number % max(1, self._job.rounds // _MAPS) == 0 or number in (1, self._job.rounds)
 
     def macs(self, device: str, number: int, offer: Mapping[str, Any], steps: int, samples: int) -> int:
         """Multiplications of a training, forward and backward, each step at the widths that it trained at.

@@ -7,6 +7,7 @@ kill are two files and the blobs beside them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from fedprune.chance import keyed
 from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.disk import locked, storage_errors
 from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
@@ -31,7 +33,7 @@ from fedprune_server import trainers
 from fedprune_server.checkpoints import write_checkpoint
 from fedprune_server.crew import Crew
 from fedprune_server.evaluator import Evaluation
-from fedprune_server.measure import Hook
+from fedprune_server.measure import Hook, described
 from fedprune_server.record import Record, record_of
 from fedprune_server.rhythm import Rhythm
 from fedprune_server.round_notes import Notary
@@ -44,6 +46,8 @@ from fedprune_server.worker import Worker
 
 _MAX_ATTEMPTS = 20
 """A round that nobody finished in this many attempts never will be."""
+
+_LOCK = ".lock"
 
 _MAX_BIRTHS = 200
 """A fleet whose devices came so many times each without a training never gets to one."""
@@ -69,7 +73,7 @@ class Simulation:
         workers: In how many processes.
 
     Raises:
-        ConfigError: There are no devices, or names come twice.
+        ConfigError: There are no devices, or names come twice, or there is no such trainer.
         StorageError: The folder's state is damaged or belongs to another simulation.
     """
 
@@ -99,6 +103,7 @@ class Simulation:
         self.availability = availability or Availability()
         self._checkpoints = checkpoints if folder is not None else 0
         self._trainer, self._workers = trainer, workers
+        trainers.checked(trainer, workers)
         self._devices = {d.name: d for d in devices}
         if not devices or len(self._devices) != len(devices):
             raise ConfigError("simulation: devices", expected="one or more with different names", got=len(devices))
@@ -106,26 +111,17 @@ class Simulation:
             raise ConfigError(
                 "simulation: job.devices", expected=f"at most the {len(devices)} there are", got=job.devices
             )
-        self._worker: Worker | Crew = Worker(job, model, store, evaluation, calibration)
+        worker = Worker(job, model, store, evaluation, calibration)
+        self._worker: Worker | Crew = worker
+        self._initial = worker.initial
         self._notary = Notary(job, model, store, measure)
         self._profiles: dict[int, dict[str, Any]] = {}
-        self._prepared: set[tuple[int, ...]] = set()
-        self._idle = 0
         self._rhythm = Rhythm()
         self._folder = folder
-        more = {"weather": asdict(self.weather), "availability": asdict(self.availability), "trainer": trainer}
+        more: dict[str, Any] = {"weather": asdict(self.weather), "availability": asdict(self.availability)}
+        more |= {"trainer": trainer, "measure": described(measure)}
         self._fingerprint = fingerprint(job, model, devices, asdict(self.dropouts), evaluation, calibration, more)
-        saved = None if folder is None else SimulationState.load(folder, self._fingerprint)
-        if saved is not None:
-            self._run, state = saved
-            self.coordinator = coordinate(job, model.architecture, state)
-            self._tidy()  # a kill may have come between the last state and what it made superfluous
-            return
-        self._run = SimulationState()
-        self.coordinator = coordinate(job, model.architecture, State(model=self._worker.initial()))
-        for name in sorted(self._devices):
-            self._birth(name, 0.0)
-        self._save()
+        self._begun = self._take_up()
 
     @property
     def state(self) -> State:
@@ -152,14 +148,20 @@ class Simulation:
             The coordinator's history: a summary per round.
 
         Raises:
+            StorageError: Another process runs it in the same folder, or the disk fails.
             PlanError: No device can take part, or none ever makes its deadline.
             FedpruneError: The worker can't do what it is told to.
         """
         with (
+            self._locked(),
             TemporaryDirectory(prefix="fedprune-simulation-") as scratch,
             self._crew(),
             closing(self._bench(Path(scratch))) as bench,
         ):
+            if self._begun:
+                self._tidy()  # a kill may have come between the last state and what it made superfluous
+            else:
+                self._save()
             bench.boards = self._run.boards
             while self.state.phase is not Phase.FINISHED:
                 if not self._run.queue:
@@ -180,8 +182,8 @@ class Simulation:
                     self._keep(ended)
                     if progress is not None:
                         progress(self)
-        self._save()
-        self._tidy()
+            self._save()
+            self._tidy()
         return self.state.history
 
     def record(self, title: str) -> Record:
@@ -196,6 +198,43 @@ class Simulation:
             ranking=self.store.read(ranking) if ranking and self.store.has(ranking) else None,
             measured="weights and graphs on the virtual links",
         )
+
+    def _take_up(self) -> bool:
+        """Begin where the folder's state stands; else anew. Returns whether there is one."""
+        self._idle, self._vain = 0, Counter[str]()
+        self._prepared: set[tuple[int, ...]] = set()
+        self._stamp: tuple[int, ...] | None = None if self._folder is None else SimulationState.stamp(self._folder)
+        saved = None if self._folder is None else SimulationState.load(self._folder, self._fingerprint)
+        if saved is not None:
+            self._run, state = saved
+            self.coordinator = coordinate(self.job, self.model.architecture, state)
+            return True
+        self._run = SimulationState()
+        self.coordinator = coordinate(self.job, self.model.architecture, State(model=self._initial()))
+        for name in sorted(self._devices):
+            self._birth(name, 0.0)
+        return False
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The folder is this process's own meanwhile; what another one did there before is taken up."""
+        folder = self._folder
+        if folder is None:
+            yield
+            return
+        with storage_errors(f"can't make {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+        with locked(
+            folder / _LOCK,
+            f"another simulation runs in {folder}",
+            "Wait for its end and give the command again, or give another folder.",
+        ):
+            if SimulationState.stamp(folder) != self._stamp:
+                self._begun = self._take_up()
+            try:
+                yield
+            finally:
+                self._stamp = ()  # what is in memory may be ahead of what was saved
 
     @contextmanager
     def _crew(self) -> Iterator[None]:
@@ -238,6 +277,7 @@ class Simulation:
             run.unsent[item.device] = item
         elif isinstance(item, on.UpdateStored):
             run.unsent.pop(item.device, None)
+            self._vain.clear()
         return item
 
     def _carry_out(self, command: do.Command) -> None:
@@ -245,7 +285,10 @@ class Simulation:
         if isinstance(command, (do.Score, do.Extract, do.Fold, do.Close, do.Evaluate)):
             event = self._worker.execute(command)
             if isinstance(command, do.Close) and isinstance(event, on.Closed):
-                self._notary.close(self._run.now, command, event.model, now)
+                state = self.state
+                before = state.history[-1]["at"] if state.history else 0.0
+                basis = do.Basis(command.round, state.model, state.ranking or "", state.order, dict(state.memory))
+                self._notary.close(self._run.now, command, event, basis, now, before)
             self._run.push(now, event)
         elif isinstance(command, do.SendOffer):
             self._offer(command, now)
@@ -276,7 +319,7 @@ class Simulation:
         name, run, seed = command.device, self._run, self.job.seed
         if name not in run.online:
             return  # it is offered again when the device is back
-        if command.attempt > _MAX_ATTEMPTS:
+        if self._hopeless(command):
             raise PlanError(
                 f"nobody finished round {command.round} in {_MAX_ATTEMPTS} attempts",
                 got=run.refusal or None,
@@ -304,6 +347,20 @@ class Simulation:
             self._birth(name, gone + chance.exponential(self.dropouts.away_s))
         else:
             run.push(ready + took, Trained(name, command.round, command.attempt, command.offer))
+
+    def _hopeless(self, command: do.SendOffer) -> bool:
+        """Whether a round was tried so often that nobody will ever finish it.
+
+        In an asynchronous job attempts are a device's own, and may be many while a window is open for the others: only
+        such count between which no update came, while no end of the round is in sight.
+        """
+        task = self.state.tasks.get(command.device)
+        if task is None or task.basis is None:
+            return command.attempt > _MAX_ATTEMPTS
+        if command.attempt == 1 or self.state.deadline is not None:
+            return False
+        self._vain[command.device] += 1
+        return self._vain[command.device] >= _MAX_ATTEMPTS
 
     def _train(self, bench: Bench, key: int, item: Trained) -> on.Event:
         device = self._devices[item.device]
@@ -364,6 +421,7 @@ class Simulation:
         return on.DeviceDied(name, item.session)
 
     def _finish(self, number: int) -> None:
+        self._vain.clear()
         self._run.finish_round(number)
         if self._folder is not None and self._checkpoints and number % self._checkpoints == 0:
             write_checkpoint(self._folder, self.model, number, self.store.read(self.state.model))

@@ -248,6 +248,15 @@ class SimulationState:
             os.fsync(file.fileno())
         return self.logged + len(data)
 
+    @staticmethod
+    def stamp(folder: Path) -> tuple[int, ...] | None:
+        """What tells whether something was saved in a folder since; None before anything was."""
+        try:
+            found = (folder / FILE).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
     @classmethod
     def load(cls, folder: Path, fingerprint: str) -> tuple[SimulationState, State] | None:
         """What `save` wrote, and the coordinator's state; None where nothing was saved.

@@ -55,6 +55,22 @@ def choice(name: str) -> Choice:
     return Choice(True, device, int(found[2] or (1 if device == "cpu" else MANY)))
 
 
+def checked(trainer: str, workers: int) -> Choice:
+    """The trainer of a name, if it works in so many processes.
+
+    Raises:
+        ConfigError: There is none, or it doesn't.
+    """
+    chosen = choice(trainer)
+    if workers > 1 and chosen.together > 1:
+        raise ConfigError(
+            f"trainer {trainer!r} in {workers} processes",
+            expected="1",
+            hint="It works out many devices at once already; run several simulations side by side instead.",
+        )
+    return chosen
+
+
 def bench(trainer: str, workers: int, model: Model, store: BlobStore, folder: Path) -> Bench:
     """A bench.
 
@@ -70,14 +86,8 @@ def bench(trainer: str, workers: int, model: Model, store: BlobStore, folder: Pa
         MissingExtraError: torch is not installed.
         RuntimeUnavailableError: torch doesn't have the device.
     """
-    chosen = choice(trainer)
+    chosen = checked(trainer, workers)
     if workers > 1:
-        if chosen.together > 1:
-            raise ConfigError(
-                f"trainer {trainer!r} in {workers} processes",
-                expected="1",
-                hint="It works out many devices at once already; run several simulations side by side instead.",
-            )
         from fedprune_server.pooled_bench import PooledBench
 
         return PooledBench(trainer, workers, model, store, folder)

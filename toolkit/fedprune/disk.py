@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -38,6 +39,32 @@ def storage_errors(what: str, *, missing: bool = False) -> Iterator[None]:
                 f"{what}: {error.strerror}", hint="Free some space; what was there before is untouched."
             ) from error
         raise StorageError(f"{what}: {error.strerror}") from error
+
+
+@contextmanager
+def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
+    """Hold a file's lock, which goes with the process, however that one ends.
+
+    Args:
+        path: The file, made where there is none; its folder exists.
+        busy: What to say if somebody else holds it.
+        hint: What to do then.
+
+    Raises:
+        StorageError: Somebody else does, or it can't be opened.
+    """
+    with storage_errors(f"can't open {path}"):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(busy, hint=hint) from error
+        except OSError as error:
+            raise StorageError(f"can't lock {path}: {error.strerror}") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_all(descriptor: int, data: bytes | memoryview, at: int = 0) -> None:

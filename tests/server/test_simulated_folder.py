@@ -1,0 +1,192 @@
+"""A simulation's folder is one run's, one process's at a time, and usable whatever was mistyped before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune.blobs import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError
+from fedprune.job import Job
+from fedprune.profile_store import find
+from fedprune.recipe import Recipe
+from fedprune_export.importing import import_onnx
+from fedprune_server import simulation as simulations
+from fedprune_server.digits import deal, digits_model
+from fedprune_server.experiment import Experiment, simulate
+from fedprune_server.measure import Measure, Moment
+from fedprune_server.round_notes import Notary, Notes
+from fedprune_server.simulation import Simulation
+from fedprune_server.virtual_device import VirtualDevice
+
+NAMES = ("a", "b")
+HAND = deal(NAMES, seed=1)
+JOB = Job(rounds=3, devices=2, density=0.25, scorer="ordered", recipe=Recipe(max_steps=1))
+
+
+@pytest.fixture(scope="module")
+def experiment() -> Experiment:
+    profile = find("raspberry-pi-5")
+    devices = tuple(VirtualDevice(n, profile, HAND.devices[n]) for n in NAMES)
+    return Experiment("yard", JOB, import_onnx(digits_model(), "digits"), devices, (HAND.x, HAND.y))
+
+
+class KillError(Exception):
+    """Ends a simulation as a kill does."""
+
+
+def after(rounds: int) -> Callable[[Simulation], None]:
+    def progress(simulation: Simulation) -> None:
+        if len(simulation.state.history) == rounds:
+            raise KillError
+
+    return progress
+
+
+def test_a_folder_is_one_process_s_at_a_time(experiment: Experiment, tmp_path: Path) -> None:
+    """Whoever comes second is told so and has changed nothing; whoever waited takes up what was done meanwhile."""
+    alone = simulate(experiment, tmp_path / "alone")
+    second = experiment.simulation(tmp_path / "run" / "run", BlobStore(tmp_path / "run" / "run" / "blobs"))
+    tried = []
+
+    def meanwhile(_: Simulation) -> None:
+        if not tried:
+            tried.append(True)
+            with pytest.raises(StorageError, match="another simulation runs"):
+                simulate(experiment, tmp_path / "run")
+            with pytest.raises(StorageError, match="another simulation runs"):
+                second.run()
+
+    first = simulate(experiment, tmp_path / "run", meanwhile)
+    assert tried
+    assert first.rounds == alone.rounds
+    second.run(lambda _: pytest.fail("something was trained again"))
+    assert second.record("yard").rounds == alone.rounds
+
+
+def test_a_run_that_failed_goes_on_from_what_was_saved(experiment: Experiment, tmp_path: Path) -> None:
+    """With the same object, whatever it had in memory."""
+    simulation = experiment.simulation(tmp_path, BlobStore(tmp_path / "blobs"))
+    with pytest.raises(KillError):
+        simulation.run(after(1))
+    simulation.run()
+    assert simulation.record("yard").rounds == simulate(experiment).rounds
+
+
+@pytest.mark.parametrize(("trainer", "workers"), [("torhc", 1), ("torch:cuda", 2), ("torch:cuda:77", 1)])
+def test_a_trainer_that_cannot_be_costs_no_folder(
+    experiment: Experiment, tmp_path: Path, trainer: str, workers: int
+) -> None:
+    with pytest.raises(FedpruneError):
+        simulate(replace(experiment, trainer=trainer, workers=workers), tmp_path)
+    assert len(simulate(experiment, tmp_path).rounds) == JOB.rounds
+
+
+def test_a_mistyped_trainer_is_refused_at_once(experiment: Experiment, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="trainer"):
+        replace(experiment, trainer="torhc").simulation(tmp_path / "run", BlobStore(tmp_path / "blobs"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", [{"densities": (0.25,)}, {"every": 2}, None])
+def test_what_is_measured_belongs_to_a_run(
+    experiment: Experiment, tmp_path: Path, change: dict[str, object] | None
+) -> None:
+    first = replace(experiment, measure=Measure(HAND.x, HAND.y))
+    with pytest.raises(KillError):
+        simulate(first, tmp_path, after(1))
+    other = None if change is None else Measure(HAND.x, HAND.y, **change)  # type: ignore[arg-type]
+    with pytest.raises(StorageError, match="other settings"):
+        simulate(replace(first, measure=other), tmp_path)
+    assert all(row.measured for row in simulate(first, tmp_path).rounds)
+
+
+def test_a_measurement_that_is_not_finite_is_left_out(experiment: Experiment, tmp_path: Path) -> None:
+    def wild(moment: Moment) -> dict[str, float]:
+        return {"nan": float("nan"), "far": -np.inf, "round": moment.round}
+
+    record = simulate(replace(experiment, measure=wild), tmp_path)
+    assert [row.measured for row in record.rounds] == [{"round": 1.0}, {"round": 2.0}, {"round": 3.0}]
+
+
+def test_updates_that_were_left_out_are_not_noted(experiment: Experiment, tmp_path: Path) -> None:
+    """Nor is a round without any update left unmeasured."""
+    store, closes = BlobStore(tmp_path), list[do.Close]()
+    seen: list[tuple[int, str]] = []
+    simulation = experiment.simulation(None, store)
+    execute = simulation._worker.execute
+
+    def watched(command: do.Command) -> on.Event:
+        if isinstance(command, do.Close) and not closes:
+            closes.append(command)
+            note(command)
+        return execute(command)  # type: ignore[arg-type]
+
+    def note(command: do.Close) -> None:
+        def measure(moment: Moment) -> dict[str, float]:
+            seen.append((len(moment.parts), moment.basis.ranking))
+            return {}
+
+        notary = Notary(JOB, experiment.model, store, measure)
+        basis = command.contributions[0].basis
+        for rejected in ((), ("a",), NAMES):
+            notes = Notes()
+            notary.close(notes, command, on.Closed(1, basis.model, {}, dict.fromkeys(rejected, "far")), basis, 1.0, 0.0)
+            assert notes.updates == 2 - len(rejected)
+            assert max((max(g) for g in notes.coverage), default=0) == notes.updates
+
+    simulation._worker.execute = watched  # type: ignore[method-assign]
+    simulation.run()
+    ranking = closes[0].contributions[0].basis.ranking
+    assert seen == [(2, ranking), (1, ranking), (0, ranking)]
+
+
+def test_coverage_counts_the_channels_that_were_sent(experiment: Experiment, tmp_path: Path) -> None:
+    """An extractor may cut more than a device's part says."""
+    store, found = BlobStore(tmp_path), list[Notes]()
+    simulation = experiment.simulation(None, store)
+    execute = simulation._worker.execute
+
+    def watched(command: do.Command) -> on.Event:
+        if isinstance(command, do.Close) and not found:
+            one, other = command.contributions
+            narrow = tuple(max(1, w // 2) for w in one.part.widths)
+            close = replace(command, contributions=(replace(one, widths=narrow), other))
+            found.append(Notes())
+            event = on.Closed(1, one.basis.model)
+            Notary(JOB, experiment.model, store, None).close(found[0], close, event, one.basis, 1.0, 0.0)
+            expected = [n + w for n, w in zip(narrow, other.part.widths, strict=True)]
+            assert [sum(g) for g in found[0].coverage] == expected
+        return execute(command)  # type: ignore[arg-type]
+
+    simulation._worker.execute = watched  # type: ignore[method-assign]
+    simulation.run()
+    assert found
+
+
+def slow_fleet(experiment: Experiment, windows: bool) -> Experiment:
+    """Every second device misses its deadline again and again, while a window is open for long."""
+    slow, quick = find("raspberry-pi-zero-2w"), find("raspberry-pi-5")
+    hand = deal(["a", "b", "c", "d"], seed=1)
+    devices = tuple(
+        VirtualDevice(n, slow if i % 2 or not windows else quick, hand.devices[n]) for i, n in enumerate(hand.devices)
+    )
+    recipe, options = Recipe(max_steps=4), {"window_s": 20.0}
+    job = Job(rounds=2, devices=2, strategy="fedfix", options=options, deadline_s=0.3, recipe=recipe)
+    return replace(experiment, job=job, devices=devices)
+
+
+def test_slow_devices_do_not_end_an_asynchronous_simulation(experiment: Experiment) -> None:
+    record = simulate(slow_fleet(experiment, windows=True))
+    assert [set(r.local) for r in record.rounds] == [{"a", "c"}] * 2
+
+
+def test_an_asynchronous_simulation_that_nobody_can_finish_ends(experiment: Experiment) -> None:
+    with pytest.raises(PlanError, match=f"nobody finished round 1 in {simulations._MAX_ATTEMPTS} attempts"):
+        simulate(slow_fleet(experiment, windows=False))
