@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from dataclasses import replace
@@ -65,3 +66,27 @@ def test_the_page_shows_the_very_file() -> None:
 
     assert shown is not None
     assert shown.group(1) == (ROOT / "examples" / "my_strategy.py").read_text()
+
+
+ROLES = {
+    "scorer": ("rank", "learn"),
+    "extractor": ("extract", "reconstruct"),
+    "personaliser": ("personalise", "share"),
+    "objective": ("recipe",),
+    "aggregator": ("fold", "add", "close"),
+    "allocator": ("admit", "open", "learn", "review", "done"),
+    "schedule": ("asynchronous",),
+}
+
+
+@pytest.mark.parametrize("role", list(ROLES))
+def test_modules_have_the_roles_that_the_page_says(role: str) -> None:
+    page = (ROOT / "docs" / "write-a-strategy.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith(f"| {role} |"))
+    names = re.findall(r"`([a-z_.]+)`", row.split("|")[4])
+    assert names
+    for name in names:
+        whole = name if name.startswith("fedprune.") else f"fedprune.strategies.{name.rpartition('.')[2]}"
+        module = importlib.import_module(whole)
+        own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+        assert any(all(hasattr(kind, n) for n in ROLES[role]) for kind in own), name

@@ -1,6 +1,6 @@
 """`fedprune`: the strategy that this project recommends.
 
-Every ingredient earned its place in `benchmarks/accuracy` (`docs/strategies/fedprune.md` has the ablation):
+Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left without single ones:
 
 - ranks that are settled before the first round and then stay: a submodel's channels are its own for good, so ordered
   dropout can make the ranking true, and a trained model is cut where it hurts least;
