@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pot_plans import pot
 
-from fedprune.errors import BundleError
+from fedprune.errors import BundleError, MissingExtraError
 from fedprune.transport import Coupling, exact_plan, solver
 from fedprune.transport.distances import squared_distances
 from strategies import seeds
@@ -171,3 +171,9 @@ def test_solvers_are_loaded_on_use_and_bring_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["[]", "[]"]
+
+
+def test_a_missing_scipy_is_named_where_it_is_first_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
+    with pytest.raises(MissingExtraError, match="scipy"):
+        Coupling.in_order(3, 2).forward(np.ones((1, 3, 1), np.float32))

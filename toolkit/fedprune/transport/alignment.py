@@ -71,7 +71,8 @@ class Transport:
             target_at: Its widths, and where its channels live.
 
         Raises:
-            BundleError: The selections are of different architectures, or tensors don't fit them or are not finite.
+            BundleError: The selections are of different architectures, or tensors don't fit them, or costs are not
+                finite.
             MissingExtraError: POT or scipy is not installed.
         """
         if source_at.architecture.digest != target_at.architecture.digest:

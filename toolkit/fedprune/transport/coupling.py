@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.errors import BundleError
+from fedprune.errors import BundleError, MissingExtraError
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -147,12 +147,19 @@ class Coupling:
 
 
 def _gather(takes: Indices, places: Indices, shares: npt.NDArray[np.float64], size: int, length: int) -> _Gather:
-    """A gather of entries that are sorted by place."""
+    """A gather of entries that are sorted by place.
+
+    Raises:
+        MissingExtraError: scipy is not installed, and the entries are not alike.
+    """
     counts = np.bincount(places, minlength=size)
     count = int(counts[0])
     if bool((counts == count).all()) and bool((shares == shares[0]).all()):
         return _Gather(tuple(takes.reshape(size, count).T.copy()), float(shares[0]), None)
-    from scipy.sparse import csr_array
+    try:
+        from scipy.sparse import csr_array
+    except ImportError as error:
+        raise MissingExtraError("transport plans need scipy", hint="pip install 'fedprune[server]'") from error
 
     ends = np.concatenate([[0], np.cumsum(counts)])
     return _Gather((), 1.0, csr_array((shares.astype(np.float32), takes, ends), shape=(size, length)))
