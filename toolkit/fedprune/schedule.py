@@ -195,7 +195,7 @@ class Schedule:
 
     # When a round closes.
 
-    def closes_at(self, opened: float, arrivals: Sequence[float], working: int, now: float) -> float | None:
+    def closes_at(self, opened: float, arrivals: Sequence[float], working: bool, now: float) -> float | None:
         """When the round closes that is being collected.
 
         It waits for no more than there can be: a device trains a model once, so with nobody at work nothing more comes.
@@ -203,7 +203,7 @@ class Schedule:
         Args:
             opened: When it began.
             arrivals: When its updates came, sorted; some may have come before it began.
-            working: Devices that something is still awaited of.
+            working: Whether something is still awaited of anybody.
             now: The present.
 
         Returns:

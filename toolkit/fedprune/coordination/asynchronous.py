@@ -16,13 +16,12 @@ from fedprune.architecture import Architecture
 from fedprune.chance import keyed
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.attendance import Attendance
 from fedprune.coordination.desk import LATE, Commands, Desk, based, steps_of
 from fedprune.coordination.shares import Shares, plain
 from fedprune.coordination.state import Phase, Progress, State, Task
 from fedprune.job import Job
 from fedprune.wire.fields import believable
-
-_WORKING = (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
 
 
 class AsynchronousCoordinator(Desk):
@@ -35,6 +34,7 @@ class AsynchronousCoordinator(Desk):
 
     def __init__(self, job: Job, architecture: Architecture, state: State) -> None:
         super().__init__(job, architecture, state)
+        self._attendance = Attendance(state)
         self._shares = Shares(state, self.schedule, uniform=self.uniform)
         self._lots: tuple[int, dict[str, float]] = (0, {})
 
@@ -142,12 +142,12 @@ class AsynchronousCoordinator(Desk):
         state = self.state
         if state.phase is not Phase.TRAINING:
             return []
-        room = (
-            self.schedule.concurrent - self._working(stored=False) if self.schedule.concurrent else len(state.devices)
-        )
+        room = len(state.devices)
+        if self.schedule.concurrent:
+            room = self.schedule.concurrent - self._attendance.busy
         if room <= 0:
             return []
-        idle = [n for n in self._ready() if self._idle(n)]
+        idle = sorted(self._attendance.idle())
         if room < len(idle):
             # By lot: who asks first would else always be served first.
             idle = sorted(sorted(idle, key=self._lot)[:room])
@@ -177,15 +177,6 @@ class AsynchronousCoordinator(Desk):
         if name not in lots:
             lots[name] = keyed(self.job.seed, self.state.round, name, "turn").random()
         return lots[name], name
-
-    def _idle(self, name: str) -> bool:
-        task = self.state.tasks.get(name)
-        return task is None or (task.progress is Progress.REFUSED and task.deadline is None)
-
-    def _working(self, *, stored: bool) -> int:
-        """How many devices something is awaited of; with `stored` also those whose updates are being checked."""
-        kinds = (*_WORKING, Progress.STORED) if stored else _WORKING
-        return sum(t.progress in kinds for t in self.state.tasks.values())
 
     @_on.register
     def _extracted(self, event: on.Extracted, now: float) -> Commands:
@@ -312,10 +303,10 @@ class AsynchronousCoordinator(Desk):
         state = self.state
         if state.phase is not Phase.TRAINING or state.opened is None:
             return []
-        here = self._here()
+        here = self._attendance.done()
         times = [t.arrived_at or 0.0 for _, t in here]
-        working = self._working(stored=True) + sum(self._idle(n) for n in self._ready())
-        state.deadline = self.schedule.closes_at(state.opened, times, working + self._absent(), now)
+        working = self._attendance.at_work
+        state.deadline = self.schedule.closes_at(state.opened, times, working or self._attendance.absent, now)
         if state.deadline is None and times and not working:
             # Whoever is away had time to come back.
             state.deadline = state.opened + self.deadline_s
@@ -325,17 +316,6 @@ class AsynchronousCoordinator(Desk):
         state.closing = self._shares.entering(dict(fresh))
         state.phase, state.deadline = Phase.CLOSING, None
         return [self._close()]
-
-    def _absent(self) -> int:
-        """How many devices are away, and owe nothing."""
-        state = self.state
-        away = (n for n, d in state.devices.items() if not d.online and not d.excluded)
-        return sum(n not in state.tasks or state.tasks[n].progress is Progress.REFUSED for n in away)
-
-    def _here(self) -> list[tuple[str, Task]]:
-        """Checked updates, in the order in which they came."""
-        tasks = [(n, t) for n, t in self.state.tasks.items() if t.progress is Progress.FOLDED]
-        return sorted(tasks, key=lambda pair: (pair[1].arrived_at or 0.0, pair[0]))
 
     def _close(self) -> do.Close:
         state = self.state

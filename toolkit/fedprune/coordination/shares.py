@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -29,10 +30,18 @@ class Shares:
         """What a device's update will count for if nobody comes or goes: else the sums are made anew."""
         state = self._state
         first = self._arrival(state.tasks[name])
-        others = [self._arrival(t) for n, t in state.tasks.items() if n != name and t.progress is not Progress.REFUSED]
-        if self._schedule.keep:
-            buffers = (d.buffer for n, d in state.devices.items() if n not in state.tasks and d.buffer is not None)
-            others += [self._kept(b) for b in buffers]
+        tasks = (t for n, t in state.tasks.items() if n != name and t.progress is not Progress.REFUSED)
+        buffers = (d.buffer for n, d in state.devices.items() if n not in state.tasks and d.buffer is not None)
+        others: Iterable[Arrival]
+        if self._schedule.mixing == "unbiased":
+            others = [self._arrival(t) for t in tasks]
+            others += [self._kept(b) for b in buffers] if self._schedule.keep else []
+        else:
+            # All that matters of others is whether any is stale: of every kind one will do.
+            kinds = {(state.round_of(t), 0.0) for t in tasks}
+            if self._schedule.keep:
+                kinds |= {(int(b["round"]), float(b["share"])) for b in buffers}
+            others = (Arrival(state.round - number, 1, 0.0, share) for number, share in kinds)
         return self._schedule.weights([first, *others], self._fleet(), uniform=self._uniform)[0]
 
     def entering(self, fresh: dict[str, Task]) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""What an update counts for is guessed when it comes, and settled when its round closes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.coordination.shares import Shares
+from fedprune.coordination.state import Device, Progress, State, Task
+from fedprune.schedule import Mixing, Schedule, Staleness
+
+pytestmark = pytest.mark.board
+
+
+def basis(number: int) -> dict[str, Any]:
+    return {"round": number, "model": "m", "ranking": "r", "order": None, "memory": {}}
+
+
+def fleet(rounds: list[int], kept: list[int], samples: list[int], number: int = 9) -> State:
+    """Devices with checked updates of these rounds, and further ones whose last updates are kept."""
+    state = State(model="m", round=number)
+    for i, n in enumerate(samples[: len(rounds) + len(kept)]):
+        name = f"d{i}"
+        state.devices[name] = Device(1, True, {}, None, n, widths=(1,))
+        if i < len(rounds):
+            state.tasks[name] = Task(
+                1, (1,), samples=n, basis=basis(rounds[i]), progress=Progress.FOLDED, seconds=7.0 + i
+            )
+        else:
+            round_ = kept[i - len(rounds)]
+            state.devices[name].buffer = {"round": round_, "samples": n, "seconds": 3.0, "share": 0.5**i}
+    return state
+
+
+SOME = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+@given(
+    st.sampled_from(["damped", "normalised", "share", "unbiased"]),
+    st.sampled_from(["constant", "polynomial"]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    SOME,
+    SOME,
+    st.lists(st.integers(1, 10**6), min_size=8, max_size=8),
+)
+def test_where_all_that_is_there_enters_the_guess_is_what_counts(
+    mixing: Mixing,
+    decay: Any,
+    frozen: bool,
+    keep: bool,
+    uniform: bool,
+    rounds: list[int],
+    kept: list[int],
+    samples: list[int],
+) -> None:
+    staleness = Staleness(decay, 0.6, frozen=frozen)
+    schedule = Schedule("asynchronous", window_s=2.0, keep=keep, mixing=mixing, staleness=staleness)
+    state = fleet(rounds, kept, samples)
+    shares = Shares(state, schedule, uniform=uniform)
+    weights = shares.entering(dict(state.tasks))["weights"]
+    assert {n: shares.weight(n) for n in state.tasks} == {n: weights[n] for n in state.tasks}
+
+
+def test_a_guess_does_not_weigh_the_whole_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = Schedule("asynchronous", window_s=2.0, keep=True, staleness=Staleness("polynomial"))
+    state = fleet([8, 9] * 100, [], [10] * 200)
+    asked: list[int] = []
+    call = Staleness.__call__
+    monkeypatch.setattr(Staleness, "__call__", lambda self, k: asked.append(k) or call(self, k))
+    Shares(state, schedule, uniform=False).weight("d0")
+    assert len(asked) < 20
