@@ -282,9 +282,7 @@ class Trainer:
     def _can_validate(self, data: LocalData) -> bool:
         return len(data.y_val) > (1 if self.normalised else 0)  # statistics of a single sample are worthless
 
-    def _validation_loss(
-        self, feeds: dict[str, Array], data: LocalData, recipe: Recipe, classes: int
-    ) -> float | None:
+    def _validation_loss(self, feeds: dict[str, Array], data: LocalData, recipe: Recipe, classes: int) -> float | None:
         """Data loss of the validation samples, as a step sees it (batch norm takes their statistics), unscaled.
 
         None where all of them are of classes that the training samples lack, so that they weigh nothing.
