@@ -92,7 +92,17 @@ def test_an_update_that_comes_again_from_a_buffer_counts_once() -> None:
     total = {n: np.array(v) for n, v in play.memory["importance/sum"].items()}
     again = scorer.learn(scene(), fold, lambda: iter([first, play.reports["b"]]))
     for n in NAMES:
-        np.testing.assert_array_equal(again["importance/sum"][n], total[n])
+        np.testing.assert_array_equal((play.memory | again)["importance/sum"][n], total[n])
+
+
+def test_rounds_that_bring_no_squares_store_nothing() -> None:
+    play = Play(strategy(interval=4), model(NET, 1), {"a": Device(), "b": Device()}, squares=squares)
+    play.play()
+    known = dict(play.memory)
+    play.squares = lambda submodel, device, round_: {}
+    play.play()
+    assert play.memory.keys() == known.keys()
+    assert all(play.memory[n] is known[n] for n in known)
 
 
 def test_masks_change_when_an_interval_ends_and_with_densities() -> None:

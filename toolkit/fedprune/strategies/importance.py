@@ -84,10 +84,9 @@ class Importance:
                 out[BEFORE] = {n: scene.model[n] for n in prunable(scene.architecture)}
         if self.kind == "squares":
             sums, counts, seen = _gathered(scene, reports())
-            out[SEEN] = dict(seen)
-            if scene.round % self.interval:
-                out |= {SUM: sums, COUNT: counts}
-            else:
+            if seen:
+                out |= {SUM: dict(sums), COUNT: dict(counts), SEEN: dict(scene.memory.get(SEEN, {})) | seen}
+            if scene.round % self.interval == 0:
                 out |= {STORE: _known(scene, sums, counts), SUM: {}, COUNT: {}}
         return out
 
@@ -139,20 +138,24 @@ def _least(store: Tensors) -> float:
 
 
 def _gathered(scene: Scene, reports: Iterator[Report]) -> tuple[Tensors, Tensors, dict[str, npt.NDArray[np.int64]]]:
-    """Sums and counts of the interval with those of new reports, and of which rounds these are."""
+    """Sums and counts of the interval with those of new reports, and of which rounds these are.
+
+    Most updates of asynchronous rounds come again, or bring nothing: then nothing is new, and nothing need be stored.
+    """
     names = prunable(scene.architecture)
     shapes = {n: scene.architecture.by_name[n].shape for n in names}
     known = {k: scene.memory.get(k, {}) for k in (SUM, COUNT)}
     sums, counts = ({n: np.array(known[k].get(n, np.zeros(shapes[n], np.float32))) for n in names} for k in known)
-    seen = dict(scene.memory.get(SEEN, {}))
+    before = scene.memory.get(SEEN, {})
+    seen: dict[str, npt.NDArray[np.int64]] = {}
     for report in reports:
         turn, maps = report.cut.turn, report.trained.selection.maps
-        if turn.device in seen and int(seen[turn.device][0]) >= turn.round:
+        if not report.squares or (turn.device in before and int(before[turn.device][0]) >= turn.round):
             continue
         seen[turn.device] = np.array([turn.round], np.int64)
         parts = {n: v.astype(np.float64) for n, v in report.squares.items()}
-        low = min((float(v.min()) for v in parts.values()), default=0.0)
-        high = max((float(v.max()) for v in parts.values()), default=0.0)
+        low = min(float(v.min()) for v in parts.values())
+        high = max(float(v.max()) for v in parts.values())
         for name in names:
             if name in parts and high > low:
                 share = (parts[name] - low) / (high - low)
