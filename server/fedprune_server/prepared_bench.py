@@ -8,7 +8,7 @@ outcome is asked for, nothing has happened: what the board keeps stays as it was
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,12 @@ class PreparedBench(Bench):
                 for digest in filter(None, (result[0].weights.sha256, result[1])):
                     self._held.put(self._store.read(digest))
             self._ready[_key(*item)] = result
+
+    def forget_but(self, under_way: Collection[tuple[str, int, str]]) -> None:
+        """Let go of what will never be asked for; see `Bench.forget_but`."""
+        for key in self._ready.keys() - under_way:
+            del self._ready[key]
+        self._tidy()
 
     def holds(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> bool:
         """Whether an outcome waits to be handed over."""

@@ -394,6 +394,8 @@ class Simulation:
         self._prepared &= {tuple(g) for g in self._run.groups}
         if tuple(group) not in self._prepared:
             self._prepared.add(tuple(group))
+            under_way = [i for _, i in self._run.queue.values() if isinstance(i, Trained)]
+            bench.forget_but({(w.device, w.round, w.offer["weights"]["sha256"]) for w in (item, *under_way)})
             bench.prepare([(self._devices[w.device], w.offer, w.round) for w in group.values()])
 
     def _spent(self, device: str) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -189,6 +189,13 @@ class Bench:
 
         Args:
             work: At most `together` of them, of one round and of different devices, sorted by these.
+        """
+
+    def forget_but(self, under_way: Collection[tuple[str, int, str]]) -> None:
+        """Hear what of that may still be carried out: a server cancels some.
+
+        Args:
+            under_way: Device, round and digest of the weights that it was sent.
         """
 
     def close(self) -> None:
