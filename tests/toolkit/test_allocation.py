@@ -381,6 +381,7 @@ def test_what_allocators_remember_survives_json_and_is_replaced_not_changed(data
         lambda: Fixed(named={"a": 1.5}),
         lambda: Tiers(()),
         lambda: Tiers((1.0, 0.5), shares=(1.0,)),
+        lambda: Tiers((1.0, 0.5), shares=(float("inf"), 1.0)),
         lambda: Tiers((1.0,), every=3),
         lambda: Ladder(interval=0),
         lambda: TimeDriven(floor=0),

@@ -192,9 +192,13 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         mask.check({"w": (4, 8)})
     with pytest.raises(BundleError, match="active values of w"):
         mask.unpack({"w": np.ones(31, np.float32)})
+    with pytest.raises(BundleError, match="type of w"):
+        mask.unpack({"w": np.ones(32, np.int64)})  # type: ignore[dict-item]
     for bits in (np.zeros(3, np.uint8), np.zeros(4, np.int8), np.zeros((4, 1), np.uint8)):
         with pytest.raises(BundleError, match="mask of w"):
             ElementMask.from_tensors({"w": bits}, {"w": (8, 4)})
+    with pytest.raises(BundleError, match="behind"):
+        ElementMask.from_tensors({"w": np.array([0b1010_0001], np.uint8)}, {"w": (7,)})
     with pytest.raises(BundleError, match="mask of v"):
         ElementMask.from_tensors({"v": np.zeros(4, np.uint8)}, {"w": (8, 4)})
 

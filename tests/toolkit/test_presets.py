@@ -13,6 +13,7 @@ from strategy_reports import scene
 
 from fedprune.allocation import Fixed, Tiers
 from fedprune.architecture import widths_at
+from fedprune.coordination import Coordinator, State
 from fedprune.errors import ConfigError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
@@ -23,6 +24,7 @@ from fedprune.strategies.presets import PRESETS, compose
 from fedprune.strategies.robust import Robust
 from fedprune.strategies.roles import Cut, Past, Submodel, Turn
 from strategies import architectures, model, seeds, selections
+from toy import ARCHITECTURE
 
 pytestmark = pytest.mark.board
 
@@ -117,6 +119,13 @@ def test_heterofl_s_aids_follow_the_width() -> None:
     assert compose(job("heterofl", **bare)).objective.recipe(Recipe(), turn(0.5)) == Recipe()
     numbers = Recipe(loss="mse")
     assert not compose(job("heterofl")).objective.recipe(numbers, turn()).mask_absent_classes
+
+
+def test_a_weighting_that_nobody_knows_is_refused_before_it_counts() -> None:
+    """An aggregator of one's own says by what devices count; a misspelt word would silently mean samples."""
+    strategy = Job(strategy="toy:scheduled", options={"schedule": {}, "weighting": "sample"})
+    with pytest.raises(ConfigError, match=r"weighting of its aggregator.*'sample'"):
+        Coordinator(strategy, ARCHITECTURE, State(model="m"))
 
 
 def test_what_boards_would_refuse_is_refused_at_the_start() -> None:

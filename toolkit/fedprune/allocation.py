@@ -197,8 +197,8 @@ class Tiers(_Still):
             raise ConfigError("allocator: densities", expected="one or more", got="none")
         for value in self.densities:
             check_density("allocator: densities", value)
-        fit = len(self.shares) == len(self.densities) and all(s >= 0 for s in self.shares) and sum(self.shares) > 0
-        if self.shares and not fit:
+        fit = len(self.shares) == len(self.densities) and all(s >= 0 for s in self.shares)
+        if self.shares and not (fit and 0 < sum(self.shares) < math.inf):
             raise ConfigError("allocator: shares", expected="one per density, of 0 or more", got=shown(self.shares))
         if self.by not in ("name", "chance"):
             raise ConfigError("allocator: by", expected="name or chance", got=shown(self.by))

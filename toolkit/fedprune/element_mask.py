@@ -98,7 +98,8 @@ class ElementMask:
         """What `pack` was given, with 0 where masked.
 
         Raises:
-            BundleError: A tensor has another number of values than the mask has active elements.
+            BundleError: A masked tensor has another number of values than the mask has active elements, or another
+                type.
         """
         out: Tensors = {}
         for name, value in packed.items():
@@ -108,6 +109,8 @@ class ElementMask:
                 continue
             if value.shape != (int(mask.sum()),):
                 raise BundleError(f"active values of {name}", expected=int(mask.sum()), got=value.shape)
+            if value.dtype != np.float32:
+                raise BundleError(f"type of {name}", expected="float32", got=value.dtype)
             out[name] = np.zeros(mask.shape, np.float32)
             out[name][mask] = value
         return out
@@ -125,7 +128,7 @@ class ElementMask:
             shapes: Shapes of the submodel's tensors.
 
         Raises:
-            BundleError: A tensor is unknown, or its bits are of another number or type.
+            BundleError: A tensor is unknown, or its bits are of another number or type, or not 0 behind the last one.
         """
         active = {}
         for name, bits in packed.items():
@@ -137,5 +140,8 @@ class ElementMask:
                     expected="no mask" if shape is None else f"{-(-count // 8)} bytes",
                     got=f"{bits.dtype} {bits.shape}",
                 )
-            active[name] = np.unpackbits(bits, count=count).astype(np.bool_).reshape(shape)
+            flags = np.unpackbits(bits).astype(np.bool_)
+            if flags[count:].any():
+                raise BundleError(f"mask of {name}", expected=f"0 behind its {count} bits")
+            active[name] = flags[:count].reshape(shape)
         return cls(active)

@@ -8,7 +8,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.planning import Planned, Planner
 from fedprune.coordination.state import Device, Progress, State, Task
-from fedprune.errors import ConfigError
+from fedprune.errors import ConfigError, shown
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.schedule import SYNCHRONOUS
@@ -42,6 +42,13 @@ class Desk:
         self.schedule = self.strategy.schedule or SYNCHRONOUS
         self.allocator: Allocator = self.strategy.allocator or Planned(Planner(job, architecture))
         self.fleet = Fleet(job, architecture, state)
+        weighting = self.strategy.aggregator.weighting
+        if weighting not in ("samples", "uniform"):
+            raise ConfigError(
+                f"strategy {self.strategy.name}: weighting of its aggregator",
+                expected="samples or uniform",
+                got=shown(weighting),
+            )
         if self.schedule.asynchronous and self.strategy.explores:
             raise ConfigError(
                 f"strategy {self.strategy.name}: rounds of exploration ask all devices at once",
