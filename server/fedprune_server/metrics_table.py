@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ ROUNDS = "rounds{}.parquet"
 
 SPENT = ("bytes_down", "bytes_up", "training_macs")
 """Metrics of what a device cost since the round before."""
+
+_PIECE = 50_000
 
 _LONG = pa.schema(
     [
@@ -51,17 +53,30 @@ def write_metrics(folder: Path, record: Record, suffix: str = "") -> None:
         StorageError: The disk fails.
     """
     about = {"fedprune.title": record.title, "fedprune.job": json.dumps(record.job)}
-    long = pa.Table.from_pylist([_row(r, *m) for r in record.rounds for m in _metrics(r)], _LONG)
-    wide = pa.Table.from_pylist(_wide(record))
-    for name, table in ((METRICS, long), (ROUNDS, wide)):
-        path = folder / name.format(suffix)
-        with storage_errors(f"can't write {path}"):
-            pq.write_table(table.replace_schema_metadata(about), path, compression="zstd")
+    path = folder / METRICS.format(suffix)
+    schema = _LONG.with_metadata(about)
+    # A piece at a time: of many devices and rounds the whole takes more memory than the run did.
+    with storage_errors(f"can't write {path}"), pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for piece in _pieces(record.rounds):
+            writer.write_table(pa.table([pa.array(v, f.type) for v, f in zip(piece, schema, strict=True)], schema))
+    wide = pa.Table.from_pylist(_wide(record)).replace_schema_metadata(about)
+    path = folder / ROUNDS.format(suffix)
+    with storage_errors(f"can't write {path}"):
+        pq.write_table(wide, path, compression="zstd")
 
 
-def _row(row: RoundRow, device: str | None, metric: str, value: float) -> dict[str, Any]:
-    values = (row.round, row.at, row.down, row.up, device, metric, value)
-    return dict(zip(_LONG.names, values, strict=True))
+def _pieces(rounds: Sequence[RoundRow]) -> Iterator[tuple[list[Any], ...]]:
+    """The long table's columns, about `_PIECE` rows at a time."""
+    piece: tuple[list[Any], ...] = tuple([] for _ in _LONG.names)
+    for row in rounds:
+        for device, metric, value in _metrics(row):
+            values = (row.round, row.at, row.down, row.up, device, metric, value)
+            for column, found in zip(piece, values, strict=True):
+                column.append(found)
+        if len(piece[0]) >= _PIECE:
+            yield piece
+            piece = tuple([] for _ in _LONG.names)
+    yield piece
 
 
 def _metrics(row: RoundRow) -> Iterator[tuple[str | None, str, float]]:

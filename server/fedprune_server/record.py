@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedprune.architecture import Architecture
 from fedprune.coordination import State
 from fedprune.costs import costs_at
+from fedprune.disk import write_whole
 from fedprune.errors import StorageError
 from fedprune.job import Job
 from fedprune.recipe import REGRESSIONS
@@ -224,8 +225,12 @@ class Record:
             raise StorageError(f"{where} is damaged ({type(error).__name__}: {error})") from error
 
     def save(self, path: Path) -> None:
-        """Write it to a file."""
-        path.write_text(self.to_json() + "\n", encoding="utf-8")
+        """Write it to a file.
+
+        Raises:
+            StorageError: The disk fails; what was there before is untouched.
+        """
+        write_whole(path, (self.to_json() + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> Record:

@@ -10,11 +10,12 @@ import pytest
 from fedprune.errors import ConfigError, ExitCode, FedpruneError
 from fedprune.job import Job
 from fedprune.profile_store import find
+from fedprune_server import metrics_table
 from fedprune_server.comparison import final_rows, read_runs, target_rows
 from fedprune_server.digits import deal, digits_model
 from fedprune_server.fleet_devices import HELD
 from fedprune_server.metrics_table import SPENT
-from fedprune_server.record import Record
+from fedprune_server.record import Record, RoundRow
 from fedprune_server.reference import fedavg
 from fedprune_server.simulate_cli import build_compare_parser, main
 from fedprune_server.simulated_fleet import read_plan
@@ -206,6 +207,22 @@ def test_parquet_has_what_the_record_has(run):
     assert wide.column("mean_accuracy_after").to_pylist() == pytest.approx(record.mean_locals())
     assert wide.column("training_macs").to_pylist() == [r.macs for r in record.rounds]
     assert json.loads(wide.schema.metadata[b"fedprune.job"]) == record.job
+
+
+def test_long_tables_are_written_piece_by_piece(tmp_path, monkeypatch):
+    rows = [RoundRow(r, r / 2, "m", 0.5, None, {}, 3, r, 1, own={"a": {"x": r / 7, "y": 1.0}}) for r in range(1, 10)]
+    record = Record("long", {"name": "yard"}, (), (), tuple(rows))
+    tables = []
+    for name, piece in (("whole", 50_000), ("parts", 4)):
+        monkeypatch.setattr(metrics_table, "_PIECE", piece)
+        (tmp_path / name).mkdir()
+        metrics_table.write_metrics(tmp_path / name, record)
+        tables.append(pq.ParquetFile(tmp_path / name / "metrics.parquet"))
+    assert [t.num_row_groups for t in tables] == [1, 5]
+    found = [t.read() for t in tables]
+    assert found[0].to_pylist() == found[1].to_pylist()
+    assert len(found[0]) == 27
+    assert found[0].schema.metadata[b"fedprune.title"] == b"long"
 
 
 def test_what_decides_a_run_is_in_its_folder(run):
