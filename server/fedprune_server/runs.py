@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedprune.disk import storage_errors, write_whole
+from fedprune.disk import locked, storage_errors, write_whole
 from fedprune.errors import ConfigError, FedpruneError, MissingExtraError, StorageError, shown
 from fedprune.wire.topics import check_name
 from fedprune_server.children import begin_helper
@@ -26,6 +26,7 @@ from fedprune_server.children import begin_helper
 DONE, FAILED, PROGRESS = "done.json", "failed.txt", "progress.json"
 """Files of a run's folder."""
 
+_LOCK = ".lock"
 _POLL_S = 0.2
 _REPORT_S = 0.5
 
@@ -114,11 +115,21 @@ def carry_out(
     Raises:
         ConfigError: Two runs have the same name.
         MissingExtraError: Ray is wanted and not installed.
-        StorageError: A folder holds another run, or the disk fails.
+        StorageError: A folder holds another run, another process does runs there, or the disk fails.
     """
     names = [r.name for r in runs]
     if len(set(names)) < len(names):
         raise ConfigError("runs", expected="a name for each", got=shown(next(n for n in names if names.count(n) > 1)))
+    with storage_errors(f"can't make {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+    hint = "Wait for its end and give the command again, or give another folder."
+    with locked(out / _LOCK, f"another command does runs in {out}", hint):
+        return _carried_out(work, runs, out, workers, ray, watch)
+
+
+def _carried_out(
+    work: WorkOf, runs: Sequence[Run], out: Path, workers: int, ray: bool, watch: Watch | None
+) -> list[Ended]:
     waiting = [r for r in runs if _finished(r, out / r.name) is None]
     for run in waiting:
         with storage_errors(f"can't write {out / run.name}"):

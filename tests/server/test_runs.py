@@ -84,6 +84,15 @@ def test_what_has_finished_is_not_done_again(tmp_path: Path) -> None:
         carry_out(drawn, [RUNS[0]], tmp_path)
 
 
+def test_two_commands_do_not_share_a_folder(tmp_path: Path) -> None:
+    def watch(_: object) -> None:
+        with pytest.raises(StorageError, match="another command"):
+            carry_out(drawn, RUNS, tmp_path)
+
+    assert all(e.result for e in carry_out(drawn, RUNS[:1], tmp_path, watch=watch))
+    assert (tmp_path / RUNS[0].name / "calls").read_text() == "x"
+
+
 def test_names_are_those_of_folders_of_their_own(tmp_path: Path) -> None:
     for name in ("..", "a/b", "", "x" * 100):
         with pytest.raises(ConfigError, match="name of a run"):
