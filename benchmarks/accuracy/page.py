@@ -32,7 +32,7 @@ def page(protocol: Protocol, runs: Sequence[Run], header: dict[str, Any]) -> str
         f"`python -m benchmarks.accuracy {protocol.name}`: {len(runs)} runs, {minutes:.0f} CPU minutes; code:",
         f"{', '.join(sorted({r['code'] for r in runs})) or '-'}.",
         "",
-        *_wrapped(protocol.keeps),
+        *_wrapped(protocol.keeps + _net(protocol, runs)),
         "",
         *_reading(protocol, seeds),
         "",
@@ -84,12 +84,20 @@ _EQUAL_BYTES = (
 
 
 def figure(protocol: Protocol, run: Run, read: Callable[[dict[str, Any]], float | None], last: int = 0) -> float | None:
-    """A run's figure: the mean over the rounds that the protocol reads, of the first `last` rounds (0: all)."""
+    """A run's figure: the mean over what the protocol reads, of the first `last` rounds (0: all).
+
+    Shares are of the run's rounds; of simulated time where that ends the runs, so that the same times are read of all.
+    """
     rounds = run["rounds"][: last or None]
+    timed = bool(protocol.until_s)
+    end = rounds[-1]["at"] if timed else rounds[-1]["round"]
+    if timed and not last:
+        end = max(end, protocol.until_s)  # a run that ended by itself stays what it was
     found = []
     for share in protocol.reads:
         # The last round at or before that share in which it was measured.
-        upto = [r for r in rounds if r["round"] <= round(share * rounds[-1]["round"])] or rounds[:1]
+        upto = [r for r in rounds if (r["at"] <= share * end if timed else r["round"] <= round(share * end))]
+        upto = upto or rounds[:1]
         value = next((v for v in map(read, reversed(upto)) if v is not None), None)
         if value is not None:
             found.append(value)
@@ -249,21 +257,40 @@ def _of(runs: Sequence[Run], method: str, seed: int) -> list[Run]:
     return [r for r in runs if r["method"] == method and r["seed"] == seed]
 
 
+def _net(protocol: Protocol, runs: Sequence[Run]) -> str:
+    """How large the network of these runs is."""
+    found = sorted({tuple(r["parameters"]) for r in runs if "parameters" in r})
+    if not found:
+        return ""
+    sizes = " or ".join(f"{trained:,} parameters and {others:,} batch-norm statistics" for trained, others in found)
+    return f" The net ({protocol.net}) has {sizes}."
+
+
 def _reading(protocol: Protocol, seeds: Sequence[int]) -> list[str]:
-    reads = ", ".join(str(round(s * protocol.rounds)) for s in protocol.reads)
+    if protocol.until_s:
+        reads = ", ".join(f"{s * protocol.until_s:,.0f}" for s in protocol.reads)
+        means = f"means of what was measured last by {reads} simulated seconds"
+    else:
+        reads = ", ".join(str(round(s * protocol.rounds)) for s in protocol.reads)
+        means = f"means of rounds {reads} (of the shares of all rounds, where a method has more)"
+    pooled = protocol.data.get("pooled", True)
+    tested = "all devices' test data together" if pooled else "the data set's own test data, which no device has"
     text = (
-        f"Accuracy in percent, means of rounds {reads} (of the shares of all rounds, where a method has more) and of "
-        f"seeds {', '.join(map(str, seeds))}. *after*: devices' own models on their own test data after local "
-        "training, their mean; *average*: the same for each device's moving average of its trained weights (.85, no "
-        "bytes); *before*: what the device was sent, on its own test data, as it was sent; *global*: the full global "
-        "model on all devices' test data together; *sub*: what the strategy cuts out of it. Batch-norm statistics "
+        f"Accuracy in percent, {means} and of seeds {', '.join(map(str, seeds))}. "
+        "*after*: devices' own models on their own test data after local training, their mean; "
+        "*average*: the same for each device's moving average of its trained weights (.85, no bytes); "
+        "*before*: what the device was sent, on its own test data, as it was sent; *global*: the full global "
+        f"model on {tested}; *sub*: what the strategy cuts out of it. Batch-norm statistics "
         "are measured anew, alike for all: on a device's own training data for *after* and *average*, on 512 "
         "training samples of all for *global* and *sub*. Δ: difference to "
         f"{protocol.reference}, seed by seed. MB: both ways, all rounds, mean per device, graphs included. TMAC: "
         "multiplications of all training. "
     )
     if protocol.target:
-        text += "s: simulated seconds until *global* reaches the target. "
+        often = "every round" if protocol.every_global == 1 else f"every {protocol.every_global} rounds"
+        if protocol.every_s:
+            often = f"every {protocol.every_s:g} simulated seconds"
+        text += f"s: simulated seconds at which *global*, measured {often}, was first found at the target. "
     return _wrapped(text.strip())
 
 
