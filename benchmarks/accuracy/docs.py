@@ -16,12 +16,12 @@ _PLACE = re.compile(r"(<!-- results: ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.DO
 
 
 def filled(text: str, results: Path) -> str:
-    """The page with every table that there are results of."""
+    """The page with every table that there are results of, and for the others the command that makes them."""
 
     def table(match: re.Match[str]) -> str:
         path = results / f"{match[2]}.json"
         if not path.exists():
-            return match[0]
+            return f"{match[1]}\nNot run yet: `python -m benchmarks.accuracy {match[2]}`.\n\n{match[4]}"
         found = json.loads(path.read_text())
         lines = in_short(PROTOCOLS[match[2]], found["runs"], found["date"])
         return match[1] + "\n".join(lines) + "\n" + match[4]
