@@ -1,8 +1,9 @@
 """Accuracy of strategies on real data, one command a table: `python -m benchmarks.accuracy TABLE`.
 
 Every run (a method and a seed) is a process of its own. A run that was killed goes on from where it stood, one that is
-finished is not repeated unless its settings have changed; its numbers lie under `build/accuracy`. The page and the
-numbers of all finished runs are written to `benchmarks/results/accuracy` after every run.
+finished is not repeated unless its settings, its network or its trainer have changed; its numbers lie under
+`build/accuracy`. The page and the numbers of all finished runs are written to `benchmarks/results/accuracy` after
+every run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,7 +94,7 @@ def everything(protocol: Protocol, methods: list[Method], options: argparse.Name
     wanted = [(m, s) for s in protocol.seeds for m in methods]  # seed by seed: a first look comes early
     if options.again:
         for method, seed in wanted:
-            result_path(protocol, method, seed, options).unlink(missing_ok=True)
+            forget(protocol, method, seed, options)
     left = [(m, s) for m, s in wanted if not finished(protocol, m, s, options)]
     done = [r["cpu_s"] / 60 for r in results(protocol, options)]
     each = sum(done) / len(done) if done else protocol.minutes
@@ -104,7 +106,7 @@ def everything(protocol: Protocol, methods: list[Method], options: argparse.Name
     )
     from benchmarks.accuracy.sets import samples
 
-    samples(protocol.source)  # unpacked once, not by every process
+    samples(protocol.source)  # if it isn't there, that is said once, not by every process
     running: dict[subprocess.Popen[bytes], tuple[str, int]] = {}
     failed = []
     try:
@@ -138,29 +140,35 @@ def start(protocol: Protocol, method: Method, seed: int, options: argparse.Names
 def one(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> None:
     from benchmarks.accuracy.run import run
 
-    folder = options.runs / protocol.name
-    result = run(protocol, method, seed, folder, trainer=options.trainer, workers=options.processes)
-    path = result_path(protocol, method, seed, options)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result))
-    part.rename(path)
+    run(protocol, method, seed, options.runs / protocol.name, trainer=options.trainer, workers=options.processes)
 
 
-def result_path(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> Path:
-    name = f"{method.name}-{seed}".replace(" ", "_").replace("/", "_")
-    return Path(options.runs, protocol.name, f"{name}.json")
+def result_of(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> Path:
+    from benchmarks.accuracy.run import result_path
+
+    return result_path(method, seed, options.runs / protocol.name, options.trainer)
+
+
+def forget(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> None:
+    """Remove a finished run, with what a kill has left of its state; one that isn't finished goes on."""
+    from benchmarks.accuracy.run import state_path
+
+    if finished(protocol, method, seed, options):
+        result_of(protocol, method, seed, options).unlink()
+        folder = options.runs / protocol.name
+        shutil.rmtree(state_path(protocol, method, seed, folder, options.trainer), ignore_errors=True)
 
 
 def finished(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> bool:
-    """Whether a run with just these settings is there."""
-    path = result_path(protocol, method, seed, options)
-    return path.exists() and json.loads(path.read_text())["key"] == protocol.key(method, seed)
+    """Whether a run with just these settings and this trainer is there."""
+    path = result_of(protocol, method, seed, options)
+    return path.exists() and json.loads(path.read_text())["key"] == protocol.key(method, seed, options.trainer)
 
 
 def results(protocol: Protocol, options: argparse.Namespace) -> list[dict[str, Any]]:
     """All finished runs of the table as it is now."""
     return [
-        json.loads(result_path(protocol, m, s, options).read_text())
+        json.loads(result_of(protocol, m, s, options).read_text())
         for m in protocol.methods
         for s in protocol.seeds
         if finished(protocol, m, s, options)

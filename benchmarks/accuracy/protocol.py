@@ -8,11 +8,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from benchmarks.accuracy.nets import definition
+
 from fedprune.recipe import Recipe
 
 AVERAGE = 0.85
 """Decay of the moving average that every device keeps of its own trained weights, whatever the method: it is measured
 beside the last weights, and costs no bytes."""
+
+CALIBRATION = 512
+"""Training samples of all devices together, without labels, on which batch-norm statistics are measured anew."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Method:
         recipe: Settings of local training that differ from the protocol's.
         job: Settings of the job that differ, such as rounds.
         densities: Whether the strategy gets the protocol's densities.
+        elements: Whether its submodels are made of elements: for densities it gets the shares of elements that weigh
+            what submodels of the protocol's densities weigh (`benchmarks.accuracy.shares`).
         paper: The paper's figure, where it has one for this row.
         note: What to know about the row.
     """
@@ -36,6 +43,7 @@ class Method:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     job: Mapping[str, Any] = field(default_factory=dict)
     densities: bool = True
+    elements: bool = False
     paper: str = ""
     note: str = ""
 
@@ -126,12 +134,13 @@ class Protocol:
         """A row by its name."""
         return next(m for m in self.methods if m.name == name)
 
-    def key(self, method: Method, seed: int) -> str:
-        """Digest of all that decides a run's numbers: results of other settings are not mixed in."""
+    def key(self, method: Method, seed: int, trainer: str) -> str:
+        """Digest of all that decides a run's numbers but the code of strategies: results of others are not mixed in."""
         parts = asdict(self)
         for name in ("title", "keeps", "methods", "seeds", "reference", "target", "minutes", "reads", "paper", "name"):
             parts.pop(name)
         row = asdict(method)
         for name in ("paper", "note", "name"):
             row.pop(name)
-        return hashlib.sha256(json.dumps([parts, row, seed], sort_keys=True).encode()).hexdigest()[:16]
+        what = [parts, row, seed, trainer, definition(self.net), AVERAGE, CALIBRATION]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,8 +1,9 @@
-"""The tables that two cores can do. `papers` has the papers' own protocols."""
+"""Tables of small protocols, for a processor. `papers` has the papers' own protocols."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from benchmarks.accuracy.papers import PAPERS
 from benchmarks.accuracy.protocol import Method, Protocol
@@ -11,12 +12,8 @@ from fedprune.recipe import Recipe
 
 SLICES = "benchmarks.accuracy.compositions:slices"
 
-WIDTHS = (1.0, 0.75, 0.5, 0.25)
-ELEMENTS = [1.0, 0.566, 0.252, 0.066]
-"""Shares of elements in which a mask's values weigh what a submodel of `WIDTHS` weighs."""
-
 ONE_WIDTH = [0.68]
-"""One width for all, whose submodel weighs what those of `WIDTHS` weigh on average."""
+"""One width for all, whose submodel weighs what those of 1, .75, .5 and .25 weigh on average."""
 
 SMALL = Recipe(epochs=2, batch_size=64, lr=0.05, momentum=0.9)
 
@@ -25,31 +22,54 @@ DIRICHLET = {**POOLED, "partition": "dirichlet", "alpha": 0.1}
 PATHOLOGICAL = {**POOLED, "partition": "pathological", "classes": 2}
 
 _KEEPS = (
-    "12,000 images of training and test set together, shrunk to {size}, 20 devices, {partition}; a quarter of what a "
-    "device has is its test data, a tenth of the rest its validation data. {net}. SGD, learning rate .05, momentum "
-    ".9, batches of 64, 2 local epochs, all devices in every round, {rounds} rounds. Densities 1, .75, .5 and .25, "
-    "five devices each; methods whose submodels are made of elements get the shares of elements that weigh the same. "
+    "12,000 images of training and test set together, shrunk to {size}, {devices} devices, {partition}; a quarter of "
+    "what a device has is its test data, a tenth of the rest its validation data. {net}. SGD, learning rate .05, "
+    "momentum .9, batches of 64, 2 local epochs, {asked} in every round, {rounds} rounds. Densities 1, .75, .5 and "
+    ".25, {each} devices each; methods whose submodels are made of elements get the shares of elements whose values, "
+    "both ways, and mask, to the device, weigh what the submodel weighs. "
     "Of SubFLOT's protocol this keeps the number of devices, the split, the densities and the metric; images, "
     "networks, learning rate and number of rounds are smaller or other, so figures can't be compared with the "
     "papers', only with each other."
 )
 
 
-def _all(rounds: int = 20) -> tuple[Method, ...]:
+_DEALT = {
+    "dirichlet": "of every class a share by a Dirichlet distribution of .1",
+    "pathological": "two classes each",
+}
+
+
+def _keeps(partition: str = "dirichlet", **settings: Any) -> str:
+    """What the small tables have in common, and what differs."""
+    usual: dict[str, Any] = {
+        "size": "16×16",
+        "devices": 20,
+        "net": "Conv 32-64-128-128 with batch norm",
+        "asked": "all devices",
+        "rounds": 20,
+        "each": "five",
+    }
+    if unknown := settings.keys() - usual.keys():
+        raise KeyError(f"nothing is said of {', '.join(sorted(unknown))}")
+    return _KEEPS.format(partition=_DEALT[partition], **{**usual, **settings})
+
+
+def _all() -> tuple[Method, ...]:
     la = {"logit_adjustment": True}
     return (
         Method("local", "local", note="every device for itself at its density; nothing is sent after the first model"),
         Method("heterofl", "heterofl"),
         Method("slices", SLICES, note="prefix slices averaged by samples: HeteroFL without scaler and masked classes"),
         Method("fedrolex", "fedrolex"),
-        Method("fiarse", "fiarse", {"densities": ELEMENTS}),
+        Method("fiarse", "fiarse", elements=True),
         Method("subflot", "subflot"),
         Method("ca-hfp", "ca-hfp"),
         Method("history", "history", note="a device's own last model mixed in by halves, without transport"),
         Method(
             "pr-fl",
             "pr-fl",
-            {"densities": ELEMENTS, "stage1": False, "recovery": False, "synchronous": True, "interval": 5},
+            {"stage1": False, "recovery": False, "synchronous": True, "interval": 5, "layer_floor": 0.02},
+            elements=True,
             note="at fixed densities and synchronous, as the others; masks anew every 5 rounds",
         ),
         Method("fedobp", "fedobp", note="on submodels"),
@@ -80,12 +100,7 @@ FINALISTS = _some("local", "heterofl", "fedrolex", "subflot", "ca-hfp", "fedprun
 CIFAR = Protocol(
     "cifar10-dirichlet",
     "CIFAR-10, Dirichlet .1",
-    _KEEPS.format(
-        size="16×16",
-        partition="of every class a share by a Dirichlet distribution of .1",
-        net="conv 32-64-128-128 with batch norm, 243 k parameters",
-        rounds=20,
-    ),
+    _keeps(),
     "cifar10",
     DIRICHLET,
     "small_cnn",
@@ -108,7 +123,7 @@ CIFAR_PATHOLOGICAL = replace(
     CIFAR,
     name="cifar10-pathological",
     title="CIFAR-10, two classes each",
-    keeps=CIFAR.keeps.replace("of every class a share by a Dirichlet distribution of .1", "two classes each"),
+    keeps=_keeps("pathological"),
     data=PATHOLOGICAL,
     paper="SubFLOT's Table 1, CIFAR-10 with two classes each: SubFLOT 86.89, HeteroFL 84.54, FedRolex 84.33.",
 )
@@ -118,10 +133,10 @@ FASHION, FASHION_PATHOLOGICAL = (
         table,
         name=table.name.replace("cifar10", "fashion"),
         title=table.title.replace("CIFAR-10", "Fashion-MNIST"),
-        keeps=table.keeps.replace("16×16", "14×14"),
+        keeps=_keeps(partition, size="14×14"),
         **_FASHION,
     )
-    for table in (CIFAR, CIFAR_PATHOLOGICAL)
+    for table, partition in ((CIFAR, "dirichlet"), (CIFAR_PATHOLOGICAL, "pathological"))
 )
 
 HAR = replace(
@@ -129,7 +144,7 @@ HAR = replace(
     name="har",
     title="HAR: thirty people",
     keeps="All 10,299 windows of accelerometer and gyroscope (9 signals, 128 steps), one device per person, a "
-    "quarter of a person's windows for tests. A one-dimensional net, conv 48-96-96 with batch norm, 84 k parameters. "
+    "quarter of a person's windows for tests. A one-dimensional net, conv 48-96-96 with batch norm. "
     "Local training, densities and rounds as in the tables of images. SubFLOT's protocol has the same people; its "
     "net and split are not known.",
     source="har",
@@ -147,7 +162,7 @@ MOBILE, RESNET = (
         CIFAR,
         name=f"cifar10-{short}",
         title=f"CIFAR-10, Dirichlet .1, {title}",
-        keeps=CIFAR.keeps.replace("conv 32-64-128-128 with batch norm, 243 k parameters", described),
+        keeps=_keeps(net=described),
         net=net,
         methods=FINALISTS,
         minutes=minutes,
@@ -155,8 +170,8 @@ MOBILE, RESNET = (
         paper="",
     )
     for short, title, net, described, minutes in (
-        ("mobile", "a MobileNet", "mobile_net", "Inverted residuals with depthwise convolutions, 90 k parameters", 14),
-        ("resnet", "a residual net", "resnet8", "ResNet-8, 79 k parameters", 12),
+        ("mobile", "a MobileNet", "mobile_net", "Inverted residuals with depthwise convolutions", 14),
+        ("resnet", "a residual net", "resnet8", "ResNet-8", 12),
     )
 )
 
@@ -164,9 +179,7 @@ PARTIAL = replace(
     CIFAR,
     name="cifar10-partial",
     title="CIFAR-10, Dirichlet .1, ten of fifty devices a round",
-    keeps=CIFAR.keeps.replace("20 devices", "50 devices")
-    .replace("all devices in every round, 20 rounds", "a fifth of the devices in every round, 50 rounds")
-    .replace("five devices each", "a quarter of the devices each"),
+    keeps=_keeps(devices=50, asked="a fifth of the devices", rounds=50, each="twelve or thirteen"),
     data={**DIRICHLET, "devices": 50, "least": 20},
     rounds=50,
     job={"participation": 0.2},

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,35 +18,42 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from benchmarks.accuracy import nets, sets
-from benchmarks.accuracy.protocol import AVERAGE, Board, Method, Protocol
+from benchmarks.accuracy.protocol import AVERAGE, CALIBRATION, Board, Method, Protocol
+from benchmarks.accuracy.shares import shares
 
 from fedprune.allocation import natural
 from fedprune.chance import keyed
 from fedprune.job import Job
 from fedprune.profile import HardwareProfile
 from fedprune.profile_store import find
+from fedprune_export.imported import Model
 from fedprune_server.data.federation import Federation
 from fedprune_server.data.table import DataPlan
 from fedprune_server.experiment import Experiment, simulate
 from fedprune_server.measure import Measure, Moment
 from fedprune_server.record import Record
 from fedprune_server.simulation import Simulation
+from fedprune_server.trainers import ONNXRUNTIME
 from fedprune_server.virtual_device import StoredData, VirtualDevice
 from fedprune_server.weather import Weather
-
-CALIBRATION = 512
-"""Training samples of all devices together, without labels, on which batch-norm statistics are measured anew."""
-
 
 SMALL = 60_000_000
 """Numbers that fit into memory as they are; larger data sets are read anew for every training."""
 
 
-def job_of(protocol: Protocol, method: Method, devices: int, seed: int) -> Job:
-    """The job of a row."""
+def job_of(protocol: Protocol, method: Method, devices: int, seed: int, elements: Sequence[float]) -> Job:
+    """The job of a row.
+
+    Args:
+        protocol: The table.
+        method: The row.
+        devices: How many there are.
+        seed: The seed.
+        elements: Densities of a row whose submodels are made of elements.
+    """
     options = dict(method.options)
     if method.densities:
-        options = {"densities": list(protocol.densities), **options}
+        options = {"densities": list(elements if method.elements else protocol.densities), **options}
     recipe = replace(protocol.recipe, **{"average": AVERAGE, "calibrate": True, **method.recipe})
     settings: dict[str, Any] = {"deadline_s": 1e7, "rounds": protocol.rounds, **protocol.job, **method.job}
     return Job(
@@ -55,17 +63,19 @@ def job_of(protocol: Protocol, method: Method, devices: int, seed: int) -> Job:
 
 
 def experiment_of(
-    protocol: Protocol, method: Method, seed: int, *, trainer: str = "onnxruntime", workers: int = 1
+    protocol: Protocol, method: Method, seed: int, *, trainer: str = ONNXRUNTIME, workers: int = 1
 ) -> Experiment:
     """All of a run: data dealt out by the seed, net drawn by the seed, boards by tiers."""
     plan = DataPlan(source=protocol.source, seed=seed, **protocol.data)
     federation = plan.deal(sets.samples(protocol.source))
-    job = job_of(protocol, method, len(federation.names), seed)
     shape = federation.preparation(federation.samples.take([0])).shape[1:]
+    model = nets.model(protocol.net, shape, federation.samples.classes, seed)
+    elements = shares(model.architecture, protocol.densities) if method.elements else ()
+    job = job_of(protocol, method, len(federation.names), seed, elements)
     return Experiment(
         f"{protocol.name}: {method.name}",
         job,
-        nets.model(protocol.net, shape, federation.samples.classes, seed),
+        model,
         fleet(federation, protocol.boards),
         measure=Scales(protocol, federation, seed),
         weather=Weather(**protocol.weather),
@@ -133,17 +143,17 @@ def run(
     seed: int,
     folder: Path,
     *,
-    trainer: str = "onnxruntime",
+    trainer: str = ONNXRUNTIME,
     workers: int = 1,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Run, or go on with, a row for one seed.
+    """Run, or go on with, a row for one seed; its result is written before the state that it was made from goes.
 
     Args:
         protocol: The table.
         method: The row.
         seed: The seed.
-        folder: Where its state lies until it is over; emptied then.
+        folder: Where the result is written, and where the run's state lies until then.
         trainer: What trains.
         workers: In how many processes.
         quiet: Whether to say nothing of each round.
@@ -151,9 +161,9 @@ def run(
     Returns:
         The run's numbers as JSON.
     """
-    key, began = protocol.key(method, seed), (time.perf_counter(), cpu_seconds())
+    key, began = protocol.key(method, seed, trainer), (time.perf_counter(), cpu_seconds())
     experiment = experiment_of(protocol, method, seed, trainer=trainer, workers=workers)
-    place = folder / f"{method.name}-{seed}-{key}".replace(" ", "_").replace("/", "_")
+    place = state_path(protocol, method, seed, folder, trainer)
     place.mkdir(parents=True, exist_ok=True)
     clock = place / "seconds.json"
     before = json.loads(clock.read_text()) if clock.exists() else [0.0, 0.0]
@@ -195,11 +205,38 @@ def run(
         "wall_s": round(spent[0], 1),
         "cpu_s": round(spent[1], 1),
         "fingerprint": experiment.settings()["fingerprint"],
+        "parameters": parameters(experiment.model),
         "devices": {d.name: [d.density, d.samples, d.parameters] for d in record.devices},
         "rounds": rounds_of(record),
     }
-    shutil.rmtree(place / "run")  # the state of a run that is over
+    path = result_path(method, seed, folder, trainer)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result))
+    part.rename(path)
+    shutil.rmtree(place)
     return result
+
+
+def result_path(method: Method, seed: int, folder: Path, trainer: str) -> Path:
+    """Where the result of a run lies."""
+    return folder / f"{_file_name(method, seed, trainer)}.json"
+
+
+def state_path(protocol: Protocol, method: Method, seed: int, folder: Path, trainer: str) -> Path:
+    """Where the state of a run lies that isn't over."""
+    return folder / f"{_file_name(method, seed, trainer)}-{protocol.key(method, seed, trainer)}"
+
+
+def _file_name(method: Method, seed: int, trainer: str) -> str:
+    words = [method.name, str(seed), *([] if trainer == ONNXRUNTIME else [trainer])]
+    return re.sub(r"[ /:]", "_", "-".join(words))
+
+
+def parameters(model: Model) -> list[int]:
+    """How many numbers of a model are trained, and how many statistics it has beside them."""
+    trained = {t.name for t in model.architecture.trainable}
+    sizes = {n: v.size for n, v in model.tensors.items()}
+    return [sum(s for n, s in sizes.items() if n in trained), sum(s for n, s in sizes.items() if n not in trained)]
 
 
 class _TimeIsUpError(Exception):

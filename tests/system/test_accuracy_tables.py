@@ -5,11 +5,16 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from fedprune.architecture import widths_at
+from fedprune.element_order import magnitudes, prunable, top
+from fedprune.selection import Selection
 from fedprune.strategies import compose
+from fedprune.tensorfile import encode
 from fedprune_server.data.samples import assembled
 
 pytestmark = pytest.mark.torch
@@ -61,10 +66,10 @@ def test_every_row_is_a_strategy(accuracy, table):
     names = [m.name for m in protocol.methods]
     assert len(set(names)) == len(names)
     assert protocol.reference in names
-    keys = {protocol.key(m, s) for m in protocol.methods for s in protocol.seeds}
+    keys = {protocol.key(m, s, "onnxruntime") for m in protocol.methods for s in protocol.seeds}
     assert len(keys) == len(names) * len(protocol.seeds)
     for method in protocol.methods:
-        compose(run.job_of(protocol, method, 20, 0))
+        compose(run.job_of(protocol, method, 20, 0, protocol.densities))
 
 
 def small(protocol):
@@ -89,7 +94,7 @@ def check(run, protocol, folder, rounds=1):
     assert row["up"] > 0
     assert row["macs"] > 0
     assert row["at"] > 0
-    assert not list(folder.glob("*/run"))
+    assert [p.name for p in folder.iterdir()] == [f"{protocol.reference}-0.json"]  # and nothing of its state
     return result
 
 
@@ -138,6 +143,117 @@ class KilledError(Exception):
     pass
 
 
+def test_the_result_is_there_before_the_state_goes_and_what_is_run_again_begins_anew(accuracy, tmp_path, monkeypatch):
+    _, run = accuracy
+    protocol = small(TABLES["cifar10-ingredients"])
+    method, folder = protocol.method("slices"), tmp_path / "runs" / protocol.name
+
+    def killed(_):
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "shutil", SimpleNamespace(rmtree=killed))
+        with pytest.raises(KilledError):
+            run.run(protocol, method, 0, folder, quiet=True)
+    path = run.result_path(method, 0, folder, "onnxruntime")
+    result = json.loads(path.read_text())
+    assert run.state_path(protocol, method, 0, folder, "onnxruntime").is_dir()
+
+    from benchmarks.accuracy import __main__ as command
+
+    options = SimpleNamespace(runs=folder.parent, trainer="onnxruntime")
+    assert command.finished(protocol, method, 0, options)
+    assert not command.finished(protocol, method, 0, SimpleNamespace(runs=folder.parent, trainer="torch"))
+    command.forget(protocol, method, 0, options)
+    assert not list(folder.iterdir())
+    clock = iter(range(10**6))
+    monkeypatch.setattr(run, "cpu_seconds", lambda: next(clock))
+    first, second = (run.run(protocol, method, 0, folder, quiet=True) for _ in range(2))
+    assert first["cpu_s"] == second["cpu_s"]  # not those of both
+    assert first["rounds"] == second["rounds"] == result["rounds"]
+
+
+def test_a_run_s_key_holds_its_trainer_its_constants_and_its_network(accuracy, monkeypatch):
+    from benchmarks.accuracy import nets, protocol
+
+    table = TABLES["cifar10-dirichlet"]
+    key = table.key(table.methods[0], 0, "onnxruntime")
+    assert key == table.key(table.methods[0], 0, "onnxruntime")
+    assert key != table.key(table.methods[0], 0, "torch")
+    for name in ("AVERAGE", "CALIBRATION"):
+        with monkeypatch.context() as patch:
+            patch.setattr(protocol, name, 1)
+            assert key != table.key(table.methods[0], 0, "onnxruntime")
+    monkeypatch.setattr(protocol, "definition", lambda _: "another network")
+    assert key != table.key(table.methods[0], 0, "onnxruntime")
+    assert len({nets.definition(n) for n in nets.NETS}) == len(nets.NETS)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ("(48, 9), (96, 7), (96, 5)", "(48, 9), (96, 7), (96, 3)", {"motion_net"}),
+        ("self.bn2(self.conv2(", "self.bn1(self.conv2(", {"resnet8", "resnet32"}),  # by name, and by what it calls
+        ("_VGG11 = (64, 0,", "_VGG11 = (64,", {"vgg11", "vgg11_plain"}),
+        ('"""VGG for 32×32 images', '"""Nets for 32×32 images', set()),
+        ("# The last pool", "# This pool", set()),
+    ],
+)
+def test_a_network_s_definition_is_its_code(accuracy, tmp_path, monkeypatch, old, new, changed):
+    from benchmarks.accuracy import nets
+
+    text = Path(nets.__file__).read_text()
+    assert text.count(old) == 1
+    before = {n: nets.definition.__wrapped__(n) for n in nets.NETS}
+    (tmp_path / "nets.py").write_text(text.replace(old, new))
+    monkeypatch.setattr(nets, "__file__", str(tmp_path / "nets.py"))
+    assert {n for n in nets.NETS if nets.definition.__wrapped__(n) != before[n]} == changed
+
+
+def test_shares_of_elements_weigh_what_submodels_weigh(accuracy):
+    _, run = accuracy
+    from benchmarks.accuracy import nets
+    from benchmarks.accuracy.shares import shares
+
+    model = nets.model("small_cnn", (3, 16, 16), 10, 0)
+    architecture, tensors = model.architecture, dict(model.tensors)
+    order = magnitudes(tensors, prunable(architecture))
+    densities = TABLES["cifar10-dirichlet"].densities
+    found = shares(architecture, densities)
+    assert found[0] == 1.0
+    assert sum(run.parameters(model)) == sum(v.size for v in tensors.values())
+    for density, share in zip(densities[1:], found[1:], strict=True):
+        submodel = Selection.of(architecture, widths_at(architecture, density)).gather(tensors)
+        mask = top(order, share)
+        masked = 2 * len(encode(mask.pack(tensors))) + len(encode(mask.to_tensors()))
+        assert masked == pytest.approx(2 * len(encode(submodel)), rel=0.01)
+    with pytest.raises(ValueError, match="weighs less"):
+        shares(architecture, (0.05,))
+
+
+def test_runs_that_end_by_time_are_read_by_time(accuracy):
+    from benchmarks.accuracy import page
+
+    protocol = replace(TABLES["pr-fl-time"], until_s=100.0, reads=(0.5, 1.0))
+
+    def made(*times):
+        rows = [(at, {"global": at / 1000}) for at in times]
+        return {"rounds": [{"round": i + 1, "at": at, "measured": m} for i, (at, m) in enumerate(rows)]}
+
+    read = page.measured("global")
+    # Many rounds at first, and few later: half of the rounds is not half of the time.
+    assert page.figure(protocol, made(10, 20, 30, 40, 49, 60, 101), read) == pytest.approx((4.9 + 10.1) / 2)
+    assert page.figure(protocol, made(10, 40, 60), read) == pytest.approx((4 + 6) / 2)  # one that ended by itself
+    assert page.figure(protocol, made(10, 40, 60), read, 2) == pytest.approx((1 + 4) / 2)
+    text = " ".join(page._reading(protocol, [0]))
+    assert "measured last by 50, 100 simulated seconds" in text
+    assert "measured every 100 simulated seconds" in text
+    assert "means of rounds 10, 20" in " ".join(page._reading(replace(CIFAR, reads=(0.5, 1.0)), [0]))
+
+
+CIFAR = TABLES["cifar10-dirichlet"]
+
+
 def test_a_run_by_simulated_time_that_is_killed_is_measured_in_the_same_rounds(accuracy, tmp_path, monkeypatch):
     _, run = accuracy
     protocol = replace(small(TABLES["pr-fl-time"]), rounds=9, every_s=20, until_s=0)
@@ -169,6 +285,7 @@ def test_the_page_about_papers_names_tables_that_there_are(accuracy, tmp_path, m
     from benchmarks.accuracy.docs import filled
 
     text = (ROOT / "docs/reproduce-a-paper.md").read_text()
+    assert filled(text, ROOT / "benchmarks/results/accuracy") == text, "run python -m benchmarks.accuracy.docs"
     named = set(re.findall(r"<!-- results: (\S+) -->", text)) | set(
         re.findall(r"benchmarks\.accuracy ([a-z][\w-]+)", text)
     )
@@ -179,4 +296,5 @@ def test_the_page_about_papers_names_tables_that_there_are(accuracy, tmp_path, m
     (tmp_path / "subflot-regime.json").write_text(json.dumps({"runs": runs, "date": "today"}))
     once = filled(text, tmp_path)
     assert "| subflot | 50.0 |" in once
+    assert "Not run yet: `python -m benchmarks.accuracy cifar10-mobile`" in once
     assert filled(once, tmp_path) == once
