@@ -14,6 +14,7 @@ from strategy_reports import scene
 from fedprune.allocation import Fixed, Tiers
 from fedprune.architecture import widths_at
 from fedprune.coordination import Coordinator, State
+from fedprune.element_mask import ElementMask
 from fedprune.errors import ConfigError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
@@ -23,6 +24,7 @@ from fedprune.strategies.heterofl import LEVELS, Rolling
 from fedprune.strategies.presets import PRESETS, compose
 from fedprune.strategies.robust import Robust
 from fedprune.strategies.roles import Cut, Past, Submodel, Turn
+from fedprune.strategies.subflot import Transported
 from strategies import architectures, model, seeds, selections
 from toy import ARCHITECTURE
 
@@ -180,6 +182,23 @@ def test_history_mixes_where_both_hold_a_coordinate(data: st.DataObject, seed: i
         assert np.allclose(value[both], mixed[both], atol=1e-6)
         assert value[~both].tobytes() == offered.tensors[name][~both].tobytes()
     assert OwnHistory(alpha).personalise(Cut(at, turn(), selection), offered) is offered
+
+
+@given(st.data(), seeds, st.booleans())
+def test_of_masked_elements_a_history_knows_nothing(data: st.DataObject, seed: int, transported: bool) -> None:
+    """A board that had 0 there has not learnt 0: the global model's own value is what it goes on from."""
+    architecture = data.draw(architectures())
+    selection, now = data.draw(selections(architecture)), model(architecture, seed)
+    bits = np.random.default_rng(seed)
+    shapes = {t.name: selection.shapes()[t.name] for t in architecture.trainable}
+    mask = ElementMask({n: bits.random(shape) < 0.5 for n, shape in shapes.items()})
+    past = Past(selection, mask.applied(selection.gather(model(architecture, seed + 1))), mask)
+    cut = Cut(scene(architecture, now), turn(), selection, past=past)
+    offered = Submodel(selection, selection.gather(now))
+    got = Transported().resized(past, cut) if transported else OwnHistory(0.0).personalise(cut, offered).tensors
+    for name, value in got.items():
+        own = mask.active.get(name, np.ones(value.shape, np.bool_))
+        np.testing.assert_allclose(value, np.where(own, past.tensors[name], offered.tensors[name]), atol=1e-6)
 
 
 def test_history_pulls_by_what_was_pruned() -> None:

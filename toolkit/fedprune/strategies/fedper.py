@@ -81,7 +81,8 @@ class OwnHistory:
         """The mixture; the submodel as it is until the device has a history."""
         if cut.past is None or self.alpha == 1:
             return submodel
-        own = submodel.selection.gather(cut.past.selection.scatter(cut.past.tensors, cut.scene.model))
+        model = cut.scene.model
+        own = submodel.selection.gather(cut.past.selection.scatter(cut.past.over(model), model))
         tensors = {}
         for name, value in submodel.tensors.items():
             # w_t + (1 − α)·(w_k − w_t) leaves what the history doesn't hold as it is, bit for bit.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation import Fold
@@ -81,6 +82,13 @@ class Past(Submodel):
     """
 
     round: int = 0
+
+    def over(self, model: Tensors) -> Tensors:
+        """Its tensors with a global model's values where it was masked, of which the device knows nothing."""
+        if self.mask is None:
+            return self.tensors
+        active, below = self.mask.active, self.selection.gather(model)
+        return {n: np.where(active[n], v, below[n]) if n in active else v for n, v in self.tensors.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,13 +92,13 @@ class Transported:
         Where channels were added, they are the global model's, beside its own ones. Where there are only fewer, all of
         its channels are led onto the first of them, so that none is thrown away.
         """
-        old, new = past.selection, cut.selection
+        old, new, own = past.selection, cut.selection, past.over(cut.scene.model)
         if old.widths == new.widths:
-            return past.tensors
-        placed = new.gather(old.scatter(past.tensors, cut.scene.model))
+            return own
+        placed = new.gather(old.scatter(own, cut.scene.model))
         if any(b > a for a, b in zip(old.widths, new.widths, strict=True)):
             return placed
-        return self.transport.align(past.tensors, old, placed, new)
+        return self.transport.align(own, old, placed, new)
 
 
 @dataclass(frozen=True)
