@@ -254,6 +254,48 @@ def test_runs_that_end_by_time_are_read_by_time(accuracy):
 CIFAR = TABLES["cifar10-dirichlet"]
 
 
+def by_hand(method, sent, found, step=1.0):
+    """A run whose rounds send so many bytes each way, and whose global model is so good after each."""
+    rows = [
+        {
+            "round": i,
+            "at": i * step,
+            "down": sent * i,
+            "up": sent * i,
+            "macs": 0.0,
+            "measured": {"global": v},
+            "own": {},
+        }
+        for i, v in enumerate(found, 1)
+    ]
+    return {"method": method, "seed": 0, "devices": {"a": [1.0, 1, 1]}, "rounds": rows}
+
+
+def test_figures_of_runs_made_by_hand(accuracy):
+    """Rounds 2 and 4 of four are read; who sends twice as much stops at half of the rounds."""
+    from benchmarks.accuracy import page
+
+    protocol = replace(CIFAR, rounds=4, reads=(0.5, 1.0), target=0.3, reference="heterofl", submodels=False)
+    runs = [by_hand("heterofl", 10, [0.1, 0.2, 0.3, 0.4], 5.0), by_hand("fedavg", 20, [0.2, 0.3, 0.35, 0.9])]
+    read = page.measured("global")
+    assert [page.figure(protocol, r, read) for r in runs] == pytest.approx([30, 60])
+    assert [page.target_time(protocol, r) for r in runs] == [15, 2]
+    assert page.target_time(replace(protocol, target=0.95), runs[0]) == math.inf
+    equal = {name: value for name, value, decimals in page._at_equal_bytes(protocol, runs) if decimals >= 0}
+    assert [equal["rounds"](r) for r in runs] == [4, 2]
+    assert [equal["global"](r) for r in runs] == pytest.approx([30, 25])  # of fedavg rounds 1 and 2 are read
+    assert [equal["MB a device"](r) for r in runs] == pytest.approx([80e-6, 80e-6])
+    text = page.page(
+        protocol,
+        [{**r, "cpu_s": 1.0, "trainer": "torch", "code": "c", "parameters": [1234, 5]} for r in runs],
+        {"date": "today", "machine": "here", "versions": {}},
+    )
+    before, after = text.split("## At equal bytes")
+    assert "| fedavg | 60.0 | +30.0 |" in before
+    assert "| fedavg | 25.0 | −5.0 |" in after
+    assert "1,234 parameters and 5 batch-norm statistics" in " ".join(text.split())
+
+
 def test_a_run_by_simulated_time_that_is_killed_is_measured_in_the_same_rounds(accuracy, tmp_path, monkeypatch):
     _, run = accuracy
     protocol = replace(small(TABLES["pr-fl-time"]), rounds=9, every_s=20, until_s=0)
