@@ -155,12 +155,7 @@ def same_coordinates(one: Selection, other: Selection) -> bool:
 
 def both(one: ElementMask | None, other: ElementMask) -> ElementMask:
     """Elements that are active in two masks."""
-    if one is None:
-        return other
-    active = dict(one.active)
-    for name, mask in other.active.items():
-        active[name] = active[name] & mask if name in active else mask
-    return ElementMask(active)
+    return other if one is None else one.intersection(other)
 
 
 def changed_rows(submodel: Submodel, before: Tensors, *, decays: bool) -> dict[str, npt.NDArray[np.bool_]]:
