@@ -54,10 +54,6 @@ class Basis:
         """From JSON."""
         return cls(**body)
 
-    def references(self) -> set[str]:
-        """Digests of the blobs that it names."""
-        return {d for d in (self.model, self.ranking, self.order, *self.memory.values()) if d}
-
 
 @dataclass(frozen=True)
 class Score:
