@@ -8,8 +8,9 @@ asynchronous job, whose course no other run repeats.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
@@ -22,6 +23,7 @@ from fedprune.disk import storage_errors
 from fedprune.errors import StorageError
 from fedprune.job import Job
 from fedprune_export.importing import import_onnx
+from fedprune_server.simulation_state import texts
 from fedprune_server.state_folder import BLOBS, MODEL, load_calibration
 from fedprune_server.storage import Storage
 from fedprune_server.worker import Worker
@@ -58,24 +60,25 @@ def replay(folder: Path) -> Iterator[Step]:
         FedpruneError: As for a server that is started on the folder.
     """
     with Storage.existing(folder) as storage:
-        known, log = storage.settings(), list(storage.events())
-    if known is None or not log:
-        raise StorageError(f"{folder} holds no job with a log", hint="Has a server been started on it?")
-    if log[0][0] != 1:
-        raise StorageError(
-            f"the log of {folder} begins with event {log[0][0]}",
-            expected="event 1",
-            hint="Run the server with --archive from the beginning.",
-        )
-    with storage_errors(f"can't read {folder / MODEL}"):
-        raw = (folder / MODEL).read_bytes()
-    model = import_onnx(raw, str(known["name"]))
-    source = known.get("calibration")
-    calibration = None if source is None else load_calibration(str(source), model)
-    with TemporaryDirectory(prefix="fedprune-replay-") as scratch:
-        store = BlobStore(Path(scratch), durable=False)
-        worker = Worker(Job.from_dict(known["job"]), model, store, None, calibration)
-        yield from _Replay(worker, store, BlobStore(folder / BLOBS)).run(log)
+        known, log = storage.settings(), storage.events()
+        first = next(log, None)
+        if known is None or first is None:
+            raise StorageError(f"{folder} holds no job with a log", hint="Has a server been started on it?")
+        if first[0] != 1:
+            raise StorageError(
+                f"the log of {folder} begins with event {first[0]}",
+                expected="event 1",
+                hint="Run the server with --archive from the beginning.",
+            )
+        with storage_errors(f"can't read {folder / MODEL}"):
+            raw = (folder / MODEL).read_bytes()
+        model = import_onnx(raw, str(known["name"]))
+        source = known.get("calibration")
+        calibration = None if source is None else load_calibration(str(source), model)
+        with TemporaryDirectory(prefix="fedprune-replay-") as scratch:
+            store = BlobStore(Path(scratch), durable=False)
+            worker = Worker(Job.from_dict(known["job"]), model, store, None, calibration)
+            yield from _Replay(worker, store, BlobStore(folder / BLOBS)).run(chain([first], log))
 
 
 class _Replay:
@@ -85,7 +88,7 @@ class _Replay:
         self._updates = updates
         self._made: dict[tuple[Any, ...], on.Event] = {}
 
-    def run(self, log: list[tuple[int, float, str, dict[str, Any]]]) -> Iterator[Step]:
+    def run(self, log: Iterable[tuple[int, float, str, dict[str, Any]]]) -> Iterator[Step]:
         worker = self._worker
         state = State(model=worker.initial())
         coordinator = coordinate(worker.job, worker.architecture, state)
@@ -100,7 +103,17 @@ class _Replay:
                 if isinstance(command, do.Close):
                     devices = tuple(c.part.device for c in command.contributions)
             if len(state.history) > finished:
+                self._tidy(state)
                 yield Step(state.history[-1]["round"], state.history[-1]["model"], devices)
+
+    def _tidy(self, state: State) -> None:
+        """Delete what later rounds don't need."""
+        needed = state.references() | self._worker.graphs()
+        for event in self._made.values():
+            needed |= texts(vars(event))
+        for name in list(self._store.names()):
+            if name not in needed:
+                self._store.delete(name)
 
     def _work(self, command: do.Score | do.Extract | do.Close) -> None:
         if isinstance(command, do.Close):

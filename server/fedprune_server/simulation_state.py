@@ -194,12 +194,12 @@ class SimulationState:
         found: set[str] = set(self.boards.values())
         for _, item in self.queue.values():
             if not isinstance(item, (on.DeviceBorn, on.DeviceDied, on.Ticked, Left)):
-                found |= _texts(vars(item))
+                found |= texts(vars(item))
         for event in self.unsent.values():
-            found |= _texts(event.weights)
+            found |= texts(event.weights)
         for group in self.groups:
             for work in group.values():
-                found |= _texts(work.offer)
+                found |= texts(work.offer)
         return found
 
     def save(self, folder: Path, coordinator: State, fingerprint: str) -> None:
@@ -363,11 +363,12 @@ def _add(digest: hashlib._Hash, arrays: Iterable[npt.NDArray[Any]]) -> None:
         digest.update(array.tobytes())
 
 
-def _texts(value: object) -> set[str]:
+def texts(value: object) -> set[str]:
+    """Every text in JSON types: all that may be a digest."""
     if isinstance(value, str):
         return {value}
     if isinstance(value, Mapping):
-        return set().union(*map(_texts, value.values()))
+        return set().union(*map(texts, value.values()))
     if isinstance(value, (list, tuple)):
-        return set().union(*map(_texts, value))
+        return set().union(*map(texts, value))
     return set()

@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ FILE = "server.db"
 
 _FULL = ("disk is full", "no space left", "could not extend file", "database or disk is full")
 _BUSY_S = 10
-_PRUNE_EVERY = 500
+_PRUNE_EVERY, _PAGE = 500, 1000
 LOGGED_EVENTS = 50_000
 """Events that the log keeps at least; older ones are deleted from time to time."""
 
@@ -286,11 +286,12 @@ class Storage:
 
     def events(self, after: int = 0) -> Iterator[tuple[int, float, str, dict[str, Any]]]:
         """The log: number, time, type and body of every event with a higher number than `after`."""
-        query = sql.select(_events).where(_events.c.number > after).order_by(_events.c.number)
-        with self._transaction() as connection:
-            rows = connection.execute(query).all()
-        for number, at, kind, body in rows:
-            yield number, at, kind, _decoded(body, self.url)
+        query = sql.select(_events).order_by(_events.c.number).limit(_PAGE)
+        rows: Sequence[Any] = [(after,)]
+        while rows:  # page by page: a long job's log is more than memory should hold
+            with self._transaction() as connection:
+                rows = connection.execute(query.where(_events.c.number > rows[-1][0])).all()
+            yield from ((number, at, kind, _decoded(body, self.url)) for number, at, kind, body in rows)
 
     def _check(self, connection: sql.Connection) -> None:
         if connection.dialect.name == "sqlite":

@@ -111,6 +111,23 @@ def test_events_are_kept_in_order_with_their_time(storage: Storage) -> None:
     ]
 
 
+def test_the_log_is_read_page_by_page(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = State(model="m" * 64)
+    for number in range(1, 8):
+        state.round = number
+        storage.save(state, on.Scored(number, "r" * 64), float(number))
+    whole = list(storage.events())
+    asked: list[int] = []
+    transaction = storage._transaction
+    monkeypatch.setattr(storage, "_transaction", lambda: asked.append(1) or transaction())
+    for page in (1, 3, 7):
+        monkeypatch.setattr("fedprune_server.storage._PAGE", page)
+        asked.clear()
+        assert list(storage.events()) == whole
+        assert len(asked) == 7 // page + 1 + (7 % page > 0)
+    assert list(storage.events(after=5)) == whole[5:]
+
+
 def test_an_event_that_changed_nothing_costs_no_write(storage: Storage) -> None:
     state = filled()
     storage.save(state, born("a"), 1.0, {"a": (1, 1)})

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -203,10 +204,13 @@ def again(site: Site) -> list[Step]:
 
 
 @pytest.mark.parametrize("site", ["plain", "fedasync", "pr-fl"], indirect=True)
-def test_the_log_gives_the_same_models_again(site: Site) -> None:
+def test_the_log_gives_the_same_models_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.start_all()
     state = site.finish()
+    scratch = site.folder / "scratch"
+    monkeypatch.setattr("fedprune_server.replay.TemporaryDirectory", lambda **_: nullcontext(str(scratch)))
     found = again(site)
+    assert [BlobStore(scratch).has(s.model) for s in (found[0], found[-1])] == [False, True]  # past rounds' are deleted
     assert [(s.round, s.model) for s in found] == models(state)
     assert {n for s in found for n in s.devices} == set(SAMPLES)
 
