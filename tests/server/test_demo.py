@@ -41,7 +41,10 @@ def test_reference_differs_only_in_what_makes_it_fedavg():
 
 def test_fedavg_is_the_whole_model_a_plain_loss_and_a_plain_mean():
     rich = Recipe(epochs=4, lr=0.2, proximal=0.1, logit_adjustment=True, mask_absent_classes=False)
-    job = Job("x", 1, 2, 3, 0.5, 9.0, 1000, 0.5, "curvature", 2, "fill", 0.5, rich)
+    job = Job(
+        "x", 1, 2, 3, 0.5, 9.0, byte_budget=1000, density=0.5, scorer="curvature", warmup_rounds=2, rule="fill",
+        server_momentum=0.5, recipe=rich,
+    )  # fmt: skip
     plain = fedavg(job)
     assert (plain.density, plain.byte_budget, plain.rule, plain.server_momentum) == (1.0, 0, "coverage", 0.0)
     assert plain.warmup_rounds == 0

@@ -12,6 +12,7 @@ from fedprune.chance import keyed
 from fedprune.freezing import trained_tensors
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
+from fedprune.session import Session
 from fedprune_device.data import LocalData
 from fedprune_device.labels import class_weights, positive_weights
 from fedprune_device.trainer import Trainer
@@ -154,14 +155,16 @@ def test_parts_need_the_memory_of_a_part(model: Model) -> None:
     """No run of the graph sees more samples than a part has."""
     seen: list[int] = []
     recipe = Recipe(batch_size=32, accumulate=4)
-    trainer = Trainer(training_graph(model, recipe.features).to_bytes())
-    run = trainer._session.run
+    graph = training_graph(model, recipe.features).to_bytes()
+    session = Session(graph, training=True)
+    run = session.run
 
     def watched(feeds: Any, outputs: Any = None) -> Any:
         seen.append(len(feeds["x"]))
         return run(feeds, outputs)
 
-    trainer._session.run = watched  # type: ignore[method-assign]
+    session.run = watched  # type: ignore[method-assign]
+    trainer = Trainer(graph, session=session)
     trainer.train(model.tensors, data("cross_entropy"), recipe, seed=7, device="d", round=1, classes=CLASSES)
     assert seen == [8, 8, 8, 8, 5, 4]
 
