@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import strategies  # noqa: F401 - its settings of Hypothesis
 from fedprune.errors import DataError
-from fedprune_server.data import npz, plain_pickle
+from fedprune_server.data import idx, npz, plain_pickle
 from fedprune_server.data.cifar import read_cifar
 from fedprune_server.data.idx import read_idx, read_idx_folder
 from fedprune_server.data.image_folder import read_image_folder
@@ -169,6 +169,21 @@ def test_a_damaged_idx_file_is_refused(tmp_path, raw):
     for name in ("a", "a.gz"):
         with pytest.raises(DataError):
             read_idx(tmp_path / name)
+
+
+def test_an_idx_file_takes_no_memory_for_what_it_does_not_have(tmp_path, monkeypatch):
+    size = 2**26
+    monkeypatch.setattr(idx, "_MOST_INFLATED", size // 2)
+    head = b"\0\0\x08\x01" + struct.pack(">I", size)
+    (tmp_path / "a").write_bytes(head + bytes(99))
+    (tmp_path / "a.gz").write_bytes(gzip.compress(head + bytes(size)))
+
+    def read():
+        for name, said in (("a", "cut off"), ("a.gz", r"sizes.*gunzip")):
+            with pytest.raises(DataError, match=said):
+                read_idx(tmp_path / name)
+
+    assert most_memory(read) < size // 8
 
 
 # --- pickles

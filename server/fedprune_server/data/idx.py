@@ -18,6 +18,9 @@ _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: "
 _MOST = 2**36
 """Bytes of an array beyond which a header is taken for damaged."""
 
+_MOST_INFLATED, _MOST_RATIO = 2**30, 100
+"""An array that a packed file makes of more than so many bytes, and so many times its own length, isn't unpacked."""
+
 _FILES = {"train": "train", "test": "t10k"}
 
 
@@ -62,6 +65,16 @@ def read_idx(path: Path) -> npt.NDArray[Any]:
             need = math.prod(shape) * dtype.itemsize
             if need > _MOST:
                 raise DataError(f"{path}: sizes", expected=f"at most {_MOST} bytes", got=shape_text(*shape))
+            size = path.stat().st_size  # before memory is asked for
+            if path.suffix == ".gz" and need > max(_MOST_INFLATED, _MOST_RATIO * size):
+                raise DataError(
+                    f"{path}: sizes",
+                    expected=f"at most {_MOST_INFLATED} bytes, or {_MOST_RATIO} times what they take in the file",
+                    got=shape_text(*shape),
+                    hint="Unpack it with gunzip.",
+                )
+            if path.suffix != ".gz" and need > size:
+                raise DataError(f"{path} is cut off", expected=f"{need} bytes after the header", got=size)
             body = file.read(need + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from error
