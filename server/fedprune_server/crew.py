@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from fedprune.blobs import BlobStore
@@ -96,6 +97,16 @@ class Crew:
     def close(self) -> None:
         """Let the helpers go."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def helped(worker: Worker | Crew, helpers: int) -> Iterator[Worker | Crew]:
+    """A worker, with helpers if there are to be several processes."""
+    if helpers == 1 or not isinstance(worker, Worker):
+        yield worker
+        return
+    with closing(Crew(worker, helpers)) as crew:
+        yield crew
 
 
 def _key(command: do.Extract) -> _Key:

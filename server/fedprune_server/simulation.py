@@ -7,7 +7,6 @@ kill are two files and the blobs beside them.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -23,7 +22,6 @@ from fedprune.chance import keyed
 from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.disk import locked, storage_errors
 from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
@@ -31,26 +29,19 @@ from fedprune.wire.blob_ref import BlobRef
 from fedprune_export.imported import Model
 from fedprune_server import trainers
 from fedprune_server.checkpoints import write_checkpoint
-from fedprune_server.crew import Crew
+from fedprune_server.crew import Crew, helped
 from fedprune_server.evaluator import Evaluation
 from fedprune_server.measure import Hook, described
+from fedprune_server.patience import Patience, excuse
 from fedprune_server.record import Record, record_of
 from fedprune_server.rhythm import Rhythm
 from fedprune_server.round_notes import Notary
-from fedprune_server.simulation_state import Item, Left, SimulationState, Trained, fingerprint
+from fedprune_server.simulation_state import Item, Left, SimulationState, Trained, fingerprint, held
 from fedprune_server.trainers import ONNXRUNTIME
 from fedprune_server.uploads import UPDATE_SIZE, misfit
 from fedprune_server.virtual_device import BLOBS, Bench, VirtualDevice
 from fedprune_server.weather import ALWAYS, Availability, DropOuts, Weather
 from fedprune_server.worker import Worker
-
-_MAX_ATTEMPTS = 20
-"""A round that nobody finished in this many attempts never will be."""
-
-_LOCK = ".lock"
-
-_MAX_BIRTHS = 200
-"""A fleet whose devices came so many times each without a training never gets to one."""
 
 
 class Simulation:
@@ -165,7 +156,7 @@ class Simulation:
             bench.boards = self._run.boards
             while self.state.phase is not Phase.FINISHED:
                 if not self._run.queue:
-                    raise PlanError("the simulation has come to a standstill", hint=self._excuse())
+                    raise PlanError("the simulation has come to a standstill", hint=excuse(self.state))
                 key, item = self._run.pop()
                 event = self._event(bench, key, item)
                 if event is None:
@@ -201,7 +192,7 @@ class Simulation:
 
     def _take_up(self) -> bool:
         """Begin where the folder's state stands; else anew. Returns whether there is one."""
-        self._idle, self._vain = 0, Counter[str]()
+        self._patience = Patience(len(self._devices))
         self._prepared: set[tuple[int, ...]] = set()
         self._stamp: tuple[int, ...] | None = None if self._folder is None else SimulationState.stamp(self._folder)
         saved = None if self._folder is None else SimulationState.load(self._folder, self._fingerprint)
@@ -222,13 +213,7 @@ class Simulation:
         if folder is None:
             yield
             return
-        with storage_errors(f"can't make {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-        with locked(
-            folder / _LOCK,
-            f"another simulation runs in {folder}",
-            "Wait for its end and give the command again, or give another folder.",
-        ):
+        with held(folder):
             if SimulationState.stamp(folder) != self._stamp:
                 self._begun = self._take_up()
             try:
@@ -240,14 +225,10 @@ class Simulation:
     def _crew(self) -> Iterator[None]:
         """Helpers for the worker, while the simulation runs."""
         alone = self._worker
-        if self._workers == 1 or not isinstance(alone, Worker):
-            yield
-            return
-        self._worker = crew = Crew(alone, self._workers)
         try:
-            yield
+            with helped(alone, self._workers) as self._worker:
+                yield
         finally:
-            crew.close()
             self._worker = alone
 
     def _bench(self, scratch: Path) -> Bench:
@@ -259,7 +240,7 @@ class Simulation:
         """What the coordinator is told of something that has happened; None for nothing."""
         run = self._run
         if isinstance(item, Trained):
-            self._idle = 0
+            self._patience.trained()
             return self._train(bench, key, item)
         if isinstance(item, Left):
             return self._leave(item)
@@ -270,14 +251,12 @@ class Simulation:
                 run.push(end, Left(item.device, item.session))
             if item.device in run.unsent:  # what it has trained it announces again, as a board does
                 run.push(run.clock, run.unsent[item.device])
-            self._idle += 1
-            if self._idle > _MAX_BIRTHS * len(self._devices):
-                raise PlanError("devices come and go, and none of them ever trains", hint=self._excuse())
+            self._patience.born(self.state)
         elif isinstance(item, on.UpdateAnnounced):
             run.unsent[item.device] = item
         elif isinstance(item, on.UpdateStored):
             run.unsent.pop(item.device, None)
-            self._vain.clear()
+            self._patience.moved()
         return item
 
     def _carry_out(self, command: do.Command) -> None:
@@ -319,12 +298,7 @@ class Simulation:
         name, run, seed = command.device, self._run, self.job.seed
         if name not in run.online:
             return  # it is offered again when the device is back
-        if self._hopeless(command):
-            raise PlanError(
-                f"nobody finished round {command.round} in {_MAX_ATTEMPTS} attempts",
-                got=run.refusal or None,
-                hint="" if run.refusal else "Raise deadline_s, or ask for less training.",
-            )
+        self._patience.offered(command, self.state, run.refusal)
         run.forget(name)  # a newer offer takes an older one's place
         run.unsent.pop(name, None)
         run.sizes[name] = int(command.offer.get(UPDATE_SIZE, command.offer["weights"]["size"]))
@@ -347,20 +321,6 @@ class Simulation:
             self._birth(name, gone + chance.exponential(self.dropouts.away_s))
         else:
             run.push(ready + took, Trained(name, command.round, command.attempt, command.offer))
-
-    def _hopeless(self, command: do.SendOffer) -> bool:
-        """Whether a round was tried so often that nobody will ever finish it.
-
-        In an asynchronous job attempts are a device's own, and may be many while a window is open for the others: only
-        such count between which no update came, while no end of the round is in sight.
-        """
-        task = self.state.tasks.get(command.device)
-        if task is None or task.basis is None:
-            return command.attempt > _MAX_ATTEMPTS
-        if command.attempt == 1 or self.state.deadline is not None:
-            return False
-        self._vain[command.device] += 1
-        return self._vain[command.device] >= _MAX_ATTEMPTS
 
     def _train(self, bench: Bench, key: int, item: Trained) -> on.Event:
         device = self._devices[item.device]
@@ -423,14 +383,10 @@ class Simulation:
         return on.DeviceDied(name, item.session)
 
     def _finish(self, number: int) -> None:
-        self._vain.clear()
+        self._patience.moved()
         self._run.finish_round(number)
         if self._folder is not None and self._checkpoints and number % self._checkpoints == 0:
             write_checkpoint(self._folder, self.model, number, self.store.read(self.state.model))
-
-    def _excuse(self) -> str:
-        reasons = sorted({d.excluded for d in self.state.devices.values() if d.excluded})
-        return reasons[0] if reasons else "Fewer devices can take part than job.devices asks for."
 
     def _keep(self, ended: bool) -> None:
         """Save where it is due, and delete what is needed no more."""

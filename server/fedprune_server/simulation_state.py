@@ -11,7 +11,8 @@ import hashlib
 import heapq
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from fedprune.coordination import State
 from fedprune.coordination import events as on
-from fedprune.disk import storage_errors, write_whole
+from fedprune.disk import locked, storage_errors, write_whole
 from fedprune.errors import StorageError
 from fedprune.job import Job
 from fedprune_export.imported import Model
@@ -33,6 +34,7 @@ FORMAT = "fedprune.simulation/2"
 FILE = "simulation.json"
 ROUNDS = "rounds.jsonl"
 
+_LOCK = ".lock"
 _ANEW = "Choose another folder, or delete this one to begin anew."
 
 
@@ -321,6 +323,20 @@ def _finished(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]]
         raise StorageError(f"{path} is damaged", expected=f"{count} rounds", got=len(lines), hint=_ANEW)
     rows = [json.loads(line) for line in lines]
     return [row for row, _ in rows], {int(row["round"]): Notes(**notes) for row, notes in rows}
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A folder, made where there is none, that no other simulation uses meanwhile.
+
+    Raises:
+        StorageError: Another one does, or the disk fails.
+    """
+    with storage_errors(f"can't make {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    hint = "Wait for its end and give the command again, or give another folder."
+    with locked(folder / _LOCK, f"another simulation runs in {folder}", hint):
+        yield
 
 
 def fingerprint(

@@ -17,10 +17,10 @@ from fedprune.job import Job
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune_export.importing import import_onnx
-from fedprune_server import simulation as simulations
 from fedprune_server.digits import deal, digits_model
 from fedprune_server.experiment import Experiment, simulate
 from fedprune_server.measure import Measure, Moment
+from fedprune_server.patience import MAX_ATTEMPTS
 from fedprune_server.round_notes import Notary, Notes
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import VirtualDevice
@@ -188,5 +188,5 @@ def test_slow_devices_do_not_end_an_asynchronous_simulation(experiment: Experime
 
 
 def test_an_asynchronous_simulation_that_nobody_can_finish_ends(experiment: Experiment) -> None:
-    with pytest.raises(PlanError, match=f"nobody finished round 1 in {simulations._MAX_ATTEMPTS} attempts"):
+    with pytest.raises(PlanError, match=f"nobody finished round 1 in {MAX_ATTEMPTS} attempts"):
         simulate(slow_fleet(experiment, windows=False))
