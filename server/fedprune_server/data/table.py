@@ -80,10 +80,10 @@ class DataPlan:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ConfigError(f"data: {name}", expected=f"a whole number from {low} to {high}", got=shown(value))
-        for name, (least, most) in real.items():
+        for name, (low, high) in real.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-                raise ConfigError(f"data: {name}", expected=f"a number from {least} to {most}", got=shown(value))
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ConfigError(f"data: {name}", expected=f"a number from {low} to {high}", got=shown(value))
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < math.inf:
             raise ConfigError("data: alpha", expected="a number above 0", got=shown(self.alpha))
         for name in ("balance", "pooled", "standardise", "colour", "ascending"):
