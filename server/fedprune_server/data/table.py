@@ -74,6 +74,8 @@ class DataPlan:
             raise ConfigError("data: source", expected=f"a file or folder, also one under {VARIABLE}", got=self.source)
         if self.partition not in KINDS:
             raise ConfigError("data: partition", expected=" or ".join(KINDS), got=shown(self.partition))
+        low: float  # bounds of a number's range
+        high: float
         whole = {"devices": (0, 10**6), "least": (1, 10**6), "classes": (1, 10**6), "most": (0, 10**9), "pool": (1, 64)}
         real = {"spread": (0, 10), "test": (0, 0.99), "validation": (0, 0.99), "server": (0, 0.99)}
         for name, (low, high) in whole.items():
