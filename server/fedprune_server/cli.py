@@ -250,7 +250,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     for step in replay(arguments.state):
         rounds += 1
         print(f"round {step.round}: {step.model} ({len(step.devices)} devices: {', '.join(step.devices)})")
-    print(f"{rounds} rounds, every model the same to the bit")
+    print(f"{rounds} rounds, every model the same to the bit" if rounds else "no round has ended yet")
     return int(ExitCode.OK)
 
 

@@ -54,9 +54,13 @@ def read_sweep(path: Path) -> list[Run]:
         raise ConfigError(f"{path}: [[runs]]", expected="a table with a name for each variant")
     common = _seeds(body.get("seeds", [0]), f"{path}: seeds")
     files = _Files((path.parent / config).resolve())
-    return [
+    runs = [
         run for number, row in enumerate(rows, 1) for run in _variant(row, common, files, f"{path}: [[runs]] {number}")
     ]
+    names = [r.name for r in runs]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ConfigError(f"{path}: [[runs]]", expected="another name or seed for each", got=f"{twice[0]!r} twice")
+    return runs
 
 
 class _Files:

@@ -199,6 +199,7 @@ def test_the_docs_sweep_can_be_read(tmp_path: Path) -> None:
         ("seeds = [3, 4]", "seeds = [true]", "seeds"),
         ("seeds = [3, 4]", "sseds = [1]", "sseds"),
         ('name = "quarter"', "", "name"),
+        ('name = "quarter"', 'name = "long"', "sweep.toml.*'long-3' twice"),
         ("[runs.job]\nrounds = 3", "rounds = 3", "rounds"),
     ],
 )
