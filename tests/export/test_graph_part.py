@@ -54,3 +54,20 @@ def test_what_is_left_is_a_valid_model_without_what_it_does_not_need() -> None:
     assert [n.op_type for n in model.graph.node] == ["Mul", "Neg"]
     assert [i.name for i in model.graph.initializer] == ["unused"]
     assert [i.name for i in model.graph.input] == ["b"]
+
+
+def test_what_is_absent_makes_nothing_that_is_needed() -> None:
+    """An optional input that is absent has the same name as an optional output that is: none."""
+    make, value = helper.make_node, helper.make_tensor_value_info
+    operators = [
+        make("LSTM", ["other", "w", "r"], ["", "", "last"], hidden_size=2),
+        make("Clip", ["x", "", "top"], ["loss"]),
+    ]
+    shapes = {"x": [2], "top": [], "other": [1, 1, 2], "w": [1, 8, 2], "r": [1, 8, 2], "loss": [2], "last": [1, 1, 2]}
+    values = {n: value(n, TensorProto.FLOAT, s) for n, s in shapes.items()}
+    ins, outs = (list(map(values.pop, names)) for names in (("x", "top", "other", "w", "r"), ("loss", "last")))
+    opsets = [helper.make_opsetid("", 17)]
+    whole = helper.make_model(helper.make_graph(operators, "g", ins, outs), opset_imports=opsets)
+    part = onnx.load_from_string(part_for(whole.SerializeToString(), ["loss"])).graph
+    assert [n.op_type for n in part.node] == ["Clip"]
+    assert [n.name for n in part.input] == ["x", "top"]

@@ -102,21 +102,3 @@ def test_damaged_graphs_raise_nothing_but_model_errors(data: st.DataObject) -> N
         at = data.draw(st.integers(0, len(raw) - 1))
         raw[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     assert len(error_of(bytes(raw), [step.LOSS])) < 500
-
-
-def test_what_is_absent_makes_nothing_that_is_needed() -> None:
-    """An optional input that is absent has the same name as an optional output that is: none."""
-    onnx = pytest.importorskip("onnx")
-    make, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
-    operators = [
-        make("LSTM", ["other", "w", "r"], ["", "", "last"], hidden_size=2),
-        make("Clip", ["x", "", "top"], ["loss"]),
-    ]
-    shapes = {"x": [2], "top": [], "other": [1, 1, 2], "w": [1, 8, 2], "r": [1, 8, 2], "loss": [2], "last": [1, 1, 2]}
-    values = {n: value(n, onnx.TensorProto.FLOAT, s) for n, s in shapes.items()}
-    ins, outs = (list(map(values.pop, names)) for names in (("x", "top", "other", "w", "r"), ("loss", "last")))
-    opsets = [onnx.helper.make_opsetid("", 17)]
-    whole = onnx.helper.make_model(onnx.helper.make_graph(operators, "g", ins, outs), opset_imports=opsets)
-    part = onnx.load_from_string(part_for(whole.SerializeToString(), ["loss"])).graph
-    assert [n.op_type for n in part.node] == ["Clip"]
-    assert [n.name for n in part.input] == ["x", "top"]
