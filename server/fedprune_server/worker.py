@@ -144,7 +144,7 @@ class Worker:
 
         What comes back goes where that says, so that an extractor may choose whichever channels it likes.
         """
-        if sent.digest == cut.selection.narrowed(sent.widths).digest:
+        if sent is cut.selection or sent.digest == cut.selection.narrowed(sent.widths).digest:
             return basis.ranking
         return self.store.put(sent.narrowed(self.architecture.sizes).to_json().encode()).sha256
 

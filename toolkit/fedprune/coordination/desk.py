@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from fedprune.allocation import Allocator, Fleet
 from fedprune.architecture import Architecture
 from fedprune.coordination import commands as do
@@ -22,7 +24,7 @@ MAX_FAILURES = 3
 LATE = "the deadline has passed"
 
 
-class Desk:
+class Desk(ABC):
     """The part of a coordinator that knows of no rounds.
 
     Args:
@@ -56,6 +58,7 @@ class Desk:
                 got="an asynchronous one",
             )
 
+    @abstractmethod
     def handle(self, event: on.Event, now: float) -> Commands:
         """Take in one event and say what to do.
 
@@ -66,15 +69,14 @@ class Desk:
         Returns:
             Commands in the order in which they should start.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def resume(self, now: float) -> Commands:
         """What to do after the state was loaded: everything that may have been under way when the last shell ended.
 
         All devices count as offline until they announce themselves again, and are given their share of the model anew,
         since settings may have changed; deadlines start anew.
         """
-        raise NotImplementedError
 
     @property
     def deadline_s(self) -> float:
