@@ -81,7 +81,8 @@ def changed(protocol: Protocol, options: argparse.Namespace) -> Protocol:
     if options.seeds:
         protocol = replace(protocol, seeds=tuple(int(s) for s in options.seeds.split(",")))
     if options.rounds:
-        protocol = replace(protocol, rounds=options.rounds)
+        recipe = replace(protocol.recipe, evaluate_every=min(protocol.recipe.evaluate_every, options.rounds))
+        protocol = replace(protocol, rounds=options.rounds, recipe=recipe)
     if options.most:
         protocol = replace(protocol, data={**protocol.data, "most": options.most})
     if options.steps:

@@ -77,7 +77,7 @@ def small(protocol):
     data = {**protocol.data, "least": 5}
     if protocol.source != "har":
         data["most"] = 1200
-    recipe = replace(protocol.recipe, max_steps=1, batch_size=16)
+    recipe = replace(protocol.recipe, max_steps=1, batch_size=16, evaluate_every=1)
     return replace(protocol, rounds=1, recipe=recipe, data=data, every=1, every_global=1)
 
 
