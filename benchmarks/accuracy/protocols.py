@@ -57,6 +57,7 @@ def _keeps(partition: str = "dirichlet", **settings: Any) -> str:
 
 
 def _all() -> tuple[Method, ...]:
+    always = {"evaluate_every": 1}  # what sends more is also read at the rounds in which it has sent no more
     return (
         Method("local", "local", note="every device for itself at its density; nothing is sent after the first model"),
         Method("heterofl", "heterofl"),
@@ -76,13 +77,14 @@ def _all() -> tuple[Method, ...]:
         Method("fedobp", "fedobp", note="on submodels"),
         Method("fedprune", "fedprune"),
         Method("fedavg .68", "fedavg", {"densities": ONE_WIDTH}, note="one width for all, at the bytes of the others"),
-        Method("fedavg", "fedavg", densities=False, note="full width"),
-        Method("fedprox", "fedprox", densities=False, note="full width"),
-        Method("fedper", "fedper", densities=False, note="full width"),
+        Method("fedavg", "fedavg", {}, always, densities=False, note="full width"),
+        Method("fedprox", "fedprox", {}, always, densities=False, note="full width"),
+        Method("fedper", "fedper", {}, always, densities=False, note="full width"),
         Method(
             "autoflip",
             "autoflip",
             {"exploration_epochs": 20},
+            always,
             densities=False,
             note="full width, 20 epochs of exploration",
         ),
