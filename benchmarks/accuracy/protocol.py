@@ -139,6 +139,7 @@ class Protocol:
         parts = asdict(self)
         for name in ("title", "keeps", "methods", "seeds", "reference", "target", "minutes", "reads", "paper", "name"):
             parts.pop(name)
+        parts["recipe"] = self.recipe.to_dict()
         row = asdict(method)
         for name in ("paper", "note", "name"):
             row.pop(name)

@@ -153,7 +153,8 @@ class Workbench:
             stop=stop,
         )
         report("evaluate", 1, 2)
-        work.tensors = {}  # from here on there is memory for the new ones alone, beside the model that is loaded
+        # From here on there is memory for the new ones alone, beside the model that is loaded and what is blended in.
+        work.tensors = {}
         made, kept = work.made(result, self._blobs.put), work.kept
         result = replace(result, tensors={}, squares={}, last_squares={})  # arrays in the loaded graph's memory
         del work, trainer

@@ -1,7 +1,8 @@
 """A board's own moving average of its trained weights: a ← decay · a + (1 − decay) · w, in the submodel's coordinates.
 
 It evens out what the noise of few local steps and of each round's averaging does to a personal model, and costs no
-bytes of the link.
+bytes of the link. What serves may be a blend of it with the weights that were received, which know of other boards'
+data.
 """
 
 from __future__ import annotations
@@ -56,6 +57,31 @@ def averaged(
                 _mix(out[name], base, name, decay, mask)
     elif base.ranking is not None and base.ranking == offer.ranking and not (axes is None or mask or base.mask):
         _carry(base, offer, out, decay, axes)
+    return out
+
+
+def blended(
+    average: Mapping[str, npt.NDArray[np.float32]],
+    received: Mapping[str, npt.NDArray[np.float32]],
+    share: float,
+    *,
+    mask: ElementMask | None = None,
+) -> Tensors:
+    """The model that serves beside an average: (1 − share) · average + share · received.
+
+    Args:
+        average: All tensors of the average; they stay as they are.
+        received: The tensors that are blended into it; of the others the average's own arrays are returned.
+        share: Share of the received weights.
+        mask: Which elements of the tensors are active; the others are 0.
+    """
+    out = dict(average)
+    for name, value in received.items():
+        mixed = np.float32(share) * value
+        mixed += np.float32(1 - share) * average[name]
+        if mask is not None and name in mask.active:
+            mixed[~mask.active[name]] = 0
+        out[name] = mixed
     return out
 
 

@@ -13,7 +13,7 @@ from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Offer
-from fedprune_device.average import averaged
+from fedprune_device.average import averaged, blended
 from fedprune_device.data import LocalData
 from fedprune_device.evaluation import PROBE_SAMPLES
 from fedprune_device.offered import unpacked
@@ -28,7 +28,7 @@ class Made:
     Attributes:
         sent: The file that the server gets.
         after: The trained model as it predicts; None where it is the file that is sent.
-        average: The board's own average as it predicts, where there is one.
+        average: The board's own average, with what is blended into it, as it predicts, where there is one.
         own: What the board keeps, where it keeps anything.
         loss: What the training graph says of the model that is to serve, where it computes the same as inference.
     """
@@ -81,6 +81,8 @@ class Work:
         maskable = {*trainer.trainable, *trainer.frozen}
         received, self.mask = unpacked(weights, mask, recipe, trainer.axes, offer.widths, maskable)
         self.tensors = received
+        stay = {*self._personal, *trainer.frozen}
+        self._received = {n: v for n, v in received.items() if n not in stay} if recipe.blend else {}
         if self.kept is not None and self.kept.base is not None:
             mine = {n: v for n, v in received.items() if n in self._personal}
             mine = self.kept.base.personalised(offer, mine)
@@ -112,19 +114,23 @@ class Work:
         if recipe.average:
             base = None if self.kept is None else self.kept.base
             average = averaged(base, self._offer, trained, recipe.average, axes=trainer.axes, mask=self.mask)
+            del base
         own = None
         if self.kept is not None:
             personal = {n: np.array(v) for n, v in trained.items() if n in self._personal}
             own = Own.of(self._offer, average, personal, self.mask if average else None)
             self.kept.release()
+        served = average
+        if recipe.blend:
+            served, self._received = blended(average, self._received, recipe.blend, mask=self.mask), {}
         loss = None
         if not trainer.normalised:
-            model = self._effective(average or trained)
+            model = self._effective(served or trained)
             loss = trainer.loss(model, self._data, recipe, self._offer.classes, PROBE_SAMPLES)
         kept = None
         if after is not trained:  # most of these arrays lie in the memory of the training graph
             kept = {n: np.array(v) if v is trained[n] else v for n, v in after.items()}
-        return Made(sent, kept, self._predicting(average) if average else None, own, loss)
+        return Made(sent, kept, self._predicting(served) if served else None, own, loss)
 
     def _sent(self, result: TrainingResult, after: Tensors) -> Tensors:
         """What the server gets: what was trained, without what is frozen, which it has, and what is personal."""

@@ -23,6 +23,7 @@ def fedavg(job: Job) -> Job:
         balance_classes=False,
         ordered_dropout=(),
         average=0.0,
+        blend=0.0,
         calibrate=False,
         personal=(),
         scale=1.0,

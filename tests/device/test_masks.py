@@ -22,6 +22,7 @@ from fedprune.selection import Tensors
 from fedprune.session import Session
 from fedprune_device.data import LocalData
 from fedprune_device.offered import unpacked
+from fedprune_device.own import Own, OwnFolder
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import Trainer, TrainingResult
 
@@ -92,6 +93,23 @@ def test_an_average_of_masked_weights_is_masked_and_follows_the_mask(board: Hidd
             wanted = np.where(kept, 0.75 * old.get(name, new[name]) + 0.25 * new[name], new[name])
             np.testing.assert_allclose(serves[name], wanted, rtol=1e-6)
         old, before = serves, mask
+
+
+@pytest.mark.parametrize(("mask", "graph"), [("hard", "masked"), ("threshold", "threshold")])
+def test_what_is_blended_into_an_average_keeps_to_the_mask(board: HiddenBoard, mask: str, graph: str) -> None:
+    theta = 0.3 if mask == "threshold" else 0.0
+    recipe = Recipe(epochs=1, batch_size=16, mask=mask, mask_threshold=theta, average=0.75, blend=0.5)
+    for number in (1, 2):
+        weights = hidden_weights(seed=number)
+        active = half(weights, seed=number)
+        _, _, serves = board.carry_out(board.offer(number, recipe, weights, graph=graph, mask=active))
+        own = max((Own.from_bytes(r) for r in OwnFolder(board.root / "own").read().values()), key=lambda o: o.round)
+        for name, value in active.applied(weights).items():
+            wanted = (own.average[name] + value) / 2
+            if name in active.active:
+                assert not serves[name][~active.active[name]].any()
+                wanted = np.where(np.abs(wanted) >= np.float32(theta), wanted, 0)
+            np.testing.assert_allclose(serves[name], wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_personal_tensors_keep_to_the_mask(board: HiddenBoard) -> None:

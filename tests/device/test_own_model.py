@@ -21,7 +21,7 @@ from fedprune.ordered_dropout import TensorAxes
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.messages import Offer
-from fedprune_device.average import averaged
+from fedprune_device.average import averaged, blended
 from fedprune_device.data import LocalData
 from fedprune_device.own import KeptOwn, Own, OwnFolder, OwnInMemory
 from fedprune_device.store import DeviceStore
@@ -81,6 +81,74 @@ def test_a_round_that_is_done_twice_gives_the_same_average(board: HiddenBoard) -
     board.carry_out(board.offer(2, AVERAGE, hidden_weights(seed=3), graph="kept"))
     assert equal(board.carry_out(again)[2], two)
     assert equal(two, mean(first, trained(board, 2, hidden_weights(seed=2))))
+
+
+@pytest.mark.parametrize("blend", [0.25, 1.0])
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_received_weights_are_blended_into_what_serves_and_into_nothing_else(
+    board: HiddenBoard, tmp_path: Path, blend: float, calibrate: bool
+) -> None:
+    recipe = replace(AVERAGE, blend=blend, calibrate=calibrate)
+    without = HiddenBoard(tmp_path / "without", board.graphs, board.data)
+    average: Tensors = {}
+    for number in (1, 2):
+        weights = hidden_weights(seed=number)
+        update, sent, serves = board.carry_out(board.offer(number, recipe, weights, graph="kept"))
+        plain, same, _ = without.carry_out(without.offer(number, replace(recipe, blend=0), weights, graph="kept"))
+        kept, alone = (
+            max((Own.from_bytes(raw) for raw in OwnFolder(b.root / "own").read().values()), key=lambda o: o.round)
+            for b in (board, without)
+        )
+        new = trained(board, number, weights)
+        average = mean(average, new) if average else new
+        wanted = {n: np.float32(1 - blend) * average[n] + np.float32(blend) * v for n, v in weights.items()}
+        if calibrate:
+            wanted |= measured_statistics(wanted, board.data.x_train, 16)
+
+        assert equal(sent, same)
+        assert kept.to_bytes() == alone.to_bytes()
+        assert equal(kept.average, average)
+        for name, value in serves.items():
+            np.testing.assert_allclose(value, wanted[name], rtol=2e-6, atol=2e-6)
+        x, y = board.data.x_test, board.data.y_test
+        assert update.metrics["accuracy_average"] == np.mean(logits(serves, x).argmax(1) == y)
+        assert {n: update.metrics[n] for n in ("loss_before", "loss_after")} == {
+            n: plain.metrics[n] for n in ("loss_before", "loss_after")
+        }
+        assert update.metrics["loss_average"] != plain.metrics["loss_average"]
+
+
+def test_personal_and_frozen_tensors_are_not_blended(board: HiddenBoard, tmp_path: Path) -> None:
+    still = {"frozen": ("w1", "gamma", "mean", "var"), "personal": ("b2",)}
+    recipe = Recipe(epochs=1, batch_size=16, average=DECAY, blend=0.5, **still)
+    without = HiddenBoard(tmp_path / "without", board.graphs, board.data)
+    for number in (1, 2):
+        weights = hidden_weights(seed=number)
+        _, _, serves = board.carry_out(board.offer(number, recipe, weights, graph="still"))
+        _, _, plain = without.carry_out(without.offer(number, replace(recipe, blend=0), weights, graph="still"))
+        for name, value in serves.items():
+            if name in ("beta", "w2"):
+                np.testing.assert_allclose(value, (plain[name] + weights[name]) / 2, rtol=1e-6)
+            else:
+                np.testing.assert_array_equal(value, plain[name])
+
+
+@given(st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_a_blend_lies_between_what_it_is_made_of(share: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    names = ("w", "masked", "own")
+    average, received = ({n: rng.standard_normal((3, 4)).astype(np.float32) for n in names} for _ in range(2))
+    mask, own = ElementMask({"masked": rng.random((3, 4)) < 0.5}), received.pop("own")
+    before = [{n: v.copy() for n, v in tensors.items()} for tensors in (average, received)]
+    got = blended(average, received, share, mask=mask)
+    assert got["own"] is average["own"]
+    assert own is not got["own"]
+    assert not got["masked"][~mask.active["masked"]].any()
+    low, high = np.minimum(average["w"], received["w"]), np.maximum(average["w"], received["w"])
+    assert np.all((got["w"] >= low - 1e-6) & (got["w"] <= high + 1e-6))
+    assert all(equal(was, now) for was, now in zip(before, (average, received), strict=True))
+    for end, wanted in ((0.0, average), (1.0, received)):
+        np.testing.assert_array_equal(blended(average, received, end)["w"], wanted["w"])
 
 
 @pytest.mark.parametrize(
@@ -248,7 +316,7 @@ def test_it_is_forgotten_when_the_job_is_over(board: HiddenBoard) -> None:
 def test_a_death_at_any_write_of_a_round_changes_none_of_its_bits(
     tmp_path: Path, graphs: Path, data: LocalData, first: bool
 ) -> None:
-    recipe = Recipe(epochs=1, batch_size=16, average=DECAY, personal=("w2", "b2"), calibrate=True)
+    recipe = Recipe(epochs=1, batch_size=16, average=DECAY, blend=0.3, personal=("w2", "b2"), calibrate=True)
 
     def begin(name: str) -> tuple[HiddenBoard, Offer]:
         board = HiddenBoard(tmp_path / name, graphs, data)

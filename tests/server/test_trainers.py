@@ -44,6 +44,7 @@ RECIPES = {
         logit_adjustment=True,
         ordered_dropout=(0.5,),
         average=0.8,
+        blend=0.2,
         calibrate=True,
         personal=("fc.*",),
         patience=1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -44,6 +44,17 @@ recipes = st.builds(
 
 FLAGS = [f.name for f in fields(Features) if f.default is False]
 OTHERS = {"loss": "bce", "optimizer": "adamw", "frozen": ("a*",), "trainable": ("a*",)}
+
+
+@given(recipes, st.floats(0, 1))
+def test_what_came_later_is_only_written_where_it_matters(recipe: Recipe, blend: float) -> None:
+    """A digest of a recipe that doesn't know it stays what it was."""
+    assert "blend" not in recipe.to_dict()
+    if recipe.average:
+        other = replace(recipe, blend=blend)
+        assert other.to_dict().get("blend", 0) == blend
+        assert Recipe.from_dict(json.loads(other.to_json())) == other
+        assert Recipe.from_dict(json.loads(json.dumps(other.to_offer()))) == other
 
 
 @given(recipes)
@@ -180,6 +191,12 @@ def test_settings_that_the_loss_has_no_meaning_for_are_refused(name: str, loss: 
         Recipe.from_dict(setting)
 
 
+def test_a_blend_needs_an_average() -> None:
+    assert Recipe(average=0.5, blend=1.0).features == Recipe(average=0.5).features
+    with pytest.raises(ConfigError, match=r"recipe: blend without average: expected average above 0, got 0.5"):
+        Recipe(blend=0.5)
+
+
 def test_more_parts_than_samples_of_a_batch_are_refused() -> None:
     assert Recipe(batch_size=10, accumulate=4).micro_batch == 3
     with pytest.raises(ConfigError, match="recipe: accumulate"):
@@ -209,6 +226,7 @@ def test_settings_that_have_no_meaning_together_are_refused(setting: dict[str, A
         ({"calibrate": True}, 1),
         ({"mask": "hard"}, 1),
         ({"average": 0.9}, 3),
+        ({"average": 0.9, "blend": 0.1}, 3),
         ({"personal": ["a*"]}, 3),
         ({"average": 0.9, "personal": ["a*"], "calibrate": True}, 5),
         ({"report_squares": True}, 2),
@@ -223,6 +241,7 @@ def test_what_a_board_holds_beside_training_is_counted() -> None:
     settings = [Recipe(), Recipe(average=0.5), Recipe(patience=1), Recipe(average=0.5, patience=1)]
     assert [r.own_copies for r in settings] == [0, 2, 1, 3]
     assert Recipe(patience=1, best_epoch=False).own_copies == 0
+    assert Recipe(average=0.5, blend=0.2).own_copies == 3
 
 
 @pytest.mark.parametrize("setting", [{"calibrate": True}, {"personal": ["a*"]}, {"patience": 2}], ids=str)

@@ -35,6 +35,9 @@ _FIRST = (
 )
 """Settings that every board knows."""
 
+_LATER = ("blend",)
+"""Settings that are only written down where they are not as by default: what was named by a digest keeps its name."""
+
 _MOST = 1000
 _LONGEST = 1000
 """Entries of a list of patterns or densities, and letters of a pattern."""
@@ -135,6 +138,9 @@ class Recipe:
             empty for the device's own width in every step.
         average: Share of the old average that the board's own moving average of trained weights keeps every round; it
             is what serves, and its accuracy is reported. 0 for none: the last weights serve.
+        blend: Share of the received weights in the model that serves where the board keeps an average: it is
+            (1 − blend) · average + blend · received, but for tensors that are personal or frozen. The average that
+            is kept has none of it.
         calibrate: After training, one pass over the local training samples measures batch-norm statistics anew, for
             what is evaluated, serves and is sent.
         personal: Patterns of tensors that stay on the board: they are not part of its updates, and its own last ones
@@ -185,6 +191,7 @@ class Recipe:
     report_squares: bool = False
     evaluate_every: int = 1
     best_epoch: bool = True
+    blend: float = 0.0
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[float, float]] = {
@@ -203,6 +210,7 @@ class Recipe:
             "clip_norm": (0, 1e6),
             "accumulate": (1, 65_536),
             "average": (0, 1),
+            "blend": (0, 1),
             "scale": (1e-3, 1e3),
             "mask_threshold": (0, 1e6),
             "patience": (0, 10_000),
@@ -251,6 +259,13 @@ class Recipe:
             raise ConfigError("recipe: accumulate", expected="at most batch_size parts", got=self.accumulate)
         if self.mask_threshold and self.mask != "threshold":
             raise ConfigError(f"recipe: mask_threshold with mask {self.mask!r}", expected="mask 'threshold'")
+        if self.blend and not self.average:
+            raise ConfigError(
+                "recipe: blend without average",
+                expected="average above 0",
+                got=repr(self.blend),
+                hint="What the received weights are blended with is the board's own moving average.",
+            )
         if self.ordered_dropout and self.mask != "none":
             raise ConfigError(
                 f"recipe: ordered_dropout with mask {self.mask!r}",
@@ -294,9 +309,10 @@ class Recipe:
     def own_copies(self) -> int:
         """Copies of all weights that a board holds in memory besides those of training.
 
-        Those are the average as it was and as it is, and the best epoch's weights.
+        Those are the average as it was and as it is, the received weights that are blended into what serves, and the
+        best epoch's weights.
         """
-        return 2 * (self.average > 0) + (self.patience > 0 and self.best_epoch)
+        return 2 * (self.average > 0) + (self.blend > 0) + (self.patience > 0 and self.best_epoch)
 
     @property
     def micro_batch(self) -> int:
@@ -309,8 +325,9 @@ class Recipe:
         return min(steps, self.max_steps) if self.max_steps else steps
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """As plain JSON types; a setting that came later is only there where it is not as by default."""
+        body = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in body.items() if k not in _LATER or v != getattr(Recipe, k)}
 
     def to_offer(self) -> dict[str, Any]:
         """As plain JSON types, without newer settings that are as by default: older boards refuse what they don't know.
