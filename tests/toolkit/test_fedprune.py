@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,20 @@ def test_the_recipe_has_the_strategys_own_settings_beside_the_jobs() -> None:
     assert not objective.recipe(Recipe(loss="mse"), turn).logit_adjustment
 
 
+def test_gradients_are_clipped_and_received_weights_are_blended_in_where_there_is_an_average() -> None:
+    def made(recipe: Recipe, **options: Any) -> Recipe:
+        return compose(job(options)).objective.recipe(recipe, Turn(0, 1, "a", (3,)))
+
+    assert (made(Recipe()).clip_norm, made(Recipe()).blend) == (1.0, 0.0)
+    assert made(Recipe(clip_norm=3.0)).clip_norm == 3.0
+    assert made(Recipe(), clip_norm=0.5, blend=0.2) == replace(made(Recipe()), clip_norm=0.5, blend=0.2)
+    assert made(Recipe(average=0.5, blend=0.3), blend=0.2).blend == 0.3
+    assert made(Recipe(), average=0.0, blend=0.2).blend == 0.0
+    assert made(Recipe(average=0.5), average=0.0, blend=0.2).blend == 0.2
+
+
 def test_what_is_switched_off_is_off() -> None:
-    off = {"adjust": False, "dropout": [], "average": 0.0, "calibrate": False, "server_momentum": 0.0}
+    off = {"adjust": False, "dropout": [], "average": 0.0, "calibrate": False, "server_momentum": 0.0, "clip_norm": 0}
 
     assert compose(job(off)).objective.recipe(Recipe(), Turn(0, 1, "a", (3,))) == Recipe()
 
@@ -64,6 +77,8 @@ def test_what_is_switched_off_is_off() -> None:
     [
         ({"averag": 0.5}, "averag"),
         ({"average": 1.0}, "average"),
+        ({"blend": 1.1}, "blend"),
+        ({"clip_norm": -1.0}, "clip_norm"),
         ({"ranking": "curvature"}, "ranking"),
         ({"dropout": [0.5, 2.0]}, "dropout"),
         ({"dropout": ["half"]}, "dropout"),

@@ -50,7 +50,9 @@ class Options:
         rule: `fill` or `coverage`.
         server_momentum: β of the global model's moves.
         average: Share of the old average that a board's own moving average keeps each round; 0 for none.
+        blend: Share of the received weights in the model that serves beside that average; without one, nothing.
         calibrate: Boards measure batch-norm statistics of their own data after training.
+        clip_norm: Norm to which a step's gradients are scaled down; 0 leaves them.
         lr_decay: The learning rate of round t is lr · lr_decay^(t − 1).
         arrivals: An asynchronous job: the model moves whenever so many updates have arrived, by the moves that they
             report, stale ones counting (k + 1)^-½ (FedBuff, Nguyen et al. 2022); 0 for synchronous rounds.
@@ -63,7 +65,9 @@ class Options:
     rule: str = "fill"
     server_momentum: float = 0.5
     average: float = 0.85
+    blend: float = 0.0
     calibrate: bool = True
+    clip_norm: float = 1.0
     lr_decay: float = 1.0
     arrivals: int = 0
 
@@ -112,7 +116,7 @@ def _places(architecture: Architecture) -> list[str]:
 
 @dataclass(frozen=True)
 class Fair:
-    """The job's recipe with a logit-adjusted loss, ordered dropout, statistics and an average of the board's own.
+    """The job's recipe with a logit-adjusted loss, dropout, clipping, statistics and an average of the board's own.
 
     Attributes:
         options: Which of them.
@@ -127,13 +131,16 @@ class Fair:
             ConfigError: The job's own recipe has settings that don't go with these.
         """
         options = self.options
+        average = recipe.average or options.average
         return replace(
             recipe,
             lr=recipe.lr * options.lr_decay ** (turn.round - 1),
             logit_adjustment=recipe.logit_adjustment or (options.adjust and recipe.loss == "cross_entropy"),
             ordered_dropout=recipe.ordered_dropout or options.dropout,
-            average=recipe.average or options.average,
+            average=average,
+            blend=recipe.blend or (options.blend if average else 0.0),
             calibrate=recipe.calibrate or options.calibrate,
+            clip_norm=recipe.clip_norm or options.clip_norm,
         )
 
 
@@ -149,6 +156,8 @@ def fedprune(job: Job) -> Strategy:
     choice(name, "rule", options.rule, ("fill", "coverage"))
     number(name, "server_momentum", options.server_momentum, 0, 0.999)
     number(name, "average", options.average, 0, 1, below=True)
+    number(name, "blend", options.blend, 0, 1)
+    number(name, "clip_norm", options.clip_norm, 0, 1e6)
     number(name, "lr_decay", options.lr_decay, 1e-3, 1)
     number(name, "arrivals", options.arrivals, 0, 10**6)
     for density in options.dropout:
