@@ -20,7 +20,7 @@ SMALL = Recipe(epochs=2, batch_size=64, lr=0.05, momentum=0.9, evaluate_every=5)
 
 POOLED = {"devices": 20, "most": 12_000, "pool": 2, "test": 0.25, "validation": 0.1, "standardise": True, "least": 40}
 DIRICHLET = {**POOLED, "partition": "dirichlet", "alpha": 0.1}
-PATHOLOGICAL = {**POOLED, "most": 8_000, "partition": "pathological", "classes": 2}
+PATHOLOGICAL = {**POOLED, "most": 6_000, "partition": "pathological", "classes": 2}
 
 _KEEPS = (
     "{images} images of training and test set together, shrunk to {size}, {devices} devices, {partition}; a quarter of "
@@ -43,7 +43,7 @@ _DEALT = {
 def _keeps(partition: str = "dirichlet", **settings: Any) -> str:
     """What the small tables have in common, and what differs."""
     usual: dict[str, Any] = {
-        "images": "8,000" if partition == "pathological" else "12,000",
+        "images": "6,000" if partition == "pathological" else "12,000",
         "size": "16×16",
         "devices": 20,
         "net": "Conv 32-64-128-128 with batch norm",
@@ -133,7 +133,8 @@ FASHION, FASHION_PATHOLOGICAL = (
         table,
         name=table.name.replace("cifar10", "fashion"),
         title=table.title.replace("CIFAR-10", "Fashion-MNIST"),
-        keeps=_keeps(partition, size="14×14"),
+        keeps=_keeps(partition, images="6,000", size="14×14"),
+        data={**table.data, "most": 6_000},
         **_FASHION,
     )
     for table, partition in ((CIFAR, "dirichlet"), (CIFAR_PATHOLOGICAL, "pathological"))

@@ -29,9 +29,10 @@ from fedprune.profile_store import find
 from fedprune_export.imported import Model
 from fedprune_server.data.federation import Federation
 from fedprune_server.data.table import DataPlan
-from fedprune_server.experiment import Experiment, simulate
+from fedprune_server.experiment import Experiment
 from fedprune_server.measure import Measure, Moment
 from fedprune_server.record import Record
+from fedprune_server.run_folder import simulate
 from fedprune_server.simulation import Simulation
 from fedprune_server.trainers import ONNXRUNTIME
 from fedprune_server.virtual_device import StoredData, VirtualDevice
@@ -193,7 +194,7 @@ def run(
     try:
         record = simulate(experiment, place, timed)
     except _TimeIsUpError:
-        record = running[0].record(experiment.title)
+        record = running[0].record()
     spent = used()
     result = {
         "table": protocol.name,
