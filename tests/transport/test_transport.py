@@ -15,6 +15,7 @@ from pot_plans import pot
 
 from fedprune.errors import BundleError, MissingExtraError
 from fedprune.transport import Coupling, exact_plan, solver
+from fedprune.transport.coupling import corner
 from fedprune.transport.distances import squared_distances
 from strategies import seeds
 
@@ -71,6 +72,62 @@ def test_large_plans_are_exact_and_need_no_dense_solver(
     if kind != "ties":  # where most pairs are equally good, the dense solver may have to help
         monkeypatch.setattr(solver, "_dense", None)
     check_plan(cost, exact_plan(cost))
+
+
+@pytest.mark.parametrize("shape", [(240, 180), (180, 240)])
+@pytest.mark.parametrize("kind", ["heavy tails", "scaled rows", "scaled columns", "outliers", "one value"])
+def test_plans_are_exact_where_potentials_to_begin_with_are_poor(kind: str, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(sum(map(ord, kind)))
+    cost = np.abs(rng.standard_cauchy(shape) if kind == "heavy tails" else rng.normal(size=shape))
+    if kind == "outliers":
+        cost[rng.random(shape) < 0.01] = 1e6
+    elif kind == "one value":
+        cost[:] = 3
+    elif kind != "heavy tails":
+        cost *= 10 ** rng.uniform(-3, 3, (shape[0], 1) if kind == "scaled rows" else (1, shape[1]))
+    cost = cost.astype(np.float32)
+    plan, again = exact_plan(cost), exact_plan(cost)
+    check_plan(cost, plan)
+    assert np.array_equal(plan.dense, again.dense)
+
+
+def test_potentials_that_go_astray_change_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = costs("far", 200, 150, seed=5)
+    monkeypatch.setattr(solver, "_RELAXED", 9.0)
+    reduced, u, v = solver._smoothed(cost)
+    assert np.isfinite(reduced).all()
+    np.testing.assert_allclose(reduced, cost - u[:, None] - v, atol=1e-4)
+    check_plan(cost, exact_plan(cost))
+
+
+@given(st.integers(1, 6), st.integers(1, 4), seeds, st.booleans(), st.booleans())
+def test_the_cheapest_of_each_is_the_plan_where_it_is_one(
+    k: int, ratio: int, seed: int, wide: bool, tied: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    of = rng.permutation(np.repeat(np.arange(k), ratio))
+    cost = 2 + rng.random((k * ratio, k))
+    cost[np.arange(k * ratio), of] = 1
+    if tied:
+        cost[rng.integers(k * ratio), rng.integers(k)] = 1
+    cost = cost.T if wide else cost
+    found = solver._cheapest(cost)
+    if not tied:
+        assert found is not None
+    if found is not None:
+        check_plan(cost, found)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), seeds)
+def test_entries_come_in_any_order_and_in_parts(n: int, m: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, columns, mass = corner(n, m)
+    parts = np.repeat(np.arange(mass.size), mass)
+    rng.shuffle(parts)
+    plan, whole = Coupling.of(n, m, rows[parts], columns[parts], np.ones(parts.size)), Coupling.in_order(n, m)
+    assert np.array_equal(plan.dense, whole.dense)
+    assert np.array_equal(plan.rows, whole.rows)
+    assert np.array_equal(plan.columns, whole.columns)
 
 
 @given(st.integers(1, 9), st.integers(1, 4), seeds, st.booleans())

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.errors import BundleError, MissingExtraError
+from fedprune.transport.scratch import SCRATCH
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -76,8 +77,7 @@ class Coupling:
         """
         i, j = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
         mass = np.asarray(flow, np.float64)
-        keys, inverse = np.unique(j * sources + i, return_inverse=True)
-        summed = np.bincount(inverse, mass, keys.size).astype(np.float64)
+        keys, summed = _merged(j * sources + i, mass)
         keys, summed = keys[summed > 0], summed[summed > 0]
         common = gcd(sources, targets)
         i, j = keys % sources, keys // sources
@@ -90,10 +90,7 @@ class Coupling:
     @classmethod
     def in_order(cls, sources: int, targets: int) -> Coupling:
         """The plan that keeps channels in their own order (optimal on a line); the identity where widths are equal."""
-        common = gcd(sources, targets)
-        send, take = targets // common, sources // common
-        ends = np.union1d(np.arange(1, sources + 1) * send, np.arange(1, targets + 1) * take)
-        return cls.of(sources, targets, (ends - 1) // send, (ends - 1) // take, np.diff(ends, prepend=0))
+        return cls.of(sources, targets, *corner(sources, targets))
 
     @cached_property
     def dense(self) -> npt.NDArray[np.float64]:
@@ -105,10 +102,8 @@ class Coupling:
     def averaged(self, other: Coupling) -> Coupling:
         """(T + T′)/2: what SubFLOT hands on where residual branches meet."""
         i, j = np.concatenate([self.rows, other.rows]), np.concatenate([self.columns, other.columns])
-        keys, inverse = np.unique(j * self.sources + i, return_inverse=True)
-        shares = np.bincount(inverse, np.concatenate([self.shares, other.shares]) / 2, keys.size)
-        i, j = keys % self.sources, keys // self.sources
-        return Coupling(self.sources, self.targets, i, j, shares.astype(np.float64))
+        keys, shares = _merged(j * self.sources + i, np.concatenate([self.shares, other.shares]) / 2)
+        return Coupling(self.sources, self.targets, keys % self.sources, keys // self.sources, shares)
 
     def forward(self, values: Floats, factor: float = 1.0, out: Floats | None = None) -> Floats:
         """y[:, k] = factor · Σ_j T[j, k] · x[:, j].
@@ -142,8 +137,26 @@ class Coupling:
 
     @cached_property
     def _backward(self) -> _Gather:
-        order = np.lexsort((self.columns, self.rows))
+        order = np.argsort(self.rows, kind="stable")
         return _gather(self.columns[order], self.rows[order], self.shares[order], self.sources, self.targets)
+
+
+def corner(sources: int, targets: int) -> tuple[Indices, Indices, Indices]:
+    """The entries of the plan that keeps channels in order: sources, targets and mass, in units of 1/lcm(n, m)."""
+    common = gcd(sources, targets)
+    send, take = targets // common, sources // common
+    ends = np.sort(np.concatenate([np.arange(1, sources + 1) * send, np.arange(1, targets + 1) * take]))
+    mass = np.diff(ends, prepend=0)
+    ends, mass = ends[mass > 0], mass[mass > 0]
+    return (ends - 1) // send, (ends - 1) // take, mass
+
+
+def _merged(keys: Indices, values: npt.NDArray[np.float64]) -> tuple[Indices, npt.NDArray[np.float64]]:
+    """Keys in order, each once, with the sums of their values."""
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    return keys[first], np.add.reduceat(values[order], first)
 
 
 def _gather(takes: Indices, places: Indices, shares: npt.NDArray[np.float64], size: int, length: int) -> _Gather:
@@ -184,7 +197,7 @@ def _run(gather: _Gather, values: Floats, size: int, factor: float, out: Floats 
         for at in range(0, size, step):
             _sum(values, [takes[at : at + step] for takes in gather.rounds], scale, out[:, at : at + step])
         return out
-    step = max(1, _CHUNK // max(1, length * after)) if gather.matrix is None else 64
+    step = max(1, _CHUNK // max(1, length * after))
     for at in range(0, before, step):
         part, into = values[at : at + step], out[at : at + step]
         if gather.matrix is None:
@@ -193,7 +206,8 @@ def _run(gather: _Gather, values: Floats, size: int, factor: float, out: Floats 
                 part.reshape(-1)[::16].max()
             _sum(part, gather.rounds, scale, into)
             continue
-        led = gather.matrix @ _swapped(part).reshape(length, -1)
+        room = SCRATCH.array("swapped", (length, len(part), after))
+        led = gather.matrix @ _swapped(part, room).reshape(length, -1)
         if scale != 1:
             led *= scale
         _swapped(led.reshape(size, len(part), after), into)
@@ -209,14 +223,12 @@ def _sum(values: Floats, rounds: Sequence[Indices], scale: np.float32, out: Floa
         out *= scale
 
 
-def _swapped(values: Floats, out: Floats | None = None) -> Floats:
+def _swapped(values: Floats, out: Floats) -> Floats:
     """[a, b, c] as [b, a, c]: a sparse product runs along rows, so its axis goes to the front and back.
 
     What lies along c moves as one item: numpy would run a loop of its own over the taps of every kernel.
     """
     a, b, c = values.shape
-    if out is None:
-        out = np.empty((b, a, c), np.float32)
     kind = f"V{4 * c}"
     items = np.ascontiguousarray(values).reshape(a, b * c).view(kind)
     out.reshape(b, a * c).view(kind)[...] = items.T

@@ -4,7 +4,9 @@ The plan is POT's (`ot.emd`, network simplex; SubFLOT, arXiv 2604.06631, Eq. 4),
 An optimal plan uses fewer than n + m of the n·m pairs, so the simplex is first given the cheapest few of every channel.
 Its dual potentials u, v then say for all other pairs whether they could help: where C_jk ≥ u_j + v_k everywhere, the
 plan is optimal for the whole matrix, by linear programming duality; pairs that break it are added, and the simplex runs
-again. Small problems, and those for which that does not end soon, go to the dense solvers.
+again. It is given costs less the potentials of Sinkhorn's algorithm, which move the cost of every plan by the same: its
+pivots go by reduced costs, so that it begins near its end. Small problems, and those for which that does not end soon,
+go to the dense solvers.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.errors import BundleError, MissingExtraError, shape_text
-from fedprune.transport.coupling import Coupling
+from fedprune.transport.coupling import Coupling, corner
 
 Indices = npt.NDArray[np.int64]
 Cost = npt.NDArray[np.floating[Any]]
@@ -31,11 +33,12 @@ SMALL = 160 * 160
 _KEPT = 10
 """Cheapest pairs per channel that the simplex starts with, over both sides."""
 
-_LEAST = 3
-"""And at least so many of every channel."""
+_SMOOTHING = 0.15
+"""Width of Sinkhorn's kernel, beside the spread of the costs."""
 
-_SMOOTHING = ((0.4, 8), (0.1, 20))
-"""Widths of Sinkhorn's kernel, beside the spread of the costs, and how many steps with each."""
+_STEPS = 10
+_RELAXED = 1.3
+"""How far each of its steps goes, beside a plain one: fewer of them get as near (Thibault et al., arXiv 1711.01851)."""
 
 _ROUNDS = 8
 _PIVOTS = 10_000_000
@@ -81,9 +84,11 @@ def _cheapest(cost: Cost) -> Coupling | None:
         if (np.bincount(best, minlength=m) == n // m).all():
             return Coupling.of(n, m, np.arange(n), best, np.ones(n))
     elif m % n == 0:
-        best = cost.argmin(0)
-        if (np.bincount(best, minlength=n) == m // n).all():
-            return Coupling.of(n, m, best, np.arange(m), np.ones(m))
+        # `argmin` along the first axis is slow. Every column has a least entry: m in all leave none a second one.
+        least = cost == cost.min(0)
+        if (np.count_nonzero(least, axis=1) == m // n).all():
+            rows, columns = np.nonzero(least)
+            return Coupling.of(n, m, rows, columns, np.ones(m))
     return None
 
 
@@ -115,15 +120,15 @@ def _by_columns(cost: Cost) -> Coupling | None:
     flat = cost.reshape(-1)
     scale = float(np.abs(single).max())
     room = _KEPT * (n + m)
-    reduced = _smoothed(single)
+    reduced, near_u, near_v = _smoothed(single)
     used = _first_pairs(reduced, room // 2)
     for _ in range(_ROUNDS):
-        pairs = np.flatnonzero(used)
-        costs = coo_array((flat[pairs].astype(np.float64), (pairs // m, pairs % m)), shape=cost.shape)
-        plan, log = _emd()(sent, got, costs, numItermax=_PIVOTS, log=True, center_dual=False)
-        u, v = log["u"], log["v"]
+        rows, columns = np.divmod(np.flatnonzero(used), m)
+        costs = coo_array((cost[rows, columns] - near_u[rows] - near_v[columns], (rows, columns)), shape=cost.shape)
+        plan, log = _emd()(sent, got, costs, numItermax=_PIVOTS, log=True, center_dual=False, check_marginals=False)
         if log["warning"]:
             return None
+        u, v = log["u"] + near_u, log["v"] + near_v
         np.subtract(single, u.astype(np.float32)[:, None], out=reduced)
         reduced -= v.astype(np.float32)
         # In float32 to find what may be negative, in float64 to know.
@@ -141,45 +146,52 @@ def _by_columns(cost: Cost) -> Coupling | None:
     return None
 
 
-def _smoothed(cost: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The cost less potentials that are nearly optimal: a few steps of Sinkhorn's algorithm (Cuturi 2013).
+def _smoothed(
+    cost: npt.NDArray[np.float32],
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The cost less potentials that are nearly optimal, and these: a few steps of Sinkhorn's algorithm (Cuturi 2013).
 
     They decide nothing but where the search begins, so that float32 is enough.
+
+    Returns:
+        C − u − v [n, m], u [n] and v [m].
     """
     n, m = cost.shape
-    reduced: npt.NDArray[np.float32] = cost - cost.mean(1, keepdims=True)
-    reduced -= reduced.mean(0)
+    u, v = cost.mean(1), cost.mean(0)
+    v -= v.mean()
+    reduced: npt.NDArray[np.float32] = cost - u[:, None]
+    reduced -= v
     flat = reduced.reshape(-1)
-    spread = max(float(np.sqrt(flat @ flat / flat.size)), 1e-30)
-    for part, steps in _SMOOTHING:
-        width = np.float32(part * spread)
-        kernel = reduced * (-1 / width)
-        np.clip(kernel, -60, 40, out=kernel)  # a pair that stands out must not drown all others
-        np.exp(kernel, out=kernel)
-        b = np.ones(m, np.float32)
-        for _ in range(steps):
-            a = 1 / (kernel @ b)
-            b = np.float32(n / m) / (a @ kernel)
-        reduced -= width * np.log(a)[:, None]
-        reduced -= width * np.log(b)
-    return reduced
+    width = np.float32(_SMOOTHING * max(float(np.sqrt(flat @ flat / flat.size)), 1e-30))
+    kernel = reduced * (-1 / width)
+    np.clip(kernel, -60, 40, out=kernel)  # a pair that stands out must not drown all others
+    np.exp(kernel, out=kernel)
+    b = np.ones(m, np.float32)
+    a = 1 / (kernel @ b)
+    with np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore"):
+        for _ in range(_STEPS):
+            b *= (np.float32(n / m) / (b * (a @ kernel))) ** np.float32(_RELAXED)
+            a *= (1 / (a * (kernel @ b))) ** np.float32(_RELAXED)
+        more_u, more_v = width * np.log(a), width * np.log(b)
+    if np.isfinite(more_u).all() and np.isfinite(more_v).all():  # long steps may go astray
+        reduced -= more_u[:, None]
+        reduced -= more_v
+        u, v = u + more_u, v + more_v
+    return reduced, u.astype(np.float64), v.astype(np.float64)
 
 
 def _first_pairs(reduced: npt.NDArray[np.float32], room: int) -> npt.NDArray[np.bool_]:
     """Where to begin, as a mask of all pairs [n·m].
 
-    About `room` cheapest pairs, the cheapest of rows and columns that have few of them, and a plan that is possible.
+    About `room` cheapest pairs, the cheapest of every row and column, and a plan that is possible.
     """
     n, m = reduced.shape
-    used: npt.NDArray[np.bool_] = reduced.reshape(-1) <= _lowest(reduced, room)
-    grid = used.reshape(n, m)
-    for side, values in ((grid, reduced), (grid.T, reduced.T)):
-        few = np.flatnonzero(np.count_nonzero(side, axis=1) < _LEAST)
-        least = min(_LEAST, values.shape[1])
-        side[few[:, None], np.argpartition(values[few], least - 1, axis=1)[:, :least]] = True
-    order = Coupling.in_order(n, m)
-    grid[order.rows, order.columns] = True
-    return used
+    bound = _lowest(reduced, room)  # the rows' own least pairs come with it in one comparison
+    grid: npt.NDArray[np.bool_] = reduced <= np.maximum(reduced.min(1), bound)[:, None]
+    grid |= reduced <= reduced.min(0)
+    rows, columns, _ = corner(n, m)
+    grid[rows, columns] = True
+    return grid.reshape(-1)
 
 
 def _lowest(values: npt.NDArray[np.float32], count: int) -> np.float32:
