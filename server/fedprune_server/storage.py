@@ -22,6 +22,7 @@ from fedprune.coordination import State
 from fedprune.coordination.events import Event
 from fedprune.disk import storage_errors
 from fedprune.errors import StorageError, StorageFullError
+from fedprune_server.schema import DEVICES, EVENTS, META, ROUNDS, TABLES, decoded, device_row, encoded, round_row
 
 FORMAT = "fedprune.server/1"
 FILE = "server.db"
@@ -31,45 +32,6 @@ _BUSY_S = 10
 _PRUNE_EVERY, _PAGE = 500, 1000
 LOGGED_EVENTS = 50_000
 """Events that the log keeps at least; older ones are deleted from time to time."""
-
-_tables = sql.MetaData()
-_meta = sql.Table(
-    "meta",
-    _tables,
-    sql.Column("key", sql.String(64), primary_key=True),
-    sql.Column("value", sql.Text, nullable=False),
-)
-_events = sql.Table(
-    "events",
-    _tables,
-    sql.Column("number", sql.Integer, primary_key=True, autoincrement=True),
-    sql.Column("at", sql.Float, nullable=False),
-    sql.Column("type", sql.String(64), nullable=False),
-    sql.Column("body", sql.Text, nullable=False),
-)
-_devices = sql.Table(
-    "devices",
-    _tables,
-    sql.Column("name", sql.String(64), primary_key=True),
-    sql.Column("online", sql.Boolean, nullable=False),
-    sql.Column("profile", sql.String(64), nullable=False),
-    sql.Column("samples", sql.BigInteger, nullable=False),
-    sql.Column("widths", sql.Text, nullable=False),
-    sql.Column("plan", sql.Text, nullable=False),
-    sql.Column("excluded", sql.Text, nullable=False),
-    sql.Column("body", sql.Text, nullable=False),
-    sql.Column("bytes_down", sql.BigInteger, nullable=False, default=0),
-    sql.Column("bytes_up", sql.BigInteger, nullable=False, default=0),
-)
-_rounds = sql.Table(
-    "rounds",
-    _tables,
-    sql.Column("round", sql.Integer, primary_key=True),
-    sql.Column("at", sql.Float, nullable=False),
-    sql.Column("model", sql.String(64), nullable=False),
-    sql.Column("metrics", sql.Text, nullable=False),
-    sql.Column("summary", sql.Text, nullable=False),
-)
 
 Traffic = Mapping[str, tuple[int, int]]
 """Payload bytes by device: to it and from it."""
@@ -107,7 +69,7 @@ class Storage:
             with self._transaction() as connection:
                 self._check(connection)
                 if create:
-                    _tables.create_all(connection)
+                    TABLES.create_all(connection)
                     if self._meta(connection, "format") is None:
                         self._put_meta(connection, "format", FORMAT)
                 elif not self._complete(connection):
@@ -168,18 +130,18 @@ class Storage:
         """What `put_settings` kept, or None."""
         with self._transaction() as connection:
             text = self._meta(connection, "settings")
-        return None if text is None else dict(_decoded(text, self.url))
+        return None if text is None else dict(decoded(text, self.url))
 
     def put_settings(self, body: Mapping[str, Any]) -> None:
         """Keep the job's settings, so that a server started on this folder alone can go on."""
         with self._transaction() as connection:
-            self._put_meta(connection, "settings", _encoded(body))
+            self._put_meta(connection, "settings", encoded(body))
 
     def outsiders(self) -> dict[str, dict[str, Any]]:
         """What `put_outsiders` kept, by device."""
         with self._transaction() as connection:
             text = self._meta(connection, "outsiders")
-        found = _decoded(text or "{}", self.url)
+        found = decoded(text or "{}", self.url)
         self._saved_outsiders = found
         return {str(name): dict(body) for name, body in found.items()}
 
@@ -189,7 +151,7 @@ class Storage:
             return
         body = {name: dict(device) for name, device in devices.items()}
         with self._transaction() as connection:
-            self._put_meta(connection, "outsiders", _encoded(body))
+            self._put_meta(connection, "outsiders", encoded(body))
         self._saved_outsiders = body
 
     def save(self, state: State, event: Event | None, now: float, traffic: Traffic | None = None) -> None:
@@ -222,18 +184,16 @@ class Storage:
             if event is not None:
                 self._log(connection, event, now)
             for name in changed:
-                row = _device_row(name, state.devices[name], counted[name])
-                where = _devices.c.name == name
-                if not connection.execute(_devices.update().where(where).values(row)).rowcount:
-                    connection.execute(_devices.insert().values(row))
+                row = device_row(name, state.devices[name], counted[name])
+                where = DEVICES.c.name == name
+                if not connection.execute(DEVICES.update().where(where).values(row)).rowcount:
+                    connection.execute(DEVICES.insert().values(row))
             for name in moved:
                 down, up = counted[name]
-                connection.execute(
-                    _devices.update().where(_devices.c.name == name).values(bytes_down=down, bytes_up=up)
-                )
+                connection.execute(DEVICES.update().where(DEVICES.c.name == name).values(bytes_down=down, bytes_up=up))
             if new_rounds:
-                connection.execute(_rounds.delete().where(_rounds.c.round.in_([r["round"] for r in new_rounds])))
-                connection.execute(_rounds.insert(), [_round_row(r) for r in new_rounds])
+                connection.execute(ROUNDS.delete().where(ROUNDS.c.round.in_([r["round"] for r in new_rounds])))
+                connection.execute(ROUNDS.insert(), [round_row(r) for r in new_rounds])
         self._saved_state = body
         self._saved_devices = marks
         self._saved_traffic = counted
@@ -241,10 +201,10 @@ class Storage:
 
     def _log(self, connection: sql.Connection, event: Event, now: float) -> None:
         body = json.dumps(vars(event), sort_keys=True, separators=(",", ":"), default=vars)
-        row = _events.insert().values(at=now, type=type(event).__name__, body=body)
+        row = EVENTS.insert().values(at=now, type=type(event).__name__, body=body)
         number = int((connection.execute(row).inserted_primary_key or (0,))[0])
         if self.logged and number % min(_PRUNE_EVERY, self.logged) == 0:
-            connection.execute(_events.delete().where(_events.c.number <= number - self.logged))
+            connection.execute(EVENTS.delete().where(EVENTS.c.number <= number - self.logged))
 
     def load(self) -> State | None:
         """The state that was saved last, or None for a new database.
@@ -256,12 +216,12 @@ class Storage:
             text = self._meta(connection, "state")
             history = self._history(connection)
             devices = {
-                n: _decoded(b, self.url) for n, b in connection.execute(sql.select(_devices.c.name, _devices.c.body))
+                n: decoded(b, self.url) for n, b in connection.execute(sql.select(DEVICES.c.name, DEVICES.c.body))
             }
         if text is None:
             return None
-        body = _decoded(text, self.url)
-        state = State.from_json(_encoded({**body, "devices": devices} if isinstance(body, dict) else body))
+        body = decoded(text, self.url)
+        state = State.from_json(encoded({**body, "devices": devices} if isinstance(body, dict) else body))
         state.history = history
         self._saved_rounds = len(history)
         return state
@@ -274,10 +234,10 @@ class Storage:
     def devices(self) -> list[dict[str, Any]]:
         """The devices' rows, by name; `widths` and `plan` as JSON values."""
         with self._transaction() as connection:
-            columns = [c for c in _devices.c if c.name != "body"]
-            rows = [dict(r) for r in connection.execute(sql.select(*columns).order_by(_devices.c.name)).mappings()]
+            columns = [c for c in DEVICES.c if c.name != "body"]
+            rows = [dict(r) for r in connection.execute(sql.select(*columns).order_by(DEVICES.c.name)).mappings()]
         for row in rows:
-            row["widths"], row["plan"] = _decoded(row["widths"], self.url), _decoded(row["plan"], self.url)
+            row["widths"], row["plan"] = decoded(row["widths"], self.url), decoded(row["plan"], self.url)
         return rows
 
     def traffic(self) -> dict[str, tuple[int, int]]:
@@ -286,12 +246,12 @@ class Storage:
 
     def events(self, after: int = 0) -> Iterator[tuple[int, float, str, dict[str, Any]]]:
         """The log: number, time, type and body of every event with a higher number than `after`."""
-        query = sql.select(_events).order_by(_events.c.number).limit(_PAGE)
+        query = sql.select(EVENTS).order_by(EVENTS.c.number).limit(_PAGE)
         rows: Sequence[Any] = [(after,)]
         while rows:  # page by page: a long job's log is more than memory should hold
             with self._transaction() as connection:
-                rows = connection.execute(query.where(_events.c.number > rows[-1][0])).all()
-            yield from ((number, at, kind, _decoded(body, self.url)) for number, at, kind, body in rows)
+                rows = connection.execute(query.where(EVENTS.c.number > rows[-1][0])).all()
+            yield from ((number, at, kind, decoded(body, self.url)) for number, at, kind, body in rows)
 
     def _check(self, connection: sql.Connection) -> None:
         if connection.dialect.name == "sqlite":
@@ -305,19 +265,19 @@ class Storage:
 
     def _complete(self, connection: sql.Connection) -> bool:
         names = set(sql.inspect(connection).get_table_names())
-        return set(_tables.tables) <= names and self._meta(connection, "format") is not None
+        return set(TABLES.tables) <= names and self._meta(connection, "format") is not None
 
     def _history(self, connection: sql.Connection) -> list[dict[str, Any]]:
-        query = sql.select(_rounds.c.summary).order_by(_rounds.c.round)
-        return [_decoded(text, self.url) for text in connection.execute(query).scalars()]
+        query = sql.select(ROUNDS.c.summary).order_by(ROUNDS.c.round)
+        return [decoded(text, self.url) for text in connection.execute(query).scalars()]
 
     def _meta(self, connection: sql.Connection, key: str) -> str | None:
-        value = connection.execute(sql.select(_meta.c.value).where(_meta.c.key == key)).scalar()
+        value = connection.execute(sql.select(META.c.value).where(META.c.key == key)).scalar()
         return None if value is None else str(value)
 
     def _put_meta(self, connection: sql.Connection, key: str, value: str) -> None:
-        if not connection.execute(_meta.update().where(_meta.c.key == key).values(value=value)).rowcount:
-            connection.execute(_meta.insert().values(key=key, value=value))
+        if not connection.execute(META.update().where(META.c.key == key).values(value=value)).rowcount:
+            connection.execute(META.insert().values(key=key, value=value))
 
     @contextmanager
     def _transaction(self) -> Iterator[sql.Connection]:
@@ -363,39 +323,3 @@ def _translated(url: str) -> Iterator[None]:
 def _same(one: tuple[Any, ...] | None, other: tuple[Any, ...]) -> bool:
     """Whether nothing was assigned since; the JSON bodies in a device are replaced, never changed in place."""
     return one is not None and len(one) == len(other) and all(a is b or a == b for a, b in zip(one, other, strict=True))
-
-
-def _device_row(name: str, device: Any, traffic: tuple[int, int]) -> dict[str, Any]:
-    return {
-        "name": name,
-        "online": device.online,
-        "profile": str(device.profile.get("name", "")),
-        "samples": device.samples,
-        "widths": _encoded(list(device.widths)),
-        "plan": _encoded(device.plan),
-        "excluded": device.excluded,
-        "body": _encoded(vars(device)),
-        "bytes_down": traffic[0],
-        "bytes_up": traffic[1],
-    }
-
-
-def _round_row(summary: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "round": summary["round"],
-        "at": summary["at"],
-        "model": summary["model"],
-        "metrics": _encoded(summary["metrics"]),
-        "summary": _encoded(summary),
-    }
-
-
-def _encoded(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _decoded(text: str, url: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise StorageError(f"{url}: a row is damaged ({error})", hint="Restore the server's backup.") from error

@@ -1,0 +1,95 @@
+"""The tables of the server's database, and how devices and rounds are written as their rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import sqlalchemy as sql
+
+from fedprune.coordination.state import Device
+from fedprune.errors import StorageError
+
+TABLES = sql.MetaData()
+META = sql.Table(
+    "meta",
+    TABLES,
+    sql.Column("key", sql.String(64), primary_key=True),
+    sql.Column("value", sql.Text, nullable=False),
+)
+EVENTS = sql.Table(
+    "events",
+    TABLES,
+    sql.Column("number", sql.Integer, primary_key=True, autoincrement=True),
+    sql.Column("at", sql.Float, nullable=False),
+    sql.Column("type", sql.String(64), nullable=False),
+    sql.Column("body", sql.Text, nullable=False),
+)
+DEVICES = sql.Table(
+    "devices",
+    TABLES,
+    sql.Column("name", sql.String(64), primary_key=True),
+    sql.Column("online", sql.Boolean, nullable=False),
+    sql.Column("profile", sql.String(64), nullable=False),
+    sql.Column("samples", sql.BigInteger, nullable=False),
+    sql.Column("widths", sql.Text, nullable=False),
+    sql.Column("plan", sql.Text, nullable=False),
+    sql.Column("excluded", sql.Text, nullable=False),
+    sql.Column("body", sql.Text, nullable=False),
+    sql.Column("bytes_down", sql.BigInteger, nullable=False, default=0),
+    sql.Column("bytes_up", sql.BigInteger, nullable=False, default=0),
+)
+ROUNDS = sql.Table(
+    "rounds",
+    TABLES,
+    sql.Column("round", sql.Integer, primary_key=True),
+    sql.Column("at", sql.Float, nullable=False),
+    sql.Column("model", sql.String(64), nullable=False),
+    sql.Column("metrics", sql.Text, nullable=False),
+    sql.Column("summary", sql.Text, nullable=False),
+)
+
+
+def device_row(name: str, device: Device, traffic: tuple[int, int]) -> dict[str, Any]:
+    """A device as a row, with payload bytes to it and from it."""
+    return {
+        "name": name,
+        "online": device.online,
+        "profile": str(device.profile.get("name", "")),
+        "samples": device.samples,
+        "widths": encoded(list(device.widths)),
+        "plan": encoded(device.plan),
+        "excluded": device.excluded,
+        "body": encoded(vars(device)),
+        "bytes_down": traffic[0],
+        "bytes_up": traffic[1],
+    }
+
+
+def round_row(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A finished round as a row, from the summary that the coordinator wrote."""
+    return {
+        "round": summary["round"],
+        "at": summary["at"],
+        "model": summary["model"],
+        "metrics": encoded(summary["metrics"]),
+        "summary": encoded(summary),
+    }
+
+
+def encoded(value: object) -> str:
+    """A value as JSON, the same for equal values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def decoded(text: str, url: str) -> Any:
+    """What `encoded` wrote.
+
+    Raises:
+        StorageError: It is damaged; the message names the database.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise StorageError(f"{url}: a row is damaged ({error})", hint="Restore the server's backup.") from error
