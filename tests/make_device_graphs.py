@@ -3,9 +3,9 @@
 A linear classifier of 6 features and 3 classes, with its step written out by hand: `plain`, `full` (all loss
 terms and the proximal pull), `stats` (with a running mean that behaves as batch-norm statistics do), `inference`.
 
-The others come from the compiler, of that classifier (`adamw`, `bce`, `bias`, `huber`), of one with a hidden normalised
-layer that can be narrowed (`narrow`, `still`, `kept`, `masked`, `threshold`, `scaled`; `hidden` and `hidden_half`
-predict), and of one that reads token ids (`tokens`).
+The others come from the compiler, of that classifier (`adamw`, `bce`, `bias`, `huber`, `mixup`), of one with a hidden
+normalised layer that can be narrowed (`narrow`, `still`, `kept`, `masked`, `threshold`, `scaled`; `hidden` and
+`hidden_half` predict), and of one that reads token ids (`tokens`, `tokens_mixup`).
 """
 
 from __future__ import annotations
@@ -131,6 +131,8 @@ COMPILED = {
     "narrow": (hidden, Features(ordered_dropout=True, optimizer="adam", proximal=True)),
     "still": (hidden, Features(frozen=("w1", "gamma", "mean", "var"))),
     "tokens": (tokens, Features()),
+    "tokens_mixup": (tokens, Features(mixup=True)),
+    "mixup": (linear, Features(mixup=True, accumulate=True, label_smoothing=True, class_weight=True)),
     "kept": (hidden, Features(axes=True)),
     "masked_classes": (hidden, Features(class_mask=True)),
     "masked": (hidden, Features(element_mask=True, axes=True, gradients=True)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,22 @@ import numpy.typing as npt
 from fedprune.chance import keyed
 from fedprune.recipe import Recipe
 
+Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
+
+
+class Part(NamedTuple):
+    """Samples that are worked on at once.
+
+    Attributes:
+        x: The samples.
+        y: Their labels, as `labels.targets` gives them.
+        partner: Classes of the samples that were mixed into them; None where they are their own.
+    """
+
+    x: Array
+    y: Array
+    partner: Array | None = None
 
 
 class Batches:

@@ -18,12 +18,14 @@ from fedprune.graph_part import part_for
 from fedprune.ordered_dropout import TensorAxes
 from fedprune.recipe import Recipe
 from fedprune.session import Session
+from fedprune_device.batches import Part
 from fedprune_device.losses import loss_terms
 
 Array = npt.NDArray[Any]
 
 _NUMBERS = frozenset(
     {
+        *(step.Y_PARTNER, step.Y_SHARE),
         *(step.LABEL_SMOOTHING, step.HUBER_DELTA, step.CLIP_NORM, step.DIVISOR),
         *(step.LOGIT_OFFSET, step.CLASS_WEIGHT, step.CLASS_MASK, step.OUTPUT_SCALE),
     }
@@ -176,7 +178,7 @@ class StepGraph:
         """
         feeds = numbers(recipe) | anchors(recipe, tensors, self.trainable) | loss_terms(y, recipe, classes)
         feeds |= self.masking(tensors, recipe, mask)
-        moving = {step.X, step.Y, step.STEP_NUMBER, step.DIVISOR}
+        moving = {*step.OF_SAMPLES, step.STEP_NUMBER, step.DIVISOR}
         wanted = set(self._session.inputs) - moving - {*self.names, *self.states, *self.squares, *self._sums}
         classifies, scores = recipe.loss == "cross_entropy", recipe.loss in ("cross_entropy", "bce")
         whole = not self._sums and recipe.features.accumulate
@@ -207,7 +209,7 @@ class StepGraph:
     def advance(
         self,
         feeds: Mapping[str, Array],
-        parts: Sequence[tuple[Array, Array]],
+        parts: Sequence[Part],
         number: int,
         gradients: Sequence[str] = (),
     ) -> Moved:
@@ -215,7 +217,7 @@ class StepGraph:
 
         Args:
             feeds: Tensors, states and constants.
-            parts: Samples and labels of the batch, in the parts in which it is worked through.
+            parts: The batch, in the parts in which it is worked through.
             number: The step, from 1.
             gradients: Outputs that are wanted, too.
 
@@ -226,16 +228,19 @@ class StepGraph:
         if step.STEP_NUMBER in self._session.inputs:
             feeds[step.STEP_NUMBER] = np.array(number, np.int64)
         if step.DIVISOR in self._session.inputs:
-            feeds[step.DIVISOR] = np.array(sum(weight_of(y, feeds) for _, y in parts), np.float32)
+            feeds[step.DIVISOR] = np.array(sum(weight_of(part.y, feeds) for part in parts), np.float32)
         feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in self._sums}
         loss, hits = 0.0, 0
         moved: dict[str, Array] = {}
         asked: list[Array] = []
-        for count, (x, y) in enumerate(parts, 1):
+        for count, part in enumerate(parts, 1):
             last = count == len(parts)
             names = self._moving if last else [*self.statistics, *self._sums]
             extra = list(gradients) if last else []
-            out = self._run({**feeds, step.X: x, step.Y: y}, [*self._results, *map(step.following, names), *extra])
+            own = {step.X: part.x, step.Y: part.y}
+            if step.Y_PARTNER in self._session.inputs:
+                own[step.Y_PARTNER] = part.y if part.partner is None else part.partner
+            out = self._run({**feeds, **own}, [*self._results, *map(step.following, names), *extra])
             loss += float(out[step.LOSS])
             hits += int(out[step.HITS]) if step.HITS in out else 0
             moved, asked = {n: out[step.following(n)] for n in names}, [out[n] for n in extra]

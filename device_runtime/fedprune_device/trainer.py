@@ -20,10 +20,11 @@ from fedprune.ordered_dropout import TensorAxes
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.session import Session
-from fedprune_device.batches import Batches, even_parts
+from fedprune_device.batches import Batches, Part, even_parts
 from fedprune_device.calibration import measured
 from fedprune_device.data import LocalData
 from fedprune_device.labels import targets
+from fedprune_device.mixup import mixed
 from fedprune_device.patience import Patience
 from fedprune_device.step_graph import StepGraph, weight_of
 
@@ -172,8 +173,11 @@ class Trainer:
             if stop is not None and stop():
                 raise TrainingStoppedError(f"training was stopped before step {number} of {batches.steps}")
             at = time.monotonic()
-            parts = [(data.x_train[p], y[p]) for p in batches.parts(rows)]
+            parts = [Part(data.x_train[p], y[p]) for p in batches.parts(rows)]
             plan, fed = plans[0], {**constant, **state}
+            if recipe.mixup and not self.token_ids:
+                parts, share = mixed(parts, recipe.mixup, keyed(seed, round, device, "mixup", number))
+                fed |= {step.Y_SHARE: share} if recipe.features.mixup else {}
             if len(plans) > 1:
                 plan = plans[int(keyed(seed, round, device, "widths", number).integers(len(plans)))]
             if plan != plans[0] and self.axes is not None:
@@ -192,7 +196,7 @@ class Trainer:
             losses.append(loss)
             if (number - 1) % batches.per_epoch == 0:
                 hits = seen = 0
-            hits, seen = hits + right, seen + sum(labels.size for _, labels in parts)
+            hits, seen = hits + right, seen + sum(part.y.size for part in parts)
             if gradients:
                 with np.errstate(over="ignore"):  # what is not finite is an error below
                     squares = {n: np.square(np.asarray(g)) for n, g in zip(self.trainable, gradients, strict=True)}
@@ -273,17 +277,17 @@ class Trainer:
         feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in (*self._graph.states, *self._graph.squares)}
         rows = np.arange(min(samples, len(y)))
         batches = Batches(data.samples, recipe, normalised=self.normalised)
-        parts = [(data.x_train[p], y[p]) for p in batches.parts(rows)]
+        parts = [Part(data.x_train[p], y[p]) for p in batches.parts(rows)]
         if self._graph.accumulates:
             return self._graph.advance(feeds, parts, 1).loss
         losses = [self._graph.advance(feeds, [part], 1).loss for part in parts]
-        return float(np.average(losses, weights=[weight_of(y, feeds) for _, y in parts]))
+        return float(np.average(losses, weights=[weight_of(part.y, feeds) for part in parts]))
 
     def _can_validate(self, data: LocalData) -> bool:
         return len(data.y_val) > (1 if self.normalised else 0)  # statistics of a single sample are worthless
 
     def _validation_loss(self, feeds: dict[str, Array], data: LocalData, recipe: Recipe, classes: int) -> float | None:
-        """Data loss of the validation samples, as a step sees it (batch norm takes their statistics), unscaled.
+        """Data loss of the validation samples, as a step sees it (batch norm takes their statistics), but unscaled.
 
         None where all of them are of classes that the training samples lack, so that they weigh nothing.
         """
@@ -297,6 +301,7 @@ class Trainer:
             if not weight:
                 continue  # of classes that the training samples lack, which weigh nothing
             own = {step.X: data.x_val[rows], step.Y: y[rows], step.DIVISOR: np.array(weight, np.float32)}
+            own[step.Y_PARTNER] = y[rows]
             loss += weight * float(self._graph.run_forward({**feeds, **own}, [step.LOSS])[step.LOSS])
             total += weight
         if not math.isfinite(loss):

@@ -87,7 +87,9 @@ def _share(g: Graph, parts: _Parts, features: Features) -> str:
 def _cross_entropy(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
     """Cross-entropy with class labels; hits are samples whose largest logit is their label's.
 
-    With smoothing ε, a_c = (1 − ε)·w_y·[c = y] + ε/K·w_c: the loss is −Σ a_c·log p_c, its slope p·Σa − a.
+    With smoothing ε, a_c = (1 − ε)·w_y·[c = y] + ε/K·w_c: the loss is −Σ a_c·log p_c, its slope p·Σa − a. With mixup,
+    w_y·[c = y] is λ·w_y·[c = y] + (1 − λ)·w_y'·[c = y']; because partners' labels are the same ones in another order,
+    their weights add up to the same divisor, and the loss is λ·CE(y) + (1 − λ)·CE(y') (Zhang et al. 2018, eq. 2).
     """
     label = g.emit("Unsqueeze", step.Y, g.ints(1))
     is_label = g.emit("Equal", label, g.constant(np.arange(outputs)[None], np.int64))
@@ -95,22 +97,64 @@ def _cross_entropy(g: Graph, logits: str, outputs: int, features: Features) -> _
     probability = g.emit("Softmax", logits, attrs={"axis": 1})
     expected = g.emit("Cast", is_label, attrs={"to": 1})
     guess = g.emit("ArgMax", logits, attrs={"axis": 1, "keepdims": 0})
-    _count_hits(g, g.emit("Equal", guess, step.Y))
+    if features.mixup:
+        g.inputs += [port(step.Y_PARTNER, (BATCH,), np.int64), port(step.Y_SHARE, ())]
+        minor = g.emit("Less", step.Y_SHARE, g.scalar(0.5))
+        _count_hits(g, g.emit("Equal", guess, g.emit("Where", minor, step.Y_PARTNER, step.Y)))
+    else:
+        _count_hits(g, g.emit("Equal", guess, step.Y))
     weight = divisor = ""
     if features.class_weight:
         weight = g.emit("Gather", step.CLASS_WEIGHT, label)
         divisor = g.emit("ReduceSum", weight, attrs={"keepdims": 0})
+    if features.mixup:
+        aim = _mixed(g, expected, weight, outputs)
+        if features.label_smoothing:
+            kept, spread = _smoothing(g, outputs, features, "")
+            aim = g.emit("Add", g.emit("Mul", aim, kept), spread)
+        return _towards(g, aim, probability, log_probability, divisor)
     if not features.label_smoothing:
         own = g.emit("Where", is_label, log_probability, g.scalar(0))
         row = g.emit("Neg", g.emit("ReduceSum", own, g.ints(1), attrs={"keepdims": 1}))
         return _Parts(row, g.emit("Sub", probability, expected), weight, divisor)
+    kept, spread = _smoothing(g, outputs, features, weight)
+    aim = g.emit("Add", g.emit("Mul", expected, kept), spread)
+    return _towards(g, aim, probability, log_probability, divisor)
+
+
+def _mixed(g: Graph, expected: str, weight: str, outputs: int) -> str:
+    """What two labels and their shares make the model aim at [N, K].
+
+    Args:
+        g: The graph.
+        expected: 1 where a class is the sample's label, else 0.
+        weight: The weight of each sample's label [N, 1], or empty.
+        outputs: K.
+    """
+    partner = g.emit("Unsqueeze", step.Y_PARTNER, g.ints(1))
+    is_partner = g.emit("Equal", partner, g.constant(np.arange(outputs)[None], np.int64))
+    own, other = step.Y_SHARE, g.emit("Sub", g.scalar(1), step.Y_SHARE)
+    if weight:
+        own = g.emit("Mul", own, weight)
+        other = g.emit("Mul", other, g.emit("Gather", step.CLASS_WEIGHT, partner))
+    mixed_in = g.emit("Cast", is_partner, attrs={"to": 1})
+    return g.emit("Add", g.emit("Mul", expected, own), g.emit("Mul", mixed_in, other))
+
+
+def _smoothing(g: Graph, outputs: int, features: Features, weight: str) -> tuple[str, str]:
+    """By what labels are multiplied, [] or with their weights [N, 1], and what every class gets of them: [] or [K]."""
     g.inputs.append(port(step.LABEL_SMOOTHING, ()))
     kept = g.emit("Sub", g.scalar(1), step.LABEL_SMOOTHING)
     spread = g.emit("Div", step.LABEL_SMOOTHING, g.scalar(outputs))
     if weight:
         kept = g.emit("Mul", kept, weight)
+    if features.class_weight:
         spread = g.emit("Mul", spread, step.CLASS_WEIGHT)
-    aim = g.emit("Add", g.emit("Mul", expected, kept), spread)
+    return kept, spread
+
+
+def _towards(g: Graph, aim: str, probability: str, log_probability: str, divisor: str) -> _Parts:
+    """Cross-entropy with any aim [N, K]."""
     row = g.emit("Neg", g.emit("ReduceSum", g.emit("Mul", aim, log_probability), g.ints(1), attrs={"keepdims": 1}))
     whole = g.emit("ReduceSum", aim, g.ints(1), attrs={"keepdims": 1})
     return _Parts(row, g.emit("Sub", g.emit("Mul", probability, whole), aim), "", divisor)

@@ -24,6 +24,7 @@ def fedavg(job: Job) -> Job:
         ordered_dropout=(),
         average=0.0,
         blend=0.0,
+        mixup=0.0,
         calibrate=False,
         personal=(),
         scale=1.0,

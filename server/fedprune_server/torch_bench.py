@@ -132,8 +132,9 @@ class Request:
         if self.predicts:
             weights = tuple((n, v.shape) for n, v in self.session.tensors.items())
             return (weights, self.feeds[step.X].shape[1:])
-        moving = (step.X, step.Y)
-        shapes = tuple((n, np.shape(v)[1:] if n in moving else np.shape(v)) for n, v in sorted(self.feeds.items()))
+        shapes = tuple(
+            (n, np.shape(v)[1:] if n in step.OF_SAMPLES else np.shape(v)) for n, v in sorted(self.feeds.items())
+        )
         return (id(self.session), self.outputs, self.resident, shapes)
 
 

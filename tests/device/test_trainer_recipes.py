@@ -43,6 +43,7 @@ ADAMW = Recipe(
 )
 BCE = Recipe(epochs=2, batch_size=16, lr=0.1, loss="bce", balance_classes=True)
 HUBER = Recipe(epochs=2, batch_size=16, lr=0.1, loss="huber", huber_delta=0.5, accumulate=4)
+MIXUP = Recipe(epochs=2, batch_size=16, lr=0.1, mixup=0.6, accumulate=3, label_smoothing=0.2, balance_classes=True)
 NARROW = Recipe(epochs=3, batch_size=16, lr=0.01, optimizer="adam", proximal=0.1, ordered_dropout=(0.25, 0.5))
 STILL = Recipe(batch_size=16, frozen=("w1", "gamma", "mean", "var"))
 
@@ -87,7 +88,18 @@ def by_hand(weights: Tensors, data: LocalData, recipe: Recipe) -> dict[str, Arra
         weigh = class_weights(y_all, CLASSES) if recipe.loss == "cross_entropy" else positive_weights(y_all)
     for count, rows in enumerate(batches(recipe, len(y_all)), 1):
         x, y = data.x_train[rows].astype(np.float64), y_all[rows]
-        dz = slope(recipe, x @ w["w"].T + w["b"], y, weigh.astype(np.float64))
+        others, share = np.arange(len(rows)), 1.0
+        if recipe.mixup:
+            rng = keyed(7, 1, "d", "mixup", count)
+            share = float(np.float32(rng.beta(recipe.mixup, recipe.mixup)))
+            parts = np.array_split(others, -(-len(rows) // recipe.micro_batch))
+            others = np.concatenate([p[rng.permutation(len(p))] for p in parts])
+        x = share * x + (1 - share) * x[others]
+        z, real = x @ w["w"].T + w["b"], weigh.astype(np.float64)
+        if recipe.loss == "cross_entropy":
+            dz = share * slope(recipe, z, y, real) + (1 - share) * slope(recipe, z, y[others], real)
+        else:
+            dz = slope(recipe, z, share * y.astype(np.float64) + (1 - share) * y[others], real)
         gradient = {"w": dz.T @ x, "b": dz.sum(0)}
         norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
         share = min(1.0, recipe.clip_norm / (norm + 1e-6)) if recipe.clip_norm else 1.0
@@ -117,7 +129,13 @@ def labelled(data: LocalData) -> dict[str, LocalData]:
     return out
 
 
-@pytest.mark.parametrize(("graph", "recipe"), [("adamw", ADAMW), ("bce", BCE), ("huber", HUBER)])
+@pytest.mark.parametrize(
+    ("graph", "recipe"),
+    [
+        *(("adamw", ADAMW), ("bce", BCE), ("huber", HUBER), ("mixup", MIXUP)),
+        *(("bce", replace(BCE, mixup=0.4)), ("huber", replace(HUBER, mixup=1.5))),
+    ],
+)
 def test_training_is_what_the_recipe_says(
     graphs: Path, weights: Tensors, labelled: dict[str, LocalData], graph: str, recipe: Recipe
 ) -> None:
@@ -149,7 +167,7 @@ def test_reported_losses_and_hits_are_those_of_the_batches(
 def test_the_loss_at_given_weights_is_that_of_the_outputs(
     graphs: Path, weights: Tensors, labelled: dict[str, LocalData]
 ) -> None:
-    for graph, recipe in (("adamw", ADAMW), ("bce", BCE), ("huber", HUBER)):
+    for graph, recipe in (("adamw", ADAMW), ("bce", BCE), ("huber", HUBER), ("mixup", MIXUP)):
         data = labelled[recipe.loss]
         y, z = targets(data.y_train, recipe.loss, CLASSES), data.x_train @ weights["w"].T + weights["b"]
         loss = Trainer(graphs / f"{graph}.onnx").loss(weights, data, recipe, CLASSES, 20)
@@ -341,6 +359,51 @@ def test_samples_of_the_other_type_are_refused(graphs: Path, weights: Tensors, d
         train(graphs / "tokens.onnx", {"table": np.zeros((11, CLASSES), np.float32)}, floats, Recipe())
 
 
+def test_token_ids_are_not_mixed(graphs: Path, data: LocalData) -> None:
+    x = (3 * np.abs(data.x_train[:, :5])).astype(np.int64) % 11
+    ids = LocalData(x, data.y_train, x[:0], data.y_train[:0])
+    weights = {"table": np.random.default_rng(1).standard_normal((11, CLASSES)).astype(np.float32)}
+    recipe = Recipe(epochs=2, batch_size=16)
+    got = train(graphs / "tokens_mixup.onnx", weights, ids, replace(recipe, mixup=0.5))
+    wanted = train(graphs / "tokens.onnx", weights, ids, recipe)
+    np.testing.assert_allclose(got.tensors["table"], wanted.tensors["table"], rtol=1e-5, atol=1e-6)
+    assert got.train_accuracy == wanted.train_accuracy
+
+
+def test_a_mixed_round_that_is_done_again_gives_the_same_bits(
+    graphs: Path, weights: Tensors, labelled: dict[str, LocalData]
+) -> None:
+    for graph, recipe in (("mixup", MIXUP), ("bce", replace(BCE, mixup=0.4))):
+        path, data = graphs / f"{graph}.onnx", labelled[recipe.loss]
+        samples = data.x_train.copy()
+        one, two = (train(path, weights, data, recipe).tensors for _ in range(2))
+        other = train(path, weights, data, recipe, round=2).tensors
+        plain = train(path, weights, data, replace(recipe, mixup=1e-3)).tensors
+        assert np.array_equal(samples, data.x_train)
+        for name in weights:
+            assert one[name].tobytes() == two[name].tobytes()
+            assert not np.array_equal(one[name], other[name])
+            assert not np.array_equal(one[name], plain[name])
+
+
+def test_samples_that_are_worked_on_one_by_one_mix_with_themselves(
+    graphs: Path, weights: Tensors, labelled: dict[str, LocalData]
+) -> None:
+    alone = Recipe(epochs=1, batch_size=4, accumulate=4, loss="huber", huber_delta=0.5, lr=0.1)
+    data = labelled["huber"]
+    got, wanted = (train(graphs / "huber.onnx", weights, data, replace(alone, mixup=a)).tensors for a in (1.0, 0.0))
+    for name in weights:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_graph_that_mixes_and_a_recipe_that_does_not_are_no_pair(
+    graphs: Path, weights: Tensors, data: LocalData
+) -> None:
+    for graph, recipe in (("mixup", replace(MIXUP, mixup=0.0)), ("plain", Recipe(mixup=0.2))):
+        with pytest.raises(TrainingError, match=r"don't fit each other.*y_share"):
+            train(graphs / f"{graph}.onnx", weights, data, recipe)
+
+
 def test_the_state_of_a_round_begins_at_zero(graphs: Path, weights: Tensors, data: LocalData) -> None:
     """Two rounds of one step each are not one round of two steps."""
     trainer = Trainer(graphs / "adamw.onnx")
@@ -364,7 +427,7 @@ def test_a_graph_that_asks_for_more_is_refused(graphs: Path) -> None:
         Trainer(raw)
 
 
-@pytest.mark.parametrize(("graph", "recipe"), [("adamw", ADAMW), ("bce", BCE), ("huber", HUBER)])
+@pytest.mark.parametrize(("graph", "recipe"), [("adamw", ADAMW), ("bce", BCE), ("huber", HUBER), ("mixup", MIXUP)])
 def test_the_validation_loss_is_the_recipes(
     graphs: Path,
     weights: Tensors,

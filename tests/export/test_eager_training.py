@@ -90,6 +90,9 @@ def first_feeds(model: Model, graph: Graph, recipe: Recipe, seed: int, sizes: tu
         feeds = first_step(recipe, submodel(model, rng, 0.5), inputs, size, model.architecture.classes)
         feeds[step.X] = samples_of(model, rng, size)
         feeds[step.Y] = rng.integers(0, model.architecture.classes, size)
+        if step.Y_PARTNER in inputs:
+            feeds[step.Y_PARTNER] = rng.permutation(feeds[step.Y])
+            feeds[step.Y_SHARE] = np.array(rng.random(), np.float32)
         out.append(feeds)
     return out
 
@@ -151,6 +154,11 @@ RECIPES: dict[str, Recipe] = {
     "weighted parts": Recipe(batch_size=6, balance_classes=True, accumulate=2),
     "adam": Recipe(batch_size=6, optimizer="adam", lr=0.01, weight_decay=0.01),
     "adamw": Recipe(batch_size=6, optimizer="adamw", lr=0.01, weight_decay=0.1, beta2=0.95),
+    "mixup": Recipe(epochs=2, batch_size=6, mixup=0.6, lr=0.02),
+    "mixup in parts": Recipe(batch_size=6, mixup=1.0, accumulate=2, balance_classes=True, label_smoothing=0.1),
+    "mixup adjusted": Recipe(batch_size=6, mixup=0.3, logit_adjustment=True, mask_absent_classes=True),
+    "mixup bce": Recipe(batch_size=6, mixup=0.5, loss="bce", balance_classes=True),
+    "mixup mse": Recipe(batch_size=6, mixup=0.5, loss="mse", lr=0.02),
     "bce": Recipe(batch_size=6, loss="bce", balance_classes=True),
     "mse": Recipe(batch_size=6, loss="mse", lr=0.02),
     "huber": Recipe(batch_size=6, loss="huber", huber_delta=0.4, max_steps=3),

@@ -30,6 +30,9 @@ LOSSES = {
     "smooth": Features(label_smoothing=True),
     "smooth weights": Features(label_smoothing=True, class_weight=True),
     "all of cross-entropy": Features(True, True, True, label_smoothing=True),
+    "mixup": Features(mixup=True),
+    "mixup weights": Features(mixup=True, class_weight=True),
+    "all of cross-entropy with mixup": Features(True, True, True, label_smoothing=True, mixup=True),
     "bce": Features(loss="bce"),
     "bce weights": Features(loss="bce", class_weight=True),
     "mse": Features(loss="mse"),
@@ -59,6 +62,7 @@ def numbers(seed: int) -> dict[str, Array]:
         step.CLASS_MASK: np.array([1, 0, 1, 1], np.float32),
         step.LABEL_SMOOTHING: np.array(rng.uniform(0, 1), np.float32),
         step.HUBER_DELTA: np.array(rng.uniform(0.1, 3), np.float32),
+        step.Y_SHARE: np.array(rng.choice([0, 1, rng.uniform(0, 1)]), np.float32),
     }
 
 
@@ -71,6 +75,11 @@ def labels(kind: str, batch: int, seed: int) -> Array:
     return (3 * rng.standard_normal((batch, K))).astype(np.float32)
 
 
+def partners(y: Array, seed: int) -> Array:
+    """The same labels in another order."""
+    return np.random.default_rng([seed, 1]).permutation(y)
+
+
 def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtype: torch.dtype) -> dict[str, Array]:
     get = {k: torch.tensor(v, dtype=dtype) for k, v in extra.items()}
     leaf = torch.tensor(z, dtype=dtype, requires_grad=True)
@@ -80,11 +89,17 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
     if features.class_mask:
         x = torch.where(get[step.CLASS_MASK] > 0, x, torch.zeros_like(x))
     target = torch.tensor(y) if y.dtype == np.int64 else torch.tensor(y, dtype=dtype)
+    share = get[step.Y_SHARE] if features.mixup else torch.ones((), dtype=dtype)
+    partner = torch.tensor(extra[step.Y_PARTNER]) if features.mixup else target
     out: dict[str, torch.Tensor] = {}
     for reduction in ("mean", "none"):
         if features.loss == "cross_entropy":
             smooth = float(extra[step.LABEL_SMOOTHING]) if features.label_smoothing else 0.0
-            out[reduction] = functional.cross_entropy(x, target, weight, label_smoothing=smooth, reduction=reduction)
+            own, other = (
+                functional.cross_entropy(x, t, weight, label_smoothing=smooth, reduction=reduction)
+                for t in (target, partner)
+            )
+            out[reduction] = share * own + (1 - share) * other
         elif features.loss == "bce":
             out[reduction] = functional.binary_cross_entropy_with_logits(
                 x, target, pos_weight=weight, reduction=reduction
@@ -98,7 +113,7 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
     assert leaf.grad is not None
     found = {step.LOSS: out["mean"], step.SAMPLE_LOSSES: each, "dz": leaf.grad}
     if features.loss == "cross_entropy":
-        found[step.HITS] = (x.argmax(1) == target).sum()
+        found[step.HITS] = (x.argmax(1) == (target if share >= 0.5 else partner)).sum()
     if features.loss == "bce":
         found[step.HITS] = ((x > 0) == (target > 0.5)).sum()
     return {k: v.detach().numpy() for k, v in found.items()}
@@ -119,6 +134,7 @@ logits = st.integers(1, 9).flatmap(
 def test_a_loss_and_its_gradient_are_torchs(name: str, z: Array, seed: int) -> None:
     features, run = LOSSES[name], session(name)
     y, extra = labels(LOSSES[name].loss, len(z), seed), numbers(seed)
+    extra[step.Y_PARTNER] = partners(y, seed)
     exact, usual = (oracle(features, z, y, extra, t) for t in (torch.float64, torch.float32))
     got = run.run({k: v for k, v in {"z": z, step.Y: y, **extra}.items() if k in run.inputs})
     assert set(got) == set(exact)
@@ -136,10 +152,12 @@ def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(name: str) -> None:
     z, y, extra = rng.standard_normal((11, K)).astype(np.float32), labels(features.loss, 11, 5), numbers(5)
     weights = extra[step.CLASS_WEIGHT][y] if features.class_weight and features.loss == "cross_entropy" else np.ones(11)
     extra[step.DIVISOR] = np.array(weights.sum(), np.float32)
-    run, exact = session(name, True), oracle(features, z, y, extra, torch.float64)
+    split = np.array_split(np.arange(11), 3)
+    partner = np.concatenate([partners(y[rows], 5) for rows in split])
+    run, exact = session(name, True), oracle(features, z, y, {**extra, step.Y_PARTNER: partner}, torch.float64)
     found = []
-    for rows in np.array_split(np.arange(11), 3):
-        fed = {"z": z[rows], step.Y: y[rows], **extra}
+    for rows in split:
+        fed = {"z": z[rows], step.Y: y[rows], step.Y_PARTNER: partner[rows], **extra}
         found.append(run.run({k: v for k, v in fed.items() if k in run.inputs}))
     assert sum(float(f[step.LOSS]) for f in found) == pytest.approx(float(exact[step.LOSS]), rel=1e-6)
     assert error(np.concatenate([f["dz"] for f in found]), exact["dz"]) < 1e-6
@@ -151,9 +169,47 @@ def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(name: str) -> None:
 def test_extreme_outputs_give_finite_losses(name: str) -> None:
     features, run, extra = LOSSES[name], session(name), numbers(1)
     z = np.array([[1e6, -1e6, 0, 1], [-1e6, 1e6, 1e-30, -1e-30]], np.float32)
-    fed = {"z": z, step.Y: labels(features.loss, 2, 0), **extra}
+    y = labels(features.loss, 2, 0)
+    fed = {"z": z, step.Y: y, step.Y_PARTNER: y[::-1].copy(), **extra}
     got = run.run({k: v for k, v in fed.items() if k in run.inputs})
     assert all(np.isfinite(v).all() for v in got.values())
+
+
+@pytest.mark.parametrize(
+    ("mixed", "plain"),
+    [
+        ("mixup", "plain"),
+        ("mixup weights", "weights"),
+        ("all of cross-entropy with mixup", "all of cross-entropy"),
+    ],
+)
+@given(z=logits, seed=st.integers(0, 99), where=st.sampled_from(["whole", "with itself"]))
+def test_a_sample_that_is_not_mixed_has_the_loss_that_it_has_without_mixup(
+    mixed: str, plain: str, z: Array, seed: int, where: str
+) -> None:
+    y, extra = labels("cross_entropy", len(z), seed), numbers(seed)
+    fed = {"z": z, step.Y: y, step.Y_PARTNER: y, **extra}
+    if where == "whole":
+        fed |= {step.Y_PARTNER: partners(y, seed), step.Y_SHARE: np.array(1, np.float32)}
+    got, wanted = (
+        run.run({k: v for k, v in fed.items() if k in run.inputs}) for run in (session(mixed), session(plain))
+    )
+    for key, value in wanted.items():
+        np.testing.assert_allclose(got[key], value, rtol=1e-5, atol=2e-7 * (1 + float(np.abs(z).max())), err_msg=key)
+
+
+@given(z=logits, seed=st.integers(0, 99))
+def test_mixed_labels_are_torchs_probabilities_of_classes(z: Array, seed: int) -> None:
+    """Where classes weigh alike: eq. 1 of mixup, with labels one-hot, smoothed after they were mixed."""
+    y, extra = labels("cross_entropy", len(z), seed), numbers(seed)
+    extra[step.Y_PARTNER] = partners(y, seed)
+    share, smooth = float(extra[step.Y_SHARE]), float(extra[step.LABEL_SMOOTHING])
+    exact = oracle(Features(mixup=True, label_smoothing=True), z, y, extra, torch.float64)
+    leaf = torch.tensor(z, dtype=torch.float64, requires_grad=True)
+    hot = share * np.eye(K)[y] + (1 - share) * np.eye(K)[extra[step.Y_PARTNER]]
+    functional.cross_entropy(leaf, torch.tensor(hot), label_smoothing=smooth).backward()
+    assert leaf.grad is not None
+    np.testing.assert_allclose(exact["dz"], leaf.grad.numpy(), atol=1e-12)
 
 
 def test_small_losses_keep_their_digits() -> None:

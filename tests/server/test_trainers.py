@@ -50,7 +50,7 @@ RECIPES = {
         patience=1,
     ),
     "heterofl": Recipe(batch_size=8, scale=2.0, mask_absent_classes=True, clip_norm=1.0, calibrate=True),
-    "parts": Recipe(batch_size=8, accumulate=2, optimizer="adamw", lr=0.01),
+    "parts": Recipe(batch_size=8, accumulate=2, optimizer="adamw", lr=0.01, mixup=0.4),
 }
 
 

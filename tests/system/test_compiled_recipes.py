@@ -82,6 +82,21 @@ def criterion(recipe: Recipe, z: Any, y: Any, weights: Any) -> Any:
     return functional.huber_loss(z, y.to(z.dtype), delta=recipe.huber_delta)
 
 
+def mixed_loss(recipe: Recipe, net: nn.Module, x: Any, y: Any, weights: Any, rows: Any, number: int) -> Any:
+    """As the authors of mixup write it: samples mixed, and the criterion's values for classes; other labels mixed."""
+    if not recipe.mixup:
+        return criterion(recipe, net(x[rows]), y[rows], weights)
+    rng = keyed(7, 1, "d", "mixup", number)
+    share = float(np.float32(rng.beta(recipe.mixup, recipe.mixup)))
+    parts = np.array_split(rows, -(-len(rows) // recipe.micro_batch))
+    others = np.concatenate([part[rng.permutation(len(part))] for part in parts])
+    z = net(share * x[rows] + (1 - share) * x[others])
+    if recipe.loss == "cross_entropy":
+        own, other = (criterion(recipe, z, y[r], weights) for r in (rows, others))
+        return share * own + (1 - share) * other
+    return criterion(recipe, z, share * y[rows].to(z.dtype) + (1 - share) * y[others].to(z.dtype), weights)
+
+
 def optimiser(recipe: Recipe, parameters: list[Any]) -> Any:
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
@@ -102,11 +117,13 @@ def oracle(recipe: Recipe, model: Model, tensors: Tensors, widths: tuple[int, ..
         found = positive_weights(local.y_train) if recipe.loss == "bce" else class_weights(local.y_train, CLASSES)
         weights = torch.tensor(found, dtype=dtype)
     x, y = torch.tensor(local.x_train, dtype=dtype), torch.tensor(local.y_train)
+    number = 0
     for epoch in range(recipe.epochs):
         order = keyed(7, 1, "d", "batches", epoch).permutation(SAMPLES)
         for at in range(0, SAMPLES, recipe.batch_size):
             rows = order[at : at + recipe.batch_size]
-            loss = criterion(recipe, net(x[rows]), y[rows], weights)
+            number += 1
+            loss = mixed_loss(recipe, net, x, y, weights, rows, number)
             pull = sum(((p - s) ** 2).sum() for p, s in zip(leaves, start, strict=True))
             made.zero_grad()
             (loss + recipe.proximal / 2 * pull).backward()
@@ -125,6 +142,10 @@ ROUNDS: dict[str, Recipe] = {
     "bce": Recipe(loss="bce", lr=0.1, balance_classes=True, accumulate=2),
     "mse": Recipe(loss="mse", lr=0.1, accumulate=5, proximal=0.1),
     "huber": Recipe(loss="huber", huber_delta=0.3, optimizer="adamw", lr=0.01),
+    "mixup": Recipe(mixup=0.4, weight_decay=0.01, label_smoothing=0.1, clip_norm=0.5),
+    "mixup in parts": Recipe(mixup=1.0, balance_classes=True, accumulate=3),
+    "mixup of labels": Recipe(mixup=0.5, loss="bce", lr=0.1, balance_classes=True, accumulate=2),
+    "mixup of numbers": Recipe(mixup=2.0, loss="huber", huber_delta=0.3, lr=0.05),
     "frozen": Recipe(frozen=("conv1.*",), optimizer="adam", lr=0.01, accumulate=2, clip_norm=1.0),
     "biases": Recipe(trainable=("*.bias", "fc.*"), lr=0.2),
 }

@@ -66,6 +66,15 @@ def test_gradients_are_clipped_and_received_weights_are_blended_in_where_there_i
     assert made(Recipe(average=0.5), average=0.0, blend=0.2).blend == 0.2
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce", "huber"])
+def test_samples_are_mixed_with_any_loss(loss: str) -> None:
+    def made(own: float, option: float) -> float:
+        objective = compose(job({"mixup": option})).objective
+        return objective.recipe(Recipe(loss=loss, mixup=own), Turn(0, 1, "a", (3,))).mixup
+
+    assert (made(0.0, 0.0), made(0.0, 0.2), made(0.4, 0.2)) == (0.0, 0.2, 0.4)
+
+
 def test_what_is_switched_off_is_off() -> None:
     off = {"adjust": False, "dropout": [], "average": 0.0, "calibrate": False, "server_momentum": 0.0, "clip_norm": 0}
 
@@ -78,6 +87,8 @@ def test_what_is_switched_off_is_off() -> None:
         ({"averag": 0.5}, "averag"),
         ({"average": 1.0}, "average"),
         ({"blend": 1.1}, "blend"),
+        ({"mixup": 11.0}, "mixup"),
+        ({"mixup": 1e-4}, "mixup"),
         ({"clip_norm": -1.0}, "clip_norm"),
         ({"ranking": "curvature"}, "ranking"),
         ({"dropout": [0.5, 2.0]}, "dropout"),

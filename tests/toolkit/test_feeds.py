@@ -33,6 +33,14 @@ def test_a_recipes_numbers_are_those_that_its_graph_reads(recipe: Recipe, names:
         assert value == value.dtype.type(getattr(recipe, name))
 
 
+def test_samples_are_whole_until_a_step_mixes_them() -> None:
+    assert set(numbers(Recipe(mixup=0.3))) == SGD | {step.Y_SHARE}
+    assert numbers(Recipe(mixup=0.3))[step.Y_SHARE] == np.float32(1)
+    assert set(numbers(Recipe(mixup=0.3, loss="mse"))) == SGD  # whose targets are mixed before they are fed
+    found = first_step(Recipe(), {}, {step.Y_SHARE, step.Y_PARTNER}, 9, 4)
+    assert found == {step.Y_SHARE: np.float32(1)}  # labels and their partners are the samples'
+
+
 def test_only_trained_tensors_are_pulled() -> None:
     tensors = {"w": np.ones((2, 3), np.float32), "mean": np.ones(2, np.float32)}
     assert anchors(Recipe(), tensors, ["w"]) == {}

@@ -46,10 +46,14 @@ FLAGS = [f.name for f in fields(Features) if f.default is False]
 OTHERS = {"loss": "bce", "optimizer": "adamw", "frozen": ("a*",), "trainable": ("a*",)}
 
 
-@given(recipes, st.floats(0, 1))
-def test_what_came_later_is_only_written_where_it_matters(recipe: Recipe, blend: float) -> None:
+@given(recipes, st.floats(0, 1), st.floats(1e-3, 10))
+def test_what_came_later_is_only_written_where_it_matters(recipe: Recipe, blend: float, mixup: float) -> None:
     """A digest of a recipe that doesn't know it stays what it was."""
-    assert "blend" not in recipe.to_dict()
+    assert not {"blend", "mixup"} & set(recipe.to_dict())
+    mixed = replace(recipe, mixup=mixup)
+    assert Recipe.from_dict(json.loads(mixed.to_json())) == mixed
+    assert set(mixed.to_dict()) - set(recipe.to_dict()) == {"mixup"}
+    assert mixed.to_offer() == recipe.to_offer() | {"mixup": mixup}
     if recipe.average:
         other = replace(recipe, blend=blend)
         assert other.to_dict().get("blend", 0) == blend
@@ -95,6 +99,7 @@ def test_every_feature_has_a_key_of_its_own() -> None:
         ({"ordered_dropout": [0.5]}, "ordered_dropout"),
         ({"average": 0.85}, "axes"),
         ({"scale": 2}, "scale"),
+        ({"mixup": 0.2}, "mixup"),
         ({"mask": "hard"}, "element_mask axes"),
         ({"mask": "threshold", "mask_threshold": 0.1}, "threshold axes"),
         ({"report_squares": True}, "gradients"),
@@ -189,6 +194,17 @@ def test_settings_that_the_loss_has_no_meaning_for_are_refused(name: str, loss: 
         return
     with pytest.raises(ConfigError, match=f"recipe: {name} with loss '{loss}'"):
         Recipe.from_dict(setting)
+
+
+@pytest.mark.parametrize("loss", ["bce", "mse", "huber"])
+def test_labels_that_are_numbers_are_mixed_without_the_graph(loss: str) -> None:
+    assert Recipe(loss=loss, mixup=0.3).features == Recipe(loss=loss).features
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 5e-324, 10.5])
+def test_mixups_alpha_is_one_that_can_be_drawn_with(alpha: float) -> None:
+    with pytest.raises(ConfigError, match=r"recipe: mixup: expected .*number from"):
+        Recipe(mixup=alpha)
 
 
 def test_a_blend_needs_an_average() -> None:

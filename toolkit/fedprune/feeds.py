@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 
 
 def numbers(recipe: Recipe) -> dict[str, Array]:
-    """The scalars that a recipe sets, the same in every step."""
+    """The scalars that a recipe sets, the same in every step but for the share of labels where samples are mixed."""
     out = {
         step.LR: np.array(recipe.lr, np.float32),
         step.WEIGHT_DECAY: np.array(recipe.weight_decay, np.float32),
@@ -30,6 +30,8 @@ def numbers(recipe: Recipe) -> dict[str, Array]:
         out[step.CLIP_NORM] = np.array(recipe.clip_norm, np.float32)
     if recipe.features.scale:
         out[step.OUTPUT_SCALE] = np.array(recipe.scale, np.float32)
+    if recipe.features.mixup:
+        out[step.Y_SHARE] = np.array(1, np.float32)
     return out | loss_numbers(recipe)
 
 
@@ -60,7 +62,7 @@ def anchors(recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[st
 def first_step(
     recipe: Recipe, tensors: Mapping[str, Array], inputs: Collection[str], samples: int, classes: int
 ) -> dict[str, Array]:
-    """Everything but `x` and `y` that the first step of a round is fed, where classes count alike.
+    """Everything but samples and labels that the first step of a round is fed, where classes count alike.
 
     Args:
         recipe: The recipe for which the graph was made.
@@ -73,7 +75,7 @@ def first_step(
     out: dict[str, Array] = {n: np.asarray(v, order="C") for n, v in tensors.items()}
     out |= numbers(recipe) | anchors(recipe, tensors, trained)
     out[step.STEP_NUMBER] = np.array(1, np.int64)
-    out[step.OUTPUT_SCALE] = np.array(1, np.float32)
+    out[step.OUTPUT_SCALE] = out[step.Y_SHARE] = np.array(1, np.float32)
     out[step.DIVISOR] = np.array(samples, np.float32)
     out[step.LOGIT_OFFSET] = np.zeros(classes, np.float32)
     out[step.CLASS_WEIGHT] = out[step.CLASS_MASK] = np.ones(classes, np.float32)

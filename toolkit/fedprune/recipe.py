@@ -35,8 +35,11 @@ _FIRST = (
 )
 """Settings that every board knows."""
 
-_LATER = ("blend",)
+_LATER = ("blend", "mixup")
 """Settings that are only written down where they are not as by default: what was named by a digest keeps its name."""
+
+LEAST_MIXUP = 1e-3
+"""With a smaller α hardly a draw would mix anything; with the smallest, 1/α is no number and there is no draw."""
 
 _MOST = 1000
 _LONGEST = 1000
@@ -67,6 +70,8 @@ class Features:
         threshold: Per trained tensor a number θ: elements below it in size are 0 in the forward pass, and what is above
             it learns what its size is worth (FIARSE).
         scale: The outputs of every layer with weights, but the last, are multiplied by a number (HeteroFL's scaler).
+        mixup: Every sample has a second label, that of the sample that was mixed into it, and a number λ says how much
+            the first counts (cross-entropy).
         frozen: Patterns of tensors that stay as they are.
         trainable: Patterns of the only tensors that are trained, if there are any.
     """
@@ -88,6 +93,7 @@ class Features:
     axes: bool = False
     threshold: bool = False
     scale: bool = False
+    mixup: bool = False
     frozen: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
 
@@ -141,6 +147,9 @@ class Recipe:
         blend: Share of the received weights in the model that serves where the board keeps an average: it is
             (1 − blend) · average + blend · received, but for tensors that are personal or frozen. The average that
             is kept has none of it.
+        mixup: α of mixup (Zhang et al. 2018, eq. 1 and 2): every step trains on λ·x + (1 − λ)·x', λ ~ Beta(α, α), where
+            x' are its samples in another order, and on labels that are mixed alike; 0 for samples as they are. Token
+            ids can't be mixed: where a model reads them, training goes on without.
         calibrate: After training, one pass over the local training samples measures batch-norm statistics anew, for
             what is evaluated, serves and is sent.
         personal: Patterns of tensors that stay on the board: they are not part of its updates, and its own last ones
@@ -192,6 +201,7 @@ class Recipe:
     evaluate_every: int = 1
     best_epoch: bool = True
     blend: float = 0.0
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[float, float]] = {
@@ -211,6 +221,7 @@ class Recipe:
             "accumulate": (1, 65_536),
             "average": (0, 1),
             "blend": (0, 1),
+            "mixup": (0, 10),
             "scale": (1e-3, 1e3),
             "mask_threshold": (0, 1e6),
             "patience": (0, 10_000),
@@ -259,6 +270,10 @@ class Recipe:
             raise ConfigError("recipe: accumulate", expected="at most batch_size parts", got=self.accumulate)
         if self.mask_threshold and self.mask != "threshold":
             raise ConfigError(f"recipe: mask_threshold with mask {self.mask!r}", expected="mask 'threshold'")
+        if 0 < self.mixup < LEAST_MIXUP:
+            raise ConfigError(
+                "recipe: mixup", expected=f"0 for none, or a number from {LEAST_MIXUP} to 10", got=self.mixup
+            )
         if self.blend and not self.average:
             raise ConfigError(
                 "recipe: blend without average",
@@ -291,6 +306,7 @@ class Recipe:
             element_mask=self.mask == "hard",
             threshold=self.mask == "threshold",
             scale=self.scale != 1,
+            mixup=self.mixup > 0 and self.loss == "cross_entropy",
             gradients=self.report_squares,
             frozen=self.frozen,
             trainable=self.trainable,

@@ -6,6 +6,8 @@ what its recipe's features ask for, and nothing else.
 Inputs:
     `x` [N, ...]: float32, or int64 where the model reads token ids.
     `y`: int64 [N] (classes) with cross-entropy; float32 [N, K] with the other losses, 0 to 1 with `bce`.
+    `y_partner` (with mixup): int64 [N], the label of the sample that was mixed into each: `y` in another order;
+        `y_share` (shape []): λ, how much `y` counts beside it. Where nothing is mixed, `y_partner` is `y` and λ is 1.
     Scalars (shape []): `lr`, `weight_decay`; with SGD `momentum`; with Adam and AdamW `beta1`, `beta2` (float64),
         `epsilon` and `step_number` (int64, counting optimiser steps from 1); `label_smoothing`, `huber_delta`,
         `clip_norm` as asked for. float32 where nothing else is said.
@@ -21,8 +23,9 @@ Inputs:
 Outputs:
     `loss` (float32 []): the data loss, without the proximal term. With accumulation it is this part's share: shares
         add up to the batch's loss.
-    `hits` (int64 []): with cross-entropy, samples whose largest logit is their label's; with `bce`, entries of [N, K]
-        whose logit is on the label's side of 0 (labels above 0.5 count as 1). With `mse` and `huber` there is none.
+    `hits` (int64 []): with cross-entropy, samples whose largest logit is their label's (with mixup, that of the label
+        that counts more); with `bce`, entries of [N, K] whose logit is on the label's side of 0 (labels above 0.5 count
+        as 1). With `mse` and `huber` there is none.
     Per trained tensor its next value and its next state; per statistic that isn't frozen its next value. A frozen
         tensor has no output, because it stays as it is.
     On demand: per trained tensor `gradient` (of the whole objective and, with accumulation, of the batch so far;
@@ -40,6 +43,8 @@ from collections.abc import Callable
 
 X = "x"
 Y = "y"
+Y_PARTNER = "y_partner"
+Y_SHARE = "y_share"
 LR = "lr"
 MOMENTUM = "momentum"
 WEIGHT_DECAY = "weight_decay"
@@ -61,9 +66,13 @@ SAMPLE_LOSSES = "sample_losses"
 LOGITS = "logits"
 """The output of an inference graph (its input is `x`)."""
 
+OF_SAMPLES = frozenset({X, Y, Y_PARTNER})
+"""Inputs that have an entry for every sample."""
+
 RESERVED = frozenset(
     {
-        *(X, Y, LR, MOMENTUM, WEIGHT_DECAY, BETA1, BETA2, EPSILON, STEP_NUMBER),
+        *(X, Y, Y_PARTNER, Y_SHARE),
+        *(LR, MOMENTUM, WEIGHT_DECAY, BETA1, BETA2, EPSILON, STEP_NUMBER),
         *(LABEL_SMOOTHING, HUBER_DELTA, CLIP_NORM, DIVISOR, LOGIT_OFFSET, CLASS_WEIGHT, CLASS_MASK),
         OUTPUT_SCALE,
         *(LOSS, HITS, SAMPLE_LOSSES, LOGITS),

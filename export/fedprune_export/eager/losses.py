@@ -55,18 +55,26 @@ def judge(loss: str, logits: Tensor, y: Tensor, feeds: Mapping[str, Tensor], pre
 
 
 def _cross_entropy(logits: Tensor, y: Tensor, feeds: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows −Σ a_c · log p_c with a_c = (1 − ε)·w_y·[c = y] + ε/K·w_c; the weights w_y; and which are right."""
+    """The rows −Σ a_c · log p_c with a_c = (1 − ε)·w_y·[c = y] + ε/K·w_c; the weights w_y; and which are right.
+
+    With mixup, w_y·[c = y] is λ·w_y·[c = y] + (1 − λ)·w_y'·[c = y'].
+    """
     log_p = torch.log_softmax(logits, 1)
     classes = logits.shape[1]
     weight = feeds.get(step.CLASS_WEIGHT)
     own = log_p.gather(1, y[:, None])[:, 0]
     of_class = torch.ones_like(own) if weight is None else weight[y]
-    rows = -of_class * own
+    rows, label = -of_class * own, y
+    if step.Y_PARTNER in feeds:
+        partner, first = feeds[step.Y_PARTNER], feeds[step.Y_SHARE]
+        other = log_p.gather(1, partner[:, None])[:, 0]
+        rows = first * rows - (1 - first) * (other if weight is None else weight[partner] * other)
+        label = torch.where(first < 0.5, partner, y)
     if step.LABEL_SMOOTHING in feeds:
         share = feeds[step.LABEL_SMOOTHING]
         spread = log_p if weight is None else log_p * weight
         rows = (1 - share) * rows - share / classes * spread.sum(1)
-    return rows, of_class, (logits.argmax(1) == y).to(torch.int64)
+    return rows, of_class, (logits.argmax(1) == label).to(torch.int64)
 
 
 def _bce(logits: Tensor, y: Tensor, feeds: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -122,9 +122,9 @@ class TrainingStep:
         values = {
             n: self._stacks.stacked(n, [each[n] for each in feeds], constant=self._constant(n))
             for n in feeds[0]
-            if n not in (step.X, step.Y)
+            if n not in step.OF_SAMPLES
         }
-        for n in {step.X, step.Y}.intersection(feeds[0]):
+        for n in step.OF_SAMPLES.intersection(feeds[0]):
             values[n] = self._stacks.padded([each[n] for each in feeds], max(sizes))
         if min(sizes) != max(sizes):
             there = [[1.0] * size + [0.0] * (max(sizes) - size) for size in sizes]

@@ -24,7 +24,7 @@ import numpy as np
 from fedprune.aggregation import Fold, Rule
 from fedprune.architecture import Architecture
 from fedprune.job import Job
-from fedprune.recipe import Recipe
+from fedprune.recipe import LEAST_MIXUP, Recipe
 from fedprune.schedule import Schedule, Staleness
 from fedprune.scoring import SCORERS, ranks, score
 from fedprune.strategies.densities import dealt
@@ -53,6 +53,7 @@ class Options:
         blend: Share of the received weights in the model that serves beside that average; without one, nothing.
         calibrate: Boards measure batch-norm statistics of their own data after training.
         clip_norm: Norm to which a step's gradients are scaled down; 0 leaves them.
+        mixup: α with which samples of a step are mixed; 0 for samples as they are.
         lr_decay: The learning rate of round t is lr · lr_decay^(t − 1).
         arrivals: An asynchronous job: the model moves whenever so many updates have arrived, by the moves that they
             report, stale ones counting (k + 1)^-½ (FedBuff, Nguyen et al. 2022); 0 for synchronous rounds.
@@ -68,6 +69,7 @@ class Options:
     blend: float = 0.0
     calibrate: bool = True
     clip_norm: float = 1.0
+    mixup: float = 0.0
     lr_decay: float = 1.0
     arrivals: int = 0
 
@@ -141,6 +143,7 @@ class Fair:
             blend=recipe.blend or (options.blend if average else 0.0),
             calibrate=recipe.calibrate or options.calibrate,
             clip_norm=recipe.clip_norm or options.clip_norm,
+            mixup=recipe.mixup or options.mixup,
         )
 
 
@@ -158,6 +161,8 @@ def fedprune(job: Job) -> Strategy:
     number(name, "average", options.average, 0, 1, below=True)
     number(name, "blend", options.blend, 0, 1)
     number(name, "clip_norm", options.clip_norm, 0, 1e6)
+    if options.mixup:
+        number(name, "mixup", options.mixup, LEAST_MIXUP, 10)
     number(name, "lr_decay", options.lr_decay, 1e-3, 1)
     number(name, "arrivals", options.arrivals, 0, 10**6)
     for density in options.dropout:

@@ -1,0 +1,78 @@
+"""Mixup: how samples and labels of a batch are mixed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.chance import keyed
+from fedprune_device.batches import Part
+from fedprune_device.mixup import mixed
+
+pytestmark = pytest.mark.board
+
+sizes = st.lists(st.integers(1, 7), min_size=1, max_size=4)
+alphas = st.floats(1e-3, 10)
+
+
+def batch(sizes: list[int], loss: str, seed: int) -> list[Part]:
+    rng, parts = np.random.default_rng(seed), []
+    for n in sizes:
+        y = rng.integers(0, 9, n)
+        if loss != "cross_entropy":
+            y = rng.random((n, 3)).round(0 if loss == "bce" else 2).astype(np.float32)
+        parts.append(Part(rng.standard_normal((n, 2, 3)).astype(np.float32), y))
+    return parts
+
+
+@given(sizes, alphas, st.integers(0, 2**32 - 1))
+def test_classes_have_partners_and_samples_are_mixed_with_theirs(sizes: list[int], alpha: float, seed: int) -> None:
+    parts = batch(sizes, "cross_entropy", seed)
+    # A sample that says of which class it is: what is mixed into it must say the same of its partner.
+    parts = [Part(np.repeat(p.y[:, None], 2, 1).astype(np.float32), p.y) for p in parts]
+    got, share = mixed(parts, alpha, keyed(seed))
+    assert (share.dtype, share.shape) == (np.float32, ())
+    assert 0 <= share <= 1
+    for part, new in zip(parts, got, strict=True):
+        assert new.y is part.y
+        assert new.partner is not None
+        assert sorted(new.partner) == sorted(part.y)
+        assert new.x.dtype == np.float32
+        wanted = share * part.y + (1 - share) * new.partner
+        np.testing.assert_allclose(new.x, np.repeat(wanted[:, None], 2, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+@given(sizes=sizes, alpha=alphas, seed=st.integers(0, 2**32 - 1))
+def test_labels_that_are_numbers_are_mixed_as_samples_are(loss: str, sizes: list[int], alpha: float, seed: int) -> None:
+    parts = batch(sizes, loss, seed)
+    before = [(p.x.copy(), p.y.copy()) for p in parts]
+    same = [Part(p.y, p.y) for p in parts]
+    got, again = mixed(parts, alpha, keyed(seed))[0], mixed(same, alpha, keyed(seed))[0]
+    for part, new, twin, (x, y) in zip(parts, got, again, before, strict=True):
+        assert new.partner is None
+        assert new.y.dtype == np.float32
+        assert np.array_equal(new.y, twin.x)
+        assert 0 <= new.y.min() <= new.y.max() <= 1
+        np.testing.assert_allclose(new.x.sum(0), part.x.sum(0), atol=1e-4)
+        assert np.array_equal(part.x, x)
+        assert np.array_equal(part.y, y)
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 0.2, 1.0, 10.0])
+def test_shares_are_drawn_from_a_beta_distribution(alpha: float) -> None:
+    one = batch([2], "mse", 0)
+    shares = np.array([mixed(one, alpha, keyed(1, "mixup", n))[1] for n in range(3000)], np.float64)
+    assert np.isfinite(shares).all()
+    assert shares.mean() == pytest.approx(0.5, abs=0.03)
+    assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_sample_alone_mixes_with_itself(seed: int) -> None:
+    parts = batch([1, 1], "cross_entropy", seed)
+    for part, new in zip(parts, mixed(parts, 1.0, keyed(seed))[0], strict=True):
+        np.testing.assert_allclose(new.x, part.x, rtol=1e-6, atol=1e-7)
+        assert np.array_equal(new.y, new.partner)
