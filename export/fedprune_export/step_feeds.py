@@ -52,10 +52,10 @@ def step_feeds(
     Raises:
         ModelError: The graph has an input that is not in the contract, or lacks x, y or a tensor.
     """
-    feeds = {step.X: x, step.Y: y}
+    feeds: dict[str, Array] = {step.X: x, step.Y: y}
     if step.Y_PARTNER in inputs:
         feeds[step.Y_PARTNER] = y
-    feeds |= {**feeds_of.first_step(recipe, tensors, inputs, len(x), outputs)}
+    feeds |= feeds_of.first_step(recipe, tensors, inputs, len(x), outputs)
     missing = [n for n in (step.X, step.Y, *tensors) if n not in inputs]
     if missing:
         raise ModelError("the training step lacks inputs", got=", ".join(missing[:5]))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cutting import distance, inputs, outputs, random_selection
 
-from fedprune import tensorfile
+from fedprune import step, tensorfile
 from fedprune.bundle import FILES, MANIFEST, open_bundle
 from fedprune.errors import BundleError, StorageError, StorageFullError
 from fedprune.recipe import Recipe
@@ -49,6 +49,20 @@ def test_a_bundle_computes_what_the_cut_graph_computes(
     logits = Session(bundle.path("inference.onnx")).run({"x": x})["logits"]
 
     assert distance(logits, outputs(cut(lenet, half), x)) < 1e-6
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.25])
+def test_a_bundle_that_mixes_says_so_and_another_does_not(
+    lenet: Model, half: Selection, tmp_path: Path, mixup: float
+) -> None:
+    recipe = Recipe(mixup=mixup, average=0.5, blend=mixup)
+    bundle = write_bundle(tmp_path / "b", bundle_files(lenet, half, recipe), half, recipe, "raspberry-pi-5")
+    said = json.loads((tmp_path / "b" / MANIFEST).read_text())["recipe"]
+    inputs_of = set(Session(bundle.path("training.onnx"), training=True).inputs)
+
+    assert open_bundle(tmp_path / "b").recipe == recipe
+    assert {k: said[k] for k in ("mixup", "blend") if k in said} == ({"mixup": 0.25, "blend": 0.25} if mixup else {})
+    assert inputs_of & {step.Y_PARTNER, step.Y_SHARE} == ({step.Y_PARTNER, step.Y_SHARE} if mixup else set())
 
 
 def test_what_is_written_is_read_back(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
