@@ -197,7 +197,9 @@ def _run(gather: _Gather, values: Floats, size: int, factor: float, out: Floats 
         for at in range(0, size, step):
             _sum(values, [takes[at : at + step] for takes in gather.rounds], scale, out[:, at : at + step])
         return out
-    step = max(1, _CHUNK // max(1, length * after))
+    # A sparse product's result is in the cache, too, until it is swapped.
+    side = length if gather.matrix is None else max(length, size)
+    step = max(1, _CHUNK // max(1, side * after))
     for at in range(0, before, step):
         part, into = values[at : at + step], out[at : at + step]
         if gather.matrix is None:
