@@ -119,13 +119,13 @@ def test_the_same_run_gives_the_same_numbers_and_a_page(accuracy, tmp_path, monk
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.accuracy.page import page
 
-    protocol = small(TABLES["cifar10-ingredients"])
+    protocol = small(TABLES["fedprune-ablation"])
     first, second = (check(run, protocol, tmp_path / name) for name in "ab")
     for result in (first, second):
         result.pop("wall_s"), result.pop("cpu_s")
     assert json.dumps(first) == json.dumps(second)
     better = json.loads(json.dumps(first))
-    better["method"] = "la"
+    better["method"] = "slices"
     better["rounds"][0]["measured"]["global"] += 0.1
     better["rounds"][0]["down"] *= 3
     text = page(
@@ -133,10 +133,11 @@ def test_the_same_run_gives_the_same_numbers_and_a_page(accuracy, tmp_path, monk
         [{**r, "cpu_s": 1.0} for r in (first, better)],
         {"date": "today", "machine": "here", "versions": {"Python": "3"}},
     )
-    rows = [line for line in text.splitlines() if line.startswith("| la |")]
+    rows = [line for line in text.splitlines() if line.startswith("| slices |")]
     assert "+10.0" in rows[0]
     assert len(rows) >= 2  # it is among the costlier ones, too
-    assert "Not run yet (seeds): slices (1, 2), la (1, 2)" in text
+    assert "Not run yet (seeds): fedprune (1), no adjustment (0, 1)," in text
+    assert text.endswith("slices (1).\n")
 
 
 class KilledError(Exception):
@@ -145,7 +146,7 @@ class KilledError(Exception):
 
 def test_the_result_is_there_before_the_state_goes_and_what_is_run_again_begins_anew(accuracy, tmp_path, monkeypatch):
     _, run = accuracy
-    protocol = small(TABLES["cifar10-ingredients"])
+    protocol = small(TABLES["fedprune-ablation"])
     method, folder = protocol.method("slices"), tmp_path / "runs" / protocol.name
 
     def killed(_):

@@ -10,7 +10,9 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
   2021, Alg. 1);
 - filling from w_t, by which few devices move a coordinate less than many (CA-HFP, Sec. II-A, eq. 4);
 - server momentum (FedAvgM, Hsu et al. 2019, Sec. 4.3);
-- on the board, batch-norm statistics of its own data, and its own moving average of what it trained, which serves.
+- mixup (Zhang et al. 2018) and clipped gradients, as a board has few samples and sees them many times;
+- on the board, batch-norm statistics of its own data, and its own moving average of what it trained: half of what
+  serves, the other half being the received weights, which know of other boards' data.
 """
 
 from __future__ import annotations
@@ -66,10 +68,10 @@ class Options:
     rule: str = "fill"
     server_momentum: float = 0.5
     average: float = 0.85
-    blend: float = 0.0
+    blend: float = 0.5
     calibrate: bool = True
     clip_norm: float = 1.0
-    mixup: float = 0.0
+    mixup: float = 0.2
     lr_decay: float = 1.0
     arrivals: int = 0
 
