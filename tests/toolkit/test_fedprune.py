@@ -58,7 +58,7 @@ def test_gradients_are_clipped_and_received_weights_are_blended_in_where_there_i
     def made(recipe: Recipe, **options: Any) -> Recipe:
         return compose(job(options)).objective.recipe(recipe, Turn(0, 1, "a", (3,)))
 
-    assert (made(Recipe()).clip_norm, made(Recipe()).blend) == (1.0, 0.0)
+    assert (made(Recipe()).clip_norm, made(Recipe()).blend) == (1.0, 0.5)
     assert made(Recipe(clip_norm=3.0)).clip_norm == 3.0
     assert made(Recipe(), clip_norm=0.5, blend=0.2) == replace(made(Recipe()), clip_norm=0.5, blend=0.2)
     assert made(Recipe(average=0.5, blend=0.3), blend=0.2).blend == 0.3
@@ -77,6 +77,7 @@ def test_samples_are_mixed_with_any_loss(loss: str) -> None:
 
 def test_what_is_switched_off_is_off() -> None:
     off = {"adjust": False, "dropout": [], "average": 0.0, "calibrate": False, "server_momentum": 0.0, "clip_norm": 0}
+    off["mixup"] = 0.0
 
     assert compose(job(off)).objective.recipe(Recipe(), Turn(0, 1, "a", (3,))) == Recipe()
 
