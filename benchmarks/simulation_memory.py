@@ -26,6 +26,7 @@ from fedprune.recipe import Recipe
 from fedprune_device.data import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import digits_model
+from fedprune_server.experiment import Experiment
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import StoredData, VirtualDevice
 
@@ -70,7 +71,9 @@ def measure(count: int, participation: float, folder: Path) -> dict[str, Any]:
     before = peak()
     began = time.process_time()
     simulation = Simulation(
-        job, model, devices, (held.x_test, held.y_test), BlobStore(folder / "blobs", durable=False), folder=folder
+        Experiment("memory", job, model, devices, (held.x_test, held.y_test)),
+        BlobStore(folder / "blobs", durable=False),
+        folder=folder,
     )
     spent = {"save": 0.0}
     save = simulation._save

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from fedprune.errors import StorageError
 from fedprune_server import pictures
-from fedprune_server.experiment import RECORD
 from fedprune_server.record import Record
 from fedprune_server.report import CSS, TAIL, html_table, markdown_table, shown
+from fedprune_server.run_folder import RECORD
 
 PAGE = "comparison.html"
 

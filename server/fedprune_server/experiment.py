@@ -1,36 +1,24 @@
-"""A simulation with all that belongs to it, from settings to the folder that it leaves behind."""
+"""What is to be simulated: a job with its fleet, its data and its circumstances."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune import __version__
-from fedprune.blobs import BlobStore
-from fedprune.disk import storage_errors, write_whole
 from fedprune.job import Job
 from fedprune_export.imported import Model
 from fedprune_server.evaluator import Evaluation
 from fedprune_server.measure import Hook, described
-from fedprune_server.metrics_table import write_metrics
-from fedprune_server.record import Record
-from fedprune_server.simulation import Simulation
-from fedprune_server.simulation_state import fingerprint
 from fedprune_server.trainers import ONNXRUNTIME
 from fedprune_server.virtual_device import VirtualDevice
 from fedprune_server.weather import Availability, DropOuts, Weather
-
-CONFIG = "config{}.json"
-RECORD = "metrics{}.json"
-"""Files of a run's folder; a reference's are marked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +44,7 @@ class Experiment:
     title: str
     job: Job
     model: Model
-    devices: tuple[VirtualDevice, ...]
+    devices: Sequence[VirtualDevice]
     evaluation: Evaluation | None = None
     calibration: npt.NDArray[np.float32] | None = None
     dropouts: DropOuts = field(default_factory=DropOuts)
@@ -67,52 +55,33 @@ class Experiment:
     trainer: str = ONNXRUNTIME
     workers: int = 1
 
-    def simulation(self, folder: Path | None, store: BlobStore) -> Simulation:
-        """The simulation, from where the folder's state stands.
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that decides the run.
 
-        Args:
-            folder: Where its state is kept; without it nothing is.
-            store: A blob store of its own.
-
-        Raises:
-            FedpruneError: As `Simulation`.
+        The model counts with its graph as well as its architecture, which says nothing about activations.
         """
-        return Simulation(
-            self.job,
-            self.model,
-            self.devices,
-            self.evaluation,
-            store,
-            folder=folder,
-            dropouts=self.dropouts,
-            calibration=self.calibration,
-            weather=self.weather,
-            availability=self.availability,
-            measure=self.measure,
-            checkpoints=self.checkpoints,
-            trainer=self.trainer,
-            workers=self.workers,
-        )
+        settings = [self.job.to_dict(), asdict(self.dropouts), self._circumstances()]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        digest.update(self.model.architecture.digest.encode())
+        digest.update(hashlib.sha256(self.model.graph.to_bytes()).digest())
+        for device in sorted(self.devices, key=lambda d: d.name):
+            data = [device.samples, device.fingerprint]
+            digest.update(json.dumps([device.name, device.profile.to_dict(), *data], sort_keys=True).encode())
+        _add(digest, self.evaluation or ())
+        _add(digest, () if self.calibration is None else (self.calibration,))
+        return digest.hexdigest()
 
     def settings(self) -> dict[str, Any]:
         """All that decides the run, as JSON: what is large (model, data) by its digest."""
-        more: dict[str, Any] = {
-            "weather": asdict(self.weather),
-            "availability": asdict(self.availability),
-            "trainer": self.trainer,
-        }
-        more["measure"] = described(self.measure)
-        digest = fingerprint(
-            self.job, self.model, self.devices, asdict(self.dropouts), self.evaluation, self.calibration, more
-        )
         return {
             "fedprune": __version__,
             "title": self.title,
-            "fingerprint": digest,
+            "fingerprint": self.fingerprint,
             "job": self.job.to_dict(),
             "model": {"name": self.model.architecture.name, "architecture": self.model.architecture.digest},
             "dropouts": asdict(self.dropouts),
-            **more,
+            **self._circumstances(),
             "checkpoints": self.checkpoints,
             "evaluation": 0 if self.evaluation is None else len(self.evaluation[1]),
             "calibration": 0 if self.calibration is None else len(self.calibration),
@@ -128,45 +97,18 @@ class Experiment:
             ],
         }
 
+    def _circumstances(self) -> dict[str, Any]:
+        return {
+            "weather": asdict(self.weather),
+            "availability": asdict(self.availability),
+            "trainer": self.trainer,
+            "measure": described(self.measure),
+        }
 
-def simulate(
-    experiment: Experiment,
-    folder: Path | None = None,
-    progress: Callable[[Simulation], None] | None = None,
-    *,
-    suffix: str = "",
-    state: str = "run",
-) -> Record:
-    """Run an experiment to its end, from wherever it stands, and leave its numbers in a folder.
 
-    Args:
-        experiment: The experiment.
-        folder: Where `config.json`, `metrics.json`, `metrics.parquet` and `rounds.parquet` are written, and where the
-            state lies that a killed run goes on from. Without it nothing stays.
-        progress: Called after every training and every round.
-        suffix: Put before the ending of those files' names, where one folder has several runs.
-        state: The folder's folder of the run's state.
-
-    Returns:
-        The run's record.
-
-    Raises:
-        StorageError: The folder holds another run, or the disk fails.
-        FedpruneError: As `Simulation.run`.
-    """
-    with nullcontext(None) if folder is not None else TemporaryDirectory(prefix="fedprune-blobs-") as scratch:
-        place = None if folder is None else folder / state
-        if folder is not None and place is not None:
-            with storage_errors(f"can't make {place}"):
-                place.mkdir(parents=True, exist_ok=True)
-        blobs = BlobStore((place or Path(str(scratch))) / "blobs", durable=False)
-        simulation = experiment.simulation(place, blobs)
-        if folder is not None:
-            text = json.dumps(experiment.settings(), indent=1) + "\n"
-            write_whole(folder / CONFIG.format(suffix), text.encode())
-        simulation.run(progress)
-        record = simulation.record(experiment.title)
-    if folder is not None:
-        record.save(folder / RECORD.format(suffix))
-        write_metrics(folder, record, suffix)
-    return record
+def _add(digest: hashlib._Hash, arrays: Iterable[npt.NDArray[Any]]) -> None:
+    """Add arrays with their types and shapes, so that no two lists of arrays add the same bytes."""
+    arrays = list(arrays)
+    digest.update(json.dumps([[a.dtype.str, a.shape] for a in arrays]).encode())
+    for array in arrays:
+        digest.update(array.tobytes())

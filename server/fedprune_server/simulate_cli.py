@@ -151,7 +151,7 @@ def _one(experiment: Experiment, folder: Path, *, suffix: str = "", state: str =
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from fedprune_server.experiment import simulate
+    from fedprune_server.run_folder import simulate
 
     job = experiment.job
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

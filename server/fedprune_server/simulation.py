@@ -7,15 +7,11 @@ kill are two files and the blobs beside them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from fedprune.blobs import BlobStore
 from fedprune.chance import keyed
@@ -23,78 +19,44 @@ from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError
-from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
-from fedprune_export.imported import Model
 from fedprune_server import trainers
 from fedprune_server.checkpoints import write_checkpoint
 from fedprune_server.crew import Crew, helped
-from fedprune_server.evaluator import Evaluation
-from fedprune_server.measure import Hook, described
+from fedprune_server.experiment import Experiment
 from fedprune_server.patience import Patience, excuse
 from fedprune_server.record import Record, record_of
 from fedprune_server.rhythm import Rhythm
 from fedprune_server.round_notes import Notary
-from fedprune_server.simulation_state import Item, Left, SimulationState, Trained, fingerprint, held
+from fedprune_server.simulation_state import Item, Left, SimulationState, Trained, held
 from fedprune_server.trainers import ONNXRUNTIME
 from fedprune_server.uploads import UPDATE_SIZE, misfit
-from fedprune_server.virtual_device import BLOBS, Bench, VirtualDevice
-from fedprune_server.weather import ALWAYS, Availability, DropOuts, Weather
+from fedprune_server.virtual_device import BLOBS, Bench
+from fedprune_server.weather import ALWAYS
 from fedprune_server.worker import Worker
 
 
 class Simulation:
-    """A job on virtual devices.
+    """An experiment's job on virtual devices.
 
     Args:
-        job: The job's settings.
-        model: The imported model.
-        devices: The fleet.
-        evaluation: The server's own samples and labels, or None.
+        experiment: What is to be simulated.
         store: A blob store of this simulation's own: what is no longer needed is deleted from it.
-        folder: Where the state is saved, and looked for; without it nothing is.
-        dropouts: How devices vanish.
-        calibration: Samples on which the server measures batch-norm statistics, or None.
-        weather: How links and boards vary.
-        availability: When devices are there.
-        measure: Measures the global model when a round has closed; what it finds is noted, and nobody decides by it.
-        checkpoints: After every so many rounds the global model is put into `folder`'s checkpoints; 0 for never.
-        trainer: What trains: `onnxruntime` as on boards, or another that `fedprune_server.trainers` knows.
-        workers: In how many processes.
+        folder: Where the state is saved, and looked for, and where checkpoints are put; without it nothing is.
 
     Raises:
         ConfigError: There are no devices, or names come twice, or there is no such trainer.
         StorageError: The folder's state is damaged or belongs to another simulation.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        model: Model,
-        devices: Sequence[VirtualDevice],
-        evaluation: Evaluation | None,
-        store: BlobStore,
-        *,
-        folder: Path | None = None,
-        dropouts: DropOuts | None = None,
-        calibration: npt.NDArray[np.float32] | None = None,
-        weather: Weather | None = None,
-        availability: Availability | None = None,
-        measure: Hook | None = None,
-        checkpoints: int = 0,
-        trainer: str = ONNXRUNTIME,
-        workers: int = 1,
-    ) -> None:
-        self.job = job
-        self.model = model
+    def __init__(self, experiment: Experiment, store: BlobStore, *, folder: Path | None = None) -> None:
+        self.experiment = experiment
+        self.job = job = experiment.job
+        self.model = model = experiment.model
         self.store = store
-        self.dropouts = dropouts or DropOuts()
-        self.weather = weather or Weather()
-        self.availability = availability or Availability()
-        self._checkpoints = checkpoints if folder is not None else 0
-        self._trainer, self._workers = trainer, workers
-        trainers.checked(trainer, workers)
+        trainers.checked(experiment.trainer, experiment.workers)
+        devices = experiment.devices
         self._devices = {d.name: d for d in devices}
         if not devices or len(self._devices) != len(devices):
             raise ConfigError("simulation: devices", expected="one or more with different names", got=len(devices))
@@ -102,16 +64,14 @@ class Simulation:
             raise ConfigError(
                 "simulation: job.devices", expected=f"at most the {len(devices)} there are", got=job.devices
             )
-        worker = Worker(job, model, store, evaluation, calibration)
+        worker = Worker(job, model, store, experiment.evaluation, experiment.calibration)
         self._worker: Worker | Crew = worker
         self._initial = worker.initial
-        self._notary = Notary(job, model, store, measure)
+        self._notary = Notary(job, model, store, experiment.measure)
         self._profiles: dict[int, dict[str, Any]] = {}
         self._rhythm = Rhythm()
         self._folder = folder
-        more: dict[str, Any] = {"weather": asdict(self.weather), "availability": asdict(self.availability)}
-        more |= {"trainer": trainer, "measure": described(measure)}
-        self._fingerprint = fingerprint(job, model, devices, asdict(self.dropouts), evaluation, calibration, more)
+        self._fingerprint = experiment.fingerprint
         self._begun = self._take_up()
 
     @property
@@ -177,11 +137,11 @@ class Simulation:
             self._tidy()
         return self.state.history
 
-    def record(self, title: str) -> Record:
+    def record(self) -> Record:
         """The run so far, as a record."""
         ranking = self.state.ranking
         return record_of(
-            title,
+            self.experiment.title,
             self.job,
             self.model.architecture,
             self.state,
@@ -226,15 +186,16 @@ class Simulation:
         """Helpers for the worker, while the simulation runs."""
         alone = self._worker
         try:
-            with helped(alone, self._workers) as self._worker:
+            with helped(alone, self.experiment.workers) as self._worker:
                 yield
         finally:
             self._worker = alone
 
     def _bench(self, scratch: Path) -> Bench:
-        if self._trainer == ONNXRUNTIME and self._workers == 1:
+        trainer, workers = self.experiment.trainer, self.experiment.workers
+        if trainer == ONNXRUNTIME and workers == 1:
             return Bench(self.store, scratch)
-        return trainers.bench(self._trainer, self._workers, self.model, self.store, scratch)
+        return trainers.bench(trainer, workers, self.model, self.store, scratch)
 
     def _event(self, bench: Bench, key: int, item: Item) -> on.Event | None:
         """What the coordinator is told of something that has happened; None for nothing."""
@@ -291,7 +252,7 @@ class Simulation:
         run.up += ref.size
         self._spent(device)[1] += ref.size
         link, key = self._devices[device].profile.link, (self.job.seed, command.round, device)
-        at, run.free[1] = self.weather.arrives(*key, link, "up", ref.size, now, run.free[1])
+        at, run.free[1] = self.experiment.weather.arrives(*key, link, "up", ref.size, now, run.free[1])
         run.push(at, on.UpdateStored(device, command.round, command.attempt, ref.sha256))
 
     def _offer(self, command: do.SendOffer, now: float) -> None:
@@ -309,16 +270,16 @@ class Simulation:
         run.down += size
         self._spent(name)[0] += size
         key = (seed, command.round, name)
-        ready, run.free[0] = self.weather.arrives(*key, device.profile.link, "down", size, now, run.free[0])
+        ready, run.free[0] = self.experiment.weather.arrives(*key, device.profile.link, "down", size, now, run.free[0])
         took = device.train_s(
             self.model.architecture, tuple(command.offer["widths"]), Recipe.from_dict(command.offer["recipe"])
-        ) / self.weather.compute(seed, command.round, name)
+        ) / self.experiment.weather.compute(seed, command.round, name)
         chance = keyed(seed, command.round, name, command.attempt, run.sessions[name], "drop-out")
-        if chance.random() < self.dropouts.probability:
+        if chance.random() < self.experiment.dropouts.probability:
             gone = min(ready + chance.random() * took, run.leaves.get(name, ALWAYS))
             run.push(gone, on.DeviceDied(name, run.sessions[name]))
             run.online.discard(name)  # whatever is sent meanwhile does not arrive
-            self._birth(name, gone + chance.exponential(self.dropouts.away_s))
+            self._birth(name, gone + chance.exponential(self.experiment.dropouts.away_s))
         else:
             run.push(ready + took, Trained(name, command.round, command.attempt, command.offer))
 
@@ -365,7 +326,7 @@ class Simulation:
         """Let a device appear, as soon as its window of time is open."""
         session = self._run.sessions.get(name, 0) + 1
         device = self._devices[name]
-        begin, end = self.availability.window(self.job.seed, name, at)
+        begin, end = self.experiment.availability.window(self.job.seed, name, at)
         self._run.leaves[name] = end
         if id(device.profile) not in self._profiles:  # devices of one kind share one
             self._profiles[id(device.profile)] = device.profile.to_dict()
@@ -385,7 +346,8 @@ class Simulation:
     def _finish(self, number: int) -> None:
         self._patience.moved()
         self._run.finish_round(number)
-        if self._folder is not None and self._checkpoints and number % self._checkpoints == 0:
+        every = self.experiment.checkpoints
+        if self._folder is not None and every and number % every == 0:
             write_checkpoint(self._folder, self.model, number, self.store.read(self.state.model))
 
     def _keep(self, ended: bool) -> None:

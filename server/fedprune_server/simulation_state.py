@@ -7,28 +7,20 @@ in there, too: a run is never continued with other settings, another model or ot
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.disk import locked, storage_errors, write_whole
 from fedprune.errors import StorageError
-from fedprune.job import Job
-from fedprune_export.imported import Model
-from fedprune_server.evaluator import Evaluation
 from fedprune_server.round_notes import Notes
-from fedprune_server.virtual_device import VirtualDevice
 
 FORMAT = "fedprune.simulation/2"
 FILE = "simulation.json"
@@ -337,46 +329,6 @@ def held(folder: Path) -> Iterator[None]:
     hint = "Wait for its end and give the command again, or give another folder."
     with locked(folder / _LOCK, f"another simulation runs in {folder}", hint):
         yield
-
-
-def fingerprint(
-    job: Job,
-    model: Model,
-    devices: Sequence[VirtualDevice],
-    dropouts: Mapping[str, Any],
-    evaluation: Evaluation | None,
-    calibration: npt.NDArray[np.float32] | None,
-    more: Mapping[str, Any] | None = None,
-) -> str:
-    """Digest of all that decides a run.
-
-    Args:
-        job: The job's settings.
-        model: The model: its graph as well as its architecture, which says nothing about activations.
-        devices: The fleet with its data.
-        dropouts: Settings of drop-outs.
-        evaluation: The server's own samples and labels, or None.
-        calibration: Its calibration samples, or None.
-        more: Other settings of the simulation, as JSON.
-    """
-    settings = [job.to_dict(), dict(dropouts), dict(more or {})]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    digest.update(model.architecture.digest.encode())
-    digest.update(hashlib.sha256(model.graph.to_bytes()).digest())
-    for device in sorted(devices, key=lambda d: d.name):
-        data = [device.samples, device.fingerprint]
-        digest.update(json.dumps([device.name, device.profile.to_dict(), *data], sort_keys=True).encode())
-    _add(digest, evaluation or ())
-    _add(digest, () if calibration is None else (calibration,))
-    return digest.hexdigest()
-
-
-def _add(digest: hashlib._Hash, arrays: Iterable[npt.NDArray[Any]]) -> None:
-    """Add arrays with their types and shapes, so that no two lists of arrays add the same bytes."""
-    arrays = list(arrays)
-    digest.update(json.dumps([[a.dtype.str, a.shape] for a in arrays]).encode())
-    for array in arrays:
-        digest.update(array.tobytes())
 
 
 def texts(value: object) -> set[str]:

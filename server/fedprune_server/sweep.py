@@ -148,10 +148,10 @@ def simulated(run: Run, folder: Path, report: Report) -> dict[str, Any]:
     """Simulate one run of a sweep, from wherever it stands, and write its report.
 
     Raises:
-        FedpruneError: As `simulated_fleet.read_plan` and `experiment.simulate`.
+        FedpruneError: As `simulated_fleet.read_plan` and `run_folder.simulate`.
     """
-    from fedprune_server.experiment import simulate
     from fedprune_server.report import write_report
+    from fedprune_server.run_folder import simulate
     from fedprune_server.simulated_fleet import read_plan
     from fedprune_server.simulation import Simulation
 

@@ -23,6 +23,7 @@ from fedprune.selection import Tensors
 from fedprune_device.data import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import deal, digits_model
+from fedprune_server.experiment import Experiment
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import VirtualDevice
 
@@ -94,7 +95,8 @@ def make(model: Any, data: Any, tmp_path: Path) -> Callable[..., Simulation]:
         values = {"seed": 3, "rounds": 4, "devices": 3, "recipe": recipe, "strategy": strategy, **settings}
         store = (BlobStore if folder else Hoard)(tmp_path / name / "blobs", durable=False)
         where = tmp_path / name if folder else None
-        return Simulation(Job(name=name, **values), model, devices, (data.x, data.y), store, folder=where)
+        job = Job(name=name, **values)
+        return Simulation(Experiment("x", job, model, devices, (data.x, data.y)), store, folder=where)
 
     return build
 

@@ -26,6 +26,7 @@ from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
 from fedprune_server.crew import Crew
 from fedprune_server.digits import deal, digits_model
+from fedprune_server.experiment import Experiment
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import VirtualDevice
 from fedprune_server.worker import Worker
@@ -148,7 +149,8 @@ def test_a_simulation_with_helpers_gives_the_same_models(model: Model, tmp_path:
     for workers in (1, 2):
         folder = tmp_path / str(workers)
         folder.mkdir()
-        simulation = Simulation(JOB, model, devices, None, BlobStore(folder / "blobs"), folder=folder, workers=workers)
+        experiment = Experiment("x", JOB, model, devices, workers=workers)
+        simulation = Simulation(experiment, BlobStore(folder / "blobs"), folder=folder)
         found.append([h["model"] for h in simulation.run()])
 
     assert found[0] == found[1]

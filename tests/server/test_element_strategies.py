@@ -18,6 +18,7 @@ from fedprune.selection import Selection
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import deal, digits_model
+from fedprune_server.experiment import Experiment
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import VirtualDevice
 
@@ -36,7 +37,7 @@ def simulation(model: Model, folder: Path, strategy: str, **options: Any) -> Sim
     recipe = Recipe(max_steps=4, lr=0.03)
     job = Job(seed=3, rounds=3, devices=2, strategy=strategy, options=options, recipe=recipe, deadline_s=1e6)
     store = BlobStore(folder / "blobs", durable=False)
-    return Simulation(job, model, devices, (data.x, data.y), store, folder=folder)
+    return Simulation(Experiment("x", job, model, devices, (data.x, data.y)), store, folder=folder)
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [

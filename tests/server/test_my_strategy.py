@@ -18,6 +18,7 @@ from fedprune.recipe import Recipe
 from fedprune.strategies import compose
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import deal, digits_model
+from fedprune_server.experiment import Experiment
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import VirtualDevice
 
@@ -37,7 +38,7 @@ def test_it_learns(tmp_path: Path) -> None:
     profile = profile_store.find("raspberry-pi-5")
     devices = [VirtualDevice(n, profile, federation.devices[n]) for n in names]
     model = import_onnx(digits_model(), "digits")
-    simulation = Simulation(JOB, model, devices, (federation.x, federation.y), BlobStore(tmp_path))
+    simulation = Simulation(Experiment("x", JOB, model, devices, (federation.x, federation.y)), BlobStore(tmp_path))
     history = simulation.run()
 
     losses = [h["metrics"]["loss"] for h in history]

@@ -15,6 +15,7 @@ from fedprune.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server import trainers
 from fedprune_server.digits import deal, digits_model
+from fedprune_server.experiment import Experiment
 from fedprune_server.prepared_bench import Done, PreparedBench
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import Bench, VirtualDevice, Work
@@ -48,7 +49,9 @@ def test_what_was_prepared_for_late_devices_is_dropped(monkeypatch: pytest.Monke
     devices = [VirtualDevice(n, find(PROFILES[i % 2]), hand.devices[n]) for i, n in enumerate(names)]
     job = Job(rounds=5, devices=2, density=0.5, deadline_s=0.15, recipe=Recipe(max_steps=4))
     model, held = import_onnx(digits_model(), "digits"), list[int]()
-    simulation = Simulation(job, model, devices, None, BlobStore(tmp_path / "blobs", durable=False), trainer="torch/64")
+    simulation = Simulation(
+        Experiment("x", job, model, devices, trainer="torch/64"), BlobStore(tmp_path / "blobs", durable=False)
+    )
 
     def watch(_: Simulation) -> None:
         held.append(max(len(benches[0]._ready), len(benches[0]._held.names())))

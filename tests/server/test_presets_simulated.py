@@ -19,6 +19,7 @@ from fedprune.selection import Tensors
 from fedprune_device.data import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import deal, digits_model
+from fedprune_server.experiment import Experiment
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import VirtualDevice
 
@@ -52,9 +53,10 @@ def build(model: Any, fleet: tuple[Any, list[VirtualDevice]], tmp_path: Path) ->
             options=options, **settings,
         )  # fmt: skip
         simulation = Simulation(
-            job, model, devices, (data.x, data.y), BlobStore(tmp_path / name / "blobs", durable=False),
+            Experiment("x", job, model, devices, (data.x, data.y)),
+            BlobStore(tmp_path / name / "blobs", durable=False),
             folder=tmp_path / name,
-        )  # fmt: skip
+        )
         simulation.run()
         return simulation
 
@@ -146,7 +148,7 @@ def test_alone_nothing_is_shared(build: Build, model: Any) -> None:
     simulation = build("local", rounds=3, recipe=Recipe(max_steps=8, batch_size=16))
     got = weights(simulation)
     assert all(got[n].tobytes() == model.tensors[n].tobytes() for n in got)
-    rows = simulation.record("x").rounds
+    rows = simulation.record().rounds
     first, last = ({d: m["loss_after"] for d, m in _metrics(r).items()} for r in (rows[0], rows[-1]))
     assert all(last[d] < first[d] for d in first)  # boards go on from their own weights
 
@@ -199,7 +201,7 @@ def test_a_device_that_stands_out_is_left_out_and_the_history_says_why(
             recipe=Recipe(max_steps=2, batch_size=16),
         )  # fmt: skip
         store = BlobStore(tmp_path / label / "blobs", durable=False)
-        simulation = Simulation(job, model, members, (data.x, data.y), store, folder=tmp_path / label)
+        simulation = Simulation(Experiment("x", job, model, members, (data.x, data.y)), store, folder=tmp_path / label)
         simulation.run()
         models[label] = simulation
     row = models["checked"].state.history[0]["devices"]

@@ -19,6 +19,7 @@ from fedprune_device.data import LocalData
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import deal, digits_model
+from fedprune_server.experiment import Experiment
 from fedprune_server.report import summary, summary_text, write_report
 from fedprune_server.simulation import Simulation
 from fedprune_server.state_folder import load_evaluation
@@ -52,7 +53,8 @@ def simulation(model: Model, folder: Path, recipe: dict[str, Any], **settings: A
     values = {"seed": 3, "rounds": 2, "devices": 2, "density": 0.5, "recipe": recipe, **settings}
     store = BlobStore(folder / "blobs", durable=False)
     evaluation = LocalData(data.x, LABELS[loss](data.x, data.y), data.x[:0], LABELS[loss](data.x[:1], data.y[:1])[:0])
-    return Simulation(Job.from_dict(values), model, devices, (evaluation.x_train, evaluation.y_train), store)
+    samples = (evaluation.x_train, evaluation.y_train)
+    return Simulation(Experiment("numbers", Job.from_dict(values), model, devices, samples), store)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_where_numbers_are_predicted_all_numbers_are_losses(model: Model, tmp_pa
         for part in entry["devices"].values():
             assert not [name for name in part["metrics"] if "accuracy" in name]
             assert part["metrics"]["loss_after"] < part["metrics"]["loss_before"]
-    record = run.record("numbers")
+    record = run.record()
     assert record.measure == "loss"
     assert record.last.local == {n: p["metrics"]["loss_after"] for n, p in entry["devices"].items()}
     assert record.final() == pytest.approx((np.mean(list(record.last.local.values())), entry["metrics"]["loss"]))

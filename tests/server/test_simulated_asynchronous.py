@@ -8,11 +8,12 @@ from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import deal, digits_model
+from fedprune_server.experiment import Experiment
 from fedprune_server.measure import Measure
-from fedprune_server.simulation import DropOuts, Simulation
+from fedprune_server.simulation import Simulation
 from fedprune_server.simulation_state import Trained
 from fedprune_server.virtual_device import Bench, VirtualDevice
-from fedprune_server.weather import Availability, Weather
+from fedprune_server.weather import Availability, DropOuts, Weather
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "raspberry-pi-5", "jetson-nano", "jetson-orin-nano")
 SCHEDULES = {
@@ -55,7 +56,7 @@ def build(model, hand, tmp_path):
             recipe=Recipe(max_steps=2),
         )
         store = BlobStore(tmp_path / folder / "blobs", durable=False)
-        return Simulation(job, model, fleet, (hand.x, hand.y), store, folder=tmp_path / folder, **more)
+        return Simulation(Experiment("x", job, model, fleet, (hand.x, hand.y), **more), store, folder=tmp_path / folder)
 
     return make
 
@@ -82,7 +83,7 @@ def test_a_killed_run_goes_on_to_the_same_model(build, monkeypatch, schedule):
             build("killed", schedule, **HARSH).run(kill)
     resumed = build("killed", schedule, **HARSH)
     assert resumed.run() == history
-    assert resumed.record("x") == whole.record("x")
+    assert resumed.record() == whole.record()
     assert set(resumed.store.names()) == set(whole.store.names())
 
 
@@ -121,7 +122,7 @@ def test_notes_are_of_what_entered_the_model(build, hand):
     schedule = {"window_s": 0.2, "least": 2, "keep": True}
     simulation = build("run", schedule, measure=Measure(hand.x, hand.y, densities=(0.25,), every=3))
     history = simulation.run()
-    rounds = simulation.record("x").rounds
+    rounds = simulation.record().rounds
     assert [bool(r.measured) for r in rounds] == [r.round % 3 == 0 for r in rounds]
     assert all(
         r.updates >= sum(d["progress"] == "folded" for d in h["devices"].values())

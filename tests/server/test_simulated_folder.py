@@ -18,10 +18,11 @@ from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import deal, digits_model
-from fedprune_server.experiment import Experiment, simulate
+from fedprune_server.experiment import Experiment
 from fedprune_server.measure import Measure, Moment
 from fedprune_server.patience import MAX_ATTEMPTS
 from fedprune_server.round_notes import Notary, Notes
+from fedprune_server.run_folder import simulate
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import VirtualDevice
 
@@ -52,7 +53,7 @@ def after(rounds: int) -> Callable[[Simulation], None]:
 def test_a_folder_is_one_process_s_at_a_time(experiment: Experiment, tmp_path: Path) -> None:
     """Whoever comes second is told so and has changed nothing; whoever waited takes up what was done meanwhile."""
     alone = simulate(experiment, tmp_path / "alone")
-    second = experiment.simulation(tmp_path / "run" / "run", BlobStore(tmp_path / "run" / "run" / "blobs"))
+    second = Simulation(experiment, BlobStore(tmp_path / "run" / "run" / "blobs"), folder=tmp_path / "run" / "run")
     tried = []
 
     def meanwhile(_: Simulation) -> None:
@@ -67,16 +68,16 @@ def test_a_folder_is_one_process_s_at_a_time(experiment: Experiment, tmp_path: P
     assert tried
     assert first.rounds == alone.rounds
     second.run(lambda _: pytest.fail("something was trained again"))
-    assert second.record("yard").rounds == alone.rounds
+    assert second.record().rounds == alone.rounds
 
 
 def test_a_run_that_failed_goes_on_from_what_was_saved(experiment: Experiment, tmp_path: Path) -> None:
     """With the same object, whatever it had in memory."""
-    simulation = experiment.simulation(tmp_path, BlobStore(tmp_path / "blobs"))
+    simulation = Simulation(experiment, BlobStore(tmp_path / "blobs"), folder=tmp_path)
     with pytest.raises(KillError):
         simulation.run(after(1))
     simulation.run()
-    assert simulation.record("yard").rounds == simulate(experiment).rounds
+    assert simulation.record().rounds == simulate(experiment).rounds
 
 
 @pytest.mark.parametrize(("trainer", "workers"), [("torhc", 1), ("torch:cuda", 2), ("torch:cuda:77", 1)])
@@ -90,7 +91,7 @@ def test_a_trainer_that_cannot_be_costs_no_folder(
 
 def test_a_mistyped_trainer_is_refused_at_once(experiment: Experiment, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="trainer"):
-        replace(experiment, trainer="torhc").simulation(tmp_path / "run", BlobStore(tmp_path / "blobs"))
+        Simulation(replace(experiment, trainer="torhc"), BlobStore(tmp_path / "blobs"), folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -119,7 +120,7 @@ def test_updates_that_were_left_out_are_not_noted(experiment: Experiment, tmp_pa
     """Nor is a round without any update left unmeasured."""
     store, closes = BlobStore(tmp_path), list[do.Close]()
     seen: list[tuple[int, str]] = []
-    simulation = experiment.simulation(None, store)
+    simulation = Simulation(experiment, store)
     execute = simulation._worker.execute
 
     def watched(command: do.Command) -> on.Event:
@@ -150,7 +151,7 @@ def test_updates_that_were_left_out_are_not_noted(experiment: Experiment, tmp_pa
 def test_coverage_counts_the_channels_that_were_sent(experiment: Experiment, tmp_path: Path) -> None:
     """An extractor may cut more than a device's part says."""
     store, found = BlobStore(tmp_path), list[Notes]()
-    simulation = experiment.simulation(None, store)
+    simulation = Simulation(experiment, store)
     execute = simulation._worker.execute
 
     def watched(command: do.Command) -> on.Event:

@@ -27,12 +27,13 @@ from fedprune_export.importing import import_onnx
 from fedprune_server import virtual_device
 from fedprune_server.calibration import Calibration
 from fedprune_server.digits import deal, digits_model
-from fedprune_server.experiment import Experiment, simulate
+from fedprune_server.experiment import Experiment
 from fedprune_server.fleet_devices import with_link
 from fedprune_server.measure import Measure
-from fedprune_server.simulation import DropOuts, Simulation
+from fedprune_server.run_folder import simulate
+from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import Bench, StoredData, VirtualDevice
-from fedprune_server.weather import Availability, Weather
+from fedprune_server.weather import Availability, DropOuts, Weather
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
 SMALL = {"density": 0.25, "recipe": Recipe(max_steps=1), "scorer": "ordered"}
@@ -58,8 +59,8 @@ def build(model, hand, devices, tmp_path):
     def make(folder="run", fleet=devices, simulation=None, **settings):
         job = Job(**{"seed": 3, "rounds": 2, "devices": len(fleet), **SMALL, **settings})
         store = BlobStore(tmp_path / folder / "blobs", durable=False)
-        more = {"folder": tmp_path / folder, **(simulation or {})}
-        return Simulation(job, model, fleet, (hand.x, hand.y), store, **more)
+        experiment = Experiment("x", job, model, fleet, (hand.x, hand.y), **(simulation or {}))
+        return Simulation(experiment, store, folder=tmp_path / folder)
 
     return make
 
@@ -85,7 +86,7 @@ def test_the_virtual_clock_follows_the_weather(build, devices):
     zero, weather = devices[0], Weather(links_sigma=0.3, compute_sigma=0.3, draws=20)
     simulation = build(fleet=[zero], rounds=1, simulation={"weather": weather})
     (row,) = simulation.run()
-    link, sent = zero.profile.link, simulation.record("x").last
+    link, sent = zero.profile.link, simulation.record().last
     trained = zero.train_s(
         simulation.model.architecture, tuple(row["devices"][zero.name]["widths"]), simulation.job.recipe
     )
@@ -101,7 +102,7 @@ def test_a_server_s_link_is_shared(build, devices):
     shared = build("shared", fleet=fast, rounds=1, simulation={"weather": weather})
     alone = build("alone", fleet=fast, rounds=1)
     shared.run(), alone.run()
-    last = shared.record("x").last
+    last = shared.record().last
     slowest = max(
         d.train_s(shared.model.architecture, tuple(shared.state.devices[d.name].widths), shared.job.recipe)
         for d in devices
@@ -115,7 +116,7 @@ def test_a_device_s_own_link_takes_the_profile_s_place(build, devices):
     slow = [on_link(d, up_mb_s=0.001) for d in devices]
     simulation = build(fleet=slow, rounds=1)
     simulation.run()
-    assert simulation.clock > simulation.record("x").last.up / 3 / 1000
+    assert simulation.clock > simulation.record().last.up / 3 / 1000
 
 
 # Windows of time.
@@ -147,7 +148,7 @@ def test_an_update_that_a_window_cut_off_is_sent_when_the_device_is_back(build, 
     device = on_link(devices[2], down_mb_s=1e3, up_mb_s=1e3, latency_s=0)
     quick = build("quick", fleet=[device], rounds=1)
     quick.run()
-    size = quick.record("x").last.up
+    size = quick.record().last.up
     begin, end = Availability(100.0, 0.5, 0.5).window(3, device.name, 0.0)
     opens = max(0.0, begin)
     slow = on_link(device, up_mb_s=size / 1e6 / ((end - opens) * 0.9))  # the upload takes most of a window
@@ -157,7 +158,7 @@ def test_an_update_that_a_window_cut_off_is_sent_when_the_device_is_back(build, 
     history = late.run()
     assert [h["devices"][device.name]["progress"] for h in history] == ["folded"] * 3
     assert len(trained) == 1 + 3  # never again only because an upload was cut off
-    assert late.record("x").last.up > 3 * size  # what was cut off was sent twice
+    assert late.record().last.up > 3 * size  # what was cut off was sent twice
 
 
 def test_windows_in_which_nothing_can_be_done_end_with_an_error(build, devices):
@@ -457,7 +458,7 @@ def test_a_checkpoint_is_the_global_model_of_its_round(build, hand, tmp_path):
 def test_what_a_round_cost_is_noted_per_device(build, devices):
     simulation = build(rounds=2, recipe=Recipe(epochs=2, batch_size=16))
     simulation.run()
-    rounds = simulation.record("x").rounds
+    rounds = simulation.record().rounds
     for way, total in ((0, rounds[-1].down), (1, rounds[-1].up)):
         assert sum(v[way] for r in rounds for v in r.spent.values()) == total
     for device in devices:
@@ -480,15 +481,15 @@ def test_steps_of_ordered_dropout_count_at_the_widths_that_they_trained(build, d
     assert set(seen) == {widths_at(architecture, 0.25)}
     assert 0 < len(seen) < 9
     expected = device.samples * (narrow * len(seen) + whole * (9 - len(seen)))
-    assert simulation.record("x").rounds[0].spent[device.name][2] == expected
+    assert simulation.record().rounds[0].spent[device.name][2] == expected
 
 
 def test_coverage_counts_the_updates_that_held_a_channel(build):
     simulation = build(rounds=2, density=0.25)
     simulation.run()
-    for row in simulation.record("x").rounds:
+    for row in simulation.record().rounds:
         assert row.updates == 3
-        for (_, size), counts in zip(simulation.record("x").groups, row.coverage, strict=True):
+        for (_, size), counts in zip(simulation.record().groups, row.coverage, strict=True):
             kept = -(-size // 4)
             assert counts == [3] * kept + [0] * (size - kept)  # ordered: the first channels, on every device
 

@@ -18,9 +18,11 @@ from fedprune.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server import simulation_state
 from fedprune_server.digits import deal, digits_model
-from fedprune_server.simulation import DropOuts, Simulation
-from fedprune_server.simulation_state import FILE, fingerprint
+from fedprune_server.experiment import Experiment
+from fedprune_server.simulation import Simulation
+from fedprune_server.simulation_state import FILE
 from fedprune_server.virtual_device import VirtualDevice
+from fedprune_server.weather import DropOuts
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
 
@@ -45,7 +47,9 @@ def build(model, fleet, tmp_path):
         job = Job(**{"seed": 3, "rounds": 3, "devices": 3, "density": 0.25, "recipe": Recipe(max_steps=3), **settings})
         path = tmp_path / folder
         store = BlobStore(path / "blobs", durable=False)
-        return Simulation(job, model, fleet, (data.x, data.y), store, folder=path, dropouts=dropouts)
+        return Simulation(
+            Experiment("x", job, model, fleet, (data.x, data.y), dropouts=dropouts or DropOuts()), store, folder=path
+        )
 
     return make
 
@@ -92,7 +96,7 @@ def test_a_killed_run_goes_on_to_the_same_model(build, trainings):
     resumed.run()
     assert resumed.state.model == whole.state.model
     assert resumed.state.history == whole.state.history
-    assert resumed.record("x").rounds == whole.record("x").rounds
+    assert resumed.record().rounds == whole.record().rounds
 
 
 @pytest.fixture
@@ -187,52 +191,45 @@ def leaky(slope):
     return import_onnx(file.SerializeToString(), "digits-net")
 
 
-def changed_model(settings):
+def changed_model(experiment):
     other = leaky(0.3)
-    assert other.architecture.digest == settings["model"].architecture.digest
-    return settings | {"model": other}
+    assert other.architecture.digest == experiment.model.architecture.digest
+    return replace(experiment, model=other)
 
 
-def changed_evaluation(settings):
-    x, y = settings["evaluation"]
-    return settings | {"evaluation": (x, (y + 1) % 10)}
+def changed_evaluation(experiment):
+    x, y = experiment.evaluation
+    return replace(experiment, evaluation=(x, (y + 1) % 10))
 
 
-def changed_shape(settings):
+def changed_shape(experiment):
     """The same bytes of training data as other samples."""
-    first, *rest = settings["devices"]
+    first, *rest = experiment.devices
     x = first.data.x_train
     data = replace(first.data, x_train=x.reshape(len(x), 1, 4, 16), x_test=first.data.x_test.reshape(-1, 1, 4, 16))
-    return settings | {"devices": [replace(first, data=data), *rest]}
+    return replace(experiment, devices=[replace(first, data=data), *rest])
 
 
-def moved_samples(settings):
+def moved_samples(experiment):
     """Evaluation samples that have become calibration samples."""
-    return settings | {"calibration": settings["evaluation"][0], "evaluation": None}
+    return replace(experiment, calibration=experiment.evaluation[0], evaluation=None)
 
 
 @pytest.mark.parametrize("change", [changed_model, changed_evaluation, changed_shape, moved_samples])
 def test_whatever_decides_a_run_is_in_its_fingerprint(fleet, change):
     data, devices = fleet
-    settings = {
-        "job": Job(),
-        "model": leaky(0.1),
-        "devices": devices,
-        "dropouts": {},
-        "evaluation": (data.x, data.y),
-        "calibration": None,
-    }
-    assert fingerprint(**settings) == fingerprint(**settings)
-    assert fingerprint(**change(settings)) != fingerprint(**settings)
+    experiment = Experiment("x", Job(), leaky(0.1), devices, (data.x, data.y))
+    assert replace(experiment).fingerprint == experiment.fingerprint
+    assert change(experiment).fingerprint != experiment.fingerprint
 
 
 def test_another_evaluation_set_does_not_go_on_with_a_saved_run(build, model, fleet, tmp_path):
     simulation = build()
     simulation.run()
-    data, devices = fleet
+    data, _ = fleet
     store = BlobStore(tmp_path / "run" / "blobs", durable=False)
     with pytest.raises(StorageError, match="other settings"):
-        Simulation(simulation.job, model, devices, (data.x[1:], data.y[1:]), store, folder=tmp_path / "run")
+        Simulation(replace(simulation.experiment, evaluation=(data.x[1:], data.y[1:])), store, folder=tmp_path / "run")
 
 
 def test_damaged_state_is_refused(build, tmp_path):
@@ -304,8 +301,8 @@ def test_what_boards_keep_survives_a_kill(build, trainings):
     resumed = build("killed", **settings)
     resumed.run()
     assert resumed.state.history == whole.state.history
-    found = resumed.record("x").rounds
-    assert found == whole.record("x").rounds
+    found = resumed.record().rounds
+    assert found == whole.record().rounds
     assert all(len(row.own["accuracy_average"]) == 3 for row in found)
     assert found[1].own["accuracy_average"] != dict(found[1].local.items())
 
@@ -315,7 +312,7 @@ def test_the_virtual_clock_follows_link_and_board(build, fleet):
     zero = fleet[1][0]
     simulation = build(fleet=[zero], devices=1, rounds=1)
     (row,) = simulation.run()
-    link, record = zero.profile.link, simulation.record("x").last
+    link, record = zero.profile.link, simulation.record().last
     trained = zero.train_s(
         simulation.model.architecture, tuple(row["devices"][zero.name]["widths"]), simulation.job.recipe
     )
@@ -326,7 +323,7 @@ def test_the_virtual_clock_follows_link_and_board(build, fleet):
 def test_bytes_are_the_blobs_that_travel(build, model):
     simulation = build(density=1.0, rounds=2, recipe=Recipe(max_steps=1))
     simulation.run()
-    rounds = simulation.record("x").rounds
+    rounds = simulation.record().rounds
     weights = len(tensorfile.encode(model.tensors))
     assert [r.up for r in rounds] == [3 * weights, 6 * weights]
     # Graphs travel once, weights every time.
@@ -346,7 +343,7 @@ def test_data_that_the_model_cannot_take_is_refused_and_named(model, fleet, tmp_
     _, devices = fleet
     wrong = replace(devices[0], data=replace(devices[0].data, y_train=devices[0].data.y_train + 7))
     job = Job(rounds=1, devices=3, density=0.25, recipe=Recipe(max_steps=1))
-    simulation = Simulation(job, model, [wrong, *devices[1:]], None, BlobStore(tmp_path, durable=False))
+    simulation = Simulation(Experiment("x", job, model, [wrong, *devices[1:]]), BlobStore(tmp_path, durable=False))
     (row,) = simulation.run()
     assert row["devices"][wrong.name]["progress"] == "refused"
     assert "label" in row["devices"][wrong.name]["reason"]
@@ -357,21 +354,21 @@ def test_what_all_devices_refuse_ends_with_their_reason(model, fleet, tmp_path):
     wrong = replace(fleet[1][0], data=replace(fleet[1][0].data, y_train=fleet[1][0].data.y_train + 7))
     job = Job(rounds=1, devices=1, density=0.25, recipe=Recipe(max_steps=1))
     with pytest.raises(PlanError, match="label"):
-        Simulation(job, model, [wrong], None, BlobStore(tmp_path, durable=False)).run()
+        Simulation(Experiment("x", job, model, [wrong]), BlobStore(tmp_path, durable=False)).run()
 
 
 def test_a_board_too_small_for_any_width_stops_the_simulation_with_its_reason(model, fleet, tmp_path):
     _, devices = fleet
     job = Job(rounds=1, devices=3, byte_budget=1000)
     with pytest.raises(PlanError, match="even the narrowest breaks bytes"):
-        Simulation(job, model, devices, None, BlobStore(tmp_path, durable=False)).run()
+        Simulation(Experiment("x", job, model, devices), BlobStore(tmp_path, durable=False)).run()
 
 
 @pytest.mark.parametrize("names", [[], ["a", "a"]])
 def test_wrong_devices_are_refused(model, fleet, tmp_path, names):
     devices = [replace(fleet[1][0], name=n) for n in names]
     with pytest.raises(ConfigError, match="devices"):
-        Simulation(Job(), model, devices, None, BlobStore(tmp_path, durable=False))
+        Simulation(Experiment("x", Job(), model, devices), BlobStore(tmp_path, durable=False))
 
 
 def test_more_devices_than_there_are_cannot_be_waited_for(build):

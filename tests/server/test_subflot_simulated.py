@@ -19,6 +19,7 @@ from fedprune.selection import Selection, Tensors
 from fedprune_export.cut import at_widths
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import deal, digits_model
+from fedprune_server.experiment import Experiment
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import VirtualDevice
 
@@ -41,7 +42,7 @@ def run(folder: Path, rounds: int, strategy: str = "subflot", **options: Any) ->
     )
     model = import_onnx(digits_model(), "digits-net")
     store = BlobStore(folder / "blobs", durable=False)
-    simulation = Simulation(job, model, devices, (data.x, data.y), store, folder=folder)
+    simulation = Simulation(Experiment("x", job, model, devices, (data.x, data.y)), store, folder=folder)
     simulation.run()
     return simulation
 
@@ -64,7 +65,7 @@ def handed_in(simulation: Simulation, name: str) -> Tensors:
 def test_local_accuracy_is_of_each_device_s_own_model_on_its_own_test_data(tmp_path: Path) -> None:
     simulation = run(tmp_path, 2)
     data = deal(KINDS, seed=1)
-    (row,) = [r for r in simulation.record("x").rounds if r.round == 2]
+    (row,) = [r for r in simulation.record().rounds if r.round == 2]
     for name in KINDS:
         net = at_widths(simulation.model, simulation.state.devices[name].past["widths"])
         net.initializers |= handed_in(simulation, name)

@@ -20,6 +20,7 @@ from fedprune_export.importing.torch_export import export_torch
 from fedprune_server.demo_fleet import BOARDS, fleet_job
 from fedprune_server.demo_run import DemoFolder, run_job
 from fedprune_server.digits import Federation, deal, digits_model, write_hand
+from fedprune_server.experiment import Experiment
 from fedprune_server.record import Record
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import VirtualDevice
@@ -45,16 +46,12 @@ def run_both(root: Path, job: Job, raw: bytes, data: Federation) -> tuple[Record
 
     devices = [VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in BOARDS]
     simulation = Simulation(
-        job,
-        import_onnx(raw, "model"),
-        devices,
-        (data.x, data.y),
+        Experiment("virtual", job, import_onnx(raw, "model"), devices, (data.x, data.y), data.calibration),
         BlobStore(root / "blobs", durable=False),
-        calibration=data.calibration,
     )
     simulation.run()
 
-    virtual = simulation.record("virtual")
+    virtual = simulation.record()
     assert [r.model for r in record.rounds] == [r.model for r in virtual.rounds]
     assert [r.local for r in record.rounds] == [r.local for r in virtual.rounds]
     assert [measures(r.own) for r in record.rounds] == [measures(r.own) for r in virtual.rounds]

@@ -1,0 +1,63 @@
+"""The folder of a simulated run: its settings, its numbers and the state that it goes on from after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from fedprune.blobs import BlobStore
+from fedprune.disk import storage_errors, write_whole
+from fedprune_server.experiment import Experiment
+from fedprune_server.metrics_table import write_metrics
+from fedprune_server.record import Record
+from fedprune_server.simulation import Simulation
+
+CONFIG = "config{}.json"
+RECORD = "metrics{}.json"
+"""Files of a run's folder; a reference's are marked."""
+
+
+def simulate(
+    experiment: Experiment,
+    folder: Path | None = None,
+    progress: Callable[[Simulation], None] | None = None,
+    *,
+    suffix: str = "",
+    state: str = "run",
+) -> Record:
+    """Run an experiment to its end, from wherever it stands, and leave its numbers in a folder.
+
+    Args:
+        experiment: The experiment.
+        folder: Where `config.json`, `metrics.json`, `metrics.parquet` and `rounds.parquet` are written, and where the
+            state lies that a killed run goes on from. Without it nothing stays.
+        progress: Called after every training and every round.
+        suffix: Put before the ending of those files' names, where one folder has several runs.
+        state: The folder's folder of the run's state.
+
+    Returns:
+        The run's record.
+
+    Raises:
+        StorageError: The folder holds another run, or the disk fails.
+        FedpruneError: As `Simulation.run`.
+    """
+    with nullcontext(None) if folder is not None else TemporaryDirectory(prefix="fedprune-blobs-") as scratch:
+        place = None if folder is None else folder / state
+        if folder is not None and place is not None:
+            with storage_errors(f"can't make {place}"):
+                place.mkdir(parents=True, exist_ok=True)
+        blobs = BlobStore((place or Path(str(scratch))) / "blobs", durable=False)
+        simulation = Simulation(experiment, blobs, folder=place)
+        if folder is not None:
+            text = json.dumps(experiment.settings(), indent=1) + "\n"
+            write_whole(folder / CONFIG.format(suffix), text.encode())
+        simulation.run(progress)
+        record = simulation.record()
+    if folder is not None:
+        record.save(folder / RECORD.format(suffix))
+        write_metrics(folder, record, suffix)
+    return record
