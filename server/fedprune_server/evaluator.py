@@ -1,4 +1,4 @@
-"""Measures global models on the server's own samples."""
+"""Measures global models, and submodels of theirs, on samples."""
 
 from __future__ import annotations
 
@@ -19,32 +19,57 @@ from fedprune_export.graph import Port
 from fedprune_export.imported import Model
 
 Evaluation = tuple[npt.NDArray[Any], npt.NDArray[Any]]
-"""Samples and labels of the server's own set, as `LocalData` has them."""
+"""Inputs and labels, as `LocalData` has them."""
 
 _BATCH = 256
 
 
-class Evaluator:
-    """Measures models of one architecture.
+class Sessions:
+    """Sessions of one model, by widths.
 
-    Weights are inputs of its graph, so that one session serves every round.
+    Weights are inputs of its graphs, so that one session serves every round.
 
     Args:
         model: The model; its weights are not used.
-        recipe: The job's, for its loss.
-        samples: The server's set.
     """
 
-    def __init__(self, model: Model, recipe: Recipe, samples: Evaluation) -> None:
-        self._model = model
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._opened: dict[tuple[int, ...], Session] = {}
+
+    def at(self, widths: tuple[int, ...]) -> Session:
+        """The session at some widths."""
+        if widths not in self._opened:
+            graph = at_widths(self.model, widths)
+            shapes = self.model.architecture.shapes(widths)
+            graph.inputs += [Port(name, np.dtype(np.float32), shape) for name, shape in shapes.items()]
+            self._opened[widths] = Session(graph.to_bytes())
+        return self._opened[widths]
+
+
+class Evaluator:
+    """Measures models of one architecture, and their submodels, on samples.
+
+    Args:
+        sessions: The architecture's.
+        recipe: The job's, for its loss.
+        samples: Inputs and labels.
+    """
+
+    def __init__(self, sessions: Sessions, recipe: Recipe, samples: Evaluation) -> None:
+        self._sessions = sessions
         self._recipe = recipe
         self._x = samples[0]
-        self._y = targets(samples[1], recipe.loss, model.architecture.classes)
-        self._session: Session | None = None
+        self._y = targets(samples[1], recipe.loss, sessions.model.architecture.classes)
 
-    def __call__(self, weights: Tensors) -> dict[str, float]:
-        """Accuracy, where classes are predicted, loss and number of samples; what isn't finite is left out."""
-        recipe, session = self._recipe, self._opened()
+    def __call__(self, weights: Tensors, widths: tuple[int, ...]) -> dict[str, float]:
+        """Accuracy, where classes are predicted, loss and number of samples; what isn't finite is left out.
+
+        Args:
+            weights: The tensors of a model or submodel.
+            widths: Its widths.
+        """
+        recipe, session = self._recipe, self._sessions.at(widths)
         terms = {step.HUBER_DELTA: np.array(recipe.huber_delta)}
         right: list[npt.NDArray[np.bool_]] = []
         loss = 0.0
@@ -58,11 +83,3 @@ class Evaluator:
         metrics = {"accuracy": float(np.mean(np.concatenate(right)))} if right else {}
         metrics |= {"loss": loss / len(self._x), "samples": float(len(self._x))}
         return {k: v for k, v in metrics.items() if math.isfinite(v)}
-
-    def _opened(self) -> Session:
-        if self._session is None:
-            architecture = self._model.architecture
-            graph = at_widths(self._model, architecture.sizes)
-            graph.inputs += [Port(t.name, np.dtype(np.float32), t.shape) for t in architecture.tensors]
-            self._session = Session(graph.to_bytes())
-        return self._session

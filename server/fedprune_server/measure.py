@@ -6,38 +6,27 @@ test set may be used here without leaking into the run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from fedprune import step
 from fedprune.architecture import Architecture, widths_at
 from fedprune.coordination import commands as do
 from fedprune.errors import ConfigError
 from fedprune.job import Job
-from fedprune.recipe import Features
+from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
-from fedprune.session import Session
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Cut, Memory, Scene, Submodel, Turn
-from fedprune_device.labels import targets
-from fedprune_device.losses import data_loss, hits
-from fedprune_export.cut import at_widths
-from fedprune_export.graph import Port
 from fedprune_export.imported import Model
 from fedprune_server.archive import Archive
 from fedprune_server.calibration import Calibration
+from fedprune_server.evaluator import Evaluation, Evaluator, Sessions
 
 Array = npt.NDArray[Any]
-Samples = tuple[Array, Array]
-"""Inputs and labels, as `LocalData` has them."""
-
-_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -139,7 +128,7 @@ class Measure:
     densities: tuple[float, ...] = ()
     calibration: Array | None = None
     every: int = 1
-    sets: Mapping[str, Samples] = field(default_factory=dict)
+    sets: Mapping[str, Evaluation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not all(0 < d <= 1 for d in self.densities) or self.every < 1:
@@ -148,9 +137,9 @@ class Measure:
             )
         if not all(len(y) for y in (self.y, *(y for _, y in self.sets.values()))):
             raise ConfigError("measure", expected="one sample or more in each set", got=0)
-        self._of: tuple[Model, Features] | None = None
+        self._of: tuple[Model, Recipe] | None = None
         self._calibrate: Calibration | None = None
-        self._sessions: dict[tuple[int, ...], Session] = {}
+        self._evaluators: dict[str, Evaluator] = {}
 
     def __call__(self, moment: Moment) -> dict[str, float]:
         """Accuracy and loss under `global`, `sub@0.5` and so on; of a further set under `global/name`.
@@ -164,55 +153,30 @@ class Measure:
         """
         if moment.round % self.every and moment.round < moment.job.rounds:
             return {}
-        self._begin(moment.imported, moment.job)
+        self._begin(moment.imported, moment.job.recipe)
         whole = Submodel(Selection.full(moment.architecture), moment.model)
-        found = self._measured(moment, "global", whole)
+        found = self._measured("global", whole)
         for density in self.densities:
-            found |= self._measured(moment, f"sub@{density:g}", moment.submodel(density))
-        return {k: v for k, v in found.items() if math.isfinite(v)}
+            found |= self._measured(f"sub@{density:g}", moment.submodel(density))
+        return found
 
-    def _begin(self, model: Model, job: Job) -> None:
+    def _begin(self, model: Model, recipe: Recipe) -> None:
         """Let go of what was made for another model or recipe: one `Measure` may serve several experiments."""
-        features = job.recipe.features
-        if self._of is not None and self._of[0] is model and self._of[1] == features:
+        if self._of is not None and self._of[0] is model and self._of[1] == recipe:
             return
-        self._of, self._sessions = (model, features), {}
-        self._calibrate = None if self.calibration is None else Calibration(model, self.calibration, features)
+        sessions, sets = Sessions(model), {"": (self.x, self.y), **{f"/{k}": v for k, v in self.sets.items()}}
+        self._evaluators = {place: Evaluator(sessions, recipe, samples) for place, samples in sets.items()}
+        self._calibrate = None if self.calibration is None else Calibration(model, self.calibration, recipe.features)
+        self._of = (model, recipe)
 
-    def _measured(self, moment: Moment, name: str, submodel: Submodel) -> dict[str, float]:
+    def _measured(self, name: str, submodel: Submodel) -> dict[str, float]:
         tensors = submodel.tensors if submodel.mask is None else submodel.mask.applied(submodel.tensors)
         if self._calibrate is not None:
             tensors = self._calibrate(tensors)
         found: dict[str, float] = {}
-        for place, (x, y) in {"": (self.x, self.y), **{f"/{k}": v for k, v in self.sets.items()}}.items():
-            accuracy, loss = self._score(moment, submodel.selection.widths, tensors, x, y)
-            found |= {} if accuracy is None else {f"{name}{place}": accuracy}
-            found[f"{name}{place}_loss"] = loss
+        for place, evaluate in self._evaluators.items():
+            score = evaluate(tensors, submodel.selection.widths)
+            for metric, key in (("accuracy", f"{name}{place}"), ("loss", f"{name}{place}_loss")):
+                if metric in score:
+                    found[key] = score[metric]
         return found
-
-    def _score(
-        self, moment: Moment, widths: tuple[int, ...], tensors: Tensors, x: Array, y: Array
-    ) -> tuple[float | None, float]:
-        """Accuracy, and mean loss."""
-        recipe = moment.job.recipe
-        y = targets(y, recipe.loss, moment.architecture.classes)
-        terms = {step.HUBER_DELTA: np.array(recipe.huber_delta)}
-        session = self._session(moment.imported, widths)
-        right, loss = [], 0.0
-        with np.errstate(over="ignore", invalid="ignore"):  # a diverged model has no loss, and that is no error
-            for at in range(0, len(x), _BATCH):
-                labels = y[at : at + _BATCH]
-                logits = session.run({step.X: x[at : at + _BATCH], **tensors}, [step.LOGITS])[step.LOGITS]
-                found = hits(recipe.loss, logits, labels)
-                right += [] if found is None else [found]
-                loss += data_loss(recipe.loss, logits, labels, terms) * len(labels)
-        return float(np.mean(np.concatenate(right))) if right else None, loss / len(x)
-
-    def _session(self, model: Model, widths: tuple[int, ...]) -> Session:
-        """A session of the model at some widths, whose weights are inputs."""
-        if widths not in self._sessions:
-            graph = at_widths(model, widths)
-            shapes = model.architecture.shapes(widths)
-            graph.inputs += [Port(n, np.dtype(np.float32), s) for n, s in shapes.items()]
-            self._sessions[widths] = Session(graph.to_bytes())
-        return self._sessions[widths]

@@ -33,7 +33,7 @@ from fedprune.wire.fields import one_line
 from fedprune_export.imported import Model
 from fedprune_server.archive import Archive, parts
 from fedprune_server.calibration import Calibration
-from fedprune_server.evaluator import Evaluation, Evaluator
+from fedprune_server.evaluator import Evaluation, Evaluator, Sessions
 from fedprune_server.faults import AtFaultError, Suspect
 from fedprune_server.offers import Offers
 from fedprune_server.workshop import Work
@@ -69,7 +69,7 @@ class Worker:
         self.architecture = model.architecture
         self.strategy = compose(job)
         self.store = store
-        self._evaluator = None if evaluation is None else Evaluator(model, job.recipe, evaluation)
+        self._evaluator = None if evaluation is None else Evaluator(Sessions(model), job.recipe, evaluation)
         self._calibration = None if calibration is None else Calibration(model, calibration, job.recipe.features)
         self._archive = Archive(model.architecture, store)
         self._offers = Offers(model, store)
@@ -344,7 +344,8 @@ class Worker:
     def _evaluate(self, command: do.Evaluate) -> on.Evaluated:
         if self._evaluator is None:
             return on.Evaluated(command.round, {})
-        return on.Evaluated(command.round, self._evaluator(self._archive.model(command.model)))
+        metrics = self._evaluator(self._archive.model(command.model), self.architecture.sizes)
+        return on.Evaluated(command.round, metrics)
 
 
 def _masked(recipe: Recipe, submodel: Submodel) -> Recipe:
