@@ -9,8 +9,6 @@ an update is known by its device and its round, and the same events give the sam
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import singledispatchmethod
-from typing import Any
 
 from fedprune.architecture import Architecture
 from fedprune.chance import keyed
@@ -40,7 +38,7 @@ class AsynchronousCoordinator(Desk):
 
     def handle(self, event: on.Event, now: float) -> Commands:
         """Take in one event and say what to do."""
-        return self._on(event, now) + self._wake(now)
+        return super().handle(event, now) + self._wake(now)
 
     def resume(self, now: float) -> Commands:
         """What to do after the state was loaded; deadlines and the round's window start anew."""
@@ -68,13 +66,8 @@ class AsynchronousCoordinator(Desk):
             commands.append(do.Finish(state.model))
         return commands + self._wake(now)
 
-    @singledispatchmethod
-    def _on(self, event: Any, now: float) -> Commands:
-        raise TypeError(f"unknown event {type(event).__name__}")
-
     # Devices come and go.
 
-    @_on.register
     def _born(self, event: on.DeviceBorn, now: float) -> Commands:
         state = self.state
         if not self._admit(event):
@@ -87,14 +80,6 @@ class AsynchronousCoordinator(Desk):
         if task is not None and task.progress is Progress.OFFERED and task.offer:
             return [do.SendOffer(event.device, state.round_of(task), task.attempt, task.offer)]
         return self._offers(now)
-
-    @_on.register
-    def _resumed(self, event: on.Resumed, now: float) -> Commands:
-        return self.resume(now)
-
-    @_on.register
-    def _gone(self, event: on.DeviceDied, now: float) -> Commands:
-        return self._died(event)
 
     # A round begins.
 
@@ -112,14 +97,6 @@ class AsynchronousCoordinator(Desk):
     def _score(self) -> do.Score:
         state = self.state
         return do.Score(state.round, state.model, dict(state.memory), tuple(self._ready()))
-
-    @_on.register
-    def _scored(self, event: on.Scored, now: float) -> Commands:
-        state = self.state
-        if state.phase is not Phase.SCORING or event.round != state.round:
-            return []
-        state.ranking, state.order = event.ranking, event.order
-        return self._collect(now)
 
     def _collect(self, now: float) -> Commands:
         """Let go of what has become too stale, and begin to collect what is there."""
@@ -178,7 +155,6 @@ class AsynchronousCoordinator(Desk):
             lots[name] = keyed(self.job.seed, self.state.round, name, "turn").random()
         return lots[name], name
 
-    @_on.register
     def _extracted(self, event: on.Extracted, now: float) -> Commands:
         task = self._task(event, Progress.EXTRACTING)
         if task is None:
@@ -189,7 +165,6 @@ class AsynchronousCoordinator(Desk):
 
     # Updates come in.
 
-    @_on.register
     def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
         task = self.state.tasks.get(event.device)
         mine = task is not None and event.round == self.state.round_of(task)
@@ -207,7 +182,6 @@ class AsynchronousCoordinator(Desk):
         reason = "another offer took this one's place" if task is not None else "the round is over"
         return [do.Cancel(event.device, event.round, event.attempt, reason)]
 
-    @_on.register
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
         task = self._task(event, Progress.PULLING)
         if task is None:
@@ -224,47 +198,20 @@ class AsynchronousCoordinator(Desk):
         tasks = sorted(self.state.tasks.items())
         return [self._fold(n, t, self._shares.weight(n)) for n, t in tasks if t.progress is Progress.STORED]
 
-    @_on.register
-    def _folded(self, event: on.Folded, now: float) -> Commands:
-        task = self._task(event, Progress.STORED)
-        if task is None:
-            return []
-        task.progress = Progress.FOLDED
-        self.state.devices[event.device].failures = 0
-        self.allocator.learn(self.fleet, event.device, task, task.seconds)
-        return self._close_if_due(now) + self._offers(now)
-
-    @_on.register
     def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
         task = self._task(event, Progress.PULLING) or self._task(event, Progress.STORED)
         return self._give_up(event.device, task, event.reason, now)
 
-    @_on.register
-    def _refused(self, event: on.OfferRefused, now: float) -> Commands:
-        return self._give_up(event.device, self._task(event, Progress.OFFERED), event.reason, now)
-
-    def _give_up(self, name: str, task: Task | None, reason: str, now: float) -> Commands:
+    def _fail(self, name: str, task: Task, reason: str, now: float) -> None:
         """Whoever can't do its part needs time to get better: it is asked again when its deadline is over."""
-        if task is None:
-            return []
-        self._fail(name, task, reason)
+        super()._fail(name, task, reason, now)
         task.deadline = task.deadline or now + self.deadline_s
-        return self._close_if_due(now) + self._offers(now)
 
-    def _task(
-        self,
-        event: on.Extracted | on.UpdateStored | on.Folded | on.UpdateRejected | on.OfferRefused,
-        progress: Progress,
-    ) -> Task | None:
-        """The task that an event is about, if it is still at this point."""
-        task = self.state.tasks.get(event.device)
-        if task is None or (event.round, event.attempt) != (self.state.round_of(task), task.attempt):
-            return None
-        return task if task.progress is progress else None
+    def _go_on(self, now: float) -> Commands:
+        return self._close_if_due(now) + self._offers(now)
 
     # Time.
 
-    @_on.register
     def _ticked(self, event: on.Ticked, now: float) -> Commands:
         state = self.state
         if state.phase in (Phase.WAITING, Phase.FINISHED):
@@ -279,7 +226,7 @@ class AsynchronousCoordinator(Desk):
                 if task.progress is not Progress.REFUSED:
                     late[name] = (state.round_of(task), task.attempt)
                     task.progress, task.reason = Progress.REFUSED, LATE
-        commands = self._close_if_due(now) + self._offers(now)
+        commands = self._go_on(now)
         # Whoever is asked once more for the same gets an offer instead: it goes on where it is.
         again = {c.part.device for c in commands if isinstance(c, do.Extract)}
         again = {n for n in again if n in late and late[n][0] == state.round}
@@ -330,7 +277,6 @@ class AsynchronousCoordinator(Desk):
         fresh = tuple(closing["fresh"])  # those whose updates have not been seen before
         return do.Close(state.round, state.model, dict(state.memory), fresh, tuple(parts), closing["rate"])
 
-    @_on.register
     def _closed(self, event: on.Closed, now: float) -> Commands:
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round or state.closing is None:
@@ -354,18 +300,13 @@ class AsynchronousCoordinator(Desk):
             return self._collect(now)
         state.model, state.memory = event.model, dict(event.memory)
         if state.round % self.schedule.evaluate_every and state.round < self.job.rounds:
-            return self._end(event.round, {}, now)
+            return self._end({}, now)
         state.phase = Phase.EVALUATING
         return [do.Evaluate(state.round, state.model)]
 
-    @_on.register
-    def _evaluated(self, event: on.Evaluated, now: float) -> Commands:
-        if self.state.phase is not Phase.EVALUATING or event.round != self.state.round:
-            return []
-        return self._end(event.round, dict(event.metrics), now)
-
-    def _end(self, number: int, metrics: dict[str, float], now: float) -> Commands:
+    def _end(self, metrics: dict[str, float], now: float) -> Commands:
         state = self.state
+        number = state.round
         fresh = (state.closing or {}).get("fresh", [])
         ended = {n: t for n, t in sorted(state.tasks.items()) if n in fresh or t.progress is Progress.REFUSED}
         news = {n: t for n, t in ended.items() if not t.told}

@@ -8,7 +8,6 @@ what runs in the field, and a crash is survived by loading the state and asking 
 from __future__ import annotations
 
 import math
-from functools import singledispatchmethod
 from typing import Any
 
 from fedprune.chance import keyed
@@ -33,10 +32,6 @@ class Coordinator(Desk):
         architecture: The global model's architecture.
         state: Where to go on; for a new job `State(model=digest of the initial weights)`.
     """
-
-    def handle(self, event: on.Event, now: float) -> Commands:
-        """Take in one event and say what to do."""
-        return self._on(event, now)
 
     def resume(self, now: float) -> Commands:
         """What to do after the state was loaded: everything that may have been under way when the last shell ended.
@@ -69,13 +64,8 @@ class Coordinator(Desk):
             return [do.Finish(state.model)]
         return self._begin(now)
 
-    @singledispatchmethod
-    def _on(self, event: Any, now: float) -> Commands:
-        raise TypeError(f"unknown event {type(event).__name__}")
-
     # Devices come and go.
 
-    @_on.register
     def _born(self, event: on.DeviceBorn, now: float) -> Commands:
         state = self.state
         if not self._admit(event):
@@ -87,14 +77,6 @@ class Coordinator(Desk):
         if state.phase is Phase.FINISHED:
             commands.append(do.TellFinished(event.device, state.model))
         return commands + self._begin(now)
-
-    @_on.register
-    def _resumed(self, event: on.Resumed, now: float) -> Commands:
-        return self.resume(now)
-
-    @_on.register
-    def _gone(self, event: on.DeviceDied, now: float) -> Commands:
-        return self._died(event)
 
     # A round begins.
 
@@ -154,16 +136,10 @@ class Coordinator(Desk):
         state.phase = Phase.WAITING
         return self._begin(now)
 
-    @_on.register
-    def _scored(self, event: on.Scored, now: float) -> Commands:
-        state = self.state
-        if state.phase is not Phase.SCORING or event.round != state.round:
-            return []
-        state.ranking, state.order = event.ranking, event.order
-        state.phase = Phase.TRAINING
-        return [self._extract(n, t) for n, t in sorted(state.tasks.items())]
+    def _collect(self, now: float) -> Commands:
+        self.state.phase = Phase.TRAINING
+        return [self._extract(n, t) for n, t in sorted(self.state.tasks.items())]
 
-    @_on.register
     def _extracted(self, event: on.Extracted, now: float) -> Commands:
         task = self._task(event, Progress.EXTRACTING)
         if task is None:
@@ -182,7 +158,6 @@ class Coordinator(Desk):
 
     # Updates come in.
 
-    @_on.register
     def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
         state = self.state
         task = state.tasks.get(event.device)
@@ -205,7 +180,6 @@ class Coordinator(Desk):
         reason = "the round is over" if late else "another offer took this one's place"
         return [do.Cancel(event.device, event.round, event.attempt, reason)]
 
-    @_on.register
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
         task = self._task(event, Progress.PULLING)
         if task is None:
@@ -218,17 +192,6 @@ class Coordinator(Desk):
             self._fold(event.device, task, task.weight),
         ]
 
-    @_on.register
-    def _folded(self, event: on.Folded, now: float) -> Commands:
-        task = self._task(event, Progress.STORED)
-        if task is None:
-            return []
-        task.progress = Progress.FOLDED
-        self.state.devices[event.device].failures = 0
-        self.allocator.learn(self.fleet, event.device, task, task.seconds)
-        return self._close_if_complete(now)
-
-    @_on.register
     def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
         task = (
             self._task(event, Progress.STORED)
@@ -237,36 +200,8 @@ class Coordinator(Desk):
         )
         return self._give_up(event.device, task, event.reason, now)
 
-    @_on.register
-    def _refused(self, event: on.OfferRefused, now: float) -> Commands:
-        return self._give_up(event.device, self._task(event, Progress.OFFERED), event.reason, now)
-
-    def _give_up(self, name: str, task: Task | None, reason: str, now: float) -> Commands:
-        if task is None:
-            return []
-        self._fail(name, task, reason)
-        return self._close_if_complete(now)
-
-    def _task(
-        self,
-        event: on.Extracted | on.UpdateStored | on.Folded | on.UpdateRejected | on.OfferRefused,
-        progress: Progress,
-    ) -> Task | None:
-        """The task that an event is about, if it is still at this point of this round."""
-        task = self.state.tasks.get(event.device)
-        if (
-            self.state.phase is not Phase.TRAINING
-            or task is None
-            or event.round != self.state.round
-            or event.attempt != task.attempt
-            or task.progress is not progress
-        ):
-            return None
-        return task
-
     # A round ends.
 
-    @_on.register
     def _ticked(self, event: on.Ticked, now: float) -> Commands:
         state = self.state
         if state.phase is not Phase.TRAINING or state.deadline is None:
@@ -280,12 +215,12 @@ class Coordinator(Desk):
         for _, task in late:
             task.progress = Progress.REFUSED
             task.reason = LATE
-        commands = self._close_if_complete(now)
+        commands = self._go_on(now)
         # Whoever is asked once more gets an offer instead: if that is the same work, it goes on where it is.
         again = {c.part.device for c in commands if isinstance(c, do.Extract)}
         return [*(do.Cancel(n, number, t.attempt, LATE) for n, t in late if n not in again), *commands]
 
-    def _close_if_complete(self, now: float) -> Commands:
+    def _go_on(self, now: float) -> Commands:
         state = self.state
         if not all(t.progress.over for t in state.tasks.values()):
             return []
@@ -325,7 +260,6 @@ class Coordinator(Desk):
         parts = tuple(self._contribution(n, t, t.weight) for n, t in done.items())
         return do.Close(state.round, state.model, dict(state.memory), tuple(done), parts)
 
-    @_on.register
     def _closed(self, event: on.Closed, now: float) -> Commands:
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round:
@@ -341,13 +275,10 @@ class Coordinator(Desk):
         state.phase = Phase.EVALUATING
         return [do.Evaluate(state.round, state.model)]
 
-    @_on.register
-    def _evaluated(self, event: on.Evaluated, now: float) -> Commands:
+    def _end(self, metrics: dict[str, float], now: float) -> Commands:
         state = self.state
-        if state.phase is not Phase.EVALUATING or event.round != state.round:
-            return []
-        state.history.append(self._summary(event.metrics, now))
-        self.allocator.review(self.fleet, event.metrics)
+        state.history.append(self._summary(metrics, now))
+        self.allocator.review(self.fleet, metrics)
         if self._last():
             state.phase = Phase.FINISHED
             return [do.Finish(state.model)]
@@ -360,7 +291,7 @@ class Coordinator(Desk):
             "round": state.round,
             "at": now,
             "model": state.model,
-            "metrics": dict(metrics),
+            "metrics": metrics,
             "devices": {n: t.summary() for n, t in sorted(state.tasks.items())},
         }
 

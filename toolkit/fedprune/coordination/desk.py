@@ -1,4 +1,6 @@
-"""What coordinators of synchronous and of asynchronous jobs have in common: the fleet, and words about single parts."""
+"""What coordinators of synchronous and of asynchronous jobs have in common: the fleet, who takes which event, and words
+about single parts.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from fedprune.architecture import Architecture
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.planning import Planned, Planner
-from fedprune.coordination.state import Device, Progress, State, Task
+from fedprune.coordination.state import Device, Phase, Progress, State, Task
 from fedprune.errors import ConfigError, shown
 from fedprune.job import Job
 from fedprune.recipe import Recipe
@@ -25,7 +27,7 @@ LATE = "the deadline has passed"
 
 
 class Desk(ABC):
-    """The part of a coordinator that knows of no rounds.
+    """What a coordinator does, however its rounds go.
 
     Args:
         job: The job's settings.
@@ -58,7 +60,6 @@ class Desk(ABC):
                 got="an asynchronous one",
             )
 
-    @abstractmethod
     def handle(self, event: on.Event, now: float) -> Commands:
         """Take in one event and say what to do.
 
@@ -68,7 +69,38 @@ class Desk(ABC):
 
         Returns:
             Commands in the order in which they should start.
+
+        Raises:
+            TypeError: It is no event.
         """
+        match event:
+            case on.DeviceBorn():
+                return self._born(event, now)
+            case on.DeviceDied():
+                return self._died(event)
+            case on.Scored():
+                return self._scored(event, now)
+            case on.Extracted():
+                return self._extracted(event, now)
+            case on.UpdateAnnounced():
+                return self._announced(event, now)
+            case on.UpdateStored():
+                return self._stored(event, now)
+            case on.UpdateRejected():
+                return self._rejected(event, now)
+            case on.OfferRefused():
+                return self._give_up(event.device, self._task(event, Progress.OFFERED), event.reason, now)
+            case on.Folded():
+                return self._folded(event, now)
+            case on.Closed():
+                return self._closed(event, now)
+            case on.Evaluated():
+                return self._evaluated(event, now)
+            case on.Ticked():
+                return self._ticked(event, now)
+            case on.Resumed():
+                return self.resume(now)
+        raise TypeError(f"unknown event {type(event).__name__}")
 
     @abstractmethod
     def resume(self, now: float) -> Commands:
@@ -87,6 +119,83 @@ class Desk(ABC):
     def uniform(self) -> bool:
         """Whether devices count alike, whatever their samples."""
         return self.strategy.aggregator.weighting == "uniform"
+
+    # What a coordinator's rounds are.
+
+    @abstractmethod
+    def _born(self, event: on.DeviceBorn, now: float) -> Commands: ...
+
+    @abstractmethod
+    def _collect(self, now: float) -> Commands:
+        """The round has its ranking: its parts begin."""
+
+    @abstractmethod
+    def _extracted(self, event: on.Extracted, now: float) -> Commands: ...
+
+    @abstractmethod
+    def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands: ...
+
+    @abstractmethod
+    def _stored(self, event: on.UpdateStored, now: float) -> Commands: ...
+
+    @abstractmethod
+    def _rejected(self, event: on.UpdateRejected, now: float) -> Commands: ...
+
+    @abstractmethod
+    def _go_on(self, now: float) -> Commands:
+        """What follows when a part has come to its end, one way or the other."""
+
+    @abstractmethod
+    def _closed(self, event: on.Closed, now: float) -> Commands: ...
+
+    @abstractmethod
+    def _end(self, metrics: dict[str, float], now: float) -> Commands:
+        """The round is over: note it, and begin the next or finish."""
+
+    @abstractmethod
+    def _ticked(self, event: on.Ticked, now: float) -> Commands: ...
+
+    # What they have in common.
+
+    def _scored(self, event: on.Scored, now: float) -> Commands:
+        state = self.state
+        if state.phase is not Phase.SCORING or event.round != state.round:
+            return []
+        state.ranking, state.order = event.ranking, event.order
+        return self._collect(now)
+
+    def _folded(self, event: on.Folded, now: float) -> Commands:
+        task = self._task(event, Progress.STORED)
+        if task is None:
+            return []
+        task.progress = Progress.FOLDED
+        self.state.devices[event.device].failures = 0
+        self.allocator.learn(self.fleet, event.device, task, task.seconds)
+        return self._go_on(now)
+
+    def _evaluated(self, event: on.Evaluated, now: float) -> Commands:
+        if self.state.phase is not Phase.EVALUATING or event.round != self.state.round:
+            return []
+        return self._end(dict(event.metrics), now)
+
+    def _give_up(self, name: str, task: Task | None, reason: str, now: float) -> Commands:
+        if task is None:
+            return []
+        self._fail(name, task, reason, now)
+        return self._go_on(now)
+
+    def _task(
+        self,
+        event: on.Extracted | on.UpdateStored | on.Folded | on.UpdateRejected | on.OfferRefused,
+        progress: Progress,
+    ) -> Task | None:
+        """The task that an event is about, if it is still awaited and at this point."""
+        task = self.state.tasks.get(event.device)
+        if task is None or not self.state.awaits(task):
+            return None
+        if (event.round, event.attempt) != (self.state.round_of(task), task.attempt):
+            return None
+        return task if task.progress is progress else None
 
     def _admit(self, event: on.DeviceBorn) -> bool:
         """Take in an announcement; False for one of an earlier connection, delivered late.
@@ -159,7 +268,7 @@ class Desk(ABC):
             past = do.Past(sent.basis.round, task.weights, ranking, widths, sent.mask)
             self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
-    def _fail(self, name: str, task: Task, reason: str) -> None:
+    def _fail(self, name: str, task: Task, reason: str, now: float) -> None:
         """A device's part came to nothing by its own fault."""
         task.progress, task.reason = Progress.REFUSED, reason
         device = self.state.devices[name]
