@@ -10,6 +10,7 @@ from fedprune.aggregation import Rule
 from fedprune.errors import ConfigError, ProtocolError, shown
 from fedprune.recipe import Recipe
 from fedprune.scoring import SCORERS
+from fedprune.setting_checks import known, whole, within, word
 from fedprune.wire.topics import check_job
 
 RULES = get_args(Rule)
@@ -59,7 +60,7 @@ class Job:
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
-        whole = {
+        counts = {
             "seed": (0, 2**63 - 1),
             "rounds": (1, 10**6),
             "devices": (1, 10**6),
@@ -72,13 +73,11 @@ class Job:
             "density": (0.0, 1.0),
             "server_momentum": (0.0, 0.999),
         }
-        for name, (low, high) in whole.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ConfigError(f"job: {name}", expected=f"a whole number from {low} to {high}", got=shown(value))
+        for name, (low, high) in counts.items():
+            whole(f"job: {name}", getattr(self, name), low, high)
         for name, (least, most) in real.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            if not within(value, least, most):
                 raise ConfigError(f"job: {name}", expected=f"a number from {least} to {most}", got=shown(value))
         if self.participation == 0 or self.deadline_s == 0:
             raise ConfigError("job: participation and deadline_s", expected="above 0")
@@ -87,8 +86,7 @@ class Job:
         except ProtocolError as error:
             raise ConfigError("job: name", expected=error.expected, got=error.got) from error
         for name, allowed in (("scorer", SCORERS), ("rule", RULES)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"job: {name}", expected=" or ".join(allowed), got=shown(getattr(self, name)))
+            word(f"job: {name}", getattr(self, name), allowed)
         if not isinstance(self.strategy, str) or not 0 < len(self.strategy) <= 200:
             raise ConfigError("job: strategy", expected="a name", got=shown(self.strategy))
         if not isinstance(self.options, Mapping) or not all(isinstance(k, str) for k in self.options):
@@ -130,11 +128,7 @@ class Job:
         Raises:
             ConfigError: An unknown key, a wrong type or a number out of range; the message names the key.
         """
-        known = {f.name for f in fields(cls)}
-        for key in body:
-            if key not in known:
-                raise ConfigError(f"job: unknown key {key!r}", expected=", ".join(sorted(known)))
-        values = dict(body)
+        values = known(cls, body, "job")
         if "recipe" in values:
             if not isinstance(values["recipe"], Mapping):
                 raise ConfigError("job: recipe", expected="a table of settings", got=repr(values["recipe"]))

@@ -37,12 +37,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from fedprune.errors import ConfigError, shown
+from fedprune.errors import ConfigError
 from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.server_step import MAX_RATE
+from fedprune.setting_checks import known, number, truth, whole, word
 
 Kind = Literal["synchronous", "asynchronous"]
 Decay = Literal["constant", "polynomial", "hinge"]
@@ -70,10 +71,10 @@ class Staleness:
     frozen: bool = False
 
     def __post_init__(self) -> None:
-        _choice("staleness: decay", self.decay, get_args(Decay))
-        _number("staleness: a", self.a, 0, 1e6)
-        _whole("staleness: b", self.b, 0, 10**6)
-        _truth("staleness: frozen", self.frozen)
+        word("staleness: decay", self.decay, get_args(Decay))
+        number("staleness: a", self.a, 0, 1e6)
+        whole("staleness: b", self.b, 0, 10**6)
+        truth("staleness: frozen", self.frozen)
 
     def __call__(self, k: int) -> float:
         """s(k), at least 2^-50 and at most 1.
@@ -145,20 +146,20 @@ class Schedule:
     evaluate_every: int = 1
 
     def __post_init__(self) -> None:
-        _choice("schedule: kind", self.kind, get_args(Kind))
-        _choice("schedule: mixing", self.mixing, get_args(Mixing))
-        _number("schedule: participation", self.participation, 0, 1)
+        word("schedule: kind", self.kind, get_args(Kind))
+        word("schedule: mixing", self.mixing, get_args(Mixing))
+        number("schedule: participation", self.participation, 0, 1)
         for name in ("deadline_s", "window_s", "extension_s"):
-            _number(f"schedule: {name}", getattr(self, name), 0, 1e8)
-        _number("schedule: rate", self.rate, 0, MAX_RATE)
+            number(f"schedule: {name}", getattr(self, name), 0, 1e8)
+        number("schedule: rate", self.rate, 0, MAX_RATE)
         if not self.rate:
             raise ConfigError("schedule: rate", expected="above 0, or the model never moves", got=self.rate)
         for name, low in (
             ("arrivals", 0), ("least", 1), ("max_staleness", 0), ("concurrent", 0), ("score_every", 1),
             ("evaluate_every", 1),
         ):  # fmt: skip
-            _whole(f"schedule: {name}", getattr(self, name), low, 10**6)
-        _truth("schedule: keep", self.keep)
+            whole(f"schedule: {name}", getattr(self, name), low, 10**6)
+        truth("schedule: keep", self.keep)
         if self.asynchronous and bool(self.arrivals) == bool(self.window_s):
             raise ConfigError(
                 "schedule: an asynchronous job closes its rounds by arrivals or at the end of a window",
@@ -188,9 +189,9 @@ class Schedule:
         Raises:
             ConfigError: An unknown key or a wrong value; the message names it.
         """
-        values = checked(cls, body, "schedule")
+        values = known(cls, body, "schedule")
         if isinstance(values.get("staleness"), Mapping):
-            values["staleness"] = Staleness(**checked(Staleness, values["staleness"], "schedule: staleness"))
+            values["staleness"] = Staleness(**known(Staleness, values["staleness"], "schedule: staleness"))
         return cls(**values)
 
     # When a round closes.
@@ -281,39 +282,6 @@ class Schedule:
         if self.mixing == "unbiased":
             return float(max(1, math.ceil(arrival.seconds / self.window_s - 1e-9)))
         return self.share(arrival)
-
-
-def checked(kind: type[Any], body: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The keys of a table that a dataclass knows.
-
-    Raises:
-        ConfigError: There is another one; the message names it.
-    """
-    known = {f.name for f in fields(kind)}
-    for key in body:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {shown(key)}", expected=", ".join(sorted(known)))
-    return dict(body)
-
-
-def _choice(what: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(what, expected=" or ".join(allowed), got=shown(value))
-
-
-def _number(what: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ConfigError(what, expected=f"a number from {low:g} to {high:g}", got=shown(value))
-
-
-def _whole(what: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(what, expected=f"a whole number from {low} to {high}", got=shown(value))
-
-
-def _truth(what: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(what, expected="true or false", got=shown(value))
 
 
 SYNCHRONOUS = Schedule()

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedprune.chance import keyed
 from fedprune.errors import ConfigError, DataError, shown
+from fedprune.setting_checks import number, truth, whole, word
 from fedprune_server.data import partition
 from fedprune_server.data.federation import Federation, Rows, default_names, federate
 from fedprune_server.data.samples import Preparation, Samples
@@ -72,25 +73,22 @@ class DataPlan:
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source.strip():
             raise ConfigError("data: source", expected=f"a file or folder, also one under {VARIABLE}", got=self.source)
-        if self.partition not in KINDS:
-            raise ConfigError("data: partition", expected=" or ".join(KINDS), got=shown(self.partition))
-        low: float  # bounds of a number's range
-        high: float
-        whole = {"devices": (0, 10**6), "least": (1, 10**6), "classes": (1, 10**6), "most": (0, 10**9), "pool": (1, 64)}
-        real = {"spread": (0, 10), "test": (0, 0.99), "validation": (0, 0.99), "server": (0, 0.99)}
-        for name, (low, high) in whole.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ConfigError(f"data: {name}", expected=f"a whole number from {low} to {high}", got=shown(value))
-        for name, (low, high) in real.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ConfigError(f"data: {name}", expected=f"a number from {low} to {high}", got=shown(value))
+        word("data: partition", self.partition, KINDS)
+        counts = {
+            "devices": (0, 10**6),
+            "least": (1, 10**6),
+            "classes": (1, 10**6),
+            "most": (0, 10**9),
+            "pool": (1, 64),
+        }
+        for name, (low, high) in counts.items():
+            whole(f"data: {name}", getattr(self, name), low, high)
+        for name, most in (("spread", 10), ("test", 0.99), ("validation", 0.99), ("server", 0.99)):
+            number(f"data: {name}", getattr(self, name), 0, most)
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < math.inf:
             raise ConfigError("data: alpha", expected="a number above 0", got=shown(self.alpha))
         for name in ("balance", "pooled", "standardise", "colour", "ascending"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"data: {name}", expected="true or false", got=shown(getattr(self, name)))
+            truth(f"data: {name}", getattr(self, name))
         object.__setattr__(self, "size", tuple(self.size) if isinstance(self.size, (list, tuple)) else self.size)
         if not isinstance(self.size, tuple) or (
             self.size and (len(self.size) != 2 or any(type(n) is not int or not 1 <= n <= 4096 for n in self.size))

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from fedprune.errors import ConfigError, shown
 from fedprune.job import Job
+from fedprune.setting_checks import within, word
 
 T = TypeVar("T")
 
@@ -61,9 +62,8 @@ def number(
     Raises:
         ConfigError: It is out of range, or no number at all.
     """
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
     end = (above and value == low) or (below and value == high)
-    if not real or not low <= value <= high or end:  # type: ignore[operator]
+    if not within(value, low, high) or end:
         least, most = f"above {low}" if above else f"from {low}", f"below {high}" if below else f"{high}"
         raise ConfigError(f"job: option {name} of {strategy}", expected=f"{least} to {most}", got=shown(value))
 
@@ -74,8 +74,7 @@ def choice(strategy: str, name: str, value: str, allowed: tuple[str, ...]) -> No
     Raises:
         ConfigError: It is another one.
     """
-    if value not in allowed:
-        raise ConfigError(f"job: option {name} of {strategy}", expected=" or ".join(allowed), got=shown(value))
+    word(f"job: option {name} of {strategy}", value, allowed)
 
 
 def _default(field: Field[Any]) -> Any:
