@@ -261,7 +261,8 @@ class Daemon:
         self._storage.save(state, event, now, self.traffic)
         self._garbage.suspect(before - state.references())
         if isinstance(event, on.Extracted):
-            self._garbage.spare(event.offer[k]["sha256"] for k in ("training", "inference") if k in event.offer)
+            graphs = [event.offer[k]["sha256"] for k in ("training", "inference") if k in event.offer]
+            self._garbage.spare(graphs, event.round)
         if isinstance(event, on.UpdateRejected):
             log.warning("update of %s in round %d doesn't count: %s", event.device, event.round, event.reason)
         pulled = {n: t for n, t in state.tasks.items() if t.progress is Part.PULLING and state.awaits(t)}

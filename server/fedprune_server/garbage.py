@@ -7,6 +7,8 @@ from collections.abc import Set as AbstractSet
 
 from fedprune.blobs import BlobStore
 from fedprune.coordination import State
+from fedprune.coordination.state import Progress
+from fedprune_server.offers import GRAPH_ROUNDS
 
 
 class Garbage:
@@ -21,16 +23,19 @@ class Garbage:
         self._store = store
         self._keep = keep
         self._suspects: set[str] = set()
-        self._graphs: set[str] = set()
+        self._graphs: dict[str, int] = {}
 
     def suspect(self, digests: Iterable[str]) -> None:
         """Blobs that something no longer refers to; something else still may."""
         if self._keep is not None:
             self._suspects |= set(digests)
 
-    def spare(self, graphs: Iterable[str]) -> None:
-        """Graphs that offers name again and again; they stay while this server runs."""
-        self._graphs |= set(graphs)
+    def spare(self, graphs: Iterable[str], round_: int) -> None:
+        """Graphs that an offer of a round names; those of the next rounds may name them again.
+
+        They stay until no offer has named them for `GRAPH_ROUNDS` rounds.
+        """
+        self._graphs |= {g: max(round_, self._graphs.get(g, 0)) for g in graphs}
 
     def collect(self, state: State, arriving: AbstractSet[str]) -> None:
         """Delete what earlier rounds needed. Only between rounds: then nobody is about to put the same bytes again.
@@ -42,7 +47,12 @@ class Garbage:
         Raises:
             StorageError: The disk fails.
         """
-        kept = state.references() | self._graphs | kept_models(state, self._keep)
+        # An offer that is being made may name a graph that is as old as its round allows.
+        made = [state.round_of(t) for t in state.tasks.values() if t.progress is Progress.EXTRACTING]
+        oldest = min([state.round, *made]) - GRAPH_ROUNDS
+        self.suspect(g for g, last in self._graphs.items() if last < oldest)
+        self._graphs = {g: last for g, last in self._graphs.items() if last >= oldest}
+        kept = state.references() | self._graphs.keys() | kept_models(state, self._keep)
         for digest in self._suspects - kept:
             self._store.delete(digest)
         self._suspects &= kept

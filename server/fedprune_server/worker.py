@@ -83,7 +83,7 @@ class Worker:
             ConfigError: A pattern of the recipe matches no tensor.
         """
         recipe = self._recipe(Turn(self.job.seed, 1, "", self.architecture.sizes))
-        self._offers.training(recipe)
+        self._offers.training(recipe, 1)
         self._offers.withheld(recipe)
         return self.store.put(tensorfile.encode(self.model.tensors)).sha256
 
@@ -110,7 +110,7 @@ class Worker:
         """Commands that will be carried out in a moment; here nothing can be done ahead (`fedprune_server.crew`)."""
 
     def graphs(self) -> set[str]:
-        """Digests of the graphs that current offers refer to; they must outlive garbage collection."""
+        """Digests of the graphs that offers of the latest rounds named; they must outlive garbage collection."""
         return self._offers.graphs()
 
     # A round begins.
@@ -135,7 +135,7 @@ class Worker:
             "ranking": self._ranking(command.basis, cut, submodel.selection),
             "widths": list(submodel.selection.widths),
             "classes": self.architecture.classes,
-            **self._offers.body(submodel, recipe),
+            **self._offers.body(submodel, recipe, command.basis.round),
         }
         return on.Extracted(command.basis.round, part.device, part.attempt, offer)
 

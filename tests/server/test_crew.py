@@ -27,6 +27,7 @@ from fedprune_export.importing import import_onnx
 from fedprune_server.crew import Crew
 from fedprune_server.digits import deal, digits_model
 from fedprune_server.experiment import Experiment
+from fedprune_server.offers import GRAPH_ROUNDS
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import VirtualDevice
 from fedprune_server.worker import Worker
@@ -67,6 +68,17 @@ def test_helpers_make_the_same_offers(worker: Worker, crew: Crew) -> None:
     assert [crew.execute(o) for o in orders] == [worker.execute(o) for o in orders]
     assert crew.graphs() == worker.graphs()
     assert all(worker.store.has(g) for g in crew.graphs())
+
+
+def test_graphs_of_earlier_rounds_are_let_go_of(worker: Worker, crew: Crew) -> None:
+    found = []
+    for round_, order in zip((1, GRAPH_ROUNDS + 1, GRAPH_ROUNDS + 2), extracts(worker), strict=True):
+        order = replace(order, basis=replace(order.basis, round=round_))
+        crew.expect([order])
+        event = crew.execute(order)
+        assert isinstance(event, on.Extracted)
+        found.append(event.offer["inference"]["sha256"])
+    assert crew.graphs() & set(found) == set(found[1:])
 
 
 def test_what_was_expected_otherwise_is_done_as_ordered(worker: Worker, crew: Crew) -> None:

@@ -1,0 +1,93 @@
+"""Graphs that offers name: put once, kept while offers may name them, and no longer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.blobs import BlobStore
+from fedprune.coordination import State
+from fedprune.coordination.state import Progress, Task
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection
+from fedprune.strategies.roles import Submodel
+from fedprune_export.imported import Model
+from fedprune_export.importing import import_onnx
+from fedprune_server.digits import digits_model
+from fedprune_server.garbage import Garbage
+from fedprune_server.offers import GRAPH_ROUNDS, Offers
+
+ROUNDS = 3 * GRAPH_ROUNDS
+GRAPHS = ("training", "inference")
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    return BlobStore(tmp_path, durable=False)
+
+
+def named(offers: Offers, model: Model, round_: int) -> set[str]:
+    """Graphs of an offer whose widths and recipe no other round has."""
+    sizes = model.architecture.sizes
+    widths = (*sizes[:-1], 1 + round_ % sizes[-1])
+    selection = Selection.of(model.architecture, widths)
+    trained = [t.name for t in model.architecture.trainable]
+    frozen = tuple(n for i, n in enumerate(trained[:-1]) if (round_ >> i) & 1)
+    body = offers.body(Submodel(selection, selection.gather(model.tensors)), Recipe(frozen=frozen), round_)
+    return {body[name]["sha256"] for name in GRAPHS}
+
+
+def test_graphs_of_earlier_rounds_are_let_go_of(model: Model, store: BlobStore) -> None:
+    offers = Offers(model, store)
+    found = [named(offers, model, r) for r in range(1, ROUNDS + 1)]
+    assert len(set().union(*found)) > 3 * GRAPH_ROUNDS  # they are different ones
+    assert offers.graphs() == set().union(*found[-GRAPH_ROUNDS - 1 :])
+
+
+def test_a_graph_that_is_named_in_every_round_is_made_once(
+    model: Model, store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offers = Offers(model, store)
+    first = offers.training(Recipe(), 1)
+    monkeypatch.setattr("fedprune_server.offers.training_graph", None)
+    assert all(offers.training(Recipe(), r) == first for r in range(1, ROUNDS))
+    assert first["sha256"] in offers.graphs()
+
+
+def test_a_graph_that_was_deleted_is_made_again(model: Model, store: BlobStore) -> None:
+    offers = Offers(model, store)
+    first = named(offers, model, 1)
+    for digest in first:
+        store.delete(digest)
+    assert named(offers, model, 1) == first
+    assert all(store.has(digest) for digest in first)
+
+
+def task(progress: Progress, basis: int, **offer: Any) -> Task:
+    cut_from = {"round": basis, "model": "", "ranking": "", "order": None, "memory": {}}
+    return Task(1, (1,), progress=progress, basis=cut_from, **offer)
+
+
+def test_garbage_spares_graphs_that_offers_may_name(store: BlobStore) -> None:
+    garbage = Garbage(store, keep=1)
+    graphs = [store.put(b"graph %d" % i).sha256 for i in range(ROUNDS + 1)]
+    for round_, digest in enumerate(graphs):
+        garbage.spare([digest], round_)
+    offer = {"inference": {"sha256": graphs[0], "size": 1}}
+    state = State("", round=ROUNDS, tasks={"a": task(Progress.OFFERED, 0, offer=offer)})
+
+    state.tasks["b"] = task(Progress.EXTRACTING, ROUNDS - 2)  # its offer is being made
+    garbage.collect(state, set())
+    assert [store.has(g) for g in graphs] == [i == 0 or i >= ROUNDS - 2 - GRAPH_ROUNDS for i in range(ROUNDS + 1)]
+
+    state.tasks.clear()
+    garbage.suspect({graphs[0]})
+    garbage.collect(state, set())
+    assert [store.has(g) for g in graphs] == [i >= ROUNDS - GRAPH_ROUNDS for i in range(ROUNDS + 1)]
