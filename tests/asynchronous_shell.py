@@ -1,18 +1,20 @@
-"""A shell for asynchronous jobs without clock, network or weights, for tests of what their coordinator does."""
+"""A shell for asynchronous jobs, and such jobs, for tests of what their coordinator does."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from typing import Any
 
-from fedprune.coordination import Phase, State, coordinate
+import coordinator_shell
+from coordinator_shell import digest
+
+from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.job import Job
-from toy import ARCHITECTURE, JOB, NAMES
+from toy import JOB, NAMES
 
-RECIPE = {"epochs": 1, "batch_size": 5}
+RECIPE: dict[str, Any] = {"epochs": 1, "batch_size": 5}
 
 
 def job_of(
@@ -33,94 +35,49 @@ KINDS = {"all": ALL, "one": ONE, "two": TWO, "window": WINDOW, "few": replace(TW
     **TWO.options, "schedule": {**TWO.options["schedule"], "arrivals": 1, "concurrent": 2}})}  # fmt: skip
 
 
-def digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-class Shell:
-    """A shell without clock, network or weights: every command is answered as a worker and a fleet would."""
+class Shell(coordinator_shell.Shell):
+    """A shell for an asynchronous job."""
 
     def __init__(self, job: Job = ALL) -> None:
-        self.job = job
-        self.now = 0.0
-        self.coordinator = coordinate(job, ARCHITECTURE, State(model="m0"))
-        self.inbox: list[on.Event] = []
+        super().__init__(job)
+        self.recipe = RECIPE
         self.closes: list[do.Close] = []
         self.acknowledged: dict[tuple[str, int], int] = {}
-        self.cancelled: list[tuple[str, int, str]] = []
         self.offered: list[tuple[str, int, int]] = []
-        self.wakes: list[float] = []
         self.log: list[tuple[on.Event, float, list[do.Command]]] = []
         self.sessions = dict.fromkeys(NAMES, 0)
-
-    @property
-    def state(self) -> State:
-        return self.coordinator.state
 
     def come(self, *names: str) -> None:
         for name in names or NAMES:
             self.sessions[name] += 1
             self.feed(on.DeviceBorn(name, self.sessions[name], {"name": "toy"}, 10))
 
-    def feed(self, event: on.Event) -> None:
-        commands = self.coordinator.handle(event, self.now)
-        self.log.append((event, self.now, commands))
-        self.carry_out(commands)
+    def arrive(self) -> None:
+        self.come()
 
-    def carry_out(self, commands: list[do.Command]) -> None:
-        for command in commands:
-            answer = self.answer(command)
-            if answer is not None:
-                self.inbox.append(answer)
+    def weights(self, command: do.Extract) -> str:
+        return digest("offer", command.basis.round, command.basis.model, command.part.widths)
+
+    def update(self, command: do.SendOffer) -> str:
+        return digest(command.device, command.offer["weights"]["sha256"])
+
+    def model(self, command: do.Close) -> str:
+        return summed(command)
+
+    def feed(self, event: on.Event) -> list[do.Command]:
+        commands = super().feed(event)
+        self.log.append((event, self.now, commands))
+        return commands
 
     def answer(self, command: do.Command) -> on.Event | None:
         match command:
-            case do.Score():
-                return on.Scored(command.round, digest("ranking", command.round))
-            case do.Extract():
-                basis, part = command.basis, command.part
-                offer = {
-                    "weights": {"sha256": digest("offer", basis.round, basis.model, part.widths)},
-                    "widths": list(part.widths),
-                    "recipe": RECIPE,
-                }
-                return on.Extracted(basis.round, part.device, part.attempt, offer)
             case do.SendOffer():
                 self.offered.append((command.device, command.round, command.attempt))
-                return on.UpdateAnnounced(
-                    command.device,
-                    command.round,
-                    command.attempt,
-                    command.offer["weights"]["sha256"],
-                    {"sha256": digest(command.device, command.offer["weights"]["sha256"])},
-                    10,
-                    2,
-                )
-            case do.PullUpdate():
-                return on.UpdateStored(command.device, command.round, command.attempt, str(command.weights["sha256"]))
-            case do.Fold():
-                found = command.contribution
-                return on.Folded(found.part.device, found.basis.round, found.part.attempt)
             case do.Close():
                 self.closes.append(command)
-                return on.Closed(command.round, summed(command))
-            case do.Evaluate():
-                return on.Evaluated(command.round, {"accuracy": 0.5})
             case do.Acknowledge():
                 self.acknowledged.setdefault((command.device, command.round), self.state.round)
-            case do.Cancel():
-                self.cancelled.append((command.device, command.round, command.reason))
-            case do.Wake():
-                self.wakes.append(command.at)
-        return None
-
-    def crash(self) -> None:
-        """The shell dies with all it had in flight; a new one loads the state; the devices announce themselves."""
-        self.coordinator = coordinate(self.job, ARCHITECTURE, State.from_json(self.state.to_json()))
-        self.inbox.clear()
-        self.wakes.clear()
-        self.carry_out(self.coordinator.resume(self.now))
-        self.come()
+        return super().answer(command)
 
     def run(self) -> None:
         for _ in range(10_000):
@@ -136,13 +93,6 @@ class Shell:
         self.wakes.remove(at)
         self.now = max(self.now, at)
         self.feed(on.Ticked())
-
-    def run_silently(self) -> None:
-        """Run while no device says that it has an update."""
-        while self.inbox:
-            event = self.inbox.pop(0)
-            if not isinstance(event, on.UpdateAnnounced):
-                self.feed(event)
 
     def until(self, kind: type[Any], device: str = "") -> on.Event:
         """Run until something of this kind is next (of this device), and take it out."""

@@ -6,6 +6,8 @@ but the same each time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -57,8 +59,11 @@ class VGG11(nn.Module):
 class BasicBlock(nn.Module):
     """Two convolutions beside a shortcut, which is a 1×1 convolution where the shape changes."""
 
-    def __init__(self, before: int, after: int, stride: int) -> None:
+    def __init__(
+        self, before: int, after: int, stride: int, activation: Callable[[torch.Tensor], torch.Tensor] = torch.relu
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(after)
         self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
@@ -68,8 +73,8 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        return torch.relu(y + self.shortcut(x))
+        y = self.bn2(self.conv2(self.activation(self.bn1(self.conv1(x)))))
+        return self.activation(y + self.shortcut(x))
 
 
 class ResNet20(nn.Module):

@@ -6,23 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nets import seeded
-
-
-class _Residual(nn.Module):
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(after)
-        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(after)
-        self.short = nn.Sequential()
-        if stride != 1 or before != after:
-            self.short = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.bn2(self.conv2(torch.tanh(self.bn1(self.conv1(x)))))
-        return torch.tanh(y + self.short(x))
+from nets import BasicBlock, seeded
 
 
 class SmoothResNet(nn.Module):
@@ -34,7 +18,7 @@ class SmoothResNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
         self.bn = nn.BatchNorm2d(8, momentum=0.3)
-        self.blocks = nn.Sequential(_Residual(8, 8, 1), _Residual(8, 16, 2))
+        self.blocks = nn.Sequential(BasicBlock(8, 8, 1, torch.tanh), BasicBlock(8, 16, 2, torch.tanh))
         self.fc = nn.Linear(16, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 
+import coordinator_shell
 import pytest
+from coordinator_shell import digest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,102 +23,47 @@ from toy import ARCHITECTURE, JOB, NAMES
 pytestmark = pytest.mark.board
 
 
-def digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-class Shell:
-    """A shell without clock, network or weights: every command is answered as a worker and a fleet would."""
+class Shell(coordinator_shell.Shell):
+    """A shell for a synchronous job."""
 
     def __init__(self, job: Job = JOB) -> None:
-        self.job = job
-        self.now = 0.0
-        self.coordinator = Coordinator(job, ARCHITECTURE, State(model="m0"))
-        self.inbox: list[on.Event] = []
+        super().__init__(job)
         self.closes: dict[int, list[do.Close]] = {}
         self.acknowledged: list[tuple[str, int]] = []
-        self.cancelled: list[tuple[str, int, str]] = []
         self.told: list[str] = []
-        self.wakes: list[float] = []
         self.session = 0
-
-    @property
-    def state(self) -> State:
-        return self.coordinator.state
 
     def birth(self, name: str) -> on.DeviceBorn:
         return on.DeviceBorn(name, self.session, {"name": "toy"}, 10)
 
-    def everyone_arrives(self) -> None:
+    def arrive(self) -> None:
         self.session += 1
         self.inbox += [self.birth(n) for n in NAMES]
 
-    def feed(self, event: on.Event) -> None:
-        self.carry_out(self.coordinator.handle(event, self.now))
+    def weights(self, command: do.Extract) -> str:
+        return "0"
 
-    def carry_out(self, commands: list[do.Command]) -> None:
-        for command in commands:
-            answer = self.answer(command)
-            if answer is not None:
-                self.inbox.append(answer)
+    def update(self, command: do.SendOffer) -> str:
+        return digest(command.device, command.round)
+
+    def model(self, command: do.Close) -> str:
+        return digest("model", command.contributions)
 
     def answer(self, command: do.Command) -> on.Event | None:
         match command:
-            case do.Score():
-                return on.Scored(command.round, digest("ranking", command.round))
-            case do.Extract():
-                part = command.part
-                offer = {"weights": {"sha256": "0"}, "widths": list(part.widths), "recipe": self.job.recipe.to_offer()}
-                return on.Extracted(command.basis.round, part.device, part.attempt, offer)
-            case do.SendOffer():
-                return on.UpdateAnnounced(
-                    command.device,
-                    command.round,
-                    command.attempt,
-                    command.offer["weights"]["sha256"],
-                    {"sha256": digest(command.device, command.round)},
-                    10,
-                    2,
-                )
-            case do.PullUpdate():
-                return on.UpdateStored(command.device, command.round, command.attempt, str(command.weights["sha256"]))
-            case do.Fold():
-                part = command.contribution.part
-                return on.Folded(part.device, command.round, part.attempt)
             case do.Close():
                 self.closes.setdefault(command.round, []).append(command)
-                return on.Closed(command.round, digest("model", command.contributions))
-            case do.Evaluate():
-                return on.Evaluated(command.round, {"accuracy": 0.5})
             case do.Acknowledge():
                 self.acknowledged.append((command.device, command.round))
-            case do.Cancel():
-                self.cancelled.append((command.device, command.round, command.reason))
             case do.TellFinished():
                 self.told.append(command.device)
-            case do.Wake():
-                self.wakes.append(command.at)
-        return None
-
-    def crash(self) -> None:
-        """The shell dies with all it had in flight; a new one loads the state; the devices announce themselves."""
-        self.coordinator = Coordinator(self.job, ARCHITECTURE, State.from_json(self.state.to_json()))
-        self.inbox.clear()
-        self.carry_out(self.coordinator.resume(self.now))
-        self.everyone_arrives()
+        return super().answer(command)
 
     def run(self) -> None:
         steps = 0
         while self.inbox and steps < 10_000:
             self.feed(self.inbox.pop(0))
             steps += 1
-
-    def run_silently(self) -> None:
-        """Run while no device says that it has an update."""
-        while self.inbox:
-            event = self.inbox.pop(0)
-            if not isinstance(event, on.UpdateAnnounced):
-                self.feed(event)
 
 
 def finished_history(shell: Shell) -> list[tuple[int, str]]:
@@ -127,14 +73,14 @@ def finished_history(shell: Shell) -> list[tuple[int, str]]:
 
 def reference() -> list[tuple[int, str]]:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     shell.run()
     return finished_history(shell)
 
 
 def test_a_job_runs_its_rounds_with_every_device_once() -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     shell.run()
 
     assert [r for r, _ in finished_history(shell)] == [1, 2, 3]
@@ -148,7 +94,7 @@ def test_a_job_runs_its_rounds_with_every_device_once() -> None:
 def test_order_duplicates_and_crashes_change_nothing(data: st.DataObject) -> None:
     expected = reference()
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     crashes = 0
     for _ in range(400):
         if not shell.inbox:
@@ -171,7 +117,7 @@ def test_order_duplicates_and_crashes_change_nothing(data: st.DataObject) -> Non
 @given(st.data())
 def test_the_state_survives_json_at_every_step(data: st.DataObject) -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     while shell.inbox:
         shell.feed(shell.inbox.pop(data.draw(st.integers(0, len(shell.inbox) - 1))))
         assert State.from_json(shell.state.to_json()) == shell.state
@@ -261,7 +207,7 @@ def test_a_job_ends_whatever_the_weather_was(data: st.DataObject) -> None:
 
 def test_a_round_closes_at_its_deadline_with_what_is_in() -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     while shell.inbox:
         event = shell.inbox.pop(0)
         if not (isinstance(event, on.UpdateAnnounced) and event.device == "b"):
@@ -276,7 +222,7 @@ def test_a_round_closes_at_its_deadline_with_what_is_in() -> None:
 
 def test_an_early_tick_closes_nothing() -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     while not shell.wakes:
         shell.feed(shell.inbox.pop(0))
     shell.now = shell.wakes[-1] - 1
@@ -289,7 +235,7 @@ def test_an_early_tick_closes_nothing() -> None:
 
 def test_the_deadline_counts_from_the_last_offer() -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     while not any(isinstance(e, on.Extracted) for e in shell.inbox):
         shell.feed(shell.inbox.pop(0))
     for at, event in ((5.0, shell.inbox.pop(0)), (6.0, shell.inbox.pop(0))):
@@ -304,7 +250,7 @@ def test_the_deadline_counts_from_the_last_offer() -> None:
 
 def test_an_update_on_the_disk_counts_though_the_deadline_passes_before_it_is_folded() -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     held = []
     while shell.inbox:
         event = shell.inbox.pop(0)
@@ -339,14 +285,14 @@ def test_a_round_that_nobody_finished_goes_to_whoever_is_there() -> None:
 
 def test_a_round_that_nobody_is_left_for_waits() -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     shell.run_silently()
     for name in NAMES:
         shell.feed(on.DeviceDied(name, 1))
     shell.now = shell.wakes[-1]
     shell.feed(on.Ticked())
     assert shell.state.phase is Phase.WAITING
-    shell.everyone_arrives()
+    shell.arrive()
     shell.run()
 
     assert [h["round"] for h in shell.state.history] == [1, 2, 3]
@@ -354,7 +300,7 @@ def test_a_round_that_nobody_is_left_for_waits() -> None:
 
 def test_new_settings_hold_after_a_restart() -> None:
     shell = Shell(replace(JOB, density=1.0))
-    shell.everyone_arrives()
+    shell.arrive()
     shell.feed(shell.inbox.pop(0))
     shell.coordinator = Coordinator(replace(JOB, density=0.25), ARCHITECTURE, State.from_json(shell.state.to_json()))
     shell.coordinator.resume(0.0)
@@ -375,7 +321,7 @@ def test_weights_never_sum_to_more_than_sums_hold() -> None:
 
 def test_an_update_cannot_say_what_it_counts_for() -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     while shell.inbox:
         event = shell.inbox.pop(0)
         if isinstance(event, on.UpdateAnnounced) and event.device == "a":
@@ -388,7 +334,7 @@ def test_an_update_cannot_say_what_it_counts_for() -> None:
 
 def test_only_the_one_who_comes_late_is_told_that_it_is_over() -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     shell.run()
     shell.feed(on.DeviceBorn("b", 9, {"name": "toy"}, 10))
 
@@ -409,7 +355,7 @@ def test_a_device_that_forgot_how_often_it_came_is_let_in() -> None:
 
 def test_a_round_without_any_update_is_offered_again() -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     shell.run_silently()
     shell.now = shell.wakes[-1]
     shell.feed(on.Ticked())
@@ -421,7 +367,7 @@ def test_a_round_without_any_update_is_offered_again() -> None:
 
 def test_who_is_late_and_asked_once_more_is_not_cancelled() -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     shell.run_silently()
     shell.now = shell.wakes[-1]
     shell.feed(on.Ticked())
@@ -433,7 +379,7 @@ def test_who_is_late_and_asked_once_more_is_not_cancelled() -> None:
 
 def test_who_is_late_and_not_asked_once_more_is_cancelled() -> None:
     shell = Shell(replace(JOB, devices=2))
-    shell.everyone_arrives()
+    shell.arrive()
     shell.run_silently()
     shell.feed(on.DeviceDied("b", shell.session))
     shell.now = shell.wakes[-1]
@@ -445,7 +391,7 @@ def test_who_is_late_and_not_asked_once_more_is_cancelled() -> None:
 
 def test_yesterdays_update_is_declined() -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     shell.run()
     shell.feed(on.UpdateAnnounced("a", 1, 1, "0", {"sha256": "x"}, 10, 2))
 
@@ -454,7 +400,7 @@ def test_yesterdays_update_is_declined() -> None:
 
 def test_an_update_for_an_earlier_attempt_is_declined() -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     for _ in range(7):
         shell.feed(shell.inbox.pop(0))
     shell.state.tasks["a"].attempt = 2
@@ -466,7 +412,7 @@ def test_an_update_for_an_earlier_attempt_is_declined() -> None:
 
 def test_an_update_of_an_earlier_run_of_the_job_is_declined() -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     for _ in range(7):
         shell.feed(shell.inbox.pop(0))
     shell.feed(on.UpdateAnnounced("a", 1, 1, "another start", {"sha256": "x"}, 10, 2))
@@ -476,7 +422,7 @@ def test_an_update_of_an_earlier_run_of_the_job_is_declined() -> None:
 
 def test_a_rejected_update_does_not_count() -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     while shell.inbox:
         event = shell.inbox.pop(0)
         if isinstance(event, on.Folded) and event.device == "c" and event.round == 1:
@@ -489,7 +435,7 @@ def test_a_rejected_update_does_not_count() -> None:
 
 def test_a_device_that_keeps_refusing_is_left_out_until_it_connects_again() -> None:
     shell = Shell(replace(JOB, rounds=6, devices=2))
-    shell.everyone_arrives()
+    shell.arrive()
     asked = []
     while shell.inbox:
         event = shell.inbox.pop(0)
@@ -507,7 +453,7 @@ def test_a_device_that_keeps_refusing_is_left_out_until_it_connects_again() -> N
 
 def test_a_device_that_refuses_now_and_then_stays() -> None:
     shell = Shell(replace(JOB, rounds=8, devices=2))
-    shell.everyone_arrives()
+    shell.arrive()
     while shell.inbox:
         event = shell.inbox.pop(0)
         if isinstance(event, on.UpdateAnnounced) and event.device == "c" and event.round % 3:
@@ -520,7 +466,7 @@ def test_a_device_that_refuses_now_and_then_stays() -> None:
 
 def test_a_device_that_returns_is_offered_its_round_again() -> None:
     shell = Shell()
-    shell.everyone_arrives()
+    shell.arrive()
     for _ in range(7):
         shell.feed(shell.inbox.pop(0))
     task = shell.state.tasks["a"]
@@ -543,7 +489,7 @@ def test_participation_asks_a_keyed_share() -> None:
     chosen = []
     for _ in range(2):
         shell = Shell(replace(JOB, participation=0.5, rounds=5))
-        shell.everyone_arrives()
+        shell.arrive()
         shell.run()
         chosen.append([tuple(h["devices"]) for h in shell.state.history])
 

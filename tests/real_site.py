@@ -1,0 +1,172 @@
+"""A site of real processes on this machine: a server, its broker and its boards, and what they work on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from fedprune.coordination import State
+from fedprune.errors import StorageError
+from fedprune_server.storage import Storage
+from machine import find_mosquitto, free_port, listens
+
+FILES = """
+[model]
+path = "model.onnx"
+
+[evaluation]
+data = "evaluation.npz"
+"""
+"""What every configuration says of `write_material`'s files."""
+
+
+def write_material(folder: Path, samples: Mapping[str, int]) -> None:
+    """A small classifier, and samples for every device and to evaluate on."""
+    random = np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        values = random.standard_normal(shape) / np.sqrt(shape[-1])
+        return numpy_helper.from_array(values.astype(np.float32), name)
+
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gemm", ["x", "w1", "b1"], ["h"], transB=1),
+            helper.make_node("Relu", ["h"], ["a"]),
+            helper.make_node("Gemm", ["a", "w2", "b2"], ["logits"], transB=1),
+        ],
+        "classifier",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 3])],
+        [weight("w1", 32, 8), weight("b1", 32), weight("w2", 3, 32), weight("b2", 3)],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "model.onnx"
+    )
+    truth = random.standard_normal((8, 3))
+    for name, count in {**samples, "evaluation": 200}.items():
+        x = random.standard_normal((count, 8)).astype(np.float32)
+        np.savez(folder / f"{name}.npz", x=x, y=(x @ truth).argmax(1))
+
+
+class Site:
+    """Real processes: a server, its devices and a broker.
+
+    Args:
+        material: What `write_material` wrote.
+        folder: The processes' own.
+        config: The server's configuration, but for `FILES`.
+        devices: Names of the devices.
+        patience_s: How long something may take that is waited for.
+        mosquitto: Whether the broker is a process of its own, or the server's.
+    """
+
+    def __init__(
+        self,
+        material: Path,
+        folder: Path,
+        config: str,
+        devices: Sequence[str],
+        patience_s: float,
+        *,
+        mosquitto: bool = False,
+    ) -> None:
+        self.material = material
+        self.folder = folder
+        self.devices = tuple(devices)
+        self.patience_s = patience_s
+        self.mosquitto = mosquitto
+        self.state = folder / "server"
+        self.port = free_port()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        text = config + FILES
+        for name in ("model.onnx", "evaluation.npz"):
+            text = text.replace(f'"{name}"', json.dumps(str(material / name)))
+        (folder / "fleet.toml").write_text(text)
+        if mosquitto:
+            (folder / "mosquitto.conf").write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\n")
+
+    def start(self, name: str, *, in_group: bool = False) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                self.command(name), stdout=log, stderr=log, env=environment, start_new_session=in_group
+            )
+
+    def command(self, name: str) -> list[str]:
+        url = f"mqtt://127.0.0.1:{self.port}"
+        if name == "broker":
+            return [find_mosquitto(), "-c", str(self.folder / "mosquitto.conf")]
+        if name == "server":
+            where = ["--broker", url] if self.mosquitto else ["--port", str(self.port)]
+            run = ["run", "--config", str(self.folder / "fleet.toml"), "--state", str(self.state)]
+            return [sys.executable, "-m", "fedprune_server.cli", *run, *where, "--until-finished"]
+        return [
+            *(sys.executable, "-m", "fedprune_device.cli", "run", "--broker", url, "--device", name, "--no-probe"),
+            *("--data", str(self.material / f"{name}.npz"), "--state", str(self.folder / name), "--threads", "1"),
+            *("--profile", "raspberry-pi-4b", "--until-finished", "--patient"),
+        ]
+
+    def start_all(self) -> None:
+        if self.mosquitto:
+            self.start("broker")
+        self.start("server")
+        self.wait_for(lambda: listens(self.port), "the broker listens")
+        for name in self.devices:
+            self.start(name)
+
+    def stop_all(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+
+    def kill(self, name: str) -> None:
+        """kill -9; of an embedded broker, only of it."""
+        if name == "broker" and not self.mosquitto:
+            server = self.processes["server"].pid
+            children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+            assert len(children) == 1
+            os.kill(int(children[0]), signal.SIGKILL)
+            return
+        self.processes[name].kill()
+        self.processes[name].wait()
+        self.start(name)
+
+    def saved(self) -> State | None:
+        """What the server has saved."""
+        try:
+            with Storage.existing(self.state) as storage:
+                return storage.load()
+        except StorageError:
+            return None  # not yet
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        until = time.monotonic() + self.patience_s
+        while not condition():
+            if time.monotonic() > until:
+                raise AssertionError(f"{what}: it never came to that. {self.logs()}")
+            time.sleep(0.05)
+
+    def finish(self) -> State:
+        """Wait for the end of all processes but Mosquitto."""
+        for name in ("server", *self.devices):
+            try:
+                code = self.processes[name].wait(self.patience_s)
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"{name} doesn't end: {self.logs()}") from None
+            assert code == 0, self.logs()
+        state = self.saved()
+        assert state is not None
+        return state
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.folder.glob("*.log")))
