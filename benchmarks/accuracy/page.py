@@ -63,7 +63,7 @@ def page(protocol: Protocol, runs: Sequence[Run], header: dict[str, Any]) -> str
 
 def in_short(protocol: Protocol, runs: Sequence[Run], date: str) -> list[str]:
     """A few columns of the table, for a page that has many of them."""
-    kept = ("after", "average", "before", "global", "MB a device", "TMAC")
+    kept = ("serves", "average", "before", "global", "MB a device", "TMAC")
     columns = _at_equal_rounds(protocol)
     shown = [
         c for place, c in enumerate(columns)
@@ -172,9 +172,13 @@ def _columns(protocol: Protocol, last: Callable[[Run], int]) -> Columns:
     def share(run: Run) -> float:
         return (cut(run)["down"] + cut(run)["up"]) / max(1, len(run["devices"])) / 1e6
 
+    def serves(run: Run) -> float | None:
+        return mean(own(f"accuracy_{protocol.method(run['method']).serves}"))(run)
+
     columns: Columns = [
+        ("serves", serves, 1),
+        ("Δ", serves, -1),
         ("after", mean(own("accuracy_after")), 1),
-        ("Δ", mean(own("accuracy_after")), -1),
         ("average", mean(own("accuracy_average")), 1),
         ("Δ", mean(own("accuracy_average")), -1),
         ("before", mean(own("accuracy_before")), 1),
@@ -277,8 +281,10 @@ def _reading(protocol: Protocol, seeds: Sequence[int]) -> list[str]:
     tested = "all devices' test data together" if pooled else "the data set's own test data, which no device has"
     text = (
         f"Accuracy in percent, {means} and of seeds {', '.join(map(str, seeds))}. "
-        "*after*: devices' own models on their own test data after local training, their mean; "
-        "*average*: the same for each device's moving average of its trained weights (.85, no bytes); "
+        "*serves*: what devices predict with by that method, on their own test data, their mean: *after* local "
+        "training, or *average*, each device's moving average of its trained weights (.85, no bytes). The published "
+        "methods serve the former; what the latter would give them is shown all the same. By fedprune it is half "
+        "such an average and half the received weights; "
         "*before*: what the device was sent, on its own test data, as it was sent; *global*: the full global "
         f"model on {tested}; *sub*: what the strategy cuts out of it. Batch-norm statistics "
         "are measured anew, alike for all: on a device's own training data for *after* and *average*, on 512 "

@@ -18,7 +18,7 @@ _SUBFLOT = (
     Method("slices", "benchmarks.accuracy.compositions:slices"),
     Method("fedrolex", "fedrolex", paper="81.04 (Table 1)"),
     Method("subflot", "subflot", paper="83.78 (Table 1)"),
-    Method("fedprune", "fedprune"),
+    Method("fedprune", "fedprune", serves="average"),
 )
 
 SUBFLOT_FULL = Protocol(
@@ -183,7 +183,13 @@ def _pr_fl(interval: int, patience: int) -> tuple[Method, ...]:
         Method("fedasync α .6", "fedasync", {"a": 0.5}, note="Xie et al.'s own mixing, α s(k)"),
         Method("fedbuff", "fedbuff", {"buffer": 4}),
         Method("fedavg", "fedavg", paper="202,200 / 210,900 s; 84 % never"),
-        Method("fedprune", "fedprune", {"densities": TIERS, "arrivals": 4}, note="two or three devices of each width"),
+        Method(
+            "fedprune",
+            "fedprune",
+            {"densities": TIERS, "arrivals": 4},
+            note="two or three devices of each width",
+            serves="average",
+        ),
     )
     return tuple(replace(m, densities=False) for m in rows)
 

@@ -35,6 +35,7 @@ class Method:
             what submodels of the protocol's densities weigh (`benchmarks.accuracy.shares`).
         paper: The paper's figure, where it has one for this row.
         note: What to know about the row.
+        serves: What a board predicts with by this method: `after`, the model that it trained last, or `average`.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Method:
     elements: bool = False
     paper: str = ""
     note: str = ""
+    serves: str = "after"
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Protocol:
             parts.pop(name)
         parts["recipe"] = self.recipe.to_dict()
         row = asdict(method)
-        for name in ("paper", "note", "name"):
+        for name in ("paper", "note", "name", "serves"):
             row.pop(name)
         what = [parts, row, seed, trainer, definition(self.net), AVERAGE, CALIBRATION]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
