@@ -9,8 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import sets
+
 from fedprune_export.imported import Model
 from fedprune_export.importing import export_torch, import_onnx
+from fedprune_server.data.table import DataPlan
 
 FOLDER = Path("build/accuracy/nets")
 
@@ -79,6 +82,37 @@ def small_cnn(shape: tuple[int, ...], classes: int) -> Any:
             layers.append(nn.MaxPool2d(2))
         before = after
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+
+def trained(make: Callable[[tuple[int, ...], int], Any], shape: tuple[int, ...], classes: int) -> Any:
+    """A net after five epochs on 20,000 images of CIFAR-100, with a new last layer: where fine-tuning begins.
+
+    Args:
+        make: The net; its last module is a linear layer.
+        shape: One sample's shape; images are pooled to it.
+        classes: Entries of the output.
+    """
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    plan = DataPlan(
+        source="cifar100", partition="iid", devices=1, most=21_000, test=0.04, pool=32 // shape[-1], standardise=True
+    )
+    federation = plan.deal(sets.samples("cifar100"))
+    data = federation.load(*federation.names)
+    x, y = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
+    net, epochs, batch = make(shape, 100), 5, 64
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * (len(y) // batch))
+    for _ in range(epochs):
+        for rows in torch.randperm(len(y))[: len(y) // batch * batch].split(batch):
+            optimiser.zero_grad()
+            functional.cross_entropy(net(x[rows]), y[rows]).backward()
+            optimiser.step()
+            decay.step()
+    net[-1] = nn.Linear(net[-1].in_features, classes)
+    return net
 
 
 def resnet8(shape: tuple[int, ...], classes: int) -> Any:
@@ -189,6 +223,7 @@ _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 
 
 NETS: dict[str, Callable[[tuple[int, ...], int], Any]] = {
     "small_cnn": small_cnn,
+    "small_cnn_trained": lambda shape, classes: trained(small_cnn, shape, classes),
     "resnet8": resnet8,
     "resnet32": resnet32,
     "mobile_net": mobile_net,

@@ -176,6 +176,30 @@ MOBILE, RESNET = (
     )
 )
 
+TRAINED = replace(
+    CIFAR,
+    name="cifar10-trained",
+    title="CIFAR-10, Dirichlet .1, from a trained net",
+    keeps=_keeps(images="6,000", rounds=10, net="Conv 32-64-128-128 with batch norm, trained on CIFAR-100 beforehand"),
+    data={**DIRICHLET, "most": 6_000},
+    net="small_cnn_trained",
+    recipe=replace(SMALL, evaluate_every=1),
+    rounds=10,
+    methods=(
+        *_some("local", "heterofl", "slices", "fiarse", "subflot", "ca-hfp", "fedprune"),
+        Method(
+            "fedprune ordered",
+            "fedprune",
+            {"ranking": "ordered"},
+            note="ranks are channels' places in the net",
+            serves="average",
+        ),
+    ),
+    every=1,
+    minutes=1,
+    paper="",
+)
+
 PARTIAL = replace(
     CIFAR,
     name="cifar10-partial",
@@ -225,7 +249,7 @@ ABLATION = replace(
 )
 
 TABLES = (
-    CIFAR, CIFAR_PATHOLOGICAL, FASHION, FASHION_PATHOLOGICAL, HAR, MOBILE, RESNET, PARTIAL, ABLATION,
+    CIFAR, CIFAR_PATHOLOGICAL, FASHION, FASHION_PATHOLOGICAL, HAR, MOBILE, RESNET, TRAINED, PARTIAL, ABLATION,
 )  # fmt: skip
 
 PROTOCOLS = {p.name: p for p in (*TABLES, *PAPERS)}
