@@ -99,9 +99,10 @@ def figure(protocol: Protocol, run: Run, read: Callable[[dict[str, Any]], float 
         upto = [r for r in rounds if (r["at"] <= share * end if timed else r["round"] <= round(share * end))]
         upto = upto or rounds[:1]
         value = next((v for v in map(read, reversed(upto)) if v is not None), None)
-        if value is not None:
-            found.append(value)
-    return statistics.fmean(found) if found else None
+        if value is None:
+            return None
+        found.append(value)
+    return statistics.fmean(found)
 
 
 def own(metric: str) -> Callable[[dict[str, Any]], float | None]:
@@ -226,26 +227,26 @@ def _cell(protocol: Protocol, runs: Sequence[Run], rows: Sequence[Run], value: V
 
 
 def _tiers(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
-    """Personal accuracy by density, the device's average where there is one."""
+    """The accuracy of what devices serve, by their density."""
     if len(protocol.densities) < 2:
         return []
-    lines = ["", "## Personal accuracy (average) by the device's density", ""]
+    lines = ["", "## What devices serve, by their density", ""]
     lines += [f"| method | {' | '.join(f'{d:g}' for d in protocol.densities)} |"]
     lines += [f"|---|{'---:|' * len(protocol.densities)}"]
     for method in protocol.methods:
         rows = [r for r in runs if r["method"] == method.name]
-        found = [[figure(protocol, r, _tier(place)) for r in rows] for place in range(len(protocol.densities))]
+        found = [[figure(protocol, r, _tier(method, place)) for r in rows] for place in range(len(protocol.densities))]
         if rows and all(v is not None for values in found for v in values):
             cells = [f"{100 * statistics.fmean(v for v in values if v is not None):.1f}" for values in found]
             lines.append(f"| {method.name} | {' | '.join(cells)} |")
     return lines if len(lines) > 5 else []
 
 
-def _tier(place: int) -> Callable[[dict[str, Any]], float | None]:
-    """Reads the mean of the devices of one tier, the widest being the first."""
+def _tier(method: Method, place: int) -> Callable[[dict[str, Any]], float | None]:
+    """Reads the mean of what the devices of one tier serve, the widest being the first."""
 
     def read(row: dict[str, Any]) -> float | None:
-        found = row["own"].get("accuracy_average") or row["own"].get("accuracy_after") or {}
+        found = row["own"].get(f"accuracy_{method.serves}", {})
         tiers = sorted(found.get("tiers", {}).items(), key=lambda item: -float(item[0]))
         return float(tiers[place][1]) if place < len(tiers) else None
 
@@ -279,12 +280,13 @@ def _reading(protocol: Protocol, seeds: Sequence[int]) -> list[str]:
         means = f"means of rounds {reads} (of the shares of all rounds, where a method has more)"
     pooled = protocol.data.get("pooled", True)
     tested = "all devices' test data together" if pooled else "the data set's own test data, which no device has"
+    blends = any(m.serves == "average" for m in protocol.methods)
+    blended = ", and by fedprune it is half such an average and half the received weights" if blends else ""
     text = (
         f"Accuracy in percent, {means} and of seeds {', '.join(map(str, seeds))}. "
         "*serves*: what devices predict with by that method, on their own test data, their mean: *after* local "
         "training, or *average*, each device's moving average of its trained weights (.85, no bytes). The published "
-        "methods serve the former; what the latter would give them is shown all the same. By fedprune it is half "
-        "such an average and half the received weights; "
+        f"methods serve the former; what the latter would give them is shown all the same{blended}; "
         "*before*: what the device was sent, on its own test data, as it was sent; *global*: the full global "
         f"model on {tested}; *sub*: what the strategy cuts out of it. Batch-norm statistics "
         "are measured anew, alike for all: on a device's own training data for *after* and *average*, on 512 "

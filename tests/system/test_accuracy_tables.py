@@ -341,3 +341,23 @@ def test_the_page_about_papers_names_tables_that_there_are(accuracy, tmp_path, m
     assert "| subflot | 50.0 |" in once
     assert "Not run yet: `python -m benchmarks.accuracy cifar10-mobile`" in once
     assert filled(once, tmp_path) == once
+
+
+def test_a_row_that_sends_more_is_measured_in_every_round(accuracy):
+    for protocol in TABLES.values():
+        if protocol.recipe.evaluate_every > 1:
+            costly = [m for m in protocol.methods if not m.densities]
+            assert all(m.recipe.get("evaluate_every") == 1 for m in costly), protocol.name
+            for share in protocol.reads:
+                assert round(share * protocol.rounds) % protocol.recipe.evaluate_every == 0, protocol.name
+
+
+def test_a_share_without_a_measurement_gives_no_figure(accuracy, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.accuracy.page import figure
+
+    protocol = TABLES["cifar10-dirichlet"]
+    rounds = [{"round": r, "at": 1.0 * r, "value": v} for r, v in ((8, None), (16, None), (20, 0.5))]
+    assert figure(protocol, {"rounds": rounds}, lambda row: row["value"]) is None
+    rounds[0]["value"], rounds[1]["value"] = 0.1, 0.3
+    assert figure(protocol, {"rounds": rounds}, lambda row: row["value"]) == pytest.approx((0.1 + 0.1 + 0.5) / 3)
