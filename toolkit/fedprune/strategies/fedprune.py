@@ -120,7 +120,7 @@ def _places(architecture: Architecture) -> list[str]:
 
 @dataclass(frozen=True)
 class Fair:
-    """The job's recipe with a logit-adjusted loss, dropout, clipping, statistics and an average of the board's own.
+    """The job's recipe with adjusted logits, mixup, dropout, clipping, a board's own statistics and blended average.
 
     Attributes:
         options: Which of them.
