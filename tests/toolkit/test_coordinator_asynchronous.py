@@ -35,6 +35,15 @@ def test_the_schedule_chooses_the_coordinator() -> None:
     assert isinstance(coordinate(ALL, ARCHITECTURE, State("m0")), AsynchronousCoordinator)
 
 
+@pytest.mark.parametrize("job", [JOB, ALL], ids=["synchronous", "asynchronous"])
+def test_what_is_no_event_is_refused_and_changes_nothing(job: Job) -> None:
+    coordinator = coordinate(job, ARCHITECTURE, State("m0"))
+    before = coordinator.state.to_json()
+    with pytest.raises(TypeError, match="unknown event Wake"):
+        coordinator.handle(do.Wake(1.0), 0.0)  # type: ignore[arg-type]
+    assert coordinator.state.to_json() == before
+
+
 @pytest.mark.parametrize("job", KINDS.values(), ids=KINDS)
 def test_a_job_runs_its_rounds(job: Job) -> None:
     shell = Shell(job)

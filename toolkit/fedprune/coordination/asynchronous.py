@@ -202,10 +202,11 @@ class AsynchronousCoordinator(Desk):
         task = self._task(event, Progress.PULLING) or self._task(event, Progress.STORED)
         return self._give_up(event.device, task, event.reason, now)
 
-    def _fail(self, name: str, task: Task, reason: str, now: float) -> None:
+    def _give_up(self, name: str, task: Task | None, reason: str, now: float) -> Commands:
         """Whoever can't do its part needs time to get better: it is asked again when its deadline is over."""
-        super()._fail(name, task, reason, now)
-        task.deadline = task.deadline or now + self.deadline_s
+        if task is not None:
+            task.deadline = task.deadline or now + self.deadline_s
+        return super()._give_up(name, task, reason, now)
 
     def _go_on(self, now: float) -> Commands:
         return self._close_if_due(now) + self._offers(now)

@@ -123,37 +123,45 @@ class Desk(ABC):
     # What a coordinator's rounds are.
 
     @abstractmethod
-    def _born(self, event: on.DeviceBorn, now: float) -> Commands: ...
+    def _born(self, event: on.DeviceBorn, now: float) -> Commands:
+        """A device has come: take it in, and give it what it has missed; with enough devices a job begins."""
 
     @abstractmethod
     def _collect(self, now: float) -> Commands:
         """The round has its ranking: its parts begin."""
 
     @abstractmethod
-    def _extracted(self, event: on.Extracted, now: float) -> Commands: ...
+    def _extracted(self, event: on.Extracted, now: float) -> Commands:
+        """A part is ready: offer it, and set its deadline or the round's."""
 
     @abstractmethod
-    def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands: ...
+    def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
+        """A device has trained: pull its update if that is awaited, say again what became of it, or call it off."""
 
     @abstractmethod
-    def _stored(self, event: on.UpdateStored, now: float) -> Commands: ...
+    def _stored(self, event: on.UpdateStored, now: float) -> Commands:
+        """An update is here: acknowledge it, so that the device lets go of it, and add it while sums are open."""
 
     @abstractmethod
-    def _rejected(self, event: on.UpdateRejected, now: float) -> Commands: ...
+    def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
+        """An update that was pulled or added doesn't count: the device's part has failed."""
 
     @abstractmethod
     def _go_on(self, now: float) -> Commands:
         """What follows when a part has come to its end, one way or the other."""
 
     @abstractmethod
-    def _closed(self, event: on.Closed, now: float) -> Commands: ...
+    def _closed(self, event: on.Closed, now: float) -> Commands:
+        """The sums have become the next model: note whose updates counted, and go on with it, or anew where
+        nobody's did."""
 
     @abstractmethod
     def _end(self, metrics: dict[str, float], now: float) -> Commands:
         """The round is over: note it, and begin the next or finish."""
 
     @abstractmethod
-    def _ticked(self, event: on.Ticked, now: float) -> Commands: ...
+    def _ticked(self, event: on.Ticked, now: float) -> Commands:
+        """Time has passed: give up what is late, and ask to be woken where a clock was set back."""
 
     # What they have in common.
 
@@ -179,9 +187,10 @@ class Desk(ABC):
         return self._end(dict(event.metrics), now)
 
     def _give_up(self, name: str, task: Task | None, reason: str, now: float) -> Commands:
+        """A device's part has failed, if it is one that was awaited: the others go on."""
         if task is None:
             return []
-        self._fail(name, task, reason, now)
+        self._fail(name, task, reason)
         return self._go_on(now)
 
     def _task(
@@ -268,7 +277,7 @@ class Desk(ABC):
             past = do.Past(sent.basis.round, task.weights, ranking, widths, sent.mask)
             self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
-    def _fail(self, name: str, task: Task, reason: str, now: float) -> None:
+    def _fail(self, name: str, task: Task, reason: str) -> None:
         """A device's part came to nothing by its own fault."""
         task.progress, task.reason = Progress.REFUSED, reason
         device = self.state.devices[name]
