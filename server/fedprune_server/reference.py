@@ -12,8 +12,9 @@ TITLE = "FedAvg"
 def fedavg(job: Job) -> Job:
     """The job that trains the whole model on every device, with plain local training and the plain mean.
 
-    Seed, rounds, devices, participation, deadline, steps, batch, loss, optimiser and what is frozen are those of the
-    given job.
+    Seed, rounds, devices, participation and deadline are those of the given job; of its recipe so are steps, the batch
+    and its parts (`accumulate`), the loss with `label_smoothing`, the optimiser with `clip_norm`, what is frozen, and
+    how often boards measure themselves.
     """
     plain = replace(
         job.recipe,
