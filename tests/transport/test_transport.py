@@ -100,6 +100,16 @@ def test_potentials_that_go_astray_change_no_plan(monkeypatch: pytest.MonkeyPatc
     check_plan(cost, exact_plan(cost))
 
 
+@pytest.mark.parametrize("shape", [(240, 180), (200, 200), (20, 15), (30, 30)])
+@pytest.mark.parametrize(
+    ("kind", "power"), [("float32", p) for p in (-100, -45, 70, 127)] + [("float64", -900), ("float64", 1023)]
+)
+def test_plans_are_those_of_costs_of_any_size(shape: tuple[int, int], kind: str, power: int) -> None:
+    cost = np.random.default_rng(9).random(shape).astype(kind)
+    check_plan(cost, exact_plan(cost))
+    assert np.array_equal(exact_plan(np.ldexp(cost, power)).dense, exact_plan(cost).dense)
+
+
 @given(st.integers(1, 6), st.integers(1, 4), seeds, st.booleans(), st.booleans())
 def test_the_cheapest_of_each_is_the_plan_where_it_is_one(
     k: int, ratio: int, seed: int, wide: bool, tied: bool

@@ -45,6 +45,9 @@ _PIVOTS = 10_000_000
 _EXACT = 1e-9
 """How far below 0 a reduced cost may be by rounding alone, beside the largest cost."""
 
+_USUAL = 20
+"""Costs whose largest is within 2^±20 are taken as they are."""
+
 
 def exact_plan(cost: Cost) -> Coupling:
     """The coupling of least total cost among those with uniform marginals.
@@ -66,6 +69,7 @@ def exact_plan(cost: Cost) -> Coupling:
     easy = _cheapest(cost)
     if easy is not None:
         return easy
+    cost = _in_range(cost)
     if n == m and cost.size <= SMALL:
         rows, columns = _scipy()(cost)
         return Coupling.of(n, m, rows, columns, np.ones(n))
@@ -90,6 +94,15 @@ def _cheapest(cost: Cost) -> Coupling | None:
             rows, columns = np.nonzero(least)
             return Coupling.of(n, m, rows, columns, np.ones(m))
     return None
+
+
+def _in_range(cost: Cost) -> Cost:
+    """Unusually large or small costs times a power of two, which leaves the plan as it is.
+
+    The squares of costs from 1e17 overflow float32, and POT takes differences of 1e-14 for rounding.
+    """
+    exponent = int(np.frexp(max(cost.max(), -cost.min()))[1])
+    return cost if abs(exponent) <= _USUAL else np.ldexp(cost, -exponent)
 
 
 def _masses(n: int, m: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
