@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
+from fedprune import setting_checks
 from fedprune.aggregation import Rule
 from fedprune.errors import ConfigError, ProtocolError, shown
 from fedprune.recipe import Recipe
 from fedprune.scoring import SCORERS
-from fedprune.setting_checks import known, whole, within, word
 from fedprune.wire.topics import check_job
 
 RULES = get_args(Rule)
@@ -74,10 +74,10 @@ class Job:
             "server_momentum": (0.0, 0.999),
         }
         for name, (low, high) in counts.items():
-            whole(f"job: {name}", getattr(self, name), low, high)
+            setting_checks.whole(f"job: {name}", getattr(self, name), low, high)
         for name, (least, most) in real.items():
             value = getattr(self, name)
-            if not within(value, least, most):
+            if not setting_checks.within(value, least, most):
                 raise ConfigError(f"job: {name}", expected=f"a number from {least} to {most}", got=shown(value))
         if self.participation == 0 or self.deadline_s == 0:
             raise ConfigError("job: participation and deadline_s", expected="above 0")
@@ -86,7 +86,7 @@ class Job:
         except ProtocolError as error:
             raise ConfigError("job: name", expected=error.expected, got=error.got) from error
         for name, allowed in (("scorer", SCORERS), ("rule", RULES)):
-            word(f"job: {name}", getattr(self, name), allowed)
+            setting_checks.word(f"job: {name}", getattr(self, name), allowed)
         if not isinstance(self.strategy, str) or not 0 < len(self.strategy) <= 200:
             raise ConfigError("job: strategy", expected="a name", got=shown(self.strategy))
         if not isinstance(self.options, Mapping) or not all(isinstance(k, str) for k in self.options):
@@ -128,7 +128,7 @@ class Job:
         Raises:
             ConfigError: An unknown key, a wrong type or a number out of range; the message names the key.
         """
-        values = known(cls, body, "job")
+        values = setting_checks.known(cls, body, "job")
         if "recipe" in values:
             if not isinstance(values["recipe"], Mapping):
                 raise ConfigError("job: recipe", expected="a table of settings", got=repr(values["recipe"]))

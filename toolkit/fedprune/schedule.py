@@ -40,10 +40,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from fedprune import setting_checks
 from fedprune.errors import ConfigError
 from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.server_step import MAX_RATE
-from fedprune.setting_checks import known, number, truth, whole, word
 
 Kind = Literal["synchronous", "asynchronous"]
 Decay = Literal["constant", "polynomial", "hinge"]
@@ -71,10 +71,10 @@ class Staleness:
     frozen: bool = False
 
     def __post_init__(self) -> None:
-        word("staleness: decay", self.decay, get_args(Decay))
-        number("staleness: a", self.a, 0, 1e6)
-        whole("staleness: b", self.b, 0, 10**6)
-        truth("staleness: frozen", self.frozen)
+        setting_checks.word("staleness: decay", self.decay, get_args(Decay))
+        setting_checks.number("staleness: a", self.a, 0, 1e6)
+        setting_checks.whole("staleness: b", self.b, 0, 10**6)
+        setting_checks.truth("staleness: frozen", self.frozen)
 
     def __call__(self, k: int) -> float:
         """s(k), at least 2^-50 and at most 1.
@@ -146,20 +146,20 @@ class Schedule:
     evaluate_every: int = 1
 
     def __post_init__(self) -> None:
-        word("schedule: kind", self.kind, get_args(Kind))
-        word("schedule: mixing", self.mixing, get_args(Mixing))
-        number("schedule: participation", self.participation, 0, 1)
+        setting_checks.word("schedule: kind", self.kind, get_args(Kind))
+        setting_checks.word("schedule: mixing", self.mixing, get_args(Mixing))
+        setting_checks.number("schedule: participation", self.participation, 0, 1)
         for name in ("deadline_s", "window_s", "extension_s"):
-            number(f"schedule: {name}", getattr(self, name), 0, 1e8)
-        number("schedule: rate", self.rate, 0, MAX_RATE)
+            setting_checks.number(f"schedule: {name}", getattr(self, name), 0, 1e8)
+        setting_checks.number("schedule: rate", self.rate, 0, MAX_RATE)
         if not self.rate:
             raise ConfigError("schedule: rate", expected="above 0, or the model never moves", got=self.rate)
         for name, low in (
             ("arrivals", 0), ("least", 1), ("max_staleness", 0), ("concurrent", 0), ("score_every", 1),
             ("evaluate_every", 1),
         ):  # fmt: skip
-            whole(f"schedule: {name}", getattr(self, name), low, 10**6)
-        truth("schedule: keep", self.keep)
+            setting_checks.whole(f"schedule: {name}", getattr(self, name), low, 10**6)
+        setting_checks.truth("schedule: keep", self.keep)
         if self.asynchronous and bool(self.arrivals) == bool(self.window_s):
             raise ConfigError(
                 "schedule: an asynchronous job closes its rounds by arrivals or at the end of a window",
@@ -189,9 +189,10 @@ class Schedule:
         Raises:
             ConfigError: An unknown key or a wrong value; the message names it.
         """
-        values = known(cls, body, "schedule")
+        values = setting_checks.known(cls, body, "schedule")
         if isinstance(values.get("staleness"), Mapping):
-            values["staleness"] = Staleness(**known(Staleness, values["staleness"], "schedule: staleness"))
+            stale = setting_checks.known(Staleness, values["staleness"], "schedule: staleness")
+            values["staleness"] = Staleness(**stale)
         return cls(**values)
 
     # When a round closes.

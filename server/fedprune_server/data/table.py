@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from fedprune import setting_checks
 from fedprune.chance import keyed
 from fedprune.errors import ConfigError, DataError, shown
-from fedprune.setting_checks import number, truth, whole, word
 from fedprune_server.data import partition
 from fedprune_server.data.federation import Federation, Rows, default_names, federate
 from fedprune_server.data.samples import Preparation, Samples
@@ -73,7 +73,7 @@ class DataPlan:
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source.strip():
             raise ConfigError("data: source", expected=f"a file or folder, also one under {VARIABLE}", got=self.source)
-        word("data: partition", self.partition, KINDS)
+        setting_checks.word("data: partition", self.partition, KINDS)
         counts = {
             "devices": (0, 10**6),
             "least": (1, 10**6),
@@ -82,13 +82,13 @@ class DataPlan:
             "pool": (1, 64),
         }
         for name, (low, high) in counts.items():
-            whole(f"data: {name}", getattr(self, name), low, high)
+            setting_checks.whole(f"data: {name}", getattr(self, name), low, high)
         for name, most in (("spread", 10), ("test", 0.99), ("validation", 0.99), ("server", 0.99)):
-            number(f"data: {name}", getattr(self, name), 0, most)
+            setting_checks.number(f"data: {name}", getattr(self, name), 0, most)
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < math.inf:
             raise ConfigError("data: alpha", expected="a number above 0", got=shown(self.alpha))
         for name in ("balance", "pooled", "standardise", "colour", "ascending"):
-            truth(f"data: {name}", getattr(self, name))
+            setting_checks.truth(f"data: {name}", getattr(self, name))
         object.__setattr__(self, "size", tuple(self.size) if isinstance(self.size, (list, tuple)) else self.size)
         if not isinstance(self.size, tuple) or (
             self.size and (len(self.size) != 2 or any(type(n) is not int or not 1 <= n <= 4096 for n in self.size))

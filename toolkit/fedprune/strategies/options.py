@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypeVar
 
+from fedprune import setting_checks
 from fedprune.errors import ConfigError, shown
 from fedprune.job import Job
-from fedprune.setting_checks import within, word
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def number(
         ConfigError: It is out of range, or no number at all.
     """
     end = (above and value == low) or (below and value == high)
-    if not within(value, low, high) or end:
+    if not setting_checks.within(value, low, high) or end:
         least, most = f"above {low}" if above else f"from {low}", f"below {high}" if below else f"{high}"
         raise ConfigError(f"job: option {name} of {strategy}", expected=f"{least} to {most}", got=shown(value))
 
@@ -74,7 +74,7 @@ def choice(strategy: str, name: str, value: str, allowed: tuple[str, ...]) -> No
     Raises:
         ConfigError: It is another one.
     """
-    word(f"job: option {name} of {strategy}", value, allowed)
+    setting_checks.word(f"job: option {name} of {strategy}", value, allowed)
 
 
 def _default(field: Field[Any]) -> Any:

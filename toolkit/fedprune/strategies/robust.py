@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
+from fedprune import setting_checks
 from fedprune.addition import Addition, norm
 from fedprune.aggregation import Fold
 from fedprune.element_mask import ElementMask
@@ -17,7 +18,6 @@ from fedprune.errors import BundleError, ConfigError, shown
 from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.robust import Centre, Direction, Slab, centre, clipped, rows_of, slabs, standing_out
 from fedprune.selection import Selection, Tensors
-from fedprune.setting_checks import within
 from fedprune.strategies.roles import Aggregator, Closing, Report, Scene, Submodel
 
 Reports = Callable[[], Iterator[tuple[Report, Submodel]]]
@@ -50,15 +50,15 @@ class Robustness:
     tolerance: float = 3.5
 
     def __post_init__(self) -> None:
-        if self.clip != "median" and not within(self.clip, 0, 1e9):
+        if self.clip != "median" and not setting_checks.within(self.clip, 0, 1e9):
             raise ConfigError("robust: clip", expected="a norm from 0 up, or 'median'", got=shown(self.clip))
         if self.centre not in ("mean", *get_args(Centre)):
             raise ConfigError("robust: centre", expected="mean, median or trimmed", got=shown(self.centre))
-        if not within(self.trim, 0, 0.5) or self.trim == 0.5:
+        if not setting_checks.within(self.trim, 0, 0.5) or self.trim == 0.5:
             raise ConfigError("robust: trim", expected="a share from 0 to below 0.5", got=shown(self.trim))
         if self.check not in CHECKS:
             raise ConfigError("robust: check", expected="norm, cosine or both", got=shown(self.check))
-        if not within(self.tolerance, 0.1, 1e6):
+        if not setting_checks.within(self.tolerance, 0.1, 1e6):
             raise ConfigError("robust: tolerance", expected="a number from 0.1 up", got=shown(self.tolerance))
 
     @property
