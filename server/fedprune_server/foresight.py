@@ -13,6 +13,7 @@ from fedprune.job import Job
 from fedprune.prediction import predict
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
+from fedprune.strategies import compose
 
 QUANTITIES: dict[str, tuple[str, str]] = {
     "step_seconds": ("step", "step_s"),
@@ -38,8 +39,15 @@ def compared(name: str, state: State | None, predicted: Mapping[str, Any] | None
     return {m: pair for m, pair in rows.items() if pair != (None, None)}
 
 
-def predicted(device: Device, job: Job, architecture: Architecture) -> Mapping[str, Any] | None:
-    """What a device's rounds are expected to cost: its plan's figures, or those of the widths that the job gives it."""
+def predicted(name: str, device: Device, job: Job, architecture: Architecture) -> Mapping[str, Any] | None:
+    """What a device's rounds are expected to cost: its plan's figures, or those of the widths that the job gives it.
+
+    Args:
+        name: The device.
+        device: What is known of it.
+        job: The job's settings.
+        architecture: The global model's architecture.
+    """
     if device.plan is not None:
         figures: Mapping[str, Any] = device.plan["prediction"]
         return figures
@@ -48,7 +56,8 @@ def predicted(device: Device, job: Job, architecture: Architecture) -> Mapping[s
     try:
         probe = None if device.probe is None else ProbeReport.from_dict(device.probe)
         profile = HardwareProfile.from_dict(device.profile)
-        return vars(predict(architecture, device.widths, profile, job.recipe, device.samples, probe=probe))
+        recipe = compose(job).foreseen(job, name, device.widths, device.density, device.samples)
+        return vars(predict(architecture, device.widths, profile, recipe, device.samples, probe=probe))
     except FedpruneError:
         return None
 

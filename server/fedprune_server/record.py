@@ -287,7 +287,7 @@ def record_of(
             bound=device.plan["bound"] if device.plan else "",
             parameters=costs_at(architecture, device.widths).parameters if device.widths else 0,
             excluded=device.excluded,
-            compared=compared(name, state, predicted(device, job, architecture)),
+            compared=compared(name, state, predicted(name, device, job, architecture)),
         )
         for name, device in sorted(state.devices.items())
     )

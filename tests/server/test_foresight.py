@@ -13,7 +13,10 @@ from fedprune.coordination import State
 from fedprune.coordination.state import Device
 from fedprune.job import Job
 from fedprune.plan import plan
+from fedprune.prediction import predict
 from fedprune.recipe import Recipe
+from fedprune.strategies import compose
+from fedprune.strategies.roles import Turn
 from fedprune_server.foresight import compared, described, predicted, table
 from fedprune_server.record import Record, record_of
 from fedprune_server.report import foresight_rows
@@ -52,8 +55,17 @@ def test_measurements_at_other_widths_are_left_out() -> None:
 
 def test_widths_that_the_job_gives_are_predicted_for_too() -> None:
     device = state(METRICS).devices["pi"]
-    assert predicted(replace(device, plan=None), JOB, toy.ARCHITECTURE) == vars(MADE.prediction)
-    assert predicted(replace(device, plan=None, widths=()), JOB, toy.ARCHITECTURE) is None
+    bare = replace(device, plan=None)
+    assert predicted("pi", bare, JOB, toy.ARCHITECTURE) == vars(MADE.prediction)
+    assert predicted("pi", replace(bare, widths=()), JOB, toy.ARCHITECTURE) is None
+
+
+def test_what_the_strategy_adds_to_the_recipe_is_predicted_for_too() -> None:
+    bare, job = replace(state(METRICS).devices["pi"], plan=None), replace(JOB, strategy="fedprune")
+    asked = compose(job).objective.recipe(job.recipe, Turn(job.seed, 1, "pi", bare.widths, 1.0, 100))
+    assert asked.own_copies == 3
+    seen = predicted("pi", bare, job, toy.ARCHITECTURE)
+    assert seen == vars(predict(toy.ARCHITECTURE, bare.widths, BOARD, asked, 100)) != vars(MADE.prediction)
 
 
 def test_a_record_keeps_the_comparison_and_a_report_shows_it() -> None:

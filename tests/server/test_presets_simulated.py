@@ -13,6 +13,7 @@ import pytest
 from fedprune import tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.job import Job
+from fedprune.prediction import predict
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
@@ -129,6 +130,30 @@ def test_it_runs_and_moves_the_model_the_same_every_time(build: Build, strategy:
     assert one.state.model != build(strategy, options=options, rounds=1).state.model
     assert one.state.history == two.state.history
     assert all(np.isfinite(v).all() for v in weights(one).values())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("fedprune", {}),
+        ("subflot", {"planned": True}),
+        ("heterofl", {"planned": True}),
+        ("history", {"mu": 1.0}),
+        ("ca-hfp", {}),
+        ("fedobp", {}),
+        ("autoflip", {"exploration_epochs": 1}),
+    ],
+)
+def test_boards_are_planned_by_what_they_are_offered(build: Build, strategy: str, options: dict[str, Any]) -> None:
+    run = build(strategy, options=options, byte_budget=100_000)
+    for device in run.experiment.devices:
+        task, planned = run.state.tasks[device.name], run.state.devices[device.name].plan
+        assert task.offer, task.reason
+        assert planned
+        assert task.density < 1
+        asked = Recipe.from_dict(task.offer["recipe"])
+        foretold = predict(run.model.architecture, task.widths, device.profile, asked, device.samples)
+        assert vars(foretold) == planned["prediction"]
 
 
 def test_personal_heads_never_reach_the_server(build: Build, model: Any) -> None:

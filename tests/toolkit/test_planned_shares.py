@@ -1,18 +1,32 @@
-"""Where the planner chooses widths, strategies that go by a device's share of the model are told the true one."""
+"""Where the planner chooses widths it goes by what the strategy asks of a device, and tells it its true share."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from role_play import NET
 
 from fedprune import profile_store
-from fedprune.architecture import kept_share, widths_at
+from fedprune.architecture import (
+    Architecture,
+    Axis,
+    ChannelGroup,
+    Layer,
+    Segment,
+    TensorKind,
+    TensorSpec,
+    kept_share,
+    widths_at,
+)
 from fedprune.coordination import Coordinator, State
 from fedprune.coordination import events as on
+from fedprune.errors import ConfigError
 from fedprune.job import Job
-from fedprune.prediction import predict
+from fedprune.plan import Plan
+from fedprune.prediction import Prediction, predict
+from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Turn
@@ -24,17 +38,83 @@ PI = profile_store.find("raspberry-pi-5")
 HALF = predict(NET, widths_at(NET, 0.5), PI, Recipe(), 10).round_bytes
 """What a round at half the channels moves."""
 
+A, B = Axis((Segment(0, 0, 600),)), Axis((Segment(1, 0, 400),))
+WIDE = Architecture(
+    "a megabyte of weights",
+    (ChannelGroup("a", 600), ChannelGroup("b", 400)),
+    (
+        TensorSpec("first.weight", TensorKind.WEIGHT, (A, Axis.fixed(3))),
+        TensorSpec("second.weight", TensorKind.WEIGHT, (B, A)),
+        TensorSpec("head.weight", TensorKind.WEIGHT, (Axis.fixed(3), B)),
+    ),
+    tuple(Layer(n, "Gemm", f"{n}.weight", 1) for n in ("first", "second", "head")),
+    (),
+    (3,),
+    3,
+)
+
+
+def turn_in(job: Job, profile: HardwareProfile = PI, net: Architecture = NET) -> tuple[Plan, Turn]:
+    """A device's plan, and its part in the first round."""
+    coordinator = Coordinator(job, net, State(model="m0"))
+    coordinator.handle(on.DeviceBorn("a", 1, profile.to_dict(), 10), 0.0)
+    device = coordinator.state.devices["a"]
+    assert device.plan, device.excluded
+    assert kept_share(net, device.widths) == device.density
+    task = coordinator.state.tasks["a"]
+    return Plan.from_dict(device.plan), Turn(job.seed, 1, "a", task.widths, task.density, task.samples)
+
 
 def turn_of(strategy: str, options: dict[str, Any], budget: int) -> tuple[Job, Turn]:
     """A device's part in a job in which a round may move so many bytes."""
     job = Job(strategy=strategy, options=options, devices=1, rounds=2, byte_budget=budget)
-    coordinator = Coordinator(job, NET, State(model="m0"))
-    coordinator.handle(on.DeviceBorn("a", 1, PI.to_dict(), 10), 0.0)
-    device = coordinator.state.devices["a"]
-    assert device.plan, device.excluded
-    assert kept_share(NET, device.widths) == device.density
-    task = coordinator.state.tasks["a"]
-    return job, Turn(job.seed, 1, "a", task.widths, task.density, task.samples)
+    return job, turn_in(job)[1]
+
+
+def limited(memory: int, storage: int) -> HardwareProfile:
+    """A board whose training may take so much."""
+    return replace(
+        PI,
+        memory=replace(PI.memory, total_bytes=memory + 10**9, reserve_bytes=10**9, training_share=1.0),
+        storage=replace(PI.storage, budget_bytes=storage),
+    )
+
+
+@pytest.mark.parametrize("limit", ["memory", "storage"])
+@pytest.mark.parametrize(
+    ("strategy", "options", "round_", "mask"),
+    [
+        ("fedprune", {}, 1, "none"),
+        ("fedprune", {"average": 0.9, "blend": 0.0}, 1, "none"),
+        ("subflot", {"planned": True}, 1, "none"),
+        ("autoflip", {}, 2, "hard"),
+    ],
+)
+def test_what_the_strategy_asks_of_a_board_is_within_its_limits(
+    strategy: str, options: dict[str, Any], round_: int, mask: str, limit: str
+) -> None:
+    job = Job(strategy=strategy, options=options, devices=1, rounds=2)
+
+    def foretold(turn: Turn) -> Prediction:
+        asked = compose(job).objective.recipe(job.recipe, replace(turn, round=round_))
+        return predict(WIDE, turn.widths, PI, replace(asked, mask=mask), turn.samples)
+
+    whole = foretold(Turn(job.seed, 1, "a", WIDE.sizes, 1.0, 10))
+    plenty = 10**9
+    board = limited(whole.memory_bytes - 1, plenty) if limit == "memory" else limited(plenty, whole.storage_bytes - 1)
+    made, turn = turn_in(job, board, WIDE)
+    needed = foretold(turn)
+
+    assert made.bound == limit
+    assert (made.prediction.memory_bytes, made.prediction.storage_bytes) == (needed.memory_bytes, needed.storage_bytes)
+    assert needed.memory_bytes <= board.training_bytes
+    assert needed.storage_bytes <= board.storage.budget_bytes
+
+
+def test_a_job_whose_recipe_does_not_go_with_its_strategy_ends_before_anything_is_planned() -> None:
+    job = Job(strategy="fedprune", recipe=Recipe(mask="hard"), devices=1)
+    with pytest.raises(ConfigError, match="ordered_dropout with mask"):
+        turn_in(job)
 
 
 @pytest.mark.parametrize("options", [("subflot", {"planned": True}), ("history", {"mu": 2.0})])

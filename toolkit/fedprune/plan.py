@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -207,7 +207,7 @@ class Plan:
 def plan(
     architecture: Architecture,
     profile: HardwareProfile,
-    recipe: Recipe,
+    recipe: Recipe | Callable[[tuple[int, ...]], Recipe],
     samples: int,
     *,
     byte_budget: int | None = None,
@@ -224,7 +224,7 @@ def plan(
     Args:
         architecture: The model.
         profile: What the board is.
-        recipe: The local training of a round.
+        recipe: The local training of a round; or what makes it of a submodel's widths, where it depends on those.
         samples: The board's training samples.
         byte_budget: Bytes per round, down plus up, that the job allows.
         deadline_s: Seconds that a round may take on the board, transfers included.
@@ -240,13 +240,19 @@ def plan(
             raise PlanError(name, expected="a number above 0", got=value)
     wider: tuple[Limit, ...] = ()
     limits: tuple[Limit, ...] = ()
-    table, batch, memory = latency_table(profile, probe), min(recipe.batch_size, samples), bandwidth(profile, probe)
+
+    def foretold(widths: tuple[int, ...]) -> Prediction:
+        asked = recipe if isinstance(recipe, Recipe) else recipe(widths)
+        return predict(architecture, widths, profile, asked, samples, probe=probe, correction=correction)
+
+    whole = recipe if isinstance(recipe, Recipe) else recipe(architecture.sizes)
+    table, batch, memory = latency_table(profile, probe), min(whole.batch_size, samples), bandwidth(profile, probe)
     for rung in _candidates(architecture, table, batch, densities, memory):
-        prediction = predict(architecture, rung.widths, profile, recipe, samples, probe=probe, correction=correction)
+        prediction = foretold(rung.widths)
         limits = _limits(prediction, profile, probe, byte_budget, deadline_s)
         if all(limit.fits for limit in limits):
             other = equal_work(architecture, table, batch, rung.widths, memory)
-            seen = predict(architecture, other.widths, profile, recipe, samples, probe=probe, correction=correction)
+            seen = foretold(other.widths)
             return Plan(
                 rung.widths,
                 rung.density,

@@ -44,7 +44,7 @@ class Desk(ABC):
         self.state = state
         self.strategy = compose(job)
         self.schedule = self.strategy.schedule or SYNCHRONOUS
-        self.allocator: Allocator = self.strategy.allocator or Planned(Planner(job, architecture))
+        self.allocator: Allocator = self.strategy.allocator or Planned(Planner(job, self.strategy, architecture))
         self.fleet = Fleet(job, architecture, state)
         weighting = self.strategy.aggregator.weighting
         if weighting not in ("samples", "uniform"):

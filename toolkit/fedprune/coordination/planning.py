@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from fedprune.allocation import Fleet
 from fedprune.architecture import Architecture, kept_share, widths_at
@@ -13,49 +14,59 @@ from fedprune.plan import Plan, plan
 from fedprune.prediction import NO_CORRECTION, Correction
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
+from fedprune.recipe import Recipe
+from fedprune.strategies import Strategy
 
 OFF = 1.25
 """How far a measured time may be from the predicted one before a device is planned for anew."""
 
 
 class Planner:
-    """Plans a job's devices.
+    """Plans a job's devices, by the recipes that its strategy is going to ask them to train by.
 
     Args:
         job: The job's settings.
+        strategy: What the job composes.
         architecture: The global model's architecture.
     """
 
-    def __init__(self, job: Job, architecture: Architecture) -> None:
+    def __init__(self, job: Job, strategy: Strategy, architecture: Architecture) -> None:
         self.job = job
+        self.strategy = strategy
         self.architecture = architecture
 
-    def plan(self, device: Device) -> None:
+    def plan(self, name: str, device: Device) -> None:
         """Give a device its plan and widths, or the reason why it takes no part.
 
         A device that only its own rounds make look too slow is planned without what they taught: it delivered, and one
         bad round must not shut it out for good.
+
+        Raises:
+            ConfigError: The job's recipe has settings that don't go with its strategy's, which is no fault of a device.
         """
         device.plan, device.widths, device.density, device.excluded = None, (), 1.0, ""
+        if not self.job.density:
+            self._recipe(name, device, self.architecture.sizes)
         try:
             if self.job.density:
                 device.widths, device.density = widths_at(self.architecture, self.job.density), self.job.density
                 return
             learnt = Correction(**device.correction)
             try:
-                made = self._planned(device, learnt)
+                made = self._planned(name, device, learnt)
             except PlanError:
                 if learnt == NO_CORRECTION:
                     raise
-                made = self._planned(device, NO_CORRECTION)
+                made = self._planned(name, device, NO_CORRECTION)
             self._give(device, made)
         except FedpruneError as error:
             device.excluded = str(error)
 
-    def replace(self, known: Device | None, device: Device) -> None:
+    def replace(self, name: str, known: Device | None, device: Device) -> None:
         """Plan a device that announced itself, with what still holds of what was known of it.
 
         Args:
+            name: Its name.
             known: The device before, if it was there.
             device: The device as it announced itself.
         """
@@ -65,9 +76,9 @@ class Planner:
         if known is not None and known.widths and (known.profile, known.probe, known.samples) == said:
             device.plan, device.widths, device.density = known.plan, known.widths, known.density
         else:
-            self.plan(device)
+            self.plan(name, device)
 
-    def learn(self, device: Device, task: Task) -> None:
+    def learn(self, name: str, device: Device, task: Task) -> None:
         """Let a round's own times correct a device's predicted ones; plan anew where they were far off."""
         if device.plan is None or device.widths != task.widths:
             return
@@ -78,7 +89,7 @@ class Planner:
         if all(1 / OFF < r < OFF for r in ratios):
             return
         try:
-            made = self._planned(device, learnt)
+            made = self._planned(name, device, learnt)
         except FedpruneError:  # too slow even at the narrowest: it delivered all the same, and goes on as it is
             return
         self._give(device, made)
@@ -88,11 +99,15 @@ class Planner:
         device.widths, device.plan = made.widths, made.to_dict()
         device.density = kept_share(self.architecture, made.widths)
 
-    def _planned(self, device: Device, correction: Correction) -> Plan:
+    def _recipe(self, name: str, device: Device, widths: tuple[int, ...]) -> Recipe:
+        """What the device would train by with these widths."""
+        return self.strategy.foreseen(self.job, name, widths, kept_share(self.architecture, widths), device.samples)
+
+    def _planned(self, name: str, device: Device, correction: Correction) -> Plan:
         return plan(
             self.architecture,
             HardwareProfile.from_dict(device.profile),
-            self.job.recipe,
+            partial(self._recipe, name, device),
             device.samples,
             byte_budget=self.job.byte_budget or None,
             deadline_s=self.job.deadline_s,
@@ -113,7 +128,7 @@ class Planned:
 
     def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
         """Plan a device."""
-        self._planner.replace(known, fleet.state.devices[name])
+        self._planner.replace(name, known, fleet.state.devices[name])
 
     def open(self, fleet: Fleet) -> bool:
         """Nothing changes when a round begins."""
@@ -121,7 +136,7 @@ class Planned:
 
     def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
         """Let a round's own times correct the predicted ones."""
-        self._planner.learn(fleet.state.devices[name], task)
+        self._planner.learn(name, fleet.state.devices[name], task)
 
     def review(self, fleet: Fleet, metrics: Mapping[str, float]) -> bool:
         """Nothing changes when a round ends."""

@@ -178,6 +178,7 @@ def pr_fl(job: Job) -> Strategy:
         else AsJob(),
         allocator=_allocator(job, options, elements),
         schedule=SYNCHRONOUS if options.synchronous else _schedule(job, options),
+        masks=elements,
     )
 
 

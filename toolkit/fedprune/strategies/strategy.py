@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedprune.allocation import Allocator
+from fedprune.job import Job
+from fedprune.recipe import Recipe
 from fedprune.schedule import Schedule
-from fedprune.strategies.roles import Aggregator, Extractor, Objective, Personaliser, Scorer
+from fedprune.strategies.roles import Aggregator, Extractor, Objective, Personaliser, Scorer, Turn
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Strategy:
         explores: In so many first rounds every device is asked, and the scorer learns, but the model doesn't move.
         explorers_count: Whether the model becomes the aggregate of those rounds all the same.
         keeps_past: Whether a device's last counted update is kept, for roles that go on from there (`Cut.past`).
+        masks: Whether submodels have masks of elements, for which plans must leave room on boards.
     """
 
     name: str
@@ -38,3 +41,24 @@ class Strategy:
     explores: int = 0
     explorers_count: bool = False
     keeps_past: bool = False
+    masks: bool = False
+
+    def foreseen(self, job: Job, device: str, widths: tuple[int, ...], density: float, samples: int) -> Recipe:
+        """The recipe by which a device's costs are foretold, long before its turns come.
+
+        It is that of a device that has handed in nothing yet, in the first round after those of exploration: plans are
+        made for what most rounds are.
+
+        Args:
+            job: The job's settings.
+            device: Its name.
+            widths: The channels per group that it would have.
+            density: The share of the model that these are.
+            samples: Its training samples.
+
+        Raises:
+            ConfigError: The job's own recipe has settings that don't go with the strategy's.
+        """
+        turn = Turn(job.seed, self.explores + 1, device, widths, density, samples)
+        recipe = self.objective.recipe(job.recipe, turn)
+        return replace(recipe, mask="hard") if self.masks and recipe.mask == "none" else recipe
