@@ -268,6 +268,8 @@ class Daemon:
         pulled = {n: t for n, t in state.tasks.items() if t.progress is Part.PULLING and state.awaits(t)}
         self._garbage.suspect(self._uploads.keep({(n, state.round_of(t), t.attempt) for n, t in pulled.items()}))
         if state.round != round_ or state.phase is Phase.FINISHED:
+            # No offer is being made: coordinators order them while a round collects, the workshop answers in order, so
+            # all are here before the round's end is; and those of the next round are ordered below.
             self._garbage.collect(state, self._uploads.digests())
         for summary in state.history[done:]:
             self._display.round_over(self.snapshot(), summary)

@@ -7,7 +7,6 @@ from collections.abc import Set as AbstractSet
 
 from fedprune.blobs import BlobStore
 from fedprune.coordination import State
-from fedprune.coordination.state import Progress
 from fedprune_server.offers import GRAPH_ROUNDS
 
 
@@ -38,7 +37,11 @@ class Garbage:
         self._graphs |= {g: max(round_, self._graphs.get(g, 0)) for g in graphs}
 
     def collect(self, state: State, arriving: AbstractSet[str]) -> None:
-        """Delete what earlier rounds needed. Only between rounds: then nobody is about to put the same bytes again.
+        """Delete what earlier rounds needed.
+
+        Only as a round begins, before any of its commands is carried out: then no offer is being made, so nobody is
+        about to name what is deleted here, or to put the same bytes again. Parts that wait for their offers are the new
+        round's, and name what it needs.
 
         Args:
             state: What it refers to stays.
@@ -47,9 +50,7 @@ class Garbage:
         Raises:
             StorageError: The disk fails.
         """
-        # An offer that is being made may name a graph that is as old as its round allows.
-        made = [state.round_of(t) for t in state.tasks.values() if t.progress is Progress.EXTRACTING]
-        oldest = min([state.round, *made]) - GRAPH_ROUNDS
+        oldest = state.round - GRAPH_ROUNDS
         self.suspect(g for g, last in self._graphs.items() if last < oldest)
         self._graphs = {g: last for g, last in self._graphs.items() if last >= oldest}
         kept = state.references() | self._graphs.keys() | kept_models(state, self._keep)
