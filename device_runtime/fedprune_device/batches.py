@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +16,29 @@ Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
 
-class Part(NamedTuple):
-    """Samples that are worked on at once.
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Samples that are worked on at once, and take memory of their own only while they are.
 
     Attributes:
-        x: The samples.
+        make: Makes the samples.
         y: Their labels, as `labels.targets` gives them.
         partner: Classes of the samples that were mixed into them; None where they are their own.
     """
 
-    x: Array
+    make: Callable[[], Array]
     y: Array
     partner: Array | None = None
+
+    @classmethod
+    def of(cls, x: Array, y: Array, rows: Rows) -> Part:
+        """Some of the samples, with their labels."""
+        return cls(lambda: x[rows], y[rows])
+
+    @property
+    def x(self) -> Array:
+        """The samples, made anew each time."""
+        return self.make()
 
 
 class Batches:

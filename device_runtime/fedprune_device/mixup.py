@@ -6,7 +6,8 @@ as the authors' code has it: one λ ~ Beta(α, α) for a batch, whose samples me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 def mixed(parts: Sequence[Part], alpha: float, rng: np.random.Generator) -> tuple[list[Part], npt.NDArray[np.float32]]:
-    """Mix the samples of a batch, in each of its parts by themselves.
+    """Mix the samples of a batch, in each of its parts by themselves, and not before the part's samples are asked for.
 
     Numbers to predict, and labels from 0 to 1, are mixed as samples are. Classes stay, and have partners beside them.
 
@@ -32,11 +33,18 @@ def mixed(parts: Sequence[Part], alpha: float, rng: np.random.Generator) -> tupl
     """
     share = np.float32(rng.beta(alpha, alpha))
     out = []
-    for x, y, _ in parts:
-        order = rng.permutation(len(x))
-        classes = y.dtype.kind == "i"
-        out.append(Part(_mix(x, order, share), y if classes else _mix(y, order, share), y[order] if classes else None))
+    for part in parts:
+        y, order = part.y, rng.permutation(len(part.y))
+        make = partial(_made, part.make, order, share)
+        if y.dtype.kind == "i":
+            out.append(Part(make, y, y[order]))
+        else:
+            out.append(Part(make, _mix(y, order, share)))
     return out, np.asarray(share)
+
+
+def _made(make: Callable[[], Array], order: npt.NDArray[np.int64], share: np.float32) -> Array:
+    return _mix(make(), order, share)
 
 
 def _mix(value: Array, order: npt.NDArray[np.int64], share: np.float32) -> Array:

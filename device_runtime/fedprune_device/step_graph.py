@@ -237,10 +237,10 @@ class StepGraph:
             last = count == len(parts)
             names = self._moving if last else [*self.statistics, *self._sums]
             extra = list(gradients) if last else []
-            own = {step.X: part.x, step.Y: part.y}
+            labels = {step.Y: part.y}
             if step.Y_PARTNER in self._session.inputs:
-                own[step.Y_PARTNER] = part.y if part.partner is None else part.partner
-            out = self._run({**feeds, **own}, [*self._results, *map(step.following, names), *extra])
+                labels[step.Y_PARTNER] = part.y if part.partner is None else part.partner
+            out = self._run({**feeds, **labels, step.X: part.x}, [*self._results, *map(step.following, names), *extra])
             loss += float(out[step.LOSS])
             hits += int(out[step.HITS]) if step.HITS in out else 0
             moved, asked = {n: out[step.following(n)] for n in names}, [out[n] for n in extra]

@@ -173,7 +173,7 @@ class Trainer:
             if stop is not None and stop():
                 raise TrainingStoppedError(f"training was stopped before step {number} of {batches.steps}")
             at = time.monotonic()
-            parts = [Part(data.x_train[p], y[p]) for p in batches.parts(rows)]
+            parts = [Part.of(data.x_train, y, p) for p in batches.parts(rows)]
             plan, fed = plans[0], {**constant, **state}
             if recipe.mixup and not self.token_ids:
                 parts, share = mixed(parts, recipe.mixup, keyed(seed, round, device, "mixup", number))
@@ -277,7 +277,7 @@ class Trainer:
         feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in (*self._graph.states, *self._graph.squares)}
         rows = np.arange(min(samples, len(y)))
         batches = Batches(data.samples, recipe, normalised=self.normalised)
-        parts = [Part(data.x_train[p], y[p]) for p in batches.parts(rows)]
+        parts = [Part.of(data.x_train, y, p) for p in batches.parts(rows)]
         if self._graph.accumulates:
             return self._graph.advance(feeds, parts, 1).loss
         losses = [self._graph.advance(feeds, [part], 1).loss for part in parts]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,13 +21,17 @@ sizes = st.lists(st.integers(1, 7), min_size=1, max_size=4)
 alphas = st.floats(1e-3, 10)
 
 
+def part_of(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> Part:
+    return Part.of(x, y, np.arange(len(y)))
+
+
 def batch(sizes: list[int], loss: str, seed: int) -> list[Part]:
     rng, parts = np.random.default_rng(seed), []
     for n in sizes:
         y = rng.integers(0, 9, n)
         if loss != "cross_entropy":
             y = rng.random((n, 3)).round(0 if loss == "bce" else 2).astype(np.float32)
-        parts.append(Part(rng.standard_normal((n, 2, 3)).astype(np.float32), y))
+        parts.append(part_of(rng.standard_normal((n, 2, 3)).astype(np.float32), y))
     return parts
 
 
@@ -31,7 +39,7 @@ def batch(sizes: list[int], loss: str, seed: int) -> list[Part]:
 def test_classes_have_partners_and_samples_are_mixed_with_theirs(sizes: list[int], alpha: float, seed: int) -> None:
     parts = batch(sizes, "cross_entropy", seed)
     # A sample that says of which class it is: what is mixed into it must say the same of its partner.
-    parts = [Part(np.repeat(p.y[:, None], 2, 1).astype(np.float32), p.y) for p in parts]
+    parts = [part_of(np.repeat(p.y[:, None], 2, 1).astype(np.float32), p.y) for p in parts]
     got, share = mixed(parts, alpha, keyed(seed))
     assert (share.dtype, share.shape) == (np.float32, ())
     assert 0 <= share <= 1
@@ -49,7 +57,7 @@ def test_classes_have_partners_and_samples_are_mixed_with_theirs(sizes: list[int
 def test_labels_that_are_numbers_are_mixed_as_samples_are(loss: str, sizes: list[int], alpha: float, seed: int) -> None:
     parts = batch(sizes, loss, seed)
     before = [(p.x.copy(), p.y.copy()) for p in parts]
-    same = [Part(p.y, p.y) for p in parts]
+    same = [part_of(p.y, p.y) for p in parts]
     got, again = mixed(parts, alpha, keyed(seed))[0], mixed(same, alpha, keyed(seed))[0]
     for part, new, twin, (x, y) in zip(parts, got, again, before, strict=True):
         assert new.partner is None
@@ -76,3 +84,19 @@ def test_a_sample_alone_mixes_with_itself(seed: int) -> None:
     for part, new in zip(parts, mixed(parts, 1.0, keyed(seed))[0], strict=True):
         np.testing.assert_allclose(new.x, part.x, rtol=1e-6, atol=1e-7)
         assert np.array_equal(new.y, new.partner)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_only_a_part_that_is_worked_on_takes_memory(loss: str) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((32, 20_000)).astype(np.float32)
+    y = rng.integers(0, 9, 32) if loss == "cross_entropy" else rng.random((32, 3)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        parts = [Part.of(x, y, rows) for rows in np.array_split(rng.permutation(32), 16)]
+        for part in mixed(parts, 1.0, rng)[0]:
+            assert part.x.shape == (2, 20_000)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 4 * x.nbytes / 16
