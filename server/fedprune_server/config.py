@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedprune import setting_checks
 from fedprune.errors import ConfigError, FedpruneError, shown
 from fedprune.job import Job
 from fedprune.strategies import compose
@@ -80,12 +81,9 @@ class ServerConfig:
             ("workers", 1, 1000),
             ("max_devices", 1, 10**6),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ConfigError(f"server: {name}", expected=f"a whole number from {low} to {high}", got=repr(value))
+            setting_checks.whole(f"server: {name}", getattr(self, name), low, high)
         for name in _SERVER_SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"server: {name}", expected="true or false", got=repr(getattr(self, name)))
+            setting_checks.truth(f"server: {name}", getattr(self, name))
         if self.profiles is not None and not self.profiles.is_dir():
             raise ConfigError("server: profiles", expected="a folder that exists", got=str(self.profiles))
         if self.ca is not None and not self.ca.is_file():
@@ -142,21 +140,21 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
     Raises:
         ConfigError: As `read_config`.
     """
-    _only(body, (*_TABLES, *_SIMULATED), where, "table")
+    setting_checks.only((*_TABLES, *_SIMULATED), body, where, "table")
     for table in body.keys() - set(_SIMULATED):
         if not isinstance(body[table], Mapping):
             raise ConfigError(f"{where}: {table}", expected=f"a table [{table}]", got=repr(body[table]))
     values: dict[str, Any] = {}
     model, server = (body.get(t, {}) for t in ("model", "server"))
-    _only(model, ("path", "input_shape"), f"{where}: [model]", "key")
-    _only(server, _SERVER, f"{where}: [server]", "key")
+    setting_checks.only(("path", "input_shape"), model, f"{where}: [model]")
+    setting_checks.only(_SERVER, server, f"{where}: [server]")
     if "path" in model:
         values["model"] = _source(_text(model["path"], f"{where}: [model] path"), folder)
     if "input_shape" in model:
         values["input_shape"] = _shape(model["input_shape"], f"{where}: [model] input_shape")
     for table in ("evaluation", "calibration"):
         data = body.get(table, {})
-        _only(data, ("data",), f"{where}: [{table}]", "key")
+        setting_checks.only(("data",), data, f"{where}: [{table}]")
         if "data" in data:
             values[table] = _source(_text(data["data"], f"{where}: [{table}] data"), folder)
     for key in _SERVER_TEXTS:
@@ -231,12 +229,6 @@ def _source(text: str, folder: Path) -> str:
     module, colon, name = text.rpartition(":")
     function = bool(colon) and name.isidentifier() and all(p.isidentifier() for p in module.split("."))
     return text if function else str(folder / text)
-
-
-def _only(body: Mapping[str, Any], known: tuple[str, ...], where: str, kind: str) -> None:
-    for key in body:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown {kind} {key!r}", expected=f"one of {', '.join(known)}")
 
 
 def _shape(value: object, where: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedprune import profile_store
+from fedprune import profile_store, setting_checks
 from fedprune.errors import ConfigError, FedpruneError, shown
 from fedprune.profile import HardwareProfile
 from fedprune.wire.topics import check_device
@@ -92,28 +92,6 @@ def named(where: str) -> Iterator[None]:
         raise type(error)(f"{where}: {error.what}", expected=error.expected, got=error.got, hint=error.hint) from error
 
 
-def only(body: Mapping[str, object], known: Sequence[str], where: str) -> None:
-    """Make sure that a table has no other keys.
-
-    Raises:
-        ConfigError: It has.
-    """
-    for key in body:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}", expected=f"one of {', '.join(known)}")
-
-
-def number(value: object, where: str, low: float, high: float) -> float:
-    """A number of a table.
-
-    Raises:
-        ConfigError: It is something else, or out of range.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ConfigError(where, expected=f"a number from {low:g} to {high:g}", got=repr(value))
-    return float(value)
-
-
 def _expanded(rows: object, path: Path, federation: Federation | None) -> Iterator[_Row]:
     needed = ("name", "profile", "data") if federation is None else ("profile",)
     said = f"{', '.join(needed[:-1])} and {needed[-1]}" if len(needed) > 1 else needed[0]
@@ -124,7 +102,8 @@ def _expanded(rows: object, path: Path, federation: Federation | None) -> Iterat
         where = f"{path}: [[devices]] {place}"
         if not isinstance(row, Mapping):
             raise ConfigError(where, expected=f"a table with {said}", got=repr(row))
-        only(row, _KEYS if federation is None else tuple(k for k in _KEYS if k not in ("data", "validation")), where)
+        own = _KEYS if federation is None else [k for k in _KEYS if k not in ("data", "validation")]
+        setting_checks.only(own, row, where)
         for key in needed:
             if key not in row:
                 raise ConfigError(f"{where}: {key} is missing", expected=said)
@@ -132,7 +111,7 @@ def _expanded(rows: object, path: Path, federation: Federation | None) -> Iterat
         profiles = _texts(row["profile"], f"{where}: profile")
         data = "" if federation is not None else _text(row["data"], f"{where}: data")
         links = _links(row.get("link", {}), f"{where}: link")
-        share = number(row.get("validation", 0.0), f"{where}: validation", 0, 0.9)
+        share = setting_checks.number(f"{where}: validation", row.get("validation", 0.0), 0, 0.9)
         for i, name in enumerate(names):
             yield _Row(where, name, profiles[i % len(profiles)], data, links[i % len(links)], share)
         started += len(names)
@@ -143,8 +122,8 @@ def _names(
 ) -> tuple[str, ...]:
     """The names of a row's devices: its own, or numbered ones, or those that came with the data."""
     count = row.get("count")
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 10**6):
-        raise ConfigError(f"{where}: count", expected="a whole number from 1 to 1000000", got=repr(count))
+    if count is not None:
+        setting_checks.whole(f"{where}: count", count, 1, 10**6)
     if "name" not in row:
         if federation is None or (count is None and not alone):
             raise ConfigError(f"{where}: name is missing", expected="a text")
@@ -166,9 +145,11 @@ def _links(value: object, where: str) -> list[Link]:
     for table in tables:
         if not isinstance(table, Mapping):
             raise ConfigError(where, expected=f"a table with {', '.join(_LINK_KEYS)}", got=shown(table))
-        only(table, _LINK_KEYS, where)
+        setting_checks.only(_LINK_KEYS, table, where)
         limits = {"latency_s": (0.0, 3600.0)}
-        found.append({k: number(v, f"{where}: {k}", *limits.get(k, (1e-6, 1e6))) for k, v in table.items()})
+        found.append(
+            {k: setting_checks.number(f"{where}: {k}", v, *limits.get(k, (1e-6, 1e6))) for k, v in table.items()}
+        )
     return found
 
 

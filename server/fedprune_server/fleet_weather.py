@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fedprune import setting_checks
 from fedprune.errors import ConfigError, FedpruneError
-from fedprune_server.fleet_devices import MEGABYTE, Link, number, only
+from fedprune_server.fleet_devices import MEGABYTE, Link
 from fedprune_server.trainers import ONNXRUNTIME, choice
 from fedprune_server.weather import PR_FL, PR_FL_LINKS, Availability, DropOuts, Weather
 
@@ -49,18 +50,18 @@ def read_weather(body: Mapping[str, object], path: Path) -> tuple[Weather, tuple
     where = f"{path}: [weather]"
     table = dict(_table(body, "weather", path))
     like = table.pop("like", None)
-    if like is not None and like not in _LIKE:
-        raise ConfigError(f"{where} like", expected=" or ".join(map(repr, _LIKE)), got=repr(like))
+    if like is not None:
+        setting_checks.word(f"{where} like", like, tuple(_LIKE))
     weather, links = _LIKE[like] if isinstance(like, str) else (Weather(), ())
     names = {f.name.replace("_bytes_s", "_mb_s"): f.name for f in fields(Weather)}
-    only(table, ("like", *names), where)
+    setting_checks.only(("like", *names), table, where)
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key == "draws":
-            values[key] = _whole(value, f"{where} draws", 1, 10_000)
+            values[key] = setting_checks.whole(f"{where} draws", value, 1, 10_000)
         else:
             scale, high = (MEGABYTE, 1e6) if key.endswith("_mb_s") else (1.0, 3.0)
-            values[names[key]] = scale * number(value, f"{where} {key}", 0, high)
+            values[names[key]] = scale * setting_checks.number(f"{where} {key}", value, 0, high)
     return replace(weather, **values), links
 
 
@@ -68,9 +69,9 @@ def read_availability(body: Mapping[str, object], path: Path) -> Availability:
     """The table [availability]; errors are those of `read_weather`."""
     table = _table(body, "availability", path)
     where = f"{path}: [availability]"
-    only(table, [f.name for f in fields(Availability)], where)
+    setting_checks.only([f.name for f in fields(Availability)], table, where)
     limits = {"period_s": (0.0, 1e9)}
-    values = {k: number(v, f"{where} {k}", *limits.get(k, (1e-6, 1.0))) for k, v in table.items()}
+    values = {k: setting_checks.number(f"{where} {k}", v, *limits.get(k, (1e-6, 1.0))) for k, v in table.items()}
     try:
         return Availability(**values)
     except FedpruneError as error:
@@ -81,15 +82,12 @@ def read_dropouts(body: Mapping[str, object], path: Path) -> DropOuts:
     """The table [dropouts]; errors are those of `read_weather`."""
     table = _table(body, "dropouts", path)
     where = f"{path}: [dropouts]"
-    only(table, [f.name for f in fields(DropOuts)], where)
-    values = {}
-    for key, value in table.items():
-        right = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if key == "probability" and not (right and 0 <= value < 1):  # type: ignore[operator]
-            raise ConfigError(f"{where} {key}", expected="a number from 0 to below 1", got=repr(value))
-        if key == "away_s" and not (right and 0 < value < 1e12):  # type: ignore[operator]
-            raise ConfigError(f"{where} {key}", expected="a number of seconds above 0", got=repr(value))
-        values[key] = float(value)  # type: ignore[arg-type]
+    setting_checks.only([f.name for f in fields(DropOuts)], table, where)
+    limits = {"probability": 1.0, "away_s": 1e12}
+    values = {
+        k: setting_checks.number(f"{where} {k}", v, 0, limits[k], above=k == "away_s", below=True)
+        for k, v in table.items()
+    }
     return DropOuts(**values)
 
 
@@ -97,7 +95,7 @@ def read_settings(body: Mapping[str, object], path: Path) -> Settings:
     """The table [simulation]; errors are those of `read_weather`."""
     table = _table(body, "simulation", path)
     where = f"{path}: [simulation]"
-    only(table, [f.name for f in fields(Settings)], where)
+    setting_checks.only([f.name for f in fields(Settings)], table, where)
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key == "trainer":
@@ -109,9 +107,9 @@ def read_settings(body: Mapping[str, object], path: Path) -> Settings:
         elif key == "densities":
             if not isinstance(value, list):
                 raise ConfigError(f"{where} densities", expected="a list of numbers", got=repr(value))
-            values[key] = tuple(number(v, f"{where} densities", 1e-6, 1) for v in value)
+            values[key] = tuple(setting_checks.number(f"{where} densities", v, 1e-6, 1) for v in value)
         else:
-            values[key] = _whole(value, f"{where} {key}", 0 if key == "checkpoints" else 1, 10**6)
+            values[key] = setting_checks.whole(f"{where} {key}", value, 0 if key == "checkpoints" else 1, 10**6)
     return Settings(**values)
 
 
@@ -120,9 +118,3 @@ def _table(body: Mapping[str, object], name: str, path: Path) -> Mapping[str, ob
     if not isinstance(table, Mapping):
         raise ConfigError(f"{path}: [{name}]", expected=f"a table [{name}]", got=repr(table))
     return table
-
-
-def _whole(value: object, where: str, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(where, expected=f"a whole number from {low} to {high}", got=repr(value))
-    return value

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedprune import setting_checks
 from fedprune.disk import file_digest, storage_errors
 from fedprune.errors import ConfigError, shown
 from fedprune.toml_file import read_toml
@@ -43,9 +44,7 @@ def read_sweep(path: Path) -> list[Run]:
         ConfigError: It can't be read, or a key is missing, unknown or wrong.
     """
     body = read_toml(path, ConfigError)
-    for key in body:
-        if key not in _KEYS:
-            raise ConfigError(f"{path}: unknown key {key!r}", expected=f"one of {', '.join(_KEYS)}")
+    setting_checks.only(_KEYS, body, str(path))
     config = body.get("config")
     if not isinstance(config, str) or not (path.parent / config).is_file():
         raise ConfigError(f"{path}: config", expected="a fleet.toml that exists", got=shown(config))

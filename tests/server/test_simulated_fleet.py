@@ -144,6 +144,7 @@ def test_tables_of_the_simulator_s_own_are_read(write):
         (ROW + "link = 3\n", "[[devices]] 1: link"),
         (ROW + "validation = []\n", "[[devices]] 1: validation"),
         (ROW + "[weather]\nlike = 'rain'\n", "[weather] like"),
+        (ROW + "[weather]\nlike = ['pr-fl']\n", "[weather] like"),
         (ROW + "[weather]\nwind = 1\n", "[weather]: unknown key 'wind'"),
         (ROW + "[weather]\ndraws = 1.5\n", "[weather] draws"),
         (ROW + "[weather]\nlinks_sigma = true\n", "[weather] links_sigma"),

@@ -69,6 +69,7 @@ def test_settings_that_are_unknown_are_named(name: str) -> None:
         ("heterofl", {"by": "size"}),
         ("heterofl", {"milestones": ["late"]}),
         ("heterofl", {"shares": [1], "densities": [1, 0.5]}),
+        ("heterofl", {"shares": [10**400, 1], "densities": [1, 0.5]}),
         ("heterofl", {"clip_norm": -1.0}),
         ("heterofl", {"densities": [1.0, 0.0005]}),
         ("subflot", {"sar": 1e6}),

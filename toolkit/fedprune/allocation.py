@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from fedprune import setting_checks
 from fedprune.architecture import Architecture, widths_at
 from fedprune.chance import keyed
 from fedprune.errors import ConfigError, shown
@@ -200,8 +201,7 @@ class Tiers(_Still):
         fit = len(self.shares) == len(self.densities) and all(s >= 0 for s in self.shares)
         if self.shares and not (fit and 0 < sum(self.shares) < math.inf):
             raise ConfigError("allocator: shares", expected="one per density, of 0 or more", got=shown(self.shares))
-        if self.by not in ("name", "chance"):
-            raise ConfigError("allocator: by", expected="name or chance", got=shown(self.by))
+        setting_checks.word("allocator: by", self.by, ("name", "chance"))
         if self.every < 0 or (self.every and self.by == "name"):
             raise ConfigError("allocator: every", expected="0 or more, and only by chance", got=self.every)
 
@@ -247,5 +247,4 @@ def check_density(what: str, value: object) -> None:
     Raises:
         ConfigError: It is not a number above 0 and at most 1.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ConfigError(what, expected="a number above 0 and at most 1", got=shown(value))
+    setting_checks.number(what, value, 0, 1, above=True)

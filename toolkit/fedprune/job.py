@@ -76,9 +76,7 @@ class Job:
         for name, (low, high) in counts.items():
             setting_checks.whole(f"job: {name}", getattr(self, name), low, high)
         for name, (least, most) in real.items():
-            value = getattr(self, name)
-            if not setting_checks.within(value, least, most):
-                raise ConfigError(f"job: {name}", expected=f"a number from {least} to {most}", got=shown(value))
+            setting_checks.number(f"job: {name}", getattr(self, name), least, most)
         if self.participation == 0 or self.deadline_s == 0:
             raise ConfigError("job: participation and deadline_s", expected="above 0")
         try:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -85,8 +85,7 @@ class DataPlan:
             setting_checks.whole(f"data: {name}", getattr(self, name), low, high)
         for name, most in (("spread", 10), ("test", 0.99), ("validation", 0.99), ("server", 0.99)):
             setting_checks.number(f"data: {name}", getattr(self, name), 0, most)
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < math.inf:
-            raise ConfigError("data: alpha", expected="a number above 0", got=shown(self.alpha))
+        setting_checks.number("data: alpha", self.alpha, 0, math.inf, above=True)
         for name in ("balance", "pooled", "standardise", "colour", "ascending"):
             setting_checks.truth(f"data: {name}", getattr(self, name))
         object.__setattr__(self, "size", tuple(self.size) if isinstance(self.size, (list, tuple)) else self.size)
@@ -111,13 +110,9 @@ class DataPlan:
         """
         if not isinstance(body, Mapping):
             raise ConfigError(where, expected="a table [data]", got=shown(body))
-        known = cls.__dataclass_fields__
-        for key in body:
-            if key not in known:
-                raise ConfigError(f"{where}: unknown key {key!r}", expected=f"one of {', '.join(known)}")
+        values = setting_checks.known(cls, body, where)
         if "source" not in body:
             raise ConfigError(f"{where}: source is missing", expected=f"a file or folder, also one under {VARIABLE}")
-        values: dict[str, Any] = dict(body)
         source = values["source"]
         if folder is not None and isinstance(source, str) and source and (folder / source).exists():
             values["source"] = str(folder / source)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Literal, cast
 
 from fedprune.allocation import Allocator, Fixed, Tiers
-from fedprune.errors import ConfigError, shown
+from fedprune.errors import ConfigError
 from fedprune.job import Job
-from fedprune.strategies.options import choice
+from fedprune.strategies.options import choice, numbers
 
 
 def dealt(
@@ -34,8 +34,7 @@ def dealt(
         ConfigError: They don't fit each other.
     """
     for name, values in (("densities", densities), ("shares", shares)):
-        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
-            raise ConfigError(f"job: option {name} of {job.strategy}", expected="numbers", got=shown(list(values)))
+        numbers(job.strategy, name, values)
     choice(job.strategy, "by", by, ("name", "chance"))
     if not densities and not job.density and len(default) == 1:
         return Fixed(default[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -39,7 +41,8 @@ def read_options(job: Job, kind: type[T]) -> T:
     for name, value in job.options.items():
         if name not in known:
             raise ConfigError(
-                f"job: strategy {job.strategy!r} has no option {name!r}", expected=", ".join(sorted(known)) or "none"
+                f"job: strategy {job.strategy!r} has no option {shown(name)}",
+                expected=", ".join(sorted(known)) or "none",
             )
         values[name] = _checked(job.strategy, name, value, _default(known[name]))
     return kind(**values)
@@ -62,10 +65,18 @@ def number(
     Raises:
         ConfigError: It is out of range, or no number at all.
     """
-    end = (above and value == low) or (below and value == high)
-    if not setting_checks.within(value, low, high) or end:
-        least, most = f"above {low}" if above else f"from {low}", f"below {high}" if below else f"{high}"
-        raise ConfigError(f"job: option {name} of {strategy}", expected=f"{least} to {most}", got=shown(value))
+    setting_checks.number(f"job: option {name} of {strategy}", value, low, high, above=above, below=below)
+
+
+def numbers(strategy: str, name: str, values: Sequence[object]) -> None:
+    """Check that an option's entries are finite numbers, whatever they are good for.
+
+    Raises:
+        ConfigError: One is none.
+    """
+    most = sys.float_info.max
+    if not all(setting_checks.within(value, -most, most) for value in values):
+        raise ConfigError(f"job: option {name} of {strategy}", expected="finite numbers", got=shown(list(values)))
 
 
 def choice(strategy: str, name: str, value: str, allowed: tuple[str, ...]) -> None:

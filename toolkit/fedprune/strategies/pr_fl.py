@@ -24,7 +24,7 @@ from fedprune.strategies.extraction import Nobody, Selected
 from fedprune.strategies.importance import Importance, Kind
 from fedprune.strategies.means import Mean
 from fedprune.strategies.objectives import AsJob
-from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.options import choice, number, numbers, read_options
 from fedprune.strategies.roles import Scorer, Turn
 from fedprune.strategies.scorers import ByName, Held
 from fedprune.strategies.strategy import Strategy
@@ -210,9 +210,7 @@ def _schedule(job: Job, options: Options) -> Schedule:
 
 def _allocator(job: Job, options: Options, elements: bool) -> Allocator:
     for name in ("densities", "shares", "rungs"):
-        values = getattr(options, name)
-        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
-            raise ConfigError(f"job: option {name} of {job.strategy}", expected="numbers", got=shown(list(values)))
+        numbers(job.strategy, name, getattr(options, name))
     start: Start = Fixed(job.density or 1.0, elements)
     if options.densities:
         start = Tiers(tuple(options.densities), tuple(options.shares), elements=elements)

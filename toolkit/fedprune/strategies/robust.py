@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -52,14 +52,11 @@ class Robustness:
     def __post_init__(self) -> None:
         if self.clip != "median" and not setting_checks.within(self.clip, 0, 1e9):
             raise ConfigError("robust: clip", expected="a norm from 0 up, or 'median'", got=shown(self.clip))
-        if self.centre not in ("mean", *get_args(Centre)):
-            raise ConfigError("robust: centre", expected="mean, median or trimmed", got=shown(self.centre))
-        if not setting_checks.within(self.trim, 0, 0.5) or self.trim == 0.5:
-            raise ConfigError("robust: trim", expected="a share from 0 to below 0.5", got=shown(self.trim))
+        setting_checks.word("robust: centre", self.centre, ("mean", *get_args(Centre)))
+        setting_checks.number("robust: trim", self.trim, 0, 0.5, below=True)
         if self.check not in CHECKS:
             raise ConfigError("robust: check", expected="norm, cosine or both", got=shown(self.check))
-        if not setting_checks.within(self.tolerance, 0.1, 1e6):
-            raise ConfigError("robust: tolerance", expected="a number from 0.1 up", got=shown(self.tolerance))
+        setting_checks.number("robust: tolerance", self.tolerance, 0.1, 1e6)
 
     @property
     def together(self) -> bool:
@@ -73,13 +70,9 @@ class Robustness:
         Raises:
             ConfigError: An unknown key or a wrong value.
         """
-        known = [f.name for f in fields(cls)]
         if not isinstance(body, Mapping):
             raise ConfigError("job: option robust", expected="a table of settings", got=shown(body))
-        for key in body:
-            if key not in known:
-                raise ConfigError(f"robust: unknown key {key!r}", expected=", ".join(known))
-        return cls(**body)
+        return cls(**setting_checks.known(cls, body, "robust"))
 
 
 @dataclass(frozen=True)

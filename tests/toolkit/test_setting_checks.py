@@ -1,0 +1,95 @@
+"""Checks of settings: what passes comes back as it is, what doesn't is named, and no message gets long."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune import setting_checks
+from fedprune.errors import ConfigError
+from fedprune.job import Job
+from fedprune.schedule import Schedule
+from fedprune.strategies import compose
+from fedprune.strategies.robust import Robustness
+
+pytestmark = pytest.mark.board
+
+LONG = "k" * 100_000
+
+
+@dataclass(frozen=True)
+class Shape:
+    wide: int = 1
+    high: int = 1
+
+
+@given(st.integers(-10, 10) | st.floats(-10, 10, allow_nan=False), st.booleans(), st.booleans())
+def test_numbers_pass_where_they_are_in_range(value: float, above: bool, below: bool) -> None:
+    low, high = -3, 4.5
+    fits = low <= value <= high and not (above and value == low) and not (below and value == high)
+    if fits:
+        found = setting_checks.number("a", value, low, high, above=above, below=below)
+        assert found == value
+        assert type(found) is float
+    else:
+        with pytest.raises(ConfigError, match=r"^a: expected a number "):
+            setting_checks.number("a", value, low, high, above=above, below=below)
+
+
+@pytest.mark.parametrize(
+    ("above", "below", "high", "said"),
+    [
+        (False, False, 1, "a number from 0 to 1"),
+        (False, True, 1, "a number from 0 to below 1"),
+        (True, False, 1, "a number above 0 and at most 1"),
+        (True, True, 1, "a number above 0 and below 1"),
+        (False, False, math.inf, "a number from 0 up"),
+        (True, False, math.inf, "a number above 0"),
+    ],
+)
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, 10**400, True, "1", None, [1]])
+def test_what_is_no_such_number_is_told_the_range(
+    above: bool, below: bool, high: float, said: str, value: object
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        setting_checks.number("a", value, 0, high, above=above, below=below)
+    assert caught.value.expected == said
+    assert len(caught.value.got) <= 80
+
+
+@pytest.mark.parametrize("value", [0, 10, 2.0, True, "3", None, math.nan])
+def test_whole_numbers_are_whole_and_in_range(value: object) -> None:
+    assert setting_checks.whole("a", 9, 1, 9) == 9
+    with pytest.raises(ConfigError, match=r"^a: expected a whole number from 1 to 9"):
+        setting_checks.whole("a", value, 1, 9)
+
+
+def test_tables_may_have_less_but_no_more() -> None:
+    assert setting_checks.known(Shape, {"high": 3}, "shape") == {"high": 3}
+    with pytest.raises(ConfigError, match=r"^shape: unknown key 'long': expected one of wide, high$"):
+        setting_checks.known(Shape, {"high": 3, "long": 1}, "shape")
+    with pytest.raises(ConfigError, match=r"^file: unknown table 'shop': expected one of shape, size$"):
+        setting_checks.only(("shape", "size"), {"shop": {}}, "file", "table")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        Job.from_dict,
+        Schedule.from_dict,
+        Robustness.from_dict,
+        lambda body: compose(Job(strategy="fedavg", options=body)),
+    ],
+    ids=["job", "schedule", "robust", "options"],
+)
+def test_long_keys_make_no_long_messages(read: Callable[[dict[str, Any]], object]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read({LONG: 1})
+    assert "'kkk" in str(caught.value)
+    assert len(str(caught.value)) < 1000
