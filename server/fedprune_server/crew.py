@@ -21,7 +21,6 @@ from fedprune.coordination import events as on
 from fedprune.job import Job
 from fedprune_export.imported import Model
 from fedprune_server.children import begin_helper
-from fedprune_server.offers import GRAPH_ROUNDS
 from fedprune_server.worker import Worker
 from fedprune_server.workshop import Work
 
@@ -46,8 +45,6 @@ class Crew:
         self._helpers = helpers
         self._pool = self._new_pool()
         self._expected: dict[_Key, tuple[do.Extract, Future[on.Event]]] = {}
-        self._graphs: dict[str, int] = {}
-        self._round = 0
 
     def expect(self, commands: Sequence[do.Command]) -> None:
         """Let helpers begin with the submodels among commands that will be carried out in a moment."""
@@ -71,19 +68,12 @@ class Crew:
         except Exception:  # noqa: BLE001 - a helper may fail or be killed in any way; the worker will tell the reason
             return self._worker.execute(command)
         if isinstance(event, on.Extracted):
-            self._note(event)
+            self._worker.note(event)
         return event
 
     def graphs(self) -> set[str]:
         """Digests of the graphs that offers of the latest rounds refer to."""
-        return self._worker.graphs() | self._graphs.keys()
-
-    def _note(self, event: on.Extracted) -> None:
-        """Note the graphs of a helper's offer, and forget those that no offer has named for long, as helpers do."""
-        if event.round > self._round:
-            self._round = event.round
-            self._graphs = {g: last for g, last in self._graphs.items() if last >= event.round - GRAPH_ROUNDS}
-        self._graphs |= {event.offer[name]["sha256"]: self._round for name in ("training", "inference")}
+        return self._worker.graphs()
 
     def _submit(self, command: do.Extract) -> Future[on.Event]:
         try:

@@ -32,6 +32,7 @@ from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
 from fedprune_server.downloads import Downloads
 from fedprune_server.garbage import Garbage
+from fedprune_server.offers import graphs_of
 from fedprune_server.post import Post, Wire
 from fedprune_server.reception import Reception
 from fedprune_server.roster import Roster
@@ -261,8 +262,7 @@ class Daemon:
         self._storage.save(state, event, now, self.traffic)
         self._garbage.suspect(before - state.references())
         if isinstance(event, on.Extracted):
-            graphs = [event.offer[k]["sha256"] for k in ("training", "inference") if k in event.offer]
-            self._garbage.spare(graphs, event.round)
+            self._garbage.spare(graphs_of(event.offer), state.round)
         if isinstance(event, on.UpdateRejected):
             log.warning("update of %s in round %d doesn't count: %s", event.device, event.round, event.reason)
         pulled = {n: t for n, t in state.tasks.items() if t.progress is Part.PULLING and state.awaits(t)}

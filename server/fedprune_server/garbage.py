@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 
 from fedprune.blobs import BlobStore
 from fedprune.coordination import State
-from fedprune_server.offers import GRAPH_ROUNDS
+from fedprune_server.offers import LatestGraphs
 
 
 class Garbage:
@@ -22,7 +22,7 @@ class Garbage:
         self._store = store
         self._keep = keep
         self._suspects: set[str] = set()
-        self._graphs: dict[str, int] = {}
+        self._graphs = LatestGraphs()
 
     def suspect(self, digests: Iterable[str]) -> None:
         """Blobs that something no longer refers to; something else still may."""
@@ -32,9 +32,9 @@ class Garbage:
     def spare(self, graphs: Iterable[str], round_: int) -> None:
         """Graphs that an offer of a round names; those of the next rounds may name them again.
 
-        They stay until no offer has named them for `GRAPH_ROUNDS` rounds.
+        They stay as long as `LatestGraphs` has them.
         """
-        self._graphs |= {g: max(round_, self._graphs.get(g, 0)) for g in graphs}
+        self._graphs.name(graphs, round_)
 
     def collect(self, state: State, arriving: AbstractSet[str]) -> None:
         """Delete what earlier rounds needed.
@@ -50,10 +50,8 @@ class Garbage:
         Raises:
             StorageError: The disk fails.
         """
-        oldest = state.round - GRAPH_ROUNDS
-        self.suspect(g for g, last in self._graphs.items() if last < oldest)
-        self._graphs = {g: last for g, last in self._graphs.items() if last >= oldest}
-        kept = state.references() | self._graphs.keys() | kept_models(state, self._keep)
+        self.suspect(self._graphs.let_go(state.round))
+        kept = state.references() | self._graphs.digests() | kept_models(state, self._keep)
         for digest in self._suspects - kept:
             self._store.delete(digest)
         self._suspects &= kept

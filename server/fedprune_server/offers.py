@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from fedprune import step, tensorfile
 from fedprune.blobs import BlobStore
@@ -21,31 +21,43 @@ GRAPH_ROUNDS = 10
 
 _WITHHELD = 64
 
-K = TypeVar("K")
 
+class LatestGraphs:
+    """Which graphs offers have named of late: the one rule of whoever makes, keeps or deletes graphs.
 
-class _Graphs(Generic[K]):
-    """References of one kind of graph, by what it was made for, with the round in which each was named last."""
+    A graph counts from the latest round of all that were heard of: one that a part of an earlier round names once more
+    is as much in use as any.
+    """
 
-    def __init__(self, store: BlobStore) -> None:
-        self._store = store
-        self._known: dict[K, tuple[dict[str, Any], int]] = {}
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}
         self._round = 0
 
-    def get(self, key: K, round_: int, make: Callable[[], bytes]) -> dict[str, Any]:
-        """The graph's reference; it is made if it isn't known, or was deleted meanwhile."""
-        if round_ > self._round:
-            self._round = round_
-            self._known = {k: (ref, last) for k, (ref, last) in self._known.items() if last >= round_ - GRAPH_ROUNDS}
-        found = self._known.get(key)
-        if found is None or not self._store.has(found[0]["sha256"]):
-            found = (self._store.put(make()).to_dict(), self._round)
-        self._known[key] = (found[0], self._round)
-        return found[0]
+    def name(self, graphs: Iterable[str], round_: int) -> None:
+        """Note the digests of graphs that an offer of a round names."""
+        self._round = max(self._round, round_)
+        self._last |= dict.fromkeys(graphs, self._round)
+
+    def let_go(self, round_: int) -> set[str]:
+        """Let go of graphs that no offer has named for `GRAPH_ROUNDS` rounds, now that this round is reached.
+
+        Returns:
+            Their digests.
+        """
+        self._round = max(self._round, round_)
+        gone = {g for g, last in self._last.items() if last < self._round - GRAPH_ROUNDS}
+        for digest in gone:
+            del self._last[digest]
+        return gone
 
     def digests(self) -> set[str]:
-        """Of all that are known."""
-        return {ref["sha256"] for ref, _ in self._known.values()}
+        """Of all that were named and not let go of."""
+        return set(self._last)
+
+
+def graphs_of(offer: Mapping[str, Any]) -> set[str]:
+    """Digests of the graphs that an offer names."""
+    return {offer[name]["sha256"] for name in ("training", "inference") if name in offer}
 
 
 class Offers:
@@ -59,8 +71,8 @@ class Offers:
     def __init__(self, model: Model, store: BlobStore) -> None:
         self._model = model
         self._store = store
-        self._training = _Graphs[str](store)
-        self._inference = _Graphs[tuple[int, ...]](store)
+        self._graphs: dict[str | tuple[int, ...], dict[str, Any]] = {}
+        self._latest = LatestGraphs()
         self._withheld: dict[str, frozenset[str]] = {}
 
     def body(self, submodel: Submodel, recipe: Recipe, round_: int) -> dict[str, Any]:
@@ -91,15 +103,31 @@ class Offers:
     def training(self, recipe: Recipe, round_: int) -> dict[str, Any]:
         """The training graph of a recipe, named in a round; errors are those of `body`."""
         features = recipe.features
-        return self._training.get(features.key, round_, lambda: training_graph(self._model, features).to_bytes())
+        return self._graph(features.key, round_, lambda: training_graph(self._model, features).to_bytes())
 
     def inference(self, widths: tuple[int, ...], round_: int) -> dict[str, Any]:
         """The inference graph at some widths, named in a round; errors are those of `body`."""
-        return self._inference.get(widths, round_, lambda: inference_model(self._model, widths))
+        return self._graph(widths, round_, lambda: inference_model(self._model, widths))
+
+    def note(self, graphs: Iterable[str], round_: int) -> None:
+        """Note graphs that an offer of a round names, and let go of those that none has named for long."""
+        if self._latest.let_go(round_):
+            current = self._latest.digests()
+            self._graphs = {k: ref for k, ref in self._graphs.items() if ref["sha256"] in current}
+        self._latest.name(graphs, round_)
 
     def graphs(self) -> set[str]:
         """Digests of the graphs that offers of the latest rounds named."""
-        return self._training.digests() | self._inference.digests()
+        return self._latest.digests()
+
+    def _graph(self, key: str | tuple[int, ...], round_: int, make: Callable[[], bytes]) -> dict[str, Any]:
+        """The reference of the graph made for `key`; it is made if it isn't known, or was deleted meanwhile."""
+        found = self._graphs.get(key)
+        if found is None or not self._store.has(found["sha256"]):
+            found = self._store.put(make()).to_dict()
+        self.note([found["sha256"]], round_)
+        self._graphs[key] = found
+        return found
 
     def withheld(self, recipe: Recipe) -> frozenset[str]:
         """Tensors that no update carries: those that are frozen, and those that stay on the board.

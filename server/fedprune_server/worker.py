@@ -35,7 +35,7 @@ from fedprune_server.archive import Archive, parts
 from fedprune_server.calibration import Calibration
 from fedprune_server.evaluator import Evaluation, Evaluator, Sessions
 from fedprune_server.faults import AtFaultError, Suspect
-from fedprune_server.offers import Offers
+from fedprune_server.offers import Offers, graphs_of
 from fedprune_server.workshop import Work
 
 log = logging.getLogger("fedprune.server")
@@ -112,6 +112,10 @@ class Worker:
     def graphs(self) -> set[str]:
         """Digests of the graphs that offers of the latest rounds named; they must outlive garbage collection."""
         return self._offers.graphs()
+
+    def note(self, event: on.Extracted) -> None:
+        """Note the graphs of an offer that somebody else has made in this worker's place."""
+        self._offers.note(graphs_of(event.offer), event.round)
 
     # A round begins.
 

@@ -81,6 +81,18 @@ def test_graphs_of_earlier_rounds_are_let_go_of(worker: Worker, crew: Crew) -> N
     assert crew.graphs() & set(found) == set(found[1:])
 
 
+def test_graphs_that_the_worker_itself_has_made_are_let_go_of_like_those_of_helpers(worker: Worker, crew: Crew) -> None:
+    first, second, _ = extracts(worker)
+    own = crew.execute(first)  # nobody expected it
+    assert isinstance(own, on.Extracted)
+    assert own.offer["inference"]["sha256"] in crew.graphs()
+    later = replace(second, basis=replace(second.basis, round=GRAPH_ROUNDS + 2))
+    crew.expect([later])
+    event = crew.execute(later)
+    assert isinstance(event, on.Extracted)
+    assert crew.graphs() == {event.offer[name]["sha256"] for name in ("training", "inference")}
+
+
 def test_what_was_expected_otherwise_is_done_as_ordered(worker: Worker, crew: Crew) -> None:
     order = extracts(worker)[0]
     crew.expect([order])

@@ -90,3 +90,19 @@ def test_garbage_spares_graphs_that_offers_may_name(store: BlobStore) -> None:
     garbage.suspect({graphs[0]})
     garbage.collect(state, set())
     assert [store.has(g) for g in graphs] == [i >= ROUNDS - GRAPH_ROUNDS for i in range(ROUNDS + 1)]
+
+
+def test_garbage_and_offers_agree_on_what_is_in_use(model: Model, store: BlobStore) -> None:
+    """A part of an earlier round may be made again, say after a restart."""
+    offers, garbage = Offers(model, store), Garbage(store, keep=1)
+    sizes = model.architecture.sizes
+    for round_ in (2 * GRAPH_ROUNDS, GRAPH_ROUNDS + 2, GRAPH_ROUNDS + 4, 2 * GRAPH_ROUNDS + 1):
+        widths = (*sizes[:-1], sizes[-1] - len(offers.graphs()))
+        garbage.spare([offers.inference(widths, round_)["sha256"]], round_)
+    named = offers.graphs()
+    assert len(named) == 4
+    for round_, left in ((3 * GRAPH_ROUNDS, 4), (3 * GRAPH_ROUNDS + 1, 1), (3 * GRAPH_ROUNDS + 2, 0)):
+        garbage.collect(State("", round=round_), set())
+        offers.note([], round_)
+        assert {g for g in named if store.has(g)} == offers.graphs()
+        assert len(offers.graphs()) == left
