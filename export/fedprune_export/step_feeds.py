@@ -15,6 +15,9 @@ from fedprune.recipe import Recipe
 
 Array = npt.NDArray[Any]
 
+_SHARE = 0.7
+"""λ on trial: a step that ignores it, or the partners beside it, has another loss."""
+
 
 def random_labels(recipe: Recipe, samples: int, outputs: int, seed: int = 0) -> Array:
     """Labels that a recipe's loss takes.
@@ -39,7 +42,7 @@ def random_labels(recipe: Recipe, samples: int, outputs: int, seed: int = 0) -> 
 def step_feeds(
     inputs: Collection[str], recipe: Recipe, tensors: Mapping[str, Array], x: Array, y: Array, outputs: int
 ) -> dict[str, Array]:
-    """All inputs of a first training step on one whole batch.
+    """All inputs of a first training step on one whole batch; where labels can be mixed, each is with another's.
 
     Args:
         inputs: Names of the training graph's inputs.
@@ -53,9 +56,9 @@ def step_feeds(
         ModelError: The graph has an input that is not in the contract, or lacks x, y or a tensor.
     """
     feeds: dict[str, Array] = {step.X: x, step.Y: y}
-    if step.Y_PARTNER in inputs:
-        feeds[step.Y_PARTNER] = y
     feeds |= feeds_of.first_step(recipe, tensors, inputs, len(x), outputs)
+    if step.Y_PARTNER in inputs:
+        feeds |= {step.Y_PARTNER: np.roll(y, 1), step.Y_SHARE: np.array(_SHARE, np.float32)}
     missing = [n for n in (step.X, step.Y, *tensors) if n not in inputs]
     if missing:
         raise ModelError("the training step lacks inputs", got=", ".join(missing[:5]))
@@ -69,19 +72,21 @@ def step_feeds(
     return feeds
 
 
-def loss(recipe: Recipe, logits: Array, y: Array) -> float:
+def loss(recipe: Recipe, logits: Array, feeds: Mapping[str, Array]) -> float:
     """The data loss of a recipe, of the model's outputs, in float64; all classes weigh the same.
 
     Args:
         recipe: The local training.
         logits: [n, outputs].
-        y: Labels, as `random_labels` makes them.
+        feeds: What the step was fed, as `step_feeds` makes it: labels and, with mixup, those of the partners.
     """
+    y = feeds[step.Y]
     z = logits.astype(np.float64)
     if recipe.loss == "cross_entropy":
         z = z - z.max(axis=1, keepdims=True)
         logs = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-        own = logs[np.arange(len(y)), y]
+        rows, share = np.arange(len(y)), float(feeds.get(step.Y_SHARE, 1.0))
+        own = share * logs[rows, y] + (1 - share) * logs[rows, feeds.get(step.Y_PARTNER, y)]
         return float(-np.mean((1 - recipe.label_smoothing) * own + recipe.label_smoothing * logs.mean(axis=1)))
     if recipe.loss == "bce":
         return float(np.mean(np.maximum(z, 0) - z * y + np.log1p(np.exp(-np.abs(z)))))

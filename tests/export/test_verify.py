@@ -12,7 +12,7 @@ import pytest
 from onnx import numpy_helper
 from token_net import token_net
 
-from fedprune import tensorfile
+from fedprune import step, tensorfile
 from fedprune.bundle import ARCHITECTURE, FILES, INFERENCE, TRAINING, WEIGHTS, manifest, open_bundle
 from fedprune.errors import BundleError, ExitCode, FedpruneError, ModelError, TrainingError
 from fedprune.recipe import Recipe
@@ -190,6 +190,26 @@ def test_an_export_tries_the_step_at_its_own_widths(
     )
     assert code == ExitCode.MODEL
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("ignored", [step.Y_PARTNER, step.Y_SHARE])
+def test_a_training_step_that_does_not_mix_labels(model: Model, half: Selection, tmp_path: Path, ignored: str) -> None:
+    """A step that takes a label for its own partner, or counts the first label alone."""
+
+    def unmixed(proto: onnx.ModelProto) -> None:
+        proto.graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), "all of it"))
+        other = step.Y if ignored == step.Y_PARTNER else "all of it"
+        for node in proto.graph.node:
+            node.input[:] = [other if i == ignored else i for i in node.input]
+
+    recipe = Recipe(mixup=0.3)
+    files = bundle_files(model, half, recipe)
+    folder = written(tmp_path / "b", {**files, TRAINING: changed(files[TRAINING], unmixed)}, half, recipe)
+
+    done, error = passed(folder)
+
+    assert (done, type(error)) == (CHECKS[:5], ModelError)
+    assert "contradict" in str(error)
 
 
 def test_graphs_that_contradict_each_other(files: dict[str, bytes], half: Selection, tmp_path: Path) -> None:
