@@ -253,6 +253,19 @@ def test_steps_of_many_devices_are_each_ones_own(option: str) -> None:
         assert distance(got, ours.run(given)) < CLOSE
 
 
+def test_a_number_of_the_step_may_be_written_to() -> None:
+    """What is the same in every step stays on the device; how labels are mixed is not."""
+    model, recipe = model_of("SmoothResNet"), Recipe(mixup=0.5)
+    graph = training_graph(model, recipe.features)
+    ours = TrainingStep(model, graph, recipe)
+    fed = first_feeds(model, graph, recipe, 0, (4, 4))
+    for share in (0.2, 0.9):
+        for each in fed:
+            each[step.Y_SHARE][...] = share
+        for each, got in zip(fed, ours.run_many(fed, [step.LOSS]), strict=True):
+            assert float(got[step.LOSS]) == pytest.approx(float(ours.run(each, [step.LOSS])[step.LOSS]), rel=1e-5)
+
+
 def test_rows_that_stay_on_the_device_are_fed_as_arrays_are() -> None:
     model, recipe = model_of("SmoothResNet"), RECIPES["plain"]
     graph = training_graph(model, recipe.features)

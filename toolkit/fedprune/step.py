@@ -69,6 +69,9 @@ LOGITS = "logits"
 OF_SAMPLES = frozenset({X, Y, Y_PARTNER})
 """Inputs that have an entry for every sample."""
 
+OF_STEPS = frozenset({Y_SHARE, STEP_NUMBER, DIVISOR})
+"""Single numbers that may be others in every step."""
+
 RESERVED = frozenset(
     {
         *(X, Y, Y_PARTNER, Y_SHARE),

@@ -152,7 +152,8 @@ class TrainingStep:
     def _constant(self, name: str) -> bool:
         """Whether a round feeds the same array in every step."""
         kind = name.partition("::")[2]
-        return kind in ("anchor", "mu", "mask", "threshold") or (not kind and name not in self._names)
+        named = name in self._names or name in step.OF_STEPS
+        return kind in ("anchor", "mu", "mask", "threshold") or (not kind and not named)
 
     def _differentiated(self, program: Program, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
         """One device's step with gradients by torch.autograd."""
