@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fedprune import step
 from fedprune.selection import Tensors
+from fedprune_device.batches import Rows
 
 Array = npt.NDArray[Any]
 
@@ -26,7 +27,12 @@ _HUGE = np.float32(2.0**40)
 
 
 def measured(
-    run: Run, names: Collection[str], feeds: Mapping[str, Array], batches: Sequence[Array], old: Mapping[str, Array]
+    run: Run,
+    names: Collection[str],
+    feeds: Mapping[str, Array],
+    x: Array,
+    batches: Sequence[Rows],
+    old: Mapping[str, Array],
 ) -> Tensors:
     """Statistics of some samples: the mean of what all batches give, as torch's BatchNorm has it with momentum=None.
 
@@ -34,7 +40,8 @@ def measured(
         run: Runs the graph.
         names: The statistics.
         feeds: All other inputs, but the samples.
-        batches: The samples, in batches.
+        x: The samples.
+        batches: Which of them are in each batch.
         old: The statistics as they are. One that the graph leaves alone, or that isn't finite afterwards, stays so.
 
     Returns:
@@ -42,10 +49,10 @@ def measured(
     """
     outputs = [step.following(n) for n in names]
     none = {n: np.zeros_like(old[n]) for n in names}
-    huge = run({**feeds, **{n: np.full_like(v, _HUGE) for n, v in none.items()}, step.X: batches[0]}, outputs)
+    huge = run({**feeds, **{n: np.full_like(v, _HUGE) for n, v in none.items()}, step.X: x[batches[0]]}, outputs)
     totals: dict[str, npt.NDArray[np.float64]] = {n: np.zeros(old[n].shape, np.float64) for n in names}
-    for x in batches:
-        out = run({**feeds, **none, step.X: x}, outputs)
+    for rows in batches:
+        out = run({**feeds, **none, step.X: x[rows]}, outputs)
         for name in names:
             totals[name] += np.asarray(out[step.following(name)], np.float64)
     result: Tensors = {}

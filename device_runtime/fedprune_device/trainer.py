@@ -256,10 +256,10 @@ class Trainer:
             return dict(tensors)
         self.check(tensors)
         order = keyed(seed, "calibration", device).permutation(data.samples)
-        batches = [data.x_train[rows] for rows in even_parts(order, recipe.micro_batch)]
+        batches = even_parts(order, recipe.micro_batch)
         feeds = {n: np.asarray(v, order="C") for n, v in tensors.items() if n not in names}
         feeds |= self._graph.masking(tensors, replace(recipe, scale=1.0, mask_threshold=0.0), None)
-        return dict(tensors) | measured(self._graph.run_forward, names, feeds, batches, tensors)
+        return dict(tensors) | measured(self._graph.run_forward, names, feeds, data.x_train, batches, tensors)
 
     def loss(
         self, tensors: Mapping[str, Array], data: LocalData, recipe: Recipe, classes: int, samples: int = 32

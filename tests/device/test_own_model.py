@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.messages import Offer
 from fedprune_device.average import averaged, blended
+from fedprune_device.calibration import measured
 from fedprune_device.data import LocalData
 from fedprune_device.own import KeptOwn, Own, OwnFolder, OwnInMemory
 from fedprune_device.store import DeviceStore
@@ -394,6 +396,24 @@ def test_statistics_that_are_frozen_or_cannot_be_measured_stay(board: HiddenBoar
     one = LocalData(board.data.x_train[:1], board.data.y_train[:1], board.data.x_test[:0], board.data.y_test[:0])
     got = Trainer(board.graphs / "kept.onnx").calibrated(weights, one, PLAIN, seed=SEED, device=DEVICE)
     assert np.isfinite(np.concatenate([v.reshape(-1) for v in got.values()])).all()
+
+
+def test_measuring_statistics_takes_the_memory_of_a_batch() -> None:
+    x, old = np.ones((64, 10_000), np.float32), {"mean": np.zeros(3, np.float32)}
+    tracemalloc.start()
+    try:
+        measured(
+            lambda feeds, outputs: {n: feeds["x"].mean() + 0.9 * feeds["mean"] for n in outputs},
+            ["mean"],
+            {},
+            x,
+            np.array_split(np.arange(64), 32),
+            old,
+        )
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 4 * x.nbytes / 32
 
 
 @pytest.mark.parametrize("average", [0.0, DECAY])
