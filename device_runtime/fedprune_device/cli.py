@@ -126,7 +126,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune.wire.topics import Topics
     from fedprune_device.agent import Agent
     from fedprune_device.data import load_data
-    from fedprune_device.probe import check_runtime, probe
+    from fedprune_device.probe import check_runtime, probe_apart
     from fedprune_device.store import DeviceStore
 
     logging.basicConfig(
@@ -151,7 +151,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.no_probe:
             check_runtime()
         else:
-            report = probe(arguments.threads, memory_file=arguments.state / "layer_times.json")
+            report = probe_apart(arguments.threads, memory_file=arguments.state / "layer_times.json")
             # A plan counts the samples, which are here already.
             free = min(report.memory_total, report.memory_available + data.bytes)
             report = replace(report, memory_available=free)

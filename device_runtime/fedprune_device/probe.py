@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fedprune_device.layer_times import measure_table, remembered_table
 from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
 
 _IMPORT_TIMEOUT = 120
+_PROBE_TIMEOUT = 1800
 _MIN_RUNS = 3
 
 
@@ -77,6 +79,51 @@ def probe(
         throttled=throttled(root),
         latency=latency,
     )
+
+
+def probe_apart(
+    threads: int = 1,
+    seconds: float = 2.0,
+    *,
+    layer_seconds: float = 10.0,
+    memory_file: Path | None = None,
+    python: str = sys.executable,
+) -> ProbeReport:
+    """`probe` in a process of its own, so that what it takes is neither kept by this one nor in its peak memory.
+
+    The free memory is what this process sees: the other one's own is free again when it has ended.
+
+    Args:
+        threads: Threads inside an operator.
+        seconds: Time for the measurements of speed.
+        layer_seconds: Time for the layers' measurements; 0 leaves them out.
+        memory_file: Where the layers' times are kept.
+        python: The interpreter.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        RuntimeUnavailableError: It can't be loaded here, or the measurements fail.
+    """
+    total, available = memory()
+    settings: dict[str, Any] = {"threads": threads, "seconds": seconds, "layer_seconds": layer_seconds}
+    settings["memory_file"] = None if memory_file is None else str(memory_file)
+    hint = "Start without the probe (`--no-probe`): the profile's figures are believed then."
+    command = [python, "-c", "from fedprune_device.probe import _answer; _answer()"]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(settings), capture_output=True, text=True, timeout=_PROBE_TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeUnavailableError(f"the probe isn't done within {_PROBE_TIMEOUT} s", hint=hint) from error
+    except OSError as error:
+        raise RuntimeUnavailableError(f"can't start {python}: {error.strerror}") from error
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines() or ["no message"]
+    if done.returncode:
+        check_runtime(python)  # says it better, if it is the reason
+        why = f"killed by signal {-done.returncode}" if done.returncode < 0 else lines[-1][:300]
+        raise RuntimeUnavailableError(f"the probe failed ({why})", hint=hint)
+    report = ProbeReport.from_dict(json.loads(lines[-1]))
+    return replace(report, memory_total=total, memory_available=min(available, total))
 
 
 def check_runtime(python: str = sys.executable) -> str:
@@ -192,6 +239,19 @@ def throttled(root: Path = Path("/")) -> bool:
         if "cpufreq" in _text(cooler / "type") and state.isdigit() and int(state) > 0:
             return True
     return False
+
+
+def _answer() -> None:
+    """The other side of `probe_apart`: settings from stdin, the report to stdout."""
+    asked = json.loads(sys.stdin.read())
+    file = asked["memory_file"]
+    report = probe(
+        asked["threads"],
+        asked["seconds"],
+        layer_seconds=asked["layer_seconds"],
+        memory_file=None if file is None else Path(file),
+    )
+    print(json.dumps(report.to_dict()))
 
 
 def _rates(threads: int, seconds: float) -> tuple[float, float]:

@@ -195,7 +195,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(threads)
         return ProbeReport(cores=1, memory_total=10**9, memory_available=10**8, seconds=0.0)
 
-    monkeypatch.setattr("fedprune_device.probe.probe", probe)
+    monkeypatch.setattr("fedprune_device.probe.probe_apart", probe)
     return made
 
 

@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from fedprune.errors import MissingExtraError, RuntimeUnavailableError
 from fedprune.latency import LatencyTable, typical_table
 from fedprune.probe_report import ProbeReport
 from fedprune_device.layer_times import LayerNets, measure, remembered_table
-from fedprune_device.probe import board, check_runtime, clock_hz, memory, probe, temperature_c, throttled
+from fedprune_device.probe import board, check_runtime, clock_hz, memory, probe, probe_apart, temperature_c, throttled
 
 pytestmark = pytest.mark.board
 
@@ -42,6 +44,41 @@ def test_a_probe_measures_this_machine() -> None:
     assert report.latency.points >= 40
     assert 0 <= report.latency.error < 1
     assert ProbeReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+PEAK = """
+from fedprune_device.evaluation import _peak_memory
+from fedprune_device.probe import {0}
+before = _peak_memory()
+assert {0}(seconds=0.05, layer_seconds=0.5).train_rate > 1e6
+print(_peak_memory() - before)
+"""
+
+
+@pytest.mark.parametrize(("made_by", "kept"), [("probe", False), ("probe_apart", True)])
+def test_a_probe_apart_leaves_this_processs_peak_memory_as_it_is(made_by: str, kept: bool) -> None:
+    done = subprocess.run([sys.executable, "-c", PEAK.format(made_by)], capture_output=True, text=True, check=True)
+    assert (float(done.stdout) < 10e6) is kept
+
+
+def test_a_probe_apart_keeps_what_it_measured(tmp_path: Path) -> None:
+    file = tmp_path / "layer_times.json"
+    report = probe_apart(seconds=0.05, layer_seconds=0.5, memory_file=file)
+    assert report.latency == LatencyTable.from_dict(json.loads(file.read_text())["latency"])
+    assert report.memory_total == memory()[0]
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("""case "$2" in *probe*) kill -KILL $$;; *) echo 1;; esac""", "the probe failed.*signal 9.*--no-probe"),
+        ("""case "$2" in *probe*) echo odd >&2; exit 1;; *) echo 1;; esac""", "the probe failed.*odd.*--no-probe"),
+        ("kill -ILL $$", "onnxruntime kills the process"),
+    ],
+)
+def test_a_probe_apart_that_fails_says_why(tmp_path: Path, script: str, says: str) -> None:
+    with pytest.raises(RuntimeUnavailableError, match=says):
+        probe_apart(python=python(tmp_path, script))
 
 
 def test_layers_are_measured_by_the_given_clock() -> None:
