@@ -37,10 +37,16 @@ def fill(*parts: object, size: int = SIZE) -> bytes:
 
 
 class ToyWorker:
-    """Carries out commands on bytes that mean nothing, but depend on everything that they should."""
+    """Carries out commands on bytes that mean nothing, but depend on everything that they should.
 
-    def __init__(self, store: BlobStore) -> None:
+    Args:
+        store: Where they lie.
+        graph_rounds: For so many rounds offers name the same graph, and then another one; None for all rounds.
+    """
+
+    def __init__(self, store: BlobStore, graph_rounds: int | None = None) -> None:
         self.store = store
+        self.graph_rounds = graph_rounds
         self.executed: list[object] = []
         self.poison: set[str] = set()
 
@@ -49,6 +55,10 @@ class ToyWorker:
 
     def expect(self, commands: list[do.Command]) -> None:
         pass
+
+    def graph(self, round_: int) -> bytes:
+        """The graph of a round's offers."""
+        return fill("graph", round_ // self.graph_rounds if self.graph_rounds else 0, size=70_000)
 
     def execute(self, command: do.Command) -> on.Event:
         self.executed.append(command)
@@ -59,7 +69,7 @@ class ToyWorker:
                 basis, part = command.basis, command.part
                 self.store.read(basis.model)
                 weights = self.store.put(fill("part", basis.model, basis.ranking, part.device))
-                graph = self.store.put(fill("graph", size=70_000)).to_dict()
+                graph = self.store.put(self.graph(basis.round)).to_dict()
                 body = {
                     "seed": 1,
                     "architecture": "0" * 64,
@@ -237,12 +247,14 @@ def quick(folder: Path) -> Storage:
 class Fleet:
     """A server's folder, an air and devices, out of which daemons are made."""
 
-    def __init__(self, folder: Path, job: Job = JOB, names: tuple[str, ...] = NAMES) -> None:
+    def __init__(
+        self, folder: Path, job: Job = JOB, names: tuple[str, ...] = NAMES, *, graph_rounds: int | None = None
+    ) -> None:
         self.folder = folder
         self.job = job
         self.air = Air()
         self.store = BlobStore(folder / "blobs", durable=False)
-        self.worker = ToyWorker(self.store)
+        self.worker = ToyWorker(self.store, graph_rounds)
         self.storage = quick(folder)
         for name in names:
             self.air.devices[name] = ToyDevice(name, folder / "devices", self.air)
@@ -286,7 +298,7 @@ class Fleet:
     def restart(self) -> None:
         """What a new process of the server finds: its folder, and a new connection."""
         self.storage = quick(self.folder)
-        self.worker = ToyWorker(self.store)
+        self.worker = ToyWorker(self.store, self.worker.graph_rounds)
         self.air.inbox = deque([ConnectionUp()])
 
 

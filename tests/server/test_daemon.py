@@ -33,6 +33,7 @@ from fedprune.wire.messages import (
 )
 from fedprune.wire.topics import Topics
 from fedprune_server.garbage import sweep
+from fedprune_server.offers import GRAPH_ROUNDS
 from fedprune_server.storage import Storage
 from fedprune_server.uploads import UPDATE_SIZE
 from toy import JOB
@@ -543,6 +544,40 @@ def kill_at(fleet: Fleet, point: str, count: int) -> None:
             return sent
 
         fleet.air.publish = dying_publish  # type: ignore[method-assign]
+
+
+def test_graphs_stay_while_offers_may_name_them_and_no_longer(tmp_path: Path) -> None:
+    rounds, same, last_words = 3 * GRAPH_ROUNDS, 3, 12
+    calm, killed = (Fleet(tmp_path / n, replace(JOB, rounds=rounds), graph_rounds=same) for n in ("calm", "killed"))
+    graphs = [BlobRef.of(calm.worker.graph(at)).sha256 for at in range(0, rounds + 1, same)]
+    old = [g for i, g in enumerate(graphs) if (i + 1) * same <= rounds - GRAPH_ROUNDS]
+    calm.run(keep=1)
+    assert [g for g in graphs if not calm.store.has(g)] == old
+
+    save = killed.storage.save
+
+    def dying(state: State, event: object, *rest: object) -> None:
+        save(state, event, *rest)  # type: ignore[arg-type]
+        if isinstance(event, on.Scored) and event.round == last_words:
+            raise KilledError
+
+    killed.storage.save = dying  # type: ignore[method-assign]
+    with pytest.raises(KilledError):
+        killed.run(keep=1)
+    killed.restart()
+    state = killed.storage.load()
+    assert state is not None
+    sweep(killed.store, state, 1)  # as a server that is started does
+    delete, deleted = killed.store.delete, []
+
+    def noted(digest: str) -> None:
+        deleted.append(digest)
+        delete(digest)
+
+    killed.store.delete = noted  # type: ignore[method-assign]
+    killed.run(keep=1)
+    assert [g for g in deleted if g in graphs] == old[last_words // same :]  # when it was time, and not before
+    assert sorted(killed.store.names()) == sorted(calm.store.names())
 
 
 @pytest.mark.parametrize("point", ["before saving", "after saving", "after sending"])
