@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,13 +27,31 @@ from typing import Any
 from benchmarks.accuracy.page import page
 from benchmarks.accuracy.protocol import Method, Protocol
 
+from fedprune.cli import run_command, with_extra
+from fedprune.errors import ConfigError, TrainingError
+
 RUNS = Path("build/accuracy")
 RESULTS = Path("benchmarks/results/accuracy")
 
 
-def main() -> None:
+def main() -> int:
+    """The command.
+
+    Returns:
+        An exit code of `docs/exit-codes.md`.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs that were started end, too
-    options = arguments()
+    return run_command("python -m benchmarks.accuracy", parser)
+
+
+def table(options: argparse.Namespace) -> int:
+    """Run a table, or list them.
+
+    Raises:
+        ConfigError: There is no such table, row or seed.
+        DataError: The data set isn't there.
+        MissingExtraError: What makes the networks isn't installed.
+    """
     from benchmarks.accuracy.protocols import PROTOCOLS
 
     if options.table == "list":
@@ -40,28 +59,34 @@ def main() -> None:
             rows = len(protocol.methods) * len(protocol.seeds)
             budget = f"{rows} runs of {protocol.minutes:g} CPU minutes"
             print(f"{protocol.name:28} {'for a GPU' if protocol.full else budget}: {protocol.title}")
-        return
+        return 0
     if options.table not in PROTOCOLS:
-        sys.exit(f"no table is called {options.table!r}; there are: list, {', '.join(PROTOCOLS)}")
+        raise ConfigError("table", expected=f"list or one of {', '.join(PROTOCOLS)}", got=options.table)
     protocol = changed(PROTOCOLS[options.table], options)
     methods = [m for m in protocol.methods if not options.methods or m.name in options.methods.split(",")]
     if unknown := set(filter(None, options.methods.split(","))) - {m.name for m in methods}:
-        sys.exit(
-            f"no such rows: {', '.join(sorted(unknown))}; there are: {', '.join(m.name for m in protocol.methods)}"
-        )
+        rows_there = ", ".join(m.name for m in protocol.methods)
+        raise ConfigError(f"rows of {protocol.name}", expected=rows_there, got=", ".join(sorted(unknown)))
     if options.one:
         one(protocol, methods[0], protocol.seeds[0], options)
-        return
-    if not options.page:
-        everything(protocol, methods, options)
+        return 0
+    if protocol.changes:  # a look takes the place of no result
+        options.runs = options.runs / "changed"
+    options.output = options.output or (options.runs if protocol.changes else RESULTS)
+    failed = [] if options.page else everything(protocol, methods, options)
+    if failed:
+        names = ", ".join(f"{name} seed {seed}" for name, seed in failed)
+        raise TrainingError(f"{len(failed)} runs failed: {names}", hint="What they say is above.")
     report(protocol, options)
+    return 0
 
 
-def arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("table", help="a table's name, or `list`")
     parser.add_argument("--methods", default="", help="only these rows, separated by commas")
-    parser.add_argument("--seeds", default="", help="instead of the table's, separated by commas")
+    parser.add_argument("--seeds", type=seeds, default=(), help="instead of the table's, separated by commas")
     parser.add_argument("--rounds", type=int, default=0, help="instead of the table's")
     parser.add_argument("--most", type=int, default=0, help="samples that are used, instead of the table's")
     parser.add_argument("--steps", type=int, default=0, help="most local steps of a round, instead of the table's")
@@ -70,16 +95,31 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="processes that train within a run")
     parser.add_argument("--page", action="store_true", help="run nothing, write the page of what there is")
     parser.add_argument("--again", action="store_true", help="run finished runs again")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the page")
+    parser.add_argument(
+        "--output", type=Path, help=f"folder of the page; {RESULTS}, or with a changed protocol {RUNS}/changed"
+    )
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of runs")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.set_defaults(run=with_extra("torch", table))
+    return parser
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """Whole numbers, separated by commas."""
+    try:
+        found = tuple(int(s) for s in text.split(","))
+    except ValueError:
+        found = (-1,)
+    if min(found) < 0:
+        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}")
+    return found
 
 
 def changed(protocol: Protocol, options: argparse.Namespace) -> Protocol:
     """The protocol with what the command line says instead."""
     if options.seeds:
-        protocol = replace(protocol, seeds=tuple(int(s) for s in options.seeds.split(",")))
+        protocol = replace(protocol, seeds=options.seeds)
+    changes = [f"--{name} {getattr(options, name)}" for name in ("rounds", "most", "steps") if getattr(options, name)]
     if options.rounds:
         recipe = replace(protocol.recipe, evaluate_every=1)  # shares of so few rounds need not be measured ones
         protocol = replace(protocol, rounds=options.rounds, recipe=recipe)
@@ -87,11 +127,20 @@ def changed(protocol: Protocol, options: argparse.Namespace) -> Protocol:
         protocol = replace(protocol, data={**protocol.data, "most": options.most})
     if options.steps:
         protocol = replace(protocol, recipe=replace(protocol.recipe, max_steps=options.steps))
-    return protocol
+    return replace(protocol, changes=" ".join(changes))
 
 
-def everything(protocol: Protocol, methods: list[Method], options: argparse.Namespace) -> None:
-    """All runs that are missing, a few at a time, each in a process of its own."""
+def everything(protocol: Protocol, methods: list[Method], options: argparse.Namespace) -> list[tuple[str, int]]:
+    """All runs that are missing, a few at a time, each in a process of its own.
+
+    Returns:
+        Row and seed of those that failed.
+    """
+    from benchmarks.accuracy.sets import samples
+
+    for package in ("torch", "onnxscript"):
+        import_module(package)  # what is missing is said once, not by every process
+    samples(protocol.source)
     wanted = [(m, s) for s in protocol.seeds for m in methods]  # seed by seed: a first look comes early
     if options.again:
         for method, seed in wanted:
@@ -105,9 +154,6 @@ def everything(protocol: Protocol, methods: list[Method], options: argparse.Name
         f"({each:.1f} each, {basis}), {options.workers} at a time",
         flush=True,
     )
-    from benchmarks.accuracy.sets import samples
-
-    samples(protocol.source)  # if it isn't there, that is said once, not by every process
     running: dict[subprocess.Popen[bytes], tuple[str, int]] = {}
     failed = []
     try:
@@ -126,8 +172,7 @@ def everything(protocol: Protocol, methods: list[Method], options: argparse.Name
     finally:
         for process in running:
             process.terminate()
-    if failed:
-        print(f"{len(failed)} runs failed: {', '.join(f'{n} seed {s}' for n, s in failed)}", flush=True)
+    return failed
 
 
 def start(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> subprocess.Popen[bytes]:
@@ -177,7 +222,10 @@ def results(protocol: Protocol, options: argparse.Namespace) -> list[dict[str, A
 
 
 def report(protocol: Protocol, options: argparse.Namespace, *, quiet: bool = False) -> None:
+    """Write the page of what there is, if there is anything."""
     runs = results(protocol, options)
+    if not runs:
+        return
     header = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "versions": versions()}
     options.output.mkdir(parents=True, exist_ok=True)
     text = page(protocol, runs, header)
@@ -211,4 +259,4 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

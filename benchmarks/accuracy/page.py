@@ -24,15 +24,16 @@ def page(protocol: Protocol, runs: Sequence[Run], header: dict[str, Any]) -> str
     versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
     minutes = sum(r["cpu_s"] for r in runs) / 60
     seeds = sorted({r["seed"] for r in runs})
+    command = f"python -m benchmarks.accuracy {protocol.name} {protocol.changes}".strip()
     lines = [
         f"# {protocol.title}",
         "",
         f"{header['date']}, {header['machine']};",
         f"{versions}; trained by {', '.join(sorted({r['trainer'] for r in runs})) or 'nobody'}.",
-        f"`python -m benchmarks.accuracy {protocol.name}`: {len(runs)} runs, {minutes:.0f} CPU minutes; code:",
+        f"`{command}`: {len(runs)} runs, {minutes:.0f} CPU minutes; code:",
         f"{', '.join(sorted({r['code'] for r in runs})) or '-'}.",
         "",
-        *_wrapped(protocol.keeps + _net(protocol, runs)),
+        *_wrapped(_changed(protocol) + protocol.keeps + _net(protocol, runs)),
         "",
         *_reading(protocol, seeds),
         "",
@@ -59,6 +60,10 @@ def page(protocol: Protocol, runs: Sequence[Run], header: dict[str, Any]) -> str
     if missing:
         lines += ["", f"Not run yet (seeds): {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
+
+
+def _changed(protocol: Protocol) -> str:
+    return f"A first look, with {protocol.changes} instead of what is said here. " if protocol.changes else ""
 
 
 def in_short(protocol: Protocol, runs: Sequence[Run], date: str) -> list[str]:
@@ -276,7 +281,7 @@ def _reading(protocol: Protocol, seeds: Sequence[int]) -> list[str]:
         reads = ", ".join(f"{s * protocol.until_s:,.0f}" for s in protocol.reads)
         means = f"means of what was measured last by {reads} simulated seconds"
     else:
-        reads = ", ".join(str(round(s * protocol.rounds)) for s in protocol.reads)
+        reads = ", ".join(dict.fromkeys(str(max(1, round(s * protocol.rounds))) for s in protocol.reads))
         means = f"means of rounds {reads} (of the shares of all rounds, where a method has more)"
     pooled = protocol.data.get("pooled", True)
     tested = "all devices' test data together" if pooled else "the data set's own test data, which no device has"

@@ -104,6 +104,7 @@ class Protocol:
         reads: The rounds, as shares of all, whose mean is a run's figure.
         full: Whether it is a paper's full protocol, made for a GPU.
         paper: The paper's figures that no row has.
+        changes: What a command line has changed, for the page; such a run is a look, no result.
     """
 
     name: str
@@ -131,6 +132,7 @@ class Protocol:
     reads: tuple[float, ...] = (0.5, 0.75, 1.0)
     full: bool = False
     paper: str = ""
+    changes: str = ""
 
     def method(self, name: str) -> Method:
         """A row by its name."""
@@ -139,7 +141,19 @@ class Protocol:
     def key(self, method: Method, seed: int, trainer: str) -> str:
         """Digest of all that decides a run's numbers but the code of strategies: results of others are not mixed in."""
         parts = asdict(self)
-        for name in ("title", "keeps", "methods", "seeds", "reference", "target", "minutes", "reads", "paper", "name"):
+        for name in (
+            "title",
+            "keeps",
+            "methods",
+            "seeds",
+            "reference",
+            "target",
+            "minutes",
+            "reads",
+            "paper",
+            "name",
+            "changes",
+        ):
             parts.pop(name)
         parts["recipe"] = self.recipe.to_dict()
         row = asdict(method)

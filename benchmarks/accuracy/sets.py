@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from functools import cache
 
+from fedprune.errors import DataError
 from fedprune_server.data.samples import Samples
 from fedprune_server.data.source import VARIABLE, read_samples
 
@@ -14,5 +14,5 @@ from fedprune_server.data.source import VARIABLE, read_samples
 def samples(name: str) -> Samples:
     """A data set by its name, such as `cifar10`."""
     if not os.environ.get(VARIABLE):
-        sys.exit(f"{VARIABLE} is not set: it must name a folder with {name}.npz or the data set's own files.")
+        raise DataError(f"{VARIABLE} is not set", expected=f"a folder with {name}.npz or the data set's own files")
     return read_samples(name)

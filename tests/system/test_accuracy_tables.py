@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +23,7 @@ from fedprune_server.data.samples import assembled
 pytestmark = pytest.mark.torch
 
 ROOT = Path(__file__).parents[2]
-SHAPES = {"cifar10": (32, 32, 3), "fashion_mnist": (28, 28), "har": (9, 128)}
+SHAPES = {"cifar10": (32, 32, 3), "cifar100": (32, 32, 3), "fashion_mnist": (28, 28), "har": (9, 128)}
 
 
 @pytest.fixture
@@ -46,8 +49,6 @@ def noise(name, n=3000):
 
 
 def tables():
-    import sys
-
     sys.path.insert(0, str(ROOT))
     try:
         from benchmarks.accuracy.protocols import PROTOCOLS
@@ -361,3 +362,40 @@ def test_a_share_without_a_measurement_gives_no_figure(accuracy, monkeypatch):
     assert figure(protocol, {"rounds": rounds}, lambda row: row["value"]) is None
     rounds[0]["value"], rounds[1]["value"] = 0.1, 0.3
     assert figure(protocol, {"rounds": rounds}, lambda row: row["value"]) == pytest.approx((0.1 + 0.1 + 0.5) / 3)
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.accuracy", *arguments],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("no-such-table",), 14, "error: table: expected list or one of cifar10-dirichlet"),
+        (("har", "--methods", "nothing"), 14, "error: rows of har: expected local"),
+        (("har", "--seeds", "x"), 2, "expected whole numbers separated by commas, got 'x'"),
+        (("har", "--rounds", "1"), 13, "error: data 'har': expected a .npz file or a folder that exists"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, code, said):
+    ended = command(*arguments, FEDPRUNE_DATA="/nowhere")
+    assert ended.returncode == code
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_changed_protocol_is_called_a_look_and_is_no_result(accuracy):
+    from benchmarks.accuracy import __main__ as command
+    from benchmarks.accuracy.page import page
+
+    options = command.parser().parse_args(["har", "--rounds", "3", "--steps", "2"])
+    protocol = command.changed(TABLES["har"], options)
+    assert (protocol.rounds, protocol.recipe.max_steps, protocol.recipe.evaluate_every) == (3, 2, 1)
+    text = " ".join(page(protocol, [], {"date": "today", "machine": "here", "versions": {}}).split())
+    assert "`python -m benchmarks.accuracy har --rounds 3 --steps 2`" in text
+    assert "A first look, with --rounds 3 --steps 2 instead of what is said here." in text
+    whole = command.changed(TABLES["har"], command.parser().parse_args(["har", "--seeds", "0"]))
+    assert not whole.changes
