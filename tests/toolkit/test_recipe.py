@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.errors import ConfigError
-from fedprune.recipe import Features, Recipe
+from fedprune.recipe import LEAST_MIXUP, Features, Recipe
 
 pytestmark = pytest.mark.board
 
-recipes = st.builds(
+settings = st.builds(
     Recipe,
     epochs=st.integers(1, 100),
     batch_size=st.integers(1, 512),
@@ -41,12 +41,18 @@ recipes = st.builds(
     report_squares=st.booleans(),
     best_epoch=st.booleans(),
 )
+recipes = st.builds(
+    lambda recipe, blend, mixup: replace(recipe, blend=blend if recipe.average else 0.0, mixup=mixup),
+    settings,
+    st.floats(0, 1),
+    st.just(0.0) | st.floats(LEAST_MIXUP, 10),
+)
 
 FLAGS = [f.name for f in fields(Features) if f.default is False]
 OTHERS = {"loss": "bce", "optimizer": "adamw", "frozen": ("a*",), "trainable": ("a*",)}
 
 
-@given(recipes, st.floats(0, 1), st.floats(1e-3, 10))
+@given(settings, st.floats(0, 1), st.floats(1e-3, 10))
 def test_what_came_later_is_only_written_where_it_matters(recipe: Recipe, blend: float, mixup: float) -> None:
     """A digest of a recipe that doesn't know it stays what it was."""
     assert not {"blend", "mixup"} & set(recipe.to_dict())
@@ -146,6 +152,13 @@ def test_switches_are_true_or_false(name: str) -> None:
 def test_an_unknown_key_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="'learning_rate'"):
         Recipe.from_dict({"learning_rate": 0.1})
+
+
+@pytest.mark.parametrize("setting", [{"x" * 9000: 1}, {"frozen": [9 * "x"] * 2000}, {"ordered_dropout": [2.0] * 2000}])
+def test_a_refusal_is_no_longer_than_people_read(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="recipe: ") as caught:
+        Recipe.from_dict(setting)
+    assert len(str(caught.value)) < 1500
 
 
 def test_a_recipe_of_an_older_form_reads() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from fedprune import setting_checks
 from fedprune.errors import ConfigError, shown
 
 LOSSES = ("cross_entropy", "bce", "mse", "huber")
@@ -204,48 +205,38 @@ class Recipe:
     mixup: float = 0.0
 
     def __post_init__(self) -> None:
-        limits: dict[str, tuple[float, float]] = {
+        counts = {
             "epochs": (1, 10_000),
             "batch_size": (1, 65_536),
+            "max_steps": (0, 10**9),
+            "accumulate": (1, 65_536),
+            "patience": (0, 10_000),
+            "evaluate_every": (1, 10**6),
+        }
+        numbers: dict[str, tuple[float, float]] = {
             "lr": (0, 1_000),
             "momentum": (0, 1),
             "weight_decay": (0, 1_000),
             "proximal": (0, 1e6),
-            "max_steps": (0, 10**9),
             "label_smoothing": (0, 1),
             "huber_delta": (1e-6, 1e6),
             "beta1": (0, 1),
             "beta2": (0, 1),
             "epsilon": (1e-16, 1),
             "clip_norm": (0, 1e6),
-            "accumulate": (1, 65_536),
             "average": (0, 1),
             "blend": (0, 1),
             "mixup": (0, 10),
             "scale": (1e-3, 1e3),
             "mask_threshold": (0, 1e6),
-            "patience": (0, 10_000),
-            "evaluate_every": (1, 10**6),
         }
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            whole = name in ("epochs", "batch_size", "max_steps", "accumulate", "patience", "evaluate_every")
-            share = name in ("momentum", "beta1", "beta2", "average")
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int if whole else (int, float))
-                or not low <= value <= high
-                or (share and value == high)  # the buffer would never forget
-            ):
-                below = "below " if share else ""
-                raise ConfigError(
-                    f"recipe: {name}",
-                    expected=f"{'a whole number' if whole else 'a number'} from {low} to {below}{high}",
-                    got=shown(value),
-                )
+        for name, (least, most) in counts.items():
+            setting_checks.whole(f"recipe: {name}", getattr(self, name), least, most)
+        for name, (low, high) in numbers.items():
+            kept = name in ("momentum", "beta1", "beta2", "average")  # with a share of 1 nothing old is ever forgotten
+            setting_checks.number(f"recipe: {name}", getattr(self, name), low, high, below=kept)
         for name, allowed in (("loss", LOSSES), ("optimizer", OPTIMIZERS), ("mask", MASKS)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"recipe: {name}", expected=" or ".join(allowed), got=shown(getattr(self, name)))
+            setting_checks.word(f"recipe: {name}", getattr(self, name), allowed)
         for name in ("frozen", "trainable", "personal"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         object.__setattr__(self, "ordered_dropout", _densities(self.ordered_dropout))
@@ -361,13 +352,11 @@ class Recipe:
         Raises:
             ConfigError: An unknown key, a wrong type or a number out of range.
         """
-        known = {f.name: f for f in fields(cls)}
-        for key, value in body.items():
-            if key not in known:
-                raise ConfigError(f"recipe: unknown key {key!r}", expected=", ".join(known))
-            if isinstance(known[key].default, bool) and not isinstance(value, bool):
-                raise ConfigError(f"recipe: {key}", expected="true or false", got=repr(value))
-        return cls(**body)
+        settings = setting_checks.known(cls, body, "recipe")
+        for field in fields(cls):
+            if isinstance(field.default, bool) and field.name in settings:
+                setting_checks.truth(f"recipe: {field.name}", settings[field.name])
+        return cls(**settings)
 
     def to_json(self) -> str:
         """Canonical JSON."""
@@ -388,7 +377,7 @@ def _patterns(name: str, value: object) -> tuple[str, ...]:
         raise ConfigError(
             f"recipe: {name}",
             expected=f"a list of up to {_MOST} patterns of tensor names, such as ['layer1.*']",
-            got=repr(value),
+            got=shown(value),
         )
     return tuple(value)
 
@@ -403,6 +392,6 @@ def _densities(value: object) -> tuple[float, ...]:
         raise ConfigError(
             "recipe: ordered_dropout",
             expected=f"a list of up to {_MOST} densities above 0 and up to 1",
-            got=repr(value),
+            got=shown(value),
         )
     return tuple(map(float, value))
