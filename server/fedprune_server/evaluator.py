@@ -27,24 +27,31 @@ _BATCH = 256
 class Sessions:
     """Sessions of one model, by widths.
 
-    Weights are inputs of its graphs, so that one session serves every round.
+    Weights are inputs of its graphs, so that one session serves every round. Widths may be others in every round, where
+    a strategy chooses them anew: only the sessions that were asked for last stay open.
 
     Args:
         model: The model; its weights are not used.
+        most: How many stay open.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, most: int) -> None:
         self.model = model
+        self._most = most
         self._opened: dict[tuple[int, ...], Session] = {}
 
     def at(self, widths: tuple[int, ...]) -> Session:
         """The session at some widths."""
-        if widths not in self._opened:
+        session = self._opened.pop(widths, None)
+        if session is None:
+            while len(self._opened) >= self._most:
+                del self._opened[next(iter(self._opened))]  # the one that was asked for longest ago
             graph = at_widths(self.model, widths)
             shapes = self.model.architecture.shapes(widths)
             graph.inputs += [Port(name, np.dtype(np.float32), shape) for name, shape in shapes.items()]
-            self._opened[widths] = Session(graph.to_bytes())
-        return self._opened[widths]
+            session = Session(graph.to_bytes())
+        self._opened[widths] = session
+        return session
 
 
 class Evaluator:

@@ -164,7 +164,8 @@ class Measure:
         """Let go of what was made for another model or recipe: one `Measure` may serve several experiments."""
         if self._of is not None and self._of[0] is model and self._of[1] == recipe:
             return
-        sessions, sets = Sessions(model), {"": (self.x, self.y), **{f"/{k}": v for k, v in self.sets.items()}}
+        sessions = Sessions(model, 1 + len(self.densities))  # what one round asks for
+        sets = {"": (self.x, self.y), **{f"/{k}": v for k, v in self.sets.items()}}
         self._evaluators = {place: Evaluator(sessions, recipe, samples) for place, samples in sets.items()}
         self._calibrate = None if self.calibration is None else Calibration(model, self.calibration, recipe.features)
         self._of = (model, recipe)

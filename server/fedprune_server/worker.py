@@ -69,7 +69,7 @@ class Worker:
         self.architecture = model.architecture
         self.strategy = compose(job)
         self.store = store
-        self._evaluator = None if evaluation is None else Evaluator(Sessions(model), job.recipe, evaluation)
+        self._evaluator = None if evaluation is None else Evaluator(Sessions(model, 1), job.recipe, evaluation)
         self._calibration = None if calibration is None else Calibration(model, calibration, job.recipe.features)
         self._archive = Archive(model.architecture, store)
         self._offers = Offers(model, store)
