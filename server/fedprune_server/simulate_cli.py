@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="DIR", help="folder of the run; one that was killed goes on"
     )
     parser.add_argument("--reference", action="store_true", help="run FedAvg at full width on the same devices, too")
+    parser.add_argument("--strategy", metavar="NAME", help="instead of the job's, as in `fedprune-server run`")
     parser.add_argument("--seed", type=int, metavar="N", help="instead of the job's")
     parser.add_argument("--rounds", type=whole_number, metavar="N", help="instead of the job's")
     parser.add_argument("--trainer", metavar="NAME", help="what trains, such as torch or torch:cuda; onnxruntime else")
@@ -96,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
     from fedprune_server.simulated_fleet import demo_plan, read_plan
 
     out = _folder(options.out)
-    changes = {"seed": options.seed, "rounds": options.rounds}
+    changes = {"strategy": options.strategy, "seed": options.seed, "rounds": options.rounds}
     plan = demo_plan(**changes) if options.demo else read_plan(options.config, reference=options.reference, **changes)
     plan = replace(plan, trainer=options.trainer or plan.trainer, workers=options.workers or plan.workers)
     compared, reference = plan.compared(), None

@@ -11,7 +11,7 @@ from fedprune.errors import ConfigError
 from fedprune.job import Job
 from fedprune.toml_file import read_toml
 from fedprune_export.importing import import_onnx, read_source
-from fedprune_server.config import parse_config
+from fedprune_server.config import ServerConfig, overridden, parse_config
 from fedprune_server.data.table import DataPlan
 from fedprune_server.experiment import Experiment
 from fedprune_server.fleet_devices import named, read_devices
@@ -41,6 +41,7 @@ def read_plan(
     path: Path,
     *,
     reference: bool = False,
+    strategy: str | None = None,
     seed: int | None = None,
     rounds: int | None = None,
     changes: Mapping[str, Any] | None = None,
@@ -51,6 +52,7 @@ def read_plan(
     Args:
         path: The file.
         reference: Whether the job is compared with FedAvg.
+        strategy: Instead of the job's.
         seed: Instead of the job's.
         rounds: Instead of the job's.
         changes: Tables of which single keys replace those of the file's.
@@ -67,7 +69,7 @@ def read_plan(
     dropouts, availability = read_dropouts(body, path), read_availability(body, path)
     weather, links = read_weather(body, path)
     settings = read_settings(body, path)
-    job = _overridden(config.job, seed, rounds)
+    job = _overridden(config.job, strategy, seed, rounds)
     federation = None
     if "data" in body:
         with named(f"{path}: [data]"):
@@ -130,30 +132,37 @@ def _federation(body: object, devices: object, path: Path) -> DataPlan:
     return DataPlan.from_dict(body, f"{path}: [data]", path.parent)
 
 
-def demo_plan(*, seed: int | None = None, rounds: int | None = None) -> Plan:
+def demo_plan(*, strategy: str | None = None, seed: int | None = None, rounds: int | None = None) -> Plan:
     """The fleet of `fedprune-server demo`, and FedAvg on the same devices.
 
     Args:
+        strategy: Instead of the demo's; FedAvg stays what it is compared with.
         seed: Instead of 0.
         rounds: Instead of the demo's.
+
+    Raises:
+        ConfigError: One of them is wrong.
     """
     from fedprune_server.demo_fleet import BOARDS, fleet_job, reference_job
     from fedprune_server.digits import deal, digits_model
 
     data = deal([b.name for b in BOARDS], seed=seed or 0)
+    job, usual = fleet_job(seed or 0), Job()
+    if strategy not in (None, job.strategy):  # what the job says for its own strategy would be refused beside another
+        job = replace(job, scorer=usual.scorer, rule=usual.rule, server_momentum=usual.server_momentum)
     return Plan(
         "fedprune",
-        _overridden(fleet_job(seed or 0), seed, rounds),
+        _overridden(job, strategy, seed, rounds),
         import_onnx(digits_model(), "digits-net"),
         tuple(VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in BOARDS),
         (data.x, data.y),
         data.calibration,
-        reference=_overridden(reference_job(seed or 0), seed, rounds),
+        reference=_overridden(reference_job(seed or 0), None, seed, rounds),
     )
 
 
-def _overridden(job: Job, seed: int | None, rounds: int | None) -> Job:
-    return replace(job, seed=job.seed if seed is None else seed, rounds=job.rounds if rounds is None else rounds)
+def _overridden(job: Job, strategy: str | None, seed: int | None, rounds: int | None) -> Job:
+    return overridden(ServerConfig(job=job), {"strategy": strategy, "seed": seed, "rounds": rounds}, {}).job
 
 
 def _present(body: Mapping[str, object], job: Job, devices: int) -> int:

@@ -14,7 +14,7 @@ from fedprune_server.digits import deal, digits_model, write_hand
 from fedprune_server.record import Record
 from fedprune_server.report import TAIL
 from fedprune_server.simulate_cli import build_parser, main
-from fedprune_server.simulated_fleet import read_plan
+from fedprune_server.simulated_fleet import demo_plan, read_plan
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "simulate.md"
 NAMES = ("barn", "dock")
@@ -78,6 +78,17 @@ def test_reference_is_fedavg_at_full_width(config, tmp_path):
     assert {d.density for d in reference.devices} == {1.0}
     assert reference.job["recipe"]["logit_adjustment"] is False
     assert reference.last.up > 4 * Record.load(out / "metrics.json").last.up
+
+
+def test_the_strategy_is_said_on_the_command_line(config, tmp_path, capsys):
+    out, arguments = tmp_path / "out", ["--config", config(), "--rounds", "1"]
+    assert main([*arguments, "--out", str(out), "--strategy", "fedavg"]) == ExitCode.OK
+    record = Record.load(out / "metrics.json")
+    assert record.job["strategy"] == "fedavg"
+    assert main([*arguments, "--out", str(tmp_path / "no"), "--strategy", "fedavgg"]) == ExitCode.CONFIG
+    assert "fedavgg" in capsys.readouterr().err
+    assert demo_plan(strategy="heterofl").job.strategy == "heterofl"
+    assert demo_plan(strategy="heterofl").compared().job == demo_plan().compared().job
 
 
 def test_a_second_call_does_not_train_again(config, tmp_path, monkeypatch):
