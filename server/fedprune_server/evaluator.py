@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune import step
+from fedprune.errors import ConfigError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.session import Session
@@ -22,6 +23,19 @@ Evaluation = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 """Inputs and labels, as `LocalData` has them."""
 
 _BATCH = 256
+
+
+def check_samples(samples: Evaluation) -> None:
+    """Whether models can be measured on these.
+
+    Raises:
+        ConfigError: There are none, or not as many labels as inputs.
+    """
+    x, y = samples
+    if not 0 < len(x) == len(y):
+        raise ConfigError(
+            "samples to measure on", expected="one or more, each with a label", got=f"{len(x)}, and {len(y)} labels"
+        )
 
 
 class Sessions:
@@ -61,9 +75,14 @@ class Evaluator:
         sessions: The architecture's.
         recipe: The job's, for its loss.
         samples: Inputs and labels.
+
+    Raises:
+        ConfigError: There are no samples, or not as many labels.
+        DataError: The labels are not what the loss takes.
     """
 
     def __init__(self, sessions: Sessions, recipe: Recipe, samples: Evaluation) -> None:
+        check_samples(samples)
         self._sessions = sessions
         self._recipe = recipe
         self._x = samples[0]

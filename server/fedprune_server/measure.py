@@ -24,7 +24,7 @@ from fedprune.strategies.roles import Cut, Memory, Scene, Submodel, Turn
 from fedprune_export.imported import Model
 from fedprune_server.archive import Archive
 from fedprune_server.calibration import Calibration
-from fedprune_server.evaluator import Evaluation, Evaluator, Sessions
+from fedprune_server.evaluator import Evaluation, Evaluator, Sessions, check_samples
 
 Array = npt.NDArray[Any]
 
@@ -120,7 +120,7 @@ class Measure:
         sets: Further inputs and labels, by name.
 
     Raises:
-        ConfigError: A density is out of range, or `every` is, or there are no samples.
+        ConfigError: A density is out of range, or `every` is, or there are no samples in a set.
     """
 
     x: Array
@@ -135,8 +135,8 @@ class Measure:
             raise ConfigError(
                 "measure", expected="densities above 0 and at most 1, every 1 or more", got=(self.densities, self.every)
             )
-        if not all(len(y) for y in (self.y, *(y for _, y in self.sets.values()))):
-            raise ConfigError("measure", expected="one sample or more in each set", got=0)
+        for samples in ((self.x, self.y), *self.sets.values()):
+            check_samples(samples)
         self._of: tuple[Model, Recipe] | None = None
         self._calibrate: Calibration | None = None
         self._evaluators: dict[str, Evaluator] = {}

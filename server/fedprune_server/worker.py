@@ -53,7 +53,8 @@ class Worker:
         calibration: Samples on which every global model's batch-norm statistics are measured anew, if any.
 
     Raises:
-        ConfigError: The job's strategy or its options are wrong.
+        ConfigError: The job's strategy or its options are wrong, or the server's set is empty.
+        DataError: The labels of the server's set are not what the recipe's loss takes.
     """
 
     def __init__(

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedprune.architecture import widths_at
+from fedprune.blobs import BlobStore
+from fedprune.errors import ConfigError
+from fedprune.job import Job
+from fedprune.profile_store import find
+from fedprune.recipe import Recipe
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import digits_model
-from fedprune_server.evaluator import Sessions
+from fedprune_server.digits import deal, digits_model
+from fedprune_server.evaluator import Evaluator, Sessions
+from fedprune_server.experiment import Experiment
+from fedprune_server.simulation import Simulation
+from fedprune_server.virtual_device import VirtualDevice
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +39,20 @@ def test_only_the_sessions_that_were_asked_for_last_stay_open(model: Model) -> N
         assert sessions.at(sizes) is whole
     gc.collect()
     assert [found() is not None for found in opened] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(("inputs", "labels"), [(0, 0), (3, 2), (0, 3)])
+def test_nothing_is_measured_on_no_samples_or_without_labels(
+    model: Model, tmp_path: Path, inputs: int, labels: int
+) -> None:
+    samples = np.zeros((inputs, 1, 8, 8), np.float32), np.zeros(labels, np.int64)
+    with pytest.raises(ConfigError, match=f"samples to measure on.*got {inputs}, and {labels} labels"):
+        Evaluator(Sessions(model, 1), Recipe(), samples)
+    # An experiment that is made from Python says so before it begins.
+    devices = [VirtualDevice("a", find("raspberry-pi-5"), deal(("a",), seed=0).devices["a"])]
+    experiment = Experiment("x", Job(rounds=1, devices=1), model, devices, evaluation=samples)
+    with pytest.raises(ConfigError, match="samples to measure on"):
+        Simulation(experiment, BlobStore(tmp_path, durable=False))
 
 
 def test_what_every_round_measures_is_opened_once(model: Model) -> None:
