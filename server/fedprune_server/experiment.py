@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,11 +56,12 @@ class Experiment:
     trainer: str = ONNXRUNTIME
     workers: int = 1
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Digest of all that decides the run.
 
-        The model counts with its graph as well as its architecture, which says nothing about activations.
+        The model counts with its graph as well as its architecture, which says nothing about activations. It is worked
+        out once: that takes a while with a large model and much data.
         """
         settings = [self.job.to_dict(), asdict(self.dropouts), self._circumstances()]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

@@ -223,6 +223,16 @@ def test_whatever_decides_a_run_is_in_its_fingerprint(fleet, change):
     assert change(experiment).fingerprint != experiment.fingerprint
 
 
+def test_a_fingerprint_is_worked_out_once(fleet, model, monkeypatch):
+    data, devices = fleet
+    experiment = Experiment("x", Job(), model, devices, (data.x, data.y))
+    found = experiment.fingerprint
+    monkeypatch.setattr(type(model.graph), "to_bytes", None)
+    assert experiment.settings()["fingerprint"] == experiment.fingerprint == found
+    with pytest.raises(TypeError):
+        replace(experiment).settings()  # another experiment has another one
+
+
 def test_another_evaluation_set_does_not_go_on_with_a_saved_run(build, model, fleet, tmp_path):
     simulation = build()
     simulation.run()
