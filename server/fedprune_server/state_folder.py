@@ -29,14 +29,13 @@ from fedprune_server.config import ServerConfig, with_stored, without_password
 from fedprune_server.evaluator import Evaluation
 from fedprune_server.garbage import sweep
 from fedprune_server.storage import FILE as DATABASE
-from fedprune_server.storage import Storage
+from fedprune_server.storage import LOCK, Storage
 from fedprune_server.worker import Worker
 
 log = logging.getLogger("fedprune.server")
 
 MODEL = "model.onnx"
 BLOBS = "blobs"
-_LOCK = "lock"
 _LOCK_PATIENCE_S = 3.0
 
 
@@ -73,7 +72,7 @@ class StateFolder:
         self.path = path
         with storage_errors(f"can't use state folder {path}"):
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             self._take_lock()
             self.store = BlobStore(path / BLOBS)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
+import time
 from pathlib import Path
 from typing import Any
 
-from fedprune.coordination import State
+from fedprune.coordination import Phase, State
+from fedprune.disk import held
 from fedprune_server.foresight import Compared, compared, described
-from fedprune_server.storage import Storage
+from fedprune_server.storage import LOCK, Storage
+
+_NOT_BEGUN = "not begun"
 
 LATEST = 10
 """Rounds that the text shows unless it is asked for more."""
@@ -18,24 +23,33 @@ def status(folder: Path) -> dict[str, Any]:
 
     Returns:
         JSON: the job's settings, its round and phase, all finished rounds, and a row per device. Devices that can't
-        even be planned for have rows, too, and every row says how the device's last part in a round went.
+        even be planned for have rows, too, and every row says how the device's last part in a round went. Without a
+        server nobody is online; `seen_at` (and the job's `heard_at`) are then when the log last heard of a device (of
+        anything), in seconds since 1970, and None while one runs or where the log doesn't say.
 
     Raises:
         StorageError: The folder holds no job, or is damaged.
     """
+    running = held(folder / LOCK)
     with Storage.existing(folder) as storage:
         settings, state, rows = storage.settings(), storage.load(), storage.devices()
         outsiders = storage.outsiders()
+        last, seen = (None, {}) if running else storage.heard()
     known = {row["name"] for row in rows}
     rows += [_outsider(name, body) for name, body in outsiders.items() if name not in known]
     devices = [
-        row | _last_part(row["name"], state) | {"compared": _compared(row, state)}
+        row
+        | _last_part(row["name"], state)
+        | {"compared": _compared(row, state), "online": row["online"] and running, "seen_at": seen.get(row["name"])}
         for row in sorted(rows, key=lambda r: r["name"])
     ]
     return {
+        "folder": str(folder),
+        "running": running,
+        "heard_at": last,
         "job": (settings or {}).get("job", {}),
         "round": state.round if state is not None else 0,
-        "phase": state.phase.value if state is not None else "not begun",
+        "phase": state.phase.value if state is not None else _NOT_BEGUN,
         "rounds": state.history if state is not None else [],
         "devices": devices,
     }
@@ -49,7 +63,9 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
         rounds: How many of the latest rounds to show.
     """
     job, history = body["job"], body["rounds"]
-    lines = [f"job {job.get('name', '?')}: round {body['round']} of {job.get('rounds', '?')}, {body['phase']}"]
+    lines = [f"job {job.get('name', '?')}: round {body['round']} of {job.get('rounds', '?')}, {_phase(body)}"]
+    if not body["running"]:
+        lines.append(_stopped(body))
     for device in body["devices"]:
         lines += _device_lines(device)
     shown = history[-rounds:]
@@ -69,11 +85,33 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
     return "\n".join(lines)
 
 
+def _phase(body: dict[str, Any]) -> str:
+    if body["running"] or body["phase"] in (Phase.FINISHED.value, _NOT_BEGUN):
+        return str(body["phase"])
+    return f"stopped while {body['phase']}"
+
+
+def _stopped(body: dict[str, Any]) -> str:
+    since = "" if body["heard_at"] is None else f" since {_clock(body['heard_at'])}"
+    end = "" if body["phase"] == Phase.FINISHED.value else "; to go on: fedprune-server run --state "
+    return f"  no server is running{since}{end and end + shlex.quote(body['folder'])}"
+
+
+def _connection(device: dict[str, Any]) -> str:
+    if device["online"]:
+        return "online"
+    return "offline" if device["seen_at"] is None else f"last heard of at {_clock(device['seen_at'])}"
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
 def _device_lines(device: dict[str, Any]) -> list[str]:
     plan = device["plan"]
     width = f"density {plan['density']:.3g}, bound by {plan['bound']}" if plan else f"widths {device['widths']}"
     lines = [
-        f"  device {device['name']} ({device['profile']}): {'online' if device['online'] else 'offline'}, "
+        f"  device {device['name']} ({device['profile']}): {_connection(device)}, "
         f"{device['samples']} samples, "
         + (f"takes no part: {device['excluded']}" if device["excluded"] else width)
         + f", {device['bytes_down'] / 1e6:.2f} MB down, {device['bytes_up'] / 1e6:.2f} MB up"

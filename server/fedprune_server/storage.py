@@ -26,7 +26,10 @@ from fedprune_server.schema import DEVICES, EVENTS, META, ROUNDS, TABLES, decode
 
 FORMAT = "fedprune.server/1"
 FILE = "server.db"
+LOCK = "lock"
+"""Held by the server that runs on the folder."""
 
+_FROM_DEVICES = ("DeviceBorn", "DeviceDied", "UpdateAnnounced", "UpdateStored", "OfferRefused")
 _FULL = ("disk is full", "no space left", "could not extend file", "database or disk is full")
 _BUSY_S = 10
 _PRUNE_EVERY, _PAGE = 500, 1000
@@ -252,6 +255,15 @@ class Storage:
             with self._transaction() as connection:
                 rows = connection.execute(query.where(EVENTS.c.number > rows[-1][0])).all()
             yield from ((number, at, kind, decoded(body, self.url)) for number, at, kind, body in rows)
+
+    def heard(self) -> tuple[float | None, dict[str, float]]:
+        """When the log's last event was, and the last that each device caused, in seconds since 1970."""
+        last, devices = None, dict[str, float]()
+        for _, at, kind, body in self.events():
+            last = at
+            if kind in _FROM_DEVICES and isinstance(body.get("device"), str):
+                devices[body["device"]] = at
+        return last, devices
 
     def _check(self, connection: sql.Connection) -> None:
         if connection.dialect.name == "sqlite":

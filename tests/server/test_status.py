@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fedprune.coordination import Phase, State
+from fedprune.coordination.events import DeviceBorn, Extracted, Ticked
 from fedprune.coordination.state import Device, Progress, Task
+from fedprune.disk import locked
 from fedprune.errors import ExitCode
 from fedprune.job import Job
 from fedprune_server.cli import main
@@ -16,8 +19,15 @@ from fedprune_server.storage import Storage
 
 
 @pytest.fixture
-def fleet_state(tmp_path: Path) -> Path:
-    """A state folder after twelve rounds, with boards of every kind."""
+def fleet_state(stopped_state: Path) -> Iterator[Path]:
+    """The same folder with a server that runs on it."""
+    with locked(stopped_state / "lock", "busy", "wait"):
+        yield stopped_state
+
+
+@pytest.fixture
+def stopped_state(tmp_path: Path) -> Path:
+    """A state folder after twelve rounds, with boards of every kind, which no server runs on."""
     profile = {"name": "pi"}
     state = State(
         model="0" * 64,
@@ -87,3 +97,47 @@ def test_status_as_json_has_excluded_boards_and_reasons(fleet_state: Path, capsy
     assert (rows["full"]["progress"], rows["full"]["reason"]) == ("refused", "disk full")
     assert len({frozenset(row) for row in rows.values()}) == 1
     assert len(body["rounds"]) == 12
+
+
+def test_status_says_that_no_server_runs_and_when_devices_were_heard_of(
+    stopped_state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedprune_server.status._clock", lambda at: f"{at:g} s")
+    with Storage.at(stopped_state) as storage:
+        state = storage.load()
+        assert state is not None
+        events = [DeviceBorn("good", 1, {}, 300), Extracted(13, "full", 1, {}), DeviceBorn("off", 1, {}, 200), Ticked()]
+        for at, event in enumerate(events, 50):
+            state.deadline = at  # only events that change something are logged
+            storage.save(state, event, at)
+    assert main(["status", "--state", str(stopped_state)]) == ExitCode.OK
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "job leaves: round 13 of 20, stopped while training"
+    assert lines[1] == (f"no server is running since 53 s; to go on: fedprune-server run --state {stopped_state}")
+    devices = {line.split()[1]: line.partition(": ")[2] for line in lines if line.startswith("device ")}
+    assert devices["good"].startswith("last heard of at 50 s, 300 samples")
+    assert devices["off"].startswith("last heard of at 52 s")
+    assert all(devices[name].startswith("offline") for name in ("full", "odd", "small"))
+
+
+def test_status_of_a_finished_job_asks_for_nothing(stopped_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Storage.at(stopped_state) as storage:
+        state = storage.load()
+        assert state is not None
+        state.phase = Phase.FINISHED
+        storage.save(state, None, 1.0)
+    main(["status", "--state", str(stopped_state)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["job leaves: round 13 of 20, finished", "  no server is running"]
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_status_as_json_says_whether_a_server_runs(
+    request: pytest.FixtureRequest, running: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = request.getfixturevalue("fleet_state" if running else "stopped_state")
+    main(["status", "--json", "--state", str(state)])
+    body = json.loads(capsys.readouterr().out)
+    assert body["running"] is running
+    assert any(row["online"] for row in body["devices"]) is running
+    assert not any(p.name == "lock" for p in state.iterdir()) or running

@@ -67,6 +67,28 @@ def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def held(path: Path) -> bool:
+    """Whether somebody holds a file's lock, see `locked`; it is neither made nor kept.
+
+    Raises:
+        StorageError: It is there and can't be opened.
+    """
+    with storage_errors(f"can't open {path}"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        raise StorageError(f"can't lock {path}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def write_all(descriptor: int, data: bytes | memoryview, at: int = 0) -> None:
     """Write all of `data` at an offset, in as many calls as it takes.
 
