@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -199,7 +200,10 @@ def _run(arguments: argparse.Namespace) -> int:
         link.subscribe(daemon.subscriptions)
         link.start()
         with _stopped_by_signals(daemon) as signals:
-            daemon.run(until_finished=arguments.until_finished)
+            daemon.run(
+                until_finished=arguments.until_finished,
+                done=lambda: _say_what_next(config.state, arguments.until_finished),
+            )
         if broker is not None:
             traffic = broker.traffic()
             log.info(
@@ -209,6 +213,18 @@ def _run(arguments: argparse.Namespace) -> int:
             )
     # SIGTERM is how a service is stopped; Ctrl-C is somebody who didn't wait for the end.
     return int(ExitCode.INTERRUPTED if signal.SIGINT in signals and not daemon.finished else ExitCode.OK)
+
+
+def _say_what_next(state: Path, until_finished: bool) -> None:
+    """What to do with a job that is finished, and what the server still waits for."""
+    log.info(
+        "to take the model out: fedprune-server export-model --state %s --out global.onnx", shlex.quote(str(state))
+    )
+    if not until_finished:
+        log.info(
+            "the server stays, to tell boards that come later. Ctrl-C ends it; with --until-finished it ends by itself."
+            " For more rounds start it again with a higher --rounds."
+        )
 
 
 @contextmanager

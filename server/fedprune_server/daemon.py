@@ -132,6 +132,7 @@ class Daemon:
         self._heard_by = 0.0
         self._stopping = False
         self._finished = False
+        self._done: Callable[[], None] | None = None
 
     @property
     def subscriptions(self) -> list[str]:
@@ -157,11 +158,12 @@ class Daemon:
         """End the loop soon; may be called from a signal handler or another thread."""
         self._stopping = True
 
-    def run(self, *, until_finished: bool = False) -> State:
+    def run(self, *, until_finished: bool = False, done: Callable[[], None] | None = None) -> State:
         """Run until `stop` is called, or until the job is done.
 
         Args:
             until_finished: End when the job is done, instead of telling devices that come later.
+            done: Called when the job is done, at once if it already is.
 
         Returns:
             The last state.
@@ -170,6 +172,7 @@ class Daemon:
             FedpruneError: A command failed for another reason than a device's update, or the disk fails. The state on
                 disk is that of the last event that was taken in completely.
         """
+        self._done = done
         try:
             self._resume()
             ticked = self._monotonic()
@@ -336,6 +339,8 @@ class Daemon:
     def _finish(self, command: do.Finish) -> None:
         if not self._finished:
             log.info("job %s is finished: global model %s", self.job.name, command.model)
+            if self._done is not None:
+                self._done()
         self._finished = True
         for device in self.state.devices:
             self._post.send(device, Finished(self.job.name), self.job.name)

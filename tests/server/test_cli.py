@@ -198,13 +198,36 @@ def test_a_model_that_lacks_its_input_shape_gets_advice_that_the_server_can_take
 def test_only_a_job_that_is_interrupted_ends_with_the_code_for_it(
     state: Path, number: signal.Signals, finished: bool, code: ExitCode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(daemon: Daemon, *, until_finished: bool) -> None:
+    def run(daemon: Daemon, **_: object) -> None:
         daemon._finished = finished
         signal.raise_signal(number)
         assert daemon._stopping
 
     monkeypatch.setattr(Daemon, "run", run)
     assert main(["run", "--state", str(state), "--port", "0"]) == code
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_server_whose_job_is_finished_says_what_next(
+    state: Path, stays: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with StateFolder(state) as folder:
+        done = folder.storage.load()
+        assert done is not None
+        done.phase, done.round = Phase.FINISHED, 5
+        folder.storage.save(done, None, 2.0)
+    if stays:
+        finish = Daemon._finish
+
+        def and_stop(daemon: Daemon, command: do.Finish) -> None:
+            finish(daemon, command)
+            daemon.stop()
+
+        monkeypatch.setattr(Daemon, "_finish", and_stop)
+    assert main(["run", "--state", str(state), "--port", "0", *([] if stays else ["--until-finished"])]) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert out.count(f"fedprune-server export-model --state {state} --out") == 1
+    assert out.count("Ctrl-C ends it; with --until-finished") == stays
 
 
 def test_a_broken_profile_of_ones_own_is_an_error_at_the_start(
