@@ -20,7 +20,7 @@ from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.element_order import magnitudes, threshold
-from fedprune.errors import BundleError, FedpruneError, StorageError
+from fedprune.errors import BundleError, FedpruneError, StorageError, StrategyError
 from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.head import spelt
 from fedprune.job import Job
@@ -218,6 +218,10 @@ class Worker:
             fold.check(report.trained.selection, report.trained.tensors)
             check_squares(report.trained.selection, report.squares, self._reported(report))
             self.strategy.aggregator.add(fold, report, self._lifted(report))
+        except StrategyError:
+            log.warning("update of %s in round %d: the strategy failed on it", device, round_, exc_info=True)
+            self._fold = None  # as below: who knows what it had added
+            raise
         except (FedpruneError, MemoryError):
             raise
         except Exception as error:

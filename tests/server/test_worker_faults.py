@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +14,16 @@ import numpy.typing as npt
 import pytest
 
 from fedprune import step, tensorfile
+from fedprune.aggregation import Fold
 from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.errors import StorageError
+from fedprune.errors import StorageError, StrategyError
 from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.job import Job
+from fedprune.strategies import compose
+from fedprune.strategies.means import Mean
+from fedprune.strategies.roles import Closing, Report, Submodel
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import digits_model
@@ -237,3 +243,52 @@ def test_an_explorer_that_stands_out_leaves_no_guidance(model: Model, tmp_path: 
     assert closed.model == w.initial(), "exploring moves no model"
     assert set(closed.rejected) == {"far"}
     assert set(closed.memory) == {f"guidance/{n}" for n in "abcd"}
+
+
+def own_worker(model: Model, folder: Path, **roles: Any) -> Worker:
+    """A worker of somebody's strategy: the plain one with other roles."""
+    sys.modules["subject"] = module = types.ModuleType("subject")
+    module.__dict__["made"] = lambda job: replace(compose(Job()), **roles)
+    try:
+        return Worker(Job(strategy="subject:made"), model, BlobStore(folder, durable=False))
+    finally:
+        del sys.modules["subject"]
+
+
+class Half(Mean):
+    """An aggregator that fails on the updates of `b`, when it has added them."""
+
+    def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
+        super().add(fold, report, lifted)
+        if report.cut.turn.device == "b":
+            raise ZeroDivisionError("b")
+
+
+def test_an_update_that_somebodys_aggregator_fails_on_is_in_no_sum(model: Model, tmp_path: Path) -> None:
+    w, other = own_worker(model, tmp_path, aggregator=Half()), own_worker(model, tmp_path, aggregator=Mean())
+
+    def off(update: Update) -> None:
+        update["conv1.weight"] += np.float32(0.1)
+
+    a, b = contribution(w, "a", nothing), contribution(w, "b", off)
+    assert isinstance(w.execute(do.Fold(1, w.initial(), {}, a)), on.Folded)
+    answer = w.execute(do.Fold(1, w.initial(), {}, b))
+    assert isinstance(answer, on.UpdateRejected)
+    assert "aggregator Half.add failed at" in answer.reason
+    assert "test_worker_faults.py" in answer.reason
+    closed = w.execute(do.Close(1, w.initial(), {}, ("a",), (a,)))
+    assert closed == other.execute(do.Close(1, w.initial(), {}, ("a",), (a,)))
+
+
+class Nothing(Mean):
+    """An aggregator that answers nothing."""
+
+    def close(self, *arguments: Any) -> Closing:
+        return None  # type: ignore[return-value]
+
+
+def test_somebodys_answer_that_is_none_is_nobody_elses_fault(model: Model, tmp_path: Path) -> None:
+    w = own_worker(model, tmp_path, aggregator=Nothing())
+    found = contribution(w, "a", nothing)
+    with pytest.raises(StrategyError, match=r"Nothing.close at .*faults.py:\d+: answer: expected a Closing"):
+        w.execute(do.Close(1, w.initial(), {}, ("a",), (found,)))

@@ -7,8 +7,12 @@ paragraph for each code.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from enum import IntEnum
+
+_LONGEST_NAME = 60
+"""Whatever is longer is no slip of the pen."""
 
 
 class ExitCode(IntEnum):
@@ -83,6 +87,31 @@ def reason(error: BaseException) -> str:
     return "".join(c if c.isprintable() else " " for c in text.splitlines()[0][:200]).strip()
 
 
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "local_epochs": "epochs",
+    "l2": "weight_decay",
+    "mu": "proximal",
+    "clients": "devices",
+    "num_rounds": "rounds",
+}
+"""What other programs call some of our settings."""
+
+
+def meant(given: str, known: Iterable[str]) -> str:
+    """What somebody may have meant who wrote a name that isn't known, in brackets after a space; else nothing.
+
+    Args:
+        given: What was written.
+        known: What could have been.
+    """
+    names = list(known)
+    near = [_ELSEWHERE[given]] if _ELSEWHERE.get(given) in names else []
+    if len(given) <= _LONGEST_NAME:
+        near = near or get_close_matches(given, names, 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
 class UsageError(FedpruneError):
     """A command line can't be followed, and only the work itself shows why."""
 
@@ -123,6 +152,10 @@ class ConfigError(FedpruneError):
     """A job, recipe or server setting doesn't make sense."""
 
     exit_code = ExitCode.CONFIG
+
+
+class StrategyError(ConfigError):
+    """A strategy of the user's own fails, or a role of it answers what it may not; the message names file and line."""
 
 
 class BrokerError(FedpruneError):

@@ -8,7 +8,7 @@ from functools import partial
 from fedprune.allocation import Fleet
 from fedprune.architecture import Architecture, kept_share, widths_at
 from fedprune.coordination.state import Device, Task
-from fedprune.errors import FedpruneError, PlanError
+from fedprune.errors import FedpruneError, PlanError, StrategyError
 from fedprune.job import Job
 from fedprune.plan import Plan, plan
 from fedprune.prediction import NO_CORRECTION, Correction
@@ -59,6 +59,8 @@ class Planner:
                     raise
                 made = self._planned(name, device, NO_CORRECTION)
             self._give(device, made)
+        except StrategyError:  # no device's fault
+            raise
         except FedpruneError as error:
             device.excluded = str(error)
 
@@ -90,6 +92,8 @@ class Planner:
             return
         try:
             made = self._planned(name, device, learnt)
+        except StrategyError:
+            raise
         except FedpruneError:  # too slow even at the narrowest: it delivered all the same, and goes on as it is
             return
         self._give(device, made)

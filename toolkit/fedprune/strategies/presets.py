@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
-from fedprune.errors import ConfigError, FedpruneError
+from fedprune.errors import ConfigError, meant
 from fedprune.job import Job
 from fedprune.strategies.asynchronous import fedasync, fedbuff, fedfix
 from fedprune.strategies.autoflip import autoflip
@@ -19,6 +16,7 @@ from fedprune.strategies.fedper import fedper, history, local
 from fedprune.strategies.fedprune import fedprune
 from fedprune.strategies.fiarse import fiarse
 from fedprune.strategies.heterofl import fedrolex, heterofl
+from fedprune.strategies.own import own_strategy
 from fedprune.strategies.plain import plain
 from fedprune.strategies.pr_fl import pr_fl
 from fedprune.strategies.robust import robust
@@ -71,21 +69,11 @@ def _compose(job: Job) -> Strategy:
     preset = PRESETS.get(job.strategy)
     if preset is not None:
         return preset(job)
-    module_name, colon, name = job.strategy.partition(":")
-    if not colon:
-        raise ConfigError(
-            f"job: no strategy is called {job.strategy!r}",
-            expected=f"{', '.join(sorted(PRESETS))}, or package.module:function",
-        )
-    here = str(Path.cwd())
-    if here not in sys.path:  # as `python -m` does: the user's own modules lie in the current folder
-        sys.path.insert(0, here)
-    try:
-        strategy = getattr(importlib.import_module(module_name), name)(job)
-    except FedpruneError:
-        raise
-    except Exception as error:  # the user's code may raise anything
-        raise ConfigError(f"job: strategy {job.strategy} failed ({type(error).__name__}: {error})") from error
-    if not isinstance(strategy, Strategy):
-        raise ConfigError(f"job: strategy {job.strategy}", expected="a Strategy", got=type(strategy).__name__)
-    return strategy
+    if ":" in job.strategy:
+        return own_strategy(job)
+    dotted = job.strategy.rpartition(".")
+    names = [*PRESETS, f"{dotted[0]}:{dotted[2]}"] if dotted[0] else PRESETS
+    raise ConfigError(
+        f"job: no strategy is called {job.strategy!r}{meant(job.strategy, names)}",
+        expected=f"{', '.join(sorted(PRESETS))}, or package.module:function",
+    )

@@ -1,0 +1,186 @@
+"""What roles answer, checked: of which type it is, and of which shape.
+
+The presets' own roles are tested; those that somebody else writes are asked through these checks
+(`fedprune.strategies.own`), so that a slip is named where it was made and not where it is felt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedprune.aggregation import Fold
+from fedprune.allocation import Fleet
+from fedprune.architecture import Architecture
+from fedprune.element_mask import ElementMask
+from fedprune.errors import FedpruneError, shape_text, shown
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection
+from fedprune.strategies.roles import Closing, Cut, Ranking, Report, Scene, Submodel
+
+Check = Callable[[Any, Sequence[Any]], None]
+"""Looks at an answer and at what was asked with."""
+
+_STORED = "fiub"
+"""Kinds of numbers that a collection of tensors may hold."""
+
+
+class UnfitError(Exception):
+    """An answer that isn't what a role should give.
+
+    Attributes:
+        part: Which part of the answer, such as `.ranks`; empty for all of it.
+        expected: What it should be.
+        got: What it is.
+    """
+
+    def __init__(self, part: str, expected: str, got: str) -> None:
+        super().__init__(part, expected, got)
+        self.part = part
+        self.expected = expected
+        self.got = got
+
+
+def _ranked(answer: Any, asked: Sequence[Any]) -> None:
+    scene: Scene = asked[0]
+    sizes = scene.architecture.sizes
+    _of(Ranking, answer)
+    if not isinstance(answer.ranks, (tuple, list)) or len(answer.ranks) != len(sizes):
+        raise UnfitError(".ranks", f"a tuple with an array for each of {len(sizes)} groups", _kind(answer.ranks))
+    for group, rank in zip(scene.architecture.groups, answer.ranks, strict=True):
+        found = np.asarray(rank)
+        if found.dtype.kind not in "iu" or not np.array_equal(np.sort(found, axis=None), np.arange(group.size)):
+            expected = f"every channel from 0 to {group.size - 1} once, as whole numbers"
+            raise UnfitError(f".ranks of group {group.name}", expected, _kind(rank))
+    if answer.order is not None:
+        whole = {t.name: t.shape for t in scene.architecture.tensors}
+        _tensors(answer.order, whole, ".order", missing=True, exact=False)
+
+
+def _remembered(answer: Any, asked: Sequence[Any]) -> None:
+    _memories(answer, "")
+
+
+def _memories(answer: Any, part: str) -> None:
+    _of(Mapping, answer, part, "a dict of named collections of tensors")
+    for name, collection in answer.items():
+        where = f"{part}[{shown(name)}]"
+        if not isinstance(name, str) or not name:
+            raise UnfitError(f"{part}: a collection's name", "a text", shown(name))
+        _of(Mapping, collection, where, "a dict of arrays by name")
+        for key, value in collection.items():
+            stored = isinstance(value, np.ndarray) and value.dtype.kind in _STORED
+            if not isinstance(key, str) or not stored:
+                raise UnfitError(f"{where}[{shown(key)}]", "an array of numbers, by a text", _kind(value))
+
+
+def _sent(answer: Any, asked: Sequence[Any]) -> None:
+    cut: Cut = asked[0]
+    _submodel(answer, cut.scene.architecture, missing=False)
+
+
+def _lifted(answer: Any, asked: Sequence[Any]) -> None:
+    report: Report = asked[0]
+    _submodel(answer, report.cut.scene.architecture, missing=True)
+
+
+def _submodel(answer: Any, architecture: Architecture, *, missing: bool) -> None:
+    _of(Submodel, answer)
+    _of(Selection, answer.selection, ".selection")
+    if answer.selection.architecture.digest != architecture.digest:
+        raise UnfitError(".selection", "one of the job's model", "one of another model")
+    shapes = answer.selection.shapes()
+    _tensors(answer.tensors, shapes, ".tensors", missing=missing)
+    if answer.mask is None:
+        return
+    _of(ElementMask, answer.mask, ".mask", "an ElementMask or None")
+    for name, active in answer.mask.active.items():
+        if not isinstance(active, np.ndarray) or active.dtype != np.bool_ or active.shape != shapes.get(name):
+            expected = f"an array of bool {shape_text(*shapes[name])}" if name in shapes else "no such tensor"
+            raise UnfitError(f".mask of {shown(name)}", expected, _kind(active))
+
+
+def _written(answer: Any, asked: Sequence[Any]) -> None:
+    _of(Recipe, answer)
+
+
+def _sums(answer: Any, asked: Sequence[Any]) -> None:
+    _of(Fold, answer)
+
+
+def _closed(answer: Any, asked: Sequence[Any]) -> None:
+    scene: Scene = asked[1]
+    _of(Closing, answer)
+    whole = {t.name: t.shape for t in scene.architecture.tensors}
+    _tensors(answer.model, whole, ".model", missing=False)
+    for name, value in answer.model.items():
+        if not np.isfinite(value).all():
+            raise UnfitError(f".model[{name!r}]", "finite numbers", "some that aren't")
+    _memories(answer.memories, ".memories")
+    _of(Mapping, answer.rejected, ".rejected", "a dict of reasons by device")
+
+
+def _admitted(answer: Any, asked: Sequence[Any]) -> None:
+    fleet: Fleet = asked[0]
+    device = fleet.state.devices[asked[1]]
+    if device.excluded:
+        return
+    if not isinstance(device.density, (int, float)) or not 0 < device.density <= 1:
+        raise UnfitError(f": density of {asked[1]}", "a number above 0 and at most 1", shown(device.density))
+    try:
+        fleet.architecture.check_widths(device.widths)
+    except FedpruneError as error:
+        raise UnfitError(f": widths of {asked[1]}", "channels per group of the model", str(error)) from error
+
+
+def _decided(answer: Any, asked: Sequence[Any]) -> None:
+    _of((bool, np.bool_), answer, "", "true or false")
+
+
+def _anything(answer: Any, asked: Sequence[Any]) -> None:
+    """What it answers isn't looked at."""
+
+
+ROLES: dict[str, dict[str, Check]] = {
+    "scorer": {"rank": _ranked, "learn": _remembered},
+    "extractor": {"extract": _sent, "reconstruct": _lifted},
+    "aggregator": {"fold": _sums, "add": _anything, "close": _closed},
+    "personaliser": {"personalise": _sent, "share": _lifted},
+    "objective": {"recipe": _written},
+    "allocator": {"admit": _admitted, "open": _decided, "learn": _anything, "review": _decided, "done": _decided},
+}
+"""Per role the methods that it must have, each with the check of what it answers."""
+
+
+def _of(kind: type | tuple[type, ...], answer: Any, part: str = "", expected: str = "") -> None:
+    if not isinstance(answer, kind):
+        name = "" if isinstance(kind, tuple) else kind.__name__
+        raise UnfitError(part, expected or f"a {name}", _kind(answer))
+
+
+def _tensors(
+    answer: Any, shapes: Mapping[str, tuple[int, ...]], part: str, *, missing: bool, exact: bool = True
+) -> None:
+    """Tensors of these shapes and no others; float32 where that is exact."""
+    _of(Mapping, answer, part, "a dict of arrays by tensor")
+    for name, value in answer.items():
+        if name not in shapes:
+            raise UnfitError(f"{part}[{shown(name)}]", "a tensor of the model", "no such tensor")
+        fits = isinstance(value, np.ndarray) and value.shape == shapes[name]
+        if not fits or (value.dtype != np.float32 if exact else value.dtype.kind not in _STORED):
+            kind = "float32" if exact else "numbers"
+            raise UnfitError(f"{part}[{name!r}]", f"an array of {kind} {shape_text(*shapes[name])}", _kind(value))
+    for name in shapes:
+        if not missing and name not in answer:
+            raise UnfitError(f"{part}[{name!r}]", f"an array {shape_text(*shapes[name])}", "nothing")
+
+
+def _kind(value: object) -> str:
+    """What something is, in short."""
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype} {shape_text(*value.shape)}"
+    if isinstance(value, (list, tuple, Mapping)) or value is None or isinstance(value, (bool, int, float, str)):
+        return shown(value)
+    return f"a {type(value).__name__}"
