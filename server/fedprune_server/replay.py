@@ -20,7 +20,7 @@ from fedprune.coordination import State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.disk import storage_errors
-from fedprune.errors import StorageError
+from fedprune.errors import ConfigError, FedpruneError, StorageError
 from fedprune.job import Job
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation_state import texts
@@ -55,8 +55,9 @@ def replay(folder: Path) -> Iterator[Step]:
         folder: The folder of a server that ran with `archive`, and with the same settings from beginning to end.
 
     Raises:
-        StorageError: The folder holds no job, its log doesn't begin with the job, an update is gone, or something that
-            was worked out differs from the log; the message says what.
+        ConfigError: The server ran without `archive`, so that updates or the log's beginning are gone.
+        StorageError: The folder holds no job, an archived update is gone, or something that was worked out differs from
+            the log; the message says what.
         FedpruneError: As for a server that is started on the folder.
     """
     with Storage.existing(folder) as storage:
@@ -64,12 +65,9 @@ def replay(folder: Path) -> Iterator[Step]:
         first = next(log, None)
         if known is None or first is None:
             raise StorageError(f"{folder} holds no job with a log", hint="Has a server been started on it?")
+        archived = bool(known.get("server", {}).get("archive"))
         if first[0] != 1:
-            raise StorageError(
-                f"the log of {folder} begins with event {first[0]}",
-                expected="event 1",
-                hint="Run the server with --archive from the beginning.",
-            )
+            raise _gone(archived, f"the log of {folder} begins with event {first[0]}")
         with storage_errors(f"can't read {folder / MODEL}"):
             raw = (folder / MODEL).read_bytes()
         model = import_onnx(raw, str(known["name"]))
@@ -78,14 +76,25 @@ def replay(folder: Path) -> Iterator[Step]:
         with TemporaryDirectory(prefix="fedprune-replay-") as scratch:
             store = BlobStore(Path(scratch), durable=False)
             worker = Worker(Job.from_dict(known["job"]), model, store, None, calibration)
-            yield from _Replay(worker, store, BlobStore(folder / BLOBS)).run(chain([first], log))
+            yield from _Replay(worker, store, BlobStore(folder / BLOBS), archived).run(chain([first], log))
+
+
+def _gone(archived: bool, what: str) -> FedpruneError:
+    """What to say where something is missing: a job that was never archived isn't damaged."""
+    if archived:
+        return StorageError(what, hint="Did the server run with --archive from the beginning? Else restore a backup.")
+    return ConfigError(
+        f"this job ran without --archive, so that it can't be replayed: {what}",
+        hint="A new job can, if it is started with `fedprune-server run --archive`.",
+    )
 
 
 class _Replay:
-    def __init__(self, worker: Worker, store: BlobStore, updates: BlobStore) -> None:
+    def __init__(self, worker: Worker, store: BlobStore, updates: BlobStore, archived: bool) -> None:
         self._worker = worker
         self._store = store
         self._updates = updates
+        self._archived = archived
         self._made: dict[tuple[Any, ...], on.Event] = {}
 
     def run(self, log: Iterable[tuple[int, float, str, dict[str, Any]]]) -> Iterator[Step]:
@@ -118,6 +127,8 @@ class _Replay:
     def _work(self, command: do.Score | do.Extract | do.Close) -> None:
         if isinstance(command, do.Close):
             for found in command.contributions:
+                if not (self._store.has(found.weights) or self._updates.has(found.weights)):
+                    raise _gone(self._archived, f"the update of {found.part.device} in round {command.round} is gone")
                 if not self._store.has(found.weights):
                     self._store.put(self._updates.read(found.weights))
         event = self._worker.execute(command)

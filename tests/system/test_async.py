@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from real_site import Site, write_material
 
 from fedprune.blobs import BlobStore
 from fedprune.coordination import Phase, State
-from fedprune.errors import StorageError
+from fedprune.errors import ConfigError, StorageError
 from fedprune_server.replay import Step, replay
 from fedprune_server.state_folder import BLOBS
 from fedprune_server.storage import FILE, Storage
@@ -124,8 +124,20 @@ def test_kills_are_survived_and_the_log_still_gives_the_same_models(site: Site) 
     with pytest.raises(StorageError, match=r"Closed of round 4\): model"):
         list(replay(forged))
     BlobStore(site.state / BLOBS).delete(first_update(site))
-    with pytest.raises(StorageError):
+    with pytest.raises(StorageError, match=r"the update of \w+ in round 1 is gone"):
         again(site)
+    # Where updates were never meant to stay, that is no damage.
+    unarchived(site.state)
+    with pytest.raises(ConfigError, match=r"this job ran without --archive.*the update of \w+ in round 1 is gone"):
+        again(site)
+
+
+def unarchived(state: Path) -> None:
+    with closing(Storage(f"sqlite:///{state / FILE}")) as storage:
+        known = storage.settings()
+        assert known is not None
+        assert known["server"]["archive"] is True
+        storage.put_settings(known | {"server": known["server"] | {"archive": False}})
 
 
 def change_a_model(path: Path) -> None:
