@@ -205,7 +205,7 @@ def run(
         "code": commit(),
         "wall_s": round(spent[0], 1),
         "cpu_s": round(spent[1], 1),
-        "fingerprint": experiment.settings()["fingerprint"],
+        "fingerprint": experiment.fingerprint,
         "parameters": parameters(experiment.model),
         "devices": {d.name: [d.density, d.samples, d.parameters] for d in record.devices},
         "rounds": rounds_of(record),
