@@ -160,8 +160,8 @@ def _summary_row(report: Report) -> tuple[str, ...]:
 
 
 def _print_report(report: Report, out: Path) -> None:
-    print(report.plan.describe())
     before, after = report.before, report.after
+    print(report.plan.describe(before.parameters))
     print(f"parameters: {before.parameters:,} -> {after.parameters:,}")
     print(f"multiplications per sample: {before.forward_macs:,} -> {after.forward_macs:,}")
     print(f"weights: {before.wire_bytes:,} -> {after.wire_bytes:,} bytes")

@@ -149,6 +149,10 @@ class Report:
             if before.get(key) is not None and after.get(key) is not None
         )
 
+    def plan_text(self) -> str:
+        """The plan in lines for people, with what it gained over uniform width."""
+        return "\n".join(filter(None, (self.plan.describe(self.before.parameters), self.plan.gains())))
+
     def layers(self) -> tuple[LayerRow, ...]:
         """Everything that takes time, before and after, in the model's order."""
         architecture, widths = self.model.architecture, self.selection.widths
@@ -228,7 +232,7 @@ class Report:
         lines += [
             "## Plan",
             "",
-            *(f"    {line}" for line in self.plan.describe().splitlines()),
+            *(f"    {line}" for line in self.plan_text().splitlines()),
             "",
             "## Parity",
             "",

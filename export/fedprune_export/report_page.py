@@ -54,7 +54,7 @@ def page(report: Report) -> str:
             f"model with the lost channels masked by at most {report.parity:.1e} of the largest output."
         ),
         _table(("", "whole model", "this bundle", "kept"), rows),
-        f"<h2>Plan</h2><pre>{_text(report.plan.describe())}</pre>",
+        f"<h2>Plan</h2><pre>{_text(report.plan_text())}</pre>",
         "<h2>What was cut</h2>",
         _paragraph("One bar per channel group, its channels in the model's own order: dark ones are kept."),
         f'<div class="scroll">{pictures.channel_bars(report.selection)}</div>',

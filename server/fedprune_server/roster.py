@@ -11,6 +11,7 @@ from typing import Any
 from fedprune.architecture import Architecture
 from fedprune.coordination import Phase, State
 from fedprune.coordination.state import Progress as Part
+from fedprune.costs import costs_at
 from fedprune.errors import ProtocolError
 from fedprune.job import Job
 from fedprune.plan import Plan
@@ -62,6 +63,7 @@ class Roster:
     ) -> None:
         self._job = job
         self._architecture = architecture
+        self._whole = costs_at(architecture, architecture.sizes).parameters
         self._state = state
         self._limit = limit
         self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
@@ -203,10 +205,14 @@ class Roster:
             return
         log.info("device %s joined: %s, %d samples, %s", name, title, device.samples, contact.software or "?")
         if device.plan is not None:
-            for line in Plan.from_dict(device.plan).describe().splitlines():
+            plan = Plan.from_dict(device.plan)
+            for line in plan.describe(self._whole).splitlines():
                 log.info("  %s", line)
+            if gains := plan.gains():
+                log.debug("  %s", gains)
         else:
-            log.info("  density %.3g, as the job says", self._job.density)
+            kept = costs_at(self._architecture, device.widths).parameters / self._whole
+            log.info("  density %.3g, as the job says: keeps %.0f%% of the weights", self._job.density, 100 * kept)
 
     def snapshot(self, now: float, connected: bool, pulled: Mapping[str, tuple[int, int]]) -> Snapshot:
         """The job as it stands.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -312,6 +313,21 @@ def test_a_device_may_fetch_only_what_it_was_offered(fleet: Fleet) -> None:
     spy.take = curious  # type: ignore[method-assign]
     fleet.run()
     assert Gone(secret) in spy.heard
+
+
+@pytest.mark.parametrize(
+    ("density", "line"), [(0.0, "density 1 (keeps 100% of"), (0.5, "density 0.5, as the job says: k")]
+)
+def test_who_joins_is_told_of_with_the_share_of_weights_that_it_gets(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, density: float, line: str
+) -> None:
+    fleet.job = replace(JOB, density=density, rounds=1)
+    monkeypatch.setattr("fedprune.plan.Plan.gains", lambda plan: "gained much")
+    with caplog.at_level(logging.DEBUG, "fedprune"):
+        fleet.run()
+    said = [(r.levelname, r.getMessage()) for r in caplog.records]
+    assert any(level == "INFO" and line in text and "% of the weights" in text for level, text in said)
+    assert {level for level, text in said if "gained" in text} == (set() if density else {"DEBUG"})
 
 
 def test_a_device_with_an_unknown_profile_takes_no_part(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:

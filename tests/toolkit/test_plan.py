@@ -25,7 +25,7 @@ from fedprune.architecture import (
 )
 from fedprune.errors import ExitCode, PlanError
 from fedprune.ladder import rungs
-from fedprune.plan import DENSITIES, NOTHING, Limit, Plan, plan
+from fedprune.plan import DENSITIES, NOTHING, Limit, Plan, Uniform, plan
 from fedprune.prediction import Correction, bandwidth, latency_table, predict, train_rate, training_memory
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
@@ -208,6 +208,24 @@ def test_every_limit_is_described_and_the_binding_one_marked() -> None:
     ]
     for name in ("memory", "time", "link", "bytes", "storage"):
         assert any(line.strip().startswith(f"{name}:") for line in lines)
+
+
+def test_a_plan_says_which_share_of_the_weights_it_keeps() -> None:
+    made = plan(NET, BOARD, RECIPE, 500, densities=(0.5,))
+    kept, whole = made.prediction.parameters, FULL.parameters
+    first = made.describe(whole).splitlines()[0]
+    assert f"density 0.5 (keeps {kept / whole:.0%} of the weights: {kept:,} of {whole:,} parameters," in first
+    assert f"density 0.5 ({kept:,} parameters," in made.describe().splitlines()[0]
+
+
+def test_what_was_gained_is_a_line_of_its_own() -> None:
+    made = plan(NET, BOARD, RECIPE, 500, densities=(0.5,))
+    p = made.prediction
+    gained = replace(made, uniform=Uniform(0.5, 2 * p.step_s, p.latency_s))
+    assert gained.gains().startswith("gained over uniform width at as many multiplications: step ")
+    assert "prediction" not in gained.gains()
+    assert replace(made, uniform=Uniform(0.5, p.step_s, p.latency_s)).gains() == ""
+    assert "gained" not in gained.describe()
 
 
 def test_equal_widths_are_tried_once() -> None:

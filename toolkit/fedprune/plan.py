@@ -120,20 +120,25 @@ class Plan:
         """
         return next(limit for limit in self.limits if limit.name == name)
 
-    def describe(self) -> str:
-        """A few lines for people: width, costs, every limit, the binding one marked."""
+    def describe(self, whole: int | None = None) -> str:
+        """A few lines for people: width, costs, every limit, the binding one marked.
+
+        Args:
+            whole: Parameters of the whole model; with them it says which share of the weights is kept, which is less
+                than the density: a layer loses inputs as well as outputs.
+        """
         p = self.prediction
+        kept = f"{p.parameters:,}"
+        if whole:
+            kept = f"keeps {p.parameters / whole:.0%} of the weights: {kept} of {whole:,}"
         lines = [
-            f"density {self.density:.3g} ({p.parameters:,} parameters, {p.forward_macs:,} multiplications per sample)",
+            f"density {self.density:.3g} ({kept} parameters, {p.forward_macs:,} multiplications per sample)",
             f"a round: {p.steps} steps of {_amount(p.step_s, 's')}, {_amount(p.transfer_s, 's')} on the link",
             f"a prediction: {_amount(p.latency_s, 's')}{self._energy()}",
         ]
         if self.correction != NO_CORRECTION:
             c = self.correction
             lines.append(f"learnt from its rounds: steps take {c.step:.2f}, predictions {c.latency:.2f} times as long")
-        gains = self._gains()
-        if gains:
-            lines.append(f"gained over uniform width at as many multiplications: {gains}")
         for limit in self.limits:
             mark = "  <- binds" if limit.name == self.bound else ""
             lines.append(f"  {limit.describe()}{mark}")
@@ -146,15 +151,16 @@ class Plan:
             )
         return "\n".join(lines)
 
-    def _gains(self) -> str:
-        """What differs from uniform width by at least a hundredth."""
+    def gains(self) -> str:
+        """A line on what differs from uniform width by at least a hundredth; empty where nothing does."""
         p, u = self.prediction, self.uniform
         pairs = (("step", p.step_s, u.step_s), ("prediction", p.latency_s, u.latency_s))
-        return ", ".join(
+        found = ", ".join(
             f"{name} {_amount(mine, 's')} instead of {_amount(its, 's')}"
             for name, mine, its in pairs
             if abs(its - mine) >= 0.01 * its
         )
+        return found and f"gained over uniform width at as many multiplications: {found}"
 
     def _energy(self) -> str:
         p = self.prediction
