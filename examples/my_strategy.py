@@ -14,16 +14,30 @@ from fedprune.strategies.roles import Ranking
 
 
 class Energy:
-    """Ranks channels by the energy of the weights that make them."""
+    """Ranks channels by the energy of the weights that make them, averaged over the rounds."""
 
     observes = False  # it needs to know nothing of how weights moved
 
     def rank(self, scene):
-        energy = channel_sums(scene.architecture, lambda name: np.square(scene.model[name]), (TensorKind.WEIGHT,))
-        return Ranking(ranks(energy))
+        return Ranking(ranks(self.average(scene)))
 
     def learn(self, scene, fold, reports):
-        return {}  # and remembers nothing
+        names = [group.name for group in scene.architecture.groups]
+        return {"energy": dict(zip(names, self.average(scene), strict=True))}  # in the next round's scene.memory
+
+    def average(self, scene):
+        now = channel_sums(scene.architecture, lambda name: np.square(scene.model[name]), (TensorKind.WEIGHT,))
+        before = scene.memory.get("energy")
+        if before is None:  # the first round
+            return now
+        return tuple((before[group.name] + e) / 2 for group, e in zip(scene.architecture.groups, now, strict=True))
+
+
+class Gentle(Mean):
+    """The mean, of which the first three rounds go only a part of the way."""
+
+    def close(self, fold, scene, rate, reports):
+        return super().close(fold, scene, rate * min(1, scene.round / 4), reports)
 
 
 @dataclass(frozen=True)
@@ -33,8 +47,8 @@ class Options:
 
 
 def energy(job):
-    """Compose the strategy of a job: one role of our own, and five that are there."""
+    """Compose the strategy of a job: two roles of our own, and three that are there."""
     options = read_options(job, Options)
-    mean = Mean(rule="fill", server_momentum=options.momentum)
+    aggregator = Gentle(rule="fill", server_momentum=options.momentum)
     objective = AsJob({"logit_adjustment": True}, lr_decay=options.lr_decay)
-    return Strategy("energy", Energy(), Selected(), mean, Nobody(), objective)
+    return Strategy("energy", Energy(), Selected(), aggregator, Nobody(), objective)

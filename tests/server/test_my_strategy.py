@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedprune import profile_store
+import fedprune
+from fedprune import profile_store, tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.errors import ConfigError
 from fedprune.job import Job
@@ -23,7 +26,13 @@ from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import VirtualDevice
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "write-a-strategy.md"
 JOB = Job(rounds=3, devices=3, density=0.5, strategy="my_strategy:energy", recipe=Recipe(epochs=2))
+
+
+def blocks() -> list[str]:
+    """The page's Python, block by block."""
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -32,18 +41,48 @@ def _beside_the_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "my_strategy", raising=False)
 
 
-def test_it_learns(tmp_path: Path) -> None:
+def simulated(job: Job, folder: Path) -> Simulation:
     names = ("a", "b", "c")
     federation = deal(names, seed=0)
     profile = profile_store.find("raspberry-pi-5")
     devices = [VirtualDevice(n, profile, federation.devices[n]) for n in names]
     model = import_onnx(digits_model(), "digits")
-    simulation = Simulation(Experiment("x", JOB, model, devices, (federation.x, federation.y)), BlobStore(tmp_path))
-    history = simulation.run()
-
-    losses = [h["metrics"]["loss"] for h in history]
+    simulation = Simulation(Experiment("x", job, model, devices, (federation.x, federation.y)), BlobStore(folder))
+    simulation.run()
+    losses = [h["metrics"]["loss"] for h in simulation.state.history]
     assert losses[-1] < losses[0]
-    assert set(simulation.state.memory) == {"velocity"}
+    return simulation
+
+
+def test_it_learns_and_remembers(tmp_path: Path) -> None:
+    state = simulated(JOB, tmp_path).state
+    assert set(state.memory) == {"velocity", "energy"}
+    remembered = tensorfile.decode(BlobStore(tmp_path).read(state.memory["energy"]))
+    sizes = {g.name: g.size for g in import_onnx(digits_model(), "digits").architecture.groups}
+    assert {name: len(v) for name, v in remembered.items()} == sizes
+
+
+def test_the_extractor_of_the_page_learns_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "halfway.py").write_text(blocks()[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    state = simulated(replace(JOB, strategy="halfway:halfway"), tmp_path / "blobs").state
+    assert all(device.past is not None for device in state.devices.values())
+    bare = simulated(replace(JOB, strategy="plain"), tmp_path / "plain").state
+    assert state.model != bare.model
+
+
+def test_helpers_take_what_the_page_says() -> None:
+    rows = re.findall(r"^\| `([\w.]+)\(([\w, ]*)\)` \|", PAGE.read_text(), re.MULTILINE)
+    assert len(rows) > 10
+    for name, names in rows:
+        found: Any = fedprune
+        for part in name.split("."):
+            found = (
+                found.__dict__.get(part)
+                or getattr(found, part, None)
+                or importlib.import_module(f"{found.__name__}.{part}")
+            )
+        assert set(filter(None, names.split(", "))) <= set(inspect.signature(found).parameters), name
 
 
 def test_its_options_are_checked() -> None:
@@ -62,11 +101,7 @@ def test_what_is_no_strategy_is_said(name: str, what: str) -> None:
 
 
 def test_the_page_shows_the_very_file() -> None:
-    page = (ROOT / "docs" / "write-a-strategy.md").read_text()
-    shown = re.search(r"```python\n(.*?)```", page, re.DOTALL)
-
-    assert shown is not None
-    assert shown.group(1) == (ROOT / "examples" / "my_strategy.py").read_text()
+    assert blocks()[0] == (ROOT / "examples" / "my_strategy.py").read_text()
 
 
 ROLES = {
@@ -82,7 +117,7 @@ ROLES = {
 
 @pytest.mark.parametrize("role", list(ROLES))
 def test_modules_have_the_roles_that_the_page_says(role: str) -> None:
-    page = (ROOT / "docs" / "write-a-strategy.md").read_text()
+    page = PAGE.read_text()
     row = next(line for line in page.splitlines() if line.startswith(f"| {role} |"))
     names = re.findall(r"`([a-z_.]+)`", row.split("|")[4])
     assert names
