@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from fedprune.profile import HardwareProfile
 from fedprune.wire.topics import check_device
 from fedprune_device.data import LocalData, load_data
 from fedprune_server.data.federation import Federation
-from fedprune_server.virtual_device import StoredData, VirtualDevice
+from fedprune_server.virtual_device import StoredData, VirtualDevice, fingerprint
 
 MEGABYTE = 1e6
 
@@ -42,7 +42,13 @@ class _Row:
 
 
 def read_devices(
-    rows: object, seed: int, path: Path, federation: Federation | None = None, links: Sequence[Link] = ()
+    rows: object,
+    seed: int,
+    path: Path,
+    federation: Federation | None = None,
+    links: Sequence[Link] = (),
+    *,
+    check: Callable[[LocalData], None] = lambda data: None,
 ) -> tuple[VirtualDevice, ...]:
     """The fleet that a file's [[devices]] describe.
 
@@ -52,6 +58,7 @@ def read_devices(
         path: The file, for errors and relative paths.
         federation: The samples of the table [data], dealt out; None where every row names its own.
         links: Links that devices without their own get, in turn.
+        check: Raises `DataError` where a device's samples don't fit the model.
 
     Raises:
         ConfigError: A key is missing, unknown or wrong; the message names row and key.
@@ -77,8 +84,8 @@ def read_devices(
         link = row.link or (links[number % len(links)] if links else {})
         with named(f"{row.where}: profile"):
             board = boards.get(row.profile, link)
-        with named(f"{row.where}: data"):
-            data = _samples(row, seed, path, federation, number, held=len(found) <= HELD)
+        with named(f"{row.where}: data" if federation is None else f"{path}: [data]: {row.name}"):
+            data = _samples(row, seed, path, federation, number, check, held=len(found) <= HELD)
         devices.append(VirtualDevice(row.name, board, data))
     return tuple(devices)
 
@@ -130,12 +137,18 @@ def _names(
         return federation.names[started:][: count if count is not None else None]
     name = _text(row["name"], f"{where}: name")
     if count is None:
-        return (name,)
+        return (_own_name(name, f"{where}: name"),)
     digits = max(3, len(str(count)))
     names = tuple(f"{name}-{i:0{digits}}" for i in range(1, count + 1))
-    with named(f"{where}: name"):
-        check_device(names[-1])
+    _own_name(names[-1], f"{where}: name")
     return names
+
+
+def _own_name(name: str, where: str) -> str:
+    try:
+        return check_device(name)
+    except FedpruneError as error:
+        raise ConfigError(where, expected=error.expected, got=error.got) from error
 
 
 def _links(value: object, where: str) -> list[Link]:
@@ -190,15 +203,27 @@ def with_link(profile: HardwareProfile, link: Link) -> HardwareProfile:
 
 
 def _samples(
-    row: _Row, seed: int, path: Path, federation: Federation | None, place: int, *, held: bool
+    row: _Row,
+    seed: int,
+    path: Path,
+    federation: Federation | None,
+    place: int,
+    check: Callable[[LocalData], None],
+    *,
+    held: bool,
 ) -> LocalData | StoredData:
     if federation is not None:
         name = federation.names[place]
         load = partial(federation.load, name)
-        return load() if held else StoredData(federation.count(name), federation.fingerprint(name), load)
+        data = load()
+        check(data)
+        return data if held else StoredData(federation.count(name), federation.fingerprint(name), load)
     source = str(path.parent / row.data) if row.data.endswith(".npz") else row.data
     read = partial(load_data, source, seed, row.name, row.validation)
-    return read() if held else StoredData.of(read)
+    data = read()
+    with named(source):
+        check(data)
+    return data if held else StoredData(data.samples, fingerprint(data), read)
 
 
 def _texts(value: object, where: str) -> list[str]:

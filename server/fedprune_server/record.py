@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedprune.architecture import Architecture
 from fedprune.coordination import State
+from fedprune.coordination.state import Progress
 from fedprune.costs import costs_at
 from fedprune.disk import write_whole
 from fedprune.errors import StorageError
@@ -44,6 +45,8 @@ class DeviceRow:
         parameters: Numbers in its model.
         excluded: Why it takes no part; empty if it does.
         compared: Per metric what was predicted of its rounds and what it measured, see `foresight`.
+        missed: Rounds that asked it and got nothing that counts.
+        why: Why that was so in the last of them.
     """
 
     name: str
@@ -55,6 +58,8 @@ class DeviceRow:
     parameters: int
     excluded: str = ""
     compared: Compared = field(default_factory=dict)
+    missed: int = 0
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -276,6 +281,7 @@ def record_of(
     )
     if notes is not None:
         rounds = tuple(_noted(row, notes[row.round]) for row in rounds)
+    missed = _missed(state)
     selection = None if ranking is None else Selection.from_json(ranking, architecture)
     devices = tuple(
         DeviceRow(
@@ -288,6 +294,8 @@ def record_of(
             parameters=costs_at(architecture, device.widths).parameters if device.widths else 0,
             excluded=device.excluded,
             compared=compared(name, state, predicted(name, device, job, architecture)),
+            missed=len(missed.get(name, [])),
+            why=missed[name][-1] if name in missed else "",
         )
         for name, device in sorted(state.devices.items())
     )
@@ -300,6 +308,16 @@ def record_of(
         channels={} if selection is None else _channels(selection, devices),
         measured=measured,
     )
+
+
+def _missed(state: State) -> dict[str, list[str]]:
+    """Per device why nothing came of its part, for every finished round in which that was so."""
+    found: dict[str, list[str]] = {}
+    for row in state.history:
+        for name, part in row["devices"].items():
+            if part["progress"] == Progress.REFUSED.value:
+                found.setdefault(name, []).append(str(part.get("reason", "")))
+    return found
 
 
 def _device_row(body: Mapping[str, Any]) -> DeviceRow:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedprune_server import foresight, pictures
-from fedprune_server.record import Record
+from fedprune_server.record import DeviceRow, Record
 
 TAIL = 5
 """Final accuracies (losses) are means over this many last rounds: a single round of a small test set is a coin toss."""
@@ -22,6 +22,9 @@ EXCESS = 0.05
 
 ROWS = 100
 """Most devices that a table lists."""
+
+_NAMED = 10
+"""Most devices that the terminal is told about one by one."""
 
 SHARE = 0.5
 """What share of the reference's bytes the fleet may use, each way."""
@@ -109,30 +112,58 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
     return [(*row, note) for row, note in zip(rows, notes, strict=True)]
 
 
+_PLAN = ("device", "profile", "samples", "density", "bound by", "widths", "parameters")
+
+
 def plan_rows(run: Record) -> list[tuple[str, ...]]:
     """Rows of the plan table; the first is the header."""
     latest = run.latest
-    return [
-        ("device", "profile", "samples", "density", "bound by", "widths", "parameters", f"own {run.measure}"),
-        *(
-            (
-                d.name,
-                d.profile,
-                str(d.samples),
-                f"{d.density:.3f}" if d.widths else "–",
-                d.bound or "the job",
-                " · ".join(map(str, d.widths)) or d.excluded,
-                f"{d.parameters:,}",
-                shown(run, latest.get(d.name, math.nan)),
-            )
-            for d in run.devices
-        ),
-    ]
+    return _filled(
+        [
+            (*_PLAN, f"own {run.measure}", "why not"),
+            *(
+                (
+                    d.name,
+                    d.profile,
+                    str(d.samples),
+                    f"{d.density:.3f}" if d.widths else "–",
+                    d.bound or "the job",
+                    " · ".join(map(str, d.widths)),
+                    f"{d.parameters:,}",
+                    shown(run, latest.get(d.name, math.nan)),
+                    _absence(run, d),
+                )
+                for d in run.devices
+            ),
+        ]
+    )
+
+
+def absences(run: Record) -> list[str]:
+    """Of every device that takes no part any more, or never delivered anything that counts, a sentence on why."""
+    latest = set().union(*(r.density.keys() | r.local.keys() for r in run.rounds))
+    lost = [d for d in run.devices if d.excluded or (d.missed and d.name not in latest)]
+    said = [f"{d.name}: {_absence(run, d)}" for d in lost[:_NAMED]]
+    return said if len(lost) <= _NAMED else [*said, f"and {len(lost) - _NAMED:,} more devices"]
+
+
+def _absence(run: Record, device: DeviceRow) -> str:
+    """Why a device took no part, or none in some rounds; empty where it always did."""
+    if device.excluded:
+        return device.excluded
+    text = f"no update in {device.missed} of {len(run.rounds)} rounds" if device.missed else ""
+    return f"{text}, lastly: {device.why}" if device.why else text
 
 
 def foresight_rows(run: Record) -> list[tuple[str, ...]]:
     """Rows of the table of predictions beside measurements; the first is the header."""
-    return foresight.table([(d.name, d.compared) for d in run.devices if d.widths])
+    return _filled(foresight.table([(d.name, d.compared) for d in run.devices if d.widths]))
+
+
+def _filled(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """A table without the columns in which nothing is known of anything."""
+    kept = [i for i in range(len(rows[0])) if not i or any(row[i] not in ("", "–") for row in rows[1:])]
+    return [tuple(row[i] for i in kept) for row in rows]
 
 
 def _some(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -149,6 +180,8 @@ def summary_text(run: Record, reference: Record | None = None, *, judged: bool =
         "   ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
         for row in rows
     ]
+    if lost := absences(run):
+        lines += ["", *lost]
     if reference is not None and judged:
         lines += ["", *(f"{c.verdict}: {c.text} ({c.measured})" for c in claims(run, reference))]
     return "\n".join(lines)

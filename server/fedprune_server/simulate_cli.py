@@ -124,6 +124,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     from fedprune_server.comparison import comparison_text, read_runs, write_comparison
+    from fedprune_server.report import absences
     from fedprune_server.runs import carry_out
     from fedprune_server.runs_progress import Watching
     from fedprune_server.sweep import read_sweep, simulated
@@ -137,6 +138,9 @@ def _sweep(options: argparse.Namespace) -> int:
         records = read_runs(done)
         page = write_comparison(out, records)
         print(f"{comparison_text(records)}\n\nReport: {page}")
+        for record in records:
+            for line in absences(record):
+                print(f"{record.title}: {line}", file=sys.stderr)
     for run in failed:
         print(f"{run.name} failed: {run.error.splitlines()[-1]}", file=sys.stderr)
     return int(ExitCode.TRAINING if failed else ExitCode.OK)
@@ -153,10 +157,12 @@ def _one(experiment: Experiment, folder: Path, *, suffix: str = "", state: str =
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from fedprune_server.run_folder import simulate
+    from fedprune_server.table import logged_above
 
     job = experiment.job
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
+    with logged_above(console), Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
         rounds = bar.add_task(experiment.title, total=job.rounds, note="")
 
         def show(simulation: Simulation) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fedprune_server.fleet_devices import named, read_devices
 from fedprune_server.fleet_weather import read_availability, read_dropouts, read_settings, read_weather
 from fedprune_server.measure import Measure
 from fedprune_server.reference import TITLE, fedavg
-from fedprune_server.state_folder import load_calibration, load_evaluation
+from fedprune_server.state_folder import check_data, load_calibration, load_evaluation
 from fedprune_server.virtual_device import VirtualDevice
 
 
@@ -74,10 +75,11 @@ def read_plan(
     if "data" in body:
         with named(f"{path}: [data]"):
             federation = _federation(body["data"], body.get("devices"), path).read(job.seed)
-    devices = read_devices(body.get("devices"), job.seed, path, federation, links)
-    job = replace(job, devices=_present(body.get("job", {}), job, len(devices)))
     with named(f"{path}: [model] path"):
         model = import_onnx(read_source(config.model, input_shape=config.input_shape), Path(config.model).stem)
+    fits = partial(check_data, model=model, loss=job.recipe.loss)
+    devices = read_devices(body.get("devices"), job.seed, path, federation, links, check=fits)
+    job = replace(job, devices=_present(body.get("job", {}), job, len(devices)))
     evaluation, calibration = None, None
     if config.evaluation is not None:
         with named(f"{path}: [evaluation] data"):

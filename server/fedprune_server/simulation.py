@@ -7,6 +7,7 @@ kill are two files and the blobs beside them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from fedprune.coordination import events as on
 from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.fields import one_line
 from fedprune_server import trainers
 from fedprune_server.checkpoints import write_checkpoint
 from fedprune_server.crew import Crew, helped
@@ -35,6 +37,8 @@ from fedprune_server.uploads import UPDATE_SIZE, misfit
 from fedprune_server.virtual_device import BLOBS, Bench
 from fedprune_server.weather import ALWAYS
 from fedprune_server.worker import Worker
+
+log = logging.getLogger("fedprune.server")
 
 
 class Simulation:
@@ -291,8 +295,10 @@ class Simulation:
         except StorageError:
             raise
         except FedpruneError as error:
-            self._run.refusal = f"{item.device}: {error}"
-            return on.OfferRefused(item.device, item.round, item.attempt, str(error))
+            reason = one_line(str(error))
+            log.warning("device %s refuses round %d: %s", item.device, item.round, reason)
+            self._run.refusal = f"{item.device}: {reason}"
+            return on.OfferRefused(item.device, item.round, item.attempt, reason)
         self._spent(item.device)[2] += self._notary.macs(item.device, item.round, item.offer, out.steps, device.samples)
         event = on.UpdateAnnounced(
             item.device,

@@ -22,7 +22,7 @@ from fedprune.disk import storage_errors
 from fedprune.errors import ConfigError, DataError, ModelError, StorageError
 from fedprune.job import Job
 from fedprune.selection import Selection
-from fedprune_device.data import load_data, load_inputs
+from fedprune_device.data import LocalData, load_data, load_inputs
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_server.config import ServerConfig, with_stored, without_password
@@ -231,9 +231,7 @@ def load_evaluation(source: str, model: Model, loss: str) -> Evaluation:
     """
     data = load_data(source)
     try:
-        data.check(
-            model.architecture.classes, model.architecture.input_shape, loss=loss, token_ids=_takes_token_ids(model)
-        )
+        check_data(data, model, loss)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     if len(data.y_test) and _has_test_split(Path(source)):
@@ -241,6 +239,21 @@ def load_evaluation(source: str, model: Model, loss: str) -> Evaluation:
     if not len(data.y_test):
         return data.x_train, data.y_train
     return np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
+
+
+def check_data(data: LocalData, model: Model, loss: str) -> None:
+    """Check samples and labels against a model.
+
+    Args:
+        data: The samples.
+        model: The model.
+        loss: What it is trained with.
+
+    Raises:
+        DataError: Labels don't fit the loss or the number of classes, or samples have another shape or type.
+    """
+    shape = model.architecture.input_shape
+    data.check(model.architecture.classes, shape, loss=loss, token_ids=_takes_token_ids(model))
 
 
 def load_calibration(source: str, model: Model) -> npt.NDArray[Any]:

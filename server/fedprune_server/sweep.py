@@ -17,6 +17,7 @@ A sweep's file names the `fleet.toml` and has a table for each variant, whose ke
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -154,6 +155,7 @@ def simulated(run: Run, folder: Path, report: Report) -> dict[str, Any]:
     from fedprune_server.simulated_fleet import read_plan
     from fedprune_server.simulation import Simulation
 
+    logging.getLogger("fedprune").addHandler(logging.NullHandler())  # other runs' bars are on the terminal
     settings = run.settings
     plan = read_plan(Path(settings["config"]), seed=settings["seed"], changes=settings["changes"], title=run.name)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
@@ -123,10 +124,8 @@ class LiveTable:
 
         self._console = Console(file=stream or sys.stdout)
         self._live = Live(console=self._console, auto_refresh=False, transient=False)
-        self._logger = logging.getLogger("fedprune")
-        self._others = self._logger.handlers[:]
-        self._logger.handlers[:] = [_Above(self._console)]
-        self._propagated, self._logger.propagate = self._logger.propagate, False
+        self._logged = ExitStack()
+        self._logged.enter_context(logged_above(self._console))
         self._live.start()
         self._drawn = -REFRESH_S
 
@@ -145,8 +144,7 @@ class LiveTable:
     def close(self) -> None:
         """Leave the last table on the screen."""
         self._live.stop()
-        self._logger.handlers[:] = self._others
-        self._logger.propagate = self._propagated
+        self._logged.close()
 
     def _draw(self, snapshot: Snapshot) -> None:
         from rich.table import Table
@@ -175,9 +173,21 @@ class _Above(logging.Handler):
         """Print one record."""
         style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else None
         try:
-            self._console.print(self.format(record), style=style, markup=False, highlight=False)
+            self._console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
         except Exception:  # noqa: BLE001 - as every handler does: a line that can't be shown ends nothing
             self.handleError(record)
+
+
+@contextmanager
+def logged_above(console: Any) -> Iterator[None]:
+    """Print fedprune's log lines on a console, above what is drawn there in place."""
+    logger = logging.getLogger("fedprune")
+    before = logger.handlers[:], logger.propagate
+    logger.handlers[:], logger.propagate = [_Above(console)], False
+    try:
+        yield
+    finally:
+        logger.handlers[:], logger.propagate = before
 
 
 def make_display(stream: TextIO | None = None) -> Display:

@@ -13,7 +13,7 @@ from fedprune.errors import StorageError
 from fedprune_server import pictures
 from fedprune_server.pictures import channel_map
 from fedprune_server.record import DeviceRow, Record, RoundRow
-from fedprune_server.report import claims, plan_rows, summary, summary_text, write_report
+from fedprune_server.report import absences, claims, foresight_rows, plan_rows, summary, summary_text, write_report
 
 GROUPS = (("stem", 8), ("body", 24))
 
@@ -209,3 +209,25 @@ def test_names_cannot_break_the_page(tmp_path):
     report = write_report(tmp_path, run)
     assert "<script>" not in report.html.read_text()
     assert "a \\| <b>" in report.markdown.read_text()
+
+
+def test_columns_in_which_nothing_is_known_are_left_out(tmp_path):
+    assert "why not" not in write_report(tmp_path, record()).markdown.read_text()
+    assert "off by" not in write_report(tmp_path, record()).markdown.read_text()
+    devices = tuple(replace(d, compared={"step_seconds": (0.5, None)}) for d in record().devices)
+    rows = foresight_rows(replace(record(), devices=devices))
+    assert rows == [("device", "step predicted"), ("zero", "500 ms"), ("orin", "500 ms")]
+
+
+def test_a_device_without_an_update_has_its_reason():
+    zero, orin = record().devices
+    rounds = tuple(replace(r, local={"orin": 0.9}) for r in record().rounds)
+    run = replace(record(), devices=(replace(zero, missed=3, why="a label"), replace(orin, missed=1)), rounds=rounds)
+    rows = plan_rows(run)
+    assert rows[0][-1] == "why not"
+    assert [r[-1] for r in rows[1:]] == ["no update in 3 of 4 rounds, lastly: a label", "no update in 1 of 4 rounds"]
+    assert absences(run) == ["zero: no update in 3 of 4 rounds, lastly: a label"]
+    assert absences(record()) == []
+    assert summary_text(run).endswith("\n\nzero: no update in 3 of 4 rounds, lastly: a label")
+    many = tuple(replace(zero, name=f"d{i}", missed=1, why="late") for i in range(13))
+    assert absences(replace(run, devices=many))[-1] == "and 3 more devices"

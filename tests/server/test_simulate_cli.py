@@ -191,6 +191,53 @@ def test_what_is_wrong_is_named(config, tmp_path, capsys, old, new, code, named)
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x, y: (x, y + 7), "a label is out of range: expected 0 to 9"),
+        (lambda x, y: (x.transpose(0, 2, 3, 1), y), "shape of one sample: expected (1, 8, 8), got (8, 8, 1)"),
+        (lambda x, y: (np.zeros(x.shape, np.int64), y), "type of inputs"),
+    ],
+)
+def test_data_that_the_model_cannot_take_is_named_before_the_first_round(config, tmp_path, capsys, change, said):
+    file, out = config(), tmp_path / "out"
+    with np.load(tmp_path / "dock.npz") as hand:
+        x, y = change(hand["x_train"], hand["y_train"])
+    np.savez(tmp_path / "dock.npz", x=x, y=y)
+    assert main(["--config", file, "--out", str(out)]) == ExitCode.DATA
+    err = capsys.readouterr().err
+    assert f"[[devices]] 2: data: {tmp_path / 'dock.npz'}: {said}" in err
+    assert err.count("\n") == 1
+    assert not out.exists()
+    np.savez(tmp_path / "all.npz", x=x, y=y)
+    dealt = CONFIG.partition("[[devices]]")[0] + (
+        '[data]\nsource = "all.npz"\ndevices = 3\npartition = "iid"\n[[devices]]\nprofile = "jetson-orin-nano"\n'
+    )
+    assert main(["--config", config(dealt), "--out", str(out)]) == ExitCode.DATA
+    assert f"fleet.toml: [data]: device-000: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["at tic", "all", "x" * 65])
+def test_a_name_that_no_device_may_have_is_named(config, tmp_path, capsys, name):
+    text = CONFIG.replace('"dock"', f'"{name}"', 1)
+    assert main(["--config", config(text), "--out", str(tmp_path / "out")]) == ExitCode.CONFIG
+    assert "[[devices]] 2: name: expected a" in capsys.readouterr().err
+
+
+def test_a_device_that_is_lost_on_the_way_is_told_of(config, tmp_path, capsys):
+    file = config()
+    with np.load(tmp_path / "dock.npz") as hand:
+        np.savez(tmp_path / "dock.npz", **{**hand, "x_train": hand["x_train"] * np.float32(1e30)})
+    assert main(["--config", file, "--out", str(tmp_path / "out")]) == ExitCode.OK
+    said = capsys.readouterr()
+    assert "device dock refuses round 1: " in said.err
+    assert "device dock refuses round 2: " in said.err
+    assert "\ndock: no update in 2 of 2 rounds, lastly: " in said.out
+    assert "barn:" not in said.out
+    assert "no update in 2 of 2 rounds" in (tmp_path / "out" / "report.md").read_text()
+    assert Record.load(tmp_path / "out" / "metrics.json").devices[1].missed == 2
+
+
 def test_one_file_serves_simulator_and_server(config, tmp_path):
     text = CONFIG + '\n[dropouts]\nprobability = 0.1\n[server]\nprofiles = "nowhere"\n'
     assert main(["--config", config(text), "--out", str(tmp_path / "out"), "--rounds", "1"]) == ExitCode.OK
