@@ -119,7 +119,7 @@ def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[flo
     tables = [("Finals", final_rows(runs)), *((_target(runs[0], t), target_rows(runs, t)) for t in targets)]
     intro = (
         f"{len(runs)} runs. {'Losses' if runs[0].measure == 'loss' else 'Accuracies'} of the table are means over the "
-        f"last {TAIL} rounds; a device's own are what it measured last, every device counting alike."
+        f"last {min(TAIL, max(len(r.rounds) for r in runs))} rounds; a device's own are what it measured last, every device counting alike."
     )
     title = "Runs compared"
     encoded = base64.b64encode(picture.read_bytes()).decode()

@@ -90,10 +90,20 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
     """Rows of the summary table; the first is the header."""
     runs = [run] + ([reference] if reference is not None else [])
     finals = [r.final(TAIL) for r in runs]
+    last = [r.final() for r in runs]
+    tail = min(TAIL, max(len(r.rounds) for r in runs))
     rows = [
         ("", *(r.title for r in runs)),
-        (f"mean local {run.measure}", *(shown(r, f[0]) + _part(r) for r, f in zip(runs, finals, strict=True))),
-        (f"global {run.measure}", *(shown(r, f[1]) for r, f in zip(runs, finals, strict=True))),
+        (
+            f"mean local {run.measure}{_over(tail)}",
+            *(shown(r, f[0]) + _part(r) for r, f in zip(runs, finals, strict=True)),
+        ),
+        (f"global {run.measure}{_over(tail)}", *(shown(r, f[1]) for r, f in zip(runs, finals, strict=True))),
+        *(
+            (f"{kind} {run.measure}, last round", *(shown(r, f[i]) for r, f in zip(runs, last, strict=True)))
+            for i, kind in enumerate(("mean local", "global"))
+            if tail > 1
+        ),
         ("MB down", *(f"{r.last.down / 1e6:.2f}" for r in runs)),
         ("MB up", *(f"{r.last.up / 1e6:.2f}" for r in runs)),
         ("rounds", *(str(len(r.rounds)) for r in runs)),
@@ -104,8 +114,9 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
     notes = (
         "difference",
         *(_difference(run, _worse(run, a, b)) for a, b in zip(*finals, strict=True)),
-        _percent(_ratio(run.last.down, reference.last.down)),
-        _percent(_ratio(run.last.up, reference.last.up)),
+        *(_difference(run, _worse(run, a, b)) for a, b in zip(*last, strict=True) if tail > 1),
+        _change(_ratio(run.last.down, reference.last.down)),
+        _change(_ratio(run.last.up, reference.last.up)),
         "",
         "",
     )
@@ -292,6 +303,15 @@ def _part(run: Record) -> str:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
+
+
+def _over(rounds: int) -> str:
+    return f", last {rounds} rounds" if rounds > 1 else ""
+
+
+def _change(ratio: float) -> str:
+    """By how much an amount is more or less than another."""
+    return f"{0 + round(100 * (ratio - 1)):+d}%" if math.isfinite(ratio) else "–"
 
 
 def _percent(value: float, digits: int = 0) -> str:

@@ -92,7 +92,7 @@ def test_a_mean_over_some_devices_says_so(tmp_path):
     run = asked_in_turn()
     run = replace(run, rounds=run.rounds[:1])
     assert summary(run)[1] == ("mean local accuracy", "20.0% (1 of 2 devices)")
-    assert summary(record())[1] == ("mean local accuracy", "90.0%")
+    assert summary(record())[1] == ("mean local accuracy, last 4 rounds", "90.0%")
     assert "over the 1 of 2 devices that delivered" in write_report(tmp_path, run).markdown.read_text()
 
 
@@ -160,9 +160,28 @@ def test_claims_about_what_was_not_measured_fail():
 
 def test_summary_has_the_numbers_of_both_runs():
     cells = {row[0]: row[1:] for row in summary(record(down=480_000), record("FedAvg", accuracy=0.85))}
-    assert cells["mean local accuracy"][:2] == ("90.0%", "90.0%")
-    assert cells["global accuracy"] == ("80.0%", "85.0%", "-5.0 points")
-    assert cells["MB down"] == ("0.48", "1.00", "48%")
+    assert cells["mean local accuracy, last 4 rounds"][:2] == ("90.0%", "90.0%")
+    assert cells["global accuracy, last 4 rounds"] == ("80.0%", "85.0%", "-5.0 points")
+    assert cells["MB down"] == ("0.48", "1.00", "-52%")
+
+
+def test_summary_tells_means_and_the_last_round_apart():
+    run = record(rounds=7)
+    run = replace(run, rounds=tuple(replace(r, accuracy=r.round / 10) for r in run.rounds))
+    cells = {row[0]: row[1:] for row in summary(run, record())}
+    assert cells["global accuracy, last 5 rounds"] == ("50.0%", "80.0%", "-30.0 points")
+    assert cells["global accuracy, last round"] == ("70.0%", "80.0%", "-10.0 points")
+    assert cells["mean local accuracy, last round"] == ("90.0%", "90.0%", "+0.0 points")
+    alone = {row[0]: row[1:] for row in summary(replace(run, rounds=run.rounds[:1]))}
+    assert alone["global accuracy"] == ("10.0%",)
+    assert "global accuracy, last round" not in alone
+
+
+def test_bytes_are_compared_by_how_much_less_or_more_they_are():
+    cells = {row[0]: row[1:] for row in summary(record(down=3, up=2, rounds=1), record(down=2, up=2, rounds=1))}
+    assert cells["MB down"][-1] == "+50%"
+    assert cells["MB up"][-1] == "+0%"
+    assert {row[0]: row[-1] for row in summary(record(), record(down=0))}["MB down"] == "–"
 
 
 def test_plan_table_has_a_row_per_device():
