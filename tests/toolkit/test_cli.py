@@ -125,3 +125,40 @@ def test_a_number_out_of_range_is_refused_in_words(kind: Callable[[str], object]
 
 def test_numbers_in_range_are_read() -> None:
     assert (whole_number("12"), seconds("0.5")) == (12, 0.5)
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(prog="tool")
+    out.add_argument("--version", action="version", version="1")
+    commands = out.add_subparsers(required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--config", required=True)
+    run.add_argument("--density", type=float)
+    run.set_defaults(run=lambda arguments: arguments.density != 0.5)
+    commands.add_parser("look").add_argument("--round")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "run --config x --densty 0.5",
+            "there is no option --densty (did you mean '--density'?). See `tool run --help`.",
+        ),
+        ("run --confg=x", "there is no option --confg (did you mean '--config'?). See `tool run --help`."),
+        ("run --config x --round 3", "there is no option --round. See `tool run --help`."),
+        ("--verson", "there is no option --verson (did you mean '--version'?). See `tool --help`."),
+    ],
+)
+def test_a_misspelt_option_is_one_line_with_what_was_meant(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("tool", parser, line.split()) == ExitCode.USAGE
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_options_may_be_cut_short_and_arguments_may_look_like_them() -> None:
+    assert run_command("tool", parser, ["run", "--conf", "x", "--density=0.5"]) == ExitCode.OK
+    with pytest.raises(SystemExit):  # argparse's own verdict on what follows
+        run_command("tool", parser, ["run", "--config", "x", "--", "--densty"])

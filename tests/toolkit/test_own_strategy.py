@@ -13,9 +13,19 @@ import pytest
 from role_play import NET, Play, identical
 from role_play import Device as Part
 
+from fedprune import profile_store
 from fedprune.allocation import Fleet
 from fedprune.coordination.state import Device, State
-from fedprune.errors import BundleError, ConfigError, ExitCode, ProtocolError, StorageError, StrategyError, meant
+from fedprune.errors import (
+    BundleError,
+    ConfigError,
+    ExitCode,
+    FedpruneError,
+    ProtocolError,
+    StorageError,
+    StrategyError,
+    meant,
+)
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
@@ -279,5 +289,21 @@ def test_a_good_strategy_does_what_it_did_without_checks(mine: Any) -> None:
 def test_names_that_were_meant() -> None:
     assert meant("fedprun", ["fedavg", "fedprune"]) == " (did you mean 'fedprune'?)"
     assert meant("learning_rate", ["epochs", "lr"]) == " (did you mean 'lr'?)"
+    assert meant(3, ["epochs", "lr"]) == ""
     assert meant("xyzzy", ["epochs", "lr"]) == ""
     assert meant("a" * 10_000, ["a" * 9_999]) == ""
+
+
+@pytest.mark.parametrize(
+    ("ask", "near"),
+    [
+        (lambda: compose(Job(strategy="fedprun")), "fedprune"),
+        (lambda: compose(Job(strategy="fedavg", options={"lr_decy": 1.0})), "lr_decay"),
+        (lambda: Job.from_dict({"strateg": "fedavg"}), "strategy"),
+        (lambda: Job.from_dict({"recipe": {"learning_rate": 0.1}}), "lr"),
+        (lambda: profile_store.find("raspbery-pi-zero-2w"), "raspberry-pi-zero-2w"),
+    ],
+)
+def test_misspelt_names_of_settings_come_with_what_was_meant(ask: Callable[[], object], near: str) -> None:
+    with pytest.raises(FedpruneError, match=rf"\(did you mean '{near}'\?\): expected "):
+        ask()

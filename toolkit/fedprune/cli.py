@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from fedprune.errors import ExitCode, FedpruneError, MissingExtraError
+from fedprune.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, meant
 
 DEBUG = "FEDPRUNE_DEBUG"
 """Environment variable that shows tracebacks, too."""
@@ -35,7 +35,9 @@ def run_command(
         SystemExit: argparse ends the process: help, version, or a command line that makes no sense.
     """
     try:
-        arguments = build_parser().parse_args(argv)
+        parser = build_parser()
+        _check_options(parser, sys.argv[1:] if argv is None else argv)
+        arguments = parser.parse_args(argv)
         code = int(arguments.run(arguments))
         sys.stdout.flush()
         return code
@@ -105,6 +107,32 @@ def seconds(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
     return value
+
+
+def _check_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Find a misspelt option before what it would have said is missed, and say what was meant.
+
+    Raises:
+        UsageError: There is no such option.
+    """
+    known = _options(parser)
+    for word in argv:
+        if word == "--":
+            return
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction) and word in action.choices:
+                parser = action.choices[word]
+                known = known | _options(parser)
+                break
+        option = word.partition("=")[0]
+        if option.startswith("--") and not any(k.startswith(option) for k in known):  # argparse completes what is cut
+            raise UsageError(
+                f"there is no option {option[:60]}{meant(option, known)}", hint=f"See `{parser.prog} --help`."
+            )
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    return {name for action in parser._actions for name in action.option_strings}
 
 
 def _internal(prog: str, error: Exception) -> int:

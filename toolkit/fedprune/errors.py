@@ -14,6 +14,9 @@ from enum import IntEnum
 _LONGEST_NAME = 60
 """Whatever is longer is no slip of the pen."""
 
+_ALIKE = 0.75
+"""`difflib`'s ratio from which a name may be another one's slip: 0.6, its default, takes shop for shape."""
+
 
 class ExitCode(IntEnum):
     """Exit codes of all commands, in ranges by what failed."""
@@ -98,17 +101,19 @@ _ELSEWHERE = {
 """What other programs call some of our settings."""
 
 
-def meant(given: str, known: Iterable[str]) -> str:
+def meant(given: object, known: Iterable[str]) -> str:
     """What somebody may have meant who wrote a name that isn't known, in brackets after a space; else nothing.
 
     Args:
         given: What was written.
         known: What could have been.
     """
+    if not isinstance(given, str):
+        return ""
     names = list(known)
     near = [_ELSEWHERE[given]] if _ELSEWHERE.get(given) in names else []
     if len(given) <= _LONGEST_NAME:
-        near = near or get_close_matches(given, names, 1)
+        near = near or get_close_matches(given, names, 1, _ALIKE)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

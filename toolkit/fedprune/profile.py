@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fedprune.errors import ProfileError
+from fedprune.errors import ProfileError, meant
 from fedprune.profile_sections import (
     SECTIONS,
     Accelerator,
@@ -291,7 +291,9 @@ def _value(value: object, annotation: str, meta: Mapping[str, Any], key: str) ->
 def _only(body: Mapping[str, Any], known: tuple[str, ...], where: str, prefix: str) -> None:
     for key in body:
         if key not in known:
-            raise ProfileError(f"{where}: unknown key {prefix}{key}", expected=f"one of {', '.join(known)}")
+            raise ProfileError(
+                f"{where}: unknown key {prefix}{key}{meant(key, known)}", expected=f"one of {', '.join(known)}"
+            )
 
 
 def _checked_text(body: Mapping[str, Any], key: str, where: str, choices: tuple[str, ...] = ()) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedprune.errors import ProfileError
+from fedprune.errors import ProfileError, meant
 from fedprune.profile import HardwareProfile
 
 _SUFFIXES = (".toml", ".json")
@@ -80,9 +80,10 @@ def find(name_or_path: str | Path, folders: Sequence[Path] = ()) -> HardwareProf
                         f"{path}: name", expected=repr(text), got=repr(profile.name), hint="Rename the file."
                     )
                 return profile
+    known = names(folders)
     raise ProfileError(
-        f"there is no hardware profile called {text!r}",
-        expected=f"one of {', '.join(names(folders))}, or a path",
+        f"there is no hardware profile called {text!r}{meant(text, known)}",
+        expected=f"one of {', '.join(known)}, or a path",
         hint="docs/add-a-board.md shows how to write one, and where to put it.",
     )
 

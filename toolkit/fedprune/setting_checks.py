@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from fedprune.errors import ConfigError, shown
+from fedprune.errors import ConfigError, meant, shown
 
 
 def within(value: object, low: float, high: float) -> bool:
@@ -93,7 +93,9 @@ def only(allowed: Iterable[str], body: Mapping[str, Any], where: str, noun: str 
     names = tuple(allowed)
     for key in body:
         if key not in names:
-            raise ConfigError(f"{where}: unknown {noun} {shown(key)}", expected=f"one of {', '.join(names)}")
+            raise ConfigError(
+                f"{where}: unknown {noun} {shown(key)}{meant(key, names)}", expected=f"one of {', '.join(names)}"
+            )
 
 
 def known(kind: type[Any], body: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypeVar
 
 from fedprune import setting_checks
-from fedprune.errors import ConfigError, shown
+from fedprune.errors import ConfigError, meant, shown
 from fedprune.job import Job
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ def read_options(job: Job, kind: type[T]) -> T:
     for name, value in job.options.items():
         if name not in known:
             raise ConfigError(
-                f"job: strategy {job.strategy!r} has no option {shown(name)}",
+                f"job: strategy {job.strategy!r} has no option {shown(name)}{meant(name, known)}",
                 expected=", ".join(sorted(known)) or "none",
             )
         values[name] = _checked(job.strategy, name, value, _default(known[name]))
