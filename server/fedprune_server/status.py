@@ -92,7 +92,7 @@ def _phase(body: dict[str, Any]) -> str:
 
 
 def _stopped(body: dict[str, Any]) -> str:
-    since = "" if body["heard_at"] is None else f" since {_clock(body['heard_at'])}"
+    since = "" if body["heard_at"] is None else f"; the last event was at {_clock(body['heard_at'])}"
     end = "" if body["phase"] == Phase.FINISHED.value else "; to go on: fedprune-server run --state "
     return f"  no server is running{since}{end and end + shlex.quote(body['folder'])}"
 

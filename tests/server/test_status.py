@@ -113,7 +113,9 @@ def test_status_says_that_no_server_runs_and_when_devices_were_heard_of(
     assert main(["status", "--state", str(stopped_state)]) == ExitCode.OK
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "job leaves: round 13 of 20, stopped while training"
-    assert lines[1] == (f"no server is running since 53 s; to go on: fedprune-server run --state {stopped_state}")
+    assert lines[1] == (
+        f"no server is running; the last event was at 53 s; to go on: fedprune-server run --state {stopped_state}"
+    )
     devices = {line.split()[1]: line.partition(": ")[2] for line in lines if line.startswith("device ")}
     assert devices["good"].startswith("last heard of at 50 s, 300 samples")
     assert devices["off"].startswith("last heard of at 52 s")
