@@ -117,9 +117,10 @@ def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[flo
     folder.mkdir(parents=True, exist_ok=True)
     picture = pictures.curves(runs, folder / "comparison.png")
     tables = [("Finals", final_rows(runs)), *((_target(runs[0], t), target_rows(runs, t)) for t in targets)]
+    tail = min(TAIL, max(len(r.rounds) for r in runs))
     intro = (
         f"{len(runs)} runs. {'Losses' if runs[0].measure == 'loss' else 'Accuracies'} of the table are means over the "
-        f"last {min(TAIL, max(len(r.rounds) for r in runs))} rounds; a device's own are what it measured last, every device counting alike."
+        f"last {tail} rounds; a device's own are what it measured last, every device counting alike."
     )
     title = "Runs compared"
     encoded = base64.b64encode(picture.read_bytes()).decode()

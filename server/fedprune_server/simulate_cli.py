@@ -125,7 +125,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     from fedprune_server.comparison import comparison_text, read_runs, write_comparison
     from fedprune_server.report import absences
-    from fedprune_server.runs import carry_out
+    from fedprune_server.runs import FAILED, carry_out
     from fedprune_server.runs_progress import Watching
     from fedprune_server.sweep import read_sweep, simulated
 
@@ -142,7 +142,9 @@ def _sweep(options: argparse.Namespace) -> int:
             for line in absences(record):
                 print(f"{record.title}: {line}", file=sys.stderr)
     for run in failed:
-        print(f"{run.name} failed: {run.error.splitlines()[-1]}", file=sys.stderr)
+        details = out / run.name / FAILED
+        more = f" (details: {details})" if details.exists() else ""
+        print(f"{run.name} failed: {run.error.splitlines()[-1]}{more}", file=sys.stderr)
     return int(ExitCode.TRAINING if failed else ExitCode.OK)
 
 

@@ -15,12 +15,13 @@ from fedprune_export.importing import import_onnx, read_source
 from fedprune_server.config import ServerConfig, overridden, parse_config
 from fedprune_server.data.table import DataPlan
 from fedprune_server.experiment import Experiment
-from fedprune_server.fleet_devices import named, read_devices
-from fedprune_server.fleet_weather import read_availability, read_dropouts, read_settings, read_weather
+from fedprune_server.fleet_devices import Link, named, read_devices
+from fedprune_server.fleet_weather import Settings, read_availability, read_dropouts, read_settings, read_weather
 from fedprune_server.measure import Measure
 from fedprune_server.reference import TITLE, fedavg
 from fedprune_server.state_folder import check_data, load_calibration, load_evaluation
 from fedprune_server.virtual_device import VirtualDevice
+from fedprune_server.weather import Availability, DropOuts, Weather
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,23 +64,20 @@ def read_plan(
         ConfigError: It can't be read, or a key is missing, unknown or wrong; the message names it.
         FedpruneError: Model, data or a profile can't be read; the message names the table and the key.
     """
-    body = _changed(read_toml(path, ConfigError), changes or {})
-    config = parse_config({k: v for k, v in body.items() if k != "server"}, str(path), path.parent)
+    found = read_tables(path, changes)
+    config, settings = found.config, found.settings
     if config.model is None:
         raise ConfigError(f"{path}: [model] path is missing", expected="an ONNX file")
-    dropouts, availability = read_dropouts(body, path), read_availability(body, path)
-    weather, links = read_weather(body, path)
-    settings = read_settings(body, path)
     job = _overridden(config.job, strategy, seed, rounds)
     federation = None
-    if "data" in body:
+    if found.data is not None:
         with named(f"{path}: [data]"):
-            federation = _federation(body["data"], body.get("devices"), path).read(job.seed)
+            federation = found.data.read(job.seed)
     with named(f"{path}: [model] path"):
         model = import_onnx(read_source(config.model, input_shape=config.input_shape), Path(config.model).stem)
     fits = partial(check_data, model=model, loss=job.recipe.loss)
-    devices = read_devices(body.get("devices"), job.seed, path, federation, links, check=fits)
-    job = replace(job, devices=_present(body.get("job", {}), job, len(devices)))
+    devices = read_devices(found.body.get("devices"), job.seed, path, federation, found.links, check=fits)
+    job = replace(job, devices=_present(found.body.get("job", {}), job, len(devices)))
     evaluation, calibration = None, None
     if config.evaluation is not None:
         with named(f"{path}: [evaluation] data"):
@@ -105,15 +103,49 @@ def read_plan(
         devices,
         evaluation,
         calibration,
-        dropouts,
-        weather,
-        availability,
+        found.dropouts,
+        found.weather,
+        found.availability,
         measure,
         settings.checkpoints,
         settings.trainer,
         settings.workers,
         fedavg(job) if reference else None,
     )
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a `fleet.toml` says, before any model, profile or data is read.
+
+    Attributes:
+        body: Its tables.
+        config: Those that a server reads, too, but [server].
+        data: The table [data], or None.
+        dropouts: How devices vanish.
+        availability: When devices are there.
+        weather: How links and boards vary.
+        links: Links of devices that bring none.
+        settings: What the simulation is told beside that.
+    """
+
+    body: Mapping[str, Any]
+    config: ServerConfig
+    data: DataPlan | None
+    dropouts: DropOuts
+    availability: Availability
+    weather: Weather
+    links: tuple[Link, ...]
+    settings: Settings
+
+
+def read_tables(path: Path, changes: Mapping[str, Any] | None = None) -> Tables:
+    """Read a `fleet.toml` alone; arguments and errors are those of `read_plan`."""
+    body = _changed(read_toml(path, ConfigError), changes or {})
+    config = parse_config({k: v for k, v in body.items() if k != "server"}, str(path), path.parent)
+    data = _data(body["data"], body.get("devices"), path) if "data" in body else None
+    dropouts, availability = read_dropouts(body, path), read_availability(body, path)
+    return Tables(body, config, data, dropouts, availability, *read_weather(body, path), read_settings(body, path))
 
 
 def _changed(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +157,7 @@ def _changed(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return out
 
 
-def _federation(body: object, devices: object, path: Path) -> DataPlan:
+def _data(body: object, devices: object, path: Path) -> DataPlan:
     """The table [data]; how many devices there are may also be said by [[devices]]."""
     if isinstance(body, Mapping) and "devices" not in body and isinstance(devices, list):
         counts = [r.get("count", 1) for r in devices if isinstance(r, Mapping) and {"name", "count"} & set(r)]

@@ -25,7 +25,7 @@ from typing import Any
 
 from fedprune import setting_checks
 from fedprune.disk import file_digest, storage_errors
-from fedprune.errors import ConfigError, shown
+from fedprune.errors import ConfigError, FedpruneError, shown
 from fedprune.toml_file import read_toml
 from fedprune_server.runs import Report, Run
 
@@ -42,7 +42,7 @@ def read_sweep(path: Path) -> list[Run]:
     """The runs of a sweep's file: each variant with each of its seeds.
 
     Raises:
-        ConfigError: It can't be read, or a key is missing, unknown or wrong.
+        ConfigError: It can't be read, or a key is missing, unknown or wrong, in a variant's own tables, too.
     """
     body = read_toml(path, ConfigError)
     setting_checks.only(_KEYS, body, str(path))
@@ -127,10 +127,35 @@ def _variant(row: object, common: Sequence[int], files: _Files, where: str) -> l
     for key, value in changes.items():
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: {key}", expected="a table of fleet.toml, such as job", got=shown(value))
+    _check(files.config, changes, f"{where.rpartition(' ')[0]} {row['name']}")
     seeds = _seeds(row["seeds"], f"{where}: seeds") if "seeds" in row else common
     # Whoever edits the configuration, the model or data must not be shown what was found with the old ones.
     known = {"config": str(files.config), "files": files.digest(changes), "changes": changes}
     return [Run(f"{row['name']}-{s}", {**known, "seed": s}) for s in seeds]
+
+
+def _check(config: Path, changes: Mapping[str, Any], where: str) -> None:
+    """Read the `fleet.toml` with a variant's changes, and say in an error whose fault it is."""
+    from fedprune_server.simulated_fleet import read_tables
+
+    try:
+        read_tables(config, changes)
+    except FedpruneError as error:
+        if not changes or _wrong(config) == str(error):
+            raise
+        what = error.what.removeprefix(f"{config}: ")
+        raise type(error)(f"{where}: {what}", expected=error.expected, got=error.got, hint=error.hint) from error
+
+
+def _wrong(config: Path) -> str:
+    """What is wrong with a `fleet.toml` without any changes; empty if nothing is."""
+    from fedprune_server.simulated_fleet import read_tables
+
+    try:
+        read_tables(config)
+    except FedpruneError as error:
+        return str(error)
+    return ""
 
 
 def _seeds(value: object, where: str) -> list[int]:

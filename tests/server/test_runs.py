@@ -128,7 +128,10 @@ def fleet(tmp_path: Path) -> Path:
 
 def test_a_sweep_simulates_every_variant(fleet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A variant that fails is said; each of the others is what it would be alone."""
-    text = SWEEP.replace("seeds = [3, 4]", "seeds = [3]") + '[[runs]]\nname = "wrong"\njob = { scorer = "none" }\n'
+    text = (
+        SWEEP.replace("seeds = [3, 4]", "seeds = [3]")
+        + '[[runs]]\nname = "wrong"\nevaluation = { data = "gone.npz" }\n'
+    )
     (fleet / "sweep.toml").write_text(text)
     out = fleet / "out"
     assert main(["sweep", str(fleet / "sweep.toml"), "--out", str(out), "--workers", "2"]) == ExitCode.TRAINING
@@ -138,13 +141,48 @@ def test_a_sweep_simulates_every_variant(fleet: Path, capsys: pytest.CaptureFixt
     assert (out / "quarter-3" / "report.html").exists()
     assert (out / "comparison.html").exists()
     said = capsys.readouterr()
-    assert "wrong-3 failed: ConfigError" in said.err
-    assert "scorer" in said.err
+    assert "wrong-3 failed: DataError" in said.err
+    assert "gone.npz" in said.err
+    assert f"(details: {out / 'wrong-3' / 'failed.txt'})" in said.err
     assert "quarter-3" in said.out
     alone = fleet / "alone"
     assert main(["--config", str(fleet / "fleet.toml"), "--seed", "3", "--out", str(alone)]) == ExitCode.OK
     mine, theirs = (json.loads((p / "metrics.json").read_text()) for p in (alone, out / "quarter-3"))
     assert mine["rounds"] == theirs["rounds"]
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ('job = { strateg = "heterofl" }', "[job] unknown key 'strateg'"),
+        ('job = { strategy = "heterofll" }', "heterofll"),
+        ("job = { recipe = { lr = -1 } }", "[job.recipe] lr"),
+        ("weather = { wind = 1 }", "[weather]: unknown key 'wind'"),
+        ('data = { source = "x.npz", alpha = 0 }', "[data] "),
+        ("jobs = { rounds = 1 }", "unknown table 'jobs'"),
+    ],
+)
+def test_a_variant_s_mistake_is_named_before_the_first_run(
+    fleet: Path, capsys: pytest.CaptureFixture[str], tables: str, said: str
+) -> None:
+    (fleet / "sweep.toml").write_text(SWEEP + f'[[runs]]\nname = "bad"\n{tables}\n')
+    assert main(["sweep", str(fleet / "sweep.toml"), "--out", str(fleet / "out")]) == ExitCode.CONFIG
+    err = capsys.readouterr().err
+    assert "sweep.toml: [[runs]] bad: " in err
+    assert said in err
+    assert "fleet.toml" not in err
+    assert not (fleet / "out").exists()
+
+
+def test_a_mistake_of_the_file_that_all_runs_have_in_common_is_its_own(
+    fleet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (fleet / "fleet.toml").write_text(CONFIG.replace("rounds = 2", "round = 2"))
+    (fleet / "sweep.toml").write_text(SWEEP)
+    assert main(["sweep", str(fleet / "sweep.toml"), "--out", str(fleet / "out")]) == ExitCode.CONFIG
+    err = capsys.readouterr().err
+    assert "fleet.toml: [job] unknown key 'round'" in err
+    assert "sweep.toml" not in err
 
 
 def edited(fleet: Path, what: str) -> None:

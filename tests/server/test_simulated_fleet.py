@@ -241,6 +241,7 @@ def test_runs_are_laid_side_by_side(run, tmp_path, capsys):
     words = ["compare", str(one), str(other / "metrics.json"), "--out", str(tmp_path / "both"), "--target", "0.05"]
     assert main(words) == ExitCode.OK
     page = (tmp_path / "both" / "comparison.html").read_text()
+    assert "means over the last 2 rounds" in page
     assert page.count("data:image/png") == 3  # curves, and a channel map of each run
     assert "http" not in page
     runs = read_runs([one, other])
