@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from fedprune.job import Job
 from fedprune.strategies import (
+    PRESETS,
     asynchronous,
     autoflip,
     ca_hfp,
@@ -71,3 +73,19 @@ def test_a_page_names_every_option_and_its_default(page: str, kinds: Any, others
 def test_fedrolex_has_heterofl_s_options_and_one_more() -> None:
     more = {f.name for f in fields(heterofl.RollingOptions)} - {f.name for f in fields(heterofl.Options)}
     assert said("fedrolex").keys() == more
+
+
+def test_plain_names_the_keys_that_it_reads() -> None:
+    keys = ("density", "scorer", "warmup_rounds", "rule", "server_momentum")
+    assert said("plain") == {f.name: shown(f.default) for f in fields(Job) if f.name in keys}
+
+
+def test_the_index_has_every_strategy_and_every_page() -> None:
+    index = (PAGES / "README.md").read_text(encoding="utf-8")
+    linked = {
+        n: page
+        for names, page in re.findall(r"\[([^\]]+)\]\(([\w-]+\.md)\)", index)
+        for n in re.findall(r"`([\w-]+)`", names)
+    }
+    assert linked.keys() == {*PRESETS, "robust"}
+    assert set(linked.values()) == {p.name for p in PAGES.glob("*.md")} - {"README.md"}
