@@ -23,7 +23,7 @@ from fedprune import __version__
 from fedprune.bundle import open_bundle
 from fedprune.cli import run_command
 from fedprune.disk import storage_errors
-from fedprune.errors import ConfigError, DataError, ExitCode, ProfileError, ProtocolError, StorageError
+from fedprune.errors import ConfigError, DataError, ExitCode, ProfileError, ProtocolError, StorageError, remedy
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.wire.topics import EVERYONE, check_device, check_name
@@ -246,7 +246,7 @@ def _inputs(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
             else:
                 x, y = found["x"], found["y"] if "y" in found.files else None
     except OSError as error:
-        raise DataError(f"can't read {path}: {error.strerror or error}") from error
+        raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} can't be read as arrays{why_unreadable(error)}", expected="a .npy array, or an .npz file with x"

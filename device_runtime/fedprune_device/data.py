@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.chance import keyed
-from fedprune.errors import DataError
+from fedprune.errors import DataError, remedy
 from fedprune_device.labels import targets
 
 Array = npt.NDArray[Any]
@@ -309,7 +309,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
     except DataError:
         raise
     except OSError as error:
-        raise DataError(f"can't read {path}: {error.strerror or error}") from error
+        raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
     except Exception as error:  # what is damaged makes zipfile, numpy and its parser of headers raise anything
         raise DataError(
             f"{path} is not an .npz file of plain arrays{why_unreadable(error)}",

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.architecture import Architecture
-from fedprune.errors import DataError, shape_text
+from fedprune.errors import DataError, remedy, shape_text
 
 Array = npt.NDArray[Any]
 
@@ -129,7 +129,7 @@ def _arrays(path: Path) -> dict[str, Array]:
             with found as file:
                 return {n: file[n] for n in file.files}
     except OSError as error:
-        raise DataError(f"can't read {path}: {error.strerror or error}") from error
+        raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
     except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, MemoryError) as error:
         raise DataError(
             f"{path} is no .npz file of plain arrays ({type(error).__name__})",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedprune.cli import whole_number
-from fedprune.errors import ConfigError, ModelError, ProfileError, UsageError
+from fedprune.errors import ConfigError, ModelError, ProfileError, UsageError, remedy
 from fedprune.probe_report import ProbeReport
 from fedprune.recipe import Recipe
 
@@ -188,7 +188,7 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
-        raise ConfigError(f"can't read {path}: {error.strerror}") from error
+        raise ConfigError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error})") from error
 
@@ -198,7 +198,7 @@ def _names_in(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"can't read {path}: {error.strerror}") from error
+        raise ConfigError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
     except ValueError as error:
         raise ConfigError(f"{path} is no text ({error})") from error
     if text.lstrip().startswith("["):

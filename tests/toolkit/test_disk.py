@@ -6,7 +6,8 @@ import stat
 
 import pytest
 
-from fedprune.disk import write_whole
+from fedprune.blobs import BlobStore
+from fedprune.disk import storage_errors, write_whole
 from fedprune.errors import StorageError, StorageFullError
 
 pytestmark = pytest.mark.board
@@ -53,3 +54,22 @@ def test_file_is_flushed_before_it_is_renamed_and_the_folder_after(tmp_path, mon
 def test_a_folder_that_is_missing_is_named(tmp_path):
     with pytest.raises(StorageError, match="nowhere"):
         write_whole(tmp_path / "nowhere" / "state.json", b"x")
+
+
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [
+        (errno.ENOENT, "Check the path"),
+        (errno.EACCES, "choose another place"),
+        (errno.ENOTDIR, "choose another folder"),
+        (errno.EROFS, "that can be written to"),
+    ],
+)
+def test_an_error_says_what_to_do(number, what):
+    with pytest.raises(StorageError, match=rf"^can't make /x: .+\. .*{what}"), storage_errors("can't make /x"):
+        raise OSError(number, os.strerror(number))
+
+
+def test_a_blob_that_is_lost_comes_with_what_to_do(tmp_path):
+    with pytest.raises(StorageError, match=r"is not in .*Restore a backup"):
+        BlobStore(tmp_path).read("0" * 64)

@@ -45,3 +45,8 @@ def test_without_a_parser_the_missing_package_is_named(tmp_path: Path, monkeypat
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtraError, match="tomli"):
         read_toml(tmp_path / "a.toml", ConfigError)
+
+
+def test_a_file_that_is_not_there_comes_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^can't read .*a\.toml: No such file or directory\. Check the path"):
+        read_toml(tmp_path / "a.toml", ConfigError)

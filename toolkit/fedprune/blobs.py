@@ -25,6 +25,8 @@ MAX_SIZE = 2**30
 RESERVE = 1024 * 1024
 """Default number of bytes that stay free on the disk."""
 
+_LOST = "Was the folder copied in part, or something in it deleted? Restore a backup of it, or begin in a new one."
+
 
 class BlobStore:
     """A content-addressed folder: `<root>/<first two hex digits>/<sha256>`, each with its leaf table beside it.
@@ -100,7 +102,7 @@ class BlobStore:
         try:
             return self.path(sha256).stat().st_size
         except FileNotFoundError as error:
-            raise StorageError(f"blob {sha256} is not in {self.root}") from error
+            raise StorageError(f"blob {sha256} is not in {self.root}", hint=_LOST) from error
 
     def read(self, sha256: str) -> bytes:
         """A blob's bytes, checked against its name.

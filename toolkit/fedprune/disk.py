@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedprune.errors import StorageError, StorageFullError
+from fedprune.errors import StorageError, StorageFullError, remedy
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -32,13 +32,13 @@ def storage_errors(what: str, *, missing: bool = False) -> Iterator[None]:
     except FileNotFoundError as error:
         if missing:
             raise
-        raise StorageError(f"{what}: {error.strerror}") from error
+        raise StorageError(f"{what}: {error.strerror}", hint=remedy(error)) from error
     except OSError as error:
         if error.errno in _FULL:
             raise StorageFullError(
                 f"{what}: {error.strerror}", hint="Free some space; what was there before is untouched."
             ) from error
-        raise StorageError(f"{what}: {error.strerror}") from error
+        raise StorageError(f"{what}: {error.strerror}", hint=remedy(error)) from error
 
 
 @contextmanager

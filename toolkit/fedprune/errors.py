@@ -6,6 +6,7 @@ paragraph for each code.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -115,6 +116,23 @@ def meant(given: object, known: Iterable[str]) -> str:
     if len(given) <= _LONGEST_NAME:
         near = near or get_close_matches(given, names, 1, _ALIKE)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+_REMEDIES = {
+    errno.ENOENT: "Check the path, as it stands here; it counts from the current folder.",
+    errno.EACCES: "Let this user read and write there, or choose another place.",
+    errno.EPERM: "Let this user read and write there, or choose another place.",
+    errno.EROFS: "Choose a place that can be written to.",
+    errno.ENOTDIR: "A part of the path is a file: choose another folder.",
+    errno.EEXIST: "There is a file of that name: choose another folder.",
+    errno.EISDIR: "That is a folder: name a file.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+}
+
+
+def remedy(error: OSError | EOFError) -> str:
+    """What a user can do where the operating system refuses a path; empty where that is not known."""
+    return _REMEDIES.get(getattr(error, "errno", None) or 0, "")
 
 
 class UsageError(FedpruneError):

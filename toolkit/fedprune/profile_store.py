@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedprune.errors import ProfileError, meant
+from fedprune.errors import ProfileError, meant, remedy
 from fedprune.profile import HardwareProfile
 
 _SUFFIXES = (".toml", ".json")
@@ -51,7 +51,7 @@ def read(path: Path) -> HardwareProfile:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise ProfileError(f"can't read {path}: {error.strerror}") from error
+        raise ProfileError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
     return HardwareProfile.from_json(raw, str(path))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.errors import BundleError, shown
+from fedprune.errors import BundleError, remedy, shown
 
 Array = npt.NDArray[Any]
 
@@ -157,7 +157,7 @@ def load(path: Path) -> dict[str, Array]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise BundleError(f"can't read {path}: {error.strerror}") from error
+        raise BundleError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
     try:
         return decode(raw)
     except BundleError as error:

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fedprune.errors import FedpruneError, MissingExtraError
+from fedprune.errors import FedpruneError, MissingExtraError, remedy
 
 
 def read_toml(path: Path, error: type[FedpruneError]) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def read_toml(path: Path, error: type[FedpruneError]) -> dict[str, Any]:
     try:
         raw = path.read_bytes()
     except OSError as cause:
-        raise error(f"can't read {path}: {cause.strerror}") from cause
+        raise error(f"can't read {path}: {cause.strerror}", hint=remedy(cause)) from cause
     try:
         body: dict[str, Any] = toml.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as cause:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.errors import DataError, MissingExtraError, reason
+from fedprune.errors import DataError, MissingExtraError, reason, remedy
 from fedprune_server.data.samples import Samples, assembled
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp")
@@ -109,7 +109,7 @@ def _folders(folder: Path) -> list[Path]:
     try:
         return sorted((f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")), key=lambda f: f.name)
     except OSError as error:
-        raise DataError(f"can't read {folder}: {error.strerror or error}") from error
+        raise DataError(f"can't read {folder}: {error.strerror or error}", hint=remedy(error)) from error
 
 
 def _images(folder: Path) -> Iterator[Path]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy
 
-from fedprune.errors import DataError
+from fedprune.errors import DataError, remedy
 from fedprune_device.data import why_unreadable
 from fedprune_server.data.samples import Samples, assembled
 
@@ -109,7 +109,7 @@ def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Ar
                 arrays[name] = file[name] if mapped is None else mapped
         return arrays
     except OSError as error:
-        raise DataError(f"can't read {path}: {error.strerror or error}") from error
+        raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
     except DataError:
         raise
     except Exception as error:  # what is damaged makes zipfile, numpy and its parser of headers raise anything
