@@ -21,7 +21,7 @@ def register(commands: Any) -> None:
     )
     demo.add_argument("--rounds", type=int, metavar="N", help="rounds of each job")
     demo.add_argument("--seed", type=int, default=0, help="keys every random number (default: 0)")
-    demo.add_argument("--quick", action="store_true", help="two rounds: does it run at all? Claims may fail")
+    demo.add_argument("--quick", action="store_true", help="two rounds: does it run at all? Too few to judge it by")
     demo.set_defaults(run=run)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fedprune.cli import ended_by_signals
 from fedprune.errors import ConfigError, ExitCode
 from fedprune.job import Job
 from fedprune.wire.link import Link
@@ -121,15 +121,17 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
     began = time.monotonic()
     rounds = rounds if rounds is not None else QUICK_ROUNDS if quick else ROUNDS
     folder = DemoFolder.prepare(out, seed)
-    with _logging(), _ended_by_signals():
+    with _logging(), ended_by_signals():
         print(f"{len(BOARDS)} devices, {rounds} rounds, two jobs: models as wide as each link allows, then FedAvg.")
         print(f"Devices' output lies in {out}/*/devices/*.log\n")
         fleet = run_job("fedprune", fleet_job(seed, rounds), folder)
         reference = run_job(TITLE, reference_job(seed, rounds), folder)
     fleet.save(out / "metrics.json")
     reference.save(out / "metrics-reference.json")
-    report = write_report(out, fleet, reference)
-    print(f"\n{summary_text(fleet, reference)}")
+    report = write_report(out, fleet, reference, judged=not quick)
+    print(f"\n{summary_text(fleet, reference, judged=not quick)}")
+    if quick:
+        print(f"\n{rounds} rounds are too few to judge accuracies and bytes by; the demo without --quick does.")
     print(f"\n{time.monotonic() - began:.0f} s in all. Report: {report.html}")
     return int(verdict(fleet, reference, quick))
 
@@ -269,18 +271,3 @@ def _logging() -> Iterator[None]:
     finally:
         root.handlers[:], root.propagate = before[0], before[2]
         root.setLevel(before[1])
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the demo as Ctrl-C does: through all that must be put away."""
-
-    def end(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {s: signal.signal(s, end) for s in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedprune import __version__
-from fedprune.cli import run_command, whole_number, with_extra
+from fedprune.cli import ended_by_signals, run_command, whole_number, with_extra
 from fedprune.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:  # what follows needs packages of an extra; the command line doesn't
@@ -130,7 +131,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from fedprune_server.sweep import read_sweep, simulated
 
     runs, out = read_sweep(options.file), _folder(options.out)
-    with Watching() as watching:
+    with _goes_on(out), Watching() as watching:
         ended = carry_out(simulated, runs, out, workers=options.workers, ray=options.ray, watch=watching.show)
     failed = [e for e in ended if e.result is None]
     done = [out / e.name for e in ended if e.result is not None]
@@ -154,6 +155,16 @@ def _folder(out: Path) -> Path:
     return out
 
 
+@contextmanager
+def _goes_on(folder: Path) -> Iterator[None]:
+    """Say what to do after Ctrl-C; SIGTERM is the same."""
+    with ended_by_signals():
+        try:
+            yield
+        except KeyboardInterrupt as stopped:
+            raise KeyboardInterrupt(f"the same command goes on with what {folder} holds") from stopped
+
+
 def _one(experiment: Experiment, folder: Path, *, suffix: str = "", state: str = "run") -> Record:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -164,7 +175,8 @@ def _one(experiment: Experiment, folder: Path, *, suffix: str = "", state: str =
     job = experiment.job
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with logged_above(console), Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
+    note = TextColumn("{task.fields[note]}")
+    with _goes_on(folder), logged_above(console), Progress(*columns, note, console=console) as bar:
         rounds = bar.add_task(experiment.title, total=job.rounds, note="")
 
         def show(simulation: Simulation) -> None:

@@ -1,6 +1,7 @@
 """`fedprune-simulate`: from a configuration to a report, and what it says to a wrong one."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from fedprune_server.record import Record
 from fedprune_server.report import TAIL
 from fedprune_server.simulate_cli import build_parser, main
 from fedprune_server.simulated_fleet import demo_plan, read_plan
+from fedprune_server.virtual_device import Bench
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "simulate.md"
 NAMES = ("barn", "dock")
@@ -98,6 +100,29 @@ def test_a_second_call_does_not_train_again(config, tmp_path, monkeypatch):
     monkeypatch.setattr("fedprune_server.virtual_device.Bench.carry_out", lambda *_: pytest.fail("trained again"))
     assert main(arguments) == ExitCode.OK
     assert Record.load(tmp_path / "out" / "metrics.json") == first
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_simulation_that_the_same_command_goes_on_with(config, tmp_path, capsys, number):
+    trained = []
+    whole = Bench.carry_out
+
+    def carry_out(bench, device, offer, round_):
+        trained.append((device.name, round_))
+        if len(trained) == 4:
+            signal.raise_signal(number)
+        return whole(bench, device, offer, round_)
+
+    out, arguments = tmp_path / "out", ["--config", config(), "--rounds", "3", "--out"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bench, "carry_out", carry_out)
+        assert main([*arguments, str(out)]) == ExitCode.INTERRUPTED
+        assert f"interrupted: the same command goes on with what {out} holds\n" in capsys.readouterr().err
+        assert main([*arguments, str(out)]) == ExitCode.OK
+    assert [r for _, r in trained].count(1) == 2
+    assert main([*arguments, str(tmp_path / "whole")]) == ExitCode.OK
+    run, other = (Record.load(f / "metrics.json") for f in (out, tmp_path / "whole"))
+    assert run == other
 
 
 @pytest.mark.parametrize("name", ["fedavg", "FedAvg", "run", "reference", "metrics.json"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from fedprune.cli import DEBUG, run_command, seconds, whole_number, with_extra
+from fedprune.cli import DEBUG, ended_by_signals, run_command, seconds, whole_number, with_extra
 from fedprune.errors import BrokerError, ExitCode, ModelError, PlanError, StorageFullError, UsageError
 
 pytestmark = pytest.mark.board
@@ -39,7 +40,6 @@ def failing(error: BaseException) -> Callable[[], Any]:
         (PlanError("no width"), ExitCode.PLAN),
         (BrokerError("no broker"), ExitCode.BROKER),
         (StorageFullError("full"), ExitCode.STORAGE_FULL),
-        (KeyboardInterrupt(), ExitCode.INTERRUPTED),
         (OSError(errno.ENOSPC, "No space left on device", "x"), ExitCode.STORAGE_FULL),
         (PermissionError(errno.EACCES, "Permission denied", "x"), ExitCode.STORAGE),
         (MemoryError(), ExitCode.INTERNAL),
@@ -58,6 +58,50 @@ def test_errors_are_one_line_and_a_code(
     assert captured.out == ""
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(KeyboardInterrupt(), "interrupted\n"), (KeyboardInterrupt("go on"), "interrupted: go on\n")],
+)
+def test_an_interruption_is_no_error(error: KeyboardInterrupt, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(failing(error)) == ExitCode.INTERRUPTED
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_like_ctrl_c(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+
+    def action() -> None:
+        with ended_by_signals():
+            signal.raise_signal(number)
+            pytest.fail("it went on")
+
+    assert command(action) == ExitCode.INTERRUPTED
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["look", "--number", "x"], "argument --number: invalid int value: 'x'. See `tool look --help`.\n"),
+        (["look"], "the following arguments are required: --number. See `tool look --help`.\n"),
+        (["look", "--number", "1", "more"], "unrecognized arguments: more. See `tool --help`.\n"),
+        ([], "the following arguments are required: COMMAND. See `tool --help`.\n"),
+    ],
+)
+def test_a_usage_error_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def build() -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(prog="tool")
+        commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        commands.add_parser("look").add_argument("--number", type=int, required=True)
+        return parser
+
+    with pytest.raises(SystemExit) as caught:
+        run_command("tool", build, words)
+    assert caught.value.code == ExitCode.USAGE
+    assert capsys.readouterr().err == f"error: {said}"
 
 
 def test_a_message_of_several_lines_becomes_one(capsys: pytest.CaptureFixture[str]) -> None:

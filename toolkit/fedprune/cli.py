@@ -9,9 +9,13 @@ import argparse
 import errno
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
 
 from fedprune.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, meant
 
@@ -36,6 +40,7 @@ def run_command(
     """
     try:
         parser = build_parser()
+        _shorten(parser)
         _check_options(parser, sys.argv[1:] if argv is None else argv)
         arguments = parser.parse_args(argv)
         code = int(arguments.run(arguments))
@@ -45,8 +50,8 @@ def run_command(
         # The reader went away (`| head`); what is left must not fail again when the interpreter flushes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.OK)
-    except KeyboardInterrupt:
-        _say("interrupted")
+    except KeyboardInterrupt as error:  # which is no error: somebody wanted it
+        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
     except FedpruneError as error:
         _say(str(error))
@@ -107,6 +112,38 @@ def seconds(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
     return value
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: through all that must be put away."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+        yield
+        return
+
+    def end(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, end) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _shorten(parser: argparse.ArgumentParser) -> None:
+    """Let a parser, and those of its subcommands, say in one line what is wrong, without the usage of the command."""
+
+    def error(message: str) -> NoReturn:
+        _say(f"{message}. See `{parser.prog} --help`.")
+        raise SystemExit(int(ExitCode.USAGE))
+
+    parser.error = error  # type: ignore[method-assign]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                _shorten(inner)
 
 
 def _check_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
