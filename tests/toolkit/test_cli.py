@@ -104,6 +104,11 @@ def test_a_usage_error_is_one_line(words: list[str], said: str, capsys: pytest.C
     assert capsys.readouterr().err == f"error: {said}"
 
 
+def test_what_the_system_refuses_comes_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(failing(PermissionError(errno.EACCES, "Permission denied", "x"))) == ExitCode.STORAGE
+    assert capsys.readouterr().err.startswith("error: Permission denied: x. Let this user")
+
+
 def test_a_message_of_several_lines_becomes_one(capsys: pytest.CaptureFixture[str]) -> None:
     command(failing(ModelError("first\nsecond")))
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from fedprune.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, meant
+from fedprune.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, meant, remedy
 
 DEBUG = "FEDPRUNE_DEBUG"
 """Environment variable that shows tracebacks, too."""
@@ -62,7 +62,7 @@ def run_command(
             return int(ExitCode.STORAGE_FULL)
         if error.strerror is None:
             return _internal(prog, error)
-        _say(f"{error.strerror}{_where(error)}")
+        _say(f"{error.strerror}{_where(error)}. {remedy(error)}")
         return int(ExitCode.STORAGE)
     except MemoryError:
         _say("not enough memory on this machine")

@@ -119,7 +119,7 @@ def meant(given: object, known: Iterable[str]) -> str:
 
 
 _REMEDIES = {
-    errno.ENOENT: "Check the path, as it stands here; it counts from the current folder.",
+    errno.ENOENT: "Check the path, or choose another; as it stands here it counts from the current folder.",
     errno.EACCES: "Let this user read and write there, or choose another place.",
     errno.EPERM: "Let this user read and write there, or choose another place.",
     errno.EROFS: "Choose a place that can be written to.",
