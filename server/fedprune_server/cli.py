@@ -211,6 +211,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 sum(traffic.received.values()),
                 sum(traffic.delivered.values()),
             )
+        if signals and not daemon.finished:
+            log.info("stopped: the same command goes on with what %s holds", config.state)
     # SIGTERM is how a service is stopped; Ctrl-C is somebody who didn't wait for the end.
     return int(ExitCode.INTERRUPTED if signal.SIGINT in signals and not daemon.finished else ExitCode.OK)
 

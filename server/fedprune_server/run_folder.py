@@ -25,6 +25,7 @@ def simulate(
     folder: Path | None = None,
     progress: Callable[[Simulation], None] | None = None,
     *,
+    begun: Callable[[Simulation], None] | None = None,
     suffix: str = "",
     state: str = "run",
 ) -> Record:
@@ -35,6 +36,7 @@ def simulate(
         folder: Where `config.json`, `metrics.json`, `metrics.parquet` and `rounds.parquet` are written, and where the
             state lies that a killed run goes on from. Without it nothing stays.
         progress: Called after every training and every round.
+        begun: Called once all is ready, before anything is trained.
         suffix: Put before the ending of those files' names, where one folder has several runs.
         state: The folder's folder of the run's state.
 
@@ -55,7 +57,7 @@ def simulate(
         if folder is not None:
             text = json.dumps(experiment.settings(), indent=1) + "\n"
             write_whole(folder / CONFIG.format(suffix), text.encode())
-        simulation.run(progress)
+        simulation.run(progress, begun)
         record = simulation.record()
     if folder is not None:
         record.save(folder / RECORD.format(suffix))

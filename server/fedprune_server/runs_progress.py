@@ -1,14 +1,77 @@
-"""Where many runs stand, on a terminal."""
+"""Where runs stand, on a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
+from fedprune.coordination import Phase
 from fedprune_server.runs import Standing
+from fedprune_server.simulation import Simulation
+from fedprune_server.table import logged_above
+
+
+class Following:
+    """A bar on standard error for one run, with log lines above it.
+
+    Args:
+        title: The run's.
+    """
+
+    def __init__(self, title: str) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._console = console
+        self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+        self._rounds = self._bar.add_task(title, total=None, note="")
+        self._title = title
+        self._open = ExitStack()
+
+    def __enter__(self) -> Following:
+        self._open.enter_context(logged_above(self._console))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def begin(self, simulation: Simulation) -> None:
+        """Begin, with what an earlier start has done: that tells nothing about how long the rest takes."""
+        rounds, done = simulation.job.rounds, len(simulation.state.history)
+        if simulation.state.phase is Phase.FINISHED:
+            self._say(f"all {done} rounds were done before; nothing is trained again")
+            return
+        if done:
+            self._say(f"goes on after round {done} of {rounds}")
+        self._open.enter_context(self._bar)
+        self._bar.reset(self._rounds, total=rounds, completed=done)
+
+    def show(self, simulation: Simulation) -> None:
+        """Show where the run stands."""
+        state, rounds = simulation.state, simulation.job.rounds
+        done = sum(t.progress.over for t in state.tasks.values()) / max(1, len(state.tasks))
+        metrics = state.history[-1]["metrics"] if state.history else {}
+        note = f"loss {metrics['loss']:.4g}" if "loss" in metrics else ""
+        if "accuracy" in metrics:
+            note = f"accuracy {metrics['accuracy']:.1%}"
+        shown = min(rounds, len(state.history) + (done if state.round > len(state.history) else 0))
+        self._bar.update(self._rounds, completed=round(shown, 2), note=note)
+
+    def _say(self, text: str) -> None:
+        self._console.print(f"{self._title}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 class Watching:

@@ -17,7 +17,6 @@ from fedprune.errors import ExitCode, UsageError
 if TYPE_CHECKING:  # what follows needs packages of an extra; the command line doesn't
     from fedprune_server.experiment import Experiment
     from fedprune_server.record import Record
-    from fedprune_server.simulation import Simulation
 
 PROG = "fedprune-simulate"
 COMPARE = "compare"
@@ -166,32 +165,11 @@ def _goes_on(folder: Path) -> Iterator[None]:
 
 
 def _one(experiment: Experiment, folder: Path, *, suffix: str = "", state: str = "run") -> Record:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from fedprune_server.run_folder import simulate
-    from fedprune_server.table import logged_above
+    from fedprune_server.runs_progress import Following
 
-    job = experiment.job
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    note = TextColumn("{task.fields[note]}")
-    with _goes_on(folder), logged_above(console), Progress(*columns, note, console=console) as bar:
-        rounds = bar.add_task(experiment.title, total=job.rounds, note="")
-
-        def show(simulation: Simulation) -> None:
-            state = simulation.state
-            if not bar.tasks[0].completed:  # what an earlier start has done tells nothing about what is left
-                bar.reset(rounds, total=job.rounds, completed=max(0, len(state.history) - 1))
-            done = sum(t.progress.over for t in state.tasks.values()) / max(1, len(state.tasks))
-            metrics = state.history[-1]["metrics"] if state.history else {}
-            note = f"loss {metrics['loss']:.4g}" if "loss" in metrics else ""
-            if "accuracy" in metrics:
-                note = f"accuracy {metrics['accuracy']:.1%}"
-            shown = min(job.rounds, len(state.history) + (done if state.round > len(state.history) else 0))
-            bar.update(rounds, completed=round(shown, 2), note=note)
-
-        return simulate(experiment, folder, show, suffix=suffix, state=state)
+    with _goes_on(folder), Following(experiment.title) as following:
+        return simulate(experiment, folder, following.show, begun=following.begin, suffix=suffix, state=state)
 
 
 if __name__ == "__main__":

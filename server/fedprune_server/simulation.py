@@ -93,11 +93,16 @@ class Simulation:
         """What `measure` found, by round."""
         return {number: notes.measured for number, notes in self._run.rounds.items()}
 
-    def run(self, progress: Callable[[Simulation], None] | None = None) -> list[dict[str, Any]]:
+    def run(
+        self,
+        progress: Callable[[Simulation], None] | None = None,
+        begun: Callable[[Simulation], None] | None = None,
+    ) -> list[dict[str, Any]]:
         """Run the job to its end, from wherever it stands.
 
         Args:
             progress: Called after every training and every round.
+            begun: Called once all is ready, before anything is trained.
 
         Returns:
             The coordinator's history: a summary per round.
@@ -118,6 +123,8 @@ class Simulation:
             else:
                 self._save()
             bench.boards = self._run.boards
+            if begun is not None:
+                begun(self)
             while self.state.phase is not Phase.FINISHED:
                 if not self._run.queue:
                     raise PlanError("the simulation has come to a standstill", hint=excuse(self.state))

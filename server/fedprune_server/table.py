@@ -101,9 +101,12 @@ class Lines:
     def refresh(self, snapshot: Callable[[], Snapshot]) -> None:
         """Nothing: lines come with events."""
 
+    def __init__(self) -> None:
+        self._pace = _Pace()
+
     def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
         """Log the round."""
-        log.info("%s", round_line(snapshot, summary))
+        log.info("%s%s", round_line(snapshot, summary), self._pace.rest(snapshot, summary))
         for row in snapshot.rows:
             log.debug("  %s", row_line(row))
 
@@ -128,6 +131,7 @@ class LiveTable:
         self._logged.enter_context(logged_above(self._console))
         self._live.start()
         self._drawn = -REFRESH_S
+        self._pace = _Pace()
 
     def refresh(self, snapshot: Callable[[], Snapshot]) -> None:
         """Draw, at most twice a second."""
@@ -138,7 +142,7 @@ class LiveTable:
 
     def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
         """Print the round's line above the table and draw."""
-        log.info("%s", round_line(snapshot, summary))
+        log.info("%s%s", round_line(snapshot, summary), self._pace.rest(snapshot, summary))
         self._draw(snapshot)
 
     def close(self) -> None:
@@ -176,6 +180,31 @@ class _Above(logging.Handler):
             self._console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
         except Exception:  # noqa: BLE001 - as every handler does: a line that can't be shown ends nothing
             self.handleError(record)
+
+
+class _Pace:
+    """How long the rest of a job will take, by the rounds that were seen to end."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+
+    def rest(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> str:
+        """What to add to a round's line; nothing at the first, whose beginning wasn't seen, and the last."""
+        number, now = int(summary["round"]), time.monotonic()
+        if self._first is None or number <= self._first[0]:
+            self._first = number, now
+            return ""
+        before, at = self._first
+        left = (snapshot.rounds - number) * (now - at) / (number - before)
+        return f", about {span(left)} left" if number < snapshot.rounds else ""
+
+
+def span(seconds: float) -> str:
+    """A length of time in a word or two."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(1, round(seconds))} s"
 
 
 @contextmanager

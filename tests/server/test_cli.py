@@ -196,7 +196,12 @@ def test_a_model_that_lacks_its_input_shape_gets_advice_that_the_server_can_take
     ],
 )
 def test_only_a_job_that_is_interrupted_ends_with_the_code_for_it(
-    state: Path, number: signal.Signals, finished: bool, code: ExitCode, monkeypatch: pytest.MonkeyPatch
+    state: Path,
+    number: signal.Signals,
+    finished: bool,
+    code: ExitCode,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def run(daemon: Daemon, **_: object) -> None:
         daemon._finished = finished
@@ -205,6 +210,7 @@ def test_only_a_job_that_is_interrupted_ends_with_the_code_for_it(
 
     monkeypatch.setattr(Daemon, "run", run)
     assert main(["run", "--state", str(state), "--port", "0"]) == code
+    assert (f"stopped: the same command goes on with what {state} holds" in capsys.readouterr().out) is not finished
 
 
 @pytest.mark.parametrize("stays", [True, False])

@@ -93,13 +93,26 @@ def test_the_strategy_is_said_on_the_command_line(config, tmp_path, capsys):
     assert demo_plan(strategy="heterofl").compared().job == demo_plan().compared().job
 
 
-def test_a_second_call_does_not_train_again(config, tmp_path, monkeypatch):
+def test_a_second_call_does_not_train_again(config, tmp_path, monkeypatch, capsys):
     arguments = ["--config", config(), "--out", str(tmp_path / "out")]
     assert main(arguments) == ExitCode.OK
     first = Record.load(tmp_path / "out" / "metrics.json")
     monkeypatch.setattr("fedprune_server.virtual_device.Bench.carry_out", lambda *_: pytest.fail("trained again"))
+    capsys.readouterr()
     assert main(arguments) == ExitCode.OK
+    assert capsys.readouterr().err == "yard: all 2 rounds were done before; nothing is trained again\n"
     assert Record.load(tmp_path / "out" / "metrics.json") == first
+
+
+@pytest.mark.parametrize(("option", "value"), [("--trainer", "jax"), ("--seed", "9")])
+def test_no_bar_begins_before_what_ends_it_is_known(config, tmp_path, capsys, option, value):
+    arguments = ["--config", config(), "--out", str(tmp_path / "out"), "--rounds", "1"]
+    assert main(arguments) == ExitCode.OK
+    capsys.readouterr()
+    assert main([*arguments, option, value]) in (ExitCode.CONFIG, ExitCode.STORAGE)
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -119,6 +132,7 @@ def test_a_signal_ends_a_simulation_that_the_same_command_goes_on_with(config, t
         assert main([*arguments, str(out)]) == ExitCode.INTERRUPTED
         assert f"interrupted: the same command goes on with what {out} holds\n" in capsys.readouterr().err
         assert main([*arguments, str(out)]) == ExitCode.OK
+    assert "yard: goes on after round 1 of 3\n" in capsys.readouterr().err
     assert [r for _, r in trained].count(1) == 2
     assert main([*arguments, str(tmp_path / "whole")]) == ExitCode.OK
     run, other = (Record.load(f / "metrics.json") for f in (out, tmp_path / "whole"))

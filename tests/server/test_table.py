@@ -8,7 +8,18 @@ from dataclasses import replace
 
 import pytest
 
-from fedprune_server.table import Lines, LiveTable, Row, Snapshot, cells, make_display, round_line, row_line, title
+from fedprune_server.table import (
+    Lines,
+    LiveTable,
+    Row,
+    Snapshot,
+    cells,
+    make_display,
+    round_line,
+    row_line,
+    span,
+    title,
+)
 
 ROW = Row("pi", "raspberry-pi-4b", 0.5, 12_345, 2_500_000, 1_250_000, 12.34, 0.875, "train 3/10")
 SNAPSHOT = Snapshot("leaves", 2, 10, "training", {"accuracy": 0.75, "samples": 100.0}, 41.6, True, (ROW,))
@@ -54,6 +65,26 @@ def test_a_round_is_one_line() -> None:
     assert round_line(SNAPSHOT, SUMMARY) == (
         "round 2 of 10: 1 of 2 devices counted, accuracy 0.7500, 2.50 MB down and 1.25 MB up so far, model 0123456789ab"
     )
+
+
+def test_rounds_that_were_seen_tell_how_long_the_rest_takes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 130.0, 160.0, 220.0])
+    monkeypatch.setattr("fedprune_server.table.time.monotonic", lambda: next(clock))
+    lines = Lines()
+    with caplog.at_level(logging.INFO, "fedprune.server"):
+        for number in (2, 3, 4, 10):
+            lines.round_over(SNAPSHOT, {**SUMMARY, "round": number})
+    ends = [r.getMessage().partition(", model 0123456789ab")[2] for r in caplog.records]
+    assert ends == ["", ", about 4 min left", ", about 3 min left", ""]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.2, "1 s"), (89.0, "89 s"), (91.0, "2 min"), (5399.0, "90 min"), (5401.0, "2 h")]
+)
+def test_a_span_is_a_word_or_two(seconds: float, said: str) -> None:
+    assert span(seconds) == said
 
 
 def test_without_a_terminal_there_are_lines() -> None:
