@@ -74,18 +74,18 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--port", type=int, help="port of the embedded broker (default: 1883; 0 for a free one)")
     run.add_argument("--site", type=_site, help="devices of this site take part (default: default)")
     run.add_argument("--profiles", type=Path, metavar="DIR", help="hardware profiles beside the shipped ones")
-    run.add_argument("--workers", type=int, metavar="N", help="processes that make submodels (default: 1)")
+    run.add_argument("--workers", type=whole_number, metavar="N", help="processes that make submodels (default: 1)")
     run.add_argument(
         "--keep",
-        type=int,
+        type=whole_number,
         metavar="N",
         help="global models that stay on the disk (default: 3)",
     )
     run.add_argument("--archive", action="store_true", default=None, help="keep all that `replay` needs")
     run.add_argument("--name", help="name of the job")
     run.add_argument("--seed", type=int, help="keys every random number")
-    run.add_argument("--rounds", type=int, metavar="N", help="rounds to run")
-    run.add_argument("--devices", type=int, metavar="N", help="a round starts when so many devices are there")
+    run.add_argument("--rounds", type=whole_number, metavar="N", help="rounds to run")
+    run.add_argument("--devices", type=whole_number, metavar="N", help="a round starts when so many devices are there")
     run.add_argument("--participation", type=float, metavar="SHARE", help="share of the devices that a round asks")
     run.add_argument("--deadline", type=float, metavar="S", help="seconds that a round waits for updates")
     run.add_argument(

@@ -211,12 +211,16 @@ def without_password(broker: str) -> str:
 
 
 def _located(build: Callable[[], ServerConfig], where: str) -> ServerConfig:
+    config = ServerConfig()
     try:
         config = build()
         compose(config.job)  # a wrong option is better known now than when the first device is there
         return config
     except ConfigError as error:
         what = error.what
+        kind, _, option = what.partition(": ")
+        if kind == "allocator" and option in config.job.options:
+            what = f"[job] option {option} of {config.job.strategy}"
         for table in ("job", "recipe", "server"):
             if what.startswith(f"{table}: "):
                 name = "job.recipe" if table == "recipe" else table

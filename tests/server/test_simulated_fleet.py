@@ -112,6 +112,12 @@ def test_devices_without_test_samples_leave_nothing_to_measure_on(write):
     assert len(plan.measure.y)
 
 
+def test_a_mistake_in_dealt_data_names_file_and_table_once(write):
+    with pytest.raises(ConfigError) as caught:
+        read_plan(write(DATA + "devices = 4\nalpha = 0\n[[devices]]\nprofile = 'raspberry-pi-4b'\n"))
+    assert str(caught.value).count("fleet.toml") == str(caught.value).count("[data]") == 1
+
+
 def test_the_example_has_the_paper_s_links(write, tmp_path):
     np.savez(tmp_path / "data.npz", **np.load(tmp_path / "all.npz"))
     plan = read_plan(write((EXAMPLES / "pr_fl_links.toml").read_text(), head=""))
