@@ -11,6 +11,7 @@ from fedprune.coordination import Phase, State
 from fedprune.disk import held
 from fedprune_server.foresight import Compared, compared, described
 from fedprune_server.storage import LOCK, Storage
+from fedprune_server.table import metric_texts
 
 _NOT_BEGUN = "not begun"
 
@@ -73,7 +74,7 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
         lines.append(f"  the last {len(shown)} of {len(history)} rounds:")
     for row in shown:
         counted = sum(d["progress"] == "folded" for d in row["devices"].values())
-        metrics = ", ".join(f"{k} {v:.4f}" for k, v in sorted(row["metrics"].items()) if k != "samples")
+        metrics = ", ".join(metric_texts(row["metrics"]))
         lines.append(
             f"  round {row['round']}: {counted} of {len(row['devices'])} devices, {metrics or 'not evaluated'}"
         )

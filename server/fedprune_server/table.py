@@ -14,6 +14,9 @@ log = logging.getLogger("fedprune.server")
 
 REFRESH_S = 0.5
 
+_WIDE = 120
+"""On terminals with so many columns there is room for profiles' whole names."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -151,18 +154,24 @@ class LiveTable:
         self._logged.close()
 
     def _draw(self, snapshot: Snapshot) -> None:
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
         # Texts, not markup: half of these words are devices' own, and a bracket in them must stay a bracket.
-        table = Table(title=Text(title(snapshot)), title_justify="left", expand=False)
-        table.add_column("device")
-        table.add_column("profile")
+        table = Table(
+            title=Text(title(snapshot)), title_justify="left", expand=False, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
+        table.add_column("device", no_wrap=True)
+        table.add_column("profile", overflow="ellipsis")  # the only one that gives way on a narrow terminal
         for name in ("density", "parameters", "MB down", "MB up", "seconds", "accuracy"):
-            table.add_column(name, justify="right")
-        table.add_column("state")
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("state", no_wrap=True)
         for row in snapshot.rows:
-            table.add_row(*(Text(cell) for cell in cells(row)))
+            device, profile, *others = cells(row)
+            if self._console.width < _WIDE:
+                profile = profile.removeprefix("raspberry-")
+            table.add_row(*(Text(cell) for cell in (device, profile, *others)))
         self._live.update(table, refresh=True)
 
 
@@ -229,7 +238,7 @@ def title(snapshot: Snapshot) -> str:
     """The header: round, phase, global accuracy, deadline."""
     parts = [f"{snapshot.job}: round {snapshot.round} of {snapshot.rounds}", snapshot.phase]
     if "accuracy" in snapshot.metrics:
-        parts.append(f"global accuracy {snapshot.metrics['accuracy']:.4f}")
+        parts.append(f"global accuracy {snapshot.metrics['accuracy']:.1%}")
     elif "loss" in snapshot.metrics:
         parts.append(f"global loss {snapshot.metrics['loss']:.4g}")
     if snapshot.remaining_s is not None:
@@ -256,7 +265,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def _own(row: Row) -> str:
     if row.accuracy is not None:
-        return f"{row.accuracy:.4f}"
+        return f"{row.accuracy:.1%}"
     return "-" if row.loss is None else f"loss {row.loss:.4g}"
 
 
@@ -274,9 +283,15 @@ def round_line(snapshot: Snapshot, summary: Mapping[str, Any]) -> str:
     devices = summary["devices"]
     counted = sum(d["progress"] == "folded" for d in devices.values())
     parts = [f"{counted} of {len(devices)} devices counted"]
-    parts += [f"{k} {v:.4f}" for k, v in sorted(summary["metrics"].items()) if k != "samples"]
+    parts += metric_texts(summary["metrics"])
     parts.append(f"{_mb(snapshot.bytes_down)} MB down and {_mb(snapshot.bytes_up)} MB up so far")
     return f"round {summary['round']} of {snapshot.rounds}: {', '.join(parts)}, model {summary['model'][:12]}"
+
+
+def metric_texts(metrics: Mapping[str, float]) -> list[str]:
+    """What was measured of a global model, for people: shares as percentages, losses as numbers."""
+    shown = {k: f"{v:.1%}" if k == "accuracy" else f"{v:.4f}" for k, v in metrics.items() if k != "samples"}
+    return [f"{k} {text}" for k, text in sorted(shown.items())]
 
 
 def _mb(size: int) -> str:

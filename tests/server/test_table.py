@@ -37,7 +37,7 @@ class Terminal(io.StringIO):
 
 
 def test_a_row_has_every_column() -> None:
-    expected = ("pi", "raspberry-pi-4b", "0.5", "12,345", "2.50", "1.25", "12.3", "0.8750", "train 3/10")
+    expected = ("pi", "raspberry-pi-4b", "0.5", "12,345", "2.50", "1.25", "12.3", "87.5%", "train 3/10")
     assert cells(ROW) == expected
 
 
@@ -54,7 +54,7 @@ def test_where_there_is_no_accuracy_the_loss_is_shown() -> None:
 
 
 def test_the_header_tells_round_phase_accuracy_and_deadline() -> None:
-    assert title(SNAPSHOT) == "leaves: round 2 of 10, training, global accuracy 0.7500, deadline in 42 s"
+    assert title(SNAPSHOT) == "leaves: round 2 of 10, training, global accuracy 75.0%, deadline in 42 s"
 
 
 def test_the_header_tells_when_the_broker_is_away() -> None:
@@ -63,8 +63,34 @@ def test_the_header_tells_when_the_broker_is_away() -> None:
 
 def test_a_round_is_one_line() -> None:
     assert round_line(SNAPSHOT, SUMMARY) == (
-        "round 2 of 10: 1 of 2 devices counted, accuracy 0.7500, 2.50 MB down and 1.25 MB up so far, model 0123456789ab"
+        "round 2 of 10: 1 of 2 devices counted, accuracy 75.0%, 2.50 MB down and 1.25 MB up so far, model 0123456789ab"
     )
+
+
+def test_the_table_fits_a_hundred_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    stream = Terminal()
+    display = make_display(stream)
+    row = Row(
+        "attic-zero",
+        "raspberry-pi-zero-2w-metered-modem",
+        0.609,
+        12_345,
+        26_380_000,
+        26_150_000,
+        12.34,
+        0.4333,
+        "upload 0/7",
+    )
+    display.refresh(lambda: replace(SNAPSHOT, rows=(row,)))
+    display.close()
+    drawn = stream.getvalue().splitlines()
+    assert all(head in "".join(drawn) for head in ("density", "parameters", "MB down", "MB up", "seconds", "state"))
+    lines = [line for line in drawn if "attic-zero" in line]
+    for line in lines:
+        for text in ("pi-zero-2w", "0.609", "12,345", "26.38", "26.15", "12.3", "43.3%", "upload 0/7"):
+            assert text in line
+    assert lines
 
 
 def test_rounds_that_were_seen_tell_how_long_the_rest_takes(
