@@ -89,11 +89,12 @@ def curves(runs: Sequence[Record], path: Path) -> Path:
                 _curves(axis, runs, values, along)
                 axis.set_xlabel(label)
                 axis.set_xlim(left=0)
+            line[0].set_xlim(0.5, max((r.round for run in runs for r in run.rounds), default=1) + 0.5)
             line[0].set_title(title)
             line[0].set_ylabel(runs[0].measure)
-            if runs[0].measure == "accuracy":
-                line[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-            line[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+            line[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if runs[0].measure == "accuracy":
+            _percents([line[0] for line in axes])
         if len(runs) > 1:
             axes[0][0].legend(loc="best", frameon=False, fontsize=8)
         return _save(figure, path)
@@ -226,6 +227,7 @@ def local_bars(run: Record, reference: Record | None, path: Path) -> Path:
                 axis.text(at[name], 0.01, "–", ha="center", fontsize=8)
         densities = {d.name: d.density for d in run.devices}
         axis.set_xticks(range(len(names)), [f"{n}\ndensity {densities[n]:.2f}" for n in names], fontsize=8)
+        axis.set_xlim(-0.6, len(names) - 0.4)  # also where a device has no bar
         if run.measure == "accuracy":
             axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axis.set_ylim(0, 1.12)
@@ -251,6 +253,16 @@ def _curves(axis: Axes, runs: Sequence[Record], values: Values, along: Callable[
             label=run.title,
             zorder=3 - 0.01 * i,
         )
+
+
+def _percents(axes: Sequence[Axes]) -> None:
+    """Show shares as percentages, on all axes with as many decimals as the finest of them needs."""
+    for axis in axes:
+        axis.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    ticks = [100 * float(t) for axis in axes for t in axis.get_yticks()]
+    decimals = next(d for d in range(4) if d == 3 or all(abs(t - round(t, d)) < 1e-6 for t in ticks))
+    for axis in axes:
+        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=decimals))
 
 
 def _some(names: list[str]) -> list[str]:

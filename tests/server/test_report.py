@@ -107,6 +107,34 @@ def bars(run, reference, monkeypatch):
     return found
 
 
+def axes_of(draw, monkeypatch):
+    """What a picture's axes are."""
+    seen = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: seen.append(figure) or path)
+    draw()
+    return seen[0].axes
+
+
+def test_curves_have_ticks_alike_and_no_round_0(monkeypatch):
+    run = record(local=0.5)
+    rounds = tuple(replace(r, accuracy=0.9 + r.round / 1000) for r in run.rounds)
+    axes = axes_of(lambda: pictures.curves([replace(run, rounds=rounds)], None), monkeypatch)
+    texts = [axis.yaxis.get_major_formatter()(value) for axis in axes[::3] for value in (0.5, 1.0)]
+    assert len(axes) == 6
+    assert texts == texts[:2] * 2
+    assert axes[0].get_xlim()[0] > 0
+    assert axes[1].get_xlim()[0] == 0
+    pictures.plt.close(axes[0].figure)
+
+
+@pytest.mark.parametrize("known", [{"zero": 0.5}, {"orin": 0.5}, {}])
+def test_a_device_without_a_bar_has_room(monkeypatch, known):
+    run = replace(record(), rounds=tuple(replace(r, local=known) for r in record().rounds))
+    axis = axes_of(lambda: pictures.local_bars(run, None, None), monkeypatch)[0]
+    assert axis.get_xlim() == pytest.approx((-0.6, 1.6))
+    pictures.plt.close(axis.figure)
+
+
 def test_bars_are_what_was_measured_last(monkeypatch):
     heights, texts = bars(asked_in_turn(), record(), monkeypatch)
     assert heights == pytest.approx([0.6, 0.8, 0.88, 0.92])
