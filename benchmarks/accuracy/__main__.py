@@ -236,12 +236,19 @@ def report(protocol: Protocol, options: argparse.Namespace, *, quiet: bool = Fal
 
 
 def slim(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs without what no page shows: losses, counts of samples, tiers of rounds that are not read."""
+    """Runs without what no page shows: losses, counts of samples, what devices measured in an earlier round."""
     kept = ("accuracy_after", "accuracy_average", "accuracy_before", "accuracy_validation")
-    return [
-        {**run, "rounds": [{**r, "own": {k: v for k, v in r["own"].items() if k in kept}} for r in run["rounds"]]}
-        for run in runs
-    ]
+    out = []
+    for run in runs:
+        rounds: list[dict[str, Any]] = []
+        before: dict[str, Any] = {}
+        for row in run["rounds"]:
+            own = {k: v for k, v in row["own"].items() if k in kept}
+            measured = {k: v for k, v in row["measured"].items() if not k.endswith("_loss")}
+            rounds.append({**row, "measured": measured, "own": {} if own == before else own})
+            before = own
+        out.append({**run, "rounds": rounds})
+    return out
 
 
 def machine() -> str:

@@ -71,6 +71,7 @@ def _all() -> tuple[Method, ...]:
             "pr-fl",
             "pr-fl",
             {"stage1": False, "recovery": False, "synchronous": True, "interval": 5, "layer_floor": 0.02},
+            always,
             elements=True,
             note="at fixed densities and synchronous, as the others; masks anew every 5 rounds",
         ),
