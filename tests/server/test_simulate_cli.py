@@ -127,9 +127,14 @@ def test_a_signal_ends_a_simulation_that_the_same_command_goes_on_with(config, t
         return whole(bench, device, offer, round_)
 
     out, arguments = tmp_path / "out", ["--config", config(), "--rounds", "3", "--out"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Bench, "carry_out", carry_out)
-        assert main([*arguments, str(out)]) == ExitCode.INTERRUPTED
+    # A shell starts what runs in the background with Ctrl-C ignored, tests too.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Bench, "carry_out", carry_out)
+            assert main([*arguments, str(out)]) == ExitCode.INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, ignored)
         assert f"interrupted: the same command goes on with what {out} holds\n" in capsys.readouterr().err
         assert main([*arguments, str(out)]) == ExitCode.OK
     assert "yard: goes on after round 1 of 3\n" in capsys.readouterr().err
