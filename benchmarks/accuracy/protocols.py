@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,8 @@ SMALL = Recipe(epochs=2, batch_size=64, lr=0.05, momentum=0.9, evaluate_every=5)
 
 POOLED = {"devices": 20, "most": 12_000, "pool": 2, "test": 0.25, "validation": 0.1, "standardise": True, "least": 40}
 DIRICHLET = {**POOLED, "partition": "dirichlet", "alpha": 0.1}
+FEWER = {**DIRICHLET, "most": 6_000}
+FIFTY = {**DIRICHLET, "devices": 50, "least": 20}
 PATHOLOGICAL = {**POOLED, "most": 6_000, "partition": "pathological", "classes": 2}
 
 _KEEPS = (
@@ -40,12 +43,10 @@ _DEALT = {
 }
 
 
-def _keeps(partition: str = "dirichlet", **settings: Any) -> str:
-    """What the small tables have in common, and what differs."""
+def _keeps(data: Mapping[str, Any], **settings: Any) -> str:
+    """What the small tables have in common, and what differs: their data, and other settings."""
     usual: dict[str, Any] = {
-        "images": "6,000" if partition == "pathological" else "12,000",
         "size": "16×16",
-        "devices": 20,
         "net": "Conv 32-64-128-128 with batch norm",
         "asked": "all devices",
         "rounds": 20,
@@ -53,7 +54,8 @@ def _keeps(partition: str = "dirichlet", **settings: Any) -> str:
     }
     if unknown := settings.keys() - usual.keys():
         raise KeyError(f"nothing is said of {', '.join(sorted(unknown))}")
-    return _KEEPS.format(partition=_DEALT[partition], **{**usual, **settings})
+    said = {"images": f"{data['most']:,}", "devices": data["devices"], "partition": _DEALT[data["partition"]]}
+    return _KEEPS.format(**said, **{**usual, **settings})
 
 
 def _all() -> tuple[Method, ...]:
@@ -101,7 +103,7 @@ FINALISTS = _some("local", "heterofl", "fedrolex", "subflot", "ca-hfp", "fedprun
 CIFAR = Protocol(
     "cifar10-dirichlet",
     "CIFAR-10, Dirichlet .1",
-    _keeps(),
+    _keeps(DIRICHLET),
     "cifar10",
     DIRICHLET,
     "small_cnn",
@@ -124,7 +126,7 @@ CIFAR_PATHOLOGICAL = replace(
     CIFAR,
     name="cifar10-pathological",
     title="CIFAR-10, two classes each",
-    keeps=_keeps("pathological"),
+    keeps=_keeps(PATHOLOGICAL),
     data=PATHOLOGICAL,
     paper="SubFLOT's Table 1, CIFAR-10 with two classes each: SubFLOT 86.89, HeteroFL 84.54, FedRolex 84.33.",
 )
@@ -134,11 +136,11 @@ FASHION, FASHION_PATHOLOGICAL = (
         table,
         name=table.name.replace("cifar10", "fashion"),
         title=table.title.replace("CIFAR-10", "Fashion-MNIST"),
-        keeps=_keeps(partition, images="6,000", size="14×14"),
-        data={**table.data, "most": 6_000},
+        keeps=_keeps(data, size="14×14"),
+        data=data,
         **_FASHION,
     )
-    for table, partition in ((CIFAR, "dirichlet"), (CIFAR_PATHOLOGICAL, "pathological"))
+    for table, data in ((CIFAR, FEWER), (CIFAR_PATHOLOGICAL, PATHOLOGICAL))
 )
 
 HAR = replace(
@@ -164,7 +166,7 @@ MOBILE, RESNET = (
         CIFAR,
         name=f"cifar10-{short}",
         title=f"CIFAR-10, Dirichlet .1, {title}",
-        keeps=_keeps(net=described),
+        keeps=_keeps(DIRICHLET, net=described),
         net=net,
         methods=FINALISTS,
         minutes=minutes,
@@ -181,8 +183,8 @@ TRAINED = replace(
     CIFAR,
     name="cifar10-trained",
     title="CIFAR-10, Dirichlet .1, from a trained net",
-    keeps=_keeps(images="6,000", rounds=10, net="Conv 32-64-128-128 with batch norm, trained on CIFAR-100 beforehand"),
-    data={**DIRICHLET, "most": 6_000},
+    keeps=_keeps(FEWER, rounds=10, net="Conv 32-64-128-128 with batch norm, trained on CIFAR-100 beforehand"),
+    data=FEWER,
     net="small_cnn_trained",
     recipe=replace(SMALL, evaluate_every=1),
     rounds=10,
@@ -205,8 +207,8 @@ PARTIAL = replace(
     CIFAR,
     name="cifar10-partial",
     title="CIFAR-10, Dirichlet .1, ten of fifty devices a round",
-    keeps=_keeps(devices=50, asked="a fifth of the devices", rounds=50, each="twelve or thirteen"),
-    data={**DIRICHLET, "devices": 50, "least": 20},
+    keeps=_keeps(FIFTY, asked="a fifth of the devices", rounds=50, each="twelve or thirteen"),
+    data=FIFTY,
     rounds=50,
     job={"participation": 0.2},
     recipe=replace(SMALL, evaluate_every=1),
