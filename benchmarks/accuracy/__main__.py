@@ -3,7 +3,7 @@
 Every run (a method and a seed) is a process of its own. A run that was killed goes on from where it stood, one that is
 finished is not repeated unless its settings, its network or its trainer have changed; its numbers lie under
 `build/accuracy`. The page and the numbers of all finished runs are written to `benchmarks/results/accuracy` after
-every run.
+every run; in another checkout the runs of that file count as finished.
 """
 
 from __future__ import annotations
@@ -68,11 +68,13 @@ def table(options: argparse.Namespace) -> int:
         rows_there = ", ".join(m.name for m in protocol.methods)
         raise ConfigError(f"rows of {protocol.name}", expected=rows_there, got=", ".join(sorted(unknown)))
     if options.one:
-        one(protocol, methods[0], protocol.seeds[0], options)
+        one(protocol, methods[0], options.seeds[0], options)
         return 0
     if protocol.changes:  # a look takes the place of no result
         options.runs = options.runs / "changed"
     options.output = options.output or (options.runs if protocol.changes else RESULTS)
+    if not protocol.changes:
+        restore(protocol, options)
     failed = [] if options.page else everything(protocol, methods, options)
     if failed:
         names = ", ".join(f"{name} seed {seed}" for name, seed in failed)
@@ -86,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("table", help="a table's name, or `list`")
     parser.add_argument("--methods", default="", help="only these rows, separated by commas")
-    parser.add_argument("--seeds", type=seeds, default=(), help="instead of the table's, separated by commas")
+    parser.add_argument("--seeds", type=seeds, default=(), help="run only these, separated by commas")
     parser.add_argument("--rounds", type=int, default=0, help="instead of the table's")
     parser.add_argument("--most", type=int, default=0, help="samples that are used, instead of the table's")
     parser.add_argument("--steps", type=int, default=0, help="most local steps of a round, instead of the table's")
@@ -116,9 +118,8 @@ def seeds(text: str) -> tuple[int, ...]:
 
 
 def changed(protocol: Protocol, options: argparse.Namespace) -> Protocol:
-    """The protocol with what the command line says instead."""
-    if options.seeds:
-        protocol = replace(protocol, seeds=options.seeds)
+    """The protocol with what the command line says instead; further seeds join its own on the page."""
+    protocol = replace(protocol, seeds=tuple(sorted({*protocol.seeds, *options.seeds})))
     changes = [f"--{name} {getattr(options, name)}" for name in ("rounds", "most", "steps") if getattr(options, name)]
     if options.rounds:
         recipe = replace(protocol.recipe, evaluate_every=1)  # shares of so few rounds need not be measured ones
@@ -141,7 +142,8 @@ def everything(protocol: Protocol, methods: list[Method], options: argparse.Name
     for package in ("torch", "onnxscript"):
         import_module(package)  # what is missing is said once, not by every process
     samples(protocol.source)
-    wanted = [(m, s) for s in protocol.seeds for m in methods]  # seed by seed: a first look comes early
+    # Seed by seed: a first look comes early.
+    wanted = [(m, s) for s in options.seeds or protocol.seeds for m in methods]
     if options.again:
         for method, seed in wanted:
             forget(protocol, method, seed, options)
@@ -221,12 +223,29 @@ def results(protocol: Protocol, options: argparse.Namespace) -> list[dict[str, A
     ]
 
 
+def restore(protocol: Protocol, options: argparse.Namespace) -> None:
+    """Put finished runs of the committed results where this checkout has none of that row and seed."""
+    path = RESULTS / f"{protocol.name}.json"
+    stored = json.loads(path.read_text()) if path.exists() else {"runs": [], "machine": ""}
+    rows = {m.name: m for m in protocol.methods}
+    for run in whole(stored["runs"]):
+        run.setdefault("machine", stored["machine"])
+        method, seed = rows.get(run["method"]), run["seed"]
+        if method is None or run["key"] != protocol.key(method, seed, options.trainer):
+            continue
+        target = result_of(protocol, method, seed, options)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(run))
+
+
 def report(protocol: Protocol, options: argparse.Namespace, *, quiet: bool = False) -> None:
     """Write the page of what there is, if there is anything."""
     runs = results(protocol, options)
     if not runs:
         return
-    header = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "versions": versions()}
+    machines = " and ".join(sorted({r["machine"] for r in runs}))
+    header = {"date": time.strftime("%Y-%m-%d"), "machine": machines, "versions": versions()}
     options.output.mkdir(parents=True, exist_ok=True)
     text = page(protocol, runs, header)
     (options.output / f"{protocol.name}.md").write_text(text)
@@ -251,13 +270,15 @@ def slim(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def machine() -> str:
-    name = platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            name = line.split(":", 1)[1].strip()
-            break
-    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+def whole(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs as they were before `slim`, but for what no page shows."""
+    out = []
+    for run in runs:
+        rounds: list[dict[str, Any]] = []
+        for row in run["rounds"]:
+            rounds.append(row if row["own"] or not rounds else {**row, "own": rounds[-1]["own"]})
+        out.append({**run, "rounds": rounds})
+    return out
 
 
 def versions() -> dict[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import re
 import resource
 import shutil
@@ -203,6 +205,7 @@ def run(
         "key": key,
         "trainer": trainer,
         "code": commit(),
+        "machine": machine(),
         "wall_s": round(spent[0], 1),
         "cpu_s": round(spent[1], 1),
         "fingerprint": experiment.fingerprint,
@@ -304,6 +307,15 @@ def commit() -> str:
     """The commit of the code that runs, with a mark where files differ from it; empty outside of a repository."""
     found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return found.stdout.strip()
+
+
+def machine() -> str:
+    name = platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            name = line.split(":", 1)[1].strip()
+            break
+    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def cpu_seconds() -> float:
