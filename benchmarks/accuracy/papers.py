@@ -117,6 +117,7 @@ CA_HFP_SKEWED = replace(
     title="CA-HFP: scores and reconstruction, Dirichlet .1",
     keeps=_CA_HFP_KEEPS.format(alpha=".1"),
     data={**CA_HFP.data, "alpha": 0.1},
+    seeds=(0, 1),
 )
 
 CA_HFP_FULL = replace(

@@ -166,16 +166,21 @@ MOBILE, RESNET = (
         CIFAR,
         name=f"cifar10-{short}",
         title=f"CIFAR-10, Dirichlet .1, {title}",
-        keeps=_keeps(DIRICHLET, net=described),
+        keeps=_keeps(FEWER, net=described, rounds=12),
+        data=FEWER,
         net=net,
-        methods=FINALISTS,
+        rounds=12,
+        recipe=replace(SMALL, evaluate_every=3),
+        methods=_some("local", "heterofl", "subflot", "fedprune", "fedavg"),
+        seeds=(0, 1),
+        every=3,
         minutes=minutes,
         target=0.25,
         paper="",
     )
     for short, title, net, described, minutes in (
-        ("mobile", "a MobileNet", "mobile_net", "Inverted residuals with depthwise convolutions", 14),
-        ("resnet", "a residual net", "resnet8", "ResNet-8", 12),
+        ("mobile", "a MobileNet", "mobile_net", "Inverted residuals with depthwise convolutions", 4),
+        ("resnet", "a residual net", "resnet8", "ResNet-8", 4),
     )
 )
 
@@ -213,6 +218,7 @@ PARTIAL = replace(
     job={"participation": 0.2},
     recipe=replace(SMALL, evaluate_every=1),
     methods=_some("local", "heterofl", "fedrolex", "subflot", "ca-hfp", "fedobp", "fedprune", "fedavg .68", "fedavg"),
+    seeds=(0, 1),
     every=10,
     every_global=2,
     paper="",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedprune.architecture import Architecture, Axis, TensorKind, TensorSpec
+from fedprune.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
 from fedprune.errors import ConfigError
 from fedprune.freezing import frozen_tensors, trained_tensors
 from fedprune.recipe import Features
@@ -41,6 +41,33 @@ def test_patterns_say_what_is_trained(
 ) -> None:
     assert {t.name for t in trained_tensors(MODEL, features, model)} == trained
     assert frozen_tensors(MODEL, features, model) == set(KINDS) - trained - statistics
+
+
+HEADED = Architecture(
+    "m",
+    (),
+    (
+        TensorSpec("conv.weight", TensorKind.WEIGHT, (Axis.fixed(4), Axis.fixed(2))),
+        TensorSpec("fc.weight", TensorKind.WEIGHT, (Axis.fixed(2), Axis.fixed(4))),
+        TensorSpec("fc.bias", TensorKind.BIAS, (Axis.fixed(2),)),
+    ),
+    (Layer("conv", "Conv", "conv.weight", 1), Layer("fc", "Gemm", "fc.weight", 1)),
+    (),
+    (2,),
+    2,
+)
+
+
+@pytest.mark.parametrize(
+    ("features", "trained"),
+    [
+        (Features(frozen=("@head",)), {"conv.weight"}),
+        (Features(trainable=("@head",)), {"fc.weight", "fc.bias"}),
+        (Features(trainable=("@head", "conv.*"), frozen=("*.bias",)), {"conv.weight", "fc.weight"}),
+    ],
+)
+def test_the_last_layer_can_be_named_by_what_it_is(features: Features, trained: set[str]) -> None:
+    assert {t.name for t in trained_tensors(HEADED, features)} == trained
 
 
 @pytest.mark.parametrize("option", ["frozen", "trainable"])

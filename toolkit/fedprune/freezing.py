@@ -26,12 +26,10 @@ def frozen_tensors(architecture: Architecture, features: Features, frozen: Colle
         ConfigError: A pattern matches no tensor, or no tensor is left to train.
     """
     names = [t.name for t in architecture.tensors]
-    for option in ("frozen", "trainable"):
-        matching(architecture, getattr(features, option), f"recipe: {option}")
     out = set(frozen).intersection(names)
     if features.trainable:
-        out = {n for n in names if not _matches(n, features.trainable)}
-    out.update(n for n in names if _matches(n, features.frozen))
+        out = set(names) - matching(architecture, features.trainable, "recipe: trainable")
+    out |= matching(architecture, features.frozen, "recipe: frozen")
     if architecture.trainable and out.issuperset(t.name for t in architecture.trainable):
         raise ConfigError(
             "recipe: every tensor is frozen",
