@@ -77,16 +77,20 @@ class Worker:
         self._fold: tuple[tuple[int, str], Fold, dict[str, do.Contribution]] | None = None
 
     def initial(self) -> str:
-        """Put the model's own weights into the store and return their digest.
+        """Put the job's first model into the store and return its digest.
 
         Raises:
+            StrategyError: A starter of somebody's own has failed.
             ModelError: The model can't be trained, which is better known before the first device is there.
             ConfigError: A pattern of the recipe matches no tensor.
         """
         recipe = self._recipe(Turn(self.job.seed, 1, "", self.architecture.sizes))
         self._offers.training(recipe, 1)
         self._offers.withheld(recipe)
-        return self.store.put(tensorfile.encode(self.model.tensors)).sha256
+        starter, model = self.strategy.starter, self.model.tensors
+        if starter is not None:
+            model = starter.begin(self.architecture, model)
+        return self.store.put(tensorfile.encode(model)).sha256
 
     def execute(self, command: Work) -> on.Event:
         """Carry out one command and return what came of it.

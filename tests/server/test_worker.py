@@ -18,6 +18,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.errors import ConfigError, ModelError, StorageError
 from fedprune.job import Job
+from fedprune.nesting import nested
 from fedprune.recipe import Recipe
 from fedprune.scoring import random_ranks
 from fedprune.selection import Selection
@@ -291,3 +292,14 @@ def test_a_pattern_of_personal_tensors_that_matches_nothing_is_refused_at_once(m
     recipe = replace(RECIPE, personal=("fc.*", "haed.*"))
     with pytest.raises(ConfigError, match=r"recipe: personal: no tensor is called 'haed\.\*'"):
         worker(model, tmp_path, recipe=recipe.to_dict()).initial()
+
+
+def test_a_strategys_starter_makes_the_first_model(model: Model, tmp_path: Path) -> None:
+    job = Job(strategy="fedprune", options={"ranking": "nested"})
+    plain, own = worker(model, tmp_path), Worker(job, model, BlobStore(tmp_path, durable=False))
+    given, start = (tensorfile.decode(w.store.read(w.initial())) for w in (plain, own))
+
+    assert all(np.array_equal(given[n], v) for n, v in model.tensors.items())
+    expected = nested(model.architecture, model.tensors, (0.25, 0.5, 0.75))
+    assert any(not np.array_equal(given[n], v) for n, v in expected.items())
+    assert all(np.array_equal(start[n], v) for n, v in expected.items())

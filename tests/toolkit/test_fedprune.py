@@ -11,11 +11,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedprune.aggregation import Fold
+from fedprune.architecture import Architecture, TensorKind
 from fedprune.errors import ConfigError
 from fedprune.job import Job
+from fedprune.nesting import nested
 from fedprune.recipe import Recipe
 from fedprune.scoring import magnitude, ranks
-from fedprune.selection import Selection
+from fedprune.selection import Selection, Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Scene, Turn
 from strategies import architectures, model, seeds
@@ -30,7 +32,7 @@ def job(options: dict[str, Any] | None = None, **settings: Any) -> Job:
 @given(data=st.data(), seed=seeds)
 def test_ranks_are_those_of_the_first_model_whatever_follows(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
-    scorer, start = compose(job()).scorer, model(architecture, seed)
+    scorer, start = compose(job({"ranking": "magnitude"})).scorer, model(architecture, seed)
     first = Scene(architecture, 0, 1, start)
     chosen = scorer.rank(first).ranks
     memory = scorer.learn(first, Fold(architecture, start), lambda: iter(()))
@@ -40,6 +42,56 @@ def test_ranks_are_those_of_the_first_model_whatever_follows(data: st.DataObject
     assert all(np.array_equal(a, b) for a, b in zip(scorer.rank(later).ranks, chosen, strict=True))
     assert scorer.learn(later, Fold(architecture, start), lambda: iter(())) == {}
     Selection.of(architecture, architecture.sizes, scorer.rank(later).ranks)  # which checks that they are permutations
+
+
+@given(data=st.data(), seed=seeds)
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_model_that_was_just_made_is_started_nested_and_a_trained_one_as_it_is(
+    trained: bool, data: st.DataObject, seed: int
+) -> None:
+    architecture = data.draw(architectures())
+    start = fresh(architecture, seed)
+    if trained:
+        assume(any(t.kind is TensorKind.NORM_BIAS for t in architecture.tensors))
+        start |= {t.name: start[t.name] + 1 for t in architecture.tensors if t.kind is TensorKind.NORM_BIAS}
+    silent = nested(architecture, start, (0.25, 0.5, 0.75))
+
+    def begun(**options: Any) -> Tensors | None:
+        starter = compose(job(options)).starter
+        return None if starter is None else starter.begin(architecture, start)
+
+    assert same(begun(), start if trained else silent)
+    assert same(begun(ranking="nested"), silent)
+    assert same(begun(ranking="nested", dropout=[0.5]), nested(architecture, start, (0.5,)))
+    assert same(begun(ranking="nested", dropout=[], densities=[1, 0.5]), nested(architecture, start, (0.5,)))
+    for options in ({"ranking": "ordered"}, {"ranking": "magnitude"}, {"dropout": [], "densities": [1.0]}):
+        assert begun(**options) is None
+    chosen = compose(job()).scorer.rank(Scene(architecture, 0, 1, start)).ranks
+    first = ranks(magnitude(architecture, start)) if trained else [np.arange(n) for n in architecture.sizes]
+    assert all(np.array_equal(a, b) for a, b in zip(chosen, first, strict=True))
+    always = compose(job({"ranking": "nested"})).scorer.rank(Scene(architecture, 0, 1, start)).ranks
+    assert all(np.array_equal(a, np.arange(len(a))) for a in always)
+
+
+def fresh(architecture: Architecture, seed: int) -> Tensors:
+    """Normal weights; norms and statistics as they are made."""
+    constant = {
+        TensorKind.NORM_BIAS: 0.0,
+        TensorKind.STAT_MEAN: 0.0,
+        TensorKind.STAT_VAR: 1.0,
+        TensorKind.NORM_SCALE: 1,
+    }
+    drawn = np.random.default_rng(seed)
+    return {
+        t.name: np.full(t.shape, constant[t.kind], np.float32)
+        if t.kind in constant
+        else drawn.standard_normal(t.shape).astype(np.float32)
+        for t in architecture.tensors
+    }
+
+
+def same(a: Tensors | None, b: Tensors) -> bool:
+    return a is not None and all(np.array_equal(a[n], b[n]) for n in b)
 
 
 def test_the_recipe_has_the_strategys_own_settings_beside_the_jobs() -> None:
@@ -106,7 +158,7 @@ def test_a_wrong_option_is_named(options: dict[str, Any], what: str) -> None:
 def test_ranks_of_another_description_of_the_model_are_settled_anew(data: st.DataObject, seed: int) -> None:
     one, other = data.draw(architectures()), data.draw(architectures())
     assume(one.digest != other.digest)
-    scorer, start = compose(job()).scorer, model(other, seed)
+    scorer, start = compose(job({"ranking": "magnitude"})).scorer, model(other, seed)
     first = Scene(one, 0, 1, model(one, seed))
     memory = scorer.learn(first, Fold(one, first.model), lambda: iter(()))
     upgraded = Scene(other, 0, 2, start, memory)

@@ -51,6 +51,10 @@ class Scorer:
     def learn(self, scene, fold, reports):
         return {}
 
+class Starter:
+    def begin(self, architecture, model):
+        return model
+
 class Extractor(Selected):
     pass
 
@@ -67,7 +71,7 @@ ROLES = {}
 
 def made(job):
     found = dict(scorer=Scorer(), extractor=Extractor(), aggregator=Aggregator(), personaliser=Personaliser(),
-                 objective=Objective())
+                 objective=Objective(), starter=Starter())
     return Strategy("made", **{**found, **ROLES})
 '''
 
@@ -111,6 +115,7 @@ def changed(role: str, method: str, body: str, arguments: str = "*a, **k") -> st
 
 
 ASKED: dict[str, Callable[[Strategy], object]] = {
+    "Starter.begin": lambda s: s.starter and s.starter.begin(NET, model(NET, 0)),
     "Scorer.rank": lambda s: s.scorer.rank(scene()),
     "Scorer.learn": lambda s: s.scorer.learn(scene(), s.aggregator.fold(scene(), evidence=False), lambda: iter(())),
     "Extractor.extract": lambda s: s.extractor.extract(cut()),
@@ -150,6 +155,11 @@ def test_an_answer_of_another_type_is_named_too(mine: Any, name: str) -> None:
 
 
 WRONG = {
+    "Starter.begin": {
+        "{}": "answer['first.weight']: expected an array [6, 3], got nothing",
+        "{n: v * np.float32('nan') for n, v in a[1].items()}": "answer['first.weight']: expected finite numbers",
+        "{n: v.astype(float) for n, v in a[1].items()}": "expected an array of float32 [6, 3], got an array of float64",
+    },
     "Scorer.rank": {
         "Ranking({'a': 1})": "answer.ranks: expected a tuple with an array for each of 2 groups, got dict of length 1",
         "Ranking((np.arange(6),))": "for each of 2 groups",

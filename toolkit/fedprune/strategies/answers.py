@@ -110,16 +110,23 @@ def _sums(answer: Any, asked: Sequence[Any]) -> None:
     _of(Fold, answer)
 
 
+def _begun(answer: Any, asked: Sequence[Any]) -> None:
+    _model(answer, asked[0], "")
+
+
 def _closed(answer: Any, asked: Sequence[Any]) -> None:
     scene: Scene = asked[1]
     _of(Closing, answer)
-    whole = {t.name: t.shape for t in scene.architecture.tensors}
-    _tensors(answer.model, whole, ".model", missing=False)
-    for name, value in answer.model.items():
-        if not np.isfinite(value).all():
-            raise UnfitError(f".model[{name!r}]", "finite numbers", "some that aren't")
+    _model(answer.model, scene.architecture, ".model")
     _memories(answer.memories, ".memories")
     _of(Mapping, answer.rejected, ".rejected", "a dict of reasons by device")
+
+
+def _model(answer: Any, architecture: Architecture, part: str) -> None:
+    _tensors(answer, {t.name: t.shape for t in architecture.tensors}, part, missing=False)
+    for name, value in answer.items():
+        if not np.isfinite(value).all():
+            raise UnfitError(f"{part}[{name!r}]", "finite numbers", "some that aren't")
 
 
 def _admitted(answer: Any, asked: Sequence[Any]) -> None:
@@ -144,6 +151,7 @@ def _anything(answer: Any, asked: Sequence[Any]) -> None:
 
 
 ROLES: dict[str, dict[str, Check]] = {
+    "starter": {"begin": _begun},
     "scorer": {"rank": _ranked, "learn": _remembered},
     "extractor": {"extract": _sent, "reconstruct": _lifted},
     "aggregator": {"fold": _sums, "add": _anything, "close": _closed},

@@ -4,6 +4,8 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
 
 - ranks that are settled before the first round and then stay: a submodel's channels are its own for good, so ordered
   dropout can make the ranking true, and a trained model is cut where it hurts least;
+- a nested start: in a model that was just made no channel listens to one that only wider models have, so that what a
+  width adds is silent until it has learnt (`fedprune.nesting`);
 - a logit-adjusted loss, so that a device's missing classes don't pull on the model that all share (Menon et al. 2021,
   "Long-tail learning via logit adjustment", eq. 10, with the device's own label shares as prior);
 - ordered dropout over the fleet's densities, so that wide boards train the narrow models, too (FjORD, Horvath et al.
@@ -26,9 +28,11 @@ import numpy as np
 from fedprune.aggregation import Fold, Rule
 from fedprune.architecture import Architecture
 from fedprune.job import Job
+from fedprune.nesting import just_made, nested
 from fedprune.recipe import LEAST_MIXUP, Recipe
 from fedprune.schedule import Schedule, Staleness
 from fedprune.scoring import SCORERS, ranks, score
+from fedprune.selection import Tensors
 from fedprune.strategies.densities import dealt
 from fedprune.strategies.extraction import Nobody, Selected
 from fedprune.strategies.means import DeltaMean, Mean
@@ -46,7 +50,9 @@ class Options:
 
     Attributes:
         densities: Widths by tier; empty to give every board the widest model that the planner finds fit for it.
-        ranking: What the ranks are settled by before the first round: `magnitude` or `ordered`.
+        ranking: What the ranks are settled by before the first round: `nested` is the model's own order, and what a
+            width adds is silent at first; `ordered` is the model's own order; `magnitude` is by size of weights; `auto`
+            is `nested` for a model that was just made, and `magnitude` for a trained one.
         adjust: Logit-adjusted loss (cross-entropy only).
         dropout: Densities at which steps train beside the device's own width; empty for none.
         rule: `fill` or `coverage`.
@@ -62,7 +68,7 @@ class Options:
     """
 
     densities: tuple[Any, ...] = ()
-    ranking: str = "magnitude"
+    ranking: str = "auto"
     adjust: bool = True
     dropout: tuple[Any, ...] = (0.25, 0.5, 0.75)
     rule: str = "fill"
@@ -77,6 +83,29 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Nested:
+    """A start at which what a width adds is silent: `fedprune.nesting`.
+
+    Attributes:
+        densities: The widths that hold each other.
+        always: Whether a trained model is started so, too.
+    """
+
+    densities: tuple[float, ...]
+    always: bool = False
+
+    def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
+        """The first global model.
+
+        Raises:
+            BundleError: A density is not above 0 and at most 1.
+        """
+        if self.always or just_made(architecture, model):
+            return nested(architecture, model, self.densities)
+        return model
+
+
+@dataclass(frozen=True)
 class Settled:
     """Ranks by the score of the model that the job starts from, kept for the whole job.
 
@@ -85,10 +114,10 @@ class Settled:
     in the model, ranks are settled anew, by what the model is then.
 
     Attributes:
-        scorer: `magnitude` or `ordered`.
+        scorer: `magnitude` or `ordered`; `auto` is the latter for a model that was just made, else the former.
     """
 
-    scorer: str = "magnitude"
+    scorer: str = "auto"
 
     @property
     def observes(self) -> bool:
@@ -100,7 +129,10 @@ class Settled:
         known = self._settled(scene)
         if known is not None:
             return known
-        return Ranking(ranks(score(self.scorer, scene.architecture, scene.model)))
+        name = self.scorer
+        if name == "auto":
+            name = "ordered" if just_made(scene.architecture, scene.model) else "magnitude"
+        return Ranking(ranks(score(name, scene.architecture, scene.model)))
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
         """The first round's ranks."""
@@ -157,7 +189,7 @@ def fedprune(job: Job) -> Strategy:
     """
     options = read_options(job, Options)
     name = job.strategy
-    choice(name, "ranking", options.ranking, tuple(s for s in SCORERS if s != "curvature"))
+    choice(name, "ranking", options.ranking, ("auto", "nested", *(s for s in SCORERS if s != "curvature")))
     choice(name, "rule", options.rule, ("fill", "coverage"))
     number(name, "server_momentum", options.server_momentum, 0, 0.999)
     number(name, "average", options.average, 0, 1, below=True)
@@ -173,14 +205,23 @@ def fedprune(job: Job) -> Strategy:
     kind = DeltaMean if options.arrivals else Mean
     return Strategy(
         name,
-        scorer=Settled(options.ranking),
+        scorer=Settled("ordered" if options.ranking == "nested" else options.ranking),
         extractor=Selected(),
         aggregator=kind(rule=rule, server_momentum=options.server_momentum),
         personaliser=Nobody(),
         objective=Fair(options),
         allocator=dealt(job, options.densities),
         schedule=_buffered(options.arrivals) if options.arrivals else None,
+        starter=_starter(options),
     )
+
+
+def _starter(options: Options) -> Nested | None:
+    """A nested start over the widths at which steps train, or else over those of tiers."""
+    widths = tuple(d for d in options.dropout or options.densities if d < 1)
+    if options.ranking not in ("auto", "nested") or not widths:
+        return None
+    return Nested(widths, always=options.ranking == "nested")
 
 
 def _buffered(arrivals: int) -> Schedule:

@@ -34,7 +34,7 @@ from fedprune.strategies.strategy import Strategy
 
 _OURS = "fedprune"
 
-_MAY_BE_NONE = ("allocator",)
+_MAY_BE_NONE = ("starter", "allocator")
 
 _ATTRIBUTES: dict[str, tuple[str, type, str]] = {
     "scorer": ("observes", bool, "true or false"),

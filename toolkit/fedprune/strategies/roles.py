@@ -190,6 +190,14 @@ class Closing:
     rejected: Mapping[str, str] = field(default_factory=dict)
 
 
+class Starter(Protocol):
+    """Makes the model that a job begins with."""
+
+    def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
+        """The first global model, of the same tensors and shapes, made of the imported one."""
+        ...
+
+
 class Scorer(Protocol):
     """Ranks channels, and elements where masks are made of them, once a round for all devices."""
 

@@ -8,7 +8,7 @@ from fedprune.allocation import Allocator
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.schedule import Schedule
-from fedprune.strategies.roles import Aggregator, Extractor, Objective, Personaliser, Scorer, Turn
+from fedprune.strategies.roles import Aggregator, Extractor, Objective, Personaliser, Scorer, Starter, Turn
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Strategy:
         explorers_count: Whether the model becomes the aggregate of those rounds all the same.
         keeps_past: Whether a device's last counted update is kept, for roles that go on from there (`Cut.past`).
         masks: Whether submodels have masks of elements, for which plans must leave room on boards.
+        starter: Makes the job's first model; None leaves it as it was imported.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Strategy:
     explorers_count: bool = False
     keeps_past: bool = False
     masks: bool = False
+    starter: Starter | None = None
 
     def foreseen(self, job: Job, device: str, widths: tuple[int, ...], density: float, samples: int) -> Recipe:
         """The recipe by which a device's costs are foretold, long before its turns come.
