@@ -113,7 +113,13 @@ def test_what_is_trained_moves_as_in_torch(model: Model, name: str) -> None:
     graph = training_graph(model, features)
     trained, moving = scopes(model, features)
     fed = feeds(model, graph)
-    exact, usual = (oracle(model, trained, moving, fed, t) for t in (torch.float64, torch.float32))
+    exact = oracle(model, trained, moving, fed, torch.float64)
+    # The order of samples changes nothing but rounding: a few orders show how much that is on this processor.
+    orders = [np.random.default_rng(k).permutation(len(fed[step.Y])) for k in range(6)]
+    usual = [
+        oracle(model, trained, moving, fed | {n: fed[n][order] for n in (step.X, step.Y)}, torch.float32)
+        for order in orders
+    ]
     got = Session(graph.to_bytes(), training=True).run(fed)
     assert {n for n in got if "::momentum" not in n and n != step.HITS} == set(exact)
 
@@ -127,7 +133,7 @@ def test_what_is_trained_moves_as_in_torch(model: Model, name: str) -> None:
         return size(a - b) / (size(b) if size(b) > 1e-10 * whole else whole)
 
     for key, value in exact.items():
-        assert error(got[key], value) <= max(1e-6, 2 * error(usual[key], value)), key
+        assert error(got[key], value) <= max(1e-6, 2 * max(error(u[key], value) for u in usual)), key
 
 
 @pytest.mark.parametrize("name", FREEZES)
