@@ -230,6 +230,13 @@ ABLATION = replace(
     title="fedprune, each ingredient left out",
     methods=(
         Method("fedprune", "fedprune", serves="average"),
+        Method(
+            "given start",
+            "fedprune",
+            {"ranking": "ordered"},
+            note="the model begins as it was made, not nested",
+            serves="average",
+        ),
         Method("no adjustment", "fedprune", {"adjust": False}, serves="average"),
         Method("no dropout", "fedprune", {"dropout": []}, serves="average"),
         Method(
