@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedprune.errors import StorageError
 from fedprune_server import pictures
-from fedprune_server.record import Record
+from fedprune_server.record import Record, beside
 from fedprune_server.report import CSS, TAIL, html_table, markdown_table, shown
 from fedprune_server.run_folder import RECORD
 
@@ -44,7 +44,7 @@ def read_runs(places: Sequence[Path]) -> tuple[Record, ...]:
 def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     """What each run came to; the first row is the header. Accuracies and losses are means over the last rounds."""
     kind = runs[0].measure
-    own = [m for m in (f"{kind}_before", f"{kind}_average") if any(_tail(r.own_means(m)) is not None for r in runs)]
+    own = [f"{kind}_{m}" for m in beside(runs)]
     names: dict[str, None] = {}
     for run in runs:
         for row in run.rounds:

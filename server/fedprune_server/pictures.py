@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fedprune_server.record import Record, RoundRow
+from fedprune_server.record import Record, RoundRow, beside
 
 FLEET = "#0072B2"
 REFERENCE = "#D55E00"
@@ -105,9 +105,10 @@ def _rows(runs: Sequence[Record]) -> list[tuple[str, Values]]:
     kind = runs[0].measure
     rows: list[tuple[str, Values]] = [
         ("Global model, server's test data", lambda record: record.global_values()),
-        ("Devices' own models, own test data (mean)", lambda record: record.mean_locals()),
+        ("What devices serve, own test data (mean)", lambda record: record.mean_locals()),
     ]
-    for moment, title in (("before", "As received, own test data (mean)"), ("average", "Devices' own averages (mean)")):
+    for moment in beside(runs):
+        title = f"As {'received' if moment == 'before' else 'trained'}, own test data (mean)"
         rows.append((title, partial(Record.own_means, metric=f"{kind}_{moment}")))
     suffix = "_loss" if kind == "loss" else ""
     names: dict[str, None] = {}
@@ -233,7 +234,7 @@ def local_bars(run: Record, reference: Record | None, path: Path) -> Path:
             axis.set_ylim(0, 1.12)
         axis.grid(axis="x", visible=False)
         axis.set_ylabel(run.measure)
-        axis.set_title("Each device's own model on its own test data, as measured last")
+        axis.set_title("What each device serves, on its own test data, as measured last")
         if reference is not None:
             figure.legend(loc="outside right upper", frameon=False)
         return _save(figure, path)
@@ -288,7 +289,7 @@ def _histogram(run: Record, reference: Record | None, path: Path) -> Path:
         axis.grid(axis="x", visible=False)
         axis.set_xlabel(run.measure)
         axis.set_ylabel("devices")
-        axis.set_title("Devices' own models on their own test data, as measured last")
+        axis.set_title("What devices serve, on their own test data, as measured last")
         if reference is not None:
             axis.legend(frameon=False)
         return _save(figure, path)

@@ -15,7 +15,7 @@ from fedprune.probe_report import ProbeReport
 from fedprune.profile import NAME
 from fedprune.profile_store import find
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.fields import ACCURACY_AFTER, LOSS_AFTER, believable, one_line
+from fedprune.wire.fields import believable, one_line, served
 from fedprune.wire.messages import Birth, Cancelled, Death, Gone, Progress, Refusal, Update, Want, parse
 from fedprune.wire.topics import Topics
 from fedprune_server.post import Post
@@ -149,8 +149,9 @@ class Reception:
             return on.OfferRefused(device, message.round, message.attempt, reason)
         contact = self._roster[device]
         metrics = believable(message.metrics)
-        contact.accuracy = metrics.get(ACCURACY_AFTER, contact.accuracy)
-        contact.loss = metrics.get(LOSS_AFTER, contact.loss)
+        accuracy, loss = served(metrics, "accuracy"), served(metrics, "loss")
+        contact.accuracy = contact.accuracy if accuracy is None else accuracy
+        contact.loss = contact.loss if loss is None else loss
         return on.UpdateAnnounced(
             device,
             message.round,

@@ -21,7 +21,7 @@ from fedprune.errors import StorageError
 from fedprune.job import Job
 from fedprune.recipe import REGRESSIONS
 from fedprune.selection import Selection
-from fedprune.wire.fields import ACCURACY_AFTER, LOSS_AFTER
+from fedprune.wire.fields import AVERAGED, TRAINED, served
 from fedprune_device.assignment import MEASURED
 from fedprune_server.foresight import Compared, compared, predicted
 
@@ -72,8 +72,8 @@ class RoundRow:
         model: Digest of the global model.
         accuracy: Accuracy of the global model on the server's data, None without any.
         loss: Its loss there.
-        local: Accuracy per device that delivered (loss, where numbers are predicted): its own model on its own test
-            data.
+        local: Accuracy per device that delivered (loss, where numbers are predicted): the model that it serves, on its
+            own test data.
         asked: Devices that were asked.
         down: Bytes from server to devices since the run began.
         up: Bytes from devices to server since the run began.
@@ -310,6 +310,13 @@ def record_of(
     )
 
 
+def beside(runs: Sequence[Record]) -> tuple[str, ...]:
+    """Which models devices measured beside those that they serve: as received, and as trained if averages serve."""
+    kind, measured = runs[0].measure, {name for run in runs for row in run.rounds for name in row.own}
+    pairs = (("before", "before"), (TRAINED, AVERAGED))
+    return tuple(moment for moment, sign in pairs if f"{kind}_{sign}" in measured)
+
+
 def _missed(state: State) -> dict[str, list[str]]:
     """Per device why nothing came of its part, for every finished round in which that was so."""
     found: dict[str, list[str]] = {}
@@ -333,8 +340,9 @@ def _label(architecture: Architecture, group: int) -> str:
 
 def _round(entry: Mapping[str, Any], traffic: tuple[int, int], began: float, loss: str) -> RoundRow:
     metrics, devices = entry["metrics"], entry["devices"]
-    own = LOSS_AFTER if loss in REGRESSIONS else ACCURACY_AFTER
+    kind = "loss" if loss in REGRESSIONS else "accuracy"
     delivered = {n: part for n, part in devices.items() if part["progress"] == "folded"}
+    own = {n: served(part["metrics"], kind) for n, part in delivered.items()}
     names = sorted(set().union(*(part["metrics"] for part in delivered.values())) - MEASURED)
     return RoundRow(
         round=entry["round"],
@@ -342,7 +350,7 @@ def _round(entry: Mapping[str, Any], traffic: tuple[int, int], began: float, los
         model=entry["model"],
         accuracy=metrics.get("accuracy"),
         loss=metrics.get("loss"),
-        local={n: part["metrics"][own] for n, part in delivered.items() if own in part["metrics"]},
+        local={n: value for n, value in own.items() if value is not None},
         asked=len(devices),
         down=traffic[0],
         up=traffic[1],

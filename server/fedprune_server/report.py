@@ -225,7 +225,7 @@ def write_report(folder: Path, run: Record, reference: Record | None = None, *, 
         f"{'Losses' if run.measure == 'loss' else 'Accuracies'} of the summary are means over the last "
         f"{min(TAIL, len(run.rounds))} rounds; "
         f"local {run.measure} is the mean over the {len(run.latest)} of {len(run.devices)} devices that delivered, of "
-        f"each one's own model on its own test data, as it was measured last."
+        f"what each one serves on its own test data, as it was measured last."
         + (f" Bytes: {run.measured}." if run.measured else "")
     )
     verdicts = claims(run, reference) if reference is not None and judged else ()

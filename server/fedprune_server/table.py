@@ -30,9 +30,9 @@ class Row:
         bytes_down: Payload bytes to it so far.
         bytes_up: Payload bytes from it so far.
         seconds: From its last offer to the arrival of its update, None before the first.
-        accuracy: On its own test samples, as it said last.
+        accuracy: Of the model that it serves, on its own test samples, as it said last.
         state: What it is doing.
-        loss: On its own test samples; shown where there is no accuracy, because numbers are predicted.
+        loss: Its loss there; shown where there is no accuracy, because numbers are predicted.
     """
 
     device: str

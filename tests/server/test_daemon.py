@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fleet import SIZE, Fleet, ToyDevice, fill, larger
@@ -36,6 +38,7 @@ from fedprune.wire.topics import Topics
 from fedprune_server.garbage import sweep
 from fedprune_server.offers import GRAPH_ROUNDS
 from fedprune_server.storage import Storage
+from fedprune_server.table import Lines, Snapshot
 from fedprune_server.uploads import UPDATE_SIZE
 from toy import JOB
 
@@ -350,6 +353,19 @@ def test_a_device_with_an_unknown_profile_is_remembered_until_it_can_take_part(f
     fleet.restart()
     fleet.run()
     assert Storage.at(fleet.folder).outsiders() == {}
+
+
+def test_the_table_shows_the_accuracy_of_what_a_device_serves(fleet: Fleet) -> None:
+    averages = fleet.air.devices["b"]
+    averages.lie = lambda update: replace(update, metrics={**update.metrics, "accuracy_average": 0.5})
+    shown = []
+
+    class Rounds(Lines):
+        def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
+            shown.append({row.device: row.accuracy for row in snapshot.rows})
+
+    fleet.run(display=Rounds())
+    assert shown == [{"a": 0.25, "b": 0.5, "c": 0.25}] * JOB.rounds
 
 
 def test_the_table_shows_why_a_device_takes_no_part(fleet: Fleet) -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from fedprune.errors import StorageError
 from fedprune_server import pictures
+from fedprune_server.comparison import final_rows
 from fedprune_server.pictures import channel_map
-from fedprune_server.record import DeviceRow, Record, RoundRow
+from fedprune_server.record import DeviceRow, Record, RoundRow, beside
 from fedprune_server.report import absences, claims, foresight_rows, plan_rows, summary, summary_text, write_report
 
 GROUPS = (("stem", 8), ("body", 24))
@@ -124,6 +125,18 @@ def test_curves_have_ticks_alike_and_no_round_0(monkeypatch):
     assert texts == texts[:2] * 2
     assert axes[0].get_xlim()[0] > 0
     assert axes[1].get_xlim()[0] == 0
+    pictures.plt.close(axes[0].figure)
+
+
+@pytest.mark.parametrize(("kept", "rows"), [("after", ["As received"]), ("average", ["As received", "As trained"])])
+def test_what_was_trained_has_curves_of_its_own_where_averages_serve(monkeypatch, kept, rows):
+    own = {f"accuracy_{name}": {"zero": 0.5} for name in ("before", "after", kept)}
+    runs = [record("plain"), replace(record(), rounds=tuple(replace(r, own=own) for r in record().rounds))]
+    assert beside(runs) == ("before", "after")[: len(rows)]
+    axes = axes_of(lambda: pictures.curves(runs, None), monkeypatch)
+    assert [a.get_title(loc="left").partition(",")[0] for a in axes[::3]][1:] == ["What devices serve", *rows]
+    columns = [c for c in final_rows(runs)[0] if c.startswith("own ")]
+    assert columns == ["own accuracy", *(f"own {m}" for m in beside(runs))]
     pictures.plt.close(axes[0].figure)
 
 

@@ -32,3 +32,15 @@ def test_a_strangers_text_becomes_one_printable_line(value: str) -> None:
 
 def test_words_stay_words_on_one_line() -> None:
     assert fields.one_line("no room\n  on\tdisk\x1b[2J") == "no room on disk [2J"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "accuracy"),
+    [
+        ({"accuracy_before": 0.5, "accuracy_after": 0.7}, 0.7),
+        ({"accuracy_before": 0.5, "accuracy_after": 0.7, "accuracy_average": 0.6}, 0.6),
+        ({"accuracy_before": 0.5, "loss_after": 0.7}, None),
+    ],
+)
+def test_what_serves_is_the_average_where_there_is_one(metrics: dict[str, float], accuracy: float | None) -> None:
+    assert fields.served(metrics, "accuracy") == accuracy

@@ -20,15 +20,27 @@ MAX_DEPTH = 8
 
 MAX_METRICS = 64
 
-ACCURACY_AFTER = "accuracy_after"
-LOSS_AFTER = "loss_after"
-"""Metrics of an update: accuracy (where classes are predicted) and loss on the device's own test samples after its
-training; tables and figures show them."""
+TRAINED, AVERAGED = "after", "average"
+"""Which model of a device an update's metrics `accuracy_...` and `loss_...` are about, on its own test samples: the one
+that it has just trained, and its own average with what is blended into it, where it keeps one."""
 
 MAX_LOSS = 1e6
 """Losses beyond this, of either sign, are no measurements."""
 
 _METRIC = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
+
+
+def served(metrics: Mapping[str, float], kind: str) -> float | None:
+    """What an update says of the model that the device serves: its average where it keeps one, else what it trained.
+
+    Args:
+        metrics: The update's metrics.
+        kind: `accuracy` or `loss`.
+
+    Returns:
+        The measure on the device's own test samples; None where it wasn't measured.
+    """
+    return metrics.get(f"{kind}_{AVERAGED}", metrics.get(f"{kind}_{TRAINED}"))
 
 
 def one_line(value: str, limit: int = 500) -> str:
