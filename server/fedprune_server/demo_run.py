@@ -23,7 +23,7 @@ from fedprune_server.broker import EmbeddedBroker
 from fedprune_server.children import Children
 from fedprune_server.config import ServerConfig
 from fedprune_server.daemon import Daemon
-from fedprune_server.demo_fleet import BOARDS, QUICK_ROUNDS, ROUNDS, fleet_job, reference_job
+from fedprune_server.demo_fleet import BOARDS, QUICK_ROUNDS, ROUNDS, fleet_job, reference_job, too_few
 from fedprune_server.digits import deal, digits_model, write_hand
 from fedprune_server.record import Record, record_of
 from fedprune_server.reference import TITLE
@@ -110,7 +110,7 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
         out: The folder of the run; an earlier demo's is cleared.
         seed: Keys every random number.
         rounds: Rounds of each job.
-        quick: Two rounds, if `rounds` doesn't say otherwise, and no claim is judged by the exit code.
+        quick: Two rounds, if `rounds` doesn't say otherwise.
 
     Returns:
         The exit code, as `verdict` says.
@@ -128,17 +128,18 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
         reference = run_job(TITLE, reference_job(seed, rounds), folder)
     fleet.save(out / "metrics.json")
     reference.save(out / "metrics-reference.json")
-    report = write_report(out, fleet, reference, judged=not quick)
-    print(f"\n{summary_text(fleet, reference, judged=not quick)}")
-    if quick:
-        print(f"\n{rounds} rounds are too few to judge accuracies and bytes by; the demo without --quick does.")
+    unjudged = too_few(rounds)
+    report = write_report(out, fleet, reference, judged=not unjudged)
+    print(f"\n{summary_text(fleet, reference, judged=not unjudged)}")
+    if unjudged:
+        print(f"\n{unjudged}")
     print(f"\n{time.monotonic() - began:.0f} s in all. Report: {report.html}")
-    return int(verdict(fleet, reference, quick))
+    return int(verdict(fleet, reference))
 
 
-def verdict(fleet: Record, reference: Record, quick: bool = False) -> ExitCode:
-    """How a demo ends: `CLAIM` if a claim failed. Two rounds show that it runs, and no more."""
-    held = quick or all(c.held for c in claims(fleet, reference))
+def verdict(fleet: Record, reference: Record) -> ExitCode:
+    """How a demo ends: `CLAIM` if a claim failed. Few rounds show that it runs, and no more."""
+    held = too_few(len(fleet.rounds)) or all(c.held for c in claims(fleet, reference))
     return ExitCode.OK if held else ExitCode.CLAIM
 
 

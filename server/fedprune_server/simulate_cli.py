@@ -93,6 +93,7 @@ def build_sweep_parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from fedprune_server.demo_fleet import too_few
     from fedprune_server.report import summary_text, write_report
     from fedprune_server.simulated_fleet import demo_plan, read_plan
 
@@ -104,9 +105,13 @@ def _run(options: argparse.Namespace) -> int:
     run = _one(plan, out)
     if compared is not None:
         reference = _one(compared, out, suffix="-reference", state="reference")
-    # What the demo claims was chosen for its own fleet and budget.
-    report = write_report(out, run, reference, judged=options.demo)
-    print(summary_text(run, reference, judged=options.demo))
+    # What the demo claims was chosen for its own fleet, budget and rounds.
+    unjudged = too_few(plan.job.rounds) if options.demo else ""
+    judged = options.demo and not unjudged
+    report = write_report(out, run, reference, judged=judged)
+    print(summary_text(run, reference, judged=judged))
+    if unjudged:
+        print(f"\n{unjudged}")
     print(f"\nReport: {report.html}")
     return int(ExitCode.OK)
 

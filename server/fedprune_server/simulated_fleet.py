@@ -181,12 +181,9 @@ def demo_plan(*, strategy: str | None = None, seed: int | None = None, rounds: i
     from fedprune_server.digits import deal, digits_model
 
     data = deal([b.name for b in BOARDS], seed=seed or 0)
-    job, usual = fleet_job(seed or 0), Job()
-    if strategy not in (None, job.strategy):  # what the job says for its own strategy would be refused beside another
-        job = replace(job, scorer=usual.scorer, rule=usual.rule, server_momentum=usual.server_momentum)
     return Plan(
         "fedprune",
-        _overridden(job, strategy, seed, rounds),
+        _overridden(fleet_job(seed or 0), strategy, seed, rounds),
         import_onnx(digits_model(), "digits-net"),
         tuple(VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in BOARDS),
         (data.x, data.y),

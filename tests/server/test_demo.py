@@ -1,13 +1,11 @@
-"""The demo's two jobs, and how it ends."""
-
-from dataclasses import replace
+"""The demo's two jobs, its plans, and how it ends."""
 
 import pytest
 
 from fedprune.errors import ExitCode
 from fedprune.job import Job
 from fedprune.recipe import Recipe
-from fedprune_server.demo_fleet import fleet_job, reference_job
+from fedprune_server.demo_fleet import ROUNDS, fleet_job, reference_job, too_few
 from fedprune_server.demo_run import verdict
 from fedprune_server.record import DeviceRow, Record, RoundRow
 from fedprune_server.reference import fedavg
@@ -15,28 +13,30 @@ from fedprune_server.reference import fedavg
 KEPT = ("seed", "rounds", "devices", "participation", "deadline_s")
 
 
-def run(accuracy=0.9, sent=100):
-    row = RoundRow(1, 1.0, "a" * 64, accuracy, 0.5, {"zero": 0.9}, 1, sent, sent)
-    return Record("run", {}, (), (DeviceRow("zero", "", 1, (1,), 1.0, "", 1),), (row,))
+def run(accuracy=0.9, sent=100, rounds=ROUNDS):
+    rows = [RoundRow(r, 1.0, "a" * 64, accuracy, 0.5, {"zero": 0.9}, 1, sent, sent) for r in range(1, rounds + 1)]
+    return Record("run", {}, (), (DeviceRow("zero", "", 1, (1,), 1.0, "", 1),), tuple(rows))
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "sent", "quick", "code"),
+    ("accuracy", "sent", "rounds", "code"),
     [
-        (0.9, 40, False, ExitCode.OK),
-        (0.8, 40, False, ExitCode.CLAIM),
-        (0.9, 60, False, ExitCode.CLAIM),
-        (0.8, 60, True, ExitCode.OK),
+        (0.9, 40, ROUNDS, ExitCode.OK),
+        (0.8, 40, ROUNDS, ExitCode.CLAIM),
+        (0.9, 60, ROUNDS + 1, ExitCode.CLAIM),
+        (0.8, 60, ROUNDS - 1, ExitCode.OK),
     ],
 )
-def test_a_claim_that_fails_is_the_exit_code(accuracy, sent, quick, code):
-    assert verdict(run(accuracy, sent), run(), quick) is code
+def test_a_claim_that_fails_is_the_exit_code_if_there_are_rounds_enough(accuracy, sent, rounds, code):
+    assert verdict(run(accuracy, sent, rounds), run(rounds=rounds)) is code
+    assert bool(too_few(rounds)) is (rounds < ROUNDS)
 
 
 def test_reference_differs_only_in_what_makes_it_fedavg():
     mine, theirs = fleet_job(3, 5), reference_job(3, 5)
     assert all(getattr(mine, n) == getattr(theirs, n) for n in KEPT)
-    assert replace(theirs.recipe, logit_adjustment=True) == mine.recipe
+    assert theirs.recipe == mine.recipe
+    assert (mine.strategy, theirs.strategy) == ("fedprune", "plain")
 
 
 def test_fedavg_is_the_whole_model_a_plain_loss_and_a_plain_mean():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fedprune.errors import ExitCode
+from fedprune_server import demo_fleet
 from fedprune_server.config import read_config
 from fedprune_server.digits import deal, digits_model, write_hand
 from fedprune_server.record import Record
@@ -296,6 +297,17 @@ def test_the_demo_s_claims_are_not_made_for_other_fleets(config, tmp_path, capsy
         assert "FedAvg" in text
         assert "PASS" not in text
         assert "FAIL" not in text
+
+
+@pytest.mark.parametrize(("enough", "judged"), [(1, True), (2, False)])
+def test_the_demo_s_claims_are_judged_after_rounds_enough(tmp_path, monkeypatch, capsys, enough, judged):
+    monkeypatch.setattr(demo_fleet, "ROUNDS", enough)
+    out = tmp_path / "out"
+    assert main(["--demo", "--out", str(out), "--rounds", "1"]) == ExitCode.OK
+    said = capsys.readouterr().out
+    assert ("1 rounds are too few to judge" in said) is not judged
+    for text in (said, (out / "report.md").read_text(), (out / "report.html").read_text()):
+        assert (re.search("PASS|FAIL", text) is not None) is judged
 
 
 def test_a_file_as_the_folder_is_a_usage_error(config, tmp_path, capsys):

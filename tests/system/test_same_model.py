@@ -13,7 +13,6 @@ from torch import nn
 from fedprune import tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.job import Job
-from fedprune.recipe import Recipe
 from fedprune_device.data import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_export.importing.torch_export import export_torch
@@ -33,6 +32,12 @@ SEED = 11
 def measures(own: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Accuracies and losses; the rest tells of the machine."""
     return {k: v for k, v in own.items() if k.startswith(("accuracy", "loss"))}
+
+
+def plain_job(**recipe: Any) -> Job:
+    """The demo's job as the plain strategy has it, with other settings of its recipe."""
+    job = fleet_job(SEED, rounds=2)
+    return replace(job, strategy="plain", options={}, recipe=replace(job.recipe, **recipe))
 
 
 def run_both(root: Path, job: Job, raw: bytes, data: Federation) -> tuple[Record, Simulation]:
@@ -63,9 +68,16 @@ def run_both(root: Path, job: Job, raw: bytes, data: Federation) -> tuple[Record
 
 @pytest.mark.parametrize("scorer", ["magnitude", "curvature"])
 def test_daemon_with_device_processes_and_simulator_give_the_same_models(tmp_path, scorer):
-    job = fleet_job(SEED, rounds=2)
-    job = replace(job, scorer=scorer, warmup_rounds=1, recipe=replace(job.recipe, epochs=1))
+    job = plain_job(epochs=1, logit_adjustment=True)
+    job = replace(job, scorer=scorer, warmup_rounds=1, rule="fill", server_momentum=0.7)
     run_both(tmp_path, job, digits_model(), deal([b.name for b in BOARDS], seed=SEED))
+
+
+def test_the_demo_and_its_simulation_judge_what_boards_serve(tmp_path):
+    job = fleet_job(SEED, rounds=2)
+    record, _ = run_both(tmp_path, job, digits_model(), deal([b.name for b in BOARDS], seed=SEED))
+    last = record.rounds[-1]
+    assert last.local == last.own["accuracy_average"] != last.own["accuracy_after"]
 
 
 def frozen_by_its_author() -> bytes:
@@ -111,7 +123,7 @@ def test_frozen_tensors_and_numbers_give_the_same_models(
     still: set[str],
 ) -> None:
     raw = make()
-    job = replace(fleet_job(SEED, rounds=2), recipe=Recipe(epochs=1, batch_size=32, lr=0.03, momentum=0.9, **recipe))
+    job = replace(plain_job(epochs=1, **recipe), scorer="ordered", rule="fill", server_momentum=0.7)
     record, simulation = run_both(tmp_path, job, raw, of(deal([b.name for b in BOARDS], seed=SEED)))
     assert len({r.model for r in record.rounds}) == 2
     assert ("accuracy_average" in record.rounds[-1].own) == ("average" in recipe)
