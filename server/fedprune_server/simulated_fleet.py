@@ -181,9 +181,10 @@ def demo_plan(*, strategy: str | None = None, seed: int | None = None, rounds: i
     from fedprune_server.digits import deal, digits_model
 
     data = deal([b.name for b in BOARDS], seed=seed or 0)
+    job = _overridden(fleet_job(seed or 0), strategy, seed, rounds)
     return Plan(
-        "fedprune",
-        _overridden(fleet_job(seed or 0), strategy, seed, rounds),
+        job.strategy,
+        job,
         import_onnx(digits_model(), "digits-net"),
         tuple(VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in BOARDS),
         (data.x, data.y),

@@ -1,4 +1,4 @@
-"""The demo's two jobs, its plans, and how it ends."""
+"""The demo's two jobs, and how it ends."""
 
 import pytest
 

@@ -90,7 +90,7 @@ def test_the_strategy_is_said_on_the_command_line(config, tmp_path, capsys):
     assert record.job["strategy"] == "fedavg"
     assert main([*arguments, "--out", str(tmp_path / "no"), "--strategy", "fedavgg"]) == ExitCode.CONFIG
     assert "fedavgg" in capsys.readouterr().err
-    assert demo_plan(strategy="heterofl").job.strategy == "heterofl"
+    assert demo_plan(strategy="heterofl").job.strategy == demo_plan(strategy="heterofl").title == "heterofl"
     assert demo_plan(strategy="heterofl").compared().job == demo_plan().compared().job
 
 
