@@ -142,32 +142,6 @@ def resnet32(shape: tuple[int, ...], classes: int) -> Any:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
 
 
-def mobile_net(shape: tuple[int, ...], classes: int) -> Any:
-    """Depthwise-separable inverted residuals in the manner of MobileNetV2, small enough for images of 16×16; 87 k."""
-    from torch import nn
-
-    class Inverted(nn.Module):
-        def __init__(self, before: int, after: int, stride: int, factor: int = 4) -> None:
-            super().__init__()
-            inner = before * factor
-            self.body = nn.Sequential(
-                nn.Conv2d(before, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU6(),
-                nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False), nn.BatchNorm2d(inner), nn.ReLU6(),
-                nn.Conv2d(inner, after, 1, bias=False), nn.BatchNorm2d(after),
-            )  # fmt: skip
-            self.same = stride == 1 and before == after
-
-        def forward(self, x: Any) -> Any:
-            return x + self.body(x) if self.same else self.body(x)
-
-    layers, before = [nn.Conv2d(shape[0], 24, 3, 1, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6()], 24
-    for after, stride in ((32, 2), (32, 1), (48, 2), (48, 1), (64, 1)):
-        layers.append(Inverted(before, after, stride))
-        before = after
-    layers += [nn.Conv2d(before, 160, 1, bias=False), nn.BatchNorm2d(160), nn.ReLU6()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(160, classes))
-
-
 def motion_net(shape: tuple[int, ...], classes: int) -> Any:
     """Three one-dimensional convolutions with batch norm over time, for HAR's nine signals; 83 k."""
     from torch import nn
@@ -226,7 +200,6 @@ NETS: dict[str, Callable[[tuple[int, ...], int], Any]] = {
     "small_cnn_trained": lambda shape, classes: trained(small_cnn, shape, classes),
     "resnet8": resnet8,
     "resnet32": resnet32,
-    "mobile_net": mobile_net,
     "motion_net": motion_net,
     "vgg11": lambda shape, classes: vgg(_VGG11, (), True, shape, classes),
     "vgg11_plain": lambda shape, classes: vgg(_VGG11, (512, 512), False, shape, classes),

@@ -118,7 +118,7 @@ def test_every_other_table_runs(accuracy, table, tmp_path):
 def test_the_same_run_gives_the_same_numbers_and_a_page(accuracy, tmp_path, monkeypatch):
     _, run = accuracy
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.accuracy.__main__ import slim
+    from benchmarks.accuracy.__main__ import slim, whole
     from benchmarks.accuracy.page import page
 
     protocol = small(TABLES["fedprune-ablation"])
@@ -134,10 +134,11 @@ def test_the_same_run_gives_the_same_numbers_and_a_page(accuracy, tmp_path, monk
     runs = [{**r, "cpu_s": 1.0} for r in (first, better)]
     text = page(protocol, runs, header)
     assert page(protocol, slim(runs), header) == text
+    assert page(protocol, whole(slim(runs)), header) == text
     rows = [line for line in text.splitlines() if line.startswith("| slices |")]
     assert "+10.0" in rows[0]
     assert len(rows) >= 2  # it is among the costlier ones, too
-    assert "Not run yet (seeds): fedprune (1), no adjustment (0, 1)," in text
+    assert "Not run yet (seeds): fedprune (1), given start (0, 1)," in text
     assert text.endswith("slices (1).\n")
 
 
@@ -340,7 +341,7 @@ def test_the_page_about_papers_names_tables_that_there_are(accuracy, tmp_path, m
     (tmp_path / "subflot-regime.json").write_text(json.dumps({"runs": runs, "date": "today"}))
     once = filled(text, tmp_path)
     assert "| subflot | 50.0 |" in once
-    assert "Not run yet: `python -m benchmarks.accuracy cifar10-mobile`" in once
+    assert "Not run yet: `python -m benchmarks.accuracy har`" in once
     assert filled(once, tmp_path) == once
 
 
@@ -399,3 +400,27 @@ def test_a_changed_protocol_is_called_a_look_and_is_no_result(accuracy):
     assert "A first look, with --rounds 3 --steps 2 instead of what is said here." in text
     whole = command.changed(TABLES["har"], command.parser().parse_args(["har", "--seeds", "0"]))
     assert not whole.changes
+
+
+def test_finished_runs_are_taken_from_committed_results(accuracy, tmp_path, monkeypatch):
+    from benchmarks.accuracy import __main__ as command
+
+    protocol = TABLES["har"]
+    method, seed = protocol.methods[0], protocol.seeds[0]
+    rows = [{"round": r, "own": {"accuracy_after": {"mean": 0.5, "n": 3}}, "measured": {"global": 0.1}} for r in (1, 2)]
+    run = {"method": method.name, "seed": seed, "rounds": rows, "key": protocol.key(method, seed, "onnxruntime")}
+    others = [{**run, "key": "of another net", "seed": protocol.seeds[1]}, {**run, "method": "nobody's"}]
+    stored = {"runs": command.slim([run, *others]), "machine": "theirs"}
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    options = command.parser().parse_args(["har", "--runs", str(tmp_path / "runs")])
+
+    command.restore(protocol, options)
+    assert not (tmp_path / "runs").exists(), "there is nothing to take"
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/har.json").write_text(json.dumps(stored))
+    command.restore(protocol, options)
+    assert command.results(protocol, options) == [{**run, "machine": "theirs"}]
+    here = command.result_of(protocol, method, seed, options)
+    here.write_text(json.dumps({**run, "machine": "here"}))
+    command.restore(protocol, options)
+    assert command.results(protocol, options)[0]["machine"] == "here", "what was run here stays"
