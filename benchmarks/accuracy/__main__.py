@@ -233,8 +233,8 @@ def restore(protocol: Protocol, options: argparse.Namespace) -> None:
         method, seed = rows.get(run["method"]), run["seed"]
         if method is None or run["key"] != protocol.key(method, seed, options.trainer):
             continue
-        target = result_of(protocol, method, seed, options)
-        if not target.exists():
+        if not finished(protocol, method, seed, options):
+            target = result_of(protocol, method, seed, options)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(run))
 

@@ -193,8 +193,8 @@ def _pr_fl(interval: int, patience: int) -> tuple[Method, ...]:
         Method(
             "fedprune",
             "fedprune",
-            {"densities": TIERS, "arrivals": 4},
-            note="two or three devices of each width",
+            {"densities": TIERS, "arrivals": 4, "ranking": "nested"},
+            note="two or three devices of each width; nested by option, as a net without normalisations doesn't tell",
             serves="average",
         ),
     )

@@ -83,7 +83,7 @@ def too_few(rounds: int) -> str:
     """Why a demo of so many rounds is not judged by its claims; empty if it is."""
     if rounds >= ROUNDS:
         return ""
-    return f"{rounds} rounds are too few to judge accuracies and bytes by; the demo takes {ROUNDS}."
+    return f"Too few rounds to judge accuracies and bytes by: {rounds}; the demo takes {ROUNDS}."
 
 
 def reference_job(seed: int = 0, rounds: int = ROUNDS) -> Job:

@@ -128,7 +128,7 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
         reference = run_job(TITLE, reference_job(seed, rounds), folder)
     fleet.save(out / "metrics.json")
     reference.save(out / "metrics-reference.json")
-    unjudged = too_few(rounds)
+    unjudged = too_few(len(fleet.rounds))
     report = write_report(out, fleet, reference, judged=not unjudged)
     print(f"\n{summary_text(fleet, reference, judged=not unjudged)}")
     if unjudged:

@@ -22,6 +22,7 @@ from fedprune.coordination import events as on
 from fedprune.element_order import magnitudes, threshold
 from fedprune.errors import BundleError, FedpruneError, StorageError, StrategyError
 from fedprune.fixed_point import MAX_WEIGHT
+from fedprune.freezing import frozen_tensors
 from fedprune.head import spelt
 from fedprune.job import Job
 from fedprune.recipe import Recipe
@@ -80,6 +81,7 @@ class Worker:
         """Put the job's first model into the store and return its digest.
 
         Raises:
+            BundleError: A starter can't make a model of it, or it has no last layer where one is spoken of.
             StrategyError: A starter of somebody's own has failed.
             ModelError: The model can't be trained, which is better known before the first device is there.
             ConfigError: A pattern of the recipe matches no tensor.
@@ -89,7 +91,9 @@ class Worker:
         self._offers.withheld(recipe)
         starter, model = self.strategy.starter, self.model.tensors
         if starter is not None:
-            model = starter.begin(self.architecture, model)
+            # What isn't trained must be as it was given: nothing else would ever come of it.
+            still = frozen_tensors(self.architecture, recipe.features, self.model.frozen)
+            model = {**starter.begin(self.architecture, model), **{n: v for n, v in model.items() if n in still}}
         return self.store.put(tensorfile.encode(model)).sha256
 
     def execute(self, command: Work) -> on.Event:

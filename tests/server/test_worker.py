@@ -303,3 +303,12 @@ def test_a_strategys_starter_makes_the_first_model(model: Model, tmp_path: Path)
     expected = nested(model.architecture, model.tensors, (0.25, 0.5, 0.75))
     assert any(not np.array_equal(given[n], v) for n, v in expected.items())
     assert all(np.array_equal(start[n], v) for n, v in expected.items())
+
+
+def test_what_stays_frozen_is_started_as_it_was_given(model: Model, tmp_path: Path) -> None:
+    job = Job(strategy="fedprune", options={"ranking": "nested"}, recipe=Recipe(frozen=("@head", "conv2.*")))
+    own = Worker(job, model, BlobStore(tmp_path, durable=False))
+    start = tensorfile.decode(own.store.read(own.initial()))
+
+    assert all(np.array_equal(start[n], model.tensors[n]) for n in ("fc.weight", "conv2.weight"))
+    assert not np.array_equal(start["conv3.weight"], model.tensors["conv3.weight"])

@@ -93,7 +93,7 @@ def test_quick_demo_ends_well_and_its_devices_load_neither_torch_nor_onnx(demo, 
         assert names.isdisjoint({"torch", "onnx", "scipy", "matplotlib", "sqlalchemy"})
     run = tmp_path / "run"
     said = (tmp_path / "output.txt").read_text()
-    assert "2 rounds are too few to judge" in said
+    assert "Too few rounds to judge accuracies and bytes by: 2;" in said
     assert "FAIL" not in said + (run / "report.md").read_text()
     for name in ("report.html", "report.md", "curves.png", "bytes.png", "channels.png", "devices.png"):
         assert (run / name).stat().st_size > 1000

@@ -51,19 +51,21 @@ def test_a_model_that_was_just_made_is_started_nested_and_a_trained_one_as_it_is
 ) -> None:
     architecture = data.draw(architectures())
     start = fresh(architecture, seed)
+    assume(any(t.kind is TensorKind.NORM_BIAS for t in architecture.tensors))
     if trained:
-        assume(any(t.kind is TensorKind.NORM_BIAS for t in architecture.tensors))
         start |= {t.name: start[t.name] + 1 for t in architecture.tensors if t.kind is TensorKind.NORM_BIAS}
     silent = nested(architecture, start, (0.25, 0.5, 0.75))
 
-    def begun(**options: Any) -> Tensors | None:
-        starter = compose(job(options)).starter
+    def begun(recipe: Recipe | None = None, **options: Any) -> Tensors | None:
+        starter = compose(job(options, recipe=recipe or Recipe())).starter
         return None if starter is None else starter.begin(architecture, start)
 
     assert same(begun(), start if trained else silent)
     assert same(begun(ranking="nested"), silent)
     assert same(begun(ranking="nested", dropout=[0.5]), nested(architecture, start, (0.5,)))
     assert same(begun(ranking="nested", dropout=[], densities=[1, 0.5]), nested(architecture, start, (0.5,)))
+    recipe = Recipe(ordered_dropout=(0.5,))
+    assert same(begun(recipe=recipe), start if trained else nested(architecture, start, (0.5,)))
     for options in ({"ranking": "ordered"}, {"ranking": "magnitude"}, {"dropout": [], "densities": [1.0]}):
         assert begun(**options) is None
     chosen = compose(job()).scorer.rank(Scene(architecture, 0, 1, start)).ranks
@@ -147,6 +149,7 @@ def test_what_is_switched_off_is_off() -> None:
         ({"dropout": [0.5, 2.0]}, "dropout"),
         ({"dropout": ["half"]}, "dropout"),
         ({"rule": "sum"}, "rule"),
+        ({"ranking": "nested", "dropout": []}, "ranking"),
     ],
 )
 def test_a_wrong_option_is_named(options: dict[str, Any], what: str) -> None:

@@ -23,6 +23,7 @@ def frozen_tensors(architecture: Architecture, features: Features, frozen: Colle
         frozen: What the model itself froze (`requires_grad=False` in torch).
 
     Raises:
+        BundleError: `@head` is among the patterns, and the model has no last layer.
         ConfigError: A pattern matches no tensor, or no tensor is left to train.
     """
     names = [t.name for t in architecture.tensors]

@@ -16,70 +16,34 @@ from fedprune.architecture import FIXED, Architecture, Axis, TensorKind, TensorS
 
 Array = npt.NDArray[Any]
 
-_AS_MADE = {TensorKind.NORM_BIAS: 0.0, TensorKind.STAT_MEAN: 0.0, TensorKind.STAT_VAR: 1.0}
-"""What every framework begins with. Scales are 1, or 0 for a block that is to begin as if it weren't there."""
-
-_BY_CHANCE = 5.0
-"""Standard deviations from the mean, beyond which the sizes of channels differ for a reason."""
-
-_LEAST = 4
-"""Weights of a channel, and channels, below which their sizes tell nothing."""
+_AS_MADE = {
+    TensorKind.NORM_SCALE: (1.0, 0.0),
+    TensorKind.NORM_BIAS: (0.0,),
+    TensorKind.STAT_MEAN: (0.0,),
+    TensorKind.STAT_VAR: (1.0,),
+}
+"""What every framework begins with; scales are 0 in a block that is to begin as if it weren't there."""
 
 
 def just_made(architecture: Architecture, model: Mapping[str, Array]) -> bool:
-    """Whether a model has never been trained: any of its channels is as good as another.
+    """Whether a model has never been trained, as its normalisations tell: training moves every number of theirs.
 
-    Training moves the numbers of every normalisation. And in a model that was just made, the mean squares of channels'
-    weights differ as those of samples do, drawn from one distribution: by (E[w⁴] − E[w²]²) / n for n weights each.
-    Where somewhere they differ by far more, the model has learnt.
+    A model without any doesn't tell, and doesn't count as just made: nothing of a trained model may be lost.
 
     Args:
         architecture: The model.
         model: All its tensors at full width.
     """
-    return all(
-        _by_chance(spec, np.asarray(model[spec.name], np.float64))
-        if spec.kind is TensorKind.WEIGHT
-        else _as_made(spec, model[spec.name])
-        for spec in architecture.tensors
-    )
-
-
-def _as_made(spec: TensorSpec, value: Array) -> bool:
-    if spec.kind is TensorKind.NORM_SCALE:
-        return bool((value == 1).all() or (value == 0).all())
-    return spec.kind not in _AS_MADE or bool((value == _AS_MADE[spec.kind]).all())
-
-
-def _by_chance(spec: TensorSpec, weights: Array) -> bool:
-    """Whether the channels of no axis differ by more than chance; silent weights (0) are left out."""
-    there = weights != 0
-    if not there.any():
-        return True
-    squares = weights**2
-    mean = squares.sum() / there.sum()
-    spread = ((squares - mean) ** 2)[there].mean()
-    for place, axis in enumerate(spec.axes):
-        others = tuple(i for i in range(weights.ndim) if i != place)
-        counts = there.sum(axis=others)
-        told = counts >= _LEAST
-        if not axis.groups or told.sum() <= _LEAST or not spread:
-            continue
-        # A sum of squared deviations, each in its own standard deviations, is distributed as χ² by chance; its cube
-        # root is nearly normal (Wilson and Hilferty 1931).
-        sizes = squares.sum(axis=others)[told] / counts[told]
-        free = int(told.sum()) - 1
-        found = float((counts[told] * (sizes - mean) ** 2).sum() / spread) / free
-        if np.cbrt(found) > 1 - 2 / (9 * free) + _BY_CHANCE * np.sqrt(2 / (9 * free)):
-            return False
-    return True
+    told = [s for s in architecture.tensors if s.kind in _AS_MADE]
+    return bool(told) and all(np.isin(model[s.name], _AS_MADE[s.kind]).all() for s in told)
 
 
 def nested(architecture: Architecture, model: Mapping[str, Array], densities: Sequence[float]) -> dict[str, Array]:
     """The model, in which no channel listens to one that only wider models have: those weights are 0.
 
-    So the whole model, and its first channels at any of these densities, answer alike. The weights are trained as all
-    others are, wherever both of their channels are there. A row that would have nothing left to listen to stays.
+    So the whole model, and its first channels at any of these densities, answer alike, as long as nothing but weights
+    mixes channels (a softmax or a norm over channels does, too). Silent weights are trained as all others are, wherever
+    both of their channels are there.
 
     Args:
         architecture: The model.
@@ -93,25 +57,32 @@ def nested(architecture: Architecture, model: Mapping[str, Array], densities: Se
     levels = [np.searchsorted([w[g] for w in steps], np.arange(n), "right") for g, n in enumerate(architecture.sizes)]
     out = dict(model)
     for spec in architecture.trainable:
-        heard = _heard(architecture, spec, levels)
-        if heard is not None and not heard.all():
-            out[spec.name] = np.where(heard, model[spec.name], np.float32(0))
+        axes = _into_and_from(architecture, spec)
+        if axes is not None:
+            into, heard = (_along(spec.axes[place], levels, place, len(spec.axes)) for place in axes)
+            out[spec.name] = np.where(heard <= into, model[spec.name], np.float32(0))
     return out
 
 
-def _heard(architecture: Architecture, spec: TensorSpec, levels: Sequence[Array]) -> Array | None:
-    """Which weights lead from a width's channel into one of the same or of a wider width; None for other tensors."""
-    made = architecture.output_axes(spec.name)
-    inputs = [i for i, a in enumerate(spec.axes) if i not in made and a.groups]
-    if spec.kind is not TensorKind.WEIGHT or len(made) != 1 or not inputs:
-        return None
-    shape = tuple(a.length for a in spec.axes)
-    into = _along(spec.axes[made[0]], levels, made[0], len(shape))
-    heard = np.ones(shape, bool)
-    for axis in inputs:
-        heard &= _along(spec.axes[axis], levels, axis, len(shape)) <= into
-    silent = ~heard.any(axis=tuple(i for i in range(len(shape)) if i != made[0]), keepdims=True)
-    return np.asarray(heard | silent)
+def _into_and_from(architecture: Architecture, spec: TensorSpec) -> tuple[int, int] | None:
+    """The axis of the channels that a weight makes and that of those over which it sums; None where that isn't sure.
+
+    A tensor that several layers read in different ways, heads' weights in one tensor and grouped transposed
+    convolutions, whose first axis is of inputs and outputs at once, are left as they are.
+    """
+    found = set()
+    for layer in architecture.layers:
+        if layer.weight != spec.name or spec.kind is not TensorKind.WEIGHT:
+            continue
+        if layer.op == "Conv":
+            summed = 1
+        elif layer.op == "ConvTranspose":
+            summed = 0 if layer.groups == 1 else layer.output_axis
+        else:
+            summed = 1 - layer.output_axis if len(spec.axes) == 2 else layer.output_axis
+        found.add((layer.output_axis, summed))
+    into, summed = found.pop() if len(found) == 1 else (0, 0)
+    return None if into == summed else (into, summed)
 
 
 def _along(axis: Axis, levels: Sequence[Array], place: int, axes: int) -> Array:

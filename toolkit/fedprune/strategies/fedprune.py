@@ -4,8 +4,8 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
 
 - ranks that are settled before the first round and then stay: a submodel's channels are its own for good, so ordered
   dropout can make the ranking true, and a trained model is cut where it hurts least;
-- a nested start: in a model that was just made no channel listens to one that only wider models have, so that what a
-  width adds is silent until it has learnt (`fedprune.nesting`);
+- a nested start: in a model that was just made, as its normalisations tell, no channel listens to one that only wider
+  models have, so that what a width adds is silent until it has learnt (`fedprune.nesting`);
 - a logit-adjusted loss, so that a device's missing classes don't pull on the model that all share (Menon et al. 2021,
   "Long-tail learning via logit adjustment", eq. 10, with the device's own label shares as prior);
 - ordered dropout over the fleet's densities, so that wide boards train the narrow models, too (FjORD, Horvath et al.
@@ -27,6 +27,7 @@ import numpy as np
 
 from fedprune.aggregation import Fold, Rule
 from fedprune.architecture import Architecture
+from fedprune.errors import ConfigError
 from fedprune.job import Job
 from fedprune.nesting import just_made, nested
 from fedprune.recipe import LEAST_MIXUP, Recipe
@@ -212,14 +213,27 @@ def fedprune(job: Job) -> Strategy:
         objective=Fair(options),
         allocator=dealt(job, options.densities),
         schedule=_buffered(options.arrivals) if options.arrivals else None,
-        starter=_starter(options),
+        starter=_starter(job, options),
     )
 
 
-def _starter(options: Options) -> Nested | None:
-    """A nested start over the widths at which steps train, or else over those of tiers."""
-    widths = tuple(d for d in options.dropout or options.densities if d < 1)
-    if options.ranking not in ("auto", "nested") or not widths:
+def _starter(job: Job, options: Options) -> Nested | None:
+    """A nested start over the widths at which steps train, or else over those of tiers.
+
+    Raises:
+        ConfigError: A nested start is asked for, and there are no such widths.
+    """
+    if options.ranking not in ("auto", "nested"):
+        return None
+    widths = tuple(d for d in job.recipe.ordered_dropout or options.dropout or options.densities if d < 1)
+    if not widths and options.ranking == "nested":
+        raise ConfigError(
+            f"job: option ranking of {job.strategy}",
+            expected="with nested, some widths below 1",
+            got="neither dropout nor densities",
+            hint="Give the densities between which it shall be nested, or let ranking be ordered.",
+        )
+    if not widths:
         return None
     return Nested(widths, always=options.ranking == "nested")
 
