@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.architecture import FIXED, Architecture, Axis, TensorKind, TensorSpec, widths_at
+from fedprune.architecture import Architecture, TensorKind, TensorSpec, widths_at
+from fedprune.selection import Selection
 
 Array = npt.NDArray[Any]
 
@@ -53,14 +54,18 @@ def nested(architecture: Architecture, model: Mapping[str, Array], densities: Se
     Raises:
         BundleError: A density is not above 0 and at most 1.
     """
-    steps = sorted({widths_at(architecture, d) for d in densities})
-    levels = [np.searchsorted([w[g] for w in steps], np.arange(n), "right") for g, n in enumerate(architecture.sizes)]
+    own = [np.arange(n) for n in architecture.sizes]
+    narrow = [Selection.of(architecture, widths_at(architecture, d), own) for d in densities]
     out = dict(model)
     for spec in architecture.trainable:
         axes = _into_and_from(architecture, spec)
-        if axes is not None:
-            into, heard = (_along(spec.axes[place], levels, place, len(spec.axes)) for place in axes)
-            out[spec.name] = np.where(heard <= into, model[spec.name], np.float32(0))
+        if axes is None:
+            continue
+        out[spec.name] = np.array(model[spec.name])
+        weights = np.moveaxis(out[spec.name], axes, (0, 1))
+        for held in narrow:
+            into, heard = (held.maps(spec.name)[axis] for axis in axes)
+            weights[np.ix_(into, np.setdiff1d(np.arange(weights.shape[1]), heard))] = 0
     return out
 
 
@@ -83,14 +88,3 @@ def _into_and_from(architecture: Architecture, spec: TensorSpec) -> tuple[int, i
         found.add((layer.output_axis, summed))
     into, summed = found.pop() if len(found) == 1 else (0, 0)
     return None if into == summed else (into, summed)
-
-
-def _along(axis: Axis, levels: Sequence[Array], place: int, axes: int) -> Array:
-    """The level of every index of an axis, 0 where it is of no group, shaped to meet a tensor of so many axes."""
-    parts = [
-        np.zeros(s.length, np.int64)
-        if s.group == FIXED
-        else np.repeat(levels[s.group][s.start : s.start + s.count], s.inner)
-        for s in axis.segments
-    ]
-    return np.concatenate(parts).reshape([-1 if i == place else 1 for i in range(axes)])
