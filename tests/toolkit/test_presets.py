@@ -131,10 +131,12 @@ def test_a_weighting_that_nobody_knows_is_refused_before_it_counts() -> None:
         Coordinator(strategy, ARCHITECTURE, State(model="m"))
 
 
-def test_what_boards_would_refuse_is_refused_at_the_start() -> None:
-    """The widest settings that a preset takes make recipes that are recipes."""
-    for name, options, density in (("heterofl", {"densities": [0.001]}, 0.001), ("subflot", {"sar": 5e5}, 0.001)):
-        compose(job(name, **options)).objective.recipe(Recipe(), turn(density))
+def test_the_widest_settings_that_a_preset_takes_make_recipes_that_boards_take() -> None:
+    """Recipes check themselves against the limits that boards keep; at these the limits are just reached."""
+    scaled = compose(job("heterofl", densities=[0.001])).objective.recipe(Recipe(), turn(0.001))
+    pulled = compose(job("subflot", sar=5e5)).objective.recipe(Recipe(), turn(0.001))
+    assert scaled.scale == pytest.approx(1000)
+    assert pulled.proximal == pytest.approx(999_000)
 
 
 @pytest.mark.parametrize("name", ["heterofl", "fedrolex"])
