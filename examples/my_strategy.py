@@ -22,15 +22,17 @@ class Energy:
         return Ranking(ranks(self.average(scene)))
 
     def learn(self, scene, fold, reports):
-        names = [group.name for group in scene.architecture.groups]
-        return {"energy": dict(zip(names, self.average(scene), strict=True))}  # in the next round's scene.memory
+        return {"energy": dict(zip(self.names(scene), self.average(scene), strict=True))}  # the next round's memory
 
     def average(self, scene):
         now = channel_sums(scene.architecture, lambda name: np.square(scene.model[name]), (TensorKind.WEIGHT,))
-        before = scene.memory.get("energy")
-        if before is None:  # the first round
+        before, names = scene.memory.get("energy", {}), self.names(scene)
+        if set(before) != set(names):  # the first round
             return now
-        return tuple((before[group.name] + e) / 2 for group, e in zip(scene.architecture.groups, now, strict=True))
+        return tuple((before[name] + e) / 2 for name, e in zip(names, now, strict=True))
+
+    def names(self, scene):  # a later version of the compiler may find other groups in the same model
+        return [f"{scene.architecture.digest}/{group.name}" for group in scene.architecture.groups]
 
 
 class Gentle(Mean):

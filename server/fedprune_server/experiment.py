@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fedprune import __version__
 from fedprune.job import Job
+from fedprune.strategies.own import own_code
 from fedprune_export.imported import Model
 from fedprune_server.evaluator import Evaluation
 from fedprune_server.measure import Hook, described
@@ -60,10 +61,12 @@ class Experiment:
     def fingerprint(self) -> str:
         """Digest of all that decides the run.
 
-        The model counts with its graph as well as its architecture, which says nothing about activations. It is worked
-        out once: that takes a while with a large model and much data.
+        The model counts with its graph as well as its architecture, which says nothing about activations; our own code
+        by its version, and a user's own strategy by its files. It is worked out once: that takes a while with a large
+        model and much data.
         """
-        settings = [self.job.to_dict(), asdict(self.dropouts), self._circumstances()]
+        code = [__version__, own_code(self.job)]
+        settings = [self.job.to_dict(), asdict(self.dropouts), self._circumstances(), code]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         digest.update(self.model.architecture.digest.encode())
         digest.update(hashlib.sha256(self.model.graph.to_bytes()).digest())

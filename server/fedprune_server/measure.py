@@ -78,21 +78,22 @@ class Moment:
     def submodel(self, density: float) -> Submodel:
         """What the job's strategy cuts out of the new model for a device of this density that was never there.
 
-        It keeps the same share of each group; where the round's devices keep all channels, and their density says how
-        many elements, so does it.
+        It keeps the same share of each group or, where the strategy's densities are those of elements, all channels and
+        that share of elements.
 
         Args:
             density: Share of the model, above 0 and at most 1.
         """
         sizes = self.architecture.sizes
-        elements = any(p.density < 1 and p.widths == sizes for p in self.parts)
+        strategy = compose(self.job)
+        elements = getattr(strategy.allocator, "elements", False)
         widths = sizes if elements else widths_at(self.architecture, density)
         scene = Scene(
             self.architecture, self.job.seed, self.round, self.model, self.memory, self.job.recipe, participants=()
         )
         turn = Turn(self.job.seed, self.round, "", widths, density)
         selection = self.archive.selection(self.basis.ranking, widths)
-        return compose(self.job).extractor.extract(Cut(scene, turn, selection, self.archive.order(self.basis.order)))
+        return strategy.extractor.extract(Cut(scene, turn, selection, self.archive.order(self.basis.order)))
 
 
 Hook = Callable[[Moment], Mapping[str, float]]

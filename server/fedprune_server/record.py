@@ -289,7 +289,7 @@ def record_of(
             profile=str(device.profile.get("name", "")),
             samples=device.samples,
             widths=tuple(device.widths),
-            density=device.plan["density"] if device.plan else job.density,
+            density=device.plan["density"] if device.plan else device.density,
             bound=device.plan["bound"] if device.plan else "",
             parameters=costs_at(architecture, device.widths).parameters if device.widths else 0,
             excluded=device.excluded,

@@ -212,7 +212,8 @@ class Roster:
                 log.debug("  %s", gains)
         else:
             kept = costs_at(self._architecture, device.widths).parameters / self._whole
-            log.info("  density %.3g, as the job says: keeps %.0f%% of the weights", self._job.density, 100 * kept)
+            by = "job" if device.density == self._job.density else "strategy"
+            log.info("  density %.3g, as the %s says: keeps %.0f%% of the weights", device.density, by, 100 * kept)
 
     def snapshot(self, now: float, connected: bool, pulled: Mapping[str, tuple[int, int]]) -> Snapshot:
         """The job as it stands.
@@ -242,7 +243,7 @@ class Roster:
             profile = self.outsiders.get(name, {}).get("profile", "?")
             doing = f"takes no part: {contact.problem}" if contact.problem else "unknown"
             return Row(name, profile, None, 0, contact.down, contact.up, None, None, doing)
-        density = self._job.density or (float(device.plan["density"]) if device.plan else None)
+        density = float(device.plan["density"]) if device.plan else device.density if device.widths else None
         if device.widths and device.widths not in contact.parameters:
             contact.parameters[device.widths] = parameters(self._architecture, device.widths)
         if device.excluded:

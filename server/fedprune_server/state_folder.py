@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fedprune import tensorfile
 from fedprune.blobs import BlobStore
-from fedprune.coordination import Phase, State
+from fedprune.coordination import State
 from fedprune.disk import storage_errors
 from fedprune.errors import ConfigError, DataError, ModelError, StorageError
 from fedprune.job import Job
@@ -132,8 +132,6 @@ class StateFolder:
             self._check_blobs(state)
             self._fit(state, model)
             sweep(self.store, state, config.kept)  # not a new job's folder: its worker has just put graphs there
-            if state.phase is Phase.FINISHED and state.round < config.job.rounds:
-                state.phase = Phase.WAITING
         return OpenJob(config.job, model, worker, state, _changes(known, settings))
 
     def _model_bytes(self, config: ServerConfig, known: dict[str, Any] | None) -> tuple[bytes, str]:

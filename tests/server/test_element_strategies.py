@@ -15,10 +15,12 @@ from fedprune.job import Job
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
+from fedprune.strategies.roles import Submodel
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import deal, digits_model
 from fedprune_server.experiment import Experiment
+from fedprune_server.measure import Hook, Moment
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import VirtualDevice
 
@@ -31,13 +33,14 @@ def model() -> Model:
     return import_onnx(digits_model(), "digits-net")
 
 
-def simulation(model: Model, folder: Path, strategy: str, **options: Any) -> Simulation:
+def simulation(model: Model, folder: Path, strategy: str, *, measure: Hook | None = None, **options: Any) -> Simulation:
     data = deal(NAMES, seed=1)
     devices = [VirtualDevice(name, find(name), data.devices[name]) for name in NAMES]
     recipe = Recipe(max_steps=4, lr=0.03)
     job = Job(seed=3, rounds=3, devices=2, strategy=strategy, options=options, recipe=recipe, deadline_s=1e6)
     store = BlobStore(folder / "blobs", durable=False)
-    return Simulation(Experiment("x", job, model, devices, (data.x, data.y)), store, folder=folder)
+    experiment = Experiment("x", job, model, devices, (data.x, data.y), measure=measure)
+    return Simulation(experiment, store, folder=folder)
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -69,6 +72,28 @@ def test_every_update_counts_and_a_resumed_run_is_the_same(
     resumed = simulation(model, tmp_path / "killed", strategy, **options)
     resumed.run()
     assert resumed.state.model == whole.state.model
+
+
+@pytest.mark.parametrize("densities", [[1.0], [1.0, 0.2]])
+def test_what_is_measured_is_masked_as_what_is_sent_whoever_takes_part(
+    model: Model, tmp_path: Path, densities: list[float]
+) -> None:
+    """Also in a round in which everybody holds the whole model."""
+    found: list[Submodel] = []
+
+    def look(moment: Moment) -> dict[str, float]:
+        found.append(moment.submodel(0.2))
+        return {}
+
+    run = simulation(model, tmp_path, "fiarse", densities=densities, measure=look)
+    run.run()
+    assert len(found) == 3
+    for submodel in found:
+        assert submodel.selection.widths == model.architecture.sizes
+        assert submodel.mask is not None
+        assert sum(int(a.sum()) for a in submodel.mask.active.values()) < 0.25 * sum(
+            a.size for a in submodel.mask.active.values()
+        )
 
 
 def offers(run: Simulation) -> dict[str, dict[str, Any]]:

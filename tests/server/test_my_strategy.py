@@ -58,7 +58,8 @@ def test_it_learns_and_remembers(tmp_path: Path) -> None:
     state = simulated(JOB, tmp_path).state
     assert set(state.memory) == {"velocity", "energy"}
     remembered = tensorfile.decode(BlobStore(tmp_path).read(state.memory["energy"]))
-    sizes = {g.name: g.size for g in import_onnx(digits_model(), "digits").architecture.groups}
+    architecture = import_onnx(digits_model(), "digits").architecture
+    sizes = {f"{architecture.digest}/{g.name}": g.size for g in architecture.groups}
     assert {name: len(v) for name, v in remembered.items()} == sizes
 
 

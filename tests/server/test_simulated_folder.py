@@ -80,6 +80,32 @@ def test_a_run_that_failed_goes_on_from_what_was_saved(experiment: Experiment, t
     assert simulation.record().rounds == simulate(experiment).rounds
 
 
+def test_a_record_says_what_the_strategy_gave(experiment: Experiment, tmp_path: Path) -> None:
+    job = Job(rounds=1, devices=2, strategy="heterofl", options={"densities": [1.0, 0.25]}, recipe=JOB.recipe)
+    record = simulate(replace(experiment, job=job), tmp_path / "run")
+    assert [d.density for d in record.devices] == [1.0, 0.25]
+
+
+def test_a_run_does_not_go_on_with_other_code(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "gentle.py"
+    text = (Path(__file__).parents[2] / "examples" / "my_strategy.py").read_text()
+    source.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = replace(experiment, job=Job(rounds=3, devices=2, density=0.25, strategy="gentle:energy", recipe=JOB.recipe))
+    with pytest.raises(KillError):
+        simulate(own, tmp_path / "run", after(1))
+    source.write_text(text.replace("lr_decay: float = 0.98", "lr_decay: float = 0.5"))
+    with pytest.raises(StorageError, match="other settings"):
+        simulate(replace(own), tmp_path / "run")
+    source.write_text(text)
+    simulate(replace(own), tmp_path / "run")
+    monkeypatch.setattr("fedprune_server.experiment.__version__", "99")
+    with pytest.raises(StorageError, match="other settings"):
+        simulate(replace(own), tmp_path / "run")
+
+
 @pytest.mark.parametrize(("trainer", "workers"), [("torhc", 1), ("torch:cuda", 2), ("torch:cuda:77", 1)])
 def test_a_trainer_that_cannot_be_costs_no_folder(
     experiment: Experiment, tmp_path: Path, trainer: str, workers: int

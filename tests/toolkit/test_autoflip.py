@@ -198,6 +198,13 @@ def test_a_tensor_that_did_not_move_keeps_all_its_elements(scaling: str) -> None
     assert not all(m.all() for m in masks(play, "a").values())
 
 
+def test_where_nothing_moved_nothing_is_masked() -> None:
+    start = model(NET, 1)
+    play = Play(autoflip(pruned_share=0.5), start, {"a": Device()}, move=lambda sent, *_: dict(sent.tensors))
+    assert identical(play.play(2), start)
+    assert play.sent["a"].mask is None
+
+
 def test_robust_scaling_is_by_median_and_quartiles() -> None:
     start = model(NET, 1)
     play = Play(autoflip(scaling="robust", pruned_share=0.4), start, {"a": Device()})

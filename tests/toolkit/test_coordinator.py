@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune import profile_store
-from fedprune.coordination import Coordinator, Phase, State
+from fedprune.coordination import Coordinator, Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.errors import ConfigError, StorageError
@@ -281,6 +281,64 @@ def test_a_round_that_nobody_finished_goes_to_whoever_is_there() -> None:
 
     assert shell.state.phase is Phase.FINISHED
     assert set(shell.state.history[0]["devices"]) == {"b"}
+
+
+def test_a_round_is_not_offered_to_the_same_silent_device_for_ever() -> None:
+    shell = Shell(replace(JOB, devices=1, participation=0.1))
+    for name in (names := [f"d{i}" for i in range(10)]):
+        shell.feed(shell.birth(name))
+    asked = []
+    for _ in range(30):
+        shell.run_silently()
+        asked += shell.state.tasks
+        shell.now = shell.wakes[-1]
+        shell.feed(on.Ticked())
+    assert len(asked) == 30
+    assert len(set(asked)) >= len(names) / 2
+
+
+def test_a_round_that_starts_anew_with_others_is_ranked_for_them() -> None:
+    shell = Shell(replace(JOB, devices=1))
+    shell.feed(shell.birth("a"))
+    shell.run_silently()
+    shell.feed(on.DeviceDied("a", 0))
+    shell.feed(shell.birth("b"))
+    shell.now = shell.wakes[-1]
+    again = shell.feed(on.Ticked())
+    assert [c.participants for c in again if isinstance(c, do.Score)] == [("b",)]
+    shell.run()
+    assert {t["attempt"] for t in shell.state.history[0]["devices"].values()} == {2}
+
+
+def test_a_round_that_starts_anew_with_the_same_devices_keeps_its_ranking() -> None:
+    shell = Shell()
+    shell.arrive()
+    shell.run_silently()
+    ranking, shell.now = shell.state.ranking, shell.wakes[-1]
+    again = shell.feed(on.Ticked())
+    assert not any(isinstance(c, do.Score) for c in again)
+    assert shell.state.ranking == ranking
+
+
+def test_a_finished_job_goes_on_with_more_rounds_and_only_then() -> None:
+    shell = Shell()
+    shell.arrive()
+    shell.run()
+    shell.crash()
+    assert shell.state.phase is Phase.FINISHED
+    shell.job = replace(JOB, rounds=JOB.rounds + 2)
+    shell.crash()
+    shell.run()
+    assert [r for r, _ in finished_history(shell)] == list(range(1, JOB.rounds + 3))
+
+
+@pytest.mark.parametrize("synchronous", [True, False])
+def test_a_job_that_its_allocator_ended_stays_finished(synchronous: bool) -> None:
+    job = Job(rounds=100, strategy="pr-fl", options={"synchronous": synchronous})
+    state = State(model="m7", phase=Phase.FINISHED, round=7, allocation={"done": True})
+    commands = coordinate(job, ARCHITECTURE, state).resume(0.0)
+    assert [c for c in commands if not isinstance(c, do.Wake)] == [do.Finish("m7")]
+    assert state.phase is Phase.FINISHED
 
 
 def test_a_round_that_nobody_is_left_for_waits() -> None:

@@ -38,6 +38,11 @@ class Ladder:
         if self.interval < 1:
             raise ConfigError("allocator: interval", expected="1 or more rounds", got=self.interval)
 
+    @property
+    def elements(self) -> bool:
+        """Whether masks are made of elements, as those of the start."""
+        return self.start.elements
+
     def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
         """What it had, at most grown meanwhile, or what devices begin with."""
         device = fleet.state.devices[name]
@@ -92,7 +97,7 @@ class Ladder:
         device = fleet.state.devices[name]
         if device.excluded:
             return False
-        changed = fleet.grant(name, density, elements=self.start.elements)
+        changed = fleet.grant(name, density, elements=self.elements)
         if device.allocation.get("granted") != density:
             device.allocation = {**device.allocation, "granted": density}
         return changed

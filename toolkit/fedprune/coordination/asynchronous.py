@@ -41,9 +41,14 @@ class AsynchronousCoordinator(Desk):
         return super().handle(event, now) + self._wake(now)
 
     def resume(self, now: float) -> Commands:
-        """What to do after the state was loaded; deadlines and the round's window start anew."""
+        """What to do after the state was loaded; deadlines and the round's window start anew.
+
+        A finished job goes on where it has been given more rounds.
+        """
         state = self.state
         self._all_gone()
+        if state.phase is Phase.FINISHED and not self._last():
+            state.phase = Phase.WAITING
         state.wakes = []
         commands: Commands = []
         for name, task in sorted(state.tasks.items()):

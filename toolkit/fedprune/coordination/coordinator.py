@@ -24,8 +24,8 @@ class Coordinator(Desk):
 
     A round: wait for enough devices, rank the channels, extract a submodel for every chosen device, offer it, collect
     updates until all are in or the deadline has passed, turn their sums into the next global model, evaluate it. A
-    round closes at its deadline with the updates that are on the server's disk; without any it starts anew with the
-    devices that are there then, under the next attempt number. The deadline counts from the last offer.
+    round closes at its deadline with the updates that are on the server's disk; without any it starts anew with devices
+    that are there then, chosen anew, under the next attempt number. The deadline counts from the last offer.
 
     Args:
         job: The job's settings.
@@ -37,10 +37,12 @@ class Coordinator(Desk):
         """What to do after the state was loaded: everything that may have been under way when the last shell ended.
 
         All devices count as offline until they announce themselves again, and are planned anew, since settings may have
-        changed; a round's deadline starts anew.
+        changed; a round's deadline starts anew. A finished job goes on where it has been given more rounds.
         """
         state = self.state
         self._all_gone()
+        if state.phase is Phase.FINISHED and not self._last():
+            state.phase = Phase.WAITING
         if state.phase is Phase.SCORING:
             return self._rescore(now)
         if state.phase is Phase.TRAINING:
@@ -101,7 +103,9 @@ class Coordinator(Desk):
         if self.state.round <= self.strategy.explores:
             share = 1.0
         count = max(1, math.ceil(share * len(ready) - 1e-9))
-        order = keyed(self.job.seed, self.state.round, "participation").permutation(len(ready))
+        # A round that nobody finished isn't offered to the same silent devices for ever.
+        lot = ("participation",) if attempt == 1 else ("participation", attempt)
+        order = keyed(self.job.seed, self.state.round, *lot).permutation(len(ready))
         chosen = {n: self.state.devices[n] for n in sorted(ready[i] for i in order[:count])}
         # Decided before any update is in: neither the order of arrival nor an update's own word changes what counts.
         counts = {n: 1 if self.uniform else d.samples for n, d in chosen.items()}
@@ -217,7 +221,7 @@ class Coordinator(Desk):
             task.reason = LATE
         commands = self._go_on(now)
         # Whoever is asked once more gets an offer instead: if that is the same work, it goes on where it is.
-        again = {c.part.device for c in commands if isinstance(c, do.Extract)}
+        again = {n for n, t in state.tasks.items() if t.progress is Progress.EXTRACTING}
         return [*(do.Cancel(n, number, t.attempt, LATE) for n, t in late if n not in again), *commands]
 
     def _go_on(self, now: float) -> Commands:
@@ -241,7 +245,10 @@ class Coordinator(Desk):
         return self._again(now)
 
     def _again(self, now: float) -> Commands:
-        """Start the round anew with the devices that are there now; wait for more where they are too few."""
+        """Start the round anew with devices that are there now; wait for more where they are too few.
+
+        Others than those of the last attempt are ranked for, too: scorers may go by who takes part.
+        """
         state = self.state
         state.deadline = None
         ready = self._ready()
@@ -250,9 +257,13 @@ class Coordinator(Desk):
             state.round -= 1
             state.phase = Phase.WAITING
             return []
-        attempt = 1 + max(t.attempt for t in state.tasks.values())
+        before, attempt = set(state.tasks), 1 + max(t.attempt for t in state.tasks.values())
         state.tasks = self._tasks(ready, attempt)
-        return [self._extract(n, t) for n, t in sorted(state.tasks.items())]
+        if set(state.tasks) == before:
+            return self._collect(now)
+        state.phase = Phase.SCORING
+        state.ranking = state.order = None
+        return self._score()
 
     def _close(self) -> do.Close:
         state = self.state

@@ -129,7 +129,10 @@ class Guided:
         present = [d for d in scene.participants if d in set(explorers)]
         guidance = _mean(scene, present or explorers, self._names(scene.architecture))
         scaled = {n: _scaled(v, self.options.scaling) for n, v in guidance.items()}
-        limit = quantile([v[np.isfinite(v)] for v in scaled.values()], self.options.pruned_share)
+        ranked = [v[np.isfinite(v)] for v in scaled.values()]
+        if not any(v.size for v in ranked):
+            return None
+        limit = quantile(ranked, self.options.pruned_share)
         return ElementMask({n: v > limit for n, v in scaled.items()})
 
     def _names(self, architecture: Architecture) -> tuple[str, ...]:

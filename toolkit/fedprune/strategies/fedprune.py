@@ -39,6 +39,7 @@ from fedprune.strategies.extraction import Nobody, Selected
 from fedprune.strategies.means import DeltaMean, Mean
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Turn
+from fedprune.strategies.scorers import places_of
 from fedprune.strategies.strategy import Strategy
 
 RANKS = "ranks"
@@ -139,16 +140,11 @@ class Settled:
         """The first round's ranks."""
         if self._settled(scene) is not None:
             return {}
-        return {RANKS: dict(zip(_places(scene.architecture), self.rank(scene).ranks, strict=True))}
+        return {RANKS: dict(zip(places_of(scene.architecture), self.rank(scene).ranks, strict=True))}
 
     def _settled(self, scene: Scene) -> Ranking | None:
-        known, places = scene.memory.get(RANKS, {}), _places(scene.architecture)
+        known, places = scene.memory.get(RANKS, {}), places_of(scene.architecture)
         return Ranking(tuple(np.asarray(known[p]) for p in places)) if set(known) == set(places) else None
-
-
-def _places(architecture: Architecture) -> list[str]:
-    """Names of a group's ranks in memory, which no other description of the model has."""
-    return [f"{architecture.digest}/{g}" for g in range(len(architecture.groups))]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ line of which file; so does an answer of another type or shape than the role's (
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import sys
@@ -54,6 +55,29 @@ def own_strategy(job: Job) -> Strategy:
     Raises:
         ConfigError: There is no such function, it fails, or what it makes is no strategy; or an option is wrong.
     """
+    strategy, own = _composed(job)
+    return _guarded(strategy, job.strategy, own)
+
+
+def own_code(job: Job) -> str:
+    """Digest of the files that define a user's own strategy and its roles; empty for presets.
+
+    Raises:
+        ConfigError: As `own_strategy`.
+    """
+    if ":" not in job.strategy:
+        return ""
+    strategy, _ = _composed(job)
+    roles = [getattr(strategy, role) for role in ROLES]
+    modules = {type(r).__module__ for r in roles if r is not None} | {job.strategy.partition(":")[0]}
+    files = [getattr(sys.modules.get(m), "__file__", None) for m in sorted(modules) if not m.startswith(_OURS + ".")]
+    digest = hashlib.sha256()
+    for file in filter(None, files):
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+def _composed(job: Job) -> tuple[Strategy, _Origin]:
     module_name, _, name = job.strategy.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:  # as `python -m` does: the user's own modules lie in the current folder
@@ -74,7 +98,7 @@ def own_strategy(job: Job) -> Strategy:
         raise StrategyError(f"job: strategy {job.strategy} {_failed(error, own.place(error))}") from error
     if not isinstance(strategy, Strategy):
         raise StrategyError(f"job: strategy {job.strategy}", expected="a Strategy", got=type(strategy).__name__)
-    return _guarded(strategy, job.strategy, own)
+    return strategy, own
 
 
 def _guarded(strategy: Strategy, name: str, own: _Origin) -> Strategy:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedprune.aggregation import Fold
+from fedprune.architecture import Architecture
 from fedprune.evidence import Evidence
 from fedprune.scoring import random_ranks, ranks, score
 from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Scorer
@@ -15,8 +16,9 @@ from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Scorer
 EVIDENCE = "evidence"
 """What the curvature score remembers."""
 
-HELD = "ranks"
-"""Memory: the ranks of channels that hold until the next interval begins, by group."""
+HELD = "held"
+"""Memory: the ranks of channels that hold until the next interval begins, by the architecture's digest and the group's
+number."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,18 @@ class Held:
 
     def rank(self, scene: Scene) -> Ranking:
         """New ranks in the first round of an interval, and those again in its others; no order of elements."""
-        held = scene.memory.get(HELD)
-        if held is None or (scene.round - 1) % self.interval == 0:
+        held, places = scene.memory.get(HELD, {}), places_of(scene.architecture)
+        if set(held) != set(places) or (scene.round - 1) % self.interval == 0:
             return Ranking(self.scorer.rank(scene).ranks)
-        return Ranking(tuple(held[group.name].astype(np.int64) for group in scene.architecture.groups))
+        return Ranking(tuple(held[p].astype(np.int64) for p in places))
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
         """The ranks that hold, and what the other one learns."""
         found = self.rank(scene).ranks
-        held = {g.name: r.astype(np.int32) for g, r in zip(scene.architecture.groups, found, strict=True)}
+        held = {p: r.astype(np.int32) for p, r in zip(places_of(scene.architecture), found, strict=True)}
         return {**self.scorer.learn(scene, fold, reports), HELD: dict(held)}
+
+
+def places_of(architecture: Architecture) -> list[str]:
+    """Names for what is remembered of channel groups, which no other description of the model has."""
+    return [f"{architecture.digest}/{g}" for g in range(len(architecture.groups))]
