@@ -19,10 +19,11 @@ from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.scoring import channel_sums, curvature, magnitude, movement, random_ranks, ranks
 from fedprune.selection import Selection
-from fedprune.strategies.ca_hfp import ByLoss, ca_hfp
+from fedprune.strategies import compose
+from fedprune.strategies.ca_hfp import ca_hfp
 from fedprune.strategies.fedavg import fedavg
 from fedprune.strategies.roles import Memories, Scene
-from fedprune.strategies.scorers import EVIDENCE
+from fedprune.strategies.scorers import EVIDENCE, ByName
 from strategies import architectures, model, seeds, trained
 from toy import ARCHITECTURE
 
@@ -35,7 +36,7 @@ def strategy(**options: Any) -> Any:
     return ca_hfp(Job(strategy="ca-hfp", options=options))
 
 
-def a_round(at: Scene, scorer: ByLoss, density: float, seed: int) -> tuple[Memories, Selection]:
+def a_round(at: Scene, scorer: ByName, density: float, seed: int) -> tuple[Memories, Selection]:
     """One device of a density trains what the scorer ranks best; gives what the scorer remembers."""
     architecture = at.architecture
     selection = Selection.of(architecture, widths_at(architecture, density), scorer.rank(at).ranks)
@@ -171,6 +172,49 @@ def test_delta_w_ranks_by_how_far_weights_moved() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(found, ranks(moved), strict=True))
     evidence = Evidence.from_tensors(architecture, memory[EVIDENCE])
     assert all(np.allclose(a, 10 * b, rtol=1e-4) for a, b in zip(movement(architecture, evidence), moved, strict=True))
+
+
+@pytest.mark.parametrize(
+    "job", [Job(strategy="ca-hfp"), Job(scorer="curvature"), Job(strategy="ca-hfp", options={"score": "delta_w"})]
+)
+def test_a_gradient_is_a_step_s_move_over_the_rate_that_momentum_makes_of_lr(job: Job) -> None:
+    """g = −Δ / (steps·η_eff) with η_eff = lr / (1 − momentum), which is 0.2 / 0.25 here; h = g² of one device."""
+    base, whole, scorer = model(ARCHITECTURE, 0), Selection.full(ARCHITECTURE), compose(job).scorer
+    at = scene(ARCHITECTURE, base, recipe=Recipe(lr=0.2, momentum=0.75))
+    made = report(at, whole, {n: v - np.float32(0.06) for n, v in base.items()}, steps=3)
+    _, fold = close_fold(strategy().aggregator, at, [made], evidence=scorer.observes)
+    got = Evidence.from_tensors(ARCHITECTURE, scorer.learn(at, fold, lambda: iter([made]))[EVIDENCE])
+    assert all(np.allclose(v, 0.02 / 0.8, rtol=1e-4) for v in got.gradient.values())
+    assert all(np.allclose(v, (0.02 / 0.8) ** 2, rtol=1e-4) for v in got.curvature.values())
+
+
+def test_another_estimator_begins_without_evidence() -> None:
+    """A job that was stopped and goes on with other settings."""
+    base = model(ARCHITECTURE, 0)
+    for before, after in (("fisher", "secant"), ("secant", "fisher")):
+        memory, _ = a_round(scene(ARCHITECTURE, base), strategy(estimator=before).scorer, 1.0, 1)
+        at, scorer = scene(ARCHITECTURE, base, memory, round=2), strategy(estimator=after).scorer
+        drawn = random_ranks(ARCHITECTURE, 0, 2)
+        assert all(np.array_equal(a, b) for a, b in zip(scorer.rank(at).ranks, drawn, strict=True)), "warm-up, again"
+        changed, _ = a_round(at, scorer, 1.0, 2)
+        anew, _ = a_round(scene(ARCHITECTURE, base, round=2), scorer, 1.0, 2)
+        assert changed[EVIDENCE].keys() == Evidence.empty(ARCHITECTURE, after).to_tensors().keys()  # type: ignore[arg-type]
+        assert identical(changed[EVIDENCE], anew[EVIDENCE])
+
+
+@given(st.data(), seeds)
+def test_curvature_is_one_rule_by_whichever_name(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base, memories = model(architecture, seed), ({}, {})
+    scorers = (strategy(warmup_rounds=1).scorer, compose(Job(scorer="curvature", warmup_rounds=1)).scorer)
+    for t in range(1, 5):
+        found = []
+        for scorer, memory in zip(scorers, memories, strict=True):
+            at = scene(architecture, base, memory, round=t)
+            found.append(scorer.rank(at).ranks)
+            memory |= a_round(at, scorer, 0.7, seed + t)[0]
+        assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+    assert identical(*(m[EVIDENCE] for m in memories))
 
 
 def test_estimates_forget_as_fast_as_they_are_told() -> None:

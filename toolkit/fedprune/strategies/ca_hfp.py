@@ -8,25 +8,24 @@ estimated, how scores of weights become a channel's, and how long warm-up lasts;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
-from fedprune.aggregation import Fold, Rule
+from fedprune.aggregation import Rule
 from fedprune.errors import ConfigError
-from fedprune.evidence import DECAY, Estimator, Evidence
+from fedprune.evidence import DECAY, Estimator
 from fedprune.job import Job
-from fedprune.scoring import Form, Scores, curvature, magnitude, movement, random_ranks, ranks
+from fedprune.scoring import Form
 from fedprune.strategies.densities import dealt
 from fedprune.strategies.extraction import Nobody, Selected
 from fedprune.strategies.means import Mean
 from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Memories, Ranking, Report, Scene
-from fedprune.strategies.scorers import EVIDENCE
+from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
 
-SCORES = ("curvature", "l1", "delta_w", "random")
+SCORES = {"curvature": "curvature", "l1": "magnitude", "delta_w": "movement", "random": "random"}
+"""The option's words, and what our scorer calls them."""
 
 
 @dataclass(frozen=True)
@@ -60,61 +59,6 @@ class Options:
     server_momentum: float = 0.0
 
 
-@dataclass(frozen=True)
-class ByLoss:
-    """Ranks by how much the loss would change without a channel, or by a rougher guess at it.
-
-    Attributes:
-        score: As in `Options`, and so on.
-        form: See there.
-        estimator: See there.
-        decay: See there.
-        per_count: See there.
-        warmup_rounds: See there.
-    """
-
-    score: str = "curvature"
-    form: Form = "abs"
-    estimator: Estimator = "fisher"
-    decay: float = DECAY
-    per_count: bool = False
-    warmup_rounds: int = 0
-
-    @property
-    def observes(self) -> bool:
-        """Whether it learns from how far weights moved."""
-        return self.score in ("curvature", "delta_w")
-
-    def rank(self, scene: Scene) -> Ranking:
-        """Ranks of channels, the same for all devices, so that masks are nested."""
-        evidence = self._evidence(scene) if self.observes else None
-        unknown = evidence is not None and not evidence.complete
-        if self.score == "random" or scene.round <= self.warmup_rounds or unknown:
-            return Ranking(random_ranks(scene.architecture, scene.seed, scene.round))
-        return Ranking(ranks(self._scores(scene, evidence)))
-
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
-        """Evidence, where it observes."""
-        if not self.observes:
-            return {}
-        evidence = self._evidence(scene)
-        evidence.update(fold, scene.recipe.lr, scene.recipe.momentum, self.decay)
-        return {EVIDENCE: evidence.to_tensors()}
-
-    def _scores(self, scene: Scene, evidence: Evidence | None) -> Scores:
-        if evidence is None:
-            return magnitude(scene.architecture, scene.model, per_count=self.per_count)
-        if self.score == "delta_w":
-            return movement(scene.architecture, evidence, per_count=self.per_count)
-        return curvature(scene.architecture, scene.model, evidence, self.form, per_count=self.per_count)
-
-    def _evidence(self, scene: Scene) -> Evidence:
-        known = scene.memory.get(EVIDENCE)
-        if known is None:
-            return Evidence.empty(scene.architecture, self.estimator)
-        return Evidence.from_tensors(scene.architecture, known)
-
-
 def ca_hfp(job: Job) -> Strategy:
     """The preset.
 
@@ -122,7 +66,7 @@ def ca_hfp(job: Job) -> Strategy:
         ConfigError: An option is unknown or out of range, or devices don't train by SGD, whose moves are gradients.
     """
     options, name = read_options(job, Options), job.strategy
-    choice(name, "score", options.score, SCORES)
+    choice(name, "score", options.score, tuple(SCORES))
     choice(name, "form", options.form, get_args(Form))
     choice(name, "estimator", options.estimator, get_args(Estimator))
     choice(name, "reconstruction", options.reconstruction, get_args(Rule))
@@ -130,13 +74,13 @@ def ca_hfp(job: Job) -> Strategy:
     number(name, "decay", options.decay, 0, 1, below=True)
     number(name, "warmup_rounds", options.warmup_rounds, 0, 10**6)
     number(name, "server_momentum", options.server_momentum, 0, 0.999)
-    scorer = ByLoss(
-        options.score,
+    scorer = ByName(
+        SCORES[options.score],
+        options.warmup_rounds,
         cast(Form, options.form),
         cast(Estimator, options.estimator),
         options.decay,
         options.per_count,
-        options.warmup_rounds,
     )
     if scorer.observes and job.recipe.optimizer != "sgd":
         raise ConfigError(

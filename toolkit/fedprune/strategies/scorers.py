@@ -1,4 +1,4 @@
-"""Scorers that rank channels by name: `ordered`, `magnitude`, `curvature`; and one that holds ranks for some rounds."""
+"""Scorers that rank channels by the name of a score, and one that holds another's ranks for some rounds."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 from fedprune.aggregation import Fold
 from fedprune.architecture import Architecture
-from fedprune.evidence import Evidence
-from fedprune.scoring import random_ranks, ranks, score
+from fedprune.evidence import DECAY, Estimator, Evidence
+from fedprune.scoring import Form, Scores, curvature, magnitude, movement, random_ranks, ranks, score
 from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Scorer
 
 EVIDENCE = "evidence"
-"""What the curvature score remembers."""
+"""Memory: what scores that observe know of gradient and curvature."""
 
 HELD = "held"
 """Memory: the ranks of channels that hold until the next interval begins, by the architecture's digest and the group's
@@ -23,41 +23,64 @@ number."""
 
 @dataclass(frozen=True)
 class ByName:
-    """The ranking of one of the toolkit's scorers, the same for all devices of a round.
+    """A ranking by one score, the same for all devices of a round, so that masks are nested.
 
     Attributes:
-        scorer: `ordered`, `magnitude` or `curvature`.
-        warmup_rounds: Rounds of random ranks before it; with `curvature` at least until every channel was trained once,
-            since until then there is nothing to judge some of them by (CA-HFP, Sec. III-B).
+        scorer: `ordered`, `magnitude` or `curvature`; or what CA-HFP compares with: `movement`, by how far weights
+            moved, or `random`, ranks that are drawn in every round.
+        warmup_rounds: Rounds of random ranks before it; where it observes at least until every channel was trained
+            once, since until then there is nothing to judge some of them by (CA-HFP, Sec. III-B).
+        form: Of the curvature score (`fedprune.scoring.curvature`).
+        estimator: Of curvature, where it observes (`fedprune.evidence`).
+        decay: What old estimates keep of themselves every round.
+        per_count: A channel's layers count by the mean over their weights instead of by the sum.
     """
 
     scorer: str = "ordered"
     warmup_rounds: int = 0
+    form: Form = "abs"
+    estimator: Estimator = "fisher"
+    decay: float = DECAY
+    per_count: bool = False
 
     @property
     def observes(self) -> bool:
         """Whether it learns from how far weights moved."""
-        return self.scorer == "curvature"
+        return self.scorer in ("curvature", "movement")
 
     def rank(self, scene: Scene) -> Ranking:
         """Ranks of channels; no order of elements."""
         evidence = self._evidence(scene) if self.observes else None
         unknown = evidence is not None and not evidence.complete
-        if scene.round <= self.warmup_rounds or unknown:
+        if self.scorer == "random" or scene.round <= self.warmup_rounds or unknown:
             return Ranking(random_ranks(scene.architecture, scene.seed, scene.round))
-        return Ranking(ranks(score(self.scorer, scene.architecture, scene.model, evidence)))
+        return Ranking(ranks(self._scores(scene, evidence)))
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
         """Evidence, where it observes."""
         if not self.observes:
             return {}
         evidence = self._evidence(scene)
-        evidence.update(fold, scene.recipe.lr, scene.recipe.momentum)
+        evidence.update(fold, scene.recipe.lr, scene.recipe.momentum, self.decay)
         return {EVIDENCE: evidence.to_tensors()}
 
+    def _scores(self, scene: Scene, evidence: Evidence | None) -> Scores:
+        architecture, model = scene.architecture, scene.model
+        if self.scorer == "magnitude":
+            return magnitude(architecture, model, per_count=self.per_count)
+        if evidence is None:
+            return score(self.scorer, architecture, model)
+        if self.scorer == "movement":
+            return movement(architecture, evidence, per_count=self.per_count)
+        return curvature(architecture, model, evidence, self.form, per_count=self.per_count)
+
     def _evidence(self, scene: Scene) -> Evidence:
+        """What is known; nothing where that was estimated in another way, before the job's settings changed."""
         known = scene.memory.get(EVIDENCE)
-        return Evidence.empty(scene.architecture) if known is None else Evidence.from_tensors(scene.architecture, known)
+        found = None if known is None else Evidence.from_tensors(scene.architecture, known)
+        if found is None or found.estimator != self.estimator:
+            return Evidence.empty(scene.architecture, self.estimator)
+        return found
 
 
 @dataclass(frozen=True)
