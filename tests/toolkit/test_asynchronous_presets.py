@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.aggregation import Fold
-from fedprune.allocation import Fixed, Tiers
+from fedprune.allocation import Fixed, Fleet, Tiers
+from fedprune.coordination.state import Device, State, Task
 from fedprune.element_mask import ElementMask
 from fedprune.errors import ConfigError
 from fedprune.growth import Ladder, TimeDriven
@@ -136,6 +137,21 @@ def test_pr_fl_by_elements_and_by_channels() -> None:
     turn = turn_in(50)
     assert not channels.objective.recipe(recipe, turn).report_squares
     assert not strategy_of("pr-fl", importance="taylor").objective.recipe(recipe, turn).report_squares
+
+
+@pytest.mark.parametrize(("masks", "density"), [("elements", 0.25), ("channels", 0.5)])
+def test_channels_go_with_the_square_of_a_density_and_elements_with_it(masks: str, density: float) -> None:
+    """Of two devices one takes four times as long: a quarter of the elements, or half of both widths of a product."""
+    allocator = strategy_of("pr-fl", masks=masks, interval=1).allocator
+    fleet = Fleet(JOB, ARCHITECTURE, State("m", round=1))
+    for name in ("a", "b"):
+        fleet.state.devices[name] = Device(1, True, {}, None, 10)
+        allocator.admit(fleet, name, None)
+    for name, seconds in (("a", 1.0), ("b", 4.0)):
+        device = fleet.state.devices[name]
+        allocator.learn(fleet, name, Task(1, device.widths, device.density), seconds)
+    allocator.review(fleet, {})
+    assert [fleet.state.devices[n].density for n in ("a", "b")] == [1.0, pytest.approx(density)]
 
 
 @given(st.lists(st.integers(1, 130), min_size=1, max_size=60), st.sampled_from([0.0, 0.1]))

@@ -14,9 +14,11 @@ from fedprune import profile_store
 from fedprune.coordination import Coordinator, Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.state import Progress
 from fedprune.errors import ConfigError, StorageError
 from fedprune.job import Job
 from fedprune.latency import typical_table
+from fedprune.prediction import predict
 from fedprune.probe_report import ProbeReport
 from toy import ARCHITECTURE, JOB, NAMES
 
@@ -556,6 +558,13 @@ def test_participation_asks_a_keyed_share() -> None:
     assert len(set(chosen[0])) > 1
 
 
+def test_exploration_asks_everybody_and_later_rounds_a_share() -> None:
+    shell = Shell(replace(JOB, strategy="autoflip", participation=0.5))
+    shell.arrive()
+    shell.run()
+    assert [len(h["devices"]) for h in shell.state.history] == [3, 2, 2]
+
+
 def test_a_device_without_a_plan_is_left_out() -> None:
     shell = Shell(replace(JOB, density=0.0, devices=1))
     shell.feed(on.DeviceBorn("a", 1, {"name": "no such thing"}, 10))
@@ -633,6 +642,20 @@ def test_a_plan_that_was_nearly_right_stays_as_it_is() -> None:
     before = coordinator.state.devices["a"].plan
     play(coordinator, 1.1)
     assert coordinator.state.devices["a"].plan == before
+
+
+def test_times_at_other_widths_than_the_plans_teach_nothing() -> None:
+    """The device came again, as a board that may send less, after its part in the round was settled."""
+    coordinator = planned_fleet()
+    narrow = predict(ARCHITECTURE, (4,), PI, coordinator.job.recipe, 10).round_bytes
+    weaker = replace(PI, link=replace(PI.link, bytes_per_round=narrow))
+    coordinator.handle(on.DeviceBorn("a", 2, weaker.to_dict(), 10), 0.0)
+    device = coordinator.state.devices["a"]
+    before = device.plan
+    assert (device.widths, coordinator.state.tasks["a"].widths) == ((4,), ARCHITECTURE.sizes)
+    play(coordinator, 3.0)
+    assert coordinator.state.tasks["a"].progress is Progress.FOLDED
+    assert (device.correction, device.plan) == ({}, before)
 
 
 def too_slow() -> Coordinator:

@@ -353,6 +353,33 @@ def test_a_refusal_is_tried_again_when_its_time_is_over() -> None:
     assert lonely.offered == [("a", 1, 1), ("a", 1, 2)]
 
 
+def test_a_refusal_is_told_in_one_round_only() -> None:
+    shell = Shell(job_of(arrivals=1, rounds=6))
+    shell.come()
+    shell.until(on.UpdateAnnounced, "c")
+    shell.feed(on.OfferRefused("c", 1, 1, "no room"))
+    shell.run()
+    assert shell.now < 100, "c is not asked again before its time is over"
+    assert [h["round"] for h in shell.state.history if "c" in h["devices"]] == [1]
+
+
+def test_where_all_stand_out_they_are_asked_again_when_their_time_is_over() -> None:
+    shell = Shell(ALL)
+    shell.come()
+    shell.until(on.Closed)
+    shell.now = 7.0
+    shell.feed(on.Closed(1, "m1", rejected=dict.fromkeys(NAMES, "stands out")))
+    while shell.inbox:
+        shell.feed(shell.inbox.pop(0))
+    assert (shell.state.phase, shell.state.model) == (Phase.TRAINING, "m0")
+    assert {attempt for _, _, attempt in shell.offered} == {1}
+    assert {t.deadline for t in shell.state.tasks.values()} == {107.0}
+    shell.run()
+    assert [o for o in shell.offered if o[1] == 1][3:] == [(n, 1, 2) for n in NAMES]
+    assert shell.now == 107.0
+    assert shell.state.phase is Phase.FINISHED
+
+
 def test_away_devices_are_waited_for_and_not_for_ever() -> None:
     shell = Shell(ALL)
     shell.come()

@@ -13,7 +13,7 @@ from role_play import NET, Device, Play, identical, moved
 from fedprune.architecture import TensorKind
 from fedprune.errors import ConfigError
 from fedprune.job import Job
-from fedprune.selection import Selection, Tensors
+from fedprune.selection import Selection, Tensors, mesh
 from fedprune.strategies import compose
 from fedprune.strategies.strategy import Strategy
 from strategies import model, seeds
@@ -146,21 +146,36 @@ def test_the_other_score_weighs_a_difference_by_what_would_be_lost() -> None:
         np.testing.assert_array_equal(found[name], score[name] > limit)
 
 
-def test_scores_are_averaged_over_a_devices_visits() -> None:
-    """Ī = I at the first visit, then (1 − α)·I + α·Ī, and only when the device takes part."""
-    play = Play(fedobp(q=0.7, average=0.4), model(NET, 1), {"a": Device(absent=frozenset({3})), "b": Device()})
-    mean: dict[str, Any] = {}
-    for round_ in (1, 2, 3, 4):
+@pytest.mark.parametrize(
+    "widths",
+    [[(6, 4)] * 5, [(3, 2), (6, 4), (6, 4), (3, 2), (6, 4)], [(6, 4), (3, 2), (3, 2), (6, 4), (6, 4)]],
+    ids=["whole", "narrow first", "wide first"],
+)
+def test_scores_are_averaged_over_a_devices_visits(widths: list[tuple[int, int]]) -> None:
+    """Ī = I at the first visit, then (1 − α)·I + α·Ī, and only where the device takes part and can be compared."""
+    device = Device(absent=frozenset({3}))
+    play = Play(fedobp(q=0.7, average=0.4), model(NET, 1), {"a": device, "b": Device()})
+    mean = {n: np.full(NET.by_name[n].shape, np.nan) for n in TRAINED}
+    for round_, device.widths in enumerate(widths, start=1):
         before, past = play.model, play.past.get("a")
         play.play()
         if round_ == 3:
             continue
-        score = {n: 0.0 if past is None else (past.tensors[n].astype(np.float64) - before[n]) ** 2 for n in TRAINED}
-        mean = {n: score[n] if not mean else 0.6 * score[n] + 0.4 * mean[n] for n in TRAINED}
-    limit = np.quantile(np.concatenate([mean[n].ravel() for n in TRAINED]), 0.7)
+        known = {}
+        for name in TRAINED:
+            local, compared = before[name].astype(np.float64), Selection.of(NET, device.widths).covered(name)
+            if past is not None:
+                local[mesh(past.selection.maps(name))] = past.tensors[name]
+                compared = compared & past.selection.covered(name)
+            score = (local - before[name]) ** 2
+            first = compared & np.isnan(mean[name])
+            mixed = np.where(compared, 0.6 * score + 0.4 * mean[name], mean[name])
+            mean[name], known[name] = np.where(first, score, mixed), compared
+            np.testing.assert_allclose(play.memory["scores/a"][name], mean[name], rtol=1e-12)
+    limit = np.quantile(np.concatenate([mean[n][known[n]] for n in TRAINED]), 0.7)
     found = own(play, "a", before)
     for name in TRAINED:
-        np.testing.assert_array_equal(found[name], mean[name] > limit)
+        np.testing.assert_array_equal(found[name], known[name] & (mean[name] > limit))
 
 
 @given(seeds, st.floats(0, 0.99))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from role_play import NET
 
 from fedprune.aggregation import Fold
 from fedprune.architecture import Architecture, TensorKind
@@ -19,7 +20,9 @@ from fedprune.recipe import Recipe
 from fedprune.scoring import magnitude, ranks
 from fedprune.selection import Selection, Tensors
 from fedprune.strategies import compose
+from fedprune.strategies.fedprune import Settled
 from fedprune.strategies.roles import Scene, Turn
+from fedprune.strategies.scorers import Held
 from strategies import architectures, model, seeds
 
 pytestmark = pytest.mark.board
@@ -120,6 +123,12 @@ def test_gradients_are_clipped_and_received_weights_are_blended_in_where_there_i
     assert made(Recipe(average=0.5), average=0.0, blend=0.2).blend == 0.2
 
 
+def test_the_learning_rate_of_round_t_is_lr_times_the_decay_to_the_t_minus_1() -> None:
+    objective = compose(job({"lr_decay": 0.5})).objective
+    rates = [objective.recipe(Recipe(lr=0.4), Turn(0, t, "a", (3,))).lr for t in (1, 2, 3, 4)]
+    assert rates == [0.4, 0.2, 0.1, 0.05]
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce", "huber"])
 def test_samples_are_mixed_with_any_loss(loss: str) -> None:
     def made(own: float, option: float) -> float:
@@ -171,3 +180,16 @@ def test_ranks_of_another_description_of_the_model_are_settled_anew(data: st.Dat
     again = scorer.learn(upgraded, Fold(other, start), lambda: iter(()))
     later = Scene(other, 0, 3, model(other, seed + 1), memory | again)
     assert all(np.array_equal(a, b) for a, b in zip(scorer.rank(later).ranks, chosen, strict=True))
+
+
+def test_held_ranks_of_settled_ones_are_remembered_beside_them() -> None:
+    """Round 2 holds round 1's ranks, and round 3, which ranks anew, finds that they are settled."""
+    scorer, memory = Held(Settled("magnitude"), 2), dict[str, Any]()
+    chosen = ranks(magnitude(NET, model(NET, 1)))
+    for t in (1, 2, 3):
+        at = Scene(NET, 0, t, model(NET, t), memory)
+        assert all(np.array_equal(a, b) for a, b in zip(scorer.rank(at).ranks, chosen, strict=True))
+        memory |= scorer.learn(at, Fold(NET, at.model), lambda: iter(()))
+        assert sorted(memory) == ["held", "ranks"]
+        for kept in memory.values():
+            assert all(np.array_equal(a, b) for a, b in zip(kept.values(), chosen, strict=True))

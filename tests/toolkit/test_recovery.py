@@ -59,3 +59,36 @@ def test_one_inflated_score_makes_nobody_else_grow(boards: int) -> None:
         checked(recovery, state, scores | {"zz": 1.0 if number == 0 else 0.2}, {"zz": 10**9})
     assert state.allocation["floor"] == 0.5
     assert all("floor" not in state.devices[n].allocation for n in honest)
+
+
+@pytest.mark.parametrize("stable", [0, 3])
+@pytest.mark.parametrize("who", ["device", "whole"])
+def test_who_has_just_grown_is_left_alone_for_some_checks(who: str, stable: int) -> None:
+    """With P = 1 and a score that only falls, every check but the first lets it grow, unless it is left alone."""
+    recovery, state = Recovery(patience=1, stable=stable, delta=0.1, validation="server"), State("m")
+    device = state.devices["a"] = Device(1, True, {}, None, 10, widths=(1,), density=0.1)
+    grew = []
+    for check in range(1, 10):
+        found = {"accuracy": 0.9 - 0.05 * check}
+        if who == "device":
+            recovery.learn(device, {"accuracy_validation": found["accuracy"]})
+        grows = recovery.review(state, found if who == "whole" else {}, 0.1)
+        if grows:
+            grew.append(check)
+            device.density = grows["a"]
+    assert grew == ([2, 3, 4, 5, 6, 7, 8, 9] if stable == 0 else [2, 6])
+
+
+@pytest.mark.parametrize(("reset", "grown"), [(False, 5), (True, 8)])
+def test_when_a_device_grows_the_whole_model_begins_with_a_new_best_score(reset: bool, grown: int) -> None:
+    """Its score falls after the second check, so that P = 3 is over at the fifth; the device grows at the fourth."""
+    recovery, state = Recovery(patience=3, reset=reset, validation="server"), State("m")
+    device = state.devices["a"] = Device(1, True, {}, None, 10, widths=(1,), density=0.1)
+    state.devices["b"] = Device(1, True, {}, None, 10, widths=(1,), density=0.1)
+    grew: list[tuple[str, int]] = []
+    for check, whole in enumerate([None, 0.9, 0.6, 0.61, 0.62, 0.5, 0.4, 0.3], start=1):
+        recovery.learn(device, {"accuracy_validation": max(0.2, 0.6 - 0.1 * check)})
+        grows = recovery.review(state, {} if whole is None else {"accuracy": whole}, 0.1)
+        device.density = grows.get("a", device.density)
+        grew += [(name, check) for name in grows]
+    assert grew[:2] == [("a", 4), ("b", grown)]

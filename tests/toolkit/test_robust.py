@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from role_play import NET
 from strategy_reports import close, close_fold, report, scene
 
 from fedprune.addition import Addition, norm
 from fedprune.architecture import Architecture
 from fedprune.element_mask import ElementMask
 from fedprune.errors import ConfigError
-from fedprune.robust import centre, clipped, slabs, standing_out
+from fedprune.robust import Direction, centre, clipped, slabs, standing_out
 from fedprune.selection import Selection, Tensors
 from fedprune.strategies.means import DeltaMean, Mean
 from fedprune.strategies.robust import Robust, Robustness, robust
@@ -237,6 +238,27 @@ def test_updates_that_stand_out_are_rejected_with_a_reason(check: str, size: flo
                 assert a.tobytes() == b.tobytes()
 
 
+@given(rounds(least=2))
+def test_a_cosine_is_with_the_directions_of_all_others(case: tuple[Scene, list[Report]]) -> None:
+    at, reports = case
+    direction, additions, units = Direction(at.architecture, at.model), [], []
+    for each in reports:
+        additions.append(Addition(each.trained.selection, each.trained.tensors, 1, 1, each.trained.mask))
+        direction.add(additions[-1])
+    for k in range(len(reports)):  # by plain vectors over the whole model
+        moves = []
+        for spec in at.architecture.trainable:
+            values, held = stacks(spec.name, at, reports)
+            moves.append(np.where(held, values - at.model[spec.name], 0)[k].ravel())
+        units.append(np.concatenate(moves) / max(1e-300, float(np.linalg.norm(np.concatenate(moves)))))
+    for k, each in enumerate(reports):
+        inside = np.concatenate([each.trained.selection.covered(t.name).ravel() for t in at.architecture.trainable])
+        others = (sum(units) - units[k]) * inside
+        length = float(np.linalg.norm(others))
+        if length > 1e-3:
+            assert direction.cosine(additions[k]) == pytest.approx(float(units[k] @ others) / length, abs=1e-4)
+
+
 def test_moves_of_earlier_models_are_what_is_clipped_and_compared() -> None:
     architecture = _net()
     now, earlier = model(architecture, 0), model(architecture, 1)
@@ -260,6 +282,39 @@ def test_clipping_to_the_median_leaves_the_shorter_half() -> None:
     reports = [report(at, whole, {n: v + np.float32(s) for n, v in base.items()}, device=d) for d, s in sizes.items()]
     got = close(Robust(Mean(), Robustness(clip="median")), at, reports).model
     assert all(np.allclose(got[n], base[n] + (0.01 + 0.02 + 0.02) / 3, atol=1e-6) for n in base)
+
+
+def test_the_median_that_clips_is_of_those_that_count() -> None:
+    architecture = _net()
+    base = model(architecture, 0)
+    at, whole = scene(architecture, base), Selection.full(architecture)
+    sizes = {"a": 0.01, "b": 0.02, "c": 0.03, "far": 5.0}
+    reports = [report(at, whole, {n: v + np.float32(s) for n, v in base.items()}, device=d) for d, s in sizes.items()]
+    closing = close(Robust(Mean(), Robustness(clip="median", check="norm")), at, reports)
+    assert set(closing.rejected) == {"far"}
+    assert all(np.allclose(closing.model[n], base[n] + (0.01 + 0.02 + 0.02) / 3, atol=1e-6) for n in base)
+
+
+def test_whom_the_inner_aggregator_rejects_is_told_so_too() -> None:
+    base = model(_net(), 0)
+    spoil = {d: {n: np.full_like(v, s) for n, v in base.items()} for d, s in (("far", 1.0), ("back", -0.01))}
+    at, reports = _fleet(spoil)
+    both = Robust(Robust(Mean(), Robustness(check="norm")), Robustness(check="cosine"))
+    closing = close(both, at, reports)
+    assert set(closing.rejected) == {"far", "back"}
+    assert identical(closing.model, close(Mean(), at, reports[:-2]).model)
+
+
+@pytest.mark.parametrize("kind", CENTRES)
+def test_tiny_statistics_that_nobody_holds_keep_their_bits(kind: str) -> None:
+    """Sums hold 2^-52 and more: a variance of 10^-12 would come back rounded."""
+    base = {n: v * np.float32(1e-12) for n, v in model(NET, 0).items()}
+    at, narrow = scene(NET, base), Selection.of(NET, (2, 2))
+    reports = [report(at, narrow, trained(narrow, base, k), device=f"d{k}") for k in range(3)]
+    got = close(Robust(Mean(), Robustness(centre=kind)), at, reports).model
+    for name in ("norm.mean", "norm.variance"):
+        out = ~narrow.covered(name)
+        assert got[name][out].tobytes() == base[name][out].tobytes()
 
 
 def test_rate_and_momentum_follow_the_median() -> None:

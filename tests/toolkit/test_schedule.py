@@ -73,6 +73,15 @@ def test_windows_weigh_by_how_often_a_device_comes() -> None:
     assert [step * w / sum(weights) for w in weights] == pytest.approx([0.5 * 0.3, 0.5 * 0.3, 0.5 * 0.2])
 
 
+def test_whole_windows_are_not_one_more_by_rounding() -> None:
+    """3·0.1 s is 3 windows of 0.1 s, though the floating-point quotient lies above 3."""
+    schedule = Schedule("asynchronous", window_s=0.1, mixing="unbiased")
+    assert 3 * 0.1 / 0.1 > 3
+    assert schedule.weights([Arrival(0, 10, 3 * 0.1)], [10]) == [30]
+    assert schedule.step([Arrival(0, 10, 3 * 0.1)], []) == 3.0
+    assert schedule.weights([Arrival(0, 10, 0.3001)], [10]) == [40]
+
+
 def test_all_that_is_normalised_goes_the_whole_way() -> None:
     schedule = Schedule("asynchronous", window_s=1.0, staleness=Staleness("hinge", a=1, b=2))
     assert schedule.step([Arrival(9, 10), Arrival(0, 10)], [Arrival(30, 99)]) == 1.0
