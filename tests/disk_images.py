@@ -74,7 +74,7 @@ def mcopy(path: Path, files: Iterable[Path], start: int = 0, folder: str = "") -
 
 
 def make_image(
-    path: Path, boot: Path, root: Path, *, boot_mb: int = 64, root_mb: int = 8, start: int = 2048, more: str = ""
+    path: Path, boot: Path, root: Path, *, boot_mb: int = 40, root_mb: int = 8, start: int = 2048, more: str = ""
 ) -> tuple[int, int]:
     """An image as Raspberry Pi OS has it: a table, a FAT32 partition with a folder's files, an ext4 one with another's.
 
@@ -90,7 +90,7 @@ def make_image(
     table += f"start={second},size={root_mb * 2048},type=83\n{more.format(start=total)}"
     run("sfdisk", "-q", path, text=table.encode())
     at = start * SECTOR
-    run("mformat", "-i", f"{path}@@{at}", "-F", "-T", str(sectors), "-h", "64", "-s", "32", "-v", "bootfs", "::")
+    run("mformat", "-i", f"{path}@@{at}", "-F", "-T", str(sectors), "-h", "64", "-s", "32", "-v", "BOOTFS", "::")
     if files := sorted(boot.iterdir()):
         mcopy(path, files, at)
     where = f"offset={second * SECTOR},root_owner=0:0"

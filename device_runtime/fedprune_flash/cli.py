@@ -12,8 +12,10 @@ from fedprune import __version__
 from fedprune.cli import run_command, with_extra
 from fedprune.errors import ConfigError, ExitCode, remedy
 from fedprune_flash.board_file import SAMPLES, BoardFile
+from fedprune_flash.first_boot import FirstBoot, Wifi, ssh_keys
 
 _CLAIM = "FEDPRUNE_CLAIM"
+_WIFI = "FEDPRUNE_WIFI_PASSWORD"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_kit(commands)
+    _add_image(commands)
     return parser
 
 
@@ -52,6 +55,74 @@ def _add_kit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--find-links", type=Path, action="append", default=[], metavar="DIR", help="wheels; then no network is used"
     )
     kit.set_defaults(run=with_extra("flash", _kit))
+
+
+def _add_image(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    image = commands.add_parser("image", help="write a kit and a board's settings into an image of Raspberry Pi OS")
+    image.add_argument("source", type=Path, metavar="SRC", help="the image: .img, .img.xz or .img.gz")
+    image.add_argument("--out", type=Path, required=True, metavar="FILE", help="the image to make")
+    image.add_argument("--kit", type=Path, required=True, metavar="FOLDER", help="what `fedprune-flash kit` made")
+    image.add_argument("--hostname", metavar="NAME", help="the board's name in the network (default: as in the fleet)")
+    image.add_argument(
+        "--user", metavar="NAME", help="who may log in with --ssh-key, and has sudo (default: nobody new)"
+    )
+    image.add_argument("--ssh-key", type=Path, metavar="FILE", help="public keys, such as ~/.ssh/id_ed25519.pub")
+    image.add_argument("--wifi", metavar="SSID", help=f"wireless network; its passphrase is in ${_WIFI}")
+    image.add_argument(
+        "--wifi-password-file", type=Path, metavar="FILE", help="the passphrase, in place of the variable"
+    )
+    image.add_argument("--wifi-country", metavar="CC", help="where it is, such as DE: without it the radio stays off")
+    image.add_argument("--wifi-hidden", action="store_true", help="the network doesn't announce itself")
+    image.add_argument(
+        "--scheme",
+        choices=("cloud-init", "firstrun", "custom-toml", "preseed"),
+        help="how the image takes settings (default: told by its boot partition)",
+    )
+    image.add_argument("--dry-run", action="store_true", help="say every step and its reverse, and write nothing")
+    image.set_defaults(run=with_extra("flash", _image))
+
+
+def _image(arguments: argparse.Namespace) -> int:
+    from fedprune_flash import image
+    from fedprune_flash.kit import open_kit
+    from fedprune_flash.plan import Step, described
+    from fedprune_flash.scheme import Scheme
+    from fedprune_flash.shown_progress import shown_progress
+
+    kit = open_kit(arguments.kit)
+    wanted = _first_boot(arguments, kit.board.device)
+    scheme = Scheme(arguments.scheme) if arguments.scheme else None
+    out = None if arguments.dry_run else arguments.out
+    with (
+        shown_progress(f"Unpacking {arguments.source.name}") as told,
+        image.opened_image(arguments.source, out, told) as file,
+    ):
+        contents = image.examine(file, scheme)
+        image.check(contents, kit)
+        steps = image.customise(file, contents, kit, wanted, write=out is not None)
+    size = f"{contents.size / 1e6:.0f} MB"
+    steps = [Step(f"copy {arguments.source} to {arguments.out} ({size})", f"delete {arguments.out}"), *steps]
+    system = contents.system.title or "unknown system"
+    print(f"{system}, {contents.scheme.value}, {contents.system.mount}; kit: {kit.target}")
+    print(described(steps))
+    if out is not None:
+        print(f"{out} is ready{': for one board, since it holds a claim' if kit.claimed else ''}.")
+    return int(ExitCode.OK)
+
+
+def _first_boot(arguments: argparse.Namespace, device: str) -> FirstBoot:
+    keys = () if arguments.ssh_key is None else ssh_keys(_read(arguments.ssh_key).decode("utf-8", "replace"))
+    wifi = None
+    if arguments.wifi is not None:
+        passphrase = os.environ.get(_WIFI)
+        if arguments.wifi_password_file is not None:
+            passphrase = _read(arguments.wifi_password_file).decode("utf-8", "replace").rstrip("\r\n")
+        if passphrase is None:
+            raise ConfigError(
+                "no passphrase for the wireless network", hint=f"Set {_WIFI} or use --wifi-password-file."
+            )
+        wifi = Wifi.of(arguments.wifi, passphrase, arguments.wifi_country or "", hidden=arguments.wifi_hidden)
+    return FirstBoot(arguments.hostname or device, arguments.user, keys, wifi)
 
 
 def _kit(arguments: argparse.Namespace) -> int:
