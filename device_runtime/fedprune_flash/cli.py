@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedprune import __version__
 from fedprune.cli import run_command, with_extra
-from fedprune.errors import ConfigError, ExitCode, remedy
+from fedprune.errors import CardError, ConfigError, ExitCode, UsageError, remedy
 from fedprune_flash.board_file import SAMPLES, BoardFile
 from fedprune_flash.first_boot import FirstBoot, Wifi, ssh_keys
 
@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_kit(commands)
     _add_image(commands)
+    _add_jetson(commands)
     return parser
 
 
@@ -78,17 +79,40 @@ def _add_image(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         choices=("cloud-init", "firstrun", "custom-toml", "preseed"),
         help="how the image takes settings (default: told by its boot partition)",
     )
+    image.add_argument("--card", metavar="DEVICE", help="write it to this card, too, and read it back; needs root")
+    image.add_argument("--yes", metavar="DEVICE", help="the same device once more, instead of typing it when asked")
     image.add_argument("--dry-run", action="store_true", help="say every step and its reverse, and write nothing")
     image.set_defaults(run=with_extra("flash", _image))
 
 
+def _add_jetson(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    jetson = commands.add_parser("jetson", help="print the commands that put Jetson Linux on a Jetson")
+    jetson.add_argument("board", metavar="BOARD", help="such as jetson-orin-nano")
+    jetson.add_argument("--release", required=True, metavar="R", help="of Jetson Linux, such as 36.4.3")
+    jetson.add_argument("--storage", metavar="WHERE", help="nvme, sd or emmc (default: the board's usual one)")
+    jetson.add_argument("--user", default="nvidia", metavar="NAME", help="the first user (default: nvidia)")
+    jetson.set_defaults(run=_jetson)
+
+
+def _jetson(arguments: argparse.Namespace) -> int:
+    from fedprune_flash.jetson import commands
+
+    lines = commands(arguments.board, arguments.release, arguments.storage, arguments.user)
+    print("# On an x86-64 Ubuntu, the board on its USB in recovery mode; all that is on its storage will be lost.")
+    print("\n".join(lines))
+    return int(ExitCode.OK)
+
+
 def _image(arguments: argparse.Namespace) -> int:
-    from fedprune_flash import image
+    from fedprune_flash import drives, image
     from fedprune_flash.kit import open_kit
     from fedprune_flash.plan import Step, described
     from fedprune_flash.scheme import Scheme
     from fedprune_flash.shown_progress import shown_progress
 
+    if arguments.yes is not None and arguments.yes != arguments.card:
+        raise UsageError("--yes names another device than --card", expected=arguments.card, got=arguments.yes)
+    card = None if arguments.card is None else drives.chosen(arguments.card, drives.drives(), 0)
     kit = open_kit(arguments.kit)
     wanted = _first_boot(arguments, kit.board.device)
     scheme = Scheme(arguments.scheme) if arguments.scheme else None
@@ -105,9 +129,29 @@ def _image(arguments: argparse.Namespace) -> int:
     system = contents.system.title or "unknown system"
     print(f"{system}, {contents.scheme.value}, {contents.system.mount}; kit: {kit.target}")
     print(described(steps))
+    if card is not None:
+        print(described([Step(f"write {arguments.out} to {card}", "none: what is on the card will be lost")]))
     if out is not None:
         print(f"{out} is ready{': for one board, since it holds a claim' if kit.claimed else ''}.")
+        if card is not None:
+            _write_card(out, card.path, arguments.yes)
     return int(ExitCode.OK)
+
+
+def _write_card(image: Path, device: str, yes: str | None) -> None:
+    from fedprune_flash.card import write_card
+    from fedprune_flash.drives import chosen, drives
+    from fedprune_flash.shown_progress import shown_progress
+
+    # Drives come and go while an image is made: look again before anything is lost.
+    drive = chosen(device, drives(), image.stat().st_size)
+    if yes is None:
+        print(f"All that is on {drive} will be lost. Type {drive.path} to go on: ", end="", flush=True)
+        if sys.stdin.readline().strip() != drive.path:
+            raise CardError(f"{drive.path} was not confirmed", hint=f"{image} is kept.")
+    with shown_progress(f"Writing {drive.path} and reading it back") as told:
+        digest = write_card(image, Path(drive.path), told)
+    print(f"{drive.path} holds the image, sha256 {digest}.")
 
 
 def _first_boot(arguments: argparse.Namespace, device: str) -> FirstBoot:
