@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,8 +67,6 @@ def fleet_of_wheels(folder: Path, *, jetson: bool = False) -> Path:
     wheel(folder, "pillow", "10.0")
     if not jetson:
         wheel(folder, "onnxruntime", "1.31")
-    if sys.version_info < (3, 11):
-        wheel(folder, "tomli", "2.0")
     pip = pip_wheel()
     (folder / pip.name).write_bytes(pip.read_bytes())
     return own

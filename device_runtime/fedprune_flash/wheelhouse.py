@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from email.parser import HeaderParser
 from pathlib import Path
 
@@ -30,6 +30,7 @@ SHADOWS = ("onnxruntime", "onnxruntime-gpu", "tensorrt")
 
 _MAX_METADATA = 4 * 2**20
 _LINES = 3
+_ROUNDS = 5
 
 
 def checkout() -> Path | None:
@@ -79,22 +80,15 @@ def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) ->
     """
     platforms = [part for tag in target.platforms for part in ("--platform", tag)]
     sources = ["--no-index", *(p for link in links for p in ("--find-links", str(link)))] if links else []
+    kind = ["--implementation", "cp", "--python-version", target.python, "--only-binary=:all:"]
     wanted = [f"{wheel}[{target.extra}]", "pip"]
-    if target.version < (3, 11):
-        wanted.append("tomli>=2")  # named by a marker that pip reads for its own Python
-    _pip(
-        "download",
-        *sources,
-        *platforms,
-        "--implementation",
-        "cp",
-        "--python-version",
-        target.python,
-        "--only-binary=:all:",
-        "--dest",
-        str(out),
-        *wanted,
-    )
+    for _ in range(_ROUNDS):
+        _pip("download", *sources, *platforms, *kind, "--dest", str(out), *wanted)
+        # What markers ask for on the target alone, pip has left out.
+        wheels = sorted(out.glob("*.whl"))
+        wanted = sorted({f"{r.name}{r.specifier}" for _, r, found in _unmet(wheels, target) if found is None})
+        if not wanted:
+            return
 
 
 def check(wheels: Sequence[Path], target: Target) -> None:
@@ -125,11 +119,17 @@ def check(wheels: Sequence[Path], target: Target) -> None:
     for needed in (OWN, "pip"):
         if needed not in versions:
             raise KitError(f"{needed} is missing", hint="Add its wheel to the folder of --find-links.")
-    for wheel in wheels:
-        _check_required(wheel, versions, target)
+    for wheel, wanted, found in _unmet(wheels, target):
+        raise KitError(
+            f"{wheel.name} requires {wanted.name}{wanted.specifier} on {target}",
+            got="nothing" if found is None else found,
+            hint="Add the wheel to the folder of --find-links, or let pip fetch it.",
+        )
 
 
-def _check_required(wheel: Path, versions: dict[str, Version], target: Target) -> None:
+def _unmet(wheels: Sequence[Path], target: Target) -> Iterator[tuple[Path, Requirement, Version | None]]:
+    """What wheels require on the target and don't have: by whom, what, and which version there is instead."""
+    versions = {name: version for name, version, _ in map(_parsed, wheels)}
     environment = {str(k): str(v) for k, v in default_environment().items()}
     environment.update(
         python_version=target.python,
@@ -141,21 +141,18 @@ def _check_required(wheel: Path, versions: dict[str, Version], target: Target) -
         implementation_name="cpython",
         platform_python_implementation="CPython",
     )
-    extra = target.extra if _parsed(wheel)[0] == OWN else ""
-    for line in required(wheel):
-        try:
-            wanted = Requirement(line)
-        except InvalidRequirement as error:
-            raise KitError(f"{wheel.name} requires {line!r:.80}, which can't be read") from error
-        if wanted.marker and not wanted.marker.evaluate({**environment, "extra": extra}):
-            continue
-        found = versions.get(canonicalize_name(wanted.name))
-        if found is None or not wanted.specifier.contains(found, prereleases=True):
-            raise KitError(
-                f"{wheel.name} requires {wanted.name}{wanted.specifier} on {target}",
-                got="nothing" if found is None else found,
-                hint="Add the wheel to the folder of --find-links, or let pip fetch it.",
-            )
+    for wheel in wheels:
+        environment["extra"] = target.extra if _parsed(wheel)[0] == OWN else ""
+        for line in required(wheel):
+            try:
+                wanted = Requirement(line)
+            except InvalidRequirement as error:
+                raise KitError(f"{wheel.name} requires {line!r:.80}, which can't be read") from error
+            if wanted.marker and not wanted.marker.evaluate(environment):
+                continue
+            found = versions.get(canonicalize_name(wanted.name))
+            if found is None or not wanted.specifier.contains(found, prereleases=True):
+                yield wheel, wanted, found
 
 
 def required(wheel: Path) -> list[str]:

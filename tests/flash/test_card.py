@@ -23,7 +23,7 @@ def row(path: str, size: int, kind: str = "part", **more: Any) -> dict[str, Any]
     return {**body, "model": None, "mountpoints": [None], **more}
 
 
-# The disk of a laptop, a card in a USB reader, one in a reader that is built in, a stick whose encrypted volume is open,
+# The disk of a laptop, a card in a USB reader, one in a built-in reader, a stick whose encrypted volume is open,
 # one that is locked, and an empty reader.
 LSBLK = json.dumps(
     {

@@ -211,18 +211,27 @@ def test_what_a_wheel_requires_on_the_target_must_be_there(tmp_path: Path) -> No
         tmp_path, "pillow", "11.0", requires=["tomli>=2; python_version < '3.11'", "absent; extra == 'x'"]
     )
     (tmp_path / "pillow-10.0-py3-none-any.whl").unlink()
-    for path in tmp_path.glob("tomli-*"):
-        path.unlink()
     wheelhouse.check(sorted(tmp_path.iterdir()), Target("3.13"))
     with pytest.raises(KitError, match=r"requires tomli>=2 on Python 3\.10"):
         wheelhouse.check(sorted(tmp_path.iterdir()), Target("3.10"))
 
 
+def test_what_markers_ask_for_on_the_target_alone_is_fetched(tmp_path: Path) -> None:
+    """pip reads them for the Python that runs it."""
+    links = tmp_path / "links"
+    own = tiny_wheels.fleet_of_wheels(links)
+    other = next(v for v in ("3.10", "3.13") if v != HERE)
+    tiny_wheels.wheel(links, "deeper", "1.0")
+    tiny_wheels.wheel(links, "numpy", "2.5", requires=[f"there; python_version == '{other}'"])
+    tiny_wheels.wheel(links, "there", "1.0", requires=[f"deeper>=1; python_version == '{other}'"])
+    out = tmp_path / "out"
+    wheelhouse.fetch(own, Target(other), out, [links])
+    assert {p.name.partition("-")[0] for p in out.iterdir()} >= {"there", "deeper"}
+
+
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-gpu", "tensorrt"])
 def test_nothing_shadows_what_a_jetson_brings(tmp_path: Path, name: str) -> None:
     tiny_wheels.fleet_of_wheels(tmp_path, jetson=True)
-    for path in tmp_path.glob("tomli-*"):
-        path.unlink()
     target = Target("3.12", jetson=True)
     wheelhouse.check(sorted(tmp_path.iterdir()), target)
     tiny_wheels.wheel(tmp_path, name.replace("-", "_"), "1.31")
@@ -233,12 +242,11 @@ def test_nothing_shadows_what_a_jetson_brings(tmp_path: Path, name: str) -> None
 def test_a_kit_for_a_jetson_has_no_onnxruntime(tmp_path: Path) -> None:
     folder = tmp_path / "wheels"
     own = tiny_wheels.fleet_of_wheels(folder)
-    tiny_wheels.wheel(folder, "tomli", "2.0")
     kit = build_kit(
         tmp_path / "kit", BoardFile("mqtt://h", "nano"), Target("3.10", jetson=True), wheel=own, links=[folder]
     )
     names = {Path(f.path).name.partition("-")[0] for f in kit.files if f.path.endswith(".whl")}
-    assert names == {"fedprune", "numpy", "pillow", "pip", "tomli"}
+    assert names == {"fedprune", "numpy", "pillow", "pip"}
     assert "SupplementaryGroups=video render" in (kit.folder / "fedprune.service").read_text()
 
 
