@@ -12,6 +12,7 @@ import pytest
 from fedprune.errors import ExitCode
 from fedprune_device import cli as device
 from fedprune_export import cli as export
+from fedprune_flash import cli as flash
 from fedprune_server import cli as server
 from fedprune_server import simulate_cli as simulate
 from fedprune_server.demo_run import DemoFolder
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 MAIN = {
     "fedprune-device": device.main,
     "fedprune-export": export.main,
+    "fedprune-flash": flash.main,
     "fedprune-server": server.main,
     "fedprune-simulate": simulate.main,
 }
@@ -58,6 +60,8 @@ def test_readmes_commands_for_a_fleet_make_sense_and_name_files_that_are_there()
     for prog, *words in commands():
         if prog == "fedprune-server":
             server.build_parser().parse_args(words)
+        elif prog == "fedprune-flash":
+            flash.build_parser().parse_args(words)
         elif prog == "fedprune-device":
             device.build_parser().parse_args(words)
         named = [w for w in words if w.startswith(("demo-run/", "examples/"))]

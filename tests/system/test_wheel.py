@@ -38,8 +38,8 @@ def run(site: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 def test_packages_come_from_the_wheel(unpacked: Path) -> None:
     code = (
-        "import fedprune, fedprune_export, fedprune_device, fedprune_server as s;"
-        "print(fedprune.__file__, fedprune_export.__file__, fedprune_device.__file__, s.__file__)"
+        "import fedprune, fedprune_export, fedprune_device, fedprune_flash, fedprune_server as s;"
+        "print(*(m.__file__ for m in (fedprune, fedprune_export, fedprune_device, fedprune_flash, s)))"
     )
     done = run(unpacked, "-c", code)
 
@@ -66,5 +66,5 @@ def test_every_file_of_the_packages_is_inside(unpacked: Path) -> None:
 
 
 def test_types_are_marked(unpacked: Path) -> None:
-    for package in ("fedprune", "fedprune_export", "fedprune_device", "fedprune_server"):
+    for package in ("fedprune", "fedprune_export", "fedprune_device", "fedprune_flash", "fedprune_server"):
         assert (unpacked / package / "py.typed").exists()

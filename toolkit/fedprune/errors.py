@@ -40,6 +40,9 @@ class ExitCode(IntEnum):
     PLAN = 40
     TRAINING = 50
     RUNTIME = 51
+    KIT = 60
+    IMAGE = 61
+    CARD = 62
 
 
 class FedpruneError(Exception):
@@ -221,3 +224,21 @@ class RuntimeUnavailableError(FedpruneError):
     """onnxruntime can't be loaded on this machine."""
 
     exit_code = ExitCode.RUNTIME
+
+
+class KitError(FedpruneError):
+    """A kit for a board is damaged, incomplete or for another board."""
+
+    exit_code = ExitCode.KIT
+
+
+class ImageError(FedpruneError):
+    """A disk image is not what can be customised: its kind, partitions, file system or scheme."""
+
+    exit_code = ExitCode.IMAGE
+
+
+class CardError(FedpruneError):
+    """A card can't be written to, or must not be."""
+
+    exit_code = ExitCode.CARD

@@ -1,0 +1,263 @@
+"""A kit: a folder with everything that a board needs, for a USB stick, a card's boot partition or a copy over SSH.
+
+install.py      the installer, which needs nothing but Python
+kit.json        what the kit is for, and sha256 and size of every file
+board.json      what the board is told
+ca.pem          authorities that the board trusts, if any
+claim.txt       a one-time claim, if any; the installer deletes it
+wheelhouse/     fedprune, all that it needs on that board, and pip
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedprune import __version__
+from fedprune.disk import file_digest, storage_errors
+from fedprune.errors import ConfigError, KitError, ProtocolError, UsageError, remedy, shown
+from fedprune.wire import fields
+from fedprune_flash import installer, service, wheelhouse
+from fedprune_flash.board_file import BoardFile, checked_authorities, checked_claim
+from fedprune_flash.target import Target
+
+MANIFEST = "kit.json"
+INSTALLER = "install.py"
+BOARD = "board.json"
+AUTHORITY = "ca.pem"
+CLAIM = "claim.txt"
+WHEELS = "wheelhouse"
+
+MAX_BYTES = 2**31
+"""What a kit may have altogether; a boot partition holds less."""
+
+_MAX_FILES = 500
+_MAX_MANIFEST = 2**20
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class KitFile:
+    """A file of a kit: its path in it, its size in bytes and its sha256 as hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Kit:
+    """A kit that was read and whose files were checked.
+
+    Attributes:
+        folder: Where it is.
+        target: The board that it is for.
+        board: What the board is told.
+        files: All files but the manifest, sorted by path; the claim only while it is there.
+        fedprune: The version in it.
+        digest: sha256 of the manifest.
+    """
+
+    folder: Path
+    target: Target
+    board: BoardFile
+    files: tuple[KitFile, ...]
+    fedprune: str
+    digest: str
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files, the manifest included."""
+        return sum(f.bytes for f in self.files) + (self.folder / MANIFEST).stat().st_size
+
+    @property
+    def claimed(self) -> bool:
+        """Whether a claim is in it."""
+        return any(f.path == CLAIM for f in self.files)
+
+
+def build_kit(
+    out: Path,
+    board: BoardFile,
+    target: Target,
+    *,
+    wheel: Path | None = None,
+    links: Sequence[Path] = (),
+    authorities: bytes | None = None,
+    pin: str | None = None,
+    claim: str | None = None,
+) -> Kit:
+    """Make a kit; the folder appears only when it is whole.
+
+    Args:
+        out: The folder, which is made.
+        board: What the board is told.
+        target: The board that it is for.
+        wheel: fedprune's own wheel; built from the checkout by default.
+        links: Folders with wheels, instead of a network.
+        authorities: Certificates in PEM form, if `board.authority`.
+        pin: sha256 of one of them, as hex.
+        claim: A one-time claim.
+
+    Raises:
+        UsageError: The folder is there already.
+        ConfigError: Certificates or claim are none.
+        KitError: The wheels can't be had, or don't suit the target.
+        StorageError: The disk fails.
+    """
+    if out.exists():
+        raise UsageError(f"{out} is there already", hint="Name a folder that isn't, or remove it.")
+    if board.authority != (authorities is not None):
+        raise ConfigError("certificates of authorities", expected="given exactly if the board is told so")
+    if pin is not None and authorities is None:
+        raise ConfigError("sha256 of a certificate without the certificate", hint="Name its file with --ca.")
+    with storage_errors(f"can't write {out}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            new = Path(folder) / "kit"
+            wheels = new / WHEELS
+            wheels.mkdir(parents=True)
+            own = wheelhouse.build_wheel(Path(folder)) if wheel is None else _given(wheel)
+            wheelhouse.fetch(own, target, wheels, links)
+            if not (wheels / own.name).exists():
+                shutil.copyfile(own, wheels / own.name)
+            wheelhouse.check(sorted(wheels.iterdir()), target)
+            shutil.copyfile(installer.__file__, new / INSTALLER)
+            (new / BOARD).write_text(board.to_json(), encoding="utf-8")
+            (new / "board.env").write_text(service.environment(board), encoding="utf-8")
+            (new / installer.SERVICE).write_text(service.unit(board, target), encoding="utf-8")
+            if authorities is not None:
+                (new / AUTHORITY).write_bytes(checked_authorities(authorities, pin))
+            if claim is not None:
+                (new / CLAIM).write_text(checked_claim(claim), encoding="ascii")
+            (new / MANIFEST).write_text(_manifest(new, target, board), encoding="utf-8")
+            new.rename(out)
+    return open_kit(out)
+
+
+def open_kit(folder: Path) -> Kit:
+    """Read a kit and check every file of it.
+
+    Raises:
+        KitError: It is none, a file is missing, damaged or one too many.
+    """
+    raw = _read(folder / MANIFEST, _MAX_MANIFEST)
+    try:
+        body = json.loads(raw)
+        if not isinstance(body, dict) or body.get("version") != _VERSION:
+            raise KitError(f"{folder / MANIFEST}", expected=f"a kit of version {_VERSION}", got=shown(body))
+        target = Target(body.get("python", ""), body.get("architecture", ""), body.get("jetson") is True)
+        files = tuple(_row(row) for row in _rows(body))
+        claim = body.get("claim")
+        if claim is not None:
+            files += (_row(claim),) if (folder / CLAIM).exists() else ()
+    except (ValueError, RecursionError) as error:
+        raise KitError(f"{folder / MANIFEST} is not JSON") from error
+    except (ConfigError, ProtocolError) as error:
+        raise KitError(f"{folder / MANIFEST}: {error}") from error
+    if sum(f.bytes for f in files) > MAX_BYTES:
+        raise KitError(f"{folder}", expected=f"at most {MAX_BYTES} bytes", got=sum(f.bytes for f in files))
+    _check_files(folder, files)
+    try:
+        told = json.loads(_read(folder / BOARD, _MAX_MANIFEST))
+        board = BoardFile.from_dict(told if isinstance(told, dict) else {})
+    except (ValueError, ConfigError) as error:
+        raise KitError(f"{folder / BOARD}: {error}") from error
+    return Kit(
+        folder,
+        target,
+        board,
+        tuple(sorted(files, key=lambda f: f.path)),
+        str(body.get("fedprune", ""))[:40],
+        hashlib.sha256(raw).hexdigest(),
+    )
+
+
+def _check_files(folder: Path, files: Sequence[KitFile]) -> None:
+    for file in files:
+        path = folder / file.path
+        try:
+            size, found = path.stat().st_size, ""
+            if size == file.bytes and path.is_file() and not path.is_symlink():
+                found = file_digest(path)
+        except OSError as error:
+            raise KitError(f"can't read {path}: {error.strerror}", hint="Make the kit again.") from error
+        if found != file.sha256:
+            raise KitError(
+                f"{path} is damaged",
+                expected=f"{file.bytes} bytes, sha256 {file.sha256[:12]}",
+                got=f"{size} bytes, sha256 {found[:12] or 'not looked at'}",
+                hint="Copy or make the kit again.",
+            )
+    listed = {f.path for f in files} | {MANIFEST}
+    extra = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir())
+    for name in extra:
+        if name not in listed:
+            raise KitError(f"{folder / name} is not part of the kit", hint="Remove it, or make the kit again.")
+
+
+def _manifest(folder: Path, target: Target, board: BoardFile) -> str:
+    rows = {
+        str(p.relative_to(folder)): {
+            "path": str(p.relative_to(folder)),
+            "bytes": p.stat().st_size,
+            "sha256": file_digest(p),
+        }
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+    claim = rows.pop(CLAIM, None)
+    body = {
+        "version": _VERSION,
+        "fedprune": __version__,
+        "python": target.python,
+        "architecture": target.architecture,
+        "jetson": target.jetson,
+        "data": board.data,
+        "imports": list(target.imports),
+        "claim": claim,
+        "files": list(rows.values()),
+    }
+    return json.dumps(body, indent=1, sort_keys=True) + "\n"
+
+
+def _rows(body: dict[str, Any]) -> list[Any]:
+    rows = body.get("files")
+    if not isinstance(rows, list) or not 0 < len(rows) <= _MAX_FILES:
+        raise ProtocolError("files", expected=f"1 to {_MAX_FILES} files", got=shown(rows))
+    return rows
+
+
+def _row(row: object) -> KitFile:
+    if not isinstance(row, dict) or set(row) != {"path", "bytes", "sha256"}:
+        raise ProtocolError("a file", expected="path, bytes and sha256", got=shown(row))
+    path = row["path"]
+    if not isinstance(path, str) or not installer.SAFE_PATH.fullmatch(path) or ".." in path.split("/"):
+        raise ProtocolError("path of a file", expected="a path inside the kit", got=shown(path))
+    return KitFile(path, fields.whole(0, MAX_BYTES)(path, row["bytes"]), fields.digest(path, row["sha256"]))
+
+
+def _given(wheel: Path) -> Path:
+    if not wheel.is_file():
+        raise KitError(f"there is no wheel {wheel}", hint="`python -m build --wheel` makes one in dist/.")
+    return wheel.resolve()
+
+
+def _read(path: Path, limit: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise KitError(
+            f"can't read {path}: {error.strerror}",
+            hint=remedy(error) or "Name a folder that `fedprune-flash kit` made.",
+        ) from error
+    if len(raw) > limit:
+        raise KitError(f"{path}", expected=f"at most {limit} bytes", got="more")
+    return raw

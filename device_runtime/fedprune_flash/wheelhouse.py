@@ -1,0 +1,202 @@
+"""A wheelhouse: all wheels that a board needs, fetched for its Python and processor, which are not this machine's.
+
+pip downloads for another platform, but reads markers such as `python_version < "3.11"` for the Python that runs it. So
+the wheels are checked here once more: every one must run on the target, and what each requires there must be there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from email.parser import HeaderParser
+from pathlib import Path
+
+from packaging.markers import default_environment
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.tags import Tag, compatible_tags, cpython_tags
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.version import Version
+
+from fedprune.errors import KitError, reason
+from fedprune_flash.target import Target
+
+OWN = "fedprune"
+SHADOWS = ("onnxruntime", "onnxruntime-gpu", "tensorrt")
+"""What JetPack brings for its own GPU: a wheel of the same name would be found first."""
+
+_MAX_METADATA = 4 * 2**20
+_LINES = 3
+_ROUNDS = 5
+
+
+def checkout() -> Path | None:
+    """The folder of fedprune's source code, if that is what runs; None where it is installed."""
+    for folder in Path(__file__).resolve().parents:
+        if (folder / "pyproject.toml").is_file() and (folder / "device_runtime" / "fedprune_flash").is_dir():
+            return folder
+    return None
+
+
+def build_wheel(out: Path) -> Path:
+    """Build fedprune's own wheel from the checkout that runs.
+
+    Raises:
+        KitError: There is no checkout, or it doesn't build.
+    """
+    source = checkout()
+    if source is None:
+        raise KitError("there is no source code to build a wheel from", hint="Name one with --wheel.")
+    _pip("wheel", "--no-deps", "--wheel-dir", str(out), str(source))
+    return own_wheel(out)
+
+
+def own_wheel(folder: Path) -> Path:
+    """fedprune's own wheel in a folder.
+
+    Raises:
+        KitError: There is none, or more than one.
+    """
+    found = sorted(p for p in folder.glob("*.whl") if _parsed(p)[0] == OWN)
+    if len(found) != 1:
+        raise KitError(f"wheels of fedprune in {folder}", expected="one", got=len(found))
+    return found[0]
+
+
+def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) -> None:
+    """Fetch what a board needs into a folder, pip itself included: with it the board installs without a network.
+
+    Args:
+        wheel: fedprune's own.
+        target: The board.
+        out: The folder.
+        links: Folders with wheels. If there are any, nothing else is looked at and no network is used.
+
+    Raises:
+        KitError: pip fails; its last lines are in the message.
+    """
+    platforms = [part for tag in target.platforms for part in ("--platform", tag)]
+    sources = ["--no-index", *(p for link in links for p in ("--find-links", str(link)))] if links else []
+    kind = ["--implementation", "cp", "--python-version", target.python, "--only-binary=:all:"]
+    wanted = [f"{wheel}[{target.extra}]", "pip"]
+    for _ in range(_ROUNDS):
+        _pip("download", *sources, *platforms, *kind, "--dest", str(out), *wanted)
+        # What markers ask for on the target alone, pip has left out.
+        wheels = sorted(out.glob("*.whl"))
+        wanted = sorted({f"{r.name}{r.specifier}" for _, r, found in _unmet(wheels, target) if found is None})
+        if not wanted:
+            return
+
+
+def check(wheels: Sequence[Path], target: Target) -> None:
+    """Make sure that the wheels run on the target and lack nothing.
+
+    Raises:
+        KitError: One is for another Python or architecture, is damaged, would shadow the board's own packages, or
+            requires what isn't there; the message names it.
+    """
+    supported = _supported(target)
+    versions: dict[str, Version] = {}
+    for wheel in wheels:
+        name, version, tags = _parsed(wheel)
+        if name in versions:
+            raise KitError(f"wheels of {name}", expected="one", got=f"{versions[name]} and {version}")
+        if not tags & supported:
+            raise KitError(
+                f"{wheel.name}", expected=f"a wheel for {target}", got=", ".join(sorted(str(t) for t in tags)[:3])
+            )
+        if target.jetson and name in SHADOWS:
+            raise KitError(
+                f"{name} in a kit for a Jetson",
+                expected="the board's own",
+                got=wheel.name,
+                hint="A plain wheel would be found before JetPack's, which knows the GPU.",
+            )
+        versions[name] = version
+    for needed in (OWN, "pip"):
+        if needed not in versions:
+            raise KitError(f"{needed} is missing", hint="Add its wheel to the folder of --find-links.")
+    for wheel, wanted, found in _unmet(wheels, target):
+        raise KitError(
+            f"{wheel.name} requires {wanted.name}{wanted.specifier} on {target}",
+            got="nothing" if found is None else found,
+            hint="Add the wheel to the folder of --find-links, or let pip fetch it.",
+        )
+
+
+def _unmet(wheels: Sequence[Path], target: Target) -> Iterator[tuple[Path, Requirement, Version | None]]:
+    """What wheels require on the target and don't have: by whom, what, and which version there is instead."""
+    versions = {name: version for name, version, _ in map(_parsed, wheels)}
+    environment = {str(k): str(v) for k, v in default_environment().items()}
+    environment.update(
+        python_version=target.python,
+        python_full_version=f"{target.python}.0",
+        platform_machine=target.architecture,
+        platform_system="Linux",
+        sys_platform="linux",
+        os_name="posix",
+        implementation_name="cpython",
+        platform_python_implementation="CPython",
+    )
+    for wheel in wheels:
+        environment["extra"] = target.extra if _parsed(wheel)[0] == OWN else ""
+        for line in required(wheel):
+            try:
+                wanted = Requirement(line)
+            except InvalidRequirement as error:
+                raise KitError(f"{wheel.name} requires {line!r:.80}, which can't be read") from error
+            if wanted.marker and not wanted.marker.evaluate(environment):
+                continue
+            found = versions.get(canonicalize_name(wanted.name))
+            if found is None or not wanted.specifier.contains(found, prereleases=True):
+                yield wheel, wanted, found
+
+
+def required(wheel: Path) -> list[str]:
+    """What a wheel requires, as its metadata says it.
+
+    Raises:
+        KitError: It is no wheel.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n)]
+            if len(names) != 1 or archive.getinfo(names[0]).file_size > _MAX_METADATA:
+                raise KitError(f"{wheel.name} is no wheel", expected="one METADATA", got=len(names))
+            text = archive.read(names[0]).decode("utf-8", "replace")
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise KitError(f"{wheel.name} is no wheel ({reason(error)})") from error
+    return [str(line) for line in HeaderParser().parsestr(text).get_all("Requires-Dist", [])]
+
+
+def _parsed(wheel: Path) -> tuple[str, Version, frozenset[Tag]]:
+    try:
+        name, version, _, tags = parse_wheel_filename(wheel.name)
+    except InvalidWheelFilename as error:
+        raise KitError(f"{wheel.name} is no name of a wheel") from error
+    return name, version, tags
+
+
+def _supported(target: Target) -> frozenset[Tag]:
+    platforms = [*target.platforms, f"linux_{target.architecture}"]
+    interpreter = f"cp{target.python.replace('.', '')}"
+    return frozenset(cpython_tags(target.version, platforms=platforms)) | frozenset(
+        compatible_tags(target.version, interpreter, platforms)
+    )
+
+
+def _pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PIP_NO_INPUT": "1"}, timeout=3600
+    )
+    if done.returncode:
+        said = " ".join(done.stderr.strip().splitlines()[-_LINES:])
+        raise KitError(
+            f"pip {arguments[0]} failed: {said[:600] or done.returncode}",
+            hint="pip 24.1 or newer is needed to download for another Python; without a network name a folder of "
+            "wheels with --find-links.",
+        )

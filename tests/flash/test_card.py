@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import plistlib
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.errors import CardError
+from fedprune_flash import cli, drives
+from fedprune_flash.card import write_card
+from fedprune_flash.drives import Drive, chosen, disk_names, from_diskutil, from_lsblk
+
+
+def row(path: str, size: int, kind: str = "part", **more: Any) -> dict[str, Any]:
+    """A row of what lsblk of util-linux 2.38 prints."""
+    body = {"path": path, "size": size, "type": kind, "ro": False, "rm": False, "hotplug": False, "tran": None}
+    return {**body, "model": None, "mountpoints": [None], **more}
+
+
+# The disk of a laptop, a card in a USB reader, one in a built-in reader, a stick whose encrypted volume is open,
+# one that is locked, and an empty reader.
+LSBLK = json.dumps(
+    {
+        "blockdevices": [
+            row("/dev/loop0", 4096, "loop", mountpoints=["/snap/x"]),
+            row(
+                "/dev/nvme0n1",
+                512110190592,
+                "disk",
+                tran="nvme",
+                model="SAMSUNG MZVL2512",
+                children=[row("/dev/nvme0n1p1", 10**9, mountpoints=["/boot/efi"]), row("/dev/nvme0n1p2", 10**11)],
+            ),
+            row("/dev/sdb", 31914983424, "disk", tran="usb", rm=True, hotplug=True, model="STORAGE DEVICE  "),
+            row(
+                "/dev/mmcblk0",
+                63864569856,
+                "disk",
+                children=[row("/dev/mmcblk0p1", 536870912, mountpoints=["/media/ann/bootfs"])],
+            ),
+            row(
+                "/dev/sdc",
+                8 * 10**9,
+                "disk",
+                tran="usb",
+                rm=True,
+                children=[
+                    row("/dev/sdc1", 8 * 10**9, children=[row("/dev/mapper/luks", 8 * 10**9, "crypt")]),
+                ],
+            ),
+            row("/dev/sdd", 4 * 10**9, "disk", tran="usb", rm=True, ro=True),
+            row("/dev/sde", 0, "disk", tran="usb", rm=True),
+        ]
+    }
+).encode()
+
+
+def test_drives_are_read_from_lsblk() -> None:
+    found = {d.path: d for d in from_lsblk(LSBLK)}
+    assert set(found) == {"/dev/nvme0n1", "/dev/sdb", "/dev/mmcblk0", "/dev/sdc", "/dev/sdd"}
+    assert found["/dev/nvme0n1"].system
+    assert str(found["/dev/sdb"]) == "/dev/sdb: STORAGE DEVICE, 31.9 GB"
+    assert [p for p, d in found.items() if d.removable] == ["/dev/sdb", "/dev/mmcblk0", "/dev/sdc", "/dev/sdd"]
+    assert found["/dev/mmcblk0"].mounts == ("/media/ann/bootfs",)
+    assert found["/dev/sdc"].mounts == ("crypt /dev/mapper/luks",)
+
+
+def test_this_machines_own_drives_can_be_read() -> None:
+    try:
+        raw = drives._output(drives.LSBLK)
+    except CardError:
+        pytest.skip("lsblk is not installed")
+    assert all(d.size > 0 for d in from_lsblk(raw))
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/dev/nvme0n1", "holds this system"),
+        ("/dev/mmcblk0", "is in use (/media/ann/bootfs)"),
+        ("/dev/sdc", "is in use (crypt"),
+        ("/dev/sdd", "is read-only"),
+        ("/dev/sdb1", "is no drive of this machine"),
+        ("/dev/null", "is no drive of this machine"),
+    ],
+)
+def test_drives_that_must_not_be_written_to_are_refused(path: str, words: str) -> None:
+    with pytest.raises(CardError) as caught:
+        chosen(path, from_lsblk(LSBLK), 10**9)
+    assert words in str(caught.value)
+
+
+def test_a_card_that_is_too_small_is_refused() -> None:
+    known = from_lsblk(LSBLK)
+    assert chosen("/dev/sdb", known, 31914983424).path == "/dev/sdb"
+    with pytest.raises(CardError, match="too small"):
+        chosen("/dev/sdb", known, 31914983425)
+
+
+def test_a_drive_that_is_built_in_is_refused_though_nothing_of_it_is_mounted() -> None:
+    drive = Drive("/dev/sdx", 10**12, "spare", removable=False, read_only=False)
+    with pytest.raises(CardError, match="is built in"):
+        chosen("/dev/sdx", [drive], 1)
+
+
+@pytest.mark.parametrize("raw", [b"", b"{}", b"[]", b"null", b'{"blockdevices": [1]}', b'{"blockdevices": 3}'])
+def test_what_is_not_lsblks_is_an_error(raw: bytes) -> None:
+    with pytest.raises(CardError):
+        from_lsblk(raw)
+
+
+LISTED = plistlib.dumps(
+    {
+        "WholeDisks": ["disk0", "disk4"],
+        "AllDisksAndPartitions": [
+            {"DeviceIdentifier": "disk0", "Partitions": [{"DeviceIdentifier": "disk0s1"}]},
+            {
+                "DeviceIdentifier": "disk4",
+                "Partitions": [{"DeviceIdentifier": "disk4s1", "MountPoint": "/Volumes/bootfs"}],
+            },
+        ],
+    }
+)
+
+
+def info(name: str, **more: Any) -> bytes:
+    body = {"DeviceIdentifier": name, "DeviceNode": f"/dev/{name}", "TotalSize": 31914983424, "WritableMedia": True}
+    return plistlib.dumps({**body, "MediaName": "SD Card Reader", **more})
+
+
+def test_drives_are_read_from_diskutil() -> None:
+    assert disk_names(LISTED) == ["disk0", "disk4"]
+    inside = from_diskutil(info("disk0", Internal=True, RemovableMediaOrExternalDevice=False), LISTED)
+    card = from_diskutil(info("disk4", Internal=False, Ejectable=True, RemovableMediaOrExternalDevice=True), LISTED)
+    assert inside.system
+    assert not inside.removable
+    assert (card.removable, card.system, card.mounts) == (True, False, ("/Volumes/bootfs",))
+    with pytest.raises(CardError, match="is in use"):
+        chosen("/dev/disk4", [card], 1)
+
+
+@pytest.mark.parametrize("raw", [b"", b"<plist>", b"text", plistlib.dumps([]), plistlib.dumps({})])
+def test_what_is_not_diskutils_is_an_error(raw: bytes) -> None:
+    with pytest.raises(CardError):
+        from_diskutil(raw, LISTED)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(random.Random(3).randbytes(9_000_001))
+    return path
+
+
+@pytest.fixture
+def card(tmp_path: Path) -> Path:
+    path = tmp_path / "card"
+    path.write_bytes(b"\xff" * 10_000_000)
+    return path
+
+
+def test_a_card_holds_what_was_written_and_its_digest_is_told(image: Path, card: Path) -> None:
+    told: list[tuple[int, int]] = []
+    digest = write_card(image, card, lambda done, total: told.append((done, total)))
+    assert card.read_bytes() == image.read_bytes() + b"\xff" * 999_999
+    assert digest == hashlib.sha256(image.read_bytes()).hexdigest()
+    assert told == sorted(told)
+    assert told[-1] == (18_000_002, 18_000_002)
+
+
+def test_a_card_that_gives_back_something_else_is_noticed(
+    image: Path, card: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.pwrite
+
+    def forgetful(descriptor: int, data: bytes, at: int) -> int:
+        return len(data) if at > 4_000_000 else write(descriptor, data, at)
+
+    monkeypatch.setattr("os.pwrite", forgetful)
+    with pytest.raises(CardError, match="gives back something else"):
+        write_card(image, card, lambda *_: None)
+
+
+def test_a_card_that_was_pulled_out_has_no_partition_table(
+    image: Path, card: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.pwrite
+
+    def pulled(descriptor: int, data: bytes, at: int) -> int:
+        if at > 5_000_000:
+            raise OSError(5, "Input/output error")
+        return write(descriptor, data, at)
+
+    monkeypatch.setattr("os.pwrite", pulled)
+    with pytest.raises(CardError, match="Input/output error"):
+        write_card(image, card, lambda *_: None)
+    assert card.read_bytes()[:512] == bytes(512)
+
+
+def test_a_card_that_is_not_there_is_an_error(image: Path, tmp_path: Path) -> None:
+    with pytest.raises(CardError, match="can't write to"):
+        write_card(image, tmp_path / "none", lambda *_: None)
+
+
+@pytest.mark.parametrize(("typed", "confirmed"), [("{}\n", True), ("yes\n", False), ("\n", False), ("", False)])
+def test_only_the_devices_name_confirms(
+    typed: str,
+    confirmed: bool,
+    image: Path,
+    card: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    drive = Drive(str(card), 10_000_000, "Test Card", removable=True, read_only=False)
+    monkeypatch.setattr("fedprune_flash.drives.drives", lambda: [drive])
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed.format(card)))
+    before = card.read_bytes()
+    if confirmed:
+        cli._write_card(image, str(card), None)
+        assert card.read_bytes()[: image.stat().st_size] == image.read_bytes()
+    else:
+        with pytest.raises(CardError, match="not confirmed"):
+            cli._write_card(image, str(card), None)
+        assert card.read_bytes() == before
+    assert "Test Card, 0.0 GB" in capsys.readouterr().out
+
+
+def test_yes_must_name_the_same_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "image",
+        "x.img",
+        "--out",
+        str(tmp_path / "o"),
+        "--kit",
+        "k",
+        "--card",
+        "/dev/sdb",
+        "--yes",
+        "/dev/sdc",
+    ]
+    assert cli.main(arguments) == 2
+    assert "another device" in capsys.readouterr().err

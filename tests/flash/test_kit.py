@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import tiny_wheels
+from fedprune.errors import ConfigError, ExitCode, KitError, UsageError
+from fedprune_flash import BoardFile, Kit, Target, build_kit, cli, open_kit, wheelhouse
+
+MakeKit = Callable[..., Kit]
+HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate, made by openssl, and its key beside it."""
+    folder = tmp_path_factory.mktemp("authority")
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-days",
+            "9",
+            "-subj",
+            "/CN=lab",
+            "-keyout",
+            str(folder / "key.pem"),
+            "-out",
+            str(folder / "ca.pem"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return folder / "ca.pem"
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 as openssl prints it."""
+    done = subprocess.run(
+        ["openssl", "x509", "-in", str(path), "-noout", "-fingerprint", "-sha256"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip().partition("=")[2]
+
+
+def test_a_kit_lists_every_file_with_its_digest(make_kit: MakeKit) -> None:
+    kit = make_kit(claim="one-time")
+    body = json.loads((kit.folder / "kit.json").read_text())
+    listed = {r["path"]: (r["bytes"], r["sha256"]) for r in [*body["files"], body["claim"]]}
+    there = {
+        str(p.relative_to(kit.folder)): (p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest())
+        for p in kit.folder.rglob("*")
+        if p.is_file() and p.name != "kit.json"
+    }
+
+    assert listed == there
+    assert kit.claimed
+    assert {"install.py", "board.json", "board.env", "fedprune.service", "claim.txt"} <= set(there)
+    assert (body["python"], body["architecture"], body["jetson"]) == (HERE, platform.machine(), False)
+
+
+def test_a_kit_is_the_same_whenever_it_is_made(make_kit: MakeKit) -> None:
+    assert make_kit("a").digest == make_kit("b").digest
+
+
+def test_only_the_claim_may_be_missing(make_kit: MakeKit) -> None:
+    kit = make_kit(claim="one-time")
+    (kit.folder / "claim.txt").unlink()
+    assert not open_kit(kit.folder).claimed
+    (kit.folder / "board.env").unlink()
+    with pytest.raises(KitError, match=r"board\.env"):
+        open_kit(kit.folder)
+
+
+@pytest.mark.parametrize("name", ["board.env", "install.py", "claim.txt", "kit.json"])
+def test_any_changed_byte_is_found(make_kit: MakeKit, name: str) -> None:
+    kit = make_kit(claim="one-time")
+    path = kit.folder / name
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-2] + b"~" + raw[-1:])
+    with pytest.raises(KitError, match=re.escape(name)):
+        open_kit(kit.folder)
+
+
+def test_a_file_too_many_is_found(make_kit: MakeKit) -> None:
+    kit = make_kit()
+    (kit.folder / "wheelhouse" / "extra.whl").write_bytes(b"x")
+    with pytest.raises(KitError, match=r"extra\.whl is not part"):
+        open_kit(kit.folder)
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../b", "a//b", ".hidden", "a\nb"])
+def test_a_manifest_may_not_point_outside(make_kit: MakeKit, path: str) -> None:
+    kit = make_kit()
+    body = json.loads((kit.folder / "kit.json").read_text())
+    body["files"][0]["path"] = path
+    (kit.folder / "kit.json").write_text(json.dumps(body))
+    with pytest.raises(KitError, match="a path inside the kit"):
+        open_kit(kit.folder)
+
+
+def test_nothing_is_left_of_a_kit_that_fails(tmp_path: Path, make_kit: MakeKit) -> None:
+    with pytest.raises(ConfigError, match="claim"):
+        make_kit(claim="with\0zero")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_is_left_alone(make_kit: MakeKit) -> None:
+    kit = make_kit()
+    with pytest.raises(UsageError, match="is there already"):
+        make_kit()
+    assert open_kit(kit.folder).digest == kit.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"server": "mqtts://me:geheim@host"}, "without user and password"),
+        ({"server": "http://host"}, "mqtt://"),
+        ({"server": "mqtt://host:0"}, "port"),
+        ({"server": "mqtt://host/path"}, "mqtt://"),
+        ({"server": "mqtt://ho st"}, "mqtt://"),
+        ({"server": "mqtt://host\nX=1"}, "mqtt://"),
+        ({"device": "all"}, "device"),
+        ({"device": "a b"}, "device"),
+        ({"site": "a/b"}, "site"),
+        ({"data": "samples.npz"}, "absolute path"),
+        ({"data": "/srv/../etc/shadow"}, "absolute path"),
+        ({"data": "/srv/a b"}, "absolute path"),
+        ({"data": "/srv/%n"}, "absolute path"),
+    ],
+)
+def test_what_a_board_is_told_is_checked(changes: dict[str, str], message: str) -> None:
+    values = {"server": "mqtts://host", "device": "attic", **changes}
+    with pytest.raises(ConfigError, match=message) as caught:
+        BoardFile(**values)
+    assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "server", ["mqtt://host", "mqtts://h.example:8883", "mqtt://192.168.1.4:1883", "mqtt://[::1]:1"]
+)
+def test_servers_are_addresses(server: str) -> None:
+    assert BoardFile(server, "attic").server == server
+
+
+def test_a_private_key_never_goes_into_a_kit(authority: Path, make_kit: MakeKit) -> None:
+    key = (authority.parent / "key.pem").read_text()
+    board = BoardFile("mqtts://host", "attic", authority=True)
+    with pytest.raises(ConfigError, match="private key"):
+        make_kit(claim=key)
+    with pytest.raises(ConfigError, match="private key"):
+        make_kit(board=board, authorities=authority.read_bytes() + key.encode())
+
+
+def test_authorities_are_those_that_were_pinned(authority: Path, make_kit: MakeKit) -> None:
+    board = BoardFile("mqtts://host", "attic", authority=True)
+    pin = fingerprint(authority)
+    kit = make_kit(board=board, authorities=authority.read_bytes(), pin=pin)
+    assert fingerprint(kit.folder / "ca.pem") == pin
+    with pytest.raises(ConfigError, match="sha256 of the certificate"):
+        make_kit("other", board=board, authorities=authority.read_bytes(), pin="0" * 64)
+
+
+def test_the_unit_is_one_that_systemd_takes(authority: Path, make_kit: MakeKit, tmp_path: Path) -> None:
+    kit = make_kit(board=BoardFile("mqtts://h", "attic", "lab", authority=True), authorities=authority.read_bytes())
+    unit = (kit.folder / "fedprune.service").read_text()
+    assert "--site lab --device attic --ca /etc/fedprune/ca.pem --data /srv/fedprune/samples.npz" in unit
+    # The programs aren't here; all else must be right.
+    there = re.sub("/opt/fedprune/bin/fedprune-device", "/bin/true", unit).replace("User=fedprune", "User=root")
+    (tmp_path / "fedprune.service").write_text(there)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(tmp_path / "fedprune.service")], capture_output=True, text=True, check=False
+    )
+    assert [line for line in done.stderr.splitlines() if "fedprune.service" in line] == []
+
+
+def test_wheels_for_another_board_are_refused(tmp_path: Path) -> None:
+    tiny_wheels.fleet_of_wheels(tmp_path)
+    (tmp_path / "numpy-2.0-py3-none-any.whl").unlink()
+    for tag in ("cp312-cp312-manylinux_2_28_aarch64", "cp313-cp313-manylinux_2_28_x86_64", "cp313-cp313-win_arm64"):
+        wrong = tiny_wheels.wheel(tmp_path, "numpy", "2.0", tag=tag)
+        with pytest.raises(KitError, match=r"numpy-2\.0"):
+            wheelhouse.check(sorted(tmp_path.iterdir()), Target("3.13"))
+        wrong.unlink()
+    for tag in ("cp313-cp313-manylinux_2_27_aarch64.manylinux_2_28_aarch64", "cp39-abi3-manylinux2014_aarch64"):
+        right = tiny_wheels.wheel(tmp_path, "numpy", "2.0", tag=tag)
+        wheelhouse.check(sorted(tmp_path.iterdir()), Target("3.13"))
+        right.unlink()
+
+
+def test_what_a_wheel_requires_on_the_target_must_be_there(tmp_path: Path) -> None:
+    tiny_wheels.fleet_of_wheels(tmp_path)
+    tiny_wheels.wheel(
+        tmp_path, "pillow", "11.0", requires=["tomli>=2; python_version < '3.11'", "absent; extra == 'x'"]
+    )
+    (tmp_path / "pillow-10.0-py3-none-any.whl").unlink()
+    wheelhouse.check(sorted(tmp_path.iterdir()), Target("3.13"))
+    with pytest.raises(KitError, match=r"requires tomli>=2 on Python 3\.10"):
+        wheelhouse.check(sorted(tmp_path.iterdir()), Target("3.10"))
+
+
+def test_what_markers_ask_for_on_the_target_alone_is_fetched(tmp_path: Path) -> None:
+    """pip reads them for the Python that runs it."""
+    links = tmp_path / "links"
+    own = tiny_wheels.fleet_of_wheels(links)
+    other = next(v for v in ("3.10", "3.13") if v != HERE)
+    tiny_wheels.wheel(links, "deeper", "1.0")
+    tiny_wheels.wheel(links, "numpy", "2.5", requires=[f"there; python_version == '{other}'"])
+    tiny_wheels.wheel(links, "there", "1.0", requires=[f"deeper>=1; python_version == '{other}'"])
+    out = tmp_path / "out"
+    wheelhouse.fetch(own, Target(other), out, [links])
+    assert {p.name.partition("-")[0] for p in out.iterdir()} >= {"there", "deeper"}
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-gpu", "tensorrt"])
+def test_nothing_shadows_what_a_jetson_brings(tmp_path: Path, name: str) -> None:
+    tiny_wheels.fleet_of_wheels(tmp_path, jetson=True)
+    target = Target("3.12", jetson=True)
+    wheelhouse.check(sorted(tmp_path.iterdir()), target)
+    tiny_wheels.wheel(tmp_path, name.replace("-", "_"), "1.31")
+    with pytest.raises(KitError, match="the board's own"):
+        wheelhouse.check(sorted(tmp_path.iterdir()), target)
+
+
+def test_a_kit_for_a_jetson_has_no_onnxruntime(tmp_path: Path) -> None:
+    folder = tmp_path / "wheels"
+    own = tiny_wheels.fleet_of_wheels(folder)
+    kit = build_kit(
+        tmp_path / "kit", BoardFile("mqtt://h", "nano"), Target("3.10", jetson=True), wheel=own, links=[folder]
+    )
+    names = {Path(f.path).name.partition("-")[0] for f in kit.files if f.path.endswith(".whl")}
+    assert names == {"fedprune", "numpy", "pillow", "pip"}
+    assert "SupplementaryGroups=video render" in (kit.folder / "fedprune.service").read_text()
+
+
+@pytest.mark.parametrize(("python", "architecture"), [("3.9", "aarch64"), ("3.14", "aarch64"), ("3.13", "armv7l")])
+def test_targets_without_wheels_are_refused(python: str, architecture: str) -> None:
+    with pytest.raises(ConfigError):
+        Target(python, architecture)
+
+
+def arguments(out: Path, wheels: Path, links: Path) -> list[str]:
+    """A command line for a kit that suits this machine."""
+    values = {
+        "--out": out,
+        "--server": "mqtt://h",
+        "--device": "d",
+        "--python": HERE,
+        "--architecture": platform.machine(),
+        "--wheel": next(wheels.glob("fedprune-*")),
+        "--find-links": links,
+    }
+    return ["kit", *(str(part) for row in values.items() for part in row)]
+
+
+def test_a_missing_wheel_is_pips_error_in_one_line(
+    tmp_path: Path, wheels: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "links").mkdir()
+    code = cli.main(arguments(tmp_path / "kit", wheels, tmp_path / "links"))
+    error = capsys.readouterr().err
+    assert code == ExitCode.KIT
+    assert error.startswith("error: pip download failed")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "kit").exists()
+
+
+def test_the_command_makes_a_kit(
+    tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEDPRUNE_CLAIM", "from the environment")
+    code = cli.main(arguments(tmp_path / "kit", wheels, wheels))
+    said = capsys.readouterr()
+    assert code == ExitCode.OK, said.err
+    kit = open_kit(tmp_path / "kit")
+    assert kit.digest in said.out
+    assert (kit.folder / "claim.txt").read_text() == "from the environment"

@@ -1,0 +1,72 @@
+"""Wheels of a few bytes, for kits that are made and installed in a moment."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+PROGRAM = "import sys\n\ndef main():\n    print('fedprune', *sys.argv[1:])\n"
+
+
+def wheel(
+    folder: Path,
+    name: str,
+    version: str = "1.0",
+    files: Mapping[str, str] | None = None,
+    requires: Sequence[str] = (),
+    extras: Sequence[str] = (),
+    tag: str = "py3-none-any",
+    scripts: str = "",
+) -> Path:
+    """Make a wheel whose package is named as it is, unless `files` says otherwise."""
+    info = f"{name}-{version}.dist-info"
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {r}" for r in requires] + [f"Provides-Extra: {e}" for e in extras]
+    content = {
+        **(files or {f"{name}/__init__.py": ""}),
+        f"{info}/METADATA": "\n".join(lines) + "\n",
+        f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: {tag}\n",
+    }
+    if scripts:
+        content[f"{info}/entry_points.txt"] = f"[console_scripts]\n{scripts}\n"
+    content[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*content, f"{info}/RECORD"])
+    out = folder / f"{name}-{version}-{tag}.whl"
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(out, "w") as archive:
+        for path, text in content.items():
+            archive.writestr(path, text)
+    return out
+
+
+def pip_wheel() -> Path:
+    """pip's own wheel, as Python brings it along."""
+    import ensurepip
+
+    places = [Path(ensurepip.__file__).parent / "_bundled", Path("/usr/share/python-wheels")]
+    found = [p for place in places for p in place.glob("pip-*.whl")]
+    if not found:
+        pytest.skip("this Python brings no wheel of pip")
+    return found[0]
+
+
+def fleet_of_wheels(folder: Path, *, jetson: bool = False) -> Path:
+    """A folder with all that a tiny kit needs; returns fedprune's own wheel, which lies in it."""
+    own = wheel(
+        folder,
+        "fedprune",
+        "0.1.0",
+        {"fedprune_device/__init__.py": "", "fedprune_device/cli.py": PROGRAM},
+        ["numpy>=1", 'onnxruntime>=1; extra == "board"', 'pillow>=1; extra == "jetson"'],
+        ["board", "jetson"],
+        scripts="fedprune-device = fedprune_device.cli:main",
+    )
+    wheel(folder, "numpy", "2.0")
+    wheel(folder, "pillow", "10.0")
+    if not jetson:
+        wheel(folder, "onnxruntime", "1.31")
+    pip = pip_wheel()
+    (folder / pip.name).write_bytes(pip.read_bytes())
+    return own
