@@ -32,7 +32,11 @@ class _CheckedSocket(ssl.SSLSocket):
         super().do_handshake(block)
         context = self.context
         if isinstance(context, PinnedContext):
-            check_peer(self.getpeercert(binary_form=True), context.floor())
+            try:
+                check_peer(self.getpeercert(binary_form=True), context.floor())
+            except ssl.SSLCertVerificationError:
+                self.close()  # whoever called wouldn't, and nothing must be sent
+                raise
 
 
 def pinned_context(
