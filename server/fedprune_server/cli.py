@@ -16,6 +16,7 @@ from typing import Any
 from fedprune import __version__, tensorfile
 from fedprune.cli import run_command, whole_number, with_extra
 from fedprune.errors import ConfigError, ExitCode, ProtocolError
+from fedprune_server.identity_cli import register as register_identity
 
 log = logging.getLogger("fedprune.server")
 
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     replay = commands.add_parser("replay", help="work a job out again from its log, and compare")
     replay.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
     replay.set_defaults(run=with_extra("server", _replay))
+    register_identity(commands)
     _register_demo(commands)
     return parser
 

@@ -23,6 +23,8 @@ from fedprune.wire.messages import (
     Finished,
     Gone,
     Hello,
+    JoinAnswer,
+    JoinRequest,
     Message,
     Offer,
     Progress,
@@ -67,6 +69,14 @@ messages = st.one_of(
     st.builds(Finished, names),
     st.builds(Want, hexes, st.sampled_from(["data", "leaves"]), st.integers(0, 2**31 - 1), st.integers(1, MAX_WANT)),
     st.builds(Gone, hexes),
+    st.builds(
+        JoinRequest, names, names, hexes, texts, hexes.map(lambda h: h[:32]), st.none() | hexes.map(lambda h: h[:10]),
+        st.none() | hexes, hexes.map(lambda h: 2 * h),
+    ),
+    st.builds(
+        JoinAnswer, hexes, st.sampled_from(["approved", "waiting", "refused"]), texts, st.integers(0, 2**40), texts,
+        st.none() | texts, st.none() | hexes, hexes,
+    ),
 )  # fmt: skip
 
 REF = BlobRef.of(b"abc")
@@ -84,6 +94,8 @@ EXAMPLES: list[Message] = [
     Finished("j"),
     Want(DIGEST, "data", 0, 4),
     Gone(DIGEST),
+    JoinRequest("lab", "pi-1", DIGEST, "request", DIGEST[:32], DIGEST[:10], DIGEST, 2 * DIGEST),
+    JoinAnswer(DIGEST, "approved", "", 1, "authority", "certificate", DIGEST, DIGEST),
 ]
 
 
@@ -106,7 +118,7 @@ def test_what_was_sent_is_what_is_read(message: Message) -> None:
 
 
 def test_there_is_an_example_of_every_type() -> None:
-    assert len({type(m) for m in EXAMPLES}) == 12
+    assert len({type(m) for m in EXAMPLES}) == 14
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)

@@ -29,6 +29,31 @@ def test_every_topic_is_heard_by_the_right_side_only_and_read_back(site: str, de
         assert heard == [channel.startswith("up"), channel.startswith("down"), False]
 
 
+@given(names, names, st.from_regex(r"[0-9a-f]{32}", fullmatch=True))
+def test_requests_to_join_are_heard_by_who_lets_in_and_answers_by_who_asked(site: str, device: str, nonce: str) -> None:
+    topics = Topics(site)
+    asked, answered = topics.join(nonce), topics.joined(nonce)
+
+    assert topics.parse_join(asked) == nonce
+    assert topic_matches_sub(topics.join_subscription(), asked)
+    for subscription in (*topics.server_subscriptions(), *topics.device_subscriptions(device)):
+        assert not any(topic_matches_sub(subscription, t) for t in (asked, answered))
+    assert not topic_matches_sub(topics.join_subscription(), answered)
+
+
+@pytest.mark.parametrize(
+    "topic",
+    [
+        "", "fedprune/1/lab/pi-1/-/join", "fedprune/1/lab/" + "a" * 32 + "/-/joined", "fedprune/1/lab/" + "a" * 32,
+        "fedprune/1/other/" + "a" * 32 + "/-/join", "fedprune/1/lab/" + "a" * 32 + "/job/join",
+        "fedprune/1/lab/" + "A" * 32 + "/-/join", "fedprune/1/lab/" + "a" * 32 + "/-/join/more",
+    ],
+)  # fmt: skip
+def test_a_topic_that_nobody_asks_on_is_an_error(topic: str) -> None:
+    with pytest.raises(ProtocolError):
+        Topics("lab").parse_join(topic)
+
+
 def test_a_broadcast_reaches_every_device_and_not_the_server() -> None:
     topics = Topics("lab")
 

@@ -101,8 +101,13 @@ def write_all(descriptor: int, data: bytes | memoryview, at: int = 0) -> None:
         view, at = view[written:], at + written
 
 
-def write_whole(path: Path, data: bytes | memoryview) -> None:
+def write_whole(path: Path, data: bytes | memoryview, *, private: bool = False) -> None:
     """Replace a file's content: after a crash at any moment it has the old content or the new one.
+
+    Args:
+        path: The file.
+        data: The new content.
+        private: Whether only this user may read it, from its first byte on.
 
     Raises:
         StorageFullError: No room; the old content is untouched.
@@ -111,7 +116,9 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with storage_errors(f"can't write {path}"):
         try:
-            with partial.open("wb") as file:
+            if private:
+                partial.unlink(missing_ok=True)  # one that was left over may be open to others
+            with open(partial, "xb" if private else "wb", opener=_owner_only if private else None) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -121,6 +128,10 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
                 partial.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def _owner_only(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def file_digest(path: Path) -> str:

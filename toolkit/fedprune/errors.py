@@ -43,6 +43,8 @@ class ExitCode(IntEnum):
     KIT = 60
     IMAGE = 61
     CARD = 62
+    IDENTITY = 63
+    JOIN = 64
 
 
 class FedpruneError(Exception):
@@ -196,6 +198,18 @@ class ProtocolError(FedpruneError):
     exit_code = ExitCode.PROTOCOL
 
 
+class SignatureError(ProtocolError):
+    """A message isn't signed, or by another key, for another topic, or was changed on its way."""
+
+
+class ReplayError(ProtocolError):
+    """A signed message was received before, or is too old to tell."""
+
+
+class StaleEpochError(ReplayError):
+    """A signed message is of an epoch that is over here, perhaps not for its sender (`fedprune.trust.replay`)."""
+
+
 class StorageError(FedpruneError):
     """Something on disk is damaged, unreadable or not ours."""
 
@@ -242,3 +256,31 @@ class CardError(FedpruneError):
     """A card can't be written to, or must not be."""
 
     exit_code = ExitCode.CARD
+
+
+class IdentityError(FedpruneError):
+    """A key, certificate or list of revoked ones can't be used, or may not be made."""
+
+    exit_code = ExitCode.IDENTITY
+
+
+class JoinError(FedpruneError):
+    """A device is not let in, or a server's answer to it can't be believed."""
+
+    exit_code = ExitCode.JOIN
+
+
+class UnknownClaimError(JoinError):
+    """No such claim was made here, or whoever uses it doesn't know its secret."""
+
+
+class UsedClaimError(JoinError):
+    """A claim was used before, by another request."""
+
+
+class ExpiredClaimError(JoinError):
+    """A claim's time is over."""
+
+
+class ForeignClaimError(JoinError):
+    """A claim is for another device, site or fleet."""

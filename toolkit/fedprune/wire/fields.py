@@ -9,7 +9,7 @@ from typing import Any
 
 from fedprune.errors import ProtocolError, shown
 from fedprune.wire.blob_ref import BlobRef, is_digest
-from fedprune.wire.topics import check_device, check_job
+from fedprune.wire.topics import check_device, check_job, check_name
 
 Check = Callable[[str, object], Any]
 """Takes the field's full name for the error and the value; returns the checked value."""
@@ -27,6 +27,7 @@ that it has just trained, and its own average with what is blended into it, wher
 MAX_LOSS = 1e6
 """Losses beyond this, of either sign, are no measurements."""
 
+_HEX = re.compile(r"[0-9a-f]*")
 _METRIC = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
 
 
@@ -52,6 +53,11 @@ def one_line(value: str, limit: int = 500) -> str:
 def device(where: str, value: object) -> str:
     """A device's name."""
     return check_device(value, where)
+
+
+def site(where: str, value: object) -> str:
+    """A site's name."""
+    return check_name(value, where)
 
 
 def job(where: str, value: object) -> str:
@@ -119,6 +125,19 @@ def digest(where: str, value: object) -> str:
     if not isinstance(value, str) or not is_digest(value):
         raise ProtocolError(where, expected="64 hex digits", got=shown(value))
     return value
+
+
+def hexadecimal(low: int, high: int | None = None) -> Check:
+    """From `low` to `high` lower-case hex digits; exactly `low` of them by default."""
+    most = low if high is None else high
+    span = f"{low}" if most == low else f"{low} to {most}"
+
+    def check(where: str, value: object) -> str:
+        if not isinstance(value, str) or not low <= len(value) <= most or not _HEX.fullmatch(value) or len(value) % 2:
+            raise ProtocolError(where, expected=f"{span} hex digits", got=shown(value))
+        return value
+
+    return check
 
 
 def blob(where: str, value: object) -> BlobRef:

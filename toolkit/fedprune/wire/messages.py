@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from fedprune.errors import ProtocolError, shown
 from fedprune.wire import fields as check
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.checked_message import MAX_MESSAGE, VERSION, CheckedMessage
 from fedprune.wire.fields import Check
+from fedprune.wire.join_messages import JoinAnswer, JoinRequest
 
 MAX_WANT = 1024
 """Leaves or pieces that one `Want` may ask for."""
@@ -341,16 +342,11 @@ class Gone(CheckedMessage):
     checks: ClassVar[Mapping[str, Check]] = {"sha256": check.digest}
 
 
-FromDevice = Birth | Death | Progress | Refusal | Update | Want | Gone
-FromServer = Hello | Offer | Accepted | Cancelled | Finished | Want | Gone
+FromDevice = Birth | Death | Progress | Refusal | Update | Want | Gone | JoinRequest
+FromServer = Hello | Offer | Accepted | Cancelled | Finished | Want | Gone | JoinAnswer
 Message = FromDevice | FromServer
 
-_TYPES: dict[str, type[Any]] = {
-    c.kind: c
-    for c in (
-        Birth, Death, Progress, Refusal, Update, Hello, Offer, Accepted, Cancelled, Finished, Want, Gone,
-    )
-}  # fmt: skip
+_TYPES: dict[str, type[Any]] = {c.kind: c for c in get_args(Message)}
 
 
 def parse(raw: bytes) -> Message:

@@ -1,7 +1,8 @@
 """MQTT topics: fedprune/1/{site}/{device}/{job}/{channel}.
 
 Channels are `up` and `down` for messages and `up/blob` and `down/blob` for chunks. What belongs to no job has `-` in
-the job's place; what goes to every device has `all` in the device's.
+the job's place; what goes to every device has `all` in the device's. Who is not let in yet has no name that counts: it
+asks on `join` and is answered on `joined`, with the nonce of its request in the device's place.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ NO_JOB = "-"
 EVERYONE = "all"
 CHANNELS = ("up", "up/blob", "down", "down/blob")
 
+JOIN, JOINED = "join", "joined"
+
+_NONCE = re.compile(r"[0-9a-f]{32}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -72,6 +76,29 @@ class Topics:
         own = f"{self._prefix}/{check_device(device)}/+"
         return [f"{own}/down", f"{own}/down/blob", self.broadcast()]
 
+    def join(self, nonce: str) -> str:
+        """Where somebody asks to be let in; the nonce is its client id, too, by which brokers keep others out."""
+        return f"{self._prefix}/{check_nonce(nonce)}/{NO_JOB}/{JOIN}"
+
+    def joined(self, nonce: str) -> str:
+        """Where the answer goes, and what who asked listens to."""
+        return f"{self._prefix}/{check_nonce(nonce)}/{NO_JOB}/{JOINED}"
+
+    def join_subscription(self) -> str:
+        """What a server listens to that lets devices in."""
+        return f"{self._prefix}/+/{NO_JOB}/{JOIN}"
+
+    def parse_join(self, topic: str) -> str:
+        """The nonce in the topic of a request of this site.
+
+        Raises:
+            ProtocolError: It is another topic.
+        """
+        parts = topic.split("/", 5)
+        if len(parts) != 6 or "/".join(parts[:3]) != self._prefix or parts[4:] != [NO_JOB, JOIN]:
+            raise ProtocolError("topic", expected=f"{self._prefix}/<nonce>/{NO_JOB}/{JOIN}", got=repr(topic[:200]))
+        return check_nonce(parts[3])
+
     def parse(self, topic: str) -> Address:
         """Take a topic of this site apart.
 
@@ -90,6 +117,17 @@ class Topics:
         if job != NO_JOB:
             check_job(job)
         return f"{self._prefix}/{check_device(device)}/{job}/{channel}"
+
+
+def check_nonce(value: object) -> str:
+    """`value`, if it is the nonce of a request to join: 32 hex digits.
+
+    Raises:
+        ProtocolError: It is not.
+    """
+    if not isinstance(value, str) or not _NONCE.fullmatch(value):
+        raise ProtocolError("nonce", expected="32 hex digits", got=repr(value)[:80])
+    return value
 
 
 def check_name(value: object, what: str) -> str:

@@ -1,0 +1,254 @@
+"""Claims, devices and answers of a server that lets devices in: a small SQLite database in its identity folder.
+
+It is apart from the job's database: it outlives jobs, and only the operator's user may read it. A transaction is on the
+disk before anything that follows from it is said.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedprune.disk import storage_errors
+from fedprune.errors import (
+    ExpiredClaimError,
+    ForeignClaimError,
+    JoinError,
+    StorageError,
+    StorageFullError,
+    UnknownClaimError,
+    UsedClaimError,
+)
+from fedprune.trust.claim import Claim
+from fedprune.trust.joining import holds_claim
+from fedprune.wire.join_messages import JoinRequest
+
+APPROVED, WAITING, REVOKED = "approved", "waiting", "revoked"
+
+MAX_WAITING = 1000
+"""Requests that may wait for the operator at a time."""
+
+MAX_NAMESAKES = 16
+"""Of those, how many may wait under one name."""
+
+KEPT_ANSWERS = 16
+"""Answers to one device that are kept; its earlier requests are refused, for their TLS keys have certificates."""
+
+_FORMAT = 1
+_BUSY_S = 10
+_TABLES = """
+CREATE TABLE IF NOT EXISTS claims (
+    id TEXT PRIMARY KEY, key BLOB NOT NULL, device TEXT, made INTEGER NOT NULL, expires INTEGER NOT NULL,
+    used TEXT, used_at INTEGER);
+CREATE TABLE IF NOT EXISTS devices (
+    device TEXT NOT NULL, key TEXT NOT NULL, status TEXT NOT NULL, asked INTEGER NOT NULL, decided INTEGER,
+    PRIMARY KEY (device, key));
+CREATE TABLE IF NOT EXISTS answers (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, request TEXT UNIQUE NOT NULL, device TEXT NOT NULL, answer BLOB NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A key that asked to be a device, and what became of it.
+
+    Attributes:
+        device: The name.
+        key: Its verifying key, as hex.
+        status: `waiting`, `approved` or `revoked`.
+        asked: When it asked first, in seconds since 1970.
+    """
+
+    device: str
+    key: str
+    status: str
+    asked: int
+
+
+class IdentityStore:
+    """The database.
+
+    Args:
+        path: The file, made with mode 0600 where there is none.
+
+    Raises:
+        StorageError: It is damaged, of another version, or the disk fails.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with storage_errors(f"can't use {path}"):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        with self._translated():
+            self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+            self._connection.execute("PRAGMA synchronous=FULL")
+        with self._transaction() as connection:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, _FORMAT):
+                raise StorageError(f"{path} was written by another version", expected=_FORMAT, got=version)
+            for statement in _TABLES.split(";"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version={_FORMAT}")
+
+    def close(self) -> None:
+        """Close the database."""
+        self._connection.close()
+
+    def add_claim(self, claim: Claim, device: str | None, now: int, expires: int) -> None:
+        """Keep a claim, by its key alone: its secret is not here.
+
+        Args:
+            claim: The claim.
+            device: For whom; None for any one.
+            now: Seconds since 1970.
+            expires: When it ends.
+        """
+        with self._transaction() as connection:
+            row = (claim.id.hex(), claim.key, device, now, expires)
+            connection.execute("INSERT INTO claims (id, key, device, made, expires) VALUES (?, ?, ?, ?, ?)", row)
+
+    def use_claim(self, request: JoinRequest, digest: str, now: int) -> None:
+        """Use a claim for a device, which is approved by it: both or neither, on the disk when this returns.
+
+        The very same request may use it again, whatever has become of the claim since.
+
+        Raises:
+            UnknownClaimError: There is none, or its secret isn't known to who asks.
+            UsedClaimError: Another request used it.
+            ExpiredClaimError: It is over.
+            ForeignClaimError: It is for another device.
+            JoinError: The name is another key's, or the key was revoked.
+        """
+        with self._transaction() as connection:
+            query = "SELECT key, device, expires, used FROM claims WHERE id = ?"
+            row = connection.execute(query, (request.claim,)).fetchone()
+            known = holds_claim(request, row[0] if row else bytes(32))
+            if row is None or not known:
+                raise UnknownClaimError("this server doesn't know the claim", hint="Have a new one made.")
+            _, device, expires, used = row
+            if used is not None and used != digest:
+                raise UsedClaimError("the claim was used by another request", hint="Have a new one made.")
+            if used is None:
+                if now >= expires:
+                    raise ExpiredClaimError("the claim's time is over", hint="Have a new one made.")
+                if device is not None and device != request.device:
+                    raise ForeignClaimError(f"the claim is for another device than {request.device}")
+                self._let_in(connection, request.device, request.key, now)
+                connection.execute("UPDATE claims SET used = ?, used_at = ? WHERE id = ?", (digest, now, request.claim))
+            elif self._status(connection, request.device, request.key) != APPROVED:
+                raise JoinError(f"{request.device} is approved no more")
+
+    def ask(self, device: str, key: str, now: int) -> str:
+        """Note that a key asks to be a device, without a claim.
+
+        Returns:
+            Its status: `waiting`, or what was decided.
+
+        Raises:
+            JoinError: Too many wait.
+        """
+        with self._transaction() as connection:
+            status = self._status(connection, device, key)
+            if status is not None:
+                return status
+            count = "SELECT count(*) FROM devices WHERE status = ?"
+            waiting = connection.execute(count, (WAITING,)).fetchone()[0]
+            same = connection.execute(f"{count} AND device = ?", (WAITING, device)).fetchone()[0]
+            if waiting >= MAX_WAITING or same >= MAX_NAMESAKES:
+                raise JoinError("too many wait for the operator", hint="Have a claim made, or let the operator decide.")
+            row = (device, key, WAITING, now)
+            connection.execute("INSERT INTO devices (device, key, status, asked) VALUES (?, ?, ?, ?)", row)
+        return WAITING
+
+    def approve(self, device: str, key: str, now: int) -> None:
+        """Let a key in that waits.
+
+        Raises:
+            JoinError: The name is another key's, or the key was revoked.
+        """
+        with self._transaction() as connection:
+            self._let_in(connection, device, key, now)
+
+    def revoke(self, device: str, now: int) -> int:
+        """Shut out all keys of a device, those that wait included.
+
+        Returns:
+            How many there were.
+        """
+        with self._transaction() as connection:
+            change = "UPDATE devices SET status = ?, decided = ? WHERE device = ? AND status != ?"
+            return connection.execute(change, (REVOKED, now, device, REVOKED)).rowcount
+
+    def devices(self) -> list[Device]:
+        """All keys that asked or were let in, by name."""
+        with self._transaction() as connection:
+            rows = connection.execute("SELECT device, key, status, asked FROM devices ORDER BY device, asked, key")
+            return [Device(*row) for row in rows]
+
+    def key_of(self, device: str) -> str | None:
+        """The verifying key of a device that is let in."""
+        return next((d.key for d in self.devices() if (d.device, d.status) == (device, APPROVED)), None)
+
+    def answer(self, request: str) -> bytes | None:
+        """The answer that a request got, by the request's digest."""
+        with self._transaction() as connection:
+            row = connection.execute("SELECT answer FROM answers WHERE request = ?", (request,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def keep_answer(self, request: str, device: str, answer: bytes) -> None:
+        """Keep an answer, so that the same request gets the same one."""
+        with self._transaction() as connection:
+            row = (request, device, answer)
+            connection.execute("INSERT OR IGNORE INTO answers (request, device, answer) VALUES (?, ?, ?)", row)
+            connection.execute(
+                "DELETE FROM answers WHERE device = ? AND number NOT IN "
+                "(SELECT number FROM answers WHERE device = ? ORDER BY number DESC LIMIT ?)",
+                (device, device, KEPT_ANSWERS),
+            )
+
+    def _let_in(self, connection: sqlite3.Connection, device: str, key: str, now: int) -> None:
+        query = "SELECT key FROM devices WHERE device = ? AND status = ? AND key != ?"
+        if connection.execute(query, (device, APPROVED, key)).fetchone() is not None:
+            raise JoinError(
+                f"another board is {device} already",
+                hint=f"Choose another name; if that board is gone, `fedprune-server devices replace {device}`.",
+            )
+        if self._status(connection, device, key) == REVOKED:
+            raise JoinError(f"this key of {device} was revoked", hint="Let the board make a new one.")
+        connection.execute(
+            "INSERT INTO devices (device, key, status, asked, decided) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (device, key) DO UPDATE SET status = excluded.status, decided = excluded.decided",
+            (device, key, APPROVED, now, now),
+        )
+        connection.execute("DELETE FROM devices WHERE device = ? AND status = ?", (device, WAITING))
+
+    def _status(self, connection: sqlite3.Connection, device: str, key: str) -> str | None:
+        query = "SELECT status FROM devices WHERE device = ? AND key = ?"
+        row = connection.execute(query, (device, key)).fetchone()
+        return None if row is None else str(row[0])
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._translated():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            if "full" in str(error):
+                raise StorageFullError(f"no room left for {self._path}", hint="Make room; nothing is lost.") from error
+            raise StorageError(
+                f"{self._path}: {error}", hint="If it is damaged, restore the backup of the identity folder."
+            ) from error

@@ -1,0 +1,197 @@
+"""Nothing counts twice, whatever is repeated, reordered or restarted; and what is new does count."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+
+from fedprune.errors import ReplayError, StaleEpochError, StorageError
+from fedprune.trust.correspondence import MAX_STREAMS, Opener, Sealer, stream_of
+from fedprune.trust.epoch import EpochFile
+from fedprune.trust.keys import SigningKey
+from fedprune.trust.replay import WINDOW, Window
+
+pytestmark = pytest.mark.board
+
+KEY = SigningKey.make()
+
+
+class Conversation(RuleBasedStateMachine):
+    """A sender and a receiver that may restart at any moment, and a broker that repeats and reorders as it likes."""
+
+    sent = Bundle("sent")
+
+    @initialize()
+    def begin(self) -> None:
+        self.epoch = self.counter = 0
+        self.window = Window()
+        self.saved = self.window.to_dict()
+        self.floor = -1
+        self.closed = -1  # epochs up to this one are over for a receiver that knew epochs alone when it restarted
+        self.taken: list[tuple[int, int]] = []
+
+    @rule(target=sent, jump=st.sampled_from([0, 0, 0, 0, 1, 7, WINDOW - 1, WINDOW, 10**15]))
+    def send(self, jump: int) -> tuple[int, int]:
+        number = (self.epoch, self.counter + jump)
+        self.counter += jump + 1
+        return number
+
+    @rule()
+    def sender_restarts(self) -> None:
+        self.epoch, self.counter = self.epoch + 1, 0
+
+    @rule()
+    def receiver_restarts_with_its_window(self) -> None:
+        self.window = Window.from_dict(json.loads(json.dumps(self.saved)))
+
+    @rule()
+    def receiver_restarts_with_the_epoch_alone(self) -> None:
+        self.window = Window.after(self.floor)
+        self.saved = self.window.to_dict()
+        self.closed = self.floor
+
+    @rule(number=sent)
+    def deliver(self, number: tuple[int, int]) -> None:
+        epoch, counter = number
+        newest = max((e for e, _ in self.taken), default=-1)
+        top = max((c for e, c in self.taken if e == epoch), default=-1)
+        fresh = number not in self.taken and epoch >= newest and epoch > self.closed and counter > top - WINDOW
+        if not fresh:
+            over = epoch < newest or epoch <= self.closed
+            with pytest.raises(ReplayError) as caught:
+                self.window.accept(epoch, counter)
+            assert isinstance(caught.value, StaleEpochError) == over
+            return
+        assert self.window.accept(epoch, counter) == (epoch > newest)
+        self.taken.append(number)
+        self.floor = max(self.floor, epoch)
+        self.saved = self.window.to_dict()
+
+    @invariant()
+    def nothing_counted_twice(self) -> None:
+        taken = getattr(self, "taken", [])
+        assert len(taken) == len(set(taken))
+
+
+TestConversation = Conversation.TestCase
+TestConversation.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+
+
+@given(st.permutations(range(60)))
+@settings(deadline=None)
+def test_any_order_within_the_window_is_fine(order: list[int]) -> None:
+    window = Window()
+    for counter in order:
+        window.accept(1, counter)
+
+    for counter in order:
+        with pytest.raises(ReplayError, match="has come before"):
+            window.accept(1, counter)
+
+
+def test_a_message_may_be_overtaken_by_a_window_s_length_and_no_more() -> None:
+    window = Window()
+    window.accept(1, WINDOW)
+    window.accept(1, 1)
+    with pytest.raises(ReplayError, match="too old"):
+        window.accept(1, 0)
+
+
+def test_looking_notes_nothing() -> None:
+    window = Window()
+    window.check(1, 1)
+    window.check(1, 1)
+    assert window.accept(1, 1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [None, [], {}, {"epoch": 1}]
+    + [
+        {**Window().to_dict(), **change}
+        for change in (
+            {"epoch": "1"}, {"epoch": 2**63}, {"top": True}, {"seen": "xyz"}, {"seen": "-1"}, {"seen": 3},
+            {"seen": "f" * 300}, {"closed": 0}, {"closed": False},
+        )
+    ],
+)  # fmt: skip
+def test_a_damaged_window_is_not_believed(wrong: object) -> None:
+    with pytest.raises(StorageError, match="damaged"):
+        Window.from_dict(wrong)
+
+
+@given(st.lists(st.sampled_from([0.0, 10.0, 5e9, 1e300])))
+@settings(deadline=None)
+def test_epochs_only_grow_whatever_the_clock_says_and_are_on_the_disk_first(times: list[float]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path, last, now = Path(folder) / "epoch", 0, [0.0]
+        for at in times:
+            now[0] = at
+            epoch = EpochFile(path, lambda: now[0]).next()
+            assert epoch > last
+            assert json.loads(path.read_bytes())["epoch"] == epoch
+            last = epoch
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"epoch": -1}', b'{"epoch": true}', b'{"epoch": 1e3}', b"[" * 9999])
+def test_a_damaged_epoch_is_an_error_and_not_an_old_number(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "epoch").write_bytes(content)
+    with pytest.raises(StorageError, match="damaged"):
+        EpochFile(tmp_path / "epoch")
+
+
+def test_streams_are_counted_apart_and_epochs_are_written_down_before_a_message_is_given_out(tmp_path: Path) -> None:
+    clock = lambda: 0.0  # noqa: E731  a board's
+    sealer = Sealer(KEY, EpochFile(tmp_path / "epoch", clock))
+    written: dict[str, int] = {}
+    opener = Opener(KEY.verifying, {}, written.__setitem__)
+    mine, all_ = "fedprune/1/lab/pi-1/job/down", "fedprune/1/lab/all/-/down"
+    hello = sealer.seal(all_, b"hello")
+    for _ in range(3 * WINDOW):
+        sealer.seal("fedprune/1/lab/pi-2/job/down", b"others")
+    offers = [sealer.seal(mine, f"{i}".encode()) for i in range(3)]
+
+    assert opener.open(mine, offers[2]) == b"2"
+    assert opener.open(all_, hello) == b"hello"
+    assert opener.open(mine, offers[0]) == b"0"
+    assert written == {stream_of(mine): 3, stream_of(all_): 1}
+    with pytest.raises(ReplayError, match="before"):
+        opener.open(mine, offers[2])
+
+    again = Opener(KEY.verifying, written, written.__setitem__)
+    with pytest.raises(StaleEpochError):
+        again.open(mine, offers[1])
+    sealer.renew(mine)
+    assert again.open(mine, sealer.seal(mine, b"new")) == b"new"
+    assert written[stream_of(mine)] == 4
+
+
+def test_an_epoch_that_can_t_be_written_down_has_not_begun(tmp_path: Path) -> None:
+    sealer = Sealer(KEY, EpochFile(tmp_path / "epoch"))
+    full = [True]
+
+    def begun(_stream: str, _epoch: int) -> None:
+        if full[0]:
+            raise StorageError("full")
+
+    opener = Opener(KEY.verifying, {}, begun)
+    raw = sealer.seal("a/b/c/d/e", b"x")
+    with pytest.raises(StorageError, match="full"):
+        opener.open("a/b/c/d/e", raw)
+    full[0] = False
+    assert opener.open("a/b/c/d/e", raw) == b"x"
+
+
+def test_a_sender_has_a_bounded_number_of_streams(tmp_path: Path) -> None:
+    sealer = Sealer(KEY, EpochFile(tmp_path / "epoch"))
+    opener = Opener(KEY.verifying, {}, lambda _stream, _epoch: None)
+    for i in range(MAX_STREAMS):
+        opener.open(f"{i}", sealer.seal(f"{i}", b""))
+    with pytest.raises(ReplayError, match="too many streams"):
+        opener.open("more", sealer.seal("more", b""))

@@ -1,0 +1,145 @@
+"""TLS as a board speaks it, with a server of Python's own on the other side."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import ConfigError, IdentityError
+from fedprune.trust.authority import Authority
+from fedprune.trust.certificates import make_request, make_tls_key, save_tls_key
+from fedprune.trust.tls import check_peer, insecure_allowed, pinned_context, unpinned_context
+from fedprune.trust.trusted_time import BUILT
+from fedprune.wire.broker_url import failure
+
+pytestmark = pytest.mark.board
+
+DAY = 24 * 3600
+
+
+class Peer:
+    """A TLS server that greets whoever completes the handshake."""
+
+    def __init__(self, certificate: Path, key: Path, authority: Path) -> None:
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(certificate, key)
+        self._context.load_verify_locations(authority)
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self._socket.accept()
+                with connection, suppress(OSError):
+                    connection.settimeout(5)
+                    with self._context.wrap_socket(connection, server_side=True) as secured:
+                        secured.sendall(b"hello")
+                        secured.recv(1)
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._thread.join()
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority.make(tmp_path / "authority", "lab", clock=lambda: float(BUILT))
+
+
+@pytest.fixture
+def serve(authority: Authority, tmp_path: Path) -> Iterator[Callable[[str], int]]:
+    """Serves with a certificate; gives the port."""
+    with ExitStack() as stack:
+        key = make_tls_key()
+        save_tls_key(key, tmp_path / "server.key")
+
+        def start(kind: str) -> int:
+            request = make_request(key, "server")
+            pem = (
+                authority.issue_broker(["127.0.0.1", "localhost"], request, days=1)
+                if kind == "broker"
+                else authority.issue_device("lab", "localhost", request)
+            )
+            (tmp_path / "server.pem").write_text(pem)
+            peer = Peer(tmp_path / "server.pem", tmp_path / "server.key", tmp_path / "authority" / "authority.pem")
+            stack.callback(peer.close)
+            return int(peer.port)
+
+        yield start
+
+
+def greeted(context: ssl.SSLContext, port: int, host: str = "127.0.0.1") -> bytes:
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=5) as connection,
+        context.wrap_socket(connection, server_hostname=host) as secured,
+    ):
+        return secured.recv(5)
+
+
+def test_the_machine_s_clock_is_not_asked_and_the_time_floor_is(
+    authority: Authority, serve: Callable[[str], int]
+) -> None:
+    """The broker's certificate ended a day after this software was built: long ago for any right clock."""
+    ca = authority.crl_path.parent / "authority.pem"
+    port, now = serve("broker"), [BUILT]
+    with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
+        greeted(ssl.create_default_context(cafile=str(ca)), port)
+    context = pinned_context(ca, None, None, lambda: now[0])
+
+    assert greeted(context, port) == b"hello"
+    assert greeted(context, port, "localhost") == b"hello"
+    now[0] += 2 * DAY
+    with pytest.raises(ssl.SSLCertVerificationError, match="the broker's certificate ended on 2026-11-02") as caught:
+        greeted(context, port)
+    assert failure(caught.value) == "TLS failed (the broker's certificate ended on 2026-11-02)"
+
+
+def test_all_else_is_checked(authority: Authority, serve: Callable[[str], int], tmp_path: Path) -> None:
+    ca = authority.crl_path.parent / "authority.pem"
+    port = serve("broker")
+    context = pinned_context(ca, None, None, lambda: BUILT)
+    with pytest.raises(ssl.SSLCertVerificationError, match=r"(?i)hostname mismatch"):
+        greeted(context, port, "other.example")
+    other = Authority.make(tmp_path / "other", "lab").crl_path.parent / "authority.pem"
+    with pytest.raises(ssl.SSLCertVerificationError, match=r"(?i)verify failed"):
+        greeted(pinned_context(other, None, None, lambda: BUILT), port)
+    assert greeted(unpinned_context(), port) == b"hello"  # for joining alone: the answer proves itself
+
+
+def test_a_device_can_t_pose_as_the_broker(authority: Authority, serve: Callable[[str], int]) -> None:
+    context = pinned_context(authority.crl_path.parent / "authority.pem", None, None, lambda: BUILT)
+    context.check_hostname = False  # so that its purpose alone is what is wrong
+    with pytest.raises(ssl.SSLCertVerificationError, match=r"(?i)unsuitable certificate purpose|unsupported"):
+        greeted(context, serve("device"))
+
+
+def test_a_peer_without_a_certificate_is_refused() -> None:
+    with pytest.raises(ssl.SSLCertVerificationError, match="no certificate"):
+        check_peer(None, 0)
+
+
+def test_missing_and_unfit_files_are_named(authority: Authority, tmp_path: Path) -> None:
+    ca = authority.crl_path.parent / "authority.pem"
+    save_tls_key(make_tls_key(), tmp_path / "other.key")
+    with pytest.raises(IdentityError, match="can't use the authority's certificate"):
+        pinned_context(tmp_path / "none", None, None, lambda: 0)
+    with pytest.raises(IdentityError, match="can't use the certificate"):
+        pinned_context(ca, ca, tmp_path / "other.key", lambda: 0)
+
+
+def test_without_tls_nothing_leaves_the_machine() -> None:
+    for host in ("127.0.0.1", "::1", "localhost"):
+        insecure_allowed(host)
+    for host in ("192.0.2.1", "broker.example", "localhost.example", ""):
+        with pytest.raises(ConfigError, match="without TLS"):
+            insecure_allowed(host)

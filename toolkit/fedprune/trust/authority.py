@@ -1,0 +1,387 @@
+"""The fleet's certificate authority: who gets a certificate, what it says, and which ones no longer count.
+
+A folder holds it:
+
+    authority.key    its ECDSA key, mode 0600
+    authority.pem    its own certificate, which boards and brokers trust
+    register.jsonl   every certificate that was issued, and every one revoked (`fedprune.trust.register`)
+    crl.pem          the list of revoked certificates that a broker loads
+
+Every certificate is valid from 1970 on, because a board's or broker's clock may say so. The list of revoked ones never
+goes out of date: a broker whose list is out of date refuses everybody, which would lock a fleet out.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from fedprune.disk import storage_errors, write_whole
+from fedprune.errors import IdentityError, ProtocolError, shown
+from fedprune.trust.certificates import (
+    EPOCH,
+    common_name,
+    device_uri,
+    key_digest,
+    load_certificate,
+    load_tls_key,
+    make_tls_key,
+    pem_of,
+    pin_of,
+    read_certificate,
+    request_key,
+    save_tls_key,
+    seconds_of,
+)
+from fedprune.trust.register import Register
+from fedprune.trust.trusted_time import BUILT
+from fedprune.wire.topics import check_device, check_name
+
+KEY, CERTIFICATE, REGISTER, CRL = "authority.key", "authority.pem", "register.jsonl", "crl.pem"
+
+SERVER = "fedprune-server"
+"""Common name of the server's own certificate: brokers know the server by it, so no device may have it."""
+
+DEVICE, CLIENT, BROKER = "device", "server", "broker"
+"""Kinds of certificates."""
+
+AUTHORITY_DAYS, DEVICE_DAYS, BROKER_DAYS = 30 * 365, 2 * 365, 5 * 365
+MAX_LIVE = 64
+"""Certificates of one device that have not ended."""
+
+_DAY = 24 * 3600
+_LONGEST_DAYS = 30 * 365
+
+
+@dataclass(frozen=True)
+class Issued:
+    """A certificate in the register.
+
+    Attributes:
+        serial: Its serial number.
+        kind: What it is for.
+        name: Its common name.
+        key: sha256 of its public key, as hex.
+        ends: When it ends, in seconds since 1970.
+        pem: The certificate.
+    """
+
+    serial: int
+    kind: str
+    name: str
+    key: str
+    ends: int
+    pem: str
+
+
+class Authority:
+    """A certificate authority.
+
+    Args:
+        folder: Its folder, as `make` leaves it.
+        clock: Seconds since 1970.
+
+    Raises:
+        IdentityError: A file is missing or damaged, or key and certificate don't fit.
+        StorageError: The register is damaged, or the disk fails.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+        self._folder = folder
+        self._clock = clock
+        self._key = load_tls_key(folder / KEY, "the authority's key")
+        self.certificate = load_certificate(folder / CERTIFICATE, "the authority's certificate")
+        if self.certificate.public_key() != self._key.public_key():
+            raise IdentityError(f"{folder / KEY} and {folder / CERTIFICATE} don't belong together")
+        self._issued: dict[int, Issued] = {}
+        self._by_key: dict[str, Issued] = {}
+        self._revoked: dict[int, int] = {}
+        self._register = Register(folder / REGISTER, self._take)
+        with self._register.held():
+            self._write_crl()  # a crash may have come between the register's last line and the list
+
+    @classmethod
+    def make(cls, folder: Path, site: str, clock: Callable[[], float] = time.time) -> Authority:
+        """A new authority in a folder that has none.
+
+        Raises:
+            IdentityError: There is one already.
+            ProtocolError: The site's name is none.
+            StorageError: The disk fails or is full.
+        """
+        check_name(site, "site")
+        if (folder / CERTIFICATE).exists():
+            raise IdentityError(f"{folder} has an authority already")
+        with storage_errors(f"can't write {folder}"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        key = make_tls_key()
+        name = common_name(f"fedprune {site[:40]} authority")
+        ends = _moment(max(clock(), BUILT) + AUTHORITY_DAYS * _DAY)
+        usage = dict.fromkeys(_USAGES, False) | {"key_cert_sign": True, "crl_sign": True}
+        identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+        certificate = (
+            _builder(name, name, key.public_key(), ends, x509.random_serial_number())
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(x509.KeyUsage(**usage), critical=True)
+            .add_extension(identifier, critical=False)
+            .sign(key, hashes.SHA256())
+        )
+        save_tls_key(key, folder / KEY)
+        write_whole(folder / CERTIFICATE, pem_of(certificate).encode())  # last: with it the authority is there
+        return cls(folder, clock)
+
+    @property
+    def pem(self) -> str:
+        """The authority's certificate."""
+        return pem_of(self.certificate)
+
+    @property
+    def pin(self) -> bytes:
+        """What claims name it by."""
+        return pin_of(self.certificate)
+
+    @property
+    def crl_path(self) -> Path:
+        """The list of revoked certificates, in PEM."""
+        return self._folder / CRL
+
+    def sign(self, data: bytes) -> bytes:
+        """ECDSA over SHA-256, in DER, by the authority's key; `data` begins with a text that says what it is for."""
+        return self._key.sign(data, ec.ECDSA(hashes.SHA256()))
+
+    def now(self) -> int:
+        """The time, in seconds since 1970, which is never before this software was built."""
+        return int(max(self._clock(), BUILT))
+
+    def issue_device(self, site: str, device: str, csr: str, days: int = DEVICE_DAYS) -> str:
+        """A certificate for a device to connect with; the same one if its key has one already.
+
+        Args:
+            site: The fleet's.
+            device: Its name, the certificate's common name.
+            csr: Its request; only the key in it counts.
+            days: How long it is valid.
+
+        Returns:
+            The certificate (PEM).
+
+        Raises:
+            IdentityError: The name is reserved, the key's certificate is another's, revoked or over, or the device has
+                too many.
+            ProtocolError: Request or name are none.
+            StorageError: The disk fails or is full; nothing was issued.
+        """
+        check_name(site, "site")
+        check_device(device)
+        if device == SERVER:
+            raise IdentityError(f"no device may be called {SERVER!r}", hint="Give it another name.")
+        key = request_key(csr)
+        with self._register.held():
+            known = self._by_key.get(key_digest(key).hex())
+            if known is not None:
+                return self._again(known, device)
+            live = [i for i in self.of_device(device) if i.serial not in self._revoked and i.ends > self.now()]
+            if len(live) >= MAX_LIVE:
+                raise IdentityError(
+                    f"{device} has {len(live)} certificates", hint="Revoke them, or replace the device."
+                )
+            names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(device_uri(site, device))])
+            return self._issue(DEVICE, device, key, days, ExtendedKeyUsageOID.CLIENT_AUTH, names)
+
+    def issue_server(self, csr: str, days: int = DEVICE_DAYS) -> str:
+        """A certificate for the server itself to connect with, named `fedprune-server`.
+
+        Raises:
+            ProtocolError: The request is none.
+            StorageError: The disk fails or is full.
+        """
+        key = request_key(csr)
+        with self._register.held():
+            return self._issue(CLIENT, SERVER, key, days, ExtendedKeyUsageOID.CLIENT_AUTH, None)
+
+    def issue_broker(self, hosts: Iterable[str], csr: str, days: int = BROKER_DAYS) -> str:
+        """A certificate for a broker.
+
+        Args:
+            hosts: The names and addresses by which boards and server reach it.
+            csr: Its request.
+            days: How long it is valid.
+
+        Raises:
+            IdentityError: No host, or one that is neither name nor address.
+            ProtocolError: The request is none.
+            StorageError: The disk fails or is full.
+        """
+        names = [_host(h) for h in hosts]
+        if not names:
+            raise IdentityError("a broker's certificate needs a host", expected="a name or an address", got="none")
+        key = request_key(csr)
+        first = str(names[0].value)[:64]
+        with self._register.held():
+            return self._issue(
+                BROKER, first, key, days, ExtendedKeyUsageOID.SERVER_AUTH, x509.SubjectAlternativeName(names)
+            )
+
+    def of_device(self, device: str) -> list[Issued]:
+        """All certificates of a device, in the order in which they were issued."""
+        return [i for i in self._issued.values() if i.kind == DEVICE and i.name == device]
+
+    def is_revoked(self, serial: int) -> bool:
+        """Whether a certificate was revoked."""
+        return serial in self._revoked
+
+    def revoke(self, serial: int) -> None:
+        """Make a certificate void, for good. Brokers learn it when they load the list again.
+
+        Raises:
+            IdentityError: It was never issued here.
+            StorageError: The disk fails or is full.
+        """
+        with self._register.held():
+            self._revoke([serial])
+
+    def revoke_device(self, device: str) -> int:
+        """Make all certificates of a device void.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        with self._register.held():
+            serials = [i.serial for i in self.of_device(device) if i.serial not in self._revoked]
+            self._revoke(serials)
+        return len(serials)
+
+    def _revoke(self, serials: list[int]) -> None:
+        for serial in serials:
+            if serial not in self._issued:
+                raise IdentityError(f"no certificate with serial number {serial:x} was issued here")
+            if serial not in self._revoked:
+                self._register.append({"revoked": {"serial": f"{serial:x}", "at": self.now()}})
+        self._write_crl()
+
+    def _again(self, known: Issued, device: str) -> str:
+        if (known.kind, known.name) != (DEVICE, device):
+            raise IdentityError(f"the TLS key of {device} has a certificate of {known.kind} {shown(known.name)}")
+        if known.serial in self._revoked or known.ends <= self.now():
+            state = "revoked" if known.serial in self._revoked else "over"
+            raise IdentityError(f"the certificate of {device}'s TLS key is {state}", hint="Make a new key.")
+        return known.pem
+
+    def _issue(
+        self,
+        kind: str,
+        name: str,
+        key: ec.EllipticCurvePublicKey,
+        days: int,
+        purpose: x509.ObjectIdentifier,
+        alternatives: x509.SubjectAlternativeName | None,
+    ) -> str:
+        if not 1 <= days <= _LONGEST_DAYS:
+            raise IdentityError("days of a certificate", expected=f"1 to {_LONGEST_DAYS}", got=days)
+        ends = min(_moment(self.now() + days * _DAY), self.certificate.not_valid_after_utc)
+        serial = x509.random_serial_number()
+        usage = dict.fromkeys(_USAGES, False) | {"digital_signature": True}
+        builder = (
+            _builder(common_name(name), self.certificate.subject, key, ends, serial)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(x509.KeyUsage(**usage), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+        )
+        if alternatives is not None:
+            builder = builder.add_extension(alternatives, critical=False)
+        pem = pem_of(builder.sign(self._key, hashes.SHA256()))
+        entry = {"serial": f"{serial:x}", "kind": kind, "name": name, "at": self.now(), "pem": pem}
+        self._register.append({"issued": entry})
+        return pem
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        """A line of the register."""
+        if "revoked" in entry:
+            self._revoked[int(entry["revoked"]["serial"], 16)] = int(entry["revoked"]["at"])
+            return
+        row = entry["issued"]
+        try:
+            certificate = read_certificate(row["pem"], "certificate")
+        except ProtocolError as error:
+            raise ValueError(str(error)) from error
+        ends = seconds_of(certificate.not_valid_after_utc)
+        digest = key_digest(certificate.public_key()).hex()
+        issued = Issued(int(row["serial"], 16), row["kind"], row["name"], digest, ends, row["pem"])
+        self._issued[issued.serial] = issued
+        self._by_key[digest] = issued
+
+    def _write_crl(self) -> None:
+        """Write the list of revoked certificates, if it isn't the one that is there."""
+        try:
+            found = x509.load_pem_x509_crl(self.crl_path.read_bytes())
+            if {r.serial_number for r in found} == set(self._revoked):
+                return
+        except (OSError, ValueError):
+            pass  # none yet, or a torn one: it follows from the register
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.certificate.subject)
+            .last_update(EPOCH)
+            .next_update(self.certificate.not_valid_after_utc)
+            .add_extension(x509.CRLNumber(len(self._revoked) + 1), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+        )
+        for serial, at in self._revoked.items():
+            row = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(_moment(at)).build()
+            builder = builder.add_revoked_certificate(row)
+        crl = builder.sign(self._key, hashes.SHA256())
+        write_whole(self.crl_path, crl.public_bytes(serialization.Encoding.PEM))
+
+
+_USAGES = (
+    "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+    "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
+)  # fmt: skip
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, ends: datetime, serial: int
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(serial)
+        .not_valid_before(EPOCH)
+        .not_valid_after(ends)
+    )
+
+
+def _moment(seconds: float) -> datetime:
+    return EPOCH + timedelta(seconds=int(seconds))
+
+
+def _host(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        pass
+    labels = host.rstrip(".").split(".")
+    if not 1 <= len(host) <= 253 or not all(_label(part) for part in labels):
+        raise IdentityError("host of a broker", expected="a DNS name or an IP address", got=shown(host))
+    return x509.DNSName(host.rstrip("."))
+
+
+def _label(part: str) -> bool:
+    return 1 <= len(part) <= 63 and part.isascii() and part.replace("-", "").isalnum() and part.strip("-") == part

@@ -1,0 +1,171 @@
+"""X.509: keys for TLS, requests for certificates, and what a certificate says.
+
+TLS keys are ECDSA on P-256, which every broker takes; Ed25519 certificates many hosted ones don't.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime, timezone
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from fedprune.errors import IdentityError, ProtocolError, shown
+from fedprune.trust.claim import PIN
+from fedprune.trust.private_file import read_private, write_private
+
+MAX_PEM = 8192
+"""Bytes of a certificate or request that is looked at."""
+
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+"""What a board's clock says before it has heard of the time."""
+
+TlsKey = ec.EllipticCurvePrivateKey
+_BROKEN = (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm)
+
+
+def make_tls_key() -> TlsKey:
+    """A new key for TLS."""
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def save_tls_key(key: TlsKey, path: Path) -> None:
+    """Write a key as PKCS8 PEM with mode 0600, durably.
+
+    Raises:
+        StorageError: The disk fails or is full.
+    """
+    write_private(path, tls_key_pem(key))
+
+
+def tls_key_pem(key: TlsKey) -> bytes:
+    """A key as PKCS8 PEM without a password."""
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def load_tls_key(path: Path, what: str = "TLS key") -> TlsKey:
+    """Read a key that `save_tls_key` wrote.
+
+    Raises:
+        IdentityError: It is missing, open to other users, or no such key.
+        StorageError: It can't be read.
+    """
+    raw = read_private(path, what)
+    try:
+        key = serialization.load_pem_private_key(raw, None)
+    except _BROKEN as error:
+        raise IdentityError(f"{what} {path}", expected="an ECDSA key in PEM", got="something else") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise IdentityError(f"{what} {path}", expected="an ECDSA key on P-256", got=type(key).__name__)
+    return key
+
+
+def common_name(name: str) -> x509.Name:
+    """A subject with nothing but a common name."""
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def make_request(key: TlsKey, device: str) -> str:
+    """A request (PKCS #10) for a certificate, as PEM, signed by the key."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(common_name(device))
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+
+def request_key(pem: str) -> ec.EllipticCurvePublicKey:
+    """The key of a request, whose owner signed it; whatever else the request says is not looked at.
+
+    Raises:
+        ProtocolError: It is no request, too long, not signed by its key, or has no P-256 key.
+    """
+    what = "certificate request"
+    if len(pem) > MAX_PEM:
+        raise ProtocolError(what, expected=f"at most {MAX_PEM} characters", got=len(pem))
+    try:
+        request = x509.load_pem_x509_csr(pem.encode())
+        key = request.public_key()
+        genuine = request.is_signature_valid
+    except (*_BROKEN, InvalidSignature) as error:
+        raise ProtocolError(what, expected="PKCS #10 in PEM", got=shown(pem)) from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise ProtocolError(f"{what}: key", expected="ECDSA on P-256", got=type(key).__name__)
+    if not genuine:
+        raise ProtocolError(f"{what} is not signed by its own key")
+    return key
+
+
+def read_certificate(pem: str | bytes, what: str) -> x509.Certificate:
+    """Read a certificate; whether it can be believed is not looked at.
+
+    Raises:
+        ProtocolError: It is none, or too long.
+    """
+    raw = pem.encode() if isinstance(pem, str) else pem
+    if len(raw) > MAX_PEM:
+        raise ProtocolError(what, expected=f"at most {MAX_PEM} bytes", got=len(raw))
+    try:
+        return x509.load_pem_x509_certificate(raw)
+    except _BROKEN as error:
+        raise ProtocolError(what, expected="a certificate in PEM", got=shown(raw)) from error
+
+
+def load_certificate(path: Path, what: str) -> x509.Certificate:
+    """Read a certificate from a file.
+
+    Raises:
+        IdentityError: It is missing or none.
+    """
+    try:
+        return read_certificate(path.read_bytes(), f"{what} {path}")
+    except OSError as error:
+        raise IdentityError(f"{what}: can't read {path} ({error.strerror})") from error
+    except ProtocolError as error:
+        raise IdentityError(error.what, expected=error.expected, got=error.got) from error
+
+
+def pem_of(certificate: x509.Certificate) -> str:
+    """A certificate as PEM."""
+    return certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def key_digest(key: object) -> bytes:
+    """sha256 of a public key (its SubjectPublicKeyInfo in DER).
+
+    Raises:
+        ProtocolError: It is no elliptic curve key.
+    """
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ProtocolError("key of a certificate", expected="an ECDSA key", got=type(key).__name__)
+    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(der).digest()
+
+
+def pin_of(authority: x509.Certificate) -> bytes:
+    """What a claim names an authority by: the first 12 bytes of its key's sha256.
+
+    Raises:
+        ProtocolError: Its key is none of ours.
+    """
+    return key_digest(authority.public_key())[:PIN]
+
+
+def name_of(certificate: x509.Certificate) -> str:
+    """The common name of a certificate; empty if it has none or several."""
+    found = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(found[0].value) if len(found) == 1 else ""
+
+
+def device_uri(site: str, device: str) -> str:
+    """How a device's certificate names it beside its common name."""
+    return f"fedprune://{site}/{device}"
+
+
+def seconds_of(when: datetime) -> int:
+    """Seconds since 1970."""
+    return int(when.timestamp())

@@ -1,0 +1,215 @@
+"""A device's identity on its disk, from its first request to every connection after.
+
+    signing.key       its Ed25519 key, made here, never sent
+    epoch             its latest epoch
+    request.json      what it asks with until it is answered; the same after every restart
+    tls.key.new       the TLS key of that request
+    tls.key           the key of its certificate
+    device.pem        its certificate
+    authority.pem     the authority that it trusts
+    server.pub        the server's verifying key, as hex
+    admitted          the server's time when that was issued
+    time              its time floor
+
+What is replaced is written in an order in which a power cut leaves either the old certificate with its key or the new
+one with its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fedprune.disk import storage_errors, sync_folder, write_whole
+from fedprune.errors import IdentityError, JoinError, ProtocolError
+from fedprune.trust.certificates import (
+    key_digest,
+    load_certificate,
+    load_tls_key,
+    make_request,
+    make_tls_key,
+    request_key,
+    save_tls_key,
+    seconds_of,
+)
+from fedprune.trust.claim import Claim
+from fedprune.trust.epoch import EpochFile
+from fedprune.trust.joining import Admission, check_answer
+from fedprune.trust.joining import make_request as make_join_request
+from fedprune.trust.keys import SigningKey, VerifyingKey
+from fedprune.trust.tls import PinnedContext, pinned_context
+from fedprune.trust.trusted_time import TrustedTime
+from fedprune.wire.join_messages import JoinAnswer, JoinRequest
+from fedprune.wire.messages import parse
+
+_SIGNING, _EPOCH, _REQUEST, _NEW_KEY = "signing.key", "epoch", "request.json", "tls.key.new"
+_KEY, _CERTIFICATE, _AUTHORITY, _SERVER = "tls.key", "device.pem", "authority.pem", "server.pub"
+_ADMITTED, _TIME = "admitted", "time"
+
+RENEW_AT = 2 / 3
+"""Share of a certificate's time after which a new one is asked for."""
+
+
+class DeviceIdentity:
+    """A device's keys, certificate, and what it knows of its server.
+
+    Args:
+        folder: Its folder, made with mode 0700 where there is none.
+        site: The site's name.
+        device: The device's name.
+        clock: Seconds since 1970.
+
+    Attributes:
+        key: What it signs its messages with.
+        epochs: Its epochs.
+
+    Raises:
+        IdentityError: A file is damaged or open to other users.
+        StorageError: The disk fails or is full.
+    """
+
+    def __init__(self, folder: Path, site: str, device: str, clock: Callable[[], float] = time.time) -> None:
+        self._folder = folder
+        self.site, self.device = site, device
+        with storage_errors(f"can't use {folder}"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = folder / _SIGNING
+        if not path.exists():
+            SigningKey.make().save(path)
+        self.key = SigningKey.load(path)
+        self.epochs = EpochFile(folder / _EPOCH, clock)
+        self._finish()
+        self._time: TrustedTime | None = None
+
+    @property
+    def joined(self) -> bool:
+        """Whether it has a certificate and knows its server."""
+        return all((self._folder / name).exists() for name in (_CERTIFICATE, _KEY, _AUTHORITY, _SERVER))
+
+    @property
+    def server(self) -> VerifyingKey:
+        """What the server signs its messages with.
+
+        Raises:
+            IdentityError: The device hasn't joined, or the file is damaged.
+        """
+        try:
+            return VerifyingKey.from_hex((self._folder / _SERVER).read_text().strip(), "the server's key")
+        except (OSError, UnicodeDecodeError, ProtocolError) as error:
+            raise IdentityError(f"{self.device} doesn't know its server's key", hint="Let it join again.") from error
+
+    def request(self, claim: Claim | None = None) -> JoinRequest:
+        """What it asks with: to join, or, once it has, for a new certificate; the same until it is answered.
+
+        Args:
+            claim: The claim, if it has one. A request that waits for the operator makes way for one with a claim.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        pending = self._pending()
+        if pending is not None and (claim is None or pending.claim == claim.id.hex()):
+            return pending
+        tls_key = make_tls_key()
+        request = make_join_request(self.site, self.device, self.key, make_request(tls_key, self.device), claim)
+        save_tls_key(tls_key, self._folder / _NEW_KEY)
+        write_whole(self._folder / _REQUEST, request.to_bytes())
+        return request
+
+    def admit(self, answer: JoinAnswer, pin: bytes) -> Admission | None:
+        """Take an answer to the pending request; from then on it has `joined`.
+
+        Args:
+            answer: What came.
+            pin: Of the authority: the claim's, a given one, or, to renew, that of the authority that it knows.
+
+        Returns:
+            What was learnt; None if it must wait for the operator, and ask again with the same request.
+
+        Raises:
+            SignatureError: The answer is not to the pending request, or not by the authority.
+            JoinError: The device is refused; the next request is a new one.
+            StorageError: The disk fails or is full; the same request can be made again.
+        """
+        pending = self._pending()
+        if pending is None:
+            raise IdentityError(f"{self.device} has asked for nothing")
+        try:
+            admission = check_answer(answer, pending, pin)
+        except JoinError:
+            self._forget()
+            raise
+        if admission is None:
+            return None
+        write_whole(self._folder / _AUTHORITY, admission.authority.encode())
+        write_whole(self._folder / _SERVER, admission.server.hex.encode())
+        write_whole(self._folder / _ADMITTED, str(admission.time).encode())
+        write_whole(self._folder / _CERTIFICATE, admission.certificate.encode())
+        self._finish()
+        self.times.learn(admission.time)
+        return admission
+
+    @property
+    def times(self) -> TrustedTime:
+        """Its time floor.
+
+        Raises:
+            IdentityError: It knows no authority yet.
+        """
+        if self._time is None:
+            authority = load_certificate(self._folder / _AUTHORITY, "the authority's certificate")
+            self._time = TrustedTime(self._folder / _TIME, seconds_of(authority.not_valid_after_utc))
+        return self._time
+
+    def renewal_due(self) -> bool:
+        """Whether it is time to ask for a new certificate, as far as the time floor knows."""
+        certificate = load_certificate(self._folder / _CERTIFICATE, "the device's certificate")
+        try:
+            begun = int((self._folder / _ADMITTED).read_text())
+        except (OSError, ValueError):
+            return True
+        return self.times.floor >= begun + RENEW_AT * (seconds_of(certificate.not_valid_after_utc) - begun)
+
+    def context(self) -> PinnedContext:
+        """TLS for its connections.
+
+        Raises:
+            IdentityError: It hasn't joined, or a file is damaged.
+        """
+        authority, certificate, key = (self._folder / name for name in (_AUTHORITY, _CERTIFICATE, _KEY))
+        return pinned_context(authority, certificate, key, lambda: self.times.floor)
+
+    def _pending(self) -> JoinRequest | None:
+        try:
+            request = parse((self._folder / _REQUEST).read_bytes())
+            key = load_tls_key(self._folder / _NEW_KEY)
+            own = isinstance(request, JoinRequest) and key.public_key() == request_key(request.csr)
+        except (OSError, ProtocolError, IdentityError):
+            return None  # none, or a power cut came between key and request: nobody was asked with it
+        if not isinstance(request, JoinRequest) or not own or request.key != self.key.verifying.hex:
+            return None
+        return request if (request.site, request.device) == (self.site, self.device) else None
+
+    def _forget(self) -> None:
+        """Drop the pending request, which was refused: the next one is another."""
+        with storage_errors(f"can't write {self._folder}"):
+            for name in (_REQUEST, _NEW_KEY):
+                (self._folder / name).unlink(missing_ok=True)
+            sync_folder(self._folder)
+
+    def _finish(self) -> None:
+        """Put the new TLS key in its place if the certificate is its own: also after a power cut right before."""
+        new = self._folder / _NEW_KEY
+        if not new.exists() or not (self._folder / _CERTIFICATE).exists():
+            return
+        certificate = load_certificate(self._folder / _CERTIFICATE, "the device's certificate")
+        try:
+            fits = key_digest(load_tls_key(new).public_key()) == key_digest(certificate.public_key())
+        except IdentityError:
+            return
+        if fits:
+            with storage_errors(f"can't write {self._folder}"):
+                new.replace(self._folder / _KEY)
+                (self._folder / _REQUEST).unlink(missing_ok=True)
+                sync_folder(self._folder)
