@@ -40,6 +40,7 @@ class ExitCode(IntEnum):
     PLAN = 40
     TRAINING = 50
     RUNTIME = 51
+    RELEASE = 60
 
 
 class FedpruneError(Exception):
@@ -221,3 +222,9 @@ class RuntimeUnavailableError(FedpruneError):
     """onnxruntime can't be loaded on this machine."""
 
     exit_code = ExitCode.RUNTIME
+
+
+class ReleaseError(FedpruneError):
+    """A release of the runtime is not what it should be, or doesn't fit this board."""
+
+    exit_code = ExitCode.RELEASE
