@@ -26,7 +26,15 @@ def make_wheel(path: Path, files: dict[str, bytes | str]) -> Path:
     return path
 
 
-def make_release(folder: Path, number: int, *, app: str = APP, entry: str = "app:main", **changes: object) -> Path:
+def make_release(
+    folder: Path,
+    number: int,
+    *,
+    app: str = APP,
+    entry: str = "app:main",
+    more: dict[str, bytes | str] | None = None,
+    **changes: object,
+) -> Path:
     """A release of two wheels; its first lines say `VERSION = number`."""
     said = f"VERSION = {number}\n"
     wheels = [
@@ -36,7 +44,11 @@ def make_release(folder: Path, number: int, *, app: str = APP, entry: str = "app
         ),
         make_wheel(
             folder / "wheels" / f"library-{number}-py3-none-any.whl",
-            {f"library-{number}.data/purelib/library/__init__.py": said, "library/deep/er/data.txt": said * 50},
+            {
+                f"library-{number}.data/purelib/library/__init__.py": said,
+                "library/deep/er/data.txt": said * 50,
+                **(more or {}),
+            },
         ),
     ]
     values: dict[str, object] = {"python": PYTHON, "machine": platform.machine(), "unpacked": 10**6}

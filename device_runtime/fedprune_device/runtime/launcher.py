@@ -26,6 +26,7 @@ VERSION = 1
 
 _PAUSE_S = 0.2
 _GRACE_S = 10.0
+_WORDLESS = "the last attempt ended without a word, as power cuts do"
 _START = """
 import sys
 from importlib import import_module
@@ -67,9 +68,8 @@ def decide(home: Home) -> tuple[str, Record, State]:
             state = home.recover()
             home.save(state)
         if state.phase == TRIAL and state.left <= 0:
-            state = _saved(
-                home, state.roll_back(state.trouble or "all attempts ended without a word, as power cuts do")
-            )
+            trouble = f" ({state.trouble})" if state.trouble else ""
+            state = _saved(home, state.roll_back(_WORDLESS + trouble))
         if state.phase == TRIAL:
             try:
                 record = home.whole(state.other)
@@ -151,8 +151,7 @@ class Starter:
         if state is None:
             os.execve(sys.executable, command, environment)  # noqa: S606  there is no shell in it, which is the point
         notify(f"STATUS=trying version {record.version}\nEXTEND_TIMEOUT_USEC={int((state.seconds + 30) * 1e6)}")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         child = subprocess.Popen(command, env=environment)
         deadline = time.monotonic() + state.seconds
         on_trial, told, late = True, False, False
@@ -167,13 +166,23 @@ class Starter:
             elif told and now >= deadline:
                 child.kill()
             time.sleep(_PAUSE_S)
+        for number, handler in before.items():  # else a stop would be lost while the next release starts
+            signal.signal(number, handler)
         code = child.returncode
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = f"killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         reason = f"not healthy within {state.seconds:g} s" if late else f"{how} before it was healthy"
         return End(reason, 0 if self._asked else code if code >= 0 else 128 - code, bool(self._asked))
 
     def _ask(self, number: int, _frame: object) -> None:
         self._asked = number
+
+
+def signal_name(number: int) -> str:
+    """What a signal is called, such as SIGILL."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have no name
+        return f"signal {number}"
 
 
 def main() -> int:

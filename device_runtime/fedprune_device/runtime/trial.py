@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from fedprune.errors import FedpruneError, RuntimeUnavailableError
 from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_device.probe import check_runtime
 from fedprune_device.runtime.home import Home
+from fedprune_device.runtime.launcher import signal_name
 from fedprune_device.runtime.state import TRIAL, State, line
 from fedprune_device.slots import Slots
 
@@ -113,7 +113,7 @@ def check_health(serving: Path | None = None, python: str = sys.executable) -> N
     except OSError as error:
         raise RuntimeUnavailableError(f"can't start {python}: {error.strerror}") from error
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
+        name = signal_name(-done.returncode)
         raise RuntimeUnavailableError(
             f"onnxruntime kills the process that runs a small graph ({name})",
             hint="This version uses instructions that this processor lacks.",

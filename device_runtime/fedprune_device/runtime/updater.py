@@ -36,7 +36,7 @@ LAUNCHER = "launcher.pyz"
 STARTS = 10
 """Starts of the service that a staged release waits for its trial, before it is dropped."""
 
-ATTEMPTS, SECONDS = 3, 300.0
+ATTEMPTS, SECONDS = 3, 600.0
 """Of a trial, and of each attempt."""
 
 KEPT = ("cv2", "numpy", "onnxruntime", "tensorrt", "torch")
