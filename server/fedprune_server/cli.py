@@ -16,6 +16,7 @@ from typing import Any
 from fedprune import __version__, tensorfile
 from fedprune.cli import run_command, whole_number, with_extra
 from fedprune.errors import ConfigError, ExitCode, ProtocolError
+from fedprune_server.release_cli import add_release_command
 
 log = logging.getLogger("fedprune.server")
 
@@ -56,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     replay.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
     replay.set_defaults(run=with_extra("server", _replay))
     _register_demo(commands)
+    add_release_command(commands)
     return parser
 
 
