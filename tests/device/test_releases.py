@@ -345,7 +345,7 @@ def test_links_doubles_and_damage_are_refused(tmp_path: Path) -> None:
         list(Wheel(whole, "h.whl").unpack(tmp_path / "out"))
 
 
-@given(st.lists(st.text(min_size=1, max_size=20), max_size=6, unique=True))
+@given(st.lists(st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=20), max_size=6, unique=True))
 def test_whatever_a_wheel_is_made_of_nothing_is_written_outside(
     tmp_path_factory: pytest.TempPathFactory, names: list[str]
 ) -> None:
@@ -364,6 +364,13 @@ def test_whatever_a_wheel_is_made_of_nothing_is_written_outside(
         pass
     assert {p.name for p in folder.iterdir()} <= {"w.whl", "in"}
     assert [p.name for p in (folder / "in").iterdir()] == ["slot"]
+
+
+def test_a_wheel_with_a_nameless_file_is_refused(tmp_path: Path) -> None:
+    path = make_wheel(tmp_path / "w.whl", {"x": "1"})
+    path.write_bytes(path.read_bytes().replace(b"x", b"\0"))  # zip readers end a name there
+    with pytest.raises(ReleaseError):
+        Wheel(path, "w.whl")
 
 
 def test_bytes_that_only_a_scheme_of_no_use_brings_are_left_out(tmp_path: Path) -> None:

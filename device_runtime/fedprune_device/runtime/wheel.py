@@ -113,7 +113,7 @@ class Wheel:
             if inside["scheme"] not in ("purelib", "platlib"):
                 return None
             name = inside["rest"]
-        if entry.is_dir():
+        if entry.filename.endswith("/"):
             return None
         parts = name.split("/")
         kind = stat.S_IFMT(entry.external_attr >> 16)
