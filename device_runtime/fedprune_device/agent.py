@@ -38,6 +38,7 @@ from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import CHUNK_LEAVES, Serve
 from fedprune_device.acceptance import attempt_of, check_offer, place_of, same_work
 from fedprune_device.assignment import DamagedBlobError, LoadedTrainer, Workbench
+from fedprune_device.care import Care
 from fedprune_device.data import LocalData
 from fedprune_device.downloads import Downloads
 from fedprune_device.outbox import Outbox, Wire
@@ -68,6 +69,7 @@ class Agent:
         profile_name: What the server is told the board is; the profile's name by default.
         threads: Threads for training.
         probe: What the board measured of itself.
+        care: Lets training wait while the board is too hot.
         clock: Seconds that only grow.
     """
 
@@ -83,17 +85,16 @@ class Agent:
         profile_name: str = "",
         threads: int = 1,
         probe: ProbeReport | None = None,
+        care: Care | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._device = device
-        self._topics = Topics(site)
-        self._store = store
-        self._link = link
+        self._device, self._topics = device, Topics(site)
+        self._store, self._link = store, link
         self._outbox = Outbox(device, self._topics, link)
         self._data = data
         self._profile = profile
         self._profile_name = profile_name or (profile.name if profile is not None else "")
-        self._probe = probe
+        self._probe, self._care = probe, care
         self._clock = clock
         self._serve = Serve(store.blobs)
         self._bench = Workbench(device, store.blobs, store.slots, data, LoadedTrainer(threads), store.own)
@@ -344,7 +345,7 @@ class Agent:
         if self._worker is None and self._ready is not None and task is not None:
             seconds, self._ready = self._ready, None
             _LOG.info("round %d of job %s: training", task.offer.round, task.offer.job)
-            self._worker = TrainingThread(self._bench, task.offer, seconds)
+            self._worker = TrainingThread(self._bench, task.offer, seconds, self._care)
         if self._store.pending is not None:
             self._outbox.announce(self._store.pending, now)
         self._report(now)

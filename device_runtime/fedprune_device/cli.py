@@ -27,11 +27,13 @@ from fedprune.errors import ConfigError, DataError, ExitCode, ProfileError, Prot
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.wire.topics import EVERYONE, check_device, check_name
+from fedprune_device.care import COOL_C, HOT_C, Care, condition
 from fedprune_device.data import checked_inputs, checked_samples, why_unreadable
 from fedprune_device.labels import targets
 from fedprune_device.own_labels import OwnLabels
 from fedprune_device.predictions import described, judged
 from fedprune_device.predictor import Predictor
+from fedprune_device.runtime.runtime_cli import add_runtime_commands
 from fedprune_device.slots import Slots
 
 _LOG = logging.getLogger("fedprune.device")
@@ -61,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     identify = commands.add_parser("identify", help="say which hardware profile fits this board, and why")
     identify.add_argument("--json", action="store_true", help="as JSON, for programs")
     identify.set_defaults(run=_identify)
+    add_runtime_commands(commands)
     return parser
 
 
@@ -95,6 +98,14 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--threads", type=_positive, default=_threads(), metavar="N", help="default: half of the cores")
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--patient", action="store_true", help="wait for a broker that isn't there when starting")
+    run.add_argument(
+        "--pause-above",
+        type=float,
+        default=HOT_C,
+        metavar="C",
+        help="training waits at this heat (default: %(default)g °C)",
+    )
+    run.add_argument("--resume-below", type=float, default=COOL_C, metavar="C", help="default: %(default)g °C")
     run.add_argument("--no-probe", action="store_true", help="don't measure the board; the profile is believed")
     run.add_argument(
         "--log-level",
@@ -127,6 +138,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_device.agent import Agent
     from fedprune_device.data import load_data
     from fedprune_device.probe import check_runtime, probe_apart
+    from fedprune_device.runtime.heart import Heart
+    from fedprune_device.runtime.trial import Trial
     from fedprune_device.store import DeviceStore
 
     logging.basicConfig(
@@ -144,6 +157,10 @@ def _run(arguments: argparse.Namespace) -> int:
         will=lambda: agents[0].will(),
         ca=arguments.ca,
     )
+    care = Care(arguments.pause_above, arguments.resume_below)
+    trial = Trial.current()
+    if trial is not None:
+        trial.check(arguments.state / "serving")
     profile = _profile(arguments.profile)
     data = load_data(arguments.data, arguments.seed, arguments.device, arguments.validation_share)
     with DeviceStore(arguments.state, device=arguments.device) as store:
@@ -156,15 +173,18 @@ def _run(arguments: argparse.Namespace) -> int:
             free = min(report.memory_total, report.memory_available + data.bytes)
             report = replace(report, memory_available=free)
             _LOG.info("probe: %s", json.dumps({**report.to_dict(), "latency": _latency(report)}))
+        heart = Heart(link, trial)
+        _LOG.info("board: %s", condition())
         agent = Agent(
             arguments.device,
             arguments.site,
             store,
-            link,
+            heart,
             data,
             profile=profile,
             threads=arguments.threads,
             probe=report,
+            care=care,
         )
         agents.append(agent)
         signal.signal(signal.SIGTERM, lambda *_: agent.stop())
@@ -173,6 +193,7 @@ def _run(arguments: argparse.Namespace) -> int:
         try:
             agent.run(arguments.until_finished)
         finally:
+            heart.stop()
             link.close()
     return int(ExitCode.OK)
 

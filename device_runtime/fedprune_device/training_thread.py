@@ -6,6 +6,7 @@ import threading
 
 from fedprune.wire.messages import Offer, Update
 from fedprune_device.assignment import Workbench
+from fedprune_device.care import Care
 
 
 class TrainingThread:
@@ -15,6 +16,7 @@ class TrainingThread:
         bench: What carries it out.
         offer: The offer; its blobs are in the store.
         download_seconds: How long they took to arrive.
+        care: Lets it wait between steps while the board needs that.
 
     Attributes:
         offer: The offer.
@@ -23,13 +25,14 @@ class TrainingThread:
         error: What went wrong, if something did.
     """
 
-    def __init__(self, bench: Workbench, offer: Offer, download_seconds: float) -> None:
+    def __init__(self, bench: Workbench, offer: Offer, download_seconds: float, care: Care | None = None) -> None:
         self.offer = offer
         self.status: tuple[str, int, int] = ("train", 0, 0)
         self.update: Update | None = None
         self.error: BaseException | None = None
         self._stop = threading.Event()
         self._bench = bench
+        self._care = care
         self._download_seconds = download_seconds
         self._thread = threading.Thread(target=self._run, name="fedprune-training", daemon=True)
         self._thread.start()
@@ -55,10 +58,14 @@ class TrainingThread:
     def _run(self) -> None:
         try:
             self.update = self._bench.carry_out(
-                self.offer, download_seconds=self._download_seconds, report=self._report, stop=self._stop.is_set
+                self.offer, download_seconds=self._download_seconds, report=self._report, stop=self._ended
             )
         except Exception as error:  # noqa: BLE001 - it is handed to the loop, which reports it
             self.error = error
+
+    def _ended(self) -> bool:
+        """Asked between two steps, which is where training may wait."""
+        return self._stop.is_set() if self._care is None else self._care.pause(self._stop.is_set)
 
     def _report(self, phase: str, done: int, total: int) -> None:
         self.status = (phase, done, total)

@@ -17,6 +17,7 @@ from fedprune import __version__, tensorfile
 from fedprune.cli import run_command, whole_number, with_extra
 from fedprune.errors import ConfigError, ExitCode, ProtocolError
 from fedprune_server.identity_cli import register as register_identity
+from fedprune_server.release_cli import add_release_command
 
 log = logging.getLogger("fedprune.server")
 
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     replay.set_defaults(run=with_extra("server", _replay))
     register_identity(commands)
     _register_demo(commands)
+    add_release_command(commands)
     return parser
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from faults import Crash, fault
+from power import power
 
 from fedprune import tensorfile
 from fedprune.errors import ModelError, StorageError, StorageFullError
@@ -20,6 +21,9 @@ from fedprune_device.store import DeviceStore
 pytestmark = pytest.mark.board
 
 Snapshot = tuple[Any, ...]
+
+MOST_SYNCS = 25
+"""In a round, connecting included."""
 
 
 def weights_of(number: int) -> bytes:
@@ -135,6 +139,15 @@ def test_a_full_disk_at_any_write_loses_nothing_and_the_write_can_be_repeated(tm
                     step(store)
         assert snapshot(store) == states[-1]
         life.close()
+
+
+def test_a_round_costs_a_card_few_syncs_however_large_its_model_is(tmp_path: Path, graphs: Path) -> None:
+    """What `docs/update-the-fleet.md` says of wear; every sync is at least one erased block somewhere."""
+    life = Life(tmp_path, graphs)
+    with power() as supply:
+        life.live()
+    life.close()
+    assert supply.names.count("fsync") <= 2 * MOST_SYNCS
 
 
 def test_two_processes_cannot_share_a_state_directory(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class ExitCode(IntEnum):
     CARD = 62
     IDENTITY = 63
     JOIN = 64
+    RELEASE = 65
 
 
 class FedpruneError(Exception):
@@ -284,3 +285,9 @@ class ExpiredClaimError(JoinError):
 
 class ForeignClaimError(JoinError):
     """A claim is for another device, site or fleet."""
+
+
+class ReleaseError(FedpruneError):
+    """A release of the runtime is not what it should be, or doesn't fit this board."""
+
+    exit_code = ExitCode.RELEASE

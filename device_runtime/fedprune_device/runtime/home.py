@@ -1,0 +1,210 @@
+"""The folder in which the slots, their records and the state of updates lie, and all that is written there.
+
+Every file is written beside its old self, flushed and renamed. The launcher is made of this module, so that it imports
+the standard library only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedprune_device.runtime.state import ROLLED_BACK, SLOTS, DamagedError, Outcome, State
+
+FORMAT = 1
+"""Of what is written here; a launcher that is installed once reads what later releases write."""
+
+_ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an installed release consists of.
+
+    Attributes:
+        version: Its number.
+        name: Its version for people.
+        entry: What to run, `module:function`.
+        files: sha256 and size by path within the slot.
+    """
+
+    version: int
+    name: str
+    entry: str
+    files: dict[str, tuple[str, int]]
+
+
+class Home:
+    """The folder of launcher, slots and state.
+
+    a, b              the slots
+    state/state.json  the state, with a checksum; state/copy.json is the same once more
+    state/a.json      what is in slot a; it is written last and removed first, and likewise state/b.json
+    incoming/         what has arrived of the next release (`updater`)
+
+    Args:
+        root: The folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = root / "state"
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold the state while it is read and written; another process waits meanwhile."""
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def load(self) -> State | None:
+        """The newest state that is whole; None where there is none."""
+        found = []
+        for name in ("state.json", "copy.json"):
+            with suppress(DamagedError):
+                found.append(State.read(_read(self.folder / name)))
+        return max(found, key=lambda s: s.sequence, default=None)
+
+    def save(self, state: State) -> None:
+        """Write a state twice; after a cut at any moment the old or the new one counts.
+
+        Raises:
+            OSError: The disk fails or is full.
+        """
+        state = replace(state, sequence=state.sequence + 1)
+        for name in ("copy.json", "state.json"):
+            _write(self.folder / name, asdict(state))
+
+    def record(self, slot: str) -> Record:
+        """What should be in a slot.
+
+        Raises:
+            DamagedError: Nothing is installed there, or the record is damaged.
+        """
+        body = _read(self.folder / f"{slot}.json")
+        try:
+            files = {str(path): (str(sha256), int(size)) for path, (sha256, size) in body["files"].items()}
+            made = Record(int(body["version"]), str(body["name"]), str(body["entry"]), files)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise DamagedError(f"the record of slot {slot} is not one") from error
+        if not _ENTRY.fullmatch(made.entry):
+            raise DamagedError(f"the record of slot {slot} names no module:function")
+        return made
+
+    def write_record(self, slot: str, record: Record) -> None:
+        """Say what is in a slot, which makes it whole.
+
+        Raises:
+            OSError: The disk fails or is full.
+        """
+        _write(self.folder / f"{slot}.json", asdict(record))
+
+    def drop_record(self, slot: str) -> None:
+        """Let a slot count as empty, durably, before it is changed.
+
+        Raises:
+            OSError: The disk fails.
+        """
+        with suppress(FileNotFoundError):
+            (self.folder / f"{slot}.json").unlink()
+        _sync(self.folder)
+
+    def whole(self, slot: str) -> Record:
+        """A slot's record, if every file is what it says and there is no other.
+
+        Raises:
+            DamagedError: The first thing that is wrong.
+        """
+        record, folder = self.record(slot), self.root / slot
+        paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+        found = {str(p.relative_to(folder)) for p in paths}
+        for path in sorted(found ^ set(record.files)):
+            what = "is missing" if path in record.files else "doesn't belong there"
+            raise DamagedError(f"slot {slot}: {path} {what}")
+        for path, (sha256, size) in record.files.items():
+            if (folder / path).is_symlink() or digest(folder / path) != (sha256, size):
+                raise DamagedError(f"slot {slot}: {path} is damaged")
+        return record
+
+    def recover(self) -> State:
+        """A state where none is left: the slot with the lower number has served before, the other may never have.
+
+        Raises:
+            DamagedError: No slot is whole.
+        """
+        versions = {}
+        for slot in SLOTS:
+            with suppress(DamagedError):
+                versions[slot] = self.whole(slot).version
+        if not versions:
+            raise DamagedError("neither the launcher's state nor a slot is whole")
+        highest, stable = max(versions.values()), min(versions, key=lambda s: versions[s])
+        reason = f"both copies of the launcher's state were damaged; version {versions[stable]} serves"
+        return State(stable, highest=highest, outcome=Outcome(highest, ROLLED_BACK, reason))
+
+
+def digest(path: Path) -> tuple[str, int]:
+    """sha256 and size of a file; of one that can't be read, nothing that a record has."""
+    found, size = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(2**20):
+                found.update(piece)
+                size += len(piece)
+    except OSError:
+        return "", -1
+    return found.hexdigest(), size
+
+
+def _read(path: Path) -> Any:
+    try:
+        outer = json.loads(path.read_bytes())
+        text = outer["body"]
+        if outer["format"] != FORMAT or hashlib.sha256(text.encode()).hexdigest() != outer["sha256"]:
+            raise ValueError("another format or digest")
+        return json.loads(text)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path.name} is missing or damaged") from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace a file's content: after a cut at any moment it has the old content or the new one.
+
+    Raises:
+        OSError: The disk fails or is full.
+    """
+    new = path.with_name(f".{path.name}.new")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    new.replace(path)
+    _sync(path.parent)
+
+
+def _write(path: Path, body: Any) -> None:
+    text = json.dumps(body, sort_keys=True)
+    whole = {"format": FORMAT, "body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    write_file(path, json.dumps(whole).encode())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

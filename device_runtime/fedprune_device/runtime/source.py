@@ -1,0 +1,67 @@
+"""Where a board gets a release from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from fedprune import signature
+from fedprune.disk import storage_errors
+from fedprune.release import FILES, MANIFEST, MAX_MANIFEST, SIGNATURE
+
+
+class Source(Protocol):
+    """A release as its server gives it, piece by piece, so that what was cut off goes on where it was."""
+
+    def manifest(self) -> bytes:
+        """The manifest, as it was signed."""
+
+    def signature(self) -> bytes:
+        """The server's signature on it."""
+
+    def read(self, sha256: str, at: int, limit: int) -> bytes:
+        """Some bytes of a file of the release, at most `limit`, from offset `at`; empty only at its end."""
+
+
+class FolderSource:
+    """A release's folder, as `fedprune.release.write_release` makes it, on a stick or a share for example.
+
+    Args:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def manifest(self) -> bytes:
+        """The manifest.
+
+        Raises:
+            StorageError: It can't be read.
+        """
+        return self._read(self._folder / MANIFEST, 0, MAX_MANIFEST + 1)
+
+    def signature(self) -> bytes:
+        """Its signature.
+
+        Raises:
+            StorageError: It can't be read.
+        """
+        return self._read(self._folder / SIGNATURE, 0, signature.SIZE + 1)
+
+    def read(self, sha256: str, at: int, limit: int) -> bytes:
+        """Some bytes of a file.
+
+        Raises:
+            StorageError: It can't be read.
+        """
+        return self._read(self._folder / FILES / sha256, at, limit)
+
+    def _read(self, path: Path, at: int, limit: int) -> bytes:
+        with storage_errors(f"can't read {path}"):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                return os.pread(descriptor, limit, at)
+            finally:
+                os.close(descriptor)

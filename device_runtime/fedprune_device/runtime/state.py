@@ -1,0 +1,133 @@
+"""Where an update stands: which slot is stable, and whether the other one waits, is tried, or was no good.
+
+    stable --stage--> staged --arm--> trial --commit--> stable (the other slot)
+                         |              |
+                         +--------------+--roll back--> stable (the same slot), with the reason
+
+A trial has a number of attempts, each with a deadline on the monotonic clock. No date decides anything: a board's clock
+may be wrong. The launcher is made of this module, so that it imports the standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+SLOTS = ("a", "b")
+STABLE, STAGED, TRIAL = "stable", "staged", "trial"
+COMMITTED, ROLLED_BACK = "committed", "rolled back"
+
+MOST_STARTS = 1000
+LONGEST_S = 3600.0
+"""Of starts, attempts and an attempt's seconds; so that each of them ends."""
+
+
+class DamagedError(Exception):
+    """A slot or a record is not what was written; the text says how."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the last update ended, to be told to the server.
+
+    Attributes:
+        version: The release's number.
+        result: `COMMITTED` or `ROLLED_BACK`.
+        reason: Why it went back; empty where it didn't.
+    """
+
+    version: int
+    result: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class State:
+    """What the launcher remembers.
+
+    Attributes:
+        stable: The slot that ran well last.
+        phase: `STABLE`, `STAGED` (the other slot is whole) or `TRIAL` (it is to be tried).
+        left: Starts that a staged release has yet to wait for its trial, or attempts of the trial that are left.
+        seconds: Deadline of an attempt.
+        highest: The highest release number that was ever staged; only higher ones may follow.
+        trouble: How the trial's last attempt ended.
+        outcome: How the last update ended.
+        sequence: Number of the write.
+    """
+
+    stable: str
+    phase: str = STABLE
+    left: int = 0
+    seconds: float = 0.0
+    highest: int = 0
+    trouble: str = ""
+    outcome: Outcome | None = None
+    sequence: int = 0
+
+    @property
+    def other(self) -> str:
+        """The slot that is not stable."""
+        return SLOTS[1] if self.stable == SLOTS[0] else SLOTS[0]
+
+    def stage(self, version: int, starts: int) -> State:
+        """The other slot is whole; it is dropped unless it is armed within so many starts."""
+        return replace(self, phase=STAGED, left=starts, highest=max(self.highest, version), trouble="")
+
+    def arm(self, attempts: int, seconds: float) -> State:
+        """The other slot is to be tried at the next starts."""
+        return replace(self, phase=TRIAL, left=attempts, seconds=seconds, trouble="")
+
+    def used(self) -> State:
+        """One start fewer is left."""
+        return replace(self, left=self.left - 1)
+
+    def commit(self) -> State:
+        """The trial went well: its slot is the stable one from now on."""
+        return replace(
+            self, stable=self.other, phase=STABLE, left=0, trouble="", outcome=Outcome(self.highest, COMMITTED)
+        )
+
+    def roll_back(self, reason: str) -> State:
+        """The other slot is not tried any more."""
+        outcome = Outcome(self.highest, ROLLED_BACK, line(reason))
+        return replace(self, phase=STABLE, left=0, trouble="", outcome=outcome)
+
+    def failed(self, reason: str) -> State:
+        """An attempt ended; the last one ends the trial."""
+        return self.roll_back(reason) if self.left <= 0 else replace(self, trouble=line(reason))
+
+    def note(self, trouble: str) -> State:
+        """What is to be said if the attempt ends now."""
+        return replace(self, trouble=line(trouble))
+
+    def fall_back(self, version: int, reason: str) -> State:
+        """The stable slot is damaged, and the other one takes its place."""
+        return replace(State(self.other, highest=self.highest), outcome=Outcome(version, ROLLED_BACK, line(reason)))
+
+    @classmethod
+    def read(cls, body: Any) -> State:
+        """Check what was written.
+
+        Raises:
+            DamagedError: It is not what this class writes.
+        """
+        try:
+            made = cls(**{**body, "outcome": Outcome(**body["outcome"]) if body["outcome"] else None})
+            numbers = (made.left, made.highest, made.sequence)
+            if (
+                made.stable not in SLOTS
+                or made.phase not in (STABLE, STAGED, TRIAL)
+                or not all(isinstance(n, int) and n >= 0 for n in numbers)
+                or made.left > MOST_STARTS
+                or not 0 <= made.seconds <= LONGEST_S
+            ):
+                raise ValueError("a value is out of range")
+        except (TypeError, KeyError, ValueError) as error:
+            raise DamagedError(f"the launcher's state is not one ({error})") from error
+        return made
+
+
+def line(text: str) -> str:
+    """One printable line, of at most 300 characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]

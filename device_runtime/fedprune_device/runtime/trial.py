@@ -1,0 +1,149 @@
+"""A release on trial, seen from inside: what it must show before it may stay."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from fedprune import tensorfile
+from fedprune.disk import storage_errors
+from fedprune.errors import FedpruneError, RuntimeUnavailableError
+from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
+from fedprune_device.probe import check_runtime
+from fedprune_device.runtime.home import Home
+from fedprune_device.runtime.launcher import signal_name
+from fedprune_device.runtime.state import TRIAL, State, line
+from fedprune_device.slots import Slots
+
+_LOG = logging.getLogger("fedprune.device")
+_TIMEOUT_S = 300
+
+
+class Trial:
+    """A trial under way in this process.
+
+    Args:
+        home: The folder of the slots.
+        number: The release's number.
+    """
+
+    def __init__(self, home: Home, number: int) -> None:
+        self._home = home
+        self.number = number
+
+    @classmethod
+    def current(cls, environment: Mapping[str, str] = os.environ) -> Trial | None:
+        """The trial that the launcher began with this process; None where there is none.
+
+        Args:
+            environment: Where the launcher says which slot this is.
+        """
+        root, slot = environment.get("FEDPRUNE_ROOT", ""), environment.get("FEDPRUNE_SLOT", "")
+        if not root or not slot:
+            return None
+        home = Home(Path(root))
+        state = home.load()
+        if state is None or state.phase != TRIAL or state.other != slot:
+            return None
+        return cls(home, state.highest)
+
+    def check(self, serving: Path | None, health: Callable[[Path | None], None] | None = None) -> None:
+        """All that can be seen without a broker. What fails here fails always: the release is rolled back at once.
+
+        Args:
+            serving: The folder of the models that serve, if there is one.
+            health: The checks; `check_health` by default.
+
+        Raises:
+            FedpruneError: Something is wrong; the launcher knows it, and starts the stable slot next.
+        """
+        try:
+            (health or check_health)(serving)
+        except FedpruneError as error:
+            reason = str(error)
+            self._change(lambda s: s.roll_back(reason))
+            raise
+        self._change(lambda s: s.note("its checks passed, but it had not reached the broker"))
+
+    def commit(self) -> None:
+        """The release is healthy: it stays.
+
+        Raises:
+            StorageError: The disk fails; the trial goes on.
+        """
+        self._change(State.commit)
+        _LOG.info("release %d is healthy and stays", self.number)
+
+    def _change(self, change: Callable[[State], State]) -> None:
+        with storage_errors(f"can't write {self._home.folder}"), self._home.changing():
+            state = self._home.load()
+            if state is not None and state.phase == TRIAL and state.highest == self.number:
+                self._home.save(change(state))
+
+
+def check_health(serving: Path | None = None, python: str = sys.executable) -> None:
+    """Whether onnxruntime loads and computes here, and the model that serves can be served.
+
+    It happens in processes of their own: an instruction that the processor lacks kills the process that meets it.
+
+    Args:
+        serving: The folder of the models that serve, if there is one.
+        python: The interpreter.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        RuntimeUnavailableError: It can't be loaded, or computes nothing; the message says how it failed.
+    """
+    check_runtime(python)
+    command = [python, "-c", "from fedprune_device.runtime.trial import _answer; _answer()"]
+    asked = json.dumps({"serving": None if serving is None else str(serving)})
+    try:
+        done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeUnavailableError(f"a small graph doesn't run within {_TIMEOUT_S} s") from error
+    except OSError as error:
+        raise RuntimeUnavailableError(f"can't start {python}: {error.strerror}") from error
+    if done.returncode < 0:
+        name = signal_name(-done.returncode)
+        raise RuntimeUnavailableError(
+            f"onnxruntime kills the process that runs a small graph ({name})",
+            hint="This version uses instructions that this processor lacks.",
+        )
+    if done.returncode:
+        raise RuntimeUnavailableError(
+            f"the check failed: {line((done.stderr.strip().splitlines() or ['no message'])[-1])}"
+        )
+
+
+def _answer() -> None:
+    """The other side of `check_health`; what is wrong comes as the last line of stderr."""
+    asked = json.loads(sys.stdin.read())
+    try:
+        _run_small_graph()
+        if asked["serving"] is not None:
+            slots = Slots(Path(asked["serving"]))
+            if slots.current() is not None:
+                predictor, record = slots.open()
+                predictor.check(record.classes)
+    except FedpruneError as error:
+        print(error, file=sys.stderr)
+        sys.exit(int(error.exit_code))
+
+
+def _run_small_graph() -> None:
+    assets = resources.files("fedprune_device") / "assets"
+    reference = json.loads((assets / "probe.json").read_text())
+    tensors = {name: np.full(shape, 0.01, np.float32) for name, shape in reference["tensors"].items()}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / GRAPH).write_bytes((assets / "probe_inference.onnx").read_bytes())
+        (Path(folder) / WEIGHTS).write_bytes(tensorfile.encode(tensors))
+        Predictor(Path(folder)).check(reference["classes"])

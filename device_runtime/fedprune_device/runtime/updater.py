@@ -1,0 +1,344 @@
+"""The updater: brings a release into the slot that doesn't run, whole and verified, and marks it for its trial.
+
+What runs is never touched. Until the other slot's record is written, last of all, that slot counts as empty; what has
+arrived stays, so that a cut only costs the time since.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from fedprune.disk import locked, storage_errors, sync_folder, write_all
+from fedprune.errors import ReleaseError, StorageError, StorageFullError
+from fedprune.release import MAX_MANIFEST, Release, ReleaseFile, opened
+from fedprune_device.runtime import launcher
+from fedprune_device.runtime.home import Home, Record, digest, write_file
+from fedprune_device.runtime.source import Source
+from fedprune_device.runtime.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, State
+from fedprune_device.runtime.wheel import Wheel
+
+_LOG = logging.getLogger("fedprune.device")
+
+LAUNCHER = "launcher.pyz"
+STARTS = 10
+"""Starts of the service that a staged release waits for its trial, before it is dropped."""
+
+ATTEMPTS, SECONDS = 3, 600.0
+"""Of a trial, and of each attempt."""
+
+KEPT = ("cv2", "numpy", "onnxruntime", "tensorrt", "torch")
+"""Packages that JetPack brings, built for its GPU and for each other; a wheel must not hide them."""
+
+_MARGIN = 32 * 2**20
+_PIECE = 2**18
+_AGAIN = "It is pulled again the next time."
+
+
+class Updater:
+    """Installs releases.
+
+    Args:
+        root: The folder of slots and launcher.
+        key: The server's public key.
+        keep: Packages of the board's own Python that no release may hide, see `KEPT`.
+        python: The Python that wheels must be for.
+        machine: The processor that they must be for.
+        free: Bytes that are free on the disk of a folder.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        key: Ed25519PublicKey,
+        *,
+        keep: Collection[str] = (),
+        python: str = f"cp{sys.version_info.major}{sys.version_info.minor}",
+        machine: str = "",
+        free: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
+    ) -> None:
+        self.home = Home(root)
+        self._incoming = root / "incoming"
+        self._key = key
+        self._keep = frozenset(keep)
+        self._python = python
+        self._machine = machine or platform.machine()
+        self._free = free
+
+    def install(self, source: Source) -> Release:
+        """Set a board up: the launcher, and a first release in the first slot, which needs no trial.
+
+        Raises:
+            ReleaseError: The release is refused, or something is installed already.
+            StorageFullError: There is no room.
+            StorageError: The disk fails.
+        """
+        root = self.home.root
+        with storage_errors(f"can't write {root}"):
+            for folder in (root, self.home.folder, self._incoming, *(root / slot for slot in SLOTS)):
+                folder.mkdir(parents=True, exist_ok=True)
+        with self._alone(), storage_errors(f"can't write {root}"):
+            if self.home.load() is not None:
+                raise ReleaseError(f"{root} has a runtime already", hint="Update it with `fedprune-device update`.")
+            release = self._bring(source, State(SLOTS[1]))
+            write_launcher(root / LAUNCHER)
+            self.home.save(State(SLOTS[0], highest=release.number))
+            self._clear_incoming(None)
+        return release
+
+    def stage(self, source: Source) -> Release:
+        """Bring a release into the slot that doesn't run. Done twice, it goes on where it was.
+
+        Returns:
+            The release; it waits until `arm`.
+
+        Raises:
+            ReleaseError: It is refused; the reason is in the message.
+            StorageFullError: There is no room; what runs is untouched.
+            StorageError: The disk fails, or a trial is under way.
+        """
+        with self._alone(), storage_errors(f"can't write {self.home.root}"):
+            state = self._state()
+            if state.phase != STABLE:
+                release = self._opened(source)
+                if release.number == state.highest:
+                    self._clear_incoming(None)  # a cut may have come before
+                    return release
+                if state.phase == TRIAL:
+                    raise StorageError(f"release {state.highest} is on trial", hint="Wait until it is over.")
+                state = self._change(lambda s: replace(s, phase=STABLE, left=0))
+            release = self._bring(source, state)
+            self._change(lambda s: s.stage(release.number, STARTS))
+            self._clear_incoming(None)
+        _LOG.info("release %d (%s) is staged in slot %s", release.number, release.version, state.other)
+        return release
+
+    def arm(self, attempts: int = ATTEMPTS, seconds: float = SECONDS) -> None:
+        """Have the staged release tried when the service starts the next time.
+
+        Args:
+            attempts: How often it may be started before it is rolled back.
+            seconds: How long each of them may take until it is healthy.
+
+        Raises:
+            StorageError: Nothing is staged, or the disk fails.
+        """
+        if not 1 <= attempts <= 100 or not 1 <= seconds <= LONGEST_S:
+            raise StorageError("a trial", expected=f"1 to 100 attempts of 1 to {LONGEST_S:g} s each")
+        with storage_errors(f"can't write {self.home.root}"), self.home.changing():
+            state = self._state()
+            if state.phase == STABLE:
+                raise StorageError("no release is staged", hint="Stage one first.")
+            if state.phase == STAGED:
+                self.home.save(state.arm(attempts, seconds))
+
+    def _alone(self) -> AbstractContextManager[None]:
+        lock = self.home.folder / "update.lock"
+        if not self.home.folder.is_dir():
+            raise StorageError(f"{self.home.root} has no runtime", hint="`fedprune-device install` sets a board up.")
+        return locked(lock, f"another process updates {self.home.root}", "Wait until it is done.")
+
+    def _state(self) -> State:
+        state = self.home.load()
+        if state is None:
+            raise StorageError(
+                f"{self.home.root} has no state that is whole",
+                hint="Restart the service: its launcher mends it. On a new board use `fedprune-device install`.",
+            )
+        return state
+
+    def _change(self, change: Callable[[State], State]) -> State:
+        with self.home.changing():
+            state = change(self._state())
+            self.home.save(state)
+            return state
+
+    def _opened(self, source: Source) -> Release:
+        return opened(source.manifest()[: MAX_MANIFEST + 1], source.signature(), self._key)
+
+    def _bring(self, source: Source, state: State) -> Release:
+        """All that comes before the state is changed: check, pull, check, unpack, verify."""
+        release, slot = self._opened(source), state.other
+        self._admit(release, state)
+        _LOG.info(
+            "release %d (%s): %d files, %d bytes", release.number, release.version, len(release.files), release.size
+        )
+        self._clear_incoming(release)
+        self._make_room(release, slot)
+        for file in release.files:
+            self._pull(source, file)
+        wheels = [Wheel(self._incoming / f.sha256, f.name) for f in release.files]
+        self._check_wheels(release, wheels)
+        self._empty(slot)
+        files: dict[str, tuple[str, int]] = {}
+        for wheel in wheels:
+            files |= {path: (sha256, size) for path, sha256, size in wheel.unpack(self.home.root / slot)}
+        # One sync of all instead of thousands, which would wear out a card; the launcher reads every digest anyway.
+        os.sync()
+        self.home.write_record(slot, Record(release.number, release.version, release.entry, files))
+        try:
+            self.home.whole(slot)
+        except DamagedError as error:
+            self.home.drop_record(slot)
+            raise StorageError(
+                f"what was written isn't what is there ({error})", hint="The disk may be failing."
+            ) from error
+        return release
+
+    def _admit(self, release: Release, state: State) -> None:
+        if release.number <= state.highest:
+            raise ReleaseError(
+                f"release {release.number}",
+                expected=f"a number above {state.highest}",
+                hint="What is to be gone back to is released once more, under a new number.",
+            )
+        wanted = {"python": self._python, "machine": self._machine}
+        for name, value in wanted.items():
+            if getattr(release, name) != value:
+                raise ReleaseError(f"release {release.number}: {name}", expected=value, got=getattr(release, name))
+        if release.launcher > launcher.VERSION:
+            raise ReleaseError(
+                f"release {release.number}: launcher",
+                expected=f"at most {launcher.VERSION}",
+                got=release.launcher,
+                hint="This board must be set up anew.",
+            )
+        lacking = sorted(set(release.system) - own_packages(release.system))
+        if lacking:
+            raise ReleaseError(
+                f"release {release.number} needs {', '.join(lacking)} of the board's own Python, which lacks it",
+                hint="Install it there, or make a release that brings it.",
+            )
+
+    def _make_room(self, release: Release, slot: str) -> None:
+        missing = release.size - sum(p.stat().st_size for p in self._incoming.iterdir() if p.is_file())
+        old = sum(p.lstat().st_size for p in (self.home.root / slot).rglob("*"))
+        free = self._free(self.home.root)
+        need = max(missing, 0) + release.unpacked + _MARGIN
+        if need > free + old:
+            raise StorageFullError(
+                f"no room for release {release.number}",
+                expected=f"{need / 1e6:.0f} MB",
+                got=f"{(free + old) / 1e6:.0f} MB",
+                hint="Free some space; what runs is untouched.",
+            )
+        if need > free:
+            self._empty(slot)
+
+    def _pull(self, source: Source, file: ReleaseFile) -> None:
+        path = self._incoming / file.sha256
+        begun = path.exists()
+        if begun and digest(path) == (file.sha256, file.size):
+            return
+        self._pull_rest(source, file, path)
+        if digest(path) == (file.sha256, file.size):
+            return
+        path.unlink()
+        if begun:  # a power cut may have left its last bytes unwritten
+            self._pull_rest(source, file, path)
+            if digest(path) == (file.sha256, file.size):
+                return
+            path.unlink()
+        raise ReleaseError(f"{file.name} is not what the release says it is", hint=_AGAIN)
+
+    def _pull_rest(self, source: Source, file: ReleaseFile, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            have = os.fstat(descriptor).st_size
+            if have > file.size:
+                os.ftruncate(descriptor, 0)
+                have = 0
+            while have < file.size:
+                piece = source.read(file.sha256, have, min(_PIECE, file.size - have))
+                if not 0 < len(piece) <= file.size - have:
+                    raise ReleaseError(f"{file.name}", expected=f"{file.size} bytes", got=have + len(piece))
+                write_all(descriptor, piece, have)
+                have += len(piece)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        sync_folder(path.parent)
+
+    def _check_wheels(self, release: Release, wheels: list[Wheel]) -> None:
+        size = sum(w.size for w in wheels)
+        if size > release.unpacked:
+            raise ReleaseError("a release's files unpacked", expected=f"at most {release.unpacked} bytes", got=size)
+        paths: set[str] = set()
+        for file, wheel in zip(release.files, wheels, strict=True):
+            twice = sorted(paths & wheel.paths)
+            if twice:
+                raise ReleaseError(f"{file.name}: {twice[0]} is in another wheel, too")
+            paths |= wheel.paths
+            hidden = sorted(wheel.modules & ({*release.system} | own_packages(self._keep)))
+            if hidden:
+                raise ReleaseError(
+                    f"{file.name} would hide the board's own {', '.join(hidden)}",
+                    hint="Leave it out of the release and name it in `system`.",
+                )
+
+    def _empty(self, slot: str) -> None:
+        self.home.drop_record(slot)
+        for path in (self.home.root / slot).iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _clear_incoming(self, release: Release | None) -> None:
+        wanted = set() if release is None else {f.sha256 for f in release.files}
+        old = [path for path in self._incoming.iterdir() if path.name not in wanted]
+        for path in old:
+            path.unlink()
+        if old:
+            sync_folder(self._incoming)
+
+
+def own_packages(names: Collection[str]) -> frozenset[str]:
+    """Which of some packages the board's Python has without any slot.
+
+    Args:
+        names: Names of packages.
+
+    Raises:
+        StorageError: The interpreter can't be started.
+    """
+    if not names:
+        return frozenset()
+    code = "import sys, importlib.util as u; print(*[n for n in sys.argv[1:] if u.find_spec(n)])"
+    command = [sys.executable, "-I", "-c", code, *sorted(names)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        raise StorageError(f"can't ask {sys.executable} for its packages", got=done.stderr[-200:])
+    return frozenset(done.stdout.split())
+
+
+def write_launcher(path: Path) -> None:
+    """Write the launcher: one file of the modules that it is made of.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: The disk fails or is full.
+    """
+    here, data = Path(__file__).parent, io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for package in ("fedprune_device", "fedprune_device/runtime"):
+            archive.writestr(zipfile.ZipInfo(f"{package}/__init__.py"), "")
+        for name in ("state.py", "home.py", "notify.py", "launcher.py"):
+            archive.writestr(zipfile.ZipInfo(f"fedprune_device/runtime/{name}"), (here / name).read_bytes())
+        main = "import sys\nfrom fedprune_device.runtime.launcher import main\nsys.exit(main())\n"
+        archive.writestr(zipfile.ZipInfo("__main__.py"), main)
+    write_file(path, data.getvalue())

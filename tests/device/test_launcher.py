@@ -1,0 +1,152 @@
+"""The launcher as a process of its own: real releases that start well, crash, hang and die of signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from runtime_releases import PUBLIC, make_release, source
+
+from fedprune_device.runtime.home import Home
+from fedprune_device.runtime.state import COMMITTED, ROLLED_BACK, STABLE, TRIAL, Outcome
+from fedprune_device.runtime.updater import LAUNCHER, Updater
+
+pytestmark = [pytest.mark.board, pytest.mark.system]
+
+HEALTHY = """
+import os, sys
+sys.path.insert(0, os.environ["FEDPRUNE_ROOT"] + "/launcher.pyz")
+from pathlib import Path
+from fedprune_device.runtime.home import Home
+
+def main():
+    home = Home(Path(os.environ["FEDPRUNE_ROOT"]))
+    with home.changing():
+        state = home.load()
+        if state.phase == "trial":
+            home.save(state.commit())
+    print("version", VERSION, sys.argv[1:], flush=True)
+    return 7
+"""
+WAITS = "import time\ndef main():\n    print('version', VERSION, flush=True)\n    time.sleep(600)\n"
+BAD = {
+    "raise ImportError('no module of that name')": "ended with exit code 1 before it was healthy",
+    "import os, signal\nos.kill(os.getpid(), signal.SIGILL)": "killed by SIGILL before it was healthy",
+    "def main():\n    return 0": "ended with exit code 0 before it was healthy",
+    "import os\ndef main():\n    os._exit(51)": "ended with exit code 51 before it was healthy",
+    "import time\ntime.sleep(600)": "not healthy within 1 s",
+}
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Updater:
+    updater = Updater(tmp_path / "board", PUBLIC)
+    updater.install(source(make_release(tmp_path / "one", 1, app=HEALTHY)))
+    return updater
+
+
+def start(board: Updater) -> subprocess.Popen[str]:
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(("PYTHON", "FEDPRUNE"))}
+    command = [sys.executable, str(board.home.root / LAUNCHER), "run", "--patient"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def boot(board: Updater) -> tuple[str, int]:
+    process = start(board)
+    out, err = process.communicate(timeout=60)
+    return out.strip() or err.strip().splitlines()[-1], process.returncode
+
+
+def update(board: Updater, folder: Path, app: str, *, number: int = 2, attempts: int = 2, seconds: float = 1) -> None:
+    board.stage(source(make_release(folder / str(number), number, app=app)))
+    board.arm(attempts, seconds)
+
+
+def test_a_release_that_is_healthy_stays_and_gets_all_arguments(board: Updater, tmp_path: Path) -> None:
+    assert boot(board) == ("version 1 ['run', '--patient']", 7)
+    update(board, tmp_path, HEALTHY, seconds=60)
+    assert boot(board) == ("version 2 ['run', '--patient']", 7)
+    state = board.home.load()
+    assert state is not None
+    assert (state.phase, state.stable, state.outcome) == (STABLE, "b", Outcome(2, COMMITTED))
+    assert boot(board) == ("version 2 ['run', '--patient']", 7)
+    assert board.home.whole("b").version == 2, "running it left nothing in its slot"
+
+
+@pytest.mark.parametrize(("app", "reason"), BAD.items(), ids=BAD.values())
+def test_a_release_that_is_no_good_is_rolled_back_by_itself(
+    board: Updater, tmp_path: Path, app: str, reason: str
+) -> None:
+    update(board, tmp_path, app)
+    assert boot(board) == ("version 1 ['run', '--patient']", 7)
+    state = board.home.load()
+    assert state is not None
+    assert state.outcome == Outcome(2, ROLLED_BACK, reason)
+
+
+def wait_for(board: Updater, left: int) -> None:
+    deadline = time.monotonic() + 30
+    while (state := board.home.load()) is None or state.left != left:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_launcher_that_is_killed_has_taken_the_attempt_off_before(board: Updater, tmp_path: Path) -> None:
+    update(board, tmp_path, WAITS, seconds=600)
+    for left in (1, 0):
+        process = start(board)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "version 2\n"
+        state = board.home.load()
+        assert state is not None
+        assert (state.phase, state.left) == (TRIAL, left)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for number in (process.pid, *map(int, children)):
+            os.kill(number, signal.SIGKILL)
+        process.communicate()
+    assert boot(board)[0] == "version 1 ['run', '--patient']"
+    state = board.home.load()
+    assert state is not None
+    assert state.outcome is not None
+    assert "without a word" in state.outcome.reason
+
+
+def test_a_stop_in_the_middle_of_a_trial_ends_both_and_costs_the_attempt(board: Updater, tmp_path: Path) -> None:
+    update(board, tmp_path, WAITS, seconds=600)
+    process = start(board)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "version 2\n"
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    state = board.home.load()
+    assert state is not None
+    assert (state.phase, state.left, state.trouble) == (TRIAL, 1, "killed by SIGTERM before it was healthy")
+
+
+def test_the_launcher_needs_the_standard_library_only(board: Updater, tmp_path: Path) -> None:
+    with zipfile.ZipFile(board.home.root / LAUNCHER) as archive:
+        names = archive.namelist()
+    assert "fedprune_device/runtime/launcher.py" in names
+    code = (
+        "import sys; before = set(sys.modules); sys.path.insert(0, sys.argv[1]);"
+        "import fedprune_device.runtime.launcher as l; new = {n.split('.')[0] for n in set(sys.modules) - before};"
+        "print(sorted(new - set(sys.stdlib_module_names) - {'fedprune_device'}), l.VERSION)"
+    )
+    command = [sys.executable, "-I", "-S", "-c", code, str(board.home.root / LAUNCHER)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[] 1"
+
+
+def test_a_board_without_anything_whole_ends_with_one_sentence(board: Updater) -> None:
+    for path in board.home.folder.glob("*.json"):
+        path.unlink()
+    said, code = boot(board)
+    assert code == 31
+    assert said == "error: neither the launcher's state nor a slot is whole. Install the runtime again."
+    assert Home(board.home.root).load() is None

@@ -1,0 +1,45 @@
+"""Datagrams to systemd, received by a socket of one's own: in the file system and in Linux's abstract names."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from fedprune_device.runtime.notify import READY, notify, status, watchdog_seconds
+
+pytestmark = pytest.mark.board
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_a_datagram_arrives(tmp_path: Path, abstract: bool) -> None:
+    name = f"fedprune-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0{name}" if abstract else name)
+        address = f"@{name}" if abstract else name
+        assert notify(READY, {"NOTIFY_SOCKET": address})
+        assert notify(status("round 3\nof 20"), {"NOTIFY_SOCKET": address})
+        assert [manager.recv(100) for _ in range(2)] == [b"READY=1", b"STATUS=round 3 of 20"]
+
+
+def test_without_a_listener_nothing_happens(tmp_path: Path) -> None:
+    for address in ("", "relative", "vsock:2:1", str(tmp_path / "nobody"), f"@fedprune-nobody-{os.getpid()}"):
+        assert not notify(READY, {"NOTIFY_SOCKET": address})
+    assert not notify(READY, {})
+
+
+def test_a_full_queue_does_not_block(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        sent = [notify(READY, {"NOTIFY_SOCKET": str(tmp_path / "notify")}) for _ in range(5000)]
+    assert sent[0]
+    assert not sent[-1]
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"), [("30000000", 30.0), ("", None), ("0", None), ("x", None), ("-5", None), (None, None)]
+)
+def test_how_often_to_feed_the_watchdog(said: str | None, seconds: float | None) -> None:
+    assert watchdog_seconds({} if said is None else {"WATCHDOG_USEC": said}) == seconds

@@ -1,0 +1,117 @@
+"""Units that systemd accepts, and a sandbox that onnxruntime and training really run in."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import ConfigError
+from fedprune_device.cli import main
+from fedprune_device.runtime.unit import Service
+
+pytestmark = pytest.mark.board
+
+ANALYZE = shutil.which("systemd-analyze")
+analyzed = pytest.mark.skipif(ANALYZE is None, reason="systemd-analyze is not installed")
+
+
+def analyze(*arguments: str) -> str:
+    done = subprocess.run([str(ANALYZE), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def lines(service: Service) -> list[str]:
+    return service.text().splitlines()
+
+
+@analyzed
+@pytest.mark.parametrize("jetson", [False, True])
+def test_systemd_knows_every_word_of_a_unit(tmp_path: Path, jetson: bool) -> None:
+    unit = tmp_path / "fedprune.service"
+    unit.write_text(Service(jetson=jetson, user="root", arguments=("run", "--data", "/srv/my samples%$.npz")).text())
+    said = [line for line in analyze("verify", "--man=no", str(unit)).splitlines() if "fedprune.service" in line]
+    assert [line for line in said if "is not executable" not in line] == []
+
+
+@analyzed
+@pytest.mark.parametrize(("jetson", "most"), [(False, 2.0), (True, 4.0)])
+def test_the_exposure_that_systemd_sees_is_low(tmp_path: Path, jetson: bool, most: float) -> None:
+    unit = tmp_path / "fedprune.service"
+    unit.write_text(Service(jetson=jetson).text())
+    found = re.search(
+        r"exposure level for fedprune\.service: ([0-9.]+)", analyze("security", "--offline=yes", str(unit))
+    )
+    assert found is not None
+    assert float(found[1]) <= most
+
+
+def test_a_jetson_keeps_what_cuda_needs_and_a_cpu_board_gives_it_up() -> None:
+    cpu, jetson = lines(Service()), lines(Service(jetson=True))
+    assert "PrivateDevices=yes" in cpu
+    assert "MemoryDenyWriteExecute=yes" in cpu
+    assert not any(line.startswith(("PrivateDevices", "MemoryDenyWriteExecute", "PrivateUsers")) for line in jetson)
+    assert "DeviceAllow=/dev/nvhost-gpu rw" in jetson
+    assert "SupplementaryGroups=video render" in jetson
+    for unit in (cpu, jetson):
+        assert {"Type=notify", "NotifyAccess=all", "Restart=always", "ProtectSystem=strict", "CPUWeight=20"} <= {*unit}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"user": "a b"},
+        {"user": "root\nExecStartPre=/bin/sh"},
+        {"root": "relative"},
+        {"root": "/opt/../etc"},
+        {"environment": "/etc/a\nb"},
+        {"memory_max": "lots"},
+        {"cpu_quota": -1},
+        {"arguments": ("run\nUser=root",)},
+    ],
+    ids=str,
+)
+def test_what_would_break_out_of_its_line_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        Service(**changes)  # type: ignore[arg-type]
+
+
+def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unit", "--cpu", "--user", "board", "--cpu-quota", "150", "--", "run", "--device", "attic"]) == 0
+    out = capsys.readouterr().out
+    assert "ExecStart=/usr/bin/python3 /opt/fedprune/launcher.pyz run --device attic\n" in out
+    assert "User=board\n" in out
+    assert "CPUQuota=150%\n" in out
+    assert main(["unit", "--jetson", "--root", "here"]) == 14
+
+
+def test_onnxruntime_computes_and_trains_where_memory_is_never_writable_and_executable(graphs: Path) -> None:
+    """What MemoryDenyWriteExecute does, by the kernel's own switch (PR_SET_MDWE, since Linux 6.3)."""
+    code = """
+import ctypes, mmap, sys
+if ctypes.CDLL(None, use_errno=True).prctl(65, 1, 0, 0, 0):
+    sys.exit(77)
+try:
+    mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    sys.exit("memory may still be both")
+except PermissionError:
+    pass
+import numpy as np
+from pathlib import Path
+from fedprune_device.probe import _rates
+from fedprune_device.runtime.trial import _run_small_graph
+_run_small_graph()
+train, infer = _rates(2, 0.1)
+assert train > 0 and infer > 0
+import paho.mqtt.client, cryptography.hazmat.primitives.asymmetric.ed25519 as ed
+ed.Ed25519PrivateKey.generate().sign(b"x")
+print("computed")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("this kernel has no PR_SET_MDWE")
+    assert done.stdout.strip() == "computed", done.stderr

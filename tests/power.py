@@ -1,0 +1,137 @@
+"""A power supply that fails at a write, rename, sync or deletion of one's choice.
+
+Three kinds of cut: `before` (nothing of the operation happens), `torn` (half of a write happens, and of every file
+that wasn't synced only the first half is left) and `lost` (the same, and renames and deletions in folders that weren't
+synced are undone). A disk that says it has synced and hasn't is beyond this.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KINDS = ("before", "torn", "lost")
+
+
+class CutError(BaseException):
+    """The power is gone; nothing may catch this as an error of its own."""
+
+
+class Power:
+    """What has been written through it.
+
+    Attributes:
+        count: Operations so far.
+        names: What each of them was.
+    """
+
+    def __init__(self, at: int, kind: str) -> None:
+        self.at = at
+        self.kind = kind
+        self.count = 0
+        self.names: list[str] = []
+        self.off = False
+        self._inside = False
+        self._open: dict[int, Path] = {}
+        self._unsynced: dict[Path, None] = {}
+        self._undo: dict[Path, list[Callable[[], None]]] = {}
+
+    def step(self, name: str, function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if self._inside:  # pathlib calls os
+            return function(*arguments, **named)
+        if self.off:
+            raise CutError
+        self.count += 1
+        self.names.append(name)
+        self._inside = True
+        try:
+            if self.count == self.at:
+                self._cut(name, function, arguments)
+                self.off = True
+                raise CutError
+            self._note(name, arguments, named)
+            result = None if name in ("fsync", "sync") else function(*arguments, **named)
+            if name == "open":
+                self._open[result] = Path(arguments[0])
+            return result
+        finally:
+            self._inside = False
+
+    def _note(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if name in ("write", "pwrite", "ftruncate"):
+            self._unsynced[self._open[arguments[0]]] = None
+        elif name == "fsync":
+            path = self._path(arguments[0])
+            self._unsynced.pop(path, None)
+            self._undo.pop(path, None)
+        elif name == "sync":
+            self._unsynced.clear()
+            self._undo.clear()
+        elif name == "replace":
+            source, target = Path(arguments[0]), Path(arguments[1])
+            moved, old = source.read_bytes(), target.read_bytes() if target.exists() else None
+            self._later(target, lambda: _put(target, old))
+            self._later(source, lambda: _put(source, moved))
+            if source in self._unsynced:
+                del self._unsynced[source]
+                self._unsynced[target] = None
+        elif name == "unlink" and "dir_fd" not in named:
+            path = Path(arguments[0])
+            if path.exists():
+                gone = path.read_bytes()
+                self._later(path, lambda: _put(path, gone))
+
+    def _later(self, path: Path, undo: Callable[[], None]) -> None:
+        self._undo.setdefault(path.parent, []).append(undo)
+
+    def _path(self, descriptor: int) -> Path:
+        return Path(f"/proc/self/fd/{descriptor}").readlink()
+
+    def _cut(self, name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        if self.kind == "before":
+            return
+        if name in ("write", "pwrite"):
+            function(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2], *arguments[2:])
+            self._unsynced[self._open[arguments[0]]] = None
+        for path in self._unsynced:
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        if self.kind == "lost":
+            for undone in self._undo.values():
+                for undo in reversed(undone):
+                    undo()
+
+
+def _put(path: Path, data: bytes | None) -> None:
+    if data is None:
+        path.unlink(missing_ok=True)
+    elif path.parent.is_dir():
+        path.write_bytes(data)
+
+
+@contextmanager
+def power(at: int = 0, kind: str = "before") -> Iterator[Power]:
+    """The `at`-th operation is where the power fails; every later one fails, too. With 0 it never does."""
+    supply = Power(at, kind)
+    names = ("write", "pwrite", "ftruncate", "fsync", "sync", "replace", "rename", "unlink", "mkdir", "rmdir")
+    patched = [(os, n) for n in names] + [(Path, n) for n in ("replace", "rename", "unlink", "mkdir", "rmdir")]
+    real_open = os.open
+
+    def opened(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if not flags & (os.O_CREAT | os.O_TRUNC) or supply._inside:
+            return real_open(path, flags, *rest, **named)
+        return int(supply.step("open", real_open, (path, flags, *rest), named))
+
+    def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **named: supply.step(name, function, arguments, named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in patched:
+            patch.setattr(owner, name, wrapped(name, getattr(owner, name)))
+        patch.setattr(os, "open", opened)
+        yield supply

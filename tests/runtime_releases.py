@@ -1,0 +1,66 @@
+"""Small releases of a runtime, whose files all say which version they are of."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import zipfile
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedprune.release import Release, write_release
+from fedprune_device.runtime.source import FolderSource
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+PUBLIC = KEY.public_key()
+PYTHON = f"cp{sys.version_info.major}{sys.version_info.minor}"
+APP = "import sys\n\ndef main() -> int:\n    print('version', VERSION)\n    return 0\n"
+
+
+def make_wheel(path: Path, files: dict[str, bytes | str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def make_release(
+    folder: Path,
+    number: int,
+    *,
+    app: str = APP,
+    entry: str = "app:main",
+    more: dict[str, bytes | str] | None = None,
+    **changes: object,
+) -> Path:
+    """A release of two wheels; its first lines say `VERSION = number`."""
+    said = f"VERSION = {number}\n"
+    wheels = [
+        make_wheel(
+            folder / "wheels" / f"app-{number}-py3-none-any.whl",
+            {"app/__init__.py": said + app, "app/part.py": said, f"app-{number}.dist-info/METADATA": said},
+        ),
+        make_wheel(
+            folder / "wheels" / f"library-{number}-py3-none-any.whl",
+            {
+                f"library-{number}.data/purelib/library/__init__.py": said,
+                "library/deep/er/data.txt": said * 50,
+                **(more or {}),
+            },
+        ),
+    ]
+    values: dict[str, object] = {"python": PYTHON, "machine": platform.machine(), "unpacked": 10**6}
+    values |= {"version": f"0.{number}.0", "entry": entry, "created": "2026-01-01T00:00:00Z", **changes}
+    write_release(folder, lambda files: Release(number=number, files=files, **values), wheels, KEY)  # type: ignore[arg-type]
+    return folder
+
+
+def versions_in(slot: Path) -> set[str]:
+    """Which versions the files of a slot are of."""
+    return {p.read_text().splitlines()[0] for p in slot.rglob("*") if p.is_file()}
+
+
+def source(folder: Path) -> FolderSource:
+    return FolderSource(folder)

@@ -1,0 +1,142 @@
+"""A board's real runtime, installed from its own wheel, updates itself on a real broker, and goes back by itself."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runtime_releases import KEY, PUBLIC, PYTHON, make_wheel, source
+
+from fedprune.release import Release, write_release
+from fedprune_device.runtime.state import COMMITTED, ROLLED_BACK, TRIAL, Outcome, State
+from fedprune_device.runtime.updater import LAUNCHER, Updater
+from fedprune_server.broker import EmbeddedBroker
+
+pytestmark = pytest.mark.system
+
+ROOT = Path(__file__).resolve().parents[2]
+ILLEGAL = "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(out.glob("fedprune-*.whl"))
+
+
+class Board:
+    def __init__(self, folder: Path, wheel: Path) -> None:
+        self.folder, self.wheel = folder, wheel
+        self.updater = Updater(folder / "fedprune", PUBLIC)
+        self.updater.install(source(self.release(1)))
+        x = np.random.default_rng(0).standard_normal((20, 6)).astype(np.float32)
+        np.savez(folder / "data.npz", x=x, y=np.arange(20) % 3)
+        self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.manager.bind(str(folder / "notify"))
+        self.manager.settimeout(60)
+
+    def release(self, number: int, *more: Path) -> Path:
+        def made(files: tuple[object, ...]) -> Release:
+            entry = "fedprune_device.cli:main"
+            return Release(number, f"0.{number}", PYTHON, platform.machine(), entry, 10**8, files)  # type: ignore[arg-type]
+
+        write_release(self.folder / str(number), made, [self.wheel, *more], KEY)
+        return self.folder / str(number)
+
+    def update(self, number: int, *more: Path, seconds: float = 120) -> None:
+        self.updater.stage(source(self.release(number, *more)))
+        self.updater.arm(2, seconds)
+
+    @contextmanager
+    def running(self, url: str) -> Iterator[subprocess.Popen[bytes]]:
+        inherited = {n: v for n, v in os.environ.items() if not n.startswith(("PYTHON", "FEDPRUNE"))}
+        environment = {**inherited, "NOTIFY_SOCKET": str(self.folder / "notify"), "WATCHDOG_USEC": "2000000"}
+        command = [sys.executable, str(self.updater.home.root / LAUNCHER), "run", "--no-probe", "--patient"]
+        command += ["--broker", url, "--device", "d", "--threads", "1"]
+        command += ["--data", str(self.folder / "data.npz"), "--state", str(self.folder / "state")]
+        with (self.folder / "log").open("ab") as log:
+            process = subprocess.Popen(command, env=environment, stderr=log, cwd=self.folder)
+        try:
+            yield process
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0, self.log()
+        finally:
+            process.kill()
+            process.wait()
+
+    def told(self, line: str) -> list[str]:
+        """What the service manager was told until a line came."""
+        lines: list[str] = []
+        while line not in lines:
+            lines += self.manager.recv(4096).decode().splitlines()
+        return lines
+
+    def until(self, seen: Callable[[State], bool]) -> State:
+        deadline = time.monotonic() + 120
+        while (state := self.updater.home.load()) is None or not seen(state):
+            assert time.monotonic() < deadline, (state, self.log())
+            time.sleep(0.05)
+        return state
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text()[-3000:]
+
+
+@pytest.fixture
+def board(tmp_path: Path, wheel: Path) -> Iterator[Board]:
+    made = Board(tmp_path, wheel)
+    yield made
+    made.manager.close()
+
+
+def test_a_runtime_that_reaches_its_broker_stays_and_feeds_the_watchdog(board: Board) -> None:
+    with EmbeddedBroker(port=0) as broker:
+        with board.running(broker.url):
+            told = board.told("STATUS=connected to the broker")
+            assert {"READY=1", "WATCHDOG=1"} <= {*told}
+            board.told("WATCHDOG=1")
+        board.told("STOPPING=1")
+        board.update(2)
+        with board.running(broker.url):
+            state = board.until(lambda s: s.phase != TRIAL)
+            assert (state.stable, state.outcome) == ("b", Outcome(2, COMMITTED)), board.log()
+            assert "STATUS=trying version 2" in board.told("STATUS=connected to the broker")
+        assert board.updater.home.whole("b").version == 2
+
+
+def test_an_illegal_instruction_is_the_reason_that_the_operator_reads(board: Board) -> None:
+    bad = make_wheel(board.folder / "onnxruntime-9-py3-none-any.whl", {"onnxruntime/__init__.py": ILLEGAL})
+    board.update(2, bad)
+    with EmbeddedBroker(port=0) as broker, board.running(broker.url):
+        board.told("STATUS=connected to the broker")
+    state = board.updater.home.load()
+    assert state is not None
+    assert state.stable == "a"
+    assert state.outcome is not None
+    assert (state.outcome.version, state.outcome.result) == (2, ROLLED_BACK)
+    assert "onnxruntime kills the process that loads it (signal 4)" in state.outcome.reason
+
+
+def test_a_runtime_that_never_reaches_its_broker_goes_back(board: Board) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    board.update(2, seconds=15)
+    with board.running(f"mqtt://127.0.0.1:{port}"):
+        board.told("READY=1")
+        state = board.until(lambda s: s.phase != TRIAL)
+        board.told("READY=1")
+    assert state.outcome is not None
+    assert (state.stable, state.outcome.result) == ("a", ROLLED_BACK)
+    assert state.outcome.reason == "not healthy within 15 s (its checks passed, but it had not reached the broker)"

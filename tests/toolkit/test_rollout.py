@@ -1,0 +1,234 @@
+"""Staged rollouts: whatever boards report, whenever, what does badly reaches few and stops with its reasons."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.coordination.rollout import (
+    CAREFUL,
+    Fate,
+    Give,
+    Rollout,
+    RolloutCommand,
+    RolloutPhase,
+    RolloutPlan,
+    Stage,
+    Wake,
+    Withdraw,
+)
+from fedprune.errors import ConfigError, StorageError
+
+pytestmark = pytest.mark.board
+
+NAMES = [f"board-{i:02}" for i in range(40)]
+
+
+def plan(*stages: Stage, **changes: Any) -> RolloutPlan:
+    return RolloutPlan("release", "7", stages or CAREFUL, **changes)
+
+
+def given_by(commands: list[RolloutCommand]) -> list[str]:
+    return [c.board for c in commands if isinstance(c, Give)]
+
+
+def wake(commands: list[RolloutCommand]) -> float:
+    return next(c.at for c in commands if isinstance(c, Wake))
+
+
+def test_one_board_then_a_tenth_then_all() -> None:
+    rollout = Rollout.of(plan(), NAMES)
+    first = given_by(rollout.tick(0))
+    assert len(first) == 1
+    second = given_by(rollout.well(first[0], 10))
+    assert len(second) == 3, "four of forty are a tenth"
+    third: list[str] = []
+    for name in second:
+        third += given_by(rollout.well(name, 20))
+    assert sorted([*first, *second, *third]) == NAMES
+    for name in third:
+        rollout.well(name, 30)
+    assert (rollout.phase, rollout.failures()) == (RolloutPhase.DONE, {})
+
+
+def test_a_rollback_on_the_first_board_stops_all_and_says_why() -> None:
+    rollout = Rollout.of(plan(), NAMES)
+    first = given_by(rollout.tick(0))[0]
+    assert rollout.failed(first, "onnxruntime kills\nthe process (SIGILL)", 5) == []
+    assert rollout.phase is RolloutPhase.STOPPED
+    assert rollout.why == f"stage 1: 1 of 1 boards failed ({first}: onnxruntime kills the process (SIGILL))"
+    assert rollout.tick(10**9) == []
+    assert rollout.well(first, 6) == []
+
+
+def test_a_board_that_says_nothing_has_failed_at_its_deadline() -> None:
+    rollout = Rollout.of(plan(board_seconds=60), NAMES)
+    commands = rollout.tick(100)
+    first = given_by(commands)[0]
+    assert wake(commands) == 160
+    assert wake(rollout.tick(159.9)) == 160
+    rollout.well(first, 160)
+    assert rollout.failures() == {first: "said nothing until its deadline"}
+    assert rollout.phase is RolloutPhase.STOPPED
+
+
+def test_a_stage_has_a_deadline_of_its_own() -> None:
+    rollout = Rollout.of(plan(Stage(1, seconds=30), board_seconds=60), ["a"])
+    assert wake(rollout.tick(0)) == 30
+    rollout.tick(30)
+    assert rollout.failures() == {"a": "its stage's time is over"}
+
+
+def test_failures_within_the_limit_are_told_and_stop_nothing() -> None:
+    rollout = Rollout.of(plan(Stage(1, success=0.5, errors=0.25)), ["a", "b", "c", "d"])
+    rollout.tick(0)
+    rollout.failed("a", "too hot", 1)
+    for name in "bcd":
+        rollout.well(name, 2)
+    assert (rollout.phase, rollout.failures()) == (RolloutPhase.DONE, {"a": "too hot"})
+
+
+def test_a_late_failure_of_an_early_stage_still_stops() -> None:
+    rollout = Rollout.of(plan(Stage(0.5), Stage(1)), ["a", "b"])
+    first = given_by(rollout.tick(0))[0]
+    second = given_by(rollout.well(first, 1))[0]
+    commands = rollout.failed(first, "it went back after all", 2)
+    assert commands == [Withdraw(second)]
+    assert rollout.boards[second].fate is Fate.WAITING
+    assert "it went back after all" in rollout.why
+
+
+def test_boards_that_come_later_are_in_the_last_stage() -> None:
+    rollout = Rollout.of(plan(Stage(0.5), Stage(1)), ["a", "b"])
+    first = given_by(rollout.tick(0))[0]
+    assert given_by(rollout.join("c", 1)) == []
+    assert set(given_by(rollout.well(first, 2))) == {"a", "b", "c"} - {first}
+    assert given_by(rollout.join("d", 3)) == ["d"]
+    assert rollout.join("d", 3) == []
+
+
+def test_somebody_can_stop_it() -> None:
+    rollout = Rollout.of(plan(Stage(1)), ["a", "b"])
+    rollout.tick(0)
+    assert rollout.stop("the wrong\nfile") == [Withdraw("a"), Withdraw("b")]
+    assert rollout.why == "stopped: the wrong file"
+    assert rollout.stop("again") == []
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        (),
+        (Stage(0.5),),
+        (Stage(1), Stage(1)),
+        (Stage(0.6), Stage(0.5), Stage(1)),
+    ],
+)
+def test_stages_that_do_not_grow_to_all_are_refused(stages: tuple[Stage, ...]) -> None:
+    with pytest.raises(ConfigError):
+        RolloutPlan("release", "1", stages)
+
+
+@pytest.mark.parametrize(
+    "values", [(0,), (1.1,), (1, 0), (1, 1, 1), (1, 1, 0, 0), (1, 1, 0, 1e12), (1, 0.9, 0.2), ("1",)]
+)
+def test_thresholds_that_make_no_sense_are_refused(values: tuple[Any, ...]) -> None:
+    with pytest.raises(ConfigError):
+        Stage(*values)
+
+
+def test_other_mistakes_are_refused() -> None:
+    with pytest.raises(ConfigError):
+        RolloutPlan("firmware", "1")
+    with pytest.raises(ConfigError):
+        RolloutPlan("model", "1", board_seconds=0)
+    with pytest.raises(ConfigError):
+        Rollout.of(plan(), [])
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> RolloutPlan:
+    shares = [*sorted(draw(st.sets(st.floats(0.01, 0.99), max_size=4))), 1.0]
+    stages = []
+    for share in shares:
+        success = draw(st.floats(0.1, 1))
+        errors = draw(st.floats(0, max(0.0, min(1 - success, 0.9))))
+        stages.append(Stage(share, success, errors, draw(st.floats(1, 500))))
+    return RolloutPlan("bundle", "ab", tuple(stages), draw(st.floats(1, 100)), draw(st.integers(0, 99)))
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["tick", "well", "well", "well", "failed", "join"]), st.integers(0, 45), st.floats(0, 40)
+    ),
+    max_size=80,
+)
+
+
+def play(rollout: Rollout, kind: str, name: str, now: float) -> list[RolloutCommand]:
+    if kind == "tick":
+        return rollout.tick(now)
+    return rollout.failed(name, "went back", now) if kind == "failed" else getattr(rollout, kind)(name, now)  # type: ignore[no-any-return]
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans(), st.integers(1, 40), EVENTS)
+def test_whatever_is_reported_no_stage_begins_before_the_last_one_did_well(
+    chosen: RolloutPlan, size: int, events: list[tuple[str, int, float]]
+) -> None:
+    rollout, now, had = Rollout.of(chosen, NAMES[:size]), 0.0, set[str]()
+    commands = rollout.tick(now)
+    for kind, number, seconds in [*events, *[("tick", 0, 600.0)] * (len(chosen.stages) + 2)]:
+        for name in given_by(commands):
+            assert name not in had, "nobody is given it twice"
+            had.add(name)
+        for before in range(rollout.stage):
+            names = [b for b in rollout.boards.values() if b.stage == before]
+            once_well = sum(b.fate in (Fate.WELL, Fate.FAILED) for b in names)
+            assert once_well >= chosen.stages[before].success * len(names) - 1e-9
+        assert all(rollout.boards[n].stage <= rollout.stage for n in had)
+        if rollout.phase is RolloutPhase.RUNNING:
+            assert commands == [] or wake(commands) > now, "it always says when it is to be woken"
+            for stage, limits in enumerate(chosen.stages):
+                names = [b for b in rollout.boards.values() if b.stage == stage]
+                bad = sum(b.fate is Fate.FAILED for b in names)
+                assert bad <= limits.errors * len(names) + 1e-9
+        copy = Rollout.from_dict(json.loads(json.dumps(rollout.to_dict())))
+        assert copy == rollout
+        now += seconds
+        name = NAMES[number] if number < len(NAMES) else f"new-{number}"
+        stopped = rollout.phase is not RolloutPhase.RUNNING
+        commands = play(rollout, kind, name, now)
+        assert play(copy, kind, name, now) == commands, "the same events, the same commands"
+        assert copy == rollout
+        assert not (stopped and commands)
+    assert rollout.phase is not RolloutPhase.RUNNING, "every state has a deadline"
+    if rollout.phase is RolloutPhase.STOPPED:
+        assert rollout.why
+        assert "boards failed" in rollout.why
+        assert not given_by(commands)
+    else:
+        assert all(b.fate in (Fate.WELL, Fate.FAILED) for b in rollout.boards.values())
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+def test_anything_else_is_no_rollout(body: Any) -> None:
+    with pytest.raises(StorageError):
+        Rollout.from_dict(body)
+    good = Rollout.of(plan(), NAMES).to_dict()
+    for key in good:
+        with pytest.raises(StorageError):
+            Rollout.from_dict({k: v for k, v in good.items() if k != key})
+
+
+@given(st.sets(st.sampled_from(NAMES), min_size=1), st.integers(0, 9))
+def test_groups_are_every_board_once_whatever_order_they_come_in(names: set[str], seed: int) -> None:
+    chosen = plan(seed=seed)
+    groups = chosen.groups(sorted(names))
+    assert sorted(name for group in groups for name in group) == sorted(names)
+    assert groups == chosen.groups(sorted(names, reverse=True))
+    assert len(groups[0]) == 1
