@@ -239,8 +239,7 @@ def _stopped_by_signals(daemon: Any) -> Iterator[list[int]]:
     came: list[int] = []
 
     def stop(number: int, _frame: object) -> None:
-        came.append(number)
-        log.info("%s: stopping", signal.Signals(number).name)
+        came.append(number)  # and nothing slow: the loop may be in the middle of anything
         daemon.stop()
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -249,6 +248,8 @@ def _stopped_by_signals(daemon: Any) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if came:
+            log.info("stopped by %s", signal.Signals(came[0]).name)
 
 
 def _status(arguments: argparse.Namespace) -> int:

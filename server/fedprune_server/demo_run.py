@@ -120,12 +120,13 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
     """
     began = time.monotonic()
     rounds = rounds if rounds is not None else QUICK_ROUNDS if quick else ROUNDS
+    jobs = fleet_job(seed, rounds), reference_job(seed, rounds)  # a wrong number must not cost an earlier demo
     folder = DemoFolder.prepare(out, seed)
     with _logging(), ended_by_signals():
         print(f"{len(BOARDS)} devices, {rounds} rounds, two jobs: models as wide as each link allows, then FedAvg.")
         print(f"Devices' output lies in {out}/*/devices/*.log\n")
-        fleet = run_job("fedprune", fleet_job(seed, rounds), folder)
-        reference = run_job(TITLE, reference_job(seed, rounds), folder)
+        fleet = run_job("fedprune", jobs[0], folder)
+        reference = run_job(TITLE, jobs[1], folder)
     fleet.save(out / "metrics.json")
     reference.save(out / "metrics-reference.json")
     unjudged = too_few(len(fleet.rounds))

@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
     from fedprune_server.report import summary_text, write_report
     from fedprune_server.simulated_fleet import demo_plan, read_plan
 
-    out = _folder(options.out)
+    out = _run_folder(options.out)
     changes = {"strategy": options.strategy, "seed": options.seed, "rounds": options.rounds}
     plan = demo_plan(**changes) if options.demo else read_plan(options.config, reference=options.reference, **changes)
     plan = replace(plan, trainer=options.trainer or plan.trainer, workers=options.workers or plan.workers)
@@ -156,6 +156,13 @@ def _sweep(options: argparse.Namespace) -> int:
 def _folder(out: Path) -> Path:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file", expected="a folder, which is made if missing")
+    return out
+
+
+def _run_folder(out: Path) -> Path:
+    """A folder in which nothing but a run's files are written over."""
+    if _folder(out).is_dir() and any(out.iterdir()) and not (out / "run").is_dir():
+        raise UsageError(f"--out {out} holds something that is not a run's", expected="an empty folder, or a run's own")
     return out
 
 

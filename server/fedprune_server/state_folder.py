@@ -120,6 +120,7 @@ class StateFolder:
             "server": config.server_settings(),
         }
         if known is None:
+            self._keep_foreign(raw)
             self.store.write_file(self.path / MODEL, raw)
         # After the model and before the first state: a crash in between leaves nothing that contradicts itself.
         self.storage.put_settings(settings)
@@ -157,6 +158,15 @@ class StateFolder:
                 hint="Take another state folder for another model, or leave the model out to go on.",
             )
         return raw, str(known["name"])
+
+    def _keep_foreign(self, raw: bytes) -> None:
+        """A folder without a job may be somebody's own, with a model of theirs."""
+        path = self.path / MODEL
+        if path.exists() and path.read_bytes() != raw:
+            raise ConfigError(
+                f"{path} is another model, and {self.path} holds no job",
+                hint="Name a folder of its own with --state, or move the file away.",
+            )
 
     def _check_blobs(self, state: State) -> None:
         if not self.store.has(state.model):

@@ -38,8 +38,8 @@ class Workshop:
 
     def __init__(self, worker: Executes) -> None:
         self._worker = worker
-        self._orders: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        self._orders: queue.Queue[Work | None] = queue.Queue()
+        self._results: queue.Queue[Result] = queue.Queue()
         self._pending = 0
         # A daemon thread: a process that is told to end doesn't wait for a long evaluation; it will be repeated.
         self._thread = threading.Thread(target=self._run, name="fedprune-workshop", daemon=True)

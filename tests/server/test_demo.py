@@ -2,11 +2,11 @@
 
 import pytest
 
-from fedprune.errors import ExitCode
+from fedprune.errors import ConfigError, ExitCode
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune_server.demo_fleet import ROUNDS, fleet_job, reference_job, too_few
-from fedprune_server.demo_run import verdict
+from fedprune_server.demo_run import DemoFolder, run_demo, verdict
 from fedprune_server.record import DeviceRow, Record, RoundRow
 from fedprune_server.reference import fedavg
 
@@ -50,3 +50,12 @@ def test_fedavg_is_the_whole_model_a_plain_loss_and_a_plain_mean():
     assert plain.warmup_rounds == 0
     assert plain.recipe == Recipe(epochs=4, lr=0.2)
     assert all(getattr(plain, n) == getattr(job, n) for n in KEPT)
+
+
+@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"seed": -1}])
+def test_a_wrong_number_costs_no_earlier_demo(tmp_path, wrong):
+    DemoFolder.prepare(tmp_path / "demo", 0)
+    (tmp_path / "demo" / "report.md").write_text("kept")
+    with pytest.raises(ConfigError):
+        run_demo(tmp_path / "demo", **wrong)
+    assert (tmp_path / "demo" / "report.md").read_text() == "kept"

@@ -338,3 +338,13 @@ def without_onnx(arguments):
     )
     words = [sys.executable, "-c", code, *arguments]
     return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_folder_of_something_else_is_left_alone(config, tmp_path, capsys):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "report.md").write_text("mine")
+    assert main(["--config", config(), "--out", str(out)]) == ExitCode.USAGE
+    assert "holds something that is not a run's" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["report.md"]
+    assert (out / "report.md").read_text() == "mine"

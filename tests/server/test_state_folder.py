@@ -9,7 +9,7 @@ from fedprune import profile_store, tensorfile
 from fedprune.coordination import Coordinator, Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.errors import DataError, ModelError
+from fedprune.errors import ConfigError, DataError, ModelError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune_server.config import ServerConfig
@@ -149,3 +149,13 @@ def test_what_no_ranking_says_of_an_older_description_is_let_go_of_too(tmp_path)
         assert opened.state.devices["a"].past is None
         play(opened, folder, None)
         assert play(opened, folder, lambda c: c.handle(on.DeviceBorn("a", 2, PI, 50), 0.0)).phase is Phase.FINISHED
+
+
+def test_a_model_of_somebody_s_own_is_not_written_over(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(digits_model())
+    own = tmp_path / "models"
+    own.mkdir()
+    (own / "model.onnx").write_bytes(b"mine")
+    with StateFolder(own) as folder, pytest.raises(ConfigError, match="holds no job"):
+        folder.open_job(ServerConfig(model=str(tmp_path / "model.onnx"), job=Job()))
+    assert (own / "model.onnx").read_bytes() == b"mine"

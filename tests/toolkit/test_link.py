@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
+import signal
 import socket
 import threading
 import time
@@ -277,3 +278,17 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (tmp_path / "key.pem").write_bytes(private)
     return tmp_path / "cert.pem", tmp_path / "key.pem"
+
+
+@pytest.mark.board
+def test_a_slow_signal_handler_does_not_make_a_timeout_wait_for_ever() -> None:
+    """Where a handler takes longer than what is left of it, some queues do."""
+    link = Link("mqtt://127.0.0.1:1", "a")
+    came = []
+    before = signal.signal(signal.SIGALRM, lambda *_: (came.append(1), time.sleep(0.3)))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        assert link.get(0.1) is None
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert came

@@ -116,7 +116,9 @@ class BlobStore:
             data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != sha256:
             raise StorageError(
-                f"blob {path} is damaged", hint="Delete the file; it is fetched or made again when it is needed."
+                f"blob {path} is damaged",
+                hint="On a board delete the file: it is fetched again. A server's or a simulation's comes back from a "
+                "backup only; without one begin in a new folder.",
             )
         return data
 

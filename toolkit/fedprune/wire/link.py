@@ -93,7 +93,8 @@ class Link:
         self._keepalive = keepalive
         self._tls = tls_context(ca) if self.url.tls else None
         self._topics: list[str] = []
-        self._inbox: queue.SimpleQueue[tuple[str, bytes] | Event] = queue.SimpleQueue()
+        # No SimpleQueue: one waits for ever when a signal's handler takes longer than what is left of its timeout.
+        self._inbox: queue.Queue[tuple[str, bytes] | Event] = queue.Queue()
         self._state = threading.Condition(threading.RLock())
         self._client: paho.Client | None = None
         self._up = False
