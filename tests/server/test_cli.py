@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fedprune import tensorfile
-from fedprune.coordination import Phase
+from fedprune.coordination import Phase, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.errors import ExitCode, ModelError
@@ -295,6 +295,7 @@ def test_more_rounds_wake_a_finished_job(state: Path) -> None:
         known.phase = Phase.FINISHED
         folder.storage.save(known, None, 2.0)
         opened = folder.open_job(ServerConfig(job=Job(name="leaves", rounds=9)))
+    coordinate(opened.job, opened.model.architecture, opened.state).handle(on.Resumed(), 3.0)
     assert opened.state.phase is Phase.WAITING
     assert opened.changed == ["rounds: 5 is now 9"]
 
