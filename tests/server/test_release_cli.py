@@ -61,13 +61,13 @@ def test_what_is_refused_ends_with_its_code(
     assert "expected a number above 1" in capsys.readouterr().err
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(secret)], check=True)
     released(tmp_path, 2, secret)
-    assert device(["update", *common[:-1], str(tmp_path / "release-2")]) == 60
+    assert device(["update", *common[:-1], str(tmp_path / "release-2")]) == 65
     assert "signature is not the server's" in capsys.readouterr().err
 
 
 def test_a_folder_without_wheels_makes_no_release(tmp_path: Path, keys: tuple[Path, Path]) -> None:
     command = ["release", "--number", "1", "--key", str(keys[0]), "--out", str(tmp_path / "out"), "--wheels"]
-    assert server([*command, str(tmp_path)]) == 60
+    assert server([*command, str(tmp_path)]) == 65
     assert server([*command, str(tmp_path / "nowhere")]) == 31
     (tmp_path / "broken.whl").write_bytes(b"PK")
-    assert server([*command, str(tmp_path)]) == 60
+    assert server([*command, str(tmp_path)]) == 65
