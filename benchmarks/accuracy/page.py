@@ -52,14 +52,16 @@ def page(protocol: Protocol, runs: Sequence[Run], header: dict[str, Any]) -> str
     notes = [(m.name, m.note) for m in protocol.methods if m.note]
     if notes:
         lines += ["", "## Rows", "", *(f"- {name}: {note}" for name, note in notes)]
-    missing = [
-        f"{m.name} ({', '.join(str(s) for s in protocol.seeds if not _of(runs, m.name, s))})"
-        for m in protocol.methods
-        if any(not _of(runs, m.name, s) for s in protocol.seeds)
-    ]
+    missing = _missing(protocol, runs)
     if missing:
         lines += ["", f"Not run yet (seeds): {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
+
+
+def _missing(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
+    """Rows that lack runs, each with the seeds that it lacks."""
+    lacking = {m.name: [s for s in protocol.seeds if not _of(runs, m.name, s)] for m in protocol.methods}
+    return [f"{name} ({', '.join(map(str, seeds))})" for name, seeds in lacking.items() if seeds]
 
 
 def _changed(protocol: Protocol) -> str:
@@ -79,7 +81,9 @@ def in_short(protocol: Protocol, runs: Sequence[Run], date: str) -> list[str]:
     said = (
         f"{link}, {date}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; Δ to {protocol.reference}:"
     )
-    return ["", said, "", *_table(protocol, runs, shown), ""]
+    missing = _missing(protocol, runs)
+    open_ = ["", f"Not run yet (seeds): {', '.join(missing)}."] if missing else []
+    return ["", said, "", *_table(protocol, runs, shown), *open_, ""]
 
 
 _EQUAL_BYTES = (

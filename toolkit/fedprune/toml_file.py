@@ -26,7 +26,7 @@ def read_toml(path: Path, error: type[FedpruneError]) -> dict[str, Any]:
     except OSError as cause:
         raise error(f"can't read {path}: {cause.strerror}", hint=remedy(cause)) from cause
     try:
-        body: dict[str, Any] = toml.loads(raw.decode("utf-8"))
+        body: dict[str, Any] = toml.loads(raw.decode("utf-8-sig"))  # editors of Windows put a mark first
     except UnicodeDecodeError as cause:
         line = raw.count(b"\n", 0, cause.start) + 1
         raise error(f"{path}: this is not TOML (not UTF-8 at line {line})") from cause
