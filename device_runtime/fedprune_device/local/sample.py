@@ -1,0 +1,143 @@
+"""One sample that the application handed in: its bytes, its label, and the part of the set that it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.errors import ConfigError, DataError, shape_text
+from fedprune_device.data import TEST_SHARE
+from fedprune_device.local.reservoir import UNLABELLED
+
+Array = npt.NDArray[Any]
+Row = tuple[str, int, Array]
+"""A sample's name, its label and its numbers."""
+
+MAX_LABEL = 2**24 - 1
+
+_FLOATS, _TOKENS = 0, 1
+_RANK = 8
+
+
+class SampleConflictError(DataError):
+    """A sample is there already, with another label."""
+
+
+class NoSampleError(DataError):
+    """There is no sample of that name."""
+
+
+@dataclass(frozen=True)
+class Added:
+    """What became of a sample.
+
+    Attributes:
+        id: Its name: a digest of type, shape and numbers.
+        kept: Whether it is in the set now.
+        duplicate: Whether it was there before.
+        label: Its class; None without.
+        part: `train`, `val` or `test`.
+    """
+
+    id: str
+    kept: bool
+    duplicate: bool
+    label: int | None
+    part: str
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which part of the samples is held out.
+
+    Attributes:
+        test: Share of all.
+        validation: Share of the rest.
+        seed: With the device's name, of the choice.
+        device: The device's name.
+    """
+
+    test: float = TEST_SHARE
+    validation: float = 0.0
+    seed: int = 0
+    device: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("test", "validation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"share of samples for {name}", expected="0 to below 1", got=getattr(self, name))
+
+    def part(self, name: str) -> str:
+        """The part that a sample belongs to, for ever."""
+        text = "\x1f".join([str(self.seed), self.device, "part", name])
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+        if number < self.test:
+            return "test"
+        return "val" if number < self.test + (1 - self.test) * self.validation else "train"
+
+
+def checked_label(label: int | None) -> int:
+    """A label as the set writes it: `UNLABELLED` for None.
+
+    Raises:
+        DataError: It is no class.
+    """
+    if label is None:
+        return UNLABELLED
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label <= MAX_LABEL:
+        raise DataError("label", expected=f"a whole number from 0 to {MAX_LABEL}", got=repr(label)[:40])
+    return label
+
+
+def encoded(x: Array) -> bytes:
+    """Type, shape and numbers of a sample: always the same bytes for the same sample.
+
+    Raises:
+        DataError: It is neither float32 nor int64, or a number is not finite or a negative token id.
+    """
+    if x.dtype not in (np.float32, np.int64) or not 1 <= x.ndim <= _RANK:
+        kind = f"{x.dtype} {shape_text(*x.shape)}"
+        raise DataError("a sample", expected="float32 or int64 of 1 to 8 dimensions", got=kind)
+    if x.dtype == np.float32:
+        if not np.isfinite(x).all():
+            raise DataError("a sample holds numbers that are not finite")
+        return _head(_FLOATS, x) + x.astype("<f4").tobytes()
+    if x.size and int(x.min()) < 0:
+        raise DataError("a sample holds a negative token id", expected="0 or more", got=int(x.min()))
+    return _head(_TOKENS, x) + x.astype("<i8").tobytes()
+
+
+def decoded(payload: bytes) -> Array:
+    """A sample from the bytes that `encoded` gave."""
+    rank = payload[1]
+    shape = struct.unpack_from(f"<{rank}I", payload, 2)
+    kind = np.dtype("<f4" if payload[0] == _FLOATS else "<i8")
+    return np.asarray(np.frombuffer(payload, kind, offset=2 + 4 * rank).reshape(shape))
+
+
+def _head(code: int, x: Array) -> bytes:
+    return struct.pack(f"<BB{x.ndim}I", code, x.ndim, *x.shape)
+
+
+def of_one_kind(rows: list[Row], shape: Sequence[int | str | None] | None) -> list[Row]:
+    """The samples that fit the model's shape, and of those the ones of the most frequent shape and type."""
+    if shape is not None:
+        rows = [r for r in rows if _fits(r[2].shape, shape)]
+    kinds = Counter((x.dtype.kind, x.shape) for _, _, x in rows)
+    if not kinds:
+        return []
+    most = max(sorted(kinds, key=repr), key=lambda k: kinds[k])
+    return [r for r in rows if (r[2].dtype.kind, r[2].shape) == most]
+
+
+def _fits(found: tuple[int, ...], wanted: Sequence[int | str | None]) -> bool:
+    return len(found) == len(wanted) and all(
+        not isinstance(w, int) or w == f for f, w in zip(found, wanted, strict=True)
+    )

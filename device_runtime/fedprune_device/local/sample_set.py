@@ -1,0 +1,409 @@
+"""The samples that the application hands in: a bounded set on the disk, and the board's training data.
+
+samples/set.json            what the set was made with, and its key
+samples/segment-*.log       the samples (`segments`)
+
+Which samples stay is the reservoir's business. Which of them are held out is decided by a keyed hash of a sample's
+name and by nothing else, so that a sample never moves from one part to another.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune.disk import storage_errors
+from fedprune.errors import ConfigError, DataError, StorageError, StorageFullError
+from fedprune_device import durable
+from fedprune_device.data import LocalData
+from fedprune_device.local.reservoir import UNLABELLED, Limits, Reservoir, Verdict
+from fedprune_device.local.sample import (
+    Added,
+    Array,
+    NoSampleError,
+    SampleConflictError,
+    Shares,
+    checked_label,
+    decoded,
+    encoded,
+    of_one_kind,
+)
+from fedprune_device.local.segments import HEAD_BYTES, Kind, Place, Record, SegmentLog, digest
+
+_LOG = logging.getLogger("fedprune.device")
+
+_SEGMENTS = 16
+"""Segments that the room on the disk is divided into."""
+
+_LIVE = 5 / 8
+"""Share of the room that samples take; the rest is for what no longer counts, and for cleaning."""
+
+_NOTED = 64
+"""Declined samples (or a hundredth of all) after which it is noted how many were seen: a flood wears no card."""
+_FORMAT = "fedprune.samples/1"
+
+
+class SampleSet:
+    """The set. All methods may be called from any thread.
+
+    Args:
+        root: Its folder; made if missing.
+        limits: How many samples, and how many bytes on the disk, it may hold.
+        shares: What is held out.
+
+    Raises:
+        ConfigError: It was made with other shares, or there is room for nothing.
+        StorageError: The folder can't be written or read.
+    """
+
+    def __init__(self, root: Path, limits: Limits, shares: Shares | None = None) -> None:
+        self._root, self._limits, self._shares = root, limits, shares or Shares()
+        self._lock = threading.RLock()
+        segment = limits.bytes // _SEGMENTS
+        if segment <= HEAD_BYTES or limits.samples < 2:
+            raise ConfigError(
+                "room for samples", expected="at least 2 samples and 16 kB", got=f"{limits.samples}, {limits.bytes} B"
+            )
+        self._segment = segment
+        key = self._claim()
+        self._reservoir = Reservoir(
+            Limits(limits.samples, int(limits.bytes * _LIVE), limits.unlabelled), self._shares.seed
+        )
+        self._log = SegmentLog(root, key, segment)
+        self._places: dict[str, Place] = {}
+        self._declined = 0
+        self._replay()
+
+    def __enter__(self) -> SampleSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def largest(self) -> int:
+        """Bytes that one sample may take."""
+        return self._segment - HEAD_BYTES
+
+    @property
+    def samples(self) -> int:
+        """Samples that would be trained on now."""
+        with self._lock:
+            labelled = {c: names for c, names in self._reservoir.kept().items() if c != UNLABELLED}
+            return sum(self._shares.part(n) == "train" for names in labelled.values() for n in names)
+
+    def add(self, x: Array, label: int | None = None) -> Added:
+        """Take a sample in, if it is to stay.
+
+        Args:
+            x: One sample, float32 or int64, as the model takes it.
+            label: Its class.
+
+        Raises:
+            SampleConflictError: It is there with another label.
+            DataError: It is of another type, too large, or holds a number that is not finite; or the label is none.
+            StorageFullError: The disk is full; nothing changed.
+            StorageError: The disk fails; nothing changed.
+        """
+        payload = encoded(x)
+        if len(payload) > self.largest:
+            raise DataError(
+                "size of a sample",
+                expected=f"at most {self.largest} bytes",
+                got=len(payload),
+                hint="Give the set more room (--samples-bytes).",
+            )
+        number = checked_label(label)
+        name = digest(payload).hex()
+        with self._lock:
+            if name in self._reservoir:
+                old = self._reservoir.label(name)
+                if number in (UNLABELLED, old):
+                    return self._added(name, old, kept=True, duplicate=True)
+                if old != UNLABELLED:
+                    raise SampleConflictError(
+                        f"sample {name} is there already", expected=f"label {old}", got=number,
+                        hint=f"To change it, POST to /v1/samples/{name}/label.",
+                    )  # fmt: skip
+                return self._relabel(name, number, payload)
+            return self._take(name, number, payload)
+
+    def label(self, name: str, label: int) -> Added:
+        """Give a sample a label, or another one.
+
+        Raises:
+            NoSampleError: It is not there.
+            DataError: The label is none.
+            StorageError: The disk fails or is full; nothing changed.
+        """
+        number = checked_label(label)
+        with self._lock:
+            self._known(name)
+            if self._reservoir.label(name) == number:
+                return self._added(name, number, kept=True, duplicate=True)
+            place = self._places[name]
+            with self._log.reading([place]) as read:
+                payload = read(place)
+            if digest(payload).hex() != name:
+                self._forget(name)
+                raise NoSampleError(f"sample {name} is damaged and was given up")
+            return self._relabel(name, number, payload)
+
+    def delete(self, name: str) -> None:
+        """Take a sample back.
+
+        Raises:
+            NoSampleError: It is not there.
+            StorageError: The disk fails or is full; nothing changed.
+        """
+        with self._lock:
+            self._known(name)
+            self._write([Record(Kind.DELETED, bytes.fromhex(name))])
+            self._reservoir.drop(name, unseen=True)
+            del self._places[name]
+
+    def names(self) -> list[str]:
+        """Names of all samples that are kept."""
+        with self._lock:
+            return sorted(self._reservoir)
+
+    def counts(self) -> dict[str, Any]:
+        """What is there, for people and programs: samples by class and part, what was seen, and the room."""
+        with self._lock:
+            kept = self._reservoir.kept()
+            parts = Counter(self._shares.part(n) for c, names in kept.items() if c != UNLABELLED for n in names)
+            classes = {
+                str(c): {"kept": len(kept.get(c, ())), "seen": seen}
+                for c, seen in self._reservoir.seen.items()
+                if c != UNLABELLED and seen
+            }
+            room = {}
+            for unlabelled in (False, True):
+                most, most_bytes = self._reservoir.most(unlabelled=unlabelled)
+                held, held_bytes = self._reservoir.held(unlabelled=unlabelled)
+                side = {"samples": held, "samples_most": most, "bytes": held_bytes, "bytes_most": most_bytes}
+                room["unlabelled" if unlabelled else "labelled"] = side
+            return {
+                "classes": classes,
+                "unlabelled": len(kept.get(UNLABELLED, ())),
+                "parts": {p: parts[p] for p in ("train", "val", "test")},
+                "room": room,
+                "disk_bytes": self._log.size,
+            }
+
+    def snapshot(self, shape: Sequence[int | str | None] | None = None) -> LocalData:
+        """All samples with labels, as they are now; what comes later doesn't change them.
+
+        Args:
+            shape: One sample's shape as the model takes it. Samples of another shape are left out.
+
+        Raises:
+            DataError: There is nothing to train on.
+            StorageError: The disk fails.
+        """
+        with ExitStack() as files, ExitStack() as unlocked:
+            unlocked.enter_context(self._lock)
+            rows = [(n, c) for c, names in self._reservoir.kept().items() if c != UNLABELLED for n in names]
+            places = {n: self._places[n] for n, _ in rows}
+            read = files.enter_context(self._log.reading(places.values()))
+            # The files stay open, so that what is cleared away meanwhile doesn't matter.
+            unlocked.close()
+            found = [(n, c, x) for n, c in rows if (x := self._read(n, read(places[n]))) is not None]
+        fitting = of_one_kind(found, shape)
+        if len(fitting) < len(found):
+            _LOG.warning(
+                "%d samples have another shape than the rest, or the model: left out", len(found) - len(fitting)
+            )
+        parts: dict[str, list[tuple[int, Array]]] = {"train": [], "val": [], "test": []}
+        for name, label, x in fitting:
+            parts[self._shares.part(name)].append((label, x))
+        if not parts["train"]:
+            raise DataError(
+                "there is nothing to train on yet",
+                expected="samples with labels",
+                got=f"{len(fitting)}, none of them for training",
+                hint="Hand some in: POST /v1/samples?label=...",
+            )
+        like = parts["train"][0][1]
+        arrays = []
+        for part in ("train", "test", "val"):
+            labels, xs = [c for c, _ in parts[part]], [x for _, x in parts[part]]
+            arrays += [np.stack(xs) if xs else like[None][:0], np.array(labels, np.int64)]
+        return LocalData(*arrays)
+
+    def close(self) -> None:
+        """Note what was seen, and close the files."""
+        with self._lock:
+            if self._declined:
+                self._note()
+            self._log.close()
+
+    def _take(self, name: str, label: int, payload: bytes) -> Added:
+        verdict = self._reservoir.judge(name, label, HEAD_BYTES + len(payload))
+        if verdict.kept:
+            dropped = [Record(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.dropped]
+            record = Record(Kind.SAMPLE, bytes.fromhex(name), label, verdict.seen, payload)
+            # First what is new: if the end is torn, there is one too many, not one too few.
+            place = self._write([record, *dropped])[0]
+            self._places[name] = place
+        else:
+            self._declined += 1
+        if self._declined >= max(_NOTED, sum(self._reservoir.seen.values()) // 100):
+            self._note()
+        return self._followed(verdict)
+
+    def _followed(self, verdict: Verdict) -> Added:
+        self._reservoir.follow(verdict)
+        for gone in verdict.dropped:
+            del self._places[gone]
+        return self._added(verdict.id, verdict.label, kept=verdict.kept, duplicate=False)
+
+    def _relabel(self, name: str, label: int, payload: bytes) -> Added:
+        """Take a sample out of one class and offer it to another."""
+        old, size = self._reservoir.label(name), HEAD_BYTES + len(payload)
+        seen = self._reservoir.seen[old]
+        self._reservoir.drop(name, unseen=True)
+        verdict = self._reservoir.judge(name, label, size)
+        self._reservoir.restore(name, old, size)  # until it is on the disk
+        self._reservoir.set_seen(old, seen)
+        if verdict.kept:
+            dropped = [Record(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.dropped]
+            place = self._write([Record(Kind.SAMPLE, bytes.fromhex(name), label, verdict.seen, payload), *dropped])[0]
+        else:
+            self._write([Record(Kind.DELETED, bytes.fromhex(name))])
+        self._reservoir.drop(name, unseen=True)
+        del self._places[name]
+        if verdict.kept:
+            self._places[name] = place
+        return self._followed(verdict)
+
+    def _write(self, records: list[Record]) -> list[Place]:
+        """Append records, and make room for them first."""
+        self._clean(sum(r.size for r in records))
+        return self._append(records)
+
+    def _append(self, records: list[Record]) -> list[Place]:
+        """Append records; a new segment begins with what was seen, so that older ones may go."""
+        counts = self._counts()
+        begins = self._log.begins(sum(r.size for r in records)) and counts.size <= self._segment // 4
+        return self._log.append([counts, *records] if begins else records)[int(begins) :]
+
+    def _note(self) -> None:
+        """Write down what was seen, which may get lost: then a few samples more are kept than should be."""
+        self._declined, record = 0, self._counts()
+        try:
+            self._clean(record.size)
+            self._log.note(record)
+        except StorageError as error:
+            _LOG.warning("can't note how many samples were seen: %s", error)
+
+    def _clean(self, need: int) -> None:
+        """Clear away the oldest segments until the log stays within its room."""
+        for _ in range(4 * _SEGMENTS):
+            segments = self._log.segments
+            if len(segments) < 2 or self._log.size + need + self._segment <= self._limits.bytes:
+                return
+            self._move_out(segments[0])
+            self._log.remove_oldest()
+        raise StorageFullError(
+            "no room for samples", expected=f"at most {self._limits.bytes} bytes", got=self._log.size
+        )
+
+    def _move_out(self, segment: int) -> None:
+        alive = {n: p for n, p in self._places.items() if p.segment == segment}
+        if not alive:
+            return
+        with self._log.reading(alive.values()) as read:
+            for name, place in alive.items():
+                payload = read(place)
+                if digest(payload).hex() != name:
+                    self._forget(name)
+                    continue
+                record = Record(Kind.SAMPLE, bytes.fromhex(name), self._reservoir.label(name), 0, payload)
+                self._places[name] = self._append([record])[0]
+
+    def _replay(self) -> None:
+        for record, place in self._log.replay():
+            name = record.name.hex()
+            if record.kind == Kind.COUNTS:
+                self._recount(record)
+                continue
+            known = name in self._reservoir
+            if known:
+                moved = record.kind == Kind.DELETED or self._reservoir.label(name) != record.label
+                self._reservoir.drop(name, unseen=moved and record.kind != Kind.DROPPED)
+                del self._places[name]
+            if record.kind == Kind.SAMPLE:
+                if record.seen:
+                    self._reservoir.set_seen(record.label, record.seen)
+                self._reservoir.restore(name, record.label, HEAD_BYTES + place.size)
+                self._places[name] = place
+        while (surplus := self._reservoir.surplus()) is not None:  # a torn end, bits that were lost, or less room
+            self._reservoir.drop(surplus)
+            del self._places[surplus]
+
+    def _recount(self, record: Record) -> None:
+        try:
+            if digest(record.payload) != record.name:
+                raise ValueError("the digest is another")
+            for label, seen in json.loads(record.payload).items():
+                self._reservoir.set_seen(int(label), int(seen))
+        except (ValueError, AttributeError, TypeError) as error:
+            _LOG.warning("counts of samples are damaged (%s)", error)
+
+    def _counts(self) -> Record:
+        payload = json.dumps({str(c): n for c, n in self._reservoir.seen.items()}).encode()
+        return Record(Kind.COUNTS, digest(payload), payload=payload)
+
+    def _read(self, name: str, payload: bytes) -> Array | None:
+        if digest(payload).hex() == name:
+            return decoded(payload)
+        with self._lock:
+            self._forget(name)
+        return None
+
+    def _forget(self, name: str) -> None:
+        _LOG.warning("sample %s is damaged: going on without it", name)
+        if name in self._reservoir:
+            self._reservoir.drop(name)
+            del self._places[name]
+
+    def _known(self, name: str) -> None:
+        if name not in self._reservoir:
+            raise NoSampleError(
+                f"there is no sample {name[:40]!r}", hint="It may have made room for others; GET /v1/samples counts."
+            )
+
+    def _added(self, name: str, label: int, *, kept: bool, duplicate: bool) -> Added:
+        return Added(name, kept, duplicate, None if label == UNLABELLED else label, self._shares.part(name))
+
+    def _claim(self) -> bytes:
+        """What the set was made with; a new one is made with what is asked for."""
+        path, shares = self._root / "set.json", self._shares
+        wanted = {"test": shares.test, "validation": shares.validation, "seed": shares.seed, "device": shares.device}
+        body = durable.read_document(path)
+        if body is None:
+            with storage_errors(f"can't write {self._root}"):
+                self._root.mkdir(parents=True, exist_ok=True)
+            durable.sweep(self._root)
+            body = {"format": _FORMAT, "shares": wanted, "key": os.urandom(16).hex()}
+            durable.write_document(path, body)
+        if body.get("format") != _FORMAT:
+            raise StorageError(f"{path} is of another version", expected=_FORMAT, got=body.get("format"))
+        if body["shares"] != wanted:
+            raise ConfigError(
+                f"the samples in {self._root} are divided otherwise",
+                expected=json.dumps(body["shares"]),
+                got=json.dumps(wanted),
+                hint="Keep --seed, --device and the shares as they were: a test sample must never be trained on.",
+            )
+        return bytes.fromhex(body["key"])

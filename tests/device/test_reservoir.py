@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune_device.local.reservoir import UNLABELLED, Limits, Reservoir
+
+pytestmark = pytest.mark.board
+
+
+def fed(labels: list[int], samples: int, seed: int = 0, size: int = 1, room: int = 10**9) -> Reservoir:
+    """A reservoir that saw samples of these labels, whose names are their numbers."""
+    reservoir = Reservoir(Limits(samples, room), seed)
+    for number, label in enumerate(labels):
+        reservoir.follow(reservoir.judge(f"{number:06}", label, size))
+    return reservoir
+
+
+def chi_square(counts: list[int]) -> float:
+    """Deviations from equal chances, as a standard normal number (Wilson and Hilferty, PNAS 17, 1931)."""
+    expected = sum(counts) / len(counts)
+    value, k = sum((c - expected) ** 2 / expected for c in counts), len(counts) - 1
+    return ((value / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
+
+
+def test_of_one_class_every_sample_stays_with_the_same_chance() -> None:
+    counts: Counter[str] = Counter()
+    for seed in range(400):
+        counts.update(fed([0] * 60, 16, seed))
+    found = [counts[f"{n:06}"] for n in range(60)]
+
+    assert sum(found) == 400 * 12  # a quarter of the room is for samples without a label
+    # A choice without replacement varies a little less than the test assumes.
+    assert -3 < chi_square(found) < 3
+
+
+def test_a_class_that_must_make_room_stays_a_uniform_choice() -> None:
+    labels = [0] * 60 + [1] * 10 + [0] * 20  # the second class arrives when the first has filled the room
+    counts: Counter[str] = Counter()
+    for seed in range(400):
+        counts.update(n for n in fed(labels, 16, seed) if labels[int(n)] == 0)
+    found = [counts[f"{n:06}"] for n, label in enumerate(labels) if label == 0]
+
+    assert sum(found) == 400 * 6
+    assert -3 < chi_square(found) < 3
+
+
+def test_the_newest_alone_would_not_pass_for_uniform() -> None:
+    assert chi_square([0] * 48 + [400] * 12) > 3
+
+
+@given(st.lists(st.integers(UNLABELLED, 4), max_size=150), st.integers(8, 60), st.integers(0, 3))
+def test_classes_get_fair_shares_and_the_room_is_never_exceeded(labels: list[int], samples: int, seed: int) -> None:
+    reservoir = fed(labels, samples, seed)
+    kept = {c: len(names) for c, names in reservoir.kept().items()}
+    loose, most = int(samples * 0.25), samples - int(samples * 0.25)
+    arrived = Counter(labels)
+
+    assert kept.get(UNLABELLED, 0) == min(arrived[UNLABELLED], loose)
+    labelled = {c: n for c, n in kept.items() if c != UNLABELLED}
+    assert sum(labelled.values()) == min(len(labels) - arrived[UNLABELLED], most)
+    largest = max(labelled.values(), default=0)
+    for label in set(labels) - {UNLABELLED}:  # who has less than the largest has all that it ever saw, or one less
+        assert labelled.get(label, 0) >= min(arrived[label], largest - 1)
+    assert {c: n for c, n in reservoir.seen.items() if n} == dict(arrived)
+
+
+@given(st.lists(st.tuples(st.integers(UNLABELLED, 3), st.integers(1, 40)), max_size=100), st.integers(0, 3))
+def test_bytes_are_bounded_whatever_the_sizes(rows: list[tuple[int, int]], seed: int) -> None:
+    reservoir = Reservoir(Limits(1000, 200), seed)
+    for number, (label, size) in enumerate(rows):
+        reservoir.follow(reservoir.judge(f"{number:06}", label, size))
+        for unlabelled in (False, True):
+            assert reservoir.held(unlabelled=unlabelled)[1] <= reservoir.most(unlabelled=unlabelled)[1]
+
+
+def test_the_same_samples_are_dealt_with_alike_whatever_happened_to_the_order_of_storage() -> None:
+    labels = [0, 1, 2] * 40
+    one, again = fed(labels, 20, 5), fed(labels, 20, 5)
+    assert one.kept() == again.kept()
+    assert one.kept() != fed(labels, 20, 6).kept()
+
+    other = Reservoir(Limits(20, 10**9), 5)  # as when a set is read again
+    for label, names in one.kept().items():
+        for name in reversed(names):
+            other.restore(name, label, 1)
+    for label, seen in one.seen.items():
+        other.set_seen(label, seen)
+    for reservoir in (one, other):
+        for number in range(50):
+            reservoir.follow(reservoir.judge(f"x{number}", number % 3, 1))
+    assert one.kept() == other.kept()
+
+
+def test_what_is_too_large_for_the_room_is_declined() -> None:
+    reservoir = Reservoir(Limits(10, 100), 0)
+    assert not reservoir.judge("a", 0, 101).kept
