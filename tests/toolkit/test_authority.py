@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 import ssl
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -214,21 +214,21 @@ def test_a_damaged_register_is_an_error(authority: Authority, tmp_path: Path, li
         Authority(tmp_path / "identity")
 
 
-def _append(path: Path, name: str) -> None:
-    register = Register(path, lambda _: None)
-    for i in range(20):
-        with register.held():
-            register.append({"issued": f"{name}-{i}"})
+_APPEND = """
+import sys
+from pathlib import Path
+from fedprune.trust.register import Register
+register = Register(Path(sys.argv[1]), lambda _: None)
+for i in range(20):
+    with register.held():
+        register.append({"issued": f"{sys.argv[2]}-{i}"})
+"""
 
 
 def test_processes_that_append_at_once_lose_nothing(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
     path = tmp_path / "register.jsonl"
-    processes = [context.Process(target=_append, args=(path, name)) for name in "ab"]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    processes = [subprocess.Popen([sys.executable, "-c", _APPEND, str(path), name]) for name in "ab"]
+    assert [p.wait(60) for p in processes] == [0, 0]
     seen: list[str] = []
     Register(path, lambda entry: seen.append(entry["issued"]))
 
