@@ -6,12 +6,12 @@ import argparse
 import json
 import logging
 import os
-import re
 import signal
-import socket
 import sys
+import threading
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from fedprune import __version__
 from fedprune.bundle import open_bundle
 from fedprune.cli import run_command
 from fedprune.disk import storage_errors
-from fedprune.errors import ConfigError, DataError, ExitCode, ProfileError, ProtocolError, StorageError, remedy
+from fedprune.errors import ConfigError, DataError, ExitCode, ProfileError, StorageError, remedy
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
-from fedprune.wire.topics import EVERYONE, check_device, check_name
 from fedprune_device.care import COOL_C, HOT_C, Care, condition
 from fedprune_device.data import checked_inputs, checked_samples, why_unreadable
 from fedprune_device.labels import targets
+from fedprune_device.membership import add_join_command, add_membership, checked_urls, join_first, membership
 from fedprune_device.own_labels import OwnLabels
 from fedprune_device.predictions import described, judged
 from fedprune_device.predictor import Predictor
@@ -37,7 +37,6 @@ from fedprune_device.runtime.runtime_cli import add_runtime_commands
 from fedprune_device.slots import Slots
 
 _LOG = logging.getLogger("fedprune.device")
-_BROKER = "FEDPRUNE_BROKER"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_join_command(commands)
     _add_run(commands)
     _add_predict(commands)
     probe = commands.add_parser("probe", help="measure this board, which takes about ten seconds")
@@ -69,23 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="take part in a fleet, or go on after a stop, crash or power cut")
+    add_membership(run)
     run.add_argument(
-        "--broker",
-        metavar="URL",
-        default=os.environ.get(_BROKER),
-        help=f"mqtt://[user:password@]host[:port] or mqtts://...; ${_BROKER} keeps a password out of process lists",
-    )
-    run.add_argument("--ca", type=Path, metavar="FILE", help="authorities that mqtts:// trusts (default: the system's)")
-    run.add_argument("--site", type=_name(check_name), default="default", help="the fleet's site (default: default)")
-    run.add_argument(
-        "--device",
-        type=_name(check_device),
-        default=_host_name(),
-        metavar="NAME",
-        help="this board's name, unique in the site (default: the host's name, %(default)s)",
+        "--insecure", action="store_true", help="without identity, TLS and signatures: on the server's machine alone"
     )
     run.add_argument("--data", required=True, metavar="SRC", help=".npz with x and y, or package.module:function")
-    run.add_argument("--state", type=Path, required=True, metavar="DIR", help="what must survive a power cut")
     run.add_argument("--seed", type=int, default=0, help="of the split into training and test samples (default: 0)")
     run.add_argument(
         "--validation-share",
@@ -133,8 +121,6 @@ def _add_predict(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from fedprune.wire.link import Link
-    from fedprune.wire.topics import Topics
     from fedprune_device.agent import Agent
     from fedprune_device.data import load_data
     from fedprune_device.probe import check_runtime, probe_apart
@@ -145,25 +131,21 @@ def _run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(
         level=arguments.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    if not arguments.broker:
-        raise ConfigError("no broker is given", hint=f"Use --broker mqtt://host or set {_BROKER}.")
-    topics = Topics(arguments.site)
-    subscriptions = topics.device_subscriptions(arguments.device)
-    # All that a mistake can be in comes before the probe, which takes its time.
-    agents: list[Agent] = []  # the link asks the agent for its will, and the agent speaks through the link
-    link = Link(
-        arguments.broker,
-        f"fedprune-{arguments.site}-{arguments.device}",
-        will=lambda: agents[0].will(),
-        ca=arguments.ca,
-    )
+    checked_urls(arguments, insecure=arguments.insecure)
     care = Care(arguments.pause_above, arguments.resume_below)
     trial = Trial.current()
     if trial is not None:
         trial.check(arguments.state / "serving")
     profile = _profile(arguments.profile)
     data = load_data(arguments.data, arguments.seed, arguments.device, arguments.validation_share)
-    with DeviceStore(arguments.state, device=arguments.device) as store:
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    with DeviceStore(arguments.state, device=arguments.device) as store, ExitStack() as stack:
+        member = membership(arguments, insecure=arguments.insecure)
+        if not join_first(member, arguments, patient=arguments.patient, stopped=stopped):
+            return int(ExitCode.OK)
+        agents: list[Agent] = []  # the link asks the agent for its will, and the agent speaks through the link
+        link, wire = member.open(lambda: agents[0].will())
         report = None
         if arguments.no_probe:
             check_runtime()
@@ -173,7 +155,7 @@ def _run(arguments: argparse.Namespace) -> int:
             free = min(report.memory_total, report.memory_available + data.bytes)
             report = replace(report, memory_available=free)
             _LOG.info("probe: %s", json.dumps({**report.to_dict(), "latency": _latency(report)}))
-        heart = Heart(link, trial)
+        heart = Heart(wire, trial)
         _LOG.info("board: %s", condition())
         agent = Agent(
             arguments.device,
@@ -188,8 +170,12 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         agents.append(agent)
         signal.signal(signal.SIGTERM, lambda *_: agent.stop())
-        link.subscribe(subscriptions)
+        if stopped.is_set():
+            return int(ExitCode.OK)
         link.start(patient=arguments.patient)
+        renewal = member.renewal(link)
+        if renewal is not None:
+            stack.enter_context(renewal)
         try:
             agent.run(arguments.until_finished)
         finally:
@@ -323,22 +309,6 @@ def _latency(report: ProbeReport) -> str:
         return ""
     error = f"{table.error:.1%}" if table.points else "unknown"
     return f"{table.points} measurements, median error {error}, blocks of {table.block} channels"
-
-
-def _host_name() -> str:
-    """This machine's name as a device's: what may not stand in one becomes a dash."""
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname().partition(".")[0])[:64]
-    return name if name not in ("", ".", "..", EVERYONE) else "board"
-
-
-def _name(check: Callable[[object, str], str]) -> Callable[[str], str]:
-    def checked(text: str) -> str:
-        try:
-            return check(text, "name")
-        except ProtocolError as error:
-            raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
-
-    return checked
 
 
 def _threads() -> int:

@@ -1,7 +1,8 @@
 """The embedded broker: amqtt in a child process, for a quick start and for tests.
 
-It needs nothing but Python and no configuration. It has no access control, hence listens on the loopback interface
-unless told otherwise; a fleet in the field belongs on Mosquitto, EMQX or a hosted broker.
+It needs nothing but Python and no configuration. It has no access control: whoever reaches it can read what passes, and
+crowd it. With a certificate it encrypts; without, it belongs on the loopback interface. A fleet in the field belongs
+on Mosquitto, EMQX or a hosted broker.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
 from fedprune.errors import BrokerError
+from fedprune.trust.tls import unpinned_context
 
 _CONNECT = bytes.fromhex("100e00044d515454040200050002") + b"fp"
 """An MQTT 3.1.1 CONNECT: clean session, keepalive 5 s, client id `fp`."""
@@ -45,17 +48,34 @@ class Traffic:
         return Traffic(_sum(self.received, other.received), _sum(self.delivered, other.delivered))
 
 
+@dataclass(frozen=True)
+class TlsFiles:
+    """What a broker needs to encrypt.
+
+    Attributes:
+        certificate: Its certificate, and those of its authorities (PEM).
+        key: The key of that certificate (PEM).
+        authority: Whose certificates of clients are right; a client needn't have one.
+    """
+
+    certificate: Path
+    key: Path
+    authority: Path
+
+
 class EmbeddedBroker:
     """An MQTT 3.1.1 broker in a process of its own that ends with this one, even when this one is killed.
 
     Args:
         host: Address to listen on.
         port: TCP port; 0 finds a free one.
+        tls: To encrypt.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 1883) -> None:
+    def __init__(self, host: str = "127.0.0.1", port: int = 1883, tls: TlsFiles | None = None) -> None:
         self.host = host
         self.port = port
+        self._tls = tls
         self._any_port = port == 0
         self._process: subprocess.Popen[bytes] | None = None
         self._errors: IO[bytes] | None = None
@@ -68,7 +88,7 @@ class EmbeddedBroker:
     def url(self) -> str:
         """What a link on this machine connects to."""
         host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)  # noqa: S104
-        return f"mqtt://{host}:{self.port}"
+        return f"{'mqtt' if self._tls is None else 'mqtts'}://{host}:{self.port}"
 
     @property
     def pid(self) -> int | None:
@@ -160,6 +180,8 @@ class EmbeddedBroker:
 
     def _spawn(self, timeout: float) -> dict[str, Any]:
         command = [sys.executable, "-W", "ignore", "-m", _CHILD, "--host", self.host, "--port", str(self.port)]
+        if self._tls is not None:
+            command += ["--tls", str(self._tls.certificate), str(self._tls.key), str(self._tls.authority)]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `stop`
         self._buffer = b""
         self._process = subprocess.Popen(
@@ -204,12 +226,15 @@ class EmbeddedBroker:
         return answer
 
     def _wait_for_mqtt(self, timeout: float) -> None:
-        host = self.url.removeprefix("mqtt://").rsplit(":", 1)[0].strip("[]")
+        host = self.url.partition("://")[2].rsplit(":", 1)[0].strip("[]")
         deadline = time.monotonic() + timeout
         reason = "no answer"
         while self.alive and time.monotonic() < deadline:
             try:
-                with socket.create_connection((host, self.port), timeout=2) as connection:
+                with ExitStack() as stack:
+                    connection = stack.enter_context(socket.create_connection((host, self.port), timeout=2))
+                    if self._tls is not None:  # whether it answers is the question here, not who it is
+                        connection = stack.enter_context(unpinned_context().wrap_socket(connection))
                     connection.sendall(_CONNECT)
                     answer = connection.recv(4)
                     connection.sendall(b"\xe0\x00")  # DISCONNECT

@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--tls", nargs=3, metavar=("CERTIFICATE", "KEY", "AUTHORITY"))
     arguments = parser.parse_args()
     _end_with(arguments.parent)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -48,7 +49,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     try:
-        asyncio.run(_serve(arguments.host, arguments.port, replies))
+        asyncio.run(_serve(_listener(arguments), replies))
     except Exception as error:  # noqa: BLE001 - the parent must learn why, whatever it was
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -58,12 +59,20 @@ def main() -> None:
         sys.exit(1)
 
 
-async def _serve(host: str, port: int, replies: IO[str]) -> None:
+def _listener(arguments: argparse.Namespace) -> dict[str, object]:
+    listener: dict[str, object] = {"type": "tcp", "bind": f"{arguments.host}:{arguments.port}"}
+    if arguments.tls is not None:
+        certificate, key, authority = arguments.tls
+        listener |= {"ssl": True, "certfile": certificate, "keyfile": key, "cafile": authority}
+    return listener
+
+
+async def _serve(listener: dict[str, object], replies: IO[str]) -> None:
     from amqtt.broker import Broker
 
     broker = Broker(
         {
-            "listeners": {"default": {"type": "tcp", "bind": f"{host}:{port}"}},
+            "listeners": {"default": listener},
             "plugins": {
                 "amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True},
                 "fedprune_server.broker_traffic.TrafficPlugin": {},

@@ -72,10 +72,18 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--state", type=Path, metavar="DIR", help="what must survive a crash (default: fedprune-state)")
     run.add_argument("--broker", metavar="URL", help="embedded (default), mqtt://host[:port] or mqtts://host[:port]")
     run.add_argument(
-        "--ca", type=Path, metavar="FILE", help="certificate authorities for mqtts:// (default: the system's)"
+        "--ca",
+        type=Path,
+        metavar="FILE",
+        help="who vouches for the broker at mqtts://; `system` for the system's authorities (default: the fleet's own)",
+    )
+    run.add_argument(
+        "--insecure", action="store_true", help="without identity, TLS and signatures: for trials on this machine alone"
     )
     run.add_argument("--host", help="address of the embedded broker (default: 127.0.0.1, this machine only)")
-    run.add_argument("--port", type=int, help="port of the embedded broker (default: 1883; 0 for a free one)")
+    run.add_argument(
+        "--port", type=int, help="port of the embedded broker (default: 8883, or 1883 with --insecure; 0: a free one)"
+    )
     run.add_argument("--site", type=_site, help="devices of this site take part (default: default)")
     run.add_argument("--profiles", type=Path, metavar="DIR", help="hardware profiles beside the shipped ones")
     run.add_argument("--workers", type=whole_number, metavar="N", help="processes that make submodels (default: 1)")
@@ -113,9 +121,8 @@ def _site(text: str) -> str:
 def _run(arguments: argparse.Namespace) -> int:
     from fedprune.profile_store import find as find_profile
     from fedprune.profile_store import names as names_of_profiles
-    from fedprune.wire.link import Link
-    from fedprune_server.broker import EmbeddedBroker
     from fedprune_server.config import ServerConfig, overridden, read_config
+    from fedprune_server.connection import connection
     from fedprune_server.crew import Crew
     from fedprune_server.daemon import Daemon
     from fedprune_server.state_folder import StateFolder, stored_config
@@ -154,23 +161,12 @@ def _run(arguments: argparse.Namespace) -> int:
         for name in names_of_profiles(profiles) if profiles else ():
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
         opened = folder.open_job(config)
-        broker = None
-        url = config.broker
-        if config.embedded:
-            broker = stack.enter_context(EmbeddedBroker(config.host, config.port))
-            url = broker.url
-            log.info("embedded broker listens on %s:%d", config.host, broker.port)
-        if config.open_to_others:
-            log.warning(
-                "the embedded broker asks nobody for a password: whoever reaches %s can pose as a device or as this "
-                "server. See docs/run-a-fleet.md.",
-                config.host,
-            )
         worker: Executes = opened.worker
         if config.workers > 1:
             worker = stack.enter_context(closing(Crew(opened.worker, config.workers)))
-        link = Link(url, f"fedprune-server-{config.site}"[:64], ca=config.ca)
-        stack.callback(link.close)
+        reached = stack.enter_context(connection(config, insecure=arguments.insecure))
+        if reached.broker is not None:
+            log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
         display = make_display()
         daemon = Daemon(
             opened.job,
@@ -179,13 +175,13 @@ def _run(arguments: argparse.Namespace) -> int:
             folder.storage,
             folder.store,
             worker,
-            link,
-            site=config.site,
+            reached.wire,
+            site=reached.site,
             keep=config.kept,
             pulls=config.pulls,
             profiles=profiles,
             max_devices=config.max_devices,
-            broker=broker,
+            broker=reached.broker,
             display=display,
         )
         for note in opened.model.notes:
@@ -201,15 +197,14 @@ def _run(arguments: argparse.Namespace) -> int:
             len(opened.model.architecture.groups),
             opened.state.phase.value,
         )
-        link.subscribe(daemon.subscriptions)
-        link.start()
+        reached.start(daemon.subscriptions)
         with _stopped_by_signals(daemon) as signals:
             daemon.run(
                 until_finished=arguments.until_finished,
                 done=lambda: _say_what_next(config.state, arguments.until_finished),
             )
-        if broker is not None:
-            traffic = broker.traffic()
+        if reached.broker is not None:
+            traffic = reached.broker.traffic()
             log.info(
                 "the broker took in %d and delivered %d payload bytes",
                 sum(traffic.received.values()),

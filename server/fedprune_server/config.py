@@ -12,6 +12,7 @@ from fedprune.errors import ConfigError, FedpruneError, shown
 from fedprune.job import Job
 from fedprune.strategies import compose
 from fedprune.toml_file import read_toml
+from fedprune.trust.tls import SYSTEM
 from fedprune.wire.topics import check_name
 
 EMBEDDED = "embedded"
@@ -39,9 +40,10 @@ class ServerConfig:
         calibration: The same for samples on which batch-norm statistics are measured anew; without labels.
         site: First part of the topics: devices and servers of one site hear each other.
         broker: `embedded`, or the address of a broker such as `mqtt://broker:1883`.
-        ca: A file of certificate authorities for `mqtts://`; the system's where there is none.
+        ca: A file of the authorities that vouch for a broker at `mqtts://`, or `system` for those of the system; the
+            fleet's own authority where there is none.
         host: The address on which the embedded broker listens.
-        port: Its port, 0 for a free one.
+        port: Its port, 0 for a free one, None for the usual one: 8883, or without TLS 1883.
         state: The folder in which everything lies that must survive a crash.
         keep: How many of the latest global models are kept.
         archive: All models, updates and events are kept instead, for `fedprune-server replay`.
@@ -58,7 +60,7 @@ class ServerConfig:
     site: str = "default"
     broker: str = EMBEDDED
     host: str = "127.0.0.1"
-    port: int = 1883
+    port: int | None = None
     state: Path = Path("fedprune-state")
     keep: int = 3
     archive: bool = False
@@ -75,19 +77,20 @@ class ServerConfig:
                 "server: broker", expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...", got=repr(self.broker)
             )
         for name, low, high in (
-            ("port", 0, 65_535),
             ("keep", 1, 10**6),
             ("pulls", 1, 1000),
             ("workers", 1, 1000),
             ("max_devices", 1, 10**6),
         ):
             setting_checks.whole(f"server: {name}", getattr(self, name), low, high)
+        if self.port is not None:
+            setting_checks.whole("server: port", self.port, 0, 65_535)
         for name in _SERVER_SWITCHES:
             setting_checks.truth(f"server: {name}", getattr(self, name))
         if self.profiles is not None and not self.profiles.is_dir():
             raise ConfigError("server: profiles", expected="a folder that exists", got=str(self.profiles))
-        if self.ca is not None and not self.ca.is_file():
-            raise ConfigError("server: ca", expected="a file that exists", got=str(self.ca))
+        if self.ca not in (None, SYSTEM) and not Path(self.ca or "").is_file():
+            raise ConfigError("server: ca", expected=f"a file that exists, or {str(SYSTEM)!r}", got=str(self.ca))
         if self.ca is not None and not self.broker.startswith("mqtts://"):
             raise ConfigError("server: ca", expected="a broker at mqtts://", got=repr(self.broker))
         if not self.host:
@@ -110,12 +113,7 @@ class ServerConfig:
     def server_settings(self) -> dict[str, Any]:
         """What the table [server] says, as JSON, with paths that hold in every folder; all but the state folder."""
         values = {k: getattr(self, k) for k in _SERVER if k != "state"}
-        return {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
-
-    @property
-    def open_to_others(self) -> bool:
-        """Whether other machines reach the embedded broker, which asks nobody for a password."""
-        return self.embedded and self.host not in LOCAL
+        return {k: str(v if v == SYSTEM else v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
 
 
 def read_config(path: Path) -> ServerConfig:
@@ -162,7 +160,7 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
             values[key] = _text(server[key], f"{where}: [server] {key}")
     for key in ("state", "profiles", "ca"):
         if key in values:
-            values[key] = folder / values[key]
+            values[key] = SYSTEM if (key, values[key]) == ("ca", str(SYSTEM)) else folder / values[key]
     values.update({key: server[key] for key in (*_SERVER_NUMBERS, *_SERVER_SWITCHES) if key in server})
     return _located(lambda: ServerConfig(job=Job.from_dict(body.get("job", {})), **values), where)
 

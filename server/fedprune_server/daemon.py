@@ -220,7 +220,7 @@ class Daemon:
             self._storage.put_outsiders(self._roster.outsiders)
         elif isinstance(item, ConnectionUp):
             log.info("connected to the broker")
-            self._post.broadcast(Hello())
+            self._post.broadcast(Hello(int(self._clock())))
             # While we were away nobody told us who died.
             self._unheard = {n: d.session for n, d in self.state.devices.items() if d.online}
             self._heard_by = self._monotonic() + _ANSWER_S

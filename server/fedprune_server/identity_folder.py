@@ -4,6 +4,7 @@
     signing.key     what the server signs its messages with
     epoch           its latest epoch
     server.key, server.pem    what it connects to the broker with
+    broker.key, broker.pem    of the embedded broker, if there is one
     identity.db     claims, devices and answers (`fedprune_server.identity_store`)
     site            the site's name; written last, so that a folder with it is whole
 
@@ -13,14 +14,24 @@ Whoever has this folder is the server: back it up, and keep it to yourself.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+
+from cryptography import x509
 
 from fedprune.disk import write_whole
 from fedprune.errors import IdentityError, ProtocolError, StorageError, remedy
 from fedprune.trust.authority import CERTIFICATE, SERVER, Authority
-from fedprune.trust.certificates import make_request, make_tls_key, save_tls_key
+from fedprune.trust.certificates import (
+    key_digest,
+    load_certificate,
+    load_tls_key,
+    make_request,
+    make_tls_key,
+    save_tls_key,
+    seconds_of,
+)
 from fedprune.trust.claim import Claim
 from fedprune.trust.epoch import EpochFile
 from fedprune.trust.keys import SigningKey
@@ -32,6 +43,8 @@ FOLDER = "identity"
 _SIGNING, _EPOCH, _KEY, _CERTIFICATE, _STORE, _SITE = (
     "signing.key", "epoch", "server.key", "server.pem", "identity.db", "site",
 )  # fmt: skip
+_LASTS_S = 365 * 24 * 3600
+_BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
 
 
 class IdentityFolder:
@@ -130,11 +143,49 @@ class IdentityFolder:
         """
         return self.store.revoke(check_device(device), self.authority.now()), self.authority.revoke_device(device)
 
-    def context(self) -> PinnedContext:
+    def broker(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
+        """What an embedded broker encrypts with.
+
+        Args:
+            hosts: The names and addresses by which boards reach it.
+
+        Returns:
+            Paths of its certificate, that one's key, and the authority's certificate. The certificate is issued anew
+            where the hosts have changed.
+
+        Raises:
+            IdentityError: A host is neither name nor address.
+            StorageError: The disk fails or is full.
+        """
+        certificate, private, wanted = self.path / _BROKER_CERTIFICATE, self.path / _BROKER_KEY, sorted(set(hosts))
+        if not _serves(certificate, private, wanted, self.authority.now()):
+            key = make_tls_key()
+            issued = self.authority.issue_broker(wanted, make_request(key, "broker"))
+            save_tls_key(key, private)
+            write_whole(certificate, issued.encode())
+        return certificate, private, self.path / CERTIFICATE
+
+    def context(self, authority: Path | None = None) -> PinnedContext:
         """TLS for the server's own connection to the broker.
+
+        Args:
+            authority: Who vouches for the broker; this server by default.
 
         Raises:
             IdentityError: A file is damaged.
         """
-        authority, certificate, key = (self.path / name for name in (CERTIFICATE, _CERTIFICATE, _KEY))
-        return pinned_context(authority, certificate, key, self.authority.now)
+        certificate, key = (self.path / name for name in (_CERTIFICATE, _KEY))
+        return pinned_context(authority or self.path / CERTIFICATE, certificate, key, self.authority.now)
+
+
+def _serves(certificate: Path, key: Path, hosts: list[str], now: int) -> bool:
+    """Whether a broker's certificate is for these hosts and this key, and lasts a while."""
+    try:
+        found = load_certificate(certificate, "the broker's certificate")
+        if key_digest(found.public_key()) != key_digest(load_tls_key(key).public_key()):
+            return False
+        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (IdentityError, x509.ExtensionNotFound):
+        return False
+    held = {str(n.value) for n in names}
+    return held == set(hosts) and seconds_of(found.not_valid_after_utc) > now + _LASTS_S

@@ -49,6 +49,8 @@ CREATE TABLE IF NOT EXISTS devices (
     PRIMARY KEY (device, key));
 CREATE TABLE IF NOT EXISTS answers (
     number INTEGER PRIMARY KEY AUTOINCREMENT, request TEXT UNIQUE NOT NULL, device TEXT NOT NULL, answer BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS heard (
+    key TEXT NOT NULL, stream TEXT NOT NULL, epoch INTEGER NOT NULL, PRIMARY KEY (key, stream));
 """
 
 
@@ -191,7 +193,28 @@ class IdentityStore:
 
     def key_of(self, device: str) -> str | None:
         """The verifying key of a device that is let in."""
-        return next((d.key for d in self.devices() if (d.device, d.status) == (device, APPROVED)), None)
+        return self.members().get(device)
+
+    def members(self) -> dict[str, str]:
+        """The verifying keys of all devices that are let in, by name."""
+        return {d.device: d.key for d in self.devices() if d.status == APPROVED}
+
+    def version(self) -> int:
+        """A number that is another one after another connection has changed anything."""
+        with self._translated():
+            return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+
+    def heard(self, key: str) -> dict[str, int]:
+        """The latest epoch of a sender by stream (`fedprune.trust.correspondence`), as `hear` wrote it."""
+        with self._transaction() as connection:
+            return dict(connection.execute("SELECT stream, epoch FROM heard WHERE key = ?", (key,)))
+
+    def hear(self, key: str, stream: str, epoch: int) -> None:
+        """Note that an epoch of a sender has begun; it is on the disk when this returns."""
+        with self._transaction() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO heard (key, stream, epoch) VALUES (?, ?, ?)", (key, stream, epoch)
+            )
 
     def answer(self, request: str) -> bytes | None:
         """The answer that a request got, by the request's digest."""

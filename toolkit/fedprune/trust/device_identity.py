@@ -10,6 +10,7 @@
     server.pub        the server's verifying key, as hex
     admitted          the server's time when that was issued
     time              its time floor
+    heard             the latest epochs of its server, by stream
 
 What is replaced is written in an order in which a power cut leaves either the old certificate with its key or the new
 one with its own.
@@ -17,23 +18,26 @@ one with its own.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from fedprune.disk import storage_errors, sync_folder, write_whole
-from fedprune.errors import IdentityError, JoinError, ProtocolError
+from fedprune.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
 from fedprune.trust.certificates import (
     key_digest,
     load_certificate,
     load_tls_key,
     make_request,
     make_tls_key,
+    pin_of,
     request_key,
     save_tls_key,
     seconds_of,
 )
 from fedprune.trust.claim import Claim
+from fedprune.trust.envelope import MAX_NUMBER
 from fedprune.trust.epoch import EpochFile
 from fedprune.trust.joining import Admission, check_answer
 from fedprune.trust.joining import make_request as make_join_request
@@ -45,7 +49,7 @@ from fedprune.wire.messages import parse
 
 _SIGNING, _EPOCH, _REQUEST, _NEW_KEY = "signing.key", "epoch", "request.json", "tls.key.new"
 _KEY, _CERTIFICATE, _AUTHORITY, _SERVER = "tls.key", "device.pem", "authority.pem", "server.pub"
-_ADMITTED, _TIME = "admitted", "time"
+_ADMITTED, _TIME, _HEARD = "admitted", "time", "heard"
 
 RENEW_AT = 2 / 3
 """Share of a certificate's time after which a new one is asked for."""
@@ -143,6 +147,9 @@ class DeviceIdentity:
         if admission is None:
             return None
         write_whole(self._folder / _AUTHORITY, admission.authority.encode())
+        if self.joined and self.server.hex != admission.server.hex:
+            with storage_errors(f"can't write {self._folder}"):
+                (self._folder / _HEARD).unlink(missing_ok=True)  # another sender's
         write_whole(self._folder / _SERVER, admission.server.hex.encode())
         write_whole(self._folder / _ADMITTED, str(admission.time).encode())
         write_whole(self._folder / _CERTIFICATE, admission.certificate.encode())
@@ -162,6 +169,45 @@ class DeviceIdentity:
             self._time = TrustedTime(self._folder / _TIME, seconds_of(authority.not_valid_after_utc))
         return self._time
 
+    @property
+    def pin(self) -> bytes:
+        """Of the authority that it knows, to renew.
+
+        Raises:
+            IdentityError: It knows none yet.
+        """
+        return pin_of(load_certificate(self._folder / _AUTHORITY, "the authority's certificate"))
+
+    def heard(self) -> dict[str, int]:
+        """The latest epoch of its server by stream (`fedprune.trust.correspondence`), as `hear` wrote it.
+
+        Raises:
+            StorageError: It can't be read or is damaged.
+        """
+        path = self._folder / _HEARD
+        try:
+            body = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+        except (ValueError, RecursionError):
+            body = None
+        if not isinstance(body, dict) or not all(type(n) is int and 0 <= n <= MAX_NUMBER for n in body.values()):
+            raise StorageError(
+                f"{path} is damaged",
+                hint="Without it somebody could repeat what the server said before. To accept that, delete it.",
+            )
+        return body
+
+    def hear(self, stream: str, epoch: int) -> None:
+        """Write down that an epoch of the server's has begun.
+
+        Raises:
+            StorageError: The disk fails or is full; the epoch hasn't begun.
+        """
+        write_whole(self._folder / _HEARD, json.dumps(self.heard() | {stream: epoch}, sort_keys=True).encode())
+
     def renewal_due(self) -> bool:
         """Whether it is time to ask for a new certificate, as far as the time floor knows."""
         certificate = load_certificate(self._folder / _CERTIFICATE, "the device's certificate")
@@ -171,14 +217,17 @@ class DeviceIdentity:
             return True
         return self.times.floor >= begun + RENEW_AT * (seconds_of(certificate.not_valid_after_utc) - begun)
 
-    def context(self) -> PinnedContext:
+    def context(self, authority: Path | None = None) -> PinnedContext:
         """TLS for its connections.
+
+        Args:
+            authority: Who vouches for the broker; the fleet's authority by default.
 
         Raises:
             IdentityError: It hasn't joined, or a file is damaged.
         """
-        authority, certificate, key = (self._folder / name for name in (_AUTHORITY, _CERTIFICATE, _KEY))
-        return pinned_context(authority, certificate, key, lambda: self.times.floor)
+        certificate, key = (self._folder / name for name in (_CERTIFICATE, _KEY))
+        return pinned_context(authority or self._folder / _AUTHORITY, certificate, key, lambda: self.times.floor)
 
     def _pending(self) -> JoinRequest | None:
         try:

@@ -14,12 +14,16 @@ from fedprune.trust.envelope import MAX_NUMBER
 _LAST_TIME = 2**53
 """Milliseconds that no right clock shows; a wrong one must not use up the numbers."""
 
+_BLOCK = 256
+"""Epochs that are written down at once: a fleet that connects doesn't make its server wait for the disk each time."""
+
 
 class EpochFile:
-    """Where a sender keeps its latest epoch, beside the key that it signs with.
+    """Where a sender keeps its epochs, beside the key that it signs with.
 
-    An epoch is the time in milliseconds where that is larger than the last one, so that a sender whose disk was set
-    back to an old copy is heard again; a clock that says 1970 does no harm.
+    They are written down in blocks, before the first of a block is used; after a restart those that are left of a block
+    are passed over. A block begins at the time in milliseconds where that is larger than the last one's end, so that a
+    sender whose disk was set back to an old copy is heard again; a clock that says 1970 does no harm.
 
     Args:
         path: The file.
@@ -32,7 +36,7 @@ class EpochFile:
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._path = path
         self._clock = clock
-        self._latest = _read(path)
+        self._written = self._latest = _read(path)
 
     def next(self) -> int:
         """A new epoch.
@@ -41,10 +45,13 @@ class EpochFile:
             StorageFullError: No room; no epoch is used up.
             StorageError: The disk fails.
         """
-        epoch = max(self._latest + 1, int(min(1000 * self._clock(), _LAST_TIME)))
-        write_whole(self._path, json.dumps({"v": 1, "epoch": epoch}).encode())
-        self._latest = epoch
-        return epoch
+        if self._latest == self._written:
+            begin = max(self._written + 1, int(min(1000 * self._clock(), _LAST_TIME)))
+            end = begin + _BLOCK - 1
+            write_whole(self._path, json.dumps({"v": 1, "epoch": end}).encode())
+            self._latest, self._written = begin - 1, end
+        self._latest += 1
+        return self._latest
 
 
 def _read(path: Path) -> int:

@@ -39,13 +39,17 @@ class _CheckedSocket(ssl.SSLSocket):
                 raise
 
 
+SYSTEM = Path("system")
+"""In the place of an authority: all that the system trusts, for brokers that others run."""
+
+
 def pinned_context(
     authority: Path, certificate: Path | None, key: Path | None, floor: Callable[[], int]
 ) -> PinnedContext:
     """What a client needs for TLS with its fleet's broker; fits `paho.mqtt.client.Client.tls_set_context`.
 
     Args:
-        authority: The authority's certificate; no other counts, the system's neither.
+        authority: The authority's certificate; no other counts, the system's neither unless this is `SYSTEM`.
         certificate: The client's own; None where it has none yet, to join.
         key: The key of that certificate.
         floor: Gives the time floor, in seconds since 1970.
@@ -59,7 +63,10 @@ def pinned_context(
     context.sslsocket_class = _CheckedSocket
     context.floor = floor
     try:
-        context.load_verify_locations(cafile=str(authority))
+        if authority == SYSTEM:
+            context.load_default_certs()
+        else:
+            context.load_verify_locations(cafile=str(authority))
     except OSError as error:
         raise IdentityError(f"can't use the authority's certificate {authority} ({error})") from error
     if certificate is not None:

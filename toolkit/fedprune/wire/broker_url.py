@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from fedprune.errors import ConfigError
+from fedprune.errors import ConfigError, FedpruneError
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class BrokerUrl:
         return f"BrokerUrl({self})"
 
 
-def tls_context(ca: Path | None) -> ssl.SSLContext:
+def tls_context(ca: Path | None = None) -> ssl.SSLContext:
     """What a client needs for TLS.
 
     Args:
@@ -78,8 +78,10 @@ def tls_context(ca: Path | None) -> ssl.SSLContext:
         raise ConfigError(f"can't use the CA file {ca}: {error}") from error
 
 
-def failure(error: OSError) -> str:
+def failure(error: OSError | FedpruneError) -> str:
     """Why a broker can't be reached, in words."""
+    if isinstance(error, FedpruneError):
+        return str(error)
     if isinstance(error, socket.gaierror):
         return f"the host name is unknown ({error.strerror})"
     if isinstance(error, ssl.SSLError):

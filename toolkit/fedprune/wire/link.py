@@ -13,19 +13,19 @@ import logging
 import queue
 import random
 import socket
+import ssl
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
-from fedprune.errors import BrokerError
+from fedprune.errors import BrokerError, FedpruneError
 from fedprune.wire.broker_url import BrokerUrl, failure, tls_context
 
 log = logging.getLogger(__name__)
@@ -70,10 +70,11 @@ class Link:
         will: Topic and payload that the broker publishes (QoS 1, not retained) when the connection is lost; or a
             function that is called for them before every connection, so that each can have a number of its own.
         keepalive: Seconds of silence after which a ping is sent; a dead connection is noticed after about two of them.
-        ca: Certificate authorities for TLS; the system's by default.
+        tls: Gives what mqtts:// uses, before every connection, so that a certificate may be renewed meanwhile; by
+            default the system's authorities count.
 
     Raises:
-        ConfigError: The URL is not one, or the CA file can't be used.
+        ConfigError: The URL is not one.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Link:
         *,
         will: Will | Callable[[], Will] | None = None,
         keepalive: int = 30,
-        ca: Path | None = None,
+        tls: Callable[[], ssl.SSLContext] = tls_context,
     ) -> None:
         self.url = BrokerUrl.parse(url)
         self.client_id = client_id
@@ -91,7 +92,7 @@ class Link:
         """Messages that didn't fit into the inbox."""
         self._will = will
         self._keepalive = keepalive
-        self._tls = tls_context(ca) if self.url.tls else None
+        self._tls = tls
         self._topics: list[str] = []
         # No SimpleQueue: one waits for ever when a signal's handler takes longer than what is left of its timeout.
         self._inbox: queue.Queue[tuple[str, bytes] | Event] = queue.Queue()
@@ -141,6 +142,11 @@ class Link:
     def connected(self) -> bool:
         """Whether the connection is up, with all subscriptions in force."""
         return self._up
+
+    @property
+    def trouble(self) -> str:
+        """Why the connection isn't up, as far as is known; empty while it is."""
+        return "" if self._up else self._failure
 
     def subscribe(self, topics: Iterable[str], timeout: float = 10.0) -> None:
         """Listen to these topics, now and after every reconnection.
@@ -196,24 +202,13 @@ class Link:
         return self._unsent_bytes
 
     def flush(self, timeout: float) -> bool:
-        """Wait until everything published is sent and, at QoS 1, acknowledged by the broker.
-
-        Returns:
-            Whether that happened in time.
-        """
+        """Wait until everything published is sent and, at QoS 1, acknowledged by the broker; whether it was in time."""
         with self._state:
             self._state.wait_for(lambda: not self._unsent or not self._up, timeout)
             return not self._unsent
 
     def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | None:
-        """The next message or event.
-
-        Args:
-            timeout: Seconds to wait for one; None waits forever.
-
-        Returns:
-            (topic, payload), an event, or None if nothing came in time.
-        """
+        """The next message (topic, payload) or event; None if nothing came within `timeout` seconds (None: no end)."""
         try:
             item = self._inbox.get(timeout=timeout) if timeout != 0 else self._inbox.get_nowait()
         except queue.Empty:
@@ -246,7 +241,7 @@ class Link:
             began = time.monotonic()
             try:
                 reason = self._connection()
-            except OSError as error:
+            except (OSError, FedpruneError) as error:
                 reason = failure(error)
             except Exception as error:
                 log.warning("connection to %s failed unexpectedly", self.url, exc_info=True)
@@ -296,8 +291,8 @@ class Link:
         )
         client.max_queued_messages_set(OUTBOX_MESSAGES)
         client.username_pw_set(self.url.user, self.url.password)
-        if self._tls is not None:
-            client.tls_set_context(self._tls)
+        if self.url.tls:
+            client.tls_set_context(self._tls())
         will = self._will() if callable(self._will) else self._will
         if will is not None:
             client.will_set(will[0], will[1], qos=1, retain=False)

@@ -183,10 +183,17 @@ class Update(CheckedMessage):
 
 @dataclass(frozen=True)
 class Hello(CheckedMessage):
-    """The server is up: devices answer with a birth and repeat an update that is not yet accepted."""
+    """The server is up: devices answer with a birth and repeat an update that is not yet accepted.
+
+    Attributes:
+        time: The server's, in seconds since 1970, by which boards with a wrong clock know which certificates are over.
+    """
+
+    time: int | None = None
 
     kind: ClassVar[str] = "hello"
-    checks: ClassVar[Mapping[str, Check]] = {}
+    checks: ClassVar[Mapping[str, Check]] = {"time": check.optional(_COUNT)}
+    newer: ClassVar[frozenset[str]] = frozenset({"time"})
 
 
 @dataclass(frozen=True)
@@ -351,9 +358,6 @@ _TYPES: dict[str, type[Any]] = {c.kind: c for c in get_args(Message)}
 
 def parse(raw: bytes) -> Message:
     """Read and check a message.
-
-    Args:
-        raw: What came over the wire.
 
     Raises:
         ProtocolError: Too long, not JSON, of an unknown version or type, or a field is missing or wrong; the error

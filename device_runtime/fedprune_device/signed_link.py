@@ -1,0 +1,113 @@
+"""A board's connection on which both sides sign what they say: the agent speaks and hears plain messages through it.
+
+Chunks of blobs pass as they are: blobs are named by their digests, and those stand in signed messages.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from fedprune.errors import FedpruneError, ProtocolError, StaleEpochError, StorageError
+from fedprune.trust.correspondence import Opener, Sealer
+from fedprune.trust.device_identity import DeviceIdentity
+from fedprune.wire.fields import one_line
+from fedprune.wire.link import ConnectionDown, ConnectionUp
+from fedprune.wire.messages import Birth, Hello, Message, parse
+from fedprune.wire.topics import Topics
+from fedprune_device.outbox import Wire
+
+_LOG = logging.getLogger("fedprune.device")
+
+_AGAIN_S = 10.0
+"""At most so often a server is told anew that this board has restarted."""
+
+_COMPLAINTS = 20
+"""Bad messages that are logged one by one; later ones are dropped silently."""
+
+
+class SignedLink:
+    """What a board says, signed by it; what it hears, only if its server said it, and once.
+
+    Args:
+        link: The connection.
+        identity: The board's; it has joined.
+        clock: Seconds that only grow.
+
+    Raises:
+        IdentityError: It hasn't joined.
+        StorageError: What it has heard can't be read.
+    """
+
+    def __init__(self, link: Wire, identity: DeviceIdentity, clock: Callable[[], float] = time.monotonic) -> None:
+        self._link = link
+        self._identity = identity
+        self._topics = Topics(identity.site)
+        self._sealer = Sealer(identity.key, identity.epochs)
+        self._opener = Opener(identity.server, identity.heard(), identity.hear)
+        self._clock = clock
+        self._birth: tuple[str, bytes] | None = None
+        self._again_at = 0.0
+        self._complaints = 0
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        """Send without waiting; False if that isn't possible now.
+
+        Raises:
+            StorageError: A new epoch can't be written down; nothing was sent.
+        """
+        if self._topics.parse(topic).channel != "up":
+            return self._link.publish(topic, payload, qos)
+        if topic == self._topics.up(self._identity.device) and isinstance(parse(payload), Birth):
+            # The server may have restarted: only an epoch that is new to it is sure to count.
+            self._sealer.renew(topic)
+            self._birth = topic, payload
+        return self._link.publish(topic, self._sealer.seal(topic, payload), qos)
+
+    def sealed(self, will: tuple[str, bytes]) -> tuple[str, bytes]:
+        """A will as the broker may be given it."""
+        return will[0], self._sealer.seal(*will)
+
+    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
+        """The next message or event; None, too, if what came doesn't count."""
+        item = self._link.get(timeout)
+        if not isinstance(item, tuple):
+            return item
+        topic, payload = item
+        try:
+            if self._topics.parse(topic).channel != "down":
+                return item
+            body = self._opener.open(topic, payload)
+            self._note(parse(body))
+            return topic, body
+        except StaleEpochError as error:
+            self._say_again()
+            self._complain(topic, error)
+        except (ProtocolError, StorageError) as error:
+            self._complain(topic, error)
+        return None
+
+    def _note(self, message: Message) -> None:
+        if isinstance(message, Hello) and message.time is not None:
+            try:
+                self._identity.times.learn(message.time)
+            except StorageError as error:  # it counts until the next restart, and is said again
+                _LOG.warning("%s", error)
+
+    def _say_again(self) -> None:
+        """The server doesn't know that this board has restarted, or somebody repeats what it said before."""
+        if self._birth is None or self._clock() < self._again_at:
+            return
+        self._again_at = self._clock() + _AGAIN_S
+        try:
+            self.publish(*self._birth)
+        except StorageError as error:
+            _LOG.warning("%s", error)
+
+    def _complain(self, topic: str, error: FedpruneError) -> None:
+        self._complaints += 1
+        if self._complaints <= _COMPLAINTS:
+            _LOG.warning("ignored a message on %s: %s", one_line(topic, 200), one_line(str(error)))
+        if self._complaints == _COMPLAINTS:
+            _LOG.warning("further bad messages are ignored silently")

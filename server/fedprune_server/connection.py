@@ -1,0 +1,144 @@
+"""How a server reaches its fleet: with an identity over TLS and signed, or, for trials on one machine, as it is."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+
+from fedprune.errors import ConfigError, IdentityError
+from fedprune.trust.tls import insecure_allowed
+from fedprune.wire.broker_url import BrokerUrl
+from fedprune.wire.link import Link
+from fedprune.wire.topics import Topics
+from fedprune_server.broker import EmbeddedBroker, TlsFiles
+from fedprune_server.config import LOCAL, ServerConfig
+from fedprune_server.identity_folder import FOLDER, IdentityFolder
+from fedprune_server.post import Wire
+from fedprune_server.signed_link import SignedLink
+
+log = logging.getLogger("fedprune.server")
+
+_PLAIN_PORT, _TLS_PORT = 1883, 8883
+"""Where brokers listen (IANA)."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A server's connection, not up yet.
+
+    Attributes:
+        wire: What the daemon speaks and hears through.
+        link: The connection to the broker below it.
+        broker: The embedded broker, if there is one.
+        site: The fleet's.
+    """
+
+    wire: Wire
+    link: Link
+    broker: EmbeddedBroker | None
+    site: str
+
+    def start(self, subscriptions: Iterable[str]) -> None:
+        """Connect, and stay connected.
+
+        Args:
+            subscriptions: What the daemon listens to.
+
+        Raises:
+            BrokerError: The broker isn't there or refuses.
+        """
+        self.link.subscribe(subscriptions)
+        if isinstance(self.wire, SignedLink):
+            self.link.subscribe([Topics(self.site).join_subscription()])
+        self.link.start()
+
+
+@contextmanager
+def connection(config: ServerConfig, *, insecure: bool) -> Iterator[Connection]:
+    """A connection as a configuration wants it, closed at the end, with its embedded broker.
+
+    Args:
+        config: The configuration.
+        insecure: Do without an identity, on this machine alone.
+
+    Raises:
+        ConfigError: It would leave this machine without TLS, or site or authorities don't fit.
+        IdentityError: There is no identity, or it is damaged.
+        BrokerError: The embedded broker doesn't start.
+    """
+    with ExitStack() as stack:
+        identity = None if insecure else stack.enter_context(identity_of(config))
+        site = config.site if identity is None else identity.site
+        broker, url = None, config.broker
+        if config.embedded:
+            broker = stack.enter_context(_embedded(config, identity))
+            url = broker.url
+        elif not BrokerUrl.parse(url).tls:
+            insecure_allowed(BrokerUrl.parse(url).host)
+        if identity is None:
+            link = Link(url, f"fedprune-server-{config.site}"[:64])
+        else:
+            link = Link(url, f"fedprune-{secrets.token_hex(12)}", tls=lambda: identity.context(config.ca))
+        stack.callback(link.close)
+        wire: Wire = link if identity is None else SignedLink(link, identity)
+        yield Connection(wire, link, broker, site)
+
+
+def identity_of(config: ServerConfig) -> IdentityFolder:
+    """The server's identity.
+
+    Raises:
+        IdentityError: There is none, it is damaged, or another site's.
+    """
+    if not (config.state / FOLDER).is_dir():
+        raise IdentityError(
+            f"{config.state} has no identity, by which boards know their server",
+            hint=f"Make one: fedprune-server init --state {config.state} --site {config.site}. "
+            "For a trial on this machine alone: --insecure.",
+        )
+    identity = IdentityFolder(config.state)
+    if config.site not in (identity.site, ServerConfig.site):
+        identity.close()
+        raise ConfigError("site", expected=f"{identity.site}, as the identity in {config.state} says", got=config.site)
+    return identity
+
+
+def _embedded(config: ServerConfig, identity: IdentityFolder | None) -> EmbeddedBroker:
+    if identity is None:
+        insecure_allowed(config.host)
+        return EmbeddedBroker(config.host, _PLAIN_PORT if config.port is None else config.port)
+    hosts = _names(config.host)
+    if config.host not in LOCAL:
+        log.warning(
+            "the embedded broker encrypts, but whoever reaches %s may connect: it can't change what is said, but read "
+            "models, and crowd the broker. See docs/run-a-fleet.md.",
+            config.host,
+        )
+        log.info("boards reach it as one of: %s", ", ".join(hosts))
+    port = _TLS_PORT if config.port is None else config.port
+    return EmbeddedBroker(config.host, port, TlsFiles(*identity.broker(hosts)))
+
+
+def _names(host: str) -> list[str]:
+    """What the embedded broker's certificate is for: where it listens, and this machine's names if that is anywhere."""
+    names = {"127.0.0.1", "localhost"}
+    if host in ("0.0.0.0", "::", ""):  # noqa: S104
+        name = socket.gethostname()
+        names |= {name, f"{name.partition('.')[0]}.local", *_addresses(name)}
+    else:
+        names.add(host)
+    return sorted(n for n in names if n)
+
+
+def _addresses(name: str) -> set[str]:
+    found = set()
+    with suppress(OSError):
+        found |= set(socket.gethostbyname_ex(name)[2])
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing: it chooses the address towards other networks
+        found.add(probe.getsockname()[0])
+    return found
