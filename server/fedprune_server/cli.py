@@ -122,7 +122,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune.profile_store import find as find_profile
     from fedprune.profile_store import names as names_of_profiles
     from fedprune_server.config import ServerConfig, overridden, read_config
-    from fedprune_server.connection import connection
+    from fedprune_server.connection import connection, identity_of
     from fedprune_server.crew import Crew
     from fedprune_server.daemon import Daemon
     from fedprune_server.state_folder import StateFolder, stored_config
@@ -156,6 +156,7 @@ def _run(arguments: argparse.Namespace) -> int:
     config = overridden(config, job, server)
     with ExitStack() as stack:
         stack.enter_context(_logged_to_stdout(arguments.verbose))
+        identity = None if arguments.insecure else stack.enter_context(identity_of(config))
         folder = stack.enter_context(StateFolder(config.state))
         profiles = () if config.profiles is None else (config.profiles,)
         for name in names_of_profiles(profiles) if profiles else ():
@@ -164,7 +165,7 @@ def _run(arguments: argparse.Namespace) -> int:
         worker: Executes = opened.worker
         if config.workers > 1:
             worker = stack.enter_context(closing(Crew(opened.worker, config.workers)))
-        reached = stack.enter_context(connection(config, insecure=arguments.insecure))
+        reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
             log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
         display = make_display()

@@ -58,20 +58,18 @@ class Connection:
 
 
 @contextmanager
-def connection(config: ServerConfig, *, insecure: bool) -> Iterator[Connection]:
+def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterator[Connection]:
     """A connection as a configuration wants it, closed at the end, with its embedded broker.
 
     Args:
         config: The configuration.
-        insecure: Do without an identity, on this machine alone.
+        identity: The server's, which stays open; None to do without, on this machine alone.
 
     Raises:
-        ConfigError: It would leave this machine without TLS, or site or authorities don't fit.
-        IdentityError: There is no identity, or it is damaged.
+        ConfigError: It would leave this machine without TLS, or the authorities don't fit.
         BrokerError: The embedded broker doesn't start.
     """
     with ExitStack() as stack:
-        identity = None if insecure else stack.enter_context(identity_of(config))
         site = config.site if identity is None else identity.site
         broker, url = None, config.broker
         if config.embedded:
