@@ -50,7 +50,16 @@ class Field:
         self.processes: list[subprocess.Popen[str]] = []
 
     def start(self, *python: str) -> subprocess.Popen[str]:
-        command = [sys.executable, *python, "-m", "fedprune_device.cli", "run", "--no-probe", "--until-finished"]
+        command = [
+            sys.executable,
+            *python,
+            "-m",
+            "fedprune_device.cli",
+            "run",
+            "--no-probe",
+            "--until-finished",
+            "--insecure",
+        ]
         command += ["--broker", self.url, "--site", "site", "--device", "d", "--threads", "1"]
         command += ["--data", str(self.root / "data.npz"), "--state", str(self.root / "state")]
         with (self.root / "log").open("a") as log:

@@ -108,12 +108,12 @@ class Site:
             return [find_mosquitto(), "-c", str(self.folder / "mosquitto.conf")]
         if name == "server":
             where = ["--broker", url] if self.mosquitto else ["--port", str(self.port)]
-            run = ["run", "--config", str(self.folder / "fleet.toml"), "--state", str(self.state)]
+            run = ["run", "--insecure", "--config", str(self.folder / "fleet.toml"), "--state", str(self.state)]
             return [sys.executable, "-m", "fedprune_server.cli", *run, *where, "--until-finished"]
         return [
-            *(sys.executable, "-m", "fedprune_device.cli", "run", "--broker", url, "--device", name, "--no-probe"),
+            *(sys.executable, "-m", "fedprune_device.cli", "run", "--insecure", "--broker", url, "--device", name),
             *("--data", str(self.material / f"{name}.npz"), "--state", str(self.folder / name), "--threads", "1"),
-            *("--profile", "raspberry-pi-4b", "--until-finished", "--patient"),
+            *("--no-probe", "--profile", "raspberry-pi-4b", "--until-finished", "--patient"),
         ]
 
     def start_all(self) -> None:

@@ -19,8 +19,8 @@ from fedprune.disk import storage_errors
 from fedprune.errors import BrokerError, ConfigError, ExitCode, IdentityError, ProtocolError
 from fedprune.trust.claim import Claim
 from fedprune.trust.device_identity import DeviceIdentity
-from fedprune.trust.tls import insecure_allowed
-from fedprune.wire.broker_url import BrokerUrl
+from fedprune.trust.tls import SYSTEM, insecure_allowed
+from fedprune.wire.broker_url import BrokerUrl, tls_context
 from fedprune.wire.link import Link, Will
 from fedprune.wire.topics import EVERYONE, Topics, check_device, check_name
 from fedprune_device.enrolment import Renewal, enrol, join_urls, read_claim
@@ -163,15 +163,18 @@ def checked_urls(arguments: argparse.Namespace, *, insecure: bool = False) -> tu
         insecure: Do without an identity.
 
     Raises:
-        ConfigError: No broker is named, or one that is not on this machine is to be used without TLS.
+        ConfigError: No broker is named, or one that is not on this machine is to be used without TLS or identity;
+            or the file of authorities can't be used.
     """
     if not arguments.broker:
         raise ConfigError("no broker is given", hint=f"Use --broker mqtts://host or set {BROKER}.")
     url = BrokerUrl.parse(arguments.broker)
-    if not url.tls:
+    if insecure or not url.tls:
         insecure_allowed(url.host)
     if arguments.ca is not None and (insecure or not url.tls):
-        raise ConfigError("--ca", expected="a broker at mqtts://", got=str(url))
+        raise ConfigError("--ca", expected="a broker at mqtts://, and an identity", got=str(url))
+    if arguments.ca not in (None, SYSTEM):
+        tls_context(arguments.ca)
     urls = [arguments.join] if arguments.join else join_urls(arguments.broker)
     for other in map(BrokerUrl.parse, urls):
         if not other.tls:

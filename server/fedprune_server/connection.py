@@ -75,7 +75,7 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
         if config.embedded:
             broker = stack.enter_context(_embedded(config, identity))
             url = broker.url
-        elif not BrokerUrl.parse(url).tls:
+        elif identity is None or not BrokerUrl.parse(url).tls:
             insecure_allowed(BrokerUrl.parse(url).host)
         if identity is None:
             link = Link(url, f"fedprune-server-{config.site}"[:64])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_a_probe_is_printed_as_json(capsys: Capture) -> None:
     assert ProbeReport.from_dict(json.loads(capsys.readouterr().out)).cores >= 1
 
 
-def run(tmp_path: Path, **changes: str) -> int:
+def run(tmp_path: Path, *, insecure: Sequence[str] = ("--insecure",), **changes: str) -> int:
     np.savez(tmp_path / "d.npz", x=np.zeros((5, 6), np.float32), y=np.zeros(5, int))
     values = {
         "--broker": "mqtt://127.0.0.1:9",
@@ -183,7 +184,7 @@ def run(tmp_path: Path, **changes: str) -> int:
         "--state": str(tmp_path / "state"),
         **{f"--{k}": v for k, v in changes.items()},
     }
-    return cli.main(["run", *(part for row in values.items() for part in row if row[1])])
+    return cli.main(["run", *insecure, *(part for row in values.items() for part in row if row[1])])
 
 
 @pytest.fixture
@@ -240,7 +241,7 @@ def test_without_a_broker_there_is_nothing_to_do(
 def test_bad_arguments_end_before_anything_is_measured_or_connected(
     tmp_path: Path, changes: dict[str, str], code: int, probed: list[int], capsys: Capture
 ) -> None:
-    assert run(tmp_path, **changes) == code
+    assert run(tmp_path, insecure=() if "ca" in changes else ("--insecure",), **changes) == code
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
     assert not probed
 

@@ -99,14 +99,17 @@ def test_a_broker_that_is_not_there_ends_with_one_clear_error(
     model: Path, tmp_path: Path, closed_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = f"mqtt://127.0.0.1:{closed_port}"
-    assert main(["run", "--model", str(model), "--state", str(tmp_path / "s"), "--broker", url]) == ExitCode.BROKER
+    assert (
+        main(["run", "--insecure", "--model", str(model), "--state", str(tmp_path / "s"), "--broker", url])
+        == ExitCode.BROKER
+    )
     assert f"127.0.0.1:{closed_port}" in one_line(capsys)
 
 
 def test_a_taken_port_ends_with_one_clear_error(
     model: Path, tmp_path: Path, taken_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["run", "--model", str(model), "--state", str(tmp_path / "s"), "--port", str(taken_port)]
+    command = ["run", "--insecure", "--model", str(model), "--state", str(tmp_path / "s"), "--port", str(taken_port)]
     assert main(command) == ExitCode.BROKER
     assert f"port {taken_port} of 127.0.0.1 is taken" in one_line(capsys)
 
@@ -114,7 +117,7 @@ def test_a_taken_port_ends_with_one_clear_error(
 def test_a_file_that_is_no_model_ends_with_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = tmp_path / "wrong.onnx"
     wrong.write_bytes(b"not onnx")
-    assert main(["run", "--model", str(wrong), "--state", str(tmp_path / "s")]) == ExitCode.MODEL
+    assert main(["run", "--insecure", "--model", str(wrong), "--state", str(tmp_path / "s")]) == ExitCode.MODEL
     assert "wrong.onnx" in one_line(capsys)
 
 
@@ -122,12 +125,18 @@ def test_a_model_cut_short_can_be_replaced_by_the_whole_one(model: Path, tmp_pat
     cut = tmp_path / "cut.onnx"
     cut.write_bytes(model.read_bytes()[:-40])
     url = f"mqtt://127.0.0.1:{closed_port}"
-    assert main(["run", "--model", str(cut), "--state", str(tmp_path / "s"), "--broker", url]) == ExitCode.MODEL
-    assert main(["run", "--model", str(model), "--state", str(tmp_path / "s"), "--broker", url]) == ExitCode.BROKER
+    assert (
+        main(["run", "--insecure", "--model", str(cut), "--state", str(tmp_path / "s"), "--broker", url])
+        == ExitCode.MODEL
+    )
+    assert (
+        main(["run", "--insecure", "--model", str(model), "--state", str(tmp_path / "s"), "--broker", url])
+        == ExitCode.BROKER
+    )
 
 
 def test_a_new_folder_needs_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--state", str(tmp_path / "s")]) == ExitCode.CONFIG
+    assert main(["run", "--insecure", "--state", str(tmp_path / "s")]) == ExitCode.CONFIG
     assert "--model" in one_line(capsys)
 
 
@@ -135,7 +144,16 @@ def test_evaluation_data_that_do_not_fit_the_model_are_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.savez(tmp_path / "e.npz", x=np.zeros((4, 9), np.float32), y=np.zeros(4, np.int64))
-    command = ["run", "--model", str(model), "--evaluation", str(tmp_path / "e.npz"), "--state", str(tmp_path / "s")]
+    command = [
+        "run",
+        "--insecure",
+        "--model",
+        str(model),
+        "--evaluation",
+        str(tmp_path / "e.npz"),
+        "--state",
+        str(tmp_path / "s"),
+    ]
     assert main(command) == ExitCode.DATA
     assert "e.npz" in one_line(capsys)
 
@@ -146,12 +164,17 @@ def test_another_model_is_refused_by_a_folder_that_has_one(
     other = onnx.load(model)
     other.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.zeros((6, 4), np.float32), "w1"))
     onnx.save(other, tmp_path / "other.onnx")
-    assert main(["run", "--model", str(tmp_path / "other.onnx"), "--state", str(state)]) == ExitCode.CONFIG
+    assert (
+        main(["run", "--insecure", "--model", str(tmp_path / "other.onnx"), "--state", str(state)]) == ExitCode.CONFIG
+    )
     assert "is not the model with which the job" in one_line(capsys)
 
 
 def test_a_folder_goes_on_without_its_model_file(state: Path, closed_port: int) -> None:
-    assert main(["run", "--state", str(state), "--broker", f"mqtt://127.0.0.1:{closed_port}"]) == ExitCode.BROKER
+    assert (
+        main(["run", "--insecure", "--state", str(state), "--broker", f"mqtt://127.0.0.1:{closed_port}"])
+        == ExitCode.BROKER
+    )
     with StateFolder(state) as folder:
         assert folder.storage.settings()["job"]["name"] == "leaves"  # type: ignore[index]
 
@@ -159,9 +182,9 @@ def test_a_folder_goes_on_without_its_model_file(state: Path, closed_port: int) 
 def test_a_restart_with_the_folder_alone_uses_the_broker_of_before(
     state: Path, closed_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["run", "--state", str(state), "--broker", f"mqtt://127.0.0.1:{closed_port}"])
+    main(["run", "--insecure", "--state", str(state), "--broker", f"mqtt://127.0.0.1:{closed_port}"])
     capsys.readouterr()
-    assert main(["run", "--state", str(state)]) == ExitCode.BROKER
+    assert main(["run", "--insecure", "--state", str(state)]) == ExitCode.BROKER
     assert f"127.0.0.1:{closed_port}" in one_line(capsys)
 
 
@@ -180,7 +203,7 @@ def test_a_model_that_lacks_its_input_shape_gets_advice_that_the_server_can_take
         raise ModelError("shape unknown", hint="Give --input-shape (such as 3,32,32).")
 
     monkeypatch.setattr("fedprune_server.state_folder.read_source", read)
-    assert main(["run", "--model", "nets:make", "--state", str(tmp_path / "s")]) == ExitCode.MODEL
+    assert main(["run", "--insecure", "--model", "nets:make", "--state", str(tmp_path / "s")]) == ExitCode.MODEL
     line = one_line(capsys)
     assert "--input-shape" not in line
     assert "attribute input_shape" in line
@@ -209,7 +232,7 @@ def test_only_a_job_that_is_interrupted_ends_with_the_code_for_it(
         assert daemon._stopping
 
     monkeypatch.setattr(Daemon, "run", run)
-    assert main(["run", "--state", str(state), "--port", "0"]) == code
+    assert main(["run", "--insecure", "--state", str(state), "--port", "0"]) == code
     assert (f"stopped: the same command goes on with what {state} holds" in capsys.readouterr().out) is not finished
 
 
@@ -230,7 +253,10 @@ def test_a_server_whose_job_is_finished_says_what_next(
             daemon.stop()
 
         monkeypatch.setattr(Daemon, "_finish", and_stop)
-    assert main(["run", "--state", str(state), "--port", "0", *([] if stays else ["--until-finished"])]) == ExitCode.OK
+    assert (
+        main(["run", "--insecure", "--state", str(state), "--port", "0", *([] if stays else ["--until-finished"])])
+        == ExitCode.OK
+    )
     out = capsys.readouterr().out
     assert out.count(f"fedprune-server export-model --state {state} --out") == 1
     assert out.count("Ctrl-C ends it; with --until-finished") == stays
@@ -241,7 +267,7 @@ def test_a_broken_profile_of_ones_own_is_an_error_at_the_start(
 ) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "my-board.toml").write_text("name = ")
-    assert main(["run", "--state", str(state), "--profiles", str(tmp_path / "own")]) == ExitCode.PROFILE
+    assert main(["run", "--insecure", "--state", str(state), "--profiles", str(tmp_path / "own")]) == ExitCode.PROFILE
     assert "my-board.toml" in one_line(capsys)
 
 
@@ -254,13 +280,13 @@ def test_a_site_that_is_no_name_is_a_usage_error(capsys: pytest.CaptureFixture[s
 
 def test_two_servers_do_not_share_a_folder(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with StateFolder(state):
-        assert main(["run", "--state", str(state)]) == ExitCode.STORAGE
+        assert main(["run", "--insecure", "--state", str(state)]) == ExitCode.STORAGE
     assert "another server runs" in one_line(capsys)
 
 
 def test_a_damaged_model_file_in_the_folder_is_noticed(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (state / "model.onnx").write_bytes(b"x")
-    assert main(["run", "--state", str(state)]) == ExitCode.STORAGE
+    assert main(["run", "--insecure", "--state", str(state)]) == ExitCode.STORAGE
     assert "model.onnx is damaged" in one_line(capsys)
 
 
@@ -268,7 +294,7 @@ def test_a_missing_global_model_is_noticed(state: Path, capsys: pytest.CaptureFi
     with StateFolder(state) as folder:
         digest = folder.storage.load().model  # type: ignore[union-attr]
         folder.store.delete(digest)
-    assert main(["run", "--state", str(state)]) == ExitCode.STORAGE
+    assert main(["run", "--insecure", "--state", str(state)]) == ExitCode.STORAGE
     assert digest in one_line(capsys)
 
 

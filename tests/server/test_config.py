@@ -131,14 +131,6 @@ def test_a_wrong_value_on_the_command_line_is_named(tmp_path: Path) -> None:
         overridden(ServerConfig(), {"rounds": -1}, {})
 
 
-@pytest.mark.parametrize(
-    ("broker", "host", "expected"),
-    [("embedded", "127.0.0.1", False), ("embedded", "0.0.0.0", True), ("mqtt://broker", "0.0.0.0", False)],  # noqa: S104
-)
-def test_only_an_embedded_broker_on_a_network_is_open_to_others(broker: str, host: str, expected: bool) -> None:
-    assert ServerConfig(broker=broker, host=host).open_to_others is expected
-
-
 def test_a_simulations_tables_are_left_to_the_simulation(tmp_path: Path) -> None:
     body = {"job": {"name": "leaves"}, "devices": [{"name": "a"}], "dropouts": {"share": 0.1}}
     assert parse_config(body, "fleet.toml", tmp_path) == parse_config({"job": body["job"]}, "fleet.toml", tmp_path)

@@ -159,7 +159,7 @@ def test_a_full_disk_at_export(model: Path, small_disk: Path) -> None:
 
 
 def test_a_full_disk_at_the_server(model: Path, small_disk: Path) -> None:
-    done = run("fedprune-server", "run", "--model", model, "--state", small_disk / "state", "--port", "0")
+    done = run("fedprune-server", "run", "--insecure", "--model", model, "--state", small_disk / "state", "--port", "0")
 
     expect(done, ExitCode.STORAGE_FULL)
 
@@ -167,20 +167,20 @@ def test_a_full_disk_at_the_server(model: Path, small_disk: Path) -> None:
 def test_a_broker_that_a_device_cannot_reach(data: Path, tmp_path: Path, closed_port: int) -> None:
     url = f"mqtt://127.0.0.1:{closed_port}"
     args = ["--device", "a", "--data", data, "--state", tmp_path / "state", "--no-probe"]
-    done = run("fedprune-device", "run", "--broker", url, *args, "--profile", "generic-x86-64")
+    done = run("fedprune-device", "run", "--insecure", "--broker", url, *args, "--profile", "generic-x86-64")
 
     expect(done, ExitCode.BROKER, "127.0.0.1", str(closed_port))
 
 
 def test_a_broker_that_the_server_cannot_reach(model: Path, tmp_path: Path, closed_port: int) -> None:
     url = f"mqtt://127.0.0.1:{closed_port}"
-    done = run("fedprune-server", "run", "--model", model, "--state", tmp_path / "state", "--broker", url)
+    done = run("fedprune-server", "run", "--insecure", "--model", model, "--state", tmp_path / "state", "--broker", url)
 
     expect(done, ExitCode.BROKER, "127.0.0.1", str(closed_port))
 
 
 def test_data_that_is_not_there(tmp_path: Path, closed_port: int) -> None:
     args = ["--device", "a", "--data", tmp_path / "no.npz", "--state", tmp_path / "state", "--no-probe"]
-    done = run("fedprune-device", "run", "--broker", f"mqtt://127.0.0.1:{closed_port}", *args)
+    done = run("fedprune-device", "run", "--insecure", "--broker", f"mqtt://127.0.0.1:{closed_port}", *args)
 
     expect(done, ExitCode.DATA, "no.npz")

@@ -63,7 +63,14 @@ class Board:
     def running(self, url: str) -> Iterator[subprocess.Popen[bytes]]:
         inherited = {n: v for n, v in os.environ.items() if not n.startswith(("PYTHON", "FEDPRUNE"))}
         environment = {**inherited, "NOTIFY_SOCKET": str(self.folder / "notify"), "WATCHDOG_USEC": "2000000"}
-        command = [sys.executable, str(self.updater.home.root / LAUNCHER), "run", "--no-probe", "--patient"]
+        command = [
+            sys.executable,
+            str(self.updater.home.root / LAUNCHER),
+            "run",
+            "--insecure",
+            "--no-probe",
+            "--patient",
+        ]
         command += ["--broker", url, "--device", "d", "--threads", "1"]
         command += ["--data", str(self.folder / "data.npz"), "--state", str(self.folder / "state")]
         with (self.folder / "log").open("ab") as log:

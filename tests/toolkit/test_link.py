@@ -15,7 +15,7 @@ import pytest
 
 from fedprune.errors import BrokerError, ConfigError
 from fedprune.wire import link as link_module
-from fedprune.wire.broker_url import BrokerUrl
+from fedprune.wire.broker_url import BrokerUrl, tls_context
 from fedprune.wire.link import ConnectionDown, ConnectionUp, Link
 
 Start = Callable[..., Any]
@@ -244,7 +244,7 @@ class TestWithMosquitto:
             0, f"listener {{port}} 127.0.0.1\nallow_anonymous true\ncertfile {cert}\nkeyfile {key}\ncafile {cert}\n"
         )
         url = broker.url.replace("mqtt:", "mqtts:")
-        with connected(url, "a", ["x"], ca=cert) as link:
+        with connected(url, "a", ["x"], tls=lambda: tls_context(cert)) as link:
             link.publish("x", bytes(300_000))
             assert link.get(5) == ("x", bytes(300_000))
         with pytest.raises(BrokerError, match="TLS failed"):

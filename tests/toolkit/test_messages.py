@@ -59,7 +59,7 @@ messages = st.one_of(
     st.builds(Progress, names, names, counts, counts, st.sampled_from(PHASES), counts, counts),
     st.builds(Refusal, names, names, counts, counts, texts, st.integers(0, 255)),
     st.builds(Update, names, names, counts, counts, hexes, refs, counts, counts, metrics),
-    st.builds(Hello),
+    st.builds(Hello, st.none() | st.integers(0, 2**32)),
     st.builds(
         Offer, names, counts, counts, counts, hexes, hexes, st.lists(st.integers(1, 4096), max_size=9).map(tuple),
         st.integers(1, 1000), refs, refs, refs, objects, st.none() | refs, st.none() | hexes,
@@ -87,7 +87,7 @@ EXAMPLES: list[Message] = [
     Progress("pi-1", "j", 1, 0, "train", 3, 10),
     Refusal("pi-1", "j", 1, 0, "no room", 30),
     Update("pi-1", "j", 1, 0, REF.sha256, REF, 100, 40, {"loss": 0.5}),
-    Hello(),
+    Hello(1_800_000_000),
     Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), REF, DIGEST),
     Accepted("j", 1, 0, DIGEST),
     Cancelled("j", 1, 1, "late"),
@@ -141,8 +141,9 @@ def test_what_older_peers_do_not_know_is_left_out_where_there_is_none() -> None:
     assert parse(altered(plain, mask=None, ranking=None)) == plain
 
 
-def test_a_hello_says_nothing_but_that() -> None:
+def test_a_hello_says_the_time_at_most() -> None:
     assert json.loads(Hello().to_bytes()) == {"v": 1, "type": "hello"}
+    assert json.loads(Hello(1_800_000_000).to_bytes()) == {"v": 1, "type": "hello", "time": 1_800_000_000}
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)
@@ -150,7 +151,7 @@ def test_a_missing_field_is_named(message: Message) -> None:
     for field in fields(message):
         body = json.loads(message.to_bytes())
         del body[field.name]
-        if field.name in ("probe", "held", "metrics", "mask", "ranking"):
+        if field.name in ("probe", "held", "metrics", "mask", "ranking") or message.kind == Hello.kind:
             parse(json.dumps(body).encode())
             continue
         with pytest.raises(ProtocolError, match=f"{message.kind}: field {field.name}: expected"):
@@ -283,7 +284,7 @@ def test_damaged_messages_raise_nothing_but_protocol_errors(message: Message, da
 @given(st.recursive(scalars | texts, lambda inner: st.lists(inner) | st.dictionaries(texts, inner)))
 @settings(max_examples=200, deadline=None)
 def test_any_json_raises_nothing_but_protocol_errors(body: object) -> None:
-    kinds = [m.kind for m in EXAMPLES if fields(m)]  # a hello is complete without any
+    kinds = [m.kind for m in EXAMPLES if m.kind != Hello.kind]  # which is complete without any field
     for raw in (body, *({**body, "v": 1, "type": kind} for kind in kinds if isinstance(body, dict))):
         with pytest.raises(ProtocolError):
             parse(json.dumps(raw).encode())

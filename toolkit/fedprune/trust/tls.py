@@ -90,14 +90,14 @@ def unpinned_context() -> ssl.SSLContext:
 
 
 def insecure_allowed(host: str) -> None:
-    """Make sure that a connection without TLS stays on this machine.
+    """Make sure that a connection without TLS, or without an identity, stays on this machine.
 
     Raises:
         ConfigError: It would leave it.
     """
     if host not in ("127.0.0.1", "::1", "localhost"):
         raise ConfigError(
-            "a connection without TLS", expected="127.0.0.1, ::1 or localhost", got=repr(host)[:80],
+            "a broker without TLS and identity", expected="127.0.0.1, ::1 or localhost", got=repr(host)[:80],
             hint="Use mqtts://, with the certificates that `fedprune-server init` and joining give.",
         )  # fmt: skip
 
