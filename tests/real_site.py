@@ -17,6 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.coordination import State
 from fedprune.errors import StorageError
+from fedprune_server.broker_config import Broker, write_broker
+from fedprune_server.identity_folder import IdentityFolder
 from fedprune_server.storage import Storage
 from machine import find_mosquitto, free_port, listens
 
@@ -68,6 +70,8 @@ class Site:
         devices: Names of the devices.
         patience_s: How long something may take that is waited for.
         mosquitto: Whether the broker is a process of its own, or the server's.
+        secure: Whether the server has an identity and devices join with claims; Mosquitto gets the configuration that
+            the server writes for it.
     """
 
     def __init__(
@@ -79,21 +83,40 @@ class Site:
         patience_s: float,
         *,
         mosquitto: bool = False,
+        secure: bool = False,
     ) -> None:
         self.material = material
         self.folder = folder
         self.devices = tuple(devices)
         self.patience_s = patience_s
         self.mosquitto = mosquitto
+        self.secure = secure
         self.state = folder / "server"
-        self.port = free_port()
+        self.port, self.join_port = free_port(), free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         text = config + FILES
         for name in ("model.onnx", "evaluation.npz"):
             text = text.replace(f'"{name}"', json.dumps(str(material / name)))
         (folder / "fleet.toml").write_text(text)
-        if mosquitto:
+        if secure:
+            self._make_identities()
+        elif mosquitto:
             (folder / "mosquitto.conf").write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\n")
+
+    def _make_identities(self) -> None:
+        with IdentityFolder.make(self.state, "default") as identity:
+            for name in self.devices:
+                (self.folder / f"{name}.claim").write_text(identity.claim(name, 3600).text)
+            if self.mosquitto:
+                broker = Broker(("127.0.0.1",), self.port, self.join_port, self.folder, bind="127.0.0.1")
+                write_broker(identity, "mosquitto", broker, self.folder)
+                with (self.folder / "mosquitto.conf").open("a") as file:
+                    file.write("user root\n")  # what starts it here can't give its files to another user
+
+    @property
+    def url(self) -> str:
+        """Where the broker is."""
+        return f"{'mqtts' if self.secure else 'mqtt'}://127.0.0.1:{self.port}"
 
     def start(self, name: str, *, in_group: bool = False) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -103,17 +126,20 @@ class Site:
             )
 
     def command(self, name: str) -> list[str]:
-        url = f"mqtt://127.0.0.1:{self.port}"
         if name == "broker":
             return [find_mosquitto(), "-c", str(self.folder / "mosquitto.conf")]
+        python, security = [sys.executable, "-m"], [] if self.secure else ["--insecure"]
         if name == "server":
-            where = ["--broker", url] if self.mosquitto else ["--port", str(self.port)]
-            run = ["run", "--insecure", "--config", str(self.folder / "fleet.toml"), "--state", str(self.state)]
-            return [sys.executable, "-m", "fedprune_server.cli", *run, *where, "--until-finished"]
+            where = ["--broker", self.url] if self.mosquitto else ["--port", str(self.port)]
+            run = ["run", "--config", str(self.folder / "fleet.toml"), "--state", str(self.state), "--until-finished"]
+            return [*python, "fedprune_server.cli", *run, *where, *security]
+        if self.secure:
+            join = self.join_port if self.mosquitto else self.port
+            security = ["--claim", str(self.folder / f"{name}.claim"), "--join", f"mqtts://127.0.0.1:{join}"]
         return [
-            *(sys.executable, "-m", "fedprune_device.cli", "run", "--insecure", "--broker", url, "--device", name),
+            *(*python, "fedprune_device.cli", "run", "--broker", self.url, "--device", name, "--no-probe", *security),
             *("--data", str(self.material / f"{name}.npz"), "--state", str(self.folder / name), "--threads", "1"),
-            *("--no-probe", "--profile", "raspberry-pi-4b", "--until-finished", "--patient"),
+            *("--profile", "raspberry-pi-4b", "--until-finished", "--patient"),
         ]
 
     def start_all(self) -> None:

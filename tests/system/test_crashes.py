@@ -43,8 +43,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def site_of(material: Path, folder: Path, *, mosquitto: bool = False) -> Site:
-    return Site(material, folder, CONFIG, DEVICES, PATIENCE_S, mosquitto=mosquitto)
+def site_of(material: Path, folder: Path, *, mosquitto: bool = False, secure: bool = True) -> Site:
+    return Site(material, folder, CONFIG, DEVICES, PATIENCE_S, mosquitto=mosquitto, secure=secure)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def wait_until_training(site: Site, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(material: Path, tmp_path_factory: pytest.TempPathFactory) -> State:
-    calm = site_of(material, tmp_path_factory.mktemp("calm"))
+    calm = site_of(material, tmp_path_factory.mktemp("calm"), secure=False)
     try:
         calm.start_all()
         return calm.finish()

@@ -1,0 +1,186 @@
+"""Server and boards with identities, as processes: what a hostile broker or a shut out board can do to a run."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from real_site import Site, write_material
+
+from fedprune.errors import ExitCode, FedpruneError
+from fedprune.trust.envelope import seal
+from fedprune.trust.keys import SigningKey
+from fedprune.trust.tls import unpinned_context
+from fedprune.wire.link import Link
+from fedprune.wire.messages import Finished, Offer, Update, parse
+from fedprune.wire.topics import Topics
+from machine import listens
+
+pytestmark = pytest.mark.system
+
+DEVICES = ("north", "south")
+CONFIG = """
+[job]
+name = "trust"
+rounds = 5
+devices = 2
+density = 0.5
+deadline_s = 300
+"""
+TOPICS = Topics("default")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    write_material(folder, dict.fromkeys((*DEVICES, "late"), 200))
+    return folder
+
+
+@pytest.fixture
+def site(request: pytest.FixtureRequest, material: Path, tmp_path: Path) -> Iterator[Site]:
+    made = Site(material, tmp_path, CONFIG, DEVICES, 40, mosquitto=request.param == "mosquitto", secure=True)
+    try:
+        yield made
+    finally:
+        made.stop_all()
+
+
+def models(site: Site) -> list[str]:
+    return [r["model"] for r in site.finish().history]
+
+
+class Mallory:
+    """Everything passes through it: it repeats, changes and redirects what it hears, and makes up its own.
+
+    Args:
+        url: The broker, which lets it do what it likes, as if it were the broker.
+        key: A key that it has made for itself.
+    """
+
+    def __init__(self, url: str, key: SigningKey) -> None:
+        self.did: Counter[str] = Counter()
+        self._key = key
+        self._random = random.Random(0)
+        self._heard: list[tuple[str, bytes]] = []
+        self._mine: set[tuple[str, bytes]] = set()
+        self._stop = threading.Event()
+        self._link = Link(url, "mallory", tls=unpinned_context)
+        self._link.subscribe(["#"])
+        self._link.start()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._link.close()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            item = self._link.get(0.05)
+            if not isinstance(item, tuple) or item in self._mine:
+                continue
+            self._heard.append(item)
+            try:
+                address = TOPICS.parse(item[0])
+            except FedpruneError:
+                continue  # somebody joins: what can be done to that is tested elsewhere
+            if address.channel.endswith("blob"):
+                self._say("spoilt", item[0], item[1][:-1] + b"?", at_most=20)
+                continue
+            self._say("repeated", *item, again=True)
+            self._say("repeated", *self._random.choice(self._heard), again=True)
+            at = self._random.randrange(len(item[1]))
+            self._say("changed", item[0], item[1][:at] + bytes([item[1][at] ^ 1]) + item[1][at + 1 :])
+            other = DEVICES[DEVICES.index(address.device) - 1] if address.device in DEVICES else DEVICES[0]
+            self._say("redirected", item[0].replace(f"/{address.device}/", f"/{other}/"), item[1])
+            self._forge(*item)
+
+    def _forge(self, topic: str, raw: bytes) -> None:
+        """A message that says what it likes: unsigned, and signed by a key of its own."""
+        message = parse(raw[raw.index(b'{"') :])  # what is in an envelope is no secret
+        if isinstance(message, Update):
+            message = replace(message, samples=10**6)
+        elif isinstance(message, Offer):
+            message = replace(message, recipe={**message.recipe, "lr": 0.0001})
+        else:
+            message = Finished("trust")
+        self._say("forged", topic, message.to_bytes())
+        self._say("forged", topic, seal(self._key, topic, 2**40, 0, message.to_bytes()))
+
+    def _say(self, what: str, topic: str, raw: bytes, *, at_most: int = 10**6, again: bool = False) -> None:
+        if self.did[what] < at_most:
+            self.did[what] += 1
+            self._mine.add((topic, raw))
+            self._link.publish(topic, raw)
+
+
+@pytest.mark.parametrize("site", ["embedded"], indirect=True)
+def test_a_hostile_broker_can_delay_a_run_but_not_change_a_bit_of_it(
+    site: Site, material: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "calm").mkdir()
+    calm = Site(material, tmp_path / "calm", CONFIG, DEVICES, 40)
+    try:
+        calm.start_all()
+        expected = models(calm)
+    finally:
+        calm.stop_all()
+    site.start("server")
+    site.wait_for(lambda: listens(site.port), "the broker listens")
+    mallory = Mallory(site.url, SigningKey.make())
+    try:
+        for name in DEVICES:
+            site.start(name)
+        assert models(site) == expected
+    finally:
+        mallory.close()
+    assert len(expected) == 5
+    assert set(mallory.did) == {"spoilt", "repeated", "changed", "redirected", "forged"}
+    assert "ignored a message" in (site.folder / "server.log").read_text()
+    assert all("ignored a message" in (site.folder / f"{name}.log").read_text() for name in DEVICES)
+
+
+@pytest.mark.parametrize("site", ["embedded", pytest.param("mosquitto", marks=pytest.mark.mosquitto)], indirect=True)
+def test_a_claim_lets_one_board_in_and_a_revoked_one_is_out_at_once(site: Site, tmp_path: Path) -> None:
+    config = site.folder / "fleet.toml"
+    config.write_text(config.read_text().replace("rounds = 5", "rounds = 100000"))
+    site.start_all()
+    site.wait_for(lambda: (state := site.saved()) is not None and state.round > 2, "rounds")
+
+    used = site.command("north")
+    used[used.index("--device") + 1], used[used.index("--state") + 1] = "late", str(tmp_path / "late")
+    again = subprocess.run(used, capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == ExitCode.JOIN, again.stderr
+    assert "claim" in again.stderr
+
+    revoke = [sys.executable, "-m", "fedprune_server.cli", "devices", "revoke", "north", "--state", str(site.state)]
+    subprocess.run(revoke, check=True, capture_output=True)
+
+    site.wait_for(lambda: "north is not let in" in (site.folder / "server.log").read_text(), "north is out")
+    assert site.processes["south"].poll() is None
+
+
+@pytest.mark.parametrize("site", ["embedded"], indirect=True)
+def test_without_an_identity_nothing_leaves_this_machine(site: Site, tmp_path: Path) -> None:
+    def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", module, "run", "--insecure", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    data = str(site.material / "north.npz")
+    for url in ("mqtt://192.0.2.1", "mqtts://192.0.2.1"):
+        done = run("fedprune_device.cli", "--broker", url, "--data", data, "--state", str(tmp_path / "d"))
+        assert done.returncode == ExitCode.CONFIG, done.stderr
+        done = run("fedprune_server.cli", "--config", str(site.folder / "fleet.toml"), "--broker", url)
+        assert done.returncode == ExitCode.CONFIG, done.stderr
+    for host in ("0.0.0.0", "192.0.2.1"):  # noqa: S104
+        done = run("fedprune_server.cli", "--config", str(site.folder / "fleet.toml"), "--host", host)
+        assert done.returncode == ExitCode.CONFIG, done.stderr
