@@ -156,7 +156,7 @@ def _run(arguments: argparse.Namespace) -> int:
     config = overridden(config, job, server)
     with ExitStack() as stack:
         stack.enter_context(_logged_to_stdout(arguments.verbose))
-        identity = None if arguments.insecure else stack.enter_context(identity_of(config))
+        identity = stack.enter_context(identity_of(config, insecure=arguments.insecure))
         folder = stack.enter_context(StateFolder(config.state))
         profiles = () if config.profiles is None else (config.profiles,)
         for name in names_of_profiles(profiles) if profiles else ():

@@ -66,7 +66,7 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
         identity: The server's, which stays open; None to do without, on this machine alone.
 
     Raises:
-        ConfigError: It would leave this machine without TLS, or the authorities don't fit.
+        IdentityError: The identity's files or the authorities' can't be used.
         BrokerError: The embedded broker doesn't start.
     """
     with ExitStack() as stack:
@@ -75,8 +75,6 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
         if config.embedded:
             broker = stack.enter_context(_embedded(config, identity))
             url = broker.url
-        elif identity is None or not BrokerUrl.parse(url).tls:
-            insecure_allowed(BrokerUrl.parse(url).host)
         if identity is None:
             link = Link(url, f"fedprune-server-{config.site}"[:64])
         else:
@@ -86,28 +84,39 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
         yield Connection(wire, link, broker, site)
 
 
-def identity_of(config: ServerConfig) -> IdentityFolder:
-    """The server's identity.
+@contextmanager
+def identity_of(config: ServerConfig, *, insecure: bool) -> Iterator[IdentityFolder | None]:
+    """The server's identity; None if it does without, on this machine alone.
+
+    Args:
+        config: The configuration.
+        insecure: Do without.
 
     Raises:
-        IdentityError: There is none, it is damaged, or another site's.
+        ConfigError: It would leave this machine without TLS and identity, or the site doesn't fit.
+        IdentityError: There is none, or it is damaged.
     """
+    url = None if config.embedded else BrokerUrl.parse(config.broker)
+    if insecure or (url is not None and not url.tls):
+        insecure_allowed(config.host if url is None else url.host)
+    if insecure:
+        yield None
+        return
     if not (config.state / FOLDER).is_dir():
         raise IdentityError(
             f"{config.state} has no identity, by which boards know their server",
             hint=f"Make one: fedprune-server init --state {config.state} --site {config.site}. "
             "For a trial on this machine alone: --insecure.",
         )
-    identity = IdentityFolder(config.state)
-    if config.site not in (identity.site, ServerConfig.site):
-        identity.close()
-        raise ConfigError("site", expected=f"{identity.site}, as the identity in {config.state} says", got=config.site)
-    return identity
+    with IdentityFolder(config.state) as identity:
+        if config.site not in (identity.site, ServerConfig.site):
+            expected = f"{identity.site}, as the identity in {config.state} says"
+            raise ConfigError("site", expected=expected, got=config.site)
+        yield identity
 
 
 def _embedded(config: ServerConfig, identity: IdentityFolder | None) -> EmbeddedBroker:
     if identity is None:
-        insecure_allowed(config.host)
         return EmbeddedBroker(config.host, _PLAIN_PORT if config.port is None else config.port)
     hosts = _names(config.host)
     if config.host not in LOCAL:

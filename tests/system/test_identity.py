@@ -176,11 +176,14 @@ def test_without_an_identity_nothing_leaves_this_machine(site: Site, tmp_path: P
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     data = str(site.material / "north.npz")
+    server = ("--config", str(site.folder / "fleet.toml"), "--state", str(tmp_path / "s"))
     for url in ("mqtt://192.0.2.1", "mqtts://192.0.2.1"):
         done = run("fedprune_device.cli", "--broker", url, "--data", data, "--state", str(tmp_path / "d"))
         assert done.returncode == ExitCode.CONFIG, done.stderr
-        done = run("fedprune_server.cli", "--config", str(site.folder / "fleet.toml"), "--broker", url)
+        done = run("fedprune_server.cli", *server, "--broker", url)
         assert done.returncode == ExitCode.CONFIG, done.stderr
     for host in ("0.0.0.0", "192.0.2.1"):  # noqa: S104
-        done = run("fedprune_server.cli", "--config", str(site.folder / "fleet.toml"), "--host", host)
+        done = run("fedprune_server.cli", *server, "--host", host)
         assert done.returncode == ExitCode.CONFIG, done.stderr
+    assert not (tmp_path / "d").exists()
+    assert not (tmp_path / "s").exists()
