@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fedprune.cli import whole_number
+from fedprune.disk import storage_errors
 from fedprune.errors import ExitCode, JoinError, UsageError
 from fedprune.trust.keys import VerifyingKey, grouped
 
@@ -26,6 +30,7 @@ def register(commands: Any) -> None:
     claim.add_argument("--device", metavar="NAME", help="for this device alone (default: for any name that is free)")
     claim.add_argument("--count", type=whole_number, default=1, metavar="N", help="how many (default: 1)")
     claim.add_argument("--hours", type=whole_number, default=72, metavar="H", help="how long they last (default: 72)")
+    claim.add_argument("--out", type=Path, metavar="FILE", help="write them to a new file that only you can read")
     claim.set_defaults(run=_claim)
 
     devices = _command(commands, "devices", "list devices, let one in that waits, or shut one out")
@@ -85,10 +90,25 @@ def _claim(arguments: argparse.Namespace) -> int:
         raise UsageError("--count", expected=f"at most {_MAX_CLAIMS}", got=arguments.count)
     if arguments.count > 1 and arguments.device is not None:
         raise UsageError("--count and --device", expected="one of them", got="both", hint="A name is one device's.")
-    with IdentityFolder(arguments.state) as identity:
+    with IdentityFolder(arguments.state) as identity, _claims_file(arguments.out) as file:
         for _ in range(arguments.count):
-            print(identity.claim(arguments.device, 3600 * arguments.hours).text)
+            print(identity.claim(arguments.device, 3600 * arguments.hours).text, file=file)
     return int(ExitCode.OK)
+
+
+@contextmanager
+def _claims_file(path: Path | None) -> Iterator[TextIO | None]:
+    """Where claims are written; None for standard output."""
+    if path is None:
+        yield None
+        return
+    if path.exists():
+        raise UsageError("--out", expected="a file that isn't there yet", got=str(path))
+    with (
+        storage_errors(f"can't write {path}"),
+        os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
+    ):
+        yield file
 
 
 def _devices(arguments: argparse.Namespace) -> int:

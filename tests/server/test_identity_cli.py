@@ -57,6 +57,16 @@ def test_claims_are_printed_one_a_line_and_let_boards_in(state: str, tmp_path: P
     assert listed(state, capsys) == {"attic": ["approved"], "pi-1": ["approved"]}
 
 
+def test_claims_go_to_a_new_file_that_its_owner_alone_reads(state: str, tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "claims"
+    assert main(["claim", "--state", state, "--count", "2", "--out", str(out)]) == ExitCode.OK
+    assert len({Claim.parse(line).id for line in out.read_text().splitlines()}) == 2
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    assert main(["claim", "--state", state, "--out", str(out)]) == ExitCode.USAGE
+    assert main(["claim", "--state", state, "--out", str(tmp_path / "no" / "folder")]) == ExitCode.STORAGE
+    assert capsys.readouterr().out == ""
+
+
 def test_the_operator_lets_in_the_board_whose_fingerprint_is_right(
     state: str, tmp_path: Path, capsys: Captured
 ) -> None:

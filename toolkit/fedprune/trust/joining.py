@@ -21,6 +21,7 @@ from fedprune.trust.certificates import key_digest, name_of, pem_of, pin_of, rea
 from fedprune.trust.claim import Claim, mac, same
 from fedprune.trust.keys import SigningKey, VerifyingKey, grouped
 from fedprune.trust.transcript import transcript
+from fedprune.wire.fields import one_line
 from fedprune.wire.join_messages import APPROVED, REFUSED, JoinAnswer, JoinRequest
 
 _REQUEST, _PROOF, _ANSWER = "fedprune join 1", "fedprune join proof 1", "fedprune joined 1"
@@ -140,7 +141,10 @@ def check_answer(answer: JoinAnswer, request: JoinRequest, pin: bytes) -> Admiss
     except (InvalidSignature, ValueError, TypeError) as error:
         raise SignatureError("the answer is not signed by the server's authority") from error
     if answer.status == REFUSED:
-        raise JoinError(f"the server refuses {request.device}", got=answer.reason)
+        raise JoinError(
+            f"the server refuses {request.device}: {one_line(answer.reason)}",
+            hint="`fedprune-server claim` makes a new claim, `fedprune-server devices` says who is let in.",
+        )
     if answer.status != APPROVED:
         return None
     if answer.certificate is None or answer.server_key is None:

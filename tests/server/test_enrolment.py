@@ -1,0 +1,185 @@
+"""How a board joins and stays a member, with its command line and code, over the embedded broker."""
+
+from __future__ import annotations
+
+import io
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import BrokerError, ExitCode, IdentityError, JoinError
+from fedprune.trust.certificates import read_certificate
+from fedprune.trust.claim import Claim
+from fedprune.trust.device_identity import DeviceIdentity
+from fedprune.trust.keys import grouped
+from fedprune.wire.link import Link
+from fedprune_device.cli import main
+from fedprune_device.enrolment import Renewal, enrol, join_urls
+from fedprune_server.broker import EmbeddedBroker, TlsFiles
+from fedprune_server.identity_folder import IdentityFolder
+from fedprune_server.signed_link import SignedLink
+from machine import free_port
+
+Captured = pytest.CaptureFixture[str]
+
+
+class Server:
+    """A server's identity, its broker, and a thread that answers requests to join."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.identity = stack.enter_context(IdentityFolder.make(folder, "lab"))
+        broker = stack.enter_context(EmbeddedBroker(port=0, tls=TlsFiles(*self.identity.broker(["127.0.0.1"]))))
+        self.url = broker.url
+        link = Link(broker.url, "server", tls=self.identity.context)
+        stack.callback(link.close)
+        link.subscribe(["fedprune/1/lab/+/-/join"])
+        link.start()
+        self._signed, self._stop = SignedLink(link, self.identity), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        stack.callback(self._thread.join)
+        stack.callback(self._stop.set)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._signed.get(0.05)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with ExitStack() as stack:
+        yield Server(tmp_path / "server", stack)
+
+
+def claim_file(server: Server, path: Path, device: str | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(server.identity.claim(device, 3600).text + "\n")
+    return path
+
+
+def join(server: Server, state: Path, *more: str, device: str = "attic") -> int:
+    return main(["join", "--broker", server.url, "--site", "lab", "--device", device, "--state", str(state), *more])
+
+
+def test_a_board_joins_with_the_claim_in_its_state_folder_which_is_gone_then(
+    server: Server, tmp_path: Path, capsys: Captured
+) -> None:
+    claim = claim_file(server, tmp_path / "board" / "claim")
+    assert join(server, tmp_path / "board") == ExitCode.OK
+    board = DeviceIdentity(tmp_path / "board" / "identity", "lab", "attic")
+    assert board.joined
+    assert server.identity.store.key_of("attic") == board.key.verifying.hex
+    assert not claim.exists()
+    assert board.key.verifying.fingerprint in capsys.readouterr().err
+    secrets = [p for p in (tmp_path / "board" / "identity").iterdir() if p.suffix == ".key"]
+    assert [stat.S_IMODE(p.stat().st_mode) for p in secrets] == [0o600] * len(secrets) != []
+    assert join(server, tmp_path / "board") == ExitCode.OK
+    assert "is a member already" in capsys.readouterr().out
+
+
+def test_a_claim_comes_by_standard_input_too(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(server.identity.claim("attic", 3600).text))
+    assert join(server, tmp_path / "board", "--claim", "-") == ExitCode.OK
+
+
+def test_a_claim_that_does_not_count_is_one_clear_error_and_stays(
+    server: Server, tmp_path: Path, capsys: Captured
+) -> None:
+    claim = claim_file(server, tmp_path / "board" / "claim", device="shed")
+    assert join(server, tmp_path / "board") == ExitCode.JOIN
+    assert "refuses attic: the claim is for another device" in capsys.readouterr().err
+    assert claim.exists()
+    claim.write_text("FP1-NONSENSE")
+    assert join(server, tmp_path / "board") == ExitCode.JOIN
+    claim.unlink()
+    assert join(server, tmp_path / "board") == ExitCode.IDENTITY
+    assert "--claim" in capsys.readouterr().err
+
+
+def test_without_a_claim_the_operator_lets_a_board_in_that_knows_the_pin(
+    server: Server, tmp_path: Path, capsys: Captured
+) -> None:
+    pin = grouped(server.identity.authority.pin.hex())
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(join(server, tmp_path / "board", "--pin", pin)))
+    thread.start()
+    shown = ""
+    while "waiting for the operator" not in shown:
+        shown += capsys.readouterr().err
+    (waiting,) = server.identity.store.devices()
+    assert waiting.status == "waiting"
+    server.identity.store.approve("attic", waiting.key, 0)
+    thread.join(60)
+    assert codes == [ExitCode.OK]
+    assert join(server, tmp_path / "other", "--pin", "12-34") == ExitCode.CONFIG
+
+
+def test_an_answer_of_another_server_is_not_believed(server: Server, tmp_path: Path) -> None:
+    with IdentityFolder.make(tmp_path / "other", "lab") as other:
+        claim = other.claim(None, 3600)
+    board = DeviceIdentity(tmp_path / "board", "lab", "attic")
+    told: list[str] = []
+    with pytest.raises((BrokerError, JoinError)):
+        enrol(board, [server.url], Claim.parse(claim.text), patience_s=3, tell=told.append)
+    assert not board.joined
+    assert any("doesn't count" in line for line in told)
+
+
+def test_where_nobody_answers_the_next_address_is_tried_and_a_stop_ends_it(server: Server, tmp_path: Path) -> None:
+    closed = f"mqtts://127.0.0.1:{free_port()}"
+    board = DeviceIdentity(tmp_path / "board", "lab", "attic")
+    assert enrol(board, [closed, server.url], server.identity.claim(None, 3600), patience_s=30)
+    assert board.joined
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(BrokerError):
+        enrol(DeviceIdentity(tmp_path / "b", "lab", "b"), [closed], None, b"x" * 12, stopped=stopped)
+    with pytest.raises(BrokerError, match="127"):
+        enrol(DeviceIdentity(tmp_path / "b", "lab", "b"), [closed], None, b"x" * 12, patience_s=0.5)
+    with pytest.raises(IdentityError):
+        enrol(DeviceIdentity(tmp_path / "b", "lab", "b"), [closed], None)
+
+
+@pytest.mark.parametrize(
+    ("broker", "urls"),
+    [
+        ("mqtts://h", ["mqtts://h:8884", "mqtts://h"]),
+        ("mqtts://h:8883", ["mqtts://h:8884", "mqtts://h:8883"]),
+        ("mqtts://[::1]:8883", ["mqtts://[::1]:8884", "mqtts://[::1]:8883"]),
+        ("mqtts://h:4000", ["mqtts://h:4000"]),
+        ("mqtt://localhost:8883", ["mqtt://localhost:8883"]),
+    ],
+)
+def test_boards_ask_on_the_port_for_joining_first(broker: str, urls: list[str]) -> None:
+    assert join_urls(broker) == urls
+
+
+def test_a_certificate_is_renewed_over_the_same_broker_and_works(server: Server, tmp_path: Path) -> None:
+    board = DeviceIdentity(tmp_path / "board", "lab", "attic")
+    enrol(board, [server.url], server.identity.claim(None, 3600), patience_s=30)
+    before = (tmp_path / "board" / "device.pem").read_bytes()
+    Renewal(board, [server.url], lambda: True).renew(30)
+    after = (tmp_path / "board" / "device.pem").read_bytes()
+    old, new = (read_certificate(pem, "certificate") for pem in (before, after))
+    assert old.public_key() != new.public_key()
+    with Link(server.url, "board", tls=board.context) as link:
+        link.start()
+    server.identity.revoke("attic")
+    with pytest.raises((BrokerError, JoinError)):
+        Renewal(board, [server.url], lambda: True).renew(3)
+    assert (tmp_path / "board" / "device.pem").read_bytes() == after
+
+
+def test_a_revoked_board_begins_anew_with_a_new_key(server: Server, tmp_path: Path) -> None:
+    claim_file(server, tmp_path / "board" / "claim")
+    assert join(server, tmp_path / "board") == ExitCode.OK
+    first = DeviceIdentity(tmp_path / "board" / "identity", "lab", "attic").key.verifying.hex
+    server.identity.revoke("attic")
+    claim_file(server, tmp_path / "board" / "claim", device="attic")
+    assert join(server, tmp_path / "board", "--new-key") == ExitCode.OK
+    second = DeviceIdentity(tmp_path / "board" / "identity", "lab", "attic").key.verifying.hex
+    assert server.identity.store.key_of("attic") == second != first
