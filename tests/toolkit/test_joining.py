@@ -103,7 +103,7 @@ def test_a_device_that_waits_asks_again(authority: Authority) -> None:
 
 def test_a_refusal_says_why(authority: Authority) -> None:
     request = make_request("lab", "pi-1", KEY, CSR)
-    with pytest.raises(JoinError, match="refuses pi-1: got the claim is used"):
+    with pytest.raises(JoinError, match="refuses pi-1: the claim is used"):
         check_answer(answered(authority, request, REFUSED, reason="the claim is used"), request, authority.pin)
 
 
