@@ -74,7 +74,7 @@ class Power:
             self._undo.clear()
         elif name == "replace":
             source, target = Path(arguments[0]), Path(arguments[1])
-            moved, old = source.read_bytes(), target.read_bytes() if target.exists() else None
+            moved, old = _content(source), _content(target)
             self._later(target, lambda: _put(target, old))
             self._later(source, lambda: _put(source, moved))
             if source in self._unsynced:
@@ -83,7 +83,7 @@ class Power:
         elif name == "unlink" and "dir_fd" not in named:
             path = Path(arguments[0])
             if path.exists():
-                gone = path.read_bytes()
+                gone = _content(path)
                 self._later(path, lambda: _put(path, gone))
 
     def _later(self, path: Path, undo: Callable[[], None]) -> None:
@@ -107,11 +107,17 @@ class Power:
                     undo()
 
 
-def _put(path: Path, data: bytes | None) -> None:
-    if data is None:
+def _content(path: Path) -> tuple[bytes, int] | None:
+    """What a file holds, and who may read it."""
+    return (path.read_bytes(), path.stat().st_mode) if path.exists() else None
+
+
+def _put(path: Path, content: tuple[bytes, int] | None) -> None:
+    if content is None:
         path.unlink(missing_ok=True)
     elif path.parent.is_dir():
-        path.write_bytes(data)
+        path.write_bytes(content[0])
+        path.chmod(content[1])
 
 
 @contextmanager

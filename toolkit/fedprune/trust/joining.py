@@ -141,10 +141,7 @@ def check_answer(answer: JoinAnswer, request: JoinRequest, pin: bytes) -> Admiss
     except (InvalidSignature, ValueError, TypeError) as error:
         raise SignatureError("the answer is not signed by the server's authority") from error
     if answer.status == REFUSED:
-        raise JoinError(
-            f"the server refuses {request.device}: {one_line(answer.reason)}",
-            hint="`fedprune-server claim` makes a new claim, `fedprune-server devices` says who is let in.",
-        )
+        raise JoinError(f"the server refuses {request.device}: {one_line(answer.reason)}")
     if answer.status != APPROVED:
         return None
     if answer.certificate is None or answer.server_key is None:
