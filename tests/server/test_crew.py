@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,8 +114,9 @@ def test_helpers_that_were_killed_are_replaced(worker: Worker, crew: Crew) -> No
     orders = extracts(worker)
     crew.expect(orders)
     expected = [crew.execute(o) for o in orders]
-    for process in crew._pool._processes.values():
-        os.kill(process.pid, signal.SIGKILL)
+    for process in list(crew._pool._processes.values()):
+        with suppress(ProcessLookupError):  # the pool ends the others as soon as it misses one
+            os.kill(process.pid, signal.SIGKILL)
         process.join()
     while not crew._pool._broken:  # the pool's own thread notices
         time.sleep(0.01)
