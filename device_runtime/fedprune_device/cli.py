@@ -31,6 +31,7 @@ from fedprune_device.data import checked_inputs, checked_samples, why_unreadable
 from fedprune_device.labels import targets
 from fedprune_device.membership import add_join_command, add_membership, checked_urls, join_first, membership
 from fedprune_device.own_labels import OwnLabels
+from fedprune_device.owner import Owner
 from fedprune_device.predictions import described, judged
 from fedprune_device.predictor import Predictor
 from fedprune_device.runtime.runtime_cli import add_runtime_commands
@@ -140,10 +141,13 @@ def _run(arguments: argparse.Namespace) -> int:
     data = load_data(arguments.data, arguments.seed, arguments.device, arguments.validation_share)
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-    with DeviceStore(arguments.state, device=arguments.device) as store, ExitStack() as stack:
+    owner = Owner(arguments.device, arguments.site)
+    with DeviceStore(arguments.state, owner=owner) as store, ExitStack() as stack:
         member = membership(arguments, insecure=arguments.insecure)
         if not join_first(member, arguments, patient=arguments.patient, stopped=stopped):
             return int(ExitCode.OK)
+        if member.identity is not None:
+            owner.claim(arguments.state)
         agents: list[Agent] = []  # the link asks the agent for its will, and the agent speaks through the link
         link, wire = member.open(lambda: agents[0].will())
         report = None
@@ -173,6 +177,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if stopped.is_set():
             return int(ExitCode.OK)
         link.start(patient=arguments.patient)
+        owner.claim(arguments.state)  # not before: a start that fails must not give the directory to a mistyped name
         renewal = member.renewal(link)
         if renewal is not None:
             stack.enter_context(renewal)

@@ -25,6 +25,7 @@ from fedprune.wire.link import Link, Will
 from fedprune.wire.topics import EVERYONE, Topics, check_device, check_name
 from fedprune_device.enrolment import Renewal, enrol, join_urls, read_claim
 from fedprune_device.outbox import Wire
+from fedprune_device.owner import Owner
 from fedprune_device.signed_link import SignedLink
 
 BROKER, JOIN, SITE, DEVICE = "FEDPRUNE_BROKER", "FEDPRUNE_JOIN", "FEDPRUNE_SITE", "FEDPRUNE_DEVICE"
@@ -236,6 +237,8 @@ def join_first(
 
 def _join(arguments: argparse.Namespace) -> int:
     folder = arguments.state / IDENTITY
+    owner = Owner(arguments.device, arguments.site)
+    owner.check(arguments.state)
     if arguments.new_key and folder.exists():
         with storage_errors(f"can't delete {folder}"):
             shutil.rmtree(folder)
@@ -244,6 +247,7 @@ def _join(arguments: argparse.Namespace) -> int:
         print(f"{member.device} is a member already, with key {member.identity.key.verifying.fingerprint}")
         return int(ExitCode.OK)
     join_first(member, arguments, pin=_pin(arguments.pin), patient=arguments.patient)
+    owner.claim(arguments.state)
     return int(ExitCode.OK)
 
 

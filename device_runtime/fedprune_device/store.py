@@ -1,7 +1,7 @@
 """A device's state directory: what survives a power cut.
 
 lock            one process at a time
-device.json     whose directory it is
+device.json     whose directory it is (`owner`)
 session.json    number of the last connection
 offer.json      the last offer that was accepted, and whether it is done
 pending.json    an update that the server has not acknowledged
@@ -30,6 +30,7 @@ from fedprune.errors import ProtocolError, StorageError
 from fedprune.wire import messages
 from fedprune_device import durable
 from fedprune_device.own import OwnFolder
+from fedprune_device.owner import Owner
 from fedprune_device.slots import Slots
 
 _LOG = logging.getLogger("fedprune.device")
@@ -52,7 +53,7 @@ class DeviceStore:
     Args:
         root: The directory; made if missing.
         clock: Seconds since 1970.
-        device: Whose it is; without it nobody asks.
+        owner: Whose it must be, if it is anybody's; without it nobody asks.
 
     Attributes:
         blobs: Weights and graphs.
@@ -65,7 +66,9 @@ class DeviceStore:
         StorageError: Another process uses the directory, it is another device's, or it can't be written.
     """
 
-    def __init__(self, root: Path, clock: Callable[[], float] = time.time, *, device: str = "") -> None:
+    def __init__(self, root: Path, clock: Callable[[], float] = time.time, *, owner: Owner | None = None) -> None:
+        if owner is not None:
+            owner.check(root)  # before anything is put into somebody else's
         with storage_errors(f"can't write {root}"):
             root.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -80,8 +83,6 @@ class DeviceStore:
         self._clock = clock
         try:
             durable.sweep(root)
-            if device:
-                self._claim(device)
             self.blobs = BlobStore(root / "blobs")
             self.slots = Slots(root / "serving")
             self.slots.prepare()
@@ -217,18 +218,6 @@ class DeviceStore:
     def _of_another_run(self, offer: messages.Offer) -> bool:
         before = None if self.task is None else self.task.offer
         return before is not None and (before.job, before.seed) != (offer.job, offer.seed)
-
-    def _claim(self, device: str) -> None:
-        owner = (self._read("device.json") or {}).get("device", "")
-        if owner == device:
-            return
-        if owner:
-            raise StorageError(
-                f"{self.root} is the state directory of device {owner}",
-                expected=f"one of {device}'s own",
-                hint=f"Use --device {owner}, or another --state; delete the directory to give the device another name.",
-            )
-        durable.write_document(self.root / "device.json", {"device": device})
 
     def _unwanted(self, task: Task | None) -> list[str]:
         wanted = set()

@@ -19,6 +19,7 @@ from fedprune.selection import Selection, Tensors
 from fedprune_device import cli
 from fedprune_device.data import LocalData
 from fedprune_device.labels import log_prior
+from fedprune_device.owner import Owner
 from fedprune_device.slots import Serving
 from fedprune_device.store import DeviceStore
 
@@ -271,10 +272,16 @@ def test_a_device_is_called_like_its_host(monkeypatch: pytest.MonkeyPatch, host:
 
 
 def test_another_devices_state_folder_is_refused(tmp_path: Path, probed: list[int], capsys: Capture) -> None:
-    DeviceStore(tmp_path / "state", device="shed").close()
+    (tmp_path / "state").mkdir()
+    Owner("shed", "default").claim(tmp_path / "state")
     assert run(tmp_path) == ExitCode.STORAGE
     assert not probed
-    assert "is the state directory of device shed" in capsys.readouterr().err
+    assert "expected device d of site default, got device shed of site default" in capsys.readouterr().err
+
+
+def test_a_start_that_fails_leaves_the_state_folder_to_another_name(tmp_path: Path, probed: list[int]) -> None:
+    assert run(tmp_path, device="atic") == ExitCode.BROKER
+    assert run(tmp_path) == ExitCode.BROKER
 
 
 def test_a_password_is_never_shown(tmp_path: Path, probed: list[int], capsys: Capture) -> None:

@@ -15,6 +15,8 @@ from fedprune import tensorfile
 from fedprune.errors import ModelError, StorageError, StorageFullError
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Offer, Update
+from fedprune_device import durable
+from fedprune_device.owner import Owner
 from fedprune_device.slots import Serving, Slots
 from fedprune_device.store import DeviceStore
 
@@ -155,18 +157,42 @@ def test_two_processes_cannot_share_a_state_directory(tmp_path: Path) -> None:
         DeviceStore(tmp_path)
 
 
-def test_a_directory_belongs_to_one_device(tmp_path: Path) -> None:
-    DeviceStore(tmp_path, device="attic").close()
-    DeviceStore(tmp_path, device="attic").close()
-    with pytest.raises(StorageError, match=r"is the state directory of device attic.*expected one of shed's own"):
-        DeviceStore(tmp_path, device="shed")
+def test_a_directory_belongs_to_one_device_of_one_site(tmp_path: Path) -> None:
+    attic, shed = Owner("attic", "home"), Owner("shed", "home")
+    for _ in range(2):
+        with DeviceStore(tmp_path, owner=attic):
+            attic.claim(tmp_path)
+    both = "another device: expected device shed of site home, got device attic of site home"
+    for refused in (lambda: DeviceStore(tmp_path, owner=shed), lambda: shed.claim(tmp_path)):
+        with pytest.raises(StorageError, match=both):
+            refused()
+    with pytest.raises(StorageError, match="expected device attic of site field, got device attic of site home"):
+        DeviceStore(tmp_path, owner=Owner("attic", "field"))
+    DeviceStore(tmp_path, owner=attic).close()
 
 
-def test_a_directory_of_an_earlier_version_is_claimed_by_the_next_device(tmp_path: Path) -> None:
-    DeviceStore(tmp_path).close()
-    DeviceStore(tmp_path, device="attic").close()
-    with pytest.raises(StorageError, match="attic"):
-        DeviceStore(tmp_path, device="shed")
+def test_a_directory_that_nobody_has_claimed_is_free(tmp_path: Path) -> None:
+    DeviceStore(tmp_path, owner=Owner("atic", "home")).close()
+    with DeviceStore(tmp_path, owner=Owner("attic", "home")):
+        Owner("attic", "home").claim(tmp_path)
+
+
+def test_a_directory_of_an_earlier_version_has_a_device_and_gets_a_site(tmp_path: Path) -> None:
+    durable.write_document(tmp_path / "device.json", {"device": "attic"})
+    with pytest.raises(StorageError, match="got device attic"):
+        Owner("shed", "home").claim(tmp_path)
+    Owner("attic", "home").claim(tmp_path)
+    with pytest.raises(StorageError, match="got device attic of site home"):
+        Owner("attic", "field").check(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["server.db", "identity/authority.pem"])
+def test_a_servers_folder_is_no_device_s(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(StorageError, match=rf"state folder of a server: expected one of device attic's own.*{name}"):
+        DeviceStore(tmp_path, owner=Owner("attic", "home"))
+    assert not (tmp_path / "lock").exists()
 
 
 def test_a_closed_directory_can_be_opened_again(tmp_path: Path) -> None:
