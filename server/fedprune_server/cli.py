@@ -161,7 +161,7 @@ def _run(arguments: argparse.Namespace) -> int:
         profiles = () if config.profiles is None else (config.profiles,)
         for name in names_of_profiles(profiles) if profiles else ():
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
-        opened = folder.open_job(config)
+        opened = folder.read_job(config)
         worker: Executes = opened.worker
         if config.workers > 1:
             worker = stack.enter_context(closing(Crew(opened.worker, config.workers)))
@@ -199,6 +199,7 @@ def _run(arguments: argparse.Namespace) -> int:
             opened.state.phase.value,
         )
         reached.start(daemon.subscriptions)
+        folder.keep(opened)  # a broker that can't be reached is not one to remember
         with _stopped_by_signals(daemon) as signals:
             daemon.run(
                 until_finished=arguments.until_finished,

@@ -23,8 +23,9 @@ from fedprune.disk import storage_errors
 from fedprune.errors import ConfigError, FedpruneError, StorageError
 from fedprune.job import Job
 from fedprune_export.importing import import_onnx
+from fedprune_server.own_samples import load_calibration
 from fedprune_server.simulation_state import texts
-from fedprune_server.state_folder import BLOBS, MODEL, load_calibration
+from fedprune_server.state_folder import BLOBS, MODEL
 from fedprune_server.storage import Storage
 from fedprune_server.worker import Worker
 

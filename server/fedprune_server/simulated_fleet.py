@@ -18,8 +18,8 @@ from fedprune_server.experiment import Experiment
 from fedprune_server.fleet_devices import Link, named, read_devices
 from fedprune_server.fleet_weather import Settings, read_availability, read_dropouts, read_settings, read_weather
 from fedprune_server.measure import Measure
+from fedprune_server.own_samples import check_data, load_calibration, load_evaluation
 from fedprune_server.reference import TITLE, fedavg
-from fedprune_server.state_folder import check_data, load_calibration, load_evaluation
 from fedprune_server.virtual_device import VirtualDevice
 from fedprune_server.weather import Availability, DropOuts, Weather
 

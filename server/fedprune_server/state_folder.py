@@ -6,28 +6,24 @@ import fcntl
 import logging
 import os
 import time
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from fedprune import tensorfile
 from fedprune.blobs import BlobStore
-from fedprune.coordination import State
+from fedprune.coordination import Phase, State
 from fedprune.disk import storage_errors
-from fedprune.errors import ConfigError, DataError, ModelError, StorageError
+from fedprune.errors import ConfigError, ModelError, StorageError
 from fedprune.job import Job
 from fedprune.selection import Selection
-from fedprune_device.data import LocalData, load_data, load_inputs
+from fedprune_device import owner
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_server.config import ServerConfig, with_stored, without_password
-from fedprune_server.evaluator import Evaluation
 from fedprune_server.garbage import sweep
+from fedprune_server.own_samples import load_calibration, load_evaluation
 from fedprune_server.storage import FILE as DATABASE
 from fedprune_server.storage import LOCK, Storage
 from fedprune_server.worker import Worker
@@ -49,6 +45,8 @@ class OpenJob:
         worker: Carries out its heavy commands.
         state: Where it stands.
         changed: What differs from the settings with which it ran last, one line each.
+        settings: What the next start will go on with.
+        source: The model's file, where the folder doesn't have it yet.
     """
 
     job: Job
@@ -56,6 +54,8 @@ class OpenJob:
     worker: Worker
     state: State
     changed: list[str]
+    settings: dict[str, Any]
+    source: bytes | None
 
 
 class StateFolder:
@@ -65,11 +65,18 @@ class StateFolder:
         path: The folder; made if missing.
 
     Raises:
-        StorageError: Another server runs on it, or it can't be used.
+        StorageError: Another server runs on it, it is a device's, or it can't be used.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if (path / owner.FILE).exists():
+            raise StorageError(
+                f"{path} is the state directory of a device",
+                expected="a folder of the server's own",
+                got=f"one with {owner.FILE}",
+                hint="Give another --state.",
+            )
         with storage_errors(f"can't use state folder {path}"):
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -101,10 +108,22 @@ class StateFolder:
             DataError: The evaluation or calibration data can't be used.
             StorageError: The folder is damaged.
         """
+        opened = self.read_job(config)
+        self.keep(opened)
+        return opened
+
+    def read_job(self, config: ServerConfig) -> OpenJob:
+        """The job as `open_job` gives it, of which the folder knows nothing yet: a start that fails is not remembered.
+
+        Raises:
+            ConfigError: As `open_job`; so do ModelError, DataError and StorageError.
+        """
         if config.archive:
             self.storage.logged = 0
-        known = self.storage.settings()
-        raw, name = self._model_bytes(config, known)
+        known, state = self.storage.settings(), self.storage.load()
+        if known is not None:
+            self._check_name(config, known, state)
+        raw, name = self._model_bytes(config, known, state)
         model = import_onnx(raw, name)
         evaluation = calibration = None
         if config.evaluation is not None:
@@ -121,21 +140,43 @@ class StateFolder:
         }
         if known is None:
             self._keep_foreign(raw)
-            self.store.write_file(self.path / MODEL, raw)
-        # After the model and before the first state: a crash in between leaves nothing that contradicts itself.
-        self.storage.put_settings(settings)
         worker = Worker(config.job, model, self.store, evaluation, calibration)
-        state = self.storage.load()
         if state is None:
             state = State(model=worker.initial(), architecture=model.architecture.digest)
-            self.storage.save(state, None, time.time())
         else:
             self._check_blobs(state)
             self._fit(state, model)
             sweep(self.store, state, config.kept)  # not a new job's folder: its worker has just put graphs there
-        return OpenJob(config.job, model, worker, state, _changes(known, settings))
+        source = raw if known is None else None
+        return OpenJob(config.job, model, worker, state, _changes(known, settings), settings, source)
 
-    def _model_bytes(self, config: ServerConfig, known: dict[str, Any] | None) -> tuple[bytes, str]:
+    def keep(self, opened: OpenJob) -> None:
+        """Remember a job and its settings, for the next start.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        if opened.source is not None:
+            self.store.write_file(self.path / MODEL, opened.source)
+        # After the model and before the first state: a crash in between leaves nothing that contradicts itself.
+        self.storage.put_settings(opened.settings)
+        if self.storage.load() is None:
+            self.storage.save(opened.state, None, time.time())
+
+    def _check_name(self, config: ServerConfig, known: dict[str, Any], state: State | None) -> None:
+        """A job of another name is another job."""
+        name = known["job"]["name"]
+        if config.job.name != name:
+            raise ConfigError(
+                f"{self.path} holds {_described(known, state)}",
+                expected=f"the name {name}",
+                got=config.job.name,
+                hint=f"For a new job take another --state folder; to go on with {name} give its name, or none.",
+            )
+
+    def _model_bytes(
+        self, config: ServerConfig, known: dict[str, Any] | None, state: State | None
+    ) -> tuple[bytes, str]:
         if known is None:
             if config.model is None:
                 raise ConfigError(
@@ -143,21 +184,23 @@ class StateFolder:
                     expected="a model to begin with",
                     hint="Give --model model.onnx, or [model] path in the configuration.",
                 )
-            source = config.model
-            name = source.rpartition(":")[2] if ":" in source else Path(source).stem
-            return _source_bytes(source, config.input_shape), name
+            return _source_bytes(config.model, config.input_shape), _name_of(config.model)
         path = self.path / MODEL
         with storage_errors(f"can't read {path}"):
             raw = path.read_bytes()
         if tensorfile.digest(raw) != known["model"]:
             raise StorageError(f"{path} is damaged", hint="Restore the server's backup.")
+        name = str(known["name"])
         # A torch factory may draw other weights each time; its job goes on with those that it drew first.
-        if config.model is not None and Path(config.model).is_file() and read_source(config.model) != raw:
+        if config.model is not None and (
+            read_source(config.model) != raw if Path(config.model).is_file() else _name_of(config.model) != name
+        ):
             raise ConfigError(
-                f"{config.model} is not the model with which the job in {self.path} began",
-                hint="Take another state folder for another model, or leave the model out to go on.",
+                f"{config.model} is not the model with which the job in {self.path} began, which holds "
+                f"{_described(known, state)}",
+                hint="For another model take another --state folder; to go on with this one leave the model out.",
             )
-        return raw, str(known["name"])
+        return raw, name
 
     def _keep_foreign(self, raw: bytes) -> None:
         """A folder without a job may be somebody's own, with a model of theirs."""
@@ -226,61 +269,6 @@ def stored_config(folder: Path, config: ServerConfig, chosen: Mapping[str, Any])
     return with_stored(config, known.get("server", {}), chosen)
 
 
-def load_evaluation(source: str, model: Model, loss: str) -> Evaluation:
-    """The server's own samples: `x_test` and `y_test` where a file has them, else all samples.
-
-    Args:
-        source: A `.npz` file or `package.module:function`, as devices' data.
-        model: The model that will be measured.
-        loss: What it is trained with.
-
-    Raises:
-        DataError: The data can't be read or doesn't fit the model.
-    """
-    data = load_data(source)
-    try:
-        check_data(data, model, loss)
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from error
-    if len(data.y_test) and _has_test_split(Path(source)):
-        return data.x_test, data.y_test
-    if not len(data.y_test):
-        return data.x_train, data.y_train
-    return np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
-
-
-def check_data(data: LocalData, model: Model, loss: str) -> None:
-    """Check samples and labels against a model.
-
-    Args:
-        data: The samples.
-        model: The model.
-        loss: What it is trained with.
-
-    Raises:
-        DataError: Labels don't fit the loss or the number of classes, or samples have another shape or type.
-    """
-    shape = model.architecture.input_shape
-    data.check(model.architecture.classes, shape, loss=loss, token_ids=_takes_token_ids(model))
-
-
-def load_calibration(source: str, model: Model) -> npt.NDArray[Any]:
-    """Samples for batch-norm statistics: `x_test` where the source has it, else all of `x`; labels are not needed.
-
-    Args:
-        source: A `.npz` file or `package.module:function`, as devices' data.
-        model: The model whose statistics will be measured.
-
-    Raises:
-        DataError: The samples can't be read or don't fit the model.
-    """
-    return load_inputs(source, tuple(model.architecture.input_shape), token_ids=_takes_token_ids(model))
-
-
-def _takes_token_ids(model: Model) -> bool:
-    return model.graph.inputs[0].dtype.kind == "i"
-
-
 def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes]:
     """The model of a state folder, and the bytes of its weights.
 
@@ -318,12 +306,17 @@ def model_after(folder: Path, round_: int) -> str:
     return found[round_]
 
 
-def _has_test_split(path: Path) -> bool:
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return "x_test" in file.files
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError):
-        return False
+def _name_of(source: str) -> str:
+    """What a model is called: as its file or factory."""
+    return source.rpartition(":")[2] if ":" in source else Path(source).stem
+
+
+def _described(known: Mapping[str, Any], state: State | None) -> str:
+    """A folder's job in a few words."""
+    name, rounds = known["job"]["name"], known["job"]["rounds"]
+    done = 0 if state is None else len(state.history)
+    ended = state is not None and state.phase is Phase.FINISHED
+    return f"job {name} of model {known['name']}, {'finished' if ended else 'stopped'} after {done} of {rounds} rounds"
 
 
 def _changes(known: dict[str, Any] | None, settings: dict[str, Any]) -> list[str]:

@@ -23,7 +23,9 @@ from fedprune.job import Job
 from fedprune.session import Session
 from fedprune_server.cli import main
 from fedprune_server.config import ServerConfig
+from fedprune_server.connection import Connection
 from fedprune_server.daemon import Daemon
+from fedprune_server.digits import digits_model
 from fedprune_server.state_folder import StateFolder
 
 
@@ -180,12 +182,64 @@ def test_a_folder_goes_on_without_its_model_file(state: Path, closed_port: int) 
 
 
 def test_a_restart_with_the_folder_alone_uses_the_broker_of_before(
-    state: Path, closed_port: int, capsys: pytest.CaptureFixture[str]
+    state: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["run", "--insecure", "--state", str(state), "--broker", f"mqtt://127.0.0.1:{closed_port}"])
+    with monkeypatch.context() as there:
+        there.setattr(Connection, "start", lambda *_: None)
+        there.setattr(Daemon, "run", lambda *_, **__: None)
+        command = ["run", "--insecure", "--state", str(state), "--broker", f"mqtt://127.0.0.1:{closed_port}"]
+        assert main(command) == ExitCode.OK
     capsys.readouterr()
     assert main(["run", "--insecure", "--state", str(state)]) == ExitCode.BROKER
     assert f"127.0.0.1:{closed_port}" in one_line(capsys)
+
+
+def test_a_start_that_failed_is_not_remembered(state: Path, closed_port: int) -> None:
+    def stored() -> object:
+        with StateFolder(state) as folder:
+            return folder.storage.settings()
+
+    before = stored()
+    command = ["run", "--insecure", "--state", str(state), "--broker", f"mqtt://127.0.0.1:{closed_port}"]
+    assert main([*command, "--rounds", "9"]) == ExitCode.BROKER
+    assert stored() == before
+
+
+def test_a_first_start_that_failed_leaves_room_for_another_model_name_and_broker(
+    model: Path, tmp_path: Path, closed_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.onnx").write_bytes(digits_model())
+    command = ["run", "--insecure", "--state", str(tmp_path / "s"), "--broker", f"mqtt://127.0.0.1:{closed_port}"]
+    assert main([*command, "--model", str(tmp_path / "other.onnx"), "--name", "levaes"]) == ExitCode.BROKER
+    assert main([*command, "--model", str(model), "--name", "leaves"]) == ExitCode.BROKER
+    with StateFolder(tmp_path / "s") as folder:
+        opened = folder.open_job(ServerConfig(job=Job(name="leaves"), model=str(model)))
+    assert (opened.state.round, opened.changed) == (0, [])
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_another_job_is_refused_by_a_folder_that_has_one(
+    state: Path, ended: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with StateFolder(state) as folder:
+        stands = folder.storage.load()
+        assert stands is not None
+        stands.phase = Phase.FINISHED if ended else Phase.WAITING
+        folder.storage.save(stands, None, 2.0)
+    there = f"job leaves of model model, {'finished' if ended else 'stopped'} after 1 of 5 rounds"
+    assert main(["run", "--insecure", "--state", str(state), "--name", "trees"]) == ExitCode.CONFIG
+    line = one_line(capsys)
+    assert f"{state} holds {there}: expected the name leaves, got trees. For a new job take another --state" in line
+    assert main(["run", "--insecure", "--state", str(state), "--model", "nets:make"]) == ExitCode.CONFIG
+    line = one_line(capsys)
+    assert f"nets:make is not the model with which the job in {state} began, which holds {there}" in line
+
+
+def test_a_device_s_folder_is_no_server_s(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "device.json").write_text("{}")
+    command = ["run", "--insecure", "--model", str(model), "--state", str(tmp_path)]
+    assert main(command) == ExitCode.STORAGE
+    assert "is the state directory of a device" in one_line(capsys)
 
 
 def test_a_changed_setting_is_said_without_its_password(model: Path, state: Path) -> None:

@@ -20,9 +20,9 @@ from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import deal, digits_model
 from fedprune_server.experiment import Experiment
+from fedprune_server.own_samples import load_evaluation
 from fedprune_server.report import summary, summary_text, write_report
 from fedprune_server.simulation import Simulation
-from fedprune_server.state_folder import load_evaluation
 from fedprune_server.virtual_device import VirtualDevice
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b")
