@@ -7,17 +7,23 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from fedprune.blobs import BlobStore
 from fedprune.disk import storage_errors, write_whole
+from fedprune_server.differences import differences
 from fedprune_server.experiment import Experiment
 from fedprune_server.metrics_table import write_metrics
 from fedprune_server.record import Record
 from fedprune_server.simulation import Simulation
+from fedprune_server.simulation_state import OtherRunError
 
 CONFIG = "config{}.json"
 RECORD = "metrics{}.json"
 """Files of a run's folder; a reference's are marked."""
+
+_UNDECIDED = ("fingerprint", "title", "checkpoints")
+"""Settings that say nothing of what a run computes, or nothing to a reader."""
 
 
 def simulate(
@@ -53,7 +59,11 @@ def simulate(
             with storage_errors(f"can't make {place}"):
                 place.mkdir(parents=True, exist_ok=True)
         blobs = BlobStore((place or Path(str(scratch))) / "blobs", durable=False)
-        simulation = Simulation(experiment, blobs, folder=place)
+        try:
+            simulation = Simulation(experiment, blobs, folder=place)
+        except OtherRunError as error:
+            differ = "" if folder is None else _differences(folder / CONFIG.format(suffix), experiment)
+            raise OtherRunError(error.what, got=differ or None, hint=error.hint) from error
         if folder is not None:
             text = json.dumps(experiment.settings(), indent=1) + "\n"
             write_whole(folder / CONFIG.format(suffix), text.encode())
@@ -63,3 +73,27 @@ def simulate(
         record.save(folder / RECORD.format(suffix))
         write_metrics(folder, record, suffix)
     return record
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run, also after its state was deleted so that it begins anew."""
+    return (folder / "run").is_dir() or "fingerprint" in _settings(folder / CONFIG.format(""))
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A run's settings as it wrote them; empty where they can't be read."""
+    try:
+        body = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _differences(path: Path, experiment: Experiment) -> str:
+    stored = _settings(path)
+    if not stored:
+        return ""
+    found = differences(stored, json.loads(json.dumps(experiment.settings())), _UNDECIDED)
+    return (
+        found or "the same settings: what differs is the model's graph, the server's samples or a strategy's own code"
+    )

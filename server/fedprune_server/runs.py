@@ -22,6 +22,7 @@ from fedprune.disk import locked, storage_errors, write_whole
 from fedprune.errors import ConfigError, FedpruneError, MissingExtraError, StorageError, shown
 from fedprune.wire.topics import check_name
 from fedprune_server.children import begin_helper
+from fedprune_server.differences import differences
 
 DONE, FAILED, PROGRESS = "done.json", "failed.txt", "progress.json"
 """Files of a run's folder."""
@@ -274,9 +275,12 @@ def _finished(run: Run, folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{path} can't be read ({type(error).__name__}: {error})", hint="Delete it.") from error
-    if settings != json.loads(json.dumps(dict(run.settings))):
+    given = json.loads(json.dumps(dict(run.settings)))
+    if settings != given:
         raise StorageError(
-            f"{folder} holds a run with other settings", hint="Take another folder, another name, or delete it."
+            f"{folder} holds a run with other settings",
+            got=differences(settings, given),
+            hint=f"Take another folder or another name, or delete {folder} to run it anew.",
         )
     return {"result": result, "seconds": float(body["seconds"])}
 

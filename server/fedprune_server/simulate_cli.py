@@ -161,7 +161,9 @@ def _folder(out: Path) -> Path:
 
 def _run_folder(out: Path) -> Path:
     """A folder in which nothing but a run's files are written over."""
-    if _folder(out).is_dir() and any(out.iterdir()) and not (out / "run").is_dir():
+    from fedprune_server.run_folder import is_run
+
+    if _folder(out).is_dir() and any(out.iterdir()) and not is_run(out):
         raise UsageError(f"--out {out} holds something that is not a run's", expected="an empty folder, or a run's own")
     return out
 

@@ -27,7 +27,10 @@ FILE = "simulation.json"
 ROUNDS = "rounds.jsonl"
 
 _LOCK = ".lock"
-_ANEW = "Choose another folder, or delete this one to begin anew."
+
+
+class OtherRunError(StorageError):
+    """A folder holds the state of a simulation with other settings, model or data."""
 
 
 @dataclass(frozen=True)
@@ -264,12 +267,14 @@ class SimulationState:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise StorageError(f"can't read the simulation in {path} ({error})", hint=_ANEW) from error
+            raise StorageError(f"can't read the simulation in {path} ({error})", hint=_anew(folder)) from error
         try:
             if body["format"] != FORMAT:
-                raise StorageError(f"{path} is of another version", expected=FORMAT, hint=_ANEW)
+                raise StorageError(f"{path} is of another version", expected=FORMAT, hint=_anew(folder))
             if body["fingerprint"] != fingerprint:
-                raise StorageError(f"{path} belongs to a simulation with other settings, model or data", hint=_ANEW)
+                raise OtherRunError(
+                    f"{path} belongs to a simulation with other settings, model or data", hint=_anew(folder)
+                )
             history, notes = _finished(folder / ROUNDS, *body["rounds"])
             state = cls(
                 clock=float(body["clock"]),
@@ -299,7 +304,11 @@ class SimulationState:
         except StorageError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise StorageError(f"{path} is damaged ({type(error).__name__}: {error})", hint=_ANEW) from error
+            raise StorageError(f"{path} is damaged ({type(error).__name__}: {error})", hint=_anew(folder)) from error
+
+
+def _anew(folder: Path) -> str:
+    return f"Name another folder, or delete {folder} and give the command again: it begins anew."
 
 
 def _finished(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]], dict[int, Notes]]:
@@ -310,9 +319,9 @@ def _finished(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]]
         with path.open("rb") as file:
             lines = file.read(length).decode().splitlines()
     except OSError as error:
-        raise StorageError(f"can't read {path}: {error.strerror}", hint=_ANEW) from error
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=_anew(path.parent)) from error
     if len(lines) != count:
-        raise StorageError(f"{path} is damaged", expected=f"{count} rounds", got=len(lines), hint=_ANEW)
+        raise StorageError(f"{path} is damaged", expected=f"{count} rounds", got=len(lines), hint=_anew(path.parent))
     rows = [json.loads(line) for line in lines]
     return [row for row, _ in rows], {int(row["round"]): Notes(**notes) for row, notes in rows}
 

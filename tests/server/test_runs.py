@@ -77,7 +77,7 @@ def test_what_has_finished_is_not_done_again(tmp_path: Path) -> None:
     again = carry_out(drawn, [RUNS[0], WRONG[0], RUNS[1]], tmp_path, workers=2)
     assert again[0] == first[0]
     assert [len((tmp_path / r.name / "calls").read_text()) for r in (RUNS[0], WRONG[0], RUNS[1])] == [1, 2, 1]
-    with pytest.raises(StorageError, match="other settings"):
+    with pytest.raises(StorageError, match=r"other settings: got seed \(stored \d, given 9\)\. .* or delete "):
         carry_out(drawn, [Run(RUNS[0].name, {"seed": 9})], tmp_path)
     (tmp_path / RUNS[0].name / DONE).write_text("{")
     with pytest.raises(StorageError, match="can't be read"):

@@ -1,6 +1,7 @@
 """`fedprune-simulate`: from a configuration to a report, and what it says to a wrong one."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -348,3 +349,10 @@ def test_a_folder_of_something_else_is_left_alone(config, tmp_path, capsys):
     assert "holds something that is not a run's" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["report.md"]
     assert (out / "report.md").read_text() == "mine"
+
+
+def test_a_folder_whose_state_was_deleted_begins_anew(config, tmp_path):
+    command = ["--config", config(), "--out", str(tmp_path / "out")]
+    assert main(command) == ExitCode.OK
+    shutil.rmtree(tmp_path / "out" / "run")
+    assert main(command) == ExitCode.OK

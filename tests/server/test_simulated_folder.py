@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,13 @@ from fedprune.job import Job
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune_export.importing import import_onnx
+from fedprune_server.differences import differences
 from fedprune_server.digits import deal, digits_model
 from fedprune_server.experiment import Experiment
 from fedprune_server.measure import Measure, Moment
 from fedprune_server.patience import MAX_ATTEMPTS
 from fedprune_server.round_notes import Notary, Notes
-from fedprune_server.run_folder import simulate
+from fedprune_server.run_folder import is_run, simulate
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import VirtualDevice
 
@@ -69,6 +71,53 @@ def test_a_folder_is_one_process_s_at_a_time(experiment: Experiment, tmp_path: P
     assert first.rounds == alone.rounds
     second.run(lambda _: pytest.fail("something was trained again"))
     assert second.record().rounds == alone.rounds
+
+
+def test_settings_that_differ_are_named_as_stored_and_as_given(experiment: Experiment, tmp_path: Path) -> None:
+    simulate(experiment, tmp_path)
+    first, second = experiment.devices
+    linked = replace(first, profile=find("raspberry-pi-4b"))
+    job = replace(JOB, rounds=4, recipe=replace(JOB.recipe, lr=0.1))
+    with pytest.raises(StorageError, match="other settings") as caught:
+        simulate(replace(experiment, job=job, devices=(linked, second)), tmp_path)
+    said = str(caught.value)
+    for part in (
+        "job.recipe.lr (stored 0.05, given 0.1)",
+        "job.rounds (stored 3, given 4)",
+        "devices.a.profile (stored 'raspberry-pi-5', given 'raspberry-pi-4b')",
+    ):
+        assert part in said
+    assert "momentum" not in said
+    assert "devices.b" not in said
+
+
+def test_what_no_setting_shows_is_said_to_differ_elsewhere(experiment: Experiment, tmp_path: Path) -> None:
+    simulate(experiment, tmp_path)
+    assert experiment.evaluation is not None
+    x, y = experiment.evaluation
+    with pytest.raises(StorageError, match="the server's samples or a strategy's own code"):
+        simulate(replace(experiment, evaluation=(x, (y + 1) % 10)), tmp_path)
+
+
+def test_differences_of_any_two_tables() -> None:
+    assert differences({"a": 1, "b": {"c": [1]}}, {"a": 1, "b": {"c": [1]}}) == ""
+    assert differences({"a": 1, "b": {}}, {"b": {"c": 2}}) == (
+        "a (stored 1, given nothing), b.c (stored nothing, given 2)"
+    )
+    assert differences({"a": 1}, {"a": 2}, ignored="a") == ""
+    many = {str(i): i for i in range(9)}
+    assert differences(many, {}).endswith(" and 4 more")
+
+
+@pytest.mark.parametrize("name", ["simulation.json", "rounds.jsonl"])
+def test_the_advice_for_a_damaged_state_leads_to_a_run(experiment: Experiment, tmp_path: Path, name: str) -> None:
+    whole = simulate(experiment, tmp_path)
+    (tmp_path / "run" / name).write_bytes(b"{")
+    with pytest.raises(StorageError, match=f"delete {tmp_path / 'run'} and give the command again"):
+        simulate(experiment, tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    assert is_run(tmp_path)  # so that the command line takes it
+    assert simulate(experiment, tmp_path).rounds == whole.rounds
 
 
 def test_a_run_that_failed_goes_on_from_what_was_saved(experiment: Experiment, tmp_path: Path) -> None:
