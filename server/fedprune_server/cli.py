@@ -203,7 +203,7 @@ def _run(arguments: argparse.Namespace) -> int:
         with _stopped_by_signals(daemon) as signals:
             daemon.run(
                 until_finished=arguments.until_finished,
-                done=lambda: _say_what_next(config.state, arguments.until_finished),
+                done=lambda: _say_what_next(config.state, arguments.until_finished, daemon),
             )
         if reached.broker is not None:
             traffic = reached.broker.traffic()
@@ -218,8 +218,12 @@ def _run(arguments: argparse.Namespace) -> int:
     return int(ExitCode.INTERRUPTED if signal.SIGINT in signals and not daemon.finished else ExitCode.OK)
 
 
-def _say_what_next(state: Path, until_finished: bool) -> None:
+def _say_what_next(state: Path, until_finished: bool, daemon: Any) -> None:
     """What to do with a job that is finished, and what the server still waits for."""
+    from fedprune_server.divergence import of_history
+
+    if spoilt := of_history(daemon.state.history, daemon.job.recipe.to_dict()):
+        log.warning("%s", spoilt)
     log.info(
         "to take the model out: fedprune-server export-model --state %s --out global.onnx", shlex.quote(str(state))
     )

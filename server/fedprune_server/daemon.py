@@ -30,6 +30,7 @@ from fedprune.wire.link import ConnectionDown, ConnectionUp, Event
 from fedprune.wire.messages import Accepted, Cancelled, Finished, Hello, Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
+from fedprune_server.divergence import ran_away, remedy
 from fedprune_server.downloads import Downloads
 from fedprune_server.garbage import Garbage
 from fedprune_server.offers import graphs_of
@@ -268,6 +269,8 @@ class Daemon:
             self._garbage.spare(graphs_of(event.offer), state.round)
         if isinstance(event, on.UpdateRejected):
             log.warning("update of %s in round %d doesn't count: %s", event.device, event.round, event.reason)
+            if ran_away(event.reason):
+                log.warning("%s", remedy(self.job.recipe.to_dict()))
         pulled = {n: t for n, t in state.tasks.items() if t.progress is Part.PULLING and state.awaits(t)}
         self._garbage.suspect(self._uploads.keep({(n, state.round_of(t), t.attempt) for n, t in pulled.items()}))
         if state.round != round_ or state.phase is Phase.FINISHED:

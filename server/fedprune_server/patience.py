@@ -7,6 +7,8 @@ from collections import Counter
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.errors import PlanError
+from fedprune.recipe import Recipe
+from fedprune_server.divergence import advice
 
 MAX_ATTEMPTS = 20
 """A round that nobody finished in this many attempts never will be."""
@@ -75,7 +77,10 @@ class Patience:
             )
 
 
-def excuse(state: State) -> str:
-    """Why no round begins."""
+def excuse(state: State, recipe: Recipe | None = None) -> str:
+    """Why no round begins, and what to change where training with this recipe ran away."""
     reasons = sorted({d.excluded for d in state.devices.values() if d.excluded})
-    return reasons[0] if reasons else "Fewer devices can take part than job.devices asks for."
+    if not reasons:
+        return "Fewer devices can take part than job.devices asks for."
+    spoilt = advice([], [d.excluded for d in state.devices.values()], recipe.to_dict()) if recipe else ""
+    return f"{reasons[0]}. {spoilt[:1].upper()}{spoilt[1:]}" if spoilt else reasons[0]

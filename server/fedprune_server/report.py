@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedprune_server import foresight, pictures
+from fedprune_server.divergence import advice
 from fedprune_server.record import DeviceRow, Record
 
 TAIL = 5
@@ -158,6 +159,12 @@ def absences(run: Record) -> list[str]:
     return said if len(lost) <= _NAMED else [*said, f"and {len(lost) - _NAMED:,} more devices"]
 
 
+def diverged(run: Record) -> str:
+    """Whether training ran away, and what to change; empty where it didn't."""
+    measured = [r.loss for r in run.rounds if r.loss is not None or r.accuracy is not None]
+    return advice(measured, [d.why for d in run.devices], run.job.get("recipe", {}))
+
+
 def _absence(run: Record, device: DeviceRow) -> str:
     """Why a device took no part, or none in some rounds; empty where it always did."""
     if device.excluded:
@@ -193,6 +200,8 @@ def summary_text(run: Record, reference: Record | None = None, *, judged: bool =
     ]
     if lost := absences(run):
         lines += ["", *lost]
+    if spoilt := diverged(run):
+        lines += ["", spoilt]
     if reference is not None and judged:
         lines += ["", *(f"{c.verdict}: {c.text} ({c.measured})" for c in claims(run, reference))]
     return "\n".join(lines)

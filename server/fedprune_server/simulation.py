@@ -127,7 +127,7 @@ class Simulation:
                 begun(self)
             while self.state.phase is not Phase.FINISHED:
                 if not self._run.queue:
-                    raise PlanError("the simulation has come to a standstill", hint=excuse(self.state))
+                    raise PlanError("the simulation has come to a standstill", hint=excuse(self.state, self.job.recipe))
                 key, item = self._run.pop()
                 event = self._event(bench, key, item)
                 if event is None:
