@@ -53,11 +53,11 @@ def ran_away(reason: str) -> bool:
 
 def remedy(recipe: Mapping[str, Any]) -> str:
     """What to change in a recipe with which training diverges."""
+    lr, momentum, clip = (_now(recipe, key) for key in ("lr", "momentum", "clip_norm"))
     return (
-        f"The likeliest cause is a learning rate that is too high: in [job.recipe] lower lr ({_now(recipe, 'lr')}; "
-        f"try a tenth) or momentum ({_now(recipe, 'momentum')}), or set clip_norm ({_now(recipe, 'clip_norm')}; try 1). If "
-        "that doesn't help, look at the samples: scaled as the model expects, with the right labels. Begin anew in "
-        "another folder: the weights are spoilt."
+        f"The likeliest cause is a learning rate that is too high: in [job.recipe] lower lr ({lr}; try a tenth) or "
+        f"momentum ({momentum}), or set clip_norm ({clip}; try 1). If that doesn't help, look at the samples: scaled "
+        "as the model expects, with the right labels. Begin anew in another folder: the weights are spoilt."
     )
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -107,4 +110,40 @@ def test_swapped_weights_are_noticed(tmp_path: Path) -> None:
     assert len(raw) == (folder / WEIGHTS).stat().st_size
 
     with pytest.raises(BundleError, match=WEIGHTS):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize(("key", "value"), [("widths", [3]), ("classes", 7), ("architecture", "0" * 64)])
+def test_a_manifest_that_says_another_width_than_its_files_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    folder = write(tmp_path / "b")
+    body = json.loads((folder / MANIFEST).read_text())
+    said = body[key]
+    body[key] = value
+    (folder / MANIFEST).write_text(json.dumps(body))
+
+    with pytest.raises(BundleError, match=re.escape(f"its {key} and those of the files differ: expected {said}, got")):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "got"),
+    [
+        ({"w": np.zeros((3, 3), np.float32)}, "tensor 'w' .*expected F32 [2, 3], got F32 [3, 3]"),
+        ({"w": np.zeros((2, 3), np.float16)}, "tensor 'w' .*expected F32 [2, 3], got F16 [2, 3]"),
+        ({}, "tensor 'w' .*expected F32 [2, 3], got no such tensor"),
+        ({"w": np.zeros((2, 3), np.float32), "v": np.zeros(1, np.int8)}, "tensor 'v' .*got I8 [1]"),
+        (None, "can't|cut short|empty"),
+    ],
+)
+def test_tensors_of_another_width_or_type_are_refused(
+    tmp_path: Path, tensors: dict[str, npt.NDArray[Any]] | None, got: str
+) -> None:
+    folder = write(tmp_path / "b")
+    raw = b"" if tensors is None else tensorfile.encode(tensors)
+    (folder / WEIGHTS).write_bytes(raw)
+    body = json.loads((folder / MANIFEST).read_text())
+    body["files"][WEIGHTS] = {"size": len(raw), "sha256": tensorfile.digest(raw)}
+    (folder / MANIFEST).write_text(json.dumps(body))
+
+    with pytest.raises(BundleError, match=got.replace("[", r"\[")):
         open_bundle(folder)

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedprune import tensorfile
 from fedprune.architecture import Architecture
 from fedprune.disk import file_digest
-from fedprune.errors import BundleError, ConfigError
+from fedprune.errors import BundleError, ConfigError, shape_text, shown
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 
@@ -30,6 +32,9 @@ WEIGHTS = "weights.safetensors"
 TRAINING = "training.onnx"
 ARCHITECTURE = "architecture.json"
 SUBMODEL = "submodel.json"
+_LONGEST = 200
+"""Characters of what a manifest says, in a message."""
+
 FILES = (INFERENCE, WEIGHTS, TRAINING, ARCHITECTURE, SUBMODEL)
 
 
@@ -80,8 +85,8 @@ def open_bundle(folder: Path) -> Bundle:
     """Check every file of a bundle against its manifest and read what describes it.
 
     Raises:
-        BundleError: The manifest is missing or damaged, or a file is missing, cut short or changed; the message names
-            the file, what was expected and what was found.
+        BundleError: The manifest is missing or damaged, or a file is missing, cut short or changed; or manifest, widths
+            and tensors contradict each other. The message names the file, what was expected and what was found.
     """
     body = _read_manifest(folder / MANIFEST)
     for name in FILES:
@@ -90,6 +95,8 @@ def open_bundle(folder: Path) -> Bundle:
     selection = Selection.from_json((folder / SUBMODEL).read_bytes(), architecture)
     if selection.digest != body["selection"]:
         raise BundleError(f"{folder}: the manifest names another selection", expected=body["selection"])
+    _check_claims(folder / MANIFEST, body, selection)
+    _check_tensors(folder / WEIGHTS, selection)
     try:
         recipe = Recipe.from_dict(body["recipe"])
     except (ConfigError, TypeError) as error:
@@ -118,6 +125,49 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if not isinstance(body.get(key), kind):
             raise BundleError(f"{path}: {key}", expected=f"a {kind.__name__}", got=type(body.get(key)).__name__)
     return body
+
+
+def _check_claims(path: Path, body: Mapping[str, Any], selection: Selection) -> None:
+    """What the manifest says of the model must be what the files are, for whoever reads it alone."""
+    architecture = selection.architecture
+    facts = {
+        "architecture": architecture.digest,
+        "widths": list(selection.widths),
+        "classes": architecture.classes,
+    }
+    for key, fact in facts.items():
+        if body.get(key) != fact:
+            raise BundleError(
+                f"{path}: its {key} and those of the files differ",
+                expected=fact,
+                got=str(body.get(key))[:_LONGEST],
+                hint="Export the bundle again.",
+            )
+
+
+def _check_tensors(path: Path, selection: Selection) -> None:
+    """Tensors must have the shapes that the widths give them, in float32."""
+    try:
+        # Mapped, because on boards a copy of all weights is memory that they may not have.
+        raw: memoryview = np.memmap(path, np.uint8, "r").data
+        found = {name: (code, shape) for name, (code, shape, _, _) in tensorfile.offsets(raw).items()}
+    except (BundleError, ValueError) as error:  # numpy maps no empty file
+        raise BundleError(f"{path}: {error}") from error
+    except OSError as error:
+        raise BundleError(f"can't read {path}: {error.strerror}", hint="Copy or export the bundle again.") from error
+    wanted = {name: ("F32", shape) for name, shape in selection.shapes().items()}
+    for name in (*wanted, *found):
+        if found.get(name) != wanted.get(name):
+            raise BundleError(
+                f"{path}: tensor {shown(name)} is not of the widths that {SUBMODEL} and the manifest say",
+                expected=_described(wanted.get(name)),
+                got=_described(found.get(name)),
+                hint="Export the bundle again.",
+            )
+
+
+def _described(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+    return "no such tensor" if tensor is None else f"{tensor[0]} {shape_text(*tensor[1])}"
 
 
 def _check_file(path: Path, entry: object) -> None:
