@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from fedprune.bundle import (
     open_bundle,
 )
 from fedprune.disk import storage_errors, write_whole
-from fedprune.errors import BundleError
+from fedprune.errors import BundleError, shown
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune_export.imported import Model
@@ -74,7 +75,7 @@ def write_bundle(
     The old manifest goes first and the new one comes last, so that a folder that is only half written is no bundle.
 
     Args:
-        folder: Where to; it is made, or must be empty or hold a bundle, which is replaced.
+        folder: Where to; it is made, or must be empty or hold a bundle of the same target, which is replaced.
         files: From `bundle_files`; further files (reports) are listed in the manifest, too.
         selection: What the board holds.
         recipe: Its local training.
@@ -89,7 +90,7 @@ def write_bundle(
     classes = selection.architecture.classes
     if class_names and len(class_names) != classes:
         raise BundleError("class names", expected=f"{classes} names", got=len(class_names))
-    check_folder(folder)
+    check_folder(folder, target)
     with storage_errors(f"can't write a bundle to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
@@ -104,13 +105,35 @@ def is_bundle(folder: Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse to write a bundle among other things.
+def check_folder(folder: Path, target: str) -> None:
+    """Refuse to write a bundle among other things, or in the place of another board's.
+
+    Args:
+        folder: Where it is to be written.
+        target: Name of its hardware profile.
 
     Raises:
-        BundleError: The folder is a file, or holds something else than a bundle.
+        BundleError: The folder is a file, or holds something else than a bundle of this target.
     """
     if folder.exists() and not folder.is_dir():
         raise BundleError(f"{folder} is not a folder", hint="Give another --out.")
     if folder.is_dir() and not is_bundle(folder) and any(folder.iterdir()):
         raise BundleError(f"{folder} is not empty and holds no bundle", hint="Empty it, or give another --out.")
+    there = _target(folder / MANIFEST)
+    if there not in ("", target):
+        raise BundleError(
+            f"{folder} holds the bundle of another board",
+            expected=f"one of {target}",
+            got=f"one of {shown(there)}",
+            hint="Give each board its own --out; or name all in one --target, which makes a folder each. To replace "
+            "it, delete the folder.",
+        )
+
+
+def _target(path: Path) -> str:
+    """Whose bundle a manifest vouches for; empty where there is none that can be read."""
+    try:
+        found = json.loads(path.read_bytes())["target"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return found if isinstance(found, str) else ""

@@ -202,12 +202,12 @@ class _Job:
         if len(set(named)) < len(named):
             raise UsageError("two targets have the same name", got=", ".join(named))
         if len(named) == 1:
-            check_folder(out)
+            check_folder(out, named[0])
             return
         if is_bundle(out):
             raise BundleError(f"{out} is itself a bundle", hint="Give another --out for several targets.")
         for name in named:
-            check_folder(out / name)
+            check_folder(out / name, name)
 
     def _begin(self, tell: Callable[[str], None]) -> None:
         """Import the model and what depends on nothing else."""

@@ -20,7 +20,7 @@ from fedprune.job import Job
 from fedprune.selection import Selection
 from fedprune_device import owner
 from fedprune_export.imported import Model
-from fedprune_export.importing import import_onnx, read_source
+from fedprune_export.importing import check_input, import_onnx, read_source
 from fedprune_server.config import ServerConfig, with_stored, without_password
 from fedprune_server.garbage import sweep
 from fedprune_server.own_samples import load_calibration, load_evaluation
@@ -125,6 +125,7 @@ class StateFolder:
             self._check_name(config, known, state)
         raw, name = self._model_bytes(config, known, state)
         model = import_onnx(raw, name)
+        check_input(config.model or name, model, config.input_shape)
         evaluation = calibration = None
         if config.evaluation is not None:
             evaluation = load_evaluation(config.evaluation, model, config.job.recipe.loss)

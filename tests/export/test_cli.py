@@ -55,6 +55,15 @@ def test_an_export_writes_a_bundle(lenet_file: Path, tmp_path: Path, capsys: pyt
     assert f"44,426 -> {kept:,}" in capsys.readouterr().out
 
 
+def test_another_boards_bundle_is_refused_before_the_model_is_read(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(lenet_file, tmp_path / "b") == ExitCode.OK
+    capsys.readouterr()
+    assert export("no-such-model", tmp_path / "b", target="raspberry-pi-4b") == ExitCode.BUNDLE
+    assert "expected one of raspberry-pi-4b, got one of 'raspberry-pi-5'" in one_line(capsys)
+
+
 def test_a_torch_factory_gives_the_same_bundle(lenet_file: Path, tmp_path: Path) -> None:
     assert export(lenet_file, tmp_path / "file") == ExitCode.OK
     assert export("nets:lenet", tmp_path / "factory") == ExitCode.OK
@@ -242,3 +251,21 @@ def test_an_onnx_file_is_exported_without_importing_torch(lenet_file: Path, tmp_
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("given", ["3,28,28", "1,14,14", "784"])
+def test_an_input_shape_that_is_not_the_model_s_is_refused(
+    lenet_file: Path, tmp_path: Path, given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(lenet_file, tmp_path / "b", "--input-shape", given) == ExitCode.MODEL
+    said = one_line(capsys)
+    assert f"expected [1, 28, 28], got [{given.replace(',', ', ')}]" in said
+    assert "--input-shape" in said
+    assert export(lenet_file, tmp_path / "b", "--input-shape", "1,28,28") == ExitCode.OK
+
+
+def test_an_input_shape_that_a_module_does_not_take_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export("nets:lenet", tmp_path / "b", "--input-shape", "3,28,28") == ExitCode.MODEL
+    assert "torch can't export it for input [n, 3, 28, 28] (" in one_line(capsys)

@@ -208,6 +208,22 @@ def test_a_network_that_timm_does_not_have() -> None:
         load("timm:resnet81")
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_bare_name_that_is_no_file_is_told_where_networks_come_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, installed: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not installed:
+        monkeypatch.setitem(sys.modules, "timm", None)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    name = "resnet_of_mine" if installed else "resnet18"
+    with pytest.raises(ModelError, match=rf"can't read {name}: .* timm: pip install .* timm, and give timm:{name}\."):
+        load(name)
+    with pytest.raises(ModelError) as caught:
+        load("missing.onnx")
+    assert "pip install" not in str(caught.value)
+
+
 def test_without_timm_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import onnx
 
-from fedprune.errors import ModelError, reason, shown
+from fedprune.errors import ModelError, reason, shape_text, shown
 from fedprune_export.channels import analyse
 from fedprune_export.imported import Model
 from fedprune_export.importing import metadata
@@ -20,7 +20,7 @@ from fedprune_export.importing.preparation import prepared
 from fedprune_export.importing.timm_models import PREFIX, timm_model, timm_name
 from fedprune_export.importing.torch_export import export_torch, factory_product
 
-__all__ = ["PARAMETERS_KEY", "export_torch", "import_onnx", "load", "read_source"]
+__all__ = ["PARAMETERS_KEY", "check_input", "export_torch", "import_onnx", "load", "read_source"]
 
 Prefer = Literal["coarse", "fine"]
 
@@ -39,7 +39,8 @@ def load(
     Args:
         source: An ONNX file; `package.module:factory`, where the factory returns a torch module; or `timm:NAME`.
         name: The architecture's name; by default that of the file, factory or network.
-        input_shape: One sample's shape, where a torch module doesn't say it in `input_shape`.
+        input_shape: One sample's shape, where a torch module doesn't say it in `input_shape`; of an ONNX file it must
+            be the file's own.
         output: Which output gives the logits, where the model has several.
         parameters: Names of the trainable tensors; by default what the file says, else all that are used as weights.
         prefer: Which channels to cut where only one kind can be: "coarse" (whole heads and groups) or "fine".
@@ -52,9 +53,32 @@ def load(
     text = str(source)
     default = text.rpartition(":")[2] if _is_factory(text) or text.startswith(PREFIX) else Path(text).stem
     try:
-        return import_onnx(raw, name or default, output=output, parameters=parameters, prefer=prefer)
+        model = import_onnx(raw, name or default, output=output, parameters=parameters, prefer=prefer)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from error
+    check_input(text, model, input_shape)
+    return model
+
+
+def check_input(source: str, model: Model, input_shape: Sequence[int] | None) -> None:
+    """Make sure that a model takes the samples that were asked for: an ONNX file says its shape itself.
+
+    Args:
+        source: Where it comes from, for the message.
+        model: The model.
+        input_shape: One sample's shape, if it was given.
+
+    Raises:
+        ModelError: It takes another.
+    """
+    own = model.architecture.input_shape
+    if input_shape is not None and tuple(input_shape) != own:
+        raise ModelError(
+            f"{source}: the shape of one sample",
+            expected=shape_text(*own),
+            got=shape_text(*input_shape),
+            hint="Leave --input-shape (input_shape) out, or export the ONNX file for that shape.",
+        )
 
 
 def read_source(
@@ -79,7 +103,8 @@ def read_source(
         MissingExtraError: torch or timm is needed and not installed.
     """
     text = str(source)
-    if network := timm_name(text):
+    network = timm_name(text)
+    if network or text.startswith(PREFIX):
         module, shape = timm_model(network, input_shape)
         raw = export_torch(module, input_shape=shape, name=text)
     elif _is_factory(text):

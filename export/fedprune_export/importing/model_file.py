@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 import onnx
 
 from fedprune.errors import ModelError, reason, shown
+
+_BARE = re.compile(r"[a-z][a-z0-9_]{2,60}")
+"""What looks like a network's name more than like a file's."""
 
 _MOST_BYTES = 2**31 - 1
 """What one ONNX message can hold."""
@@ -25,10 +29,10 @@ def read_model_file(path: Path) -> bytes:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise ModelError(
-            f"can't read {path}: {error.strerror or error}",
-            hint="Give an ONNX file, a torch factory as package.module:factory, or timm:NAME.",
-        ) from error
+        hint = "Give an ONNX file, a torch factory as package.module:factory, or timm:NAME."
+        if _BARE.fullmatch(str(path)):
+            hint += f" If {path} is a network of timm: pip install 'fedprune[torch]' timm, and give timm:{path}."
+        raise ModelError(f"can't read {path}: {error.strerror or error}", hint=hint) from error
     try:
         proto = parse(raw, whole=False)
         outside = [t for t in _tensors(proto.graph) if t.data_location == onnx.TensorProto.EXTERNAL]

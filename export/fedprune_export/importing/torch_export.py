@@ -19,7 +19,7 @@ from typing import Any
 
 import onnx
 
-from fedprune.errors import MissingExtraError, ModelError, reason
+from fedprune.errors import MissingExtraError, ModelError, reason, shape_text
 from fedprune_export.importing import metadata
 
 _TORCH_HINT = (
@@ -65,9 +65,10 @@ def export_torch(made: Any, *, input_shape: Sequence[int] | None = None, name: s
         _separate_names(program.model.graph)
         proto: onnx.ModelProto = program.model_proto
     except Exception as error:
+        shape = shape_text("n", *sample.shape[1:])
         raise ModelError(
-            f"{name}: torch can't export it ({reason(_innermost(error))})",
-            hint="Check that the module takes one tensor with a batch of any size and returns one tensor.",
+            f"{name}: torch can't export it for input {shape} ({reason(_innermost(error))})",
+            hint="Check that the module takes one tensor of this shape, with any batch, and returns one tensor.",
         ) from error
     finally:
         for part, training in modes:
