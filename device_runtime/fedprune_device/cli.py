@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from fedprune import __version__
 from fedprune.bundle import open_bundle
-from fedprune.cli import run_command
+from fedprune.cli import run_command, whole_number
 from fedprune.disk import storage_errors
-from fedprune.errors import ConfigError, DataError, ExitCode, ProfileError, StorageError, remedy
+from fedprune.errors import DataError, ExitCode, ProfileError, StorageError, UsageError, remedy
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune_device.care import COOL_C, HOT_C, Care, condition
@@ -59,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     probe = commands.add_parser("probe", help="measure this board, which takes about ten seconds")
     probe.add_argument("--json", action="store_true", help="as JSON, for programs")
-    probe.add_argument("--threads", type=_positive, default=_threads(), metavar="N", help="threads for the benchmark")
+    probe.add_argument(
+        "--threads", type=whole_number, default=_threads(), metavar="N", help="threads for the benchmark"
+    )
     probe.set_defaults(run=_probe)
     identify = commands.add_parser("identify", help="say which hardware profile fits this board, and why")
     identify.add_argument("--json", action="store_true", help="as JSON, for programs")
@@ -84,7 +86,7 @@ def _add_run(commands: Any) -> None:
         help="of the training samples, set aside for what training and fleet decide by (default: 0)",
     )
     run.add_argument("--profile", metavar="NAME", help="a hardware profile's name or file (default: what fits)")
-    run.add_argument("--threads", type=_positive, default=_threads(), metavar="N", help="default: half of the cores")
+    run.add_argument("--threads", type=whole_number, default=_threads(), metavar="N", help="default: half of the cores")
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--patient", action="store_true", help="wait for a broker that isn't there when starting")
     run.add_argument(
@@ -113,10 +115,10 @@ def _add_predict(commands: Any) -> None:
     predict.add_argument("--input", type=Path, required=True, metavar="FILE", help=".npy, or .npz with x (and y)")
     out = predict.add_mutually_exclusive_group()
     out.add_argument("--output", type=Path, metavar="FILE", help="write the logits to this .npy file")
-    out.add_argument("--top", type=_positive, default=1, metavar="K", help="print the K likeliest classes (default: 1)")
+    out.add_argument("--top", type=whole_number, default=1, metavar="K", help="print the K likeliest (default: 1)")
     predict.add_argument("--data", metavar="SRC", help="with --bundle: adjust logits to the label shares of this data")
     predict.add_argument(
-        "--threads", type=_positive, default=_threads(), metavar="N", help="default: half of the cores"
+        "--threads", type=whole_number, default=_threads(), metavar="N", help="default: half of the cores"
     )
     predict.set_defaults(run=_predict)
 
@@ -216,7 +218,7 @@ def _predict(arguments: argparse.Namespace) -> int:
             from fedprune_device.data import load_data
 
             if loss != "cross_entropy":
-                raise ConfigError(f"--data with a model of loss {loss!r}", expected="one that predicts one class")
+                raise UsageError(f"--data with a model of loss {loss!r}", expected="one that predicts one class")
             classes = bundle.architecture.classes
             labels = targets(load_data(arguments.data).y_train, loss, classes)
             own = OwnLabels.of(labels, replace(bundle.recipe, logit_adjustment=True), classes)
@@ -319,13 +321,6 @@ def _latency(report: ProbeReport) -> str:
 def _threads() -> int:
     """Half of the cores: predictions and the system need some, too."""
     return max(1, len(os.sched_getaffinity(0)) // 2)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
-    return number
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.disk import storage_errors
-from fedprune.errors import BrokerError, ConfigError, ExitCode, IdentityError, ProtocolError
+from fedprune.errors import BrokerError, ConfigError, ExitCode, IdentityError, ProtocolError, UsageError
 from fedprune.trust.claim import Claim
 from fedprune.trust.device_identity import DeviceIdentity
 from fedprune.trust.tls import SYSTEM, insecure_allowed
@@ -264,7 +264,7 @@ def _pin(text: str | None) -> bytes | None:
     if text is None:
         return None
     if not re.fullmatch(r"[0-9a-fA-F]{24}", plain):
-        raise ConfigError("--pin", expected="24 hex digits, as `fedprune-server init` shows them", got=text[:80])
+        raise UsageError("--pin", expected="24 hex digits, as `fedprune-server init` shows them", got=text[:80])
     return bytes.fromhex(plain)
 
 

@@ -15,7 +15,7 @@ _LOG = logging.getLogger("fedprune.device")
 
 _LONGEST = 64
 
-_OF_A_SERVER = ("server.db", "identity/authority.pem")
+_OF_A_SERVER = ("server.db", "identity/authority.key")
 """What only a server's state folder has."""
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fedprune import __version__
-from fedprune.cli import run_command, with_extra
+from fedprune.cli import check_command, run_command, with_extra
 
 COMMANDS = {
     "groups": ("groups_cli", "the channel groups of a model, and what stays"),
@@ -27,7 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
         return run_command("fedprune-export", lambda: _command_parser(words[0]), words)
-    return run_command("fedprune-export", build_parser, words)
+    return run_command("fedprune-export", lambda: _export_parser(words), words)
+
+
+def _export_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    if words and not any(word.startswith("--target") for word in words):  # without it, it is no export
+        check_command(words[0], COMMANDS, "See `fedprune-export --help`.")
+    return build_parser()
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -132,7 +132,8 @@ class _Trial:
 
     def check_step(self) -> str:
         """A step gives a finite loss, moves weights, and keeps all shapes."""
-        out = self.training.run(self.feeds())
+        # A recipe may say a rate of 0, at which nothing ought to move: the step is tried all the same.
+        out = self.training.run(self.feeds(rate=None if self.bundle.recipe.lr else _RATES[0]))
         if not np.isfinite(out[step.LOSS]):
             raise TrainingError(f"{TRAINING}: the loss of random samples", expected="a finite number", got=self.loss)
         moved = 0

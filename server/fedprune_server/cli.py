@@ -15,7 +15,7 @@ from typing import Any
 
 from fedprune import __version__, tensorfile
 from fedprune.cli import run_command, whole_number, with_extra
-from fedprune.errors import ConfigError, ExitCode, ProtocolError
+from fedprune.errors import ExitCode, ProtocolError, UsageError
 from fedprune_server.identity_cli import register as register_identity
 from fedprune_server.release_cli import add_release_command
 
@@ -285,7 +285,7 @@ def _export_model(arguments: argparse.Namespace) -> int:
 
     out: Path = arguments.out
     if out.suffix not in (".onnx", ".safetensors", ".pt", ".pth"):
-        raise ConfigError("--out", expected="a file name that ends in .onnx, .safetensors, .pt or .pth", got=str(out))
+        raise UsageError("--out", expected="a file name that ends in .onnx, .safetensors, .pt or .pth", got=str(out))
     digest = None if arguments.round is None else model_after(arguments.state, arguments.round)
     model, weights = global_model(arguments.state, digest)
     tensors = tensorfile.decode(weights)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedprune import __version__
-from fedprune.cli import ended_by_signals, run_command, whole_number, with_extra
+from fedprune.cli import check_command, ended_by_signals, run_command, whole_number, with_extra
 from fedprune.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:  # what follows needs packages of an extra; the command line doesn't
@@ -30,7 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_command(PROG, build_compare_parser, given[1:])
     if given[:1] == [SWEEP]:
         return run_command(PROG, build_sweep_parser, given[1:])
-    return run_command(PROG, build_parser, given)
+    return run_command(PROG, lambda: _parser_of(given), given)
+
+
+def _parser_of(given: Sequence[str]) -> argparse.ArgumentParser:
+    if given:
+        check_command(given[0], (COMPARE, SWEEP), f"See `{PROG} --help`.")
+    return build_parser()
 
 
 def build_parser() -> argparse.ArgumentParser:

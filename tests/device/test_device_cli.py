@@ -331,4 +331,4 @@ def test_predictions_are_told_by_what_the_model_was_trained_for(
     shown = capsys.readouterr()
     assert shown.out.splitlines() == lines
     assert shown.err.startswith(verdict)
-    assert cli.main([*arguments, "--data", str(tmp_path / "d.npz")]) == ExitCode.CONFIG
+    assert cli.main([*arguments, "--data", str(tmp_path / "d.npz")]) == ExitCode.USAGE

@@ -186,7 +186,7 @@ def test_a_directory_of_an_earlier_version_has_a_device_and_gets_a_site(tmp_path
         Owner("attic", "field").check(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["server.db", "identity/authority.pem"])
+@pytest.mark.parametrize("name", ["server.db", "identity/authority.key"])
 def test_a_servers_folder_is_no_device_s(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"")

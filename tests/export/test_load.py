@@ -186,7 +186,7 @@ class Raising(nn.Module):
     ("module", "message"),
     [
         (MixedBounds(), r"\(Cannot find a compatible OpOverload for aten\.clamp"),
-        (Raising(), r"torch can't export it for input \[.*\] \(ine\)"),
+        (Raising(), r"torch can't export it for input \[.*\] \(mine\)"),
     ],
 )
 def test_why_torch_can_not_export_is_said_in_print(module: nn.Module, message: str) -> None:

@@ -117,6 +117,12 @@ def test_weights_that_are_not_finite(files: dict[str, bytes], half: Selection, t
     assert "conv2.weight has numbers that are not finite" in str(error)
 
 
+def test_a_recipe_without_a_rate_is_no_reason_to_complain(model: Model, half: Selection, tmp_path: Path) -> None:
+    still = Recipe(lr=0.0)
+    write_bundle(tmp_path / "b", bundle_files(model, half, still), half, still, "raspberry-pi-5")
+    assert [c.name for c in verify(tmp_path / "b")][-1] == "agreement"
+
+
 def test_weights_of_another_width(files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path) -> None:
     wider = half.narrowed([w + 1 for w in half.widths])
     raw = tensorfile.encode(wider.gather(model.tensors))

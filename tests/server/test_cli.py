@@ -445,7 +445,7 @@ def test_torch_loads_the_exported_weights(state: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--out", "model.txt"], ExitCode.CONFIG), (["--out", "m.onnx", "--round", "9"], ExitCode.STORAGE)],
+    [(["--out", "model.txt"], ExitCode.USAGE), (["--out", "m.onnx", "--round", "9"], ExitCode.STORAGE)],
 )
 def test_what_can_not_be_exported_is_an_error(state: Path, arguments: list[str], code: ExitCode) -> None:
     assert main(["export-model", "--state", str(state), *arguments]) == code

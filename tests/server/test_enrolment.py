@@ -115,7 +115,7 @@ def test_without_a_claim_the_operator_lets_a_board_in_that_knows_the_pin(
     server.identity.store.approve("attic", waiting.key, 0)
     thread.join(60)
     assert codes == [ExitCode.OK]
-    assert join(server, tmp_path / "other", "--pin", "12-34") == ExitCode.CONFIG
+    assert join(server, tmp_path / "other", "--pin", "12-34") == ExitCode.USAGE
 
 
 def test_an_answer_of_another_server_is_not_believed(server: Server, tmp_path: Path) -> None:

@@ -356,3 +356,15 @@ def test_a_folder_whose_state_was_deleted_begins_anew(config, tmp_path):
     assert main(command) == ExitCode.OK
     shutil.rmtree(tmp_path / "out" / "run")
     assert main(command) == ExitCode.OK
+
+
+def test_a_misspelt_command_is_named(capsys):
+    assert main(["swep", "sweep.toml"]) == ExitCode.USAGE
+    assert "there is no command swep (did you mean 'sweep'?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("lr", "code"), [("0", ExitCode.OK), ("0.0", ExitCode.OK), ("-0.1", ExitCode.CONFIG)])
+def test_a_learning_rate_may_be_0_but_not_below(config, tmp_path, lr, code, capsys):
+    text = CONFIG.replace("max_steps = 2", f"max_steps = 2, lr = {lr}").replace("rounds = 2", "rounds = 1")
+    assert main(["--config", config(text), "--out", str(tmp_path / "out")]) == code
+    assert ("lr: expected a number from 0 to 1000, got -0.1" in capsys.readouterr().err) is (code != ExitCode.OK)

@@ -6,11 +6,12 @@ import argparse
 import errno
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedprune.cli import DEBUG, ended_by_signals, run_command, seconds, whole_number, with_extra
+from fedprune.cli import DEBUG, check_command, ended_by_signals, run_command, seconds, whole_number, with_extra
 from fedprune.errors import BrokerError, ExitCode, ModelError, PlanError, StorageFullError, UsageError
 
 pytestmark = pytest.mark.board
@@ -211,3 +212,28 @@ def test_options_may_be_cut_short_and_arguments_may_look_like_them() -> None:
     assert run_command("tool", parser, ["run", "--conf", "x", "--density=0.5"]) == ExitCode.OK
     with pytest.raises(SystemExit):  # argparse's own verdict on what follows
         run_command("tool", parser, ["run", "--config", "x", "--", "--densty"])
+
+
+@pytest.mark.parametrize(("line", "near"), [("lok --round 3", " (did you mean 'look'?)"), ("zzz --config", "")])
+def test_a_misspelt_command_comes_with_the_one_that_was_meant(
+    line: str, near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_command("tool", parser, line.split())
+    assert caught.value.code == ExitCode.USAGE
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"invalid choice: '{line.split()[0]}'" in said
+    assert said.endswith(f"){near}. See `tool --help`.\n")
+
+
+def test_a_word_that_is_nearly_a_command_is_one_unless_a_file_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"there is no command verfy \(did you mean 'verify'\?\)\. See help"):
+        check_command("verfy", ["verify", "bench"], "See help.")
+    for word in ("verify", "model", "a" * 10_000, "--help"):
+        check_command(word, ["verify", "bench"], "See help.")
+    (tmp_path / "verfy").write_bytes(b"")
+    check_command("verfy", ["verify", "bench"], "See help.")

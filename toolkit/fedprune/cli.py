@@ -9,18 +9,23 @@ import argparse
 import errno
 import math
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from fedprune.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, meant, remedy
 
 DEBUG = "FEDPRUNE_DEBUG"
 """Environment variable that shows tracebacks, too."""
+
+_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from ([^()]*)\)$")
+"""How argparse speaks of a word that is none of those that it may be."""
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -136,7 +141,7 @@ def _shorten(parser: argparse.ArgumentParser) -> None:
     """Let a parser, and those of its subcommands, say in one line what is wrong, without the usage of the command."""
 
     def error(message: str) -> NoReturn:
-        _say(f"{message}. See `{parser.prog} --help`.")
+        _say(f"{_with_meant(message)}. See `{parser.prog} --help`.")
         raise SystemExit(int(ExitCode.USAGE))
 
     parser.error = error  # type: ignore[method-assign]
@@ -144,6 +149,31 @@ def _shorten(parser: argparse.ArgumentParser) -> None:
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
                 _shorten(inner)
+
+
+def _with_meant(message: str) -> str:
+    """argparse's verdict on a command or choice that isn't there, with the one that was meant."""
+    found = _CHOICE.search(message)
+    if found is None:
+        return message
+    names = [name.strip(" '") for name in found[2].split(",")]
+    return f"{message}{meant(found[1], names)}"
+
+
+def check_command(word: str, commands: Iterable[str], hint: str) -> None:
+    """Refuse a first word that is nearly a command's, where it may be a file's name, too, and no such file is there.
+
+    Args:
+        word: The first word of a command line.
+        commands: The commands' names.
+        hint: Which help to see.
+
+    Raises:
+        UsageError: It is nearly one.
+    """
+    near = meant(word, commands)
+    if near and word not in commands and not Path(word).exists():
+        raise UsageError(f"there is no command {word[:60]}{near}", hint=hint)
 
 
 def _check_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -157,7 +187,9 @@ def _check_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
         if word == "--":
             return
         for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction) and word in action.choices:
+            if isinstance(action, argparse._SubParsersAction) and not word.startswith("-"):
+                if word not in action.choices:
+                    return  # argparse says so: without its command no option can be judged
                 parser = action.choices[word]
                 known = known | _options(parser)
                 break

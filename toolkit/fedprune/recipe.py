@@ -117,7 +117,7 @@ class Recipe:
     Attributes:
         epochs: Passes over the local data.
         batch_size: Samples per step; the last batch of an epoch may be smaller.
-        lr: Learning rate.
+        lr: Learning rate, from 0; with 0 no weight moves, but batch-norm statistics do (schedules may end there).
         momentum: Momentum of SGD, below 1; the buffer starts at zero every round.
         weight_decay: Added to gradients as weight_decay · w; with AdamW it shrinks the weights by lr · weight_decay.
         proximal: Strength µ of the pull towards the weights that were received; 0 leaves it out.
