@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import Any
 
-from fedprune.axis import FIXED, MAX_SIZE, NO_AXIS, NOTHING, Axis, Segment, Volume, whole
+from fedprune.axis import FIXED, MAX_SIZE, Axis, Segment, Volume, whole
+from fedprune.cost_rows import Activation, Layer
 from fedprune.errors import BundleError, shown
 
 __all__ = [
@@ -74,54 +74,6 @@ class TensorSpec:
     def shape(self) -> tuple[int, ...]:
         """Shape at full width."""
         return tuple(a.length for a in self.axes)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A row of the cost table: a node that computes, and what its cost depends on.
-
-    Attributes:
-        name: The node's name.
-        op: Its ONNX operator.
-        weight: Name of its weight tensor; empty where it multiplies by none.
-        positions: How often each weight is used per sample (output height × width for a convolution).
-        output_axis: The weight's axis that makes output channels; a channel's score is taken over it.
-        reads: What it reads of one sample, without weights.
-        makes: What it makes of one sample.
-        kernel: Elements of its window.
-        stride: Product of its strides.
-        groups: Groups of a convolution at full width.
-        inner: The axis over which a product of two values sums; none for other rows.
-    """
-
-    name: str
-    op: str
-    weight: str
-    positions: int
-    output_axis: int = 0
-    reads: Volume = NOTHING
-    makes: Volume = NOTHING
-    kernel: int = 1
-    stride: int = 1
-    groups: int = 1
-    inner: Axis = NO_AXIS
-
-
-@dataclass(frozen=True)
-class Activation:
-    """A value that lives between layers: its channels and what one channel holds for one sample.
-
-    Attributes:
-        name: The value's name.
-        channels: The channel axis.
-        positions: Elements per channel and sample.
-        kept: Whether the backward pass reads it, so that it lives through the whole step.
-    """
-
-    name: str
-    channels: Axis
-    positions: int
-    kept: bool
 
 
 @dataclass(frozen=True)
@@ -236,8 +188,8 @@ class Architecture:
             "tensors": [
                 {"name": t.name, "kind": t.kind.value, "axes": [a.to_rows() for a in t.axes]} for t in self.tensors
             ],
-            "layers": [_layer_json(n) for n in self.layers],
-            "activations": [[v.name, v.channels.to_rows(), v.positions, int(v.kept)] for v in self.activations],
+            "layers": [n.to_row() for n in self.layers],
+            "activations": [v.to_row() for v in self.activations],
             "input_shape": list(self.input_shape),
             "classes": self.classes,
         }
@@ -263,11 +215,8 @@ class Architecture:
                     TensorSpec(str(t["name"]), TensorKind(t["kind"]), tuple(map(Axis.from_rows, t["axes"])))
                     for t in body["tensors"]
                 ),
-                layers=tuple(map(_layer_read, body["layers"])),
-                activations=tuple(
-                    Activation(str(n), Axis.from_rows(a), whole(p), bool(whole(k)))
-                    for n, a, p, k in body["activations"]
-                ),
+                layers=tuple(map(Layer.from_row, body["layers"])),
+                activations=tuple(map(Activation.from_row, body["activations"])),
                 input_shape=tuple(whole(d) for d in body["input_shape"]),
                 classes=whole(body["classes"]),
             )
@@ -348,30 +297,6 @@ class Architecture:
             size = self.groups[g].size
             if not steps.get(0) or any(n and c not in (0, size) for c, n in steps.items()):
                 raise BundleError(f"architecture: channels of group {self.groups[g].name} are uneven on {name}")
-
-
-def _layer_json(n: Layer) -> list[Any]:
-    row: list[Any] = [n.name, n.op, n.weight, n.positions, n.output_axis]
-    for volume in (n.reads, n.makes):
-        row += [[a.to_rows() for a in volume.axes], volume.positions]
-    return [*row, n.kernel, n.stride, n.groups, n.inner.to_rows()]
-
-
-def _layer_read(row: Sequence[Any]) -> Layer:
-    name, op, weight, positions, axis, read, reads, made, makes, kernel, stride, groups, inner = row
-    return Layer(
-        str(name),
-        str(op),
-        str(weight),
-        whole(positions),
-        whole(axis),
-        Volume(tuple(map(Axis.from_rows, read)), whole(reads)),
-        Volume(tuple(map(Axis.from_rows, made)), whole(makes)),
-        whole(kernel),
-        whole(stride),
-        whole(groups),
-        Axis.from_rows(inner),
-    )
 
 
 def widths_at(
