@@ -67,6 +67,21 @@ class Owner:
             durable.write_document(root / FILE, asdict(self))
 
 
+def check_unowned(root: Path) -> None:
+    """Refuse a device's directory as a server's state folder.
+
+    Raises:
+        StorageError: It is a device's.
+    """
+    if (root / FILE).exists():
+        raise StorageError(
+            f"{root} is the state directory of a device",
+            expected="a folder of the server's own",
+            got=f"one with {FILE}",
+            hint="Give another --state.",
+        )
+
+
 def _read(root: Path) -> dict[str, object]:
     try:
         return durable.read_document(root / FILE) or {}

@@ -73,8 +73,10 @@ def _port(text: str) -> int:
 
 
 def _init(arguments: argparse.Namespace) -> int:
+    from fedprune_device.owner import check_unowned
     from fedprune_server.identity_folder import IdentityFolder
 
+    check_unowned(arguments.state)
     with IdentityFolder.make(arguments.state, arguments.site) as identity:
         print(f"identity of site {identity.site} in {identity.path}: back it up, and let nobody else read it")
         print(f"pin of the authority: {grouped(identity.authority.pin.hex())}")

@@ -18,7 +18,7 @@ from fedprune.disk import storage_errors
 from fedprune.errors import ConfigError, ModelError, StorageError
 from fedprune.job import Job
 from fedprune.selection import Selection
-from fedprune_device import owner
+from fedprune_device.owner import check_unowned
 from fedprune_export.imported import Model
 from fedprune_export.importing import check_input, import_onnx, read_source
 from fedprune_server.config import ServerConfig, with_stored, without_password
@@ -70,13 +70,7 @@ class StateFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if (path / owner.FILE).exists():
-            raise StorageError(
-                f"{path} is the state directory of a device",
-                expected="a folder of the server's own",
-                got=f"one with {owner.FILE}",
-                hint="Give another --state.",
-            )
+        check_unowned(path)
         with storage_errors(f"can't use state folder {path}"):
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)

@@ -237,9 +237,9 @@ def test_another_job_is_refused_by_a_folder_that_has_one(
 
 def test_a_device_s_folder_is_no_server_s(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "device.json").write_text("{}")
-    command = ["run", "--insecure", "--model", str(model), "--state", str(tmp_path)]
-    assert main(command) == ExitCode.STORAGE
-    assert "is the state directory of a device" in one_line(capsys)
+    for command in (["run", "--insecure", "--model", str(model)], ["init"]):
+        assert main([*command, "--state", str(tmp_path)]) == ExitCode.STORAGE
+        assert "is the state directory of a device" in one_line(capsys)
 
 
 def test_a_changed_setting_is_said_without_its_password(model: Path, state: Path) -> None:
