@@ -10,10 +10,11 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedprune.release import Release, write_release
+from fedprune.trust.keys import SigningKey
 from fedprune_device.runtime.source import FolderSource
 
-KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-PUBLIC = KEY.public_key()
+KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+PUBLIC = KEY.verifying
 PYTHON = f"cp{sys.version_info.major}{sys.version_info.minor}"
 APP = "import sys\n\ndef main() -> int:\n    print('version', VERSION)\n    return 0\n"
 
@@ -33,6 +34,7 @@ def make_release(
     app: str = APP,
     entry: str = "app:main",
     more: dict[str, bytes | str] | None = None,
+    key: SigningKey = KEY,
     **changes: object,
 ) -> Path:
     """A release of two wheels; its first lines say `VERSION = number`."""
@@ -53,7 +55,7 @@ def make_release(
     ]
     values: dict[str, object] = {"python": PYTHON, "machine": platform.machine(), "unpacked": 10**6}
     values |= {"version": f"0.{number}.0", "entry": entry, "created": "2026-01-01T00:00:00Z", **changes}
-    write_release(folder, lambda files: Release(number=number, files=files, **values), wheels, KEY)  # type: ignore[arg-type]
+    write_release(folder, lambda files: Release(number=number, files=files, **values), wheels, key)  # type: ignore[arg-type]
     return folder
 
 

@@ -1,4 +1,4 @@
-"""`fedprune-server release`: make a signed release of the boards' runtime from wheels."""
+"""`fedprune-server release`: make a signed release of the boards' runtime, from wheels or of an earlier one."""
 
 from __future__ import annotations
 
@@ -10,17 +10,27 @@ from typing import Any
 
 from fedprune.disk import storage_errors
 from fedprune.errors import ExitCode, ReleaseError
-from fedprune.release import Release, ReleaseFile, write_release
-from fedprune.signature import private_key
+from fedprune.release import Release, ReleaseFile, write_again, write_release
+from fedprune.trust.keys import SigningKey
 
 
 def add_release_command(commands: Any) -> None:
     """Add it to the parser's commands."""
-    release = commands.add_parser("release", help="make a signed release of the boards' runtime from wheels")
-    release.add_argument("--wheels", type=Path, required=True, metavar="DIR", help="all wheels that it is made of")
+    release = commands.add_parser("release", help="make a signed release of the boards' runtime")
+    source = release.add_mutually_exclusive_group(required=True)
+    source.add_argument("--wheels", type=Path, metavar="DIR", help="all wheels that it is made of")
+    source.add_argument(
+        "--again", type=Path, metavar="DIR", help="an earlier release, to go back to what it holds under a new number"
+    )
+    release.add_argument(
+        "--state",
+        type=Path,
+        default=Path("fedprune-state"),
+        metavar="DIR",
+        help="the folder of `init --state`, whose key signs it (default: fedprune-state)",
+    )
     release.add_argument("--number", type=int, required=True, metavar="N", help="above that of every earlier release")
     release.add_argument("--name", default="", metavar="TEXT", help="its version for people (default: the number)")
-    release.add_argument("--key", type=Path, required=True, metavar="FILE", help="private Ed25519 key, PEM")
     release.add_argument("--out", type=Path, required=True, metavar="DIR", help="the release's folder")
     release.add_argument("--python", default="cp311", metavar="TAG", help="the boards' Python (default: %(default)s)")
     release.add_argument("--machine", default="aarch64", metavar="NAME", help="as `uname -m` says (default: aarch64)")
@@ -34,6 +44,23 @@ def add_release_command(commands: Any) -> None:
 
 
 def _release(arguments: argparse.Namespace) -> int:
+    from fedprune_server.identity_folder import IdentityFolder
+
+    with IdentityFolder(arguments.state) as identity:
+        key = identity.key
+    release = _again(arguments, key) if arguments.again is not None else _of_wheels(arguments, key)
+    print(f"release {release.number} ({release.version}): {len(release.files)} wheels, {release.size / 1e6:.1f} MB")
+    print(f"signed with key {key.verifying.hex}")
+    return int(ExitCode.OK)
+
+
+def _again(arguments: argparse.Namespace, key: SigningKey) -> Release:
+    return write_again(
+        arguments.out, arguments.again, key, number=arguments.number, version=arguments.name, created=_now()
+    )
+
+
+def _of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Release:
     with storage_errors(f"can't read {arguments.wheels}"):
         wheels = sorted(p for p in arguments.wheels.iterdir() if p.suffix == ".whl")
     if not wheels:
@@ -49,13 +76,15 @@ def _release(arguments: argparse.Namespace) -> int:
             entry=arguments.entry,
             unpacked=unpacked,
             files=files,
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            created=_now(),
             system=tuple(arguments.system),
         )
 
-    release = write_release(arguments.out, made, wheels, private_key(arguments.key))
-    print(f"release {release.number} ({release.version}): {len(release.files)} wheels, {release.size / 1e6:.1f} MB")
-    return int(ExitCode.OK)
+    return write_release(arguments.out, made, wheels, key)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _unpacked(wheel: Path) -> int:

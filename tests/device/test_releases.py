@@ -16,9 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runtime_releases import KEY, PUBLIC, PYTHON, make_release, make_wheel, source, versions_in
 
-from fedprune import signature
-from fedprune.errors import ConfigError, ExitCode, ReleaseError, StorageError, StorageFullError
-from fedprune.release import MANIFEST, MAX_MANIFEST, SIGNATURE, Release, ReleaseFile, opened
+from fedprune.errors import ExitCode, ReleaseError, StorageError, StorageFullError
+from fedprune.release import (
+    FILES,
+    MANIFEST,
+    MAX_MANIFEST,
+    SIGNATURE,
+    Release,
+    ReleaseFile,
+    opened,
+    read_release,
+    signed,
+    write_again,
+)
+from fedprune.trust.keys import SigningKey, VerifyingKey
 from fedprune_device.runtime.home import Home
 from fedprune_device.runtime.source import FolderSource
 from fedprune_device.runtime.state import STABLE, STAGED, TRIAL
@@ -110,9 +121,9 @@ def test_any_bytes_as_a_manifest_are_refused_in_a_sentence(data: bytes) -> None:
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_one_changed_byte_of_manifest_or_signature_is_noticed(at: int, change: int) -> None:
     manifest = GOOD.to_bytes()
-    signed = signature.sign(KEY, "release 1", manifest)
-    assert opened(manifest, signed, PUBLIC) == GOOD
-    both = bytearray(manifest + signed)
+    signature = signed(manifest, KEY)
+    assert opened(manifest, signature, PUBLIC) == GOOD
+    both = bytearray(manifest + signature)
     both[at % len(both)] ^= change
     with pytest.raises(ReleaseError, match="signature"):
         opened(bytes(both[: len(manifest)]), bytes(both[len(manifest) :]), PUBLIC)
@@ -120,31 +131,50 @@ def test_one_changed_byte_of_manifest_or_signature_is_noticed(at: int, change: i
 
 def test_a_signature_for_another_purpose_is_worth_nothing() -> None:
     manifest = GOOD.to_bytes()
-    for signed in (signature.sign(KEY, "bundle 1", manifest), KEY.sign(manifest), b"", b"\0" * 64):
+    other = SigningKey.make()
+    for signature in (KEY.sign(b"fedprune bundle 1\n" + manifest), KEY.sign(manifest), signed(manifest, other), b""):
         with pytest.raises(ReleaseError, match="signature"):
-            opened(manifest, signed, PUBLIC)
-    with pytest.raises(ReleaseError):
-        opened(b" " * (MAX_MANIFEST + 1), b"", PUBLIC)
+            opened(manifest, signature, PUBLIC)
+    with pytest.raises(ReleaseError, match=f"key {PUBLIC.fingerprint} alone"):
+        opened(b" " * (MAX_MANIFEST + 1), signed(b" " * (MAX_MANIFEST + 1), KEY), PUBLIC)
 
 
-def test_openssl_makes_the_keys_and_agrees_on_signatures(tmp_path: Path) -> None:
-    secret, public, message, signed = (tmp_path / n for n in ("key.pem", "public.pem", "message", "signature"))
+def test_openssl_agrees_on_signatures(tmp_path: Path) -> None:
+    secret, public, raw, message, made = (tmp_path / n for n in ("key.pem", "public.pem", "raw", "message", "made"))
 
     def openssl(*arguments: object) -> int:
         return subprocess.run(["openssl", *map(str, arguments)], capture_output=True, check=False).returncode
 
     assert openssl("genpkey", "-algorithm", "ed25519", "-out", secret) == 0
+    secret.chmod(0o600)
     assert openssl("pkey", "-in", secret, "-pubout", "-out", public) == 0
+    assert openssl("pkey", "-in", secret, "-pubout", "-outform", "DER", "-out", raw) == 0
+    key, verifying = SigningKey.load(secret), VerifyingKey(raw.read_bytes()[-32:])
     message.write_bytes(b"fedprune release 1\n" + GOOD.to_bytes())
-    signed.write_bytes(signature.sign(signature.private_key(secret), "release 1", GOOD.to_bytes()))
-    verify = ("pkeyutl", "-verify", "-pubin", "-inkey", public, "-rawin", "-in", message, "-sigfile", signed)
+    made.write_bytes(signed(GOOD.to_bytes(), key))
+    verify = ("pkeyutl", "-verify", "-pubin", "-inkey", public, "-rawin", "-in", message, "-sigfile", made)
     assert openssl(*verify) == 0
-    assert openssl("pkeyutl", "-sign", "-inkey", secret, "-rawin", "-in", message, "-out", signed) == 0
-    assert signature.verified(signature.public_key(public), "release 1", GOOD.to_bytes(), signed.read_bytes())
-    with pytest.raises(ConfigError, match="public Ed25519"):
-        signature.public_key(secret)
-    with pytest.raises(ConfigError, match="private Ed25519"):
-        signature.private_key(public)
+    assert openssl("pkeyutl", "-sign", "-inkey", secret, "-rawin", "-in", message, "-out", made) == 0
+    assert opened(GOOD.to_bytes(), made.read_bytes(), verifying) == GOOD
+
+
+def test_an_earlier_release_comes_again_under_a_higher_number_and_no_other(tmp_path: Path) -> None:
+    old = make_release(tmp_path / "old", 3)
+    before, _, _ = read_release(old, PUBLIC)
+    again = write_again(tmp_path / "new", old, KEY, number=9, created="2026-02-02T00:00:00Z")
+    assert again == replace(before, number=9, created="2026-02-02T00:00:00Z")
+    assert read_release(tmp_path / "new", PUBLIC)[0] == again
+    for number in (3, 2):
+        with pytest.raises(ReleaseError, match="expected above 3"):
+            write_again(tmp_path / "no", old, KEY, number=number, created="")
+    with pytest.raises(ReleaseError, match="signature"):
+        write_again(tmp_path / "no", old, SigningKey.make(), number=9, created="")
+    victim = old / FILES / before.files[0].sha256
+    whole = victim.read_bytes()
+    for damage in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), None):
+        victim.unlink() if damage is None else victim.write_bytes(damage)
+        with pytest.raises(ReleaseError, match=before.files[0].name):
+            write_again(tmp_path / "no", old, KEY, number=9, created="")
 
 
 def test_a_release_goes_into_the_slot_that_does_not_run_and_waits_there(board: Updater, tmp_path: Path) -> None:

@@ -3,41 +3,54 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from pathlib import Path
 
 import pytest
 from runtime_releases import PYTHON, make_wheel
 
 from fedprune_device.cli import main as device
+from fedprune_device.runtime.home import Home
 from fedprune_server.cli import main as server
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> tuple[Path, Path]:
-    secret, public = tmp_path / "key.pem", tmp_path / "public.pem"
-    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(secret)], check=True)
-    subprocess.run(["openssl", "pkey", "-in", str(secret), "-pubout", "-out", str(public)], check=True)
-    return secret, public
+def state(tmp_path: Path) -> Path:
+    """A server's state folder, with an identity."""
+    assert server(["init", "--state", str(tmp_path / "server")]) == 0
+    return tmp_path / "server"
 
 
-def released(folder: Path, number: int, key: Path) -> Path:
-    make_wheel(folder / f"wheels-{number}" / "app-1-py3-none-any.whl", {"app/__init__.py": f"VERSION = {number}\n"})
+def key_of(state: Path, capsys: pytest.CaptureFixture[str], folder: Path) -> str:
+    """The server's key, as the operator reads it when a release is made."""
+    capsys.readouterr()
+    released(folder / "first", 1, state)
+    return capsys.readouterr().out.splitlines()[-1].rpartition(" ")[2]
+
+
+def released(folder: Path, number: int, state: Path, again: Path | None = None) -> Path:
     out = folder / f"release-{number}"
-    command = ["release", "--wheels", folder / f"wheels-{number}", "--number", number, "--key", key, "--out", out]
-    command += ["--python", PYTHON, "--machine", platform.machine(), "--system", "numpy", "--entry", "app:main"]
+    command = ["release", "--state", state, "--number", number, "--out", out]
+    if again is None:
+        wheels = folder / f"wheels-{number}"
+        make_wheel(wheels / "app-1-py3-none-any.whl", {"app/__init__.py": f"VERSION = {number}\n"})
+        command += ["--wheels", wheels, "--python", PYTHON, "--machine", platform.machine(), "--system", "numpy"]
+        command += ["--entry", "app:main"]
+    else:
+        command += ["--again", again]
     assert server([str(word) for word in command]) == 0
     return out
 
 
-def test_a_board_is_set_up_updated_and_tells_what_it_runs(
-    tmp_path: Path, keys: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+def test_a_board_is_set_up_updated_taken_back_and_tells_what_it_runs(
+    tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    secret, public = keys
+    key = key_of(state, capsys, tmp_path)
+    (tmp_path / "server.pub").write_text(key + "\n")
     root = ["--root", str(tmp_path / "board")]
-    common = [*root, "--key", str(public), "--release"]
-    assert device(["install", *common, str(released(tmp_path, 1, secret))]) == 0
-    assert device(["update", *common, str(released(tmp_path, 2, secret)), "--attempts", "2"]) == 0
+    one = released(tmp_path, 1, state)
+    assert device(["install", *root, "--key", key, "--release", str(one)]) == 0
+    update = ["update", *root, "--key", str(tmp_path / "server.pub"), "--attempts", "2", "--release"]
+    assert device([*update, str(released(tmp_path, 2, state))]) == 0
     capsys.readouterr()
     assert device(["slots", *root]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -47,27 +60,43 @@ def test_a_board_is_set_up_updated_and_tells_what_it_runs(
     ]
     assert device(["slots", *root, "--json"]) == 0
     assert '"highest": 2' in capsys.readouterr().out
+    home = Home(tmp_path / "board")
+    home.save(home.load().commit())  # type: ignore[union-attr]
+    assert device([*update, str(one)]) == 65
+    assert device([*update, str(released(tmp_path, 3, state, again=one))]) == 0
+    assert (home.root / "a" / "app" / "__init__.py").read_text() == "VERSION = 1\n"
 
 
-def test_what_is_refused_ends_with_its_code(
-    tmp_path: Path, keys: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    secret, public = keys
-    common = ["--root", str(tmp_path / "board"), "--key", str(public), "--release", str(released(tmp_path, 1, secret))]
-    assert device(["slots", "--root", str(tmp_path / "board")]) == 31
+def test_what_is_refused_ends_with_its_code(tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = key_of(state, capsys, tmp_path)
+    root = ["--root", str(tmp_path / "board")]
+    common = [*root, "--key", key, "--release", str(released(tmp_path, 1, state))]
+    assert device(["slots", *root]) == 31
     assert device(["update", *common]) == 31
     assert device(["install", *common]) == 0
     assert device(["update", *common]) == 65
     assert "expected a number above 1" in capsys.readouterr().err
-    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(secret)], check=True)
-    released(tmp_path, 2, secret)
-    assert device(["update", *common[:-1], str(tmp_path / "release-2")]) == 65
+    assert server(["init", "--state", str(tmp_path / "other")]) == 0
+    other = released(tmp_path, 2, tmp_path / "other")
+    assert device(["update", *root, "--key", key, "--release", str(other)]) == 65
     assert "signature is not the server's" in capsys.readouterr().err
+    assert device(["update", *root, "--key", str(tmp_path / "nowhere"), "--release", str(other)]) == 31
+    (tmp_path / "no-key").write_text("-----BEGIN PUBLIC KEY-----")
+    assert device(["update", *root, "--key", str(tmp_path / "no-key"), "--release", str(other)]) == 14
+    assert "expected 64 hex digits" in capsys.readouterr().err
 
 
-def test_a_folder_without_wheels_makes_no_release(tmp_path: Path, keys: tuple[Path, Path]) -> None:
-    command = ["release", "--number", "1", "--key", str(keys[0]), "--out", str(tmp_path / "out"), "--wheels"]
-    assert server([*command, str(tmp_path)]) == 65
-    assert server([*command, str(tmp_path / "nowhere")]) == 31
+def test_a_folder_without_wheels_makes_no_release(tmp_path: Path, state: Path) -> None:
+    command = ["release", "--number", "1", "--state", str(state), "--out", str(tmp_path / "out")]
+    assert server([*command, "--wheels", str(tmp_path)]) == 65
+    assert server([*command, "--wheels", str(tmp_path / "nowhere")]) == 31
+    assert server([*command, "--again", str(tmp_path / "nowhere")]) == 31
     (tmp_path / "broken.whl").write_bytes(b"PK")
-    assert server([*command, str(tmp_path)]) == 65
+    assert server([*command, "--wheels", str(tmp_path)]) == 65
+
+
+def test_a_server_without_an_identity_signs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_wheel(tmp_path / "wheels" / "app-1-py3-none-any.whl", {"app/__init__.py": ""})
+    command = ["release", "--wheels", str(tmp_path / "wheels"), "--number", "1", "--out", str(tmp_path / "out")]
+    assert server([*command, "--state", str(tmp_path)]) == 63
+    assert "fedprune-server init" in capsys.readouterr().err

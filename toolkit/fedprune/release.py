@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-
-from fedprune import signature
 from fedprune.disk import file_digest, storage_errors, write_whole
-from fedprune.errors import ProtocolError, ReleaseError, shown
+from fedprune.errors import ProtocolError, ReleaseError, SignatureError, shown
+from fedprune.trust.keys import SIGNATURE as SIGNATURE_BYTES
+from fedprune.trust.keys import SigningKey, VerifyingKey
 from fedprune.wire import fields as check
 
 MANIFEST, SIGNATURE, FILES = "release.json", "release.sig", "files"
@@ -31,7 +30,9 @@ MAX_UNPACKED = 2**32
 MAX_NUMBER = 2**31 - 1
 """What a release may have: bytes of a manifest, files, bytes of a file, of all files, and of all that is unpacked."""
 
-_PURPOSE = "release 1"
+_PURPOSE = b"fedprune release 1\n"
+"""What is signed begins with it, so that what was signed for another purpose is worth nothing here."""
+
 _FORMAT = "fedprune.release/1"
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.whl")
 _ENTRY = re.compile(r"[A-Za-z_]\w{0,63}(\.[A-Za-z_]\w{0,63}){0,7}:[A-Za-z_]\w{0,63}", re.ASCII)
@@ -138,27 +139,64 @@ class Release:
         return made
 
 
-def opened(manifest: bytes, signed: bytes, key: Ed25519PublicKey) -> Release:
+def signed(manifest: bytes, key: SigningKey) -> bytes:
+    """The detached signature of a manifest."""
+    return key.sign(_PURPOSE + manifest)
+
+
+def opened(manifest: bytes, signature: bytes, key: VerifyingKey) -> Release:
     """A release whose signature is good; nothing of the manifest is looked at before.
 
     Args:
         manifest: Its bytes.
-        signed: The detached signature.
+        signature: The detached signature.
         key: The server's.
 
     Raises:
         ReleaseError: The signature isn't the server's, or the manifest makes no sense.
     """
-    if len(manifest) > MAX_MANIFEST or not signature.verified(key, _PURPOSE, manifest, signed):
+    try:
+        if len(manifest) > MAX_MANIFEST:
+            raise SignatureError("a manifest is too long")
+        key.verify(signature, _PURPOSE + manifest)
+    except SignatureError as error:
         raise ReleaseError(
             "the release's signature is not the server's",
-            hint="Give the board the public key of the server that made it, or have the release made again.",
-        )
+            hint=f"This board takes releases of key {key.fingerprint} alone. Have the release made again there.",
+        ) from error
     return Release.from_bytes(manifest)
 
 
+def read_release(folder: Path, key: VerifyingKey) -> tuple[Release, bytes, bytes]:
+    """A release's folder, all of whose files are what its manifest says.
+
+    Args:
+        folder: As `write_release` made it.
+        key: Of the server that signed it.
+
+    Returns:
+        The release, its manifest, and the signature on that.
+
+    Raises:
+        ReleaseError: The signature isn't this key's, or a file is missing or another.
+        StorageError: The manifest or its signature can't be read.
+    """
+    with storage_errors(f"can't read the release in {folder}"):
+        manifest = _read(folder / MANIFEST, MAX_MANIFEST)
+        signature = _read(folder / SIGNATURE, SIGNATURE_BYTES)
+        release = opened(manifest, signature, key)
+        for file in release.files:
+            path = folder / FILES / file.sha256
+            if not path.is_file() or path.stat().st_size != file.size or file_digest(path) != file.sha256:
+                raise ReleaseError(
+                    f"{path} is not {file.name} of release {release.number}",
+                    hint="Copy the release's folder again, or make it anew.",
+                )
+    return release, manifest, signature
+
+
 def write_release(
-    folder: Path, release: Callable[[tuple[ReleaseFile, ...]], Release], wheels: Iterable[Path], key: Ed25519PrivateKey
+    folder: Path, release: Callable[[tuple[ReleaseFile, ...]], Release], wheels: Iterable[Path], key: SigningKey
 ) -> Release:
     """Make a release's folder: the manifest, its signature, and the wheels by digest.
 
@@ -179,10 +217,45 @@ def write_release(
             row = ReleaseFile(wheel.name, file_digest(wheel), wheel.stat().st_size)
             write_whole(folder / FILES / row.sha256, wheel.read_bytes())
             rows.append(row)
-    made = Release.from_bytes(release(tuple(rows)).to_bytes())
+    return _sign_into(folder, release(tuple(rows)), key)
+
+
+def write_again(folder: Path, old: Path, key: SigningKey, *, number: int, version: str = "", created: str) -> Release:
+    """Make a release of what an earlier one holds, under a new number: the way to go back on purpose.
+
+    Args:
+        folder: Where to; made if missing.
+        old: The earlier release's folder.
+        key: The server's, which signed the earlier one, too.
+        number: Above that of every earlier release.
+        version: What people call it; the earlier one's by default.
+        created: When it is made, for people.
+
+    Raises:
+        ReleaseError: The earlier release is not whole, or the number is not above its own.
+        StorageError: A file can't be read or written.
+    """
+    before, _, _ = read_release(old, key.verifying)
+    if number <= before.number:
+        raise ReleaseError("number of a release", expected=f"above {before.number}, as of {old}", got=number)
+    with storage_errors(f"can't make a release in {folder}"):
+        (folder / FILES).mkdir(parents=True, exist_ok=True)
+        for file in before.files:
+            write_whole(folder / FILES / file.sha256, (old / FILES / file.sha256).read_bytes())
+    again = replace(before, number=number, version=version or before.version, created=created)
+    return _sign_into(folder, again, key)
+
+
+def _sign_into(folder: Path, release: Release, key: SigningKey) -> Release:
+    made = Release.from_bytes(release.to_bytes())
     write_whole(folder / MANIFEST, made.to_bytes())
-    write_whole(folder / SIGNATURE, signature.sign(key, _PURPOSE, made.to_bytes()))
+    write_whole(folder / SIGNATURE, signed(made.to_bytes(), key))
     return made
+
+
+def _read(path: Path, limit: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(limit + 1)
 
 
 def _file(where: str, value: object) -> ReleaseFile:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedprune.errors import ExitCode, StorageError
+from fedprune.disk import storage_errors
+from fedprune.errors import ConfigError, ExitCode, ProtocolError, StorageError
 from fedprune_device.runtime.home import Home
 from fedprune_device.runtime.state import SLOTS, STABLE, TRIAL, DamagedError, State
 from fedprune_device.runtime.unit import Service
 
 ROOT = Path("/opt/fedprune")
-_TEGRA = Path("/etc/nv_tegra_release")
+_KEY = Path("/var/lib/fedprune/identity/server.pub")
+"""Where a board that has joined keeps its server's key."""
+
+_LARGEST_KEY_FILE = 200
+TEGRA = Path("/etc/nv_tegra_release")
 
 
 def add_runtime_commands(commands: Any) -> None:
@@ -24,11 +30,16 @@ def add_runtime_commands(commands: Any) -> None:
     update = commands.add_parser("update", help="bring a release into the slot that doesn't run, to be tried next")
     for parser in (install, update):
         parser.add_argument("--release", type=Path, required=True, metavar="DIR", help="the release's folder")
-        parser.add_argument("--key", type=Path, required=True, metavar="FILE", help="the server's public key, PEM")
+        parser.add_argument(
+            "--key",
+            default=str(_KEY),
+            metavar="KEY",
+            help="the server's key, as `fedprune-server release` shows it, or a file with it (default: %(default)s)",
+        )
         parser.add_argument(
             "--jetson",
             action=argparse.BooleanOptionalAction,
-            default=_TEGRA.exists(),
+            default=TEGRA.exists(),
             help="never hide packages that JetPack brings (default: as this board is)",
         )
     update.add_argument("--stage-only", action="store_true", help="leave its trial to a later `update`")
@@ -84,10 +95,24 @@ def _update(arguments: argparse.Namespace) -> int:
 
 
 def _updater(arguments: argparse.Namespace) -> Any:
-    from fedprune.signature import public_key
     from fedprune_device.runtime.updater import KEPT, Updater
 
-    return Updater(arguments.root, public_key(arguments.key), keep=KEPT if arguments.jetson else ())
+    return Updater(arguments.root, _server_key(arguments.key), keep=KEPT if arguments.jetson else ())
+
+
+def _server_key(given: str) -> Any:
+    """The server's verifying key, from its hex digits or from a file of them."""
+    from fedprune.trust.keys import VerifyingKey
+
+    text, what = given, "--key"
+    if not re.fullmatch(r"[0-9a-f]{64}", given):
+        path = Path(given)
+        with storage_errors(f"can't read the server's key {path}"), path.open("rb") as file:
+            text, what = file.read(_LARGEST_KEY_FILE).decode("ascii", "replace").strip(), f"the server's key {path}"
+    try:
+        return VerifyingKey.from_hex(text, what)
+    except ProtocolError as error:
+        raise ConfigError(error.what, expected=error.expected, got=error.got) from error
 
 
 def _slots(arguments: argparse.Namespace) -> int:

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from fedprune import signature
+from fedprune.blobs import BlobStore
 from fedprune.disk import storage_errors
 from fedprune.release import FILES, MANIFEST, MAX_MANIFEST, SIGNATURE
+from fedprune.trust.keys import SIGNATURE as SIGNATURE_BYTES
 
 
 class Source(Protocol):
@@ -48,7 +49,7 @@ class FolderSource:
         Raises:
             StorageError: It can't be read.
         """
-        return self._read(self._folder / SIGNATURE, 0, signature.SIZE + 1)
+        return self._read(self._folder / SIGNATURE, 0, SIGNATURE_BYTES + 1)
 
     def read(self, sha256: str, at: int, limit: int) -> bytes:
         """Some bytes of a file.

@@ -19,11 +19,10 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from fedprune.disk import locked, storage_errors, sync_folder, write_all
 from fedprune.errors import ReleaseError, StorageError, StorageFullError
 from fedprune.release import MAX_MANIFEST, Release, ReleaseFile, opened
+from fedprune.trust.keys import VerifyingKey
 from fedprune_device.runtime import launcher
 from fedprune_device.runtime.home import Home, Record, digest, write_file
 from fedprune_device.runtime.source import Source
@@ -52,7 +51,7 @@ class Updater:
 
     Args:
         root: The folder of slots and launcher.
-        key: The server's public key.
+        key: What the server signs with.
         keep: Packages of the board's own Python that no release may hide, see `KEPT`.
         python: The Python that wheels must be for.
         machine: The processor that they must be for.
@@ -62,7 +61,7 @@ class Updater:
     def __init__(
         self,
         root: Path,
-        key: Ed25519PublicKey,
+        key: VerifyingKey,
         *,
         keep: Collection[str] = (),
         python: str = f"cp{sys.version_info.major}{sys.version_info.minor}",
