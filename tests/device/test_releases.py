@@ -20,7 +20,6 @@ from fedprune.errors import ExitCode, ReleaseError, StorageError, StorageFullErr
 from fedprune.release import (
     FILES,
     MANIFEST,
-    MAX_MANIFEST,
     SIGNATURE,
     Release,
     ReleaseFile,
@@ -30,6 +29,7 @@ from fedprune.release import (
     write_again,
 )
 from fedprune.trust.keys import SigningKey, VerifyingKey
+from fedprune.wire.release_messages import MAX_MANIFEST
 from fedprune_device.runtime.home import Home
 from fedprune_device.runtime.source import FolderSource
 from fedprune_device.runtime.state import STABLE, STAGED, TRIAL

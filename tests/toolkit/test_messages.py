@@ -29,10 +29,14 @@ from fedprune.wire.messages import (
     Offer,
     Progress,
     Refusal,
+    ReleaseOffer,
+    ReleaseReport,
+    ReleaseWithdrawn,
     Update,
     Want,
     parse,
 )
+from fedprune.wire.release_messages import STATES
 
 pytestmark = pytest.mark.board
 
@@ -77,6 +81,12 @@ messages = st.one_of(
         JoinAnswer, hexes, st.sampled_from(["approved", "waiting", "refused"]), texts, st.integers(0, 2**40), texts,
         st.none() | texts, st.none() | hexes, hexes,
     ),
+    st.builds(
+        ReleaseOffer, st.integers(0, 2**31 - 1), texts, hexes.map(lambda h: 2 * h),
+        st.lists(hexes, min_size=1, max_size=5).map(tuple), st.integers(1, 100), st.floats(1, 3600),
+    ),
+    st.builds(ReleaseWithdrawn, st.integers(0, 2**31 - 1), texts),
+    st.builds(ReleaseReport, names, st.integers(0, 2**31 - 1), st.sampled_from(STATES), texts, counts, counts),
 )  # fmt: skip
 
 REF = BlobRef.of(b"abc")
@@ -96,6 +106,9 @@ EXAMPLES: list[Message] = [
     Gone(DIGEST),
     JoinRequest("lab", "pi-1", DIGEST, "request", DIGEST[:32], DIGEST[:10], DIGEST, 2 * DIGEST),
     JoinAnswer(DIGEST, "approved", "", 1, "authority", "certificate", DIGEST, DIGEST),
+    ReleaseOffer(7, "{}", 2 * DIGEST, (DIGEST,), 3, 600.0),
+    ReleaseWithdrawn(7, "stopped"),
+    ReleaseReport("pi-1", 7, "rolled back", "killed by SIGILL", 1, 2),
 ]
 
 
@@ -118,7 +131,7 @@ def test_what_was_sent_is_what_is_read(message: Message) -> None:
 
 
 def test_there_is_an_example_of_every_type() -> None:
-    assert len({type(m) for m in EXAMPLES}) == 14
+    assert len({type(m) for m in EXAMPLES}) == 17
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)

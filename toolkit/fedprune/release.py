@@ -18,17 +18,15 @@ from fedprune.errors import ProtocolError, ReleaseError, SignatureError, shown
 from fedprune.trust.keys import SIGNATURE as SIGNATURE_BYTES
 from fedprune.trust.keys import SigningKey, VerifyingKey
 from fedprune.wire import fields as check
+from fedprune.wire.release_messages import MAX_FILES, MAX_MANIFEST, MAX_NUMBER
 
 MANIFEST, SIGNATURE, FILES = "release.json", "release.sig", "files"
 """Names in a release's folder."""
 
-MAX_MANIFEST = 65_536
-MAX_FILES = 64
 MAX_FILE = 2**30
 MAX_BYTES = 2**31
 MAX_UNPACKED = 2**32
-MAX_NUMBER = 2**31 - 1
-"""What a release may have: bytes of a manifest, files, bytes of a file, of all files, and of all that is unpacked."""
+"""What a release may have: bytes of a file, of all files, and of all that is unpacked."""
 
 _PURPOSE = b"fedprune release 1\n"
 """What is signed begins with it, so that what was signed for another purpose is worth nothing here."""

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from fedprune.blobs import BlobStore
 from fedprune.disk import storage_errors
-from fedprune.release import FILES, MANIFEST, MAX_MANIFEST, SIGNATURE
+from fedprune.release import FILES, MANIFEST, SIGNATURE
 from fedprune.trust.keys import SIGNATURE as SIGNATURE_BYTES
+from fedprune.wire.release_messages import MAX_MANIFEST
 
 
 class Source(Protocol):
@@ -41,7 +41,7 @@ class FolderSource:
         Raises:
             StorageError: It can't be read.
         """
-        return self._read(self._folder / MANIFEST, 0, MAX_MANIFEST + 1)
+        return _read(self._folder / MANIFEST, 0, MAX_MANIFEST + 1)
 
     def signature(self) -> bytes:
         """Its signature.
@@ -49,7 +49,7 @@ class FolderSource:
         Raises:
             StorageError: It can't be read.
         """
-        return self._read(self._folder / SIGNATURE, 0, SIGNATURE_BYTES + 1)
+        return _read(self._folder / SIGNATURE, 0, SIGNATURE_BYTES + 1)
 
     def read(self, sha256: str, at: int, limit: int) -> bytes:
         """Some bytes of a file.
@@ -57,12 +57,44 @@ class FolderSource:
         Raises:
             StorageError: It can't be read.
         """
-        return self._read(self._folder / FILES / sha256, at, limit)
+        return _read(self._folder / FILES / sha256, at, limit)
 
-    def _read(self, path: Path, at: int, limit: int) -> bytes:
-        with storage_errors(f"can't read {path}"):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                return os.pread(descriptor, limit, at)
-            finally:
-                os.close(descriptor)
+
+class PulledSource:
+    """A release whose files were pulled over the network.
+
+    Args:
+        manifest: The manifest, as it was signed.
+        signature: The server's signature on it.
+        files: Where its files are.
+    """
+
+    def __init__(self, manifest: bytes, signature: bytes, files: BlobStore) -> None:
+        self._manifest = manifest
+        self._signature = signature
+        self._files = files
+
+    def manifest(self) -> bytes:
+        """The manifest."""
+        return self._manifest
+
+    def signature(self) -> bytes:
+        """Its signature."""
+        return self._signature
+
+    def read(self, sha256: str, at: int, limit: int) -> bytes:
+        """Some bytes of a file.
+
+        Raises:
+            StorageError: It isn't there or can't be read.
+        """
+        return _read(self._files.path(sha256), at, limit)
+
+
+def _read(path: Path, at: int, limit: int) -> bytes:
+    with storage_errors(f"can't read {path}"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            return os.pread(descriptor, limit, at)
+        finally:
+            os.close(descriptor)

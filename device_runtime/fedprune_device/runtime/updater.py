@@ -21,8 +21,9 @@ from pathlib import Path
 
 from fedprune.disk import locked, storage_errors, sync_folder, write_all
 from fedprune.errors import ReleaseError, StorageError, StorageFullError
-from fedprune.release import MAX_MANIFEST, Release, ReleaseFile, opened
+from fedprune.release import Release, ReleaseFile, opened
 from fedprune.trust.keys import VerifyingKey
+from fedprune.wire.release_messages import MAX_MANIFEST
 from fedprune_device.runtime import launcher
 from fedprune_device.runtime.home import Home, Record, digest, write_file
 from fedprune_device.runtime.source import Source

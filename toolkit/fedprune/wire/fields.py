@@ -167,6 +167,17 @@ def wholes(limit: int, low: int, high: int) -> Check:
     return check
 
 
+def digests(limit: int) -> Check:
+    """A list of at least one sha256 as hex."""
+
+    def check(where: str, value: object) -> tuple[str, ...]:
+        if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= limit:
+            raise ProtocolError(where, expected=f"a list of 1 to {limit} digests", got=shown(value))
+        return tuple(digest(f"{where}[{i}]", item) for i, item in enumerate(value))
+
+    return check
+
+
 def metrics(where: str, value: object) -> dict[str, float]:
     """Finite numbers by name."""
     if not isinstance(value, Mapping) or len(value) > MAX_METRICS:
