@@ -125,6 +125,13 @@ class Agent:
                 self._worker.join(10)
             self._outbox.say(Death(self._device, self._store.session))
 
+    @property
+    def quiet(self) -> bool:
+        """Whether a restart would cost nothing: nothing is pulled or trained, and no update waits to be handed in."""
+        task = self._store.task
+        idle = self._worker is None and not self._busy and self._store.pending is None
+        return idle and (task is None or task.done)
+
     def stop(self) -> None:
         """Let `run` return soon; may be called from a signal handler or another thread."""
         self._stopping.set()

@@ -128,6 +128,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_device.data import load_data
     from fedprune_device.probe import check_runtime, probe_apart
     from fedprune_device.runtime.heart import Heart
+    from fedprune_device.runtime.releases import Releases, updater_here
     from fedprune_device.runtime.trial import Trial
     from fedprune_device.store import DeviceStore
 
@@ -161,7 +162,15 @@ def _run(arguments: argparse.Namespace) -> int:
             free = min(report.memory_total, report.memory_available + data.bytes)
             report = replace(report, memory_available=free)
             _LOG.info("probe: %s", json.dumps({**report.to_dict(), "latency": _latency(report)}))
-        heart = Heart(wire, trial)
+        releases = Releases(
+            wire,
+            arguments.device,
+            arguments.site,
+            updater_here(member.identity),
+            quiet=lambda: agents[0].quiet,
+            restart=lambda: agents[0].stop(),
+        )
+        heart = Heart(releases, trial)
         _LOG.info("board: %s", condition())
         agent = Agent(
             arguments.device,

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from fedprune.blobs import BlobStore
 from fedprune.disk import storage_errors
 from fedprune.release import FILES, MANIFEST, SIGNATURE
 from fedprune.trust.keys import SIGNATURE as SIGNATURE_BYTES

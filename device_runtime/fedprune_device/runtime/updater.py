@@ -19,11 +19,13 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
+from fedprune.blobs import BlobStore
 from fedprune.disk import locked, storage_errors, sync_folder, write_all
 from fedprune.errors import ReleaseError, StorageError, StorageFullError
-from fedprune.release import Release, ReleaseFile, opened
+from fedprune.release import MAX_FILE, Release, ReleaseFile, opened
 from fedprune.trust.keys import VerifyingKey
 from fedprune.wire.release_messages import MAX_MANIFEST
+from fedprune_device.durable import place
 from fedprune_device.runtime import launcher
 from fedprune_device.runtime.home import Home, Record, digest, write_file
 from fedprune_device.runtime.source import Source
@@ -41,6 +43,9 @@ ATTEMPTS, SECONDS = 3, 600.0
 
 KEPT = ("cv2", "numpy", "onnxruntime", "tensorrt", "torch")
 """Packages that JetPack brings, built for its GPU and for each other; a wheel must not hide them."""
+
+PULLED = "pulled"
+"""Folder within `incoming` of what comes over the network, as a blob store."""
 
 _MARGIN = 32 * 2**20
 _PIECE = 2**18
@@ -97,6 +102,65 @@ class Updater:
             self.home.save(State(SLOTS[0], highest=release.number))
             self._clear_incoming(None)
         return release
+
+    def pulled(self) -> BlobStore:
+        """Where files of a release grow that come over the network; made where there is none.
+
+        Raises:
+            StorageError: It can't be made.
+        """
+        return BlobStore(self._incoming / PULLED, max_size=MAX_FILE)
+
+    def take(self, release: Release) -> None:
+        """Hand what was pulled of a release to `stage`, without a copy where the disk has links.
+
+        Raises:
+            StorageFullError: There is no room.
+            StorageError: The disk fails, or a file isn't there.
+        """
+        store = self.pulled()
+        for file in release.files:
+            place(store.path(file.sha256), self._incoming / file.sha256)
+
+    def examine(self, source: Source) -> Release:
+        """A release that this board would take; nothing of it but its manifest is looked at, nothing is changed.
+
+        Raises:
+            ReleaseError: It is refused; the reason is in the message.
+            StorageFullError: There is no room.
+            StorageError: The disk fails.
+        """
+        release, state = self._opened(source), self._state()
+        self._admit(release, state)
+        with storage_errors(f"can't read {self.home.root}"):
+            need, free, old = self._room(release, state.other)
+        if need > free + old:
+            raise _no_room(release, need, free + old)
+        return release
+
+    def clear(self) -> None:
+        """Delete what was left over of files that had arrived.
+
+        Raises:
+            StorageError: The disk fails, or another process updates this board.
+        """
+        with self._alone(), storage_errors(f"can't write {self._incoming}"):
+            self._clear_incoming(None)
+
+    def drop(self, number: int, reason: str) -> None:
+        """Have a release that is staged not tried; one on trial, or none, is left alone.
+
+        Args:
+            number: The release's number.
+            reason: Why.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        with storage_errors(f"can't write {self.home.root}"), self.home.changing():
+            state = self._state()
+            if state.phase == STAGED and state.highest == number:
+                self.home.save(state.roll_back(reason))
 
     def stage(self, source: Source) -> Release:
         """Bring a release into the slot that doesn't run. Done twice, it goes on where it was.
@@ -222,18 +286,17 @@ class Updater:
                 hint="Install it there, or make a release that brings it.",
             )
 
-    def _make_room(self, release: Release, slot: str) -> None:
-        missing = release.size - sum(p.stat().st_size for p in self._incoming.iterdir() if p.is_file())
+    def _room(self, release: Release, slot: str) -> tuple[int, int, int]:
+        """Bytes that a release needs, that are free, and that the slot's old content takes."""
+        wanted = {f.sha256 for f in release.files}
+        here = sum(p.stat().st_size for p in self._incoming.rglob("*") if p.name in wanted and p.is_file())
         old = sum(p.lstat().st_size for p in (self.home.root / slot).rglob("*"))
-        free = self._free(self.home.root)
-        need = max(missing, 0) + release.unpacked + _MARGIN
+        return max(release.size - here, 0) + release.unpacked + _MARGIN, self._free(self.home.root), old
+
+    def _make_room(self, release: Release, slot: str) -> None:
+        need, free, old = self._room(release, slot)
         if need > free + old:
-            raise StorageFullError(
-                f"no room for release {release.number}",
-                expected=f"{need / 1e6:.0f} MB",
-                got=f"{(free + old) / 1e6:.0f} MB",
-                hint="Free some space; what runs is untouched.",
-            )
+            raise _no_room(release, need, free + old)
         if need > free:
             self._empty(slot)
 
@@ -298,11 +361,20 @@ class Updater:
 
     def _clear_incoming(self, release: Release | None) -> None:
         wanted = set() if release is None else {f.sha256 for f in release.files}
-        old = [path for path in self._incoming.iterdir() if path.name not in wanted]
+        old = [path for path in self._incoming.iterdir() if path.name not in wanted and not path.is_dir()]
         for path in old:
             path.unlink()
         if old:
             sync_folder(self._incoming)
+
+
+def _no_room(release: Release, need: int, there: int) -> StorageFullError:
+    return StorageFullError(
+        f"no room for release {release.number}",
+        expected=f"{need / 1e6:.0f} MB",
+        got=f"{there / 1e6:.0f} MB",
+        hint="Free some space; what runs is untouched.",
+    )
 
 
 def own_packages(names: Collection[str]) -> frozenset[str]:
