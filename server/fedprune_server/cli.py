@@ -18,6 +18,7 @@ from fedprune.cli import run_command, whole_number, with_extra
 from fedprune.errors import ExitCode, ProtocolError, UsageError
 from fedprune_server.identity_cli import register as register_identity
 from fedprune_server.release_cli import add_release_command
+from fedprune_server.rollout_cli import add_rollout_command
 
 log = logging.getLogger("fedprune.server")
 
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     register_identity(commands)
     _register_demo(commands)
     add_release_command(commands)
+    add_rollout_command(commands)
     return parser
 
 
@@ -125,6 +127,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_server.connection import connection, identity_of
     from fedprune_server.crew import Crew
     from fedprune_server.daemon import Daemon
+    from fedprune_server.rollout_store import RolloutStore
     from fedprune_server.state_folder import StateFolder, stored_config
     from fedprune_server.table import make_display
     from fedprune_server.workshop import Executes
@@ -168,6 +171,7 @@ def _run(arguments: argparse.Namespace) -> int:
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
             log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
+        rollouts = None if arguments.insecure else stack.enter_context(RolloutStore(config.state))
         display = make_display()
         daemon = Daemon(
             opened.job,
@@ -183,6 +187,7 @@ def _run(arguments: argparse.Namespace) -> int:
             profiles=profiles,
             max_devices=config.max_devices,
             broker=reached.broker,
+            rollouts=rollouts,
             display=display,
         )
         for note in opened.model.notes:

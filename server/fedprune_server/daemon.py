@@ -36,6 +36,8 @@ from fedprune_server.garbage import Garbage
 from fedprune_server.offers import graphs_of
 from fedprune_server.post import Post, Wire
 from fedprune_server.reception import Reception
+from fedprune_server.rollout_desk import RolloutDesk
+from fedprune_server.rollout_store import RolloutStore
 from fedprune_server.roster import Roster
 from fedprune_server.storage import Storage
 from fedprune_server.table import Display, Lines, Snapshot
@@ -83,6 +85,7 @@ class Daemon:
         profiles: Folders of hardware profiles beside the shipped ones.
         max_devices: How many devices may ever take part.
         broker: The embedded broker, if there is one.
+        rollouts: Releases on their way to boards, if this server gives them any.
         display: Where to show what happens.
         clock: Seconds since 1970, for deadlines and the log; it may be set.
         monotonic: Seconds of a clock that nobody sets: for patience.
@@ -104,6 +107,7 @@ class Daemon:
         profiles: Sequence[Path] = (),
         max_devices: int = 1000,
         broker: Supervised | None = None,
+        rollouts: RolloutStore | None = None,
         display: Display | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -121,9 +125,11 @@ class Daemon:
         self._monotonic = monotonic
         self._roster = Roster(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
         self._uploads = Uploads(store, pulls)
-        self._post = Post(link, self._topics, self._roster, Downloads(Serve(store)))
+        stores = [store] if rollouts is None else [store, rollouts.blobs]
+        self._post = Post(link, self._topics, self._roster, Downloads(Serve(*stores)))
+        self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, clock, monotonic)
         self._reception = Reception(
-            job, state, self._topics, self._roster, self._uploads, self._post, profiles, monotonic
+            job, state, self._topics, self._roster, self._uploads, self._post, profiles, monotonic, self._desk
         )
         self._garbage = Garbage(store, keep)
         self._wakes: list[float] = []
@@ -362,6 +368,8 @@ class Daemon:
             for device, session in silent.items():
                 self._uploads.drop(device)
                 self._handle(on.DeviceDied(device, session))
+        if self._desk is not None:
+            self._desk.tick()
         self._roster.namesakes.settle(now)
         for device in self._roster.silent(now, _UNHEARD_OFFER_S):
             task = self.state.tasks[device]

@@ -17,8 +17,10 @@ from fedprune.profile_store import find
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fields import believable, one_line, served
 from fedprune.wire.messages import Birth, Cancelled, Death, Gone, Progress, Refusal, Update, Want, parse
+from fedprune.wire.release_messages import ReleaseReport
 from fedprune.wire.topics import Topics
 from fedprune_server.post import Post
+from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.roster import Roster
 from fedprune_server.uploads import Uploads
 
@@ -40,6 +42,7 @@ class Reception:
         post: The way out.
         profiles: Folders of hardware profiles beside the shipped ones.
         monotonic: Seconds of a clock that nobody sets.
+        desk: Runs rollouts of releases, if there is one.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Reception:
         post: Post,
         profiles: Sequence[Path],
         monotonic: Callable[[], float],
+        desk: RolloutDesk | None = None,
     ) -> None:
         self._job = job
         self._state = state
@@ -61,6 +65,7 @@ class Reception:
         self._post = post
         self._profiles = tuple(profiles)
         self._monotonic = monotonic
+        self._desk = desk
         self._complaints = 0
 
     def receive(self, topic: str, payload: bytes) -> on.Event | None:
@@ -110,6 +115,9 @@ class Reception:
             case Want():
                 self._roster.heard(device, self._monotonic())
                 self._post.fetched(device, message, self._offered(device))
+            case ReleaseReport():
+                if self._desk is not None:
+                    self._desk.reported(message)
             case Gone():
                 self._post.ask(self._uploads.gone(device, message.sha256, self._monotonic()))
             case Progress() | Refusal() | Update():
@@ -125,6 +133,8 @@ class Reception:
         self._roster.admit(birth.device, one_line(birth.software), size)
         name = one_line(birth.profile, 64)
         self._roster.born(birth.device, birth.session, name, birth.samples, self._monotonic())
+        if self._desk is not None:
+            self._desk.born(birth.device)
         if birth.held is not None:
             self._void(birth.device, **birth.held)
         try:
@@ -174,11 +184,12 @@ class Reception:
             return
         self._post.send(device, Cancelled(job, round, attempt, reason), job)
 
-    def _offered(self, device: str) -> set[str]:
-        """Digests of what a device may fetch: only what its own offer names."""
+    def _offered(self, device: str) -> frozenset[str]:
+        """Digests of what a device may fetch: only what its own offer names, and the release that it is given."""
         task = self._state.tasks.get(device)
         offer: Mapping[str, Any] = (task.offer if task else None) or {}
-        return {v["sha256"] for v in offer.values() if isinstance(v, dict) and "sha256" in v}
+        files = frozenset[str]() if self._desk is None else self._desk.files(device)
+        return files | {v["sha256"] for v in offer.values() if isinstance(v, dict) and "sha256" in v}
 
 
 def _advice(error: ProfileError) -> str:

@@ -232,3 +232,32 @@ def test_groups_are_every_board_once_whatever_order_they_come_in(names: set[str]
     assert sorted(name for group in groups for name in group) == sorted(names)
     assert groups == chosen.groups(sorted(names, reverse=True))
     assert len(groups[0]) == 1
+
+
+def test_a_board_that_is_on_its_way_gets_more_time_but_never_beyond_its_stage() -> None:
+    rollout = Rollout.of(plan(Stage(1.0, seconds=1000), board_seconds=100), NAMES[:2])
+    rollout.tick(0)
+    rollout.heard(NAMES[0], 90, 100)
+    rollout.tick(100)
+    assert rollout.failures() == {NAMES[1]: "said nothing until its deadline"}
+    rollout = Rollout.of(plan(Stage(1.0, seconds=1000), board_seconds=100), NAMES[:1])
+    rollout.tick(0)
+    for now in range(50, 1000, 50):
+        assert wake(rollout.heard(NAMES[0], now, 100)) == min(now + 100, 1000)
+    rollout.heard(NAMES[0], 1000, 100)
+    assert rollout.failures() == {NAMES[0]: "its stage's time is over"}
+    rollout.heard(NAMES[0], 1001, 100)
+    assert rollout.phase is RolloutPhase.STOPPED
+
+
+def test_boards_get_their_time_anew_after_nobody_could_listen() -> None:
+    rollout = Rollout.of(plan(Stage(0.5, success=0.5, seconds=1000), Stage(1.0), board_seconds=100), NAMES[:4])
+    first = given_by(rollout.tick(0))
+    rollout.well(first[0], 10)
+    assert wake(rollout.resumed(5000)) == 5100
+    assert rollout.failures() == {}
+    rollout.tick(5100)
+    assert len(rollout.failures()) == 3
+    before = rollout.to_dict()
+    assert rollout.resumed(9000) == []
+    assert rollout.to_dict() == before, "what is over stays over"

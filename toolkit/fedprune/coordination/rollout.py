@@ -209,6 +209,26 @@ class Rollout:
         self._fail(board, one_line(reason, 300) or "without a reason")
         return self.tick(now)
 
+    def heard(self, name: str, now: float, seconds: float) -> list[RolloutCommand]:
+        """A board that was given it is on its way: it has failed unless it says more within so many seconds."""
+        board = self.boards.get(name)
+        if self.phase is not RolloutPhase.RUNNING or board is None or board.fate is not Fate.GIVEN:
+            return []
+        if board.deadline is not None and now < min(board.deadline, self.stage_ends[board.stage]):
+            board.deadline = now + seconds
+        return self.tick(now)
+
+    def resumed(self, now: float) -> list[RolloutCommand]:
+        """Nobody could report for a while, such as while the server was down: who was at it gets its time anew."""
+        if self.phase is not RolloutPhase.RUNNING:
+            return []
+        until = now + self.plan.board_seconds
+        for board in self.boards.values():
+            if board.fate is Fate.GIVEN and board.deadline is not None:
+                board.deadline = max(board.deadline, until)
+        self.stage_ends = [max(end, until) for end in self.stage_ends]
+        return self.tick(now)
+
     def join(self, name: str, now: float) -> list[RolloutCommand]:
         """A new board belongs to the last stage."""
         if self.phase is not RolloutPhase.RUNNING or name in self.boards:

@@ -235,14 +235,14 @@ class Pull:
 
 
 class Serve:
-    """Answers wants from a store; it remembers nothing between them.
+    """Answers wants from stores; it remembers nothing between them.
 
     Args:
-        store: Where the blobs are.
+        stores: Where the blobs are; the first one that has a blob gives it.
     """
 
-    def __init__(self, store: BlobStore) -> None:
-        self._store = store
+    def __init__(self, *stores: BlobStore) -> None:
+        self._stores = stores
 
     def answer(self, want: Want, max_packet: int = MAX_PACKET) -> Iterator[bytes] | Gone:
         """The chunks that were wanted, read as they are taken, or that the blob is not here.
@@ -256,22 +256,24 @@ class Serve:
             StorageError: The blob is here but can't be read.
         """
         step = leaves_per_chunk(max_packet)
-        if not self._store.has(want.sha256):
+        store = next((s for s in self._stores if s.has(want.sha256)), None)
+        if store is None:
             return Gone(want.sha256)
         if want.part == "leaves":
-            return _pieces(want, self._store.table(want.sha256), step)
-        return self._leaves(want, step)
+            return _pieces(want, store.table(want.sha256), step)
+        return _leaves(store, want, step)
 
-    def _leaves(self, want: Want, step: int) -> Iterator[bytes]:
-        end = want.first + want.count
-        for first in range(want.first, end, step):
-            try:
-                payload = self._store.read_leaves(want.sha256, first, min(step, end - first))
-            except StorageError:
-                return  # deleted meanwhile: the next want is answered with Gone
-            if not payload:
-                return
-            yield Chunk(want.sha256, "data", first, payload).to_bytes()
+
+def _leaves(store: BlobStore, want: Want, step: int) -> Iterator[bytes]:
+    end = want.first + want.count
+    for first in range(want.first, end, step):
+        try:
+            payload = store.read_leaves(want.sha256, first, min(step, end - first))
+        except StorageError:
+            return  # deleted meanwhile: the next want is answered with Gone
+        if not payload:
+            return
+        yield Chunk(want.sha256, "data", first, payload).to_bytes()
 
 
 def _pieces(want: Want, table: bytes, step: int) -> Iterator[bytes]:
