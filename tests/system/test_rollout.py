@@ -1,0 +1,192 @@
+"""A real server updates real boards by a real broker: their launchers, slots and processes are those of the field."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_site import Site, write_material
+from runtime_releases import PYTHON, make_wheel
+
+from fedprune.release import Release, read_release, write_release
+from fedprune.trust.keys import SigningKey
+from fedprune_device.runtime.home import Home
+from fedprune_device.runtime.source import FolderSource
+from fedprune_device.runtime.updater import LAUNCHER, Updater
+from fedprune_server.cli import main
+from fedprune_server.identity_folder import IdentityFolder
+from fedprune_server.storage import Storage
+
+pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
+
+ROOT = Path(__file__).resolve().parents[2]
+BOARDS = ("north", "south")
+CONFIG = """
+[job]
+name = "waits"
+rounds = 1
+devices = 3
+density = 0.5
+"""
+FOREVER = 'while :; do "$@"; sleep 0.2; done'
+"""What the service manager does."""
+
+CRASH = "raise RuntimeError('this release is broken')\n"
+NO_RUNTIME = "raise ImportError('this wheel is for another processor')\n"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(out.glob("fedprune-*.whl"))
+
+
+class UpdatedSite(Site):
+    """A site whose boards run what is in their slots.
+
+    Args:
+        material: What `write_material` wrote.
+        folder: The processes' own.
+        wheel: fedprune.
+    """
+
+    def __init__(self, material: Path, folder: Path, wheel: Path) -> None:
+        super().__init__(material, folder, CONFIG, BOARDS, 120, mosquitto=True, secure=True)
+        self.wheel = wheel
+        with IdentityFolder(self.state) as identity:
+            self.key: SigningKey = identity.key
+        first = self.release(1)
+        for name in BOARDS:
+            Updater(folder / f"{name}-home", self.key.verifying).install(FolderSource(first))
+
+    def release(self, number: int, *more: Path, entry: str = "fedprune_device.cli:main") -> Path:
+        def made(files: tuple[Any, ...]) -> Release:
+            return Release(number, f"0.{number}", PYTHON, platform.machine(), entry, 2 * 10**8, files)
+
+        write_release(self.folder / f"release-{number}", made, [self.wheel, *more], self.key)
+        return self.folder / f"release-{number}"
+
+    def start(self, name: str, *, in_group: bool = False) -> None:
+        if name not in BOARDS:
+            super().start(name, in_group=in_group)
+            return
+        inherited = {n: v for n, v in os.environ.items() if not n.startswith(("PYTHON", "FEDPRUNE"))}
+        home, module = self.folder / f"{name}-home", self.command(name).index("fedprune_device.cli")
+        arguments = [a for a in self.command(name)[module + 1 :] if a != "--until-finished"]
+        command = ["sh", "-c", FOREVER, "sh", sys.executable, str(home / LAUNCHER), *arguments]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                command, stdout=log, stderr=log, env=inherited | {"OMP_NUM_THREADS": "1"}, start_new_session=True
+            )
+
+    def stop_all(self) -> None:
+        for name in BOARDS:
+            if name in self.processes:
+                with suppress(ProcessLookupError):
+                    os.killpg(self.processes[name].pid, signal.SIGKILL)
+        super().stop_all()
+
+    def members(self) -> set[str]:
+        with IdentityFolder(self.state) as identity:
+            return set(identity.store.members())
+
+    def runs(self, name: str) -> int:
+        """The release in a board's stable slot, every file of which is what its record says."""
+        home = Home(self.folder / f"{name}-home")
+        state = home.load()
+        assert state is not None
+        return home.whole(state.stable).version
+
+    def command_line(self, *words: object) -> None:
+        assert main([*map(str, words), "--state", str(self.state)]) == 0
+
+    def rollout(self, release: Path, *words: object) -> dict[str, Any]:
+        """Roll a release out; what became of it."""
+        self.command_line("rollout", "start", release, *words)
+        return self.ended()
+
+    def ended(self) -> dict[str, Any]:
+        self.wait_for(lambda: self.status()["phase"] != "running", "the rollout ends")
+        return self.status()
+
+    def status(self) -> dict[str, Any]:
+        command = [sys.executable, "-m", "fedprune_server.cli", "rollout", "status", "--json", "--state"]
+        done = subprocess.run([*command, str(self.state)], capture_output=True, text=True, check=True)
+        body: dict[str, Any] = json.loads(done.stdout)
+        return body
+
+
+@pytest.fixture
+def site(wheel: Path, tmp_path: Path) -> Iterator[UpdatedSite]:
+    (tmp_path / "material").mkdir()
+    write_material(tmp_path / "material", dict.fromkeys(BOARDS, 100))
+    made = UpdatedSite(tmp_path / "material", tmp_path, wheel)
+    try:
+        made.start_all()
+        made.wait_for(lambda: made.members() == set(BOARDS), "all boards are let in")
+        yield made
+    finally:
+        made.stop_all()
+
+
+def test_good_releases_stay_bad_ones_go_back_and_stop_and_old_content_comes_again(site: UpdatedSite) -> None:
+    good = site.rollout(site.release(2), "--groups", "1,100%")
+    assert (good["phase"], good["committed"]) == ("done", sorted(BOARDS)), site.logs()
+    assert {site.runs(n) for n in BOARDS} == {2}
+
+    crash = make_wheel(site.folder / "crash-1-py3-none-any.whl", {"crash/__init__.py": CRASH})
+    bad = site.rollout(site.release(3, crash, entry="crash:main"), "--groups", "1,100%", "--attempts", "2")
+    failed = {n: b["reason"] for n, b in bad["boards"].items() if b["fate"] == "failed"}
+    assert bad["phase"] == "stopped", site.logs()
+    assert list(failed.values()) == ["rolled back: ended with exit code 1 before it was healthy"]
+    assert "1 of 1 boards failed" in bad["why"]
+
+    stub = make_wheel(site.folder / "onnxruntime-9-py3-none-any.whl", {"onnxruntime/__init__.py": NO_RUNTIME})
+    unhealthy = site.rollout(site.release(4, stub), "--groups", "1,100%", "--seed", "1")
+    failed = {n: b["reason"] for n, b in unhealthy["boards"].items() if b["fate"] == "failed"}
+    assert unhealthy["phase"] == "stopped", site.logs()
+    assert len(failed) == 1
+    assert "this wheel is for another processor" in next(iter(failed.values()))
+    assert {site.runs(n) for n in BOARDS} == {2}
+
+    old = site.folder / "release-1"
+    site.command_line("release", "--again", old, "--number", 5, "--out", site.folder / "release-5")
+    back = site.rollout(site.folder / "release-5", "--groups", "100%")
+    assert (back["phase"], {site.runs(n) for n in BOARDS}) == ("done", {5}), site.logs()
+    assert all(p.poll() is None for p in site.processes.values()), "nobody had to be started again"
+
+
+def test_a_download_goes_on_after_the_broker_and_the_server_restart(site: UpdatedSite) -> None:
+    noise = random.Random(0).randbytes(60_000_000)
+    large = make_wheel(site.folder / "large-1-py3-none-any.whl", {"large/noise.bin": noise})
+    release = site.release(2, large)
+    size = read_release(release, site.key.verifying)[0].size
+    site.command_line("rollout", "start", release, "--devices", "north", "--groups", "100%")
+    pulled = site.folder / "north-home" / "incoming" / "pulled" / "partial"
+
+    def most() -> bool:
+        with suppress(OSError):
+            return max((p.stat().st_size for p in pulled.iterdir()), default=0) > 0.5 * size
+        return False
+
+    site.wait_for(most, "most of it is there")
+    site.kill("broker")
+    site.kill("server")
+    ended = site.ended()
+    assert (ended["phase"], site.runs("north"), site.runs("south")) == ("done", 2, 1), site.logs()
+    with Storage.existing(site.state) as storage:
+        down = {r["name"]: r["bytes_down"] for r in storage.devices()}
+    assert down["north"] < 1.3 * size, "what was there is not sent again"
+    assert down["south"] < 0.1 * size, "it was not asked to"
