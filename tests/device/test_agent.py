@@ -753,3 +753,20 @@ def test_an_agent_that_ends_says_so(bench: Bench) -> None:
     bench.server.plan = [bench.server.offer(1)]
     bench.run()
     assert isinstance(bench.server.seen[-1], Death)
+
+
+def test_it_is_quiet_only_when_a_restart_would_cost_nothing(bench: Bench) -> None:
+    bench.server.plan = [bench.server.offer(1)]
+    seen: dict[str, bool] = {}
+
+    def react(message: Any) -> None:
+        assert bench.agent is not None
+        seen.setdefault(message.phase if isinstance(message, Progress) else type(message).__name__, bench.agent.quiet)
+
+    bench.server.react = react
+    bench.run()
+    assert bench.agent is not None
+    assert bench.agent.quiet
+    busy = {k: v for k, v in seen.items() if k in ("Want", "Update", "download", "train", "evaluate")}
+    assert {"Want", "Update"} <= set(busy)
+    assert not any(busy.values()), seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 from runtime_releases import make_release
 
 from fedprune.trust.keys import SigningKey
-from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, ReleaseReport
+from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, STATES, ReleaseReport
 from fedprune_server.cli import main
 from fedprune_server.identity_folder import IdentityFolder
+from fedprune_server.rollout_cli import add_rollout_command
 from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.rollout_store import RolloutStore
 
@@ -147,3 +149,16 @@ def test_a_server_without_identity_or_boards_rolls_nothing_out(
         own = make_release(tmp_path / "own", 1, key=identity.key)
     assert main(["rollout", "start", str(own), "--state", str(tmp_path / "new")]) == 14
     assert "no board is let in yet" in capsys.readouterr().err
+
+
+def test_the_page_names_every_option_and_every_state() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    page, protocol = (docs / "update-the-fleet.md").read_text(), (docs / "protocol.md").read_text()
+    parser = argparse.ArgumentParser()
+    add_rollout_command(parser.add_subparsers())
+    (rollout,) = (a.choices["rollout"] for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    (actions,) = (a for a in rollout._actions if isinstance(a, argparse._SubParsersAction))
+    options = {o for p in actions.choices.values() for a in p._actions for o in a.option_strings if o.startswith("--")}
+    assert len(options) > 10
+    assert [o for o in sorted(options - {"--help"}) if f"`{o}" not in page and f" {o} " not in page] == []
+    assert [s for s in STATES if f"`{s}`" not in protocol] == []

@@ -1,0 +1,148 @@
+"""A daemon that runs a job and a rollout at once: what boards are sent, may pull, and report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from fleet import Air, Fleet, ToyDevice
+from runtime_releases import KEY, make_release
+
+from fedprune.coordination.rollout import Rollout, RolloutPhase, RolloutPlan, Stage
+from fedprune.release import FILES, Release, read_release
+from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.messages import Gone, Want, parse
+from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, ReleaseOffer, ReleaseReport
+from fedprune.wire.transfer import Pull
+from fedprune_server.rollout_store import RolloutStore
+from toy import NAMES
+
+
+class Updated(ToyDevice):
+    """A device that trains, and pulls what it is to install."""
+
+    def __init__(self, name: str, folder: Path, air: Air) -> None:
+        super().__init__(name, folder, air)
+        self.files: dict[str, Pull] = {}
+        self.end = COMMITTED
+        self.number = 0
+        self.told: ReleaseReport | None = None
+
+    def birth(self) -> None:
+        super().birth()
+        if self.told is not None:
+            self.say(self.told)
+
+    def hear(self, topic: str, payload: bytes) -> None:
+        channel = self.topics.parse(topic).channel
+        if channel == "down/blob" and (chunk := Chunk.parse(payload)).sha256 in self.files:
+            for want in self.files[chunk.sha256].on_chunk(chunk, self.air.now):
+                self.say(want)
+            self.install()
+        elif channel == "down" and isinstance(offer := parse(payload), ReleaseOffer):
+            self.pull(offer)
+        else:
+            super().hear(topic, payload)
+
+    def pull(self, offer: ReleaseOffer) -> None:
+        self.number = offer.number
+        files = Release.from_bytes(offer.manifest.encode()).files
+        refs = [BlobRef(f.sha256, f.size, leaves) for f, leaves in zip(files, offer.leaves, strict=True)]
+        self.say(ReleaseReport(self.name, self.number, DOWNLOADING, "", 0, len(refs)))
+        self.files = {r.sha256: Pull(r, self.store.partial(r)) for r in refs}
+        for pull in self.files.values():
+            for want in pull.start(self.air.now):
+                self.say(want)
+        self.install()
+
+    def install(self) -> None:
+        if self.files and all(p.done for p in self.files.values()):
+            self.told = ReleaseReport(self.name, self.number, self.end, "a reason", 0, 0)
+            self.say(self.told)
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_release(tmp_path_factory.mktemp("release") / "7", 7)
+
+
+class UpdatedFleet(Fleet):
+    """A fleet with a rollout under way."""
+
+    def __init__(self, folder: Path, release: Path, *stages: Stage) -> None:
+        super().__init__(folder)
+        self.updated = {n: Updated(n, folder / "updated", self.air) for n in NAMES}
+        self.air.devices.update(self.updated)
+        made, manifest, signature = read_release(release, KEY.verifying)
+        with RolloutStore(folder) as store:
+            leaves = tuple(store.blobs.put((release / FILES / f.sha256).read_bytes()).leaves for f in made.files)
+            offer = ReleaseOffer(7, manifest.decode(), signature.hex(), leaves, 3, 600.0)
+            store.begin(offer, Rollout.of(RolloutPlan("release", "7", stages), NAMES), 0.0, joins=True)
+        self.files = [f.sha256 for f in made.files]
+
+    def until_over(self, folder: Path) -> Rollout:
+        """Run a daemon until both job and rollout are over."""
+        with RolloutStore(folder) as store, RolloutStore(folder) as seen:
+            daemon = self.daemon(rollouts=store)
+
+            def rollout() -> Rollout:
+                entry = seen.latest()
+                assert entry is not None
+                return entry.rollout
+
+            def idle() -> None:
+                if daemon.busy:
+                    time.sleep(0.0005)
+                    return
+                self.air.now += 0.5
+                assert self.air.now < 10_000
+                if daemon.finished and rollout().phase is not RolloutPhase.RUNNING:
+                    daemon.stop()
+
+            self.air.on_idle = idle
+            daemon.run()
+            return rollout()
+
+
+def test_a_job_and_a_rollout_go_on_side_by_side(tmp_path: Path, release: Path) -> None:
+    calm = Fleet(tmp_path / "calm").run()
+    fleet = UpdatedFleet(tmp_path, release, Stage(0.3), Stage(1.0))
+    rollout = fleet.until_over(tmp_path)
+    assert (rollout.phase, rollout.failures()) == (RolloutPhase.DONE, {})
+    for device in fleet.updated.values():
+        for name in fleet.files:
+            assert device.store.read(name)
+    state = fleet.storage.load()
+    assert state is not None
+    assert state.model == calm.model, "the job comes to the same bits"
+
+
+def test_messages_that_come_twice_and_restarts_change_nothing(tmp_path: Path, release: Path) -> None:
+    fleet = UpdatedFleet(tmp_path, release, Stage(0.3), Stage(1.0))
+    fleet.air.doubled = True
+    fleet.updated["b"].end = ROLLED_BACK
+    rollout = fleet.until_over(tmp_path)
+    fleet.restart()
+    again = fleet.until_over(tmp_path)
+    assert rollout.to_dict() == again.to_dict()
+    assert rollout.phase is RolloutPhase.STOPPED
+    assert rollout.failures() == {"b": "rolled back: a reason"}
+
+
+def test_nobody_pulls_what_it_is_not_given(tmp_path: Path, release: Path) -> None:
+    fleet = UpdatedFleet(tmp_path, release, Stage(1e-9), Stage(1.0))
+    for device in fleet.updated.values():
+        device.end = ROLLED_BACK
+    fleet.air.now = 1.0
+    rollout = fleet.until_over(tmp_path)
+    (first,) = rollout.failures()
+    others = [d for n, d in fleet.updated.items() if n != first]
+    assert all(d.told is None for d in others)
+    fleet.restart()
+    for device in fleet.updated.values():
+        device.heard.clear()
+        fleet.air.to_server(device.topics.up(device.name), Want(fleet.files[0], "data", 0, 1).to_bytes())
+    fleet.until_over(tmp_path)
+    assert all(Gone(fleet.files[0]) in d.heard for d in fleet.updated.values())
