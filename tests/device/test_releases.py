@@ -30,10 +30,11 @@ from fedprune.release import (
 )
 from fedprune.trust.keys import SigningKey, VerifyingKey
 from fedprune.wire.release_messages import MAX_MANIFEST
+from fedprune_device.runtime.admission import own_packages
 from fedprune_device.runtime.home import Home
 from fedprune_device.runtime.source import FolderSource
 from fedprune_device.runtime.state import STABLE, STAGED, TRIAL
-from fedprune_device.runtime.updater import Updater, own_packages
+from fedprune_device.runtime.updater import Updater
 from fedprune_device.runtime.wheel import Wheel
 
 pytestmark = pytest.mark.board

@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Collection
@@ -26,7 +25,7 @@ from fedprune.release import MAX_FILE, Release, ReleaseFile, opened
 from fedprune.trust.keys import VerifyingKey
 from fedprune.wire.release_messages import MAX_MANIFEST
 from fedprune_device.durable import place
-from fedprune_device.runtime import launcher
+from fedprune_device.runtime.admission import admit, own_packages
 from fedprune_device.runtime.home import Home, Record, digest, write_file
 from fedprune_device.runtime.source import Source
 from fedprune_device.runtime.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, State
@@ -78,8 +77,7 @@ class Updater:
         self._incoming = root / "incoming"
         self._key = key
         self._keep = frozenset(keep)
-        self._python = python
-        self._machine = machine or platform.machine()
+        self._board = {"python": python, "machine": machine or platform.machine()}
         self._free = free
 
     def install(self, source: Source) -> Release:
@@ -131,7 +129,7 @@ class Updater:
             StorageError: The disk fails.
         """
         release, state = self._opened(source), self._state()
-        self._admit(release, state)
+        admit(release, state.highest, self._board)
         with storage_errors(f"can't read {self.home.root}"):
             need, free, old = self._room(release, state.other)
         if need > free + old:
@@ -235,7 +233,7 @@ class Updater:
     def _bring(self, source: Source, state: State) -> Release:
         """All that comes before the state is changed: check, pull, check, unpack, verify."""
         release, slot = self._opened(source), state.other
-        self._admit(release, state)
+        admit(release, state.highest, self._board)
         _LOG.info(
             "release %d (%s): %d files, %d bytes", release.number, release.version, len(release.files), release.size
         )
@@ -260,31 +258,6 @@ class Updater:
                 f"what was written isn't what is there ({error})", hint="The disk may be failing."
             ) from error
         return release
-
-    def _admit(self, release: Release, state: State) -> None:
-        if release.number <= state.highest:
-            raise ReleaseError(
-                f"release {release.number}",
-                expected=f"a number above {state.highest}",
-                hint="What is to be gone back to is released once more, under a new number.",
-            )
-        wanted = {"python": self._python, "machine": self._machine}
-        for name, value in wanted.items():
-            if getattr(release, name) != value:
-                raise ReleaseError(f"release {release.number}: {name}", expected=value, got=getattr(release, name))
-        if release.launcher > launcher.VERSION:
-            raise ReleaseError(
-                f"release {release.number}: launcher",
-                expected=f"at most {launcher.VERSION}",
-                got=release.launcher,
-                hint="This board must be set up anew.",
-            )
-        lacking = sorted(set(release.system) - own_packages(release.system))
-        if lacking:
-            raise ReleaseError(
-                f"release {release.number} needs {', '.join(lacking)} of the board's own Python, which lacks it",
-                hint="Install it there, or make a release that brings it.",
-            )
 
     def _room(self, release: Release, slot: str) -> tuple[int, int, int]:
         """Bytes that a release needs, that are free, and that the slot's old content takes."""
@@ -375,25 +348,6 @@ def _no_room(release: Release, need: int, there: int) -> StorageFullError:
         got=f"{there / 1e6:.0f} MB",
         hint="Free some space; what runs is untouched.",
     )
-
-
-def own_packages(names: Collection[str]) -> frozenset[str]:
-    """Which of some packages the board's Python has without any slot.
-
-    Args:
-        names: Names of packages.
-
-    Raises:
-        StorageError: The interpreter can't be started.
-    """
-    if not names:
-        return frozenset()
-    code = "import sys, importlib.util as u; print(*[n for n in sys.argv[1:] if u.find_spec(n)])"
-    command = [sys.executable, "-I", "-c", code, *sorted(names)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    if done.returncode:
-        raise StorageError(f"can't ask {sys.executable} for its packages", got=done.stderr[-200:])
-    return frozenset(done.stdout.split())
 
 
 def write_launcher(path: Path) -> None:
