@@ -117,11 +117,11 @@ def _plan(arguments: argparse.Namespace, release: Release) -> RolloutPlan:
 
 def _kept(store: RolloutStore, folder: Path, release: Release) -> tuple[str, ...]:
     """Put a release's files where the daemon serves them; the digests of their leaf tables, in the manifest's order."""
-    entry, wanted = store.latest(), {f.sha256 for f in release.files}
-    if entry is None or entry.rollout.phase is not RolloutPhase.RUNNING:
-        for old in store.blobs.names():
-            if old not in wanted:
-                store.blobs.delete(old)
+    store.check_free(release.number)  # so that nobody pulls what is deleted here
+    wanted = {f.sha256 for f in release.files}
+    for old in store.blobs.names():
+        if old not in wanted:
+            store.blobs.delete(old)
     return tuple(store.blobs.put((folder / FILES / f.sha256).read_bytes()).leaves for f in release.files)
 
 

@@ -97,6 +97,17 @@ class RolloutStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def check_free(self, release: int) -> None:
+        """Make sure that a release could be rolled out now.
+
+        Raises:
+            ConfigError: A rollout is under way.
+            ReleaseError: A higher number was rolled out before, so that no board would take this one.
+            StorageError: The disk fails.
+        """
+        with self._transaction() as connection:
+            self._check_free(connection, release)
+
     def begin(self, offer: ReleaseOffer, rollout: Rollout, now: float, *, joins: bool) -> int:
         """Begin a rollout, whose files are in `blobs`.
 
@@ -109,21 +120,7 @@ class RolloutStore:
             StorageError: The disk fails or is full.
         """
         with self._transaction() as connection:
-            under_way = connection.execute(
-                "SELECT number, release FROM rollouts WHERE phase = ?", (RolloutPhase.RUNNING.value,)
-            ).fetchone()
-            if under_way is not None:
-                raise ConfigError(
-                    f"rollout {under_way[0]}, of release {under_way[1]}, is under way",
-                    hint="Wait for its end, or stop it: fedprune-server rollout stop.",
-                )
-            highest = connection.execute("SELECT max(release) FROM rollouts").fetchone()[0]
-            if highest is not None and offer.number < highest:
-                raise ReleaseError(
-                    f"release {offer.number}",
-                    expected=f"a number of {highest} or more, because boards have seen that one",
-                    hint="To go back, release the old one again under a new number: fedprune-server release --again.",
-                )
+            self._check_free(connection, offer.number)
             row = (now, offer.number, offer.to_bytes(), joins, rollout.phase.value, _json(rollout.to_dict()), "{}")
             insert = "INSERT INTO rollouts (at, release, offer, joins, phase, rollout, reports) VALUES (?,?,?,?,?,?,?)"
             return int(connection.execute(insert, row).lastrowid or 0)
@@ -175,6 +172,24 @@ class RolloutStore:
         """A number that is another one after another connection has changed anything."""
         with self._translated():
             return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+
+    @staticmethod
+    def _check_free(connection: sqlite3.Connection, release: int) -> None:
+        under_way = connection.execute(
+            "SELECT number, release FROM rollouts WHERE phase = ?", (RolloutPhase.RUNNING.value,)
+        ).fetchone()
+        if under_way is not None:
+            raise ConfigError(
+                f"rollout {under_way[0]}, of release {under_way[1]}, is under way",
+                hint="Wait for its end, or stop it: fedprune-server rollout stop.",
+            )
+        highest = connection.execute("SELECT max(release) FROM rollouts").fetchone()[0]
+        if highest is not None and release < highest:
+            raise ReleaseError(
+                f"release {release}",
+                expected=f"a number of {highest} or more, because boards have seen that one",
+                hint="To go back, release the old one again under a new number: fedprune-server release --again.",
+            )
 
     def _entry(self, row: tuple[Any, ...]) -> Entry:
         number, at, offer, joins, rollout, reports, wish = row

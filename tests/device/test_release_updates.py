@@ -278,6 +278,18 @@ def rest(board: Board) -> None:
         board.live()
 
 
+def test_what_an_update_costs_a_card_does_not_grow_with_its_files(board: Make, tmp_path: Path) -> None:
+    syncs = []
+    for count in (0, 200):
+        more: dict[str, bytes | str] = {f"library/{i}.py": "VERSION = 2\n" for i in range(count)}
+        it = board(make_release(tmp_path / f"release-{count}", 2, more=more), name=str(count))
+        with power() as supply:
+            it.live()
+        assert it.ran[-1] == 2
+        syncs.append(supply.names.count("fsync") + supply.names.count("sync"))
+    assert syncs[0] == syncs[1] <= 36
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_at_any_write_of_a_pulled_release_ends_on_a_good_one(
