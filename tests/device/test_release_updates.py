@@ -192,6 +192,7 @@ def test_a_release_that_is_withdrawn_is_not_tried(board: Make, releases: dict[in
     assert (state.phase, it.ran) == (STABLE, [])
     assert state.outcome is not None
     assert state.outcome.reason == "withdrawn: too many failed"
+    assert [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()] == []
 
 
 def test_a_server_that_lost_the_files_may_offer_them_again(board: Make, tmp_path: Path) -> None:
@@ -267,9 +268,10 @@ def test_a_board_without_launcher_or_identity_says_so(releases: dict[int, Path],
     assert updater_here(None, {"FEDPRUNE_ROOT": str(tmp_path), "FEDPRUNE_SLOT": "a"}) == NO_IDENTITY
     server = ReleaseServer(tmp_path / "server", releases[2])
     wire = Releases(server, "d", "site", NO_LAUNCHER, quiet=lambda: True, restart=lambda: None)
-    server.next()
-    assert wire.get() is None
-    assert server.reports == [ReleaseReport("d", 2, REFUSED, NO_LAUNCHER, 0, 0)]
+    for _ in range(2):
+        server.say(server.offers[0])
+        assert wire.get() is None
+    assert server.reports == 2 * [ReleaseReport("d", 2, REFUSED, NO_LAUNCHER, 0, 0)]
 
 
 def rest(board: Board) -> None:

@@ -40,6 +40,10 @@ from fedprune_device.runtime.updater import KEPT, Updater
 _LOG = logging.getLogger("fedprune.device")
 
 _PROGRESS_S = 10.0
+"""Between two reports of a download."""
+
+_LOOK_S = 0.5
+"""Between two looks at how the trial under way stands."""
 
 NO_LAUNCHER = "this board's runtime was not started by a launcher, so that nothing could go back by itself"
 NO_IDENTITY = "this board takes part without identity, so that it knows no key that releases are signed with"
@@ -100,7 +104,7 @@ class Releases:
         self._trying = False  # this process is the trial
         self._leaving = False
         self._last: ReleaseReport | None = None
-        self._report_at = 0.0
+        self._report_at = self._look_at = 0.0
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send without waiting; False if that isn't possible now. After a birth the server hears where releases are."""
@@ -151,12 +155,12 @@ class Releases:
             self._forget_offer()
 
     def _on_offer(self, offer: ReleaseOffer) -> None:
-        if isinstance(self._updater, str):
-            self._say(offer.number, REFUSED, self._updater)
-            return
         if self._leaving or self._staging is not None:
             return  # soon there is more to say; and another one is offered again
         self._last = None  # who offers it again hasn't heard
+        if isinstance(self._updater, str):
+            self._say(offer.number, REFUSED, self._updater)
+            return
         state, reason = self._standing(self._updater, offer.number)
         if state == STAGED:
             self._offer, self._ready = offer, True
@@ -189,8 +193,9 @@ class Releases:
                 self._withdrawn = message  # and seen to when it is done
                 return
             self._forget_offer()
-            forget(self._updater)
         self._updater.drop(message.number, f"withdrawn: {one_line(message.reason, 200)}")
+        if self._pulling is None and self._staging is None:
+            forget(self._updater)
 
     def _forget_offer(self) -> None:
         self._offer = self._pulling = self._staging = self._withdrawn = None
@@ -201,7 +206,8 @@ class Releases:
     def _turn(self) -> None:
         if isinstance(self._updater, str) or self._leaving:
             return
-        if self._trying:
+        if self._trying and self._clock() >= self._look_at:
+            self._look_at = self._clock() + _LOOK_S
             self._tell(self._updater)
         if self._pulling is not None and self._staging is None:
             self._ask(self._pulling.tick(self._clock()))
