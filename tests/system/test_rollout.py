@@ -38,6 +38,14 @@ rounds = 1
 devices = 3
 density = 0.5
 """
+BUSY = """
+[job]
+name = "trains"
+rounds = 100000
+devices = 2
+density = 0.5
+deadline_s = 20
+"""
 FOREVER = 'while :; do "$@"; sleep 0.2; done'
 """What the service manager does."""
 
@@ -60,10 +68,11 @@ class UpdatedSite(Site):
         material: What `write_material` wrote.
         folder: The processes' own.
         wheel: fedprune.
+        config: The server's configuration.
     """
 
-    def __init__(self, material: Path, folder: Path, wheel: Path) -> None:
-        super().__init__(material, folder, CONFIG, BOARDS, 120, mosquitto=True, secure=True)
+    def __init__(self, material: Path, folder: Path, wheel: Path, config: str = CONFIG) -> None:
+        super().__init__(material, folder, config, BOARDS, 120, mosquitto=True, secure=True)
         self.wheel = wheel
         with IdentityFolder(self.state) as identity:
             self.key: SigningKey = identity.key
@@ -129,10 +138,10 @@ class UpdatedSite(Site):
 
 
 @pytest.fixture
-def site(wheel: Path, tmp_path: Path) -> Iterator[UpdatedSite]:
+def site(request: pytest.FixtureRequest, wheel: Path, tmp_path: Path) -> Iterator[UpdatedSite]:
     (tmp_path / "material").mkdir()
     write_material(tmp_path / "material", dict.fromkeys(BOARDS, 100))
-    made = UpdatedSite(tmp_path / "material", tmp_path, wheel)
+    made = UpdatedSite(tmp_path / "material", tmp_path, wheel, getattr(request, "param", CONFIG))
     try:
         made.start_all()
         made.wait_for(lambda: made.members() == set(BOARDS), "all boards are let in")
@@ -190,3 +199,20 @@ def test_a_download_goes_on_after_the_broker_and_the_server_restart(site: Update
         down = {r["name"]: r["bytes_down"] for r in storage.devices()}
     assert down["north"] < 1.3 * size, "what was there is not sent again"
     assert down["south"] < 0.1 * size, "it was not asked to"
+
+
+@pytest.mark.parametrize("site", [BUSY], indirect=True, ids=["busy"])
+def test_boards_that_train_round_after_round_are_updated_between_two_of_them(site: UpdatedSite) -> None:
+    def rounds() -> int:
+        state = site.saved()
+        return 0 if state is None else len(state.history)
+
+    site.wait_for(lambda: rounds() > 3, "boards train")
+    ended = site.rollout(site.release(2), "--groups", "1,100%")
+    assert (ended["phase"], {site.runs(n) for n in BOARDS}) == ("done", {2}), site.logs()
+    then = rounds()
+    site.wait_for(lambda: rounds() > then + 3, "they go on training")
+    state = site.saved()
+    assert state is not None
+    latest = state.history[-1]["devices"]
+    assert {n: latest[n]["progress"] for n in latest} == dict.fromkeys(BOARDS, "folded")
