@@ -113,9 +113,8 @@ def _content(path: Path) -> tuple[bytes, int] | None:
 
 
 def _put(path: Path, content: tuple[bytes, int] | None) -> None:
-    if content is None:
-        path.unlink(missing_ok=True)
-    elif path.parent.is_dir():
+    path.unlink(missing_ok=True)  # it may be a hard link, and another name's content is not this one's
+    if content is not None and path.parent.is_dir():
         path.write_bytes(content[0])
         path.chmod(content[1])
 

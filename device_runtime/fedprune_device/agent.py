@@ -7,41 +7,29 @@ not be lost is on the disk before anything is said about it, and is said again u
 from __future__ import annotations
 
 import logging
-import platform
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fedprune import __version__, session
 from fedprune.errors import FedpruneError, ProtocolError, StorageError
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
-from fedprune.wire.blob_ref import LEAF
-from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
+from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import (
-    Accepted,
-    Birth,
-    Cancelled,
-    Death,
-    Finished,
-    Gone,
-    Hello,
-    Message,
-    Offer,
-    Want,
-    parse,
-)
+from fedprune.wire.messages import Accepted, Cancelled, Death, Finished, Gone, Hello, Message, Offer, Want, parse
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import CHUNK_LEAVES, Serve
+from fedprune.wire.transfer import Serve
 from fedprune_device.acceptance import attempt_of, check_offer, place_of, same_work
+from fedprune_device.alone import Alone
 from fedprune_device.assignment import DamagedBlobError, LoadedTrainer, Workbench
 from fedprune_device.care import Care
-from fedprune_device.data import LocalData
 from fedprune_device.downloads import Downloads
+from fedprune_device.greeting import Greeting
 from fedprune_device.outbox import Outbox, Wire
+from fedprune_device.source import Samples
+from fedprune_device.standing import Standing
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import TrainingStoppedError
 from fedprune_device.training_thread import TrainingThread
@@ -50,7 +38,6 @@ _LOG = logging.getLogger("fedprune.device")
 
 _BUSY_WAIT = 0.05
 _IDLE_WAIT = 0.5
-_MAX_PACKET = CHUNK_LEAVES * LEAF + PACKET_OVERHEAD
 _MAX_DAMAGES = 3
 _REMEMBERED = 32
 """Offers that are known when they come again."""
@@ -70,6 +57,7 @@ class Agent:
         threads: Threads for training.
         probe: What the board measured of itself.
         care: Lets training wait while the board is too hot.
+        alone: Seconds after which it trains without its server; 0 for never (`Alone`).
         clock: Seconds that only grow.
     """
 
@@ -79,25 +67,23 @@ class Agent:
         site: str,
         store: DeviceStore,
         link: Wire,
-        data: LocalData,
+        data: Samples,
         *,
         profile: HardwareProfile | None = None,
         profile_name: str = "",
         threads: int = 1,
         probe: ProbeReport | None = None,
         care: Care | None = None,
+        alone: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device, self._topics = device, Topics(site)
         self._store, self._link = store, link
-        self._outbox = Outbox(device, self._topics, link)
-        self._data = data
-        self._profile = profile
-        self._profile_name = profile_name or (profile.name if profile is not None else "")
-        self._probe, self._care = probe, care
-        self._clock = clock
-        self._serve = Serve(store.blobs)
+        self._outbox = Outbox(device, self._topics, link, Serve(store.blobs))
+        self._data, self._profile, self._care, self._clock = data, profile, care, clock
+        self._greeting = Greeting(device, profile_name or (profile.name if profile is not None else ""), probe)
         self._bench = Workbench(device, store.blobs, store.slots, data, LoadedTrainer(threads), store.own)
+        self._alone = Alone(device, store, data, threads, alone, care)
         self._downloads: Downloads | None = None
         self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: TrainingThread | None = None
@@ -120,9 +106,10 @@ class Agent:
                 self._guarded(self._take, item)
                 self._guarded(self._turn, None)
         finally:
-            if self._worker is not None:
-                self._worker.stop()
-                self._worker.join(10)
+            self._halt()
+            for thread in (self._worker, self._alone):
+                if thread is not None:
+                    thread.join(10)
             self._outbox.say(Death(self._device, self._store.session))
 
     @property
@@ -135,6 +122,11 @@ class Agent:
     def stop(self) -> None:
         """Let `run` return soon; may be called from a signal handler or another thread."""
         self._stopping.set()
+
+    @property
+    def standing(self) -> Standing:
+        """What it is at; may be read from any thread."""
+        return self._outbox.standing
 
     def will(self) -> tuple[str, bytes]:
         """Topic and payload that the broker shall publish when the next connection is lost; numbers that connection."""
@@ -160,11 +152,16 @@ class Agent:
         now = self._clock()
         if isinstance(item, ConnectionUp):
             _LOG.info("connected to the broker")
+            self.standing.connected = True
+            self._alone.heard(now)
             self._seen.clear()  # the server may be another, or run the same job once more
             self._greet(now)
         elif isinstance(item, ConnectionDown):
             _LOG.info("connection to the broker lost: %s", item.reason)
+            self.standing.connected = False
+            self._alone.heard(now)
         elif item is not None:
+            self._alone.heard(now)
             topic, payload = item
             address = self._topics.parse(topic)
             if address.channel == "down/blob":
@@ -185,22 +182,14 @@ class Agent:
         elif isinstance(message, Finished):
             self._on_finished(message)
         elif isinstance(message, Want):
-            self._on_want(message, now)
+            self._outbox.answer(message, self._store.pending, now)
         elif isinstance(message, Gone):
             self._on_gone(message)
 
     def _greet(self, now: float) -> None:
         task, pending = self._store.task, self._store.pending
         held = task.offer if task is not None and not task.done else pending
-        birth = Birth(
-            self._device,
-            self._store.session,
-            self._profile_name,
-            self._data.samples,
-            f"fedprune {__version__}, onnxruntime {session.version()}, Python {platform.python_version()}",
-            self._probe.to_dict() if self._probe is not None else None,
-            None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
-        )
+        birth = self._greeting.birth(self._store.session, self._data.samples, held, now)
         self._outbox.say(birth)
         self._outbox.hurry(now)
         if self._downloads is not None:
@@ -304,18 +293,6 @@ class Agent:
             self._collect()
         self._finished = True
 
-    def _on_want(self, want: Want, now: float) -> None:
-        pending = self._store.pending
-        if pending is None or pending.weights.sha256 != want.sha256:
-            # Only the update is anybody's business.
-            self._outbox.say(Gone(want.sha256))
-            return
-        answer = self._serve.answer(want, _MAX_PACKET)
-        if isinstance(answer, Gone):
-            self._outbox.say(answer, pending.job)
-            return
-        self._outbox.serve(pending.job, answer, now)
-
     def _on_gone(self, message: Gone) -> None:
         if self._downloads is not None and self._downloads.lacks(message.sha256):
             error = ProtocolError(f"the server no longer has blob {message.sha256[:12]}")
@@ -348,8 +325,11 @@ class Agent:
             worker, self._worker = self._worker, None
             self._settle(worker, now)
             self._collect()
+        idle = self._worker is None and self._ready is None
+        if self._alone.turn(now, connected=self.standing.connected, idle=idle):
+            self._collect()
         task = self._store.task
-        if self._worker is None and self._ready is not None and task is not None:
+        if self._worker is None and not self._alone.running and self._ready is not None and task is not None:
             seconds, self._ready = self._ready, None
             _LOG.info("round %d of job %s: training", task.offer.round, task.offer.job)
             self._worker = TrainingThread(self._bench, task.offer, seconds, self._care)
@@ -362,6 +342,12 @@ class Agent:
             self._outbox.progress(self._downloads.offer, ("download", *self._downloads.progress), now)
         elif self._worker is not None and not self._worker.stopped:
             self._outbox.progress(self._worker.offer, self._worker.status, now)
+        elif self._alone.status is not None:
+            self.standing.working(*self._alone.status, alone=True)
+        elif self._store.pending is None:
+            self.standing.idle()
+            if self.standing.connected and self._greeting.outdated(self._data.samples, now):
+                self._greet(now)
 
     def _settle(self, worker: TrainingThread, now: float) -> None:
         """Take what the worker leaves behind."""
@@ -389,12 +375,13 @@ class Agent:
         """Stop what is being done for the current offer."""
         self._downloads = None
         self._ready = None
+        self._alone.stop()
         if self._worker is not None:
             self._worker.stop()
 
     def _collect(self) -> None:
         # What the worker has just made is referred to by nothing yet; nobody waits for what a stopped one makes.
-        if self._worker is None or self._worker.stopped:
+        if (self._worker is None or self._worker.stopped) and not self._alone.running:
             self._store.collect()
 
     def _refuse(self, offer: Offer, error: BaseException) -> None:

@@ -11,13 +11,13 @@ from fedprune.errors import StorageError
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Offer, Update
-from fedprune_device.data import LocalData
 from fedprune_device.evaluation import MEASURED, Evaluation, training_metrics
 from fedprune_device.loaded import LoadedTrainer
 from fedprune_device.own import OwnInMemory, Shelf
 from fedprune_device.own_labels import OwnLabels
 from fedprune_device.predictor import Predictor
 from fedprune_device.slots import Serving, Slots
+from fedprune_device.source import Samples
 from fedprune_device.trainer import TrainingStoppedError
 from fedprune_device.work import Work
 
@@ -51,7 +51,7 @@ class Workbench:
         device: The device's name.
         blobs: All blobs of an offer; trained weights are put there.
         slots: Where models are staged and serve.
-        data: The device's samples.
+        data: The device's samples; every offer takes those that there are when it begins.
         trainer: The loaded training graph; benches may share it.
         shelf: Where the device keeps what is its own between rounds; by default as long as this bench lasts.
     """
@@ -61,7 +61,7 @@ class Workbench:
         device: str,
         blobs: BlobStore,
         slots: Slots,
-        data: LocalData,
+        data: Samples,
         trainer: LoadedTrainer | None = None,
         shelf: Shelf | None = None,
     ) -> None:
@@ -127,11 +127,12 @@ class Workbench:
         weights = self._blob(offer.weights, stop)
         mask = None if offer.mask is None else self._blob(offer.mask, stop)
         trainer = self._trainer.of(offer.training.sha256, lambda: self._blob(offer.training, stop))
-        work = Work(offer, recipe, weights, mask, trainer, self._shelf, self._device, self._data)
-        self._data.check(offer.classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
+        data = self._data.snapshot(trainer.input_shape)
+        work = Work(offer, recipe, weights, mask, trainer, self._shelf, self._device, data)
+        data.check(offer.classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
         self._blob(offer.inference, stop)
-        own = OwnLabels.of(self._data.y_train, recipe, offer.classes)
-        evaluation = Evaluation(self._data, recipe, offer.classes, own)
+        own = OwnLabels.of(data.y_train, recipe, offer.classes)
+        evaluation = Evaluation(data, recipe, offer.classes, own)
         evaluation.metrics["download_seconds"] = download_seconds
 
         evaluates = offer.round % recipe.evaluate_every == 0
@@ -141,7 +142,7 @@ class Workbench:
         del weights, mask
         result = trainer.train(
             work.tensors,
-            self._data,
+            data,
             recipe,
             seed=offer.seed,
             device=self._device,

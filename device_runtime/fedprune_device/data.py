@@ -18,6 +18,7 @@ from fedprune.errors import DataError, remedy
 from fedprune_device.labels import targets
 
 Array = npt.NDArray[Any]
+Shape = tuple[int | str | None, ...]
 
 TEST_SHARE = 0.2
 """Share of the samples that is set aside where a source brings no test split of its own."""
@@ -73,6 +74,10 @@ class LocalData:
     def samples(self) -> int:
         """Training samples."""
         return len(self.y_train)
+
+    def snapshot(self, shape: Shape | None = None) -> LocalData:
+        """Itself: it never changes."""
+        return self
 
     @property
     def bytes(self) -> int:
@@ -226,7 +231,7 @@ def check_type(x: Array, token_ids: bool) -> None:
 def _found(source: str, seed: int, device: str) -> object:
     path = Path(source)
     if source.endswith(".npz") or path.is_file():
-        return _read_npz(path)
+        return read_arrays(path)
     if ":" in source:
         return _call(source, seed, device)
     raise DataError(
@@ -300,7 +305,12 @@ def _kind(array: Array) -> str:
     return f"{array.dtype} [{', '.join(['n', *map(str, array.shape[1:])])}]"
 
 
-def _read_npz(path: Path) -> dict[str, Array]:
+def read_arrays(path: Path) -> dict[str, Array]:
+    """The arrays of an `.npz` file by name; objects in it are refused, not unpickled.
+
+    Raises:
+        DataError: It can't be read, or is another kind of file.
+    """
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             if not hasattr(file, "files"):

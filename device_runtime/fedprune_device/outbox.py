@@ -11,16 +11,21 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from fedprune.errors import ExitCode, FedpruneError
+from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.chunk import PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.link import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Death, Message, Offer, Progress, Refusal, Update, Want
+from fedprune.wire.messages import Death, Gone, Message, Offer, Progress, Refusal, Update, Want
 from fedprune.wire.topics import NO_JOB, Topics
+from fedprune.wire.transfer import CHUNK_LEAVES, Serve
+from fedprune_device.standing import Standing
 
 _LOG = logging.getLogger("fedprune.device")
 
 PROGRESS_S = 1.0
 ANNOUNCE_S = 2.0
 ANNOUNCE_MAX_S = 60.0
+_MAX_PACKET = CHUNK_LEAVES * LEAF + PACKET_OVERHEAD
 
 
 class Wire(Protocol):
@@ -40,12 +45,18 @@ class Outbox:
         device: The device's name.
         topics: The site's topics.
         link: The connection.
+        pieces: Reads pieces of blobs.
+
+    Attributes:
+        standing: What it says, for those beside the board.
     """
 
-    def __init__(self, device: str, topics: Topics, link: Wire) -> None:
+    def __init__(self, device: str, topics: Topics, link: Wire, pieces: Serve) -> None:
         self._device = device
         self._topics = topics
         self._link = link
+        self._pieces = pieces
+        self.standing = Standing()
         self._announce_at = 0.0
         self._announced = 0
         self._reported: tuple[str, int, int] | None = None
@@ -62,10 +73,17 @@ class Outbox:
         for want in wants:
             self.say(want, job)
 
-    def serve(self, job: str, chunks: Iterable[bytes], now: float) -> None:
+    def answer(self, want: Want, pending: Update | None, now: float) -> None:
         """Send pieces of the update; while the server asks for them, it needn't be told of it."""
-        for chunk in chunks:
-            if not self._link.publish(self._topics.up_blob(self._device, job), chunk, CHUNK_QOS):
+        if pending is None or pending.weights.sha256 != want.sha256:
+            self.say(Gone(want.sha256))  # only the update is anybody's business
+            return
+        found = self._pieces.answer(want, _MAX_PACKET)
+        if isinstance(found, Gone):
+            self.say(found, pending.job)
+            return
+        for chunk in found:
+            if not self._link.publish(self._topics.up_blob(self._device, pending.job), chunk, CHUNK_QOS):
                 break  # what doesn't get through is asked for again
         self._announce_at = max(self._announce_at, now + 5 * ANNOUNCE_S)
 
@@ -79,6 +97,7 @@ class Outbox:
 
     def announce(self, update: Update, now: float) -> None:
         """Announce an update, if it is time to, ever less often."""
+        self.standing.announcing(update)
         if now < self._announce_at:
             return
         self.say(update, update.job)
@@ -94,6 +113,7 @@ class Outbox:
             status: Phase, units done, units in all.
             now: The time.
         """
+        self.standing.working(offer, status)
         if now < self._report_at or status == self._reported:
             return
         self._reported, self._report_at = status, now + PROGRESS_S
@@ -105,6 +125,7 @@ class Outbox:
         code = error.exit_code if isinstance(error, FedpruneError) else ExitCode.INTERNAL
         reason = str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {error}"
         _LOG.warning("round %d of job %s: refused: %s", offer.round, offer.job, reason)
+        self.standing.failed(offer, _printable(reason))
         self._refused = offer
         self._refusal = Refusal(self._device, offer.job, offer.round, offer.attempt, _printable(reason), int(code))
         self.say(self._refusal, offer.job)

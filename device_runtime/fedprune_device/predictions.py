@@ -22,7 +22,7 @@ def described(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequ
         top: How many.
         names: Names of the outputs; numbers stand for those that have none.
     """
-    for i, row in enumerate(_likely(loss, outputs.astype(np.float64))):
+    for i, row in enumerate(likely(loss, outputs.astype(np.float64))):
         best = np.argsort(-row, kind="stable")[:top] if loss in ("cross_entropy", "bce") else range(len(row))
         shown = [f"{names[c] if c < len(names) else c} " if len(row) > 1 else "" for c in best]
         digits = ".4f" if loss in ("cross_entropy", "bce") else ".6g"
@@ -47,7 +47,16 @@ def judged(outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], loss: str) -> 
     return f"accuracy {np.mean(right):.4f} on {len(y)} samples"
 
 
-def _likely(loss: str, z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def likely(loss: str, z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """What outputs say, by what the model was trained with.
+
+    Args:
+        loss: The loss.
+        z: The model's outputs [n, K].
+
+    Returns:
+        Shares of classes (softmax) with cross-entropy, chances of labels (sigmoid) with bce, else the numbers.
+    """
     if loss == "cross_entropy":
         shares = np.exp(z - z.max(axis=1, keepdims=True))
         return np.asarray(shares / shares.sum(axis=1, keepdims=True))

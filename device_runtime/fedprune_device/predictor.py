@@ -48,6 +48,11 @@ class Predictor:
         self.input_shape = shape[1:]
         self._dtype = np.dtype(np.int64 if kind == "tensor(int64)" else np.float32)
 
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether its inputs are whole numbers (token ids)."""
+        return self._dtype.kind == "i"
+
     def predict(self, x: Array, batch: int = 64) -> npt.NDArray[np.float32]:
         """Logits of every sample.
 

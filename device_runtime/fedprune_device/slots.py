@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fedprune import tensorfile
 from fedprune.disk import file_digest, storage_errors
 from fedprune.errors import ModelError, StorageError
 from fedprune.recipe import LOSSES
@@ -181,6 +182,26 @@ class Slots:
             if _intact(folder, record):
                 return predictor, record
         raise StorageError("the serving model changes faster than it can be loaded")
+
+    def weights(self, record: Serving) -> bytes:
+        """The weights file of a model that serves.
+
+        Raises:
+            StorageError: It can't be read, or is damaged.
+        """
+        path = self._root / record.slot / WEIGHTS
+        with storage_errors(f"can't read {path}"):
+            raw = path.read_bytes()
+        if tensorfile.digest(raw) != record.weights:
+            raise StorageError(f"{path} is damaged")
+        return raw
+
+    def installed_at(self) -> float:
+        """When the model that serves was installed, in seconds since 1970; 0 where none was."""
+        try:
+            return (self._root / _POINTER).stat().st_mtime
+        except OSError:
+            return 0.0
 
     def _rows(self) -> list[Serving]:
         try:

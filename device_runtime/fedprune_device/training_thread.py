@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
 
 from fedprune.wire.messages import Offer, Update
-from fedprune_device.assignment import Workbench
+from fedprune_device.assignment import Report
 from fedprune_device.care import Care
+
+NICENESS = 19
+"""Whatever else the board does, predictions first of all, comes before training."""
+
+
+class Bench(Protocol):
+    """What carries out an offer."""
+
+    def carry_out(self, offer: Offer, *, download_seconds: float, report: Report, stop: Callable[[], bool]) -> Update:
+        """Do what an offer asks for."""
 
 
 class TrainingThread:
@@ -25,7 +39,7 @@ class TrainingThread:
         error: What went wrong, if something did.
     """
 
-    def __init__(self, bench: Workbench, offer: Offer, download_seconds: float, care: Care | None = None) -> None:
+    def __init__(self, bench: Bench, offer: Offer, download_seconds: float, care: Care | None = None) -> None:
         self.offer = offer
         self.status: tuple[str, int, int] = ("train", 0, 0)
         self.update: Update | None = None
@@ -56,6 +70,9 @@ class TrainingThread:
         self._thread.join(timeout)
 
     def _run(self) -> None:
+        # Linux counts niceness by thread; those that onnxruntime starts for this one inherit it.
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             self.update = self._bench.carry_out(
                 self.offer, download_seconds=self._download_seconds, report=self._report, stop=self._ended

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from fedprune.errors import ConfigError, DataError, StorageError, StorageFullError
 from fedprune_device.local.reservoir import Limits
-from fedprune_device.local.sample import NoSampleError, SampleConflictError, Shares, decoded, encoded
+from fedprune_device.local.sample import NoSampleError, SampleConflictError, decoded, encoded
 from fedprune_device.local.sample_set import SampleSet
+from fedprune_device.local.shares import Shares
 
 pytestmark = pytest.mark.board
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections import Counter
 from collections.abc import Sequence
@@ -12,8 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.errors import ConfigError, DataError, shape_text
-from fedprune_device.data import TEST_SHARE
+from fedprune.errors import DataError, shape_text
 from fedprune_device.local.reservoir import UNLABELLED
 
 Array = npt.NDArray[Any]
@@ -51,36 +49,6 @@ class Added:
     duplicate: bool
     label: int | None
     part: str
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Which part of the samples is held out.
-
-    Attributes:
-        test: Share of all.
-        validation: Share of the rest.
-        seed: With the device's name, of the choice.
-        device: The device's name.
-    """
-
-    test: float = TEST_SHARE
-    validation: float = 0.0
-    seed: int = 0
-    device: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("test", "validation"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"share of samples for {name}", expected="0 to below 1", got=getattr(self, name))
-
-    def part(self, name: str) -> str:
-        """The part that a sample belongs to, for ever."""
-        text = "\x1f".join([str(self.seed), self.device, "part", name])
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-        if number < self.test:
-            return "test"
-        return "val" if number < self.test + (1 - self.test) * self.validation else "train"
 
 
 def checked_label(label: int | None) -> int:

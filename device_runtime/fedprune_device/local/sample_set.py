@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -21,9 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.disk import storage_errors
 from fedprune.errors import ConfigError, DataError, StorageError, StorageFullError
-from fedprune_device import durable
 from fedprune_device.data import LocalData
 from fedprune_device.local.reservoir import UNLABELLED, Limits, Reservoir, Verdict
 from fedprune_device.local.sample import (
@@ -31,13 +28,13 @@ from fedprune_device.local.sample import (
     Array,
     NoSampleError,
     SampleConflictError,
-    Shares,
     checked_label,
     decoded,
     encoded,
     of_one_kind,
 )
 from fedprune_device.local.segments import HEAD_BYTES, Kind, Place, Record, SegmentLog, digest
+from fedprune_device.local.shares import Shares, claimed
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -49,7 +46,6 @@ _LIVE = 5 / 8
 
 _NOTED = 64
 """Declined samples (or a hundredth of all) after which it is noted how many were seen: a flood wears no card."""
-_FORMAT = "fedprune.samples/1"
 
 
 class SampleSet:
@@ -74,13 +70,14 @@ class SampleSet:
                 "room for samples", expected="at least 2 samples and 16 kB", got=f"{limits.samples}, {limits.bytes} B"
             )
         self._segment = segment
-        key = self._claim()
+        key = claimed(root, self._shares)
         self._reservoir = Reservoir(
             Limits(limits.samples, int(limits.bytes * _LIVE), limits.unlabelled), self._shares.seed
         )
         self._log = SegmentLog(root, key, segment)
         self._places: dict[str, Place] = {}
         self._declined = 0
+        self._training: int | None = None  # counted when somebody asks
         self._replay()
 
     def __enter__(self) -> SampleSet:
@@ -98,8 +95,10 @@ class SampleSet:
     def samples(self) -> int:
         """Samples that would be trained on now."""
         with self._lock:
-            labelled = {c: names for c, names in self._reservoir.kept().items() if c != UNLABELLED}
-            return sum(self._shares.part(n) == "train" for names in labelled.values() for n in names)
+            if self._training is None:
+                named = (names for c, names in self._reservoir.kept().items() if c != UNLABELLED)
+                self._training = sum(self._shares.part(n) == "train" for names in named for n in names)
+            return self._training
 
     def add(self, x: Array, label: int | None = None) -> Added:
         """Take a sample in, if it is to stay.
@@ -168,6 +167,7 @@ class SampleSet:
         with self._lock:
             self._known(name)
             self._write([Record(Kind.DELETED, bytes.fromhex(name))])
+            self._training = None
             self._reservoir.drop(name, unseen=True)
             del self._places[name]
 
@@ -262,6 +262,7 @@ class SampleSet:
         return self._followed(verdict)
 
     def _followed(self, verdict: Verdict) -> Added:
+        self._training = None
         self._reservoir.follow(verdict)
         for gone in verdict.dropped:
             del self._places[gone]
@@ -374,6 +375,7 @@ class SampleSet:
     def _forget(self, name: str) -> None:
         _LOG.warning("sample %s is damaged: going on without it", name)
         if name in self._reservoir:
+            self._training = None
             self._reservoir.drop(name)
             del self._places[name]
 
@@ -385,25 +387,3 @@ class SampleSet:
 
     def _added(self, name: str, label: int, *, kept: bool, duplicate: bool) -> Added:
         return Added(name, kept, duplicate, None if label == UNLABELLED else label, self._shares.part(name))
-
-    def _claim(self) -> bytes:
-        """What the set was made with; a new one is made with what is asked for."""
-        path, shares = self._root / "set.json", self._shares
-        wanted = {"test": shares.test, "validation": shares.validation, "seed": shares.seed, "device": shares.device}
-        body = durable.read_document(path)
-        if body is None:
-            with storage_errors(f"can't write {self._root}"):
-                self._root.mkdir(parents=True, exist_ok=True)
-            durable.sweep(self._root)
-            body = {"format": _FORMAT, "shares": wanted, "key": os.urandom(16).hex()}
-            durable.write_document(path, body)
-        if body.get("format") != _FORMAT:
-            raise StorageError(f"{path} is of another version", expected=_FORMAT, got=body.get("format"))
-        if body["shares"] != wanted:
-            raise ConfigError(
-                f"the samples in {self._root} are divided otherwise",
-                expected=json.dumps(body["shares"]),
-                got=json.dumps(wanted),
-                hint="Keep --seed, --device and the shares as they were: a test sample must never be trained on.",
-            )
-        return bytes.fromhex(body["key"])

@@ -1,0 +1,236 @@
+"""A client of a board's local interface, for the application beside it.
+
+It needs the standard library alone, and imports nothing of fedprune: the file may be copied.
+
+    board = Board("unix:/run/fedprune/local.sock")
+    print(board.predict(image).classes)
+    board.add(image, label="cat")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import random
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+_MOST_BYTES = 64 * 2**20
+_LONGEST_WAIT = 5.0
+
+
+class BoardError(Exception):
+    """The board can't be reached, or doesn't do what it is asked for.
+
+    Attributes:
+        status: The answer's status code; 0 where there was no answer.
+        what: What is wrong.
+        expected: What would have been right; empty where nothing is said of it.
+        got: What was found; the same.
+        hint: What to do; the same.
+    """
+
+    def __init__(self, status: int, what: str, expected: str = "", got: str = "", hint: str = "") -> None:
+        self.status, self.what, self.expected, self.got, self.hint = status, what, expected, got, hint
+        parts = [f"{name} {text}" for name, text in (("expected", expected), ("got", got)) if text]
+        message = what + (": " + ", ".join(parts) if parts else "")
+        super().__init__(f"{message}. {hint}" if hint else message)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the board predicts.
+
+    Attributes:
+        job: The job that its model is of.
+        round: The round that the model is of.
+        digest: sha256 of the model's weights.
+        predictions: One entry per sample, as the board gave them: `class`, `probability`, `name`, `probabilities`.
+    """
+
+    job: str
+    round: int
+    digest: str
+    predictions: list[dict[str, Any]]
+
+    @property
+    def classes(self) -> list[int]:
+        """The likeliest class of every sample."""
+        return [int(p["class"]) for p in self.predictions]
+
+    @property
+    def probabilities(self) -> list[list[float]]:
+        """Probabilities, one row per sample; of `predict` without `top`."""
+        return [list(p["probabilities"]) for p in self.predictions]
+
+
+class Board:
+    """A board's local interface. It connects anew for every request, so that it may be used from any thread.
+
+    Samples are numpy arrays, or lists of numbers, or the bytes of a JPEG or PNG file where the model takes images.
+
+    Args:
+        address: `unix:/path` or `127.0.0.1:port`.
+        timeout: Seconds that one try may take.
+        tries: How often a request is tried when the board is busy or can't be reached. What is asked for may then be
+            done twice, which changes nothing: a sample that is there is known.
+    """
+
+    def __init__(self, address: str, *, timeout: float = 30.0, tries: int = 5) -> None:
+        if not address.startswith("unix:/") and ":" not in address.removeprefix("unix:"):
+            raise BoardError(0, "address of the board", "unix:/path or 127.0.0.1:port", repr(address))
+        self._address, self._timeout, self._tries = address, timeout, max(tries, 1)
+
+    def predict(self, x: Any, top: int | None = None) -> Predictions:
+        """Predict with what serves.
+
+        Args:
+            x: One sample as the model takes it, a batch of them, or one image file's bytes.
+            top: Give the likeliest classes alone, so many, instead of all probabilities.
+
+        Raises:
+            BoardError: The board can't be reached, has no model yet, or the samples don't fit it.
+        """
+        query = "" if top is None else f"?top={top}"
+        answer = self._ask("POST", f"/v1/predict{query}", *_body(x))
+        model = answer["model"]
+        return Predictions(model["job"], model["round"], model["digest"], answer["predictions"])
+
+    def add(self, x: Any, label: int | str | None = None) -> dict[str, Any]:
+        """Hand in one sample to learn from.
+
+        Args:
+            x: The sample as the model takes it, or an image file's bytes.
+            label: Its class, by number or name; None where it isn't known yet.
+
+        Returns:
+            `id`, `kept`, `duplicate`, `label` and `part` (`train`, `val` or `test`).
+
+        Raises:
+            BoardError: The board can't be reached or takes no samples, or this one doesn't fit.
+        """
+        query = "" if label is None else f"?label={quote(str(label), safe='')}"
+        return self._ask("POST", f"/v1/samples{query}", *_body(x))
+
+    def label(self, sample: str, label: int | str) -> dict[str, Any]:
+        """Say of which class a sample is.
+
+        Args:
+            sample: Its `id`.
+            label: The class, by number or name.
+
+        Raises:
+            BoardError: The board can't be reached, or there is no such sample or class.
+        """
+        body = json.dumps({"label": label}).encode()
+        return self._ask("POST", f"/v1/samples/{quote(sample, safe='')}/label", body, "application/json")
+
+    def delete(self, sample: str) -> None:
+        """Take a sample back; one that isn't there any more is fine.
+
+        Raises:
+            BoardError: The board can't be reached.
+        """
+        try:
+            self._ask("DELETE", f"/v1/samples/{quote(sample, safe='')}")
+        except BoardError as error:
+            if error.status != 404:
+                raise
+
+    def samples(self) -> dict[str, Any]:
+        """How many samples there are, by class and part, and how much room.
+
+        Raises:
+            BoardError: The board can't be reached or takes no samples.
+        """
+        return self._ask("GET", "/v1/samples")
+
+    def status(self) -> dict[str, Any]:
+        """What the board is at.
+
+        Raises:
+            BoardError: The board can't be reached.
+        """
+        return self._ask("GET", "/v1/status")
+
+    def healthy(self) -> bool:
+        """Whether the board answers and a model serves."""
+        try:
+            return bool(self._ask("GET", "/v1/health").get("serves"))
+        except BoardError:
+            return False
+
+    def _ask(self, method: str, path: str, body: bytes | None = None, kind: str = "") -> dict[str, Any]:
+        for number in range(self._tries):
+            last = number + 1 == self._tries
+            try:
+                status, answer = self._once(method, path, body, {"Content-Type": kind} if kind else {})
+            except (OSError, http.client.HTTPException) as error:
+                if last:
+                    what = f"the board at {self._address} can't be reached ({error or type(error).__name__})"
+                    raise BoardError(0, what, hint="See that fedprune-device runs with --local.") from error
+            else:
+                if status < 300:
+                    return answer
+                if status != 503 or last:
+                    raise _error(status, answer)
+            # Full jitter: those who were turned away together don't come back together.
+            time.sleep(random.uniform(0, min(_LONGEST_WAIT, 0.1 * 2.0**number)))
+        raise BoardError(0, "no try was made")
+
+    def _once(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
+        connection = _Connection(self._address, self._timeout)
+        try:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may answer before it has read all
+                connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            raw = response.read(_MOST_BYTES)
+            try:
+                answer = json.loads(raw)
+            except ValueError as error:
+                raise http.client.HTTPException(f"not JSON: {raw[:60]!r}") from error
+            return response.status, answer if isinstance(answer, dict) else {}
+        finally:
+            connection.close()
+
+
+class _Connection(http.client.HTTPConnection):
+    """A connection to a port or a unix socket."""
+
+    def __init__(self, address: str, timeout: float) -> None:
+        self._path = address.removeprefix("unix:") if address.startswith("unix:") else None
+        super().__init__("localhost" if self._path else address, timeout=timeout)
+
+    def connect(self) -> None:
+        """Connect."""
+        if self._path is None:
+            super().connect()
+            return
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def _body(x: Any) -> tuple[bytes, str]:
+    """Samples as they are sent, and the name of that form."""
+    if isinstance(x, (bytes, bytearray)):
+        return bytes(x), "image/png" if x[:4] == b"\x89PNG" else "image/jpeg"
+    if not hasattr(x, "astype"):
+        return json.dumps({"x": x}).encode(), "application/json"
+    # An array: one safetensors file, whose form is its length, what is in it, and the numbers.
+    whole = x.dtype.kind in "iu"
+    data = x.astype("<i8" if whole else "<f4").tobytes()
+    about = {"dtype": "I64" if whole else "F32", "shape": list(x.shape), "data_offsets": [0, len(data)]}
+    head = json.dumps({"x": about}).encode()
+    return len(head).to_bytes(8, "little") + head + data, "application/safetensors"
+
+
+def _error(status: int, answer: dict[str, Any]) -> BoardError:
+    found = answer.get("error")
+    found = found if isinstance(found, dict) else {}
+    parts = [str(found.get(name) or "") for name in ("what", "expected", "got", "hint")]
+    return BoardError(status, parts[0] or f"the board answered {status}", *parts[1:])

@@ -1,0 +1,88 @@
+"""Bodies of requests: what goes in as numbers comes out as the same numbers, and nothing else gets through."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from fedprune.errors import DataError
+from fedprune_device.client import _body
+from fedprune_device.local.bodies import JSON, NPY, RAW, SAFETENSORS, array, batch
+from fedprune_device.local.request import Request, RequestError
+
+pytestmark = pytest.mark.board
+
+FLOATS = arrays.arrays(
+    np.float32,
+    arrays.array_shapes(min_dims=1, max_dims=4, max_side=4),
+    elements=st.floats(-1e6, 1e6, width=32),
+)
+
+
+def read(body: bytes, kind: str, shape: Any = None, *, tokens: bool = False) -> Any:
+    return array(Request("POST", "/v1/predict", {}, {"content-type": kind}, body), shape, tokens=tokens)
+
+
+def npy(x: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, x)
+    return file.getvalue()
+
+
+@given(FLOATS)
+def test_every_form_gives_the_same_numbers(x: Any) -> None:
+    forms = [(safetensors.numpy.save({"x": x}), SAFETENSORS), (npy(x), NPY), (npy(np.asfortranarray(x)), NPY), _body(x)]
+    forms += [(json.dumps({"x": x.astype(float).tolist()}).encode(), JSON), _body(x.astype(float).tolist())]
+    for body, kind in forms:
+        np.testing.assert_array_equal(read(body, kind), x)
+    np.testing.assert_array_equal(read(x.tobytes(), RAW, x.shape), x[None])
+
+
+@given(arrays.arrays(np.int64, arrays.array_shapes(max_dims=3, max_side=4), elements=st.integers(0, 2**53)))
+def test_token_ids_stay_whole_numbers(x: Any) -> None:
+    for body, kind in (_body(x), _body(x.tolist()), (npy(x), NPY), (npy(x.astype(np.int64)), NPY)):
+        found = read(body, kind, tokens=True)
+        assert found.dtype == np.int64
+        np.testing.assert_array_equal(found, x)
+    np.testing.assert_array_equal(batch(x, x.shape, 1, tokens=True), x[None])
+
+
+@given(st.sampled_from([JSON, NPY, RAW, SAFETENSORS]), st.binary(max_size=200), st.booleans())
+def test_any_bytes_are_an_array_or_an_error_of_ours(kind: str, body: bytes, tokens: bool) -> None:
+    with suppress(DataError, RequestError):
+        batch(read(body, kind, (2, 3), tokens=tokens), (2, 3), 4, tokens=tokens)
+
+
+@given(st.sampled_from([JSON, NPY, SAFETENSORS]), st.data())
+def test_a_damaged_body_is_an_array_or_an_error_of_ours(kind: str, data: st.DataObject) -> None:
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    whole = {NPY: npy(x), SAFETENSORS: safetensors.numpy.save({"x": x}), JSON: json.dumps({"x": x.tolist()}).encode()}
+    raw = bytearray(whole[kind])
+    for _ in range(data.draw(st.integers(1, 5))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        raw[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
+    with suppress(DataError, RequestError):
+        batch(read(bytes(raw), kind), (3,), 4, tokens=False)
+
+
+@pytest.mark.parametrize("shape", ["(9223372036854775807, 9)", "(1000000000000,)", "(1,) * 10**9", "__import__('os')"])
+def test_a_head_that_lies_takes_neither_memory_nor_time(shape: str) -> None:
+    body = npy(np.zeros((5, 6), np.float32)).replace(b"(5, 6)", shape.encode())
+    with pytest.raises(DataError):
+        read(body, NPY)
+
+
+def test_raw_numbers_need_a_model_of_one_shape() -> None:
+    with pytest.raises(RequestError, match="no model says"):
+        read(bytes(24), RAW)
+    with pytest.raises(DataError, match="raw numbers for"):
+        read(bytes(24), RAW, ("time", 3))

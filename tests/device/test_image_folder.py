@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.errors import ConfigError, DataError, StorageError
+from fedprune_device.local import images
+from fedprune_device.local.image_folder import ImageFolder
+from fedprune_device.local.images import Pixels
+from fedprune_device.local.shares import Shares
+
+pytestmark = pytest.mark.board
+
+SHAPE = (3, 4, 5)
+NAMES = ("ant", "bee")
+
+
+def put(root: Path, name: str, seed: int) -> Any:
+    """An image of the model's size, and its numbers."""
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3)).astype(np.uint8)
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.fromarray(pixels).save(path, "PNG")
+    return pixels.transpose(2, 0, 1).astype(np.float32) / 255
+
+
+def folder(root: Path, most: int = 100, test: float = 0.0) -> ImageFolder:
+    return ImageFolder(root, Pixels(), Shares(test, device="d"), most, NAMES)
+
+
+def test_images_are_samples_of_their_folders_class(tmp_path: Path) -> None:
+    wanted = {(0, put(tmp_path, "ant/a.png", 1).tobytes()), (1, put(tmp_path, "bee/b.PNG", 2).tobytes())}
+    wanted.add((1, put(tmp_path, "1/c.png", 3).tobytes()))
+    (tmp_path / "bee" / "notes.txt").write_text("no image")
+    (tmp_path / ".trash").mkdir()
+    found = folder(tmp_path)
+    data = found.snapshot(SHAPE)
+    assert {(int(y), x.tobytes()) for x, y in zip(data.x_train, data.y_train, strict=True)} == wanted
+    assert found.samples == 3
+
+
+def test_new_images_are_there_at_the_next_round(tmp_path: Path) -> None:
+    put(tmp_path, "ant/a.png", 1)
+    found = folder(tmp_path)
+    put(tmp_path, "bee/b.png", 2)
+    assert found.samples == 1
+    assert found.snapshot(SHAPE).samples == 2
+    (tmp_path / "ant" / "a.png").unlink()
+    assert found.snapshot(SHAPE).samples == 1
+
+
+def test_a_test_image_is_never_trained_on_whatever_it_is_called(tmp_path: Path) -> None:
+    for n in range(30):
+        put(tmp_path, f"ant/{n}.png", n)
+    first = folder(tmp_path, test=0.3).snapshot(SHAPE)
+    for n in range(30):
+        (tmp_path / "ant" / f"{n}.png").rename(tmp_path / "ant" / f"{99 - n}.png")
+    put(tmp_path, "ant/new.png", 50)
+    second = folder(tmp_path, test=0.3).snapshot(SHAPE)
+    tested = {x.tobytes() for x in first.x_test}
+    assert 0 < len(tested) < 30
+    assert tested <= {x.tobytes() for x in second.x_test}
+
+
+def test_of_too_many_each_class_gets_a_fair_share_and_always_the_same(tmp_path: Path) -> None:
+    for n in range(12):
+        put(tmp_path, f"ant/{n}.png", n)
+    for n in range(3):
+        put(tmp_path, f"bee/{n}.png", 100 + n)
+    data = folder(tmp_path, most=8).snapshot(SHAPE)
+    assert np.bincount(data.y_train).tolist() == [5, 3]
+    np.testing.assert_array_equal(folder(tmp_path, most=8).snapshot(SHAPE).x_train, data.x_train)
+
+
+def test_an_image_that_is_damaged_or_too_large_is_left_out_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, "ant/a.png", 1)
+    (tmp_path / "ant" / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "ant" / "large.jpg").write_bytes(bytes(3000))
+    monkeypatch.setattr("fedprune_device.local.image_folder.MAX_BYTES", 2000)
+    assert folder(tmp_path).snapshot(SHAPE).samples == 1
+    assert "torn.jpg is left out" in caplog.text
+    assert "large.jpg is left out" in caplog.text
+    assert images.MAX_BYTES > 2000
+
+
+def test_a_folder_that_is_no_class_is_an_error(tmp_path: Path) -> None:
+    put(tmp_path, "dog/a.png", 1)
+    with pytest.raises(ConfigError, match="expected ant or bee, got dog"):
+        folder(tmp_path)
+
+
+def test_a_folder_without_images_has_nothing_to_train_on(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing to train on"):
+        folder(tmp_path).snapshot(SHAPE)
+    with pytest.raises(StorageError, match="can't read"):
+        folder(tmp_path / "none")
+
+
+def test_a_model_of_other_inputs_takes_no_images(tmp_path: Path) -> None:
+    put(tmp_path, "ant/a.png", 1)
+    with pytest.raises(DataError, match="nothing to train on"):
+        folder(tmp_path).snapshot((6,))
