@@ -6,8 +6,6 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pytest
-
 PROGRAM = "import sys\n\ndef main():\n    print('fedprune', *sys.argv[1:])\n"
 
 
@@ -41,17 +39,6 @@ def wheel(
     return out
 
 
-def pip_wheel() -> Path:
-    """pip's own wheel, as Python brings it along."""
-    import ensurepip
-
-    places = [Path(ensurepip.__file__).parent / "_bundled", Path("/usr/share/python-wheels")]
-    found = [p for place in places for p in place.glob("pip-*.whl")]
-    if not found:
-        pytest.skip("this Python brings no wheel of pip")
-    return found[0]
-
-
 def fleet_of_wheels(folder: Path, *, jetson: bool = False) -> Path:
     """A folder with all that a tiny kit needs; returns fedprune's own wheel, which lies in it."""
     own = wheel(
@@ -67,6 +54,4 @@ def fleet_of_wheels(folder: Path, *, jetson: bool = False) -> Path:
     wheel(folder, "pillow", "10.0")
     if not jetson:
         wheel(folder, "onnxruntime", "1.31")
-    pip = pip_wheel()
-    (folder / pip.name).write_bytes(pip.read_bytes())
     return own

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedprune.errors import ConfigError, ProtocolError, shown
 from fedprune.setting_checks import known
+from fedprune.trust.tls import insecure_allowed
 from fedprune.wire.fields import whole
 from fedprune.wire.topics import check_device, check_name
 
@@ -39,11 +40,12 @@ class BoardFile:
     """What a board is told.
 
     Args:
-        server: `mqtt://host[:port]` or `mqtts://host[:port]`, without user and password.
+        server: `mqtts://host[:port]`, without user and password; `mqtt://` on this machine alone, for trials.
         device: The board's name, unique in its site.
         site: The fleet's site.
         data: Its samples: an absolute path on the board, or `package.module:function`.
-        authority: Whether the kit brings the certificates that `mqtts://` trusts.
+        authority: Whether the kit brings certificates of others who vouch for the broker.
+        join: Where to ask to be let in, if not at the broker's host, port 8884.
 
     Raises:
         ConfigError: A value is not one; the message names it.
@@ -54,9 +56,12 @@ class BoardFile:
     site: str = "default"
     data: str = SAMPLES
     authority: bool = False
+    join: str = ""
 
     def __post_init__(self) -> None:
-        _check_server(self.server)
+        _check_server("server", self.server)
+        if self.join != "":
+            _check_server("join", self.join)
         try:
             check_device(self.device)
             check_name(self.site, "site")
@@ -132,18 +137,17 @@ def checked_authorities(raw: bytes, pin: str | None = None) -> bytes:
     return b"".join(c.public_bytes(Encoding.PEM) for c in found)
 
 
-def _check_server(value: object) -> None:
-    expected = "mqtt://host[:port] or mqtts://host[:port]"
+def _check_server(name: str, value: object) -> None:
+    expected = "mqtts://host[:port]"
     if not isinstance(value, str):
-        raise ConfigError("server", expected=expected, got=shown(value))
+        raise ConfigError(name, expected=expected, got=shown(value))
     parts = urlsplit(value)
     if "@" in parts.netloc:
         raise ConfigError(
-            "server",
+            name,
             expected=f"{expected}, without user and password",
             got="a user",  # whose password is not repeated
-            hint="A card can be read by anybody: write FEDPRUNE_BROKER with the password to /etc/fedprune/device.env "
-            "on the board, which only root reads.",
+            hint="A card can be read by anybody, and a board needs none: it has a certificate once it has joined.",
         )
     host, port = parts.netloc, ""
     if found := re.fullmatch(r"(.*):(\d{1,5})", host):
@@ -152,12 +156,14 @@ def _check_server(value: object) -> None:
         parts.scheme in ("mqtt", "mqtts") and _HOST.fullmatch(host) and not (parts.path + parts.query + parts.fragment)
     )
     if not fits:
-        raise ConfigError("server", expected=expected, got=shown(value))
+        raise ConfigError(name, expected=expected, got=shown(value))
+    if parts.scheme == "mqtt":
+        insecure_allowed(host)
     if port:
         try:
             whole(1, 65_535)("port", int(port))
         except ProtocolError as error:
-            raise ConfigError("port of the server", expected=error.expected, got=error.got) from error
+            raise ConfigError(f"port of {name}", expected=error.expected, got=error.got) from error
 
 
 def _is_path(text: str) -> bool:

@@ -41,11 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_kit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     kit = commands.add_parser("kit", help="make a folder from which a board installs itself, without a network")
     kit.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
-    kit.add_argument("--server", required=True, metavar="URL", help="mqtt://host[:port] or mqtts://..., no password")
+    kit.add_argument("--server", required=True, metavar="URL", help="mqtts://host[:port], no password")
+    kit.add_argument("--join", default="", metavar="URL", help="where to join (default: the server's host, port 8884)")
     kit.add_argument("--device", required=True, metavar="NAME", help="the board's name, unique in the site")
     kit.add_argument("--site", default="default", help="the fleet's site (default: default)")
     kit.add_argument("--data", default=SAMPLES, metavar="SRC", help="the board's samples (default: %(default)s)")
-    kit.add_argument("--ca", type=Path, metavar="FILE", help="authorities that mqtts:// trusts, as PEM")
+    kit.add_argument("--ca", type=Path, metavar="FILE", help="who vouches for the broker, as PEM (default: the fleet)")
     kit.add_argument("--ca-sha256", metavar="HEX", help="the certificate's fingerprint, checked against --ca")
     kit.add_argument("--claim-file", type=Path, metavar="FILE", help=f"a one-time claim; ${_CLAIM} does the same")
     kit.add_argument("--python", default="3.13", metavar="V", help="the board's Python, 3.10 to 3.13 (default: 3.13)")
@@ -179,7 +180,9 @@ def _kit(arguments: argparse.Namespace) -> int:
         claim = _read(arguments.claim_file).decode("utf-8", "replace")
     kit = build_kit(
         arguments.out,
-        BoardFile(arguments.server, arguments.device, arguments.site, arguments.data, authorities is not None),
+        BoardFile(
+            arguments.server, arguments.device, arguments.site, arguments.data, authorities is not None, arguments.join
+        ),
         Target(arguments.python, arguments.architecture, arguments.jetson),
         wheel=arguments.wheel,
         links=arguments.find_links,
@@ -188,7 +191,7 @@ def _kit(arguments: argparse.Namespace) -> int:
         claim=claim,
     )
     print(f"{kit.folder}: {kit.target}, {len(kit.files)} files, {kit.bytes / 1e6:.1f} MB, sha256 {kit.digest}")
-    print(f"On the board: sudo python3 {kit.folder.name}/install.py")
+    print(f"On the board: sudo python3 {kit.folder.name}/install.pyz")
     return int(ExitCode.OK)
 
 

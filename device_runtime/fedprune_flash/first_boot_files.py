@@ -23,7 +23,7 @@ _GROUPS = "users,adm,dialout,audio,netdev,video,plugdev,games,input,gpio,spi,i2c
 _STARTER = """\
 #!/bin/sh
 # Installs fedprune from the kit beside this file. What happens is told in /var/log/fedprune-install.log.
-cd "$(dirname "$0")/fedprune" && exec python3 install.py "$@" >>/var/log/fedprune-install.log 2>&1
+cd "$(dirname "$0")/fedprune" && exec python3 install.pyz "$@" >>/var/log/fedprune-install.log 2>&1
 """
 
 _FIRSTRUN = """\

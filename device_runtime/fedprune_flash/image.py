@@ -19,7 +19,8 @@ from fedprune_flash.fat import MAX_FILE, Fat
 from fedprune_flash.first_boot import FirstBoot
 from fedprune_flash.first_boot_files import KIT_FOLDER, first_boot_files
 from fedprune_flash.image_source import Progress, packing, unpack
-from fedprune_flash.kit import MANIFEST, Kit
+from fedprune_flash.kit import Kit
+from fedprune_flash.on_board.kit_folder import MANIFEST
 from fedprune_flash.partitions import Partitions, read_partitions
 from fedprune_flash.plan import Step
 from fedprune_flash.scheme import CMDLINE, Scheme, recognise

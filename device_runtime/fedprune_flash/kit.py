@@ -1,11 +1,14 @@
 """A kit: a folder with everything that a board needs, for a USB stick, a card's boot partition or a copy over SSH.
 
-install.py      the installer, which needs nothing but Python
-kit.json        what the kit is for, and sha256 and size of every file
-board.json      what the board is told
-ca.pem          authorities that the board trusts, if any
-claim.txt       a one-time claim, if any; the installer deletes it
-wheelhouse/     fedprune, all that it needs on that board, and pip
+install.pyz       the installer, which needs nothing but Python
+kit.json          what the kit is for, and sha256 and size of every file
+board.json        what the board is told
+device.env        the same as the service's environment
+fedprune.service  the systemd unit
+launcher.pyz      what starts the runtime of a slot
+ca.pem            others who vouch for the broker, if any
+claim.txt         a one-time claim, if any; the installer deletes it
+wheelhouse/       fedprune, and all that it needs on that board
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +26,30 @@ from fedprune import __version__
 from fedprune.disk import file_digest, storage_errors
 from fedprune.errors import ConfigError, KitError, ProtocolError, UsageError, remedy, shown
 from fedprune.wire import fields
-from fedprune_flash import installer, service, wheelhouse
+from fedprune_device.runtime.updater import write_launcher
+from fedprune_flash import service, wheelhouse
 from fedprune_flash.board_file import BoardFile, checked_authorities, checked_claim
+from fedprune_flash.installer_archive import INSTALLER, installer_archive
+from fedprune_flash.on_board.kit_folder import (
+    AUTHORITY,
+    CLAIM,
+    ENVIRONMENT,
+    LAUNCHER,
+    MANIFEST,
+    SAFE_PATH,
+    SERVICE,
+    WHEELS,
+)
 from fedprune_flash.target import Target
 
-MANIFEST = "kit.json"
-INSTALLER = "install.py"
 BOARD = "board.json"
-AUTHORITY = "ca.pem"
-CLAIM = "claim.txt"
-WHEELS = "wheelhouse"
 
 MAX_BYTES = 2**31
 """What a kit may have altogether; a boot partition holds less."""
 
 _MAX_FILES = 500
 _MAX_MANIFEST = 2**20
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -128,10 +138,10 @@ def build_kit(
             if not (wheels / own.name).exists():
                 shutil.copyfile(own, wheels / own.name)
             wheelhouse.check(sorted(wheels.iterdir()), target)
-            shutil.copyfile(installer.__file__, new / INSTALLER)
-            (new / BOARD).write_text(board.to_json(), encoding="utf-8")
-            (new / "board.env").write_text(service.environment(board), encoding="utf-8")
-            (new / installer.SERVICE).write_text(service.unit(board, target), encoding="utf-8")
+            (new / INSTALLER).write_bytes(installer_archive())
+            write_launcher(new / LAUNCHER)
+            for name, text in _told(board, target).items():
+                (new / name).write_text(text, encoding="utf-8")
             if authorities is not None:
                 (new / AUTHORITY).write_bytes(checked_authorities(authorities, pin))
             if claim is not None:
@@ -139,6 +149,39 @@ def build_kit(
             (new / MANIFEST).write_text(_manifest(new, target, board), encoding="utf-8")
             new.rename(out)
     return open_kit(out)
+
+
+def told_files(kit: Kit, board: BoardFile, claim: str | None) -> dict[str, bytes]:
+    """What a kit for another board of the same kind has in place of this one's: all but wheels and programs.
+
+    Args:
+        kit: The kit.
+        board: What the other board is told.
+        claim: Its claim, if it gets one.
+
+    Returns:
+        Contents by path, the manifest among them.
+
+    Raises:
+        ConfigError: The board is to trust authorities that the kit doesn't bring, or the claim is none.
+    """
+    if board.authority != kit.board.authority:
+        raise ConfigError("certificates of authorities", expected=f"as in {kit.folder}: {kit.board.authority}")
+    made = {name: text.encode() for name, text in _told(board, kit.target).items()}
+    if claim is not None:
+        made[CLAIM] = checked_claim(claim).encode("ascii")
+    rows = {f.path: asdict(f) for f in kit.files if f.path != CLAIM}
+    for name, data in made.items():
+        rows[name] = {"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {**made, MANIFEST: _manifest_text(rows, kit.target, board, kit.fedprune).encode()}
+
+
+def _told(board: BoardFile, target: Target) -> dict[str, str]:
+    return {
+        BOARD: board.to_json(),
+        ENVIRONMENT: service.environment(board),
+        SERVICE: service.unit(board, target),
+    }
 
 
 def open_kit(folder: Path) -> Kit:
@@ -212,17 +255,23 @@ def _manifest(folder: Path, target: Target, board: BoardFile) -> str:
         for p in sorted(folder.rglob("*"))
         if p.is_file()
     }
+    return _manifest_text(rows, target, board)
+
+
+def _manifest_text(
+    rows: dict[str, dict[str, Any]], target: Target, board: BoardFile, version: str = __version__
+) -> str:
     claim = rows.pop(CLAIM, None)
     body = {
         "version": _VERSION,
-        "fedprune": __version__,
+        "fedprune": version,
         "python": target.python,
         "architecture": target.architecture,
         "jetson": target.jetson,
         "data": board.data,
-        "imports": list(target.imports),
+        "imports": dict(target.imports),
         "claim": claim,
-        "files": list(rows.values()),
+        "files": [rows[path] for path in sorted(rows)],
     }
     return json.dumps(body, indent=1, sort_keys=True) + "\n"
 
@@ -238,7 +287,7 @@ def _row(row: object) -> KitFile:
     if not isinstance(row, dict) or set(row) != {"path", "bytes", "sha256"}:
         raise ProtocolError("a file", expected="path, bytes and sha256", got=shown(row))
     path = row["path"]
-    if not isinstance(path, str) or not installer.SAFE_PATH.fullmatch(path) or ".." in path.split("/"):
+    if not isinstance(path, str) or not SAFE_PATH.fullmatch(path) or ".." in path.split("/"):
         raise ProtocolError("path of a file", expected="a path inside the kit", got=shown(path))
     return KitFile(path, fields.whole(0, MAX_BYTES)(path, row["bytes"]), fields.digest(path, row["sha256"]))
 

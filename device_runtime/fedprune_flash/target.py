@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedprune.errors import ConfigError, shown
@@ -11,6 +12,9 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 """JetPack 6, Raspberry Pi OS 12, JetPack 7 and Raspberry Pi OS 13."""
 
 ARCHITECTURES = ("aarch64", "x86_64")
+
+JETPACKS: Mapping[str, str] = {"numpy": "1.23", "onnxruntime": "1.18"}
+"""What a Jetson brings, built for its GPU and for each other: at least these versions."""
 
 # One tag is not enough: wheels that are tagged for an older glibc alone are found under that tag only.
 _GLIBC = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
@@ -68,9 +72,14 @@ class Target:
         return "jetson" if self.jetson else "board"
 
     @property
-    def imports(self) -> tuple[str, ...]:
-        """What must load on the board before the runtime is believed to work."""
-        return ("numpy", "onnxruntime", "fedprune_device")
+    def system(self) -> Mapping[str, str]:
+        """What the board's own Python must have, and since which version; a kit brings no wheel of these."""
+        return JETPACKS if self.jetson else {}
+
+    @property
+    def imports(self) -> Mapping[str, str]:
+        """What must load on the board before the runtime is believed to work, and since which version."""
+        return {name: self.system.get(name, "") for name in ("numpy", "onnxruntime", "fedprune_device")}
 
     def __str__(self) -> str:
         return f"Python {self.python} on {self.architecture}" + (", Jetson" if self.jetson else "")

@@ -25,8 +25,8 @@ from fedprune.errors import KitError, reason
 from fedprune_flash.target import Target
 
 OWN = "fedprune"
-SHADOWS = ("onnxruntime", "onnxruntime-gpu", "tensorrt")
-"""What JetPack brings for its own GPU: a wheel of the same name would be found first."""
+SHADOWS = ("numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python", "tensorrt", "torch")
+"""What JetPack brings, built for its GPU and for each other: a wheel of the same name would be found first."""
 
 _MAX_METADATA = 4 * 2**20
 _LINES = 3
@@ -67,7 +67,7 @@ def own_wheel(folder: Path) -> Path:
 
 
 def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) -> None:
-    """Fetch what a board needs into a folder, pip itself included: with it the board installs without a network.
+    """Fetch what a board needs into a folder, but for what its own Python is to bring.
 
     Args:
         wheel: fedprune's own.
@@ -81,14 +81,17 @@ def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) ->
     platforms = [part for tag in target.platforms for part in ("--platform", tag)]
     sources = ["--no-index", *(p for link in links for p in ("--find-links", str(link)))] if links else []
     kind = ["--implementation", "cp", "--python-version", target.python, "--only-binary=:all:"]
-    wanted = [f"{wheel}[{target.extra}]", "pip"]
+    wanted = [f"{wheel}[{target.extra}]"]
     for _ in range(_ROUNDS):
         _pip("download", *sources, *platforms, *kind, "--dest", str(out), *wanted)
         # What markers ask for on the target alone, pip has left out.
         wheels = sorted(out.glob("*.whl"))
         wanted = sorted({f"{r.name}{r.specifier}" for _, r, found in _unmet(wheels, target) if found is None})
         if not wanted:
-            return
+            break
+    for path in out.glob("*.whl"):
+        if _parsed(path)[0] in target.system:
+            path.unlink()
 
 
 def check(wheels: Sequence[Path], target: Target) -> None:
@@ -116,9 +119,8 @@ def check(wheels: Sequence[Path], target: Target) -> None:
                 hint="A plain wheel would be found before JetPack's, which knows the GPU.",
             )
         versions[name] = version
-    for needed in (OWN, "pip"):
-        if needed not in versions:
-            raise KitError(f"{needed} is missing", hint="Add its wheel to the folder of --find-links.")
+    if OWN not in versions:
+        raise KitError(f"{OWN} is missing", hint="Add its wheel to the folder of --find-links.")
     for wheel, wanted, found in _unmet(wheels, target):
         raise KitError(
             f"{wheel.name} requires {wanted.name}{wanted.specifier} on {target}",
@@ -150,6 +152,8 @@ def _unmet(wheels: Sequence[Path], target: Target) -> Iterator[tuple[Path, Requi
                 raise KitError(f"{wheel.name} requires {line!r:.80}, which can't be read") from error
             if wanted.marker and not wanted.marker.evaluate(environment):
                 continue
+            if canonicalize_name(wanted.name) in target.system:
+                continue  # the board's own, which the installer looks at
             found = versions.get(canonicalize_name(wanted.name))
             if found is None or not wanted.specifier.contains(found, prereleases=True):
                 yield wheel, wanted, found

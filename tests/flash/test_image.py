@@ -285,10 +285,12 @@ def test_the_kit_in_an_image_installs(
     root.mkdir()
     run("mcopy", "-s", "-i", f"{out}@@{offsets(out)[0]}", "::", boot)
     done = subprocess.run(
-        [sys.executable, "-I", str(boot / "fedprune/install.py"), "--root", str(root)], capture_output=True, check=False
+        [sys.executable, "-I", str(boot / "fedprune/install.pyz"), "--root", str(root)],
+        capture_output=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert (root / "etc/fedprune/claim").read_text() == "one-time"
+    assert (root / "var/lib/fedprune/claim").read_text() == "one-time"
 
 
 @pytest.mark.parametrize("packed", ["xz", "gz"])
@@ -400,8 +402,9 @@ def test_a_boot_partition_without_room_is_refused(
     source = make_source(boot_mb=36)
     boot, _, _ = offsets(source)
     filler = tmp_path / "filler"
-    filler.write_bytes(bytes(34 * 2**20))
-    run("mcopy", "-i", f"{source}@@{boot}", filler, "::")
+    for number, size in enumerate([34 * 2**20, *[2**16] * 32]):
+        filler.write_bytes(bytes(size))
+        run("mcopy", "-i", f"{source}@@{boot}", filler, f"::filler{number}", unless=b"Disk full")
     refused(capsys, command(source, tmp_path / "out.img", kit, key), ExitCode.IMAGE, "doesn't fit the boot partition")
 
 

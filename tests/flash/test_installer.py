@@ -11,10 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tomllib
+from runtime_releases import PUBLIC, make_release, source, versions_in
 
 import tiny_wheels
 from fedprune.errors import ExitCode
-from fedprune_flash import BoardFile, Kit, Target, build_kit, installer
+from fedprune_device.runtime.home import Home
+from fedprune_device.runtime.state import State
+from fedprune_device.runtime.updater import Updater
+from fedprune_flash import BoardFile, Kit, Target, build_kit
+from fedprune_flash.installer_archive import installer_archive
 
 pytestmark = pytest.mark.system
 
@@ -40,7 +46,7 @@ def kit(whole: Path, tmp_path: Path) -> Path:
 def run(kit: Path, root: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """The installer as a board runs it, without what this environment would add."""
     return subprocess.run(
-        [sys.executable, "-I", str(kit / "install.py"), "--root", str(root), *options],
+        [sys.executable, "-I", str(kit / "install.pyz"), "--root", str(root), *options],
         capture_output=True,
         text=True,
         check=False,
@@ -49,8 +55,12 @@ def run(kit: Path, root: Path, *options: str) -> subprocess.CompletedProcess[str
 
 def program(root: Path, *arguments: str) -> str:
     """What the installed command says."""
-    command = [str(root / "opt/fedprune/bin/fedprune-device"), *arguments]
+    command = [sys.executable, str(root / "opt/fedprune/launcher.pyz"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, env={}).stdout
+
+
+def home(root: Path) -> Home:
+    return Home(root / "opt/fedprune")
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
@@ -72,10 +82,11 @@ def test_a_board_is_installed_and_a_second_run_changes_nothing(kit: Path, tmp_pa
     done = run(kit, root)
     assert done.returncode == 0, done.stderr
 
-    settings = root / "etc/fedprune"
-    assert (settings / "board.env").read_text() == "FEDPRUNE_BROKER=mqtts://broker.example:8883\n"
-    assert (settings / "claim").read_text() == CLAIM
-    assert (settings / "claim").stat().st_mode & 0o777 == 0o400
+    rows = "FEDPRUNE_BROKER=mqtts://broker.example:8883\nFEDPRUNE_SITE=lab\nFEDPRUNE_DEVICE=attic\n"
+    assert (root / "etc/fedprune/device.env").read_text() == rows
+    claim = root / "var/lib/fedprune/claim"
+    assert claim.read_text() == CLAIM
+    assert claim.stat().st_mode & 0o777 == 0o400
     assert not (kit / "claim.txt").exists()
     unit = root / "etc/systemd/system/fedprune.service"
     assert unit.read_bytes() == (kit / "fedprune.service").read_bytes()
@@ -83,6 +94,10 @@ def test_a_board_is_installed_and_a_second_run_changes_nothing(kit: Path, tmp_pa
         "/etc/systemd/system/fedprune.service"
     )
     assert program(root, "x") == "fedprune x\n"
+    assert home(root).load() == State("a", highest=0, sequence=1)
+    record = home(root).whole("a")
+    assert (record.version, record.entry) == (0, "fedprune_device.cli:main")
+    assert not any(name.startswith("pip") for name in record.files)
 
     before = snapshot(root)
     again = run(kit, root)
@@ -99,12 +114,8 @@ def test_a_dry_run_says_every_step_with_its_reverse_and_does_none(kit: Path, tmp
     assert done.returncode == 0, done.stderr
     would = [line for line in done.stdout.splitlines() if line.startswith("would: ")]
     assert all("(undone by: " in line for line in would)
-    assert [next(w for w in ("wheels", "board.env", "claim", "service") if w in line) for line in would] == [
-        "wheels",
-        "board.env",
-        "claim",
-        "service",
-    ]
+    words = ("launcher", "wheels", "give", "device.env", "claim", "service")
+    assert [next(w for w in words if w in line) for line in would] == list(words)
     assert not list(root.iterdir())
     assert snapshot(kit) == before
 
@@ -116,14 +127,20 @@ def test_removal_is_the_reverse_and_keeps_what_was_learnt(kit: Path, tmp_path: P
     before = snapshot(root)
     assert run(kit, root).returncode == 0
     assert run(kit, root, "--remove").returncode == 0
-    assert snapshot(root) == before
-    assert run(kit, root, "--remove").returncode == 0
+    left = snapshot(root)
+    assert left.pop("var/lib/fedprune/claim")[2] == CLAIM.encode()
+    assert left == before
+    again = run(kit, root, "--remove")
+    assert (again.returncode, "now:" in again.stdout) == (0, False)
+    assert run(kit, root, "--remove", "--purge").returncode == 0
+    assert snapshot(root) == {}
+    assert run(kit, root, "--purge").returncode == ExitCode.USAGE
 
 
 def killed_after(kit: Path, root: Path, word: str) -> str:
     """Start the installer, and kill it and its children when it has said a word."""
     process = subprocess.Popen(
-        [sys.executable, "-I", str(kit / "install.py"), "--root", str(root)],
+        [sys.executable, "-I", str(kit / "install.pyz"), "--root", str(root)],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -141,43 +158,94 @@ def killed_after(kit: Path, root: Path, word: str) -> str:
     return said
 
 
-@pytest.mark.parametrize("word", ["wheels", "board.env", "claim", "service"])
+@pytest.mark.parametrize("word", ["launcher", "wheels", "give", "device.env", "claim", "service"])
 def test_a_run_that_was_killed_is_gone_on_with(kit: Path, tmp_path: Path, word: str) -> None:
     root = tmp_path / "root"
     root.mkdir()
     assert word in killed_after(kit, root, word)
     done = run(kit, root)
     assert done.returncode == 0, done.stderr
-    assert (root / "etc/fedprune/claim").read_text() == CLAIM
+    assert (root / "var/lib/fedprune/claim").read_text() == CLAIM
     assert not (kit / "claim.txt").exists()
     assert (root / "etc/systemd/system/multi-user.target.wants/fedprune.service").is_symlink()
     assert program(root) == "fedprune\n"
 
 
-def test_half_an_environment_is_made_anew(kit: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", ["a/fedprune_device/cli.py", "state/a.json", "state", "launcher.pyz"])
+def test_what_is_lost_of_an_installation_is_made_anew(kit: Path, tmp_path: Path, lost: str) -> None:
     root = tmp_path / "root"
     root.mkdir()
     assert run(kit, root).returncode == 0
-    home = root / "opt/fedprune"
-    (home / installer.MARKER).unlink()
-    shutil.rmtree(home / "lib")
+    path = root / "opt/fedprune" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
     done = run(kit, root)
     assert done.returncode == 0, done.stderr
-    assert "now: install the kit's" in done.stdout
+    assert done.stdout.count("now:") == (2 if lost == "state" else 1), done.stdout
     assert program(root) == "fedprune\n"
+
+
+def newer(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> Path:
+    """A kit with a newer numpy."""
+    links = tmp_path / "links"
+    shutil.copytree(wheels, links)
+    (links / "numpy-2.0-py3-none-any.whl").unlink()
+    tiny_wheels.wheel(links, "numpy", "2.1")
+    return make_kit("new", links=[links]).folder
 
 
 def test_a_newer_kit_replaces_an_older_one(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
     assert run(make_kit("old").folder, root).returncode == 0
-    links = tmp_path / "links"
-    shutil.copytree(wheels, links)
-    (links / "numpy-2.0-py3-none-any.whl").unlink()
-    tiny_wheels.wheel(links, "numpy", "2.1")
-    done = run(make_kit("new", links=[links]).folder, root)
+    done = run(newer(make_kit, tmp_path, wheels), root)
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in root.glob("opt/fedprune/lib/*/site-packages/numpy-*")} == {"numpy-2.1.dist-info"}
+    state = home(root).load()
+    assert state is not None
+    assert (state.stable, state.highest) == ("b", 0)
+    assert {p.name for p in root.glob("opt/fedprune/b/numpy-*")} == {"numpy-2.1.dist-info"}
+    assert program(root) == "fedprune\n"
+
+
+def test_a_kit_takes_the_place_of_no_release_of_the_server(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run(make_kit("old").folder, root).returncode == 0
+    updater = Updater(root / "opt/fedprune", PUBLIC)
+    updater.stage(source(make_release(tmp_path / "release", 1)))
+    with updater.home.changing():
+        state = updater.home.load()
+        assert state is not None
+        updater.home.save(state.commit())
+    done = run(newer(make_kit, tmp_path, wheels), root)
+    assert done.returncode == 0, done.stderr
+    assert "newer than any kit's" in done.stdout
+    assert versions_in(root / "opt/fedprune/b") == {"VERSION = 1"}
+    assert program(root) == "version 1\n"
+
+
+def test_settings_of_another_kit_leave_the_runtime_alone(make_kit: MakeKit, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run(make_kit("one").folder, root).returncode == 0
+    other = make_kit("two", board=BoardFile("mqtts://other.example", "attic", "lab", join="mqtts://other.example:99"))
+    done = run(other.folder, root)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if "now" in line] == ["now: write /etc/fedprune/device.env"]
+    assert "FEDPRUNE_JOIN=mqtts://other.example:99\n" in (root / "etc/fedprune/device.env").read_text()
+
+
+def test_links_in_the_slots_are_not_followed(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
+    """They belong to the service's user, and the installer is root."""
+    root, mine = tmp_path / "root", tmp_path / "mine"
+    root.mkdir()
+    assert run(make_kit("old").folder, root).returncode == 0
+    mine.mkdir()
+    (mine / "kept").write_text("mine")
+    opt = root / "opt/fedprune"
+    (opt / "b/numpy").symlink_to(mine)
+    (opt / "state/.b.json.new").symlink_to(mine / "kept")
+    assert run(newer(make_kit, tmp_path, wheels), root).returncode == 0
+    assert {p.name: p.read_text() for p in mine.iterdir()} == {"kept": "mine"}
 
 
 @pytest.mark.parametrize(
@@ -199,7 +267,7 @@ def test_a_kit_for_another_board_is_refused(kit: Path, tmp_path: Path, key: str,
     [
         *(
             (name, how)
-            for name in ("board.env", "wheelhouse/numpy-2.0-py3-none-any.whl")
+            for name in ("device.env", "launcher.pyz", "wheelhouse/numpy-2.0-py3-none-any.whl")
             for how in ("damaged", "missing")
         ),
         ("claim.txt", "damaged"),  # one that is gone was handed over
@@ -216,7 +284,9 @@ def test_a_damaged_kit_installs_nothing(kit: Path, tmp_path: Path, name: str, ho
     assert not list(root.iterdir())
 
 
-@pytest.mark.parametrize("raw", ["", "[]", "{}", '{"files": 1}', '{"files": [{}], "data": "", "python": "3"}', "\0"])
+@pytest.mark.parametrize(
+    "raw", ["", "[]", "{}", '{"files": 1}', '{"version": 2, "files": [{}], "data": "", "fedprune": "1"}', "\0"]
+)
 def test_a_manifest_that_is_none_is_one_line(kit: Path, tmp_path: Path, raw: str) -> None:
     (kit / "kit.json").write_text(raw)
     done = run(kit, tmp_path / "root")
@@ -242,32 +312,96 @@ def test_a_wheel_that_the_processor_cannot_run_is_said_so(make_kit: MakeKit, tmp
     done = run(make_kit(links=[crashing]).folder, root)
     assert done.returncode == ExitCode.RUNTIME
     assert "onnxruntime uses instructions that this processor lacks" in done.stderr
-    assert not (root / "opt/fedprune" / installer.MARKER).exists()
+    assert home(root).load() is None
 
 
-def test_a_jetsons_environment_sees_the_boards_own_packages(kit: Path, tmp_path: Path) -> None:
-    body = json.loads((kit / "kit.json").read_text())
-    body["jetson"] = True
-    (kit / "kit.json").write_text(json.dumps(body))
-    root = tmp_path / "root"
-    root.mkdir()
-    assert run(kit, root).returncode == 0
-    assert "include-system-site-packages = true" in (root / "opt/fedprune/pyvenv.cfg").read_text()
+@pytest.fixture
+def jetson_kit(tmp_path: Path, wheels: Path) -> Path:
+    """A kit for a Jetson, but for this processor."""
+    links = tmp_path / "links"
+    shutil.copytree(wheels, links)
+    (links / "onnxruntime-1.31-py3-none-any.whl").unlink()
+    board = BoardFile("mqtts://broker.example", "nano", "lab")
+    target = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", jetson=True)
+    own = next(wheels.glob("fedprune-*"))
+    folder = build_kit(tmp_path / "jetson-kit", board, target, wheel=own, links=[links]).folder
+    body = json.loads((folder / "kit.json").read_text())
+    body["architecture"] = platform.machine()
+    (folder / "kit.json").write_text(json.dumps(body))
+    return folder
 
 
-def test_the_exit_codes_are_those_of_all_commands() -> None:
-    for name in ("USAGE", "STORAGE", "RUNTIME", "KIT"):
-        assert getattr(installer, name) == ExitCode[name]
-    assert installer.FULL == ExitCode.STORAGE_FULL
+def jetson(tmp_path: Path, **versions: str) -> tuple[Path, dict[str, str]]:
+    """A root that looks like a Jetson's, and an environment whose Python has these packages of its own."""
+    root, packages = tmp_path / "root", tmp_path / "packages"
+    (root / "etc").mkdir(parents=True)
+    (root / "etc/nv_tegra_release").write_text("# R36 (release), REVISION: 4.3\n")
+    for name, version in versions.items():
+        (packages / name).mkdir(parents=True)
+        (packages / name / "__init__.py").write_text(f"__version__ = {version!r}\nTHE_BOARDS_OWN = True\n")
+    binary = tmp_path / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(binary)], check=True)
+    (site,) = binary.glob("lib/*/site-packages")
+    (site / "own.pth").write_text(f"{packages}\n")
+    return root, {"python": str(binary / "bin/python")}
+
+
+def test_a_jetson_computes_with_its_own_packages(jetson_kit: Path, tmp_path: Path) -> None:
+    root, own = jetson(tmp_path, numpy="1.26.4", onnxruntime="1.23.2")
+    done = subprocess.run(
+        [own["python"], "-I", str(jetson_kit / "install.pyz"), "--root", str(root)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    there = {path.split("/")[0].split("-")[0] for path in home(root).whole("a").files}
+    assert there == {"fedprune", "fedprune_device", "pillow"}
+    unit = (root / "etc/systemd/system/fedprune.service").read_text().splitlines()
+    assert "SupplementaryGroups=video render" in unit
+    assert "PrivateDevices=yes" not in unit
+
+
+@pytest.mark.parametrize(
+    ("versions", "words"),
+    [
+        ({"numpy": "1.26.4"}, "onnxruntime can't be loaded"),
+        ({"numpy": "1.21.5", "onnxruntime": "1.23.2"}, "the board's own numpy: expected 1.23 or newer"),
+    ],
+)
+def test_a_jetson_that_lacks_its_packages_is_said_so(
+    jetson_kit: Path, tmp_path: Path, versions: dict[str, str], words: str
+) -> None:
+    root, own = jetson(tmp_path, **versions)
+    done = subprocess.run(
+        [own["python"], "-I", str(jetson_kit / "install.pyz"), "--root", str(root)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == ExitCode.RUNTIME
+    assert words in done.stderr
+    assert home(root).load() is None
+
+
+def test_kits_of_jetsons_and_of_other_boards_are_not_mixed_up(kit: Path, jetson_kit: Path, tmp_path: Path) -> None:
+    root, _ = jetson(tmp_path)
+    done = run(kit, root)
+    assert (done.returncode, "this board is one" in done.stderr) == (ExitCode.KIT, True), done.stderr
+    (tmp_path / "other").mkdir()
+    done = run(jetson_kit, tmp_path / "other")
+    assert (done.returncode, "this board is no Jetson" in done.stderr) == (ExitCode.KIT, True), done.stderr
+
+
+def test_what_a_jetson_must_have_is_what_fedprune_requires() -> None:
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    required = [*extras["dependencies"], *extras["optional-dependencies"]["board"]]
+    for name, oldest in Target(python="3.10", jetson=True).system.items():
+        assert f"{name}>={oldest}" in required
 
 
 def test_the_installer_runs_on_every_python_that_kits_are_for(tmp_path: Path) -> None:
-    source = Path(installer.__file__).read_text()
     pythons = sorted((Path.home() / ".pyenv/versions").glob("3.1[0-3].*/bin/python"))
     if not pythons:
         pytest.skip("no other Python here")
-    copy = tmp_path / "install.py"
-    copy.write_text(source)
+    copy = tmp_path / "install.pyz"
+    copy.write_bytes(installer_archive())
     for python in pythons:
         done = subprocess.run([python, "-I", str(copy), "--dry-run"], capture_output=True, text=True, check=False)
         assert (done.returncode, "kit.json" in done.stderr) == (ExitCode.KIT, True), (python, done.stderr)
@@ -283,6 +417,6 @@ def test_only_root_installs_for_real(kit: Path) -> None:
     for path in (kit, *kit.parents):
         if path.owner() == "root" and path != Path("/") and path != Path("/tmp"):
             path.chmod(path.stat().st_mode | 0o055)
-    done = subprocess.run([*command, "-I", str(kit / "install.py")], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "-I", str(kit / "install.pyz")], capture_output=True, text=True, check=False)
     assert done.returncode == ExitCode.USAGE, done.stderr
     assert "sudo" in done.stderr

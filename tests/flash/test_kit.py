@@ -71,7 +71,7 @@ def test_a_kit_lists_every_file_with_its_digest(make_kit: MakeKit) -> None:
 
     assert listed == there
     assert kit.claimed
-    assert {"install.py", "board.json", "board.env", "fedprune.service", "claim.txt"} <= set(there)
+    assert {"install.pyz", "board.json", "device.env", "fedprune.service", "claim.txt"} <= set(there)
     assert (body["python"], body["architecture"], body["jetson"]) == (HERE, platform.machine(), False)
 
 
@@ -83,12 +83,12 @@ def test_only_the_claim_may_be_missing(make_kit: MakeKit) -> None:
     kit = make_kit(claim="one-time")
     (kit.folder / "claim.txt").unlink()
     assert not open_kit(kit.folder).claimed
-    (kit.folder / "board.env").unlink()
-    with pytest.raises(KitError, match=r"board\.env"):
+    (kit.folder / "device.env").unlink()
+    with pytest.raises(KitError, match=r"device\.env"):
         open_kit(kit.folder)
 
 
-@pytest.mark.parametrize("name", ["board.env", "install.py", "claim.txt", "kit.json"])
+@pytest.mark.parametrize("name", ["device.env", "install.pyz", "claim.txt", "kit.json"])
 def test_any_changed_byte_is_found(make_kit: MakeKit, name: str) -> None:
     kit = make_kit(claim="one-time")
     path = kit.folder / name
@@ -132,11 +132,14 @@ def test_a_folder_that_is_there_is_left_alone(make_kit: MakeKit) -> None:
     ("changes", "message"),
     [
         ({"server": "mqtts://me:geheim@host"}, "without user and password"),
-        ({"server": "http://host"}, "mqtt://"),
-        ({"server": "mqtt://host:0"}, "port"),
-        ({"server": "mqtt://host/path"}, "mqtt://"),
-        ({"server": "mqtt://ho st"}, "mqtt://"),
-        ({"server": "mqtt://host\nX=1"}, "mqtt://"),
+        ({"server": "http://host"}, "mqtts://"),
+        ({"server": "mqtts://host:0"}, "port of server"),
+        ({"server": "mqtts://host/path"}, "mqtts://"),
+        ({"server": "mqtts://ho st"}, "mqtts://"),
+        ({"server": "mqtts://host\nX=1"}, "mqtts://"),
+        ({"server": "mqtt://host"}, "without TLS"),
+        ({"join": "mqtts://host:99999"}, "port of join"),
+        ({"join": "mqtts://host\nX=1"}, "join"),
         ({"device": "all"}, "device"),
         ({"device": "a b"}, "device"),
         ({"site": "a/b"}, "site"),
@@ -154,7 +157,8 @@ def test_what_a_board_is_told_is_checked(changes: dict[str, str], message: str) 
 
 
 @pytest.mark.parametrize(
-    "server", ["mqtt://host", "mqtts://h.example:8883", "mqtt://192.168.1.4:1883", "mqtt://[::1]:1"]
+    "server",
+    ["mqtts://host", "mqtts://h.example:8883", "mqtts://192.168.1.4:1883", "mqtts://[::1]:1", "mqtt://127.0.0.1"],
 )
 def test_servers_are_addresses(server: str) -> None:
     assert BoardFile(server, "attic").server == server
@@ -181,14 +185,19 @@ def test_authorities_are_those_that_were_pinned(authority: Path, make_kit: MakeK
 def test_the_unit_is_one_that_systemd_takes(authority: Path, make_kit: MakeKit, tmp_path: Path) -> None:
     kit = make_kit(board=BoardFile("mqtts://h", "attic", "lab", authority=True), authorities=authority.read_bytes())
     unit = (kit.folder / "fedprune.service").read_text()
-    assert "--site lab --device attic --ca /etc/fedprune/ca.pem --data /srv/fedprune/samples.npz" in unit
-    # The programs aren't here; all else must be right.
-    there = re.sub("/opt/fedprune/bin/fedprune-device", "/bin/true", unit).replace("User=fedprune", "User=root")
+    command = re.search("(?m)^ExecStart=(.*)$", unit)
+    assert command is not None
+    assert command[1].split() == [
+        *("/usr/bin/python3", "/opt/fedprune/launcher.pyz", "run", "--patient", "--state", "/var/lib/fedprune"),
+        *("--data", "/srv/fedprune/samples.npz", "--ca", "/etc/fedprune/ca.pem"),
+    ]
+    assert "ConditionPathExists=/srv/fedprune/samples.npz" in unit.splitlines()
+    there = unit.replace("User=fedprune", "User=root")  # who is not here
     (tmp_path / "fedprune.service").write_text(there)
     done = subprocess.run(
         ["systemd-analyze", "verify", str(tmp_path / "fedprune.service")], capture_output=True, text=True, check=False
     )
-    assert [line for line in done.stderr.splitlines() if "fedprune.service" in line] == []
+    assert [line for line in done.stderr.splitlines() if "fedprune.service" in line and "executable" not in line] == []
 
 
 def test_wheels_for_another_board_are_refused(tmp_path: Path) -> None:
@@ -229,9 +238,10 @@ def test_what_markers_ask_for_on_the_target_alone_is_fetched(tmp_path: Path) -> 
     assert {p.name.partition("-")[0] for p in out.iterdir()} >= {"there", "deeper"}
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-gpu", "tensorrt"])
+@pytest.mark.parametrize("name", ["numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt"])
 def test_nothing_shadows_what_a_jetson_brings(tmp_path: Path, name: str) -> None:
     tiny_wheels.fleet_of_wheels(tmp_path, jetson=True)
+    (tmp_path / "numpy-2.0-py3-none-any.whl").unlink()
     target = Target("3.12", jetson=True)
     wheelhouse.check(sorted(tmp_path.iterdir()), target)
     tiny_wheels.wheel(tmp_path, name.replace("-", "_"), "1.31")
@@ -239,14 +249,16 @@ def test_nothing_shadows_what_a_jetson_brings(tmp_path: Path, name: str) -> None
         wheelhouse.check(sorted(tmp_path.iterdir()), target)
 
 
-def test_a_kit_for_a_jetson_has_no_onnxruntime(tmp_path: Path) -> None:
+def test_a_kit_for_a_jetson_has_neither_onnxruntime_nor_numpy(tmp_path: Path) -> None:
     folder = tmp_path / "wheels"
     own = tiny_wheels.fleet_of_wheels(folder)
     kit = build_kit(
-        tmp_path / "kit", BoardFile("mqtt://h", "nano"), Target("3.10", jetson=True), wheel=own, links=[folder]
+        tmp_path / "kit", BoardFile("mqtts://h", "nano"), Target("3.10", jetson=True), wheel=own, links=[folder]
     )
     names = {Path(f.path).name.partition("-")[0] for f in kit.files if f.path.endswith(".whl")}
-    assert names == {"fedprune", "numpy", "pillow", "pip"}
+    assert names == {"fedprune", "pillow"}
+    body = json.loads((kit.folder / "kit.json").read_text())
+    assert body["imports"] == {"numpy": "1.23", "onnxruntime": "1.18", "fedprune_device": ""}
     assert "SupplementaryGroups=video render" in (kit.folder / "fedprune.service").read_text()
 
 
@@ -260,7 +272,7 @@ def arguments(out: Path, wheels: Path, links: Path) -> list[str]:
     """A command line for a kit that suits this machine."""
     values = {
         "--out": out,
-        "--server": "mqtt://h",
+        "--server": "mqtts://h",
         "--device": "d",
         "--python": HERE,
         "--architecture": platform.machine(),

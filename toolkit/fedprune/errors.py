@@ -46,6 +46,7 @@ class ExitCode(IntEnum):
     IDENTITY = 63
     JOIN = 64
     RELEASE = 65
+    BOARD = 66
 
 
 class FedpruneError(Exception):
@@ -291,3 +292,9 @@ class ReleaseError(FedpruneError):
     """A release of the runtime is not what it should be, or doesn't fit this board."""
 
     exit_code = ExitCode.RELEASE
+
+
+class BoardError(FedpruneError):
+    """A board is not the one that was meant, can't be reached, or its service doesn't run."""
+
+    exit_code = ExitCode.BOARD

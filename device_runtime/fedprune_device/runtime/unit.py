@@ -50,6 +50,7 @@ class Service:
         environment: The file with the broker's address.
         memory_max: Most memory, as systemd writes it (share or bytes).
         cpu_quota: Most processor time in per cent of one core; 0 for no limit.
+        needs: A file without which it isn't started, if any.
     """
 
     jetson: bool = False
@@ -60,13 +61,16 @@ class Service:
     environment: str = "/etc/fedprune/device.env"
     memory_max: str = "75%"
     cpu_quota: int = 0
+    needs: str = ""
 
     def __post_init__(self) -> None:
         for name in ("state", "user"):
             if not _NAME.fullmatch(getattr(self, name)):
                 raise ConfigError(name, expected="small letters, digits, - and _", got=shown(getattr(self, name)))
-        for name in ("root", "environment"):
+        for name in ("root", "environment", "needs"):
             value = getattr(self, name)
+            if name == "needs" and not value:
+                continue
             if not _PATH.fullmatch(value) or ".." in value.split("/"):
                 raise ConfigError(name, expected="an absolute path of letters, digits and _./@+-", got=shown(value))
         if not re.fullmatch(r"[1-9][0-9]{0,11}[KMG]?|[1-9][0-9]?%|100%", self.memory_max):
@@ -87,6 +91,7 @@ class Service:
                 "# Half an hour of restarts at once, then it stays down; what comes and goes has passed by then.",
                 "StartLimitIntervalSec=3600",
                 "StartLimitBurst=60",
+                *([f"ConditionPathExists={self.needs}"] if self.needs else []),
             ],
             "Service": [
                 "Type=notify",

@@ -1,0 +1,113 @@
+"""Install fedprune on this board from the kit beside this file: no network, no package but what the kit brings.
+
+    sudo python3 install.pyz             install, or go on after a power cut; a second run changes nothing
+    sudo python3 install.pyz --dry-run   say what would be done, and how each step is undone
+    sudo python3 install.pyz --remove    undo it; what was learnt stays in /var/lib/fedprune, unless --purge
+
+It runs by itself, on Python 3.10 or newer, and imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+from fedprune.errors import ExitCode, FedpruneError, UsageError
+from fedprune_flash.on_board.installation import STATE, USER, Installation, Place, removal
+from fedprune_flash.on_board.kit_folder import SERVICE, KitFolder
+
+
+def install(work: Installation, *, dry: bool, wait: float) -> None:
+    """Do what is not done yet, step by step.
+
+    Args:
+        work: What is to be done.
+        dry: Only say it.
+        wait: Seconds in which the service must run; 0 for not looking.
+
+    Raises:
+        FedpruneError: A step fails.
+        OSError: The disk fails.
+    """
+    work.check()
+    if work.runtime.newer:
+        print("already: a release of the server's, which is newer than any kit's: it stays", flush=True)
+    for step in work.steps():
+        if step.done():
+            print(f"already: {step.what}", flush=True)
+        elif dry:
+            print(f"would: {step.what} (undone by: {step.reverse})", flush=True)
+        else:
+            print(f"now: {step.what}", flush=True)
+            step.do()
+            work.changed = True
+    if dry:
+        return
+    data = str(work.kit.manifest["data"])
+    if wait and work.start:
+        work.place.control.wait(wait, data)
+        print(f"running: {SERVICE}", flush=True)
+    elif data.startswith("/") and not work.place.at(data).exists():
+        print(f"The samples are to come: put them at {data}, readable to {USER}, then `systemctl start {SERVICE}`.")
+
+
+def remove(place: Place, *, dry: bool, purge: bool) -> None:
+    """Undo an installation.
+
+    Args:
+        place: The board.
+        dry: Only say it.
+        purge: Whether what was learnt goes, too.
+
+    Raises:
+        FedpruneError: A step fails.
+        OSError: The disk fails.
+    """
+    place.check_root()
+    for step in removal(place, purge=purge):
+        if not step.done():
+            print(f"{'would' if dry else 'now'}: {step.what}", flush=True)
+            if not dry:
+                step.do()
+    if not purge:
+        print(f"What was learnt stays in {STATE}, and so do the board's identity, its user and its samples.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    parser.add_argument("--remove", action="store_true", help="undo an installation; what was learnt stays")
+    parser.add_argument("--purge", action="store_true", help="with --remove: what was learnt goes, too")
+    parser.add_argument("--no-start", action="store_true", help="don't start the service: the board reboots next")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="S", help="see the service run within S seconds")
+    parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="for trials: all paths begin here")
+    arguments = parser.parse_args(argv)
+    os.umask(0o022)
+    try:
+        if arguments.purge and not arguments.remove:
+            raise UsageError("--purge without --remove")
+        place = Place(arguments.root.resolve())
+        if arguments.remove:
+            remove(place, dry=arguments.dry_run, purge=arguments.purge)
+        else:
+            kit = KitFolder(Path(sys.argv[0]).resolve().parent)
+            install(Installation(kit, place, start=not arguments.no_start), dry=arguments.dry_run, wait=arguments.wait)
+    except FedpruneError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return int(error.exit_code)
+    except OSError as error:
+        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+        return int(ExitCode.STORAGE_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else ExitCode.STORAGE)
+    except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        print(f"error: the kit is damaged ({error}). Make it again.", file=sys.stderr)
+        return int(ExitCode.KIT)
+    return int(ExitCode.OK)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""The steps of an installation: what each does, how it is undone, and whether it is done already."""
+
+from __future__ import annotations
+
+import os
+import platform
+import pwd
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from fedprune.errors import KitError, UsageError
+from fedprune_flash.on_board.board_files import Owner, blacken, drop, holds, owned, write
+from fedprune_flash.on_board.kit_folder import AUTHORITY, CLAIM, ENVIRONMENT, SERVICE, KitFolder
+from fedprune_flash.on_board.runtime_slot import RuntimeSlot
+from fedprune_flash.on_board.service_control import ServiceControl, call
+
+USER = "fedprune"
+HOME, SETTINGS, STATE = "/opt/fedprune", "/etc/fedprune", "/var/lib/fedprune"
+TEGRA = "/etc/nv_tegra_release"
+PYTHON = "/usr/bin/python3"
+"""What the service runs under."""
+
+_UNITS = "/etc/systemd/system"
+_WANTS = f"{_UNITS}/multi-user.target.wants"
+_VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
+
+
+class Step(NamedTuple):
+    """One thing that is done: in words, how it is undone in words, whether it is done, and how it is done."""
+
+    what: str
+    reverse: str
+    done: Callable[[], bool]
+    do: Callable[[], None]
+
+
+class Place:
+    """The board that something is installed on or removed from.
+
+    Args:
+        root: Where its file system begins. Anything but / is a trial: no user is made, and only a systemctl that
+            lies in its usr/bin is called.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.live = root == Path("/")
+        self.control = ServiceControl(root)
+        self.unit = self.at(f"{_UNITS}/{SERVICE}")
+        self.link = self.at(f"{_WANTS}/{SERVICE}")
+
+    def at(self, path: str) -> Path:
+        """A path of the board."""
+        return self.root / path.lstrip("/")
+
+    @property
+    def owner(self) -> Owner | None:
+        """The service's user; None in trials and before it is made."""
+        if not self.live:
+            return None
+        try:
+            entry = pwd.getpwnam(USER)
+        except KeyError:
+            return None
+        return entry.pw_uid, entry.pw_gid
+
+    def check_root(self) -> None:
+        """Make sure that this is root.
+
+        Raises:
+            UsageError: It is not, and this is no trial.
+        """
+        if self.live and os.geteuid() != 0:
+            raise UsageError("only root may do this", hint="Run it with sudo.")
+
+
+class Installation:
+    """A kit and the board that it goes to.
+
+    Args:
+        kit: The kit.
+        place: The board.
+        start: Whether the service is started.
+    """
+
+    def __init__(self, kit: KitFolder, place: Place, *, start: bool) -> None:
+        self.kit, self.place = kit, place
+        self.start = start and place.control.there
+        self.changed = False
+        self._state = place.at(STATE)
+
+    @property
+    def runtime(self) -> RuntimeSlot:
+        """The runtime's folder; the owner is only known once the user was made."""
+        python = PYTHON if self.place.live else sys.executable
+        return RuntimeSlot(self.kit, self.place.at(HOME), python, self.place.owner)
+
+    def check(self) -> None:
+        """Make sure that the kit is for this board and whole, and that there is room.
+
+        Raises:
+            KitError: It is for another board, or damaged.
+            UsageError: This is not root.
+            StorageFullError: There is no room.
+        """
+        wanted, found = self.kit.manifest.get("python"), self._python()
+        if wanted != found:
+            raise KitError(
+                f"this kit is for Python {wanted}, this board has {found}", hint=f"Make one with --python {found}."
+            )
+        wanted, found = self.kit.manifest.get("architecture"), platform.machine()
+        if wanted != found or sys.maxsize < 2**32:
+            bits = "" if sys.maxsize > 2**32 else " with a 32-bit Python"
+            raise KitError(f"this kit is for {wanted}, this board is {found}{bits}", hint="Make another kit.")
+        if self.kit.jetson != self.place.at(TEGRA).exists():
+            what = ("a Jetson", "no Jetson") if self.kit.jetson else ("a board that is no Jetson", "one")
+            raise KitError(
+                f"this kit is for {what[0]}, this board is {what[1]}",
+                hint="On a Jetson JetPack's own packages must not be hidden: `fedprune-flash kit --jetson`.",
+            )
+        self.place.check_root()
+        self.kit.check()
+        self.runtime.check()
+
+    def _python(self) -> str:
+        if not self.place.live:
+            return f"{sys.version_info[0]}.{sys.version_info[1]}"
+        return call([PYTHON, "-c", _VERSION]).strip()
+
+    def steps(self) -> list[Step]:
+        """All that is to be done, in order."""
+        place, runtime = self.place, self.runtime
+        settings = [name for name in (ENVIRONMENT, AUTHORITY) if name in self.kit.names]
+        steps = [
+            Step(
+                "make the system user fedprune",
+                "userdel fedprune, with --purge",
+                lambda: not place.live or place.owner is not None,
+                self._add_user,
+            ),
+            Step(
+                f"lay out {HOME}: launcher.pyz, slots a and b",
+                f"rm -r {HOME}",
+                lambda: runtime.laid_out,
+                runtime.lay_out,
+            ),
+            Step(
+                f"unpack the kit's {len(self.kit.wheels)} wheels into a slot",
+                f"rm -r {HOME}",
+                lambda: runtime.filled,
+                self._fill,
+            ),
+            Step(
+                f"give slots and {STATE} to {USER}",
+                f"rm -r {HOME}; {STATE} stays, without --purge",
+                lambda: self.runtime.given and self._state.is_dir() and owned([self._state], place.owner),
+                self._give,
+            ),
+            Step(
+                f"write {SETTINGS}/{ENVIRONMENT}",
+                f"rm -r {SETTINGS}",
+                lambda: all(holds(place.at(SETTINGS) / name, self.kit.read(name), 0o644) for name in settings),
+                lambda: self._configure(settings),
+            ),
+        ]
+        if self.kit.manifest.get("claim") is not None:
+            steps.append(
+                Step(
+                    f"hand the claim over to {STATE}/claim, and delete it here",
+                    "none: a claim is good for one board",
+                    lambda: not self.kit.claimed,
+                    self._hand_over,
+                )
+            )
+        steps.append(
+            Step(
+                f"write and enable {SERVICE}",
+                f"systemctl disable --now {SERVICE}; rm {place.unit}",
+                lambda: holds(place.unit, self.kit.read(SERVICE), 0o644) and place.link.is_symlink(),
+                self._enable,
+            )
+        )
+        if self.start:
+            steps.append(
+                Step(
+                    f"start {SERVICE}",
+                    f"systemctl stop {SERVICE}",
+                    lambda: not self.changed and place.control.up,
+                    self._begin,
+                )
+            )
+        return steps
+
+    def _add_user(self) -> None:
+        call(["useradd", "--system", "--no-create-home", "--home-dir", STATE, "--shell", "/usr/sbin/nologin", USER])
+
+    def _fill(self) -> None:
+        self.place.control.tell("stop", SERVICE, must=False)
+        self.runtime.fill()
+
+    def _give(self) -> None:
+        self._state.mkdir(parents=True, exist_ok=True)
+        self.runtime.give()
+        if self.place.owner is not None:
+            os.chown(self._state, *self.place.owner)
+
+    def _configure(self, names: list[str]) -> None:
+        for name in names:
+            write(self.place.at(SETTINGS) / name, self.kit.read(name), 0o644)
+
+    def _hand_over(self) -> None:
+        write(self._state / "claim", self.kit.read(CLAIM), 0o400, self.place.owner)
+        blacken(self.kit.folder / CLAIM)
+
+    def _enable(self) -> None:
+        place = self.place
+        write(place.unit, self.kit.read(SERVICE), 0o644)
+        place.link.parent.mkdir(parents=True, exist_ok=True)
+        place.link.unlink(missing_ok=True)
+        place.link.symlink_to(f"{_UNITS}/{SERVICE}")
+        if self.start:
+            place.control.tell("daemon-reload")
+
+    def _begin(self) -> None:
+        self.place.control.tell("reset-failed", SERVICE, must=False)
+        # At a first boot the network that the service waits for comes later than this.
+        self.place.control.tell("restart", "--no-block", SERVICE)
+
+
+def removal(place: Place, *, purge: bool) -> list[Step]:
+    """All that undoes an installation, in order; it needs no kit.
+
+    Args:
+        place: The board.
+        purge: Whether what was learnt, the board's identity and the user go, too.
+    """
+
+    def disable() -> None:
+        place.control.tell("stop", SERVICE, must=False)
+        place.link.unlink(missing_ok=True)
+        place.unit.unlink(missing_ok=True)
+        place.control.tell("daemon-reload", must=False)
+
+    def drop_user() -> None:
+        call(["userdel", USER])
+
+    def gone(path: str) -> Step:
+        return Step(f"delete {path}", "", lambda: not place.at(path).exists(), lambda: drop(place.at(path)))
+
+    steps = [
+        Step(
+            f"stop and remove {SERVICE}", "", lambda: not place.unit.exists() and not place.link.is_symlink(), disable
+        ),
+        gone(SETTINGS),
+        gone(HOME),
+    ]
+    if purge:
+        steps.append(gone(STATE))
+        steps.append(
+            Step(
+                f"remove the user {USER}",
+                "",
+                lambda: place.owner is None,
+                drop_user,
+            )
+        )
+    return steps

@@ -1,0 +1,196 @@
+"""The kit's runtime in a slot: wheels unpacked as releases are, tried once, and only then what the launcher starts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+from fedprune.errors import KitError, RuntimeUnavailableError, StorageError, StorageFullError
+from fedprune_device.runtime.home import Home, Record, write_file
+from fedprune_device.runtime.state import SLOTS, STABLE, DamagedError, State
+from fedprune_device.runtime.wheel import Wheel
+from fedprune_flash.on_board.board_files import Owner, empty, give, owned
+from fedprune_flash.on_board.kit_folder import LAUNCHER, KitFolder
+
+ENTRY = "fedprune_device.cli:main"
+NUMBER = 0
+"""Of every kit's release: those of a server are higher, so that a kit never takes the place of one."""
+
+SPARE = 64 * 2**20
+"""Bytes that stay free beside what is installed."""
+
+_FOLDERS = ("state", "incoming", *SLOTS)
+_MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,80}")
+_VERSION = re.compile(r"\d{1,4}(\.\d{1,4}){0,3}")
+_PROBE_S = 300.0
+_PROBE = """
+import sys
+from importlib import import_module
+sys.path[:] = [p for p in sys.path if p]
+print("version", getattr(import_module(sys.argv[1]), "__version__", ""))
+"""
+
+
+class RuntimeSlot:
+    """The runtime that a kit brings, and the folder that it goes to.
+
+    Args:
+        kit: The kit.
+        root: The folder of launcher and slots.
+        python: The Python that will run it.
+        owner: The service's user; None in trials.
+    """
+
+    def __init__(self, kit: KitFolder, root: Path, python: str, owner: Owner | None) -> None:
+        self._kit, self._python, self._owner = kit, python, owner
+        self.home = Home(root)
+        self._folders = [root / name for name in _FOLDERS]
+
+    @property
+    def laid_out(self) -> bool:
+        """Whether folders and launcher are there."""
+        launcher = self.home.root / LAUNCHER
+        with suppress(OSError):
+            return all(f.is_dir() for f in self._folders) and launcher.read_bytes() == self._kit.read(LAUNCHER)
+        return False
+
+    def lay_out(self) -> None:
+        """Make folders and launcher; the launcher stays root's.
+
+        Raises:
+            OSError: The disk fails or is full.
+        """
+        for folder in self._folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        write_file(self.home.root / LAUNCHER, self._kit.read(LAUNCHER))
+
+    @property
+    def filled(self) -> bool:
+        """Whether this kit's runtime is what starts, or one of the server's, which is newer than any kit's."""
+        state = self.home.load()
+        if state is None:
+            return False
+        try:
+            record = self.home.whole(state.stable)
+        except DamagedError:
+            return False
+        return record.version > NUMBER or record.name == self._kit.runtime or state.phase != STABLE
+
+    @property
+    def newer(self) -> bool:
+        """Whether a release of the server's is there, so that the kit's runtime is left out."""
+        state = self.home.load()
+        with suppress(DamagedError):
+            return state is not None and self.home.whole(state.stable).version > NUMBER
+        return False
+
+    def check(self) -> None:
+        """Make sure that the wheels can be unpacked and that there is room.
+
+        Raises:
+            KitError: Two wheels have a file of one name.
+            ReleaseError: One is no wheel.
+            StorageFullError: There is no room.
+        """
+        needed, paths = SPARE, set[str]()
+        for path in self._kit.wheels:
+            wheel = Wheel(path, path.name)
+            twice = sorted(paths & wheel.paths)
+            if twice:
+                raise KitError(f"{path.name}: {twice[0]} is in another wheel, too", hint="Make the kit again.")
+            paths |= wheel.paths
+            needed += wheel.size
+        there = self.home.root
+        while not there.exists():
+            there = there.parent
+        free = shutil.disk_usage(there).free
+        if not self.filled and free < needed:
+            raise StorageFullError(
+                f"no room in {there}", expected=f"{needed >> 20} MB", got=f"{free >> 20} MB", hint="Free some space."
+            )
+
+    def fill(self) -> None:
+        """Unpack the wheels into the slot that isn't in use, try them, and make that slot the one that starts.
+
+        Raises:
+            ReleaseError: A wheel is damaged.
+            RuntimeUnavailableError: What was unpacked doesn't load on this board.
+            StorageError: What was written isn't what is there.
+            OSError: The disk fails or is full.
+        """
+        home, state = self.home, self.home.load()
+        for path in home.folder.iterdir():  # the service's user may write here: follow none of its links as root
+            if path.is_symlink() or path.name.endswith(".new"):
+                path.unlink()
+        slot = SLOTS[0] if state is None else state.other
+        home.drop_record(slot)
+        empty(home.root / slot)
+        files: dict[str, tuple[str, int]] = {}
+        for path in self._kit.wheels:
+            files |= {name: (digest, size) for name, digest, size in Wheel(path, path.name).unpack(home.root / slot)}
+        os.sync()  # one for all files: a card doesn't like thousands
+        for module, oldest in self._kit.manifest["imports"].items():
+            self._probe(home.root / slot, module, oldest)
+        home.write_record(slot, Record(NUMBER, self._kit.runtime, ENTRY, files))
+        try:
+            home.whole(slot)
+        except DamagedError as error:
+            home.drop_record(slot)
+            raise StorageError(
+                f"what was written isn't what is there ({error})", hint="Is the disk failing?"
+            ) from error
+        with home.changing():
+            home.save(State(slot, highest=0 if state is None else state.highest))
+
+    @property
+    def given(self) -> bool:
+        """Whether all but the launcher is the service's user's."""
+        return owned(self._folders, self._owner)
+
+    def give(self) -> None:
+        """Give all but the launcher to the service's user, whose updates write there.
+
+        Raises:
+            OSError: This is not root.
+        """
+        give(self._folders, self._owner)
+
+    def _probe(self, slot: Path, module: str, oldest: str) -> None:
+        """Load a module as the launcher would. A process of its own: what the processor can't do kills it."""
+        if not _MODULE.fullmatch(module):
+            raise KitError(f"the kit names a module {module[:60]!r}", hint="Make the kit again.")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        environment |= {"PYTHONPATH": str(slot), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}
+        try:
+            done = subprocess.run(
+                [self._python, "-c", _PROBE, module],
+                capture_output=True, text=True, check=False, env=environment, cwd="/", timeout=_PROBE_S,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeUnavailableError(f"{module} doesn't load within {_PROBE_S:g} s") from error
+        own = "On a Jetson it is to come with JetPack; a kit brings none." if self._kit.jetson else "Make another kit."
+        if done.returncode == -signal.SIGILL:
+            raise RuntimeUnavailableError(
+                f"{module} uses instructions that this processor lacks", hint="Take another version of it."
+            )
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise RuntimeUnavailableError(f"{module} can't be loaded: {said[:300]}", hint=own)
+        version = next((line[8:] for line in done.stdout.splitlines() if line.startswith("version ")), "")
+        if oldest and _numbers(version) < _numbers(oldest):
+            raise RuntimeUnavailableError(
+                f"the board's own {module}",
+                expected=f"{oldest} or newer",
+                got=version or "an unknown version",
+                hint=own,
+            )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    found = _VERSION.match(version)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()

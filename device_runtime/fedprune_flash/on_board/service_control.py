@@ -1,0 +1,122 @@
+"""The service on the board: systemd is told of it, and asked whether it runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from fedprune.errors import BoardError, DataError, StorageError, reason
+from fedprune_flash.on_board.kit_folder import SERVICE
+
+_PAUSE_S = 0.5
+_CALL_S = 120.0
+
+
+class ServiceControl:
+    """systemd on this board.
+
+    Args:
+        root: Where the board's file system begins. Below anything but / there is a systemctl in usr/bin, for trials,
+            or nothing is started.
+    """
+
+    def __init__(self, root: Path) -> None:
+        own = root / "usr/bin/systemctl"
+        self._systemctl = "systemctl" if root == Path("/") else str(own) if own.exists() else ""
+
+    @property
+    def there(self) -> bool:
+        """Whether anything can be started."""
+        return bool(self._systemctl)
+
+    def tell(self, *words: str, must: bool = True) -> None:
+        """Give systemd an order.
+
+        Args:
+            words: Arguments of systemctl.
+            must: Whether it has to succeed.
+
+        Raises:
+            StorageError: It had to, and didn't.
+        """
+        if self.there:
+            call([self._systemctl, *words], must=must)
+
+    def state(self) -> dict[str, str]:
+        """What systemd knows of the service; empty where there is none."""
+        if not self.there:
+            return {}
+        asked = "--property=ActiveState,SubState,ConditionResult"
+        lines = call([self._systemctl, "show", asked, SERVICE], must=False).splitlines()
+        return {key: value for key, _, value in (line.partition("=") for line in lines)}
+
+    @property
+    def up(self) -> bool:
+        """Whether it runs, or is about to."""
+        return self.state().get("ActiveState") in ("active", "activating", "reloading")
+
+    def wait(self, seconds: float, samples: str) -> None:
+        """See it running.
+
+        Args:
+            seconds: For how long it may start.
+            samples: What it may be waiting for.
+
+        Raises:
+            BoardError: It doesn't run; the message has the last error that it said.
+            DataError: It waits for its samples.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            state = self.state()
+            active, sub = state.get("ActiveState", ""), state.get("SubState", "")
+            if active == "active":
+                return
+            if active == "inactive" and state.get("ConditionResult") == "no":
+                raise DataError(
+                    f"the service waits for its samples at {samples}",
+                    hint=f"Put them there, readable to its user, then `systemctl start {SERVICE}`.",
+                )
+            if active == "failed" or sub == "auto-restart":
+                raise BoardError(f"the service ends: {self._said()}", hint=f"On the board: journalctl -u {SERVICE}")
+            if time.monotonic() > deadline:
+                raise BoardError(
+                    f"the service is not ready after {seconds:g} s ({active or 'unknown'}): {self._said()}",
+                    hint="Is the server there to let the board in? It goes on trying; run this again to look.",
+                )
+            time.sleep(_PAUSE_S)
+
+    def _said(self) -> str:
+        """The last error of the service, else its last line."""
+        command = ["journalctl", "--unit", SERVICE, "--lines", "50", "--output", "cat", "--no-pager"]
+        try:
+            lines = call(command, must=False).strip().splitlines()
+        except StorageError:
+            lines = []
+        errors = [line for line in lines if "error:" in line]
+        return "".join(c for c in (errors or lines or ["it said nothing"])[-1] if c.isprintable())[:300]
+
+
+def call(command: list[str], *, must: bool = True) -> str:
+    """Run a program and return what it printed.
+
+    Args:
+        command: The program and its arguments.
+        must: Whether it has to succeed.
+
+    Raises:
+        StorageError: It had to, and didn't; the last line that it said is in the message.
+    """
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, check=False, env=clean, timeout=_CALL_S
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise StorageError(f"can't run {command[0]}: {reason(error)}") from error
+    if must and done.returncode:
+        said = (done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise StorageError(f"{Path(command[0]).name} failed: {said[:300]}")
+    return done.stdout.decode("utf-8", "replace")
