@@ -1,4 +1,4 @@
-"""`fedprune-flash`: kits for boards, and images of Raspberry Pi OS that bring one along."""
+"""`fedprune-flash`: kits for boards, images of Raspberry Pi OS that bring one along, and boards over SSH."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fedprune.cli import run_command, with_extra
 from fedprune.errors import CardError, ConfigError, ExitCode, UsageError, remedy
 from fedprune_flash.board_file import SAMPLES, BoardFile
 from fedprune_flash.first_boot import FirstBoot, Wifi, ssh_keys
+from fedprune_flash.ssh_cli import add_ssh_command
 
 _CLAIM = "FEDPRUNE_CLAIM"
 _WIFI = "FEDPRUNE_WIFI_PASSWORD"
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_kit(commands)
     _add_image(commands)
     _add_jetson(commands)
+    add_ssh_command(commands)
     return parser
 
 

@@ -1,0 +1,94 @@
+"""Claims for boards that have not joined yet: from a file with one a line, or made by the server on this machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from fedprune.errors import JoinError, StorageError, reason, remedy
+from fedprune.trust.claim import Claim
+from fedprune_flash.journal import Journal
+
+_SERVER_S = 120.0
+
+
+class Claims:
+    """Where claims come from; none is ever given to two boards.
+
+    Args:
+        journal: Where it is written down whose they are.
+        texts: Claims; the first that is still free is taken.
+        server: The server's state folder, in which a claim for each board's name is made.
+        hours: How long those last.
+    """
+
+    def __init__(
+        self, journal: Journal, texts: Iterable[str] = (), server: Path | None = None, hours: int = 72
+    ) -> None:
+        self._journal, self._texts = journal, tuple(texts)
+        self._server, self._hours = server, hours
+
+    @property
+    def there(self) -> bool:
+        """Whether claims come from anywhere."""
+        return bool(self._texts) or self._server is not None
+
+    def claim(self, device: str) -> str:
+        """A board's claim: the one that it was to get before, else a new one, which is written down first.
+
+        Raises:
+            JoinError: There is none left, or the server makes none.
+            StorageError: The disk fails or is full.
+        """
+        kept = self._journal.entry(device).claim
+        if kept:
+            return kept
+        if self._server is not None:
+            made = self._made(device)
+            if self._journal.give(device, made):
+                return made
+        for text in self._texts:
+            if self._journal.give(device, text):
+                return text
+        raise JoinError(
+            f"there is no claim left for {device}", hint="Make some: fedprune-server claim --count N --out FILE"
+        )
+
+    def _made(self, device: str) -> str:
+        command = [sys.executable, "-m", "fedprune_server.cli", "claim", "--state", str(self._server)]
+        command += ["--device", device, "--hours", str(self._hours)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SERVER_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise JoinError(f"can't run fedprune-server: {reason(error)}") from error
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise JoinError(f"the server makes no claim for {device}: {said.removeprefix('error: ')[:300]}")
+        return Claim.parse(done.stdout).text
+
+
+def read_claims(path: Path) -> tuple[str, ...]:
+    """The claims of a file, one a line.
+
+    Raises:
+        JoinError: A line is none, or there twice.
+        StorageError: It can't be read.
+    """
+    try:
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError as error:
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    found: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            text = Claim.parse(line).text
+        except JoinError as error:
+            raise JoinError(f"{path}, line {number}: {error.what}", expected=error.expected, got=error.got) from error
+        if text in found:
+            raise JoinError(f"{path}, line {number}: this claim is there twice")
+        found.append(text)
+    return tuple(found)

@@ -1,0 +1,159 @@
+"""The inventory of boards that are installed over SSH: a TOML file, checked before anything of it is used.
+
+[defaults]                       what all boards have unless they say otherwise
+user = "ann"
+
+[[board]]
+device = "attic"
+host = "attic.local"
+board = "raspberry-pi-5"
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fedprune import profile_store
+from fedprune.errors import ConfigError, ProfileError, ProtocolError, shown
+from fedprune.setting_checks import only, whole
+from fedprune.toml_file import read_toml
+from fedprune.wire.topics import check_device
+from fedprune_flash.board_file import BoardFile
+
+MAX_BOARDS = 1000
+
+_HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9])?|[0-9A-Fa-f:]{2,45}(?:%[A-Za-z0-9._-]{1,15})?")
+_USER = re.compile(r"[A-Za-z_][A-Za-z0-9._-]{0,31}")
+_FILE = re.compile(r"[^-\x00-\x1f\x7f\"%][^\x00-\x1f\x7f\"%]{0,300}")
+_ROOT = re.compile(r"/|(/[A-Za-z0-9_.+-]{1,100}){1,20}")
+_OWN = ("device", "host")
+"""What no two boards share, so that it has no default."""
+
+
+@dataclass(frozen=True)
+class BoardRow:
+    """A board of the inventory.
+
+    Attributes:
+        device: Its name in the fleet.
+        host: Name or address by which SSH reaches it.
+        board: The hardware profile that it must have.
+        port: Its SSH port.
+        user: Who logs in; empty for whom SSH's own configuration says.
+        key: The private key to log in with; empty for what SSH's own configuration and agent have.
+        known_hosts: A file of host keys, in place of the user's own.
+        server, join, site, data: As of the kit, unless they say otherwise.
+        root: Where the board's file system begins; anything but / is a trial.
+    """
+
+    device: str
+    host: str
+    board: str
+    port: int = 22
+    user: str = ""
+    key: str = ""
+    known_hosts: str = ""
+    server: str = ""
+    join: str = ""
+    site: str = ""
+    data: str = ""
+    root: str = "/"
+
+    def __post_init__(self) -> None:
+        where = f"board {shown(self.device)}"
+        for name in (f.name for f in fields(self)):
+            if name != "port" and not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{where}: {name}", expected="a text", got=shown(getattr(self, name)))
+        try:
+            check_device(self.device)
+        except ProtocolError as error:
+            raise ConfigError(f"{where}: device", expected=error.expected, got=error.got) from error
+        whole(f"{where}: port", self.port, 1, 65_535)
+        for name, pattern, expected in (
+            ("host", _HOST, "a host's name or address"),
+            ("user", _USER, "a user's name"),
+            ("key", _FILE, "a file's name"),
+            ("known_hosts", _FILE, "a file's name"),
+            ("root", _ROOT, "an absolute path"),
+        ):
+            value = getattr(self, name)
+            if (value or name in ("host", "root")) and not pattern.fullmatch(value):
+                raise ConfigError(f"{where}: {name}", expected=expected, got=shown(value))
+        if ".." in self.root.split("/"):
+            raise ConfigError(f"{where}: root", expected="an absolute path", got=shown(self.root))
+        for name in ("key", "known_hosts"):
+            if getattr(self, name) and not Path(getattr(self, name)).is_file():
+                raise ConfigError(f"{where}: {name}: there is no file {getattr(self, name)}")
+        try:
+            profile_store.find(self.board)
+        except ProfileError as error:
+            raise ConfigError(f"{where}: board: {error.what}", hint=error.hint) from error
+        self.told(BoardFile("mqtts://example", self.device))
+
+    def told(self, kit: BoardFile) -> BoardFile:
+        """What the board is told, where a kit says the rest.
+
+        Raises:
+            ConfigError: A value is none.
+        """
+        try:
+            return BoardFile(
+                self.server or kit.server,
+                self.device,
+                self.site or kit.site,
+                self.data or kit.data,
+                kit.authority,
+                self.join or kit.join,
+            )
+        except ConfigError as error:
+            what = f"board {shown(self.device)}: {error.what}"
+            raise ConfigError(what, expected=error.expected, got=error.got, hint=error.hint) from error
+
+    def __str__(self) -> str:
+        return f"{self.device} ({self.host}{'' if self.port == 22 else f':{self.port}'})"
+
+
+def read_inventory(path: Path) -> tuple[BoardRow, ...]:
+    """The boards of an inventory; paths in it count from its folder.
+
+    Raises:
+        ConfigError: It can't be read, has a value that is none, or two boards of one name or at one address.
+    """
+    body = read_toml(path, ConfigError)
+    only(("defaults", "board"), body, str(path), "table")
+    names = tuple(f.name for f in fields(BoardRow))
+    defaults = _table(body.get("defaults", {}), f"{path}: defaults")
+    only((n for n in names if n not in _OWN), defaults, f"{path}: defaults")
+    rows = body.get("board", [])
+    if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_BOARDS:
+        raise ConfigError(f"{path}", expected=f"1 to {MAX_BOARDS} tables [[board]]", got=shown(rows))
+    boards = tuple(_board({**defaults, **_table(row, f"{path}: board")}, names, path) for row in rows)
+    for what, key in (("device", lambda b: b.device), ("address", lambda b: f"{b.host}:{b.port}")):
+        seen: set[str] = set()
+        for board in boards:
+            if key(board) in seen:
+                raise ConfigError(f"{path}: two boards with the {what} {shown(key(board))}")
+            seen.add(key(board))
+    return boards
+
+
+def _table(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(where, expected="a table", got=shown(value))
+    return value
+
+
+def _board(body: Mapping[str, Any], names: tuple[str, ...], path: Path) -> BoardRow:
+    only(names, body, f"{path}: board {shown(body.get('device', ''))}")
+    for name in (*_OWN, "board"):
+        if name not in body:
+            raise ConfigError(f"{path}: board {shown(body.get('device', ''))} has no {name}")
+    made = dict(body)
+    for name in ("key", "known_hosts"):
+        if isinstance(made.get(name), str) and made[name]:
+            made[name] = str(path.parent / Path(made[name]).expanduser())
+    return BoardRow(**made)

@@ -1,0 +1,200 @@
+"""A board that answers anything at all: whatever comes back is an error of one line, and no file ends up elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import BoardError, ExitCode
+from fedprune_flash import Kit, cli
+from fedprune_flash.board_link import BoardLink
+from fedprune_flash.inventory import BoardRow
+from fedprune_flash.on_board import far_side
+
+pytestmark = pytest.mark.system
+
+ROW = BoardRow("attic", "attic.local", "raspberry-pi-5")
+Fake = Callable[[str], None]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """Put a script in the place of ssh."""
+
+    def put(script: str) -> None:
+        path = tmp_path / "programs/ssh"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+
+    return put
+
+
+HELLO = "echo 'fedprune: [3, 11]'"
+CHANGED = "echo '@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @' >&2; exit 255"
+
+SCRIPTS: dict[str, tuple[str, str]] = {
+    "nothing": ("exit 0", "the connection broke"),
+    "refused": ("echo 'ssh: connect to host x port 22: Connection refused' >&2; exit 255", "Connection refused"),
+    "codes of a terminal": ("printf 'a\\033[31mb\\007\\n' >&2; exit 255", "a [31mb"),
+    "no python": ("exit 127", "it has no python3"),
+    "changed": (CHANGED, "its host key is not the one that is known"),
+    "old": ("echo 'fedprune: [3, 6]'; cat >/dev/null", "its Python is too old: expected 3.10 or newer, got 3.6"),
+    "no version": ("echo 'fedprune: {}'; cat >/dev/null", "first answer can't be read"),
+    "no JSON": (f"{HELLO}; echo 'fedprune: {{{{'; cat >/dev/null", "can't be read"),
+    "deep": (
+        f"{HELLO}; printf 'fedprune: '; head -c 100000 /dev/zero | tr '\\0' '['; echo; cat >/dev/null",
+        "can't be read",
+    ),
+    "a list": (f"{HELLO}; echo 'fedprune: []'; cat >/dev/null", "something else than an answer"),
+    "endless": (f"{HELLO}; yes", "the board's login says too much"),
+    "endless line": (f"{HELLO}; cat /dev/zero", "the board's login says too much"),
+    "an error": (
+        f'{HELLO}; echo \'fedprune: {{"error": "disk\\u000afull"}}\'; cat >/dev/null',
+        "on the board: disk full",
+    ),
+}
+
+
+def first_answer() -> None:
+    link = BoardLink(ROW, accept_new=False)
+    try:
+        link.ask("probe", free=True)
+    finally:
+        link.kill()
+        link.close()
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_whatever_a_board_says_is_an_error_of_one_line(name: str, fake: Fake) -> None:
+    script, words = SCRIPTS[name]
+    fake(script)
+    with pytest.raises(BoardError) as caught:
+        first_answer()
+    assert words in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+ANSWERS = {
+    "empty": {},
+    "odd types": {
+        "python": 3,
+        "machine": [],
+        "model": 1,
+        "compatible": "x",
+        "memory": "much",
+        "sudo": True,
+        "wide": True,
+    },
+    "huge": {"python": [3, 11], "machine": "x" * 10**5, "model": "\x1b]0;" * 999, "sudo": True, "wide": True},
+    "no sudo": {"sudo": False, "wide": True},
+    "32 bits": {"sudo": True, "wide": False},
+}
+
+
+@pytest.mark.parametrize("name", sorted(ANSWERS))
+def test_a_board_may_lie_about_itself(
+    name: str, fake: Fake, tmp_path: Path, kit: Kit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "answer").write_text("fedprune: " + json.dumps(ANSWERS[name]) + "\n")
+    fake(f"{HELLO}; cat {tmp_path}/answer; cat >/dev/null")
+    (tmp_path / "boards.toml").write_text("[[board]]\ndevice = 'attic'\nhost = 'a'\nboard = 'raspberry-pi-5'\n")
+    code = cli.main(["ssh", str(tmp_path / "boards.toml"), "--kit", str(kit.folder)])
+    said = capsys.readouterr()
+    assert code == ExitCode.BOARD, said
+    assert "Traceback" not in said.out + said.err
+    assert "\x1b" not in said.out + said.err
+    assert len(said.out.splitlines()) == 2
+
+
+@pytest.fixture
+def near(tmp_path: Path, fake: Fake) -> Iterator[Callable[[], BoardLink]]:
+    """Connections to a board that is this machine, below a folder; its login prints a greeting."""
+    (tmp_path / "root").mkdir()
+    path = f"PATH={Path(sys.executable).parent}:$PATH"
+    fake(f'echo "Welcome!"; for word in "$@"; do last=$word; done; {path}; eval "exec $last"')
+    row = BoardRow("attic", "attic.local", "raspberry-pi-5", root=str(tmp_path / "root"))
+    links: list[BoardLink] = []
+
+    def connect() -> BoardLink:
+        links.append(BoardLink(row, accept_new=False))
+        return links[-1]
+
+    yield connect
+    for link in links:
+        link.close()
+
+
+def test_a_file_whose_copy_broke_off_is_gone_on_with(near: Callable[[], BoardLink], tmp_path: Path) -> None:
+    data = os.urandom(3 * 2**20)
+    sha256 = hashlib.sha256(data).hexdigest()
+    rows = [["wheelhouse/a.whl", sha256, len(data)]]
+    link = near()
+    assert link.ask("have", files=rows, dry=False) == {"missing": [["wheelhouse/a.whl", 0]]}
+
+    def pulled(_count: int) -> None:
+        if next(counted) == 6:
+            link.kill()
+
+    counted = iter(range(100))
+    with pytest.raises(BoardError, match="the connection broke"):
+        link.put("wheelhouse/a.whl", data, sha256, len(data), 0, pulled)
+
+    link = near()
+    ((path, offset),) = link.ask("have", files=rows, dry=False)["missing"]
+    assert (path, offset % 2**18) == ("wheelhouse/a.whl", 0)
+    assert 0 < offset < len(data)
+    sent: list[int] = []
+    assert link.put(path, data, sha256, len(data), offset, sent.append)
+    assert sum(sent) == len(data) - offset
+    assert link.ask("have", files=rows, dry=False) == {"missing": []}
+    folder = tmp_path / "root/home/.cache/fedprune-kit"
+    assert (folder / "wheelhouse/a.whl").read_bytes() == data
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert link.ask("have", files=[], dry=False) == {"missing": []}
+    assert {p.name for p in folder.rglob("*") if p.is_file()} == {".lock"}, "what no kit has is deleted"
+
+
+def test_a_copy_that_comes_out_wrong_is_noticed(near: Callable[[], BoardLink], tmp_path: Path) -> None:
+    link = near()
+    assert not link.put("a.whl", b"other", "0" * 64, 5, 0, lambda _: None)
+    assert not list((tmp_path / "root").rglob("a.whl"))
+    link.close()
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/x", "a/../../x"])
+def test_no_file_leads_out_of_the_kits_folder(path: str, near: Callable[[], BoardLink], tmp_path: Path) -> None:
+    link = near()
+    with pytest.raises(BoardError, match="leads out"):
+        link.put(path, b"x", hashlib.sha256(b"x").hexdigest(), 1, 0, lambda _: None)
+
+
+def test_a_folder_that_is_somebody_elses_is_not_used(near: Callable[[], BoardLink], tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    cache = tmp_path / "root/home/.cache"
+    cache.mkdir(parents=True)
+    (cache / "fedprune-kit").symlink_to(tmp_path / "elsewhere")
+    link = near()
+    with pytest.raises(BoardError, match="is not this user's own"):
+        link.ask("have", files=[], dry=False)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_the_far_side_runs_on_every_python_that_kits_are_for() -> None:
+    pythons = sorted((Path.home() / ".pyenv/versions").glob("3.1[0-3].*/bin/python"))
+    if not pythons:
+        pytest.skip("no other Python here")
+    request = json.dumps({"op": "probe", "root": "/", "free": True}) + "\n"
+    for python in pythons:
+        done = subprocess.run(
+            [python, "-I", far_side.__file__], input=request, capture_output=True, text=True, check=True
+        )
+        assert json.loads(done.stdout.removeprefix(far_side.MARK))["wide"] is True

@@ -1,0 +1,329 @@
+"""`fedprune-flash ssh` against real sshd processes on this machine, each of which is a board."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import ExitCode
+from fedprune.trust.claim import Claim
+from fedprune_device.runtime.home import Home
+from fedprune_flash import BoardFile, Kit, Target, build_kit, cli
+from ssh_boards import PROFILE, Board, Boards
+
+pytestmark = pytest.mark.system
+
+MakeKit = Callable[..., Kit]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Path:
+    """A small kit, whose samples come from a function, so that a service needs no file."""
+    board = BoardFile("mqtts://broker.example:8883", "any", "lab", "own.samples:load")
+    here = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
+    own = next(wheels.glob("fedprune-*.whl"))
+    return build_kit(tmp_path_factory.mktemp("ssh-kit") / "kit", board, here, wheel=own, links=[wheels]).folder
+
+
+@pytest.fixture
+def boards(tmp_path: Path) -> Iterator[Boards]:
+    """Three boards."""
+    made = Boards(tmp_path, ["attic", "cellar", "shed"])
+    yield made
+    made.stop()
+
+
+def write_claims(path: Path, count: int) -> list[str]:
+    texts = [Claim.make(bytes(12)).text for _ in range(count)]
+    path.write_text("\n".join(texts) + "\n")
+    return texts
+
+
+def command(inventory: Path, kit: Path, *options: str) -> list[str]:
+    claims = inventory.parent / "claims"
+    if not claims.exists():
+        write_claims(claims, 60)
+    return ["ssh", str(inventory), "--kit", str(kit), "--claims", str(claims), "--wait", "20", *options]
+
+
+def states(said: str) -> dict[str, str]:
+    """Board and state, of the table."""
+    rows = [re.split(r"\s{2,}", line) for line in said.splitlines()[1:]]
+    return {row[0].partition(" ")[0]: row[1] for row in rows}
+
+
+def snapshot(root: Path, but: str = "none") -> dict[str, int]:
+    """When each file of a board was written last."""
+    found = {str(p.relative_to(root)): p.lstat().st_mtime_ns for p in root.rglob("*") if not p.is_dir()}
+    return {name: time for name, time in found.items() if not name.startswith(("run/calls", but))}
+
+
+def check_installed(board: Board) -> None:
+    record = Home(board.root / "opt/fedprune").whole("a")
+    assert record.version == 0
+    rows = dict(line.split("=") for line in (board.root / "etc/fedprune/device.env").read_text().splitlines())
+    assert rows["FEDPRUNE_DEVICE"] == board.name
+    assert board.calls().count("restart --no-block fedprune.service") == 1
+    assert board.claim.stat().st_mode & 0o777 == 0o400
+
+
+def test_forty_boards_are_installed_by_one_command_that_may_be_killed(tmp_path: Path, kit: Path) -> None:
+    """A claim goes to one board, and what was done before the kill isn't done again."""
+    made = Boards(tmp_path, [f"board-{number:02}" for number in range(40)])
+    try:
+        inventory = made.inventory()
+        words = [sys.executable, "-m", "fedprune_flash.cli", *command(inventory, kit, "--jobs", "6")]
+        journal = tmp_path / "boards.toml.journal"
+        with (tmp_path / "first.txt").open("wb") as out:
+            process = subprocess.Popen(words, stdout=out, stderr=out)
+            deadline = time.monotonic() + 120
+            while len(before := done(journal)) < 12:
+                assert process.poll() is None, (tmp_path / "first.txt").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        before = done(journal)
+        assert 12 <= len(before) < 40
+        finished = {b.name: snapshot(b.root) for b in made.boards if b.name in before}
+        begun = [b for b in made.boards if (b.root / "home").exists() and b.name not in before]
+        assert begun
+
+        again = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert again.returncode == ExitCode.OK, again.stdout + again.stderr
+        assert "40 of 40 boards done" in again.stderr
+        assert len(done(journal)) == 40
+        for board in made.boards:
+            check_installed(board)
+        assert {b.name: snapshot(b.root) for b in made.boards if b.name in before} == finished
+        given = [board.claim.read_text() for board in made.boards]
+        assert len(set(given)) == 40
+        assert set(given) <= set((tmp_path / "claims").read_text().split())
+        assert not any(text in journal.read_text() for text in given)
+    finally:
+        made.stop()
+
+
+def done(journal: Path) -> set[str]:
+    if not journal.exists():
+        return set()
+    boards = json.loads(journal.read_text())["boards"]
+    return {name for name, entry in boards.items() if entry["state"] == "done"}
+
+
+def test_what_is_done_is_passed_over_unless_something_changes(
+    boards: Boards, kit: Path, capsys: Capture, make_kit: MakeKit
+) -> None:
+    inventory = boards.inventory()
+    assert cli.main(command(inventory, kit)) == ExitCode.OK
+    said = capsys.readouterr()
+    assert set(states(said.out).values()) == {"done"}
+    before = [snapshot(b.root, "home/") for b in boards.boards]
+
+    assert cli.main(command(inventory, kit)) == ExitCode.OK
+    said = capsys.readouterr()
+    assert said.out.count("nothing has changed since") == 3
+    assert "connecting" not in said.err
+
+    assert cli.main(command(inventory, kit, "--again")) == ExitCode.OK
+    said = capsys.readouterr()
+    assert "connecting" in said.err
+    assert said.err.count("copying 1 of 9 files") == 3  # kit.json, in which there is a claim no more
+    assert "now:" not in said.err
+    assert [snapshot(b.root, "home/") for b in boards.boards] == before
+
+    changed = boards.inventory(server='"mqtts://other.example"')
+    assert cli.main(command(changed, kit, "--only", "attic")) == ExitCode.OK
+    said = capsys.readouterr()
+    assert "attic: now: write /etc/fedprune/device.env" in said.err
+    assert "unpack" not in "".join(line for line in said.err.splitlines() if "now:" in line)
+    assert (
+        (boards.boards[0].root / "etc/fedprune/device.env")
+        .read_text()
+        .startswith("FEDPRUNE_BROKER=mqtts://other.example\n")
+    )
+
+
+def test_a_dry_run_looks_and_changes_nothing(boards: Boards, kit: Path, tmp_path: Path, capsys: Capture) -> None:
+    inventory = boards.inventory()
+    before = [snapshot(b.root) for b in boards.boards]
+    assert cli.main(command(inventory, kit, "--dry-run")) == ExitCode.OK
+    said = capsys.readouterr().out
+    assert set(states(said).values()) == {"planned"}
+    assert said.count("give it a claim, run install.pyz, start the service") == 3
+    assert [snapshot(b.root) for b in boards.boards] == before
+    assert not (tmp_path / "boards.toml.journal").exists()
+
+
+def test_removal_is_the_reverse(boards: Boards, kit: Path, capsys: Capture) -> None:
+    inventory = boards.inventory()
+    before = [snapshot(b.root) for b in boards.boards]
+    assert cli.main(command(inventory, kit)) == ExitCode.OK
+    assert cli.main(["ssh", str(inventory), "--remove"]) == ExitCode.OK
+    for board in boards.boards:
+        assert board.claim.exists()
+        assert not (board.root / "opt/fedprune").exists()
+    assert cli.main(["ssh", str(inventory), "--remove", "--purge"]) == ExitCode.OK
+    for board, files in zip(boards.boards, before, strict=True):
+        assert {n: t for n, t in snapshot(board.root).items() if not n.startswith("run/")} == files
+    said = capsys.readouterr().out
+    assert said.count("what was learnt stays") == 3
+    assert said.count("all is gone") == 3
+
+
+def test_each_board_says_what_is_wrong_with_it_and_the_others_are_done(
+    tmp_path: Path, kit: Path, capsys: Capture
+) -> None:
+    names = ["good", "model", "broken", "empty", "gone", "late"]
+    made = Boards(tmp_path, names)
+    by_name = {b.name: b for b in made.boards}
+    try:
+        text = made.inventory().read_text()
+        text = text.replace('device = "model"', 'device = "model"\nboard = "raspberry-pi-5"')
+        (tmp_path / "boards.toml").write_text(text)
+        for name, file in (("broken", "broken"), ("empty", "unmet")):
+            (by_name[name].root / "run").mkdir()
+            (by_name[name].root / "run" / file).touch()
+        by_name["gone"].process.terminate()
+        by_name["gone"].process.wait()
+        write_claims(tmp_path / "claims", 3)
+        code = cli.main(command(tmp_path / "boards.toml", kit, "--jobs", "1"))
+        said = capsys.readouterr()
+        assert code == ExitCode.BOARD
+        lines = {line.split()[0]: line for line in said.out.splitlines()}
+        assert " done " in lines["good"]
+        assert f"model is another board: expected raspberry-pi-5, got {PROFILE}" in lines["model"]
+        assert "-> Correct its host or its board in the inventory." in lines["model"]
+        assert "the service ends" in lines["broken"]
+        assert "waits for its samples" in lines["empty"]
+        assert "no connection" in lines["gone"]
+        assert "there is no claim left for late" in lines["late"]
+        assert "1 of 6 boards done" in said.err
+        assert "Traceback" not in said.out + said.err
+        assert not (by_name["model"].root / "home").exists()
+
+        # What was wrong is mended: the same command goes on, and nobody gets a second claim.
+        claims = {name: by_name[name].claim.read_text() for name in ("good", "broken", "empty")}
+        for name, file in (("broken", "broken"), ("empty", "unmet")):
+            (by_name[name].root / "run" / file).unlink()
+        options = [part for name in ("good", "broken", "empty") for part in ("--only", name)]
+        assert cli.main(command(tmp_path / "boards.toml", kit, *options)) == ExitCode.OK
+        assert {name: by_name[name].claim.read_text() for name in claims} == claims
+    finally:
+        made.stop()
+
+
+def test_hosts_that_are_not_known_are_refused(boards: Boards, kit: Path, tmp_path: Path, capsys: Capture) -> None:
+    inventory = boards.inventory()
+    known = tmp_path / "known_hosts"
+    text = known.read_text()
+    known.write_text("")
+    assert cli.main(command(inventory, kit, "--only", "attic", "--dry-run")) == ExitCode.BOARD
+    said = capsys.readouterr().out
+    assert "its host key is not known -> Log in by hand and compare it, or use --accept-new-hosts." in said
+    assert known.read_text() == ""
+
+    assert cli.main(command(inventory, kit, "--only", "attic", "--dry-run", "--accept-new-hosts")) == ExitCode.OK
+    assert known.read_text().split()[1:] == text.splitlines()[0].split()[1:]  # the name may be hashed
+
+    other = " ".join((tmp_path / "user.pub").read_text().split()[:2])
+    known.write_text(f"[127.0.0.1]:{boards.boards[0].port} {other}\n")
+    assert cli.main(command(inventory, kit, "--only", "attic", "--dry-run", "--accept-new-hosts")) == ExitCode.BOARD
+    assert "its host key is not the one that is known" in capsys.readouterr().out
+
+
+def test_a_board_without_python_or_for_another_key_is_said_so(
+    tmp_path: Path, kit: Path, capsys: Capture, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    made = Boards(tmp_path, ["attic"], path=str(bare))
+    try:
+        inventory = made.inventory()
+        assert cli.main(command(inventory, kit)) == ExitCode.BOARD
+        assert "it has no python3 -> sudo apt install python3" in capsys.readouterr().out
+        stranger = tmp_path / "stranger"
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(stranger)], check=True)
+        inventory = made.inventory(key=f'"{stranger}"')
+        assert cli.main(command(inventory, kit)) == ExitCode.BOARD
+        assert "it lets nobody in" in capsys.readouterr().out
+    finally:
+        made.stop()
+
+
+def test_a_kit_for_another_board_is_not_copied(
+    boards: Boards, make_kit: MakeKit, wheels: Path, capsys: Capture
+) -> None:
+    other = next(v for v in ("3.10", "3.13") if v != f"{sys.version_info[0]}.{sys.version_info[1]}")
+    wrong = make_kit("wrong", target=Target(other, platform.machine()))
+    assert cli.main(command(boards.inventory(), wrong.folder)) == ExitCode.BOARD
+    said = capsys.readouterr().out
+    assert said.count("no kit for Python") == 3
+    assert not any((b.root / "home").exists() for b in boards.boards)
+
+
+def test_a_board_that_has_joined_gets_no_claim(boards: Boards, kit: Path, tmp_path: Path) -> None:
+    board = boards.boards[0]
+    identity = board.root / "var/lib/fedprune/identity"
+    identity.mkdir(parents=True)
+    for name in ("device.pem", "tls.key", "authority.pem", "server.pub"):
+        (identity / name).touch()
+    words = ["ssh", str(boards.inventory()), "--kit", str(kit), "--only", "attic"]
+    assert cli.main(words) == ExitCode.OK
+    assert not board.claim.exists()
+
+
+def test_the_server_makes_claims_for_the_boards_names(
+    boards: Boards, kit: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    server = pytest.importorskip("fedprune_server.cli")
+    folder = pytest.importorskip("fedprune_server.identity_folder")
+    state = tmp_path / "state"
+    assert server.main(["init", "--state", str(state), "--site", "lab"]) == ExitCode.OK
+    words = ["ssh", str(boards.inventory()), "--kit", str(kit), "--server-state", str(state)]
+    assert cli.main(words) == ExitCode.OK
+    with folder.IdentityFolder(state) as identity:
+        pin = identity.authority.pin
+    claims = [Claim.parse(b.claim.read_text()) for b in boards.boards]
+    assert {c.pin for c in claims} == {pin}
+    assert len({c.id for c in claims}) == 3
+
+
+def test_a_second_run_at_the_same_time_is_refused(boards: Boards, kit: Path, tmp_path: Path, capsys: Capture) -> None:
+    from fedprune_flash.journal import Journal
+
+    inventory = boards.inventory()
+    with Journal(tmp_path / "boards.toml.journal").alone():
+        assert cli.main(command(inventory, kit)) == ExitCode.STORAGE
+    assert "another run uses" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_it_and_nothing_of_it_stays(tmp_path: Path, kit: Path) -> None:
+    made = Boards(tmp_path, [f"board-{number}" for number in range(6)])
+    try:
+        words = [sys.executable, "-m", "fedprune_flash.cli", *command(made.inventory(), kit, "--jobs", "2")]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "now:" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        out, error = process.communicate(timeout=60)
+        assert process.returncode == ExitCode.INTERRUPTED
+        assert "Traceback" not in out + error
+        again = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert again.returncode == ExitCode.OK, again.stdout + again.stderr
+        for board in made.boards:
+            check_installed(board)
+    finally:
+        made.stop()
