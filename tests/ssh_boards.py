@@ -21,7 +21,7 @@ from machine import free_port, listens
 
 PROFILE = f"generic-{platform.machine().replace('_', '-')}"
 
-_SYSTEMCTL = """\
+SYSTEMCTL = """\
 #!/bin/sh
 # What this board's systemd would do; `broken` makes the service end whenever it is started.
 run="$(dirname "$0")/../../run"
@@ -106,7 +106,7 @@ class Boards:
     def _start(self, program: str, name: str, path: str) -> Board:
         root = self.folder / "roots" / name
         (root / "usr/bin").mkdir(parents=True)
-        (root / "usr/bin/systemctl").write_text(_SYSTEMCTL)
+        (root / "usr/bin/systemctl").write_text(SYSTEMCTL)
         (root / "usr/bin/systemctl").chmod(0o755)
         port = free_port()
         config = self.folder / f"{name}.conf"

@@ -136,6 +136,11 @@ def check(contents: Contents, kit: Kit) -> None:
         ImageError: The image updates by two root partitions, and its scheme would make it boot for ever.
     """
     system, target = contents.system, kit.target
+    if target.jetson:
+        raise KitError(
+            f"a kit for a Jetson in an image of {system.title or 'a Raspberry Pi'}",
+            hint="Make the kit without --jetson; on a Jetson install from a stick or over SSH.",
+        )
     for what, there, wanted, option in (
         ("Python", system.python, target.python, "python"),
         ("architecture", system.architecture, target.architecture, "architecture"),

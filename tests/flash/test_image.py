@@ -4,6 +4,7 @@ import gzip
 import lzma
 import platform
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import yaml
 
 from disk_images import SECTOR, fsck_fat, make_image, mlist, mtype, run, tool
 from fedprune.errors import ExitCode, ImageError
-from fedprune_flash import Kit, cli
+from fedprune_flash import Kit, Target, cli
+from fedprune_flash.drives import Drive
 from fedprune_flash.ext4 import Ext4
 from fedprune_flash.partitions import read_partitions
 from fedprune_flash.region import Region
@@ -334,6 +336,10 @@ WRONG: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "zstd": (lambda raw: b"\x28\xb5\x2f\xfd" + raw, "zstd"),
     "iso": (lambda raw: bytes(32_769) + b"CD001" + bytes(3000), "ISO"),
     "empty": (lambda raw: b"", "no partition table"),
+    "text": (lambda raw: b"<html>404: there is no such image</html>\n" * 2000, "no partition table"),
+    "xz of a text": (lambda raw: lzma.compress(b"no image\n" * 9000), "no partition table"),
+    "qcow2": (lambda raw: b"QFI\xfb" + raw, "an image for QEMU"),
+    "no partitions": (lambda raw: raw[:446] + bytes(64) + raw[510:], "no boot partition"),
     "zeros": (lambda raw: bytes(70_000), "no partition table"),
     "cut": (lambda raw: raw[: len(raw) - 5_000_000], "cut short"),
     "xz cut": (lambda raw: lzma.compress(raw, preset=0)[:-3000], "damaged or cut short"),
@@ -394,6 +400,36 @@ def test_images_that_would_not_become_the_board_are_refused(
     source = make_source(**changes)
     refused(capsys, command(source, tmp_path / "out.img", kit, key), code, words)
     assert not (tmp_path / "out.img").exists()
+
+
+def test_a_jetsons_kit_does_not_go_into_an_image_of_a_pi(
+    make_source: MakeSource, make_kit: Callable[..., Kit], wheels: Path, key: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    links = tmp_path / "links"
+    shutil.copytree(wheels, links, ignore=lambda _, names: [n for n in names if n.startswith("onnxruntime")])
+    kit = make_kit(target=Target(HERE, jetson=True), links=[links])
+    arguments = command(make_source(), tmp_path / "out.img", kit, key)
+    refused(capsys, arguments, ExitCode.KIT, "a kit for a Jetson in an image of Debian")
+    assert not (tmp_path / "out.img").exists()
+
+
+@pytest.mark.parametrize(
+    ("card", "words"),
+    [("/dev/sdb", "is too small"), ("/dev/nvme0n1", "holds this system"), ("/dev/mmcblk0", "is in use")],
+)
+def test_the_command_refuses_cards_before_it_writes_anything(
+    card: str, words: str, make_source: MakeSource, kit: Kit, key: Path, tmp_path: Path,
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    known = [
+        Drive("/dev/sdb", 2**20, "Card", removable=True, read_only=False),
+        Drive("/dev/nvme0n1", 2**40, "Disk", removable=False, read_only=False, mounts=("/",)),
+        Drive("/dev/mmcblk0", 2**40, "Card", removable=True, read_only=False, mounts=("/media/bootfs",)),
+    ]
+    monkeypatch.setattr("fedprune_flash.drives.drives", lambda: known)
+    monkeypatch.setattr("fedprune_flash.card.write_card", lambda *_: pytest.fail("the card was written to"))
+    arguments = command(make_source(), tmp_path / "out.img", kit, key, "--card", card, "--yes", card)
+    refused(capsys, arguments, ExitCode.CARD, words)
 
 
 def test_a_boot_partition_without_room_is_refused(
