@@ -38,6 +38,7 @@ class Order:
         dry: Only look, and say what would be done.
         wait: Seconds within which a service must run.
         accept_new: Whether the key of a host that was never seen is believed.
+        new_claims: Whether boards that have a claim and haven't joined get another.
     """
 
     kits: tuple[Kit, ...] = ()
@@ -46,6 +47,7 @@ class Order:
     dry: bool = False
     wait: float = 120.0
     accept_new: bool = False
+    new_claims: bool = False
 
     def work(self, row: BoardRow) -> str:
         """A digest of what is done with a board: if it is another, something has changed."""
@@ -95,8 +97,9 @@ def provision(row: BoardRow, link: BoardLink, order: Order, claims: Claims, jour
     if order.remove:
         return _remove(row, link, order, journal, telling)
     profile = _check_model(row, found)
+    _check_name(row, found)
     kit = _kit_for(order.kits, found)
-    needs = found.get("joined") is not True and found.get("claimed") is not True
+    needs = found.get("joined") is not True and (order.new_claims or found.get("claimed") is not True)
     if needs and not claims.there:
         raise JoinError(
             f"{row.device} has not joined yet, and there is no claim for it", hint="Use --claims or --server-state."
@@ -104,7 +107,7 @@ def provision(row: BoardRow, link: BoardLink, order: Order, claims: Claims, jour
     if order.dry:
         return _planned(row, link, kit, profile, needs)
     journal.note(row.device, state=BEGUN, work="")
-    if not needs:
+    if not needs or order.new_claims:
         journal.handed(row.device)  # a kill may have come before it was written down
     files = _files(kit, row, claims.claim(row.device) if needs else None)
     _copy(link, files, found, telling)
@@ -146,6 +149,15 @@ def _check_model(row: BoardRow, found: Mapping[str, Any]) -> str:
             hint="Correct its host or its board in the inventory.",
         )  # fmt: skip
     return profile
+
+
+def _check_name(row: BoardRow, found: Mapping[str, Any]) -> None:
+    name = found.get("device")
+    if name and name != row.device:
+        raise BoardError(
+            f"it is installed as another device than {row.device}", got=one_line(str(name), 64),
+            hint="Is the host right? To give the board another name, --remove --purge it first.",
+        )  # fmt: skip
 
 
 def _kit_for(kits: Sequence[Kit], found: Mapping[str, Any]) -> Kit:

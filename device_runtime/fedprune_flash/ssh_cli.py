@@ -30,6 +30,9 @@ def add_ssh_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
     ssh.add_argument(
         "--hours", type=whole_number, default=72, metavar="H", help="of claims that it makes (default: 72)"
     )
+    ssh.add_argument(
+        "--new-claims", action="store_true", help="give boards that haven't joined another claim: theirs have expired"
+    )
     ssh.add_argument("--jobs", type=whole_number, default=8, metavar="N", help="boards at once (default: 8)")
     ssh.add_argument(
         "--wait", type=seconds, default=120.0, metavar="S", help="for a service to run (default: %(default)g s)"
@@ -67,7 +70,13 @@ def _ssh(arguments: argparse.Namespace) -> int:
     texts = () if arguments.claims is None else read_claims(arguments.claims)
     journal = Journal(arguments.journal or arguments.inventory.with_name(f"{arguments.inventory.name}.journal"))
     order = Order(
-        kits, arguments.remove, arguments.purge, arguments.dry_run, arguments.wait, arguments.accept_new_hosts
+        kits,
+        arguments.remove,
+        arguments.purge,
+        arguments.dry_run,
+        arguments.wait,
+        arguments.accept_new_hosts,
+        arguments.new_claims,
     )
     claims = Claims(journal, texts, arguments.server_state, arguments.hours)
     with journal.alone(), ended_by_signals():

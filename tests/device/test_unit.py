@@ -61,6 +61,11 @@ def test_a_jetson_keeps_what_cuda_needs_and_a_cpu_board_gives_it_up() -> None:
         assert {"Type=notify", "NotifyAccess=all", "Restart=always", "ProtectSystem=strict", "CPUWeight=20"} <= {*unit}
 
 
+def test_what_a_service_needs_is_a_condition() -> None:
+    assert "ConditionPathExists=/srv/x.npz" in lines(Service(needs="/srv/x.npz"))
+    assert not any(line.startswith("Condition") for line in lines(Service()))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -69,6 +74,8 @@ def test_a_jetson_keeps_what_cuda_needs_and_a_cpu_board_gives_it_up() -> None:
         {"root": "relative"},
         {"root": "/opt/../etc"},
         {"environment": "/etc/a\nb"},
+        {"needs": "samples.npz"},
+        {"needs": "/srv/a\nb"},
         {"memory_max": "lots"},
         {"cpu_quota": -1},
         {"arguments": ("run\nUser=root",)},

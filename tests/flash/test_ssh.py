@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import pty
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -281,6 +284,53 @@ def test_a_board_that_has_joined_gets_no_claim(boards: Boards, kit: Path, tmp_pa
     words = ["ssh", str(boards.inventory()), "--kit", str(kit), "--only", "attic"]
     assert cli.main(words) == ExitCode.OK
     assert not board.claim.exists()
+
+
+def test_a_board_that_is_another_device_already_is_left_alone(
+    boards: Boards, kit: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    inventory = boards.inventory()
+    assert cli.main(command(inventory, kit, "--only", "attic")) == ExitCode.OK
+    before = snapshot(boards.boards[0].root)
+    inventory.write_text(inventory.read_text().replace('device = "attic"', 'device = "loft"'))
+    assert cli.main(command(inventory, kit, "--only", "loft")) == ExitCode.BOARD
+    assert "it is installed as another device than loft: got attic" in capsys.readouterr().out
+    assert snapshot(boards.boards[0].root) == before
+
+
+def test_claims_that_have_expired_are_replaced_on_demand(boards: Boards, kit: Path, capsys: Capture) -> None:
+    board, inventory = boards.boards[0], boards.inventory()
+    (board.root / "run").mkdir()
+    (board.root / "run/broken").touch()
+    words = command(inventory, kit, "--only", "attic")
+    assert cli.main(words) == ExitCode.BOARD
+    old = board.claim.read_text()
+    assert cli.main(words) == ExitCode.BOARD
+    assert board.claim.read_text() == old
+    (board.root / "run/broken").unlink()
+    assert cli.main([*words, "--new-claims"]) == ExitCode.OK
+    assert board.claim.read_text() != old
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_on_a_terminal_boards_at_work_are_shown(boards: Boards, kit: Path) -> None:
+    near, far = pty.openpty()
+    words = [sys.executable, "-m", "fedprune_flash.cli", *command(boards.inventory(), kit)]
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=far, text=True, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(far)
+    seen = b""
+    with suppress(OSError):  # which is how a terminal ends
+        while piece := os.read(near, 65536):
+            seen += piece
+    os.close(near)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.OK
+    assert set(states(out).values()) == {"done"}
+    assert b"attic" in seen
+    assert b"\x1b[" in seen
+    assert b"Traceback" not in seen
 
 
 def test_the_server_makes_claims_for_the_boards_names(

@@ -46,6 +46,7 @@ def probe(root: str) -> _Body:
         "l4t": _text(top / "etc/nv_tegra_release"),
         "memory": int((rows.get("MemTotal", "").split() or ["0"])[0]) * 1024,
         "free": shutil.disk_usage(_folder(root, dry=True)).free,
+        "device": _device(top),
         "sudo": sudo,
         "joined": sudo and all(_there(state / "identity" / name, live) for name in _JOINED),
         "claimed": sudo and _there(state / "claim", live),
@@ -207,6 +208,12 @@ def _digest(path: Path) -> tuple[str, int]:
     except OSError:
         return "", -1
     return found.hexdigest(), size
+
+
+def _device(top: Path) -> str:
+    """As whom this board was installed; empty where it wasn't."""
+    rows = dict(line.partition("=")[::2] for line in _text(top / "etc/fedprune/device.env").splitlines())
+    return rows.get("FEDPRUNE_DEVICE", "")
 
 
 def _text(path: Path) -> str:
