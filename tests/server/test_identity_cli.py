@@ -148,15 +148,3 @@ def test_what_makes_no_sense_is_one_clear_line(
 def test_a_state_folder_without_identity_says_what_to_do(tmp_path: Path, capsys: Captured) -> None:
     assert main(["claim", "--state", str(tmp_path)]) == ExitCode.IDENTITY
     assert "fedprune-server init" in capsys.readouterr().err
-
-
-def test_claims_go_to_a_new_file_that_nobody_else_reads(state: str, tmp_path: Path, capsys: Captured) -> None:
-    out = tmp_path / "claims"
-    assert main(["claim", "--state", state, "--count", "3", "--out", str(out)]) == ExitCode.OK
-    texts = out.read_text().splitlines()
-    assert len({Claim.parse(text).id for text in texts}) == 3
-    assert stat.S_IMODE(out.stat().st_mode) == 0o600
-    said = capsys.readouterr()
-    assert not any(text in said.out + said.err for text in texts)
-    assert main(["claim", "--state", state, "--out", str(out)]) == ExitCode.USAGE
-    assert out.read_text().splitlines() == texts
