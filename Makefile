@@ -11,6 +11,9 @@ SOURCES := pyproject.toml constraints.txt $(shell find toolkit export device_run
 PYTHON310 := $(shell for p in python3.10 $(HOME)/.pyenv/versions/3.10*/bin/python3.10; do \
 	$$p -c '' 2>/dev/null && { echo $$p; break; }; done)
 
+# Tests run on all cores, those of a file one after the other. ARGS="-n 0 -k name" runs a few without that.
+AT_ONCE := -n auto --dist loadfile
+
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
@@ -22,7 +25,7 @@ demo: $(VENV)/installed
 test: test-dev test-board
 
 test-dev: $(DEV)/installed $(FLOWER)/installed
-	$(DEV)/bin/pytest $(ARGS)
+	$(DEV)/bin/pytest $(AT_ONCE) $(ARGS)
 
 # What a board imports, on the Python and onnxruntime of JetPack 6.
 test-board:
@@ -31,7 +34,7 @@ ifeq ($(PYTHON310),)
 	else echo "SKIPPED: no python3.10 here, so the board's tests ran under $$($(PYTHON) --version) only"; fi
 else
 	@$(MAKE) --no-print-directory $(BOARD)/installed
-	$(BOARD)/bin/pytest -m "board and not torch and not soak" tests/toolkit tests/device
+	$(BOARD)/bin/pytest $(AT_ONCE) -m "board and not torch and not soak" tests/toolkit tests/device
 endif
 
 check: $(DEV)/installed
@@ -64,7 +67,7 @@ $(FLOWER)/installed:
 
 $(BOARD)/installed: pyproject.toml constraints.txt
 	$(PYTHON310) -m venv $(BOARD)
-	$(BOARD)/bin/$(PIP) -e '.[board]' pytest pytest-timeout hypothesis tomli
+	$(BOARD)/bin/$(PIP) -e '.[board]' pytest pytest-timeout pytest-xdist hypothesis tomli
 	@touch $@
 
 clean:
