@@ -1,0 +1,83 @@
+"""The wheels of a kit on the processors of boards: what they compute there, and what is said where they can't run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from arm_board import Board, copied
+from arm_step import main as train_here
+from arm_userland import BOOKWORM, CACHE, userland
+
+from fedprune.errors import ExitCode
+from fedprune_flash import Target, wheelhouse
+
+HERE = Path(__file__).resolve().parent
+SITE, OLD = "/site", "/old"
+OLDER = ("cortex-a53", "cortex-a72")
+"""Of the Raspberry Pi Zero 2 W and 3, and 4: without the instructions for dot products that later ones have."""
+
+BROKEN = "1.21.0"
+"""Its wheel for aarch64 takes them for granted: https://github.com/microsoft/onnxruntime/issues/23957."""
+
+
+def unpack(wheels: Path, place: Path) -> None:
+    for wheel in wheels.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(place)
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory, own_wheel: Path) -> Board:
+    """A userland with a kit's wheels, and beside them the broken one."""
+    folder = tmp_path_factory.mktemp("processors")
+    made = copied(userland(BOOKWORM), folder / "board")
+    wheelhouse.fetch(own_wheel, Target(BOOKWORM.python), folder / "wheels")
+    unpack(folder / "wheels", made.root / SITE[1:])
+    broken = CACHE / f"onnxruntime-{BROKEN}"
+    if not broken.is_dir():
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(broken)]
+        command += ["--python-version", BOOKWORM.python, "--platform", "manylinux_2_28_aarch64"]
+        subprocess.run([*command, f"onnxruntime=={BROKEN}"], check=True)
+    unpack(broken, made.root / OLD[1:])
+    (made.root / "step.py").write_bytes((HERE.parent / "arm_step.py").read_bytes())
+    return made
+
+
+def on(board: Board, processor: str, *site: str) -> Board:
+    """The same board with another processor, and packages from these folders."""
+    return replace(board, processor=processor, environment={"PYTHONPATH": ":".join(site)})
+
+
+@pytest.mark.parametrize("processor", OLDER)
+def test_a_training_step_gives_what_it_gives_here(processor: str, board: Board, tmp_path: Path) -> None:
+    done = on(board, processor, SITE).run("/usr/bin/python3", "/step.py", "/step.npz")
+    assert done.returncode == 0, done.stderr
+    train_here(tmp_path / "here.npz")
+    with np.load(tmp_path / "here.npz") as here, np.load(board.root / "step.npz") as there:
+        assert set(here.files) == set(there.files)
+        for name in here.files:
+            np.testing.assert_allclose(there[name], here[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    (board.root / "step.npz").unlink()
+
+
+@pytest.mark.parametrize("processor", OLDER)
+def test_a_wheel_that_the_processor_can_t_run_is_said_so(processor: str, board: Board) -> None:
+    done = on(board, processor, OLD, SITE).run("/usr/bin/python3", "-m", "fedprune_device.cli", "probe")
+    assert done.returncode == ExitCode.RUNTIME, done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "onnxruntime kills the process that loads it (signal 4)" in said
+    assert "instructions that this processor lacks" in said
+    assert "Traceback" not in done.stderr
+
+
+def test_the_same_wheel_runs_where_the_processor_can(board: Board) -> None:
+    """So what was said above is the processor's doing, not that of the wheel or of this emulation."""
+    program = "from fedprune_device.probe import check_runtime; print(check_runtime())"
+    done = on(board, "cortex-a76", OLD, SITE).run("/usr/bin/python3", "-c", program)
+    assert (done.returncode, done.stdout.strip()) == (0, BROKEN), done.stderr

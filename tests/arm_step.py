@@ -1,0 +1,34 @@
+"""One training step of the net that boards measure themselves with: `python arm_step.py OUT` writes loss and weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from fedprune import step
+from fedprune.session import Session
+
+
+def main(out: Path) -> None:
+    assets = resources.files("fedprune_device") / "assets"
+    reference = json.loads((assets / "probe.json").read_text())
+    random = np.random.default_rng(0)
+    tensors = {n: (0.1 * random.standard_normal(shape)).astype(np.float32) for n, shape in reference["tensors"].items()}
+    feeds = {
+        step.X: random.standard_normal((reference["batch"], *reference["input_shape"])).astype(np.float32),
+        step.Y: random.integers(0, reference["classes"], reference["batch"]),
+        step.LR: np.array(0.1, np.float32),
+        step.MOMENTUM: np.array(0.9, np.float32),
+        step.WEIGHT_DECAY: np.array(0, np.float32),
+    }
+    feeds |= tensors | {step.buffer(n): np.zeros_like(v) for n, v in tensors.items()}
+    graph = (assets / "probe_training.onnx").read_bytes()
+    np.savez(out, **Session(graph, threads=1, training=True).run(feeds))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
