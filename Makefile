@@ -1,4 +1,4 @@
-# make demo | test | check | soak | clean
+# make demo | test | test-arm64 | check | soak | first-boot | clean
 PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
@@ -17,7 +17,7 @@ AT_ONCE := -n auto --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: demo test test-dev test-board check soak clean
+.PHONY: demo test test-dev test-board test-arm64 check soak first-boot clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/fedprune-server demo --out demo-run
@@ -37,6 +37,10 @@ else
 	$(BOARD)/bin/pytest $(AT_ONCE) -m "board and not torch and not soak" tests/toolkit tests/device
 endif
 
+# Boards with Arm processors, in an emulator: needs qemu-user-static, proot and mmdebstrap.
+test-arm64: $(DEV)/installed
+	$(DEV)/bin/pytest -m arm64 tests/arm64 $(ARGS)
+
 check: $(DEV)/installed
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
@@ -46,6 +50,11 @@ check: $(DEV)/installed
 # Long runs that are not for every push.
 soak: $(DEV)/installed
 	$(DEV)/bin/pytest -m soak --timeout 3600 $(ARGS)
+
+# An image's first boot, in a virtual machine: needs what test-arm64 does, and qemu-system-arm, mtools, fdisk, e2fsprogs,
+# dosfstools, fakechroot and fakeroot. Some minutes.
+first-boot: $(DEV)/installed
+	$(DEV)/bin/python benchmarks/first_boot.py
 
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)

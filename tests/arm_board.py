@@ -112,8 +112,5 @@ class Board:
 
 def copied(userland: Path, place: Path, **changes: str) -> Board:
     """A board of its own with a userland's files."""
-    # Not its devices: to read /dev/full or /dev/zero never ends.
-    shutil.copytree(
-        userland, place, symlinks=True, ignore=lambda at, _: os.listdir(at) if at == str(userland / "dev") else []
-    )
+    shutil.copytree(userland, place, symlinks=True)
     return Board(place, **changes)

@@ -1,4 +1,4 @@
-"""One training step of the net that boards measure themselves with: `python arm_step.py OUT` writes loss and weights."""
+"""A training step of the net that boards measure themselves with: `python arm_step.py OUT` writes loss and weights."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ CACHE = Path(__file__).resolve().parents[1] / "build" / "arm64"
 
 _PACKAGES = (
     *("base-files", "base-passwd", "bash", "ca-certificates", "coreutils", "dash", "grep", "login", "passwd", "sed"),
-    *("libgomp1", "libstdc++6", "python3"),
+    *("libgomp1", "libstdc++6", "python3", "systemd"),
 )
 _HOOKS = "/usr/share/mmdebstrap/hooks/merged-usr"
 _SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from arm_userland import BOOKWORM, CACHE
 
 from fedprune_flash import wheelhouse
 
@@ -26,3 +29,18 @@ def sbin(monkeypatch: pytest.MonkeyPatch) -> None:
 def own_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """fedprune's own wheel, built from this checkout."""
     return wheelhouse.build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def broken_wheel() -> Path:
+    """onnxruntime 1.21.0, alone in its folder: it takes instructions for granted that a Cortex-A53 and A72 lack.
+
+    https://github.com/microsoft/onnxruntime/issues/23957
+    """
+    folder = CACHE / "onnxruntime-1.21.0"
+    if not folder.is_dir():
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
+        command += ["--python-version", BOOKWORM.python, "--platform", "manylinux_2_28_aarch64"]
+        subprocess.run([*command, "onnxruntime==1.21.0"], check=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
