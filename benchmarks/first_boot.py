@@ -1,6 +1,6 @@
 """A board's first boot, from an image to what the server knows of it, in a virtual machine with an Arm processor.
 
-    python benchmarks/first_boot.py [--output benchmarks/results/first_boot.json] [--work build/first-boot]
+    python benchmarks/first_boot.py [--scheme cloud-init] [--output benchmarks/results/first_boot.json]
 
 An image with Debian for arm64 is built by a plain user and customised by `fedprune-flash image` with a kit that holds a
 claim. It boots in qemu (whole system, no network but the way to the broker), installs itself, joins, is measured, and
@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from arm_image import Image, make_arm_image
+from arm_image import BOOT_MB, Image, make_arm_image
 from arm_site import SITE, Headquarters
 from arm_userland import BOOKWORM, tool
 
@@ -41,6 +41,8 @@ PORT, JOIN_PORT = 8883, 8884
 
 PROCESSOR, CORES, MEMORY_MB = "cortex-a72", 2, 2048
 LIMIT_S = 1800
+SCHEMES = {"cloud-init": 0, "firstrun": 1}
+"""How an image takes settings, and how often a board restarts meanwhile; others need programs of Raspberry Pi OS."""
 
 _MARKS = {
     "kernel": r"Booting Linux",
@@ -48,6 +50,7 @@ _MARKS = {
     "cloud-init, local": r"Cloud-init v\. \S+ running 'init-local'",
     "cloud-init, network": r"Cloud-init v\. \S+ running 'init' ",
     "cloud-init, final: the installer starts": r"Cloud-init v\. \S+ running 'modules:final'",
+    "firstrun: the installer starts": r"Starting kernel-command-line\.service",
     "service started": r"(?:Started|Starting) fedprune",
     "asks to be let in": rf"{DEVICE} asks to be let into site",
     "member, as the board says": rf"{DEVICE} is a member of site",
@@ -79,52 +82,87 @@ def fedprune_flash(*words: str | Path) -> str:
     return done.stdout
 
 
-def machine(image: Image, disk: Path, ports: dict[int, int], console: Path) -> list[str]:
-    """The command of the virtual machine; kernel and settings come to it as firmware would bring them."""
-    relay = f"{sys.executable} {ROOT / 'tests' / 'arm_relay.py'}"
-    gates = "".join(f",guestfwd=tcp:{GATE}:{there}-cmd:{relay} {here}" for there, here in ports.items())
-    return [
-        *(tool("qemu-system-aarch64", "qemu-system-arm"), "-M", "virt", "-cpu", PROCESSOR, "-smp", str(CORES)),
-        *("-m", str(MEMORY_MB), "-accel", "tcg,thread=multi", "-kernel", str(image.kernel)),
-        *("-initrd", str(image.initrd), "-append", mtype(disk, "cmdline.txt", 2048 * 512).decode().strip()),
-        *("-drive", f"file={disk},if=virtio,format=raw", "-netdev", f"user,id=n,restrict=on{gates}"),
-        *("-device", "virtio-net-pci,netdev=n,romfile=", "-device", "virtio-rng-pci"),
-        *("-display", "none", "-monitor", "none", "-serial", f"file:{console}", "-no-reboot"),
-    ]
+class Machine:
+    """A virtual machine; kernel and settings come to it as firmware would bring them.
+
+    Args:
+        image: What boots.
+        disk: The customised image.
+        site: Whose broker it reaches.
+        reboots: How often it may restart; then it gets what cmdline.txt says by then.
+    """
+
+    def __init__(self, image: Image, disk: Path, site: Headquarters, reboots: int) -> None:
+        self._image, self._disk, self._site, self._reboots = image, disk, site, reboots
+        self._began = time.monotonic()
+        self._consoles: list[Path] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        self.marks: dict[str, float] = {}
+
+    def __enter__(self) -> Machine:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def look(self) -> None:
+        """Note what the console shows, and see that the machine runs."""
+        for console in self._consoles:
+            text = console.read_text(errors="replace") if console.exists() else ""
+            for name, pattern in _MARKS.items():
+                if name not in self.marks and re.search(pattern, text):
+                    self._mark(name)
+        if self._process is not None and self._process.poll() is not None:
+            if len(self._consoles) > self._reboots:
+                raise SystemExit(f"the virtual machine ended: {self._consoles[-1].read_text(errors='replace')[-3000:]}")
+            self._mark("reboot")
+            self._start()
+
+    def _mark(self, name: str) -> None:
+        self.marks[name] = round(time.monotonic() - self._began, 1)
+        print(f"{self.marks[name]:7.1f} s     console: {name}", flush=True)
+
+    def _start(self) -> None:
+        self._consoles.append(self._site.folder / f"console-{len(self._consoles)}.log")
+        self._process = subprocess.Popen(self._command())
+
+    def _command(self) -> list[str]:
+        relay = f"{sys.executable} {ROOT / 'tests' / 'arm_relay.py'}"
+        ports = {PORT: self._site.port, JOIN_PORT: self._site.join_port}
+        gates = "".join(f",guestfwd=tcp:{GATE}:{there}-cmd:{relay} {here}" for there, here in ports.items())
+        words = mtype(self._disk, "cmdline.txt", 2048 * 512).decode().strip()
+        return [
+            *(tool("qemu-system-aarch64", "qemu-system-arm"), "-M", "virt", "-cpu", PROCESSOR, "-smp", str(CORES)),
+            *("-m", str(MEMORY_MB), "-accel", "tcg,thread=multi", "-kernel", str(self._image.kernel)),
+            *("-initrd", str(self._image.initrd), "-append", words),
+            *("-drive", f"file={self._disk},if=virtio,format=raw", "-netdev", f"user,id=n,restrict=on{gates}"),
+            *("-device", "virtio-net-pci,netdev=n,romfile=", "-device", "virtio-rng-pci"),
+            *("-display", "none", "-monitor", "none", "-serial", f"file:{self._consoles[-1]}", "-no-reboot"),
+        ]
 
 
-def boot(image: Image, disk: Path, site: Headquarters, clock: Clock) -> dict[str, Any]:
+def boot(machine: Machine, site: Headquarters, clock: Clock) -> dict[str, Any]:
     """Boot, and wait for what the server sees; returns it."""
-    console, began, marks = site.folder / "console.log", time.monotonic(), dict[str, float]()
-    command = machine(image, disk, {PORT: site.port, JOIN_PORT: site.join_port}, console)
 
-    def seen(what: str, known: bool) -> bool:
-        text = console.read_text(errors="replace") if console.exists() else ""
-        for name, pattern in _MARKS.items():
-            if name not in marks and re.search(pattern, text):
-                marks[name] = round(time.monotonic() - began, 1)
-                print(f"{marks[name]:7.1f} s     console: {name}", flush=True)
-        if virtual.poll() is not None:
-            raise SystemExit(f"the virtual machine ended: {text[-3000:]}")
-        return known
+    def wait(seen: Callable[[], bool], what: str) -> None:
+        with clock.step(what):
+            site.wait(lambda: (machine.look(), seen())[1], what, LIMIT_S)
 
-    with site, subprocess.Popen(command) as virtual:
-        try:
-            with clock.step("boot to a member"):
-                site.wait(lambda: seen("member", site.members().get(DEVICE) == "approved"), "it joins", LIMIT_S)
-            with clock.step("from there to the first accepted heartbeat"):
-                site.wait(lambda: seen("online", _online(site)), "it is online", LIMIT_S)
-            with clock.step("from there to an aggregated update"):
-                site.wait(lambda: seen("ended", site.ended), "the round ends", LIMIT_S)
-        finally:
-            virtual.kill()
+    with site, machine:
+        wait(lambda: site.members().get(DEVICE) == "approved", "power on to a member")
+        wait(lambda: _online(site), "from there to the first accepted heartbeat")
+        wait(lambda: site.ended, "from there to an aggregated update")
+        machine.look()
     status = site.status()
     (row,), (device,) = status["rounds"], status["devices"]
     return {
         "members": site.members(),
         "device": {k: device[k] for k in ("name", "profile", "samples", "widths", "bytes_down", "bytes_up")},
         "round": {"progress": row["devices"][DEVICE]["progress"], "metrics": row["metrics"]},
-        "console": marks,
+        "console": machine.marks,
     }
 
 
@@ -132,8 +170,9 @@ def _online(site: Headquarters) -> bool:
     return any(row["name"] == DEVICE and row["online"] for row in site.status().get("devices", []))
 
 
-def measure(work: Path) -> dict[str, Any]:
-    """All steps, in a folder of their own."""
+def measure(work: Path, scheme: str) -> dict[str, Any]:
+    """All steps of a first boot by a scheme, in a folder of their own."""
+    print(f"{scheme}:", flush=True)
     clock = Clock()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -148,46 +187,40 @@ def measure(work: Path) -> dict[str, Any]:
         fedprune_flash("kit", "--out", work / "kit", *told, "--python", BOOKWORM.python)
     disk = work / "attic.img"
     with clock.step("fedprune-flash image"):
-        said = fedprune_flash("image", image.disk, "--out", disk, "--kit", work / "kit")
-    print(said)
-    fsck_fat(disk, 2048 * 512, 192 * 2**20)
-    found = boot(image, disk, site, clock)
+        fedprune_flash("image", image.disk, "--out", disk, "--kit", work / "kit", "--scheme", scheme)
+    fsck_fat(disk, 2048 * 512, BOOT_MB * 2**20)
+    found = boot(Machine(image, disk, site, SCHEMES[scheme]), site, clock)
     return {"seconds": clock.seconds, "at the server": found, "kernel": image.release}
 
 
 def page(result: dict[str, Any]) -> str:
     """The result for people."""
-    found = result["at the server"]
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    steps = [f"| {name} | {seconds} |" for name, seconds in result["seconds"].items()]
-    marks = [f"| {name} | {seconds} |" for name, seconds in found["console"].items()]
+    (kernel,) = {found["kernel"] for found in result["schemes"].values()}
+    lines = [
+        "# A board's first boot",
+        "",
+        f"{result['date']}, {result['machine']}; {versions}.",
+        f"Guest: Debian 12, Linux {kernel}, {PROCESSOR} in qemu's TCG, {CORES} cores, {MEMORY_MB} MB,",
+        "no network but the way to the broker. Other work ran beside it. Written by `python benchmarks/first_boot.py`.",
+    ]
+    for scheme, found in result["schemes"].items():
+        lines += ["", f"## Scheme {scheme}", *_section(found["seconds"], found["at the server"])]
+    return "\n".join(lines) + "\n"
+
+
+def _section(seconds: dict[str, float], found: dict[str, Any]) -> list[str]:
     device, row = found["device"], found["round"]
     server = (
         f"At the server: {DEVICE} is {found['members'][DEVICE]}; profile {device['profile']}, "
-        f"{device['samples']} samples, "
-        f"widths {device['widths']}, {device['bytes_down']} bytes down, {device['bytes_up']} up; "
-        f"its update of round 1 was {row['progress']}."
+        f"{device['samples']} samples, widths {device['widths']}, {device['bytes_down']} bytes down and "
+        f"{device['bytes_up']} up; its update of round 1 was {row['progress']}."
     )
-    return "\n".join(
-        [
-            "# A board's first boot",
-            "",
-            f"{result['date']}, {result['machine']}; {versions}.",
-            f"Guest: Debian 12, Linux {result['kernel']}, {PROCESSOR} in qemu's TCG, {CORES} cores, {MEMORY_MB} MB,",
-            "no network but the way to the broker. Written by `python benchmarks/first_boot.py`.",
-            "",
-            "| step | seconds |",
-            "|---|---:|",
-            *steps,
-            "",
-            server,
-            "",
-            "| on the console | seconds after power on |",
-            "|---|---:|",
-            *marks,
-            "",
-        ]
-    )
+    return [
+        *("", "| step | seconds |", "|---|---:|", *(f"| {name} | {s} |" for name, s in seconds.items())),
+        *("", server, "", "| on the console | seconds after power on |", "|---|---:|"),
+        *(f"| {name} | {s} |" for name, s in found["console"].items()),
+    ]
 
 
 def _tool_version(name: str) -> str:
@@ -199,6 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "first_boot.json")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "first-boot")
+    parser.add_argument("--scheme", choices=SCHEMES, action="append", help="default: all of them")
     arguments = parser.parse_args()
     result = {
         "date": time.strftime("%Y-%m-%d"),
@@ -208,7 +242,7 @@ def main() -> None:
             "fedprune": version("fedprune"),
             "qemu": _tool_version("qemu-system-aarch64"),
         },
-        **measure(arguments.work),
+        "schemes": {scheme: measure(arguments.work / scheme, scheme) for scheme in arguments.scheme or SCHEMES},
     }
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     arguments.output.with_suffix(".md").write_text(page(result))
