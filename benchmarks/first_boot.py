@@ -41,6 +41,19 @@ PORT, JOIN_PORT = 8883, 8884
 
 PROCESSOR, CORES, MEMORY_MB = "cortex-a72", 2, 2048
 LIMIT_S = 1800
+TOOLS = {
+    "qemu-system-aarch64": "qemu-system-arm",
+    "qemu-aarch64-static": "qemu-user-static",
+    "proot": "proot",
+    "mmdebstrap": "mmdebstrap",
+    "mosquitto": "mosquitto",
+    "fakeroot": "fakeroot",
+    "mformat": "mtools",
+    "sfdisk": "fdisk",
+    "mke2fs": "e2fsprogs",
+    "fsck.fat": "dosfstools",
+    "systemd-sysusers": "systemd",
+}
 SCHEMES = {"cloud-init": 0, "firstrun": 1}
 """How an image takes settings, and how often a board restarts meanwhile; others need programs of Raspberry Pi OS."""
 
@@ -234,6 +247,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "first-boot")
     parser.add_argument("--scheme", choices=SCHEMES, action="append", help="default: all of them")
     arguments = parser.parse_args()
+    for name, package in TOOLS.items():
+        if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
+            raise SystemExit(f"{name} is not installed (apt install {package})")
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
