@@ -64,14 +64,22 @@ class Board:
 
     def run(self, *words: str | Path, offline: bool = False, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         """Run a program to its end, whatever that is."""
-        return subprocess.run(
-            self.command(*words, offline=offline),
+        command = self.command(*words, offline=offline)
+        with subprocess.Popen(
+            command,
             env=self._environment,
-            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
-            timeout=timeout,
-        )
+            start_new_session=True,
+        ) as process:
+            try:
+                said, errors = process.communicate(timeout=timeout)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)  # proot's end alone would leave what it follows
+                raise
+        return subprocess.CompletedProcess(command, process.returncode, said, errors)
 
     @contextmanager
     def running(self, words: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
