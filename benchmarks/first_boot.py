@@ -62,7 +62,7 @@ _MARKS = {
     "systemd": r"systemd\[1\]: (?:Detected|systemd )",
     "cloud-init, local": r"Cloud-init v\. \S+ running 'init-local'",
     "cloud-init, network": r"Cloud-init v\. \S+ running 'init' ",
-    "cloud-init, final: the installer starts": r"Cloud-init v\. \S+ running 'modules:final'",
+    "cloud-init, final": r"Cloud-init v\. \S+ running 'modules:final'",
     "firstrun: the installer starts": r"Starting kernel-command-line\.service",
     "service started": r"(?:Started|Starting) fedprune",
     "asks to be let in": rf"{DEVICE} asks to be let into site",
