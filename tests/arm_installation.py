@@ -9,7 +9,7 @@ from pathlib import Path
 
 from arm_board import Board
 
-from fedprune_flash import kit as kits
+from fedprune_flash.installer_archive import INSTALLER
 
 STICK = "/media/stick/kit"
 UNIT = "/etc/systemd/system/fedprune.service"
@@ -18,12 +18,8 @@ UNIT = "/etc/systemd/system/fedprune.service"
 def install(board: Board, kit: Path) -> str:
     """Put a kit on a stick and let its installer work, without a network; returns what it said."""
     shutil.copytree(kit, board.root / STICK[1:])
-    done = board.run("/usr/bin/python3", f"{STICK}/{kits.INSTALLER}", "--no-start", offline=True, timeout=600)
+    done = board.run("/usr/bin/python3", f"{STICK}/{INSTALLER}", "--no-start", offline=True, timeout=600)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    claim, state = board.root / "etc/fedprune/claim", board.root / "var/lib/fedprune"
-    if claim.exists():  # an installer that leaves it where the service doesn't look
-        state.mkdir(parents=True, exist_ok=True)
-        claim.rename(state / "claim")
     return done.stdout
 
 

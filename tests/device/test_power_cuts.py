@@ -140,8 +140,15 @@ def operations(board: Board) -> int:
     return supply.count
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["crashes at import", "lacks an instruction", "never reaches the broker"])
+# How a trial fails makes little difference to what a cut can do: all kinds of cuts for one fault, one kind for the others.
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        pytest.param(how, kind, marks=() if how == "lacks an instruction" or kind == "torn" else pytest.mark.soak)
+        for how in ("crashes at import", "lacks an instruction", "never reaches the broker")
+        for kind in KINDS
+    ],
+)
 def test_a_cut_at_any_write_of_a_good_and_a_bad_update_ends_on_the_good_one(
     fresh: Path, releases: dict[int, Path], tmp_path: Path, how: str, kind: str
 ) -> None:
@@ -149,7 +156,9 @@ def test_a_cut_at_any_write_of_a_good_and_a_bad_update_ends_on_the_good_one(
     calm = Board(copy_of(fresh, tmp_path / "calm"), releases, bad)
     points = operations(calm)
     calm.settled()
-    assert points >= 180, "three kinds of cut and three of bad releases: 1,600 points and more"
+    assert points >= 180, (
+        "three kinds of cut and three of bad releases: more than 1,600 points, 1,000 of them outside `make soak`"
+    )
     for at in range(1, points + 1):
         board = Board(copy_of(fresh, tmp_path / "cut"), releases, bad)
         with power(at, kind), pytest.raises(CutError):

@@ -1,0 +1,40 @@
+"""The installer on a processor that a kit's wheels are not for."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from arm_board import copied
+from arm_installation import STICK
+from arm_userland import BOOKWORM, userland
+
+from fedprune.errors import ExitCode
+from fedprune_flash import BoardFile, Target, build_kit
+from fedprune_flash.installer_archive import INSTALLER
+from tiny_wheels import fleet_of_wheels, wheel
+
+
+@pytest.mark.parametrize(("processor", "code"), [("cortex-a53", ExitCode.RUNTIME), ("cortex-a72", ExitCode.RUNTIME)])
+def test_a_kit_that_the_processor_can_t_run_is_refused(
+    processor: str, code: ExitCode, broken_wheel: Path, tmp_path: Path
+) -> None:
+    """All wheels are tiny but one, which is real, and known to crash there."""
+    wheels = tmp_path / "wheels"
+    own = fleet_of_wheels(wheels)
+    (tiny,) = wheels.glob("onnxruntime-*.whl")
+    tiny.unlink()
+    shutil.copyfile(broken_wheel, wheels / broken_wheel.name)
+    for name in ("coloredlogs", "flatbuffers", "packaging", "protobuf", "sympy"):
+        wheel(wheels, name)
+    told = BoardFile("mqtts://broker.example:8883", "attic", "lab")
+    kit = build_kit(tmp_path / "kit", told, Target(BOOKWORM.python), wheel=own, links=[wheels])
+    board = copied(userland(BOOKWORM), tmp_path / "board", processor=processor)
+    shutil.copytree(kit.folder, board.root / STICK[1:])
+    done = board.run("/usr/bin/python3", f"{STICK}/{INSTALLER}", "--no-start", offline=True)
+    assert (done.returncode, done.stderr) == (
+        code,
+        "error: onnxruntime uses instructions that this processor lacks. Take another version of it.\n",
+    )
+    assert not (board.root / "etc/systemd/system/fedprune.service").exists()
