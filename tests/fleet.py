@@ -19,7 +19,7 @@ from fedprune.coordination import events as on
 from fedprune.job import Job
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.link import ConnectionUp
+from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Accepted, Birth, Cancelled, Death, Finished, Gone, Hello, Offer, Update, Want, parse
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
@@ -199,7 +199,7 @@ class Air:
         self.connected = True
         self.unsent = 0
         self.devices: dict[str, ToyDevice] = {}
-        self.inbox: deque[tuple[str, bytes] | ConnectionUp] = deque([ConnectionUp()])
+        self.inbox: deque[tuple[str, bytes] | ConnectionUp | ConnectionDown] = deque([ConnectionUp()])
         self.doubled = False
         self.lost: list[str] = []
         """Topics of which the next message gets lost."""
@@ -220,7 +220,7 @@ class Air:
                     device.hear(topic, payload)
         return True
 
-    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | None:
+    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
         if self.inbox:
             self.idle = 0
             return self.inbox.popleft()

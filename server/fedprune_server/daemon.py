@@ -235,6 +235,8 @@ class Daemon:
             self._collect_uploads()
         elif isinstance(item, ConnectionDown):
             log.warning("connection to the broker lost: %s", item.reason)
+        if self._desk is not None and isinstance(item, (ConnectionUp, ConnectionDown)):
+            self._desk.connected(isinstance(item, ConnectionUp))
 
     # Events and commands.
 

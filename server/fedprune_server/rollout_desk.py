@@ -3,6 +3,9 @@
 What to do next `fedprune.coordination.rollout` decides. Here it is kept on the disk before it is done, said again to
 boards that are silent, and every state of a board gets its deadline: to be heard of, to get on with the download, to
 find a quiet moment, and to end the trial.
+
+A rollout's seconds are those of a clock that nobody sets. Without a connection no time passes for it, because no board
+could say anything, and when the connection is back those that were at it get their time anew.
 """
 
 from __future__ import annotations
@@ -48,8 +51,8 @@ class RolloutDesk:
     Args:
         store: Where rollouts are kept.
         send: Sends a message to a board.
-        clock: Seconds since 1970, for deadlines.
-        monotonic: Seconds of a clock that nobody sets.
+        clock: Seconds since 1970, for the record alone.
+        monotonic: Seconds of a clock that nobody sets, for deadlines.
     """
 
     def __init__(
@@ -68,8 +71,21 @@ class RolloutDesk:
         self._version: int | None = None
         self._look_at = 0.0
         self._wake_at = math.inf
+        self._zero = 0.0
+        self._connected = False
         self._said: dict[str, float] = {}
         self._bad: dict[str, ReleaseReport] = {}
+
+    def connected(self, up: bool) -> None:
+        """The connection is up, or is lost; before it is up nothing is done.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        self._connected = up
+        if up and self._entry is not None:
+            self._do(self._entry, lambda r, now: r.resumed(now))
+        self.tick()
 
     def files(self, device: str) -> frozenset[str]:
         """Digests of what a device may pull: a release's files, while it is given that release."""
@@ -120,11 +136,13 @@ class RolloutDesk:
             self._do(entry, lambda r, now: r.heard(device, now, seconds), keep=news)
 
     def tick(self) -> None:
-        """Time has passed.
+        """Time has passed; it doesn't count as long as the connection is lost.
 
         Raises:
             StorageError: The disk fails or is full.
         """
+        if not self._connected:
+            return
         now = self._monotonic()
         if self._version is None or now >= self._look_at:
             self._look_at = now + _LOOK_S
@@ -133,7 +151,7 @@ class RolloutDesk:
                 self._version = version
                 self._look()
         entry = self._entry
-        if entry is not None and self._clock() >= self._wake_at:
+        if entry is not None and self._now() >= self._wake_at:
             self._do(entry, lambda r, at: r.tick(at))
         if entry is not None:
             for device, board in entry.rollout.boards.items():
@@ -158,6 +176,7 @@ class RolloutDesk:
             log.error("rollout %d can't go on: %s", entry.number, error)
             return
         self._entry, self._said, self._wake_at = entry, {}, math.inf
+        self._zero = self._monotonic() - entry.rollout.now
         self._files = frozenset(f.sha256 for f in release.files)
         self._offered = self._store.releases()
         boards = len(entry.rollout.boards)
@@ -168,7 +187,7 @@ class RolloutDesk:
         """Let the rollout take a step; it is on the disk before anything of it is said."""
         rollout = entry.rollout
         stage, failed = rollout.stage, set(rollout.failures())
-        commands = step(rollout, self._clock())
+        commands = step(rollout, self._now())
         wakes = [c.at for c in commands if isinstance(c, Wake)]
         self._wake_at = min(wakes, default=self._wake_at)
         late = set(rollout.failures()) - failed
@@ -206,6 +225,10 @@ class RolloutDesk:
     def _fate(self, device: str) -> Fate | None:
         board = None if self._entry is None else self._entry.rollout.boards.get(device)
         return None if board is None else board.fate
+
+    def _now(self) -> float:
+        """The rollout's time: it goes on from where the last process left it."""
+        return self._monotonic() - self._zero
 
     @staticmethod
     def _patience(entry: Entry, state: str) -> float:

@@ -55,7 +55,7 @@ def desk(state: Path, reports: list[ReleaseReport]) -> None:
     """A daemon that takes these reports, and ends."""
     with RolloutStore(state) as store:
         run = RolloutDesk(store, lambda *_: None)
-        run.tick()
+        run.connected(True)
         for report in reports:
             run.reported(report)
 

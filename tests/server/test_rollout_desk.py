@@ -48,6 +48,7 @@ class Site:
     def __init__(self, folder: Path, release: Path) -> None:
         self.folder, self.release = folder, release
         self.now = 1000.0
+        self.wall = 1.7e9
         self.fates: dict[str, tuple[str, ...]] = {}
         self.usual = GOOD
         self.offered: dict[str, float] = {}
@@ -65,14 +66,14 @@ class Site:
     def begin(self, *stages: Stage, number: int = 7, joins: bool = True, names: list[str] = NAMES) -> int:
         plan = RolloutPlan("release", str(number), stages or CAREFUL, board_seconds=3600.0)
         with RolloutStore(self.folder) as other:  # the command line is another process
-            return other.begin(self.offer(number), Rollout.of(plan, names), self.now, joins=joins)
+            return other.begin(self.offer(number), Rollout.of(plan, names), self.wall, joins=joins)
 
     def start(self) -> RolloutDesk:
         """A daemon comes up."""
         self.store.close()
         self.store = RolloutStore(self.folder)
-        self.desk = RolloutDesk(self.store, self.send, lambda: self.now, lambda: self.now)
-        self.desk.tick()
+        self.desk = RolloutDesk(self.store, self.send, lambda: self.wall, lambda: self.now)
+        self.desk.connected(True)
         return self.desk
 
     def send(self, device: str, message: Any) -> None:
@@ -268,6 +269,64 @@ def test_a_server_that_was_down_for_days_blames_no_board_for_it(site: Site) -> N
     site.start()
     assert site.rollout.failures() == {}
     assert site.live().phase is RolloutPhase.DONE
+
+
+def test_a_broker_that_was_away_for_hours_blames_no_board_for_it(site: Site) -> None:
+    site.begin(Stage(1.0))
+    site.live(hours=2 / 60)
+    assert site.desk is not None
+    site.desk.connected(False)
+    for _ in range(3 * 60):
+        site.now += 60
+        site.desk.tick()
+    site.desk.connected(True)
+    assert (site.rollout.phase, site.rollout.failures()) == (RolloutPhase.RUNNING, {})
+    site.now += 58 * 60
+    site.desk.tick()
+    assert site.rollout.failures() == {}, "each has its time anew"
+    assert site.live().phase is RolloutPhase.DONE
+
+
+def test_silence_counts_from_when_the_connection_was_back(site: Site) -> None:
+    site.usual = SILENT
+    site.begin()
+    site.live(hours=0.5)
+    assert site.desk is not None
+    site.desk.connected(False)
+    site.now += 86_400
+    site.desk.connected(True)
+    site.live(hours=59 / 60)
+    assert site.rollout.phase is RolloutPhase.RUNNING
+    site.live(hours=2 / 60)
+    assert site.rollout.phase is RolloutPhase.STOPPED
+
+
+def test_nothing_is_given_before_there_is_a_connection(tmp_path: Path, release: Path) -> None:
+    site = Site(tmp_path, release)
+    site.begin()
+    desk = RolloutDesk(site.store, site.send, lambda: site.wall, lambda: site.now)
+    for _ in range(3):
+        site.now += 7200
+        desk.tick()
+    assert site.offered == {}
+    desk.connected(True)
+    assert (list(site.offered), site.rollout.failures()) == (site.stage(0), {})
+
+
+@pytest.mark.parametrize("jump", [2 * 3600, -2 * 3600, -1.6e9])
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_clock_that_is_set_fails_nobody_and_holds_up_no_deadline(site: Site, jump: float, restart: bool) -> None:
+    site.fates = {NAMES[4]: HANGS}
+    site.begin(Stage(1.0, success=0.9, errors=0.1))
+    site.live(hours=2 / 60)
+    site.wall += jump
+    if restart:
+        site.now = 5.0  # the machine's clock that only grows begins anew
+        site.start()
+    site.live(hours=0.5)
+    assert site.rollout.failures() == {}
+    assert site.live(hours=1.5).phase is RolloutPhase.DONE
+    assert site.rollout.failures() == {NAMES[4]: "said nothing until its deadline"}
 
 
 def test_a_board_that_has_it_already_has_done_well_and_one_that_went_back_before_has_failed(site: Site) -> None:

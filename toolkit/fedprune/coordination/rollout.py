@@ -158,6 +158,7 @@ class Rollout:
         stage_ends: When the boards of each stage that was begun have failed at the latest.
         phase: Where it stands.
         why: Why it stopped.
+        now: The time when it was last told one: who takes it up again from the disk lets its clock go on from there.
     """
 
     plan: RolloutPlan
@@ -166,6 +167,7 @@ class Rollout:
     stage_ends: list[float] = field(default_factory=list)
     phase: RolloutPhase = RolloutPhase.RUNNING
     why: str = ""
+    now: float = 0.0
 
     @classmethod
     def of(cls, plan: RolloutPlan, boards: Iterable[str]) -> Rollout:
@@ -184,6 +186,7 @@ class Rollout:
         """Time has passed."""
         if self.phase is not RolloutPhase.RUNNING:
             return []
+        self.now = now
         for name in sorted(self.boards):
             board = self.boards[name]
             if board.fate is Fate.GIVEN:
@@ -301,6 +304,7 @@ class Rollout:
         """As plain JSON data."""
         boards = {n: {**asdict(b), "fate": b.fate.value} for n, b in sorted(self.boards.items())}
         body = {"stage": self.stage, "stage_ends": list(self.stage_ends), "phase": self.phase.value, "why": self.why}
+        body["now"] = self.now
         return {"format": FORMAT, "plan": asdict(self.plan), "boards": boards, **body}
 
     @classmethod
@@ -320,6 +324,7 @@ class Rollout:
                 raise ValueError("stage")
             if not all(0 <= b.stage < len(plan.stages) for b in boards.values()):
                 raise ValueError("a board's stage")
-            return cls(plan, boards, stage, ends, RolloutPhase(body["phase"]), str(body["why"]))
+            phase, why, now = RolloutPhase(body["phase"]), str(body["why"]), float(body["now"])
+            return cls(plan, boards, stage, ends, phase, why, now)
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise StorageError(f"the record of a rollout is not one ({error!r})") from error
