@@ -188,6 +188,7 @@ def _run(arguments: argparse.Namespace) -> int:
             max_devices=config.max_devices,
             broker=reached.broker,
             rollouts=rollouts,
+            members=None if identity is None else identity.store.members,
             display=display,
         )
         for note in opened.model.notes:

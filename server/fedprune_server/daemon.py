@@ -12,7 +12,7 @@ import heapq
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -86,6 +86,7 @@ class Daemon:
         max_devices: How many devices may ever take part.
         broker: The embedded broker, if there is one.
         rollouts: Releases on their way to boards, if this server gives them any.
+        members: Who may take part, where it isn't everybody; others leave a rollout.
         display: Where to show what happens.
         clock: Seconds since 1970, for deadlines and the log; it may be set.
         monotonic: Seconds of a clock that nobody sets: for patience.
@@ -108,6 +109,7 @@ class Daemon:
         max_devices: int = 1000,
         broker: Supervised | None = None,
         rollouts: RolloutStore | None = None,
+        members: Callable[[], Collection[str]] | None = None,
         display: Display | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -127,7 +129,7 @@ class Daemon:
         self._uploads = Uploads(store, pulls)
         stores = [store] if rollouts is None else [store, rollouts.blobs]
         self._post = Post(link, self._topics, self._roster, Downloads(Serve(*stores)))
-        self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, clock, monotonic)
+        self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, members, clock, monotonic)
         self._reception = Reception(
             job, state, self._topics, self._roster, self._uploads, self._post, profiles, monotonic, self._desk
         )

@@ -166,12 +166,16 @@ def describe(entry: Entry) -> str:
     asked = ", to be stopped" if entry.wish is not None and rollout.phase is RolloutPhase.RUNNING else ""
     counts = Counter(b.fate for b in rollout.boards.values())
     words = {Fate.WELL: "have it", Fate.GIVEN: "at it", Fate.FAILED: "failed", Fate.WAITING: "not given it"}
+    gone = sorted(n for n, b in rollout.boards.items() if b.fate is Fate.GONE)
+    count = len(rollout.boards) - len(gone)
     lines = [
         f"rollout {entry.number} of release {release.number} ({release.version}): {rollout.phase.value}{stage}{asked}",
-        "  " + ", ".join(f"{counts[fate]} {what}" for fate, what in words.items()) + f", of {len(rollout.boards)}",
+        "  " + ", ".join(f"{counts[fate]} {what}" for fate, what in words.items()) + f", of {count}",
     ]
     if rollout.why:
         lines.append(f"  {rollout.why}")
+    if gone:
+        lines.append(f"  {len(gone)} left the fleet before, and don't count{_named(gone)}")
     for name, board in sorted(rollout.boards.items()):
         if board.fate is Fate.GIVEN:
             lines.append(f"  {name}: {_doing(entry.reports.get(name))}")

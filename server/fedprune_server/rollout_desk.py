@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from fedprune.coordination.rollout import Fate, Give, Rollout, RolloutCommand, RolloutPhase, Wake, Withdraw
 from fedprune.errors import ReleaseError
@@ -51,6 +51,7 @@ class RolloutDesk:
     Args:
         store: Where rollouts are kept.
         send: Sends a message to a board.
+        members: Who is in the fleet; without it everybody always is.
         clock: Seconds since 1970, for the record alone.
         monotonic: Seconds of a clock that nobody sets, for deadlines.
     """
@@ -59,11 +60,13 @@ class RolloutDesk:
         self,
         store: RolloutStore,
         send: Callable[[str, FromServer], None],
+        members: Callable[[], Collection[str]] | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._send = send
+        self._members = members
         self._clock, self._monotonic = clock, monotonic
         self._entry: Entry | None = None
         self._files: frozenset[str] = frozenset()
@@ -100,10 +103,22 @@ class RolloutDesk:
         entry = self._entry
         if entry is None:
             return
-        if entry.joins and device not in entry.rollout.boards:
+        if entry.joins and self._fate(device) in (None, Fate.GONE):
             self._do(entry, lambda r, now: r.join(device, now))
         elif self._fate(device) is Fate.GIVEN:
             self._offer(entry, device)
+
+    def without(self, devices: Iterable[str]) -> None:
+        """Boards are no members any more: those that had not ended leave the rollout. Said twice, it changes nothing.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        entry = self._entry
+        gone = sorted(n for n in devices if self._fate(n) in (Fate.WAITING, Fate.GIVEN))
+        if entry is not None and gone:
+            log.info("rollout %d goes on without %s, which are no members any more", entry.number, ", ".join(gone))
+            self._do(entry, lambda r, now: r.without(gone, now))
 
     def reported(self, report: ReleaseReport) -> None:
         """A board says where a release stands.
@@ -150,6 +165,8 @@ class RolloutDesk:
             if version != self._version:
                 self._version = version
                 self._look()
+            if self._entry is not None and self._members is not None:
+                self.without(set(self._entry.rollout.boards) - set(self._members()))
         entry = self._entry
         if entry is not None and self._now() >= self._wake_at:
             self._do(entry, lambda r, at: r.tick(at))

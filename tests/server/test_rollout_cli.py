@@ -98,6 +98,18 @@ def test_what_failed_is_named_with_its_reason(state: Path, release: Path, read: 
     assert f"  {first[2]}: failed: rolled back: killed by SIGILL" in text
 
 
+def test_boards_that_left_the_fleet_are_named_and_counted_apart(state: Path, release: Path, read: Read) -> None:
+    read("start", release, "--groups", "100%")
+    with IdentityFolder(state) as identity:
+        identity.revoke("board-3")
+        with RolloutStore(state) as store:
+            RolloutDesk(store, lambda *_: None, identity.store.members).connected(True)
+    text = read("status")
+    assert "0 have it, 19 at it, 0 failed, 0 not given it, of 19" in text
+    assert "1 left the fleet before, and don't count: board-3" in text
+    assert json.loads(read("status", "--json"))["boards"]["board-3"]["fate"] == "gone"
+
+
 def test_the_same_seed_and_no_other_chooses_the_same_boards(state: Path, release: Path, read: Read) -> None:
     said = []
     for seed in (1, 1, 2):

@@ -49,6 +49,7 @@ class Site:
         self.folder, self.release = folder, release
         self.now = 1000.0
         self.wall = 1.7e9
+        self.members = {*NAMES, "newcomer"}
         self.fates: dict[str, tuple[str, ...]] = {}
         self.usual = GOOD
         self.offered: dict[str, float] = {}
@@ -72,7 +73,7 @@ class Site:
         """A daemon comes up."""
         self.store.close()
         self.store = RolloutStore(self.folder)
-        self.desk = RolloutDesk(self.store, self.send, lambda: self.wall, lambda: self.now)
+        self.desk = RolloutDesk(self.store, self.send, lambda: self.members, lambda: self.wall, lambda: self.now)
         self.desk.connected(True)
         return self.desk
 
@@ -304,7 +305,7 @@ def test_silence_counts_from_when_the_connection_was_back(site: Site) -> None:
 def test_nothing_is_given_before_there_is_a_connection(tmp_path: Path, release: Path) -> None:
     site = Site(tmp_path, release)
     site.begin()
-    desk = RolloutDesk(site.store, site.send, lambda: site.wall, lambda: site.now)
+    desk = RolloutDesk(site.store, site.send, None, lambda: site.wall, lambda: site.now)
     for _ in range(3):
         site.now += 7200
         desk.tick()
@@ -327,6 +328,33 @@ def test_a_clock_that_is_set_fails_nobody_and_holds_up_no_deadline(site: Site, j
     assert site.rollout.failures() == {}
     assert site.live(hours=1.5).phase is RolloutPhase.DONE
     assert site.rollout.failures() == {NAMES[4]: "said nothing until its deadline"}
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_boards_that_are_revoked_leave_the_rollout_and_stop_nothing(site: Site, restart: bool) -> None:
+    site.fates = dict.fromkeys(NAMES[:5], SILENT)
+    site.begin(Stage(1.0, success=0.9, errors=0.1))
+    site.live(hours=2 / 60)
+    site.members -= set(NAMES[:5])
+    rollout = site.live(restart=restart)
+    assert (rollout.phase, rollout.failures(), site.withdrawn) == (RolloutPhase.DONE, {}, {})
+    assert {n for n, b in rollout.boards.items() if b.fate is Fate.GONE} == set(NAMES[:5])
+
+
+def test_a_revoked_board_gets_no_more_files_and_offers_until_it_is_let_in_again(site: Site) -> None:
+    site.usual = HANGS
+    site.begin(Stage(1.0, success=0.9, errors=0.1))
+    site.live(hours=1 / 60)
+    assert site.desk is not None
+    site.desk.without([NAMES[2], "stranger"])
+    site.desk.without([NAMES[2]])
+    site.offered.clear()
+    site.live(hours=10 / 60)
+    assert NAMES[2] not in site.offered
+    assert (site.desk.files(NAMES[2]), bool(site.desk.files(NAMES[3]))) == (frozenset(), True)
+    site.desk.born(NAMES[2])
+    assert NAMES[2] in site.offered
+    assert site.desk.files(NAMES[2])
 
 
 def test_a_board_that_has_it_already_has_done_well_and_one_that_went_back_before_has_failed(site: Site) -> None:

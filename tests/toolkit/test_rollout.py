@@ -111,6 +111,63 @@ def test_boards_that_come_later_are_in_the_last_stage() -> None:
     assert rollout.join("d", 3) == []
 
 
+def test_boards_that_leave_count_neither_way() -> None:
+    rollout = Rollout.of(plan(Stage(1, success=1, errors=0)), ["a", "b", "c"])
+    rollout.tick(0)
+    rollout.well("a", 1)
+    assert given_by(rollout.without(["b", "stranger"], 2)) == []
+    assert (rollout.phase, rollout.failures()) == (RolloutPhase.RUNNING, {})
+    rollout.well("b", 3)
+    assert rollout.boards["b"].fate is Fate.GONE
+    rollout.well("c", 4)
+    assert (rollout.phase, rollout.failures()) == (RolloutPhase.DONE, {})
+    assert rollout.without(["a"], 5) == []
+    assert rollout.boards["a"].fate is Fate.WELL
+
+
+def test_what_has_ended_on_a_board_still_counts_when_it_leaves() -> None:
+    rollout = Rollout.of(plan(Stage(1, success=0.5, errors=0.5)), ["a", "b"])
+    rollout.tick(0)
+    rollout.failed("a", "too hot", 1)
+    rollout.without(["a"], 2)
+    assert rollout.failures() == {"a": "too hot"}
+    rollout.well("b", 3)
+    rollout.without(["b"], 4)
+    assert rollout.phase is RolloutPhase.DONE
+
+
+def test_a_stage_whose_only_board_leaves_gets_another_one_before_the_next_begins() -> None:
+    rollout = Rollout.of(plan(), NAMES)
+    first = given_by(rollout.tick(0))[0]
+    second = given_by(rollout.without([first], 5))
+    assert (len(second), rollout.stage, rollout.boards[second[0]].stage) == (1, 0, 0)
+    rollout.failed(second[0], "it crashes", 6)
+    assert rollout.phase is RolloutPhase.STOPPED
+    rollout = Rollout.of(plan(), NAMES)
+    early = [n for n, b in rollout.boards.items() if b.stage < 2]
+    heir = given_by([*rollout.without(early, 0)])
+    assert (len(heir), rollout.stage) == (1, 0)
+    here = [b.stage for b in rollout.boards.values() if b.fate is not Fate.GONE]
+    assert [here.count(i) for i in range(3)] == [1, 1, 34]
+
+
+def test_nobody_is_left_and_it_is_over() -> None:
+    rollout = Rollout.of(plan(), NAMES)
+    rollout.tick(0)
+    assert rollout.without(NAMES, 1) == []
+    assert (rollout.phase, rollout.failures()) == (RolloutPhase.DONE, {})
+
+
+def test_a_board_that_left_and_is_let_in_again_is_a_new_one() -> None:
+    rollout = Rollout.of(plan(Stage(0.5), Stage(1)), ["a", "b"])
+    first = given_by(rollout.tick(0))[0]
+    other = given_by(rollout.without([first], 1))[0]
+    assert {first, other} == {"a", "b"}
+    rollout.join(first, 2)
+    assert (rollout.boards[first].fate, rollout.boards[first].stage) == (Fate.WAITING, 1)
+    assert given_by(rollout.well(other, 3)) == [first]
+
+
 def test_somebody_can_stop_it() -> None:
     rollout = Rollout.of(plan(Stage(1)), ["a", "b"])
     rollout.tick(0)
@@ -161,17 +218,15 @@ def plans(draw: st.DrawFn) -> RolloutPlan:
     return RolloutPlan("bundle", "ab", tuple(stages), draw(st.floats(1, 100)), draw(st.integers(0, 99)))
 
 
-EVENTS = st.lists(
-    st.tuples(
-        st.sampled_from(["tick", "well", "well", "well", "failed", "join"]), st.integers(0, 45), st.floats(0, 40)
-    ),
-    max_size=80,
-)
+KINDS = st.sampled_from(["tick", "well", "well", "well", "failed", "join", "without"])
+EVENTS = st.lists(st.tuples(KINDS, st.integers(0, 45), st.floats(0, 40)), max_size=80)
 
 
 def play(rollout: Rollout, kind: str, name: str, now: float) -> list[RolloutCommand]:
     if kind == "tick":
         return rollout.tick(now)
+    if kind == "without":
+        return rollout.without([name], now)
     return rollout.failed(name, "went back", now) if kind == "failed" else getattr(rollout, kind)(name, now)  # type: ignore[no-any-return]
 
 
@@ -180,21 +235,22 @@ def play(rollout: Rollout, kind: str, name: str, now: float) -> list[RolloutComm
 def test_whatever_is_reported_no_stage_begins_before_the_last_one_did_well(
     chosen: RolloutPlan, size: int, events: list[tuple[str, int, float]]
 ) -> None:
-    rollout, now, had = Rollout.of(chosen, NAMES[:size]), 0.0, set[str]()
+    rollout, now, had, left = Rollout.of(chosen, NAMES[:size]), 0.0, set[str](), set[str]()
     commands = rollout.tick(now)
     for kind, number, seconds in [*events, *[("tick", 0, 600.0)] * (len(chosen.stages) + 2)]:
         for name in given_by(commands):
-            assert name not in had, "nobody is given it twice"
+            assert name not in had or name in left, "nobody is given it twice, but who left and came back"
             had.add(name)
+        left |= {n for n, b in rollout.boards.items() if b.fate is Fate.GONE}
         for before in range(rollout.stage):
-            names = [b for b in rollout.boards.values() if b.stage == before]
+            names = [b for b in rollout.boards.values() if b.stage == before and b.fate is not Fate.GONE]
             once_well = sum(b.fate in (Fate.WELL, Fate.FAILED) for b in names)
             assert once_well >= chosen.stages[before].success * len(names) - 1e-9
         assert all(rollout.boards[n].stage <= rollout.stage for n in had)
         if rollout.phase is RolloutPhase.RUNNING:
             assert commands == [] or wake(commands) > now, "it always says when it is to be woken"
             for stage, limits in enumerate(chosen.stages):
-                names = [b for b in rollout.boards.values() if b.stage == stage]
+                names = [b for b in rollout.boards.values() if b.stage == stage and b.fate is not Fate.GONE]
                 bad = sum(b.fate is Fate.FAILED for b in names)
                 assert bad <= limits.errors * len(names) + 1e-9
         copy = Rollout.from_dict(json.loads(json.dumps(rollout.to_dict())))
@@ -212,7 +268,7 @@ def test_whatever_is_reported_no_stage_begins_before_the_last_one_did_well(
         assert "boards failed" in rollout.why
         assert not given_by(commands)
     else:
-        assert all(b.fate in (Fate.WELL, Fate.FAILED) for b in rollout.boards.values())
+        assert all(b.fate in (Fate.WELL, Fate.FAILED, Fate.GONE) for b in rollout.boards.values())
 
 
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))

@@ -96,6 +96,8 @@ class Fate(str, Enum):
     GIVEN = "given"
     WELL = "well"
     FAILED = "failed"
+    GONE = "gone"
+    """It left the fleet before it had ended: it counts neither way."""
 
 
 class RolloutPhase(str, Enum):
@@ -233,11 +235,32 @@ class Rollout:
         return self.tick(now)
 
     def join(self, name: str, now: float) -> list[RolloutCommand]:
-        """A new board belongs to the last stage."""
-        if self.phase is not RolloutPhase.RUNNING or name in self.boards:
+        """A new board belongs to the last stage, and so does one that had left the fleet."""
+        known = self.boards.get(name)
+        if self.phase is not RolloutPhase.RUNNING or (known is not None and known.fate is not Fate.GONE):
             return []
         self.boards[name] = BoardFate(len(self.plan.stages) - 1)
         given = [self._give(name, now)] if self.stage == len(self.plan.stages) - 1 else []
+        return [*given, *self.tick(now)]
+
+    def without(self, names: Iterable[str], now: float) -> list[RolloutCommand]:
+        """Boards have left the fleet: what has ended on them still counts, the others are neither well nor failed.
+
+        A stage that has lost all its boards gets one of a later stage: no stage is passed because nobody was there.
+        """
+        if self.phase is not RolloutPhase.RUNNING:
+            return []
+        for name in names:
+            board = self.boards.get(name)
+            if board is not None and board.fate in (Fate.WAITING, Fate.GIVEN):
+                board.fate, board.deadline = Fate.GONE, None
+        given = []
+        for number in range(max(self.stage, 0), len(self.plan.stages) - 1):
+            later = [n for n in sorted(self.boards) if self._waits(n) and self.boards[n].stage > number]
+            if later and not self._of(number):
+                heir = min(later, key=lambda n: self.boards[n].stage)
+                self.boards[heir].stage = number
+                given += [self._give(heir, now)] if number == self.stage else []
         return [*given, *self.tick(now)]
 
     def stop(self, reason: str) -> list[RolloutCommand]:
@@ -283,7 +306,10 @@ class Rollout:
         return well >= self.plan.stages[number].success * len(names) - 1e-9
 
     def _of(self, number: int) -> list[str]:
-        return sorted(n for n, b in self.boards.items() if b.stage == number)
+        return sorted(n for n, b in self.boards.items() if b.stage == number and b.fate is not Fate.GONE)
+
+    def _waits(self, name: str) -> bool:
+        return self.boards[name].fate is Fate.WAITING
 
     def _give(self, name: str, now: float) -> RolloutCommand:
         board = self.boards[name]
