@@ -1,22 +1,26 @@
 """How a board becomes a member of its fleet, and stays one: it joins with a claim or waits for approval, and renews.
 
 It asks on a connection of its own that needs no certificate. What is said there is no secret and proves itself, so
-whoever is in between can only keep it from being said.
+whoever is in between can only keep it from being said. A user and a password of the broker are secrets: they go to a
+broker alone that has proved who it is.
 """
 
 from __future__ import annotations
 
 import logging
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from fedprune.errors import BrokerError, FedpruneError, IdentityError, ProtocolError
+from fedprune.errors import BrokerError, IdentityError, ProtocolError
 from fedprune.trust.claim import Claim
 from fedprune.trust.device_identity import DeviceIdentity
 from fedprune.trust.joining import Admission
-from fedprune.trust.tls import unpinned_context
+from fedprune.trust.tls import pinned_context, unpinned_context
+from fedprune.trust.trusted_time import BUILT
 from fedprune.wire.broker_url import BrokerUrl
 from fedprune.wire.fields import one_line
 from fedprune.wire.join_messages import JoinAnswer
@@ -33,6 +37,7 @@ _MEMBERS_PORT = 8883
 _AGAIN_S = 5.0
 _WAITING_S = 20.0
 _LOOK_S = 600.0
+_DAY_S = 24 * 3600.0
 _PATIENCE_S = 60.0
 
 
@@ -49,12 +54,43 @@ def join_urls(broker: str) -> list[str]:
     return [f"{scheme}://{rest.removesuffix(f':{_MEMBERS_PORT}')}:{JOIN_PORT}", broker]
 
 
+@dataclass(frozen=True)
+class Way:
+    """How to ask.
+
+    Attributes:
+        url: The broker's.
+        tls: TLS to it.
+    """
+
+    url: str
+    tls: Callable[[], ssl.SSLContext]
+
+
+def ways(identity: DeviceIdentity, urls: Sequence[str], authority: Path | None) -> list[Way]:
+    """How a board can ask to be let in, likeliest first.
+
+    Args:
+        identity: The board's.
+        urls: Where.
+        authority: Who vouches for the broker; by default the fleet's own authority, once the board knows it.
+    """
+    if not identity.joined and authority is None:
+        return [Way(BrokerUrl.parse(url).bare, unpinned_context) for url in urls]
+    if not identity.joined:
+        return [Way(url, lambda: pinned_context(authority, None, None, lambda: BUILT)) for url in urls if authority]
+    without = [Way(url, lambda: identity.context(authority, certificate=False)) for url in urls]
+    # Its own certificate may have ended; but there are brokers that let nobody in without one.
+    return [*without, Way(urls[-1], lambda: identity.context(authority))]
+
+
 def enrol(
     identity: DeviceIdentity,
     urls: Sequence[str],
     claim: Claim | None,
     pin: bytes | None = None,
     *,
+    authority: Path | None = None,
     patience_s: float | None = None,
     stopped: threading.Event | None = None,
     tell: Callable[[str], None] = _LOG.info,
@@ -66,6 +102,8 @@ def enrol(
         urls: Where to ask, in this order; the next one where nobody answers a connection.
         claim: Lets it in at once.
         pin: Of the authority, where there is no claim.
+        authority: Who vouches for the broker; by default the fleet's own authority, once the board knows it, and
+            before that nobody.
         patience_s: Seconds after which to give up; None for never. Waiting for approval counts.
         stopped: Ends it, too.
         tell: Takes what an operator should read.
@@ -86,9 +124,9 @@ def enrol(
     until = None if patience_s is None else time.monotonic() + patience_s
     last: BrokerError | None = None
     while not stopped.is_set() and (until is None or time.monotonic() < until):
-        for url in urls:
+        for way in ways(identity, urls, authority):
             try:
-                return _asked(identity, url, claim, known, until, stopped, tell)
+                return _asked(identity, way, claim, known, until, stopped, tell)
             except BrokerError as error:  # noqa: PERF203 - each may be tried again
                 if str(last) != str(error):
                     tell(one_line(str(error)))
@@ -99,7 +137,7 @@ def enrol(
 
 def _asked(
     identity: DeviceIdentity,
-    url: str,
+    way: Way,
     claim: Claim | None,
     pin: bytes,
     until: float | None,
@@ -111,8 +149,8 @@ def _asked(
     Raises:
         BrokerError: It isn't there, or time is up.
     """
-    request, topics, told = identity.request(claim), Topics(identity.site), False
-    with Link(url, request.nonce, tls=unpinned_context) as link:
+    request, topics, told, doubted = identity.request(claim), Topics(identity.site), False, False
+    with Link(way.url, request.nonce, tls=way.tls) as link:
         link.subscribe([topics.joined(request.nonce)])
         link.start()
         again = 0.0
@@ -127,7 +165,9 @@ def _asked(
                 answer = parse(item[1])
                 admission = identity.admit(answer, pin) if isinstance(answer, JoinAnswer) else None
             except ProtocolError as error:  # not by the server: whoever sent it can't keep the server's from coming
-                tell(f"an answer doesn't count: {one_line(str(error))}")
+                if not doubted:
+                    doubted = True
+                    tell(f"an answer doesn't count: {one_line(str(error))}")
                 continue
             if admission is not None:
                 return admission
@@ -138,7 +178,7 @@ def _asked(
                     f"with `fedprune-server devices`, then `fedprune-server devices approve {identity.device}`"
                 )
     raise BrokerError(
-        f"no answer to the request to join by way of {BrokerUrl.parse(url)}",
+        f"no answer to the request to join by way of {BrokerUrl.parse(way.url)}",
         hint="Does the server run, with this site, and with an identity?",
     )
 
@@ -146,18 +186,31 @@ def _asked(
 class Renewal:
     """Asks for a new certificate when it is time, beside what the board does; at the next connection it counts.
 
-    Also when the broker hasn't let the board in for a while: a board that lay in a drawer doesn't know what time it is.
+    Also when the broker hasn't let the board in for a while, at most once a day: a board that lay in a drawer doesn't
+    know what time it is.
 
     Args:
         identity: The board's; it has joined.
         urls: Where to ask.
         connected: Whether the board is connected.
+        authority: Who vouches for the broker; the fleet's own authority by default.
+        clock: Seconds that only grow.
     """
 
-    def __init__(self, identity: DeviceIdentity, urls: Sequence[str], connected: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        identity: DeviceIdentity,
+        urls: Sequence[str],
+        connected: Callable[[], bool],
+        authority: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._identity = identity
         self._urls = urls
         self._connected = connected
+        self._authority = authority
+        self._clock = clock
+        self._renewed_at = -_DAY_S
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="renewal", daemon=True)
 
@@ -172,10 +225,16 @@ class Renewal:
     def _run(self) -> None:
         while not self._stopped.wait(_LOOK_S):
             try:
-                if not self._connected() or self._identity.renewal_due():
+                if self.due():
                     self.renew()
-            except FedpruneError as error:  # noqa: PERF203 - tried again
+            except Exception as error:  # noqa: BLE001, PERF203 - nothing may end what keeps the board a member
                 _LOG.warning("no new certificate yet: %s", error)
+
+    def due(self) -> bool:
+        """Whether to ask now."""
+        if self._connected():
+            return self._identity.renewal_due()
+        return self._clock() - self._renewed_at >= _DAY_S
 
     def renew(self, patience_s: float = _PATIENCE_S) -> None:
         """Ask for a new certificate.
@@ -184,9 +243,10 @@ class Renewal:
             FedpruneError: There is none; the old one stays.
         """
         enrol(
-            self._identity, self._urls, None, self._identity.pin,
+            self._identity, self._urls, None, self._identity.pin, authority=self._authority,
             patience_s=patience_s, stopped=self._stopped, tell=_LOG.debug,
         )  # fmt: skip
+        self._renewed_at = self._clock()
         _LOG.info("a new certificate: it counts from the next connection on")
 
 

@@ -27,10 +27,14 @@ from fedprune_device.enrolment import Renewal, enrol, join_urls, read_claim
 from fedprune_device.outbox import Wire
 from fedprune_device.owner import Owner
 from fedprune_device.signed_link import SignedLink
+from fedprune_device.store import DeviceStore
 
 BROKER, JOIN, SITE, DEVICE = "FEDPRUNE_BROKER", "FEDPRUNE_JOIN", "FEDPRUNE_SITE", "FEDPRUNE_DEVICE"
 IDENTITY, CLAIM = "identity", "claim"
 """Folder of a board's identity, and file of its claim, in its state folder."""
+
+_OLD_IDENTITY = "identity.old"
+"""What a board was that is about to join with a new key."""
 
 _PATIENCE_S = 60.0
 
@@ -83,7 +87,9 @@ class Membership:
 
     def renewal(self, link: Link) -> Renewal | None:
         """What keeps the board's certificate fresh while it is connected by `link`."""
-        return None if self.identity is None else Renewal(self.identity, self.urls, lambda: link.connected)
+        if self.identity is None:
+            return None
+        return Renewal(self.identity, self.urls, lambda: link.connected, self.authority)
 
 
 def add_membership(parser: argparse.ArgumentParser) -> None:
@@ -224,7 +230,10 @@ def join_first(
         patience = None if patient else _PATIENCE_S
         _tell(f"{member.device} asks to be let into site {member.site}")
         try:
-            enrol(identity, member.urls, claim, pin, patience_s=patience, stopped=stopped, tell=_tell)
+            enrol(
+                identity, member.urls, claim, pin,
+                authority=member.authority, patience_s=patience, stopped=stopped, tell=_tell,
+            )  # fmt: skip
         except BrokerError:
             if stopped.is_set():
                 return False
@@ -236,18 +245,30 @@ def join_first(
 
 
 def _join(arguments: argparse.Namespace) -> int:
-    folder = arguments.state / IDENTITY
     owner = Owner(arguments.device, arguments.site)
     owner.check(arguments.state)
-    if arguments.new_key and folder.exists():
-        with storage_errors(f"can't delete {folder}"):
-            shutil.rmtree(folder)
-    member = membership(arguments)
-    if member.identity is not None and member.identity.joined:
-        print(f"{member.device} is a member already, with key {member.identity.key.verifying.fingerprint}")
-        return int(ExitCode.OK)
-    join_first(member, arguments, pin=_pin(arguments.pin), patient=arguments.patient)
-    owner.claim(arguments.state)
+    checked_urls(arguments)
+    pin = _pin(arguments.pin)
+    with DeviceStore(arguments.state, owner=owner):  # not beside a service that runs
+        folder, old = arguments.state / IDENTITY, arguments.state / _OLD_IDENTITY
+        with storage_errors(f"can't replace {folder}"):
+            if arguments.new_key and folder.exists() and not old.exists():  # else the last try goes on
+                folder.rename(old)
+        member = membership(arguments)
+        if member.identity is not None and member.identity.joined:
+            print(f"{member.device} is a member already, with key {member.identity.key.verifying.fingerprint}")
+        else:
+            try:
+                join_first(member, arguments, pin=pin, patient=arguments.patient)
+            except BaseException:
+                if old.exists():  # what it was is better than nothing
+                    shutil.rmtree(folder, ignore_errors=True)
+                    old.rename(folder)
+                raise
+        with storage_errors(f"can't delete {old}"):
+            if old.exists():
+                shutil.rmtree(old)
+        owner.claim(arguments.state)
     return int(ExitCode.OK)
 
 

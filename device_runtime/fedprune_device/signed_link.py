@@ -12,7 +12,7 @@ from collections.abc import Callable
 from fedprune.errors import FedpruneError, ProtocolError, StaleEpochError, StorageError
 from fedprune.trust.correspondence import Opener, Sealer
 from fedprune.trust.device_identity import DeviceIdentity
-from fedprune.wire.fields import one_line
+from fedprune.wire.complaints import Complaints
 from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Birth, Hello, Message, parse
 from fedprune.wire.topics import Topics
@@ -22,9 +22,6 @@ _LOG = logging.getLogger("fedprune.device")
 
 _AGAIN_S = 10.0
 """At most so often a server is told anew that this board has restarted."""
-
-_COMPLAINTS = 20
-"""Bad messages that are logged one by one; later ones are dropped silently."""
 
 
 class SignedLink:
@@ -49,7 +46,7 @@ class SignedLink:
         self._clock = clock
         self._birth: tuple[str, bytes] | None = None
         self._again_at = 0.0
-        self._complaints = 0
+        self._complaints = Complaints(_LOG, clock)
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send without waiting; False if that isn't possible now.
@@ -83,16 +80,16 @@ class SignedLink:
             return topic, body
         except StaleEpochError as error:
             self._say_again()
-            self._complain(topic, error)
+            self._complaints.about(topic, error)
         except (ProtocolError, StorageError) as error:
-            self._complain(topic, error)
+            self._complaints.about(topic, error)
         return None
 
     def _note(self, message: Message) -> None:
         if isinstance(message, Hello) and message.time is not None:
             try:
                 self._identity.times.learn(message.time)
-            except StorageError as error:  # it counts until the next restart, and is said again
+            except FedpruneError as error:  # it is said again
                 _LOG.warning("%s", error)
 
     def _say_again(self) -> None:
@@ -104,10 +101,3 @@ class SignedLink:
             self.publish(*self._birth)
         except StorageError as error:
             _LOG.warning("%s", error)
-
-    def _complain(self, topic: str, error: FedpruneError) -> None:
-        self._complaints += 1
-        if self._complaints <= _COMPLAINTS:
-            _LOG.warning("ignored a message on %s: %s", one_line(topic, 200), one_line(str(error)))
-        if self._complaints == _COMPLAINTS:
-            _LOG.warning("further bad messages are ignored silently")

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from fedprune.architecture import Architecture
 from fedprune.blobs import BlobStore
@@ -34,7 +33,7 @@ from fedprune_server.divergence import ran_away, remedy
 from fedprune_server.downloads import Downloads
 from fedprune_server.garbage import Garbage
 from fedprune_server.offers import graphs_of
-from fedprune_server.post import Post, Wire
+from fedprune_server.post import Post, ShutOut, Supervised, Wire
 from fedprune_server.reception import Reception
 from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.rollout_store import RolloutStore
@@ -48,24 +47,12 @@ log = logging.getLogger("fedprune.server")
 
 _TICK_S = 0.5
 _LINGER_S = 1.5
+_GREETING_S = 24 * 3600.0
 _ANSWER_S = 75.0
 """Devices that haven't answered a hello by then are gone: their pauses between two attempts go up to a minute."""
 
 _UNHEARD_OFFER_S = 30.0
 """An offer of which a device shows nothing for so long is said again: a broker's acknowledgement is no device's."""
-
-
-class Supervised(Protocol):
-    """A broker that the daemon looks after."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs."""
-        ...
-
-    def restart(self) -> None:
-        """Run it again at the same address."""
-        ...
 
 
 class Daemon:
@@ -139,6 +126,7 @@ class Daemon:
         self._draining = False
         self._unheard: dict[str, int] = {}
         self._heard_by = 0.0
+        self._greet_at = 0.0
         self._stopping = False
         self._finished = False
         self._done: Callable[[], None] | None = None
@@ -217,7 +205,7 @@ class Daemon:
         longest = 0.01 if self._workshop.busy or self._post.waiting else 0.1
         return max(0.0, min(longest, self._wakes[0] - self._clock())) if self._wakes else longest
 
-    def _take(self, item: tuple[str, bytes] | Event | None) -> None:
+    def _take(self, item: tuple[str, bytes] | Event | ShutOut | None) -> None:
         if isinstance(item, tuple):
             event = self._reception.receive(*item)
             self._collect_uploads()
@@ -227,9 +215,12 @@ class Daemon:
                 self._unheard.pop(event.device, None)
                 self._roster.introduce(event.device)
             self._storage.put_outsiders(self._roster.outsiders)
+        elif isinstance(item, ShutOut):
+            for event in self._reception.shut_out(item.device):
+                self._handle(event)
         elif isinstance(item, ConnectionUp):
             log.info("connected to the broker")
-            self._post.broadcast(Hello(int(self._clock())))
+            self._greet(self._monotonic())
             # While we were away nobody told us who died.
             self._unheard = {n: d.session for n, d in self.state.devices.items() if d.online}
             self._heard_by = self._monotonic() + _ANSWER_S
@@ -320,6 +311,9 @@ class Daemon:
 
     def _offer(self, command: do.SendOffer, *, again: bool = False) -> None:
         body = sent(command.offer)
+        if command.device in self._reception.out:  # while its offer was made
+            self._handle(on.OfferRefused(command.device, command.round, command.attempt, "it was shut out"))
+            return
         try:
             blobs = {k: BlobRef.from_dict(body[k]) for k in ("weights", "training", "inference")}
             body |= {**blobs, "widths": tuple(body["widths"])}
@@ -381,6 +375,13 @@ class Daemon:
                 self._offer(do.SendOffer(device, self.state.round_of(task), task.attempt, task.offer), again=True)
         self._post.ask(self._uploads.tick(now))
         self._collect_uploads()
+        if self._link.connected and now >= self._greet_at:
+            self._greet(now)
+
+    def _greet(self, now: float) -> None:
+        """Say to everybody that this server is there, and what time it is."""
+        self._greet_at = now + _GREETING_S
+        self._post.broadcast(Hello(int(self._clock())))
 
     def _wake(self, now: float) -> None:
         due = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import Protocol
 
 from fedprune.wire.chunk import QOS as CHUNK_QOS
@@ -16,6 +17,13 @@ from fedprune_server.uploads import Wants
 _CHUNKS_PER_TURN = 4
 _UNSENT_BYTES = 2 * 2**20
 """Chunks wait while so much is on its way to the broker, so that messages never do."""
+
+
+@dataclass(frozen=True)
+class ShutOut:
+    """A device is no member any more, or another key has its name: nothing is said to it, and it is not heard."""
+
+    device: str
 
 
 class Wire(Protocol):
@@ -35,12 +43,25 @@ class Wire(Protocol):
         """Send without waiting."""
         ...
 
-    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | None:
+    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | ShutOut | None:
         """The next message or event."""
         ...
 
     def flush(self, timeout: float) -> bool:
         """Wait until what was published is sent."""
+        ...
+
+
+class Supervised(Protocol):
+    """A broker that the daemon looks after."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        ...
+
+    def restart(self) -> None:
+        """Run it again at the same address."""
         ...
 
 

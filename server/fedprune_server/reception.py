@@ -9,12 +9,14 @@ from typing import Any
 
 from fedprune.coordination import State
 from fedprune.coordination import events as on
+from fedprune.coordination.state import Progress as Part
 from fedprune.errors import ProfileError, ProtocolError
 from fedprune.job import Job
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import NAME
 from fedprune.profile_store import find
 from fedprune.wire.chunk import Chunk
+from fedprune.wire.complaints import Complaints
 from fedprune.wire.fields import believable, one_line, served
 from fedprune.wire.messages import Birth, Cancelled, Death, Gone, Progress, Refusal, Update, Want, parse
 from fedprune.wire.release_messages import ReleaseReport
@@ -25,9 +27,6 @@ from fedprune_server.roster import Roster
 from fedprune_server.uploads import Uploads
 
 log = logging.getLogger("fedprune.server")
-
-_COMPLAINTS = 20
-"""Bad messages that are logged one by one; later ones are only counted."""
 
 
 class Reception:
@@ -43,6 +42,9 @@ class Reception:
         profiles: Folders of hardware profiles beside the shipped ones.
         monotonic: Seconds of a clock that nobody sets.
         desk: Runs rollouts of releases, if there is one.
+
+    Attributes:
+        out: Devices that were shut out and have not been born again.
     """
 
     def __init__(
@@ -66,7 +68,8 @@ class Reception:
         self._profiles = tuple(profiles)
         self._monotonic = monotonic
         self._desk = desk
-        self._complaints = 0
+        self._complaints = Complaints(log, monotonic)
+        self.out: set[str] = set()
 
     def receive(self, topic: str, payload: bytes) -> on.Event | None:
         """Take in what came over the wire; what is wrong is logged, the first few times, and dropped.
@@ -87,15 +90,35 @@ class Reception:
                 raise ProtocolError("channel", expected="up or up/blob", got=channel)
             return self._message(device, payload)
         except ProtocolError as error:
-            self._complain(topic, error)
+            self._complaints.about(topic, error)
             return None
 
-    def _complain(self, topic: str, error: ProtocolError) -> None:
-        self._complaints += 1
-        if self._complaints <= _COMPLAINTS:
-            log.warning("ignored a message on %s: %s", one_line(topic, 200), one_line(str(error)))
-        if self._complaints == _COMPLAINTS:
-            log.warning("further bad messages are ignored silently")
+    def shut_out(self, device: str) -> list[on.Event]:
+        """A device is no member any more: what it wanted or was handing in is void, and nobody waits for it."""
+        if self._desk is not None:
+            self._desk.without([device])
+        log.warning("device %s was shut out", device)
+        self.out.add(device)
+        known, task = self._state.devices.get(device), self._state.tasks.get(device)
+        if known is None:
+            return []
+        events: list[on.Event] = [self._ended(device, known.session)]
+        if task is not None:
+            part = device, self._state.round_of(task), task.attempt, "it was shut out"
+            if task.progress is Part.OFFERED:
+                events.append(on.OfferRefused(*part))
+            if task.progress is Part.PULLING:
+                events.append(on.UpdateRejected(*part))
+        return events
+
+    def _ended(self, device: str, session: int) -> on.Event:
+        """A device's connection has ended."""
+        known = self._state.devices.get(device)
+        if known is not None and known.session == session:
+            self._uploads.drop(device)
+            self._post.forget(device)
+        self._roster.gone(device)
+        return on.DeviceDied(device, session)
 
     def _message(self, device: str, payload: bytes) -> on.Event | None:
         message = parse(payload)
@@ -106,12 +129,7 @@ class Reception:
             case Birth():
                 return self._born(message, len(payload))
             case Death():
-                known = self._state.devices.get(device)
-                if known is not None and known.session == message.session:
-                    self._uploads.drop(device)
-                    self._post.forget(device)
-                self._roster.gone(device)
-                return on.DeviceDied(device, message.session)
+                return self._ended(device, message.session)
             case Want():
                 self._roster.heard(device, self._monotonic())
                 self._post.fetched(device, message, self._offered(device))
@@ -130,6 +148,7 @@ class Reception:
         return None
 
     def _born(self, birth: Birth, size: int) -> on.Event | None:
+        self.out.discard(birth.device)
         self._roster.admit(birth.device, one_line(birth.software), size)
         name = one_line(birth.profile, 64)
         self._roster.born(birth.device, birth.session, name, birth.samples, self._monotonic())

@@ -1,7 +1,8 @@
 """The server's connection on which both sides sign what they say: the daemon speaks and hears plain messages by it.
 
 Who may take part is looked up in the identity's database, which `fedprune-server devices` changes while the server
-runs: a device that is revoked is heard no more from the next second on. Requests to join are answered here.
+runs: from the next second on a device that is revoked is neither heard nor spoken to. Requests to join are answered
+here, so many a second.
 
 Chunks of blobs pass as they are: blobs are named by their digests, and those stand in signed messages.
 """
@@ -10,20 +11,21 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from fedprune.errors import FedpruneError, ProtocolError, SignatureError, StaleEpochError
+from fedprune.errors import ProtocolError, SignatureError, StaleEpochError
 from fedprune.trust.correspondence import Opener, Sealer
 from fedprune.trust.envelope import unseal
 from fedprune.trust.keys import VerifyingKey
-from fedprune.wire.fields import one_line
+from fedprune.wire.complaints import Complaints
 from fedprune.wire.link import ConnectionUp, Event
 from fedprune.wire.messages import Birth, Death, Hello, parse
-from fedprune.wire.topics import JOIN, NO_JOB, Topics
+from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.identity_folder import IdentityFolder
 from fedprune_server.join_desk import JoinDesk
-from fedprune_server.post import Wire
+from fedprune_server.post import ShutOut, Wire
 
 log = logging.getLogger("fedprune.server")
 
@@ -33,8 +35,8 @@ _LOOK_S = 1.0
 _AGAIN_S = 10.0
 """At most so often a device is told that this server has restarted."""
 
-_COMPLAINTS = 20
-"""Bad messages that are logged one by one; later ones are dropped silently."""
+JOINS_PER_S = 20.0
+"""Requests to join that are looked at: each costs a signature, and anybody may ask. Who is not heard asks again."""
 
 
 class SignedLink:
@@ -59,7 +61,9 @@ class SignedLink:
         self._look_at = 0.0
         self._told: dict[str, float] = {}
         self._clock = clock
-        self._complaints = 0
+        self._complaints = Complaints(log, clock)
+        self._shut_out: deque[ShutOut] = deque()
+        self._joins, self._joins_at = JOINS_PER_S, clock()
 
     @property
     def connected(self) -> bool:
@@ -76,21 +80,27 @@ class SignedLink:
         return self._link.flush(timeout)
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        """Send without waiting.
+        """Send without waiting; False if that isn't possible, or it is for a device that isn't let in.
 
         Raises:
             StorageError: A new epoch can't be written down; nothing was sent.
         """
-        if self._topics.parse(topic).channel == "down":
+        address = self._topics.parse(topic)
+        if address.device != EVERYONE and address.device not in self._look():
+            return False
+        if address.channel == "down":
             payload = self._sealer.seal(topic, payload)
         return self._link.publish(topic, payload, qos)
 
-    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | None:
+    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | ShutOut | None:
         """The next message or event; None, too, if what came doesn't count or was answered here.
 
         Raises:
             StorageError: The disk fails or is full.
         """
+        self._look()
+        if self._shut_out:
+            return self._shut_out.popleft()
         item = self._link.get(timeout)
         if isinstance(item, ConnectionUp):
             # Devices may have restarted: only an epoch that is new to them is sure to count.
@@ -100,24 +110,28 @@ class SignedLink:
         topic, payload = item
         try:
             if topic.endswith(f"/{NO_JOB}/{JOIN}"):
-                self._link.publish(*self._desk.receive(topic, payload))
-                self._version = None
+                self._join(topic, payload)
                 return None
             device, _, channel = self._topics.parse(topic)
-            if channel != "up":
-                return item
-            return topic, self._open(device, topic, payload)
+            if device not in self._look():
+                hint = f"`fedprune-server devices` lists who is; `fedprune-server claim --device {device}` lets it in."
+                raise SignatureError(f"{device} is not let in", hint=hint)
+            return item if channel != "up" else (topic, self._open(device, topic, payload))
         except ProtocolError as error:
-            self._complain(topic, error)
+            self._complaints.about(topic, error)
             return None
+
+    def _join(self, topic: str, payload: bytes) -> None:
+        now = self._clock()
+        self._joins = min(JOINS_PER_S, self._joins + (now - self._joins_at) * JOINS_PER_S)
+        self._joins_at = now
+        if self._joins >= 1:
+            self._joins -= 1
+            self._link.publish(*self._desk.receive(topic, payload))
+            self._look_at, self._version = now, None  # who was just let in may speak at once
 
     def _open(self, device: str, topic: str, payload: bytes) -> bytes:
         opener = self._opener(device)
-        if opener is None:
-            raise SignatureError(
-                f"{device} is not let in",
-                hint=f"`fedprune-server devices` lists who is; `fedprune-server claim --device {device}` lets it join.",
-            )
         try:
             body = opener.open(topic, payload)
         except StaleEpochError:
@@ -132,19 +146,20 @@ class SignedLink:
             self._sealer.renew(self._topics.down(device))
         return body
 
-    def _opener(self, device: str) -> Opener | None:
-        """What reads a device's messages; None if it is not let in."""
+    def _look(self) -> dict[str, str]:
+        """The keys of who is let in, by name; who is no more, or has another key, will be said to be shut out."""
         now = self._clock()
         if self._version is None or now >= self._look_at:
             self._look_at = now + _LOOK_S
             version = self._store.version()
             if version != self._version:
-                self._version, self._members = version, self._store.members()
-        key = self._members.get(device)
-        opener = self._openers.get(device)
-        if key is None:
-            self._openers.pop(device, None)
-            return None
+                before, self._version, self._members = self._members, version, self._store.members()
+                self._shut_out.extend(ShutOut(n) for n, key in before.items() if self._members.get(n) != key)
+        return self._members
+
+    def _opener(self, device: str) -> Opener:
+        """What reads a member's messages."""
+        key, opener = self._members[device], self._openers.get(device)
         if opener is None or opener.key.hex != key:
             opener = Opener(VerifyingKey.from_hex(key), self._store.heard(key), partial(self._store.hear, key))
             self._openers[device] = opener
@@ -156,10 +171,3 @@ class SignedLink:
         if now >= self._told.get(device, now):
             self._told[device] = now + _AGAIN_S
             self.publish(self._topics.down(device), Hello(self._time()).to_bytes())
-
-    def _complain(self, topic: str, error: FedpruneError) -> None:
-        self._complaints += 1
-        if self._complaints <= _COMPLAINTS:
-            log.warning("ignored a message on %s: %s", one_line(topic, 200), one_line(str(error)))
-        if self._complaints == _COMPLAINTS:
-            log.warning("further bad messages are ignored silently")

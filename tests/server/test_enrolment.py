@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import socket
+import ssl
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from fedprune.trust.keys import grouped
 from fedprune.wire.link import Link
 from fedprune_device.cli import main
 from fedprune_device.enrolment import Renewal, enrol, join_urls
+from fedprune_device.store import DeviceStore
 from fedprune_server.broker import EmbeddedBroker, TlsFiles
 from fedprune_server.identity_folder import IdentityFolder
 from fedprune_server.signed_link import SignedLink
@@ -38,7 +41,8 @@ class Server:
         stack.callback(link.close)
         link.subscribe(["fedprune/1/lab/+/-/join"])
         link.start()
-        self._signed, self._stop = SignedLink(link, self.identity), threading.Event()
+        running = stack.enter_context(IdentityFolder(folder))  # as another process has it
+        self._signed, self._stop = SignedLink(link, running), threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
         stack.callback(self._thread.join)
@@ -169,8 +173,8 @@ def test_a_certificate_is_renewed_over_the_same_broker_and_works(server: Server,
     with Link(server.url, "board", tls=board.context) as link:
         link.start()
     server.identity.revoke("attic")
-    with pytest.raises((BrokerError, JoinError)):
-        Renewal(board, [server.url], lambda: True).renew(3)
+    with pytest.raises(JoinError):
+        Renewal(board, [server.url], lambda: True).renew(30)
     assert (tmp_path / "board" / "device.pem").read_bytes() == after
 
 
@@ -183,3 +187,85 @@ def test_a_revoked_board_begins_anew_with_a_new_key(server: Server, tmp_path: Pa
     assert join(server, tmp_path / "board", "--new-key") == ExitCode.OK
     second = DeviceIdentity(tmp_path / "board" / "identity", "lab", "attic").key.verifying.hex
     assert server.identity.store.key_of("attic") == second != first
+
+
+class Stranger:
+    """Who answers in the broker's place, with a certificate of its own making; it notes what clients say first."""
+
+    def __init__(self, folder: Path) -> None:
+        with IdentityFolder.make(folder, "lab") as identity:
+            certificate, key, _ = identity.broker(["127.0.0.1"])
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(certificate, key)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"mqtts://fleet:hunter2@127.0.0.1:{self.listener.getsockname()[1]}"
+        self.heard = b""
+        self.clients = 0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        with suppress(OSError):
+            while True:
+                raw, _ = self.listener.accept()
+                self.clients += 1
+                with suppress(OSError), self.context.wrap_socket(raw, server_side=True) as client:
+                    client.settimeout(1)
+                    self.heard += client.recv(4096)
+
+
+# paho leaves the socket of a failed handshake to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("who", ["new", "with an authority", "member"])
+def test_a_stranger_hears_no_password_whoever_asks(server: Server, tmp_path: Path, who: str) -> None:
+    board = DeviceIdentity(tmp_path / "board", "lab", "attic")
+    claim, authority = server.identity.claim(None, 3600), None
+    if who == "member":
+        enrol(board, [server.url], claim, patience_s=30)
+    if who == "with an authority":
+        authority = server.identity.path / "authority.pem"
+    stranger = Stranger(tmp_path / "stranger")
+    pin = board.pin if who == "member" else None
+    with pytest.raises(BrokerError):
+        enrol(board, [stranger.url], None if pin else claim, pin, authority=authority, patience_s=3)
+    stranger.listener.close()
+    assert stranger.clients > 0
+    assert b"hunter2" not in stranger.heard
+    assert b"fleet" not in stranger.heard
+    assert bool(stranger.heard) == (who == "new")  # who knows an authority says nothing to others at all
+
+
+def test_away_from_its_broker_a_board_asks_for_a_certificate_once_a_day(server: Server, tmp_path: Path) -> None:
+    board = DeviceIdentity(tmp_path / "board", "lab", "attic")
+    enrol(board, [server.url], server.identity.claim(None, 3600), patience_s=30)
+    now = [0.0]
+    renewal = Renewal(board, [server.url], lambda: False, clock=lambda: now[0])
+    assert renewal.due()
+    renewal.renew(30)
+    now[0] = 23 * 3600.0
+    assert not renewal.due()
+    now[0] = 24 * 3600.0
+    assert renewal.due()
+    assert not Renewal(board, [server.url], lambda: True, clock=lambda: now[0]).due()
+
+
+def test_a_new_key_costs_the_old_identity_only_if_it_is_let_in(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "board" / "identity"
+    claim_file(server, tmp_path / "board" / "claim")
+    assert join(server, tmp_path / "board") == ExitCode.OK
+    first = DeviceIdentity(folder, "lab", "attic").key.verifying.hex
+
+    def kept() -> bool:
+        return DeviceIdentity(folder, "lab", "attic").key.verifying.hex == first
+
+    nowhere = ["join", "--new-key", "--site", "lab", "--device", "attic", "--state", str(tmp_path / "board")]
+    assert main(nowhere) == ExitCode.CONFIG
+    assert kept()
+    assert join(server, tmp_path / "board", "--new-key") == ExitCode.IDENTITY  # neither claim nor pin
+    assert kept()
+    with DeviceStore(tmp_path / "board"):  # a service that runs
+        assert join(server, tmp_path / "board", "--new-key") == ExitCode.STORAGE
+    assert kept()
+    claim_file(server, tmp_path / "board" / "claim", device="shed")
+    assert join(server, tmp_path / "board", "--new-key") == ExitCode.JOIN
+    assert kept()
+    assert not (tmp_path / "board" / "identity.old").exists()

@@ -20,6 +20,7 @@ from fedprune.wire.topics import Topics
 from fedprune_device import signed_link as device_side
 from fedprune_server import signed_link as server_side
 from fedprune_server.identity_folder import IdentityFolder
+from fedprune_server.post import ShutOut
 
 DAY = 24 * 3600
 TOPICS = Topics("lab")
@@ -50,6 +51,7 @@ class Server:
     def __init__(self, identity: IdentityFolder, now: Callable[[], float]) -> None:
         self.end = End()
         self.link = server_side.SignedLink(self.end, identity, now)
+        self.shut_out: list[str] = []
 
     def say(self, device: str, message: Hello | Finished) -> Sent:
         topic = TOPICS.down(device, getattr(message, "job", "-"))
@@ -58,7 +60,14 @@ class Server:
 
     def hears(self, *sent: Sent) -> list[Sent]:
         self.end.inbox.extend(sent)
-        return [item for _ in sent if isinstance(item := self.link.get(), tuple)]
+        found = []
+        while self.end.inbox:
+            item = self.link.get()
+            if isinstance(item, tuple):
+                found.append(item)
+            elif isinstance(item, ShutOut):
+                self.shut_out.append(item.device)
+        return found
 
 
 class Board:
@@ -173,7 +182,9 @@ def test_who_is_not_let_in_is_not_heard(lab: Lab, tmp_path: Path, caplog: pytest
         stranger = Lab(tmp_path / "strangers", other).let_in("pi-9", "pi-9")
     assert lab.server.hears(stranger.say(birth("pi-9"))) == []
     assert "pi-9 is not let in" in caplog.text
-    assert stranger.hears(lab.server.say("pi-9", Finished("job"))) == []
+    assert not lab.server.link.publish(TOPICS.down("pi-9", "job"), Finished("job").to_bytes())
+    hello = lab.server.say("pi-1", Hello())
+    assert stranger.hears((TOPICS.down("pi-9"), hello[1]), (TOPICS.broadcast(), hello[1])) == []
 
 
 def test_what_was_said_before_a_restart_of_the_server_is_not_heard_again_and_new_things_soon_are(lab: Lab) -> None:
@@ -226,10 +237,33 @@ def test_a_revoked_board_is_heard_no_more_within_a_second_and_its_replacement_is
         elsewhere.revoke("pi-1")
     lab.now = 1.0
     assert server.hears(pi.say(birth("pi-1", 2))) == []
+    assert server.hears((TOPICS.up_blob("pi-1", "job"), b"the rest of an update")) == []
+    assert server.shut_out == ["pi-1"]
+    for topic in (TOPICS.down("pi-1", "job"), TOPICS.down_blob("pi-1", "job")):
+        assert not server.link.publish(topic, Finished("job").to_bytes())
+    assert server.link.publish(TOPICS.down("pi-2", "job"), Finished("job").to_bytes())
     replacement = lab.let_in("pi-1", "a new board")
     lab.now = 2.0
     assert server.hears(replacement.say(birth("pi-1", 3))) != []
     assert server.hears(pi.say(birth("pi-1", 4))) == []
+    with IdentityFolder(lab.folder / "state") as elsewhere:
+        elsewhere.revoke("pi-1")
+    lab.now = 3.0
+    assert server.link.get() == ShutOut("pi-1")
+
+
+def test_so_many_requests_to_join_a_second_are_looked_at(lab: Lab) -> None:
+    claim = Claim.parse(lab.identity.claim(None, DAY).text)
+    device = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILT))
+    request = device.request(claim)
+    asked = (TOPICS.join(request.nonce), request.to_bytes())
+    lab.now = 100.0
+    before = len(lab.server.end.sent)
+    lab.server.hears(*[asked] * 300)
+    assert len(lab.server.end.sent) - before == server_side.JOINS_PER_S
+    lab.now = 100.5
+    lab.server.hears(*[asked] * 300)
+    assert len(lab.server.end.sent) - before == 1.5 * server_side.JOINS_PER_S
 
 
 def test_a_will_counts_whenever_it_was_made_and_is_nobody_else_s(lab: Lab) -> None:

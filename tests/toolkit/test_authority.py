@@ -249,9 +249,9 @@ def test_nothing_is_appended_by_who_does_not_hold_the_register(tmp_path: Path) -
         register.append({})
 
 
-def test_the_time_floor_only_rises_survives_a_restart_and_stays_below_the_authority_s_end(tmp_path: Path) -> None:
+def test_the_time_floor_only_rises_survives_a_restart_and_stays_below_the_certificate_s_end(tmp_path: Path) -> None:
     path, latest = tmp_path / "time", BUILT + 100 * DAY
-    time = TrustedTime(path, latest)
+    time = TrustedTime(path, lambda: latest)
     assert time.floor == BUILT
     time.learn(0)
     time.learn(BUILT + 5)
@@ -259,13 +259,13 @@ def test_the_time_floor_only_rises_survives_a_restart_and_stays_below_the_author
     assert not path.exists()  # a few seconds are not worth a write
     time.learn(BUILT + 3 * DAY)
     time.learn(BUILT + 2 * DAY)
-    assert time.floor == TrustedTime(path, latest).floor == BUILT + 3 * DAY
+    assert time.floor == TrustedTime(path, lambda: latest).floor == BUILT + 3 * DAY
     time.learn(2**40)
     assert time.floor == latest
-    assert TrustedTime(path, BUILT + 4 * DAY).floor == BUILT + 4 * DAY
+    assert TrustedTime(path, lambda: BUILT + 4 * DAY).floor == BUILT + 4 * DAY
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"floor": "x"}', b'{"floor": true}', b'{"floor": -1}'])
 def test_a_damaged_time_counts_as_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "time").write_bytes(content)
-    assert TrustedTime(tmp_path / "time", 2**40).floor == BUILT
+    assert TrustedTime(tmp_path / "time", lambda: 2**40).floor == BUILT

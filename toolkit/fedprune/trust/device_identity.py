@@ -162,12 +162,16 @@ class DeviceIdentity:
         """Its time floor.
 
         Raises:
-            IdentityError: It knows no authority yet.
+            IdentityError: It hasn't joined yet.
         """
         if self._time is None:
-            authority = load_certificate(self._folder / _AUTHORITY, "the authority's certificate")
-            self._time = TrustedTime(self._folder / _TIME, seconds_of(authority.not_valid_after_utc))
+            self._time = TrustedTime(self._folder / _TIME, self._ends)
         return self._time
+
+    def _ends(self) -> int:
+        """When its certificate ends, in seconds since 1970."""
+        certificate = load_certificate(self._folder / _CERTIFICATE, "the device's certificate")
+        return seconds_of(certificate.not_valid_after_utc)
 
     @property
     def pin(self) -> bytes:
@@ -217,17 +221,21 @@ class DeviceIdentity:
             return True
         return self.times.floor >= begun + RENEW_AT * (seconds_of(certificate.not_valid_after_utc) - begun)
 
-    def context(self, authority: Path | None = None) -> PinnedContext:
+    def context(self, authority: Path | None = None, *, certificate: bool = True) -> PinnedContext:
         """TLS for its connections.
 
         Args:
             authority: Who vouches for the broker; the fleet's authority by default.
+            certificate: Whether it shows its certificate; without it, it can ask for a new one.
 
         Raises:
             IdentityError: It hasn't joined, or a file is damaged.
         """
-        certificate, key = (self._folder / name for name in (_CERTIFICATE, _KEY))
-        return pinned_context(authority or self._folder / _AUTHORITY, certificate, key, lambda: self.times.floor)
+        authority = authority or self._folder / _AUTHORITY
+        if not certificate:
+            return pinned_context(authority, None, None, lambda: self.times.floor)
+        own, key = (self._folder / name for name in (_CERTIFICATE, _KEY))
+        return pinned_context(authority, own, key, lambda: self.times.floor)
 
     def _pending(self) -> JoinRequest | None:
         try:

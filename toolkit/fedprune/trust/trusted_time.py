@@ -5,13 +5,16 @@ The true time is never before it. A certificate that ended before the floor has 
 validity, and the board's own clock is asked nothing. The price: an ended certificate is believed until the board hears
 a later time, hence at most until its first message from the server after that.
 
-The floor never goes back, so a server whose clock is far ahead could end all certificates of its boards. A time is
-therefore only believed up to the end of the authority's own certificate, and written down at most once a day.
+The floor never goes back, so a server whose clock is far ahead could lock its boards out. A time is therefore only
+believed up to the end of the board's own certificate, two years at most: a broker's certificate that is made anew with
+a right clock lasts longer than that. It is written down at most once a day.
 """
 
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from fedprune.disk import write_whole
@@ -28,17 +31,18 @@ class TrustedTime:
 
     Args:
         path: Where it is kept.
-        latest: The latest time that is believed: when the authority's certificate ends, in seconds since 1970.
+        latest: Gives the latest time that is believed: when the board's certificate ends, in seconds since 1970.
 
     Raises:
         StorageError: The file can't be read. One that is damaged counts as none: the server says the time again.
     """
 
-    def __init__(self, path: Path, latest: int) -> None:
+    def __init__(self, path: Path, latest: Callable[[], int]) -> None:
         self._path = path
         self._latest = latest
-        self._written = _read(path, latest)
+        self._written = _read(path, latest())
         self._floor = max(BUILT, self._written)
+        self._lock = threading.Lock()
 
     @property
     def floor(self) -> int:
@@ -51,10 +55,11 @@ class TrustedTime:
         Raises:
             StorageError: The disk fails or is full; the time counts until the next restart.
         """
-        self._floor = max(self._floor, min(seconds, self._latest))
-        if self._floor >= max(self._written, BUILT) + _DAY:
-            write_whole(self._path, json.dumps({"v": 1, "floor": self._floor}).encode())
-            self._written = self._floor
+        with self._lock:  # the board's loop and its renewal both learn
+            self._floor = max(self._floor, min(seconds, self._latest()))
+            if self._floor >= max(self._written, BUILT) + _DAY:
+                write_whole(self._path, json.dumps({"v": 1, "floor": self._floor}).encode())
+                self._written = self._floor
 
 
 def _read(path: Path, latest: int) -> int:

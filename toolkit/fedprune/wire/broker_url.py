@@ -56,6 +56,12 @@ class BrokerUrl:
             unquote(parts.password) if parts.password is not None else None,
         )
 
+    @property
+    def bare(self) -> str:
+        """The URL without user and password."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
+
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
 
