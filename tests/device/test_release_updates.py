@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from power import KINDS, CutError, power
 from release_site import Board, ReleaseServer
 from runtime_releases import PUBLIC, make_release, source
 
-from fedprune.errors import RuntimeUnavailableError
+from fedprune.errors import RuntimeUnavailableError, StorageError
 from fedprune.trust.keys import SigningKey
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Gone, Want, parse
@@ -29,7 +30,9 @@ from fedprune.wire.release_messages import (
     ReleaseWithdrawn,
 )
 from fedprune_device.runtime.launcher import launch
+from fedprune_device.runtime.pulling import Pulling
 from fedprune_device.runtime.releases import NO_IDENTITY, NO_LAUNCHER, Releases, updater_here
+from fedprune_device.runtime.source import Source
 from fedprune_device.runtime.state import STABLE
 from fedprune_device.runtime.updater import Updater
 
@@ -192,6 +195,69 @@ def test_a_release_that_is_withdrawn_is_not_tried(board: Make, releases: dict[in
     assert (state.phase, it.ran) == (STABLE, [])
     assert state.outcome is not None
     assert state.outcome.reason == "withdrawn: too many failed"
+    assert [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()] == []
+
+
+@pytest.mark.parametrize("what", ["withdrawal", "greeting"])
+def test_trouble_while_a_release_is_unpacked_waits_until_that_has_ended(
+    board: Make, releases: dict[int, Path], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    it, begun, go = board(releases[2]), threading.Event(), threading.Event()
+    stage, drop, progress = Updater.stage, Updater.drop, Pulling.progress.fget
+    calls, turns, failing = 0, 0, False
+
+    def slow(self: Updater, source: Source) -> Any:
+        nonlocal calls
+        calls += 1
+        begun.set()
+        assert go.wait(60)
+        return stage(self, source)
+
+    def broken(self: Updater, number: int, reason: str) -> None:
+        if number == 9:
+            raise StorageError("the disk is tired")
+        drop(self, number, reason)
+
+    def counted(self: Pulling) -> Any:
+        if failing:
+            raise StorageError("the disk is tired")
+        assert progress is not None
+        return progress(self)
+
+    def meanwhile() -> bool:
+        nonlocal turns, failing
+        if not begun.is_set() or go.is_set():
+            return False
+        turns += 1
+        if turns == 1 and what == "withdrawal":
+            it.server.say(ReleaseWithdrawn(9, "another one"))
+        elif turns == 1:
+            failing = True
+            it.server.connect()
+        elif turns == 20:
+            failing = False
+            it.server.next()  # the server says its offer again
+        elif turns == 40:
+            assert REFUSED not in states(it, 2)
+            assert [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()]
+            go.set()
+        return False
+
+    monkeypatch.setattr(Updater, "stage", slow)
+    monkeypatch.setattr(Updater, "drop", broken)
+    monkeypatch.setattr(Pulling, "progress", property(counted))
+    it.until = meanwhile
+    try:
+        it.serve()
+    finally:
+        go.set()
+    assert turns == 40, "nothing is said before"
+    ended = it.server.ended(2)
+    assert ended is not None
+    assert (ended.state, ended.reason, calls) == (REFUSED, "the disk is tired", 1)
+    state = it.home.load()
+    assert state is not None
+    assert state.phase == STABLE, "it isn't tried some day"
     assert [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()] == []
 
 

@@ -100,6 +100,7 @@ class Releases:
         self._pulling: Pulling | None = None
         self._staging: Staging | None = None
         self._withdrawn: ReleaseWithdrawn | None = None
+        self._trouble = ""  # what went wrong while it is unpacked
         self._ready = False  # staged, and waiting for a quiet moment
         self._trying = False  # this process is the trial
         self._leaving = False
@@ -199,7 +200,7 @@ class Releases:
 
     def _forget_offer(self) -> None:
         self._offer = self._pulling = self._staging = self._withdrawn = None
-        self._ready = False
+        self._ready, self._trouble = False, ""
 
     # What is to be done
 
@@ -221,6 +222,9 @@ class Releases:
                 self._on_withdrawn(self._withdrawn)
             elif error is not None:
                 raise error
+            elif self._trouble and self._offer is not None:
+                self._updater.drop(self._offer.number, self._trouble)
+                self._refuse(self._trouble)
             elif self._offer is not None:
                 self._ready = True
                 self._say(self._offer.number, STAGED)
@@ -252,6 +256,10 @@ class Releases:
     def _refuse(self, reason: str) -> None:
         if self._offer is None:
             _LOG.warning("%s", reason)
+            return
+        if self._staging is not None:  # its thread reads the files that would be deleted: seen to when it has ended
+            _LOG.warning("%s", reason)
+            self._trouble = self._trouble or reason
             return
         number = self._offer.number
         _LOG.warning("release %d is refused: %s", number, reason)
