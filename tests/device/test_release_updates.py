@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -300,7 +301,6 @@ def test_what_does_not_fit_is_refused_with_one_reason_before_anything_is_pulled(
         ({"python": "cp36"}, "got cp36"),
         ({"machine": "pdp11"}, "got pdp11"),
         ({"launcher": 99}, "set up anew"),
-        ({"system": ("no_such_package",)}, "lacks it"),
         ({"unpacked": 2**32}, "unpacked"),
     ]
     for at, (changes, said) in enumerate(cases):
@@ -309,6 +309,26 @@ def test_what_does_not_fit_is_refused_with_one_reason_before_anything_is_pulled(
             continue  # whether the disk has room is the machine's business here
         assert said in refused(it)
         assert it.server.wants == 0
+
+
+def test_the_loop_never_waits_for_what_packages_the_board_has(
+    board: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[threading.Thread] = []
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        asked.append(threading.current_thread())
+        return ask(*arguments, **options)
+
+    ask = subprocess.run
+    monkeypatch.setattr(subprocess, "run", run)
+    it = board(make_release(tmp_path / "release-good", 2, system=("json",)), name="good")
+    it.live()
+    assert it.ran[-1] == 2
+    it = board(make_release(tmp_path / "release-bad", 2, system=("no_such_package",)), name="bad")
+    assert "lacks it" in refused(it)
+    assert asked
+    assert threading.current_thread() not in asked
 
 
 def test_an_offer_that_contradicts_its_manifest_is_refused(board: Make, releases: dict[int, Path]) -> None:

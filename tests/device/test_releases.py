@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -271,6 +272,26 @@ def test_packages_of_the_board_are_never_hidden(board: Updater, tmp_path: Path) 
         Updater(board.home.root, PUBLIC, keep=("numpy", "tensorrt")).stage(source(folder))
     assert unchanged(board)
     board.stage(source(folder))
+
+
+def test_a_python_that_does_not_answer_is_an_error_of_ours(
+    board: Updater, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = source(make_release(tmp_path / "two", 2, system=("json",)))
+
+    def hang(command: list[str], timeout: float, **_: Any) -> None:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", hang)
+        with pytest.raises(StorageError, match=r"can't ask .* for its packages: expected an answer within 120 s"):
+            board.stage(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(tmp_path / "nowhere"))
+        with pytest.raises(StorageError, match="can't ask"):
+            own_packages(["numpy"])
+    assert unchanged(board)
+    board.stage(folder)
 
 
 class Broken(FolderSource):

@@ -1,4 +1,8 @@
-"""Whether a release is one for this board: its number, Python, processor, launcher, and what it takes from it."""
+"""Whether a release is one for this board: its number, Python, processor, launcher, and what it takes from it.
+
+The first four are known at once. What packages the board's Python has is asked of a process of its own, which may take
+minutes on a busy board: never in the loop that feeds the watchdog.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from collections.abc import Collection, Mapping
 from fedprune.errors import ReleaseError, StorageError
 from fedprune.release import Release
 from fedprune_device.runtime import launcher
+
+_ANSWER_S = 120.0
 
 
 def admit(release: Release, highest: int, board: Mapping[str, str]) -> None:
@@ -21,7 +27,6 @@ def admit(release: Release, highest: int, board: Mapping[str, str]) -> None:
 
     Raises:
         ReleaseError: It isn't; the message says why.
-        StorageError: The board's Python can't be asked for its packages.
     """
     if release.number <= highest:
         raise ReleaseError(
@@ -39,6 +44,18 @@ def admit(release: Release, highest: int, board: Mapping[str, str]) -> None:
             got=release.launcher,
             hint="This board must be set up anew.",
         )
+
+
+def admit_packages(release: Release) -> None:
+    """Make sure that the board's own Python has what a release takes from it. This may take minutes.
+
+    Args:
+        release: The release.
+
+    Raises:
+        ReleaseError: It lacks some of it.
+        StorageError: It can't be asked.
+    """
     lacking = sorted(set(release.system) - own_packages(release.system))
     if lacking:
         raise ReleaseError(
@@ -48,19 +65,25 @@ def admit(release: Release, highest: int, board: Mapping[str, str]) -> None:
 
 
 def own_packages(names: Collection[str]) -> frozenset[str]:
-    """Which of some packages the board's Python has without any slot.
+    """Which of some packages the board's Python has without any slot. This may take minutes.
 
     Args:
         names: Names of packages.
 
     Raises:
-        StorageError: The interpreter can't be started.
+        StorageError: The interpreter can't be started, or doesn't answer.
     """
     if not names:
         return frozenset()
     code = "import sys, importlib.util as u; print(*[n for n in sys.argv[1:] if u.find_spec(n)])"
     command = [sys.executable, "-I", "-c", code, *sorted(names)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    asked = f"can't ask {sys.executable} for its packages"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise StorageError(asked, expected=f"an answer within {_ANSWER_S:g} s", got="none") from error
+    except (OSError, UnicodeError) as error:
+        raise StorageError(asked, got=error) from error
     if done.returncode:
-        raise StorageError(f"can't ask {sys.executable} for its packages", got=done.stderr[-200:])
+        raise StorageError(asked, got=done.stderr[-200:])
     return frozenset(done.stdout.split())

@@ -25,7 +25,7 @@ from fedprune.release import MAX_FILE, Release, ReleaseFile, opened
 from fedprune.trust.keys import VerifyingKey
 from fedprune.wire.release_messages import MAX_MANIFEST
 from fedprune_device.durable import place
-from fedprune_device.runtime.admission import admit, own_packages
+from fedprune_device.runtime.admission import admit, admit_packages, own_packages
 from fedprune_device.runtime.home import Home, Record, digest, write_file
 from fedprune_device.runtime.source import Source
 from fedprune_device.runtime.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, State
@@ -122,6 +122,8 @@ class Updater:
 
     def examine(self, source: Source) -> Release:
         """A release that this board would take; nothing of it but its manifest is looked at, nothing is changed.
+
+        Whether the board's Python has the packages that it takes from it only `stage` asks, because that takes long.
 
         Raises:
             ReleaseError: It is refused; the reason is in the message.
@@ -234,6 +236,7 @@ class Updater:
         """All that comes before the state is changed: check, pull, check, unpack, verify."""
         release, slot = self._opened(source), state.other
         admit(release, state.highest, self._board)
+        admit_packages(release)
         _LOG.info(
             "release %d (%s): %d files, %d bytes", release.number, release.version, len(release.files), release.size
         )
@@ -311,13 +314,14 @@ class Updater:
         size = sum(w.size for w in wheels)
         if size > release.unpacked:
             raise ReleaseError("a release's files unpacked", expected=f"at most {release.unpacked} bytes", got=size)
+        own = {*release.system} | own_packages(self._keep)
         paths: set[str] = set()
         for file, wheel in zip(release.files, wheels, strict=True):
             twice = sorted(paths & wheel.paths)
             if twice:
                 raise ReleaseError(f"{file.name}: {twice[0]} is in another wheel, too")
             paths |= wheel.paths
-            hidden = sorted(wheel.modules & ({*release.system} | own_packages(self._keep)))
+            hidden = sorted(wheel.modules & own)
             if hidden:
                 raise ReleaseError(
                     f"{file.name} would hide the board's own {', '.join(hidden)}",
