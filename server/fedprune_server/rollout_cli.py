@@ -78,16 +78,19 @@ def _start(arguments: argparse.Namespace) -> int:
         release, manifest, signature = read_release(arguments.release, identity.key.verifying)
         boards = _boards(arguments.devices, sorted(identity.store.members()))
     rollout = Rollout.of(_plan(arguments, release), boards)
-    with RolloutStore(arguments.state) as store:
+    with RolloutStore(arguments.state) as store, store.starting():
         leaves = _kept(store, arguments.release, release)
         offer = ReleaseOffer(
             release.number, manifest.decode(), signature.hex(), leaves, arguments.attempts, arguments.deadline
         )
         number = store.begin(offer, rollout, time.time(), joins=arguments.devices is None)
-    print(f"rollout {number}: release {release.number} ({release.version}) to {len(boards)} boards")
+    which = "all that are let in" if arguments.devices is None else "those that were named"
+    print(f"rollout {number}: release {release.number} ({release.version}) to {len(boards)} boards, {which}")
     for at in range(len(rollout.plan.stages)):
         names = sorted(n for n, b in rollout.boards.items() if b.stage == at)
         print(f"  stage {at + 1}: {len(names)} boards{_named(names)}")
+    print(f"a board that is off for {arguments.patience:g} minutes in its stage, or has no launcher, counts as failed:")
+    print("--devices chooses the boards")
     if not held(arguments.state / _LOCK):
         print("no server is running on this folder: it begins when one is started")
     return int(ExitCode.OK)

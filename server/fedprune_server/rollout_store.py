@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedprune.blobs import BlobStore
 from fedprune.coordination.rollout import Rollout, RolloutPhase
-from fedprune.disk import storage_errors
+from fedprune.disk import locked, storage_errors
 from fedprune.errors import ConfigError, ProtocolError, ReleaseError, StorageError, StorageFullError
 from fedprune.release import MAX_FILE
 from fedprune.wire.messages import parse
@@ -24,6 +24,7 @@ from fedprune.wire.release_messages import ReleaseOffer
 
 FOLDER = "releases"
 FILE = "rollouts.db"
+_LOCK = "start.lock"
 
 _FORMAT = 1
 _BUSY_S = 10
@@ -96,6 +97,14 @@ class RolloutStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def starting(self) -> AbstractContextManager[None]:
+        """Hold what a rollout's start needs alone: from `check_free`, over the files in `blobs`, to `begin`.
+
+        Raises:
+            StorageError: Another start holds it, or the disk fails.
+        """
+        return locked(self._path.parent / _LOCK, "another `rollout start` is under way", "Wait until it is done.")
 
     def check_free(self, release: int) -> None:
         """Make sure that a release could be rolled out now.

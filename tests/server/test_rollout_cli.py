@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from runtime_releases import make_release
 
+from fedprune.blobs import BlobStore
+from fedprune.release import Release
 from fedprune.trust.keys import SigningKey
+from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, STATES, ReleaseReport
 from fedprune_server.cli import main
 from fedprune_server.identity_folder import IdentityFolder
@@ -64,9 +67,11 @@ def test_a_rollout_is_begun_looked_at_and_stopped(state: Path, release: Path, re
     assert read("status") == "nothing was rolled out yet\n"
     assert json.loads(read("status", "--json")) is None
     lines = read("start", release, "--seed", 3).splitlines()
-    assert lines[0] == "rollout 1: release 7 (0.7.0) to 20 boards"
+    assert lines[0] == "rollout 1: release 7 (0.7.0) to 20 boards, all that are let in"
     assert [x.split(":")[1] for x in lines[1:4]] == [" 1 boards", " 1 boards", " 18 boards"]
-    assert "no server is running" in lines[4]
+    assert lines[4] == "a board that is off for 60 minutes in its stage, or has no launcher, counts as failed:"
+    assert "--devices" in lines[5]
+    assert "no server is running" in lines[6]
     first = lines[1].split()[-1]
     assert "not begun" in read("status")
 
@@ -98,6 +103,32 @@ def test_what_failed_is_named_with_its_reason(state: Path, release: Path, read: 
     assert f"  {first[2]}: failed: rolled back: killed by SIGILL" in text
 
 
+def test_of_two_starts_at_once_one_is_refused_and_deletes_nothing(
+    state: Path, release: Path, read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with IdentityFolder(state) as identity:
+        other = make_release(tmp_path / "other", 8, key=identity.key)
+    put, codes = BlobStore.put, []
+
+    def meanwhile(self: BlobStore, data: bytes) -> BlobRef:
+        ref = put(self, data)
+        if not codes:
+            codes.append(-1)
+            codes.append(main(["rollout", "start", str(other), "--state", str(state)]))
+        return ref
+
+    monkeypatch.setattr(BlobStore, "put", meanwhile)
+    read("start", release)
+    assert codes == [-1, 31]
+    with RolloutStore(state) as store:
+        entry = store.latest()
+        assert entry is not None
+        assert entry.offer.number == 7
+        files = Release.from_bytes(entry.offer.manifest.encode()).files
+        assert store.blobs.names() == sorted(f.sha256 for f in files)
+    assert "is under way" in read("start", other, code=14)
+
+
 def test_boards_that_left_the_fleet_are_named_and_counted_apart(state: Path, release: Path, read: Read) -> None:
     read("start", release, "--groups", "100%")
     with IdentityFolder(state) as identity:
@@ -120,7 +151,8 @@ def test_the_same_seed_and_no_other_chooses_the_same_boards(state: Path, release
 
 
 def test_chosen_boards_alone(state: Path, release: Path, read: Read) -> None:
-    assert "2 boards" in read("start", release, "--devices", "board-3, board-5", "--groups", "100%")
+    said = read("start", release, "--devices", "board-3, board-5", "--groups", "100%")
+    assert "to 2 boards, those that were named" in said
     assert "is under way" in read("start", release, code=14)
     read("stop")
     desk(state, [])
