@@ -101,7 +101,7 @@ class RolloutDesk:
             StorageError: The disk fails or is full.
         """
         entry = self._entry
-        if entry is None:
+        if entry is None or (self._members is not None and device not in self._members()):
             return
         if entry.joins and self._fate(device) in (None, Fate.GONE):
             self._do(entry, lambda r, now: r.join(device, now))

@@ -9,7 +9,7 @@ import pytest
 from fleet import Air, Fleet, ToyDevice
 from runtime_releases import KEY, make_release
 
-from fedprune.coordination.rollout import Rollout, RolloutPhase, RolloutPlan, Stage
+from fedprune.coordination.rollout import Fate, Rollout, RolloutPhase, RolloutPlan, Stage
 from fedprune.release import FILES, Release, read_release
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.chunk import Chunk
@@ -83,10 +83,10 @@ class UpdatedFleet(Fleet):
             store.begin(offer, Rollout.of(RolloutPlan("release", "7", stages), NAMES), 0.0, joins=True)
         self.files = [f.sha256 for f in made.files]
 
-    def until_over(self, folder: Path) -> Rollout:
+    def until_over(self, folder: Path, **options: object) -> Rollout:
         """Run a daemon until both job and rollout are over."""
         with RolloutStore(folder) as store, RolloutStore(folder) as seen:
-            daemon = self.daemon(rollouts=store)
+            daemon = self.daemon(rollouts=store, **options)
 
             def rollout() -> Rollout:
                 entry = seen.latest()
@@ -143,6 +143,14 @@ def test_a_daemon_without_its_broker_lets_no_deadline_pass(tmp_path: Path, relea
         entry = seen.latest()
         assert entry is not None
         assert (entry.rollout.phase, entry.rollout.stage, entry.rollout.failures()) == (RolloutPhase.RUNNING, 0, {})
+
+
+def test_who_is_no_member_any_more_leaves_the_rollout(tmp_path: Path, release: Path) -> None:
+    fleet = UpdatedFleet(tmp_path, release, Stage(1.0))
+    rollout = fleet.until_over(tmp_path, members=lambda: set(NAMES) - {"b"})
+    assert (rollout.phase, rollout.failures()) == (RolloutPhase.DONE, {})
+    assert {n for n, b in rollout.boards.items() if b.fate is Fate.GONE} == {"b"}
+    assert all(rollout.boards[n].fate is Fate.WELL for n in NAMES if n != "b")
 
 
 def test_messages_that_come_twice_and_restarts_change_nothing(tmp_path: Path, release: Path) -> None:
