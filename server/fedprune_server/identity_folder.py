@@ -13,6 +13,7 @@ Whoever has this folder is the server: back it up, and keep it to yourself.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -21,8 +22,8 @@ from pathlib import Path
 from cryptography import x509
 
 from fedprune.disk import write_whole
-from fedprune.errors import IdentityError, ProtocolError, StorageError, remedy
-from fedprune.trust.authority import CERTIFICATE, SERVER, Authority
+from fedprune.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
+from fedprune.trust.authority import CERTIFICATE, DEVICE_DAYS, SERVER, Authority
 from fedprune.trust.certificates import (
     key_digest,
     load_certificate,
@@ -39,11 +40,14 @@ from fedprune.trust.tls import PinnedContext, pinned_context
 from fedprune.wire.topics import check_device, check_name
 from fedprune_server.identity_store import IdentityStore
 
+log = logging.getLogger("fedprune.server")
+
 FOLDER = "identity"
 _SIGNING, _EPOCH, _KEY, _CERTIFICATE, _STORE, _SITE = (
     "signing.key", "epoch", "server.key", "server.pem", "identity.db", "site",
 )  # fmt: skip
-_LASTS_S = 365 * 24 * 3600
+_BROKER_LASTS_S = 365 * 24 * 3600
+_SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
 _BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
 
 
@@ -97,9 +101,7 @@ class IdentityFolder:
             raise IdentityError(f"{state} has an identity already", hint="Keep it: every board knows the server by it.")
         authority = Authority(path, clock) if (path / CERTIFICATE).exists() else Authority.make(path, site, clock)
         SigningKey.make().save(path / _SIGNING)
-        key = make_tls_key()
-        save_tls_key(key, path / _KEY)
-        write_whole(path / _CERTIFICATE, authority.issue_server(make_request(key, SERVER)).encode())
+        _issue_server(authority, path)
         IdentityStore(path / _STORE).close()
         write_whole(path / _SITE, site.encode())
         return cls(state, clock)
@@ -123,11 +125,12 @@ class IdentityFolder:
             seconds: How long it can be used.
 
         Raises:
+            JoinError: No device may have the name.
             ProtocolError: The name is none.
             StorageError: The disk fails or is full.
         """
-        if device is not None:
-            check_device(device)
+        if device is not None and check_device(device) == SERVER:
+            raise JoinError(f"no device may be called {SERVER!r}", hint="Choose another name.")
         made, now = Claim.make(self.authority.pin), self.authority.now()
         self.store.add_claim(made, device, now, now + seconds)
         return made
@@ -151,14 +154,14 @@ class IdentityFolder:
 
         Returns:
             Paths of its certificate, that one's key, and the authority's certificate. The certificate is issued anew
-            where the hosts have changed.
+            where the hosts have changed, and in its last year.
 
         Raises:
             IdentityError: A host is neither name nor address.
             StorageError: The disk fails or is full.
         """
         certificate, private, wanted = self.path / _BROKER_CERTIFICATE, self.path / _BROKER_KEY, sorted(set(hosts))
-        if not _serves(certificate, private, wanted, self.authority.now()):
+        if not self._lasts(certificate, private, _BROKER_LASTS_S) or _hosts(certificate) != set(wanted):
             key = make_tls_key()
             issued = self.authority.issue_broker(wanted, make_request(key, "broker"))
             save_tls_key(key, private)
@@ -168,6 +171,10 @@ class IdentityFolder:
     def context(self, authority: Path | None = None) -> PinnedContext:
         """TLS for the server's own connection to the broker.
 
+        The server's certificate is issued anew, with a new key, in the last third of its time: here, because whoever
+        connects as the server needs it, and because other commands may run as another user, root for one, whose
+        files the server couldn't read.
+
         Args:
             authority: Who vouches for the broker; this server by default.
 
@@ -175,17 +182,37 @@ class IdentityFolder:
             IdentityError: A file is damaged.
         """
         certificate, key = (self.path / name for name in (_CERTIFICATE, _KEY))
+        if not self._lasts(certificate, key, _SERVER_LASTS_S):
+            try:
+                _issue_server(self.authority, self.path)
+            except StorageError as error:  # the old one may do until there is room
+                log.warning("no new certificate for the server yet: %s", error)
         return pinned_context(authority or self.path / CERTIFICATE, certificate, key, self.authority.now)
 
-
-def _serves(certificate: Path, key: Path, hosts: list[str], now: int) -> bool:
-    """Whether a broker's certificate is for these hosts and this key, and lasts a while."""
-    try:
-        found = load_certificate(certificate, "the broker's certificate")
-        if key_digest(found.public_key()) != key_digest(load_tls_key(key).public_key()):
+    def _lasts(self, certificate: Path, key: Path, seconds: int) -> bool:
+        """Whether a certificate is there, its key is this one, and it lasts so long, or as long as the authority."""
+        try:
+            found = load_certificate(certificate, "certificate")
+            if key_digest(found.public_key()) != key_digest(load_tls_key(key).public_key()):
+                return False
+        except (IdentityError, ProtocolError):
             return False
+        authority_ends = seconds_of(self.authority.certificate.not_valid_after_utc)
+        return seconds_of(found.not_valid_after_utc) >= min(self.authority.now() + seconds, authority_ends)
+
+
+def _issue_server(authority: Authority, folder: Path) -> None:
+    key = make_tls_key()
+    issued = authority.issue_server(make_request(key, SERVER))
+    save_tls_key(key, folder / _KEY)
+    write_whole(folder / _CERTIFICATE, issued.encode())
+
+
+def _hosts(certificate: Path) -> set[str]:
+    """The names and addresses that a broker's certificate is for."""
+    found = load_certificate(certificate, "the broker's certificate")
+    try:
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (IdentityError, x509.ExtensionNotFound):
-        return False
-    held = {str(n.value) for n in names}
-    return held == set(hosts) and seconds_of(found.not_valid_after_utc) > now + _LASTS_S
+    except x509.ExtensionNotFound:
+        return set()
+    return {str(n.value) for n in names}

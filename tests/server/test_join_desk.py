@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from fedprune.errors import IdentityError, JoinError, ProtocolError, StorageError
-from fedprune.trust.certificates import make_request, make_tls_key, name_of, read_certificate
+from fedprune.trust.certificates import (
+    load_certificate,
+    make_request,
+    make_tls_key,
+    name_of,
+    read_certificate,
+    save_tls_key,
+    seconds_of,
+)
 from fedprune.trust.claim import Claim
 from fedprune.trust.device_identity import DeviceIdentity
 from fedprune.trust.joining import make_request as make_join_request
@@ -304,6 +312,65 @@ def test_the_folder_is_made_once_completed_after_a_crash_and_closed_to_others(
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     secret = ("authority.key", "signing.key", "server.key", "identity.db", "register.jsonl")
     assert {stat.S_IMODE((folder / n).stat().st_mode) for n in secret} == {0o600}
+
+
+def ends(identity: IdentityFolder) -> int:
+    """When the server's own certificate ends."""
+    return seconds_of(load_certificate(identity.path / "server.pem", "certificate").not_valid_after_utc)
+
+
+def test_the_server_s_own_certificate_is_renewed_in_its_last_third(identity: IdentityFolder, tmp_path: Path) -> None:
+    first, files = ends(identity), [identity.path / name for name in ("server.pem", "server.key")]
+    before = [path.read_bytes() for path in files]
+    NOW[0] += 486 * DAY
+    identity.context()
+    assert [path.read_bytes() for path in files] == before
+
+    NOW[0] += 2 * DAY
+    identity.context()
+    second = ends(identity)
+    assert second == first + 488 * DAY
+    assert all(path.read_bytes() != old for path, old in zip(files, before, strict=True))
+    assert stat.S_IMODE(files[1].stat().st_mode) == 0o600
+
+    NOW[0] += 800 * DAY  # a server that was off until it was over
+    with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as again:
+        again.context()  # key and certificate are a pair
+        assert ends(again) == second + 800 * DAY
+
+
+def test_a_certificate_and_a_key_that_a_power_cut_parted_are_made_anew(identity: IdentityFolder) -> None:
+    save_tls_key(make_tls_key(), identity.path / "server.key")
+    identity.context()
+    (identity.path / "server.pem").unlink()
+    identity.context()
+
+
+def test_a_full_disk_keeps_the_server_s_old_certificate_in_use(
+    identity: IdentityFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    NOW[0] += 700 * DAY
+    before = ends(identity)
+    with monkeypatch.context() as patched:
+        patched.setattr(identity.authority, "issue_server", lambda _csr: (_ for _ in ()).throw(StorageError("full")))
+        identity.context()
+    assert ends(identity) == before
+    assert "no new certificate for the server yet: full" in caplog.text
+
+
+def test_in_the_authority_s_last_months_nothing_is_issued_again_and_again(identity: IdentityFolder) -> None:
+    NOW[0] += (30 * 365 - 20) * DAY
+    identity.context()
+    last = (identity.path / "server.pem").read_bytes()
+    NOW[0] += DAY
+    identity.context()
+    assert (identity.path / "server.pem").read_bytes() == last
+
+
+def test_no_claim_is_made_for_a_name_that_no_device_may_have(identity: IdentityFolder) -> None:
+    for name, error in (("fedprune-server", JoinError), ("all", ProtocolError), ("a/b", ProtocolError)):
+        with pytest.raises(error):
+            identity.claim(name, HOUR)
 
 
 def test_a_claim_s_secret_is_not_in_the_server_s_folder(identity: IdentityFolder, tmp_path: Path) -> None:
