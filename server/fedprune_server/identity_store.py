@@ -36,7 +36,8 @@ MAX_NAMESAKES = 16
 """Of those, how many may wait under one name."""
 
 KEPT_ANSWERS = 16
-"""Answers to one device that are kept; its earlier requests are refused, for their TLS keys have certificates."""
+"""Answers to one device that are kept. An earlier request is answered anew, with the certificate that its TLS key has:
+it gets no second one, and is refused once that one has ended or was revoked."""
 
 _FORMAT = 1
 _BUSY_S = 10

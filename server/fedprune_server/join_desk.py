@@ -6,6 +6,7 @@ import logging
 
 from fedprune.errors import ForeignClaimError, IdentityError, JoinError, ProtocolError
 from fedprune.trust.authority import SERVER
+from fedprune.trust.certificates import read_certificate
 from fedprune.trust.joining import answer_text, check_request, digest_of
 from fedprune.wire.fields import one_line
 from fedprune.wire.join_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
@@ -17,7 +18,7 @@ log = logging.getLogger("fedprune.server")
 
 
 class JoinDesk:
-    """Answers requests to join. Whatever is asked twice is answered twice alike.
+    """Answers requests to join. Whoever asks the same twice gets the same certificate twice.
 
     Args:
         identity: The server's.
@@ -67,7 +68,7 @@ class JoinDesk:
                 answer = parse(kept)
                 if isinstance(answer, JoinAnswer):
                     return answer
-            certificate = self._identity.authority.issue_device(request.site, request.device, request.csr)
+            certificate = self._issue(request)
         except (JoinError, IdentityError) as error:
             log.warning("%s may not join: %s", request.device, one_line(str(error)))
             return self._signed(digest, REFUSED, one_line(str(error)))
@@ -76,11 +77,28 @@ class JoinDesk:
         log.info("%s has a certificate", request.device)
         return answer
 
+    def _issue(self, request: JoinRequest) -> str:
+        """A certificate for a device that was let in.
+
+        Raises:
+            JoinError: It was shut out meanwhile, by a command beside the server.
+            IdentityError: The authority issues none.
+        """
+        authority = self._identity.authority
+        certificate = authority.issue_device(request.site, request.device, request.csr)
+        # Whoever revokes takes the key's approval first and then looks for certificates. So a key that is still
+        # approved now will have this one found; one that isn't may have had it overlooked.
+        if self._identity.store.key_of(request.device) != request.key:
+            authority.revoke(read_certificate(certificate, "certificate").serial_number)
+            raise JoinError(f"{request.device} is approved no more")
+        return certificate
+
     def _may(self, request: JoinRequest, digest: str) -> bool:
         """Whether a device is let in; False if it must wait.
 
         Raises:
             JoinError: It is not.
+            IdentityError: The authority would issue no certificate; no claim is used.
         """
         if request.site != self._identity.site:
             raise ForeignClaimError(f"this server's site is {self._identity.site}", got=request.site)
@@ -88,6 +106,7 @@ class JoinDesk:
             raise JoinError(f"no device may be called {SERVER!r}", hint="Choose another name.")
         now = self._identity.authority.now()
         if request.claim is not None:
+            self._identity.authority.check_device(request.device, request.csr)
             self._identity.store.use_claim(request, digest, now)
             return True
         status = self._identity.store.ask(request.device, request.key, now)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
 from fedprune.errors import IdentityError, JoinError, ProtocolError, StorageError
 from fedprune.trust.certificates import (
@@ -203,14 +204,16 @@ def test_an_old_request_that_somebody_repeats_gets_no_second_certificate(
     monkeypatch.setattr(identity_store, "KEPT_ANSWERS", 1)
     key = SigningKey.make()
     requests = [bare(identity.claim(None, HOUR), key=key), *(bare(None, key=key) for _ in range(3))]
-    for request in requests:
-        assert answer(identity, request)[0] == APPROVED
+    first = [JoinDesk(identity).answer(request) for request in requests]
+    assert {given.status for given in first} == {APPROVED}
     before = len(identity.authority.of_device("pi-1"))
 
-    for request in requests:
-        answer(identity, request)
+    again = [JoinDesk(identity).answer(request) for request in requests]
 
+    assert [(a.status, a.certificate) for a in again] == [(a.status, a.certificate) for a in first]
     assert len(identity.authority.of_device("pi-1")) == before
+    NOW[0] += 2 * 365 * DAY  # they are over
+    assert {answer(identity, request)[0] for request in requests[:-1]} == {REFUSED}
 
 
 def test_what_is_revoked_stays_out_and_can_be_replaced(identity: IdentityFolder, ask: Ask, tmp_path: Path) -> None:
@@ -228,6 +231,58 @@ def test_what_is_revoked_stays_out_and_can_be_replaced(identity: IdentityFolder,
     assert fresh.admit(ask(fresh, another), another.pin) is not None
     assert identity.store.key_of("pi-1") == fresh.key.verifying.hex
     assert answer(identity, bare(identity.claim(None, HOUR), key=stolen.key))[0] == REFUSED
+
+
+@pytest.mark.parametrize("renewal", [True, False])
+def test_who_is_revoked_while_its_certificate_is_issued_is_refused_and_its_certificate_listed(
+    identity: IdentityFolder, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renewal: bool
+) -> None:
+    device, claim = board(tmp_path / "board"), identity.claim(None, HOUR)
+    if renewal:
+        device.admit(ask(device, claim), claim.pin)
+    request, issue = device.request(None if renewal else claim), identity.authority.issue_device
+
+    def revoked_meanwhile(*arguments: str) -> str:
+        with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as other:  # another process
+            other.revoke("pi-1")
+        return issue(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(identity.authority, "issue_device", revoked_meanwhile)
+        assert answer(identity, request) == (REFUSED, "pi-1 is approved no more")
+
+    issued = {i.serial for i in identity.authority.of_device("pi-1")}
+    listed = x509.load_pem_x509_crl((identity.path / "crl.pem").read_bytes())
+    assert len(issued) == (2 if renewal else 1)
+    assert {revoked.serial_number for revoked in listed} == issued
+    assert answer(identity, request)[0] == REFUSED
+
+
+def test_nobody_uses_up_another_s_certificate_request_and_with_it_a_claim(
+    identity: IdentityFolder, ask: Ask, tmp_path: Path
+) -> None:
+    member, own = board(tmp_path / "member", "pi-2"), identity.claim("pi-2", HOUR)
+    member.admit(ask(member, own), own.pin)
+    victim, claim = board(tmp_path / "victim", "attic"), identity.claim("attic", HOUR)
+    request = victim.request(claim)
+
+    with pytest.raises(ProtocolError, match="common name"):
+        answer(identity, make_join_request("lab", "pi-2", member.key, request.csr))
+
+    assert victim.admit(ask(victim, claim), claim.pin) is not None
+
+
+def test_a_request_that_gets_no_certificate_uses_no_claim(identity: IdentityFolder) -> None:
+    csr, key = make_request(make_tls_key(), "pi-1"), SigningKey.make()
+    spent = make_join_request("lab", "pi-1", SigningKey.make(), csr, identity.claim(None, HOUR))
+    assert answer(identity, spent)[0] == APPROVED
+    identity.revoke("pi-1")
+    claim = identity.claim(None, HOUR)
+
+    status, reason = answer(identity, make_join_request("lab", "pi-1", key, csr, claim))
+    assert (status, "is revoked" in reason) == (REFUSED, True)
+
+    assert answer(identity, bare(claim, key=key))[0] == APPROVED
 
 
 def test_a_refused_request_is_not_asked_again(identity: IdentityFolder, ask: Ask, tmp_path: Path) -> None:

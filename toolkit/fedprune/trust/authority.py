@@ -187,16 +187,23 @@ class Authority:
             raise IdentityError(f"no device may be called {SERVER!r}", hint="Give it another name.")
         key = request_key(csr)
         with self._register.held():
-            known = self._by_key.get(key_digest(key).hex())
+            known = self._known(device, key)
             if known is not None:
-                return self._again(known, device)
-            live = [i for i in self.of_device(device) if i.serial not in self._revoked and i.ends > self.now()]
-            if len(live) >= MAX_LIVE:
-                raise IdentityError(
-                    f"{device} has {len(live)} certificates", hint="Revoke them, or replace the device."
-                )
+                return known.pem
             names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(device_uri(site, device))])
             return self._issue(DEVICE, device, key, days, ExtendedKeyUsageOID.CLIENT_AUTH, names)
+
+    def check_device(self, device: str, csr: str) -> None:
+        """Make sure that `issue_device` would not refuse this, before anything is used up for it.
+
+        Raises:
+            IdentityError: The key's certificate is another's, revoked or over, or the device has too many.
+            ProtocolError: The request is none.
+            StorageError: The disk fails.
+        """
+        key = request_key(csr)
+        with self._register.held():
+            self._known(device, key)
 
     def issue_server(self, csr: str, days: int = DEVICE_DAYS) -> str:
         """A certificate for the server itself to connect with, named `fedprune-server`.
@@ -272,13 +279,22 @@ class Authority:
                 self._register.append({"revoked": {"serial": f"{serial:x}", "at": self.now()}})
         self._write_crl()
 
-    def _again(self, known: Issued, device: str) -> str:
+    def _known(self, device: str, key: ec.EllipticCurvePublicKey) -> Issued | None:
+        """The certificate that a device's key has; None if it may get one."""
+        known = self._by_key.get(key_digest(key).hex())
+        if known is None:
+            live = [i for i in self.of_device(device) if i.serial not in self._revoked and i.ends > self.now()]
+            if len(live) >= MAX_LIVE:
+                raise IdentityError(
+                    f"{device} has {len(live)} certificates", hint="Revoke them, or replace the device."
+                )
+            return None
         if (known.kind, known.name) != (DEVICE, device):
             raise IdentityError(f"the TLS key of {device} has a certificate of {known.kind} {shown(known.name)}")
         if known.serial in self._revoked or known.ends <= self.now():
             state = "revoked" if known.serial in self._revoked else "over"
             raise IdentityError(f"the certificate of {device}'s TLS key is {state}", hint="Make a new key.")
-        return known.pem
+        return known
 
     def _issue(
         self,

@@ -78,11 +78,15 @@ def make_request(key: TlsKey, device: str) -> str:
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
 
 
-def request_key(pem: str) -> ec.EllipticCurvePublicKey:
+def request_key(pem: str, device: str | None = None) -> ec.EllipticCurvePublicKey:
     """The key of a request, whose owner signed it; whatever else the request says is not looked at.
 
+    Args:
+        pem: The request.
+        device: Whose it must say that it is, by its common name; None not to look.
+
     Raises:
-        ProtocolError: It is no request, too long, not signed by its key, or has no P-256 key.
+        ProtocolError: It is no request, another's, too long, not signed by its key, or has no P-256 key.
     """
     what = "certificate request"
     if len(pem) > MAX_PEM:
@@ -97,6 +101,8 @@ def request_key(pem: str) -> ec.EllipticCurvePublicKey:
         raise ProtocolError(f"{what}: key", expected="ECDSA on P-256", got=type(key).__name__)
     if not genuine:
         raise ProtocolError(f"{what} is not signed by its own key")
+    if device is not None and _name(request.subject) != device:
+        raise ProtocolError(f"{what}: common name", expected=device, got=shown(_name(request.subject)))
     return key
 
 
@@ -157,7 +163,11 @@ def pin_of(authority: x509.Certificate) -> bytes:
 
 def name_of(certificate: x509.Certificate) -> str:
     """The common name of a certificate; empty if it has none or several."""
-    found = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return _name(certificate.subject)
+
+
+def _name(subject: x509.Name) -> str:
+    found = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(found[0].value) if len(found) == 1 else ""
 
 

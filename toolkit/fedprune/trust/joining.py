@@ -68,15 +68,19 @@ def make_request(site: str, device: str, key: SigningKey, csr: str, claim: Claim
 def check_request(request: JoinRequest) -> VerifyingKey:
     """Make sure that whoever asks has the keys that it asks for.
 
+    The certificate request has to name the device: a member could otherwise repeat another's request for a certificate
+    under its own name, and so use up that one's TLS key.
+
     Raises:
         SignatureError: It has not.
-        ProtocolError: Key or certificate request are none, or a claim comes without its proof.
+        ProtocolError: Key or certificate request are none, that one is another device's, or a claim comes without its
+            proof.
     """
     if (request.claim is None) != (request.mac is None):
         raise ProtocolError("join: claim and mac", expected="both or neither", got="one")
     key = VerifyingKey.from_hex(request.key, "join: field key")
     key.verify(bytes.fromhex(request.signature), transcript(_PROOF, _body(request), request.mac))
-    request_key(request.csr)
+    request_key(request.csr, request.device)
     return key
 
 

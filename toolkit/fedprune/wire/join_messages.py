@@ -23,7 +23,7 @@ class JoinRequest(CheckedMessage):
         site: Where it wants to take part.
         device: As what.
         key: Its verifying key, as hex.
-        csr: Its certificate request (PKCS #10, PEM); only the key in it counts.
+        csr: Its certificate request (PKCS #10, PEM), with the device as common name; what else it says doesn't count.
         nonce: Random; part of the topics of request and answer.
         claim: Id of the claim that it uses, as hex; None to wait for the operator, or to renew.
         mac: HMAC-SHA256 over all of the above, by a key that follows from the claim's secret.
