@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from fedprune.cli import whole_number
 from fedprune.disk import storage_errors
-from fedprune.errors import ExitCode, JoinError, UsageError
+from fedprune.errors import ExitCode, JoinError, UsageError, shown
 from fedprune.trust.keys import VerifyingKey, grouped
 
 _STATE = "the folder of `run --state` (default: fedprune-state)"
@@ -40,7 +40,7 @@ def register(commands: Any) -> None:
         help="list (default), approve, revoke, or replace: revoke it and make a claim for a board of the same name",
     )  # fmt: skip
     devices.add_argument("device", nargs="?", metavar="NAME", help="the device")
-    devices.add_argument("--key", metavar="FINGERPRINT", help="of which key, where several wait under one name")
+    devices.add_argument("--key", metavar="FINGERPRINT", help="of the key to approve, as the board shows it")
     devices.add_argument("--hours", type=whole_number, default=72, metavar="H", help="of the claim to replace it with")
     devices.set_defaults(run=_devices)
 
@@ -159,17 +159,23 @@ def _list(identity: Any, arguments: argparse.Namespace) -> None:
 
 
 def _approve(identity: Any, arguments: argparse.Namespace) -> None:
+    if arguments.key is None:
+        raise UsageError(
+            f"devices approve {arguments.device}", expected="--key FINGERPRINT, as the board shows it", got="none",
+            hint="It is in the output of `fedprune-device`, and must be the one in `fedprune-server devices`.",
+        )  # fmt: skip
+    given = arguments.key.strip().lower()
     waiting = [d for d in identity.store.devices() if d.device == arguments.device and d.status == "waiting"]
-    if arguments.key is not None:
-        waiting = [d for d in waiting if VerifyingKey.from_hex(d.key).fingerprint == arguments.key.lower()]
     if not waiting:
         raise JoinError(f"no such device waits: {arguments.device}", hint="See `fedprune-server devices`.")
-    if len(waiting) > 1:
-        keys = ", ".join(VerifyingKey.from_hex(d.key).fingerprint for d in waiting)
-        raise JoinError(f"{len(waiting)} keys wait as {arguments.device}: {keys}", hint="Say which one with --key.")
-    identity.store.approve(arguments.device, waiting[0].key, identity.authority.now())
-    print(f"{arguments.device} is let in with key {VerifyingKey.from_hex(waiting[0].key).fingerprint}")
-    print("make sure that the board says the same fingerprint; if not: fedprune-server devices revoke")
+    right = [d for d in waiting if VerifyingKey.from_hex(d.key).fingerprint == given]
+    if not right:
+        raise JoinError(
+            f"no key with this fingerprint waits as {arguments.device}", got=shown(arguments.key),
+            hint="If the board shows it, then what waits is another's: don't let it in. See `fedprune-server devices`.",
+        )  # fmt: skip
+    identity.store.approve(arguments.device, right[0].key, identity.authority.now())
+    print(f"{arguments.device} is let in with key {given}")
 
 
 def _broker_config(arguments: argparse.Namespace) -> int:

@@ -74,15 +74,26 @@ def test_the_operator_lets_in_the_board_whose_fingerprint_is_right(
     asks(state, tmp_path / "2", "pi-1")
     assert status == "waiting"
     approve = ["devices", "--state", state, "approve", "pi-1"]
-    assert main(approve) == ExitCode.JOIN
-    assert "2 keys wait as pi-1" in capsys.readouterr().err
     assert main([*approve, "--key", "0000-0000-0000-0000-0000"]) == ExitCode.JOIN
+    assert "no key with this fingerprint waits as pi-1" in capsys.readouterr().err
 
-    assert main([*approve, "--key", right.key.verifying.fingerprint]) == ExitCode.OK
+    assert main([*approve, "--key", right.key.verifying.fingerprint.upper()]) == ExitCode.OK
 
     assert listed(state, capsys) == {"pi-1": ["approved"]}
     assert asks(state, tmp_path / "1", "pi-1")[1] == "approved"
-    assert main(approve) == ExitCode.JOIN
+    assert main([*approve, "--key", right.key.verifying.fingerprint]) == ExitCode.JOIN
+
+
+def test_nobody_is_let_in_before_the_fingerprint_was_compared(state: str, tmp_path: Path, capsys: Captured) -> None:
+    waits, _ = asks(state, tmp_path / "1", "pi-1")  # alone under its name, and still another's, perhaps
+    capsys.readouterr()
+
+    assert main(["devices", "--state", state, "approve", "pi-1"]) == ExitCode.USAGE
+
+    captured = capsys.readouterr()
+    assert "--key FINGERPRINT, as the board shows it" in captured.err
+    assert waits.key.verifying.fingerprint not in captured.out + captured.err  # nothing to copy without looking
+    assert listed(state, capsys) == {"pi-1": ["waiting"]}
 
 
 def test_a_board_that_is_gone_is_revoked_or_replaced(state: str, tmp_path: Path, capsys: Captured) -> None:
@@ -124,8 +135,10 @@ def test_a_broker_s_files_are_written(state: str, tmp_path: Path, kind: str, fil
         (["claim", "--count", "2", "--device", "x"], ExitCode.USAGE, "--count and --device"),
         (["claim", "--count", "2000"], ExitCode.USAGE, "--count"),
         (["claim", "--device", "a/b"], ExitCode.PROTOCOL, "a name of 1 to 64"),
+        (["claim", "--device", "fedprune-server"], ExitCode.JOIN, "no device may be called 'fedprune-server'"),
         (["devices", "approve"], ExitCode.USAGE, "the name of a device"),
-        (["devices", "approve", "nobody"], ExitCode.JOIN, "no such device waits"),
+        (["devices", "approve", "nobody"], ExitCode.USAGE, "--key FINGERPRINT"),
+        (["devices", "approve", "nobody", "--key", "0000-0000"], ExitCode.JOIN, "no such device waits"),
         (["devices", "revoke", "nobody"], ExitCode.JOIN, "no device nobody"),
         (["broker-config", "mosquitto", "--host", "a b", "--out", "{out}"], ExitCode.IDENTITY, "host of a broker"),
         (["broker-config", "mosquitto", "--host", "b", "--out", "o", "--join-port", "8883"], ExitCode.IDENTITY, "port"),

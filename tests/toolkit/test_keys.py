@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import stat
 import subprocess
 from contextlib import suppress
@@ -58,6 +59,25 @@ def test_a_key_that_others_may_read_is_not_used(tmp_path: Path) -> None:
     path.chmod(0o640)
 
     with pytest.raises(IdentityError, match=r"expected mode 0600, got 0640\. chmod 600"):
+        SigningKey.load(path)
+
+
+def test_a_key_that_belongs_to_another_user_is_not_ours_unless_that_is_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "device.key"
+    KEY.save(path)
+    if os.geteuid() == 0:
+        assert SigningKey.load(path).verifying == KEY.verifying
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "geteuid", lambda: 4711)
+            assert SigningKey.load(path).verifying == KEY.verifying  # root's, to whom nothing is hidden
+        os.chown(path, 4712, -1)
+        assert SigningKey.load(path).verifying == KEY.verifying  # root reads any user's
+    owner = path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+
+    with pytest.raises(IdentityError, match=f"belongs to another user.*got user {owner}"):
         SigningKey.load(path)
 
 

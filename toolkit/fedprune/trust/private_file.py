@@ -26,14 +26,14 @@ def write_private(path: Path, data: bytes) -> None:
 
 
 def read_private(path: Path, what: str) -> bytes:
-    """Read a secret that nobody else can have read or replaced.
+    """Read a secret that only its owner can have read or written: this user, or root. Root reads any user's.
 
     Args:
         path: The file; a link is not followed.
         what: What it holds, for errors.
 
     Raises:
-        IdentityError: It is missing, no plain file, open to other users, or larger than any of ours.
+        IdentityError: It is missing, no plain file, another user's, open to other users, or larger than any of ours.
         StorageError: It can't be read.
     """
     try:
@@ -46,6 +46,13 @@ def read_private(path: Path, what: str) -> bytes:
         state = os.fstat(descriptor)
         if not stat.S_ISREG(state.st_mode):
             raise IdentityError(f"{what} {path}", expected="a plain file", got="something else")
+        if os.geteuid() != 0 and state.st_uid not in (os.geteuid(), 0):
+            raise IdentityError(
+                f"{what} {path} belongs to another user",
+                expected=f"user {os.geteuid()}, who reads it, or root",
+                got=f"user {state.st_uid}",
+                hint="Whoever owns it can have written it: give it back to its user if you know that nobody has.",
+            )
         mode = stat.S_IMODE(state.st_mode)
         if mode & 0o077:
             raise IdentityError(
