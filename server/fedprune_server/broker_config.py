@@ -6,7 +6,11 @@ joining: it asks for no certificate and lets a client reach two topics, those wi
 A client's id must be one that nobody can guess, also on the first listener: brokers end the connection of a client
 whose id another one takes, whichever listener that one comes by.
 
-EMQX gets the first listener alone: there a client without a certificate could say that its user is the server.
+Nothing that a client leaves behind outlives it for long: no retained messages, no sessions without a client beyond an
+hour. Otherwise whoever reaches the listener for joining could fill the broker's memory under ever new ids.
+
+EMQX gets the first listener alone: there a client without a certificate could say that its user is the server. Members
+may ask to renew on it.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ CONFIG, ACL, JOIN_ACL = "mosquitto.conf", "acl", "acl-join"
 EMQX_CONFIG, EMQX_ACL = "emqx.conf", "acl.conf"
 
 MAX_PACKET = 2_000_000
-"""Bytes of a packet; Mosquitto 2.1's default, written down because 2.0 has none."""
+"""Bytes of a packet; Mosquitto 2.1's default, written down because 2.0 has none. It is one number for all listeners."""
 
 MAX_JOINING = 100
 """Connections at a time on the listener for joining."""
@@ -114,6 +118,9 @@ def mosquitto(site: str, broker: Broker) -> dict[str, str]:
         "set_tcp_nodelay true",
         f"max_packet_size {MAX_PACKET}",
         "persistence false",
+        "# What a client leaves behind: no messages, and no session beyond the shortest time that Mosquitto knows.",
+        "retain_available false",
+        "persistent_client_expiration 1h",
     ]
     if not old:
         head += [
@@ -145,19 +152,20 @@ def mosquitto(site: str, broker: Broker) -> dict[str, str]:
         *tls,
         "require_certificate false",
         f"max_connections {MAX_JOINING}",
+        "# Messages of quality 2 could wait half received, as long as a session does.",
+        "max_qos 1",
         *rules(join_acl, "acl_join", "true"),
     ]
     return {
         CONFIG: "\n\n".join("\n".join(part) for part in (head, members, joining)) + "\n",
         ACL: "\n".join(_member_rules(site)) + "\n",
-        JOIN_ACL: "\n".join(
-            [
-                f"pattern write {PREFIX}/{site}/%c/{NO_JOB}/{JOIN}",
-                f"pattern read {PREFIX}/{site}/%c/{NO_JOB}/{JOINED}",
-            ]
-        )
-        + "\n",
+        JOIN_ACL: "\n".join(_join_rules(site)) + "\n",
     }
+
+
+def _join_rules(site: str) -> list[str]:
+    place = f"{PREFIX}/{site}/%c/{NO_JOB}"
+    return [f"pattern write {place}/{JOIN}", f"pattern read {place}/{JOINED}"]
 
 
 def _member_rules(site: str) -> Sequence[str]:
@@ -173,6 +181,9 @@ def _member_rules(site: str) -> Sequence[str]:
         f"pattern write {place}/%u/+/up/#",
         f"pattern read {place}/%u/+/down/#",
         f"pattern read {place}/{EVERYONE}/{NO_JOB}/down",
+        "",
+        "# To renew its certificate: %c is the client's id, the nonce of its request.",
+        *_join_rules(site),
     ]
 
 
@@ -185,6 +196,7 @@ def emqx(site: str, broker: Broker) -> dict[str, str]:
 # Every other listener must be off: the rules believe user names, which here come from certificates alone.
 mqtt.peer_cert_as_username = cn
 mqtt.max_packet_size = {MAX_PACKET}
+mqtt.retain_available = false
 
 listeners.tcp.default.enable = false
 listeners.ws.default.enable = false
@@ -211,10 +223,12 @@ authorization {{
 """
     rules = f"""\
 %% Rules of the site {site}; written by fedprune-server broker-config.
-{{allow, {{username, "{SERVER}"}}, subscribe, ["{place}/+/+/up/#"]}}.
-{{allow, {{username, "{SERVER}"}}, publish, ["{place}/+/+/down/#"]}}.
+{{allow, {{username, "{SERVER}"}}, subscribe, ["{place}/+/+/up/#", "{place}/+/{NO_JOB}/{JOIN}"]}}.
+{{allow, {{username, "{SERVER}"}}, publish, ["{place}/+/+/down/#", "{place}/+/{NO_JOB}/{JOINED}"]}}.
 {{allow, all, publish, ["{place}/${{username}}/+/up/#"]}}.
 {{allow, all, subscribe, ["{place}/${{username}}/+/down/#", "{place}/{EVERYONE}/{NO_JOB}/down"]}}.
+{{allow, all, publish, ["{place}/${{clientid}}/{NO_JOB}/{JOIN}"]}}.
+{{allow, all, subscribe, ["{place}/${{clientid}}/{NO_JOB}/{JOINED}"]}}.
 {{deny, all}}.
 """
     return {EMQX_CONFIG: config, EMQX_ACL: rules}

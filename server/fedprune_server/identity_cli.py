@@ -131,7 +131,7 @@ def _devices(arguments: argparse.Namespace) -> int:
             raise JoinError(f"no device {arguments.device} is let in or waits", hint="See `fedprune-server devices`.")
         print(f"{arguments.device}: {keys} keys and {certificates} certificates revoked")
         if certificates:
-            print(f"copy {identity.authority.crl_path} to the broker and let it load it (SIGHUP for Mosquitto)")
+            print(f"copy {identity.authority.crl_path} to the broker and restart that")
         if arguments.action == "replace":
             print(identity.claim(arguments.device, 3600 * arguments.hours).text)
     return int(ExitCode.OK)
