@@ -194,16 +194,13 @@ class Authority:
             return self._issue(DEVICE, device, key, days, ExtendedKeyUsageOID.CLIENT_AUTH, names)
 
     def check_device(self, device: str, csr: str) -> None:
-        """Make sure that `issue_device` would not refuse this, before anything is used up for it.
+        """Make sure that `issue_device` would issue this, before a claim is used for it.
 
         Raises:
-            IdentityError: The key's certificate is another's, revoked or over, or the device has too many.
-            ProtocolError: The request is none.
-            StorageError: The disk fails.
+            IdentityError, ProtocolError, StorageError: It would not.
         """
-        key = request_key(csr)
         with self._register.held():
-            self._known(device, key)
+            self._known(device, request_key(csr))
 
     def issue_server(self, csr: str, days: int = DEVICE_DAYS) -> str:
         """A certificate for the server itself to connect with, named `fedprune-server`.
@@ -285,9 +282,7 @@ class Authority:
         if known is None:
             live = [i for i in self.of_device(device) if i.serial not in self._revoked and i.ends > self.now()]
             if len(live) >= MAX_LIVE:
-                raise IdentityError(
-                    f"{device} has {len(live)} certificates", hint="Revoke them, or replace the device."
-                )
+                raise IdentityError(f"{device} has {len(live)} certificates", hint="Revoke or replace the device.")
             return None
         if (known.kind, known.name) != (DEVICE, device):
             raise IdentityError(f"the TLS key of {device} has a certificate of {known.kind} {shown(known.name)}")
