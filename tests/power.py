@@ -37,7 +37,6 @@ class Power:
         self.names: list[str] = []
         self.off = False
         self._inside = False
-        self._open: dict[int, Path] = {}
         self._unsynced: dict[Path, None] = {}
         self._undo: dict[Path, list[Callable[[], None]]] = {}
 
@@ -56,15 +55,13 @@ class Power:
                 raise CutError
             self._note(name, arguments, named)
             result = None if name in ("fsync", "sync") else function(*arguments, **named)
-            if name == "open":
-                self._open[result] = Path(arguments[0])
             return result
         finally:
             self._inside = False
 
     def _note(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if name in ("write", "pwrite", "ftruncate"):
-            self._unsynced[self._open[arguments[0]]] = None
+            self._unsynced[self._path(arguments[0])] = None
         elif name == "fsync":
             path = self._path(arguments[0])
             self._unsynced.pop(path, None)
@@ -97,7 +94,7 @@ class Power:
             return
         if name in ("write", "pwrite"):
             function(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2], *arguments[2:])
-            self._unsynced[self._open[arguments[0]]] = None
+            self._unsynced[self._path(arguments[0])] = None
         for path in self._unsynced:
             if path.is_file():
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

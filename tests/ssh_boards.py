@@ -28,7 +28,7 @@ run="$(dirname "$0")/../../run"
 mkdir -p "$run"
 echo "$*" >>"$run/calls"
 case "$1" in
-restart) touch "$run/up" ;;
+start | restart) touch "$run/up" ;;
 stop) rm -f "$run/up" ;;
 show)
     if [ -e "$run/broken" ]; then echo ActiveState=activating; echo SubState=auto-restart; echo ConditionResult=yes

@@ -9,18 +9,25 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tomllib
+from power import KINDS, CutError, power
 from runtime_releases import PUBLIC, make_release, source, versions_in
 
 import tiny_wheels
-from fedprune.errors import ExitCode
+from fedprune.errors import ExitCode, StorageFullError
 from fedprune_device.runtime.home import Home
 from fedprune_device.runtime.state import State
 from fedprune_device.runtime.updater import Updater
 from fedprune_flash import BoardFile, Kit, Target, build_kit
 from fedprune_flash.installer_archive import installer_archive
+from fedprune_flash.on_board import board_files
+from fedprune_flash.on_board.installation import FIRST_BOOT
+from fedprune_flash.on_board.kit_folder import KitFolder
+from fedprune_flash.on_board.runtime_slot import RuntimeSlot
+from ssh_boards import SYSTEMCTL
 
 pytestmark = pytest.mark.system
 
@@ -420,3 +427,157 @@ def test_only_root_installs_for_real(kit: Path) -> None:
     done = subprocess.run([*command, "-I", str(kit / "install.pyz")], capture_output=True, text=True, check=False)
     assert done.returncode == ExitCode.USAGE, done.stderr
     assert "sudo" in done.stderr
+
+
+def with_service(root: Path) -> Path:
+    """Give a board a systemctl; returns the file that is there while its service runs."""
+    (root / "usr/bin").mkdir(parents=True)
+    (root / "usr/bin/systemctl").write_text(SYSTEMCTL)
+    (root / "usr/bin/systemctl").chmod(0o755)
+    return root / "run/up"
+
+
+def test_a_kit_that_fails_leaves_a_board_running(make_kit: MakeKit, tmp_path: Path, crashing: Path) -> None:
+    root = tmp_path / "root"
+    up = with_service(root)
+    assert run(make_kit("good").folder, root).returncode == 0
+    assert up.exists()
+    before = home(root).load()
+    done = run(make_kit("bad", links=[crashing]).folder, root)
+    assert done.returncode == ExitCode.RUNTIME
+    assert "stop fedprune.service" in (root / "run/calls").read_text()
+    assert up.exists(), "what was stopped for it is started again"
+    assert (home(root).load(), program(root)) == (before, "fedprune\n")
+    assert not list((root / "opt/fedprune/b").iterdir())
+    assert run(make_kit("again").folder, root).returncode == 0
+
+
+def test_a_step_that_fails_later_leaves_a_board_running(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
+    root = tmp_path / "root"
+    up = with_service(root)
+    assert run(make_kit("old").folder, root).returncode == 0
+    settings = root / "etc/fedprune/device.env"
+    settings.unlink()
+    settings.mkdir()
+    assert run(newer(make_kit, tmp_path, wheels), root).returncode == ExitCode.STORAGE
+    assert up.exists()
+
+
+def test_a_service_that_was_down_stays_down_when_a_kit_fails(make_kit: MakeKit, tmp_path: Path, crashing: Path) -> None:
+    root = tmp_path / "root"
+    up = with_service(root)
+    assert run(make_kit("good").folder, root).returncode == 0
+    up.unlink()
+    assert run(make_kit("bad", links=[crashing]).folder, root).returncode == ExitCode.RUNTIME
+    assert not up.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_power_may_fail_while_a_claim_is_overwritten(kit: Path, tmp_path: Path, kind: str) -> None:
+    root, cut = tmp_path / "root", tmp_path / "cut"
+    root.mkdir()
+    assert run(Path(shutil.copytree(kit, tmp_path / "first")), root).returncode == 0
+    shutil.copytree(kit, tmp_path / "calm")
+    with power() as supply:
+        KitFolder(tmp_path / "calm").blacken_claim()
+    assert supply.count >= 5
+    for at in range(1, supply.count + 1):
+        shutil.copytree(kit, cut)
+        with power(at, kind), pytest.raises(CutError):
+            KitFolder(cut).blacken_claim()
+        done = run(cut, root)
+        assert done.returncode == 0, (at, done.stderr)
+        assert (root / "var/lib/fedprune/claim").read_text() == CLAIM
+        assert not [p for p in cut.iterdir() if "claim" in p.name], at
+        shutil.rmtree(cut)
+
+
+def test_a_release_of_the_server_stays_though_the_launchers_state_is_lost(
+    make_kit: MakeKit, tmp_path: Path, wheels: Path
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    assert run(make_kit("old").folder, root).returncode == 0
+    updater = Updater(root / "opt/fedprune", PUBLIC)
+    for number in (1, 2):
+        updater.stage(source(make_release(tmp_path / f"release {number}", number)))
+        with updater.home.changing():
+            state = updater.home.load()
+            assert state is not None
+            updater.home.save(state.commit())
+    for name in ("state.json", "copy.json"):
+        (updater.home.folder / name).write_bytes(b"")
+    before = {slot: updater.home.whole(slot) for slot in "ab"}
+    done = run(newer(make_kit, tmp_path, wheels), root)
+    assert done.returncode == 0, done.stderr
+    assert "newer than any kit's" in done.stdout
+    assert {slot: updater.home.whole(slot) for slot in "ab"} == before
+
+
+def test_the_slot_that_is_emptied_counts_as_room(
+    make_kit: MakeKit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    kit = make_kit().folder
+    assert run(kit, root).returncode == 0
+    spare = root / "opt/fedprune/b"
+    free = 64 * 2**20  # what is to stay free, and nothing for the kit
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(RuntimeSlot, "filled", False)
+    slot = RuntimeSlot(KitFolder(kit), root / "opt/fedprune", sys.executable)
+    with pytest.raises(StorageFullError):
+        slot.check()
+    (spare / "old").write_bytes(os.urandom(8 * 2**20))
+    slot.check()
+
+
+def test_what_is_given_are_links_themselves_and_what_vanishes_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a real chown would go; who may not change owners sees here what would be changed."""
+    mine, slot = tmp_path / "mine", tmp_path / "slot"
+    (slot / "deep").mkdir(parents=True)
+    mine.mkdir()
+    (mine / "kept").touch()
+    (slot / "deep/link").symlink_to(mine)
+    (slot / "deep/gone").touch()
+    (slot / "deep/there").touch()
+    changed: list[str] = []
+
+    def chown(name: str, *owner: int, dir_fd: int | None, follow_symlinks: bool) -> None:
+        assert (owner, follow_symlinks) == ((12345, 12345), False)
+        if name == "gone":
+            raise FileNotFoundError(name)
+        changed.append(name)
+
+    monkeypatch.setattr("os.chown", chown)
+    board_files.give([slot], (12345, 12345))
+    assert sorted(changed) == sorted([str(slot), "deep", "link", "there"])
+    own = (os.getuid(), os.getgid())
+    assert board_files.owned([slot], own)
+    assert not board_files.owned([slot], (12345, 12345))
+    with pytest.raises(FileNotFoundError):
+        board_files.give([tmp_path / "none"], own)
+
+
+def test_a_state_folder_that_is_a_link_is_said_so_and_not_purged(kit: Path, tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    (root / "var/lib").mkdir(parents=True)
+    elsewhere.mkdir()
+    (root / "var/lib/fedprune").symlink_to(elsewhere)
+    assert run(kit, root).returncode == 0
+    done = run(kit, root, "--remove", "--purge")
+    assert done.returncode == ExitCode.STORAGE
+    assert f"var/lib/fedprune is a link to {elsewhere}" in done.stderr
+    assert (elsewhere / "claim").exists()
+
+
+def test_what_is_removed_from_an_image_does_not_come_back_at_the_next_boot(kit: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    unit = root / FIRST_BOOT.lstrip("/")
+    unit.parent.mkdir(parents=True)
+    unit.touch()
+    assert run(kit, root).returncode == 0
+    assert run(kit, root, "--remove").returncode == 0
+    assert (root / "etc/systemd/system" / unit.name).readlink() == Path("/dev/null")

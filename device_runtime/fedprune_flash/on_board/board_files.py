@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+
+from fedprune.errors import StorageError
 
 Owner = tuple[int, int]
 """Numbers of a user and its group."""
@@ -64,13 +66,19 @@ def sync(folder: Path) -> None:
 def blacken(path: Path) -> None:
     """Overwrite a file and delete it. FAT writes in place, so that a secret doesn't stay on a card.
 
+    After a power cut the file may be there with zeros in it, so that nobody may expect anything of its content.
+
     Raises:
         OSError: The disk fails.
     """
-    with path.open("r+b") as file:
-        file.write(b"\0" * path.stat().st_size)
-        file.flush()
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    try:
+        left = b"\0" * os.fstat(descriptor).st_size
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     path.unlink()
     sync(path.parent)
 
@@ -80,7 +88,7 @@ def owned(paths: Iterable[Path], owner: Owner | None) -> bool:
     if owner is None:
         return True
     try:
-        return all((p.lstat().st_uid, p.lstat().st_gid) == owner for path in paths for p in _tree(path))
+        return all((s.st_uid, s.st_gid) == owner for path in paths for _, _, s in _tree(path))
     except OSError:
         return False
 
@@ -88,13 +96,17 @@ def owned(paths: Iterable[Path], owner: Owner | None) -> bool:
 def give(paths: Iterable[Path], owner: Owner | None) -> None:
     """Give these, and what lies in them, to somebody; links themselves, never what they lead to.
 
+    What vanishes meanwhile is passed over.
+
     Raises:
-        OSError: One is missing, or this is not root.
+        OSError: One of the paths is missing, or this is not root.
     """
     if owner is not None:
         for path in paths:
-            for found in _tree(path):
-                os.chown(found, *owner, follow_symlinks=False)
+            for name, folder, found in _tree(path):
+                if (found.st_uid, found.st_gid) != owner:
+                    with suppress(FileNotFoundError):
+                        os.chown(name, *owner, dir_fd=folder, follow_symlinks=False)
 
 
 def empty(folder: Path) -> None:
@@ -114,13 +126,26 @@ def drop(folder: Path) -> None:
     """Delete a folder and what is in it; one that isn't there is fine.
 
     Raises:
+        StorageError: It is a link, which somebody has put there.
         OSError: The disk fails.
     """
+    if folder.is_symlink():
+        raise StorageError(
+            f"{folder} is a link to {folder.readlink()}",
+            expected="a folder",
+            hint="Delete what it leads to and then the link, and run this again.",
+        )
     with suppress(FileNotFoundError):
         shutil.rmtree(folder)
 
 
-def _tree(path: Path) -> Iterable[Path]:
-    yield path
-    if path.is_dir() and not path.is_symlink():
-        yield from path.rglob("*")
+def _tree(path: Path) -> Iterator[tuple[str, int | None, os.stat_result]]:
+    """Name, folder and state of a path and of all that lies in it.
+
+    Folders are open ones: whoever may write to them can't lead root elsewhere by a link that takes one's place.
+    """
+    yield str(path), None, path.lstat()
+    for _, folders, files, descriptor in os.fwalk(path):
+        for name in (*folders, *files):
+            with suppress(FileNotFoundError):
+                yield name, descriptor, os.stat(name, dir_fd=descriptor, follow_symlinks=False)

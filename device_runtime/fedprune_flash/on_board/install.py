@@ -16,7 +16,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from fedprune.errors import ExitCode, FedpruneError, UsageError
+from fedprune.errors import ExitCode, FedpruneError, UsageError, reason
 from fedprune_flash.on_board.installation import STATE, USER, Installation, Place, removal
 from fedprune_flash.on_board.kit_folder import SERVICE, KitFolder
 
@@ -36,15 +36,19 @@ def install(work: Installation, *, dry: bool, wait: float) -> None:
     work.check()
     if work.runtime.newer:
         print("already: a release of the server's, which is newer than any kit's: it stays", flush=True)
-    for step in work.steps():
-        if step.done():
-            print(f"already: {step.what}", flush=True)
-        elif dry:
-            print(f"would: {step.what} (undone by: {step.reverse})", flush=True)
-        else:
-            print(f"now: {step.what}", flush=True)
-            step.do()
-            work.changed = True
+    try:
+        for step in work.steps():
+            if step.done():
+                print(f"already: {step.what}", flush=True)
+            elif dry:
+                print(f"would: {step.what} (undone by: {step.reverse})", flush=True)
+            else:
+                print(f"now: {step.what}", flush=True)
+                step.do()
+                work.changed = True
+    except BaseException:
+        work.resume()
+        raise
     if dry:
         return
     data = str(work.kit.manifest["data"])
@@ -101,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return int(error.exit_code)
     except OSError as error:
-        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+        what = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else reason(error)
+        print(f"error: {what}", file=sys.stderr)
         return int(ExitCode.STORAGE_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else ExitCode.STORAGE)
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         print(f"error: the kit is damaged ({error}). Make it again.", file=sys.stderr)

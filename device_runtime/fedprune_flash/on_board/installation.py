@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedprune.errors import KitError, UsageError
-from fedprune_flash.on_board.board_files import Owner, blacken, drop, holds, owned, write
+from fedprune_flash.on_board.board_files import Owner, drop, give, holds, owned, sync, write
 from fedprune_flash.on_board.kit_folder import AUTHORITY, CLAIM, ENVIRONMENT, SERVICE, KitFolder
 from fedprune_flash.on_board.runtime_slot import RuntimeSlot
 from fedprune_flash.on_board.service_control import ServiceControl, call
@@ -21,6 +21,9 @@ HOME, SETTINGS, STATE = "/opt/fedprune", "/etc/fedprune", "/var/lib/fedprune"
 TEGRA = "/etc/nv_tegra_release"
 PYTHON = "/usr/bin/python3"
 """What the service runs under."""
+
+FIRST_BOOT = "/run/systemd/system/fedprune-install.service"
+"""The unit that an image customised for cloud-init makes at every boot, until the kit is installed."""
 
 _UNITS = "/etc/systemd/system"
 _WANTS = f"{_UNITS}/multi-user.target.wants"
@@ -89,13 +92,14 @@ class Installation:
         self.kit, self.place = kit, place
         self.start = start and place.control.there
         self.changed = False
+        self._stopped = False
         self._state = place.at(STATE)
 
     @property
     def runtime(self) -> RuntimeSlot:
-        """The runtime's folder; the owner is only known once the user was made."""
+        """The runtime's folder."""
         python = PYTHON if self.place.live else sys.executable
-        return RuntimeSlot(self.kit, self.place.at(HOME), python, self.place.owner)
+        return RuntimeSlot(self.kit, self.place.at(HOME), python)
 
     def check(self) -> None:
         """Make sure that the kit is for this board and whole, and that there is room.
@@ -155,7 +159,7 @@ class Installation:
             Step(
                 f"give slots and {STATE} to {USER}",
                 f"rm -r {HOME}; {STATE} stays, without --purge",
-                lambda: self.runtime.given and self._state.is_dir() and owned([self._state], place.owner),
+                lambda: self._state.is_dir() and owned(self._given(), place.owner),
                 self._give,
             ),
             Step(
@@ -170,7 +174,7 @@ class Installation:
                 Step(
                     f"hand the claim over to {STATE}/claim, and delete it here",
                     "none: a claim is good for one board",
-                    lambda: not self.kit.claimed,
+                    lambda: not self.kit.claimed and not self.kit.spent,
                     self._hand_over,
                 )
             )
@@ -196,23 +200,38 @@ class Installation:
     def _add_user(self) -> None:
         call(["useradd", "--system", "--no-create-home", "--home-dir", STATE, "--shell", "/usr/sbin/nologin", USER])
 
+    def resume(self) -> None:
+        """After a failure: start the service again if it was stopped here. What ran before is still what starts."""
+        if self._stopped:
+            self.place.control.tell("start", "--no-block", SERVICE, must=False)
+
+    def _stop(self) -> None:
+        """Where root writes, the service that may write there doesn't run."""
+        if self.place.control.running:
+            self._stopped = True
+            self.place.control.tell("stop", SERVICE)
+
     def _fill(self) -> None:
-        self.place.control.tell("stop", SERVICE, must=False)
+        self._stop()
         self.runtime.fill()
 
+    def _given(self) -> list[Path]:
+        """What is the service's user's; a state folder that lies on another disk may be a link, which is root's."""
+        return [*self.runtime.folders, self._state.resolve()]
+
     def _give(self) -> None:
+        self._stop()
         self._state.mkdir(parents=True, exist_ok=True)
-        self.runtime.give()
-        if self.place.owner is not None:
-            os.chown(self._state, *self.place.owner)
+        give(self._given(), self.place.owner)
 
     def _configure(self, names: list[str]) -> None:
         for name in names:
             write(self.place.at(SETTINGS) / name, self.kit.read(name), 0o644)
 
     def _hand_over(self) -> None:
-        write(self._state / "claim", self.kit.read(CLAIM), 0o400, self.place.owner)
-        blacken(self.kit.folder / CLAIM)
+        if self.kit.claimed:
+            write(self._state / "claim", self.kit.read(CLAIM), 0o400, self.place.owner)
+        self.kit.blacken_claim()
 
     def _enable(self) -> None:
         place = self.place
@@ -220,6 +239,7 @@ class Installation:
         place.link.parent.mkdir(parents=True, exist_ok=True)
         place.link.unlink(missing_ok=True)
         place.link.symlink_to(f"{_UNITS}/{SERVICE}")
+        sync(place.link.parent)
         if self.start:
             place.control.tell("daemon-reload")
 
@@ -238,16 +258,23 @@ def removal(place: Place, *, purge: bool) -> list[Step]:
     """
 
     def disable() -> None:
-        place.control.tell("stop", SERVICE, must=False)
-        place.link.unlink(missing_ok=True)
-        place.unit.unlink(missing_ok=True)
+        if place.control.running:
+            place.control.tell("stop", SERVICE)
+        if place.at(FIRST_BOOT).exists():  # what the boot partition brings would install it again at the next boot
+            mask = place.at(f"{_UNITS}/{Path(FIRST_BOOT).name}")
+            mask.unlink(missing_ok=True)
+            mask.symlink_to("/dev/null")
+        for path in (place.link, place.unit):
+            path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                sync(path.parent)
         place.control.tell("daemon-reload", must=False)
 
     def drop_user() -> None:
         call(["userdel", USER])
 
     def gone(path: str) -> Step:
-        return Step(f"delete {path}", "", lambda: not place.at(path).exists(), lambda: drop(place.at(path)))
+        return Step(f"delete {path}", "", lambda: not os.path.lexists(place.at(path)), lambda: drop(place.at(path)))
 
     steps = [
         Step(

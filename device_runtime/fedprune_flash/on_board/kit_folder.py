@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.errors import KitError, shown
+from fedprune_flash.on_board.board_files import blacken, sync
 
 SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*){0,3}")
 """Paths that a kit may have."""
 
 MANIFEST, CLAIM, WHEELS = "kit.json", "claim.txt", "wheelhouse"
+SPENT = ".claim.txt.spent"
+"""What a claim that was handed over is called while it is overwritten. No kit has a file of that name."""
+
 LAUNCHER, ENVIRONMENT, AUTHORITY = "launcher.pyz", "device.env", "ca.pem"
 SERVICE = "fedprune.service"
 
@@ -49,6 +53,24 @@ class KitFolder:
     def claimed(self) -> bool:
         """Whether a claim is in it, which is handed over once."""
         return self.manifest.get("claim") is not None and (self.folder / CLAIM).exists()
+
+    @property
+    def spent(self) -> bool:
+        """Whether a claim that was handed over is still to be overwritten: a power cut came in between."""
+        return (self.folder / SPENT).exists()
+
+    def blacken_claim(self) -> None:
+        """Overwrite and delete the claim, which was handed over. It loses its name first, durably: zeros in its place
+        would be a damaged kit.
+
+        Raises:
+            OSError: The disk fails.
+        """
+        if self.claimed:
+            (self.folder / CLAIM).replace(self.folder / SPENT)
+            sync(self.folder)
+        if self.spent:
+            blacken(self.folder / SPENT)
 
     @property
     def jetson(self) -> bool:

@@ -14,7 +14,7 @@ from fedprune.errors import KitError, RuntimeUnavailableError, StorageError, Sto
 from fedprune_device.runtime.home import Home, Record, write_file
 from fedprune_device.runtime.state import SLOTS, STABLE, DamagedError, State
 from fedprune_device.runtime.wheel import Wheel
-from fedprune_flash.on_board.board_files import Owner, empty, give, owned
+from fedprune_flash.on_board.board_files import empty
 from fedprune_flash.on_board.kit_folder import LAUNCHER, KitFolder
 
 ENTRY = "fedprune_device.cli:main"
@@ -43,20 +43,23 @@ class RuntimeSlot:
         kit: The kit.
         root: The folder of launcher and slots.
         python: The Python that will run it.
-        owner: The service's user; None in trials.
+
+    Attributes:
+        home: What the launcher sees of it.
+        folders: All that is the service's user's, whose updates write there; the launcher stays root's.
     """
 
-    def __init__(self, kit: KitFolder, root: Path, python: str, owner: Owner | None) -> None:
-        self._kit, self._python, self._owner = kit, python, owner
+    def __init__(self, kit: KitFolder, root: Path, python: str) -> None:
+        self._kit, self._python = kit, python
         self.home = Home(root)
-        self._folders = [root / name for name in _FOLDERS]
+        self.folders = [root / name for name in _FOLDERS]
 
     @property
     def laid_out(self) -> bool:
         """Whether folders and launcher are there."""
         launcher = self.home.root / LAUNCHER
         with suppress(OSError):
-            return all(f.is_dir() for f in self._folders) and launcher.read_bytes() == self._kit.read(LAUNCHER)
+            return all(f.is_dir() for f in self.folders) and launcher.read_bytes() == self._kit.read(LAUNCHER)
         return False
 
     def lay_out(self) -> None:
@@ -65,14 +68,14 @@ class RuntimeSlot:
         Raises:
             OSError: The disk fails or is full.
         """
-        for folder in self._folders:
+        for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
         write_file(self.home.root / LAUNCHER, self._kit.read(LAUNCHER))
 
     @property
     def filled(self) -> bool:
         """Whether this kit's runtime is what starts, or one of the server's, which is newer than any kit's."""
-        state = self.home.load()
+        state = self._state()
         if state is None:
             return False
         try:
@@ -84,7 +87,7 @@ class RuntimeSlot:
     @property
     def newer(self) -> bool:
         """Whether a release of the server's is there, so that the kit's runtime is left out."""
-        state = self.home.load()
+        state = self._state()
         with suppress(DamagedError):
             return state is not None and self.home.whole(state.stable).version > NUMBER
         return False
@@ -109,6 +112,7 @@ class RuntimeSlot:
         while not there.exists():
             there = there.parent
         free = shutil.disk_usage(there).free
+        free += sum(p.lstat().st_blocks * 512 for p in (self.home.root / self._free_slot()).rglob("*"))
         if not self.filled and free < needed:
             raise StorageFullError(
                 f"no room in {there}", expected=f"{needed >> 20} MB", got=f"{free >> 20} MB", hint="Free some space."
@@ -123,19 +127,19 @@ class RuntimeSlot:
             StorageError: What was written isn't what is there.
             OSError: The disk fails or is full.
         """
-        home, state = self.home, self.home.load()
+        home, state = self.home, self._state()
         for path in home.folder.iterdir():  # the service's user may write here: follow none of its links as root
             if path.is_symlink() or path.name.endswith(".new"):
                 path.unlink()
-        slot = SLOTS[0] if state is None else state.other
+        slot = self._free_slot()
         home.drop_record(slot)
         empty(home.root / slot)
-        files: dict[str, tuple[str, int]] = {}
-        for path in self._kit.wheels:
-            files |= {name: (digest, size) for name, digest, size in Wheel(path, path.name).unpack(home.root / slot)}
-        os.sync()  # one for all files: a card doesn't like thousands
-        for module, oldest in self._kit.manifest["imports"].items():
-            self._probe(home.root / slot, module, oldest)
+        try:
+            files = self._unpack(home.root / slot)
+        except BaseException:
+            with suppress(OSError):  # what is root's would be in the way of the service's own updates
+                empty(home.root / slot)
+            raise
         home.write_record(slot, Record(NUMBER, self._kit.runtime, ENTRY, files))
         try:
             home.whole(slot)
@@ -147,18 +151,28 @@ class RuntimeSlot:
         with home.changing():
             home.save(State(slot, highest=0 if state is None else state.highest))
 
-    @property
-    def given(self) -> bool:
-        """Whether all but the launcher is the service's user's."""
-        return owned(self._folders, self._owner)
+    def _state(self) -> State | None:
+        """The launcher's state, as the launcher would have it: where both copies are lost, by what the slots hold."""
+        state = self.home.load()
+        if state is None:
+            with suppress(DamagedError):
+                state = self.home.recover()
+        return state
 
-    def give(self) -> None:
-        """Give all but the launcher to the service's user, whose updates write there.
+    def _free_slot(self) -> str:
+        """The slot that isn't in use, which is emptied."""
+        state = self._state()
+        return SLOTS[0] if state is None else state.other
 
-        Raises:
-            OSError: This is not root.
-        """
-        give(self._folders, self._owner)
+    def _unpack(self, slot: Path) -> dict[str, tuple[str, int]]:
+        """Unpack the wheels and try them; returns sha256 and size of each file."""
+        files: dict[str, tuple[str, int]] = {}
+        for path in self._kit.wheels:
+            files |= {name: (digest, size) for name, digest, size in Wheel(path, path.name).unpack(slot)}
+        os.sync()  # one for all files: a card doesn't like thousands
+        for module, oldest in self._kit.manifest["imports"].items():
+            self._probe(slot, module, oldest)
+        return files
 
     def _probe(self, slot: Path, module: str, oldest: str) -> None:
         """Load a module as the launcher would. A process of its own: what the processor can't do kills it."""

@@ -57,6 +57,11 @@ class ServiceControl:
         """Whether it runs, or is about to."""
         return self.state().get("ActiveState") in ("active", "activating", "reloading")
 
+    @property
+    def running(self) -> bool:
+        """Whether a process of it may be there."""
+        return self.state().get("ActiveState") not in (None, "inactive", "failed")
+
     def wait(self, seconds: float, samples: str) -> None:
         """See it running.
 
