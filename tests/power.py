@@ -54,8 +54,7 @@ class Power:
                 self.off = True
                 raise CutError
             self._note(name, arguments, named)
-            result = None if name in ("fsync", "sync") else function(*arguments, **named)
-            return result
+            return None if name in ("fsync", "sync") else function(*arguments, **named)
         finally:
             self._inside = False
 

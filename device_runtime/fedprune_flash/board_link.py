@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
-import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,13 @@ _BEGIN = (
     "import sys; print('fedprune: [%d, %d]' % sys.version_info[:2]); sys.stdout.flush(); "
     "exec(compile(sys.stdin.buffer.read(int(sys.argv[1])), 'far_side', 'exec'))"
 )
+INSTALL_S = 1800.0
+"""Within which an installer ends, but for the time in which the service is to run."""
+
 _CONNECT_S = 20
 _ANSWER_S = 180.0
-_INSTALL_S = 1800.0
+_CLOSE_S = 5.0
+_KEPT = 2**16
 _PIECE = 2**18
 _LONGEST_LINE = 2**20
 _STRAY_LINES = 1000
@@ -46,6 +51,8 @@ def ssh_command(row: BoardRow, *, accept_new: bool, length: int) -> list[str]:
         "BatchMode": "yes",
         "ClearAllForwardings": "yes",
         "ConnectTimeout": str(_CONNECT_S),
+        "ForwardAgent": "no",
+        "ForwardX11": "no",
         "LogLevel": "ERROR",
         "ServerAliveCountMax": "4",
         "ServerAliveInterval": "15",
@@ -55,7 +62,9 @@ def ssh_command(row: BoardRow, *, accept_new: bool, length: int) -> list[str]:
         options["IdentitiesOnly"] = "yes"
     if row.known_hosts:
         options["UserKnownHostsFile"] = f'"{row.known_hosts}"'
-    command = ["ssh", "-T", "-p", str(row.port)]
+    command = ["ssh", "-T"]
+    if row.port is not None:
+        command += ["-p", str(row.port)]
     for name, value in options.items():
         command += ["-o", f"{name}={value}"]
     if row.key:
@@ -78,15 +87,18 @@ class BoardLink:
 
     def __init__(self, row: BoardRow, *, accept_new: bool) -> None:
         self._root = row.root
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the connection
+        self._said = bytearray()
+        self._slow = ""
         source = Path(far_side.__file__).read_bytes()
         try:
             self._process = subprocess.Popen(
                 ssh_command(row, accept_new=accept_new, length=len(source)),
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
         except OSError as error:
             raise BoardError(f"can't run ssh: {error.strerror}", hint="Install OpenSSH's client here.") from error
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         try:
             found = self._heard(_ANSWER_S)
             if not isinstance(found, list) or len(found) != 2 or not all(isinstance(n, int) for n in found):
@@ -147,22 +159,24 @@ class BoardLink:
                 told(len(piece))
         return self._answer(_ANSWER_S).get("put") is True
 
-    def install(self, words: list[str], told: Callable[[str], None]) -> tuple[int, str]:
+    def install(self, words: list[str], told: Callable[[str], None], seconds: float = INSTALL_S) -> tuple[int, str]:
         """Run the installer that was copied.
 
         Args:
             words: Its arguments.
             told: Is told what it says.
+            seconds: How long it may take altogether.
 
         Returns:
             Its exit code, and its last line.
 
         Raises:
-            BoardError: The connection breaks.
+            BoardError: The connection breaks, or it takes longer.
         """
         self._send(json.dumps({"op": "install", "root": self._root, "words": words}).encode() + b"\n")
+        end = time.monotonic() + seconds
         while True:
-            body = self._answer(_INSTALL_S)
+            body = self._answer(end - time.monotonic())
             if "line" not in body:
                 code, last = body.get("code"), body.get("last")
                 return (code if isinstance(code, int) else 1), one_line(str(last))
@@ -170,17 +184,17 @@ class BoardLink:
 
     def close(self) -> None:
         """End the connection."""
-        with suppress(OSError):
+        with suppress(OSError), self._within(_CLOSE_S):
             if self._process.stdin is not None:
                 self._process.stdin.close()
         try:
-            self._process.wait(timeout=5)
+            self._process.wait(timeout=_CLOSE_S)
         except subprocess.TimeoutExpired:
             self.kill()
             self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
-        self._said.close()
+        self._listener.join(_CLOSE_S)
 
     def kill(self) -> None:
         """Break the connection at once."""
@@ -191,8 +205,9 @@ class BoardLink:
         try:
             if out is None:
                 raise BrokenPipeError
-            out.write(data)
-            out.flush()
+            with self._within(_ANSWER_S):
+                out.write(data)
+                out.flush()
         except OSError as error:
             raise self._lost() from error
 
@@ -206,30 +221,53 @@ class BoardLink:
 
     def _heard(self, seconds: float) -> Any:
         """The next line of the far side; what a login shell prints is passed over."""
-        timer = threading.Timer(seconds, self.kill)
+        try:
+            with self._within(seconds):
+                source = self._process.stdout
+                for _ in range(_STRAY_LINES):
+                    raw = b"" if source is None else source.readline(_LONGEST_LINE)
+                    if not raw:
+                        raise self._lost()
+                    line = raw.decode("utf-8", "replace")
+                    if line.startswith(far_side.MARK):
+                        return json.loads(line[len(far_side.MARK) :])
+        except (ValueError, RecursionError) as error:
+            raise BoardError("the board's answer can't be read") from error
+        raise BoardError("the board's login says too much", hint="Its shell must not print when nobody looks.")
+
+    @contextmanager
+    def _within(self, seconds: float) -> Iterator[None]:
+        """Break the connection if this takes longer: a board that neither reads nor answers holds up nobody."""
+        timer = threading.Timer(max(seconds, 0.0), self._late, [seconds])
         timer.daemon = True
         timer.start()
         try:
-            source = self._process.stdout
-            for _ in range(_STRAY_LINES):
-                raw = b"" if source is None else source.readline(_LONGEST_LINE)
-                if not raw:
-                    raise self._lost()
-                line = raw.decode("utf-8", "replace")
-                if line.startswith(far_side.MARK):
-                    return json.loads(line[len(far_side.MARK) :])
-        except (ValueError, RecursionError) as error:
-            raise BoardError("the board's answer can't be read") from error
+            yield
         finally:
             timer.cancel()
-        raise BoardError("the board's login says too much", hint="Its shell must not print when nobody looks.")
+
+    def _late(self, seconds: float) -> None:
+        self._slow = f"it neither reads nor answers for {seconds:.0f} s"
+        self.kill()
+
+    def _listen(self) -> None:
+        """Keep the end of what ssh and the board's login say beside the answers, of which there may be any amount."""
+        source = self._process.stderr
+        if source is None:
+            return
+        with source:
+            while piece := os.read(source.fileno(), _PIECE):
+                self._said += piece
+                del self._said[:-_KEPT]
 
     def _lost(self) -> BoardError:
         """Why the connection is no more."""
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
-        self._said.seek(0)
-        text = self._said.read(2**16).decode("utf-8", "replace")
+            self._process.wait(timeout=_CLOSE_S)
+        self._listener.join(_CLOSE_S)
+        if self._slow:
+            return BoardError(f"no connection: {self._slow}", hint=_HINT)
+        text = bytes(self._said).decode("utf-8", "replace")
         line = one_line(([part for part in text.splitlines() if part.strip()] or ["the connection broke"])[-1])
         if "HOST IDENTIFICATION HAS CHANGED" in text:
             return BoardError(

@@ -152,6 +152,12 @@ def _write_card(image: Path, device: str, yes: str | None) -> None:
         print(f"All that is on {drive} will be lost. Type {drive.path} to go on: ", end="", flush=True)
         if sys.stdin.readline().strip() != drive.path:
             raise CardError(f"{drive.path} was not confirmed", hint=f"{image} is kept.")
+        # Somebody was asked about this drive; by the answer its name may be another's.
+        now = chosen(device, drives(), image.stat().st_size)
+        if now != drive:
+            raise CardError(
+                f"{drive.path} is another drive now", expected=str(drive), got=str(now), hint=f"{image} is kept."
+            )
     with shown_progress(f"Writing {drive.path} and reading it back") as told:
         digest = write_card(image, Path(drive.path), told)
     print(f"{drive.path} holds the image, sha256 {digest}.")

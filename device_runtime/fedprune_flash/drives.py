@@ -9,7 +9,7 @@ import json
 import plistlib
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,25 +64,41 @@ def drives() -> list[Drive]:
     return from_lsblk(_output(LSBLK))
 
 
-def from_lsblk(raw: bytes) -> list[Drive]:
+def mmc_type(name: str) -> str:
+    """What Linux knows of what is behind an mmcblk: SD for a card, MMC for memory that is soldered in; else empty.
+
+    https://docs.kernel.org/driver-api/mmc/mmc-dev-attrs.html
+    """
+    try:
+        return Path(f"/sys/block/{name}/device/type").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def from_lsblk(raw: bytes, mmc: Callable[[str], str] = mmc_type) -> list[Drive]:
     """The drives in what lsblk says.
+
+    Args:
+        raw: What it says.
+        mmc: Tells SD from MMC, by a device's name.
 
     Raises:
         CardError: It says something else.
     """
     try:
         rows = json.loads(raw)["blockdevices"]
-        return [_from_row(row) for row in rows if row.get("type") == "disk" and row.get("size")]
+        return [_from_row(row, mmc) for row in rows if row.get("type") == "disk" and row.get("size")]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CardError("what lsblk says of this machine's drives can't be read", got=shown(raw[:60])) from error
 
 
-def _from_row(row: Mapping[str, Any]) -> Drive:
+def _from_row(row: Mapping[str, Any], mmc: Callable[[str], str]) -> Drive:
     mounts = tuple(sorted({str(m) for r in _all(row) for m in r.get("mountpoints") or () if m}))
     used = tuple(f"{r['type']} {r['path']}" for r in _all(row) if r.get("type") not in ("disk", "part"))
-    removable = bool(row.get("rm") or row.get("hotplug") or row.get("tran") in ("usb", "mmc"))
-    # A card in a reader that is built in is an mmcblk, and says that it is fixed.
-    removable = removable or str(row["path"]).startswith("/dev/mmcblk")
+    removable = bool(row.get("rm") or row.get("hotplug") or row.get("tran") == "usb")
+    if str(row["path"]).startswith("/dev/mmcblk"):
+        # A card in a reader that is built in says that it is fixed, as the memory of a tablet does.
+        removable = mmc(Path(row["path"]).name) == "SD"
     return Drive(
         str(row["path"]), int(row["size"]), _name(row.get("model")), removable, bool(row.get("ro")), mounts + used
     )

@@ -1,6 +1,7 @@
 """The files on a boot partition that make an image into a board, for every scheme.
 
-All of them end in `fedprune-install.sh`, which lies beside the kit's folder and starts the kit's installer.
+All of them end in `fedprune-install.sh`, which lies beside the kit's folder and starts the kit's installer. A power cut
+may come at any moment of a first boot, so that what starts it comes again at every boot until the kit is installed.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 
 from fedprune_flash.first_boot import FirstBoot, Wifi
+from fedprune_flash.on_board.installation import FIRST_BOOT
 from fedprune_flash.scheme import CMDLINE, Scheme
 
 KIT_FOLDER = "fedprune"
@@ -33,10 +36,37 @@ set +e
 exec >>/var/log/fedprune-firstrun.log 2>&1
 boot=$(cd "$(dirname "$0")" && pwd)
 {parts}sh "$boot/fedprune-install.sh" --no-start
-rm -f "$0"
-sed -i -E 's/ ?systemd\\.(run|run_success_action|unit)=[^ ]*//g' "$boot/cmdline.txt"
+sync
+# After a power cut no boot would end well whose cmdline.txt is empty, or names a script that is gone.
+sed -E 's/ ?systemd\\.(run|run_success_action|unit)=[^ ]*//g' "$boot/cmdline.txt" >"$boot/cmdline.new" &&
+    sync && mv "$boot/cmdline.new" "$boot/cmdline.txt" && sync && rm -f "$0"
 sync
 exit 0
+"""
+
+_INSTALLED = "/etc/systemd/system/multi-user.target.wants/fedprune.service"
+
+_UNIT = """\
+[Unit]
+Description=fedprune: install the kit on the boot partition
+ConditionPathExists=!{installed}
+RequiresMountsFor={mount}
+After=cloud-final.service
+[Service]
+Type=oneshot
+ExecStart=/bin/sh {mount}/{starter}
+"""
+
+# cloud-init writes down that `runcmd` and `write_files` were done before it does them, once for a board. `bootcmd` is
+# done at every boot, early on, so that the unit waits for the boot partition and for the end of cloud-init. It lies in
+# /run, and so leaves nothing behind.
+_EVERY_BOOT = """\
+[ -e {installed} ] || [ -L {removed} ] && exit 0
+mkdir -p {folder}
+cat >{unit} <<'FEDPRUNE'
+{text}FEDPRUNE
+systemctl daemon-reload
+systemctl --no-block start {name}
 """
 
 _HOSTNAME = """\
@@ -136,7 +166,7 @@ def first_boot_files(scheme: Scheme, wanted: FirstBoot, mount: str, cmdline: str
 
 def _cloud_init(wanted: FirstBoot, mount: str) -> dict[str, str]:
     body: dict[str, object] = {"hostname": wanted.hostname, "manage_etc_hosts": True}
-    commands = [["sh", f"{mount}/{STARTER}"]]
+    commands = []
     if wanted.user is not None:
         body["users"] = [
             {
@@ -152,11 +182,22 @@ def _cloud_init(wanted: FirstBoot, mount: str) -> dict[str, str]:
         commands.insert(0, ["systemctl", "enable", "--now", "ssh"])
     if wanted.wifi is not None:
         commands.insert(0, ["rfkill", "unblock", "wifi"])
-    body["runcmd"] = commands
+    body["bootcmd"] = [["sh", "-c", _every_boot(mount)]]
+    if commands:
+        body["runcmd"] = commands
     files = {"user-data": "#cloud-config\n" + _yaml(body)}
     if wanted.wifi is not None:
         files["network-config"] = _yaml({"network": _netplan(wanted.wifi)})
     return files
+
+
+def _every_boot(mount: str) -> str:
+    text = _UNIT.format(installed=_INSTALLED, mount=mount, starter=STARTER)
+    unit = PurePosixPath(FIRST_BOOT)
+    removed = f"/etc/systemd/system/{unit.name}"
+    return _EVERY_BOOT.format(
+        installed=_INSTALLED, removed=removed, folder=unit.parent, unit=unit, name=unit.name, text=text
+    )
 
 
 def _netplan(wifi: Wifi) -> dict[str, object]:
@@ -221,7 +262,7 @@ def _parts(wanted: FirstBoot) -> str:
 
 
 def _yaml(value: Mapping[str, object]) -> str:
-    """YAML in blocks, whose scalars are JSON's, which YAML takes as they are."""
+    """YAML in blocks, whose scalars are JSON's."""
     return "".join(_yaml_lines(value, 0))
 
 
@@ -231,18 +272,23 @@ def _yaml_lines(value: object, depth: int) -> list[str]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             name = key if str(key).replace("-", "").replace("_", "").isalnum() and str(key).isascii() else ""
-            head = f"{space}{name if name and name[0].isalpha() else json.dumps(key)}:"
+            head = f"{space}{name if name and name[0].isalpha() else _scalar(key)}:"
             if isinstance(item, Mapping) or (isinstance(item, list) and item and isinstance(item[0], Mapping)):
                 lines += [f"{head}\n", *_yaml_lines(item, depth + 1)]
             elif isinstance(item, list):
-                lines += [f"{head}\n", *(f"{space}- {json.dumps(i)}\n" for i in item)]
+                lines += [f"{head}\n", *(f"{space}- {_scalar(i)}\n" for i in item)]
             else:
-                lines.append(f"{head} {json.dumps(item)}\n")
+                lines.append(f"{head} {_scalar(item)}\n")
     elif isinstance(value, list):
         for item in value:
             first, *rest = _yaml_lines(item, depth + 1)
             lines += [f"{space}- {first.lstrip()}", *rest]
     return lines
+
+
+def _scalar(value: object) -> str:
+    """JSON, which YAML takes as it is, but for JSON's pairs of escapes: characters beyond ASCII stay themselves."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _toml(tables: Mapping[str, Mapping[str, object]]) -> str:

@@ -42,7 +42,7 @@ class BoardRow:
         device: Its name in the fleet.
         host: Name or address by which SSH reaches it.
         board: The hardware profile that it must have.
-        port: Its SSH port.
+        port: Its SSH port; None for what SSH's own configuration says.
         user: Who logs in; empty for whom SSH's own configuration says.
         key: The private key to log in with; empty for what SSH's own configuration and agent have.
         known_hosts: A file of host keys, in place of the user's own.
@@ -53,7 +53,7 @@ class BoardRow:
     device: str
     host: str
     board: str
-    port: int = 22
+    port: int | None = None
     user: str = ""
     key: str = ""
     known_hosts: str = ""
@@ -72,7 +72,8 @@ class BoardRow:
             check_device(self.device)
         except ProtocolError as error:
             raise ConfigError(f"{where}: device", expected=error.expected, got=error.got) from error
-        whole(f"{where}: port", self.port, 1, 65_535)
+        if self.port is not None:
+            whole(f"{where}: port", self.port, 1, 65_535)
         for name, pattern, expected in (
             ("host", _HOST, "a host's name or address"),
             ("user", _USER, "a user's name"),
@@ -114,7 +115,7 @@ class BoardRow:
             raise ConfigError(what, expected=error.expected, got=error.got, hint=error.hint) from error
 
     def __str__(self) -> str:
-        return f"{self.device} ({self.host}{'' if self.port == 22 else f':{self.port}'})"
+        return f"{self.device} ({self.host}{'' if self.port in (None, 22) else f':{self.port}'})"
 
 
 def read_inventory(path: Path) -> tuple[BoardRow, ...]:
@@ -132,7 +133,7 @@ def read_inventory(path: Path) -> tuple[BoardRow, ...]:
     if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_BOARDS:
         raise ConfigError(f"{path}", expected=f"1 to {MAX_BOARDS} tables [[board]]", got=shown(rows))
     boards = tuple(_board({**defaults, **_table(row, f"{path}: board")}, names, path) for row in rows)
-    for what, key in (("device", lambda b: b.device), ("address", lambda b: f"{b.host}:{b.port}")):
+    for what, key in (("device", lambda b: b.device), ("address", lambda b: f"{b.host}:{b.port or 22}")):
         seen: set[str] = set()
         for board in boards:
             if key(board) in seen:

@@ -13,7 +13,7 @@ from fedprune.errors import BoardError, JoinError, KitError, ProfileError
 from fedprune.identification import Facts, identify
 from fedprune.jetpack import l4t_release
 from fedprune.wire.fields import one_line
-from fedprune_flash.board_link import BoardLink
+from fedprune_flash.board_link import INSTALL_S, BoardLink
 from fedprune_flash.claims import Claims
 from fedprune_flash.installer_archive import INSTALLER, installer_archive
 from fedprune_flash.inventory import BoardRow
@@ -111,7 +111,7 @@ def provision(row: BoardRow, link: BoardLink, order: Order, claims: Claims, jour
         journal.handed(row.device)  # a kill may have come before it was written down
     files = _files(kit, row, claims.claim(row.device) if needs else None)
     _copy(link, files, found, telling)
-    code, last = link.install(["--wait", f"{order.wait:g}"], telling.say)
+    code, last = link.install(["--wait", f"{order.wait:g}"], telling.say, INSTALL_S + order.wait)
     after = link.ask("probe")
     if code == 0 or after.get("claimed") is True or after.get("joined") is True:
         journal.handed(row.device)

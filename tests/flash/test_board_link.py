@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -198,3 +199,42 @@ def test_the_far_side_runs_on_every_python_that_kits_are_for() -> None:
             [python, "-I", far_side.__file__], input=request, capture_output=True, text=True, check=True
         )
         assert json.loads(done.stdout.removeprefix(far_side.MARK))["wide"] is True
+
+
+def test_what_a_board_says_beside_its_answers_fills_no_disk_and_no_memory(fake: Fake) -> None:
+    fake(f"{HELLO}; head -c 300000000 /dev/zero >&2; echo >&2; echo 'it is broken' >&2; exit 255")
+    tracemalloc.start()
+    with pytest.raises(BoardError, match="no connection: it is broken"):
+        first_answer()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 16 * 2**20
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As patient as a test is."""
+    monkeypatch.setattr("fedprune_flash.board_link._ANSWER_S", 1.0)
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_board_that_stops_reading_holds_up_nobody(fake: Fake) -> None:
+    fake(f"{HELLO}; exec sleep 600")
+    link = BoardLink(ROW, accept_new=False)
+    try:
+        with pytest.raises(BoardError, match="neither reads nor answers for 1 s"):
+            link.put("x", bytes(2**24), "0" * 64, 2**24, 0, lambda _: None)
+    finally:
+        link.close()
+
+
+def test_an_installer_that_speaks_for_ever_is_left(fake: Fake) -> None:
+    fake(HELLO + '; while sleep 0.05; do echo \'fedprune: {"line": "x"}\'; done')
+    link = BoardLink(ROW, accept_new=False)
+    lines: list[str] = []
+    try:
+        with pytest.raises(BoardError, match="neither reads nor answers"):
+            link.install([], lines.append, 1.0)
+        assert lines
+    finally:
+        link.close()

@@ -6,6 +6,7 @@ import json
 import os
 import plistlib
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ def row(path: str, size: int, kind: str = "part", **more: Any) -> dict[str, Any]
     return {**body, "model": None, "mountpoints": [None], **more}
 
 
+KINDS = {"mmcblk0": "SD", "mmcblk1": "MMC"}
+
 # The disk of a laptop, a card in a USB reader, one in a built-in reader, a stick whose encrypted volume is open,
-# one that is locked, and an empty reader.
+# memory that is soldered in, a stick that is locked, and an empty reader.
 LSBLK = json.dumps(
     {
         "blockdevices": [
@@ -54,6 +57,7 @@ LSBLK = json.dumps(
                     row("/dev/sdc1", 8 * 10**9, children=[row("/dev/mapper/luks", 8 * 10**9, "crypt")]),
                 ],
             ),
+            row("/dev/mmcblk1", 31268536320, "disk", tran="mmc", hotplug=True),
             row("/dev/sdd", 4 * 10**9, "disk", tran="usb", rm=True, ro=True),
             row("/dev/sde", 0, "disk", tran="usb", rm=True),
         ]
@@ -62,8 +66,8 @@ LSBLK = json.dumps(
 
 
 def test_drives_are_read_from_lsblk() -> None:
-    found = {d.path: d for d in from_lsblk(LSBLK)}
-    assert set(found) == {"/dev/nvme0n1", "/dev/sdb", "/dev/mmcblk0", "/dev/sdc", "/dev/sdd"}
+    found = {d.path: d for d in from_lsblk(LSBLK, KINDS.__getitem__)}
+    assert set(found) == {"/dev/nvme0n1", "/dev/sdb", "/dev/mmcblk0", "/dev/mmcblk1", "/dev/sdc", "/dev/sdd"}
     assert found["/dev/nvme0n1"].system
     assert str(found["/dev/sdb"]) == "/dev/sdb: STORAGE DEVICE, 31.9 GB"
     assert [p for p, d in found.items() if d.removable] == ["/dev/sdb", "/dev/mmcblk0", "/dev/sdc", "/dev/sdd"]
@@ -84,6 +88,7 @@ def test_this_machines_own_drives_can_be_read() -> None:
     [
         ("/dev/nvme0n1", "holds this system"),
         ("/dev/mmcblk0", "is in use (/media/ann/bootfs)"),
+        ("/dev/mmcblk1", "is built in"),
         ("/dev/sdc", "is in use (crypt"),
         ("/dev/sdd", "is read-only"),
         ("/dev/sdb1", "is no drive of this machine"),
@@ -92,12 +97,12 @@ def test_this_machines_own_drives_can_be_read() -> None:
 )
 def test_drives_that_must_not_be_written_to_are_refused(path: str, words: str) -> None:
     with pytest.raises(CardError) as caught:
-        chosen(path, from_lsblk(LSBLK), 10**9)
+        chosen(path, from_lsblk(LSBLK, KINDS.__getitem__), 10**9)
     assert words in str(caught.value)
 
 
 def test_a_card_that_is_too_small_is_refused() -> None:
-    known = from_lsblk(LSBLK)
+    known = from_lsblk(LSBLK, KINDS.__getitem__)
     assert chosen("/dev/sdb", known, 31914983424).path == "/dev/sdb"
     with pytest.raises(CardError, match="too small"):
         chosen("/dev/sdb", known, 31914983425)
@@ -229,6 +234,31 @@ def test_only_the_devices_name_confirms(
             cli._write_card(image, str(card), None)
         assert card.read_bytes() == before
     assert "Test Card, 0.0 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["size", "name", "gone", "mounted", "none"])
+def test_a_drive_that_changes_while_somebody_is_asked_is_not_written_to(
+    change: str, image: Path, card: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drive = Drive(str(card), 10_000_000, "Test Card", removable=True, read_only=False)
+    later = {
+        "size": [replace(drive, size=10_000_001)],
+        "name": [replace(drive, name="Backup")],
+        "gone": [],
+        "mounted": [replace(drive, mounts=("/media/x",))],
+        "none": [drive],
+    }[change]
+    answers = iter([[drive], later])
+    monkeypatch.setattr("fedprune_flash.drives.drives", lambda: next(answers))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{card}\n"))
+    before = card.read_bytes()
+    if change == "none":
+        cli._write_card(image, str(card), None)
+        assert card.read_bytes() != before
+        return
+    with pytest.raises(CardError):
+        cli._write_card(image, str(card), None)
+    assert card.read_bytes() == before
 
 
 def test_yes_must_name_the_same_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ Capture = pytest.CaptureFixture[str]
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
 MACHINES = {"x86_64": 0x3E, "aarch64": 0xB7, "armhf": 0x28}
 CMDLINE = "console=tty1 root=PARTUUID=5eedf00d-02 rootfstype=ext4 rootwait"
-SSID, PHRASE = 'Küche "5" \\ #1', "correct horse battery"
+SSID, PHRASE = 'Küche "5" \\ #1 😀', "correct horse battery"
 
 BOOTS: dict[str, dict[str, str]] = {
     "cloud-init": {
@@ -174,7 +174,10 @@ def check_cloud_init(read: Read, key: str) -> None:
     assert told["users"][0]["name"] == "ann"
     assert told["users"][0]["ssh_authorized_keys"] == [key]
     assert told["users"][0]["lock_passwd"] is True
-    assert ["sh", "/boot/firmware/fedprune-install.sh"] in told["runcmd"]
+    (words,) = told["bootcmd"]
+    assert words[:2] == ["sh", "-c"]
+    assert "ExecStart=/bin/sh /boot/firmware/fedprune-install.sh" in words[2].splitlines()
+    assert "\\u" not in read("network-config")
     network = yaml.safe_load(read("network-config"))["network"]
     wireless = network["wifis"]["wlan0"]
     assert wireless["access-points"] == {SSID: {"password": psk()}}
@@ -274,6 +277,77 @@ def test_the_first_boots_script_ends_whatever_fails_and_leaves_no_trace(
     assert not (board / "boot/fedprune-firstrun.sh").exists()
     left = (board / "boot/cmdline.txt").read_text()
     assert left == f"{CMDLINE} quiet init=/usr/lib/raspberrypi-sys-mods/firstboot cfg80211.ieee80211_regdom=DE\n"
+
+
+def programs_in(folder: Path, **scripts: str) -> dict[str, str]:
+    """Programs that are found before those of this machine; returns the environment for it."""
+    folder.mkdir()
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:/usr/bin:/bin"}
+
+
+def test_cloud_init_starts_the_installer_at_every_boot_until_it_is_done(
+    make_source: MakeSource, kit: Kit, key: Path, tmp_path: Path
+) -> None:
+    """Only the paths of the system are moved: whatever a cut left of an earlier boot, the next one begins anew."""
+    out, board = tmp_path / "out.img", tmp_path / "board"
+    assert cli.main(command(make_source(), out, kit, key)) == ExitCode.OK
+    script = yaml.safe_load(mtype(out, "user-data", offsets(out)[0]))["bootcmd"][0][2]
+    script = script.replace("/run/", f"{board}/run/").replace("/etc/", f"{board}/etc/")
+    wants = board / "etc/systemd/system/multi-user.target.wants"
+    wants.mkdir(parents=True)
+    unit, calls = board / "run/systemd/system/fedprune-install.service", board / "calls"
+    environment = programs_in(tmp_path / "programs", systemctl=f'echo "$@" >>{calls}')
+
+    def boot() -> list[str]:
+        shutil.rmtree(board / "run", ignore_errors=True)
+        calls.write_text("")
+        assert subprocess.run(["sh", "-c", script], env=environment, check=False).returncode == 0
+        return calls.read_text().splitlines()
+
+    started = ["daemon-reload", "--no-block start fedprune-install.service"]
+    assert boot() == started
+    text = unit.read_text().replace(str(board), "")
+    assert boot() == started
+    assert f"ConditionPathExists=!{wants}/fedprune.service" in unit.read_text().splitlines()
+    (wants / "fedprune.service").symlink_to("/proc/self")
+    assert boot() == []
+    (wants / "fedprune.service").unlink()
+    (wants.parent / unit.name).symlink_to("/dev/null")  # as `--remove` leaves it
+    assert boot() == []
+    (tmp_path / unit.name).write_text(text.replace("After=cloud-final.service\n", ""))
+    verify = [tool("systemd-analyze"), "verify", "--man=no", str(tmp_path / unit.name)]
+    done = subprocess.run(verify, capture_output=True, text=True, check=False)
+    assert not [line for line in done.stderr.splitlines() if unit.name in line], done.stderr
+
+
+@pytest.mark.parametrize("cut", ["sed", "mv", "rm", "none"])
+def test_the_power_may_fail_while_the_first_boots_script_ends(
+    cut: str, make_source: MakeSource, kit: Kit, key: Path, tmp_path: Path
+) -> None:
+    """A board whose cmdline.txt names a script that is gone, or is empty, would never come up again."""
+    out, boot = tmp_path / "out.img", tmp_path / "partition"
+    assert cli.main(command(make_source("custom-toml"), out, kit, key)) == ExitCode.OK
+    boot.mkdir()
+    for name in ("cmdline.txt", "fedprune-firstrun.sh"):
+        text = mtype(out, name, offsets(out)[0]).decode()
+        (boot / name).write_text(text.replace("/var/log", str(tmp_path)))
+    (boot / "fedprune-install.sh").write_text("")
+    calls = tmp_path / "calls"
+    log = f"echo $(basename $0) >>{calls}"
+    scripts = {name: f'{log}; PATH=/usr/bin:/bin exec {name} "$@"' for name in ("sed", "mv", "rm", "sync")}
+    if cut != "none":
+        scripts[cut] = f"{log}; kill -9 $PPID; sleep 1"
+    environment = programs_in(tmp_path / "programs", **scripts)
+    subprocess.run(["sh", str(boot / "fedprune-firstrun.sh")], env=environment, check=False)
+    left, done = (boot / "cmdline.txt").read_text(), calls.read_text().split()
+    assert left.startswith(CMDLINE)
+    assert ("systemd.run" not in left) == (cut in ("rm", "none"))
+    assert (boot / "fedprune-firstrun.sh").exists() == (cut != "none")
+    if cut == "none":
+        assert done == ["sync", "sed", "sync", "mv", "sync", "rm", "sync"]
 
 
 def test_the_kit_in_an_image_installs(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -96,7 +100,27 @@ def test_new_hosts_are_believed_only_if_the_operator_says_so() -> None:
         assert f"StrictHostKeyChecking={word}" in words
         assert "BatchMode=yes" in words
         assert words[1:4] == ["-T", "-p", "2222"]
+        assert {"ForwardAgent=no", "ForwardX11=no", "ClearAllForwardings=yes"} <= set(words)
         assert words[words.index("-l") + 1] == "ann"
+
+
+def test_a_port_of_the_users_own_configuration_counts(tmp_path: Path) -> None:
+    """As ssh itself reads it: what a command line says goes before any file."""
+    (tmp_path / "config").write_text("Host attic\n  Port 2200\n  ForwardAgent yes\n  ForwardX11 yes\n")
+
+    def understood(**changes: Any) -> list[str]:
+        words = ssh_command(BoardRow(**{**GOOD, "host": "attic", **changes}), accept_new=False, length=1)
+        command = [ssh, "-G", "-F", str(tmp_path / "config"), *words[1:]]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    ssh = shutil.which("ssh")
+    if ssh is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI must have ssh")
+        pytest.skip("ssh is not installed")
+    assert {"port 2200", "forwardagent no", "forwardx11 no"} <= set(understood())
+    assert "port 2222" in understood(port=2222)
+    assert "port 22" in understood(port=22)
 
 
 @pytest.mark.parametrize(
