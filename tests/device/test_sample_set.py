@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
+import os
 import shutil
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from fedprune.errors import ConfigError, DataError, StorageError, StorageFullErr
 from fedprune_device.local.reservoir import Limits
 from fedprune_device.local.sample import NoSampleError, SampleConflictError, decoded, encoded
 from fedprune_device.local.sample_set import SampleSet
+from fedprune_device.local.segments import digest
 from fedprune_device.local.shares import Shares
 
 pytestmark = pytest.mark.board
@@ -165,6 +170,61 @@ def test_the_disk_never_holds_more_than_it_may(tmp_path: Path) -> None:
     with opened(tmp_path, samples=10_000) as again:
         assert again.counts().pop("disk_bytes") <= ROOM
         assert {**again.counts(), **counts} == again.counts()
+
+
+def test_a_request_that_clears_away_many_small_samples_syncs_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs = [0]
+
+    def fsync(_: int) -> None:
+        syncs[0] += 1
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    counts = []
+    with opened(tmp_path, samples=1000, room=4 * 2**20) as samples:
+        for n in range(700):
+            samples.add(x_of(n), 0)
+        large = samples.add(x_of(1, 30_000), 0).id
+        for n in range(100):
+            syncs[0] = 0
+            samples.label(large, 1 + n % 2)
+            counts.append(syncs[0])
+        before = held(samples)
+        cleared = samples.counts()["disk_bytes"]
+    assert cleared < 100 * 120_000, "much was cleared away"
+    assert max(counts) <= 12
+    assert len(before) == 700  # the large one has another shape than the rest
+    with opened(tmp_path, samples=1000, room=4 * 2**20) as again:
+        assert held(again) == before
+
+
+def test_the_number_of_training_samples_waits_for_nobody_who_writes(samples: SampleSet) -> None:
+    for n in range(20):
+        samples.add(x_of(n), n % 2)
+    found: list[int] = []
+    with samples._lock:
+        thread = threading.Thread(target=lambda: found.append(samples.samples), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert found == [samples.counts()["parts"]["train"]]
+
+
+@given(st.lists(st.tuples(st.sampled_from("aldo"), st.integers(0, 25), st.integers(0, 3)), max_size=60))
+def test_the_number_of_training_samples_is_always_the_counted_one(moves: list[tuple[str, int, int]]) -> None:
+    with tempfile.TemporaryDirectory() as root, opened(Path(root), samples=12) as samples:
+        for move, n, label in moves:
+            name = digest(encoded(x_of(n))).hex()
+            with contextlib.suppress(NoSampleError, SampleConflictError):
+                if move == "a":
+                    samples.add(x_of(n), label)
+                elif move == "o":
+                    samples.add(x_of(n))
+                elif move == "l":
+                    samples.label(name, label)
+                else:
+                    samples.delete(name)
+            assert samples.samples == samples.counts()["parts"]["train"]
 
 
 def test_less_room_than_before_lets_samples_go(tmp_path: Path) -> None:

@@ -44,6 +44,9 @@ _SEGMENTS = 16
 _LIVE = 5 / 8
 """Share of the room that samples take; the rest is for what no longer counts, and for cleaning."""
 
+_PIECE = 256 * 1024
+"""Bytes of samples that are written anew with one sync: clearing away a segment of many small ones is soon done."""
+
 _NOTED = 64
 """Declined samples (or a hundredth of all) after which it is noted how many were seen: a flood wears no card."""
 
@@ -77,7 +80,7 @@ class SampleSet:
         self._log = SegmentLog(root, key, segment)
         self._places: dict[str, Place] = {}
         self._declined = 0
-        self._training: int | None = None  # counted when somebody asks
+        self._training: set[str] = set()
         self._replay()
 
     def __enter__(self) -> SampleSet:
@@ -93,12 +96,8 @@ class SampleSet:
 
     @property
     def samples(self) -> int:
-        """Samples that would be trained on now."""
-        with self._lock:
-            if self._training is None:
-                named = (names for c, names in self._reservoir.kept().items() if c != UNLABELLED)
-                self._training = sum(self._shares.part(n) == "train" for names in named for n in names)
-            return self._training
+        """Samples that would be trained on now. Never waits for the disk, so that the agent's loop may ask."""
+        return len(self._training)
 
     def add(self, x: Array, label: int | None = None) -> Added:
         """Take a sample in, if it is to stay.
@@ -167,9 +166,8 @@ class SampleSet:
         with self._lock:
             self._known(name)
             self._write([Record(Kind.DELETED, bytes.fromhex(name))])
-            self._training = None
             self._reservoir.drop(name, unseen=True)
-            del self._places[name]
+            self._gone(name)
 
     def names(self) -> list[str]:
         """Names of all samples that are kept."""
@@ -262,10 +260,11 @@ class SampleSet:
         return self._followed(verdict)
 
     def _followed(self, verdict: Verdict) -> Added:
-        self._training = None
         self._reservoir.follow(verdict)
         for gone in verdict.dropped:
-            del self._places[gone]
+            self._gone(gone)
+        if verdict.kept and self._trained(verdict.id, verdict.label):
+            self._training.add(verdict.id)
         return self._added(verdict.id, verdict.label, kept=verdict.kept, duplicate=False)
 
     def _relabel(self, name: str, label: int, payload: bytes) -> Added:
@@ -282,7 +281,7 @@ class SampleSet:
         else:
             self._write([Record(Kind.DELETED, bytes.fromhex(name))])
         self._reservoir.drop(name, unseen=True)
-        del self._places[name]
+        self._gone(name)
         if verdict.kept:
             self._places[name] = place
         return self._followed(verdict)
@@ -323,6 +322,8 @@ class SampleSet:
         alive = {n: p for n, p in self._places.items() if p.segment == segment}
         if not alive:
             return
+        piece: list[Record] = []
+        size = 0
         with self._log.reading(alive.values()) as read:
             for name, place in alive.items():
                 payload = read(place)
@@ -330,7 +331,17 @@ class SampleSet:
                     self._forget(name)
                     continue
                 record = Record(Kind.SAMPLE, bytes.fromhex(name), self._reservoir.label(name), 0, payload)
-                self._places[name] = self._append([record])[0]
+                size += record.size
+                if piece and (size > _PIECE or self._log.begins(size)):  # a piece fills what a segment has left
+                    self._move(piece)
+                    piece, size = [], record.size
+                piece.append(record)
+        self._move(piece)
+
+    def _move(self, records: list[Record]) -> None:
+        if records:
+            places = self._append(records)
+            self._places.update((r.name.hex(), place) for r, place in zip(records, places, strict=True))
 
     def _replay(self) -> None:
         for record, place in self._log.replay():
@@ -351,6 +362,8 @@ class SampleSet:
         while (surplus := self._reservoir.surplus()) is not None:  # a torn end, bits that were lost, or less room
             self._reservoir.drop(surplus)
             del self._places[surplus]
+        kept = self._reservoir.kept()
+        self._training = {n for c, names in kept.items() for n in names if self._trained(n, c)}
 
     def _recount(self, record: Record) -> None:
         try:
@@ -375,9 +388,15 @@ class SampleSet:
     def _forget(self, name: str) -> None:
         _LOG.warning("sample %s is damaged: going on without it", name)
         if name in self._reservoir:
-            self._training = None
             self._reservoir.drop(name)
-            del self._places[name]
+            self._gone(name)
+
+    def _gone(self, name: str) -> None:
+        del self._places[name]
+        self._training.discard(name)
+
+    def _trained(self, name: str, label: int) -> bool:
+        return label != UNLABELLED and self._shares.part(name) == "train"
 
     def _known(self, name: str) -> None:
         if name not in self._reservoir:
