@@ -111,6 +111,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_device.local.command import answering, local_address, open_samples
     from fedprune_device.probe import check_runtime, probe_apart
     from fedprune_device.runtime.heart import Heart
+    from fedprune_device.runtime.notify import starting
     from fedprune_device.runtime.releases import Releases, updater_here
     from fedprune_device.runtime.trial import Trial
     from fedprune_device.store import DeviceStore
@@ -131,21 +132,21 @@ def _run(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         fixed = None if arguments.data == LOCAL else open_samples(arguments, stack)  # what is wrong with it comes first
         store = stack.enter_context(DeviceStore(arguments.state, owner=owner))
-        data = fixed or open_samples(arguments, stack)
+        data = open_samples(arguments, stack) if fixed is None else fixed
+        check_runtime()  # before this process loads it, which may end the process
         agents: list[Agent] = []  # the link asks the agent for its will, and the agent speaks through the link
         stack.enter_context(
             answering(address, arguments, data, lambda: (agents[0].standing if agents else Standing()).to_dict())
         )
         member = membership(arguments, insecure=arguments.insecure)
-        if not join_first(member, arguments, patient=arguments.patient, stopped=stopped):
-            return int(ExitCode.OK)
+        with starting("waiting to be let into the fleet"):
+            if not join_first(member, arguments, patient=arguments.patient, stopped=stopped):
+                return int(ExitCode.OK)
         if member.identity is not None:
             owner.claim(arguments.state)
         link, wire = member.open(lambda: agents[0].will())
         report = None
-        if arguments.no_probe:
-            check_runtime()
-        else:
+        if not arguments.no_probe:
             report = probe_apart(arguments.threads, memory_file=arguments.state / "layer_times.json")
             # A plan counts the samples, which are here already.
             held = data.bytes if isinstance(data, LocalData) else 0

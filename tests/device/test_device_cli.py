@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fedprune_device import cli
 from fedprune_device.data import LocalData
 from fedprune_device.labels import log_prior
 from fedprune_device.owner import Owner
+from fedprune_device.probe import check_runtime
 from fedprune_device.slots import Serving
 from fedprune_device.store import DeviceStore
 
@@ -269,6 +271,38 @@ def test_a_device_is_called_like_its_host(monkeypatch: pytest.MonkeyPatch, host:
     monkeypatch.setattr("socket.gethostname", lambda: host)
     arguments = cli.build_parser().parse_args(["run", "--data", "d.npz", "--state", "s"])
     assert arguments.device == name
+
+
+def test_a_board_that_waits_to_be_let_in_asks_systemd_for_more_time(
+    tmp_path: Path, probed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(10)
+        heard: list[bytes] = []
+
+        def waiting(*_: object, **__: object) -> bool:
+            heard.append(manager.recv(1000))
+            return False
+
+        monkeypatch.setattr(cli, "join_first", waiting)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        assert run(tmp_path) == ExitCode.OK
+    assert b"EXTEND_TIMEOUT_USEC=900000000" in heard[0].splitlines()
+
+
+def test_an_onnxruntime_that_kills_processes_is_an_exit_code_also_where_a_model_serves(
+    tmp_path: Path, state: Path, probed: list[int], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -ILL $$\n")
+    python.chmod(0o755)
+    loaded: list[object] = []
+    monkeypatch.setattr("fedprune_device.probe.check_runtime", lambda: check_runtime(str(python)))
+    monkeypatch.setattr("fedprune_device.local.command.LiveModel", loaded.append)
+    assert run(tmp_path, state=str(state), local="127.0.0.1:0") == ExitCode.RUNTIME
+    assert "signal 4" in capsys.readouterr().err
+    assert not loaded, "this process has not loaded it"
 
 
 def test_another_devices_state_folder_is_refused(tmp_path: Path, probed: list[int], capsys: Capture) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 
-from fedprune_device.runtime.notify import READY, notify, status, watchdog_seconds
+from fedprune_device.runtime.notify import READY, notify, starting, status, watchdog_seconds
+from fedprune_device.runtime.unit import Service
 
 pytestmark = pytest.mark.board
 
@@ -36,6 +38,27 @@ def test_a_full_queue_does_not_block(tmp_path: Path) -> None:
         sent = [notify(READY, {"NOTIFY_SOCKET": str(tmp_path / "notify")}) for _ in range(5000)]
     assert sent[0]
     assert not sent[-1]
+
+
+def test_a_start_that_waits_asks_for_more_time_again_and_again() -> None:
+    told: list[str] = []
+    enough = threading.Event()
+
+    def tell(text: str) -> None:
+        told.append(text)
+        if len(told) >= 3:
+            enough.set()
+
+    with starting("waiting for\napproval", tell, again=0.001):
+        assert enough.wait(30)
+    count = len(told)
+    seconds = next(line for line in Service().text().splitlines() if line.startswith("TimeoutStartSec="))
+    more = f"EXTEND_TIMEOUT_USEC={int(seconds.partition('=')[2]) * 10**6}"
+    assert {*told[:-1]} == {f"STATUS=waiting for approval\n{more}"}
+    assert told[-1] == more, "what comes after has its time, too"
+    assert not any(READY in text for text in told), "the watchdog would begin to count"
+    assert not [t for t in threading.enumerate() if t.name == "fedprune-starting"]
+    assert len(told) == count
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class Heart:
         link: The connection.
         trial: The trial that is under way, if one is.
         tell: Tells the service manager.
-        interval: The manager's watchdog, in seconds; None if it has none.
+        interval: The manager's watchdog, in seconds, 0 for none; None asks the environment.
         clock: Seconds that only grow.
     """
 

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 _SOCKET, _WATCHDOG = "NOTIFY_SOCKET", "WATCHDOG_USEC"
 
 READY, WATCHDOG, STOPPING = "READY=1", "WATCHDOG=1", "STOPPING=1"
+
+START_S = 900
+"""How long a start may take in which nothing is said: the unit's TimeoutStartSec."""
+
+_AGAIN_S = 60.0
 
 
 def notify(text: str, environment: Mapping[str, str] = os.environ) -> bool:
@@ -38,6 +44,41 @@ def notify(text: str, environment: Mapping[str, str] = os.environ) -> bool:
 def status(text: str) -> str:
     """An assignment that shows a text in `systemctl status`."""
     return "STATUS=" + " ".join(text.split())
+
+
+def more_time(seconds: float) -> str:
+    """An assignment that lets a start take so many seconds from now on."""
+    return f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}"
+
+
+@contextmanager
+def starting(what: str, tell: Callable[[str], object] = notify, again: float = _AGAIN_S) -> Iterator[None]:
+    """While the body runs, the start goes on for as long as it takes; afterwards it has `START_S` seconds again.
+
+    The manager would end a start that waits for a network, or for somebody's approval, and begin it anew. It is not
+    told that the service is ready: then its watchdog would begin to count.
+
+    Args:
+        what: What the start waits for.
+        tell: Tells the service manager.
+        again: Seconds between two messages.
+    """
+    over = threading.Event()
+
+    def say() -> None:
+        while True:
+            tell(f"{status(what)}\n{more_time(START_S)}")
+            if over.wait(again):
+                return
+
+    thread = threading.Thread(target=say, name="fedprune-starting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        tell(more_time(START_S))
 
 
 def watchdog_seconds(environment: Mapping[str, str] = os.environ) -> float | None:

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 
 from fedprune.errors import ConfigError, shown
+from fedprune_device.runtime.notify import START_S
 
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _PATH = re.compile(r"/[A-Za-z0-9_./@+-]{0,200}")
@@ -97,7 +98,7 @@ class Service:
                 "Type=notify",
                 "NotifyAccess=all",
                 "WatchdogSec=180",
-                "TimeoutStartSec=900",
+                f"TimeoutStartSec={START_S}",
                 "TimeoutStopSec=45",
                 "Restart=always",
                 "RestartSec=30",
