@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -16,13 +17,14 @@ from local_board import NAMES, LocalBoard, ask, npy, request, softmax, weights_o
 from memory_fleet import MemoryLink, MemoryServer, clock
 
 from fedprune import tensorfile
-from fedprune.errors import DataError
+from fedprune.errors import DataError, ModelError
 from fedprune.recipe import Recipe
 from fedprune.wire.messages import Birth
 from fedprune_device.agent import Agent
 from fedprune_device.client import BoardError
 from fedprune_device.local.images import Pixels
-from fedprune_device.slots import Serving
+from fedprune_device.local.live_model import LiveModel
+from fedprune_device.slots import Serving, Slots
 from fedprune_device.store import DeviceStore
 
 pytestmark = pytest.mark.board
@@ -220,6 +222,48 @@ def test_a_model_that_fails_its_check_does_not_answer(local: LocalBoard, caplog:
         local.install(3)
         local.model.look()
         assert local.board.predict(X).round == 3
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_again_with_growing_pauses(local: LocalBoard) -> None:
+    now, tries = [0.0], list[float]()
+    local.install(1)
+    with LiveModel(local.root / "state" / "serving", clock=lambda: now[0]) as model:
+        real = model._slots.open
+
+        def flaky(threads: int) -> Any:
+            tries.append(now[0])
+            if len(tries) < 8:
+                raise MemoryError if len(tries) % 2 else ModelError("no memory just now")
+            return real(threads)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model._slots, "open", flaky)
+            local.install(2)
+            while len(tries) < 8:
+                with contextlib.suppress(MemoryError):
+                    model.look()
+                now[0] += 1
+            pauses = np.diff(tries)
+            assert (pauses[1:] > pauses[:-1]).sum() >= 5
+            assert max(pauses) <= 601
+            assert model.serving().record.round == 2
+            for _ in range(1000):
+                model.look()
+                now[0] += 1
+            assert len(tries) == 8, "what is loaded isn't loaded again"
+
+
+def test_a_board_starts_also_with_a_model_that_breaks_what_loads_it(
+    local: LocalBoard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.install(1)
+
+    def broken(*_: object) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(Slots, "open", broken)
+    with local.serving():
+        assert ask(local, request("GET", "/v1/health"))[1] == {"status": "ok", "serves": False}
 
 
 # Samples

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
 import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from fedprune.errors import ConfigError, StorageError
 from fedprune_device.client import Board
 from fedprune_device.local import server
 from fedprune_device.local.address import Address
+from fedprune_device.local.server import LocalServer
 
 pytestmark = pytest.mark.board
 
@@ -45,6 +48,13 @@ def open_board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBoard]
     local.install(1)
     with local.serving():
         yield local
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 # The protocol
@@ -191,6 +201,42 @@ def test_clients_that_say_nothing_do_not_keep_others_out(served: LocalBoard) -> 
             connection.close()
 
 
+def test_a_user_who_only_connects_keeps_no_other_user_out(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, seen = ["ann"], list[str]()
+
+    def user(_: object) -> str:
+        seen.append(now[0])
+        return now[0]
+
+    def come(who: str, number: int) -> list[socket.socket]:
+        now[0] = who
+        count = len(seen) + number
+        found = [served.connect() for _ in range(number)]
+        until(lambda: len(seen) == count)
+        return found
+
+    monkeypatch.setattr(server, "_user", user)
+    raw = request("POST", "/v1/predict", npy(X), Content_Type=NPY)
+    (slow,) = come("ann", 1)
+    slow.sendall(raw[:-1])
+    hostile = come("bob", 4 * server.CONNECTIONS)
+    slow.sendall(raw[-1:])
+    assert parsed(received(slow))[0][0] == 200, "bob's own places are what bob gets"
+    hostile += come("bob", 1)
+    now[0] = "ann"
+    assert served.board.predict(X).round == 1, "who has the most places makes room"
+    for connection in [slow, *hostile]:
+        connection.close()
+
+
+def test_the_kernel_says_who_has_connected(tmp_path: Path) -> None:
+    one, other = socket.socketpair(socket.AF_UNIX)
+    with one, other:
+        assert server._user(one) == os.getuid()
+    with socket.socket(socket.AF_INET) as port:
+        assert server._user(port) == -1
+
+
 def test_a_client_that_sends_too_slowly_is_cut_off(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
     for raw in (b"", GOOD[:-2], request("POST", "/v1/predict", npy(X), Content_Type=NPY)[:-1]):
@@ -214,11 +260,24 @@ def test_a_client_that_drips_is_cut_off_too(served: LocalBoard, monkeypatch: pyt
 def test_a_client_that_never_reads_costs_nobody_else_anything(
     served: LocalBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    greedy = [served.connect() for _ in range(server.CONNECTIONS - 1)]
+    real = LocalServer.get_request
+
+    def narrow(self: LocalServer) -> Any:
+        client, address = real(self)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes its least of it
+        return client, address
+
+    monkeypatch.setattr(LocalServer, "get_request", narrow)
+    monkeypatch.setattr(server._Handler, "timeout", 1.0)
+    greedy = [served.connect() for _ in range(server.CONNECTIONS)]
     for connection in greedy:
         connection.sendall(request("POST", "/v1/predict", npy(np.zeros((64, 6), np.float32)), Content_Type=NPY))
-    assert served.board.predict(X).round == 1
+    until(lambda: sum(c.since is None for c in [*served.server._clients.values()]) == server.CONNECTIONS)
+    assert ask(served, GOOD)[0] == 503, "all places are taken by answers that nobody reads"
+    patient = Board(served.address, tries=30)
+    assert patient.predict(X).round == 1, "until they have lost them"
     for connection in greedy:
+        assert len(received(connection)) < 64 * 3 * 20, "the answer was cut off"
         connection.close()
 
 
@@ -233,10 +292,7 @@ def test_when_all_connections_are_at_work_others_are_sent_away(
         threads = [threading.Thread(target=local.board.predict, args=(X,)) for _ in range(2)]
         for thread in threads:
             thread.start()
-        deadline = time.monotonic() + 10
-        while sum(since is None for since in dict(local.server._clients).values()) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        until(lambda: sum(c.since is None for c in [*local.server._clients.values()]) == 2)
         status, answer = ask(local, GOOD)
         assert (status, answer["error"]["what"]) == (503, "too many requests at a time")
         go.set()

@@ -227,6 +227,31 @@ def test_the_number_of_training_samples_is_always_the_counted_one(moves: list[tu
             assert samples.samples == samples.counts()["parts"]["train"]
 
 
+def test_there_are_no_more_different_labels_than_samples(tmp_path: Path) -> None:
+    with opened(tmp_path, samples=8) as samples:
+        for n in range(8):
+            samples.add(x_of(n), n)
+        with pytest.raises(DataError, match="expected at most 8 different ones"):
+            samples.add(x_of(100), 100)
+        name = samples.names()[0]
+        with pytest.raises(DataError, match="expected at most 8 different ones"):
+            samples.label(name, 100)
+        assert samples.add(x_of(101), 3).label == 3
+        assert samples.add(x_of(102)).label is None
+        assert sum(c["seen"] for c in samples.counts()["classes"].values()) == 9
+
+
+def test_a_label_that_was_taken_back_leaves_nothing(tmp_path: Path) -> None:
+    with opened(tmp_path, samples=8) as samples:
+        name = samples.add(x_of(0), 0).id
+        for label in range(1, 100):
+            assert samples.label(name, label).label == label
+        assert samples.counts()["classes"] == {"99": {"kept": 1, "seen": 1}}
+        for n in range(100):
+            samples.delete(samples.add(x_of(1), n).id)
+        assert samples.counts()["classes"] == {"99": {"kept": 1, "seen": 1}}
+
+
 def test_less_room_than_before_lets_samples_go(tmp_path: Path) -> None:
     with opened(tmp_path, samples=40) as samples:
         for n in range(30):

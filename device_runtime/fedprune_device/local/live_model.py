@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from fedprune_device.slots import Serving, Slots
 _LOG = logging.getLogger("fedprune.device")
 
 _LOOK_SECONDS = 0.5
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 600.0
+"""Between two tries at a model that can't be loaded; each pause is twice the last. What is wrong may pass: no memory."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,20 @@ class LiveModel:
     Args:
         serving: The folder.
         threads: Threads that predict, beside those that train.
+        clock: Seconds that only grow.
     """
 
-    def __init__(self, serving: Path, threads: int = 1) -> None:
+    def __init__(self, serving: Path, threads: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
         self._slots, self._pointer = Slots(serving), serving / "serving.json"
-        self._threads = threads
+        self._threads, self._clock = threads, clock
         self._loaded: Loaded | None = None
-        self._seen: tuple[int, ...] | None = None
+        self._seen: tuple[int, ...] | None = None  # the pointer to what is loaded
+        self._tried: tuple[int, ...] | None = None
+        self._pause, self._again = 0.0, 0.0
         self._lock = threading.Lock()  # more predictions at a time would only share the same cores
+        self._looking = threading.Lock()
         self._stopping = threading.Event()
-        self.look()
+        self._look_safely()
         self._thread = threading.Thread(target=self._watch, name="fedprune-live-model", daemon=True)
         self._thread.start()
 
@@ -108,23 +116,30 @@ class LiveModel:
         return likely(model.record.loss, model.record.own(logits).astype(np.float64))
 
     def look(self) -> None:
-        """Load what serves, if it is another model; what can't be loaded or fails its check is left alone."""
+        """Load what serves, if it is another model; what can't be loaded or fails its check is tried again later."""
+        with self._looking:
+            self._look()
+
+    def _look(self) -> None:
         try:
             status = self._pointer.stat()
             found = status.st_ino, status.st_mtime_ns, status.st_size
         except OSError:
             return
-        if found == self._seen:
+        now = self._clock()
+        if found == self._seen or (found == self._tried and now < self._again):
             return
-        self._seen = found
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE_S) if found == self._tried else _FIRST_PAUSE_S
+        self._tried, self._again = found, now + self._pause
         try:
             predictor, record = self._slots.open(self._threads)
             if self._loaded is None or record != self._loaded.record:
                 predictor.check(record.classes)
                 self._loaded = Loaded(predictor, record)
                 _LOG.info("round %d of job %s answers predictions", record.round, record.job)
+            self._seen = found
         except FedpruneError as error:
-            _LOG.warning("the new model doesn't answer predictions: %s", error)
+            _LOG.warning("the new model doesn't answer predictions; trying again in %g s: %s", self._pause, error)
 
     def _watch(self) -> None:
         while not self._stopping.wait(_LOOK_SECONDS):

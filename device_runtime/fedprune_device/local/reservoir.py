@@ -100,6 +100,15 @@ class Reservoir:
         """Samples that were seen, by class."""
         return {label: c.seen for label, c in sorted(self._classes.items())}
 
+    @property
+    def labels(self) -> int:
+        """Classes that a sample was seen of."""
+        return len(self._classes) - (UNLABELLED in self._classes)
+
+    def knows(self, label: int) -> bool:
+        """Whether a sample of a class was seen."""
+        return label in self._classes
+
     def set_seen(self, label: int, seen: int) -> None:
         """Say how many of a class were seen, when a set is read again."""
         found = self._classes.setdefault(label, _Class())
@@ -167,6 +176,8 @@ class Reservoir:
         found = self._classes[label]
         del found.ids[bisect_left(found.ids, name)]
         found.seen -= unseen
+        if not found.ids and found.seen <= 0:
+            del self._classes[label]
         self._bytes[label == UNLABELLED] -= size
         self._count[label == UNLABELLED] -= 1
 

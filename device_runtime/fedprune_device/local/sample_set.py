@@ -108,7 +108,8 @@ class SampleSet:
 
         Raises:
             SampleConflictError: It is there with another label.
-            DataError: It is of another type, too large, or holds a number that is not finite; or the label is none.
+            DataError: It is of another type, too large, or holds a number that is not finite; or the label is none, or
+                there are too many different ones.
             StorageFullError: The disk is full; nothing changed.
             StorageError: The disk fails; nothing changed.
         """
@@ -123,6 +124,7 @@ class SampleSet:
         number = checked_label(label)
         name = digest(payload).hex()
         with self._lock:
+            self._check_room_for(number)
             if name in self._reservoir:
                 old = self._reservoir.label(name)
                 if number in (UNLABELLED, old):
@@ -140,12 +142,13 @@ class SampleSet:
 
         Raises:
             NoSampleError: It is not there.
-            DataError: The label is none.
+            DataError: The label is none, or there are too many different ones.
             StorageError: The disk fails or is full; nothing changed.
         """
         number = checked_label(label)
         with self._lock:
             self._known(name)
+            self._check_room_for(number)
             if self._reservoir.label(name) == number:
                 return self._added(name, number, kept=True, duplicate=True)
             place = self._places[name]
@@ -403,6 +406,12 @@ class SampleSet:
             raise NoSampleError(
                 f"there is no sample {name[:40]!r}", hint="It may have made room for others; GET /v1/samples counts."
             )
+
+    def _check_room_for(self, label: int) -> None:
+        """What is counted per class must stay small, also before a model says how many there are."""
+        most = self._limits.samples
+        if label != UNLABELLED and not self._reservoir.knows(label) and self._reservoir.labels >= most:
+            raise DataError("label", expected=f"at most {most} different ones, as many as samples", got=label)
 
     def _added(self, name: str, label: int, *, kept: bool, duplicate: bool) -> Added:
         return Added(name, kept, duplicate, None if label == UNLABELLED else label, self._shares.part(name))

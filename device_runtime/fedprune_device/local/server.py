@@ -1,7 +1,7 @@
 """The local interface's server: the standard library's, with bounds on size, time and number.
 
 A connection is for one request. Whoever is slow loses it after a while, and at once to the next one who comes when all
-are taken; what is being answered is never cut off.
+are taken, unless that one's user has as many already; what is being answered is never cut off.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import logging
 import re
 import socket
 import socketserver
+import struct
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -35,8 +38,17 @@ REQUEST_SECONDS = 20.0
 SOCKET_SECONDS = 10.0
 """How long a client may send nothing, or read nothing of its answer."""
 
+_PEER = struct.Struct("3i")  # struct ucred: process, user, group
 _CLOSE_SECONDS = 5.0
 _LINGER_SECONDS = 1.0
+
+
+@dataclass
+class _Client:
+    user: int
+    """Who connected, as the kernel says; one for all where it doesn't: on a port."""
+    since: float | None
+    """Since when it has been sending; None once its request is whole."""
 
 
 class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -61,8 +73,7 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.endpoints = endpoints
         self._address, self._most = address, connections
         self._lock = threading.Lock()
-        # Since when each client has been sending; None once its request is whole.
-        self._clients: dict[Any, float | None] = {}
+        self._clients: dict[Any, _Client] = {}
         self._thread = threading.Thread(target=self.serve_forever, name="fedprune-local", daemon=True)
         self._thread.start()
         _LOG.info("the local interface listens on %s", address.path or f"{address.host}:{self.port}")
@@ -89,7 +100,7 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """A client's request is whole: it won't be cut off any more."""
         with self._lock:
             if client in self._clients:
-                self._clients[client] = None
+                self._clients[client].since = None
 
     # What the standard library calls
 
@@ -104,13 +115,12 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give a client a thread, if there is one left."""
+        user = _user(request)
         with self._lock:
-            sending = [c for c, since in self._clients.items() if since is not None]
-            if len(self._clients) >= self._most and sending:
-                _shut(sending[0])
-                del self._clients[sending[0]]
+            if len(self._clients) >= self._most:
+                self._make_room(user)
             if admitted := len(self._clients) < self._most:
-                self._clients[request] = time.monotonic()
+                self._clients[request] = _Client(user, time.monotonic())
         if admitted:
             super().process_request(request, client_address)
             return
@@ -136,10 +146,21 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """One client must not end the service of others."""
         _LOG.debug("a client of the local interface went", exc_info=True)
 
+    def _make_room(self, user: int) -> None:
+        """Cut off who has been sending for longest: of the user with the most places, and of nobody with fewer than
+        `user` has."""
+        held = Counter(c.user for c in self._clients.values())
+        sending = [c for c, state in self._clients.items() if state.since is not None]  # the longest first
+        found = [c for c in sending if (own := self._clients[c].user) == user or held[own] > held[user]]
+        if found:
+            longest = max(found, key=lambda c: held[self._clients[c].user])
+            _shut(longest)
+            del self._clients[longest]
+
     def _cut(self, before: float) -> None:
         with self._lock:
-            for client, since in self._clients.items():
-                if since is not None and since < before:
+            for client, state in self._clients.items():
+                if state.since is not None and state.since < before:
                     _shut(client)
 
 
@@ -235,6 +256,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.settimeout(_LINGER_SECONDS)
             while self.connection.recv(2**16):
                 pass
+
+
+def _user(client: Any) -> int:
+    """Who is at the other end of a unix socket (SO_PEERCRED, unix(7)); -1 of a port."""
+    with suppress(OSError):
+        if client.family == socket.AF_UNIX:
+            _, user, _ = _PEER.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+            return int(user)
+    return -1
 
 
 def _shut(client: Any) -> None:
