@@ -116,7 +116,7 @@ class Agent:
     def quiet(self) -> bool:
         """Whether a restart would cost nothing: nothing is pulled or trained, and no update waits to be handed in."""
         task = self._store.task
-        idle = self._worker is None and not self._busy and self._store.pending is None
+        idle = self._worker is None and not self._busy and not self._alone.running and self._store.pending is None
         return idle and (task is None or task.done)
 
     def stop(self) -> None:
@@ -346,7 +346,7 @@ class Agent:
             self.standing.working(*self._alone.status, alone=True)
         elif self._store.pending is None:
             self.standing.idle()
-            if self.standing.connected and self._greeting.outdated(self._data.samples, now):
+            if self.standing.connected and self._greeting.outdated(self._data, now):
                 self._greet(now)
 
     def _settle(self, worker: TrainingThread, now: float) -> None:

@@ -99,7 +99,11 @@ class Alone:
         """
         self._heard = now if self._heard is None else self._heard
         if self._thread is not None and not self._thread.alive:
-            self._thread = None
+            error, self._thread = self._thread.error, None
+            if isinstance(error, FedpruneError) and not isinstance(error, TrainingStoppedError):
+                _LOG.warning("training alone failed: %s", error)
+            elif error is not None and not isinstance(error, TrainingStoppedError):
+                _LOG.error("training alone failed: unexpected error", exc_info=error)
             return True
         if self._every and idle and self._thread is None and self._due(now, connected):
             self._tried = now
@@ -124,13 +128,7 @@ class Alone:
         Raises:
             FedpruneError: As `Workbench.make`; what serves stays as it is.
         """
-        try:
-            made = self._bench.make(offer, report=report, stop=stop)
-        except TrainingStoppedError:
-            raise
-        except FedpruneError as error:
-            _LOG.warning("training alone failed: %s", error)
-            raise
+        made = self._bench.make(offer, report=report, stop=stop)
         metrics = made.update.metrics
         before, after = (metrics.get(n) for n in ("loss_validation_before", "loss_validation"))
         better = before is None or after is None or after < before

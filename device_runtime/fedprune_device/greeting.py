@@ -7,6 +7,7 @@ import platform
 from fedprune import __version__, session
 from fedprune.probe_report import ProbeReport
 from fedprune.wire.messages import Birth, Offer, Update
+from fedprune_device.source import Samples
 
 AGAIN_S = 60.0
 """How soon a board greets again because it has other samples than it said."""
@@ -46,6 +47,6 @@ class Greeting:
             None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
         )
 
-    def outdated(self, samples: int, now: float) -> bool:
-        """Whether the server should hear of another number of samples now."""
-        return samples != self._samples and now >= self._at + AGAIN_S
+    def outdated(self, source: Samples, now: float) -> bool:
+        """Whether the server should hear of another number of samples now; counted no more often than it may."""
+        return now >= self._at + AGAIN_S and source.samples != self._samples

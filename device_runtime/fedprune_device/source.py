@@ -12,7 +12,7 @@ class Samples(Protocol):
 
     @property
     def samples(self) -> int:
-        """Training samples now."""
+        """Training samples now; the agent's loop asks for it, so that it must be known already."""
 
     def snapshot(self, shape: Shape | None = None) -> LocalData:
         """The samples of a round.

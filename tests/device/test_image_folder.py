@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedprune.errors import ConfigError, DataError, StorageError
-from fedprune_device.local import images
+from fedprune_device.local import image_folder, images
 from fedprune_device.local.image_folder import ImageFolder
 from fedprune_device.local.images import Pixels
 from fedprune_device.local.shares import Shares
@@ -87,6 +89,78 @@ def test_an_image_that_is_damaged_or_too_large_is_left_out_by_name(
     assert "torn.jpg is left out" in caplog.text
     assert "large.jpg is left out" in caplog.text
     assert images.MAX_BYTES > 2000
+
+
+def test_a_pipe_or_a_link_that_is_called_like_an_image_is_left_out_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "ant/a.png", 1)
+    os.mkfifo(tmp_path / "ant" / "pipe.jpg")
+    (tmp_path / "ant" / "folder.jpg").mkdir()
+    (tmp_path / "ant" / "link.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "ant" / "socket.jpg"))
+        assert folder(tmp_path).snapshot(SHAPE).samples == 1
+    for name in ("pipe", "folder", "link", "socket"):
+        assert f"{name}.jpg is left out" in caplog.text
+
+
+def test_what_became_another_kind_of_file_since_it_was_listed_is_left_out(tmp_path: Path) -> None:
+    put(tmp_path, "ant/a.png", 1)
+    put(tmp_path, "ant/b.png", 2)
+    found = folder(tmp_path)
+    path = tmp_path / "ant" / "b.png"
+    look = found._look
+
+    def swap() -> None:
+        look()
+        path.unlink()
+        os.mkfifo(path)
+
+    found._look = swap  # type: ignore[method-assign]
+    assert found.snapshot(SHAPE).samples == 1
+
+
+def test_a_file_that_goes_between_two_looks_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "ant/a.png", 1)
+    gone = tmp_path / "ant" / "b.png"
+    put(tmp_path, "ant/b.png", 2)
+    real = Path.iterdir
+
+    def listed(self: Path) -> Any:
+        found = list(real(self))
+        if self.name == "ant":
+            gone.unlink(missing_ok=True)
+        return iter(found)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    assert folder(tmp_path).snapshot(SHAPE).samples == 1
+    assert not caplog.text
+
+
+def test_of_more_files_than_are_looked_at_each_class_has_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for n in range(9):
+        put(tmp_path, f"ant/{n}.png", n)
+    for n in range(3):
+        put(tmp_path, f"bee/{n}.png", 100 + n)
+    monkeypatch.setattr(image_folder, "_MOST_FILES", 7)
+    data = folder(tmp_path).snapshot(SHAPE)
+    assert np.bincount(data.y_train).tolist() == [4, 3]
+    assert "holds 12 images; 7 are looked at" in caplog.text
+
+
+def test_the_number_of_training_images_is_counted_when_they_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(20):
+        put(tmp_path, f"ant/{n}.png", n)
+    found = folder(tmp_path, test=0.3)
+    monkeypatch.setattr(Shares, "part", lambda *_: pytest.fail("it is known already"))
+    assert 0 < found.samples < 20
 
 
 def test_a_folder_that_is_no_class_is_an_error(tmp_path: Path) -> None:

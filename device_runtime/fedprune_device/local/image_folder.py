@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +23,9 @@ from fedprune_device.local.shares import Shares
 _LOG = logging.getLogger("fedprune.device")
 
 _MOST_FILES = 200_000
+"""Files that are looked at, of each class as many as there are, or a fair share."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,13 @@ class ImageFolder:
         self._names = class_names
         self._known: dict[tuple[Path, int, int], str] = {}
         self._chosen: list[_Image] = []
+        self._training = 0
         self._look()
 
     @property
     def samples(self) -> int:
         """Training images, as of the last look."""
-        return sum(self._shares.part(i.name) == "train" for i in self._chosen)
+        return self._training
 
     def snapshot(self, shape: Shape | None = None) -> LocalData:
         """The images that are there now. One that can't be read, or isn't written to its end, is left out by name.
@@ -76,7 +83,7 @@ class ImageFolder:
         parts: dict[str, list[tuple[int, Any]]] = {"train": [], "val": [], "test": []}
         for image in self._chosen:
             try:
-                x = self._pixels.read(image.path.read_bytes(), tuple(TYPES.values()), shape)
+                x = self._pixels.read(_content(image.path), tuple(TYPES.values()), shape)
             except (OSError, DataError) as error:
                 _LOG.warning("%s is left out: %s", image.path, error)
                 continue
@@ -96,21 +103,27 @@ class ImageFolder:
         known = {}
         with storage_errors(f"can't read {self._root}"):
             folders = sorted(p for p in self._root.iterdir() if p.is_dir() and not p.name.startswith("."))
-            files = [p for f in folders for p in sorted(f.iterdir()) if p.suffix.lower() in ENDINGS][:_MOST_FILES]
             labels = {f: self._label(f) for f in folders}
-            for path in files:
-                status = path.stat()
-                if status.st_size > MAX_BYTES:
-                    _LOG.warning("%s is left out: it is larger than %d bytes", path, MAX_BYTES)
-                    continue
+            files = [sorted(p for p in f.iterdir() if p.suffix.lower() in ENDINGS) for f in folders]
+        if (count := sum(map(len, files))) > _MOST_FILES:
+            _LOG.warning("%s holds %d images; %d are looked at, of every class", self._root, count, _MOST_FILES)
+        for path in islice(_in_turn(files), _MOST_FILES):
+            try:
+                status = path.lstat()
                 key = path, status.st_size, status.st_mtime_ns
-                known[key] = self._known.get(key) or hashlib.sha256(path.read_bytes()).hexdigest()
-                by_class.setdefault(labels[path.parent], []).append(_Image(path, labels[path.parent], known[key]))
+                known[key] = self._known.get(key) or hashlib.sha256(_content(path)).hexdigest()
+            except FileNotFoundError:
+                continue  # it was deleted, or renamed, since it was listed
+            except (OSError, DataError) as error:
+                _LOG.warning("%s is left out: %s", path, error)
+                continue
+            label = labels[path.parent]
+            by_class.setdefault(label, []).append(_Image(path, label, known[key]))
         self._known = known
+        # The same files count once.
         lines = [sorted({i.name: i for i in found}.values(), key=lambda i: i.name) for found in by_class.values()]
-        # One of each class in turn, the same files counting once.
-        turns = zip_longest(*lines)
-        self._chosen = [image for turn in turns for image in turn if image is not None][: self._most]
+        self._chosen = list(islice(_in_turn(lines), self._most))
+        self._training = sum(self._shares.part(i.name) == "train" for i in self._chosen)
 
     def _label(self, folder: Path) -> int:
         if folder.name in self._names:
@@ -122,3 +135,29 @@ class ImageFolder:
             f"{folder} is no class", expected=wanted, got=folder.name,
             hint="Give the classes' names in the order that all boards share: --class-names A,B,C.",
         )  # fmt: skip
+
+
+def _in_turn(lines: Iterable[list[_T]]) -> Iterable[_T]:
+    """One of each line in turn, until all are over."""
+    return (one for turn in zip_longest(*lines) for one in turn if one is not None)
+
+
+def _content(path: Path) -> bytes:
+    """An image's bytes.
+
+    Raises:
+        DataError: It is no plain file, or larger than an image may be.
+        OSError: It can't be read; ELOOP for a symbolic link.
+    """
+    with open(path, "rb", opener=_opened) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError("an image", expected="a plain file", got="something else")
+        content = b"" if status.st_size > MAX_BYTES else file.read(MAX_BYTES + 1)  # it may be growing
+    if max(status.st_size, len(content)) > MAX_BYTES:
+        raise DataError("size of an image", expected=f"at most {MAX_BYTES} bytes", got="more")
+    return content
+
+
+def _opened(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would be waited for
