@@ -100,6 +100,8 @@ def serve(folder: Path, threads: int) -> None:
                     steps, seconds = thread.status[1] - before, time.monotonic() - began
                     thread.stop()
                     thread.join(60)
+                    if thread.alive:
+                        raise SystemExit("training didn't end within 60 s: nothing can be measured without it")
                     print(json.dumps({"step_ms": 1e3 * seconds / max(steps, 1)}), flush=True)
 
 

@@ -75,7 +75,8 @@ class Board:
 
     Args:
         address: `unix:/path` or `127.0.0.1:port`.
-        timeout: Seconds that one try may take.
+        timeout: Seconds that connecting, sending or the next bytes of an answer may take; a try may take several times
+            as long.
         tries: How often a request is tried when the board is busy or can't be reached. What is asked for may then be
             done twice, which changes nothing: a sample that is there is known.
     """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -39,8 +41,14 @@ def broken_wheel() -> Path:
     """
     folder = CACHE / "onnxruntime-1.21.0"
     if not folder.is_dir():
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
-        command += ["--python-version", BOOKWORM.python, "--platform", "manylinux_2_28_aarch64"]
-        subprocess.run([*command, "onnxruntime==1.21.0"], check=True)
+        # Beside it first: what is cut off must not pass for the whole.
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as place:
+            made = Path(place) / folder.name
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+            command += ["-d", str(made), "--python-version", BOOKWORM.python, "--platform", "manylinux_2_28_aarch64"]
+            subprocess.run([*command, "onnxruntime==1.21.0"], check=True)
+            with contextlib.suppress(OSError):  # another run was sooner
+                made.rename(folder)
     (wheel,) = folder.glob("*.whl")
     return wheel

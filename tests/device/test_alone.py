@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -17,7 +18,7 @@ from memory_fleet import MemoryLink, MemoryServer, clock
 from power import KINDS, CutError, power
 
 from fedprune import tensorfile
-from fedprune.errors import StorageFullError
+from fedprune.errors import FedpruneError, StorageFullError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.messages import Offer, Update
@@ -26,6 +27,7 @@ from fedprune_device.agent import Agent
 from fedprune_device.alone import Alone
 from fedprune_device.data import LocalData
 from fedprune_device.owner import Owner
+from fedprune_device.slots import Slots
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import Trainer
 
@@ -64,6 +66,15 @@ class Board:
             thread.join()
         if raised:
             raise raised[0]
+
+    def seen_serving(self, found: list[Tensors]) -> bool:
+        """Add what serves while the agent runs; False if it changes just then."""
+        slots = Slots(self.root / "state" / "serving")
+        record = slots.current()
+        with contextlib.suppress(FedpruneError, OSError):
+            found.append(tensorfile.decode(slots.weights(record)) if record is not None else {})
+            return True
+        return False
 
     def served(self) -> Tensors:
         with DeviceStore(self.root / "state") as store:
@@ -117,6 +128,7 @@ def test_a_board_trains_on_while_its_server_is_away_and_then_goes_on_with_the_fl
         said = len(board.server.seen)
         until(lambda: times(board) >= 2, "training alone, twice")
         assert len(board.server.seen) == said
+        until(lambda: board.seen_serving(served), "what serves meanwhile")
         board.server.plan.append(board.server.offer(2))
         link.restore()
         until(lambda: 2 in board.server.updates, "round 2")
@@ -126,7 +138,9 @@ def test_a_board_trains_on_while_its_server_is_away_and_then_goes_on_with_the_fl
     assert same(board.server.result(1), expected(graphs, weights, data, 1))
     assert same(board.server.result(2), expected(graphs, weights, data, 2))
     assert same(board.served(), expected(graphs, weights, data, 2))
-    assert not served
+    # It served all the same.
+    assert len(served) == 1
+    assert not same(served[0], expected(graphs, weights, data, 1))
 
 
 def test_what_serves_while_the_server_is_away_is_trained_further(board: Board, data: LocalData, soon: None) -> None:
@@ -171,6 +185,7 @@ def test_an_offer_ends_training_alone(board: Board, soon: None) -> None:
         until(lambda: 1 in board.server.updates)
         link.drop()
         until(lambda: agent.standing.to_dict()["alone"])
+        assert not agent.quiet, "a restart would cost what was trained"
         board.server.plan.append(board.server.offer(2))
         link.restore()
         until(lambda: 2 in board.server.updates)
@@ -314,6 +329,22 @@ def test_a_failure_is_logged_and_tried_again_when_it_is_time(
     assert "training alone failed" in caplog.text
     assert not at.goes_by(DAY - 60)
     assert at.goes_by(120)
+
+
+@pytest.mark.parametrize("error", [StorageFullError("no room"), RuntimeError("nobody thought of it")])
+def test_what_fails_after_training_is_logged_too(
+    at: At, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    before = at.store.slots.current()
+
+    def fails(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(at.store.slots, "install", fails)
+    assert at.goes_by(DAY)
+    assert "training alone failed" in caplog.text
+    assert str(error) in caplog.text
+    assert at.store.slots.current() == before
 
 
 def test_a_full_disk_changes_nothing(at: At, monkeypatch: pytest.MonkeyPatch) -> None:

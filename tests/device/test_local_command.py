@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from local_board import NAMES, LocalBoard
 
-from fedprune.errors import ExitCode
+from fedprune.errors import ExitCode, StorageFullError
 from fedprune_device import cli
 from fedprune_device.client import Board
+from fedprune_device.local import server
 
 pytestmark = pytest.mark.board
 
@@ -120,6 +121,30 @@ def test_samples_that_do_not_fit_are_left_out_by_name(tmp_path: Path, graphs: Pa
     said = capsys.readouterr()
     assert said.out == "4 kept, 0 known, 0 not kept, 1 left out\n"
     assert f"sample 3 of {tmp_path / 'd.npz'} is left out: label: expected a whole number from 0 to 2" in said.err
+
+
+def test_what_the_board_refuses_is_told_by_what_it_is(
+    tmp_path: Path, graphs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    local = LocalBoard(tmp_path, graphs)
+    local.install(1)
+    np.savez(tmp_path / "d.npz", x=X, y=[0, 1, 2, 0, 1])
+    command = ["collect", "--local", local.address, str(tmp_path / "d.npz")]
+    with local.serving():
+        with monkeypatch.context() as patch:
+            patch.setattr(server, "BODY_BYTES", 20)
+            assert cli.main(command) == ExitCode.DATA
+        said = capsys.readouterr()
+        assert said.out == "0 kept, 0 known, 0 not kept, 5 left out\n"
+        assert "size of the body" in said.err
+
+        def full(*_: object) -> None:
+            raise StorageFullError("no room for samples")
+
+        assert local.samples is not None
+        monkeypatch.setattr(local.samples, "add", full)
+        assert cli.main(command) == ExitCode.STORAGE_FULL
+        assert "no room for samples" in capsys.readouterr().err
 
 
 def test_a_folder_of_images_is_handed_in_by_class(tmp_path: Path, graphs: Path, capsys: Capture) -> None:

@@ -327,6 +327,18 @@ def test_a_socket_that_a_killed_process_left_is_taken_over_and_a_live_one_is_not
     assert path.read_text() == "mine"
 
 
+def test_a_socket_that_another_program_has_put_in_its_place_is_left_alone(tmp_path: Path) -> None:
+    address = Address.parse(f"unix:{tmp_path / 's'}")
+    first = address.bind()
+    (tmp_path / "s").unlink()
+    second = address.bind()
+    address.release(first)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "s"))
+    address.release(second)
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("text", ["0.0.0.0:80", "192.168.1.4:80", "[::]:80", "board.local:80", "127.0.0.2:80"])
 def test_an_address_that_the_network_could_reach_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"expected 127\.0\.0\.1 or localhost or ::1"):

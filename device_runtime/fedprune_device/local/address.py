@@ -23,6 +23,12 @@ _TCP = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/]+)):(\d{1,5})")
 _BACKLOG = 32
 
 
+class Bound(socket.socket):
+    """A socket that listens, and by what its file is known again."""
+
+    file: tuple[int, int, int] | None = None
+
+
 @dataclass(frozen=True)
 class Address:
     """An address that this machine alone reaches.
@@ -64,7 +70,7 @@ class Address:
             )
         return cls(None, "127.0.0.1" if host == "localhost" else host, int(match[3]))
 
-    def bind(self) -> socket.socket:
+    def bind(self) -> Bound:
         """A socket that listens there.
 
         Raises:
@@ -72,17 +78,17 @@ class Address:
         """
         return self._bind_port() if self.path is None else self._bind_file(self.path)
 
-    def release(self, bound: socket.socket) -> None:
+    def release(self, bound: Bound) -> None:
         """Close the socket, and delete its file if it is still this one's."""
-        name = bound.getsockname()
         bound.close()
-        if self.path is not None and name:
+        if self.path is not None and bound.file is not None:
             with contextlib.suppress(OSError):
-                self.path.unlink()
+                if _identity(self.path) == bound.file:
+                    self.path.unlink()
 
-    def _bind_port(self) -> socket.socket:
+    def _bind_port(self) -> Bound:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound = Bound(family, socket.SOCK_STREAM)
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind((self.host, self.port))
@@ -94,16 +100,17 @@ class Address:
             ) from error
         return bound
 
-    def _bind_file(self, path: Path) -> socket.socket:
+    def _bind_file(self, path: Path) -> Bound:
         _check_free(path)
         # Under another name until nobody but those who may can connect, and until it listens.
         new = path.with_name(f"{path.name}.{os.getpid()}")
-        bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        bound = Bound(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             new.unlink(missing_ok=True)
             bound.bind(str(new))
             new.chmod(MODE)
             bound.listen(_BACKLOG)
+            bound.file = _identity(new)
             new.replace(path)
         except OSError as error:
             bound.close()
@@ -111,6 +118,12 @@ class Address:
                 new.unlink()
             raise StorageError(f"can't listen on {path}: {error.strerror or error}", hint=remedy(error)) from error
         return bound
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """By what a file is known again; a number alone may be given to another one."""
+    status = path.lstat()
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _check_free(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedprune.disk import storage_errors
-from fedprune.errors import BrokerError, DataError, ExitCode
+from fedprune.errors import BrokerError, DataError, ExitCode, StorageFullError
 from fedprune_device.client import Board, BoardError
 from fedprune_device.data import read_arrays
 from fedprune_device.local.address import Address
@@ -21,6 +21,10 @@ from fedprune_device.local.images import ENDINGS, MAX_BYTES
 
 Sample = tuple[str, Any, "int | str | None"]
 """A sample's name for messages, the sample as the client takes it, and its label."""
+
+
+_UNFIT, _FULL = (409, 413, 422), 507
+"""Statuses of a sample that the board doesn't take, and of a board without room on its disk."""
 
 
 def add_collect_command(commands: Any) -> None:
@@ -48,7 +52,9 @@ def _collect(arguments: argparse.Namespace) -> int:
             try:
                 added = board.add(x, label)
             except BoardError as error:
-                if error.status != 409 and error.status != 422:
+                if error.status == _FULL:
+                    raise StorageFullError(f"{name}: {error}") from error
+                if error.status not in _UNFIT:
                     raise BrokerError(f"{name}: {error}") from error
                 print(f"{name} is left out: {error}", file=sys.stderr)
                 count["left out"] += 1

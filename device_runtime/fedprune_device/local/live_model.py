@@ -23,7 +23,7 @@ _LOG = logging.getLogger("fedprune.device")
 
 _LOOK_SECONDS = 0.5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 600.0
-"""Between two tries at a model that can't be loaded; each pause is twice the last. What is wrong may pass: no memory."""
+"""Between two tries at a model that can't be loaded; each pause is twice the last. It may have been lack of memory."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, address: Address, endpoints: Endpoints, connections: int = CONNECTIONS) -> None:
         super().__init__(("", 0), _Handler, bind_and_activate=False)
         self.socket.close()
-        self.socket = address.bind()
+        self.socket = self._bound = address.bind()
         self.endpoints = endpoints
         self._address, self._most = address, connections
         self._lock = threading.Lock()
@@ -90,7 +90,7 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Listen no longer, and end all connections; what is being answered has a few seconds."""
         self.shutdown()
         self._thread.join()
-        self._address.release(self.socket)
+        self._address.release(self._bound)
         self._cut(float("inf"))
         ends = time.monotonic() + _CLOSE_SECONDS
         while self._clients and time.monotonic() < ends:
