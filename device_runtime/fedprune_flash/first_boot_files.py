@@ -166,7 +166,7 @@ def first_boot_files(scheme: Scheme, wanted: FirstBoot, mount: str, cmdline: str
 
 def _cloud_init(wanted: FirstBoot, mount: str) -> dict[str, str]:
     body: dict[str, object] = {"hostname": wanted.hostname, "manage_etc_hosts": True}
-    commands = []
+    commands: list[list[str]] = []
     if wanted.user is not None:
         body["users"] = [
             {
