@@ -29,14 +29,11 @@ from fedprune.wire.messages import (
     Offer,
     Progress,
     Refusal,
-    ReleaseOffer,
-    ReleaseReport,
-    ReleaseWithdrawn,
     Update,
     Want,
     parse,
 )
-from fedprune.wire.release_messages import STATES
+from fedprune.wire.release_messages import STATES, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
 
 pytestmark = pytest.mark.board
 

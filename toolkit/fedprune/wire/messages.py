@@ -18,7 +18,7 @@ from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.checked_message import MAX_MESSAGE, VERSION, CheckedMessage
 from fedprune.wire.fields import Check
 from fedprune.wire.join_messages import JoinAnswer, JoinRequest
-from fedprune.wire.release_messages import ReleaseOffer, ReleaseReport, ReleaseWithdrawn
+from fedprune.wire.release_messages import ReleaseFromServer, ReleaseReport
 
 MAX_WANT = 1024
 """Leaves or pieces that one `Want` may ask for."""
@@ -351,9 +351,7 @@ class Gone(CheckedMessage):
 
 
 FromDevice = Birth | Death | Progress | Refusal | Update | Want | Gone | JoinRequest | ReleaseReport
-FromServer = (
-    Hello | Offer | Accepted | Cancelled | Finished | Want | Gone | JoinAnswer | ReleaseOffer | ReleaseWithdrawn
-)
+FromServer = Hello | Offer | Accepted | Cancelled | Finished | Want | Gone | JoinAnswer | ReleaseFromServer
 Message = FromDevice | FromServer
 
 _TYPES: dict[str, type[Any]] = {c.kind: c for c in get_args(Message)}

@@ -103,3 +103,6 @@ class ReleaseReport(CheckedMessage):
         "done": check.whole(),
         "total": check.whole(),
     }
+
+
+ReleaseFromServer = ReleaseOffer | ReleaseWithdrawn
