@@ -317,7 +317,8 @@ def test_nothing_is_given_before_there_is_a_connection(tmp_path: Path, release: 
 @pytest.mark.parametrize("jump", [2 * 3600, -2 * 3600, -1.6e9])
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_clock_that_is_set_fails_nobody_and_holds_up_no_deadline(site: Site, jump: float, restart: bool) -> None:
-    site.fates = {NAMES[4]: HANGS}
+    site.fates = {NAMES[4]: SILENT}
+    site.now += 60 * 86_400  # the machine has been up for long
     site.begin(Stage(1.0, success=0.9, errors=0.1))
     site.live(hours=2 / 60)
     site.wall += jump
