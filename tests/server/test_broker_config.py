@@ -28,6 +28,7 @@ from fedprune.trust.trusted_time import BUILT
 from fedprune.wire.join_messages import JoinAnswer
 from fedprune.wire.messages import parse
 from fedprune.wire.topics import Topics
+from fedprune_device.enrolment import Renewal
 from fedprune_server.broker_config import (
     ACL,
     CONFIG,
@@ -300,6 +301,28 @@ def test_a_board_joins_over_the_broker_with_nothing_but_a_claim(site: Site, tmp_
     device.admit(answer, claim.pin)
 
     assert not site.refuses(device.context())
+
+
+@pytest.mark.mosquitto
+def test_where_nobody_is_heard_without_a_certificate_a_member_renews_with_its_own(site: Site) -> None:
+    board, stop = site.device("renews"), threading.Event()
+    members = f"mqtts://127.0.0.1:{site.broker.port}"  # as at EMQX, which has no other listener
+    with site.client(site.identity.context(), [JoinDesk(site.identity).subscription]) as server:
+
+        def answer() -> None:
+            while not stop.is_set():
+                with suppress(queue.Empty):
+                    server.publish(*JoinDesk(site.identity).receive(*server.got.get(timeout=0.1)))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            Renewal(board, [members], lambda: True).renew(60)
+        finally:
+            stop.set()
+            thread.join()
+    assert len(site.identity.authority.of_device("renews")) == 2
+    assert not site.refuses(board.context())
 
 
 @pytest.mark.mosquitto
