@@ -21,6 +21,7 @@ from fedprune.setting_checks import known
 from fedprune.trust.tls import insecure_allowed
 from fedprune.wire.fields import whole
 from fedprune.wire.topics import check_device, check_name
+from fedprune_device.runtime.unit import HIDDEN
 
 SAMPLES = "/srv/fedprune/samples.npz"
 """Where a board's samples are looked for unless told otherwise."""
@@ -70,6 +71,13 @@ class BoardFile:
         if not isinstance(self.data, str) or not (_is_path(self.data) or _FUNCTION.fullmatch(self.data)):
             raise ConfigError(
                 "data of the board", expected="an absolute path or package.module:function", got=shown(self.data)
+            )
+        if hidden := _hidden(self.data):
+            raise ConfigError(
+                "data of the board",
+                expected="a path that its service sees",
+                got=f"one in {hidden}, which is hidden from it",
+                hint=f"Take another one, such as {SAMPLES}.",
             )
         if not isinstance(self.authority, bool):
             raise ConfigError("authority", expected="true or false", got=shown(self.authority))
@@ -164,6 +172,12 @@ def _check_server(name: str, value: object) -> None:
             whole(1, 65_535)("port", int(port))
         except ProtocolError as error:
             raise ConfigError(f"port of {name}", expected=error.expected, got=error.got) from error
+
+
+def _hidden(data: str) -> str:
+    """Which folder that the service doesn't see has this path; empty if none has."""
+    parts = tuple(part for part in data.split("/") if part not in ("", ".")) if data.startswith("/") else ()
+    return next((f for f in HIDDEN if parts[: f.count("/")] == tuple(f.split("/")[1:])), "")
 
 
 def _is_path(text: str) -> bool:

@@ -120,9 +120,10 @@ def _image(arguments: argparse.Namespace) -> int:
     wanted = _first_boot(arguments, kit.board.device)
     scheme = Scheme(arguments.scheme) if arguments.scheme else None
     out = None if arguments.dry_run else arguments.out
+    secret = kit.claimed or wanted.wifi is not None
     with (
         shown_progress(f"Unpacking {arguments.source.name}") as told,
-        image.opened_image(arguments.source, out, told) as file,
+        image.opened_image(arguments.source, out, told, private=secret) as file,
     ):
         contents = image.examine(file, scheme)
         image.check(contents, kit)

@@ -68,13 +68,16 @@ class Contents:
 
 
 @contextmanager
-def opened_image(source: Path, out: Path | None, progress: Progress | None = None) -> Iterator[BinaryIO]:
+def opened_image(
+    source: Path, out: Path | None, progress: Progress | None = None, *, private: bool = False
+) -> Iterator[BinaryIO]:
     """An image's bytes, unpacked: in a new file that takes its name at the end, or for reading alone.
 
     Args:
         source: The image.
         out: The file that is to be; None for reading alone, for which a packed one is unpacked for as long.
         progress: Is told how far unpacking is.
+        private: Whether only this user may read the new file, from its first byte on.
 
     Raises:
         ImageError: It is no image.
@@ -96,7 +99,9 @@ def opened_image(source: Path, out: Path | None, progress: Progress | None = Non
     partial = out.with_name(f".{out.name}.partial")
     with storage_errors(f"can't write {out}"):
         try:
-            with partial.open("w+b") as file:
+            partial.unlink(missing_ok=True)  # one that was left over may be open to others
+            partial.touch(mode=0o600 if private else 0o666, exist_ok=False)
+            with partial.open("r+b") as file:
                 unpack(source, file, progress)
                 yield file
                 file.flush()

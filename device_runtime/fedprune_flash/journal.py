@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -51,21 +52,20 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._guard = threading.Lock()
-        self._entries: dict[str, Entry] = {}
-        try:
-            if path.exists():
-                self._entries = _read(path)
-        except OSError as error:
-            raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+        self._entries = _entries(path)
 
-    def alone(self) -> AbstractContextManager[None]:
-        """Keep other runs away.
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs away. What one before has written down counts, whenever this was made.
 
         Raises:
-            StorageError: There is one.
+            StorageError: There is one, or what it has written is damaged.
         """
         lock = self.path.with_name(f"{self.path.name}.lock")
-        return locked(lock, f"another run uses {self.path}", "Wait until it is done.")
+        with locked(lock, f"another run uses {self.path}", "Wait until it is done."):
+            with self._guard:
+                self._entries = _entries(self.path)
+            yield
 
     def entry(self, device: str) -> Entry:
         """What is known of a board."""
@@ -88,9 +88,9 @@ class Journal:
         Raises:
             StorageError: The disk fails or is full.
         """
-        mark = _mark(claim)
+        digest = mark(claim)
         with self._guard:
-            if any(claim == e.claim or mark in e.used for e in self._entries.values()):
+            if any(claim == e.claim or digest in e.used for e in self._entries.values()):
                 return False
             self._write(device, replace(self._entries.get(device, Entry()), claim=claim))
             return True
@@ -104,7 +104,7 @@ class Journal:
         with self._guard:
             entry = self._entries.get(device, Entry())
             if entry.claim:
-                self._write(device, replace(entry, claim="", used=(*entry.used, _mark(entry.claim))))
+                self._write(device, replace(entry, claim="", used=(*entry.used, mark(entry.claim))))
 
     def _write(self, device: str, entry: Entry) -> None:
         entries = {**self._entries, device: entry}
@@ -113,8 +113,16 @@ class Journal:
         self._entries = entries
 
 
-def _mark(claim: str) -> str:
+def mark(claim: str) -> str:
+    """What may be kept of a claim when it has been handed over: its digest."""
     return hashlib.sha256(claim.encode()).hexdigest()
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    try:
+        return _read(path) if path.exists() else {}
+    except OSError as error:
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
 
 
 def _read(path: Path) -> dict[str, Entry]:

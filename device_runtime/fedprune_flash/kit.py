@@ -103,7 +103,7 @@ def build_kit(
     pin: str | None = None,
     claim: str | None = None,
 ) -> Kit:
-    """Make a kit; the folder appears only when it is whole.
+    """Make a kit; the folder appears only when it is whole. One with a claim is for this user alone.
 
     Args:
         out: The folder, which is made.
@@ -132,7 +132,8 @@ def build_kit(
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             new = Path(folder) / "kit"
             wheels = new / WHEELS
-            wheels.mkdir(parents=True)
+            new.mkdir(mode=0o777 if claim is None else 0o700)
+            wheels.mkdir()
             own = wheelhouse.build_wheel(Path(folder)) if wheel is None else _given(wheel)
             wheelhouse.fetch(own, target, wheels, links)
             if not (wheels / own.name).exists():
@@ -145,6 +146,7 @@ def build_kit(
             if authorities is not None:
                 (new / AUTHORITY).write_bytes(checked_authorities(authorities, pin))
             if claim is not None:
+                (new / CLAIM).touch(mode=0o600)  # before anything is in it
                 (new / CLAIM).write_text(checked_claim(claim), encoding="ascii")
             (new / MANIFEST).write_text(_manifest(new, target, board), encoding="utf-8")
             new.rename(out)

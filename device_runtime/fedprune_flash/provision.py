@@ -252,6 +252,8 @@ def _remove(row: BoardRow, link: BoardLink, order: Order, journal: Journal, tell
     if code:
         raise _failed(code, last)
     link.ask("drop")
+    if order.purge:
+        journal.handed(row.device)  # a claim that was on its way stays nobody else's, but isn't kept
     journal.note(row.device, state=REMOVED, work=order.work(row))
     return "all is gone" if order.purge else "what was learnt stays"
 

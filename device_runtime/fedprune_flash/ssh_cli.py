@@ -78,7 +78,8 @@ def _ssh(arguments: argparse.Namespace) -> int:
         arguments.accept_new_hosts,
         arguments.new_claims,
     )
-    claims = Claims(journal, texts, arguments.server_state, arguments.hours)
+    used = None if arguments.claims is None else arguments.claims.with_name(f"{arguments.claims.name}.used")
+    claims = Claims(journal, texts, arguments.server_state, arguments.hours, used)
     with journal.alone(), ended_by_signals():
         outcomes = Rollout(order, claims, journal, jobs=arguments.jobs, again=arguments.again).run(rows)
     print(table(outcomes))

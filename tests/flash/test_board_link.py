@@ -238,3 +238,17 @@ def test_an_installer_that_speaks_for_ever_is_left(fake: Fake) -> None:
         assert lines
     finally:
         link.close()
+
+
+def test_a_disk_that_takes_less_than_it_is_given_gets_the_rest(tmp_path: Path) -> None:
+    """A file in memory that grows by no more than 1000 bytes at once, in the far side's process."""
+    data = os.urandom(300_000)
+    sha256 = hashlib.sha256(data).hexdigest()
+    source = Path(far_side.__file__).read_text().replace("file.write(piece)", "file.write(piece[:1000])")
+    request = {"op": "put", "root": str(tmp_path), "path": "a", "sha256": sha256, "size": len(data), "offset": 0}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", source],
+        input=json.dumps(request).encode() + b"\n" + data, capture_output=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.decode() == f'{far_side.MARK}{{"put": true}}\n', done.stderr
+    assert (tmp_path / "home/.cache/fedprune-kit/a").read_bytes() == data

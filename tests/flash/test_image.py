@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import os
 import platform
 import shlex
 import shutil
@@ -277,6 +278,22 @@ def test_the_first_boots_script_ends_whatever_fails_and_leaves_no_trace(
     assert not (board / "boot/fedprune-firstrun.sh").exists()
     left = (board / "boot/cmdline.txt").read_text()
     assert left == f"{CMDLINE} quiet init=/usr/lib/raspberrypi-sys-mods/firstboot cfg80211.ieee80211_regdom=DE\n"
+
+
+@pytest.mark.parametrize(
+    ("claim", "wifi", "mode"), [(None, False, 0o644), ("one-time", False, 0o600), (None, True, 0o600)]
+)
+def test_an_image_with_something_secret_is_for_its_maker_alone(
+    claim: str | None, wifi: bool, mode: int, make_source: MakeSource, make_kit: Callable[..., Kit], tmp_path: Path
+) -> None:
+    kit, out = make_kit(claim=claim), tmp_path / "out.img"
+    before = os.umask(0o022)
+    try:
+        words = ["image", str(make_source()), "--out", str(out), "--kit", str(kit.folder)]
+        assert cli.main([*words, *(["--wifi", SSID, "--wifi-country", "DE"] if wifi else [])]) == ExitCode.OK
+    finally:
+        os.umask(before)
+    assert out.stat().st_mode & 0o777 == mode
 
 
 def programs_in(folder: Path, **scripts: str) -> dict[str, str]:

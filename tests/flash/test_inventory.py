@@ -176,6 +176,50 @@ def test_a_claim_is_given_once_and_to_the_same_board_again(tmp_path: Path) -> No
     assert (tmp_path / "journal").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_journal_that_was_read_before_another_run_ended_is_read_again(tmp_path: Path) -> None:
+    texts = claims(2)
+    late = Journal(tmp_path / "journal")
+    first = Journal(tmp_path / "journal")
+    with first.alone():
+        assert Claims(first, texts).claim("attic") == texts[0]
+        first.handed("attic")
+        with pytest.raises(StorageError, match="another run"), late.alone():
+            pass
+    with late.alone():
+        assert Claims(late, texts).claim("cellar") == texts[1]
+
+
+def test_two_inventories_share_a_file_of_claims(tmp_path: Path) -> None:
+    texts, used = claims(3), tmp_path / "claims.used"
+    one, other = (Claims(Journal(tmp_path / name), texts, used=used) for name in ("a", "b"))
+    assert [one.claim("attic"), other.claim("attic"), one.claim("shed")] == texts
+    assert not any(text in used.read_text() for text in texts)
+    assert used.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(JoinError, match="no claim left"):
+        other.claim("shed")
+    (tmp_path / "a").unlink()  # a kill came after the claim was taken, and before the journal was written
+    again = Claims(Journal(tmp_path / "a"), texts, used=used)
+    assert [again.claim("shed"), again.claim("attic")] == [texts[2], texts[0]]
+    used.write_text('{"used": 3}')
+    with pytest.raises(StorageError, match="is damaged"):
+        Claims(Journal(tmp_path / "c"), texts, used=used).claim("loft")
+
+
+def test_runs_at_once_get_claims_of_their_own(tmp_path: Path) -> None:
+    texts, found = claims(24), list[str]()
+
+    def give(run: int) -> None:
+        pool = Claims(Journal(tmp_path / f"journal {run}"), texts, used=tmp_path / "claims.used")
+        found.extend(pool.claim(f"b{number}") for number in range(4))
+
+    threads = [threading.Thread(target=give, args=(run,)) for run in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == sorted(texts)
+
+
 def test_threads_get_claims_of_their_own(tmp_path: Path) -> None:
     pool, found = Claims(Journal(tmp_path / "journal"), claims(30)), list[str]()
     threads = [threading.Thread(target=lambda n=n: found.append(pool.claim(f"b{n}"))) for n in range(30)]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 import tiny_wheels
 from fedprune.errors import ConfigError, ExitCode, KitError, UsageError
+from fedprune_device.runtime.unit import HIDDEN, Service
 from fedprune_flash import BoardFile, Kit, Target, build_kit, cli, open_kit, wheelhouse
 
 MakeKit = Callable[..., Kit]
@@ -147,6 +149,12 @@ def test_a_folder_that_is_there_is_left_alone(make_kit: MakeKit) -> None:
         ({"data": "/srv/../etc/shadow"}, "absolute path"),
         ({"data": "/srv/a b"}, "absolute path"),
         ({"data": "/srv/%n"}, "absolute path"),
+        ({"data": "/home/ann/samples.npz"}, "one in /home"),
+        ({"data": "//home"}, "one in /home"),
+        ({"data": "/root/x.npz"}, "one in /root"),
+        ({"data": "/run/./user/1000/x.npz"}, "one in /run/user"),
+        ({"data": "/tmp/x.npz"}, "one in /tmp"),
+        ({"data": "/var/tmp/x.npz"}, "one in /var/tmp"),
     ],
 )
 def test_what_a_board_is_told_is_checked(changes: dict[str, str], message: str) -> None:
@@ -162,6 +170,29 @@ def test_what_a_board_is_told_is_checked(changes: dict[str, str], message: str) 
 )
 def test_servers_are_addresses(server: str) -> None:
     assert BoardFile(server, "attic").server == server
+
+
+@pytest.mark.parametrize("data", ["/srv/home/x.npz", "/homes/x.npz", "/run/x", "/var/x.npz", "home.samples:load"])
+def test_samples_are_where_the_service_sees_them(data: str) -> None:
+    assert BoardFile("mqtts://host", "attic", data=data).data == data
+
+
+@pytest.mark.parametrize("jetson", [False, True])
+def test_what_a_kit_refuses_as_samples_is_what_the_unit_hides(jetson: bool) -> None:
+    """ProtectHome and PrivateTmp, as systemd.exec(5) has them."""
+    lines = Service(jetson=jetson).text().splitlines()
+    assert {"ProtectHome=yes", "PrivateTmp=yes"} <= set(lines)
+    assert set(HIDDEN) == {"/home", "/root", "/run/user", "/tmp", "/var/tmp"}
+
+
+def test_a_kit_with_a_claim_is_for_its_maker_alone(make_kit: MakeKit) -> None:
+    before = os.umask(0o022)
+    try:
+        kit, plain = make_kit(claim="one-time").folder, make_kit("plain").folder
+    finally:
+        os.umask(before)
+    assert [p.stat().st_mode & 0o777 for p in (kit, kit / "claim.txt")] == [0o700, 0o600]
+    assert [p.stat().st_mode & 0o777 for p in (plain, plain / "kit.json")] == [0o755, 0o644]
 
 
 def test_a_private_key_never_goes_into_a_kit(authority: Path, make_kit: MakeKit) -> None:

@@ -21,6 +21,7 @@ from fedprune.errors import ExitCode
 from fedprune.trust.claim import Claim
 from fedprune_device.runtime.home import Home
 from fedprune_flash import BoardFile, Kit, Target, build_kit, cli
+from fedprune_flash.journal import Journal
 from ssh_boards import PROFILE, Board, Boards
 
 pytestmark = pytest.mark.system
@@ -179,7 +180,12 @@ def test_removal_is_the_reverse(boards: Boards, kit: Path, capsys: Capture) -> N
     for board in boards.boards:
         assert board.claim.exists()
         assert not (board.root / "opt/fedprune").exists()
+    journal = inventory.with_name("boards.toml.journal")
+    undelivered = Claim.make(bytes(12)).text
+    assert Journal(journal).give("attic", undelivered)
     assert cli.main(["ssh", str(inventory), "--remove", "--purge"]) == ExitCode.OK
+    assert undelivered not in journal.read_text()
+    assert not Journal(journal).give("cellar", undelivered)
     for board, files in zip(boards.boards, before, strict=True):
         assert {n: t for n, t in snapshot(board.root).items() if not n.startswith("run/")} == files
     said = capsys.readouterr().out
@@ -353,8 +359,6 @@ def test_the_server_makes_claims_for_the_boards_names(
 
 
 def test_a_second_run_at_the_same_time_is_refused(boards: Boards, kit: Path, tmp_path: Path, capsys: Capture) -> None:
-    from fedprune_flash.journal import Journal
-
     inventory = boards.inventory()
     with Journal(tmp_path / "boards.toml.journal").alone():
         assert cli.main(command(inventory, kit)) == ExitCode.STORAGE

@@ -38,6 +38,10 @@ JETSON_CLASSES = ("char-nvidia", "char-nvhost", "char-drm")
 """The same by the names of their drivers in /proc/devices."""
 
 
+HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  names alone
+"""What a service doesn't see, or as a folder of its own (ProtectHome, PrivateTmp)."""
+
+
 @dataclass(frozen=True)
 class Service:
     """What a unit says.

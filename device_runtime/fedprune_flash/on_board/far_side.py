@@ -90,7 +90,8 @@ def put(root: str, path: str, sha256: str, size: int, offset: int) -> _Body:
             while left:
                 piece = _next(left)
                 left -= len(piece)
-                file.write(piece)
+                while piece:
+                    piece = piece[file.write(piece) :]  # which may take less than it was given
             os.fsync(descriptor)
     except OSError as error:
         trouble = str(error)
