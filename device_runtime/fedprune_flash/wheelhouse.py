@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from email.parser import HeaderParser
@@ -27,6 +28,8 @@ from fedprune_flash.target import Target
 OWN = "fedprune"
 SHADOWS = ("numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python", "tensorrt", "torch")
 """What JetPack brings, built for its GPU and for each other: a wheel of the same name would be found first."""
+
+CONSTRAINTS = "constraints.txt"
 
 _MAX_METADATA = 4 * 2**20
 _LINES = 3
@@ -69,6 +72,8 @@ def own_wheel(folder: Path) -> Path:
 def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) -> None:
     """Fetch what a board needs into a folder, but for what its own Python is to bring.
 
+    From a network it is what the checkout's constraints say, so that the same kit is the same tomorrow.
+
     Args:
         wheel: fedprune's own.
         target: The board.
@@ -79,19 +84,47 @@ def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) ->
         KitError: pip fails; its last lines are in the message.
     """
     platforms = [part for tag in target.platforms for part in ("--platform", tag)]
-    sources = ["--no-index", *(p for link in links for p in ("--find-links", str(link)))] if links else []
     kind = ["--implementation", "cp", "--python-version", target.python, "--only-binary=:all:"]
     wanted = [f"{wheel}[{target.extra}]"]
-    for _ in range(_ROUNDS):
-        _pip("download", *sources, *platforms, *kind, "--dest", str(out), *wanted)
-        # What markers ask for on the target alone, pip has left out.
-        wheels = sorted(out.glob("*.whl"))
-        wanted = sorted({f"{r.name}{r.specifier}" for _, r, found in _unmet(wheels, target) if found is None})
-        if not wanted:
-            break
+    with tempfile.TemporaryDirectory() as folder:
+        sources = ["--no-index", *(p for link in links for p in ("--find-links", str(link)))]
+        if not links:
+            fixed = Path(folder) / CONSTRAINTS
+            fixed.write_text("".join(f"{line}\n" for line in constraints(target)), encoding="utf-8")
+            sources = ["--constraint", str(fixed)]
+        for _ in range(_ROUNDS):
+            _pip("download", *sources, *platforms, *kind, "--dest", str(out), *wanted)
+            # What markers ask for on the target alone, pip has left out.
+            wheels = sorted(out.glob("*.whl"))
+            wanted = sorted({f"{r.name}{r.specifier}" for _, r, found in _unmet(wheels, target) if found is None})
+            if not wanted:
+                break
     for path in out.glob("*.whl"):
         if _parsed(path)[0] in target.system:
             path.unlink()
+
+
+def constraints(target: Target) -> list[str]:
+    """The versions that the checkout is tested with, as they are on a target; none where fedprune is installed.
+
+    Raises:
+        KitError: A line of the file is none.
+    """
+    source = checkout()
+    if source is None or not (source / CONSTRAINTS).is_file():
+        return []
+    environment, found = _environment(target), []
+    for line in (source / CONSTRAINTS).read_text(encoding="utf-8").splitlines():
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        try:
+            wanted = Requirement(text)
+        except InvalidRequirement as error:
+            raise KitError(f"{CONSTRAINTS}: {text!r:.80} can't be read") from error
+        if wanted.marker is None or wanted.marker.evaluate(environment):
+            found.append(f"{wanted.name}{wanted.specifier}")
+    return found
 
 
 def check(wheels: Sequence[Path], target: Target) -> None:
@@ -132,17 +165,7 @@ def check(wheels: Sequence[Path], target: Target) -> None:
 def _unmet(wheels: Sequence[Path], target: Target) -> Iterator[tuple[Path, Requirement, Version | None]]:
     """What wheels require on the target and don't have: by whom, what, and which version there is instead."""
     versions = {name: version for name, version, _ in map(_parsed, wheels)}
-    environment = {str(k): str(v) for k, v in default_environment().items()}
-    environment.update(
-        python_version=target.python,
-        python_full_version=f"{target.python}.0",
-        platform_machine=target.architecture,
-        platform_system="Linux",
-        sys_platform="linux",
-        os_name="posix",
-        implementation_name="cpython",
-        platform_python_implementation="CPython",
-    )
+    environment = _environment(target)
     for wheel in wheels:
         environment["extra"] = target.extra if _parsed(wheel)[0] == OWN else ""
         for line in required(wheel):
@@ -157,6 +180,22 @@ def _unmet(wheels: Sequence[Path], target: Target) -> Iterator[tuple[Path, Requi
             found = versions.get(canonicalize_name(wanted.name))
             if found is None or not wanted.specifier.contains(found, prereleases=True):
                 yield wheel, wanted, found
+
+
+def _environment(target: Target) -> dict[str, str]:
+    """What markers are about, on a target."""
+    environment = {str(k): str(v) for k, v in default_environment().items()}
+    environment.update(
+        python_version=target.python,
+        python_full_version=f"{target.python}.0",
+        platform_machine=target.architecture,
+        platform_system="Linux",
+        sys_platform="linux",
+        os_name="posix",
+        implementation_name="cpython",
+        platform_python_implementation="CPython",
+    )
+    return environment
 
 
 def required(wheel: Path) -> list[str]:

@@ -269,6 +269,24 @@ def test_what_markers_ask_for_on_the_target_alone_is_fetched(tmp_path: Path) -> 
     assert {p.name.partition("-")[0] for p in out.iterdir()} >= {"there", "deeper"}
 
 
+@pytest.mark.parametrize("python", ["3.10", "3.13"])
+def test_what_is_fetched_from_a_network_is_what_constraints_say_for_the_target(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def pip(*arguments: str) -> None:
+        said.extend(Path(arguments[arguments.index("--constraint") + 1]).read_text().splitlines())
+
+    monkeypatch.setattr(wheelhouse, "_pip", pip)
+    wheelhouse.fetch(tmp_path / "fedprune-1-py3-none-any.whl", Target(python), tmp_path)
+    pins = [line.partition("#")[0] for line in (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()]
+    mine = "< " if python == "3.10" else ">= "
+    rows = [row.partition(";") for row in pins if row.strip()]
+    assert said == [name.strip() for name, _, marker in rows if not marker or f'python_version {mine}"3.11"' in marker]
+    assert len({line.partition("==")[0] for line in said}) == len(said) > 3
+
+
 @pytest.mark.parametrize("name", ["numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt"])
 def test_nothing_shadows_what_a_jetson_brings(tmp_path: Path, name: str) -> None:
     tiny_wheels.fleet_of_wheels(tmp_path, jetson=True)
