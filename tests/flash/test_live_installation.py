@@ -31,8 +31,15 @@ echo "== again"
 install --wait 20
 echo "== taken by root"
 chown root /opt/fedprune/state /opt/fedprune/state/state.json
+mkdir -p /var/lib/fedprune/deep
+cp /etc/hostname /var/lib/fedprune/deep/file
+ln -s /etc/passwd /var/lib/fedprune/deep/link
 install
 show
+echo "== at rest"
+install
+stat -c %U /etc/passwd
+find /var/lib/fedprune/deep -printf '%u\\n'
 echo "== as its user"
 setpriv --reuid=fedprune --regid=fedprune --clear-groups /usr/bin/python3 /opt/fedprune/launcher.pyz hello
 setpriv --reuid=fedprune --regid=fedprune --clear-groups cat /var/lib/fedprune/claim
@@ -72,7 +79,7 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
     if "== mounted" not in done.stdout:
         pytest.skip("no system can be mounted here")
     assert done.returncode == 0, done.stdout + done.stderr
-    first, again, taken, user, removed, purged = _parts(done.stdout)
+    first, again, taken, rest, user, removed, purged = _parts(done.stdout)
 
     for rows in (first, taken):
         found = [row.split() for row in rows if re.fullmatch(r"\w+ \d+ /\S+", row)]
@@ -87,6 +94,8 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
         "now: give slots and /var/lib/fedprune to fedprune",
         "now: start fedprune.service",
     ]
+    assert not [row for row in rest if row.startswith("now:")]
+    assert rest[-4:] == ["root", *["fedprune"] * 3]
     assert user == ["fedprune hello", "one-time"]
     assert "fedprune" in removed  # its user, and the state
     assert "now: delete /opt/fedprune" in removed
