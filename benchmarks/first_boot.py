@@ -64,7 +64,7 @@ _MARKS = {
     "cloud-init, network": r"Cloud-init v\. \S+ running 'init' ",
     "cloud-init, final": r"Cloud-init v\. \S+ running 'modules:final'",
     "firstrun: the installer starts": r"Starting kernel-command-line\.service",
-    "service started": r"(?:Started|Starting) fedprune",
+    "service started": r"(?:Started|Starting) fedprune\.service",
     "asks to be let in": rf"{DEVICE} asks to be let into site",
     "member, as the board says": rf"{DEVICE} is a member of site",
     "measured": r"INFO fedprune\.device: probe:",

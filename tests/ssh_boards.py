@@ -29,7 +29,7 @@ mkdir -p "$run"
 echo "$*" >>"$run/calls"
 case "$1" in
 start | restart) touch "$run/up" ;;
-stop) rm -f "$run/up" ;;
+stop) [ ! -e "$run/stubborn" ] || exit 1; rm -f "$run/up" ;;
 show)
     if [ -e "$run/broken" ]; then echo ActiveState=activating; echo SubState=auto-restart; echo ConditionResult=yes
     elif [ -e "$run/unmet" ]; then echo ActiveState=inactive; echo SubState=dead; echo ConditionResult=no

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -460,6 +461,44 @@ def test_a_step_that_fails_later_leaves_a_board_running(make_kit: MakeKit, tmp_p
     settings.unlink()
     settings.mkdir()
     assert run(newer(make_kit, tmp_path, wheels), root).returncode == ExitCode.STORAGE
+    assert up.exists()
+
+
+def test_nothing_is_written_while_a_service_cannot_be_stopped(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
+    root = tmp_path / "root"
+    up = with_service(root)
+    assert run(make_kit("old").folder, root).returncode == 0
+    (root / "run/stubborn").touch()
+    before = snapshot(root / "opt")
+    done = run(newer(make_kit, tmp_path, wheels), root)
+    assert (done.returncode, "systemctl failed" in done.stderr) == (ExitCode.STORAGE, True)
+    assert up.exists()
+    assert snapshot(root / "opt") == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_an_installer_that_is_told_to_end_leaves_a_board_running(
+    make_kit: MakeKit, tmp_path: Path, wheels: Path, number: signal.Signals
+) -> None:
+    root, links = tmp_path / "root", Path(shutil.copytree(wheels, tmp_path / "slow"))
+    up = with_service(root)
+    assert run(make_kit("good").folder, root).returncode == 0
+    (links / "onnxruntime-1.31-py3-none-any.whl").unlink()
+    there = tmp_path / "there"
+    code = f"import time\nopen({str(there)!r}, 'w').close()\ntime.sleep(600)\n"
+    tiny_wheels.wheel(links, "onnxruntime", "1.21", {"onnxruntime/__init__.py": code})
+    kit = make_kit("slow-kit", links=[links]).folder
+    command = [sys.executable, "-I", str(kit / "install.pyz"), "--root", str(root)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not there.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not up.exists()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said.count("\n")) == (ExitCode.INTERRUPTED, 1), said
     assert up.exists()
 
 

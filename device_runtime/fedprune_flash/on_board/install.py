@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 import zipfile
 from pathlib import Path
@@ -92,6 +93,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="for trials: all paths begin here")
     arguments = parser.parse_args(argv)
     os.umask(0o022)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            # So that a service that was stopped is started again.
+            signal.signal(number, signal.default_int_handler)
     try:
         if arguments.purge and not arguments.remove:
             raise UsageError("--purge without --remove")
@@ -104,6 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     except FedpruneError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return int(error.exit_code)
+    except KeyboardInterrupt:
+        print("error: interrupted: run it again to go on", file=sys.stderr)
+        return int(ExitCode.INTERRUPTED)
     except OSError as error:
         what = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else reason(error)
         print(f"error: {what}", file=sys.stderr)
