@@ -54,8 +54,7 @@ def test_a_start_that_waits_asks_for_more_time_again_and_again() -> None:
     count = len(told)
     seconds = next(line for line in Service().text().splitlines() if line.startswith("TimeoutStartSec="))
     more = f"EXTEND_TIMEOUT_USEC={int(seconds.partition('=')[2]) * 10**6}"
-    assert {*told[:-1]} == {f"STATUS=waiting for approval\n{more}"}
-    assert told[-1] == more, "what comes after has its time, too"
+    assert {*told} == {f"STATUS=waiting for approval\n{more}"}
     assert not any(READY in text for text in told), "the watchdog would begin to count"
     assert not [t for t in threading.enumerate() if t.name == "fedprune-starting"]
     assert len(told) == count

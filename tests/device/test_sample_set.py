@@ -18,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.errors import ConfigError, DataError, StorageError, StorageFullError
+from fedprune_device.local import sample_set
 from fedprune_device.local.reservoir import Limits
 from fedprune_device.local.sample import NoSampleError, SampleConflictError, decoded, encoded
 from fedprune_device.local.sample_set import SampleSet
-from fedprune_device.local.segments import digest
+from fedprune_device.local.segments import Record, digest
 from fedprune_device.local.shares import Shares
 
 pytestmark = pytest.mark.board
@@ -227,7 +228,8 @@ def test_the_number_of_training_samples_is_always_the_counted_one(moves: list[tu
             assert samples.samples == samples.counts()["parts"]["train"]
 
 
-def test_there_are_no_more_different_labels_than_samples(tmp_path: Path) -> None:
+def test_there_are_no_more_different_labels_than_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_set, "_LABELS", 0)
     with opened(tmp_path, samples=8) as samples:
         for n in range(8):
             samples.add(x_of(n), n)
@@ -241,7 +243,8 @@ def test_there_are_no_more_different_labels_than_samples(tmp_path: Path) -> None
         assert sum(c["seen"] for c in samples.counts()["classes"].values()) == 9
 
 
-def test_a_label_that_was_taken_back_leaves_nothing(tmp_path: Path) -> None:
+def test_a_label_that_was_taken_back_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_set, "_LABELS", 0)
     with opened(tmp_path, samples=8) as samples:
         name = samples.add(x_of(0), 0).id
         for label in range(1, 100):
@@ -430,6 +433,42 @@ def test_a_power_cut_within_a_write_tears_nothing_that_was_there(tmp_path: Path)
         with small(root) as again:
             assert numbers(again) == left
         shutil.rmtree(root)
+
+
+def test_a_power_cut_while_a_segment_is_cleared_away_tears_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many samples are written anew in one piece; wherever that is cut, the old ones are still there."""
+    pieces: list[tuple[Path, Path, int, int]] = []
+    real = SampleSet._move
+
+    def copied(self: SampleSet, records: list[Record]) -> None:
+        before = {p.name: p.stat().st_size for p in (tmp_path / "a").glob("segment-*")}
+        real(self, records)
+        copy = shutil.copytree(tmp_path / "a", tmp_path / f"copy-{len(pieces)}")
+        path = max(copy.glob("segment-*"))
+        pieces.append((copy, path, before.get(path.name, 0), len(records)))
+
+    with opened(tmp_path / "a", samples=200) as samples:
+        for n in range(60):
+            samples.add(x_of(n), n % 2)
+        large = samples.add(x_of(1000, 900), 0).id
+        names = numbers(samples)
+        labels = {n: samples._reservoir.label(n) for n in names if n != large}
+        monkeypatch.setattr(SampleSet, "_move", copied)
+        for n in range(30):
+            samples.label(large, 1 + n % 2)
+    assert len(pieces) > 3
+    assert max(count for *_, count in pieces) > 20
+    for copy, path, start, _ in pieces:
+        whole = path.read_bytes()
+        for cut in {*range(start, len(whole), 61), len(whole)}:
+            path.write_bytes(whole[:cut])
+            shutil.copytree(copy, tmp_path / "cut")
+            with opened(tmp_path / "cut", samples=200) as again:
+                assert numbers(again) == names
+                assert {n: again._reservoir.label(n) for n in labels} == labels
+            shutil.rmtree(tmp_path / "cut")
 
 
 def test_a_full_disk_at_any_write_changes_nothing_and_later_there_is_room_again(tmp_path: Path) -> None:

@@ -47,6 +47,9 @@ _LIVE = 5 / 8
 _PIECE = 256 * 1024
 """Bytes of samples that are written anew with one sync: clearing away a segment of many small ones is soon done."""
 
+_LABELS = 1000
+"""Different labels that there may be in any case; there may be as many as samples. What is counted per label is kept."""
+
 _NOTED = 64
 """Declined samples (or a hundredth of all) after which it is noted how many were seen: a flood wears no card."""
 
@@ -296,9 +299,11 @@ class SampleSet:
 
     def _append(self, records: list[Record]) -> list[Place]:
         """Append records; a new segment begins with what was seen, so that older ones may go."""
-        counts = self._counts()
-        begins = self._log.begins(sum(r.size for r in records)) and counts.size <= self._segment // 4
-        return self._log.append([counts, *records] if begins else records)[int(begins) :]
+        if self._log.begins(sum(r.size for r in records)):
+            counts = self._counts()
+            if counts.size <= self._segment // 4:
+                return self._log.append([counts, *records])[1:]
+        return self._log.append(records)
 
     def _note(self) -> None:
         """Write down what was seen, which may get lost: then a few samples more are kept than should be."""
@@ -409,9 +414,9 @@ class SampleSet:
 
     def _check_room_for(self, label: int) -> None:
         """What is counted per class must stay small, also before a model says how many there are."""
-        most = self._limits.samples
+        most = max(self._limits.samples, _LABELS)
         if label != UNLABELLED and not self._reservoir.knows(label) and self._reservoir.labels >= most:
-            raise DataError("label", expected=f"at most {most} different ones, as many as samples", got=label)
+            raise DataError("label", expected=f"at most {most} different ones", got=f"{label} beside them")
 
     def _added(self, name: str, label: int, *, kept: bool, duplicate: bool) -> Added:
         return Added(name, kept, duplicate, None if label == UNLABELLED else label, self._shares.part(name))

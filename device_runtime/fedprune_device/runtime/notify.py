@@ -53,7 +53,7 @@ def more_time(seconds: float) -> str:
 
 @contextmanager
 def starting(what: str, tell: Callable[[str], object] = notify, again: float = _AGAIN_S) -> Iterator[None]:
-    """While the body runs, the start goes on for as long as it takes; afterwards it has `START_S` seconds again.
+    """While the body runs, the start goes on for as long as it takes; afterwards it has nearly `START_S` seconds again.
 
     The manager would end a start that waits for a network, or for somebody's approval, and begin it anew. It is not
     told that the service is ready: then its watchdog would begin to count.
@@ -78,7 +78,6 @@ def starting(what: str, tell: Callable[[str], object] = notify, again: float = _
     finally:
         over.set()
         thread.join()
-        tell(more_time(START_S))
 
 
 def watchdog_seconds(environment: Mapping[str, str] = os.environ) -> float | None:
