@@ -48,7 +48,7 @@ _PIECE = 256 * 1024
 """Bytes of samples that are written anew with one sync: clearing away a segment of many small ones is soon done."""
 
 _LABELS = 1000
-"""Different labels that there may be in any case; there may be as many as samples. What is counted per label is kept."""
+"""Different labels that there may be at least; as many as samples otherwise. What is counted of each is kept."""
 
 _NOTED = 64
 """Declined samples (or a hundredth of all) after which it is noted how many were seen: a flood wears no card."""
