@@ -14,6 +14,7 @@ import http.client
 import json
 import random
 import socket
+import struct
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -212,8 +213,17 @@ class _Connection(http.client.HTTPConnection):
             super().connect()
             return
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
+        try:
+            # Where many connect at a time, this waits for its turn; with Python's own timeout it fails at once.
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(float(self.timeout or 0)))
+        except OSError:
+            self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
+        self.sock.settimeout(self.timeout)
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
 
 
 def _body(x: Any) -> tuple[bytes, str]:
