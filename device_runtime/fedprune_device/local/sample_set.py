@@ -9,10 +9,8 @@ name and by nothing else, so that a sample never moves from one part to another.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 
 from fedprune.errors import ConfigError, DataError, StorageError, StorageFullError
 from fedprune_device.data import LocalData
+from fedprune_device.local.census import census, record_of, seen_in
 from fedprune_device.local.reservoir import UNLABELLED, Limits, Reservoir, Verdict
 from fedprune_device.local.sample import (
     Added,
@@ -183,26 +182,7 @@ class SampleSet:
     def counts(self) -> dict[str, Any]:
         """What is there, for people and programs: samples by class and part, what was seen, and the room."""
         with self._lock:
-            kept = self._reservoir.kept()
-            parts = Counter(self._shares.part(n) for c, names in kept.items() if c != UNLABELLED for n in names)
-            classes = {
-                str(c): {"kept": len(kept.get(c, ())), "seen": seen}
-                for c, seen in self._reservoir.seen.items()
-                if c != UNLABELLED and seen
-            }
-            room = {}
-            for unlabelled in (False, True):
-                most, most_bytes = self._reservoir.most(unlabelled=unlabelled)
-                held, held_bytes = self._reservoir.held(unlabelled=unlabelled)
-                side = {"samples": held, "samples_most": most, "bytes": held_bytes, "bytes_most": most_bytes}
-                room["unlabelled" if unlabelled else "labelled"] = side
-            return {
-                "classes": classes,
-                "unlabelled": len(kept.get(UNLABELLED, ())),
-                "parts": {p: parts[p] for p in ("train", "val", "test")},
-                "room": room,
-                "disk_bytes": self._log.size,
-            }
+            return {**census(self._reservoir, self._shares), "disk_bytes": self._log.size}
 
     def snapshot(self, shape: Sequence[int | str | None] | None = None) -> LocalData:
         """All samples with labels, as they are now; what comes later doesn't change them.
@@ -300,14 +280,14 @@ class SampleSet:
     def _append(self, records: list[Record]) -> list[Place]:
         """Append records; a new segment begins with what was seen, so that older ones may go."""
         if self._log.begins(sum(r.size for r in records)):
-            counts = self._counts()
+            counts = record_of(self._reservoir.seen)
             if counts.size <= self._segment // 4:
                 return self._log.append([counts, *records])[1:]
         return self._log.append(records)
 
     def _note(self) -> None:
         """Write down what was seen, which may get lost: then a few samples more are kept than should be."""
-        self._declined, record = 0, self._counts()
+        self._declined, record = 0, record_of(self._reservoir.seen)
         try:
             self._clean(record.size)
             self._log.note(record)
@@ -375,16 +355,10 @@ class SampleSet:
 
     def _recount(self, record: Record) -> None:
         try:
-            if digest(record.payload) != record.name:
-                raise ValueError("the digest is another")
-            for label, seen in json.loads(record.payload).items():
-                self._reservoir.set_seen(int(label), int(seen))
-        except (ValueError, AttributeError, TypeError) as error:
+            for label, seen in seen_in(record).items():
+                self._reservoir.set_seen(label, seen)
+        except ValueError as error:
             _LOG.warning("counts of samples are damaged (%s)", error)
-
-    def _counts(self) -> Record:
-        payload = json.dumps({str(c): n for c, n in self._reservoir.seen.items()}).encode()
-        return Record(Kind.COUNTS, digest(payload), payload=payload)
 
     def _read(self, name: str, payload: bytes) -> Array | None:
         if digest(payload).hex() == name:
