@@ -10,7 +10,7 @@ from typing import Any
 
 from fedprune.disk import storage_errors
 from fedprune.errors import ExitCode, ReleaseError
-from fedprune.release import Release, ReleaseFile, write_again, write_release
+from fedprune.release import MANIFEST, Release, ReleaseFile, write_again, write_release
 from fedprune.trust.keys import SigningKey
 
 
@@ -35,7 +35,11 @@ def add_release_command(commands: Any) -> None:
     release.add_argument("--python", default="cp311", metavar="TAG", help="the boards' Python (default: %(default)s)")
     release.add_argument("--machine", default="aarch64", metavar="NAME", help="as `uname -m` says (default: aarch64)")
     release.add_argument(
-        "--system", action="append", default=[], metavar="PACKAGE", help="taken from the boards' own Python; repeatable"
+        "--system",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="taken from the boards' own Python, so that no wheel of it is needed; repeatable",
     )
     release.add_argument(
         "--entry", default="fedprune_device.cli:main", metavar="MODULE:FUNCTION", help="default: %(default)s"
@@ -46,6 +50,8 @@ def add_release_command(commands: Any) -> None:
 def _release(arguments: argparse.Namespace) -> int:
     from fedprune_server.identity_folder import IdentityFolder
 
+    if (arguments.out / MANIFEST).exists():
+        raise ReleaseError(f"{arguments.out} holds a release already", hint="Name another folder with --out.")
     with IdentityFolder(arguments.state) as identity:
         key = identity.key
     release = _again(arguments, key) if arguments.again is not None else _of_wheels(arguments, key)
@@ -61,11 +67,14 @@ def _again(arguments: argparse.Namespace, key: SigningKey) -> Release:
 
 
 def _of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Release:
+    from fedprune_server.release_wheels import check_wheels
+
     with storage_errors(f"can't read {arguments.wheels}"):
         wheels = sorted(p for p in arguments.wheels.iterdir() if p.suffix == ".whl")
     if not wheels:
         raise ReleaseError(f"there are no wheels in {arguments.wheels}", hint="`pip download` brings them.")
     unpacked = sum(map(_unpacked, wheels))
+    check_wheels(wheels, arguments.python, arguments.machine, arguments.system)
 
     def made(files: tuple[ReleaseFile, ...]) -> Release:
         return Release(

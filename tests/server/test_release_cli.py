@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from runtime_releases import PYTHON, make_wheel
+from tiny_wheels import wheel as small_wheel
 
 from fedprune_device.cli import main as device
 from fedprune_device.runtime.home import Home
@@ -32,7 +33,9 @@ def released(folder: Path, number: int, state: Path, again: Path | None = None) 
     command = ["release", "--state", state, "--number", number, "--out", out]
     if again is None:
         wheels = folder / f"wheels-{number}"
-        make_wheel(wheels / "app-1-py3-none-any.whl", {"app/__init__.py": f"VERSION = {number}\n"})
+        small_wheel(wheels, "app", files={"app/__init__.py": f"VERSION = {number}\n"})
+        small_wheel(wheels, "fedprune", requires=["numpy>=1.23", 'pillow>=10; extra == "board"'], extras=["board"])
+        small_wheel(wheels, "pillow", "11.0")
         command += ["--wheels", wheels, "--python", PYTHON, "--machine", platform.machine(), "--system", "numpy"]
         command += ["--entry", "app:main"]
     else:
@@ -100,3 +103,57 @@ def test_a_server_without_an_identity_signs_nothing(tmp_path: Path, capsys: pyte
     command = ["release", "--wheels", str(tmp_path / "wheels"), "--number", "1", "--out", str(tmp_path / "out")]
     assert server([*command, "--state", str(tmp_path)]) == 63
     assert "fedprune-server init" in capsys.readouterr().err
+
+
+def own_wheel(folder: Path) -> Path:
+    """fedprune's, which requires two packages, and on an old Python a third."""
+    requires = ["numpy>=1.23", 'pillow>=10; extra == "board"', 'tomli>=2; python_version < "3.11" and extra == "board"']
+    return small_wheel(folder, "fedprune", "0.1.0", requires=[*requires, 'onnx; extra == "server"'], extras=["board"])
+
+
+def test_wheels_that_would_fail_on_the_boards_are_named_before_anything_is_signed(
+    tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wheels, out = tmp_path / "wheels", tmp_path / "out"
+
+    def refused(expected: str, *more: str, machine: str = "aarch64", python: str = "cp311") -> None:
+        capsys.readouterr()
+        command = ["release", "--state", str(state), "--wheels", str(wheels), "--number", "1", "--out", str(out)]
+        assert server([*command, "--machine", machine, "--python", python, *more]) == 65
+        assert expected in capsys.readouterr().err
+        assert not out.exists()
+
+    arm = small_wheel(wheels, "numpy", "2.0", tag="cp311-cp311-manylinux_2_28_aarch64")
+    refused("there is no wheel of fedprune among the 1")
+    own_wheel(wheels)
+    refused(f"{arm.name}: expected a wheel for cp311 on x86_64", machine="x86_64")
+    refused(f"{arm.name}: expected a wheel for cp313 on aarch64", python="cp313")
+    refused("fedprune-0.1.0-py3-none-any.whl requires pillow>=10: expected a wheel of it, got none")
+    old = small_wheel(wheels, "pillow", "9.5")
+    refused("requires pillow>=10: expected a wheel of it, got 9.5")
+    small_wheel(wheels, "pillow", "11.0")
+    refused("wheels of pillow: expected one, got 11.0 and 9.5")
+    old.unlink()
+    arm.unlink()
+    refused("requires numpy>=1.23")
+    refused("requires tomli>=2", "--system", "numpy", python="cp310")
+    refused("expected a Python such as cp311", "--system", "numpy", python="3.11")
+
+
+def test_what_the_boards_bring_themselves_needs_no_wheel(tmp_path: Path, state: Path) -> None:
+    own_wheel(tmp_path / "wheels")
+    command = ["release", "--state", str(state), "--wheels", str(tmp_path / "wheels"), "--number", "1"]
+    command += ["--out", str(tmp_path / "out")]
+    assert server(command) == 65
+    assert server([*command, "--system", "numpy", "--system", "PIL"]) == 0
+
+
+def test_a_release_is_never_written_over_another(
+    tmp_path: Path, state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = released(tmp_path, 1, state)
+    before = (one / "release.json").read_bytes()
+    for source in (["--again", str(one)], ["--wheels", str(tmp_path / "wheels-1")]):
+        assert server(["release", "--state", str(state), "--number", "2", "--out", str(one), *source]) == 65
+        assert "holds a release already" in capsys.readouterr().err
+    assert (one / "release.json").read_bytes() == before
