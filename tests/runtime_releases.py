@@ -12,11 +12,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedprune.release import Release, write_release
 from fedprune.trust.keys import SigningKey
 from fedprune_device.runtime.source import FolderSource
+from fedprune_device.runtime.trial import PACKAGES
 
 KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 PUBLIC = KEY.verifying
 PYTHON = f"cp{sys.version_info.major}{sys.version_info.minor}"
 APP = "import sys\n\ndef main() -> int:\n    print('version', VERSION)\n    return 0\n"
+
+
+OUTSIDE = PACKAGES
+"""What a release without wheels of it takes from the Python that runs the tests."""
 
 
 def make_wheel(path: Path, files: dict[str, bytes | str]) -> Path:

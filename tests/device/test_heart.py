@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from power import power
-from runtime_releases import PUBLIC, make_release, source
+from runtime_releases import OUTSIDE, PUBLIC, make_release, source
 
 from fedprune.errors import RuntimeUnavailableError
 from fedprune.wire.link import ConnectionDown, ConnectionUp
@@ -15,7 +15,7 @@ from fedprune_device.runtime.heart import Heart
 from fedprune_device.runtime.home import Home
 from fedprune_device.runtime.launcher import decide
 from fedprune_device.runtime.state import COMMITTED, ROLLED_BACK, TRIAL, Outcome
-from fedprune_device.runtime.trial import Trial, check_health
+from fedprune_device.runtime.trial import PACKAGES, Trial, check_health, check_packages
 from fedprune_device.runtime.updater import Updater
 from fedprune_device.slots import Serving, Slots
 
@@ -42,7 +42,7 @@ def board(tmp_path: Path) -> Updater:
     updater = Updater(tmp_path / "board", PUBLIC)
     with power():
         updater.install(source(make_release(tmp_path / "1", 1)))
-        updater.stage(source(make_release(tmp_path / "2", 2)))
+        updater.stage(source(make_release(tmp_path / "2", 2, system=OUTSIDE)))
         updater.arm()
     return updater
 
@@ -169,3 +169,35 @@ def test_an_interpreter_that_dies_of_an_illegal_instruction_is_said_to(tmp_path:
     python.write_text("#!/bin/sh\nkill -ILL $$\n")
     with pytest.raises(RuntimeUnavailableError, match="signal 4"):
         check_health(None, str(python))
+
+
+def test_a_package_that_comes_from_outside_the_release_fails_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = tmp_path / "b"
+    check_packages(slot, PACKAGES)
+    with pytest.raises(RuntimeUnavailableError, match=r"safetensors is not in the release: it would come from .*/safe"):
+        check_packages(slot, [n for n in PACKAGES if n != "safetensors"])
+    monkeypatch.setattr("fedprune_device.runtime.trial.PACKAGES", ("of_the_slot", "of_nothing"))
+    (slot / "of_the_slot").mkdir(parents=True)
+    (slot / "of_the_slot" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(slot))
+    check_packages(slot, ["of_nothing"])
+    with pytest.raises(RuntimeUnavailableError, match=r"^of_nothing is not in the release"):
+        check_packages(slot)
+
+
+def test_a_release_that_lacks_a_package_goes_back_with_its_name(tmp_path: Path) -> None:
+    board = Updater(tmp_path / "board", PUBLIC)
+    board.install(source(make_release(tmp_path / "1", 1)))
+    board.stage(source(make_release(tmp_path / "3", 3, system=OUTSIDE[1:])))
+    board.arm()
+    decide(board.home)
+    trial = trial_of(board)
+    assert trial is not None
+    with pytest.raises(RuntimeUnavailableError):
+        trial.check(None)
+    found = outcome(board.home)
+    assert found is not None
+    assert (found.version, found.result) == (3, ROLLED_BACK)
+    assert f"{OUTSIDE[0]} is not in the release" in found.reason

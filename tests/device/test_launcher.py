@@ -36,8 +36,12 @@ def main():
 """
 WAITS = "import time\ndef main():\n    print('version', VERSION, flush=True)\n    time.sleep(600)\n"
 BAD = {
-    "raise ImportError('no module of that name')": "ended with exit code 1 before it was healthy",
+    "raise ImportError('no module of that name')": "ended with exit code 1 before it was healthy: "
+    "ImportError: no module of that name",
     "import os, signal\nos.kill(os.getpid(), signal.SIGILL)": "killed by SIGILL before it was healthy",
+    "import sys\ndef main():\n    print('first', 'x' * 5000, '\\n\\t lost \\n\\n', file=sys.stderr)\n    return 3": (
+        "ended with exit code 3 before it was healthy: lost"
+    ),
     "def main():\n    return 0": "ended with exit code 0 before it was healthy",
     "import os\ndef main():\n    os._exit(51)": "ended with exit code 51 before it was healthy",
     "import time\ntime.sleep(600)": "not healthy within 1 s",

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from runtime_releases import PYTHON, make_wheel
-from tiny_wheels import wheel as small_wheel
 
 from fedprune_device.cli import main as device
 from fedprune_device.runtime.home import Home
 from fedprune_server.cli import main as server
+from tiny_wheels import wheel as small_wheel
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from real_site import Site, write_material
-from runtime_releases import PYTHON, make_wheel
+from runtime_releases import OUTSIDE, PYTHON, make_wheel
 
 from fedprune.release import Release, read_release, write_release
 from fedprune.trust.keys import SigningKey
@@ -82,7 +82,8 @@ class UpdatedSite(Site):
 
     def release(self, number: int, *more: Path, entry: str = "fedprune_device.cli:main") -> Path:
         def made(files: tuple[Any, ...]) -> Release:
-            return Release(number, f"0.{number}", PYTHON, platform.machine(), entry, 2 * 10**8, files)
+            system = tuple(set(OUTSIDE) - {wheel.name.partition("-")[0] for wheel in more})
+            return Release(number, f"0.{number}", PYTHON, platform.machine(), entry, 2 * 10**8, files, system=system)
 
         write_release(self.folder / f"release-{number}", made, [self.wheel, *more], self.key)
         return self.folder / f"release-{number}"
@@ -159,7 +160,9 @@ def test_good_releases_stay_bad_ones_go_back_and_stop_and_old_content_comes_agai
     bad = site.rollout(site.release(3, crash, entry="crash:main"), "--groups", "1,100%", "--attempts", "2")
     failed = {n: b["reason"] for n, b in bad["boards"].items() if b["fate"] == "failed"}
     assert bad["phase"] == "stopped", site.logs()
-    assert list(failed.values()) == ["rolled back: ended with exit code 1 before it was healthy"]
+    assert list(failed.values()) == [
+        "rolled back: ended with exit code 1 before it was healthy: RuntimeError: this release is broken"
+    ]
     assert "1 of 1 boards failed" in bad["why"]
 
     stub = make_wheel(site.folder / "onnxruntime-9-py3-none-any.whl", {"onnxruntime/__init__.py": NO_RUNTIME})

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runtime_releases import KEY, PUBLIC, PYTHON, make_wheel, source
+from runtime_releases import KEY, OUTSIDE, PUBLIC, PYTHON, make_wheel, source
 
 from fedprune.release import Release, write_release
 from fedprune_device.runtime.state import COMMITTED, ROLLED_BACK, TRIAL, Outcome, State
@@ -50,7 +50,8 @@ class Board:
     def release(self, number: int, *more: Path) -> Path:
         def made(files: tuple[object, ...]) -> Release:
             entry = "fedprune_device.cli:main"
-            return Release(number, f"0.{number}", PYTHON, platform.machine(), entry, 10**8, files)  # type: ignore[arg-type]
+            system = tuple(set(OUTSIDE) - {wheel.name.partition("-")[0] for wheel in more})
+            return Release(number, f"0.{number}", PYTHON, platform.machine(), entry, 10**8, files, system=system)  # type: ignore[arg-type]
 
         write_release(self.folder / str(number), made, [self.wheel, *more], KEY)
         return self.folder / str(number)

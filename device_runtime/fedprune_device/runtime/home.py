@@ -34,12 +34,14 @@ class Record:
         name: Its version for people.
         entry: What to run, `module:function`.
         files: sha256 and size by path within the slot.
+        system: Modules that it takes from the board's own Python; None where nobody wrote it down.
     """
 
     version: int
     name: str
     entry: str
     files: dict[str, tuple[str, int]]
+    system: tuple[str, ...] | None = None
 
 
 class Home:
@@ -95,7 +97,9 @@ class Home:
         body = _read(self.folder / f"{slot}.json")
         try:
             files = {str(path): (str(sha256), int(size)) for path, (sha256, size) in body["files"].items()}
-            made = Record(int(body["version"]), str(body["name"]), str(body["entry"]), files)
+            own = body.get("system")
+            system = None if own is None else tuple(map(str, own))
+            made = Record(int(body["version"]), str(body["name"]), str(body["entry"]), files, system)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise DamagedError(f"the record of slot {slot} is not one") from error
         if not _ENTRY.fullmatch(made.entry):

@@ -11,11 +11,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 from fedprune_device.runtime.home import Home, Record
 from fedprune_device.runtime.notify import notify
@@ -26,6 +28,8 @@ VERSION = 1
 
 _PAUSE_S = 0.2
 _GRACE_S = 10.0
+_WORDS_S = 2.0
+_WORDS = 2000
 _WORDLESS = "the last attempt ended without a word, as power cuts do"
 _START = """
 import sys
@@ -152,7 +156,8 @@ class Starter:
             os.execve(sys.executable, command, environment)  # noqa: S606  there is no shell in it, which is the point
         notify(f"STATUS=trying version {record.version}\nEXTEND_TIMEOUT_USEC={int((state.seconds + 30) * 1e6)}")
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        child = subprocess.Popen(command, env=environment)
+        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        words = LastWords(child.stderr)
         deadline = time.monotonic() + state.seconds
         on_trial, told, late = True, False, False
         while child.poll() is None:
@@ -171,10 +176,41 @@ class Starter:
         code = child.returncode
         how = f"killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         reason = f"not healthy within {state.seconds:g} s" if late else f"{how} before it was healthy"
+        said = words.read() if code > 0 and not late else ""
+        reason += f": {said}" if said else ""
         return End(reason, 0 if self._asked else code if code >= 0 else 128 - code, bool(self._asked))
 
     def _ask(self, number: int, _frame: object) -> None:
         self._asked = number
+
+
+class LastWords:
+    """Passes on what a process writes to stderr, and remembers the last line that isn't empty.
+
+    Args:
+        stream: The reading end of its stderr.
+    """
+
+    def __init__(self, stream: IO[bytes] | None) -> None:
+        self._stream = stream
+        self._last = b""
+        self._thread = threading.Thread(target=self._pass, daemon=True)
+        self._thread.start()
+
+    def read(self) -> str:
+        """The last line, once the process has ended."""
+        self._thread.join(_WORDS_S)  # a process of its own that lives on may hold the stream open
+        return line(self._last.decode(errors="replace"))
+
+    def _pass(self) -> None:
+        if self._stream is None:
+            return
+        with self._stream as stream:
+            while piece := stream.readline(_WORDS):
+                self._last = piece if piece.strip() else self._last
+                with suppress(OSError):
+                    sys.stderr.buffer.write(piece)
+                    sys.stderr.buffer.flush()
 
 
 def signal_name(number: int) -> str:

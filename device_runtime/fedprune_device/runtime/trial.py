@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -21,8 +22,14 @@ from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_device.probe import check_runtime
 from fedprune_device.runtime.home import Home
 from fedprune_device.runtime.launcher import signal_name
-from fedprune_device.runtime.state import TRIAL, State, line
+from fedprune_device.runtime.state import TRIAL, DamagedError, State, line
 from fedprune_device.slots import Slots
+
+PACKAGES = (
+    *("numpy", "paho", "safetensors", "cryptography", "onnxruntime", "PIL"),
+    *(("tomli",) if sys.version_info < (3, 11) else ()),
+)
+"""Modules that the runtime is made of beside its own."""
 
 _LOG = logging.getLogger("fedprune.device")
 _TIMEOUT_S = 300
@@ -34,11 +41,13 @@ class Trial:
     Args:
         home: The folder of the slots.
         number: The release's number.
+        slot: The slot that it is in.
     """
 
-    def __init__(self, home: Home, number: int) -> None:
+    def __init__(self, home: Home, number: int, slot: str) -> None:
         self._home = home
         self.number = number
+        self._slot = slot
 
     @classmethod
     def current(cls, environment: Mapping[str, str] = os.environ) -> Trial | None:
@@ -54,20 +63,20 @@ class Trial:
         state = home.load()
         if state is None or state.phase != TRIAL or state.other != slot:
             return None
-        return cls(home, state.highest)
+        return cls(home, state.highest, slot)
 
     def check(self, serving: Path | None, health: Callable[[Path | None], None] | None = None) -> None:
         """All that can be seen without a broker. What fails here fails always: the release is rolled back at once.
 
         Args:
             serving: The folder of the models that serve, if there is one.
-            health: The checks; `check_health` by default.
+            health: The checks; `check_health` and `check_packages` by default.
 
         Raises:
             FedpruneError: Something is wrong; the launcher knows it, and starts the stable slot next.
         """
         try:
-            (health or check_health)(serving)
+            (health or self._check)(serving)
         except FedpruneError as error:
             reason = str(error)
             self._change(lambda s: s.roll_back(reason))
@@ -83,11 +92,45 @@ class Trial:
         self._change(State.commit)
         _LOG.info("release %d is healthy and stays", self.number)
 
+    def _check(self, serving: Path | None) -> None:
+        check_health(serving)
+        try:
+            system = self._home.record(self._slot).system
+        except DamagedError as error:
+            raise RuntimeUnavailableError(str(error)) from error
+        if system is not None:
+            check_packages(self._home.root / self._slot, system)
+
     def _change(self, change: Callable[[State], State]) -> None:
         with storage_errors(f"can't write {self._home.folder}"), self._home.changing():
             state = self._home.load()
             if state is not None and state.phase == TRIAL and state.highest == self.number:
                 self._home.save(change(state))
+
+
+def check_packages(slot: Path, system: Collection[str] = ()) -> None:
+    """Whether what the runtime is made of comes with the release, and not from what else the board has.
+
+    The board's own packages stay in sight, for a data source that reads a camera by them; but what a release takes from
+    there unsaid is gone with the next `apt` or `pip`, when nothing goes back any more.
+
+    Args:
+        slot: The folder of the release.
+        system: Modules that it takes from the board's own Python.
+
+    Raises:
+        RuntimeUnavailableError: One comes from elsewhere; the message names it.
+    """
+    for name in PACKAGES:
+        if name in system:
+            continue
+        spec = importlib.util.find_spec(name)
+        places = [] if spec is None else [*(spec.submodule_search_locations or ()), *filter(None, [spec.origin])]
+        if not any(Path(place).resolve().is_relative_to(slot.resolve()) for place in places):
+            raise RuntimeUnavailableError(
+                f"{name} is not in the release" + (f": it would come from {places[0]}" if places else ""),
+                hint="Make the release with a wheel of it, or with --system for what the board's own Python has.",
+            )
 
 
 def check_health(serving: Path | None = None, python: str = sys.executable) -> None:

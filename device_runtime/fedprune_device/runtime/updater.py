@@ -252,7 +252,8 @@ class Updater:
             files |= {path: (sha256, size) for path, sha256, size in wheel.unpack(self.home.root / slot)}
         # One sync of all instead of thousands, which would wear out a card; the launcher reads every digest anyway.
         os.sync()
-        self.home.write_record(slot, Record(release.number, release.version, release.entry, files))
+        record = Record(release.number, release.version, release.entry, files, release.system)
+        self.home.write_record(slot, record)
         try:
             self.home.whole(slot)
         except DamagedError as error:
