@@ -18,7 +18,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "pi.md").read_text()
 
 
 def commands(prog: str) -> list[list[str]]:
-    found = re.findall(rf"(?:^    |ExecStart=\S+/)(?:sudo )?{prog} (.*)$", PAGE, re.MULTILINE)
+    found = re.findall(rf"(?:^    |ExecStart=\S+/)(?:sudo )?(?:\.venv/bin/)?{prog} (.*)$", PAGE, re.MULTILINE)
     return [shlex.split(line) for line in found]
 
 
