@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from email.parser import HeaderParser
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def check_wheels(wheels: Sequence[Path], python: str, machine: str, system: Sequ
 
 
 def _unmet(
-    wheels: Sequence[Path], versions: dict[str, Version], minor: int, machine: str, own: set[str]
+    wheels: Sequence[Path], versions: dict[str, Version], minor: int, machine: str, own: Collection[str]
 ) -> Iterator[tuple[Path, Requirement, Version | None]]:
     """What wheels require and don't have: by whom, what, and which version there is instead."""
     environment = {str(k): str(v) for k, v in default_environment().items()}

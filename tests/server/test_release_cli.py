@@ -77,6 +77,11 @@ def test_what_is_refused_ends_with_its_code(tmp_path: Path, state: Path, capsys:
     assert device(["slots", *root]) == 31
     assert device(["update", *common]) == 31
     assert device(["install", *common]) == 0
+    capsys.readouterr()
+    assert device(["slots", *root]) == 0
+    assert capsys.readouterr().out.splitlines() == ["a: release 1 (1), stable", "b: empty, not in use"]
+    assert device(["update", *root, "--key", "800c-1234", "--release", "x"]) == 14
+    assert "--key: expected 64 hex digits, or a file with them, got '800c-1234'" in capsys.readouterr().err
     assert device(["update", *common]) == 65
     assert "expected a number above 1" in capsys.readouterr().err
     assert server(["init", "--state", str(tmp_path / "other")]) == 0

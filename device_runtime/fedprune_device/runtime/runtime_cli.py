@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.disk import storage_errors
-from fedprune.errors import ConfigError, ExitCode, ProtocolError, StorageError
+from fedprune.errors import ConfigError, ExitCode, ProtocolError, StorageError, shown
 from fedprune_device.runtime.home import Home
 from fedprune_device.runtime.state import SLOTS, STABLE, TRIAL, DamagedError, State
 from fedprune_device.runtime.unit import Service
@@ -107,6 +107,13 @@ def _server_key(given: str) -> Any:
     text, what = given, "--key"
     if not re.fullmatch(r"[0-9a-f]{64}", given):
         path = Path(given)
+        if "/" not in given and not path.exists():
+            raise ConfigError(
+                "--key",
+                expected="64 hex digits, or a file with them",
+                got=shown(given),
+                hint="`fedprune-server release` shows them; the fingerprint that `init` shows is shorter.",
+            )
         with storage_errors(f"can't read the server's key {path}"), path.open("rb") as file:
             text, what = file.read(_LARGEST_KEY_FILE).decode("ascii", "replace").strip(), f"the server's key {path}"
     try:
@@ -133,6 +140,8 @@ def _slots(arguments: argparse.Namespace) -> int:
 
 def _held(home: Home, slot: str) -> tuple[int, str] | str:
     """Number and version of what is in a slot, or what is wrong with it."""
+    if not (home.folder / f"{slot}.json").exists():
+        return "empty"
     try:
         record = home.whole(slot)
     except DamagedError as error:
