@@ -180,6 +180,8 @@ def _member_rules(site: str) -> Sequence[str]:
         "# What a device reaches: %u is the common name of its certificate.",
         f"pattern write {place}/%u/+/up/#",
         f"pattern read {place}/%u/+/down/#",
+        "# Every device reads it. Mosquitto warns at each start that there is no %u in it; a `topic` outside of a user",
+        "# would count for clients without a name alone, and there are none here.",
         f"pattern read {place}/{EVERYONE}/{NO_JOB}/down",
         "",
         "# To renew its certificate: %c is the client's id, the nonce of its request.",
