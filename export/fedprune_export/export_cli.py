@@ -95,6 +95,7 @@ def export(arguments: argparse.Namespace) -> int:
         if arguments.json:
             terminal.print_json(report.to_dict())
         else:
+            _print_replaced(job)
             _print_report(report, arguments.out)
         return int(ExitCode.OK)
     return _export_all(job, arguments)
@@ -130,11 +131,17 @@ def _export_all(job: _Job, arguments: argparse.Namespace) -> int:
             print(line)
         for note in job.model.notes:
             print(f"note: {note}")
+        _print_replaced(job)
         where = f" in {arguments.out} (each has a report.html)" if rows else ""
         print(f"bundles: {len(rows)} of {len(job.profiles)}{where}")
     for name, error in failed:
         print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
     return int(failed[0][1].exit_code) if failed else int(ExitCode.OK)
+
+
+def _print_replaced(job: _Job) -> None:
+    for out in job.replaced:
+        print(f"replaced: the bundle that was in {out}")
 
 
 def _staged(tell: Callable[[str], None], stage: str) -> Callable[[str], None]:
@@ -189,6 +196,7 @@ class _Job:
         if self.probe is not None and len(self.profiles) > 1:
             raise UsageError("--probe is of one board", expected="one --target", got=len(self.profiles))
         self.begun = False
+        self.replaced: list[Path] = []
         self._check_folders()
 
     def _check_folders(self) -> None:
@@ -237,7 +245,7 @@ class _Job:
         Raises:
             FedpruneError: The model doesn't fit the board, the cut is wrong, or the folder can't be written.
         """
-        from fedprune_export.bundle import bundle_files, write_bundle
+        from fedprune_export.bundle import bundle_files, is_bundle, write_bundle
         from fedprune_export.parity import parity, try_step
         from fedprune_export.report import Report
         from fedprune_export.report_page import page
@@ -282,6 +290,8 @@ class _Job:
         files["report.md"] = report.to_markdown().encode()
         files["report.html"] = page(report).encode()
         tell("writing")
+        if is_bundle(out):
+            self.replaced.append(out)
         write_bundle(out, files, selection, recipe, profile.name, tuple(arguments.class_names))
         return report
 

@@ -52,7 +52,11 @@ def test_an_export_writes_a_bundle(lenet_file: Path, tmp_path: Path, capsys: pyt
     assert bundle.target == "raspberry-pi-5"
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == sorted([*FILES, MANIFEST, *REPORTS])
     kept = (3 * 25 + 3) + (8 * 3 * 25 + 8) + (60 * 8 * 16 + 60) + (42 * 60 + 42) + (10 * 42 + 10)
-    assert f"44,426 -> {kept:,}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"44,426 -> {kept:,}" in said
+    assert "replaced" not in said
+    assert export(lenet_file, tmp_path / "b", "--density", "0.5") == ExitCode.OK
+    assert f"replaced: the bundle that was in {tmp_path / 'b'}\n" in capsys.readouterr().out
 
 
 def test_another_boards_bundle_is_refused_before_the_model_is_read(
