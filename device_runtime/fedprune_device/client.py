@@ -84,7 +84,7 @@ class Board:
 
     def __init__(self, address: str, *, timeout: float = 30.0, tries: int = 5) -> None:
         if not address.startswith("unix:/") and ":" not in address.removeprefix("unix:"):
-            raise BoardError(0, "address of the board", "unix:/path or 127.0.0.1:port", repr(address))
+            raise BoardError(0, "address of the board", "unix:/path (an absolute one) or 127.0.0.1:port", repr(address))
         self._address, self._timeout, self._tries = address, timeout, max(tries, 1)
 
     def predict(self, x: Any, top: int | None = None) -> Predictions:

@@ -130,6 +130,8 @@ def test_a_board_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
     assert not Board(f"unix:{tmp_path}/none", tries=1).healthy()
     with pytest.raises(BoardError, match="address of the board"):
         Board("nowhere")
+    with pytest.raises(BoardError, match="an absolute one"):
+        Board("unix:relative/path")
 
 
 def test_an_error_of_the_board_has_its_parts(served: LocalBoard) -> None:

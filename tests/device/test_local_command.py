@@ -112,6 +112,18 @@ def test_files_are_handed_in(tmp_path: Path, graphs: Path, capsys: Capture) -> N
     assert counts["unlabelled"] == 5
 
 
+def test_a_file_that_is_divided_already_gives_its_training_samples(
+    tmp_path: Path, graphs: Path, capsys: Capture
+) -> None:
+    local = LocalBoard(tmp_path, graphs)
+    local.install(1)
+    np.savez(tmp_path / "d.npz", x_train=X[:3], y_train=[0, 1, 2], x_test=X[3:], y_test=[0, 1])
+    with local.serving():
+        assert cli.main(["collect", "--local", local.address, str(tmp_path / "d.npz")]) == ExitCode.OK
+        assert [c["kept"] for c in local.board.samples()["classes"].values()] == [1, 1, 1]
+    assert capsys.readouterr().out == "3 kept, 0 known, 0 not kept, 0 left out\n"
+
+
 def test_samples_that_do_not_fit_are_left_out_by_name(tmp_path: Path, graphs: Path, capsys: Capture) -> None:
     local = LocalBoard(tmp_path, graphs)
     local.install(1)

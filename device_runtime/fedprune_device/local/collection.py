@@ -35,7 +35,7 @@ def add_collect_command(commands: Any) -> None:
         nargs="+",
         type=Path,
         metavar="SRC",
-        help="a folder with a folder of images per class, or .npz with x (and y)",
+        help="a folder with a folder of images per class, or .npz with x (and y), or x_train",
     )
     where = collect.add_mutually_exclusive_group(required=True)
     where.add_argument("--local", metavar="ADDRESS", help="unix:/path or 127.0.0.1:PORT, as `run --local` has it")
@@ -79,9 +79,10 @@ def _images(root: Path) -> Iterator[Sample]:
 
 def _rows(path: Path) -> Iterator[Sample]:
     found = read_arrays(path)
-    if "x" not in found:
+    if "x" not in found and "x_train" not in found:
         raise DataError(f"array 'x' is missing in {path}", got=", ".join(found) or "nothing")
-    x, y = found["x"], found.get("y")
+    # What is tested on the board chooses itself; a file's own test samples are left out.
+    x, y = (found["x"], found.get("y")) if "x" in found else (found["x_train"], found.get("y_train"))
     if x.ndim < 2 or x.dtype.kind not in "iuf":
         raise DataError(f"x in {path}", expected="numbers [n, ...]", got=f"{x.dtype} {x.shape}")
     if y is not None and (y.shape != x.shape[:1] or y.dtype.kind not in "iu"):
