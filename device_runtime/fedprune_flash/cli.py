@@ -125,7 +125,7 @@ def _image(arguments: argparse.Namespace) -> int:
         shown_progress(f"Unpacking {arguments.source.name}") as told,
         image.opened_image(arguments.source, out, told, private=secret) as file,
     ):
-        contents = image.examine(file, scheme)
+        contents = image.examine(file, scheme, str(arguments.source))
         image.check(contents, kit)
         steps = image.customise(file, contents, kit, wanted, write=out is not None)
     size = f"{contents.size / 1e6:.0f} MB"

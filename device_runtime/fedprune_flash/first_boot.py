@@ -57,7 +57,9 @@ class Wifi:
         if not 1 <= len(raw) <= 32 or not ssid.isprintable():
             raise ConfigError("name of the wireless network", expected="1 to 32 printable bytes", got=shown(ssid))
         if not _COUNTRY.fullmatch(country):
-            raise ConfigError("country of the wireless network", expected="two capital letters", got=shown(country))
+            raise ConfigError(
+                "--wifi-country, the country of the network", expected="two capital letters", got=shown(country)
+            )
         if _KEY.fullmatch(passphrase):
             return cls(ssid, passphrase.lower(), country, hidden)
         if not _PHRASE.fullmatch(passphrase):

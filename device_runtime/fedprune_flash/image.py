@@ -113,18 +113,19 @@ def opened_image(
                 partial.unlink(missing_ok=True)
 
 
-def examine(file: BinaryIO, scheme: Scheme | None = None) -> Contents:
+def examine(file: BinaryIO, scheme: Scheme | None = None, name: str = "the image") -> Contents:
     """Look at an image.
 
     Args:
         file: Its bytes.
         scheme: How it takes settings, if somebody knows better.
+        name: What it is called in messages.
 
     Raises:
         ImageError: It has no partitions or no boot partition, or nothing tells how it takes settings.
     """
     size = file.seek(0, os.SEEK_END)
-    partitions = read_partitions(file, size)
+    partitions = read_partitions(file, size, name)
     fat = Fat(partitions.boot.region(file, "the boot partition"))
     root = _root(file, partitions)
     found = scheme or recognise(fat, lambda path: root is not None and root.exists(path))

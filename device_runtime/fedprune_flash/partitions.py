@@ -47,12 +47,13 @@ class Partitions:
     roots: tuple[Partition, ...]
 
 
-def read_partitions(file: BinaryIO, size: int) -> Partitions:
+def read_partitions(file: BinaryIO, size: int, name: str = "the image") -> Partitions:
     """Read an image's table.
 
     Args:
         file: The image.
         size: Its size in bytes.
+        name: What it is called in messages.
 
     Raises:
         ImageError: It has none, a GPT instead, partitions beyond its end or over each other, or none to boot from.
@@ -60,7 +61,7 @@ def read_partitions(file: BinaryIO, size: int) -> Partitions:
     file.seek(0)
     head = file.read(2 * SECTOR)
     if len(head) < 2 * SECTOR or head[510:512] != b"\x55\xaa":
-        raise ImageError("the image has no partition table", expected="a master boot record")
+        raise ImageError(f"{name} has no partition table", expected="a master boot record")
     found = []
     for number in range(1, 5):
         entry = head[_ENTRIES + 16 * (number - 1) :][:16]
@@ -68,7 +69,7 @@ def read_partitions(file: BinaryIO, size: int) -> Partitions:
         start, sectors = struct.unpack_from("<II", entry, 8)
         if kind == _GPT or head[SECTOR : SECTOR + 8] == b"EFI PART":
             raise ImageError(
-                "the image has a GUID partition table",
+                f"{name} has a GUID partition table",
                 expected="a master boot record, as images of Raspberry Pi OS have",
                 hint="That is an image for another kind of board. On a Jetson use a kit.",
             )

@@ -236,8 +236,8 @@ def _planned(row: BoardRow, link: BoardLink, kit: Kit, profile: str, needs: bool
     files = _files(kit, row, None)
     missing = _missing(link, files, dry=True)
     total = sum(files[path].size - offset for path, offset in missing.items())
-    claim = ", give it a claim" if needs else ""
-    return f"{profile}: copy {len(missing)} files, {total / 1e6:.1f} MB{claim}, run install.pyz, start the service"
+    count = f"{len(missing) + 1} files, its claim among them" if needs else f"{len(missing)} files"
+    return f"{profile}: copy {count}, {total / 1e6:.1f} MB, run install.pyz, start the service"
 
 
 def _remove(row: BoardRow, link: BoardLink, order: Order, journal: Journal, telling: Telling) -> str:

@@ -620,3 +620,10 @@ def test_what_is_removed_from_an_image_does_not_come_back_at_the_next_boot(kit: 
     assert run(kit, root).returncode == 0
     assert run(kit, root, "--remove").returncode == 0
     assert (root / "etc/systemd/system" / unit.name).readlink() == Path("/dev/null")
+
+
+def test_a_misspelt_option_is_told_with_the_one_that_was_meant(kit: Path, tmp_path: Path) -> None:
+    done = run(kit, tmp_path, "--dyr-run")
+    assert done.returncode == ExitCode.USAGE
+    assert done.stderr.startswith("error: there is no option --dyr-run (did you mean '--dry-run'?)")
+    assert done.stdout == ""

@@ -167,9 +167,12 @@ def test_a_dry_run_looks_and_changes_nothing(boards: Boards, kit: Path, tmp_path
     assert cli.main(command(inventory, kit, "--dry-run")) == ExitCode.OK
     said = capsys.readouterr().out
     assert set(states(said).values()) == {"planned"}
-    assert said.count("give it a claim, run install.pyz, start the service") == 3
+    planned = re.findall(r"copy (\d+) files, its claim among them, .* run install.pyz, start the service", said)
+    assert len(planned) == 3
     assert [snapshot(b.root) for b in boards.boards] == before
     assert not (tmp_path / "boards.toml.journal").exists()
+    assert cli.main(command(inventory, kit)) == ExitCode.OK
+    assert re.findall(r"copying (\d+) of", "".join(capsys.readouterr())) == planned
 
 
 def test_removal_is_the_reverse(boards: Boards, kit: Path, capsys: Capture) -> None:

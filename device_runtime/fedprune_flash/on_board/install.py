@@ -17,7 +17,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from fedprune.errors import ExitCode, FedpruneError, UsageError, reason
+from fedprune.errors import ExitCode, FedpruneError, UsageError, meant, reason
 from fedprune_flash.on_board.installation import STATE, USER, Installation, Place, removal
 from fedprune_flash.on_board.kit_folder import SERVICE, KitFolder
 
@@ -91,13 +91,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-start", action="store_true", help="don't start the service: the board reboots next")
     parser.add_argument("--wait", type=float, default=0.0, metavar="S", help="see the service run within S seconds")
     parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="for trials: all paths begin here")
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
     os.umask(0o022)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             # So that a service that was stopped is started again.
             signal.signal(number, signal.default_int_handler)
     try:
+        if unknown:
+            near = meant(unknown[0].partition("=")[0], parser._option_string_actions)
+            raise UsageError(f"there is no option {unknown[0][:60]}{near}", hint="See --help.")
         if arguments.purge and not arguments.remove:
             raise UsageError("--purge without --remove")
         place = Place(arguments.root.resolve())
