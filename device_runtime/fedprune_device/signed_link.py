@@ -76,7 +76,7 @@ class SignedLink:
             if self._topics.parse(topic).channel != "down":
                 return item
             body = self._opener.open(topic, payload)
-            self._note(parse(body))
+            self._note(topic, parse(body))
             return topic, body
         except StaleEpochError as error:
             self._say_again()
@@ -85,7 +85,10 @@ class SignedLink:
             self._complaints.about(topic, error)
         return None
 
-    def _note(self, message: Message) -> None:
+    def _note(self, topic: str, message: Message) -> None:
+        if isinstance(message, Hello) and topic == self._topics.down(self._identity.device):
+            # Said to this board alone: what it says now must count, even if a copy of its disk was heard meanwhile.
+            self._sealer.leap()
         if isinstance(message, Hello) and message.time is not None:
             try:
                 self._identity.times.learn(message.time)

@@ -33,7 +33,7 @@ from fedprune_server.divergence import ran_away, remedy
 from fedprune_server.downloads import Downloads
 from fedprune_server.garbage import Garbage
 from fedprune_server.offers import graphs_of
-from fedprune_server.post import Post, ShutOut, Supervised, Wire
+from fedprune_server.post import Doubled, Post, ShutOut, Supervised, Wire
 from fedprune_server.reception import Reception
 from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.rollout_store import RolloutStore
@@ -118,7 +118,7 @@ class Daemon:
         self._post = Post(link, self._topics, self._roster, Downloads(Serve(*stores)))
         self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, members, clock, monotonic)
         self._reception = Reception(
-            job, state, self._topics, self._roster, self._uploads, self._post, profiles, monotonic, self._desk
+            job, state, self._topics, self._roster, self._uploads, self._post, profiles, monotonic, self._desk, clock
         )
         self._garbage = Garbage(store, keep)
         self._wakes: list[float] = []
@@ -205,7 +205,7 @@ class Daemon:
         longest = 0.01 if self._workshop.busy or self._post.waiting else 0.1
         return max(0.0, min(longest, self._wakes[0] - self._clock())) if self._wakes else longest
 
-    def _take(self, item: tuple[str, bytes] | Event | ShutOut | None) -> None:
+    def _take(self, item: tuple[str, bytes] | Event | ShutOut | Doubled | None) -> None:
         if isinstance(item, tuple):
             event = self._reception.receive(*item)
             self._collect_uploads()
@@ -218,6 +218,8 @@ class Daemon:
         elif isinstance(item, ShutOut):
             for event in self._reception.shut_out(item.device):
                 self._handle(event)
+        elif isinstance(item, Doubled):
+            self._roster.doubled(item.device, self._monotonic())
         elif isinstance(item, ConnectionUp):
             log.info("connected to the broker")
             self._greet(self._monotonic())

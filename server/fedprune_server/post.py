@@ -26,6 +26,13 @@ class ShutOut:
     device: str
 
 
+@dataclass(frozen=True)
+class Doubled:
+    """Two boards speak with the key of one device."""
+
+    device: str
+
+
 class Wire(Protocol):
     """What the daemon needs of its connection; `fedprune.wire.link.Link` has it."""
 
@@ -43,7 +50,7 @@ class Wire(Protocol):
         """Send without waiting."""
         ...
 
-    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | ShutOut | None:
+    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | ShutOut | Doubled | None:
         """The next message or event."""
         ...
 

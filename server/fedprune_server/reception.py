@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fedprune.profile_store import find
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.complaints import Complaints
 from fedprune.wire.fields import believable, one_line, served
-from fedprune.wire.messages import Birth, Cancelled, Death, Gone, Progress, Refusal, Update, Want, parse
+from fedprune.wire.messages import Birth, Cancelled, Death, Gone, Hello, Progress, Refusal, Update, Want, parse
 from fedprune.wire.release_messages import ReleaseReport
 from fedprune.wire.topics import Topics
 from fedprune_server.post import Post
@@ -27,6 +28,9 @@ from fedprune_server.roster import Roster
 from fedprune_server.uploads import Uploads
 
 log = logging.getLogger("fedprune.server")
+
+_AGAIN_S = 10.0
+"""At most so often a device that counts as offline, and speaks, is asked to announce itself."""
 
 
 class Reception:
@@ -42,6 +46,7 @@ class Reception:
         profiles: Folders of hardware profiles beside the shipped ones.
         monotonic: Seconds of a clock that nobody sets.
         desk: Runs rollouts of releases, if there is one.
+        clock: Seconds since 1970, as devices are told.
 
     Attributes:
         out: Devices that were shut out and have not been born again.
@@ -58,6 +63,7 @@ class Reception:
         profiles: Sequence[Path],
         monotonic: Callable[[], float],
         desk: RolloutDesk | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._job = job
         self._state = state
@@ -67,8 +73,10 @@ class Reception:
         self._post = post
         self._profiles = tuple(profiles)
         self._monotonic = monotonic
+        self._clock = clock
         self._desk = desk
         self._complaints = Complaints(log, monotonic)
+        self._asked: dict[str, float] = {}
         self.out: set[str] = set()
 
     def receive(self, topic: str, payload: bytes) -> on.Event | None:
@@ -98,6 +106,7 @@ class Reception:
         if self._desk is not None:
             self._desk.without([device])
         log.warning("device %s was shut out", device)
+        self._roster.namesakes.forget(device)
         self.out.add(device)
         known, task = self._state.devices.get(device), self._state.tasks.get(device)
         if known is None:
@@ -117,6 +126,8 @@ class Reception:
         if known is not None and known.session == session:
             self._uploads.drop(device)
             self._post.forget(device)
+            if device not in self.out:
+                self._ask(device)  # a will tells of one connection, and another may stand
         self._roster.gone(device)
         return on.DeviceDied(device, session)
 
@@ -125,6 +136,9 @@ class Reception:
         said = getattr(message, "device", device)
         if said != device:
             raise ProtocolError("device of a message", expected=device, got=said)
+        known = self._state.devices.get(device)
+        if known is not None and not known.online and not isinstance(message, (Birth, Death)):
+            self._ask(device)
         match message:
             case Birth():
                 return self._born(message, len(payload))
@@ -146,6 +160,13 @@ class Reception:
             case _:
                 raise ProtocolError("message of a device", got=message.kind)
         return None
+
+    def _ask(self, device: str) -> None:
+        """Let a device announce itself, if it is there."""
+        now = self._monotonic()
+        if now >= self._asked.get(device, now):
+            self._asked[device] = now + _AGAIN_S
+            self._post.send(device, Hello(int(self._clock())))
 
     def _born(self, birth: Birth, size: int) -> on.Event | None:
         self.out.discard(birth.device)

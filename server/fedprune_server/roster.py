@@ -165,10 +165,28 @@ class Roster:
         if reason:
             log.warning(
                 "device %s: another board called %s seems to be connected: %s. Give every board a --device of its own, "
-                "unless this one was only started again with other data.",
+                "unless this one was only started again with other data. If the card of one is a copy of the other's: "
+                "fedprune-server devices replace %s, and let each join anew.",
                 device,
                 device,
                 reason,
+                device,
+            )
+
+    def doubled(self, device: str, now: float) -> None:
+        """Two boards speak with one device's key.
+
+        Args:
+            device: Its name.
+            now: Seconds of a clock that nobody sets.
+        """
+        if self.namesakes.doubled(device, now):
+            log.warning(
+                "two boards use the identity of %s: one is a copy of the other's card or state folder. Take one away, "
+                "or shut both out (fedprune-server devices replace %s) and let each join anew, with a name and a "
+                "claim of its own.",
+                device,
+                device,
             )
 
     def exclude(self, device: str, problem: str, profile: str, samples: int) -> None:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from fedprune.errors import ProtocolError, SignatureError, StaleEpochError
+from fedprune.errors import ProtocolError, SignatureError, StaleEpochError, TwoSignersError
 from fedprune.trust.correspondence import Opener, Sealer
 from fedprune.trust.envelope import unseal
 from fedprune.trust.keys import VerifyingKey
@@ -25,7 +25,7 @@ from fedprune.wire.messages import Birth, Death, Hello, parse
 from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.identity_folder import IdentityFolder
 from fedprune_server.join_desk import JoinDesk
-from fedprune_server.post import ShutOut, Wire
+from fedprune_server.post import Doubled, ShutOut, Wire
 
 log = logging.getLogger("fedprune.server")
 
@@ -34,6 +34,9 @@ _LOOK_S = 1.0
 
 _AGAIN_S = 10.0
 """At most so often a device is told that this server has restarted."""
+
+_ASKED = 3
+"""Hellos to a device whose answers are waited for: not all are heard."""
 
 JOINS_PER_S = 20.0
 """Requests to join that are looked at: each costs a signature, and anybody may ask. Who is not heard asks again."""
@@ -62,7 +65,9 @@ class SignedLink:
         self._told: dict[str, float] = {}
         self._clock = clock
         self._complaints = Complaints(log, clock)
-        self._shut_out: deque[ShutOut] = deque()
+        self._news: deque[ShutOut | Doubled] = deque()
+        self._asked: dict[str, int] = {}
+        self._births: dict[str, int] = {}
         self._joins, self._joins_at = JOINS_PER_S, clock()
 
     @property
@@ -89,18 +94,20 @@ class SignedLink:
         if address.device != EVERYONE and address.device not in self._look():
             return False
         if address.channel == "down":
+            if address.device != EVERYONE and isinstance(parse(payload), Hello):
+                self._asked[address.device] = min(_ASKED, self._asked.get(address.device, 0) + 1)
             payload = self._sealer.seal(topic, payload)
         return self._link.publish(topic, payload, qos)
 
-    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | ShutOut | None:
+    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | ShutOut | Doubled | None:
         """The next message or event; None, too, if what came doesn't count or was answered here.
 
         Raises:
             StorageError: The disk fails or is full.
         """
         self._look()
-        if self._shut_out:
-            return self._shut_out.popleft()
+        if self._news:
+            return self._news.popleft()
         item = self._link.get(timeout)
         if isinstance(item, ConnectionUp):
             # Devices may have restarted: only an epoch that is new to them is sure to count.
@@ -132,19 +139,41 @@ class SignedLink:
 
     def _open(self, device: str, topic: str, payload: bytes) -> bytes:
         opener = self._opener(device)
+        before = opener.epoch(topic)
         try:
             body = opener.open(topic, payload)
-        except StaleEpochError:
+        except StaleEpochError as error:
             # A will was signed when its connection began. It can't be repeated to any effect: it has the
             # connection's number, and only the latest connection's counts.
             body = unseal(opener.key, topic, payload).body
             if not isinstance(parse(body), Death):
+                if isinstance(error, TwoSignersError):
+                    self._news.append(Doubled(device))
                 self._say_again(device)
                 raise
             return body
-        if topic == self._topics.up(device) and isinstance(parse(body), Birth):
+        if topic == self._topics.up(device) and isinstance(birth := parse(body), Birth):
             self._sealer.renew(self._topics.down(device))
+            self._compare(device, birth.session, opener.epoch(topic) - before)
         return body
+
+    def _compare(self, device: str, session: int, step: int) -> None:
+        """See whether a birth can be of the board that was born last.
+
+        A board's epochs follow each other, but when its process starts, which begins another session, and when it is
+        told a hello. A copy of its disk begins elsewhere. Whoever starts is therefore asked again, and so is then the
+        other; who answers unasked, or in an epoch that is over, is another one.
+        """
+        known = self._births.get(device)
+        self._births[device] = session
+        if step == 1 or known is None:
+            return
+        if self._asked.get(device, 0):
+            self._asked[device] -= 1
+        elif session == known:
+            self._news.append(Doubled(device))
+        else:
+            self._say_again(device)
 
     def _look(self) -> dict[str, str]:
         """The keys of who is let in, by name; who is no more, or has another key, will be said to be shut out."""
@@ -154,7 +183,7 @@ class SignedLink:
             version = self._store.version()
             if version != self._version:
                 before, self._version, self._members = self._members, version, self._store.members()
-                self._shut_out.extend(ShutOut(n) for n, key in before.items() if self._members.get(n) != key)
+                self._news.extend(ShutOut(n) for n, key in before.items() if self._members.get(n) != key)
         return self._members
 
     def _opener(self, device: str) -> Opener:

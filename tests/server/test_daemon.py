@@ -399,6 +399,47 @@ def test_two_boards_of_one_name_are_warned_of_and_shown(fleet: Fleet, caplog: py
     assert "two boards of this name?" in next(r.state for r in daemon.snapshot().rows if r.device == "a")
 
 
+def test_the_end_of_one_connection_leaves_a_board_online_that_has_another(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    device = fleet.air.devices["a"]
+    ended: list[bool] = []
+
+    def idle() -> None:
+        if not daemon.busy and not ended:
+            ended.append(True)
+            device.die()
+        elif not daemon.busy:
+            daemon.stop()
+
+    fleet.job = replace(JOB, devices=9)
+    fleet.air.on_idle = idle
+    state = daemon.run()
+    assert ended
+    assert state.devices["a"].online
+
+
+def test_a_board_that_counts_as_offline_and_speaks_is_asked_to_announce_itself(fleet: Fleet) -> None:
+    daemon = fleet.daemon()
+    device = fleet.air.devices["a"]
+    steps = iter(range(3))
+
+    def idle() -> None:
+        if daemon.busy:
+            return
+        step = next(steps, None)
+        if step == 0:
+            fleet.air.lost.append(device.topics.down("a"))  # nobody answers what follows the will
+            device.die()
+        elif step == 1:
+            fleet.air.now += 11.0
+            device.say(Progress("a", JOB.name, 1, 1, "train", 0, 1))
+        elif step is None:
+            daemon.stop()
+
+    fleet.air.on_idle = idle
+    assert daemon.run().devices["a"].online
+
+
 @pytest.mark.parametrize("profile", ["x" * 256, "../x", ".", "raspberry-pi-5.json", "a\nb", "Ä", ""])
 def test_a_profile_is_named_by_a_plain_name(fleet: Fleet, profile: str) -> None:
     fleet.job = replace(JOB, devices=2)

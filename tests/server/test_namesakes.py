@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedprune_server.namesakes import MANY, QUIET_S, Namesakes
+from fedprune_server.namesakes import AGAIN_S, MANY, QUIET_S, Namesakes
 
 PI, NANO = ("pi", 300), ("nano", 80)
 
@@ -51,3 +51,28 @@ def test_a_suspicion_is_told_once_and_settles() -> None:
     assert [bool(s) for s in said] == [False, True, *[False] * 7]
     names.settle(8.0 + QUIET_S)
     assert not names.suspects("a")
+    assert names.born("a", 9, NANO, True, 1.0 + AGAIN_S)
+
+
+def test_more_samples_are_no_sign_of_another_board() -> None:
+    names = Namesakes()
+    names.born("a", 1, ("pi", 300), False, 0.0)
+    names.born("a", 1, ("pi", 320), True, 5.0)
+    assert names.born("a", 2, ("pi", 330), True, 10.0) == ""
+    assert names.born("a", 3, ("pi", 20), True, 20.0) != ""
+
+
+def test_a_connection_that_speaks_again_after_another_one_is_a_second_board() -> None:
+    names = Namesakes()
+    assert names.born("a", 5, PI, False, 0.0) == ""
+    assert names.born("a", 6, PI, True, 1.0) == ""
+    assert names.born("a", 5, PI, True, 2.0) == "two connections take turns"
+    names.forget("a")
+    assert names.born("a", 1, PI, True, 3.0) == ""
+
+
+def test_a_connection_that_outlives_another_one_is_no_news() -> None:
+    names = Namesakes()
+    names.born("a", 5, PI, False, 0.0)
+    names.born("a", 6, PI, True, 1.0)
+    assert names.born("a", 5, PI, False, 2.0) == ""

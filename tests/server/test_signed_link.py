@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +17,12 @@ from fedprune.trust.device_identity import DeviceIdentity
 from fedprune.trust.trusted_time import BUILT
 from fedprune.wire.join_messages import APPROVED, JoinAnswer
 from fedprune.wire.link import ConnectionUp, Event
-from fedprune.wire.messages import Birth, Death, Finished, Hello, parse
+from fedprune.wire.messages import Birth, Death, Finished, Hello, Progress, parse
 from fedprune.wire.topics import Topics
 from fedprune_device import signed_link as device_side
 from fedprune_server import signed_link as server_side
 from fedprune_server.identity_folder import IdentityFolder
-from fedprune_server.post import ShutOut
+from fedprune_server.post import Doubled, ShutOut
 
 DAY = 24 * 3600
 TOPICS = Topics("lab")
@@ -52,6 +54,7 @@ class Server:
         self.end = End()
         self.link = server_side.SignedLink(self.end, identity, now)
         self.shut_out: list[str] = []
+        self.doubled: list[str] = []
 
     def say(self, device: str, message: Hello | Finished) -> Sent:
         topic = TOPICS.down(device, getattr(message, "job", "-"))
@@ -67,6 +70,8 @@ class Server:
                 found.append(item)
             elif isinstance(item, ShutOut):
                 self.shut_out.append(item.device)
+            elif isinstance(item, Doubled):
+                self.doubled.append(item.device)
         return found
 
 
@@ -76,7 +81,7 @@ class Board:
         self.end = End()
         self.link = device_side.SignedLink(self.end, identity, now)
 
-    def say(self, message: Birth | Death) -> Sent:
+    def say(self, message: Birth | Death | Progress) -> Sent:
         assert self.link.publish(TOPICS.up(self.identity.device), message.to_bytes())
         return self.end.sent[-1]
 
@@ -92,6 +97,7 @@ class Lab:
         self.identity = identity
         self.folder = folder
         self.now = 0.0
+        self._milliseconds = itertools.count(1000, 1000)
         self.server = self.new_server()
         self.boards = {name: self.let_in(name, name) for name in ("pi-1", "pi-2")}
         self.server.end.sent.clear()
@@ -109,6 +115,11 @@ class Lab:
     def new_server(self) -> Server:
         self.server = Server(self.identity, lambda: self.now)
         return self.server
+
+    def another_board(self, folder: str, name: str) -> Board:
+        """One whose clock shows another second whenever it is asked."""
+        clock = lambda: BUILT + next(self._milliseconds) / 1000  # noqa: E731
+        return Board(DeviceIdentity(self.folder / folder, "lab", name, clock=clock), lambda: self.now)
 
     def new_board(self, name: str) -> Board:
         identity = DeviceIdentity(self.folder / name, "lab", name, clock=lambda: float(BUILT))
@@ -264,6 +275,61 @@ def test_so_many_requests_to_join_a_second_are_looked_at(lab: Lab) -> None:
     lab.now = 100.5
     lab.server.hears(*[asked] * 300)
     assert len(lab.server.end.sent) - before == 1.5 * server_side.JOINS_PER_S
+
+
+def answers(lab: Lab, board: Board, session: int, heard: int) -> list[Sent]:
+    """A board greets as often as it hears a hello among what the server said since `heard`."""
+    hellos = lab.server.end.sent[heard:]
+    return [board.say(birth("pi-1", session)) for _ in board.hears(*hellos)]
+
+
+@pytest.mark.parametrize("session", [6, 7])
+@pytest.mark.parametrize("first", ["original", "copy"])
+def test_a_copy_of_a_board_s_disk_is_noticed_and_each_of_the_two_is_heard(lab: Lab, session: int, first: str) -> None:
+    server = lab.server
+    shutil.copytree(lab.folder / "pi-1", lab.folder / "copy")
+    original, copy = lab.another_board("pi-1", "pi-1"), lab.another_board("copy", "pi-1")
+    assert server.hears(original.say(birth("pi-1", 6))) != []
+    server.hears(copy.say(birth("pi-1", session)))
+    for _ in range(3):
+        lab.now += 10.0
+        server.link.publish(TOPICS.down("pi-1"), Hello().to_bytes())  # as when a device comes back
+        heard = len(server.end.sent) - 1
+        boards = [(original, 6), (copy, session)]
+        for board, number in boards if first == "original" else reversed(boards):
+            server.hears(*answers(lab, board, number, heard))
+    alternating = session != 6  # that the daemon sees
+    assert server.doubled or alternating
+    assert set(server.doubled) <= {"pi-1"}
+
+
+def test_whoever_of_two_goes_on_in_an_epoch_that_is_over_is_noticed(lab: Lab) -> None:
+    server = lab.server
+    shutil.copytree(lab.folder / "pi-1", lab.folder / "copy")
+    original, copy = lab.another_board("pi-1", "pi-1"), lab.another_board("copy", "pi-1")
+    said = original.say(birth("pi-1", 6))
+    assert server.hears(said) != []
+    assert server.hears(copy.say(birth("pi-1", 7))) != []
+    assert server.hears(said) == server.doubled == []  # a repetition shows nothing
+    assert server.hears(original.say(Progress("pi-1", "job", 1, 1, "train", 1, 2))) == []
+    assert server.hears() == []
+    assert server.link.get() == Doubled("pi-1")
+    # The copy ends; what the server then says brings the other one back.
+    (answer,) = answers(lab, original, 6, len(server.end.sent) - 1)
+    assert server.hears(answer) != []
+
+
+def test_a_board_that_starts_again_and_again_is_no_copy(lab: Lab) -> None:
+    server = lab.server
+    for session in range(1, 9):
+        board, heard = lab.another_board("pi-1", "pi-1"), len(server.end.sent)
+        assert server.hears(board.say(birth("pi-1", session))) != []
+        for said in answers(lab, board, session, heard):
+            assert server.hears(said) != []
+        assert server.hears(board.say(birth("pi-1", session))) != []
+        lab.now += 10.0
+    assert server.doubled == []
+    assert server.link.get() is None
 
 
 def test_a_will_counts_whenever_it_was_made_and_is_nobody_else_s(lab: Lab) -> None:

@@ -212,6 +212,10 @@ class StaleEpochError(ReplayError):
     """A signed message is of an epoch that is over here, perhaps not for its sender (`fedprune.trust.replay`)."""
 
 
+class TwoSignersError(StaleEpochError):
+    """A signed message is of an epoch that is over, and was never received: somebody else goes on with the key."""
+
+
 class StorageError(FedpruneError):
     """Something on disk is damaged, unreadable or not ours."""
 

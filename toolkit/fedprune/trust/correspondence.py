@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 
-from fedprune.errors import ReplayError
+from fedprune.errors import ReplayError, StaleEpochError, TwoSignersError
 from fedprune.trust.envelope import seal, unseal
 from fedprune.trust.epoch import EpochFile
 from fedprune.trust.keys import SigningKey, VerifyingKey
@@ -20,6 +20,9 @@ from fedprune.trust.replay import Window
 
 _LEVELS = 4
 """Levels of a topic that say whose it is: fedprune/1/{site}/{device}."""
+
+_OVER = 8
+"""Epochs of a stream that are over, and of which is known how far they went."""
 
 MAX_STREAMS = 16
 """Streams of one sender; a device hears two of its server's, a server one of each device's."""
@@ -54,6 +57,11 @@ class Sealer:
         with self._lock:
             self._streams[stream_of(topic)] = (self._epochs.next(), 0)
 
+    def leap(self) -> None:
+        """Let the next epoch that begins be later than any that a copy of this sender's disk has begun."""
+        with self._lock:
+            self._epochs.leap()
+
     def seal(self, topic: str, body: bytes) -> bytes:
         """Sign a message for a topic.
 
@@ -82,12 +90,19 @@ class Opener:
         self.key = key
         self._windows = {stream: Window.after(epoch) for stream, epoch in floors.items()}
         self._begun = begun
+        self._over: dict[str, dict[int, int]] = {}
+
+    def epoch(self, topic: str) -> int:
+        """The epoch of a topic's stream that counts now; -1 before the first message."""
+        window = self._windows.get(stream_of(topic))
+        return -1 if window is None else window.epoch
 
     def open(self, topic: str, raw: bytes) -> bytes:
         """The message, if it is genuine, for this topic, and new.
 
         Raises:
             SignatureError: It is not signed, by another key, for another topic, or changed.
+            TwoSignersError: Its epoch is over, and it has never come: its sender goes on beside another one.
             StaleEpochError: Its epoch is over; if its sender can't know that, tell it.
             ReplayError: It has come before.
             ProtocolError: It is too long or of another version.
@@ -100,9 +115,27 @@ class Opener:
             if len(self._windows) >= MAX_STREAMS:
                 raise ReplayError(f"a sender of too many streams: at most {MAX_STREAMS}", got=stream)
             window = Window()
-        window.check(envelope.epoch, envelope.counter)
+        over = self._over.setdefault(stream, {})
+        try:
+            window.check(envelope.epoch, envelope.counter)
+        except StaleEpochError as error:
+            if over and envelope.epoch >= min(over) and envelope.counter > over.get(envelope.epoch, -1):
+                over[envelope.epoch] = envelope.counter
+                _trim(over)
+                raise TwoSignersError(
+                    "a signed message is new, and of an epoch that is over", got=envelope.epoch, hint=error.hint
+                ) from error
+            raise
         if envelope.epoch > window.epoch:
             self._begun(stream, envelope.epoch)
+            if window.top >= 0:
+                over[window.epoch] = window.top
+            _trim(over)
         window.accept(envelope.epoch, envelope.counter)
         self._windows[stream] = window
         return envelope.body
+
+
+def _trim(over: dict[int, int]) -> None:
+    while len(over) > _OVER:
+        del over[min(over)]

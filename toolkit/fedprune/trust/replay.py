@@ -43,6 +43,11 @@ class Window:
         self._seen = seen
         self._closed = closed
 
+    @property
+    def top(self) -> int:
+        """Highest counter that has come in the current epoch; -1 for none."""
+        return self._top
+
     @classmethod
     def after(cls, epoch: int) -> Window:
         """The window of a receiver that has restarted and knows only the latest epoch: it takes later ones alone."""
