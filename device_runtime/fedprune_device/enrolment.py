@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedprune.errors import BrokerError, IdentityError, ProtocolError
-from fedprune.trust.claim import Claim
+from fedprune.errors import BrokerError, IdentityError, JoinError, ProtocolError, remedy
+from fedprune.trust.claim import PREFIX, Claim
 from fedprune.trust.device_identity import DeviceIdentity
 from fedprune.trust.joining import Admission
 from fedprune.trust.tls import pinned_context, unpinned_context
@@ -52,6 +52,10 @@ def join_urls(broker: str) -> list[str]:
         return [broker]
     scheme, _, rest = broker.rstrip("/").partition("://")
     return [f"{scheme}://{rest.removesuffix(f':{_MEMBERS_PORT}')}:{JOIN_PORT}", broker]
+
+
+class ForeignAnswerError(JoinError):
+    """Answers to a request to join came, and none of them was by the server that claim or pin name."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def enrol(
 
     Raises:
         IdentityError: There is neither claim nor pin.
-        JoinError: The server refuses.
+        JoinError: The server refuses, or all answers in time were another's.
         BrokerError: Nobody answered in time, or it was stopped.
         StorageError: The disk fails or is full.
     """
@@ -122,15 +126,22 @@ def enrol(
         )
     stopped = stopped or threading.Event()
     until = None if patience_s is None else time.monotonic() + patience_s
-    last: BrokerError | None = None
+    last: BrokerError | ForeignAnswerError | None = None
+    said: list[str] = []
     while not stopped.is_set() and (until is None or time.monotonic() < until):
+        failed: list[BrokerError | ForeignAnswerError] = []
         for way in ways(identity, urls, authority):
             try:
                 return _asked(identity, way, claim, known, until, stopped, tell)
-            except BrokerError as error:  # noqa: PERF203 - each may be tried again
-                if str(last) != str(error):
-                    tell(one_line(str(error)))
-                last = error
+            except (BrokerError, ForeignAnswerError) as error:  # noqa: PERF203 - each may be tried again
+                failed.append(error)
+        # Not every broker has a port for joining: what fails is told when all have failed.
+        lines = [one_line(str(error)) for error in failed]
+        over = until is not None and time.monotonic() >= until  # then the last one is the command's error
+        for line in lines[: len(lines) - over] if lines != said else ():
+            tell(line)
+        said = lines
+        last = next((e for e in failed if isinstance(e, ForeignAnswerError)), failed[-1] if failed else last)
         stopped.wait(_AGAIN_S)
     raise last or BrokerError(f"nobody was asked to let {identity.device} in")
 
@@ -148,8 +159,10 @@ def _asked(
 
     Raises:
         BrokerError: It isn't there, or time is up.
+        ForeignAnswerError: Time is up, and what was answered wasn't the server's.
     """
-    request, topics, told, doubted = identity.request(claim), Topics(identity.site), False, False
+    request, topics, told = identity.request(claim), Topics(identity.site), False
+    doubt: ProtocolError | None = None
     with Link(way.url, request.nonce, tls=way.tls) as link:
         link.subscribe([topics.joined(request.nonce)])
         link.start()
@@ -165,9 +178,9 @@ def _asked(
                 answer = parse(item[1])
                 admission = identity.admit(answer, pin) if isinstance(answer, JoinAnswer) else None
             except ProtocolError as error:  # not by the server: whoever sent it can't keep the server's from coming
-                if not doubted:
-                    doubted = True
+                if doubt is None:
                     tell(f"an answer doesn't count: {one_line(str(error))}")
+                doubt = error
                 continue
             if admission is not None:
                 return admission
@@ -177,9 +190,15 @@ def _asked(
                     f"waiting for the operator: compare the key's fingerprint, {identity.key.verifying.fingerprint}, "
                     f"with `fedprune-server devices`, then `fedprune-server devices approve {identity.device}`"
                 )
+    if doubt is not None and not told and not stopped.is_set():
+        raise ForeignAnswerError(
+            f"the only answers to {identity.device}'s request to join didn't count: {one_line(str(doubt))}",
+            hint="Is the claim or pin of the server that runs there?",
+        )
     raise BrokerError(
-        f"no answer to the request to join by way of {BrokerUrl.parse(way.url)}",
-        hint="Does the server run, with this site, and with an identity?",
+        f"no answer to {identity.device}'s request to join site {identity.site} by way of {BrokerUrl.parse(way.url)}",
+        hint="Does the server run, with an identity, and is the site the one that `fedprune-server init` named? "
+        "It is default where none was given: --site default.",
     )
 
 
@@ -255,9 +274,29 @@ def read_claim(path: Path) -> Claim:
 
     Raises:
         IdentityError: It can't be read.
-        ProtocolError: It is none.
+        JoinError: It is none, or holds several.
     """
     try:
-        return Claim.parse(path.read_text(encoding="ascii"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise IdentityError(f"can't read the claim in {path}: {error}") from error
+        return one_claim(path.read_text(encoding="ascii"), str(path))
+    except OSError as error:
+        raise IdentityError(f"can't read the claim in {path}: {error.strerror}", hint=remedy(error)) from error
+    except UnicodeDecodeError as error:
+        raise JoinError(f"{path} holds no claim", hint="`fedprune-server claim --out FILE` writes one.") from error
+
+
+def one_claim(text: str, where: str) -> Claim:
+    """The claim in a text.
+
+    Args:
+        text: The text.
+        where: What holds it, for messages.
+
+    Raises:
+        JoinError: It is none, or holds several.
+    """
+    count = sum(line.strip().upper().startswith(PREFIX) for line in text.splitlines())
+    if count > 1:
+        raise JoinError(
+            f"{where} holds {count} claims", expected="one", got=count, hint="Give every board a file with one of them."
+        )
+    return Claim.parse(text)

@@ -23,7 +23,7 @@ from fedprune.trust.tls import SYSTEM, insecure_allowed
 from fedprune.wire.broker_url import BrokerUrl, tls_context
 from fedprune.wire.link import Link, Will
 from fedprune.wire.topics import EVERYONE, Topics, check_device, check_name
-from fedprune_device.enrolment import Renewal, enrol, join_urls, read_claim
+from fedprune_device.enrolment import Renewal, enrol, join_urls, one_claim, read_claim
 from fedprune_device.outbox import Wire
 from fedprune_device.owner import Owner
 from fedprune_device.signed_link import SignedLink
@@ -178,6 +178,11 @@ def checked_urls(arguments: argparse.Namespace, *, insecure: bool = False) -> tu
     url = BrokerUrl.parse(arguments.broker)
     if insecure or not url.tls:
         insecure_allowed(url.host)
+    if insecure and url.tls and arguments.ca is None:
+        raise ConfigError(
+            "--insecure", expected="a broker at mqtt://", got=url.bare,
+            hint="A server whose broker is at mqtts:// has an identity: join it with --claim FILE, without --insecure.",
+        )  # fmt: skip
     if arguments.ca is not None and (insecure or not url.tls):
         raise ConfigError("--ca", expected="a broker at mqtts://, and an identity", got=str(url))
     if arguments.ca not in (None, SYSTEM):
@@ -239,6 +244,11 @@ def join_first(
                 return False
             raise
         _tell(f"{member.device} is a member of site {member.site}, with key {identity.key.verifying.fingerprint}")
+    elif arguments.claim is not None:
+        _tell(
+            f"{member.device} is a member already, so that --claim {arguments.claim} is ignored. If it was shut out, "
+            "let it join anew: fedprune-device join --new-key --claim FILE, with the same --broker and --state"
+        )
     with storage_errors(f"can't delete {kept}"):
         kept.unlink(missing_ok=True)  # it is used up, or not needed
     return True
@@ -274,7 +284,7 @@ def _join(arguments: argparse.Namespace) -> int:
 
 def _claim(given: str | None, kept: Path) -> Claim | None:
     if given == "-":
-        return Claim.parse(sys.stdin.read())
+        return one_claim(sys.stdin.read(), "standard input")
     if given is not None:
         return read_claim(Path(given))
     return read_claim(kept) if kept.exists() else None

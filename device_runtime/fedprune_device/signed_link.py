@@ -6,6 +6,7 @@ Chunks of blobs pass as they are: blobs are named by their digests, and those st
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -19,6 +20,9 @@ from fedprune.wire.topics import Topics
 from fedprune_device.outbox import Wire
 
 _LOG = logging.getLogger("fedprune.device")
+
+PATIENCE_S = 300.0
+"""After so long without a word of its server a board says so; one that has nothing to do may hear none for a day."""
 
 _AGAIN_S = 10.0
 """At most so often a server is told anew that this board has restarted."""
@@ -47,6 +51,7 @@ class SignedLink:
         self._birth: tuple[str, bytes] | None = None
         self._again_at = 0.0
         self._complaints = Complaints(_LOG, clock)
+        self._silent_since: float | None = None
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send without waiting; False if that isn't possible now.
@@ -60,6 +65,8 @@ class SignedLink:
             # The server may have restarted: only an epoch that is new to it is sure to count.
             self._sealer.renew(topic)
             self._birth = topic, payload
+            if self._silent_since is None:
+                self._silent_since = self._clock()
         return self._link.publish(topic, self._sealer.seal(topic, payload), qos)
 
     def sealed(self, will: tuple[str, bytes]) -> tuple[str, bytes]:
@@ -69,13 +76,17 @@ class SignedLink:
     def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
         """The next message or event; None, too, if what came doesn't count."""
         item = self._link.get(timeout)
+        self._look()
         if not isinstance(item, tuple):
+            if isinstance(item, ConnectionDown):
+                self._silent_since = None
             return item
         topic, payload = item
         try:
             if self._topics.parse(topic).channel != "down":
                 return item
             body = self._opener.open(topic, payload)
+            self._silent_since = math.inf  # the server is there; what this board hears now, it hears as a member
             self._note(topic, parse(body))
             return topic, body
         except StaleEpochError as error:
@@ -84,6 +95,16 @@ class SignedLink:
         except (ProtocolError, StorageError) as error:
             self._complaints.about(topic, error)
         return None
+
+    def _look(self) -> None:
+        """Say, once a connection, that a server doesn't answer: to a board that was shut out nobody says so."""
+        if self._silent_since is not None and self._clock() - self._silent_since >= PATIENCE_S:
+            self._silent_since = math.inf
+            _LOG.info(
+                "nothing heard of the server since this board connected: it may be off, or wait for others. Where "
+                "`fedprune-server devices` says that this board is revoked, let it join anew: fedprune-device join "
+                "--new-key --claim FILE, with the same --broker and --state"
+            )
 
     def _note(self, topic: str, message: Message) -> None:
         if isinstance(message, Hello) and topic == self._topics.down(self._identity.device):

@@ -15,7 +15,8 @@ from typing import Any
 
 from fedprune import __version__, tensorfile
 from fedprune.cli import run_command, whole_number, with_extra
-from fedprune.errors import ExitCode, ProtocolError, UsageError
+from fedprune.errors import ExitCode, UsageError
+from fedprune_server.identity_cli import name_of
 from fedprune_server.identity_cli import register as register_identity
 from fedprune_server.release_cli import add_release_command
 from fedprune_server.rollout_cli import add_rollout_command
@@ -86,7 +87,7 @@ def _add_run(commands: Any) -> None:
     run.add_argument(
         "--port", type=int, help="port of the embedded broker (default: 8883, or 1883 with --insecure; 0: a free one)"
     )
-    run.add_argument("--site", type=_site, help="devices of this site take part (default: default)")
+    run.add_argument("--site", type=name_of("site"), help="devices of this site take part (default: default)")
     run.add_argument("--profiles", type=Path, metavar="DIR", help="hardware profiles beside the shipped ones")
     run.add_argument("--workers", type=whole_number, metavar="N", help="processes that make submodels (default: 1)")
     run.add_argument(
@@ -109,15 +110,6 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--verbose", "-v", action="store_true", help="say more, such as each device's row per round")
     run.set_defaults(run=with_extra("server", _run))
-
-
-def _site(text: str) -> str:
-    from fedprune.wire.topics import check_name
-
-    try:
-        return check_name(text, "site")
-    except ProtocolError as error:
-        raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -99,6 +99,12 @@ def identity_of(config: ServerConfig, *, insecure: bool) -> Iterator[IdentityFol
     url = None if config.embedded else BrokerUrl.parse(config.broker)
     if insecure or (url is not None and not url.tls):
         insecure_allowed(config.host if url is None else url.host)
+    if insecure and url is not None and url.tls:
+        raise ConfigError(
+            "--insecure", expected="a broker at mqtt://, or the embedded one", got=url.bare,
+            hint="A broker at mqtts:// belongs to a fleet with an identity: leave --insecure out, or name another "
+            "--broker (a state folder remembers its own).",
+        )  # fmt: skip
     if insecure:
         yield None
         return

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedprune.cli import ended_by_signals
+from fedprune.disk import locked, storage_errors
 from fedprune.errors import ConfigError, ExitCode
 from fedprune.job import Job
 from fedprune.wire.link import Link
@@ -121,12 +122,26 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
     began = time.monotonic()
     rounds = rounds if rounds is not None else QUICK_ROUNDS if quick else ROUNDS
     jobs = fleet_job(seed, rounds), reference_job(seed, rounds)  # a wrong number must not cost an earlier demo
-    folder = DemoFolder.prepare(out, seed)
-    with _logging(), ended_by_signals():
+    with _alone(out), _logging(), ended_by_signals():
+        folder = DemoFolder.prepare(out, seed)
         print(f"{len(BOARDS)} devices, {rounds} rounds, two jobs: models as wide as each link allows, then FedAvg.")
         print(f"Devices' output lies in {out}/*/devices/*.log\n")
         fleet = run_job("fedprune", jobs[0], folder)
         reference = run_job(TITLE, jobs[1], folder)
+        return _ended(out, fleet, reference, began)
+
+
+def _alone(out: Path) -> AbstractContextManager[None]:
+    """Hold the lock beside a demo's folder, which is cleared when another demo begins in it."""
+    out = out.resolve()
+    with storage_errors(f"can't make {out.parent}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    return locked(
+        out.with_name(f".{out.name}.lock"), f"another demo runs in {out}", "Wait for it, or name another folder: --out."
+    )
+
+
+def _ended(out: Path, fleet: Record, reference: Record, began: float) -> int:
     fleet.save(out / "metrics.json")
     reference.save(out / "metrics-reference.json")
     unjudged = too_few(len(fleet.rounds))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from fedprune.cli import whole_number
 from fedprune.disk import storage_errors
-from fedprune.errors import ExitCode, JoinError, UsageError, shown
+from fedprune.errors import ExitCode, JoinError, ProtocolError, UsageError, meant, shown
 from fedprune.trust.keys import VerifyingKey, grouped
 
 _STATE = "the folder of `run --state` (default: fedprune-state)"
@@ -23,11 +24,18 @@ _MAX_HOURS = 24 * 365
 def register(commands: Any) -> None:
     """Add the commands to the parser of `fedprune-server`."""
     init = _command(commands, "init", "make this server's identity: its keys and certificate authority")
-    init.add_argument("--site", default="default", metavar="NAME", help="the fleet's site (default: default)")
+    init.add_argument(
+        "--site", type=name_of("site"), default="default", metavar="NAME", help="the fleet's site (default: default)"
+    )
     init.set_defaults(run=_init)
 
     claim = _command(commands, "claim", "make one-time claims, each of which lets one device in")
-    claim.add_argument("--device", metavar="NAME", help="for this device alone (default: for any name that is free)")
+    claim.add_argument(
+        "--device",
+        type=name_of("device"),
+        metavar="NAME",
+        help="for this device alone (default: for any name that is free)",
+    )
     claim.add_argument("--count", type=whole_number, default=1, metavar="N", help="how many (default: 1)")
     claim.add_argument("--hours", type=whole_number, default=72, metavar="H", help="how long they last (default: 72)")
     claim.add_argument("--out", type=Path, metavar="FILE", help="write them to a new file that only you can read")
@@ -42,6 +50,9 @@ def register(commands: Any) -> None:
     devices.add_argument("device", nargs="?", metavar="NAME", help="the device")
     devices.add_argument("--key", metavar="FINGERPRINT", help="of the key to approve, as the board shows it")
     devices.add_argument("--hours", type=whole_number, default=72, metavar="H", help="of the claim to replace it with")
+    devices.add_argument(
+        "--out", type=Path, metavar="FILE", help="write that claim to a new file that only you can read"
+    )
     devices.set_defaults(run=_devices)
 
     broker = _command(commands, "broker-config", "write a broker's configuration, access rules and certificate")
@@ -70,6 +81,24 @@ def _port(text: str) -> int:
     if value > 65535:
         raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r}")
     return value
+
+
+def name_of(what: str) -> Callable[[str], str]:
+    """Reads a name of an option.
+
+    Args:
+        what: `site` or `device`.
+    """
+
+    def checked(text: str) -> str:
+        from fedprune.wire.topics import check_device, check_name
+
+        try:
+            return check_device(text) if what == "device" else check_name(text, what)
+        except ProtocolError as error:
+            raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
+
+    return checked
 
 
 def _init(arguments: argparse.Namespace) -> int:
@@ -126,15 +155,30 @@ def _devices(arguments: argparse.Namespace) -> int:
             _approve(identity, arguments)
             return int(ExitCode.OK)
         _check_hours(arguments.hours)
-        keys, certificates = identity.revoke(arguments.device)
-        if not keys and not certificates and arguments.action == "revoke":
-            raise JoinError(f"no device {arguments.device} is let in or waits", hint="See `fedprune-server devices`.")
-        print(f"{arguments.device}: {keys} keys and {certificates} certificates revoked")
-        if certificates:
-            print(f"copy {identity.authority.crl_path} to the broker and restart that")
         if arguments.action == "replace":
-            print(identity.claim(arguments.device, 3600 * arguments.hours).text)
+            _replace(identity, arguments)
+            return int(ExitCode.OK)
+        keys, certificates = identity.revoke(arguments.device)
+        if not keys and not certificates:
+            near = meant(arguments.device, {d.device for d in identity.store.devices()})
+            raise JoinError(
+                f"no device {arguments.device} is let in or waits{near}", hint="See `fedprune-server devices`."
+            )
+        print(_revoked(identity, arguments.device, keys, certificates))
     return int(ExitCode.OK)
+
+
+def _replace(identity: Any, arguments: argparse.Namespace) -> None:
+    """Standard output gets the claim alone, as that of `claim`."""
+    with _claims_file(arguments.out) as file:
+        keys, certificates = identity.revoke(arguments.device)
+        print(_revoked(identity, arguments.device, keys, certificates), file=sys.stderr)
+        print(identity.claim(arguments.device, 3600 * arguments.hours).text, file=file)
+
+
+def _revoked(identity: Any, device: str, keys: int, certificates: int) -> str:
+    line = f"{device}: {keys} keys and {certificates} certificates revoked"
+    return f"{line}\ncopy {identity.authority.crl_path} to the broker and restart that" if certificates else line
 
 
 def _list(identity: Any, arguments: argparse.Namespace) -> None:
@@ -167,7 +211,8 @@ def _approve(identity: Any, arguments: argparse.Namespace) -> None:
     given = arguments.key.strip().lower()
     waiting = [d for d in identity.store.devices() if d.device == arguments.device and d.status == "waiting"]
     if not waiting:
-        raise JoinError(f"no such device waits: {arguments.device}", hint="See `fedprune-server devices`.")
+        near = meant(arguments.device, {d.device for d in identity.store.devices() if d.status == "waiting"})
+        raise JoinError(f"no such device waits: {arguments.device}{near}", hint="See `fedprune-server devices`.")
     right = [d for d in waiting if VerifyingKey.from_hex(d.key).fingerprint == given]
     if not right:
         raise JoinError(

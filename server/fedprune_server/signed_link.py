@@ -121,7 +121,10 @@ class SignedLink:
                 return None
             device, _, channel = self._topics.parse(topic)
             if device not in self._look():
-                hint = f"`fedprune-server devices` lists who is; `fedprune-server claim --device {device}` lets it in."
+                hint = (
+                    f"`fedprune-server devices` lists who is; `fedprune-server claim --device {device}` lets it in. "
+                    "If it was shut out, let it join anew: `fedprune-device join --new-key --claim FILE` on the board."
+                )
                 raise SignatureError(f"{device} is not let in", hint=hint)
             return item if channel != "up" else (topic, self._open(device, topic, payload))
         except ProtocolError as error:

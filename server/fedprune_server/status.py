@@ -10,6 +10,8 @@ from typing import Any
 from fedprune.coordination import Phase, State
 from fedprune.disk import held
 from fedprune_server.foresight import Compared, compared, described
+from fedprune_server.identity_folder import FOLDER, IdentityFolder
+from fedprune_server.identity_store import REVOKED
 from fedprune_server.storage import LOCK, Storage
 from fedprune_server.table import metric_texts
 
@@ -30,18 +32,25 @@ def status(folder: Path) -> dict[str, Any]:
 
     Raises:
         StorageError: The folder holds no job, or is damaged.
+        IdentityError: Its identity is damaged, or others may read it.
     """
     running = held(folder / LOCK)
     with Storage.existing(folder) as storage:
         settings, state, rows = storage.settings(), storage.load(), storage.devices()
         outsiders = storage.outsiders()
         last, seen = (None, {}) if running else storage.heard()
+    revoked = _revoked(folder)
     known = {row["name"] for row in rows}
     rows += [_outsider(name, body) for name, body in outsiders.items() if name not in known]
     devices = [
         row
         | _last_part(row["name"], state)
-        | {"compared": _compared(row, state), "online": row["online"] and running, "seen_at": seen.get(row["name"])}
+        | {
+            "compared": _compared(row, state),
+            "online": row["online"] and running and row["name"] not in revoked,
+            "revoked": row["name"] in revoked,
+            "seen_at": seen.get(row["name"]),
+        }
         for row in sorted(rows, key=lambda r: r["name"])
     ]
     return {
@@ -98,7 +107,18 @@ def _stopped(body: dict[str, Any]) -> str:
     return f"  no server is running{since}{end and end + shlex.quote(body['folder'])}"
 
 
+def _revoked(folder: Path) -> set[str]:
+    """Devices that were shut out, and have no other key."""
+    if not (folder / FOLDER).is_dir():
+        return set()
+    with IdentityFolder(folder) as identity:
+        devices = identity.store.devices()
+    return {d.device for d in devices if d.status == REVOKED} - {d.device for d in devices if d.status != REVOKED}
+
+
 def _connection(device: dict[str, Any]) -> str:
+    if device["revoked"]:
+        return "revoked"
     if device["online"]:
         return "online"
     return "offline" if device["seen_at"] is None else f"last heard of at {_clock(device['seen_at'])}"

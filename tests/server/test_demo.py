@@ -2,7 +2,8 @@
 
 import pytest
 
-from fedprune.errors import ConfigError, ExitCode
+from fedprune.disk import locked
+from fedprune.errors import ConfigError, ExitCode, StorageError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune_server.demo_fleet import ROUNDS, fleet_job, reference_job, too_few
@@ -59,3 +60,12 @@ def test_a_wrong_number_costs_no_earlier_demo(tmp_path, wrong):
     with pytest.raises(ConfigError):
         run_demo(tmp_path / "demo", **wrong)
     assert (tmp_path / "demo" / "report.md").read_text() == "kept"
+
+
+def test_a_second_demo_in_a_folder_leaves_the_first_one_alone(tmp_path):
+    out = tmp_path / "demo-run"
+    out.mkdir()
+    (out / "demo.json").write_text("{}")
+    with locked(tmp_path / ".demo-run.lock", "busy", "wait"), pytest.raises(StorageError, match="another demo runs"):
+        run_demo(out)
+    assert (out / "demo.json").exists()

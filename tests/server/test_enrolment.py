@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import socket
 import ssl
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.errors import BrokerError, ExitCode, IdentityError, JoinError
+from fedprune.errors import BrokerError, ConfigError, ExitCode, IdentityError, JoinError
 from fedprune.trust.certificates import read_certificate
 from fedprune.trust.claim import Claim
 from fedprune.trust.device_identity import DeviceIdentity
@@ -21,8 +22,11 @@ from fedprune.trust.keys import grouped
 from fedprune.wire.link import Link
 from fedprune_device.cli import main
 from fedprune_device.enrolment import Renewal, enrol, join_urls
+from fedprune_device.membership import add_membership, join_first, membership
 from fedprune_device.store import DeviceStore
 from fedprune_server.broker import EmbeddedBroker, TlsFiles
+from fedprune_server.config import ServerConfig
+from fedprune_server.connection import identity_of
 from fedprune_server.identity_folder import IdentityFolder
 from fedprune_server.signed_link import SignedLink
 from machine import free_port
@@ -122,12 +126,54 @@ def test_without_a_claim_the_operator_lets_a_board_in_that_knows_the_pin(
     assert join(server, tmp_path / "other", "--pin", "12-34") == ExitCode.USAGE
 
 
+def test_a_claim_file_is_there_and_holds_one_claim(server: Server, tmp_path: Path, capsys: Captured) -> None:
+    file = tmp_path / "claims"
+    assert join(server, tmp_path / "board", "--claim", str(file)) == ExitCode.IDENTITY
+    said = capsys.readouterr().err
+    assert "Check the path" in said
+    assert "Errno" not in said
+    file.write_text("".join(server.identity.claim(None, 3600).text + "\n" for _ in range(3)))
+    assert join(server, tmp_path / "board", "--claim", str(file)) == ExitCode.JOIN
+    assert "holds 3 claims" in capsys.readouterr().err
+
+
+def test_a_wrong_site_ends_with_the_site_that_was_asked_for(server: Server, tmp_path: Path) -> None:
+    board = DeviceIdentity(tmp_path / "board", "elsewhere", "attic")
+    with pytest.raises(BrokerError, match=r"site elsewhere .*--site default"):
+        enrol(board, [server.url], server.identity.claim(None, 3600), patience_s=1)
+
+
+def test_a_claim_for_a_board_that_is_a_member_is_ignored_and_that_is_said(
+    server: Server, tmp_path: Path, capsys: Captured
+) -> None:
+    claim = claim_file(server, tmp_path / "claim")
+    words = ["--broker", server.url, "--site", "lab", "--device", "attic", "--state", str(tmp_path / "board")]
+    assert join(server, tmp_path / "board", "--claim", str(claim)) == ExitCode.OK
+    parser = argparse.ArgumentParser()
+    add_membership(parser)
+    arguments = parser.parse_args([*words, "--claim", str(claim)])
+    capsys.readouterr()
+    assert join_first(membership(arguments), arguments, patient=False)
+    assert "--new-key" in capsys.readouterr().err
+
+
+def test_insecure_and_a_broker_of_a_fleet_with_an_identity_exclude_each_other(tmp_path: Path, capsys: Captured) -> None:
+    words = ["--broker", "mqtts://127.0.0.1", "--device", "attic", "--state", str(tmp_path / "b"), "--data", "x.npz"]
+    assert main(["run", *words, "--insecure"]) == ExitCode.CONFIG
+    assert "--insecure: expected a broker at mqtt://" in capsys.readouterr().err
+    with (
+        pytest.raises(ConfigError, match="leave --insecure out"),
+        identity_of(ServerConfig(broker="mqtts://127.0.0.1"), insecure=True),
+    ):
+        pass
+
+
 def test_an_answer_of_another_server_is_not_believed(server: Server, tmp_path: Path) -> None:
     with IdentityFolder.make(tmp_path / "other", "lab") as other:
         claim = other.claim(None, 3600)
     board = DeviceIdentity(tmp_path / "board", "lab", "attic")
     told: list[str] = []
-    with pytest.raises((BrokerError, JoinError)):
+    with pytest.raises(JoinError, match="didn't count"):
         enrol(board, [server.url], Claim.parse(claim.text), patience_s=3, tell=told.append)
     assert not board.joined
     assert any("doesn't count" in line for line in told)
@@ -136,8 +182,10 @@ def test_an_answer_of_another_server_is_not_believed(server: Server, tmp_path: P
 def test_where_nobody_answers_the_next_address_is_tried_and_a_stop_ends_it(server: Server, tmp_path: Path) -> None:
     closed = f"mqtts://127.0.0.1:{free_port()}"
     board = DeviceIdentity(tmp_path / "board", "lab", "attic")
-    assert enrol(board, [closed, server.url], server.identity.claim(None, 3600), patience_s=30)
+    told: list[str] = []
+    assert enrol(board, [closed, server.url], server.identity.claim(None, 3600), patience_s=30, tell=told.append)
     assert board.joined
+    assert told == []  # what failed first is no news where the next one answers
     stopped = threading.Event()
     stopped.set()
     with pytest.raises(BrokerError):

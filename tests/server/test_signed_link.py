@@ -332,6 +332,21 @@ def test_a_board_that_starts_again_and_again_is_no_copy(lab: Lab) -> None:
     assert server.link.get() is None
 
 
+def test_a_board_that_nobody_answers_says_what_to_do_once(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    silent, answered = lab.boards["pi-1"], lab.boards["pi-2"]
+    assert lab.server.hears(answered.say(birth("pi-2"))) != []
+    silent.say(birth("pi-1"))
+    assert answered.hears(lab.server.say("pi-2", Hello())) != []
+    for lab.now in (1.0, device_side.PATIENCE_S - 1):
+        assert silent.link.get() is answered.link.get() is None
+    assert "nothing heard of the server" not in caplog.text
+    for lab.now in (device_side.PATIENCE_S, 2 * device_side.PATIENCE_S):
+        assert silent.link.get() is answered.link.get() is None
+    assert caplog.text.count("nothing heard of the server") == 1
+    assert "--new-key" in caplog.text
+
+
 def test_a_will_counts_whenever_it_was_made_and_is_nobody_else_s(lab: Lab) -> None:
     server, pi, two = lab.server, lab.boards["pi-1"], lab.boards["pi-2"]
     will = pi.link.sealed((TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes()))

@@ -14,7 +14,11 @@ from fedprune.coordination.state import Device, Progress, Task
 from fedprune.disk import locked
 from fedprune.errors import ExitCode
 from fedprune.job import Job
+from fedprune.trust.device_identity import DeviceIdentity
 from fedprune_server.cli import main
+from fedprune_server.identity_folder import IdentityFolder
+from fedprune_server.join_desk import JoinDesk
+from fedprune_server.status import status
 from fedprune_server.storage import Storage
 
 
@@ -143,3 +147,17 @@ def test_status_as_json_says_whether_a_server_runs(
     assert body["running"] is running
     assert any(row["online"] for row in body["devices"]) is running
     assert not any(p.name == "lock" for p in state.iterdir()) or running
+
+
+def test_a_device_that_was_shut_out_is_revoked_and_not_online(
+    fleet_state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with IdentityFolder.make(fleet_state, "lab") as identity:
+        board = DeviceIdentity(fleet_state / "board", "lab", "good")
+        JoinDesk(identity).answer(board.request(identity.claim("good", 3600)))
+        assert status(fleet_state)["devices"][1]["online"]
+        identity.revoke("good")
+    body = {d["name"]: d for d in status(fleet_state)["devices"]}
+    assert (body["good"]["revoked"], body["good"]["online"], body["full"]["revoked"]) == (True, False, False)
+    assert main(["status", "--state", str(fleet_state)]) == ExitCode.OK
+    assert "device good (pi): revoked" in capsys.readouterr().out

@@ -208,8 +208,9 @@ def test_a_misspelt_option_is_one_line_with_what_was_meant(
     assert capsys.readouterr().err == f"error: {said}\n"
 
 
-def test_options_may_be_cut_short_and_arguments_may_look_like_them() -> None:
-    assert run_command("tool", parser, ["run", "--conf", "x", "--density=0.5"]) == ExitCode.OK
+def test_options_are_not_cut_short_and_arguments_may_look_like_them() -> None:
+    assert run_command("tool", parser, ["run", "--conf", "x", "--density=0.5"]) == ExitCode.USAGE
+    assert run_command("tool", parser, ["run", "--config", "x", "--density=0.5"]) == ExitCode.OK
     with pytest.raises(SystemExit):  # argparse's own verdict on what follows
         run_command("tool", parser, ["run", "--config", "x", "--", "--densty"])
 
@@ -237,3 +238,15 @@ def test_a_word_that_is_nearly_a_command_is_one_unless_a_file_has_its_name(
         check_command(word, ["verify", "bench"], "See help.")
     (tmp_path / "verfy").write_bytes(b"")
     check_command("verfy", ["verify", "bench"], "See help.")
+
+
+def test_an_option_that_is_cut_short_is_not_taken_for_a_longer_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def build() -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(prog="tool")
+        parser.add_argument("--rounds")
+        parser.set_defaults(run=lambda arguments: 0)
+        return parser
+
+    assert run_command("tool", build, ["--round", "20"]) == ExitCode.USAGE
+    assert "--rounds" in capsys.readouterr().err
+    assert run_command("tool", build, ["--rounds=20"]) == ExitCode.OK

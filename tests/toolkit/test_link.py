@@ -49,6 +49,13 @@ def test_urls_are_read(url: str, expected: BrokerUrl) -> None:
 
 
 @pytest.mark.board
+def test_an_address_without_a_scheme_comes_with_the_url_that_was_meant() -> None:
+    with pytest.raises(ConfigError, match=r"Try mqtts://localhost:8883\.") as error:
+        BrokerUrl.parse("user:secret@localhost:8883")
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.board
 @pytest.mark.parametrize(
     "url", ["", "broker", "http://broker", "mqtt://", "mqtt://h:0", "mqtt://h:70000", "mqtt://h/path"]
 )

@@ -145,6 +145,7 @@ def _shorten(parser: argparse.ArgumentParser) -> None:
         raise SystemExit(int(ExitCode.USAGE))
 
     parser.error = error  # type: ignore[method-assign]
+    parser.allow_abbrev = False  # --round is no --rounds
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
@@ -194,7 +195,7 @@ def _check_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
                 known = known | _options(parser)
                 break
         option = word.partition("=")[0]
-        if option.startswith("--") and not any(k.startswith(option) for k in known):  # argparse completes what is cut
+        if option.startswith("--") and option not in known:
             raise UsageError(
                 f"there is no option {option[:60]}{meant(option, known)}", hint=f"See `{parser.prog} --help`."
             )

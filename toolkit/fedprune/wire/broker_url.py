@@ -41,6 +41,9 @@ class BrokerUrl:
             port = parts.port
         except ValueError as error:
             raise ConfigError("broker URL", expected="mqtt://[user:password@]host[:port]") from error
+        if "://" not in url:
+            shown = url.rpartition("@")[2][:200]  # without a password
+            raise ConfigError("broker URL", expected="mqtts://host[:port]", got=shown, hint=f"Try mqtts://{shown}.")
         if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path.strip("/") or port == 0:
             raise ConfigError(
                 "broker URL",
