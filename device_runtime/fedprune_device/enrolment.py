@@ -188,7 +188,8 @@ def _asked(
                 told = True
                 tell(
                     f"waiting for the operator: compare the key's fingerprint, {identity.key.verifying.fingerprint}, "
-                    f"with `fedprune-server devices`, then `fedprune-server devices approve {identity.device}`"
+                    f"with `fedprune-server devices`, then `fedprune-server devices approve "
+                    f"{identity.device} --key {identity.key.verifying.fingerprint}`"
                 )
     if doubt is not None and not told and not stopped.is_set():
         raise ForeignAnswerError(

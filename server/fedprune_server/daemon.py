@@ -215,11 +215,9 @@ class Daemon:
                 self._unheard.pop(event.device, None)
                 self._roster.introduce(event.device)
             self._storage.put_outsiders(self._roster.outsiders)
-        elif isinstance(item, ShutOut):
-            for event in self._reception.shut_out(item.device):
+        elif isinstance(item, ShutOut | Doubled):
+            for event in self._reception.noticed(item):
                 self._handle(event)
-        elif isinstance(item, Doubled):
-            self._roster.doubled(item.device, self._monotonic())
         elif isinstance(item, ConnectionUp):
             log.info("connected to the broker")
             self._greet(self._monotonic())

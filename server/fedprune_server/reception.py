@@ -22,7 +22,7 @@ from fedprune.wire.fields import believable, one_line, served
 from fedprune.wire.messages import Birth, Cancelled, Death, Gone, Hello, Progress, Refusal, Update, Want, parse
 from fedprune.wire.release_messages import ReleaseReport
 from fedprune.wire.topics import Topics
-from fedprune_server.post import Post
+from fedprune_server.post import Doubled, Post, ShutOut
 from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.roster import Roster
 from fedprune_server.uploads import Uploads
@@ -101,7 +101,14 @@ class Reception:
             self._complaints.about(topic, error)
             return None
 
-    def shut_out(self, device: str) -> list[on.Event]:
+    def noticed(self, item: ShutOut | Doubled) -> list[on.Event]:
+        """Take in what the connection noticed about a device, and nobody said."""
+        if isinstance(item, ShutOut):
+            return self._shut_out(item.device)
+        self._roster.doubled(item.device, self._monotonic())
+        return []
+
+    def _shut_out(self, device: str) -> list[on.Event]:
         """A device is no member any more: what it wanted or was handing in is void, and nobody waits for it."""
         if self._desk is not None:
             self._desk.without([device])
