@@ -66,5 +66,12 @@ def test_every_file_of_the_packages_is_inside(unpacked: Path) -> None:
 
 
 def test_types_are_marked(unpacked: Path) -> None:
-    for package in ("fedprune", "fedprune_export", "fedprune_device", "fedprune_flash", "fedprune_server"):
+    for package in (
+        "fedprune",
+        "fedprune_start",
+        "fedprune_export",
+        "fedprune_device",
+        "fedprune_flash",
+        "fedprune_server",
+    ):
         assert (unpacked / package / "py.typed").exists()
