@@ -489,15 +489,23 @@ def test_an_installer_that_is_told_to_end_leaves_a_board_running(
     tiny_wheels.wheel(links, "onnxruntime", "1.21", {"onnxruntime/__init__.py": code})
     kit = make_kit("slow-kit", links=[links]).folder
     command = [sys.executable, "-I", str(kit / "install.pyz"), "--root", str(root)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not there.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert not up.exists()
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    before = signal.signal(number, signal.SIG_DFL)  # a shell that starts tests in the background has SIGINT ignored
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(number, before)
+    try:
+        deadline = time.monotonic() + 60
+        while not there.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert not up.exists()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
     assert (process.returncode, said.count("\n")) == (ExitCode.INTERRUPTED, 1), said
     assert up.exists()
 
