@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import platform
@@ -103,7 +104,7 @@ def setting(*packages: str) -> dict[str, Any]:
         platform.machine(),
     )
     return {
-        "date": os.environ.get("FEDPRUNE_DATE", "2026-11-20"),
+        "date": dt.date.today().isoformat(),
         "cpu": cpu,
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
