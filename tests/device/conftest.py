@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from local_board import LocalBoard
 
 from fedprune import tensorfile
 from fedprune.selection import Tensors
@@ -17,6 +19,29 @@ FEATURES, CLASSES = 6, 3
 @pytest.fixture
 def graphs() -> Path:
     return Path(__file__).parent / "graphs"
+
+
+@pytest.fixture
+def local(tmp_path: Path, graphs: Path) -> LocalBoard:
+    """A board's local interface that doesn't serve yet."""
+    return LocalBoard(tmp_path, graphs)
+
+
+@pytest.fixture
+def served(local: LocalBoard) -> Iterator[LocalBoard]:
+    """One that serves a model."""
+    local.install(1)
+    with local.serving():
+        yield local
+
+
+@pytest.fixture(scope="module")
+def open_board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBoard]:
+    """One board for all that changes nothing, or nothing that matters."""
+    local = LocalBoard(tmp_path_factory.mktemp("board"), Path(__file__).parent / "graphs")
+    local.install(1)
+    with local.serving():
+        yield local
 
 
 @pytest.fixture

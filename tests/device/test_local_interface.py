@@ -6,7 +6,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +30,6 @@ pytestmark = pytest.mark.board
 
 X = np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
 NPY = "application/x-npy"
-
-
-@pytest.fixture
-def local(tmp_path: Path, graphs: Path) -> LocalBoard:
-    return LocalBoard(tmp_path, graphs)
-
-
-@pytest.fixture
-def served(local: LocalBoard) -> Iterator[LocalBoard]:
-    local.install(1)
-    with local.serving():
-        yield local
-
-
-@pytest.fixture(scope="module")
-def open_board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBoard]:
-    """One board for all that changes nothing."""
-    local = LocalBoard(tmp_path_factory.mktemp("board"), Path(__file__).parent / "graphs")
-    local.install(1)
-    with local.serving():
-        yield local
 
 
 # Predictions

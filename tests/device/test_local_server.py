@@ -5,7 +5,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +27,6 @@ X = np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
 NPY = "application/x-npy"
 GOOD = request("GET", "/v1/health")
 ALLOWED = {200, 201, 400, 403, 404, 405, 409, 411, 413, 414, 415, 422, 431, 503, 505}
-
-
-@pytest.fixture
-def local(tmp_path: Path, graphs: Path) -> LocalBoard:
-    return LocalBoard(tmp_path, graphs)
-
-
-@pytest.fixture
-def served(local: LocalBoard) -> Iterator[LocalBoard]:
-    local.install(1)
-    with local.serving():
-        yield local
-
-
-@pytest.fixture(scope="module")
-def open_board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBoard]:
-    """One board for all that changes nothing, or nothing that matters."""
-    local = LocalBoard(tmp_path_factory.mktemp("board"), Path(__file__).parent / "graphs")
-    local.install(1)
-    with local.serving():
-        yield local
 
 
 def until(condition: Callable[[], bool]) -> None:
