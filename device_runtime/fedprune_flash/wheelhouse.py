@@ -7,31 +7,24 @@ the wheels are checked here once more: every one must run on the target, and wha
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator, Sequence
-from email.parser import HeaderParser
 from pathlib import Path
 
-from packaging.markers import default_environment
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.tags import Tag, compatible_tags, cpython_tags
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
-from fedprune.errors import KitError, reason
+from fedprune.errors import KitError
+from fedprune.wheels import OWN, environment, parsed, supported, unmet
 from fedprune_flash.target import Target
 
-OWN = "fedprune"
 SHADOWS = ("numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python", "tensorrt", "torch")
 """What JetPack brings, built for its GPU and for each other: a wheel of the same name would be found first."""
 
 CONSTRAINTS = "constraints.txt"
 
-_MAX_METADATA = 4 * 2**20
 _LINES = 3
 _ROUNDS = 5
 
@@ -63,7 +56,7 @@ def own_wheel(folder: Path) -> Path:
     Raises:
         KitError: There is none, or more than one.
     """
-    found = sorted(p for p in folder.glob("*.whl") if _parsed(p)[0] == OWN)
+    found = sorted(p for p in folder.glob("*.whl") if parsed(p, KitError)[0] == OWN)
     if len(found) != 1:
         raise KitError(f"wheels of fedprune in {folder}", expected="one", got=len(found))
     return found[0]
@@ -100,7 +93,7 @@ def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) ->
             if not wanted:
                 break
     for path in out.glob("*.whl"):
-        if _parsed(path)[0] in target.system:
+        if parsed(path, KitError)[0] in target.system:
             path.unlink()
 
 
@@ -134,13 +127,13 @@ def check(wheels: Sequence[Path], target: Target) -> None:
         KitError: One is for another Python or architecture, is damaged, would shadow the board's own packages, or
             requires what isn't there; the message names it.
     """
-    supported = _supported(target)
+    runs = supported(target.version[1], [*target.platforms, f"linux_{target.architecture}"])
     versions: dict[str, Version] = {}
     for wheel in wheels:
-        name, version, tags = _parsed(wheel)
+        name, version, tags = parsed(wheel, KitError)
         if name in versions:
             raise KitError(f"wheels of {name}", expected="one", got=f"{versions[name]} and {version}")
-        if not tags & supported:
+        if not tags & runs:
             raise KitError(
                 f"{wheel.name}", expected=f"a wheel for {target}", got=", ".join(sorted(str(t) for t in tags)[:3])
             )
@@ -163,72 +156,12 @@ def check(wheels: Sequence[Path], target: Target) -> None:
 
 
 def _unmet(wheels: Sequence[Path], target: Target) -> Iterator[tuple[Path, Requirement, Version | None]]:
-    """What wheels require on the target and don't have: by whom, what, and which version there is instead."""
-    versions = {name: version for name, version, _ in map(_parsed, wheels)}
-    environment = _environment(target)
-    for wheel in wheels:
-        environment["extra"] = target.extra if _parsed(wheel)[0] == OWN else ""
-        for line in required(wheel):
-            try:
-                wanted = Requirement(line)
-            except InvalidRequirement as error:
-                raise KitError(f"{wheel.name} requires {line!r:.80}, which can't be read") from error
-            if wanted.marker and not wanted.marker.evaluate(environment):
-                continue
-            if canonicalize_name(wanted.name) in target.system:
-                continue  # the board's own, which the installer looks at
-            found = versions.get(canonicalize_name(wanted.name))
-            if found is None or not wanted.specifier.contains(found, prereleases=True):
-                yield wheel, wanted, found
+    """What wheels require on the target and don't have; the board's own the installer looks at."""
+    return unmet(wheels, _environment(target), target.extra, lambda name: name in target.system, KitError)
 
 
 def _environment(target: Target) -> dict[str, str]:
-    """What markers are about, on a target."""
-    environment = {str(k): str(v) for k, v in default_environment().items()}
-    environment.update(
-        python_version=target.python,
-        python_full_version=f"{target.python}.0",
-        platform_machine=target.architecture,
-        platform_system="Linux",
-        sys_platform="linux",
-        os_name="posix",
-        implementation_name="cpython",
-        platform_python_implementation="CPython",
-    )
-    return environment
-
-
-def required(wheel: Path) -> list[str]:
-    """What a wheel requires, as its metadata says it.
-
-    Raises:
-        KitError: It is no wheel.
-    """
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            names = [n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n)]
-            if len(names) != 1 or archive.getinfo(names[0]).file_size > _MAX_METADATA:
-                raise KitError(f"{wheel.name} is no wheel", expected="one METADATA", got=len(names))
-            text = archive.read(names[0]).decode("utf-8", "replace")
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise KitError(f"{wheel.name} is no wheel ({reason(error)})") from error
-    return [str(line) for line in HeaderParser().parsestr(text).get_all("Requires-Dist", [])]
-
-
-def _parsed(wheel: Path) -> tuple[str, Version, frozenset[Tag]]:
-    try:
-        name, version, _, tags = parse_wheel_filename(wheel.name)
-    except InvalidWheelFilename as error:
-        raise KitError(f"{wheel.name} is no name of a wheel") from error
-    return name, version, tags
-
-
-def _supported(target: Target) -> frozenset[Tag]:
-    platforms = [*target.platforms, f"linux_{target.architecture}"]
-    interpreter = f"cp{target.python.replace('.', '')}"
-    return frozenset(cpython_tags(target.version, platforms=platforms)) | frozenset(
-        compatible_tags(target.version, interpreter, platforms)
-    )
+    return environment(target.version[1], target.architecture)
 
 
 def _pip(*arguments: str) -> None:
