@@ -55,6 +55,7 @@ class Agent:
         profile: What the board is; without it only the disk limits what is accepted.
         profile_name: What the server is told the board is; the profile's name by default.
         threads: Threads for training.
+        cuda: Whether to train on an NVIDIA GPU, if that works.
         probe: What the board measured of itself.
         care: Lets training wait while the board is too hot.
         alone: Seconds after which it trains without its server; 0 for never (`Alone`).
@@ -72,6 +73,7 @@ class Agent:
         profile: HardwareProfile | None = None,
         profile_name: str = "",
         threads: int = 1,
+        cuda: bool = False,
         probe: ProbeReport | None = None,
         care: Care | None = None,
         alone: float = 0.0,
@@ -82,8 +84,9 @@ class Agent:
         self._outbox = Outbox(device, self._topics, link, Serve(store.blobs))
         self._data, self._profile, self._care, self._clock = data, profile, care, clock
         self._greeting = Greeting(device, profile_name or (profile.name if profile is not None else ""), probe)
-        self._bench = Workbench(device, store.blobs, store.slots, data, LoadedTrainer(threads), store.own)
-        self._alone = Alone(device, store, data, threads, alone, care)
+        trainer = LoadedTrainer(threads, cuda=cuda)
+        self._bench = Workbench(device, store.blobs, store.slots, data, trainer, store.own)
+        self._alone = Alone(device, store, data, threads, alone, care, cuda=cuda)
         self._downloads: Downloads | None = None
         self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: TrainingThread | None = None

@@ -40,6 +40,7 @@ class Alone:
         every: Seconds between one training of what serves, in a round or alone, and the next; 0 for never.
         care: Lets training wait while the board is too hot.
         clock: Seconds since 1970.
+        cuda: Whether it trains on an NVIDIA GPU, if that works.
     """
 
     def __init__(
@@ -51,10 +52,12 @@ class Alone:
         every: float = 0.0,
         care: Care | None = None,
         clock: Callable[[], float] = time.time,
+        *,
+        cuda: bool = False,
     ) -> None:
         self._store, self._care, self._clock, self._every = store, care, clock, every
         # What the board keeps of its own is of rounds: here it begins with what serves, and leaves nothing.
-        self._bench = Workbench(device, store.blobs, store.slots, data, LoadedTrainer(threads))
+        self._bench = Workbench(device, store.blobs, store.slots, data, LoadedTrainer(threads, cuda=cuda))
         self._thread: TrainingThread | None = None
         self._heard: float | None = None
         self._tried: float | None = None

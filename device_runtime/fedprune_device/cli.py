@@ -20,6 +20,8 @@ from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune_device.care import COOL_C, HOT_C, Care, condition
 from fedprune_device.data import LocalData
+from fedprune_device.engines.engine_command import add_engine_command
+from fedprune_device.engines.tier import add_tier_options, tier_of
 from fedprune_device.local.collection import add_collect_command
 from fedprune_device.local.command import LOCAL, add_local_options
 from fedprune_device.membership import add_join_command, add_membership, checked_urls, join_first, membership
@@ -58,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     identify = commands.add_parser("identify", help="say which hardware profile fits this board, and why")
     identify.add_argument("--json", action="store_true", help="as JSON, for programs")
     identify.set_defaults(run=_identify)
+    add_engine_command(commands)
     add_runtime_commands(commands)
     return parser
 
@@ -77,6 +80,7 @@ def _add_run(commands: Any) -> None:
         help="of the training samples, set aside for what training and fleet decide by (default: 0)",
     )
     run.add_argument("--profile", metavar="NAME", help="a hardware profile's name or file (default: what fits)")
+    add_tier_options(run)
     run.add_argument("--threads", type=whole_number, default=threads(), metavar="N", help="default: half of the cores")
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--patient", action="store_true", help="wait for a broker that isn't there when starting")
@@ -125,6 +129,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if trial is not None:
         trial.check(arguments.state / "serving")
     profile = _profile(arguments.profile)
+    tier = tier_of(arguments, profile)
     address = local_address(arguments)
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
@@ -136,7 +141,14 @@ def _run(arguments: argparse.Namespace) -> int:
         check_runtime()  # before this process loads it, which may end the process
         agents: list[Agent] = []  # the link asks the agent for its will, and the agent speaks through the link
         stack.enter_context(
-            answering(address, arguments, data, lambda: (agents[0].standing if agents else Standing()).to_dict())
+            answering(
+                address,
+                arguments,
+                data,
+                lambda: (agents[0].standing if agents else Standing()).to_dict(),
+                cuda=tier.cuda,
+                keeper=tier.keeper(arguments.state),
+            )
         )
         member = membership(arguments, insecure=arguments.insecure)
         with starting("waiting to be let into the fleet"):
@@ -171,6 +183,7 @@ def _run(arguments: argparse.Namespace) -> int:
             data,
             profile=profile,
             threads=arguments.threads,
+            cuda=tier.cuda,
             probe=report,
             care=care,
             alone=3600 * arguments.train_alone,

@@ -16,10 +16,12 @@ class LoadedTrainer:
         threads: Threads inside an operator.
         keep: Whether it stays loaded after training. A board lets it go: its memory is needed for the new model, and
             loading it again takes less than a step or two.
+        cuda: Whether to compute on an NVIDIA GPU, if that works.
     """
 
-    def __init__(self, threads: int = 1, *, keep: bool = False) -> None:
+    def __init__(self, threads: int = 1, *, keep: bool = False, cuda: bool = False) -> None:
         self.threads = threads
+        self._cuda = cuda
         self._keep = keep
         self._loaded: tuple[str, Trainer] | None = None
 
@@ -36,7 +38,7 @@ class LoadedTrainer:
         """
         if self._loaded is None or self._loaded[0] != sha256:
             self._loaded = None  # two loaded graphs are more than a small board has memory for
-            self._loaded = (sha256, Trainer(read(), threads=self.threads))
+            self._loaded = (sha256, Trainer(read(), threads=self.threads, cuda=self._cuda))
         return self._loaded[1]
 
     def predictor(self, model: Path) -> Predictor:
@@ -48,7 +50,7 @@ class LoadedTrainer:
         Raises:
             ModelError: onnxruntime doesn't accept it.
         """
-        return Predictor(model, threads=self.threads)
+        return Predictor(model, threads=self.threads, cuda=self._cuda)
 
     def release(self) -> None:
         """Training is over."""

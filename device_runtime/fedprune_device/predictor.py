@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fedprune import step
 from fedprune.chance import keyed
 from fedprune.errors import DataError, ModelError, shape_text
-from fedprune.session import Session
+from fedprune.session import Runs, Session
 from fedprune_device.losses import Terms, data_loss
 
 Array = npt.NDArray[Any]
@@ -28,23 +28,28 @@ class Predictor:
         model: The folder, or `inference.onnx` in it with `weights.safetensors` beside it.
         threads: Threads inside an operator.
         session: Runs the graph instead of a session of onnxruntime.
+        cuda: Whether that session is to compute on an NVIDIA GPU.
+
+    Attributes:
+        session: What runs the graph.
+        input_shape: One sample's shape.
 
     Raises:
         ModelError: A file is missing, or onnxruntime doesn't accept the graph with these weights.
     """
 
-    def __init__(self, model: Path, *, threads: int = 1, session: Session | None = None) -> None:
+    def __init__(self, model: Path, *, threads: int = 1, session: Runs | None = None, cuda: bool = False) -> None:
         path = model / GRAPH if model.is_dir() else model
         if not path.is_file():
             raise ModelError(f"there is no model at {path}")
-        self._session = session or Session(path, threads=threads)
-        if step.X not in self._session.inputs or step.LOGITS not in self._session.outputs:
+        self.session: Runs = session or Session(path, threads=threads, cuda=cuda)
+        if step.X not in self.session.inputs or step.LOGITS not in self.session.outputs:
             raise ModelError(
                 f"{path} is not an inference graph",
                 expected=f"input {step.X}, output {step.LOGITS}",
-                got=f"{', '.join(self._session.inputs)}; {', '.join(self._session.outputs)}",
+                got=f"{', '.join(self.session.inputs)}; {', '.join(self.session.outputs)}",
             )
-        kind, shape = self._session.inputs[step.X]
+        kind, shape = self.session.inputs[step.X]
         self.input_shape = shape[1:]
         self._dtype = np.dtype(np.int64 if kind == "tensor(int64)" else np.float32)
 
@@ -74,7 +79,7 @@ class Predictor:
         # An empty input still runs once: that is how the number of classes is known.
         starts = range(0, max(len(x), 1), batch)
         parts = [
-            self._session.run({step.X: np.ascontiguousarray(x[s : s + batch], self._dtype)}, [step.LOGITS])[step.LOGITS]
+            self.session.run({step.X: np.ascontiguousarray(x[s : s + batch], self._dtype)}, [step.LOGITS])[step.LOGITS]
             for s in starts
         ]
         return np.concatenate([np.asarray(p) for p in parts]).astype(np.float32, copy=False)

@@ -160,11 +160,16 @@ class Slots:
             _LOG.warning("model of job %s, round %d in slot %s is damaged", row.job, row.round, row.slot)
         return None
 
-    def open(self, threads: int = 1) -> tuple[Predictor, Serving]:
+    def folder(self, record: Serving) -> Path:
+        """Where a model lies, until another one takes its slot."""
+        return self._root / record.slot
+
+    def open(self, threads: int = 1, *, cuda: bool = False) -> tuple[Predictor, Serving]:
         """Load what serves.
 
         Args:
             threads: Threads inside an operator.
+            cuda: Whether to compute on an NVIDIA GPU, if that works.
 
         Raises:
             ModelError: Nothing serves yet.
@@ -177,7 +182,7 @@ class Slots:
                     f"no model serves in {self._root.parent} yet", hint="The device must finish a round first."
                 )
             folder = self._root / record.slot
-            predictor = Predictor(folder, threads=threads)
+            predictor = Predictor(folder, threads=threads, cuda=cuda)
             # An agent may have replaced the files while they were being loaded.
             if _intact(folder, record):
                 return predictor, record

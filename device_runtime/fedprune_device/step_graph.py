@@ -56,6 +56,7 @@ class StepGraph:
         graph: A file or its bytes.
         threads: Threads inside an operator; with 1 the same inputs give the same bits.
         session: Runs the graph instead of a session of onnxruntime.
+        cuda: Whether that session is to compute on an NVIDIA GPU.
 
     Attributes:
         names: The model's tensors.
@@ -74,11 +75,14 @@ class StepGraph:
         TrainingError: It is not a training graph.
     """
 
-    def __init__(self, graph: Path | bytes, *, threads: int = 1, session: Session | None = None) -> None:
+    def __init__(
+        self, graph: Path | bytes, *, threads: int = 1, session: Session | None = None, cuda: bool = False
+    ) -> None:
         self._graph = graph
         self._threads = threads
+        self._cuda = cuda
         self._given = session
-        self._session = session or Session(graph, threads=threads, training=True)
+        self._session = session or Session(graph, threads=threads, training=True, cuda=cuda)
         self._forward: dict[tuple[str, ...], Session] = {}
         inputs, outputs = self._session.inputs, set(self._session.outputs)
         optimizer = "adam" if step.BETA1 in inputs else "sgd"
@@ -261,7 +265,7 @@ class StepGraph:
         try:
             if session is None:
                 raw = self._graph if isinstance(self._graph, bytes) else self._graph.read_bytes()
-                session = Session(part_for(raw, outputs), threads=self._threads, training=True)
+                session = Session(part_for(raw, outputs), threads=self._threads, training=True, cuda=self._cuda)
                 self._forward[tuple(outputs)] = session
             return session.run({n: v for n, v in feeds.items() if n in session.inputs}, outputs)
         except ModelError as error:

@@ -76,6 +76,7 @@ class Trainer:
         graph: A training graph written to the contract of `fedprune.step`: a file or its bytes.
         threads: Threads inside an operator; with 1 the same inputs give the same bits.
         session: Runs the graph instead of a session of onnxruntime.
+        cuda: Whether that session is to compute on an NVIDIA GPU.
 
     Attributes:
         names: The model's tensors.
@@ -90,8 +91,10 @@ class Trainer:
         TrainingError: It is not a training graph.
     """
 
-    def __init__(self, graph: Path | bytes, *, threads: int = 1, session: Session | None = None) -> None:
-        self._graph = StepGraph(graph, threads=threads, session=session)
+    def __init__(
+        self, graph: Path | bytes, *, threads: int = 1, session: Session | None = None, cuda: bool = False
+    ) -> None:
+        self._graph = StepGraph(graph, threads=threads, session=session, cuda=cuda)
         self.names = self._graph.names
         self.trainable = self._graph.trainable
         self.frozen = self._graph.frozen

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedprune import profile_store
+from fedprune import engine_plan, profile_store
 from fedprune.cli import seconds, whole_number
+from fedprune.engine_plan import EnginePlan
 from fedprune.errors import BundleError, DataError, ExitCode, FedpruneError, ModelError, UsageError
 from fedprune.plan import DENSITIES, plan
 from fedprune.prediction import predict
@@ -289,6 +290,8 @@ class _Job:
         files["report.json"] = (json.dumps(report.to_dict(), indent=2) + "\n").encode()
         files["report.md"] = report.to_markdown().encode()
         files["report.html"] = page(report).encode()
+        if profile.software.tier == "tensorrt":
+            files[engine_plan.NAME] = EnginePlan().to_json().encode()
         tell("writing")
         if is_bundle(out):
             self.replaced.append(out)

@@ -97,7 +97,7 @@ class TorchTrainer(LoadedTrainer):
 
     def predictor(self, model: Path) -> Predictor:
         """See `LoadedTrainer.predictor`; of the staged files only the weights are read."""
-        return Predictor(model, session=self.inference(model))  # type: ignore[arg-type]
+        return Predictor(model, session=self.inference(model))
 
     def inference(self, model: Path) -> Inference:
         """The session of a staged model."""
@@ -173,7 +173,7 @@ class _Together(LoadedTrainer):
     def predictor(self, model: Path) -> Predictor:
         """See `LoadedTrainer.predictor`."""
         asking = _Asking(self._ensemble, self._own.inference(model))
-        return Predictor(model, session=asking)  # type: ignore[arg-type]
+        return Predictor(model, session=asking)
 
 
 class TorchBench(PreparedBench):

@@ -5,6 +5,7 @@ weights.safetensors   the weights; new ones of the same shapes can take their pl
 training.onnx         one training step, for any widths of the architecture
 architecture.json     the whole model's tensors and channel groups
 submodel.json         which channels this board holds
+engine.json           how a TensorRT engine is to be built, for boards that have TensorRT (`engine_plan`); optional
 manifest.json         size and sha256 of each of these
 """
 
@@ -18,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import tensorfile
+from fedprune import engine_plan, tensorfile
 from fedprune.architecture import Architecture
 from fedprune.disk import file_digest
+from fedprune.engine_plan import EnginePlan
 from fedprune.errors import BundleError, ConfigError, shape_text, shown
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
@@ -49,6 +51,7 @@ class Bundle:
         recipe: The local training that `training.onnx` was made for.
         target: Name of the hardware profile.
         class_names: Names of the output's entries, or empty.
+        engine: How a TensorRT engine is to be built; None where the bundle doesn't say.
     """
 
     folder: Path
@@ -57,6 +60,7 @@ class Bundle:
     recipe: Recipe
     target: str
     class_names: tuple[str, ...]
+    engine: EnginePlan | None = None
 
     def path(self, name: str) -> Path:
         """Where one of its files lies."""
@@ -108,7 +112,22 @@ def open_bundle(folder: Path) -> Bundle:
         recipe,
         str(body["target"]),
         tuple(map(str, body["class_names"])),
+        _engine(folder, body["files"]),
     )
+
+
+def _engine(folder: Path, files: Mapping[str, Any]) -> EnginePlan | None:
+    """The plan of an engine, if the manifest lists one, and the graph that it names."""
+    path = folder / engine_plan.NAME
+    if path.name not in files:
+        return None
+    _check_file(path, files[path.name])
+    try:
+        found = EnginePlan.from_json(path.read_bytes(), str(path))
+    except ConfigError as error:
+        raise BundleError(str(error), hint="Export the bundle again.") from error
+    _check_file(folder / found.graph, files.get(found.graph))
+    return found
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class ExitCode(IntEnum):
     PLAN = 40
     TRAINING = 50
     RUNTIME = 51
+    ENGINE = 52
     KIT = 60
     IMAGE = 61
     CARD = 62
@@ -244,6 +245,12 @@ class RuntimeUnavailableError(FedpruneError):
     """onnxruntime can't be loaded on this machine."""
 
     exit_code = ExitCode.RUNTIME
+
+
+class EngineError(FedpruneError):
+    """A TensorRT engine can't be made or used here, or doesn't compute what onnxruntime computes."""
+
+    exit_code = ExitCode.ENGINE
 
 
 class KitError(FedpruneError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +21,37 @@ Array = npt.NDArray[Any]
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
+_LOG = logging.getLogger("fedprune.session")
+
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+_CUDA_OPTIONS = {
+    "arena_extend_strategy": "kSameAsRequested",
+    "cudnn_conv_algo_search": "HEURISTIC",
+    "use_tf32": "0",
+}
+"""A Jetson's graphics unit shares the board's memory, so no more is taken than asked for; an exhaustive search would be
+made again for every new shape; and what is trained in float32 is computed in float32
+(https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html)."""
+
+
+class Runs(Protocol):
+    """Whatever runs a loaded graph: a session of onnxruntime, or what takes its place."""
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[str, tuple[int | str | None, ...]]]:
+        """Type and shape by input name; dimensions that are free are names or None."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs."""
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Arrays by output name; see `Session.run`."""
+
+
 class Session:
-    """A loaded graph on the CPU.
+    """A loaded graph, on the CPU unless CUDA is asked for and works.
 
     Memory patterns are off (batches and widths vary, and they cost memory without gaining time), threads don't spin
     (a board serves predictions beside training) and, for training graphs, optimisation is basic: it halves the load
@@ -30,37 +61,34 @@ class Session:
         model: A file, or the bytes of one (then without external data).
         threads: Threads inside an operator; 0 takes one per core.
         training: Whether this is a training graph.
+        cuda: Whether to compute on an NVIDIA GPU. Where that fails, now or while it runs, the CPU takes over: a graph
+            keeps nothing from run to run, so that nothing is lost.
+
+    Attributes:
+        inputs: Type and shape by input name.
+        outputs: Names of the outputs.
+        metadata: What the graph's maker wrote into it.
+        provider: What computes: `cpu` or `cuda`.
+        reason: Why it is the CPU although CUDA was asked for; empty else.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
         ModelError: onnxruntime doesn't accept the graph.
     """
 
-    def __init__(self, model: Path | bytes, *, threads: int = 1, training: bool = False) -> None:
-        ort = _onnxruntime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.enable_mem_pattern = False
-        options.log_severity_level = 4  # what fails comes as an exception; the log would print it a second time
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if training:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        try:
-            self._session = ort.InferenceSession(
-                str(model) if isinstance(model, Path) else model,
-                options,
-                providers=["CPUExecutionProvider"],
-                enable_fallback=0,  # else a damaged file is said on stdout and tried twice, on the same provider
-            )
-        except Exception as error:
-            where = str(model) if isinstance(model, Path) else "graph"
-            raise ModelError(f"{where}: onnxruntime doesn't load it ({_first_line(error)})") from error
+    def __init__(self, model: Path | bytes, *, threads: int = 1, training: bool = False, cuda: bool = False) -> None:
+        self._open = partial(_opened, model, threads, training)
+        self.provider, self.reason = "cpu", ""
+        self._session: Any = self._on_cuda() if cuda else None
+        if self._session is None:
+            self._session = self._open(_CPU)
         self.inputs: dict[str, tuple[str, tuple[int | str | None, ...]]] = {
             i.name: (i.type, tuple(i.shape)) for i in self._session.get_inputs()
         }
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
+        if self.provider == "cpu":
+            del self._open  # with it go the graph's bytes
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run the graph once.
@@ -76,8 +104,64 @@ class Session:
         try:
             values: list[Array] = self._session.run(names, dict(feeds))
         except Exception as error:
-            raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(error)})") from error
+            if self.provider == "cpu":
+                raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(error)})") from error
+            values = self._again(names, feeds, error)
         return dict(zip(names, map(np.asarray, values), strict=True))
+
+    def _on_cuda(self) -> Any:
+        if _CUDA not in _onnxruntime().get_available_providers():
+            self._without(f"onnxruntime {version()} has no CUDA provider")
+            return None
+        try:
+            session = self._open((_CUDA, _CUDA_OPTIONS), _CPU)
+        except ModelError as error:
+            self._without(str(error))
+            return None
+        # Where a library of CUDA is missing, onnxruntime doesn't fail but leaves the provider out.
+        if _CUDA not in session.get_providers():
+            self._without("onnxruntime's CUDA provider can't be loaded")
+            return None
+        self.provider = "cuda"
+        return session
+
+    def _again(self, names: list[str], feeds: Mapping[str, Array], error: Exception) -> list[Array]:
+        """The same on the CPU. What fails there, too, is no fault of CUDA's."""
+        session = self._open(_CPU)
+        try:
+            values: list[Array] = session.run(names, dict(feeds))
+        except Exception as other:
+            raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(other)})") from other
+        self._without(_first_line(error))
+        self._session, self.provider = session, "cpu"
+        del self._open
+        return values
+
+    def _without(self, reason: str) -> None:
+        self.reason = reason
+        _LOG.warning("computing on the CPU instead of CUDA: %s", reason)
+
+
+def _opened(model: Path | bytes, threads: int, training: bool, *providers: Any) -> Any:
+    ort = _onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False
+    options.log_severity_level = 4  # what fails comes as an exception; the log would print it a second time
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if training:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    try:
+        return ort.InferenceSession(
+            str(model) if isinstance(model, Path) else model,
+            options,
+            providers=list(providers),
+            enable_fallback=0,  # else a damaged file is said on stdout and tried twice, on the same provider
+        )
+    except Exception as error:
+        where = str(model) if isinstance(model, Path) else "graph"
+        raise ModelError(f"{where}: onnxruntime doesn't load it ({_first_line(error)})") from error
 
 
 def version() -> str:

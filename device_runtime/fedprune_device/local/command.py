@@ -10,6 +10,7 @@ from typing import Any
 
 from fedprune.cli import whole_number
 from fedprune_device.data import TEST_SHARE, load_data
+from fedprune_device.engines.keeper import Keeper
 from fedprune_device.local.address import Address
 from fedprune_device.local.endpoints import Endpoints
 from fedprune_device.local.image_folder import ImageFolder
@@ -105,7 +106,13 @@ def open_samples(arguments: argparse.Namespace, stack: ExitStack) -> Samples:
 
 @contextmanager
 def answering(
-    address: Address | None, arguments: argparse.Namespace, samples: Samples, status: Callable[[], dict[str, Any]]
+    address: Address | None,
+    arguments: argparse.Namespace,
+    samples: Samples,
+    status: Callable[[], dict[str, Any]],
+    *,
+    cuda: bool = False,
+    keeper: Keeper | None = None,
 ) -> Iterator[None]:
     """Answer the application while the body runs, if there is an address.
 
@@ -114,6 +121,8 @@ def answering(
         arguments: The command line.
         samples: The board's; the application adds to them if they are a set that takes some.
         status: What the board says of itself, beside its name, temperature and samples.
+        cuda: Whether onnxruntime is to predict on an NVIDIA GPU, if that works.
+        keeper: Makes engines for what serves, where the board has TensorRT.
 
     Raises:
         ConfigError: A setting makes no sense.
@@ -128,7 +137,7 @@ def answering(
         return {**about, **status()}
 
     takes, names = samples if isinstance(samples, SampleSet) else None, arguments.class_names
-    with LiveModel(arguments.state / "serving") as model:
+    with LiveModel(arguments.state / "serving", cuda=cuda, keeper=keeper) as model:
         endpoints = Endpoints(model, takes, standing, class_names=names, pixels=_pixels(arguments))
         with LocalServer(address, endpoints):
             yield

@@ -155,7 +155,7 @@ class Endpoints:
 
     def _standing(self) -> Answer:
         model = self._model.loaded
-        serving = None if model is None else _named(model)
+        serving = None if model is None else {**_named(model), "by": self._model.answers}
         shape = None if model is None else [s if isinstance(s, int) else None for s in model.shape]
         return Answer({**self._status(), "serving": serving, "input": shape})
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fedprune.errors import FedpruneError
 from fedprune_device.data import Array, Shape
+from fedprune_device.engines.keeper import Keeper, Wanted
 from fedprune_device.local.request import RequestError
 from fedprune_device.predictions import likely
 from fedprune_device.predictor import Predictor
@@ -56,11 +57,21 @@ class LiveModel:
         serving: The folder.
         threads: Threads that predict, beside those that train.
         clock: Seconds that only grow.
+        cuda: Whether onnxruntime is to predict on an NVIDIA GPU, if that works.
+        keeper: Makes engines for what serves; None where onnxruntime alone answers.
     """
 
-    def __init__(self, serving: Path, threads: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        serving: Path,
+        threads: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        cuda: bool = False,
+        keeper: Keeper | None = None,
+    ) -> None:
         self._slots, self._pointer = Slots(serving), serving / "serving.json"
-        self._threads, self._clock = threads, clock
+        self._threads, self._clock, self._cuda, self._keeper = threads, clock, cuda, keeper
         self._loaded: Loaded | None = None
         self._seen: tuple[int, ...] | None = None  # the pointer to what is loaded
         self._tried: tuple[int, ...] | None = None
@@ -82,6 +93,13 @@ class LiveModel:
         """Follow no longer; what is loaded still answers."""
         self._stopping.set()
         self._thread.join()
+        if self._keeper is not None:
+            self._keeper.close()
+
+    @property
+    def answers(self) -> str:
+        """What computes the answers, and why not an engine where none does."""
+        return "onnxruntime" if self._keeper is None else self._keeper.status
 
     @property
     def loaded(self) -> Loaded | None:
@@ -119,6 +137,7 @@ class LiveModel:
         """Load what serves, if it is another model; what can't be loaded or fails its check is tried again later."""
         with self._looking:
             self._look()
+            self._turn()
 
     def _look(self) -> None:
         try:
@@ -132,14 +151,22 @@ class LiveModel:
         self._pause = min(2 * self._pause, _LONGEST_PAUSE_S) if found == self._tried else _FIRST_PAUSE_S
         self._tried, self._again = found, now + self._pause
         try:
-            predictor, record = self._slots.open(self._threads)
+            predictor, record = self._slots.open(self._threads, cuda=self._cuda)
             if self._loaded is None or record != self._loaded.record:
                 predictor.check(record.classes)
                 self._loaded = Loaded(predictor, record)
                 _LOG.info("round %d of job %s answers predictions", record.round, record.job)
+                if self._keeper is not None:
+                    self._keeper.want(Wanted(predictor, self._slots.folder(record), record.weights))
             self._seen = found
         except FedpruneError as error:
             _LOG.warning("the new model doesn't answer predictions; trying again in %g s: %s", self._pause, error)
+
+    def _turn(self) -> None:
+        """Let an engine answer in onnxruntime's place, once there is one."""
+        found, model = None if self._keeper is None else self._keeper.turn(), self._loaded
+        if found is not None and model is not None:
+            self._loaded = Loaded(Predictor(self._slots.folder(model.record), session=found), model.record)
 
     def _watch(self) -> None:
         while not self._stopping.wait(_LOOK_SECONDS):

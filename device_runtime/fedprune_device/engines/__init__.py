@@ -1,0 +1,1 @@
+"""TensorRT engines: built on the board that they serve, checked against onnxruntime, and never trusted further."""

@@ -1,0 +1,95 @@
+"""The child process that makes an engine and tries it: `python -m fedprune_device.engines`, with its order on stdin.
+
+Whatever TensorRT does to it, by a crash, a leak or the kernel's out-of-memory killer, happens to nobody else. What it
+made lies in the folder of the order; the last line of stdout says how it went, the last one of stderr why it didn't.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune import step
+from fedprune.engine_plan import EnginePlan
+from fedprune.errors import ExitCode, FedpruneError
+from fedprune_device import durable
+from fedprune_device.engines import bindings
+from fedprune_device.engines.build import build, refit
+from fedprune_device.engines.engine import Engine
+from fedprune_device.engines.making import Order
+from fedprune_device.engines.trial import answers
+
+_TOLD_EVERY_S = 0.5
+_RUNS = 11
+
+
+def main() -> int:
+    """Do what the order says; returns the exit code."""
+    # Where memory runs out the kernel shall end this process, and not the board's agent.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    os.nice(10)
+    try:
+        print(json.dumps(_make(Order.from_json(sys.stdin.read()))))
+    except FedpruneError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return int(error.exit_code)
+    except MemoryError:
+        print("not enough memory on this board", file=sys.stderr)
+        return int(ExitCode.ENGINE)
+    return int(ExitCode.OK)
+
+
+def _make(order: Order) -> dict[str, Any]:
+    found = bindings.find()
+    plan, folder = EnginePlan.from_json(order.plan.encode()), order.folder
+    graph = folder / plan.graph
+    began = time.monotonic()
+    if order.base is not None:
+        made = refit(found, order.base.read_bytes(), graph)
+    else:
+        timings = b"" if order.timings is None else order.timings.read_bytes()
+        made, timings = build(found, graph, plan, refittable=order.refittable, timings=timings, tell=_Voice())
+        durable.write(folder / "timing.cache", timings)
+    durable.write(folder / "engine.plan", made)
+    seconds = time.monotonic() - began
+    engine = Engine(found, made)
+    x = np.load(folder / "x.npy", allow_pickle=False)
+    file = io.BytesIO()
+    np.save(file, answers(engine, x))
+    durable.write(folder / "answers.npy", file.getvalue(), sync=False)
+    return {"seconds": seconds, "latency_s": _latency(engine, x[:1])}
+
+
+def _latency(engine: Engine, x: Any) -> float:
+    """Median time of one sample."""
+    times = []
+    for _ in range(_RUNS):
+        began = time.perf_counter()
+        engine.run({step.X: x}, [step.LOGITS])
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
+
+
+class _Voice:
+    """Says how far a build is, now and then: a line for each of its thousands of steps would fill the disk."""
+
+    def __init__(self) -> None:
+        self._at = 0.0
+
+    def __call__(self, text: str) -> None:
+        if time.monotonic() >= self._at + _TOLD_EVERY_S:
+            self._at = time.monotonic()
+            print(" ".join(text.split())[:200], flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The board's own TensorRT: found, not installed, and asked what it can do instead of judged by its version.
+
+TensorRT kills the process that loads an engine where there is no working CUDA, so CUDA is asked first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from fedprune.errors import EngineError, reason
+from fedprune_device.engines.cuda import Cuda, Device
+
+WRONG_WHEN_REFITTABLE = ("11.3.",)
+"""Versions that may compute something else in engines that can take new weights, even before they take any
+(https://docs.nvidia.com/deeplearning/tensorrt/11.3.0/inference-library/refitting-engines.html)."""
+
+_VERSION = re.compile(r"\d{1,3}(\.\d{1,5}){1,4}(\.?[a-z0-9]{1,12})?")
+_MOST_LINES = 8
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """A TensorRT that can be used.
+
+    Attributes:
+        trt: The module. What is called of it, and its classes, is compared with the real bindings in the tests.
+        version: Its version.
+        cuda: CUDA's runtime library.
+        device: The graphics unit.
+    """
+
+    trt: Any
+    version: str
+    cuda: Cuda
+    device: Device
+
+    @property
+    def strongly_typed(self) -> bool:
+        """Whether an engine's types are those of its graph: from TensorRT 10 on where asked for, in 11 always."""
+        return hasattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+    @property
+    def refits(self) -> bool:
+        """Whether engines can take new weights from an ONNX file here, and compute right when they can."""
+        wrong = self.version.startswith(WRONG_WHEN_REFITTABLE)
+        return hasattr(self.trt, "OnnxParserRefitter") and hasattr(self.trt.BuilderFlag, "REFIT") and not wrong
+
+    @property
+    def tells_progress(self) -> bool:
+        """Whether a build says how far it is."""
+        return hasattr(self.trt, "IProgressMonitor") and hasattr(self.trt.IBuilderConfig, "progress_monitor")
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether it can be said how hard the builder searches: from TensorRT 8.6 on."""
+        return hasattr(self.trt.IBuilderConfig, "builder_optimization_level")
+
+    def describe(self) -> str:
+        """What it can do, in a few words."""
+        types = "types of the graph" if self.strongly_typed else "types of its own choice"
+        return f"TensorRT {self.version}: {types}, {'takes' if self.refits else 'takes no'} new weights"
+
+
+def find() -> Bindings:
+    """Find CUDA and TensorRT on this board.
+
+    Raises:
+        EngineError: One is missing, can't be loaded, or is too old; the message says which.
+    """
+    cuda = Cuda()
+    device = cuda.device()
+    try:
+        trt = importlib.import_module("tensorrt")
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            "TensorRT is not installed for this Python", hint="On a Jetson: apt install python3-libnvinfer."
+        ) from error
+    except Exception as error:
+        raise EngineError(f"TensorRT can't be loaded ({reason(error)})") from error
+    version = str(getattr(trt, "__version__", ""))
+    if not _VERSION.fullmatch(version):
+        raise EngineError("TensorRT doesn't say its version", got=repr(version[:40]))
+    context = getattr(trt, "IExecutionContext", None)
+    if not (hasattr(context, "execute_async_v3") and hasattr(trt, "OnnxParser") and hasattr(trt, "IBuilderConfig")):
+        raise EngineError(f"TensorRT {version} is too old", expected="8.5 or newer")
+    return Bindings(trt, version, cuda, device)
+
+
+class Complaints:
+    """What TensorRT complained of last; it says why something failed nowhere else.
+
+    Attributes:
+        lines: The last few errors.
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def logger(self, trt: Any) -> Any:
+        """A logger for TensorRT, which must live as long as what was made with it."""
+        complaints = self
+
+        class Logger(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, msg: str) -> None:
+                # Whatever is raised here would end the process: it is called from TensorRT's threads.
+                if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                    complaints.take(msg)
+
+        return Logger()
+
+    def take(self, message: str) -> None:
+        """Note an error."""
+        self.lines = [*self.lines, reason(Exception(message))][-_MOST_LINES:]
+
+    def error(self, what: str) -> EngineError:
+        """An error with the last complaint."""
+        return EngineError(what, got=self.lines[-1] if self.lines else "no reason")

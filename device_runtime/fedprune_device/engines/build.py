@@ -1,0 +1,149 @@
+"""Building an engine from an ONNX graph with its weights; giving a built one new weights. A child process does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedprune.engine_plan import EnginePlan
+from fedprune.errors import EngineError
+from fedprune_device.engines.bindings import Bindings, Complaints
+
+Tell = Callable[[str], None]
+"""Takes a few words on how far a build is."""
+
+
+def build(
+    bindings: Bindings, graph: Path, plan: EnginePlan, *, refittable: bool, timings: bytes, tell: Tell
+) -> tuple[bytes, bytes]:
+    """Build an engine.
+
+    Args:
+        bindings: The board's TensorRT.
+        graph: The graph; its weights are external data beside it, which the parser looks for there.
+        plan: How.
+        refittable: Whether it is to take new weights later.
+        timings: The timing cache of an earlier build on this board with this TensorRT; may be empty.
+        tell: Told how far it is, where TensorRT says so.
+
+    Returns:
+        The engine and the timing cache.
+
+    Raises:
+        EngineError: TensorRT doesn't take the graph, or can't build it within the plan's limits.
+    """
+    trt, complaints = bindings.trt, Complaints()
+    logger = complaints.logger(trt)
+    builder = trt.Builder(logger)
+    kinds = trt.NetworkDefinitionCreationFlag
+    network = builder.create_network(
+        1 << int(kinds.STRONGLY_TYPED if bindings.strongly_typed else kinds.EXPLICIT_BATCH)
+    )
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(graph)):
+        raise _refused(parser, complaints, "TensorRT doesn't take the graph")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, plan.pool_bytes)
+    if bindings.has_levels:
+        config.builder_optimization_level = plan.level
+    if plan.precision == "float32":
+        config.clear_flag(trt.BuilderFlag.TF32)  # which is on unless it is said otherwise
+    if plan.precision == "float16" and not bindings.strongly_typed:
+        config.set_flag(trt.BuilderFlag.FP16)
+    if refittable:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    cache = config.create_timing_cache(timings)
+    # A cache of another device is refused, not bent: its timings would be wrong here.
+    if timings and not config.set_timing_cache(cache, False):
+        timings = b""
+        cache = config.create_timing_cache(timings)
+    if not timings:
+        config.set_timing_cache(cache, False)
+    _set_batches(builder, network, config, plan)
+    if bindings.tells_progress:
+        monitor = _monitor(trt, tell)
+        config.progress_monitor = monitor
+    built = builder.build_serialized_network(network, config)
+    if built is None:
+        raise complaints.error("TensorRT can't build the engine")
+    return bytes(built), bytes(config.get_timing_cache().serialize())
+
+
+def refit(bindings: Bindings, base: bytes, graph: Path) -> bytes:
+    """Give an engine the weights of another file of the same graph.
+
+    Args:
+        bindings: The board's TensorRT.
+        base: An engine that was built to take new weights.
+        graph: The graph, with the new weights beside it.
+
+    Returns:
+        The engine with these weights.
+
+    Raises:
+        EngineError: TensorRT refuses, or a weight isn't found in the file.
+    """
+    trt, complaints = bindings.trt, Complaints()
+    logger = complaints.logger(trt)
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(base)
+    if engine is None or not engine.refittable:
+        raise complaints.error("the engine takes no new weights")
+    refitter = trt.Refitter(engine, logger)
+    parser = trt.OnnxParserRefitter(refitter, logger)
+    if not parser.refit_from_file(str(graph)):
+        raise _refused(parser, complaints, "TensorRT doesn't take the new weights")
+    missing = refitter.get_missing_weights()
+    if missing:
+        raise EngineError(f"new weights lack {len(missing)} that the engine wants", got=str(missing[0])[:100])
+    if not refitter.refit_cuda_engine():
+        raise complaints.error("TensorRT can't put the new weights into the engine")
+    config = engine.create_serialization_config()
+    config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
+    return bytes(engine.serialize_with_config(config))
+
+
+def _set_batches(builder: Any, network: Any, config: Any, plan: EnginePlan) -> None:
+    """Say which batches will come: the first dimension of every input that is free."""
+    profile, free = builder.create_optimization_profile(), False
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        first, *rest = tuple(tensor.shape)
+        if any(d < 0 for d in rest):
+            raise EngineError(
+                f"input {tensor.name} has free dimensions beside the batch", expected="fixed ones", got=[first, *rest]
+            )
+        if first < 0:
+            profile.set_shape(tensor.name, *((n, *rest) for n in plan.batch))
+            free = True
+    if free and config.add_optimization_profile(profile) < 0:
+        raise EngineError(f"TensorRT refuses batches of {plan.batch[0]} to {plan.batch[2]} samples")
+
+
+def _monitor(trt: Any, tell: Tell) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self._steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self._steps:
+                tell(f"{phase_name}: {step} of {self._steps[phase_name]}")
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+    return Monitor()
+
+
+def _refused(parser: Any, complaints: Complaints, what: str) -> EngineError:
+    """What a parser says of a file that it doesn't take."""
+    for i in range(parser.num_errors):
+        complaints.take(str(parser.get_error(i).desc()))
+    return complaints.error(what)

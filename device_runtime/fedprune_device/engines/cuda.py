@@ -1,0 +1,188 @@
+"""The dozen functions of CUDA's runtime library that engines need, by ctypes: JetPack has no Python package for them.
+
+The numbers are those of cuda_runtime_api.h and driver_types.h, the same from CUDA 10 to 13
+(https://docs.nvidia.com/cuda/cuda-runtime-api/).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from fedprune.errors import EngineError
+
+NAMES = (
+    "libcudart.so.13",
+    "libcudart.so.12",
+    "libcudart.so.11.0",
+    "libcudart.so",
+    "/usr/local/cuda/lib64/libcudart.so",
+)
+"""Where CUDA's runtime library is looked for, newest first; the last place is where JetPack puts it."""
+
+_TO_DEVICE, _FROM_DEVICE = 1, 2
+_MAJOR, _MINOR, _INTEGRATED = 75, 76, 18
+_OUT_OF_MEMORY = 2
+
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.POINTER(ctypes.c_int)
+_FUNCTIONS: dict[str, list[Any]] = {
+    "cudaGetDeviceCount": [_NUMBER],
+    "cudaDeviceGetAttribute": [_NUMBER, ctypes.c_int, ctypes.c_int],
+    "cudaMemGetInfo": [ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t)],
+    "cudaMalloc": [ctypes.POINTER(_POINTER), ctypes.c_size_t],
+    "cudaFree": [_POINTER],
+    "cudaMemcpyAsync": [_POINTER, _POINTER, ctypes.c_size_t, ctypes.c_int, _POINTER],
+    "cudaStreamCreate": [ctypes.POINTER(_POINTER)],
+    "cudaStreamSynchronize": [_POINTER],
+    "cudaStreamDestroy": [_POINTER],
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A board's graphics unit.
+
+    Attributes:
+        sm: Its compute capability, such as 8.7.
+        shared_memory: Whether it shares the board's memory.
+        memory_free: Bytes that are free.
+        memory_total: Bytes in all.
+    """
+
+    sm: str
+    shared_memory: bool
+    memory_free: int
+    memory_total: int
+
+
+class Cuda:
+    """CUDA's runtime library, loaded.
+
+    Raises:
+        EngineError: There is no such library here.
+    """
+
+    def __init__(self) -> None:
+        self._library = _load()
+        for name, arguments in _FUNCTIONS.items():
+            function = getattr(self._library, name)
+            function.argtypes, function.restype = arguments, ctypes.c_int
+        self._library.cudaGetErrorString.argtypes = [ctypes.c_int]
+        self._library.cudaGetErrorString.restype = ctypes.c_char_p
+
+    def device(self) -> Device:
+        """The first graphics unit, the only one of a Jetson.
+
+        Raises:
+            EngineError: There is none that works.
+        """
+        count = ctypes.c_int()
+        self.call("cudaGetDeviceCount", ctypes.byref(count))
+        if count.value < 1:
+            raise EngineError("CUDA finds no graphics unit on this machine")
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self.call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        sm = f"{self._attribute(_MAJOR)}.{self._attribute(_MINOR)}"
+        return Device(sm, bool(self._attribute(_INTEGRATED)), free.value, total.value)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a function that returns an error code.
+
+        Raises:
+            EngineError: It returns one; the message has CUDA's own words.
+        """
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            words = self._library.cudaGetErrorString(code) or b"unknown"
+            hint = "Other processes share this memory: end some, or build smaller." if code == _OUT_OF_MEMORY else ""
+            raise EngineError(f"{name} failed: {words.decode(errors='replace')} ({code})", hint=hint)
+
+    def _attribute(self, which: int) -> int:
+        value = ctypes.c_int()
+        self.call("cudaDeviceGetAttribute", ctypes.byref(value), which, 0)
+        return value.value
+
+
+class Stream:
+    """A stream of CUDA, and memory of the device that goes with it.
+
+    Args:
+        cuda: The library.
+
+    Attributes:
+        handle: The stream, as a number.
+
+    Raises:
+        EngineError: CUDA refuses.
+    """
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda, self.handle = cuda, 0
+        self._memory: dict[str, tuple[int, int]] = {}
+        found = ctypes.c_void_p()
+        cuda.call("cudaStreamCreate", ctypes.byref(found))
+        self.handle = int(found.value or 0)
+
+    def memory(self, name: str, size: int) -> int:
+        """The address of some memory of the device. It is kept under its name, and made anew where it is too small.
+
+        Args:
+            name: Its name.
+            size: Bytes that it must have.
+
+        Raises:
+            EngineError: There is not so much.
+        """
+        address, room = self._memory.get(name, (0, 0))
+        if room < max(size, 1):
+            if address:
+                del self._memory[name]
+                self._cuda.call("cudaFree", address)
+            found = ctypes.c_void_p()
+            self._cuda.call("cudaMalloc", ctypes.byref(found), max(size, 1))
+            address = int(found.value or 0)
+            self._memory[name] = address, max(size, 1)
+        return address
+
+    def put(self, address: int, array: npt.NDArray[Any]) -> None:
+        """Copy an array to the device; it must stay until `wait` returns."""
+        self._cuda.call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, _TO_DEVICE, self.handle)
+
+    def get(self, array: npt.NDArray[Any], address: int) -> None:
+        """Copy from the device into an array, which is filled when `wait` returns."""
+        self._cuda.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, _FROM_DEVICE, self.handle)
+
+    def wait(self) -> None:
+        """Wait until all is done.
+
+        Raises:
+            EngineError: Something of it failed.
+        """
+        self._cuda.call("cudaStreamSynchronize", self.handle)
+
+    def __del__(self) -> None:  # whoever still predicted with it is done
+        self.close()
+
+    def close(self) -> None:
+        """Give everything back; what CUDA says against it helps nobody any more."""
+        addresses, handle = [address for address, _ in self._memory.values()], self.handle
+        self._memory, self.handle = {}, 0
+        with contextlib.suppress(EngineError):
+            for address in addresses:
+                self._cuda.call("cudaFree", address)
+            if handle:
+                self._cuda.call("cudaStreamDestroy", handle)
+
+
+def _load() -> Any:
+    for name in NAMES:
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(name)
+    raise EngineError(
+        "there is no CUDA on this machine (no libcudart)",
+        hint="TensorRT engines are for NVIDIA's boards: see docs/jetson.md.",
+    )

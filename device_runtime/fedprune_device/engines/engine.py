@@ -1,0 +1,128 @@
+"""A loaded engine: it runs like a session of onnxruntime, so that a predictor can't tell one from the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.errors import EngineError
+from fedprune_device.engines.bindings import Bindings, Complaints
+from fedprune_device.engines.cuda import Stream
+
+Array = npt.NDArray[Any]
+
+_TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64}
+
+
+class Engine:
+    """An engine in the GPU's memory. One run at a time.
+
+    Args:
+        bindings: The board's TensorRT.
+        raw: The engine, as this TensorRT wrote it on this board.
+
+    Attributes:
+        inputs: Type and shape by input name, as onnxruntime names them; dimensions that are free are None.
+        outputs: Names of the outputs.
+
+    Raises:
+        EngineError: TensorRT doesn't take it, or there is no memory for it.
+    """
+
+    def __init__(self, bindings: Bindings, raw: bytes) -> None:
+        trt, self._complaints = bindings.trt, Complaints()
+        self._logger = self._complaints.logger(trt)
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(raw)
+        if self._engine is None:
+            raise self._complaints.error("TensorRT doesn't load the engine")
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise self._complaints.error("there is no memory to run the engine in")
+        self._dtypes: dict[str, np.dtype[Any]] = {}
+        self.inputs: dict[str, tuple[str, tuple[int | str | None, ...]]] = {}
+        outputs = []
+        self._batch: tuple[int, int] | None = None
+        for i in range(self._engine.num_io_tensors):
+            name = str(self._engine.get_tensor_name(i))
+            kind = self._engine.get_tensor_dtype(name).name
+            if kind not in _TYPES:
+                raise EngineError(f"tensor {name} of the engine", expected=" or ".join(_TYPES), got=kind)
+            self._dtypes[name] = np.dtype(_TYPES[kind])
+            if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+                self._add_input(name)
+            else:
+                outputs.append(name)
+        self.outputs = tuple(outputs)
+        self._stream = Stream(bindings.cuda)
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run the engine, in parts where there are more samples than it takes at once.
+
+        Args:
+            feeds: Arrays by input name, with the samples along the first axis.
+            outputs: Names of the wanted outputs; all by default.
+
+        Raises:
+            EngineError: Feeds don't fit the engine, or it fails on them.
+        """
+        if set(feeds) != set(self.inputs):
+            raise EngineError("inputs of the engine", expected=", ".join(self.inputs), got=", ".join(feeds))
+        samples = len(next(iter(feeds.values())))
+        least, most = self._batch or (samples, samples)
+        parts = []
+        for start in range(0, max(samples, 1), max(most, 1)):
+            part = {n: v[start : start + most] for n, v in feeds.items()}
+            count = len(next(iter(part.values())))
+            # Fewer than the engine takes are filled up; an empty batch still says what shape outputs have.
+            wanted = max(count, least)
+            filled = {
+                n: np.concatenate([v, np.zeros((wanted - count, *v.shape[1:]), v.dtype)]) for n, v in part.items()
+            }
+            parts.append({n: v[:count] for n, v in self._run(filled).items()})
+        names = list(outputs) if outputs is not None else list(self.outputs)
+        return {n: np.concatenate([p[n] for p in parts]) for n in names}
+
+    def close(self) -> None:
+        """Give its memory back."""
+        self._stream.close()
+        self._context = self._engine = self._runtime = None
+
+    def _add_input(self, name: str) -> None:
+        shape = tuple(self._engine.get_tensor_shape(name))
+        # Token ids are int64 in graphs; TensorRT 8 knows none and takes them as int32.
+        kind = "tensor(int64)" if self._dtypes[name].kind == "i" else "tensor(float)"
+        self.inputs[name] = (kind, tuple(None if d < 0 else int(d) for d in shape))
+        if shape and shape[0] < 0:
+            least, _, most = (tuple(s) for s in self._engine.get_tensor_profile_shape(name, 0))
+            self._batch = max(1, int(least[0])), int(most[0])
+
+    def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        context, stream = self._context, self._stream
+        kept = []  # copies are under way until `wait` returns
+        for name, value in feeds.items():
+            array = np.ascontiguousarray(value, self._dtypes[name])
+            if not context.set_input_shape(name, array.shape):
+                raise self._complaints.error(f"input {name} of shape {list(array.shape)} doesn't fit the engine")
+            address = stream.memory(name, array.nbytes)
+            stream.put(address, array)
+            self._bind(name, address)
+            kept.append(array)
+        found = {}
+        for name in self.outputs:
+            array = np.empty(tuple(context.get_tensor_shape(name)), self._dtypes[name])
+            self._bind(name, stream.memory(name, array.nbytes))
+            found[name] = array
+        if not context.execute_async_v3(stream.handle):
+            raise self._complaints.error("the engine failed")
+        for name, array in found.items():
+            stream.get(array, stream.memory(name, array.nbytes))
+        stream.wait()
+        return found
+
+    def _bind(self, name: str, address: int) -> None:
+        if not self._context.set_tensor_address(name, address):
+            raise self._complaints.error(f"the engine refuses memory for {name}")

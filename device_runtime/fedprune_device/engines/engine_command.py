@@ -1,0 +1,103 @@
+"""`fedprune-device build-engine`: make and check the engine of what serves, or of a bundle, and say what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedprune.bundle import open_bundle
+from fedprune.cli import ended_by_signals
+from fedprune.disk import file_digest, storage_errors
+from fedprune.engine_plan import EnginePlan
+from fedprune.errors import EngineError, ExitCode, UsageError
+from fedprune_device.engines import bindings
+from fedprune_device.engines.keeper import Keeper, Wanted, here
+from fedprune_device.engines.tier import ENGINES, read_plan
+from fedprune_device.predictor import WEIGHTS, Predictor
+from fedprune_device.slots import Slots
+
+_LOOK_S = 0.2
+
+
+def add_engine_command(commands: Any) -> None:
+    """Add `build-engine`."""
+    build = commands.add_parser("build-engine", help="build the TensorRT engine of what serves, and check it (Jetson)")
+    source = build.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--state", type=Path, metavar="DIR", help="the state folder of an agent, whose engine it becomes"
+    )
+    source.add_argument("--bundle", type=Path, metavar="DIR", help="a bundle of fedprune-export; needs --out")
+    build.add_argument("--out", type=Path, metavar="DIR", help="with --bundle: the folder of the engine")
+    build.add_argument(
+        "--plan", type=Path, metavar="FILE", help="an engine.json (default: the bundle's, or docs/jetson.md's values)"
+    )
+    build.add_argument("--anew", action="store_true", help="also where there is a good one, or others failed before")
+    build.add_argument("--json", action="store_true", help="the report as JSON, for programs")
+    build.set_defaults(run=_build_engine)
+
+
+def _build_engine(arguments: argparse.Namespace) -> int:
+    if (arguments.bundle is None) != (arguments.out is None):
+        raise UsageError("--out is for --bundle, and needed there")
+    found = bindings.find()  # without it there is nothing to do, whatever serves
+    place = here(found)
+    plan = None if arguments.plan is None else read_plan(arguments.plan)
+    if arguments.bundle is not None:
+        plan = plan or open_bundle(arguments.bundle).engine or EnginePlan()
+        folder, root = arguments.bundle, arguments.out
+        predictor = Predictor(folder)
+        with storage_errors(f"can't read {folder}"):
+            wanted = Wanted(predictor, folder, file_digest(folder / WEIGHTS))
+    else:
+        slots, root = Slots(arguments.state / "serving"), arguments.state / ENGINES
+        predictor, record = slots.open()
+        wanted = Wanted(predictor, slots.folder(record), record.weights)
+    keeper = Keeper(root, plan or EnginePlan(), lambda: found, lambda _: place)
+    if not arguments.json:
+        print(f"board: {place.board or 'unknown'}, sm {place.sm}, L4T {place.l4t or 'none'}")
+        print(found.describe())
+    with ended_by_signals():
+        facts = made_engine(keeper, wanted, anew=arguments.anew, tell=sys.stderr.isatty())
+    if arguments.json:
+        print(json.dumps({"board": asdict(place), "status": keeper.status, **facts}, sort_keys=True))
+        return int(ExitCode.OK)
+    print(f"made: {facts['way']} in {facts['seconds']:.1f} s")
+    print(f"check: deviation {facts['deviation']:.2g} from onnxruntime, {keeper.plan.tolerance:g} allowed")
+    print(f"one sample: {1e3 * facts['latency_s']:.3g} ms")
+    print(f"engine: {keeper.shelf.root}")
+    return int(ExitCode.OK)
+
+
+def made_engine(keeper: Keeper, wanted: Wanted, *, anew: bool = False, tell: bool = False) -> dict[str, Any]:
+    """Make the engine of a model, wait for it, and return its facts (`Keeper.facts`).
+
+    Args:
+        keeper: Makes it.
+        wanted: The model.
+        anew: Whether to make one even if there is a good one.
+        tell: Whether to say on stderr how far it is.
+
+    Raises:
+        FedpruneError: There is none in the end; the message says why.
+    """
+    keeper.want(wanted, anew=anew)
+    told = ""
+    try:
+        while (answering := keeper.turn()) is None and not keeper.done:
+            if tell and keeper.progress != told:
+                told = keeper.progress
+                print(f"\r{told[:78]:78}", end="", file=sys.stderr, flush=True)
+            time.sleep(_LOOK_S)
+    finally:
+        keeper.close()
+        if told:
+            print(file=sys.stderr)
+    if answering is None:
+        raise keeper.error or EngineError("no engine was made")
+    answering.close()
+    return keeper.facts

@@ -1,0 +1,60 @@
+"""A board with TensorRT and CUDA, both doubles, in this process and in its children."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tensorrt_double
+from engine_board import EngineBoard
+
+from fedprune_device.engines import cuda
+
+
+@pytest.fixture(scope="session")
+def cuda_double(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with CUDA's runtime library, or what stands in for it."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed: no double of CUDA")
+    folder = tmp_path_factory.mktemp("cuda")
+    source = folder / "cudart.c"
+    source.write_text(tensorrt_double.LIBRARY)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", folder / "libcudart.so.13", source], check=True)
+    return folder
+
+
+@pytest.fixture
+def without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What one test imports is not there for the next."""
+    kept = sys.modules.pop("tensorrt", None)
+    yield
+    sys.modules.pop("tensorrt", None)
+    if kept is not None:
+        sys.modules["tensorrt"] = kept
+
+
+@pytest.fixture
+def board(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    cuda_double: Path,
+    without_tensorrt: None,
+    graphs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> EngineBoard:
+    """A board with the newest TensorRT 10, or with the version that a test is given."""
+    version = getattr(request, "param", "10.16.1")
+    site = tmp_path / "site"
+    site.mkdir()
+    tensorrt_double.install(site, version)
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), *filter(None, sys.path)]))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(cuda_double))
+    monkeypatch.setenv("DOUBLE_SM", "8.7")
+    monkeypatch.setattr(cuda, "NAMES", (str(cuda_double / "libcudart.so.13"),))
+    return EngineBoard(tmp_path, site, version, graphs)

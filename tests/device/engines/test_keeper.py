@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_board import EngineBoard, X
+from tensorrt_double import VERSIONS
+
+from fedprune import step, tensorfile
+from fedprune.engine_plan import EnginePlan
+from fedprune.errors import EngineError
+from fedprune_device.engines.keeper import BUILD, MOST_FAILURES, REBUILD, REFIT, Keeper
+from fedprune_device.engines.shelf import Record
+from fedprune_device.predictor import Predictor
+
+pytestmark = pytest.mark.board
+
+
+@pytest.mark.parametrize("board", VERSIONS, indirect=True)
+def test_an_engine_answers_what_onnxruntime_answers_with_every_tensorrt(board: EngineBoard) -> None:
+    wanted, keeper = board.model(1), board.keeper()
+    found = board.answering(keeper, wanted)
+    assert found is not None, keeper.status
+    engine = Predictor(wanted.folder, session=found)
+    board.set()
+    before = len(board.calls())
+    np.testing.assert_allclose(engine.predict(X), wanted.predictor.predict(X), rtol=1e-6)
+    assert engine.predict(X[:0]).shape == (0, 3)
+    assert "IExecutionContext.execute_async_v3" in board.calls()[before:]
+    assert keeper.status == f"TensorRT {board.version}, float32"
+    # New weights come the same way with every version, refitted where that is right.
+    again = board.model(2)
+    found = board.answering(keeper, again)
+    assert found is not None, keeper.status
+    np.testing.assert_allclose(Predictor(again.folder, session=found).predict(X), again.predictor.predict(X), rtol=1e-6)
+    refits = board.version != "8.6.1" and not board.version.startswith("11.3.")
+    assert keeper.facts["way"] == (REFIT if refits else BUILD)
+    assert all((" REFIT " in b) == refits for b in board.builds)
+
+
+def test_a_good_engine_is_found_again_after_a_restart(board: EngineBoard) -> None:
+    wanted = board.model(1)
+    assert board.answering(board.keeper(), wanted)
+    assert board.answering(board.keeper(), wanted)
+    assert len(board.builds) == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "plan"),
+    [
+        ({"board": "Thor"}, None),
+        ({"l4t": "36.5"}, None),
+        ({"sm": "11.0"}, None),
+        ({"tensorrt": "10.3.0"}, None),
+        ({}, EnginePlan(batch=(1, 2, 4))),
+        ({}, EnginePlan(batch=(1, 1, 4), level=2)),
+    ],
+)
+def test_an_engine_of_another_board_system_or_plan_is_built_anew(
+    board: EngineBoard, place: dict[str, str], plan: EnginePlan | None
+) -> None:
+    wanted = board.model(1)
+    assert board.answering(board.keeper(), wanted)
+    assert board.answering(board.keeper(plan, **place), wanted)
+    assert len(board.builds) == 2
+
+
+def test_another_power_mode_measures_anew_but_keeps_the_engine(board: EngineBoard) -> None:
+    wanted = board.model(1)
+    plan = EnginePlan(batch=(1, 1, 4), refit=False)
+    assert board.answering(board.keeper(plan), wanted)
+    assert board.answering(board.keeper(plan, power=2), wanted)
+    assert len(board.builds) == 1
+    assert board.answering(board.keeper(plan, power=2), board.model(2))
+    assert board.answering(board.keeper(plan, power=2), board.model(3))
+    assert [b.partition("known=")[2].split()[0] for b in board.builds] == ["0", "0", "1"]
+
+
+def test_the_timing_cache_of_another_device_is_not_bent(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = board.keeper()
+    assert board.answering(keeper, board.model(1))
+    # The key says that it fits; TensorRT looks at the device itself.
+    monkeypatch.setenv("DOUBLE_SM", "11.0")
+    assert board.answering(board.keeper(), board.model(1), anew=True), keeper.status
+    assert all("known=0" in b for b in board.builds)
+
+
+@pytest.mark.parametrize(("refit_s", "rebuild_s", "way"), [(1.0, 2.0, REFIT), (2.0, 1.0, REBUILD)])
+def test_each_way_is_measured_once_and_then_the_faster_one_taken(
+    board: EngineBoard, refit_s: float, rebuild_s: float, way: str
+) -> None:
+    ways = []
+    for seed in (1, 2, 3):
+        keeper = board.keeper()
+        assert board.answering(keeper, board.model(seed)), keeper.status
+        ways.append(keeper.facts["way"])
+    assert ways == [BUILD, REFIT, REBUILD]
+    assert [" REFIT " in b for b in board.builds] == [True, False]
+    assert "known=1" in board.builds[1]
+    record = keeper.shelf.record(str(keeper.facts["key"]))
+    assert record.refit_s is not None
+    assert record.rebuild_s is not None
+    keeper.shelf.keep(Record(record.key, refit_s, rebuild_s))
+    assert board.answering(keeper, board.model(4))
+    assert keeper.facts["way"] == way
+
+
+@pytest.mark.parametrize("setting", ["refitted_wrong", "refit_refused", "missing"])
+def test_a_bad_refit_never_answers_and_is_not_tried_again(board: EngineBoard, setting: str) -> None:
+    keeper = board.keeper()
+    assert board.answering(keeper, board.model(1))
+    board.set(**{setting: True})
+    for seed in (2, 3):
+        wanted = board.model(seed)
+        found = board.answering(keeper, wanted)
+        assert found is not None
+        np.testing.assert_allclose(
+            Predictor(wanted.folder, session=found).predict(X), wanted.predictor.predict(X), rtol=1e-6
+        )
+        assert keeper.facts["way"] == REBUILD
+    assert board.calls().count("OnnxParserRefitter.refit_from_file") == 1
+
+
+def test_where_refittable_engines_compute_something_else_plain_ones_are_built(board: EngineBoard) -> None:
+    board.set(refittable_wrong=True)
+    keeper = board.keeper()
+    assert board.answering(keeper, board.model(1)), keeper.status
+    assert [" REFIT " in b for b in board.builds] == [True, False]
+    assert not (board.engines / "base.plan").exists()
+
+
+def test_an_engine_that_contradicts_onnxruntime_never_answers(board: EngineBoard) -> None:
+    board.set(wrong=True)
+    keeper = board.keeper()
+    assert board.answering(keeper, board.model(1)) is None
+    assert keeper.status.startswith("onnxruntime (the engine contradicts onnxruntime: expected a deviation of at most")
+    assert not (board.engines / "engine.plan").exists()
+
+
+def test_an_engine_on_the_disk_is_checked_again_before_it_answers(board: EngineBoard) -> None:
+    wanted = board.model(1)
+    assert board.answering(board.keeper(), wanted)
+    board.set(wrong=True)
+    keeper = board.keeper()
+    assert board.answering(keeper, wanted) is None
+    assert "contradicts" in keeper.status
+
+
+def test_builds_that_fail_are_given_up_until_somebody_asks(board: EngineBoard) -> None:
+    board.set(out_of_memory=True)
+    for seed in range(MOST_FAILURES + 2):
+        keeper = board.keeper()
+        assert board.answering(keeper, board.model(seed)) is None
+        assert "memory could not be allocated" in keeper.status
+    assert len(board.builds) == MOST_FAILURES
+    board.set()
+    assert board.answering(keeper, board.model(9)) is None
+    assert board.answering(keeper, board.model(9), anew=True)
+    assert board.answering(keeper, board.model(10))
+
+
+def test_a_builder_that_takes_too_long_is_ended(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    board.set(sleep=600)
+    keeper = board.keeper()
+    keeper.want(board.model(1))
+    keeper.turn()
+    assert keeper._job is not None
+    child = keeper._job.making._child
+    _until(lambda: bool(board.builds))
+    monkeypatch.setattr(keeper._job.making, "_until", 0.0)
+    assert keeper.turn() is None
+    assert "wasn't built in time: expected at most 1800 s" in keeper.status
+    assert child.returncode == -signal.SIGKILL
+    assert not keeper.shelf.work.exists()
+
+
+def test_a_builder_that_the_kernel_kills_is_named(board: EngineBoard) -> None:
+    board.set(killed=True)
+    keeper = board.keeper()
+    assert board.answering(keeper, board.model(1)) is None
+    assert "SIGKILL. Memory ran out" in keeper.status
+
+
+def test_an_engine_that_kills_who_loads_it_kills_the_child_alone(board: EngineBoard) -> None:
+    board.set(load_kills=True)
+    keeper = board.keeper()
+    assert board.answering(keeper, board.model(1)) is None
+    assert "ended by SIGSEGV" in keeper.status
+
+
+def test_an_engine_that_ended_a_process_is_not_loaded_again(board: EngineBoard) -> None:
+    wanted = board.model(1)
+    keeper = board.keeper()
+    assert board.answering(keeper, wanted)
+    with keeper.shelf.loading(str(keeper.facts["sha256"])):
+        marker = (board.engines / "loading.json").read_bytes()
+    assert not (board.engines / "loading.json").exists()
+    (board.engines / "loading.json").write_bytes(marker)  # as a crash leaves it
+    with pytest.raises(EngineError, match="ended the process"), keeper.shelf.loading(str(keeper.facts["sha256"])):
+        pytest.fail("it was loaded")
+    # A new one, which a child process has tried, may.
+    assert board.answering(board.keeper(), wanted)
+    assert len(board.builds) + board.calls().count("refitted") == 2
+
+
+@pytest.mark.parametrize("name", ["engine.plan", "engine.json", "record.json", "timing.cache", "timing.json"])
+def test_damage_on_the_disk_costs_time_alone(board: EngineBoard, name: str) -> None:
+    wanted = board.model(1)
+    assert board.answering(board.keeper(), wanted)
+    path = board.engines / name
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 0xFF
+    path.write_bytes(raw)
+    found = board.answering(board.keeper(), wanted)
+    assert found is not None
+    np.testing.assert_allclose(
+        Predictor(wanted.folder, session=found).predict(X), wanted.predictor.predict(X), rtol=1e-6
+    )
+
+
+def test_onnxruntime_takes_over_from_an_engine_that_fails(board: EngineBoard) -> None:
+    wanted, keeper = board.model(1), board.keeper()
+    found = board.answering(keeper, wanted)
+    assert found is not None
+    board.set(run_fails=True)
+    engine = Predictor(wanted.folder, session=found)
+    np.testing.assert_array_equal(engine.predict(X), wanted.predictor.predict(X))
+    assert keeper.status.startswith("onnxruntime (the engine failed")
+    board.set()
+    before = len(board.calls())
+    engine.predict(X)
+    assert board.calls()[before:] == []
+
+
+def test_a_gpu_without_memory_is_a_reason(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOUBLE_MEMORY", "10")
+    keeper = board.keeper()
+    assert board.answering(keeper, board.model(1)) is None
+    assert "cudaMalloc failed: out of memory (2)" in keeper.status
+
+
+def test_two_processes_dont_make_engines_at_once(board: EngineBoard) -> None:
+    board.set(sleep=600)
+    first, second = board.keeper(), board.keeper()
+    first.want(board.model(1))
+    first.turn()
+    assert board.answering(second, board.model(1)) is None
+    assert "another process makes an engine" in second.status
+    first.close()
+    board.set()
+    assert board.answering(second, board.model(1))
+
+
+def test_what_is_no_longer_wanted_is_ended(board: EngineBoard) -> None:
+    board.set(sleep=600)
+    keeper = board.keeper()
+    keeper.want(board.model(1))
+    keeper.turn()
+    assert keeper._job is not None
+    child = keeper._job.making._child
+    _until(lambda: bool(board.builds))
+    board.set()
+    wanted = board.model(2)
+    found = board.answering(keeper, wanted)
+    assert found is not None
+    assert child.returncode == -signal.SIGKILL
+    np.testing.assert_allclose(
+        Predictor(wanted.folder, session=found).predict(X), wanted.predictor.predict(X), rtol=1e-6
+    )
+
+
+def test_a_model_that_is_replaced_meanwhile_gets_no_engine(board: EngineBoard) -> None:
+    wanted = board.model(1)
+    (wanted.folder / "weights.safetensors").write_bytes(tensorfile.encode({"w": X}))
+    keeper = board.keeper()
+    assert board.answering(keeper, wanted) is None
+    assert "replaced meanwhile" in keeper.status
+
+
+def test_a_plan_for_a_graph_that_isnt_there_is_a_reason(board: EngineBoard) -> None:
+    keeper = board.keeper(EnginePlan(graph="inference-float16.onnx"))
+    assert board.answering(keeper, board.model(1)) is None
+    assert "inference-float16.onnx isn't there" in keeper.status
+
+
+@pytest.mark.parametrize("board", ["8.6.1", "10.3.0", "11.4.0"], indirect=True)
+@pytest.mark.parametrize("precision", ["float32", "tf32", "float16"])
+def test_precision_is_the_plans(board: EngineBoard, precision: str) -> None:
+    keeper = board.keeper(EnginePlan(precision=precision, batch=(1, 1, 4), pool_bytes=2**25))
+    assert board.answering(keeper, board.model(1)), keeper.status
+    (built,) = board.builds
+    assert ("TF32" in built) == (precision != "float32")
+    assert ("FP16" in built) == (precision == "float16" and board.version == "8.6.1")
+    assert "pool={'WORKSPACE': 33554432}" in built
+
+
+def test_a_batch_is_split_into_what_the_engine_takes_and_filled_up(board: EngineBoard) -> None:
+    keeper, wanted = board.keeper(EnginePlan(batch=(2, 2, 4))), board.model(1)
+    found = board.answering(keeper, wanted)
+    assert found is not None, keeper.status
+    expected = wanted.predictor.predict(X)
+    for count in (0, 1, 2, 4, 5, 9):
+        out = found.run({step.X: X[:count]})[step.LOGITS]
+        np.testing.assert_allclose(out, expected[:count], rtol=1e-6)
+
+
+def test_without_a_gpu_tensorrt_is_not_even_loaded(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    for devices, words in (("0", "no graphics unit"), ("-1", "driver too old")):
+        monkeypatch.setenv("DOUBLE_DEVICES", devices)
+        keeper = board.keeper()
+        assert board.answering(keeper, board.model(1)) is None
+        assert words in keeper.status
+    assert board.calls() == []
+
+
+def test_without_tensorrt_onnxruntime_answers(board: EngineBoard) -> None:
+    (board.site / "tensorrt.py").unlink()
+    keeper = board.keeper()
+    assert board.answering(keeper, board.model(1)) is None
+    assert "TensorRT is not installed" in keeper.status
+
+
+def test_a_tensorrt_that_cant_be_loaded_is_a_reason(board: EngineBoard) -> None:
+    (board.site / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
+    keeper = board.keeper()
+    assert board.answering(keeper, board.model(1)) is None
+    assert "libnvinfer.so.10" in keeper.status
+
+
+def test_progress_is_told(board: EngineBoard) -> None:
+    board.set(sleep=600)
+    keeper: Keeper = board.keeper()
+    keeper.want(board.model(1))
+    keeper.turn()
+    _until(lambda: keeper.progress == "Building: 1 of 2")
+    keeper.close()
+
+
+def _until(true: object, seconds: float = 30.0) -> None:
+    until = time.monotonic() + seconds
+    while not true():  # type: ignore[operator]
+        if time.monotonic() > until:
+            raise AssertionError("it doesn't come about")
+        time.sleep(0.02)
+
+
+def test_engines_leave_nothing_but_what_the_shelf_names(board: EngineBoard, tmp_path: Path) -> None:
+    assert board.answering(board.keeper(), board.model(1))
+    names = {p.name for p in board.engines.iterdir()}
+    assert names == {
+        "lock",
+        "engine.plan",
+        "engine.json",
+        "base.plan",
+        "base.json",
+        "timing.cache",
+        "timing.json",
+        "record.json",
+    }
