@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from fedprune import tensorfile
 from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
 from fedprune.bundle import FILES, MANIFEST, WEIGHTS, manifest, open_bundle
+from fedprune.engine_plan import EnginePlan
 from fedprune.errors import BundleError, ExitCode
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
@@ -49,6 +50,36 @@ def write(folder: Path) -> Path:
         (folder / name).write_bytes(raw)
     (folder / MANIFEST).write_text(manifest(files, selection, Recipe(lr=0.5), "raspberry-pi-5", ("a", "b")))
     return folder
+
+
+def with_plan(folder: Path, plan: bytes, **more: bytes) -> Path:
+    """A bundle that says how an engine is built."""
+    write(folder)
+    body = json.loads((folder / MANIFEST).read_text())
+    for name, raw in {"engine.json": plan, **more}.items():
+        (folder / name).write_bytes(raw)
+        body["files"][name] = {"size": len(raw), "sha256": tensorfile.digest(raw)}
+    (folder / MANIFEST).write_text(json.dumps(body))
+    return folder
+
+
+def test_a_bundle_may_say_how_an_engine_is_built(tmp_path: Path) -> None:
+    plan = EnginePlan(level=1)
+    assert open_bundle(with_plan(tmp_path / "b", plan.to_json().encode())).engine == plan
+    assert open_bundle(write(tmp_path / "c")).engine is None
+
+
+def test_a_plan_of_an_engine_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="level"):
+        open_bundle(with_plan(tmp_path / "a", b'{"format": "fedprune.engine/1", "level": 9}'))
+    other = EnginePlan(graph="inference-float16.onnx").to_json().encode()
+    with pytest.raises(BundleError, match=r"inference-float16\.onnx"):
+        open_bundle(with_plan(tmp_path / "b", other))
+    open_bundle(with_plan(tmp_path / "c", other, **{"inference-float16.onnx": b"graph"}))
+    changed = with_plan(tmp_path / "d", EnginePlan().to_json().encode())
+    (changed / "engine.json").write_bytes(EnginePlan(level=1).to_json().encode())
+    with pytest.raises(BundleError, match=r"engine\.json has changed"):
+        open_bundle(changed)
 
 
 def test_a_bundle_reads_back(tmp_path: Path) -> None:

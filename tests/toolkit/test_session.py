@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
+from fedprune import session as sessions
 from fedprune.errors import ModelError
 from fedprune.session import Session
 
@@ -44,3 +47,108 @@ def test_onnxruntime_leaves_no_trace_of_telemetry(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], env={**kept, "HOME": str(tmp_path)}, check=True)
 
     assert list(tmp_path.rglob("*")) == []
+
+
+class Cuda:
+    """An onnxruntime that says it computes with CUDA, where it computes on the CPU."""
+
+    def __init__(self, *, offers: bool = True, accepts: bool = True, loads: bool = True) -> None:
+        self._offers, self._accepts, self._loads = offers, accepts, loads
+        self.fails = False
+        self.runs: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(onnxruntime, name)
+
+    def get_available_providers(self) -> list[str]:
+        return [*(["CUDAExecutionProvider"] if self._offers else []), "CPUExecutionProvider"]
+
+    def InferenceSession(self, model: Any, options: Any, providers: list[Any], **more: Any) -> Any:  # noqa: N802
+        names = [p if isinstance(p, str) else p[0] for p in providers]
+        wants = "CUDAExecutionProvider" in names
+        if wants and not self._accepts:
+            raise RuntimeError("CUDA failure 35: driver too old")
+        real = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], **more)
+        on_cuda, double = wants and self._loads, self
+
+        class Inside:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(real, name)
+
+            def get_providers(self) -> list[str]:
+                return ["CUDAExecutionProvider"] * on_cuda + ["CPUExecutionProvider"]
+
+            def run(self, names: list[str], feeds: dict[str, Any]) -> Any:
+                double.runs.append("cuda" if on_cuda else "cpu")
+                if on_cuda and double.fails:
+                    raise RuntimeError("CUDA failure 2: out of memory")
+                return real.run(names, feeds)
+
+        return Inside()
+
+
+def feeds_of(session: Session) -> dict[str, Any]:
+    kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+    return {
+        n: np.full([d if isinstance(d, int) else 2 for d in shape], 1, kinds[kind])
+        for n, (kind, shape) in session.inputs.items()
+    }
+
+
+SMALL = Path(__file__).resolve().parents[1] / "device" / "graphs" / "inference.onnx"
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    from fedprune import tensorfile
+
+    (tmp_path / "inference.onnx").write_bytes(SMALL.read_bytes())
+    weights = {"w": np.ones((3, 6), np.float32), "b": np.zeros(3, np.float32)}
+    (tmp_path / "weights.safetensors").write_bytes(tensorfile.encode(weights))
+    return tmp_path / "inference.onnx"
+
+
+def test_cuda_computes_where_onnxruntime_has_it(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    double = Cuda()
+    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+    session = Session(small, cuda=True)
+    assert (session.provider, session.reason) == ("cuda", "")
+    session.run(feeds_of(session))
+    assert double.runs == ["cuda"]
+    assert Session(small).provider == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("lacks", "reason"),
+    [("offers", "has no CUDA provider"), ("accepts", "driver too old"), ("loads", "can't be loaded")],
+)
+def test_the_cpu_computes_where_cuda_doesnt_work(
+    small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lacks: str, reason: str
+) -> None:
+    double = Cuda(**{lacks: False})
+    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+    session = Session(small, cuda=True)
+    assert session.provider == "cpu"
+    assert reason in session.reason
+    assert reason in caplog.text
+    session.run(feeds_of(session))
+    assert double.runs == ["cpu"]
+
+
+def test_a_run_that_fails_on_cuda_is_done_on_the_cpu(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    double = Cuda()
+    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+    session = Session(small, cuda=True)
+    feeds = feeds_of(session)
+    before = session.run(feeds)
+    with pytest.raises(ModelError, match="couldn't run"):
+        session.run({"x": np.zeros(3, np.float32)})
+    assert session.provider == "cuda", "what no provider takes is no fault of CUDA's"
+    double.fails = True
+    after = session.run(feeds)
+    assert session.provider == "cpu"
+    assert "out of memory" in session.reason
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)
+    session.run(feeds)
+    assert double.runs == ["cuda", "cuda", "cpu", "cuda", "cpu", "cpu"]

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_board import EngineBoard, X
+from local_board import LocalBoard
+
+from fedprune.errors import ExitCode
+from fedprune_device import cli
+from fedprune_device.engines import cuda
+from fedprune_device.local.live_model import LiveModel
+
+pytestmark = pytest.mark.board
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def state(tmp_path: Path, graphs: Path) -> Path:
+    LocalBoard(tmp_path, graphs).install(1)
+    return tmp_path / "state"
+
+
+def test_the_engine_of_what_serves_is_built_and_reported(board: EngineBoard, state: Path, capsys: Capture) -> None:
+    assert cli.main(["build-engine", "--state", str(state)]) == ExitCode.OK
+    shown = capsys.readouterr().out
+    for words in ("sm 8.7", "TensorRT 10.16.1: types of the graph", "made: build in", "check: deviation 0 from", " ms"):
+        assert words in shown
+    assert (state / "engines" / "engine.plan").is_file()
+
+
+def test_the_report_can_be_read_by_programs(board: EngineBoard, state: Path, capsys: Capture) -> None:
+    assert cli.main(["build-engine", "--state", str(state), "--json"]) == ExitCode.OK
+    body = json.loads(capsys.readouterr().out)
+    assert body["way"] == "build"
+    assert body["deviation"] <= 1e-3
+    assert body["board"]["sm"] == "8.7"
+
+
+def test_an_engine_that_cant_be_built_is_one_line_and_an_exit_code(
+    board: EngineBoard, state: Path, capsys: Capture
+) -> None:
+    board.set(out_of_memory=True)
+    assert cli.main(["build-engine", "--state", str(state)]) == ExitCode.ENGINE
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_plan_that_makes_no_sense_is_refused(board: EngineBoard, state: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"format": "fedprune.engine/1", "precision": "int3"}')
+    command = ["build-engine", "--state", str(state), "--plan", str(tmp_path / "plan.json")]
+    assert cli.main(command) == ExitCode.CONFIG
+
+
+@pytest.mark.parametrize("options", [["--bundle", "b"], ["--state", "s", "--out", "o"]])
+def test_out_is_for_bundles(options: list[str]) -> None:
+    assert cli.main(["build-engine", *options]) == ExitCode.USAGE
+
+
+def test_a_machine_without_cuda_is_one_line_and_an_exit_code(
+    state: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "NAMES", ("libno-such-library.so",))
+    assert cli.main(["build-engine", "--state", str(state)]) == ExitCode.ENGINE
+    err = capsys.readouterr().err
+    assert "no CUDA on this machine" in err
+    assert err.count("\n") == 1
+
+
+def test_predictions_go_on_while_an_engine_takes_over(board: EngineBoard, tmp_path: Path, graphs: Path) -> None:
+    local = LocalBoard(tmp_path, graphs)
+    local.install(1)
+    with LiveModel(tmp_path / "state" / "serving", keeper=board.keeper()) as model:
+        first = model.serving()
+        wanted = first.predictor.predict(X)
+        _look(model, f"TensorRT {board.version}, float32")
+        assert model.serving() is not first
+        np.testing.assert_allclose(model.serving().predictor.predict(X), wanted, rtol=1e-6)
+        np.testing.assert_allclose(first.predictor.predict(X), wanted, rtol=1e-6)
+        # A new model answers at once, in onnxruntime, whatever its engine does.
+        board.set(wrong=True)
+        weights = local.install(2)
+        model.look()
+        assert model.serving().record.round == 2
+        expected = X @ weights["w"].T + weights["b"]
+        np.testing.assert_allclose(model.serving().predictor.predict(X), expected, atol=1e-5)
+        _look(model, "onnxruntime (the engine contradicts onnxruntime")
+        np.testing.assert_allclose(model.serving().predictor.predict(X), expected, atol=1e-5)
+
+
+def test_what_answers_is_told_to_the_application(local: LocalBoard) -> None:
+    local.install(1)
+    with local.serving():
+        assert local.board.status()["serving"]["by"] == "onnxruntime"
+
+
+def _look(model: LiveModel, words: str) -> None:
+    for _ in range(3000):
+        if model.answers.startswith(words):
+            return
+        model.look()
+        os.sched_yield()
+        model._stopping.wait(0.02)
+    raise AssertionError(f"{words!r} doesn't come about: {model.answers}")

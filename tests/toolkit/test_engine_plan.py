@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.engine_plan import FORMAT, MOST_BATCH, PRECISIONS, EnginePlan
+from fedprune.errors import ConfigError
+
+pytestmark = pytest.mark.board
+
+PLANS = st.builds(
+    EnginePlan,
+    graph=st.from_regex(r"[a-z0-9][a-z0-9._-]{0,59}\.onnx", fullmatch=True),
+    precision=st.sampled_from(sorted(PRECISIONS)),
+    batch=st.lists(st.integers(1, MOST_BATCH), min_size=3, max_size=3).map(lambda n: tuple(sorted(n))),
+    pool_bytes=st.integers(2**20, 2**36),
+    timeout_s=st.floats(10, 86_400),
+    level=st.integers(0, 5),
+    refit=st.booleans(),
+)
+
+
+@given(PLANS)
+def test_a_plan_reads_back(plan: EnginePlan) -> None:
+    assert EnginePlan.from_json(plan.to_json().encode()) == plan
+
+
+@given(PLANS, PLANS)
+def test_plans_that_differ_have_other_digests(one: EnginePlan, other: EnginePlan) -> None:
+    assert (one.digest == other.digest) == (one == other)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("graph", "../inference.onnx"),
+        ("graph", "/etc/passwd"),
+        ("graph", "inference.onnx\n"),
+        ("graph", 3),
+        ("precision", "int8"),
+        ("precision", ["float32"]),
+        ("batch", [1, 2]),
+        ("batch", [0, 1, 2]),
+        ("batch", [2, 1, 4]),
+        ("batch", [1, 1, MOST_BATCH + 1]),
+        ("batch", [1, 1, True]),
+        ("batch", 8),
+        ("pool_bytes", 2**20 - 1),
+        ("pool_bytes", 2**40),
+        ("pool_bytes", 1e9),
+        ("timeout_s", 0),
+        ("timeout_s", float("inf")),
+        ("timeout_s", "long"),
+        ("level", 6),
+        ("level", -1),
+        ("refit", 1),
+        ("script", "print()"),
+    ],
+)
+def test_a_field_out_of_range_is_named(field: str, value: Any) -> None:
+    raw = json.dumps({"format": FORMAT, field: value}).encode()
+    with pytest.raises(ConfigError, match=rf"plan\.json: .*{field}"):
+        EnginePlan.from_json(raw, "plan.json")
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"[]", b"{}", b"\xff", b'{"format": "fedprune.engine/2"}', b" " * 20_000, b"[" * 9_000]
+)
+def test_what_is_no_plan_is_refused(raw: bytes) -> None:
+    with pytest.raises(ConfigError, match="no plan of an engine"):
+        EnginePlan.from_json(raw)
+
+
+def test_a_field_that_is_missing_has_its_default(tmp_path: Path) -> None:
+    assert EnginePlan.from_json(json.dumps({"format": FORMAT}).encode()) == EnginePlan()
