@@ -34,11 +34,11 @@ class EngineBoard:
         """What the double is to do from now on."""
         (self.site / "settings.json").write_text(json.dumps(settings))
 
-    def model(self, seed: int) -> Wanted:
+    def model(self, seed: int, scale: float = 1.0) -> Wanted:
         """A linear model."""
-        folder = self.root / f"model-{seed}"
+        folder = self.root / f"model-{seed}-{scale}"
         folder.mkdir(exist_ok=True)
-        raw = tensorfile.encode(weights_of(seed))
+        raw = tensorfile.encode({n: v * np.float32(scale) for n, v in weights_of(seed).items()})
         (folder / "inference.onnx").write_bytes(self.graph.read_bytes())
         (folder / "weights.safetensors").write_bytes(raw)
         return Wanted(Predictor(folder), folder, tensorfile.digest(raw))

@@ -10,7 +10,10 @@ import pytest
 from local_board import LocalBoard
 
 from fedprune import tensorfile
-from fedprune.selection import Tensors
+from fedprune.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
+from fedprune.bundle import FILES, MANIFEST, manifest
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection, Tensors
 from fedprune_device.data import LocalData
 
 FEATURES, CLASSES = 6, 3
@@ -70,3 +73,25 @@ def model(tmp_path: Path, graphs: Path, weights: Tensors) -> Path:
     (folder / "inference.onnx").write_bytes((graphs / "inference.onnx").read_bytes())
     (folder / "weights.safetensors").write_bytes(tensorfile.encode(weights))
     return folder
+
+
+@pytest.fixture
+def bundle(model: Path, graphs: Path) -> Path:
+    """The model's folder as a bundle, whose classes have names."""
+    fixed = Axis.fixed
+    architecture = Architecture(
+        "linear",
+        (),
+        (TensorSpec("w", TensorKind.WEIGHT, (fixed(3), fixed(6))), TensorSpec("b", TensorKind.BIAS, (fixed(3),))),
+        (Layer("w", "Gemm", "w", 1),),
+        (),
+        (6,),
+        3,
+    )
+    selection = Selection.full(architecture)
+    (model / "training.onnx").write_bytes((graphs / "plain.onnx").read_bytes())
+    (model / "architecture.json").write_text(architecture.to_json())
+    (model / "submodel.json").write_text(selection.to_json())
+    files = {name: (model / name).read_bytes() for name in FILES}
+    (model / MANIFEST).write_text(manifest(files, selection, Recipe(), "raspberry-pi-5", ("ant", "bee", "cat")))
+    return model

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedprune import profile_store, tensorfile
-from fedprune.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
+from fedprune.architecture import Architecture
 from fedprune.bundle import FILES, MANIFEST, manifest
 from fedprune.errors import ExitCode
 from fedprune.probe_report import ProbeReport
@@ -109,28 +109,6 @@ def test_what_is_missing_is_named(tmp_path: Path, state: Path, what: list[str], 
     arguments[arguments.index(what[0]) + 1] = what[1]
     assert cli.main(["predict", *arguments]) in (ExitCode.DATA, ExitCode.STORAGE)
     assert what[1].split(".")[0] in capsys.readouterr().err
-
-
-@pytest.fixture
-def bundle(model: Path, graphs: Path) -> Path:
-    """The model's folder as a bundle, whose classes have names."""
-    fixed = Axis.fixed
-    architecture = Architecture(
-        "linear",
-        (),
-        (TensorSpec("w", TensorKind.WEIGHT, (fixed(3), fixed(6))), TensorSpec("b", TensorKind.BIAS, (fixed(3),))),
-        (Layer("w", "Gemm", "w", 1),),
-        (),
-        (6,),
-        3,
-    )
-    selection = Selection.full(architecture)
-    (model / "training.onnx").write_bytes((graphs / "plain.onnx").read_bytes())
-    (model / "architecture.json").write_text(architecture.to_json())
-    (model / "submodel.json").write_text(selection.to_json())
-    files = {name: (model / name).read_bytes() for name in FILES}
-    (model / MANIFEST).write_text(manifest(files, selection, Recipe(), "raspberry-pi-5", ("ant", "bee", "cat")))
-    return model
 
 
 def test_a_bundle_predicts_with_the_names_of_its_classes(

@@ -19,7 +19,7 @@ PLANS = st.builds(
     precision=st.sampled_from(sorted(PRECISIONS)),
     batch=st.lists(st.integers(1, MOST_BATCH), min_size=3, max_size=3).map(lambda n: tuple(sorted(n))),
     pool_bytes=st.integers(2**20, 2**36),
-    timeout_s=st.floats(10, 86_400),
+    timeout_s=st.floats(1, 86_400),
     level=st.integers(0, 5),
     refit=st.booleans(),
 )

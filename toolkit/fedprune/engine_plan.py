@@ -68,7 +68,7 @@ class EnginePlan:
         if sorted(self.batch) != list(self.batch):
             raise ConfigError("batch", expected="ascending numbers", got=", ".join(map(str, self.batch)))
         check.whole("pool_bytes", self.pool_bytes, _MIB, 64 * 2**30)
-        check.number("timeout_s", self.timeout_s, 10, 86_400)
+        check.number("timeout_s", self.timeout_s, 1, 86_400)
         check.whole("level", self.level, 0, 5)
         check.truth("refit", self.refit)
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TIERS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt")
-"""What serves predictions on the board; training runs on onnxruntime's CPU kernels everywhere."""
+"""What a board computes with, as far as it works there: with the first all on its processor, with the second all on its
+GPU, with the third predictions in TensorRT engines and the rest on the GPU."""
 
 
 def _figure(doc: str, unit: str, low: float, high: float, *, optional: bool = False) -> Any:
@@ -89,7 +90,7 @@ class Software:
 
     python: str = _text("Python of its system.")
     onnxruntime: str = _text("Newest onnxruntime that it loads.")
-    tier: str = _text("What serves predictions.", choices=TIERS)
+    tier: str = _text("What computes.", choices=TIERS)
     tensorrt: str | None = _text("TensorRT of its system.", optional=True)
 
 

@@ -48,6 +48,17 @@ def test_a_good_engine_is_found_again_after_a_restart(board: EngineBoard) -> Non
     assert len(board.builds) == 1
 
 
+def test_weights_that_hardly_differ_are_other_weights(board: EngineBoard) -> None:
+    assert board.answering(board.keeper(), board.model(1))
+    keeper, wanted = board.keeper(), board.model(1, 1 + 1e-4)
+    found = board.answering(keeper, wanted)
+    assert found is not None
+    assert keeper.facts["way"] == REFIT
+    np.testing.assert_allclose(
+        Predictor(wanted.folder, session=found).predict(X), wanted.predictor.predict(X), rtol=1e-6
+    )
+
+
 @pytest.mark.parametrize(
     ("place", "plan"),
     [

@@ -1,0 +1,62 @@
+"""The script that a Jetson's owner runs, on a board of doubles: all of it but CUDA's share can pass here."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine_board import EngineBoard
+
+from fedprune.errors import ExitCode
+
+pytestmark = pytest.mark.board
+
+ROOT = Path(__file__).parents[3]
+SCRIPT = ROOT / "examples" / "jetson_acceptance.py"
+
+
+def run(bundle: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), "--bundle", str(bundle)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def promised() -> list[str]:
+    """What docs/jetson.md says that it prints."""
+    page = (ROOT / "docs" / "jetson.md").read_text()
+    assert "**No Jetson has run any of this yet.**" in page
+    return re.findall(r"^    ok    (.*)$", page, re.MULTILINE)
+
+
+def test_it_prints_what_the_page_promises(board: EngineBoard, bundle: Path) -> None:
+    done = run(bundle)
+    lines = done.stdout.splitlines()
+    wanted = promised()
+    assert [line[6:].partition(":")[0] for line in lines[:-1]] == [w.partition(":")[0] for w in wanted], done.stderr
+    for line, words in zip(lines, wanted, strict=False):
+        name = words.partition(":")[0]
+        if name == "training with CUDA":
+            assert line.startswith("FAIL  training with CUDA: it ran on the CPU: onnxruntime")
+            assert "no CUDA provider" in line
+        elif name == "time-out":
+            assert line.startswith("ok    time-out:")
+        elif name not in ("board", "speed"):  # these name the board
+            assert re.fullmatch("ok    " + re.escape(words).replace(r"\.\.\.", ".+"), line), line
+    assert lines[-1] == "8 of 9 checks passed"
+    assert done.returncode == 1
+
+
+def test_an_engine_that_computes_something_else_is_no_success(board: EngineBoard, bundle: Path) -> None:
+    board.set(wrong=True)
+    lines = run(bundle).stdout.splitlines()
+    assert any(line.startswith("FAIL  build: the engine contradicts onnxruntime") for line in lines)
+
+
+def test_a_machine_without_tensorrt_is_one_line(board: EngineBoard, bundle: Path) -> None:
+    (board.site / "tensorrt.py").unlink()
+    done = run(bundle)
+    assert done.returncode == ExitCode.ENGINE
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1

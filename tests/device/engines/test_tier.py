@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune import profile_store
+from fedprune.engine_plan import EnginePlan
+from fedprune.errors import ConfigError, StorageError
+from fedprune_device import cli
+from fedprune_device.engines.tier import tier_of
+
+pytestmark = pytest.mark.board
+
+
+def asked(*options: str) -> argparse.Namespace:
+    return cli.build_parser().parse_args(["run", "--state", "s", "--data", "d.npz", *options])
+
+
+@pytest.mark.parametrize(
+    ("options", "profile", "tier", "cuda", "engines"),
+    [
+        ((), None, "onnxruntime-cpu", False, False),
+        ((), "raspberry-pi-5", "onnxruntime-cpu", False, False),
+        ((), "jetson-orin-nano", "tensorrt", True, True),
+        (("--tier", "onnxruntime-cuda"), "jetson-orin-nano", "onnxruntime-cuda", True, False),
+        (("--tier", "onnxruntime-cpu"), "jetson-orin-nano", "onnxruntime-cpu", False, False),
+        (("--tier", "tensorrt"), "generic-x86-64", "tensorrt", True, True),
+    ],
+)
+def test_the_profile_says_what_computes_unless_the_command_line_does(
+    tmp_path: Path, options: Any, profile: str | None, tier: str, cuda: bool, engines: bool
+) -> None:
+    found = tier_of(asked(*options), None if profile is None else profile_store.find(profile))
+    assert (found.name, found.cuda) == (tier, cuda)
+    keeper = found.keeper(tmp_path)
+    assert (keeper is not None) == engines
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_comes_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "engine.json"
+    with pytest.raises(StorageError, match=r"engine\.json"):
+        tier_of(asked("--engine-plan", str(path)), None)
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match=r"engine\.json"):
+        tier_of(asked("--engine-plan", str(path)), None)
+    path.write_text(EnginePlan(level=1).to_json())
+    keeper = tier_of(asked("--engine-plan", str(path), "--tier", "tensorrt"), None).keeper(tmp_path)
+    assert keeper is not None
+    assert keeper.plan.level == 1
