@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,9 +141,11 @@ class Keeper:
 
     def close(self) -> None:
         """End what is being made; nothing is wanted any more."""
-        if self._job is not None:
-            self._job.making.stop()
-        self._job, self._wanted = None, None
+        job, self._job, self._wanted = self._job, None, None
+        if job is not None:
+            job.making.stop()
+            with suppress(FedpruneError):
+                self._count(job.key, -1)  # nothing was wrong with it
         self._lock.close()
 
     def fell_back(self, error: EngineError) -> None:
@@ -181,7 +183,7 @@ class Keeper:
             if record.failures >= MOST_FAILURES:
                 raise EngineError(
                     f"{record.failures} engines failed: {record.reason}",
-                    hint="Try again: `fedprune-device build-engine`.",
+                    hint="Try again: `fedprune-device build-engine --anew`.",
                 )
         way = self._way(found, record, key)
         self._lock.enter_context(self.shelf.making())
@@ -223,6 +225,8 @@ class Keeper:
             pass  # every layer is measured then
         base = shelf.path(BASE) if way == REFIT else None
         order = Order(work, self.plan.to_json(), refittable, timings, base)
+        # It counts as failed until it is done: what takes the whole board down must not be tried for ever.
+        self._count(key, 1, "it was cut off, by lack of memory, a crash or a power cut")
         self._job = _Job(Making(shelf, order, self.plan.timeout_s), way, refittable, key, place, timings is not None)
         _LOG.info("making an engine (%s) with %s", way, found.describe())
 
@@ -247,15 +251,19 @@ class Keeper:
 
     def _failed(self, wanted: Wanted, found: Bindings, job: _Job, error: EngineError) -> None:
         """What takes new weights, or has taken them, may be wrong where a plain engine is right: build one."""
-        record = self.shelf.record(job.key)
         self._job = None
         if job.way == REFIT or (job.refittable and isinstance(error, WrongError)):
             _LOG.warning("engines that take new weights don't work here, building one that doesn't: %s", error)
-            self.shelf.keep(replace(record, refits=False))
+            self._count(job.key, -1)
+            self.shelf.keep(replace(self.shelf.record(job.key), refits=False))
             self._start(wanted, found, job.key, job.place, REBUILD)
             return
-        self.shelf.keep(replace(record, failures=record.failures + 1, reason=str(error)[:300]))
+        self._count(job.key, 0, str(error))
         raise error
+
+    def _count(self, key: str, more: int, reason: str = "") -> None:
+        record = self.shelf.record(key)
+        self.shelf.keep(replace(record, failures=max(0, record.failures + more), reason=reason[:300]))
 
     def _load(self, wanted: Wanted, found: Bindings, key: str) -> Answering:
         raw, numbers = self.shelf.read(ENGINE, key)

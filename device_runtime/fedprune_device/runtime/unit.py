@@ -129,6 +129,7 @@ class Service:
             f"MemoryMax={self.memory_max}",
             "MemorySwapMax=0",
             "OOMScoreAdjust=500",
+            "OOMPolicy=continue",  # where a child that builds an engine was too large, the agent goes on
             "TasksMax=256",
         ]
 

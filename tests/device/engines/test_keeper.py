@@ -13,7 +13,7 @@ from fedprune import step, tensorfile
 from fedprune.engine_plan import EnginePlan
 from fedprune.errors import EngineError
 from fedprune_device.engines.keeper import BUILD, MOST_FAILURES, REBUILD, REFIT, Keeper
-from fedprune_device.engines.shelf import Record
+from fedprune_device.engines.shelf import ENGINE, Record
 from fedprune_device.predictor import Predictor
 
 pytestmark = pytest.mark.board
@@ -232,6 +232,18 @@ def test_damage_on_the_disk_costs_time_alone(board: EngineBoard, name: str) -> N
     )
 
 
+def test_one_bit_is_damage_even_where_it_changes_no_answer(board: EngineBoard) -> None:
+    keeper = board.keeper()
+    assert board.answering(keeper, board.model(1))
+    path, key = board.engines / "engine.plan", str(keeper.facts["key"])
+    keeper.shelf.read(ENGINE, key)
+    raw = bytearray(path.read_bytes())
+    raw[-4] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(EngineError, match="damaged"):
+        keeper.shelf.read(ENGINE, key)
+
+
 def test_onnxruntime_takes_over_from_an_engine_that_fails(board: EngineBoard) -> None:
     wanted, keeper = board.model(1), board.keeper()
     found = board.answering(keeper, wanted)
@@ -251,6 +263,31 @@ def test_a_gpu_without_memory_is_a_reason(board: EngineBoard, monkeypatch: pytes
     keeper = board.keeper()
     assert board.answering(keeper, board.model(1)) is None
     assert "cudaMalloc failed: out of memory (2)" in keeper.status
+
+
+def test_a_build_that_takes_the_agent_down_is_not_tried_for_ever(board: EngineBoard) -> None:
+    board.set(sleep=600)
+    for _ in range(MOST_FAILURES):
+        keeper = board.keeper()
+        keeper.want(board.model(1))
+        keeper.turn()
+        assert keeper._job is not None
+        keeper._job.making.stop()
+        keeper._lock.close()  # with the process goes the lock, and nothing else is said
+    keeper = board.keeper()
+    assert board.answering(keeper, board.model(1)) is None
+    assert "it was cut off" in keeper.status
+
+
+def test_stopping_an_agent_is_no_failure(board: EngineBoard) -> None:
+    board.set(sleep=600)
+    for _ in range(MOST_FAILURES + 1):
+        keeper = board.keeper()
+        keeper.want(board.model(1))
+        keeper.turn()
+        keeper.close()
+    board.set()
+    assert board.answering(board.keeper(), board.model(1))
 
 
 def test_two_processes_dont_make_engines_at_once(board: EngineBoard) -> None:
