@@ -401,6 +401,8 @@ class _Behaviours:
     def IExecutionContext_execute_async_v3(double: Double, own: Any, stream_handle: int) -> bool:
         if double.setting("run_fails"):
             return False
+        if double.setting("run_raises"):
+            raise RuntimeError("Error Code 1: Cuda Runtime (an illegal memory access was encountered)")
         state, feeds = own.state, {}
         for name, shape in state.shapes.items():
             array = np.empty(shape, _dtype(own, name))
@@ -414,6 +416,21 @@ class _Behaviours:
         return True
 
     # New weights
+
+    @staticmethod
+    def Refitter_init(double: Double, own: Any) -> None:
+        if double.setting("no_refitter"):
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    @staticmethod
+    def Builder_init(double: Double, own: Any) -> None:
+        if double.setting("no_builder"):
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    @staticmethod
+    def Runtime_init(double: Double, own: Any) -> None:
+        if double.setting("no_runtime"):
+            raise TypeError("pybind11::init(): factory function returned nullptr")
 
     @staticmethod
     def OnnxParserRefitter_refit_from_file(double: Double, own: Any, model: str) -> bool:
@@ -481,10 +498,16 @@ int cudaMemGetInfo(size_t *f, size_t *t) { *f = 1L << 31; *t = 1L << 32; return 
 int cudaMalloc(void **p, size_t n) {
   if ((long)n > number("DOUBLE_MEMORY", 1L << 40)) return 2; *p = malloc(n); return 0; }
 int cudaFree(void *p) { free(p); return 0; }
+static struct { void *a; const void *b; size_t n; } later[64];
+static int waiting;
 int cudaMemcpyAsync(void *a, const void *b, size_t n, int k, void *s) {
-  if (!s || (k != 1 && k != 2)) return 1; memcpy(a, b, n); return 0; }
+  if (!s || (k != 1 && k != 2) || waiting == 64) return 1;
+  if (k == 1) { memcpy(a, b, n); return 0; }
+  later[waiting].a = a; later[waiting].b = b; later[waiting++].n = n; return 0; }
 int cudaStreamCreate(void **s) { *s = malloc(1); return 0; }
-int cudaStreamSynchronize(void *s) { return s ? 0 : 1; }
+int cudaStreamSynchronize(void *s) {
+  for (int i = 0; i < waiting; i++) memcpy(later[i].a, later[i].b, later[i].n);
+  waiting = 0; return s ? 0 : 1; }
 int cudaStreamDestroy(void *s) { free(s); return 0; }
 const char *cudaGetErrorString(int c) {
   return c == 2 ? "out of memory" : c == 35 ? "driver too old" : "invalid value"; }

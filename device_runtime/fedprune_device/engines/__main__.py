@@ -22,6 +22,7 @@ from fedprune.engine_plan import EnginePlan
 from fedprune.errors import ExitCode, FedpruneError
 from fedprune_device import durable
 from fedprune_device.engines import bindings
+from fedprune_device.engines.bindings import Complaints
 from fedprune_device.engines.build import build, refit
 from fedprune_device.engines.engine import Engine
 from fedprune_device.engines.making import Order
@@ -53,12 +54,15 @@ def _make(order: Order) -> dict[str, Any]:
     plan, folder = EnginePlan.from_json(order.plan.encode()), order.folder
     graph = folder / plan.graph
     began = time.monotonic()
-    if order.base is not None:
-        made = refit(found, order.base.read_bytes(), graph)
-    else:
-        timings = b"" if order.timings is None else order.timings.read_bytes()
-        made, timings = build(found, graph, plan, refittable=order.refittable, timings=timings, tell=_Voice())
-        durable.write(folder / "timing.cache", timings)
+    complaints = Complaints()
+    with complaints.told("TensorRT failed"):
+        if order.base is not None:
+            made = refit(found, complaints, order.base.read_bytes(), graph)
+        else:
+            known = b"" if order.timings is None else order.timings.read_bytes()
+            voice, refittable = _Voice(), order.refittable
+            made, known = build(found, complaints, graph, plan, refittable=refittable, timings=known, tell=voice)
+            durable.write(folder / "timing.cache", known)
     durable.write(folder / "engine.plan", made)
     seconds = time.monotonic() - began
     engine = Engine(found, made)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +119,23 @@ class Complaints:
     def take(self, message: str) -> None:
         """Note an error."""
         self.lines = [*self.lines, reason(Exception(message))][-_MOST_LINES:]
+
+    @contextmanager
+    def told(self, what: str) -> Iterator[None]:
+        """Turn what the bindings raise, a TypeError for an object that TensorRT didn't make, into an error of ours.
+
+        Args:
+            what: What failed.
+
+        Raises:
+            EngineError: They raised something.
+        """
+        try:
+            yield
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(what, got=self.lines[-1] if self.lines else reason(error)) from error
 
     def error(self, what: str) -> EngineError:
         """An error with the last complaint."""

@@ -15,12 +15,20 @@ Tell = Callable[[str], None]
 
 
 def build(
-    bindings: Bindings, graph: Path, plan: EnginePlan, *, refittable: bool, timings: bytes, tell: Tell
+    bindings: Bindings,
+    complaints: Complaints,
+    graph: Path,
+    plan: EnginePlan,
+    *,
+    refittable: bool,
+    timings: bytes,
+    tell: Tell,
 ) -> tuple[bytes, bytes]:
     """Build an engine.
 
     Args:
         bindings: The board's TensorRT.
+        complaints: Takes what TensorRT says of failures.
         graph: The graph; its weights are external data beside it, which the parser looks for there.
         plan: How.
         refittable: Whether it is to take new weights later.
@@ -33,7 +41,7 @@ def build(
     Raises:
         EngineError: TensorRT doesn't take the graph, or can't build it within the plan's limits.
     """
-    trt, complaints = bindings.trt, Complaints()
+    trt = bindings.trt
     logger = complaints.logger(trt)
     builder = trt.Builder(logger)
     kinds = trt.NetworkDefinitionCreationFlag
@@ -70,11 +78,12 @@ def build(
     return bytes(built), bytes(config.get_timing_cache().serialize())
 
 
-def refit(bindings: Bindings, base: bytes, graph: Path) -> bytes:
+def refit(bindings: Bindings, complaints: Complaints, base: bytes, graph: Path) -> bytes:
     """Give an engine the weights of another file of the same graph.
 
     Args:
         bindings: The board's TensorRT.
+        complaints: Takes what TensorRT says of failures.
         base: An engine that was built to take new weights.
         graph: The graph, with the new weights beside it.
 
@@ -84,7 +93,7 @@ def refit(bindings: Bindings, base: bytes, graph: Path) -> bytes:
     Raises:
         EngineError: TensorRT refuses, or a weight isn't found in the file.
     """
-    trt, complaints = bindings.trt, Complaints()
+    trt = bindings.trt
     logger = complaints.logger(trt)
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(base)

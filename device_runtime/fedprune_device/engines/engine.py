@@ -33,30 +33,16 @@ class Engine:
     """
 
     def __init__(self, bindings: Bindings, raw: bytes) -> None:
-        trt, self._complaints = bindings.trt, Complaints()
-        self._logger = self._complaints.logger(trt)
-        self._runtime = trt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(raw)
-        if self._engine is None:
-            raise self._complaints.error("TensorRT doesn't load the engine")
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise self._complaints.error("there is no memory to run the engine in")
+        self._complaints = Complaints()
         self._dtypes: dict[str, np.dtype[Any]] = {}
-        self.inputs: dict[str, tuple[str, tuple[int | str | None, ...]]] = {}
-        outputs = []
         self._batch: tuple[int, int] | None = None
-        for i in range(self._engine.num_io_tensors):
-            name = str(self._engine.get_tensor_name(i))
-            kind = self._engine.get_tensor_dtype(name).name
-            if kind not in _TYPES:
-                raise EngineError(f"tensor {name} of the engine", expected=" or ".join(_TYPES), got=kind)
-            self._dtypes[name] = np.dtype(_TYPES[kind])
-            if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
-                self._add_input(name)
-            else:
-                outputs.append(name)
-        self.outputs = tuple(outputs)
+        self.inputs: dict[str, tuple[str, tuple[int | str | None, ...]]] = {}
+        self.outputs: tuple[str, ...] = ()
+        self._runtime: Any = None
+        self._engine: Any = None
+        self._context: Any = None
+        with self._complaints.told("the engine can't be loaded"):
+            self._load(bindings.trt, raw)
         self._stream = Stream(bindings.cuda)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
@@ -82,7 +68,8 @@ class Engine:
             filled = {
                 n: np.concatenate([v, np.zeros((wanted - count, *v.shape[1:]), v.dtype)]) for n, v in part.items()
             }
-            parts.append({n: v[:count] for n, v in self._run(filled).items()})
+            with self._complaints.told("the engine failed"):
+                parts.append({n: v[:count] for n, v in self._run(filled).items()})
         names = list(outputs) if outputs is not None else list(self.outputs)
         return {n: np.concatenate([p[n] for p in parts]) for n in names}
 
@@ -90,6 +77,26 @@ class Engine:
         """Give its memory back."""
         self._stream.close()
         self._context = self._engine = self._runtime = None
+
+    def _load(self, trt: Any, raw: bytes) -> None:
+        self._logger = self._complaints.logger(trt)
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(raw)
+        if self._engine is None:
+            raise self._complaints.error("TensorRT doesn't load the engine")
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise self._complaints.error("there is no memory to run the engine in")
+        for i in range(self._engine.num_io_tensors):
+            name = str(self._engine.get_tensor_name(i))
+            kind = self._engine.get_tensor_dtype(name).name
+            if kind not in _TYPES:
+                raise EngineError(f"tensor {name} of the engine", expected=" or ".join(_TYPES), got=kind)
+            self._dtypes[name] = np.dtype(_TYPES[kind])
+            if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+                self._add_input(name)
+            else:
+                self.outputs = (*self.outputs, name)
 
     def _add_input(self, name: str) -> None:
         shape = tuple(self._engine.get_tensor_shape(name))

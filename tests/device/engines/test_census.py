@@ -99,14 +99,25 @@ def test_every_call_has_been_made_with_arguments_that_fit(board: EngineBoard, tm
     found = bindings.find()
     with pytest.raises(Exception, match="TensorRT doesn't take the graph"):
         build.build(
-            found, tmp_path / "inference.onnx", EnginePlan(), refittable=False, timings=b"", tell=lambda _: None
+            found,
+            bindings.Complaints(),
+            tmp_path / "inference.onnx",
+            EnginePlan(),
+            refittable=False,
+            timings=b"",
+            tell=lambda _: None,
         )
     plan = EnginePlan(precision="float16", batch=(1, 1, 4))
     assert board.answering(board.keeper(plan), board.model(1))
     if found.refits:
         board.set(refit_refused=True)
         with pytest.raises(Exception, match="no such weights"):
-            refit(found, (board.engines / "base.plan").read_bytes(), board.model(2).folder / "inference.onnx")
+            refit(
+                found,
+                bindings.Complaints(),
+                (board.engines / "base.plan").read_bytes(),
+                board.model(2).folder / "inference.onnx",
+            )
     called = {c.partition(".")[2] for c in board.calls() if not c.startswith("built")}
     ours = set(OURS).union(*(defined(t) for t in trees().values()))
     used = set().union(*(attributes(t) for t in trees().values())) - ours

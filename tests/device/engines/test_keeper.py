@@ -119,7 +119,7 @@ def test_each_way_is_measured_once_and_then_the_faster_one_taken(
     assert keeper.facts["way"] == way
 
 
-@pytest.mark.parametrize("setting", ["refitted_wrong", "refit_refused", "missing"])
+@pytest.mark.parametrize("setting", ["refitted_wrong", "refit_refused", "missing", "no_refitter"])
 def test_a_bad_refit_never_answers_and_is_not_tried_again(board: EngineBoard, setting: str) -> None:
     keeper = board.keeper()
     assert board.answering(keeper, board.model(1))
@@ -132,7 +132,8 @@ def test_a_bad_refit_never_answers_and_is_not_tried_again(board: EngineBoard, se
             Predictor(wanted.folder, session=found).predict(X), wanted.predictor.predict(X), rtol=1e-6
         )
         assert keeper.facts["way"] == REBUILD
-    assert board.calls().count("OnnxParserRefitter.refit_from_file") == 1
+    tries = board.calls().count("OnnxParserRefitter.refit_from_file")
+    assert tries == (0 if setting == "no_refitter" else 1)
 
 
 def test_where_refittable_engines_compute_something_else_plain_ones_are_built(board: EngineBoard) -> None:
@@ -244,11 +245,26 @@ def test_one_bit_is_damage_even_where_it_changes_no_answer(board: EngineBoard) -
         keeper.shelf.read(ENGINE, key)
 
 
-def test_onnxruntime_takes_over_from_an_engine_that_fails(board: EngineBoard) -> None:
+@pytest.mark.parametrize("setting", ["no_builder", "no_runtime"])
+def test_what_the_bindings_raise_is_a_reason(board: EngineBoard, setting: str) -> None:
+    board.set(**{setting: True})
+    keeper = board.keeper()
+    assert board.answering(keeper, board.model(1)) is None
+    assert "factory function returned nullptr" in keeper.status
+    assert "Traceback" not in keeper.status
+    board.set()
+    assert board.answering(keeper, board.model(1))
+    board.set(**{setting: True})
+    found = board.answering(board.keeper(), board.model(1))
+    assert (found is None) == (setting == "no_runtime")
+
+
+@pytest.mark.parametrize("setting", ["run_fails", "run_raises"])
+def test_onnxruntime_takes_over_from_an_engine_that_fails(board: EngineBoard, setting: str) -> None:
     wanted, keeper = board.model(1), board.keeper()
     found = board.answering(keeper, wanted)
     assert found is not None
-    board.set(run_fails=True)
+    board.set(**{setting: True})
     engine = Predictor(wanted.folder, session=found)
     np.testing.assert_array_equal(engine.predict(X), wanted.predictor.predict(X))
     assert keeper.status.startswith("onnxruntime (the engine failed")
