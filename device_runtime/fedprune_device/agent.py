@@ -59,6 +59,7 @@ class Agent:
         probe: What the board measured of itself.
         care: Lets training wait while the board is too hot.
         alone: Seconds after which it trains without its server; 0 for never (`Alone`).
+        serves: Says what answers predictions, for the server; empty where that is nothing special.
         clock: Seconds that only grow.
     """
 
@@ -77,13 +78,15 @@ class Agent:
         probe: ProbeReport | None = None,
         care: Care | None = None,
         alone: float = 0.0,
+        serves: Callable[[], str] = lambda: "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device, self._topics = device, Topics(site)
         self._store, self._link = store, link
         self._outbox = Outbox(device, self._topics, link, Serve(store.blobs))
         self._data, self._profile, self._care, self._clock = data, profile, care, clock
-        self._greeting = Greeting(device, profile_name or (profile.name if profile is not None else ""), probe)
+        known = profile_name or (profile.name if profile is not None else "")
+        self._greeting = Greeting(device, known, probe, serves)
         trainer = LoadedTrainer(threads, cuda=cuda)
         self._bench = Workbench(device, store.blobs, store.slots, data, trainer, store.own)
         self._alone = Alone(device, store, data, threads, alone, care, cuda=cuda)

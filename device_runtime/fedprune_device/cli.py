@@ -131,6 +131,7 @@ def _run(arguments: argparse.Namespace) -> int:
     profile = _profile(arguments.profile)
     tier = tier_of(arguments, profile)
     address = local_address(arguments)
+    keeper = None if address is None else tier.keeper(arguments.state)
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     owner = Owner(arguments.device, arguments.site)
@@ -147,7 +148,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 data,
                 lambda: (agents[0].standing if agents else Standing()).to_dict(),
                 cuda=tier.cuda,
-                keeper=tier.keeper(arguments.state),
+                keeper=keeper,
             )
         )
         member = membership(arguments, insecure=arguments.insecure)
@@ -187,6 +188,7 @@ def _run(arguments: argparse.Namespace) -> int:
             probe=report,
             care=care,
             alone=3600 * arguments.train_alone,
+            serves=lambda: "" if keeper is None else keeper.status,
         )
         agents.append(agent)
         signal.signal(signal.SIGTERM, lambda *_: agent.stop())

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 
 from fedprune import __version__, session
 from fedprune.probe_report import ProbeReport
+from fedprune.wire.fields import one_line
 from fedprune.wire.messages import Birth, Offer, Update
 from fedprune_device.source import Samples
 
 AGAIN_S = 60.0
-"""How soon a board greets again because it has other samples than it said."""
+"""How soon a board greets again because something else is true than it said."""
+
+_LONGEST = 150
+"""Characters of what is said of who answers predictions."""
 
 
 class Greeting:
@@ -20,11 +25,14 @@ class Greeting:
         device: The device's name.
         profile_name: What the server is told the board is.
         probe: What it measured of itself.
+        serves: Says what answers predictions, and why; empty where that is nothing special.
     """
 
-    def __init__(self, device: str, profile_name: str, probe: ProbeReport | None) -> None:
-        self._device, self._profile_name, self._probe = device, profile_name, probe
-        self._samples = 0
+    def __init__(
+        self, device: str, profile_name: str, probe: ProbeReport | None, serves: Callable[[], str] = lambda: ""
+    ) -> None:
+        self._device, self._profile_name, self._probe, self._serves = device, profile_name, probe, serves
+        self._samples, self._served = 0, ""
         self._at = 0.0
 
     def birth(self, number: int, samples: int, held: Offer | Update | None, now: float) -> Birth:
@@ -36,17 +44,18 @@ class Greeting:
             held: What the board works on, or still has to deliver.
             now: The time.
         """
-        self._samples, self._at = samples, now
+        self._samples, self._served, self._at = samples, self._serves(), now
+        served = f", predicts with {one_line(self._served, _LONGEST)}" if self._served else ""
         return Birth(
             self._device,
             number,
             self._profile_name,
             samples,
-            f"fedprune {__version__}, onnxruntime {session.version()}, Python {platform.python_version()}",
+            f"fedprune {__version__}, onnxruntime {session.version()}, Python {platform.python_version()}{served}",
             self._probe.to_dict() if self._probe is not None else None,
             None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
         )
 
     def outdated(self, source: Samples, now: float) -> bool:
-        """Whether the server should hear of another number of samples now; counted no more often than it may."""
-        return now >= self._at + AGAIN_S and source.samples != self._samples
+        """Whether the server should hear of other samples, or of what else predicts; looked at now and then."""
+        return now >= self._at + AGAIN_S and (source.samples != self._samples or self._serves() != self._served)

@@ -129,10 +129,11 @@ class Keeper:
             return None
         try:
             found = self._go_on(wanted)
-        except FedpruneError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, onnxruntime goes on answering
+            known = error if isinstance(error, FedpruneError) else EngineError(f"unexpected: {error!r}"[:300])
             self.close()
-            self.status, self.error = f"onnxruntime ({error})", error
-            _LOG.warning("no engine answers, but onnxruntime: %s", error)
+            self.status, self.error = f"onnxruntime ({known})", known
+            _LOG.warning("no engine answers, but onnxruntime: %s", known, exc_info=known is not error)
             return None
         if found is not None:
             self.close()

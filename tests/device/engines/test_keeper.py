@@ -12,6 +12,7 @@ from tensorrt_double import VERSIONS
 from fedprune import step, tensorfile
 from fedprune.engine_plan import EnginePlan
 from fedprune.errors import EngineError
+from fedprune_device.engines.bindings import Bindings
 from fedprune_device.engines.keeper import BUILD, MOST_FAILURES, REBUILD, REFIT, Keeper
 from fedprune_device.engines.shelf import ENGINE, Record
 from fedprune_device.predictor import Predictor
@@ -392,6 +393,19 @@ def test_a_tensorrt_that_cant_be_loaded_is_a_reason(board: EngineBoard) -> None:
     keeper = board.keeper()
     assert board.answering(keeper, board.model(1)) is None
     assert "libnvinfer.so.10" in keeper.status
+
+
+def test_a_bug_of_ours_is_a_reason_and_not_said_twice_a_second(
+    board: EngineBoard, caplog: pytest.LogCaptureFixture
+) -> None:
+    def find() -> Bindings:
+        raise ZeroDivisionError("nobody thought of this")
+
+    keeper = Keeper(board.engines, EnginePlan(), find, lambda _: board.place)
+    assert board.answering(keeper, board.model(1)) is None
+    assert keeper.turn() is None
+    assert "nobody thought of this" in keeper.status
+    assert caplog.text.count("Traceback") == 1
 
 
 def test_progress_is_told(board: EngineBoard) -> None:

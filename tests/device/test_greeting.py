@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from fedprune.wire.messages import Birth, parse
+from fedprune_device.greeting import AGAIN_S, Greeting
+
+pytestmark = pytest.mark.board
+
+
+class Samples:
+    samples = 3
+
+
+def test_the_server_hears_what_predicts_and_when_that_changes() -> None:
+    status = ["onnxruntime (an engine is being made)"]
+    greeting = Greeting("d", "jetson-thor", None, lambda: status[0])
+    assert greeting.birth(1, 3, None, 0.0).software.endswith("predicts with onnxruntime (an engine is being made)")
+    samples: object = Samples()
+    assert not greeting.outdated(samples, AGAIN_S)  # type: ignore[arg-type]
+    status[0] = "TensorRT 10.3.0, float32"
+    assert not greeting.outdated(samples, AGAIN_S - 1)  # type: ignore[arg-type]
+    assert greeting.outdated(samples, AGAIN_S)  # type: ignore[arg-type]
+    greeting.birth(1, 3, None, AGAIN_S)
+    assert not greeting.outdated(samples, 3 * AGAIN_S)  # type: ignore[arg-type]
+
+
+def test_a_long_or_strange_reason_still_makes_a_message() -> None:
+    birth = Greeting("d", "jetson-thor", None, lambda: "onnxruntime (\x1b[31m\n" + "x" * 4000).birth(1, 3, None, 0.0)
+    assert isinstance(parse(birth.to_bytes()), Birth)
+
+
+def test_a_board_without_engines_says_nothing_of_them() -> None:
+    assert "predicts" not in Greeting("d", "raspberry-pi-5", None).birth(1, 3, None, 0.0).software
