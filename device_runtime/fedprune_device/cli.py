@@ -147,7 +147,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 arguments,
                 data,
                 lambda: (agents[0].standing if agents else Standing()).to_dict(),
-                cuda=tier.cuda,
+                cuda=tier.cuda and keeper is None,  # what an engine is measured by must not share its faults
                 keeper=keeper,
             )
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 TIERS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt")
 """What a board computes with, as far as it works there: with the first all on its processor, with the second all on its
-GPU, with the third predictions in TensorRT engines and the rest on the GPU."""
+GPU, with the third predictions in TensorRT engines and the rest on the GPU; where it doesn't, on the processor."""
 
 
 def _figure(doc: str, unit: str, low: float, high: float, *, optional: bool = False) -> Any:

@@ -40,7 +40,7 @@ class Wanted:
     """A model for which an engine is wanted.
 
     Attributes:
-        predictor: The model in onnxruntime: the measure of the engine, and what answers in its place.
+        predictor: The model in onnxruntime, on the CPU: the measure of the engine, and what answers in its place.
         folder: Where its graph and weights lie.
         weights: sha256 of the weights.
     """
