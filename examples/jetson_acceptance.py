@@ -74,7 +74,7 @@ class Acceptance:
         place, device = here(found), found.device
         shared = "shared" if device.shared_memory else "its own"
         memory = f"{device.memory_total / 1e9:.1f} GB of memory ({shared})"
-        return f"{place.board}, L4T {place.l4t}, sm {place.sm}, {memory}; {found.describe()}"
+        return f"{place.board or 'unknown'}, L4T {place.l4t or 'none'}, sm {place.sm}, {memory}; {found.describe()}"
 
     def build(self) -> str:
         self.first = self.model(0)
