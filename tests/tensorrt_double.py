@@ -290,6 +290,7 @@ class _Behaviours:
     @staticmethod
     def IOptimizationProfile_set_shape(double: Double, own: Any, input: str, min: Any, opt: Any, max: Any) -> None:  # noqa: A002
         own.state.shapes[input] = [list(min), list(opt), list(max)]
+        double.note(f"shapes {own.state.shapes[input]}")
 
     @staticmethod
     def IBuilderConfig_add_optimization_profile(double: Double, own: Any, profile: Any) -> int:

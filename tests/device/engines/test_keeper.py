@@ -363,9 +363,10 @@ def test_precision_is_the_plans(board: EngineBoard, precision: str) -> None:
 
 
 def test_a_batch_is_split_into_what_the_engine_takes_and_filled_up(board: EngineBoard) -> None:
-    keeper, wanted = board.keeper(EnginePlan(batch=(2, 2, 4))), board.model(1)
+    keeper, wanted = board.keeper(EnginePlan(batch=(2, 3, 4))), board.model(1)
     found = board.answering(keeper, wanted)
     assert found is not None, keeper.status
+    assert "shapes [[2, 6], [3, 6], [4, 6]]" in board.calls()
     expected = wanted.predictor.predict(X)
     for count in (0, 1, 2, 4, 5, 9):
         out = found.run({step.X: X[:count]})[step.LOGITS]
