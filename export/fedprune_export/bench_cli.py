@@ -10,6 +10,7 @@ from fedprune import profile_store
 from fedprune.bundle import Bundle, open_bundle
 from fedprune.cli import whole_number
 from fedprune.errors import ExitCode, UsageError
+from fedprune.precision import FLOAT32
 from fedprune.prediction import predict
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
@@ -94,8 +95,9 @@ def _measure(bundle: Bundle, arguments: argparse.Namespace) -> list[Measurement]
                 tell(f"training, {batch} samples, {threads} threads")
                 out.append(watch.training_step(batch, threads))
             for batch in arguments.batch or tuple(sorted({1, usual})):
-                tell(f"predicting, {batch} samples, {threads} threads")
-                out.append(watch.prediction(batch, threads))
+                for precision in (FLOAT32, *bundle.precisions):
+                    tell(f"predicting with {precision}, {batch} samples, {threads} threads")
+                    out.append(watch.prediction(batch, threads, precision))
         return out
 
 
@@ -103,8 +105,10 @@ def _predicted(
     measured: Measurement, bundle: Bundle, profile: HardwareProfile, probe: ProbeReport | None
 ) -> tuple[float | None, float | None]:
     """Seconds and bytes that the planner expects of what was measured, as far as it says."""
-    from fedprune_export.stopwatch import STEP
+    from fedprune_export.stopwatch import PREDICTION, STEP
 
+    if measured.what not in (STEP, PREDICTION):
+        return None, None  # the planner knows float32
     batch = measured.batch
     recipe = Recipe.from_dict({**bundle.recipe.to_dict(), "batch_size": batch, "accumulate": 1})
     said = predict(bundle.architecture, bundle.selection.widths, profile, recipe, batch, probe=probe)

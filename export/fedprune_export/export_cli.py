@@ -14,6 +14,7 @@ from fedprune.cli import seconds, whole_number
 from fedprune.engine_plan import EnginePlan
 from fedprune.errors import BundleError, DataError, ExitCode, FedpruneError, ModelError, UsageError
 from fedprune.plan import DENSITIES, plan
+from fedprune.precision import INT8
 from fedprune.prediction import predict
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
@@ -26,6 +27,7 @@ from fedprune_export import terminal
 from fedprune_export.options import (
     MODEL_HELP,
     add_model_options,
+    add_precision_option,
     add_probe_option,
     add_profiles_option,
     add_recipe_options,
@@ -41,6 +43,7 @@ from fedprune_export.options import (
 if TYPE_CHECKING:  # heavy imports wait until the command line is known to make sense
     from fedprune_export.imported import Model
     from fedprune_export.labelled_data import LabelledData
+    from fedprune_export.precision import Trial
     from fedprune_export.report import Accuracy, Report
 
 _SCORERS = ("ordered", "magnitude")
@@ -77,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, metavar="FILE.npz", help="samples to measure the model on, whole and as cut: x and y"
     )
+    add_precision_option(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_probe_option(parser)
     add_model_options(parser)
@@ -179,6 +183,8 @@ def _print_report(report: Report, out: Path) -> None:
         a = report.accuracy
         print(f"{a.measure} on {a.samples:,} samples, untrained: {shown(a, a.before)} -> {shown(a, a.after)}")
     print(f"parity with the masked model: {report.parity:.1e}")
+    for trial in report.trials:
+        print(f"{trial.lowered.precision}: {trial.describe()}")
     if report.advice:
         print(f"second tier: {report.advice}")
     for note in report.model.notes:
@@ -194,6 +200,8 @@ class _Job:
         self.profiles = [profile_store.chosen(name, arguments.profiles) for name in targets(arguments.target)]
         self.recipe: Recipe = read_recipe(arguments)
         self.probe: ProbeReport | None = read_probe(arguments)
+        if INT8 in arguments.precision and arguments.data is None:
+            raise UsageError("--precision int8", expected="--data, too: samples that show what activations are like")
         if self.probe is not None and len(self.profiles) > 1:
             raise UsageError("--probe is of one board", expected="one --target", got=len(self.profiles))
         self.begun = False
@@ -274,6 +282,9 @@ class _Job:
         error = parity(model, selection, files)
         tell("trying a training step")
         try_step(model, recipe, files)
+        trials = self._trials(selection.widths, files, tell)
+        for trial in trials:
+            files |= trial.files
         sizes = {n: len(raw) for n, raw in files.items()}
         report = Report(
             model,
@@ -286,6 +297,7 @@ class _Job:
             error,
             self._accuracy(selection),
             profile.advice,
+            trials,
         )
         files["report.json"] = (json.dumps(report.to_dict(), indent=2) + "\n").encode()
         files["report.md"] = report.to_markdown().encode()
@@ -297,6 +309,17 @@ class _Job:
             self.replaced.append(out)
         write_bundle(out, files, selection, recipe, profile.name, tuple(arguments.class_names))
         return report
+
+    def _trials(
+        self, widths: tuple[int, ...], files: dict[str, bytes], tell: Callable[[str], None]
+    ) -> tuple[Trial, ...]:
+        if not self.arguments.precision:
+            return ()
+        from fedprune_export.precision import Trials
+
+        tell("lowering")
+        trials = Trials(self.model, widths, files, self.data)
+        return tuple(trials.of(p) for p in self.arguments.precision)
 
     def _accuracy(self, selection: Selection) -> Accuracy | None:
         if self.data is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedprune.cli import whole_number
 from fedprune.errors import ConfigError, ModelError, ProfileError, UsageError, remedy
+from fedprune.precision import PRECISIONS
 from fedprune.probe_report import ProbeReport
 from fedprune.recipe import Recipe
 
@@ -106,6 +107,26 @@ def add_profiles_option(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a folder of own profiles that --target takes by name; repeatable",
     )
+
+
+def add_precision_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says at which lower precisions a bundle can predict, too."""
+    parser.add_argument(
+        "--precision",
+        type=precisions,
+        default=(),
+        metavar="P,P",
+        help=f"lower precisions to predict at, too: {', '.join(PRECISIONS)}; int8 needs --data",
+    )
+
+
+def precisions(text: str) -> tuple[str, ...]:
+    """Names of lower precisions, separated by commas, each once."""
+    found = tuple(dict.fromkeys(names(text)))
+    wrong = next((n for n in found if n not in PRECISIONS), None)
+    if wrong is not None:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(PRECISIONS)}, got {wrong!r}")
+    return found
 
 
 def add_probe_option(parser: argparse.ArgumentParser) -> None:

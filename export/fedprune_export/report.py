@@ -14,6 +14,7 @@ from fedprune.prediction import Prediction
 from fedprune.selection import Selection
 from fedprune_export.imported import Model
 from fedprune_export.parity import SAMPLES
+from fedprune_export.precision import Trial
 from fedprune_export.terminal import amount
 
 
@@ -117,6 +118,7 @@ class Report:
             masked, relative to the largest output.
         accuracy: On given data, if any was given.
         advice: What to do on a board of the second tier; empty on others.
+        trials: The lower precisions that the bundle has, too.
     """
 
     model: Model
@@ -129,6 +131,7 @@ class Report:
     parity: float
     accuracy: Accuracy | None = None
     advice: str = ""
+    trials: tuple[Trial, ...] = ()
 
     @property
     def before(self) -> Costs:
@@ -206,9 +209,15 @@ class Report:
             ],
             "plan": self.plan.to_dict(),
             "parity": {"samples": SAMPLES, "max_relative_error": self.parity},
+            "precisions": [t.to_dict() for t in self.trials],
             "files": dict(self.sizes),
             "notes": list(self.model.notes),
         }
+
+    def _precisions(self) -> list[str]:
+        """The section on lower precisions, if there are any."""
+        lines = [f"- **{t.lowered.precision}**: {_line(t.describe())}" for t in self.trials]
+        return ["## Lower precision", "", *lines, ""] if lines else []
 
     def to_markdown(self) -> str:
         """As a page to read."""
@@ -239,6 +248,7 @@ class Report:
             f"On {SAMPLES} random inputs the bundle differs from the whole model with the lost channels masked",
             f"by at most {self.parity:.1e} of the largest output.",
             "",
+            *self._precisions(),
             "## Channel groups",
             "",
             f"Channels were ranked by `{self.scorer}`.",

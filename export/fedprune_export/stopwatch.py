@@ -16,6 +16,7 @@ import numpy as np
 from fedprune import step, tensorfile
 from fedprune.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle
 from fedprune.errors import ModelError
+from fedprune.precision import FLOAT32, graph_file
 from fedprune.session import Session
 from fedprune_export.bundle_graph import inference_graph
 from fedprune_export.step_feeds import random_labels, step_feeds
@@ -95,10 +96,16 @@ class Stopwatch:
         feeds = step_feeds(inputs, bundle.recipe, tensors, x, y, outputs)
         return self._measured(STEP, path, feeds, batch, threads)
 
-    def prediction(self, batch: int, threads: int) -> Measurement:
-        """Time a prediction of random samples; arguments and errors are those of `training_step`."""
+    def prediction(self, batch: int, threads: int, precision: str = FLOAT32) -> Measurement:
+        """Time a prediction of random samples, at a precision that the bundle has.
+
+        Other arguments and errors are those of `training_step`.
+        """
         feeds = sample_feeds(self._graph, batch)
-        return self._measured(PREDICTION, self._bundle.path(INFERENCE), feeds, batch, threads)
+        lower = precision != FLOAT32
+        what = f"{PREDICTION}, {precision}" if lower else PREDICTION
+        graph = self._bundle.path(graph_file(precision) if lower else INFERENCE)
+        return self._measured(what, graph, feeds, batch, threads)
 
     def _measured(self, what: str, graph: Path, feeds: dict[str, Any], batch: int, threads: int) -> Measurement:
         with tempfile.TemporaryDirectory(prefix="fedprune-") as name:

@@ -12,6 +12,7 @@ import numpy as np
 from fedprune import step, tensorfile
 from fedprune.bundle import FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
 from fedprune.errors import BundleError, ModelError, TrainingError
+from fedprune.precision import files_of, graph_file, lowered_weights, prepare_file, weights_file
 from fedprune.session import Session
 from fedprune_export.bundle_graph import check_origin, inference_graph
 from fedprune_export.graph import Graph
@@ -55,14 +56,17 @@ def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
         TrainingError: The training step computes nonsense.
     """
     bundle = open_bundle(folder)
-    size = sum(bundle.path(n).stat().st_size for n in FILES)
-    yield Check("files", f"{len(FILES)} files of {size:,} bytes are as they were exported")
+    files = (*FILES, *(n for p in bundle.precisions for n in files_of(p)))
+    size = sum(bundle.path(n).stat().st_size for n in files)
+    yield Check("files", f"{len(files)} files of {size:,} bytes are as they were exported")
     trial = _Trial(bundle)
     yield Check("weights", trial.check_weights())
     yield Check("inference", trial.check_inference())
     yield Check("training", trial.check_step())
     yield Check("descent", trial.check_descent())
     yield Check("agreement", trial.check_agreement())
+    for precision in bundle.precisions:
+        yield Check(precision, trial.check_precision(precision))
     if model is not None:
         yield Check("model", check_model(bundle, model))
 
@@ -186,6 +190,30 @@ class _Trial:
                 hint="Export the bundle again.",
             )
         return f"the inference graph's logits give the same loss to {abs(mine - self.loss):.1e}"
+
+    def check_precision(self, precision: str) -> str:
+        """The lowered weights are what the bundle's own graph makes of the weights; its predictions are finite."""
+        bundle = self.bundle
+        held = tensorfile.load(bundle.path(weights_file(precision)))
+        made = tensorfile.decode(lowered_weights(bundle.folder, precision, self.tensors))
+        for name in (*made, *held):
+            mine, theirs = made.get(name), held.get(name)
+            if mine is None or theirs is None or mine.dtype != theirs.dtype or mine.shape != theirs.shape:
+                raise BundleError(
+                    f"{weights_file(precision)}: tensor {name} is not what {prepare_file(precision)} makes"
+                )
+            # Another processor may round a number to its neighbour.
+            one = 1.0 if mine.dtype.kind in "iu" else 0.0
+            if not np.allclose(mine.astype(np.float64), theirs.astype(np.float64), rtol=1e-3, atol=one + 1e-6):
+                raise BundleError(
+                    f"{weights_file(precision)}: tensor {name} is not of these weights", hint="Export the bundle again."
+                )
+        whole = Session(bundle.path(INFERENCE)).run({step.X: self.x})[step.LOGITS]
+        logits = Session(bundle.path(graph_file(precision))).run({step.X: self.x})[step.LOGITS]
+        if logits.shape != whole.shape or not np.isfinite(logits).all():
+            raise ModelError(f"{graph_file(precision)}: logits of random samples are not finite numbers {whole.shape}")
+        off = distance(logits, whole)
+        return f"{len(held)} tensors are those of the weights; logits of random samples are {off:.1e} off"
 
 
 def check_model(bundle: Bundle, model: Model) -> str:

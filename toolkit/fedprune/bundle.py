@@ -7,6 +7,8 @@ architecture.json     the whole model's tensors and channel groups
 submodel.json         which channels this board holds
 engine.json           how a TensorRT engine is to be built, for boards that have TensorRT (`engine_plan`); optional
 manifest.json         size and sha256 of each of these
+
+Optional are the files of lower precisions (`fedprune.precision.files_of`), which the manifest lists like these.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from fedprune.architecture import Architecture
 from fedprune.disk import file_digest
 from fedprune.engine_plan import EnginePlan
 from fedprune.errors import BundleError, ConfigError, shape_text, shown
+from fedprune.precision import PRECISIONS, files_of, graph_file
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 
@@ -52,6 +55,7 @@ class Bundle:
         target: Name of the hardware profile.
         class_names: Names of the output's entries, or empty.
         engine: How a TensorRT engine is to be built; None where the bundle doesn't say.
+        precisions: At which lower precisions it can predict, too.
     """
 
     folder: Path
@@ -61,6 +65,7 @@ class Bundle:
     target: str
     class_names: tuple[str, ...]
     engine: EnginePlan | None = None
+    precisions: tuple[str, ...] = ()
 
     def path(self, name: str) -> Path:
         """Where one of its files lies."""
@@ -93,7 +98,8 @@ def open_bundle(folder: Path) -> Bundle:
             and tensors contradict each other. The message names the file, what was expected and what was found.
     """
     body = _read_manifest(folder / MANIFEST)
-    for name in FILES:
+    precisions = tuple(p for p in PRECISIONS if graph_file(p) in body["files"])
+    for name in (*FILES, *(n for p in precisions for n in files_of(p))):
         _check_file(folder / name, body["files"].get(name))
     architecture = Architecture.from_json((folder / ARCHITECTURE).read_bytes())
     selection = Selection.from_json((folder / SUBMODEL).read_bytes(), architecture)
@@ -113,6 +119,7 @@ def open_bundle(folder: Path) -> Bundle:
         str(body["target"]),
         tuple(map(str, body["class_names"])),
         _engine(folder, body["files"]),
+        precisions,
     )
 
 

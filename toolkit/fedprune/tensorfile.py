@@ -67,14 +67,23 @@ def encode(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = No
     Raises:
         BundleError: A tensor's type has no safetensors code.
     """
+    # Joined from the tensors themselves: on boards a further copy of all weights is memory that they may not have.
+    return b"".join([header_of(tensors, metadata), *map(_bytes, tensors.values())])
+
+
+def header_of(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The header that `encode` begins with; the first tensor lies at its end.
+
+    Raises:
+        BundleError: A tensor's type has no safetensors code.
+    """
     rows = []
     for name, value in tensors.items():
         code = _NAMES.get(value.dtype)
         if code is None:
             raise BundleError(f"type of tensor {name}", expected=", ".join(_CODES), got=value.dtype)
         rows.append((name, code, value.shape))
-    # Joined from the tensors themselves: on boards a further copy of all weights is memory that they may not have.
-    return b"".join([header(rows, metadata), *map(_bytes, tensors.values())])
+    return header(rows, metadata)
 
 
 def _bytes(value: Array) -> memoryview:

@@ -1,0 +1,77 @@
+"""Norms folded into the layers before them: nothing is left between a layer and its activation.
+
+At inference a batch norm is y = a · x + b per channel, with a = scale / √(var + ε) and b = bias − a · mean. After a
+layer y = W x + c that is the layer with the weights a · W and the bias a · c + b.
+"""
+
+from __future__ import annotations
+
+from fedprune_export.graph import Node
+from fedprune_export.precision.pair import Pair
+
+_CHANNELS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
+"""Axis of a weight that its output channels are on."""
+
+
+def channel_axis(node: Node) -> int:
+    """The axis of a layer's weight that its output channels are on."""
+    return 0 if node.op == "Gemm" and node.attrs.get("transB", 0) else _CHANNELS[node.op]
+
+
+def fold(pair: Pair) -> None:
+    """Fold every batch norm that follows a layer of weights alone; others stay."""
+    kept: list[Node] = []
+    for node in pair.graph.nodes:
+        layer = _layer(pair, node)
+        if layer is None:
+            kept.append(node)
+            continue
+        _fold(pair, layer, node)
+    pair.graph.nodes = kept
+
+
+def _layer(pair: Pair, norm: Node) -> Node | None:
+    """The layer that a norm can be folded into."""
+    if norm.op != "BatchNormalization" or norm.domain or norm.attrs.get("training_mode", 0):
+        return None
+    layer = pair.graph.producers().get(norm.inputs[0])
+    if layer is None or layer.domain or layer.op not in _CHANNELS or norm.inputs[0] in pair.outputs():
+        return None
+    if len(pair.graph.consumers()[norm.inputs[0]]) > 1 or not pair.is_tensor(layer.inputs[1]):
+        return None
+    if layer.op == "ConvTranspose" and layer.attrs.get("group", 1) != 1:
+        return None
+    shape = pair.shape(layer.inputs[1])
+    if layer.op in ("Gemm", "MatMul"):
+        plain = layer.attrs.get("alpha", 1.0) == layer.attrs.get("beta", 1.0) == 1.0
+        output = pair.shape(norm.inputs[0])
+        if not plain or output is None or shape is None or len(output) != 2 or len(shape) != 2:
+            return None
+    own = [*norm.inputs[1:], *layer.inputs[2:3]]
+    vectors = all(pair.is_tensor(i) or i in pair.graph.initializers for i in own if i)
+    flat = layer.op != "Gemm" or len(layer.inputs) < 3 or len(pair.shape(layer.inputs[2]) or ()) == 1
+    return layer if shape is not None and vectors and flat else None
+
+
+def _fold(pair: Pair, layer: Node, norm: Node) -> None:
+    """Give the layer folded weights, and the norm's output."""
+    make = pair.prepare
+    scale, bias, mean, variance = (pair.read(i) for i in norm.inputs[1:5])
+    weight = layer.inputs[1]
+    rank = len(pair.shape(weight) or ())
+    epsilon = make.scalar(float(norm.attrs.get("epsilon", 1e-5)))
+    factor = make.emit("Div", scale, make.emit("Sqrt", make.emit("Add", variance, epsilon)))
+    spread = [1] * rank
+    spread[channel_axis(layer)] = -1
+    folded = make.emit("Mul", pair.read(weight), make.emit("Reshape", factor, make.ints(*spread)))
+    centred = make.emit("Neg", mean)
+    if len(layer.inputs) > 2 and layer.inputs[2]:
+        centred = make.emit("Sub", pair.read(layer.inputs[2]), mean)
+    shift = make.emit("Add", make.emit("Mul", centred, factor), bias)
+    value = norm.outputs[0]
+    new_weight = pair.define(f"{value}~folded", folded, like=weight)
+    new_bias = pair.define(f"{value}~shift", shift, like=norm.inputs[1])
+    if layer.op == "MatMul":
+        layer.op = "Gemm"
+    layer.inputs = [layer.inputs[0], new_weight, new_bias]
+    layer.outputs = [value]

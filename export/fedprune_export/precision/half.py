@@ -1,0 +1,101 @@
+"""float16: half the bytes, and what tensor cores compute with. Inputs and outputs stay float32.
+
+Which type an operator computes in is written into the graph (it is strongly typed), so that every runtime computes the
+same. What adds many numbers up or takes their exponentials stays in float32, and so does what isn't known to be safe.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto
+
+from fedprune_export.graph import Node
+from fedprune_export.precision.pair import Pair
+
+_HALF = frozenset(
+    {
+        *("Conv", "ConvTranspose", "Gemm", "MatMul", "MaxPool", "AveragePool"),
+        *("Add", "Sub", "Mul", "Max", "Min", "Clip", "Abs", "Neg"),
+        *("Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "HardSigmoid", "HardSwish", "Sigmoid", "Tanh"),
+        *("Concat", "Split", "Slice", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity"),
+        *("Expand", "Gather", "Pad", "Tile", "Where", "DepthToSpace", "SpaceToDepth"),
+    }
+)
+"""Operators that compute in float16."""
+
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+def halve(pair: Pair) -> list[str]:
+    """Let a graph compute in float16.
+
+    Returns:
+        The nodes that stay in float32.
+    """
+    halving = _Halving(pair)
+    nodes, pair.graph.nodes = pair.graph.nodes, []
+    return [described(n) for n in nodes if not halving.take(n)]
+
+
+def described(node: Node) -> str:
+    """A node, for people."""
+    return f"{node.op} {node.name or node.outputs[0]}"
+
+
+class _Halving:
+    """A graph whose nodes are taken over one after the other."""
+
+    def __init__(self, pair: Pair) -> None:
+        self._pair, self._graph = pair, pair.graph
+        self._ends = pair.outputs()
+        self._half: dict[str, str] = {}
+        self._full: set[str] = set()
+        self._computed: set[str] = set()
+
+    def take(self, node: Node) -> bool:
+        """Append a node with what it needs; whether it computes in float16, or with no floats at all."""
+        floats = [self._pair.is_float(o) for o in node.outputs if o]
+        reads = [i for i in node.inputs if i and self._is_float(i)]
+        if node.op not in _HALF or node.domain or not reads or not floats or not all(floats):
+            node.inputs = [self._in_full(i) if i in reads else i for i in node.inputs]
+            self._graph.nodes.append(node)
+            return not reads or not any(floats)
+        node.inputs = [self._in_half(i) if i in reads else i for i in node.inputs]
+        names = [o for o in node.outputs if o]
+        node.outputs = [f"{o}~float16" if o else o for o in node.outputs]
+        self._half |= {n: f"{n}~float16" for n in names}
+        self._computed.update(names)
+        self._graph.nodes.append(node)
+        for name in self._ends.intersection(names):
+            self._in_full(name)
+        return True
+
+    def _is_float(self, name: str) -> bool:
+        constant = self._graph.initializers.get(name)
+        if constant is not None:
+            return bool(constant.dtype == np.float32)
+        return self._pair.is_tensor(name) or self._pair.is_float(name)
+
+    def _in_half(self, name: str) -> str:
+        """A value in float16."""
+        if name in self._half:
+            return self._half[name]
+        out = self._half[name] = f"{name}~float16"
+        if name in self._graph.initializers:
+            value = np.clip(self._graph.initializers[name], -_LARGEST, _LARGEST)
+            self._graph.initializers[out] = value.astype(np.float16)
+        elif self._pair.is_tensor(name):
+            make = self._pair.prepare
+            # What is too large becomes the largest, not infinite; whether that harms, the finished model shows.
+            bounded = make.emit("Clip", self._pair.read(name), make.scalar(-_LARGEST), make.scalar(_LARGEST))
+            self._pair.define(out, make.emit("Cast", bounded, attrs={"to": TensorProto.FLOAT16}), np.float16)
+        else:
+            self._graph.emit("Cast", name, attrs={"to": TensorProto.FLOAT16}, out=out)
+        return out
+
+    def _in_full(self, name: str) -> str:
+        """A value in float32, under its own name."""
+        if name in self._computed and name not in self._full:
+            self._full.add(name)
+            self._graph.emit("Cast", self._half[name], attrs={"to": TensorProto.FLOAT}, out=name)
+        return name

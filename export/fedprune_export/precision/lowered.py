@@ -1,0 +1,93 @@
+"""A model at lower precision: the graph that a board runs, and those by which it makes its tensors anew."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedprune.errors import ModelError
+from fedprune.precision import PRECISIONS, RANGES, prepare, weights_file
+from fedprune.session import Session
+from fedprune_export.imported import Model
+from fedprune_export.precision.calibration import calibration_graph
+from fedprune_export.precision.folding import fold
+from fedprune_export.precision.half import halve
+from fedprune_export.precision.pair import Pair
+from fedprune_export.precision.quantisation import planned, quantise, settle
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The graphs of one precision.
+
+    Attributes:
+        precision: Which one.
+        graph: What computes; its tensors are external data in the file `fedprune.precision.weights_file`.
+        prepare: Float32 weights, and for int8 ranges of activations, to these tensors.
+        calibrate: A batch of samples to ranges of activations; None where none are needed.
+        layers: Outputs of the layers that compute with 8 bits, in order.
+        stays: The nodes that stay in float32, in words; of float32 itself none.
+    """
+
+    precision: str
+    graph: bytes
+    prepare: bytes
+    calibrate: bytes | None
+    layers: tuple[str, ...]
+    stays: tuple[str, ...]
+
+
+def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collection[str] = ()) -> Lowered:
+    """Lower a submodel; weights are not looked at.
+
+    Args:
+        model: The whole model.
+        widths: Kept channels per group.
+        precision: One of `fedprune.precision.PRECISIONS`.
+        keep: With int8, outputs of layers that stay in float32.
+
+    Raises:
+        BundleError: The widths don't fit the architecture.
+        ModelError: There is no such precision, or nothing of the model can be computed with 8 bits.
+    """
+    if precision not in PRECISIONS:
+        raise ModelError("precision", expected=" or ".join(PRECISIONS), got=precision)
+    pair = Pair(model, widths)
+    fold(pair)
+    stays: list[str] = []
+    calibrate, layers = None, []
+    if precision == "float16":
+        stays = halve(pair)
+    elif precision == "int8":
+        settle(pair)
+        plan = planned(pair, keep)
+        if not plan.layers:
+            raise ModelError(
+                f"no layer of {model.architecture.name} can be computed with 8 bits",
+                expected="a convolution, or a product with a weight of two axes",
+                hint="Leave int8 out of --precision.",
+            )
+        calibrate, layers = calibration_graph(model, widths, plan), plan.layers
+        stays = quantise(pair, plan)
+    pair.finish()
+    return _written(pair, precision, calibrate, tuple(layers), tuple(stays))
+
+
+def _written(
+    pair: Pair, precision: str, calibrate: bytes | None, layers: tuple[str, ...], stays: tuple[str, ...]
+) -> Lowered:
+    """The graphs as bytes; what the prepare graph makes is seen by running it on zeros."""
+    rows = sum(p.name == RANGES and int(p.shape[0] or 0) for p in pair.prepare.inputs)
+    ranges = np.zeros((rows, 2), np.float32) if precision == "int8" else None
+    made = prepare(Session(pair.prepare.to_bytes()), pair.zeros(), ranges)
+    tensors = {n: v for n, v in made.items() if n != RANGES}
+    return Lowered(
+        precision,
+        pair.graph_bytes(made, weights_file(precision)),
+        pair.prepare_bytes(tensors),
+        calibrate,
+        layers,
+        stays,
+    )

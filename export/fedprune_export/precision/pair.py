@@ -1,0 +1,163 @@
+"""A model that is being lowered: the graph that a board will run, beside the graph that makes its tensors.
+
+Weights change after every round, so whatever is done to them is not done here but written down: every tensor that the
+lowered graph reads is an output of the `prepare` graph, which takes the float32 weights by name. A board runs it with
+onnxruntime alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune import tensorfile
+from fedprune.errors import ModelError
+from fedprune_export.cut import at_widths
+from fedprune_export.graph import Graph, Node, Port
+from fedprune_export.imported import Model
+from fedprune_export.inference import add_external
+from fedprune_export.shape_inference import infer
+
+Array = npt.NDArray[Any]
+
+
+class Pair:
+    """A graph and the one that prepares its tensors.
+
+    Args:
+        model: The whole model.
+        widths: Kept channels per group.
+
+    Attributes:
+        graph: What a board will run; passes rewrite it. Its weights are not among its initialisers.
+        prepare: What makes its tensors; passes add to it.
+        tensors: Every tensor that `graph` may read: its name there, and its name in `prepare`.
+
+    Raises:
+        BundleError: The widths don't fit the architecture.
+    """
+
+    def __init__(self, model: Model, widths: Sequence[int]) -> None:
+        self.graph = at_widths(model, widths)
+        self.prepare = Graph(name="prepare")
+        self._weights = model.architecture.shapes(widths)
+        self.tensors: dict[str, str] = {}
+        whole = self.graph.copy()
+        whole.initializers |= self.zeros()
+        found = infer(whole, batch=2)
+        self._shapes, self._dtypes = found.shapes, found.dtypes
+        self._hoist()
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """A value's shape for a batch of two samples; None where it isn't known."""
+        return self._shapes.get(name)
+
+    def is_float(self, name: str) -> bool:
+        """Whether a value is known to be float32."""
+        return self._dtypes.get(name) == np.float32
+
+    def is_tensor(self, name: str) -> bool:
+        """Whether a value is a tensor that follows from weights alone."""
+        return name in self.tensors or name in self._weights
+
+    def outputs(self) -> set[str]:
+        """Names of the graph's outputs."""
+        return {p.name for p in self.graph.outputs}
+
+    def read(self, name: str) -> str:
+        """A weight, a tensor or a constant of the graph as a value of `prepare`.
+
+        Raises:
+            ModelError: It is neither.
+        """
+        if name in self.tensors:
+            return self.tensors[name]
+        if name in self._weights:
+            self.prepare.inputs.append(Port(name, np.dtype(np.float32), (None,) * len(self._weights[name])))
+            self.tensors[name] = name
+        elif name in self.graph.initializers:
+            self.prepare.initializers[name] = self.graph.initializers[name]
+        else:
+            raise ModelError(f"{name} is no weight and no constant")
+        return name
+
+    def define(self, name: str, value: str, dtype: npt.DTypeLike = np.float32, like: str | None = None) -> str:
+        """A new tensor of the graph.
+
+        Args:
+            name: Its name; nothing else may have it.
+            value: The value of `prepare` that it is.
+            dtype: Its type.
+            like: A tensor of the same shape, where it is one that passes may look at.
+        """
+        self.tensors[name], self._dtypes[name] = value, np.dtype(dtype)
+        if like is not None:
+            self._shapes[name] = self._shapes[like]
+        return name
+
+    def _hoist(self) -> None:
+        """What follows from weights alone is computed once, when they are prepared."""
+        kept: list[Node] = []
+        ends = self.outputs()
+        for node in self.graph.nodes:
+            reads = [i for i in node.inputs if i]
+            own = all(self.is_tensor(i) or i in self.graph.initializers for i in reads)
+            if not own or not any(map(self.is_tensor, reads)) or ends & set(node.outputs):
+                kept.append(node)
+                continue
+            for name in reads:
+                self.read(name)
+            self.prepare.nodes.append(node)
+            self.tensors |= {o: o for o in node.outputs if o}
+        self.graph.nodes = kept
+
+    def finish(self) -> None:
+        """Let the prepare graph end in the tensors that the graph reads, in the order of reading."""
+        names: dict[str, str] = {}
+        for node in self.graph.nodes:
+            for i, name in enumerate(node.inputs):
+                if name and self.is_tensor(name):
+                    value = self.read(name)
+                    # A tensor that stays as it is needs another name than the weight that it is made of.
+                    out = name if name != value else f"{name}~float32"
+                    if name not in names:
+                        self.prepare.emit("Identity", value, out=out)
+                    names[name] = node.inputs[i] = out
+        self.prepare.outputs = [Port(out, self._dtypes[name], ()) for name, out in names.items()]
+        self.prepare.prune()
+        read = {i for n in self.prepare.nodes for i in n.inputs}
+        self.prepare.inputs = [p for p in self.prepare.inputs if p.name in read]
+        self.graph.prune()
+
+    def zeros(self) -> dict[str, Array]:
+        """Weights of the right shapes."""
+        return {n: np.zeros(s, np.float32) for n, s in self._weights.items()}
+
+    def prepare_bytes(self, made: Mapping[str, Array]) -> bytes:
+        """The prepare graph, once it is known what it makes.
+
+        Args:
+            made: Its outputs, of which types and ranks are taken.
+        """
+        self.prepare.outputs = [Port(n, v.dtype, (None,) * v.ndim) for n, v in made.items()]
+        return self.prepare.to_bytes()
+
+    def graph_bytes(self, made: Mapping[str, Array], file: str) -> bytes:
+        """The lowered graph; its tensors are external data.
+
+        Args:
+            made: All tensors of the file, of which types and shapes are taken.
+            file: The file beside the graph that holds them.
+        """
+        proto = self.graph.to_proto()
+        offset = len(tensorfile.header_of(made))
+        read = {i for n in self.graph.nodes for i in n.inputs}
+        for name, value in made.items():
+            if name in read:
+                add_external(proto, name, value.dtype, value.shape, file, offset)
+            offset += value.nbytes
+        raw: bytes = proto.SerializeToString(deterministic=True)
+        return raw

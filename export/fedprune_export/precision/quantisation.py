@@ -1,0 +1,217 @@
+"""int8, as pairs of QuantizeLinear and DequantizeLinear that onnxruntime fuses with the operators between them.
+
+A value v of an activation is q = clip(round(v / s) + z, 0, 255), unsigned with a zero point, one scale per tensor;
+weights are signed, symmetric and have a scale per output channel; a bias is int32 at the product of both scales. For
+this combination onnxruntime has kernels on all processors that boards have: VNNI and AMX on x86, dot product and matrix
+instructions on Arm (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+
+What is quantised begins at the layers with weights. What lies between two of them goes along where all that it reads is
+quantised anyway; everything else stays in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+from onnx import TensorProto
+
+from fedprune.precision import RANGES
+from fedprune_export.graph import Node, Port
+from fedprune_export.precision.folding import channel_axis
+from fedprune_export.precision.half import described
+from fedprune_export.precision.pair import Pair
+
+_LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
+_CLAMPS = frozenset({"Relu", "Clip"})
+"""They vanish into the range of what they make."""
+
+_ARRANGING = frozenset({"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze"})
+"""Operators whose output has their input's numbers, and so its scale."""
+
+_COMBINING = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"})
+"""Operators that onnxruntime computes on 8 bits, with a scale of their output's own."""
+
+_SMALLEST = 1e-12
+"""A scale of what is always zero."""
+
+
+@dataclass
+class Plan:
+    """What is to be quantised.
+
+    Attributes:
+        layers: Names of the layers' outputs.
+        values: Activations with a range of their own, in the graph's order: rows of the ranges.
+        scales: Of every quantised activation, the one whose scale it has.
+    """
+
+    layers: list[str] = field(default_factory=list)
+    values: list[str] = field(default_factory=list)
+    scales: dict[str, str] = field(default_factory=dict)
+
+
+def planned(pair: Pair, keep: Collection[str] = ()) -> Plan:
+    """What of a folded graph is quantised.
+
+    Args:
+        pair: The graph.
+        keep: Outputs of layers that stay in float32.
+    """
+    plan = Plan()
+    graph, ends = pair.graph, pair.outputs()
+    consumers = graph.consumers()
+
+    def after(name: str) -> str:
+        """What is left of a value once a clamp has taken it."""
+        readers = consumers.get(name, [])
+        clamp = readers[0][0] if len(readers) == 1 and name not in ends else None
+        return clamp.outputs[0] if clamp is not None and clamp.op in _CLAMPS and not clamp.domain else name
+
+    wanted: set[str] = set()
+    layers = [n for n in graph.nodes if _is_layer(pair, n) and n.outputs[0] not in keep]
+    plan.layers = [n.outputs[0] for n in layers]
+    for node in layers:
+        wanted.add(node.inputs[0])
+        if node.op == "Conv" and after(node.outputs[0]) not in ends:
+            wanted.add(after(node.outputs[0]))
+    for name in [p.name for p in graph.inputs]:
+        if name in wanted:
+            plan.scales[name] = name
+    for node in graph.nodes:
+        reads = [i for i in node.inputs if i and not pair.is_tensor(i) and i not in graph.initializers]
+        carried = bool(reads) and not node.domain and set(reads) <= plan.scales.keys()
+        floats = [i for i in node.inputs if i and pair.is_float(i)]
+        if carried and node.op in _ARRANGING and len(node.outputs) == 1 and node.outputs[0] not in ends:
+            plan.scales[node.outputs[0]] = plan.scales[reads[0]]
+            continue
+        if carried and node.op in _COMBINING and set(floats) == set(reads):
+            out = after(node.outputs[0])
+            wanted |= {out} - ends
+        plan.scales |= {o: o for o in node.outputs if o in wanted}
+    # In a graph that runs in order, what a later layer reads may come from anywhere before it.
+    plan.values = [v for v in plan.scales if plan.scales[v] == v]
+    return plan
+
+
+def _is_layer(pair: Pair, node: Node) -> bool:
+    """Whether a node is a layer that has an 8-bit form here."""
+    if node.domain or node.op not in _LAYERS or not pair.is_float(node.inputs[0]):
+        return False
+    if pair.is_tensor(node.inputs[0]) or not pair.is_tensor(node.inputs[1]):
+        return False
+    shape = pair.shape(node.inputs[1])
+    if shape is None or (node.op != "Conv" and len(shape) != 2):
+        return False
+    if node.op == "Gemm":
+        plain = node.attrs.get("alpha", 1.0) == node.attrs.get("beta", 1.0) == 1.0 and not node.attrs.get("transA", 0)
+        bias = node.inputs[2] if len(node.inputs) > 2 else ""
+        return plain and (not bias or (pair.is_tensor(bias) and len(pair.shape(bias) or ()) == 1))
+    return all(pair.is_tensor(i) for i in node.inputs[2:] if i)
+
+
+def quantise(pair: Pair, plan: Plan) -> list[str]:
+    """Let a folded graph compute with 8 bits; its prepare graph then takes ranges [n, 2] of the plan's values.
+
+    Returns:
+        The nodes with weights that stay in float32.
+    """
+    graph = pair.graph
+    _scales(pair, plan)
+    nodes, graph.nodes = graph.nodes, []
+    read: dict[str, str] = {}
+    for port in graph.inputs:
+        if port.name in plan.scales:
+            read[port.name] = _rounded(pair, port.name, plan)
+    stays = []
+    for node in nodes:
+        if node.outputs[0] in plan.layers:
+            _layer(pair, node, plan)
+        elif any(pair.is_tensor(i) for i in node.inputs if i):
+            stays.append(described(node))
+        node.inputs = [read.get(i, i) for i in node.inputs]
+        graph.nodes.append(node)
+        for name in node.outputs:
+            if name in plan.scales:
+                read[name] = _rounded(pair, name, plan)
+    return stays
+
+
+def _scales(pair: Pair, plan: Plan) -> None:
+    """Scale and zero point of every value of the plan, from the ranges."""
+    make = pair.prepare
+    make.inputs.append(Port(RANGES, np.dtype(np.float32), (len(plan.values), 2)))
+    zero = make.scalar(0)
+    # 0 must be a number of its own: borders are padded with it, and clamps end there.
+    low = make.emit("Min", make.emit("Gather", RANGES, make.constant(0, np.int64), attrs={"axis": 1}), zero)
+    high = make.emit("Max", make.emit("Gather", RANGES, make.constant(1, np.int64), attrs={"axis": 1}), zero)
+    span = make.emit("Div", make.emit("Sub", high, low), make.scalar(255))
+    scale = make.emit("Max", span, make.scalar(_SMALLEST))
+    point = make.emit("Round", make.emit("Div", make.emit("Neg", low), scale))
+    point = make.emit("Cast", make.emit("Clip", point, zero, make.scalar(255)), attrs={"to": TensorProto.UINT8})
+    for row, name in enumerate(plan.values):
+        at = make.constant(row, np.int64)
+        pair.define(f"{name}~scale", make.emit("Gather", scale, at, out=f"{name}~scale"))
+        pair.define(f"{name}~zero", make.emit("Gather", point, at, out=f"{name}~zero"), np.uint8)
+
+
+def _rounded(pair: Pair, name: str, plan: Plan) -> str:
+    """A value as 8 bits can say it."""
+    scale, zero = f"{plan.scales[name]}~scale", f"{plan.scales[name]}~zero"
+    return pair.graph.emit("DequantizeLinear", pair.graph.emit("QuantizeLinear", name, scale, zero), scale, zero)
+
+
+def _layer(pair: Pair, node: Node, plan: Plan) -> None:
+    """Give a layer 8-bit weights and a bias at the scale of its sums."""
+    make, graph = pair.prepare, pair.graph
+    stem, axis = node.outputs[0], channel_axis(node)
+    shape = pair.shape(node.inputs[1]) or ()
+    weight = pair.read(node.inputs[1])
+    bias = pair.read(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else ""
+    axes = [i for i in range(len(shape)) if i != axis]
+    largest = make.emit("ReduceMax", make.emit("Abs", weight), attrs={"axes": axes, "keepdims": 0})
+    scale = make.emit("Max", make.emit("Div", largest, make.scalar(127)), make.scalar(_SMALLEST))
+    above = pair.read(f"{plan.scales[node.inputs[0]]}~scale")
+    if bias:
+        # Beside weights that are almost zero, a bias may be more than an int32 can say at their scale.
+        least = make.emit("Div", make.emit("Abs", bias), make.emit("Mul", above, make.scalar(2.0**30)))
+        scale = make.emit("Max", scale, least)
+    zeros = make.emit("ConstantOfShape", make.emit("Shape", scale), attrs={"value": np.zeros(1, np.int8)})
+    numbers = make.emit("QuantizeLinear", weight, scale, zeros, attrs={"axis": axis})
+    node.inputs[1] = graph.emit(
+        "DequantizeLinear",
+        pair.define(f"{stem}~weight", numbers, np.int8),
+        pair.define(f"{stem}~scales", scale),
+        graph.constant(np.zeros(shape[axis]), np.int8),
+        attrs={"axis": axis},
+    )
+    if bias:
+        product = make.emit("Mul", scale, above)
+        whole = make.emit("Cast", make.emit("Round", make.emit("Div", bias, product)), attrs={"to": TensorProto.INT32})
+        node.inputs[2] = graph.emit(
+            "DequantizeLinear",
+            pair.define(f"{stem}~bias", whole, np.int32),
+            pair.define(f"{stem}~product", product),
+            attrs={"axis": 0},
+        )
+
+
+def settle(pair: Pair) -> None:
+    """Write what has a form with 8 bits under another name in that form."""
+    graph = pair.graph
+    nodes, graph.nodes = graph.nodes, []
+    for node in nodes:
+        shape = pair.shape(node.inputs[0]) if node.inputs else None
+        if node.op == "Flatten" and not node.domain and node.attrs.get("axis", 1) == 1:
+            graph.emit("Reshape", node.inputs[0], graph.ints(0, -1), out=node.outputs[0])
+        elif node.op == "ReduceMean" and not node.domain and shape is not None and _over_maps(node, len(shape)):
+            graph.emit("GlobalAveragePool", node.inputs[0], out=node.outputs[0])
+        else:
+            graph.nodes.append(node)
+
+
+def _over_maps(node: Node, rank: int) -> bool:
+    """Whether a mean is that of every channel's map."""
+    axes = node.attrs.get("axes") or []
+    return rank == 4 and sorted(a % rank for a in axes) == [2, 3] and bool(node.attrs.get("keepdims", 1))

@@ -1,0 +1,164 @@
+"""Lower precision on trial: its files, made as a board makes them, and how far its outputs are from float32's."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune import tensorfile
+from fedprune.agreement import SAMPLES, Agreement, agreement
+from fedprune.bundle import INFERENCE, WEIGHTS
+from fedprune.errors import ModelError
+from fedprune.precision import (
+    INT8,
+    calibrate_file,
+    graph_file,
+    lowered_weights,
+    prepare_file,
+    weights_file,
+)
+from fedprune.session import Array, Session
+from fedprune.step import LOGITS, X
+from fedprune_export.imported import Model
+from fedprune_export.labelled_data import LabelledData
+from fedprune_export.precision.lowered import Lowered, lower
+from fedprune_export.trace import sample_feeds
+
+_AT_ONCE = 64
+_RANDOM = 64
+"""Random samples, where none are given."""
+
+_MOST = 5
+"""Nodes that are named."""
+
+_LOSSES = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A precision that may serve.
+
+    Attributes:
+        lowered: Its graphs.
+        files: Its files by name.
+        agreement: How it compares with float32.
+        given: Whether samples were given to compare on, or random ones had to do.
+    """
+
+    lowered: Lowered
+    files: Mapping[str, bytes]
+    agreement: Agreement
+    given: bool
+
+    def describe(self) -> str:
+        """For people."""
+        size = len(self.files[weights_file(self.lowered.precision)])
+        stays = self.lowered.stays
+        said = f"{size:,} bytes of weights; {self.agreement.describe()}"
+        if not self.given:
+            said += " (random ones: no --data)"
+        return (
+            said
+            + (f"; in float32 stay {', '.join(stays[:_MOST])}" if stays else "")
+            + (f" and {len(stays) - _MOST} more" if len(stays) > _MOST else "")
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {
+            "precision": self.lowered.precision,
+            "bytes": {n: len(raw) for n, raw in self.files.items()},
+            "stays_float32": list(self.lowered.stays),
+            "agreement": self.agreement.to_dict(),
+            "random_samples": not self.given,
+        }
+
+
+class Trials:
+    """Lowers one submodel.
+
+    Args:
+        model: The whole model.
+        widths: Kept channels per group.
+        files: The bundle's files: its inference graph and its weights are read.
+        data: Samples to measure ranges on and to compare on.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        widths: tuple[int, ...],
+        files: Mapping[str, bytes],
+        data: LabelledData | None,
+    ) -> None:
+        self._model, self._widths, self._files, self._data = model, widths, files, data
+        self._tensors = tensorfile.decode(files[WEIGHTS])
+        self._x: Array = sample_feeds(model.graph, _RANDOM)[X] if data is None else data.x
+        with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
+            self._reference = self._outputs(Path(name), INFERENCE)
+
+    def of(self, precision: str) -> Trial:
+        """Lower the submodel as far as its outputs allow.
+
+        With int8 first and last layer stay in float32 where otherwise the outputs would be too far off, and where that
+        is not enough, so do those layers that are furthest off by themselves.
+
+        Raises:
+            ModelError: There is no such precision, int8 has no samples to measure ranges on or nothing that it can be
+                used for, or the outputs stay too far from float32's.
+        """
+        if precision == INT8 and self._data is None:
+            raise ModelError(
+                "int8 must see what activations are like",
+                expected="samples like those that the board will see",
+                hint="Give some with --data.",
+            )
+        trial = self._try(precision)
+        if trial.agreement.refusal and precision == INT8:
+            layers = trial.lowered.layers
+            ends = {layers[0], layers[-1]}
+            trial = self._try(precision, ends)
+            if trial.agreement.refusal:
+                alone = {n: self._try(precision, set(layers) - {n}).agreement.error for n in set(layers) - ends}
+                worst = sorted(alone, key=alone.__getitem__, reverse=True)
+                trial = self._try(precision, ends.union(worst[: len(worst) // 3]))
+        if trial.agreement.refusal and trial.given:
+            raise ModelError(
+                f"{precision} is too far from float32: {trial.agreement.refusal}",
+                hint=f"Leave {precision} out of --precision.",
+            )
+        return trial
+
+    def _try(self, precision: str, keep: Collection[str] = ()) -> Trial:
+        lowered = lower(self._model, self._widths, precision, keep=keep)
+        files = {graph_file(precision): lowered.graph, prepare_file(precision): lowered.prepare}
+        if lowered.calibrate is not None:
+            files[calibrate_file(precision)] = lowered.calibrate
+        x = None if self._data is None else self._x
+        with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
+            folder = Path(name)
+            for file, raw in files.items():
+                (folder / file).write_bytes(raw)
+            (folder / WEIGHTS).write_bytes(self._files[WEIGHTS])
+            files[weights_file(precision)] = lowered_weights(folder, precision, self._tensors, x)
+            (folder / weights_file(precision)).write_bytes(files[weights_file(precision)])
+            outputs = self._outputs(folder, graph_file(precision))
+        labels = "classes" if self._data is None else self._data.labels
+        y = None if self._data is None else self._data.y[: len(outputs)]
+        found = agreement(_LOSSES[labels], self._reference, outputs, y)
+        return Trial(lowered, files, found, self._data is not None)
+
+    def _outputs(self, folder: Path, graph: str) -> Array:
+        if graph == INFERENCE:
+            for file in (INFERENCE, WEIGHTS):
+                (folder / file).write_bytes(self._files[file])
+        session = Session(folder / graph)
+        x = self._x[:SAMPLES]
+        return np.concatenate(
+            [session.run({X: x[s : s + _AT_ONCE]}, [LOGITS])[LOGITS] for s in range(0, len(x), _AT_ONCE)]
+        )
