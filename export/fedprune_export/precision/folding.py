@@ -21,36 +21,34 @@ def channel_axis(node: Node) -> int:
 def fold(pair: Pair) -> None:
     """Fold every batch norm that follows a layer of weights alone; others stay."""
     kept: list[Node] = []
+    producers, consumers = pair.graph.producers(), pair.graph.consumers()
     for node in pair.graph.nodes:
-        layer = _layer(pair, node)
-        if layer is None:
+        layer = producers.get(node.inputs[0]) if node.inputs else None
+        if layer is not None and len(consumers[node.inputs[0]]) == 1 and _foldable(pair, layer, node):
+            _fold(pair, layer, node)
+        else:
             kept.append(node)
-            continue
-        _fold(pair, layer, node)
     pair.graph.nodes = kept
 
 
-def _layer(pair: Pair, norm: Node) -> Node | None:
-    """The layer that a norm can be folded into."""
+def _foldable(pair: Pair, layer: Node, norm: Node) -> bool:
+    """Whether a node is a norm that can be folded into what is before it."""
     if norm.op != "BatchNormalization" or norm.domain or norm.attrs.get("training_mode", 0):
-        return None
-    layer = pair.graph.producers().get(norm.inputs[0])
-    if layer is None or layer.domain or layer.op not in _CHANNELS or norm.inputs[0] in pair.outputs():
-        return None
-    if len(pair.graph.consumers()[norm.inputs[0]]) > 1 or not pair.is_tensor(layer.inputs[1]):
-        return None
-    if layer.op == "ConvTranspose" and layer.attrs.get("group", 1) != 1:
-        return None
+        return False
+    if layer.domain or layer.op not in _CHANNELS or norm.inputs[0] in pair.outputs():
+        return False
+    if not pair.is_tensor(layer.inputs[1]) or (layer.op == "ConvTranspose" and layer.attrs.get("group", 1) != 1):
+        return False
     shape = pair.shape(layer.inputs[1])
     if layer.op in ("Gemm", "MatMul"):
         plain = layer.attrs.get("alpha", 1.0) == layer.attrs.get("beta", 1.0) == 1.0
         output = pair.shape(norm.inputs[0])
         if not plain or output is None or shape is None or len(output) != 2 or len(shape) != 2:
-            return None
+            return False
     own = [*norm.inputs[1:], *layer.inputs[2:3]]
     vectors = all(pair.is_tensor(i) or i in pair.graph.initializers for i in own if i)
     flat = layer.op != "Gemm" or len(layer.inputs) < 3 or len(pair.shape(layer.inputs[2]) or ()) == 1
-    return layer if shape is not None and vectors and flat else None
+    return shape is not None and vectors and flat
 
 
 def _fold(pair: Pair, layer: Node, norm: Node) -> None:

@@ -42,7 +42,8 @@ class Pair:
 
     def __init__(self, model: Model, widths: Sequence[int]) -> None:
         self.graph = at_widths(model, widths)
-        self.prepare = Graph(name="prepare")
+        # Constants and nodes of the one may move into the other: names go on from where they are.
+        self.prepare = Graph(name="prepare", _counter=self.graph._counter)
         self._weights = model.architecture.shapes(widths)
         self.tensors: dict[str, str] = {}
         whole = self.graph.copy()
@@ -121,9 +122,9 @@ class Pair:
             for i, name in enumerate(node.inputs):
                 if name and self.is_tensor(name):
                     value = self.read(name)
-                    # A tensor that stays as it is needs another name than the weight that it is made of.
-                    out = name if name != value else f"{name}~float32"
-                    if name not in names:
+                    # A weight that stays as it is needs another name: an input can't be an output.
+                    out = f"{name}~float32" if name in self._weights else name
+                    if name not in names and out != value:
                         self.prepare.emit("Identity", value, out=out)
                     names[name] = node.inputs[i] = out
         self.prepare.outputs = [Port(out, self._dtypes[name], ()) for name, out in names.items()]
