@@ -1,23 +1,20 @@
 """Lower precision beside float32: `FEDPRUNE_DATA=... python benchmarks/precision.py`.
 
-A ResNet-20 is trained on CIFAR-10 with torch, for minutes rather than to its best, exported at full and at half width, and
-lowered as a board does it: by the bundle's own graphs, with ranges measured on training samples. Then every precision
-predicts the test samples, and latencies are measured in turn, so that neighbours on the machine hit all alike.
+A ResNet-20 is trained on CIFAR-10 with torch, for minutes rather than to its best, and lowered as a board does it: by
+graphs alone, with ranges measured on training samples. Then every precision predicts the test samples, and latencies
+are measured in turn, so that neighbours on the machine hit all alike.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from synthetic_nets import setting, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -44,8 +41,9 @@ def data() -> dict[str, Array]:
 def train(samples: dict[str, Array], epochs: int) -> Any:
     """A ResNet-20 with a one-cycle schedule, flips and shifts, in bfloat16 where that is faster."""
     import torch
-    from nets import ResNet20
     from torch.nn.functional import cross_entropy, pad
+
+    from nets import ResNet20
 
     torch.manual_seed(0)
     net = ResNet20().train().to(memory_format=torch.channels_last)
@@ -78,6 +76,7 @@ def train(samples: dict[str, Array], epochs: int) -> Any:
 def trained(samples: dict[str, Array], epochs: int) -> Any:
     """The trained net; a later run takes what an earlier one has trained."""
     import torch
+
     from nets import ResNet20
 
     path = FOLDER / f"resnet20-{epochs}.pt"

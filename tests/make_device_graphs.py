@@ -5,7 +5,8 @@ terms and the proximal pull), `stats` (with a running mean that behaves as batch
 
 The others come from the compiler, of that classifier (`adamw`, `bce`, `bias`, `huber`, `mixup`), of one with a hidden
 normalised layer that can be narrowed (`narrow`, `still`, `kept`, `masked`, `threshold`, `scaled`; `hidden` and
-`hidden_half` predict), and of one that reads token ids (`tokens`, `tokens_mixup`).
+`hidden_half` predict, the latter with `hidden_half_int8` and `hidden_half_float16`, too), and of one that reads token
+ids (`tokens`, `tokens_mixup`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fedprune_export.graph import Graph, Port
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
 from fedprune_export.inference import inference_model
+from fedprune_export.precision import lower
 from fedprune_export.training import training_graph
 
 FEATURES, CLASSES, HIDDEN, VOCABULARY = 6, 3, 8, 11
@@ -175,4 +177,7 @@ if __name__ == "__main__":
     whole = hidden()
     (FOLDER / "hidden.onnx").write_bytes(inference_model(whole, whole.architecture.sizes))
     (FOLDER / "hidden_half.onnx").write_bytes(inference_model(whole, [HIDDEN // 2]))
+    for precision in ("float16", "int8"):
+        kit = lower(whole, [HIDDEN // 2], precision).packed
+        (FOLDER / f"hidden_half_{precision}.safetensors").write_bytes(kit)
     (FOLDER / "inference.onnx").write_bytes(inference().SerializeToString(deterministic=True))

@@ -29,13 +29,16 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
     recipe = Recipe.from_dict(offer.recipe)
     lacking = [r for r in offer.blobs() if not store.blobs.has(r.sha256)]
     full = _full_size(offer)
-    needed = sum(r.size for r in lacking) + (2 + recipe.own_files) * full
+    lowered = offer.lowered or {}
+    # A lowered model is smaller than the one that it is made of.
+    needed = sum(r.size for r in lacking) + (2 + recipe.own_files + len(lowered)) * full
     free = store.free_bytes() + store.reclaimable_bytes(offer)
     if needed > free:
         raise StorageFullError("no room for the offer's files", expected=f"{needed} bytes", got=f"{free} free")
     if profile is None:
         return
     total = storage_bytes(full, offer.training.size, offer.inference.size, recipe.own_files)
+    total += sum(r.size for r in lowered.values()) + (2 * full if lowered else 0)
     if total > profile.storage.budget_bytes:
         raise PlanError(
             "the offer needs more room than the profile allows",

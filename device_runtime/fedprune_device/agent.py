@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedprune.errors import FedpruneError, ProtocolError, StorageError
+from fedprune.precision import FLOAT32
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.wire.chunk import Chunk
@@ -27,6 +28,7 @@ from fedprune_device.assignment import DamagedBlobError, LoadedTrainer, Workbenc
 from fedprune_device.care import Care
 from fedprune_device.downloads import Downloads
 from fedprune_device.greeting import Greeting
+from fedprune_device.lowering import Lowering
 from fedprune_device.outbox import Outbox, Wire
 from fedprune_device.source import Samples
 from fedprune_device.standing import Standing
@@ -60,6 +62,7 @@ class Agent:
         care: Lets training wait while the board is too hot.
         alone: Seconds after which it trains without its server; 0 for never (`Alone`).
         serves: Says what answers predictions, for the server; empty where that is nothing special.
+        serve: The precision that its model serves at (`lowering.SERVE`).
         clock: Seconds that only grow.
     """
 
@@ -79,6 +82,7 @@ class Agent:
         care: Care | None = None,
         alone: float = 0.0,
         serves: Callable[[], str] = lambda: "",
+        serve: str = FLOAT32,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device, self._topics = device, Topics(site)
@@ -87,9 +91,10 @@ class Agent:
         self._data, self._profile, self._care, self._clock = data, profile, care, clock
         known = profile_name or (profile.name if profile is not None else "")
         self._greeting = Greeting(device, known, probe, serves)
+        self._lowering = Lowering(serve, threads)
         trainer = LoadedTrainer(threads, cuda=cuda)
-        self._bench = Workbench(device, store.blobs, store.slots, data, trainer, store.own)
-        self._alone = Alone(device, store, data, threads, alone, care, cuda=cuda)
+        self._bench = Workbench(device, store.blobs, store.slots, data, trainer, store.own, self._lowering)
+        self._alone = Alone(device, store, data, threads, alone, care, cuda=cuda, lowering=self._lowering)
         self._downloads: Downloads | None = None
         self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: TrainingThread | None = None
@@ -202,6 +207,7 @@ class Agent:
             self._outbox.ask(self._downloads.offer.job, self._downloads.start(now))
 
     def _on_offer(self, offer: Offer, now: float) -> None:
+        offer = self._lowering.wanted(offer)
         task = self._store.task
         if self._outbox.refuse_again(offer):
             return

@@ -16,6 +16,7 @@ from fedprune.wire.messages import Offer, Update
 from fedprune_device import durable
 from fedprune_device.assignment import LoadedTrainer, Report, Workbench
 from fedprune_device.care import Care
+from fedprune_device.lowering import Lowering
 from fedprune_device.source import Samples
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import TrainingStoppedError
@@ -41,6 +42,7 @@ class Alone:
         care: Lets training wait while the board is too hot.
         clock: Seconds since 1970.
         cuda: Whether it trains on an NVIDIA GPU, if that works.
+        lowering: Lowers what serves.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class Alone:
         clock: Callable[[], float] = time.time,
         *,
         cuda: bool = False,
+        lowering: Lowering | None = None,
     ) -> None:
         self._store, self._care, self._clock, self._every = store, care, clock, every
         # What the board keeps of its own is of rounds: here it begins with what serves, and leaves nothing.
-        self._bench = Workbench(device, store.blobs, store.slots, data, LoadedTrainer(threads, cuda=cuda))
+        trainer = LoadedTrainer(threads, cuda=cuda)
+        self._bench = Workbench(device, store.blobs, store.slots, data, trainer, lowering=lowering)
         self._thread: TrainingThread | None = None
         self._heard: float | None = None
         self._tried: float | None = None

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from fedprune import tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.errors import StorageError
+from fedprune.precision import FLOAT32
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Offer, Update
 from fedprune_device.evaluation import MEASURED, Evaluation, training_metrics
 from fedprune_device.loaded import LoadedTrainer
+from fedprune_device.lowering import Lowering
 from fedprune_device.own import OwnInMemory, Shelf
 from fedprune_device.own_labels import OwnLabels
 from fedprune_device.predictor import Predictor
@@ -54,6 +56,7 @@ class Workbench:
         data: The device's samples; every offer takes those that there are when it begins.
         trainer: The loaded training graph; benches may share it.
         shelf: Where the device keeps what is its own between rounds; by default as long as this bench lasts.
+        lowering: Lowers what serves; by default nothing is lowered.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Workbench:
         data: Samples,
         trainer: LoadedTrainer | None = None,
         shelf: Shelf | None = None,
+        lowering: Lowering | None = None,
     ) -> None:
         self._device = device
         self._blobs = blobs
@@ -71,6 +75,7 @@ class Workbench:
         self._data = data
         self._trainer = trainer or LoadedTrainer()
         self._shelf = shelf or OwnInMemory()
+        self._lowering = lowering or Lowering()
 
     def carry_out(self, offer: Offer, *, download_seconds: float, report: Report, stop: Callable[[], bool]) -> Update:
         """Do what an offer asks for, and let the new model serve; after any error the old one serves on.
@@ -131,6 +136,9 @@ class Workbench:
         work = Work(offer, recipe, weights, mask, trainer, self._shelf, self._device, data)
         data.check(offer.classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
         self._blob(offer.inference, stop)
+        kits = self._lowering.wanted(offer).lowered or {}
+        for kit in kits.values():
+            self._blob(kit, stop)
         own = OwnLabels.of(data.y_train, recipe, offer.classes)
         evaluation = Evaluation(data, recipe, offer.classes, own)
         evaluation.metrics["download_seconds"] = download_seconds
@@ -173,6 +181,8 @@ class Workbench:
         if evaluates:
             evaluation.add(model, when)
         evaluation.latency(model)
+        graphs = {p: self._blob(kit, stop) for p, kit in kits.items()}
+        lowered = self._lowering.staged(self._slots.staging, graphs, data, recipe, offer.classes)
         evaluation.metrics |= training_metrics(result)
         if kept is not None and made.own is not None:
             kept.put(made.own)
@@ -196,6 +206,8 @@ class Workbench:
             offset=own.offset,
             loss=recipe.loss,
             present=own.present,
+            precision=FLOAT32 if lowered is None else lowered.precision,
+            lowered=() if lowered is None else (lowered.graph, lowered.weights),
         )
         return Trained(update, serving)
 

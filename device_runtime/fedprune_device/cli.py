@@ -24,6 +24,7 @@ from fedprune_device.engines.engine_command import add_engine_command
 from fedprune_device.engines.tier import add_tier_options, tier_of
 from fedprune_device.local.collection import add_collect_command
 from fedprune_device.local.command import LOCAL, add_local_options
+from fedprune_device.lowering import SERVE
 from fedprune_device.membership import add_join_command, add_membership, checked_urls, join_first, membership
 from fedprune_device.owner import Owner
 from fedprune_device.prediction_command import add_predict_command, threads
@@ -100,6 +101,12 @@ def _add_run(commands: Any) -> None:
         help="how much is said on stderr (default: info)",
     )
     add_local_options(run)
+    run.add_argument(
+        "--serve",
+        choices=SERVE,
+        default=SERVE[0],
+        help="the precision at which the model predicts, as long as it says what float32 says (default: float32)",
+    )
     run.add_argument(
         "--train-alone",
         type=_hours,
@@ -189,6 +196,7 @@ def _run(arguments: argparse.Namespace) -> int:
             care=care,
             alone=3600 * arguments.train_alone,
             serves=lambda: "" if keeper is None else keeper.status,
+            serve=arguments.serve,
         )
         agents.append(agent)
         signal.signal(signal.SIGTERM, lambda *_: agent.stop())

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.bundle import open_bundle
+from fedprune.bundle import Bundle, open_bundle
 from fedprune.cli import whole_number
 from fedprune.disk import storage_errors
-from fedprune.errors import DataError, ExitCode, StorageError, UsageError, remedy
+from fedprune.errors import BundleError, DataError, ExitCode, StorageError, UsageError, remedy
+from fedprune.precision import PRECISIONS, graph_file
 from fedprune_device.data import checked_inputs, checked_samples, load_data, why_unreadable
 from fedprune_device.labels import targets
 from fedprune_device.own_labels import OwnLabels
@@ -39,6 +40,7 @@ def add_predict_command(commands: Any) -> None:
     predict.add_argument(
         "--threads", type=whole_number, default=threads(), metavar="N", help="default: half of the cores"
     )
+    predict.add_argument("--precision", choices=PRECISIONS, help="with --bundle: the precision, of those that it has")
     predict.set_defaults(run=_predict)
 
 
@@ -52,7 +54,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     class_names: tuple[str, ...] = ()
     if arguments.bundle is not None:
         bundle = open_bundle(arguments.bundle)
-        predictor = Predictor(arguments.bundle, threads=arguments.threads)
+        predictor = Predictor(_graph(bundle, arguments.precision), threads=arguments.threads)
         class_names, loss = bundle.class_names, bundle.recipe.loss
         if arguments.data is not None:
             if loss != "cross_entropy":
@@ -60,6 +62,8 @@ def _predict(arguments: argparse.Namespace) -> int:
             classes = bundle.architecture.classes
             labels = targets(load_data(arguments.data).y_train, loss, classes)
             own = OwnLabels.of(labels, replace(bundle.recipe, logit_adjustment=True), classes)
+    elif arguments.precision is not None:
+        raise UsageError("--precision", expected="with --bundle", hint="What a board serves at says its `run --serve`.")
     else:
         predictor, record = _slots(arguments.state).open(arguments.threads)
         own, loss = record.own, record.loss
@@ -74,6 +78,19 @@ def _predict(arguments: argparse.Namespace) -> int:
     if y is not None and len(y):
         print(judged(logits, y, loss), file=sys.stderr)
     return int(ExitCode.OK)
+
+
+def _graph(bundle: Bundle, precision: str | None) -> Path:
+    """The graph of a bundle at a precision."""
+    if precision is None:
+        return bundle.folder
+    if precision not in bundle.precisions:
+        raise BundleError(
+            f"{bundle.folder} has no {precision}",
+            expected=", ".join(bundle.precisions) or "float32 alone",
+            hint=f"Export it with --precision {precision}.",
+        )
+    return bundle.path(graph_file(precision))
 
 
 def _slots(state: Path) -> Slots:

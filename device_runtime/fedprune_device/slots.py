@@ -16,8 +16,10 @@ from typing import Any
 from fedprune import tensorfile
 from fedprune.disk import file_digest, storage_errors
 from fedprune.errors import ModelError, StorageError
+from fedprune.precision import FLOAT32, PRECISIONS, graph_file, served_files
 from fedprune.recipe import LOSSES
 from fedprune_device import durable
+from fedprune_device.lowering import clear
 from fedprune_device.own_labels import OwnLabels
 from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
 
@@ -25,6 +27,7 @@ _LOG = logging.getLogger("fedprune.device")
 _NAMES = ("a", "b")
 _POINTER = "serving.json"
 _STAGE = "next"
+_LATER = frozenset({"loss", "present", "precision", "lowered"})
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Serving:
         slot: Where it lies.
         loss: What it was trained with.
         present: 0 for the classes whose logits are replaced by 0 in own predictions, else 1; None where none are.
+        precision: At what it predicts; the float32 model is there in any case.
+        lowered: sha256 of that precision's graph and weights; empty for float32.
     """
 
     job: str
@@ -52,6 +57,14 @@ class Serving:
     slot: str = ""
     loss: str = "cross_entropy"
     present: tuple[float, ...] | None = None
+    precision: str = FLOAT32
+    lowered: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Its files, with their sha256."""
+        lowered = dict(zip(served_files(self.precision), self.lowered, strict=True)) if self.lowered else {}
+        return {GRAPH: self.inference, WEIGHTS: self.weights} | lowered
 
     @property
     def own(self) -> OwnLabels:
@@ -66,9 +79,15 @@ class Serving:
             StorageError: It is not what this class writes.
         """
         try:
-            values = {f.name: body[f.name] for f in fields(cls) if f.name not in ("loss", "present")}
-            values["loss"] = body.get("loss", "cross_entropy")  # records of older agents have neither
+            values = {f.name: body[f.name] for f in fields(cls) if f.name not in _LATER}
+            values["loss"] = body.get("loss", "cross_entropy")  # records of older agents have none of these
             values["present"] = body.get("present")
+            values["precision"] = body.get("precision", FLOAT32)
+            values["lowered"] = tuple(map(str, body.get("lowered", ())))
+            if values["precision"] not in (FLOAT32, *PRECISIONS):
+                raise ValueError(values["precision"])
+            if len(values["lowered"]) != (0 if values["precision"] == FLOAT32 else 2):
+                raise ValueError("lowered")
             if values["loss"] not in LOSSES:
                 raise ValueError(values["loss"])
             if values["slot"] not in _NAMES:
@@ -106,6 +125,11 @@ class Slots:
                 folder.mkdir(parents=True, exist_ok=True)
             durable.sweep(folder)
 
+    @property
+    def staging(self) -> Path:
+        """The folder in which a candidate is put together."""
+        return self._root / _STAGE
+
     def stage(self, inference: Path, weights: Path | bytes) -> Path:
         """Put a candidate together, without touching what serves.
 
@@ -121,6 +145,7 @@ class Slots:
             StorageError: The disk fails.
         """
         folder = self._root / _STAGE
+        _clear(folder)
         durable.place(inference, folder / GRAPH, sync=self._lasting)
         if isinstance(weights, Path):
             durable.place(weights, folder / WEIGHTS, sync=self._lasting)
@@ -146,7 +171,8 @@ class Slots:
         current = self.current()
         slot = _NAMES[1] if current is not None and current.slot == _NAMES[0] else _NAMES[0]
         record = Serving(**{**asdict(record), "slot": slot})
-        for name in (GRAPH, WEIGHTS):
+        _clear(self._root / slot)
+        for name in record.files:
             durable.move(stage / name, self._root / slot / name)
         rows = [record] + ([current] if current is not None else [])
         durable.write_document(self._root / _POINTER, {"models": [asdict(r) for r in rows]})
@@ -182,7 +208,8 @@ class Slots:
                     f"no model serves in {self._root.parent} yet", hint="The device must finish a round first."
                 )
             folder = self._root / record.slot
-            predictor = Predictor(folder, threads=threads, cuda=cuda)
+            graph = graph_file(record.precision) if record.lowered else GRAPH
+            predictor = Predictor(folder / graph, threads=threads, cuda=cuda)
             # An agent may have replaced the files while they were being loaded.
             if _intact(folder, record):
                 return predictor, record
@@ -219,6 +246,12 @@ class Slots:
 
 def _intact(folder: Path, record: Serving) -> bool:
     try:
-        return file_digest(folder / GRAPH) == record.inference and file_digest(folder / WEIGHTS) == record.weights
+        return all(file_digest(folder / name) == digest for name, digest in record.files.items())
     except OSError:
         return False
+
+
+def _clear(folder: Path) -> None:
+    """Delete what another model left at lower precision."""
+    for precision in PRECISIONS:
+        clear(folder, precision)

@@ -222,7 +222,8 @@ class DeviceStore:
     def _unwanted(self, task: Task | None) -> list[str]:
         wanted = set()
         if task is not None:
-            wanted = {task.offer.training.sha256, task.offer.inference.sha256}
+            graphs = (task.offer.training, task.offer.inference, *(task.offer.lowered or {}).values())
+            wanted = {graph.sha256 for graph in graphs}
             if not task.done:
                 wanted.update(r.sha256 for r in task.offer.blobs())
         if self.pending is not None:

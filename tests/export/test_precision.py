@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import device_nets
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -17,7 +18,6 @@ from cutting import distance, inputs, random_selection
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-import device_nets
 import nets
 from fedprune import tensorfile
 from fedprune.errors import ModelError
@@ -300,7 +300,14 @@ def test_float16_says_the_type_of_every_value(name: str, tmp_path: Path) -> None
     halves = {n.op_type for n in proto.graph.node if types.get(n.output[0]) == onnx.TensorProto.FLOAT16}
     assert {v.type.tensor_type.elem_type for v in (*proto.graph.input, *proto.graph.output)} == {onnx.TensorProto.FLOAT}
     assert halves & {"Conv", "Gemm", "MatMul"}
-    assert not halves & {"Softmax", "ReduceMean", "LayerNormalization", "BatchNormalization", "LSTM", "GlobalAveragePool"}
+    assert not halves & {
+        "Softmax",
+        "ReduceMean",
+        "LayerNormalization",
+        "BatchNormalization",
+        "LSTM",
+        "GlobalAveragePool",
+    }
     assert any("LSTM" in s for s in lowered.stays) == (name == "lstm")
 
 
@@ -340,7 +347,9 @@ def test_ranges_are_means_over_batches(tmp_path: Path) -> None:
 
     halves = [calibrate.run({"x": p})[RANGES] for p in (x[:32], x[32:])]
     assert found == pytest.approx((halves[0] + halves[1]) / 2, rel=1e-6)
-    assert found[0] == pytest.approx([np.mean([p.min() for p in (x[:32], x[32:])]), np.mean([p.max() for p in (x[:32], x[32:])])])
+    assert found[0] == pytest.approx(
+        [np.mean([p.min() for p in (x[:32], x[32:])]), np.mean([p.max() for p in (x[:32], x[32:])])]
+    )
     with pytest.raises(ModelError, match="without samples"):
         measured_ranges(calibrate, x[:0])
 

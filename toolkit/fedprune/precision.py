@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune import tensorfile
-from fedprune.errors import ModelError
+from fedprune.errors import BundleError, ModelError, shown
 from fedprune.session import Session
 from fedprune.step import X
 
@@ -25,7 +25,7 @@ INT8 = "int8"
 PRECISIONS = ("folded", "float16", INT8)
 """`folded` is float32 with norms inside the layers before them."""
 
-RANGES = "ranges"
+RANGES = "~ranges"
 """What calibration gives and preparation takes: least and largest number of every activation, float32 [n, 2]."""
 
 CALIBRATION_SAMPLES = 256
@@ -114,10 +114,37 @@ def prepare(graph: Session, tensors: Mapping[str, Array], ranges: Array | None =
     return {n: np.asarray(v) for n, v in made.items()} | ({} if ranges is None else {RANGES: feeds[RANGES]})
 
 
+def served_files(precision: str) -> tuple[str, str]:
+    """The files that predict: a graph and its tensors."""
+    return graph_file(precision), weights_file(precision)
+
+
 def files_of(precision: str) -> tuple[str, ...]:
     """The files of a bundle that a precision consists of."""
-    files = (graph_file(precision), weights_file(precision), prepare_file(precision))
-    return (*files, calibrate_file(precision)) if precision == INT8 else files
+    return (*graphs_of(precision), weights_file(precision))
+
+
+def graphs_of(precision: str) -> tuple[str, ...]:
+    """The graphs of a precision."""
+    graphs = (graph_file(precision), prepare_file(precision))
+    return (*graphs, calibrate_file(precision)) if precision == INT8 else graphs
+
+
+def packed(graphs: Mapping[str, bytes]) -> bytes:
+    """The graphs of a precision as one file, in which they travel to a board: bytes by name, as a tensor file."""
+    return tensorfile.encode({n: np.frombuffer(raw, np.uint8) for n, raw in graphs.items()})
+
+
+def unpacked(raw: bytes, precision: str) -> dict[str, bytes]:
+    """The graphs of a precision by file name, as `packed` wrote them.
+
+    Raises:
+        BundleError: The file is damaged, or holds other graphs.
+    """
+    found = tensorfile.decode(raw)
+    if found.keys() != set(graphs_of(precision)) or any(v.dtype != np.uint8 for v in found.values()):
+        raise BundleError(f"graphs of {precision}", expected=", ".join(graphs_of(precision)), got=shown(sorted(found)))
+    return {n: v.tobytes() for n, v in found.items()}
 
 
 def lowered_weights(folder: Path, precision: str, tensors: Mapping[str, Array], x: Array | None = None) -> bytes:

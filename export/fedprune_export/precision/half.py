@@ -98,4 +98,5 @@ class _Halving:
         if name in self._computed and name not in self._full:
             self._full.add(name)
             self._graph.emit("Cast", self._half[name], attrs={"to": TensorProto.FLOAT}, out=name)
+            self._graph.nodes[-1].name = f"{name}~float32"  # the node that made the value may be called like it
         return name

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedprune.errors import ModelError
-from fedprune.precision import PRECISIONS, RANGES, prepare, weights_file
+from fedprune.precision import (
+    PRECISIONS,
+    RANGES,
+    calibrate_file,
+    graph_file,
+    packed,
+    prepare,
+    prepare_file,
+    weights_file,
+)
 from fedprune.session import Session
 from fedprune_export.imported import Model
 from fedprune_export.precision.calibration import calibration_graph
@@ -37,6 +46,18 @@ class Lowered:
     calibrate: bytes | None
     layers: tuple[str, ...]
     stays: tuple[str, ...]
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The graphs by file name."""
+        p = self.precision
+        made = {graph_file(p): self.graph, prepare_file(p): self.prepare}
+        return made if self.calibrate is None else {**made, calibrate_file(p): self.calibrate}
+
+    @property
+    def packed(self) -> bytes:
+        """The graphs as they travel to a board."""
+        return packed(self.files)
 
 
 def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collection[str] = ()) -> Lowered:

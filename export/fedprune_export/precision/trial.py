@@ -16,10 +16,8 @@ from fedprune.bundle import INFERENCE, WEIGHTS
 from fedprune.errors import ModelError
 from fedprune.precision import (
     INT8,
-    calibrate_file,
     graph_file,
     lowered_weights,
-    prepare_file,
     weights_file,
 )
 from fedprune.session import Array, Session
@@ -136,9 +134,7 @@ class Trials:
 
     def _try(self, precision: str, keep: Collection[str] = ()) -> Trial:
         lowered = lower(self._model, self._widths, precision, keep=keep)
-        files = {graph_file(precision): lowered.graph, prepare_file(precision): lowered.prepare}
-        if lowered.calibrate is not None:
-            files[calibrate_file(precision)] = lowered.calibrate
+        files = lowered.files
         x = None if self._data is None else self._x
         with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
             folder = Path(name)

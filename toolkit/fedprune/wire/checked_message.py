@@ -46,8 +46,8 @@ class CheckedMessage:
             value = getattr(self, name)
             if value is None and name in self.newer:
                 continue
-            body[name] = value.to_dict() if isinstance(value, BlobRef) else value
-        raw = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+            body[name] = value
+        raw = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False, default=BlobRef.to_dict).encode()
         if len(raw) > MAX_MESSAGE:
             raise ProtocolError(
                 f"{self.kind}: message is too long", expected=f"at most {MAX_MESSAGE} bytes", got=len(raw)

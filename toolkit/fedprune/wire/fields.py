@@ -150,6 +150,17 @@ def blob(where: str, value: object) -> BlobRef:
         raise ProtocolError(f"{where}: {error.what}", expected=error.expected, got=error.got) from error
 
 
+def blobs(limit: int) -> Check:
+    """Blob references by a short name."""
+
+    def check(where: str, value: object) -> dict[str, BlobRef]:
+        if not isinstance(value, Mapping) or len(value) > limit:
+            raise ProtocolError(where, expected=f"an object of at most {limit} blobs", got=shown(value))
+        return {check_name(key, f"{where}: key"): blob(f"{where}.{key}", item) for key, item in _keys(where, value)}
+
+    return check
+
+
 def optional(check: Check) -> Check:
     """What `check` takes, or null."""
     return lambda where, value: None if value is None else check(where, value)

@@ -23,6 +23,8 @@ from fedprune.wire.release_messages import ReleaseFromServer, ReleaseReport
 MAX_WANT = 1024
 """Leaves or pieces that one `Want` may ask for."""
 
+_MOST_PRECISIONS = 8
+
 PHASES = ("download", "train", "evaluate")
 PARTS = ("data", "leaves")
 
@@ -218,6 +220,8 @@ class Offer(CheckedMessage):
             values alone, and so has the update. None where all are.
         ranking: Digest of the order of channels that the selection is the beginning of. Selections of other widths
             with the same digest are nested. None where nothing is known of it.
+        lowered: By precision, the graphs with which the board can serve at it (`fedprune.precision.packed`). None
+            where there are none.
     """
 
     job: str
@@ -234,9 +238,10 @@ class Offer(CheckedMessage):
     recipe: dict[str, Any]
     mask: BlobRef | None = None
     ranking: str | None = None
+    lowered: dict[str, BlobRef] | None = None
 
     kind: ClassVar[str] = "offer"
-    newer: ClassVar[frozenset[str]] = frozenset({"mask", "ranking"})
+    newer: ClassVar[frozenset[str]] = frozenset({"mask", "ranking", "lowered"})
     checks: ClassVar[Mapping[str, Check]] = {
         **_ASSIGNMENT,
         "seed": _COUNT,
@@ -250,11 +255,13 @@ class Offer(CheckedMessage):
         "recipe": check.plain,
         "mask": check.optional(check.blob),
         "ranking": check.optional(check.digest),
+        "lowered": check.optional(check.blobs(_MOST_PRECISIONS)),
     }
 
     def blobs(self) -> tuple[BlobRef, ...]:
         """What must be pulled for it, graphs first."""
-        return (self.training, self.inference, self.weights, *(() if self.mask is None else (self.mask,)))
+        mask = () if self.mask is None else (self.mask,)
+        return (self.training, self.inference, *(self.lowered or {}).values(), self.weights, *mask)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""When a model at lower precision may serve."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.agreement import LEAST_SAME, MOST_ERROR, MOST_LOST, agreement
+
+pytestmark = pytest.mark.board
+
+
+def classes(decided: list[int], of: int = 4) -> np.ndarray:
+    return np.eye(of, dtype=np.float32)[decided] * 5
+
+
+@given(st.integers(1, 400), st.data())
+def test_the_share_of_other_decisions_decides(n: int, data: st.DataObject) -> None:
+    other = data.draw(st.integers(0, n))
+    reference = classes([0] * n)
+    outputs = classes([1] * other + [0] * (n - other))
+
+    found = agreement("cross_entropy", reference, outputs)
+
+    assert found.same == pytest.approx(1 - other / n)
+    assert (found.refusal == "") == (other <= max(1, (1 - LEAST_SAME) * n + 1e-6))
+
+
+@given(st.integers(100, 1000), st.integers(0, 30))
+def test_lost_answers_decide(n: int, lost: int) -> None:
+    y = np.zeros(n, np.int64)
+    outputs = classes([1] * lost + [0] * (n - lost))
+
+    found = agreement("cross_entropy", classes([0] * n), outputs, y)
+
+    assert found.right == pytest.approx((1.0, 1 - lost / n))
+    assert (found.refusal == "") == (lost <= max(1, MOST_LOST * n + 1e-6))
+
+
+def test_better_answers_are_no_harm() -> None:
+    y = np.array([1] * 3 + [0] * 97)
+
+    found = agreement("cross_entropy", classes([0] * 100), classes([1] * 3 + [0] * 97), y)
+
+    assert found.right == pytest.approx((0.97, 1.0))
+    assert found.refusal == ""
+
+
+def test_labels_are_decided_one_by_one() -> None:
+    reference = np.array([[1.0, -1], [2, -3]])
+    outputs = np.array([[1.0, 1], [2, -3]])
+
+    found = agreement("bce", reference, outputs, np.array([[1.0, 0], [1, 1]]))
+
+    assert found.same == 0.75
+    assert found.right == (0.75, 0.5)
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.1, 3.0])
+def test_numbers_may_be_off_by_a_share_of_their_spread(loss: str, share: float) -> None:
+    reference = np.array([[-1.0], [1.0]] * 10) + 40
+
+    found = agreement(loss, reference, reference + share * MOST_ERROR, None)
+
+    assert found.error == pytest.approx(share * MOST_ERROR)
+    assert (found.refusal == "") == (share < 1)
+    assert found.same is None
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce", "mse"])
+def test_what_is_not_finite_never_serves(loss: str) -> None:
+    outputs = classes([0, 1])
+    outputs[0, 3] = np.nan
+
+    found = agreement(loss, classes([0, 1]), outputs)
+
+    assert "not finite" in found.refusal
+
+
+def test_it_is_told_in_words_and_as_json() -> None:
+    found = agreement("cross_entropy", classes([0, 1]), classes([0, 2]), np.array([0, 1]))
+
+    assert found.describe().startswith("on 2 samples, 50.0% decided alike, accuracy 100.0% -> 50.0%")
+    assert found.to_dict()["right"] == [1.0, 0.5]
+    assert found.to_dict()["samples"] == 2
