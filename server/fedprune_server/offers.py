@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fedprune import step, tensorfile
@@ -13,6 +14,7 @@ from fedprune.selection import Tensors
 from fedprune.strategies.roles import Submodel
 from fedprune_export.imported import Model
 from fedprune_export.inference import inference_model
+from fedprune_export.precision import lower
 from fedprune_export.training import training_graph
 from fedprune_server.uploads import UPDATE_SIZE
 
@@ -57,7 +59,8 @@ class LatestGraphs:
 
 def graphs_of(offer: Mapping[str, Any]) -> set[str]:
     """Digests of the graphs that an offer names."""
-    return {offer[name]["sha256"] for name in ("training", "inference") if name in offer}
+    named = [offer[name] for name in ("training", "inference") if name in offer]
+    return {ref["sha256"] for ref in (*named, *offer.get("lowered", {}).values())}
 
 
 class Offers:
@@ -66,11 +69,13 @@ class Offers:
     Args:
         model: The imported model.
         store: Where blobs are put.
+        precisions: At which lower precisions boards may serve, too.
     """
 
-    def __init__(self, model: Model, store: BlobStore) -> None:
+    def __init__(self, model: Model, store: BlobStore, precisions: Sequence[str] = ()) -> None:
         self._model = model
         self._store = store
+        self._precisions = precisions
         self._graphs: dict[str | tuple[int, ...], dict[str, Any]] = {}
         self._latest = LatestGraphs()
         self._withheld: dict[str, frozenset[str]] = {}
@@ -96,6 +101,8 @@ class Offers:
             "recipe": recipe.to_offer(),
             UPDATE_SIZE: self._update_size(packed, recipe),
         }
+        if self._precisions:
+            body["lowered"] = self.lowered(submodel.selection.widths, round_)
         if mask is not None:
             body["mask"] = self._store.put(tensorfile.encode(mask.to_tensors())).to_dict()
         return body
@@ -108,6 +115,18 @@ class Offers:
     def inference(self, widths: tuple[int, ...], round_: int) -> dict[str, Any]:
         """The inference graph at some widths, named in a round; errors are those of `body`."""
         return self._graph(widths, round_, lambda: inference_model(self._model, widths))
+
+    def lowered(self, widths: tuple[int, ...], round_: int) -> dict[str, dict[str, Any]]:
+        """The graphs of lower precisions at some widths, named in a round.
+
+        Raises:
+            ModelError: Nothing of the model can be computed with 8 bits, where that is asked for.
+            StorageError: The disk fails or is full.
+        """
+        return {p: self._graph(f"{p} {widths}", round_, partial(self._kit, widths, p)) for p in self._precisions}
+
+    def _kit(self, widths: tuple[int, ...], precision: str) -> bytes:
+        return lower(self._model, widths, precision).packed
 
     def note(self, graphs: Iterable[str], round_: int) -> None:
         """Note graphs that an offer of a round names, and let go of those that none has named for long."""

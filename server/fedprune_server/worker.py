@@ -74,7 +74,7 @@ class Worker:
         self._evaluator = None if evaluation is None else Evaluator(Sessions(model, 1), job.recipe, evaluation)
         self._calibration = None if calibration is None else Calibration(model, calibration, job.recipe.features)
         self._archive = Archive(model.architecture, store)
-        self._offers = Offers(model, store)
+        self._offers = Offers(model, store, job.precision)
         self._fold: tuple[tuple[int, str], Fold, dict[str, do.Contribution]] | None = None
 
     def initial(self) -> str:
@@ -88,6 +88,7 @@ class Worker:
         """
         recipe = self._recipe(Turn(self.job.seed, 1, "", self.architecture.sizes))
         self._offers.training(recipe, 1)
+        self._offers.lowered(self.architecture.sizes, 1)
         self._offers.withheld(recipe)
         starter, model = self.strategy.starter, self.model.tensors
         if starter is not None:

@@ -5,19 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.coordination.state import Progress, Task
+from fedprune.precision import graphs_of, unpacked
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune.strategies.roles import Submodel
+from fedprune.wire.messages import Offer
+from fedprune_device.assignment import Workbench
+from fedprune_device.data import LocalData
+from fedprune_device.lowering import Lowering
+from fedprune_device.slots import Slots
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import digits_model
 from fedprune_server.garbage import Garbage
 from fedprune_server.offers import GRAPH_ROUNDS, Offers
+from fedprune_server.offers import graphs_of as named_graphs
+from fedprune_server.uploads import sent
 
 ROUNDS = 3 * GRAPH_ROUNDS
 GRAPHS = ("training", "inference")
@@ -68,6 +77,46 @@ def test_a_graph_that_was_deleted_is_made_again(model: Model, store: BlobStore) 
         store.delete(digest)
     assert named(offers, model, 1) == first
     assert all(store.has(digest) for digest in first)
+
+
+def test_offers_bring_the_graphs_of_lower_precisions(model: Model, store: BlobStore) -> None:
+    offers = Offers(model, store, ("float16", "int8"))
+    selection = Selection.of(model.architecture, model.architecture.sizes)
+    submodel = Submodel(selection, selection.gather(model.tensors))
+
+    body = offers.body(submodel, Recipe(), 1)
+
+    assert list(body["lowered"]) == ["float16", "int8"]
+    for precision, ref in body["lowered"].items():
+        assert set(unpacked(store.read(ref["sha256"]), precision)) == set(graphs_of(precision))
+        assert ref["sha256"] in offers.graphs() & named_graphs(body)
+    assert offers.body(submodel, Recipe(), 2)["lowered"] == body["lowered"]
+    assert "lowered" not in Offers(model, store).body(submodel, Recipe(), 1)
+
+
+def test_what_an_offer_brings_serves_on_a_board(model: Model, store: BlobStore, tmp_path: Path) -> None:
+    architecture = model.architecture
+    widths = tuple(-(-s // 2) for s in architecture.sizes)
+    selection = Selection.of(architecture, widths)
+    recipe = Recipe(epochs=1, batch_size=16, lr=0.01)
+    body = Offers(model, store, ("float16", "int8")).body(
+        Submodel(selection, selection.gather(model.tensors)), recipe, 1
+    )
+    facts = {"architecture": architecture.digest, "selection": selection.digest, "widths": widths, "classes": 10}
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((80, *architecture.input_shape)).astype(np.float32)
+    data = LocalData(x, rng.integers(0, 10, 80), x[:0], np.zeros(0, np.int64))
+    slots = Slots(tmp_path / "serving")
+    slots.prepare()
+
+    for precision in ("float16", "int8"):
+        offer = Offer("j", 1, 0, 7, **facts, **sent(body))
+        bench = Workbench("d", store, slots, data, lowering=Lowering(precision))
+        bench.carry_out(offer, download_seconds=0.0, report=lambda *_: None, stop=lambda: False)
+
+        predictor, record = slots.open()
+        assert record.precision == precision
+        assert predictor.predict(x).shape == (80, 10)
 
 
 def task(progress: Progress, basis: int, **offer: Any) -> Task:

@@ -147,8 +147,12 @@ def test_unknown_keys_are_ignored(message: Message) -> None:
 def test_what_older_peers_do_not_know_is_left_out_where_there_is_none() -> None:
     plain = Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, {})
     assert parse(plain.to_bytes()) == plain
-    assert set(json.loads(plain.to_bytes())) == {"v", "type", *(f.name for f in fields(Offer))} - {"mask", "ranking"}
-    assert parse(altered(plain, mask=None, ranking=None)) == plain
+    assert set(json.loads(plain.to_bytes())) == {"v", "type", *(f.name for f in fields(Offer))} - {
+        "mask",
+        "ranking",
+        "lowered",
+    }
+    assert parse(altered(plain, mask=None, ranking=None, lowered=None)) == plain
 
 
 def test_a_hello_says_the_time_at_most() -> None:
@@ -161,7 +165,7 @@ def test_a_missing_field_is_named(message: Message) -> None:
     for field in fields(message):
         body = json.loads(message.to_bytes())
         del body[field.name]
-        if field.name in ("probe", "held", "metrics", "mask", "ranking") or message.kind == Hello.kind:
+        if field.name in ("probe", "held", "metrics", "mask", "ranking", "lowered") or message.kind == Hello.kind:
             parse(json.dumps(body).encode())
             continue
         with pytest.raises(ProtocolError, match=f"{message.kind}: field {field.name}: expected"):

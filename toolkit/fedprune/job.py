@@ -9,6 +9,7 @@ from typing import Any, get_args
 from fedprune import setting_checks
 from fedprune.aggregation import Rule
 from fedprune.errors import ConfigError, ProtocolError, shown
+from fedprune.precision import PRECISIONS
 from fedprune.recipe import Recipe
 from fedprune.scoring import SCORERS
 from fedprune.wire.topics import check_job
@@ -41,6 +42,7 @@ class Job:
             current model (CA-HFP, eq. 4).
         server_momentum: Momentum of the global model's moves, 0 for none.
         recipe: Local training.
+        precision: Lower precisions that boards may serve at, too: offers bring the graphs.
     """
 
     name: str = "job"
@@ -58,6 +60,7 @@ class Job:
     rule: Rule = "coverage"
     server_momentum: float = 0.0
     recipe: Recipe = field(default_factory=Recipe)
+    precision: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         counts = {
@@ -89,6 +92,11 @@ class Job:
             raise ConfigError("job: strategy", expected="a name", got=shown(self.strategy))
         if not isinstance(self.options, Mapping) or not all(isinstance(k, str) for k in self.options):
             raise ConfigError("job: options", expected="a table of settings", got=shown(self.options))
+        if not isinstance(self.precision, (list, tuple)) or not set(map(str, self.precision)) <= set(PRECISIONS):
+            raise ConfigError(
+                "job: precision", expected=f"a list of some of {', '.join(PRECISIONS)}", got=shown(self.precision)
+            )
+        object.__setattr__(self, "precision", tuple(dict.fromkeys(self.precision)))
         self._check_ranked()
         if self.scorer == "curvature" and self.recipe.optimizer != "sgd":
             raise ConfigError(
@@ -116,8 +124,9 @@ class Job:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return asdict(self) | {"recipe": self.recipe.to_dict()}
+        """As plain JSON types; a setting that came later is only there where it is not as by default."""
+        body = asdict(self) | {"recipe": self.recipe.to_dict(), "precision": list(self.precision)}
+        return body if self.precision else {k: v for k, v in body.items() if k != "precision"}
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Job:
