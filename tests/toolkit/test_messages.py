@@ -95,7 +95,7 @@ EXAMPLES: list[Message] = [
     Refusal("pi-1", "j", 1, 0, "no room", 30),
     Update("pi-1", "j", 1, 0, REF.sha256, REF, 100, 40, {"loss": 0.5}),
     Hello(1_800_000_000),
-    Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), REF, DIGEST),
+    Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), REF, DIGEST, {"int8": REF}),
     Accepted("j", 1, 0, DIGEST),
     Cancelled("j", 1, 1, "late"),
     Finished("j"),
