@@ -117,19 +117,26 @@ class Trials:
                 hint="Give some with --data.",
             )
         trial = self._try(precision)
-        if trial.agreement.refusal and precision == INT8:
-            layers = trial.lowered.layers
-            ends = {layers[0], layers[-1]}
-            trial = self._try(precision, ends)
-            if trial.agreement.refusal:
-                alone = {n: self._try(precision, set(layers) - {n}).agreement.error for n in set(layers) - ends}
-                worst = sorted(alone, key=alone.__getitem__, reverse=True)
-                trial = self._try(precision, ends.union(worst[: len(worst) // 3]))
+        if precision == INT8:
+            trial = self._relaxed(trial)
         if trial.agreement.refusal and trial.given:
             raise ModelError(
                 f"{precision} is too far from float32: {trial.agreement.refusal}",
                 hint=f"Leave {precision} out of --precision.",
             )
+        return trial
+
+    def _relaxed(self, trial: Trial) -> Trial:
+        """The trial with as many layers in float32 as it takes; itself if it takes none."""
+        layers = trial.lowered.layers
+        ends = {layers[0], layers[-1]}
+        inner = set(layers) - ends
+        if trial.agreement.refusal and inner:
+            trial = self._try(INT8, ends)
+        if trial.agreement.refusal and len(inner) > 1:
+            alone = {n: self._try(INT8, set(layers) - {n}).agreement.error for n in inner}
+            worst = sorted(alone, key=alone.__getitem__, reverse=True)
+            trial = self._try(INT8, ends.union(worst[: -(-len(worst) // 3)]))
         return trial
 
     def _try(self, precision: str, keep: Collection[str] = ()) -> Trial:
