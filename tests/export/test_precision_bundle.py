@@ -184,8 +184,8 @@ def test_layers_stay_as_far_as_the_outputs_ask_for_it(lenient: int, monkeypatch:
 
     def judged(*arguments: object) -> object:
         found = original(*arguments)
-        number = len([k for k in kept if len(layers) - len(k) != 1 or len(layers) == 1])
-        return found if number > lenient else type(found)(found.samples, 0.0, found.error, found.right)
+        refused = lenient == 3 or len(kept) <= lenient
+        return type(found)(found.samples, 0.0, found.error, found.right) if refused else found
 
     original = trials.agreement
     monkeypatch.setattr(trials, "lower", recorded)
