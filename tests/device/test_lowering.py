@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hidden_board import CLASSES, DEVICE, HIDDEN, HiddenBoard, hidden_weights, logits
+from hidden_board import DEVICE, HIDDEN, HiddenBoard, hidden_weights, logits
+from memory_fleet import MemoryLink, MemoryServer, clock
 
 from fedprune import tensorfile
-from fedprune.agreement import agreement
 from fedprune.errors import BundleError, ProtocolError, StorageError
 from fedprune.precision import PRECISIONS, files_of, graphs_of, packed, served_files, unpacked
 from fedprune.recipe import Recipe
-from fedprune.wire.messages import Offer, parse
+from fedprune.wire.messages import Want, parse
 from fedprune_device.acceptance import check_offer
+from fedprune_device.agent import Agent
 from fedprune_device.assignment import DamagedBlobError, Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.lowering import Lowering
@@ -231,6 +233,41 @@ def test_packed_graphs_are_unpacked(precision: str) -> None:
         unpacked(tensorfile.encode({n: np.zeros(3, np.float32) for n in graphs}), precision)
 
 
-def test_offers_of_models_alone_are_still_taken(board: Board) -> None:
-    assert isinstance(board.offer(1, RECIPE, hidden_weights(HIDDEN // 2)), Offer)
-    assert agreement("cross_entropy", np.eye(CLASSES), np.eye(CLASSES)).refusal == ""
+@pytest.mark.parametrize("serve", ["float32", "int8"])
+def test_an_agent_pulls_and_serves_what_it_is_told_to(
+    tmp_path: Path, graphs: Path, data: LocalData, serve: str
+) -> None:
+    server = MemoryServer(tmp_path / "server", graphs, hidden_weights(HIDDEN // 2))
+    put = server.blobs.put
+    kits = {p: put((graphs / f"hidden_half_{p}.safetensors").read_bytes()) for p in ("float16", "int8")}
+    other: dict[str, Any] = {
+        "training": put((graphs / "kept.onnx").read_bytes()),
+        "inference": put((graphs / "hidden_half.onnx").read_bytes()),
+        "widths": (HIDDEN // 2,),
+        "lowered": kits,
+    }
+    server.plan = [server.offer(n, RECIPE, **other) for n in (1, 2)]
+
+    with DeviceStore(tmp_path / "state") as store:
+        agent = Agent("d", "site", store, MemoryLink(server), data, serve=serve, clock=clock)
+        late = threading.Timer(15, agent.stop)
+        late.start()
+        agent.run(until_finished=True)
+        assert late.is_alive()
+        late.cancel()
+        record = store.slots.current()
+
+    assert record is not None
+    assert (record.round, record.precision) == (2, serve)
+    asked = {m.sha256 for m in server.seen if isinstance(m, Want)}
+    assert asked & {k.sha256 for k in kits.values()} == ({kits["int8"].sha256} if serve == "int8" else set())
+
+
+def test_a_board_that_trains_alone_goes_on_from_float32(board: Board) -> None:
+    """What it lowers is what it has trained, from the float32 model that lies beside the lowered one."""
+    record = board.work(1, "int8", board.kits("int8"))
+    with DeviceStore(board.root) as store:
+        raw = store.slots.weights(record)
+
+    assert tensorfile.decode(raw).keys() == hidden_weights(HIDDEN // 2).keys()
+    assert all(v.dtype == np.float32 for v in tensorfile.decode(raw).values())

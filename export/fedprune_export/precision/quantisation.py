@@ -76,9 +76,7 @@ def planned(pair: Pair, keep: Collection[str] = ()) -> Plan:
         wanted.add(node.inputs[0])
         if node.op == "Conv" and after(node.outputs[0]) not in ends:
             wanted.add(after(node.outputs[0]))
-    for name in [p.name for p in graph.inputs]:
-        if name in wanted:
-            plan.scales[name] = name
+    plan.scales = {p.name: p.name for p in graph.inputs if p.name in wanted}
     for node in graph.nodes:
         reads = [i for i in node.inputs if i and not pair.is_tensor(i) and i not in graph.initializers]
         carried = bool(reads) and not node.domain and set(reads) <= plan.scales.keys()
@@ -90,7 +88,6 @@ def planned(pair: Pair, keep: Collection[str] = ()) -> Plan:
             out = after(node.outputs[0])
             wanted |= {out} - ends
         plan.scales |= {o: o for o in node.outputs if o in wanted}
-    # In a graph that runs in order, what a later layer reads may come from anywhere before it.
     plan.values = [v for v in plan.scales if plan.scales[v] == v]
     return plan
 
@@ -107,8 +104,9 @@ def _is_layer(pair: Pair, node: Node) -> bool:
     if node.op == "Gemm":
         plain = node.attrs.get("alpha", 1.0) == node.attrs.get("beta", 1.0) == 1.0 and not node.attrs.get("transA", 0)
         bias = node.inputs[2] if len(node.inputs) > 2 else ""
-        return plain and (not bias or (pair.is_tensor(bias) and len(pair.shape(bias) or ()) == 1))
-    return all(pair.is_tensor(i) for i in node.inputs[2:] if i)
+        if not plain or (bias and len(pair.shape(bias) or ()) != 1):
+            return False
+    return all(pair.is_tensor(i) or i in pair.graph.initializers for i in node.inputs[2:] if i)
 
 
 def quantise(pair: Pair, plan: Plan) -> list[str]:
