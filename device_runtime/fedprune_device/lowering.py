@@ -158,5 +158,5 @@ def clear(folder: Path, precision: str, *, made: bool = True) -> None:
     """
     with storage_errors(f"can't write {folder}"):
         for name in files_of(precision):
-            if made or name not in served_files(precision):
-                (folder / name).unlink(missing_ok=True)
+            if (made or name not in served_files(precision)) and (folder / name).exists():
+                (folder / name).unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hidden_board import DEVICE, HIDDEN, HiddenBoard, hidden_weights, logits
+from hidden_board import CLASSES, DEVICE, HIDDEN, HiddenBoard, hidden_weights, logits
 from memory_fleet import MemoryLink, MemoryServer, clock
+from power import KINDS, CutError, power
 
 from fedprune import tensorfile
 from fedprune.errors import BundleError, ProtocolError, StorageError
@@ -261,6 +263,40 @@ def test_an_agent_pulls_and_serves_what_it_is_told_to(
     assert (record.round, record.precision) == (2, serve)
     asked = {m.sha256 for m in server.seen if isinstance(m, Want)}
     assert asked & {k.sha256 for k in kits.values()} == ({kits["int8"].sha256} if serve == "int8" else set())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_at_any_write_leaves_the_old_or_the_new_model(board: Board, tmp_path: Path, kind: str) -> None:
+    kits = board.kits("int8")
+    before = board.work(1, "int8", kits)
+    offer = board.offer(2, RECIPE, hidden_weights(HIDDEN // 2, seed=2), graph="kept", lowered=kits)
+
+    def work(root: Path) -> None:
+        with DeviceStore(root) as store:
+            bench = Workbench(DEVICE, store.blobs, store.slots, board.data, shelf=store.own, lowering=Lowering("int8"))
+            bench.carry_out(offer, download_seconds=0.0, report=lambda *_: None, stop=lambda: False)
+
+    def serves(root: Path) -> Serving:
+        with DeviceStore(root) as store:
+            predictor, record = store.slots.open()
+            predictor.check(CLASSES)
+            return record
+
+    calm, cut = tmp_path / "calm", tmp_path / "cut"
+    shutil.copytree(board.root, calm)
+    with power() as supply:
+        work(calm)
+    after = serves(calm)
+    assert (before.precision, after.precision) == ("int8", "int8")
+    assert before.lowered != after.lowered
+    for at in range(1, supply.count + 1):
+        shutil.copytree(board.root, cut)
+        with power(at, kind), pytest.raises(CutError):
+            work(cut)
+        assert serves(cut) in (before, after)
+        work(cut)
+        assert replace(serves(cut), slot=after.slot) == after
+        shutil.rmtree(cut)
 
 
 def test_a_board_that_trains_alone_goes_on_from_float32(board: Board) -> None:

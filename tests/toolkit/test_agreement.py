@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.agreement import LEAST_SAME, MOST_ERROR, MOST_LOST, agreement
+from fedprune.errors import ModelError
 
 pytestmark = pytest.mark.board
 
@@ -78,6 +79,11 @@ def test_what_is_not_finite_never_serves(loss: str) -> None:
     found = agreement(loss, classes([0, 1]), outputs)
 
     assert "not finite" in found.refusal
+
+
+def test_outputs_of_another_shape_are_an_error() -> None:
+    with pytest.raises(ModelError, match="outputs at lower precision"):
+        agreement("cross_entropy", classes([0, 1]), classes([0]))
 
 
 def test_it_is_told_in_words_and_as_json() -> None:

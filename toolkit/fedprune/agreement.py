@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.errors import ModelError
+
 Array = npt.NDArray[Any]
 
 SAMPLES = 512
@@ -79,7 +81,12 @@ def agreement(loss: str, reference: Array, outputs: Array, y: Array | None = Non
         reference: What float32 gives.
         outputs: What the model gives for the same samples.
         y: The samples' labels, if known: int64 [n] for `cross_entropy`, 0 to 1 [n, K] for `bce`.
+
+    Raises:
+        ModelError: Outputs have another shape.
     """
+    if outputs.shape != reference.shape:
+        raise ModelError("outputs at lower precision", expected=reference.shape, got=outputs.shape)
     far = np.sqrt(np.mean((outputs.astype(np.float64) - reference) ** 2)) if outputs.size else 0.0
     error = float(far / max(float(np.std(reference, dtype=np.float64)), 1e-30))
     if loss not in ("cross_entropy", "bce"):

@@ -71,8 +71,10 @@ def measured_ranges(calibrate: Session, x: Array) -> Array:
     if not len(x):
         raise ModelError("ranges of activations can't be measured without samples")
     parts = np.array_split(x, -(-len(x) // _AT_ONCE))
-    found: Array = np.stack([calibrate.run({X: p}, [RANGES])[RANGES] for p in parts])
-    return checked_ranges(np.asarray(found.mean(axis=0, dtype=np.float64), np.float32))
+    found = [checked_ranges(calibrate.run({X: p}, [RANGES])[RANGES]) for p in parts]
+    if any(f.shape != found[0].shape for f in found):
+        raise ModelError("ranges of activations", expected="as many for every batch")
+    return np.asarray(np.mean(found, axis=0, dtype=np.float64), np.float32)
 
 
 def checked_ranges(ranges: Array) -> Array:
