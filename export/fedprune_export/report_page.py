@@ -55,6 +55,7 @@ def page(report: Report) -> str:
         ),
         _table(("", "whole model", "this bundle", "kept"), rows),
         f"<h2>Plan</h2><pre>{_text(report.plan_text())}</pre>",
+        *_precisions(report),
         "<h2>What was cut</h2>",
         _paragraph("One bar per channel group, its channels in the model's own order: dark ones are kept."),
         f'<div class="scroll">{pictures.channel_bars(report.selection)}</div>',
@@ -77,6 +78,11 @@ def page(report: Report) -> str:
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{_text(title)}</title><style>{_CSS}</style></head><body>{''.join(parts)}</body></html>\n"
     )
+
+
+def _precisions(report: Report) -> list[str]:
+    rows = [(t.lowered.precision, t.describe()) for t in report.trials]
+    return ["<h2>Lower precision</h2>", _table(("", "beside float32"), rows, words=(1,))] if rows else []
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = ()) -> str:

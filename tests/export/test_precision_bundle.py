@@ -52,6 +52,7 @@ def test_the_manifest_lists_what_was_asked_for(folder: Path) -> None:
     assert [r["precision"] for r in report] == list(PRECISIONS)
     assert all(r["agreement"]["samples"] == 300 and r["agreement"]["same"] >= 0.95 for r in report)
     assert "## Lower precision" in (folder / "bundle" / "report.md").read_text()
+    assert "<h2>Lower precision</h2>" in (folder / "bundle" / "report.html").read_text()
     sizes = [listed[weights_file(p)]["size"] for p in PRECISIONS]
     assert sizes[0] > 1.9 * sizes[1] > 3 * sizes[2]
 
