@@ -33,6 +33,8 @@ SERVE = (FLOAT32, "float16", "int8", FASTEST)
 """What a board may be told to serve at."""
 
 _TURNS = 9
+_FASTER = 0.9
+"""Share of float32's time that a lowered model may take to be called faster: less may be chance."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ class Lowering:
                 times[precision].append(time.perf_counter() - began)
         medians = {p: float(np.median(t[1:])) for p, t in times.items()}
         _LOG.info("a prediction takes %s", ", ".join(f"{1000 * s:.3g} ms with {p}" for p, s in medians.items()))
-        return min(medians, key=medians.__getitem__)
+        best = min(medians, key=medians.__getitem__)
+        return best if medians[best] < _FASTER * medians[FLOAT32] else FLOAT32
 
 
 class _Judge:

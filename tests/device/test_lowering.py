@@ -103,6 +103,28 @@ def test_the_fastest_serves_alone(board: Board) -> None:
     assert {p.name for p in board.slot(record).iterdir()} == {"inference.onnx", "weights.safetensors", *lowered}
 
 
+@pytest.mark.parametrize(
+    ("times", "fastest"),
+    [((10, 9.5, 9.1), "float32"), ((10, 12, 8), "int8"), ((10, 7, 8), "float16"), ((10, 30, 20), "float32")],
+)
+def test_the_fastest_is_faster_by_more_than_chance(
+    data: LocalData, times: tuple[float, ...], fastest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("fedprune_device.lowering.time.perf_counter", lambda: now[0])
+
+    class Slow:
+        def __init__(self, seconds: float) -> None:
+            self.seconds = seconds
+
+        def predict(self, _: object) -> None:
+            now[0] += self.seconds
+
+    models: Any = {p: Slow(t) for p, t in zip(("float32", "float16", "int8"), times, strict=True)}
+
+    assert Lowering("fastest")._chosen(models, data) == fastest
+
+
 def test_what_nobody_asked_for_is_not_pulled(board: Board) -> None:
     kits = board.kits("float16", "int8")
     offer = board.offer(1, RECIPE, hidden_weights(HIDDEN // 2), lowered=kits)
