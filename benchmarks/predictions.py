@@ -44,7 +44,7 @@ SOCKET, READY = "local.sock", "ready"
 
 def make(name: str, folder: Path) -> None:
     """What the server would send: both graphs and the weights."""
-    from step import network
+    from step_nets import network
 
     from fedprune_export.importing import export_torch, import_onnx
     from fedprune_export.inference import inference_model

@@ -1,8 +1,8 @@
 """A training step against torch eager: time, peak memory, installed size: `python benchmarks/step.py`.
 
-Steps of both run in turn in one process, so that neighbours on the machine hit them alike; the ratio is the median of
-the ratios within a pair. One graph file per net serves both widths. Peak memory is that of fresh processes, of which
-ours imports no torch.
+Steps run in turn in one process, so that neighbours on the machine hit them alike; the ratio is the median of the
+ratios within a turn. Ours are two: a graph for the board's own widths and processor (channels in blocks), and the graph
+of standard operators that serves every width. Peak memory is that of fresh processes, of which ours imports no torch.
 """
 
 from __future__ import annotations
@@ -24,66 +24,24 @@ from fedprune import step
 from fedprune.selection import Tensors
 from fedprune.session import Session
 
-NETS = ("lenet", "vgg11_bn", "resnet20_bn")
-DENSITIES = (1.0, 0.5)
+DENSITIES = (1.0, 0.5, 0.25)
 THREADS = (1, 2)
 BATCH = 32
-PAIRS = 21
+TURNS = 15
 WARM_UP = 3
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
+
+KINDS = {"blocks": "blocks", "standard": "standard operators, all widths"}
+
+HEAD = (
+    "| net | width | threads | blocks, ms | standard, ms | torch, ms | blocks, ratio | standard, ratio "
+    "| CPU: blocks | standard | peak MB | torch's |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
 
 CONTENDED = 2.0
 """From this ratio of CPU time to that of one thread on, a row with more threads compares nothing."""
 
 Step = Callable[[], float]
-
-
-def network(name: str) -> Any:
-    """LeNet with 1.7 M weights, VGG11-BN with 2.3 M, ResNet20-BN with 0.27 M, each for ten classes."""
-    from torch import nn
-
-    class Block(nn.Module):
-        def __init__(self, before: int, after: int, stride: int) -> None:
-            super().__init__()
-            self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
-            self.bn1, self.bn2 = nn.BatchNorm2d(after), nn.BatchNorm2d(after)
-            self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
-            self.shortcut = nn.Sequential()
-            if stride != 1:
-                self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
-
-        def forward(self, x: Any) -> Any:
-            y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
-            return (y + self.shortcut(x)).relu()
-
-    layers: list[nn.Module] = []
-    if name == "lenet":
-        shape, layers = (
-            (1, 28, 28),
-            [
-                *(nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-                *(nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-                *(nn.Flatten(), nn.Linear(64 * 49, 512), nn.ReLU(), nn.Linear(512, 10)),
-            ],
-        )
-    elif name == "vgg11_bn":
-        shape, before = (3, 32, 32), 3
-        for after in (32, 0, 64, 0, 128, 128, 0, 256, 256, 0, 256, 256, 0):
-            if after:
-                layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
-                before = after
-            else:
-                layers.append(nn.MaxPool2d(2))
-        layers += [nn.Flatten(), nn.Linear(before, 10)]
-    else:
-        shape = (3, 32, 32)
-        layers = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-        for before, after in ((16, 16), (16, 32), (32, 64)):
-            layers += [Block(before, after, after // before), Block(after, after, 1), Block(after, after, 1)]
-        layers += [nn.AvgPool2d(8), nn.Flatten(), nn.Linear(64, 10)]
-    net = nn.Sequential(*layers)
-    net.input_shape = shape  # type: ignore[assignment]
-    return net
 
 
 def batch(shape: tuple[int, ...]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -106,49 +64,50 @@ def our_step(graph: Path, tensors: Tensors, x: Any, y: Any, threads: int) -> Ste
     return run
 
 
-def torch_step(net: Any, tensors: Tensors, x: Any, y: Any, threads: int) -> Step:
+def torch_step(name: str, tensors: Tensors, x: Any, y: Any, threads: int) -> Step:
     """Eager torch; the module takes the width of the tensors that are put in."""
     import torch
+    from step_nets import loss, network
 
     torch.set_num_threads(threads)
+    net = network(name)
     net.train()
-    for name, value in tensors.items():
-        owner, _, field = name.rpartition(".")
-        part = net.get_submodule(owner)
-        tensor = torch.tensor(value)
-        setattr(part, field, torch.nn.Parameter(tensor) if field in part._parameters else tensor)
+    net.take({n: torch.tensor(v) for n, v in tensors.items()})
     optimiser = torch.optim.SGD(net.parameters(), LR, MOMENTUM, weight_decay=DECAY)
     images, labels = torch.tensor(x), torch.tensor(y)
 
     def run() -> float:
         optimiser.zero_grad()
-        loss = torch.nn.functional.cross_entropy(net(images), labels)
-        loss.backward()
+        value = loss(net, images, labels)
+        value.backward()
         optimiser.step()
-        return float(loss.detach())
+        return float(value.detach())
 
     return run
 
 
-def compare(ours: Step, theirs: Step) -> dict[str, float]:
-    """Wall time and CPU time of both in turn."""
-    rows = []
-    for _ in range(WARM_UP + PAIRS):
-        row: list[float] = []
-        for run in (ours, theirs):
+def compare(steps: dict[str, Step]) -> dict[str, dict[str, float]]:
+    """Wall time and CPU time of steps in turn, and their ratios to the last one's."""
+    losses = [run() for run in steps.values()]
+    if max(losses) - min(losses) > 1e-3:
+        raise SystemExit(f"the first losses differ: {losses}")
+    turns: list[list[tuple[float, float]]] = []
+    for _ in range(WARM_UP + TURNS):
+        turn = []
+        for run in steps.values():
             wall, cpu = time.perf_counter(), time.process_time()
             run()
-            row += [1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)]
-        rows.append(row)
-    kept = rows[WARM_UP:]
-    wall, cpu, torch_wall, torch_cpu = (statistics.median(r[i] for r in kept) for i in range(4))
+            turn.append((1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)))
+        turns.append(turn)
+    kept = turns[WARM_UP:]
     return {
-        "ms": wall,
-        "torch_ms": torch_wall,
-        "ratio": statistics.median(r[0] / r[2] for r in kept),
-        "cpu_ms": cpu,
-        "torch_cpu_ms": torch_cpu,
-        "cpu_ratio": statistics.median(r[1] / r[3] for r in kept),
+        name: {
+            "ms": statistics.median(t[i][0] for t in kept),
+            "cpu_ms": statistics.median(t[i][1] for t in kept),
+            "ratio": statistics.median(t[i][0] / t[-1][0] for t in kept),
+            "cpu_ratio": statistics.median(t[i][1] / t[-1][1] for t in kept),
+        }
+        for i, name in enumerate(steps)
     }
 
 
@@ -163,11 +122,11 @@ def measure_peak(engine: str, name: str, folder: Path, density: float) -> None:
         tensors = {n: held[n] for n in held.files}
     shape = json.loads((folder / f"{name}.json").read_text())
     x, y = batch(tuple(shape))
-    if engine == "ours":
-        run = our_step(folder / f"{name}.onnx", tensors, x, y, 1)
+    if engine != "torch":
+        run = our_step(folder / f"{name}-{density}-{engine}.onnx", tensors, x, y, 1)
         assert "torch" not in sys.modules
     else:
-        run = torch_step(network(name), tensors, x, y, 1)
+        run = torch_step(name, tensors, x, y, 1)
     for _ in range(5):
         run()
     status = Path("/proc/self/status").read_text().splitlines()
@@ -195,79 +154,130 @@ def installed(*names: str) -> dict[str, float]:
 
 
 def main() -> None:
+    from step_nets import NETS, network
     from synthetic_nets import setting, write
 
     from fedprune.architecture import widths_at
     from fedprune.recipe import Features
     from fedprune.selection import Selection
+    from fedprune_device.blocks import block_size
+    from fedprune_export.formulation import Forms
     from fedprune_export.importing import export_torch, import_onnx
     from fedprune_export.training import training_graph
 
-    about = setting("onnxruntime", "torch")
+    about, block = setting("onnxruntime", "torch"), block_size()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         for name in NETS:
             model = import_onnx(export_torch(network(name)), name)
             arch = model.architecture
-            start = time.perf_counter()
-            graph = training_graph(model, Features())
-            build = 1e3 * (time.perf_counter() - start)
-            (folder / f"{name}.onnx").write_bytes(graph.to_bytes())
             (folder / f"{name}.json").write_text(json.dumps(arch.input_shape))
             x, y = batch(arch.input_shape)
             for density in DENSITIES:
-                tensors = Selection.of(arch, widths_at(arch, density)).gather(model.tensors)
+                widths = widths_at(arch, density)
+                tensors = Selection.of(arch, widths).gather(model.tensors)
                 np.savez(folder / f"{name}-{density}.npz", **tensors)  # type: ignore[arg-type]
-                memory = {f"{e}_peak_mb": peak(e, name, folder, density) for e in ("ours", "torch")}
-                alone: dict[str, float] = {}
+                build: dict[str, float] = {}
+                for kind in KINDS:
+                    forms = {"widths": widths, "forms": Forms(block)} if kind == "blocks" else {}
+                    times = []
+                    for _ in range(3):
+                        start = time.perf_counter()
+                        raw = training_graph(model, Features(), **forms).to_bytes()  # type: ignore[arg-type]
+                        times.append(1e3 * (time.perf_counter() - start))
+                    build[kind] = min(times)
+                    (folder / f"{name}-{density}-{kind}.onnx").write_bytes(raw)
+                memory = {e: peak(e, name, folder, density) for e in (*KINDS, "torch")}
+                alone: dict[str, dict[str, float]] = {}
                 for threads in THREADS:
-                    ours = our_step(folder / f"{name}.onnx", tensors, x, y, threads)
-                    theirs = torch_step(network(name), tensors, x, y, threads)
-                    times = compare(ours, theirs)
-                    alone = times if threads == 1 else alone
-                    what: dict[str, Any] = {"net": name, "density": density, "threads": threads, "build_ms": build}
-                    what["contended"] = any(times[k] > CONTENDED * alone[k] for k in ("cpu_ms", "torch_cpu_ms"))
-                    rows.append({**what, **times, **memory})
-                    print(rows[-1], flush=True)
+                    steps = {k: our_step(folder / f"{name}-{density}-{k}.onnx", tensors, x, y, threads) for k in KINDS}
+                    steps["torch"] = torch_step(name, tensors, x, y, threads)
+                    found = compare(steps)
+                    alone = alone or found
+                    contended = any(found[e]["cpu_ms"] > CONTENDED * alone[e]["cpu_ms"] for e in found)
+                    what = {"net": name, "density": density, "threads": threads, "contended": contended}
+                    rows.append({**what, "build_ms": build, "peak_mb": memory, "times": found})
+                    print(what, {e: round(t["ratio"], 2) for e, t in found.items()}, flush=True)
     sizes = {"ours": installed("onnxruntime", "numpy"), "torch": installed("torch", "numpy")}
-    body = {"setting": about, "batch": BATCH, "pairs": PAIRS, "rows": rows, "installed_mb": sizes}
-    write("step", body, page(about, rows, sizes))
+    body = {"setting": about, "batch": BATCH, "turns": TURNS, "block": block, "rows": rows, "installed_mb": sizes}
+    write("step", body, page(about, rows, sizes, block))
 
 
-def mark(row: dict[str, Any], ratio: str) -> str:
-    return "–" if row["contended"] else f"{row[ratio]:.2f}"
+def mark(row: dict[str, Any], kind: str, value: str) -> str:
+    return "–" if row["contended"] else f"{row['times'][kind][value]:.2f}"
 
 
-def page(about: dict[str, Any], rows: list[dict[str, Any]], sizes: dict[str, dict[str, float]]) -> str:
+def mean(values: list[float]) -> float:
+    """The geometric mean."""
+    return statistics.geometric_mean(values) if values else float("nan")
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Geometric means over the rows that compare anything, and the worst of them."""
+    lines = []
+    for kind, words in KINDS.items():
+        for threads in THREADS:
+            chosen = [r for r in rows if r["threads"] == threads and not r["contended"]]
+            ratios = {f"{r['net']} at {r['density']:g}": r["times"][kind]["ratio"] for r in chosen}
+            if ratios:
+                worst = max(ratios, key=lambda n: ratios[n])
+                line = f"| {words} | {threads} | {len(ratios)} | {mean(list(ratios.values())):.2f} |"
+                lines.append(f"{line} {ratios[worst]:.2f} ({worst}) |")
+    return "\n".join(lines)
+
+
+def halves(rows: list[dict[str, Any]], kind: str) -> str:
+    """How much faster a step is at half width."""
+    out = []
+    for name in dict.fromkeys(r["net"] for r in rows):
+        ms = {r["density"]: r["times"][kind]["cpu_ms"] for r in rows if r["net"] == name and r["threads"] == 1}
+        out.append(f"{name} {ms[1.0] / ms[0.5]:.1f}")
+    return ", ".join(out)
+
+
+def page(about: dict[str, Any], rows: list[dict[str, Any]], sizes: dict[str, dict[str, float]], block: int) -> str:
     total = {k: sum(v.values()) for k, v in sizes.items()}
-    builds = {r["net"]: r["build_ms"] for r in rows}
     table = "\n".join(
-        f"| {r['net']} | {r['density']:g} | {r['threads']} | {r['ms']:.1f} | {r['torch_ms']:.1f} | {mark(r, 'ratio')} "
-        f"| {r['cpu_ms']:.1f} | {r['torch_cpu_ms']:.1f} | {mark(r, 'cpu_ratio')} "
-        f"| {r['ours_peak_mb']:.0f} | {r['torch_peak_mb']:.0f} |"
+        f"| {r['net']} | {r['density']:g} | {r['threads']} "
+        f"| {r['times']['blocks']['ms']:.1f} | {r['times']['standard']['ms']:.1f} | {r['times']['torch']['ms']:.1f} "
+        f"| {mark(r, 'blocks', 'ratio')} | {mark(r, 'standard', 'ratio')} "
+        f"| {mark(r, 'blocks', 'cpu_ratio')} | {mark(r, 'standard', 'cpu_ratio')} "
+        f"| {r['peak_mb']['blocks']:.0f} | {r['peak_mb']['torch']:.0f} |"
         for r in rows
     )
+    one = [r for r in rows if r["threads"] == 1]
+    memory = {k: mean([r["peak_mb"][k] / r["peak_mb"]["torch"] for r in one]) for k in KINDS}
+    builds = {r["net"]: r["build_ms"] for r in one if r["density"] == 1}
     return f"""# A training step
 
 {about["date"]}, {about["cpu"]}, {about["cores"]} cores (load {about["load"]} from neighbours),
 Python {about["python"]}, onnxruntime {about["onnxruntime"]}, torch {about["torch"]}. `python benchmarks/step.py`
 
-SGD with momentum and weight decay, batch {BATCH}; medians of {PAIRS} pairs of steps in turn; *ratio* is the median
-ratio within a pair, below 1 where ours is faster. CPU time counts all threads. Peak memory: fresh processes, one
-thread. The same graph file serves both widths.
+SGD with momentum and weight decay, batch {BATCH}; medians of {TURNS} turns; *ratio* is the median ratio to torch's
+within a turn, below 1 where ours is faster. *Blocks*: a graph for these widths and this processor (blocks of {block}
+channels). *Standard*: standard operators alone, one graph for all widths, as boards without blocks run it (all Arm
+boards with the stock wheel). CPU time counts all threads. Peak memory: fresh processes, one thread.
 
-| net | width | threads | ms | torch ms | ratio | CPU | torch CPU | ratio | peak MB | torch peak MB |
-|---|---|---|---|---|---|---|---|---|---|---|
+| graph | threads | cases | geometric mean of the ratio | worst |
+|---|---|---|---|---|
+{summary(rows)}
+
+{HEAD}
 {table}
 
-–: no comparison. Neighbours were on the cores, and one of the two burned over {CONTENDED:g} times the CPU time that it
-takes with one thread: its threads spun while they waited for each other.
+–: no comparison. Neighbours were on the cores, and one of the three burned over {CONTENDED:g} times the CPU time that
+it takes with one thread: its threads spun while they waited for each other.
+
+Peak memory beside torch's, geometric mean: blocks {memory["blocks"]:.2f}, standard {memory["standard"]:.2f}.
+
+Times faster at half width (CPU time, one thread): blocks {halves(rows, "blocks")}; standard {halves(rows, "standard")}.
 
 Installed, with all that they require (numpy in both): onnxruntime {total["ours"]:.0f} MB, torch for CPUs
 {total["torch"]:.0f} MB.
 
-Differentiating a model: {", ".join(f"{n} {ms:.0f} ms" for n, ms in builds.items())}.
+Writing a graph, ms: blocks {", ".join(f"{n} {ms['blocks']:.0f}" for n, ms in builds.items())}; standard
+{", ".join(f"{n} {ms['standard']:.0f}" for n, ms in builds.items())}.
 """
 
 

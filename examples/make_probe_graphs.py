@@ -18,6 +18,9 @@ import numpy as np
 from fedprune.chance import keyed
 from fedprune.costs import costs_at
 from fedprune.recipe import Features
+from fedprune.workload import BLOCKS
+from fedprune_device import blocks
+from fedprune_export.formulation import Forms, formulated
 from fedprune_export.graph import Graph, Port
 from fedprune_export.importing import import_onnx
 from fedprune_export.inference import inference_model
@@ -93,6 +96,20 @@ def archive() -> bytes:
     return gzip.compress(raw.getvalue(), 9, mtime=0)
 
 
+def check_of_blocks(block: int) -> bytes:
+    """A convolution of 3×3 in plain layout and in blocks, as `fedprune_device.blocks` compares them."""
+    shapes = {blocks.X: ("N", blocks.CHANNELS, blocks.PLACES, blocks.PLACES), blocks.W: (blocks.CHANNELS,) * 2 + (3, 3)}
+    ports = [Port(n, np.dtype(np.float32), s) for n, s in shapes.items()]
+    result = Port(blocks.IN_BLOCKS, np.dtype(np.float32), shapes[blocks.X])
+    graph = Graph(ports, [result], name="blocks")
+    attrs = {"kernel_shape": [3, 3], "strides": [1, 1], "dilations": [1, 1], "pads": [1] * 4, "group": 1}
+    graph.emit("Conv", blocks.X, blocks.W, attrs=attrs, out=blocks.IN_BLOCKS)
+    out = formulated(graph, {**shapes, blocks.IN_BLOCKS: shapes[blocks.X]}, Forms(block))
+    out.emit("Conv", blocks.X, blocks.W, attrs=attrs, out=blocks.PLAIN)
+    out.outputs.append(Port(blocks.PLAIN, np.dtype(np.float32), shapes[blocks.X]))
+    return out.to_bytes()
+
+
 def main(folder: Path = FOLDER) -> None:
     """Compile the net and write its graphs, shapes and costs."""
     model = import_onnx(network(), "probe")
@@ -111,6 +128,8 @@ def main(folder: Path = FOLDER) -> None:
     }
     (folder / "probe.json").write_text(json.dumps(body) + "\n")
     (folder / "probe_layers.tar.gz").write_bytes(archive())
+    for block in BLOCKS[1:]:
+        (folder / blocks.file_name(block)).write_bytes(check_of_blocks(block))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch_graph import run
 from fedprune import step
 from fedprune.recipe import Features
 from fedprune.session import Session
+from fedprune_export.formulation import Forms
 from fedprune_export.graph import Graph
 from fedprune_export.imported import Model
 from fedprune_export.training import training_graph
@@ -141,12 +142,14 @@ class Trained:
 
     Args:
         model: The model.
+        widths: The widths that its graph serves; all, if none are given.
+        forms: How layers are computed at these.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, widths: tuple[int, ...] | None = None, forms: Forms | None = None) -> None:
         self.model = model
         self.names = [t.name for t in model.architecture.trainable if t.name not in model.frozen]
-        self.graph = training_graph(model, Features(gradients=True))
+        self.graph = training_graph(model, Features(gradients=True), widths=widths, forms=forms)
         self._session = Session(self.graph.to_bytes(), training=True)
 
     def gradients(self, tensors: Arrays, x: Any, y: Any) -> Arrays:

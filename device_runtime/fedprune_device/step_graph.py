@@ -19,6 +19,7 @@ from fedprune.ordered_dropout import TensorAxes
 from fedprune.recipe import Recipe
 from fedprune.session import Session
 from fedprune_device.batches import Part
+from fedprune_device.blocks import check_block
 from fedprune_device.losses import loss_terms
 
 Array = npt.NDArray[Any]
@@ -71,7 +72,7 @@ class StepGraph:
         token_ids: Whether samples are whole numbers.
 
     Raises:
-        ModelError: onnxruntime doesn't accept the graph.
+        ModelError: onnxruntime doesn't accept the graph, or it was made for another kind of processor.
         TrainingError: It is not a training graph.
     """
 
@@ -84,6 +85,7 @@ class StepGraph:
         self._given = session
         self._session = session or Session(graph, threads=threads, training=True, cuda=cuda)
         self._forward: dict[tuple[str, ...], Session] = {}
+        check_block(self._session.metadata)
         inputs, outputs = self._session.inputs, set(self._session.outputs)
         optimizer = "adam" if step.BETA1 in inputs else "sgd"
         required = {step.X, step.Y, step.LR, step.WEIGHT_DECAY}

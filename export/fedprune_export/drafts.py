@@ -91,10 +91,12 @@ class Draft:
         self.nodes.append(Node(op, list(inputs), [output], dict(attrs or {}), output, domain))
         return output
 
-    def emit_many(self, op: str, *inputs: str, outputs: int, attrs: Mapping[str, Any] | None = None) -> list[str]:
+    def emit_many(
+        self, op: str, *inputs: str, outputs: int, attrs: Mapping[str, Any] | None = None, domain: str = ""
+    ) -> list[str]:
         """Append a node with several outputs and return their names."""
         names = [self.fresh(op) for _ in range(outputs)]
-        self.nodes.append(Node(op, list(inputs), list(names), dict(attrs or {}), names[0]))
+        self.nodes.append(Node(op, list(inputs), list(names), dict(attrs or {}), names[0], domain))
         return names
 
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedprune import step
 from fedprune.recipe import Features
+from fedprune_export.gradients.intents import DOMAIN, SCALED_SUM
 from fedprune_export.gradients.tape import Shape, Tape, port
 from fedprune_export.graph import Graph
 from fedprune_export.sparse_weights import passed
@@ -50,17 +51,16 @@ def write_updates(g: Graph, tape: Tape, tensors: Sequence[Trained], features: Fe
     gradients = [_objective(g, tape, tensor, features) for tensor in tensors]
     if features.clip:
         gradients = _clipped(g, gradients)
-    update = _sgd(g) if features.optimizer == "sgd" else _adam(g, decoupled=features.optimizer == "adamw")
+    update = _sgd(g, tape) if features.optimizer == "sgd" else _adam(g, decoupled=features.optimizer == "adamw")
     for tensor, gradient in zip(tensors, gradients, strict=True):
         name = tensor.name
         mask = step.mask(name) if features.element_mask else ""
-        change = update(name, gradient, mask)
         target = step.following(name)
         if mask:
             kept = g.emit("Greater", mask, g.scalar(0))
-            g.emit("Where", kept, g.emit("Sub", name, change), name, out=target)
+            g.emit("Where", kept, update(tensor, gradient, mask, None), name, out=target)
         else:
-            g.emit("Sub", name, change, out=target)
+            update(tensor, gradient, mask, target)
         arrays = [name, *(state(name) for state in step.states(features.optimizer))]
         g.outputs += [port(step.following(n), tensor.shape) for n in arrays]
 
@@ -99,26 +99,37 @@ def _clipped(g: Graph, gradients: Sequence[str]) -> list[str]:
     return [g.emit("Mul", x, share) for x in gradients]
 
 
-_Update = Callable[[str, str, str], str]
-"""Takes a tensor, its gradient and its mask (or nothing), writes its state and returns what it loses."""
+_Update = Callable[[Trained, str, str, "str | None"], str]
+"""Takes a tensor, its gradient and its mask (or nothing), writes its state and returns the tensor as it is then, by the
+name that is given."""
 
 
-def _decayed(g: Graph, name: str, gradient: str, mask: str) -> str:
-    """g + wd · w, where the mask lets it."""
-    out = g.emit("Add", gradient, g.emit("Mul", name, step.WEIGHT_DECAY))
-    return g.emit("Mul", out, mask) if mask else out
-
-
-def _sgd(g: Graph) -> _Update:
+def _sgd(g: Graph, tape: Tape) -> _Update:
     """g += wd · w; buf = m · buf + g; w −= lr · buf (torch.optim.SGD)."""
 
-    def update(name: str, gradient: str, mask: str) -> str:
-        gradient = _decayed(g, name, gradient, mask)
-        old = g.emit("Mul", step.buffer(name), step.MOMENTUM)
-        moved = g.emit("Add", old, gradient, out=step.following(step.buffer(name)))
-        return g.emit("Mul", moved, step.LR)
+    def update(tensor: Trained, gradient: str, mask: str, out: str | None) -> str:
+        name, state = tensor.name, step.buffer(tensor.name)
+        gradient = g.emit("Add", gradient, g.emit("Mul", name, step.WEIGHT_DECAY))
+        if mask:
+            gradient = g.emit("Mul", gradient, mask)
+        old = g.emit("Mul", state, step.MOMENTUM)
+        moved = g.emit("Add", old, gradient, out=step.following(state))
+        return g.emit("Sub", name, g.emit("Mul", moved, step.LR), out=out)
 
-    return update
+    def intended(tensor: Trained, gradient: str, mask: str, out: str | None) -> str:
+        name, state = tensor.name, step.buffer(tensor.name)
+
+        def plus(value: str, other: str, factor: str, out: str | None = None) -> str:
+            tape.written[value] = tensor.shape
+            return g.emit(SCALED_SUM, value, other, factor, out=out, domain=DOMAIN)
+
+        gradient = plus(gradient, name, step.WEIGHT_DECAY)
+        if mask:
+            gradient = g.emit("Mul", gradient, mask)
+        moved = plus(gradient, state, step.MOMENTUM, step.following(state))
+        return plus(name, moved, g.emit("Neg", step.LR), out)
+
+    return intended if tape.intends else update
 
 
 def _adam(g: Graph, *, decoupled: bool) -> _Update:
@@ -140,9 +151,11 @@ def _adam(g: Graph, *, decoupled: bool) -> _Update:
     root = single(g.emit("Sqrt", bias2))
     shrink = g.emit("Mul", step.LR, step.WEIGHT_DECAY) if decoupled else ""
 
-    def update(name: str, gradient: str, mask: str) -> str:
+    def update(tensor: Trained, gradient: str, mask: str, out: str | None) -> str:
+        name = tensor.name
         if not decoupled:
-            gradient = _decayed(g, name, gradient, mask)
+            gradient = g.emit("Add", gradient, g.emit("Mul", name, step.WEIGHT_DECAY))
+            gradient = g.emit("Mul", gradient, mask) if mask else gradient
         first, second = step.buffer(name), step.second(name)
         fresh = g.emit("Mul", gradient, take1)
         mean = g.emit("Add", g.emit("Mul", first, keep1), fresh, out=step.following(first))
@@ -150,6 +163,7 @@ def _adam(g: Graph, *, decoupled: bool) -> _Update:
         square = g.emit("Add", g.emit("Mul", second, keep2), fresh, out=step.following(second))
         spread = g.emit("Add", g.emit("Div", g.emit("Sqrt", square), root), step.EPSILON)
         change = g.emit("Mul", g.emit("Div", mean, spread), pace)
-        return g.emit("Add", change, g.emit("Mul", name, shrink)) if decoupled else change
+        change = g.emit("Add", change, g.emit("Mul", name, shrink)) if decoupled else change
+        return g.emit("Sub", name, change, out=out)
 
     return update

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fedprune import step
 from fedprune.errors import ModelError
 from fedprune.freezing import frozen_tensors
 from fedprune.ordered_dropout import axes_json
 from fedprune.recipe import Features
+from fedprune_export.formulation import Forms, formulated
 from fedprune_export.gradients.tape import Tape, port, sample_shape
 from fedprune_export.graph import Graph
 from fedprune_export.imported import Model
 from fedprune_export.losses import target_shape, write_loss
 from fedprune_export.optimisers import Trained, add_inputs, write_updates
+from fedprune_export.pinned import pinned
 from fedprune_export.scaler import scaled_outputs
 from fedprune_export.sparse_weights import used
 
 
-def training_graph(model: Model, features: Features) -> Graph:
+def training_graph(
+    model: Model, features: Features, *, widths: Sequence[int] | None = None, forms: Forms | None = None
+) -> Graph:
     """The training step of a model, by the names of `fedprune.step`.
 
-    The batch and all channel dimensions are symbolic: one graph serves every width of the architecture.
+    The batch and all channel dimensions are symbolic: one graph serves every width of the architecture. Where widths
+    are given it serves these alone, and is faster.
 
     Args:
         model: What to train.
         features: What the step can do.
+        widths: Channels of every group, or None for all widths.
+        forms: How layers are computed at these widths.
 
     Raises:
         ModelError: An operator can't be differentiated, or its size would have to be fixed; the message names the node.
         ConfigError: A pattern of the features matches no tensor, or leaves none to train.
     """
+    whole = model.architecture
+    if widths is not None:
+        model = pinned(model, widths)
     architecture = model.architecture
     outputs = architecture.classes
     if not outputs:
@@ -38,8 +50,9 @@ def training_graph(model: Model, features: Features) -> Graph:
     frozen = frozen_tensors(architecture, features, model.frozen)
     graph = Graph(name="training_step", _counter=model.graph._counter)
     if features.ordered_dropout or features.axes:
-        graph.metadata[step.AXES] = axes_json(architecture)
-    tape = Tape(model, graph, frozen, scaled=scaled_outputs(model) if features.scale else ())
+        graph.metadata[step.AXES] = axes_json(whole)
+    scaled = scaled_outputs(model) if features.scale else ()
+    tape = Tape(model, graph, frozen, scaled=scaled, intends=widths is not None)
     if features.scale:
         graph.inputs.append(port(step.OUTPUT_SCALE, ()))
     input_shape = sample_shape(model.graph)
@@ -71,4 +84,4 @@ def training_graph(model: Model, features: Features) -> Graph:
         if spec.name not in frozen and step.following(spec.name) not in made:
             raise ModelError(f"statistic {spec.name} belongs to no batch normalisation")
     graph.prune()
-    return graph
+    return graph if widths is None else formulated(graph, tape.written, forms or Forms())

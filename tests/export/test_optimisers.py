@@ -27,6 +27,8 @@ SHAPES = {"w": (3, 4), "b": (5,), "scale": ()}
 class GivenGradients:
     """Stands for a tape whose gradients are inputs of the graph."""
 
+    intends = False
+
     def gradient(self, name: str) -> str:
         return f"d{name}"
 

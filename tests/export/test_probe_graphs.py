@@ -22,7 +22,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["probe_training.onnx", "probe_inference.onnx"])
+@pytest.mark.parametrize(
+    "name", ["probe_training.onnx", "probe_inference.onnx", *[f"probe_blocks_{b}.onnx" for b in (4, 8, 16)]]
+)
 def test_shipped_probe_graphs_are_what_the_compiler_writes(written: Path, name: str) -> None:
     # The graph, not the file: another version of onnx may write its own name into it.
     new, shipped = (onnx.load(folder / name, load_external_data=False) for folder in (written, SHIPPED))

@@ -7,6 +7,7 @@ from fedprune_export.gradients import (  # noqa: F401 (they register)
     arithmetic,
     convolutions,
     elementwise,
+    group_norms,
     layer_norms,
     norms,
     padding,

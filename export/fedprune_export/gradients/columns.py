@@ -73,6 +73,11 @@ class Columns:
         g, tape = self.g, self.tape
         rows, width = tape.product([self.taken, self.taps]), tape.product([self.positions, self.batch])
         flat = self.batch_last(dy, self.positions)
+        if self.number == 1:
+            side = tape.reshape(flat, (self.outputs, self.positions, self.batch), (self.outputs, width))
+            held = tape.reshape(self.columns(x), (1, rows, width), (rows, width))
+            product = g.emit("Gemm", side, held, attrs={"transB": 1})
+            return tape.reshape(product, (self.outputs, rows), self.shape)
         side = tape.reshape(flat, (self.outputs, self.positions, self.batch), (self.number, self.made, width))
         product = g.emit("MatMul", self.columns(x), g.emit("Transpose", side, attrs={"perm": [0, 2, 1]}))
         product = g.emit("Transpose", product, attrs={"perm": [0, 2, 1]})

@@ -10,8 +10,9 @@ from typing import Protocol
 
 from fedprune.errors import ModelError
 from fedprune_export.gradients import columns
-from fedprune_export.gradients.dense import Dense
+from fedprune_export.gradients.dense import Dense, formulation
 from fedprune_export.gradients.depthwise import Depthwise
+from fedprune_export.gradients.intents import Intended
 from fedprune_export.gradients.tape import Dim, Pull, Tape, describe, rule
 from fedprune_export.gradients.windows import Window, window
 from fedprune_export.graph import Node
@@ -47,9 +48,13 @@ def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[D
     kernel, shape = tape.value(node.inputs[1]), tape.shape(node.inputs[1])
     if int(node.attrs.get("group", 1)) == 1:
         if math.prod(w.output) > columns.SMALL_MAP:
-            return Dense(tape, w, kernel, shape)
+            if tape.intends and len(w.sizes) == 2:
+                return Intended(tape.graph, w, kernel, 1)
+            return Dense(tape.graph, w, kernel, formulation(w, tape.extent(shape[1])))
     elif lengths == (1, 1):
-        return Depthwise(tape, w, kernel)
+        if tape.intends and len(w.sizes) == 2 and isinstance(number, int):
+            return Intended(tape.graph, w, kernel, number)
+        return Depthwise(tape.graph, w, kernel)
     return columns.Columns(tape, w, kernel, shape, number, lengths, tape.shape(node.inputs[0])[0])
 
 

@@ -11,9 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedprune_export.gradients.tape import Shape, Tape
 from fedprune_export.gradients.windows import Window, leftovers, operator_attrs
 from fedprune_export.graph import Graph
+
+KernelForm = Literal["taps", "products", "columns", "convolution"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,12 @@ class Formulation:
 
     Attributes:
         input_gradient: A convolution with the flipped kernel, or a transposed convolution.
-        weight_gradient: One product per kernel element, one over columns (all windows of the whole batch), or a
-            convolution with dy as its kernel.
+        weight_gradient: A product per kernel element and sample ("taps"), one per kernel element ("products"), one over
+            columns (all windows of the whole batch), or a convolution with dy as its kernel.
     """
 
     input_gradient: Literal["flipped", "transposed"]
-    weight_gradient: Literal["taps", "columns", "convolution"]
+    weight_gradient: KernelForm
 
 
 _SMALL_MAP, _LARGE_KERNEL, _IMAGE_CHANNELS = 64, 25, 3
@@ -46,19 +47,25 @@ def formulation(w: Window, channels: int) -> Formulation:
     plain = all(s == 1 for s in w.strides) and fits
     large = elements >= _LARGE_KERNEL
     if large and channels <= _IMAGE_CHANNELS:
-        weight: Literal["taps", "columns", "convolution"] = "convolution"
+        weight: KernelForm = "convolution"
     else:
         weight = "taps" if area >= _SMALL_MAP else "columns"
     return Formulation("flipped" if plain and not large else "transposed", weight)
 
 
 class Dense:
-    """A convolution in one group (see `convolutions.Convolution`)."""
+    """A convolution in one group (see `convolutions.Convolution`).
 
-    def __init__(self, tape: Tape, w: Window, kernel: str, shape: Shape) -> None:
-        self.g, self.w, self.kernel = tape.graph, w, kernel
+    Args:
+        g: The graph that is written to.
+        w: The layer's window.
+        kernel: The kernel's value.
+        form: How it is computed.
+    """
+
+    def __init__(self, g: Graph, w: Window, kernel: str, form: Formulation) -> None:
+        self.g, self.w, self.kernel, self.form = g, w, kernel, form
         self.rank = len(w.sizes)
-        self.form = formulation(w, tape.extent(shape[1]))
 
     def apply(self, x: str, bias: list[str]) -> str:
         """The convolution of x."""
@@ -76,15 +83,15 @@ class Dense:
 
     # -- input gradient ---------------------------------------------------------------------------------------------
 
-    def flipped_kernel(self) -> str:
-        """The kernel with its channels swapped and its taps in reverse order."""
+    def flipped_kernel(self, *, swapped: bool = True) -> str:
+        """The kernel with its channels swapped (but not those of a depthwise one), and its taps in reverse order."""
         g, axes = self.g, range(2, self.rank + 2)
-        swapped = g.emit("Transpose", self.kernel, attrs={"perm": [1, 0, *axes]})
+        kernel = g.emit("Transpose", self.kernel, attrs={"perm": [1, 0, *axes]}) if swapped else self.kernel
         flip = [a for a in axes if self.w.kernel[a - 2] > 1]
         if not flip:
-            return swapped
+            return kernel
         ones = [-1] * len(flip)
-        return g.emit("Slice", swapped, g.ints(*ones), g.ints(*[-(2**31)] * len(flip)), g.ints(*flip), g.ints(*ones))
+        return g.emit("Slice", kernel, g.ints(*ones), g.ints(*[-(2**31)] * len(flip)), g.ints(*flip), g.ints(*ones))
 
     def back_window(self) -> Window:
         """The window of the convolution that gives the input's gradient (stride 1)."""
@@ -117,6 +124,21 @@ class Dense:
             flat = g.emit("Reshape", tap, g.ints(0, math.prod(w.output), -1)) if self.rank > 1 else tap
             product = g.emit("MatMul", rows, flat)
             products.append(g.emit("ReduceSum", product, g.ints(0), attrs={"keepdims": 0}))
+        return self._joined(products)
+
+    def kernel_by_products(self, x: str, dy: str) -> str:
+        """One matrix product per kernel element over the whole batch."""
+        g, w = self.g, self.w
+        rows = g.emit("Flatten", _channels_first(g, dy, self.rank), attrs={"axis": 1})
+        x = g.emit("Transpose", x, attrs={"perm": [0, *range(2, self.rank + 2), 1]})
+        flat = [
+            g.emit("Flatten", t, attrs={"axis": self.rank + 1}) for t in taps(g, _padded(g, x, w, first=1), w, first=1)
+        ]
+        return self._joined([g.emit("MatMul", rows, t) for t in flat])
+
+    def _joined(self, products: list[str]) -> str:
+        """A matrix [outputs, inputs] per kernel element as the kernel's gradient."""
+        g, w = self.g, self.w
         total = g.emit("Concat", *products, attrs={"axis": 1}) if len(products) > 1 else products[0]
         count = math.prod(w.kernel)
         if count == 1:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedprune_export.gradients.tape import Tape
 from fedprune_export.gradients.windows import Indices, Window, add_bias, answers, joined, reads
 from fedprune_export.graph import Graph
 
@@ -109,8 +108,8 @@ def _band(read: Indices, size: int) -> Band:
 class Depthwise:
     """One input and one output channel per group (see `convolutions.Convolution`)."""
 
-    def __init__(self, tape: Tape, w: Window, kernel: str) -> None:
-        self.g, self.w, self.cut = tape.graph, w, lines(w)
+    def __init__(self, g: Graph, w: Window, kernel: str) -> None:
+        self.g, self.w, self.cut = g, w, lines(w)
         self.elements, blocks = self.cut.band.shape[:2]
         self.outer = math.prod(w.kernel) // self.elements
         self.read = self.outer * blocks  # lines of the input per line of the output

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedprune.errors import ModelError
 from fedprune_export.composites import GELU_CUBE
+from fedprune_export.gradients.intents import DOMAIN, RECTIFIED
 from fedprune_export.gradients.tape import Pull, Tape, describe, rule
 from fedprune_export.graph import Graph, Node
 
@@ -129,9 +130,24 @@ def relu(tape: Tape, node: Node) -> Pull:
     g = tape.graph
 
     def pull(dy: str) -> None:
-        tape.add(node.inputs[0], g.emit("Where", g.emit("Greater", y, g.scalar(0)), dy, g.scalar(0)))
+        if tape.intends:
+            tape.add(node.inputs[0], g.emit(RECTIFIED, dy, y, domain=DOMAIN))
+        else:
+            tape.add(node.inputs[0], rectified(g, dy, y))
 
     return pull
+
+
+def rectified(g: Graph, dy: str, y: str) -> str:
+    """Dy where y, which is never below 0, is above it; a product with a mask is faster than a choice."""
+    mask = g.emit("Cast", g.emit("Cast", y, attrs={"to": 9}), attrs={"to": 1})
+    return g.emit("Mul", dy, mask)
+
+
+def between(g: Graph, dy: str, y: str, low: str, high: str) -> str:
+    """Dy where y lies between two numbers."""
+    inside = g.emit("And", g.emit("Greater", y, low), g.emit("Less", y, high))
+    return g.emit("Mul", dy, g.emit("Cast", inside, attrs={"to": 1}))
 
 
 @rule("LeakyRelu")
@@ -270,13 +286,17 @@ def clip(tape: Tape, node: Node) -> Pull:
     names = [g.scalar(float(b)) if b is not None else "" for b in bounds]
     while names and not names[-1]:
         names.pop()
-    tape.enter(node.outputs[0], g.emit("Clip", x, *names), tape.shape(name))
+    y = g.emit("Clip", x, *names)
+    tape.enter(node.outputs[0], y, tape.shape(name))
 
     def pull(dy: str) -> None:
+        if all(b is not None for b in bounds):
+            attrs = {"bounds": names}
+            inner = g.emit(RECTIFIED, dy, y, attrs=attrs, domain=DOMAIN) if tape.intends else between(g, dy, y, *names)
+            tape.add(name, inner)
+            return
         given = [(op, bound) for op, bound in zip(("Greater", "Less"), names, strict=False) if bound]
-        inside = [g.emit(op if len(given) == 2 else f"{op}OrEqual", x, bound) for op, bound in given]
-        if len(inside) == 2:
-            inside = [g.emit("And", *inside)]
+        inside = [g.emit(f"{op}OrEqual", x, bound) for op, bound in given]
         tape.add(name, g.emit("Where", inside[0], dy, g.scalar(0)) if inside else dy)
 
     return pull

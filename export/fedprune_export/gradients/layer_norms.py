@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from fedprune.errors import ModelError
 from fedprune_export.gradients.reductions import divided, summed
-from fedprune_export.gradients.tape import Dim, Pull, Shape, Tape, describe, rule
+from fedprune_export.gradients.tape import Dim, Pull, Tape, describe, rule
 from fedprune_export.graph import Node
 
 
@@ -135,42 +135,6 @@ def rms_norm(tape: Tape, node: Node) -> Pull:
             dz = g.emit("Mul", dy, scale)
             slope = divided(tape, summed(g, g.emit("Mul", dz, z), axes), dims)
             tape.add(name, g.emit("Mul", g.emit("Sub", dz, g.emit("Mul", z, slope)), inverse))
-
-    return pull
-
-
-@rule("GroupNormalization", "InstanceNormalization")
-def group_norm(tape: Tape, node: Node) -> Pull:
-    """Normalised over positions and the channels of a group, whether groups or channels in them are cut."""
-    name, gamma, beta = node.inputs
-    x, shape = tape.value(name), tape.shape(name)
-    g = tape.graph
-    epsilon = float(node.attrs.get("epsilon", 1e-5))
-    spatial = tuple(range(2, len(shape)))
-    if node.op == "InstanceNormalization":
-        groups: tuple[Dim, Dim] = (shape[1], 1)
-        apart: Shape = shape
-        axes, dims = list(spatial), shape[2:]
-    else:
-        groups = tape.blocks(node, name, 1, int(node.attrs["num_groups"]))
-        dims = (tape.product([groups[1], *shape[2:]]),)
-        apart = (shape[0], groups[0], *dims)
-        axes = [2]
-    z, normal_pull = normalised(tape, tape.reshape(x, shape, apart), axes, dims, epsilon)
-    z = tape.reshape(z, apart, shape)
-    vectors = (tape.fitted(node, i, shape[1:2]) for i in (1, 2))
-    scale, shift = (g.emit("Unsqueeze", v, g.ints(*[i - 1 for i in spatial])) if spatial else v for v in vectors)
-    tape.enter(node.outputs[0], g.emit("Add", g.emit("Mul", z, scale), shift), shape)
-
-    def pull(dy: str) -> None:
-        others = [0, *spatial]
-        if tape.wants(gamma):
-            tape.add(gamma, summed(g, g.emit("Mul", dy, z), others, keep=False))
-        if tape.wants(beta):
-            tape.add(beta, summed(g, dy, others, keep=False))
-        if tape.wants(name):
-            dz = tape.reshape(g.emit("Mul", dy, scale), shape, apart)
-            tape.add(name, tape.reshape(normal_pull(dz), apart, shape))
 
     return pull
 

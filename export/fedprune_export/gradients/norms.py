@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
 from fedprune import step
 from fedprune.errors import ModelError
+from fedprune_export.gradients.intents import DOMAIN, NORMALISE, NORMALISE_GRADIENT
 from fedprune_export.gradients.reductions import count_of
 from fedprune_export.gradients.tape import Pull, Tape, describe, port, rule
 from fedprune_export.graph import Graph, Node
@@ -41,30 +44,17 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     scale, shift = _vector(tape, node, 1, mean_name), _vector(tape, node, 2, var_name)
     eps = float(node.attrs.get("epsilon", 1e-5))
     keep = float(node.attrs.get("momentum", 0.9))
-    channels = _Channels(g, len(shape))
-
-    # A mean out of float32 sums is off by a little, most where much of the input is flat. Values that it has centred
-    # give exact statistics; `rest` is what it was off by.
-    rough = g.emit("ReduceMean", x, attrs={"axes": channels.others, "keepdims": 1})
-    centred = g.emit("Sub", x, rough)
-    # onnxruntime writes the batch's statistics into the arrays that come in as running ones unless those outputs leave
-    # the graph, so it gets scratch arrays. Nothing else may compute the same: equal nodes are merged.
-    scratch = g.emit("Sub", scale, scale), g.emit("Sub", shift, shift)
-    y, rest, var = g.emit_many(
-        "BatchNormalization",
-        centred,
-        scale,
-        shift,
-        *scratch,
-        outputs=3,
-        attrs={"epsilon": eps, "momentum": 0.0, "training_mode": 1},
-    )
-    tape.enter(node.outputs[0], y, shape)
-
     count = count_of(tape, [shape[0], *shape[2:]])
+    intended = tape.intends and len(shape) == 4
+    if intended:
+        inputs, attrs = (x, scale, shift, tape.value(mean_name), count), {"epsilon": eps}
+        y, mean, var = g.emit_many(NORMALISE, *inputs, outputs=3, attrs=attrs, domain=DOMAIN)
+    else:
+        normal = Normal(g, x, scale, shift, eps, len(shape))
+        y, mean, var = normal.y, normal.mean, normal.variance
+    tape.enter(node.outputs[0], y, shape)
     others = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
     unbiased = g.emit("Mul", var, g.emit("Div", count, others))
-    mean = g.emit("Add", g.emit("Squeeze", rough, g.ints(*channels.others)), rest)
     for statistic, value in ((mean_name, mean), (var_name, unbiased)):
         old = g.emit("Mul", tape.value(statistic), g.scalar(keep))
         new = g.emit("Mul", value, g.scalar(1 - keep))
@@ -72,24 +62,84 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
         g.outputs.append(port(step.following(statistic), tape.shape(statistic)))
 
     def pull(dy: str) -> None:
-        spread = g.emit("Add", var, g.scalar(eps))
-        inverse = g.emit("Reciprocal", g.emit("Sqrt", spread))
-        total = channels.summed(dy)
-        dot = g.emit("Sub", channels.summed(g.emit("Mul", dy, centred)), g.emit("Mul", rest, total))
-        tape.add(gamma, g.emit("Mul", dot, inverse))
-        tape.add(beta, total)
-        if not tape.wants(name):
-            return
-        slope = g.emit("Div", dot, g.emit("Mul", spread, count))
-        base = g.emit("Sub", g.emit("Div", total, count), g.emit("Mul", rest, slope))
-        # centred · slope + base, which the operator computes at inference in one pass.
-        zero = g.emit("Sub", inverse, inverse)
-        one = g.emit("Add", zero, g.scalar(1))
-        fit = g.emit("BatchNormalization", centred, slope, base, zero, one, attrs={"epsilon": 0.0})
-        steepness = g.emit("Mul", scale, inverse)
-        tape.add(name, g.emit("Mul", g.emit("Sub", dy, fit), channels.column(steepness)))
+        if intended:
+            dx, dgamma, dbeta = g.emit_many(NORMALISE_GRADIENT, dy, x, mean, outputs=3, domain=DOMAIN)
+        else:
+            dgamma, dbeta = normal.pulled_vectors(dy)
+            dx = normal.pulled(dy, dgamma, dbeta, count) if tape.wants(name) else ""
+        tape.add(gamma, dgamma)
+        tape.add(beta, dbeta)
+        if tape.wants(name):
+            tape.add(name, dx)
 
     return pull
+
+
+class Normal:
+    """Values [N, C, ...] normalised by their batch, and the pull-back.
+
+    A mean out of float32 sums is off by a little, most where much of the input is flat. Values that it has centred give
+    exact statistics; `_rest` is what it was off by.
+
+    Args:
+        g: The graph that is written to.
+        x: The values.
+        scale: One number per channel, [C].
+        shift: Another one.
+        epsilon: What is added to the variance.
+        rank: Axes of x.
+
+    Attributes:
+        y: The values, normalised.
+        mean: The batch's mean, [C].
+        variance: Its variance (over n, not n − 1), [C].
+    """
+
+    def __init__(self, g: Graph, x: str, scale: str, shift: str, epsilon: float, rank: int) -> None:
+        self._graph, self._scale, self._epsilon = g, scale, epsilon
+        self._channels = channels = _Channels(g, rank)
+        rough = g.emit("ReduceMean", x, attrs={"axes": channels.others, "keepdims": 1})
+        self._centred = g.emit("Sub", x, rough)
+        # onnxruntime writes the batch's statistics into the arrays that come in as running ones unless those outputs
+        # leave the graph, so it gets scratch arrays. Nothing else may compute the same: equal nodes are merged.
+        scratch = g.emit("Sub", scale, scale), g.emit("Sub", shift, shift)
+        self.y, self._rest, self.variance = g.emit_many(
+            "BatchNormalization",
+            self._centred,
+            scale,
+            shift,
+            *scratch,
+            outputs=3,
+            attrs={"epsilon": epsilon, "momentum": 0.0, "training_mode": 1},
+        )
+        self.mean = g.emit("Add", g.emit("Squeeze", rough, g.ints(*channels.others)), self._rest)
+
+    @cached_property
+    def _spread(self) -> str:
+        return self._graph.emit("Add", self.variance, self._graph.scalar(self._epsilon))
+
+    @cached_property
+    def _inverse(self) -> str:
+        return self._graph.emit("Reciprocal", self._graph.emit("Sqrt", self._spread))
+
+    def pulled_vectors(self, dy: str) -> tuple[str, str]:
+        """The gradients of scale and shift."""
+        g, channels = self._graph, self._channels
+        total = channels.summed(dy)
+        dot = g.emit("Sub", channels.summed(g.emit("Mul", dy, self._centred)), g.emit("Mul", self._rest, total))
+        return g.emit("Mul", dot, self._inverse), total
+
+    def pulled(self, dy: str, dscale: str, dshift: str, count: str) -> str:
+        """The gradient of x, given those of scale and shift and the number of elements per channel."""
+        g = self._graph
+        slope = g.emit("Div", g.emit("Mul", dscale, self._inverse), count)
+        base = g.emit("Sub", g.emit("Div", dshift, count), g.emit("Mul", self._rest, slope))
+        # centred · slope + base, which the operator computes at inference in one pass.
+        zero = g.emit("Sub", self._inverse, self._inverse)
+        one = g.emit("Add", zero, g.scalar(1))
+        fit = g.emit("BatchNormalization", self._centred, slope, base, zero, one, attrs={"epsilon": 0.0})
+        steepness = g.emit("Mul", self._scale, self._inverse)
+        return g.emit("Mul", g.emit("Sub", dy, fit), self._channels.column(steepness))
 
 
 class _Channels:

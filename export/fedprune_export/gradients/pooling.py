@@ -7,6 +7,8 @@ import math
 import numpy as np
 
 from fedprune.errors import ModelError
+from fedprune_export.gradients.elementwise import rectified
+from fedprune_export.gradients.intents import DOMAIN, POOL_GRADIENT, RECTIFIED
 from fedprune_export.gradients.tape import Pull, Shape, Tape, describe, rule
 from fedprune_export.gradients.windows import Window, leftovers, operator_attrs, window
 from fedprune_export.graph import Graph, Node
@@ -46,15 +48,24 @@ def max_pool(tape: Tape, node: Node) -> Pull:
         y = g.emit("MaxPool", x, attrs=attrs)
         tape.enter(node.outputs[0], y, out)
         before = tape.producer(name)
-        rectified = before is not None and before.op == "Relu" and tape.only_reader(name) is node
+        follows = before is not None and before.op == "Relu" and tape.only_reader(name) is node
 
         def pull_tiled(dy: str) -> None:
-            if before is None or not rectified:
-                tape.add(name, _tiled_gradient(g, w, x, y, dy))
+            if before is None or not follows:
+                tape.add(name, gradient(dy))
                 return
             # What comes out of a ReLU is 0 exactly where its maximum is: the small array is masked, not the large one.
-            masked = g.emit("Where", g.emit("Greater", y, g.scalar(0)), dy, g.scalar(0))
-            tape.add(before.inputs[0], _tiled_gradient(g, w, x, y, masked))
+            if tape.intends and len(w.sizes) == 2:
+                masked = g.emit(RECTIFIED, dy, y, domain=DOMAIN)
+                tape.written[masked] = out
+            else:
+                masked = rectified(g, dy, y)
+            tape.add(before.inputs[0], gradient(masked))
+
+        def gradient(dy: str) -> str:
+            if tape.intends and len(w.sizes) == 2:
+                return g.emit(POOL_GRADIENT, dy, x, y, attrs={"window": w}, domain=DOMAIN)
+            return tiled_gradient(g, w, x, y, dy)
 
         return pull_tiled
     y, indices = g.emit_many("MaxPool", x, outputs=2, attrs=attrs)
@@ -71,7 +82,7 @@ def max_pool(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-def _tiled_gradient(g: Graph, w: Window, x: str, y: str, dy: str) -> str:
+def tiled_gradient(g: Graph, w: Window, x: str, y: str, dy: str) -> str:
     """The gradient where windows lie side by side, without the slow indices.
 
     Candidates (equal to their window's maximum) get distinct marks, highest for the first; the highest mark in each

@@ -48,13 +48,25 @@ class Tape(Knowledge):
         frozen: Names of tensors that don't train: their gradients are not computed, and a batch normalisation whose
             statistics are frozen normalises by them.
         scaled: Names of values that are multiplied by the input `output_scale` as soon as they are computed.
+        intends: Whether rules may write intents (`gradients.intents`), which `formulation` is to turn into operators.
+
+    Attributes:
+        written: Shapes of values of the training graph, as far as they are known.
     """
 
     def __init__(
-        self, model: Model, graph: Graph, frozen: Collection[str] = (), *, scaled: Collection[str] = ()
+        self,
+        model: Model,
+        graph: Graph,
+        frozen: Collection[str] = (),
+        *,
+        scaled: Collection[str] = (),
+        intends: bool = False,
     ) -> None:
         super().__init__(model, Dimensions(graph))
         self.graph = graph
+        self.intends = intends
+        self.written: dict[str, Shape] = {}
         self._frozen = frozenset(frozen)
         self._scaled = frozenset(scaled)
         self._values: dict[str, str] = {}
@@ -72,6 +84,7 @@ class Tape(Knowledge):
         """Make a value of the model known: what it is called in the training graph, and its shape."""
         self._values[name] = value
         self._shapes[name] = shape
+        self.written[value] = shape
         self.dims.seen(value, shape)
         if wanted and name not in self._frozen:
             self._wanted.add(name)
@@ -300,6 +313,7 @@ class Tape(Knowledge):
     def add(self, name: str, gradient: str) -> None:
         """Add to the gradient of a value of the model."""
         self._gradients.setdefault(name, []).append(gradient)
+        self.written[gradient] = self.shape(name)
 
     def gradient(self, name: str) -> str | None:
         """The whole gradient of a value; call it when everything that reads the value has been pulled back."""
@@ -308,6 +322,7 @@ class Tape(Knowledge):
             return None
         while len(parts) > 1:
             parts[:2] = [self.graph.emit("Add", parts[0], parts[1])]
+            self.written[parts[0]] = self.shape(name)
         return parts[0]
 
     def backward(self) -> None:

@@ -1,0 +1,112 @@
+"""Batch normalisation: in blocks with few passes over the values, or as the plain rule writes it.
+
+In blocks the convolution before it takes the running mean off what it makes, which costs nothing and leaves values
+whose mean is near zero: their mean square less their squared mean is then their variance, without losing digits. What
+the batch's gradient is multiplied by is owed (`Layouts.owe`), and most often paid by a kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedprune_export.formulation.formulator import Formulator, rule
+from fedprune_export.gradients.intents import NORMALISE, NORMALISE_GRADIENT
+from fedprune_export.gradients.norms import Normal
+from fedprune_export.graph import Node
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """What the gradient needs of a forward pass in plain layout."""
+
+    normal: Normal
+    count: str
+
+
+@dataclass(frozen=True)
+class _InBlocks:
+    """What the gradient needs of a forward pass in blocks: the mean is that of the shifted values."""
+
+    shifted: str
+    mean: str
+    inverse: str
+    steepness: str
+    count: str
+
+
+@rule(NORMALISE)
+def normalise(to: Formulator, node: Node) -> bool:
+    """The forward pass; a sum and a ReLU that follow it are computed with it."""
+    x, scale, shift, running, count = node.inputs
+    y, mean, variance = node.outputs
+    layouts, g, epsilon = to.layouts, to.graph, float(node.attrs["epsilon"])
+    layouts.shapes[y] = layouts.shapes[x]
+    if not layouts.in_blocks(x):
+        normal = Normal(g, layouts.plain(x), layouts.plain(scale), layouts.plain(shift), epsilon, 4)
+        to.state[mean] = _Plain(normal, count)
+        for value, name in ((normal.y, y), (normal.mean, mean), (normal.variance, variance)):
+            to.name(value, name)
+        return True
+    channels, height, width = layouts.sizes(x)
+    own = all(r is node or (r.op == NORMALISE_GRADIENT and r.inputs[2] == mean) for r in to.readers(x))
+    less = own and layouts.absorb(x, shift=g.emit("Neg", layouts.plain(running)))
+    value = layouts.blocked(x)
+    average = g.emit("Div", layouts.total(value, channels, height * width), count)
+    square = layouts.total(g.emit("Mul", value, value), channels, height * width)
+    spread = g.emit("Sub", g.emit("Div", square, count), g.emit("Mul", average, average))
+    spread = g.emit("Relu", spread)
+    inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", spread, g.scalar(epsilon))))
+    steepness = g.emit("Mul", layouts.plain(scale), inverse)
+    base = g.emit("Sub", layouts.plain(shift), g.emit("Mul", average, steepness))
+    to.state[mean] = _InBlocks(value, average, inverse, steepness, count)
+    to.name(g.emit("Add", average, layouts.plain(running)) if less else average, mean)
+    to.name(spread, variance)
+    out, add = y, ""
+    follower = to.only_reader(y)
+    if follower is not None and follower.op == "Add":
+        other = next((i for i in follower.inputs if i != y), y)
+        if layouts.in_blocks(other) and layouts.shapes.get(other) == layouts.shapes[x]:
+            out, add = follower.outputs[0], layouts.blocked(other)
+            layouts.shapes[out] = layouts.shapes[x]
+            to.skip(follower)
+            follower = to.only_reader(out)
+    activation: tuple[float, ...] = ()
+    if follower is not None and follower.op in ("Relu", "Clip"):
+        bounds = [to.graph.initializers.get(i) for i in follower.inputs[1:]]
+        activation = (0.0,) if follower.op == "Relu" else tuple(float(b) for b in bounds if b is not None)
+    if follower is not None and len(activation) == 1 + (follower.op == "Clip"):
+        out = follower.outputs[0]
+        layouts.shapes[out] = layouts.shapes[x]
+        to.skip(follower)
+    layouts.put(out, layouts.affine(value, channels, steepness, base, add, activation))
+    return True
+
+
+@rule(NORMALISE_GRADIENT)
+def normalise_gradient(to: Formulator, node: Node) -> bool:
+    """The gradients of values, scale and shift."""
+    dy, x, mean = node.inputs
+    dx, dscale, dshift = node.outputs
+    layouts, g = to.layouts, to.graph
+    kept = to.state[mean]
+    layouts.shapes[dx] = layouts.shapes[x]
+    if isinstance(kept, _Plain):
+        slope = layouts.plain(dy)
+        of_scale, of_shift = kept.normal.pulled_vectors(slope)
+        to.name(kept.normal.pulled(slope, of_scale, of_shift, kept.count), dx)
+    elif isinstance(kept, _InBlocks):
+        channels, height, width = layouts.sizes(x)
+        slope = layouts.blocked(dy)
+        of_shift = layouts.total(slope, channels, height * width)
+        dot = layouts.total(g.emit("Mul", slope, kept.shifted), channels, height * width)
+        dot = g.emit("Sub", dot, g.emit("Mul", kept.mean, of_shift))
+        of_scale = g.emit("Mul", dot, kept.inverse)
+        line = g.emit("Div", g.emit("Mul", of_scale, kept.inverse), kept.count)
+        base = g.emit("Sub", g.emit("Mul", kept.mean, line), g.emit("Div", of_shift, kept.count))
+        layouts.put(dx, layouts.affine(kept.shifted, channels, g.emit("Neg", line), base, slope))
+        layouts.owe(dx, kept.steepness)
+    else:
+        return False
+    to.name(of_scale, dscale)
+    to.name(of_shift, dshift)
+    return True

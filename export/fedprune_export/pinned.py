@@ -1,0 +1,37 @@
+"""A model at fixed widths, as a model of its own: what a graph is made of that is written for one board."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fedprune.architecture import Axis
+from fedprune.selection import Selection
+from fedprune_export.cut import cut
+from fedprune_export.imported import Model
+
+Axes = tuple[Axis | None, ...]
+
+
+def pinned(model: Model, widths: Sequence[int]) -> Model:
+    """The submodel of these widths, none of whose sizes varies but the batch.
+
+    Its tensors keep their names, so that whatever serves the model's training graphs serves the submodel's.
+
+    Args:
+        model: The whole model.
+        widths: Channels of every group.
+
+    Raises:
+        BundleError: The widths don't fit the architecture.
+    """
+    whole = model.architecture
+    selection = Selection.of(whole, widths)
+
+    def fixed(axis: Axis) -> Axis:
+        return Axis.fixed(axis.size(selection.widths, whole.sizes))
+
+    tensors = tuple(replace(t, axes=tuple(map(fixed, t.axes))) for t in whole.tensors)
+    values = {name: tuple(None if a is None else fixed(a) for a in axes) for name, axes in model.values.items()}
+    graph = cut(model, selection)
+    return replace(model, graph=graph, architecture=replace(whole, groups=(), tensors=tensors), values=values)

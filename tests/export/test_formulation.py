@@ -1,0 +1,173 @@
+"""Training graphs for one board: layouts and forms change the speed of a step, and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cutting import random_selection
+from gradient_distance import TENSOR, Trained
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from one_step import feeds, parts
+from random_nets import mixing_nets, nets
+from smooth_nets import SmoothMobileNet, SmoothResNet
+from torch import nn
+
+from fedprune import step
+from fedprune.architecture import widths_at
+from fedprune.errors import ConfigError, ModelError
+from fedprune.recipe import Features
+from fedprune.selection import Selection
+from fedprune.session import Session
+from fedprune_device import blocks
+from fedprune_device.step_graph import StepGraph
+from fedprune_export.cut import cut
+from fedprune_export.formulation import Forms, formulated
+from fedprune_export.gradients import intents
+from fedprune_export.gradients.windows import Window
+from fedprune_export.graph import Graph, Port
+from fedprune_export.imported import Model
+from fedprune_export.importing import export_torch, import_onnx
+from fedprune_export.training import training_graph
+from nets import lenet, resnet20_bn, vgg11_bn
+
+pytestmark = pytest.mark.torch
+
+few = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+HERE = blocks.block_size()
+FORMS = [Forms(), Forms(HERE, full=1)] if HERE else [Forms()]
+"""Standard operators alone, and whatever can be in blocks in blocks."""
+
+
+@few
+@given(
+    model=st.one_of(nets(), mixing_nets()),
+    density=st.sampled_from([0.01, 0.5, 0.8, 1.0]),
+    seed=st.integers(0, 99),
+    forms=st.sampled_from(FORMS),
+)
+def test_gradients_are_torchs(model: Model, density: float, seed: int, forms: Forms) -> None:
+    selection = random_selection(model, density, seed)
+    rng = np.random.default_rng(seed)
+    shape, classes = model.architecture.input_shape, model.architecture.classes
+    # Batches of less than a block, of whole ones, and of more.
+    samples = [
+        (rng.standard_normal((b, *shape)).astype(np.float32), rng.integers(0, classes, b)) for b in (3, 16, 19) * 3
+    ]
+    trained = Trained(model, selection.widths, forms)
+    found = trained.distances(cut(model, selection), selection.gather(model.tensors), samples)
+    assert found.near, (found.ours, found.torch)
+    assert found.excess(found.worst) <= 2 * TENSOR, found.worst
+
+
+@pytest.mark.parametrize("forms", FORMS, ids=str)
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.3])
+@pytest.mark.parametrize("net", [SmoothResNet, SmoothMobileNet, lenet, vgg11_bn, resnet20_bn])
+def test_a_step_is_that_of_the_graph_for_all_widths(net: type[nn.Module], density: float, forms: Forms) -> None:
+    torch.manual_seed(0)
+    model = import_onnx(export_torch(net()), "net")
+    arch = model.architecture
+    widths = widths_at(arch, density)
+    tensors = Selection.of(arch, widths).gather(model.tensors)
+    one = Session(training_graph(model, Features(gradients=True)).to_bytes(), training=True)
+    other = Session(
+        training_graph(model, Features(gradients=True), widths=widths, forms=forms).to_bytes(), training=True
+    )
+    assert set(one.inputs) == set(other.inputs)
+    assert set(one.outputs) == set(other.outputs)
+    nearest = dict.fromkeys(parts(arch), np.inf)
+    for seed in range(6):  # a sign of a ReLU that rounding flips moves everything behind it: the nearest batch counts
+        rng = np.random.default_rng(seed)
+        size = 5 + 11 * (seed % 2)
+        x = rng.standard_normal((size, *arch.input_shape)).astype(np.float32)
+        given = feeds(arch, tensors, x, rng.integers(0, arch.classes, size))
+        wanted, got = one.run(given), other.run(given)
+        for part, names in parts(arch).items():
+            size = np.sqrt(sum(float(np.sum(wanted[n].astype(np.float64) ** 2)) for n in names))
+            off = np.sqrt(sum(float(np.sum((got[n].astype(np.float64) - wanted[n]) ** 2)) for n in names))
+            nearest[part] = min(nearest[part], off / size)
+    assert max(nearest.values()) <= 2e-5, nearest
+
+
+@pytest.mark.skipif(not HERE, reason="onnxruntime has no blocks of channels on this processor")
+@pytest.mark.parametrize("batch", [16, 5])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "size", "kernel", "pad", "dilation"),
+    [(16, 32, 32, 3, 1, 1), (3, 64, 24, 5, 2, 1), (20, 40, 28, 3, 2, 2), (18, 64, 32, 3, 0, 1)],
+)
+def test_kernel_gradients_of_large_maps_are_torchs(
+    inputs: int, outputs: int, size: int, kernel: int, pad: int, dilation: int, batch: int
+) -> None:
+    # Maps that are cut into bands; each band's convolution adds to the last one's.
+    out = size + 2 * pad - dilation * (kernel - 1)
+    window = Window((size,) * 2, (kernel,) * 2, (1, 1), (dilation,) * 2, ((pad, pad),) * 2, (out, out))
+    shapes = {"x": ("N", inputs, size, size), "dy": ("N", outputs, out, out), "k": (outputs, inputs, kernel, kernel)}
+    graph = Graph(
+        [Port(n, np.dtype(np.float32), s) for n, s in shapes.items()], [Port("dk", np.dtype(np.float32), shapes["k"])]
+    )
+    attrs = {"window": window, "group": 1}
+    graph.emit("KernelGradient", "x", "dy", "k", attrs=attrs, domain=intents.DOMAIN, out="dk")
+    written = formulated(graph, {**shapes, "dk": shapes["k"]}, Forms(HERE))
+    (branches,) = [n for n in written.nodes if n.op == "If"]
+    assert sum(n.op_type == "Conv" for n in branches.attrs["then_branch"].node) > 1
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal((batch, *shapes[n][1:])).astype(np.float32) for n in ("x", "dy"))
+    feeds = {"x": x, "dy": dy, "k": np.zeros(shapes["k"], np.float32)}
+    session = Session(written.to_bytes(), training=True)
+    got = session.run({n: v for n, v in feeds.items() if n in session.inputs})["dk"]
+    given = [torch.tensor(v, dtype=torch.float64) for v in (x, dy)]
+    exact = torch.nn.grad.conv2d_weight(given[0], shapes["k"], given[1], 1, pad, dilation).numpy()
+    assert np.linalg.norm(got - exact) <= 2e-6 * np.linalg.norm(exact)
+
+
+def test_a_graph_for_other_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = import_onnx(export_torch(lenet()), "net")
+    raw = training_graph(model, Features(), widths=model.architecture.sizes, forms=Forms(8)).to_bytes()
+    plain = training_graph(model, Features(), widths=model.architecture.sizes).to_bytes()
+    for here in (0, 4, 16):
+        monkeypatch.setattr(blocks, "block_size", lambda here=here: here)
+        assert StepGraph(plain).names
+        with pytest.raises(ModelError, match=r"another kind of processor.*blocks of '8'"):
+            StepGraph(raw)
+    monkeypatch.setattr(blocks, "block_size", lambda: 8)
+    if HERE:  # else onnxruntime knows no such operators
+        assert StepGraph(raw).names
+
+
+@pytest.mark.skipif(not HERE, reason="onnxruntime has no blocks of channels on this processor")
+def test_only_the_right_block_passes_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCKS", (1, *[b for b in blocks.BLOCKS[1:] if b != HERE]))
+    blocks.block_size.cache_clear()
+    try:
+        assert blocks.block_size() == 0
+    finally:
+        blocks.block_size.cache_clear()
+
+
+def test_without_operators_in_blocks_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ModelError("ReorderInput is not a registered function")
+
+    monkeypatch.setattr(blocks, "Session", refuse)
+    blocks.block_size.cache_clear()
+    try:
+        assert blocks.block_size() == 0
+    finally:
+        blocks.block_size.cache_clear()
+
+
+def test_standard_operators_alone_are_what_no_block_means() -> None:
+    model = import_onnx(export_torch(resnet20_bn()), "net")
+    graph = training_graph(model, Features(), widths=model.architecture.sizes)
+    assert {n.domain for n in graph.nodes} == {""}
+    assert step.BLOCK not in graph.metadata
+    inside = training_graph(model, Features(), widths=model.architecture.sizes, forms=Forms(16))
+    assert {n.domain for n in inside.nodes} == {"", "com.microsoft.nchwc"}
+    assert inside.metadata[step.BLOCK] == "16"
+
+
+def test_no_processor_has_such_blocks() -> None:
+    with pytest.raises(ConfigError, match="block of channels"):
+        Forms(12)
