@@ -62,7 +62,8 @@ class Submodels(nn.Sequential):
         for part in self.modules():
             if isinstance(part, nn.Conv2d) and part.groups > 1:
                 part.groups = part.in_channels = part.out_channels = len(part.weight)
-            if isinstance(part, nn.GroupNorm):
+            if isinstance(part, nn.GroupNorm):  # whole groups are cut
+                part.num_groups = max(1, part.num_groups * len(part.weight) // part.num_channels)
                 part.num_channels = len(part.weight)
 
 
