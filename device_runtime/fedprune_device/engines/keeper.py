@@ -242,13 +242,15 @@ class Keeper:
         if job.refittable:
             shelf.put(BASE, shelf.work / "engine.plan", key, numbers)
         shelf.put(ENGINE, shelf.work / "engine.plan", key, numbers)
+        # One that this process has no memory for is a failure, too: before it is loaded nothing counts as done.
+        answering = self._load(wanted, found, key)
         record = replace(shelf.record(key), failures=0, reason="")
         if job.way == REFIT:
             record = replace(record, refit_s=made.seconds)
         elif job.way == REBUILD and job.warm:
             record = replace(record, rebuild_s=made.seconds)
         shelf.keep(record)
-        return self._load(wanted, found, key)
+        return answering
 
     def _failed(self, wanted: Wanted, found: Bindings, job: _Job, error: EngineError) -> None:
         """What takes new weights, or has taken them, may be wrong where a plain engine is right: build one."""

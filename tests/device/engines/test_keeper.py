@@ -12,6 +12,7 @@ from tensorrt_double import VERSIONS
 from fedprune import step, tensorfile
 from fedprune.engine_plan import EnginePlan
 from fedprune.errors import EngineError
+from fedprune_device.engines import keeper as engines_keeper
 from fedprune_device.engines.bindings import Bindings
 from fedprune_device.engines.keeper import BUILD, MOST_FAILURES, REBUILD, REFIT, Keeper
 from fedprune_device.engines.shelf import ENGINE, Record
@@ -173,6 +174,23 @@ def test_builds_that_fail_are_given_up_until_somebody_asks(board: EngineBoard) -
     assert board.answering(keeper, board.model(9)) is None
     assert board.answering(keeper, board.model(9), anew=True)
     assert board.answering(keeper, board.model(10))
+
+
+def test_engines_that_only_a_child_can_load_are_given_up_too(
+    board: EngineBoard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise EngineError("there is no memory to run the engine in")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engines_keeper, "Engine", refuse)
+        for seed in range(MOST_FAILURES + 2):
+            keeper = board.keeper()
+            assert board.answering(keeper, board.model(seed)) is None
+            assert "no memory to run the engine in" in keeper.status
+        assert len(board.builds) == MOST_FAILURES
+    assert board.answering(keeper, board.model(9), anew=True)
+    assert keeper.shelf.record(str(keeper.facts["key"])).failures == 0
 
 
 def test_a_builder_that_takes_too_long_is_ended(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
