@@ -229,7 +229,7 @@ class _Behaviours:
             own.state.errors = [str(error)]
             return False
         network.state.graph = path.read_bytes()
-        network.state.weights = (path.parent / "weights.safetensors").read_bytes()
+        network.state.weights = (path.parent / beside(network.state.graph)).read_bytes()
         for name, (_, shape) in session.inputs.items():
             sizes = tuple(d if isinstance(d, int) else -1 for d in shape)
             network.state.inputs.append(double.make("ITensor", name=name, shape=sizes))
@@ -338,7 +338,7 @@ class _Behaviours:
                 raise ValueError("the engine is of another version or device")
             folder = Path(tempfile.mkdtemp(dir=double.folder))
             (folder / "graph.onnx").write_bytes(graph)
-            (folder / "weights.safetensors").write_bytes(weights)
+            (folder / beside(graph)).write_bytes(weights)
             session = Session(folder / "graph.onnx")
         except (ValueError, ModelError) as error:
             message = f"Serialization assertion failed: {error}"
@@ -440,7 +440,7 @@ class _Behaviours:
         if double.setting("refit_refused"):
             own.state.errors = ["refit: no such weights"]
             return False
-        engine.state.new_weights = (Path(model).parent / "weights.safetensors").read_bytes()
+        engine.state.new_weights = (Path(model).parent / beside(engine.state.graph)).read_bytes()
         return True
 
     @staticmethod
@@ -477,6 +477,12 @@ class _Behaviours:
         header = {**own.state.header, "refittable": False}
         weights = b"" if found.state.excluded else own.state.weights
         return double.make("IHostMemory", raw=packed(header, own.state.graph, weights))
+
+
+def beside(graph: bytes) -> str:
+    """The file that a graph's weights lie in."""
+    found = re.search(rb"[a-z0-9]+\.safetensors", graph)
+    return found[0].decode() if found else "weights.safetensors"
 
 
 def _dtype(context: Any, name: str) -> Any:

@@ -56,7 +56,7 @@ def _build_engine(arguments: argparse.Namespace) -> int:
     else:
         slots, root = Slots(arguments.state / "serving"), arguments.state / ENGINES
         predictor, record = slots.open()
-        wanted = Wanted(predictor, slots.folder(record), record.weights)
+        wanted = Wanted.serving(predictor, slots.folder(record), record)
     keeper = Keeper(root, plan or EnginePlan(), lambda: found, lambda _: place)
     if not arguments.json:
         print(f"board: {place.board or 'unknown'}, sm {place.sm}, L4T {place.l4t or 'none'}")

@@ -15,6 +15,7 @@ import numpy as np
 from fedprune.disk import file_digest, storage_errors
 from fedprune.engine_plan import EnginePlan
 from fedprune.errors import EngineError, FedpruneError
+from fedprune.precision import PRECISIONS, graph_file, weights_file
 from fedprune_device import durable
 from fedprune_device.care import power_mode
 from fedprune_device.engines import bindings
@@ -25,6 +26,7 @@ from fedprune_device.engines.shelf import BASE, ENGINE, TIMINGS, Place, Record, 
 from fedprune_device.engines.trial import WrongError, answers, deviation, trial_inputs
 from fedprune_device.identity import facts
 from fedprune_device.predictor import WEIGHTS, Predictor
+from fedprune_device.slots import Serving
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -40,7 +42,8 @@ class Wanted:
     """A model for which an engine is wanted.
 
     Attributes:
-        predictor: The model in onnxruntime, on the CPU: the measure of the engine, and what answers in its place.
+        predictor: The float32 model in onnxruntime, on the CPU: the measure of the engine, and what answers when an
+            engine fails.
         folder: Where its graph and weights lie.
         weights: sha256 of the weights.
     """
@@ -48,6 +51,15 @@ class Wanted:
     predictor: Predictor
     folder: Path
     weights: str
+
+    @classmethod
+    def serving(cls, predictor: Predictor, folder: Path, record: Serving, threads: int = 1) -> Wanted:
+        """What serves, given the model that is loaded. Beside a lowered one lies the float32 one: that is the measure.
+
+        Raises:
+            ModelError: The float32 model can't be loaded.
+        """
+        return cls(Predictor(folder, threads=threads) if record.lowered else predictor, folder, record.weights)
 
 
 @dataclass(frozen=True)
@@ -210,7 +222,8 @@ class Keeper:
         self, wanted: Wanted, found: Bindings, key: str, place: Place, way: str, *, refittable: bool = False
     ) -> None:
         shelf, work = self.shelf, self.shelf.work
-        for name in (self.plan.graph, WEIGHTS):
+        lowered = [weights_file(p) for p in PRECISIONS if graph_file(p) == self.plan.graph]
+        for name in (self.plan.graph, WEIGHTS, *lowered):
             durable.place(wanted.folder / name, work / name, sync=False)
         with storage_errors(f"can't read {work / WEIGHTS}"):
             if file_digest(work / WEIGHTS) != wanted.weights:

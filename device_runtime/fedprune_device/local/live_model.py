@@ -157,7 +157,7 @@ class LiveModel:
                 self._loaded = Loaded(predictor, record)
                 _LOG.info("round %d of job %s answers predictions", record.round, record.job)
                 if self._keeper is not None:
-                    self._keeper.want(Wanted(predictor, self._slots.folder(record), record.weights))
+                    self._keeper.want(Wanted.serving(predictor, self._slots.folder(record), record, self._threads))
             self._seen = found
         except FedpruneError as error:
             _LOG.warning("the new model doesn't answer predictions; trying again in %g s: %s", self._pause, error)

@@ -7,12 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_board import EngineBoard, X
+from hidden_board import DEVICE, HIDDEN, HiddenBoard, hidden_weights
 from local_board import LocalBoard
 
+from fedprune.engine_plan import EnginePlan
 from fedprune.errors import ExitCode
+from fedprune.recipe import Recipe
 from fedprune_device import cli
+from fedprune_device.assignment import Workbench
+from fedprune_device.data import LocalData
 from fedprune_device.engines import cuda
 from fedprune_device.local.live_model import LiveModel
+from fedprune_device.lowering import Lowering
+from fedprune_device.predictor import Predictor
+from fedprune_device.store import DeviceStore
 
 pytestmark = pytest.mark.board
 
@@ -91,10 +99,50 @@ def test_predictions_go_on_while_an_engine_takes_over(board: EngineBoard, tmp_pa
         np.testing.assert_allclose(model.serving().predictor.predict(X), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_beside_a_lowered_model_engines_are_held_to_float32(
+    board: EngineBoard, tmp_path: Path, graphs: Path, data: LocalData, capsys: Capture, precision: str
+) -> None:
+    state = _lowered(tmp_path / "state", graphs, data, precision)
+    assert cli.main(["build-engine", "--state", str(state), "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["deviation"] == 0
+    with LiveModel(state / "serving", keeper=board.keeper()) as model:
+        folder = model._slots.folder(model.serving().record)
+        _look(model, f"TensorRT {board.version}, float32")
+        found = model.serving().predictor.predict(data.x_test)
+    np.testing.assert_allclose(found, Predictor(folder).predict(data.x_test), rtol=1e-6)
+
+
+def test_a_lowered_graph_becomes_an_engine_with_its_own_weights(
+    board: EngineBoard, tmp_path: Path, graphs: Path, data: LocalData, capsys: Capture
+) -> None:
+    state = _lowered(tmp_path / "state", graphs, data, "float16")
+    (tmp_path / "plan.json").write_text(EnginePlan(graph="float16.onnx", precision="float16").to_json())
+    command = ["build-engine", "--state", str(state), "--plan", str(tmp_path / "plan.json"), "--json"]
+    assert cli.main(command) == ExitCode.OK
+    assert 0 < json.loads(capsys.readouterr().out)["deviation"] < 3e-2
+
+
 def test_what_answers_is_told_to_the_application(local: LocalBoard) -> None:
     local.install(1)
     with local.serving():
         assert local.board.status()["serving"]["by"] == "onnxruntime"
+
+
+def _lowered(root: Path, graphs: Path, data: LocalData, precision: str) -> Path:
+    """The state folder of a board that has done a round, and serves at lower precision."""
+    hidden = HiddenBoard(root, graphs, data)
+    with DeviceStore(root) as store:
+        kit = store.blobs.put((graphs / f"hidden_half_{precision}.safetensors").read_bytes())
+    weights = hidden_weights(HIDDEN // 2, seed=1)
+    offer = hidden.offer(1, Recipe(batch_size=10, lr=0.1), weights, graph="kept", lowered={precision: kit})
+    with DeviceStore(root) as store:
+        bench = Workbench(DEVICE, store.blobs, store.slots, data, lowering=Lowering(precision))
+        bench.carry_out(offer, download_seconds=0.0, report=lambda *_: None, stop=lambda: False)
+        record = store.slots.current()
+    assert record is not None
+    assert record.precision == precision
+    return root
 
 
 def _look(model: LiveModel, words: str) -> None:
