@@ -35,6 +35,7 @@ from fedprune.precision import (
 )
 from fedprune.selection import Selection
 from fedprune.session import Session
+from fedprune_device.predictor import Predictor
 from fedprune_export.imported import Model
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.inference import inference_model
@@ -142,6 +143,16 @@ def test_every_precision_says_what_float32_says(name: str, precision: str, densi
 
     assert distance(mine, unoptimised(tmp_path / "inference.onnx", x)) < BOUNDS[precision]
     assert distance(Session(tmp_path / graph_file(precision)).run({"x": x})["logits"], mine) < 2e-2
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_samples_at_all_still_have_outputs(precision: str, tmp_path: Path) -> None:
+    model = net("lenet")[1]
+    bundle(tmp_path, model, Selection.of(model.architecture, model.architecture.sizes), precision, inputs(model, 8))
+    predictor = Predictor(tmp_path / graph_file(precision))
+    none = np.zeros((0, *model.architecture.input_shape), np.float32)
+
+    assert predictor.predict(none).shape == (0, model.architecture.classes)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet", "layers"])

@@ -11,6 +11,7 @@ quantised anyway; everything else stays in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -201,8 +202,9 @@ def settle(pair: Pair) -> None:
     nodes, graph.nodes = graph.nodes, []
     for node in nodes:
         shape = pair.shape(node.inputs[0]) if node.inputs else None
-        if node.op == "Flatten" and not node.domain and node.attrs.get("axis", 1) == 1:
-            graph.emit("Reshape", node.inputs[0], graph.ints(0, -1), out=node.outputs[0])
+        if node.op == "Flatten" and not node.domain and node.attrs.get("axis", 1) == 1 and shape is not None:
+            # The size is written out: no samples at all have no size that could be concluded from it.
+            graph.emit("Reshape", node.inputs[0], graph.ints(0, math.prod(shape[1:])), out=node.outputs[0])
         elif node.op == "ReduceMean" and not node.domain and shape is not None and _over_maps(node, len(shape)):
             graph.emit("GlobalAveragePool", node.inputs[0], out=node.outputs[0])
         else:
