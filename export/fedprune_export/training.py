@@ -55,6 +55,7 @@ def training_graph(
     tape = Tape(model, graph, frozen, scaled=scaled, intends=widths is not None)
     if features.scale:
         graph.inputs.append(port(step.OUTPUT_SCALE, ()))
+        tape.written[step.OUTPUT_SCALE] = ()
     input_shape = sample_shape(model.graph)
     graph.inputs.append(port(step.X, input_shape, model.graph.inputs[0].dtype))
     graph.inputs.append(port(step.Y, *target_shape(features, outputs)))

@@ -67,14 +67,26 @@ def test_gradients_are_torchs(model: Model, density: float, seed: int, forms: Fo
 @pytest.mark.parametrize("net", [SmoothResNet, SmoothMobileNet, lenet, vgg11_bn, resnet20_bn])
 def test_a_step_is_that_of_the_graph_for_all_widths(net: type[nn.Module], density: float, forms: Forms) -> None:
     torch.manual_seed(0)
-    model = import_onnx(export_torch(net()), "net")
+    nearest = _nearest(import_onnx(export_torch(net()), "net"), density, forms, Features(gradients=True))
+    assert max(nearest.values()) <= 2e-5, nearest
+
+
+@pytest.mark.parametrize("forms", FORMS, ids=str)
+@pytest.mark.parametrize("net", [SmoothMobileNet, resnet20_bn])
+def test_a_scaled_step_is_that_of_the_graph_for_all_widths(net: type[nn.Module], forms: Forms) -> None:
+    torch.manual_seed(0)
+    features = Features(gradients=True, scale=True)
+    nearest = _nearest(import_onnx(export_torch(net()), "net"), 0.5, forms, features, output_scale=0.7)
+    assert max(nearest.values()) <= 2e-5, nearest
+
+
+def _nearest(model: Model, density: float, forms: Forms, features: Features, **more: float) -> dict[str, float]:
+    """How far a step is from that of the graph for all widths, part by part: the nearest of some batches."""
     arch = model.architecture
     widths = widths_at(arch, density)
     tensors = Selection.of(arch, widths).gather(model.tensors)
-    one = Session(training_graph(model, Features(gradients=True)).to_bytes(), training=True)
-    other = Session(
-        training_graph(model, Features(gradients=True), widths=widths, forms=forms).to_bytes(), training=True
-    )
+    one = Session(training_graph(model, features).to_bytes(), training=True)
+    other = Session(training_graph(model, features, widths=widths, forms=forms).to_bytes(), training=True)
     assert set(one.inputs) == set(other.inputs)
     assert set(one.outputs) == set(other.outputs)
     nearest = dict.fromkeys(parts(arch), np.inf)
@@ -83,12 +95,13 @@ def test_a_step_is_that_of_the_graph_for_all_widths(net: type[nn.Module], densit
         size = 5 + 11 * (seed % 2)
         x = rng.standard_normal((size, *arch.input_shape)).astype(np.float32)
         given = feeds(arch, tensors, x, rng.integers(0, arch.classes, size))
+        given |= {n: np.array(v, np.float32) for n, v in more.items()}
         wanted, got = one.run(given), other.run(given)
         for part, names in parts(arch).items():
             size = np.sqrt(sum(float(np.sum(wanted[n].astype(np.float64) ** 2)) for n in names))
             off = np.sqrt(sum(float(np.sum((got[n].astype(np.float64) - wanted[n]) ** 2)) for n in names))
             nearest[part] = min(nearest[part], off / size)
-    assert max(nearest.values()) <= 2e-5, nearest
+    return nearest
 
 
 @pytest.mark.skipif(not HERE, reason="onnxruntime has no blocks of channels on this processor")

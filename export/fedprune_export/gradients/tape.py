@@ -277,7 +277,9 @@ class Tape(Knowledge):
         self.enter(name, self.graph.emit("Mul", self.value(name), step.OUTPUT_SCALE), self.shape(name))
 
         def scaled(dy: str) -> None:
-            pull(self.graph.emit("Mul", dy, step.OUTPUT_SCALE))
+            slope = self.graph.emit("Mul", dy, step.OUTPUT_SCALE)
+            self.written[slope] = self.shape(name)
+            pull(slope)
 
         return scaled
 
