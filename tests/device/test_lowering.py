@@ -24,12 +24,13 @@ from fedprune_device.acceptance import check_offer
 from fedprune_device.agent import Agent
 from fedprune_device.assignment import DamagedBlobError, Workbench
 from fedprune_device.data import LocalData
-from fedprune_device.lowering import Lowering
+from fedprune_device.lowering import Lowering, _Judge
 from fedprune_device.slots import Serving
 from fedprune_device.store import DeviceStore
 
 pytestmark = pytest.mark.board
 
+Array = np.ndarray[Any, Any]
 RECIPE = Recipe(epochs=2, batch_size=10, lr=0.1)
 BOUNDS = {"float16": 5e-3, "int8": 5e-2}
 
@@ -94,6 +95,31 @@ def test_float32_is_what_serves_unless_it_is_told_otherwise(board: Board) -> Non
     assert {p.name for p in board.slot(record).iterdir()} == {"inference.onnx", "weights.safetensors"}
     assert board.work(3, "int8", {}).precision == "float32"
     assert board.work(4, "int8", board.kits("float16")).precision == "float32"
+
+
+def test_a_slot_holds_nothing_of_another_precision(board: Board) -> None:
+    kits = board.kits("float16", "int8")
+    for number, serve in enumerate(("int8", "int8", "float32", "float16"), 1):
+        (board.root / "serving" / "next" / "prepare-int8.onnx").write_bytes(b"left by a cut")
+        record = board.work(number, serve, kits)
+
+        lowered = () if serve == "float32" else served_files(serve)
+        assert {p.name for p in board.slot(record).iterdir()} == {"inference.onnx", "weights.safetensors", *lowered}
+        assert not (board.root / "serving" / "next" / "prepare-int8.onnx").exists()
+
+
+def test_validation_samples_decide_where_there_are_some(data: LocalData) -> None:
+    class Heard:
+        def predict(self, x: Array, _: int) -> Array:
+            self.x = x
+            return np.zeros((len(x), CLASSES), np.float32)
+
+    whole: Any = Heard()
+    apart = replace(data, x_val=data.x_train[:7] + 1, y_val=data.y_train[:7])
+    _Judge(whole, apart, RECIPE, CLASSES)
+    np.testing.assert_array_equal(whole.x, apart.x_val)
+    _Judge(whole, replace(data, x_val=data.x_val[:0], y_val=data.y_val[:0]), RECIPE, CLASSES)
+    np.testing.assert_array_equal(whole.x, data.x_train[:512])
 
 
 def test_the_fastest_serves_alone(board: Board) -> None:

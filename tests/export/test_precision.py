@@ -22,6 +22,7 @@ import nets
 from fedprune import tensorfile
 from fedprune.errors import ModelError
 from fedprune.precision import (
+    CALIBRATION_SAMPLES,
     PRECISIONS,
     RANGES,
     calibrate_file,
@@ -361,6 +362,9 @@ def test_ranges_are_means_over_batches(tmp_path: Path) -> None:
     assert found[0] == pytest.approx(
         [np.mean([p.min() for p in (x[:32], x[32:])]), np.mean([p.max() for p in (x[:32], x[32:])])]
     )
+    many = inputs(model, CALIBRATION_SAMPLES)
+    more = np.concatenate([many, 1000 + many[:1]])
+    np.testing.assert_array_equal(measured_ranges(calibrate, more), measured_ranges(calibrate, many))
     with pytest.raises(ModelError, match="without samples"):
         measured_ranges(calibrate, x[:0])
 

@@ -59,6 +59,15 @@ def test_labels_are_decided_one_by_one() -> None:
     assert found.right == (0.75, 0.5)
 
 
+def test_a_label_is_decided_at_even_odds() -> None:
+    reference, outputs = np.array([[0.3, -0.3]]), np.array([[-0.3, -0.3]])
+
+    found = agreement("bce", reference, outputs, np.array([[0.4, 0.6]]))
+
+    assert found.same == 0.5
+    assert found.right == (0.0, 0.5)
+
+
 @pytest.mark.parametrize("loss", ["mse", "huber"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.1, 3.0])
 def test_numbers_may_be_off_by_a_share_of_their_spread(loss: str, share: float) -> None:

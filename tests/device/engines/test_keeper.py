@@ -237,6 +237,20 @@ def test_an_engine_that_ended_a_process_is_not_loaded_again(board: EngineBoard) 
     assert len(board.builds) + board.calls().count("refitted") == 2
 
 
+def test_the_same_engine_may_be_loaded_once_it_was_made_anew_and_tried(board: EngineBoard) -> None:
+    plan, wanted = EnginePlan(refit=False, batch=(1, 1, 4)), board.model(1)
+    keeper = board.keeper(plan)
+    assert board.answering(keeper, wanted)
+    sha256 = str(keeper.facts["sha256"])
+    with keeper.shelf.loading(sha256):
+        marker = (board.engines / "loading.json").read_bytes()
+    (board.engines / "loading.json").write_bytes(marker)  # as a crash leaves it
+    keeper = board.keeper(plan)
+    assert board.answering(keeper, wanted), keeper.status
+    assert keeper.facts["sha256"] == sha256
+    assert len(board.builds) == 2
+
+
 @pytest.mark.parametrize("name", ["engine.plan", "engine.json", "record.json", "timing.cache", "timing.json"])
 def test_damage_on_the_disk_costs_time_alone(board: EngineBoard, name: str) -> None:
     wanted = board.model(1)
