@@ -80,6 +80,32 @@ def test_a_scaled_step_is_that_of_the_graph_for_all_widths(net: type[nn.Module],
     assert max(nearest.values()) <= 2e-5, nearest
 
 
+class ReadTwice(nn.Module):
+    """Values before norms that others read, too: a residual sum, and a second norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = (nn.Conv2d(i, 18, 3, padding=1, bias=False) for i in (3, 18))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(18) for _ in range(3))
+        self.head = nn.Linear(18, 5)
+        for norm in self.norms:
+            nn.init.normal_(norm.running_mean)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x + self.inner(nn.functional.silu(self.norms[0](x)))
+        x = nn.functional.silu(self.norms[1](x)) * torch.sigmoid(self.norms[2](x)) + x
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("forms", FORMS, ids=str)
+def test_what_others_read_stays_as_it_is(forms: Forms) -> None:
+    torch.manual_seed(0)
+    model = import_onnx(export_torch(ReadTwice().eval(), input_shape=(3, 8, 8)), "net")
+    nearest = _nearest(model, 1.0, forms, Features(gradients=True))
+    assert max(nearest.values()) <= 2e-5, nearest
+
+
 def _nearest(model: Model, density: float, forms: Forms, features: Features, **more: float) -> dict[str, float]:
     """How far a step is from that of the graph for all widths, part by part: the nearest of some batches."""
     arch = model.architecture

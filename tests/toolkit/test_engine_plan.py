@@ -13,6 +13,8 @@ from fedprune.errors import ConfigError
 
 pytestmark = pytest.mark.board
 
+LONG = EnginePlan().to_json().encode() + b" " * 10_000
+
 PLANS = st.builds(
     EnginePlan,
     graph=st.from_regex(r"[a-z0-9][a-z0-9._-]{0,59}\.onnx", fullmatch=True),
@@ -69,9 +71,7 @@ def test_a_field_out_of_range_is_named(field: str, value: Any) -> None:
         EnginePlan.from_json(raw, "plan.json")
 
 
-@pytest.mark.parametrize(
-    "raw", [b"", b"[]", b"{}", b"\xff", b'{"format": "fedprune.engine/2"}', EnginePlan().to_json().encode() + b" " * 10_000, b"[" * 9_000]
-)
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b"\xff", b'{"format": "fedprune.engine/2"}', LONG, b"[" * 9_000])
 def test_what_is_no_plan_is_refused(raw: bytes) -> None:
     with pytest.raises(ConfigError, match="no plan of an engine"):
         EnginePlan.from_json(raw)
