@@ -10,8 +10,6 @@ from fedprune.selection import Selection
 from fedprune_export.cut import cut
 from fedprune_export.imported import Model
 
-Axes = tuple[Axis | None, ...]
-
 
 def pinned(model: Model, widths: Sequence[int]) -> Model:
     """The submodel of these widths, none of whose sizes varies but the batch.
