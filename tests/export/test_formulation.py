@@ -106,6 +106,28 @@ def test_what_others_read_stays_as_it_is(forms: Forms) -> None:
     assert max(nearest.values()) <= 2e-5, nearest
 
 
+class Roots(nn.Module):
+    """Roots of numbers of which those that fill blocks up would have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(i, 18, 3, padding=1) for i in (3, 18))
+        self.shift = nn.Parameter(torch.linspace(9.5, 10.5, 18).reshape(18, 1, 1))
+        self.head = nn.Linear(18, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        roots = torch.sqrt(torch.tanh(self.first(x)) + self.shift - 1)
+        return self.head(self.second(roots).mean((2, 3)))
+
+
+@pytest.mark.parametrize("forms", FORMS, ids=str)
+def test_what_fills_blocks_up_has_no_root(forms: Forms) -> None:
+    torch.manual_seed(0)
+    model = import_onnx(export_torch(Roots(), input_shape=(3, 8, 8)), "net")
+    nearest = _nearest(model, 1.0, forms, Features(gradients=True))
+    assert max(nearest.values()) <= 2e-5, nearest
+
+
 def _nearest(model: Model, density: float, forms: Forms, features: Features, **more: float) -> dict[str, float]:
     """How far a step is from that of the graph for all widths, part by part: the nearest of some batches."""
     arch = model.architecture

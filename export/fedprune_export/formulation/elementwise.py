@@ -21,6 +21,8 @@ def unary(to: Formulator, node: Node) -> bool:
         layouts.mask(node.outputs[0])
     if not layouts.in_blocks(name) or (node.op == "Cast" and node.attrs.get("to") not in (1, 9)):
         return False
+    if node.op == "Sqrt" and layouts.sizes(name)[0] % layouts.block:
+        return False  # what fills blocks up may be below 0, and not a number times 0 isn't 0
     inputs = [layouts.blocked(name), *[layouts.plain(n) if n else n for n in numbers]]
     layouts.put(node.outputs[0], to.graph.emit(node.op, *inputs, attrs=node.attrs))
     return True
