@@ -180,7 +180,7 @@ def main() -> None:
                 np.savez(folder / f"{name}-{density}.npz", **tensors)  # type: ignore[arg-type]
                 build: dict[str, float] = {}
                 for kind in KINDS:
-                    forms = {"widths": widths, "forms": Forms(block)} if kind == "blocks" else {}
+                    forms = {"widths": widths, "forms": Forms(block, BATCH)} if kind == "blocks" else {}
                     times = []
                     for _ in range(3):
                         start = time.perf_counter()

@@ -104,7 +104,7 @@ def check_of_blocks(block: int) -> bytes:
     graph = Graph(ports, [result], name="blocks")
     attrs = {"kernel_shape": [3, 3], "strides": [1, 1], "dilations": [1, 1], "pads": [1] * 4, "group": 1}
     graph.emit("Conv", blocks.X, blocks.W, attrs=attrs, out=blocks.IN_BLOCKS)
-    out = formulated(graph, {**shapes, blocks.IN_BLOCKS: shapes[blocks.X]}, Forms(block))
+    out = formulated(graph, {**shapes, blocks.IN_BLOCKS: shapes[blocks.X]}, Forms(block, blocks.SAMPLES))
     out.emit("Conv", blocks.X, blocks.W, attrs=attrs, out=blocks.PLAIN)
     out.outputs.append(Port(blocks.PLAIN, np.dtype(np.float32), shapes[blocks.X]))
     return out.to_bytes()

@@ -22,7 +22,7 @@ from fedprune.workload import BLOCKS
 X, W, PLAIN, IN_BLOCKS = "x", "w", "plain", "in_blocks"
 """The check's inputs and outputs."""
 
-CHANNELS, PLACES = 32, 6
+SAMPLES, CHANNELS, PLACES = 2, 32, 6
 """Of the check: whole blocks of any length, so that a wrong one reads nothing beyond its arrays."""
 
 _CLOSE = 1e-3
@@ -37,7 +37,7 @@ def block_size() -> int:
     """
     random = keyed(0, "blocks")
     feeds = {
-        X: random.standard_normal((2, CHANNELS, PLACES, PLACES)).astype(np.float32),
+        X: random.standard_normal((SAMPLES, CHANNELS, PLACES, PLACES)).astype(np.float32),
         W: random.standard_normal((CHANNELS, CHANNELS, 3, 3)).astype(np.float32),
     }
     for block in sorted(BLOCKS[1:], reverse=True):

@@ -9,7 +9,7 @@ from fedprune.errors import ModelError
 from fedprune.freezing import frozen_tensors
 from fedprune.ordered_dropout import axes_json
 from fedprune.recipe import Features
-from fedprune_export.formulation import Forms, formulated
+from fedprune_export.formulation import Forms, formulated, intended
 from fedprune_export.gradients.tape import Tape, port, sample_shape
 from fedprune_export.graph import Graph
 from fedprune_export.imported import Model
@@ -40,7 +40,7 @@ def training_graph(
     """
     whole = model.architecture
     if widths is not None:
-        model = pinned(model, widths)
+        model, forms = pinned(model, widths), forms or Forms()
     architecture = model.architecture
     outputs = architecture.classes
     if not outputs:
@@ -52,7 +52,7 @@ def training_graph(
     if features.ordered_dropout or features.axes:
         graph.metadata[step.AXES] = axes_json(whole)
     scaled = scaled_outputs(model) if features.scale else ()
-    tape = Tape(model, graph, frozen, scaled=scaled, intends=widths is not None)
+    tape = Tape(model, graph, frozen, scaled=scaled, intends=None if forms is None else intended(forms))
     if features.scale:
         graph.inputs.append(port(step.OUTPUT_SCALE, ()))
         tape.written[step.OUTPUT_SCALE] = ()
@@ -85,4 +85,4 @@ def training_graph(
         if spec.name not in frozen and step.following(spec.name) not in made:
             raise ModelError(f"statistic {spec.name} belongs to no batch normalisation")
     graph.prune()
-    return graph if widths is None else formulated(graph, tape.written, forms or Forms())
+    return graph if forms is None else formulated(graph, tape.written, forms)

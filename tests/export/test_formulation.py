@@ -37,7 +37,10 @@ pytestmark = pytest.mark.torch
 few = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 HERE = blocks.block_size()
-FORMS = [Forms(), Forms(HERE, full=1)] if HERE else [Forms()]
+SIZES = [3, 16, 19]
+"""Batches of less than a block, of whole ones, and of more."""
+
+FORMS = [Forms(), *(Forms(HERE, size, full=1) for size in SIZES if HERE)]
 """Standard operators alone, and whatever can be in blocks in blocks."""
 
 
@@ -52,22 +55,43 @@ def test_gradients_are_torchs(model: Model, density: float, seed: int, forms: Fo
     selection = random_selection(model, density, seed)
     rng = np.random.default_rng(seed)
     shape, classes = model.architecture.input_shape, model.architecture.classes
-    # Batches of less than a block, of whole ones, and of more.
-    samples = [
-        (rng.standard_normal((b, *shape)).astype(np.float32), rng.integers(0, classes, b)) for b in (3, 16, 19) * 3
-    ]
+    sizes = [forms.batch] * 9 if forms.batch else SIZES * 3
+    samples = [(rng.standard_normal((b, *shape)).astype(np.float32), rng.integers(0, classes, b)) for b in sizes]
     trained = Trained(model, selection.widths, forms)
     found = trained.distances(cut(model, selection), selection.gather(model.tensors), samples)
     assert found.near, (found.ours, found.torch)
     assert found.excess(found.worst) <= 2 * TENSOR, found.worst
 
 
+class Grouped(nn.Module):
+    """Norms of groups, of one group, and of channels; a sum and an activation behind them, and values far from zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 20, 3, padding=1), nn.Conv2d(20, 20, 3, padding=1)
+        self.down = nn.Conv2d(20, 36, 3, stride=2)
+        self.first, self.second = nn.GroupNorm(4, 20), nn.GroupNorm(1, 20)
+        self.third = nn.InstanceNorm2d(36, affine=True)
+        self.head = nn.Linear(36, 5)
+        nn.init.constant_(self.stem.bias, 30.0)
+        for norm in (self.first, self.second, self.third):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.silu(self.first(self.stem(x)))
+        x = nn.functional.hardtanh(self.second(self.inner(x)) + x, -1.5, 1.5)
+        x = nn.functional.relu(self.third(self.down(x)))
+        return self.head(x.mean((2, 3)))
+
+
 @pytest.mark.parametrize("forms", FORMS, ids=str)
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.3])
-@pytest.mark.parametrize("net", [SmoothResNet, SmoothMobileNet, lenet, vgg11_bn, resnet20_bn])
+@pytest.mark.parametrize("net", [SmoothResNet, SmoothMobileNet, lenet, vgg11_bn, resnet20_bn, Grouped])
 def test_a_step_is_that_of_the_graph_for_all_widths(net: type[nn.Module], density: float, forms: Forms) -> None:
     torch.manual_seed(0)
-    nearest = _nearest(import_onnx(export_torch(net()), "net"), density, forms, Features(gradients=True))
+    shape = {"input_shape": (3, 9, 9)} if net is Grouped else {}
+    nearest = _nearest(import_onnx(export_torch(net(), **shape), "net"), density, forms, Features(gradients=True))
     assert max(nearest.values()) <= 2e-5, nearest
 
 
@@ -140,7 +164,7 @@ def _nearest(model: Model, density: float, forms: Forms, features: Features, **m
     nearest = dict.fromkeys(parts(arch), np.inf)
     for seed in range(6):  # a sign of a ReLU that rounding flips moves everything behind it: the nearest batch counts
         rng = np.random.default_rng(seed)
-        size = 5 + 11 * (seed % 2)
+        size = forms.batch or 5 + 11 * (seed % 2)
         x = rng.standard_normal((size, *arch.input_shape)).astype(np.float32)
         given = feeds(arch, tensors, x, rng.integers(0, arch.classes, size))
         given |= {n: np.array(v, np.float32) for n, v in more.items()}
@@ -153,7 +177,7 @@ def _nearest(model: Model, density: float, forms: Forms, features: Features, **m
 
 
 @pytest.mark.skipif(not HERE, reason="onnxruntime has no blocks of channels on this processor")
-@pytest.mark.parametrize("batch", [16, 5])
+@pytest.mark.parametrize("batch", [16, 11])
 @pytest.mark.parametrize(
     ("inputs", "outputs", "size", "kernel", "pad", "dilation"),
     [(16, 32, 32, 3, 1, 1), (3, 64, 24, 5, 2, 1), (20, 40, 28, 3, 2, 2), (18, 64, 32, 3, 0, 1)],
@@ -170,9 +194,8 @@ def test_kernel_gradients_of_large_maps_are_torchs(
     )
     attrs = {"window": window, "group": 1}
     graph.emit("KernelGradient", "x", "dy", "k", attrs=attrs, domain=intents.DOMAIN, out="dk")
-    written = formulated(graph, {**shapes, "dk": shapes["k"]}, Forms(HERE))
-    (branches,) = [n for n in written.nodes if n.op == "If"]
-    assert sum(n.op_type == "Conv" for n in branches.attrs["then_branch"].node) > 1
+    written = formulated(graph, {**shapes, "dk": shapes["k"]}, Forms(HERE, batch))
+    assert sum(n.op == "Conv" for n in written.nodes) > 1
     rng = np.random.default_rng(0)
     x, dy = (rng.standard_normal((batch, *shapes[n][1:])).astype(np.float32) for n in ("x", "dy"))
     feeds = {"x": x, "dy": dy, "k": np.zeros(shapes["k"], np.float32)}
@@ -185,7 +208,7 @@ def test_kernel_gradients_of_large_maps_are_torchs(
 
 def test_a_graph_for_other_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = import_onnx(export_torch(lenet()), "net")
-    raw = training_graph(model, Features(), widths=model.architecture.sizes, forms=Forms(8)).to_bytes()
+    raw = training_graph(model, Features(), widths=model.architecture.sizes, forms=Forms(8, 4)).to_bytes()
     plain = training_graph(model, Features(), widths=model.architecture.sizes).to_bytes()
     for here in (0, 4, 16):
         monkeypatch.setattr(blocks, "block_size", lambda here=here: here)
@@ -224,11 +247,17 @@ def test_standard_operators_alone_are_what_no_block_means() -> None:
     graph = training_graph(model, Features(), widths=model.architecture.sizes)
     assert {n.domain for n in graph.nodes} == {""}
     assert step.BLOCK not in graph.metadata
-    inside = training_graph(model, Features(), widths=model.architecture.sizes, forms=Forms(16))
+    inside = training_graph(model, Features(), widths=model.architecture.sizes, forms=Forms(16, 32))
     assert {n.domain for n in inside.nodes} == {"", "com.microsoft.nchwc"}
     assert inside.metadata[step.BLOCK] == "16"
 
 
 def test_no_processor_has_such_blocks() -> None:
     with pytest.raises(ConfigError, match="block of channels"):
-        Forms(12)
+        Forms(12, 32)
+
+
+@pytest.mark.parametrize(("block", "batch"), [(16, 0), (0, 32), (8, -1)])
+def test_blocks_come_with_a_batch(block: int, batch: int) -> None:
+    with pytest.raises(ConfigError, match="samples of a batch in blocks"):
+        Forms(block, batch)

@@ -24,19 +24,24 @@ class Forms:
     Attributes:
         block: Channels that its convolutions compute at once (`fedprune_device.blocks` finds it), 0 for standard
             operators alone.
+        batch: Samples of every batch, where there are blocks; any number where there are none.
         full: Channels from which on what a convolution makes fills blocks well enough.
 
     Raises:
-        ConfigError: No processor has such blocks.
+        ConfigError: No processor has such blocks, or they come without a batch.
     """
 
     block: int = 0
+    batch: int = 0
     full: int = 16
 
     def __post_init__(self) -> None:
         if self.block not in (0, *BLOCKS[1:]):
             known = ", ".join(map(str, BLOCKS[1:]))
             raise ConfigError("block of channels", expected=f"one of 0, {known}", got=self.block)
+        if (self.batch > 0) != (self.block > 0):
+            wanted = "a positive number" if self.block else "0, since standard operators take any"
+            raise ConfigError("samples of a batch in blocks", expected=wanted, got=self.batch)
 
     def in_blocks(self, outputs: int) -> bool:
         """Whether a convolution that makes so many channels is computed with channels in blocks."""
@@ -45,6 +50,8 @@ class Forms:
     def kernel_gradient(self, w: Window) -> KernelForm | Literal["blocked"]:
         """How the gradient of a kernel is computed, given the layer's window."""
         area, taps = math.prod(w.output), math.prod(w.kernel)
-        if self.block and taps > 1 and area <= _LARGE_FILTER and all(s == 1 for s in w.strides):
-            return "blocked"  # (strides would be gaps in the kernel, which are slow)
+        # Strides would be gaps in the kernel, which are slow; samples of few don't fill blocks.
+        dense = 2 * self.batch >= self.block and all(s == 1 for s in w.strides)
+        if self.block and dense and taps > 1 and area <= _LARGE_FILTER:
+            return "blocked"
         return "taps" if area > _SMALL_MAP else "products"

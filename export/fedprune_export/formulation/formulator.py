@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from fedprune import step
 from fedprune_export.formulation.forms import Forms
 from fedprune_export.formulation.layouts import Layouts, Sizes
-from fedprune_export.graph import Graph, Node
+from fedprune_export.gradients.dimensions import BATCH
+from fedprune_export.gradients.intents import Intentions
+from fedprune_export.graph import Graph, Node, Port
 from fedprune_export.registry import registrar
 
 Rule = Callable[["Formulator", Node], bool]
@@ -37,7 +40,7 @@ class Formulator:
         self.graph = source.copy()
         self.graph.nodes = []
         known = {**shapes, **{n: v.shape for n, v in source.initializers.items()}}
-        self.layouts = Layouts(self.graph, known, max(forms.block, 1))
+        self.layouts = Layouts(self.graph, known, max(forms.block, 1), forms.batch)
         self.state: dict[str, object] = {}
         self._nodes = source.nodes
         self._readers = source.consumers()
@@ -57,8 +60,13 @@ class Formulator:
                 self.graph.emit("Identity", self.layouts.plain(name), out=name)
         if self.forms.block:
             self.graph.metadata[step.BLOCK] = str(self.forms.block)
+            self.graph.inputs = [self._of_batch(p) for p in self.graph.inputs]
         self.graph.prune()
         return self.graph
+
+    def _of_batch(self, port: Port) -> Port:
+        """An input whose batch has a number."""
+        return replace(port, shape=tuple(self.forms.batch if d == BATCH else d for d in port.shape))
 
     def copy(self, node: Node) -> None:
         """Write a node as it is."""
@@ -83,6 +91,11 @@ class Formulator:
         self.layouts.rename(name, value)
         if name in self._outputs:
             self.graph.emit("Identity", value, out=name)
+
+
+def intended(forms: Forms) -> Intentions:
+    """The intents with which a graph may be written that is to be computed in these forms."""
+    return Intentions(group_norms=forms.full if forms.block else None)
 
 
 def formulated(graph: Graph, shapes: Mapping[str, Sizes], forms: Forms) -> Graph:

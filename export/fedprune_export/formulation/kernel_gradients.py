@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from onnx import TensorProto, helper, numpy_helper
-
 from fedprune_export.formulation.formulator import Formulator, rule
 from fedprune_export.formulation.layouts import BLOCKED, Layouts
 from fedprune_export.gradients.dense import Dense, Formulation
@@ -34,7 +32,9 @@ def kernel_gradient(to: Formulator, node: Node) -> bool:
     layouts, g, out = to.layouts, to.graph, node.outputs[0]
     form = to.forms.kernel_gradient(w)
     owed = layouts.owed(dy)
-    if node.attrs["group"] > 1:
+    if node.attrs["group"] > 1 and to.forms.in_blocks(layouts.sizes(x)[0]):
+        result = _of_depthwise(to, w, x, dy)
+    elif node.attrs["group"] > 1:
         deep = Depthwise(g, w, layouts.plain(kernel))
         result = deep.kernel_gradient(layouts.plain(x), layouts.unpaid(dy, blocked=False))
     elif form == "blocked":
@@ -49,34 +49,26 @@ def kernel_gradient(to: Formulator, node: Node) -> bool:
 
 
 def _in_blocks(to: Formulator, w: Window, x: str, dy: str) -> str:
-    """As a convolution over the batch; samples are filled up to whole blocks where they are none."""
-    layouts, g, b = to.layouts, to.graph, to.layouts.block
+    """As a convolution over the batch; samples are filled up to whole blocks."""
+    layouts = to.layouts
     blocked = layouts.in_blocks(x)
     image = layouts.blocked(x) if blocked else layouts.plain(x)
     layer = _OverBatch(layouts, w, layouts.sizes(x)[0], layouts.sizes(dy)[0], image, blocked)
-    slope = layouts.unpaid(dy, blocked=True)
-    if "rest" not in to.state:
-        samples = g.emit("Shape", slope, attrs={"start": 0, "end": 1})
-        to.state["rest"] = g.emit("Mod", g.emit("Neg", samples), g.ints(b))
-        to.state["whole"] = g.emit("Squeeze", g.emit("Equal", str(to.state["rest"]), g.ints(0)))
-    branches = {}
-    for name, missing in (("then_branch", ""), ("else_branch", str(to.state["rest"]))):
-        body = Graph(name=name, _counter=g._counter)
-        layer.write(body, slope, missing)
-        g._counter = body._counter
-        branches[name] = _branch(body)
-    return g.emit("If", str(to.state["whole"]), attrs=branches)
+    return layer.write(to.graph, layouts.unpaid(dy, blocked=True))
 
 
-def _branch(body: Graph) -> object:
-    output = body.nodes[-1].outputs[0]
-    return helper.make_graph(
-        [n.to_proto() for n in body.nodes],
-        body.name,
-        [],
-        [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(v, k) for k, v in body.initializers.items()],
-    )
+def _of_depthwise(to: Formulator, w: Window, x: str, dy: str) -> str:
+    """As a depthwise convolution of all samples' channels with dy, in which nothing has to move."""
+    layouts, g, b = to.layouts, to.graph, to.layouts.block
+    channels, filled = layouts.sizes(x)[0], layouts.filled(layouts.sizes(x)[0])
+    found = _found(w)
+    each = layouts.correlated(layouts.blocked(x), layouts.unpaid(dy, blocked=True), w, filled)
+    total = g.emit("ReduceSum", g.emit("Reshape", each, g.ints(layouts.batch, -1)), g.ints(0), attrs={"keepdims": 0})
+    apart = g.emit("Reshape", total, g.ints(filled // b, math.prod(found), b))
+    kernel = g.emit("Reshape", g.emit("Transpose", apart, attrs={"perm": [0, 2, 1]}), g.ints(filled, 1, *found))
+    if (filled, *found) == (channels, *w.kernel):
+        return kernel
+    return g.emit("Slice", kernel, g.ints(0, 0, 0), g.ints(channels, *w.kernel), g.ints(0, 2, 3))
 
 
 @dataclass(frozen=True)
@@ -99,18 +91,12 @@ class _OverBatch:
     x: str
     blocked: bool
 
-    def write(self, g: Graph, dy: str, missing: str) -> None:
-        """Write it; the last value is the kernel's gradient.
-
-        Args:
-            g: The graph.
-            dy: The gradient, in blocks.
-            missing: How many samples are filled up; nothing where none are.
-        """
+    def write(self, g: Graph, dy: str) -> str:
+        """Write it, given the gradient in blocks."""
         w, b, out = self.w, self.layouts.block, self.layouts.filled(self.outputs)
-        if missing:
-            dy = g.emit("Pad", dy, g.emit("Concat", g.ints(0, 0, 0, 0), missing, g.ints(0, 0, 0), attrs={"axis": 0}))
-        image = self._image_of_blocks(g, missing) if self.blocked else self._image(g, missing)
+        if self._missing:
+            dy = g.emit("Pad", dy, g.ints(0, 0, 0, 0, self._missing, 0, 0, 0))
+        image = self._image_of_blocks(g) if self.blocked else self._image(g)
         rows = w.output[0] // self._bands
         attrs = {
             "kernel_shape": [rows, w.output[1]],
@@ -131,9 +117,14 @@ class _OverBatch:
             inputs = [self._rows_of(g, image, first, rows), kernel] + (["", y] if y else [])  # it adds up by itself
             y = g.emit("Conv", *inputs, attrs=attrs, domain=BLOCKED)
         y = g.emit("ReorderOutput", y, attrs={"channels": self.outputs, "channels_last": 0}, domain=BLOCKED)
-        if self._found != w.kernel:  # the last rows and columns are of no tap
+        if _found(w) != w.kernel:  # the last rows and columns are of no tap
             y = g.emit("Slice", y, g.ints(0, 0), g.ints(*w.kernel), g.ints(2, 3))
-        g.emit("Transpose", y, attrs={"perm": [1, 0, 2, 3]})
+        return g.emit("Transpose", y, attrs={"perm": [1, 0, 2, 3]})
+
+    @property
+    def _missing(self) -> int:
+        """How many samples are filled up."""
+        return self.layouts.filled(self.layouts.batch) - self.layouts.batch
 
     @property
     def _bands(self) -> int:
@@ -147,7 +138,7 @@ class _OverBatch:
             return image
         w, (tall, wide) = self.w, self._padded
         start = first * w.strides[0]
-        end = start + (rows - 1) * w.strides[0] + w.dilations[0] * (self._found[0] - 1) + 1
+        end = start + (rows - 1) * w.strides[0] + w.dilations[0] * (_found(w)[0] - 1) + 1
         lines = g.emit("Reshape", image, g.ints(self.inputs, -1, tall, wide * self.layouts.block))
         lines = g.emit("Slice", lines, g.ints(start), g.ints(end), g.ints(2))
         return g.emit("Reshape", lines, g.ints(self.inputs, -1, end - start, wide))
@@ -155,25 +146,15 @@ class _OverBatch:
     @property
     def _padded(self) -> tuple[int, int]:
         """Height and width of the input with its padding."""
-        height, width = (size + sum(pad) for size, pad in zip(self.w.sizes, self.w.pads, strict=True))
-        return height, width
+        return _padded(self.w)
 
-    @property
-    def _found(self) -> tuple[int, ...]:
-        """Height and width of what comes out."""
-        w = self.w
-        return tuple(
-            (size - stride * (n - 1) - 1) // dilation + 1
-            for size, stride, n, dilation in zip(self._padded, w.strides, w.output, w.dilations, strict=True)
-        )
-
-    def _image_of_blocks(self, g: Graph, missing: str) -> str:
+    def _image_of_blocks(self, g: Graph) -> str:
         """[N, I/b, H, W, b] with the samples last, padded, and in blocks of samples: [I, N/b, H', W', b]."""
         w, b, into = self.w, self.layouts.block, self.layouts.filled(self.inputs)
         flat = g.emit("Reshape", self.x, g.ints(-1, into * math.prod(w.sizes)))
         flat = g.emit("Transpose", flat, attrs={"perm": [1, 0]})
-        if missing:
-            flat = g.emit("Pad", flat, g.emit("Concat", g.ints(0, 0, 0), missing, attrs={"axis": 0}))
+        if self._missing:
+            flat = g.emit("Pad", flat, g.ints(0, 0, 0, self._missing))
         flat = g.emit("Reshape", flat, g.ints(into // b, *w.sizes, -1))  # the last axis has b channels of all samples
         if any(w.flat_pads):
             (top, bottom), (left, right) = w.pads
@@ -185,13 +166,24 @@ class _OverBatch:
         image = g.emit("Reshape", image, g.ints(self.inputs if into == b else into, -1, *self._padded))
         return image if into in (b, self.inputs) else g.emit("Slice", image, g.ints(0), g.ints(self.inputs), g.ints(0))
 
-    def _image(self, g: Graph, missing: str) -> str:
+    def _image(self, g: Graph) -> str:
         """[N, I, H, W] in blocks of samples."""
         image = g.emit("Transpose", self.x, attrs={"perm": [1, 0, 2, 3]})
         (top, bottom), (left, right) = self.w.pads
-        if missing:
-            pads = [g.ints(0, 0, top, left, 0), missing, g.ints(bottom, right)]
-            image = g.emit("Pad", image, g.emit("Concat", *pads, attrs={"axis": 0}))
-        elif any(self.w.flat_pads):
-            image = g.emit("Pad", image, g.ints(0, 0, top, left, 0, 0, bottom, right))
+        if self._missing or any(self.w.flat_pads):
+            image = g.emit("Pad", image, g.ints(0, 0, top, left, 0, self._missing, bottom, right))
         return g.emit("ReorderInput", image, attrs={"channels_last": 0}, domain=BLOCKED)
+
+
+def _padded(w: Window) -> tuple[int, int]:
+    """Height and width of a window's input with its padding."""
+    height, width = (size + sum(pad) for size, pad in zip(w.sizes, w.pads, strict=True))
+    return height, width
+
+
+def _found(w: Window) -> tuple[int, ...]:
+    """Height and width of what comes out if the outputs' gradient is the kernel."""
+    return tuple(
+        (size - stride * (n - 1) - 1) // dilation + 1
+        for size, stride, n, dilation in zip(_padded(w), w.strides, w.output, w.dilations, strict=True)
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedprune_export.gradients.windows import Window
 from fedprune_export.graph import Graph, Node
 
 BLOCKED = "com.microsoft.nchwc"
@@ -32,10 +33,11 @@ class Layouts:
         graph: The graph that is written to.
         shapes: Shapes of values, as far as they are known.
         block: Channels of a block.
+        batch: Samples of a batch.
     """
 
-    def __init__(self, graph: Graph, shapes: Mapping[str, Sizes], block: int) -> None:
-        self.graph, self.block = graph, block
+    def __init__(self, graph: Graph, shapes: Mapping[str, Sizes], block: int, batch: int) -> None:
+        self.graph, self.block, self.batch = graph, block, batch
         self.shapes = dict(shapes)
         self._blocked: dict[str, str] = {}
         self._plain: dict[str, str] = {}
@@ -172,9 +174,37 @@ class Layouts:
             add: Another value in blocks, or nothing.
             bounds: The least result, which is 0 if it stands alone, and the greatest.
         """
-        g, filled = self.graph, self.filled(channels)
-        kernel = g.emit("Reshape", self.vector(scale, channels), g.ints(filled, 1, 1, 1))
-        inputs = [value, kernel, self.vector(shift, channels) if shift else "", add]
+        scale, shift = (self.vector(v, channels) if v else "" for v in (scale, shift))
+        return self._pointwise(value, self.filled(channels), scale, shift, add, bounds)
+
+    def affine_each(
+        self, value: str, name: str, scale: str, shift: str = "", add: str = "", bounds: Sequence[float] = ()
+    ) -> str:
+        """`affine` with numbers of their own for every sample: the vectors are [N, C].
+
+        Args:
+            value: A value in blocks.
+            name: Whose sizes it has.
+            scale: What its channels are multiplied by.
+            shift: What is added to them, or nothing.
+            add: Another value in blocks, or nothing.
+            bounds: As `affine` has them.
+        """
+        g, (channels, height, width) = self.graph, self.sizes(name)
+        filled, number = self.filled(channels), self.batch * self.filled(channels)
+        if filled != channels:
+            more = g.ints(0, 0, 0, filled - channels)
+            scale, shift = (g.emit("Pad", v, more) if v else "" for v in (scale, shift))
+        scale, shift = (g.emit("Reshape", v, g.ints(number)) if v else "" for v in (scale, shift))
+        laid = g.ints(1, number, height, width)
+        value, add = (g.emit("Reshape", v, laid) if v else "" for v in (value, add))
+        result = self._pointwise(value, number, scale, shift, add, bounds)
+        return g.emit("Reshape", result, g.ints(self.batch, filled, height, width))
+
+    def _pointwise(self, value: str, number: int, scale: str, shift: str, add: str, bounds: Sequence[float]) -> str:
+        g = self.graph
+        kernel = g.emit("Reshape", scale, g.ints(number, 1, 1, 1))
+        inputs = [value, kernel, shift, add]
         while not inputs[-1]:
             inputs.pop()
         ones, zeros = [1, 1], [0, 0, 0, 0]
@@ -183,7 +213,7 @@ class Layouts:
             "strides": ones,
             "dilations": ones,
             "pads": zeros,
-            "group": filled,
+            "group": number,
         }
         if bounds:
             attrs["activation"] = "Relu" if len(bounds) == 1 else "Clip"
@@ -204,11 +234,64 @@ class Layouts:
 
     def total(self, value: str, channels: int, places: int) -> str:
         """The sums over batch and places of a value in blocks, [C]."""
-        g, filled = self.graph, self.filled(channels)
+        each = self.total_each(value, channels, places)
+        return self._first(self.graph.emit("ReduceSum", each, self.graph.ints(0), attrs={"keepdims": 0}), channels)
+
+    def total_each(self, value: str, channels: int, places: int) -> str:
+        """The sums over places of a value in blocks, [N, C] filled up."""
+        g = self.graph
         rows = g.emit("Reshape", value, g.ints(-1, places, self.block))
         each = g.emit("ReduceSum", rows, g.ints(1), attrs={"keepdims": 0})
-        total = g.emit("ReduceSum", g.emit("Reshape", each, g.ints(-1, filled)), g.ints(0), attrs={"keepdims": 0})
-        return total if filled == channels else g.emit("Slice", total, g.ints(0), g.ints(channels), g.ints(0))
+        return g.emit("Reshape", each, g.ints(-1, self.filled(channels)))
+
+    def _first(self, vector: str, channels: int) -> str:
+        """What of a vector isn't filled up."""
+        if self.filled(channels) == channels:
+            return vector
+        return self.graph.emit("Slice", vector, self.graph.ints(0), self.graph.ints(channels), self.graph.ints(0))
+
+    def dot(self, first: str, second: str, name: str) -> str:
+        """The sums over batch and places of the products of two values in blocks, [C].
+
+        Args:
+            first: One of them.
+            second: The other.
+            name: Whose sizes they have.
+        """
+        each, g = self.dot_each(first, second, name), self.graph
+        return self._first(g.emit("ReduceSum", each, g.ints(0), attrs={"keepdims": 0}), self.sizes(name)[0])
+
+    def dot_each(self, first: str, second: str, name: str) -> str:
+        """The sums over places of the products of two values in blocks, [N, C] filled up."""
+        channels, height, width = self.sizes(name)
+        filled, ones = self.filled(channels), (1, 1)
+        w = Window((height, width), (1, 1), ones, ones, ((0, 0), (0, 0)), (height, width))
+        return self.graph.emit("Reshape", self.correlated(first, second, w, filled), self.graph.ints(-1, filled))
+
+    def correlated(self, x: str, dy: str, w: Window, filled: int) -> str:
+        """What the places of a window have in common, for every sample and channel: [1, N · C, h, w] in blocks.
+
+        Every sample's channel is one of a depthwise convolution whose kernel is that channel of `dy`: products are
+        summed as they are made, in one pass over both.
+
+        Args:
+            x: A value in blocks with the window's input sizes.
+            dy: One with its output sizes.
+            w: The window.
+            filled: Channels, filled up.
+        """
+        g, number = self.graph, self.batch * filled
+        (top, bottom), (left, right) = w.pads
+        attrs: dict[str, Any] = {
+            "kernel_shape": list(w.output),
+            "strides": list(w.dilations),
+            "dilations": list(w.strides),
+            "pads": [top, left, bottom, right],
+            "group": number,
+        }
+        image = g.emit("Reshape", x, g.ints(1, number, *w.sizes))
+        kernel = g.emit("Reshape", dy, g.ints(number, 1, *w.output))
+        return g.emit("Conv", image, kernel, attrs=attrs, domain=BLOCKED)
 
     # -- convolutions that take more in -----------------------------------------------------------------------------
 
@@ -222,10 +305,12 @@ class Layouts:
         Nobody may have read the value yet. Returns whether it could.
         """
         node = self._convolutions.get(name)
-        if node is None or len(node.inputs) > (2 if shift else 3) or name in self._plain:
+        if node is None or len(node.inputs) > 3 or name in self._plain:
             return False
         if shift:
-            node.inputs.append(self.vector(shift, self.sizes(name)[0]))
+            vector = self.vector(shift, self.sizes(name)[0])
+            bias = node.inputs[2:]
+            node.inputs[2:] = [self.graph.emit("Add", bias[0], vector) if bias else vector]
         else:
             node.inputs += [""] * (3 - len(node.inputs)) + [add]
         # What it takes in may have been computed after it.

@@ -1,8 +1,9 @@
 """Batch normalisation: in blocks with few passes over the values, or as the plain rule writes it.
 
 In blocks the convolution before it takes the running mean off what it makes, which costs nothing and leaves values
-whose mean is near zero: their mean square less their squared mean is then their variance, without losing digits. What
-the batch's gradient is multiplied by is owed (`Layouts.owe`), and most often paid by a kernel.
+whose mean is near zero once the running mean has come near the batch's: their mean square less their squared mean is
+then their variance, without losing digits. Where no convolution can, it costs a pass. What the batch's gradient is
+multiplied by is owed (`Layouts.owe`), and most often paid by a kernel.
 """
 
 from __future__ import annotations
@@ -49,37 +50,62 @@ def normalise(to: Formulator, node: Node) -> bool:
         return True
     channels, height, width = layouts.sizes(x)
     own = all(r is node or (r.op == NORMALISE_GRADIENT and r.inputs[2] == mean) for r in to.readers(x))
-    less = own and layouts.absorb(x, shift=g.emit("Neg", layouts.plain(running)))
+    off = g.emit("Neg", layouts.plain(running))
+    less = own and layouts.absorb(x, shift=off)
     value = layouts.blocked(x)
+    if not less:
+        one = g.emit("Expand", g.scalar(1), g.ints(channels))
+        value = layouts.affine(value, channels, one, off)
     average = g.emit("Div", layouts.total(value, channels, height * width), count)
-    square = layouts.total(g.emit("Mul", value, value), channels, height * width)
+    square = layouts.dot(value, value, x)
     spread = g.emit("Sub", g.emit("Div", square, count), g.emit("Mul", average, average))
     spread = g.emit("Relu", spread)
     inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", spread, g.scalar(epsilon))))
     steepness = g.emit("Mul", layouts.plain(scale), inverse)
     base = g.emit("Sub", layouts.plain(shift), g.emit("Mul", average, steepness))
     to.state[mean] = _InBlocks(value, average, inverse, steepness, count)
-    to.name(g.emit("Add", average, layouts.plain(running)) if less else average, mean)
+    to.name(g.emit("Add", average, layouts.plain(running)), mean)
     to.name(spread, variance)
-    out, add = y, ""
+    after = followers(to, y)
+    layouts.put(after.out, layouts.affine(value, channels, steepness, base, after.add, after.bounds))
+    return True
+
+
+@dataclass(frozen=True)
+class Followers:
+    """What is computed in one pass with a value.
+
+    Attributes:
+        out: The last value of them.
+        add: A value in blocks that is added, or nothing.
+        bounds: As `Layouts.affine` has them.
+    """
+
+    out: str
+    add: str = ""
+    bounds: tuple[float, ...] = ()
+
+
+def followers(to: Formulator, y: str) -> Followers:
+    """The sum and the activation that alone read a value: they are left out, and are to be computed with it."""
+    layouts, found = to.layouts, Followers(y)
     follower = to.only_reader(y)
     if follower is not None and follower.op == "Add":
         other = next((i for i in follower.inputs if i != y), y)
-        if layouts.in_blocks(other) and layouts.shapes.get(other) == layouts.shapes[x]:
-            out, add = follower.outputs[0], layouts.blocked(other)
-            layouts.shapes[out] = layouts.shapes[x]
+        if layouts.in_blocks(other) and layouts.shapes.get(other) == layouts.shapes[y]:
+            found = Followers(follower.outputs[0], layouts.blocked(other))
+            layouts.shapes[found.out] = layouts.shapes[y]
             to.skip(follower)
-            follower = to.only_reader(out)
-    activation: tuple[float, ...] = ()
+            follower = to.only_reader(found.out)
+    bounds: tuple[float, ...] = ()
     if follower is not None and follower.op in ("Relu", "Clip"):
-        bounds = [to.graph.initializers.get(i) for i in follower.inputs[1:]]
-        activation = (0.0,) if follower.op == "Relu" else tuple(float(b) for b in bounds if b is not None)
-    if follower is not None and len(activation) == 1 + (follower.op == "Clip"):
-        out = follower.outputs[0]
-        layouts.shapes[out] = layouts.shapes[x]
+        given = [to.graph.initializers.get(i) for i in follower.inputs[1:]]
+        bounds = (0.0,) if follower.op == "Relu" else tuple(float(b) for b in given if b is not None)
+    if follower is not None and len(bounds) == 1 + (follower.op == "Clip"):
+        found = Followers(follower.outputs[0], found.add, bounds)
+        layouts.shapes[found.out] = layouts.shapes[y]
         to.skip(follower)
-    layouts.put(out, layouts.affine(value, channels, steepness, base, add, activation))
-    return True
+    return found
 
 
 @rule(NORMALISE_GRADIENT)
@@ -98,7 +124,7 @@ def normalise_gradient(to: Formulator, node: Node) -> bool:
         channels, height, width = layouts.sizes(x)
         slope = layouts.blocked(dy)
         of_shift = layouts.total(slope, channels, height * width)
-        dot = layouts.total(g.emit("Mul", slope, kept.shifted), channels, height * width)
+        dot = layouts.dot(slope, kept.shifted, x)
         dot = g.emit("Sub", dot, g.emit("Mul", kept.mean, of_shift))
         of_scale = g.emit("Mul", dot, kept.inverse)
         line = g.emit("Div", g.emit("Mul", of_scale, kept.inverse), kept.count)

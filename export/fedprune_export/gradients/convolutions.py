@@ -12,7 +12,7 @@ from fedprune.errors import ModelError
 from fedprune_export.gradients import columns
 from fedprune_export.gradients.dense import Dense, formulation
 from fedprune_export.gradients.depthwise import Depthwise
-from fedprune_export.gradients.intents import Intended
+from fedprune_export.gradients.intended import Intended
 from fedprune_export.gradients.tape import Dim, Pull, Tape, describe, rule
 from fedprune_export.gradients.windows import Window, window
 from fedprune_export.graph import Node

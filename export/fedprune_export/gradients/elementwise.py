@@ -99,6 +99,9 @@ _smooth(
 _smooth("Softsign", "Dx = dy / (1 + |x|)².", lambda g, n, x, y: _inverse(g, _squared(g, _more(g, g.emit("Abs", x)))))
 
 
+_STEEP = 2.0**126
+
+
 @rule("Identity", "Dropout")
 def identity(tape: Tape, node: Node) -> Pull:
     """y = x; an exported Dropout is one, too."""
@@ -139,9 +142,11 @@ def relu(tape: Tape, node: Node) -> Pull:
 
 
 def rectified(g: Graph, dy: str, y: str) -> str:
-    """Dy where y, which is never below 0, is above it; a product with a mask is faster than a choice."""
-    mask = g.emit("Cast", g.emit("Cast", y, attrs={"to": 9}), attrs={"to": 1})
-    return g.emit("Mul", dy, mask)
+    """Dy where y, which is never below 0, is above it; a product with a mask is faster than a choice.
+
+    The mask is a line so steep that it is 1 from the least normal number on.
+    """
+    return g.emit("Mul", dy, g.emit("HardSigmoid", y, attrs={"alpha": _STEEP, "beta": 0.0}))
 
 
 def between(g: Graph, dy: str, y: str, low: str, high: str) -> str:

@@ -7,6 +7,7 @@ do in two.
 
 from __future__ import annotations
 
+from fedprune_export.gradients.intents import DOMAIN, GROUP_NORMALISE, GROUP_NORMALISE_GRADIENT
 from fedprune_export.gradients.reductions import divided, summed
 from fedprune_export.gradients.tape import Dim, Pull, Shape, Tape, rule
 from fedprune_export.graph import Graph, Node
@@ -27,6 +28,9 @@ def group_norm(tape: Tape, node: Node) -> Pull:
     length: Dim = 1
     if node.op == "GroupNormalization":
         number, length = tape.blocks(node, name, 1, int(node.attrs["num_groups"]))
+    least = None if tape.intends is None else tape.intends.group_norms
+    if least is not None and len(shape) == 4 and isinstance(shape[1], int) and shape[1] >= least:
+        return _intended(tape, node, number, epsilon)
     rows = _Rows(tape, shape, number, length)
     # The mean of float32 sums is off by a little where it is large: of values that it has centred it is exact.
     flat = tape.reshape(x, shape, rows.of_groups)
@@ -60,6 +64,24 @@ def group_norm(tape: Tape, node: Node) -> Pull:
         wide = _affine(g, tape.reshape(dy, shape, rows.of_channels), steepness, rows.zeros(rows.channels))
         line, wide = tape.reshape(line, rows.of_groups, shape), tape.reshape(wide, rows.of_channels, shape)
         tape.add(name, g.emit("Add", wide, line))
+
+    return pull
+
+
+def _intended(tape: Tape, node: Node, groups: Dim, epsilon: float) -> Pull:
+    """Say what is to be computed, for a graph whose sizes are fixed."""
+    name, gamma, beta = node.inputs
+    g, x, shape = tape.graph, tape.value(name), tape.shape(name)
+    scale, shift = (tape.fitted(node, i, shape[1:2]) for i in (1, 2))
+    attrs = {"groups": groups, "epsilon": epsilon}
+    y, inverse = g.emit_many(GROUP_NORMALISE, x, scale, shift, outputs=2, attrs=attrs, domain=DOMAIN)
+    tape.enter(node.outputs[0], y, shape)
+
+    def pull(dy: str) -> None:
+        found = g.emit_many(GROUP_NORMALISE_GRADIENT, dy, x, scale, inverse, outputs=3, attrs=attrs, domain=DOMAIN)
+        for wanted, gradient in zip((name, gamma, beta), found, strict=True):
+            if tape.wants(wanted):
+                tape.add(wanted, gradient)
 
     return pull
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from fedprune import step
 from fedprune.errors import ModelError
 from fedprune_export.gradients.dimensions import BATCH, Dim, Dimensions, Shape
+from fedprune_export.gradients.intents import Intentions
 from fedprune_export.gradients.knowledge import Knowledge, describe
 from fedprune_export.graph import Graph, Node, Port
 from fedprune_export.imported import Model
@@ -48,7 +49,7 @@ class Tape(Knowledge):
         frozen: Names of tensors that don't train: their gradients are not computed, and a batch normalisation whose
             statistics are frozen normalises by them.
         scaled: Names of values that are multiplied by the input `output_scale` as soon as they are computed.
-        intends: Whether rules may write intents (`gradients.intents`), which `formulation` is to turn into operators.
+        intends: Which intents rules may write, which `formulation` is to turn into operators; None for none.
 
     Attributes:
         written: Shapes of values of the training graph, as far as they are known.
@@ -61,7 +62,7 @@ class Tape(Knowledge):
         frozen: Collection[str] = (),
         *,
         scaled: Collection[str] = (),
-        intends: bool = False,
+        intends: Intentions | None = None,
     ) -> None:
         super().__init__(model, Dimensions(graph))
         self.graph = graph
