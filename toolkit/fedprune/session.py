@@ -149,7 +149,11 @@ def _opened(model: Path | bytes, threads: int, training: bool, *providers: Any) 
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False
     options.log_severity_level = 4  # what fails comes as an exception; the log would print it a second time
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that sleep between operators take longer to wake than most operators of a training step take. They spin
+    # while a step runs and sleep between steps; predictions leave the cores to whatever else the board does.
+    spinning = training and threads != 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if training:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     try:
