@@ -158,9 +158,9 @@ def main() -> None:
     from synthetic_nets import setting, write
 
     from fedprune.architecture import widths_at
+    from fedprune.blocks import block_size
     from fedprune.recipe import Features
     from fedprune.selection import Selection
-    from fedprune_device.blocks import block_size
     from fedprune_export.formulation import Forms
     from fedprune_export.importing import export_torch, import_onnx
     from fedprune_export.training import training_graph

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fedprune import blocks
 from fedprune.chance import keyed
 from fedprune.costs import costs_at
 from fedprune.recipe import Features
 from fedprune.workload import BLOCKS
-from fedprune_device import blocks
 from fedprune_export.formulation import Forms, formulated
 from fedprune_export.graph import Graph, Port
 from fedprune_export.importing import import_onnx
@@ -38,7 +38,9 @@ INPUT, CLASSES, BATCH = (3, 32, 32), 10, 16
 CONVOLUTIONS = ((3, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2))
 """Input channels, output channels, stride."""
 
-FOLDER = Path(__file__).parents[1] / "device_runtime" / "fedprune_device" / "assets"
+ROOT = Path(__file__).parents[1]
+FOLDER, CHECKS = ROOT / "device_runtime/fedprune_device/assets", ROOT / "toolkit/fedprune/assets"
+"""Where the probe's graphs lie, and those that find the length of blocks."""
 
 
 def network() -> bytes:
@@ -97,7 +99,7 @@ def archive() -> bytes:
 
 
 def check_of_blocks(block: int) -> bytes:
-    """A convolution of 3×3 in plain layout and in blocks, as `fedprune_device.blocks` compares them."""
+    """A convolution of 3×3 in plain layout and in blocks, as `fedprune.blocks` compares them."""
     shapes = {blocks.X: ("N", blocks.CHANNELS, blocks.PLACES, blocks.PLACES), blocks.W: (blocks.CHANNELS,) * 2 + (3, 3)}
     ports = [Port(n, np.dtype(np.float32), s) for n, s in shapes.items()]
     result = Port(blocks.IN_BLOCKS, np.dtype(np.float32), shapes[blocks.X])
@@ -110,8 +112,8 @@ def check_of_blocks(block: int) -> bytes:
     return out.to_bytes()
 
 
-def main(folder: Path = FOLDER) -> None:
-    """Compile the net and write its graphs, shapes and costs."""
+def main(folder: Path = FOLDER, checks: Path = CHECKS) -> None:
+    """Compile the net and write its graphs, shapes and costs; and the checks of blocks."""
     model = import_onnx(network(), "probe")
     architecture = model.architecture
     costs = costs_at(architecture, architecture.sizes)
@@ -129,8 +131,8 @@ def main(folder: Path = FOLDER) -> None:
     (folder / "probe.json").write_text(json.dumps(body) + "\n")
     (folder / "probe_layers.tar.gz").write_bytes(archive())
     for block in BLOCKS[1:]:
-        (folder / blocks.file_name(block)).write_bytes(check_of_blocks(block))
+        (checks / blocks.file_name(block)).write_bytes(check_of_blocks(block))
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]))
+    main(*2 * [Path(p) for p in sys.argv[1:2]])

@@ -37,7 +37,7 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
         raise StorageFullError("no room for the offer's files", expected=f"{needed} bytes", got=f"{free} free")
     if profile is None:
         return
-    total = storage_bytes(full, offer.training.size, offer.inference.size, recipe.own_files)
+    total = storage_bytes(full, offer.step.size, offer.inference.size, recipe.own_files)
     total += sum(r.size for r in lowered.values()) + (2 * full if lowered else 0)
     if total > profile.storage.budget_bytes:
         raise PlanError(
@@ -69,8 +69,11 @@ def _copies(recipe: Recipe) -> int:
 
 
 def same_work(one: Offer, other: Offer) -> bool:
-    """Whether two offers differ in nothing but the number of the attempt: they train to the same bits."""
-    return replace(one, attempt=0) == replace(other, attempt=0)
+    """Whether two offers differ in nothing but the number of the attempt and the graph's form.
+
+    They train to the same bits or, with another form, to the same numbers but for rounding.
+    """
+    return replace(one, attempt=0, blocked=None) == replace(other, attempt=0, blocked=None)
 
 
 def place_of(message: Offer | Update | Accepted) -> tuple[str, int]:

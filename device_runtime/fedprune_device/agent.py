@@ -32,6 +32,7 @@ from fedprune_device.lowering import Lowering
 from fedprune_device.outbox import Outbox, Wire
 from fedprune_device.source import Samples
 from fedprune_device.standing import Standing
+from fedprune_device.step_choice import StepChoice, described
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import TrainingStoppedError
 from fedprune_device.training_thread import TrainingThread
@@ -92,6 +93,7 @@ class Agent:
         known = profile_name or (profile.name if profile is not None else "")
         self._greeting = Greeting(device, known, probe, serves)
         self._lowering = Lowering(serve, threads)
+        self._choice = StepChoice(standard=cuda)
         trainer = LoadedTrainer(threads, cuda=cuda)
         self._bench = Workbench(device, store.blobs, store.slots, data, trainer, store.own, self._lowering)
         self._alone = Alone(device, store, data, threads, alone, care, cuda=cuda, lowering=self._lowering)
@@ -207,7 +209,7 @@ class Agent:
             self._outbox.ask(self._downloads.offer.job, self._downloads.start(now))
 
     def _on_offer(self, offer: Offer, now: float) -> None:
-        offer = self._lowering.wanted(offer)
+        offer = self._choice.suited(self._lowering.wanted(offer))
         task = self._store.task
         if self._outbox.refuse_again(offer):
             return
@@ -320,8 +322,11 @@ class Agent:
             return
         if self._store.waiting(task.offer) is None:
             _LOG.info("going on with round %d of job %s", task.offer.round, task.offer.job)
+            offer = self._choice.suited(task.offer)
             try:
-                self._downloads = Downloads(self._store.blobs, task.offer, now)
+                if offer != task.offer:
+                    self._store.accept(offer)
+                self._downloads = Downloads(self._store.blobs, offer, now)
             except FedpruneError as error:
                 self._refuse(task.offer, error)
 
@@ -343,7 +348,7 @@ class Agent:
         task = self._store.task
         if self._worker is None and not self._alone.running and self._ready is not None and task is not None:
             seconds, self._ready = self._ready, None
-            _LOG.info("round %d of job %s: training", task.offer.round, task.offer.job)
+            _LOG.info("round %d of job %s: training %s", task.offer.round, task.offer.job, described(task.offer))
             self._worker = TrainingThread(self._bench, task.offer, seconds, self._care)
         if self._store.pending is not None:
             self._outbox.announce(self._store.pending, now)
@@ -381,7 +386,11 @@ class Agent:
             _LOG.warning("%s: pulling it again", worker.error)
             self._download(offer, now)
         elif worker.error is not None and not isinstance(worker.error, TrainingStoppedError):
-            self._refuse(offer, worker.error)
+            other = self._choice.instead(offer, worker.error)
+            if other is None:
+                self._refuse(offer, worker.error)
+            else:
+                self._start(other, now)
 
     def _halt(self) -> None:
         """Stop what is being done for the current offer."""

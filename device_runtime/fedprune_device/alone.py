@@ -18,6 +18,7 @@ from fedprune_device.assignment import LoadedTrainer, Report, Workbench
 from fedprune_device.care import Care
 from fedprune_device.lowering import Lowering
 from fedprune_device.source import Samples
+from fedprune_device.step_choice import StepChoice
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import TrainingStoppedError
 from fedprune_device.training_thread import TrainingThread
@@ -155,8 +156,8 @@ class Alone:
         offer = task.offer
         if (record.job, record.round, record.inference) != (offer.job, offer.round, offer.inference.sha256):
             return None  # it is another one's, which is still being pulled
-        if not self._store.blobs.has(offer.training.sha256):
-            return None
+        if not self._store.blobs.has(offer.step.sha256) or StepChoice().suited(offer) != offer:
+            return None  # graphs come from the server
         weights = self._store.blobs.put(self._store.slots.weights(record))
         recipe = {**offer.recipe, "evaluate_every": 1}
         return replace(offer, weights=weights, recipe=recipe, seed=offer.seed + 1 + int(self._number("times")))

@@ -14,6 +14,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from fedprune import __version__
+from fedprune.blocks import turn_off
 from fedprune.cli import run_command, whole_number
 from fedprune.errors import ExitCode, ProfileError
 from fedprune.probe_report import ProbeReport
@@ -95,6 +96,9 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--resume-below", type=float, default=COOL_C, metavar="C", help="default: %(default)g °C")
     run.add_argument("--no-probe", action="store_true", help="don't measure the board; the profile is believed")
     run.add_argument(
+        "--no-blocks", action="store_true", help="train with standard operators alone, not with channels in blocks"
+    )
+    run.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default="info",
@@ -131,6 +135,8 @@ def _run(arguments: argparse.Namespace) -> int:
         level=arguments.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     checked_urls(arguments, insecure=arguments.insecure)
+    if arguments.no_blocks:
+        turn_off()
     care = Care(arguments.pause_above, arguments.resume_below)
     trial = Trial.current()
     if trial is not None:
@@ -171,7 +177,8 @@ def _run(arguments: argparse.Namespace) -> int:
             # A plan counts the samples, which are here already.
             held = data.bytes if isinstance(data, LocalData) else 0
             free = min(report.memory_total, report.memory_available + held)
-            report = replace(report, memory_available=free)
+            # On a GPU there are no blocks, whatever the processor beside it has.
+            report = replace(report, memory_available=free, block=0 if tier.cuda else report.block)
             _LOG.info("probe: %s", json.dumps({**report.to_dict(), "latency": _latency(report)}))
         releases = Releases(
             wire,

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from fedprune import __version__, step, tensorfile
+from fedprune.blocks import block_size
 from fedprune.chance import keyed
 from fedprune.errors import MissingExtraError, RuntimeUnavailableError
 from fedprune.probe_report import ProbeReport
@@ -78,6 +79,7 @@ def probe(
         temperature_c=temperature_c(root),
         throttled=throttled(root),
         latency=latency,
+        block=block_size(),
     )
 
 

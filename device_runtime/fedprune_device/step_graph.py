@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune import step
+from fedprune.blocks import check_block
 from fedprune.element_mask import ElementMask
 from fedprune.errors import ModelError, TrainingError
 from fedprune.feeds import anchors, numbers
@@ -19,7 +20,6 @@ from fedprune.ordered_dropout import TensorAxes
 from fedprune.recipe import Recipe
 from fedprune.session import Session
 from fedprune_device.batches import Part
-from fedprune_device.blocks import check_block
 from fedprune_device.losses import loss_terms
 
 Array = npt.NDArray[Any]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedprune import profile_store
+from fedprune.blocks import block_size
 from fedprune.bundle import Bundle, open_bundle
 from fedprune.cli import whole_number
 from fedprune.errors import ExitCode, UsageError
@@ -92,8 +93,9 @@ def _measure(bundle: Bundle, arguments: argparse.Namespace) -> list[Measurement]
         out = []
         for threads in arguments.threads:
             for batch in arguments.batch or (usual,):
-                tell(f"training, {batch} samples, {threads} threads")
-                out.append(watch.training_step(batch, threads))
+                for block in (0, *(b for b in bundle.blocks if b == block_size())):
+                    tell(f"training, {batch} samples, {threads} threads")
+                    out.append(watch.training_step(batch, threads, block))
             for batch in arguments.batch or tuple(sorted({1, usual})):
                 for precision in (FLOAT32, *bundle.precisions):
                     tell(f"predicting with {precision}, {batch} samples, {threads} threads")

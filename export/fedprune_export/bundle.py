@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedprune import tensorfile
@@ -15,20 +15,28 @@ from fedprune.bundle import (
     TRAINING,
     WEIGHTS,
     Bundle,
+    blocked_file,
     manifest,
     open_bundle,
 )
 from fedprune.disk import storage_errors, write_whole
-from fedprune.errors import BundleError, shown
+from fedprune.errors import BundleError, ConfigError, shown
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
+from fedprune_export.formulation import Forms
 from fedprune_export.imported import Model
 from fedprune_export.inference import inference_model
 from fedprune_export.training import training_graph
 
 
 def bundle_files(
-    model: Model, selection: Selection, recipe: Recipe, *, training: bytes | None = None, opset: int | None = None
+    model: Model,
+    selection: Selection,
+    recipe: Recipe,
+    *,
+    training: bytes | None = None,
+    opset: int | None = None,
+    blocks: Sequence[int] = (),
 ) -> dict[str, bytes]:
     """The files of a bundle by name, without the manifest.
 
@@ -38,18 +46,27 @@ def bundle_files(
         recipe: The local training that the training step is for.
         training: The training step, where it is known already: it is the same for every selection.
         opset: The opset of the inference graph; by default one that every supported onnxruntime loads.
+        blocks: Lengths of blocks of channels for which a training step is written, too.
 
     Raises:
         ModelError: An operator can't be trained.
         BundleError: The selection doesn't fit the model.
+        ConfigError: No processor has such blocks, or the recipe trains at several widths.
     """
     model.check(selection)
+    if blocks and recipe.ordered_dropout:
+        raise ConfigError(
+            "a training step in blocks of channels",
+            expected="a recipe that trains at one width",
+            got="ordered dropout",
+        )
     return {
         INFERENCE: inference_model(model, selection.widths, opset=opset),
         WEIGHTS: tensorfile.encode(selection.gather(model.tensors)),
         TRAINING: training_step(model, recipe) if training is None else training,
         ARCHITECTURE: model.architecture.to_json().encode(),
         SUBMODEL: selection.to_json().encode(),
+        **{blocked_file(b): blocked_step(model, recipe, selection.widths, b) for b in blocks},
     }
 
 
@@ -60,6 +77,16 @@ def training_step(model: Model, recipe: Recipe) -> bytes:
         ModelError: An operator can't be trained.
     """
     return training_graph(model, recipe.features).to_bytes()
+
+
+def blocked_step(model: Model, recipe: Recipe, widths: Sequence[int], block: int) -> bytes:
+    """The training step of a model at these widths alone, for processors that compute a block of channels at once.
+
+    Raises:
+        ModelError: An operator can't be trained.
+        ConfigError: No processor has such blocks.
+    """
+    return training_graph(model, recipe.features, widths=widths, forms=Forms(block)).to_bytes()
 
 
 def write_bundle(

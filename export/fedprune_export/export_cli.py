@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedprune import engine_plan, profile_store
+from fedprune.blocks import block_size
+from fedprune.bundle import TRAINING, blocked_file
 from fedprune.cli import seconds, whole_number
 from fedprune.engine_plan import EnginePlan
 from fedprune.errors import BundleError, DataError, ExitCode, FedpruneError, ModelError, UsageError
@@ -31,6 +33,7 @@ from fedprune_export.options import (
     add_probe_option,
     add_profiles_option,
     add_recipe_options,
+    blocks,
     density,
     labels_of,
     names,
@@ -81,6 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="FILE.npz", help="samples to measure the model on, whole and as cut: x and y"
     )
     add_precision_option(parser)
+    parser.add_argument(
+        "--block",
+        type=blocks,
+        default=None,
+        metavar="N,N",
+        help="write a training step for x86 boards that compute blocks of 16 (AVX-512) or 8 channels, too (default: "
+        "what --probe says)",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_probe_option(parser)
     add_model_options(parser)
@@ -204,6 +215,11 @@ class _Job:
             raise UsageError("--precision int8", expected="--data, too: samples that show what activations are like")
         if self.probe is not None and len(self.profiles) > 1:
             raise UsageError("--probe is of one board", expected="one --target", got=len(self.profiles))
+        if arguments.block and self.recipe.ordered_dropout:
+            raise UsageError("--block", expected="a recipe that trains at one width", got="ordered dropout")
+        if arguments.block and not any(p.arch == "x86_64" for p in self.profiles):
+            got = ", ".join(sorted({p.arch for p in self.profiles}))
+            raise UsageError("--block is for x86 boards", expected="a target of x86_64", got=got)
         self.begun = False
         self.replaced: list[Path] = []
         self._check_folders()
@@ -277,11 +293,13 @@ class _Job:
         whole = predict(model.architecture, full, profile, recipe, arguments.samples, probe=self.probe)
         selection = Selection.of(model.architecture, chosen.widths, self.order)
         tell("cutting")
-        files = bundle_files(model, selection, recipe, training=self.training, opset=arguments.opset)
+        blocks = self._blocks(profile)
+        files = bundle_files(model, selection, recipe, training=self.training, opset=arguments.opset, blocks=blocks)
         tell("checking the cut")
         error = parity(model, selection, files)
         tell("trying a training step")
-        try_step(model, recipe, files)
+        for name in (TRAINING, *(blocked_file(b) for b in blocks if b == block_size())):
+            try_step(model, recipe, files, name)
         trials = self._trials(selection.widths, files, tell)
         for trial in trials:
             files |= trial.files
@@ -309,6 +327,14 @@ class _Job:
             self.replaced.append(out)
         write_bundle(out, files, selection, recipe, profile.name, tuple(arguments.class_names))
         return report
+
+    def _blocks(self, profile: HardwareProfile) -> tuple[int, ...]:
+        """For which blocks a target gets a training step: what the command line or its probe says, and no Arm board."""
+        if profile.arch != "x86_64" or self.recipe.ordered_dropout:
+            return ()
+        if self.arguments.block is not None:
+            return tuple(self.arguments.block)
+        return (self.probe.block,) if self.probe is not None and self.probe.block else ()
 
     def _trials(
         self, widths: tuple[int, ...], files: dict[str, bytes], tell: Callable[[str], None]

@@ -13,6 +13,7 @@ from fedprune.errors import ConfigError, ModelError, ProfileError, UsageError, r
 from fedprune.precision import PRECISIONS
 from fedprune.probe_report import ProbeReport
 from fedprune.recipe import Recipe
+from fedprune.workload import BLOCKS
 
 if TYPE_CHECKING:  # a command that needs no model starts without onnx
     from fedprune_export.imported import Model
@@ -257,6 +258,19 @@ def density(text: str) -> float | None:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, or auto, got {text!r}")
     return value
+
+
+def blocks(text: str) -> tuple[int, ...]:
+    """Lengths of blocks of channels; none for 0."""
+    known = [str(b) for b in BLOCKS[1:]]
+    if text == "0":
+        return ()
+    found = text.split(",")
+    if not set(found) <= set(known):
+        raise argparse.ArgumentTypeError(
+            f"expected {', '.join(known)}, several with commas, or 0 for none, got {text!r}"
+        )
+    return tuple(sorted({int(b) for b in found}))
 
 
 def targets(texts: Sequence[str]) -> tuple[str, ...]:

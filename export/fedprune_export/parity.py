@@ -60,26 +60,27 @@ def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> fl
     return error
 
 
-def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes]) -> None:
+def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes], name: str = TRAINING) -> None:
     """Take a training step of a bundle with two random samples: whether it runs is seen at the bundle's own widths.
 
     Args:
         model: The whole model.
         recipe: The bundle's recipe.
         files: The bundle's files by name.
+        name: The step's file.
 
     Raises:
         ModelError: onnxruntime doesn't load or run the step, or a tensor comes out of it in another shape.
     """
-    session = Session(files[TRAINING], training=True)
+    session = Session(files[name], training=True)
     tensors, outputs = tensorfile.decode(files[WEIGHTS]), model.architecture.classes
     x, y = sample_feeds(model.graph, _STEP_SAMPLES)[X], random_labels(recipe, _STEP_SAMPLES, outputs)
     out = session.run(step_feeds(session.inputs, recipe, tensors, x, y, outputs))
-    for name, value in tensors.items():
-        after = out.get(following(name), value)
+    for tensor, value in tensors.items():
+        after = out.get(following(tensor), value)
         if after.shape != value.shape:
             raise ModelError(
-                f"the training step changes the shape of {name}",
+                f"the training step changes the shape of {tensor}",
                 expected=value.shape,
                 got=after.shape,
                 hint="Please report this with the model.",

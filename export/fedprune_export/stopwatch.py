@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedprune import step, tensorfile
-from fedprune.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle
+from fedprune.bundle import INFERENCE, WEIGHTS, Bundle
 from fedprune.errors import ModelError
 from fedprune.precision import FLOAT32, graph_file
 from fedprune.session import Session
@@ -78,23 +78,25 @@ class Stopwatch:
         self._runs = runs
         self._graph = inference_graph(bundle)
 
-    def training_step(self, batch: int, threads: int) -> Measurement:
+    def training_step(self, batch: int, threads: int, block: int = 0) -> Measurement:
         """Time a training step on random samples.
 
         Args:
             batch: Samples of the step.
             threads: Threads inside an operator.
+            block: Channels of a block, for which the bundle has a step of its own; 0 for standard operators.
 
         Raises:
             ModelError: The graph can't be loaded or run.
         """
         bundle, outputs = self._bundle, self._bundle.architecture.classes
-        path = bundle.path(TRAINING)
+        path = bundle.path(bundle.training(block))
         inputs = Session(path, training=True).inputs
         tensors = tensorfile.load(bundle.path(WEIGHTS))
         x, y = sample_feeds(self._graph, batch)[step.X], random_labels(bundle.recipe, batch, outputs)
         feeds = step_feeds(inputs, bundle.recipe, tensors, x, y, outputs)
-        return self._measured(STEP, path, feeds, batch, threads)
+        what = f"{STEP}, blocks of {block}" if block else STEP
+        return self._measured(what, path, feeds, batch, threads)
 
     def prediction(self, batch: int, threads: int, precision: str = FLOAT32) -> Measurement:
         """Time a prediction of random samples, at a precision that the bundle has.
@@ -114,7 +116,7 @@ class Stopwatch:
             plan = {
                 "graph": str(graph.resolve()),
                 "feeds": str(file),
-                "training": what == STEP,
+                "training": what.startswith(STEP),
                 "threads": threads,
                 "runs": self._runs,
             }

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from fedprune import step, tensorfile
-from fedprune.bundle import FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
+from fedprune.blocks import block_size
+from fedprune.bundle import FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, blocked_file, open_bundle
 from fedprune.errors import BundleError, ModelError, TrainingError
 from fedprune.precision import files_of, graph_file, lowered_weights, prepare_file, weights_file
 from fedprune.session import Session
@@ -23,6 +24,10 @@ from fedprune_export.trace import sample_feeds
 
 LOSS_LIMIT = 1e-3
 """How far, relative to 1 + loss, the two graphs' losses may differ: as on a board before it serves a model."""
+
+STEP_LIMIT = 1e-2
+"""How far, relative to its length, a step in blocks of channels may be from one without: a ReLU whose sign rounding
+flips moves everything before it, and what is wrong is wrong as a whole."""
 
 _BATCH = 6
 _BATCHES = (1, 3, 6)
@@ -56,7 +61,7 @@ def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
         TrainingError: The training step computes nonsense.
     """
     bundle = open_bundle(folder)
-    files = (*FILES, *(n for p in bundle.precisions for n in files_of(p)))
+    files = (*FILES, *(n for p in bundle.precisions for n in files_of(p)), *map(blocked_file, bundle.blocks))
     size = sum(bundle.path(n).stat().st_size for n in files)
     yield Check("files", f"{len(files)} files of {size:,} bytes are as they were exported")
     trial = _Trial(bundle)
@@ -65,6 +70,8 @@ def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
     yield Check("training", trial.check_step())
     yield Check("descent", trial.check_descent())
     yield Check("agreement", trial.check_agreement())
+    for block in bundle.blocks:
+        yield Check(f"blocks of {block}", trial.check_blocked(block))
     for precision in bundle.precisions:
         yield Check(precision, trial.check_precision(precision))
     if model is not None:
@@ -190,6 +197,34 @@ class _Trial:
                 hint="Export the bundle again.",
             )
         return f"the inference graph's logits give the same loss to {abs(mine - self.loss):.1e}"
+
+    def check_blocked(self, block: int) -> str:
+        """The step in blocks of channels goes where the other one goes; only such a processor computes it."""
+        here = block_size()
+        if here != block:
+            found = f"blocks of {here}" if here else "none that give right numbers"
+            return f"not tried: this machine has {found}, and trains with {TRAINING}"
+        name = blocked_file(block)
+        session = Session(self.bundle.path(name), training=True)
+        feeds = self.feeds(rate=None if self.bundle.recipe.lr else _RATES[0])
+        wanted, got = self.training.run(feeds), session.run(feeds)
+        away = moved = 0.0
+        for tensor, before in self.tensors.items():
+            there = wanted.get(step.following(tensor), before).astype(np.float64)
+            mine = got.get(step.following(tensor), before)
+            if mine.shape != there.shape:
+                raise TrainingError(f"{name}: next value of {tensor}", expected=there.shape, got=mine.shape)
+            away += float(np.sum((mine - there) ** 2))
+            moved += float(np.sum((there - before) ** 2))
+        apart = np.sqrt(away / moved)
+        if not apart <= STEP_LIMIT:
+            raise TrainingError(
+                f"{name} and {TRAINING} train to different weights",
+                expected=f"steps that are apart by {STEP_LIMIT:g} of their length at most",
+                got=f"{apart:.2g}",
+                hint="Export the bundle again.",
+            )
+        return f"a step ends where that of {TRAINING} ends, to {apart:.1e} of its length; this machine trains with it"
 
     def check_precision(self, precision: str) -> str:
         """The lowered weights are what the bundle's own graph makes of the weights; its predictions are finite."""

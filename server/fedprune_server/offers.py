@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from fedprune import step, tensorfile
 from fedprune.blobs import BlobStore
+from fedprune.errors import StorageError
 from fedprune.freezing import frozen_tensors, matching
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.strategies.roles import Submodel
+from fedprune_export.bundle import blocked_step
 from fedprune_export.imported import Model
 from fedprune_export.inference import inference_model
 from fedprune_export.precision import lower
@@ -22,6 +25,8 @@ GRAPH_ROUNDS = 10
 """A graph that no offer named for so many rounds is let go of, and made again if it is needed again."""
 
 _WITHHELD = 64
+
+_LOG = logging.getLogger("fedprune.server")
 
 
 class LatestGraphs:
@@ -60,7 +65,7 @@ class LatestGraphs:
 def graphs_of(offer: Mapping[str, Any]) -> set[str]:
     """Digests of the graphs that an offer names."""
     named = [offer[name] for name in ("training", "inference") if name in offer]
-    return {ref["sha256"] for ref in (*named, *offer.get("lowered", {}).values())}
+    return {ref["sha256"] for ref in (*named, *offer.get("lowered", {}).values(), *offer.get("blocked", {}).values())}
 
 
 class Offers:
@@ -79,14 +84,16 @@ class Offers:
         self._graphs: dict[str | tuple[int, ...], dict[str, Any]] = {}
         self._latest = LatestGraphs()
         self._withheld: dict[str, frozenset[str]] = {}
+        self._failed: set[str] = set()
 
-    def body(self, submodel: Submodel, recipe: Recipe, round_: int) -> dict[str, Any]:
+    def body(self, submodel: Submodel, recipe: Recipe, round_: int, block: int = 0) -> dict[str, Any]:
         """The entries of an offer that follow from what a device is sent and how it trains.
 
         Args:
             submodel: What it is sent.
             recipe: How it trains.
             round_: The offer's round.
+            block: Channels that the device computes at once; 0 for none.
 
         Raises:
             ModelError: The model can't be trained by this recipe.
@@ -103,6 +110,9 @@ class Offers:
         }
         if self._precisions:
             body["lowered"] = self.lowered(submodel.selection.widths, round_)
+        blocked = self.blocked(recipe, submodel.selection.widths, block, round_)
+        if blocked:
+            body["blocked"] = blocked
         if mask is not None:
             body["mask"] = self._store.put(tensorfile.encode(mask.to_tensors())).to_dict()
         return body
@@ -111,6 +121,27 @@ class Offers:
         """The training graph of a recipe, named in a round; errors are those of `body`."""
         features = recipe.features
         return self._graph(features.key, round_, lambda: training_graph(self._model, features).to_bytes())
+
+    def blocked(self, recipe: Recipe, widths: tuple[int, ...], block: int, round_: int) -> dict[str, dict[str, Any]]:
+        """The training graph of a recipe at some widths with channels in blocks, by their length, named in a round.
+
+        It stands beside the one that every board runs: what a board said of itself may not hold any more when it
+        trains. There is none without blocks, nor where steps are of several widths (ordered dropout).
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        key = f"{recipe.features.key} {widths} {block}"
+        if not block or recipe.ordered_dropout or key in self._failed:
+            return {}
+        try:
+            return {str(block): self._graph(key, round_, partial(blocked_step, self._model, recipe, widths, block))}
+        except StorageError:
+            raise
+        except Exception:  # noqa: BLE001 - offers can do without: whatever our own code fails on must not end a job
+            _LOG.warning("no training graph for blocks of %d channels at widths %s", block, widths, exc_info=True)
+            self._failed.add(key)
+            return {}
 
     def inference(self, widths: tuple[int, ...], round_: int) -> dict[str, Any]:
         """The inference graph at some widths, named in a round; errors are those of `body`."""

@@ -149,7 +149,7 @@ class Worker:
             "ranking": self._ranking(command.basis, cut, submodel.selection),
             "widths": list(submodel.selection.widths),
             "classes": self.architecture.classes,
-            **self._offers.body(submodel, recipe, command.basis.round),
+            **self._offers.body(submodel, recipe, command.basis.round, command.block),
         }
         return on.Extracted(command.basis.round, part.device, part.attempt, offer)
 

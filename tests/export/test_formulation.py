@@ -14,13 +14,12 @@ from random_nets import mixing_nets, nets
 from smooth_nets import SmoothMobileNet, SmoothResNet
 from torch import nn
 
-from fedprune import step
+from fedprune import blocks, step
 from fedprune.architecture import widths_at
 from fedprune.errors import ConfigError, ModelError
 from fedprune.recipe import Features
 from fedprune.selection import Selection
 from fedprune.session import Session
-from fedprune_device import blocks
 from fedprune_device.step_graph import StepGraph
 from fedprune_export.cut import cut
 from fedprune_export.formulation import Forms, formulated
@@ -223,11 +222,11 @@ def test_a_graph_for_other_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.skipif(not HERE, reason="onnxruntime has no blocks of channels on this processor")
 def test_only_the_right_block_passes_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCKS", (1, *[b for b in blocks.BLOCKS[1:] if b != HERE]))
-    blocks.block_size.cache_clear()
+    blocks.measured_block.cache_clear()
     try:
         assert blocks.block_size() == 0
     finally:
-        blocks.block_size.cache_clear()
+        blocks.measured_block.cache_clear()
 
 
 def test_without_operators_in_blocks_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,11 +234,11 @@ def test_without_operators_in_blocks_there_are_none(monkeypatch: pytest.MonkeyPa
         raise ModelError("ReorderInput is not a registered function")
 
     monkeypatch.setattr(blocks, "Session", refuse)
-    blocks.block_size.cache_clear()
+    blocks.measured_block.cache_clear()
     try:
         assert blocks.block_size() == 0
     finally:
-        blocks.block_size.cache_clear()
+        blocks.measured_block.cache_clear()
 
 
 def test_standard_operators_alone_are_what_no_block_means() -> None:

@@ -151,8 +151,9 @@ def test_what_older_peers_do_not_know_is_left_out_where_there_is_none() -> None:
         "mask",
         "ranking",
         "lowered",
+        "blocked",
     }
-    assert parse(altered(plain, mask=None, ranking=None, lowered=None)) == plain
+    assert parse(altered(plain, mask=None, ranking=None, lowered=None, blocked=None)) == plain
 
 
 def test_a_hello_says_the_time_at_most() -> None:

@@ -8,7 +8,8 @@ submodel.json         which channels this board holds
 engine.json           how a TensorRT engine is to be built, for boards that have TensorRT (`engine_plan`); optional
 manifest.json         size and sha256 of each of these
 
-Optional are the files of lower precisions (`fedprune.precision.files_of`), which the manifest lists like these.
+Optional are the files of lower precisions (`fedprune.precision.files_of`) and training steps for processors that
+compute a block of channels at once (`blocked_file`), which the manifest lists like these.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fedprune.errors import BundleError, ConfigError, shape_text, shown
 from fedprune.precision import PRECISIONS, files_of, graph_file
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
+from fedprune.workload import BLOCKS
 
 FORMAT = "fedprune.bundle/1"
 MANIFEST = "manifest.json"
@@ -41,6 +43,11 @@ _LONGEST = 200
 """Characters of what a manifest says, in a message."""
 
 FILES = (INFERENCE, WEIGHTS, TRAINING, ARCHITECTURE, SUBMODEL)
+
+
+def blocked_file(block: int) -> str:
+    """The training step for processors that compute blocks of so many channels, at the bundle's widths alone."""
+    return f"training-blocked-{block}.onnx"
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Bundle:
         class_names: Names of the output's entries, or empty.
         engine: How a TensorRT engine is to be built; None where the bundle doesn't say.
         precisions: At which lower precisions it can predict, too.
+        blocks: For which lengths of blocks it has a training step of its own.
     """
 
     folder: Path
@@ -66,6 +74,15 @@ class Bundle:
     class_names: tuple[str, ...]
     engine: EnginePlan | None = None
     precisions: tuple[str, ...] = ()
+    blocks: tuple[int, ...] = ()
+
+    def training(self, block: int) -> str:
+        """The file of the training step for a board.
+
+        Args:
+            block: Channels that it computes at once (`fedprune.blocks.block_size`); 0 for none.
+        """
+        return blocked_file(block) if block in self.blocks else TRAINING
 
     def path(self, name: str) -> Path:
         """Where one of its files lies."""
@@ -99,7 +116,8 @@ def open_bundle(folder: Path) -> Bundle:
     """
     body = _read_manifest(folder / MANIFEST)
     precisions = tuple(p for p in PRECISIONS if graph_file(p) in body["files"])
-    for name in (*FILES, *(n for p in precisions for n in files_of(p))):
+    blocks = tuple(b for b in BLOCKS[1:] if blocked_file(b) in body["files"])
+    for name in (*FILES, *(n for p in precisions for n in files_of(p)), *map(blocked_file, blocks)):
         _check_file(folder / name, body["files"].get(name))
     architecture = Architecture.from_json((folder / ARCHITECTURE).read_bytes())
     selection = Selection.from_json((folder / SUBMODEL).read_bytes(), architecture)
@@ -120,6 +138,7 @@ def open_bundle(folder: Path) -> Bundle:
         tuple(map(str, body["class_names"])),
         _engine(folder, body["files"]),
         precisions,
+        blocks,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedprune.errors import ProfileError
 from fedprune.latency import LatencyTable
+from fedprune.workload import BLOCKS
 
 _LIMITS: dict[str, tuple[bool, float, float, bool]] = {
     # name: whole number, lowest, highest, may be absent
@@ -40,6 +41,8 @@ class ProbeReport:
         temperature_c: The processor's temperature at the end, in degrees Celsius.
         throttled: Whether the board slowed itself down (heat, low voltage) during the probe.
         latency: What kinds of layers take there; None if not measured.
+        block: Channels that its convolutions compute at once in training graphs made for it (`fedprune.blocks`); 0
+            where those are to be made of standard operators alone.
     """
 
     cores: int
@@ -54,6 +57,7 @@ class ProbeReport:
     temperature_c: float | None = None
     throttled: bool = False
     latency: LatencyTable | None = None
+    block: int = 0
 
     def __post_init__(self) -> None:
         for name, (whole, low, high, optional) in _LIMITS.items():
@@ -78,6 +82,11 @@ class ProbeReport:
                 )
         if self.latency is not None and not isinstance(self.latency, LatencyTable):
             raise ProfileError("probe report: latency", expected="a latency table", got=type(self.latency).__name__)
+        known = (0, *BLOCKS[1:])
+        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block not in known:
+            raise ProfileError(
+                "probe report: block", expected=f"one of {', '.join(map(str, known))}", got=repr(self.block)[:80]
+            )
         if not isinstance(self.throttled, bool):
             raise ProfileError("probe report: throttled", expected="true or false", got=repr(self.throttled))
         if self.memory_available > self.memory_total:

@@ -22,7 +22,7 @@ class Forms:
     """How layers are computed on a board.
 
     Attributes:
-        block: Channels that its convolutions compute at once (`fedprune_device.blocks` finds it), 0 for standard
+        block: Channels that its convolutions compute at once (`fedprune.blocks` finds it), 0 for standard
             operators alone.
         batch: Samples of every batch, where there are blocks; any number where there are none.
         full: Channels from which on what a convolution makes fills blocks well enough.

@@ -103,10 +103,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Extract:
-    """Make a device's submodel; answered by `Extracted`."""
+    """Make a device's submodel; answered by `Extracted`.
+
+    Attributes:
+        basis: What it is cut from.
+        part: Whose it is.
+        block: Channels that the device computes at once, for a training graph of its own; 0 for the one of all.
+    """
 
     basis: Basis
     part: Part
+    block: int = 0
 
 
 @dataclass(frozen=True)

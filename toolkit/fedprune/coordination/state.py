@@ -79,6 +79,11 @@ class Device:
     allocation: dict[str, Any] = field(default_factory=dict)
     buffer: dict[str, Any] | None = None
 
+    @property
+    def block(self) -> int:
+        """Channels that it computes at once in training graphs made for it; 0 for none, or where it didn't say."""
+        return int((self.probe or {}).get("block", 0))
+
 
 @dataclass
 class Task:
@@ -196,9 +201,7 @@ class State:
         for task in self.tasks.values():
             found |= {task.weights} | _named(task.past) | _cut_from(task.basis)
             found.add((task.offer or {}).get("ranking"))
-            for value in (task.offer or {}).values():
-                if isinstance(value, dict) and isinstance(value.get("sha256"), str):
-                    found.add(value["sha256"])
+            found |= _offered(task.offer or {})
         return {d for d in found if d}
 
     def round_of(self, task: Task) -> int:
@@ -264,6 +267,13 @@ class State:
 def _named(past: dict[str, Any] | None) -> set[str]:
     """Digests that a past update refers to."""
     return {past[k] for k in ("weights", "ranking", "mask") if past[k]} if past else set()
+
+
+def _offered(offer: dict[str, Any]) -> set[str]:
+    """Digests of the blobs that an offer names, alone or by precision and the like."""
+    found = [v for v in offer.values() if isinstance(v, dict)]
+    found += [v for named in found for v in named.values() if isinstance(v, dict)]
+    return {v["sha256"] for v in found if isinstance(v.get("sha256"), str)}
 
 
 def _cut_from(basis: dict[str, Any] | None) -> set[str]:

@@ -24,6 +24,7 @@ MAX_WANT = 1024
 """Leaves or pieces that one `Want` may ask for."""
 
 _MOST_PRECISIONS = 8
+_MOST_BLOCKS = 8
 
 PHASES = ("download", "train", "evaluate")
 PARTS = ("data", "leaves")
@@ -213,7 +214,7 @@ class Offer(CheckedMessage):
         widths: Kept channels per group.
         classes: Number of classes.
         weights: The submodel's weights.
-        training: The training graph.
+        training: The training graph of standard operators, which every board runs.
         inference: The inference graph, whose external data the weights are.
         recipe: The recipe, as `fedprune.recipe.Recipe.to_offer` gives it.
         mask: Which elements are active (`ElementMask.to_tensors`): of masked tensors `weights` has the active
@@ -222,6 +223,9 @@ class Offer(CheckedMessage):
             with the same digest are nested. None where nothing is known of it.
         lowered: By precision, the graphs with which the board can serve at it (`fedprune.precision.packed`). None
             where there are none.
+        blocked: By channels of a block, training graphs for boards that compute so many at once (`fedprune.blocks`),
+            at these widths alone. A board pulls the one that it can use instead of `training`. None where there are
+            none.
     """
 
     job: str
@@ -239,9 +243,10 @@ class Offer(CheckedMessage):
     mask: BlobRef | None = None
     ranking: str | None = None
     lowered: dict[str, BlobRef] | None = None
+    blocked: dict[str, BlobRef] | None = None
 
     kind: ClassVar[str] = "offer"
-    newer: ClassVar[frozenset[str]] = frozenset({"mask", "ranking", "lowered"})
+    newer: ClassVar[frozenset[str]] = frozenset({"mask", "ranking", "lowered", "blocked"})
     checks: ClassVar[Mapping[str, Check]] = {
         **_ASSIGNMENT,
         "seed": _COUNT,
@@ -256,12 +261,18 @@ class Offer(CheckedMessage):
         "mask": check.optional(check.blob),
         "ranking": check.optional(check.digest),
         "lowered": check.optional(check.blobs(_MOST_PRECISIONS)),
+        "blocked": check.optional(check.blobs(_MOST_BLOCKS)),
     }
+
+    @property
+    def step(self) -> BlobRef:
+        """The training graph that is used: a device leaves in `blocked` what it can use, at most one."""
+        return next(iter(self.blocked.values())) if self.blocked else self.training
 
     def blobs(self) -> tuple[BlobRef, ...]:
         """What must be pulled for it, graphs first."""
         mask = () if self.mask is None else (self.mask,)
-        return (self.training, self.inference, *(self.lowered or {}).values(), self.weights, *mask)
+        return (self.step, self.inference, *(self.lowered or {}).values(), self.weights, *mask)
 
 
 @dataclass(frozen=True)

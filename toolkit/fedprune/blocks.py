@@ -3,10 +3,12 @@
 Training graphs for one board lay channels out in blocks (the operators of `com.microsoft.nchwc`). How long a block is
 depends on processor and build; with a wrong one these operators compute garbage and say nothing. So each length is
 tried with a small graph that compares a convolution in blocks with a plain one. The wheels for Arm have none.
+A machine whose environment says `FEDPRUNE_NO_BLOCKS=1` has none either.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
@@ -28,20 +30,34 @@ SAMPLES, CHANNELS, PLACES = 2, 32, 6
 _CLOSE = 1e-3
 
 
-@lru_cache(maxsize=1)
+OFF = "FEDPRUNE_NO_BLOCKS"
+"""In the environment, with the value 1: there are no blocks here."""
+
+
 def block_size() -> int:
-    """Channels of a block; 0 where there are none, or none that give right numbers.
+    """Channels of a block; 0 where there are none, none that give right numbers, or where they are turned off.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
     """
+    return 0 if os.environ.get(OFF) == "1" else measured_block()
+
+
+def turn_off() -> None:
+    """Do without blocks, in this process and in those that it starts from now on."""
+    os.environ[OFF] = "1"
+
+
+@lru_cache(maxsize=1)
+def measured_block() -> int:
+    """Channels of a block, as the check finds it."""
     random = keyed(0, "blocks")
     feeds = {
         X: random.standard_normal((SAMPLES, CHANNELS, PLACES, PLACES)).astype(np.float32),
         W: random.standard_normal((CHANNELS, CHANNELS, 3, 3)).astype(np.float32),
     }
     for block in sorted(BLOCKS[1:], reverse=True):
-        raw = (resources.files("fedprune_device") / "assets" / file_name(block)).read_bytes()
+        raw = (resources.files("fedprune") / "assets" / file_name(block)).read_bytes()
         try:
             found = Session(raw, training=True).run(feeds)
         except ModelError:
@@ -76,4 +92,4 @@ def check_block(metadata: Mapping[str, str]) -> None:
 
 def file_name(block: int) -> str:
     """The asset that checks blocks of this length."""
-    return f"probe_blocks_{block}.onnx"
+    return f"blocks_{block}.onnx"
