@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedprune import tensorfile
 from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
-from fedprune.bundle import FILES, MANIFEST, WEIGHTS, manifest, open_bundle
+from fedprune.bundle import FILES, MANIFEST, TRAINING, WEIGHTS, blocked_file, manifest, open_bundle
 from fedprune.engine_plan import EnginePlan
 from fedprune.errors import BundleError, ExitCode
 from fedprune.recipe import Recipe
@@ -50,6 +50,36 @@ def write(folder: Path) -> Path:
         (folder / name).write_bytes(raw)
     (folder / MANIFEST).write_text(manifest(files, selection, Recipe(lr=0.5), "raspberry-pi-5", ("a", "b")))
     return folder
+
+
+def with_blocks(folder: Path, *blocks: int) -> Path:
+    """A bundle with training steps in blocks."""
+    write(folder)
+    body = json.loads((folder / MANIFEST).read_text())
+    for block in blocks:
+        raw = b"blocks" * block
+        (folder / blocked_file(block)).write_bytes(raw)
+        body["files"][blocked_file(block)] = {"size": len(raw), "sha256": tensorfile.digest(raw)}
+    (folder / MANIFEST).write_text(json.dumps(body))
+    return folder
+
+
+def test_a_board_s_step_is_the_one_for_its_blocks(tmp_path: Path) -> None:
+    assert open_bundle(write(tmp_path / "plain")).training(16) == TRAINING
+    bundle = open_bundle(with_blocks(tmp_path / "b", 8, 16))
+    assert bundle.blocks == (8, 16)
+    assert [bundle.training(b) for b in (0, 4, 8, 16)] == [TRAINING, TRAINING, blocked_file(8), blocked_file(16)]
+
+
+def test_a_damaged_step_in_blocks_is_named(tmp_path: Path) -> None:
+    folder = with_blocks(tmp_path / "b", 16)
+    raw = (folder / blocked_file(16)).read_bytes()
+    (folder / blocked_file(16)).write_bytes(raw[:-1] + b"?")
+    with pytest.raises(BundleError, match=f"{blocked_file(16)} has changed"):
+        open_bundle(folder)
+    (folder / blocked_file(16)).unlink()
+    with pytest.raises(BundleError, match=blocked_file(16)):
+        open_bundle(folder)
 
 
 def with_plan(folder: Path, plan: bytes, **more: bytes) -> Path:

@@ -14,7 +14,7 @@ from fedprune import profile_store
 from fedprune.coordination import Coordinator, Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.state import Progress
+from fedprune.coordination.state import Progress, Task
 from fedprune.errors import ConfigError, StorageError
 from fedprune.job import Job
 from fedprune.latency import typical_table
@@ -727,3 +727,30 @@ def test_what_was_learnt_outlasts_a_new_connection() -> None:
     play(coordinator, 3.0)
     coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 11), 0.0)
     assert coordinator.state.devices["a"].correction["step"] == pytest.approx(3.0)
+
+
+def test_what_a_probe_says_of_blocks_reaches_whoever_makes_the_offer() -> None:
+    job = replace(JOB, devices=3)
+    coordinator = Coordinator(job, ARCHITECTURE, State(model=digest("first")))
+    probe = ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, block=16).to_dict()
+    older = {k: v for k, v in probe.items() if k != "block"}
+    said = {"a": probe, "b": older, "c": None}
+    commands = [
+        command
+        for name, report in said.items()
+        for command in coordinator.handle(on.DeviceBorn(name, 1, PI.to_dict(), 10, report), 0.0)
+    ]
+    assert [type(c) for c in commands] == [do.Score]
+    asked = coordinator.handle(on.Scored(1, digest("ranking")), 0.0)
+    wanted = {"a": 16, "b": 0, "c": 0}
+    assert {c.part.device: c.block for c in asked if isinstance(c, do.Extract)} == wanted
+    again = Coordinator(job, ARCHITECTURE, State.from_json(coordinator.state.to_json())).resume(1.0)
+    assert {c.part.device: c.block for c in again if isinstance(c, do.Extract)} == wanted
+
+
+def test_all_that_an_offer_names_is_kept() -> None:
+    refs = {name: {"sha256": digest(name), "size": 1, "leaves": digest(name)} for name in ("weights", "x", "y")}
+    state = State(model=digest("first"))
+    offer = {"weights": refs["weights"], "blocked": {"16": refs["x"]}, "lowered": {"int8": refs["y"]}, "widths": [1]}
+    state.tasks["a"] = Task(1, (1,), offer=offer)
+    assert state.references() >= {ref["sha256"] for ref in refs.values()}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -95,7 +95,11 @@ EXAMPLES: list[Message] = [
     Refusal("pi-1", "j", 1, 0, "no room", 30),
     Update("pi-1", "j", 1, 0, REF.sha256, REF, 100, 40, {"loss": 0.5}),
     Hello(1_800_000_000),
-    Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), REF, DIGEST, {"int8": REF}),
+    Offer(
+        *("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), REF, DIGEST),
+        {"int8": REF},
+        {"16": REF},
+    ),
     Accepted("j", 1, 0, DIGEST),
     Cancelled("j", 1, 1, "late"),
     Finished("j"),
@@ -156,6 +160,17 @@ def test_what_older_peers_do_not_know_is_left_out_where_there_is_none() -> None:
     assert parse(altered(plain, mask=None, ranking=None, lowered=None, blocked=None)) == plain
 
 
+def test_of_graphs_in_blocks_the_one_that_is_left_is_pulled() -> None:
+    other = BlobRef("3" * 64, 9, "4" * 64)
+    plain = Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, {})
+    blocked = replace(plain, blocked={"16": other})
+    assert parse(blocked.to_bytes()) == blocked
+    assert (plain.step, blocked.step) == (REF, other)
+    assert other in blocked.blobs()
+    with pytest.raises(ProtocolError, match="blocked"):
+        parse(altered(plain, blocked={str(i): REF.to_dict() for i in range(9)}))
+
+
 def test_a_hello_says_the_time_at_most() -> None:
     assert json.loads(Hello().to_bytes()) == {"v": 1, "type": "hello"}
     assert json.loads(Hello(1_800_000_000).to_bytes()) == {"v": 1, "type": "hello", "time": 1_800_000_000}
@@ -166,7 +181,10 @@ def test_a_missing_field_is_named(message: Message) -> None:
     for field in fields(message):
         body = json.loads(message.to_bytes())
         del body[field.name]
-        if field.name in ("probe", "held", "metrics", "mask", "ranking", "lowered") or message.kind == Hello.kind:
+        if (
+            field.name in ("probe", "held", "metrics", "mask", "ranking", "lowered", "blocked")
+            or message.kind == Hello.kind
+        ):
             parse(json.dumps(body).encode())
             continue
         with pytest.raises(ProtocolError, match=f"{message.kind}: field {field.name}: expected"):

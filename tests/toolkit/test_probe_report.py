@@ -33,6 +33,17 @@ def test_a_report_survives_json_types() -> None:
     assert ProbeReport.from_dict(REPORT.to_dict()) == REPORT
 
 
+@pytest.mark.parametrize("block", [0, 4, 8, 16])
+def test_blocks_are_what_processors_have(block: int) -> None:
+    assert ProbeReport.from_dict({**REPORT.to_dict(), "block": block}).block == block
+
+
+def test_an_older_board_has_no_blocks() -> None:
+    body = REPORT.to_dict()
+    del body["block"]
+    assert ProbeReport.from_dict(body).block == 0
+
+
 def test_keys_of_newer_probes_are_ignored() -> None:
     assert ProbeReport.from_dict({**REPORT.to_dict(), "colour": "green"}) == REPORT
 
@@ -72,6 +83,12 @@ def test_a_missing_measurement_is_named(name: str) -> None:
         ("board", None),
         ("board", "x" * 201),
         ("onnxruntime", 1.31),
+        ("block", 1),
+        ("block", 12),
+        ("block", True),
+        ("block", 16.0),
+        ("block", "16"),
+        ("block", None),
     ],
 )
 def test_a_bad_measurement_is_named(name: str, value: Any) -> None:

@@ -1,0 +1,231 @@
+"""Offers with a graph in blocks of channels: a board takes what it can use, and loses nothing by a wrong one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from memory_fleet import MemoryLink, MemoryServer, clock
+
+from fedprune import blocks, step
+from fedprune.errors import ModelError, TrainingError
+from fedprune.recipe import Recipe
+from fedprune.selection import Tensors
+from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.messages import Offer, Progress, Refusal, Update, Want
+from fedprune_device import step_choice
+from fedprune_device.agent import Agent
+from fedprune_device.alone import Alone
+from fedprune_device.assignment import Workbench
+from fedprune_device.data import LocalData
+from fedprune_device.step_choice import StepChoice
+from fedprune_device.store import DeviceStore
+from fedprune_device.trainer import Trainer
+
+pytestmark = pytest.mark.board
+
+Here = Callable[[int], None]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Here:
+    """Says what the check finds on this board."""
+
+    def say(block: int) -> None:
+        monkeypatch.setattr(blocks, "block_size", lambda: block)
+        monkeypatch.setattr(step_choice, "block_size", lambda: block)
+
+    return say
+
+
+def made_for(graph: bytes, block: int) -> bytes:
+    """A graph of standard operators that says it was made for blocks: a field of ONNX's `ModelProto` more."""
+    entry = b"".join(
+        bytes([tag, len(text)]) + text for tag, text in ((0x0A, step.BLOCK.encode()), (0x12, b"%d" % block))
+    )
+    return graph + bytes([0x72, len(entry)]) + entry
+
+
+class Fleet:
+    """A board that may be started again and again, and its server, whose offers bring a graph for blocks of 16."""
+
+    def __init__(self, root: Path, graphs: Path, weights: Tensors, data: LocalData) -> None:
+        self.root, self.data, self.weights = root, data, weights
+        self.server = MemoryServer(root / "server", graphs, weights)
+        plain = (graphs / "plain.onnx").read_bytes()
+        self.blocked = self.server.blobs.put(made_for(plain, 16))
+        self.graph = plain
+        self.agent: Agent | None = None
+
+    def offer(self, number: int, recipe: Recipe | None = None, **other: Any) -> Offer:
+        return self.server.offer(number, recipe, **{"blocked": {"16": self.blocked}, **other})
+
+    def run(self, until_finished: bool = True, **options: Any) -> None:
+        with DeviceStore(self.root / "state") as store:
+            self.agent = Agent("d", "site", store, MemoryLink(self.server), self.data, clock=clock, **options)
+            late = threading.Timer(15, self.agent.stop)
+            late.start()
+            self.agent.run(until_finished)
+            assert late.is_alive(), self.server.seen[-5:]
+            late.cancel()
+
+    def stop_on(self, kind: type, **fields: Any) -> None:
+        def react(message: Any) -> None:
+            if isinstance(message, kind) and all(getattr(message, k) == v for k, v in fields.items()):
+                assert self.agent is not None
+                self.agent.stop()
+
+        self.server.react = react
+
+    def wanted(self) -> set[str]:
+        return {m.sha256 for m in self.server.of(Want)}
+
+    def right(self, number: int, recipe: Recipe | None = None) -> bool:
+        """Whether a round ended with the very numbers that training gives."""
+        found, trainer = self.server.result(number), Trainer(self.graph)
+        recipe = recipe or Recipe(epochs=2, batch_size=16)
+        tensors = trainer.train(self.weights, self.data, recipe, seed=7, device="d", round=number, classes=3).tensors
+        return all(np.array_equal(found[n], tensors[n]) for n in tensors)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> Fleet:
+    return Fleet(tmp_path, graphs, weights, data)
+
+
+def test_a_board_with_these_blocks_pulls_their_graph_alone(fleet: Fleet, here: Here) -> None:
+    here(16)
+    fleet.server.plan = [fleet.offer(1)]
+    fleet.run()
+    assert fleet.right(1)
+    assert fleet.blocked.sha256 in fleet.wanted()
+    assert fleet.server.graphs["plain"].sha256 not in fleet.wanted()
+
+
+@pytest.mark.parametrize("block", [0, 4, 8])
+def test_a_board_with_others_pulls_the_graph_of_standard_operators(fleet: Fleet, here: Here, block: int) -> None:
+    here(block)
+    fleet.server.plan = [fleet.offer(1), fleet.offer(2)]
+    fleet.run()
+    assert fleet.right(1)
+    assert fleet.right(2)
+    assert fleet.blocked.sha256 not in fleet.wanted()
+    assert not fleet.server.of(Refusal)
+
+
+def test_a_board_that_trains_on_a_gpu_takes_standard_operators(fleet: Fleet, here: Here) -> None:
+    here(16)
+    fleet.server.plan = [fleet.offer(1)]
+    fleet.run(cuda=True)
+    assert fleet.right(1)
+    assert fleet.blocked.sha256 not in fleet.wanted()
+
+
+def test_a_graph_that_is_not_what_the_offer_says_costs_a_download(fleet: Fleet, here: Here) -> None:
+    here(16)
+    lie = fleet.server.blobs.put(made_for(fleet.graph, 8))
+    other = fleet.server.blobs.put(made_for(made_for(fleet.graph, 8), 8))
+    fleet.server.plan = [fleet.offer(1, blocked={"16": lie}), fleet.offer(2, blocked={"16": other})]
+    fleet.run()
+    assert fleet.right(1)
+    assert fleet.right(2)
+    assert not fleet.server.of(Refusal)
+    assert lie.sha256 in fleet.wanted()
+    assert other.sha256 not in fleet.wanted()  # once was enough
+
+
+def test_a_graph_that_onnxruntime_doesn_t_load_costs_a_download(fleet: Fleet, here: Here) -> None:
+    here(16)
+    fleet.server.plan = [fleet.offer(1, blocked={"16": fleet.server.blobs.put(b"no graph")})]
+    fleet.run()
+    assert fleet.right(1)
+    assert not fleet.server.of(Refusal)
+
+
+def test_what_is_wrong_with_both_graphs_is_refused(fleet: Fleet, here: Here) -> None:
+    here(16)
+    broken = fleet.server.blobs.put(b"no graph")
+    fleet.server.plan = [fleet.offer(1, blocked={"16": broken}, training=broken)]
+    fleet.stop_on(Refusal)
+    fleet.run()
+    assert fleet.server.of(Refusal)
+    assert not fleet.server.updates
+
+
+def test_a_round_that_was_cut_off_goes_on_with_another_processor(fleet: Fleet, here: Here) -> None:
+    recipe = Recipe(epochs=800, batch_size=1, lr=1e-4)
+    here(16)
+    fleet.server.plan = [fleet.offer(1, recipe)]
+    fleet.stop_on(Progress, phase="train")
+    fleet.run()
+    assert not fleet.server.of(Update)
+
+    here(8)  # the card moved to another board
+    fleet.server.react = lambda _: None
+    fleet.run()
+    assert fleet.right(1, recipe)
+    assert not fleet.server.of(Refusal)
+
+
+def test_an_update_that_waits_is_not_trained_again_with_another_processor(fleet: Fleet, here: Here) -> None:
+    here(16)
+    fleet.server.plan, fleet.server.accepts = [fleet.offer(1)], False
+    fleet.stop_on(Update)
+    fleet.run()
+    first = fleet.server.of(Update)[0]
+
+    here(0)
+    fleet.server.react, fleet.server.accepts = lambda _: None, True
+    fleet.server.seen.clear()
+    fleet.run()
+    assert fleet.server.updates[1] == first
+    assert not [p for p in fleet.server.of(Progress) if p.phase == "train"]
+
+
+def test_alone_a_board_doesn_t_train_with_another_ones_graph(fleet: Fleet, here: Here) -> None:
+    here(16)
+    offer = fleet.offer(1)
+    with DeviceStore(fleet.root / "state") as store:
+        for ref in offer.blobs():
+            store.blobs.put(fleet.server.blobs.read(ref.sha256))
+        store.accept(offer)
+        bench = Workbench("d", store.blobs, store.slots, fleet.data)
+        bench.carry_out(offer, download_seconds=0, report=lambda *_: None, stop=lambda: False)
+        store.finish()
+        alone = Alone("d", store, fleet.data, every=1.0)
+        assert alone._offer() is not None
+        here(8)
+        assert alone._offer() is None
+
+
+def test_only_what_a_graph_fails_at_is_tried_with_the_other_one(here: Here) -> None:
+    here(16)
+    ref = BlobRef("a" * 64, 10, "b" * 64)
+    offer = Offer("j", 1, 0, 7, "a" * 64, "b" * 64, (3,), 3, ref, ref, ref, {}, blocked={"16": ref, "8": ref})
+    choice = StepChoice()
+    suited = choice.suited(offer)
+    assert suited == replace(offer, blocked={"16": ref})
+    assert choice.suited(replace(offer, blocked={"8": ref})) == replace(offer, blocked=None)
+
+    failed = TrainingError("the training graph failed")
+    assert choice.instead(suited, failed) is None
+    assert choice.instead(replace(offer, blocked=None), ModelError("no graph")) is None
+    assert choice.suited(offer) == suited  # nothing was learnt from that
+    failed.__cause__ = ModelError("no kernel")
+    assert choice.instead(suited, failed) == replace(offer, blocked=None)
+    assert choice.suited(offer) == replace(offer, blocked=None)
+
+
+def test_blocks_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "measured_block", lambda: 16)
+    monkeypatch.setenv(blocks.OFF, "")
+    assert blocks.block_size() == 16
+    blocks.turn_off()
+    assert blocks.block_size() == 0
+    with pytest.raises(ModelError, match=r"standard operators \(no blocks here\)"):
+        blocks.check_block({step.BLOCK: "16"})
