@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune import profile_store, tensorfile
+from fedprune import blocks, profile_store, tensorfile
 from fedprune.architecture import Architecture
 from fedprune.bundle import FILES, MANIFEST, manifest
 from fedprune.errors import ExitCode
@@ -344,3 +345,16 @@ def test_predictions_are_told_by_what_the_model_was_trained_for(
     assert shown.out.splitlines() == lines
     assert shown.err.startswith(verdict)
     assert cli.main([*arguments, "--data", str(tmp_path / "d.npz")]) == ExitCode.USAGE
+
+
+def test_blocks_are_turned_off_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv(blocks.OFF, "")
+    arguments = ["run", "--insecure", "--broker", "mqtt://127.0.0.1:9", "--device", "d", "--data", "nothing.npz"]
+    arguments += ["--state", str(tmp_path / "state")]
+    assert cli.main(arguments) == ExitCode.DATA
+    assert os.environ[blocks.OFF] == ""
+    assert cli.main([*arguments, "--no-blocks"]) == ExitCode.DATA
+    assert os.environ[blocks.OFF] == "1"
+    assert blocks.block_size() == 0

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from fedprune import profile_store
+from fedprune.blocks import block_size
 from fedprune.bundle import WEIGHTS, open_bundle
 from fedprune.errors import ExitCode, ModelError
 from fedprune.prediction import predict
 from fedprune.recipe import Recipe
+from fedprune_export import bench_cli
 from fedprune_export.cli import main
 from fedprune_export.stopwatch import Stopwatch
 from fedprune_server.digits import digits_model
@@ -91,3 +93,19 @@ def test_strange_options(
 
 def test_what_is_no_bundle(tmp_path: Path) -> None:
     assert main(["bench", str(tmp_path)]) == ExitCode.BUNDLE
+
+
+def test_a_step_in_blocks_is_timed_beside_the_other_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "digits.onnx").write_bytes(digits_model())
+    options = ("--target", "generic-x86-64", "--density", "0.25", "--block", "8,16", "--out", str(tmp_path / "b"))
+    assert main([str(tmp_path / "digits.onnx"), *options]) == ExitCode.OK
+    for here in {0, block_size()}:  # another one's graph would compute garbage
+        monkeypatch.setattr(bench_cli, "block_size", lambda here=here: here)
+        capsys.readouterr()
+        given = ("--runs", "1", "--batch", "2", "--json", "--target", "generic-x86-64")
+        assert main(["bench", str(tmp_path / "b"), *given]) == ExitCode.OK
+        rows = json.loads(capsys.readouterr().out)["measured"]
+        blocked = [f"training step, blocks of {here}"] if here else []
+        assert [r["what"] for r in rows] == ["training step", *blocked, "prediction"]

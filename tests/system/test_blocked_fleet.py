@@ -1,0 +1,182 @@
+"""A fleet of unequal boards: one whose convolutions compute in blocks, one that is wrong about its own, one without.
+
+Server and boards are the real ones, in one process; only the broker is a queue. What comes of it is what a simulation
+of the same boards gives, which knows standard operators alone.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fleet import quick
+
+from fedprune import tensorfile
+from fedprune.blobs import BlobStore
+from fedprune.blocks import block_size
+from fedprune.coordination import State
+from fedprune.job import Job
+from fedprune.probe_report import ProbeReport
+from fedprune.profile_store import find
+from fedprune.recipe import Recipe
+from fedprune.wire.link import ConnectionUp
+from fedprune.wire.messages import Refusal, Want, parse
+from fedprune.wire.topics import Topics
+from fedprune_device.agent import Agent
+from fedprune_device.store import DeviceStore
+from fedprune_export.importing import import_onnx
+from fedprune_server.daemon import Daemon
+from fedprune_server.digits import deal, digits_model
+from fedprune_server.experiment import Experiment
+from fedprune_server.simulation import Simulation
+from fedprune_server.virtual_device import VirtualDevice
+from fedprune_server.worker import Worker
+
+pytestmark = pytest.mark.system
+
+HERE = block_size()
+OTHER = 8 if HERE != 8 else 16
+KIND = "generic-x86-64"
+CLAIMS = {"right": HERE, "wrong": OTHER, "silent": None}
+"""What each board's probe says of its blocks; None for a board that doesn't probe."""
+
+JOB = Job(
+    name="digits",
+    seed=3,
+    rounds=2,
+    devices=3,
+    density=0.6,
+    recipe=Recipe(epochs=1, batch_size=16, lr=0.02, max_steps=6),
+    deadline_s=600,
+)
+
+
+class Air:
+    """The server's link, and the boards'."""
+
+    connected, unsent = True, 0
+
+    def __init__(self) -> None:
+        self.inbox: queue.Queue[Any] = queue.Queue()
+        self.boards: dict[str, queue.Queue[Any]] = {}
+        self.pulled: dict[str, set[str]] = {name: set() for name in CLAIMS}
+        self.refusals: list[Refusal] = []
+        self.inbox.put(ConnectionUp())
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        name = topic.split("/")[3]
+        for inbox in [self.boards[name]] if name in self.boards else self.boards.values():
+            inbox.put((topic, payload))
+        return True
+
+    def get(self, timeout: float | None = 0.0) -> Any:
+        return taken(self.inbox, timeout)
+
+    def flush(self, timeout: float) -> bool:
+        return True
+
+    def heard(self, name: str, topic: str, payload: bytes) -> None:
+        if Topics("default").parse(topic).channel == "up":
+            message = parse(payload)
+            if isinstance(message, Want):
+                self.pulled[name].add(message.sha256)
+            elif isinstance(message, Refusal):
+                self.refusals.append(message)
+        self.inbox.put((topic, payload))
+
+
+class BoardLink:
+    def __init__(self, name: str, air: Air) -> None:
+        self.name, self.air = name, air
+        self.inbox: queue.Queue[Any] = queue.Queue()
+        self.inbox.put(ConnectionUp())
+        air.boards[name] = self.inbox
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        self.air.heard(self.name, topic, payload)
+        return True
+
+    def get(self, timeout: float | None = 0.0) -> Any:
+        return taken(self.inbox, timeout)
+
+
+def taken(inbox: queue.Queue[Any], timeout: float | None) -> Any:
+    try:
+        return inbox.get(timeout=max(timeout or 0.0, 1e-3))
+    except queue.Empty:
+        return None
+
+
+def probed(block: int | None) -> ProbeReport | None:
+    return None if block is None else ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, block=block)
+
+
+def test_every_board_trains_to_the_numbers_of_standard_operators(tmp_path: Path) -> None:
+    model, data = import_onnx(digits_model(), "digits-net"), deal(tuple(CLAIMS), seed=1)
+    air, store = Air(), BlobStore(tmp_path / "server" / "blobs", durable=False)
+    worker = Worker(JOB, model, store)
+    storage = quick(tmp_path / "server")
+    state = State(model=worker.initial())
+    storage.save(state, None, 0.0)
+    offers: dict[str, list[dict[str, Any]]] = {name: [] for name in CLAIMS}
+    with ExitStack() as stack:
+        threads = []
+        agents = []
+        for name, block in CLAIMS.items():
+            folder = stack.enter_context(DeviceStore(tmp_path / name))
+            agents.append(
+                Agent(
+                    name,
+                    "default",
+                    folder,
+                    BoardLink(name, air),
+                    data.devices[name],
+                    profile=find(KIND),
+                    probe=probed(block),
+                )
+            )
+            threads.append(threading.Thread(target=agents[-1].run, args=(True,)))
+        stack.callback(lambda: [t.join(20) for t in threads])
+        stack.callback(lambda: [a.stop() for a in agents])
+        daemon = Daemon(JOB, model.architecture, state, storage, store, worker, air, keep=None)
+        offer = daemon._offer
+
+        def noted(command: Any, **more: Any) -> None:
+            offers[command.device].append(command.offer)
+            offer(command, **more)
+
+        daemon._offer = noted  # type: ignore[method-assign]
+        for thread in threads:
+            thread.start()
+        stack.callback(threading.Timer(120, daemon.stop).cancel)
+        final = daemon.run(until_finished=True)
+
+    assert len(final.history) == JOB.rounds
+    assert all(d["progress"] == "folded" for r in final.history for d in r["devices"].values())
+    assert not air.refusals
+    for name, block in CLAIMS.items():
+        assert len(offers[name]) >= JOB.rounds
+        for body in offers[name]:
+            assert list(body.get("blocked", {})) == ([str(block)] if block else [])
+            used = body["blocked"][str(block)] if block and block == HERE else body["training"]
+            unused = [body["training"], *body.get("blocked", {}).values()]
+            unused.remove(used)
+            assert used["sha256"] in air.pulled[name]
+            assert not {ref["sha256"] for ref in unused} & air.pulled[name]
+
+    devices = [VirtualDevice(name, find(KIND), data.devices[name]) for name in CLAIMS]
+    simulation = Simulation(
+        Experiment("virtual", JOB, model, devices, (data.x, data.y)), BlobStore(tmp_path / "virtual", durable=False)
+    )
+    simulation.run()
+    wanted = tensorfile.decode(simulation.store.read(simulation.state.model))
+    got = tensorfile.decode(store.read(final.model))
+    off = np.sqrt(sum(float(np.sum((got[n].astype(np.float64) - wanted[n]) ** 2)) for n in wanted))
+    moved = np.sqrt(sum(float(np.sum((wanted[n].astype(np.float64) - model.tensors[n]) ** 2)) for n in wanted))
+    assert moved > 0
+    assert off <= 1e-3 * moved
