@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedprune import step
 from fedprune.architecture import widths_at
 from fedprune.blocks import block_size
 from fedprune.element_mask import ElementMask
@@ -43,10 +44,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "masked": {"mask": "hard"},
     "threshold": {"mask": "threshold", "mask_threshold": 0.05},
     "patience": {"patience": 1, "epochs": 3},
-    "personal": {"personal": ("fc.*",), "average": 0.5, "calibrate": True},
+    "personal": {"average": 0.5, "calibrate": True},
     "bce": {"loss": "bce"},
     "huber": {"loss": "huber", "huber_delta": 0.5},
-    "frozen": {"frozen": ("stem*", "bn*")},
+    "frozen": {},
 }
 
 
@@ -72,6 +73,14 @@ def trained(trainer: Trainer, tensors: Tensors, recipe: Recipe, mask: ElementMas
     return trainer.train(tensors, data(recipe.loss), recipe, seed=3, device="d", round=1, classes=CLASSES, mask=mask)
 
 
+def fitting(model: Model, name: str) -> Recipe:
+    """A recipe, with names of this net's tensors."""
+    recipe, trainable = replace(BASE, **RECIPES[name]), [t.name for t in model.architecture.trainable]
+    if name == "frozen":
+        return replace(recipe, frozen=tuple(trainable[:2]))
+    return replace(recipe, personal=(trainable[-1],)) if name == "personal" else recipe
+
+
 def apart(some: Tensors, reference: Tensors, start: Tensors | None = None) -> float:
     """How far tensors are from others, relative to what those are or, with a start, to how far they have moved."""
     zero = start or {n: np.zeros_like(v) for n, v in reference.items()}
@@ -79,17 +88,27 @@ def apart(some: Tensors, reference: Tensors, start: Tensors | None = None) -> fl
     return float(np.sqrt(off / sum(float(np.sum((reference[n].astype(np.float64) - zero[n]) ** 2)) for n in reference)))
 
 
+@pytest.mark.parametrize("block", [0, 4, 8, 16])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_graph_for_one_board_takes_and_gives_what_the_standard_graph_does(
+    model: Model, name: str, block: int
+) -> None:
+    """On any processor: the graph is written, not run."""
+    recipe = fitting(model, name)
+    widths = widths_at(model.architecture, 0.4)
+    one = training_graph(model, recipe.features)
+    other = training_graph(model, recipe.features, widths=widths, forms=Forms(block))
+    assert {(p.name, p.dtype) for p in other.inputs} == {(p.name, p.dtype) for p in one.inputs}
+    assert {(p.name, p.dtype) for p in other.outputs} == {(p.name, p.dtype) for p in one.outputs}
+    assert other.metadata.get(step.BLOCK) == (str(block) if block else None)
+    assert {k: v for k, v in other.metadata.items() if k != step.BLOCK} == one.metadata
+
+
 @pytest.mark.skipif(not HERE, reason="onnxruntime has no blocks of channels on this processor")
 @pytest.mark.parametrize("density", [1.0, 0.4])
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_round_in_blocks_ends_where_the_standard_graph_ends(model: Model, name: str, density: float) -> None:
-    recipe = replace(BASE, **RECIPES[name])
-    architecture = model.architecture
-    if name == "frozen":
-        first = [t.name for t in architecture.trainable][:2]
-        recipe = replace(recipe, frozen=tuple(first))
-    if name == "personal":
-        recipe = replace(recipe, personal=(architecture.trainable[-1].name,))
+    recipe, architecture = fitting(model, name), model.architecture
     widths = widths_at(architecture, density)
     selection = Selection.of(architecture, widths)
     tensors, mask = selection.gather(model.tensors), None
