@@ -722,6 +722,16 @@ def test_what_was_learnt_of_a_guess_is_forgotten_once_the_board_has_measured() -
     assert coordinator.state.devices["a"].correction["step"] == pytest.approx(3.0)
 
 
+def test_what_was_learnt_in_blocks_says_nothing_of_standard_operators() -> None:
+    coordinator = planned_fleet()
+    probe = ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, latency=typical_table(4e9), block=16)
+    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 10, probe.to_dict()), 0.0)
+    play(coordinator, 3.0)
+    assert coordinator.state.devices["a"].correction
+    coordinator.handle(on.DeviceBorn("a", 3, PI.to_dict(), 10, replace(probe, block=0).to_dict()), 0.0)
+    assert coordinator.state.devices["a"].correction == {}
+
+
 def test_what_was_learnt_outlasts_a_new_connection() -> None:
     coordinator = planned_fleet()
     play(coordinator, 3.0)

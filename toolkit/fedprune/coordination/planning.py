@@ -72,7 +72,7 @@ class Planner:
             known: The device before, if it was there.
             device: The device as it announced itself.
         """
-        if known is not None and known.profile == device.profile and _table(known) == _table(device):
+        if known is not None and known.profile == device.profile and _steps(known) == _steps(device):
             device.correction = known.correction
         said = (device.profile, device.probe, device.samples)
         if known is not None and known.widths and (known.profile, known.probe, known.samples) == said:
@@ -151,6 +151,6 @@ class Planned:
         return False
 
 
-def _table(device: Device) -> object:
-    """The layer times that a device measured, which its correction corrects."""
-    return None if device.probe is None else device.probe.get("latency")
+def _steps(device: Device) -> tuple[object, int]:
+    """What its correction belongs to: the layer times that it measured, and in which form it trains."""
+    return None if device.probe is None else device.probe.get("latency"), device.block
