@@ -14,6 +14,7 @@ COMMANDS = {
     "groups": ("groups_cli", "the channel groups of a model, and what stays"),
     "operators": ("operators_cli", "every operator that can be cut or trained"),
     "verify": ("verify_cli", "check a bundle: files, graphs, a training step"),
+    "explain": ("explain_cli", "where the time of a training step goes, layer by layer"),
     "bench": ("bench_cli", "time a bundle on this machine"),
     "to-onnx": ("conversion_cli", "a bundle or model as one ONNX file"),
     "to-torch": ("conversion_cli", "a bundle's weights as a torch state dict"),

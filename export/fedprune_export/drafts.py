@@ -8,7 +8,7 @@ and the graph, which writes itself by them, is one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +27,24 @@ _IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 
 _Draft = TypeVar("_Draft", bound="Draft")
 
 
+FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input gradient", "weight gradient"
+LOSS, UPDATE = "loss", "update"
+"""The parts of a training step."""
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What a node of a training graph is there for; it stays in memory, files don't hold it.
+
+    Attributes:
+        part: A part of the step.
+        layer: The name of the model's node that it is a part of; empty where it belongs to none.
+    """
+
+    part: str
+    layer: str = ""
+
+
 @dataclass
 class Node:
     """One operator. Attributes are Python values: int, float, str, lists of these, or numpy arrays for tensors."""
@@ -37,6 +55,7 @@ class Node:
     attrs: dict[str, Any] = field(default_factory=dict)
     name: str = ""
     domain: str = ""
+    purpose: Purpose | None = field(default=None, compare=False, repr=False)
 
     def read_inside(self) -> set[str]:
         """Names that the node's sub-graph reads, its own and those of the graph around it."""
@@ -61,7 +80,10 @@ class Port:
 
 @dataclass
 class Draft:
-    """Nodes in topological order with their inputs, outputs and constants; `metadata` is text by keys `fedprune.*`."""
+    """Nodes in topological order with their inputs, outputs and constants; `metadata` is text by keys `fedprune.*`.
+
+    What is emitted has the `purpose` of that moment.
+    """
 
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
@@ -70,6 +92,7 @@ class Draft:
     opset: int = NORMAL_OPSET
     name: str = "fedprune"
     metadata: dict[str, str] = field(default_factory=dict)
+    purpose: Purpose | None = field(default=None, repr=False)
     _counter: int = field(default=0, repr=False)
     _constants: dict[tuple[Any, ...], str] = field(default_factory=dict, repr=False)
 
@@ -88,7 +111,7 @@ class Draft:
     ) -> str:
         """Append a node with one output and return the output's name."""
         output = out or self.fresh(op)
-        self.nodes.append(Node(op, list(inputs), [output], dict(attrs or {}), output, domain))
+        self.nodes.append(Node(op, list(inputs), [output], dict(attrs or {}), output, domain, self.purpose))
         return output
 
     def emit_many(
@@ -96,7 +119,7 @@ class Draft:
     ) -> list[str]:
         """Append a node with several outputs and return their names."""
         names = [self.fresh(op) for _ in range(outputs)]
-        self.nodes.append(Node(op, list(inputs), list(names), dict(attrs or {}), names[0], domain))
+        self.nodes.append(Node(op, list(inputs), list(names), dict(attrs or {}), names[0], domain, self.purpose))
         return names
 
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike) -> str:
@@ -148,11 +171,12 @@ class Draft:
         return type(self)(
             [Port(p.name, p.dtype, p.shape) for p in self.inputs],
             [Port(p.name, p.dtype, p.shape) for p in self.outputs],
-            [Node(n.op, list(n.inputs), list(n.outputs), dict(n.attrs), n.name, n.domain) for n in self.nodes],
+            [replace(n, inputs=list(n.inputs), outputs=list(n.outputs), attrs=dict(n.attrs)) for n in self.nodes],
             dict(self.initializers),
             self.opset,
             self.name,
             dict(self.metadata),
+            self.purpose,
             self._counter,
             dict(self._constants),
         )

@@ -26,6 +26,7 @@ from fedprune.selection import Selection
 from fedprune.session import Array, Session
 from fedprune.step import LOGITS, X
 from fedprune_export import terminal
+from fedprune_export.explain_cli import bounds, show
 from fedprune_export.options import (
     MODEL_HELP,
     add_model_options,
@@ -44,6 +45,7 @@ from fedprune_export.options import (
 )
 
 if TYPE_CHECKING:  # heavy imports wait until the command line is known to make sense
+    from fedprune_export.explanation import Explanation
     from fedprune_export.imported import Model
     from fedprune_export.labelled_data import LabelledData
     from fedprune_export.precision import Trial
@@ -92,6 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write a training step for x86 boards that compute blocks of 16 (AVX-512) or 8 channels, too (default: "
         "what --probe says)",
     )
+    parser.add_argument(
+        "--explain", action="store_true", help="say where the time of a training step goes (one target; see explain)"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_probe_option(parser)
     add_model_options(parser)
@@ -108,11 +113,15 @@ def export(arguments: argparse.Namespace) -> int:
     if len(job.profiles) == 1:
         with terminal.progress() as tell:
             report = job.bundle(job.profiles[0], arguments.out, tell)
+            explanation = job.explanation(report) if arguments.explain else None
         if arguments.json:
-            terminal.print_json(report.to_dict())
+            body = report.to_dict()
+            terminal.print_json(body if explanation is None else {**body, "explanation": explanation.to_dict()})
         else:
             _print_replaced(job)
             _print_report(report, arguments.out)
+            if explanation is not None:
+                show(explanation)
         return int(ExitCode.OK)
     return _export_all(job, arguments)
 
@@ -220,6 +229,8 @@ class _Job:
         if arguments.block and not any(p.arch == "x86_64" for p in self.profiles):
             got = ", ".join(sorted({p.arch for p in self.profiles}))
             raise UsageError("--block is for x86 boards", expected="a target of x86_64", got=got)
+        if arguments.explain and len(self.profiles) > 1:
+            raise UsageError("--explain is of one board", expected="one --target", got=len(self.profiles))
         self.begun = False
         self.replaced: list[Path] = []
         self._check_folders()
@@ -263,6 +274,13 @@ class _Job:
         self.training = training_step(self.model, self.recipe)
         self.order = ranks(score(arguments.scorer, architecture, self.model.tensors))
         self.begun = True
+
+    def explanation(self, report: Report) -> Explanation:
+        """Where the time of the bundle's training step goes on its board, by what the profile promises."""
+        from fedprune_export.explanation import explain
+
+        widths, batch = report.selection.widths, self.recipe.micro_batch
+        return explain(self.model, widths, self.recipe, bounds(self.profiles[0], 0), batch=batch)
 
     def bundle(self, profile: HardwareProfile, out: Path, tell: Callable[[str], None]) -> Report:
         """Write one target's bundle.

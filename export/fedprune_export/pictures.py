@@ -1,4 +1,4 @@
-"""Pictures of a cut as SVG: which channels of every group are kept, and how wide every layer is before and after.
+"""Pictures as SVG: which channels of every group are kept, how wide every layer is, what a step's pieces take.
 
 They are drawn with nothing but text, so that a report needs no other file and no drawing library.
 """
@@ -78,6 +78,32 @@ def layer_widths(architecture: Architecture, widths: Sequence[int]) -> str:
             f"{_note(f'{full:,} → {now:,}' if now != full else f'{full:,}', y)}</g>"
         )
     return _svg(rows, "Output channels of every layer, before and after")
+
+
+def times(rows: Sequence[tuple[str, float, float | None]]) -> str:
+    """One bar per piece of a step: what it took, and dark in it the least that it can take.
+
+    Args:
+        rows: What the piece is called, the least seconds, and the measured ones if there are any.
+    """
+    longest = max((max(least, took or 0.0) for _, least, took in rows), default=0.0) or 1.0
+    bars = []
+    for i, (name, least, took) in enumerate(rows):
+        y = i * _ROW
+        note = _milliseconds(least) if took is None else f"{_milliseconds(took)} of {_milliseconds(least)}"
+        bars.append(
+            f"<g><title>{_text(f'{name}: {note}')}</title>{_label(name, y)}"
+            f'<rect class="cut" x="{_LABEL:g}" y="{y + 3:g}" width="{_BAR * (took or 0) / longest:.4g}" '
+            f'height="{_HEIGHT:g}"/>'
+            f'<rect class="kept" x="{_LABEL:g}" y="{y + 5:g}" width="{_BAR * least / longest:.4g}" '
+            f'height="{_HEIGHT - 4:g}"/>'
+            f"{_note(note, y)}</g>"
+        )
+    return _svg(bars, "Time of every piece of a step, and the least that it can be")
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.2g} ms" if seconds < 0.01 else f"{1000 * seconds:.0f} ms"
 
 
 def _outputs(architecture: Architecture, widths: Sequence[int], layer: Layer) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from fedprune.errors import ModelError
 from fedprune.freezing import frozen_tensors
 from fedprune.ordered_dropout import axes_json
 from fedprune.recipe import Features
+from fedprune_export.drafts import LOSS, UPDATE, Purpose
 from fedprune_export.formulation import Forms, formulated, intended
 from fedprune_export.gradients.tape import Tape, port, sample_shape
 from fedprune_export.graph import Graph
@@ -77,8 +78,10 @@ def training_graph(
     logits = model.graph.outputs[0].name
     if not tape.wants(logits):
         raise ModelError("no trained tensor takes part in the output", got=", ".join(t.name for t in trained[:5]))
+    graph.purpose = Purpose(LOSS)
     tape.add(logits, write_loss(graph, tape.value(logits), outputs, features))
     tape.backward()
+    graph.purpose = Purpose(UPDATE)
     write_updates(graph, tape, trained, features)
     made = {o.name for o in graph.outputs}
     for spec in architecture.statistics:

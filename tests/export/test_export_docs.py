@@ -89,6 +89,14 @@ def test_the_groups_are_what_the_command_prints(printed: dict[str, list[str]]) -
     assert sample_after("groups") == printed["groups digits.onnx"]
 
 
+def test_the_explanation_is_what_the_command_prints(printed: dict[str, list[str]]) -> None:
+    command = next(c for c in printed if c.startswith("explain") and "--target" in c)
+
+    said, found = ([words(line) for line in text] for text in (sample_after("explain"), printed[command]))
+    shown = [line for line in found if line in said]
+    assert [line for line in said if line != ["..."]] == shown
+
+
 def test_verify_says_what_the_page_says(printed: dict[str, list[str]]) -> None:
     command = next(c for c in printed if c.startswith("verify"))
 
@@ -101,6 +109,9 @@ def test_verify_says_what_the_page_says(printed: dict[str, list[str]]) -> None:
 
 def test_every_flag_that_the_page_names_is_one() -> None:
     text = build_parser().format_help()
+    with contextlib.redirect_stdout(io.StringIO()) as explain, pytest.raises(SystemExit):
+        main(["explain", "--help"])
+    text += explain.getvalue()
 
     flags = set(re.findall(r"`(--[a-z-]+)", PAGE)) - {"--into", "--model", "--weights", "--state"}
     assert len(flags) > 15

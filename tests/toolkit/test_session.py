@@ -152,3 +152,27 @@ def test_a_run_that_fails_on_cuda_is_done_on_the_cpu(small: Path, monkeypatch: p
         np.testing.assert_array_equal(after[name], value)
     session.run(feeds)
     assert double.runs == ["cuda", "cuda", "cpu", "cuda", "cpu", "cpu"]
+
+
+def test_operators_are_timed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    graph = GRAPH.with_name("probe_blocks_16.onnx").read_bytes()
+    feeds = {
+        name: np.ones([d if isinstance(d, int) else 2 for d in shape], np.float32)
+        for name, (_, shape) in Session(graph, training=True).inputs.items()
+    }
+
+    times = sessions.kernel_times(graph, feeds, runs=3, training=True)
+
+    operators = {op for op, _ in times.kernels.values()}
+    assert "Conv" in operators
+    assert all(seconds >= 0 for _, seconds in times.kernels.values())
+    assert 0 < sum(s for _, s in times.kernels.values()) <= 2 * times.run
+    assert not list(tmp_path.iterdir())  # nothing is left of the profiler's file
+
+
+def test_operators_of_a_broken_graph_are_not_timed() -> None:
+    with pytest.raises(ModelError):
+        sessions.kernel_times(b"nothing of the kind", {})
+    with pytest.raises(ModelError, match="couldn't run"):
+        sessions.kernel_times(GRAPH.read_bytes(), {})

@@ -17,7 +17,7 @@ from fedprune_export.trace import Trace
 ValueAxes = Mapping[str, tuple[Axis | None, ...]]
 """Per value its axes at full width; None for an axis that follows the batch."""
 
-_READS_INPUT = frozenset(
+READS_INPUT = frozenset(
     {
         *("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"),
         *("BatchNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization"),
@@ -26,13 +26,13 @@ _READS_INPUT = frozenset(
         *("ReduceProd", "ReduceL2", "Max", "Min"),
     }
 )
-_READS_OUTPUT = frozenset(
+READS_OUTPUT = frozenset(
     {
         *("Relu", "LeakyRelu", "Elu", "Selu", "Celu", "Sigmoid", "Tanh", "Exp", "Sqrt", "Reciprocal"),
         *("Softmax", "LogSoftmax", "MaxPool"),
     }
 )
-
+"""Operators whose gradients need what they read, or what they made."""
 
 _UNCOUNTED = VIEWS | {"Constant", "ConstantOfShape", "Shape", "Size", "Dropout", "Range"}
 """Operators that take no time worth a row."""
@@ -175,10 +175,10 @@ def activations(graph: Graph, values: ValueAxes, seen: Trace) -> Iterable[Activa
     kept: set[str] = set()
     for node in graph.nodes:
         unknown = bool(node.domain)
-        if node.op in _READS_INPUT or unknown:
+        if node.op in READS_INPUT or unknown:
             reads = node.inputs[:1] if node.op in ("Clip", "BatchNormalization") else node.inputs
             kept.update(home(i) for i in reads if i)
-        if node.op in _READS_OUTPUT or unknown:
+        if node.op in READS_OUTPUT or unknown:
             kept.update(home(o) for o in node.outputs if o)
     for name in (X, *(o for n in graph.nodes for o in n.outputs if o)):
         axes = values[name]

@@ -52,6 +52,7 @@ class Formulator:
         for node in self._nodes:
             if id(node) in self._done:
                 continue
+            self.graph.purpose = node.purpose
             function = RULES.get(node.op)
             if function is None or not function(self, node):
                 self.copy(node)
@@ -71,7 +72,7 @@ class Formulator:
     def copy(self, node: Node) -> None:
         """Write a node as it is."""
         inputs = [self.layouts.plain(i) if i else i for i in node.inputs]
-        self.graph.nodes.append(Node(node.op, inputs, list(node.outputs), node.attrs, node.name, node.domain))
+        self.graph.nodes.append(replace(node, inputs=inputs, outputs=list(node.outputs)))
 
     def readers(self, name: str) -> list[Node]:
         """The nodes that read a value."""

@@ -1,0 +1,243 @@
+"""Why a training step takes what it takes: each piece's form, its bounds, and what it took."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedprune import __version__, session
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection
+from fedprune.session import KernelTimes, kernel_times
+from fedprune_export.formulation import Forms
+from fedprune_export.graph import Graph
+from fedprune_export.imported import Model
+from fedprune_export.machine_speed import Speed
+from fedprune_export.step_feeds import random_labels, step_feeds
+from fedprune_export.step_pieces import KINDS, Piece, pieces
+from fedprune_export.terminal import amount
+from fedprune_export.trace import sample_feeds
+from fedprune_export.training import training_graph
+
+_NODE = re.compile(r".*?~[0-9]+")
+"""The name of a node at the beginning of one that onnxruntime has made of it."""
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A piece with its bounds.
+
+    Attributes:
+        piece: The piece.
+        compute_s: What its multiplications take at the machine's peak.
+        memory_s: What its bytes take at the speed of main memory.
+        measured_s: What it took; None if nothing was measured.
+        spent: Of that, seconds by kind (`step_pieces.KINDS`).
+    """
+
+    piece: Piece
+    compute_s: float
+    memory_s: float
+    measured_s: float | None = None
+    spent: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bound_s(self) -> float:
+        """The least time."""
+        return max(self.compute_s, self.memory_s)
+
+    @property
+    def binds(self) -> str:
+        """Which bound that is."""
+        return "compute" if self.compute_s > self.memory_s else "memory"
+
+    @property
+    def gap(self) -> float | None:
+        """How many times the bound it took."""
+        return None if self.measured_s is None or not self.bound_s else self.measured_s / self.bound_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        p = self.piece
+        body: dict[str, Any] = {"layer": p.title, "op": p.op, "part": p.part, "form": p.form}
+        body |= {"macs": p.macs, "bytes": p.bytes, "compute_s": self.compute_s, "memory_s": self.memory_s}
+        body |= {"bound_s": self.bound_s, "binds": self.binds}
+        if self.measured_s is not None:
+            body |= {"measured_s": self.measured_s, "gap": self.gap, "spent": dict(self.spent)}
+        return body
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A training step, explained.
+
+    Attributes:
+        model: The model's name.
+        widths: Channels of every group.
+        batch: Samples of the step.
+        forms: How layers were to be computed; None for the graph that serves every width.
+        speed: The machine's bounds.
+        pieces: All pieces in the order in which they are computed.
+        step_s: What a whole step took; None if nothing was measured.
+        unknown_s: Of that, what belongs to no piece.
+    """
+
+    model: str
+    widths: tuple[int, ...]
+    batch: int
+    forms: Forms | None
+    speed: Speed
+    pieces: tuple[Explained, ...]
+    step_s: float | None = None
+    unknown_s: float = 0.0
+
+    @property
+    def bound_s(self) -> float:
+        """The least time of the step: the sum of its pieces'."""
+        return sum(p.bound_s for p in self.pieces)
+
+    def shares(self) -> dict[str, float]:
+        """What share of the measured time was spent on what; empty if nothing was measured."""
+        spent = {kind: sum(p.spent.get(kind, 0.0) for p in self.pieces) for kind in KINDS}
+        spent["other"] += self.unknown_s
+        whole = sum(spent.values())
+        return {kind: seconds / whole for kind, seconds in spent.items()} if whole else {}
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table for people; its columns are `TITLES`, without the last two if nothing was measured."""
+        out = []
+        for p in self.pieces:
+            words = (p.piece.title, p.piece.op, p.piece.part, p.piece.form)
+            row = [*(word or "–" for word in words), f"{p.piece.macs:,}"]
+            row += [amount(p.piece.bytes, "bytes"), amount(p.bound_s, "s"), p.binds]
+            if p.measured_s is not None:
+                row += [amount(p.measured_s, "s"), f"{p.gap:.1f}" if p.gap is not None else "–"]
+            out.append(tuple(row))
+        return out
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """Those of the table's columns."""
+        return _TITLES if self.step_s is not None else _TITLES[:-2]
+
+    def summary(self) -> list[str]:
+        """What there is to say of the whole step, line by line."""
+        speed = f"{self.speed.flops / 1e9:,.1f} GFLOP/s and {self.speed.bytes_s / 1e9:,.1f} GB/s"
+        lines = [f"bounds: {speed} ({self.speed.source})"]
+        macs = sum(p.piece.macs for p in self.pieces)
+        least = f"a step of {self.batch} samples: {macs:,} multiplications, at least {amount(self.bound_s, 's')}"
+        if self.step_s is None:
+            return [*lines, least]
+        lines.append(f"{least}; measured {amount(self.step_s, 's')}, {self.step_s / self.bound_s:.1f} times that")
+        parts = (f"{_KINDS[kind]} {share:.0%}" for kind, share in self.shares().items())
+        return [*lines, f"spent on: {', '.join(parts)}"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        body: dict[str, Any] = {
+            "format": "fedprune.explanation/1",
+            "fedprune": __version__,
+            "onnxruntime": session.version(),
+            "model": self.model,
+            "widths": list(self.widths),
+            "batch": self.batch,
+            "block": None if self.forms is None else self.forms.block,
+            "bounds": {"flops": self.speed.flops, "bytes_s": self.speed.bytes_s, "source": self.speed.source},
+            "bound_s": self.bound_s,
+            "pieces": [p.to_dict() for p in self.pieces],
+        }
+        if self.step_s is not None:
+            body |= {"step_s": self.step_s, "unknown_s": self.unknown_s, "shares": self.shares()}
+        return body
+
+
+_TITLES = ("layer", "operator", "part", "form", "multiplications", "moves", "bound", "binds", "measured", "gap")
+_KINDS = {
+    "products": "convolutions and products",
+    "norms": "norms",
+    "layout": "changes of layout",
+    "update": "update of weights",
+    "other": "all else",
+}
+
+
+def explain(
+    model: Model,
+    widths: Sequence[int],
+    recipe: Recipe,
+    speed: Speed,
+    *,
+    batch: int = 32,
+    forms: Forms | None = None,
+    runs: int = 0,
+    threads: int = 1,
+) -> Explanation:
+    """Explain a training step.
+
+    Args:
+        model: The whole model.
+        widths: Channels of every group.
+        recipe: How it is trained.
+        speed: The machine's bounds.
+        batch: Samples of the step.
+        forms: How layers are computed; None for the graph that serves every width.
+        runs: How many steps are timed on this machine; none by default.
+        threads: Threads inside an operator.
+
+    Raises:
+        ModelError: The model can't be trained, or onnxruntime doesn't run its step.
+        BundleError: The widths don't fit the model.
+    """
+    selection = Selection.of(model.architecture, widths)
+    features = recipe.features
+    fixed = None if forms is None else selection.widths
+    graph = training_graph(model, features, widths=fixed, forms=forms)
+    found = pieces(model, graph, selection.widths, batch)
+    times = _timed(model, graph, selection, recipe, batch, runs, threads) if runs else None
+    spent, unknown = _spent(found, times) if times is not None else ([], 0.0)
+    explained = tuple(
+        Explained(
+            piece,
+            2 * piece.macs / speed.flops,
+            piece.bytes / speed.bytes_s,
+            sum(spent[i].values()) if times is not None else None,
+            spent[i] if times is not None else {},
+        )
+        for i, piece in enumerate(found)
+    )
+    whole = None if times is None else times.run
+    name = model.architecture.name
+    return Explanation(name, selection.widths, batch, forms, speed, explained, whole, unknown)
+
+
+def _timed(
+    model: Model, graph: Graph, selection: Selection, recipe: Recipe, batch: int, runs: int, threads: int
+) -> KernelTimes:
+    """A step of random samples, timed."""
+    inputs, outputs = [p.name for p in graph.inputs], model.architecture.classes
+    x = sample_feeds(model.graph, batch)[model.graph.inputs[0].name]
+    tensors = selection.gather(model.tensors)
+    feeds = step_feeds(inputs, recipe, tensors, x, random_labels(recipe, batch, outputs), outputs)
+    return kernel_times(graph.to_bytes(), feeds, threads=threads, runs=runs, training=True)
+
+
+def _spent(found: Sequence[Piece], times: KernelTimes) -> tuple[list[dict[str, float]], float]:
+    """Seconds of every piece by kind, and seconds that belong to none."""
+    owners = {name: i for i, piece in enumerate(found) for name in piece.nodes}
+    spent: list[dict[str, float]] = [{} for _ in found]
+    unknown = 0.0
+    for name, (operator, seconds) in times.kernels.items():
+        begins = _NODE.match(name)
+        owner = owners.get(name, owners.get(begins.group()) if begins else None)
+        if owner is not None:
+            kind = found[owner].kind(operator)
+            spent[owner][kind] = spent[owner].get(kind, 0.0) + seconds
+        elif operator not in _AROUND:
+            unknown += seconds
+    return spent, unknown
+
+
+_AROUND = frozenset({"If", "Loop", "Scan"})
+"""Operators whose time is that of the operators inside them."""
