@@ -90,7 +90,8 @@ def times(rows: Sequence[tuple[str, float, float | None]]) -> str:
     bars = []
     for i, (name, least, took) in enumerate(rows):
         y = i * _ROW
-        note = _milliseconds(least) if took is None else f"{_milliseconds(took)} of {_milliseconds(least)}"
+        parts = [least] if took is None else [took, least]
+        note = f"{' of '.join(f'{1000 * seconds:.3g}' for seconds in parts)} ms"
         bars.append(
             f"<g><title>{_text(f'{name}: {note}')}</title>{_label(name, y)}"
             f'<rect class="cut" x="{_LABEL:g}" y="{y + 3:g}" width="{_BAR * (took or 0) / longest:.4g}" '
@@ -100,10 +101,6 @@ def times(rows: Sequence[tuple[str, float, float | None]]) -> str:
             f"{_note(note, y)}</g>"
         )
     return _svg(bars, "Time of every piece of a step, and the least that it can be")
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.2g} ms" if seconds < 0.01 else f"{1000 * seconds:.0f} ms"
 
 
 def _outputs(architecture: Architecture, widths: Sequence[int], layer: Layer) -> tuple[int, int]:

@@ -111,7 +111,7 @@ def pieces(model: Model, graph: Graph, widths: Sequence[int], batch: int) -> lis
                     layers.title(layer),
                     layers.nodes[layer].op,
                     part,
-                    form(layers.nodes[layer].op, part, operators),
+                    form(layers.nodes[layer].op, part, operators, depthwise=layers.depthwise(layer)),
                     layers.macs(layer, part),
                     layers.bytes(layer, part),
                     names,
@@ -120,13 +120,14 @@ def pieces(model: Model, graph: Graph, widths: Sequence[int], batch: int) -> lis
     return out
 
 
-def form(op: str, part: str, operators: Sequence[str]) -> str:
-    """How a part of a layer is computed, in the words of `gradients.dense` where these fit, else by its operators.
+def form(op: str, part: str, operators: Sequence[str], *, depthwise: bool = False) -> str:
+    """How a part of a layer is computed, in the words of `gradients.dense` and `gradients.depthwise`.
 
     Args:
         op: The layer's operator.
         part: The part.
         operators: What computes it; those in blocks begin with the name of their domain.
+        depthwise: Whether every channel has a filter of its own.
     """
     counts = Counter(operators)
     blocked = counts[f"{BLOCKED}.Conv"]
@@ -136,7 +137,9 @@ def form(op: str, part: str, operators: Sequence[str]) -> str:
         return "product" if counts["MatMul"] or counts["Gemm"] else "plain"
     if blocked:
         return "blocks"
-    products = counts["MatMul"] + counts["FusedMatMul"]
+    products = counts["MatMul"]
+    if depthwise and products:
+        return "lines"
     if part == WEIGHT_GRADIENT:
         if counts["Conv"]:
             return "convolution"
@@ -181,6 +184,11 @@ class _Layers:
         node = self.nodes[layer]
         weight = self._weights.get(layer) or next((i for i in node.inputs if i in self._tensors), "")
         return weight.removesuffix(".weight") or layer
+
+    def depthwise(self, layer: str) -> bool:
+        """Whether a convolution has a filter per channel."""
+        node = self.nodes[layer]
+        return int(node.attrs.get("group", 1)) > 1 and self._held.graph.initializers[node.inputs[1]].shape[1] == 1
 
     def macs(self, layer: str, part: str) -> int:
         """Multiplications: every gradient takes as many as the forward pass."""
