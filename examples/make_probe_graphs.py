@@ -11,7 +11,9 @@ import io
 import json
 import sys
 import tarfile
+from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +29,8 @@ from fedprune_export.inference import inference_model
 from fedprune_export.training import training_graph
 
 sys.path.insert(0, str(Path(__file__).parent))
+from probe_forms import BATCH as FORM_BATCH
+from probe_forms import SHAPES, graphs
 from probe_nets import NETS
 
 POINTS = 15
@@ -89,6 +93,25 @@ def archive() -> bytes:
         for i, point in enumerate(index[name]):
             files[f"{name}/inference-{i}.onnx"] = inference_model(model, point["widths"])
     files["index.json"] = json.dumps(index).encode()
+    return packed(files)
+
+
+def forms() -> bytes:
+    """The graphs of `probe_forms.py`, with standard operators and with blocks of every length, as one archive."""
+    files = dict[str, bytes]()
+    rows: list[dict[str, Any]] = []
+    for number, shape in enumerate(SHAPES):
+        rows.append({"shape": [*astuple(shape)[:-1], int(shape.depthwise)], "graphs": dict[str, list[str]]()})
+        for block in (0, *BLOCKS[1:]):
+            found = {name: graph.to_bytes() for name, graph in graphs(shape, block)}
+            rows[-1]["graphs"][str(block)] = list(found)
+            files |= {f"{number}/{block}/{name}.onnx": raw for name, raw in found.items()}
+    files["index.json"] = json.dumps({"batch": FORM_BATCH, "shapes": rows}).encode()
+    return packed(files)
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    """Files as one compressed archive, the same for the same files."""
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w") as out:
         for name in sorted(files):
@@ -130,6 +153,7 @@ def main(folder: Path = FOLDER, checks: Path = CHECKS) -> None:
     }
     (folder / "probe.json").write_text(json.dumps(body) + "\n")
     (folder / "probe_layers.tar.gz").write_bytes(archive())
+    (folder / "probe_forms.tar.gz").write_bytes(forms())
     for block in BLOCKS[1:]:
         (checks / blocks.file_name(block)).write_bytes(check_of_blocks(block))
 

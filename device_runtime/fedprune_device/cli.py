@@ -268,6 +268,8 @@ def _probe(arguments: argparse.Namespace) -> int:
             value = f"{value:.1f}"
         elif field.name == "latency":
             value = _latency(report)
+        elif field.name == "forms" and value is not None:
+            value = f"{sum(len(times) for _, times in value.rows)} measurements of {len(value.rows)} shapes"
         print(f"{field.name}: {'unknown' if value in (None, '') else value}")
     return int(ExitCode.OK)
 

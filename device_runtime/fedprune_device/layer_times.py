@@ -162,7 +162,7 @@ def _steps(
             break
         widths, batch = tuple(point["widths"]), int(point["batch"])
         feeds = _feeds(architecture, widths, batch)
-        taken = _median(lambda f=feeds: session.run(f), time_left.clock)  # type: ignore[misc]
+        taken = median_seconds(lambda f=feeds: session.run(f), time_left.clock)  # type: ignore[misc]
         out.append(Measurement(architecture, widths, batch, taken, True))
     return out
 
@@ -182,7 +182,7 @@ def _predictions(
             (folder / GRAPH).write_bytes(nets.inference(net, number))
             (folder / WEIGHTS).write_bytes(tensorfile.encode(_tensors(architecture, widths)))
             predictor = Predictor(folder, threads=threads)
-            taken = _median(lambda p=predictor: p.predict(x), time_left.clock)  # type: ignore[misc]
+            taken = median_seconds(lambda p=predictor: p.predict(x), time_left.clock)  # type: ignore[misc]
             out.append(Measurement(architecture, widths, 1, taken, False))
     return out
 
@@ -204,13 +204,19 @@ def _feeds(architecture: Architecture, widths: tuple[int, ...], batch: int) -> T
     return feeds | tensors | {step.buffer(t.name): np.zeros_like(tensors[t.name]) for t in architecture.trainable}
 
 
-def _median(run: Callable[[], object], clock: Clock) -> float:
-    """Seconds of a run, without the first, which allocates; slow boards run but once more."""
+def median_seconds(run: Callable[[], object], clock: Clock, enough: float = _ENOUGH) -> float:
+    """Seconds of a run, without the first, which allocates; slow boards run but once more.
+
+    Args:
+        run: What is timed.
+        clock: Seconds that only grow.
+        enough: Seconds of all runs after which there are enough of them.
+    """
     began = clock()
     run()
     least = 1 if clock() - began > _LONG else _MIN_RUNS
     times: list[float] = []
-    while len(times) < least or (sum(times) < _ENOUGH and len(times) < _MAX_RUNS):
+    while len(times) < least or (sum(times) < enough and len(times) < _MAX_RUNS):
         began = clock()
         run()
         times.append(clock() - began)

@@ -26,12 +26,16 @@ from fedprune.chance import keyed
 from fedprune.errors import MissingExtraError, RuntimeUnavailableError
 from fedprune.probe_report import ProbeReport
 from fedprune.session import Session
+from fedprune_device.form_probe import measure_forms, remembered_forms
 from fedprune_device.layer_times import measure_table, remembered_table
 from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
 
 _IMPORT_TIMEOUT = 120
 _PROBE_TIMEOUT = 1800
 _MIN_RUNS = 3
+
+FORM_FILE = "form_times.json"
+"""The name of the file that keeps the times of convolutions' forms."""
 
 
 def probe(
@@ -40,6 +44,7 @@ def probe(
     root: Path = Path("/"),
     *,
     layer_seconds: float = 10.0,
+    form_seconds: float = 10.0,
     memory_file: Path | None = None,
 ) -> ProbeReport:
     """Measure this board.
@@ -49,7 +54,9 @@ def probe(
         seconds: Time for the measurements of speed; half of it trains, half of it predicts.
         root: Where /proc and /sys are found.
         layer_seconds: Time for the layers' measurements, see `layer_times`; 0 leaves them out.
-        memory_file: Where the layers' times are kept, so that the next start need not measure them again.
+        form_seconds: Time for the measurements of convolutions' forms, see `form_probe`; 0 leaves them out.
+        memory_file: Where the layers' times are kept, so that the next start need not measure them again; beside it
+            those of forms.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -60,12 +67,17 @@ def probe(
     total, available = memory(root)
     version = check_runtime()
     train, infer = _rates(threads, seconds)
-    latency = None
+    about = f"fedprune {__version__}, onnxruntime {version}, {threads} threads, {board(root)}"
+    latency = forms = None
     if layer_seconds and memory_file is not None:
-        about = f"fedprune {__version__}, onnxruntime {version}, {threads} threads, {board(root)}"
         latency = remembered_table(memory_file, about, lambda: measure_table(threads, layer_seconds, train))
     elif layer_seconds:
         latency = measure_table(threads, layer_seconds, train)
+    if form_seconds and memory_file is not None:
+        file = memory_file.with_name(FORM_FILE)
+        forms = remembered_forms(file, about, lambda: measure_forms(threads, form_seconds))
+    elif form_seconds:
+        forms = measure_forms(threads, form_seconds)
     return ProbeReport(
         cores=len(os.sched_getaffinity(0)),
         memory_total=total,
@@ -80,6 +92,7 @@ def probe(
         throttled=throttled(root),
         latency=latency,
         block=block_size(),
+        forms=forms,
     )
 
 
@@ -88,6 +101,7 @@ def probe_apart(
     seconds: float = 2.0,
     *,
     layer_seconds: float = 10.0,
+    form_seconds: float = 10.0,
     memory_file: Path | None = None,
     python: str = sys.executable,
 ) -> ProbeReport:
@@ -99,7 +113,8 @@ def probe_apart(
         threads: Threads inside an operator.
         seconds: Time for the measurements of speed.
         layer_seconds: Time for the layers' measurements; 0 leaves them out.
-        memory_file: Where the layers' times are kept.
+        form_seconds: Time for those of convolutions' forms; 0 leaves them out.
+        memory_file: Where the layers' times are kept, and beside it those of forms.
         python: The interpreter.
 
     Raises:
@@ -108,6 +123,7 @@ def probe_apart(
     """
     total, available = memory()
     settings: dict[str, Any] = {"threads": threads, "seconds": seconds, "layer_seconds": layer_seconds}
+    settings["form_seconds"] = form_seconds
     settings["memory_file"] = None if memory_file is None else str(memory_file)
     hint = "Start without the probe (`--no-probe`): the profile's figures are believed then."
     command = [python, "-c", "from fedprune_device.probe import _answer; _answer()"]
@@ -251,6 +267,7 @@ def _answer() -> None:
         asked["threads"],
         asked["seconds"],
         layer_seconds=asked["layer_seconds"],
+        form_seconds=asked["form_seconds"],
         memory_file=None if file is None else Path(file),
     )
     print(json.dumps(report.to_dict()))

@@ -10,17 +10,19 @@ from fedprune import profile_store
 from fedprune.architecture import widths_at
 from fedprune.cli import whole_number
 from fedprune.disk import write_whole
-from fedprune.errors import ExitCode
+from fedprune.errors import ExitCode, UsageError
 from fedprune.profile import HardwareProfile
 from fedprune.workload import BLOCKS
 from fedprune_export import terminal
 from fedprune_export.options import (
     MODEL_HELP,
     add_model_options,
+    add_probe_option,
     add_profiles_option,
     add_recipe_options,
     density,
     read_model,
+    read_probe,
     read_recipe,
 )
 
@@ -59,6 +61,7 @@ def register(subparsers: Any) -> None:
         help="explain the graph for one board, with so many channels in a block, or 0 for standard operators (default: "
         "the graph of bundles, which serves every width)",
     )
+    add_probe_option(parser)
     parser.add_argument("--measure", action="store_true", help="run the step on this machine, and time every piece")
     parser.add_argument("--page", type=Path, metavar="FILE.html", help="write it as a page with a picture, too")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -71,10 +74,13 @@ def explain(arguments: argparse.Namespace) -> int:
     """Print an explanation.
 
     Raises:
-        FedpruneError: The model can't be imported or trained, there is no such profile, or the page can't be written.
+        FedpruneError: The model can't be imported or trained, there is no such profile or probe report, or the page
+            can't be written.
     """
     profile = profile_store.chosen(arguments.target, arguments.profiles) if arguments.target else None
-    recipe = read_recipe(arguments)
+    recipe, probe = read_recipe(arguments), read_probe(arguments)
+    if probe is not None and arguments.block is None:
+        raise UsageError("--probe chooses forms of the graph for one board", expected="--block, too")
     with terminal.progress() as tell:
         tell(f"importing {arguments.model}")
         model = read_model(arguments)
@@ -90,7 +96,7 @@ def explain(arguments: argparse.Namespace) -> int:
             recipe,
             speed,
             batch=arguments.batch,
-            forms=None if arguments.block is None else Forms(arguments.block),
+            forms=None if arguments.block is None else Forms(arguments.block, times=probe.forms if probe else None),
             runs=RUNS if arguments.measure else 0,
             threads=arguments.threads,
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.errors import MissingExtraError, RuntimeUnavailableError
+from fedprune.form_times import FormTimes
 from fedprune.latency import LatencyTable, typical_table
 from fedprune.probe_report import ProbeReport
 from fedprune_device.layer_times import LayerNets, measure, remembered_table
@@ -34,7 +35,7 @@ def python(tmp_path: Path, script: str) -> str:
 
 
 def test_a_probe_measures_this_machine() -> None:
-    report = probe(seconds=0.1, layer_seconds=8.0)
+    report = probe(seconds=0.1, layer_seconds=8.0, form_seconds=0.1)
     assert report.cores == len(os.sched_getaffinity(0))
     assert report.train_rate is not None
     assert report.train_rate > 1e7
@@ -43,6 +44,8 @@ def test_a_probe_measures_this_machine() -> None:
     assert report.latency is not None
     assert report.latency.points >= 2 * len(LayerNets().points), "a point of each net at least, on a busy machine, too"
     assert 0 <= report.latency.error < 1
+    assert report.forms is not None
+    assert report.forms.rows
     assert ProbeReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
@@ -50,7 +53,7 @@ PEAK = """
 from fedprune_device.evaluation import _peak_memory
 from fedprune_device.probe import {0}
 before = _peak_memory()
-assert {0}(seconds=0.05, layer_seconds=0.0).train_rate > 1e6
+assert {0}(seconds=0.05, layer_seconds=0.0, form_seconds=0.0).train_rate > 1e6
 print(_peak_memory() - before)
 """
 
@@ -63,8 +66,10 @@ def test_a_probe_apart_leaves_this_processs_peak_memory_as_it_is(made_by: str, k
 
 def test_a_probe_apart_keeps_what_it_measured(tmp_path: Path) -> None:
     file = tmp_path / "layer_times.json"
-    report = probe_apart(seconds=0.05, layer_seconds=0.5, memory_file=file)
+    report = probe_apart(seconds=0.05, layer_seconds=0.5, form_seconds=0.1, memory_file=file)
     assert report.latency == LatencyTable.from_dict(json.loads(file.read_text())["latency"])
+    kept = json.loads((tmp_path / "form_times.json").read_text())["forms"]
+    assert report.forms == FormTimes.from_dict(kept)
     assert report.memory_total == memory()[0]
 
 

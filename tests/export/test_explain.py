@@ -15,6 +15,8 @@ from fedprune import profile_store, session
 from fedprune.architecture import widths_at
 from fedprune.costs import costs_at
 from fedprune.errors import ExitCode
+from fedprune.form_times import FormTimes, Shape
+from fedprune.probe_report import ProbeReport
 from fedprune.recipe import Features, Recipe
 from fedprune.session import KernelTimes
 from fedprune_export import explanation, machine_speed
@@ -213,6 +215,22 @@ def test_a_step_is_measured_and_drawn(
     assert head.endswith("measured\tgap")
     assert rest[-1].startswith("spent on: ")
     assert file.read_text().startswith("<!doctype html>")
+
+
+def test_forms_are_those_of_the_board_that_measured_them(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = Shape(3, 1, 32, 64, 64)
+    times = FormTimes(((shape, (("kernel.taps", 1.0), ("kernel.products", 1.0), ("kernel.columns", 0.1))),))
+    report = ProbeReport(cores=4, memory_total=4 * 10**9, memory_available=2 * 10**9, seconds=1.0, forms=times)
+    (tmp_path / "probe.json").write_text(json.dumps(report.to_dict()))
+    options = ("--target", "raspberry-pi-5", "--probe", str(tmp_path / "probe.json"), "--json")
+
+    assert main(["explain", str(digits), *options, "--block", "0"]) == ExitCode.OK
+    found = json.loads(capsys.readouterr().out)["pieces"]
+    assert main(["explain", str(digits), *options]) == ExitCode.USAGE
+
+    assert {p["form"] for p in found if p["layer"] == "conv2" and p["part"] == "weight gradient"} == {"columns"}
 
 
 def test_an_export_explains_its_step(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,13 +39,14 @@ def test_shipped_shapes_and_costs_of_the_probe_are_what_the_compiler_says(writte
     assert new == shipped, "run examples/make_probe_graphs.py"
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    with tarfile.open(folder / "probe_layers.tar.gz") as archive:
+def files(folder: Path, name: str) -> dict[str, bytes]:
+    with tarfile.open(folder / name) as archive:
         return {m.name: part.read() for m in archive if (part := archive.extractfile(m)) is not None}
 
 
-def test_shipped_nets_of_layers_are_what_the_compiler_writes(written: Path) -> None:
-    new, shipped = files(written), files(SHIPPED)
+@pytest.mark.parametrize("archive", ["probe_layers.tar.gz", "probe_forms.tar.gz"])
+def test_shipped_archives_are_what_the_compiler_writes(written: Path, archive: str) -> None:
+    new, shipped = files(written, archive), files(SHIPPED, archive)
     assert list(new) == list(shipped), "run examples/make_probe_graphs.py"
     for name, body in new.items():
         if name.endswith(".json"):
@@ -57,3 +58,4 @@ def test_shipped_nets_of_layers_are_what_the_compiler_writes(written: Path) -> N
 
 def test_the_nets_of_layers_stay_small() -> None:
     assert (SHIPPED / "probe_layers.tar.gz").stat().st_size < 200_000
+    assert (SHIPPED / "probe_forms.tar.gz").stat().st_size < 100_000

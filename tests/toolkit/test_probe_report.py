@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.errors import ProfileError
+from fedprune.form_times import FormTimes, Shape
 from fedprune.probe_report import ProbeReport
 
 pytestmark = pytest.mark.board
@@ -26,6 +27,7 @@ REPORT = ProbeReport(
     infer_rate=1.4e10,
     temperature_c=61.5,
     throttled=False,
+    forms=FormTimes(((Shape(3, 1, 32, 32, 256), (("forward.plain", 1e-3),)),)),
 )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fedprune.errors import ProfileError
+from fedprune.form_times import FormTimes
 from fedprune.latency import LatencyTable
 from fedprune.workload import BLOCKS
 
@@ -43,6 +44,7 @@ class ProbeReport:
         latency: What kinds of layers take there; None if not measured.
         block: Channels that its convolutions compute at once in training graphs made for it (`fedprune.blocks`); 0
             where those are to be made of standard operators alone.
+        forms: What the forms of a convolution take there in a training step; None if not measured.
     """
 
     cores: int
@@ -58,6 +60,7 @@ class ProbeReport:
     throttled: bool = False
     latency: LatencyTable | None = None
     block: int = 0
+    forms: FormTimes | None = None
 
     def __post_init__(self) -> None:
         for name, (whole, low, high, optional) in _LIMITS.items():
@@ -87,6 +90,8 @@ class ProbeReport:
             raise ProfileError(
                 "probe report: block", expected=f"one of {', '.join(map(str, known))}", got=repr(self.block)[:80]
             )
+        if self.forms is not None and not isinstance(self.forms, FormTimes):
+            raise ProfileError("probe report: forms", expected="form times", got=type(self.forms).__name__)
         if not isinstance(self.throttled, bool):
             raise ProfileError("probe report: throttled", expected="true or false", got=repr(self.throttled))
         if self.memory_available > self.memory_total:
@@ -99,7 +104,8 @@ class ProbeReport:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
         body = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**body, "latency": None if self.latency is None else self.latency.to_dict()}
+        tables = {"latency": self.latency, "forms": self.forms}
+        return {**body, **{name: None if table is None else table.to_dict() for name, table in tables.items()}}
 
     @classmethod
     def from_dict(cls, body: object) -> ProbeReport:
@@ -116,4 +122,6 @@ class ProbeReport:
         values = {f.name: body[f.name] for f in fields(cls) if f.name in body}
         if values.get("latency") is not None:
             values["latency"] = LatencyTable.from_dict(values["latency"])
+        if values.get("forms") is not None:
+            values["forms"] = FormTimes.from_dict(values["forms"])
         return cls(**values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedprune_export.formulation.formulator import Formulator, rule
 from fedprune_export.formulation.layouts import BLOCKED
 from fedprune_export.gradients.convolutions import Convolution
-from fedprune_export.gradients.dense import Dense, Formulation, formulation
+from fedprune_export.gradients.dense import Dense, Formulation
 from fedprune_export.gradients.depthwise import Depthwise
 from fedprune_export.gradients.intents import INPUT_GRADIENT
 from fedprune_export.gradients.windows import Window, operator_attrs
@@ -47,10 +47,15 @@ def input_gradient(to: Formulator, node: Node) -> bool:
     owed = layouts.owed(dy)
     if owed is not None:
         held = g.emit("Mul", held, g.emit("Unsqueeze", owed, g.ints(1, 2, 3)))
-    form = formulation(w, inputs)
+    form = to.forms.dense(w, inputs, outputs)
     fits = all(p <= d * (k - 1) for pad, d, k in zip(w.pads, w.dilations, w.kernel, strict=True) for p in pad)
-    if all(s == 1 for s in w.strides) and fits and to.forms.in_blocks(inputs):
-        dense = Dense(g, w, held, Formulation("flipped", form.weight_gradient))
+    dense = Dense(g, w, held, Formulation("flipped", form.weight_gradient))
+    made = 1 if deep else outputs
+    if (
+        all(s == 1 for s in w.strides)
+        and fits
+        and to.forms.in_blocks(dense.back_window(), made, inputs, depthwise=deep)
+    ):
         flipped = dense.flipped_kernel(swapped=not deep)
         layouts.shapes[flipped] = (inputs, 1 if deep else outputs, *w.kernel)
         return _convolved(to, dense.back_window(), dy, flipped, bias, out)
@@ -64,9 +69,9 @@ def _convolved(to: Formulator, w: Window, x: str, kernel: str, bias: list[str], 
     """A convolution of x, less what x owes; the kernel is in plain layout."""
     layouts, g = to.layouts, to.graph
     outputs, inputs = (int(d) for d in layouts.shapes[kernel][:2])
-    if not to.forms.in_blocks(outputs):
-        return False
     deep = inputs == 1 and layouts.sizes(x)[0] > 1
+    if not to.forms.in_blocks(w, inputs, outputs, depthwise=deep):
+        return False
     # There is an operator that reads few channels, an image's, in plain layout.
     few = inputs < layouts.block and not deep and not layouts.in_blocks(x)
     value = layouts.unpaid(x, blocked=not few)

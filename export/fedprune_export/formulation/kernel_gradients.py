@@ -30,7 +30,7 @@ def kernel_gradient(to: Formulator, node: Node) -> bool:
     x, dy, kernel = node.inputs
     w: Window = node.attrs["window"]
     layouts, g, out = to.layouts, to.graph, node.outputs[0]
-    form = to.forms.kernel_gradient(w)
+    form = to.forms.kernel_gradient(w, layouts.sizes(x)[0], layouts.sizes(dy)[0])
     owed = layouts.owed(dy)
     if node.attrs["group"] > 1 and to.forms.in_blocks(layouts.sizes(x)[0]):
         result = _of_depthwise(to, w, x, dy)
