@@ -16,6 +16,7 @@ from fedprune.form_times import NAMES, FormTimes, Shape
 from fedprune.recipe import Features, Recipe
 from fedprune.selection import Selection
 from fedprune.session import Session
+from fedprune_device.blocks import block_size
 from fedprune_export.formulation import Forms
 from fedprune_export.gradients.windows import Window
 from fedprune_export.importing import import_onnx
@@ -98,8 +99,9 @@ def test_any_table_gives_a_form_that_there_is(seconds: dict[str, float], block: 
     assert hash(forms) == hash(Forms(block, times=FormTimes(((SHAPE, tuple(seconds.items())),))))
 
 
+@pytest.mark.parametrize("block", sorted({0, block_size()}))
 @pytest.mark.parametrize("seed", range(6))
-def test_whatever_a_table_says_the_step_is_the_same(seed: int) -> None:
+def test_whatever_a_table_says_the_step_is_the_same(seed: int, block: int) -> None:
     random = np.random.default_rng(seed)
     model = import_onnx(digits_model(), "digits")
     shapes = [Shape(3, 1, i, o, n) for i, o, n in ((1, 32, 64), (32, 64, 64), (64, 128, 16))]
@@ -109,10 +111,15 @@ def test_whatever_a_table_says_the_step_is_the_same(seed: int) -> None:
     x = random.standard_normal((5, *model.architecture.input_shape)).astype(np.float32)
     y = random.integers(0, 10, 5)
 
-    results = []
-    for forms in (Forms(), Forms(times=FormTimes(rows))):
-        session = Session(training_graph(model, Features(), widths=widths, forms=forms).to_bytes(), training=True)
+    results, operators = [], []
+    for forms in (Forms(), Forms(block, times=FormTimes(rows))):
+        graph = training_graph(model, Features(), widths=widths, forms=forms)
+        session = Session(graph.to_bytes(), training=True)
         more = first_step(Recipe(lr=0.1), tensors, session.inputs, 5, 10)
         results.append(session.run({step.X: x, step.Y: y, **more}))
+        operators.append([n.op for n in graph.nodes])
+    assert operators[0] != operators[1]
     for name, usual in results[0].items():
         np.testing.assert_allclose(results[1][name], usual, rtol=1e-3, atol=1e-4, err_msg=name)
+    moved = [n for n in tensors if not np.array_equal(results[0][step.following(n)], tensors[n])]
+    assert any(n.startswith("conv2") for n in moved)
