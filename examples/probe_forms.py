@@ -11,7 +11,7 @@ from fedprune_export.formulation import Forms
 from fedprune_export.formulation.formulator import Formulator
 from fedprune_export.gradients.dense import Dense, Formulation
 from fedprune_export.gradients.depthwise import Depthwise
-from fedprune_export.gradients.intents import Intended
+from fedprune_export.gradients.intended import Intended
 from fedprune_export.gradients.windows import Window, operator_attrs
 from fedprune_export.graph import Graph, Port
 
@@ -84,7 +84,7 @@ def _plain(shape: Shape) -> Iterator[tuple[str, Graph]]:
 
 
 def _in_blocks(shape: Shape, block: int) -> Iterator[tuple[str, Graph]]:
-    w, forms = window(shape), Forms(block, full=1)
+    w, forms = window(shape), Forms(block, BATCH, full=1)
     groups = shape.outputs if shape.depthwise else 1
     inputs = groups if shape.depthwise else shape.inputs
     few = not shape.depthwise and inputs < block

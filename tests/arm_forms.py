@@ -13,7 +13,7 @@ import numpy as np
 
 from fedprune import tensorfile
 from fedprune.blocks import block_size
-from fedprune.bundle import WEIGHTS, open_bundle
+from fedprune.bundle import TRAINING, WEIGHTS, open_bundle
 from fedprune.recipe import Recipe
 from fedprune_device.data import LocalData
 from fedprune_device.trainer import Trainer
@@ -22,14 +22,14 @@ RECIPE = Recipe(epochs=1, batch_size=8, lr=0.05, momentum=0.9, weight_decay=0.01
 SAMPLES = 21
 
 
-def trained(folder: Path, graph: Path) -> dict[str, np.ndarray]:
+def trained(folder: Path, graph: Path, blocked: Path | None = None) -> dict[str, np.ndarray]:
     """Weights after a few steps from those of a bundle."""
     bundle = open_bundle(folder)
     random = np.random.default_rng(0)
     x = random.standard_normal((SAMPLES, *bundle.architecture.input_shape)).astype(np.float32)
     data = LocalData(x, random.integers(0, bundle.architecture.classes, SAMPLES), x[:0], np.zeros(0, np.int64))
     tensors = tensorfile.load(bundle.path(WEIGHTS))
-    trainer = Trainer(graph)
+    trainer = Trainer(graph, blocked=blocked)
     return trainer.train(
         tensors, data, RECIPE, seed=1, device="d", round=1, classes=bundle.architecture.classes
     ).tensors
@@ -37,10 +37,10 @@ def trained(folder: Path, graph: Path) -> dict[str, np.ndarray]:
 
 def main(folder: Path, out: Path, *graphs: Path) -> None:
     block = block_size()
-    chosen = open_bundle(folder).training(block)
-    found = {g.name: trained(folder, g) for g in (folder / chosen, *graphs)}
+    blocked = open_bundle(folder).blocked(block)
+    found = {TRAINING: trained(folder, folder / TRAINING, blocked)} | {g.name: trained(folder, g) for g in graphs}
     np.savez(out, **{f"{graph}/{name}": value for graph, tensors in found.items() for name, value in tensors.items()})
-    print(json.dumps({"block": block, "chosen": chosen}))
+    print(json.dumps({"block": block, "blocked": blocked is not None}))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
         raise StorageFullError("no room for the offer's files", expected=f"{needed} bytes", got=f"{free} free")
     if profile is None:
         return
-    total = storage_bytes(full, offer.step.size, offer.inference.size, recipe.own_files)
-    total += sum(r.size for r in lowered.values()) + (2 * full if lowered else 0)
+    total = storage_bytes(full, offer.training.size, offer.inference.size, recipe.own_files)
+    total += sum(r.size for r in offer.graphs[2:]) + (2 * full if lowered else 0)
     if total > profile.storage.budget_bytes:
         raise PlanError(
             "the offer needs more room than the profile allows",

@@ -156,8 +156,9 @@ class Alone:
         offer = task.offer
         if (record.job, record.round, record.inference) != (offer.job, offer.round, offer.inference.sha256):
             return None  # it is another one's, which is still being pulled
-        if not self._store.blobs.has(offer.step.sha256) or StepChoice().suited(offer) != offer:
+        if not all(self._store.blobs.has(graph.sha256) for graph in offer.graphs):
             return None  # graphs come from the server
+        offer = StepChoice().suited(offer)
         weights = self._store.blobs.put(self._store.slots.weights(record))
         recipe = {**offer.recipe, "evaluate_every": 1}
         return replace(offer, weights=weights, recipe=recipe, seed=offer.seed + 1 + int(self._number("times")))

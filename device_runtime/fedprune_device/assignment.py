@@ -131,7 +131,12 @@ class Workbench:
         # Damage is found out first and fast: whoever is told to stop must not delete what is being pulled anew.
         weights = self._blob(offer.weights, stop)
         mask = None if offer.mask is None else self._blob(offer.mask, stop)
-        trainer = self._trainer.of(offer.step.sha256, lambda: self._blob(offer.step, stop))
+        blocked = next(iter((offer.blocked or {}).values()), None)
+        trainer = self._trainer.of(
+            offer.training.sha256,
+            lambda: self._blob(offer.training, stop),
+            None if blocked is None else lambda: self._blob(blocked, stop),
+        )
         data = self._data.snapshot(trainer.input_shape)
         work = Work(offer, recipe, weights, mask, trainer, self._shelf, self._device, data)
         data.check(offer.classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)

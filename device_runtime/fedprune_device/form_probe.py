@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from fedprune.blocks import block_size
 from fedprune.chance import keyed
 from fedprune.disk import write_whole
 from fedprune.errors import ModelError, ProfileError, StorageError
 from fedprune.form_times import FormTimes, Shape
 from fedprune.session import Session
-from fedprune_device.blocks import block_size
 from fedprune_device.layer_times import Clock, median_seconds
 
 ARCHIVE = "probe_forms.tar.gz"

@@ -25,20 +25,23 @@ class LoadedTrainer:
         self._keep = keep
         self._loaded: tuple[str, Trainer] | None = None
 
-    def of(self, sha256: str, read: Callable[[], bytes]) -> Trainer:
+    def of(self, sha256: str, read: Callable[[], bytes], blocked: Callable[[], bytes] | None = None) -> Trainer:
         """A trainer for a graph.
 
         Args:
             sha256: The graph.
             read: Gives its bytes, if they are needed.
+            blocked: Gives those of a graph for whole batches on this processor, if there is one. It is read anew for
+                every round, since it serves one round's widths alone.
 
         Raises:
             ModelError: onnxruntime doesn't accept the graph.
             TrainingError: It is not a training graph.
         """
-        if self._loaded is None or self._loaded[0] != sha256:
-            self._loaded = None  # two loaded graphs are more than a small board has memory for
-            self._loaded = (sha256, Trainer(read(), threads=self.threads, cuda=self._cuda))
+        if self._loaded is None or self._loaded[0] != sha256 or blocked is not None:
+            self._loaded = None  # two loaded models are more than a small board has memory for
+            whole = None if blocked is None else blocked()
+            self._loaded = (sha256, Trainer(read(), blocked=whole, threads=self.threads, cuda=self._cuda))
         return self._loaded[1]
 
     def predictor(self, model: Path) -> Predictor:

@@ -55,6 +55,8 @@ class StepGraph:
 
     Args:
         graph: A file or its bytes.
+        blocked: A graph for this processor, with channels in blocks, that takes whole batches: all other samples go
+            through `graph`, which is loaded when the first of them come. None for none.
         threads: Threads inside an operator; with 1 the same inputs give the same bits.
         session: Runs the graph instead of a session of onnxruntime.
         cuda: Whether that session is to compute on an NVIDIA GPU.
@@ -77,13 +79,19 @@ class StepGraph:
     """
 
     def __init__(
-        self, graph: Path | bytes, *, threads: int = 1, session: Session | None = None, cuda: bool = False
+        self,
+        graph: Path | bytes,
+        *,
+        blocked: Path | bytes | None = None,
+        threads: int = 1,
+        session: Session | None = None,
+        cuda: bool = False,
     ) -> None:
         self._graph = graph
         self._threads = threads
         self._cuda = cuda
         self._given = session
-        self._session = session or Session(graph, threads=threads, training=True, cuda=cuda)
+        self._session = session or Session(blocked or graph, threads=threads, training=True, cuda=cuda)
         self._forward: dict[tuple[str, ...], Session] = {}
         check_block(self._session.metadata)
         inputs, outputs = self._session.inputs, set(self._session.outputs)
@@ -101,6 +109,9 @@ class StepGraph:
         self.trainable = tuple(n for n in self.names if step.buffer(n) in inputs)
         self.statistics = tuple(n for n in self.names if n not in self.trainable and step.following(n) in outputs)
         self.frozen = tuple(n for n in self.names if n not in {*self.trainable, *self.statistics})
+        batch = inputs[step.X][1][0]
+        self._whole = batch if blocked is not None and isinstance(batch, int) else 0
+        self._rest: Session | None = None
         self.input_shape = inputs[step.X][1][1:]
         self.token_ids = inputs[step.X][0] == "tensor(int64)"
         self.states = [f(n) for n in self.trainable for f in step.states(optimizer)]
@@ -275,9 +286,16 @@ class StepGraph:
 
     def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         try:
-            return self._session.run(feeds, outputs)
+            return self._session_for(len(feeds[step.X])).run(feeds, outputs)
         except ModelError as error:
             raise TrainingError(f"the training graph failed: {error}") from error
+
+    def _session_for(self, samples: int) -> Session:
+        if self._whole in (0, samples):
+            return self._session
+        if self._rest is None:
+            self._rest = Session(self._graph, threads=self._threads, training=True, cuda=self._cuda)
+        return self._rest
 
 
 def weight_of(y: Array, feeds: Mapping[str, Array]) -> float:

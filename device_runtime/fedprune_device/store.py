@@ -222,8 +222,7 @@ class DeviceStore:
     def _unwanted(self, task: Task | None) -> list[str]:
         wanted = set()
         if task is not None:
-            graphs = (task.offer.step, task.offer.inference, *(task.offer.lowered or {}).values())
-            wanted = {graph.sha256 for graph in graphs}
+            wanted = {graph.sha256 for graph in task.offer.graphs}
             if not task.done:
                 wanted.update(r.sha256 for r in task.offer.blobs())
         if self.pending is not None:

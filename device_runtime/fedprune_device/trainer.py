@@ -74,6 +74,7 @@ class Trainer:
 
     Args:
         graph: A training graph written to the contract of `fedprune.step`: a file or its bytes.
+        blocked: The same for this processor and whole batches alone, with channels in blocks; None for none.
         threads: Threads inside an operator; with 1 the same inputs give the same bits.
         session: Runs the graph instead of a session of onnxruntime.
         cuda: Whether that session is to compute on an NVIDIA GPU.
@@ -92,9 +93,15 @@ class Trainer:
     """
 
     def __init__(
-        self, graph: Path | bytes, *, threads: int = 1, session: Session | None = None, cuda: bool = False
+        self,
+        graph: Path | bytes,
+        *,
+        blocked: Path | bytes | None = None,
+        threads: int = 1,
+        session: Session | None = None,
+        cuda: bool = False,
     ) -> None:
-        self._graph = StepGraph(graph, threads=threads, session=session, cuda=cuda)
+        self._graph = StepGraph(graph, blocked=blocked, threads=threads, session=session, cuda=cuda)
         self.names = self._graph.names
         self.trainable = self._graph.trainable
         self.frozen = self._graph.frozen

@@ -93,7 +93,8 @@ def _measure(bundle: Bundle, arguments: argparse.Namespace) -> list[Measurement]
         out = []
         for threads in arguments.threads:
             for batch in arguments.batch or (usual,):
-                for block in (0, *(b for b in bundle.blocks if b == block_size())):
+                # Steps in blocks take whole batches alone.
+                for block in (0, *(b for b in bundle.blocks if b == block_size() and batch == usual)):
                     tell(f"training, {batch} samples, {threads} threads")
                     out.append(watch.training_step(batch, threads, block))
             for batch in arguments.batch or tuple(sorted({1, usual})):

@@ -21,6 +21,7 @@ from fedprune.bundle import (
 )
 from fedprune.disk import storage_errors, write_whole
 from fedprune.errors import BundleError, ConfigError, shown
+from fedprune.form_times import FormTimes
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune_export.formulation import Forms
@@ -79,14 +80,24 @@ def training_step(model: Model, recipe: Recipe) -> bytes:
     return training_graph(model, recipe.features).to_bytes()
 
 
-def blocked_step(model: Model, recipe: Recipe, widths: Sequence[int], block: int) -> bytes:
-    """The training step of a model at these widths alone, for processors that compute a block of channels at once.
+def blocked_step(
+    model: Model, recipe: Recipe, widths: Sequence[int], block: int, times: FormTimes | None = None
+) -> bytes:
+    """The training step of a model at these widths and for whole batches alone.
+
+    Args:
+        model: The model.
+        recipe: How it is trained.
+        widths: Channels of every group.
+        block: Channels that the processor computes at once.
+        times: What forms of layers take there; None if that isn't known.
 
     Raises:
         ModelError: An operator can't be trained.
         ConfigError: No processor has such blocks.
     """
-    return training_graph(model, recipe.features, widths=widths, forms=Forms(block)).to_bytes()
+    forms = Forms(block, recipe.micro_batch, times=times)
+    return training_graph(model, recipe.features, widths=widths, forms=forms).to_bytes()
 
 
 def write_bundle(

@@ -96,7 +96,13 @@ def explain(arguments: argparse.Namespace) -> int:
             recipe,
             speed,
             batch=arguments.batch,
-            forms=None if arguments.block is None else Forms(arguments.block, times=probe.forms if probe else None),
+            forms=None
+            if arguments.block is None
+            else Forms(
+                arguments.block,
+                arguments.batch if arguments.block else 0,
+                times=None if probe is None else probe.forms,
+            ),
             runs=RUNS if arguments.measure else 0,
             threads=arguments.threads,
         )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedprune import step, tensorfile
-from fedprune.bundle import INFERENCE, WEIGHTS, Bundle
+from fedprune.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle
 from fedprune.errors import ModelError
 from fedprune.precision import FLOAT32, graph_file
 from fedprune.session import Session
@@ -90,7 +90,7 @@ class Stopwatch:
             ModelError: The graph can't be loaded or run.
         """
         bundle, outputs = self._bundle, self._bundle.architecture.classes
-        path = bundle.path(bundle.training(block))
+        path = bundle.blocked(block) or bundle.path(TRAINING)
         inputs = Session(path, training=True).inputs
         tensors = tensorfile.load(bundle.path(WEIGHTS))
         x, y = sample_feeds(self._graph, batch)[step.X], random_labels(bundle.recipe, batch, outputs)

@@ -81,8 +81,9 @@ def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
 class _Trial:
     """A bundle under trial, with a batch of random samples."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, samples: int = _BATCH) -> None:
         self.bundle = bundle
+        self.samples = samples
         self.outputs = bundle.architecture.classes
         self.tensors = tensorfile.load(bundle.path(WEIGHTS))
 
@@ -96,11 +97,11 @@ class _Trial:
 
     @cached_property
     def x(self) -> Array:
-        return sample_feeds(self.graph, _BATCH)[step.X]
+        return sample_feeds(self.graph, self.samples)[step.X]
 
     @cached_property
     def y(self) -> Array:
-        return random_labels(self.bundle.recipe, _BATCH, self.outputs)
+        return random_labels(self.bundle.recipe, self.samples, self.outputs)
 
     def feeds(self, tensors: dict[str, Array] | None = None, rate: float | None = None) -> dict[str, Array]:
         out = step_feeds(
@@ -206,7 +207,8 @@ class _Trial:
             return f"not tried: this machine has {found}, and trains with {TRAINING}"
         name = blocked_file(block)
         session = Session(self.bundle.path(name), training=True)
-        feeds = self.feeds(rate=None if self.bundle.recipe.lr else _RATES[0])
+        whole = _Trial(self.bundle, self.bundle.recipe.micro_batch)
+        feeds = whole.feeds(rate=None if self.bundle.recipe.lr else _RATES[0])
         wanted, got = self.training.run(feeds), session.run(feeds)
         away = moved = 0.0
         for tensor, before in self.tensors.items():

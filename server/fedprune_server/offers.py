@@ -10,6 +10,7 @@ from typing import Any
 from fedprune import step, tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.errors import StorageError
+from fedprune.form_times import FormTimes
 from fedprune.freezing import frozen_tensors, matching
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
@@ -86,7 +87,9 @@ class Offers:
         self._withheld: dict[str, frozenset[str]] = {}
         self._failed: set[str] = set()
 
-    def body(self, submodel: Submodel, recipe: Recipe, round_: int, block: int = 0) -> dict[str, Any]:
+    def body(
+        self, submodel: Submodel, recipe: Recipe, round_: int, block: int = 0, times: FormTimes | None = None
+    ) -> dict[str, Any]:
         """The entries of an offer that follow from what a device is sent and how it trains.
 
         Args:
@@ -94,6 +97,7 @@ class Offers:
             recipe: How it trains.
             round_: The offer's round.
             block: Channels that the device computes at once; 0 for none.
+            times: What forms took there; None if that isn't known.
 
         Raises:
             ModelError: The model can't be trained by this recipe.
@@ -110,7 +114,7 @@ class Offers:
         }
         if self._precisions:
             body["lowered"] = self.lowered(submodel.selection.widths, round_)
-        blocked = self.blocked(recipe, submodel.selection.widths, block, round_)
+        blocked = self.blocked(recipe, submodel.selection.widths, block, round_, times)
         if blocked:
             body["blocked"] = blocked
         if mask is not None:
@@ -122,7 +126,9 @@ class Offers:
         features = recipe.features
         return self._graph(features.key, round_, lambda: training_graph(self._model, features).to_bytes())
 
-    def blocked(self, recipe: Recipe, widths: tuple[int, ...], block: int, round_: int) -> dict[str, dict[str, Any]]:
+    def blocked(
+        self, recipe: Recipe, widths: tuple[int, ...], block: int, round_: int, times: FormTimes | None = None
+    ) -> dict[str, dict[str, Any]]:
         """The training graph of a recipe at some widths with channels in blocks, by their length, named in a round.
 
         It stands beside the one that every board runs: what a board said of itself may not hold any more when it
@@ -131,11 +137,12 @@ class Offers:
         Raises:
             StorageError: The disk fails or is full.
         """
-        key = f"{recipe.features.key} {widths} {block}"
+        key = f"{recipe.features.key} {widths} {block} {recipe.micro_batch} {hash(times)}"
         if not block or recipe.ordered_dropout or key in self._failed:
             return {}
         try:
-            return {str(block): self._graph(key, round_, partial(blocked_step, self._model, recipe, widths, block))}
+            make = partial(blocked_step, self._model, recipe, widths, block, times)
+            return {str(block): self._graph(key, round_, make)}
         except StorageError:
             raise
         except Exception:  # noqa: BLE001 - offers can do without: whatever our own code fails on must not end a job

@@ -87,8 +87,8 @@ class TorchTrainer(LoadedTrainer):
             self._steps.move_to_end(key)
             return self._steps[key]
 
-    def of(self, sha256: str, read: Callable[[], bytes]) -> Trainer:
-        """See `LoadedTrainer.of`."""
+    def of(self, sha256: str, read: Callable[[], bytes], blocked: Callable[[], bytes] | None = None) -> Trainer:
+        """See `LoadedTrainer.of`; layouts are torch's own matter."""
         return self.trainer(self.step(sha256, read, self.recipe))
 
     def trainer(self, session: Any) -> Trainer:
@@ -165,8 +165,8 @@ class _Together(LoadedTrainer):
         self._recipe = recipe
         self._resident = resident
 
-    def of(self, sha256: str, read: Callable[[], bytes]) -> Trainer:
-        """See `LoadedTrainer.of`."""
+    def of(self, sha256: str, read: Callable[[], bytes], blocked: Callable[[], bytes] | None = None) -> Trainer:
+        """See `LoadedTrainer.of`; layouts are torch's own matter."""
         session = self._own.step(sha256, read, self._recipe)
         return self._own.trainer(_Asking(self._ensemble, session, self._resident))
 

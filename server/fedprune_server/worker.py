@@ -22,6 +22,7 @@ from fedprune.coordination import events as on
 from fedprune.element_order import magnitudes, threshold
 from fedprune.errors import BundleError, FedpruneError, StorageError, StrategyError
 from fedprune.fixed_point import MAX_WEIGHT
+from fedprune.form_times import FormTimes
 from fedprune.freezing import frozen_tensors
 from fedprune.head import spelt
 from fedprune.job import Job
@@ -142,6 +143,7 @@ class Worker:
         part, cut = command.part, self._cut(command.basis, command.part)
         submodel = self.strategy.personaliser.personalise(cut, self.strategy.extractor.extract(cut))
         recipe = _masked(self._recipe(cut.turn), submodel)
+        times = None if command.forms is None else FormTimes.from_dict(command.forms)
         offer = {
             "seed": self.job.seed,
             "architecture": self.architecture.digest,
@@ -149,7 +151,7 @@ class Worker:
             "ranking": self._ranking(command.basis, cut, submodel.selection),
             "widths": list(submodel.selection.widths),
             "classes": self.architecture.classes,
-            **self._offers.body(submodel, recipe, command.basis.round, command.block),
+            **self._offers.body(submodel, recipe, command.basis.round, command.block, times),
         }
         return on.Extracted(command.basis.round, part.device, part.attempt, offer)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fedprune.blocks import block_size
 from fedprune.form_times import MOST_SHAPES, FormTimes, Shape
 from fedprune_device import form_probe
-from fedprune_device.blocks import block_size
 from fedprune_device.form_probe import measure_forms, remembered_forms
 
 pytestmark = pytest.mark.board

@@ -33,7 +33,7 @@ from fedprune_export.training import training_graph
 from fedprune_server.digits import digits_model
 
 SPEED = Speed(1e9, 1e9, "of a slow machine")
-FORMS = [None, Forms(), Forms(16)]
+FORMS = [None, Forms(), Forms(16, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_forms_are_those_that_were_chosen(model: Model) -> None:
         side = round(layer.positions**0.5)
         w = Window((side, side), (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), (side, side))
         assert form[title] == (formulation(w, 64).weight_gradient if side > 4 else "columns")
-    assert {p.form for p in found(model, Forms(16)) if p.title == "conv2"} == {"blocks"}
+    assert {p.form for p in found(model, Forms(16, 16)) if p.title == "conv2"} == {"blocks"}
 
 
 def explained(model: Model, runs: int = 0, forms: Forms | None = None) -> explanation.Explanation:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from fedprune import step
 from fedprune.architecture import widths_at
+from fedprune.blocks import block_size
 from fedprune.feeds import first_step
 from fedprune.form_times import NAMES, FormTimes, Shape
 from fedprune.recipe import Features, Recipe
 from fedprune.selection import Selection
 from fedprune.session import Session
-from fedprune_device.blocks import block_size
 from fedprune_export.formulation import Forms
 from fedprune_export.gradients.windows import Window
 from fedprune_export.importing import import_onnx
@@ -64,9 +64,9 @@ def test_input_gradients_by_standard_operators_are_chosen_for_stride_1_alone() -
 
 def test_blocks_are_left_only_where_the_way_out_of_them_is_paid_for() -> None:
     def chosen(**seconds: float) -> bool:
-        return Forms(16, times=table(SHAPE, **seconds)).in_blocks(window(), 32, 32)
+        return Forms(16, 32, times=table(SHAPE, **seconds)).in_blocks(window(), 32, 32)
 
-    assert Forms(16).in_blocks(window(), 32, 32)
+    assert Forms(16, 32).in_blocks(window(), 32, 32)
     assert not chosen(forward_blocks=2.0, forward_plain=1.0)
     assert chosen(forward_blocks=2.0, forward_plain=1.0, convert_plain=0.5)
     assert chosen(forward_blocks=1.05, forward_plain=1.0)
@@ -75,13 +75,13 @@ def test_blocks_are_left_only_where_the_way_out_of_them_is_paid_for() -> None:
 def test_few_channels_and_other_processors_are_never_in_blocks() -> None:
     fast = table(Shape(3, 1, 8, 8, 256), forward_blocks=1e-6, forward_plain=1.0)
 
-    assert not Forms(16, times=fast).in_blocks(window(), 8, 8)
+    assert not Forms(16, 32, times=fast).in_blocks(window(), 8, 8)
     assert not Forms(0, times=table(SHAPE, forward_blocks=1e-6, forward_plain=1.0)).in_blocks(window(), 32, 32)
 
 
 def test_depthwise_layers_have_times_of_their_own() -> None:
     shape = Shape(3, 1, 1, 96, 256, depthwise=True)
-    forms = Forms(16, times=table(shape, depthwise_blocks=3.0, depthwise_plain=1.0))
+    forms = Forms(16, 32, times=table(shape, depthwise_blocks=3.0, depthwise_plain=1.0))
 
     assert not forms.in_blocks(window(), 1, 96, depthwise=True)
     assert forms.in_blocks(window(), 1, 96)
@@ -89,14 +89,14 @@ def test_depthwise_layers_have_times_of_their_own() -> None:
 
 @given(st.dictionaries(st.sampled_from(NAMES), st.floats(1e-6, 1.0)), st.sampled_from([0, 16]))
 def test_any_table_gives_a_form_that_there_is(seconds: dict[str, float], block: int) -> None:
-    forms = Forms(block, times=FormTimes(((SHAPE, tuple(seconds.items())),)))
+    forms = Forms(block, 32 if block else 0, times=FormTimes(((SHAPE, tuple(seconds.items())),)))
 
     for side, stride, inputs, outputs in itertools.product((4, 16, 64), (1, 2), (3, 32), (16, 32)):
         w = window(side, stride=stride)
         assert forms.kernel_gradient(w, inputs, outputs) in ("taps", "products", "columns", "convolution", "blocked")
         assert block or forms.kernel_gradient(w, inputs, outputs) != "blocked"
         assert stride == 1 or forms.dense(w, inputs, outputs).input_gradient == "transposed"
-    assert hash(forms) == hash(Forms(block, times=FormTimes(((SHAPE, tuple(seconds.items())),))))
+    assert hash(forms) == hash(Forms(block, 32 if block else 0, times=FormTimes(((SHAPE, tuple(seconds.items())),))))
 
 
 @pytest.mark.parametrize("block", sorted({0, block_size()}))
@@ -112,7 +112,7 @@ def test_whatever_a_table_says_the_step_is_the_same(seed: int, block: int) -> No
     y = random.integers(0, 10, 5)
 
     results, operators = [], []
-    for forms in (Forms(), Forms(block, times=FormTimes(rows))):
+    for forms in (Forms(), Forms(block, 5 if block else 0, times=FormTimes(rows))):
         graph = training_graph(model, Features(), widths=widths, forms=forms)
         session = Session(graph.to_bytes(), training=True)
         more = first_step(Recipe(lr=0.1), tensors, session.inputs, 5, 10)

@@ -97,7 +97,7 @@ def test_a_graph_for_one_board_takes_and_gives_what_the_standard_graph_does(
     recipe = fitting(model, name)
     widths = widths_at(model.architecture, 0.4)
     one = training_graph(model, recipe.features)
-    other = training_graph(model, recipe.features, widths=widths, forms=Forms(block))
+    other = training_graph(model, recipe.features, widths=widths, forms=Forms(block, 8 if block else 0))
     assert {(p.name, p.dtype) for p in other.inputs} == {(p.name, p.dtype) for p in one.inputs}
     assert {(p.name, p.dtype) for p in other.outputs} == {(p.name, p.dtype) for p in one.outputs}
     assert other.metadata.get(step.BLOCK) == (str(block) if block else None)
@@ -117,11 +117,10 @@ def test_a_round_in_blocks_ends_where_the_standard_graph_ends(model: Model, name
         active = {t.name: rng.random(tensors[t.name].shape) < 0.6 for t in architecture.trainable}
         mask = ElementMask(active)
         tensors = mask.unpack(mask.pack(tensors))
-    graphs = (
-        training_graph(model, recipe.features),
-        training_graph(model, recipe.features, widths=widths, forms=Forms(HERE, full=1)),
-    )
-    plain, blocked = (Trainer(graph.to_bytes()) for graph in graphs)
+    raw = training_graph(model, recipe.features).to_bytes()
+    forms = Forms(HERE, recipe.micro_batch, full=1)
+    whole = training_graph(model, recipe.features, widths=widths, forms=forms).to_bytes()
+    plain, blocked = Trainer(raw), Trainer(raw, blocked=whole)
 
     wanted, got = (trained(t, tensors, recipe, mask) for t in (plain, blocked))
 

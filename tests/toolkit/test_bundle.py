@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedprune import tensorfile
 from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
-from fedprune.bundle import FILES, MANIFEST, TRAINING, WEIGHTS, blocked_file, manifest, open_bundle
+from fedprune.bundle import FILES, MANIFEST, WEIGHTS, blocked_file, manifest, open_bundle
 from fedprune.engine_plan import EnginePlan
 from fedprune.errors import BundleError, ExitCode
 from fedprune.recipe import Recipe
@@ -65,10 +65,11 @@ def with_blocks(folder: Path, *blocks: int) -> Path:
 
 
 def test_a_board_s_step_is_the_one_for_its_blocks(tmp_path: Path) -> None:
-    assert open_bundle(write(tmp_path / "plain")).training(16) == TRAINING
+    assert open_bundle(write(tmp_path / "plain")).blocked(16) is None
     bundle = open_bundle(with_blocks(tmp_path / "b", 8, 16))
     assert bundle.blocks == (8, 16)
-    assert [bundle.training(b) for b in (0, 4, 8, 16)] == [TRAINING, TRAINING, blocked_file(8), blocked_file(16)]
+    found = [None, None, bundle.path(blocked_file(8)), bundle.path(blocked_file(16))]
+    assert [bundle.blocked(b) for b in (0, 4, 8, 16)] == found
 
 
 def test_a_damaged_step_in_blocks_is_named(tmp_path: Path) -> None:

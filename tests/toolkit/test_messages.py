@@ -165,7 +165,7 @@ def test_of_graphs_in_blocks_the_one_that_is_left_is_pulled() -> None:
     plain = Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, {})
     blocked = replace(plain, blocked={"16": other})
     assert parse(blocked.to_bytes()) == blocked
-    assert (plain.step, blocked.step) == (REF, other)
+    assert (plain.graphs, blocked.graphs) == ((REF, REF), (REF, REF, other))
     assert other in blocked.blobs()
     with pytest.raises(ProtocolError, match="blocked"):
         parse(altered(plain, blocked={str(i): REF.to_dict() for i in range(9)}))

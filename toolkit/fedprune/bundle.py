@@ -76,13 +76,13 @@ class Bundle:
     precisions: tuple[str, ...] = ()
     blocks: tuple[int, ...] = ()
 
-    def training(self, block: int) -> str:
-        """The file of the training step for a board.
+    def blocked(self, block: int) -> Path | None:
+        """The training step for whole batches on a board, None if the bundle has none for it.
 
         Args:
             block: Channels that it computes at once (`fedprune.blocks.block_size`); 0 for none.
         """
-        return blocked_file(block) if block in self.blocks else TRAINING
+        return self.path(blocked_file(block)) if block in self.blocks else None
 
     def path(self, name: str) -> Path:
         """Where one of its files lies."""

@@ -32,7 +32,7 @@ def kernel_gradient(to: Formulator, node: Node) -> bool:
     layouts, g, out = to.layouts, to.graph, node.outputs[0]
     form = to.forms.kernel_gradient(w, layouts.sizes(x)[0], layouts.sizes(dy)[0])
     owed = layouts.owed(dy)
-    if node.attrs["group"] > 1 and to.forms.in_blocks(layouts.sizes(x)[0]):
+    if node.attrs["group"] > 1 and to.forms.in_blocks(w, 1, layouts.sizes(x)[0], depthwise=True):
         result = _of_depthwise(to, w, x, dy)
     elif node.attrs["group"] > 1:
         deep = Depthwise(g, w, layouts.plain(kernel))

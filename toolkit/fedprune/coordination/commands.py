@@ -109,11 +109,13 @@ class Extract:
         basis: What it is cut from.
         part: Whose it is.
         block: Channels that the device computes at once, for a training graph of its own; 0 for the one of all.
+        forms: What forms of layers took there (`fedprune.form_times`), as plain JSON types; None if that isn't known.
     """
 
     basis: Basis
     part: Part
     block: int = 0
+    forms: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

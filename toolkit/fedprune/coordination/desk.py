@@ -243,7 +243,8 @@ class Desk(ABC):
         return do.Basis(state.round, state.model, state.ranking or "", state.order, dict(state.memory))
 
     def _extract(self, name: str, task: Task) -> do.Extract:
-        return do.Extract(self._basis_of(task), part_of(name, task), self.state.devices[name].block)
+        device = self.state.devices[name]
+        return do.Extract(self._basis_of(task), part_of(name, task), device.block, device.forms)
 
     def _basis_of(self, task: Task) -> do.Basis:
         return self._basis() if task.basis is None else do.Basis.from_dict(task.basis)

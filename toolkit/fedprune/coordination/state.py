@@ -84,6 +84,12 @@ class Device:
         """Channels that it computes at once in training graphs made for it; 0 for none, or where it didn't say."""
         return int((self.probe or {}).get("block", 0))
 
+    @property
+    def forms(self) -> dict[str, Any] | None:
+        """What forms of layers took there, as `fedprune.form_times` has it; None where it didn't say."""
+        found: dict[str, Any] | None = (self.probe or {}).get("forms")
+        return found
+
 
 @dataclass
 class Task:

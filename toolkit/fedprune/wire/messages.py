@@ -265,14 +265,15 @@ class Offer(CheckedMessage):
     }
 
     @property
-    def step(self) -> BlobRef:
-        """The training graph that is used: a device leaves in `blocked` what it can use, at most one."""
-        return next(iter(self.blocked.values())) if self.blocked else self.training
+    def graphs(self) -> tuple[BlobRef, ...]:
+        """The graphs that are used: a device leaves in `blocked` what it can use, at most one."""
+        more = (*(self.blocked or {}).values(), *(self.lowered or {}).values())
+        return (self.training, self.inference, *more)
 
     def blobs(self) -> tuple[BlobRef, ...]:
         """What must be pulled for it, graphs first."""
         mask = () if self.mask is None else (self.mask,)
-        return (self.step, self.inference, *(self.lowered or {}).values(), self.weights, *mask)
+        return (*self.graphs, self.weights, *mask)
 
 
 @dataclass(frozen=True)
