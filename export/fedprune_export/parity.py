@@ -61,7 +61,7 @@ def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> fl
 
 
 def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes], name: str = TRAINING) -> None:
-    """Take a training step of a bundle with two random samples: whether it runs is seen at the bundle's own widths.
+    """Take a training step of a bundle with random samples: whether it runs is seen at the bundle's own widths.
 
     Args:
         model: The whole model.
@@ -74,7 +74,9 @@ def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes], name: str
     """
     session = Session(files[name], training=True)
     tensors, outputs = tensorfile.decode(files[WEIGHTS]), model.architecture.classes
-    x, y = sample_feeds(model.graph, _STEP_SAMPLES)[X], random_labels(recipe, _STEP_SAMPLES, outputs)
+    batch = session.inputs[X][1][0]
+    samples = batch if isinstance(batch, int) else _STEP_SAMPLES
+    x, y = sample_feeds(model.graph, samples)[X], random_labels(recipe, samples, outputs)
     out = session.run(step_feeds(session.inputs, recipe, tensors, x, y, outputs))
     for tensor, value in tensors.items():
         after = out.get(following(tensor), value)
