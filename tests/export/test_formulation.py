@@ -205,6 +205,33 @@ def test_kernel_gradients_of_large_maps_are_torchs(
     assert np.linalg.norm(got - exact) <= 2e-6 * np.linalg.norm(exact)
 
 
+@pytest.mark.skipif(not HERE, reason="onnxruntime has no blocks of channels on this processor")
+@pytest.mark.parametrize(("kernel", "sizes"), [((2, 2), (4, 6)), ((3, 2), (6, 4)), ((2, 2), (2, 2))])
+def test_of_equal_maxima_the_first_has_the_gradient(kernel: tuple[int, int], sizes: tuple[int, int]) -> None:
+    out = tuple(s // k for s, k in zip(sizes, kernel, strict=True))
+    window = Window(sizes, kernel, kernel, (1, 1), ((0, 0), (0, 0)), out)
+    channels, batch = 2 * HERE, 3
+    shapes = {"x": ("N", channels, *sizes), "dy": ("N", channels, *out), "k": (channels, channels, 1, 1)}
+    graph = Graph([Port(n, np.dtype(np.float32), s) for n, s in shapes.items()])
+    attrs = {"kernel_shape": [1, 1], "strides": [1, 1], "dilations": [1, 1], "pads": [0] * 4, "group": 1}
+    value = graph.emit("Conv", "x", "k", attrs=attrs)  # puts it into blocks
+    pooled = graph.emit("MaxPool", value, attrs={"kernel_shape": list(kernel), "strides": list(kernel)})
+    graph.emit("PoolGradient", "dy", value, pooled, attrs={"window": window}, domain=intents.DOMAIN, out="dx")
+    graph.outputs = [Port("dx", np.dtype(np.float32), shapes["x"])]
+    known = {**shapes, value: shapes["x"], pooled: shapes["dy"], "dx": shapes["x"]}
+    written = formulated(graph, known, Forms(HERE, batch))
+    assert "Upsample" in {n.op for n in written.nodes}
+    rng = np.random.default_rng(0)
+    x = rng.integers(-1, 2, (batch, channels, *sizes)).astype(np.float32)
+    dy = rng.standard_normal((batch, channels, *out)).astype(np.float32)
+    kernels = np.eye(channels, dtype=np.float32)[:, :, None, None]
+    got = Session(written.to_bytes(), training=True).run({"x": x, "dy": dy, "k": kernels})["dx"]
+    given = torch.tensor(x, requires_grad=True)
+    nn.functional.max_pool2d(given, kernel).backward(torch.tensor(dy))
+    assert given.grad is not None
+    np.testing.assert_array_equal(got, given.grad.numpy())
+
+
 def test_a_graph_for_other_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = import_onnx(export_torch(lenet()), "net")
     raw = training_graph(model, Features(), widths=model.architecture.sizes, forms=Forms(8, 4)).to_bytes()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from fedprune_export.formulation.formulator import Formulator, rule
 from fedprune_export.formulation.layouts import BLOCKED
+from fedprune_export.gradients.elementwise import STEEP
 from fedprune_export.gradients.intents import POOL_GRADIENT
 from fedprune_export.gradients.pooling import tiled_gradient
+from fedprune_export.gradients.windows import Window
 from fedprune_export.graph import Node
 
 
@@ -23,10 +29,37 @@ def max_pool(to: Formulator, node: Node) -> bool:
 @rule(POOL_GRADIENT)
 def pool_gradient(to: Formulator, node: Node) -> bool:
     """The gradient of a maximum goes to its first place."""
-    dy, x, y = (to.layouts.plain(n) for n in node.inputs)
-    to.layouts.shapes[node.outputs[0]] = to.layouts.shapes[node.inputs[1]]
-    to.name(tiled_gradient(to.graph, node.attrs["window"], x, y, dy), node.outputs[0])
+    layouts, out, w = to.layouts, node.outputs[0], node.attrs["window"]
+    layouts.shapes[out] = layouts.shapes[node.inputs[1]]
+    if layouts.in_blocks(node.inputs[1]):
+        layouts.put(out, _in_blocks(to, w, *map(layouts.blocked, node.inputs)))
+    else:
+        dy, x, y = map(layouts.plain, node.inputs)
+        to.name(tiled_gradient(to.graph, w, x, y, dy), out)
     return True
+
+
+def _in_blocks(to: Formulator, w: Window, dy: str, x: str, y: str) -> str:
+    """`tiled_gradient` with masks of numbers instead of truth values: operators on these share out among threads.
+
+    Steep lines are the comparisons: 1 where nothing is missing to the maximum, 0 where anything is.
+    """
+    g, b = to.graph, to.layouts.block
+    marks = np.tile(np.arange(math.prod(w.kernel), 0, -1, dtype=np.float32).reshape(w.kernel), w.output)
+    each = g.constant(np.repeat(marks.reshape(-1), b), np.float32)  # the same for all channels of a block
+
+    def up(value: str) -> str:
+        attrs = {"scales": [1, 1, *w.kernel], "mode": "nearest"}
+        return g.emit("Upsample", value, attrs=attrs, domain=BLOCKED)
+
+    def reached(value: str, best: str) -> str:
+        return g.emit("HardSigmoid", g.emit("Sub", value, up(best)), attrs={"alpha": STEEP, "beta": 1.0})
+
+    rows = g.emit("Reshape", reached(x, y), g.ints(-1, marks.size * b))
+    shape = g.ints(to.layouts.batch, -1, *w.sizes)
+    mark = g.emit("Reshape", g.emit("Mul", rows, each), shape)
+    best = g.emit("MaxPool", mark, attrs={"kernel_shape": list(w.kernel), "strides": list(w.strides)}, domain=BLOCKED)
+    return g.emit("Mul", reached(mark, best), up(dy))
 
 
 @rule("ReduceSum")

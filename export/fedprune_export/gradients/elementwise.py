@@ -99,7 +99,8 @@ _smooth(
 _smooth("Softsign", "Dx = dy / (1 + |x|)².", lambda g, n, x, y: _inverse(g, _squared(g, _more(g, g.emit("Abs", x)))))
 
 
-_STEEP = 2.0**126
+STEEP = 2.0**126
+"""The slope of a line that is a step from 0 to 1 for all but the least numbers."""
 
 
 @rule("Identity", "Dropout")
@@ -146,7 +147,7 @@ def rectified(g: Graph, dy: str, y: str) -> str:
 
     The mask is a line so steep that it is 1 from the least normal number on.
     """
-    return g.emit("Mul", dy, g.emit("HardSigmoid", y, attrs={"alpha": _STEEP, "beta": 0.0}))
+    return g.emit("Mul", dy, g.emit("HardSigmoid", y, attrs={"alpha": STEEP, "beta": 0.0}))
 
 
 def between(g: Graph, dy: str, y: str, low: str, high: str) -> str:
