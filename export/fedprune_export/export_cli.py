@@ -34,6 +34,7 @@ from fedprune_export.options import (
     add_probe_option,
     add_profiles_option,
     add_recipe_options,
+    amount,
     blocks,
     density,
     labels_of,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:  # heavy imports wait until the command line is known to make 
     from fedprune_export.labelled_data import LabelledData
     from fedprune_export.precision import Trial
     from fedprune_export.report import Accuracy, Report
+    from fedprune_export.training_memory import Fitted
 
 _SCORERS = ("ordered", "magnitude")
 """Those that look at a model alone; curvature needs what a fleet has learnt."""
@@ -80,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bytes-per-round", type=whole_number, metavar="N", help="what a round may carry, down plus up"
     )
     parser.add_argument("--deadline", type=seconds, metavar="SECONDS", help="what a round may take")
+    parser.add_argument(
+        "--memory-limit",
+        type=amount,
+        metavar="BYTES",
+        help="what the training process may take, such as 200MB: activations are computed again as far as it needs",
+    )
     parser.add_argument("--opset", type=whole_number, metavar="N", help="opset of the inference graph (default: 17)")
     parser.add_argument("--class-names", type=names, default=(), metavar="A,B,C", help="names of the classes")
     parser.add_argument(
@@ -119,6 +127,8 @@ def export(arguments: argparse.Namespace) -> int:
             terminal.print_json(body if explanation is None else {**body, "explanation": explanation.to_dict()})
         else:
             _print_replaced(job)
+            if job.memory is not None:
+                print(job.memory.describe())
             _print_report(report, arguments.out)
             if explanation is not None:
                 show(explanation)
@@ -229,9 +239,12 @@ class _Job:
         if arguments.block and not any(p.arch == "x86_64" for p in self.profiles):
             got = ", ".join(sorted({p.arch for p in self.profiles}))
             raise UsageError("--block is for x86 boards", expected="a target of x86_64", got=got)
+        if arguments.block and arguments.memory_limit is not None:
+            raise UsageError("--memory-limit is for training.onnx", expected="no --block beside it")
         if arguments.explain and len(self.profiles) > 1:
             raise UsageError("--explain is of one board", expected="one --target", got=len(self.profiles))
         self.begun = False
+        self.memory: Fitted | None = None
         self.replaced: list[Path] = []
         self._check_folders()
 
@@ -312,7 +325,12 @@ class _Job:
         selection = Selection.of(model.architecture, chosen.widths, self.order)
         tell("cutting")
         blocks = self._blocks(profile)
-        files = bundle_files(model, selection, recipe, training=self.training, opset=arguments.opset, blocks=blocks)
+        training, self.memory = self.training, None
+        if arguments.memory_limit is not None:
+            tell("fitting the training step")
+            self.memory = self._within(chosen.widths, arguments.memory_limit)
+            training = self.memory.graph.to_bytes()
+        files = bundle_files(model, selection, recipe, training=training, opset=arguments.opset, blocks=blocks)
         tell("checking the cut")
         error = parity(model, selection, files)
         tell("trying a training step")
@@ -348,11 +366,20 @@ class _Job:
 
     def _blocks(self, profile: HardwareProfile) -> tuple[int, ...]:
         """For which blocks a target gets a training step: what the command line or its probe says, and no Arm board."""
-        if profile.arch != "x86_64" or self.recipe.ordered_dropout:
+        if profile.arch != "x86_64" or self.recipe.ordered_dropout or self.arguments.memory_limit is not None:
             return ()
         if self.arguments.block is not None:
             return tuple(self.arguments.block)
         return (self.probe.block,) if self.probe is not None and self.probe.block else ()
+
+    def _within(self, widths: tuple[int, ...], limit: int) -> Fitted:
+        """The training step within a limit of memory at a board's widths."""
+        from fedprune_export.training import training_graph
+        from fedprune_export.training_memory import fitted
+
+        graph = training_graph(self.model, self.recipe.features)
+        batch = min(self.recipe.micro_batch, self.arguments.samples)
+        return fitted(graph, self.model.architecture, widths, batch, limit)
 
     def _trials(
         self, widths: tuple[int, ...], files: dict[str, bytes], tell: Callable[[str], None]

@@ -226,6 +226,8 @@ def _opened(model: Path | bytes, threads: int, training: bool, *providers: Any, 
         options.enable_profiling, options.profile_file_prefix = True, profile
     if training:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        # A planned reuse holds a buffer from its first value's end to its next value's beginning, half a step later.
+        options.enable_mem_reuse = False
     try:
         return ort.InferenceSession(
             str(model) if isinstance(model, Path) else model,
