@@ -39,7 +39,9 @@ def our_step(graph: Path, tensors: dict[str, Any], x: Any, y: Any) -> Any:
 
     def run() -> float:
         out = session.run(feeds)
-        feeds.update((n, np.array(out.pop(step.following(n)))) for n in list(feeds) if step.following(n) in out)
+        for name in feeds:
+            if step.following(name) in out:
+                np.copyto(feeds[name], out[step.following(name)])
         return float(out[step.LOSS])
 
     return run
@@ -101,7 +103,11 @@ def measure(name: str, folder: Path) -> list[dict[str, Any]]:
         widths = widths_at(arch, density)
         tensors = Selection.of(arch, widths).gather(model.tensors)
         np.savez(folder / f"{name}-{density}.npz", **tensors)  # type: ignore[arg-type]
-        row: dict[str, Any] = {"net": name, "density": density, "torch_mb": peak("torch", name, folder, density)}
+        row: dict[str, Any] = {
+            "net": name,
+            "density": density,
+            "torch_mb": 1.024 * peak("torch", name, folder, density),
+        }
         for kind in KINDS:
             forms = {"widths": widths, "forms": Forms(block)} if kind == "blocks" else {}
             graph = training_graph(model, Features(), **forms)  # type: ignore[arg-type]

@@ -260,10 +260,7 @@ class StepGraph:
             out = self._run({**feeds, **labels, step.X: part.x}, [*self._results, *map(step.following, names), *extra])
             loss += float(out[step.LOSS])
             hits += int(out[step.HITS]) if step.HITS in out else 0
-            asked = [out[n] for n in extra]
-            # onnxruntime's outputs lie among the activations in its arena: if they stayed, the next step's would have to
-            # fit round them, and the arena would grow.
-            moved = {n: np.array(out.pop(step.following(n))) for n in names}
+            moved, asked = {n: out[step.following(n)] for n in names}, [out[n] for n in extra]
             feeds |= moved
         return Moved(loss, hits, moved, asked)
 

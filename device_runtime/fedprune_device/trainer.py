@@ -166,12 +166,10 @@ class Trainer:
         data.check(classes, self.input_shape, loss=recipe.loss, token_ids=self.token_ids)
         y = targets(data.y_train, recipe.loss, classes)
         constant = self._graph.constants(tensors, y, recipe, classes, mask)
-        state: dict[str, Array] = {n: np.asarray(v, order="C") for n, v in tensors.items()}
+        state: dict[str, Array] = {n: np.array(v, order="C") for n, v in tensors.items()}  # steps write into it
         for name in (*self._graph.states, *self._graph.squares):
             state[name] = np.zeros_like(state[name.partition("::")[0]])
         plans = self._plans(tensors, recipe, widths)
-        if len(plans) > 1:
-            state = {n: v.copy() for n, v in state.items()}  # narrower steps write into it
         batches = Batches(data.samples, recipe, normalised=self.normalised)
         waits = recipe.patience > 0 and self._can_validate(data)
         patience = Patience(recipe.patience, keep=recipe.best_epoch) if waits else None
@@ -198,11 +196,15 @@ class Trainer:
             if not math.isfinite(loss):
                 raise TrainingError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
             if plan == plans[0] or self.axes is None:
-                state.update(moved)
+                # onnxruntime's outputs lie among the activations in its arena: if they stayed, those of the next step
+                # would have to fit round them, and the arena would grow.
+                for name, value in moved.items():
+                    np.copyto(state[name], value)
             else:
                 # Statistics of narrower layers are those of other sums: only steps at the own width measure them.
                 moved = {n: v for n, v in moved.items() if n not in self._graph.statistics}
                 self.axes.write_back(state, moved, plans[0], plan)
+            del moved
             losses.append(loss)
             if (number - 1) % batches.per_epoch == 0:
                 hits = seen = 0
@@ -214,7 +216,7 @@ class Trainer:
             if progress is not None:
                 progress(number, batches.steps)
             if patience is not None and ends:
-                reached = {n: state[n].copy() if len(plans) > 1 else state[n] for n in tensors}
+                reached = {n: state[n].copy() for n in tensors}
                 judged = self._validation_loss({**constant, **reached}, data, recipe, classes)
                 if judged is not None and patience.over(judged, reached, number, squares):
                     break

@@ -12,8 +12,35 @@ SAME = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators whose output is their first input, seen otherwise: nothing is copied."""
 
 _IN_PLACE = frozenset(
-    "Abs Add Cast Ceil Clip Div Elu Erf Exp Floor HardSigmoid HardSwish LeakyRelu Log Mul Neg Not Pow Reciprocal Relu "
-    "Sigmoid Softplus Softsign Sqrt Sub Sum Tanh".split()
+    {
+        "Abs",
+        "Add",
+        "Cast",
+        "Ceil",
+        "Clip",
+        "Div",
+        "Elu",
+        "Erf",
+        "Exp",
+        "Floor",
+        "HardSigmoid",
+        "HardSwish",
+        "LeakyRelu",
+        "Log",
+        "Mul",
+        "Neg",
+        "Not",
+        "Pow",
+        "Reciprocal",
+        "Relu",
+        "Sigmoid",
+        "Softplus",
+        "Softsign",
+        "Sqrt",
+        "Sub",
+        "Sum",
+        "Tanh",
+    }
 )
 """Operators that write over an input of the output's size that nothing else reads."""
 

@@ -170,7 +170,7 @@ class _Search:
             return True
         if node.op in _NEVER or len(drop.copies) > _DEEPEST or any(o in self.kept for o in node.outputs[:1]):
             return False
-        if not all([self._second(i, drop, top) for i in reads(node)]):
+        if not all(self._second(i, drop, top) for i in reads(node)):
             return False
         outputs = [self.graph.fresh(node.op) if o else "" for o in node.outputs]
         copy = Node(node.op, [drop.names.get(i, i) for i in node.inputs], outputs, dict(node.attrs), "", node.domain)

@@ -71,7 +71,9 @@ class Fitted:
         line = f"memory of a training step: {_mb(self.memory.peak)}"
         if not self.values:
             return line
-        return f"{line} instead of {_mb(self.before.peak)}: {self.values} values computed again, {self.work:.0%} more work"
+        return (
+            f"{line} instead of {_mb(self.before.peak)}: {self.values} values computed again, {self.work:.0%} more work"
+        )
 
 
 def training_memory(graph: Graph, sizes: ValueSizes) -> TrainingMemory:
@@ -110,9 +112,8 @@ def fitted(
             return best
         fixed = best.memory.process + best.memory.inputs
         found = recomputed(graph, sizes, max(0, int((wanted - fixed) / (1 + GAPS_AGAIN))))
-        again = Fitted(
-            found.graph, taken(found.graph, sizes, found.live_bytes, GAPS_AGAIN), before, found.values, round(found.work, 4)
-        )
+        after = taken(found.graph, sizes, found.live_bytes, GAPS_AGAIN)
+        again = Fitted(found.graph, after, before, found.values, found.work)
         if again.memory.peak <= limit:
             return again
         wanted -= max(again.memory.peak - limit, limit // 100)
@@ -121,7 +122,7 @@ def fitted(
         f"a training step of {architecture.name} doesn't fit its memory limit, whatever is computed again",
         expected=f"at most {_mb(limit)}",
         got=f"{_mb(best.memory.peak)} at batch {batch} ({_mb(before.peak)} with nothing computed again)",
-        hint="Use a smaller batch, --set accumulate=2 or more (a batch in parts), a lower --density, or a higher limit.",
+        hint="Use a smaller batch, --set accumulate=2 (a batch in parts), a lower --density or a higher limit.",
     )
 
 

@@ -30,7 +30,9 @@ class ValueSizes:
     bytes: Mapping[str, int]
 
 
-def value_sizes(graph: Graph, architecture: Architecture, widths: tuple[int, ...], batch: int, block: int) -> ValueSizes:
+def value_sizes(
+    graph: Graph, architecture: Architecture, widths: tuple[int, ...], batch: int, block: int
+) -> ValueSizes:
     """The sizes of all values of a training graph.
 
     Args:

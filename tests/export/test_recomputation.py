@@ -148,7 +148,7 @@ def test_a_limit_is_kept_or_refused(models: dict[str, Model]) -> None:
     assert found.values
     assert "computed again" in found.describe()
     assert fitted(graph, model.architecture, widths, batch, before.peak).graph is graph
-    with pytest.raises(PlanError, match="doesn't fit its memory limit.*at most 60.0 MB") as refused:
+    with pytest.raises(PlanError, match=r"doesn't fit its memory limit.*at most 60\.0 MB") as refused:
         fitted(graph, model.architecture, widths, batch, 60_000_000)
     assert "accumulate" in str(refused.value)
 
