@@ -33,7 +33,7 @@ def our_step(graph: Path, tensors: dict[str, Any], x: Any, y: Any) -> Any:
     """A step as a board takes it: next weights and state don't stay in onnxruntime's arena."""
     session = Session(graph, threads=1, training=True)
     scalars = {step.LR: 0.01, step.MOMENTUM: 0.9, step.WEIGHT_DECAY: 1e-4}
-    feeds: dict[str, Any] = {**tensors, step.X: x, step.Y: y}
+    feeds: dict[str, Any] = {n: np.array(v) for n, v in tensors.items()} | {step.X: x, step.Y: y}
     feeds |= {n: np.array(v, np.float32) for n, v in scalars.items()}
     feeds |= {n: np.zeros_like(tensors[n.split("::")[0]]) for n in session.inputs if "::" in n}
 
@@ -51,6 +51,7 @@ def measure_peak(graph: Path, folder: Path, name: str, density: float) -> None:
     with np.load(folder / f"{name}-{density}.npz") as held:
         tensors = {n: held[n] for n in held.files}
     run = our_step(graph, tensors, *batch(tuple(json.loads((folder / f"{name}.json").read_text()))))
+    del tensors
     for _ in range(5):
         run()
     if "torch" in sys.modules:

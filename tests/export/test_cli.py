@@ -341,3 +341,28 @@ def test_an_input_shape_that_a_module_does_not_take_is_named(
 ) -> None:
     assert export("nets:lenet", tmp_path / "b", "--input-shape", "3,28,28") == ExitCode.MODEL
     assert "torch can't export it for input [n, 3, 28, 28] (" in one_line(capsys)
+
+
+def test_a_memory_limit_is_kept_or_refused(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = ("--density", "1", "--set", "batch_size=1000")
+    assert export(lenet_file, tmp_path / "free", *large, "--memory-limit", "2GB") == ExitCode.OK
+    said = capsys.readouterr().out
+    assert "memory of a training step: " in said
+    assert "computed again" not in said
+    free = float(said.partition("memory of a training step: ")[2].split()[0])
+    limit = f"{0.95 * free:.1f}MB"
+    assert export(lenet_file, tmp_path / "tight", *large, "--memory-limit", limit) == ExitCode.OK
+    assert "computed again" in capsys.readouterr().out
+    assert (tmp_path / "tight" / "training.onnx").read_bytes() != (tmp_path / "free" / "training.onnx").read_bytes()
+    assert export(lenet_file, tmp_path / "none", "--memory-limit", "10MB") == ExitCode.PLAN
+    assert "doesn't fit its memory limit" in one_line(capsys)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("text", ["", "MB", "0", "-1MB", "1TB", "1e9", "200 pounds", "²MB"])
+def test_a_memory_limit_is_an_amount(lenet_file: Path, tmp_path: Path, text: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        export(lenet_file, tmp_path / "b", f"--memory-limit={text}")
+    assert ended.value.code == ExitCode.USAGE
