@@ -86,9 +86,9 @@ def measure(name: str, folder: Path) -> list[dict[str, Any]]:
     from step_nets import network
 
     from fedprune.architecture import widths_at
+    from fedprune.blocks import block_size
     from fedprune.recipe import Features
     from fedprune.selection import Selection
-    from fedprune_device.blocks import block_size
     from fedprune_export.formulation import Forms
     from fedprune_export.importing import export_torch, import_onnx
     from fedprune_export.recomputation import recomputed
@@ -110,7 +110,7 @@ def measure(name: str, folder: Path) -> list[dict[str, Any]]:
             "torch_mb": 1.024 * peak("torch", name, folder, density),
         }
         for kind in KINDS:
-            forms = {"widths": widths, "forms": Forms(block)} if kind == "blocks" else {}
+            forms = {"widths": widths, "forms": Forms(block, BATCH)} if kind == "blocks" else {}
             graph = training_graph(model, Features(), **forms)  # type: ignore[arg-type]
             sizes = value_sizes(graph, arch, widths, BATCH, max(1, block))
             start = time.perf_counter()

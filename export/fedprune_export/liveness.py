@@ -49,9 +49,8 @@ _ADDS = 3
 
 
 def reads(node: Node) -> list[str]:
-    """Names of the values that a node reads, those of its branches included."""
-    names = [i for i in node.inputs if i]
-    return names + sorted(node.read_inside()) if node.op == "If" else names
+    """Names of the values that a node reads."""
+    return [i for i in node.inputs if i]
 
 
 def execution_order(graph: Graph) -> list[Node]:

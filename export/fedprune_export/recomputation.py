@@ -121,7 +121,7 @@ class _Search:
             found = [d for d in map(self._drop, self._waiting(top), [top] * len(self.nodes)) if d is not None]
             found = [d for d in found if self.added + d.work <= most_work * self.whole]
             found.sort(key=lambda d: d.work / (self.bytes[d.value] - d.lengthened))
-            if not any(self._apply(d, top) for d in found):
+            if not any(map(self._apply, found)):
                 return
 
     # -- what may be dropped ------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class _Search:
         drop.work += self._work(node)
         return True
 
-    def _apply(self, drop: _Drop, top: int) -> bool:
+    def _apply(self, drop: _Drop) -> bool:
         """Drop a value if that lowers the memory; says whether it did."""
         copies = {id(c) for c in drop.copies}
         fresh = {n: o for o, n in drop.names.items() if n not in self.made}
@@ -194,10 +194,10 @@ class _Search:
             else n
             for n in self.nodes[drop.at :]
         ]
-        inside = any(drop.value in n.read_inside() for n in self.nodes[drop.at :] if n.op == "If")
         nodes = [*self.nodes[: drop.at], *drop.copies, *later]
         live = live_bytes(nodes, self.bytes, self.kept)
-        if inside or max(live) > self.peak or live[top] >= self.live[top]:
+        # The peak falls, or is reached less often: one of them must get smaller, or the search wouldn't end.
+        if (max(live), live.count(self.peak)) >= (self.peak, self.live.count(self.peak)):
             self._refused.add((drop.value, self.nodes[drop.at].outputs[0]))
             return False
         swapped = dict(zip(map(id, self.nodes[drop.at :]), map(id, later), strict=True))

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 
 from fedprune.costs import layer_macs
 from fedprune_export.channels.cost_table import READS_INPUT, READS_OUTPUT
@@ -101,7 +100,7 @@ def pieces(model: Model, graph: Graph, widths: Sequence[int], batch: int) -> lis
             found.setdefault((node.purpose.layer, layers.part(node.purpose.layer, node.purpose.part)), []).append(node)
     out = []
     for (layer, part), nodes in found.items():
-        names, operators = tuple(_names(nodes)), list(_operators(nodes))
+        names, operators = tuple(n.name for n in nodes), [_operator(n.domain, n.op) for n in nodes]
         if not layer:
             moved = layers.update_bytes(graph) if part == UPDATE else layers.logit_bytes
             out.append(Piece("", "", part, "", 0, moved, names))
@@ -223,26 +222,6 @@ class _Layers:
 
     def _total(self, names: Iterable[str]) -> int:
         return int(np.sum([self._sizes.get(n, 0) for n in names], dtype=np.int64))
-
-
-def _names(nodes: Iterable[Node]) -> Iterator[str]:
-    """Names of nodes; of one with sub-graphs, those of the sub-graphs' nodes instead."""
-    for node in nodes:
-        bodies = _bodies(node)
-        yield from (n.name for body in bodies for n in body.node) if bodies else (node.name,)
-
-
-def _operators(nodes: Iterable[Node]) -> Iterator[str]:
-    """Their operators; of two branches one is run, and both compute the same."""
-    for node in nodes:
-        for n in _bodies(node)[:1]:
-            yield from (_operator(inner.domain, inner.op_type) for inner in n.node)
-        if not _bodies(node):
-            yield _operator(node.domain, node.op)
-
-
-def _bodies(node: Node) -> list[onnx.GraphProto]:
-    return [v for _, v in sorted(node.attrs.items()) if isinstance(v, onnx.GraphProto)]
 
 
 def _operator(domain: str, op: str) -> str:

@@ -6,10 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from onnx import helper
-
 from fedprune.architecture import Architecture
-from fedprune.errors import ModelError
 from fedprune.step import X
 from fedprune_export.drafts import Dim, Node
 from fedprune_export.formulation.layouts import BLOCKED
@@ -71,9 +68,6 @@ def _size(dim: Dim, batch: int) -> int:
 
 def _follow(graph: Graph, out: Inferred, node: Node, block: int) -> None:
     """Add the shapes of a node's outputs."""
-    if node.op == "If":
-        _follow_branches(graph, out, node, block)
-        return
     if node.domain != BLOCKED:
         follow(graph, out, node, [o for o in node.outputs if o and o not in out.shapes])
         return
@@ -85,25 +79,10 @@ def _follow(graph: Graph, out: Inferred, node: Node, block: int) -> None:
         out.shapes[result] = (first[0], -(-first[1] // block) * block, *first[2:])
     elif node.op == "ReorderOutput":
         out.shapes[result] = (first[0], int(node.attrs["channels"]), *first[2:])
+    elif node.op == "Upsample":
+        out.shapes[result] = tuple(d * int(s) for d, s in zip(first, node.attrs["scales"], strict=True))
     else:  # their other operators have the shapes of ONNX's
         follow(graph, out, Node(node.op, _plain_inputs(node), [result], _plain_attrs(node)), [result])
-
-
-def _follow_branches(graph: Graph, out: Inferred, node: Node, block: int) -> None:
-    """Add what a condition gives; a branch that is for other batches may not fit this one."""
-    for name in ("then_branch", "else_branch"):
-        body = Graph.from_proto(helper.make_model(node.attrs[name]))
-        try:
-            for constant, value in body.initializers.items():
-                hold(out, constant, value)
-            for part in body.nodes:
-                _follow(graph, out, part, block)
-        except ModelError:
-            continue
-        for result, port in zip(node.outputs, body.outputs, strict=True):
-            if port.name in out.shapes:
-                out.shapes[result], out.dtypes[result] = out.shapes[port.name], out.dtypes[port.name]
-        return
 
 
 def _plain_inputs(node: Node) -> list[str]:

@@ -104,8 +104,9 @@ def test_a_step_in_blocks_is_timed_beside_the_other_one(
     for here in {0, block_size()}:  # another one's graph would compute garbage
         monkeypatch.setattr(bench_cli, "block_size", lambda here=here: here)
         capsys.readouterr()
-        given = ("--runs", "1", "--batch", "2", "--json", "--target", "generic-x86-64")
-        assert main(["bench", str(tmp_path / "b"), *given]) == ExitCode.OK
-        rows = json.loads(capsys.readouterr().out)["measured"]
-        blocked = [f"training step, blocks of {here}"] if here else []
-        assert [r["what"] for r in rows] == ["training step", *blocked, "prediction"]
+        for batch in (2, Recipe().micro_batch):  # steps in blocks take whole batches alone
+            given = ("--runs", "1", "--batch", str(batch), "--json", "--target", "generic-x86-64")
+            assert main(["bench", str(tmp_path / "b"), *given]) == ExitCode.OK
+            rows = json.loads(capsys.readouterr().out)["measured"]
+            blocked = [f"training step, blocks of {here}"] if here and batch > 2 else []
+            assert [r["what"] for r in rows] == ["training step", *blocked, "prediction"]

@@ -15,11 +15,11 @@ from torch import nn
 
 from fedprune import step
 from fedprune.architecture import widths_at
+from fedprune.blocks import block_size
 from fedprune.errors import PlanError
 from fedprune.recipe import Features
 from fedprune.selection import Selection, Tensors
 from fedprune.session import Session
-from fedprune_device.blocks import block_size
 from fedprune_export.formulation import Forms
 from fedprune_export.graph import Graph
 from fedprune_export.imported import Model
@@ -68,7 +68,7 @@ def written(model: Model, density: float, block: int | None) -> tuple[Graph, tup
     tensors = Selection.of(model.architecture, widths).gather(model.tensors)
     if block is None:
         return training_graph(model, Features()), widths, tensors
-    return training_graph(model, Features(), widths=widths, forms=Forms(block)), widths, tensors
+    return training_graph(model, Features(), widths=widths, forms=Forms(block, BATCH if block else 0)), widths, tensors
 
 
 def most(graph: Graph, sizes: dict[str, int]) -> int:
@@ -207,7 +207,7 @@ def test_a_real_process_takes_less(models: dict[str, Model], tmp_path: Path) -> 
 def test_every_input_is_used(models: dict[str, Model], optimizer: str, features: dict[str, Any]) -> None:
     chosen = Features(optimizer=optimizer, **features)
     model = models["batch"]
-    for forms in ({}, {"widths": model.architecture.sizes, "forms": Forms(8)}):
+    for forms in ({}, {"widths": model.architecture.sizes, "forms": Forms(8, 4)}):
         graph = training_graph(model, chosen, **forms)  # type: ignore[arg-type]
         read = {i for n in graph.nodes for i in (*n.inputs, *n.read_inside())}
         assert [p.name for p in graph.inputs if p.name not in read] == []

@@ -156,7 +156,7 @@ def test_a_run_that_fails_on_cuda_is_done_on_the_cpu(small: Path, monkeypatch: p
 
 def test_operators_are_timed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    graph = GRAPH.with_name("probe_blocks_16.onnx").read_bytes()
+    graph = (Path(sessions.__file__).parent / "assets" / "blocks_16.onnx").read_bytes()
     feeds = {
         name: np.ones([d if isinstance(d, int) else 2 for d in shape], np.float32)
         for name, (_, shape) in Session(graph, training=True).inputs.items()
