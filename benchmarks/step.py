@@ -29,6 +29,9 @@ THREADS = (1, 2)
 BATCH = 32
 TURNS = 15
 WARM_UP = 3
+REST = 0.05
+"""Seconds before a step: threads of another's step that spin for more work have gone to sleep."""
+
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 
 KINDS = {"blocks": "blocks", "standard": "standard operators, all widths"}
@@ -52,13 +55,15 @@ def batch(shape: tuple[int, ...]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
 def our_step(graph: Path, tensors: Tensors, x: Any, y: Any, threads: int) -> Step:
     session = Session(graph, threads=threads, training=True)
     scalars = {step.LR: LR, step.MOMENTUM: MOMENTUM, step.WEIGHT_DECAY: DECAY}
-    feeds: dict[str, Any] = {**tensors, step.X: x, step.Y: y}
+    feeds: dict[str, Any] = {**{n: v.copy() for n, v in tensors.items()}, step.X: x, step.Y: y}
     feeds |= {n: np.array(v, np.float32) for n, v in scalars.items()}
     feeds |= {n: np.zeros_like(tensors[n.split("::")[0]]) for n in session.inputs if "::" in n}
 
     def run() -> float:
         out = session.run(feeds)
-        feeds.update((n, out[step.following(n)]) for n in feeds if step.following(n) in out)
+        for name in feeds:  # in place, as the board's trainer has it
+            if step.following(name) in out:
+                np.copyto(feeds[name], out[step.following(name)])
         return float(out[step.LOSS])
 
     return run
@@ -95,6 +100,7 @@ def compare(steps: dict[str, Step]) -> dict[str, dict[str, float]]:
     for _ in range(WARM_UP + TURNS):
         turn = []
         for run in steps.values():
+            time.sleep(REST)
             wall, cpu = time.perf_counter(), time.process_time()
             run()
             turn.append((1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)))
@@ -255,9 +261,9 @@ def page(about: dict[str, Any], rows: list[dict[str, Any]], sizes: dict[str, dic
 Python {about["python"]}, onnxruntime {about["onnxruntime"]}, torch {about["torch"]}. `python benchmarks/step.py`
 
 SGD with momentum and weight decay, batch {BATCH}; medians of {TURNS} turns; *ratio* is the median ratio to torch's
-within a turn, below 1 where ours is faster. *Blocks*: a graph for these widths and this processor (blocks of {block}
-channels). *Standard*: standard operators alone, one graph for all widths, as boards without blocks run it (all Arm
-boards with the stock wheel). CPU time counts all threads. Peak memory: fresh processes, one thread.
+within a turn, below 1 where ours is faster. *Blocks*: a graph for these widths, this batch and this processor (blocks
+of {block} channels). *Standard*: standard operators alone, one graph for all widths, as boards without blocks run it
+(all Arm boards with the stock wheel). CPU time counts all threads. Peak memory: fresh processes, one thread.
 
 | graph | threads | cases | geometric mean of the ratio | worst |
 |---|---|---|---|---|

@@ -95,7 +95,7 @@ def test_a_step_is_that_of_the_graph_for_all_widths(net: type[nn.Module], densit
     assert max(nearest.values()) <= 2e-5, nearest
 
 
-@pytest.mark.parametrize("forms", FORMS, ids=str)
+@pytest.mark.parametrize("forms", FORMS[-1:], ids=str)
 @pytest.mark.parametrize("net", [SmoothMobileNet, resnet20_bn])
 def test_a_scaled_step_is_that_of_the_graph_for_all_widths(net: type[nn.Module], forms: Forms) -> None:
     torch.manual_seed(0)

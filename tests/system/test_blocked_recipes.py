@@ -88,7 +88,7 @@ def apart(some: Tensors, reference: Tensors, start: Tensors | None = None) -> fl
     return float(np.sqrt(off / sum(float(np.sum((reference[n].astype(np.float64) - zero[n]) ** 2)) for n in reference)))
 
 
-@pytest.mark.parametrize("block", [0, 4, 8, 16])
+@pytest.mark.parametrize("block", [0, 8])
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_graph_for_one_board_takes_and_gives_what_the_standard_graph_does(
     model: Model, name: str, block: int
@@ -105,11 +105,11 @@ def test_a_graph_for_one_board_takes_and_gives_what_the_standard_graph_does(
 
 
 @pytest.mark.skipif(not HERE, reason="onnxruntime has no blocks of channels on this processor")
-@pytest.mark.parametrize("density", [1.0, 0.4])
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_round_in_blocks_ends_where_the_standard_graph_ends(model: Model, name: str, density: float) -> None:
+def test_a_round_in_blocks_ends_where_the_standard_graph_ends(model: Model, name: str) -> None:
     recipe, architecture = fitting(model, name), model.architecture
-    widths = widths_at(architecture, density)
+    # Whole blocks and others, of either net.
+    widths = widths_at(architecture, 0.4 if list(RECIPES).index(name) % 2 else 1.0)
     selection = Selection.of(architecture, widths)
     tensors, mask = selection.gather(model.tensors), None
     if recipe.mask != "none":
