@@ -7,7 +7,6 @@ most telling shapes come first: where time ends, the others are left out.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import tarfile
@@ -22,11 +21,11 @@ import numpy as np
 
 from fedprune.blocks import block_size
 from fedprune.chance import keyed
-from fedprune.disk import write_whole
-from fedprune.errors import ModelError, ProfileError, StorageError
+from fedprune.errors import ModelError
 from fedprune.form_times import FormTimes, Shape
 from fedprune.session import Session
 from fedprune_device.layer_times import Clock, median_seconds
+from fedprune_device.remembered import remembered
 
 ARCHIVE = "probe_forms.tar.gz"
 """The asset: `index.json` and a graph per shape, length of a block and form."""
@@ -76,17 +75,7 @@ def remembered_forms(path: Path, about: str, make: Callable[[], FormTimes]) -> F
         about: What they depend on: board, versions, threads.
         make: Measures.
     """
-    about = f"{about} {hashlib.sha256(_archive()).hexdigest()}"
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        if body["about"] == about:
-            return FormTimes.from_dict(body["forms"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, ProfileError):
-        pass  # there are none, or they are damaged: they can be measured again
-    times = make()
-    with contextlib.suppress(StorageError):
-        write_whole(path, json.dumps({"about": about, "forms": times.to_dict()}).encode())
-    return times
+    return remembered(path, about, _archive(), "forms", FormTimes.from_dict, make)
 
 
 def _seconds(graph: bytes, batch: int, threads: int, clock: Clock) -> float:

@@ -6,8 +6,6 @@ jobs do; predictions have a graph per width, since onnxruntime lays out constant
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import io
 import json
 import tarfile
@@ -25,12 +23,11 @@ import numpy as np
 from fedprune import step, tensorfile
 from fedprune.architecture import Architecture
 from fedprune.chance import keyed
-from fedprune.disk import write_whole
-from fedprune.errors import ProfileError, StorageError
 from fedprune.latency import LatencyTable, Measurement, fitted
 from fedprune.selection import Tensors
 from fedprune.session import Session
 from fedprune_device.predictor import GRAPH, WEIGHTS, Predictor
+from fedprune_device.remembered import remembered
 
 ARCHIVE = "probe_layers.tar.gz"
 """The asset: `index.json` and a folder per net."""
@@ -134,17 +131,7 @@ def remembered_table(path: Path, about: str, make: Callable[[], LatencyTable]) -
         about: What it depends on: board, versions, threads.
         make: Measures.
     """
-    about = f"{about} {hashlib.sha256(_archive()).hexdigest()}"
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        if body["about"] == about:
-            return LatencyTable.from_dict(body["latency"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, ProfileError):
-        pass  # there is none, or it is damaged: it can be measured again
-    table = make()
-    with contextlib.suppress(StorageError):
-        write_whole(path, json.dumps({"about": about, "latency": table.to_dict()}).encode())
-    return table
+    return remembered(path, about, _archive(), "latency", LatencyTable.from_dict, make)
 
 
 def _archive() -> bytes:
