@@ -48,14 +48,9 @@ def input_gradient(to: Formulator, node: Node) -> bool:
     if owed is not None:
         held = g.emit("Mul", held, g.emit("Unsqueeze", owed, g.ints(1, 2, 3)))
     form = to.forms.dense(w, inputs, outputs)
-    fits = all(p <= d * (k - 1) for pad, d, k in zip(w.pads, w.dilations, w.kernel, strict=True) for p in pad)
     dense = Dense(g, w, held, Formulation("flipped", form.weight_gradient))
     made = 1 if deep else outputs
-    if (
-        all(s == 1 for s in w.strides)
-        and fits
-        and to.forms.in_blocks(dense.back_window(), made, inputs, depthwise=deep)
-    ):
+    if w.flips and to.forms.in_blocks(dense.back_window(), made, inputs, depthwise=deep):
         flipped = dense.flipped_kernel(swapped=not deep)
         layouts.shapes[flipped] = (inputs, 1 if deep else outputs, *w.kernel)
         return _convolved(to, dense.back_window(), dy, flipped, bias, out)

@@ -78,7 +78,7 @@ class Forms:
             outputs: Its output channels.
         """
         usual = formulation(w, inputs)
-        if _keeps_size(w):  # else only the transposed one serves
+        if w.flips:  # else only the transposed one serves
             form = self._best("input", _shape(w, inputs, outputs), usual.input_gradient, ("flipped", "transposed"))
             return Formulation("flipped" if form == "flipped" else "transposed", usual.weight_gradient)
         return usual
@@ -140,9 +140,3 @@ def _shape(w: Window, inputs: int, outputs: int, depthwise: bool = False) -> Sha
     if not square:
         return None
     return Shape(w.kernel[0], w.strides[0], 1 if depthwise else inputs, outputs, math.prod(w.output), depthwise)
-
-
-def _keeps_size(w: Window) -> bool:
-    """Whether a flipped convolution gives the gradient of the input."""
-    fits = all(p <= d * (k - 1) for pad, d, k in zip(w.pads, w.dilations, w.kernel, strict=True) for p in pad)
-    return fits and all(s == 1 for s in w.strides)

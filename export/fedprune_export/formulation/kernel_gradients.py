@@ -15,7 +15,7 @@ from fedprune_export.gradients.dense import Dense, Formulation
 from fedprune_export.gradients.depthwise import Depthwise
 from fedprune_export.gradients.intents import KERNEL_GRADIENT
 from fedprune_export.gradients.windows import Window
-from fedprune_export.graph import Graph, Node
+from fedprune_export.graph import Node
 
 _FILTERS = 64
 """Outputs that onnxruntime's convolution in blocks computes at once, if blocks have 16 channels."""
@@ -54,7 +54,7 @@ def _in_blocks(to: Formulator, w: Window, x: str, dy: str) -> str:
     blocked = layouts.in_blocks(x)
     image = layouts.blocked(x) if blocked else layouts.plain(x)
     layer = _OverBatch(layouts, w, layouts.sizes(x)[0], layouts.sizes(dy)[0], image, blocked)
-    return layer.write(to.graph, layouts.unpaid(dy, blocked=True))
+    return layer.write(layouts.unpaid(dy, blocked=True))
 
 
 def _of_depthwise(to: Formulator, w: Window, x: str, dy: str) -> str:
@@ -91,12 +91,13 @@ class _OverBatch:
     x: str
     blocked: bool
 
-    def write(self, g: Graph, dy: str) -> str:
+    def write(self, dy: str) -> str:
         """Write it, given the gradient in blocks."""
-        w, b, out = self.w, self.layouts.block, self.layouts.filled(self.outputs)
+        g, w = self.layouts.graph, self.w
+        b, out = self.layouts.block, self.layouts.filled(self.outputs)
         if self._missing:
             dy = g.emit("Pad", dy, g.ints(0, 0, 0, 0, self._missing, 0, 0, 0))
-        image = self._image_of_blocks(g) if self.blocked else self._image(g)
+        image = self._image_of_blocks() if self.blocked else self._image()
         rows = w.output[0] // self._bands
         attrs = {
             "kernel_shape": [rows, w.output[1]],
@@ -114,7 +115,7 @@ class _OverBatch:
                 apart = g.emit("Slice", apart, g.ints(places[0]), g.ints(places[1]), g.ints(3))
             kernel = g.emit("Transpose", apart, attrs={"perm": [2, 0, 3, 1, 4]})
             kernel = g.emit("Reshape", kernel, g.ints(out, -1, rows, w.output[1]))
-            inputs = [self._rows_of(g, image, first, rows), kernel] + (["", y] if y else [])  # it adds up by itself
+            inputs = [self._rows_of(image, first, rows), kernel] + (["", y] if y else [])  # it adds up by itself
             y = g.emit("Conv", *inputs, attrs=attrs, domain=BLOCKED)
         y = g.emit("ReorderOutput", y, attrs={"channels": self.outputs, "channels_last": 0}, domain=BLOCKED)
         if _found(w) != w.kernel:  # the last rows and columns are of no tap
@@ -132,25 +133,22 @@ class _OverBatch:
         numbers = math.prod(self.w.output) * min(self.layouts.filled(self.outputs), _FILTERS)
         return math.gcd(self.w.output[0], 2 ** max(0, math.ceil(math.log2(numbers / _CACHED))))
 
-    def _rows_of(self, g: Graph, image: str, first: int, rows: int) -> str:
+    def _rows_of(self, image: str, first: int, rows: int) -> str:
         """What of the image a band of dy's rows meets."""
         if self._bands == 1:
             return image
-        w, (tall, wide) = self.w, self._padded
+        g, w = self.layouts.graph, self.w
+        tall, wide = _padded(w)
         start = first * w.strides[0]
         end = start + (rows - 1) * w.strides[0] + w.dilations[0] * (_found(w)[0] - 1) + 1
         lines = g.emit("Reshape", image, g.ints(self.inputs, -1, tall, wide * self.layouts.block))
         lines = g.emit("Slice", lines, g.ints(start), g.ints(end), g.ints(2))
         return g.emit("Reshape", lines, g.ints(self.inputs, -1, end - start, wide))
 
-    @property
-    def _padded(self) -> tuple[int, int]:
-        """Height and width of the input with its padding."""
-        return _padded(self.w)
-
-    def _image_of_blocks(self, g: Graph) -> str:
+    def _image_of_blocks(self) -> str:
         """[N, I/b, H, W, b] with the samples last, padded, and in blocks of samples: [I, N/b, H', W', b]."""
-        w, b, into = self.w, self.layouts.block, self.layouts.filled(self.inputs)
+        g, w = self.layouts.graph, self.w
+        b, into = self.layouts.block, self.layouts.filled(self.inputs)
         flat = g.emit("Reshape", self.x, g.ints(-1, into * math.prod(w.sizes)))
         flat = g.emit("Transpose", flat, attrs={"perm": [1, 0]})
         if self._missing:
@@ -159,15 +157,16 @@ class _OverBatch:
         if any(w.flat_pads):
             (top, bottom), (left, right) = w.pads
             flat = g.emit("Pad", flat, g.ints(0, top, left, 0, 0, bottom, right, 0))
-        apart = g.emit("Reshape", flat, g.ints(into // b, math.prod(self._padded), b, -1, b))
+        apart = g.emit("Reshape", flat, g.ints(into // b, math.prod(_padded(w)), b, -1, b))
         if into != self.inputs and into == b:
             apart = g.emit("Slice", apart, g.ints(0), g.ints(self.inputs), g.ints(2))
         image = g.emit("Transpose", apart, attrs={"perm": [0, 2, 3, 1, 4]})
-        image = g.emit("Reshape", image, g.ints(self.inputs if into == b else into, -1, *self._padded))
+        image = g.emit("Reshape", image, g.ints(self.inputs if into == b else into, -1, *_padded(w)))
         return image if into in (b, self.inputs) else g.emit("Slice", image, g.ints(0), g.ints(self.inputs), g.ints(0))
 
-    def _image(self, g: Graph) -> str:
+    def _image(self) -> str:
         """[N, I, H, W] in blocks of samples."""
+        g = self.layouts.graph
         image = g.emit("Transpose", self.x, attrs={"perm": [1, 0, 2, 3]})
         (top, bottom), (left, right) = self.w.pads
         if self._missing or any(self.w.flat_pads):

@@ -43,14 +43,12 @@ def formulation(w: Window, channels: int) -> Formulation:
         channels: Its input channels at full width.
     """
     area, elements = math.prod(w.output), math.prod(w.kernel)
-    fits = all(p <= d * (k - 1) for pad, d, k in zip(w.pads, w.dilations, w.kernel, strict=True) for p in pad)
-    plain = all(s == 1 for s in w.strides) and fits
     large = elements >= _LARGE_KERNEL
     if large and channels <= _IMAGE_CHANNELS:
         weight: KernelForm = "convolution"
     else:
         weight = "taps" if area >= _SMALL_MAP else "columns"
-    return Formulation("flipped" if plain and not large else "transposed", weight)
+    return Formulation("flipped" if w.flips and not large else "transposed", weight)
 
 
 class Dense:

@@ -53,6 +53,14 @@ class Window:
             and all(s % k == 0 for s, k in zip(self.sizes, self.kernel, strict=True))
         )
 
+    @property
+    def flips(self) -> bool:
+        """Whether a convolution with the flipped kernel makes the gradient of the input."""
+        fits = all(
+            p <= d * (k - 1) for pad, d, k in zip(self.pads, self.dilations, self.kernel, strict=True) for p in pad
+        )
+        return fits and all(s == 1 for s in self.strides)
+
 
 def window(tape: Tape, node: Node, kernel: tuple[int, ...]) -> Window:
     """The window that a node's attributes describe.
