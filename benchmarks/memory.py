@@ -16,10 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from step import BATCH, DENSITIES, batch, mean, peak
-
-from fedprune import step
-from fedprune.session import Session
+from step import BATCH, DENSITIES, batch, mean, our_step, peak
 
 MOST_WORK = 0.3
 """Estimated work that may be added, as a share of the step's."""
@@ -29,28 +26,10 @@ KINDS = ("blocks", "standard")
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 
 
-def our_step(graph: Path, tensors: dict[str, Any], x: Any, y: Any) -> Any:
-    """A step as a board takes it: next weights and state don't stay in onnxruntime's arena."""
-    session = Session(graph, threads=1, training=True)
-    scalars = {step.LR: 0.01, step.MOMENTUM: 0.9, step.WEIGHT_DECAY: 1e-4}
-    feeds: dict[str, Any] = {n: np.array(v) for n, v in tensors.items()} | {step.X: x, step.Y: y}
-    feeds |= {n: np.array(v, np.float32) for n, v in scalars.items()}
-    feeds |= {n: np.zeros_like(tensors[n.split("::")[0]]) for n in session.inputs if "::" in n}
-
-    def run() -> float:
-        out = session.run(feeds)
-        for name in feeds:
-            if step.following(name) in out:
-                np.copyto(feeds[name], out[step.following(name)])
-        return float(out[step.LOSS])
-
-    return run
-
-
 def measure_peak(graph: Path, folder: Path, name: str, density: float) -> None:
     with np.load(folder / f"{name}-{density}.npz") as held:
         tensors = {n: held[n] for n in held.files}
-    run = our_step(graph, tensors, *batch(tuple(json.loads((folder / f"{name}.json").read_text()))))
+    run = our_step(graph, tensors, *batch(tuple(json.loads((folder / f"{name}.json").read_text()))), 1)
     del tensors
     for _ in range(5):
         run()
@@ -121,7 +100,7 @@ def measure(name: str, folder: Path) -> list[dict[str, Any]]:
             for path, one in zip(paths, (graph, found.graph), strict=True):
                 path.write_bytes(one.to_bytes())
             peaks = [our_peak(path, folder, name, density) for path in paths]
-            ms, slower = ratio(*(our_step(path, tensors, *batch(arch.input_shape)) for path in paths))
+            ms, slower = ratio(*(our_step(path, tensors, *batch(arch.input_shape), 1) for path in paths))
             row[kind] = {
                 "plain_mb": peaks[0],
                 "again_mb": peaks[1],

@@ -92,7 +92,7 @@ def explain(arguments: argparse.Namespace) -> int:
         tell("explaining the step")
         found = explanation.explain(
             model,
-            widths_at(model.architecture, arguments.density if arguments.density is not None else 1.0),
+            widths_at(model.architecture, arguments.density),
             recipe,
             speed,
             batch=arguments.batch,

@@ -118,8 +118,8 @@ class _Search:
         """Drop values until the limit is met, or nothing helps."""
         while self.peak > limit:
             top = max(range(len(self.live)), key=self.live.__getitem__)
-            found = [d for d in map(self._drop, self._waiting(top), [top] * len(self.nodes)) if d is not None]
-            found = [d for d in found if self.added + d.work <= most_work * self.whole]
+            drops = (self._drop(value, top) for value in self._waiting(top))
+            found = [d for d in drops if d is not None and self.added + d.work <= most_work * self.whole]
             found.sort(key=lambda d: d.work / (self.bytes[d.value] - d.lengthened))
             if not any(map(self._apply, found)):
                 return

@@ -143,7 +143,7 @@ class Worker:
         part, cut = command.part, self._cut(command.basis, command.part)
         submodel = self.strategy.personaliser.personalise(cut, self.strategy.extractor.extract(cut))
         recipe = _masked(self._recipe(cut.turn), submodel)
-        times = None if command.forms is None else FormTimes.from_dict(command.forms)
+        times = FormTimes.from_dict(command.forms) if command.block and command.forms is not None else None
         offer = {
             "seed": self.job.seed,
             "architecture": self.architecture.digest,
