@@ -25,6 +25,7 @@ from fedprune.bundle import TRAINING, Bundle, open_bundle
 from fedprune.disk import file_digest
 from fedprune.engine_plan import EnginePlan
 from fedprune.errors import EngineError, FedpruneError
+from fedprune.precision import files_of, graph_file, lowered_weights, weights_file
 from fedprune.session import Session
 from fedprune_device.data import LocalData
 from fedprune_device.engines import bindings
@@ -158,13 +159,16 @@ class Acceptance:
         folder = self.folder / f"model-{seed}"
         if not folder.exists():
             folder.mkdir()
-            for name in {self.plan.graph, "inference.onnx"}:
+            lowered = [p for p in self.bundle.precisions if graph_file(p) == self.plan.graph]
+            for name in {self.plan.graph, "inference.onnx", *(n for p in lowered for n in files_of(p))}:
                 shutil.copyfile(self.bundle.path(name), folder / name)
             rng = np.random.default_rng(seed)
             tensors = tensorfile.decode(self.bundle.path(WEIGHTS).read_bytes())
             if seed:
                 tensors = {n: v * (1 + 0.1 * rng.random(v.shape, np.float32)) for n, v in tensors.items()}
             (folder / WEIGHTS).write_bytes(tensorfile.encode(tensors))
+            for precision in lowered:
+                (folder / weights_file(precision)).write_bytes(lowered_weights(folder, precision, tensors))
         return Wanted(Predictor(folder), folder, file_digest(folder / WEIGHTS))
 
     def inputs(self, count: int) -> Any:
