@@ -1,0 +1,74 @@
+"""A child process that makes an engine, seen from outside: another program stands in for it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune.engine_plan import EnginePlan
+from fedprune.errors import EngineError
+from fedprune_device.engines.making import Making, Order
+from fedprune_device.engines.shelf import Shelf
+
+pytestmark = pytest.mark.board
+
+Start = Callable[[str], Making]
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    """One whose work folder is there, with answers in it."""
+    shelf = Shelf(tmp_path / "engines")
+    shelf.work.mkdir(parents=True)
+    np.save(shelf.work / "answers.npy", np.ones(3))
+    return shelf
+
+
+@pytest.fixture
+def start(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Starts a child that says something and ends."""
+
+    def started(said: str) -> Making:
+        program = tmp_path / "child"
+        program.write_text(f"#!/bin/sh\ncat <<'.'\n{said}\n.\n")
+        program.chmod(0o700)
+        monkeypatch.setattr(sys, "executable", str(program))
+        making = Making(shelf, Order(shelf.work, EnginePlan().to_json()), 60.0)
+        making._child.wait()
+        return making
+
+    return started
+
+
+def test_what_a_child_says_last_is_what_it_made(start: Start) -> None:
+    made = start('Building: 1 of 2\n{"seconds": 1.5, "latency_s": 0.25}').poll()
+    assert made is not None
+    assert (made.seconds, made.latency_s) == (1.5, 0.25)
+    np.testing.assert_array_equal(made.answers, np.ones(3))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *(json.dumps({"seconds": seconds, "latency_s": 1.0}) for seconds in (np.nan, np.inf, -np.inf, "soon", None)),
+        *(json.dumps({"seconds": 1.0, "latency_s": latency}) for latency in (np.nan, np.inf)),
+        '{"seconds": 1.0}',
+        "[1.0, 1.0]",
+        "done",
+        "",
+    ],
+)
+def test_times_that_are_none_are_not_believed(start: Start, said: str) -> None:
+    with pytest.raises(EngineError, match="left nothing that can be read"):
+        start(said).poll()
+
+
+def test_without_answers_there_is_nothing_to_check(start: Start, shelf: Shelf) -> None:
+    (shelf.work / "answers.npy").unlink()
+    with pytest.raises(EngineError, match="left nothing that can be read"):
+        start('{"seconds": 1.5, "latency_s": 0.25}').poll()
