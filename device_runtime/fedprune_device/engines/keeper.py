@@ -239,9 +239,15 @@ class Keeper:
             pass  # every layer is measured then
         base = shelf.path(BASE) if way == REFIT else None
         order = Order(work, self.plan.to_json(), refittable, timings, base)
-        # It counts as failed until it is done: what takes the whole board down must not be tried for ever.
-        self._count(key, 1, "it was cut off, by lack of memory, a crash or a power cut")
-        self._job = _Job(Making(shelf, order, self.plan.timeout_s), way, refittable, key, place, timings is not None)
+        making = Making(shelf, order, self.plan.timeout_s)
+        try:
+            # It counts as failed until it is done: what takes the whole board down must not be tried for ever. What
+            # can't even be started takes nothing down, and doesn't count.
+            self._count(key, 1, "it was cut off, by lack of memory, a crash or a power cut")
+        except FedpruneError:
+            making.stop()
+            raise
+        self._job = _Job(making, way, refittable, key, place, timings is not None)
         _LOG.info("making an engine (%s) with %s", way, found.describe())
 
     def _take(self, wanted: Wanted, found: Bindings, job: _Job, made: Made) -> Answering:

@@ -92,14 +92,15 @@ class Making:
         self._timeout_s, self._until = timeout_s, clock() + timeout_s
         self._out, self._err = shelf.work / "out.txt", shelf.work / "err.txt"
         command = [sys.executable, "-m", "fedprune_device.engines"]
+        given = shelf.work / "order.json"
         with storage_errors(f"can't write {shelf.work}"):
-            (shelf.work / "order.json").write_text(order.to_json())
-        with (shelf.work / "order.json").open() as given, self._out.open("wb") as out, self._err.open("wb") as err:
-            try:
-                # A group of its own, so that all that TensorRT starts ends with it.
-                self._child = subprocess.Popen(command, stdin=given, stdout=out, stderr=err, start_new_session=True)
-            except OSError as error:
-                raise EngineError(f"can't start {sys.executable}: {error.strerror}") from error
+            given.write_text(order.to_json())
+            with given.open() as stdin, self._out.open("wb") as out, self._err.open("wb") as err:
+                try:
+                    # A group of its own, so that all that TensorRT starts ends with it.
+                    self._child = subprocess.Popen(command, stdin=stdin, stdout=out, stderr=err, start_new_session=True)
+                except OSError as error:
+                    raise EngineError(f"can't start {sys.executable}: {error.strerror}") from error
 
     @property
     def progress(self) -> str:

@@ -11,11 +11,12 @@ from tensorrt_double import VERSIONS
 
 from fedprune import step, tensorfile
 from fedprune.engine_plan import EnginePlan
-from fedprune.errors import EngineError
+from fedprune.errors import EngineError, StorageFullError
 from fedprune_device.engines import keeper as engines_keeper
 from fedprune_device.engines.bindings import Bindings
 from fedprune_device.engines.keeper import BUILD, MOST_FAILURES, REBUILD, REFIT, Keeper
-from fedprune_device.engines.shelf import ENGINE, Record
+from fedprune_device.engines.making import Making, Order
+from fedprune_device.engines.shelf import ENGINE, Record, Shelf
 from fedprune_device.predictor import Predictor
 
 pytestmark = pytest.mark.board
@@ -328,6 +329,38 @@ def test_a_build_that_takes_the_agent_down_is_not_tried_for_ever(board: EngineBo
     assert "it was cut off" in keeper.status
 
 
+def test_a_disk_that_is_full_before_a_build_starts_is_no_failed_build(
+    board: EngineBoard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engines_keeper, "Making", _full)
+        for _ in range(MOST_FAILURES):
+            keeper = board.keeper()
+            assert board.answering(keeper, board.model(1)) is None
+            assert "no room" in keeper.status
+    assert board.answering(keeper, board.model(1)), keeper.status
+
+
+def test_a_build_that_cant_be_counted_is_ended(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Making] = []
+
+    class Seen(Making):
+        def __init__(self, shelf: Shelf, order: Order, timeout_s: float) -> None:
+            super().__init__(shelf, order, timeout_s)
+            started.append(self)
+
+    board.set(sleep=600)
+    with monkeypatch.context() as patch:
+        patch.setattr(engines_keeper, "Making", Seen)
+        patch.setattr(Shelf, "keep", _full)
+        keeper = board.keeper()
+        assert board.answering(keeper, board.model(1)) is None
+        assert "no room" in keeper.status
+    assert [making._child.returncode for making in started] == [-signal.SIGKILL]
+    board.set()
+    assert board.answering(keeper, board.model(1)), keeper.status
+
+
 def test_stopping_an_agent_is_no_failure(board: EngineBoard) -> None:
     board.set(sleep=600)
     for _ in range(MOST_FAILURES + 1):
@@ -448,6 +481,10 @@ def test_progress_is_told(board: EngineBoard) -> None:
     keeper.turn()
     _until(lambda: keeper.progress == "Building: 1 of 2")
     keeper.close()
+
+
+def _full(*_: object) -> None:
+    raise StorageFullError("there is no room")
 
 
 def _until(true: object, seconds: float = 30.0) -> None:

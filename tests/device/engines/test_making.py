@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedprune.engine_plan import EnginePlan
-from fedprune.errors import EngineError
+from fedprune.errors import EngineError, StorageError
 from fedprune_device.engines.making import Making, Order
 from fedprune_device.engines.shelf import Shelf
 
@@ -72,3 +72,16 @@ def test_without_answers_there_is_nothing_to_check(start: Start, shelf: Shelf) -
     (shelf.work / "answers.npy").unlink()
     with pytest.raises(EngineError, match="left nothing that can be read"):
         start('{"seconds": 1.5, "latency_s": 0.25}').poll()
+
+
+@pytest.mark.parametrize("name", ["order.json", "out.txt", "err.txt"])
+def test_files_that_cant_be_opened_are_the_disks_fault(start: Start, shelf: Shelf, name: str) -> None:
+    (shelf.work / name).mkdir()
+    with pytest.raises(StorageError, match=f"can't write {shelf.work}"):
+        start("")
+
+
+def test_a_program_that_cant_be_started_is_named(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.raises(EngineError, match="can't start /no/such/python: No such file or directory"):
+        Making(shelf, Order(shelf.work, EnginePlan().to_json()), 60.0)
