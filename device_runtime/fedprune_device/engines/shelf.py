@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,14 +22,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedprune import setting_checks as check
 from fedprune.disk import file_digest, locked, storage_errors
-from fedprune.errors import EngineError, StorageError
+from fedprune.errors import ConfigError, EngineError, FedpruneError, StorageError, shown
 from fedprune_device import durable
 
 _LOG = logging.getLogger("fedprune.device")
 
 ENGINE, BASE, TIMINGS = "engine", "base", "timing"
 _FILES = {ENGINE: "engine.plan", BASE: "base.plan", TIMINGS: "timing.cache"}
+_MOST_COUNTED = 10**9
 
 
 @dataclass(frozen=True)
@@ -168,11 +171,10 @@ class Shelf:
     def record(self, key: str) -> Record:
         """What is known of making engines for a key; what can't be read is not known."""
         try:
-            body = durable.read_document(self.root / "record.json") or {}
-            found = Record(**body)
-        except (StorageError, TypeError) as error:
-            if not isinstance(error, TypeError):
-                _LOG.warning("%s: going on without it", error)
+            body = durable.read_document(self.root / "record.json")
+            found = Record(key) if body is None else _checked(Record(**body))
+        except (FedpruneError, TypeError) as error:
+            _LOG.warning("what is known of making engines can't be read, going on without it: %s", error)
             found = Record(key)
         return found if found.key == key else Record(key)
 
@@ -216,6 +218,22 @@ class Shelf:
 
     def _note(self, what: str) -> Path:
         return self.root / f"{what}.json"
+
+
+def _checked(record: Record) -> Record:
+    """A record whose fields are what `Record` says of them.
+
+    Raises:
+        ConfigError: One isn't.
+    """
+    for name in ("refit_s", "rebuild_s"):
+        if getattr(record, name) is not None:
+            check.number(name, getattr(record, name), 0, math.inf)
+    check.whole("failures", record.failures, 0, _MOST_COUNTED)
+    for name, kind in (("refits", bool), ("reason", str)):
+        if not isinstance(getattr(record, name), kind):
+            raise ConfigError(name, expected=kind.__name__, got=shown(getattr(record, name)))
+    return record
 
 
 def _digest(body: dict[str, Any]) -> str:
