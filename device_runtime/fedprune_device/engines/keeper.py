@@ -171,11 +171,12 @@ class Keeper:
             self._bindings = self._find()
         if self._job is None:
             return self._begin(wanted, self._bindings)
+        made = None
         try:
             made = self._job.making.poll()
             return None if made is None else self._take(wanted, self._bindings, self._job, made)
         except EngineError as error:
-            self._failed(wanted, self._bindings, self._job, error)
+            self._failed(wanted, self._bindings, self._job, error, tried=made is not None)
             return None
 
     def _begin(self, wanted: Wanted, found: Bindings) -> Answering | None:
@@ -271,10 +272,14 @@ class Keeper:
         shelf.keep(record)
         return answering
 
-    def _failed(self, wanted: Wanted, found: Bindings, job: _Job, error: EngineError) -> None:
-        """What takes new weights, or has taken them, may be wrong where a plain engine is right: build one."""
+    def _failed(self, wanted: Wanted, found: Bindings, job: _Job, error: EngineError, *, tried: bool) -> None:
+        """What takes new weights, or has taken them, may be wrong where a plain engine is right: build one.
+
+        What a child process has tried and this one has no memory for is nobody's mistake: no other way would help.
+        """
         self._job = None
-        if job.way == REFIT or (job.refittable and isinstance(error, WrongError)):
+        wrong = isinstance(error, WrongError)
+        if (wrong and job.refittable) or (job.way == REFIT and (wrong or not tried)):
             _LOG.warning("engines that take new weights don't work here, building one that doesn't: %s", error)
             self._count(job.key, -1)
             self.shelf.keep(replace(self.shelf.record(job.key), refits=False))

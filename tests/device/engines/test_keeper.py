@@ -139,6 +139,24 @@ def test_a_bad_refit_never_answers_and_is_not_tried_again(board: EngineBoard, se
     assert tries == (0 if setting == "no_refitter" else 1)
 
 
+def test_a_refit_that_only_the_agent_has_no_memory_for_is_a_failure_but_no_bad_refit(
+    board: EngineBoard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = board.keeper()
+    assert board.answering(keeper, board.model(1))
+    key = str(keeper.facts["key"])
+    with monkeypatch.context() as patch:
+        patch.setattr(engines_keeper, "Engine", _no_memory)
+        assert board.answering(keeper, board.model(2)) is None
+        assert "no memory to run the engine in" in keeper.status
+    assert len(board.builds) == 1
+    record = keeper.shelf.record(key)
+    assert (record.refits, record.failures) == (True, 1)
+    assert board.answering(keeper, board.model(3)), keeper.status
+    assert keeper.facts["way"] == REFIT
+    assert keeper.shelf.record(key).failures == 0
+
+
 def test_where_refittable_engines_compute_something_else_plain_ones_are_built(board: EngineBoard) -> None:
     board.set(refittable_wrong=True)
     keeper = board.keeper()
@@ -180,16 +198,13 @@ def test_builds_that_fail_are_given_up_until_somebody_asks(board: EngineBoard) -
 def test_engines_that_only_a_child_can_load_are_given_up_too(
     board: EngineBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise EngineError("there is no memory to run the engine in")
-
     with monkeypatch.context() as patch:
-        patch.setattr(engines_keeper, "Engine", refuse)
+        patch.setattr(engines_keeper, "Engine", _no_memory)
         for seed in range(MOST_FAILURES + 2):
             keeper = board.keeper()
             assert board.answering(keeper, board.model(seed)) is None
             assert "no memory to run the engine in" in keeper.status
-        assert len(board.builds) == MOST_FAILURES
+        assert len(board.builds) + board.calls().count("refitted") == MOST_FAILURES
     assert board.answering(keeper, board.model(9), anew=True)
     assert keeper.shelf.record(str(keeper.facts["key"])).failures == 0
 
@@ -481,6 +496,10 @@ def test_progress_is_told(board: EngineBoard) -> None:
     keeper.turn()
     _until(lambda: keeper.progress == "Building: 1 of 2")
     keeper.close()
+
+
+def _no_memory(*_: object) -> None:
+    raise EngineError("there is no memory to run the engine in")
 
 
 def _full(*_: object) -> None:
