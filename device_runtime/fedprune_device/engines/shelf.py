@@ -5,7 +5,8 @@ engine.plan    the engine for what serves, with engine.json: what it is for and 
 base.plan      an engine that takes new weights, with base.json
 timing.cache   what the builder measured, with timing.json: on what
 record.json    how long refitting and building took, and what failed
-loading.json   there while an engine is being loaded: if it still is at the next start, loading it ended the process
+loading.json   there while an engine is being loaded: if it still is once nobody loads any, that ended the process
+loading.lock   held by whoever loads one
 work/          where a child process makes the next one
 """
 
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune import setting_checks as check
-from fedprune.disk import file_digest, locked, storage_errors
+from fedprune.disk import file_digest, held, locked, storage_errors
 from fedprune.errors import ConfigError, EngineError, FedpruneError, StorageError, shown
 from fedprune_device import durable
 
@@ -190,6 +191,8 @@ class Shelf:
     def loading(self, sha256: str) -> Iterator[None]:
         """Load an engine in this process, unless that has ended a process before.
 
+        Where another process is loading one at this moment, both do: only the other one's end would be noticed.
+
         Args:
             sha256: The engine's digest.
 
@@ -197,20 +200,25 @@ class Shelf:
             EngineError: It has.
             StorageError: The disk fails.
         """
-        marker = self._marker
-        try:
-            before = durable.read_document(marker)
-        except StorageError:
-            before = None
-        if before is not None and before.get("sha256") == sha256:
-            raise EngineError(
-                "loading this engine ended the process before", hint="Build it anew: `fedprune-device build-engine`."
-            )
-        durable.write_document(marker, {"sha256": sha256})
-        try:
+        marker, lock = self._marker, self.root / "loading.lock"
+        if held(lock):
             yield
-        finally:  # whatever went wrong, this process is still there
-            durable.remove(marker)
+            return
+        with locked(lock, f"another process loads an engine of {self.root}", "Try again."):
+            try:
+                before = durable.read_document(marker)
+            except StorageError:
+                before = None
+            if before is not None and before.get("sha256") == sha256:
+                raise EngineError(
+                    "loading this engine ended the process before",
+                    hint="Build it anew: `fedprune-device build-engine`.",
+                )
+            durable.write_document(marker, {"sha256": sha256})
+            try:
+                yield
+            finally:  # whatever went wrong, this process is still there
+                durable.remove(marker)
 
     @property
     def _marker(self) -> Path:

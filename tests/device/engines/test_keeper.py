@@ -519,6 +519,7 @@ def test_engines_leave_nothing_but_what_the_shelf_names(board: EngineBoard, tmp_
     names = {p.name for p in board.engines.iterdir()}
     assert names == {
         "lock",
+        "loading.lock",
         "engine.plan",
         "engine.json",
         "base.plan",

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedprune.errors import EngineError
 from fedprune_device import durable
 from fedprune_device.engines.shelf import Record, Shelf
 
@@ -48,3 +52,48 @@ def test_a_record_of_other_types_is_not_known(tmp_path: Path, body: dict[str, An
 def test_what_is_no_record_is_not_known(tmp_path: Path, body: Any) -> None:
     durable.write_document(tmp_path / "record.json", body)
     assert Shelf(tmp_path).record("k") == Record("k")
+
+
+LOADS = """
+import sys
+from pathlib import Path
+from fedprune_device.engines.shelf import Shelf
+with Shelf(Path(sys.argv[1])).loading("e" * 64):
+    print("loading", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def another(root: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process, in the middle of loading the engine."""
+    command = [sys.executable, "-c", LOADS, str(root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        yield process
+        process.kill()
+
+
+def test_two_processes_may_load_an_engine_at_once(tmp_path: Path) -> None:
+    shelf, loaded = Shelf(tmp_path), []
+    with another(tmp_path) as process:
+        with shelf.loading("e" * 64):
+            loaded.append("beside it")
+        # This one's end says nothing of the other: that may still come to its end by it.
+        process.kill()
+        process.wait()
+    with pytest.raises(EngineError, match="ended the process before"), shelf.loading("e" * 64):
+        loaded.append("after its end")
+    with shelf.loading("f" * 64):
+        loaded.append("another engine")
+    assert loaded == ["beside it", "another engine"]
+
+
+def test_loading_that_comes_to_an_end_leaves_no_marker(tmp_path: Path) -> None:
+    with another(tmp_path) as process:
+        process.communicate("")
+        assert process.returncode == 0
+    with Shelf(tmp_path).loading("e" * 64):
+        assert durable.read_document(tmp_path / "loading.json") == {"sha256": "e" * 64}
+    assert not (tmp_path / "loading.json").exists()
