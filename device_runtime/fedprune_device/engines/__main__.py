@@ -1,15 +1,18 @@
 """The child process that makes an engine and tries it: `python -m fedprune_device.engines`, with its order on stdin.
 
 Whatever TensorRT does to it, by a crash, a leak or the kernel's out-of-memory killer, happens to nobody else. What it
-made lies in the folder of the order; the last line of stdout says how it went, the last one of stderr why it didn't.
+made lies in the folder of the order; the last line of stdout says how it went, the last one of stderr why it didn't. It
+ends with the process that gave the order.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,7 +22,7 @@ import numpy as np
 
 from fedprune import step
 from fedprune.engine_plan import EnginePlan
-from fedprune.errors import ExitCode, FedpruneError
+from fedprune.errors import EngineError, ExitCode, FedpruneError
 from fedprune_device import durable
 from fedprune_device.engines import bindings
 from fedprune_device.engines.bindings import Complaints
@@ -28,6 +31,7 @@ from fedprune_device.engines.engine import Engine
 from fedprune_device.engines.making import Order
 from fedprune_device.engines.trial import answers
 
+_PR_SET_PDEATHSIG = 1
 _TOLD_EVERY_S = 0.5
 _RUNS = 11
 
@@ -49,7 +53,21 @@ def main() -> int:
     return int(ExitCode.OK)
 
 
+def _end_with(parent: int) -> None:
+    """End when the parent does, even by kill -9: the next agent would empty the work folder and build beside this one.
+
+    Raises:
+        EngineError: It has ended already.
+    """
+    # The kernel means the thread that started this process (prctl(2)): that one must live until an engine is made.
+    with contextlib.suppress(AttributeError):  # Linux alone has it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        raise EngineError("the process that wanted an engine has ended")
+
+
 def _make(order: Order) -> dict[str, Any]:
+    _end_with(order.parent)
     found = bindings.find()
     plan, folder = EnginePlan.from_json(order.plan.encode()), order.folder
     graph = folder / plan.graph

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Order:
         refittable: Whether the engine is to take new weights later.
         timings: The timing cache; None for none.
         base: The engine that gets new weights; None to build one.
+        parent: The process that wants it, with which the child ends: this one.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Order:
     refittable: bool = False
     timings: Path | None = None
     base: Path | None = None
+    parent: int = field(default_factory=os.getpid)
 
     def to_json(self) -> str:
         """As JSON."""
@@ -53,7 +55,7 @@ class Order:
         """What `to_json` gave."""
         body = json.loads(text)
         paths = {n: None if body[n] is None else Path(body[n]) for n in ("timings", "base")}
-        return cls(Path(body["folder"]), body["plan"], body["refittable"], **paths)
+        return cls(Path(body["folder"]), body["plan"], body["refittable"], **paths, parent=body["parent"])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +84,25 @@ def test_a_machine_without_cuda_is_one_line_and_an_exit_code(
     assert err.count("\n") == 1
 
 
+def test_a_builder_ends_with_a_process_that_is_killed(board: EngineBoard, state: Path) -> None:
+    board.set(sleep=600)
+    command = [sys.executable, "-m", "fedprune_device.cli", "build-engine", "--state", state]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as agent:
+        try:
+            _until(lambda: bool(board.builds))
+            (builder,) = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        finally:
+            agent.kill()
+    try:
+        _until(lambda: _ended(builder))
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(int(builder), signal.SIGKILL)
+    # The next one finds all that it needs, and nobody beside it.
+    board.set()
+    assert cli.main(["build-engine", "--state", str(state)]) == ExitCode.OK
+
+
 def test_predictions_go_on_while_an_engine_takes_over(board: EngineBoard, tmp_path: Path, graphs: Path) -> None:
     local = LocalBoard(tmp_path, graphs)
     local.install(1)
@@ -143,6 +168,22 @@ def _lowered(root: Path, graphs: Path, data: LocalData, precision: str) -> Path:
     assert record is not None
     assert record.precision == precision
     return root
+
+
+def _until(true: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if true():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it doesn't come about")
+
+
+def _ended(process: str) -> bool:
+    """Whether a process of anybody's has ended; who should take note of its end needn't have done so."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def _look(model: LiveModel, words: str) -> None:
