@@ -131,7 +131,10 @@ class Keeper:
         self.status, self.facts = "onnxruntime (an engine is being made)", {}
 
     def turn(self) -> Answering | None:
-        """Go on without waiting for anything that takes long.
+        """Go on without waiting for a child process.
+
+        What this process must do itself, the caller waits for: to find CUDA and TensorRT and predict the samples of the
+        check on the processor, when it begins, and to load an engine and try it. For a large model that takes seconds.
 
         Returns:
             What answers from now on, once there is a good engine; else None, and onnxruntime answers.
