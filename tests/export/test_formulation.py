@@ -23,6 +23,7 @@ from fedprune.session import Session
 from fedprune_device.step_graph import StepGraph
 from fedprune_export.cut import cut
 from fedprune_export.formulation import Forms, formulated
+from fedprune_export.formulation.layouts import Layouts
 from fedprune_export.gradients import intents
 from fedprune_export.gradients.windows import Window
 from fedprune_export.graph import Graph, Port
@@ -231,6 +232,34 @@ def test_of_equal_maxima_the_first_has_the_gradient(kernel: tuple[int, int], siz
     nn.functional.max_pool2d(given, kernel).backward(torch.tensor(dy))
     assert given.grad is not None
     np.testing.assert_array_equal(got, given.grad.numpy())
+
+
+@pytest.mark.parametrize("forms", FORMS, ids=str)
+@pytest.mark.parametrize(
+    ("intent", "inputs", "unknown"),
+    [
+        (intents.INPUT_GRADIENT, ("dy", "k"), "k"),
+        (intents.KERNEL_GRADIENT, ("x", "dy", "k"), "x"),
+        (intents.KERNEL_GRADIENT, ("x", "dy", "k"), "dy"),
+    ],
+)
+def test_a_shape_that_is_not_known_is_one_clear_error(
+    intent: str, inputs: tuple[str, ...], unknown: str, forms: Forms
+) -> None:
+    window = Window((4, 4), (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), (4, 4))
+    shapes = {"x": ("N", 16, 4, 4), "dy": ("N", 32, 4, 4), "k": (32, 16, 3, 3)}
+    graph = Graph([Port(n, np.dtype(np.float32), s) for n, s in shapes.items()])
+    graph.emit(intent, *inputs, attrs={"window": window, "group": 1}, domain=intents.DOMAIN, out="gradient")
+
+    with pytest.raises(ModelError, match=f"^{unknown} of the training graph has no known shape$"):
+        formulated(graph, {n: s for n, s in shapes.items() if n != unknown}, forms)
+
+
+def test_a_shape_that_is_none_of_images_is_one_clear_error() -> None:
+    layouts = Layouts(Graph(), {"v": ("N", 7)}, 1, 1)
+
+    with pytest.raises(ModelError, match=r"^v of the training graph: expected \[N, C, H, W\], got \('N', 7\)$"):
+        layouts.sizes("v")
 
 
 def test_a_graph_for_other_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedprune.errors import ModelError
 from fedprune_export.gradients.windows import Window
 from fedprune_export.graph import Graph, Node
 
@@ -21,6 +22,13 @@ Sizes = tuple[int | str, ...]
 
 _ALIGNED = 4
 """ReorderInput takes a multiple of so many channels."""
+
+
+class _Shapes(dict[str, Sizes]):
+    """Shapes of values by name; asking for one that isn't known is an error of ours."""
+
+    def __missing__(self, name: str) -> Sizes:
+        raise ModelError(f"{name} of the training graph has no known shape")
 
 
 class Layouts:
@@ -38,7 +46,7 @@ class Layouts:
 
     def __init__(self, graph: Graph, shapes: Mapping[str, Sizes], block: int, batch: int) -> None:
         self.graph, self.block, self.batch = graph, block, batch
-        self.shapes = dict(shapes)
+        self.shapes = _Shapes(shapes)
         self._blocked: dict[str, str] = {}
         self._plain: dict[str, str] = {}
         self._owed: dict[str, str] = {}
@@ -56,10 +64,14 @@ class Layouts:
         return (c, h, w) if isinstance(c, int) and isinstance(h, int) and isinstance(w, int) else None
 
     def sizes(self, name: str) -> tuple[int, int, int]:
-        """`image` of a value that is known to be one."""
+        """`image` of a value that has to be one.
+
+        Raises:
+            ModelError: Its shape is not known, or another one.
+        """
         found = self.image(name)
         if found is None:
-            raise KeyError(name)
+            raise ModelError(f"{name} of the training graph", expected="[N, C, H, W]", got=self.shapes[name])
         return found
 
     def filled(self, channels: int) -> int:
