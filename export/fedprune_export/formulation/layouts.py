@@ -1,8 +1,10 @@
 """Where the values of a graph lie in memory: as [N, C, H, W], or with channels in blocks.
 
 In blocks a value is [N, C/b, H, W, b]: b neighbouring channels of a place are neighbours in memory, so that one vector
-instruction computes with all of them. Channels are filled up to whole blocks with zeros. onnxruntime's operators for
-this layout (domain `com.microsoft.nchwc`) say its shape as [N, C, H, W] with the filled-up C.
+instruction computes with all of them. Channels are filled up to whole blocks: with zeros, of which operators may make
+other numbers (an exponential makes ones). No result depends on these as long as they are finite: kernels have zeros
+there, and sums leave them out. onnxruntime's operators for this layout (domain `com.microsoft.nchwc`) say its shape as
+[N, C, H, W] with the filled-up C.
 """
 
 from __future__ import annotations
