@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,8 @@ class Cuda:
     def __init__(self, *, offers: bool = True, accepts: bool = True, loads: bool = True) -> None:
         self._offers, self._accepts, self._loads = offers, accepts, loads
         self.fails = False
+        self.before_failing: Callable[[], object] = lambda: None
+        self.opened: list[str] = []
         self.runs: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -70,6 +75,7 @@ class Cuda:
             raise RuntimeError("CUDA failure 35: driver too old")
         real = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], **more)
         on_cuda, double = wants and self._loads, self
+        self.opened.append("cuda" if on_cuda else "cpu")
 
         class Inside:
             def __getattr__(self, name: str) -> Any:
@@ -81,6 +87,7 @@ class Cuda:
             def run(self, names: list[str], feeds: dict[str, Any]) -> Any:
                 double.runs.append("cuda" if on_cuda else "cpu")
                 if on_cuda and double.fails:
+                    double.before_failing()
                     raise RuntimeError("CUDA failure 2: out of memory")
                 return real.run(names, feeds)
 
@@ -152,6 +159,46 @@ def test_a_run_that_fails_on_cuda_is_done_on_the_cpu(small: Path, monkeypatch: p
         np.testing.assert_array_equal(after[name], value)
     session.run(feeds)
     assert double.runs == ["cuda", "cuda", "cpu", "cuda", "cpu", "cpu"]
+
+
+def test_threads_whose_runs_fail_on_cuda_at_once_get_one_cpu(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    double = Cuda()
+    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+    session = Session(small, cuda=True)
+    feeds = feeds_of(session)
+    before = session.run(feeds)
+    double.fails, double.before_failing = True, threading.Barrier(4, timeout=60).wait
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(session.run, [feeds] * 4))
+
+    assert session.provider == "cpu"
+    assert double.opened == ["cuda", "cpu"]
+    for after in found:
+        for name, value in before.items():
+            np.testing.assert_array_equal(after[name], value)
+
+
+def test_a_run_that_fails_on_cuda_after_another_did_is_done_on_the_cpu(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    double = Cuda()
+    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+    session = Session(small, cuda=True)
+    feeds = feeds_of(session)
+    first, both = threading.Lock(), []
+
+    def another() -> None:
+        if first.acquire(blocking=False):
+            both.append(session.run(feeds))
+
+    double.fails, double.before_failing = True, another
+    both.append(session.run(feeds))
+
+    assert session.provider == "cpu"
+    assert len(both) == 2
+    for name, value in both[0].items():
+        np.testing.assert_array_equal(both[1][name], value)
 
 
 def test_operators_are_timed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

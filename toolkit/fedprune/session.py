@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import tempfile
+import threading
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Session:
 
     Memory patterns are off (batches and widths vary, and they cost memory without gaining time), threads don't spin
     (a board serves predictions beside training) and, for training graphs, optimisation is basic: it halves the load
-    time at the same speed.
+    time at the same speed. Threads may run it at once.
 
     Args:
         model: A file, or the bytes of one (then without external data).
@@ -78,7 +79,6 @@ class Session:
         inputs: Type and shape by input name.
         outputs: Names of the outputs.
         metadata: What the graph's maker wrote into it.
-        provider: What computes: `cpu` or `cuda`.
         reason: Why it is the CPU although CUDA was asked for; empty else.
 
     Raises:
@@ -88,8 +88,9 @@ class Session:
 
     def __init__(self, model: Path | bytes, *, threads: int = 1, training: bool = False, cuda: bool = False) -> None:
         self._open = partial(_opened, model, threads, training)
-        self.provider, self.reason = "cpu", ""
-        self._session: Any = self._on_cuda() if cuda else None
+        self.reason = ""
+        self._lock = threading.Lock()
+        self._session: Any = self._opened_on_cuda() if cuda else None
         if self._session is None:
             self._session = self._open(_CPU)
         self.inputs: dict[str, tuple[str, tuple[int | str | None, ...]]] = {
@@ -99,6 +100,11 @@ class Session:
         self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
         if self.provider == "cpu":
             del self._open  # with it go the graph's bytes
+
+    @property
+    def provider(self) -> str:
+        """What computes: `cpu` or `cuda`."""
+        return "cuda" if _on_cuda(self._session) else "cpu"
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run the graph once.
@@ -111,15 +117,16 @@ class Session:
             ModelError: Feeds don't fit the graph, or an operator fails on them.
         """
         names = list(outputs) if outputs is not None else list(self.outputs)
+        session = self._session  # another thread may replace it
         try:
-            values: list[Array] = self._session.run(names, dict(feeds))
+            values: list[Array] = session.run(names, dict(feeds))
         except Exception as error:
-            if self.provider == "cpu":
+            if not _on_cuda(session):
                 raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(error)})") from error
-            values = self._again(names, feeds, error)
+            values = self._again(session, names, feeds, error)
         return dict(zip(names, map(np.asarray, values), strict=True))
 
-    def _on_cuda(self) -> Any:
+    def _opened_on_cuda(self) -> Any:
         if _CUDA not in _onnxruntime().get_available_providers():
             self._without(f"onnxruntime {version()} has no CUDA provider")
             return None
@@ -129,27 +136,32 @@ class Session:
             self._without(str(error))
             return None
         # Where a library of CUDA is missing, onnxruntime doesn't fail but leaves the provider out.
-        if _CUDA not in session.get_providers():
+        if not _on_cuda(session):
             self._without("onnxruntime's CUDA provider can't be loaded")
             return None
-        self.provider = "cuda"
         return session
 
-    def _again(self, names: list[str], feeds: Mapping[str, Array], error: Exception) -> list[Array]:
+    def _again(self, failed: Any, names: list[str], feeds: Mapping[str, Array], error: Exception) -> list[Array]:
         """The same on the CPU. What fails there, too, is no fault of CUDA's."""
-        session = self._open(_CPU)
-        try:
-            values: list[Array] = session.run(names, dict(feeds))
-        except Exception as other:
-            raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(other)})") from other
-        self._without(_first_line(error))
-        self._session, self.provider = session, "cpu"
-        del self._open
+        with self._lock:
+            session = self._open(_CPU) if self._session is failed else self._session
+            try:
+                values: list[Array] = session.run(names, dict(feeds))
+            except Exception as other:
+                raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(other)})") from other
+            if self._session is failed:
+                self._without(_first_line(error))
+                self._session = session
+                del self._open
         return values
 
     def _without(self, reason: str) -> None:
         self.reason = reason
         _LOG.warning("computing on the CPU instead of CUDA: %s", reason)
+
+
+def _on_cuda(session: Any) -> bool:
+    return _CUDA in session.get_providers()
 
 
 @dataclass(frozen=True)
