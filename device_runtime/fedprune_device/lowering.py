@@ -18,7 +18,16 @@ from fedprune import tensorfile
 from fedprune.agreement import SAMPLES, Agreement, agreement
 from fedprune.disk import file_digest, storage_errors
 from fedprune.errors import FedpruneError, ModelError
-from fedprune.precision import FLOAT32, files_of, graph_file, lowered_weights, served_files, unpacked, weights_file
+from fedprune.precision import (
+    FLOAT32,
+    SERVED,
+    files_of,
+    graph_file,
+    lowered_weights,
+    served_files,
+    unpacked,
+    weights_file,
+)
 from fedprune.recipe import Recipe
 from fedprune.wire.messages import Offer
 from fedprune_device import durable
@@ -29,7 +38,7 @@ from fedprune_device.predictor import WEIGHTS, Predictor
 _LOG = logging.getLogger("fedprune.device")
 
 FASTEST = "fastest"
-SERVE = (FLOAT32, "float16", "int8", FASTEST)
+SERVE = (FLOAT32, *SERVED, FASTEST)
 """What a board may be told to serve at."""
 
 _TURNS = 9
@@ -66,7 +75,7 @@ class Lowering:
 
     def wanted(self, offer: Offer) -> Offer:
         """The offer without graphs that this board has no use for: they are not pulled."""
-        names = () if self._serve == FLOAT32 else SERVE[1:-1] if self._serve == FASTEST else (self._serve,)
+        names = () if self._serve == FLOAT32 else SERVED if self._serve == FASTEST else (self._serve,)
         return replace(offer, lowered={p: ref for p, ref in (offer.lowered or {}).items() if p in names} or None)
 
     def staged(

@@ -46,6 +46,13 @@ def test_numbers_out_of_range_are_refused_by_name(name: str, value: Any) -> None
         Job.from_dict({name: value})
 
 
+def test_a_job_brings_what_boards_can_serve_at() -> None:
+    assert Job.from_dict({"precision": ["int8", "float16"]}).precision == ("int8", "float16")
+    for wrong in ("int8", ["int4"], ["folded"], ["float16", "folded"], [["int8"]], 8):
+        with pytest.raises(ConfigError, match=r"job: precision: expected a list of some of float16, int8"):
+            Job.from_dict({"precision": wrong})
+
+
 def test_the_curvature_scorer_needs_sgd() -> None:
     assert Job(scorer="curvature").recipe.optimizer == "sgd"
     with pytest.raises(ConfigError, match=r"curvature.*expected recipe.optimizer 'sgd', got 'adam'"):

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from fedprune import setting_checks
 from fedprune.aggregation import Rule
 from fedprune.errors import ConfigError, ProtocolError, shown
-from fedprune.precision import PRECISIONS
+from fedprune.precision import SERVED
 from fedprune.recipe import Recipe
 from fedprune.scoring import SCORERS
 from fedprune.wire.topics import check_job
@@ -92,9 +92,9 @@ class Job:
             raise ConfigError("job: strategy", expected="a name", got=shown(self.strategy))
         if not isinstance(self.options, Mapping) or not all(isinstance(k, str) for k in self.options):
             raise ConfigError("job: options", expected="a table of settings", got=shown(self.options))
-        if not isinstance(self.precision, (list, tuple)) or not set(map(str, self.precision)) <= set(PRECISIONS):
+        if not isinstance(self.precision, (list, tuple)) or not set(map(str, self.precision)) <= set(SERVED):
             raise ConfigError(
-                "job: precision", expected=f"a list of some of {', '.join(PRECISIONS)}", got=shown(self.precision)
+                "job: precision", expected=f"a list of some of {', '.join(SERVED)}", got=shown(self.precision)
             )
         object.__setattr__(self, "precision", tuple(dict.fromkeys(self.precision)))
         self._check_ranked()

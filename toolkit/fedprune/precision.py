@@ -25,6 +25,9 @@ INT8 = "int8"
 PRECISIONS = ("folded", "float16", INT8)
 """`folded` is float32 with norms inside the layers before them."""
 
+SERVED = ("float16", INT8)
+"""Those that boards of a fleet may serve at: what `folded` does, onnxruntime does to float32 by itself."""
+
 RANGES = "~ranges"
 """What calibration gives and preparation takes: least and largest number of every activation, float32 [n, 2]."""
 
