@@ -80,6 +80,29 @@ def test_numbers_may_be_off_by_a_share_of_their_spread(loss: str, share: float) 
     assert found.same is None
 
 
+@pytest.mark.parametrize("n", [1, 20])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.1, 3.0])
+def test_numbers_that_do_not_spread_are_compared_with_their_size(n: int, share: float) -> None:
+    reference = np.full((n, 1), -40.0)
+
+    found = agreement("mse", reference, reference + share * MOST_ERROR * 40 / 1000)
+
+    assert found.error == pytest.approx(share * MOST_ERROR)
+    assert (found.refusal == "") == (share < 1)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce", "mse"])
+def test_what_was_compared_on_nothing_never_serves(loss: str, labels: bool) -> None:
+    none = np.zeros((0, 4), np.float32)
+    y = np.zeros(0, np.int64) if loss == "cross_entropy" else none
+
+    found = agreement(loss, none, none, y if labels else None)
+
+    assert "no samples" in found.refusal
+    assert found.samples == 0
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce", "mse"])
 def test_what_is_not_finite_never_serves(loss: str) -> None:
     outputs = classes([0, 1])

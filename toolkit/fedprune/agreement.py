@@ -24,6 +24,9 @@ MOST_LOST = 0.01
 MOST_ERROR = 0.1
 """Where numbers are predicted: how far they may be off, as a share of how far they spread."""
 
+_LEAST_SPREAD = 1e-3
+"""Numbers that spread less, as a share of the largest, count as spread so far: one, or equal ones, don't spread."""
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -31,8 +34,10 @@ class Agreement:
 
     Attributes:
         samples: On how many samples.
-        same: Share of decisions (the class, or every label) that are the same; None where numbers are predicted.
-        error: Root of the mean squared difference of outputs, over the standard deviation of float32's.
+        same: Share of decisions (the class, or every label) that are the same; None where numbers are predicted, or
+            there are no samples.
+        error: Root of the mean squared difference of outputs, over the standard deviation of float32's, which counts
+            as a thousandth of the largest of them at least.
         right: Shares of right answers of float32 and of the model; None where no labels were given or numbers are
             predicted.
     """
@@ -44,8 +49,10 @@ class Agreement:
 
     @property
     def refusal(self) -> str:
-        """Why the model must not serve; empty where it may. One sample proves nothing: so much is always allowed."""
-        one = 1 / max(self.samples, 1)
+        """Why the model must not serve; empty where it may. One decision proves nothing: so much is always allowed."""
+        if not self.samples:
+            return "there are no samples to compare it on"
+        one = 1 / self.samples
         if not np.isfinite(self.error):
             return "its outputs are not finite"
         if self.same is None and self.error > MOST_ERROR:
@@ -87,8 +94,11 @@ def agreement(loss: str, reference: Array, outputs: Array, y: Array | None = Non
     """
     if outputs.shape != reference.shape:
         raise ModelError("outputs at lower precision", expected=reference.shape, got=outputs.shape)
-    far = np.sqrt(np.mean((outputs.astype(np.float64) - reference) ** 2)) if outputs.size else 0.0
-    error = float(far / max(float(np.std(reference, dtype=np.float64)), 1e-30))
+    if not len(reference):
+        return Agreement(0, None, 0.0)
+    far = np.sqrt(np.mean((outputs.astype(np.float64) - reference) ** 2))
+    spread = max(float(np.std(reference, dtype=np.float64)), _LEAST_SPREAD * float(np.abs(reference).max()), 1e-30)
+    error = float(far / spread)
     if loss not in ("cross_entropy", "bce"):
         return Agreement(len(reference), None, error)
     decided = [o.argmax(1) if loss == "cross_entropy" else o > 0 for o in (reference, outputs)]
