@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.engine_plan import FORMAT, MOST_BATCH, PRECISIONS, EnginePlan
+from fedprune.engine_plan import FORMAT, MOST_BATCH, TOLERANCES, EnginePlan
 from fedprune.errors import ConfigError
 
 pytestmark = pytest.mark.board
@@ -18,7 +18,7 @@ LONG = EnginePlan().to_json().encode() + b" " * 10_000
 PLANS = st.builds(
     EnginePlan,
     graph=st.from_regex(r"[a-z0-9][a-z0-9._-]{0,59}\.onnx", fullmatch=True),
-    precision=st.sampled_from(sorted(PRECISIONS)),
+    precision=st.sampled_from(sorted(TOLERANCES)),
     batch=st.lists(st.integers(1, MOST_BATCH), min_size=3, max_size=3).map(lambda n: tuple(sorted(n))),
     pool_bytes=st.integers(2**20, 2**36),
     timeout_s=st.floats(1, 86_400),

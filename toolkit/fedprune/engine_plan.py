@@ -19,7 +19,7 @@ FORMAT = "fedprune.engine/1"
 NAME = "engine.json"
 """What a plan is called in a bundle."""
 
-PRECISIONS = {"float32": 1e-3, "tf32": 1e-2, "float16": 3e-2}
+TOLERANCES = {"float32": 1e-3, "tf32": 1e-2, "float16": 3e-2}
 """How an engine may compute, and how far its outputs may then be from onnxruntime's in float32, relative to 1 plus the
 largest of them. TF32 rounds factors to 10 bits of mantissa, as float16 has, but keeps float32's range."""
 
@@ -38,7 +38,7 @@ class EnginePlan:
     Attributes:
         graph: The graph, beside the weights. From TensorRT 10 on an engine's types are the graph's, so that one in
             float16 needs a graph with float32 inputs and outputs and float16 between; TensorRT 8 chooses types itself.
-        precision: One of `PRECISIONS`.
+        precision: One of `TOLERANCES`.
         batch: The least, the usual and the most samples at once; larger batches are predicted in parts.
         pool_bytes: Memory that a layer's implementation may take for itself while the engine is built and runs.
         timeout_s: When a build is given up.
@@ -60,7 +60,7 @@ class EnginePlan:
     def __post_init__(self) -> None:
         if not isinstance(self.graph, str) or not _GRAPH.fullmatch(self.graph):
             raise ConfigError("graph", expected="the name of an .onnx file beside the weights", got=shown(self.graph))
-        check.word("precision", self.precision, tuple(PRECISIONS))
+        check.word("precision", self.precision, tuple(TOLERANCES))
         if not isinstance(self.batch, tuple) or len(self.batch) != 3:
             raise ConfigError("batch", expected="the least, the usual and the most samples", got=shown(self.batch))
         for number in self.batch:
@@ -74,8 +74,8 @@ class EnginePlan:
 
     @property
     def tolerance(self) -> float:
-        """How far outputs may be from onnxruntime's, see `PRECISIONS`."""
-        return PRECISIONS[self.precision]
+        """How far outputs may be from onnxruntime's, see `TOLERANCES`."""
+        return TOLERANCES[self.precision]
 
     @property
     def digest(self) -> str:
