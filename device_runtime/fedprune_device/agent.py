@@ -62,7 +62,7 @@ class Agent:
         probe: What the board measured of itself.
         care: Lets training wait while the board is too hot.
         alone: Seconds after which it trains without its server; 0 for never (`Alone`).
-        serves: Says what answers predictions, for the server; empty where that is nothing special.
+        answers: Says what answers predictions, for the server; empty where that is nothing special.
         serve: The precision that its model serves at (`lowering.SERVE`).
         clock: Seconds that only grow.
     """
@@ -82,7 +82,7 @@ class Agent:
         probe: ProbeReport | None = None,
         care: Care | None = None,
         alone: float = 0.0,
-        serves: Callable[[], str] = lambda: "",
+        answers: Callable[[], str] = lambda: "",
         serve: str = FLOAT32,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -91,7 +91,7 @@ class Agent:
         self._outbox = Outbox(device, self._topics, link, Serve(store.blobs))
         self._data, self._profile, self._care, self._clock = data, profile, care, clock
         known = profile_name or (profile.name if profile is not None else "")
-        self._greeting = Greeting(device, known, probe, serves)
+        self._greeting = Greeting(device, known, probe, answers)
         self._lowering = Lowering(serve, threads)
         self._choice = StepChoice(standard=cuda)
         trainer = LoadedTrainer(threads, cuda=cuda)

@@ -202,7 +202,7 @@ def _run(arguments: argparse.Namespace) -> int:
             probe=report,
             care=care,
             alone=3600 * arguments.train_alone,
-            serves=lambda: "" if keeper is None else keeper.status,
+            answers=lambda: "" if keeper is None else keeper.status,
             serve=arguments.serve,
         )
         agents.append(agent)

@@ -25,13 +25,13 @@ class Greeting:
         device: The device's name.
         profile_name: What the server is told the board is.
         probe: What it measured of itself.
-        serves: Says what answers predictions, and why; empty where that is nothing special.
+        answers: Says what answers predictions, and why; empty where that is nothing special.
     """
 
     def __init__(
-        self, device: str, profile_name: str, probe: ProbeReport | None, serves: Callable[[], str] = lambda: ""
+        self, device: str, profile_name: str, probe: ProbeReport | None, answers: Callable[[], str] = lambda: ""
     ) -> None:
-        self._device, self._profile_name, self._probe, self._serves = device, profile_name, probe, serves
+        self._device, self._profile_name, self._probe, self._answers = device, profile_name, probe, answers
         self._samples, self._served = 0, ""
         self._at = 0.0
 
@@ -44,7 +44,7 @@ class Greeting:
             held: What the board works on, or still has to deliver.
             now: The time.
         """
-        self._samples, self._served, self._at = samples, self._serves(), now
+        self._samples, self._served, self._at = samples, self._answers(), now
         served = f", predicts with {one_line(self._served, _LONGEST)}" if self._served else ""
         return Birth(
             self._device,
@@ -58,4 +58,4 @@ class Greeting:
 
     def outdated(self, source: Samples, now: float) -> bool:
         """Whether the server should hear of other samples, or of what else predicts; looked at now and then."""
-        return now >= self._at + AGAIN_S and (source.samples != self._samples or self._serves() != self._served)
+        return now >= self._at + AGAIN_S and (source.samples != self._samples or self._answers() != self._served)
