@@ -63,7 +63,7 @@ class Agent:
         care: Lets training wait while the board is too hot.
         alone: Seconds after which it trains without its server; 0 for never (`Alone`).
         answers: Says what answers predictions, for the server; empty where that is nothing special.
-        serve: The precision that its model serves at (`lowering.SERVE`).
+        precision: What its model serves at (`lowering.SERVE`).
         clock: Seconds that only grow.
     """
 
@@ -83,7 +83,7 @@ class Agent:
         care: Care | None = None,
         alone: float = 0.0,
         answers: Callable[[], str] = lambda: "",
-        serve: str = FLOAT32,
+        precision: str = FLOAT32,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device, self._topics = device, Topics(site)
@@ -92,7 +92,7 @@ class Agent:
         self._data, self._profile, self._care, self._clock = data, profile, care, clock
         known = profile_name or (profile.name if profile is not None else "")
         self._greeting = Greeting(device, known, probe, answers)
-        self._lowering = Lowering(serve, threads)
+        self._lowering = Lowering(precision, threads)
         self._choice = StepChoice(standard=cuda)
         trainer = LoadedTrainer(threads, cuda=cuda)
         self._bench = Workbench(device, store.blobs, store.slots, data, trainer, store.own, self._lowering)

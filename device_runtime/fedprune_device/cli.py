@@ -203,7 +203,7 @@ def _run(arguments: argparse.Namespace) -> int:
             care=care,
             alone=3600 * arguments.train_alone,
             answers=lambda: "" if keeper is None else keeper.status,
-            serve=arguments.serve,
+            precision=arguments.serve,
         )
         agents.append(agent)
         signal.signal(signal.SIGTERM, lambda *_: agent.stop())

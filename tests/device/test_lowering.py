@@ -299,7 +299,7 @@ def test_an_agent_pulls_and_serves_what_it_is_told_to(
     server.plan = [server.offer(n, RECIPE, **other) for n in (1, 2)]
 
     with DeviceStore(tmp_path / "state") as store:
-        agent = Agent("d", "site", store, MemoryLink(server), data, serve=serve, clock=clock)
+        agent = Agent("d", "site", store, MemoryLink(server), data, precision=serve, clock=clock)
         late = threading.Timer(15, agent.stop)
         late.start()
         agent.run(until_finished=True)
