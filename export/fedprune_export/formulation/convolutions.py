@@ -20,7 +20,8 @@ def convolution(to: Formulator, node: Node) -> bool:
     out = to.layouts.image(node.outputs[0])
     if image is None or shape is None or out is None or to.layouts.owed(x) is not None:
         return False
-    if int(node.attrs.get("group", 1)) not in (1, image[0]) or (image[0] > 1 == shape[1] and shape[0] != image[0]):
+    many_of_each = image[0] > 1 and shape[1] == 1 and shape[0] != image[0]
+    if int(node.attrs.get("group", 1)) not in (1, image[0]) or many_of_each:
         return False
     pads = [int(p) for p in node.attrs["pads"]]
     w = Window(
