@@ -73,14 +73,14 @@ _BECOMES = {
 def _forms() -> Mapping[str, str]:
     """In which forms operators are read and written."""
     from fedprune_export.composites import COMPOSITES, NATIVE
-    from fedprune_export.importing.lowering import LOWERED
     from fedprune_export.importing.sequences import SEQUENCE_OPERATORS
+    from fedprune_export.importing.translation import TRANSLATED
     from fedprune_export.target_opset import EARLIER_FORMS, LATER_FORMS
 
     out: dict[str, list[str]] = {}
-    for name in sorted(SEQUENCE_OPERATORS | {n for n in LOWERED if n in _BECOMES}):
+    for name in sorted(SEQUENCE_OPERATORS | {n for n in TRANSLATED if n in _BECOMES}):
         out[name] = [f"becomes {_BECOMES[name]}" if name in _BECOMES else "dissolved on import"]
-    for name in sorted(LOWERED - set(out)):
+    for name in sorted(TRANSLATED - set(out)):
         out[name] = ["later forms are read, too"]
     for name, since in NATIVE.items():
         found = "found where it is written out in primitives" if name in COMPOSITES else "found in primitives"

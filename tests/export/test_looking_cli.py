@@ -13,8 +13,8 @@ from fedprune_export.cli import main
 from fedprune_export.composites import NATIVE
 from fedprune_export.gradients.tape import RULES as GRADIENTS
 from fedprune_export.importing import import_onnx
-from fedprune_export.importing.lowering import LOWERED
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS
+from fedprune_export.importing.translation import TRANSLATED
 from fedprune_export.target_opset import EARLIER_FORMS, LATER_FORMS
 from fedprune_server.digits import digits_model
 
@@ -77,7 +77,7 @@ def test_forms_are_named_for_what_the_import_and_the_writer_change(capsys: pytes
     main(["operators", "--json"])
 
     forms = {r["operator"]: r["forms"] for r in json.loads(capsys.readouterr().out) if r["forms"]}
-    assert {*LOWERED, *SEQUENCE_OPERATORS, *NATIVE, *LATER_FORMS, *EARLIER_FORMS} == set(forms)
+    assert {*TRANSLATED, *SEQUENCE_OPERATORS, *NATIVE, *LATER_FORMS, *EARLIER_FORMS} == set(forms)
     for name, since in NATIVE.items():
         assert f"below opset {since}" in forms[name]
     for name, since in (*LATER_FORMS.items(), *EARLIER_FORMS.items()):

@@ -1,4 +1,4 @@
-"""Bringing a user's model in: reading, normalising, lowering, telling weights from constants."""
+"""Bringing a user's model in: reading, normalising, translating, telling weights from constants."""
 
 from fedprune_export.importing.load import check_input, import_onnx, load, read_source
 from fedprune_export.importing.metadata import PARAMETERS_KEY

@@ -20,13 +20,13 @@ from fedprune.step import LOGITS, RESERVED, X
 from fedprune_export.graph import Graph, Port
 from fedprune_export.importing.comparison import compare
 from fedprune_export.importing.fills import narrow_constants, part_fills
-from fedprune_export.importing.lowering import lower, upgraded
 from fedprune_export.importing.metadata import shown_names
 from fedprune_export.importing.norm_patterns import find_norms
 from fedprune_export.importing.patterns import find_activations
 from fedprune_export.importing.roles import CONSTANT_PREFIX, find_kinds, name_constants, note_scalars, untie
 from fedprune_export.importing.simplification import bypass, drop_idle, simplify
 from fedprune_export.importing.soundness import check_indices, check_nodes
+from fedprune_export.importing.translation import translate, upgraded
 from fedprune_export.importing.transpositions import merge_transpositions
 from fedprune_export.shape_arithmetic import follow
 from fedprune_export.trace import Trace, check_batch, sample_input, trace
@@ -99,7 +99,7 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, 
     before = Session(raw if raw is not None and usable else reference.to_bytes())
     _drop_casts(graph, seen)
     _fold(graph, seen, constants)
-    lower(graph, seen, notes)
+    translate(graph, seen, notes)
     simplify(graph, seen, constants)
     merge_transpositions(graph, seen)
     drop_idle(graph)

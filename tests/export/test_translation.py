@@ -115,14 +115,14 @@ def test_swish_of_an_opset_to_come() -> None:
     graph = Graph(nodes=[], opset=24)
     node = helper.make_node("Swish", ["x"], ["y"], alpha=1.5)
 
-    from fedprune_export.importing.lowering import lower
+    from fedprune_export.importing.translation import translate
     from fedprune_export.trace import Trace
 
     graph.nodes = Graph.from_proto(
         helper.make_model(helper.make_graph([node], "g", [], [helper.make_tensor_value_info("y", 1, [3])]))
     ).nodes
     graph.inputs, graph.outputs = [Port("x", F32, (3,))], [Port("y", F32, (3,))]
-    lower(graph, Trace({"x": (3,)}, {}, (), {}, {}, {}), [])
+    translate(graph, Trace({"x": (3,)}, {}, (), {}, {}, {}), [])
     x = random(3)
 
     np.testing.assert_allclose(Session(graph.to_bytes()).run({"x": x})["y"], x / (1 + np.exp(-1.5 * x)), rtol=1e-5)

@@ -28,7 +28,7 @@ _OLDEST = 13
 
 
 @dataclass
-class Lowering:
+class Translation:
     """A graph in the making.
 
     Attributes:
@@ -56,7 +56,7 @@ class Lowering:
         raise ModelError(f"operator {node.op} ({node.name}) takes computed {what}", expected=f"constant {what}")
 
 
-_Rule = Callable[[Lowering, Node], None]
+_Rule = Callable[[Translation, Node], None]
 
 
 def upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -80,7 +80,7 @@ def upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
     return upgraded
 
 
-def lower(graph: Graph, seen: Trace, notes: list[str]) -> None:
+def translate(graph: Graph, seen: Trace, notes: list[str]) -> None:
     """Rewrite operators in the forms of opset 17.
 
     Args:
@@ -93,7 +93,7 @@ def lower(graph: Graph, seen: Trace, notes: list[str]) -> None:
     """
     nodes, graph.nodes = graph.nodes, []
     used = {p.name for p in graph.outputs} | {i for n in nodes for i in n.inputs}
-    state = Lowering(graph, seen, used)
+    state = Translation(graph, seen, used)
     for node in nodes:
         rule = None if node.domain else _RULES.get(node.op)
         if rule is not None:
@@ -114,7 +114,7 @@ def lower(graph: Graph, seen: Trace, notes: list[str]) -> None:
     graph.opset = TRAINING_OPSET
 
 
-def _reduction(state: Lowering, node: Node) -> None:
+def _reduction(state: Translation, node: Node) -> None:
     """Axes as an attribute; empty axes with noop set mean that nothing is reduced."""
     nothing = node.attrs.pop("noop_with_empty_axes", 0)
     axes: list[int] = []
@@ -131,7 +131,7 @@ def _reduction(state: Lowering, node: Node) -> None:
 def _default(name: str, *values: object) -> _Rule:
     """Leave out an attribute that opset 17 doesn't have, where it says what opset 17 does."""
 
-    def rule(state: Lowering, node: Node) -> None:
+    def rule(state: Translation, node: Node) -> None:
         if name in node.attrs and node.attrs[name] in values:
             del node.attrs[name]
         state.keep(node)
@@ -139,7 +139,7 @@ def _default(name: str, *values: object) -> _Rule:
     return rule
 
 
-def _pooling(state: Lowering, node: Node) -> None:
+def _pooling(state: Translation, node: Node) -> None:
     """Dilations of 1 are the only ones that these pools know in opset 17."""
     if all(d == 1 for d in node.attrs.get("dilations", [])):
         node.attrs.pop("dilations", None)
@@ -148,14 +148,14 @@ def _pooling(state: Lowering, node: Node) -> None:
     state.keep(node)
 
 
-def _cast(state: Lowering, node: Node) -> None:
+def _cast(state: Translation, node: Node) -> None:
     """The newer attributes of casts concern types below 16 bits only."""
     node.attrs.pop("saturate", None)
     node.attrs.pop("round_mode", None)
     state.keep(node)
 
 
-def _batch_norm(state: Lowering, node: Node) -> None:
+def _batch_norm(state: Translation, node: Node) -> None:
     if node.attrs.get("training_mode"):
         raise ModelError(
             f"batch normalisation {node.name} is in training mode",
@@ -172,7 +172,7 @@ def _batch_norm(state: Lowering, node: Node) -> None:
     state.keep(node)
 
 
-def _norm(state: Lowering, node: Node) -> None:
+def _norm(state: Translation, node: Node) -> None:
     """Axes counted from the end, float32 inside, and no output that nobody reads."""
     rank = len(state.seen.shapes[node.inputs[0]])
     axis = int(node.attrs.get("axis", -1))
@@ -183,7 +183,7 @@ def _norm(state: Lowering, node: Node) -> None:
     state.keep(node)
 
 
-def _group_norm(state: Lowering, node: Node) -> None:
+def _group_norm(state: Translation, node: Node) -> None:
     """Scale and bias per channel; opsets 18 to 20 have them per group."""
     graph, (x, *vectors) = state.graph, node.inputs
     channels, groups = state.seen.shapes[x][1], int(node.attrs["num_groups"])
@@ -196,7 +196,7 @@ def _group_norm(state: Lowering, node: Node) -> None:
     state.keep(node)
 
 
-def _split(state: Lowering, node: Node) -> None:
+def _split(state: Translation, node: Node) -> None:
     """Sizes of the parts as an input."""
     node.attrs.pop("num_outputs", None)
     if len(node.inputs) < 2 or not node.inputs[1]:
@@ -213,20 +213,20 @@ def _sizes(seen: Trace, node: Node, axis: int) -> list[int]:
     return [each] * (parts - 1) + [total - each * (parts - 1)]
 
 
-def _swish(state: Lowering, node: Node) -> None:
+def _swish(state: Translation, node: Node) -> None:
     graph, x = state.graph, node.inputs[0]
     alpha = float(node.attrs.get("alpha", 1.0))
     inner = x if alpha == 1 else graph.emit("Mul", x, graph.scalar(alpha))
     graph.emit("Mul", x, graph.emit("Sigmoid", inner), out=node.outputs[0])
 
 
-def _grid_sample(state: Lowering, node: Node) -> None:
+def _grid_sample(state: Translation, node: Node) -> None:
     names = {"linear": "bilinear", "cubic": "bicubic"}
     node.attrs["mode"] = names.get(node.attrs.get("mode", "bilinear"), node.attrs.get("mode", "bilinear"))
     state.keep(node)
 
 
-def _scatter(state: Lowering, node: Node) -> None:
+def _scatter(state: Translation, node: Node) -> None:
     if node.attrs.get("reduction") in ("min", "max"):
         raise _no_form(node, "reduction", "add or mul")
     state.keep(node)
@@ -257,5 +257,5 @@ _RULES: dict[str, _Rule] = {
     "Swish": _swish,
 }
 
-LOWERED = frozenset(_RULES)
+TRANSLATED = frozenset(_RULES)
 """Operators whose later forms, or which themselves, are written in the forms of opset 17."""
