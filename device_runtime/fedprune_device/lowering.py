@@ -47,8 +47,8 @@ _FASTER = 0.9
 
 
 @dataclass(frozen=True)
-class Lowered:
-    """A model that may serve, staged beside the float32 one that it was made of.
+class Staged:
+    """A lowered model that may serve, beside the float32 one that it was made of.
 
     Attributes:
         precision: Which one.
@@ -85,7 +85,7 @@ class Lowering:
         data: LocalData,
         recipe: Recipe,
         classes: int,
-    ) -> Lowered | None:
+    ) -> Staged | None:
         """Lower the model that is staged in a folder.
 
         Args:
@@ -110,7 +110,7 @@ class Lowering:
         if chosen == FLOAT32:
             return None
         with storage_errors(f"can't read {folder}"):
-            return Lowered(chosen, file_digest(folder / graph_file(chosen)), file_digest(folder / weights_file(chosen)))
+            return Staged(chosen, file_digest(folder / graph_file(chosen)), file_digest(folder / weights_file(chosen)))
 
     def _tried(self, folder: Path, precision: str, kit: bytes, data: LocalData, judge: _Judge) -> Predictor | None:
         """Make a precision's files in the folder; the model that they are if it may serve."""
