@@ -127,8 +127,9 @@ def _sgd(g: Graph, tape: Tape) -> _Update:
         if mask:
             gradient = g.emit("Mul", gradient, mask)
         moved = plus(gradient, state, step.MOMENTUM, step.following(state))
-        return plus(name, moved, g.emit("Neg", step.LR), out)
+        return plus(name, moved, back, out)
 
+    back = g.emit("Neg", step.LR) if tape.intends else ""
     return intended if tape.intends else update
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fedprune.architecture import Axis
 from fedprune.selection import Selection
-from fedprune_export.cut import cut
+from fedprune_export.cut import at_widths
 from fedprune_export.imported import Model
 
 
@@ -31,5 +31,5 @@ def pinned(model: Model, widths: Sequence[int]) -> Model:
 
     tensors = tuple(replace(t, axes=tuple(map(fixed, t.axes))) for t in whole.tensors)
     values = {name: tuple(None if a is None else fixed(a) for a in axes) for name, axes in model.values.items()}
-    graph = cut(model, selection)
+    graph = at_widths(model, widths)
     return replace(model, graph=graph, architecture=replace(whole, groups=(), tensors=tensors), values=values)

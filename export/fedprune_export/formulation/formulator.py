@@ -37,8 +37,7 @@ class Formulator:
 
     def __init__(self, source: Graph, shapes: Mapping[str, Sizes], forms: Forms) -> None:
         self.forms = forms
-        self.graph = source.copy()
-        self.graph.nodes = []
+        self.graph = source.bare()
         known = {**shapes, **{n: v.shape for n, v in source.initializers.items()}}
         self.layouts = Layouts(self.graph, known, max(forms.block, 1), forms.batch)
         self.state: dict[str, object] = {}
@@ -71,8 +70,9 @@ class Formulator:
 
     def copy(self, node: Node) -> None:
         """Write a node as it is."""
-        inputs = [self.layouts.plain(i) if i else i for i in node.inputs]
-        self.graph.nodes.append(replace(node, inputs=inputs, outputs=list(node.outputs)))
+        copied = node.copy()
+        copied.inputs = [self.layouts.plain(i) if i else i for i in node.inputs]
+        self.graph.nodes.append(copied)
 
     def readers(self, name: str) -> list[Node]:
         """The nodes that read a value."""

@@ -328,6 +328,7 @@ class Layouts:
         else:
             node.inputs += [""] * (3 - len(node.inputs)) + [add]
         # What it takes in may have been computed after it.
-        self.graph.nodes.remove(node)
-        self.graph.nodes.append(node)
+        nodes = self.graph.nodes
+        del nodes[next(i for i in reversed(range(len(nodes))) if nodes[i] is node)]
+        nodes.append(node)
         return True

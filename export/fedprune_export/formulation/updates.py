@@ -28,10 +28,20 @@ def scaled_sum(to: Formulator, node: Node) -> bool:
         return True
     rows = math.gcd(size // b, _ROWS)
     laid = g.ints(1, b, rows, size // b // rows)
-    kernel = g.emit("Expand", g.emit("Reshape", factor, g.ints(1, 1, 1, 1)), g.ints(b, 1, 1, 1))
+    kernel = _kernel(to, factor)
     ones = [1, 1]
     attrs = {"kernel_shape": ones, "strides": ones, "dilations": ones, "pads": [0] * 4, "group": b}
     laid_out = [g.emit("Reshape", v, laid) for v in (first, second)]
     total = g.emit("Conv", laid_out[1], kernel, "", laid_out[0], attrs=attrs, domain=BLOCKED)
     g.emit("Reshape", total, g.ints(*shape), out=out)
     return True
+
+
+def _kernel(to: Formulator, factor: str) -> str:
+    """A number as the kernel of every channel of a block; all sums with this number have the same."""
+    name = f"{factor}::kernel"
+    if name not in to.state:
+        g = to.graph
+        number = g.emit("Reshape", factor, g.ints(1, 1, 1, 1))
+        to.state[name] = g.emit("Expand", number, g.ints(to.layouts.block, 1, 1, 1))
+    return str(to.state[name])
