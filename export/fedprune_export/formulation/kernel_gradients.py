@@ -1,7 +1,7 @@
 """Gradients of kernels: matrix products, or a convolution over the batch with channels in blocks.
 
-In blocks the samples of the batch play the channels, the inputs play the samples, and dy is the kernel: what
-onnxruntime computes fastest, computes dw. The input gets its padding first: padded places take a slow path there.
+In blocks the samples of the batch play the channels, blocks of inputs play the samples, and dy is the kernel: what
+onnxruntime computes fastest, computes dw. The input gets its padded columns first: those take a slow path there.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fedprune_export.formulation import pointwise
 from fedprune_export.formulation.formulator import Formulator, rule
 from fedprune_export.formulation.layouts import BLOCKED, Layouts
 from fedprune_export.gradients.dense import Dense, Formulation
@@ -37,6 +38,8 @@ def kernel_gradient(to: Formulator, node: Node) -> bool:
     elif node.attrs["group"] > 1:
         deep = Depthwise(g, w, layouts.plain(kernel))
         result = deep.kernel_gradient(layouts.plain(x), layouts.unpaid(dy, blocked=False))
+    elif pointwise.serves(layouts, w, x, dy):
+        result = pointwise.kernel_gradient(layouts, w, x, dy)
     elif form == "blocked":
         result = _in_blocks(to, w, x, dy)
     else:
@@ -75,6 +78,9 @@ def _of_depthwise(to: Formulator, w: Window, x: str, dy: str) -> str:
 class _OverBatch:
     """The convolution of a layer's input with dy.
 
+    Input channels lie beside each other in the width, so that a convolution makes a tap's outputs for many of them at
+    once, and reads dy once for all of them.
+
     Attributes:
         layouts: The values of the graph around it.
         w: The layer's window.
@@ -93,34 +99,27 @@ class _OverBatch:
 
     def write(self, dy: str) -> str:
         """Write it, given the gradient in blocks."""
-        g, w = self.layouts.graph, self.w
-        b, out = self.layouts.block, self.layouts.filled(self.outputs)
-        if self._missing:
-            dy = g.emit("Pad", dy, g.ints(0, 0, 0, 0, self._missing, 0, 0, 0))
-        image = self._image_of_blocks() if self.blocked else self._image()
-        rows = w.output[0] // self._bands
+        w, (top, bottom) = self.w, self.w.pads[0]
         attrs = {
-            "kernel_shape": [rows, w.output[1]],
-            "strides": list(w.dilations),
-            "dilations": list(w.strides),
-            "pads": [0, 0, 0, 0],
+            "kernel_shape": [self._rows, w.output[1]],
+            "strides": [w.dilations[0], 1],
+            "dilations": [w.strides[0], w.strides[1] * self._beside],
+            # Padded rows are left out by the operator, padded columns are slow.
+            "pads": [top, 0, bottom, 0] if self._bands == 1 else [0, 0, 0, 0],
             "group": 1,
         }
-        y = ""
-        for band in range(self._bands):
-            first = band * rows
-            apart = g.emit("Reshape", dy, g.ints(-1, b, out // b, math.prod(w.output), b))
-            if self._bands > 1:
-                places = first * w.output[1], (first + rows) * w.output[1]
-                apart = g.emit("Slice", apart, g.ints(places[0]), g.ints(places[1]), g.ints(3))
-            kernel = g.emit("Transpose", apart, attrs={"perm": [2, 0, 3, 1, 4]})
-            kernel = g.emit("Reshape", kernel, g.ints(out, -1, rows, w.output[1]))
-            inputs = [self._rows_of(image, first, rows), kernel] + (["", y] if y else [])  # it adds up by itself
-            y = g.emit("Conv", *inputs, attrs=attrs, domain=BLOCKED)
-        y = g.emit("ReorderOutput", y, attrs={"channels": self.outputs, "channels_last": 0}, domain=BLOCKED)
-        if _found(w) != w.kernel:  # the last rows and columns are of no tap
-            y = g.emit("Slice", y, g.ints(0, 0), g.ints(*w.kernel), g.ints(2, 3))
-        return g.emit("Transpose", y, attrs={"perm": [1, 0, 2, 3]})
+        image, kernel = self._image(), self._kernel(dy)
+        return self._sorted(self.layouts.graph.emit("Conv", image, kernel, attrs=attrs, domain=BLOCKED))
+
+    @property
+    def _beside(self) -> int:
+        """How many channels lie beside each other: those of a block, or all of them."""
+        return self.layouts.block if self.blocked else self.inputs
+
+    @property
+    def _blocks(self) -> int:
+        """How many times as many channels there are."""
+        return self.layouts.filled(self.inputs) // self.layouts.block if self.blocked else 1
 
     @property
     def _missing(self) -> int:
@@ -133,45 +132,71 @@ class _OverBatch:
         numbers = math.prod(self.w.output) * min(self.layouts.filled(self.outputs), _FILTERS)
         return math.gcd(self.w.output[0], 2 ** max(0, math.ceil(math.log2(numbers / _CACHED))))
 
-    def _rows_of(self, image: str, first: int, rows: int) -> str:
-        """What of the image a band of dy's rows meets."""
-        if self._bands == 1:
-            return image
-        g, w = self.layouts.graph, self.w
-        tall, wide = _padded(w)
-        start = first * w.strides[0]
-        end = start + (rows - 1) * w.strides[0] + w.dilations[0] * (_found(w)[0] - 1) + 1
-        lines = g.emit("Reshape", image, g.ints(self.inputs, -1, tall, wide * self.layouts.block))
-        lines = g.emit("Slice", lines, g.ints(start), g.ints(end), g.ints(2))
-        return g.emit("Reshape", lines, g.ints(self.inputs, -1, end - start, wide))
-
-    def _image_of_blocks(self) -> str:
-        """[N, I/b, H, W, b] with the samples last, padded, and in blocks of samples: [I, N/b, H', W', b]."""
-        g, w = self.layouts.graph, self.w
-        b, into = self.layouts.block, self.layouts.filled(self.inputs)
-        flat = g.emit("Reshape", self.x, g.ints(-1, into * math.prod(w.sizes)))
-        flat = g.emit("Transpose", flat, attrs={"perm": [1, 0]})
-        if self._missing:
-            flat = g.emit("Pad", flat, g.ints(0, 0, 0, self._missing))
-        flat = g.emit("Reshape", flat, g.ints(into // b, *w.sizes, -1))  # the last axis has b channels of all samples
-        if any(w.flat_pads):
-            (top, bottom), (left, right) = w.pads
-            flat = g.emit("Pad", flat, g.ints(0, top, left, 0, 0, bottom, right, 0))
-        apart = g.emit("Reshape", flat, g.ints(into // b, math.prod(_padded(w)), b, -1, b))
-        if into != self.inputs and into == b:
-            apart = g.emit("Slice", apart, g.ints(0), g.ints(self.inputs), g.ints(2))
-        image = g.emit("Transpose", apart, attrs={"perm": [0, 2, 3, 1, 4]})
-        image = g.emit("Reshape", image, g.ints(self.inputs if into == b else into, -1, *_padded(w)))
-        return image if into in (b, self.inputs) else g.emit("Slice", image, g.ints(0), g.ints(self.inputs), g.ints(0))
+    @property
+    def _rows(self) -> int:
+        """Rows of dy in a band."""
+        return self.w.output[0] // self._bands
 
     def _image(self) -> str:
-        """[N, I, H, W] in blocks of samples."""
-        g = self.layouts.graph
-        image = g.emit("Transpose", self.x, attrs={"perm": [1, 0, 2, 3]})
-        (top, bottom), (left, right) = self.w.pads
-        if self._missing or any(self.w.flat_pads):
-            image = g.emit("Pad", image, g.ints(0, 0, top, left, 0, self._missing, bottom, right))
-        return g.emit("ReorderInput", image, attrs={"channels_last": 0}, domain=BLOCKED)
+        """The input in blocks of samples, [blocks, N · bands, H', W' · channels]; bands play channels, too."""
+        g, w, beside, blocks = self.layouts.graph, self.w, self._beside, self._blocks
+        samples = self.layouts.batch + self._missing
+        value, (height, width) = self.x, w.sizes
+        if not self.blocked and self.inputs > 1:
+            value = g.emit("Reshape", value, g.ints(-1, self.inputs, height * width))
+            value = g.emit("Transpose", value, attrs={"perm": [0, 2, 1]})
+        value = g.emit("Reshape", value, g.ints(-1, blocks, height, width * beside))
+        (top, bottom), (left, right) = ((0, 0), w.pads[1]) if self._bands == 1 else w.pads
+        if self._missing or any((top, bottom, left, right)):
+            ends = (0, 0, top, left * beside, self._missing, 0, bottom, right * beside)
+            value = g.emit("Pad", value, g.ints(*ends))
+        height, wide = height + top + bottom, _padded(w)[1] * beside
+        taken = height
+        if self._bands > 1:
+            taken = (self._rows - 1) * w.strides[0] + w.dilations[0] * (_found(w)[0] - 1) + 1
+            starts = [band * self._rows * w.strides[0] for band in range(self._bands)]
+            lines = [k * height + start + i for k in range(blocks) for start in starts for i in range(taken)]
+            value = g.emit("Reshape", value, g.ints(samples, blocks * height, wide))
+            value = g.emit("Gather", value, g.ints(*lines), attrs={"axis": 1})
+        tall = taken * self._bands
+        if blocks > 1:
+            value = g.emit("Reshape", value, g.ints(samples, blocks, tall * wide))
+            value = g.emit("Transpose", value, attrs={"perm": [1, 0, 2]})
+        value = g.emit("Reshape", value, g.ints(blocks, samples, tall, wide))
+        value = g.emit("ReorderInput", value, attrs={"channels_last": 0}, domain=BLOCKED)
+        return g.emit("Reshape", value, g.ints(blocks, samples * self._bands, taken, wide))
+
+    def _kernel(self, dy: str) -> str:
+        """Dy as a kernel over samples and bands: [O/b, N/b, H, W, b of N, b of O]."""
+        g, b, (height, width) = self.layouts.graph, self.layouts.block, self.w.output
+        out = self.layouts.filled(self.outputs)
+        if self._missing:
+            dy = g.emit("Pad", dy, g.ints(0, 0, 0, 0, self._missing, 0, 0, 0))
+        if out == b:  # then there is an operator that sorts it
+            dy = g.emit("Reshape", dy, g.ints(-1, b * b, height, width))
+            kernel = g.emit("ReorderOutput", dy, attrs={"channels": b * b, "channels_last": 1}, domain=BLOCKED)
+        else:
+            apart = g.emit("Reshape", dy, g.ints(-1, b, out // b, height * width, b))
+            kernel = g.emit("Transpose", apart, attrs={"perm": [2, 0, 3, 1, 4]})
+        return g.emit("Reshape", kernel, g.ints(out, -1, self._rows, width))
+
+    def _sorted(self, y: str) -> str:
+        """What comes out, [blocks of I, O/b, H', W', I, b], as a kernel [O, I, kh, kw]."""
+        g, w, b, beside = self.layouts.graph, self.w, self.layouts.block, self._beside
+        out, inputs, (height, width) = self.layouts.filled(self.outputs), self._blocks * beside, w.kernel
+        found, span = _found(w)[0], _padded(w)[1] - w.strides[1] * (w.output[1] - 1)
+        if (found, span) != w.kernel:  # the last rows and columns are of no tap, nor is what dilation leaves out
+            y = g.emit("Reshape", y, g.ints(-1, found, span, beside * b))
+            ends, steps = g.ints(height, w.dilations[1] * (width - 1) + 1), g.ints(1, w.dilations[1])
+            y = g.emit("Slice", y, g.ints(0, 0), ends, g.ints(1, 2), steps)
+        y = g.emit("Reshape", y, g.ints(self._blocks, out // b, height * width, beside, b))
+        y = g.emit("Transpose", y, attrs={"perm": [1, 0, 3, 2, 4]})  # runs of b move, which is fast
+        y = g.emit("Reshape", y, g.ints(out // b, b, inputs, height * width))
+        y = g.emit("ReorderOutput", y, attrs={"channels": b, "channels_last": 0}, domain=BLOCKED)
+        y = g.emit("Reshape", y, g.ints(out, inputs, height, width))
+        if (out, inputs) == (self.outputs, self.inputs):
+            return y
+        return g.emit("Slice", y, g.ints(0, 0), g.ints(self.outputs, self.inputs), g.ints(0, 1))
 
 
 def _padded(w: Window) -> tuple[int, int]:
