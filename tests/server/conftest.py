@@ -1,0 +1,21 @@
+"""What tests of several parts of the server have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports with small files for pictures: to draw them takes several times as long as a small run."""
+    from fedprune_server import pictures
+
+    def save(figure: Any, path: Path) -> Path:
+        pictures.plt.close(figure)
+        path.write_bytes(b"\x89PNG")
+        return path
+
+    monkeypatch.setattr(pictures, "_save", save)
