@@ -333,7 +333,7 @@ def test_an_image_that_is_none_is_refused(body: bytes) -> None:
 def test_a_picture_that_would_unpack_to_more_than_memory_is_refused() -> None:
     image = pytest.importorskip("PIL.Image")
     file = io.BytesIO()
-    image.new("1", (30_000, 30_000)).save(file, "PNG")
+    image.new("1", (14_000, 14_000)).save(file, "PNG")
     with pytest.raises(DataError, match=r"(?i)size of an image|bomb"):
         Pixels().read(file.getvalue(), ("PNG",), (3, 4, 4))
 
@@ -358,7 +358,7 @@ def test_predictions_and_samples_go_on_while_a_round_is_trained(
             local.samples.add(rng.standard_normal(6).astype(np.float32), n % 3)
         trained_on = local.samples.samples
         agent = Agent("d", "site", store, MemoryLink(fleet), local.samples, clock=clock)
-        fleet.plan = [fleet.offer(1), fleet.offer(2, Recipe(epochs=400, batch_size=1, lr=1e-4))]
+        fleet.plan = [fleet.offer(1), fleet.offer(2, Recipe(epochs=120, batch_size=1, lr=1e-4))]
         thread = threading.Thread(target=agent.run, args=(True,))
         thread.start()
         during, added = 0, 0

@@ -379,15 +379,18 @@ def test_what_an_update_costs_a_card_does_not_grow_with_its_files(board: Make, t
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_at_any_write_of_a_pulled_release_ends_on_a_good_one(
-    board: Make, releases: dict[int, Path], kind: str
+    board: Make, releases: dict[int, Path], kind: str, part: int
 ) -> None:
+    """Every second or third write, half of them in each part."""
     calm = board(releases[2], releases[3], name="calm")
     with power() as supply:
         calm.live()
     assert supply.count >= 250
-    for at in range(1, supply.count + 1, 3 if kind == "before" else 2):
+    step = 3 if kind == "before" else 2
+    for at in range(1 + part * step, supply.count + 1, 2 * step):
         it = board(releases[2], releases[3], name="cut")
         with power(at, kind), pytest.raises(CutError):
             it.live()

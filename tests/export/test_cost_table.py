@@ -7,20 +7,19 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-import zoo
 from torch import nn
 
 from fedprune import widths_at
-from fedprune.architecture import Architecture
 from fedprune.costs import costs_at
 from fedprune.selection import Selection
 from fedprune.workload import workload
 from fedprune_export.cut import cut
+from fedprune_export.imported import Model
 from fedprune_export.importing import export_torch, import_onnx
 
 pytestmark = pytest.mark.torch
 
-Imported = Callable[[str], Architecture]
+Imported = Callable[[str], Model]
 DENSITY = 0.5
 
 
@@ -48,8 +47,8 @@ def test_recurrent_layers_multiply_once_per_step(kind: type[nn.RNNBase], gates: 
 
 
 @pytest.mark.parametrize("name", ["lenet", "resnet20_bn", "concat_net"])
-def test_costs_at_a_width_are_those_of_the_cut_graph(name: str) -> None:
-    model = import_onnx(export_torch(zoo.make(name)), name)
+def test_costs_at_a_width_are_those_of_the_cut_graph(name: str, imported: Imported) -> None:
+    model = imported(name)
     widths = widths_at(model.architecture, DENSITY)
     narrow = import_onnx(cut(model, Selection.of(model.architecture, widths)).to_bytes(), name).architecture
     mine, its = costs_at(model.architecture, widths), costs_at(narrow, narrow.sizes)
@@ -61,8 +60,8 @@ def test_costs_at_a_width_are_those_of_the_cut_graph(name: str) -> None:
         assert np.allclose(count(workload(model.architecture), widths), count(workload(narrow), narrow.sizes))
 
 
-def test_rows_of_a_small_net_by_hand() -> None:
-    architecture = import_onnx(export_torch(zoo.make("lenet")), "lenet").architecture
+def test_rows_of_a_small_net_by_hand(imported: Imported) -> None:
+    architecture = imported("lenet").architecture
     second = next(n for n in architecture.layers if n.weight == "conv2.weight")
     pool = next(n for n in architecture.layers if n.op == "MaxPool")
     sizes = architecture.sizes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import hard_nets
 import pytest
@@ -40,6 +41,30 @@ HEADS = {
 """Sizes of groups where torch merges heads with the batch, or where layers begin with the same zeros."""
 
 
+SOAK = {
+    "CBAM",
+    "CRNN",
+    "CausalAttention",
+    "ConvNeXt",
+    "DenseConcat",
+    "InvertedResidual",
+    "OneGroupNorm",
+    "PadShortcut",
+    "Pyramid",
+    "ShuffleUnit",
+    "SwinBlock",
+    "TransformerEncoder",
+    "TwoGRUs",
+    "UNet",
+    "Video",
+}
+"""Networks like others that are tested each time, here or as whole ones in `test_whole_models.py`."""
+
+
+def each(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.soak if name in SOAK else ()) for name in names]
+
+
 @cache
 def exported(name: str) -> bytes:
     return export_torch(hard_nets.make(name))
@@ -50,7 +75,7 @@ def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
     return import_onnx(exported(name), name, prefer=prefer)
 
 
-@pytest.mark.parametrize("name", hard_nets.NETS)
+@pytest.mark.parametrize("name", each(hard_nets.NETS))
 def test_the_import_computes_what_torch_computes(name: str) -> None:
     model = imported(name)
     x = inputs(model, 4)
@@ -61,20 +86,20 @@ def test_the_import_computes_what_torch_computes(name: str) -> None:
     assert distance(outputs(model.graph, x), expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", hard_nets.NETS)
+@pytest.mark.parametrize("name", each(hard_nets.NETS))
 def test_what_can_be_cut_is_found(name: str) -> None:
     model = imported(name)
 
     assert len(model.architecture.groups) >= hard_nets.NETS[name].groups, model.notes
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", each(HEADS))
 def test_how_torch_writes_them_hides_no_channels(name: str) -> None:
     assert [g.size for g in imported(name).architecture.groups] == HEADS[name]
 
 
 @pytest.mark.parametrize("density", [0.25, 0.5, 0.75, 0.001])
-@pytest.mark.parametrize("name", hard_nets.NETS)
+@pytest.mark.parametrize("name", each(hard_nets.NETS))
 def test_a_cut_equals_the_masked_original(name: str, density: float) -> None:
     model = imported(name)
 
@@ -82,7 +107,7 @@ def test_a_cut_equals_the_masked_original(name: str, density: float) -> None:
         assert cut_error(model, random_selection(model, density, seed=int(density * 100) + batch), batch) < 1e-5
 
 
-@pytest.mark.parametrize("name", FINE)
+@pytest.mark.parametrize("name", each(FINE))
 def test_positions_are_cut_where_they_are_preferred(name: str) -> None:
     model = imported(name, "fine")
 

@@ -315,9 +315,14 @@ def test_statistics_that_never_move_are_noted() -> None:
     assert len([n for n in still if "never updated" in n]) == 1
 
 
+@pytest.fixture(scope="module")
+def normalised() -> bytes:
+    return export_torch(seeded(Normalised(0.1, 0.1)))
+
+
 @pytest.mark.parametrize("momentum", [-0.5, 1.5, float("nan")])
-def test_a_momentum_that_is_no_share_is_refused(momentum: float) -> None:
-    proto = onnx.load_model_from_string(export_torch(seeded(Normalised(0.1, 0.1))))
+def test_a_momentum_that_is_no_share_is_refused(normalised: bytes, momentum: float) -> None:
+    proto = onnx.load_model_from_string(normalised)
     norm = next(n for n in proto.graph.node if n.op_type == "BatchNormalization")
     next(a for a in norm.attribute if a.name == "momentum").f = momentum
     with pytest.raises(ModelError, match="momentum of batch normalisation"):

@@ -1,7 +1,7 @@
 """Whole networks: imported right, cut right at every density, differentiated right, and cut where they can be.
 
-All of ours, and some of timm's; `benchmarks/whole_models.py` has all of these, and `benchmarks/timm_models.py` many
-more of timm's, with their gradients.
+All of ours, and some of timm's, most of which soak; `benchmarks/whole_models.py` has all of these, and
+`benchmarks/timm_models.py` many more of timm's, with their gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from fedprune_export.cut import cut, masked
 
 pytestmark = pytest.mark.torch
 
-QUICK = (*OURS, "resnet18", "mobilenetv3_small_100", "convnext_atto", "vit_tiny_patch16_224")
+LARGE = ("resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224")
+QUICK = (*OURS, "convnext_atto", *(pytest.param(name, marks=pytest.mark.soak) for name in LARGE))
 BOUND = 1e-5
 DENSITIES = (0.25, 0.5, 0.75, 0.001)
 BATCHES = (2, 6)

@@ -184,7 +184,7 @@ def test_whatever_the_strategy_is_the_reference_is_fedavg():
 
 
 @pytest.fixture
-def run(write, tmp_path):
+def run(write, tmp_path, undrawn):
     """A small run's folder."""
     path = write(
         DATA + "devices = 3\nserver = 0.2\n[[devices]]\nprofile = 'raspberry-pi-4b'\n[simulation]\ndensities=[0.5]\n"

@@ -99,7 +99,7 @@ def check(run, protocol, folder, rounds=1):
     return result
 
 
-QUICK = ("cifar10-dirichlet", "har", "ca-hfp-scores", "pr-fl-time")
+QUICK = ("har", "ca-hfp-scores", "pr-fl-time")
 
 
 @pytest.mark.parametrize("table", QUICK)

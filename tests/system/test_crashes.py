@@ -30,7 +30,7 @@ density = 0.5
 deadline_s = 300
 
 [job.recipe]
-epochs = 4000  # a round must last long enough to be hit in its middle on a machine that stalls for a second
+epochs = 3000  # a round must last long enough to be hit in its middle on a machine that stalls for a second
 lr = 0.001
 """
 
@@ -88,7 +88,12 @@ def test_an_undisturbed_run_counts_every_device_in_every_round(undisturbed: Stat
     assert progress == [["folded"] * len(DEVICES)] * ROUNDS
 
 
-@pytest.mark.parametrize("site", ["embedded", pytest.param("mosquitto", marks=pytest.mark.mosquitto)], indirect=True)
+# `test_rollout.py` kills a Mosquitto at every push.
+@pytest.mark.parametrize(
+    "site",
+    ["embedded", pytest.param("mosquitto", marks=[pytest.mark.mosquitto, pytest.mark.soak])],
+    indirect=True,
+)
 def test_kills_in_the_middle_of_rounds_change_not_a_bit(site: Site, undisturbed: State) -> None:
     site.start_all()
     for number, victim in enumerate((DEVICES[0], "server", "broker"), start=1):

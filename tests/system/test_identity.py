@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from fedprune.trust.tls import unpinned_context
 from fedprune.wire.link import Link
 from fedprune.wire.messages import Finished, Offer, Update, parse
 from fedprune.wire.topics import Topics
+from fedprune_device import cli as device_cli
+from fedprune_server import cli as server_cli
 from machine import listens
 
 pytestmark = pytest.mark.system
@@ -177,20 +179,18 @@ def test_a_claim_lets_one_board_in_and_a_revoked_one_is_out_at_once(site: Site, 
 
 
 @pytest.mark.parametrize("site", ["embedded"], indirect=True)
-def test_without_an_identity_nothing_leaves_this_machine(site: Site, tmp_path: Path) -> None:
-    def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", module, "run", "--insecure", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+def test_without_an_identity_nothing_leaves_this_machine(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(main: Callable[[list[str]], int], *arguments: str) -> None:
+        assert main(["run", "--insecure", *arguments]) == ExitCode.CONFIG, capsys.readouterr().err
 
     data = str(site.material / "north.npz")
     server = ("--config", str(site.folder / "fleet.toml"), "--state", str(tmp_path / "s"))
     for url in ("mqtt://192.0.2.1", "mqtts://192.0.2.1"):
-        done = run("fedprune_device.cli", "--broker", url, "--data", data, "--state", str(tmp_path / "d"))
-        assert done.returncode == ExitCode.CONFIG, done.stderr
-        done = run("fedprune_server.cli", *server, "--broker", url)
-        assert done.returncode == ExitCode.CONFIG, done.stderr
+        run(device_cli.main, "--broker", url, "--data", data, "--state", str(tmp_path / "d"))
+        run(server_cli.main, *server, "--broker", url)
     for host in ("0.0.0.0", "192.0.2.1"):  # noqa: S104
-        done = run("fedprune_server.cli", *server, "--host", host)
-        assert done.returncode == ExitCode.CONFIG, done.stderr
+        run(server_cli.main, *server, "--host", host)
     assert not (tmp_path / "d").exists()
     assert not (tmp_path / "s").exists()

@@ -66,7 +66,7 @@ def run_both(root: Path, job: Job, raw: bytes, data: Federation) -> tuple[Record
     return record, simulation
 
 
-@pytest.mark.parametrize("scorer", ["magnitude", "curvature"])
+@pytest.mark.parametrize("scorer", [pytest.param("magnitude", marks=pytest.mark.soak), "curvature"])
 def test_daemon_with_device_processes_and_simulator_give_the_same_models(tmp_path, scorer):
     job = plain_job(epochs=1, logit_adjustment=True)
     job = replace(job, scorer=scorer, warmup_rounds=1, rule="fill", server_momentum=0.7)
@@ -103,7 +103,9 @@ def numbers(data: Federation) -> Federation:
     ("make", "recipe", "of", "still"),
     [
         (digits_model, {"frozen": ["conv1.*", "*.bias"]}, lambda d: d, {"conv1.weight", "fc.bias"}),
-        (digits_model, {"loss": "mse", "frozen": ["conv2.*"]}, numbers, {"conv2.weight"}),
+        pytest.param(
+            digits_model, {"loss": "mse", "frozen": ["conv2.*"]}, numbers, {"conv2.weight"}, marks=pytest.mark.soak
+        ),
         (digits_model, {"loss": "huber"}, numbers, set()),
         (frozen_by_its_author, {}, lambda d: d, {"0.weight", "0.bias", "4.bias"}),
         (

@@ -56,9 +56,9 @@ class Board:
         write_release(self.folder / str(number), made, [self.wheel, *more], KEY)
         return self.folder / str(number)
 
-    def update(self, number: int, *more: Path, seconds: float = 120) -> None:
+    def update(self, number: int, *more: Path, attempts: int = 2, seconds: float = 120) -> None:
         self.updater.stage(source(self.release(number, *more)))
-        self.updater.arm(2, seconds)
+        self.updater.arm(attempts, seconds)
 
     @contextmanager
     def running(self, url: str) -> Iterator[subprocess.Popen[bytes]]:
@@ -140,11 +140,11 @@ def test_an_illegal_instruction_is_the_reason_that_the_operator_reads(board: Boa
 def test_a_runtime_that_never_reaches_its_broker_goes_back(board: Board) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    board.update(2, seconds=15)
+    board.update(2, attempts=1, seconds=10)
     with board.running(f"mqtt://127.0.0.1:{port}"):
         board.told("READY=1")
         state = board.until(lambda s: s.phase != TRIAL)
         board.told("READY=1")
     assert state.outcome is not None
     assert (state.stable, state.outcome.result) == ("a", ROLLED_BACK)
-    assert state.outcome.reason == "not healthy within 15 s (its checks passed, but it had not reached the broker)"
+    assert state.outcome.reason == "not healthy within 10 s (its checks passed, but it had not reached the broker)"

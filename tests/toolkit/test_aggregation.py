@@ -135,7 +135,7 @@ def test_a_coordinate_that_nobody_holds_keeps_its_bits(
         assert got[spec.name][masked].tobytes() == base[spec.name][masked].tobytes()
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(rounds(), st.sampled_from(["coverage", "fill"]), st.sampled_from([0.0, 0.5]), st.randoms(use_true_random=False))
 def test_order_does_not_change_a_bit(
     case: tuple[Architecture, Tensors, list[Update]], rule: Rule, momentum: float, dice: random.Random
@@ -150,7 +150,7 @@ def test_order_does_not_change_a_bit(
         assert identical(one_velocity or {}, two_velocity or {})
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(rounds(), st.sampled_from(["coverage", "fill"]), st.integers(0, 5))
 def test_merging_does_not_change_a_bit(case: tuple[Architecture, Tensors, list[Update]], rule: Rule, cut: int) -> None:
     architecture, base, updates = case

@@ -91,7 +91,7 @@ def test_a_job_runs_its_rounds_with_every_device_once() -> None:
     assert sorted(shell.acknowledged) == sorted((n, r) for n in NAMES for r in (1, 2, 3))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_order_duplicates_and_crashes_change_nothing(data: st.DataObject) -> None:
     expected = reference()
@@ -181,7 +181,7 @@ class Weather(Shell):
             self.carry_out(self.coordinator.resume(self.now))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_a_job_ends_whatever_the_weather_was(data: st.DataObject) -> None:
     shell = Weather(data)

@@ -126,7 +126,7 @@ def attempt(raw: bytes) -> tuple[Message | None, str]:
 
 
 @given(messages)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_what_was_sent_is_what_is_read(message: Message) -> None:
     assert parse(message.to_bytes()) == message
 
@@ -320,7 +320,7 @@ def test_a_message_that_would_be_too_long_is_not_made() -> None:
 
 
 @given(st.sampled_from(EXAMPLES), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_damaged_messages_raise_nothing_but_protocol_errors(message: Message, data: st.DataObject) -> None:
     raw = bytearray(message.to_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -331,7 +331,7 @@ def test_damaged_messages_raise_nothing_but_protocol_errors(message: Message, da
 
 
 @given(st.recursive(scalars | texts, lambda inner: st.lists(inner) | st.dictionaries(texts, inner)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_json_raises_nothing_but_protocol_errors(body: object) -> None:
     kinds = [m.kind for m in EXAMPLES if m.kind != Hello.kind]  # which is complete without any field
     for raw in (body, *({**body, "v": 1, "type": kind} for kind in kinds if isinstance(body, dict))):
