@@ -39,7 +39,7 @@ endif
 
 # Boards with Arm processors, in an emulator: needs qemu-user-static, proot and mmdebstrap.
 test-arm64: $(DEV)/installed
-	$(DEV)/bin/pytest -m arm64 tests/arm64 $(ARGS)
+	$(DEV)/bin/pytest $(AT_ONCE) -m arm64 tests/arm64 $(ARGS)
 
 check: $(DEV)/installed
 	$(DEV)/bin/ruff check .
