@@ -81,6 +81,8 @@ class MemoryServer:
         self.link: Any = None
         self.mangle: Callable[[str, bytes], list[bytes]] = lambda _, raw: [raw]
         self.react: Callable[[Any], None] = lambda _: None
+        self.watch: Callable[[], None] = lambda: None
+        """Called at each turn of the agent's loop."""
         self.accepts = True
         self.ends = True
         self._pull: tuple[Update, Pull] | None = None
@@ -137,6 +139,7 @@ class MemoryServer:
         self.react(message)
 
     def tick(self) -> None:
+        self.watch()
         now = self._clock()
         if self._pull is not None:
             self._ask(self._pull[1].on_tick(now))

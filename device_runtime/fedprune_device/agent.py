@@ -384,7 +384,11 @@ class Agent:
         elif isinstance(worker.error, DamagedBlobError) and self._damages < _MAX_DAMAGES:
             self._damages += 1
             _LOG.warning("%s: pulling it again", worker.error)
-            self._download(offer, now)
+            try:
+                self._store.blobs.delete(worker.error.sha256)
+                self._download(offer, now)
+            except FedpruneError as error:
+                self._refuse(offer, error)
         elif worker.error is not None and not isinstance(worker.error, TrainingStoppedError):
             other = self._choice.instead(offer, worker.error)
             if other is None:

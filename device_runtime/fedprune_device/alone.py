@@ -14,7 +14,7 @@ from dataclasses import replace
 from fedprune.errors import FedpruneError, StorageError
 from fedprune.wire.messages import Offer, Update
 from fedprune_device import durable
-from fedprune_device.assignment import LoadedTrainer, Report, Workbench
+from fedprune_device.assignment import DamagedBlobError, LoadedTrainer, Report, Workbench
 from fedprune_device.care import Care
 from fedprune_device.lowering import Lowering
 from fedprune_device.source import Samples
@@ -107,11 +107,14 @@ class Alone:
         """
         self._heard = now if self._heard is None else self._heard
         if self._thread is not None and not self._thread.alive:
-            error, self._thread = self._thread.error, None
+            thread, self._thread = self._thread, None
+            error = thread.error
             if isinstance(error, FedpruneError) and not isinstance(error, TrainingStoppedError):
                 _LOG.warning("training alone failed: %s", error)
             elif error is not None and not isinstance(error, TrainingStoppedError):
                 _LOG.error("training alone failed: unexpected error", exc_info=error)
+            if isinstance(error, DamagedBlobError) and not thread.stopped:
+                self._store.blobs.delete(error.sha256)  # what stops it may be an offer that pulls it anew
             return True
         if self._every and idle and self._thread is None and self._due(now, connected):
             self._tried = now

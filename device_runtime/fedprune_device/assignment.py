@@ -20,7 +20,6 @@ from fedprune_device.own_labels import OwnLabels
 from fedprune_device.predictor import Predictor
 from fedprune_device.slots import Serving, Slots
 from fedprune_device.source import Samples
-from fedprune_device.trainer import TrainingStoppedError
 from fedprune_device.work import Work
 
 __all__ = ["MEASURED", "DamagedBlobError", "LoadedTrainer", "Trained", "Workbench"]
@@ -30,7 +29,15 @@ Report = Callable[[str, int, int], None]
 
 
 class DamagedBlobError(StorageError):
-    """A blob on the disk is not what its name says. It has been deleted, so that it can be pulled again."""
+    """A blob on the disk is not what its name says, and must be pulled again.
+
+    To delete it is left to the loop that pulls: that alone knows whether it is being pulled anew already.
+
+    Attributes:
+        sha256: Its name.
+    """
+
+    sha256 = ""
 
 
 @dataclass(frozen=True)
@@ -128,22 +135,22 @@ class Workbench:
             StorageError: The disk fails or is full.
         """
         recipe = Recipe.from_dict(offer.recipe)
-        # Damage is found out first and fast: whoever is told to stop must not delete what is being pulled anew.
-        weights = self._blob(offer.weights, stop)
-        mask = None if offer.mask is None else self._blob(offer.mask, stop)
+        # Damage is found out first, before a graph is loaded.
+        weights = self._blob(offer.weights)
+        mask = None if offer.mask is None else self._blob(offer.mask)
         blocked = next(iter((offer.blocked or {}).values()), None)
         trainer = self._trainer.of(
             offer.training.sha256,
-            lambda: self._blob(offer.training, stop),
-            None if blocked is None else lambda: self._blob(blocked, stop),
+            lambda: self._blob(offer.training),
+            None if blocked is None else lambda: self._blob(blocked),
         )
         data = self._data.snapshot(trainer.input_shape)
         work = Work(offer, recipe, weights, mask, trainer, self._shelf, self._device, data)
         data.check(offer.classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
-        self._blob(offer.inference, stop)
+        self._blob(offer.inference)
         kits = self._lowering.wanted(offer).lowered or {}
         for kit in kits.values():
-            self._blob(kit, stop)
+            self._blob(kit)
         own = OwnLabels.of(data.y_train, recipe, offer.classes)
         evaluation = Evaluation(data, recipe, offer.classes, own)
         evaluation.metrics["download_seconds"] = download_seconds
@@ -186,7 +193,7 @@ class Workbench:
         if evaluates:
             evaluation.add(model, when)
         evaluation.latency(model)
-        graphs = {p: self._blob(kit, stop) for p, kit in kits.items()}
+        graphs = {p: self._blob(kit) for p, kit in kits.items()}
         lowered = self._lowering.staged(self._slots.staging, graphs, data, recipe, offer.classes)
         evaluation.metrics |= training_metrics(result)
         if kept is not None and made.own is not None:
@@ -216,14 +223,13 @@ class Workbench:
         )
         return Trained(update, serving)
 
-    def _blob(self, ref: BlobRef, stop: Callable[[], bool]) -> bytes:
+    def _blob(self, ref: BlobRef) -> bytes:
         try:
             return self._blobs.read(ref.sha256)
         except StorageError as error:
-            if stop():
-                raise TrainingStoppedError("training was stopped before its first step") from error
-            self._blobs.delete(ref.sha256)
-            raise DamagedBlobError(str(error)) from error
+            damaged = DamagedBlobError(str(error))
+            damaged.sha256 = ref.sha256
+            raise damaged from error
 
     def _candidate(self, offer: Offer, weights: BlobRef | bytes) -> Predictor:
         source = self._blobs.path(weights.sha256) if isinstance(weights, BlobRef) else weights

@@ -13,9 +13,10 @@ from hidden_board import HIDDEN, hidden_weights
 from memory_fleet import TOPICS, MemoryLink, MemoryServer, clock
 
 from fedprune import tensorfile
+from fedprune.blobs import BlobStore
 from fedprune.costs import WEIGHT_FILES, storage_bytes
 from fedprune.element_mask import ElementMask
-from fedprune.errors import ExitCode
+from fedprune.errors import ExitCode, StorageFullError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.blob_ref import BlobRef
@@ -54,7 +55,7 @@ class Bench:
         self.agent: Agent | None = None
         self.profile: Any = None
 
-    def run(self, until_finished: bool = True, limit: float = 15.0) -> None:
+    def run(self, until_finished: bool = True, limit: float = 60.0) -> None:
         with DeviceStore(self.root / "state") as self.store:
             self.agent = Agent(
                 "d", "site", self.store, MemoryLink(self.server), self.data, profile=self.profile, clock=clock
@@ -72,6 +73,25 @@ class Bench:
                 self.agent.stop()
 
         self.server.react = react
+
+    def stop_once_quiet(self) -> None:
+        def watch() -> None:
+            assert self.agent is not None
+            if self.agent.quiet:
+                self.agent.stop()
+
+        self.server.watch = watch
+
+    def damage(self, blob: BlobRef | None = None) -> Path:
+        """Begin a long round, end in its midst, and let the disk damage a blob of its offer: the weights by default."""
+        self.server.plan = [self.server.offer(1, LONG)]
+        self.stop_on(Progress, phase="train")
+        self.run(until_finished=False)
+        self.server.react = lambda _: None
+        with self.reopened() as store:
+            damaged = store.blobs.path((blob or self.server.weights).sha256)
+        damaged.write_bytes(b"rot")
+        return damaged
 
     def reopened(self) -> DeviceStore:
         return DeviceStore(self.root / "state")
@@ -214,8 +234,7 @@ def test_an_update_of_a_cancelled_attempt_is_dropped(bench: Bench) -> None:
         if isinstance(message, Update):
             server.plan = []
             server.say(Cancelled("job", 1, 2, "too late"))
-            assert bench.agent is not None
-            threading.Timer(0.3, bench.agent.stop).start()
+            bench.stop_once_quiet()
 
     server.react = react
     bench.run(until_finished=False)
@@ -625,8 +644,7 @@ def test_what_a_cancelled_offer_pulled_is_cleared_away(bench: Bench) -> None:
         if isinstance(message, Progress) and message.phase == "train":
             server.plan = []
             server.say(Cancelled("job", 1, 0, "too late"))
-            assert bench.agent is not None
-            threading.Timer(0.5, bench.agent.stop).start()
+            bench.stop_once_quiet()
 
     server.react = react
     bench.run(until_finished=False)
@@ -665,19 +683,60 @@ def test_room_that_an_offer_will_free_counts_for_it(bench: Bench, monkeypatch: p
     assert not server.of(Refusal)
 
 
+@pytest.mark.parametrize("blob", ["weights", "plain", "inference"])
 def test_a_blob_that_the_disk_damaged_is_pulled_again(
-    bench: Bench, graphs: Path, weights: Tensors, data: LocalData
+    bench: Bench, graphs: Path, weights: Tensors, data: LocalData, blob: str
 ) -> None:
     server = bench.server
-    server.plan = [server.offer(1, LONG)]
-    bench.stop_on(Progress, phase="train")
-    bench.run(until_finished=False)
-    with bench.reopened() as store:
-        store.blobs.path(server.weights.sha256).write_bytes(b"rot")
-    server.react = lambda _: None
+    bench.damage({"weights": server.weights, **server.graphs}[blob])
     server.plan = [server.offer(1, Recipe(epochs=2, batch_size=16), attempt=1)]
     bench.run()
     assert same(server.result(1), expected(graphs, weights, data, 1))
+
+
+def test_what_the_disk_damaged_is_not_deleted_once_another_attempt_pulls_it(
+    bench: Bench, graphs: Path, weights: Tensors, data: LocalData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, damaged = bench.server, bench.damage()
+    listens, remove = threading.current_thread(), Path.unlink
+    offered, pulled, deleted = threading.Event(), threading.Event(), threading.Event()
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        """Offer the other attempt just as the damaged file is gone, and let it be pulled before anything else is."""
+        remove(path, missing_ok=missing_ok)
+        if path == damaged and not offered.is_set():
+            offered.set()
+            server.plan = [server.offer(1, Recipe(epochs=2, batch_size=16), attempt=1)]
+            server.say(server.plan[0])
+            if threading.current_thread() is not listens:
+                pulled.wait(30)
+        elif offered.is_set() and path.name == damaged.name:
+            deleted.set()
+
+    def react(message: Any) -> None:
+        if isinstance(message, Want) and message.sha256 == damaged.name:
+            pulled.set()
+            deleted.wait(30)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    server.react = react
+    bench.run()
+    assert offered.is_set()
+    assert not server.of(Refusal)
+    assert same(server.result(1), expected(graphs, weights, data, 1))
+
+
+def test_a_damaged_blob_for_which_there_is_no_room_any_more_is_a_refusal(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageFullError("no room")
+
+    bench.damage()
+    bench.stop_on(Refusal)
+    monkeypatch.setattr(BlobStore, "check_room", full)
+    bench.run(until_finished=False)
+    assert bench.server.of(Refusal)[0].exit_code == ExitCode.STORAGE_FULL
 
 
 def test_a_blob_that_the_server_no_longer_has_is_a_refusal(bench: Bench) -> None:

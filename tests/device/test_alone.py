@@ -18,7 +18,7 @@ from memory_fleet import MemoryLink, MemoryServer, clock
 from power import KINDS, CutError, power
 
 from fedprune import tensorfile
-from fedprune.errors import FedpruneError, StorageFullError
+from fedprune.errors import FedpruneError, StorageError, StorageFullError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.messages import Offer, Update
@@ -345,6 +345,30 @@ def test_what_fails_after_training_is_logged_too(
     assert "training alone failed" in caplog.text
     assert str(error) in caplog.text
     assert at.store.slots.current() == before
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_damaged_graph_is_deleted_unless_an_offer_that_may_pull_it_has_ended_the_training(
+    at: At, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stopped: bool
+) -> None:
+    task = at.store.task
+    assert task is not None
+    graph = task.offer.training.sha256
+    at.store.blobs.path(graph).write_bytes(b"rot")
+    read = at.store.blobs.read
+
+    def reads(sha256: str) -> bytes:
+        try:
+            return read(sha256)
+        except StorageError:
+            if stopped:
+                at.alone.stop()
+            raise
+
+    monkeypatch.setattr(at.store.blobs, "read", reads)
+    assert at.goes_by(DAY)
+    assert f"{graph} is damaged" in caplog.text
+    assert at.store.blobs.has(graph) == stopped
 
 
 def test_a_full_disk_changes_nothing(at: At, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ class Fleet:
     def run(self, until_finished: bool = True, **options: Any) -> None:
         with DeviceStore(self.root / "state") as store:
             self.agent = Agent("d", "site", store, MemoryLink(self.server), self.data, clock=clock, **options)
-            late = threading.Timer(15, self.agent.stop)
+            late = threading.Timer(60, self.agent.stop)
             late.start()
             self.agent.run(until_finished)
             assert late.is_alive(), self.server.seen[-5:]

@@ -200,19 +200,18 @@ def test_graphs_that_are_none_leave_float32(board: Board, what: str, caplog: pyt
     assert {p.name for p in board.slot(record).iterdir()} == {"inference.onnx", "weights.safetensors"}
 
 
-def test_graphs_that_the_disk_damaged_are_pulled_again(board: Board) -> None:
+def test_graphs_that_the_disk_damaged_are_named_to_be_pulled_again(board: Board) -> None:
     kits = board.kits("int8")
-    path = board.root / "blobs" / kits["int8"].sha256
     with DeviceStore(board.root) as store:
         path = store.blobs.path(kits["int8"].sha256)
     path.chmod(0o600)
     path.write_bytes(b"x" + path.read_bytes()[1:])
 
-    with pytest.raises(DamagedBlobError):
+    with pytest.raises(DamagedBlobError) as raised:
         board.work(1, "int8", kits)
 
-    with DeviceStore(board.root) as store:
-        assert not store.blobs.has(kits["int8"].sha256)
+    assert raised.value.sha256 == kits["int8"].sha256
+    assert path.exists(), "it may be on its way anew already"
 
 
 @pytest.mark.parametrize("name", served_files("int8"))
@@ -300,7 +299,7 @@ def test_an_agent_pulls_and_serves_what_it_is_told_to(
 
     with DeviceStore(tmp_path / "state") as store:
         agent = Agent("d", "site", store, MemoryLink(server), data, precision=serve, clock=clock)
-        late = threading.Timer(15, agent.stop)
+        late = threading.Timer(60, agent.stop)
         late.start()
         agent.run(until_finished=True)
         assert late.is_alive()
