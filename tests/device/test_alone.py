@@ -18,7 +18,7 @@ from memory_fleet import MemoryLink, MemoryServer, clock
 from power import KINDS, CutError, power
 
 from fedprune import tensorfile
-from fedprune.errors import FedpruneError, StorageError, StorageFullError
+from fedprune.errors import FedpruneError, StorageFullError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.messages import Offer, Update
@@ -355,18 +355,20 @@ def test_a_damaged_graph_is_deleted_unless_an_offer_that_may_pull_it_has_ended_t
     assert task is not None
     graph = task.offer.training.sha256
     at.store.blobs.path(graph).write_bytes(b"rot")
-    read = at.store.blobs.read
+    read, begun = at.store.blobs.read, threading.Event()
 
     def reads(sha256: str) -> bytes:
-        try:
-            return read(sha256)
-        except StorageError:
-            if stopped:
-                at.alone.stop()
-            raise
+        assert begun.wait(60)
+        return read(sha256)
 
     monkeypatch.setattr(at.store.blobs, "read", reads)
-    assert at.goes_by(DAY)
+    at.wall, at.now = at.wall + DAY, at.now + DAY
+    at.alone.turn(at.now, connected=False, idle=True)
+    if stopped:
+        at.alone.stop()
+    begun.set()
+    at.alone.join(60)
+    assert at.alone.turn(at.now, connected=False, idle=False), "it has ended"
     assert f"{graph} is damaged" in caplog.text
     assert at.store.blobs.has(graph) == stopped
 
