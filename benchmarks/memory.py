@@ -89,7 +89,7 @@ def measure(name: str, folder: Path) -> list[dict[str, Any]]:
             "torch_mb": 1.024 * peak("torch", name, folder, density),
         }
         for kind in KINDS:
-            forms = {"widths": widths, "forms": Forms(block, BATCH)} if kind == "blocks" else {}
+            forms = {"widths": widths, "forms": Forms(block, BATCH if block else 0)} if kind == "blocks" else {}
             graph = training_graph(model, Features(), **forms)  # type: ignore[arg-type]
             sizes = value_sizes(graph, arch, widths, BATCH, max(1, block))
             start = time.perf_counter()

@@ -20,10 +20,17 @@ class Measured(Protocol):
         """As plain JSON types."""
 
 
-T = TypeVar("T", bound=Measured)
+_Measured = TypeVar("_Measured", bound=Measured)
 
 
-def remembered(path: Path, about: str, asset: bytes, key: str, read: Callable[[Any], T], make: Callable[[], T]) -> T:
+def remembered(
+    path: Path,
+    about: str,
+    asset: bytes,
+    key: str,
+    read: Callable[[Any], _Measured],
+    make: Callable[[], _Measured],
+) -> _Measured:
     """The measurement of an earlier start, as long as nothing has changed that it depends on.
 
     Args:
@@ -34,14 +41,14 @@ def remembered(path: Path, about: str, asset: bytes, key: str, read: Callable[[A
         read: Reads it from plain JSON types, and raises a `ProfileError` where they are damaged.
         make: Measures.
     """
-    about = f"{about} {hashlib.sha256(asset).hexdigest()}"
+    depends = f"{about} {hashlib.sha256(asset).hexdigest()}"
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-        if body["about"] == about:
+        if body["about"] == depends:
             return read(body[key])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ProfileError):
         pass  # there is none, or it is damaged: it can be measured again
     found = make()
     with contextlib.suppress(StorageError):
-        write_whole(path, json.dumps({"about": about, key: found.to_dict()}).encode())
+        write_whole(path, json.dumps({"about": depends, key: found.to_dict()}).encode())
     return found

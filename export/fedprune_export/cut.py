@@ -48,6 +48,5 @@ def at_widths(model: Model, widths: Sequence[int]) -> Graph:
         if rewrite is not None:
             rewrite(graph, node, sizes)
         graph.nodes.append(node)
-    used = {i for n in graph.nodes for i in n.inputs}
-    graph.initializers = {k: v for k, v in graph.initializers.items() if k in used}
+    graph.prune()
     return graph

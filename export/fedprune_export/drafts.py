@@ -62,10 +62,14 @@ class Node:
         inputs, outputs, attrs = list(self.inputs), list(self.outputs), dict(self.attrs)
         return Node(self.op, inputs, outputs, attrs, self.name, self.domain, self.purpose)
 
+    @property
+    def bodies(self) -> list[onnx.GraphProto]:
+        """The node's sub-graphs: a loop has one."""
+        return [v for v in self.attrs.values() if isinstance(v, onnx.GraphProto)]
+
     def read_inside(self) -> set[str]:
-        """Names that the node's sub-graph reads, its own and those of the graph around it."""
-        bodies = [v for v in self.attrs.values() if isinstance(v, onnx.GraphProto)]
-        return {i for body in bodies for node in body.node for i in node.input}
+        """Names that the node's sub-graphs read, their own and those of the graph around them."""
+        return {i for body in self.bodies for node in body.node for i in node.input}
 
     def to_proto(self) -> onnx.NodeProto:
         """As a node of an ONNX graph."""

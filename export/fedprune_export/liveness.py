@@ -49,8 +49,8 @@ _ADDS = 3
 
 
 def reads(node: Node) -> list[str]:
-    """Names of the values that a node reads."""
-    return [i for i in node.inputs if i]
+    """Names of the values that a node reads, those that its loop's body reads of the graph around it included."""
+    return [i for i in node.inputs if i] + sorted(node.read_inside())
 
 
 def execution_order(graph: Graph) -> list[Node]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from fedprune.architecture import Axis
 from fedprune.selection import Selection
 from fedprune_export.cut import at_widths
@@ -14,7 +16,8 @@ from fedprune_export.imported import Model
 def pinned(model: Model, widths: Sequence[int]) -> Model:
     """The submodel of these widths, none of whose sizes varies but the batch.
 
-    Its tensors keep their names, so that whatever serves the model's training graphs serves the submodel's.
+    Its tensors keep their names, so that whatever serves the model's training graphs serves the submodel's. All of them
+    are zeros that take no memory: graphs that train read shapes alone.
 
     Args:
         model: The whole model.
@@ -32,4 +35,9 @@ def pinned(model: Model, widths: Sequence[int]) -> Model:
     tensors = tuple(replace(t, axes=tuple(map(fixed, t.axes))) for t in whole.tensors)
     values = {name: tuple(None if a is None else fixed(a) for a in axes) for name, axes in model.values.items()}
     graph = at_widths(model, widths)
+    nothing = {
+        t.name: np.broadcast_to(np.zeros((), model.graph.initializers[t.name].dtype), tuple(a.length for a in t.axes))
+        for t in tensors
+    }
+    graph.initializers = {**nothing, **graph.initializers}
     return replace(model, graph=graph, architecture=replace(whole, groups=(), tensors=tensors), values=values)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,7 +100,8 @@ def pieces(model: Model, graph: Graph, widths: Sequence[int], batch: int) -> lis
             found.setdefault((node.purpose.layer, layers.part(node.purpose.layer, node.purpose.part)), []).append(node)
     out = []
     for (layer, part), nodes in found.items():
-        names, operators = tuple(n.name for n in nodes), [_operator(n.domain, n.op) for n in nodes]
+        running = [r for n in nodes for r in _running(n)]
+        names, operators = tuple(name for name, _ in running), [operator for _, operator in running]
         if not layer:
             moved = layers.update_bytes(graph) if part == UPDATE else layers.logit_bytes
             out.append(Piece("", "", part, "", 0, moved, names))
@@ -222,6 +223,14 @@ class _Layers:
 
     def _total(self, names: Iterable[str]) -> int:
         return int(np.sum([self._sizes.get(n, 0) for n in names], dtype=np.int64))
+
+
+def _running(node: Node) -> Iterator[tuple[str, str]]:
+    """Names and operators of what a node runs: of a loop what is inside, since the profiler tells that apart, too."""
+    if not node.bodies:
+        yield node.name, _operator(node.domain, node.op)
+    for body in node.bodies:
+        yield from ((inner.name, _operator(inner.domain, inner.op_type)) for inner in body.node)
 
 
 def _operator(domain: str, op: str) -> str:

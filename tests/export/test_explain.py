@@ -10,6 +10,8 @@ from math import prod
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from fedprune import profile_store, session
 from fedprune.architecture import widths_at
@@ -26,7 +28,7 @@ from fedprune_export.formulation import Forms
 from fedprune_export.gradients.dense import formulation
 from fedprune_export.gradients.windows import Window
 from fedprune_export.imported import Model
-from fedprune_export.importing import import_onnx
+from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.machine_speed import Speed
 from fedprune_export.step_pieces import KINDS, PRODUCTS, Piece, pieces
 from fedprune_export.training import training_graph
@@ -112,6 +114,32 @@ def test_what_is_measured_is_found_again(model: Model, forms: Forms | None, monk
     unknown = {name for name, (op, s) in times.kernels.items() if "~" not in name and s > 1e-4 and op in PRODUCTS}
     assert not unknown
     assert out.unknown_s < 0.2 * whole
+
+
+class Recurrent(nn.Module):
+    """A layer that is computed in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.LSTM(5, 12, batch_first=True), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(x)[0][:, -1])
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("forms", FORMS[:2])
+def test_of_a_loop_what_is_inside_is_told(forms: Forms | None) -> None:
+    model = import_onnx(export_torch(Recurrent(), input_shape=(7, 5)), "series")
+
+    names = [name for piece in found(model, forms) for name in piece.nodes]
+
+    widths = widths_at(model.architecture, 1.0)
+    graph = training_graph(model, Features(), widths=None if forms is None else widths, forms=forms)
+    loops = [node for node in graph.nodes if node.bodies]
+    assert loops
+    assert not {loop.name for loop in loops} & set(names)
+    assert {node.name for loop in loops for body in loop.bodies for node in body.node} <= set(names)
 
 
 def test_bounds_are_of_the_speed(model: Model) -> None:

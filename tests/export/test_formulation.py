@@ -22,7 +22,7 @@ from fedprune.selection import Selection
 from fedprune.session import Session
 from fedprune_device.step_graph import StepGraph
 from fedprune_export.cut import cut
-from fedprune_export.formulation import Forms, formulated
+from fedprune_export.formulation import Forms, formulated, pointwise
 from fedprune_export.formulation.layouts import Layouts
 from fedprune_export.gradients import intents
 from fedprune_export.gradients.windows import Window
@@ -181,12 +181,37 @@ class OfOnePlace(nn.Module):
         (20, 16, 18, 1, 18),
     ],
 )
-def test_gradients_of_kernels_of_one_place(inputs: int, outputs: int, full: int, stride: int, size: int) -> None:
+def test_gradients_of_kernels_of_one_place(
+    inputs: int, outputs: int, full: int, stride: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, write = [], pointwise.kernel_gradient
+    monkeypatch.setattr(pointwise, "kernel_gradient", lambda *a: written.append(a) or write(*a))
     torch.manual_seed(0)
     net = OfOnePlace(inputs, outputs, stride)
     model = import_onnx(export_torch(net, input_shape=(3, size * stride, size * stride)), "net")
     nearest = _nearest(model, 1.0, Forms(HERE, 5, full=full), Features(gradients=True))
+    assert len(written) == 1
     assert max(nearest.values()) <= 2e-5, nearest
+
+
+@pytest.mark.parametrize("forms", FORMS[-1:] or FORMS, ids=str)
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_loop_is_that_of_the_graph_for_all_widths(layer: type[nn.RNNBase], forms: Forms) -> None:
+    torch.manual_seed(0)
+    model = import_onnx(export_torch(Recurrent(layer), input_shape=(7, 5)), "net")
+    nearest = _nearest(model, 0.5, forms, Features(gradients=True))
+    assert max(nearest.values()) <= 2e-5, nearest
+
+
+class Recurrent(nn.Module):
+    """A layer that reads a series, and decides by the last step."""
+
+    def __init__(self, layer: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer, self.head = layer(5, 12, batch_first=True), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(x)[0][:, -1])
 
 
 def _nearest(model: Model, density: float, forms: Forms, features: Features, **more: float) -> dict[str, float]:
@@ -219,8 +244,9 @@ def _nearest(model: Model, density: float, forms: Forms, features: Features, **m
     ("inputs", "outputs", "size", "kernel", "pad", "dilation"),
     [(16, 32, 32, 3, 1, 1), (3, 64, 24, 5, 2, 1), (20, 40, 28, 3, 2, 2), (18, 64, 32, 3, 0, 1)],
 )
+@pytest.mark.parametrize("blocked", [False, True], ids=["plain", "in blocks"])
 def test_kernel_gradients_of_large_maps_are_torchs(
-    inputs: int, outputs: int, size: int, kernel: int, pad: int, dilation: int, batch: int
+    inputs: int, outputs: int, size: int, kernel: int, pad: int, dilation: int, batch: int, blocked: bool
 ) -> None:
     # Maps that are cut into bands, which one convolution adds up.
     out = size + 2 * pad - dilation * (kernel - 1)
@@ -230,8 +256,14 @@ def test_kernel_gradients_of_large_maps_are_torchs(
         [Port(n, np.dtype(np.float32), s) for n, s in shapes.items()], [Port("dk", np.dtype(np.float32), shapes["k"])]
     )
     attrs = {"window": window, "group": 1}
-    graph.emit("KernelGradient", "x", "dy", "k", attrs=attrs, domain=intents.DOMAIN, out="dk")
-    written = formulated(graph, {**shapes, "dk": shapes["k"]}, Forms(HERE, batch))
+    known, image = {**shapes, "dk": shapes["k"]}, "x"
+    if blocked:
+        graph.initializers["one"] = np.eye(inputs, dtype=np.float32)[:, :, None, None]
+        ones: dict[str, object] = {"kernel_shape": [1, 1], "strides": [1, 1], "dilations": [1, 1], "pads": [0] * 4}
+        image = graph.emit("Conv", "x", "one", attrs={**ones, "group": 1})
+        known[image] = shapes["x"]
+    graph.emit("KernelGradient", image, "dy", "k", attrs=attrs, domain=intents.DOMAIN, out="dk")
+    written = formulated(graph, known, Forms(HERE, batch, full=1))
     assert "Gather" in [n.op for n in written.nodes]
     rng = np.random.default_rng(0)
     x, dy = (rng.standard_normal((batch, *shapes[n][1:])).astype(np.float32) for n in ("x", "dy"))

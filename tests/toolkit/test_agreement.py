@@ -85,10 +85,16 @@ def test_numbers_may_be_off_by_a_share_of_their_spread(loss: str, share: float) 
 def test_numbers_that_do_not_spread_are_compared_with_their_size(n: int, share: float) -> None:
     reference = np.full((n, 1), -40.0)
 
-    found = agreement("mse", reference, reference + share * MOST_ERROR * 40 / 1000)
+    found = agreement("mse", reference, reference + share * MOST_ERROR * 40 / 100)
 
     assert found.error == pytest.approx(share * MOST_ERROR)
     assert (found.refusal == "") == (share < 1)
+
+
+def test_one_number_may_be_rounded_to_float16() -> None:
+    numbers = np.random.default_rng(0).standard_normal((200, 1, 1)).astype(np.float32)
+
+    assert [r for n in numbers if (r := agreement("mse", n, n.astype(np.float16)).refusal)] == []
 
 
 @pytest.mark.parametrize("labels", [False, True])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedprune.errors import StorageError, StorageFullError, remedy
+from fedprune.errors import BusyError, StorageError, StorageFullError, remedy
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -51,7 +51,8 @@ def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
         hint: What to do then.
 
     Raises:
-        StorageError: Somebody else does, or it can't be opened.
+        BusyError: Somebody else does.
+        StorageError: It can't be opened.
     """
     with storage_errors(f"can't open {path}"):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -59,7 +60,7 @@ def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StorageError(busy, hint=hint) from error
+            raise BusyError(busy, hint=hint) from error
         except OSError as error:
             raise StorageError(f"can't lock {path}: {error.strerror}") from error
         yield

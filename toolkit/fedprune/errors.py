@@ -223,6 +223,10 @@ class StorageError(FedpruneError):
     exit_code = ExitCode.STORAGE
 
 
+class BusyError(StorageError):
+    """Somebody else holds a lock."""
+
+
 class StorageFullError(StorageError):
     """There is no room left on the disk; what was there before is untouched."""
 

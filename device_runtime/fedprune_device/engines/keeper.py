@@ -248,7 +248,7 @@ class Keeper:
             # It counts as failed until it is done: what takes the whole board down must not be tried for ever. What
             # can't even be started takes nothing down, and doesn't count.
             self._count(key, 1, "it was cut off, by lack of memory, a crash or a power cut")
-        except FedpruneError:
+        except BaseException:
             making.stop()
             raise
         self._job = _Job(making, way, refittable, key, place, timings is not None)

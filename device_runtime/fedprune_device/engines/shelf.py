@@ -18,14 +18,14 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedprune import setting_checks as check
-from fedprune.disk import file_digest, held, locked, storage_errors
-from fedprune.errors import ConfigError, EngineError, FedpruneError, StorageError, shown
+from fedprune.disk import file_digest, locked, storage_errors
+from fedprune.errors import BusyError, ConfigError, EngineError, FedpruneError, StorageError, shown
 from fedprune_device import durable
 
 _LOG = logging.getLogger("fedprune.device")
@@ -191,7 +191,8 @@ class Shelf:
     def loading(self, sha256: str) -> Iterator[None]:
         """Load an engine in this process, unless that has ended a process before.
 
-        Where another process is loading one at this moment, both do: only the other one's end would be noticed.
+        Where another process is loading one at this moment, both do. Only the other one's end would be noticed: this
+        one would load the engine again at its next start.
 
         Args:
             sha256: The engine's digest.
@@ -200,11 +201,16 @@ class Shelf:
             EngineError: It has.
             StorageError: The disk fails.
         """
-        marker, lock = self._marker, self.root / "loading.lock"
-        if held(lock):
-            yield
-            return
-        with locked(lock, f"another process loads an engine of {self.root}", "Try again."):
+        marker = self._marker
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.root / "loading.lock", "another process loads an engine", ""))
+                alone = True
+            except BusyError:
+                alone = False
+            if not alone:  # outside of the handler, or what fails while it loads would seem to come from the lock
+                yield
+                return
             try:
                 before = durable.read_document(marker)
             except StorageError:

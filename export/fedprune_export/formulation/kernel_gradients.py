@@ -31,7 +31,6 @@ def kernel_gradient(to: Formulator, node: Node) -> bool:
     x, dy, kernel = node.inputs
     w: Window = node.attrs["window"]
     layouts, g, out = to.layouts, to.graph, node.outputs[0]
-    form = to.forms.kernel_gradient(w, layouts.sizes(x)[0], layouts.sizes(dy)[0])
     owed = layouts.owed(dy)
     if node.attrs["group"] > 1 and to.forms.in_blocks(w, 1, layouts.sizes(x)[0], depthwise=True):
         result = _of_depthwise(to, w, x, dy)
@@ -40,7 +39,7 @@ def kernel_gradient(to: Formulator, node: Node) -> bool:
         result = deep.kernel_gradient(layouts.plain(x), layouts.unpaid(dy, blocked=False))
     elif pointwise.serves(layouts, w, x, dy):
         result = pointwise.kernel_gradient(layouts, w, x, dy)
-    elif form == "blocked":
+    elif (form := to.forms.kernel_gradient(w, layouts.sizes(x)[0], layouts.sizes(dy)[0])) == "blocked":
         result = _in_blocks(to, w, x, dy)
     else:
         dense = Dense(g, w, "", Formulation("flipped", form))
