@@ -20,7 +20,7 @@ pytestmark = pytest.mark.system
 
 ROUNDS = 3
 DEVICES = ("north", "south")
-PATIENCE_S = 40
+PATIENCE_S = 120
 CONFIG = """
 [job]
 name = "crashes"
