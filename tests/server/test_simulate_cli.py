@@ -155,7 +155,9 @@ def test_a_signal_ends_a_simulation_that_the_same_command_goes_on_with(config, t
     assert run == other
 
 
-@pytest.mark.parametrize("name", ["fedavg", "FedAvg", "run", "reference", "metrics.json"])
+@pytest.mark.parametrize(
+    "name", ["FedAvg", "run", "metrics.json", *(pytest.param(n, marks=pytest.mark.soak) for n in ("fedavg", "reference"))]
+)
 def test_no_name_of_a_job_collides_with_what_lies_in_the_folder(config, tmp_path, name):
     out = tmp_path / "out"
     text = CONFIG.replace('"yard"', f'"{name}"').replace("rounds = 2", "rounds = 1")
