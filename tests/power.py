@@ -76,6 +76,9 @@ class Power:
             if source in self._unsynced:
                 del self._unsynced[source]
                 self._unsynced[target] = None
+        elif name == "rename":
+            source, target = Path(arguments[0]), Path(arguments[1])
+            self._later(target, lambda: _back(source, target))
         elif name == "unlink" and "dir_fd" not in named:
             path = Path(arguments[0])
             if path.exists():
@@ -113,6 +116,12 @@ def _put(path: Path, content: tuple[bytes, int] | None) -> None:
     if content is not None and path.parent.is_dir():
         path.write_bytes(content[0])
         path.chmod(content[1])
+
+
+def _back(source: Path, target: Path) -> None:
+    """Undo the renaming of a folder."""
+    if target.exists() and not source.exists():
+        target.rename(source)
 
 
 @contextmanager

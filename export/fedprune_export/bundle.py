@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,11 +18,11 @@ from fedprune.bundle import (
     manifest,
     open_bundle,
 )
-from fedprune.disk import storage_errors, write_whole
-from fedprune.errors import BundleError, ConfigError, shown
+from fedprune.errors import BundleError, ConfigError
 from fedprune.form_times import FormTimes
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
+from fedprune_export.bundle_folder import put_bundle
 from fedprune_export.formulation import Forms
 from fedprune_export.imported import Model
 from fedprune_export.inference import inference_model
@@ -110,7 +109,7 @@ def write_bundle(
 ) -> Bundle:
     """Write a bundle and read it back.
 
-    The old manifest goes first and the new one comes last, so that a folder that is only half written is no bundle.
+    After a crash at any moment the folder holds the old bundle or the new one, whole (`fedprune_export.bundle_folder`).
 
     Args:
         folder: Where to; it is made, or must be empty or hold a bundle of the same target, which is replaced.
@@ -122,56 +121,13 @@ def write_bundle(
 
     Raises:
         BundleError: The folder holds something else, or the files don't belong together.
-        StorageFullError: There is no room; the folder is no bundle then.
+        BusyError: Another export writes to the folder.
+        StorageFullError: There is no room; what was there before is untouched.
         StorageError: The folder can't be made or written to.
     """
     classes = selection.architecture.classes
     if class_names and len(class_names) != classes:
         raise BundleError("class names", expected=f"{classes} names", got=len(class_names))
-    check_folder(folder, target)
-    with storage_errors(f"can't write a bundle to {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
-    for name, raw in files.items():
-        write_whole(folder / name, raw)
-    write_whole(folder / MANIFEST, manifest(files, selection, recipe, target, class_names).encode())
+    written = manifest(files, selection, recipe, target, class_names).encode()
+    put_bundle(folder, {**files, MANIFEST: written}, target)
     return open_bundle(folder)
-
-
-def is_bundle(folder: Path) -> bool:
-    """Whether a folder claims to be a bundle."""
-    return (folder / MANIFEST).exists()
-
-
-def check_folder(folder: Path, target: str) -> None:
-    """Refuse to write a bundle among other things, or in the place of another board's.
-
-    Args:
-        folder: Where it is to be written.
-        target: Name of its hardware profile.
-
-    Raises:
-        BundleError: The folder is a file, or holds something else than a bundle of this target.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise BundleError(f"{folder} is not a folder", hint="Give another --out.")
-    if folder.is_dir() and not is_bundle(folder) and any(folder.iterdir()):
-        raise BundleError(f"{folder} is not empty and holds no bundle", hint="Empty it, or give another --out.")
-    there = _target(folder / MANIFEST)
-    if there not in ("", target):
-        raise BundleError(
-            f"{folder} holds the bundle of another board",
-            expected=f"one of {target}",
-            got=f"one of {shown(there)}",
-            hint="Give each board its own --out; or name all in one --target, which makes a folder each. To replace "
-            "it, delete the folder.",
-        )
-
-
-def _target(path: Path) -> str:
-    """Whose bundle a manifest vouches for; empty where there is none that can be read."""
-    try:
-        found = json.loads(path.read_bytes())["target"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return ""
-    return found if isinstance(found, str) else ""

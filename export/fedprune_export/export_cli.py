@@ -250,7 +250,7 @@ class _Job:
 
     def _check_folders(self) -> None:
         """Refuse what can't be written to before the work begins."""
-        from fedprune_export.bundle import check_folder, is_bundle
+        from fedprune_export.bundle_folder import check_folder, is_bundle
 
         out = self.arguments.out
         if out.exists() and not out.is_dir():
@@ -301,7 +301,8 @@ class _Job:
         Raises:
             FedpruneError: The model doesn't fit the board, the cut is wrong, or the folder can't be written.
         """
-        from fedprune_export.bundle import bundle_files, is_bundle, write_bundle
+        from fedprune_export.bundle import bundle_files, write_bundle
+        from fedprune_export.bundle_folder import is_bundle
         from fedprune_export.parity import parity, try_step
         from fedprune_export.report import Report
         from fedprune_export.report_page import page
@@ -359,9 +360,10 @@ class _Job:
         if profile.software.tier == "tensorrt":
             files[engine_plan.NAME] = EnginePlan().to_json().encode()
         tell("writing")
-        if is_bundle(out):
-            self.replaced.append(out)
+        replaces = is_bundle(out)
         write_bundle(out, files, selection, recipe, profile.name, tuple(arguments.class_names))
+        if replaces:
+            self.replaced.append(out)
         return report
 
     def _blocks(self, profile: HardwareProfile) -> tuple[int, ...]:

@@ -155,7 +155,7 @@ def test_a_full_disk_at_export(model: Path, small_disk: Path) -> None:
     done = run("fedprune-export", model, "--target", "raspberry-pi-4b", "--out", small_disk / "bundle")
 
     expect(done, ExitCode.STORAGE_FULL)
-    assert not (small_disk / "bundle" / "manifest.json").exists()
+    assert not (small_disk / "bundle").exists()
 
 
 def test_a_full_disk_at_the_server(model: Path, small_disk: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedprune import tensorfile
 from fedprune.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
-from fedprune.bundle import FILES, MANIFEST, WEIGHTS, blocked_file, manifest, open_bundle
+from fedprune.bundle import COMPLETE, FILES, MANIFEST, WEIGHTS, blocked_file, manifest, open_bundle
 from fedprune.engine_plan import EnginePlan
 from fedprune.errors import BundleError, ExitCode
 from fedprune.recipe import Recipe
@@ -208,4 +208,14 @@ def test_tensors_of_another_width_or_type_are_refused(
     (folder / MANIFEST).write_text(json.dumps(body))
 
     with pytest.raises(BundleError, match=got.replace("[", r"\[")):
+        open_bundle(folder)
+
+
+def test_a_bundle_that_is_complete_and_not_in_its_place_yet_counts(tmp_path: Path) -> None:
+    folder = write(tmp_path / "b")
+    new = write(folder / COMPLETE)
+    (folder / WEIGHTS).write_bytes(b"a file of another")
+    assert open_bundle(folder).path(WEIGHTS) == new / WEIGHTS
+    (new / MANIFEST).unlink()
+    with pytest.raises(BundleError, match=f"{WEIGHTS} is cut short"):
         open_bundle(folder)

@@ -1,14 +1,15 @@
 """Writing to the disk: whole or not at all, durably, and in errors of ours."""
 
 import errno
+import fcntl
 import os
 import stat
 
 import pytest
 
 from fedprune.blobs import BlobStore
-from fedprune.disk import storage_errors, write_whole
-from fedprune.errors import StorageError, StorageFullError
+from fedprune.disk import locked, storage_errors, write_whole
+from fedprune.errors import BusyError, StorageError, StorageFullError
 
 pytestmark = pytest.mark.board
 
@@ -73,3 +74,18 @@ def test_an_error_says_what_to_do(number, what):
 def test_a_blob_that_is_lost_comes_with_what_to_do(tmp_path):
     with pytest.raises(StorageError, match=r"is not in .*Restore a backup"):
         BlobStore(tmp_path).read("0" * 64)
+
+
+def test_a_lock_on_a_file_that_its_holder_has_deleted_is_none(tmp_path, monkeypatch):
+    path, lock = tmp_path / "lock", fcntl.flock
+
+    def late(descriptor, how):
+        path.unlink()
+        lock(descriptor, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", late)
+        with pytest.raises(BusyError, match="somebody holds it"), locked(path, "somebody holds it", "Wait."):
+            pass
+    with locked(path, "somebody holds it", "Wait."):
+        assert path.exists()

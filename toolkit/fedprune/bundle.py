@@ -39,6 +39,8 @@ WEIGHTS = "weights.safetensors"
 TRAINING = "training.onnx"
 ARCHITECTURE = "architecture.json"
 SUBMODEL = "submodel.json"
+COMPLETE = ".bundle.complete"
+"""In a bundle's folder: a whole bundle that is about to take its place, see `files_folder`."""
 _LONGEST = 200
 """Characters of what a manifest says, in a message."""
 
@@ -55,7 +57,7 @@ class Bundle:
     """A bundle whose files have been checked.
 
     Attributes:
-        folder: Where it lies.
+        folder: Where its files lie.
         architecture: The whole model.
         selection: What of it this board holds.
         recipe: The local training that `training.onnx` was made for.
@@ -107,6 +109,19 @@ def manifest(
     return json.dumps(body, indent=2) + "\n"
 
 
+def files_folder(folder: Path) -> Path:
+    """Where the files of a bundle lie: in its folder, or within it in `COMPLETE`, where an export was cut off.
+
+    An export writes a whole bundle before it touches the one that is there. From the moment when the new one is
+    complete until its last file is in its place, the folder itself may hold files of both.
+    """
+    complete = folder / COMPLETE
+    try:
+        return complete if (complete / MANIFEST).exists() else folder
+    except OSError:  # whoever reads the manifest says why
+        return folder
+
+
 def open_bundle(folder: Path) -> Bundle:
     """Check every file of a bundle against its manifest and read what describes it.
 
@@ -114,6 +129,7 @@ def open_bundle(folder: Path) -> Bundle:
         BundleError: The manifest is missing or damaged, or a file is missing, cut short or changed; or manifest, widths
             and tensors contradict each other. The message names the file, what was expected and what was found.
     """
+    folder = files_folder(folder)
     body = _read_manifest(folder / MANIFEST)
     precisions = tuple(p for p in PRECISIONS if graph_file(p) in body["files"])
     blocks = tuple(b for b in BLOCKS[1:] if blocked_file(b) in body["files"])

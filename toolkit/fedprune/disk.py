@@ -63,6 +63,8 @@ def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
             raise BusyError(busy, hint=hint) from error
         except OSError as error:
             raise StorageError(f"can't lock {path}: {error.strerror}") from error
+        if not os.fstat(descriptor).st_nlink:  # its holder deleted it meanwhile: a lock on it keeps nobody out
+            raise BusyError(busy, hint=hint)
         yield
     finally:
         os.close(descriptor)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedprune.bundle import open_bundle
+from fedprune.bundle import files_folder, open_bundle
 from fedprune.cli import ended_by_signals
 from fedprune.disk import file_digest, storage_errors
 from fedprune.engine_plan import EnginePlan
@@ -49,7 +49,7 @@ def _build_engine(arguments: argparse.Namespace) -> int:
     plan = None if arguments.plan is None else read_plan(arguments.plan)
     if arguments.bundle is not None:
         plan = plan or open_bundle(arguments.bundle).engine or EnginePlan()
-        folder, root = arguments.bundle, arguments.out
+        folder, root = files_folder(arguments.bundle), arguments.out
         predictor = Predictor(folder)
         with storage_errors(f"can't read {folder}"):
             wanted = Wanted(predictor, folder, file_digest(folder / WEIGHTS))
