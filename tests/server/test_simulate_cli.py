@@ -156,7 +156,8 @@ def test_a_signal_ends_a_simulation_that_the_same_command_goes_on_with(config, t
 
 
 @pytest.mark.parametrize(
-    "name", ["FedAvg", "run", "metrics.json", *(pytest.param(n, marks=pytest.mark.soak) for n in ("fedavg", "reference"))]
+    "name",
+    ["FedAvg", "run", "metrics.json", *(pytest.param(n, marks=pytest.mark.soak) for n in ("fedavg", "reference"))],
 )
 def test_no_name_of_a_job_collides_with_what_lies_in_the_folder(config, tmp_path, name):
     out = tmp_path / "out"
