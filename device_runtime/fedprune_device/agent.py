@@ -32,7 +32,7 @@ from fedprune_device.lowering import Lowering
 from fedprune_device.outbox import Outbox, Wire
 from fedprune_device.source import Samples
 from fedprune_device.standing import Standing
-from fedprune_device.step_choice import StepChoice, described
+from fedprune_device.step_choice import StepChoice
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import TrainingStoppedError
 from fedprune_device.training_thread import TrainingThread
@@ -348,7 +348,8 @@ class Agent:
         task = self._store.task
         if self._worker is None and not self._alone.running and self._ready is not None and task is not None:
             seconds, self._ready = self._ready, None
-            _LOG.info("round %d of job %s: training %s", task.offer.round, task.offer.job, described(task.offer))
+            how = self._choice.described(task.offer)
+            _LOG.info("round %d of job %s: training %s", task.offer.round, task.offer.job, how)
             self._worker = TrainingThread(self._bench, task.offer, seconds, self._care)
         if self._store.pending is not None:
             self._outbox.announce(self._store.pending, now)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from fedprune.blocks import block_size
+from fedprune.blocks import OFF, block_size, turned_off
 from fedprune.errors import ModelError
 from fedprune.wire.messages import Offer
 
@@ -26,6 +26,7 @@ class StepChoice:
 
     def __init__(self, *, standard: bool = False) -> None:
         self._standard = standard
+        self._failed = False
 
     def suited(self, offer: Offer) -> Offer:
         """The offer without the graphs that this board can't use: none of them is pulled."""
@@ -34,13 +35,14 @@ class StepChoice:
         here = "" if self._standard else str(block_size())
         mine = {block: ref for block, ref in offer.blocked.items() if block == here}
         if not mine and not self._standard:
+            none = "blocks are switched off" if turned_off() else "no blocks"
             _LOG.info(
                 "round %d of job %s: its graph for blocks of %s channels is not for this processor (%s): standard "
                 "operators are used",
                 offer.round,
                 offer.job,
                 " or ".join(offer.blocked),
-                f"blocks of {here}" if here != "0" else "no blocks",
+                f"blocks of {here}" if here != "0" else none,
             )
         return replace(offer, blocked=mine or None)
 
@@ -56,7 +58,7 @@ class StepChoice:
         """
         if not offer.blocked or not (isinstance(error, ModelError) or isinstance(error.__cause__, ModelError)):
             return None
-        self._standard = True
+        self._standard = self._failed = True
         _LOG.warning(
             "round %d of job %s: with channels in blocks it fails (%s): trying standard operators",
             offer.round,
@@ -65,7 +67,21 @@ class StepChoice:
         )
         return replace(offer, blocked=None)
 
+    def described(self, offer: Offer) -> str:
+        """In words, how a board trains for an offer that `suited` left to it; and why, where it isn't in blocks."""
+        if offer.blocked:
+            return f"in blocks of {next(iter(offer.blocked))} channels"
+        return f"with standard operators ({self._why(offer)})"
 
-def described(offer: Offer) -> str:
-    """In words, how a board trains for an offer that `StepChoice.suited` left to it."""
-    return f"in blocks of {next(iter(offer.blocked))} channels" if offer.blocked else "with standard operators"
+    def _why(self, offer: Offer) -> str:
+        """What lies on the board's side comes first: no other recipe would change it."""
+        if self._standard:
+            return "with channels in blocks it failed" if self._failed else "a GPU has no blocks of channels"
+        if turned_off():
+            return f"blocks of channels are switched off: --no-blocks or {OFF}"
+        here = block_size()
+        if not here:
+            return "this processor has no blocks of channels"
+        if offer.recipe.get("ordered_dropout"):
+            return "steps of this recipe are of several widths: ordered dropout"
+        return f"no graph for blocks of {here} channels was offered"

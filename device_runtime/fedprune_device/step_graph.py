@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune import step
-from fedprune.blocks import check_block
+from fedprune.blocks import check_block, check_graph
 from fedprune.element_mask import ElementMask
 from fedprune.errors import ModelError, TrainingError
 from fedprune.feeds import anchors, numbers
@@ -91,6 +91,8 @@ class StepGraph:
         self._threads = threads
         self._cuda = cuda
         self._given = session
+        if session is None:
+            check_graph(blocked or graph)
         self._session = session or Session(blocked or graph, threads=threads, training=True, cuda=cuda)
         self._forward: dict[tuple[str, ...], Session] = {}
         check_block(self._session.metadata)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedprune import profile_store
-from fedprune.blocks import block_size
+from fedprune.blocks import block_size, turned_off
 from fedprune.bundle import Bundle, open_bundle
 from fedprune.cli import whole_number
 from fedprune.errors import ExitCode, UsageError
@@ -55,8 +55,10 @@ def bench(arguments: argparse.Namespace) -> int:
     """Print what was measured.
 
     Raises:
-        FedpruneError: The bundle is damaged, a graph can't be run, or there is no such profile.
+        FedpruneError: The bundle is damaged, a graph can't be run, or there is no such profile; or the environment
+            doesn't say whether there are blocks here.
     """
+    turned_off()  # says what is wrong with the setting before the work begins
     profile = profile_store.chosen(arguments.target, arguments.profiles) if arguments.target else None
     probe = read_probe(arguments)
     if probe is not None and profile is None:

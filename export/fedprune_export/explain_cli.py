@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedprune import profile_store
 from fedprune.architecture import widths_at
+from fedprune.blocks import block_size, check_length
 from fedprune.cli import whole_number
 from fedprune.disk import write_whole
 from fedprune.errors import ExitCode, UsageError
@@ -74,13 +75,16 @@ def explain(arguments: argparse.Namespace) -> int:
     """Print an explanation.
 
     Raises:
-        FedpruneError: The model can't be imported or trained, there is no such profile or probe report, or the page
-            can't be written.
+        FedpruneError: The model can't be imported or trained, there is no such profile or probe report, this machine
+            can't run the step that is to be measured, or the page can't be written.
     """
     profile = profile_store.chosen(arguments.target, arguments.profiles) if arguments.target else None
     recipe, probe = read_recipe(arguments), read_probe(arguments)
     if probe is not None and arguments.block is None:
         raise UsageError("--probe chooses forms of the graph for one board", expected="--block, too")
+    if arguments.measure and arguments.block:
+        here = f"--block {block_size()}" if block_size() else "--block 0 (standard operators)"
+        check_length(arguments.block, f"Measure with {here}, or leave --measure out.")
     with terminal.progress() as tell:
         tell(f"importing {arguments.model}")
         model = read_model(arguments)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedprune import __version__, session
+from fedprune.blocks import check_block
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune.session import KernelTimes, kernel_times
@@ -187,7 +188,7 @@ def explain(
         threads: Threads inside an operator.
 
     Raises:
-        ModelError: The model can't be trained, or onnxruntime doesn't run its step.
+        ModelError: The model can't be trained, or this machine can't run its step.
         BundleError: The widths don't fit the model.
     """
     selection = Selection.of(model.architecture, widths)
@@ -215,7 +216,12 @@ def explain(
 def _timed(
     model: Model, graph: Graph, selection: Selection, recipe: Recipe, batch: int, runs: int, threads: int
 ) -> KernelTimes:
-    """A step of random samples, timed."""
+    """A step of random samples, timed.
+
+    Raises:
+        ModelError: It is for other blocks of channels than this processor's, or onnxruntime doesn't run it.
+    """
+    check_block(graph.metadata)
     inputs, outputs = [p.name for p in graph.inputs], model.architecture.classes
     x = sample_feeds(model.graph, batch)[model.graph.inputs[0].name]
     tensors = selection.gather(model.tensors)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedprune import step, tensorfile
-from fedprune.blocks import block_size
+from fedprune.blocks import OFF, block_size, turned_off
 from fedprune.bundle import FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, blocked_file, open_bundle
 from fedprune.errors import BundleError, ModelError, TrainingError
 from fedprune.precision import files_of, graph_file, lowered_weights, prepare_file, weights_file
@@ -56,10 +56,12 @@ def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
         model: The whole model that it was cut from, to compare with.
 
     Raises:
+        ConfigError: The environment doesn't say whether there are blocks here.
         BundleError: A file is missing, changed, or doesn't fit the others.
         ModelError: onnxruntime doesn't take a graph, or a graph computes nonsense.
         TrainingError: The training step computes nonsense.
     """
+    turned_off()  # says what is wrong with the setting before the work begins
     bundle = open_bundle(folder)
     files = (*FILES, *(n for p in bundle.precisions for n in files_of(p)), *map(blocked_file, bundle.blocks))
     size = sum(bundle.path(n).stat().st_size for n in files)
@@ -203,8 +205,10 @@ class _Trial:
         """The step in blocks of channels goes where the other one goes; only such a processor computes it."""
         here = block_size()
         if here != block:
-            found = f"blocks of {here}" if here else "none that give right numbers"
-            return f"not tried: this machine has {found}, and trains with {TRAINING}"
+            found = f"this machine has blocks of {here}" if here else "this machine has none that give right numbers"
+            if not here and turned_off():
+                found = f"blocks are switched off here ({OFF})"
+            return f"not tried: {found}, and it trains with {TRAINING}"
         name = blocked_file(block)
         session = Session(self.bundle.path(name), training=True)
         whole = _Trial(self.bundle, self.bundle.recipe.micro_batch)

@@ -13,7 +13,7 @@ import pytest
 from memory_fleet import MemoryLink, MemoryServer, clock
 
 from fedprune import blocks, step
-from fedprune.errors import ModelError, TrainingError
+from fedprune.errors import ConfigError, ModelError, TrainingError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.blob_ref import BlobRef
@@ -230,5 +230,61 @@ def test_blocks_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert blocks.block_size() == 16
     blocks.turn_off()
     assert blocks.block_size() == 0
-    with pytest.raises(ModelError, match=r"standard operators \(no blocks here\)"):
+    with pytest.raises(ModelError, match=r"switched off here \(FEDPRUNE_NO_BLOCKS or --no-blocks\)"):
         blocks.check_block({step.BLOCK: "16"})
+
+
+@pytest.mark.parametrize(
+    ("said", "off"),
+    [
+        *((said, True) for said in ("1", "true", " Yes ", "ON")),
+        *((said, False) for said in ("0", "False", "no", "off", "")),
+    ],
+)
+def test_the_environment_says_yes_or_no(monkeypatch: pytest.MonkeyPatch, said: str, off: bool) -> None:
+    monkeypatch.setattr(blocks, "measured_block", lambda: 16)
+    monkeypatch.setenv(blocks.OFF, said)
+    assert blocks.turned_off() == off
+    assert blocks.block_size() == (0 if off else 16)
+
+
+@pytest.mark.parametrize("said", ["2", "ja", "1 0", "--no-blocks"])
+def test_anything_else_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setenv(blocks.OFF, said)
+    with pytest.raises(ConfigError, match=f"{blocks.OFF} in the environment: expected 1, true, .* got '{said}'"):
+        blocks.block_size()
+
+
+def test_a_graph_for_other_blocks_is_refused_before_it_is_loaded(graphs: Path, tmp_path: Path, here: Here) -> None:
+    here(16)
+    plain = graphs / "plain.onnx"
+    (tmp_path / "other.onnx").write_bytes(made_for(b"", 8))  # onnxruntime would say something else of it
+    for other in (made_for(plain.read_bytes(), 8), tmp_path / "other.onnx"):
+        with pytest.raises(ModelError, match=r"another kind of processor: expected blocks of 16 channels, got .*'8'"):
+            Trainer(plain, blocked=other)
+    with pytest.raises(ModelError, match="onnxruntime doesn't load it"):
+        Trainer(plain, blocked=b"no graph")
+    assert Trainer(plain, blocked=made_for(plain.read_bytes(), 16)).names
+
+
+def test_the_log_says_why_a_board_trains_without_blocks(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    ref = BlobRef("a" * 64, 10, "b" * 64)
+    offer = Offer("j", 1, 0, 7, "a" * 64, "b" * 64, (3,), 3, ref, ref, ref, {})
+    dropout = replace(offer, recipe=Recipe(ordered_dropout=(0.5,)).to_offer())
+    blocked = replace(offer, blocked={"16": ref})
+    here(16)
+    monkeypatch.setenv(blocks.OFF, "0")
+    choice = StepChoice()
+    assert choice.described(blocked) == "in blocks of 16 channels"
+    for given, why in (
+        (dropout, "steps of this recipe are of several widths: ordered dropout"),
+        (offer, "no graph for blocks of 16 channels was offered"),
+    ):
+        assert choice.described(given) == f"with standard operators ({why})"
+    assert "a GPU has no blocks" in StepChoice(standard=True).described(dropout)
+    here(0)
+    assert "this processor has no blocks" in choice.described(dropout)
+    monkeypatch.setenv(blocks.OFF, "yes")
+    assert "switched off: --no-blocks or FEDPRUNE_NO_BLOCKS" in choice.described(dropout)
+    choice.instead(blocked, ModelError("no graph"))
+    assert "it failed" in choice.described(offer)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedprune import profile_store, session
+from fedprune import blocks, profile_store, session
 from fedprune.architecture import widths_at
 from fedprune.costs import costs_at
 from fedprune.errors import ExitCode
@@ -243,6 +243,24 @@ def test_a_step_is_measured_and_drawn(
     assert head.endswith("measured\tgap")
     assert rest[-1].startswith("spent on: ")
     assert file.read_text().startswith("<!doctype html>")
+
+
+def test_a_step_for_other_blocks_is_not_measured(
+    digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--target", "raspberry-pi-5", "--measure", "--block")
+    monkeypatch.setattr(blocks, "measured_block", lambda: 16)
+    monkeypatch.setenv(blocks.OFF, "0")
+
+    assert main(["explain", str(digits), *options, "8"]) == ExitCode.MODEL
+    other = capsys.readouterr().err
+    monkeypatch.setenv(blocks.OFF, "1")
+    assert main(["explain", str(digits), *options, "16"]) == ExitCode.MODEL
+    off = capsys.readouterr().err
+
+    assert "another kind of processor: expected blocks of 16 channels, got blocks of 8. Measure with" in other
+    assert "switched off here (FEDPRUNE_NO_BLOCKS or --no-blocks)" in off
+    assert other.count("\n") == off.count("\n") == 1
 
 
 def test_forms_are_those_of_the_board_that_measured_them(

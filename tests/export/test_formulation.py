@@ -334,6 +334,7 @@ def test_a_graph_for_other_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     model = import_onnx(export_torch(lenet()), "net")
     raw = training_graph(model, Features(), widths=model.architecture.sizes, forms=Forms(8, 4)).to_bytes()
     plain = training_graph(model, Features(), widths=model.architecture.sizes).to_bytes()
+    monkeypatch.setenv(blocks.OFF, "0")
     for here in (0, 4, 16):
         monkeypatch.setattr(blocks, "block_size", lambda here=here: here)
         assert StepGraph(plain).names

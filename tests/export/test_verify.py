@@ -13,9 +13,9 @@ from onnx import numpy_helper
 from token_net import token_net
 
 from fedprune import step, tensorfile
-from fedprune.blocks import block_size
+from fedprune.blocks import OFF, block_size
 from fedprune.bundle import ARCHITECTURE, FILES, INFERENCE, TRAINING, WEIGHTS, blocked_file, manifest, open_bundle
-from fedprune.errors import BundleError, ExitCode, FedpruneError, ModelError, TrainingError
+from fedprune.errors import BundleError, ConfigError, ExitCode, FedpruneError, ModelError, TrainingError
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune_export.bundle import bundle_files, write_bundle
@@ -95,8 +95,20 @@ def test_a_step_in_blocks_of_another_processor_is_not_tried(model: Model, half: 
     folder = written(tmp_path / "b", bundle_files(model, half, Recipe(), blocks=(ELSEWHERE,)), half)
     checks = {c.name: c.found for c in verify(folder)}
     assert list(checks) == [*CHECKS, f"blocks of {ELSEWHERE}"]
-    assert checks[f"blocks of {ELSEWHERE}"].startswith("not tried: this machine has ")
+    assert checks[f"blocks of {ELSEWHERE}"].startswith("not tried: ")
     assert checks["files"].startswith("6 files of ")
+
+
+def test_blocks_that_are_switched_off_are_not_said_to_be_missing(
+    model: Model, half: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written(tmp_path / "b", bundle_files(model, half, Recipe(), blocks=(16,)), half)
+    monkeypatch.setenv(OFF, "true")
+    checks = {c.name: c.found for c in verify(folder)}
+    assert checks["blocks of 16"] == f"not tried: blocks are switched off here ({OFF}), and it trains with {TRAINING}"
+    monkeypatch.setenv(OFF, "maybe")
+    with pytest.raises(ConfigError, match=OFF):
+        next(verify(folder))
 
 
 @pytest.mark.skipif(not HERE, reason="onnxruntime has no blocks of channels on this processor")

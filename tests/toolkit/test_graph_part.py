@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from fedprune import step
 from fedprune.errors import ModelError
 from fedprune.feeds import first_step
-from fedprune.graph_part import part_for
+from fedprune.graph_part import metadata_of, part_for
 from fedprune.recipe import Recipe
 from fedprune.session import Session
 
@@ -102,3 +103,16 @@ def test_damaged_graphs_raise_nothing_but_model_errors(data: st.DataObject) -> N
         at = data.draw(st.integers(0, len(raw) - 1))
         raw[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     assert len(error_of(bytes(raw), [step.LOSS])) < 500
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_the_maker_wrote_is_what_onnxruntime_reads(name: str) -> None:
+    raw, session, _ = feeds_for(name)
+    assert metadata_of(raw) == session.metadata
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200))
+def test_what_is_no_graph_has_metadata_or_is_an_error(raw: bytes) -> None:
+    with suppress(ModelError):
+        assert isinstance(metadata_of(raw), dict)

@@ -3,7 +3,7 @@
 Training graphs for one board lay channels out in blocks (the operators of `com.microsoft.nchwc`). How long a block is
 depends on processor and build; with a wrong one these operators compute garbage and say nothing. So each length is
 tried with a small graph that compares a convolution in blocks with a plain one. The wheels for Arm have none.
-A machine whose environment says `FEDPRUNE_NO_BLOCKS=1` has none either.
+A machine whose environment says `FEDPRUNE_NO_BLOCKS=1` does without them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import os
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 
 from fedprune import step
 from fedprune.chance import keyed
-from fedprune.errors import ModelError, shown
+from fedprune.errors import ConfigError, ModelError, shown
+from fedprune.graph_part import metadata_of
 from fedprune.session import Session
 from fedprune.workload import BLOCKS
 
@@ -31,16 +33,38 @@ _CLOSE = 1e-3
 
 
 OFF = "FEDPRUNE_NO_BLOCKS"
-"""In the environment, with the value 1: there are no blocks here."""
+"""In the environment: whether blocks are switched off here."""
+
+_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+"""What it may say, in capitals or not."""
+
+_INSTEAD = "Use the graph of standard operators (training.onnx), which every board runs."
 
 
 def block_size() -> int:
     """Channels of a block; 0 where there are none, none that give right numbers, or where they are turned off.
 
     Raises:
+        ConfigError: The environment says something else than whether they are turned off.
         MissingExtraError: onnxruntime is not installed.
     """
-    return 0 if os.environ.get(OFF) == "1" else measured_block()
+    return 0 if turned_off() else measured_block()
+
+
+def turned_off() -> bool:
+    """Whether somebody wants this machine to do without blocks.
+
+    Raises:
+        ConfigError: The environment says neither yes nor no.
+    """
+    said = os.environ.get(OFF, "").strip().lower()
+    if said not in _YES + _NO:
+        raise ConfigError(
+            f"{OFF} in the environment",
+            expected="1, true, yes or on, or 0, false, no or off",
+            got=shown(os.environ[OFF]),
+        )
+    return said in _YES
 
 
 def turn_off() -> None:
@@ -78,16 +102,54 @@ def check_block(metadata: Mapping[str, str]) -> None:
         ModelError: It was made for blocks of another length.
     """
     wanted = metadata.get(step.BLOCK)
-    if wanted is None:
+    if wanted is not None:
+        check_length(wanted)
+
+
+def check_graph(graph: Path | bytes) -> None:
+    """Make sure that a training graph computes right numbers here, before it is loaded.
+
+    onnxruntime itself refuses some graphs for other blocks, in words of its own.
+
+    Args:
+        graph: A file or its bytes. What is no graph passes: whoever loads it says what is wrong.
+
+    Raises:
+        ModelError: It was made for blocks of another length.
+    """
+    try:
+        metadata = metadata_of(graph if isinstance(graph, bytes) else graph.read_bytes())
+    except (ModelError, OSError):
         return
+    check_block(metadata)
+
+
+def check_length(block: int | str, hint: str = _INSTEAD) -> None:
+    """Make sure that a training step in blocks of this length computes right numbers here.
+
+    Args:
+        block: Channels of a block.
+        hint: What to do if it doesn't.
+
+    Raises:
+        ModelError: It doesn't.
+    """
     here = block_size()
-    if wanted != str(here):
+    if str(block) == str(here):
+        return
+    if not here and turned_off():
         raise ModelError(
-            "the training graph was made for another kind of processor",
-            expected=f"blocks of {here} channels" if here else "standard operators (no blocks here)",
-            got=f"blocks of {shown(wanted)}",
-            hint="Use the graph of standard operators (training.onnx), which every board runs.",
+            f"channels in blocks are switched off here ({OFF} or --no-blocks)",
+            expected="a training step of standard operators",
+            got=f"blocks of {shown(block)}",
+            hint=hint,
         )
+    raise ModelError(
+        "the training graph was made for another kind of processor",
+        expected=f"blocks of {here} channels" if here else "standard operators (no blocks here)",
+        got=f"blocks of {shown(block)}",
+        hint=hint,
+    )
 
 
 def file_name(block: int) -> str:

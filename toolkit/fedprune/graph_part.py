@@ -14,8 +14,11 @@ from fedprune.errors import ModelError
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
-_GRAPH = 7
-"""Field of ModelProto."""
+_GRAPH, _METADATA = 7, 14
+"""Fields of ModelProto."""
+
+_KEY, _VALUE = 1, 2
+"""Fields of StringStringEntryProto."""
 
 _NODE, _INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 1, 5, 11, 12, 13
 """Fields of GraphProto."""
@@ -50,7 +53,27 @@ def part_for(model: bytes, outputs: Collection[str]) -> bytes:
         rows = list(_fields(model))
         return b"".join(_field(n, k, _cut(v, set(outputs)) if (n, k) == (_GRAPH, _BYTES) else v) for n, k, v in rows)
     except (IndexError, ValueError) as error:
-        raise ModelError(f"the graph can't be read as an ONNX file ({type(error).__name__}: {error})") from error
+        raise _unreadable(error) from error
+
+
+def metadata_of(model: bytes) -> dict[str, str]:
+    """What a graph's maker wrote into it.
+
+    Args:
+        model: An ONNX file.
+
+    Raises:
+        ModelError: It is not an ONNX file.
+    """
+    try:
+        entries = [v for n, k, v in _fields(model) if (n, k) == (_METADATA, _BYTES)]
+        return {_text(entry, _KEY): _text(entry, _VALUE) for entry in entries}
+    except (IndexError, ValueError) as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> ModelError:
+    return ModelError(f"the graph can't be read as an ONNX file ({type(error).__name__}: {error})")
 
 
 def _cut(graph: bytes, wanted: set[str]) -> bytes:
