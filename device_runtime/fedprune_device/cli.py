@@ -14,7 +14,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from fedprune import __version__
-from fedprune.blocks import turn_off
+from fedprune.blocks import turn_off, turned_off
 from fedprune.cli import run_command, whole_number
 from fedprune.errors import ExitCode, ProfileError
 from fedprune.probe_report import ProbeReport
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     add_predict_command(commands)
     add_collect_command(commands)
-    probe = commands.add_parser("probe", help="measure this board, which takes about ten seconds")
+    probe = commands.add_parser("probe", help="measure this board, which takes about fifteen seconds")
     probe.add_argument("--json", action="store_true", help="as JSON, for programs")
     probe.add_argument("--threads", type=whole_number, default=threads(), metavar="N", help="threads for the benchmark")
     probe.set_defaults(run=_probe)
@@ -137,6 +137,7 @@ def _run(arguments: argparse.Namespace) -> int:
     checked_urls(arguments, insecure=arguments.insecure)
     if arguments.no_blocks:
         turn_off()
+    turned_off()  # what is wrong with the setting comes first
     care = Care(arguments.pause_above, arguments.resume_below)
     trial = Trial.current()
     if trial is not None:
@@ -179,7 +180,8 @@ def _run(arguments: argparse.Namespace) -> int:
             free = min(report.memory_total, report.memory_available + held)
             # On a GPU there are no blocks, whatever the processor beside it has.
             report = replace(report, memory_available=free, block=0 if tier.cuda else report.block)
-            _LOG.info("probe: %s", json.dumps({**report.to_dict(), "latency": _latency(report)}))
+            shown = {**report.to_dict(), "latency": _latency(report), "forms": _forms(report)}
+            _LOG.info("probe: %s", json.dumps(shown))
         releases = Releases(
             wire,
             arguments.device,
@@ -254,6 +256,7 @@ def _identify(arguments: argparse.Namespace) -> int:
 def _probe(arguments: argparse.Namespace) -> int:
     from fedprune_device.probe import probe
 
+    turned_off()  # what is wrong with the setting comes first
     report = probe(arguments.threads)
     if arguments.json:
         print(json.dumps(report.to_dict(), sort_keys=True))
@@ -268,8 +271,8 @@ def _probe(arguments: argparse.Namespace) -> int:
             value = f"{value:.1f}"
         elif field.name == "latency":
             value = _latency(report)
-        elif field.name == "forms" and value is not None:
-            value = f"{sum(len(times) for _, times in value.rows)} measurements of {len(value.rows)} shapes"
+        elif field.name == "forms":
+            value = _forms(report)
         print(f"{field.name}: {'unknown' if value in (None, '') else value}")
     return int(ExitCode.OK)
 
@@ -280,7 +283,16 @@ def _latency(report: ProbeReport) -> str:
     if table is None:
         return ""
     error = f"{table.error:.1%}" if table.points else "unknown"
-    return f"{table.points} measurements, median error {error}, blocks of {table.block} channels"
+    counted = "single channels" if table.block == 1 else f"multiples of {table.block} channels"
+    return f"{table.points} measurements, median error {error}, reckons with {counted}"
+
+
+def _forms(report: ProbeReport) -> str:
+    """The times of convolutions' forms in a few words."""
+    table = report.forms
+    if table is None:
+        return ""
+    return f"{sum(len(times) for _, times in table.rows)} measurements of {len(table.rows)} shapes"
 
 
 def _hours(text: str) -> float:

@@ -15,6 +15,7 @@ from fedprune import blocks, profile_store, tensorfile
 from fedprune.architecture import Architecture
 from fedprune.bundle import FILES, MANIFEST, manifest
 from fedprune.errors import ExitCode
+from fedprune.form_times import FormTimes, Shape
 from fedprune.probe_report import ProbeReport
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
@@ -190,6 +191,18 @@ def test_a_broker_that_is_not_there_is_an_error(tmp_path: Path, probed: list[int
     assert len(probed) == 1
 
 
+def test_the_log_counts_what_was_probed_instead_of_printing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = tuple((Shape(3, 1, n, 8, 64), (("kernel.taps", 1.0), ("kernel.products", 2.0))) for n in range(1, 24))
+    report = ProbeReport(cores=1, memory_total=10**9, memory_available=10**8, seconds=0.0, forms=FormTimes(rows))
+    monkeypatch.setattr("fedprune_device.probe.probe_apart", lambda *_, **__: report)
+    with caplog.at_level("INFO"):
+        assert run(tmp_path) == ExitCode.BROKER
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("probe: ")]
+    assert json.loads(line.removeprefix("probe: "))["forms"] == "46 measurements of 23 shapes"
+
+
 def test_samples_that_a_plan_counts_are_not_counted_as_taken_memory(
     tmp_path: Path, probed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,3 +373,7 @@ def test_blocks_are_turned_off_before_anything_is_measured(
     assert cli.main([*arguments, "--no-blocks"]) == ExitCode.DATA
     assert os.environ[blocks.OFF] == "1"
     assert blocks.block_size() == 0
+    monkeypatch.setenv(blocks.OFF, "perhaps")
+    for words in (arguments, ["probe"]):
+        assert cli.main(words) == ExitCode.CONFIG
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {blocks.OFF} in the environment: ")
