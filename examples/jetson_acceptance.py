@@ -197,9 +197,10 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="a bundle of fedprune-export")
     arguments = parser.parse_args()
     try:
+        bundle = open_bundle(arguments.bundle)
         bindings.find()
         with tempfile.TemporaryDirectory() as name:
-            return Acceptance(open_bundle(arguments.bundle), Path(name)).run()
+            return Acceptance(bundle, Path(name)).run()
     except FedpruneError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)

@@ -81,9 +81,12 @@ class Cuda:
             EngineError: There is none that works.
         """
         count = ctypes.c_int()
-        self.call("cudaGetDeviceCount", ctypes.byref(count))
+        try:
+            self.call("cudaGetDeviceCount", ctypes.byref(count))
+        except EngineError as error:
+            raise _unusable(error.what) from error
         if count.value < 1:
-            raise EngineError("CUDA finds no graphics unit on this machine")
+            raise _unusable("CUDA finds none")
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self.call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
         sm = f"{self._attribute(_MAJOR)}.{self._attribute(_MINOR)}"
@@ -176,6 +179,13 @@ class Stream:
                 self._cuda.call("cudaFree", address)
             if handle:
                 self._cuda.call("cudaStreamDestroy", handle)
+
+
+def _unusable(why: str) -> EngineError:
+    return EngineError(
+        f"no NVIDIA GPU can be used on this machine ({why})",
+        hint="Engines are built on the Jetson that uses them, with its own driver and CUDA (docs/jetson.md).",
+    )
 
 
 def _load() -> Any:

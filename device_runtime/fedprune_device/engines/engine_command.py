@@ -44,8 +44,6 @@ def add_engine_command(commands: Any) -> None:
 def _build_engine(arguments: argparse.Namespace) -> int:
     if (arguments.bundle is None) != (arguments.out is None):
         raise UsageError("--out is for --bundle, and needed there")
-    found = bindings.find()  # without it there is nothing to do, whatever serves
-    place = here(found)
     plan = None if arguments.plan is None else read_plan(arguments.plan)
     if arguments.bundle is not None:
         plan = plan or open_bundle(arguments.bundle).engine or EnginePlan()
@@ -57,6 +55,8 @@ def _build_engine(arguments: argparse.Namespace) -> int:
         slots, root = Slots(arguments.state / "serving"), arguments.state / ENGINES
         predictor, record = slots.open()
         wanted = Wanted.serving(predictor, slots.folder(record), record)
+    found = bindings.find()
+    place = here(found)
     keeper = Keeper(root, plan or EnginePlan(), lambda: found, lambda _: place)
     if not arguments.json:
         print(f"board: {place.board or 'unknown'}, sm {place.sm}, L4T {place.l4t or 'none'}")

@@ -70,6 +70,12 @@ def test_a_machine_without_tensorrt_is_one_line(board: EngineBoard, bundle: Path
     assert done.stderr.count("\n") == 1
 
 
+def test_the_bundle_is_looked_at_before_the_machine(tmp_path: Path) -> None:
+    done = run(tmp_path)
+    assert done.returncode == ExitCode.BUNDLE
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_engines_of_a_lowered_graph_get_its_weights(
     board: EngineBoard, bundle: Path, graphs: Path, tmp_path: Path, precision: str

@@ -84,6 +84,34 @@ def test_a_machine_without_cuda_is_one_line_and_an_exit_code(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("devices", "why"), [("-1", "driver too old (35)"), ("0", "CUDA finds none")])
+def test_a_machine_without_a_gpu_says_so(
+    board: EngineBoard, state: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, devices: str, why: str
+) -> None:
+    monkeypatch.setenv("DOUBLE_DEVICES", devices)
+    assert cli.main(["build-engine", "--state", str(state)]) == ExitCode.ENGINE
+    err = capsys.readouterr().err
+    assert err.startswith("error: no NVIDIA GPU can be used on this machine (")
+    assert f"{why}). Engines are built on the Jetson" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--state", "nothing"], ExitCode.MODEL),
+        (["--bundle", "nothing", "--out", "engines"], ExitCode.BUNDLE),
+        (["--state", "nothing", "--plan", "nothing.json"], ExitCode.STORAGE),
+    ],
+)
+def test_what_is_given_is_looked_at_before_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], code: ExitCode
+) -> None:
+    monkeypatch.setattr(cuda, "NAMES", ("libno-such-library.so",))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["build-engine", *words]) == code
+
+
 def test_a_builder_ends_with_a_process_that_is_killed(board: EngineBoard, state: Path) -> None:
     board.set(sleep=600)
     command = [sys.executable, "-m", "fedprune_device.cli", "build-engine", "--state", state]
