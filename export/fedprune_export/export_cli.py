@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedprune import engine_plan, profile_store
-from fedprune.blocks import block_size
+from fedprune.blocks import block_size, turned_off
 from fedprune.bundle import TRAINING, blocked_file
 from fedprune.cli import seconds, whole_number
 from fedprune.engine_plan import EnginePlan
@@ -129,6 +129,8 @@ def export(arguments: argparse.Namespace) -> int:
             _print_replaced(job)
             if job.memory is not None:
                 print(job.memory.describe())
+            if job.without_blocks:
+                print(job.without_blocks)
             _print_report(report, arguments.out)
             if explanation is not None:
                 show(explanation)
@@ -139,6 +141,7 @@ def export(arguments: argparse.Namespace) -> int:
 def _export_all(job: _Job, arguments: argparse.Namespace) -> int:
     """Write what can be written; the exit code is that of the first target that failed."""
     rows: list[tuple[str, ...]] = []
+    memory: list[str] = []
     advice: list[str] = []
     found: list[dict[str, Any]] = []
     failed: list[tuple[str, FedpruneError]] = []
@@ -155,6 +158,8 @@ def _export_all(job: _Job, arguments: argparse.Namespace) -> int:
                 continue
         found.append(report.to_dict())
         rows.append(_summary_row(report))
+        if job.memory is not None:
+            memory.append(f"{profile.name}: {job.memory.describe()}")
         if report.advice:
             advice.append(f"{profile.name} is of the second tier: {report.advice}")
     if arguments.json:
@@ -162,7 +167,7 @@ def _export_all(job: _Job, arguments: argparse.Namespace) -> int:
     else:
         if rows:
             terminal.print_table(_SUMMARY, rows)
-        for line in advice:
+        for line in (*memory, *advice):
             print(line)
         for note in job.model.notes:
             print(f"note: {note}")
@@ -226,6 +231,7 @@ class _Job:
     """What all targets of an export share; the model is imported when the first one needs it."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
+        turned_off()  # says what is wrong with the setting before the work begins
         self.arguments = arguments
         self.profiles = [profile_store.chosen(name, arguments.profiles) for name in targets(arguments.target)]
         self.recipe: Recipe = read_recipe(arguments)
@@ -365,6 +371,14 @@ class _Job:
         if replaces:
             self.replaced.append(out)
         return report
+
+    @property
+    def without_blocks(self) -> str:
+        """Why there is no step for the blocks that the probe says; empty where a limit of memory is not why."""
+        usual = self.arguments.block is None and not self.recipe.ordered_dropout and self.profiles[0].arch == "x86_64"
+        if self.arguments.memory_limit is None or self.probe is None or not self.probe.block or not usual:
+            return ""
+        return f"no step in blocks of {self.probe.block} channels, which --probe says: --memory-limit is for {TRAINING}"
 
     def _blocks(self, profile: HardwareProfile) -> tuple[int, ...]:
         """For which blocks a target gets a training step: what the command line or its probe says, and no Arm board."""

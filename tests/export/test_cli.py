@@ -93,6 +93,31 @@ def test_a_probe_says_which_blocks_a_board_has(lenet_file: Path, tmp_path: Path)
     assert open_bundle(tmp_path / "d").blocks == ()
 
 
+def test_a_memory_limit_leaves_blocks_out_and_says_so(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probe = tmp_path / "probe.json"
+    probe.write_text(json.dumps(ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, block=16).to_dict()))
+    given = ("--density", "0.5", "--memory-limit", "1GB", "--probe", str(probe))
+    said = "no step in blocks of 16 channels, which --probe says: --memory-limit is for training.onnx\n"
+    assert export(lenet_file, tmp_path / "a", *given, target=X86) == ExitCode.OK
+    assert said in capsys.readouterr().out
+    assert open_bundle(tmp_path / "a").blocks == ()
+    assert export(lenet_file, tmp_path / "b", *given, "--block", "0", target=X86) == ExitCode.OK
+    assert export(lenet_file, tmp_path / "c", *given) == ExitCode.OK
+    assert "no step in blocks" not in capsys.readouterr().out
+
+
+def test_every_target_says_what_its_training_step_takes_of_a_limit(
+    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--density", "0.5", "--memory-limit", "1GB")
+    assert export(lenet_file, tmp_path / "b", *options, target=f"raspberry-pi-5,{X86}") == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("raspberry-pi-5", X86):
+        assert len([x for x in lines if x.startswith(f"{name}: memory of a training step: ")]) == 1
+
+
 def test_boards_of_a_kind_that_has_no_blocks_get_no_step_for_them(lenet_file: Path, tmp_path: Path) -> None:
     both = f"raspberry-pi-5,{X86}"
     assert export(lenet_file, tmp_path / "b", "--density", "0.5", "--block", "16", target=both) == ExitCode.OK
