@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from fedprune.precision import PRECISIONS, files_of, graph_file, weights_file
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune_device.cli import main as device
+from fedprune_device.predictor import Predictor
 from fedprune_export.bundle import bundle_files
 from fedprune_export.cli import main
 from fedprune_export.importing import import_onnx
@@ -55,6 +59,18 @@ def test_the_manifest_lists_what_was_asked_for(folder: Path) -> None:
     assert "<h2>Lower precision</h2>" in (folder / "bundle" / "report.html").read_text()
     sizes = [listed[weights_file(p)]["size"] for p in PRECISIONS]
     assert sizes[0] > 1.9 * sizes[1] > 3 * sizes[2]
+
+
+def test_the_page_writes_other_ranges_and_the_bundle_stays_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "precision.md").read_text()
+    (code,) = [b for b in re.findall(r"(?:^    .*\n|^\n)+", page, re.MULTILINE) if "lowered_weights(" in b]
+    monkeypatch.chdir(folder)
+    found: dict[str, Any] = {}
+    exec(textwrap.dedent(code), found)  # noqa: S102  the page's own lines
+
+    whole = Predictor(folder / "bundle").predict(found["images"])
+    assert np.mean(found["logits"].argmax(1) == whole.argmax(1)) >= 0.95
+    assert open_bundle(folder / "bundle").precisions == PRECISIONS
 
 
 def test_a_bundle_without_is_as_it_was(folder: Path) -> None:
