@@ -454,7 +454,7 @@ def test_a_batch_is_split_into_what_the_engine_takes_and_filled_up(board: Engine
 
 
 def test_without_a_gpu_tensorrt_is_not_even_loaded(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    for devices, words in (("0", "no graphics unit"), ("-1", "driver too old")):
+    for devices, words in (("0", "CUDA finds none"), ("-1", "driver too old")):
         monkeypatch.setenv("DOUBLE_DEVICES", devices)
         keeper = board.keeper()
         assert board.answering(keeper, board.model(1)) is None
