@@ -1,8 +1,7 @@
 """torch's exporter, with its translations of operators made once in a process.
 
 It makes them anew for every export, from the sources of some 500 functions, which takes as long as all the rest of a
-small network's export. They depend on the opset alone. Half a million objects of torch that never go are no longer
-looked through for garbage either.
+small network's export. They depend on the opset alone.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import gc
 import warnings
 from typing import Any
 
@@ -30,5 +28,3 @@ def keep_translations() -> None:
             return registry
 
         ONNXRegistry.from_torchlib = staticmethod(from_torchlib)
-    gc.collect()
-    gc.freeze()

@@ -81,9 +81,10 @@ def check_installed(board: Board) -> None:
     assert board.claim.stat().st_mode & 0o777 == 0o400
 
 
-def test_twenty_boards_are_installed_by_one_command_that_may_be_killed(tmp_path: Path, kit: Path) -> None:
+@pytest.mark.parametrize("boards", [20, pytest.param(40, marks=pytest.mark.soak)])
+def test_boards_are_installed_by_one_command_that_may_be_killed(tmp_path: Path, kit: Path, boards: int) -> None:
     """A claim goes to one board, and what was done before the kill isn't done again."""
-    made = Boards(tmp_path, [f"board-{number:02}" for number in range(20)])
+    made = Boards(tmp_path, [f"board-{number:02}" for number in range(boards)])
     try:
         inventory = made.inventory()
         words = [sys.executable, "-m", "fedprune_flash.cli", *command(inventory, kit, "--jobs", "6")]
@@ -98,18 +99,18 @@ def test_twenty_boards_are_installed_by_one_command_that_may_be_killed(tmp_path:
             process.send_signal(signal.SIGKILL)
             process.wait()
         before = done(journal)
-        assert 6 <= len(before) < 20
+        assert 6 <= len(before) < boards
         finished = {b.name: snapshot(b.root) for b in made.boards if b.name in before}
 
         again = subprocess.run(words, capture_output=True, text=True, check=False)
         assert again.returncode == ExitCode.OK, again.stdout + again.stderr
-        assert "20 of 20 boards done" in again.stderr
-        assert len(done(journal)) == 20
+        assert f"{boards} of {boards} boards done" in again.stderr
+        assert len(done(journal)) == boards
         for board in made.boards:
             check_installed(board)
         assert {b.name: snapshot(b.root) for b in made.boards if b.name in before} == finished
         given = [board.claim.read_text() for board in made.boards]
-        assert len(set(given)) == 20
+        assert len(set(given)) == boards
         assert set(given) <= set((tmp_path / "claims").read_text().split())
         assert not any(text in journal.read_text() for text in given)
     finally:
