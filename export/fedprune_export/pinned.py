@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 
 from fedprune.architecture import Axis
-from fedprune.selection import Selection
 from fedprune_export.cut import at_widths
 from fedprune_export.imported import Model
 
@@ -27,10 +26,10 @@ def pinned(model: Model, widths: Sequence[int]) -> Model:
         BundleError: The widths don't fit the architecture.
     """
     whole = model.architecture
-    selection = Selection.of(whole, widths)
+    kept = whole.check_widths(widths)
 
     def fixed(axis: Axis) -> Axis:
-        return Axis.fixed(axis.size(selection.widths, whole.sizes))
+        return Axis.fixed(axis.size(kept, whole.sizes))
 
     tensors = tuple(replace(t, axes=tuple(map(fixed, t.axes))) for t in whole.tensors)
     values = {name: tuple(None if a is None else fixed(a) for a in axes) for name, axes in model.values.items()}
