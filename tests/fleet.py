@@ -213,7 +213,7 @@ class Air:
         name = topic.split("/")[3]
         if topic in self.lost:
             self.lost.remove(topic)
-            return False
+            return True  # as whoever sends would think
         for device in list(self.devices.values()) if name == "all" else [self.devices.get(name)]:
             for _ in range(2 if self.doubled else 1):
                 if device is not None:
@@ -264,7 +264,7 @@ class Fleet:
         state = self.storage.load()
         if state is None:
             state = State(model=self.worker.initial())
-            self.storage.save(state, None, 0.0)
+            self.storage.save(state, (), 0.0)
         link = self.air
         return Daemon(
             self.job,

@@ -1,7 +1,7 @@
 """The daemon: a coordinator with a clock, a disk, a broker and a thread for heavy work.
 
-One loop does everything that is quick: it takes in messages, saves what they lead to and only then carries it out.
-Heavy commands go to the workshop's thread, and what comes of them is an event like any other. Whatever is lost on the
+One loop does everything that is quick: it takes in messages, a handful at a time, saves what they lead to, all in one
+transaction, and only then carries it out and says anything. Heavy commands go to the workshop's thread, and what comes of them is an event like any other. Whatever is lost on the
 way (a message, a connection, this process) is said again by somebody: devices repeat their updates, the server its
 offers.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from fedprune_server.reception import Reception
 from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.rollout_store import RolloutStore
 from fedprune_server.roster import Roster
-from fedprune_server.storage import Storage
+from fedprune_server.storage import PARTS_KEPT, Storage
 from fedprune_server.table import Display, Lines, Snapshot
 from fedprune_server.uploads import Arrived, Uploads, misfit, sent
 from fedprune_server.workshop import Executes, Workshop
@@ -46,6 +45,8 @@ from fedprune_server.workshop import Executes, Workshop
 log = logging.getLogger("fedprune.server")
 
 _TICK_S = 0.5
+_TURN_S = 0.02
+"""Messages are taken in for so long before what they led to is saved, in one transaction, and answered."""
 _LINGER_S = 1.5
 _GREETING_S = 24 * 3600.0
 _ANSWER_S = 75.0
@@ -122,8 +123,11 @@ class Daemon:
         )
         self._garbage = Garbage(store, keep)
         self._wakes: list[float] = []
-        self._events: deque[on.Event] = deque()
-        self._draining = False
+        self._taken: list[on.Event] = []
+        self._commands: list[do.Command] = []
+        self._now = clock()
+        self._at = (state.round, state.phase)
+        self._told = len(state.history)
         self._unheard: dict[str, int] = {}
         self._heard_by = 0.0
         self._greet_at = 0.0
@@ -139,7 +143,7 @@ class Daemon:
     @property
     def busy(self) -> bool:
         """Whether something is under way that doesn't wait for devices or time."""
-        return self._workshop.busy or bool(self._events) or self._post.waiting
+        return self._workshop.busy or bool(self._taken) or self._post.waiting
 
     @property
     def finished(self) -> bool:
@@ -174,13 +178,19 @@ class Daemon:
             self._resume()
             ticked = self._monotonic()
             while not self._stopping:
-                self._take(self._link.get(self._pause()))
+                item = self._link.get(self._pause())
+                self._begin()
+                until = self._monotonic() + _TURN_S
+                while item is not None:
+                    self._take(item)
+                    item = None if self._stopping or self._monotonic() > until else self._link.get()
                 while not self._stopping and (result := self._workshop.collect()) is not None:
                     self._handle(result)
                 if self._monotonic() - ticked >= _TICK_S:
                     ticked = self._monotonic()
                     self._tick(ticked)
-                self._wake(self._clock())
+                self._wake(self._now)
+                self._commit()
                 self._post.send_chunks()
                 self._display.refresh(self.snapshot)
                 if self._finished and until_finished and not self._workshop.busy:
@@ -214,7 +224,6 @@ class Daemon:
             if isinstance(event, on.DeviceBorn):
                 self._unheard.pop(event.device, None)
                 self._roster.introduce(event.device)
-            self._storage.put_outsiders(self._roster.outsiders)
         elif isinstance(item, ShutOut | Doubled):
             for event in self._reception.noticed(item):
                 self._handle(event)
@@ -234,53 +243,67 @@ class Daemon:
     # Events and commands.
 
     def _resume(self) -> None:
-        """Go on where the last process ended; what follows from that at once comes after it."""
-        self._draining = True
-        event, now = on.Resumed(), self._clock()
-        try:
-            commands = self._coordinator.handle(event, now)
-            self._storage.save(self.state, event, now, self.traffic)
-            self._carry_out(commands)
-        finally:
-            self._draining = False
-        self._drain()
+        """Go on where the last process ended."""
+        self._begin()
+        self._handle(on.Resumed())
+        self._commit()
+
+    def _begin(self) -> None:
+        """Begin a turn: what happens in it happens at one time, and nothing is said of it before it is saved."""
+        self._now = self._clock()
 
     def _handle(self, event: on.Event) -> None:
-        """Take in an event, after those that wait; carrying out one may lead to others."""
-        self._events.append(event)
-        if not self._draining:
-            self._drain()
-
-    def _drain(self) -> None:
-        self._draining = True
-        try:
-            while self._events:
-                self._handle_one(self._events.popleft())
-        finally:
-            self._draining = False
-
-    def _handle_one(self, event: on.Event) -> None:
-        state, now = self.state, self._clock()
-        before, round_, done = state.references(), state.round, len(state.history)
-        commands = self._coordinator.handle(event, now)
-        # First remembered, then done: after a crash at any point the state asks for what was not done.
-        self._storage.save(state, event, now, self.traffic)
-        self._garbage.suspect(before - state.references())
+        """Take in an event; it is saved, and what follows from it done, as the turn ends."""
+        self._commands += self._coordinator.handle(event, self._now)
+        self._taken.append(event)
         if isinstance(event, on.Extracted):
-            self._garbage.spare(graphs_of(event.offer), state.round)
+            self._garbage.spare(graphs_of(event.offer), self.state.round)
+        if isinstance(event, on.UpdateStored):
+            self._garbage.suspect([event.weights])  # it may have come too late for anybody to want it
         if isinstance(event, on.UpdateRejected):
             log.warning("update of %s in round %d doesn't count: %s", event.device, event.round, event.reason)
             if ran_away(event.reason):
                 log.warning("%s", remedy(self.job.recipe.to_dict()))
-        pulled = {n: t for n, t in state.tasks.items() if t.progress is Part.PULLING and state.awaits(t)}
-        self._garbage.suspect(self._uploads.keep({(n, state.round_of(t), t.attempt) for n, t in pulled.items()}))
-        if state.round != round_ or state.phase is Phase.FINISHED:
+
+    def _commit(self) -> None:
+        """End the turn: save what happened in it, then carry out what follows; that may lead to more."""
+        while self._taken:
+            events, self._taken = self._taken, []
+            commands, self._commands = self._commands, []
+            self._save(events)
+            self._carry_out(commands)
+        self._post.deliver()
+
+    def _save(self, events: Sequence[on.Event]) -> None:
+        state = self.state
+        self._garbage.follow(state)
+        self._let_go()
+        # First remembered, then done: after a crash at any point the state asks for what was not done.
+        if self._storage.save(state, events, self._now, self._roster.moved):
+            self._roster.moved.clear()
+        self._storage.put_outsiders(self._roster.outsiders)
+        ended = state.history[self._told :]
+        if ended or (state.round, state.phase) != self._at:
             # No offer is being made: coordinators order them while a round collects, the workshop answers in order, so
-            # all are here before the round's end is; and those of the next round are ordered below.
-            self._garbage.collect(state, self._uploads.digests())
-        for summary in state.history[done:]:
+            # all are here before the round's end is; and those of the next round are ordered after this.
+            if state.round != self._at[0] or state.phase is Phase.FINISHED:
+                self._garbage.collect(state, self._uploads.digests())
+            self._at = (state.round, state.phase)
+        for summary in ended:
             self._display.round_over(self.snapshot(), summary)
-        self._carry_out(commands)
+        self._told = len(state.history)
+        state.slim(PARTS_KEPT)
+
+    def _let_go(self) -> None:
+        """Stop fetching what no part awaits any more."""
+        state = self.state
+        names = self._uploads.devices() if state.phase is not self._at[1] else state.tasks.changed
+        for name in names:
+            task = state.tasks.get(name)
+            if task is None or task.progress is not Part.PULLING or not state.awaits(task):
+                self._garbage.suspect(self._uploads.drop(name))
+            else:
+                self._garbage.suspect(self._uploads.keep(name, state.round_of(task), task.attempt))
 
     def _carry_out(self, commands: list[do.Command]) -> None:
         self._workshop.expect(commands)
@@ -395,6 +418,9 @@ class Daemon:
         """Let the last messages out, and tell devices that come back just now that it is over."""
         until = self._monotonic() + _LINGER_S
         while not self._stopping and self._monotonic() < until:
-            self._take(self._link.get(0.05))
+            item = self._link.get(0.05)
+            self._begin()
+            self._take(item)
+            self._commit()
             self._display.refresh(self.snapshot)
         self._link.flush(_LINGER_S)

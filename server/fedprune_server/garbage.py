@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
+from typing import Any
 
 from fedprune.blobs import BlobStore
 from fedprune.coordination import State
+from fedprune.coordination.roll import Roll
 from fedprune_server.offers import LatestGraphs
 
 
@@ -23,6 +25,23 @@ class Garbage:
         self._keep = keep
         self._suspects: set[str] = set()
         self._graphs = LatestGraphs()
+        self._held: dict[tuple[int, str], set[str]] = {}
+
+    def follow(self, state: State) -> None:
+        """Suspect what the state no longer refers to; it is asked before the state's changes are settled."""
+        if self._keep is None:
+            return
+        known = bool(self._held)
+        self._hold((0, ""), state.own_references())
+        for floor, roll in enumerate[Roll[Any]]((state.devices, state.tasks), 1):
+            for name in roll.changed if known else list(roll):
+                self._hold((floor, name), roll[name].references() if name in roll else set())
+
+    def _hold(self, key: tuple[int, str], digests: set[str]) -> None:
+        before = self._held.pop(key, set())
+        if digests:
+            self._held[key] = digests
+        self._suspects |= before - digests
 
     def suspect(self, digests: Iterable[str]) -> None:
         """Blobs that something no longer refers to; something else still may."""

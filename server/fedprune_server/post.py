@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Protocol
@@ -87,11 +88,12 @@ class Post:
         self._topics = topics
         self._roster = roster
         self._downloads = downloads
+        self._outbox: deque[tuple[str, str, bytes]] = deque()
 
     @property
     def waiting(self) -> bool:
-        """Whether chunks wait to be sent."""
-        return bool(self._downloads)
+        """Whether messages or chunks wait to be sent."""
+        return bool(self._downloads) or bool(self._outbox)
 
     @property
     def ready(self) -> bool:
@@ -99,15 +101,23 @@ class Post:
         return bool(self._downloads) and self._link.unsent < _UNSENT_BYTES
 
     def send(self, device: str, message: FromServer, job: str | None = None) -> None:
-        """Send a message; when it gets lost, somebody will ask again.
+        """Have a message sent at the next `deliver`; when it gets lost, somebody will ask again.
 
         Raises:
             ProtocolError: It is longer than a message may be.
         """
-        payload = message.to_bytes()
         topic = self._topics.down(device, job) if job else self._topics.down(device)
-        if self._link.publish(topic, payload):
-            self._roster.sent(device, len(payload))
+        self._outbox.append((device, topic, message.to_bytes()))
+
+    def deliver(self) -> None:
+        """Send the messages that wait, as many as the connection takes; without one they are lost."""
+        while self._outbox:
+            device, topic, payload = self._outbox[0]
+            if self._link.publish(topic, payload):
+                self._roster.sent(device, len(payload))
+            elif self._link.connected:
+                return  # the others in a moment
+            self._outbox.popleft()
 
     def broadcast(self, hello: Hello) -> None:
         """Send a message to everybody."""
@@ -142,5 +152,6 @@ class Post:
             device, chunk = item
             if isinstance(chunk, Gone):
                 self.send(device, chunk)
+                self.deliver()
             elif self._link.publish(self._topics.down_blob(device), chunk, CHUNK_QOS):
                 self._roster.sent(device, len(chunk))

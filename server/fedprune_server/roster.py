@@ -67,6 +67,8 @@ class Roster:
         self._state = state
         self._limit = limit
         self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
+        self.moved: dict[str, tuple[int, int]] = {}
+        """Payload bytes to and from the devices whose number has changed, since whoever keeps it took it."""
         self.namesakes = Namesakes()
         self.outsiders: dict[str, dict[str, Any]] = {}
         """Devices that announced themselves and can't even be planned for, and why."""
@@ -97,6 +99,7 @@ class Roster:
                     hint="Raise max_devices in [server], and see who uses your broker.",
                 )
             self._contacts[device] = Contact(up=size)
+            self.moved[device] = (0, size)
         self._contacts[device].software = software
 
     @property
@@ -107,12 +110,16 @@ class Roster:
     def received(self, device: str, size: int) -> None:
         """Count bytes from a device; not a stranger's, who might flood us with names."""
         if device in self._contacts:
-            self._contacts[device].up += size
+            contact = self._contacts[device]
+            contact.up += size
+            self.moved[device] = (contact.down, contact.up)
 
     def sent(self, device: str, size: int) -> None:
         """Count bytes to a device."""
         if device in self._contacts:
-            self._contacts[device].down += size
+            contact = self._contacts[device]
+            contact.down += size
+            self.moved[device] = (contact.down, contact.up)
 
     def offered(self, device: str, now: float) -> None:
         """A device has been offered a round."""

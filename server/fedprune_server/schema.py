@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sql
+from sqlalchemy.dialects import postgresql, sqlite
 
-from fedprune.coordination.state import Device
+from fedprune.coordination.state import Device, Task
 from fedprune.errors import StorageError
 
 TABLES = sql.MetaData()
@@ -40,6 +41,12 @@ DEVICES = sql.Table(
     sql.Column("bytes_down", sql.BigInteger, nullable=False, default=0),
     sql.Column("bytes_up", sql.BigInteger, nullable=False, default=0),
 )
+TASKS = sql.Table(
+    "tasks",
+    TABLES,
+    sql.Column("name", sql.String(64), primary_key=True),
+    sql.Column("body", sql.Text, nullable=False),
+)
 ROUNDS = sql.Table(
     "rounds",
     TABLES,
@@ -51,8 +58,8 @@ ROUNDS = sql.Table(
 )
 
 
-def device_row(name: str, device: Device, traffic: tuple[int, int]) -> dict[str, Any]:
-    """A device as a row, with payload bytes to it and from it."""
+def device_row(name: str, device: Device) -> dict[str, Any]:
+    """A device as a row, but for the bytes to it and from it."""
     return {
         "name": name,
         "online": device.online,
@@ -62,9 +69,12 @@ def device_row(name: str, device: Device, traffic: tuple[int, int]) -> dict[str,
         "plan": encoded(device.plan),
         "excluded": device.excluded,
         "body": encoded(vars(device)),
-        "bytes_down": traffic[0],
-        "bytes_up": traffic[1],
     }
+
+
+def task_row(name: str, task: Task) -> dict[str, Any]:
+    """A device's part in a round as a row."""
+    return {"name": name, "body": encoded(vars(task))}
 
 
 def round_row(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,6 +86,17 @@ def round_row(summary: Mapping[str, Any]) -> dict[str, Any]:
         "metrics": encoded(summary["metrics"]),
         "summary": encoded(summary),
     }
+
+
+def upsert(connection: sql.Connection, table: sql.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows, each in the place of the one with its primary key, if there is one; columns not named stay."""
+    if not rows:
+        return
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    query = insert(table)
+    keys = [c.name for c in table.primary_key]
+    others = {name: query.excluded[name] for name in rows[0] if name not in keys}
+    connection.execute(query.on_conflict_do_update(index_elements=keys, set_=others), list(rows))
 
 
 def encoded(value: object) -> str:

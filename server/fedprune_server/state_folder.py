@@ -156,7 +156,7 @@ class StateFolder:
         # After the model and before the first state: a crash in between leaves nothing that contradicts itself.
         self.storage.put_settings(opened.settings)
         if self.storage.load() is None:
-            self.storage.save(opened.state, None, time.time())
+            self.storage.save(opened.state, (), time.time())
 
     def _check_name(self, config: ServerConfig, known: dict[str, Any], state: State | None) -> None:
         """A job of another name is another job."""
@@ -224,7 +224,7 @@ class StateFolder:
             state.score_anew()
         if known != {digest} or not state.architecture:
             state.architecture = digest
-            self.storage.save(state, None, time.time())
+            self.storage.save(state, (), time.time())
 
     def _take_lock(self) -> None:
         until = time.monotonic() + _LOCK_PATIENCE_S

@@ -20,9 +20,24 @@ import sqlalchemy as sql
 
 from fedprune.coordination import State
 from fedprune.coordination.events import Event
+from fedprune.coordination.roll import Roll
+from fedprune.coordination.state import Device, Task
 from fedprune.disk import storage_errors
 from fedprune.errors import StorageError, StorageFullError
-from fedprune_server.schema import DEVICES, EVENTS, META, ROUNDS, TABLES, decoded, device_row, encoded, round_row
+from fedprune_server.roll_table import RollTable
+from fedprune_server.schema import (
+    DEVICES,
+    EVENTS,
+    META,
+    ROUNDS,
+    TABLES,
+    TASKS,
+    decoded,
+    device_row,
+    encoded,
+    round_row,
+    task_row,
+)
 
 FORMAT = "fedprune.server/1"
 FILE = "server.db"
@@ -35,6 +50,9 @@ _BUSY_S = 10
 _PRUNE_EVERY, _PAGE = 500, 1000
 LOGGED_EVENTS = 50_000
 """Events that the log keeps at least; older ones are deleted from time to time."""
+
+PARTS_KEPT = 50_000
+"""Devices' parts in finished rounds that a running server keeps in memory; all of them are in the database."""
 
 Traffic = Mapping[str, tuple[int, int]]
 """Payload bytes by device: to it and from it."""
@@ -56,10 +74,11 @@ class Storage:
     def __init__(self, url: str, *, create: bool = True, logged: int = LOGGED_EVENTS) -> None:
         self.url = url
         self.logged = logged
+        self._saved: State | None = None
         self._saved_state = ""
-        self._saved_devices: dict[str, tuple[Any, ...]] = {}
-        self._saved_traffic: dict[str, tuple[int, int]] = {}
         self._saved_rounds = 0
+        self._devices = RollTable[Device](DEVICES, device_row)
+        self._tasks = RollTable[Task](TASKS, task_row)
         self._saved_outsiders: dict[str, Any] = {}
         with _translated(url):
             if not create and url.startswith("sqlite:///"):
@@ -157,74 +176,87 @@ class Storage:
             self._put_meta(connection, "outsiders", encoded(body))
         self._saved_outsiders = body
 
-    def save(self, state: State, event: Event | None, now: float, traffic: Traffic | None = None) -> None:
-        """Make an event and the state after it durable, both or neither.
+    def save(self, state: State, events: Sequence[Event], now: float, traffic: Traffic | None = None) -> bool:
+        """Make events and the state after them durable, all or nothing.
 
-        An event that changed nothing is not written: whatever it led to (another copy of an acknowledgement, say)
+        Events that changed nothing are not written: whatever they led to (another copy of an acknowledgement, say)
         follows from the state that is on the disk already. Nor are bytes alone: they are written with the next change.
 
         Args:
-            state: The state after the event.
-            event: What happened; None for a state that no event led to (a new job's).
+            state: The state after the events; what has changed of it is settled.
+            events: What happened, in order; none for a state that no event led to (a new job's).
             now: When, in seconds since 1970.
-            traffic: Bytes by device so far, for the table of devices.
+            traffic: Bytes so far by device, for the table of devices: at least of those whose number has changed.
+
+        Returns:
+            Whether anything was written.
 
         Raises:
             StorageFullError: There is no room; what was saved before is untouched.
             StorageError: The database can't be written.
         """
-        counted = {n: (traffic or {}).get(n, (0, 0)) for n in state.devices}
-        marks = {n: tuple(vars(d).values()) for n, d in state.devices.items()}
-        changed = [n for n, mark in marks.items() if not _same(self._saved_devices.get(n), mark)]
+        # Devices, parts and finished rounds lie in tables of their own, so that an event doesn't write all of them.
+        body = replace(state, history=[], devices=Roll(), tasks=Roll()).to_json()
+        anew = state is not self._saved
+        devices = self._devices.changes(state.devices, anew=anew)
+        tasks = self._tasks.changes(state.tasks, anew=anew)
         new_rounds = state.history[self._saved_rounds :]
-        # Devices and finished rounds lie in tables of their own, so that an event doesn't write all of them again.
-        body = replace(state, history=[], devices={}).to_json()
-        if body == self._saved_state and not changed and not new_rounds:
-            return
-        moved = [n for n, count in counted.items() if n not in changed and self._saved_traffic.get(n) != count]
-        with self._transaction() as connection:
-            self._put_meta(connection, "state", body)
-            if event is not None:
-                self._log(connection, event, now)
-            for name in changed:
-                row = device_row(name, state.devices[name], counted[name])
-                where = DEVICES.c.name == name
-                if not connection.execute(DEVICES.update().where(where).values(row)).rowcount:
-                    connection.execute(DEVICES.insert().values(row))
-            for name in moved:
-                down, up = counted[name]
-                connection.execute(DEVICES.update().where(DEVICES.c.name == name).values(bytes_down=down, bytes_up=up))
-            if new_rounds:
-                connection.execute(ROUNDS.delete().where(ROUNDS.c.round.in_([r["round"] for r in new_rounds])))
-                connection.execute(ROUNDS.insert(), [round_row(r) for r in new_rounds])
-        self._saved_state = body
-        self._saved_devices = marks
-        self._saved_traffic = counted
-        self._saved_rounds = len(state.history)
+        written = body != self._saved_state or bool(devices or tasks or new_rounds)
+        if written:
+            with self._transaction() as connection:
+                self._put_meta(connection, "state", body)
+                self._log(connection, events, now)
+                self._devices.write(connection, devices)
+                self._tasks.write(connection, tasks)
+                self._count(connection, {n: t for n, t in (traffic or {}).items() if n in state.devices})
+                if new_rounds:
+                    connection.execute(ROUNDS.delete().where(ROUNDS.c.round.in_([r["round"] for r in new_rounds])))
+                    connection.execute(ROUNDS.insert(), [round_row(r) for r in new_rounds])
+        self._devices.written(devices)
+        self._tasks.written(tasks)
+        self._saved, self._saved_state, self._saved_rounds = state, body, len(state.history)
+        state.settle()
+        return written
 
-    def _log(self, connection: sql.Connection, event: Event, now: float) -> None:
-        body = json.dumps(vars(event), sort_keys=True, separators=(",", ":"), default=vars)
-        row = EVENTS.insert().values(at=now, type=type(event).__name__, body=body)
-        number = int((connection.execute(row).inserted_primary_key or (0,))[0])
-        if self.logged and number % min(_PRUNE_EVERY, self.logged) == 0:
-            connection.execute(EVENTS.delete().where(EVENTS.c.number <= number - self.logged))
+    def _count(self, connection: sql.Connection, traffic: Traffic) -> None:
+        if traffic:
+            query = DEVICES.update().where(DEVICES.c.name == sql.bindparam("_name"))
+            query = query.values(bytes_down=sql.bindparam("_down"), bytes_up=sql.bindparam("_up"))
+            connection.execute(query, [{"_name": n, "_down": d, "_up": u} for n, (d, u) in traffic.items()])
+
+    def _log(self, connection: sql.Connection, events: Sequence[Event], now: float) -> None:
+        rows = [
+            {
+                "at": now,
+                "type": type(event).__name__,
+                "body": json.dumps(vars(event), sort_keys=True, separators=(",", ":"), default=vars),
+            }
+            for event in events
+        ]
+        if not rows:
+            return
+        connection.execute(EVENTS.insert(), rows)
+        number = int(connection.execute(sql.select(sql.func.max(EVENTS.c.number))).scalar() or 0)
+        every = min(_PRUNE_EVERY, self.logged) if self.logged else 0
+        if every and number // every > (number - len(rows)) // every:
+            connection.execute(EVENTS.delete().where(EVENTS.c.number <= number - number % every - self.logged))
 
     def load(self) -> State | None:
         """The state that was saved last, or None for a new database.
+
+        Of finished rounds it has what came of them; of their devices only the latest rounds', as many as hold
+        `PARTS_KEPT` parts.
 
         Raises:
             StorageError: It is damaged.
         """
         with self._transaction() as connection:
             text = self._meta(connection, "state")
-            history = self._history(connection)
-            devices = {
-                n: decoded(b, self.url) for n, b in connection.execute(sql.select(DEVICES.c.name, DEVICES.c.body))
-            }
+            history = self._history(connection, PARTS_KEPT)
+            devices, tasks = self._devices.load(connection, self.url), self._tasks.load(connection, self.url)
         if text is None:
             return None
-        body = decoded(text, self.url)
-        state = State.from_json(encoded({**body, "devices": devices} if isinstance(body, dict) else body))
+        state = State.from_json(text, devices, tasks)
         state.history = history
         self._saved_rounds = len(history)
         return state
@@ -279,9 +311,18 @@ class Storage:
         names = set(sql.inspect(connection).get_table_names())
         return set(TABLES.tables) <= names and self._meta(connection, "format") is not None
 
-    def _history(self, connection: sql.Connection) -> list[dict[str, Any]]:
-        query = sql.select(ROUNDS.c.summary).order_by(ROUNDS.c.round)
-        return [decoded(text, self.url) for text in connection.execute(query).scalars()]
+    def _history(self, connection: sql.Connection, parts: int | None = None) -> list[dict[str, Any]]:
+        """Summaries of the finished rounds; only the latest have their devices, as many as make up so many parts."""
+        found: list[dict[str, Any]] = []
+        query = sql.select(ROUNDS.c.summary).order_by(ROUNDS.c.round.desc())
+        for text in connection.execute(query).scalars():
+            summary = decoded(text, self.url)
+            if parts is not None:
+                parts -= len(summary["devices"])
+                if parts < 0:
+                    summary["devices"] = {}
+            found.append(summary)
+        return found[::-1]
 
     def _meta(self, connection: sql.Connection, key: str) -> str | None:
         value = connection.execute(sql.select(META.c.value).where(META.c.key == key)).scalar()
@@ -330,8 +371,3 @@ def _translated(url: str) -> Iterator[None]:
         raise StorageError(
             f"{url}: {text}", hint="If the file is damaged, restore the server's backup; else check its permissions."
         ) from error
-
-
-def _same(one: tuple[Any, ...] | None, other: tuple[Any, ...]) -> bool:
-    """Whether nothing was assigned since; the JSON bodies in a device are replaced, never changed in place."""
-    return one is not None and len(one) == len(other) and all(a is b or a == b for a, b in zip(one, other, strict=True))

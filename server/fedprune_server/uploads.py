@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +82,9 @@ class Uploads:
     def __init__(self, store: BlobStore, concurrent: int = 4) -> None:
         self._store = store
         self._concurrent = concurrent
-        self._uploads: OrderedDict[str, _Upload] = OrderedDict()
+        self._uploads: dict[str, _Upload] = {}
+        self._waiting: dict[str, None] = {}
+        self._running: set[str] = set()
         self._outcomes: list[Outcome] = []
 
     def add(self, device: str, round_: int, attempt: int, ref: BlobRef, now: float) -> Wants:
@@ -97,6 +98,7 @@ class Uploads:
             return []
         self.drop(device)
         self._uploads[device] = _Upload(round_, attempt, ref)
+        self._waiting[device] = None
         return self._start(now)
 
     def chunk(self, device: str, chunk: Chunk, now: float) -> Wants:
@@ -129,14 +131,14 @@ class Uploads:
 
     def tick(self, now: float) -> Wants:
         """Ask again for what is overdue, and let those that wait pass those that are stuck."""
-        waiting = any(u.pull is None for u in self._uploads.values())
-        stuck = [n for n, u in self._uploads.items() if u.pull is not None and now - u.moved_at > STALLED_S]
-        for device in stuck if waiting else ():
-            upload = self._uploads[device]
-            upload.pull = None  # what has arrived stays on the disk
-            self._uploads.move_to_end(device)
+        stuck = [n for n in self._running if now - self._uploads[n].moved_at > STALLED_S]
+        for device in sorted(stuck) if self._waiting else ():
+            self._uploads[device].pull = None  # what has arrived stays on the disk
+            self._running.discard(device)
+            self._waiting[device] = None
         wants: Wants = []
-        for device, upload in list(self._uploads.items()):
+        for device in sorted(self._running):
+            upload = self._uploads[device]
             if upload.pull is None:
                 continue
             try:
@@ -148,24 +150,38 @@ class Uploads:
     def restart(self, now: float) -> Wants:
         """After a reconnection: what was on the way is taken for lost and asked for again."""
         wants: Wants = []
-        for device, upload in list(self._uploads.items()):
+        for device in sorted(self._running):
+            upload = self._uploads[device]
             if upload.pull is not None:
                 upload.moved_at = now
                 wants += [(device, w) for w in upload.pull.start(now)]
         return wants
 
-    def drop(self, device: str) -> None:
-        """Stop fetching from a device; what has arrived stays on the disk and is gone on from later."""
-        self._uploads.pop(device, None)
-
-    def keep(self, wanted: set[tuple[str, int, int]]) -> list[str]:
-        """Drop all uploads but these (device, round, attempt).
+    def drop(self, device: str) -> list[str]:
+        """Stop fetching from a device; what has arrived stays on the disk and is gone on from later.
 
         Returns:
             Digests of what was dropped.
         """
-        void = [n for n, u in self._uploads.items() if (n, u.round, u.attempt) not in wanted]
-        return [self._uploads.pop(n).ref.sha256 for n in void]
+        upload = self._uploads.pop(device, None)
+        if upload is None:
+            return []
+        self._waiting.pop(device, None)
+        self._running.discard(device)
+        return [upload.ref.sha256]
+
+    def keep(self, device: str, round_: int, attempt: int) -> list[str]:
+        """Stop fetching from a device unless it is for this part.
+
+        Returns:
+            Digests of what was dropped.
+        """
+        upload = self._uploads.get(device)
+        return [] if upload is None or (upload.round, upload.attempt) == (round_, attempt) else self.drop(device)
+
+    def devices(self) -> list[str]:
+        """From whom something is being fetched, or waits to be."""
+        return list(self._uploads)
 
     def digests(self) -> set[str]:
         """What is being fetched, or waits to be."""
@@ -182,16 +198,16 @@ class Uploads:
         return None if upload is None or upload.pull is None else upload.pull.progress
 
     def _end(self, device: str, outcome: Outcome, now: float) -> Wants:
-        del self._uploads[device]
+        self.drop(device)
         self._outcomes.append(outcome)
         return self._start(now)
 
     def _start(self, now: float) -> Wants:
         wants: Wants = []
-        while sum(u.pull is not None for u in self._uploads.values()) < self._concurrent:
-            device = next((n for n, u in self._uploads.items() if u.pull is None), None)
-            if device is None:
-                break
+        while self._waiting and len(self._running) < self._concurrent:
+            device = next(iter(self._waiting))
+            del self._waiting[device]
+            self._running.add(device)
             upload = self._uploads[device]
             try:
                 upload.pull = Pull(upload.ref, self._store.partial(upload.ref))

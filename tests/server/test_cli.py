@@ -69,7 +69,7 @@ def state(model: Path, tmp_path: Path) -> Path:
                 "devices": {"pi": {"progress": "refused", "reason": "no room"}},
             }
         )
-        folder.storage.save(opened.state, on.Ticked(), 1.0)
+        folder.storage.save(opened.state, [on.Ticked()], 1.0)
     return tmp_path / "state"
 
 
@@ -225,7 +225,7 @@ def test_another_job_is_refused_by_a_folder_that_has_one(
         stands = folder.storage.load()
         assert stands is not None
         stands.phase = Phase.FINISHED if ended else Phase.WAITING
-        folder.storage.save(stands, None, 2.0)
+        folder.storage.save(stands, (), 2.0)
     there = f"job leaves of model model, {'finished' if ended else 'stopped'} after 1 of 5 rounds"
     assert main(["run", "--insecure", "--state", str(state), "--name", "trees"]) == ExitCode.CONFIG
     line = one_line(capsys)
@@ -298,7 +298,7 @@ def test_a_server_whose_job_is_finished_says_what_next(
         done = folder.storage.load()
         assert done is not None
         done.phase, done.round = Phase.FINISHED, 5
-        folder.storage.save(done, None, 2.0)
+        folder.storage.save(done, (), 2.0)
     if stays:
         finish = Daemon._finish
 
@@ -373,7 +373,7 @@ def test_more_rounds_wake_a_finished_job(state: Path) -> None:
         known = folder.storage.load()
         assert known is not None
         known.phase = Phase.FINISHED
-        folder.storage.save(known, None, 2.0)
+        folder.storage.save(known, (), 2.0)
         opened = folder.open_job(ServerConfig(job=Job(name="leaves", rounds=9)))
     coordinate(opened.job, opened.model.architecture, opened.state).handle(on.Resumed(), 3.0)
     assert opened.state.phase is Phase.WAITING

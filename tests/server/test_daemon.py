@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,10 +137,12 @@ def test_a_device_that_works_in_vain_is_told_so_as_it_comes_back(
 ) -> None:
     state = State(model=fleet.worker.initial(), round=2, phase=Phase.TRAINING, ranking="r" * 64)
     state.tasks["a"] = Task(1, (4,), Part.PULLING, weights="")
-    fleet.storage.save(state, None, 0.0)
+    fleet.storage.save(state, (), 0.0)
     daemon = fleet.daemon()
     birth = Birth("a", 7, "raspberry-pi-5", 10, "test", held=held)
     daemon._take((Topics("default").up("a"), birth.to_bytes()))
+    assert not fleet.air.devices["a"].heard  # nothing is said before what it follows from is saved
+    daemon._commit()
     reasons = [m.reason for m in fleet.air.devices["a"].heard if isinstance(m, Cancelled)]
     assert reasons == ([told] if told else [])
 
@@ -196,9 +198,9 @@ def test_a_wrong_update_that_was_announced_before_a_crash_does_not_stop_the_next
     liar.lie = larger
     save = fleet.storage.save
 
-    def dying(state: State, event: object, *rest: object) -> None:
-        save(state, event, *rest)  # type: ignore[arg-type]
-        if isinstance(event, on.UpdateAnnounced) and event.device == "a":
+    def dying(state: State, events: Sequence[on.Event], *rest: object) -> None:
+        save(state, events, *rest)  # type: ignore[arg-type]
+        if any(isinstance(e, on.UpdateAnnounced) and e.device == "a" for e in events):
             raise KilledError
 
     fleet.storage.save = dying  # type: ignore[method-assign]
@@ -629,9 +631,9 @@ def test_graphs_stay_while_offers_may_name_them_and_no_longer(tmp_path: Path) ->
 
     save = killed.storage.save
 
-    def dying(state: State, event: object, *rest: object) -> None:
-        save(state, event, *rest)  # type: ignore[arg-type]
-        if isinstance(event, on.Scored) and event.round == last_words:
+    def dying(state: State, events: Sequence[on.Event], *rest: object) -> None:
+        save(state, events, *rest)  # type: ignore[arg-type]
+        if any(isinstance(e, on.Scored) and e.round == last_words for e in events):
             raise KilledError
 
     killed.storage.save = dying  # type: ignore[method-assign]
@@ -654,7 +656,7 @@ def test_graphs_stay_while_offers_may_name_them_and_no_longer(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("point", ["before saving", "after saving", "after sending"])
-@pytest.mark.parametrize("count", [1, 5, 11, 19, 28])
+@pytest.mark.parametrize("count", [1, 4, 8, 13, 19])
 def test_a_server_killed_anywhere_goes_on_to_the_same_model(
     fleet: Fleet, expected: str, point: str, count: int
 ) -> None:
@@ -672,9 +674,9 @@ def test_a_server_killed_anywhere_goes_on_to_the_same_model(
 def test_a_command_that_was_saved_but_not_done_is_repeated(fleet: Fleet) -> None:
     save = fleet.storage.save
 
-    def dying(state: State, event: object, *rest: object) -> None:
-        save(state, event, *rest)  # type: ignore[arg-type]
-        if isinstance(event, on.Extracted) and event.device == "b":
+    def dying(state: State, events: Sequence[on.Event], *rest: object) -> None:
+        save(state, events, *rest)  # type: ignore[arg-type]
+        if any(isinstance(e, on.Extracted) and e.device == "b" for e in events):
             raise KilledError
 
     fleet.storage.save = dying  # type: ignore[method-assign]

@@ -79,7 +79,7 @@ def play(opened, folder, commands, until=()):
             assert not isinstance(event, on.UpdateRejected), event
         if event is not None:
             todo += coordinator.handle(event, 0.0)
-    folder.storage.save(coordinator.state, None, 0.0)
+    folder.storage.save(coordinator.state, (), 0.0)
     return coordinator.state
 
 
@@ -95,7 +95,7 @@ def test_a_round_outlasts_a_compiler_that_describes_the_model_differently(tmp_pa
         assert ranking["architecture"] == opened.model.architecture.digest
         ranking["architecture"] = tensorfile.digest(b"an older one")
         state.ranking = folder.store.put(json.dumps(ranking).encode()).sha256
-        folder.storage.save(state, None, 0.0)
+        folder.storage.save(state, (), 0.0)
 
     with StateFolder(tmp_path / "state") as folder:
         opened = folder.open_job(config)
@@ -142,7 +142,7 @@ def test_what_no_ranking_says_of_an_older_description_is_let_go_of_too(tmp_path)
         old["architecture"] = state.architecture = tensorfile.digest(b"an older one")
         past = state.devices["a"].past | {"ranking": folder.store.put(json.dumps(old).encode()).sha256}
         state.devices["a"].past = state.tasks["a"].past = past
-        folder.storage.save(state, None, 0.0)
+        folder.storage.save(state, (), 0.0)
 
     with StateFolder(tmp_path / "state") as folder:
         opened = folder.open_job(config)

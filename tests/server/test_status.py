@@ -58,7 +58,7 @@ def stopped_state(tmp_path: Path) -> Path:
     with Storage.at(tmp_path) as storage:
         storage.put_settings({"job": Job(name="leaves", rounds=20).to_dict(), "name": "n"})
         storage.put_outsiders({"odd": {"online": True, "profile": "toaster", "samples": 9, "excluded": "no profile"}})
-        storage.save(state, None, 1.0)
+        storage.save(state, (), 1.0)
     return tmp_path
 
 
@@ -113,7 +113,7 @@ def test_status_says_that_no_server_runs_and_when_devices_were_heard_of(
         events = [DeviceBorn("good", 1, {}, 300), Extracted(13, "full", 1, {}), DeviceBorn("off", 1, {}, 200), Ticked()]
         for at, event in enumerate(events, 50):
             state.deadline = at  # only events that change something are logged
-            storage.save(state, event, at)
+            storage.save(state, [event], at)
     assert main(["status", "--state", str(stopped_state)]) == ExitCode.OK
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "job leaves: round 13 of 20, stopped while training"
@@ -131,7 +131,7 @@ def test_status_of_a_finished_job_asks_for_nothing(stopped_state: Path, capsys: 
         state = storage.load()
         assert state is not None
         state.phase = Phase.FINISHED
-        storage.save(state, None, 1.0)
+        storage.save(state, (), 1.0)
     main(["status", "--state", str(stopped_state)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["job leaves: round 13 of 20, finished", "  no server is running"]

@@ -59,7 +59,7 @@ def test_a_new_database_holds_no_state(storage: Storage) -> None:
 def test_a_state_comes_back_as_it_was(storage: Storage, tmp_path: Path) -> None:
     state = filled()
     assert state.history
-    storage.save(state, None, 1.0)
+    storage.save(state, (), 1.0)
     with Storage.at(tmp_path) as other:
         assert other.load() == state
 
@@ -74,13 +74,13 @@ def test_what_is_saved_step_by_step_is_what_was_there_last(
     coordinator = Coordinator(JOB, ARCHITECTURE, state)
     changes = 0
     with Storage.at(folder) as storage:
-        storage.save(state, None, 0.0)
+        storage.save(state, (), 0.0)
         for name, session, alive in steps:
             event = born(name, session) if alive else on.DeviceDied(name, session)
             before = state.to_json()
             coordinator.handle(event, 0.0)
             changes += state.to_json() != before
-            storage.save(state, event, 0.0)
+            storage.save(state, [event], 0.0)
     with Storage.at(folder) as storage:
         assert storage.load() == state
         assert len(list(storage.events())) == changes
@@ -88,12 +88,12 @@ def test_what_is_saved_step_by_step_is_what_was_there_last(
 
 def test_rounds_are_rows_of_their_own(storage: Storage) -> None:
     state = filled()
-    storage.save(state, None, 1.0)
+    storage.save(state, (), 1.0)
     assert storage.rounds() == state.history
 
 
 def test_devices_can_be_queried(storage: Storage) -> None:
-    storage.save(filled(), None, 1.0, {"a": (7, 8)})
+    storage.save(filled(), (), 1.0, {"a": (7, 8)})
     row = storage.devices()[0]
     assert (row["name"], row["profile"], row["widths"], row["bytes_down"], row["bytes_up"]) == ("a", "board", [4], 7, 8)
 
@@ -103,7 +103,7 @@ def test_events_are_kept_in_order_with_their_time(storage: Storage) -> None:
     coordinator = Coordinator(replace(JOB, devices=9), ARCHITECTURE, state)
     for number, name in enumerate("cab"):
         coordinator.handle(born(name), float(number))
-        storage.save(state, born(name), float(number))
+        storage.save(state, [born(name)], float(number))
     assert [(at, kind, body["device"]) for _, at, kind, body in storage.events()] == [
         (0.0, "DeviceBorn", "c"),
         (1.0, "DeviceBorn", "a"),
@@ -115,7 +115,7 @@ def test_the_log_is_read_page_by_page(storage: Storage, monkeypatch: pytest.Monk
     state = State(model="m" * 64)
     for number in range(1, 8):
         state.round = number
-        storage.save(state, on.Scored(number, "r" * 64), float(number))
+        storage.save(state, [on.Scored(number, "r" * 64)], float(number))
     whole = list(storage.events())
     asked: list[int] = []
     transaction = storage._transaction
@@ -130,16 +130,16 @@ def test_the_log_is_read_page_by_page(storage: Storage, monkeypatch: pytest.Monk
 
 def test_an_event_that_changed_nothing_costs_no_write(storage: Storage) -> None:
     state = filled()
-    storage.save(state, born("a"), 1.0, {"a": (1, 1)})
-    storage.save(state, on.UpdateAnnounced("a", 1, 1, "w" * 64, {}, 10, 5), 2.0, {"a": (1, 900)})
+    storage.save(state, [born("a")], 1.0, {"a": (1, 1)})
+    storage.save(state, [on.UpdateAnnounced("a", 1, 1, "w" * 64, {}, 10, 5)], 2.0, {"a": (1, 900)})
     assert [kind for _, _, kind, _ in storage.events()] == ["DeviceBorn"]
 
 
 def test_bytes_are_written_with_the_next_change(storage: Storage) -> None:
     state = filled()
-    storage.save(state, None, 1.0, {"a": (1, 1)})
+    storage.save(state, (), 1.0, {"a": (1, 1)})
     state.devices["b"].online = False
-    storage.save(state, on.DeviceDied("b", 1), 2.0, {"a": (1, 900)})
+    storage.save(state, [on.DeviceDied("b", 1)], 2.0, {"a": (1, 900)})
     assert storage.traffic()["a"] == (1, 900)
 
 
@@ -148,7 +148,7 @@ def test_the_log_keeps_only_the_latest_events(tmp_path: Path) -> None:
     with Storage(f"sqlite:///{tmp_path / FILE}", logged=20) as storage:
         for number in range(100):
             state.round = number
-            storage.save(state, on.Scored(number, "r" * 64), float(number))
+            storage.save(state, [on.Scored(number, "r" * 64)], float(number))
         numbers = [body["round"] for _, _, _, body in storage.events()]
     assert numbers == list(range(80, 100))
 
@@ -162,7 +162,7 @@ def test_settings_come_back(storage: Storage, tmp_path: Path) -> None:
 def test_a_killed_transaction_leaves_what_was_before(tmp_path: Path) -> None:
     before = State(model="a" * 64)
     with Storage.at(tmp_path) as storage:
-        storage.save(before, born("a"), 1.0)
+        storage.save(before, [born("a")], 1.0)
     connection = sqlite3.connect(tmp_path / FILE)
     connection.execute("BEGIN IMMEDIATE")
     connection.execute("UPDATE meta SET value = 'garbage' WHERE key = 'state'")
@@ -181,12 +181,12 @@ def test_every_commit_waits_for_the_disk(storage: Storage) -> None:
 
 def test_a_full_disk_says_so_and_loses_nothing(storage: Storage, tmp_path: Path) -> None:
     before = State(model="a" * 64)
-    storage.save(before, None, 1.0)
+    storage.save(before, (), 1.0)
     with storage._engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StorageFullError, match="no room left"):
-        storage.save(State(model="b" * 64), on.UpdateRejected("a", 1, 1, "x" * 100_000), 2.0)
+        storage.save(State(model="b" * 64), [on.UpdateRejected("a", 1, 1, "x" * 100_000)], 2.0)
     with Storage.at(tmp_path) as other:
         assert other.load() == before
 
@@ -201,7 +201,7 @@ def test_a_file_that_is_no_database_is_an_error_that_names_it(tmp_path: Path, co
 def test_a_damaged_page_is_found_when_opening(tmp_path: Path) -> None:
     with Storage.at(tmp_path) as storage:
         for number in range(50):
-            storage.save(replace(filled(), ranking=f"{number:064d}"), born(f"device{number}"), 1.0)
+            storage.save(replace(filled(), ranking=f"{number:064d}"), [born(f"device{number}")], 1.0)
     path = tmp_path / FILE
     raw = bytearray(path.read_bytes())
     assert len(raw) > 3 * 4096
@@ -212,7 +212,7 @@ def test_a_damaged_page_is_found_when_opening(tmp_path: Path) -> None:
 
 
 def test_a_state_that_is_no_state_is_an_error(storage: Storage) -> None:
-    storage.save(State(model="a" * 64), None, 1.0)
+    storage.save(State(model="a" * 64), (), 1.0)
     with storage._engine.begin() as connection:
         connection.exec_driver_sql("UPDATE meta SET value = '{\"format\": 7}' WHERE key = 'state'")
     with pytest.raises(StorageError):

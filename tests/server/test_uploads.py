@@ -127,5 +127,7 @@ def test_a_chunk_that_nobody_waits_for_is_ignored(world: World) -> None:
 def test_uploads_of_a_round_that_is_over_are_dropped(world: World) -> None:
     world.announce("a")
     world.announce("b")
-    assert world.uploads.keep({("a", 1, 1)}) == [world.ref("b").sha256]
+    assert world.uploads.keep("a", 1, 1) == []
+    assert world.uploads.keep("b", 2, 1) == [world.ref("b").sha256]
+    assert world.uploads.devices() == ["a"]
     assert world.uploads.progress("b") is None

@@ -122,7 +122,7 @@ def test_every_board_trains_to_the_numbers_of_standard_operators(tmp_path: Path)
     worker = Worker(JOB, model, store)
     storage = quick(tmp_path / "server")
     state = State(model=worker.initial())
-    storage.save(state, None, 0.0)
+    storage.save(state, (), 0.0)
     offers: dict[str, list[dict[str, Any]]] = {name: [] for name in CLAIMS}
     with ExitStack() as stack:
         threads = []

@@ -16,6 +16,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.attendance import Attendance
 from fedprune.coordination.desk import LATE, Commands, Desk, based, steps_of
+from fedprune.coordination.roll import Roll
 from fedprune.coordination.shares import Shares, plain
 from fedprune.coordination.state import Phase, Progress, State, Task
 from fedprune.job import Job
@@ -80,7 +81,7 @@ class AsynchronousCoordinator(Desk):
         if state.phase is Phase.FINISHED:
             return [do.TellFinished(event.device, state.model)]
         if state.phase is Phase.WAITING:
-            return self._open(now) if len(self._ready()) >= self.job.devices else []
+            return self._open(now) if state.devices.count(True) >= self.job.devices else []
         task = state.tasks.get(event.device)
         if task is not None and task.progress is Progress.OFFERED and task.offer:
             return [do.SendOffer(event.device, state.round_of(task), task.attempt, task.offer)]
@@ -322,11 +323,13 @@ class AsynchronousCoordinator(Desk):
         for task in news.values():
             task.told = True
         # Whoever refused waits for its time to be over, whatever becomes of the model meanwhile.
-        state.tasks = {n: t for n, t in state.tasks.items() if n not in ended or t.deadline is not None}
+        for name, task in ended.items():
+            if task.deadline is None:
+                del state.tasks[name]
         state.closing = None
         if self.allocator.review(self.fleet, metrics):
             state.ranking = state.order = None
         if not self._last():
             return self._open(now)
-        state.phase, state.tasks, state.wakes = Phase.FINISHED, {}, []
+        state.phase, state.tasks, state.wakes = Phase.FINISHED, Roll(), []
         return [do.Finish(state.model)]

@@ -25,13 +25,12 @@ class Attendance:
     @property
     def busy(self) -> int:
         """How many devices work."""
-        return sum(t.progress in WORKING for t in self._state.tasks.values())
+        return self._state.tasks.count(*WORKING)
 
     @property
     def at_work(self) -> bool:
         """Whether something is awaited of anybody who is here: an update, or that it is checked."""
-        kinds = (*WORKING, Progress.STORED)
-        return any(t.progress in kinds for t in self._state.tasks.values()) or any(True for _ in self.idle())
+        return bool(self._state.tasks.count(*WORKING, Progress.STORED)) or any(True for _ in self.idle())
 
     @property
     def absent(self) -> bool:

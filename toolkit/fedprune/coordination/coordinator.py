@@ -14,6 +14,7 @@ from fedprune.chance import keyed
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.desk import LATE, Commands, Desk, based, steps_of
+from fedprune.coordination.roll import Roll
 from fedprune.coordination.state import Phase, Progress, Task
 from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.wire.fields import believable
@@ -86,9 +87,9 @@ class Coordinator(Desk):
         state = self.state
         if state.phase is not Phase.WAITING:
             return []
-        ready = self._ready()
-        if len(ready) < self.job.devices:
+        if state.devices.count(True) < self.job.devices:
             return []
+        ready = self._ready()
         state.round += 1
         self.allocator.open(self.fleet)
         state.tasks = self._tasks(ready, attempt=1)
@@ -97,7 +98,7 @@ class Coordinator(Desk):
         state.deadline = None
         return self._score()
 
-    def _tasks(self, ready: list[str], attempt: int) -> dict[str, Task]:
+    def _tasks(self, ready: list[str], attempt: int) -> Roll[Task]:
         """Parts for a keyed share of the devices, each with its widths and weight of now."""
         share = self.schedule.participation or self.job.participation
         if self.state.round <= self.strategy.explores:
@@ -110,18 +111,18 @@ class Coordinator(Desk):
         # Decided before any update is in: neither the order of arrival nor an update's own word changes what counts.
         counts = {n: 1 if self.uniform else d.samples for n, d in chosen.items()}
         total = sum(counts.values())
-        return {
-            n: Task(
+        tasks = Roll[Task]()
+        for name, device in chosen.items():
+            tasks[name] = Task(
                 attempt,
-                d.widths,
-                d.density,
-                samples=d.samples,
-                weight=_weight(counts[n], total, len(chosen)),
-                past=d.past,
-                last=d.last,
+                device.widths,
+                device.density,
+                samples=device.samples,
+                weight=_weight(counts[name], total, len(chosen)),
+                past=device.past,
+                last=device.last,
             )
-            for n, d in chosen.items()
-        }
+        return tasks
 
     def _score(self) -> Commands:
         state = self.state
@@ -155,7 +156,7 @@ class Coordinator(Desk):
     def _start_clock(self, now: float) -> Commands:
         """Set the deadline once everything has been offered."""
         state = self.state
-        if state.deadline is not None or any(t.progress is Progress.EXTRACTING for t in state.tasks.values()):
+        if state.deadline is not None or state.tasks.count(Progress.EXTRACTING):
             return []
         state.deadline = now + self.deadline_s
         return [do.Wake(state.deadline)]
@@ -226,9 +227,10 @@ class Coordinator(Desk):
 
     def _go_on(self, now: float) -> Commands:
         state = self.state
-        if not all(t.progress.over for t in state.tasks.values()):
+        folded = state.tasks.count(Progress.FOLDED)
+        if folded + state.tasks.count(Progress.REFUSED) < len(state.tasks):
             return []
-        if any(t.progress is Progress.FOLDED for t in state.tasks.values()):
+        if folded:
             state.phase = Phase.CLOSING
             return [self._close()]
         # Nobody delivered. Whoever refused needs time to get better: the next attempt waits for the deadline.
@@ -253,7 +255,7 @@ class Coordinator(Desk):
         state.deadline = None
         ready = self._ready()
         if len(ready) < self.job.devices:
-            state.tasks = {}
+            state.tasks = Roll()
             state.round -= 1
             state.phase = Phase.WAITING
             return []
@@ -280,7 +282,7 @@ class Coordinator(Desk):
                 task.reject(event.rejected[name])
             elif task.progress is Progress.FOLDED:
                 self._keep_past(name, task)
-        if not any(t.progress is Progress.FOLDED for t in state.tasks.values()):
+        if not state.tasks.count(Progress.FOLDED):
             return self._deserted(now)
         state.model, state.memory = event.model, dict(event.memory)
         state.phase = Phase.EVALUATING

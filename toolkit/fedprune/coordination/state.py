@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
+from fedprune.coordination.roll import Entry, Roll
 from fedprune.errors import StorageError
 
 FORMAT = "fedprune.state/2"
@@ -40,7 +43,7 @@ class Progress(str, Enum):
 
 
 @dataclass
-class Device:
+class Device(Entry):
     """A device as the job knows it.
 
     Attributes:
@@ -79,6 +82,16 @@ class Device:
     allocation: dict[str, Any] = field(default_factory=dict)
     buffer: dict[str, Any] | None = None
 
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Device:
+        """Made again of its attributes, as JSON has them; a wrong one is a `TypeError` or `KeyError`."""
+        return cls(**{**body, "widths": tuple(body["widths"])})
+
+    @property
+    def kind(self) -> bool:
+        """Whether it could take part in a round now."""
+        return self.online and not self.excluded
+
     @property
     def block(self) -> int:
         """Channels that it computes at once in training graphs made for it; 0 for none, or where it didn't say."""
@@ -90,9 +103,14 @@ class Device:
         found: dict[str, Any] | None = (self.probe or {}).get("forms")
         return found
 
+    def references(self) -> set[str]:
+        """Digests of the blobs that are kept for it."""
+        found = _named(self.past) | _contributed((self.buffer or {}).get("contribution"))
+        return {d for d in found if d}
+
 
 @dataclass
-class Task:
+class Task(Entry):
     """One device's part: in the current round or, in an asynchronous job, in the round that it was offered in.
 
     Attributes:
@@ -138,6 +156,22 @@ class Task:
     arrived_at: float | None = None
     deadline: float | None = None
     told: bool = False
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Task:
+        """Made again of its attributes, as JSON has them; a wrong one is a `TypeError`, `KeyError` or `ValueError`."""
+        return cls(**{**body, "widths": tuple(body["widths"]), "progress": Progress(body["progress"])})
+
+    @property
+    def kind(self) -> Progress:
+        """How far it is."""
+        return self.progress
+
+    def references(self) -> set[str]:
+        """Digests of the blobs that it needs."""
+        found = {self.weights, (self.offer or {}).get("ranking")}
+        found |= _named(self.past) | _cut_from(self.basis) | _offered(self.offer or {})
+        return {d for d in found if d}
 
     def reject(self, reason: str) -> None:
         """Note that its update doesn't count, though it was in the sums: it stood out, or couldn't be used.
@@ -186,8 +220,8 @@ class State:
     model: str
     round: int = 0
     phase: Phase = Phase.WAITING
-    devices: dict[str, Device] = field(default_factory=dict)
-    tasks: dict[str, Task] = field(default_factory=dict)
+    devices: Roll[Device] = field(default_factory=Roll)
+    tasks: Roll[Task] = field(default_factory=Roll)
     ranking: str | None = None
     order: str | None = None
     memory: dict[str, str] = field(default_factory=dict)
@@ -199,16 +233,43 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     architecture: str = ""
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("devices", "tasks"):
+            # Whoever replaces all entries has changed those that were there before, too.
+            before: Roll[Any] = self.__dict__.get(name, Roll())
+            value = value if isinstance(value, Roll) else Roll(cast(dict[str, Any], value))
+            if value is not before:
+                value.changed |= before.keys() | before.changed
+                value.version += before.version + 1
+        object.__setattr__(self, name, value)
+
+    @property
+    def version(self) -> int:
+        """Grows with every change of a device or part."""
+        return self.devices.version + self.tasks.version
+
+    def settle(self) -> None:
+        """What has changed of devices and parts is taken care of."""
+        self.devices.settle()
+        self.tasks.settle()
+
+    def slim(self, parts: int) -> None:
+        """Let go of finished rounds' devices, all but the latest so many; what came of the rounds stays."""
+        for summary in reversed(self.history):
+            parts -= len(summary["devices"])
+            if parts < 0 and summary["devices"]:
+                summary["devices"] = {}
+
     def references(self) -> set[str]:
         """Digests of the blobs that this state needs."""
-        found = {self.model, self.ranking, self.order, *self.memory.values()}
-        for device in self.devices.values():
-            found |= _named(device.past) | _contributed((device.buffer or {}).get("contribution"))
-        for task in self.tasks.values():
-            found |= {task.weights} | _named(task.past) | _cut_from(task.basis)
-            found.add((task.offer or {}).get("ranking"))
-            found |= _offered(task.offer or {})
-        return {d for d in found if d}
+        found = self.own_references()
+        for entry in chain[Entry](self.devices.values(), self.tasks.values()):
+            found |= entry.references()
+        return found
+
+    def own_references(self) -> set[str]:
+        """Digests of the blobs that it needs whatever its devices and their parts need."""
+        return {d for d in (self.model, self.ranking, self.order, *self.memory.values()) if d}
 
     def round_of(self, task: Task) -> int:
         """The round that a part was offered in."""
@@ -233,10 +294,10 @@ class State:
                 self.phase, self.deadline = Phase.SCORING, None
         elif self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):
             self.phase, self.deadline = Phase.SCORING, None
-            self.tasks = {
-                n: Task(t.attempt + 1, t.widths, t.density, samples=t.samples, weight=t.weight, last=t.last)
+            self.tasks = Roll(
+                (n, Task(t.attempt + 1, t.widths, t.density, samples=t.samples, weight=t.weight, last=t.last))
                 for n, t in self.tasks.items()
-            }
+            )
 
     def to_json(self) -> str:
         """As JSON text."""
@@ -244,8 +305,15 @@ class State:
         return json.dumps({"format": FORMAT, **vars(self)}, sort_keys=True, separators=(",", ":"), default=vars)
 
     @classmethod
-    def from_json(cls, text: str) -> State:
+    def from_json(
+        cls, text: str, devices: Mapping[str, Any] | None = None, tasks: Mapping[str, Any] | None = None
+    ) -> State:
         """Read what `to_json` wrote.
+
+        Args:
+            text: That.
+            devices: Devices beside those in it, by name, as JSON values.
+            tasks: Parts beside those in it.
 
         Raises:
             StorageError: The text is damaged or of another version.
@@ -255,11 +323,8 @@ class State:
             if body.pop("format") != FORMAT:
                 raise StorageError("state of a job is of another version", expected=FORMAT)
             body["phase"] = Phase(body["phase"])
-            body["devices"] = {k: Device(**{**v, "widths": tuple(v["widths"])}) for k, v in body["devices"].items()}
-            body["tasks"] = {
-                k: Task(**{**v, "widths": tuple(v["widths"]), "progress": Progress(v["progress"])})
-                for k, v in body["tasks"].items()
-            }
+            body["devices"] = Roll((k, Device.from_dict(v)) for k, v in (body["devices"] | dict(devices or {})).items())
+            body["tasks"] = Roll((k, Task.from_dict(v)) for k, v in (body["tasks"] | dict(tasks or {})).items())
             return cls(**body)
         except StorageError:
             raise

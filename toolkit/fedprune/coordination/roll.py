@@ -1,0 +1,106 @@
+"""Entries by name that know which of them have changed, and how many there are of each kind.
+
+A fleet has thousands of devices and an event concerns one. Whoever saves a state, or asks how far its parts are, must
+not look through all of them each time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping
+from typing import Any, Generic, TypeVar
+
+
+class Entry:
+    """What a roll holds: an object that tells its roll when something else is assigned to one of its attributes.
+
+    What attributes hold is replaced, never changed in place: only so it is noticed.
+    """
+
+    __slots__ = ("_name", "_roll")
+    _name: str
+    _roll: Roll[Any] | None
+
+    @property
+    def kind(self) -> Hashable:
+        """What the roll counts it under."""
+        return None
+
+    def references(self) -> set[str]:
+        """Digests of the blobs that are kept for it."""
+        return set()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        before = self.__dict__.get(name, self)  # itself: nothing, since it is no value of its own
+        object.__setattr__(self, name, value)
+        roll = getattr(self, "_roll", None)
+        if roll is not None and before is not value and (type(before) is not type(value) or before != value):
+            roll.note(self._name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__  # a copy is on no roll
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class Roll(dict[str, E], Generic[E]):
+    """A dictionary of entries by name.
+
+    Args:
+        entries: What is on it from the beginning; all of that counts as changed.
+
+    Attributes:
+        changed: Names of entries that were put, replaced, changed or taken away since `settle`.
+        version: Grows with every change.
+    """
+
+    def __init__(self, entries: Mapping[str, E] | Iterable[tuple[str, E]] = ()) -> None:
+        super().__init__()
+        self.changed: set[str] = set()
+        self.version = 0
+        self._kinds: dict[str, Hashable] = {}
+        self._counts = Counter[Hashable]()
+        self.update(entries)
+
+    def count(self, *kinds: Hashable) -> int:
+        """How many entries are of any of these kinds."""
+        return sum(self._counts[k] for k in kinds)
+
+    def settle(self) -> None:
+        """What has changed is taken care of."""
+        self.changed = set()
+
+    def note(self, name: str) -> None:
+        """An entry has changed, or has come or gone."""
+        self.changed.add(name)
+        self.version += 1
+        if name in self._kinds:
+            self._counts[self._kinds.pop(name)] -= 1
+        if name in self:
+            kind = self._kinds[name] = self[name].kind
+            self._counts[kind] += 1
+
+    def __setitem__(self, name: str, entry: E) -> None:
+        same = name in self and self[name] == entry
+        super().__setitem__(name, entry)
+        object.__setattr__(entry, "_name", name)
+        object.__setattr__(entry, "_roll", self)
+        if not same:
+            self.note(name)
+
+    def __delitem__(self, name: str) -> None:
+        object.__setattr__(self[name], "_roll", None)
+        super().__delitem__(name)
+        self.note(name)
+
+    # Through the two above, which a dictionary's own would pass by.
+    update = MutableMapping.update
+    setdefault = MutableMapping.setdefault
+    pop = MutableMapping.pop
+    popitem = MutableMapping.popitem
+    clear = MutableMapping.clear
+
+    def __ior__(self, other: Any) -> Roll[E]:  # type: ignore[override,misc]
+        self.update(other)
+        return self
