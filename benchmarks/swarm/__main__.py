@@ -1,0 +1,54 @@
+"""The command: `python -m benchmarks.swarm [--devices 100 1000 10000]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.swarm.page import page
+from benchmarks.swarm.run import Size, measure
+from synthetic_nets import setting, write
+
+SIZES = (100, 1_000, 10_000)
+
+
+def main() -> int:
+    """Run the sizes; returns 1 where an update was lost or counted twice."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.swarm", description=__doc__)
+    parser.add_argument("--devices", type=int, nargs="+", default=SIZES, metavar="N", help="sizes of the fleet")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="rounds of each (default: 1)")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of predicted training times (default: 1)")
+    parser.add_argument("--pulls", type=int, default=4, metavar="N", help="the server's setting `pulls` (default: 4)")
+    parser.add_argument("--limit", type=float, default=3600.0, metavar="S", help="give a size up after so long")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="run the server under cProfile, and write FILE")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="work in this folder, and leave everything there")
+    parser.add_argument("--no-page", action="store_true", help="print the numbers and leave the results as they are")
+    options = parser.parse_args()
+    rows = []
+    for devices in options.devices:
+        profile = None if options.profile is None else options.profile.resolve()
+        size = Size(devices, options.rounds, options.scale, options.pulls, options.limit, profile=profile)
+        if options.keep is not None:
+            folder = (options.keep / str(devices)).resolve()
+            folder.mkdir(parents=True)
+            rows.append(measure(size, folder))
+        else:
+            with TemporaryDirectory() as name:
+                rows.append(measure(size, Path(name)))
+        print(json.dumps(rows[-1]), flush=True)
+    about = setting("paho-mqtt", "SQLAlchemy")
+    text = page(rows, about, vars(size))
+    if options.no_page:
+        print(text)
+    else:
+        write("swarm", {"setting": about, "rows": rows}, text)
+    return int(any(row["audit"]["faults"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

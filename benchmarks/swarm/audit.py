@@ -1,0 +1,129 @@
+"""Whether every update counts once: what devices say, what the server says, and what the model says, side by side."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmarks.swarm.updates import mean
+
+from fedprune import tensorfile
+from fedprune.blobs import BlobStore
+from fedprune_server.storage import Storage
+
+Ledger = Mapping[str, Mapping[str, Any]]
+
+
+def audit(state: Path, offered: Path, ledger: Ledger, rounds: int, seed: int) -> dict[str, Any]:
+    """Compare a finished job with the devices' ledger.
+
+    Args:
+        state: The server's state folder.
+        offered: A folder with the weights that devices were offered, by digest.
+        ledger: By device its samples and, by round, its part.
+        rounds: How many rounds there were to be.
+        seed: Of the devices' noise.
+
+    Returns:
+        By round what was found, and `faults`: everything that is not as it should be, in words.
+    """
+    faults: list[str] = []
+    with Storage.existing(state) as storage:
+        summaries = storage.rounds()
+        events = [(number, kind, body) for number, _, kind, body in storage.events()]
+    if len(summaries) != rounds:
+        faults.append(f"{len(summaries)} rounds were finished, not {rounds}")
+    store = BlobStore(state / "blobs", durable=False)
+    found = [_round(s, ledger, store, offered, seed, faults) for s in summaries]
+    whole = bool(events) and events[0][0] == 1  # a long log's beginning is deleted
+    logged = _logged([(kind, body) for _, kind, body in events], ledger, faults) if whole else None
+    return {"rounds": found, "events": logged, "faults": faults}
+
+
+def _round(
+    summary: Mapping[str, Any], ledger: Ledger, store: BlobStore, offered: Path, seed: int, faults: list[str]
+) -> dict[str, Any]:
+    number = summary["round"]
+    counted = {n for n, d in summary["devices"].items() if d["progress"] == "folded"}
+    parts = {n: row["parts"].get(str(number)) for n, row in ledger.items()}
+    told = {n for n, p in parts.items() if p is not None and p["weights"] in p["accepted"]}
+    where = f"round {number}"
+    if counted != set(ledger):
+        faults.append(f"{where}: {len(counted)} of {len(ledger)} devices' updates count")
+    if told != counted:
+        faults.append(
+            f"{where}: {len(told - counted)} updates accepted that don't count, {len(counted - told)} not told"
+        )
+    strange = [n for n, p in parts.items() if p is not None and set(p["accepted"]) - {p["weights"]}]
+    if strange:
+        faults.append(f"{where}: {len(strange)} devices were told of updates that are not theirs, such as {strange[0]}")
+    bases = {p["base"] for p in parts.values() if p is not None}
+    if len(bases) != 1:
+        faults.append(f"{where}: devices began with {len(bases)} different weights")
+        return {"round": number, "counted": len(counted)}
+    indices = [(_index(n), ledger[n]["samples"]) for n in sorted(counted) if n in ledger]
+    return {
+        "round": number,
+        "counted": len(counted),
+        **_model(summary, store, offered / bases.pop(), indices, seed, faults),
+    }
+
+
+def _model(
+    summary: Mapping[str, Any],
+    store: BlobStore,
+    base: Path,
+    parts: list[tuple[int, int]],
+    seed: int,
+    faults: list[str],
+) -> dict[str, Any]:
+    """The global model beside the mean that numpy makes of all updates anew."""
+    number = summary["round"]
+    if not parts:
+        return {}
+    offered = base.read_bytes()
+    expected, samples = mean(offered, parts, number, seed)
+    now = tensorfile.decode(store.read(summary["model"]))  # in the order of the model, which is not that of offers
+    model = np.concatenate([now[name].ravel() for name in tensorfile.decode(offered)]).astype(np.float64)
+    wrong = model - expected
+    # What one device's mark alone adds at its own coordinate; so each mark tells how often it is in there.
+    shares = np.array([count / samples for _, count in parts])
+    times = 1 + wrong[[index for index, _ in parts]] / shares
+    error, ulps = (
+        float(np.abs(wrong).max()),
+        float((np.abs(wrong) / np.spacing(np.abs(expected).astype(np.float32))).max()),
+    )
+    if np.abs(times - 1).max() > 0.01:
+        worst = int(np.argmax(np.abs(times - 1)))
+        faults.append(f"round {number}: update of device {parts[worst][0]} counts {times[worst]:.2f} times")
+    if error > 0.01 * float(shares.min()):
+        faults.append(f"round {number}: the model is {error:.2g} away from the mean of all updates")
+    return {
+        "samples": samples,
+        "error": error,
+        "ulps": ulps,
+        "least_mark": float(shares.min()),
+        "least_times": float(times.min()),
+        "most_times": float(times.max()),
+    }
+
+
+def _logged(events: list[tuple[str, dict[str, Any]]], ledger: Ledger, faults: list[str]) -> dict[str, int]:
+    """The log of events, where it reaches back to the beginning: each update stored once, and folded once."""
+    for kind in ("UpdateStored", "Folded"):
+        times = Counter((body["device"], body["round"]) for name, body in events if name == kind)
+        often = [key for key, n in times.items() if n > 1]
+        if often:
+            faults.append(f"{len(often)} parts have several events {kind}, such as {often[0]}")
+    stored = {(b["device"], str(b["round"])): b["weights"] for name, b in events if name == "UpdateStored"}
+    handed = {(n, r): p["weights"] for n, row in ledger.items() for r, p in row["parts"].items() if p["weights"]}
+    if stored != handed:
+        faults.append(f"{len(handed.items() - stored.items())} updates handed in are not those of the log")
+    return dict(Counter(kind for kind, _ in events))
+
+
+def _index(name: str) -> int:
+    return int(name.rpartition("-")[2])

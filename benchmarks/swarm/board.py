@@ -1,0 +1,263 @@
+"""One device of the swarm: the protocol of a real one, and training that takes time alone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+from benchmarks.swarm.mqtt import Session
+from benchmarks.swarm.shelf import Arriving, Shelf
+from benchmarks.swarm.updates import Remade, device_name
+
+from fedprune.partial_blob import PartialBlob
+from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
+from fedprune.wire.chunk import QOS as CHUNK_QOS
+from fedprune.wire.messages import (
+    Accepted,
+    Birth,
+    Cancelled,
+    Death,
+    Finished,
+    Gone,
+    Hello,
+    Offer,
+    Progress,
+    Update,
+    Want,
+    parse,
+)
+from fedprune.wire.topics import Topics
+from fedprune.wire.transfer import CHUNK_LEAVES, Pull, Serve
+from fedprune_device.outbox import ANNOUNCE_MAX_S, ANNOUNCE_S
+
+_MAX_PACKET = CHUNK_LEAVES * LEAF + PACKET_OVERHEAD
+
+
+@dataclass
+class Part:
+    """A device's part in a round, for the ledger: what it handed in, and what it was told. Times since 1970."""
+
+    attempt: int
+    base: str
+    offered: float
+    announced: float = 0.0
+    accepted_at: float = 0.0
+    weights: str = ""
+    accepted: list[str] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Works:
+    """What the devices of one process share.
+
+    Attributes:
+        topics: The site's topics.
+        shelf: What was fetched.
+        updates: What is handed in.
+        later: Calls a function after some seconds.
+    """
+
+    topics: Topics
+    shelf: Shelf
+    updates: Remade
+    later: Callable[..., asyncio.TimerHandle]
+
+
+class Board:
+    """A device.
+
+    Args:
+        works: What it shares with others of its process.
+        index: Its number in the fleet.
+        profile: Name of its hardware profile.
+        probe: What it says that it measured of itself.
+        samples: Its training samples.
+        train_s: How long its training takes.
+    """
+
+    __slots__ = (
+        "_announce_at", "_announced", "_last", "_offer", "_pulls", "_serve", "_session", "_update", "_works", "finished",
+        "index", "link", "name", "on_accepted", "parts", "probe", "profile", "samples", "train_s",
+    )  # fmt: skip
+
+    def __init__(
+        self, works: Works, index: int, profile: str, probe: dict[str, Any], samples: int, train_s: float
+    ) -> None:
+        self._works = works
+        self.index, self.name = index, device_name(index)
+        self.profile, self.probe, self.samples, self.train_s = profile, probe, samples, train_s
+        self.link: Session | None = None
+        self.parts: dict[int, Part] = {}
+        self.finished = False
+        self._session = 0
+        self._serve = Serve(works.updates)
+        self._offer: Offer | None = None
+        self._pulls: dict[str, Pull] = {}
+        self._update: Update | None = None
+        self._last: Update | None = None
+        self._announced, self._announce_at = 0, 0.0
+        self.on_accepted: Callable[[Accepted], None] | None = None
+
+    def new_session(self) -> Session:
+        """A connection that isn't made yet."""
+        topics = self._works.topics
+        self._session = max(self._session + 1, time.time_ns() // 1_000_000)
+        will = topics.up(self.name), Death(self.name, self._session).to_bytes()
+        self.link = Session(self.name, topics.device_subscriptions(self.name), self._hear, will)
+        return self.link
+
+    def birth(self) -> None:
+        """Announce itself, and say again what the server may not have heard."""
+        update = self._update
+        held = None if update is None else {"job": update.job, "round": update.round, "attempt": update.attempt}
+        self._say(Birth(self.name, self._session, self.profile, self.samples, "swarm", self.probe, held))
+        self.hurry()
+
+    def hurry(self) -> None:
+        """Say that an update is there, and soon again: it is new, or the connection is."""
+        self._announced = 0
+        self._announce()
+
+    def _announce(self) -> None:
+        if self._update is not None:
+            self._say(self._update, self._update.job)
+            wait = min(ANNOUNCE_MAX_S, ANNOUNCE_S * 2.0 ** min(self._announced, 10))
+            self._announced += 1
+            self._announce_at = time.monotonic() + wait * random.uniform(0.75, 1.25)
+
+    def say_again(self) -> bool:
+        """Say an update once more that was accepted in this round; False where there is none."""
+        last, offer = self._last, self._offer
+        if last is None or offer is None or (last.round, last.attempt) != (offer.round, offer.attempt):
+            return False
+        self._say(last, last.job)
+        return True
+
+    def tick(self, now: float) -> None:
+        """Ask again for what seems lost, and say again what nobody answered."""
+        for pull in self._pulls.values():
+            for want in pull.on_tick(now):
+                self._ask(want)
+        if self._update is not None and now >= self._announce_at:
+            self._announce()
+
+    # What it hears.
+
+    def _hear(self, topic: str, payload: bytes) -> None:
+        if topic.endswith("/blob"):
+            self._chunk(Chunk.parse(payload))
+            return
+        message = parse(payload)
+        match message:
+            case Hello():
+                self.birth()
+                for pull in self._pulls.values():
+                    for want in pull.start(time.monotonic()):
+                        self._ask(want)
+            case Offer():
+                self._offered(message)
+            case Want():
+                self._wanted(message)
+            case Accepted():
+                self._accepted(message)
+            case Cancelled():
+                self._cancelled(message)
+            case Finished():
+                self.finished, self._offer, self._update = True, None, None
+                self._pulls.clear()
+
+    def _offered(self, offer: Offer) -> None:
+        known = self._offer
+        if known is not None and (known.round, known.attempt) == (offer.round, offer.attempt):
+            self.hurry()
+            return
+        shelf, now = self._works.shelf, time.monotonic()
+        self._offer, self._update = offer, None
+        self.parts[offer.round] = Part(offer.attempt, offer.weights.sha256, time.time())
+        self._pulls.clear()
+        fetched = [offer.weights, *(g for g in offer.graphs if shelf.claim(g.sha256))]
+        for ref in fetched:
+            pull = Pull(ref, cast(PartialBlob, Arriving(shelf, ref)))
+            self._pulls[ref.sha256] = pull
+            for want in pull.start(now):
+                self._ask(want)
+
+    def _chunk(self, chunk: Chunk) -> None:
+        pull = self._pulls.get(chunk.sha256)
+        if pull is None:
+            return
+        for want in pull.on_chunk(chunk, time.monotonic()):
+            self._ask(want)
+        if pull.done:
+            del self._pulls[chunk.sha256]
+            if not self._pulls:
+                self._train()
+
+    def _train(self) -> None:
+        offer = self._offer
+        if offer is not None:
+            self._say(Progress(self.name, offer.job, offer.round, offer.attempt, "train", 0, 1), offer.job, qos=0)
+            self._works.later(self.train_s, self._trained, offer)
+
+    def _trained(self, offer: Offer) -> None:
+        if self._offer is not offer:
+            return
+        weights = self._works.shelf[offer.weights.sha256]
+        ref = self._works.updates.make(weights, self.index, offer.round)
+        part = self.parts[offer.round]
+        part.weights, part.announced = ref.sha256, time.time()
+        # The one device's accuracy is as good as another's: nothing was learnt.
+        self._update = Update(
+            self.name, offer.job, offer.round, offer.attempt, offer.weights.sha256, ref, self.samples, 1
+        )
+        self.hurry()
+
+    def _wanted(self, want: Want) -> None:
+        update = self._update
+        job = self._offer.job if self._offer is not None else None
+        answer = self._serve.answer(want, _MAX_PACKET)
+        if isinstance(answer, Gone) or update is None or job is None or self.link is None:
+            self._say(Gone(want.sha256))
+            return
+        self._announce_at = max(self._announce_at, time.monotonic() + 5 * ANNOUNCE_S)
+        topic = self._works.topics.up_blob(self.name, job)
+        for raw in answer:
+            self.link.publish(topic, raw, CHUNK_QOS)
+
+    def _accepted(self, message: Accepted) -> None:
+        part = self.parts.get(message.round)
+        if part is not None:
+            part.accepted.append(message.weights)
+            part.accepted_at = part.accepted_at or time.time()
+        if self._update is not None and self._update.weights.sha256 == message.weights:
+            self._works.updates.forget(message.weights)
+            self._last, self._update = self._update, None
+        if self.on_accepted is not None:
+            self.on_accepted(message)
+
+    def _cancelled(self, message: Cancelled) -> None:
+        part = self.parts.get(message.round)
+        if part is not None:
+            part.cancelled.append(message.reason)
+        offer = self._offer
+        if offer is not None and (offer.round, offer.attempt) == (message.round, message.attempt):
+            self._offer = self._update = None
+            self._pulls.clear()
+
+    def _ask(self, want: Want) -> None:
+        self._say(want, None if self._offer is None else self._offer.job)
+
+    def _say(self, message: Any, job: str | None = None, qos: int = 1) -> None:
+        if self.link is not None:
+            topics = self._works.topics
+            self.link.publish(topics.up(self.name, job) if job else topics.up(self.name), message.to_bytes(), qos)
+
+    def ledger(self) -> dict[str, Any]:
+        """What became of its parts, as JSON."""
+        return {"samples": self.samples, "parts": {str(r): asdict(p) for r, p in self.parts.items()}}

@@ -1,0 +1,150 @@
+"""A process of the swarm: many devices on one event loop, until the job has ended for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.swarm.board import Board, Works
+from benchmarks.swarm.shelf import Shelf
+from benchmarks.swarm.updates import Remade
+
+from fedprune.chance import keyed
+from fedprune.probe_report import ProbeReport
+from fedprune.profile import HardwareProfile
+from fedprune.profile_store import find
+from fedprune.wire.topics import Topics
+
+SHARES = {
+    "raspberry-pi-4b": 0.30,
+    "raspberry-pi-5": 0.15,
+    "raspberry-pi-3b-plus": 0.15,
+    "raspberry-pi-zero-2w": 0.15,
+    "jetson-nano": 0.08,
+    "jetson-orin-nano": 0.07,
+    "generic-x86-64": 0.10,
+}
+"""The mixture: mostly small boards, some with a better one, a few machines that were there anyway."""
+
+SAMPLES = (50, 500)
+CONNECTING = 64
+"""Connections that are being made at a time: a broker's queue of them is short."""
+
+KEEPALIVE = 30
+_BEAT_S = 0.5
+
+
+def probe_of(profile: HardwareProfile, index: int, seed: int) -> ProbeReport:
+    """What a board of this kind measures of itself: as promised, give or take a tenth."""
+    chance = keyed(seed, "probe", index)
+    memory = round(profile.memory.total_bytes * 0.97)
+    return ProbeReport(
+        cores=profile.cpu.cores,
+        memory_total=memory,
+        memory_available=round(memory * chance.uniform(0.5, 0.9)),
+        seconds=3.0,
+        onnxruntime="1.22.1",
+        train_rate=profile.train_rate * chance.lognormal(0, 0.1),
+        infer_rate=profile.train_rate * 1.5 * chance.lognormal(0, 0.1),
+    )
+
+
+class Fleet:
+    """Devices of one process.
+
+    Args:
+        spec: `host` and `port` of the broker, `site`, `indices` (first, and behind the last), `seed`, `scale` of the
+            training times, by profile the `seconds` that a sample takes, and a folder for what was `offered`.
+    """
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self._spec = spec
+        loop = asyncio.get_running_loop()
+        self.works = Works(Topics(spec["site"]), Shelf(), Remade(spec["seed"]), loop.call_later)
+        kinds = [find(name) for name in SHARES]
+        shares = list(SHARES.values())
+        self.boards = []
+        for index in range(*spec["indices"]):
+            chance = keyed(spec["seed"], "board", index)
+            profile = kinds[int(chance.choice(len(kinds), p=shares))]
+            probe = probe_of(profile, index, spec["seed"])
+            samples = int(chance.integers(*SAMPLES, endpoint=True))
+            slow = profile.train_rate / (probe.train_rate or profile.train_rate)
+            train_s = spec["seconds"][profile.name] * samples * slow * spec["scale"]
+            self.boards.append(Board(self.works, index, profile.name, probe.to_dict(), samples, train_s))
+
+    async def connect(self) -> None:
+        """Connect all devices; each announces itself as soon as it listens."""
+        loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(CONNECTING)
+
+        async def one(board: Board) -> None:
+            async with gate:
+                _, session = await loop.create_connection(board.new_session, self._spec["host"], self._spec["port"])
+                await session.up
+                board.birth()
+
+        await asyncio.gather(*(one(b) for b in self.boards))
+
+    async def run(self) -> None:
+        """Keep the connections alive, and ask again for what is overdue, until the job has ended for every device."""
+        turns, turn = round(KEEPALIVE * 0.5 / _BEAT_S), 0
+        while not all(b.finished for b in self.boards):
+            await asyncio.sleep(_BEAT_S)
+            now, turn = time.monotonic(), (turn + 1) % turns
+            for board in self.boards:
+                board.tick(now)
+                if board.index % turns == turn and board.link is not None:
+                    board.link.ping()
+
+    def ledger(self) -> dict[str, Any]:
+        """What became of every device's parts."""
+        return {b.name: b.ledger() for b in self.boards}
+
+    def keep_offered(self, folder: Path) -> None:
+        """Write down the weights that devices were offered, each under its digest."""
+        folder.mkdir(exist_ok=True)
+        for digest in {p.base for b in self.boards for p in b.parts.values()}:
+            if self.works.shelf.has(digest):
+                (folder / digest).write_bytes(self.works.shelf[digest])
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes that went through all connections."""
+        links = [b.link for b in self.boards if b.link is not None]
+        return {"sent": sum(x.sent for x in links), "received": sum(x.received for x in links)}
+
+
+def usage() -> dict[str, float]:
+    """CPU seconds of this process and its largest memory, in bytes."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {"cpu_s": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss * 1024}
+
+
+async def run(spec: dict[str, Any]) -> dict[str, Any]:
+    """Run a fleet to the end of the job, or for `limit_s` seconds."""
+    began = time.time()
+    fleet = Fleet(spec)
+    await fleet.connect()
+    connected = time.time()
+    try:
+        await asyncio.wait_for(fleet.run(), spec["limit_s"])
+    except asyncio.TimeoutError:
+        print(f"{sum(b.finished for b in fleet.boards)} of {len(fleet.boards)} devices have finished", file=sys.stderr)
+    fleet.keep_offered(Path(spec["offered"]))
+    return {"began": began, "connected": connected, "ledger": fleet.ledger(), "traffic": fleet.traffic(), **usage()}
+
+
+def main() -> None:
+    """Read the spec's path and the result's from the command line."""
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    Path(sys.argv[2]).write_text(json.dumps(asyncio.run(run(spec))))
+
+
+if __name__ == "__main__":
+    main()

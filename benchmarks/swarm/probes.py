@@ -1,0 +1,121 @@
+"""What a message waits for its answer while a round goes on, measured in a process that does nothing else.
+
+Two questions are asked, ten times a second each, which the server answers at once whatever it is at:
+
+- *call off*: an update of a job that the server doesn't run; it answers `cancelled` without looking at its own job.
+- *say again*: an update that is accepted; it goes through the coordinator like every event, and is answered with the
+  same `accepted`. Two devices of the fleet live in this process for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.swarm.board import Board
+from benchmarks.swarm.fleet import Fleet, usage
+from benchmarks.swarm.mqtt import Session
+
+from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.messages import Accepted, Cancelled, Update, parse
+from fedprune.wire.topics import Topics
+
+EVERY_S = 0.1
+_NOBODYS = BlobRef("0" * 64, 1, "0" * 64)
+
+
+class Caller:
+    """Asks for the end of jobs that nobody runs.
+
+    Args:
+        topics: The site's topics.
+        log: Gets kind, time of asking and seconds until the answer of each question.
+    """
+
+    def __init__(self, topics: Topics, log: list[tuple[str, float, float]]) -> None:
+        self._topics, self._log = topics, log
+        self._asked: dict[int, tuple[float, float]] = {}
+        self._round = 0
+        self.link = Session("caller", topics.device_subscriptions("caller"), self._hear)
+
+    def ask(self) -> None:
+        """Ask once more."""
+        self._round += 1
+        update = Update("caller", "yesterday", self._round, 1, "0" * 64, _NOBODYS, 1, 1)
+        self._asked[self._round] = time.time(), time.perf_counter()
+        self.link.publish(self._topics.up("caller", "yesterday"), update.to_bytes())
+
+    @property
+    def open(self) -> list[float]:
+        """When those questions were asked that are not answered."""
+        return [at for at, _ in self._asked.values()]
+
+    def _hear(self, topic: str, payload: bytes) -> None:
+        message = parse(payload)
+        if isinstance(message, Cancelled) and message.round in self._asked:
+            at, began = self._asked.pop(message.round)
+            self._log.append(("call off", at, time.perf_counter() - began))
+
+
+class Repeater:
+    """Says a device's accepted update again, and waits for the same answer.
+
+    Args:
+        board: The device.
+        log: As the caller's.
+    """
+
+    def __init__(self, board: Board, log: list[tuple[str, float, float]]) -> None:
+        self._board, self._log = board, log
+        self._asked: tuple[float, float] | None = None
+        board.on_accepted = self._accepted
+
+    def ask(self) -> None:
+        """Ask once more, if the last question was answered and there is something to ask for."""
+        if self._asked is None and self._board.say_again():
+            self._asked = time.time(), time.perf_counter()
+
+    def _accepted(self, message: Accepted) -> None:
+        if self._asked is not None:
+            at, began = self._asked
+            self._asked = None
+            self._log.append(("say again", at, time.perf_counter() - began))
+
+
+async def run(spec: dict[str, Any]) -> dict[str, Any]:
+    """Ask until the job has ended for the two devices."""
+    log: list[tuple[str, float, float]] = []
+    fleet = Fleet(spec)
+    await fleet.connect()
+    caller = Caller(fleet.works.topics, log)
+    await asyncio.get_running_loop().create_connection(lambda: caller.link, spec["host"], spec["port"])
+    await caller.link.up
+    repeaters = [Repeater(b, log) for b in fleet.boards]
+    ends = asyncio.create_task(asyncio.wait_for(fleet.run(), spec["limit_s"]))
+    turn = 0
+    while not ends.done():
+        caller.ask()
+        repeaters[turn % len(repeaters)].ask()
+        turn += 1
+        await asyncio.sleep(EVERY_S)
+    return {
+        "latency": log,
+        "open": caller.open,
+        "ledger": fleet.ledger(),
+        "traffic": fleet.traffic(),
+        **usage(),
+    }
+
+
+def main() -> None:
+    """Read the spec's path and the result's from the command line."""
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps(asyncio.run(run(spec))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""One size of swarm, from the first connection to the last round's end, and what it took."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmarks.swarm.audit import audit
+from benchmarks.swarm.fleet import SHARES
+from benchmarks.swarm.job import seconds_per_sample, write_job
+from benchmarks.swarm.site import Site, find_mosquitto, site
+
+from fedprune_server.storage import Storage
+
+CALLERS = 2
+"""Devices that live in the process which measures latencies."""
+
+_END_S = 30.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is to be run.
+
+    Attributes:
+        devices: How many there are.
+        rounds: How many rounds they work on.
+        scale: Factor of the predicted training times.
+        pulls: From how many devices the server fetches updates at a time.
+        limit_s: Seconds after which the run is given up.
+        seed: Keys the fleet and its noise.
+        profile: A file for what cProfile finds in the server, or None.
+    """
+
+    devices: int
+    rounds: int = 1
+    scale: float = 1.0
+    pulls: int = 4
+    limit_s: float = 3600.0
+    seed: int = 0
+    profile: Path | None = None
+
+
+def measure(size: Size, folder: Path) -> dict[str, Any]:
+    """Run a swarm in an empty folder.
+
+    Raises:
+        FedpruneError: Broker or server don't come up.
+    """
+    with site(folder) as place:
+        config = write_job(folder, size.devices, size.rounds, place.port, "swarm", size.pulls)
+        began = time.time()
+        place.broker(find_mosquitto())
+        place.server(config, size.profile)
+        place.look()
+        before = place.watched["server"].cpu_s
+        results = _swarm(place, size)
+        place.look()
+        place.stop("server")
+        watched = {n: {k: v for k, v in vars(w).items() if k[0] != "_"} for n, w in place.watched.items()}
+        ledger = results["fleet"].pop("ledger") | results["probes"].pop("ledger")
+        asked = results["probes"].pop("latency")
+        checked = audit(folder / "state", folder / "offered", ledger, size.rounds, size.seed)
+        with Storage.existing(folder / "state") as storage:
+            closed = {body["round"]: at for _, at, kind, body in storage.events() if kind == "Closed"}
+            summaries = storage.rounds()
+        return {
+            "devices": size.devices,
+            "rounds": [
+                _phases(r + 1, ledger, summaries, closed, asked, results["probes"]["open"]) for r in range(size.rounds)
+            ],
+            "connect_s": results["fleet"]["connected"] - results["fleet"]["began"],
+            "wall_s": time.time() - began,
+            "watched": watched,
+            "server_start_cpu_s": before,
+            "traffic": {k: sum(r["traffic"][k] for r in results.values()) for k in ("sent", "received")},
+            "audit": checked,
+        }
+
+
+def _swarm(place: Site, size: Size) -> dict[str, Any]:
+    """Start both processes of the swarm and wait for them."""
+    spec = {
+        "host": "127.0.0.1",
+        "port": place.port,
+        "site": "swarm",
+        "seed": size.seed,
+        "scale": size.scale,
+        "seconds": seconds_per_sample(list(SHARES)),
+        "limit_s": size.limit_s,
+        "offered": str(place.folder / "offered"),
+    }
+    indices = {"probes": (0, CALLERS), "fleet": (CALLERS, size.devices)}
+    processes = {}
+    for name, part in indices.items():
+        path = place.folder / f"{name}.json"
+        path.write_text(json.dumps(spec | {"indices": part}))
+        module = ["-m", f"benchmarks.swarm.{name}", path, place.folder / f"{name}-result.json"]
+        processes[name] = place.start(name, [sys.executable, *module])
+    for name, process in processes.items():
+        process.wait(size.limit_s + _END_S + 120)
+        if process.returncode:
+            raise RuntimeError(f"{name} has failed:\n{place.said(name)}")
+    return {name: json.loads((place.folder / f"{name}-result.json").read_text()) for name in processes}
+
+
+def _phases(
+    number: int,
+    ledger: dict[str, Any],
+    summaries: list[dict[str, Any]],
+    closed: dict[int, float],
+    asked: list[tuple[str, float, float]],
+    unanswered: list[float],
+) -> dict[str, Any]:
+    """How long the parts of a round took, and what control messages waited meanwhile."""
+    parts = [p for row in ledger.values() if (p := row["parts"].get(str(number))) is not None]
+    if not parts:
+        return {"round": number}
+    first, last = min(p["offered"] for p in parts), max(p["offered"] for p in parts)
+    accepted = [p["accepted_at"] for p in parts if p["accepted"]]
+    end = max(accepted, default=time.time())
+    row: dict[str, Any] = {
+        "round": number,
+        "offered": len(parts),
+        "accepted": len(accepted),
+        "offers_s": last - first,
+        "updates_s": end - first,
+        "latency": {
+            kind: _quantiles([s for k, at, s in asked if k == kind and first <= at <= end])
+            for kind in ("call off", "say again")
+        },
+        "unanswered": sum(first <= at <= end for at in unanswered),
+    }
+    ended = next((s["at"] for s in summaries if s["round"] == number), None)
+    if ended is not None and number in closed:
+        at = closed[number]
+        row |= {"close_s": at - end, "evaluate_s": ended - at, "round_s": ended - first}
+    return row
+
+
+def _quantiles(seconds: list[float]) -> dict[str, float]:
+    if not seconds:
+        return {"count": 0}
+    p50, p95, p99 = np.quantile(seconds, (0.5, 0.95, 0.99))
+    return {"count": len(seconds), "p50": p50, "p95": p95, "p99": p99, "max": max(seconds)}
+
+
+def clear(folder: Path) -> None:
+    """Remove a run's folder, and say nothing if it isn't there."""
+    shutil.rmtree(folder, ignore_errors=True)

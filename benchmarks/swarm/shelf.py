@@ -1,0 +1,77 @@
+"""What a process of the swarm has fetched. Every device fetches and checks for itself, but the bytes are kept once."""
+
+from __future__ import annotations
+
+import hashlib
+
+from fedprune.wire.blob_ref import DIGEST, BlobRef
+
+
+class Shelf:
+    """Blobs of one process by digest."""
+
+    def __init__(self) -> None:
+        self._blobs: dict[str, bytes] = {}
+        self._claimed: set[str] = set()
+
+    def claim(self, sha256: str) -> bool:
+        """Whether nobody of this process has fetched a blob yet, or is about to; then the caller is."""
+        fresh = sha256 not in self._claimed
+        self._claimed.add(sha256)
+        return fresh
+
+    def keep(self, sha256: str, raw: bytes) -> None:
+        """Keep a blob that is whole."""
+        self._blobs[sha256] = raw
+
+    def has(self, sha256: str) -> bool:
+        """Whether the blob is here."""
+        return sha256 in self._blobs
+
+    def __getitem__(self, sha256: str) -> bytes:
+        return self._blobs[sha256]
+
+
+class Arriving:
+    """A blob on its way to one device, as `fedprune.wire.transfer.Pull` sees it: checked leaf by leaf.
+
+    Leaves are held until the blob is whole only where the shelf hasn't got it.
+    """
+
+    __slots__ = ("_leaves", "_shelf", "complete", "count", "present", "ref", "table")
+
+    def __init__(self, shelf: Shelf, ref: BlobRef) -> None:
+        self._shelf, self.ref = shelf, ref
+        self.table: bytes | None = bytes.fromhex(ref.sha256) if ref.leaf_count == 1 else None
+        self.present = bytearray(ref.leaf_count)
+        self.count = 0
+        self.complete = False
+        self._leaves: dict[int, bytes] = {}
+
+    def set_table(self, table: bytes) -> bool:
+        """Keep the leaf table, if it is the one that the reference names."""
+        if hashlib.sha256(table).hexdigest() != self.ref.leaves:
+            return False
+        self.table = table
+        return True
+
+    def write(self, index: int, leaf: bytes | memoryview) -> bool:
+        """Take in a leaf, if it is what the table says."""
+        assert self.table is not None
+        if hashlib.sha256(leaf).digest() != self.table[index * DIGEST : (index + 1) * DIGEST]:
+            return False
+        if not self.present[index]:
+            self.present[index] = 1
+            self.count += 1
+            if not self._shelf.has(self.ref.sha256):
+                self._leaves[index] = bytes(leaf)
+        return True
+
+    def finish(self) -> None:
+        """Put the blob on the shelf, unless it is there."""
+        if not self._shelf.has(self.ref.sha256):
+            raw = b"".join(self._leaves[i] for i in range(self.ref.leaf_count))
+            assert hashlib.sha256(raw).hexdigest() == self.ref.sha256
+            self._shelf.keep(self.ref.sha256, raw)
+        self._leaves.clear()
+        self.complete = True

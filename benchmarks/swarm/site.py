@@ -1,0 +1,214 @@
+"""One machine's Mosquitto, server and swarm, as child processes whose memory and CPU time are watched."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from fedprune.errors import BrokerError, FedpruneError
+
+_EVERY_S = 1.0
+_START_S = 30.0
+_STOP_S = 60.0
+
+MOSQUITTO = """\
+listener {port} 127.0.0.1
+allow_anonymous true
+set_tcp_nodelay true
+max_connections -1
+persistence false
+user root
+"""
+
+
+@dataclass
+class Watch:
+    """What a process and its children have used so far.
+
+    Attributes:
+        peak: Largest memory of the process itself, in bytes (VmHWM).
+        shared_peak: Largest memory of it and its children together, pages that several hold counted in parts (PSS).
+        children: Processes below it, at most.
+        cpu_s: CPU seconds, those of its children included.
+    """
+
+    peak: int = 0
+    shared_peak: int = 0
+    children: int = 0
+    cpu_s: float = 0.0
+    _ended: dict[int, float] = field(default_factory=dict)
+
+    def look(self, process: psutil.Process) -> None:
+        """Take its measures now."""
+        family = [process, *process.children(recursive=True)]
+        self.peak = max(self.peak, _status(process.pid, "VmHWM"))
+        self.shared_peak = max(self.shared_peak, sum(_pss(p.pid) for p in family))
+        self.children = max(self.children, len(family) - 1)
+        for each in family:
+            try:
+                times = each.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            self._ended[each.pid] = times.user + times.system
+        self.cpu_s = sum(self._ended.values())
+
+
+class Site:
+    """The processes of one run.
+
+    Args:
+        folder: Where they write.
+
+    Attributes:
+        watched: What each of them has used, by name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = _free_port()
+        self.watched: dict[str, Watch] = {}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+
+    def start(self, name: str, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
+        """Start a process; what it says goes to `{name}.log`."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen([str(c) for c in command], stdout=log, stderr=log, cwd=self.folder)
+        with self._lock:
+            self._processes[name] = process
+            self.watched[name] = Watch()
+        return process
+
+    def broker(self, binary: str) -> None:
+        """Start Mosquitto.
+
+        Raises:
+            BrokerError: It doesn't listen.
+        """
+        path = self.folder / "mosquitto.conf"
+        path.write_text(MOSQUITTO.format(port=self.port))
+        process = self.start("broker", [binary, "-c", path])
+        until = time.monotonic() + _START_S
+        while not _listens(self.port):
+            if process.poll() is not None or time.monotonic() > until:
+                raise BrokerError(f"Mosquitto doesn't listen on port {self.port}", hint=self.said("broker"))
+            time.sleep(0.05)
+
+    def server(self, config: Path, profile: Path | None = None) -> None:
+        """Start the server, under cProfile where `profile` says where its numbers shall go.
+
+        Raises:
+            FedpruneError: It ends before it is connected.
+        """
+        python = [sys.executable, *([] if profile is None else ["-m", "cProfile", "-o", str(profile)])]
+        module = ["-m", "fedprune_server.cli", "run", "--config", str(config), "--insecure"]
+        process = self.start("server", [*python, *module])
+        until = time.monotonic() + _START_S
+        while "connected to the broker" not in self.said("server"):
+            if process.poll() is not None or time.monotonic() > until:
+                raise FedpruneError("the server doesn't come up", hint=self.said("server")[-2000:])
+            time.sleep(0.05)
+
+    def said(self, name: str) -> str:
+        """What a process has said."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def look(self) -> None:
+        """Take all measures now."""
+        with self._lock:
+            for name, process in self._processes.items():
+                if process.poll() is None:
+                    try:
+                        self.watched[name].look(psutil.Process(process.pid))
+                    except (psutil.Error, OSError):
+                        continue  # it ended just now
+
+    def stop(self, name: str) -> None:
+        """Let a process end."""
+        process = self._processes[name]
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def close(self) -> None:
+        """End all processes."""
+        self._done.set()
+        self._watcher.join()
+        for process in self._processes.values():
+            process.kill()
+            process.wait()
+
+    def _watch(self) -> None:
+        while not self._done.wait(_EVERY_S):
+            self.look()
+
+
+@contextmanager
+def site(folder: Path) -> Iterator[Site]:
+    """A site in a folder, with room for as many connections as the system lets a process have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    made = Site(folder)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def find_mosquitto() -> str:
+    """Path of Mosquitto; Debian keeps it where not every user looks.
+
+    Raises:
+        BrokerError: It isn't installed.
+    """
+    found = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+    if found is None:
+        raise BrokerError("Mosquitto is not installed", hint="Debian and Ubuntu: apt-get install mosquitto.")
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _status(pid: int, key: str) -> int:
+    return _kib(Path(f"/proc/{pid}/status"), key)
+
+
+def _pss(pid: int) -> int:
+    try:
+        return _kib(Path(f"/proc/{pid}/smaps_rollup"), "Pss")
+    except OSError:
+        return 0
+
+
+def _kib(path: Path, key: str) -> int:
+    for line in path.read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
