@@ -1,9 +1,9 @@
 """The daemon: a coordinator with a clock, a disk, a broker and a thread for heavy work.
 
 One loop does everything that is quick: it takes in messages, a handful at a time, saves what they lead to, all in one
-transaction, and only then carries it out and says anything. Heavy commands go to the workshop's thread, and what comes of them is an event like any other. Whatever is lost on the
-way (a message, a connection, this process) is said again by somebody: devices repeat their updates, the server its
-offers.
+transaction, and only then carries it out and says anything. Heavy commands go to the workshop's thread, and what comes
+of them is an event like any other. Whatever is lost on the way (a message, a connection, this process) is said again by
+somebody: devices repeat their updates, the server its offers.
 """
 
 from __future__ import annotations

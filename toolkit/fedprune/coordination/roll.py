@@ -97,9 +97,16 @@ class Roll(dict[str, E], Generic[E]):
     # Through the two above, which a dictionary's own would pass by.
     update = MutableMapping.update
     setdefault = MutableMapping.setdefault
-    pop = MutableMapping.pop
     popitem = MutableMapping.popitem
     clear = MutableMapping.clear
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """Take an entry away, and return it; without it the default, if there is one."""
+        if name not in self and default:
+            return default[0]
+        entry = self[name]
+        del self[name]
+        return entry
 
     def __ior__(self, other: Any) -> Roll[E]:  # type: ignore[override,misc]
         self.update(other)
