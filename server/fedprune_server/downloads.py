@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from fedprune.wire.messages import Gone, Want
 from fedprune.wire.transfer import MAX_PACKET, Serve
 
+_TURNS = 32
+"""Devices that are answered in turn; the others wait. Each holds a chunk in memory."""
+
 MAX_WAITING = 64
 """Wants of one device that are kept; what is dropped beyond is asked for again."""
 
@@ -24,7 +27,7 @@ class Downloads:
         self._serve = serve
         self._max_packet = max_packet
         self._wants: OrderedDict[str, deque[Want]] = OrderedDict()
-        self._running: dict[str, Iterator[bytes]] = {}
+        self._running: OrderedDict[str, Iterator[bytes]] = OrderedDict()
 
     def __bool__(self) -> bool:
         """Whether something is to be sent."""
@@ -47,26 +50,28 @@ class Downloads:
         Raises:
             StorageError: The disk fails.
         """
-        while self._wants:
-            device, waiting = next(iter(self._wants.items()))
-            running = self._running.get(device)
-            if running is None:
-                answer = self._serve.answer(waiting.popleft(), self._max_packet)
+        while True:
+            while self._wants and len(self._running) < _TURNS:
+                device = next((n for n in self._wants if n not in self._running), None)
+                if device is None:
+                    break
+                answer = self._serve.answer(self._want(device), self._max_packet)
                 if isinstance(answer, Gone):
-                    self._turn(device)
                     return device, answer
-                running = self._running[device] = iter(answer)
+                self._running[device] = iter(answer)
+            if not self._running:
+                return None
+            device, running = next(iter(self._running.items()))
+            self._running.move_to_end(device)
             chunk = next(running, None)
             if chunk is not None:
-                self._wants.move_to_end(device)
                 return device, chunk
             del self._running[device]
-            self._turn(device)
-        return None
 
-    def _turn(self, device: str) -> None:
-        """Let the next device have its turn; forget this one if it wants nothing more."""
-        if self._wants[device]:
-            self._wants.move_to_end(device)
-        else:
-            del self._wants[device]
+    def _want(self, device: str) -> Want:
+        """The next want of a device, which then stands behind all others."""
+        waiting = self._wants.pop(device)
+        want = waiting.popleft()
+        if waiting:
+            self._wants[device] = waiting
+        return want

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,9 @@ log = logging.getLogger("fedprune.server")
 
 _AGAIN_S = 10.0
 """At most so often a device that counts as offline, and speaks, is asked to announce itself."""
+
+_PROFILE_S = 10.0
+"""A hardware profile that was read is good for so long."""
 
 
 class Reception:
@@ -77,6 +81,7 @@ class Reception:
         self._desk = desk
         self._complaints = Complaints(log, monotonic)
         self._asked: dict[str, float] = {}
+        self._known_profiles: dict[str, tuple[float, dict[str, Any] | None]] = {}
         self.out: set[str] = set()
 
     def receive(self, topic: str, payload: bytes) -> on.Event | None:
@@ -185,13 +190,26 @@ class Reception:
         if birth.held is not None:
             self._void(birth.device, **birth.held)
         try:
-            profile = find(_plain_name(birth.profile), self._profiles).to_dict()
+            profile = self._profile(_plain_name(birth.profile))
             # What is kept is what we know how to check, and no more.
             probe = None if birth.probe is None else ProbeReport.from_dict(birth.probe).to_dict()
         except ProfileError as error:
             self._roster.exclude(birth.device, _advice(error), name, birth.samples)
             return None
         return on.DeviceBorn(birth.device, birth.session, profile, birth.samples, probe)
+
+    def _profile(self, name: str) -> dict[str, Any]:
+        """A hardware profile; a file that was changed is read again soon.
+
+        Boards of one kind share one object: thousands of copies would fill the memory.
+        """
+        now = self._monotonic()
+        read_at, known = self._known_profiles.get(name, (-math.inf, None))
+        if known is None or now - read_at > _PROFILE_S:
+            found = find(name, self._profiles).to_dict()
+            known = known if known == found else found
+            self._known_profiles[name] = now, known
+        return known
 
     def _report(self, device: str, message: Progress | Refusal | Update) -> on.Event | None:
         """What a device says about its part in a round."""

@@ -138,18 +138,14 @@ class Roster:
         """
         state = self._state
         names = []
-        for name, task in sorted(state.tasks.items()):
-            device, contact = state.devices.get(name), self[name]
-            if (
-                task.progress is Part.OFFERED
-                and state.awaits(task)
-                and device is not None
-                and device.online
-                and now - contact.heard_at >= patience_s
-            ):
-                contact.heard_at = now
+        for name, task in state.tasks.items():
+            if task.progress is not Part.OFFERED or now - self[name].heard_at < patience_s:
+                continue
+            device = state.devices.get(name)
+            if state.awaits(task) and device is not None and device.online:
+                self[name].heard_at = now
                 names.append(name)
-        return names
+        return sorted(names)
 
     def delivered(self, device: str, now: float) -> None:
         """A device's update is here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,29 @@ def test_a_device_with_many_wants_does_not_hold_up_one_with_few(store: BlobStore
         downloads.add("greedy", Want(digest, "data", first, 1))
     downloads.add("modest", Want(digest, "data", 0, 1))
     assert sent(downloads).index("modest") <= 2
+
+
+def test_thousands_of_devices_wait_without_a_chunk_each(store: BlobStore) -> None:
+    opened: set[str] = set()
+
+    class Watched(Serve):
+        def answer(self, want: Want, max_packet: int = 0) -> Iterator[bytes]:
+            def chunks() -> Iterator[bytes]:
+                opened.add(want.sha256)
+                yield b"1"
+                yield b"2"
+                opened.remove(want.sha256)
+
+            return chunks()
+
+    downloads = Downloads(Watched(store))
+    for number in range(1000):
+        downloads.add(f"d{number}", Want(f"{number:064x}", "data", 0, 3))
+    most, count = 0, 0
+    while downloads.next() is not None:
+        most, count = max(most, len(opened)), count + 1
+    assert count == 2000
+    assert most <= 32
 
 
 def test_the_same_want_is_answered_once(store: BlobStore, downloads: Downloads) -> None:

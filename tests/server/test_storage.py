@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from fedprune.coordination import Coordinator, State
 from fedprune.coordination import events as on
+from fedprune.coordination.roll import Roll
+from fedprune.coordination.state import Device
 from fedprune.errors import StorageError, StorageFullError
 from fedprune_server.storage import FILE, Storage
 from toy import ARCHITECTURE, JOB
@@ -28,27 +31,27 @@ def born(name: str, session: int = 1) -> on.DeviceBorn:
     return on.DeviceBorn(name, session, {"name": "board"}, 10)
 
 
+OFFER = {"weights": {"sha256": "w" * 64, "size": 5}, "widths": [2], "recipe": JOB.recipe.to_offer()}
+TO_THE_SECOND_ROUND: list[on.Event] = [
+    *(born(name) for name in "abc"),
+    on.Scored(1, "r" * 64),
+    *(on.Extracted(1, name, 1, OFFER) for name in "abc"),
+    *(on.UpdateAnnounced(n, 1, 1, "w" * 64, {"sha256": "u" * 64}, 10, 5, {"loss": 0.1}) for n in "abc"),
+    *(on.UpdateStored(name, 1, 1, "u" * 64) for name in "abc"),
+    *(on.Folded(name, 1, 1) for name in "abc"),
+    on.Closed(1, "n" * 64),
+    on.Evaluated(1, {"accuracy": 0.5}),
+    on.Scored(2, "r" * 64),
+    *(on.Extracted(2, name, 1, OFFER) for name in "abc"),
+]
+
+
 def filled() -> State:
     """A state in the middle of a second round."""
     state = State(model="m" * 64)
     coordinator = Coordinator(JOB, ARCHITECTURE, state)
-    for name in "abc":
-        coordinator.handle(born(name), 0.0)
-    for number in (1, 2):
-        coordinator.handle(on.Scored(number, "r" * 64), 1.0)
-        offer = {"weights": {"sha256": "w" * 64, "size": 5}, "widths": [2], "recipe": JOB.recipe.to_offer()}
-        for name in "abc":
-            coordinator.handle(on.Extracted(number, name, 1, offer), 2.0)
-        if number == 2:
-            break
-        for name in "abc":
-            coordinator.handle(
-                on.UpdateAnnounced(name, 1, 1, "w" * 64, {"sha256": "u" * 64}, 10, 5, {"loss": 0.1}), 3.0
-            )
-            coordinator.handle(on.UpdateStored(name, 1, 1, "u" * 64), 3.0)
-            coordinator.handle(on.Folded(name, 1, 1), 3.0)
-        coordinator.handle(on.Closed(1, "n" * 64), 4.0)
-        coordinator.handle(on.Evaluated(1, {"accuracy": 0.5}), 5.0)
+    for event in TO_THE_SECOND_ROUND:
+        coordinator.handle(event, 1.0)
     return state
 
 
@@ -84,6 +87,69 @@ def test_what_is_saved_step_by_step_is_what_was_there_last(
     with Storage.at(folder) as storage:
         assert storage.load() == state
         assert len(list(storage.events())) == changes
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=8))
+def test_events_may_be_saved_by_the_handful(tmp_path_factory: pytest.TempPathFactory, handfuls: list[int]) -> None:
+    folder = tmp_path_factory.mktemp("db")
+    state = State(model="m" * 64)
+    coordinator = Coordinator(JOB, ARCHITECTURE, state)
+    events = list(TO_THE_SECOND_ROUND)
+    with Storage.at(folder) as storage:
+        while events:
+            now, events = events[: handfuls[0]], events[handfuls[0] :]
+            handfuls = handfuls[1:] + handfuls[:1]
+            for event in now:
+                coordinator.handle(event, 1.0)
+            assert storage.save(state, now, 1.0)
+            with Storage.at(folder) as other:
+                assert other.load() == state
+        assert not storage.save(state, [on.Ticked()], 2.0)
+        assert [kind for _, _, kind, _ in storage.events()] == [type(e).__name__ for e in TO_THE_SECOND_ROUND]
+
+
+def test_a_state_in_another_ones_place_leaves_nothing_of_it(storage: Storage, tmp_path: Path) -> None:
+    storage.save(filled(), (), 1.0)
+    state = State(model="o" * 64, history=filled().history)
+    state.devices["z"] = Device(1, True, {"name": "board"}, None, 5)
+    storage.save(state, (), 2.0)
+    with Storage.at(tmp_path) as other:
+        assert other.load() == state
+
+
+def test_parts_that_an_earlier_version_kept_with_the_state_are_found(storage: Storage, tmp_path: Path) -> None:
+    state = filled()
+    storage.save(state, (), 1.0)
+    with closing(sqlite3.connect(tmp_path / FILE)) as connection, connection:
+        connection.execute("DELETE FROM tasks")
+        connection.execute(
+            "UPDATE meta SET value = ? WHERE key = 'state'", [replace(state, history=[], devices=Roll()).to_json()]
+        )
+    with Storage.at(tmp_path) as other:
+        loaded = other.load()
+        assert loaded == state
+        loaded.tasks.clear()
+        other.save(loaded, (), 2.0)
+    with Storage.at(tmp_path) as other:
+        assert other.load() == loaded
+
+
+def test_old_rounds_devices_stay_on_the_disk_and_leave_the_memory(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = filled()
+    state.history += [{**state.history[0], "round": n} for n in (2, 3)]
+    storage.save(state, (), 1.0)
+    whole = storage.rounds()
+    state.slim(7)
+    assert [len(r["devices"]) for r in state.history] == [0, 3, 3]
+    monkeypatch.setattr("fedprune_server.storage.PARTS_KEPT", 7)
+    with Storage.at(tmp_path) as other:
+        assert other.load() == state
+        state.round = 9
+        assert other.save(state, (), 2.0)
+        assert other.rounds() == whole
 
 
 def test_rounds_are_rows_of_their_own(storage: Storage) -> None:
