@@ -1,0 +1,33 @@
+"""Processes that are killed at every flush to the disk: nothing is lost, and nothing counts twice."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from kill_points import BOARDS, Doomed, check, run, undisturbed
+from real_site import write_material
+
+pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
+
+ROUNDS = 12
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler for what kills at a flush")
+@pytest.mark.parametrize("kills", [12, pytest.param(60, marks=pytest.mark.soak)])
+def test_whoever_is_killed_at_a_flush_loses_no_update_and_counts_none_twice(tmp_path: Path, kills: int) -> None:
+    write_material(tmp_path, dict.fromkeys(BOARDS, 200))
+    folders = [tmp_path / "calm", tmp_path / "site"]
+    for folder in folders:
+        folder.mkdir()
+    rounds = ROUNDS if kills < 20 else kills
+    calm, site = (Doomed(tmp_path, folder, rounds) for folder in folders)
+    try:
+        undisturbed(calm)
+        done = run(site, rounds, kills)
+        assert done.total >= kills
+        check(site, calm, 1)
+    finally:
+        calm.stop_all()
+        site.stop_all()
