@@ -16,7 +16,7 @@ from fedprune_server.roster import Roster
 from fedprune_server.uploads import Wants
 
 _CHUNKS_PER_TURN = 4
-_UNSENT_BYTES = 2 * 2**20
+_UNSENT_BYTES = 2**20
 """Chunks wait while so much is on its way to the broker, so that messages never do."""
 
 

@@ -170,6 +170,33 @@ def test_a_wrong_leaf_is_refused(tmp_path: Path) -> None:
     assert partial.count == 0
 
 
+@given(size=st.integers(2 * LEAF, 9 * LEAF), damaged=st.sets(st.integers(0, 8)), data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_of_leaves_that_come_together_the_right_ones_are_kept(
+    size: int, damaged: set[int], data: st.DataObject
+) -> None:
+    blob = noise(size)
+    ref = BlobRef.of(blob)
+    first = data.draw(st.integers(0, ref.leaf_count - 1))
+    last = data.draw(st.integers(first, ref.leaf_count - 1))
+    arrived = bytearray(blob[first * LEAF : (last + 1) * LEAF])
+    bad = sorted(i for i in damaged if first <= i <= last)
+    for index in bad:
+        arrived[(index - first) * LEAF] ^= 1
+    with tempfile.TemporaryDirectory() as folder:
+        partial = BlobStore(Path(folder), durable=False).partial(ref)
+        partial.set_table(leaf_table(blob))
+
+        assert partial.write_leaves(first, bytes(arrived)) == bad
+        assert [i for i, here in enumerate(partial.present) if here] == [
+            i for i in range(first, last + 1) if i not in bad
+        ]
+        assert partial.write_leaves(0, blob) == []
+        assert partial.count == ref.leaf_count
+        partial.finish()
+        assert partial.store.read(ref.sha256) == blob
+
+
 def test_an_incomplete_blob_gets_no_name(tmp_path: Path) -> None:
     data = noise(2 * LEAF)
     partial = BlobStore(tmp_path).partial(BlobRef.of(data))

@@ -84,3 +84,17 @@ def test_chunks_stay_below_a_broker_s_packet_limit(limit: int, leaves: int) -> N
 def test_a_limit_below_one_leaf_is_refused() -> None:
     with pytest.raises(ProtocolError, match="packet limit is too low"):
         leaves_per_chunk(LEAF)
+
+
+@given(first=st.integers(0, 50), size=st.integers(1, 6 * LEAF), wanted=st.sets(st.integers(0, 60)))
+def test_runs_are_the_wanted_leaves_with_what_is_consecutive_in_one(first: int, size: int, wanted: set[int]) -> None:
+    chunk = Chunk(DIGEST, "data", first, bytes(size - 1) + b"x")
+    leaves = dict(chunk.leaves())
+
+    runs = list(chunk.runs(wanted))
+
+    found: dict[int, bytes] = {}
+    for start, payload in runs:
+        found |= {start + at // LEAF: bytes(payload[at : at + LEAF]) for at in range(0, len(payload), LEAF)}
+    assert found == {i: bytes(leaf) for i, leaf in leaves.items() if i in wanted}
+    assert all(start - 1 not in found for start, _ in runs)

@@ -197,6 +197,14 @@ class TestWithMosquitto:
             assert sender.flush(10)
             assert sender.publish("x", b"1")
 
+    def test_who_holds_chunks_back_is_woken_when_little_is_left_to_send(self, mosquitto: Any) -> None:
+        with connected(mosquitto.url, "a") as sender:
+            mosquitto.process.send_signal(19)
+            assert sender.publish("x", bytes(link_module.LOW_WATER))
+            mosquitto.process.send_signal(18)
+            assert sender.get(None) is None
+            assert sender.unsent < link_module.LOW_WATER
+
     def test_a_flood_is_dropped_and_counted(self, mosquitto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(link_module, "INBOX_BYTES", 15_000)
         with connected(mosquitto.url, "a") as sender, connected(mosquitto.url, "b", ["x"]) as receiver:

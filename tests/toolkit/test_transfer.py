@@ -19,7 +19,7 @@ from fedprune.errors import ProtocolError, StorageError
 from fedprune.wire.blob_ref import LEAF, BlobRef
 from fedprune.wire.chunk import HEADER, Chunk
 from fedprune.wire.messages import Gone, Want, parse
-from fedprune.wire.transfer import MAX_TRIES, Pull, Serve
+from fedprune.wire.transfer import MAX_TRIES, WIDE_WINDOW_LEAVES, WINDOW_LEAVES, Pull, Serve
 
 pytestmark = pytest.mark.board
 
@@ -48,6 +48,7 @@ class Network:
     asked: list[tuple[str, int]] = field(default_factory=list)
     missing: set[tuple[str, int]] = field(default_factory=set)
     widest: int = 0
+    messages: int = 0
 
     def run(self, pull: Pull, steps: int = 10_000) -> None:
         """Until the blob is here; counts what is asked for and not yet here, on its own."""
@@ -66,6 +67,7 @@ class Network:
         pytest.fail(f"not done after {steps} steps: {pull.progress}")
 
     def _send(self, wants: list[Want], way: list[bytes], rng: random.Random) -> None:
+        self.messages += len(wants)
         for want in wants:
             rows = [(want.part, i) for i in range(want.first, want.first + want.count)]
             self.asked += rows
@@ -266,6 +268,29 @@ def test_a_slow_link_is_not_taken_for_a_broken_one(source: BlobStore, target: Bl
     assert repeats <= 8
 
 
+def test_where_leaves_come_at_once_the_window_grows_and_a_few_wants_do(source: BlobStore, target: BlobStore) -> None:
+    ref = source.put(noise(600 * LEAF))
+    network = Network(Serve(source))
+
+    network.run(Pull(ref, target.partial(ref)))
+
+    assert WINDOW_LEAVES < network.widest <= WIDE_WINDOW_LEAVES
+    assert network.messages < 600 / 10
+
+
+def test_where_leaves_are_long_on_their_way_the_window_stays_small(source: BlobStore, target: BlobStore) -> None:
+    ref = source.put(noise(200 * LEAF))
+    pull, serve, now = Pull(ref, target.partial(ref)), Serve(source), 0.0
+    queue = pull.start(now)
+    while queue:
+        for chunk in chunks(serve.answer(queue.pop(0))):
+            now += 1.1
+            queue += pull.on_chunk(chunk, now)
+            assert pull.outstanding <= WINDOW_LEAVES
+
+    assert pull.done
+
+
 def test_a_lost_leaf_that_others_have_overtaken_does_not_wait_for_a_stall(source: BlobStore, target: BlobStore) -> None:
     ref = source.put(noise(64 * LEAF))
     pull = Pull(ref, target.partial(ref), chunk_leaves=1, window_leaves=4, patience_s=5)
@@ -395,14 +420,14 @@ def test_a_full_disk_in_the_middle_is_reported_and_the_pull_can_go_on(
     pull = Pull(ref, target.partial(ref), chunk_leaves=1, window_leaves=2)
     written = []
 
-    def fills_up(index: int, payload: memoryview) -> bool:
-        if len(written) == 3:
+    def fills_up(first: int, payload: memoryview) -> list[int]:
+        if len(written) == 2:
             raise StorageError("full")
-        written.append(index)
-        return write(index, payload)
+        written.append(first)
+        return write(first, payload)
 
-    write = pull._partial.write
-    monkeypatch.setattr(pull._partial, "write", fills_up)
+    write = pull._partial.write_leaves
+    monkeypatch.setattr(pull._partial, "write_leaves", fills_up)
     with pytest.raises(StorageError, match="full"):
         network.run(pull)
     monkeypatch.undo()

@@ -129,8 +129,12 @@ class BlobStore:
             StorageError: The blob is not here or can't be read.
         """
         path = self.path(sha256)
-        with storage_errors(f"can't read {path}"), path.open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), count * LEAF, first * LEAF)
+        with storage_errors(f"can't read {path}"):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                return os.pread(descriptor, count * LEAF, first * LEAF)
+            finally:
+                os.close(descriptor)
 
     def table(self, sha256: str) -> bytes:
         """The leaf table of a blob that is here; made again if it is missing.
@@ -213,8 +217,13 @@ class BlobStore:
                 hint="Free some space; nothing was written.",
             )
 
-    def write_file(self, path: Path, data: bytes | memoryview) -> None:
+    def write_file(self, path: Path, data: bytes | memoryview, *, flush: bool = True) -> None:
         """Write a file so that it appears whole or not at all.
+
+        Args:
+            path: The file.
+            data: What shall be in it.
+            flush: Flush it to the disk before it appears; without, a power cut may leave an empty file.
 
         Raises:
             StorageFullError: The disk is full; nothing is left behind.
@@ -226,11 +235,14 @@ class BlobStore:
                 descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
                 try:
                     write_all(descriptor, data)
-                    if self.durable:
+                    if self.durable and flush:
                         os.fsync(descriptor)
                 finally:
                     os.close(descriptor)
-                self.move(temporary, path)
+                if flush:
+                    self.move(temporary, path)
+                else:
+                    temporary.replace(path)
         except StorageError:
             temporary.unlink(missing_ok=True)
             raise

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
 from fedprune.disk import storage_errors, write_all
 from fedprune.errors import ProtocolError, StorageError
 from fedprune.wire.blob_ref import DIGEST, LEAF, BlobRef
+
+_FLUSH_BYTES = 4 * 2**20
+"""After so many bytes the disk begins to write what has come, so that it is not all left to the flush at the end."""
 
 TABLE = ".leaves"
 """What a leaf table's file name ends with, beside its blob's."""
@@ -42,7 +47,7 @@ class Home(Protocol):
         """Make sure that this many more bytes fit."""
         ...
 
-    def write_file(self, path: Path, data: bytes | memoryview) -> None:
+    def write_file(self, path: Path, data: bytes | memoryview, *, flush: bool = True) -> None:
         """Write a file so that it appears whole or not at all."""
         ...
 
@@ -55,7 +60,8 @@ class PartialBlob:
     """A blob on its way into a store.
 
     Leaves are written in any order, each verified before it is written; `finish` verifies the whole and gives it its
-    name. Two of the same blob may grow at once: they write the same bytes.
+    name. The digest of the whole grows with the leaves, as far as there is no gap, so that little is left for the end.
+    Two of the same blob may grow at once: they write the same bytes.
 
     Args:
         store: Where it grows.
@@ -74,6 +80,8 @@ class PartialBlob:
         self.table: bytes | None = None
         self.present = bytearray(ref.leaf_count)
         self.count = 0
+        self._whole, self._hashed = hashlib.sha256(), 0  # the digest of the first leaves, and of how many
+        self._flushed = 0  # where the part ends that the disk has begun with
         self._data = store.root / "partial" / ref.sha256
         self._leaves = store.root / "partial" / (ref.sha256 + TABLE)
         if self.complete:
@@ -97,7 +105,8 @@ class PartialBlob:
         """
         if len(table) != self.ref.leaf_count * DIGEST or hashlib.sha256(table).hexdigest() != self.ref.leaves:
             return False
-        self.store.write_file(self._leaves, table)
+        # Not flushed: whoever opens the partial again verifies it, and it is small to pull once more.
+        self.store.write_file(self._leaves, table, flush=False)
         self.table = table
         return True
 
@@ -108,14 +117,49 @@ class PartialBlob:
             StorageFullError: The disk is full; what has arrived before is kept.
             StorageError: The disk fails.
         """
-        if self.table is None or not 0 <= index < len(self.present) or not self._matches(index, leaf):
-            return False
-        if not self.present[index]:
-            with storage_errors(f"can't write {self._data}"):
-                write_all(self._open(), leaf, index * LEAF)
-            self.present[index] = 1
-            self.count += 1
-        return True
+        return not self.write_leaves(index, leaf)
+
+    def write_leaves(self, first: int, payload: bytes | memoryview) -> list[int]:
+        """Keep those of some consecutive leaves that are what the table says. Needs the table.
+
+        Args:
+            first: Index of the first.
+            payload: Their bytes.
+
+        Returns:
+            Indices of those that are not right.
+
+        Raises:
+            StorageFullError: The disk is full; what has arrived before is kept.
+            StorageError: The disk fails.
+        """
+        view = memoryview(payload)
+        indices = range(first, first + max(1, -(-len(view) // LEAF)))
+        wrong = [i for i in indices if not self._matches(i, view[(i - first) * LEAF : (i - first + 1) * LEAF])]
+        kept = [i for i in indices if i not in wrong and not self.present[i]]
+        with storage_errors(f"can't write {self._data}"):
+            for start, end in _runs(kept):
+                self._write_run(start, end, view[(start - first) * LEAF : (end - first) * LEAF])
+        return wrong
+
+    def _write_run(self, start: int, end: int, data: memoryview) -> None:
+        """Write the leaves from `start` up to `end`, which are right."""
+        write_all(self._open(), data, start * LEAF)
+        self.present[start:end] = b"\1" * (end - start)
+        self.count += end - start
+        if start == self._hashed:
+            self._whole.update(data)
+            self._hashed = end
+        self._hash_on()
+        if end * LEAF - self._flushed >= _FLUSH_BYTES:
+            _begin_to_flush(self._open(), self._flushed, end * LEAF)
+            self._flushed = end * LEAF
+
+    def _hash_on(self) -> None:
+        """Hash what lies behind a gap that is closed now; it is read back."""
+        while self._hashed < len(self.present) and self.present[self._hashed]:
+            self._whole.update(os.pread(self._open(), self.ref.leaf_size(self._hashed), self._hashed * LEAF))
+            self._hashed += 1
 
     def finish(self) -> None:
         """Verify the whole and give it its name.
@@ -133,20 +177,17 @@ class PartialBlob:
         with storage_errors(f"can't finish {self._data}"):
             descriptor = self._open()
             os.ftruncate(descriptor, self.ref.size)
-            found = hashlib.sha256()
-            for at in range(0, self.ref.size, 32 * LEAF):
-                found.update(os.pread(descriptor, 32 * LEAF, at))
-            if found.hexdigest() != self.ref.sha256:
+            self._hash_on()
+            found = self._whole.hexdigest()
+            if found != self.ref.sha256:
                 self.discard()
-                raise ProtocolError(
-                    "blob's leaves don't make up the blob", expected=self.ref.sha256, got=found.hexdigest()
-                )
+                raise ProtocolError("blob's leaves don't make up the blob", expected=self.ref.sha256, got=found)
             if self.store.durable:
                 os.fsync(descriptor)
             self.close()
             target = self.store.path(self.ref.sha256)
             with suppress(FileNotFoundError):  # another partial of the same blob was faster
-                self.store.write_file(target.with_name(target.name + TABLE), self.table)
+                self._place_table(target.with_name(target.name + TABLE), self.table)
                 self.store.move(self._data, target)
             self._leaves.unlink(missing_ok=True)
         if not self.complete:
@@ -160,6 +201,7 @@ class PartialBlob:
         self.table = None
         self.present = bytearray(self.ref.leaf_count)
         self.count = 0
+        self._whole, self._hashed = hashlib.sha256(), 0
 
     def close(self) -> None:
         """Close the file; what has arrived stays."""
@@ -185,13 +227,31 @@ class PartialBlob:
             descriptor = self._open()
             length = os.fstat(descriptor).st_size
             for index in range(min(len(self.present), -(-length // LEAF))):
-                if self._matches(index, os.pread(descriptor, self.ref.leaf_size(index), index * LEAF)):
+                leaf = os.pread(descriptor, self.ref.leaf_size(index), index * LEAF)
+                if self._matches(index, leaf):
                     self.present[index] = 1
                     self.count += 1
+                    if index == self._hashed:
+                        self._whole.update(leaf)
+                        self._hashed += 1
+
+    def _place_table(self, target: Path, table: bytes) -> None:
+        """Put the leaf table where the blob will be; a blob of one leaf never had a file for it."""
+        if not self._leaves.is_file():
+            self.store.write_file(target, table)
+            return
+        if self.store.durable:
+            descriptor = os.open(self._leaves, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        target.parent.mkdir(exist_ok=True)
+        self._leaves.replace(target)
 
     def _matches(self, index: int, leaf: bytes | memoryview) -> bool:
         table = self.table or b""
-        expected = table[index * DIGEST : (index + 1) * DIGEST]
+        expected = table[index * DIGEST : (index + 1) * DIGEST] if index >= 0 else b""
         return len(leaf) == self.ref.leaf_size(index) and hashlib.sha256(leaf).digest() == expected
 
     def _open(self) -> int:
@@ -201,3 +261,17 @@ class PartialBlob:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
+    """Rising indices as runs, each from its first one up to behind its last."""
+    for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
+        found = [index for _, index in run]
+        yield found[0], found[-1] + 1
+
+
+def _begin_to_flush(descriptor: int, start: int, end: int) -> None:
+    """Let Linux write out a file's new pages without waiting: that is the first thing this advice does."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)

@@ -16,7 +16,7 @@ All but a blob's last leaf are 32 KiB long.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from fedprune.errors import ProtocolError
@@ -52,7 +52,7 @@ class Chunk:
     sha256: str
     part: str
     first: int
-    payload: bytes
+    payload: bytes | memoryview
 
     def to_bytes(self) -> bytes:
         """As it travels.
@@ -62,7 +62,8 @@ class Chunk:
         """
         _check_payload(len(self.payload))
         digest = bytes.fromhex(self.sha256)
-        return HEADER.pack(_MAGIC, _VERSION, PARTS.index(self.part), b"\0" * 3, self.first, digest) + self.payload
+        header = HEADER.pack(_MAGIC, _VERSION, PARTS.index(self.part), b"\0" * 3, self.first, digest)
+        return b"".join((header, self.payload))
 
     @classmethod
     def parse(cls, raw: bytes) -> Chunk:
@@ -79,13 +80,25 @@ class Chunk:
         if part >= len(PARTS):
             raise ProtocolError("part of a chunk", expected="0 or 1", got=part)
         _check_payload(len(raw) - HEADER.size)
-        return cls(digest.hex(), PARTS[part], first, raw[HEADER.size :])
+        return cls(digest.hex(), PARTS[part], first, memoryview(raw)[HEADER.size :])
 
     def leaves(self) -> Iterator[tuple[int, memoryview]]:
         """The leaves or pieces with their indices."""
         view = memoryview(self.payload)
         for at in range(0, len(view), LEAF):
             yield self.first + at // LEAF, view[at : at + LEAF]
+
+    def runs(self, indices: Container[int]) -> Iterator[tuple[int, memoryview]]:
+        """Those of the leaves or pieces that have these indices: what is consecutive in one, with its first index."""
+        view, count = memoryview(self.payload), -(-len(self.payload) // LEAF)
+        at = 0
+        while at < count:
+            end = at
+            while end < count and self.first + end in indices:
+                end += 1
+            if end > at:
+                yield self.first + at, view[at * LEAF : end * LEAF]
+            at = end + 1
 
 
 def leaves_per_chunk(max_packet: int) -> int:

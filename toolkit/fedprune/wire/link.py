@@ -38,6 +38,9 @@ OUTBOX_BYTES = 16 * 1024 * 1024
 
 OUTBOX_MESSAGES = 10_000
 
+LOW_WATER = 256 * 1024
+"""Bytes that wait to be sent below which `get` returns at once: who holds chunks back can hand out more."""
+
 Will = tuple[str, bytes]
 
 MAX_DELAY = 60.0
@@ -95,7 +98,7 @@ class Link:
         self._tls = tls
         self._topics: list[str] = []
         # No SimpleQueue: one waits for ever when a signal's handler takes longer than what is left of its timeout.
-        self._inbox: queue.Queue[tuple[str, bytes] | Event] = queue.Queue()
+        self._inbox: queue.Queue[tuple[str, bytes] | Event | None] = queue.Queue()
         self._state = threading.Condition(threading.RLock())
         self._client: paho.Client | None = None
         self._up = False
@@ -208,7 +211,14 @@ class Link:
             return not self._unsent
 
     def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | None:
-        """The next message (topic, payload) or event; None if nothing came within `timeout` seconds (None: no end)."""
+        """The next message (topic, payload) or event.
+
+        Args:
+            timeout: Seconds to wait for it; None for no end.
+
+        Returns:
+            None if nothing came, or when there is little left to send of what was more than `LOW_WATER`.
+        """
         try:
             item = self._inbox.get(timeout=timeout) if timeout != 0 else self._inbox.get_nowait()
         except queue.Empty:
@@ -386,8 +396,11 @@ class Link:
         if not self._sent:
             return
         with self._state:
+            before = self._unsent_bytes
             while self._sent:
                 self._unsent_bytes -= self._unsent.pop(self._sent.popleft(), 0)
+            if before >= LOW_WATER > self._unsent_bytes:
+                self._inbox.put(None)
             self._state.notify_all()
 
 

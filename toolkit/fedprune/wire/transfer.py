@@ -24,7 +24,15 @@ CHUNK_LEAVES = 4
 """Leaves that are asked for at a time: 128 KiB, which every broker that we know takes but AWS IoT Core."""
 
 WINDOW_LEAVES = 32
-"""Leaves of one blob that are asked for and not yet there: 1 MiB."""
+"""Leaves of one blob that are asked for and not yet there, at first: 1 MiB."""
+
+WIDE_WINDOW_LEAVES = 128
+"""The same where leaves come at once after they were asked for: 4 MiB. What is on the way is then in nobody's queue for
+long, and a small window would leave the link idle."""
+
+_QUICK_S = 0.1
+_SLOW_S = 1.0
+"""Leaves that come within so many seconds let the window grow, those that take so long make it small again."""
 
 PATIENCE = 5.0
 
@@ -58,7 +66,7 @@ class Pull:
         partial: PartialBlob,
         *,
         chunk_leaves: int = CHUNK_LEAVES,
-        window_leaves: int = WINDOW_LEAVES,
+        window_leaves: int = WIDE_WINDOW_LEAVES,
         patience_s: float = PATIENCE,
     ) -> None:
         if not 1 <= chunk_leaves <= window_leaves <= MAX_WANT:
@@ -72,7 +80,8 @@ class Pull:
         """Times in a row that leaves had to be asked for again without any progress."""
         self._partial = partial
         self._chunk = chunk_leaves
-        self._window = window_leaves
+        self._most = window_leaves
+        self._window = self._least = min(window_leaves, WINDOW_LEAVES)
         self._base = self._patience = patience_s
         self._asked: dict[int, tuple[int, float]] = {}  # leaf or piece on the way: serial number and time of asking
         self._serial = 0
@@ -106,8 +115,12 @@ class Pull:
             ProtocolError: The reference contradicts itself.
             StorageError: The disk is full or fails.
         """
+        if self._partial.complete:
+            self._asked.clear()
+            self._done = True
+            return []
         self._moved_at = now
-        self._patience = self._base
+        self._patience, self._window = self._base, self._least
         wants = self._again(list(self._asked), now)
         return wants + self._advance(now)
 
@@ -120,17 +133,9 @@ class Pull:
         """
         if self._done or chunk.sha256 != self.ref.sha256 or chunk.part != self._part:
             return []
-        bad = []
-        for index, payload in chunk.leaves():
-            if index not in self._asked:
-                continue
-            if self._keep(index, payload):
-                serial, asked_at = self._asked.pop(index)
-                self._newest = max(self._newest, serial)
-                self._progressed(now - asked_at, now)
-            else:
-                self._count_try(index)
-                bad.append(index)
+        bad: list[int] = []
+        for first, payload in chunk.runs(self._asked):
+            bad += self._keep(first, payload, now)
         return self._again(bad, now) + self._advance(now)
 
     def on_tick(self, now: float) -> list[Want]:
@@ -144,32 +149,48 @@ class Pull:
             return []
         if now - self._moved_at > self._patience:
             self._moved_at = now
+            self._window = self._least
             self.stalls += 1
             self._patience = min(2 * self._patience, max(MAX_PATIENCE, self._base))
             return self._again(list(self._asked), now)
-        overtaken = [
-            index
-            for index, (serial, asked_at) in self._asked.items()
-            if serial < self._newest and now - asked_at > self._patience
-        ]
+        overtaken = []
+        for index, (serial, asked_at) in self._asked.items():  # in the order of asking
+            if serial >= self._newest or now - asked_at <= self._patience:
+                break
+            overtaken.append(index)
         return self._again(overtaken, now)
 
     @property
     def _part(self) -> str:
         return "leaves" if self._partial.table is None else "data"
 
-    def _keep(self, index: int, payload: memoryview) -> bool:
+    def _keep(self, first: int, payload: memoryview, now: float) -> list[int]:
+        """Take in consecutive leaves or pieces that were asked for; returns those that are damaged."""
+        indices = range(first, first - (-len(payload) // LEAF))
         if self._part == "data":
-            return self._partial.write(index, payload)
-        if len(payload) != min(LEAF, self.ref.leaf_count * DIGEST - index * LEAF):
-            return False
-        self._pieces[index] = bytes(payload)
-        return True
+            bad = self._partial.write_leaves(first, payload)
+        else:
+            length = self.ref.leaf_count * DIGEST
+            pieces = {i: bytes(payload[(i - first) * LEAF : (i - first + 1) * LEAF]) for i in indices}
+            bad = [i for i, piece in pieces.items() if len(piece) != min(LEAF, length - i * LEAF)]
+            self._pieces.update({i: piece for i, piece in pieces.items() if i not in bad})
+        for index in indices:
+            if index in bad:
+                self._count_try(index)
+                continue
+            serial, asked_at = self._asked.pop(index)
+            self._newest = max(self._newest, serial)
+            self._progressed(now - asked_at, now)
+        return bad
 
     def _progressed(self, took: float, now: float) -> None:
         self.stalls = 0
         self._moved_at = now
         self._slowest = max(0.95 * self._slowest, took)
+        if took < _QUICK_S:
+            self._window = min(self._window + 1, self._most)
+        elif took > _SLOW_S:
+            self._window = self._least
         self._patience = min(max(self._base, 2 * self._slowest), max(MAX_PATIENCE, self._base))
 
     def _count_try(self, index: int) -> None:
@@ -184,9 +205,6 @@ class Pull:
     def _advance(self, now: float) -> list[Want]:
         """Ask for what fits into the window; go on to the next part when one is complete."""
         if self._done:
-            return []
-        if self._partial.complete:
-            self._done = True
             return []
         if self._part == "leaves":
             if len(self._pieces) < self.ref.piece_count:
@@ -207,8 +225,8 @@ class Pull:
     def _fill(self, total: int, now: float) -> list[Want]:
         data = self._part == "data"
         free = self._window - len(self._asked)
-        if free < self._chunk and self._asked and total - self._cursor > free:
-            return []  # wait until a whole chunk can be asked for
+        if free < max(self._chunk, self._window // 4) and self._asked and total - self._cursor > free:
+            return []  # every want costs both sides a message: wait until one can ask for more
         new: list[int] = []
         while self._cursor < total and len(new) < free:
             index = self._cursor
@@ -222,6 +240,7 @@ class Pull:
         first = count = 0
         for index in sorted(indices):
             self._serial += 1
+            self._asked.pop(index, None)
             self._asked[index] = (self._serial, now)
             if count and index == first + count:
                 count += 1
@@ -266,6 +285,7 @@ class Serve:
 
 def _leaves(store: BlobStore, want: Want, step: int) -> Iterator[bytes]:
     end = want.first + want.count
+    step = -(-want.count // -(-want.count // step))  # chunks of one size, where the last would be a small one
     for first in range(want.first, end, step):
         try:
             payload = store.read_leaves(want.sha256, first, min(step, end - first))

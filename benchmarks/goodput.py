@@ -1,0 +1,338 @@
+"""What a board gets of a model through a broker, beside what bare paho gets through the same broker.
+
+    python benchmarks/goodput.py [--output benchmarks/results/goodput.json] [--repeats 8]
+
+A run is a transfer of 46 MB to one device. *Ours* is what happens in the field: `Post` and `Downloads` of the server
+answer the wants of the board's `Downloads` and `Outbox`, through a `Link` each; every leaf is verified and written, the
+whole is verified and flushed to the disk. *Bare* is paho that publishes the same bytes in chunks of the same size at
+QoS 0 as fast as it can, and paho that counts what arrives. Sender, receiver and broker are processes of their own. Ours
+and bare take turns, and which of them begins, in a broker that is new each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import json
+import multiprocessing
+import platform
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+
+from fedprune.blobs import BlobStore
+from fedprune.wire.blob_ref import LEAF, BlobRef
+from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
+from fedprune.wire.link import ConnectionUp, Link
+from fedprune.wire.messages import Offer, Want, parse
+from fedprune.wire.topics import Topics
+from fedprune.wire.transfer import Serve
+from fedprune_device.downloads import Downloads as BoardsDownloads
+from fedprune_device.outbox import Outbox
+from fedprune_server.downloads import Downloads
+from fedprune_server.post import Post
+
+SIZE = 46_000_000
+TOPICS = Topics("bench")
+CHUNKS = (1, 3, 7)
+"""Leaves of a chunk: what brokers with a limit of 64 KiB, of 128 KiB and without one that matters let through."""
+
+SETTINGS = {"default": "", "set_tcp_nodelay": "set_tcp_nodelay true\n"}
+DEVICE = "pi"
+
+
+class Uncounted:
+    """In the place of a roster."""
+
+    def sent(self, device: str, size: int) -> None:
+        """Bytes went to a device."""
+
+
+def serve(url: str, folder: str, leaves: int, pipe: Connection) -> None:
+    """A server's part, as the daemon's loop does it."""
+    store = BlobStore(Path(folder))
+    allowed = set(store.names())
+    with Link(url, "server") as link:
+        link.subscribe(TOPICS.server_subscriptions())
+        link.start()
+        downloads = Downloads(Serve(store), leaves * LEAF + PACKET_OVERHEAD)
+        post = Post(link, TOPICS, Uncounted(), downloads)  # type: ignore[arg-type]
+        pipe.send("ready")
+        while not pipe.poll():
+            item = link.get(0.0 if post.ready else 0.01 if post.waiting else 0.1)
+            if isinstance(item, tuple) and isinstance(want := parse(item[1]), Want):
+                post.fetched(TOPICS.parse(item[0]).device, want, allowed)
+            post.send_chunks()
+
+
+def receive(url: str, refs: tuple[BlobRef, BlobRef], folder: str, pipe: Connection) -> None:
+    """A board's part, as the agent's loop does it; tells how long the weights took."""
+    store = BlobStore(Path(folder))
+    weights, graph = refs
+    digest = "ab" * 32
+    offer = Offer("job", 0, 0, 0, digest, digest, (1,), 2, weights, graph, graph, {})
+    with Link(url, DEVICE) as link:
+        link.subscribe(TOPICS.device_subscriptions(DEVICE))
+        link.start()
+        assert link.get(5) == ConnectionUp()
+        outbox = Outbox(DEVICE, TOPICS, link, Serve(store))
+        pipe.send("ready")
+        pipe.recv()
+        began = time.perf_counter()
+        downloads = BoardsDownloads(store, offer, time.monotonic())
+        outbox.ask(offer.job, downloads.start(time.monotonic()))
+        while not downloads.done:
+            item = link.get(0.05)
+            now = time.monotonic()
+            if isinstance(item, tuple):
+                TOPICS.parse(item[0])
+                outbox.ask(offer.job, downloads.chunk(Chunk.parse(item[1]), now))
+            outbox.ask(offer.job, downloads.tick(now))
+            outbox.progress(offer, ("download", *downloads.progress), now)
+        pipe.send(time.perf_counter() - began)
+        assert store.size(weights.sha256) == weights.size
+
+
+def ours(url: str, store: BlobStore, refs: tuple[BlobRef, BlobRef], leaves: int) -> float:
+    """Seconds of a transfer as in the field."""
+    with tempfile.TemporaryDirectory() as folder:
+        server, theirs = multiprocessing.Pipe()
+        board, theirs_too = multiprocessing.Pipe()
+        processes = [
+            multiprocessing.Process(target=serve, args=(url, str(store.root), leaves, theirs)),
+            multiprocessing.Process(target=receive, args=(url, refs, folder, theirs_too)),
+        ]
+        for process in processes:
+            process.start()
+        assert server.recv() == board.recv() == "ready"
+        board.send("go")
+        assert board.poll(120)
+        took: float = board.recv()
+        server.send("stop")
+        for process in processes:
+            process.join()
+    return took
+
+
+def new_client(url: str, name: str) -> paho.Client:
+    """Bare paho, connected."""
+    host, port = url.removeprefix("mqtt://").split(":")
+    client = paho.Client(CallbackAPIVersion.VERSION2, client_id=name)
+    client.connect(host, int(port))
+    client.loop_start()
+    return client
+
+
+def publish(url: str, leaves: int, pipe: Connection) -> None:
+    """Publish it all, as fast as paho takes it."""
+    client, payload = new_client(url, "sender"), bytes(leaves * LEAF)
+    pipe.send("ready")
+    pipe.recv()
+    for at in range(0, SIZE, len(payload)):
+        client.publish("bare", payload[: SIZE - at], 0)
+    pipe.recv()
+    client.disconnect()
+    client.loop_stop()
+
+
+def count(url: str, pipe: Connection) -> None:
+    """Count payload bytes until all are there; tells how long they took, or how many came."""
+    done, ready, seen = threading.Event(), threading.Event(), 0
+
+    def message(_client: Any, _user: Any, message: paho.MQTTMessage) -> None:
+        nonlocal seen
+        seen += len(message.payload)
+        if seen >= SIZE:
+            done.set()
+
+    client = new_client(url, "counter")
+    client.on_message = message
+    client.on_subscribe = lambda *_: ready.set()
+    client.subscribe("bare", 0)
+    assert ready.wait(5)
+    pipe.send("ready")
+    pipe.recv()
+    began = time.perf_counter()
+    whole = done.wait(30)
+    pipe.send(time.perf_counter() - began if whole else None)
+    client.disconnect()
+    client.loop_stop()
+
+
+def bare(url: str, leaves: int) -> float | None:
+    """Seconds that bare paho takes; None where the broker lost some of it."""
+    counter, theirs = multiprocessing.Pipe()
+    sender, theirs_too = multiprocessing.Pipe()
+    processes = [
+        multiprocessing.Process(target=count, args=(url, theirs)),
+        multiprocessing.Process(target=publish, args=(url, leaves, theirs_too)),
+    ]
+    for process in processes:
+        process.start()
+    assert counter.recv() == sender.recv() == "ready"
+    counter.send("go")
+    sender.send("go")
+    took: float | None = counter.recv()
+    sender.send("stop")
+    for process in processes:
+        process.join()
+    return took
+
+
+class Mosquitto:
+    """A broker of its own for a pair of runs."""
+
+    def __init__(self, binary: str, setting: str, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        config = folder / "mosquitto.conf"
+        config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nuser {getpass.getuser()}\n{setting}")
+        self.url = f"mqtt://127.0.0.1:{port}"
+        self._process = subprocess.Popen([binary, "-c", str(config)], stderr=subprocess.DEVNULL)
+        for _ in range(100):
+            time.sleep(0.05)
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                return
+        raise RuntimeError("Mosquitto doesn't start")
+
+    def memory(self, row: str = "VmRSS") -> int:
+        """Bytes that it holds, or with VmHWM held at most."""
+        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
+            if line.startswith(row + ":"):
+                return int(line.split()[1]) * 1024
+        raise RuntimeError(f"no {row}")
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+
+
+@contextmanager
+def mosquitto(binary: str, setting: str) -> Iterator[Mosquitto]:
+    """A new broker."""
+    with tempfile.TemporaryDirectory() as folder:
+        broker = Mosquitto(binary, setting, Path(folder))
+        try:
+            yield broker
+        finally:
+            broker.close()
+
+
+def measure(repeats: int, chunks: tuple[int, ...], binary: str) -> list[dict[str, Any]]:
+    """All rows; the repeats of different settings take turns, so that a busy moment hits all of them."""
+    pairs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store = BlobStore(Path(folder))
+        refs = store.put(random.Random(7).randbytes(SIZE)), store.put(b"graph")
+        for turn in range(repeats):
+            for name, setting in SETTINGS.items():
+                for leaves in chunks:
+                    pair: dict[str, Any] = {}
+                    with mosquitto(binary, setting) as broker:
+                        before = broker.memory()
+                        for which in ("ours", "bare") if turn % 2 == 0 else ("bare", "ours"):
+                            url = broker.url
+                            pair[which] = ours(url, store, refs, leaves) if which == "ours" else bare(url, leaves)
+                            # What comes second finds memory that the first one left: its growth says nothing.
+                            pair.setdefault("growth", {which: broker.memory("VmHWM") - before})
+                    pairs.setdefault((name, leaves), []).append(pair)
+            print(f"turn {turn + 1} of {repeats}: done", file=sys.stderr)
+    return [row(name, leaves, found) for (name, leaves), found in pairs.items()]
+
+
+def row(name: str, leaves: int, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the table."""
+    whole = [p for p in pairs if p["bare"] is not None]
+
+    def rate(which: str) -> float:
+        return SIZE / 1e6 / statistics.median(p[which] for p in whole)
+
+    def growth(which: str) -> float:
+        return max(p["growth"][which] for p in pairs if which in p["growth"]) / 2**20
+
+    return {
+        "broker": name, "chunk_kib": leaves * 32, "pairs": len(whole), "lost": len(pairs) - len(whole),
+        "mb_per_s": round(rate("ours"), 1), "bare_mb_per_s": round(rate("bare"), 1),
+        "ratio": round(statistics.median(p["bare"] / p["ours"] for p in whole), 2),
+        "ratios": sorted(round(p["bare"] / p["ours"], 2) for p in whole),
+        "growth_mib": round(growth("ours"), 1), "bare_growth_mib": round(growth("bare"), 1),
+    }  # fmt: skip
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "# Goodput of a model of 46 MB to one device",
+        "",
+        f"{result['date']}, {result['machine']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}.",
+        f"Medians of {result['repeats']} pairs of runs that take turns. Server, board and broker share the machine,",
+        "and other work may have run beside them: the ratios say more than the rates. *Ours* asks, verifies, stores",
+        "and flushes; *bare* is paho publishing as much in chunks as large at QoS 0, and counting. The ratio is the",
+        "median of the pairs'. *Memory* is how much a new broker grew at most. Written by",
+        "`python benchmarks/goodput.py`.",
+        "",
+        "| Mosquitto | chunk, KiB | ours, MB/s | bare, MB/s | ratio | lowest, highest | memory, MiB | bare, MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    form = (
+        "| {broker} | {chunk_kib} | {mb_per_s} | {bare_mb_per_s} | **{ratio}** | {low}, {high} | {growth_mib} "
+        "| {bare_growth_mib} |"
+    )
+    lines += [form.format(**r, low=r["ratios"][0], high=r["ratios"][-1]) for r in result["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def processor() -> str:
+    """The processor's name, as Linux gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "goodput.json")
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--chunks", type=int, nargs="+", default=CHUNKS, help="leaves of a chunk")
+    arguments = parser.parse_args()
+    multiprocessing.set_start_method("spawn")
+    binary = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin")
+    if binary is None:
+        sys.exit("goodput: needs mosquitto; install it, or put it into /usr/local/sbin")
+    said = subprocess.run([binary, "-h"], capture_output=True, text=True, check=False).stdout
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{processor()}, {multiprocessing.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "versions": {
+            "Mosquitto": said.split()[2], "Python": platform.python_version(),
+            **{n: version(n) for n in ("fedprune", "paho-mqtt")},
+        },
+        "repeats": arguments.repeats,
+        "rows": measure(arguments.repeats, tuple(arguments.chunks), binary),
+    }  # fmt: skip
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    arguments.output.with_suffix(".md").write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
