@@ -21,6 +21,7 @@ from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.state import Progress as Part
+from fedprune.coordination.state import named_in
 from fedprune.errors import BrokerError, ProtocolError
 from fedprune.job import Job
 from fedprune.wire.blob_ref import BlobRef
@@ -268,6 +269,7 @@ class Daemon:
         self._garbage.suspect(before - state.references())
         if isinstance(event, on.Extracted):
             self._garbage.spare(graphs_of(event.offer), state.round)
+            self._garbage.suspect(named_in(event.offer))  # its device may have been let go meanwhile
         if isinstance(event, on.UpdateRejected):
             log.warning("update of %s in round %d doesn't count: %s", event.device, event.round, event.reason)
             if ran_away(event.reason):

@@ -15,7 +15,8 @@ from fedprune.chance import keyed
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.attendance import Attendance
-from fedprune.coordination.desk import LATE, Commands, Desk, based, steps_of
+from fedprune.coordination.desk import Commands, Desk, based, steps_of
+from fedprune.coordination.dismissal import LATE
 from fedprune.coordination.shares import Shares, plain
 from fedprune.coordination.state import Phase, Progress, State, Task
 from fedprune.job import Job
