@@ -21,7 +21,6 @@ from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.state import Progress as Part
-from fedprune.coordination.state import named_in
 from fedprune.errors import BrokerError, ProtocolError
 from fedprune.job import Job
 from fedprune.wire.blob_ref import BlobRef
@@ -33,7 +32,6 @@ from fedprune.wire.transfer import Serve
 from fedprune_server.divergence import ran_away, remedy
 from fedprune_server.downloads import Downloads
 from fedprune_server.garbage import Garbage
-from fedprune_server.offers import graphs_of
 from fedprune_server.post import Doubled, Post, ShutOut, Supervised, Wire
 from fedprune_server.reception import Reception
 from fedprune_server.rollout_desk import RolloutDesk
@@ -268,8 +266,7 @@ class Daemon:
         self._storage.save(state, event, now, self.traffic)
         self._garbage.suspect(before - state.references())
         if isinstance(event, on.Extracted):
-            self._garbage.spare(graphs_of(event.offer), state.round)
-            self._garbage.suspect(named_in(event.offer))  # its device may have been let go meanwhile
+            self._garbage.made(event.offer, state.round)
         if isinstance(event, on.UpdateRejected):
             log.warning("update of %s in round %d doesn't count: %s", event.device, event.round, event.reason)
             if ran_away(event.reason):

@@ -56,8 +56,8 @@ Item = on.Event | Trained | Left
 _ITEMS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
-        Trained, Left, on.DeviceBorn, on.DeviceDied, on.Scored, on.Extracted, on.Progressed, on.UpdateAnnounced, on.UpdateStored,
-        on.UpdateRejected, on.OfferRefused, on.Folded, on.Closed, on.Evaluated, on.Ticked,
+        Trained, Left, on.DeviceBorn, on.DeviceDied, on.Scored, on.Extracted, on.Progressed, on.UpdateAnnounced,
+        on.UpdateStored, on.UpdateRejected, on.OfferRefused, on.Folded, on.Closed, on.Evaluated, on.Ticked,
     )
 }  # fmt: skip
 

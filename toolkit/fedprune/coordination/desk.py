@@ -199,7 +199,7 @@ class Desk(ABC):
 
     def _task(
         self,
-        event: on.Extracted | on.UpdateStored | on.Folded | on.UpdateRejected | on.OfferRefused,
+        event: on.Extracted | on.Progressed | on.UpdateStored | on.Folded | on.UpdateRejected | on.OfferRefused,
         progress: Progress,
     ) -> Task | None:
         """The task that an event is about, if it is still awaited and at this point."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -289,7 +290,7 @@ def _named(past: dict[str, Any] | None) -> set[str]:
     return {past[k] for k in ("weights", "ranking", "mask") if past[k]} if past else set()
 
 
-def named_in(offer: dict[str, Any]) -> set[str]:
+def named_in(offer: Mapping[str, Any]) -> set[str]:
     """Digests of the blobs that an offer names, alone or by precision and the like."""
     found = [v for v in offer.values() if isinstance(v, dict)]
     found += [v for named in found for v in named.values() if isinstance(v, dict)]
