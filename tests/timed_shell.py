@@ -1,4 +1,4 @@
-"""A fleet on a virtual clock, without network or weights: devices that take their time, tell how far they are, vanish."""
+"""A fleet on a virtual clock, without network or weights: devices that take their time and say how far they are."""
 
 from __future__ import annotations
 

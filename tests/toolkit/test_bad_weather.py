@@ -268,13 +268,9 @@ class Weather(RuleBasedStateMachine):
 
     def unheard(self) -> list[on.Event]:
         """Updates that a device still holds, and says again."""
-        awaited = []
-        for name, update in self.updates.items():
-            task = self.state.tasks.get(name)
-            if task is not None and task.progress in (Progress.OFFERED, Progress.PULLING):
-                if (update.round, update.attempt) == (self.state.round, task.attempt):
-                    awaited.append(update)
-        return list(awaited)
+        awaited = (Progress.OFFERED, Progress.PULLING)
+        parts = {n: (self.state.round, t.attempt) for n, t in self.state.tasks.items() if t.progress in awaited}
+        return [u for n, u in self.updates.items() if parts.get(n) == (u.round, u.attempt)]
 
 
 Weather.TestCase.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)

@@ -1,4 +1,4 @@
-"""Deadlines from progress: who is too slow is given up early, who goes on is waited for, and no device's clock counts."""
+"""Deadlines from progress: who is too slow is given up early, and who goes on is waited for."""
 
 from __future__ import annotations
 

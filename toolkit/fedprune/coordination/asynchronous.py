@@ -47,6 +47,7 @@ class AsynchronousCoordinator(Desk):
         A finished job goes on where it has been given more rounds.
         """
         state = self.state
+        state.keep_to(asynchronous=True)
         self._all_gone()
         if state.phase is Phase.FINISHED and not self._last():
             state.phase = Phase.WAITING

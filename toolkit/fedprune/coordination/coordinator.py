@@ -59,6 +59,7 @@ class Coordinator(Desk):
         changed; a round's deadline starts anew. A finished job goes on where it has been given more rounds.
         """
         state = self.state
+        state.keep_to(asynchronous=False)
         self._all_gone()
         if state.phase is Phase.FINISHED and not self._last():
             state.phase = Phase.WAITING

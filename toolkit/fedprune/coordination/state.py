@@ -253,6 +253,18 @@ class State:
                 for n, t in self.tasks.items()
             }
 
+    def keep_to(self, *, asynchronous: bool) -> None:
+        """Drop parts that were made under another kind of schedule; a round that has begun with them starts anew.
+
+        Args:
+            asynchronous: Whether the job is asynchronous now.
+        """
+        if all((t.basis is not None) == asynchronous for t in self.tasks.values()):
+            return
+        self.tasks, self.closing, self.deadline, self.wakes = {}, None, None, []
+        if self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):
+            self.phase, self.round = Phase.WAITING, self.round - 1
+
     def to_json(self) -> str:
         """As JSON text."""
         # `vars` instead of `asdict`: a large fleet's state is written at every event, and copying it first costs most.
