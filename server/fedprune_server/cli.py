@@ -102,6 +102,15 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--rounds", type=whole_number, metavar="N", help="rounds to run")
     run.add_argument("--devices", type=whole_number, metavar="N", help="a round starts when so many devices are there")
     run.add_argument("--participation", type=float, metavar="SHARE", help="share of the devices that a round asks")
+    run.add_argument(
+        "--schedule",
+        choices=("sync", "semi-async", "async"),
+        help="when the model moves (default: as the strategy does)",
+    )
+    run.add_argument("--over-selection", type=float, metavar="SHARE", help="ask so many more than a round needs")
+    run.add_argument("--fairness", type=float, metavar="SHARE", help="places that go to who has waited longest")
+    run.add_argument("--in-flight", type=whole_number, metavar="N", help="devices that work at a time (default: all)")
+    run.add_argument("--pace", type=float, metavar="X", help="give up who takes X times as long as half of the devices")
     run.add_argument("--deadline", type=float, metavar="S", help="seconds that a round waits for updates")
     run.add_argument(
         "--strategy", metavar="NAME", help="fedprune, subflot, ... (docs/strategies), or package.module:function"
@@ -127,7 +136,9 @@ def _run(arguments: argparse.Namespace) -> int:
     config = ServerConfig() if arguments.config is None else read_config(arguments.config)
     state = arguments.state or config.state
     names = ("name", "seed", "rounds", "devices", "participation", "strategy", "density")
-    job = {k: getattr(arguments, k) for k in names} | {"deadline_s": arguments.deadline}
+    weather = ("over_selection", "fairness", "in_flight", "pace")
+    job = {k: getattr(arguments, k) for k in (*names, *weather)} | {"deadline_s": arguments.deadline}
+    job["schedule"] = None if arguments.schedule is None else {"kind": arguments.schedule}
     server = {
         k: getattr(arguments, k)
         for k in (

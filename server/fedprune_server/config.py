@@ -172,6 +172,8 @@ def overridden(config: ServerConfig, job: Mapping[str, Any], server: Mapping[str
         ConfigError: A value is wrong.
     """
     chosen = {k: v for k, v in job.items() if v is not None}
+    if chosen.get("schedule", {}).get("kind") == config.job.schedule.get("kind"):
+        chosen.pop("schedule", None)  # with the other keys of the same kind
     values = {k: v for k, v in server.items() if v is not None}
 
     def build() -> ServerConfig:

@@ -31,7 +31,6 @@ from fedprune.wire.transfer import Serve
 from fedprune_server.divergence import ran_away, remedy
 from fedprune_server.downloads import Downloads
 from fedprune_server.garbage import Garbage
-from fedprune_server.offers import graphs_of
 from fedprune_server.post import Doubled, Post, ShutOut, Supervised, Wire
 from fedprune_server.reception import Reception
 from fedprune_server.rollout_desk import RolloutDesk
@@ -257,7 +256,7 @@ class Daemon:
         self._commands += self._coordinator.handle(event, self._now)
         self._taken.append(event)
         if isinstance(event, on.Extracted):
-            self._garbage.spare(graphs_of(event.offer), self.state.round)
+            self._garbage.made(event.offer, self.state.round)
         if isinstance(event, on.UpdateStored):
             self._garbage.suspect([event.weights])  # it may have come too late for anybody to want it
         if isinstance(event, on.UpdateRejected):

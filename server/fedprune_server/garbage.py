@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.coordination.roll import Roll
-from fedprune_server.offers import LatestGraphs
+from fedprune.coordination.state import named_in
+from fedprune_server.offers import LatestGraphs, graphs_of
 
 
 class Garbage:
@@ -54,6 +55,11 @@ class Garbage:
         They stay as long as `LatestGraphs` has them.
         """
         self._graphs.name(graphs, round_)
+
+    def made(self, offer: Mapping[str, Any], round_: int) -> None:
+        """An offer was made of a round; its device may have been let go meanwhile, and nothing refer to it."""
+        self.spare(graphs_of(offer), round_)
+        self.suspect(named_in(offer) | ({offer["ranking"]} if offer.get("ranking") else set()))
 
     def collect(self, state: State, arriving: AbstractSet[str]) -> None:
         """Delete what earlier rounds needed.

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedprune.coordination import State
 from fedprune.coordination import events as on
+from fedprune.coordination.pace import news, share_of
 from fedprune.coordination.state import Progress as Part
 from fedprune.errors import ProfileError, ProtocolError
 from fedprune.job import Job
@@ -217,6 +218,9 @@ class Reception:
             task = self._state.tasks.get(device)
             if task is not None and (message.round, message.attempt) == (self._state.round_of(task), task.attempt):
                 self._roster.heard(device, self._monotonic(), message)
+                share = share_of(message.phase, message.done, message.total) if self._job.pace else None
+                if share is not None and task.progress is Part.OFFERED and news(task, share):
+                    return on.Progressed(device, message.round, message.attempt, share)
             return None
         if isinstance(message, Refusal):
             reason = one_line(message.reason)

@@ -19,6 +19,7 @@ from fedprune.chance import keyed
 from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.pace import PARTS
 from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
@@ -290,9 +291,18 @@ class Simulation:
             gone = min(ready + chance.random() * took, run.leaves.get(name, ALWAYS))
             run.push(gone, on.DeviceDied(name, run.sessions[name]))
             run.online.discard(name)  # whatever is sent meanwhile does not arrive
+            self._reports(command, ready, took, gone)
             self._birth(name, gone + chance.exponential(self.experiment.dropouts.away_s))
         else:
+            self._reports(command, ready, took, ready + took)
             run.push(ready + took, Trained(name, command.round, command.attempt, command.offer))
+
+    def _reports(self, command: do.SendOffer, begun: float, took: float, until: float) -> None:
+        """What a board says of its training, where that decides anything."""
+        for part in range(PARTS if self.job.pace else 0):
+            at = begun + took * part / PARTS
+            if at < until:
+                self._run.push(at, on.Progressed(command.device, command.round, command.attempt, part / PARTS))
 
     def _train(self, bench: Bench, key: int, item: Trained) -> on.Event:
         device = self._devices[item.device]

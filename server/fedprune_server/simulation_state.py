@@ -56,12 +56,12 @@ Item = on.Event | Trained | Left
 _ITEMS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
-        Trained, Left, on.DeviceBorn, on.DeviceDied, on.Scored, on.Extracted, on.UpdateAnnounced, on.UpdateStored,
-        on.UpdateRejected, on.OfferRefused, on.Folded, on.Closed, on.Evaluated, on.Ticked,
+        Trained, Left, on.DeviceBorn, on.DeviceDied, on.Scored, on.Extracted, on.Progressed, on.UpdateAnnounced,
+        on.UpdateStored, on.UpdateRejected, on.OfferRefused, on.Folded, on.Closed, on.Evaluated, on.Ticked,
     )
 }  # fmt: skip
 
-_WORK = (Trained, on.UpdateAnnounced, on.UpdateStored)
+_WORK = (Trained, on.Progressed, on.UpdateAnnounced, on.UpdateStored)
 """What comes of a device's part in a round."""
 
 

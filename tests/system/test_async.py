@@ -31,6 +31,7 @@ JOBS = {
     "plain": 'strategy = "plain"\nrounds = 3\ndensity = 0.5',
     "fedasync": 'strategy = "fedasync"\nrounds = 12',
     "fedbuff": 'strategy = "fedbuff"\nrounds = 8\noptions = {buffer = 2}',
+    "semi-async": 'strategy = "plain"\nrounds = 5\ndensity = 0.5\nschedule = {kind = "semi-async", window_s = 0.5}',
     "pr-fl": 'strategy = "pr-fl"\nrounds = 6\noptions = {window_s = 0.4, interval = 2, floor = 0.3, patience = 1}',
 }
 CONFIG = """
@@ -88,7 +89,9 @@ def again(site: Site) -> list[Step]:
     return list(replay(site.state))
 
 
-@pytest.mark.parametrize("site", [pytest.param("plain", marks=pytest.mark.soak), "fedasync", "pr-fl"], indirect=True)
+@pytest.mark.parametrize(
+    "site", [pytest.param("plain", marks=pytest.mark.soak), "fedasync", "semi-async", "pr-fl"], indirect=True
+)
 def test_the_log_gives_the_same_models_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.start_all()
     state = finish(site)

@@ -19,6 +19,9 @@ RULES = get_args(Rule)
 _PLAIN = ("scorer", "warmup_rounds", "rule", "server_momentum")
 """What only the plain strategy reads."""
 
+_LATER = ("precision", "over_selection", "fairness", "in_flight", "pace", "schedule")
+"""Settings that earlier versions didn't have; empty or 0 where they change nothing."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -30,7 +33,14 @@ class Job:
         rounds: How many rounds to run.
         devices: A round starts when this many devices are there.
         participation: Share of the present devices that a round asks.
+        over_selection: Share of devices that a round asks beyond those, to close as soon as enough have delivered.
+        fairness: Share of a round's places that go to those who have waited longest; the others are drawn by lot.
+        in_flight: How many devices of a round may have an offer at a time, while the others wait for their turn; 0 for
+            all.
         deadline_s: Seconds that a round waits for updates after the offers went out.
+        pace: How many times as long as half of a round's devices took the others may take; 0 for up to the deadline.
+        schedule: Another schedule than the strategy's: `kind` (`sync`, `semi-async` or `async`) and keys of
+            `fedprune.schedule.Schedule`; empty for the strategy's own.
         byte_budget: Payload bytes that one device may cause per round, both ways; 0 for no limit of the job's own.
         strategy: A preset's name, or a composition of your own as `package.module:function`. `plain` is what the keys
             from `density` to `server_momentum` say.
@@ -50,7 +60,12 @@ class Job:
     rounds: int = 10
     devices: int = 1
     participation: float = 1.0
+    over_selection: float = 0.0
+    fairness: float = 0.0
+    in_flight: int = 0
     deadline_s: float = 600.0
+    pace: float = 0.0
+    schedule: dict[str, Any] = field(default_factory=dict)
     byte_budget: int = 0
     strategy: str = "plain"
     options: dict[str, Any] = field(default_factory=dict)
@@ -67,11 +82,14 @@ class Job:
             "seed": (0, 2**63 - 1),
             "rounds": (1, 10**6),
             "devices": (1, 10**6),
+            "in_flight": (0, 10**6),
             "byte_budget": (0, 2**50),
             "warmup_rounds": (0, 10**6),
         }
         real = {
             "participation": (0.0, 1.0),
+            "over_selection": (0.0, 10.0),
+            "fairness": (0.0, 1.0),
             "deadline_s": (0.0, 1e8),
             "density": (0.0, 1.0),
             "server_momentum": (0.0, 0.999),
@@ -82,6 +100,9 @@ class Job:
             setting_checks.number(f"job: {name}", getattr(self, name), least, most)
         if self.participation == 0 or self.deadline_s == 0:
             raise ConfigError("job: participation and deadline_s", expected="above 0")
+        setting_checks.number("job: pace", self.pace, 1 if self.pace else 0, 1000)
+        if not isinstance(self.schedule, Mapping) or not all(isinstance(k, str) for k in self.schedule):
+            raise ConfigError("job: schedule", expected="a table of settings, such as kind", got=shown(self.schedule))
         try:
             check_job(self.name)
         except ProtocolError as error:
@@ -126,7 +147,7 @@ class Job:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; a setting that came later is only there where it is not as by default."""
         body = asdict(self) | {"recipe": self.recipe.to_dict(), "precision": list(self.precision)}
-        return body if self.precision else {k: v for k, v in body.items() if k != "precision"}
+        return {k: v for k, v in body.items() if v or k not in _LATER}
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Job:

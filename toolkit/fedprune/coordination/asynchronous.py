@@ -15,7 +15,8 @@ from fedprune.chance import keyed
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.attendance import Attendance
-from fedprune.coordination.desk import LATE, Commands, Desk, based, steps_of
+from fedprune.coordination.desk import Commands, Desk, based, steps_of
+from fedprune.coordination.dismissal import LATE
 from fedprune.coordination.roll import Roll
 from fedprune.coordination.shares import Shares, plain
 from fedprune.coordination.state import Phase, Progress, State, Task
@@ -47,6 +48,7 @@ class AsynchronousCoordinator(Desk):
         A finished job goes on where it has been given more rounds.
         """
         state = self.state
+        state.keep_to(asynchronous=True)
         self._all_gone()
         if state.phase is Phase.FINISHED and not self._last():
             state.phase = Phase.WAITING

@@ -7,16 +7,22 @@ what runs in the field, and a crash is survived by loading the state and asking 
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from typing import Any
 
+from fedprune.architecture import Architecture
 from fedprune.chance import keyed
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.desk import LATE, Commands, Desk, based, steps_of
+from fedprune.coordination.desk import Commands, Desk, based, steps_of
+from fedprune.coordination.dismissal import TO_COME, Dismissal
+from fedprune.coordination.line import Line
+from fedprune.coordination.lot import ENOUGH, beyond, drawn, places
+from fedprune.coordination.pace import LOOKS, Pace, note
 from fedprune.coordination.roll import Roll
-from fedprune.coordination.state import Phase, Progress, Task
+from fedprune.coordination.state import Phase, Progress, State, Task
 from fedprune.fixed_point import MAX_WEIGHT
+from fedprune.job import Job
 from fedprune.wire.fields import believable
 
 
@@ -28,11 +34,24 @@ class Coordinator(Desk):
     round closes at its deadline with the updates that are on the server's disk; without any it starts anew with devices
     that are there then, chosen anew, under the next attempt number. The deadline counts from the last offer.
 
+    Who is asked, and whether a round closes without the slowest, is said in `lot`; who is given up before the deadline
+    in `pace`. Where only so many work at a time (`in_flight`), every device has the deadline for its own offer.
+
     Args:
         job: The job's settings.
         architecture: The global model's architecture.
         state: Where to go on; for a new job `State(model=digest of the initial weights)`.
     """
+
+    def __init__(self, job: Job, architecture: Architecture, state: State) -> None:
+        super().__init__(job, architecture, state)
+        self._pace = Pace(job.pace, self.deadline_s) if job.pace else None
+        self._dismissal = Dismissal(state, self._pace)
+        self._line: Line | None = None
+
+    def handle(self, event: on.Event, now: float) -> Commands:
+        """Take in one event and say what to do."""
+        return super().handle(event, now) + self._look_again(now)
 
     def resume(self, now: float) -> Commands:
         """What to do after the state was loaded: everything that may have been under way when the last shell ended.
@@ -41,16 +60,20 @@ class Coordinator(Desk):
         changed; a round's deadline starts anew. A finished job goes on where it has been given more rounds.
         """
         state = self.state
+        state.keep_to(asynchronous=False)
         self._all_gone()
         if state.phase is Phase.FINISHED and not self._last():
             state.phase = Phase.WAITING
+        state.wakes, self._line = [], None
         if state.phase is Phase.SCORING:
             return self._rescore(now)
         if state.phase is Phase.TRAINING:
             state.deadline = None
             commands: Commands = self._start_clock(now)
             for name, task in sorted(state.tasks.items()):
-                task.offered_at = None
+                # How fast a device is can't be told from what it said before we were away.
+                task.offered_at = task.begun = task.heard = None
+                task.deadline = None if task.deadline is None else now + self.deadline_s
                 if task.progress is Progress.EXTRACTING:
                     commands.append(self._extract(name, task))
                 elif task.progress is Progress.PULLING and task.update is not None:
@@ -58,7 +81,7 @@ class Coordinator(Desk):
                     commands.append(do.PullUpdate(name, state.round, task.attempt, task.update))
                 elif task.progress in (Progress.STORED, Progress.FOLDED):
                     commands.append(self._fold(name, task, task.weight))
-            return commands
+            return commands + self._next_turns(self._tally()) + self._look_again(now)
         if state.phase is Phase.CLOSING:
             return [self._close()]
         if state.phase is Phase.EVALUATING:
@@ -103,11 +126,15 @@ class Coordinator(Desk):
         share = self.schedule.participation or self.job.participation
         if self.state.round <= self.strategy.explores:
             share = 1.0
-        count = max(1, math.ceil(share * len(ready) - 1e-9))
+        count = places(share, len(ready))
+        asked = beyond(count, self.job.over_selection, len(ready))
+        self.state.wanted = count if count < asked else 0
         # A round that nobody finished isn't offered to the same silent devices for ever.
         lot = ("participation",) if attempt == 1 else ("participation", attempt)
         order = keyed(self.job.seed, self.state.round, *lot).permutation(len(ready))
-        chosen = {n: self.state.devices[n] for n in sorted(ready[i] for i in order[:count])}
+        waited = {n: self.state.devices[n].asked for n in ready}
+        names = drawn([ready[i] for i in order], waited, asked, self.job.fairness)
+        chosen = {n: self.state.devices[n] for n in sorted(names)}
         # Decided before any update is in: neither the order of arrival nor an update's own word changes what counts.
         counts = {n: 1 if self.uniform else d.samples for n, d in chosen.items()}
         total = sum(counts.values())
@@ -142,8 +169,31 @@ class Coordinator(Desk):
         return self._begin(now)
 
     def _collect(self, now: float) -> Commands:
-        self.state.phase = Phase.TRAINING
-        return [self._extract(n, t) for n, t in sorted(self.state.tasks.items())]
+        state = self.state
+        state.phase = Phase.TRAINING
+        if self.job.in_flight:
+            for task in state.tasks.values():
+                task.progress = Progress.QUEUED
+            self._line = None
+            return self._next_turns(self._tally())
+        return [self._extract(n, t) for n, t in sorted(state.tasks.items())]
+
+    def _next_turns(self, tally: Counter[Progress]) -> Commands:
+        """Parts for those who waited, as many as may work at a time."""
+        tasks = self.state.tasks
+        if not tally[Progress.QUEUED]:
+            return []
+        room = self.job.in_flight or len(tasks)
+        room -= sum(tally[p] for p in (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING))
+        self._line = self._line or Line(self.state)
+        names = self._line.next(room)
+        for name in names:
+            tasks[name].progress = Progress.EXTRACTING
+        return [self._extract(n, tasks[n]) for n in names]
+
+    def _tally(self) -> Counter[Progress]:
+        """How many of the round's parts are how far."""
+        return self.state.tasks.counts
 
     def _extracted(self, event: on.Extracted, now: float) -> Commands:
         task = self._task(event, Progress.EXTRACTING)
@@ -151,17 +201,25 @@ class Coordinator(Desk):
             return []
         task.offer = event.offer
         task.progress, task.offered_at = Progress.OFFERED, now
+        task.deadline = now + self.deadline_s if self.job.in_flight else None
+        self.state.devices[event.device].asked = event.round
         return [do.SendOffer(event.device, event.round, event.attempt, event.offer), *self._start_clock(now)]
 
     def _start_clock(self, now: float) -> Commands:
         """Set the deadline once everything has been offered."""
         state = self.state
-        if state.deadline is not None or state.tasks.count(Progress.EXTRACTING):
+        if state.deadline is not None or state.tasks.count(*TO_COME):
             return []
         state.deadline = now + self.deadline_s
         return [do.Wake(state.deadline)]
 
     # Updates come in.
+
+    def _progressed(self, event: on.Progressed, now: float) -> Commands:
+        task = self._task(event, Progress.OFFERED)
+        if task is not None and self._pace is not None:
+            note(task, event.share, now)
+        return []
 
     def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
         state = self.state
@@ -175,12 +233,13 @@ class Coordinator(Desk):
             if task.progress is Progress.OFFERED and not late:
                 task.progress = Progress.PULLING
                 task.update = event.weights
+                task.trained_s = None if task.offered_at is None else now - task.offered_at
                 task.steps = steps_of(event, task)
                 task.metrics = believable(event.metrics)
                 return [do.PullUpdate(event.device, event.round, event.attempt, event.weights)]
             if task.progress is Progress.REFUSED:
                 return [do.Cancel(event.device, event.round, event.attempt, task.reason)]
-        if task is not None and event.round == state.round and task.progress is Progress.EXTRACTING:
+        if task is not None and event.round == state.round and task.progress in TO_COME:
             return []  # the offer that it gets in a moment says whether this update still counts
         reason = "the round is over" if late else "another offer took this one's place"
         return [do.Cancel(event.device, event.round, event.attempt, reason)]
@@ -209,30 +268,48 @@ class Coordinator(Desk):
 
     def _ticked(self, event: on.Ticked, now: float) -> Commands:
         state = self.state
-        if state.phase is not Phase.TRAINING or state.deadline is None:
+        if state.phase is not Phase.TRAINING:
             return []
-        if now < state.deadline:
-            return [do.Wake(state.deadline)]  # a clock was set back
-        late = [
-            (n, t) for n, t in sorted(state.tasks.items()) if not (t.progress.over or t.progress is Progress.STORED)
-        ]
-        number = state.round
-        for _, task in late:
-            task.progress = Progress.REFUSED
-            task.reason = LATE
+        over = state.deadline is not None and now >= state.deadline
+        if not over and not self._watchful:
+            return [] if state.deadline is None else [do.Wake(state.deadline)]  # a clock was set back
+        late, number = self._dismissal.late(now, over=over), state.round
+        for name, task, reason in late:
+            self._dismissal.let_go(name, task, reason)
         commands = self._go_on(now)
         # Whoever is asked once more gets an offer instead: if that is the same work, it goes on where it is.
-        again = {n for n, t in state.tasks.items() if t.progress is Progress.EXTRACTING}
-        return [*(do.Cancel(n, number, t.attempt, LATE) for n, t in late if n not in again), *commands]
+        again = {n for n, t in state.tasks.items() if t.progress in TO_COME}
+        return [*(do.Cancel(n, number, t.attempt, why) for n, t, why in late if n not in again), *commands]
+
+    @property
+    def _watchful(self) -> bool:
+        """Whether devices are looked at while the deadline passes."""
+        return self._pace is not None or bool(self.job.in_flight)
+
+    def _look_again(self, now: float) -> Commands:
+        """Ask for the next look at the devices, unless that was asked for."""
+        state, until = self.state, now + self.deadline_s / LOOKS
+        if not self._watchful or state.phase is not Phase.TRAINING or any(now < at <= until for at in state.wakes):
+            return []
+        state.wakes = [until]
+        return [do.Wake(until)]
+
+    def _folded(self, event: on.Folded, now: float) -> Commands:
+        if self._task(event, Progress.STORED) is not None:
+            self.state.devices[event.device].cut = 0
+        return super()._folded(event, now)
 
     def _go_on(self, now: float) -> Commands:
-        state = self.state
-        folded = state.tasks.count(Progress.FOLDED)
-        if folded + state.tasks.count(Progress.REFUSED) < len(state.tasks):
-            return []
-        if folded:
+        state, tally = self.state, self._tally()
+        cancels: Commands = []
+        for name, task in (rest := self._dismissal.rest(tally)):
+            self._dismissal.let_go(name, task, ENOUGH)
+            cancels.append(do.Cancel(name, state.round, task.attempt, ENOUGH))
+        if not rest and not all(p.over for p, count in tally.items() if count):
+            return self._next_turns(tally)
+        if tally[Progress.FOLDED]:
             state.phase = Phase.CLOSING
-            return [self._close()]
+            return [*cancels, self._close()]
         # Nobody delivered. Whoever refused needs time to get better: the next attempt waits for the deadline.
         if state.deadline is None or now < state.deadline:
             return []

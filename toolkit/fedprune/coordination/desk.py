@@ -23,8 +23,6 @@ Commands = list[do.Command]
 MAX_FAILURES = 3
 """A device that refuses so many offers in a row, or whose updates don't count, is left out until it connects again."""
 
-LATE = "the deadline has passed"
-
 
 class Desk(ABC):
     """What a coordinator does, however its rounds go.
@@ -82,6 +80,8 @@ class Desk(ABC):
                 return self._scored(event, now)
             case on.Extracted():
                 return self._extracted(event, now)
+            case on.Progressed():
+                return self._progressed(event, now)
             case on.UpdateAnnounced():
                 return self._announced(event, now)
             case on.UpdateStored():
@@ -133,6 +133,10 @@ class Desk(ABC):
     @abstractmethod
     def _extracted(self, event: on.Extracted, now: float) -> Commands:
         """A part is ready: offer it, and set its deadline or the round's."""
+
+    def _progressed(self, event: on.Progressed, now: float) -> Commands:
+        """A device is so far: nothing follows from that where deadlines are fixed."""
+        return []
 
     @abstractmethod
     def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
@@ -195,7 +199,7 @@ class Desk(ABC):
 
     def _task(
         self,
-        event: on.Extracted | on.UpdateStored | on.Folded | on.UpdateRejected | on.OfferRefused,
+        event: on.Extracted | on.Progressed | on.UpdateStored | on.Folded | on.UpdateRejected | on.OfferRefused,
         progress: Progress,
     ) -> Task | None:
         """The task that an event is about, if it is still awaited and at this point."""
@@ -216,8 +220,11 @@ class Desk(ABC):
         if known is not None and known.online and event.session < known.session:
             return False
         device = Device(event.session, True, event.profile, event.probe, event.samples)
-        if known is not None:
+        if known is None:
+            device.asked = state.round
+        else:
             device.past, device.last = known.past, known.last
+            device.asked, device.cut = known.asked, known.cut
             device.allocation, device.buffer = known.allocation, known.buffer
         state.devices[event.device] = device
         self.allocator.admit(self.fleet, event.device, known)

@@ -53,6 +53,7 @@ class Roll(dict[str, E], Generic[E]):
     Attributes:
         changed: Names of entries that were put, replaced, changed or taken away since `settle`.
         version: Grows with every change.
+        counts: How many entries are of each kind.
     """
 
     def __init__(self, entries: Mapping[str, E] | Iterable[tuple[str, E]] = ()) -> None:
@@ -60,12 +61,12 @@ class Roll(dict[str, E], Generic[E]):
         self.changed: set[str] = set()
         self.version = 0
         self._kinds: dict[str, Hashable] = {}
-        self._counts = Counter[Hashable]()
+        self.counts = Counter[Any]()
         self.update(entries)
 
     def count(self, *kinds: Hashable) -> int:
         """How many entries are of any of these kinds."""
-        return sum(self._counts[k] for k in kinds)
+        return sum(self.counts[k] for k in kinds)
 
     def settle(self) -> None:
         """What has changed is taken care of."""
@@ -76,10 +77,10 @@ class Roll(dict[str, E], Generic[E]):
         self.changed.add(name)
         self.version += 1
         if name in self._kinds:
-            self._counts[self._kinds.pop(name)] -= 1
+            self.counts[self._kinds.pop(name)] -= 1
         if name in self:
             kind = self._kinds[name] = self[name].kind
-            self._counts[kind] += 1
+            self.counts[kind] += 1
 
     def __setitem__(self, name: str, entry: E) -> None:
         same = name in self and self[name] == entry

@@ -29,6 +29,7 @@ class Phase(str, Enum):
 class Progress(str, Enum):
     """Where one device's part in a round stands."""
 
+    QUEUED = "queued"
     EXTRACTING = "extracting"
     OFFERED = "offered"
     PULLING = "pulling"
@@ -61,6 +62,8 @@ class Device(Entry):
             channels that they keep.
         past: Its last counted update (`fedprune.coordination.commands.Past`), where the strategy keeps that.
         last: The round of the offer behind its last counted update; 0 before the first.
+        asked: The round that it was last offered or, before the first, the one during which it came.
+        cut: Rounds in a row, of those that it was offered, that closed before it was done.
         allocation: What the strategy's allocator remembers of it.
         buffer: Asynchronous jobs: its last counted update (`fedprune.coordination.commands.Contribution`) where the
             schedule keeps that, and what it counted for.
@@ -79,6 +82,8 @@ class Device(Entry):
     density: float = 1.0
     past: dict[str, Any] | None = None
     last: int = 0
+    asked: int = 0
+    cut: int = 0
     allocation: dict[str, Any] = field(default_factory=dict)
     buffer: dict[str, Any] | None = None
 
@@ -130,9 +135,13 @@ class Task(Entry):
         last: The round of the offer behind that; 0 for none.
         basis: Asynchronous jobs: what it was cut from (`fedprune.coordination.commands.Basis`); else the state says it.
         offered_at: When it was offered first, on the shell's clock; None before, and where a restart lies between.
-        seconds: How long it took from then until its update was here.
+        trained_s: How long it took from then until it announced its update; None before, and as `offered_at`.
+        begun: When it first told how much of its training was done, and the share; None before.
+        heard: The same for the last time.
+        seconds: How long it took from the offer until its update was here.
         arrived_at: Asynchronous jobs: when its update was here.
-        deadline: Asynchronous jobs: when it is late or, if it was refused, when it may be tried again.
+        deadline: When it is late, where devices have deadlines of their own; in asynchronous jobs, if it was refused,
+            when it may be tried again.
         told: Asynchronous jobs: whether a finished round's summary has it already.
     """
 
@@ -152,6 +161,9 @@ class Task(Entry):
     last: int = 0
     basis: dict[str, Any] | None = None
     offered_at: float | None = None
+    trained_s: float | None = None
+    begun: list[float] | None = None
+    heard: list[float] | None = None
     seconds: float | None = None
     arrived_at: float | None = None
     deadline: float | None = None
@@ -170,7 +182,7 @@ class Task(Entry):
     def references(self) -> set[str]:
         """Digests of the blobs that it needs."""
         found = {self.weights, (self.offer or {}).get("ranking")}
-        found |= _named(self.past) | _cut_from(self.basis) | _offered(self.offer or {})
+        found |= _named(self.past) | _cut_from(self.basis) | named_in(self.offer or {})
         return {d for d in found if d}
 
     def reject(self, reason: str) -> None:
@@ -209,10 +221,11 @@ class State:
         memory: Digests of what the strategy's roles remember, by name.
         allocation: What the strategy's allocator remembers of the fleet.
         deadline: When the current round stops waiting, on the shell's clock.
+        wanted: Updates with which the current round closes; 0 for all.
         opened: Asynchronous jobs: when the current round began to collect.
         closing: Asynchronous jobs: what enters the sums that are being closed: which updates for the first time, what
             each counts for, and how far the sums move the model.
-        wakes: Asynchronous jobs: times at which the shell was asked to say that time has passed, and has not yet.
+        wakes: Times at which the shell was asked to say that time has passed, and has not yet.
         history: One summary per finished round.
         architecture: Digest of the architecture that rankings and widths belong to, where the shell keeps that.
     """
@@ -227,6 +240,7 @@ class State:
     memory: dict[str, str] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
     deadline: float | None = None
+    wanted: int = 0
     opened: float | None = None
     closing: dict[str, Any] | None = None
     wakes: list[float] = field(default_factory=list)
@@ -299,6 +313,18 @@ class State:
                 for n, t in self.tasks.items()
             )
 
+    def keep_to(self, *, asynchronous: bool) -> None:
+        """Drop parts that were made under another kind of schedule; a round that has begun with them starts anew.
+
+        Args:
+            asynchronous: Whether the job is asynchronous now.
+        """
+        if all((t.basis is not None) == asynchronous for t in self.tasks.values()):
+            return
+        self.tasks, self.closing, self.deadline, self.wakes = Roll(), None, None, []
+        if self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):
+            self.phase, self.round = Phase.WAITING, self.round - 1
+
     def to_json(self) -> str:
         """As JSON text."""
         # `vars` instead of `asdict`: a large fleet's state is written at every event, and copying it first costs most.
@@ -340,7 +366,7 @@ def _named(past: dict[str, Any] | None) -> set[str]:
     return {past[k] for k in ("weights", "ranking", "mask") if past[k]} if past else set()
 
 
-def _offered(offer: dict[str, Any]) -> set[str]:
+def named_in(offer: Mapping[str, Any]) -> set[str]:
     """Digests of the blobs that an offer names, alone or by precision and the like."""
     found = [v for v in offer.values() if isinstance(v, dict)]
     found += [v for named in found for v in named.values() if isinstance(v, dict)]

@@ -20,6 +20,7 @@ from fedprune.strategies.own import own_strategy
 from fedprune.strategies.plain import plain
 from fedprune.strategies.pr_fl import pr_fl
 from fedprune.strategies.robust import robust
+from fedprune.strategies.scheduling import scheduled
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.subflot import subflot
 
@@ -54,14 +55,15 @@ PRESETS: dict[str, Preset] = {
 def compose(job: Job) -> Strategy:
     """The strategy of a job: a preset by its name, or a function of the user's as `package.module:function`.
 
-    The option `robust` goes with every strategy: it wraps the aggregator (`fedprune.strategies.robust`).
+    The option `robust` goes with every strategy: it wraps the aggregator (`fedprune.strategies.robust`). The job's
+    `schedule` takes the place of the strategy's own (`fedprune.strategies.scheduling`).
 
     Raises:
         ConfigError: There is no such strategy, or its options are wrong.
     """
     options = dict(job.options)
     settings = options.pop(ROBUST, None)
-    strategy = _compose(replace(job, options=options))
+    strategy = scheduled(_compose(replace(job, options=options)), job)
     return replace(strategy, aggregator=robust(strategy.aggregator, settings))
 
 
