@@ -24,7 +24,6 @@ from fedprune_export.importing import check_input, import_onnx, read_source
 from fedprune_server.config import ServerConfig, with_stored, without_password
 from fedprune_server.garbage import sweep
 from fedprune_server.own_samples import load_calibration, load_evaluation
-from fedprune_server.storage import FILE as DATABASE
 from fedprune_server.storage import LOCK, Storage
 from fedprune_server.worker import Worker
 
@@ -253,10 +252,7 @@ def stored_config(folder: Path, config: ServerConfig, chosen: Mapping[str, Any])
         StorageError: The folder is damaged.
         ConfigError: What it ran with no longer makes sense, such as a folder that has gone.
     """
-    if not (folder / DATABASE).is_file():
-        return config
-    with Storage.at(folder) as storage:
-        known = storage.settings()
+    known = Storage.settings_in(folder)
     if known is None:
         return config
     data: dict[str, Any] = {k: getattr(config, k) or known.get(k) for k in ("evaluation", "calibration")}
