@@ -22,14 +22,14 @@ from fedprune.coordination import State
 from fedprune.coordination.events import Event
 from fedprune.disk import storage_errors
 from fedprune.errors import StorageError
-from fedprune_server.database import Database
+from fedprune_server.database import Database, mark, put_mark
+from fedprune_server.database_place import FILE, PLACE, url_of
 from fedprune_server.schema import DEVICES, EVENTS, META, ROUNDS, decoded, device_row, encoded, round_row
 from fedprune_server.schema_migration import latest, migrate, revision
 
 log = logging.getLogger("fedprune.server")
 
 FORMAT = "fedprune.server/1"
-FILE = "server.db"
 LOCK = "lock"
 """Held by the server that runs on the folder."""
 
@@ -101,24 +101,31 @@ class Storage:
                         hint="Start the server of this version on it once, which migrates it.",
                     )
                 self._check_format(connection)
+                if create and self.database.postgresql and mark(connection) is None:
+                    put_mark(connection, "")
         except BaseException:
             self._engine.dispose()
             raise
 
     @classmethod
-    def at(cls, folder: Path) -> Storage:
+    def at(cls, folder: Path, database: str | None = None) -> Storage:
         """The database of a state folder, made where there is none.
 
         Only its owner may read it: the broker's address may hold a password.
+
+        Args:
+            folder: The state folder.
+            database: The database's URL, if somebody gave one; else the folder says it.
         """
-        path = folder / FILE
-        with storage_errors(f"can't write {path}"):
-            try:
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            except FileExistsError:
-                if path.stat().st_mode & 0o077:
-                    path.chmod(0o600)
-        return cls(_url(folder))
+        url, path = url_of(folder, database), folder / FILE
+        if url == _sqlite(folder):
+            with storage_errors(f"can't write {path}"):
+                try:
+                    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                except FileExistsError:
+                    if path.stat().st_mode & 0o077:
+                        path.chmod(0o600)
+        return cls(url)
 
     @classmethod
     def existing(cls, folder: Path) -> Storage:
@@ -127,8 +134,40 @@ class Storage:
         Raises:
             StorageError: There is none, this user may not read it, or as the constructor.
         """
+        cls._check_existing(folder)
+        return cls(url_of(folder), create=False)
+
+    @classmethod
+    def settings_in(cls, folder: Path, database: str | None = None) -> dict[str, Any] | None:
+        """What `put_settings` kept, also by an older version; None where there is nothing.
+
+        Nothing is migrated: a server of the older version may be running.
+
+        Args:
+            folder: The state folder.
+            database: The database's URL, if somebody gave one; else the folder says it.
+
+        Raises:
+            StorageError: The database is damaged, of a later version, or can't be read.
+        """
+        url = url_of(folder, database)
+        if url == _sqlite(folder) and not (folder / FILE).is_file():
+            return None
+        opened = Database(url, read_only=True)
+        try:
+            with opened.transaction() as connection:
+                if revision(connection, opened.url) is None:
+                    return None
+                text = connection.execute(sql.select(META.c.value).where(META.c.key == "settings")).scalar()
+        finally:
+            opened.close()
+        return None if text is None else dict(decoded(text, opened.url))
+
+    @staticmethod
+    def _check_existing(folder: Path) -> None:
         path = folder / FILE
         with storage_errors(f"can't read {path}"):
+            path = folder / PLACE if (folder / PLACE).is_file() else path
             there = path.is_file()
         if not there:
             raise StorageError(
@@ -141,29 +180,6 @@ class Storage:
                 f"can't read {path}: permission denied",
                 hint="Run the command as the server's user; the database may hold a broker's password.",
             )
-        return cls(_url(folder), create=False)
-
-    @classmethod
-    def settings_in(cls, folder: Path) -> dict[str, Any] | None:
-        """What `put_settings` kept in a state folder, also by an older version; None where there is nothing.
-
-        Nothing is migrated: a server of the older version may be running.
-
-        Raises:
-            StorageError: The database is damaged, of a later version, or can't be read.
-        """
-        if not (folder / FILE).is_file():
-            return None
-        database = Database(_url(folder), read_only=True)
-        try:
-            with database.transaction() as connection:
-                if revision(connection, database.url) is None:
-                    return None
-                query = sql.select(META.c.value).where(META.c.key == "settings")
-                text = connection.execute(query).scalar()
-        finally:
-            database.close()
-        return None if text is None else dict(decoded(text, database.url))
 
     def close(self) -> None:
         """Let go of the database."""
@@ -359,7 +375,7 @@ class Storage:
             yield connection
 
 
-def _url(folder: Path) -> str:
+def _sqlite(folder: Path) -> str:
     return f"sqlite:///{folder.resolve() / FILE}"
 
 
