@@ -20,6 +20,7 @@ from fedprune_server.identity_cli import name_of
 from fedprune_server.identity_cli import register as register_identity
 from fedprune_server.release_cli import add_release_command
 from fedprune_server.rollout_cli import add_rollout_command
+from fedprune_server.store_cli import add_store_commands
 
 log = logging.getLogger("fedprune.server")
 
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _register_demo(commands)
     add_release_command(commands)
     add_rollout_command(commands)
+    add_store_commands(commands)
     return parser
 
 

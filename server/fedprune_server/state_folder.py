@@ -6,7 +6,8 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,8 @@ class StateFolder:
         check_unowned(path)
         with storage_errors(f"can't use state folder {path}"):
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = _take_lock(path)
         try:
-            self._take_lock()
             self.store = BlobStore(path / BLOBS)
             self._database = url_of(path, database)
             if database is not None:
@@ -249,19 +249,41 @@ class StateFolder:
             state.architecture = digest
             self.storage.save(state, None, time.time())
 
-    def _take_lock(self) -> None:
-        until = time.monotonic() + _LOCK_PATIENCE_S
+
+def _take_lock(path: Path) -> int:
+    """The descriptor of a folder's lock, held."""
+    with storage_errors(f"can't use state folder {path}"):
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    until = time.monotonic() + _LOCK_PATIENCE_S
+    try:
         while True:
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
             except OSError as error:
                 # A server that was killed a moment ago may still have a child that holds the file open.
                 if time.monotonic() > until:
                     raise StorageError(
-                        f"another server runs on {self.path}", hint="Stop it, or give another --state folder."
+                        f"another server runs on {path}", hint="Stop it, or give another --state folder."
                     ) from error
             time.sleep(0.1)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+@contextmanager
+def folder_lock(path: Path) -> Iterator[None]:
+    """Keep servers off a state folder.
+
+    Raises:
+        StorageError: One runs on it, or it can't be used.
+    """
+    descriptor = _take_lock(path)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def stored_config(folder: Path, config: ServerConfig, chosen: Mapping[str, Any]) -> ServerConfig:
