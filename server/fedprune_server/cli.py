@@ -20,6 +20,7 @@ from fedprune_server.identity_cli import name_of
 from fedprune_server.identity_cli import register as register_identity
 from fedprune_server.release_cli import add_release_command
 from fedprune_server.rollout_cli import add_rollout_command
+from fedprune_server.store_cli import add_store_commands
 
 log = logging.getLogger("fedprune.server")
 
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _register_demo(commands)
     add_release_command(commands)
     add_rollout_command(commands)
+    add_store_commands(commands)
     return parser
 
 
@@ -73,6 +75,9 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--evaluation", metavar="DATA", help=".npz with x and y, or package.module:function")
     run.add_argument("--calibration", metavar="DATA", help="the same, labels not needed: for batch-norm statistics")
     run.add_argument("--state", type=Path, metavar="DIR", help="what must survive a crash (default: fedprune-state)")
+    run.add_argument(
+        "--database", metavar="URL", help="postgresql+psycopg://user@host/name (default: SQLite in the state folder)"
+    )
     run.add_argument("--broker", metavar="URL", help="embedded (default), mqtt://host[:port] or mqtts://host[:port]")
     run.add_argument(
         "--ca",
@@ -146,6 +151,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "evaluation",
             "calibration",
             "state",
+            "database",
             "broker",
             "ca",
             "host",
@@ -163,7 +169,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         stack.enter_context(_logged_to_stdout(arguments.verbose))
         identity = stack.enter_context(identity_of(config, insecure=arguments.insecure))
-        folder = stack.enter_context(StateFolder(config.state))
+        folder = stack.enter_context(StateFolder(config.state, config.database))
         profiles = () if config.profiles is None else (config.profiles,)
         for name in names_of_profiles(profiles) if profiles else ():
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it

@@ -19,9 +19,12 @@ EMBEDDED = "embedded"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 _TABLES = ("job", "model", "evaluation", "calibration", "server")
-_SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "profiles")
+_SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "database", "profiles")
 _SERVER_NUMBERS = ("port", "keep", "pulls", "workers", "max_devices")
 _SERVER_SWITCHES = ("archive",)
+_ELSEWHERE = ("state", "database")
+"""What the state folder itself is, or says; not among the settings that the database keeps."""
+
 _SERVER = (*_SERVER_TEXTS, *_SERVER_NUMBERS, *_SERVER_SWITCHES)
 _SIMULATED = ("devices", "data", "dropouts", "weather", "availability", "simulation")
 """Tables that only a simulation reads, so that one file serves both."""
@@ -45,6 +48,7 @@ class ServerConfig:
         host: The address on which the embedded broker listens.
         port: Its port, 0 for a free one, None for the usual one: 8883, or without TLS 1883.
         state: The folder in which everything lies that must survive a crash.
+        database: The database's URL; None for what the state folder says, at first SQLite in it.
         keep: How many of the latest global models are kept.
         archive: All models, updates and events are kept instead, for `fedprune-server replay`.
         pulls: From how many devices updates are pulled at the same time.
@@ -70,6 +74,7 @@ class ServerConfig:
     max_devices: int = 1000
     ca: Path | None = None
     input_shape: tuple[int, ...] | None = None
+    database: str | None = None
 
     def __post_init__(self) -> None:
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
@@ -111,8 +116,8 @@ class ServerConfig:
         return self.broker == EMBEDDED
 
     def server_settings(self) -> dict[str, Any]:
-        """What the table [server] says, as JSON, with paths that hold in every folder; all but the state folder."""
-        values = {k: getattr(self, k) for k in _SERVER if k != "state"}
+        """What the table [server] says, as JSON, with paths that hold in every folder; all but where that is kept."""
+        values = {k: getattr(self, k) for k in _SERVER if k not in _ELSEWHERE}
         return {k: str(v if v == SYSTEM else v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
 
 
@@ -194,7 +199,7 @@ def with_stored(config: ServerConfig, stored: Mapping[str, Any], chosen: Mapping
     Raises:
         ConfigError: A setting no longer makes sense.
     """
-    values = {k: v for k, v in stored.items() if k in _SERVER and chosen.get(k) is None}
+    values = {k: v for k, v in stored.items() if k in _SERVER and k not in _ELSEWHERE and chosen.get(k) is None}
     broker = str(chosen.get("broker") or values.get("broker", EMBEDDED))
     for key in ("ca", "profiles"):
         if values.get(key) is not None:

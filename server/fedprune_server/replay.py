@@ -104,7 +104,7 @@ class _Replay:
         coordinator = coordinate(worker.job, worker.architecture, state)
         devices: tuple[str, ...] = ()
         for number, at, kind, body in log:
-            event = _event(number, kind, body)
+            event = event_of(number, kind, body)
             self._compare(number, event)
             finished = len(state.history)
             for command in coordinator.handle(event, at):
@@ -156,7 +156,12 @@ def _key(event: on.Event) -> tuple[Any, ...]:
     return (type(event), *(getattr(event, n, None) for n in ("round", "device", "attempt")))
 
 
-def _event(number: int, kind: str, body: dict[str, Any]) -> on.Event:
+def event_of(number: int, kind: str, body: dict[str, Any]) -> on.Event:
+    """A row of the log as the event that it was.
+
+    Raises:
+        StorageError: This version knows no such event.
+    """
     try:
         return _KINDS[kind](**body)
     except (KeyError, TypeError) as error:

@@ -6,7 +6,8 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from fedprune_device.owner import check_unowned
 from fedprune_export.imported import Model
 from fedprune_export.importing import check_input, import_onnx, read_source
 from fedprune_server.config import ServerConfig, with_stored, without_password
+from fedprune_server.database import check_url, shown
+from fedprune_server.database_place import keep as keep_place
+from fedprune_server.database_place import url_of
 from fedprune_server.garbage import sweep
 from fedprune_server.own_samples import load_calibration, load_evaluation
-from fedprune_server.storage import FILE as DATABASE
 from fedprune_server.storage import LOCK, Storage
 from fedprune_server.worker import Worker
 
@@ -63,21 +66,25 @@ class StateFolder:
 
     Args:
         path: The folder; made if missing.
+        database: The database's URL; by default the folder says it, or has the database itself.
 
     Raises:
+        ConfigError: The folder's job is in another database than the given one.
         StorageError: Another server runs on it, it is a device's, or it can't be used.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, database: str | None = None) -> None:
         self.path = path
         check_unowned(path)
         with storage_errors(f"can't use state folder {path}"):
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = _take_lock(path)
         try:
-            self._take_lock()
             self.store = BlobStore(path / BLOBS)
-            self.storage = Storage.at(path)
+            self._database = url_of(path, database)
+            if database is not None:
+                self._check_moved()
+            self.storage = Storage.at(path, database)
         except BaseException:
             os.close(self._lock)
             raise
@@ -153,10 +160,22 @@ class StateFolder:
         """
         if opened.source is not None:
             self.store.write_file(self.path / MODEL, opened.source)
+        keep_place(self.path, self._database)
         # After the model and before the first state: a crash in between leaves nothing that contradicts itself.
         self.storage.put_settings(opened.settings)
         if self.storage.load() is None:
             self.storage.save(opened.state, (), time.time())
+
+    def _check_moved(self) -> None:
+        """A database that knows nothing of the folder's job would begin another one."""
+        before = url_of(self.path)
+        if before == self._database or Storage.settings_in(self.path) is None:
+            return
+        if Storage.settings_in(self.path, self._database) is None:
+            raise ConfigError(
+                f"the job of {self.path} is in {shown(check_url(before))}, and the database that was given is empty",
+                hint="To move it there, use `fedprune-server backup`, and `restore --database` into a new folder.",
+            )
 
     def _check_name(self, config: ServerConfig, known: dict[str, Any], state: State | None) -> None:
         """A job of another name is another job."""
@@ -182,8 +201,12 @@ class StateFolder:
             return _source_bytes(config.model, config.input_shape), _name_of(config.model)
         path = self.path / MODEL
         with storage_errors(f"can't read {path}"):
-            raw = path.read_bytes()
-        if tensorfile.digest(raw) != known["model"]:
+            # A second server of a job, on a machine of its own, is given the model, too.
+            given = not path.exists() and config.model is not None and Path(config.model).is_file()
+            raw = read_source(str(config.model)) if given else path.read_bytes()
+        if given and tensorfile.digest(raw) == known["model"]:
+            self.store.write_file(path, raw)
+        elif tensorfile.digest(raw) != known["model"]:
             raise StorageError(f"{path} is damaged", hint="Restore the server's backup.")
         name = str(known["name"])
         # A torch factory may draw other weights each time; its job goes on with those that it drew first.
@@ -226,19 +249,41 @@ class StateFolder:
             state.architecture = digest
             self.storage.save(state, (), time.time())
 
-    def _take_lock(self) -> None:
-        until = time.monotonic() + _LOCK_PATIENCE_S
+
+def _take_lock(path: Path) -> int:
+    """The descriptor of a folder's lock, held."""
+    with storage_errors(f"can't use state folder {path}"):
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    until = time.monotonic() + _LOCK_PATIENCE_S
+    try:
         while True:
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
             except OSError as error:
                 # A server that was killed a moment ago may still have a child that holds the file open.
                 if time.monotonic() > until:
                     raise StorageError(
-                        f"another server runs on {self.path}", hint="Stop it, or give another --state folder."
+                        f"another server runs on {path}", hint="Stop it, or give another --state folder."
                     ) from error
             time.sleep(0.1)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+@contextmanager
+def folder_lock(path: Path) -> Iterator[None]:
+    """Keep servers off a state folder.
+
+    Raises:
+        StorageError: One runs on it, or it can't be used.
+    """
+    descriptor = _take_lock(path)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def stored_config(folder: Path, config: ServerConfig, chosen: Mapping[str, Any]) -> ServerConfig:
@@ -253,10 +298,7 @@ def stored_config(folder: Path, config: ServerConfig, chosen: Mapping[str, Any])
         StorageError: The folder is damaged.
         ConfigError: What it ran with no longer makes sense, such as a folder that has gone.
     """
-    if not (folder / DATABASE).is_file():
-        return config
-    with Storage.at(folder) as storage:
-        known = storage.settings()
+    known = Storage.settings_in(folder, chosen.get("database"))
     if known is None:
         return config
     data: dict[str, Any] = {k: getattr(config, k) or known.get(k) for k in ("evaluation", "calibration")}

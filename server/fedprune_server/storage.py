@@ -7,14 +7,14 @@ out. Whatever was done was therefore remembered first, and what was remembered c
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sqlite3
-import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import sqlalchemy as sql
 
@@ -23,14 +23,15 @@ from fedprune.coordination.events import Event
 from fedprune.coordination.roll import Roll
 from fedprune.coordination.state import Device, Task
 from fedprune.disk import storage_errors
-from fedprune.errors import StorageError, StorageFullError
+from fedprune.errors import StorageError
+from fedprune_server.database import Database, mark, put_mark
+from fedprune_server.database_place import FILE, PLACE, url_of
 from fedprune_server.roll_table import RollTable
 from fedprune_server.schema import (
     DEVICES,
     EVENTS,
     META,
     ROUNDS,
-    TABLES,
     TASKS,
     decoded,
     device_row,
@@ -38,15 +39,15 @@ from fedprune_server.schema import (
     round_row,
     task_row,
 )
+from fedprune_server.schema_migration import latest, migrate, revision
+
+log = logging.getLogger("fedprune.server")
 
 FORMAT = "fedprune.server/1"
-FILE = "server.db"
 LOCK = "lock"
 """Held by the server that runs on the folder."""
 
 _FROM_DEVICES = ("DeviceBorn", "DeviceDied", "UpdateAnnounced", "UpdateStored", "OfferRefused")
-_FULL = ("disk is full", "no space left", "could not extend file", "database or disk is full")
-_BUSY_S = 10
 _PRUNE_EVERY, _PAGE = 500, 1000
 LOGGED_EVENTS = 50_000
 """Events that the log keeps at least; older ones are deleted from time to time."""
@@ -57,22 +58,41 @@ PARTS_KEPT = 50_000
 Traffic = Mapping[str, tuple[int, int]]
 """Payload bytes by device: to it and from it."""
 
+_P = ParamSpec("_P")
+_Result = TypeVar("_Result")
+
+
+def _patient(
+    method: Callable[Concatenate[Storage, _P], _Result],
+) -> Callable[Concatenate[Storage, _P], _Result]:
+    """Let a method of one transaction outlast a database that is started again."""
+
+    @wraps(method)
+    def call(self: Storage, /, *args: _P.args, **kwargs: _P.kwargs) -> _Result:
+        return self.database.patiently(lambda: method(self, *args, **kwargs))
+
+    return call
+
 
 class Storage:
     """A job's database.
 
     Args:
         url: Where it is, as SQLAlchemy writes it, such as `sqlite:////var/lib/fedprune/server.db`.
-        create: Make what is missing. Whoever only looks must not, and opens it to read only.
+        create: Make what is missing, and migrate what is of an older version. Whoever only looks must not, and opens it
+            to read only.
         logged: How many events the log keeps at least; 0 for all.
+
+    Attributes:
+        url: The same without a password, for messages.
+        database: The connection to it.
 
     Raises:
         StorageError: The database is damaged, of another version or can't be opened.
-        StorageFullError: There is no room for it.
+        StorageFullError: There is no room for it, or for the copy that is made before it is migrated.
     """
 
     def __init__(self, url: str, *, create: bool = True, logged: int = LOGGED_EVENTS) -> None:
-        self.url = url
         self.logged = logged
         self._saved: State | None = None
         self._saved_state = ""
@@ -80,40 +100,50 @@ class Storage:
         self._devices = RollTable[Device](DEVICES, device_row)
         self._tasks = RollTable[Task](TASKS, task_row)
         self._saved_outsiders: dict[str, Any] = {}
-        with _translated(url):
-            if not create and url.startswith("sqlite:///"):
-                self._engine = _read_only(url)
-            else:
-                self._engine = sql.create_engine(url)
-                if self._engine.dialect.name == "sqlite":
-                    sql.event.listen(self._engine, "connect", _tune_sqlite)
+        self.database = Database(url, read_only=not create)
+        self.url = self.database.url
+        self._engine = self.database.engine
         try:
             with self._transaction() as connection:
                 self._check(connection)
-                if create:
-                    TABLES.create_all(connection)
-                    if self._meta(connection, "format") is None:
-                        self._put_meta(connection, "format", FORMAT)
-                elif not self._complete(connection):
-                    raise StorageError(f"{url} holds no job yet", hint="Has a server been started on it?")
+                found = revision(connection, self.url)
+                if create and found != latest():
+                    self._migrate(connection, found)
+                if found is None and not create:
+                    raise StorageError(f"{self.url} holds no job yet", hint="Has a server been started on it?")
+                if found not in (None, latest()) and not create:
+                    raise StorageError(
+                        f"{self.url} was written by an older version",
+                        expected=f"revision {latest()} of its schema",
+                        got=found,
+                        hint="Start the server of this version on it once, which migrates it.",
+                    )
+                self._check_format(connection)
+                if create and self.database.postgresql and mark(connection) is None:
+                    put_mark(connection, "")
         except BaseException:
             self._engine.dispose()
             raise
 
     @classmethod
-    def at(cls, folder: Path) -> Storage:
+    def at(cls, folder: Path, database: str | None = None) -> Storage:
         """The database of a state folder, made where there is none.
 
         Only its owner may read it: the broker's address may hold a password.
+
+        Args:
+            folder: The state folder.
+            database: The database's URL, if somebody gave one; else the folder says it.
         """
-        path = folder / FILE
-        with storage_errors(f"can't write {path}"):
-            try:
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            except FileExistsError:
-                if path.stat().st_mode & 0o077:
-                    path.chmod(0o600)
-        return cls(_url(folder))
+        url, path = url_of(folder, database), folder / FILE
+        if url == _sqlite(folder):
+            with storage_errors(f"can't write {path}"):
+                try:
+                    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                except FileExistsError:
+                    if path.stat().st_mode & 0o077:
+                        path.chmod(0o600)
+        return cls(url)
 
     @classmethod
     def existing(cls, folder: Path) -> Storage:
@@ -122,8 +152,40 @@ class Storage:
         Raises:
             StorageError: There is none, this user may not read it, or as the constructor.
         """
+        cls._check_existing(folder)
+        return cls(url_of(folder), create=False)
+
+    @classmethod
+    def settings_in(cls, folder: Path, database: str | None = None) -> dict[str, Any] | None:
+        """What `put_settings` kept, also by an older version; None where there is nothing.
+
+        Nothing is migrated: a server of the older version may be running.
+
+        Args:
+            folder: The state folder.
+            database: The database's URL, if somebody gave one; else the folder says it.
+
+        Raises:
+            StorageError: The database is damaged, of a later version, or can't be read.
+        """
+        url = url_of(folder, database)
+        if url == _sqlite(folder) and not (folder / FILE).is_file():
+            return None
+        opened = Database(url, read_only=True)
+        try:
+            with opened.transaction() as connection:
+                if revision(connection, opened.url) is None:
+                    return None
+                text = connection.execute(sql.select(META.c.value).where(META.c.key == "settings")).scalar()
+        finally:
+            opened.close()
+        return None if text is None else dict(decoded(text, opened.url))
+
+    @staticmethod
+    def _check_existing(folder: Path) -> None:
         path = folder / FILE
         with storage_errors(f"can't read {path}"):
+            path = folder / PLACE if (folder / PLACE).is_file() else path
             there = path.is_file()
         if not there:
             raise StorageError(
@@ -136,7 +198,6 @@ class Storage:
                 f"can't read {path}: permission denied",
                 hint="Run the command as the server's user; the database may hold a broker's password.",
             )
-        return cls(_url(folder), create=False)
 
     def close(self) -> None:
         """Let go of the database."""
@@ -154,9 +215,10 @@ class Storage:
             text = self._meta(connection, "settings")
         return None if text is None else dict(decoded(text, self.url))
 
+    @_patient
     def put_settings(self, body: Mapping[str, Any]) -> None:
         """Keep the job's settings, so that a server started on this folder alone can go on."""
-        with self._transaction() as connection:
+        with self._writing() as connection:
             self._put_meta(connection, "settings", encoded(body))
 
     def outsiders(self) -> dict[str, dict[str, Any]]:
@@ -167,15 +229,17 @@ class Storage:
         self._saved_outsiders = found
         return {str(name): dict(body) for name, body in found.items()}
 
+    @_patient
     def put_outsiders(self, devices: Mapping[str, Mapping[str, Any]]) -> None:
         """Keep which devices announced themselves and can't be planned for, and why; only what is new is written."""
         if devices == self._saved_outsiders:
             return
         body = {name: dict(device) for name, device in devices.items()}
-        with self._transaction() as connection:
+        with self._writing() as connection:
             self._put_meta(connection, "outsiders", encoded(body))
         self._saved_outsiders = body
 
+    @_patient
     def save(self, state: State, events: Sequence[Event], now: float, traffic: Traffic | None = None) -> bool:
         """Make events and the state after them durable, all or nothing.
 
@@ -203,7 +267,7 @@ class Storage:
         new_rounds = state.history[self._saved_rounds :]
         written = body != self._saved_state or bool(devices or tasks or new_rounds)
         if written:
-            with self._transaction() as connection:
+            with self._writing() as connection:
                 self._put_meta(connection, "state", body)
                 self._log(connection, events, now)
                 self._devices.write(connection, devices)
@@ -302,14 +366,22 @@ class Storage:
             found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
             if found != "ok":
                 raise StorageError(f"{self.url} is damaged ({found})", hint="Restore the server's backup.")
-        if sql.inspect(connection).has_table("meta"):
-            version = self._meta(connection, "format")
-            if version is not None and version != FORMAT:
-                raise StorageError(f"{self.url} was written by another version", expected=FORMAT, got=version)
 
-    def _complete(self, connection: sql.Connection) -> bool:
-        names = set(sql.inspect(connection).get_table_names())
-        return set(TABLES.tables) <= names and self._meta(connection, "format") is not None
+    def _migrate(self, connection: sql.Connection, found: str | None) -> None:
+        file = self.database.file
+        if found is not None and file is not None:
+            copy = file.with_name(f"{file.name}.revision-{found}")
+            self.database.copy(copy)
+            log.warning("%s is migrated from revision %s to %s; %s is as it was", self.url, found, latest(), copy)
+        elif found is not None:
+            log.warning("%s is migrated from revision %s to %s", self.url, found, latest())
+        migrate(connection, found)
+        self._put_meta(connection, "format", FORMAT)
+
+    def _check_format(self, connection: sql.Connection) -> None:
+        version = self._meta(connection, "format")
+        if version != FORMAT:
+            raise StorageError(f"{self.url} was written by another version", expected=FORMAT, got=version)
 
     def _history(self, connection: sql.Connection, parts: int | None = None) -> list[dict[str, Any]]:
         """Summaries of the finished rounds; only the latest have their devices, as many as make up so many parts."""
@@ -334,40 +406,14 @@ class Storage:
 
     @contextmanager
     def _transaction(self) -> Iterator[sql.Connection]:
-        with _translated(self.url), self._engine.begin() as connection:
+        with self.database.transaction() as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[sql.Connection]:
+        with self.database.writing() as connection:
             yield connection
 
 
-def _url(folder: Path) -> str:
+def _sqlite(folder: Path) -> str:
     return f"sqlite:///{folder.resolve() / FILE}"
-
-
-def _read_only(url: str) -> sql.Engine:
-    where = f"file:{urllib.parse.quote(url.removeprefix('sqlite:///'))}?mode=ro"
-    return sql.create_engine(
-        url, creator=lambda: sqlite3.connect(where, uri=True, timeout=_BUSY_S, check_same_thread=False)
-    )
-
-
-def _tune_sqlite(connection: Any, record: object) -> None:
-    cursor = connection.cursor()
-    # FULL: a commit is on the disk, not only in the system's cache, before anything that follows from it is done.
-    for line in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={_BUSY_S * 1000}"):
-        cursor.execute(f"PRAGMA {line}")
-    cursor.close()
-
-
-@contextmanager
-def _translated(url: str) -> Iterator[None]:
-    try:
-        yield
-    except sql.exc.SQLAlchemyError as error:
-        cause = getattr(error, "orig", None) or error
-        text = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-        if any(words in text.lower() for words in _FULL):
-            raise StorageFullError(
-                f"no room left for {url}", hint="Make room on the disk and start the server again; nothing is lost."
-            ) from error
-        raise StorageError(
-            f"{url}: {text}", hint="If the file is damaged, restore the server's backup; else check its permissions."
-        ) from error

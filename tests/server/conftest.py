@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from postgres import Postgres
 
 
 @pytest.fixture
@@ -19,3 +22,14 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
         return path
 
     monkeypatch.setattr(pictures, "_save", save)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server for databases that don't need it to be killed."""
+    made = Postgres()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()

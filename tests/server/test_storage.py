@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +13,10 @@ from hypothesis import strategies as st
 
 from fedprune.coordination import Coordinator, State
 from fedprune.coordination import events as on
-from fedprune.coordination.roll import Roll
 from fedprune.coordination.state import Device
 from fedprune.errors import StorageError, StorageFullError
 from fedprune_server.storage import FILE, Storage
+from stored_job import TO_THE_SECOND_ROUND, born, filled
 from toy import ARCHITECTURE, JOB
 
 
@@ -25,34 +24,6 @@ from toy import ARCHITECTURE, JOB
 def storage(tmp_path: Path) -> Iterator[Storage]:
     with Storage.at(tmp_path) as made:
         yield made
-
-
-def born(name: str, session: int = 1) -> on.DeviceBorn:
-    return on.DeviceBorn(name, session, {"name": "board"}, 10)
-
-
-OFFER = {"weights": {"sha256": "w" * 64, "size": 5}, "widths": [2], "recipe": JOB.recipe.to_offer()}
-TO_THE_SECOND_ROUND: list[on.Event] = [
-    *(born(name) for name in "abc"),
-    on.Scored(1, "r" * 64),
-    *(on.Extracted(1, name, 1, OFFER) for name in "abc"),
-    *(on.UpdateAnnounced(n, 1, 1, "w" * 64, {"sha256": "u" * 64}, 10, 5, {"loss": 0.1}) for n in "abc"),
-    *(on.UpdateStored(name, 1, 1, "u" * 64) for name in "abc"),
-    *(on.Folded(name, 1, 1) for name in "abc"),
-    on.Closed(1, "n" * 64),
-    on.Evaluated(1, {"accuracy": 0.5}),
-    on.Scored(2, "r" * 64),
-    *(on.Extracted(2, name, 1, OFFER) for name in "abc"),
-]
-
-
-def filled() -> State:
-    """A state in the middle of a second round."""
-    state = State(model="m" * 64)
-    coordinator = Coordinator(JOB, ARCHITECTURE, state)
-    for event in TO_THE_SECOND_ROUND:
-        coordinator.handle(event, 1.0)
-    return state
 
 
 def test_a_new_database_holds_no_state(storage: Storage) -> None:
@@ -116,23 +87,6 @@ def test_a_state_in_another_ones_place_leaves_nothing_of_it(storage: Storage, tm
     storage.save(state, (), 2.0)
     with Storage.at(tmp_path) as other:
         assert other.load() == state
-
-
-def test_parts_that_an_earlier_version_kept_with_the_state_are_found(storage: Storage, tmp_path: Path) -> None:
-    state = filled()
-    storage.save(state, (), 1.0)
-    with closing(sqlite3.connect(tmp_path / FILE)) as connection, connection:
-        connection.execute("DELETE FROM tasks")
-        connection.execute(
-            "UPDATE meta SET value = ? WHERE key = 'state'", [replace(state, history=[], devices=Roll()).to_json()]
-        )
-    with Storage.at(tmp_path) as other:
-        loaded = other.load()
-        assert loaded == state
-        loaded.tasks.clear()
-        other.save(loaded, (), 2.0)
-    with Storage.at(tmp_path) as other:
-        assert other.load() == loaded
 
 
 def test_old_rounds_devices_stay_on_the_disk_and_leave_the_memory(

@@ -1,0 +1,219 @@
+"""A state folder looked over: whether all that its job needs is there, whole, and says the same.
+
+Nothing is written. While a server runs on the folder, only what is still so at the end is held against it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedprune import tensorfile
+from fedprune.disk import storage_errors
+from fedprune.errors import FedpruneError, StorageError
+from fedprune.partial_blob import TABLE
+from fedprune.trust.authority import Authority
+from fedprune.trust.epoch import EpochFile
+from fedprune.trust.keys import SigningKey
+from fedprune.wire.blob_ref import leaf_table
+from fedprune_server.finding import Cure, Finding, Weight
+from fedprune_server.identity_folder import FOLDER as IDENTITY
+from fedprune_server.retelling import retold
+from fedprune_server.rollout_store import FILE as ROLLOUTS
+from fedprune_server.rollout_store import FOLDER as RELEASES
+from fedprune_server.shown_bytes import Advance
+from fedprune_server.state_folder import BLOBS, MODEL
+from fedprune_server.storage import Storage
+from fedprune_server.store_inventory import Inventory, Lying, inventory, lying
+
+_BACKUP = "Restore a backup; or, if one has the blob: fedprune-server check --repair --from BACKUP."
+_REPAIR = "`--repair` sees to it."
+
+
+def size_of(folder: Path) -> int:
+    """Bytes that a check reads of a state folder's blobs."""
+    return sum(_size(p) for root in (folder / BLOBS, folder / RELEASES) for p in lying(root).blobs.values())
+
+
+def check(folder: Path, advance: Advance, *, running: bool) -> Iterator[Finding]:
+    """Look a state folder over.
+
+    Args:
+        folder: The folder.
+        advance: Told how many bytes of blobs were read.
+        running: Whether a server runs on it.
+
+    Yields:
+        What was found, as it is found.
+
+    Raises:
+        StorageError: There is no database, it is damaged, or it can't be read: then nothing else can be said.
+    """
+    with Storage.existing(folder) as storage:
+        _whole(storage)
+        needs = inventory(storage)
+        yield from _rows(storage, needs)
+        yield from _model(folder, needs)
+        there = lying(folder / BLOBS)
+        wrong = list(_blobs(there, needs, advance))
+        if running:  # it may have gone on meanwhile, and deleted what it needs no more
+            needs = inventory(storage)
+            wrong = [f for f in wrong if f.blob in needs.needed and (f.cure is not Cure.FETCH or _lost(folder, f))]
+        yield from wrong
+        yield from _left_over(there, needs, running=running)
+        if not running:
+            yield from retold(folder, storage, needs)
+    yield from _beside(folder, advance)
+
+
+def _whole(storage: Storage) -> None:
+    """The database's own check, more thorough than at every start."""
+    with storage.database.transaction() as connection:
+        if storage.database.postgresql:
+            return  # whose pages are read below, and checked by its own sums
+        found = [str(r[0]) for r in connection.exec_driver_sql("PRAGMA integrity_check(3)")]
+    if found != ["ok"]:
+        raise StorageError(f"{storage.url} is damaged ({'; '.join(found)})", hint="Restore the server's backup.")
+
+
+def _rows(storage: Storage, needs: Inventory) -> Iterator[Finding]:
+    numbers = [r.get("round") for r in storage.rounds()]
+    if numbers != list(range(1, len(numbers) + 1)):
+        yield Finding(Weight.WRONG, f"{storage.url}: the rounds are not 1 to {len(numbers)}", "Restore a backup.")
+    if {r["name"] for r in storage.devices()} != set(needs.state.devices):
+        yield Finding(Weight.WRONG, f"{storage.url}: the devices are not those of the state", "Restore a backup.")
+    last = 0
+    for number, _, _, body in storage.events():
+        if last and number != last + 1:
+            yield Finding(Weight.NOTE, f"{storage.url}: the log has nothing between events {last} and {number}")
+        if not isinstance(body, dict):
+            yield Finding(Weight.WRONG, f"{storage.url}: event {number} is damaged", "Restore a backup.")
+        last = number
+
+
+def _model(folder: Path, needs: Inventory) -> Iterator[Finding]:
+    path = folder / MODEL
+    try:
+        with storage_errors(f"can't read {path}"):
+            good = tensorfile.digest(path.read_bytes()) == needs.settings.get("model")
+    except StorageError as error:
+        yield Finding(Weight.WRONG, error.what, "Put the model's file back, or restore a backup.")
+    else:
+        if not good:
+            yield Finding(Weight.WRONG, f"{path} is damaged", "Put the model's file back, or restore a backup.")
+
+
+def _blobs(there: Lying, needs: Inventory, advance: Advance) -> Iterator[Finding]:
+    for digest in sorted(needs.references - there.blobs.keys()):
+        yield Finding(Weight.WRONG, f"blob {digest} is missing", _BACKUP, Cure.FETCH, blob=digest)
+    for row in needs.state.history:
+        model = str(row["model"])
+        if model in needs.models - needs.references and model not in there.blobs:
+            yield Finding(
+                Weight.NOTE,
+                f"the model after round {row['round']} ({model}) isn't there, though `keep` asks for it",
+                "It was let go of if `keep` was smaller then; else a backup may have it.",
+                Cure.FETCH,
+                blob=model,
+            )
+    for digest, path in there.blobs.items():
+        yield from _blob(digest, path, there.tables.get(digest), advance, needed=digest in needs.needed)
+
+
+def _blob(digest: str, path: Path, table: Path | None, advance: Advance, *, needed: bool) -> Iterator[Finding]:
+    try:
+        with storage_errors(f"can't read {path}", missing=True):
+            data = path.read_bytes()
+    except FileNotFoundError:  # deleted since the folder was looked through
+        if needed:
+            yield Finding(Weight.WRONG, f"blob {digest} is missing", _BACKUP, Cure.FETCH, blob=digest)
+        return
+    advance(len(data))
+    if hashlib.sha256(data).hexdigest() != digest:
+        files = (path,) if table is None else (path, table)
+        if needed:
+            yield Finding(Weight.WRONG, f"blob {path} is damaged", _BACKUP, Cure.SET_ASIDE, files, digest)
+        else:
+            yield Finding(Weight.WRONG, f"blob {path} is damaged, and not needed", _REPAIR, Cure.DELETE, files, digest)
+    elif table is not None and _bytes(table) not in (None, leaf_table(data)):
+        yield Finding(Weight.WRONG, f"leaf table {table} is wrong", _REPAIR, Cure.DELETE, (table,), digest)
+
+
+def _left_over(there: Lying, needs: Inventory, *, running: bool) -> Iterator[Finding]:
+    orphans = [] if running or needs.archive else sorted(there.blobs.keys() - needs.needed)
+    lonely = [] if running else sorted(there.tables.keys() - there.blobs.keys())
+    unawaited = [p for p in there.partial if p.name.removesuffix(TABLE) not in needs.awaited]
+    orphaned = [p for d in orphans for p in (there.blobs[d], there.tables.get(d)) if p is not None]
+    for paths, what in (
+        (orphaned, "what nothing refers to (blobs and their leaf tables)"),
+        ([there.tables[d] for d in lonely], "leaf tables without a blob"),
+        ([] if running else unawaited, "parts of blobs that nobody sends any more"),
+        ([] if running else there.temporary, "temporary files"),
+    ):
+        if paths:
+            said = f"{what}: {len(paths)} files, {sum(map(_size, paths))} bytes"
+            yield Finding(Weight.NOTE, said, "They do no harm; `--repair` deletes them.", Cure.DELETE, tuple(paths))
+    if there.strange:
+        yield Finding(Weight.NOTE, f"{len(there.strange)} files that no server wrote, such as {there.strange[0]}")
+
+
+def _beside(folder: Path, advance: Advance) -> Iterator[Finding]:
+    """What is not the job's: rollouts and identity."""
+    rollouts = folder / RELEASES / ROLLOUTS
+    if rollouts.exists():
+        yield from _sqlite(rollouts, "Restore a backup of it, or delete it: boards that have their release keep it.")
+        there = lying(folder / RELEASES)
+        for digest, path in there.blobs.items():
+            for found in _blob(digest, path, there.tables.get(digest), advance, needed=True):
+                advice = found.advice if found.cure is Cure.DELETE else "Stop the rollout and begin it again."
+                yield Finding(found.weight, found.what, advice, found.cure, found.paths, digest)
+    if (folder / IDENTITY).is_dir():
+        yield from _sqlite(folder / IDENTITY / "identity.db", "Restore a backup of `identity/`.")
+        yield from _keys(folder / IDENTITY)
+
+
+def _sqlite(path: Path, advice: str) -> Iterator[Finding]:
+    try:
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        found = str(error)
+    if found != "ok":
+        yield Finding(Weight.WRONG, f"{path} is damaged ({found})", advice)
+
+
+def _keys(identity: Path) -> Iterator[Finding]:
+    """What of an identity can be read without being written to."""
+    for read in (
+        lambda: Authority(identity),
+        lambda: SigningKey.load(identity / "signing.key"),
+        lambda: EpochFile(identity / "epoch"),
+    ):
+        try:
+            read()
+        except FedpruneError as error:  # noqa: PERF203 - each may be damaged
+            yield Finding(Weight.WRONG, str(error))
+
+
+def _lost(folder: Path, finding: Finding) -> bool:
+    return not (folder / BLOBS / finding.blob[:2] / finding.blob).is_file()
+
+
+def _bytes(path: Path) -> bytes | None:
+    try:
+        with storage_errors(f"can't read {path}", missing=True):
+            return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

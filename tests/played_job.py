@@ -1,0 +1,59 @@
+"""A server's state folder as a job of one board leaves it, at any of its events; nothing is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedprune import profile_store
+from fedprune.coordination import State, coordinate
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune_server.config import ServerConfig
+from fedprune_server.digits import digits_model
+from fedprune_server.state_folder import StateFolder
+
+BOARD = profile_store.find("raspberry-pi-5").to_dict()
+JOB = Job(rounds=3, devices=1, scorer="magnitude", recipe=Recipe(max_steps=2))
+
+
+def play_job(
+    state: Path, *, events: int = 10**6, archive: bool = False, keep: int = 3, database: str | None = None
+) -> State:
+    """Play a job, or go on with one: the board sends back the weights that it got.
+
+    Args:
+        state: The state folder; made, with its model beside it, if missing.
+        events: After how many events to stop.
+        archive: As the server's setting.
+        keep: As the server's setting.
+        database: Where the database is, if not in the folder.
+
+    Returns:
+        The last state.
+    """
+    model = state.parent / "model.onnx"
+    if not model.exists():
+        model.write_bytes(digits_model())
+    known = (state / "model.onnx").exists()
+    config = ServerConfig(model=None if known else str(model), job=JOB, archive=archive, keep=keep)
+    with StateFolder(state, database) as folder:
+        opened = folder.open_job(config)
+        coordinator = coordinate(opened.job, opened.model.architecture, opened.state)
+        told: list[on.Event] = [on.Resumed() if known else on.DeviceBorn("a", 1, BOARD, 50)]
+        count = 0
+        while told and count < events:
+            event, count = told.pop(0), count + 1
+            commands = coordinator.handle(event, float(count))
+            folder.storage.save(coordinator.state, [event], float(count))
+            for command in commands:
+                if isinstance(command, do.SendOffer):
+                    weights = command.offer["weights"]
+                    known_by = (weights["sha256"], weights, 50, 2)
+                    told.append(on.UpdateAnnounced("a", command.round, command.attempt, *known_by))
+                elif isinstance(command, do.PullUpdate):
+                    told.append(on.UpdateStored("a", command.round, command.attempt, command.weights["sha256"]))
+                elif isinstance(command, (do.Score, do.Extract, do.Fold, do.Close, do.Evaluate)):
+                    told.append(opened.worker.execute(command))
+        return coordinator.state
