@@ -84,7 +84,7 @@ def _moved(strategy: Strategy, job: Job) -> Strategy:
             )
         return replace(strategy, schedule=None)
     setting_checks.only((*_EITHER, *_OF[kind]), body, f"job: schedule: kind {kind!r}")
-    defaults = {
+    defaults: dict[str, dict[str, Any]] = {
         "semi-async": {"window_s": job.deadline_s / 10},
         "async": {"arrivals": max(1, job.devices // 2)},
     }
