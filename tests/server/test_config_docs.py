@@ -19,11 +19,15 @@ def example() -> dict[str, object]:
     text = (DOCS / "run-a-fleet.md").read_text()
     block = re.search(r"```toml\n(.*?)```", text, re.DOTALL)
     assert block is not None
+    return parsed(block.group(1))
+
+
+def parsed(text: str) -> dict[str, object]:
     try:
         import tomllib
     except ModuleNotFoundError:
         import tomli as tomllib
-    return tomllib.loads(block.group(1))
+    return tomllib.loads(text)
 
 
 def test_the_example_configuration_is_valid(tmp_path: Path) -> None:
@@ -56,6 +60,12 @@ def test_the_example_names_the_right_defaults() -> None:
                 shown = json.dumps(str(default) if isinstance(default, Path) else default)
                 assert said.pop(field.name) == shown
     assert said == {}
+
+
+def test_the_other_tables_of_settings_are_valid(tmp_path: Path) -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", (DOCS / "run-a-fleet.md").read_text(), re.DOTALL)[1:]
+    jobs = [parse_config(parsed(block), "example", tmp_path).job for block in blocks]
+    assert [j.schedule["kind"] for j in jobs] == ["semi-async"]
 
 
 def test_every_exit_code_has_a_paragraph_that_says_how_to_resolve_it() -> None:
