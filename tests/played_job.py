@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from fedprune import profile_store
+import numpy as np
+
+from fedprune import profile_store, tensorfile
 from fedprune.coordination import State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.job import Job
 from fedprune.recipe import Recipe
+from fedprune.wire.blob_ref import BlobRef
 from fedprune_server.config import ServerConfig
 from fedprune_server.digits import digits_model
 from fedprune_server.state_folder import StateFolder
@@ -21,7 +26,7 @@ JOB = Job(rounds=3, devices=1, scorer="magnitude", recipe=Recipe(max_steps=2))
 def play_job(
     state: Path, *, events: int = 10**6, archive: bool = False, keep: int = 3, database: str | None = None
 ) -> State:
-    """Play a job, or go on with one: the board sends back the weights that it got.
+    """Play a job, or go on with one: the board adds the round's number to the weights that it got.
 
     Args:
         state: The state folder; made, with its model beside it, if missing.
@@ -41,7 +46,9 @@ def play_job(
     with StateFolder(state, database) as folder:
         opened = folder.open_job(config)
         coordinator = coordinate(opened.job, opened.model.architecture, opened.state)
-        told: list[on.Event] = [on.Resumed() if known else on.DeviceBorn("a", 1, BOARD, 50)]
+        session = opened.state.devices["a"].session + 1 if "a" in opened.state.devices else 1
+        told: list[on.Event] = [on.Resumed()] if known else []
+        told.append(on.DeviceBorn("a", session, BOARD, 50))
         count = 0
         while told and count < events:
             event, count = told.pop(0), count + 1
@@ -49,11 +56,19 @@ def play_job(
             folder.storage.save(coordinator.state, [event], float(count))
             for command in commands:
                 if isinstance(command, do.SendOffer):
-                    weights = command.offer["weights"]
-                    known_by = (weights["sha256"], weights, 50, 2)
+                    weights = BlobRef.of(trained(folder, command.offer, command.round)).to_dict()
+                    known_by = (command.offer["weights"]["sha256"], weights, 50, 2)
                     told.append(on.UpdateAnnounced("a", command.round, command.attempt, *known_by))
                 elif isinstance(command, do.PullUpdate):
+                    offer = coordinator.state.tasks["a"].offer or {}
+                    folder.store.put(trained(folder, offer, command.round))
                     told.append(on.UpdateStored("a", command.round, command.attempt, command.weights["sha256"]))
                 elif isinstance(command, (do.Score, do.Extract, do.Fold, do.Close, do.Evaluate)):
                     told.append(opened.worker.execute(command))
         return coordinator.state
+
+
+def trained(folder: StateFolder, offer: Mapping[str, Any], number: int) -> bytes:
+    """What the board makes of an offer."""
+    tensors = tensorfile.decode(folder.store.read(offer["weights"]["sha256"]))
+    return tensorfile.encode({k: v + np.float32(number) for k, v in tensors.items()})

@@ -1,12 +1,13 @@
-"""`fedprune-server check`: look after a server's state folder."""
+"""`fedprune-server check`, `backup` and `restore`: look after a server's state folder."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
-from fedprune.cli import with_extra
+from fedprune.cli import ended_by_signals, with_extra
 from fedprune.errors import ExitCode, StorageError, UsageError
 
 _STATE = "the folder of `run --state` (default: fedprune-state)"
@@ -23,6 +24,24 @@ def add_store_commands(commands: Any) -> None:
         "--from", dest="backup", type=Path, metavar="DIR", help="with --repair: a backup to take missing blobs from"
     )
     check.set_defaults(run=with_extra("server", _check))
+
+    backup = commands.add_parser("backup", help="copy all that a job needs, also while its server runs")
+    backup.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
+    backup.add_argument(
+        "--to", type=Path, required=True, metavar="PLACE", help="a folder, to which the next adds; or FILE.tar"
+    )
+    backup.set_defaults(run=with_extra("server", _backup))
+
+    restore = commands.add_parser("restore", help="make a state folder of a backup")
+    restore.add_argument(
+        "--from", dest="backup", type=Path, required=True, metavar="PLACE", help="what `backup --to` wrote"
+    )
+    restore.add_argument("--state", type=Path, required=True, metavar="DIR", help="the new state folder")
+    restore.add_argument(
+        "--database", metavar="URL", help="of an empty PostgreSQL database (default: SQLite in the folder)"
+    )
+    restore.add_argument("--dry-run", action="store_true", help="see whether the backup is whole, and write nothing")
+    restore.set_defaults(run=with_extra("server", _restore))
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -66,4 +85,44 @@ def _check(arguments: argparse.Namespace) -> int:
             hint="See above; docs/back-up.md says what to do.",
         )
     print(f"{folder}: all that its job needs is there and whole")
+    return int(ExitCode.OK)
+
+
+def _backup(arguments: argparse.Namespace) -> int:
+    from fedprune_server.backup import back_up
+    from fedprune_server.checkup import size_of
+    from fedprune_server.shown_bytes import shown_bytes
+
+    with ended_by_signals(), shown_bytes(f"backing {arguments.state} up", size_of(arguments.state)) as advance:
+        made = back_up(arguments.state, arguments.to, advance)
+    print(f"{arguments.to}: job {made.job} in round {made.round}, {len(made.entries)} files, {made.size} bytes")
+    if made.has_identity:
+        print("it has the server's private keys: whoever has it is the server, so keep it to yourself")
+    return int(ExitCode.OK)
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    from fedprune_server.restoring import check_target, opened, read_manifest, restore, verify
+    from fedprune_server.shown_bytes import shown_bytes
+
+    target: Path = arguments.state
+    with ended_by_signals(), opened(arguments.backup) as source:
+        manifest = read_manifest(source, arguments.backup)
+        if not arguments.dry_run:
+            check_target(target)
+        with shown_bytes(f"reading {arguments.backup}", manifest.size) as advance:
+            verify(source, manifest, advance)
+        print(
+            f"{arguments.backup} is whole: job {manifest.job} in round {manifest.round}, {len(manifest.entries)} files"
+        )
+        if arguments.dry_run:
+            return int(ExitCode.OK)
+        with shown_bytes(f"writing {target}", manifest.size) as advance:
+            restore(source, manifest, target, arguments.database, advance)
+    print(f"to go on: fedprune-server run --state {shlex.quote(str(target))}")
+    if manifest.has_identity:
+        print(
+            "first revoke again whoever was shut out since the backup (docs/security.md#a-backup-that-is-restored), "
+            "and see that the old server doesn't run any more"
+        )
     return int(ExitCode.OK)

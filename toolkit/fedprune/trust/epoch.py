@@ -18,6 +18,10 @@ _BLOCK = 256
 """Epochs that are written down at once: a fleet that connects doesn't make its server wait for the disk each time."""
 
 
+_AHEAD = 2**16
+"""Epochs by which a sender is never ahead of its clock: that many begin within a minute nowhere."""
+
+
 class EpochFile:
     """Where a sender keeps its epochs, beside the key that it signs with.
 
@@ -56,6 +60,17 @@ class EpochFile:
     def leap(self) -> None:
         """Let the next epoch be the time: the other side has heard a later one, of a copy of this disk perhaps."""
         self._latest = self._written
+
+    def pass_over(self) -> None:
+        """Use up all epochs that whoever this file was copied from may have used since, also ahead of the clock.
+
+        Raises:
+            StorageFullError: No room.
+            StorageError: The disk fails.
+        """
+        end = max(self._written, int(min(1000 * self._clock(), _LAST_TIME))) + _AHEAD
+        write_whole(self._path, json.dumps({"v": 1, "epoch": end}).encode())
+        self._latest = self._written = end
 
 
 def _read(path: Path) -> int:
