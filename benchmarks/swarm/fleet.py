@@ -141,7 +141,7 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Read the spec's path and the result's from the command line."""
     spec = json.loads(Path(sys.argv[1]).read_text())
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     Path(sys.argv[2]).write_text(json.dumps(asyncio.run(run(spec))))
 
