@@ -79,10 +79,11 @@ class Fleet:
             self.boards.append(Board(self.works, index, profile.name, probe.to_dict(), samples, train_s))
 
     async def connect(self) -> None:
-        """Connect all devices; each announces itself as soon as it listens."""
+        """Connect all devices, `arrivals` a second; each announces itself as soon as it listens."""
         loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(CONNECTING)
 
         async def one(board: Board) -> None:
+            await asyncio.sleep((board.index - self.boards[0].index) / self._spec["arrivals"])
             async with gate:
                 _, session = await loop.create_connection(board.new_session, self._spec["host"], self._spec["port"])
                 await session.up

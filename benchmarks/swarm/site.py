@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ import psutil
 
 from fedprune.errors import BrokerError, FedpruneError
 
+_ROOT = Path(__file__).parents[2]
 _EVERY_S = 1.0
 _START_S = 30.0
 _STOP_S = 60.0
@@ -88,7 +90,9 @@ class Site:
     def start(self, name: str, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
         """Start a process; what it says goes to `{name}.log`."""
         with (self.folder / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen([str(c) for c in command], stdout=log, stderr=log, cwd=self.folder)
+            process = subprocess.Popen(
+                [str(c) for c in command], stdout=log, stderr=log, cwd=self.folder, env=_environment()
+            )
         with self._lock:
             self._processes[name] = process
             self.watched[name] = Watch()
@@ -183,6 +187,12 @@ def find_mosquitto() -> str:
     if found is None:
         raise BrokerError("Mosquitto is not installed", hint="Debian and Ubuntu: apt-get install mosquitto.")
     return found
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with which a child finds this package, too."""
+    before = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *([before] if before else [])])}
 
 
 def _free_port() -> int:
