@@ -38,6 +38,9 @@ _ROUND = (
     "| devices | round | counted | marks | off | arrive s | offers s | updates s | close s | evaluate s | round s "
     "| updates/s |"
 )
+_LASTED = {"offers": 1, "updates": 1, "close": 2, "evaluate": 2, "round": 1}
+"""Digits of the seconds that a round's parts lasted."""
+
 _LATENCY = "| devices | round | question | asked | p50 | p95 | p99 | largest | open |"
 _PROCESS = (
     "| devices | server peak MB | with children MB | server CPU s | ms per update | broker MB | broker CPU s "
@@ -77,11 +80,10 @@ def _of_rounds(row: Row) -> list[str]:
         checked = found.get(each["round"], {})
         marks = f"{checked['least_times']:.4f}–{checked['most_times']:.4f}" if "least_times" in checked else "–"
         rate = each["accepted"] / each["updates_s"] if each.get("updates_s") else None
+        lasted = " | ".join(_number(each.get(f"{name}_s"), digits) for name, digits in _LASTED.items())
         lines.append(
             f"| {row['devices']:,} | {each['round']} | {checked.get('counted', 0):,} | {marks} "
-            f"| {_number(checked.get('ulps'), 2)} | {_number(row['connect_s'], 1)} "
-            f"| {_number(each.get('offers_s'), 1)} | {_number(each.get('updates_s'), 1)} "
-            f"| {_number(each.get('close_s'), 2)} | {_number(each.get('evaluate_s'), 2)} | {_number(each.get('round_s'), 1)} | {_number(rate, 0)} |"
+            f"| {_number(checked.get('ulps'), 2)} | {_number(row['connect_s'], 1)} | {lasted} | {_number(rate, 0)} |"
         )
     return lines
 

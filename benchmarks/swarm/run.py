@@ -115,8 +115,8 @@ def _swarm(place: Site, size: Size) -> dict[str, Any]:
     for name, part in zip(PROCESSES, ((0, CALLERS), (CALLERS, size.devices)), strict=True):
         path = place.folder / f"{name}.json"
         path.write_text(json.dumps(spec | {"indices": part}))
-        module = ["-m", f"benchmarks.swarm.{name}", path, place.folder / f"{name}-result.json"]
-        processes[name] = place.start(name, [sys.executable, *module])
+        result = place.folder / f"{name}-result.json"
+        processes[name] = place.start(name, [sys.executable, "-m", f"benchmarks.swarm.{name}", path, result])
     for name, process in processes.items():
         process.wait(size.limit_s + _END_S)
         if process.returncode:

@@ -12,11 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import psutil
 
 from fedprune.errors import BrokerError, FedpruneError
 
@@ -50,21 +48,20 @@ class Watch:
     shared_peak: int = 0
     children: int = 0
     cpu_s: float = 0.0
-    _ended: dict[int, float] = field(default_factory=dict)
+    _cpu_s: dict[int, float] = field(default_factory=dict)
 
-    def look(self, process: psutil.Process) -> None:
-        """Take its measures now."""
-        family = [process, *process.children(recursive=True)]
-        self.peak = max(self.peak, _status(process.pid, "VmHWM"))
-        self.shared_peak = max(self.shared_peak, sum(_pss(p.pid) for p in family))
+    def look(self, pid: int) -> None:
+        """Take the measures of this process and those below it now.
+
+        Raises:
+            OSError: It has ended.
+        """
+        family = _family(pid)
+        self.peak = max(self.peak, _kib(pid, "status", "VmHWM"))
+        self.shared_peak = max(self.shared_peak, sum(_kib(each, "smaps_rollup", "Pss") for each in family))
         self.children = max(self.children, len(family) - 1)
-        for each in family:
-            try:
-                times = each.cpu_times()
-            except psutil.NoSuchProcess:
-                continue
-            self._ended[each.pid] = times.user + times.system
-        self.cpu_s = sum(self._ended.values())
+        self._cpu_s |= {each: _cpu_seconds(each) for each in family}
+        self.cpu_s = sum(self._cpu_s.values())
 
 
 class Site:
@@ -137,10 +134,8 @@ class Site:
         with self._lock:
             for name, process in self._processes.items():
                 if process.poll() is None:
-                    try:
-                        self.watched[name].look(psutil.Process(process.pid))
-                    except (psutil.Error, OSError):
-                        continue  # it ended just now
+                    with suppress(OSError):  # it ended just now
+                        self.watched[name].look(process.pid)
 
     def stop(self, name: str) -> None:
         """Let a process end."""
@@ -206,19 +201,24 @@ def _listens(port: int) -> bool:
         return s.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _status(pid: int, key: str) -> int:
-    return _kib(Path(f"/proc/{pid}/status"), key)
+def _family(pid: int) -> list[int]:
+    """A process and all below it."""
+    found = [pid]
+    for each in found:
+        for task in Path(f"/proc/{each}/task").glob("*/children"):
+            with suppress(OSError):
+                found += map(int, task.read_text().split())
+    return found
 
 
-def _pss(pid: int) -> int:
-    try:
-        return _kib(Path(f"/proc/{pid}/smaps_rollup"), "Pss")
-    except OSError:
-        return 0
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
-def _kib(path: Path, key: str) -> int:
-    for line in path.read_text().splitlines():
+def _kib(pid: int, file: str, key: str) -> int:
+    """Bytes that a file of /proc says in KiB."""
+    for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     return 0
