@@ -56,11 +56,12 @@ def page(rows: list[Row], about: Row, settings: Row) -> str:
         about: Machine, versions and date.
         settings: Of all sizes.
     """
+    sizes = " ".join(map(str, settings["devices"]))
     heading = (
         f"{about['date']}, {about['cpu']}, {about['cores']} cores for broker, server and swarm together, "
         f"{about['broker']}, Python {about['python']}, numpy {about['numpy']}, SQLAlchemy {about['SQLAlchemy']}. "
-        f"`python -m benchmarks.swarm`; training times × {settings['scale']:g}, {settings['arrivals']:g} devices "
-        f"arrive in a second, `pulls = {settings['pulls']}`."
+        f"`python -m benchmarks.swarm --devices {sizes}`; training times × {settings['scale']:g}, "
+        f"{settings['arrivals']:g} devices arrive in a second, `pulls = {settings['pulls']}`."
     )
     parts = ["# Swarm", heading, _SHAPE, "## Rounds", _COUNTED, _table(rows, _ROUND, _of_rounds)]
     parts += ["## Control messages", _ASKED, _table(rows, _LATENCY, _of_latencies)]

@@ -147,6 +147,15 @@ class Site:
             process.kill()
             process.wait()
 
+    def kill(self, name: str) -> None:
+        """End a process as a power cut does."""
+        self._processes[name].kill()
+        self._processes[name].wait()
+
+    def alive(self, name: str) -> bool:
+        """Whether a process runs."""
+        return self._processes[name].poll() is None
+
     def close(self) -> None:
         """End all processes."""
         self._done.set()
