@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.swarm.page import page
 from benchmarks.swarm.run import Size, measure
+from benchmarks.swarm.site import find_mosquitto
 from synthetic_nets import setting, write
 
 SIZES = (100, 1_000, 10_000)
@@ -23,6 +25,7 @@ def main() -> int:
     parser.add_argument("--devices", type=int, nargs="+", default=SIZES, metavar="N", help="sizes of the fleet")
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="rounds of each (default: 1)")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of predicted training times (default: 1)")
+    parser.add_argument("--arrivals", type=float, default=500.0, help="devices that connect in a second (default: 500)")
     parser.add_argument("--pulls", type=int, default=4, metavar="N", help="the server's setting `pulls` (default: 4)")
     parser.add_argument("--limit", type=float, default=3600.0, metavar="S", help="give a size up after so long")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="run the server under cProfile, and write FILE")
@@ -32,7 +35,9 @@ def main() -> int:
     rows = []
     for devices in options.devices:
         profile = None if options.profile is None else options.profile.resolve()
-        size = Size(devices, options.rounds, options.scale, options.pulls, options.limit, profile=profile)
+        size = Size(
+            devices, options.rounds, options.scale, options.arrivals, options.pulls, options.limit, profile=profile
+        )
         if options.keep is not None:
             folder = (options.keep / str(devices)).resolve()
             folder.mkdir(parents=True)
@@ -41,13 +46,19 @@ def main() -> int:
             with TemporaryDirectory() as name:
                 rows.append(measure(size, Path(name)))
         print(json.dumps(rows[-1]), flush=True)
-    about = setting("paho-mqtt", "SQLAlchemy")
-    text = page(rows, about, vars(size))
+    about = setting("paho-mqtt", "SQLAlchemy") | {"broker": broker_version()}
+    text = page(rows, about, vars(options))
     if options.no_page:
         print(text)
     else:
         write("swarm", {"setting": about, "rows": rows}, text)
     return int(any(row["audit"]["faults"] for row in rows))
+
+
+def broker_version() -> str:
+    """What Mosquitto calls itself."""
+    said = subprocess.run([find_mosquitto(), "-h"], capture_output=True, text=True, check=False).stdout.split()
+    return f"Mosquitto {said[2]}"
 
 
 if __name__ == "__main__":

@@ -32,8 +32,10 @@ def audit(state: Path, offered: Path, ledger: Ledger, rounds: int, seed: int) ->
     """
     faults: list[str] = []
     with Storage.existing(state) as storage:
-        summaries = storage.rounds()
+        summaries, known = storage.rounds(), {row["name"] for row in storage.devices()}
         events = [(number, kind, body) for number, _, kind, body in storage.events()]
+    if known != set(ledger):
+        faults.append(f"the server knows {len(known)} devices, {len(known & set(ledger))} of the fleet's {len(ledger)}")
     if len(summaries) != rounds:
         faults.append(f"{len(summaries)} rounds were finished, not {rounds}")
     store = BlobStore(state / "blobs", durable=False)
@@ -55,7 +57,7 @@ def _round(
         faults.append(f"{where}: {len(counted)} of {len(ledger)} devices' updates count")
     if told != counted:
         faults.append(
-            f"{where}: {len(told - counted)} updates accepted that don't count, {len(counted - told)} not told"
+            f"{where}: {len(told - counted)} accepted updates don't count, {len(counted - told)} count unaccepted"
         )
     strange = [n for n, p in parts.items() if p is not None and set(p["accepted"]) - {p["weights"]}]
     if strange:

@@ -82,8 +82,8 @@ class Board:
     """
 
     __slots__ = (
-        "_announce_at", "_announced", "_last", "_offer", "_pulls", "_serve", "_session", "_update", "_works", "finished",
-        "index", "link", "name", "on_accepted", "parts", "probe", "profile", "samples", "train_s",
+        "_announce_at", "_announced", "_last", "_offer", "_pulls", "_serve", "_session", "_update", "_works",
+        "finished", "index", "link", "name", "on_accepted", "parts", "probe", "profile", "samples", "train_s",
     )  # fmt: skip
 
     def __init__(

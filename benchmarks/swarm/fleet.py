@@ -79,10 +79,11 @@ class Fleet:
             self.boards.append(Board(self.works, index, profile.name, probe.to_dict(), samples, train_s))
 
     async def connect(self) -> None:
-        """Connect all devices; each announces itself as soon as it listens."""
+        """Connect all devices, `arrivals` a second; each announces itself as soon as it listens."""
         loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(CONNECTING)
 
         async def one(board: Board) -> None:
+            await asyncio.sleep((board.index - self.boards[0].index) / self._spec["arrivals"])
             async with gate:
                 _, session = await loop.create_connection(board.new_session, self._spec["host"], self._spec["port"])
                 await session.up
@@ -141,7 +142,7 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Read the spec's path and the result's from the command line."""
     spec = json.loads(Path(sys.argv[1]).read_text())
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     Path(sys.argv[2]).write_text(json.dumps(asyncio.run(run(spec))))
 

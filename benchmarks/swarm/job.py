@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def small_cnn() -> bytes:
         "fc1.weight": (40, 512), "fc1.bias": (40,), "fc2.weight": (10, 40), "fc2.bias": (10,),
     }  # fmt: skip
     values = {
-        n: (chance.standard_normal(s) / np.sqrt(max(1, np.prod(s[1:])))).astype(np.float32) for n, s in shapes.items()
+        n: (chance.standard_normal(s) / math.sqrt(math.prod(s[1:]))).astype(np.float32) for n, s in shapes.items()
     }
     nodes = [
         helper.make_node("Conv", ["x", "conv1.weight", "conv1.bias"], ["a"], pads=[1, 1, 1, 1]),

@@ -7,7 +7,7 @@ again that gets lost with a connection, as boards say what matters again by them
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 Heard = Callable[[str, bytes], None]
 
@@ -79,22 +79,10 @@ class Session(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
         data = self._rest + data if self._rest else data
-        at, end = 0, len(data)
-        while end - at >= 2:
-            size = shift = 0
-            body = at + 1
-            while body < end:
-                digit = data[body]
-                size |= (digit & 127) << shift
-                shift, body = shift + 7, body + 1
-                if digit < 128:
-                    break
-            else:
-                break  # the length itself is not whole yet
-            if body + size > end:
-                break
-            kind, at = data[at], body + size
-            self._packet(kind, data[body:at])
+        at = 0
+        for body, end in packets(data):
+            self._packet(data[at], data[body:end])
+            at = end
         self._rest = data[at:]
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -137,6 +125,26 @@ class Session(asyncio.Protocol):
     def _next_id(self) -> bytes:
         self._id = self._id % _IDS + 1
         return self._id.to_bytes(2, "big")
+
+
+def packets(data: bytes) -> Iterator[tuple[int, int]]:
+    """Where the bodies of whole packets begin and end; each packet begins where the one before ends."""
+    at, end = 0, len(data)
+    while end - at >= 2:
+        size = shift = 0
+        body = at + 1
+        while body < end:
+            digit = data[body]
+            size |= (digit & 127) << shift
+            shift, body = shift + 7, body + 1
+            if digit < 128:
+                break
+        else:
+            return  # the length itself is not whole yet
+        if body + size > end:
+            return
+        at = body + size
+        yield body, at
 
 
 def _text(text: str) -> bytes:

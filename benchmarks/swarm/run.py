@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -21,7 +20,10 @@ from fedprune_server.storage import Storage
 CALLERS = 2
 """Devices that live in the process which measures latencies."""
 
-_END_S = 30.0
+PROCESSES = ("probes", "fleet")
+"""Those in which devices live, by their modules' names."""
+
+_END_S = 150.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Size:
         devices: How many there are.
         rounds: How many rounds they work on.
         scale: Factor of the predicted training times.
+        arrivals: Devices that connect in a second.
         pulls: From how many devices the server fetches updates at a time.
         limit_s: Seconds after which the run is given up.
         seed: Keys the fleet and its noise.
@@ -41,6 +44,7 @@ class Size:
     devices: int
     rounds: int = 1
     scale: float = 1.0
+    arrivals: float = 500.0
     pulls: int = 4
     limit_s: float = 3600.0
     seed: int = 0
@@ -64,8 +68,8 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
         place.look()
         place.stop("server")
         watched = {n: {k: v for k, v in vars(w).items() if k[0] != "_"} for n, w in place.watched.items()}
-        ledger = results["fleet"].pop("ledger") | results["probes"].pop("ledger")
-        asked = results["probes"].pop("latency")
+        ledger = ledger_of(folder)
+        asked = results["probes"]["latency"]
         checked = audit(folder / "state", folder / "offered", ledger, size.rounds, size.seed)
         with Storage.existing(folder / "state") as storage:
             closed = {body["round"]: at for _, at, kind, body in storage.events() if kind == "Closed"}
@@ -84,6 +88,16 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
         }
 
 
+def ledger_of(folder: Path) -> dict[str, Any]:
+    """What the devices of both processes wrote down in a run's folder."""
+    return {n: row for name in PROCESSES for n, row in _result(folder, name)["ledger"].items()}
+
+
+def _result(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / f"{name}-result.json").read_text())
+    return found
+
+
 def _swarm(place: Site, size: Size) -> dict[str, Any]:
     """Start both processes of the swarm and wait for them."""
     spec = {
@@ -92,22 +106,22 @@ def _swarm(place: Site, size: Size) -> dict[str, Any]:
         "site": "swarm",
         "seed": size.seed,
         "scale": size.scale,
+        "arrivals": size.arrivals,
         "seconds": seconds_per_sample(list(SHARES)),
         "limit_s": size.limit_s,
         "offered": str(place.folder / "offered"),
     }
-    indices = {"probes": (0, CALLERS), "fleet": (CALLERS, size.devices)}
     processes = {}
-    for name, part in indices.items():
+    for name, part in zip(PROCESSES, ((0, CALLERS), (CALLERS, size.devices)), strict=True):
         path = place.folder / f"{name}.json"
         path.write_text(json.dumps(spec | {"indices": part}))
-        module = ["-m", f"benchmarks.swarm.{name}", path, place.folder / f"{name}-result.json"]
-        processes[name] = place.start(name, [sys.executable, *module])
+        result = place.folder / f"{name}-result.json"
+        processes[name] = place.start(name, [sys.executable, "-m", f"benchmarks.swarm.{name}", path, result])
     for name, process in processes.items():
-        process.wait(size.limit_s + _END_S + 120)
+        process.wait(size.limit_s + _END_S)
         if process.returncode:
             raise RuntimeError(f"{name} has failed:\n{place.said(name)}")
-    return {name: json.loads((place.folder / f"{name}-result.json").read_text()) for name in processes}
+    return {name: _result(place.folder, name) for name in PROCESSES}
 
 
 def _phases(
@@ -149,8 +163,3 @@ def _quantiles(seconds: list[float]) -> dict[str, float]:
         return {"count": 0}
     p50, p95, p99 = np.quantile(seconds, (0.5, 0.95, 0.99))
     return {"count": len(seconds), "p50": p50, "p95": p95, "p99": p99, "max": max(seconds)}
-
-
-def clear(folder: Path) -> None:
-    """Remove a run's folder, and say nothing if it isn't there."""
-    shutil.rmtree(folder, ignore_errors=True)

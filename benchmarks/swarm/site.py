@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
@@ -11,14 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from fedprune.errors import BrokerError, FedpruneError
 
+_ROOT = Path(__file__).parents[2]
 _EVERY_S = 1.0
 _START_S = 30.0
 _STOP_S = 60.0
@@ -48,21 +48,20 @@ class Watch:
     shared_peak: int = 0
     children: int = 0
     cpu_s: float = 0.0
-    _ended: dict[int, float] = field(default_factory=dict)
+    _cpu_s: dict[int, float] = field(default_factory=dict)
 
-    def look(self, process: psutil.Process) -> None:
-        """Take its measures now."""
-        family = [process, *process.children(recursive=True)]
-        self.peak = max(self.peak, _status(process.pid, "VmHWM"))
-        self.shared_peak = max(self.shared_peak, sum(_pss(p.pid) for p in family))
+    def look(self, pid: int) -> None:
+        """Take the measures of this process and those below it now.
+
+        Raises:
+            OSError: It has ended.
+        """
+        family = _family(pid)
+        self.peak = max(self.peak, _kib(pid, "status", "VmHWM"))
+        self.shared_peak = max(self.shared_peak, sum(_kib(each, "smaps_rollup", "Pss") for each in family))
         self.children = max(self.children, len(family) - 1)
-        for each in family:
-            try:
-                times = each.cpu_times()
-            except psutil.NoSuchProcess:
-                continue
-            self._ended[each.pid] = times.user + times.system
-        self.cpu_s = sum(self._ended.values())
+        self._cpu_s |= {each: _cpu_seconds(each) for each in family}
+        self.cpu_s = sum(self._cpu_s.values())
 
 
 class Site:
@@ -88,7 +87,9 @@ class Site:
     def start(self, name: str, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
         """Start a process; what it says goes to `{name}.log`."""
         with (self.folder / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen([str(c) for c in command], stdout=log, stderr=log, cwd=self.folder)
+            process = subprocess.Popen(
+                [str(c) for c in command], stdout=log, stderr=log, cwd=self.folder, env=_environment()
+            )
         with self._lock:
             self._processes[name] = process
             self.watched[name] = Watch()
@@ -133,10 +134,8 @@ class Site:
         with self._lock:
             for name, process in self._processes.items():
                 if process.poll() is None:
-                    try:
-                        self.watched[name].look(psutil.Process(process.pid))
-                    except (psutil.Error, OSError):
-                        continue  # it ended just now
+                    with suppress(OSError):  # it ended just now
+                        self.watched[name].look(process.pid)
 
     def stop(self, name: str) -> None:
         """Let a process end."""
@@ -147,6 +146,15 @@ class Site:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+    def kill(self, name: str) -> None:
+        """End a process as a power cut does."""
+        self._processes[name].kill()
+        self._processes[name].wait()
+
+    def alive(self, name: str) -> bool:
+        """Whether a process runs."""
+        return self._processes[name].poll() is None
 
     def close(self) -> None:
         """End all processes."""
@@ -185,6 +193,12 @@ def find_mosquitto() -> str:
     return found
 
 
+def _environment() -> dict[str, str]:
+    """Ours, with which a child finds this package, too."""
+    before = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *([before] if before else [])])}
+
+
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -196,19 +210,24 @@ def _listens(port: int) -> bool:
         return s.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _status(pid: int, key: str) -> int:
-    return _kib(Path(f"/proc/{pid}/status"), key)
+def _family(pid: int) -> list[int]:
+    """A process and all below it."""
+    found = [pid]
+    for each in found:
+        for task in Path(f"/proc/{each}/task").glob("*/children"):
+            with suppress(OSError):
+                found += map(int, task.read_text().split())
+    return found
 
 
-def _pss(pid: int) -> int:
-    try:
-        return _kib(Path(f"/proc/{pid}/smaps_rollup"), "Pss")
-    except OSError:
-        return 0
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
-def _kib(path: Path, key: str) -> int:
-    for line in path.read_text().splitlines():
+def _kib(pid: int, file: str, key: str) -> int:
+    """Bytes that a file of /proc says in KiB."""
+    for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     return 0

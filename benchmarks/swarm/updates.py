@@ -47,7 +47,7 @@ def trained(base: npt.NDArray[np.float32], index: int, round_: int, seed: int = 
     if index >= base.size:
         raise BundleError("model for a swarm", expected=f"more than {index} numbers", got=base.size)
     noise = keyed(seed, "swarm", index, round_).standard_normal(base.size, np.float32)
-    out = base + np.float32(NOISE) * noise
+    out: npt.NDArray[np.float32] = base + np.float32(NOISE) * noise
     out[index] += MARK
     return out
 

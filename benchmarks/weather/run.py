@@ -1,0 +1,215 @@
+"""A job on real boards' processes, once in bad weather for as long as is asked, and once in calm for as many rounds."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmarks.swarm.site import Site, find_mosquitto, site
+from benchmarks.weather.proxy import Proxy, Weather
+
+from fedprune.errors import FedpruneError, StorageError
+from fedprune_server.digits import deal, digits_model, write_hand
+from fedprune_server.storage import Storage
+
+STORM = Weather(
+    round_trip_s=2.0,
+    loss=0.3,
+    bytes_s=500_000,
+    repeats=0.05,
+    swaps=0.05,
+    lifetime_s=120.0,
+    cut_every_s=240.0,
+    cut_s=90.0,
+    cut_share=0.3,
+)
+SQUALL = replace(STORM, round_trip_s=0.5, lifetime_s=60.0, cut_every_s=40.0, cut_s=10.0)
+"""What shows something within a minute or two."""
+
+RESTART_S = 20.0
+"""Seconds that a broker lives."""
+
+FLEET = """\
+[job]
+name = "weather"
+rounds = {rounds}
+devices = {devices}
+density = 0.5
+deadline_s = 1800
+
+[job.recipe]
+epochs = 2
+lr = 0.05
+momentum = 0.9
+
+[model]
+path = "model.onnx"
+
+[evaluation]
+data = "evaluation.npz"
+
+[server]
+broker = "mqtt://127.0.0.1:{port}"
+state = "state"
+"""
+
+ENDLESS = 100_000
+_POLL_S = 0.5
+
+
+@dataclass
+class Found:
+    """What a run came to.
+
+    Attributes:
+        rounds: The server's summaries.
+        seconds: How long it took.
+        events: What the proxy did.
+        ratios: By way, bytes that were sent and that arrived per byte of the blobs: of all, and of the worst.
+        restarts: Brokers that were killed.
+    """
+
+    rounds: list[dict[str, Any]]
+    seconds: float
+    events: dict[str, int] = field(default_factory=dict)
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+    restarts: int = 0
+
+
+def compare(folder: Path, devices: int, seconds: float, weather: Weather = STORM, seed: int = 0) -> dict[str, Any]:
+    """Both runs, side by side.
+
+    Args:
+        folder: An empty folder.
+        devices: How many boards there are.
+        seconds: After so long the round that goes on is the last one in bad weather.
+        weather: How bad it is.
+        seed: Keys the weather.
+
+    Raises:
+        FedpruneError: A process died that should live, or the last round doesn't end in four times that time and ten
+            minutes.
+    """
+    names = [f"board-{i:02}" for i in range(devices)]
+    material = folder / "material"
+    material.mkdir()
+    hands = deal(names, seed=0)
+    (material / "model.onnx").write_bytes(digits_model())
+    np.savez(material / "evaluation.npz", x=hands.x, y=hands.y)
+    for name in names:
+        write_hand(material / f"{name}.npz", hands.devices[name])
+    stormy = _run(folder / "storm", material, names, weather, seconds, None, seed)
+    calm = _run(folder / "calm", material, names, Weather(), seconds, len(stormy.rounds), seed)
+    same = [a["model"] == b["model"] for a, b in zip(stormy.rounds, calm.rounds, strict=True)]
+    counted = [sum(d["progress"] == "folded" for d in r["devices"].values()) for r in stormy.rounds]
+    accuracy = {
+        kind: [r["metrics"].get("accuracy") for r in run.rounds] for kind, run in (("storm", stormy), ("calm", calm))
+    }
+    return {
+        "devices": devices,
+        "weather": asdict(weather),
+        "restart_s": RESTART_S,
+        "rounds": len(stormy.rounds),
+        "counted": counted,
+        "same_model": same,
+        "accuracy": accuracy,
+        "seconds": {"storm": stormy.seconds, "calm": calm.seconds},
+        "events": stormy.events,
+        "restarts": stormy.restarts,
+        "ratios": stormy.ratios,
+    }
+
+
+def _run(
+    folder: Path, material: Path, names: list[str], weather: Weather, seconds: float, rounds: int | None, seed: int
+) -> Found:
+    folder.mkdir()
+    for path in material.iterdir():
+        (folder / path.name).symlink_to(path)
+    with site(folder) as place:
+        return asyncio.run(_weathered(place, names, weather, seconds, rounds, seed))
+
+
+async def _weathered(
+    place: Site, names: list[str], weather: Weather, seconds: float, rounds: int | None, seed: int
+) -> Found:
+    """Run until as many rounds are over, or the first that ends after so many seconds."""
+    proxy, binary, began, restarts = Proxy(weather, place.port, seed), find_mosquitto(), time.monotonic(), 0
+    await proxy.start()
+    config = place.folder / "fleet.toml"
+    config.write_text(FLEET.format(rounds=rounds or ENDLESS, devices=len(names), port=place.port))
+    place.broker(binary)
+    await asyncio.to_thread(place.server, config)
+    for name in names:
+        place.start(name, _board(place.folder, name, proxy.port))
+    killed, done, enough = time.monotonic(), 0, 0
+    while True:
+        await asyncio.sleep(_POLL_S)
+        lived = time.monotonic() - began
+        if rounds is None and time.monotonic() - killed > RESTART_S:
+            killed, restarts = time.monotonic(), restarts + 1
+            place.kill("broker")
+            await asyncio.to_thread(place.broker, binary)
+        dead = [n for n in ("server", *names) if not place.alive(n)]
+        done = len(_finished(place.folder / "state"))
+        if rounds is not None and done >= rounds:
+            break
+        if rounds is None and lived > seconds:
+            enough = enough or done + 1  # the round that goes on now must end, too
+            if done >= enough:
+                break
+        if dead or lived > 4 * seconds + 600:
+            who = ", ".join(dead) or f"round {done + 1}"
+            raise FedpruneError(f"{who} came to no good end", hint=place.said(dead[0] if dead else "server")[-2000:])
+    for name in (*names, "server"):
+        place.stop(name)
+    await proxy.stop()
+    tally = proxy.tally
+    ratios = {
+        f"{way} {kind}": list(tally.ratios(counted, way))
+        for way in ("down", "up")
+        for kind, counted in (("sent", tally.sent), ("arrived", tally.arrived))
+    }
+    return Found(_finished(place.folder / "state"), lived, dict(tally.events), ratios, restarts)
+
+
+def _board(folder: Path, name: str, port: int) -> list[str | Path]:
+    """The command of a board's own process."""
+    run = [sys.executable, "-m", "fedprune_device.cli", "run", "--insecure", "--patient", "--no-probe"]
+    where = ["--broker", f"mqtt://127.0.0.1:{port}", "--device", name, "--profile", "raspberry-pi-4b"]
+    return [*run, *where, "--threads", "1", "--data", folder / f"{name}.npz", "--state", folder / name]
+
+
+def _finished(state: Path) -> list[dict[str, Any]]:
+    try:
+        with Storage.existing(state) as storage:
+            return storage.rounds()
+    except StorageError:
+        return []  # it is just being made
+
+
+def verdict(found: dict[str, Any], noise: float, most: float) -> list[str]:
+    """What is not as it should be.
+
+    Args:
+        found: What `compare` gave.
+        noise: By how much accuracies may differ where not every update counted.
+        most: How often a byte may be fetched.
+    """
+    faults = []
+    short = [i + 1 for i, n in enumerate(found["counted"]) if n < found["devices"]]
+    if short:
+        faults.append(f"rounds {short} went without some boards")
+    last = found["accuracy"]["storm"][-1], found["accuracy"]["calm"][-1]
+    if abs(last[0] - last[1]) > noise:
+        faults.append(f"the last round's accuracy is {last[0]:.3f}, and {last[1]:.3f} in calm weather")
+    for way in ("down", "up"):
+        together = found["ratios"][f"{way} arrived"][0]
+        if together > most:
+            faults.append(f"every byte on the way {way} was fetched {together:.2f} times")
+    return faults
