@@ -212,6 +212,10 @@ class ProtocolError(FedpruneError):
     exit_code = ExitCode.PROTOCOL
 
 
+class UnknownMessageError(ProtocolError):
+    """A message is of a type or version that isn't known here: another peer may be newer."""
+
+
 class SignatureError(ProtocolError):
     """A message isn't signed, or by another key, for another topic, or was changed on its way."""
 
