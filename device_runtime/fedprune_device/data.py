@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.archive_limits import check_members
 from fedprune.chance import keyed
+from fedprune.disk import is_there
 from fedprune.errors import DataError, remedy
 from fedprune_device.labels import targets
 
@@ -230,7 +232,7 @@ def check_type(x: Array, token_ids: bool) -> None:
 
 def _found(source: str, seed: int, device: str) -> object:
     path = Path(source)
-    if source.endswith(".npz") or path.is_file():
+    if source.endswith(".npz") or is_there(path, file=True):
         return read_arrays(path)
     if ":" in source:
         return _call(source, seed, device)
@@ -312,10 +314,12 @@ def read_arrays(path: Path) -> dict[str, Array]:
         DataError: It can't be read, or is another kind of file.
     """
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise DataError(f"{path} is a single array", expected="an .npz file with x and y")
-            return {name: file[name] for name in file.files}
+        with path.open("rb") as raw:
+            check_members(raw, str(path), DataError)
+            with np.load(raw, allow_pickle=False) as file:
+                if not hasattr(file, "files"):
+                    raise DataError(f"{path} is a single array", expected="an .npz file with x and y")
+                return {name: file[name] for name in file.files}
     except DataError:
         raise
     except OSError as error:

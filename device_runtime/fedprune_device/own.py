@@ -121,7 +121,7 @@ class Own:
             mask = ElementMask.from_tensors(parts["mask"], shapes) if head.pop("masked") else None
             head["widths"] = tuple(head["widths"])
             return cls(**head, average=parts["average"], personal=parts["personal"], mask=mask)
-        except (ValueError, KeyError, TypeError, BundleError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BundleError) as error:
             raise StorageError(f"what the board keeps of its own is damaged ({error})") from error
 
 

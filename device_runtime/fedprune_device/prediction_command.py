@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.archive_limits import check_members
 from fedprune.bundle import Bundle, open_bundle
 from fedprune.cli import whole_number
 from fedprune.disk import storage_errors
@@ -109,6 +109,7 @@ def _slots(state: Path) -> Slots:
 def _inputs(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
     try:
         with path.open("rb") as raw:
+            check_members(raw, str(path), DataError)
             found = np.load(raw, allow_pickle=False)
             if isinstance(found, np.ndarray):
                 x, y = found, None
@@ -116,7 +117,9 @@ def _inputs(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
                 x, y = found["x"], found["y"] if "y" in found.files else None
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except DataError:
+        raise
+    except Exception as error:  # what is damaged makes zipfile, zlib, numpy and its parser of headers raise anything
         raise DataError(
             f"{path} can't be read as arrays{why_unreadable(error)}", expected="a .npy array, or an .npz file with x"
         ) from error

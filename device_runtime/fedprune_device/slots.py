@@ -98,7 +98,7 @@ class Serving:
                     if len(values[name]) != values["classes"] or not all(map(math.isfinite, values[name])):
                         raise ValueError(name)
             return cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise StorageError(f"the record of the serving model is not one ({error!r})") from error
 
 

@@ -149,7 +149,10 @@ def _check_server(name: str, value: object) -> None:
     expected = "mqtts://host[:port]"
     if not isinstance(value, str):
         raise ConfigError(name, expected=expected, got=shown(value))
-    parts = urlsplit(value)
+    try:
+        parts = urlsplit(value)
+    except ValueError as error:
+        raise ConfigError(name, expected=expected, got=shown(value)) from error
     if "@" in parts.netloc:
         raise ConfigError(
             name,

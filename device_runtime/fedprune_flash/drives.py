@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.parsers.expat import ExpatError
 
 from fedprune.errors import CardError, shown
 
@@ -88,7 +87,7 @@ def from_lsblk(raw: bytes, mmc: Callable[[str], str] = mmc_type) -> list[Drive]:
     try:
         rows = json.loads(raw)["blockdevices"]
         return [_from_row(row, mmc) for row in rows if row.get("type") == "disk" and row.get("size")]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CardError("what lsblk says of this machine's drives can't be read", got=shown(raw[:60])) from error
 
 
@@ -116,7 +115,10 @@ def disk_names(raw: bytes) -> list[str]:
     Raises:
         CardError: It says something else.
     """
-    return [str(name) for name in _plist(raw).get("WholeDisks", [])]
+    names = _plist(raw).get("WholeDisks", [])
+    if not isinstance(names, list):
+        raise CardError("what diskutil says of this machine's drives can't be read", got=shown(names))
+    return [str(name) for name in names]
 
 
 def from_diskutil(info: bytes, listed: bytes) -> Drive:
@@ -131,12 +133,12 @@ def from_diskutil(info: bytes, listed: bytes) -> Drive:
     """
     body = _plist(info)
     name = str(body.get("DeviceIdentifier", ""))
-    rows = [r for r in _plist(listed).get("AllDisksAndPartitions", []) if r.get("DeviceIdentifier") == name]
-    parts = [p for r in rows for p in (r, *r.get("Partitions", []), *r.get("APFSVolumes", []))]
-    mounts = {str(p["MountPoint"]) for p in parts if p.get("MountPoint")}
-    if body.get("SystemImage") or (body.get("Internal") and not body.get("Ejectable")):
-        mounts.add("/")  # on a Mac the system lies in a container of its own, which names no disk here
     try:
+        rows = [r for r in _plist(listed).get("AllDisksAndPartitions", []) if r.get("DeviceIdentifier") == name]
+        parts = [p for r in rows for p in (r, *r.get("Partitions", []), *r.get("APFSVolumes", []))]
+        mounts = {str(p["MountPoint"]) for p in parts if p.get("MountPoint")}
+        if body.get("SystemImage") or (body.get("Internal") and not body.get("Ejectable")):
+            mounts.add("/")  # on a Mac the system lies in a container of its own, which names no disk here
         return Drive(
             str(body["DeviceNode"]),
             int(body["TotalSize"]),
@@ -145,14 +147,14 @@ def from_diskutil(info: bytes, listed: bytes) -> Drive:
             not body.get("WritableMedia", True),
             tuple(sorted(mounts)),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CardError("what diskutil says of a drive can't be read", got=shown(info[:60])) from error
 
 
 def _plist(raw: bytes) -> dict[str, Any]:
     try:
         body = plistlib.loads(raw)
-    except (ValueError, plistlib.InvalidFileException, ExpatError) as error:
+    except Exception as error:  # what is damaged makes plistlib raise LookupError, IndexError and more
         raise CardError("what diskutil says of this machine's drives can't be read", got=shown(raw[:60])) from error
     if not isinstance(body, dict):
         raise CardError("what diskutil says of this machine's drives can't be read", got=shown(body))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.architecture import Architecture
+from fedprune.archive_limits import check_members
 from fedprune.errors import DataError, remedy, shape_text
 
 Array = npt.NDArray[Any]
@@ -123,6 +123,7 @@ def _kind(array: Array) -> str:
 def _arrays(path: Path) -> dict[str, Array]:
     try:
         with path.open("rb") as raw:
+            check_members(raw, str(path), DataError)
             found = np.load(raw, allow_pickle=False)
             if not hasattr(found, "files"):
                 raise DataError(f"{path} is no .npz file", hint="Write it with numpy.savez(path, x=..., y=...).")
@@ -130,7 +131,9 @@ def _arrays(path: Path) -> dict[str, Array]:
                 return {n: file[n] for n in file.files}
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
-    except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, MemoryError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # what is damaged makes zipfile, zlib, numpy and its parser of headers raise anything
         raise DataError(
             f"{path} is no .npz file of plain arrays ({type(error).__name__})",
             hint="Write it with numpy.savez(path, x=..., y=...).",

@@ -198,6 +198,7 @@ def _run(arguments: argparse.Namespace) -> int:
             broker=reached.broker,
             rollouts=rollouts,
             members=None if identity is None else identity.store.members,
+            quarantine=reached.quarantine,
             display=display,
         )
         for note in opened.model.notes:

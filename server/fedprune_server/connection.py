@@ -16,8 +16,11 @@ from fedprune.wire.link import Link
 from fedprune.wire.topics import Topics
 from fedprune_server.broker import EmbeddedBroker, TlsFiles
 from fedprune_server.config import LOCAL, ServerConfig
+from fedprune_server.guard import Guarded
 from fedprune_server.identity_folder import FOLDER, IdentityFolder
 from fedprune_server.post import Wire
+from fedprune_server.quarantine import FILE as QUARANTINE
+from fedprune_server.quarantine import Quarantine
 from fedprune_server.signed_link import SignedLink
 
 log = logging.getLogger("fedprune.server")
@@ -35,12 +38,14 @@ class Connection:
         link: The connection to the broker below it.
         broker: The embedded broker, if there is one.
         site: The fleet's.
+        quarantine: Says whom the wire hears.
     """
 
     wire: Wire
     link: Link
     broker: EmbeddedBroker | None
     site: str
+    quarantine: Quarantine
 
     def start(self, subscriptions: Iterable[str]) -> None:
         """Connect, and stay connected.
@@ -80,8 +85,10 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
         else:
             link = Link(url, f"fedprune-{secrets.token_hex(12)}", tls=lambda: identity.context(config.ca))
         stack.callback(link.close)
-        wire: Wire = link if identity is None else SignedLink(link, identity)
-        yield Connection(wire, link, broker, site)
+        quarantine = Quarantine(path=config.state / QUARANTINE)
+        guarded = Guarded(link, quarantine)
+        wire: Wire = guarded if identity is None else SignedLink(guarded, identity)
+        yield Connection(wire, link, broker, site, quarantine)
 
 
 @contextmanager

@@ -31,7 +31,9 @@ from fedprune.wire.transfer import Serve
 from fedprune_server.divergence import ran_away, remedy
 from fedprune_server.downloads import Downloads
 from fedprune_server.garbage import Garbage
+from fedprune_server.guard import Guarded
 from fedprune_server.post import Doubled, Post, ShutOut, Supervised, Wire
+from fedprune_server.quarantine import Quarantine, Quarantined, Released
 from fedprune_server.reception import Reception
 from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.rollout_store import RolloutStore
@@ -74,6 +76,7 @@ class Daemon:
         broker: The embedded broker, if there is one.
         rollouts: Releases on their way to boards, if this server gives them any.
         members: Who may take part, where it isn't everybody; others leave a rollout.
+        quarantine: Says whom `link` hears; None for one of the daemon's own, in front of the link.
         display: Where to show what happens.
         clock: Seconds since 1970, for deadlines and the log; it may be set.
         monotonic: Seconds of a clock that nobody sets: for patience.
@@ -97,6 +100,7 @@ class Daemon:
         broker: Supervised | None = None,
         rollouts: RolloutStore | None = None,
         members: Callable[[], Collection[str]] | None = None,
+        quarantine: Quarantine | None = None,
         display: Display | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -106,7 +110,8 @@ class Daemon:
         self._coordinator = coordinate(job, architecture, state)
         self._storage = storage
         self._workshop = Workshop(worker)
-        self._link = link
+        self._quarantine = quarantine or Quarantine(monotonic)
+        self._link = link if quarantine is not None else Guarded(link, self._quarantine)
         self._topics = Topics(site)
         self._broker = broker
         self._display = display or Lines()
@@ -115,11 +120,13 @@ class Daemon:
         self._roster = Roster(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
         self._uploads = Uploads(store, pulls)
         stores = [store] if rollouts is None else [store, rollouts.blobs]
-        self._post = Post(link, self._topics, self._roster, Downloads(Serve(*stores)))
+        self._quarantine.know(self._roster.traffic)
+        self._post = Post(self._link, self._topics, self._roster, Downloads(Serve(*stores)), self._quarantine.asked)
         self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, members, clock, monotonic)
         self._reception = Reception(
-            job, state, self._topics, self._roster, self._uploads, self._post, profiles, monotonic, self._desk, clock
-        )
+            job, state, self._topics, self._roster, self._uploads, self._post, profiles, monotonic, self._desk, clock,
+            self._quarantine,
+        )  # fmt: skip
         self._garbage = Garbage(store, keep)
         self._wakes: list[float] = []
         self._taken: list[on.Event] = []
@@ -214,7 +221,7 @@ class Daemon:
         longest = 0.01 if self._workshop.busy or self._post.waiting else 0.1
         return max(0.0, min(longest, self._wakes[0] - self._clock())) if self._wakes else longest
 
-    def _take(self, item: tuple[str, bytes] | Event | ShutOut | Doubled | None) -> None:
+    def _take(self, item: tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released | None) -> None:
         if isinstance(item, tuple):
             event = self._reception.receive(*item)
             self._collect_uploads()
@@ -223,7 +230,7 @@ class Daemon:
             if isinstance(event, on.DeviceBorn):
                 self._unheard.pop(event.device, None)
                 self._roster.introduce(event.device)
-        elif isinstance(item, ShutOut | Doubled):
+        elif isinstance(item, ShutOut | Doubled | Quarantined | Released):
             for event in self._reception.noticed(item):
                 self._handle(event)
         elif isinstance(item, ConnectionUp):
@@ -255,6 +262,7 @@ class Daemon:
         """Take in an event; it is saved, and what follows from it done, as the turn ends."""
         self._commands += self._coordinator.handle(event, self._now)
         self._taken.append(event)
+        self._reception.judged(event)
         if isinstance(event, on.Extracted):
             self._garbage.made(event.offer, self.state.round)
         if isinstance(event, on.UpdateStored):
@@ -391,6 +399,7 @@ class Daemon:
         if self._desk is not None:
             self._desk.tick()
         self._roster.namesakes.settle(now)
+        self._quarantine.save()
         for device in self._roster.silent(now, _UNHEARD_OFFER_S):
             task = self.state.tasks[device]
             if task.offer is not None:

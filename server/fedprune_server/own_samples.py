@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -74,5 +73,5 @@ def _has_test_split(path: Path) -> bool:
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return "x_test" in file.files
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError):
+    except Exception:  # noqa: BLE001 - what is damaged raises anything; whoever reads the samples says what it is
         return False

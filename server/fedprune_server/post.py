@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,7 @@ from fedprune.wire.link import Event
 from fedprune.wire.messages import FromServer, Gone, Hello, Want
 from fedprune.wire.topics import Topics
 from fedprune_server.downloads import Downloads
+from fedprune_server.quarantine import Quarantined, Released
 from fedprune_server.roster import Roster
 from fedprune_server.uploads import Wants
 
@@ -51,7 +53,9 @@ class Wire(Protocol):
         """Send without waiting."""
         ...
 
-    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | ShutOut | Doubled | None:
+    def get(
+        self, timeout: float | None = 0.0
+    ) -> tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released | None:
         """The next message or event."""
         ...
 
@@ -81,9 +85,18 @@ class Post:
         topics: The site's topics.
         roster: Counts the bytes.
         downloads: Cuts blobs into chunks.
+        asked: Is told of how many leaves a device is asked for.
     """
 
-    def __init__(self, link: Wire, topics: Topics, roster: Roster, downloads: Downloads) -> None:
+    def __init__(
+        self,
+        link: Wire,
+        topics: Topics,
+        roster: Roster,
+        downloads: Downloads,
+        asked: Callable[[str, int], None] = lambda device, leaves: None,
+    ) -> None:
+        self._asked = asked
         self._link = link
         self._topics = topics
         self._roster = roster
@@ -126,6 +139,7 @@ class Post:
     def ask(self, wants: Wants) -> None:
         """Ask devices for pieces of their updates."""
         for device, want in wants:
+            self._asked(device, want.count)
             self.send(device, want)
 
     def fetched(self, device: str, want: Want, allowed: AbstractSet[str]) -> None:

@@ -13,7 +13,7 @@ from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.coordination.pace import news, share_of
 from fedprune.coordination.state import Progress as Part
-from fedprune.errors import ProfileError, ProtocolError
+from fedprune.errors import ProfileError, ProtocolError, UnknownMessageError
 from fedprune.job import Job
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import NAME
@@ -25,6 +25,7 @@ from fedprune.wire.messages import Birth, Cancelled, Death, Gone, Hello, Progres
 from fedprune.wire.release_messages import ReleaseReport
 from fedprune.wire.topics import Topics
 from fedprune_server.post import Doubled, Post, ShutOut
+from fedprune_server.quarantine import Quarantine, Quarantined, Released
 from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.roster import Roster
 from fedprune_server.uploads import Uploads
@@ -52,6 +53,7 @@ class Reception:
         monotonic: Seconds of a clock that nobody sets.
         desk: Runs rollouts of releases, if there is one.
         clock: Seconds since 1970, as devices are told.
+        quarantine: Is told who sends what can't be used.
 
     Attributes:
         out: Devices that were shut out and have not been born again.
@@ -69,7 +71,9 @@ class Reception:
         monotonic: Callable[[], float],
         desk: RolloutDesk | None = None,
         clock: Callable[[], float] = time.time,
+        quarantine: Quarantine | None = None,
     ) -> None:
+        self._quarantine = quarantine or Quarantine(monotonic)
         self._job = job
         self._state = state
         self._topics = topics
@@ -94,6 +98,7 @@ class Reception:
         Raises:
             StorageError: The disk fails.
         """
+        device = ""
         try:
             device, _, channel = self._topics.parse(topic)
             self._roster.received(device, len(payload))
@@ -105,13 +110,27 @@ class Reception:
             return self._message(device, payload)
         except ProtocolError as error:
             self._complaints.about(topic, error)
+            if not isinstance(error, UnknownMessageError):
+                self._quarantine.bad(device)
             return None
 
-    def noticed(self, item: ShutOut | Doubled) -> list[on.Event]:
+    def judged(self, event: on.Event) -> None:
+        """Note what became of a device's update."""
+        if isinstance(event, on.UpdateRejected):
+            self._quarantine.refused(event.device, event.reason)
+        elif isinstance(event, on.Folded):
+            self._quarantine.counted(event.device)
+
+    def noticed(self, item: ShutOut | Doubled | Quarantined | Released) -> list[on.Event]:
         """Take in what the connection noticed about a device, and nobody said."""
         if isinstance(item, ShutOut):
             return self._shut_out(item.device)
-        self._roster.doubled(item.device, self._monotonic())
+        if isinstance(item, Quarantined):
+            return self._left(item.device, f"it is in quarantine: {item.reason}", again=False)
+        if isinstance(item, Released):
+            self._ask(item.device)
+        else:
+            self._roster.doubled(item.device, self._monotonic())
         return []
 
     def _shut_out(self, device: str) -> list[on.Event]:
@@ -121,25 +140,35 @@ class Reception:
         log.warning("device %s was shut out", device)
         self._roster.namesakes.forget(device)
         self.out.add(device)
+        return self._left(device, "it was shut out", again=False)
+
+    def _left(self, device: str, reason: str, *, again: bool) -> list[on.Event]:
+        """A device isn't there for the job any more: its part in the round is void."""
         known, task = self._state.devices.get(device), self._state.tasks.get(device)
         if known is None:
             return []
-        events: list[on.Event] = [self._ended(device, known.session)]
+        events: list[on.Event] = [self._ended(device, known.session, again=again)]
         if task is not None:
-            part = device, self._state.round_of(task), task.attempt, "it was shut out"
+            part = device, self._state.round_of(task), task.attempt, reason
             if task.progress is Part.OFFERED:
                 events.append(on.OfferRefused(*part))
             if task.progress is Part.PULLING:
                 events.append(on.UpdateRejected(*part))
         return events
 
-    def _ended(self, device: str, session: int) -> on.Event:
-        """A device's connection has ended."""
+    def _ended(self, device: str, session: int, *, again: bool = True) -> on.Event:
+        """A device's connection has ended.
+
+        Args:
+            device: The device.
+            session: The connection.
+            again: Whether it may announce itself anew.
+        """
         known = self._state.devices.get(device)
         if known is not None and known.session == session:
             self._uploads.drop(device)
             self._post.forget(device)
-            if device not in self.out:
+            if again and device not in self.out:
                 self._ask(device)  # a will tells of one connection, and another may stand
         self._roster.gone(device)
         return on.DeviceDied(device, session)
@@ -184,6 +213,7 @@ class Reception:
     def _born(self, birth: Birth, size: int) -> on.Event | None:
         self.out.discard(birth.device)
         self._roster.admit(birth.device, one_line(birth.software), size)
+        self._quarantine.born(birth.device)
         name = one_line(birth.profile, 64)
         self._roster.born(birth.device, birth.session, name, birth.samples, self._monotonic())
         if self._desk is not None:

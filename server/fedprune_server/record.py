@@ -226,7 +226,7 @@ class Record:
             return cls(**body)
         except StorageError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise StorageError(f"{where} is damaged ({type(error).__name__}: {error})") from error
 
     def save(self, path: Path) -> None:
@@ -245,7 +245,7 @@ class Record:
             StorageError: It can't be read or is damaged; the message names it.
         """
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8", errors="replace")  # JSON has none of what is replaced
         except OSError as error:
             raise StorageError(f"can't read {path}: {error.strerror}") from error
         return cls.from_json(text, str(path))

@@ -101,5 +101,5 @@ def _unpacked(wheel: Path) -> int:
     try:
         with zipfile.ZipFile(wheel) as archive:
             return sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise ReleaseError(f"{wheel} is no wheel ({error})") from error

@@ -112,5 +112,5 @@ def decoded(text: str, url: str) -> Any:
     """
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{url}: a row is damaged ({error})", hint="Restore the server's backup.") from error

@@ -26,6 +26,7 @@ from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.identity_folder import IdentityFolder
 from fedprune_server.join_desk import JoinDesk
 from fedprune_server.post import Doubled, ShutOut, Wire
+from fedprune_server.quarantine import Quarantined, Released
 
 log = logging.getLogger("fedprune.server")
 
@@ -99,7 +100,9 @@ class SignedLink:
             payload = self._sealer.seal(topic, payload)
         return self._link.publish(topic, payload, qos)
 
-    def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | ShutOut | Doubled | None:
+    def get(
+        self, timeout: float | None = 0.0
+    ) -> tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released | None:
         """The next message or event; None, too, if what came doesn't count or was answered here.
 
         Raises:

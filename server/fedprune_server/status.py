@@ -12,6 +12,7 @@ from fedprune.disk import held
 from fedprune_server.foresight import Compared, compared, described
 from fedprune_server.identity_folder import FOLDER, IdentityFolder
 from fedprune_server.identity_store import REVOKED
+from fedprune_server.quarantine import read_rows
 from fedprune_server.storage import LOCK, Storage
 from fedprune_server.table import metric_texts
 
@@ -39,7 +40,7 @@ def status(folder: Path) -> dict[str, Any]:
         settings, state, rows = storage.settings(), storage.load(), storage.devices()
         outsiders = storage.outsiders()
         last, seen = (None, {}) if running else storage.heard()
-    revoked = _revoked(folder)
+    revoked, kept = _revoked(folder), read_rows(folder)
     known = {row["name"] for row in rows}
     rows += [_outsider(name, body) for name, body in outsiders.items() if name not in known]
     devices = [
@@ -49,6 +50,7 @@ def status(folder: Path) -> dict[str, Any]:
             "compared": _compared(row, state),
             "online": row["online"] and running and row["name"] not in revoked,
             "revoked": row["name"] in revoked,
+            "quarantine": kept.get(row["name"]),
             "seen_at": seen.get(row["name"]),
         }
         for row in sorted(rows, key=lambda r: r["name"])
@@ -140,9 +142,25 @@ def _device_lines(device: dict[str, Any]) -> list[str]:
     times = described(device["compared"])
     if times:
         lines.append(f"    {times}")
+    if device["quarantine"]:
+        lines.append(f"    {_misbehaved(device['quarantine'])}")
     if device["reason"]:
         lines.append(f"    round {device['round']}: {device['progress']}: {device['reason']}")
     return lines
+
+
+def _misbehaved(row: dict[str, Any]) -> str:
+    """What a device sent that didn't count, and whether it is listened to."""
+    kinds = {
+        "dropped": "messages dropped unread", "bad": "messages that make no sense", "unasked": "chunks unasked for",
+        "refused": "updates that no board makes",
+    }  # fmt: skip
+    parts = [f"{row[key]} {what}" for key, what in kinds.items() if row[key]]
+    if row["until"] is not None and row["until"] > time.time():
+        parts.insert(0, f"in quarantine until {_clock(row['until'])}, for the {row['times']}. time: {row['reason']}")
+    elif row["times"]:
+        parts.insert(0, f"was in quarantine {row['times']} times, lastly: {row['reason']}")
+    return "; ".join(parts)
 
 
 def _compared(row: dict[str, Any], state: State | None) -> Compared:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune import setting_checks
-from fedprune.disk import file_digest, storage_errors
+from fedprune.disk import file_digest, is_there, storage_errors
 from fedprune.errors import ConfigError, FedpruneError, shown
 from fedprune.toml_file import read_toml
 from fedprune_server.runs import Report, Run
@@ -47,7 +47,7 @@ def read_sweep(path: Path) -> list[Run]:
     body = read_toml(path, ConfigError)
     setting_checks.only(_KEYS, body, str(path))
     config = body.get("config")
-    if not isinstance(config, str) or not (path.parent / config).is_file():
+    if not isinstance(config, str) or not is_there(path.parent / config, file=True):
         raise ConfigError(f"{path}: config", expected="a fleet.toml that exists", got=shown(config))
     rows = body.get("runs")
     if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
@@ -88,12 +88,12 @@ class _Files:
         if key == "name" or not 0 < len(text) < _LONGEST or "\0" in text:
             return
         path = self.config.parent / text
-        if path.is_file() or (path.is_dir() and key in _FOLDERS):
+        if is_there(path, file=True) or (is_there(path) and path.is_dir() and key in _FOLDERS):
             yield path
         module, colon, _ = text.partition(":")
         for place in (self.config.parent, Path()) if colon else ():
             path = place / (module.replace(".", "/") + ".py")
-            if path.is_file():
+            if is_there(path, file=True):
                 yield path
 
     def _of(self, path: Path) -> str:

@@ -15,6 +15,19 @@ from fedprune.errors import BusyError, StorageError, StorageFullError, remedy
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def is_there(path: Path, *, file: bool = False) -> bool:
+    """Whether there is something of a name that somebody wrote; a name that nothing can have is none.
+
+    Args:
+        path: The path.
+        file: Whether it has to be a file.
+    """
+    try:
+        return path.is_file() if file else path.exists()
+    except (OSError, ValueError):  # too long, or with a zero byte in it
+        return False
+
+
 @contextmanager
 def storage_errors(what: str, *, missing: bool = False) -> Iterator[None]:
     """Turn errors of the operating system into ours.

@@ -15,6 +15,9 @@ from enum import IntEnum
 _LONGEST_NAME = 60
 """Whatever is longer is no slip of the pen."""
 
+_LONGEST_PART = 1000
+"""Characters of each part of a message: others' input may be long, and an error ends in a log."""
+
 _ALIKE = 0.75
 """`difflib`'s ratio from which a name may be another one's slip: 0.6, its default, takes shop for shape."""
 
@@ -67,13 +70,21 @@ class FedpruneError(Exception):
         self.expected = expected
         self.got = got
         self.hint = hint
-        parts = [what]
+        parts = [_brief(what)]
         if expected is not None:
-            parts.append(f"expected {expected}")
+            parts.append(f"expected {_brief(expected)}")
         if got is not None:
-            parts.append(f"got {got}")
+            parts.append(f"got {_brief(got)}")
         message = ": ".join(parts[:1]) + (": " + ", ".join(parts[1:]) if parts[1:] else "")
         super().__init__(f"{message}. {hint}" if hint else message)
+
+
+def _brief(value: object) -> str:
+    try:
+        text = str(value)
+    except ValueError:  # it holds a number of more digits than Python writes
+        text = shown(value)
+    return text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]}..."
 
 
 def shown(value: object) -> str:
@@ -199,6 +210,10 @@ class ProtocolError(FedpruneError):
     """A message or blob from the network is not what the protocol allows."""
 
     exit_code = ExitCode.PROTOCOL
+
+
+class UnknownMessageError(ProtocolError):
+    """A message is of a type or version that isn't known here: another peer may be newer."""
 
 
 class SignatureError(ProtocolError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedprune.disk import is_there
 from fedprune.errors import ProfileError, meant, remedy
 from fedprune.profile import HardwareProfile
 
@@ -73,7 +74,7 @@ def find(name_or_path: str | Path, folders: Sequence[Path] = ()) -> HardwareProf
     for folder in (*folders, shipped_folder()):
         for suffix in _SUFFIXES:
             path = folder / f"{text}{suffix}"
-            if path.is_file():
+            if is_there(path, file=True):
                 profile = read(path)
                 if profile.name != text:
                     raise ProfileError(

@@ -18,6 +18,7 @@ from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
+from fedprune.archive_limits import read_member
 from fedprune.errors import FedpruneError, reason
 
 OWN = "fedprune"
@@ -36,7 +37,7 @@ def parsed(wheel: Path, refuse: Refuse) -> tuple[str, Version, frozenset[Tag]]:
     """
     try:
         name, version, _, tags = parse_wheel_filename(wheel.name)
-    except InvalidWheelFilename as error:
+    except (InvalidWheelFilename, ValueError) as error:  # the latter of numbers that are too long
         raise refuse(f"{wheel.name} is no name of a wheel") from error
     return name, version, tags
 
@@ -104,9 +105,12 @@ def required(wheel: Path, refuse: Refuse) -> list[str]:
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n)]
-            if len(names) != 1 or archive.getinfo(names[0]).file_size > _MAX_METADATA:
+            if len(names) != 1:
                 raise refuse(f"{wheel.name} is no wheel", expected="one METADATA", got=len(names))
-            text = archive.read(names[0]).decode("utf-8", "replace")
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raw = read_member(archive, archive.getinfo(names[0]), _MAX_METADATA, refuse)
+            text = raw.decode("utf-8", "replace")
+    except refuse:
+        raise
+    except Exception as error:  # what is damaged makes zipfile and zlib raise many things
         raise refuse(f"{wheel.name} is no wheel ({reason(error)})") from error
     return [str(line) for line in HeaderParser().parsestr(text).get_all("Requires-Dist", [])]

@@ -147,7 +147,7 @@ class Making:
             if not (math.isfinite(seconds) and math.isfinite(latency)):
                 raise ValueError("times are not finite")
             found = np.load(self._folder / "answers.npy", allow_pickle=False)
-        except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+        except (ValueError, KeyError, TypeError, OSError, EOFError, RecursionError, OverflowError) as error:
             raise EngineError(
                 f"the process that makes the engine left nothing that can be read ({reason(error)})"
             ) from error

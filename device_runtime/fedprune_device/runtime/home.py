@@ -100,7 +100,7 @@ class Home:
             own = body.get("system")
             system = None if own is None else tuple(map(str, own))
             made = Record(int(body["version"]), str(body["name"]), str(body["entry"]), files, system)
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise DamagedError(f"the record of slot {slot} is not one") from error
         if not _ENTRY.fullmatch(made.entry):
             raise DamagedError(f"the record of slot {slot} names no module:function")

@@ -44,7 +44,7 @@ class Wheel:
         try:
             with zipfile.ZipFile(path) as archive:
                 entries = archive.infolist()
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise ReleaseError(f"{name} is no wheel ({error})") from error
         if len(entries) > MAX_ENTRIES:
             raise ReleaseError(f"{name}: too many files", expected=f"at most {MAX_ENTRIES}", got=len(entries))
@@ -89,21 +89,27 @@ class Wheel:
                 found, size = hashlib.sha256(), 0
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
                 try:
-                    with archive.open(entry) as source:
-                        while piece := source.read(_PIECE):
-                            size += len(piece)
-                            if size > entry.file_size:
-                                break
-                            found.update(piece)
-                            while piece:
-                                piece = piece[os.write(descriptor, piece) :]
-                except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-                    raise ReleaseError(f"{self._name}: {shown(target)} is damaged ({error})") from error
+                    for piece in self._pieces(archive, entry, target):
+                        size += len(piece)
+                        if size > entry.file_size:
+                            break
+                        found.update(piece)
+                        while piece:
+                            piece = piece[os.write(descriptor, piece) :]
                 finally:
                     os.close(descriptor)
                 if size != entry.file_size:
                     raise ReleaseError(f"{self._name}: {shown(target)}", expected=f"{entry.file_size} bytes")
                 yield target, found.hexdigest(), size
+
+    def _pieces(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: str) -> Iterator[bytes]:
+        """A file's content; a place outside the archive is an OSError of its own, which is not the disk's."""
+        try:
+            with archive.open(entry) as source:
+                while piece := source.read(_PIECE):
+                    yield piece
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+            raise ReleaseError(f"{self._name}: {shown(target)} is damaged ({error})") from error
 
     def _target(self, entry: zipfile.ZipInfo) -> str | None:
         """Where an entry goes; None for what isn't installed."""

@@ -21,6 +21,9 @@ _MOST = 2**36
 _MOST_INFLATED, _MOST_RATIO = 2**30, 100
 """An array that a packed file makes of more than so many bytes, and so many times its own length, isn't unpacked."""
 
+_DEFLATE = 1032
+"""Bytes that deflate makes of one, at most (zlib.net/zlib_tech.html)."""
+
 _FILES = {"train": "train", "test": "t10k"}
 
 
@@ -66,6 +69,9 @@ def read_idx(path: Path) -> npt.NDArray[Any]:
             if need > _MOST:
                 raise DataError(f"{path}: sizes", expected=f"at most {_MOST} bytes", got=shape_text(*shape))
             size = path.stat().st_size  # before memory is asked for
+            if path.suffix == ".gz" and need > _DEFLATE * size:
+                # `read` would ask for all that memory at once.
+                raise DataError(f"{path} is cut off", expected=f"{need} bytes", got=f"{size} packed ones")
             if path.suffix == ".gz" and need > max(_MOST_INFLATED, _MOST_RATIO * size):
                 raise DataError(
                     f"{path}: sizes",

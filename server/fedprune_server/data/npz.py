@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy
 
+from fedprune.archive_limits import PLAIN
 from fedprune.errors import DataError, remedy
 from fedprune_device.data import why_unreadable
 from fedprune_server.data.samples import Samples, assembled
@@ -98,6 +99,8 @@ def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Ar
                 name = member.filename.removesuffix(".npy")
                 if names is not None and name not in names:
                     continue
+                if member.compress_type not in PLAIN:
+                    raise DataError(f"{path}: how {name[:80]} is packed", expected="deflate, or not at all", hint=_HINT)
                 if member.file_size > max(_MOST_INFLATED, _MOST_RATIO * member.compress_size):
                     raise DataError(
                         f"{path}: size of {name}",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedprune.disk import is_there
 from fedprune.errors import DataError
 from fedprune_server.data.cifar import has_cifar, read_cifar
 from fedprune_server.data.idx import has_idx, read_idx_folder
@@ -71,7 +72,7 @@ def found(source: str | Path) -> Path:
     if not named.is_absolute() and (root := os.environ.get(VARIABLE)):
         places += [Path(root) / named, Path(root) / f"{named}.npz"]
     for place in places:
-        if place.exists():
+        if is_there(place):
             return place
     raise DataError(
         f"data {str(source)!r}",

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedprune import setting_checks
 from fedprune.chance import keyed
+from fedprune.disk import is_there
 from fedprune.errors import ConfigError, DataError, shown
 from fedprune_server.data import partition
 from fedprune_server.data.federation import Federation, Rows, default_names, federate
@@ -114,7 +115,7 @@ class DataPlan:
         if "source" not in body:
             raise ConfigError(f"{where}: source is missing", expected=f"a file or folder, also one under {VARIABLE}")
         source = values["source"]
-        if folder is not None and isinstance(source, str) and source and (folder / source).exists():
+        if folder is not None and isinstance(source, str) and source and is_there(folder / source):
             values["source"] = str(folder / source)
         try:
             return cls(**values)

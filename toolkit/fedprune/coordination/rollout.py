@@ -352,5 +352,5 @@ class Rollout:
                 raise ValueError("a board's stage")
             phase, why, now = RolloutPhase(body["phase"]), str(body["why"]), float(body["now"])
             return cls(plan, boards, stage, ends, phase, why, now)
-        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ConfigError) as error:
             raise StorageError(f"the record of a rollout is not one ({error!r})") from error

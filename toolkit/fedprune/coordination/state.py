@@ -354,7 +354,7 @@ class State:
             return cls(**body)
         except StorageError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StorageError(
                 f"state of a job is damaged ({type(error).__name__}: {error})",
                 hint="Restore the server's backup.",

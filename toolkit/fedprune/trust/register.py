@@ -91,7 +91,7 @@ class Register:
         try:
             for line in raw[:whole].splitlines():
                 self._take(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StorageError(
                 f"{self._path} is damaged ({error})", hint="Restore the backup of the identity folder."
             ) from error

@@ -10,7 +10,6 @@ MQTT 3.1.1 is spoken: nothing here needs more, every broker has it, and some lea
 from __future__ import annotations
 
 import logging
-import queue
 import random
 import socket
 import ssl
@@ -27,11 +26,9 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from fedprune.errors import BrokerError, FedpruneError
 from fedprune.wire.broker_url import BrokerUrl, failure, tls_context
+from fedprune.wire.inbox import Inbox
 
 log = logging.getLogger(__name__)
-
-INBOX_BYTES = 64 * 1024 * 1024
-"""Bytes that may wait in the inbox; transfer windows keep it far below, so that only a flood is dropped."""
 
 OUTBOX_BYTES = 16 * 1024 * 1024
 """Bytes that may wait to be sent before `publish` declines."""
@@ -44,7 +41,6 @@ LOW_WATER = 256 * 1024
 Will = tuple[str, bytes]
 
 MAX_DELAY = 60.0
-_MESSAGE_BYTES = 500  # what a waiting message costs beside its payload
 _STEADY = 10.0
 _POLL = 1.0
 
@@ -97,8 +93,7 @@ class Link:
         self._keepalive = keepalive
         self._tls = tls
         self._topics: list[str] = []
-        # No SimpleQueue: one waits for ever when a signal's handler takes longer than what is left of its timeout.
-        self._inbox: queue.Queue[tuple[str, bytes] | Event | None] = queue.Queue()
+        self._inbox = Inbox[Event]()
         self._state = threading.Condition(threading.RLock())
         self._client: paho.Client | None = None
         self._up = False
@@ -108,7 +103,6 @@ class Link:
         self._requested: set[str] = set()
         self._subscribing: dict[int, str] = {}
         self._sent: deque[int] = deque()
-        self._inbox_bytes = 0
         self._unsent: dict[int, int] = {}
         self._unsent_bytes = 0
         self._closing = threading.Event()
@@ -219,14 +213,7 @@ class Link:
         Returns:
             None if nothing came, or when there is little left to send of what was more than `LOW_WATER`.
         """
-        try:
-            item = self._inbox.get(timeout=timeout) if timeout != 0 else self._inbox.get_nowait()
-        except queue.Empty:
-            return None
-        if isinstance(item, tuple):
-            with self._state:
-                self._inbox_bytes -= _MESSAGE_BYTES + len(item[1])
-        return item
+        return self._inbox.get(timeout)
 
     def close(self, timeout: float = 2.0) -> None:
         """Send what waits, disconnect (the will is not published) and stop; may be called twice."""
@@ -353,7 +340,7 @@ class Link:
     def _report_up(self) -> None:
         self._up = self._tell = True
         self._failure = ""
-        self._inbox.put(ConnectionUp())
+        self._inbox.tell(ConnectionUp())
         self._state.notify_all()
 
     def _lost(self, reason: str) -> None:
@@ -368,7 +355,7 @@ class Link:
             self._unsent.clear()
             self._unsent_bytes = 0
             if was_up and not self._closing.is_set():
-                self._inbox.put(ConnectionDown(reason))
+                self._inbox.tell(ConnectionDown(reason))
             self._state.notify_all()
         if news and self._tell and not self._closing.is_set():
             log.warning("no connection to the MQTT broker at %s: %s", self.url, reason)
@@ -378,14 +365,10 @@ class Link:
             topic, payload = message.topic, bytes(message.payload)
         except UnicodeDecodeError:
             return
-        with self._state:
-            if self._inbox_bytes + _MESSAGE_BYTES + len(payload) > INBOX_BYTES:
-                self.dropped += 1
-                if self.dropped == 1:
-                    log.warning("inbox of %s is full: messages are dropped", self.client_id)
-                return
-            self._inbox_bytes += _MESSAGE_BYTES + len(payload)
-        self._inbox.put((topic, payload))
+        if not self._inbox.offer(topic, payload):
+            self.dropped += 1
+            if self.dropped == 1:
+                log.warning("inbox of %s is full: messages are dropped", self.client_id)
 
     def _on_publish(self, _client: paho.Client, _user: Any, mid: int, _reason: Any, _properties: Any) -> None:
         # paho holds a lock of its own here that `publish` needs, so ours must not be taken.
@@ -400,7 +383,7 @@ class Link:
             while self._sent:
                 self._unsent_bytes -= self._unsent.pop(self._sent.popleft(), 0)
             if before >= LOW_WATER > self._unsent_bytes:
-                self._inbox.put(None)
+                self._inbox.wake()
             self._state.notify_all()
 
 

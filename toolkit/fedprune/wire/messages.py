@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, get_args
 
-from fedprune.errors import ProtocolError, shown
+from fedprune.errors import ProtocolError, UnknownMessageError, shown
 from fedprune.wire import fields as check
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.checked_message import MAX_MESSAGE, VERSION, CheckedMessage
@@ -395,7 +395,7 @@ def parse(raw: bytes) -> Message:
         raise ProtocolError("message", expected="a JSON object", got=shown(body))
     version = body.get("v")
     if version != VERSION or isinstance(version, bool):
-        raise ProtocolError(
+        raise UnknownMessageError(
             "version of a message",
             expected=VERSION,
             got=shown(version),
@@ -404,7 +404,7 @@ def parse(raw: bytes) -> Message:
     kind = body.get("type")
     cls = _TYPES.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise ProtocolError("type of a message", expected=", ".join(_TYPES), got=shown(kind))
+        raise UnknownMessageError("type of a message", expected=", ".join(_TYPES), got=shown(kind))
     values = {}
     for f in fields(cls):
         if f.name in body:

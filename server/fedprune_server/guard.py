@@ -1,0 +1,64 @@
+"""Between the broker and whoever reads messages: what a device in quarantine sends is dropped unread."""
+
+from __future__ import annotations
+
+from fedprune.wire.link import Event
+from fedprune.wire.topics import EVERYONE
+from fedprune_server.post import Doubled, ShutOut, Wire
+from fedprune_server.quarantine import Quarantine, Quarantined, Released
+
+
+class Guarded:
+    """A connection that hears whom a quarantine hears. Signatures are not looked at before: each would cost as much as
+    a dozen messages that are dropped here.
+
+    Args:
+        link: The connection.
+        quarantine: Says who is heard.
+    """
+
+    def __init__(self, link: Wire, quarantine: Quarantine) -> None:
+        self._link = link
+        self._quarantine = quarantine
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection is up."""
+        return self._link.connected
+
+    @property
+    def unsent(self) -> int:
+        """Payload bytes that wait to be sent."""
+        return self._link.unsent
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until what was published is sent."""
+        return self._link.flush(timeout)
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        """Send without waiting."""
+        sent = self._link.publish(topic, payload, qos)
+        device = _device(topic)
+        if sent and device != EVERYONE:
+            self._quarantine.sends(device)
+        return sent
+
+    def get(
+        self, timeout: float | None = 0.0
+    ) -> tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released | None:
+        """The next message or event; None, too, if what came is not heard."""
+        news = self._quarantine.news()
+        if news is not None:
+            return news
+        item = self._link.get(timeout)
+        if isinstance(item, tuple):
+            topic, payload = item
+            if not self._quarantine.hears(_device(topic), len(payload), chunk=topic.endswith("/blob")):
+                return None
+        return item
+
+
+def _device(topic: str) -> str:
+    """What stands in the device's place of a topic, which need not be one."""
+    parts = topic.split("/", 4)
+    return parts[3] if len(parts) > 3 else ""

@@ -1,0 +1,309 @@
+"""Who sends more than anybody asked for, or what nobody can use, isn't listened to for a while; the others are.
+
+Every device has an allowance of points, which fills up again with time and with whatever the server says to it: each
+message costs some, by its size and by what it leads to, and chunks that were asked for cost nothing. So a board that
+answers wants, fetches models or comes back with ten thousand others spends little or earns as it goes, whatever its
+speed. Whoever has nothing left, or sends updates that no board makes, is put into quarantine: what it says is dropped
+before anybody looks into it, for a minute at first and twice as long each time.
+
+All of it is counted, takes the same few steps for every message, and remembers devices that the server knows; names
+that it doesn't know share one allowance, because anybody can think of names.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedprune.disk import storage_errors, write_whole
+from fedprune.errors import StorageError
+from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.messages import MAX_WANT
+
+log = logging.getLogger("fedprune.server")
+
+FILE = "quarantine.json"
+"""In the state folder, for `fedprune-server status`."""
+
+BURST, PER_S = 4000.0, 20.0
+"""Points that a device has at most, and that it gets back in a second."""
+
+MESSAGE, BYTES_PER_POINT = 1.0, 4096
+"""What a message costs, and each so many bytes of it."""
+
+BIRTH = 30.0
+"""What an announcement costs beside that: it makes the server plan, and write to its disk."""
+
+BAD = 50.0
+"""What a message costs that is none, or another device's. Messages of newer versions are not among these."""
+
+EARNED = 2.0
+"""What a device gets for each message or chunk that it is sent: it will answer, or ask for the next."""
+
+CREDIT = 4 * MAX_WANT * LEAF
+"""Bytes of chunks that count as asked for at most, however many were: each leaf that is asked for counts twice."""
+
+STRIKES = 3
+"""Updates in a row that no board makes of what it was sent."""
+
+FIRST_S, LONGEST_S = 60.0, 3600.0
+"""How long a device is in quarantine the first time, and at most: each time is twice as long as the last."""
+
+FORGIVEN_S = 24 * 3600.0
+"""After so long without, the next time is the first."""
+
+STRANGERS_BURST, STRANGERS_PER_S = 100_000.0, 1000.0
+"""Points of all devices together that the server doesn't know yet, and that they get back in a second."""
+
+_SAVE_S, _TELL_S = 10.0, 600.0
+
+_NO_BOARDS = re.compile(
+    r"got a number that is not finite|arrived damaged|don't make up the blob|contradicts itself|tensor file"
+    r"|expected variances|^update (lacks|holds|can't be read)|^(type|shape) of .* in an update|^size of the update"
+)
+"""Reasons that no board of ours gives: it looks at its own weights before it announces them. Weights that are far too
+large are none of them, since training that runs away makes such, nor is an update that is gone."""
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A device isn't listened to: what it was doing for the job is void."""
+
+    device: str
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Released:
+    """A device is listened to again: it may have been there all the time."""
+
+    device: str
+
+
+@dataclass
+class Counts:
+    """What a device sent that didn't count, since the server's start."""
+
+    dropped: int = 0
+    bad: int = 0
+    unasked: int = 0
+    refused: int = 0
+    times: int = 0
+
+
+@dataclass
+class _Ledger:
+    points: float = BURST
+    at: float = 0.0
+    credit: int = 0
+    strikes: int = 0
+    level: int = 0
+    until: float = 0.0
+    reason: str = ""
+    counts: Counts = field(default_factory=Counts)
+
+
+class Quarantine:
+    """The allowances of all devices.
+
+    Args:
+        clock: Seconds that only grow, above 0.
+        path: Where what `status` shows is kept; None for nowhere.
+        wall: Seconds since 1970, for people.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        path: Path | None = None,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock, self._wall, self._path = clock, wall, path
+        self._ledgers: dict[str, _Ledger] = {}
+        self._strangers = _Ledger(STRANGERS_BURST, clock())
+        self._news: list[Quarantined | Released] = []
+        self._ends: list[tuple[float, str]] = []
+        self._dirty = path is not None and path.exists()
+        self._save_at = self._tell_at = clock()
+
+    def know(self, devices: Iterable[str]) -> None:
+        """Give devices allowances of their own. How many there may be is for whoever lets them in to say."""
+        for device in devices:
+            if device not in self._ledgers:
+                self._ledgers[device] = _Ledger(at=self._clock())
+
+    def hears(self, device: str, size: int, *, chunk: bool = False) -> bool:
+        """Whether to listen to what a device has sent; it is charged for it.
+
+        Args:
+            device: Its name, as the topic says it.
+            size: Bytes.
+            chunk: Whether it is one.
+        """
+        ledger, now = self._ledgers.get(device), self._clock()
+        if ledger is None:
+            return self._stranger(MESSAGE + size / BYTES_PER_POINT, now)
+        if now < ledger.until:
+            ledger.counts.dropped += 1
+            self._dirty = True
+            return False
+        if chunk:
+            asked = min(ledger.credit, size)
+            ledger.credit -= asked
+            if asked == size:
+                return True
+            ledger.counts.unasked += 1
+            size -= asked
+        cost = MESSAGE + size / BYTES_PER_POINT
+        heard = self._charge(
+            device, ledger, cost, now, "chunks that nobody asked for" if chunk else "too many messages"
+        )
+        ledger.counts.dropped += not heard
+        return heard
+
+    def sends(self, device: str) -> None:
+        """The server says something to a device, which will answer."""
+        if (ledger := self._ledgers.get(device)) is not None:
+            self._refill(ledger, self._clock())
+            ledger.points = min(BURST, ledger.points + EARNED)
+
+    def asked(self, device: str, leaves: int) -> None:
+        """The server asks a device for leaves of a blob; they may come twice."""
+        if (ledger := self._ledgers.get(device)) is not None:
+            ledger.credit = min(CREDIT, ledger.credit + 2 * leaves * (LEAF + 64))
+
+    def born(self, device: str) -> None:
+        """A device that is let in has announced itself."""
+        self.know([device])
+        ledger = self._ledgers[device]
+        self._charge(device, ledger, BIRTH, self._clock(), "it announces itself again and again")
+
+    def bad(self, device: str) -> None:
+        """A device has sent a message that is none."""
+        if (ledger := self._ledgers.get(device)) is not None:
+            ledger.counts.bad += 1
+            self._charge(device, ledger, BAD, self._clock(), "messages that make no sense")
+        else:
+            self._stranger(BAD, self._clock())
+
+    def refused(self, device: str, reason: str) -> None:
+        """A device's update doesn't count."""
+        ledger = self._ledgers.get(device)
+        if ledger is None or not _NO_BOARDS.search(reason):
+            return
+        ledger.counts.refused += 1
+        ledger.strikes += 1
+        self._dirty = True
+        if ledger.strikes >= STRIKES and self._clock() >= ledger.until:
+            self._sentence(device, ledger, f"{STRIKES} updates in a row that no board makes, lastly: {reason[:200]}")
+
+    def counted(self, device: str) -> None:
+        """A device's update counts."""
+        if (ledger := self._ledgers.get(device)) is not None:
+            ledger.strikes = 0
+
+    def news(self) -> Quarantined | Released | None:
+        """Who was put into quarantine or has come out of it; once each."""
+        now = self._clock()
+        while self._ends and self._ends[0][0] <= now:
+            _, device = heapq.heappop(self._ends)
+            log.info("device %s is listened to again", device)
+            self._news.append(Released(device))
+            self._dirty = True
+        return self._news.pop(0) if self._news else None
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """What there is to say of devices: what didn't count, and until when they are in quarantine, as JSON."""
+        now, wall = self._clock(), self._wall()
+        return {
+            device: {
+                **asdict(ledger.counts),
+                "until": wall + ledger.until - now if ledger.until > now else None,
+                "reason": ledger.reason,
+            }
+            for device, ledger in sorted(self._ledgers.items())
+            if ledger.counts != Counts()
+        }
+
+    def save(self) -> None:
+        """Keep for `status` what has changed, every few seconds at most; a disk that fails costs no more than that."""
+        now = self._clock()
+        if self._path is None or not self._dirty or now < self._save_at:
+            return
+        self._dirty, self._save_at = False, now + _SAVE_S
+        try:
+            with storage_errors(f"can't write {self._path}"):
+                write_whole(self._path, json.dumps(self.rows(), sort_keys=True).encode())
+        except StorageError as error:
+            log.warning("%s", error)
+
+    def _charge(self, device: str, ledger: _Ledger, cost: float, now: float, reason: str) -> bool:
+        if now < ledger.until:
+            return False
+        self._refill(ledger, now)
+        ledger.points -= cost
+        if ledger.points >= 0:
+            return True
+        self._sentence(device, ledger, reason)
+        return False
+
+    def _refill(self, ledger: _Ledger, now: float) -> None:
+        ledger.points = min(BURST, ledger.points + max(0.0, now - ledger.at) * PER_S)
+        ledger.at = max(now, ledger.at)
+
+    def _sentence(self, device: str, ledger: _Ledger, reason: str) -> None:
+        now = self._clock()
+        if now < ledger.until:
+            return
+        if now - ledger.until > FORGIVEN_S:
+            ledger.level = 0
+        seconds = min(LONGEST_S, FIRST_S * 2.0**ledger.level)
+        ledger.level = min(ledger.level + 1, 16)
+        ledger.counts.times += 1
+        ledger.until, ledger.reason = now + seconds, reason
+        ledger.points, ledger.at, ledger.credit, ledger.strikes = BURST, now + seconds, 0, 0
+        heapq.heappush(self._ends, (ledger.until, device))
+        self._news.append(Quarantined(device, reason, seconds))
+        self._dirty = True
+        log.warning(
+            "device %s is in quarantine for %.0f s, for the %d. time: %s. What it sends is dropped unread; the board's "
+            "log and `fedprune-server status` say more",
+            device, seconds, ledger.counts.times, reason,
+        )  # fmt: skip
+
+    def _stranger(self, cost: float, now: float) -> bool:
+        ledger = self._strangers
+        ledger.points = min(STRANGERS_BURST, ledger.points + (now - ledger.at) * STRANGERS_PER_S)
+        ledger.at = now
+        if ledger.points >= cost:
+            ledger.points -= cost
+            return True
+        ledger.counts.dropped += 1
+        if now >= self._tell_at:
+            self._tell_at = now + _TELL_S
+            log.warning(
+                "devices that nobody knows send too much: %d messages of theirs were dropped unread so far. See who "
+                "uses your broker",
+                ledger.counts.dropped,
+            )
+        return False
+
+
+def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a running server, or the last one, said of its devices in a state folder; nothing if that is damaged."""
+    try:
+        body = json.loads((folder / FILE).read_bytes())
+        return {str(device): {**_BLANK, **dict(row)} for device, row in body.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+_BLANK: dict[str, Any] = {**asdict(Counts()), "until": None, "reason": ""}

@@ -1,0 +1,251 @@
+"""Parsers of what comes over the network: messages, chunks, envelopes, requests to join, and what they hold."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from parser_target import Target, as_json, as_object, as_text, dumped, scratch
+from runtime_releases import KEY, PUBLIC
+
+from fedprune import tensorfile
+from fedprune.blobs import BlobStore
+from fedprune.element_mask import ElementMask
+from fedprune.form_times import FormTimes
+from fedprune.latency import LatencyTable, typical_table
+from fedprune.precision import INT8, graphs_of, packed, unpacked
+from fedprune.probe_report import ProbeReport
+from fedprune.profile import HardwareProfile
+from fedprune.profile_store import find
+from fedprune.recipe import Recipe
+from fedprune.release import Release, ReleaseFile, opened, signed
+from fedprune.trust.authority import Authority
+from fedprune.trust.certificates import make_request as make_csr
+from fedprune.trust.certificates import make_tls_key, read_certificate, request_key
+from fedprune.trust.claim import Claim
+from fedprune.trust.correspondence import Opener
+from fedprune.trust.envelope import Envelope, seal
+from fedprune.trust.joining import answer_text, check_answer, check_request, digest_of, make_request
+from fedprune.trust.keys import VerifyingKey
+from fedprune.wire import messages as m
+from fedprune.wire.blob_ref import LEAF, BlobRef
+from fedprune.wire.broker_url import BrokerUrl
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.join_messages import APPROVED, JoinAnswer, JoinRequest
+from fedprune.wire.release_messages import ReleaseOffer, ReleaseReport, ReleaseWithdrawn
+from fedprune.wire.topics import Topics
+from fedprune.wire.transfer import Pull
+from fedprune_device.offered import unpacked as offered
+from toy import ARCHITECTURE, JOB
+
+TOPIC = Topics("lab").up("a")
+BLOB = np.random.default_rng(0).bytes(3 * LEAF + 100)
+REF = BlobRef.of(BLOB)
+SMALL = BlobRef.of(b"small")
+ZERO = "0" * 64
+
+PROBE = {
+    "cores": 4,
+    "memory_total": 2**33,
+    "memory_available": 2**32,
+    "seconds": 1.0,
+    "block": 16,
+    "latency": typical_table(1e9).to_dict(),
+    "forms": {"rows": [{"shape": [3, 1, 16, 16, 64, 0], "seconds": {"kernel.taps": 1e-4}}]},
+}
+
+
+@cache
+def wire_targets() -> tuple[Target, ...]:
+    """All of them."""
+    told = tuple(message.to_bytes() for message in _messages())
+    chunks = (
+        Chunk(REF.sha256, "data", 0, BLOB[:LEAF]).to_bytes(),
+        Chunk(REF.sha256, "data", 2, BLOB[2 * LEAF :]).to_bytes(),
+        Chunk(SMALL.sha256, "leaves", 1, b"x").to_bytes(),
+    )
+    probe = ProbeReport.from_dict(PROBE).to_dict()
+    return (
+        Target("wire.message", m.parse, told, text=True, share=6),
+        Target("wire.chunk", lambda raw: list(Chunk.parse(raw).leaves()), chunks, factor=8, share=4),
+        Target("wire.pull", _pulled, chunks, factor=16, constant=4 * 2**20, share=0.2),
+        Target("wire.topic", as_text(_topic), _topics(), text=True, share=2),
+        Target("wire.blob reference", as_json(BlobRef.from_dict), dumped(REF.to_dict()), text=True, share=2),
+        Target("wire.broker address", as_text(BrokerUrl.parse), _urls(), text=True, share=2),
+        Target("wire.probe", as_json(ProbeReport.from_dict), dumped(PROBE, probe), text=True, share=2),
+        Target("wire.latency table", as_json(LatencyTable.from_dict), dumped(probe["latency"]), text=True),
+        Target("wire.form times", as_json(FormTimes.from_dict), dumped(probe["forms"]), text=True),
+        Target("wire.profile", as_object(HardwareProfile.from_dict), _profiles(), text=True),
+        Target(
+            "wire.recipe", as_object(Recipe.from_dict), dumped(Recipe().to_offer(), JOB.recipe.to_dict()), text=True
+        ),
+        *_signed(told),
+        *_joining(),
+        *_blobs(),
+    )
+
+
+def _messages() -> list[Any]:
+    place = {"job": "toy", "round": 3, "attempt": 1}
+    offer = m.Offer(
+        **place, seed=1, architecture=ZERO, selection=ZERO, widths=(4, 8), classes=3, weights=REF, training=SMALL,
+        inference=SMALL, recipe=Recipe().to_offer(), mask=SMALL, ranking=ZERO, lowered={"int8": SMALL},
+        blocked={"16": SMALL},
+    )  # fmt: skip
+    return [
+        m.Birth("a", 1, "raspberry-pi-5", 10, "fedprune 1", PROBE, {**place}),
+        m.Death("a", 1),
+        m.Progress("a", **place, phase="train", done=1, total=2),
+        m.Refusal("a", **place, reason="no room", exit_code=30),
+        m.Update(
+            "a", **place, base=ZERO, weights=REF, samples=10, steps=5, metrics={"accuracy_after": 0.5, "loss": 1.0}
+        ),
+        m.Hello(1_700_000_000),
+        offer,
+        m.Accepted(**place, weights=ZERO),
+        m.Cancelled(**place, reason="the round is over"),
+        m.Finished("toy"),
+        m.Want(ZERO, "data", 0, 1024),
+        m.Gone(ZERO),
+        ReleaseOffer(1, _release().to_bytes().decode(), "0" * 128, (ZERO,), 3, 300.0),
+        ReleaseReport("a", 1, "downloading", "", 1, 2),
+        ReleaseWithdrawn(1, "a mistake"),
+    ]
+
+
+def _release() -> Release:
+    files = (ReleaseFile("app-1-py3-none-any.whl", ZERO, 1000), ReleaseFile("b-1.whl", "1" * 64, 10))
+    return Release(1, "0.1", "cp311", "aarch64", "app:main", 10**6, files, created="2026-01-01", system=("numpy",))
+
+
+def _topics() -> tuple[bytes, ...]:
+    site = Topics("lab")
+    return tuple(t.encode() for t in (site.up("a"), site.up_blob("b", "toy"), site.broadcast(), site.join("0" * 32)))
+
+
+def _topic(text: str) -> object:
+    site = Topics("lab")
+    return site.parse_join(text) if text.endswith("/join") else site.parse(text)
+
+
+def _urls() -> tuple[bytes, ...]:
+    return b"mqtts://user:pass%20word@broker.example:8883", b"mqtt://127.0.0.1", b"mqtts://[::1]:1883/"
+
+
+def _profiles() -> tuple[bytes, ...]:
+    return dumped(*(find(name).to_dict() for name in ("raspberry-pi-5", "jetson-orin-nano")))
+
+
+def _pulled(raw: bytes) -> object:
+    """A chunk that comes in the middle of a transfer of which one leaf is here."""
+    store = BlobStore(scratch() / "pull", durable=False)
+    pull = Pull(REF, store.partial(REF))
+    pull.start(0.0)
+    table = b"".join(store_digest(i) for i in range(REF.leaf_count))
+    pull.on_chunk(Chunk(REF.sha256, "leaves", 0, table), 0.0)
+    wants = pull.on_chunk(Chunk.parse(raw), 1.0)
+    if pull.outstanding > 32 or len(wants) > 32:
+        raise ValueError(f"{pull.outstanding} leaves are asked for by {len(wants)} wants")
+    return wants
+
+
+def store_digest(leaf: int) -> bytes:
+    """The digest of a leaf of `BLOB`."""
+    import hashlib
+
+    return hashlib.sha256(BLOB[leaf * LEAF : (leaf + 1) * LEAF]).digest()
+
+
+def _signed(told: tuple[bytes, ...]) -> tuple[Target, ...]:
+    small = [raw for raw in told if len(raw) < 4000]
+    envelopes = tuple(seal(KEY, TOPIC, 1000 + i, i, raw) for i, raw in enumerate(small))
+    manifest = _release().to_bytes()
+    return (
+        Target("trust.envelope", Envelope.parse, envelopes, share=2),
+        Target("trust.signed message", lambda raw: _opener().open(TOPIC, raw), envelopes, share=0.5),
+        # What is inside is damaged before it is sealed: a member of the fleet says it.
+        Target(
+            "trust.message of a member",
+            lambda raw: m.parse(_opener().open(TOPIC, raw)),
+            small,
+            text=True,
+            share=0.5,
+            frame=lambda body: seal(KEY, TOPIC, 1, 1, body[: 256 * 1024]),
+        ),
+        Target("release.manifest", Release.from_bytes, (manifest,), text=True, share=2),
+        Target(
+            "release.signed manifest",
+            lambda raw: opened(raw[64:], raw[:64], PUBLIC),
+            (manifest,),
+            text=True,
+            share=0.5,
+            frame=lambda body: signed(body, KEY) + body,
+        ),
+        Target("trust.key", as_text(VerifyingKey.from_hex), (PUBLIC.hex.encode(),), text=True),
+        Target("trust.claim", as_text(Claim.parse), (Claim(b"i" * 5, b"s" * 15, b"p" * 12).text.encode(),), text=True),
+    )
+
+
+def _opener() -> Opener:
+    return Opener(PUBLIC, {}, lambda stream, epoch: None)
+
+
+def _joining() -> tuple[Target, ...]:
+    authority = Authority.make(scratch() / "authority", "lab")
+    csr = make_csr(make_tls_key(), "pi-1")
+    claim = Claim.make(authority.pin)
+    request = make_request("lab", "pi-1", KEY, csr, claim)
+    certificate = authority.issue_device("lab", "pi-1", csr)
+    body = {
+        "request": digest_of(request), "status": APPROVED, "reason": "", "time": authority.now(),
+        "authority": authority.pem, "certificate": certificate, "server_key": PUBLIC.hex,
+    }  # fmt: skip
+    answer = JoinAnswer(**body, signature=authority.sign(answer_text(**body)).hex())
+
+    def asked(raw: bytes) -> object:
+        found = m.parse(raw)
+        return check_request(found) if isinstance(found, JoinRequest) else found
+
+    def answered(raw: bytes) -> object:
+        found = m.parse(raw)
+        return check_answer(found, request, authority.pin) if isinstance(found, JoinAnswer) else found
+
+    return (
+        Target("join.request", asked, (request.to_bytes(),), text=True, share=0.5),
+        Target("join.answer", answered, (answer.to_bytes(),), text=True, share=0.5),
+        Target(
+            "join.certificate", lambda raw: read_certificate(raw, "it"), (authority.pem.encode(), certificate.encode())
+        ),
+        Target("join.certificate request", as_text(lambda text: request_key(text, "pi-1")), (csr.encode(),), share=0.5),
+    )
+
+
+def _blobs() -> tuple[Target, ...]:
+    """Blobs that are whole, as their digests say, and still anything at all."""
+    tensors = {"w": np.ones((8, 4), np.float32), "head": np.ones((3, 8), np.float32)}
+    mask = ElementMask({"w": np.arange(32).reshape(8, 4) % 3 == 0})
+    bits = tensorfile.encode(mask.to_tensors())
+    weights = tensorfile.encode(tensors)
+    graphs = packed(dict.fromkeys(graphs_of(INT8), b"graph"))
+    shapes = {n: v.shape for n, v in tensors.items()}
+    masked = tensorfile.encode(mask.pack(tensors))
+
+    def header(text: bytes) -> bytes:
+        """A header that says how long it is, before sound data."""
+        return len(text).to_bytes(8, "little") + text + weights[-(8 * 4 + 3 * 8) * 4 :]
+
+    (length,) = (int.from_bytes(weights[:8], "little"),)
+    table = weights[8 : 8 + length].rstrip()
+    recipe = Recipe.from_dict({"mask": "hard"})
+    return (
+        Target("blob.tensors", tensorfile.decode, (weights, bits, graphs), share=4),
+        Target("blob.tensors by header", tensorfile.decode, (table,), text=True, share=4, frame=header),
+        Target("blob.lowered graphs", lambda raw: unpacked(raw, INT8), (graphs,)),
+        Target("blob.mask", lambda raw: ElementMask.from_tensors(tensorfile.decode(raw), shapes), (bits,)),
+        Target("blob.weights of an offer", lambda raw: _offered(raw, recipe), (weights, masked)),
+    )
+
+
+def _offered(raw: bytes, recipe: Recipe) -> object:
+    return offered(raw, None, recipe, None, ARCHITECTURE.sizes, ("w", "head"))

@@ -1,0 +1,142 @@
+"""What the fuzzer has found: each of these inputs once ended in another exception than ours, or in too much memory."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import struct
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+from parser_target import Target
+from parsers_of_boards import board_targets
+from parsers_of_files import file_targets, npz, zipped
+from parsers_of_setup import setup_targets
+
+from fedprune.errors import FedpruneError
+
+TARGETS = {t.name: t for t in (*file_targets(), *board_targets(), *setup_targets())}
+DEEP = b"[" * 100_000
+HUGE = 10**400
+
+
+def damaged(target: Target, **changes: object) -> bytes:
+    """The first sound input, with other values under these keys."""
+    return json.dumps({**json.loads(target.seeds[0]), **changes}).encode()
+
+
+def bad_deflate() -> bytes:
+    """An archive of which one array's packed bytes are damaged."""
+    raw = bytearray(npz(x=np.zeros((2, 4), np.float32), y=np.array([0, 1])))
+    start = 30 + len("x.npy") + struct.unpack_from("<H", raw, 28)[0]
+    raw[start : start + 8] = b"\xff" * 8
+    return bytes(raw)
+
+
+def bad_header() -> bytes:
+    """An array whose header is no Python."""
+    return b"\x93NUMPY\x01\x00" + (20).to_bytes(2, "little") + b"{'descr': (((\n    \n "
+
+
+def changed_zip(at: int, value: bytes) -> bytes:
+    """An archive with other bytes in its first entry's record, counted from the record's beginning."""
+    raw = bytearray(zipped({"app/__init__.py": b"x" * 10}))
+    record = raw.index(b"PK\x01\x02")
+    raw[record + at : record + at + len(value)] = value
+    return bytes(raw)
+
+
+FOUND: list[tuple[str, bytes]] = [
+    ("settings.sweep", b'config = "' + b"a" * 300 + b'"'),
+    ("state.job", DEEP),
+    ("state.rollout", damaged(TARGETS["state.rollout"], now=HUGE)),
+    ("state.register", DEEP + b"\n"),
+    ("state.record of a run", DEEP),
+    ("state.record of a run", damaged(TARGETS["state.record of a run"], groups=[["w", float("inf")]])),
+    ("data.labelled", bad_deflate()),
+    ("samples.to predict", bad_deflate()),
+    ("samples.to predict", bad_header()),
+    ("wheel.unpacked", changed_zip(42, b"\xff\xff\xff\xff")),
+    ("wheel.unpacked", changed_zip(6, b"\x80\x00")),
+    ("wheel.metadata", changed_zip(6, b"\x80\x00")),
+    ("wheel.file name", b"a-" + b"1" * 5000 + b"-py3-none-any.whl"),
+    ("kept.serving", damaged(TARGETS["kept.serving"], offset=[HUGE, 0])),
+    ("told.board file", damaged(TARGETS["told.board file"], server="mqtts://[::1")),
+    ("told.inventory", TARGETS["told.inventory"].seeds[0].replace(b"raspberry-pi-5", b"r" * 300)),
+    ("told.drives of Linux", b'{"blockdevices": [{"path": "a", "type": "disk", "size": Infinity}]}'),
+    ("told.drives of a Mac", b'<?xml version="1.0" encoding="UTF-99"?><plist><dict/></plist>'),
+    ("told.drives of a Mac", b"<plist><dict><key>AllDisksAndPartitions</key><string>x</string></dict></plist>"),
+    ("told.drives of a Mac", b"<plist><dict><key>WholeDisks</key><integer>1</integer></dict></plist>"),
+]
+
+
+@pytest.mark.parametrize(("name", "raw"), FOUND, ids=[f"{name} {number}" for number, (name, _) in enumerate(FOUND)])
+def test_what_was_found_is_refused_in_words(name: str, raw: bytes) -> None:
+    with pytest.raises(FedpruneError) as refused:
+        TARGETS[name].parse(raw)
+
+    assert 10 < len(str(refused.value)) < 4000
+
+
+def test_a_slots_record_with_an_infinite_number_is_damaged() -> None:
+    target = TARGETS["kept.slot's record"]
+    with pytest.raises(target.errors):
+        target.parse(target.frame(damaged(target, version=float("inf"))))
+
+
+def test_a_small_file_gets_no_more_memory_than_it_can_fill() -> None:
+    """An array of 900 MB in a file of 40 bytes: the library would ask for all of it at once."""
+    head = bytes([0, 0, 8, 2]) + (30_000).to_bytes(4, "big") * 2
+    raw = gzip.compress(head + b"x" * 10)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FedpruneError, match="cut off"):
+            TARGETS["data.idx packed"].parse(raw)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "samples.to predict", "data.labelled", "samples.data"])
+def test_archives_that_would_fill_the_memory_are_not_unpacked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedprune.archive_limits.MOST_INFLATED", 2**20)
+    raw = npz(x=np.zeros((64, 3, 256, 256), np.float32), y=np.zeros(64, np.int64))
+    assert len(raw) < 100_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(FedpruneError, match="when it is unpacked"):
+            TARGETS[name].parse(raw)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("name", ["samples.npz", "samples.to predict", "data.labelled", "data.npz"])
+def test_what_zipfile_unpacks_without_bound_is_refused(name: str, method: int) -> None:
+    array = io.BytesIO()
+    np.save(array, np.zeros((100, 100)))
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        archive.writestr("x.npy", array.getvalue())
+        archive.writestr("y.npy", array.getvalue())
+    with pytest.raises(FedpruneError, match="deflate, or not at all"):
+        TARGETS[name].parse(file.getvalue())
+
+
+def test_metadata_that_is_longer_than_it_says_is_not_unpacked_whole() -> None:
+    """The archive says ten bytes, and 64 MB follow."""
+    raw = bytearray(zipped({"a-1.dist-info/METADATA": bytes(64 * 2**20)}))
+    at = raw.rindex(b"PK\x01\x02")
+    raw[at + 24 : at + 28] = (10).to_bytes(4, "little")
+    assert len(raw) < 100_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(FedpruneError):
+            TARGETS["wheel.metadata"].parse(bytes(raw))
+        assert tracemalloc.get_traced_memory()[1] < 12 * 2**20
+    finally:
+        tracemalloc.stop()

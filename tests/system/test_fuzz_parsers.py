@@ -1,0 +1,56 @@
+"""Damaged inputs are taken or refused with one of our errors: a short run of what `benchmarks/` runs for long."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from parser_fuzzer import case, fuzz
+from parser_target import Target
+from parsers_of_boards import board_targets
+from parsers_of_files import file_targets
+from parsers_of_setup import setup_targets
+from parsers_of_the_wire import wire_targets
+
+TARGETS = {t.name: t for t in (*wire_targets(), *file_targets(), *board_targets(), *setup_targets())}
+INPUTS = 120
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    logging.getLogger("fedprune").setLevel(logging.ERROR)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_inputs_that_are_damaged_are_sound(name: str) -> None:
+    target = TARGETS[name]
+    for seed in target.seeds:
+        target.parse(target.frame(seed))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_damaged_input_is_taken_or_refused_in_bounded_memory(name: str) -> None:
+    tally = fuzz(TARGETS[name], 0, INPUTS)
+
+    assert tally.findings == {}
+    assert tally.inputs == INPUTS == tally.taken + sum(tally.refused.values())
+
+
+def test_an_input_is_known_by_its_number() -> None:
+    target = TARGETS["wire.message"]
+
+    assert case(target, 7) == case(target, 7)
+    assert len({case(target, n) for n in range(50)}) > 40
+
+
+def test_whatever_else_happens_is_a_finding() -> None:
+    """The net itself: a parser that fails otherwise, takes too much memory or says too much is found."""
+
+    def parse(raw: bytes) -> object:
+        kept = bytes(2**20)
+        raise KeyError(f"{kept[0]}{raw!r}")
+
+    found = fuzz(Target("toy", parse, (b"x",), constant=1000), 0, 80).findings
+
+    assert any(what.startswith("KeyError") for what in found)
+    assert "memory beyond the bound: toy" in found

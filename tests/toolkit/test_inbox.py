@@ -1,0 +1,69 @@
+"""The inbox: nothing comes out of order, nothing beyond the limit waits, and a flood leaves room for the others."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import strategies  # noqa: F401 - its settings of Hypothesis
+from fedprune.wire.inbox import MESSAGE_BYTES, Inbox
+from fedprune.wire.topics import Topics
+
+pytestmark = pytest.mark.board
+
+SITE = Topics("lab")
+LIMIT = 1_000_000
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 200_000), st.booleans()), max_size=60))
+def test_what_is_taken_comes_out_in_order_and_never_more_than_the_limit_waits(
+    steps: list[tuple[str, int, bool]],
+) -> None:
+    inbox, waiting = Inbox[str](LIMIT), []
+    for name, size, read in steps:
+        if read:
+            assert inbox.get(0) == (waiting.pop(0) if waiting else None)
+        elif inbox.offer(SITE.up(name), bytes(size)):
+            waiting.append((SITE.up(name), bytes(size)))
+        assert inbox.size == sum(MESSAGE_BYTES + len(p) for _, p in waiting) <= LIMIT
+    for item in waiting:
+        assert inbox.get(0) == item
+    assert inbox.get(0) is None
+    assert inbox.size == 0
+    assert inbox._waiting == {}
+
+
+@given(st.integers(1, 20), st.integers(0, 100_000), st.integers(0, 20_000))
+def test_floods_leave_half_of_it_to_who_sends_little(floods: int, size: int, little: int) -> None:
+    inbox = Inbox[str](LIMIT)
+    for _ in range(2 * LIMIT // (MESSAGE_BYTES + size) // floods + 2):
+        for number in range(floods):
+            inbox.offer(SITE.up_blob(f"flood{number}"), bytes(size))
+
+    assert inbox.offer(SITE.up("honest"), bytes(little))
+
+
+def test_topics_and_channels_of_one_device_share() -> None:
+    inbox = Inbox[str](LIMIT)
+    taken = [inbox.offer(topic, bytes(10_000)) for _ in range(60) for topic in (SITE.up("a"), SITE.up_blob("a", "job"))]
+
+    assert inbox.size < LIMIT // 2 + 10_000 + MESSAGE_BYTES
+    assert not all(taken)
+    assert inbox.offer(SITE.up("b"), bytes(100_000))
+
+
+def test_there_is_always_room_for_an_event() -> None:
+    inbox = Inbox[str](LIMIT)
+    while inbox.offer(SITE.up("a"), bytes(10_000)):
+        pass
+    inbox.tell("down")
+    found = [inbox.get(0) for _ in range(100)]
+    assert found[[i for i, f in enumerate(found) if f is not None][-1]] == "down"
+
+
+def test_what_is_no_topic_of_ours_has_a_place_too() -> None:
+    inbox = Inbox[str](LIMIT)
+    for topic in ("", "/", "x", "a/b/c/d/e/f"):
+        assert inbox.offer(topic, b"x")
+        assert inbox.get(0) == (topic, b"x")

@@ -1,0 +1,80 @@
+"""Messages that came and wait to be read: bounded, and shared, so that a flood of one sender leaves room for others."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Generic, TypeVar
+
+BYTES = 64 * 1024 * 1024
+"""Bytes that may wait; transfer windows keep it far below, so that only a flood is dropped."""
+
+MESSAGE_BYTES = 500
+"""What a waiting message costs beside its payload."""
+
+E = TypeVar("E")
+
+
+class Inbox(Generic[E]):
+    """A queue of messages and events between the network's thread and whoever reads.
+
+    In its first half whoever comes is taken. Beyond it nobody may have more waiting than an equal share of that half:
+    who fills the inbox stays below the middle, and the others find the rest free.
+
+    Args:
+        limit: Bytes that may wait.
+    """
+
+    def __init__(self, limit: int = BYTES) -> None:
+        self.limit = limit
+        self.size = 0
+        """Bytes that wait."""
+        # No SimpleQueue: one waits for ever when a signal's handler takes longer than what is left of its timeout.
+        self._items: queue.Queue[tuple[str, bytes] | E | None] = queue.Queue()
+        self._lock = threading.Lock()
+        self._waiting: dict[str, int] = {}
+
+    def offer(self, topic: str, payload: bytes) -> bool:
+        """Take in a message, if there is room for it."""
+        sender, size = _sender(topic), MESSAGE_BYTES + len(payload)
+        with self._lock:
+            total, own = self.size + size, self._waiting.get(sender, 0) + size
+            senders = len(self._waiting) + (sender not in self._waiting)
+            if total > self.limit or (total > self.limit // 2 and own > self.limit // 2 // senders):
+                return False
+            self.size, self._waiting[sender] = total, own
+        self._items.put((topic, payload))
+        return True
+
+    def tell(self, event: E) -> None:
+        """Take in an event; there is always room for one."""
+        self._items.put(event)
+
+    def wake(self) -> None:
+        """Let whoever waits in `get` go on without anything."""
+        self._items.put(None)
+
+    def get(self, timeout: float | None) -> tuple[str, bytes] | E | None:
+        """What came first; None if nothing came within `timeout` seconds (None: no end), or at a `wake`."""
+        try:
+            item = self._items.get(timeout=timeout) if timeout != 0 else self._items.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(item, tuple):
+            self._taken(item[0], MESSAGE_BYTES + len(item[1]))
+        return item
+
+    def _taken(self, topic: str, size: int) -> None:
+        sender = _sender(topic)
+        with self._lock:
+            self.size -= size
+            left = self._waiting[sender] - size
+            if left:
+                self._waiting[sender] = left
+            else:
+                del self._waiting[sender]
+
+
+def _sender(topic: str) -> str:
+    """A topic as far as the device in it: what comes below that is one sender's."""
+    return "/".join(topic.split("/", 4)[:4])
