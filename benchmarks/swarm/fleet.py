@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import random
 import resource
 import sys
 import time
+import traceback
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +73,9 @@ class Fleet:
         self.works = Works(Topics(spec["site"]), Shelf(), Remade(spec["seed"]), loop.call_later)
         kinds = [find(name) for name in SHARES]
         shares = list(SHARES.values())
+        self.lost = 0
+        """Connections that broke."""
+        self._gate, self._again = asyncio.Semaphore(CONNECTING), set[asyncio.Task[None]]()
         self.boards = []
         for index in range(*spec["indices"]):
             chance = keyed(spec["seed"], "board", index)
@@ -80,16 +88,34 @@ class Fleet:
 
     async def connect(self) -> None:
         """Connect all devices, `arrivals` a second; each announces itself as soon as it listens."""
-        loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(CONNECTING)
 
         async def one(board: Board) -> None:
             await asyncio.sleep((board.index - self.boards[0].index) / self._spec["arrivals"])
-            async with gate:
-                _, session = await loop.create_connection(board.new_session, self._spec["host"], self._spec["port"])
-                await session.up
-                board.birth()
+            await self._connect(board)
 
         await asyncio.gather(*(one(b) for b in self.boards))
+
+    async def _connect(self, board: Board) -> None:
+        loop = asyncio.get_running_loop()
+        async with self._gate:
+            _, session = await loop.create_connection(board.new_session, self._spec["host"], self._spec["port"])
+            await session.up
+        session.ended = lambda _: self._lost(board)
+        board.birth()
+
+    def _lost(self, board: Board) -> None:
+        """A connection has broken: the device comes back, as a real one does."""
+        self.lost += 1
+        if not board.finished:
+            self._again.add(task := asyncio.ensure_future(self._return(board)))
+            task.add_done_callback(self._again.discard)
+
+    async def _return(self, board: Board) -> None:
+        for attempt in count():
+            await asyncio.sleep(random.uniform(0, min(60, 0.5 * 2.0**attempt)))
+            with suppress(OSError):
+                await self._connect(board)
+                return
 
     async def run(self) -> None:
         """Keep the connections alive, and ask again for what is overdue, until the job has ended for every device."""
@@ -125,9 +151,22 @@ def usage() -> dict[str, float]:
     return {"cpu_s": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss * 1024}
 
 
+def fail_loudly() -> None:
+    """Let the process end at an error in a connection's callback, which asyncio would only log."""
+
+    def end(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        print(context["message"], file=sys.stderr)
+        if isinstance(error := context.get("exception"), Exception) and not isinstance(error, OSError):
+            traceback.print_exception(error)
+            os._exit(1)
+
+    asyncio.get_running_loop().set_exception_handler(end)
+
+
 async def run(spec: dict[str, Any]) -> dict[str, Any]:
     """Run a fleet to the end of the job, or for `limit_s` seconds."""
     began = time.time()
+    fail_loudly()
     fleet = Fleet(spec)
     await fleet.connect()
     connected = time.time()
@@ -136,7 +175,14 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
     except asyncio.TimeoutError:
         print(f"{sum(b.finished for b in fleet.boards)} of {len(fleet.boards)} devices have finished", file=sys.stderr)
     fleet.keep_offered(Path(spec["offered"]))
-    return {"began": began, "connected": connected, "ledger": fleet.ledger(), "traffic": fleet.traffic(), **usage()}
+    return {
+        "began": began,
+        "connected": connected,
+        "ledger": fleet.ledger(),
+        "lost": fleet.lost,
+        "traffic": fleet.traffic(),
+        **usage(),
+    }
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ _LASTED = {"offers": 1, "updates": 1, "close": 2, "evaluate": 2, "round": 1}
 _LATENCY = "| devices | round | question | asked | p50 | p95 | p99 | largest | open |"
 _PROCESS = (
     "| devices | server peak MB | with children MB | server CPU s | ms per update | broker MB | broker CPU s "
-    "| swarm MB | swarm CPU s | MB on the wire | wall s |"
+    "| swarm MB | swarm CPU s | MB on the wire | broken connections | wall s |"
 )
 
 
@@ -108,7 +108,7 @@ def _of_processes(row: Row) -> list[str]:
         f"| {row['devices']:,} | {server['peak'] / 1e6:.0f} | {server['shared_peak'] / 1e6:.0f} "
         f"| {server['cpu_s']:.1f} | {_number(each_ms, 1)} | {broker['peak'] / 1e6:.0f} | {broker['cpu_s']:.1f} "
         f"| {sum(s['peak'] for s in swarm) / 1e6:.0f} | {sum(s['cpu_s'] for s in swarm):.1f} "
-        f"| {sum(row['traffic'].values()) / 1e6:,.0f} | {row['wall_s']:.0f} |"
+        f"| {sum(row['traffic'].values()) / 1e6:,.0f} | {row['lost_connections']} | {row['wall_s']:.0f} |"
     )
     return [line]
 

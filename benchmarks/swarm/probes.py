@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.swarm.board import Board
-from benchmarks.swarm.fleet import Fleet, usage
+from benchmarks.swarm.fleet import Fleet, fail_loudly, usage
 from benchmarks.swarm.mqtt import Session
 
 from fedprune.wire.blob_ref import BlobRef
@@ -88,6 +88,7 @@ class Repeater:
 
 async def run(spec: dict[str, Any]) -> dict[str, Any]:
     """Ask until the job has ended for the two devices."""
+    fail_loudly()
     log: list[tuple[str, float, float]] = []
     fleet = Fleet(spec)
     await fleet.connect()
@@ -106,6 +107,7 @@ async def run(spec: dict[str, Any]) -> dict[str, Any]:
         "latency": log,
         "open": caller.open,
         "ledger": fleet.ledger(),
+        "lost": fleet.lost,
         "traffic": fleet.traffic(),
         **usage(),
     }

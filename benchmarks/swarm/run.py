@@ -84,6 +84,7 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
             "watched": watched,
             "server_start_cpu_s": before,
             "traffic": {k: sum(r["traffic"][k] for r in results.values()) for k in ("sent", "received")},
+            "lost_connections": sum(r["lost"] for r in results.values()),
             "audit": checked,
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from fedprune.wire.blob_ref import DIGEST, BlobRef
+from fedprune.wire.blob_ref import DIGEST, LEAF, BlobRef
 
 
 class Shelf:
@@ -57,15 +57,22 @@ class Arriving:
 
     def write(self, index: int, leaf: bytes | memoryview) -> bool:
         """Take in a leaf, if it is what the table says."""
+        return not self.write_leaves(index, leaf)
+
+    def write_leaves(self, first: int, payload: bytes | memoryview) -> list[int]:
+        """Take in those of some consecutive leaves that are what the table says; the indices of the others."""
         assert self.table is not None
-        if hashlib.sha256(leaf).digest() != self.table[index * DIGEST : (index + 1) * DIGEST]:
-            return False
-        if not self.present[index]:
-            self.present[index] = 1
-            self.count += 1
-            if not self._shelf.has(self.ref.sha256):
-                self._leaves[index] = bytes(leaf)
-        return True
+        wrong, view = [], memoryview(payload)
+        for index in range(first, first + max(1, -(-len(view) // LEAF))):
+            leaf = view[(index - first) * LEAF : (index - first + 1) * LEAF]
+            if hashlib.sha256(leaf).digest() != self.table[index * DIGEST : (index + 1) * DIGEST]:
+                wrong.append(index)
+            elif not self.present[index]:
+                self.present[index] = 1
+                self.count += 1
+                if not self._shelf.has(self.ref.sha256):
+                    self._leaves[index] = bytes(leaf)
+        return wrong
 
     def finish(self) -> None:
         """Put the blob on the shelf, unless it is there."""
