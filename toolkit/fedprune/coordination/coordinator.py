@@ -107,7 +107,7 @@ class Coordinator(Desk):
 
     def _begin(self, now: float) -> Commands:
         state = self.state
-        if state.phase is not Phase.WAITING:
+        if state.phase is not Phase.WAITING or len(state.devices) < self.job.devices:
             return []
         ready = self._ready()
         if len(ready) < self.job.devices:
