@@ -102,7 +102,7 @@ def test_what_is_on_the_disk_when_enough_are_in_counts_too() -> None:
 def test_asking_more_is_nothing_where_all_are_asked() -> None:
     models = []
     for more in (0.0, 0.5):
-        shell = begun(replace(JOB, over_selection=more), {n: Board() for n in "abc"})
+        shell = begun(replace(JOB, participation=0.99, over_selection=more), {n: Board() for n in "abc"})
         shell.run()
         models.append([h["model"] for h in shell.state.history])
     assert models[0] == models[1]

@@ -108,7 +108,7 @@ class Coordinator(Desk):
 
     def _begin(self, now: float) -> Commands:
         state = self.state
-        if state.phase is not Phase.WAITING:
+        if state.phase is not Phase.WAITING or len(state.devices) < self.job.devices:
             return []
         if state.devices.count(True) < self.job.devices:
             return []
