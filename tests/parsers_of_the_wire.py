@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from parser_target import Target, as_json, as_object, as_text, dumped, scratch
 from runtime_releases import KEY, PUBLIC
 
@@ -21,8 +25,16 @@ from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune.release import Release, ReleaseFile, opened, signed
 from fedprune.trust.authority import Authority
+from fedprune.trust.certificates import (
+    key_digest,
+    make_tls_key,
+    name_of,
+    pem_of,
+    pin_of,
+    read_certificate,
+    request_key,
+)
 from fedprune.trust.certificates import make_request as make_csr
-from fedprune.trust.certificates import make_tls_key, read_certificate, request_key
 from fedprune.trust.claim import Claim
 from fedprune.trust.correspondence import Opener
 from fedprune.trust.envelope import Envelope, seal
@@ -211,7 +223,24 @@ def _joining() -> tuple[Target, ...]:
         found = m.parse(raw)
         return check_answer(found, request, authority.pin) if isinstance(found, JoinAnswer) else found
 
+    def pem(what: str) -> Callable[[bytes], bytes]:
+        return lambda der: f"-----BEGIN {what}-----\n{base64.encodebytes(der).decode()}-----END {what}-----\n".encode()
+
+    def believed(raw: bytes) -> object:
+        """What is looked at in a certificate, before and after it is believed."""
+        found = read_certificate(raw, "it")
+        return pin_of(found), name_of(found), key_digest(found.public_key()), found.not_valid_after_utc, pem_of(found)
+
+    content = x509.load_pem_x509_certificate(certificate.encode()).public_bytes(serialization.Encoding.DER)
+    asks = x509.load_pem_x509_csr(csr.encode()).public_bytes(serialization.Encoding.DER)
     return (
+        Target("join.certificate's content", believed, (content,), share=2, frame=pem("CERTIFICATE")),
+        Target(
+            "join.content of a certificate request",
+            as_text(lambda text: request_key(text, "pi-1")),
+            (asks,),
+            frame=pem("CERTIFICATE REQUEST"),
+        ),
         Target("join.request", asked, (request.to_bytes(),), text=True, share=0.5),
         Target("join.answer", answered, (answer.to_bytes(),), text=True, share=0.5),
         Target(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import resource
 import struct
 import tracemalloc
 import zipfile
+import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -15,8 +18,9 @@ from parser_target import Target
 from parsers_of_boards import board_targets
 from parsers_of_files import file_targets, npz, zipped
 from parsers_of_setup import setup_targets
+from parsers_of_the_wire import wire_targets
 
-from fedprune.errors import FedpruneError
+from fedprune.errors import FedpruneError, ProtocolError
 
 TARGETS = {t.name: t for t in (*file_targets(), *board_targets(), *setup_targets())}
 DEEP = b"[" * 100_000
@@ -87,6 +91,27 @@ def test_a_slots_record_with_an_infinite_number_is_damaged() -> None:
         target.parse(target.frame(damaged(target, version=float("inf"))))
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (bytes.fromhex("2a8648ce3d030107"), bytes.fromhex("2a8648ce3d030149")),  # a curve that nobody has
+        (bytes.fromhex("2a8648ce3d0201"), bytes.fromhex("2a8648ce3d0205")),  # a kind of key that nobody has
+        (b"\x06\x03\x55\x04\x03\x0c", b"\x06\x03\x55\x04\x03\x01"),  # a name that is no text
+    ],
+)
+def test_a_certificate_is_read_whole_before_anything_of_it_is_used(old: bytes, new: bytes) -> None:
+    target = next(t for t in wire_targets() if t.name == "join.certificate's content")
+    assert old in target.seeds[0]
+    with pytest.raises(ProtocolError, match="a certificate in PEM"):
+        target.parse(target.frame(target.seeds[0].replace(old, new)))
+
+
+def test_an_empty_array_of_endless_size_is_no_array() -> None:
+    raw = bytes([0, 0, 8, 3]) + b"\xff\xff\xff\xff" * 2 + bytes(4)
+    with pytest.raises(FedpruneError, match="sizes"):
+        TARGETS["data.idx"].parse(raw)
+
+
 def test_a_small_file_gets_no_more_memory_than_it_can_fill() -> None:
     """An array of 900 MB in a file of 40 bytes: the library would ask for all of it at once."""
     head = bytes([0, 0, 8, 2]) + (30_000).to_bytes(4, "big") * 2
@@ -125,6 +150,38 @@ def test_what_zipfile_unpacks_without_bound_is_refused(name: str, method: int) -
         archive.writestr("y.npy", array.getvalue())
     with pytest.raises(FedpruneError, match="deflate, or not at all"):
         TARGETS[name].parse(file.getvalue())
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A picture that says that it is so large, with chunks before its pixels."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [
+        (b"IHDR", head),
+        *chunks,
+        (b"IDAT", zlib.compress(bytes((3 * width + 1) * min(height, 8)))),
+        (b"IEND", b""),
+    ]
+    body = b"".join(len(d).to_bytes(4, "big") + k + d + zlib.crc32(k + d).to_bytes(4, "big") for k, d in parts)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("name", ["local.image", "data.image folder"])
+def test_pictures_that_would_fill_the_memory_are_not_decoded(name: str) -> None:
+    """40,000 by 40,000 pixels in a few kilobytes; and a small picture with 64 MB of text in it."""
+    large = png(40_000, 40_000)
+    wordy = png(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(64 * 2**20))))
+    assert max(len(large), len(wordy)) < 100_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    try:
+        with pytest.raises(FedpruneError, match=r"(?i)size|bomb|exceeds"):
+            TARGETS[name].parse(large)
+        with suppress(FedpruneError):
+            TARGETS[name].parse(wordy)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB; Pillow's own memory
 
 
 def test_metadata_that_is_longer_than_it_says_is_not_unpacked_whole() -> None:

@@ -66,7 +66,8 @@ def read_idx(path: Path) -> npt.NDArray[Any]:
             shape = tuple(np.frombuffer(sizes, ">u4").tolist())
             dtype = np.dtype(_TYPES[head[2]])
             need = math.prod(shape) * dtype.itemsize
-            if need > _MOST:
+            # numpy makes no empty array either whose other sizes are too large.
+            if math.prod(max(n, 1) for n in shape) * dtype.itemsize > _MOST:
                 raise DataError(f"{path}: sizes", expected=f"at most {_MOST} bytes", got=shape_text(*shape))
             size = path.stat().st_size  # before memory is asked for
             if path.suffix == ".gz" and need > _DEFLATE * size:

@@ -94,15 +94,15 @@ def request_key(pem: str, device: str | None = None) -> ec.EllipticCurvePublicKe
     try:
         request = x509.load_pem_x509_csr(pem.encode())
         key = request.public_key()
-        genuine = request.is_signature_valid
+        genuine, subject = request.is_signature_valid, request.subject
     except (*_BROKEN, InvalidSignature) as error:
         raise ProtocolError(what, expected="PKCS #10 in PEM", got=shown(pem)) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ProtocolError(f"{what}: key", expected="ECDSA on P-256", got=type(key).__name__)
     if not genuine:
         raise ProtocolError(f"{what} is not signed by its own key")
-    if device is not None and _name(request.subject) != device:
-        raise ProtocolError(f"{what}: common name", expected=device, got=shown(_name(request.subject)))
+    if device is not None and _name(subject) != device:
+        raise ProtocolError(f"{what}: common name", expected=device, got=shown(_name(subject)))
     return key
 
 
@@ -116,7 +116,10 @@ def read_certificate(pem: str | bytes, what: str) -> x509.Certificate:
     if len(raw) > MAX_PEM:
         raise ProtocolError(what, expected=f"at most {MAX_PEM} bytes", got=len(raw))
     try:
-        return x509.load_pem_x509_certificate(raw)
+        found = x509.load_pem_x509_certificate(raw)
+        # These are only read when they are asked for, which is long after anybody expects an error.
+        found.public_key(), found.subject, found.not_valid_after_utc
+        return found
     except _BROKEN as error:
         raise ProtocolError(what, expected="a certificate in PEM", got=shown(raw)) from error
 
