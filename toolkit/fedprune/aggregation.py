@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -49,12 +49,26 @@ Gate = Callable[[Addition], "Addition | None"]
 """What every checked update passes before it is added: it may change its tensors, or keep it back."""
 
 
+_TOGETHER = 8
+"""So many updates wait at most: a model of float32 numbers each, read twice instead of sums four times as often."""
+
+
+class _Waiting(NamedTuple):
+    """A checked update that is not in the sums yet."""
+
+    selection: Selection
+    values: Mapping[str, npt.NDArray[Any]]
+    weight: int
+
+
 class Fold:
     """A streaming mean of updates, whose bits depend neither on their order nor on how partial folds were merged.
 
-    Memory is one int64 per coordinate (with `evidence` three), plus one tensor while closing; which coordinates an
-    update covers is kept as its selection, not as an array, but where masks of single elements are added: that takes
-    one more int64 per coordinate of the masked tensors.
+    Memory is one int64 per coordinate (with `evidence` three), plus one tensor while closing, however many updates
+    there are; which coordinates an update covers is kept as its selection, not as an array, but where masks of single
+    elements are added: that takes one more int64 per coordinate of the masked tensors. Up to eight checked updates wait
+    until they are added together, which reads and writes the sums once for all: their arrays are held, not copied, and
+    must stay as they are until the fold is closed.
 
     Args:
         architecture: The model.
@@ -112,6 +126,7 @@ class Fold:
             for name, mean in self._means.items()
         }
         self._movement = Movement(t for t in self._shared if t.kind.trainable and self.evidence)
+        self._waiting: list[_Waiting] = []
 
     @property
     def weight(self) -> int:
@@ -178,39 +193,54 @@ class Fold:
             bounds = {name: span.bound for name, span in self._spans.items()}
             values = rebased(self.architecture, selection, submodel, sent, self.base, bounds, self.excluded)
         self._coverage.settle(selection)
-        tasks: list[Callable[[], None]] = [
-            partial(self._add_tensor, t, selection, values, weight, steps, active) for t in self._shared
-        ]
-        run_all(tasks, self.threads)
+        one = _Waiting(selection, values, weight)
+        if active or sent is not None:
+            self._add_together([one], active)  # made for this alone: nothing that could wait without a copy
+        else:
+            self._waiting.append(one)
+        more = [t for t in self._shared if t.name in self._means or t.name in self._movement]
+        run_all([partial(self._add_beside, t, one, steps, active) for t in more], self.threads)
         self._coverage.add(selection, weight, active)
         self.updates += 1
+        if len(self._waiting) >= _TOGETHER:
+            self._settle()
 
-    def _add_tensor(
-        self,
-        spec: TensorSpec,
-        selection: Selection,
-        submodel: Mapping[str, npt.NDArray[Any]],
-        weight: int,
-        steps: int,
-        active: Active,
-    ) -> None:
-        value = submodel[spec.name]
-        mask = active.get(spec.name)
-        counted = value if mask is None else value * mask  # np.where takes ten times as long
+    def _settle(self) -> None:
+        """Add what waits."""
+        waiting, self._waiting = self._waiting, []
+        groups: dict[str, list[_Waiting]] = {}
+        for one in waiting:
+            groups.setdefault(one.selection.digest, []).append(one)
+        for alike in groups.values():
+            self._add_together(alike, {})
+
+    def _add_together(self, alike: list[_Waiting], active: Active) -> None:
+        """Add updates of equal selections."""
+        run_all([partial(self._add_tensor, t, alike, active) for t in self._shared], self.threads)
+
+    def _add_tensor(self, spec: TensorSpec, alike: list[_Waiting], active: Active) -> None:
+        rows, mask = [one.values[spec.name] for one in alike], active.get(spec.name)
+        if mask is not None:
+            rows = [row * mask for row in rows]  # np.where takes ten times as long
+        weights, sums = [one.weight for one in alike], self._sums[spec.name]
+        for at, part in places(self._coverage.expect_layout, spec, alike[0].selection):
+            sums.add_all([row[part] for row in rows], weights, at)
+
+    def _add_beside(self, spec: TensorSpec, one: _Waiting, steps: int, active: Active) -> None:
+        """Add to the sums that only some folds have."""
+        selection, mask = one.selection, active.get(spec.name)
         pairs = list(places(self._coverage.expect_layout, spec, selection))
-        for at, part in pairs:
-            self._sums[spec.name].add(counted[part], weight, at)
         if spec.name in self._means:
             mean = self._means[spec.name]
-            off = np.array(submodel[mean], np.float64) - self.base[mean][selection.maps(mean)[0]]
+            off = np.array(one.values[mean], np.float64) - self.base[mean][selection.maps(mean)[0]]
             for at, part in pairs:
-                self._spread[spec.name].add((off * off)[part], weight, at)
+                self._spread[spec.name].add((off * off)[part], one.weight, at)
         if spec.name in self._movement:
-            moved = np.array(value, np.float64)
+            moved = np.array(one.values[spec.name], np.float64)
             moved -= self.base[spec.name][mesh(selection.maps(spec.name))]
             if mask is not None:
                 moved *= mask
-            self._movement.add(spec.name, moved, weight, steps, pairs)
+            self._movement.add(spec.name, moved, one.weight, steps, pairs)
 
     def merge(self, other: Fold) -> None:
         """Add a partial fold of other updates to the same base.
@@ -232,6 +262,8 @@ class Fold:
             )
         if other._coverage.layout is None:
             return
+        self._settle()
+        other._settle()
         layout, theirs = self._coverage.settle(other._coverage.layout), other._coverage.layout
         merge_sums(self._sums, other._sums, self._shared, layout, theirs)
         merge_sums(self._spread, other._spread, self._shared, layout, theirs)
@@ -266,6 +298,7 @@ class Fold:
             BundleError: Velocity, momentum or rate don't fit.
         """
         step = ServerStep(rate, server_momentum, damped)
+        self._settle()
         model: Tensors = {}
         moving: Tensors = {}
         for spec in self.architecture.tensors:
@@ -332,8 +365,9 @@ class Fold:
                 part = mass[rows]
                 held = part > 0
                 if fill:
-                    missing = base[rows].astype(np.float64) * (self.weight - part)
-                    whole = sums.limbs[0][rows] + np.rint(np.ldexp(missing, scale)).astype(np.int64)
+                    # As if whoever lacks a coordinate had sent the base's value back.
+                    kept = np.rint(np.ldexp(base[rows].astype(np.float64), scale)).astype(np.int64)
+                    whole = sums.limbs[0][rows] + kept * (self.weight - part)
                     mean = np.ldexp(whole.astype(np.float64), -scale) / self.weight
                 else:
                     mean = sums.value(rows) / np.maximum(part, 1)
