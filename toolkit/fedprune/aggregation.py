@@ -35,7 +35,7 @@ from fedprune.deltas import rebased
 from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, ProtocolError
 from fedprune.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Index, Range, run_all
-from fedprune.layout import places, row_blocks, to_global, to_layout
+from fedprune.layout import Expansion, in_order, places, row_blocks, to_global, to_layout
 from fedprune.movement import Movement, merge_sums
 from fedprune.selection import Selection, Tensors, mesh
 from fedprune.server_step import ServerStep
@@ -59,6 +59,16 @@ class _Waiting(NamedTuple):
     selection: Selection
     values: Mapping[str, npt.NDArray[Any]]
     weight: int
+
+
+class _Means(NamedTuple):
+    """Some rows of a tensor's mean, in the fold's layout."""
+
+    rows: Index
+    mean: Float64s
+    held: npt.NDArray[np.bool_] | None
+    """Where anyone holds a coordinate; None where that is everywhere."""
+    base: npt.NDArray[np.float32] | None
 
 
 class Fold:
@@ -210,21 +220,27 @@ class Fold:
         waiting, self._waiting = self._waiting, []
         groups: dict[str, list[_Waiting]] = {}
         for one in waiting:
-            groups.setdefault(one.selection.digest, []).append(one)
+            first = in_order(self._coverage.expect_layout, one.selection)
+            groups.setdefault(one.selection.digest if first else "", []).append(one)
         for alike in groups.values():
             self._add_together(alike, {})
 
     def _add_together(self, alike: list[_Waiting], active: Active) -> None:
-        """Add updates of equal selections."""
+        """Add updates of equal selections, or of any that are not in the sums' order."""
         run_all([partial(self._add_tensor, t, alike, active) for t in self._shared], self.threads)
 
     def _add_tensor(self, spec: TensorSpec, alike: list[_Waiting], active: Active) -> None:
         rows, mask = [one.values[spec.name] for one in alike], active.get(spec.name)
         if mask is not None:
             rows = [row * mask for row in rows]  # np.where takes ten times as long
-        weights, sums = [one.weight for one in alike], self._sums[spec.name]
-        for at, part in places(self._coverage.expect_layout, spec, alike[0].selection):
-            sums.add_all([row[part] for row in rows], weights, at)
+        weights, sums, layout = [one.weight for one in alike], self._sums[spec.name], self._coverage.expect_layout
+        if not spec.axes or in_order(layout, alike[0].selection):
+            for at, part in places(layout, spec, alike[0].selection):
+                sums.add_all([row[part] for row in rows], weights, at)
+            return
+        whole = [Expansion(layout, spec, one.selection, row) for one, row in zip(alike, rows, strict=True)]
+        for at in row_blocks(spec.shape):
+            sums.add_all([each.rows(at[0].start, at[0].stop) for each in whole], weights, at)
 
     def _add_beside(self, spec: TensorSpec, one: _Waiting, steps: int, active: Active) -> None:
         """Add to the sums that only some folds have."""
@@ -321,59 +337,53 @@ class Fold:
 
     def _close_tensor(self, spec: TensorSpec, step: ServerStep) -> npt.NDArray[np.float32]:
         layout = self._coverage.expect_layout
-        base = to_layout(self.base[spec.name], spec, layout)
         out = np.empty(spec.shape, np.float32)
-        for rows, mean, held in self._means_by_rows(spec, base):
-            end = step.towards(base[rows], mean, measured=not spec.kind.trainable)
-            out[rows] = end if held is None else np.where(held, end, base[rows])
-        return np.array(to_global(out, spec, layout))
+        for rows, mean, held, base in self._means_by_rows(spec, follows=step.rate != 1):
+            end = mean if base is None else step.towards(base, mean, measured=not spec.kind.trainable)
+            out[rows] = end if held is None or base is None else np.where(held, end, base)
+        return to_global(out, spec, layout)
 
     def _close_moving(
         self, spec: TensorSpec, step: ServerStep, velocity: npt.NDArray[np.float32] | None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         layout = self._coverage.expect_layout
-        base = to_layout(self.base[spec.name], spec, layout)
         start = np.zeros(spec.shape, np.float32) if velocity is None else velocity
-        moving = to_layout(start, spec, layout).copy()
-        out = base.copy()
-        for rows, mean, held in self._means_by_rows(spec, base):
-            following, speed = step.moving(base[rows], mean, moving[rows])
+        moving = np.array(to_layout(start, spec, layout), np.float32)
+        out = np.empty(spec.shape, np.float32)
+        for rows, mean, held, base in self._means_by_rows(spec, follows=True):
+            following, speed = step.moving(base, mean, moving[rows])
             if held is None:
                 out[rows], moving[rows] = following, speed
             else:
-                out[rows] = np.where(held, following, base[rows])
+                out[rows] = np.where(held, following, base)
                 moving[rows] = np.where(held, speed, moving[rows])
-        return (
-            np.array(to_global(out, spec, layout)),
-            np.array(to_global(moving, spec, layout)),
-        )
+        return to_global(out, spec, layout), to_global(moving, spec, layout)
 
-    def _means_by_rows(
-        self, spec: TensorSpec, base: npt.NDArray[np.float32]
-    ) -> Iterator[tuple[Index, Float64s, npt.NDArray[np.bool_] | None]]:
-        """By runs of rows in the fold's layout: index, mean, and where anyone holds a coordinate (None: everywhere)."""
+    def _means_by_rows(self, spec: TensorSpec, *, follows: bool) -> Iterator[_Means]:
+        """Means by runs of rows, in the fold's layout; with the base where it is asked for or needed."""
         sums = self._sums[spec.name]
         # Zero filling divides by all weight, whoever holds a coordinate.
         mass = None if self.rule == "zero" and spec.kind.trainable else self._coverage.mass(spec)
-        fill = self.rule == "fill" and spec.kind.trainable
-        scale = VALUE_BITS - sums.span.exponent
+        fill = self.rule == "fill" and spec.kind.trainable and mass is not None
+        everywhere = mass is None or int(mass.min(initial=MAX_WEIGHT)) > 0
+        base = None
+        if follows or fill or not everywhere:
+            base = to_layout(self.base[spec.name], spec, self._coverage.expect_layout)
+        share = None if mass is None or fill else 1.0 / np.maximum(mass, 1)
+        mass = None if mass is None else np.broadcast_to(mass, spec.shape)
         for rows in row_blocks(spec.shape):
-            if mass is None:
-                mean, held = sums.value(rows), None
-                mean /= self.weight
+            before = None if base is None else base[rows]
+            held = None if everywhere or mass is None else mass[rows] > 0
+            if fill and mass is not None and before is not None:
+                # As if whoever lacks a coordinate had sent the base's value back.
+                kept = np.rint(np.ldexp(before.astype(np.float64), VALUE_BITS - sums.span.exponent)).astype(np.int64)
+                mean = (sums.limbs[0][rows] + kept * (self.weight - mass[rows])) * sums.span.unit
             else:
-                part = mass[rows]
-                held = part > 0
-                if fill:
-                    # As if whoever lacks a coordinate had sent the base's value back.
-                    kept = np.rint(np.ldexp(base[rows].astype(np.float64), scale)).astype(np.int64)
-                    whole = sums.limbs[0][rows] + kept * (self.weight - part)
-                    mean = np.ldexp(whole.astype(np.float64), -scale) / self.weight
-                else:
-                    mean = sums.value(rows) / np.maximum(part, 1)
+                mean = sums.value(rows)
+            mean *= 1.0 / self.weight if share is None else np.broadcast_to(share, spec.shape)[rows]
             if spec.name in self._means:
                 mean = mean + self._variance_of_means(spec, rows, mass)
-            yield rows, mean, held
+            yield _Means(rows, mean, held, before)
 
     def _variance_of_means(self, spec: TensorSpec, rows: Index, mass: npt.NDArray[np.int64] | None) -> Float64s:
         """Var[m] = E[(m − m_t)²] − (E[m] − m_t)², which is exact where all means are equal."""
@@ -392,7 +402,8 @@ class Fold:
         mass = self._coverage.mass(spec)
         if mass is None:
             return np.full(spec.shape, self.weight, np.int64)
-        return np.array(to_global(mass, spec, self._coverage.layout))
+        whole = np.array(np.broadcast_to(mass, spec.shape))
+        return to_global(whole, spec, self._coverage.layout)
 
     def movement(self, name: str) -> tuple[Float64s, Float64s, npt.NDArray[np.bool_]]:
         """What a trainable tensor's devices say about gradient and curvature.
