@@ -44,16 +44,24 @@ def in_order(layout: Selection, selection: Selection) -> bool:
 
 
 class Expansion:
-    """A submodel's tensor as a whole one, in the layout, with 0 where it holds nothing.
+    """A submodel's tensor as a whole one, in a layout.
 
     Args:
-        layout: The sums' layout.
+        layout: Where the whole tensor's channels lie.
         spec: The tensor; it has axes.
         selection: The submodel's.
         value: The submodel's tensor.
+        absent: What stands where it holds nothing.
     """
 
-    def __init__(self, layout: Selection, spec: TensorSpec, selection: Selection, value: npt.NDArray[Any]) -> None:
+    def __init__(
+        self,
+        layout: Selection,
+        spec: TensorSpec,
+        selection: Selection,
+        value: npt.NDArray[Any],
+        absent: float = 0.0,
+    ) -> None:
         own = []
         for order, held in zip(layout.maps(spec.name), selection.maps(spec.name), strict=True):
             where = np.full(order.size, -1)
@@ -65,6 +73,7 @@ class Expansion:
         self._value = np.ascontiguousarray(value).reshape(-1, *value.shape[last + 1 :])
         self._strides = [math.prod(value.shape[i + 1 : last + 1]) for i in range(last + 1)]
         self._shape = spec.shape
+        self._absent = absent
 
     def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Some rows of the whole tensor."""
@@ -74,12 +83,12 @@ class Expansion:
             flat = flat[..., None] + where * stride
         shape = (*flat.shape, *self._shape[len(own) :])
         if not self._value.size:
-            return np.zeros(shape, self._value.dtype)
+            return np.full(shape, self._absent, self._value.dtype)
         out = self._value.take(flat.reshape(-1), axis=0, mode="clip").reshape(shape)
         for axis, where in enumerate(own):
             missing = np.flatnonzero(where < 0)
             if missing.size:
-                out[(*[slice(None)] * axis, missing)] = 0
+                out[(*[slice(None)] * axis, missing)] = self._absent
         return out
 
 
