@@ -32,7 +32,7 @@ from fedprune.strategies.robust import Robust, Robustness
 from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
 
 CLIENTS = 10
-REPEATS = 5
+REPEATS = 3
 DENSITIES = (1.0, 0.75, 0.5, 0.25)
 BLOCK = 65_536
 
@@ -285,11 +285,11 @@ def main() -> None:
             f"updates to next model; mixed widths: {', '.join(f'{d:g}' for d in DENSITIES)} in turn. CPU time, medians "
             f"of {REPEATS} interleaved runs; *×plain* is the median ratio within a run. A fold checks every update "
             "(names, shapes, finite, in range) before it adds, and its bits don't depend on the order; the others do "
-            "neither. Neither counts reading files or hashing them, which are shown beside. Memory includes the result, "
+            "neither. Reading files and hashing them are shown beside, and not counted. Memory includes the result, "
             f"but not the updates; the last column is with {FLEET} of them."
         ),
         "",
-        f"| way | ms | ns per parameter and client | ns per received parameter | ×plain | extra MB | of {FLEET} updates |",
+        f"| way | ms | ns per parameter and client | ns per received parameter | ×plain | extra MB | with {FLEET} |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [

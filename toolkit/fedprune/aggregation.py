@@ -193,10 +193,12 @@ class Fold:
             for tensors in (submodel,) if sent is None else (submodel, sent):
                 self.check(selection, tensors)
         active = partly_active(self.architecture, selection, mask, self.excluded)
+        copied = sent is not None or bool(active)
         if self.gate is not None:
             passed = self.gate(Addition(selection, submodel, weight, steps, mask, sent))
             if passed is None:
                 return
+            copied = copied or passed.tensors is not submodel
             submodel = passed.tensors
         values: Mapping[str, npt.NDArray[Any]] = submodel
         if sent is not None:
@@ -204,8 +206,8 @@ class Fold:
             values = rebased(self.architecture, selection, submodel, sent, self.base, bounds, self.excluded)
         self._coverage.settle(selection)
         one = _Waiting(selection, values, weight)
-        if active or sent is not None:
-            self._add_together([one], active)  # made for this alone: nothing that could wait without a copy
+        if copied:  # arrays that are made for this update alone take memory while they wait
+            self._add_together([one], active)
         else:
             self._waiting.append(one)
         more = [t for t in self._shared if t.name in self._means or t.name in self._movement]

@@ -77,6 +77,8 @@ class Expansion:
 
     def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Some rows of the whole tensor."""
+        if len(self._own) == 1 and _identity(self._own[0]):
+            return self._value[start:stop].reshape(stop - start, *self._shape[1:])
         own = [self._own[0][start:stop], *self._own[1:]]
         flat = np.zeros((), np.int64)
         for where, stride in zip(own, self._strides, strict=True):

@@ -161,13 +161,14 @@ def slabs(specs: Sequence[TensorSpec], updates: int, budget: int) -> Iterator[li
         yield batch
 
 
-def rows_of(slab: Slab, addition: Addition, base: Tensors) -> npt.NDArray[np.float32]:
+def rows_of(slab: Slab, addition: Addition, base: Tensors, whole: Selection) -> npt.NDArray[np.float32]:
     """What an update says of a slab: infinite where it says nothing.
 
     Args:
         slab: The rows.
         addition: The update.
         base: The fold's base; trained tensors are w_t + Δ_k.
+        whole: The whole model in its own order.
     """
     spec, selection = slab.spec, addition.selection
     value = addition.tensors[spec.name]
@@ -179,7 +180,6 @@ def rows_of(slab: Slab, addition: Addition, base: Tensors) -> npt.NDArray[np.flo
             value = np.where(addition.mask.active[spec.name], value, np.float32(np.inf))
     if not spec.axes:
         return value
-    whole = Selection.full(selection.architecture)
     return Expansion(whole, spec, selection, value, np.inf).rows(slab.start, slab.stop)
 
 
@@ -201,12 +201,15 @@ def centre(values: npt.NDArray[np.float32], kind: Centre, trim: float = 0.0) -> 
     step = max(64, _BLOCK // devices)
     for start in range(0, flat.shape[1], step):
         block = flat[:, start : start + step]
-        held = np.isfinite(block).sum(axis=0)
-        counts = np.unique(held)
-        rows = _ordered(block, devices if kind != "median" else int(counts[-1]) // 2 + 1)
+        if block.max(initial=0) < np.inf:
+            counts, held = [devices], None
+        else:
+            held = np.add.reduce(np.isfinite(block), axis=0, dtype=np.int32)
+            counts = np.flatnonzero(np.bincount(held)).tolist()
+        rows = _ordered(block, devices if kind != "median" else counts[-1] // 2 + 1)
         into = out[start : start + step]
-        for count in counts.tolist():
-            at: Any = slice(None) if len(counts) == 1 else np.flatnonzero(held == count)
+        for count in counts:
+            at: Any = ... if held is None else np.flatnonzero(held == count)
             into[at] = np.inf if not count else _middle([rows[i][at] for i in _counted(count, kind, trim)])
     return out.reshape(values.shape[1:])
 
@@ -253,9 +256,8 @@ def _exchanges(size: int, wanted: int) -> tuple[tuple[int, int], ...]:
         step = run
         while step:
             for first in range(step % run, size - step, 2 * step):
-                for i in range(first, min(first + step, size - step)):
-                    if i // (2 * run) == (i + step) // (2 * run):
-                        pairs.append((i, i + step))
+                places = range(first, min(first + step, size - step))
+                pairs += [(i, i + step) for i in places if i // (2 * run) == (i + step) // (2 * run)]
             step //= 2
         run *= 2
     needed, kept = set(range(wanted)), []

@@ -181,18 +181,19 @@ class Robust:
         specs = [t for t in fold.architecture.tensors if t.name not in fold.excluded]
         tensors: Tensors = {t.name: np.empty(t.shape, np.float32) for t in specs}
         held: dict[str, npt.NDArray[np.bool_]] = {t.name: np.empty(t.shape, np.bool_) for t in specs}
+        whole = Selection.full(fold.architecture)
         for batch in slabs(specs, len(names), self.budget):
             values = [np.empty((len(names), *s.shape), np.float32) for s in batch]
             for device, addition in self._additions(fold, reports):
                 passed = gate(addition)
                 for slab, value in zip(batch, values, strict=True):
-                    value[place[device]] = rows_of(slab, passed, fold.base)
+                    value[place[device]] = rows_of(slab, passed, fold.base, whole)
             while batch:  # what was looked at makes room
                 self._settle(batch.pop(0), values.pop(0), fold, tensors, held)
         fold.gate = None
         active = {t.name: held[t.name] for t in specs if t.kind.trainable}
         fold.add(
-            Selection.full(fold.architecture),
+            whole,
             tensors,
             min(sum(weights), MAX_WEIGHT),
             max(1, round(float(np.median(steps)))),
