@@ -1,22 +1,27 @@
 """What folding ten updates of a ResNet-18 costs: `python benchmarks/aggregation.py`.
 
 Times are CPU time of one thread. All ways run in turn within each repetition, so that neighbours on the machine hit
-them alike; ratios are taken within a repetition. Flower's own functions take part where `flwr` is installed, as in the
+them alike; ratios are taken within a repetition. Memory is measured with ten updates and with a hundred (the same ten
+over again). Flower's own functions take part where `flwr` is installed, as in the
 environment that `make test` makes for it: `PYTHONPATH=toolkit build/flower/bin/python benchmarks/aggregation.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from synthetic_nets import parameters, resnet18, setting, weights, write
 
+from fedprune import tensorfile
 from fedprune.aggregation import Fold
 from fedprune.architecture import Architecture, widths_at
 from fedprune.element_mask import ElementMask
@@ -27,11 +32,15 @@ from fedprune.strategies.robust import Robust, Robustness
 from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
 
 CLIENTS = 10
-REPEATS = 5
+REPEATS = 3
 DENSITIES = (1.0, 0.75, 0.5, 0.25)
 BLOCK = 65_536
 
+FLEET = 100
+
 Updates = list[tuple[Selection, Tensors, int]]
+Way = tuple[Callable[[Updates], Callable[[], object]], Updates]
+"""Makes the call to measure out of updates; and the updates."""
 
 
 def updates(architecture: Architecture, base: Tensors, densities: tuple[float, ...], order: str) -> Updates:
@@ -52,6 +61,11 @@ def fold(architecture: Architecture, base: Tensors, given: Updates, **options: A
         return sums.close()[0]
 
     return run
+
+
+def ends(architecture: Architecture, base: Tensors, given: Updates) -> Callable[[], Tensors]:
+    """What a fold costs however many updates there are: sums are made, and closed after one update."""
+    return fold(architecture, base, [(Selection.full(architecture), base, 1)])
 
 
 def masked(architecture: Architecture, base: Tensors, given: Updates) -> Callable[[], Tensors]:
@@ -162,6 +176,31 @@ def flower(given: Updates) -> dict[str, Callable[[], object]]:
     }
 
 
+def hashing(given: Updates) -> Callable[[], None]:
+    """sha256 of the updates' bytes."""
+    files = [tensorfile.encode(part) for _, part, _ in given]
+
+    def run() -> None:
+        for raw in files:
+            hashlib.sha256(raw).digest()
+
+    return run
+
+
+def reading(given: Updates, folder: Path) -> Callable[[], None]:
+    """Reading the updates' files, which the system keeps in memory."""
+    paths = []
+    for k, (_, part, _) in enumerate(given):
+        paths.append(folder / f"{k}-{len(given)}")
+        paths[-1].write_bytes(tensorfile.encode(part))
+
+    def run() -> None:
+        for path in paths:
+            path.read_bytes()
+
+    return run
+
+
 def peak(run: Callable[[], object]) -> float:
     """Largest extra memory in MB, result included."""
     tracemalloc.start()
@@ -178,45 +217,59 @@ def main() -> None:
     size = parameters(base)
     whole = updates(net, base, (1.0,), "own")
     mixed, ranked, various = (updates(net, base, DENSITIES, o) for o in ("own", "common", "various"))
+    folded, middle = partial(fold, net, base), Robustness(centre="median")
+
+    def aggregated(how: Robustness) -> Callable[[Updates], Callable[[], object]]:
+        return lambda given: robust(net, base, given, how)
+
     reference = "plain numpy, float32"
-    ways: dict[str, tuple[Callable[[], object], Updates]] = {
-        reference: (plain(whole, np.float32), whole),
-        "plain numpy, float64": (plain(whole, np.float64), whole),
-        "plain numpy, float32, blocked": (blocked(whole), whole),
-        **{name: (run, whole) for name, run in flower(whole).items()},
-        "fold, whole": (fold(net, base, whole), whole),
-        "fold, whole, evidence": (fold(net, base, whole, evidence=True), whole),
-        "fold, mixed widths, own order": (fold(net, base, mixed), mixed),
-        "fold, mixed widths, one ranking": (fold(net, base, ranked), ranked),
-        "fold, mixed widths, one ranking, fill": (fold(net, base, ranked, rule="fill"), ranked),
-        "fold, mixed widths, a ranking per device": (fold(net, base, various), various),
-        "fold, whole, masks of elements": (masked(net, base, whole), whole),
-        "fold, whole, moves of earlier models": (moved(net, base, whole), whole),
-        "robust, whole, clipped": (robust(net, base, whole, Robustness(clip=1e-6)), whole),
-        "robust, whole, checked by norm and cosine": (robust(net, base, whole, Robustness(check="both")), whole),
-        "robust, mixed widths, one ranking, median": (robust(net, base, ranked, Robustness(centre="median")), ranked),
-    }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(REPEATS + 1):
-        for name, (run, _) in ways.items():
-            start = time.process_time()
-            run()
-            if repeat:
-                times[name].append(time.process_time() - start)
-    rows = []
-    for name, (run, given) in ways.items():
-        seconds = statistics.median(times[name])
-        received = sum(parameters(part) for _, part, _ in given)
-        rows.append(
-            {
-                "way": name,
-                "ms": seconds * 1e3,
-                "ns_per_parameter_and_client": seconds * 1e9 / size / CLIENTS,
-                "ns_per_received_parameter": seconds * 1e9 / received,
-                "to_plain": statistics.median(a / b for a, b in zip(times[name], times[reference], strict=True)),
-                "peak_mb": peak(run),
-            }
-        )
+    with TemporaryDirectory() as folder:
+        ways: dict[str, Way] = {
+            "sha256 of the updates' bytes, for comparison": (hashing, whole),
+            "reading the updates' files, for comparison": (lambda given: reading(given, Path(folder)), whole),
+            reference: (lambda given: plain(given, np.float32), whole),
+            "plain numpy, float64": (lambda given: plain(given, np.float64), whole),
+            "plain numpy, float32, blocked": (blocked, whole),
+            **{name: (lambda given, n=name: flower(given)[n], whole) for name in flower(whole)},  # type: ignore[misc]
+            "fold, whole": (folded, whole),
+            "fold, no update but one: the share of its ends": (partial(ends, net, base), whole),
+            "fold, whole, evidence": (partial(folded, evidence=True), whole),
+            "fold, mixed widths, own order": (folded, mixed),
+            "fold, mixed widths, one ranking": (folded, ranked),
+            "fold, mixed widths, one ranking, fill": (partial(folded, rule="fill"), ranked),
+            "fold, mixed widths, a ranking per device": (folded, various),
+            "fold, whole, masks of elements": (partial(masked, net, base), whole),
+            "fold, whole, moves of earlier models": (partial(moved, net, base), whole),
+            "robust, whole, clipped": (aggregated(Robustness(clip=1e-6)), whole),
+            "robust, whole, checked by norm and cosine": (aggregated(Robustness(check="both")), whole),
+            "robust, whole, median": (aggregated(middle), whole),
+            "robust, whole, trimmed mean": (aggregated(Robustness(centre="trimmed", trim=0.2)), whole),
+            "robust, mixed widths, one ranking, median": (aggregated(middle), ranked),
+        }
+        runs = {name: make(given) for name, (make, given) in ways.items()}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for repeat in range(REPEATS + 1):
+            for name, run in runs.items():
+                start = time.process_time()
+                run()
+                if repeat:
+                    times[name].append(time.process_time() - start)
+        rows = []
+        for name, (make, given) in ways.items():
+            seconds = statistics.median(times[name])
+            received = sum(parameters(part) for _, part, _ in given)
+            compared = name.endswith("comparison")
+            rows.append(
+                {
+                    "way": name,
+                    "ms": seconds * 1e3,
+                    "ns_per_parameter_and_client": seconds * 1e9 / size / CLIENTS,
+                    "ns_per_received_parameter": seconds * 1e9 / received,
+                    "to_plain": statistics.median(a / b for a, b in zip(times[name], times[reference], strict=True)),
+                    "peak_mb": None if compared else peak(runs[name]),
+                    "peak_mb_of_fleet": None if compared else peak(make(given * (FLEET // CLIENTS))),
+                }
+            )
     about = setting("flwr")
     lines = [
         "# Aggregation",
@@ -232,19 +285,25 @@ def main() -> None:
             f"updates to next model; mixed widths: {', '.join(f'{d:g}' for d in DENSITIES)} in turn. CPU time, medians "
             f"of {REPEATS} interleaved runs; *×plain* is the median ratio within a run. A fold checks every update "
             "(names, shapes, finite, in range) before it adds, and its bits don't depend on the order; the others do "
-            "neither. Memory includes the result."
+            "neither. Reading files and hashing them are shown beside, and not counted. Memory includes the result, "
+            f"but not the updates; the last column is with {FLEET} of them."
         ),
         "",
-        "| way | ms | ns per parameter and client | ns per received parameter | ×plain | extra MB |",
-        "|---|---|---|---|---|---|",
+        f"| way | ms | ns per parameter and client | ns per received parameter | ×plain | extra MB | with {FLEET} |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {r['way']} | {r['ms']:.0f} | {r['ns_per_parameter_and_client']:.2f} "
-        f"| {r['ns_per_received_parameter']:.2f} | {r['to_plain']:.2f} | {r['peak_mb']:.0f} |"
+        f"| {r['ns_per_received_parameter']:.2f} | {r['to_plain']:.2f} "
+        f"| {_megabytes(r['peak_mb'])} | {_megabytes(r['peak_mb_of_fleet'])} |"
         for r in rows
     ]
     body = {"setting": about, "parameters": size, "clients": CLIENTS, "rows": rows}
     write("aggregation", body, "\n".join(lines) + "\n")
+
+
+def _megabytes(value: Any) -> str:
+    return "" if value is None else f"{value:.0f}"
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ class Archive:
         return None if digest is None else _kept(self._orders, digest, _MODELS, self.tensors)
 
     def tensors(self, digest: str) -> dict[str, npt.NDArray[Any]]:
-        """A tensor file; errors are those of `model`."""
-        return tensorfile.decode(self._store.read(digest))
+        """A tensor file, as views on it; errors are those of `model`."""
+        return tensorfile.decode(self._store.map(digest))
 
     def selection(self, ranking: str, widths: tuple[int, ...]) -> Selection:
         """The first channels of a ranking; boards of equal width share one, with its maps.

@@ -75,6 +75,31 @@ def test_a_damaged_blob_is_not_read(tmp_path: Path) -> None:
         store.read(ref.sha256)
 
 
+@pytest.mark.parametrize("size", [0, 1, 2 * LEAF])
+def test_a_mapped_blob_holds_what_was_put(tmp_path: Path, size: int) -> None:
+    store = BlobStore(tmp_path)
+    ref = store.put(noise(size))
+    assert store.map(ref.sha256) == store.map(ref.sha256) == noise(size)
+    store.delete(ref.sha256)
+    with pytest.raises(StorageError, match="is not in"):
+        store.map(ref.sha256)
+
+
+@pytest.mark.parametrize("mapped_before", [False, True])
+def test_a_damaged_blob_is_not_mapped(tmp_path: Path, mapped_before: bool) -> None:
+    store = BlobStore(tmp_path)
+    ref = store.put(noise(2 * LEAF))
+    if mapped_before:
+        store.map(ref.sha256)
+    with store.path(ref.sha256).open("r+b") as file:
+        file.seek(LEAF)
+        file.write(b"?")
+    os.utime(store.path(ref.sha256), ns=(1, 1))
+
+    with pytest.raises(StorageError, match="is damaged"):
+        store.map(ref.sha256)
+
+
 def test_a_blob_cut_short_is_written_again(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
     ref = store.put(b"abcdef")

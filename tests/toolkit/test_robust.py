@@ -352,9 +352,25 @@ def test_slabs_cover_every_row_once_within_the_budget(data: st.DataObject, updat
     assert all((v == 1).all() for v in seen.values())
 
 
-def test_the_centre_of_nothing_is_nothing() -> None:
-    values, held = np.ones((3, 2), np.float32), np.zeros((3, 2), np.bool_)
-    assert centre(values, held, "median").tolist() == centre(values, held, "trimmed", 0.3).tolist() == [0, 0]
+@pytest.mark.parametrize("kind", CENTRES)
+def test_the_centre_of_nothing_is_infinite(kind: Any) -> None:
+    assert np.isinf(centre(np.full((3, 2), np.inf, np.float32), kind, 0.3)).all()
+
+
+@given(st.integers(1, 40), st.integers(1, 200), seeds, st.sampled_from(CENTRES), st.sampled_from([0.0, 0.1, 0.45]))
+def test_the_centre_of_many_is_what_sorting_gives(devices: int, size: int, seed: int, kind: Any, trim: float) -> None:
+    dice = np.random.default_rng(seed)
+    values = dice.normal(size=(devices, size)).astype(np.float32)
+    values[dice.random(values.shape) < dice.random()] = np.inf
+    expected = []
+    for column in values.T:
+        mine = np.sort(column[np.isfinite(column)]).astype(np.float64)
+        cut = int(trim * len(mine) + 1e-9)
+        if not len(mine):
+            expected.append(np.inf)
+        else:
+            expected.append(np.median(mine) if kind == "median" else mine[cut : len(mine) - cut].mean())
+    assert np.allclose(centre(values, kind, trim), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_without_the_option_the_aggregator_stays_as_it_is() -> None:

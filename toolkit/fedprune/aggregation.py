@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ from fedprune.deltas import rebased
 from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, ProtocolError
 from fedprune.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Index, Range, run_all
-from fedprune.layout import places, row_blocks, to_global, to_layout
+from fedprune.layout import Expansion, in_order, places, row_blocks, to_global, to_layout
 from fedprune.movement import Movement, merge_sums
 from fedprune.selection import Selection, Tensors, mesh
 from fedprune.server_step import ServerStep
@@ -49,12 +49,36 @@ Gate = Callable[[Addition], "Addition | None"]
 """What every checked update passes before it is added: it may change its tensors, or keep it back."""
 
 
+_TOGETHER = 8
+"""So many updates wait at most: a model of float32 numbers each, read twice instead of sums four times as often."""
+
+
+class _Waiting(NamedTuple):
+    """A checked update that is not in the sums yet."""
+
+    selection: Selection
+    values: Mapping[str, npt.NDArray[Any]]
+    weight: int
+
+
+class _Means(NamedTuple):
+    """Some rows of a tensor's mean, in the fold's layout."""
+
+    rows: Index
+    mean: Float64s
+    held: npt.NDArray[np.bool_] | None
+    """Where anyone holds a coordinate; None where that is everywhere."""
+    base: npt.NDArray[np.float32] | None
+
+
 class Fold:
     """A streaming mean of updates, whose bits depend neither on their order nor on how partial folds were merged.
 
-    Memory is one int64 per coordinate (with `evidence` three), plus one tensor while closing; which coordinates an
-    update covers is kept as its selection, not as an array, but where masks of single elements are added: that takes
-    one more int64 per coordinate of the masked tensors.
+    Memory is one int64 per coordinate (with `evidence` three), plus one tensor while closing, however many updates
+    there are; which coordinates an update covers is kept as its selection, not as an array, but where masks of single
+    elements are added: that takes one more int64 per coordinate of the masked tensors. Up to eight checked updates wait
+    until they are added together, which reads and writes the sums once for all: their arrays are held, not copied, and
+    must stay as they are until the fold is closed.
 
     Args:
         architecture: The model.
@@ -112,6 +136,7 @@ class Fold:
             for name, mean in self._means.items()
         }
         self._movement = Movement(t for t in self._shared if t.kind.trainable and self.evidence)
+        self._waiting: list[_Waiting] = []
 
     @property
     def weight(self) -> int:
@@ -168,49 +193,72 @@ class Fold:
             for tensors in (submodel,) if sent is None else (submodel, sent):
                 self.check(selection, tensors)
         active = partly_active(self.architecture, selection, mask, self.excluded)
+        copied = sent is not None or bool(active)
         if self.gate is not None:
             passed = self.gate(Addition(selection, submodel, weight, steps, mask, sent))
             if passed is None:
                 return
+            copied = copied or passed.tensors is not submodel
             submodel = passed.tensors
         values: Mapping[str, npt.NDArray[Any]] = submodel
         if sent is not None:
             bounds = {name: span.bound for name, span in self._spans.items()}
             values = rebased(self.architecture, selection, submodel, sent, self.base, bounds, self.excluded)
         self._coverage.settle(selection)
-        tasks: list[Callable[[], None]] = [
-            partial(self._add_tensor, t, selection, values, weight, steps, active) for t in self._shared
-        ]
-        run_all(tasks, self.threads)
+        one = _Waiting(selection, values, weight)
+        if copied:  # arrays that are made for this update alone take memory while they wait
+            self._add_together([one], active)
+        else:
+            self._waiting.append(one)
+        more = [t for t in self._shared if t.name in self._means or t.name in self._movement]
+        run_all([partial(self._add_beside, t, one, steps, active) for t in more], self.threads)
         self._coverage.add(selection, weight, active)
         self.updates += 1
+        if len(self._waiting) >= _TOGETHER:
+            self._settle()
 
-    def _add_tensor(
-        self,
-        spec: TensorSpec,
-        selection: Selection,
-        submodel: Mapping[str, npt.NDArray[Any]],
-        weight: int,
-        steps: int,
-        active: Active,
-    ) -> None:
-        value = submodel[spec.name]
-        mask = active.get(spec.name)
-        counted = value if mask is None else value * mask  # np.where takes ten times as long
+    def _settle(self) -> None:
+        """Add what waits."""
+        waiting, self._waiting = self._waiting, []
+        groups: dict[str, list[_Waiting]] = {}
+        for one in waiting:
+            first = in_order(self._coverage.expect_layout, one.selection)
+            groups.setdefault(one.selection.digest if first else "", []).append(one)
+        for alike in groups.values():
+            self._add_together(alike, {})
+
+    def _add_together(self, alike: list[_Waiting], active: Active) -> None:
+        """Add updates of equal selections, or of any that are not in the sums' order."""
+        run_all([partial(self._add_tensor, t, alike, active) for t in self._shared], self.threads)
+
+    def _add_tensor(self, spec: TensorSpec, alike: list[_Waiting], active: Active) -> None:
+        rows, mask = [one.values[spec.name] for one in alike], active.get(spec.name)
+        if mask is not None:
+            rows = [row * mask for row in rows]  # np.where takes ten times as long
+        weights, sums, layout = [one.weight for one in alike], self._sums[spec.name], self._coverage.expect_layout
+        if not spec.axes or in_order(layout, alike[0].selection):
+            for at, part in places(layout, spec, alike[0].selection):
+                sums.add_all([row[part] for row in rows], weights, at)
+            return
+        whole = [Expansion(layout, spec, one.selection, row) for one, row in zip(alike, rows, strict=True)]
+        for at in row_blocks(spec.shape):
+            sums.add_all([each.rows(at[0].start, at[0].stop) for each in whole], weights, at)
+
+    def _add_beside(self, spec: TensorSpec, one: _Waiting, steps: int, active: Active) -> None:
+        """Add to the sums that only some folds have."""
+        selection, mask = one.selection, active.get(spec.name)
         pairs = list(places(self._coverage.expect_layout, spec, selection))
-        for at, part in pairs:
-            self._sums[spec.name].add(counted[part], weight, at)
         if spec.name in self._means:
             mean = self._means[spec.name]
-            off = np.array(submodel[mean], np.float64) - self.base[mean][selection.maps(mean)[0]]
+            off = np.array(one.values[mean], np.float64) - self.base[mean][selection.maps(mean)[0]]
             for at, part in pairs:
-                self._spread[spec.name].add((off * off)[part], weight, at)
+                self._spread[spec.name].add((off * off)[part], one.weight, at)
         if spec.name in self._movement:
-            moved = np.array(value, np.float64)
+            moved = np.array(one.values[spec.name], np.float64)
             moved -= self.base[spec.name][mesh(selection.maps(spec.name))]
             if mask is not None:
                 moved *= mask
-            self._movement.add(spec.name, moved, weight, steps, pairs)
+            self._movement.add(spec.name, moved, one.weight, steps, pairs)
 
     def merge(self, other: Fold) -> None:
         """Add a partial fold of other updates to the same base.
@@ -232,6 +280,8 @@ class Fold:
             )
         if other._coverage.layout is None:
             return
+        self._settle()
+        other._settle()
         layout, theirs = self._coverage.settle(other._coverage.layout), other._coverage.layout
         merge_sums(self._sums, other._sums, self._shared, layout, theirs)
         merge_sums(self._spread, other._spread, self._shared, layout, theirs)
@@ -266,6 +316,7 @@ class Fold:
             BundleError: Velocity, momentum or rate don't fit.
         """
         step = ServerStep(rate, server_momentum, damped)
+        self._settle()
         model: Tensors = {}
         moving: Tensors = {}
         for spec in self.architecture.tensors:
@@ -288,58 +339,53 @@ class Fold:
 
     def _close_tensor(self, spec: TensorSpec, step: ServerStep) -> npt.NDArray[np.float32]:
         layout = self._coverage.expect_layout
-        base = to_layout(self.base[spec.name], spec, layout)
         out = np.empty(spec.shape, np.float32)
-        for rows, mean, held in self._means_by_rows(spec, base):
-            end = step.towards(base[rows], mean, measured=not spec.kind.trainable)
-            out[rows] = end if held is None else np.where(held, end, base[rows])
-        return np.array(to_global(out, spec, layout))
+        for rows, mean, held, base in self._means_by_rows(spec, follows=step.rate != 1):
+            end = mean if base is None else step.towards(base, mean, measured=not spec.kind.trainable)
+            out[rows] = end if held is None or base is None else np.where(held, end, base)
+        return to_global(out, spec, layout)
 
     def _close_moving(
         self, spec: TensorSpec, step: ServerStep, velocity: npt.NDArray[np.float32] | None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         layout = self._coverage.expect_layout
-        base = to_layout(self.base[spec.name], spec, layout)
         start = np.zeros(spec.shape, np.float32) if velocity is None else velocity
-        moving = to_layout(start, spec, layout).copy()
-        out = base.copy()
-        for rows, mean, held in self._means_by_rows(spec, base):
-            following, speed = step.moving(base[rows], mean, moving[rows])
+        moving = np.array(to_layout(start, spec, layout), np.float32)
+        out = np.empty(spec.shape, np.float32)
+        for rows, mean, held, base in self._means_by_rows(spec, follows=True):
+            following, speed = step.moving(base, mean, moving[rows])
             if held is None:
                 out[rows], moving[rows] = following, speed
             else:
-                out[rows] = np.where(held, following, base[rows])
+                out[rows] = np.where(held, following, base)
                 moving[rows] = np.where(held, speed, moving[rows])
-        return (
-            np.array(to_global(out, spec, layout)),
-            np.array(to_global(moving, spec, layout)),
-        )
+        return to_global(out, spec, layout), to_global(moving, spec, layout)
 
-    def _means_by_rows(
-        self, spec: TensorSpec, base: npt.NDArray[np.float32]
-    ) -> Iterator[tuple[Index, Float64s, npt.NDArray[np.bool_] | None]]:
-        """By runs of rows in the fold's layout: index, mean, and where anyone holds a coordinate (None: everywhere)."""
+    def _means_by_rows(self, spec: TensorSpec, *, follows: bool) -> Iterator[_Means]:
+        """Means by runs of rows, in the fold's layout; with the base where it is asked for or needed."""
         sums = self._sums[spec.name]
         # Zero filling divides by all weight, whoever holds a coordinate.
         mass = None if self.rule == "zero" and spec.kind.trainable else self._coverage.mass(spec)
-        fill = self.rule == "fill" and spec.kind.trainable
-        scale = VALUE_BITS - sums.span.exponent
+        fill = self.rule == "fill" and spec.kind.trainable and mass is not None
+        everywhere = mass is None or int(mass.min(initial=MAX_WEIGHT)) > 0
+        base = None
+        if follows or fill or not everywhere:
+            base = to_layout(self.base[spec.name], spec, self._coverage.expect_layout)
+        share = None if mass is None or fill else 1.0 / np.maximum(mass, 1)
+        mass = None if mass is None else np.broadcast_to(mass, spec.shape)
         for rows in row_blocks(spec.shape):
-            if mass is None:
-                mean, held = sums.value(rows), None
-                mean /= self.weight
+            before = None if base is None else base[rows]
+            held = None if everywhere or mass is None else mass[rows] > 0
+            if fill and mass is not None and before is not None:
+                # As if whoever lacks a coordinate had sent the base's value back.
+                kept = np.rint(np.ldexp(before.astype(np.float64), VALUE_BITS - sums.span.exponent)).astype(np.int64)
+                mean = (sums.limbs[0][rows] + kept * (self.weight - mass[rows])) * sums.span.unit
             else:
-                part = mass[rows]
-                held = part > 0
-                if fill:
-                    missing = base[rows].astype(np.float64) * (self.weight - part)
-                    whole = sums.limbs[0][rows] + np.rint(np.ldexp(missing, scale)).astype(np.int64)
-                    mean = np.ldexp(whole.astype(np.float64), -scale) / self.weight
-                else:
-                    mean = sums.value(rows) / np.maximum(part, 1)
+                mean = sums.value(rows)
+            mean *= 1.0 / self.weight if share is None else np.broadcast_to(share, spec.shape)[rows]
             if spec.name in self._means:
                 mean = mean + self._variance_of_means(spec, rows, mass)
-            yield rows, mean, held
+            yield _Means(rows, mean, held, before)
 
     def _variance_of_means(self, spec: TensorSpec, rows: Index, mass: npt.NDArray[np.int64] | None) -> Float64s:
         """Var[m] = E[(m − m_t)²] − (E[m] − m_t)², which is exact where all means are equal."""
@@ -358,7 +404,8 @@ class Fold:
         mass = self._coverage.mass(spec)
         if mass is None:
             return np.full(spec.shape, self.weight, np.int64)
-        return np.array(to_global(mass, spec, self._coverage.layout))
+        whole = np.array(np.broadcast_to(mass, spec.shape))
+        return to_global(whole, spec, self._coverage.layout)
 
     def movement(self, name: str) -> tuple[Float64s, Float64s, npt.NDArray[np.bool_]]:
         """What a trainable tensor's devices say about gradient and curvature.

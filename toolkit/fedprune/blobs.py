@@ -7,6 +7,7 @@ it is.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import secrets
 import shutil
@@ -46,6 +47,7 @@ class BlobStore:
         self.max_size = max_size
         self.reserve = reserve
         self.durable = durable
+        self._checked: dict[str, tuple[int, int, int]] = {}
         with storage_errors(f"can't make blob store {root}"):
             for folder in (root, root / "tmp", root / "partial"):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -114,13 +116,38 @@ class BlobStore:
         path = self.path(sha256)
         with storage_errors(f"can't read {path}"):
             data = path.read_bytes()
+        self._expect(sha256, data)
+        return data
+
+    def map(self, sha256: str) -> memoryview:
+        """A blob's bytes as a view on its file: what isn't looked at takes no memory.
+
+        They are checked against the blob's name when it is first mapped, and again once the file has changed.
+
+        Raises:
+            StorageError: It is not here, or damaged.
+        """
+        self.size(sha256)
+        path = self.path(sha256)
+        with storage_errors(f"can't read {path}"), path.open("rb") as file:
+            about = os.fstat(file.fileno())
+            # An empty file can't be mapped.
+            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if about.st_size else b"")
+        state = (about.st_ino, about.st_size, about.st_mtime_ns)
+        if self._checked.get(sha256) != state:
+            self._expect(sha256, view)
+            self._checked[sha256] = state
+        return view
+
+    def _expect(self, sha256: str, data: bytes | memoryview) -> None:
+        """Make sure that bytes are what a blob's name says."""
+        path = self.path(sha256)
         if hashlib.sha256(data).hexdigest() != sha256:
             raise StorageError(
                 f"blob {path} is damaged",
                 hint="On a board delete the file: it is fetched again. A server's or a simulation's comes back from a "
                 "backup only; without one begin in a new folder.",
             )
-        return data
 
     def read_leaves(self, sha256: str, first: int, count: int) -> bytes:
         """Bytes of `count` leaves from leaf `first` on, as far as the blob goes; not checked.
@@ -168,6 +195,7 @@ class BlobStore:
             StorageError: The disk fails.
         """
         path = self.path(sha256)
+        self._checked.pop(sha256, None)
         with storage_errors(f"can't delete {path}"):
             path.unlink(missing_ok=True)
             self._table_path(sha256).unlink(missing_ok=True)

@@ -73,7 +73,10 @@ class Coverage:
         self.weight += weight
 
     def mass(self, spec: TensorSpec) -> Mass | None:
-        """Weight per coordinate of a tensor, in the layout; None where every update holds the whole tensor."""
+        """Weight per coordinate of a tensor, in the layout; None where every update holds the whole tensor.
+
+        Axes that every update holds as a whole may be 1 long.
+        """
         layout = self.expect_layout
         shares = [share for (_, single), share in self._shares.items() if spec.name not in single]
         whole = mass_in(layout, spec, shares) if shares else np.zeros(spec.shape, np.int64)

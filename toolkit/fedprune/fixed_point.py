@@ -1,16 +1,20 @@
 """Sums of floating-point numbers whose bits don't depend on the order of the additions.
 
-A term n·v becomes the whole number round(n·v·2^s), and whole numbers add up exactly: in any order, in any grouping,
-on any machine. n·v itself is exact in float64, because n has at most 24 bits and v, a float32, has 24. With |v| ≤
-2^k, a total weight of at most 2^24 and s = 38 − k, a sum stays below 2^62 plus half a unit per term, so int64 can't
-overflow; the unit is 2^-38 of the bound. Where 2^-38 of the bound is too coarse (batch-norm statistics, which have no
-natural bound), further *limbs* hold what rounding left over, each 2^38 times finer.
+A value v becomes the whole number q = round(v·2^s), and n·q is added: whole numbers add up exactly, in any order, in
+any grouping, on any machine. With |v| ≤ 2^k, a total weight of at most 2^24 and s = 38 − k, a sum stays within 2^62, so
+that int64 can't overflow; the unit is 2^-38 of the bound, and a mean is off by half of it at most. Where that is too
+coarse (batch-norm statistics, which have no natural bound), further *limbs* hold what rounding left over, each 2^38
+times finer.
+
+Several values at one place are added by one product of their weights with them, in float64: all that lies between are
+whole numbers below 2^53, so that this is exact, too, however a library orders it.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +28,14 @@ MAX_WEIGHT = 2**24
 """The largest total weight of a sum."""
 
 VALUE_BITS = 38
-_BLOCK = 131_072  # float64s, 1 MiB: few enough for the cache, enough to hide numpy's cost per call
+_BLOCK = 131_072  # float64s of all rows together, 1 MiB: they stay in the cache, and hide what numpy costs per call
 _CHECKED = 16_384  # few enough that the squares of usual weights don't add up to the bound's
-# Adding 1.5·2^52 to a float64 of magnitude below 2^51 leaves it, rounded to a whole number (ties to even, as np.rint
-# does), in the low bits of the mantissa: cheaper than a conversion, which has no vector instruction on most CPUs.
+# Adding 1.5·2^52 to a whole number of magnitude up to 2^51 in float64 leaves it in the low bits of the mantissa:
+# cheaper than a conversion, which has no vector instruction on most CPUs.
 _MAGIC = 1.5 * 2.0**52
 _MAGIC_BITS = int(np.array(_MAGIC).view(np.int64))
-_MAGIC_WEIGHT = 2 ** (50 - VALUE_BITS)
+_LIGHT = 2 ** (51 - VALUE_BITS)
+"""So much weight can be added at once by a product in float64."""
 
 Index = tuple[Any, ...]
 
@@ -131,17 +136,25 @@ class FixedSum:
             weight: A whole number from 1 up; all weights together must stay within `MAX_WEIGHT`.
             at: Slices, or an open mesh of index arrays in which no index comes twice.
         """
+        self.add_all([values], [weight], at)
+
+    def add_all(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], at: Index = (...,)) -> None:
+        """Add several weights·values at one index, which reads and writes the sums once.
+
+        Args:
+            rows: Arrays of values as in `add`, all of the same type.
+            weights: One per array.
+            at: As in `add`.
+        """
         if self.span.limbs > 1:
-            self._add_limbs(values, weight, at)
+            for values, weight in zip(rows, weights, strict=True):
+                self._add_limbs(values, weight, at)
             return
         total = self.limbs[0]
-        factor = math.ldexp(float(weight), VALUE_BITS - self.span.exponent)
         part = total[at]
+        add_blocks(part, rows, weights, VALUE_BITS - self.span.exponent)
         if not np.may_share_memory(part, total):  # an open mesh gives a copy
-            add_blocks(part, values, factor, weight)
             total[at] = part
-        else:
-            add_blocks(part, values, factor, weight)
 
     def _add_limbs(self, values: npt.NDArray[Any], weight: int, at: Index) -> None:
         rest = values.astype(np.float64) * weight
@@ -168,48 +181,98 @@ class FixedSum:
         return out
 
 
-def add_blocks(total: npt.NDArray[np.int64], values: npt.NDArray[Any], factor: float, weight: int) -> None:
-    """Add round(values · factor) to `total` in place, in blocks that stay in the cache.
+def add_blocks(
+    total: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int
+) -> None:
+    """Add Σ weight · round(values · 2^scale) to `total` in place, in blocks that stay in the cache.
 
     Args:
         total: A view on the sums.
-        values: Values of the same shape.
-        factor: weight · 2^s.
-        weight: Decides which of two ways of rounding is used; both give the same numbers.
+        rows: Arrays of its shape, all float32 or all float64, of magnitude up to 2^(38 − scale).
+        weights: One per array.
+        scale: s.
     """
-    if total.flags.c_contiguous and values.flags.c_contiguous:
-        total, values = total.reshape(-1), values.reshape(-1)
+    if total.flags.c_contiguous and all(r.flags.c_contiguous for r in rows):
+        total, rows = total.reshape(-1), [r.reshape(-1) for r in rows]
     if not total.size:
         return
     if not total.ndim:
-        total, values = total.reshape(1), values.reshape(1)
-    row = total.size // total.shape[0]
-    if row > _BLOCK:
+        total, rows = total.reshape(1), [r.reshape(1) for r in rows]
+    width = total.size // total.shape[0]
+    most = _BLOCK // len(rows)
+    if not most:
+        half = len(rows) // 2
+        add_blocks(total, rows[:half], weights[:half], scale)
+        add_blocks(total, rows[half:], weights[half:], scale)
+    elif width > most and total.ndim > 1:
         for i in range(total.shape[0]):
-            add_blocks(total[i], values[i], factor, weight)
-        return
-    rows = min(total.shape[0], max(1, _BLOCK // row))
-    scratch = _scratch()[: rows * row].reshape(rows, *total.shape[1:])
-    for start in range(0, total.shape[0], rows):
-        into = total[start : start + rows]
-        block = scratch[: len(into)]
-        block[...] = values[start : start + rows]
-        block *= factor
-        if weight <= _MAGIC_WEIGHT:
-            block += _MAGIC
-            whole = block.view(np.int64)
-            whole -= _MAGIC_BITS
-            into += whole
-        else:
-            into += np.rint(block).astype(np.int64)
+            add_blocks(total[i], [r[i] for r in rows], weights, scale)
+    else:
+        step = max(1, most // width)
+        groups = list(_groups(weights))
+        for start in range(0, total.shape[0], step):
+            into = total[start : start + step]
+            whole = _rounded([r[start : start + step] for r in rows], scale)
+            for first, heavy in groups:
+                into += _weighted(whole[first : first + heavy.size], heavy).reshape(into.shape)
 
 
-def _scratch() -> npt.NDArray[np.float64]:
-    """A block of this thread's own: fresh memory would cost a page fault per 512 numbers."""
-    block: npt.NDArray[np.float64] | None = getattr(_OWN, "block", None)
-    if block is None:
-        block = _OWN.block = np.empty(_BLOCK, np.float64)
-    return block
+def _groups(weights: Sequence[int]) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
+    """Runs of weights that a product may take at once: where they begin, and they."""
+    first = 0
+    for i in range(1, len(weights) + 1):
+        if i == len(weights) or sum(weights[first : i + 1]) > _LIGHT:
+            yield first, np.array(weights[first:i], np.float64)
+            first = i
+
+
+def _rounded(rows: Sequence[npt.NDArray[Any]], scale: int) -> npt.NDArray[np.float64]:
+    """Values times 2^scale as whole numbers [rows, values], in this thread's own memory."""
+    shape, size = rows[0].shape, rows[0].size
+    own = _scratch()
+    whole = own.whole[: len(rows) * size].reshape(len(rows), size)
+    # Scaling by a power of two and rounding to whole numbers are exact in float32, too, at half the cost.
+    narrow = rows[0].dtype == np.float32
+    out = own.narrow[: len(rows) * size].reshape(len(rows), size) if narrow else whole
+    factor = out.dtype.type(math.ldexp(1.0, scale))
+    for values, row in zip(rows, out, strict=True):
+        np.multiply(values, factor, out=row.reshape(shape))
+    np.rint(out, out=out)
+    if narrow:
+        np.copyto(whole, out)
+    return whole
+
+
+def _weighted(whole: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Σ weight · whole [values], in this thread's own memory."""
+    if weights.sum() > _LIGHT:  # one weight alone
+        heavy: npt.NDArray[np.int64] = whole[0].astype(np.int64) * int(weights[0])
+        return heavy
+    total = _scratch().total[: whole.shape[1]]
+    if len(weights) == 1:
+        np.multiply(whole[0], weights[0], out=total)
+    else:
+        np.dot(weights, whole, out=total)
+    total += _MAGIC
+    bits = total.view(np.int64)
+    bits -= _MAGIC_BITS
+    return bits
+
+
+class _Scratch:
+    """A thread's own memory: fresh one would cost a page fault per 512 numbers."""
+
+    def __init__(self) -> None:
+        self.narrow = np.empty(_BLOCK, np.float32)
+        self.whole = np.empty(_BLOCK, np.float64)
+        self.total = np.empty(_BLOCK, np.float64)
+
+
+def _scratch() -> _Scratch:
+    own: _Scratch | None = getattr(_OWN, "scratch", None)
+    if own is None:
+        own = _OWN.scratch = _Scratch()
+    return own
 
 
 def run_all(tasks: list[Any], threads: int) -> None:

@@ -36,6 +36,64 @@ def places(layout: Selection, spec: TensorSpec, selection: Selection) -> Iterato
     yield mesh(into), (...,)
 
 
+def in_order(layout: Selection, selection: Selection) -> bool:
+    """Whether a submodel's channels are the first ones of the layout, so that slices are enough."""
+    return layout.ranks is selection.ranks or all(
+        a is b or np.array_equal(a, b) for a, b in zip(layout.ranks, selection.ranks, strict=True)
+    )
+
+
+class Expansion:
+    """A submodel's tensor as a whole one, in a layout.
+
+    Args:
+        layout: Where the whole tensor's channels lie.
+        spec: The tensor; it has axes.
+        selection: The submodel's.
+        value: The submodel's tensor.
+        absent: What stands where it holds nothing.
+    """
+
+    def __init__(
+        self,
+        layout: Selection,
+        spec: TensorSpec,
+        selection: Selection,
+        value: npt.NDArray[Any],
+        absent: float = 0.0,
+    ) -> None:
+        own = []
+        for order, held in zip(layout.maps(spec.name), selection.maps(spec.name), strict=True):
+            where = np.full(order.size, -1)
+            where[held] = np.arange(held.size)
+            own.append(where[order])
+        # Behind the last axis that is out of order, numbers lie side by side and are copied together.
+        last = max((i for i, where in enumerate(own) if not _identity(where)), default=0)
+        self._own = own[: last + 1]
+        self._value = np.ascontiguousarray(value).reshape(-1, *value.shape[last + 1 :])
+        self._strides = [math.prod(value.shape[i + 1 : last + 1]) for i in range(last + 1)]
+        self._shape = spec.shape
+        self._absent = absent
+
+    def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Some rows of the whole tensor."""
+        if len(self._own) == 1 and _identity(self._own[0]):
+            return self._value[start:stop].reshape(stop - start, *self._shape[1:])
+        own = [self._own[0][start:stop], *self._own[1:]]
+        flat = np.zeros((), np.int64)
+        for where, stride in zip(own, self._strides, strict=True):
+            flat = flat[..., None] + where * stride
+        shape = (*flat.shape, *self._shape[len(own) :])
+        if not self._value.size:
+            return np.full(shape, self._absent, self._value.dtype)
+        out = self._value.take(flat.reshape(-1), axis=0, mode="clip").reshape(shape)
+        for axis, where in enumerate(own):
+            missing = np.flatnonzero(where < 0)
+            if missing.size:
+                out[(*[slice(None)] * axis, missing)] = self._absent
+        return out
+
+
 def mass_in(
     layout: Selection, spec: TensorSpec, shares: Collection[tuple[Selection, int]]
 ) -> npt.NDArray[np.int64] | None:
@@ -47,16 +105,22 @@ def mass_in(
         shares: Selections and the weight of all updates of each.
 
     Returns:
-        The weights; None where every update holds the whole tensor.
+        The weights, of the tensor's shape but for axes that every update holds as a whole, which are 1 long; None
+        where every update holds the whole tensor.
     """
-    shapes = [(s, n, s.architecture.shape(spec.name, s.widths)) for s, n in shares]
-    if all(shape == spec.shape for _, _, shape in shapes):
+    weights = np.array([n for _, n in shares], np.float64)  # sums of at most 2^24 are exact
+    shape, operands = [1] * len(spec.axes), []
+    for axis, order in enumerate(layout.maps(spec.name)):
+        held = np.zeros((len(shares), order.size))
+        for row, (selection, _) in zip(held, shares, strict=True):
+            row[selection.maps(spec.name)[axis]] = 1.0
+        if not held.all():
+            operands += [held[:, order], [0, axis + 1]]
+            shape[axis] = order.size
+    if not operands:
         return None
-    mass = np.zeros(spec.shape, np.int64)
-    for selection, weight, _ in shapes:
-        for at, _ in places(layout, spec, selection):
-            mass[at] += weight
-    return mass
+    mass = np.einsum(weights, [0], *operands, optimize=True)
+    return np.asarray(mass, np.int64).reshape(shape)
 
 
 def to_layout(value: npt.NDArray[Any], spec: TensorSpec, layout: Selection) -> npt.NDArray[Any]:
@@ -82,7 +146,7 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[Index]:
         return
     rows = max(1, _CHUNK // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], rows):
-        yield (slice(start, start + rows),)
+        yield (slice(start, min(shape[0], start + rows)),)
 
 
 def _same_ranks(one: Selection, other: Selection, axis: Axis) -> bool:

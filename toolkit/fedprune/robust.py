@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,8 @@ import numpy.typing as npt
 from fedprune.addition import Addition, norm
 from fedprune.aggregation import Fold
 from fedprune.architecture import Architecture, TensorSpec
-from fedprune.selection import Tensors, mesh
+from fedprune.layout import Expansion
+from fedprune.selection import Selection, Tensors, mesh
 
 Centre = Literal["median", "trimmed"]
 
@@ -28,6 +30,9 @@ _NORMAL = 1.4826
 """Makes the median absolute deviation the standard deviation of normal numbers."""
 _LEAST_SPREAD = 0.05
 """Deviations count as at least this share of the median: devices that nearly agree don't single each other out."""
+
+_BLOCK = 131_072  # float32s of all devices together, 512 KiB: they stay in the cache
+_NETWORK = 256  # devices
 
 
 def clipped(addition: Addition, base: Tensors, limit: float, left_out: Collection[str] = ()) -> Addition:
@@ -156,60 +161,108 @@ def slabs(specs: Sequence[TensorSpec], updates: int, budget: int) -> Iterator[li
         yield batch
 
 
-def rows_of(slab: Slab, addition: Addition, base: Tensors) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """What an update says of a slab, and of which coordinates.
+def rows_of(slab: Slab, addition: Addition, base: Tensors, whole: Selection) -> npt.NDArray[np.float32]:
+    """What an update says of a slab: infinite where it says nothing.
 
     Args:
         slab: The rows.
         addition: The update.
         base: The fold's base; trained tensors are w_t + Δ_k.
-
-    Returns:
-        Values (0 where it says nothing), and where it says something.
+        whole: The whole model in its own order.
     """
     spec, selection = slab.spec, addition.selection
-    value, held = addition.tensors[spec.name], np.ones((), np.bool_)
+    value = addition.tensors[spec.name]
     if spec.kind.trainable:
         if addition.sent is not None:
             now = base[spec.name][mesh(selection.maps(spec.name))]
             value = (value.astype(np.float64) - addition.sent[spec.name] + now).astype(np.float32)
         if addition.mask is not None and spec.name in addition.mask.active:
-            held = addition.mask.active[spec.name]
-    whole, flags = np.zeros(spec.shape, np.float32), np.zeros(spec.shape, np.bool_)
-    at = mesh(selection.maps(spec.name))
-    whole[at], flags[at] = value * held, held
+            value = np.where(addition.mask.active[spec.name], value, np.float32(np.inf))
     if not spec.axes:
-        return whole, flags
-    return whole[slab.start : slab.stop], flags[slab.start : slab.stop]
+        return value
+    return Expansion(whole, spec, selection, value, np.inf).rows(slab.start, slab.stop)
 
 
-def centre(
-    values: npt.NDArray[np.float32], held: npt.NDArray[np.bool_], kind: Centre, trim: float = 0.0
-) -> npt.NDArray[np.float32]:
+def centre(values: npt.NDArray[np.float32], kind: Centre, trim: float = 0.0) -> npt.NDArray[np.float32]:
     """The median or the trimmed mean of what devices say, per coordinate over those that hold it.
 
     Args:
-        values: [devices, ...].
-        held: Of the same shape.
+        values: [devices, ...], infinite where a device doesn't hold a coordinate; used up.
         kind: `median`: of an even number the mean of the middle two. `trimmed`: the mean without the floor(trim·h)
             lowest and as many highest of h.
         trim: Below 0.5.
 
     Returns:
-        [...]; 0 where nobody holds a coordinate.
+        [...]; infinite where nobody holds a coordinate.
     """
-    count = held.sum(axis=0)
-    full = bool((count == len(values)).all())
-    ordered = np.sort(values if full else np.where(held, values, np.float32(np.inf)), axis=0)
+    devices = len(values)
+    flat = values.reshape(devices, -1)
+    out = np.empty(flat.shape[1], np.float32)
+    step = max(64, _BLOCK // devices)
+    for start in range(0, flat.shape[1], step):
+        block = flat[:, start : start + step]
+        if block.max(initial=0) < np.inf:
+            counts, held = [devices], None
+        else:
+            held = np.add.reduce(np.isfinite(block), axis=0, dtype=np.int32)
+            counts = np.flatnonzero(np.bincount(held)).tolist()
+        rows = _ordered(block, devices if kind != "median" else counts[-1] // 2 + 1)
+        into = out[start : start + step]
+        for count in counts:
+            at: Any = ... if held is None else np.flatnonzero(held == count)
+            into[at] = np.inf if not count else _middle([rows[i][at] for i in _counted(count, kind, trim)])
+    return out.reshape(values.shape[1:])
+
+
+def _counted(count: int, kind: Centre, trim: float) -> range:
+    """Which of so many ordered values are averaged."""
     if kind == "median":
-        low = np.take_along_axis(ordered, np.maximum(count - 1, 0)[None] // 2, axis=0)[0].astype(np.float64)
-        high = np.take_along_axis(ordered, count[None] // 2, axis=0)[0]
-        with np.errstate(invalid="ignore"):
-            out = (low + high) / 2
-    else:
-        cut = np.floor(trim * count + 1e-9).astype(np.int64)
-        place = np.arange(len(values)).reshape(-1, *[1] * (values.ndim - 1))
-        counted = (place >= cut) & (place < count - cut)
-        total = np.where(counted, ordered, 0).astype(np.float64).sum(axis=0)
-        out = total / np.maximum(count - 2 * cut, 1)
-    return np.where(count > 0, out, 0).astype(np.float32)
+        return range((count - 1) // 2, count // 2 + 1)
+    cut = math.floor(trim * count + 1e-9)
+    return range(cut, count - cut)
+
+
+def _middle(rows: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
+    total = rows[0].astype(np.float64)
+    for row in rows[1:]:
+        total += row
+    total /= len(rows)
+    return total
+
+
+def _ordered(block: npt.NDArray[np.float32], wanted: int) -> list[npt.NDArray[np.float32]]:
+    """The columns of [devices, numbers] in ascending order: the rows from the lowest on, as many as are wanted.
+
+    A network of exchanges (Batcher 1968) does whole rows at a time, in the cache; from many devices on, sorting takes
+    fewer steps.
+    """
+    if len(block) > _NETWORK:
+        return list(np.sort(block, axis=0))
+    rows, spare = list(block), np.empty(block.shape[1], np.float32)
+    for i, j in _exchanges(len(block), wanted):
+        low, high = rows[i], rows[j]
+        np.minimum(low, high, out=spare)
+        np.maximum(low, high, out=high)
+        rows[i], spare = spare, low
+    return rows
+
+
+@lru_cache(maxsize=256)
+def _exchanges(size: int, wanted: int) -> tuple[tuple[int, int], ...]:
+    """Batcher's odd-even merge sort, without the exchanges that the lowest so many don't depend on."""
+    pairs = []
+    run = 1
+    while run < size:
+        step = run
+        while step:
+            for first in range(step % run, size - step, 2 * step):
+                places = range(first, min(first + step, size - step))
+                pairs += [(i, i + step) for i in places if i // (2 * run) == (i + step) // (2 * run)]
+            step //= 2
+        run *= 2
+    needed, kept = set(range(wanted)), []
+    for pair in reversed(pairs):
+        if needed & set(pair):
+            needed |= set(pair)
+            kept.append(pair)
+    return tuple(reversed(kept))

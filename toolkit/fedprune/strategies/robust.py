@@ -24,7 +24,7 @@ Reports = Callable[[], Iterator[tuple[Report, Submodel]]]
 
 CHECKS = ("", "norm", "cosine", "both")
 
-_BUDGET = 256 * 2**20
+_BUDGET = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -181,19 +181,19 @@ class Robust:
         specs = [t for t in fold.architecture.tensors if t.name not in fold.excluded]
         tensors: Tensors = {t.name: np.empty(t.shape, np.float32) for t in specs}
         held: dict[str, npt.NDArray[np.bool_]] = {t.name: np.empty(t.shape, np.bool_) for t in specs}
+        whole = Selection.full(fold.architecture)
         for batch in slabs(specs, len(names), self.budget):
-            values = [np.zeros((len(names), *s.shape), np.float32) for s in batch]
-            flags = [np.zeros((len(names), *s.shape), np.bool_) for s in batch]
+            values = [np.empty((len(names), *s.shape), np.float32) for s in batch]
             for device, addition in self._additions(fold, reports):
                 passed = gate(addition)
-                for i, slab in enumerate(batch):
-                    values[i][place[device]], flags[i][place[device]] = rows_of(slab, passed, fold.base)
-            for slab, value, flag in zip(batch, values, flags, strict=True):
-                self._settle(slab, value, flag, fold, tensors, held)
+                for slab, value in zip(batch, values, strict=True):
+                    value[place[device]] = rows_of(slab, passed, fold.base, whole)
+            while batch:  # what was looked at makes room
+                self._settle(batch.pop(0), values.pop(0), fold, tensors, held)
         fold.gate = None
         active = {t.name: held[t.name] for t in specs if t.kind.trainable}
         fold.add(
-            Selection.full(fold.architecture),
+            whole,
             tensors,
             min(sum(weights), MAX_WEIGHT),
             max(1, round(float(np.median(steps)))),
@@ -210,7 +210,6 @@ class Robust:
         self,
         slab: Slab,
         values: npt.NDArray[np.float32],
-        flags: npt.NDArray[np.bool_],
         fold: Fold,
         tensors: Tensors,
         held: dict[str, npt.NDArray[np.bool_]],
@@ -218,14 +217,18 @@ class Robust:
         name = slab.spec.name
         at: Any = slice(slab.start, slab.stop) if slab.spec.axes else ...
         before = fold.base[name][at]
-        anyone = flags.any(axis=0)
+        anyone = None
         if slab.spec.kind.trainable and fold.rule != "coverage":
             # Who doesn't hold a coordinate votes, too: for no change, or for 0.
-            values = np.where(flags, values, before if fold.rule == "fill" else np.float32(0))
-            flags = np.ones_like(flags)
+            anyone = np.isfinite(values).any(axis=0)
+            for k in range(len(values)):
+                one = values[k : k + 1]
+                np.copyto(one, before if fold.rule == "fill" else np.float32(0), where=np.isinf(one))
         kind: Centre = "median" if self.settings.centre == "median" else "trimmed"
-        middle = centre(values, flags, kind, self.settings.trim)
+        middle = centre(values, kind, self.settings.trim)
         zero = fold.rule == "zero" and slab.spec.kind.trainable
+        if anyone is None:
+            anyone = np.isfinite(middle)
         held[name][at] = True if zero else anyone
         tensors[name][at] = middle if zero else np.where(anyone, middle, before)
 
