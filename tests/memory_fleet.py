@@ -32,6 +32,8 @@ def clock() -> float:
 class MemoryLink:
     """The agent's link: what it publishes goes to the server at once; `mangle` may drop, double or change it."""
 
+    unsent = 0
+
     def __init__(self, server: MemoryServer) -> None:
         self.inbox: queue.Queue[Any] = queue.Queue()
         self.server = server

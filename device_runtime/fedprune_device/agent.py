@@ -172,6 +172,7 @@ class Agent:
         elif isinstance(item, ConnectionDown):
             _LOG.info("connection to the broker lost: %s", item.reason)
             self.standing.connected = False
+            self._outbox.drop_chunks()
             self._alone.heard(now)
         elif item is not None:
             self._alone.heard(now)
@@ -332,6 +333,7 @@ class Agent:
 
     def _turn(self, _: None) -> None:
         now = self._clock()
+        self._outbox.send_chunks()
         if self._downloads is not None:
             if self._downloads.done:
                 self._ready = now - self._downloads.began

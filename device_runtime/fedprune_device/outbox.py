@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from fedprune.errors import ExitCode, FedpruneError
 from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.chunk import PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
-from fedprune.wire.link import ConnectionDown, ConnectionUp
+from fedprune.wire.link import HIGH_WATER, ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Death, Gone, Message, Offer, Progress, Refusal, Update, Want
 from fedprune.wire.topics import NO_JOB, Topics
 from fedprune.wire.transfer import CHUNK_LEAVES, Serve
@@ -26,6 +27,8 @@ PROGRESS_S = 1.0
 ANNOUNCE_S = 2.0
 ANNOUNCE_MAX_S = 60.0
 _MAX_PACKET = CHUNK_LEAVES * LEAF + PACKET_OVERHEAD
+_MOST_WANTS = 64
+"""Wants that are kept; what is dropped beyond is asked for again."""
 
 
 class Wire(Protocol):
@@ -36,6 +39,10 @@ class Wire(Protocol):
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send without waiting; False if that isn't possible now."""
+
+    @property
+    def unsent(self) -> int:
+        """Payload bytes that wait to be sent."""
 
 
 class Outbox:
@@ -57,6 +64,9 @@ class Outbox:
         self._link = link
         self._pieces = pieces
         self.standing = Standing()
+        self._wanted: deque[tuple[Update, Want]] = deque()
+        self._chunks: Iterator[bytes] = iter(())
+        self._chunks_job = NO_JOB
         self._announce_at = 0.0
         self._announced = 0
         self._reported: tuple[str, int, int] | None = None
@@ -74,18 +84,36 @@ class Outbox:
             self.say(want, job)
 
     def answer(self, want: Want, pending: Update | None, now: float) -> None:
-        """Send pieces of the update; while the server asks for them, it needn't be told of it."""
+        """Take in what the server wants of the update; while it asks, it needn't be told of it."""
         if pending is None or pending.weights.sha256 != want.sha256:
             self.say(Gone(want.sha256))  # only the update is anybody's business
             return
-        found = self._pieces.answer(want, _MAX_PACKET)
-        if isinstance(found, Gone):
-            self.say(found, pending.job)
-            return
-        for chunk in found:
-            if not self._link.publish(self._topics.up_blob(self._device, pending.job), chunk, CHUNK_QOS):
-                break  # what doesn't get through is asked for again
+        if (pending, want) not in self._wanted and len(self._wanted) < _MOST_WANTS:
+            self._wanted.append((pending, want))
+        self.send_chunks()
         self._announce_at = max(self._announce_at, now + 5 * ANNOUNCE_S)
+
+    def send_chunks(self) -> None:
+        """Hand out what was wanted as long as little waits to be sent: what is said waits behind no more than that."""
+        while self._link.unsent < HIGH_WATER:
+            chunk = next(self._chunks, None)
+            if chunk is not None:
+                if not self._link.publish(self._topics.up_blob(self._device, self._chunks_job), chunk, CHUNK_QOS):
+                    self.drop_chunks()  # what doesn't get through is asked for again
+            elif self._wanted:
+                update, want = self._wanted.popleft()
+                found = self._pieces.answer(want, _MAX_PACKET)
+                if isinstance(found, Gone):
+                    self.say(found, update.job)
+                else:
+                    self._chunks, self._chunks_job = found, update.job
+            else:
+                return
+
+    def drop_chunks(self) -> None:
+        """Forget what was wanted: the connection is lost, or the update is no more."""
+        self._wanted.clear()
+        self._chunks = iter(())
 
     def will(self, session: int) -> tuple[str, bytes]:
         """Topic and payload that the broker shall publish when this connection is lost."""

@@ -73,6 +73,11 @@ class SignedLink:
         """A will as the broker may be given it."""
         return will[0], self._sealer.seal(*will)
 
+    @property
+    def unsent(self) -> int:
+        """Payload bytes that wait to be sent."""
+        return self._link.unsent
+
     def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
         """The next message or event; None, too, if what came doesn't count."""
         item = self._link.get(timeout)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedprune.wire.chunk import QOS as CHUNK_QOS
-from fedprune.wire.link import Event
+from fedprune.wire.link import HIGH_WATER, Event
 from fedprune.wire.messages import FromServer, Gone, Hello, Want
 from fedprune.wire.topics import Topics
 from fedprune_server.downloads import Downloads
@@ -18,8 +18,6 @@ from fedprune_server.roster import Roster
 from fedprune_server.uploads import Wants
 
 _CHUNKS_PER_TURN = 4
-_UNSENT_BYTES = 2**20
-"""Chunks wait while so much is on its way to the broker, so that messages never do."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class Post:
     @property
     def ready(self) -> bool:
         """Whether a chunk waits and could be sent now."""
-        return bool(self._downloads) and self._link.unsent < _UNSENT_BYTES
+        return bool(self._downloads) and self._link.unsent < HIGH_WATER
 
     def send(self, device: str, message: FromServer, job: str | None = None) -> None:
         """Have a message sent at the next `deliver`; when it gets lost, somebody will ask again.

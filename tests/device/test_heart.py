@@ -25,6 +25,8 @@ Item = tuple[str, bytes] | ConnectionUp | ConnectionDown | None
 
 
 class Link:
+    unsent = 0
+
     def __init__(self, *items: Item) -> None:
         self.items = list(items)
         self.sent: list[str] = []

@@ -91,6 +91,8 @@ class Air:
 
 
 class BoardLink:
+    unsent = 0
+
     def __init__(self, name: str, air: Air) -> None:
         self.name, self.air = name, air
         self.inbox: queue.Queue[Any] = queue.Queue()

@@ -50,6 +50,11 @@ class Heart:
         self._ready = False
         self._connected = False
 
+    @property
+    def unsent(self) -> int:
+        """Payload bytes that wait to be sent."""
+        return self._link.unsent
+
     def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
         """The next message or event of the link; a turn of the loop begins here."""
         if not self._ready:

@@ -114,6 +114,11 @@ class Releases:
             self._guarded(self._greet)
         return sent
 
+    @property
+    def unsent(self) -> int:
+        """Payload bytes that wait to be sent."""
+        return self._link.unsent
+
     def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
         """The next message or event for the agent; None, too, if what came was about releases."""
         item = self._link.get(timeout)

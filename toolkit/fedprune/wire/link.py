@@ -35,8 +35,14 @@ OUTBOX_BYTES = 16 * 1024 * 1024
 
 OUTBOX_MESSAGES = 10_000
 
+HIGH_WATER = 512 * 1024
+"""Chunks are held back while so many bytes wait to be sent: a message waits for no more of them than that and a chunk."""
+
 LOW_WATER = 256 * 1024
 """Bytes that wait to be sent below which `get` returns at once: who holds chunks back can hand out more."""
+
+_KERNEL_BYTES = 128 * 1024
+"""Bytes that wait in the kernel to be sent; by default it takes several MiB."""
 
 Will = tuple[str, bytes]
 
@@ -259,6 +265,7 @@ class Link:
         code = MQTTErrorCode.MQTT_ERR_SUCCESS
         try:
             while code == MQTTErrorCode.MQTT_ERR_SUCCESS:
+                _acknowledge(client)
                 code = client.loop(_POLL)
                 self._settle()
                 answered = answered or self._up
@@ -293,7 +300,7 @@ class Link:
         will = self._will() if callable(self._will) else self._will
         if will is not None:
             client.will_set(will[0], will[1], qos=1, retain=False)
-        client.on_socket_open = _no_delay
+        client.on_socket_open = _prompt
         # With this callback paho leaves writing to the network thread instead of doing it in `publish`.
         client.on_socket_register_write = lambda *_: None
         client.on_connect = self._on_connect
@@ -387,6 +394,14 @@ class Link:
             self._state.notify_all()
 
 
-def _no_delay(_client: paho.Client, _user: Any, sock: Any) -> None:
+def _prompt(_client: paho.Client, _user: Any, sock: Any) -> None:
+    """Send at once, and let little wait in the kernel, where nothing can pass it."""
+    for option, value in (("TCP_NODELAY", 1), ("TCP_NOTSENT_LOWAT", _KERNEL_BYTES)):
+        with suppress(OSError, AttributeError):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _acknowledge(client: paho.Client) -> None:
+    """Let Linux acknowledge at once what comes next: a broker that gathers small packets (Nagle) waits for that."""
     with suppress(OSError, AttributeError):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.socket().setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)  # type: ignore[union-attr]

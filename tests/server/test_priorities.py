@@ -1,0 +1,149 @@
+"""A message never waits behind a model: on both sides only so many bytes of chunks are handed to the connection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedprune.blobs import BlobStore
+from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.chunk import HEADER, Chunk
+from fedprune.wire.link import HIGH_WATER
+from fedprune.wire.messages import Cancelled, Progress, Update, Want, parse
+from fedprune.wire.topics import Topics
+from fedprune.wire.transfer import MAX_PACKET, Serve
+from fedprune_device.outbox import Outbox
+from fedprune_server.downloads import Downloads
+from fedprune_server.post import Post
+
+TOPICS = Topics("lab")
+LEAVES = 400
+
+
+class Slow:
+    """A connection that sends nothing until it is told to, in the order in which it was handed things."""
+
+    connected = True
+
+    def __init__(self) -> None:
+        self.queue: list[tuple[str, bytes]] = []
+        self.sent: list[tuple[str, bytes]] = []
+        self.up = True
+
+    @property
+    def unsent(self) -> int:
+        return sum(len(payload) for _, payload in self.queue)
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        if self.up:
+            self.queue.append((topic, payload))
+        return self.up
+
+    def send(self) -> None:
+        self.sent.append(self.queue.pop(0))
+
+    def ahead(self, kind: type[Any]) -> int:
+        """Bytes that go out before the first message of a type."""
+        at = next(i for i, (t, p) in enumerate(self.queue) if not t.endswith("blob") and isinstance(parse(p), kind))
+        return sum(len(payload) for _, payload in self.queue[:at])
+
+    def leaves(self) -> set[tuple[str, int]]:
+        """Leaves that went out, and for whom."""
+        rows = [(t, Chunk.parse(p)) for t, p in self.sent if t.endswith("blob")]
+        return {(topic.split("/")[3], index) for topic, chunk in rows for index, _ in chunk.leaves()}
+
+    def get(self, timeout: float | None = 0.0) -> None:
+        return None
+
+    def flush(self, timeout: float) -> bool:
+        return True
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    return BlobStore(tmp_path, durable=False)
+
+
+@pytest.fixture
+def digest(store: BlobStore) -> str:
+    return store.put(bytes(LEAVES * LEAF)).sha256
+
+
+def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: BlobStore, digest: str) -> None:
+    link, devices = Slow(), [f"pi{i}" for i in range(20)]
+    roster: Any = SimpleNamespace(sent=lambda *_: None)
+    post = Post(link, TOPICS, roster, Downloads(Serve(store)))
+    for device in devices:
+        for first in range(0, LEAVES, 50):
+            post.fetched(device, Want(digest, "data", first, 50), {digest})
+    for _ in range(1000):
+        post.send_chunks()
+    post.send("pi0", Cancelled("job", 1, 1, "enough"), "job")
+
+    assert 0 < link.ahead(Cancelled) < HIGH_WATER + MAX_PACKET
+
+    while link.queue:
+        link.send()
+        post.send_chunks()
+    assert link.leaves() == {(device, i) for device in devices for i in range(LEAVES)}
+
+
+def outbox(link: Slow, store: BlobStore) -> Outbox:
+    return Outbox("pi", TOPICS, link, Serve(store))
+
+
+def update(store: BlobStore, digest: str) -> Update:
+    return Update("pi", "job", 1, 1, "ab" * 32, store.ref(digest), 1, 1)
+
+
+def test_a_board_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: BlobStore, digest: str) -> None:
+    link = Slow()
+    board, pending = outbox(link, store), update(store, digest)
+    for first in range(0, LEAVES, 50):
+        board.answer(Want(digest, "data", first, 50), pending, 0.0)
+    for _ in range(1000):
+        board.send_chunks()
+    board.say(Progress("pi", "job", 1, 1, "train", 1, 2), "job")
+
+    assert 0 < link.ahead(Progress) < HIGH_WATER + MAX_PACKET
+
+    while link.queue:
+        link.send()
+        board.send_chunks()
+    assert link.leaves() == {("pi", i) for i in range(LEAVES)}
+
+
+def test_a_want_that_comes_twice_while_it_waits_is_answered_once(store: BlobStore, digest: str) -> None:
+    link = Slow()
+    board, pending = outbox(link, store), update(store, digest)
+    for _ in range(3):
+        for first in range(0, LEAVES, 100):
+            board.answer(Want(digest, "data", first, 100), pending, 0.0)
+    while link.queue:
+        link.send()
+        board.send_chunks()
+
+    chunks = [p for t, p in link.sent if t.endswith("blob")]
+    again = 100  # the first one is no longer waiting when it comes again
+    assert sum(len(p) - HEADER.size for p in chunks) <= (LEAVES + 2 * again) * LEAF
+
+
+def test_what_was_wanted_on_a_connection_that_is_lost_is_not_sent_on_the_next(store: BlobStore, digest: str) -> None:
+    link = Slow()
+    board = outbox(link, store)
+    board.answer(Want(digest, "data", 0, LEAVES), update(store, digest), 0.0)
+    link.queue.clear()
+    board.drop_chunks()
+    board.send_chunks()
+    assert link.queue == []
+
+    board.answer(Want(digest, "data", 0, LEAVES), update(store, digest), 0.0)
+    link.queue.clear()
+    link.up = False
+    board.send_chunks()
+    link.up = True
+    board.send_chunks()
+    assert link.queue == []
