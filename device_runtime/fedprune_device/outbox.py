@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from fedprune.errors import ExitCode, FedpruneError
@@ -36,6 +36,9 @@ class Wire(Protocol):
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send without waiting; False if that isn't possible now."""
+
+    def listen(self, topics: Collection[str]) -> None:
+        """Listen to exactly these topics beside the device's own, without waiting."""
 
 
 class Outbox:

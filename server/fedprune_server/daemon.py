@@ -38,6 +38,7 @@ from fedprune_server.reception import Reception
 from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.rollout_store import RolloutStore
 from fedprune_server.roster import Roster
+from fedprune_server.sharing import Audience, Sharing
 from fedprune_server.storage import Storage
 from fedprune_server.table import Display, Lines, Snapshot
 from fedprune_server.uploads import Arrived, Uploads, misfit, sent
@@ -115,7 +116,9 @@ class Daemon:
         self._roster = Roster(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
         self._uploads = Uploads(store, pulls)
         stores = [store] if rollouts is None else [store, rollouts.blobs]
-        self._post = Post(link, self._topics, self._roster, Downloads(Serve(*stores)))
+        sharing = Sharing(store, Audience(state))
+        downloads = Downloads(Serve(*stores))
+        self._post = Post(link, self._topics, self._roster, downloads, sharing, job.name, monotonic)
         self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, members, clock, monotonic)
         self._reception = Reception(
             job, state, self._topics, self._roster, self._uploads, self._post, profiles, monotonic, self._desk, clock

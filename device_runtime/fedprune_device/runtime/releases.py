@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from fedprune.errors import FedpruneError, ProtocolError
@@ -113,6 +113,10 @@ class Releases:
         if topic == self._topics.up(self._device) and isinstance(parse(payload), Birth):
             self._guarded(self._greet)
         return sent
+
+    def listen(self, topics: Collection[str]) -> None:
+        """Listen to exactly these shared topics."""
+        self._link.listen(topics)
 
     def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
         """The next message or event for the agent; None, too, if what came was about releases."""

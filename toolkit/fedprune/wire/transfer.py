@@ -47,6 +47,7 @@ class Pull:
         window_leaves: Leaves that are asked for and not yet there at most.
         patience_s: Seconds without progress after which what is on the way is asked for again. It grows when that
             doesn't help, and with the time that leaves need to arrive.
+        shared: Whether the caller listens to the blob's shared topic: then leaves that others asked for are taken, too.
 
     Raises:
         ProtocolError: The window or chunk size makes no sense.
@@ -60,6 +61,7 @@ class Pull:
         chunk_leaves: int = CHUNK_LEAVES,
         window_leaves: int = WINDOW_LEAVES,
         patience_s: float = PATIENCE,
+        shared: bool = False,
     ) -> None:
         if not 1 <= chunk_leaves <= window_leaves <= MAX_WANT:
             raise ProtocolError(
@@ -68,6 +70,8 @@ class Pull:
                 got=f"{chunk_leaves} and {window_leaves}",
             )
         self.ref = ref
+        self.shared = shared
+        """Whether answers may come on the blob's shared topic; whoever hears nothing there may set it to false."""
         self.stalls = 0
         """Times in a row that leaves had to be asked for again without any progress."""
         self._partial = partial
@@ -112,7 +116,7 @@ class Pull:
         return wants + self._advance(now)
 
     def on_chunk(self, chunk: Chunk, now: float) -> list[Want]:
-        """Take in a chunk; what was not asked for is ignored.
+        """Take in a chunk; what was not asked for is ignored, unless the blob is shared.
 
         Raises:
             ProtocolError: A leaf or the leaf table arrived damaged too often, or the reference contradicts itself.
@@ -123,6 +127,8 @@ class Pull:
         bad = []
         for index, payload in chunk.leaves():
             if index not in self._asked:
+                if self.shared and self._overheard(index, payload):
+                    self._moved_at, self.stalls = now, 0
                 continue
             if self._keep(index, payload):
                 serial, asked_at = self._asked.pop(index)
@@ -165,6 +171,13 @@ class Pull:
             return False
         self._pieces[index] = bytes(payload)
         return True
+
+    def _overheard(self, index: int, payload: memoryview) -> bool:
+        """Keep what somebody else has asked for, if it is new and right."""
+        if self._part == "data":
+            present = self._partial.present
+            return index < len(present) and not present[index] and self._keep(index, payload)
+        return index < self.ref.piece_count and index not in self._pieces and self._keep(index, payload)
 
     def _progressed(self, took: float, now: float) -> None:
         self.stalls = 0
@@ -227,11 +240,14 @@ class Pull:
                 count += 1
                 continue
             if count:
-                wants.append(Want(self.ref.sha256, self._part, first, count))
+                wants.append(self._want(first, count))
             first, count = index, 1
         if count:
-            wants.append(Want(self.ref.sha256, self._part, first, count))
+            wants.append(self._want(first, count))
         return wants
+
+    def _want(self, first: int, count: int) -> Want:
+        return Want(self.ref.sha256, self._part, first, count, True if self.shared else None)
 
 
 class Serve:
