@@ -376,9 +376,10 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Distribution of a round's submodels",
         "",
-        f"{result['setting']['date']}, {result['setting']['cpu']}. {DEVICES} devices of five widths of ResNet-18, {widths}",
-        f"of the channels; the largest submodel is {largest:.1f} MB, and what the devices get is {alone:.0f} MB together.",
-        f"Slow devices read {SLOW_BYTES / 1e6:g} MB/s; late ones connect {LATE_S[0]:g} to {LATE_S[1]:g} s after the others.",
+        f"{result['setting']['date']}, {result['setting']['cpu']}. {DEVICES} devices of five widths of ResNet-18,",
+        f"{widths} of the channels; the largest submodel is {largest:.1f} MB, and what the devices get is",
+        f"{alone:.0f} MB together. Slow devices read {SLOW_BYTES / 1e6:g} MB/s; late ones connect {LATE_S[0]:g} to",
+        f"{LATE_S[1]:g} s after the others.",
         "Broker, server and devices share the machine: bytes say a lot, seconds little. Written by",
         "`python benchmarks/distribution.py`.",
         "",
@@ -389,7 +390,8 @@ def table(result: dict[str, Any]) -> str:
         mb = {k: f"{v / 1e6:.1f}" for k, v in r.items() if k.endswith("_bytes")}
         lines.append(
             f"| {r['case']} | {r['right']} of {DEVICES} | {mb['sent_bytes']} | {r['ratio']:.2f} × "
-            f"| {mb['shared_bytes']} | {mb['alone_bytes']} | {mb['message_bytes']} | {r['seconds']:.0f} | {mb['broker_bytes']} |"
+            f"| {mb['shared_bytes']} | {mb['alone_bytes']} | {mb['message_bytes']} "
+            f"| {r['seconds']:.0f} | {mb['broker_bytes']} |"
         )
     return "\n".join(lines) + "\n"
 
