@@ -160,9 +160,13 @@ class Worker:
             "classes": self.architecture.classes,
             **self._offers.body(submodel, recipe, command.basis.round, command.block, times),
         }
-        if self._slabs is not None:
-            offer |= self._slabs.named(command, offer["weights"]["sha256"])
-        return on.Extracted(command.basis.round, part.device, part.attempt, offer)
+        return self.sliced(command, on.Extracted(command.basis.round, part.device, part.attempt, offer))
+
+    def sliced(self, command: do.Extract, event: on.Extracted) -> on.Extracted:
+        """A device's offer, with the slabs that make its weights, if there are any."""
+        if self._slabs is None:
+            return event
+        return replace(event, offer=event.offer | self._slabs.named(command, event.offer["weights"]["sha256"]))
 
     def _submodel(self, command: do.Extract) -> Submodel:
         return self._made(self._cut(command.basis, command.part))

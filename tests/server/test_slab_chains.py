@@ -21,6 +21,7 @@ from fedprune_device.downloads import composed
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import digits_model
+from fedprune_server.replay import _plain
 from fedprune_server.worker import Worker
 
 DENSITIES = {"a": 1.0, "b": 0.25, "c": 0.5, "d": 0.5, "e": 1.0}
@@ -140,6 +141,16 @@ def test_slabs_that_were_deleted_are_made_again(model: Model, tmp_path: Path) ->
     again = offers(w, commands)
     assert again == made
     check(w, again, {"a": 3, "b": 1, "c": 2, "d": 2, "e": 3})
+
+
+def test_a_replay_compares_what_was_worked_out_and_not_how_it_travelled(model: Model, tmp_path: Path) -> None:
+    w = worker(model, tmp_path)
+    commands = channels(w)
+    plain = [w.execute(c) for c in commands]
+    w.expect(commands)
+    sliced = [w.execute(c) for c in commands]
+    assert plain != sliced
+    assert [_plain(e) for e in sliced] == plain
 
 
 def test_a_state_needs_the_slabs_of_its_offers(model: Model, tmp_path: Path) -> None:
