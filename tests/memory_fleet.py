@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class MemoryLink:
 
     def __init__(self, server: MemoryServer) -> None:
         self.inbox: queue.Queue[Any] = queue.Queue()
+        self.listened: set[str] = set()
         self.server = server
         self.up = True
         server.link = self
@@ -54,6 +55,9 @@ class MemoryLink:
         for raw in self.server.mangle("up", payload):
             self.server.receive(topic, raw)
         return True
+
+    def listen(self, topics: Collection[str]) -> None:
+        self.listened = set(topics)
 
     def deliver(self, topic: str, payload: bytes) -> None:
         if self.up:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,9 @@ class ReleaseServer:
             else:
                 self.say(answer)
         return True
+
+    def listen(self, topics: Collection[str]) -> None:
+        pass
 
     def next(self) -> None:
         left = [o for o in self.offers if not self.ended(o.number)]

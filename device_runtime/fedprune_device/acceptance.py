@@ -27,12 +27,9 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
         PlanError: It is beyond what the profile allows.
     """
     recipe = Recipe.from_dict(offer.recipe)
-    lacking = [r for r in offer.blobs() if not store.blobs.has(r.sha256)]
     full = _full_size(offer)
     lowered = offer.lowered or {}
-    # A lowered model is smaller than the one that it is made of.
-    needed = sum(r.size for r in lacking) + (2 + recipe.own_files + len(lowered)) * full
-    free = store.free_bytes() + store.reclaimable_bytes(offer)
+    needed, free = _needed(offer, recipe, store), store.free_bytes() + store.reclaimable_bytes(offer)
     if needed > free:
         raise StorageFullError("no room for the offer's files", expected=f"{needed} bytes", got=f"{free} free")
     if profile is None:
@@ -54,6 +51,24 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
         )
 
 
+def slabs_fit(offer: Offer, store: DeviceStore) -> bool:
+    """Whether there is room for an offer's slabs beside all that it needs: for a while both are on the disk.
+
+    Raises:
+        ConfigError: The recipe doesn't make sense.
+        StorageError: The disk fails.
+    """
+    slabs = sum(r.size for r in offer.slabs or () if not store.blobs.has(r.sha256))
+    return slabs + _needed(offer, Recipe.from_dict(offer.recipe), store) <= store.free_bytes()
+
+
+def _needed(offer: Offer, recipe: Recipe, store: DeviceStore) -> int:
+    """Bytes on the disk that an offer asks for beyond what is there of it."""
+    lacking = [r for r in offer.blobs() if not store.blobs.has(r.sha256)]
+    # A lowered model is smaller than the one that it is made of.
+    return sum(r.size for r in lacking) + (2 + recipe.own_files + len(offer.lowered or {})) * _full_size(offer)
+
+
 def _full_size(offer: Offer) -> int:
     """About the bytes of the weights with all elements in their places: a mask has a bit for every four of them."""
     return max(offer.weights.size, 0 if offer.mask is None else 32 * offer.mask.size)
@@ -69,11 +84,15 @@ def _copies(recipe: Recipe) -> int:
 
 
 def same_work(one: Offer, other: Offer) -> bool:
-    """Whether two offers differ in nothing but the number of the attempt and the graph's form.
+    """Whether two offers differ in nothing but the number of the attempt, the graph's form and the way of the weights.
 
     They train to the same bits or, with another form, to the same numbers but for rounding.
     """
-    return replace(one, attempt=0, blocked=None) == replace(other, attempt=0, blocked=None)
+    return _work(one) == _work(other)
+
+
+def _work(offer: Offer) -> Offer:
+    return replace(offer, attempt=0, blocked=None, slabs=None)
 
 
 def place_of(message: Offer | Update | Accepted) -> tuple[str, int]:

@@ -13,16 +13,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fedprune.errors import FedpruneError, ProtocolError, StorageError
+from fedprune.errors import FedpruneError, StorageError
 from fedprune.precision import FLOAT32
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Accepted, Cancelled, Death, Finished, Gone, Hello, Message, Offer, Want, parse
-from fedprune.wire.topics import Topics
+from fedprune.wire.topics import EVERYONE, Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.acceptance import attempt_of, check_offer, place_of, same_work
+from fedprune_device.acceptance import attempt_of, check_offer, place_of, same_work, slabs_fit
 from fedprune_device.alone import Alone
 from fedprune_device.assignment import DamagedBlobError, LoadedTrainer, Workbench
 from fedprune_device.care import Care
@@ -98,6 +98,8 @@ class Agent:
         self._bench = Workbench(device, store.blobs, store.slots, data, trainer, store.own, self._lowering)
         self._alone = Alone(device, store, data, threads, alone, care, cuda=cuda, lowering=self._lowering)
         self._downloads: Downloads | None = None
+        self._listening: frozenset[str] = frozenset()
+        self._deaf = False  # to shared topics, as long as this connection lasts
         self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: TrainingThread | None = None
         self._seen: list[Offer] = []
@@ -166,6 +168,7 @@ class Agent:
         if isinstance(item, ConnectionUp):
             _LOG.info("connected to the broker")
             self.standing.connected = True
+            self._deaf = False
             self._alone.heard(now)
             self._seen.clear()  # the server may be another, or run the same job once more
             self._greet(now)
@@ -179,7 +182,7 @@ class Agent:
             topic, payload = item
             address = self._topics.parse(topic)
             if address.channel == "down/blob":
-                self._on_chunk(Chunk.parse(payload), now)
+                self._on_chunk(Chunk.parse(payload), now, shared=address.device == EVERYONE)
             elif address.channel == "down":
                 self._on_message(parse(payload), now)
 
@@ -198,7 +201,7 @@ class Agent:
         elif isinstance(message, Want):
             self._outbox.answer(message, self._store.pending, now)
         elif isinstance(message, Gone):
-            self._on_gone(message)
+            self._on_gone(message, now)
 
     def _greet(self, now: float) -> None:
         task, pending = self._store.task, self._store.pending
@@ -207,7 +210,7 @@ class Agent:
         self._outbox.say(birth)
         self._outbox.hurry(now)
         if self._downloads is not None:
-            self._outbox.ask(self._downloads.offer.job, self._downloads.start(now))
+            self._ask(self._downloads, self._downloads.start(now))
 
     def _on_offer(self, offer: Offer, now: float) -> None:
         offer = self._choice.suited(self._lowering.wanted(offer))
@@ -260,17 +263,35 @@ class Agent:
             self._refuse(offer, error)
 
     def _download(self, offer: Offer, now: float) -> None:
-        self._downloads = Downloads(self._store.blobs, offer, now)
-        self._outbox.ask(offer.job, self._downloads.start(now))
+        downloads = self._downloads = self._to_pull(offer, now)
+        self._ask(downloads, downloads.start(now))
 
-    def _on_chunk(self, chunk: Chunk, now: float) -> None:
-        if self._downloads is None:
+    def _to_pull(self, offer: Offer, now: float) -> Downloads:
+        slabs = offer.slabs is not None and slabs_fit(offer, self._store)
+        return Downloads(self._store.blobs, offer, now, slabs=slabs, shared=not self._deaf)
+
+    def _ask(self, downloads: Downloads, wants: list[Want]) -> None:
+        """Ask for pieces, after the broker was told where the answers are heard."""
+        self._listen(downloads.listens(self._topics))
+        self._outbox.ask(downloads.offer.job, wants)
+
+    def _listen(self, topics: frozenset[str]) -> None:
+        if topics != self._listening:
+            self._listening = topics
+            self._link.listen(topics)
+
+    def _on_chunk(self, chunk: Chunk, now: float, *, shared: bool) -> None:
+        self._pull(lambda downloads: downloads.chunk(chunk, now, shared=shared))
+
+    def _pull(self, step: Callable[[Downloads], list[Want]]) -> None:
+        """Go on pulling, and ask for what that needs; an offer that can't be pulled is refused."""
+        downloads = self._downloads
+        if downloads is None:
             return
-        offer = self._downloads.offer
         try:
-            self._outbox.ask(offer.job, self._downloads.chunk(chunk, now))
+            self._ask(downloads, step(downloads))
         except FedpruneError as error:
-            self._refuse(offer, error)
+            self._refuse(downloads.offer, error)
 
     def _on_accepted(self, message: Accepted) -> None:
         task, pending = self._store.task, self._store.pending
@@ -308,10 +329,8 @@ class Agent:
             self._collect()
         self._finished = True
 
-    def _on_gone(self, message: Gone) -> None:
-        if self._downloads is not None and self._downloads.lacks(message.sha256):
-            error = ProtocolError(f"the server no longer has blob {message.sha256[:12]}")
-            self._refuse(self._downloads.offer, error)
+    def _on_gone(self, message: Gone, now: float) -> None:
+        self._pull(lambda downloads: downloads.gone(message.sha256, now))
 
     # What is to be done
 
@@ -327,7 +346,7 @@ class Agent:
             try:
                 if offer != task.offer:
                     self._store.accept(offer)
-                self._downloads = Downloads(self._store.blobs, offer, now)
+                self._downloads = self._to_pull(offer, now)
             except FedpruneError as error:
                 self._refuse(task.offer, error)
 
@@ -339,7 +358,10 @@ class Agent:
                 self._ready = now - self._downloads.began
                 self._downloads = None
             else:
-                self._outbox.ask(self._downloads.offer.job, self._downloads.tick(now))
+                self._deaf = self._deaf or self._downloads.deaf
+                self._pull(lambda downloads: downloads.tick(now))
+        if self._downloads is None:
+            self._listen(frozenset())
         if self._worker is not None and not self._worker.alive:
             worker, self._worker = self._worker, None
             self._settle(worker, now)

@@ -1,21 +1,42 @@
-"""The blobs of an offer on their way to the device. Does no network I/O: it says what to ask for."""
+"""The blobs of an offer on their way to the device. No network I/O: it says what to ask for, and where to listen."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
+from fedprune import tensorfile
 from fedprune.blobs import BlobStore
+from fedprune.errors import BundleError, ProtocolError, StorageError
+from fedprune.slabs import compose
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Offer, Want
-from fedprune.wire.transfer import Pull
+from fedprune.wire.topics import Topics
+from fedprune.wire.transfer import PATIENCE, Pull
+
+_LOG = logging.getLogger("fedprune.device")
+
+_SHARED_LEAVES = 8
+"""Leaves of a shared blob that are asked for at a time: many ask, and one answer serves all of them."""
 
 
 class Downloads:
     """Parallel pulls of what a device lacks for an offer.
 
+    An offer with slabs is one whose blobs other devices pull, too: this device then listens where the server publishes
+    them to all, takes what the others asked for, and makes its weights of the slabs. Whatever goes wrong with that, it
+    pulls its weights whole, on its own topic.
+
     Args:
         store: Where the blobs end up; what is there of them already is not asked for again.
         offer: The offer.
         now: The time, on the same clock as later calls.
+        slabs: Whether to make the weights of slabs, if the offer has any.
+        shared: Whether shared topics can be heard.
+
+    Attributes:
+        deaf: Whether nothing came on a shared topic in time.
 
     Raises:
         StorageFullError: There is no room for them.
@@ -23,16 +44,29 @@ class Downloads:
         ProtocolError: A reference contradicts itself.
     """
 
-    def __init__(self, store: BlobStore, offer: Offer, now: float) -> None:
-        refs: dict[str, BlobRef] = {r.sha256: r for r in offer.blobs()}
+    def __init__(self, store: BlobStore, offer: Offer, now: float, *, slabs: bool = True, shared: bool = True) -> None:
         self.offer = offer
         self.began = now
-        self._pulls = {sha256: Pull(ref, store.partial(ref)) for sha256, ref in refs.items() if not store.has(sha256)}
+        self.deaf = False
+        self._store = store
+        self._slabs = offer.slabs if slabs and offer.slabs and not store.has(offer.weights.sha256) else ()
+        self._shared = shared and bool(offer.slabs)
+        self._heard = False
+        self._listens_since = now
+        refs: dict[str, BlobRef] = {r.sha256: r for r in (*offer.blobs(), *self._slabs)}
+        if self._slabs and offer.weights not in self._slabs:
+            del refs[offer.weights.sha256]
+        self._pulls = {sha256: self._pull(ref) for sha256, ref in refs.items() if not store.has(sha256)}
+
+    def _pull(self, ref: BlobRef) -> Pull:
+        if not self._shared:
+            return Pull(ref, self._store.partial(ref))
+        return Pull(ref, self._store.partial(ref), chunk_leaves=_SHARED_LEAVES, shared=True)
 
     @property
     def done(self) -> bool:
         """Whether everything is there."""
-        return all(p.done for p in self._pulls.values())
+        return not self._slabs and all(p.done for p in self._pulls.values())
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -40,24 +74,94 @@ class Downloads:
         rows = [p.progress for p in self._pulls.values()]
         return sum(done for done, _ in rows), sum(total for _, total in rows)
 
+    def listens(self, topics: Topics) -> frozenset[str]:
+        """The shared topics of what is still to come."""
+        job = self.offer.job
+        return frozenset(topics.shared(s, job) for s, p in self._pulls.items() if p.shared and not p.done)
+
     def start(self, now: float) -> list[Want]:
         """What to ask for on a new connection."""
-        return [want for p in self._pulls.values() if not p.done for want in p.start(now)]
+        self._listens_since = now
+        return [want for p in self._pulls.values() if not p.done for want in p.start(now)] + self._settle(now)
 
-    def chunk(self, chunk: Chunk, now: float) -> list[Want]:
+    def chunk(self, chunk: Chunk, now: float, *, shared: bool = False) -> list[Want]:
         """Take in a chunk; those of other blobs are ignored.
+
+        Args:
+            chunk: The chunk.
+            now: The time.
+            shared: Whether it came on a shared topic.
 
         Raises:
             ProtocolError: The blob can't be had from this server.
             StorageError: The disk fails or is full.
         """
         pull = self._pulls.get(chunk.sha256)
-        return pull.on_chunk(chunk, now) if pull is not None and not pull.done else []
+        if pull is None or pull.done:
+            return []
+        self._heard = self._heard or shared
+        return pull.on_chunk(chunk, now) + self._settle(now)
 
     def tick(self, now: float) -> list[Want]:
         """What to ask for again."""
-        return [want for p in self._pulls.values() if not p.done for want in p.on_tick(now)]
+        if self._shared and not self._heard and now - self._listens_since > PATIENCE:
+            # A broker whose rules are older than shared topics lets nothing through there, and doesn't say so.
+            self._shared, self.deaf = False, True
+            for pull in self._pulls.values():
+                pull.shared = False
+        return [want for p in self._pulls.values() if not p.done for want in p.on_tick(now)] + self._settle(now)
 
-    def lacks(self, sha256: str) -> bool:
-        """Whether this blob is still to come."""
-        return sha256 in self._pulls and not self._pulls[sha256].done
+    def gone(self, sha256: str, now: float) -> list[Want]:
+        """The server doesn't have a blob any more: without one of the slabs the weights are pulled whole.
+
+        Raises:
+            ProtocolError: It can't be done without.
+        """
+        pull = self._pulls.get(sha256)
+        if pull is None or pull.done:
+            return []
+        if any(r.sha256 == sha256 for r in self._slabs) and sha256 != self.offer.weights.sha256:
+            return self._whole(now)
+        raise ProtocolError(f"the server no longer has blob {sha256[:12]}")
+
+    def _settle(self, now: float) -> list[Want]:
+        """Make the weights, once all slabs are there."""
+        if not self._slabs or any(not p.done for s, p in self._pulls.items() if s in {r.sha256 for r in self._slabs}):
+            return []
+        weights = self.offer.weights.sha256
+        if self._slabs[-1].sha256 != weights:
+            try:
+                made = composed(self._store, self._slabs)
+                if tensorfile.digest(made) != weights:
+                    raise BundleError("slabs make other weights than the offer names")
+                self._store.put(made)
+            except (BundleError, StorageError) as error:
+                _LOG.warning("%s: pulling the weights whole", error)
+                return self._whole(now)
+        self._slabs = ()
+        return []
+
+    def _whole(self, now: float) -> list[Want]:
+        pull = self._pull(self.offer.weights)
+        for ref in self._slabs:
+            self._pulls.pop(ref.sha256, None)
+        self._slabs = ()
+        self._pulls[self.offer.weights.sha256] = pull
+        return pull.start(now)
+
+
+def composed(store: BlobStore, slabs: Sequence[BlobRef]) -> bytes:
+    """The tensor file that slabs make.
+
+    Args:
+        store: Where they are.
+        slabs: Their references, in ascending order.
+
+    Raises:
+        StorageError: One is not there, or damaged.
+        BundleError: They are none, or don't fit each other.
+    """
+    tensors = tensorfile.decode(store.read(slabs[0].sha256))
+    for ref in slabs[1:]:
+        tensors = compose(tensors, tensorfile.decode(store.read(ref.sha256)))
+    return tensorfile.encode(tensors)

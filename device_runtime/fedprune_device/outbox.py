@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Protocol
 
 from fedprune.errors import ExitCode, FedpruneError
@@ -43,6 +43,9 @@ class Wire(Protocol):
     @property
     def unsent(self) -> int:
         """Payload bytes that wait to be sent."""
+
+    def listen(self, topics: Collection[str]) -> None:
+        """Listen to exactly these topics beside the device's own, without waiting."""
 
 
 class Outbox:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from fedprune.errors import FedpruneError, ProtocolError, StaleEpochError, StorageError
 from fedprune.trust.correspondence import Opener, Sealer
@@ -68,6 +68,10 @@ class SignedLink:
             if self._silent_since is None:
                 self._silent_since = self._clock()
         return self._link.publish(topic, self._sealer.seal(topic, payload), qos)
+
+    def listen(self, topics: Collection[str]) -> None:
+        """Listen to exactly these shared topics; what comes there are chunks alone, which pass as they are."""
+        self._link.listen(topics)
 
     def sealed(self, will: tuple[str, bytes]) -> tuple[str, bytes]:
         """A will as the broker may be given it."""

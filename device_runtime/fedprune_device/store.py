@@ -225,6 +225,8 @@ class DeviceStore:
             wanted = {graph.sha256 for graph in task.offer.graphs}
             if not task.done:
                 wanted.update(r.sha256 for r in task.offer.blobs())
+                if not self.blobs.has(task.offer.weights.sha256):
+                    wanted.update(r.sha256 for r in task.offer.slabs or ())
         if self.pending is not None:
             wanted.add(self.pending.weights.sha256)
         with storage_errors(f"can't read {self.blobs.root}"):

@@ -18,6 +18,7 @@ import threading
 import warnings
 from typing import IO, Any
 
+from fedprune.wire.topics import EVERYONE
 from fedprune_server.children import signal_at_parents_end
 
 KINDS = ("up", "up/blob", "down", "down/blob", "other")
@@ -27,6 +28,8 @@ KINDS = ("up", "up/blob", "down", "down/blob", "other")
 def kind(topic: str) -> str:
     """The channel of a topic, or `other`."""
     parts = topic.split("/", 5)
+    if len(parts) == 6 and parts[3] == EVERYONE and parts[5].startswith("down/"):
+        return "down/blob"
     return parts[5] if len(parts) == 6 and parts[0] == "fedprune" and parts[5] in KINDS else "other"
 
 

@@ -21,7 +21,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 _TABLES = ("job", "model", "evaluation", "calibration", "server")
 _SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "database", "profiles")
 _SERVER_NUMBERS = ("port", "keep", "pulls", "workers", "max_devices")
-_SERVER_SWITCHES = ("archive",)
+_SERVER_SWITCHES = ("archive", "slabs")
 _ELSEWHERE = ("state", "database")
 """What the state folder itself is, or says; not among the settings that the database keeps."""
 
@@ -55,6 +55,7 @@ class ServerConfig:
         workers: Processes that make submodels; more than one pay where making one is dear.
         profiles: A folder of hardware profiles of your own, beside the shipped ones.
         max_devices: How many devices may ever take part; announcements of further ones are ignored.
+        slabs: What many devices pull is published once for all of them, where all of the site can read it.
     """
 
     job: Job = field(default_factory=Job)
@@ -75,6 +76,7 @@ class ServerConfig:
     ca: Path | None = None
     input_shape: tuple[int, ...] | None = None
     database: str | None = None
+    slabs: bool = True
 
     def __post_init__(self) -> None:
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):

@@ -48,6 +48,7 @@ class Crew:
 
     def expect(self, commands: Sequence[do.Command]) -> None:
         """Let helpers begin with the submodels among commands that will be carried out in a moment."""
+        self._worker.expect(commands)
         for command in commands:
             if isinstance(command, do.Extract) and _key(command) not in self._expected:
                 self._expected[_key(command)] = (command, self._submit(command))
@@ -69,6 +70,7 @@ class Crew:
             return self._worker.execute(command)
         if isinstance(event, on.Extracted):
             self._worker.note(event)
+            return self._worker.sliced(command, event)
         return event
 
     def graphs(self) -> set[str]:

@@ -38,6 +38,7 @@ from fedprune_server.reception import Reception
 from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.rollout_store import RolloutStore
 from fedprune_server.roster import Roster
+from fedprune_server.sharing import Audience, Sharing
 from fedprune_server.storage import PARTS_KEPT, Storage
 from fedprune_server.table import Display, Lines, Snapshot
 from fedprune_server.uploads import Arrived, Uploads, misfit, sent
@@ -121,7 +122,11 @@ class Daemon:
         self._uploads = Uploads(store, pulls)
         stores = [store] if rollouts is None else [store, rollouts.blobs]
         self._quarantine.know(self._roster.traffic)
-        self._post = Post(self._link, self._topics, self._roster, Downloads(Serve(*stores)), self._quarantine.asked)
+        sharing = Sharing(store, Audience(state))
+        downloads = Downloads(Serve(*stores))
+        self._post = Post(
+            self._link, self._topics, self._roster, downloads, sharing, job.name, monotonic, self._quarantine.asked
+        )
         self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, members, clock, monotonic)
         self._reception = Reception(
             job, state, self._topics, self._roster, self._uploads, self._post, profiles, monotonic, self._desk, clock,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
@@ -15,6 +16,7 @@ from fedprune.wire.topics import Topics
 from fedprune_server.downloads import Downloads
 from fedprune_server.quarantine import Quarantined, Released
 from fedprune_server.roster import Roster
+from fedprune_server.sharing import Publication, Sharing
 from fedprune_server.uploads import Wants
 
 _CHUNKS_PER_TURN = 4
@@ -83,6 +85,9 @@ class Post:
         topics: The site's topics.
         roster: Counts the bytes.
         downloads: Cuts blobs into chunks.
+        sharing: Says what is published to all devices of the job.
+        job: The job's name.
+        clock: Seconds of a clock that nobody sets.
         asked: Is told of how many leaves a device is asked for.
     """
 
@@ -92,6 +97,9 @@ class Post:
         topics: Topics,
         roster: Roster,
         downloads: Downloads,
+        sharing: Sharing,
+        job: str,
+        clock: Callable[[], float] = time.monotonic,
         asked: Callable[[str, int], None] = lambda device, leaves: None,
     ) -> None:
         self._asked = asked
@@ -100,11 +108,14 @@ class Post:
         self._roster = roster
         self._downloads = downloads
         self._outbox: deque[tuple[str, str, bytes]] = deque()
+        self._sharing = sharing
+        self._job = job
+        self._clock = clock
 
     @property
     def waiting(self) -> bool:
         """Whether messages or chunks wait to be sent."""
-        return bool(self._downloads) or bool(self._outbox)
+        return bool(self._downloads) or bool(self._outbox) or bool(self._sharing)
 
     @property
     def ready(self) -> bool:
@@ -143,13 +154,15 @@ class Post:
     def fetched(self, device: str, want: Want, allowed: AbstractSet[str]) -> None:
         """A device wants pieces of a blob: queue them, if it may have them."""
         if want.sha256 in allowed:
-            self._downloads.add(device, want)
+            for alone in self._sharing.add(device, want, self._clock()):
+                self._downloads.add(device, alone)
         else:
             self.send(device, Gone(want.sha256))
 
     def forget(self, device: str) -> None:
         """A device has gone: what it wanted is wanted no more."""
         self._downloads.drop(device)
+        self._sharing.drop(device)
 
     def send_chunks(self) -> None:
         """Send a few of the chunks that wait.
@@ -157,6 +170,7 @@ class Post:
         Raises:
             StorageError: The disk fails.
         """
+        self._publish()
         for _ in range(_CHUNKS_PER_TURN):
             item = self._downloads.next() if self.ready else None
             if item is None:
@@ -167,3 +181,15 @@ class Post:
                 self.deliver()
             elif self._link.publish(self._topics.down_blob(device), chunk, CHUNK_QOS):
                 self._roster.sent(device, len(chunk))
+
+    def _publish(self) -> None:
+        """Send a few of the chunks that all devices wait for."""
+        for _ in range(_CHUNKS_PER_TURN):
+            item = self._sharing.next(self._clock()) if self._link.unsent < HIGH_WATER else None
+            if item is None:
+                return
+            if not isinstance(item, Publication):
+                self._downloads.add(*item)
+            elif self._link.publish(self._topics.shared(item.sha256, self._job), item.chunk, CHUNK_QOS):
+                for device in item.listeners:
+                    self._roster.sent(device, len(item.chunk))

@@ -289,6 +289,7 @@ class Reception:
         offer: Mapping[str, Any] = (task.offer if task else None) or {}
         files = frozenset[str]() if self._desk is None else self._desk.files(device)
         named = [*offer.values(), *offer.get("lowered", {}).values(), *offer.get("blocked", {}).values()]
+        named += offer.get("slabs", [])
         return files | {v["sha256"] for v in named if isinstance(v, dict) and "sha256" in v}
 
 

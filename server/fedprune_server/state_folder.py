@@ -142,7 +142,7 @@ class StateFolder:
         }
         if known is None:
             self._keep_foreign(raw)
-        worker = Worker(config.job, model, self.store, evaluation, calibration)
+        worker = Worker(config.job, model, self.store, evaluation, calibration, slabs=config.slabs)
         if state is None:
             state = State(model=worker.initial(), architecture=model.architecture.digest)
         else:

@@ -38,6 +38,7 @@ from fedprune_server.calibration import Calibration
 from fedprune_server.evaluator import Evaluation, Evaluator, Sessions
 from fedprune_server.faults import AtFaultError, Suspect
 from fedprune_server.offers import Offers, graphs_of
+from fedprune_server.slab_chains import SlabChains
 from fedprune_server.workshop import Work
 
 log = logging.getLogger("fedprune.server")
@@ -53,6 +54,7 @@ class Worker:
         evaluation: The server's set; without it `Evaluated` carries no metrics. One that isn't finite is left out, and
             there is no accuracy where numbers are predicted.
         calibration: Samples on which every global model's batch-norm statistics are measured anew, if any.
+        slabs: Whether offers name slabs, of which many devices can make what they are sent.
 
     Raises:
         ConfigError: The job's strategy or its options are wrong, or the server's set is empty.
@@ -66,6 +68,8 @@ class Worker:
         store: BlobStore,
         evaluation: Evaluation | None = None,
         calibration: npt.NDArray[np.float32] | None = None,
+        *,
+        slabs: bool = False,
     ) -> None:
         self.job = job
         self.model = model
@@ -76,6 +80,7 @@ class Worker:
         self._calibration = None if calibration is None else Calibration(model, calibration, job.recipe.features)
         self._archive = Archive(model.architecture, store)
         self._offers = Offers(model, store, job.precision)
+        self._slabs = SlabChains(self.strategy, store, self._submodel) if slabs else None
         self._fold: tuple[tuple[int, str], Fold, dict[str, do.Contribution]] | None = None
 
     def initial(self) -> str:
@@ -118,7 +123,9 @@ class Worker:
                 return self._evaluate(command)
 
     def expect(self, commands: Sequence[do.Command]) -> None:
-        """Commands that will be carried out in a moment; here nothing can be done ahead (`fedprune_server.crew`)."""
+        """Commands that will be carried out in a moment: a round's slabs follow from who is in it."""
+        if self._slabs is not None:
+            self._slabs.expect(commands)
 
     def graphs(self) -> set[str]:
         """Digests of the graphs that offers of the latest rounds named; they must outlive garbage collection."""
@@ -141,7 +148,7 @@ class Worker:
 
     def _extract(self, command: do.Extract) -> on.Extracted:
         part, cut = command.part, self._cut(command.basis, command.part)
-        submodel = self.strategy.personaliser.personalise(cut, self.strategy.extractor.extract(cut))
+        submodel = self._made(cut)
         recipe = _masked(self._recipe(cut.turn), submodel)
         times = FormTimes.from_dict(command.forms) if command.block and command.forms is not None else None
         offer = {
@@ -153,7 +160,19 @@ class Worker:
             "classes": self.architecture.classes,
             **self._offers.body(submodel, recipe, command.basis.round, command.block, times),
         }
-        return on.Extracted(command.basis.round, part.device, part.attempt, offer)
+        return self.sliced(command, on.Extracted(command.basis.round, part.device, part.attempt, offer))
+
+    def sliced(self, command: do.Extract, event: on.Extracted) -> on.Extracted:
+        """A device's offer, with the slabs that make its weights, if there are any."""
+        if self._slabs is None:
+            return event
+        return replace(event, offer=event.offer | self._slabs.named(command, event.offer["weights"]["sha256"]))
+
+    def _submodel(self, command: do.Extract) -> Submodel:
+        return self._made(self._cut(command.basis, command.part))
+
+    def _made(self, cut: Cut) -> Submodel:
+        return self.strategy.personaliser.personalise(cut, self.strategy.extractor.extract(cut))
 
     def _ranking(self, basis: do.Basis, cut: Cut, sent: Selection) -> str:
         """The ranking that a submodel's channels are the first of: the round's or, by the extractor's choice, its own.

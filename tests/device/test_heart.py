@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,9 @@ class Link:
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         self.sent.append(topic)
         return True
+
+    def listen(self, topics: Collection[str]) -> None:
+        pass
 
 
 @pytest.fixture

@@ -182,10 +182,10 @@ def test_devices_and_server_reach_each_other_on_all_their_topics(site: Site, pi_
     listening = [*LAB.server_subscriptions(), LAB.join_subscription()]
     with (
         site.client(site.identity.context(), listening) as server,
-        site.client(pi_1.context(), LAB.device_subscriptions("pi-1")) as device,
+        site.client(pi_1.context(), [*LAB.device_subscriptions("pi-1"), LAB.shared("ab" * 32, "job")]) as device,
     ):
         up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job")]
-        down = [LAB.down("pi-1"), LAB.down_blob("pi-1", "job"), LAB.broadcast()]
+        down = [LAB.down("pi-1"), LAB.down_blob("pi-1", "job"), LAB.broadcast(), LAB.shared("ab" * 32, "job")]
         for topic in up:
             device.publish(topic, b"1")
         for topic in down:
@@ -207,12 +207,12 @@ def test_a_device_reaches_its_own_topics_only(site: Site, pi_1: DeviceIdentity, 
     ]
     with (
         site.client(site.identity.context(), ["#"]) as server,
-        site.client(pi_2.context(), LAB.device_subscriptions("pi-2")) as victim,
+        site.client(pi_2.context(), [*LAB.device_subscriptions("pi-2"), LAB.shared("ab" * 32, "job")]) as victim,
         site.client(pi_1.context(), everything) as rogue,
     ):
         for topic in (
             LAB.up("pi-2"), LAB.up_blob("pi-2", "job"), LAB.down("pi-2"), LAB.down("pi-1"), LAB.broadcast(),
-            LAB.join(nonce), LAB.joined(nonce), "elsewhere", Topics("other").up("pi-1"),
+            LAB.join(nonce), LAB.joined(nonce), "elsewhere", Topics("other").up("pi-1"), LAB.shared("ab" * 32, "job"),
         ):  # fmt: skip
             rogue.publish(topic, b"false")
         victim.publish(LAB.up("pi-2", "job"), b"secret")
@@ -536,11 +536,11 @@ def test_emqx_lets_server_and_devices_do_what_they_do_and_nothing_else() -> None
     up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job")]
     down = [LAB.down("pi-1"), LAB.down("pi-1", "job"), LAB.down_blob("pi-1", "job")]
     listening = [*LAB.server_subscriptions(), LAB.join_subscription()]
-    own = [*LAB.device_subscriptions("pi-1"), LAB.joined(nonce)]
+    own = [*LAB.device_subscriptions("pi-1"), LAB.joined(nonce), LAB.shared("ab" * 32, "job")]
 
     for who, action, topics in (
         (server, "subscribe", listening),
-        (server, "publish", [*down, LAB.broadcast(), LAB.joined(nonce)]),
+        (server, "publish", [*down, LAB.broadcast(), LAB.joined(nonce), LAB.shared("ab" * 32, "job")]),
         (device, "subscribe", own),
         (device, "publish", [*up, LAB.join(nonce)]),
     ):
@@ -553,7 +553,7 @@ def test_emqx_lets_server_and_devices_do_what_they_do_and_nothing_else() -> None
         (server, "subscribe", ["#", "fedprune/1/lab/#", *Topics("other").server_subscriptions()]),
         (server, "publish", [*up, LAB.join(nonce), Topics("other").down("pi-1")]),
         (device, "subscribe", [*others, *listening, *up, LAB.join(nonce)]),
-        (device, "publish", [*others[3:], *down, LAB.broadcast(), LAB.joined(nonce)]),
+        (device, "publish", [*others[3:], *down, LAB.broadcast(), LAB.joined(nonce), LAB.shared("ab" * 32, "job")]),
         (("", nonce), "subscribe", [*own[:2], *listening]),
     ):
         assert [t for t in topics if rules.allow(*who, action, t)] == []

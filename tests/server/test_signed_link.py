@@ -161,6 +161,13 @@ def test_chunks_pass_as_they_are(lab: Lab) -> None:
     assert (lab.server.hears(up), pi.hears(down)) == ([up], [down])
 
 
+def test_chunks_for_all_pass_as_they_are_and_messages_among_them_do_not_count(lab: Lab) -> None:
+    pi, topic = lab.boards["pi-1"], TOPICS.shared("ab" * 32, "job")
+    lab.server.link.publish(topic, b"chunk")
+    assert lab.server.end.sent == [(topic, b"chunk")]
+    assert pi.hears((topic, b"chunk")) == [(topic, b"chunk")]  # a chunk is compared with digests that were signed
+
+
 def test_a_message_means_nothing_on_another_s_topic_or_in_another_s_name(lab: Lab) -> None:
     server, one, two = lab.server, lab.boards["pi-1"], lab.boards["pi-2"]
     up = one.say(birth("pi-1"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,9 @@ class BoardLink:
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         self.air.heard(self.name, topic, payload)
         return True
+
+    def listen(self, topics: Collection[str]) -> None:
+        pass
 
     def get(self, timeout: float | None = 0.0) -> Any:
         return taken(self.inbox, timeout)

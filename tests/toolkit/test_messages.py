@@ -68,7 +68,10 @@ messages = st.one_of(
     st.builds(Accepted, names, counts, counts, hexes),
     st.builds(Cancelled, names, counts, counts, texts),
     st.builds(Finished, names),
-    st.builds(Want, hexes, st.sampled_from(["data", "leaves"]), st.integers(0, 2**31 - 1), st.integers(1, MAX_WANT)),
+    st.builds(
+        Want, hexes, st.sampled_from(["data", "leaves"]), st.integers(0, 2**31 - 1), st.integers(1, MAX_WANT),
+        st.sampled_from([None, True]),
+    ),
     st.builds(Gone, hexes),
     st.builds(
         JoinRequest, names, names, hexes, texts, hexes.map(lambda h: h[:32]), st.none() | hexes.map(lambda h: h[:10]),
@@ -99,11 +102,12 @@ EXAMPLES: list[Message] = [
         *("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), REF, DIGEST),
         {"int8": REF},
         {"16": REF},
+        (REF,),
     ),
     Accepted("j", 1, 0, DIGEST),
     Cancelled("j", 1, 1, "late"),
     Finished("j"),
-    Want(DIGEST, "data", 0, 4),
+    Want(DIGEST, "data", 0, 4, True),
     Gone(DIGEST),
     JoinRequest("lab", "pi-1", DIGEST, "request", DIGEST[:32], DIGEST[:10], DIGEST, 2 * DIGEST),
     JoinAnswer(DIGEST, "approved", "", 1, "authority", "certificate", DIGEST, DIGEST),
@@ -156,6 +160,7 @@ def test_what_older_peers_do_not_know_is_left_out_where_there_is_none() -> None:
         "ranking",
         "lowered",
         "blocked",
+        "slabs",
     }
     assert parse(altered(plain, mask=None, ranking=None, lowered=None, blocked=None)) == plain
 
@@ -171,6 +176,26 @@ def test_of_graphs_in_blocks_the_one_that_is_left_is_pulled() -> None:
         parse(altered(plain, blocked={str(i): REF.to_dict() for i in range(9)}))
 
 
+def test_slabs_are_a_list_of_blobs_and_pulled_in_the_weights_place() -> None:
+    other = BlobRef("3" * 64, 9, "4" * 64)
+    plain = Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, {})
+    sliced = replace(plain, slabs=(REF, other))
+    assert parse(sliced.to_bytes()) == sliced
+    assert sliced.blobs() == plain.blobs()
+    for slabs in ([], [REF.to_dict()] * 33, {}, [1], "x"):
+        with pytest.raises(ProtocolError, match="slabs"):
+            parse(altered(plain, slabs=slabs))
+
+
+def test_a_want_says_that_it_is_shared_or_nothing_of_it() -> None:
+    plain = Want(DIGEST, "data", 0, 4)
+    assert "shared" not in json.loads(plain.to_bytes())
+    assert parse(altered(plain, shared=True)) == replace(plain, shared=True)
+    for value in (False, 1, "yes"):
+        with pytest.raises(ProtocolError, match="shared"):
+            parse(altered(plain, shared=value))
+
+
 def test_a_hello_says_the_time_at_most() -> None:
     assert json.loads(Hello().to_bytes()) == {"v": 1, "type": "hello"}
     assert json.loads(Hello(1_800_000_000).to_bytes()) == {"v": 1, "type": "hello", "time": 1_800_000_000}
@@ -182,7 +207,7 @@ def test_a_missing_field_is_named(message: Message) -> None:
         body = json.loads(message.to_bytes())
         del body[field.name]
         if (
-            field.name in ("probe", "held", "metrics", "mask", "ranking", "lowered", "blocked")
+            field.name in ("probe", "held", "metrics", "mask", "ranking", "lowered", "blocked", "slabs", "shared")
             or message.kind == Hello.kind
         ):
             parse(json.dumps(body).encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from fedprune.errors import StorageError
 from fedprune.wire.link import ConnectionDown, ConnectionUp
@@ -78,6 +78,10 @@ class Heart:
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send without waiting; False if that isn't possible now."""
         return self._link.publish(topic, payload, qos)
+
+    def listen(self, topics: Collection[str]) -> None:
+        """Listen to exactly these shared topics."""
+        self._link.listen(topics)
 
     def stop(self) -> None:
         """The service ends."""

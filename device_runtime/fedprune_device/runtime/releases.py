@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from fedprune.errors import FedpruneError, ProtocolError
@@ -118,6 +118,10 @@ class Releases:
     def unsent(self) -> int:
         """Payload bytes that wait to be sent."""
         return self._link.unsent
+
+    def listen(self, topics: Collection[str]) -> None:
+        """Listen to exactly these shared topics."""
+        self._link.listen(topics)
 
     def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | ConnectionUp | ConnectionDown | None:
         """The next message or event for the agent; None, too, if what came was about releases."""

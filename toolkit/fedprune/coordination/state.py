@@ -367,9 +367,10 @@ def _named(past: dict[str, Any] | None) -> set[str]:
 
 
 def named_in(offer: Mapping[str, Any]) -> set[str]:
-    """Digests of the blobs that an offer names, alone or by precision and the like."""
+    """Digests of the blobs that an offer names, alone, in a list, or by precision and the like."""
     found = [v for v in offer.values() if isinstance(v, dict)]
     found += [v for named in found for v in named.values() if isinstance(v, dict)]
+    found += [v for listed in offer.values() if isinstance(listed, list) for v in listed if isinstance(v, dict)]
     return {v["sha256"] for v in found if isinstance(v.get("sha256"), str)}
 
 

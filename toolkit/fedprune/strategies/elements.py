@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedprune.element_mask import ElementMask
 from fedprune.element_order import top
@@ -22,6 +23,7 @@ class Elements:
     """
 
     zeros: bool = False
+    alike: ClassVar[bool] = True
 
     def extract(self, cut: Cut) -> Submodel:
         """A slice of the global model, with 0 where masked.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedprune.strategies.roles import Cut, Report, Submodel
 
@@ -10,6 +11,8 @@ from fedprune.strategies.roles import Cut, Report, Submodel
 @dataclass(frozen=True)
 class Selected:
     """The ranking's first channels, as they stand in the global model (HeteroFL, Diao et al. 2021, eq. 2)."""
+
+    alike: ClassVar[bool] = True
 
     def extract(self, cut: Cut) -> Submodel:
         """A slice of the global model."""
@@ -23,6 +26,8 @@ class Selected:
 @dataclass(frozen=True)
 class Nobody:
     """Nothing is a device's own, as far as the server knows: the personaliser of global methods."""
+
+    alike: ClassVar[bool] = True
 
     def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
         """The submodel as it is."""

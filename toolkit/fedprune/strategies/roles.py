@@ -222,7 +222,11 @@ class Scorer(Protocol):
 
 
 class Extractor(Protocol):
-    """Makes a device's submodel of the global model, and leads what was learnt back."""
+    """Makes a device's submodel of the global model, and leads what was learnt back.
+
+    One that has an attribute `alike`, which is true, makes the same submodel for all devices of the same widths and
+    density in a round, so that it may travel once for all of them.
+    """
 
     def extract(self, cut: Cut) -> Submodel:
         """The submodel to send.
@@ -238,7 +242,10 @@ class Extractor(Protocol):
 
 
 class Personaliser(Protocol):
-    """What of a device's model is its own, as far as the server keeps it."""
+    """What of a device's model is its own, as far as the server keeps it.
+
+    One that has an attribute `alike`, which is true, adds nothing that is a device's own.
+    """
 
     def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
         """The submodel to send, with the device's own parts in it."""

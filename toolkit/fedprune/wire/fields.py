@@ -161,6 +161,24 @@ def blobs(limit: int) -> Check:
     return check
 
 
+def blob_list(limit: int) -> Check:
+    """A list of at least one blob reference."""
+
+    def check(where: str, value: object) -> tuple[BlobRef, ...]:
+        if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= limit:
+            raise ProtocolError(where, expected=f"a list of 1 to {limit} blobs", got=shown(value))
+        return tuple(blob(f"{where}[{i}]", item) for i, item in enumerate(value))
+
+    return check
+
+
+def true(where: str, value: object) -> bool:
+    """The word true: what isn't so is left out."""
+    if value is not True:
+        raise ProtocolError(where, expected="true", got=shown(value))
+    return True
+
+
 def optional(check: Check) -> Check:
     """What `check` takes, or null."""
     return lambda where, value: None if value is None else check(where, value)

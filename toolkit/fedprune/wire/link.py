@@ -16,7 +16,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,7 @@ OUTBOX_BYTES = 16 * 1024 * 1024
 OUTBOX_MESSAGES = 10_000
 
 HIGH_WATER = 512 * 1024
-"""Chunks are held back while so many bytes wait to be sent: a message waits for no more of them than that and a chunk."""
+"""Chunks are held back while so many bytes wait to be sent: a message waits for that and a chunk, and no more."""
 
 LOW_WATER = 256 * 1024
 """Bytes that wait to be sent below which `get` returns at once: who holds chunks back can hand out more."""
@@ -108,6 +108,8 @@ class Link:
         self._tell = False
         self._requested: set[str] = set()
         self._subscribing: dict[int, str] = {}
+        self._listened: set[str] = set()
+        self._listening: set[int] = set()
         self._sent: deque[int] = deque()
         self._unsent: dict[int, int] = {}
         self._unsent_bytes = 0
@@ -174,6 +176,26 @@ class Link:
                     got=self._failure or "no answer",
                     hint="Check the broker's access control for this user.",
                 )
+
+    def listen(self, topics: Collection[str]) -> None:
+        """Listen to exactly these topics beside those that were subscribed to, without waiting.
+
+        A broker that refuses one refuses no more than that. What is published after this call reaches the broker after
+        it, so that an answer to it is heard.
+        """
+        with self._state:
+            before, self._listened = self._listened, set(topics)
+            if not self._up or self._client is None:
+                return  # the next connection listens to them
+            if gone := sorted(before - self._listened):
+                self._client.unsubscribe(gone)
+            self._hear(self._client, self._listened - before)
+
+    def _hear(self, client: paho.Client, topics: Collection[str]) -> None:
+        if topics:
+            code, mid = client.subscribe([(t, 0) for t in sorted(topics)])
+            if code == MQTTErrorCode.MQTT_ERR_SUCCESS and mid is not None:
+                self._listening.add(mid)
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send, without waiting.
@@ -331,6 +353,11 @@ class Link:
 
     def _on_subscribe(self, client: paho.Client, _user: Any, mid: int, reasons: Any, _properties: Any) -> None:
         with self._state:
+            if mid in self._listening:
+                self._listening.discard(mid)
+                if any(r.is_failure for r in reasons):
+                    log.info("MQTT broker %s refuses shared topics; blobs come on this device's own", self.url)
+                return
             topic = self._subscribing.pop(mid, "")
             if any(r.is_failure for r in reasons):
                 self._failure = f"it refuses the subscription to {topic}"
@@ -347,6 +374,8 @@ class Link:
     def _report_up(self) -> None:
         self._up = self._tell = True
         self._failure = ""
+        if self._client is not None:
+            self._hear(self._client, self._listened)
         self._inbox.tell(ConnectionUp())
         self._state.notify_all()
 
@@ -358,6 +387,7 @@ class Link:
             self._client, self._failure = None, reason
             self._requested.clear()
             self._subscribing.clear()
+            self._listening.clear()
             self._sent.clear()
             self._unsent.clear()
             self._unsent_bytes = 0

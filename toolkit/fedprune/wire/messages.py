@@ -25,6 +25,7 @@ MAX_WANT = 1024
 
 _MOST_PRECISIONS = 8
 _MOST_BLOCKS = 8
+_MOST_SLABS = 32
 
 PHASES = ("download", "train", "evaluate")
 PARTS = ("data", "leaves")
@@ -226,6 +227,9 @@ class Offer(CheckedMessage):
         blocked: By channels of a block, training graphs for boards that compute so many at once (`fedprune.blocks`),
             at these widths alone. A board pulls the one that it can use instead of `training`. None where there are
             none.
+        slabs: What `weights` can be made of instead of being pulled (`fedprune.slabs`): the narrowest submodel's file,
+            and what each wider one adds to it, up to this one. Other devices pull the same blobs. None where there are
+            none.
     """
 
     job: str
@@ -244,9 +248,10 @@ class Offer(CheckedMessage):
     ranking: str | None = None
     lowered: dict[str, BlobRef] | None = None
     blocked: dict[str, BlobRef] | None = None
+    slabs: tuple[BlobRef, ...] | None = None
 
     kind: ClassVar[str] = "offer"
-    newer: ClassVar[frozenset[str]] = frozenset({"mask", "ranking", "lowered", "blocked"})
+    newer: ClassVar[frozenset[str]] = frozenset({"mask", "ranking", "lowered", "blocked", "slabs"})
     checks: ClassVar[Mapping[str, Check]] = {
         **_ASSIGNMENT,
         "seed": _COUNT,
@@ -262,6 +267,7 @@ class Offer(CheckedMessage):
         "ranking": check.optional(check.digest),
         "lowered": check.optional(check.blobs(_MOST_PRECISIONS)),
         "blocked": check.optional(check.blobs(_MOST_BLOCKS)),
+        "slabs": check.optional(check.blob_list(_MOST_SLABS)),
     }
 
     @property
@@ -339,19 +345,24 @@ class Want(CheckedMessage):
         part: `data` for its leaves, `leaves` for 32 KiB pieces of its leaf table.
         first: First leaf or piece.
         count: How many.
+        shared: True where a device listens to the topic that all who pull this blob share, so that the answer may come
+            there; None where it doesn't.
     """
 
     sha256: str
     part: str
     first: int
     count: int
+    shared: bool | None = None
 
     kind: ClassVar[str] = "want"
+    newer: ClassVar[frozenset[str]] = frozenset({"shared"})
     checks: ClassVar[Mapping[str, Check]] = {
         "sha256": check.digest,
         "part": check.choice(*PARTS),
         "first": check.whole(0, 2**31 - 1),
         "count": check.whole(1, MAX_WANT),
+        "shared": check.optional(check.true),
     }
 
 

@@ -3,6 +3,9 @@
 Channels are `up` and `down` for messages and `up/blob` and `down/blob` for chunks. What belongs to no job has `-` in
 the job's place; what goes to every device has `all` in the device's. Who is not let in yet has no name that counts: it
 asks on `join` and is answered on `joined`, with the nonce of its request in the device's place.
+
+Chunks of a blob that several devices pull have a topic of their own, whose channel is `down/` and the first 16 digits
+of the blob's digest: a device listens to those that it needs while it needs them.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ CHANNELS = ("up", "up/blob", "down", "down/blob")
 JOIN, JOINED = "join", "joined"
 
 _NONCE = re.compile(r"[0-9a-f]{32}")
+_SHARED = re.compile(r"down/[0-9a-f]{16}")
+_TAG = 16
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -67,6 +72,23 @@ class Topics:
         """Messages of the server to all devices."""
         return f"{self._prefix}/{EVERYONE}/{NO_JOB}/down"
 
+    def shared(self, sha256: str, job: str = NO_JOB) -> str:
+        """Chunks of one blob to all devices that listen.
+
+        Args:
+            sha256: The blob's digest.
+            job: The job that it belongs to.
+
+        Raises:
+            ProtocolError: The name or the digest is none.
+        """
+        if job != NO_JOB:
+            check_job(job)
+        channel = f"down/{sha256[:_TAG]}"
+        if not _SHARED.fullmatch(channel):
+            raise ProtocolError("digest in a topic", expected="64 hex digits", got=repr(sha256)[:80])
+        return f"{self._prefix}/{EVERYONE}/{job}/{channel}"
+
     def server_subscriptions(self) -> list[str]:
         """What the server listens to."""
         return [f"{self._prefix}/+/+/up", f"{self._prefix}/+/+/up/blob"]
@@ -100,7 +122,7 @@ class Topics:
         return check_nonce(parts[3])
 
     def parse(self, topic: str) -> Address:
-        """Take a topic of this site apart.
+        """Take a topic of this site apart; that of a shared blob has the channel `down/blob` of everyone.
 
         Raises:
             ProtocolError: It is none of this site's topics.
@@ -109,6 +131,8 @@ class Topics:
         if len(parts) != 6 or "/".join(parts[:3]) != self._prefix:
             raise ProtocolError("topic", expected=f"{self._prefix}/<device>/<job>/<channel>", got=repr(topic[:200]))
         device, job, channel = parts[3:]
+        if device == EVERYONE and _SHARED.fullmatch(channel):
+            channel = "down/blob"
         if channel not in CHANNELS:
             raise ProtocolError("channel of a topic", expected=", ".join(CHANNELS), got=repr(channel[:80]))
         return Address(check_name(device, "device"), job if job == NO_JOB else check_job(job), channel)

@@ -55,6 +55,7 @@ class Pull:
         window_leaves: Leaves that are asked for and not yet there at most.
         patience_s: Seconds without progress after which what is on the way is asked for again. It grows when that
             doesn't help, and with the time that leaves need to arrive.
+        shared: Whether the caller listens to the blob's shared topic: then leaves that others asked for are taken, too.
 
     Raises:
         ProtocolError: The window or chunk size makes no sense.
@@ -68,6 +69,7 @@ class Pull:
         chunk_leaves: int = CHUNK_LEAVES,
         window_leaves: int = WIDE_WINDOW_LEAVES,
         patience_s: float = PATIENCE,
+        shared: bool = False,
     ) -> None:
         if not 1 <= chunk_leaves <= window_leaves <= MAX_WANT:
             raise ProtocolError(
@@ -76,6 +78,8 @@ class Pull:
                 got=f"{chunk_leaves} and {window_leaves}",
             )
         self.ref = ref
+        self.shared = shared
+        """Whether answers may come on the blob's shared topic; whoever hears nothing there may set it to false."""
         self.stalls = 0
         """Times in a row that leaves had to be asked for again without any progress."""
         self._partial = partial
@@ -125,7 +129,7 @@ class Pull:
         return wants + self._advance(now)
 
     def on_chunk(self, chunk: Chunk, now: float) -> list[Want]:
-        """Take in a chunk; what was not asked for is ignored.
+        """Take in a chunk; what was not asked for is ignored, unless the blob is shared.
 
         Raises:
             ProtocolError: A leaf or the leaf table arrived damaged too often, or the reference contradicts itself.
@@ -133,9 +137,13 @@ class Pull:
         """
         if self._done or chunk.sha256 != self.ref.sha256 or chunk.part != self._part:
             return []
+        overheard = [(i, p) for i, p in chunk.leaves() if i not in self._asked] if self.shared else []
         bad: list[int] = []
         for first, payload in chunk.runs(self._asked):
             bad += self._keep(first, payload, now)
+        for index, payload in overheard:
+            if self._overheard(index, payload):
+                self._moved_at, self.stalls = now, 0
         return self._again(bad, now) + self._advance(now)
 
     def on_tick(self, now: float) -> list[Want]:
@@ -182,6 +190,17 @@ class Pull:
             self._newest = max(self._newest, serial)
             self._progressed(now - asked_at, now)
         return bad
+
+    def _overheard(self, index: int, payload: memoryview) -> bool:
+        """Keep what somebody else has asked for, if it is new and right."""
+        if self._part == "data":
+            present = self._partial.present
+            return index < len(present) and not present[index] and self._partial.write(index, payload)
+        length = self.ref.leaf_count * DIGEST - index * LEAF
+        if index in self._pieces or len(payload) != min(LEAF, length):
+            return False
+        self._pieces[index] = bytes(payload)
+        return True
 
     def _progressed(self, took: float, now: float) -> None:
         self.stalls = 0
@@ -246,11 +265,14 @@ class Pull:
                 count += 1
                 continue
             if count:
-                wants.append(Want(self.ref.sha256, self._part, first, count))
+                wants.append(self._want(first, count))
             first, count = index, 1
         if count:
-            wants.append(Want(self.ref.sha256, self._part, first, count))
+            wants.append(self._want(first, count))
         return wants
+
+    def _want(self, first: int, count: int) -> Want:
+        return Want(self.ref.sha256, self._part, first, count, True if self.shared else None)
 
 
 class Serve:

@@ -1,0 +1,220 @@
+"""A daemon and its boards on a Mosquitto: what many boards pull travels once, and trains to the same bits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fleet import quick
+
+from fedprune.blobs import BlobStore
+from fedprune.coordination import State
+from fedprune.job import Job
+from fedprune.profile_store import find
+from fedprune.recipe import Recipe
+from fedprune.wire.link import Link
+from fedprune.wire.messages import Want, parse
+from fedprune.wire.topics import EVERYONE, Topics
+from fedprune_device.agent import Agent
+from fedprune_device.store import DeviceStore
+from fedprune_export.importing import import_onnx
+from fedprune_server.daemon import Daemon
+from fedprune_server.digits import deal, digits_model
+from fedprune_server.worker import Worker
+from machine import find_mosquitto, free_port, listens
+
+pytestmark = [pytest.mark.mosquitto, pytest.mark.system]
+
+NAMES = ("a", "b", "c", "d", "e", "f")
+TOPICS = Topics("default")
+JOB = Job(
+    name="digits",
+    seed=3,
+    rounds=2,
+    devices=len(NAMES),
+    strategy="heterofl",
+    options={"densities": [1.0, 0.5, 0.25]},
+    recipe=Recipe(epochs=1, batch_size=16, lr=0.02, max_steps=3),
+    deadline_s=600,
+)
+OLD_RULES = """\
+topic read fedprune/1/default/+/+/up/#
+topic write fedprune/1/default/+/+/up/#
+topic write fedprune/1/default/+/+/down/#
+topic read fedprune/1/default/all/-/down
+""" + "".join(f"topic read fedprune/1/default/{name}/+/down/#\n" for name in NAMES)
+"""What a broker was told before there were shared topics."""
+
+
+@pytest.fixture
+def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A Mosquitto's address."""
+    port, rules = free_port(), getattr(request, "param", "")
+    settings = f"listener {port} 127.0.0.1\nallow_anonymous true\nuser root\n"
+    if rules:
+        (tmp_path / "acl").write_text(rules)
+        settings += f"acl_file {tmp_path / 'acl'}\n"
+    (tmp_path / "conf").write_text(settings)
+    command = [find_mosquitto(), "-c", str(tmp_path / "conf")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not listens(port):
+            time.sleep(0.02)
+        yield f"mqtt://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Watched:
+    """The server's link: notes chunks that go out, to all and to one, and wants that come in."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self.to_all = self.to_one = 0
+        self.shared: dict[str, list[bool]] = {name: [] for name in NAMES}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._link, name)
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        address = TOPICS.parse(topic)
+        if address.channel == "down/blob":
+            if address.device == EVERYONE:
+                self.to_all += len(payload)
+            else:
+                self.to_one += len(payload)
+        return self._link.publish(topic, payload, qos)
+
+    def get(self, timeout: float | None = 0.0) -> Any:
+        item = self._link.get(timeout)
+        if isinstance(item, tuple) and item[0].endswith("/up") and isinstance(want := parse(item[1]), Want):
+            self.shared[TOPICS.parse(item[0]).device].append(bool(want.shared))
+        return item
+
+
+class Old:
+    """The link of a board whose software knows nothing of slabs."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    @property
+    def unsent(self) -> int:
+        return self._link.unsent
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        return self._link.publish(topic, payload, qos)
+
+    def listen(self, topics: Collection[str]) -> None:
+        assert not topics
+
+    def get(self, timeout: float | None = 0.0) -> Any:
+        item = self._link.get(timeout)
+        if isinstance(item, tuple) and item[0].endswith("/down") and b'"slabs"' in item[1]:
+            body = json.loads(item[1])
+            del body["slabs"]
+            return item[0], json.dumps(body).encode()
+        return item
+
+
+class Run:
+    """What came of a job."""
+
+    def __init__(self, folder: Path, url: str, *, slabs: bool = True, old: Collection[str] = ()) -> None:
+        model, data = import_onnx(digits_model(), "digits-net"), deal(NAMES, seed=1)
+        self.store = BlobStore(folder / "server" / "blobs", durable=False)
+        worker = Worker(JOB, model, self.store, slabs=slabs)
+        if worker._slabs is not None:
+            worker._slabs._least = 0  # the model is a small one
+        storage = quick(folder / "server")
+        state = State(model=worker.initial())
+        storage.save(state, (), 0.0)
+        self.offers: list[dict[str, Any]] = []
+        with ExitStack() as stack:
+            link = stack.enter_context(Link(url, "server"))
+            self.wire = Watched(link)
+            wire: Any = self.wire
+            daemon = Daemon(JOB, model.architecture, state, storage, self.store, worker, wire, keep=None)
+            offer = daemon._offer
+
+            def noted(command: Any, **more: Any) -> None:
+                self.offers.append(command.offer)
+                offer(command, **more)
+
+            daemon._offer = noted  # type: ignore[method-assign]
+            link.subscribe(daemon.subscriptions)
+            link.start()
+            threads, agents = [], []
+            for name in NAMES:
+                board = stack.enter_context(DeviceStore(folder / name))
+                there = stack.enter_context(Link(url, name))
+                there.subscribe(TOPICS.device_subscriptions(name))
+                there.start()
+                heard: Any = Old(there) if name in old else there
+                kind = find("generic-x86-64")
+                agents.append(Agent(name, "default", board, heard, data.devices[name], profile=kind))
+                threads.append(threading.Thread(target=agents[-1].run, args=(True,)))
+            stack.callback(lambda: [t.join(20) for t in threads])
+            stack.callback(lambda: [a.stop() for a in agents])
+            for thread in threads:
+                thread.start()
+            stack.callback(threading.Timer(120, daemon.stop).cancel)
+            self.final = daemon.run(until_finished=True)
+        assert len(self.final.history) == JOB.rounds
+        assert all(d["progress"] == "folded" for r in self.final.history for d in r["devices"].values())
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The models of the same job without slabs."""
+    folder, port = tmp_path_factory.mktemp("plain"), free_port()
+    (folder / "conf").write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nuser root\n")
+    process = subprocess.Popen([find_mosquitto(), "-c", str(folder / "conf")], stderr=subprocess.DEVNULL)
+    try:
+        while not listens(port):
+            time.sleep(0.02)
+        run = Run(folder, f"mqtt://127.0.0.1:{port}", slabs=False)
+    finally:
+        process.kill()
+        process.wait()
+    assert run.wire.to_all == 0
+    return [r["model"] for r in run.final.history]
+
+
+def test_slabs_travel_once_and_everybody_trains_to_the_same_bits(
+    broker: str, tmp_path: Path, wanted: list[str]
+) -> None:
+    run = Run(tmp_path, broker)
+    assert [r["model"] for r in run.final.history] == wanted
+    assert sorted({len(o["slabs"]) for o in run.offers}) == [1, 2, 3]
+    assert all(all(said) for said in run.wire.shared.values())
+    each = sum(o["weights"]["size"] for o in run.offers)
+    slabs = {ref["sha256"]: ref["size"] for o in run.offers for ref in o["slabs"]}
+    graphs = {o[k]["sha256"]: o[k]["size"] for o in run.offers for k in ("training", "inference")}
+    assert sum(slabs.values()) < 0.5 * each
+    assert run.wire.to_all + run.wire.to_one < 1.5 * (sum(slabs.values()) + sum(graphs.values()))
+
+
+def test_an_older_board_pulls_its_weights_as_ever(broker: str, tmp_path: Path, wanted: list[str]) -> None:
+    run = Run(tmp_path, broker, old=["a", "f"])
+    assert [r["model"] for r in run.final.history] == wanted
+    assert not any(run.wire.shared["a"] + run.wire.shared["f"])
+    assert all(all(run.wire.shared[name]) for name in "bcde")
+
+
+@pytest.mark.parametrize("broker", [OLD_RULES], indirect=True, ids=["older rules"])
+def test_boards_that_hear_nothing_on_shared_topics_ask_on_their_own(
+    broker: str, tmp_path: Path, wanted: list[str]
+) -> None:
+    run = Run(tmp_path, broker)
+    assert [r["model"] for r in run.final.history] == wanted
+    assert all(said[0] and not said[-1] for said in run.wire.shared.values())
+    assert run.wire.to_one > run.wire.to_all
