@@ -2,7 +2,7 @@
 
 Times are CPU time of one thread. All ways run in turn within each repetition, so that neighbours on the machine hit
 them alike; ratios are taken within a repetition. Memory is measured with ten updates and with a hundred (the same ten
-over again). Flower's own functions take part where `flwr` is installed, as in the
+over again, where that doesn't take too long). Flower's own functions take part where `flwr` is installed, as in the
 environment that `make test` makes for it: `PYTHONPATH=toolkit build/flower/bin/python benchmarks/aggregation.py`.
 """
 
@@ -37,6 +37,16 @@ DENSITIES = (1.0, 0.75, 0.5, 0.25)
 BLOCK = 65_536
 
 FLEET = 100
+LARGE = (
+    "plain numpy, float32",
+    "Flower `aggregate`",
+    "Flower `aggregate_arrayrecords`",
+    "fold, whole",
+    "fold, mixed widths, one ranking",
+    "fold, mixed widths, a ranking per device",
+    "robust, mixed widths, one ranking, median",
+)
+"""Of these, memory is measured with a fleet, too."""
 
 Updates = list[tuple[Selection, Tensors, int]]
 Way = tuple[Callable[[Updates], Callable[[], object]], Updates]
@@ -267,7 +277,7 @@ def main() -> None:
                     "ns_per_received_parameter": seconds * 1e9 / received,
                     "to_plain": statistics.median(a / b for a, b in zip(times[name], times[reference], strict=True)),
                     "peak_mb": None if compared else peak(runs[name]),
-                    "peak_mb_of_fleet": None if compared else peak(make(given * (FLEET // CLIENTS))),
+                    "peak_mb_of_fleet": peak(make(given * (FLEET // CLIENTS))) if name in LARGE else None,
                 }
             )
     about = setting("flwr")
@@ -286,7 +296,7 @@ def main() -> None:
             f"of {REPEATS} interleaved runs; *×plain* is the median ratio within a run. A fold checks every update "
             "(names, shapes, finite, in range) before it adds, and its bits don't depend on the order; the others do "
             "neither. Reading files and hashing them are shown beside, and not counted. Memory includes the result, "
-            f"but not the updates; the last column is with {FLEET} of them."
+            f"but not the updates; the last column is with {FLEET} of them, where it was measured."
         ),
         "",
         f"| way | ms | ns per parameter and client | ns per received parameter | ×plain | extra MB | with {FLEET} |",

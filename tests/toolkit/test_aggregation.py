@@ -410,6 +410,59 @@ def test_memory_is_one_integer_per_coordinate() -> None:
     assert peak < 8 * 512 * 4096 * 1.15
 
 
+@settings(max_examples=30)
+@given(rounds(most=20), st.sampled_from(["coverage", "fill"]))
+def test_updates_that_wait_give_the_bits_of_updates_one_by_one(
+    case: tuple[Architecture, Tensors, list[Update]], rule: Rule
+) -> None:
+    architecture, base, updates = case
+    fold = Fold(architecture, base, rule=rule)
+    for update in updates:
+        fold.add(*update)
+        fold.close()  # whatever waits is added
+    assert identical(fold.close()[0], folded(architecture, base, updates, rule=rule).close()[0])
+
+
+@given(st.data(), seeds)
+def test_filling_is_folding_what_was_reconstructed(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    fill, whole = Fold(architecture, base, rule="fill"), Fold(architecture, base)
+    for k in range(data.draw(st.integers(1, 4))):
+        selection = data.draw(selections(architecture))
+        part, weight = trained(selection, base, seed + k + 1), data.draw(st.integers(1, 20_000))
+        fill.add(selection, part, weight)
+        whole.add(Selection.full(architecture), selection.scatter(part, base), weight)
+    got, expected = fill.close()[0], whole.close()[0]
+    for spec in architecture.trainable:
+        held = fill.mass(spec.name) > 0
+        assert got[spec.name][held].tobytes() == expected[spec.name][held].tobytes()
+
+
+def test_memory_does_not_grow_with_the_fleet() -> None:
+    group, inputs = Axis((Segment(0, 0, 256),)), Axis.fixed(2048)
+    big = Architecture(
+        "big", (ChannelGroup("c", 256),), (TensorSpec("w", TensorKind.WEIGHT, (group, inputs)),), (), (), (3,), 2
+    )
+    base, dice = model(big, 0), np.random.default_rng(0)
+    given_ = []
+    for width in (256, 128, 192, 64):
+        selection = Selection.of(big, (width,), [dice.permutation(256)])
+        given_.append((selection, trained(selection, base, 1)))
+    peaks = []
+    for fleet in (8, 80):
+        tracemalloc.start()
+        try:
+            fold = Fold(big, base)
+            for k in range(fleet):
+                fold.add(*given_[k % 4], 10)
+            fold.close()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] < peaks[0] + base["w"].nbytes // 4
+
+
 @given(st.data(), seeds)
 def test_one_update_alone_is_what_it_reconstructs_to(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from role_play import NET
 from strategy_reports import close, close_fold, report, scene
 
 from fedprune.addition import Addition, norm
-from fedprune.architecture import Architecture
+from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.element_mask import ElementMask
 from fedprune.errors import ConfigError
 from fedprune.robust import Direction, centre, clipped, slabs, standing_out
@@ -130,6 +131,31 @@ def test_memory_for_medians_changes_no_bit(case: tuple[Scene, list[Report]], kin
     )
 
 
+@pytest.mark.parametrize("how", [Robustness(centre="median"), Robustness(centre="trimmed"), Robustness(clip=1e-3)])
+def test_memory_does_not_grow_with_the_fleet(how: Robustness) -> None:
+    channels = Axis((Segment(0, 0, 64),))
+    kind = TensorSpec("w", TensorKind.WEIGHT, (channels, Axis.fixed(4096)))
+    architecture = Architecture("big", (ChannelGroup("c", 64),), (kind,), (), (), (3,), 0)
+    base = model(architecture, 0)
+    at, budget = scene(architecture, base), 2 * base["w"].nbytes
+    parts = [trained(selection, base, 1) for selection in (Selection.of(architecture, (n,)) for n in (64, 32))]
+    peaks = []
+    for fleet in (8, 64):
+        widths_ = [(64, 32)[k % 2] for k in range(fleet)]
+        reports = [
+            report(at, Selection.of(architecture, (n,)), parts[k % 2], device=f"d{k}") for k, n in enumerate(widths_)
+        ]
+        close(Robust(Mean(), how, budget), at, reports[:2])  # numpy's and our own scratch memory
+        tracemalloc.start()
+        try:
+            close(Robust(Mean(), how, budget), at, reports)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] < peaks[0] + base["w"].nbytes // 4
+    assert peaks[1] < 12 * base["w"].nbytes
+
+
 @pytest.mark.parametrize("kind", CENTRES)
 @given(data=st.data(), seed=seeds)
 def test_the_centre_of_one_is_that_one(kind: str, data: st.DataObject, seed: int) -> None:
@@ -199,8 +225,6 @@ def _fleet(spoil: dict[str, Tensors]) -> tuple[Scene, list[Report]]:
 
 
 def _net() -> Architecture:
-    from fedprune.architecture import Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-
     channels = Axis((Segment(0, 0, 8),))
     return Architecture(
         "net",
