@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,7 +52,9 @@ class Target:
 def scratch() -> Path:
     """A folder in memory, where there is one, for parsers of files."""
     shm = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="fedprune-fuzz-", dir=shm if os.access(shm, os.W_OK) else None))
+    root = Path(tempfile.mkdtemp(prefix="fedprune-fuzz-", dir=shm if os.access(shm, os.W_OK) else None))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
 
 
 def as_json(parse: Callable[[Any], object]) -> Callable[[bytes], object]:

@@ -18,6 +18,7 @@ from fedprune.trust.device_identity import DeviceIdentity
 from fedprune_server.cli import main
 from fedprune_server.identity_folder import IdentityFolder
 from fedprune_server.join_desk import JoinDesk
+from fedprune_server.quarantine import FILE, Quarantine
 from fedprune_server.status import status
 from fedprune_server.storage import Storage
 
@@ -161,3 +162,24 @@ def test_a_device_that_was_shut_out_is_revoked_and_not_online(
     assert (body["good"]["revoked"], body["good"]["online"], body["full"]["revoked"]) == (True, False, False)
     assert main(["status", "--state", str(fleet_state)]) == ExitCode.OK
     assert "device good (pi): revoked" in capsys.readouterr().out
+
+
+def test_a_device_in_quarantine_is_shown_with_what_it_sent(
+    fleet_state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quarantine = Quarantine(path=fleet_state / FILE)
+    quarantine.know(["good", "full"])
+    quarantine.save()
+    while quarantine.hears("good", 100_000):
+        pass
+    quarantine._save_at = 0.0
+    quarantine.save()
+
+    assert main(["status", "--state", str(fleet_state)]) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("  device good"))
+    assert "in quarantine until" in lines[at + 1]
+    assert "for the 1. time: too many messages; 1 messages dropped unread" in lines[at + 1]
+    rows = {d["name"]: d["quarantine"] for d in status(fleet_state)["devices"]}
+    assert rows["full"] is None
+    assert rows["good"]["times"] == 1

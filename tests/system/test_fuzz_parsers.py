@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
@@ -23,8 +24,12 @@ INPUTS = 120
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> None:
-    logging.getLogger("fedprune").setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    logger = logging.getLogger("fedprune")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(before)
 
 
 @pytest.mark.parametrize("name", TARGETS)
