@@ -1,4 +1,4 @@
-"""Asynchronous jobs of real processes: in whatever order boards deliver, the log gives the same models again."""
+"""Jobs of real processes that go by who comes when: the log gives the same models again, whatever the order was."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ JOBS = {
     "fedasync": 'strategy = "fedasync"\nrounds = 12',
     "fedbuff": 'strategy = "fedbuff"\nrounds = 8\noptions = {buffer = 2}',
     "semi-async": 'strategy = "plain"\nrounds = 5\ndensity = 0.5\nschedule = {kind = "semi-async", window_s = 0.5}',
+    "in-step": 'strategy = "plain"\nrounds = 5\ndensity = 0.5\nparticipation = 0.6\n'
+    "over_selection = 0.5\nfairness = 1.0\nin_flight = 2\npace = 3",
     "pr-fl": 'strategy = "pr-fl"\nrounds = 6\noptions = {window_s = 0.4, interval = 2, floor = 0.3, patience = 1}',
 }
 CONFIG = """
@@ -90,7 +92,7 @@ def again(site: Site) -> list[Step]:
 
 
 @pytest.mark.parametrize(
-    "site", [pytest.param("plain", marks=pytest.mark.soak), "fedasync", "semi-async", "pr-fl"], indirect=True
+    "site", [pytest.param("plain", marks=pytest.mark.soak), "fedasync", "semi-async", "in-step", "pr-fl"], indirect=True
 )
 def test_the_log_gives_the_same_models_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.start_all()

@@ -65,6 +65,15 @@ def _moved(strategy: Strategy, job: Job) -> Strategy:
     body: dict[str, Any] = dict(job.schedule)
     kind = body.pop("kind", None)
     setting_checks.word("job: schedule: kind", kind, KINDS)
+    if kind == "sync":
+        if body:
+            raise ConfigError(
+                "job: schedule: kind 'sync'",
+                expected="no other key: rounds in step go by the job's own settings",
+                got=", ".join(sorted(body)),
+            )
+        if strategy.schedule is None or not strategy.schedule.asynchronous:
+            return strategy
     aggregator = strategy.aggregator
     plain = type(aggregator) in (Mean, DeltaMean) and not strategy.explores
     # Who averages models on a schedule of its own does it by that schedule's arithmetic.
@@ -76,12 +85,6 @@ def _moved(strategy: Strategy, job: Job) -> Strategy:
             hint="Leave [job.schedule] out; the strategy's own options are on its page in docs/strategies.",
         )
     if kind == "sync":
-        if body:
-            raise ConfigError(
-                "job: schedule: kind 'sync'",
-                expected="no other key: rounds in step go by the job's own settings",
-                got=", ".join(sorted(body)),
-            )
         return replace(strategy, schedule=None)
     setting_checks.only((*_EITHER, *_OF[kind]), body, f"job: schedule: kind {kind!r}")
     defaults: dict[str, dict[str, Any]] = {
