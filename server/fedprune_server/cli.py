@@ -121,6 +121,9 @@ def _add_run(commands: Any) -> None:
         "--strategy", metavar="NAME", help="fedprune, subflot, ... (docs/strategies), or package.module:function"
     )
     run.add_argument("--density", type=float, metavar="D", help="kept share on all devices; 0: the planner decides")
+    run.add_argument(
+        "--standby", action="store_true", help="wait while another server has the job, and go on with it if that ends"
+    )
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--verbose", "-v", action="store_true", help="say more, such as each device's row per round")
     run.set_defaults(run=with_extra("server", _run))
@@ -138,8 +141,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_server.table import make_display
     from fedprune_server.workshop import Executes
 
-    config = ServerConfig() if arguments.config is None else read_config(arguments.config)
-    state = arguments.state or config.state
     names = ("name", "seed", "rounds", "devices", "participation", "strategy", "density")
     weather = ("over_selection", "fairness", "in_flight", "pace")
     job = {k: getattr(arguments, k) for k in (*names, *weather)} | {"deadline_s": arguments.deadline}
@@ -163,13 +164,22 @@ def _run(arguments: argparse.Namespace) -> int:
             "profiles",
         )
     }
-    if arguments.config is None:
-        config = stored_config(state, config, server)
-    config = overridden(config, job, server)
+
+    def configured() -> ServerConfig:
+        if arguments.config is not None:
+            return overridden(read_config(arguments.config), job, server)
+        fresh = ServerConfig()
+        return overridden(stored_config(arguments.state or fresh.state, fresh, server), job, server)
+
+    config = configured()
     with ExitStack() as stack:
         stack.enter_context(_logged_to_stdout(arguments.verbose))
+        waited = None
+        if arguments.standby:
+            waited = stack.enter_context(StateFolder(config.state, config.database, standby=True))
+            config = configured()  # the other server may have been started with other settings meanwhile
         identity = stack.enter_context(identity_of(config, insecure=arguments.insecure))
-        folder = stack.enter_context(StateFolder(config.state, config.database))
+        folder = waited or stack.enter_context(StateFolder(config.state, config.database))
         profiles = () if config.profiles is None else (config.profiles,)
         for name in names_of_profiles(profiles) if profiles else ():
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
@@ -214,6 +224,7 @@ def _run(arguments: argparse.Namespace) -> int:
             len(opened.model.architecture.groups),
             opened.state.phase.value,
         )
+        folder.lease.lost = daemon.stop
         reached.start(daemon.subscriptions)
         folder.keep(opened)  # a broker that can't be reached is not one to remember
         with _stopped_by_signals(daemon) as signals:
@@ -221,6 +232,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 until_finished=arguments.until_finished,
                 done=lambda: _say_what_next(config.state, arguments.until_finished, daemon),
             )
+        folder.lease.confirm()
         if reached.broker is not None:
             traffic = reached.broker.traffic()
             log.info(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from fedprune_server.database import check_url, shown
 from fedprune_server.database_place import keep as keep_place
 from fedprune_server.database_place import url_of
 from fedprune_server.garbage import sweep
+from fedprune_server.lease import Lease
 from fedprune_server.own_samples import load_calibration, load_evaluation
 from fedprune_server.storage import LOCK, Storage
 from fedprune_server.worker import Worker
@@ -67,32 +69,40 @@ class StateFolder:
     Args:
         path: The folder; made if missing.
         database: The database's URL; by default the folder says it, or has the database itself.
+        standby: Wait until no other server has the folder, or the database.
+
+    Attributes:
+        lease: What keeps other servers from the database.
 
     Raises:
         ConfigError: The folder's job is in another database than the given one.
         StorageError: Another server runs on it, it is a device's, or it can't be used.
     """
 
-    def __init__(self, path: Path, database: str | None = None) -> None:
+    def __init__(self, path: Path, database: str | None = None, *, standby: bool = False) -> None:
         self.path = path
         check_unowned(path)
         with storage_errors(f"can't use state folder {path}"):
             path.mkdir(parents=True, exist_ok=True)
-        self._lock = _take_lock(path)
-        try:
-            self.store = BlobStore(path / BLOBS)
+        with ExitStack() as stack:
+            stack.callback(os.close, _take_lock(path, standby=standby))
             self._database = url_of(path, database)
             if database is not None:
                 self._check_moved()
+            self.lease = Lease(self._database, path)
+            stack.callback(self.lease.close)
+            self.lease.wait(standby=standby)
+            # Only now, because opening them changes them: another server may have been at work.
+            self.store = BlobStore(path / BLOBS)
             self.storage = Storage.at(path, database)
-        except BaseException:
-            os.close(self._lock)
-            raise
+            stack.callback(self.storage.close)
+            self.lease.take()
+            self.storage.database.fence = self.lease.check
+            self._open = stack.pop_all()
 
     def close(self) -> None:
         """Let other servers have it."""
-        self.storage.close()
-        os.close(self._lock)
+        self._open.close()
 
     def __enter__(self) -> StateFolder:
         return self
@@ -250,11 +260,12 @@ class StateFolder:
             self.storage.save(state, (), time.time())
 
 
-def _take_lock(path: Path) -> int:
+def _take_lock(path: Path, *, standby: bool = False) -> int:
     """The descriptor of a folder's lock, held."""
     with storage_errors(f"can't use state folder {path}"):
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    until = time.monotonic() + _LOCK_PATIENCE_S
+    until = time.monotonic() + (math.inf if standby else _LOCK_PATIENCE_S)
+    said = False
     try:
         while True:
             try:
@@ -266,6 +277,9 @@ def _take_lock(path: Path) -> int:
                     raise StorageError(
                         f"another server runs on {path}", hint="Stop it, or give another --state folder."
                     ) from error
+                if standby and not said:
+                    log.info("standing by: another server runs on %s", path)
+                    said = True
             time.sleep(0.1)
     except BaseException:
         os.close(descriptor)

@@ -1,0 +1,136 @@
+"""Two servers of one job: the second goes on where the first was killed; and a database that is killed under them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from real_site import Site, write_material
+
+from fedprune.coordination import Phase, State
+from fedprune.coordination.state import Progress
+from fedprune.errors import ExitCode
+from postgres import Postgres
+
+pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
+
+DEVICES = ("north", "south")
+CONFIG = """
+[job]
+name = "standby"
+rounds = 3
+devices = 2
+density = 0.5
+deadline_s = 300
+
+[job.recipe]
+epochs = 2000
+lr = 0.001
+"""
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    write_material(folder, dict.fromkeys(DEVICES, 200))
+    return folder
+
+
+class Pair(Site):
+    """A site with a second server, and perhaps the database elsewhere."""
+
+    database: str | None = None
+
+    def command(self, name: str) -> list[str]:
+        if name not in ("server", "second"):
+            return super().command(name)
+        command = super().command("server") + ([] if self.database is None else ["--database", self.database])
+        if name == "second":
+            if self.database is not None:
+                command[command.index("--state") + 1] = str(self.folder / "second")
+            command.append("--standby")
+        return command
+
+
+@pytest.fixture
+def pair(material: Path, tmp_path: Path) -> Iterator[Pair]:
+    made = Pair(material, tmp_path, CONFIG, DEVICES, 120, mosquitto=True)
+    try:
+        yield made
+    finally:
+        made.stop_all()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(material: Path, tmp_path_factory: pytest.TempPathFactory) -> State:
+    calm = Site(material, tmp_path_factory.mktemp("calm"), CONFIG, DEVICES, 120)
+    try:
+        calm.start_all()
+        return calm.finish()
+    finally:
+        calm.stop_all()
+
+
+def wait_until_training(pair: Pair, number: int) -> None:
+    def middle() -> bool:
+        state = pair.saved()
+        assert state is None or state.round <= number, pair.logs()
+        return (
+            state is not None
+            and (state.round, state.phase) == (number, Phase.TRAINING)
+            and all(t.progress is Progress.OFFERED for t in state.tasks.values())
+        )
+
+    pair.wait_for(middle, f"the middle of round {number}")
+
+
+def take_over(pair: Pair, number: int) -> State:
+    """Kill the first server in the middle of a round, and let the second end the job."""
+    wait_until_training(pair, number)
+    pair.processes["server"].kill()
+    pair.processes["server"].wait()
+    pair.processes["server"] = pair.processes.pop("second")
+    return pair.finish()
+
+
+def check(state: Path) -> None:
+    command = [sys.executable, "-m", "fedprune_server.cli", "check", "--state", str(state)]
+    assert subprocess.run(command, check=False).returncode == ExitCode.OK
+
+
+def test_a_standby_in_the_same_folder_ends_the_job_to_the_same_bits(pair: Pair, undisturbed: State) -> None:
+    pair.start_all()
+    pair.start("second")
+    pair.wait_for(lambda: "standing by" in pair.logs(), "the second server waits")
+    state = take_over(pair, 2)
+    assert [r["model"] for r in state.history] == [r["model"] for r in undisturbed.history]
+    check(pair.state)
+
+
+@pytest.mark.postgresql
+def test_a_standby_at_postgresql_outlasts_server_and_database(pair: Pair, undisturbed: State) -> None:
+    database = Postgres()
+    try:
+        database.start()
+        pair.database = database.database()
+        (pair.folder / "blobs").mkdir()
+        for name in ("server", "second"):
+            (pair.folder / name).mkdir()
+            (pair.folder / name / "blobs").symlink_to(pair.folder / "blobs")
+        pair.start_all()
+        wait_until_training(pair, 1)
+        pair.start("second")
+        pair.wait_for(lambda: "standing by" in pair.logs(), "the second server waits")
+        database.kill()
+        pair.wait_for(lambda: "waiting up to" in pair.logs(), "somebody misses the database")
+        database.start()
+        state = take_over(pair, 2)
+        assert [r["model"] for r in state.history] == [r["model"] for r in undisturbed.history]
+        assert "taking over from" in pair.logs()
+        check(pair.folder / "second")
+    finally:
+        pair.stop_all()
+        database.close()
