@@ -349,15 +349,16 @@ class Fold:
         self, spec: TensorSpec, step: ServerStep, velocity: npt.NDArray[np.float32] | None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         layout = self._coverage.expect_layout
+        base = to_layout(self.base[spec.name], spec, layout)
         start = np.zeros(spec.shape, np.float32) if velocity is None else velocity
         moving = np.array(to_layout(start, spec, layout), np.float32)
         out = np.empty(spec.shape, np.float32)
-        for rows, mean, held, base in self._means_by_rows(spec, follows=True):
-            following, speed = step.moving(base, mean, moving[rows])
+        for rows, mean, held, _ in self._means_by_rows(spec, follows=False):
+            following, speed = step.moving(base[rows], mean, moving[rows])
             if held is None:
                 out[rows], moving[rows] = following, speed
             else:
-                out[rows] = np.where(held, following, base)
+                out[rows] = np.where(held, following, base[rows])
                 moving[rows] = np.where(held, speed, moving[rows])
         return to_global(out, spec, layout), to_global(moving, spec, layout)
 

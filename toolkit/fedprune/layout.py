@@ -109,17 +109,18 @@ def mass_in(
         where every update holds the whole tensor.
     """
     weights = np.array([n for _, n in shares], np.float64)  # sums of at most 2^24 are exact
-    shape, operands = [1] * len(spec.axes), []
+    shape, letters, memberships = [1] * len(spec.axes), "", []
     for axis, order in enumerate(layout.maps(spec.name)):
         held = np.zeros((len(shares), order.size))
         for row, (selection, _) in zip(held, shares, strict=True):
             row[selection.maps(spec.name)[axis]] = 1.0
         if not held.all():
-            operands += [held[:, order], [0, axis + 1]]
+            memberships.append(held[:, order])
+            letters += "abcdefgh"[axis]
             shape[axis] = order.size
-    if not operands:
+    if not memberships:
         return None
-    mass = np.einsum(weights, [0], *operands, optimize=True)
+    mass = np.einsum(f"k,{','.join('k' + c for c in letters)}->{letters}", weights, *memberships, optimize=True)
     return np.asarray(mass, np.int64).reshape(shape)
 
 
