@@ -138,11 +138,11 @@ class _Replay:
     def _compare(self, number: int, event: on.Event) -> None:
         if not isinstance(event, _MADE):
             return
-        event, made = _plain(event), self._made.pop(_key(event), None)
+        made = self._made.pop(_key(event), None)
         if made is None:
             raise StorageError(f"event {number} of the log answers nothing that was asked", got=type(event).__name__)
         for f in fields(event):
-            logged, found = getattr(event, f.name), getattr(made, f.name)
+            logged, found = getattr(_plain(event), f.name), getattr(made, f.name)
             if logged != found:
                 raise StorageError(
                     f"event {number} of the log ({type(event).__name__} of round {event.round}): {f.name}",
