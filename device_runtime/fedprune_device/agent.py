@@ -17,7 +17,8 @@ from fedprune.errors import FedpruneError, ProtocolError, StorageError
 from fedprune.precision import FLOAT32
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
-from fedprune.wire.chunk import Chunk
+from fedprune.wire.chunk import MAX_PACKET, Chunk
+from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Accepted, Cancelled, Death, Finished, Gone, Hello, Message, Offer, Want, parse
 from fedprune.wire.topics import Topics
@@ -64,6 +65,7 @@ class Agent:
         alone: Seconds after which it trains without its server; 0 for never (`Alone`).
         answers: Says what answers predictions, for the server; empty where that is nothing special.
         precision: What its model serves at (`lowering.SERVE`).
+        max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
         clock: Seconds that only grow.
     """
 
@@ -84,11 +86,13 @@ class Agent:
         alone: float = 0.0,
         answers: Callable[[], str] = lambda: "",
         precision: str = FLOAT32,
+        max_packet: int = MAX_PACKET,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device, self._topics = device, Topics(site)
         self._store, self._link = store, link
-        self._outbox = Outbox(device, self._topics, link, Serve(store.blobs))
+        self._outbox = Outbox(device, self._topics, link, Serve(store.blobs), max_packet)
+        self._limit = ChunkLimit(max_packet)
         self._data, self._profile, self._care, self._clock = data, profile, care, clock
         known = profile_name or (profile.name if profile is not None else "")
         self._greeting = Greeting(device, known, probe, answers)
@@ -260,7 +264,7 @@ class Agent:
             self._refuse(offer, error)
 
     def _download(self, offer: Offer, now: float) -> None:
-        self._downloads = Downloads(self._store.blobs, offer, now)
+        self._downloads = Downloads(self._store.blobs, offer, now, self._limit)
         self._outbox.ask(offer.job, self._downloads.start(now))
 
     def _on_chunk(self, chunk: Chunk, now: float) -> None:
@@ -327,7 +331,7 @@ class Agent:
             try:
                 if offer != task.offer:
                     self._store.accept(offer)
-                self._downloads = Downloads(self._store.blobs, offer, now)
+                self._downloads = Downloads(self._store.blobs, offer, now, self._limit)
             except FedpruneError as error:
                 self._refuse(task.offer, error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedprune.blobs import BlobStore
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.chunk import Chunk
+from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.messages import Offer, Want
 from fedprune.wire.transfer import Pull
 
@@ -16,6 +17,7 @@ class Downloads:
         store: Where the blobs end up; what is there of them already is not asked for again.
         offer: The offer.
         now: The time, on the same clock as later calls.
+        limit: How many leaves a chunk may hold, as far as is known.
 
     Raises:
         StorageFullError: There is no room for them.
@@ -23,11 +25,13 @@ class Downloads:
         ProtocolError: A reference contradicts itself.
     """
 
-    def __init__(self, store: BlobStore, offer: Offer, now: float) -> None:
+    def __init__(self, store: BlobStore, offer: Offer, now: float, limit: ChunkLimit | None = None) -> None:
         refs: dict[str, BlobRef] = {r.sha256: r for r in offer.blobs()}
         self.offer = offer
         self.began = now
-        self._pulls = {sha256: Pull(ref, store.partial(ref)) for sha256, ref in refs.items() if not store.has(sha256)}
+        limit = limit or ChunkLimit()
+        lacking = [ref for ref in refs.values() if not store.has(ref.sha256)]
+        self._pulls = {ref.sha256: Pull(ref, store.partial(ref), limit=limit) for ref in lacking}
 
     @property
     def done(self) -> bool:

@@ -24,6 +24,7 @@ from fedprune.coordination.state import Progress as Part
 from fedprune.errors import BrokerError, ProtocolError
 from fedprune.job import Job
 from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.fields import one_line
 from fedprune.wire.link import ConnectionDown, ConnectionUp, Event
 from fedprune.wire.messages import Accepted, Cancelled, Finished, Hello, Offer
@@ -71,6 +72,7 @@ class Daemon:
         pulls: From how many devices updates are pulled at a time.
         profiles: Folders of hardware profiles beside the shipped ones.
         max_devices: How many devices may ever take part.
+        max_packet: Bytes of an MQTT packet that the broker lets through.
         broker: The embedded broker, if there is one.
         rollouts: Releases on their way to boards, if this server gives them any.
         members: Who may take part, where it isn't everybody; others leave a rollout.
@@ -94,6 +96,7 @@ class Daemon:
         pulls: int = 4,
         profiles: Sequence[Path] = (),
         max_devices: int = 1000,
+        max_packet: int = MAX_PACKET,
         broker: Supervised | None = None,
         rollouts: RolloutStore | None = None,
         members: Callable[[], Collection[str]] | None = None,
@@ -113,9 +116,9 @@ class Daemon:
         self._clock = clock
         self._monotonic = monotonic
         self._roster = Roster(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
-        self._uploads = Uploads(store, pulls)
+        self._uploads = Uploads(store, pulls, max_packet)
         stores = [store] if rollouts is None else [store, rollouts.blobs]
-        self._post = Post(link, self._topics, self._roster, Downloads(Serve(*stores)))
+        self._post = Post(link, self._topics, self._roster, Downloads(Serve(*stores), max_packet), max_packet)
         self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, members, clock, monotonic)
         self._reception = Reception(
             job, state, self._topics, self._roster, self._uploads, self._post, profiles, monotonic, self._desk, clock

@@ -6,6 +6,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedprune.errors import ProtocolError
+from fedprune.wire.checked_message import MAX_MESSAGE
+from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.link import HIGH_WATER, Event
 from fedprune.wire.messages import FromServer, Gone, Hello, Want
@@ -78,9 +81,13 @@ class Post:
         topics: The site's topics.
         roster: Counts the bytes.
         downloads: Cuts blobs into chunks.
+        max_packet: Bytes of an MQTT packet that the broker lets through, if it is known to be less than usual.
     """
 
-    def __init__(self, link: Wire, topics: Topics, roster: Roster, downloads: Downloads) -> None:
+    def __init__(
+        self, link: Wire, topics: Topics, roster: Roster, downloads: Downloads, max_packet: int = MAX_PACKET
+    ) -> None:
+        self._most = MAX_MESSAGE if max_packet >= MAX_PACKET else max_packet - PACKET_OVERHEAD
         self._link = link
         self._topics = topics
         self._roster = roster
@@ -100,9 +107,16 @@ class Post:
         """Send a message; when it gets lost, somebody will ask again.
 
         Raises:
-            ProtocolError: It is longer than a message may be.
+            ProtocolError: It is longer than a message may be, or than the broker lets through.
         """
         payload = message.to_bytes()
+        if len(payload) > self._most:
+            raise ProtocolError(
+                f"{message.kind}: message is too long for the broker",
+                expected=f"at most {self._most} bytes",
+                got=len(payload),
+                hint="Raise the broker's limit and max_packet in [server].",
+            )
         topic = self._topics.down(device, job) if job else self._topics.down(device)
         if self._link.publish(topic, payload):
             self._roster.sent(device, len(payload))

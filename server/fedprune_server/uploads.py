@@ -10,7 +10,8 @@ from typing import Any
 from fedprune.blobs import BlobStore
 from fedprune.errors import ProtocolError
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.chunk import Chunk
+from fedprune.wire.chunk import MAX_PACKET, Chunk
+from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.messages import Want
 from fedprune.wire.transfer import Pull
 
@@ -78,9 +79,11 @@ class Uploads:
     Args:
         store: Where updates end up.
         concurrent: How many are pulled at a time, which bounds what the broker and the server's memory hold.
+        max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
     """
 
-    def __init__(self, store: BlobStore, concurrent: int = 4) -> None:
+    def __init__(self, store: BlobStore, concurrent: int = 4, max_packet: int = MAX_PACKET) -> None:
+        self._limit = ChunkLimit(max_packet)
         self._store = store
         self._concurrent = concurrent
         self._uploads: OrderedDict[str, _Upload] = OrderedDict()
@@ -156,7 +159,9 @@ class Uploads:
 
     def drop(self, device: str) -> None:
         """Stop fetching from a device; what has arrived stays on the disk and is gone on from later."""
-        self._uploads.pop(device, None)
+        upload = self._uploads.pop(device, None)
+        if upload is not None and upload.pull is not None:
+            upload.pull.give_up()  # a broker ends the connection of who sends it too large a chunk
 
     def keep(self, wanted: set[tuple[str, int, int]]) -> list[str]:
         """Drop all uploads but these (device, round, attempt).
@@ -194,7 +199,7 @@ class Uploads:
                 break
             upload = self._uploads[device]
             try:
-                upload.pull = Pull(upload.ref, self._store.partial(upload.ref))
+                upload.pull = Pull(upload.ref, self._store.partial(upload.ref), limit=self._limit)
                 upload.moved_at = now
                 first = upload.pull.start(now)
             except ProtocolError as error:

@@ -10,11 +10,11 @@ import pytest
 
 from fedprune.blobs import BlobStore
 from fedprune.wire.blob_ref import LEAF
-from fedprune.wire.chunk import HEADER, Chunk
+from fedprune.wire.chunk import HEADER, MAX_PACKET, Chunk
 from fedprune.wire.link import HIGH_WATER
 from fedprune.wire.messages import Cancelled, Progress, Update, Want, parse
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import MAX_PACKET, Serve
+from fedprune.wire.transfer import Serve
 from fedprune_device.outbox import Outbox
 from fedprune_server.downloads import Downloads
 from fedprune_server.post import Post

@@ -32,6 +32,7 @@ def ran(tmp_path: Path) -> ServerConfig:
         pulls=2,
         profiles=tmp_path / "profiles",
         max_devices=9,
+        max_packet=70_000,
     )
 
 

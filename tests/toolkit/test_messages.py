@@ -103,7 +103,7 @@ EXAMPLES: list[Message] = [
     Accepted("j", 1, 0, DIGEST),
     Cancelled("j", 1, 1, "late"),
     Finished("j"),
-    Want(DIGEST, "data", 0, 4),
+    Want(DIGEST, "data", 0, 4, 2),
     Gone(DIGEST),
     JoinRequest("lab", "pi-1", DIGEST, "request", DIGEST[:32], DIGEST[:10], DIGEST, 2 * DIGEST),
     JoinAnswer(DIGEST, "approved", "", 1, "authority", "certificate", DIGEST, DIGEST),
@@ -182,7 +182,7 @@ def test_a_missing_field_is_named(message: Message) -> None:
         body = json.loads(message.to_bytes())
         del body[field.name]
         if (
-            field.name in ("probe", "held", "metrics", "mask", "ranking", "lowered", "blocked")
+            field.name in ("probe", "held", "metrics", "mask", "ranking", "lowered", "blocked", "most")
             or message.kind == Hello.kind
         ):
             parse(json.dumps(body).encode())

@@ -339,19 +339,23 @@ class Want(CheckedMessage):
         part: `data` for its leaves, `leaves` for 32 KiB pieces of its leaf table.
         first: First leaf or piece.
         count: How many.
+        most: How many leaves or pieces a chunk may hold; None where the sender's own limit will do.
     """
 
     sha256: str
     part: str
     first: int
     count: int
+    most: int | None = None
 
     kind: ClassVar[str] = "want"
+    newer: ClassVar[frozenset[str]] = frozenset({"most"})
     checks: ClassVar[Mapping[str, Check]] = {
         "sha256": check.digest,
         "part": check.choice(*PARTS),
         "first": check.whole(0, 2**31 - 1),
         "count": check.whole(1, MAX_WANT),
+        "most": check.optional(check.whole(1, MAX_WANT)),
     }
 
 
