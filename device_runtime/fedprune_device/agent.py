@@ -17,7 +17,8 @@ from fedprune.errors import FedpruneError, StorageError
 from fedprune.precision import FLOAT32
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
-from fedprune.wire.chunk import Chunk
+from fedprune.wire.chunk import MAX_PACKET, Chunk
+from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Accepted, Cancelled, Death, Finished, Gone, Hello, Message, Offer, Want, parse
 from fedprune.wire.topics import EVERYONE, Topics
@@ -64,6 +65,7 @@ class Agent:
         alone: Seconds after which it trains without its server; 0 for never (`Alone`).
         answers: Says what answers predictions, for the server; empty where that is nothing special.
         precision: What its model serves at (`lowering.SERVE`).
+        max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
         clock: Seconds that only grow.
     """
 
@@ -84,11 +86,13 @@ class Agent:
         alone: float = 0.0,
         answers: Callable[[], str] = lambda: "",
         precision: str = FLOAT32,
+        max_packet: int = MAX_PACKET,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device, self._topics = device, Topics(site)
         self._store, self._link = store, link
-        self._outbox = Outbox(device, self._topics, link, Serve(store.blobs))
+        self._outbox = Outbox(device, self._topics, link, Serve(store.blobs), max_packet)
+        self._limit = ChunkLimit(max_packet)
         self._data, self._profile, self._care, self._clock = data, profile, care, clock
         known = profile_name or (profile.name if profile is not None else "")
         self._greeting = Greeting(device, known, probe, answers)
@@ -268,7 +272,7 @@ class Agent:
 
     def _to_pull(self, offer: Offer, now: float) -> Downloads:
         slabs = offer.slabs is not None and slabs_fit(offer, self._store)
-        return Downloads(self._store.blobs, offer, now, slabs=slabs, shared=not self._deaf)
+        return Downloads(self._store.blobs, offer, now, self._limit, slabs=slabs, shared=not self._deaf)
 
     def _ask(self, downloads: Downloads, wants: list[Want]) -> None:
         """Ask for pieces, after the broker was told where the answers are heard."""

@@ -19,6 +19,8 @@ from fedprune.cli import run_command, whole_number
 from fedprune.errors import ExitCode, ProfileError
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
+from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune_device.care import COOL_C, HOT_C, Care, condition
 from fedprune_device.data import LocalData
 from fedprune_device.engines.engine_command import add_engine_command
@@ -118,7 +120,21 @@ def _add_run(commands: Any) -> None:
         metavar="HOURS",
         help="train on while the server is away, so often (default: wait for it)",
     )
+    run.add_argument(
+        "--max-packet",
+        type=_packet,
+        default=MAX_PACKET,
+        metavar="BYTES",
+        help="what the broker lets through; less is found out, too, at the price of a pause (default: %(default)s)",
+    )
     run.set_defaults(run=_run)
+
+
+def _packet(text: str) -> int:
+    low, high = LEAF + PACKET_OVERHEAD, MAX_PAYLOAD + PACKET_OVERHEAD
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise argparse.ArgumentTypeError(f"expected {low} to {high} bytes, got {text!r}")
+    return int(text)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -206,6 +222,7 @@ def _run(arguments: argparse.Namespace) -> int:
             alone=3600 * arguments.train_alone,
             answers=lambda: "" if keeper is None else keeper.status,
             precision=arguments.serve,
+            max_packet=arguments.max_packet,
         )
         agents.append(agent)
         signal.signal(signal.SIGTERM, lambda *_: agent.stop())

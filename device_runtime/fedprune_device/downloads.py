@@ -11,6 +11,7 @@ from fedprune.errors import BundleError, ProtocolError, StorageError
 from fedprune.slabs import compose
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.chunk import Chunk
+from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.messages import Offer, Want
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import PATIENCE, Pull
@@ -32,6 +33,7 @@ class Downloads:
         store: Where the blobs end up; what is there of them already is not asked for again.
         offer: The offer.
         now: The time, on the same clock as later calls.
+        limit: How many leaves a chunk may hold, as far as is known.
         slabs: Whether to make the weights of slabs, if the offer has any.
         shared: Whether shared topics can be heard.
 
@@ -44,11 +46,21 @@ class Downloads:
         ProtocolError: A reference contradicts itself.
     """
 
-    def __init__(self, store: BlobStore, offer: Offer, now: float, *, slabs: bool = True, shared: bool = True) -> None:
+    def __init__(
+        self,
+        store: BlobStore,
+        offer: Offer,
+        now: float,
+        limit: ChunkLimit | None = None,
+        *,
+        slabs: bool = True,
+        shared: bool = True,
+    ) -> None:
         self.offer = offer
         self.began = now
         self.deaf = False
         self._store = store
+        self._limit = limit or ChunkLimit()
         self._slabs = offer.slabs if slabs and offer.slabs and not store.has(offer.weights.sha256) else ()
         self._shared = shared and bool(offer.slabs)
         self._heard = False
@@ -60,8 +72,8 @@ class Downloads:
 
     def _pull(self, ref: BlobRef) -> Pull:
         if not self._shared:
-            return Pull(ref, self._store.partial(ref))
-        return Pull(ref, self._store.partial(ref), chunk_leaves=_SHARED_LEAVES, shared=True)
+            return Pull(ref, self._store.partial(ref), limit=self._limit)
+        return Pull(ref, self._store.partial(ref), chunk_leaves=_SHARED_LEAVES, limit=self._limit, shared=True)
 
     @property
     def done(self) -> bool:

@@ -12,13 +12,12 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Protocol
 
 from fedprune.errors import ExitCode, FedpruneError
-from fedprune.wire.blob_ref import LEAF
-from fedprune.wire.chunk import PACKET_OVERHEAD
+from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.link import HIGH_WATER, ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Death, Gone, Message, Offer, Progress, Refusal, Update, Want
 from fedprune.wire.topics import NO_JOB, Topics
-from fedprune.wire.transfer import CHUNK_LEAVES, Serve
+from fedprune.wire.transfer import Serve
 from fedprune_device.standing import Standing
 
 _LOG = logging.getLogger("fedprune.device")
@@ -26,7 +25,6 @@ _LOG = logging.getLogger("fedprune.device")
 PROGRESS_S = 1.0
 ANNOUNCE_S = 2.0
 ANNOUNCE_MAX_S = 60.0
-_MAX_PACKET = CHUNK_LEAVES * LEAF + PACKET_OVERHEAD
 _MOST_WANTS = 64
 """Wants that are kept; what is dropped beyond is asked for again."""
 
@@ -56,16 +54,18 @@ class Outbox:
         topics: The site's topics.
         link: The connection.
         pieces: Reads pieces of blobs.
+        max_packet: Bytes of an MQTT packet that the broker lets through.
 
     Attributes:
         standing: What it says, for those beside the board.
     """
 
-    def __init__(self, device: str, topics: Topics, link: Wire, pieces: Serve) -> None:
+    def __init__(self, device: str, topics: Topics, link: Wire, pieces: Serve, max_packet: int = MAX_PACKET) -> None:
         self._device = device
         self._topics = topics
         self._link = link
         self._pieces = pieces
+        self._max_packet = max_packet
         self.standing = Standing()
         self._wanted: deque[tuple[Update, Want]] = deque()
         self._chunks: Iterator[bytes] = iter(())
@@ -105,7 +105,7 @@ class Outbox:
                     self.drop_chunks()  # what doesn't get through is asked for again
             elif self._wanted:
                 update, want = self._wanted.popleft()
-                found = self._pieces.answer(want, _MAX_PACKET)
+                found = self._pieces.answer(want, self._max_packet)
                 if isinstance(found, Gone):
                     self.say(found, update.job)
                 else:

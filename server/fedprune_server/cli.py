@@ -205,6 +205,7 @@ def _run(arguments: argparse.Namespace) -> int:
             pulls=config.pulls,
             profiles=profiles,
             max_devices=config.max_devices,
+            max_packet=config.max_packet,
             broker=reached.broker,
             rollouts=rollouts,
             members=None if identity is None else identity.store.members,

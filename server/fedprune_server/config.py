@@ -13,6 +13,8 @@ from fedprune.job import Job
 from fedprune.strategies import compose
 from fedprune.toml_file import read_toml
 from fedprune.trust.tls import SYSTEM
+from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.topics import check_name
 
 EMBEDDED = "embedded"
@@ -20,7 +22,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 _TABLES = ("job", "model", "evaluation", "calibration", "server")
 _SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "database", "profiles")
-_SERVER_NUMBERS = ("port", "keep", "pulls", "workers", "max_devices")
+_SERVER_NUMBERS = ("port", "keep", "pulls", "workers", "max_devices", "max_packet")
 _SERVER_SWITCHES = ("archive", "slabs")
 _ELSEWHERE = ("state", "database")
 """What the state folder itself is, or says; not among the settings that the database keeps."""
@@ -56,6 +58,7 @@ class ServerConfig:
         profiles: A folder of hardware profiles of your own, beside the shipped ones.
         max_devices: How many devices may ever take part; announcements of further ones are ignored.
         slabs: What many devices pull is published once for all of them, where all of the site can read it.
+        max_packet: Bytes of an MQTT packet that the broker lets through; a message is refused that is larger.
     """
 
     job: Job = field(default_factory=Job)
@@ -73,6 +76,7 @@ class ServerConfig:
     workers: int = 1
     profiles: Path | None = None
     max_devices: int = 1000
+    max_packet: int = MAX_PACKET
     ca: Path | None = None
     input_shape: tuple[int, ...] | None = None
     database: str | None = None
@@ -88,6 +92,7 @@ class ServerConfig:
             ("pulls", 1, 1000),
             ("workers", 1, 1000),
             ("max_devices", 1, 10**6),
+            ("max_packet", LEAF + PACKET_OVERHEAD, MAX_PAYLOAD + PACKET_OVERHEAD),
         ):
             setting_checks.whole(f"server: {name}", getattr(self, name), low, high)
         if self.port is not None:

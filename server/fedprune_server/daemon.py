@@ -23,6 +23,7 @@ from fedprune.coordination.state import Progress as Part
 from fedprune.errors import BrokerError, ProtocolError
 from fedprune.job import Job
 from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.fields import one_line
 from fedprune.wire.link import ConnectionDown, ConnectionUp, Event
 from fedprune.wire.messages import Accepted, Cancelled, Finished, Hello, Offer
@@ -74,6 +75,7 @@ class Daemon:
         pulls: From how many devices updates are pulled at a time.
         profiles: Folders of hardware profiles beside the shipped ones.
         max_devices: How many devices may ever take part.
+        max_packet: Bytes of an MQTT packet that the broker lets through.
         broker: The embedded broker, if there is one.
         rollouts: Releases on their way to boards, if this server gives them any.
         members: Who may take part, where it isn't everybody; others leave a rollout.
@@ -98,6 +100,7 @@ class Daemon:
         pulls: int = 4,
         profiles: Sequence[Path] = (),
         max_devices: int = 1000,
+        max_packet: int = MAX_PACKET,
         broker: Supervised | None = None,
         rollouts: RolloutStore | None = None,
         members: Callable[[], Collection[str]] | None = None,
@@ -119,13 +122,21 @@ class Daemon:
         self._clock = clock
         self._monotonic = monotonic
         self._roster = Roster(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
-        self._uploads = Uploads(store, pulls)
+        self._uploads = Uploads(store, pulls, max_packet)
         stores = [store] if rollouts is None else [store, rollouts.blobs]
         self._quarantine.know(self._roster.traffic)
-        sharing = Sharing(store, Audience(state))
-        downloads = Downloads(Serve(*stores))
+        sharing = Sharing(store, Audience(state), max_packet)
+        downloads = Downloads(Serve(*stores), max_packet)
         self._post = Post(
-            self._link, self._topics, self._roster, downloads, sharing, job.name, monotonic, self._quarantine.asked
+            self._link,
+            self._topics,
+            self._roster,
+            downloads,
+            sharing,
+            job.name,
+            monotonic,
+            self._quarantine.asked,
+            max_packet,
         )
         self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, members, clock, monotonic)
         self._reception = Reception(

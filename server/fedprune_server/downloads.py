@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 
+from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.messages import Gone, Want
-from fedprune.wire.transfer import MAX_PACKET, Serve
+from fedprune.wire.transfer import Serve
 
 _TURNS = 32
 """Devices that are answered in turn; the others wait. Each holds a chunk in memory."""

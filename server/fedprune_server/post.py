@@ -9,6 +9,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedprune.errors import ProtocolError
+from fedprune.wire.checked_message import MAX_MESSAGE
+from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.link import HIGH_WATER, Event
 from fedprune.wire.messages import FromServer, Gone, Hello, Want
@@ -89,6 +92,7 @@ class Post:
         job: The job's name.
         clock: Seconds of a clock that nobody sets.
         asked: Is told of how many leaves a device is asked for.
+        max_packet: Bytes of an MQTT packet that the broker lets through, if it is known to be less than usual.
     """
 
     def __init__(
@@ -101,7 +105,9 @@ class Post:
         job: str,
         clock: Callable[[], float] = time.monotonic,
         asked: Callable[[str, int], None] = lambda device, leaves: None,
+        max_packet: int = MAX_PACKET,
     ) -> None:
+        self._most = MAX_MESSAGE if max_packet >= MAX_PACKET else max_packet - PACKET_OVERHEAD
         self._asked = asked
         self._link = link
         self._topics = topics
@@ -126,10 +132,18 @@ class Post:
         """Have a message sent at the next `deliver`; when it gets lost, somebody will ask again.
 
         Raises:
-            ProtocolError: It is longer than a message may be.
+            ProtocolError: It is longer than a message may be, or than the broker lets through.
         """
+        payload = message.to_bytes()
+        if len(payload) > self._most:
+            raise ProtocolError(
+                f"{message.kind}: message is too long for the broker",
+                expected=f"at most {self._most} bytes",
+                got=len(payload),
+                hint="Raise the broker's limit and max_packet in [server].",
+            )
         topic = self._topics.down(device, job) if job else self._topics.down(device)
-        self._outbox.append((device, topic, message.to_bytes()))
+        self._outbox.append((device, topic, payload))
 
     def deliver(self) -> None:
         """Send the messages that wait, as many as the connection takes; without one they are lost."""

@@ -19,9 +19,9 @@ from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.coordination.state import Progress
 from fedprune.wire.blob_ref import DIGEST, LEAF
-from fedprune.wire.chunk import leaves_per_chunk
+from fedprune.wire.chunk import MAX_PACKET, leaves_per_chunk
 from fedprune.wire.messages import Gone, Want
-from fedprune.wire.transfer import MAX_PACKET, Serve
+from fedprune.wire.transfer import Serve
 
 GATHER_S = 1.0
 """Seconds that a leaf waits for devices that haven't asked for it yet."""

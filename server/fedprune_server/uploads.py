@@ -9,7 +9,8 @@ from typing import Any
 from fedprune.blobs import BlobStore
 from fedprune.errors import ProtocolError
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.chunk import Chunk
+from fedprune.wire.chunk import MAX_PACKET, Chunk
+from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.messages import Want
 from fedprune.wire.transfer import Pull
 
@@ -77,9 +78,11 @@ class Uploads:
     Args:
         store: Where updates end up.
         concurrent: How many are pulled at a time, which bounds what the broker and the server's memory hold.
+        max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
     """
 
-    def __init__(self, store: BlobStore, concurrent: int = 4) -> None:
+    def __init__(self, store: BlobStore, concurrent: int = 4, max_packet: int = MAX_PACKET) -> None:
+        self._limit = ChunkLimit(max_packet)
         self._store = store
         self._concurrent = concurrent
         self._uploads: dict[str, _Upload] = {}
@@ -168,6 +171,8 @@ class Uploads:
             return []
         self._waiting.pop(device, None)
         self._running.discard(device)
+        if upload.pull is not None:
+            upload.pull.give_up()  # a broker ends the connection of who sends it too large a chunk
         return [upload.ref.sha256]
 
     def keep(self, device: str, round_: int, attempt: int) -> list[str]:
@@ -210,7 +215,7 @@ class Uploads:
             self._running.add(device)
             upload = self._uploads[device]
             try:
-                upload.pull = Pull(upload.ref, self._store.partial(upload.ref))
+                upload.pull = Pull(upload.ref, self._store.partial(upload.ref), limit=self._limit)
                 upload.moved_at = now
                 first = upload.pull.start(now)
             except ProtocolError as error:

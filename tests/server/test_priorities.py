@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 from fedprune.blobs import BlobStore
+from fedprune.coordination import State
 from fedprune.wire.blob_ref import LEAF
-from fedprune.wire.chunk import HEADER, Chunk
+from fedprune.wire.chunk import HEADER, MAX_PACKET, Chunk
 from fedprune.wire.link import HIGH_WATER
 from fedprune.wire.messages import Cancelled, Progress, Update, Want, parse
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import MAX_PACKET, Serve
+from fedprune.wire.transfer import Serve
 from fedprune_device.outbox import Outbox
 from fedprune_server.downloads import Downloads
 from fedprune_server.post import Post
+from fedprune_server.sharing import Audience, Sharing
 
 TOPICS = Topics("lab")
 LEAVES = 400
@@ -75,7 +77,7 @@ def digest(store: BlobStore) -> str:
 def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: BlobStore, digest: str) -> None:
     link, devices = Slow(), [f"pi{i}" for i in range(20)]
     roster: Any = SimpleNamespace(sent=lambda *_: None)
-    post = Post(link, TOPICS, roster, Downloads(Serve(store)))
+    post = Post(link, TOPICS, roster, Downloads(Serve(store)), Sharing(store, Audience(State("0" * 64))), "job")
     for device in devices:
         for first in range(0, LEAVES, 50):
             post.fetched(device, Want(digest, "data", first, 50), {digest})

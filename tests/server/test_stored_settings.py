@@ -33,6 +33,7 @@ def ran(tmp_path: Path) -> ServerConfig:
         profiles=tmp_path / "profiles",
         max_devices=9,
         slabs=False,
+        max_packet=70_000,
     )
 
 

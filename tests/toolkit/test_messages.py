@@ -107,7 +107,7 @@ EXAMPLES: list[Message] = [
     Accepted("j", 1, 0, DIGEST),
     Cancelled("j", 1, 1, "late"),
     Finished("j"),
-    Want(DIGEST, "data", 0, 4, True),
+    Want(DIGEST, "data", 0, 4, True, 2),
     Gone(DIGEST),
     JoinRequest("lab", "pi-1", DIGEST, "request", DIGEST[:32], DIGEST[:10], DIGEST, 2 * DIGEST),
     JoinAnswer(DIGEST, "approved", "", 1, "authority", "certificate", DIGEST, DIGEST),
@@ -207,7 +207,8 @@ def test_a_missing_field_is_named(message: Message) -> None:
         body = json.loads(message.to_bytes())
         del body[field.name]
         if (
-            field.name in ("probe", "held", "metrics", "mask", "ranking", "lowered", "blocked", "slabs", "shared")
+            field.name
+            in ("probe", "held", "metrics", "mask", "ranking", "lowered", "blocked", "slabs", "shared", "most")
             or message.kind == Hello.kind
         ):
             parse(json.dumps(body).encode())

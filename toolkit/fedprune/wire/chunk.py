@@ -31,6 +31,9 @@ QOS = 0
 """Quality of service to publish chunks at: pulls ask again for what is lost, and the acknowledgements of QoS 1 cost up
 to two thirds of the rate where TCP's delayed acknowledgements meet Nagle's algorithm, as in a default Mosquitto."""
 
+MAX_PACKET = 128 * 1024
+"""Default limit of an MQTT packet with a chunk: three leaves fit, and every broker that we know takes it."""
+
 PACKET_OVERHEAD = 512
 """Bytes of an MQTT packet that a chunk's payload can't have: topic, packet header, chunk header."""
 

@@ -36,7 +36,7 @@ OUTBOX_BYTES = 16 * 1024 * 1024
 OUTBOX_MESSAGES = 10_000
 
 HIGH_WATER = 512 * 1024
-"""Chunks are held back while so many bytes wait to be sent: a message waits for that and a chunk, and no more."""
+"""Chunks are held back while so many bytes wait to be sent: a message waits for no more of them, and one chunk."""
 
 LOW_WATER = 256 * 1024
 """Bytes that wait to be sent below which `get` returns at once: who holds chunks back can hand out more."""

@@ -347,6 +347,7 @@ class Want(CheckedMessage):
         count: How many.
         shared: True where a device listens to the topic that all who pull this blob share, so that the answer may come
             there; None where it doesn't.
+        most: How many leaves or pieces a chunk may hold; None where the sender's own limit will do.
     """
 
     sha256: str
@@ -354,15 +355,17 @@ class Want(CheckedMessage):
     first: int
     count: int
     shared: bool | None = None
+    most: int | None = None
 
     kind: ClassVar[str] = "want"
-    newer: ClassVar[frozenset[str]] = frozenset({"shared"})
+    newer: ClassVar[frozenset[str]] = frozenset({"shared", "most"})
     checks: ClassVar[Mapping[str, Check]] = {
         "sha256": check.digest,
         "part": check.choice(*PARTS),
         "first": check.whole(0, 2**31 - 1),
         "count": check.whole(1, MAX_WANT),
         "shared": check.optional(check.true),
+        "most": check.optional(check.whole(1, MAX_WANT)),
     }
 
 

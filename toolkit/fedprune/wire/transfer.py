@@ -14,14 +14,12 @@ from fedprune.blobs import BlobStore
 from fedprune.errors import ProtocolError, StorageError
 from fedprune.partial_blob import PartialBlob
 from fedprune.wire.blob_ref import DIGEST, LEAF, BlobRef
-from fedprune.wire.chunk import Chunk, leaves_per_chunk
+from fedprune.wire.chunk import MAX_PACKET, Chunk, leaves_per_chunk
+from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.messages import MAX_WANT, Gone, Want
 
-MAX_PACKET = 256 * 1024
-"""Default limit of an MQTT packet with a chunk."""
-
-CHUNK_LEAVES = 4
-"""Leaves that are asked for at a time: 128 KiB, which every broker that we know takes but AWS IoT Core."""
+CHUNK_LEAVES = leaves_per_chunk(MAX_PACKET)
+"""Leaves that are asked for at a time at least."""
 
 WINDOW_LEAVES = 32
 """Leaves of one blob that are asked for and not yet there, at first: 1 MiB."""
@@ -53,6 +51,7 @@ class Pull:
         partial: Where it grows, with what has already arrived.
         chunk_leaves: Leaves that are asked for at once at least, unless fewer are missing.
         window_leaves: Leaves that are asked for and not yet there at most.
+        limit: How many leaves a chunk may hold; shared by pulls through one broker, so that they learn from each other.
         patience_s: Seconds without progress after which what is on the way is asked for again. It grows when that
             doesn't help, and with the time that leaves need to arrive.
         shared: Whether the caller listens to the blob's shared topic: then leaves that others asked for are taken, too.
@@ -68,6 +67,7 @@ class Pull:
         *,
         chunk_leaves: int = CHUNK_LEAVES,
         window_leaves: int = WIDE_WINDOW_LEAVES,
+        limit: ChunkLimit | None = None,
         patience_s: float = PATIENCE,
         shared: bool = False,
     ) -> None:
@@ -83,6 +83,8 @@ class Pull:
         self.stalls = 0
         """Times in a row that leaves had to be asked for again without any progress."""
         self._partial = partial
+        self._limit = limit or ChunkLimit()
+        self._came = False  # something, since it was asked for
         self._chunk = chunk_leaves
         self._most = window_leaves
         self._window = self._least = min(window_leaves, WINDOW_LEAVES)
@@ -123,6 +125,7 @@ class Pull:
             self._asked.clear()
             self._done = True
             return []
+        self.give_up()
         self._moved_at = now
         self._patience, self._window = self._base, self._least
         wants = self._again(list(self._asked), now)
@@ -139,7 +142,9 @@ class Pull:
             return []
         overheard = [(i, p) for i, p in chunk.leaves() if i not in self._asked] if self.shared else []
         bad: list[int] = []
+        self._limit.arrived(-(-len(chunk.payload) // LEAF))
         for first, payload in chunk.runs(self._asked):
+            self._came = True
             bad += self._keep(first, payload, now)
         for index, payload in overheard:
             if self._overheard(index, payload):
@@ -158,6 +163,7 @@ class Pull:
         if now - self._moved_at > self._patience:
             self._moved_at = now
             self._window = self._least
+            self.give_up()
             self.stalls += 1
             self._patience = min(2 * self._patience, max(MAX_PATIENCE, self._base))
             return self._again(list(self._asked), now)
@@ -167,6 +173,12 @@ class Pull:
                 break
             overtaken.append(index)
         return self._again(overtaken, now)
+
+    def give_up(self) -> None:
+        """Nothing more will come of what was asked for: if nothing of it did, the chunks may have been too large."""
+        if len(self._asked) > 1 and not self._came:
+            self._limit.silent()
+        self._came = False
 
     @property
     def _part(self) -> str:
@@ -235,6 +247,7 @@ class Pull:
                 self._count_try(0)
                 return self._fill(self.ref.piece_count, now)
             self._tries.clear()
+            self._came = False
         if self._partial.count == self.ref.leaf_count:
             self._partial.finish()
             self._done = True
@@ -272,7 +285,8 @@ class Pull:
         return wants
 
     def _want(self, first: int, count: int) -> Want:
-        return Want(self.ref.sha256, self._part, first, count, True if self.shared else None)
+        shared = True if self.shared else None
+        return Want(self.ref.sha256, self._part, first, count, shared, self._limit.wanted)
 
 
 class Serve:
@@ -296,7 +310,7 @@ class Serve:
             ProtocolError: Not even one leaf fits into a packet.
             StorageError: The blob is here but can't be read.
         """
-        step = leaves_per_chunk(max_packet)
+        step = min(leaves_per_chunk(max_packet), want.most or MAX_WANT)
         store = next((s for s in self._stores if s.has(want.sha256)), None)
         if store is None:
             return Gone(want.sha256)

@@ -1,0 +1,188 @@
+"""Brokers that let less through than usual: a model arrives and an update returns, without a word of configuration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.blobs import BlobStore
+from fedprune.coordination import State
+from fedprune.errors import ProtocolError
+from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD, Chunk, leaves_per_chunk
+from fedprune.wire.chunk_limit import ChunkLimit
+from fedprune.wire.link import ConnectionDown, ConnectionUp, Link
+from fedprune.wire.messages import Offer, Update, Want, parse
+from fedprune.wire.topics import Topics
+from fedprune.wire.transfer import Pull, Serve
+from fedprune_device.downloads import Downloads as BoardsDownloads
+from fedprune_device.outbox import Outbox
+from fedprune_server.downloads import Downloads
+from fedprune_server.post import Post
+from fedprune_server.sharing import Audience, Sharing
+from fedprune_server.uploads import Arrived, Uploads
+
+TOPICS = Topics("lab")
+USUAL = leaves_per_chunk(MAX_PACKET)
+LOW = LEAF + PACKET_OVERHEAD
+DIGEST = "ab" * 32
+
+
+def chunks(serve: Serve, want: Want, max_packet: int = MAX_PACKET) -> list[Chunk]:
+    answer = serve.answer(want, max_packet)
+    assert isinstance(answer, Iterator)
+    return [Chunk.parse(raw) for raw in answer]
+
+
+@given(limit=st.integers(1, USUAL), told=st.integers(1, USUAL))
+def test_a_limit_is_found_out_by_halving(limit: int, told: int) -> None:
+    """A broker that lets through chunks of `limit` leaves; nothing of what is larger comes."""
+    known = ChunkLimit(told * LEAF + PACKET_OVERHEAD)
+    for _ in range(10):
+        if known.leaves <= limit:
+            known.arrived(known.leaves)
+        else:
+            known.silent()
+    assert min(told, max(1, limit // 2)) <= known.leaves <= min(told, limit)
+
+
+def test_where_smaller_chunks_don_t_come_either_the_size_was_not_the_reason() -> None:
+    limit = ChunkLimit()
+    seen = []
+    for _ in range(4):
+        limit.silent()
+        seen.append(limit.leaves)
+    assert seen == [1, USUAL, 1, USUAL]
+
+
+def test_where_such_chunks_have_come_silence_means_nothing() -> None:
+    limit = ChunkLimit()
+    limit.arrived(USUAL)
+    limit.silent()
+    assert limit.leaves == USUAL
+    assert limit.wanted is None
+
+
+def test_a_want_says_how_many_leaves_a_chunk_may_hold_where_that_is_less_than_usual(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "a", durable=False)
+    ref = store.put(bytes(9 * LEAF))
+    pull = Pull(ref, BlobStore(tmp_path / "b", durable=False).partial(ref), limit=ChunkLimit(LOW))
+
+    (want,) = pull.start(0.0)
+    assert want.most == 1
+    assert parse(want.to_bytes()) == want
+
+    assert [len(c.payload) for c in chunks(Serve(store), Want(ref.sha256, "data", 0, 9, 1))] == [LEAF] * 9
+    assert [len(c.payload) for c in chunks(Serve(store), Want(ref.sha256, "data", 0, 9, 900))] == [3 * LEAF] * 3
+    assert [len(c.payload) for c in chunks(Serve(store), Want(ref.sha256, "data", 0, 9, 2), LOW)] == [LEAF] * 9
+
+
+def test_a_blob_comes_through_where_larger_chunks_get_lost_and_the_next_one_at_once(tmp_path: Path) -> None:
+    store, target = (BlobStore(tmp_path / name, durable=False) for name in "ab")
+    limit, now, stalls = ChunkLimit(), 0.0, []
+    for seed in range(2):
+        ref = store.put(bytes([seed]) * (50 * LEAF))
+        pull = Pull(ref, target.partial(ref), limit=limit)
+        wants, count = pull.start(now), 0
+        while not pull.done:
+            arrived = [c for w in wants for c in chunks(Serve(store), w) if len(c.payload) <= LEAF]
+            wants = [w for c in arrived for w in pull.on_chunk(c, now)]
+            if not arrived:
+                now += 6
+                count += 1
+                wants = pull.on_tick(now)
+            assert count < 10
+        stalls.append(count)
+    assert stalls == [1, 0]
+
+
+def test_a_message_that_the_broker_would_drop_is_refused_by_name(tmp_path: Path) -> None:
+    link: Any = SimpleNamespace(publish=lambda *_: True)
+    roster: Any = SimpleNamespace(sent=lambda *_: None)
+    store = BlobStore(tmp_path, durable=False)
+    ref = store.put(b"x")
+    offer = Offer("job", 0, 0, 0, DIGEST, DIGEST, (1,) * 40_000, 2, ref, ref, ref, {})
+
+    sharing = Sharing(store, Audience(State("0" * 64)))
+    Post(link, TOPICS, roster, Downloads(Serve(store)), sharing, "job").send("pi", offer, "job")
+    with pytest.raises(ProtocolError, match=r"offer: message is too long for the broker.*65024.*max_packet"):
+        limited = Post(link, TOPICS, roster, Downloads(Serve(store), 65_536), sharing, "job", max_packet=65_536)
+        limited.send("pi", offer, "job")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(Pull.__init__.__kwdefaults__, "patience_s", 0.5)
+
+
+@pytest.mark.mosquitto
+@pytest.mark.system
+@pytest.mark.parametrize("setting", ["message_size_limit 65536", "max_packet_size 65536"])
+def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_64_kib(
+    setting: str, start_mosquitto: Callable[..., Any], impatient: None, tmp_path: Path
+) -> None:
+    """One of the settings drops what is larger without a word, the other one the connection with it."""
+    broker = start_mosquitto(settings="listener {port} 127.0.0.1\nallow_anonymous true\n" + setting + "\n")
+    here, there = BlobStore(tmp_path / "server", durable=False), BlobStore(tmp_path / "pi", durable=False)
+    weights, graph = here.put(bytes(range(256)) * 8000), here.put(b"graph")
+    trained = there.put(bytes(range(255)) * 8000)
+    offer = Offer("job", 1, 1, 0, DIGEST, DIGEST, (1,), 2, weights, graph, graph, {})
+    update = Update("pi", "job", 1, 1, DIGEST, trained, 1, 1)
+    with ExitStack() as stack:
+        server, board = Link(broker.url, "server"), Link(broker.url, "pi")
+        server.subscribe(TOPICS.server_subscriptions())
+        board.subscribe(TOPICS.device_subscriptions("pi"))
+        for link in (server, board):
+            stack.callback(link.close)
+            link.start()
+        roster: Any = SimpleNamespace(sent=lambda *_: None)
+        post = Post(server, TOPICS, roster, Downloads(Serve(here)), Sharing(here, Audience(State("0" * 64))), "job")
+        outbox = Outbox("pi", TOPICS, board, Serve(there))
+        uploads = Uploads(here)
+        pulls = BoardsDownloads(there, offer, time.monotonic(), ChunkLimit())
+        arrived: list[Any] = []
+        deadline = time.monotonic() + 60
+        while not (pulls.done and arrived) and time.monotonic() < deadline:
+            now = time.monotonic()
+            item = server.get(0.01)
+            if isinstance(item, ConnectionUp):
+                post.ask(uploads.restart(now))
+            elif isinstance(item, tuple) and item[0].endswith("/blob"):
+                post.ask(uploads.chunk("pi", Chunk.parse(item[1]), now))
+            elif isinstance(item, tuple):
+                message = parse(item[1])
+                if isinstance(message, Want):
+                    post.fetched("pi", message, {weights.sha256, graph.sha256})
+                elif isinstance(message, Update):
+                    post.ask(uploads.add("pi", 1, 1, message.weights, now))
+            post.ask(uploads.tick(now))
+            post.send_chunks()
+            arrived += [o for o in uploads.outcomes() if isinstance(o, Arrived)]
+            item = board.get(0.01)
+            if isinstance(item, ConnectionUp):
+                outbox.hurry(now)
+                outbox.ask("job", pulls.start(now))
+            elif isinstance(item, ConnectionDown):
+                outbox.drop_chunks()
+                uploads.drop("pi")  # as at the board's death
+            elif isinstance(item, tuple) and item[0].endswith("/blob"):
+                outbox.ask("job", pulls.chunk(Chunk.parse(item[1]), now))
+            elif isinstance(item, tuple):
+                wanted = parse(item[1])
+                assert isinstance(wanted, Want)
+                outbox.answer(wanted, update, now)
+            outbox.ask("job", pulls.tick(now))
+            outbox.send_chunks()
+            if pulls.done:
+                outbox.announce(update, now)
+
+    assert there.read(weights.sha256) == bytes(range(256)) * 8000
+    assert here.read(trained.sha256) == bytes(range(255)) * 8000
