@@ -44,10 +44,11 @@ def main() -> int:
 def page(found: dict[str, Any], about: dict[str, Any], faults: list[str]) -> str:
     """The numbers as Markdown."""
     weather, events = found["weather"], found["events"]
+    minutes = found["seconds"]["storm"] / 60
     heading = (
         f"{about['date']}, {about['cpu']}, {about['cores']} cores, Python {about['python']}, onnxruntime "
-        f"{about['onnxruntime']}. `python -m benchmarks.weather`: {found['devices']} processes `fedprune-device run` "
-        f"that train on the demo's digits, and a server, for {found['seconds']['storm'] / 60:.1f} minutes."
+        f"{about['onnxruntime']}. `python -m benchmarks.weather --devices {found['devices']}`: as many processes "
+        f"`fedprune-device run` that train on the demo's digits, and a server, for {minutes:.1f} minutes."
     )
     bad = (
         f"Between boards and broker lies a proxy with {weather['round_trip_s']:g} s of round trip; "
