@@ -84,6 +84,7 @@ def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: 
     for _ in range(1000):
         post.send_chunks()
     post.send("pi0", Cancelled("job", 1, 1, "enough"), "job")
+    post.deliver()
 
     assert 0 < link.ahead(Cancelled) < HIGH_WATER + MAX_PACKET
 

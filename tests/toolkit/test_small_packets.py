@@ -80,9 +80,9 @@ def test_a_want_says_how_many_leaves_a_chunk_may_hold_where_that_is_less_than_us
     assert want.most == 1
     assert parse(want.to_bytes()) == want
 
-    assert [len(c.payload) for c in chunks(Serve(store), Want(ref.sha256, "data", 0, 9, 1))] == [LEAF] * 9
-    assert [len(c.payload) for c in chunks(Serve(store), Want(ref.sha256, "data", 0, 9, 900))] == [3 * LEAF] * 3
-    assert [len(c.payload) for c in chunks(Serve(store), Want(ref.sha256, "data", 0, 9, 2), LOW)] == [LEAF] * 9
+    assert [len(c.payload) for c in chunks(Serve(store), Want(ref.sha256, "data", 0, 9, most=1))] == [LEAF] * 9
+    assert [len(c.payload) for c in chunks(Serve(store), Want(ref.sha256, "data", 0, 9, most=900))] == [3 * LEAF] * 3
+    assert [len(c.payload) for c in chunks(Serve(store), Want(ref.sha256, "data", 0, 9, most=2), LOW)] == [LEAF] * 9
 
 
 def test_a_blob_comes_through_where_larger_chunks_get_lost_and_the_next_one_at_once(tmp_path: Path) -> None:
@@ -113,8 +113,8 @@ def test_a_message_that_the_broker_would_drop_is_refused_by_name(tmp_path: Path)
 
     sharing = Sharing(store, Audience(State("0" * 64)))
     Post(link, TOPICS, roster, Downloads(Serve(store)), sharing, "job").send("pi", offer, "job")
+    limited = Post(link, TOPICS, roster, Downloads(Serve(store), 65_536), sharing, "job", max_packet=65_536)
     with pytest.raises(ProtocolError, match=r"offer: message is too long for the broker.*65024.*max_packet"):
-        limited = Post(link, TOPICS, roster, Downloads(Serve(store), 65_536), sharing, "job", max_packet=65_536)
         limited.send("pi", offer, "job")
 
 
@@ -164,6 +164,7 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
                 elif isinstance(message, Update):
                     post.ask(uploads.add("pi", 1, 1, message.weights, now))
             post.ask(uploads.tick(now))
+            post.deliver()
             post.send_chunks()
             arrived += [o for o in uploads.outcomes() if isinstance(o, Arrived)]
             item = board.get(0.01)

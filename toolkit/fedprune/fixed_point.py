@@ -233,7 +233,7 @@ def _rounded(rows: Sequence[npt.NDArray[Any]], scale: int) -> npt.NDArray[np.flo
     whole = own.whole[: len(rows) * size].reshape(len(rows), size)
     # Scaling by a power of two and rounding to whole numbers are exact in float32, too, at half the cost.
     narrow = rows[0].dtype == np.float32
-    out = own.narrow[: len(rows) * size].reshape(len(rows), size) if narrow else whole
+    out: npt.NDArray[Any] = own.narrow[: len(rows) * size].reshape(len(rows), size) if narrow else whole
     factor = out.dtype.type(math.ldexp(1.0, scale))
     for values, row in zip(rows, out, strict=True):
         np.multiply(values, factor, out=row.reshape(shape))

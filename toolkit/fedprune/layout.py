@@ -90,7 +90,7 @@ class Expansion:
         for axis, where in enumerate(own):
             missing = np.flatnonzero(where < 0)
             if missing.size:
-                out[(*[slice(None)] * axis, missing)] = self._absent
+                np.moveaxis(out, axis, 0)[missing] = self._absent
         return out
 
 
