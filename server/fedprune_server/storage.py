@@ -43,7 +43,7 @@ from fedprune_server.schema_migration import latest, migrate, revision
 
 log = logging.getLogger("fedprune.server")
 
-FORMAT = "fedprune.server/1"
+FORMAT = "fedprune.server/2"
 LOCK = "lock"
 """Held by the server that runs on the folder."""
 
