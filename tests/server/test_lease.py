@@ -28,7 +28,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def save(folder: StateFolder, number: int) -> None:
-    folder.storage.save(State(model="m" * 64, round=number), on.Scored(number, "r" * 64), float(number))
+    folder.storage.save(State(model="m" * 64, round=number), [on.Scored(number, "r" * 64)], float(number))
 
 
 def rounds(storage: Storage) -> list[int]:
