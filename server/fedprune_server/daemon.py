@@ -20,17 +20,16 @@ from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.state import Progress as Part
-from fedprune.errors import BrokerError, ProtocolError
+from fedprune.errors import BrokerError
 from fedprune.job import Job
-from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.chunk import MAX_PACKET
-from fedprune.wire.fields import one_line
 from fedprune.wire.link import ConnectionDown, ConnectionUp, Event
-from fedprune.wire.messages import Accepted, Cancelled, Finished, Hello, Offer
+from fedprune.wire.messages import Finished, Hello
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
 from fedprune_server.divergence import ran_away, remedy
 from fedprune_server.downloads import Downloads
+from fedprune_server.errands import Errands
 from fedprune_server.garbage import Garbage
 from fedprune_server.guard import Guarded
 from fedprune_server.post import Doubled, Post, ShutOut, Supervised, Wire
@@ -42,7 +41,7 @@ from fedprune_server.roster import Roster
 from fedprune_server.sharing import Audience, Sharing
 from fedprune_server.storage import PARTS_KEPT, Storage
 from fedprune_server.table import Display, Lines, Snapshot
-from fedprune_server.uploads import Arrived, Uploads, misfit, sent
+from fedprune_server.uploads import Uploads
 from fedprune_server.workshop import Executes, Workshop
 
 log = logging.getLogger("fedprune.server")
@@ -128,21 +127,17 @@ class Daemon:
         sharing = Sharing(store, Audience(state), max_packet)
         downloads = Downloads(Serve(*stores), max_packet)
         self._post = Post(
-            self._link,
-            self._topics,
-            self._roster,
-            downloads,
-            sharing,
-            job.name,
-            monotonic,
-            self._quarantine.asked,
+            self._link, self._topics, self._roster, downloads, sharing, job.name, monotonic, self._quarantine.asked,
             max_packet,
-        )
+        )  # fmt: skip
         self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, members, clock, monotonic)
         self._reception = Reception(
             job, state, self._topics, self._roster, self._uploads, self._post, profiles, monotonic, self._desk, clock,
             self._quarantine,
         )  # fmt: skip
+        self._errands = Errands(
+            job, state, self._roster, self._uploads, self._post, self._reception.out, self._handle, monotonic
+        )
         self._garbage = Garbage(store, keep)
         self._wakes: list[float] = []
         self._taken: list[on.Event] = []
@@ -240,7 +235,7 @@ class Daemon:
     def _take(self, item: tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released | None) -> None:
         if isinstance(item, tuple):
             event = self._reception.receive(*item)
-            self._collect_uploads()
+            self._errands.collect_uploads()
             if event is not None:
                 self._handle(event)
             if isinstance(event, on.DeviceBorn):
@@ -256,7 +251,7 @@ class Daemon:
             self._unheard = {n: d.session for n, d in self.state.devices.items() if d.online}
             self._heard_by = self._monotonic() + _ANSWER_S
             self._post.ask(self._uploads.restart(self._monotonic()))
-            self._collect_uploads()
+            self._errands.collect_uploads()
         elif isinstance(item, ConnectionDown):
             log.warning("connection to the broker lost: %s", item.reason)
         if self._desk is not None and isinstance(item, (ConnectionUp, ConnectionDown)):
@@ -332,62 +327,14 @@ class Daemon:
         self._workshop.expect(commands)
         for command in commands:
             match command:
-                case do.SendOffer():
-                    self._offer(command)
-                case do.PullUpdate():
-                    self._pull(command)
-                case do.Acknowledge():
-                    accepted = Accepted(self.job.name, command.round, command.attempt, command.weights)
-                    self._post.send(command.device, accepted, self.job.name)
-                case do.Cancel():
-                    log.debug("device %s: round %d is void: %s", command.device, command.round, command.reason)
-                    self._post.send(
-                        command.device,
-                        Cancelled(self.job.name, command.round, command.attempt, command.reason),
-                        self.job.name,
-                    )
                 case do.Wake():
                     heapq.heappush(self._wakes, command.at)
                 case do.Finish():
                     self._finish(command)
-                case do.TellFinished():
-                    self._post.send(command.device, Finished(self.job.name), self.job.name)
-                case _:
+                case do.Score() | do.Extract() | do.Fold() | do.Close() | do.Evaluate():
                     self._workshop.order(command)
-
-    def _offer(self, command: do.SendOffer, *, again: bool = False) -> None:
-        body = sent(command.offer)
-        if command.device in self._reception.out:  # while its offer was made
-            self._handle(on.OfferRefused(command.device, command.round, command.attempt, "it was shut out"))
-            return
-        try:
-            blobs = {k: BlobRef.from_dict(body[k]) for k in ("weights", "training", "inference")}
-            body |= {**blobs, "widths": tuple(body["widths"])}
-            self._post.send(command.device, Offer(self.job.name, command.round, command.attempt, **body), self.job.name)
-        except ProtocolError as error:  # a model that no message holds: nobody can take part with it
-            self._handle(on.OfferRefused(command.device, command.round, command.attempt, one_line(str(error))))
-            return
-        if not again:
-            self._roster.offered(command.device, self._monotonic())
-
-    def _pull(self, command: do.PullUpdate) -> None:
-        task = self.state.tasks.get(command.device)
-        ref = BlobRef.from_dict(command.weights)
-        if reason := misfit(task.offer if task else None, ref):
-            self._handle(on.UpdateRejected(command.device, command.round, command.attempt, reason))
-            return
-        self._post.ask(self._uploads.add(command.device, command.round, command.attempt, ref, self._monotonic()))
-        self._collect_uploads()
-
-    def _collect_uploads(self) -> None:
-        """Turn ended pulls into events."""
-        for outcome in self._uploads.outcomes():
-            device, round_, attempt = outcome.device, outcome.round, outcome.attempt
-            if isinstance(outcome, Arrived):
-                self._roster.delivered(device, self._monotonic())
-                self._handle(on.UpdateStored(device, round_, attempt, outcome.weights))
-            else:
-                self._handle(on.UpdateRejected(device, round_, attempt, one_line(outcome.reason)))
+                case _:
+                    self._errands.run(command)
 
     def _finish(self, command: do.Finish) -> None:
         if not self._finished:
@@ -419,9 +366,10 @@ class Daemon:
         for device in self._roster.silent(now, _UNHEARD_OFFER_S):
             task = self.state.tasks[device]
             if task.offer is not None:
-                self._offer(do.SendOffer(device, self.state.round_of(task), task.attempt, task.offer), again=True)
+                offer = do.SendOffer(device, self.state.round_of(task), task.attempt, task.offer)
+                self._errands.offer(offer, again=True)
         self._post.ask(self._uploads.tick(now))
-        self._collect_uploads()
+        self._errands.collect_uploads()
         if self._link.connected and now >= self._greet_at:
             self._greet(now)
 

@@ -1,0 +1,118 @@
+"""What a coordinator's commands lead to outside: what is said to devices, and what is fetched from them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+
+from fedprune.coordination import State
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.errors import ProtocolError
+from fedprune.job import Job
+from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.fields import one_line
+from fedprune.wire.messages import Accepted, Cancelled, Finished, Offer
+from fedprune_server.post import Post
+from fedprune_server.roster import Roster
+from fedprune_server.uploads import Arrived, Uploads, misfit, sent
+
+log = logging.getLogger("fedprune.server")
+
+Errand = do.SendOffer | do.PullUpdate | do.Acknowledge | do.Cancel | do.TellFinished
+
+
+class Errands:
+    """Says and fetches what commands ask for; what comes of it is an event.
+
+    Args:
+        job: The job.
+        state: The coordinator's state; read, never changed.
+        roster: The devices.
+        uploads: Updates on their way here.
+        post: The way out.
+        out: Devices that were shut out.
+        happen: Takes in an event.
+        monotonic: Seconds of a clock that nobody sets.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        state: State,
+        roster: Roster,
+        uploads: Uploads,
+        post: Post,
+        out: AbstractSet[str],
+        happen: Callable[[on.Event], None],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._job = job
+        self._state = state
+        self._roster = roster
+        self._uploads = uploads
+        self._post = post
+        self._out = out
+        self._happen = happen
+        self._monotonic = monotonic
+
+    def run(self, command: Errand) -> None:
+        """Carry out a command.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        job = self._job.name
+        match command:
+            case do.SendOffer():
+                self.offer(command)
+            case do.PullUpdate():
+                self._pull(command)
+            case do.Acknowledge():
+                self._post.send(command.device, Accepted(job, command.round, command.attempt, command.weights), job)
+            case do.Cancel():
+                log.debug("device %s: round %d is void: %s", command.device, command.round, command.reason)
+                self._post.send(command.device, Cancelled(job, command.round, command.attempt, command.reason), job)
+            case do.TellFinished():
+                self._post.send(command.device, Finished(job), job)
+
+    def offer(self, command: do.SendOffer, *, again: bool = False) -> None:
+        """Offer a device its part.
+
+        Args:
+            command: The offer.
+            again: Whether it was offered before, and nothing was heard of it.
+        """
+        body, job = sent(command.offer), self._job.name
+        if command.device in self._out:  # while its offer was made
+            self._happen(on.OfferRefused(command.device, command.round, command.attempt, "it was shut out"))
+            return
+        try:
+            blobs = {k: BlobRef.from_dict(body[k]) for k in ("weights", "training", "inference")}
+            body |= {**blobs, "widths": tuple(body["widths"])}
+            self._post.send(command.device, Offer(job, command.round, command.attempt, **body), job)
+        except ProtocolError as error:  # a model that no message holds: nobody can take part with it
+            self._happen(on.OfferRefused(command.device, command.round, command.attempt, one_line(str(error))))
+            return
+        if not again:
+            self._roster.offered(command.device, self._monotonic())
+
+    def collect_uploads(self) -> None:
+        """Turn ended pulls into events."""
+        for outcome in self._uploads.outcomes():
+            device, round_, attempt = outcome.device, outcome.round, outcome.attempt
+            if isinstance(outcome, Arrived):
+                self._roster.delivered(device, self._monotonic())
+                self._happen(on.UpdateStored(device, round_, attempt, outcome.weights))
+            else:
+                self._happen(on.UpdateRejected(device, round_, attempt, one_line(outcome.reason)))
+
+    def _pull(self, command: do.PullUpdate) -> None:
+        task = self._state.tasks.get(command.device)
+        ref = BlobRef.from_dict(command.weights)
+        if reason := misfit(task.offer if task else None, ref):
+            self._happen(on.UpdateRejected(command.device, command.round, command.attempt, reason))
+            return
+        self._post.ask(self._uploads.add(command.device, command.round, command.attempt, ref, self._monotonic()))
+        self.collect_uploads()
