@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedprune import step
+from fedprune.codec import Codec
 from fedprune.costs import storage_bytes
 from fedprune.errors import PlanError, StorageFullError
 from fedprune.profile import HardwareProfile
@@ -22,7 +23,7 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
         profile: What the board is, if that is known.
 
     Raises:
-        ConfigError: The recipe doesn't make sense.
+        ConfigError: The recipe doesn't make sense, or the codec of updates isn't known here.
         StorageFullError: Its files don't fit on the disk.
         PlanError: It is beyond what the profile allows.
     """
@@ -31,7 +32,10 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
     full = _full_size(offer)
     lowered = offer.lowered or {}
     # A lowered model is smaller than the one that it is made of.
-    needed = sum(r.size for r in lacking) + (2 + recipe.own_files + len(lowered)) * full
+    codec = None if offer.codec is None else Codec.parse(offer.codec, "offer: codec")
+    # What serves is no longer what is sent; and, before and after a round, what codes left out.
+    coded = 0 if codec is None else 1 + 2 * codec.feedback
+    needed = sum(r.size for r in lacking) + (2 + recipe.own_files + coded + len(lowered)) * full
     free = store.free_bytes() + store.reclaimable_bytes(offer)
     if needed > free:
         raise StorageFullError("no room for the offer's files", expected=f"{needed} bytes", got=f"{free} free")

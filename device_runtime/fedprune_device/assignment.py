@@ -126,7 +126,7 @@ class Workbench:
 
         Raises:
             DamagedBlobError: A blob must be pulled again.
-            ConfigError: The recipe doesn't make sense.
+            ConfigError: The recipe or the codec doesn't make sense.
             BundleError: The weights are not a canonical tensor file, or a mask doesn't fit them.
             DataError: The local data doesn't fit the model.
             TrainingError: Training failed.
@@ -176,7 +176,7 @@ class Workbench:
         report("evaluate", 1, 2)
         # From here on there is memory for the new ones alone, beside the model that is loaded and what is blended in.
         work.tensors = {}
-        made, kept = work.made(result, self._blobs.put), work.kept
+        made, kept = work.made(result, self._blobs.put, self._blob), work.kept
         result = replace(result, tensors={}, squares={}, last_squares={})  # arrays in the loaded graph's memory
         del work, trainer
         self._trainer.release()

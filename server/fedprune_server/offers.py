@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from fedprune import step, tensorfile
+from fedprune import codec, step, tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.errors import StorageError
 from fedprune.form_times import FormTimes
@@ -20,7 +21,7 @@ from fedprune_export.imported import Model
 from fedprune_export.inference import inference_model
 from fedprune_export.precision import lower
 from fedprune_export.training import training_graph
-from fedprune_server.uploads import UPDATE_SIZE
+from fedprune_server.uploads import UPDATE_BOUND, UPDATE_SIZE
 
 GRAPH_ROUNDS = 10
 """A graph that no offer named for so many rounds is let go of, and made again if it is needed again."""
@@ -86,9 +87,16 @@ class Offers:
         self._latest = LatestGraphs()
         self._withheld: dict[str, frozenset[str]] = {}
         self._failed: set[str] = set()
+        self._trained = frozenset(t.name for t in model.architecture.trainable)
 
     def body(
-        self, submodel: Submodel, recipe: Recipe, round_: int, block: int = 0, times: FormTimes | None = None
+        self,
+        submodel: Submodel,
+        recipe: Recipe,
+        round_: int,
+        block: int = 0,
+        times: FormTimes | None = None,
+        coded: str | None = None,
     ) -> dict[str, Any]:
         """The entries of an offer that follow from what a device is sent and how it trains.
 
@@ -98,6 +106,7 @@ class Offers:
             round_: The offer's round.
             block: Channels that the device computes at once; 0 for none.
             times: What forms took there; None if that isn't known.
+            coded: What its update is to be encoded in, or None.
 
         Raises:
             ModelError: The model can't be trained by this recipe.
@@ -105,13 +114,18 @@ class Offers:
         """
         mask = submodel.mask
         packed = submodel.tensors if mask is None else mask.pack(submodel.tensors)
-        body = {
+        body: dict[str, Any] = {
             "weights": self._store.put(tensorfile.encode(packed)).to_dict(),
             "training": self.training(recipe, round_),
             "inference": self.inference(submodel.selection.widths, round_),
             "recipe": recipe.to_offer(),
-            UPDATE_SIZE: self._update_size(packed, recipe),
         }
+        shapes = self._answer(packed, recipe)
+        header = tensorfile.header((n, "F32", shape) for n, shape in shapes.items())
+        body[UPDATE_SIZE] = len(header) + 4 * sum(map(math.prod, shapes.values()))
+        chosen = None if coded is None else codec.Codec.parse(coded)
+        if chosen is not None:
+            body |= {"codec": coded, UPDATE_BOUND: codec.bound(chosen, shapes, self._trained)}
         if self._precisions:
             body["lowered"] = self.lowered(submodel.selection.widths, round_)
         blocked = self.blocked(recipe, submodel.selection.widths, block, round_, times)
@@ -203,12 +217,10 @@ class Offers:
             self._withheld[key] = frozen | matching(architecture, recipe.personal, "recipe: personal")
         return self._withheld[key]
 
-    def _update_size(self, packed: Tensors, recipe: Recipe) -> int:
-        """Bytes of the update that answers these weights: as many, without what is withheld."""
+    def _answer(self, packed: Tensors, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+        """Shapes of the update that answers these weights: as many, without what is withheld."""
         withheld = self.withheld(recipe)
-        sent = {n: v for n, v in packed.items() if n not in withheld}
+        sent = {n: v.shape for n, v in packed.items() if n not in withheld}
         if recipe.report_squares:
-            trained = {t.name for t in self._model.architecture.trainable}
-            sent |= {step.squares(n): v for n, v in sent.items() if n in trained}
-        header = tensorfile.header((n, "F32", v.shape) for n, v in sent.items())
-        return len(header) + sum(v.nbytes for v in sent.values())
+            sent |= {step.squares(n): shape for n, shape in sent.items() if n in self._trained}
+        return sent

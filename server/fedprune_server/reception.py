@@ -191,7 +191,7 @@ class Reception:
         except ProfileError as error:
             self._roster.exclude(birth.device, _advice(error), name, birth.samples)
             return None
-        return on.DeviceBorn(birth.device, birth.session, profile, birth.samples, probe)
+        return on.DeviceBorn(birth.device, birth.session, profile, birth.samples, probe, birth.codecs or ())
 
     def _report(self, device: str, message: Progress | Refusal | Update) -> on.Event | None:
         """What a device says about its part in a round."""

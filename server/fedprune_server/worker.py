@@ -151,7 +151,7 @@ class Worker:
             "ranking": self._ranking(command.basis, cut, submodel.selection),
             "widths": list(submodel.selection.widths),
             "classes": self.architecture.classes,
-            **self._offers.body(submodel, recipe, command.basis.round, command.block, times),
+            **self._offers.body(submodel, recipe, command.basis.round, command.block, times, command.codec),
         }
         return on.Extracted(command.basis.round, part.device, part.attempt, offer)
 
@@ -250,7 +250,7 @@ class Worker:
         mask = self._archive.mask(found.mask, selection)
         withheld = self._offers.withheld(self._recipe(cut.turn))
         held = _gathered(selection, cut.scene.model, withheld)
-        tensors, squares = parts(self._archive.tensors(found.weights), mask)
+        tensors, squares = parts(self._archive.update(found.weights, found.codec, found.sent), mask)
 
         def sent() -> Submodel:
             offered, _ = parts(self._archive.tensors(found.sent), mask)

@@ -17,6 +17,8 @@ class Past:
         ranking: Digest of the ranking that it was cut by.
         widths: Its widths.
         mask: Digest of its element mask, or None.
+        codec: What it is encoded in, or None.
+        sent: Where it is encoded, digest of the weights that the device was sent.
     """
 
     round: int
@@ -24,6 +26,8 @@ class Past:
     ranking: str
     widths: tuple[int, ...]
     mask: str | None = None
+    codec: str | None = None
+    sent: str | None = None
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Past:
@@ -110,12 +114,14 @@ class Extract:
         part: Whose it is.
         block: Channels that the device computes at once, for a training graph of its own; 0 for the one of all.
         forms: What forms of layers took there (`fedprune.form_times`), as plain JSON types; None if that isn't known.
+        codec: What its update is to be encoded in (`fedprune.codec.Codec`), or None.
     """
 
     basis: Basis
     part: Part
     block: int = 0
     forms: dict[str, Any] | None = None
+    codec: str | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,7 @@ class Contribution:
             part's.
         ranking: Digest of the ranking whose first channels it was sent, which may be an extractor's own; None for the
             basis's.
+        codec: What the update is encoded in, or None.
     """
 
     basis: Basis
@@ -186,6 +193,7 @@ class Contribution:
     steps: int
     widths: tuple[int, ...] | None = None
     ranking: str | None = None
+    codec: str | None = None
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Contribution:

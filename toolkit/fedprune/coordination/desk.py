@@ -215,7 +215,7 @@ class Desk(ABC):
         known = state.devices.get(event.device)
         if known is not None and known.online and event.session < known.session:
             return False
-        device = Device(event.session, True, event.profile, event.probe, event.samples)
+        device = Device(event.session, True, event.profile, event.probe, event.samples, codecs=list(event.codecs))
         if known is not None:
             device.past, device.last = known.past, known.last
             device.allocation, device.buffer = known.allocation, known.buffer
@@ -244,7 +244,8 @@ class Desk(ABC):
 
     def _extract(self, name: str, task: Task) -> do.Extract:
         device = self.state.devices[name]
-        return do.Extract(self._basis_of(task), part_of(name, task), device.block, device.forms)
+        codec = self.job.codec(device.profile.get("name"), device.codecs)
+        return do.Extract(self._basis_of(task), part_of(name, task), device.block, device.forms, codec)
 
     def _basis_of(self, task: Task) -> do.Basis:
         return self._basis() if task.basis is None else do.Basis.from_dict(task.basis)
@@ -262,6 +263,7 @@ class Desk(ABC):
             task.steps,
             tuple(offer["widths"]),
             offer.get("ranking"),
+            offer.get("codec"),
         )
 
     def _fold(self, name: str, task: Task, weight: int) -> do.Fold:
@@ -275,7 +277,8 @@ class Desk(ABC):
             # As it was sent: an extractor may have chosen fewer channels than the part says, or others.
             sent = self._contribution(name, task, task.weight)
             ranking, widths = sent.ranking or sent.basis.ranking, sent.widths or task.widths
-            past = do.Past(sent.basis.round, task.weights, ranking, widths, sent.mask)
+            base = sent.sent if sent.codec else None
+            past = do.Past(sent.basis.round, task.weights, ranking, widths, sent.mask, sent.codec, base)
             self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
     def _fail(self, name: str, task: Task, reason: str) -> None:

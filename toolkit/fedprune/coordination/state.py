@@ -61,6 +61,7 @@ class Device:
         allocation: What the strategy's allocator remembers of it.
         buffer: Asynchronous jobs: its last counted update (`fedprune.coordination.commands.Contribution`) where the
             schedule keeps that, and what it counted for.
+        codecs: Names of the codecs in which it can send updates.
     """
 
     session: int
@@ -78,6 +79,7 @@ class Device:
     last: int = 0
     allocation: dict[str, Any] = field(default_factory=dict)
     buffer: dict[str, Any] | None = None
+    codecs: list[str] = field(default_factory=list)
 
     @property
     def block(self) -> int:
@@ -272,7 +274,7 @@ class State:
 
 def _named(past: dict[str, Any] | None) -> set[str]:
     """Digests that a past update refers to."""
-    return {past[k] for k in ("weights", "ranking", "mask") if past[k]} if past else set()
+    return {past[k] for k in ("weights", "ranking", "mask", "sent") if past.get(k)} if past else set()
 
 
 def _offered(offer: dict[str, Any]) -> set[str]:

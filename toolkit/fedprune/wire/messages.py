@@ -25,6 +25,7 @@ MAX_WANT = 1024
 
 _MOST_PRECISIONS = 8
 _MOST_BLOCKS = 8
+_MOST_CODECS = 64
 
 PHASES = ("download", "train", "evaluate")
 PARTS = ("data", "leaves")
@@ -47,6 +48,7 @@ class Birth(CheckedMessage):
         software: What runs there, with versions.
         probe: What the board measured of itself.
         held: The job, round and attempt that it works on or whose update it still has to deliver.
+        codecs: Names of the codecs in which it can send updates (`fedprune.codec`); None where it knows none.
     """
 
     device: str
@@ -56,8 +58,10 @@ class Birth(CheckedMessage):
     software: str
     probe: dict[str, Any] | None = None
     held: dict[str, Any] | None = None
+    codecs: tuple[str, ...] | None = None
 
     kind: ClassVar[str] = "birth"
+    newer: ClassVar[frozenset[str]] = frozenset({"codecs"})
     checks: ClassVar[Mapping[str, Check]] = {
         "device": check.device,
         "session": _COUNT,
@@ -66,6 +70,7 @@ class Birth(CheckedMessage):
         "software": _SHORT,
         "probe": check.optional(check.plain),
         "held": check.optional(check.assignment),
+        "codecs": check.optional(check.names(_MOST_CODECS)),
     }
 
 
@@ -226,6 +231,7 @@ class Offer(CheckedMessage):
         blocked: By channels of a block, training graphs for boards that compute so many at once (`fedprune.blocks`),
             at these widths alone. A board pulls the one that it can use instead of `training`. None where there are
             none.
+        codec: How the update is to be encoded (`fedprune.codec.Codec`); None for a plain tensor file.
     """
 
     job: str
@@ -244,9 +250,10 @@ class Offer(CheckedMessage):
     ranking: str | None = None
     lowered: dict[str, BlobRef] | None = None
     blocked: dict[str, BlobRef] | None = None
+    codec: str | None = None
 
     kind: ClassVar[str] = "offer"
-    newer: ClassVar[frozenset[str]] = frozenset({"mask", "ranking", "lowered", "blocked"})
+    newer: ClassVar[frozenset[str]] = frozenset({"mask", "ranking", "lowered", "blocked", "codec"})
     checks: ClassVar[Mapping[str, Check]] = {
         **_ASSIGNMENT,
         "seed": _COUNT,
@@ -262,6 +269,7 @@ class Offer(CheckedMessage):
         "ranking": check.optional(check.digest),
         "lowered": check.optional(check.blobs(_MOST_PRECISIONS)),
         "blocked": check.optional(check.blobs(_MOST_BLOCKS)),
+        "codec": check.optional(_SHORT),
     }
 
     @property

@@ -1,0 +1,7 @@
+"""Codecs of what travels: an update as its difference to the weights that were sent, in fewer bytes."""
+
+from fedprune.codec.choice import CODECS, PLAIN, Codec, agreed
+from fedprune.codec.packing import is_packed
+from fedprune.codec.update import bound, decode, encode
+
+__all__ = ["CODECS", "PLAIN", "Codec", "agreed", "bound", "decode", "encode", "is_packed"]
