@@ -28,7 +28,8 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
         PlanError: It is beyond what the profile allows.
     """
     recipe = Recipe.from_dict(offer.recipe)
-    lacking = [r for r in offer.blobs() if not store.blobs.has(r.sha256)]
+    coded_weights = () if offer.coded is None else (offer.coded,)
+    lacking = [r for r in (*offer.blobs(), *coded_weights) if not store.blobs.has(r.sha256)]
     full = _full_size(offer)
     lowered = offer.lowered or {}
     # A lowered model is smaller than the one that it is made of.

@@ -259,7 +259,8 @@ class Agent:
             self._refuse(offer, error)
 
     def _download(self, offer: Offer, now: float) -> None:
-        self._downloads = Downloads(self._store.blobs, offer, now)
+        # What couldn't be read once is not decoded again.
+        self._downloads = Downloads(self._store.blobs, offer, now, plainly=self._damages > 0)
         self._outbox.ask(offer.job, self._downloads.start(now))
 
     def _on_chunk(self, chunk: Chunk, now: float) -> None:

@@ -165,7 +165,12 @@ class Alone:
         weights = self._store.blobs.put(self._store.slots.weights(record))
         recipe = {**offer.recipe, "evaluate_every": 1}
         return replace(
-            offer, weights=weights, recipe=recipe, codec=None, seed=offer.seed + 1 + int(self._number("times"))
+            offer,
+            weights=weights,
+            recipe=recipe,
+            codec=None,
+            coded=None,
+            seed=offer.seed + 1 + int(self._number("times")),
         )
 
     def _due(self, now: float, connected: bool) -> bool:

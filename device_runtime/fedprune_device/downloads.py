@@ -16,6 +16,7 @@ class Downloads:
         store: Where the blobs end up; what is there of them already is not asked for again.
         offer: The offer.
         now: The time, on the same clock as later calls.
+        plainly: Whether weights are pulled as they are, though they could be decoded.
 
     Raises:
         StorageFullError: There is no room for them.
@@ -23,8 +24,9 @@ class Downloads:
         ProtocolError: A reference contradicts itself.
     """
 
-    def __init__(self, store: BlobStore, offer: Offer, now: float) -> None:
-        refs: dict[str, BlobRef] = {r.sha256: r for r in offer.blobs()}
+    def __init__(self, store: BlobStore, offer: Offer, now: float, plainly: bool = False) -> None:
+        wanted = offer.blobs() if plainly else offer.shorter(store.has)
+        refs: dict[str, BlobRef] = {r.sha256: r for r in wanted}
         self.offer = offer
         self.began = now
         self._pulls = {sha256: Pull(ref, store.partial(ref)) for sha256, ref in refs.items() if not store.has(sha256)}

@@ -2,51 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from fedprune.errors import BundleError
-from fedprune.ordered_dropout import TensorAxes
+from fedprune.codec.relocation import relocated
+from fedprune.errors import ProtocolError
 from fedprune.selection import Tensors
+from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Offer
 from fedprune_device.own import Own
 
 
 def carried(
-    base: Own | None, offer: Offer, tensors: Mapping[str, npt.NDArray[Any]], axes: TensorAxes | None = None
+    base: Own | None, offer: Offer, tensors: Mapping[str, npt.NDArray[Any]], read: Callable[[BlobRef], bytes]
 ) -> Tensors:
     """What the last update left out of tensors that are trained now.
 
-    In another selection of the same order of channels it is that of the channels that both have, where the training
-    graph says how they lie; of a selection of another order nothing is known to be the same, and nothing is left.
+    In another selection it is that of the channels that both have, where the offer says how these have moved;
+    otherwise nothing is known to be the same, and nothing is left.
 
     Args:
         base: What the round before left; None where there is none.
         offer: The offer: where the tensors lie.
         tensors: The submodel's tensors, with all elements in their places.
-        axes: How channels lie on the tensors' axes.
+        read: Gives a blob of the offer.
 
     Returns:
         Arrays of the tensors' shapes, for some of them.
+
+    Raises:
+        StorageError: A blob can't be read.
     """
-    if base is None or not base.residual:
-        return {}
-    if base.selection == offer.selection:
-        return {n: v for n, v in base.residual.items() if n in tensors and tensors[n].shape == v.shape}
-    if base.ranking is None or base.ranking != offer.ranking or axes is None or len(base.widths) != len(offer.widths):
-        return {}
-    common = tuple(map(min, base.widths, offer.widths))
-    differing = {g for g, (a, b) in enumerate(zip(base.widths, offer.widths, strict=True)) if a != b}
-    if not differing <= axes.prefixed or not set(base.residual) <= set(tensors):
-        return {}
-    out = {n: np.zeros_like(tensors[n]) for n in base.residual}
-    try:
-        axes.check(base.residual, base.widths)
-        axes.check(out, offer.widths)
-    except BundleError:
-        return {}  # whatever it is, it is nothing of this model
-    axes.write_back(out, axes.narrowed(base.residual, base.widths, common), offer.widths, common)
-    return out
+    found = {} if base is None else base.residual
+    if base is not None and found and base.selection != offer.selection:
+        if offer.moved is None or offer.moved_from != base.selection:
+            return {}
+        try:
+            found = relocated(found, read(offer.moved), 2 * max(v.nbytes for v in tensors.values()) + 2**20)
+        except ProtocolError:
+            return {}
+    return {n: v for n, v in found.items() if n in tensors and tensors[n].shape == v.shape}

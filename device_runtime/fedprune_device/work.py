@@ -160,7 +160,7 @@ class Work:
         if self._codec is None:
             return tensorfile.encode(update), {}
         base = None if self.kept is None else self.kept.base
-        missed = carried(base, self._offer, trained, self._trainer.axes)
+        missed = carried(base, self._offer, trained, read)
         received: Tensors = tensorfile.decode(read(self._offer.weights))
         packed = missed if self.mask is None else self.mask.pack(missed)
         try:

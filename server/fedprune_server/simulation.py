@@ -279,9 +279,12 @@ class Simulation:
         if UPDATE_BOUND in command.offer:
             run.bounds[name] = int(command.offer[UPDATE_BOUND])
         device, held = self._devices[name], run.held.get(name, [])
-        refs = [command.offer[k] for k in (*BLOBS, "mask") if command.offer.get(k)]
-        size = sum(int(r["size"]) for r in refs if r["sha256"] not in held)
-        run.held[name] = [r["sha256"] for r in refs]
+        refs = [command.offer[k] for k in (*BLOBS, "mask", "moved") if command.offer.get(k)]
+        pulled, coded = {r["sha256"]: int(r["size"]) for r in refs}, command.offer.get("coded")
+        if coded and command.offer.get("held", coded["sha256"]) in (*held, coded["sha256"]):
+            pulled[command.offer["weights"]["sha256"]] = int(coded["size"])  # which it decodes
+        size = sum(n for sha256, n in pulled.items() if sha256 not in held)
+        run.held[name] = list(pulled)
         run.down += size
         self._spent(name)[0] += size
         key = (seed, command.round, name)

@@ -144,6 +144,9 @@ class Worker:
         submodel = self.strategy.personaliser.personalise(cut, self.strategy.extractor.extract(cut))
         recipe = _masked(self._recipe(cut.turn), submodel)
         times = FormTimes.from_dict(command.forms) if command.block and command.forms is not None else None
+        held = command.coding.held
+        known = held is not None and self.store.has(held.ranking)
+        before = self._archive.selection(held.ranking, held.widths) if known and held is not None else None
         offer = {
             "seed": self.job.seed,
             "architecture": self.architecture.digest,
@@ -151,7 +154,7 @@ class Worker:
             "ranking": self._ranking(command.basis, cut, submodel.selection),
             "widths": list(submodel.selection.widths),
             "classes": self.architecture.classes,
-            **self._offers.body(submodel, recipe, command.basis.round, command.block, times, command.codec),
+            **self._offers.body(submodel, recipe, command.basis.round, command.block, times, command.coding, before),
         }
         return on.Extracted(command.basis.round, part.device, part.attempt, offer)
 

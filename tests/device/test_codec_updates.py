@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hidden_board import DEVICE, HIDDEN, HiddenBoard, hidden_weights
 
 from fedprune import tensorfile
-from fedprune.architecture import Axis, Segment
-from fedprune.codec import CODECS, Codec, decode, is_packed
+from fedprune.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.blobs import BlobStore
+from fedprune.codec import CODECS, Codec, decode, is_packed, weights
+from fedprune.codec.relocation import relocation
 from fedprune.element_mask import ElementMask
 from fedprune.errors import ConfigError, StorageFullError
-from fedprune.ordered_dropout import TensorAxes
 from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
+from fedprune.selection import Selection, Tensors
+from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Offer
 from fedprune_device.acceptance import check_offer
-from fedprune_device.assignment import Workbench
+from fedprune_device.assignment import DamagedBlobError, Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.own import Own
 from fedprune_device.residual import carried
@@ -109,45 +113,101 @@ def test_a_masked_update_leaves_out_of_active_elements_alone(board: HiddenBoard)
         assert not own.residual[name][~active].any()
 
 
-def own(selection: str = "b" * 64, ranking: str | None = "c" * 64, width: int = HIDDEN) -> Own:
-    left = {n: v for n, v in hidden_weights(width).items() if n not in STATISTICS}
-    return Own("job", 7, "a" * 64, selection, ranking, (width,), 1, residual=left)
+ARCHITECTURE = Architecture(
+    "hidden",
+    (ChannelGroup("h", HIDDEN),),
+    (
+        TensorSpec("w1", TensorKind.WEIGHT, (Axis((Segment(0, 0, HIDDEN, 1),)), Axis((Segment(FIXED, 0, 1, 6),)))),
+        TensorSpec("gamma", TensorKind.NORM_SCALE, (Axis((Segment(0, 0, HIDDEN, 1),)),)),
+        TensorSpec("w2", TensorKind.WEIGHT, (Axis((Segment(FIXED, 0, 1, 3),)), Axis((Segment(0, 0, HIDDEN, 1),)))),
+    ),
+    (),
+    (),
+    (6,),
+    3,
+)
+BEFORE = Selection.of(ARCHITECTURE, (6,), [[4, 1, 7, 0, 3, 2, 5, 6]])
+NOW = Selection.of(ARCHITECTURE, (4,), [[7, 5, 4, 1, 0, 2, 3, 6]])
+WHOLE = {n: v for n, v in hidden_weights(seed=3).items() if n in ARCHITECTURE.by_name}
 
 
-def axes() -> TensorAxes:
-    hidden = Axis((Segment(0, 0, HIDDEN, 1),))
-
-    def fixed(size: int) -> Axis:
-        return Axis((Segment(-1, 0, 1, size),))
-
-    return TensorAxes(
-        (HIDDEN,),
-        {"w1": (hidden, fixed(6)), "gamma": (hidden,), "beta": (hidden,), "w2": (fixed(3), hidden), "b2": (fixed(3),)},
-    )
+def own(selection: Selection = BEFORE) -> Own:
+    place = (selection.digest, "c" * 64, selection.widths, 1)
+    return Own("job", 7, "a" * 64, *place, residual=selection.gather(WHOLE))
 
 
-def offered(board: HiddenBoard, width: int, ranking: str = "c" * 64) -> Offer:
-    return board.offer(2, PLAIN, hidden_weights(width), graph="kept", ranking=ranking, codec="int8")
+def offered(board: HiddenBoard, **other: Any) -> tuple[Offer, Callable[[BlobRef], bytes]]:
+    """An offer of another selection that says how channels have moved."""
+    with DeviceStore(board.root) as store:
+        moved = store.blobs.put(relocation(BEFORE, NOW))
+    values = {"moved": moved, "moved_from": BEFORE.digest, "selection": NOW.digest, "codec": "int8", **other}
+    offer = board.offer(2, PLAIN, hidden_weights(), graph="kept", **values)
+    return offer, lambda ref: BlobStore(board.root / "blobs").read(ref.sha256)
 
 
-def test_channels_that_both_widths_have_keep_what_was_left_out(board: HiddenBoard) -> None:
-    before, half = own(), HIDDEN // 2
-    narrow = carried(before, offered(board, half), hidden_weights(half), axes())
-    assert set(narrow) == set(before.residual)
-    assert narrow["w1"].tobytes() == before.residual["w1"][:half].tobytes()
-    assert narrow["w2"].tobytes() == np.ascontiguousarray(before.residual["w2"][:, :half]).tobytes()
-    wide = carried(own(width=half), offered(board, HIDDEN), hidden_weights(), axes())
-    assert wide["w1"].shape == (HIDDEN, 6)
-    assert wide["w1"][:half].tobytes() == own(width=half).residual["w1"].tobytes()
-    assert not wide["w1"][half:].any()
+def test_channels_that_have_moved_keep_what_was_left_out(board: HiddenBoard) -> None:
+    found = carried(own(), *placed(offered(board)))
+    wanted = NOW.gather(WHOLE)
+    assert set(found) == set(wanted)
+    for name, axis in (("w1", 0), ("gamma", 0), ("w2", 1)):
+        new, old = np.moveaxis(found[name], axis, 0), np.moveaxis(wanted[name], axis, 0)
+        assert new[[0, 2, 3]].tobytes() == old[[0, 2, 3]].tobytes()
+        assert not new[1].any()  # channel 5 wasn't there
 
 
-def test_of_another_order_of_channels_nothing_is_left(board: HiddenBoard) -> None:
-    half = HIDDEN // 2
-    assert not carried(own(), offered(board, half, ranking="d" * 64), hidden_weights(half), axes())
-    assert not carried(own(ranking=None), offered(board, half), hidden_weights(half), axes())
-    assert not carried(own(), offered(board, half), hidden_weights(half), None)
-    assert not carried(None, offered(board, half), hidden_weights(half), axes())
+def placed(made: tuple[Offer, Callable[[BlobRef], bytes]]) -> tuple[Offer, Tensors, Callable[[BlobRef], bytes]]:
+    return made[0], NOW.gather(WHOLE), made[1]
+
+
+def test_where_nothing_is_known_of_channels_nothing_is_left(board: HiddenBoard) -> None:
+    assert not carried(own(), *placed(offered(board, moved=None, moved_from=None)))
+    assert not carried(own(), *placed(offered(board, moved_from="d" * 64)))
+    assert not carried(None, *placed(offered(board)))
+    with DeviceStore(board.root) as store:
+        wrong = store.blobs.put(relocation(NOW, BEFORE) + b"x")
+    assert not carried(own(), *placed(offered(board, moved=wrong)))
+
+
+# -- weights that come encoded ----------------------------------------------------------------------------------------
+
+
+def coded(board: HiddenBoard, text: str, held: Tensors | None, **other: Any) -> tuple[Offer, Tensors]:
+    """An offer whose weights are not there, but what they can be decoded from; and these weights."""
+    codec = Codec.parse(text)
+    assert codec is not None
+    new = hidden_weights(seed=4)
+    raw = weights.encode(codec, new, held, set(new) - STATISTICS)
+    there = weights.decode(codec, raw, held, 10**6)
+    offer = board.offer(2, PLAIN, there, graph="kept", weights_codec=text)
+    with DeviceStore(board.root) as store:
+        store.blobs.delete(offer.weights.sha256)
+        base = None if held is None else store.blobs.put(tensorfile.encode(held)).sha256
+        return replace(offer, coded=store.blobs.put(other.get("raw", raw)), held=base), there
+
+
+@pytest.mark.parametrize(("text", "based"), [("zlib", False), ("float16", False), ("zlib", True), ("int8", True)])
+def test_training_goes_on_from_weights_that_were_decoded(board: HiddenBoard, text: str, based: bool) -> None:
+    offer, there = coded(board, text, hidden_weights(seed=3) if based else None)
+    update = tensorfile.decode(carry_out(board, offer)[0])
+    plain = board.offer(2, PLAIN, there, graph="kept")
+    assert plain.weights == offer.weights
+    again = tensorfile.decode(carry_out(board, plain)[0])
+    assert {n: v.tobytes() for n, v in update.items()} == {n: v.tobytes() for n, v in again.items()}
+
+
+def test_weights_that_are_not_the_offered_ones_are_asked_for_as_they_are(board: HiddenBoard) -> None:
+    held = hidden_weights(seed=3)
+    right, _ = coded(board, "int8", held)
+    other = weights.encode(Codec("int8"), hidden_weights(seed=5), held, set(held) - STATISTICS)
+    for raw in (other, b"", b"rubbish", other[:-1]):
+        offer, _ = coded(board, "int8", held, raw=raw)
+        with pytest.raises(DamagedBlobError) as caught:
+            carry_out(board, offer)
+        assert offer.coded is not None
+        assert caught.value.sha256 == offer.coded.sha256
+    with pytest.raises(DamagedBlobError) as caught:
+        carry_out(board, replace(right, held="f" * 64))
+    assert caught.value.sha256 == "f" * 64
 
 
 def test_a_record_with_what_was_left_out_is_read_back() -> None:

@@ -12,16 +12,18 @@ import pytest
 from fedprune import tensorfile
 from fedprune.architecture import widths_at
 from fedprune.blobs import BlobStore
-from fedprune.codec import CODECS, Codec, bound, decode, encode, packing
+from fedprune.codec import CODECS, DOWN, Codec, bound, decode, encode, packing
 from fedprune.coordination import State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.state import Progress
 from fedprune.errors import ConfigError
 from fedprune.job import Job
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.messages import Birth, parse
+from fedprune.wire.messages import Birth, Offer, parse
+from fedprune_device.decoding import decoded
 from fedprune_device.trainer import Trainer
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
@@ -136,7 +138,7 @@ def test_a_board_gets_no_codec_that_it_does_not_know(model: Model, known: tuple[
     coordinator = coordinate(Job(compression="top-k:0.1"), model.architecture, State("0" * 64))
     coordinator.handle(on.DeviceBorn("pi", 1, find(KINDS[1]).to_dict(), 10, None, said.codecs or ()), 0.0)
     extract = coordinator.handle(on.Scored(1, "1" * 64), 0.0)
-    assert [c.codec for c in extract if isinstance(c, do.Extract)] == [codec]
+    assert [c.coding.update for c in extract if isinstance(c, do.Extract)] == [codec]
 
 
 @pytest.mark.parametrize(
@@ -148,8 +150,78 @@ def test_a_wrong_setting_is_named(body: dict[str, Any]) -> None:
 
 
 def test_a_setting_is_read_back() -> None:
-    job = Job(compression="top-k:0.02", compression_of={"jetson-orin-nano": "zlib"})
+    job = Job(compression="top-k:0.02", compression_of={"jetson-orin-nano": "zlib"}, compression_down="int8")
     assert Job.from_dict(job.to_dict()) == job
+
+
+# -- weights that devices are sent ------------------------------------------------------------------------------------
+
+
+def downloaded(run: Simulation, since: int) -> int:
+    """Bytes that all devices were sent from a round on."""
+    rounds = (notes for number, notes in run._run.rounds.items() if number >= since)
+    return sum(row[0] for notes in rounds for row in notes.devices.values())
+
+
+@pytest.mark.parametrize("scorer", ["magnitude", "ordered"])
+def test_weights_come_as_differences_to_those_that_a_board_holds(
+    simulate: Callable[..., Simulation], scorer: str
+) -> None:
+    """Also where channels are ranked anew in every round."""
+    plain = simulate("none", scorer=scorer)
+    plain.run()
+    before = downloaded(plain, 2)
+    for setting in DOWN:
+        run = simulate(setting, scorer=scorer, compression_down=setting)
+        run.run()
+        assert {p["progress"] for p in run.state.history[-1]["devices"].values()} == {"folded"}
+        assert downloaded(run, 2) < before
+        before = downloaded(run, 2)
+        assert (run.state.model == plain.state.model) == (setting == "zlib")
+        for name, task in run.state.tasks.items():
+            offer, held = task.offer or {}, run.state.devices[name].held
+            assert offer["held"] != offer["weights"]["sha256"]
+            assert held is not None
+            assert held["weights"] == offer["weights"]["sha256"]
+            assert {held["weights"], held["ranking"]} <= run.state.references()
+            assert ("moved" in offer) == (scorer == "magnitude")
+
+
+def test_a_board_decodes_what_the_server_goes_on_from(simulate: Callable[..., Simulation], tmp_path: Path) -> None:
+    """From the bytes that travel and what it holds, and from nothing else."""
+    run = simulate("int8", compression_down="int8")
+    checked: list[Offer] = []
+
+    def check(run: Simulation) -> None:
+        for task in run.state.tasks.values():
+            if run.state.round == 1 or task.progress is not Progress.OFFERED:
+                continue
+            offer = Offer("x", 3, 1, **_message(sent(task.offer or {})))
+            store = BlobStore(tmp_path / str(len(checked)))
+            assert offer.coded is not None
+            assert offer.moved is not None
+            for digest in (offer.coded.sha256, offer.moved.sha256, offer.held or ""):
+                store.put(run.store.read(digest))
+            assert set(offer.shorter(store.has)) == {*offer.blobs(), offer.coded} - {offer.weights}
+            assert decoded(offer, store.read) == run.store.read(offer.weights.sha256)
+            checked.append(offer)
+
+    run.run(check)
+    assert checked
+
+
+def _message(body: dict[str, Any]) -> dict[str, Any]:
+    blobs = ("weights", "training", "inference", "coded", "moved")
+    return {k: BlobRef.from_dict(v) if k in blobs else v for k, v in body.items()}
+
+
+def test_an_older_board_is_sent_its_weights_plainly(model: Model, tmp_path: Path) -> None:
+    coordinator = coordinate(Job(compression_down="int8"), model.architecture, State("0" * 64))
+    coordinator.handle(on.DeviceBorn("pi", 1, find(KINDS[1]).to_dict(), 10), 0.0)
+    extract = coordinator.handle(on.Scored(1, "1" * 64), 0.0)
+    assert [c.coding for c in extract if isinstance(c, do.Extract)] == [do.Coding()]
+    with pytest.raises(ConfigError, match="compression_down"):
+        Job(compression_down="top-k:0.1")
 
 
 # -- what is fetched and folded ---------------------------------------------------------------------------------------
@@ -160,7 +232,7 @@ def offered(worker: Worker, device: str, codec: str | None) -> dict[str, Any]:
     assert isinstance(scored, on.Scored)
     basis = do.Basis(1, worker.initial(), scored.ranking)
     of = do.Part(device, 1, widths_at(worker.architecture, 0.5), 0.5, 10, None)
-    extracted = worker.execute(do.Extract(basis, of, codec=codec))
+    extracted = worker.execute(do.Extract(basis, of, coding=do.Coding(codec)))
     assert isinstance(extracted, on.Extracted)
     return extracted.offer
 

@@ -18,9 +18,10 @@ CONFIG = """
 name = "compressed"
 rounds = 2
 devices = 2
-density = 1.0
+density = 0.9
 deadline_s = 300
 compression = "{}"
+compression_down = "{}"
 
 [job.recipe]
 epochs = 2
@@ -34,9 +35,12 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("setting", ["none", "zlib", "float16", "int8", "top-k:0.1"])
-def test_a_fleet_trains_with_updates_in_a_codec(material: Path, tmp_path: Path, setting: str) -> None:
-    site = Site(material, tmp_path, CONFIG.format(setting), DEVICES, 120, mosquitto=True)
+@pytest.mark.parametrize(
+    ("setting", "down"),
+    [("none", "none"), ("zlib", "zlib"), ("float16", "float16"), ("int8", "int8"), ("top-k:0.1", "none")],
+)
+def test_a_fleet_trains_with_what_travels_in_a_codec(material: Path, tmp_path: Path, setting: str, down: str) -> None:
+    site = Site(material, tmp_path, CONFIG.format(setting, down), DEVICES, 120, mosquitto=True)
     try:
         site.start_all()
         state = site.finish()
@@ -51,7 +55,11 @@ def test_a_fleet_trains_with_updates_in_a_codec(material: Path, tmp_path: Path, 
         assert task.offer.get("codec") == (None if setting == "none" else setting)
         size, plain = task.update["size"], task.offer["weights"]["size"]
         assert size == plain if setting == "none" else size < plain
+        if down != "none":
+            assert task.offer["coded"]["size"] < plain
+            assert task.offer["held"]
     for device in state.devices.values():
         assert device.codecs
+        assert (device.held is None) == (setting == "none")
     with Storage.existing(site.state) as storage:
         assert all(up > 0 for _, up in storage.traffic().values())

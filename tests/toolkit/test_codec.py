@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nst
 
 from fedprune import tensorfile
-from fedprune.codec import CODECS, Codec, agreed, bound, decode, encode, is_packed, packing, places
+from fedprune.codec import CODECS, Codec, agreed, bound, decode, encode, is_packed, packing, places, weights
+from fedprune.codec.relocation import relocated, relocation
 from fedprune.codec.update import ROW, STEPS
 from fedprune.errors import ConfigError, ProtocolError
+from strategies import architectures, selections
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 
@@ -270,6 +272,69 @@ def test_differences_that_cannot_be_coded_are_an_error_and_no_warning() -> None:
     for text in ("float16", "int8", "top-k:0.05"):
         with pytest.raises(ProtocolError, match="difference of w"):
             encode(codec(text), trained, sent, {"w"})
+
+
+# -- weights that devices are sent ------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 50), st.sampled_from(["zlib", "float16", "int8"]), st.booleans())
+def test_weights_are_read_in_the_order_of_their_file(seed: int, text: str, based: bool) -> None:
+    base, new = pair(seed)
+    if text == "int8" and not based:
+        with pytest.raises(ProtocolError, match="whole weights"):
+            weights.encode(codec(text), new, None, TRAINED)
+        return
+    held = base if based else None
+    raw = weights.encode(codec(text), new, held, TRAINED)
+    found = weights.decode(codec(text), raw, held, len(tensorfile.encode(new)))
+    assert list(found) == list(new)
+    for name, value in new.items():
+        if text == "zlib" or name not in TRAINED:
+            assert found[name].tobytes() == value.tobytes()
+        assert found[name] == pytest.approx(value, abs=1e-3 if based else 1e-2)
+
+
+def test_what_a_codec_leaves_out_of_weights_never_adds_up() -> None:
+    """However many versions a device gets as differences, it is off by half a step of the last one."""
+    held, new = pair(0)
+    for seed in range(20):
+        new = {
+            n: (v + d).astype(np.float32) for (n, v), d in zip(new.items(), tensors(seed, 0.01).values(), strict=True)
+        }
+        raw = weights.encode(codec("int8"), new, held, TRAINED)
+        held = weights.decode(codec("int8"), raw, held, 10**5)
+        assert max(np.abs(held[n] - new[n]).max() for n in ("w", "c", "b")) < 0.5 * 0.08 / STEPS
+
+
+@given(st.data())
+def test_a_relocation_is_what_both_selections_have(data: st.DataObject) -> None:
+    architecture = data.draw(architectures())
+    before, now = (data.draw(selections(architecture)) for _ in range(2))
+    whole = {
+        t.name: np.arange(1, np.prod(t.shape) + 1, dtype=np.float32).reshape(t.shape) for t in architecture.tensors
+    }
+    found = relocated(before.gather(whole), relocation(before, now), 10**6)
+    for name, value in now.gather(whole).items():
+        there = before.covered(name)[np.ix_(*now.maps(name))] if value.ndim else np.True_
+        assert np.array_equal(found[name], np.where(there, value, 0))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"w::axes": np.int32([0, -1])},
+        {"w::axes": np.int32([0])},
+        {"w::axes": np.int64([0, 0]), "0": np.int32([0])},
+        {"w::axes": np.int32([0, -1]), "0": np.int32([20])},
+        {"w::axes": np.int32([0, -1]), "0": np.int32([-2])},
+        {"w::axes": np.int32([0, -1]), "0": np.float32([0])},
+        {"w::axes": np.int32([0, 0]), "0": np.zeros(20_000, np.int32)},
+    ],
+    ids=["no list", "too few axes", "another type", "beyond", "before", "no numbers", "huge"],
+)
+def test_a_relocation_that_does_not_fit_is_refused(parts: Tensors) -> None:
+    with pytest.raises(ProtocolError, match="relocation"):
+        relocated({"w": np.zeros((20, 70), np.float32)}, packing.pack(parts), 10**6)
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------

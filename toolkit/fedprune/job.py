@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from fedprune import setting_checks
 from fedprune.aggregation import Rule
-from fedprune.codec.choice import PLAIN, Codec, agreed
+from fedprune.codec.choice import DOWN, PLAIN, Codec, agreed
 from fedprune.errors import ConfigError, ProtocolError, shown
 from fedprune.precision import SERVED
 from fedprune.recipe import Recipe
@@ -20,7 +20,7 @@ RULES = get_args(Rule)
 _PLAIN = ("scorer", "warmup_rounds", "rule", "server_momentum")
 """What only the plain strategy reads."""
 
-_LATER = ("precision", "compression", "compression_of")
+_LATER = ("precision", "compression", "compression_of", "compression_down")
 """Settings that are only written down where they are not as by default."""
 
 
@@ -50,6 +50,7 @@ class Job:
         compression: The codec of updates: `none`, `zlib`, `float16`, `int8` or `top-k:SHARE`. A device that doesn't
             know it sends its updates plainly.
         compression_of: The same for single hardware profiles, by name.
+        compression_down: The codec of the weights that devices are sent: `none`, `zlib`, `float16` or `int8`.
     """
 
     name: str = "job"
@@ -70,6 +71,7 @@ class Job:
     precision: tuple[str, ...] = ()
     compression: str = PLAIN
     compression_of: dict[str, str] = field(default_factory=dict)
+    compression_down: str = PLAIN
 
     def __post_init__(self) -> None:
         counts = {
@@ -111,6 +113,7 @@ class Job:
             raise ConfigError("job: compression_of", expected="a table by profile", got=shown(self.compression_of))
         for profile, setting in self.compression_of.items():
             Codec.parse(setting, f"job: compression_of {shown(profile)}")
+        setting_checks.word("job: compression_down", self.compression_down, (PLAIN, *DOWN))
         self._check_ranked()
         if self.scorer == "curvature" and self.recipe.optimizer != "sgd":
             raise ConfigError(

@@ -45,6 +45,9 @@ SMALL = 256
 
 _BITS, _HALF, _CODES, _SCALES, _GAPS, _BITMAP = "::bits", "::half", "::codes", "::scales", "::gaps", "::bitmap"
 
+PARTS = {"zlib": _BITS, "float16": _HALF}
+"""Where a codec has a single part of the tensor's shape: how its name ends."""
+
 
 def encode(
     codec: Codec,
@@ -104,6 +107,21 @@ def decode(codec: Codec, raw: bytes, sent: Mapping[str, Float32], trained: Colle
     squares = {step.squares(n): sent[n] for n in sent if n in trained}
     allowed = {**sent, **squares}
     parts = packing.unpack(raw, _inner_bound(codec, {n: v.shape for n, v in allowed.items()}, trained))
+    return read(codec, parts, allowed, trained)
+
+
+def read(codec: Codec, parts: Mapping[str, Array], allowed: Mapping[str, Float32], trained: Collection[str]) -> Tensors:
+    """Tensors out of their parts.
+
+    Args:
+        codec: The codec.
+        parts: What an envelope holds.
+        allowed: What trained tensors are the difference to; of the others the shape counts. Some may be missing.
+        trained: Names of the tensors that are coded as differences.
+
+    Raises:
+        ProtocolError: A part is wrong, or belongs to nothing of these.
+    """
     unread = set(parts)
     out: Tensors = {}
     for name, start in allowed.items():

@@ -106,6 +106,43 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What a device was sent for the last update of its that was added, and still has.
+
+    Attributes:
+        selection: Digest of the selection.
+        ranking: Digest of the ranking whose first channels it is.
+        widths: Its widths.
+        weights: Digest of the weights, where the device keeps them.
+    """
+
+    selection: str
+    ranking: str
+    widths: tuple[int, ...]
+    weights: str | None = None
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Held:
+        """From JSON."""
+        return cls(**{**body, "widths": tuple(body["widths"])})
+
+
+@dataclass(frozen=True)
+class Coding:
+    """What of a device's part travels encoded (`fedprune.codec.Codec`, as text).
+
+    Attributes:
+        update: The codec of its update, or None.
+        weights: That of the weights that it is sent, or None.
+        held: What it goes on from; None where nothing is known.
+    """
+
+    update: str | None = None
+    weights: str | None = None
+    held: Held | None = None
+
+
+@dataclass(frozen=True)
 class Extract:
     """Make a device's submodel; answered by `Extracted`.
 
@@ -114,14 +151,14 @@ class Extract:
         part: Whose it is.
         block: Channels that the device computes at once, for a training graph of its own; 0 for the one of all.
         forms: What forms of layers took there (`fedprune.form_times`), as plain JSON types; None if that isn't known.
-        codec: What its update is to be encoded in (`fedprune.codec.Codec`), or None.
+        coding: What of it travels encoded.
     """
 
     basis: Basis
     part: Part
     block: int = 0
     forms: dict[str, Any] | None = None
-    codec: str | None = None
+    coding: Coding = Coding()
 
 
 @dataclass(frozen=True)

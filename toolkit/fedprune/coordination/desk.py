@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 
 from fedprune.allocation import Allocator, Fleet
 from fedprune.architecture import Architecture
+from fedprune.codec import agreed
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.planning import Planned, Planner
@@ -177,7 +178,11 @@ class Desk(ABC):
         if task is None:
             return []
         task.progress = Progress.FOLDED
-        self.state.devices[event.device].failures = 0
+        device, offer = self.state.devices[event.device], task.offer or {}
+        device.failures = 0
+        if {"codec", "weights_codec"} & set(offer):
+            device.held = {k: offer[k] for k in ("selection", "ranking", "widths")}
+            device.held["weights"] = offer["weights"]["sha256"] if "weights_codec" in offer else None
         self.allocator.learn(self.fleet, event.device, task, task.seconds)
         return self._go_on(now)
 
@@ -217,7 +222,7 @@ class Desk(ABC):
             return False
         device = Device(event.session, True, event.profile, event.probe, event.samples, codecs=list(event.codecs))
         if known is not None:
-            device.past, device.last = known.past, known.last
+            device.past, device.last, device.held = known.past, known.last, known.held
             device.allocation, device.buffer = known.allocation, known.buffer
         state.devices[event.device] = device
         self.allocator.admit(self.fleet, event.device, known)
@@ -245,7 +250,9 @@ class Desk(ABC):
     def _extract(self, name: str, task: Task) -> do.Extract:
         device = self.state.devices[name]
         codec = self.job.codec(device.profile.get("name"), device.codecs)
-        return do.Extract(self._basis_of(task), part_of(name, task), device.block, device.forms, codec)
+        held = None if device.held is None else do.Held.from_dict(device.held)
+        coding = do.Coding(codec, agreed(self.job.compression_down, device.codecs), held)
+        return do.Extract(self._basis_of(task), part_of(name, task), device.block, device.forms, coding)
 
     def _basis_of(self, task: Task) -> do.Basis:
         return self._basis() if task.basis is None else do.Basis.from_dict(task.basis)

@@ -61,7 +61,8 @@ class Device:
         allocation: What the strategy's allocator remembers of it.
         buffer: Asynchronous jobs: its last counted update (`fedprune.coordination.commands.Contribution`) where the
             schedule keeps that, and what it counted for.
-        codecs: Names of the codecs in which it can send updates.
+        codecs: Names of the codecs that it knows.
+        held: What it goes on from where updates or weights are encoded (`fedprune.coordination.commands.Held`).
     """
 
     session: int
@@ -80,6 +81,7 @@ class Device:
     allocation: dict[str, Any] = field(default_factory=dict)
     buffer: dict[str, Any] | None = None
     codecs: list[str] = field(default_factory=list)
+    held: dict[str, Any] | None = None
 
     @property
     def block(self) -> int:
@@ -205,7 +207,8 @@ class State:
         """Digests of the blobs that this state needs."""
         found = {self.model, self.ranking, self.order, *self.memory.values()}
         for device in self.devices.values():
-            found |= _named(device.past) | _contributed((device.buffer or {}).get("contribution"))
+            found |= _named(device.held) | _named(device.past)
+            found |= _contributed((device.buffer or {}).get("contribution"))
         for task in self.tasks.values():
             found |= {task.weights} | _named(task.past) | _cut_from(task.basis)
             found.add((task.offer or {}).get("ranking"))
@@ -227,7 +230,7 @@ class State:
         """
         self.ranking = self.order = self.closing = None
         for device in self.devices.values():
-            device.past = device.buffer = None
+            device.past = device.buffer = device.held = None
         if any(t.basis is not None for t in self.tasks.values()):
             for task in self.tasks.values():
                 task.progress, task.reason, task.past, task.deadline = Progress.REFUSED, "ranked anew", None, None
