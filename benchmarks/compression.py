@@ -1,9 +1,9 @@
 """Codecs of what travels: what each costs in accuracy and saves in bytes, and how long it takes.
 
-    OMP_NUM_THREADS=1 FEDPRUNE_DATA=... python benchmarks/compression.py
+    OMP_NUM_THREADS=1 python benchmarks/compression.py
 
-Simulated fleets on real data: the demo's 8×8 digits, and CIFAR-10 at 16×16 pixels with the small trials' net. Every
-setting has the same devices, data, seeds and rounds; server and boards run their own code. With `--minutes` the program
+A simulated fleet on real data, the demo's 8×8 digits. Every setting has the same devices, data, seeds and rounds; server
+and boards run their own code. With `--minutes` the program
 ends after so many, and goes on where it was when it is called again.
 """
 
@@ -29,7 +29,6 @@ from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
-from fedprune_server.data.table import DataPlan
 from fedprune_server.digits import deal, digits_model
 from fedprune_server.experiment import Experiment
 from fedprune_server.simulation import Simulation
@@ -67,25 +66,8 @@ def digits(seed: int) -> tuple[Model, list[VirtualDevice], Any, Job]:
     return import_onnx(digits_model(), "digits"), devices, (data.x, data.y), job
 
 
-def cifar10(seed: int) -> tuple[Model, list[VirtualDevice], Any, Job]:
-    """Five devices with 240 pictures each, 242,000 weights."""
-    from benchmarks.accuracy import nets, sets
-
-    plan = DataPlan(
-        source="cifar10", partition="dirichlet", alpha=0.5, devices=5, most=2000, test=0.4, pool=2, standardise=True
-    )
-    federation = plan.deal(sets.samples("cifar10"), seed)
-    shape = federation.preparation(federation.samples.take([0])).shape[1:]
-    devices = [VirtualDevice(n, find(KIND), federation.load(n)) for n in federation.names]
-    job = Job(
-        name="cifar10", seed=seed, rounds=12, devices=5, density=0.5, recipe=Recipe(epochs=2, batch_size=16, lr=0.02)
-    )
-    return nets.model("small_cnn", shape, 10, seed), devices, federation.tests(), job
-
-
 SETS: dict[str, tuple[Callable[[int], tuple[Model, list[VirtualDevice], Any, Job]], int]] = {
     "digits": (digits, 3),
-    "cifar10": (cifar10, 2),
 }
 """How a fleet is made, and for how many seeds."""
 

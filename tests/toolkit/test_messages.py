@@ -151,14 +151,11 @@ def test_unknown_keys_are_ignored(message: Message) -> None:
 def test_what_older_peers_do_not_know_is_left_out_where_there_is_none() -> None:
     plain = Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, {})
     assert parse(plain.to_bytes()) == plain
-    assert set(json.loads(plain.to_bytes())) == {"v", "type", *(f.name for f in fields(Offer))} - {
-        "mask",
-        "ranking",
-        "lowered",
-        "blocked",
-        "codec",
-    }
-    assert parse(altered(plain, mask=None, ranking=None, lowered=None, blocked=None, codec=None)) == plain
+    newer = {"mask", "ranking", "lowered", "blocked", "codec", "weights_codec", "coded", "held", "moved", "moved_from"}
+    assert set(json.loads(plain.to_bytes())) == {"v", "type", *(f.name for f in fields(Offer))} - newer
+    assert parse(altered(plain, **dict.fromkeys(newer))) == plain
+    birth = Birth("d", 1, "p", 10, "s")
+    assert "codecs" not in json.loads(birth.to_bytes())
 
 
 def test_of_graphs_in_blocks_the_one_that_is_left_is_pulled() -> None:
@@ -183,7 +180,8 @@ def test_a_missing_field_is_named(message: Message) -> None:
         body = json.loads(message.to_bytes())
         body.pop(field.name, None)  # what is newer isn't there where there is nothing to say
         if (
-            field.name in ("probe", "held", "metrics", "mask", "ranking", "lowered", "blocked", "codecs", "codec")
+            field.name in ("probe", "held", "metrics", "mask", "ranking", "lowered", "blocked")
+            or field.name in ("codecs", "codec", "weights_codec", "coded", "moved", "moved_from")
             or message.kind == Hello.kind
         ):
             parse(json.dumps(body).encode())
