@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/compression.py
 
-A simulated fleet on real data, the demo's 8×8 digits. Every setting has the same devices, data, seeds and rounds; server
-and boards run their own code. With `--minutes` the program
-ends after so many, and goes on where it was when it is called again.
+A simulated fleet on real data, the demo's 8×8 digits. Every setting has the same devices, data, seeds and rounds;
+server and boards run their own code. With `--minutes` the program ends after so many, writes what is whole by then, and
+goes on where it was when it is called again.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ LAST = 3
 
 
 def digits(seed: int) -> tuple[Model, list[VirtualDevice], Any, Job]:
-    """Six devices with the demo's digits, 24,000 weights."""
+    """Six devices with the demo's digits."""
     names = [f"d{i}" for i in range(6)]
     data = deal(names, seed=seed)
     devices = [VirtualDevice(n, find(KIND), data.devices[n]) for n in names]
@@ -159,7 +159,8 @@ def page(result: dict[str, Any]) -> str:
     for name, (make, seeds) in SETS.items():
         cells = [c for c in result["runs"] if c["set"] == name]
         base = [c for c in cells if (c["update"], c["weights"]) == SETTINGS[0]]
-        lines = [row([c for c in cells if (c["update"], c["weights"]) == s], base) for s in SETTINGS]
+        of = {s: [c for c in cells if (c["update"], c["weights"]) == s] for s in SETTINGS}
+        lines = [row(found, base) for found in of.values() if len(found) == seeds]
         plain = [100 * statistics.mean(c["accuracy"][-LAST:]) for c in base]
         tables.append(
             f"## {name}\n\n{(make.__doc__ or '').splitlines()[0]} {len(base[0]['accuracy'])} rounds, {seeds} seeds; "
@@ -179,7 +180,8 @@ Python {about["python"]}, numpy {about["numpy"]}, onnxruntime {about["onnxruntim
 Real data dealt out unevenly, simulated boards that run the boards' code, channels ranked anew in every round. Accuracy
 is the mean over the last {LAST} rounds on samples that nobody trains on. Bytes are those of one update, and of the
 weights that a device is sent for a round after its first (in the first it holds nothing that they could be the
-difference to), with what says where channels have moved; graphs, which are sent once, are not in it.
+difference to), with what says where channels have moved; graphs, which are sent once, are not in it. `float16` rounds
+the last of eleven bits of a difference; where it is off by as much as the others, chance made that, not the codec.
 
 {chr(10).join(t + chr(10) for t in tables)}
 ## Time
@@ -208,7 +210,7 @@ def main() -> None:
     for cell in (c for c in left if c not in done):
         if time.monotonic() > until:
             print(f"{len(runs)} of {len(left)} runs are done; call it again to go on")
-            return
+            break
         runs.append(run(*cell))
         print(*cell, f"{statistics.mean(runs[-1]['accuracy'][-LAST:]):.3f}", flush=True)
         PARTS.parent.mkdir(parents=True, exist_ok=True)
