@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedprune import step
+from fedprune.codec import Codec
 from fedprune.costs import storage_bytes
 from fedprune.errors import PlanError, StorageFullError
 from fedprune.profile import HardwareProfile
@@ -22,7 +23,7 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
         profile: What the board is, if that is known.
 
     Raises:
-        ConfigError: The recipe doesn't make sense.
+        ConfigError: The recipe doesn't make sense, or the codec of updates isn't known here.
         StorageFullError: Its files don't fit on the disk.
         PlanError: It is beyond what the profile allows.
     """
@@ -55,7 +56,7 @@ def slabs_fit(offer: Offer, store: DeviceStore) -> bool:
     """Whether there is room for an offer's slabs beside all that it needs: for a while both are on the disk.
 
     Raises:
-        ConfigError: The recipe doesn't make sense.
+        ConfigError: The recipe doesn't make sense, or the codec of updates isn't known here.
         StorageError: The disk fails.
     """
     slabs = sum(r.size for r in offer.slabs or () if not store.blobs.has(r.sha256))
@@ -64,9 +65,14 @@ def slabs_fit(offer: Offer, store: DeviceStore) -> bool:
 
 def _needed(offer: Offer, recipe: Recipe, store: DeviceStore) -> int:
     """Bytes on the disk that an offer asks for beyond what is there of it."""
-    lacking = [r for r in offer.blobs() if not store.blobs.has(r.sha256)]
+    coming = offer.blobs() if offer.coded is None else (*offer.blobs(), offer.coded)
+    lacking = [r for r in coming if not store.blobs.has(r.sha256)]
+    codec = None if offer.codec is None else Codec.parse(offer.codec, "offer: codec")
+    # What serves is no longer what is sent; and, before and after a round, what codes left out.
+    coded = 0 if codec is None else 1 + 2 * codec.feedback
     # A lowered model is smaller than the one that it is made of.
-    return sum(r.size for r in lacking) + (2 + recipe.own_files + len(offer.lowered or {})) * _full_size(offer)
+    copies = 2 + recipe.own_files + coded + len(offer.lowered or {})
+    return sum(r.size for r in lacking) + copies * _full_size(offer)
 
 
 def _full_size(offer: Offer) -> int:

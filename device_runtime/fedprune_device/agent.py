@@ -272,7 +272,10 @@ class Agent:
 
     def _to_pull(self, offer: Offer, now: float) -> Downloads:
         slabs = offer.slabs is not None and slabs_fit(offer, self._store)
-        return Downloads(self._store.blobs, offer, now, self._limit, slabs=slabs, shared=not self._deaf)
+        plainly = self._damages > 0  # what couldn't be read once is not decoded again
+        return Downloads(
+            self._store.blobs, offer, now, self._limit, slabs=slabs, shared=not self._deaf, plainly=plainly
+        )
 
     def _ask(self, downloads: Downloads, wants: list[Want]) -> None:
         """Ask for pieces, after the broker was told where the answers are heard."""

@@ -164,7 +164,14 @@ class Alone:
         offer = StepChoice().suited(offer)
         weights = self._store.blobs.put(self._store.slots.weights(record))
         recipe = {**offer.recipe, "evaluate_every": 1}
-        return replace(offer, weights=weights, recipe=recipe, seed=offer.seed + 1 + int(self._number("times")))
+        return replace(
+            offer,
+            weights=weights,
+            recipe=recipe,
+            codec=None,
+            coded=None,
+            seed=offer.seed + 1 + int(self._number("times")),
+        )
 
     def _due(self, now: float, connected: bool) -> bool:
         silent = 0.0 if self._heard is None else now - self._heard

@@ -12,6 +12,7 @@ from fedprune.precision import FLOAT32
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.messages import Offer, Update
+from fedprune_device.decoding import decoded
 from fedprune_device.evaluation import MEASURED, Evaluation, training_metrics
 from fedprune_device.loaded import LoadedTrainer
 from fedprune_device.lowering import Lowering
@@ -126,7 +127,7 @@ class Workbench:
 
         Raises:
             DamagedBlobError: A blob must be pulled again.
-            ConfigError: The recipe doesn't make sense.
+            ConfigError: The recipe or the codec doesn't make sense.
             BundleError: The weights are not a canonical tensor file, or a mask doesn't fit them.
             DataError: The local data doesn't fit the model.
             TrainingError: Training failed.
@@ -136,7 +137,7 @@ class Workbench:
         """
         recipe = Recipe.from_dict(offer.recipe)
         # Damage is found out first, before a graph is loaded.
-        weights = self._blob(offer.weights)
+        weights = self._weights(offer)
         mask = None if offer.mask is None else self._blob(offer.mask)
         blocked = next(iter((offer.blocked or {}).values()), None)
         trainer = self._trainer.of(
@@ -176,7 +177,7 @@ class Workbench:
         report("evaluate", 1, 2)
         # From here on there is memory for the new ones alone, beside the model that is loaded and what is blended in.
         work.tensors = {}
-        made, kept = work.made(result, self._blobs.put), work.kept
+        made, kept = work.made(result, self._blobs.put, self._blob), work.kept
         result = replace(result, tensors={}, squares={}, last_squares={})  # arrays in the loaded graph's memory
         del work, trainer
         self._trainer.release()
@@ -224,12 +225,26 @@ class Workbench:
         return Trained(update, serving)
 
     def _blob(self, ref: BlobRef) -> bytes:
+        return self._read(ref.sha256)
+
+    def _read(self, sha256: str) -> bytes:
         try:
-            return self._blobs.read(ref.sha256)
+            return self._blobs.read(sha256)
         except StorageError as error:
             damaged = DamagedBlobError(str(error))
-            damaged.sha256 = ref.sha256
+            damaged.sha256 = sha256
             raise damaged from error
+
+    def _weights(self, offer: Offer) -> bytes:
+        """The received weights, decoded where they came so."""
+        if offer.coded is not None and not self._blobs.has(offer.weights.sha256):
+            raw = decoded(offer, self._read)
+            if raw is None:
+                damaged = DamagedBlobError("the weights that were decoded are not those that were offered")
+                damaged.sha256 = offer.coded.sha256
+                raise damaged
+            self._blobs.put(raw)
+        return self._blob(offer.weights)
 
     def _candidate(self, offer: Offer, weights: BlobRef | bytes) -> Predictor:
         source = self._blobs.path(weights.sha256) if isinstance(weights, BlobRef) else weights

@@ -27,7 +27,8 @@ class Downloads:
 
     An offer with slabs is one whose blobs other devices pull, too: this device then listens where the server publishes
     them to all, takes what the others asked for, and makes its weights of the slabs. Whatever goes wrong with that, it
-    pulls its weights whole, on its own topic.
+    pulls its weights whole, on its own topic. Weights that can be decoded from something shorter it has in that way
+    before all others; they are decoded where they are used.
 
     Args:
         store: Where the blobs end up; what is there of them already is not asked for again.
@@ -36,6 +37,7 @@ class Downloads:
         limit: How many leaves a chunk may hold, as far as is known.
         slabs: Whether to make the weights of slabs, if the offer has any.
         shared: Whether shared topics can be heard.
+        plainly: Whether weights are pulled as they are, though they could be decoded.
 
     Attributes:
         deaf: Whether nothing came on a shared topic in time.
@@ -55,25 +57,36 @@ class Downloads:
         *,
         slabs: bool = True,
         shared: bool = True,
+        plainly: bool = False,
     ) -> None:
         self.offer = offer
         self.began = now
         self.deaf = False
         self._store = store
         self._limit = limit or ChunkLimit()
-        self._slabs = offer.slabs if slabs and offer.slabs and not store.has(offer.weights.sha256) else ()
+        lacking = not store.has(offer.weights.sha256)
+        coded = offer.coded is not None and not plainly and offer.coded in offer.shorter(store.has)
+        self._coded: tuple[BlobRef, ...] = (offer.coded,) if coded and offer.coded else ()
+        self._slabs = offer.slabs if slabs and offer.slabs and lacking and not self._coded else ()
         self._shared = shared and bool(offer.slabs)
         self._heard = False
         self._listens_since = now
-        refs: dict[str, BlobRef] = {r.sha256: r for r in (*offer.blobs(), *self._slabs)}
-        if self._slabs and offer.weights not in self._slabs:
+        refs: dict[str, BlobRef] = {r.sha256: r for r in (*offer.blobs(), *self._instead)}
+        if self._instead and offer.weights not in self._instead:
             del refs[offer.weights.sha256]
         self._pulls = {sha256: self._pull(ref) for sha256, ref in refs.items() if not store.has(sha256)}
 
     def _pull(self, ref: BlobRef) -> Pull:
-        if not self._shared:
+        slabs = self.offer.slabs or ()
+        own = ref in (self.offer.weights, self.offer.coded, self.offer.moved) and ref not in slabs
+        if own or not self._shared:
             return Pull(ref, self._store.partial(ref), limit=self._limit)
         return Pull(ref, self._store.partial(ref), chunk_leaves=_SHARED_LEAVES, limit=self._limit, shared=True)
+
+    @property
+    def _instead(self) -> tuple[BlobRef, ...]:
+        """What makes the weights, if they aren't pulled whole."""
+        return self._coded or self._slabs
 
     @property
     def done(self) -> bool:
@@ -116,7 +129,8 @@ class Downloads:
 
     def tick(self, now: float) -> list[Want]:
         """What to ask for again."""
-        if self._shared and not self._heard and now - self._listens_since > PATIENCE:
+        awaits = self._shared and any(p.shared and not p.done for p in self._pulls.values())
+        if awaits and not self._heard and now - self._listens_since > PATIENCE:
             # A broker whose rules are older than shared topics lets nothing through there, and doesn't say so.
             self._shared, self.deaf = False, True
             for pull in self._pulls.values():
@@ -124,7 +138,7 @@ class Downloads:
         return [want for p in self._pulls.values() if not p.done for want in p.on_tick(now)] + self._settle(now)
 
     def gone(self, sha256: str, now: float) -> list[Want]:
-        """The server doesn't have a blob any more: without one of the slabs the weights are pulled whole.
+        """The server doesn't have a blob any more: without what makes the weights they are pulled whole.
 
         Raises:
             ProtocolError: It can't be done without.
@@ -132,7 +146,7 @@ class Downloads:
         pull = self._pulls.get(sha256)
         if pull is None or pull.done:
             return []
-        if any(r.sha256 == sha256 for r in self._slabs) and sha256 != self.offer.weights.sha256:
+        if any(r.sha256 == sha256 for r in self._instead) and sha256 != self.offer.weights.sha256:
             return self._whole(now)
         raise ProtocolError(f"the server no longer has blob {sha256[:12]}")
 
@@ -155,9 +169,9 @@ class Downloads:
 
     def _whole(self, now: float) -> list[Want]:
         pull = self._pull(self.offer.weights)
-        for ref in self._slabs:
+        for ref in self._instead:
             self._pulls.pop(ref.sha256, None)
-        self._slabs = ()
+        self._coded = self._slabs = ()
         self._pulls[self.offer.weights.sha256] = pull
         return pull.start(now)
 

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable
 
 from fedprune import __version__, session
+from fedprune.codec import CODECS
 from fedprune.probe_report import ProbeReport
 from fedprune.wire.fields import one_line
 from fedprune.wire.messages import Birth, Offer, Update
@@ -54,6 +55,7 @@ class Greeting:
             f"fedprune {__version__}, onnxruntime {session.version()}, Python {platform.python_version()}{served}",
             self._probe.to_dict() if self._probe is not None else None,
             None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
+            CODECS,
         )
 
     def outdated(self, source: Samples, now: float) -> bool:

@@ -1,4 +1,5 @@
-"""What a board keeps of its own from round to round: the moving average of its weights, and its personal tensors.
+"""What a board keeps of its own from round to round: the moving average of its weights, its personal tensors, and
+what its last update left out.
 
 There are two records at most: the newest, and the one that the newest was made from. A round that is done twice (a
 power cut, an update that was lost, another attempt) finds the same beginning both times and gives the same bits.
@@ -48,6 +49,7 @@ class Own:
         average: Moving average of all tensors; empty where the recipe asks for none.
         personal: Tensors that stay on the board, as that round left them.
         mask: Which elements of the average are active; None for all.
+        residual: What the round's encoded update left out of its tensors; empty where it left nothing out.
     """
 
     job: str
@@ -60,12 +62,20 @@ class Own:
     average: Tensors = field(default_factory=dict)
     personal: Tensors = field(default_factory=dict)
     mask: ElementMask | None = None
+    residual: Tensors = field(default_factory=dict)
 
     @classmethod
-    def of(cls, offer: Offer, average: Tensors, personal: Tensors, mask: ElementMask | None) -> Own:
+    def of(
+        cls,
+        offer: Offer,
+        average: Tensors,
+        personal: Tensors,
+        mask: ElementMask | None,
+        residual: Tensors | None = None,
+    ) -> Own:
         """What an offer's round leaves."""
         place = (offer.job, offer.seed, offer.architecture, offer.selection, offer.ranking, offer.widths, offer.round)
-        return cls(*place, average, personal, mask)
+        return cls(*place, average, personal, mask, residual or {})
 
     def precedes(self, offer: Offer) -> bool:
         """Whether it was left by an earlier round of the same run."""
@@ -91,6 +101,7 @@ class Own:
         """As a tensor file whose head knows a digest of the rest."""
         arrays: dict[str, npt.NDArray[Any]] = {f"average/{n}": v for n, v in self.average.items()}
         arrays |= {f"personal/{n}": v for n, v in self.personal.items()}
+        arrays |= {f"residual/{n}": v for n, v in self.residual.items()}
         if self.mask is not None:
             arrays |= {f"mask/{n}": v for n, v in self.mask.to_tensors().items() if n in self.average}
         head = {n: getattr(self, n) for n in _FIELDS} | {"format": _FORMAT, "masked": self.mask is not None}
@@ -113,14 +124,15 @@ class Own:
             head = json.loads(text)
             if head.pop("format") != _FORMAT:
                 raise ValueError("another format")
-            parts: dict[str, dict[str, npt.NDArray[Any]]] = {"average": {}, "personal": {}, "mask": {}}
+            parts: dict[str, dict[str, npt.NDArray[Any]]] = {k: {} for k in ("average", "personal", "residual", "mask")}
             for name, value in arrays.items():
                 kind, _, tensor = name.partition("/")
                 parts[kind][tensor] = value
             shapes = {n: v.shape for n, v in parts["average"].items()}
             mask = ElementMask.from_tensors(parts["mask"], shapes) if head.pop("masked") else None
             head["widths"] = tuple(head["widths"])
-            return cls(**head, average=parts["average"], personal=parts["personal"], mask=mask)
+            kept = {"average": parts["average"], "personal": parts["personal"], "residual": parts["residual"]}
+            return cls(**{**head, **kept, "mask": mask})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BundleError) as error:
             raise StorageError(f"what the board keeps of its own is damaged ({error})") from error
 

@@ -222,11 +222,16 @@ class DeviceStore:
     def _unwanted(self, task: Task | None) -> list[str]:
         wanted = set()
         if task is not None:
-            wanted = {graph.sha256 for graph in task.offer.graphs}
+            offer = task.offer
+            wanted = {graph.sha256 for graph in offer.graphs}
+            if offer.weights_codec is not None:
+                wanted.add(offer.weights.sha256)  # the next ones may come as the difference to these
             if not task.done:
-                wanted.update(r.sha256 for r in task.offer.blobs())
-                if not self.blobs.has(task.offer.weights.sha256):
-                    wanted.update(r.sha256 for r in task.offer.slabs or ())
+                wanted.update(r.sha256 for r in offer.blobs())
+                wanted.update({offer.held} if offer.held else ())
+                wanted.update({offer.coded.sha256} if offer.coded else ())
+                if not self.blobs.has(offer.weights.sha256):
+                    wanted.update(r.sha256 for r in offer.slabs or ())
         if self.pending is not None:
             wanted.add(self.pending.weights.sha256)
         with storage_errors(f"can't read {self.blobs.root}"):

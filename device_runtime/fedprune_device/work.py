@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,6 +10,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from fedprune import step, tensorfile
+from fedprune.codec import Codec, encode
+from fedprune.errors import ProtocolError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.blob_ref import BlobRef
@@ -18,7 +21,10 @@ from fedprune_device.data import LocalData
 from fedprune_device.evaluation import PROBE_SAMPLES
 from fedprune_device.offered import unpacked
 from fedprune_device.own import KeptOwn, Own, Shelf
+from fedprune_device.residual import carried
 from fedprune_device.trainer import Trainer, TrainingResult
+
+_LOG = logging.getLogger("fedprune.device")
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,9 @@ class Work:
     ) -> None:
         self._offer, self._recipe, self._trainer, self._device, self._data = offer, recipe, trainer, device, data
         self._personal = frozenset(n for n in trainer.names if any(fnmatchcase(n, p) for p in recipe.personal))
-        self.kept = KeptOwn(shelf, offer) if recipe.average or self._personal else None
+        self._codec = None if offer.codec is None else Codec.parse(offer.codec, "offer: codec")
+        feeds_back = self._codec is not None and self._codec.feedback
+        self.kept = KeptOwn(shelf, offer) if recipe.average or self._personal or feeds_back else None
         self._calibrates = recipe.calibrate and trainer.normalised
         maskable = {*trainer.trainable, *trainer.frozen}
         received, self.mask = unpacked(weights, mask, recipe, trainer.axes, offer.widths, maskable)
@@ -95,21 +103,25 @@ class Work:
         changed = own or self.mask is not None or self._calibrates
         return tensorfile.encode(self._predicting(self.tensors)) if changed else None
 
-    def made(self, result: TrainingResult, put: Callable[[bytes], BlobRef]) -> Made:
+    def made(self, result: TrainingResult, put: Callable[[bytes], BlobRef], read: Callable[[BlobRef], bytes]) -> Made:
         """What comes of the training.
 
         Args:
             result: What training gave.
             put: Takes the file that the server gets.
+            read: Gives the received weights once more, where the update is their difference to the trained ones.
 
         Raises:
             TrainingError: The training graph fails on it.
-            StorageError: The disk fails or is full.
+            StorageError: The disk fails or is full, or the received weights are no longer there.
         """
         trained, recipe, trainer = result.tensors, self._recipe, self._trainer
-        whole = self.mask is None and not (trainer.frozen or self._personal or recipe.report_squares)
+        other = trainer.frozen or self._personal or recipe.report_squares or self._codec is not None
+        whole = self.mask is None and not other
         after = trained if whole and not self._calibrates else self._predicting(trained)
-        sent = put(tensorfile.encode(self._sent(result, after)))
+        update, residual = self._encoded(self._sent(result, after), trained, read)
+        sent = put(update)
+        del update
         average: Tensors = {}
         if recipe.average:
             base = None if self.kept is None else self.kept.base
@@ -118,7 +130,7 @@ class Work:
         own = None
         if self.kept is not None:
             personal = {n: np.array(v) for n, v in trained.items() if n in self._personal}
-            own = Own.of(self._offer, average, personal, self.mask if average else None)
+            own = Own.of(self._offer, average, personal, self.mask if average else None, residual)
             self.kept.release()
         served = average
         if recipe.blend:
@@ -142,6 +154,21 @@ class Work:
         if self.mask is not None:
             sent, squares = self.mask.pack(sent), self.mask.pack(squares)
         return sent | {step.squares(n): v for n, v in squares.items()}
+
+    def _encoded(self, update: Tensors, trained: Tensors, read: Callable[[BlobRef], bytes]) -> tuple[bytes, Tensors]:
+        """The update as it travels, and what that leaves out, with all elements in their places."""
+        if self._codec is None:
+            return tensorfile.encode(update), {}
+        base = None if self.kept is None else self.kept.base
+        missed = carried(base, self._offer, trained, read)
+        received: Tensors = tensorfile.decode(read(self._offer.weights))
+        packed = missed if self.mask is None else self.mask.pack(missed)
+        try:
+            raw, left = encode(self._codec, update, received, self._trainer.trainable, packed)
+        except ProtocolError as error:
+            _LOG.warning("the update is sent plainly: %s", error)
+            return tensorfile.encode(update), {}
+        return raw, left if self.mask is None else self.mask.unpack(left)
 
     def _predicting(self, tensors: Tensors) -> Tensors:
         """Weights as they predict, with statistics of the board's own where it measures them."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from fedprune import step, tensorfile
 from fedprune.architecture import Architecture
 from fedprune.blobs import BlobStore
+from fedprune.codec import Codec, decode, is_packed
 from fedprune.coordination import commands as do
 from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, shown
@@ -60,6 +61,26 @@ class Archive:
         """A tensor file, as views on it; errors are those of `model`."""
         return tensorfile.decode(self._store.map(digest))
 
+    def update(self, digest: str, codec: str | None, sent: str | None) -> dict[str, npt.NDArray[Any]]:
+        """A device's update as it was before it was encoded, but for what its codec leaves out.
+
+        Args:
+            digest: The update.
+            codec: The codec that was offered; a device may send its update plainly all the same.
+            sent: Digest of the weights that the device was sent; needed with a codec.
+
+        Raises:
+            StorageError: A blob isn't there or is damaged.
+            BundleError: It isn't a tensor file.
+            ProtocolError: It isn't what its codec makes of an update of these weights.
+        """
+        raw = self._store.read(digest)
+        chosen = None if codec is None else Codec.parse(codec)
+        if chosen is None or sent is None or not is_packed(raw):
+            return tensorfile.decode(raw)
+        trained = frozenset(t.name for t in self._architecture.trainable)
+        return dict(decode(chosen, raw, self.tensors(sent), trained))
+
     def selection(self, ranking: str, widths: tuple[int, ...]) -> Selection:
         """The first channels of a ranking; boards of equal width share one, with its maps.
 
@@ -91,7 +112,7 @@ class Archive:
             return None
         selection = self.selection(past.ranking, past.widths)
         mask = self.mask(past.mask, selection)
-        tensors, _ = parts(self.tensors(past.weights), mask)
+        tensors, _ = parts(self.update(past.weights, past.codec, past.sent), mask)
         return Past(selection, tensors | withheld(selection), mask, past.round)
 
     def memory(self, digests: Mapping[str, str]) -> Mapping[str, Mapping[str, npt.NDArray[Any]]]:

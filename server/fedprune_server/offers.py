@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from fedprune import step, tensorfile
+from fedprune import codec, step, tensorfile
 from fedprune.blobs import BlobStore
-from fedprune.errors import StorageError
+from fedprune.codec.relocation import relocated, relocation
+from fedprune.coordination import commands as do
+from fedprune.errors import ProtocolError, StorageError
 from fedprune.form_times import FormTimes
 from fedprune.freezing import frozen_tensors, matching
 from fedprune.recipe import Recipe
-from fedprune.selection import Tensors
+from fedprune.selection import Selection, Tensors
 from fedprune.strategies.roles import Submodel
 from fedprune_export.bundle import blocked_step
 from fedprune_export.imported import Model
 from fedprune_export.inference import inference_model
 from fedprune_export.precision import lower
 from fedprune_export.training import training_graph
-from fedprune_server.uploads import UPDATE_SIZE
+from fedprune_server.uploads import UPDATE_BOUND, UPDATE_SIZE
 
 GRAPH_ROUNDS = 10
 """A graph that no offer named for so many rounds is let go of, and made again if it is needed again."""
@@ -86,9 +89,17 @@ class Offers:
         self._latest = LatestGraphs()
         self._withheld: dict[str, frozenset[str]] = {}
         self._failed: set[str] = set()
+        self._trained = frozenset(t.name for t in model.architecture.trainable)
 
     def body(
-        self, submodel: Submodel, recipe: Recipe, round_: int, block: int = 0, times: FormTimes | None = None
+        self,
+        submodel: Submodel,
+        recipe: Recipe,
+        round_: int,
+        block: int = 0,
+        times: FormTimes | None = None,
+        coding: do.Coding = do.Coding(),  # noqa: B008 - it is frozen
+        before: Selection | None = None,
     ) -> dict[str, Any]:
         """The entries of an offer that follow from what a device is sent and how it trains.
 
@@ -98,6 +109,8 @@ class Offers:
             round_: The offer's round.
             block: Channels that the device computes at once; 0 for none.
             times: What forms took there; None if that isn't known.
+            coding: What of it travels encoded.
+            before: The selection of what the device goes on from; None where nothing is known.
 
         Raises:
             ModelError: The model can't be trained by this recipe.
@@ -105,13 +118,20 @@ class Offers:
         """
         mask = submodel.mask
         packed = submodel.tensors if mask is None else mask.pack(submodel.tensors)
-        body = {
+        packed, coded = self._coded(packed, coding, submodel, before)
+        body: dict[str, Any] = {
+            **coded,
             "weights": self._store.put(tensorfile.encode(packed)).to_dict(),
             "training": self.training(recipe, round_),
             "inference": self.inference(submodel.selection.widths, round_),
             "recipe": recipe.to_offer(),
-            UPDATE_SIZE: self._update_size(packed, recipe),
         }
+        shapes = self._answer(packed, recipe)
+        header = tensorfile.header((n, "F32", shape) for n, shape in shapes.items())
+        body[UPDATE_SIZE] = len(header) + 4 * sum(map(math.prod, shapes.values()))
+        chosen = None if coding.update is None else codec.Codec.parse(coding.update)
+        if chosen is not None:
+            body |= {"codec": coding.update, UPDATE_BOUND: codec.bound(chosen, shapes, self._trained)}
         if self._precisions:
             body["lowered"] = self.lowered(submodel.selection.widths, round_)
         blocked = self.blocked(recipe, submodel.selection.widths, block, round_, times)
@@ -203,12 +223,48 @@ class Offers:
             self._withheld[key] = frozen | matching(architecture, recipe.personal, "recipe: personal")
         return self._withheld[key]
 
-    def _update_size(self, packed: Tensors, recipe: Recipe) -> int:
-        """Bytes of the update that answers these weights: as many, without what is withheld."""
+    def _coded(
+        self, packed: Tensors, coding: do.Coding, submodel: Submodel, before: Selection | None
+    ) -> tuple[Tensors, dict[str, Any]]:
+        """Weights as a device has them once it has decoded them, and what an offer says of that.
+
+        The server goes on from these, so that both have the very same bits. What coding leaves out is in the difference
+        to the next weights, and so never adds up.
+        """
+        says: dict[str, Any] = {}
+        moved = b""
+        if before is not None and before.digest != submodel.selection.digest:
+            moved = relocation(before, submodel.selection)
+            says = {"moved": self._store.put(moved).to_dict(), "moved_from": before.digest}
+        chosen = None if coding.weights is None else codec.Codec.parse(coding.weights)
+        if chosen is None:
+            return packed, says
+        says["weights_codec"] = str(chosen)
+        held, base = None, None
+        if before is not None and coding.held is not None and submodel.mask is None:
+            found = self._held(coding.held.weights or "")
+            found = relocated(found, moved, 2**40) if moved else found
+            if {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in packed.items()}:
+                held, base = coding.held.weights, found
+        if base is None and chosen.feedback:
+            return packed, says  # whole weights in 255 steps would be too coarse to train from
+        try:
+            raw = codec.weights.encode(chosen, packed, base, self._trained)
+            there = codec.weights.decode(chosen, raw, base, sum(v.nbytes for v in packed.values()))
+        except ProtocolError as error:
+            _LOG.warning("weights are sent plainly: %s", error)
+            return packed, says
+        reference = {"coded": self._store.put(raw).to_dict()}
+        return there, {**says, **reference, **({} if held is None else {"held": held})}
+
+    def _held(self, digest: str) -> Tensors:
+        """Weights that a device holds; nothing where they are here no longer."""
+        return tensorfile.decode(self._store.read(digest)) if digest and self._store.has(digest) else {}
+
+    def _answer(self, packed: Tensors, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+        """Shapes of the update that answers these weights: as many, without what is withheld."""
         withheld = self.withheld(recipe)
-        sent = {n: v for n, v in packed.items() if n not in withheld}
+        sent = {n: v.shape for n, v in packed.items() if n not in withheld}
         if recipe.report_squares:
-            trained = {t.name for t in self._model.architecture.trainable}
-            sent |= {step.squares(n): v for n, v in sent.items() if n in trained}
-        header = tensorfile.header((n, "F32", v.shape) for n, v in sent.items())
-        return len(header) + sum(v.nbytes for v in sent.values())
+            sent |= {step.squares(n): shape for n, shape in sent.items() if n in self._trained}
+        return sent

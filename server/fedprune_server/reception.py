@@ -227,7 +227,7 @@ class Reception:
         except ProfileError as error:
             self._roster.exclude(birth.device, _advice(error), name, birth.samples)
             return None
-        return on.DeviceBorn(birth.device, birth.session, profile, birth.samples, probe)
+        return on.DeviceBorn(birth.device, birth.session, profile, birth.samples, probe, birth.codecs or ())
 
     def _profile(self, name: str) -> dict[str, Any]:
         """A hardware profile; a file that was changed is read again soon.

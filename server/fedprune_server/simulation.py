@@ -16,6 +16,7 @@ from typing import Any
 
 from fedprune.blobs import BlobStore
 from fedprune.chance import keyed
+from fedprune.codec import CODECS
 from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
@@ -34,7 +35,7 @@ from fedprune_server.rhythm import Rhythm
 from fedprune_server.round_notes import Notary
 from fedprune_server.simulation_state import Item, Left, SimulationState, Trained, held
 from fedprune_server.trainers import ONNXRUNTIME
-from fedprune_server.uploads import UPDATE_SIZE, misfit
+from fedprune_server.uploads import UPDATE_BOUND, UPDATE_SIZE, misfit
 from fedprune_server.virtual_device import BLOBS, Bench
 from fedprune_server.weather import ALWAYS
 from fedprune_server.worker import Worker
@@ -257,7 +258,7 @@ class Simulation:
 
     def _pull(self, command: do.PullUpdate, now: float) -> None:
         run, device, ref = self._run, command.device, BlobRef.from_dict(command.weights)
-        expected = {UPDATE_SIZE: run.sizes.get(device, ref.size)}
+        expected = {UPDATE_SIZE: run.sizes.get(device, ref.size), UPDATE_BOUND: run.bounds.get(device)}
         if reason := misfit(expected, ref):
             run.push(now, on.UpdateRejected(device, command.round, command.attempt, reason))
             return
@@ -275,10 +276,16 @@ class Simulation:
         run.forget(name)  # a newer offer takes an older one's place
         run.unsent.pop(name, None)
         run.sizes[name] = int(command.offer.get(UPDATE_SIZE, command.offer["weights"]["size"]))
+        run.bounds.pop(name, None)
+        if UPDATE_BOUND in command.offer:
+            run.bounds[name] = int(command.offer[UPDATE_BOUND])
         device, held = self._devices[name], run.held.get(name, [])
-        refs = [command.offer[k] for k in (*BLOBS, "mask") if command.offer.get(k)]
-        size = sum(int(r["size"]) for r in refs if r["sha256"] not in held)
-        run.held[name] = [r["sha256"] for r in refs]
+        refs = [command.offer[k] for k in (*BLOBS, "mask", "moved") if command.offer.get(k)]
+        pulled, coded = {r["sha256"]: int(r["size"]) for r in refs}, command.offer.get("coded")
+        if coded and command.offer.get("held", coded["sha256"]) in (*held, coded["sha256"]):
+            pulled[command.offer["weights"]["sha256"]] = int(coded["size"])  # which it decodes
+        size = sum(n for sha256, n in pulled.items() if sha256 not in held)
+        run.held[name] = list(pulled)
         run.down += size
         self._spent(name)[0] += size
         key = (seed, command.round, name)
@@ -354,7 +361,7 @@ class Simulation:
         if id(device.profile) not in self._profiles:  # devices of one kind share one
             self._profiles[id(device.profile)] = device.profile.to_dict()
         profile = self._profiles[id(device.profile)]
-        self._run.push(max(at, begin), on.DeviceBorn(name, session, profile, device.samples))
+        self._run.push(max(at, begin), on.DeviceBorn(name, session, profile, device.samples, codecs=CODECS))
 
     def _leave(self, item: Left) -> on.Event | None:
         """A device's window closes; what it trains is lost, what it has announced is sent once more when it is back."""

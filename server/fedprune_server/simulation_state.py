@@ -79,6 +79,7 @@ class SimulationState:
         held: Digests that each device holds.
         unsent: Updates that were announced and are not yet at the server, by device.
         sizes: Bytes of the update that each device was asked for last.
+        bounds: The most bytes that it has in the codec that was offered, where one was.
         boards: Digest of what each board keeps between its rounds.
         groups: Numbers of trainings that are worked out together, with what they are.
         free: When the server's link is free, for sending and for receiving.
@@ -99,6 +100,7 @@ class SimulationState:
     held: dict[str, list[str]] = field(default_factory=dict)
     unsent: dict[str, on.UpdateAnnounced] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    bounds: dict[str, int] = field(default_factory=dict)
     boards: dict[str, str] = field(default_factory=dict)
     groups: list[dict[int, Trained]] = field(default_factory=list)
     free: list[float] = field(default_factory=lambda: [0.0, 0.0])
@@ -220,6 +222,7 @@ class SimulationState:
             "held": self.held,
             "unsent": {k: asdict(v) for k, v in self.unsent.items()},
             "sizes": self.sizes,
+            "bounds": self.bounds,
             "boards": self.boards,
             "groups": [[[k, asdict(v)] for k, v in g.items()] for g in self.groups],
             "free": self.free,
@@ -285,6 +288,7 @@ class SimulationState:
                 held={k: list(v) for k, v in body["held"].items()},
                 unsent={k: on.UpdateAnnounced(**v) for k, v in body["unsent"].items()},
                 sizes={str(k): int(v) for k, v in body["sizes"].items()},
+                bounds={str(k): int(v) for k, v in body.get("bounds", {}).items()},
                 boards=dict(body["boards"]),
                 groups=[{int(k): Trained(**v) for k, v in g} for g in body["groups"]],
                 free=[float(v) for v in body["free"]],

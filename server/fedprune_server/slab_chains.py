@@ -10,6 +10,7 @@ from typing import Any
 
 from fedprune import tensorfile
 from fedprune.blobs import BlobStore
+from fedprune.codec import Codec
 from fedprune.coordination import commands as do
 from fedprune.element_mask import ElementMask
 from fedprune.selection import Selection, Tensors
@@ -53,7 +54,8 @@ class SlabChains:
     What devices are sent must not depend on who they are, but on widths and density alone; and who else is in the round
     must be known before the first submodel is made, since narrower ones are what a wider one is made of. Where it
     isn't, as after a restart in the middle of a round, the remaining devices get slabs of their own, or none: offers
-    without slabs are as good as any.
+    without slabs are as good as any. Devices whose weights lose something in their codec, each by what it holds, get
+    none.
 
     Args:
         strategy: Says whether devices are sent the same.
@@ -78,7 +80,7 @@ class SlabChains:
             return
         rounds: dict[_Basis, list[do.Extract]] = {}
         for command in commands:
-            if isinstance(command, do.Extract):
+            if isinstance(command, do.Extract) and _whole(command.coding):
                 rounds.setdefault(_basis(command), []).append(command)
         for basis, extracts in rounds.items():
             if len(extracts) > 1:
@@ -155,3 +157,11 @@ def _kind(command: do.Extract) -> _Kind:
     """What a device's submodel depends on; its density counts where single elements are masked alone."""
     part = command.part
     return part.widths, part.density if command.basis.order is not None else 1.0
+
+
+def _whole(coding: do.Coding) -> bool:
+    """Whether a device has the very weights that were made for it once it has decoded them."""
+    codec = None if coding.weights is None else Codec.parse(coding.weights)
+    if codec is None or codec.name == "zlib":
+        return True
+    return codec.feedback and (coding.held is None or coding.held.weights is None)  # it is sent them as they are

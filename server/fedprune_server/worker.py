@@ -151,6 +151,9 @@ class Worker:
         submodel = self._made(cut)
         recipe = _masked(self._recipe(cut.turn), submodel)
         times = FormTimes.from_dict(command.forms) if command.block and command.forms is not None else None
+        held = command.coding.held
+        known = held is not None and self.store.has(held.ranking)
+        before = self._archive.selection(held.ranking, held.widths) if known and held is not None else None
         offer = {
             "seed": self.job.seed,
             "architecture": self.architecture.digest,
@@ -158,7 +161,7 @@ class Worker:
             "ranking": self._ranking(command.basis, cut, submodel.selection),
             "widths": list(submodel.selection.widths),
             "classes": self.architecture.classes,
-            **self._offers.body(submodel, recipe, command.basis.round, command.block, times),
+            **self._offers.body(submodel, recipe, command.basis.round, command.block, times, command.coding, before),
         }
         return self.sliced(command, on.Extracted(command.basis.round, part.device, part.attempt, offer))
 
@@ -269,7 +272,7 @@ class Worker:
         mask = self._archive.mask(found.mask, selection)
         withheld = self._offers.withheld(self._recipe(cut.turn))
         held = _gathered(selection, cut.scene.model, withheld)
-        tensors, squares = parts(self._archive.tensors(found.weights), mask)
+        tensors, squares = parts(self._archive.update(found.weights, found.codec, found.sent), mask)
 
         def sent() -> Submodel:
             offered, _ = parts(self._archive.tensors(found.sent), mask)

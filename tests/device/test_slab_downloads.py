@@ -207,3 +207,67 @@ def test_slabs_stay_on_the_disk_until_the_weights_are_made(source: Source, tmp_p
 def test_slabs_do_not_make_an_offer_other_work(source: Source) -> None:
     assert same_work(source.offer(2), source.offer(2, slabs=None, attempt=2))
     assert not same_work(source.offer(2), source.offer(1))
+
+
+def coded(source: Source, **changes: Any) -> Offer:
+    """An offer with slabs whose weights can also be decoded from less."""
+    return source.offer(2, weights_codec="zlib", coded=source.store.put(b"less"), **changes)
+
+
+def test_what_can_be_decoded_is_pulled_before_all_slabs_and_on_its_own_topic(source: Source, store: BlobStore) -> None:
+    offer = coded(source)
+    assert offer.coded is not None
+    downloads = Downloads(store, offer, 0.0)
+    assert downloads.listens(TOPICS) == {TOPICS.shared(source.graph.sha256, "job")}
+    source.feed(downloads)
+    assert downloads.done
+    assert source.pulled() == {offer.coded.sha256, source.graph.sha256}
+    assert {w.sha256 for w in source.wants if w.shared} == {source.graph.sha256}
+
+
+def test_who_asks_for_nothing_that_is_shared_does_not_take_itself_for_deaf(source: Source, store: BlobStore) -> None:
+    store.put(source.store.read(source.graph.sha256))
+    for offer, slabs in ((coded(source), True), (source.offer(2), False)):
+        downloads = Downloads(store, offer, 0.0, slabs=slabs)
+        downloads.start(0.0)
+        downloads.tick(PATIENCE + 1)
+        assert not downloads.deaf
+        source.feed(downloads, PATIENCE + 1, shared=False)
+        assert downloads.done
+
+
+@pytest.mark.parametrize("slabs", [True, False])
+@pytest.mark.parametrize("why", ["held is not here", "plainly"])
+def test_what_can_not_be_decoded_is_made_of_slabs_or_pulled_whole(
+    source: Source, store: BlobStore, why: str, slabs: bool
+) -> None:
+    offer = coded(source, held=None if why == "plainly" else "f" * 64)
+    downloads = Downloads(store, offer, 0.0, slabs=slabs, plainly=why == "plainly")
+    source.feed(downloads)
+    assert downloads.done
+    assert store.has(offer.weights.sha256)
+    way = source.slabs if slabs else [offer.weights]
+    assert source.pulled() == {r.sha256 for r in (*way, source.graph)}
+
+
+def test_what_could_be_decoded_and_is_gone_is_done_without(source: Source, store: BlobStore) -> None:
+    offer = coded(source)
+    assert offer.coded is not None
+    downloads = Downloads(store, offer, 0.0)
+    downloads.start(0.0)
+    assert {w.sha256 for w in downloads.gone(offer.coded.sha256, 0.0)} == {offer.weights.sha256}
+    source.feed(downloads)
+    assert downloads.done
+    assert store.has(offer.weights.sha256)
+
+
+def test_room_for_slabs_counts_what_codecs_need_beside_them(source: Source, tmp_path: Path) -> None:
+    offer = coded(source, codec="int8")
+    assert offer.coded is not None
+    with DeviceStore(tmp_path / "state") as board:
+        # As received, twice the weights, what serves, what was left out before and after; and both ways of the weights.
+        needed = 6 * offer.weights.size + 2 * source.graph.size + offer.coded.size
+        room = SimpleNamespace(blobs=board.blobs, free_bytes=lambda: needed + sum(r.size for r in source.slabs))
+        assert slabs_fit(offer, room)  # type: ignore[arg-type]
+        room.free_bytes = lambda: needed + sum(r.size for r in source.slabs) - 1
+        assert not slabs_fit(offer, room)  # type: ignore[arg-type]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedprune import tensorfile
@@ -151,6 +153,43 @@ def test_a_replay_compares_what_was_worked_out_and_not_how_it_travelled(model: M
     sliced = [w.execute(c) for c in commands]
     assert plain != sliced
     assert [_plain(e) for e in sliced] == plain
+
+
+@pytest.mark.parametrize(("codec", "slabs"), [("zlib", True), ("float16", False), ("int8", True)])
+def test_slabs_are_made_for_those_whose_weights_lose_nothing(
+    model: Model, tmp_path: Path, codec: str, slabs: bool
+) -> None:
+    """At first nobody holds what `int8` would be the difference to, and is sent its weights as they are."""
+    w = worker(model, tmp_path)
+    commands = [replace(c, coding=do.Coding(weights=codec)) for c in channels(w)]
+    w.expect(commands)
+    made = offers(w, commands)
+    check(w, made, {"a": 3, "b": 1, "c": 2, "d": 2, "e": 3} if slabs else dict.fromkeys("abcde", 0))
+    assert all(("coded" in o) == (codec != "int8") for o in made.values())
+
+    # In the next round they hold them; with `int8` no two go on from the same.
+    first = commands[0].basis
+    moved = {n: v + np.float32(0.01) for n, v in tensorfile.decode(w.store.read(first.model)).items()}
+    basis = replace(first, round=2, model=w.store.put(tensorfile.encode(moved)).sha256)
+    then = [
+        replace(
+            c,
+            basis=basis,
+            coding=do.Coding(
+                weights=codec,
+                held=do.Held(o["selection"], o["ranking"], tuple(o["widths"]), o["weights"]["sha256"]),
+            ),
+        )
+        for c, o in ((c, made[c.part.device]) for c in commands)
+    ]
+    w.expect(then)
+    there = set(w.store.names())
+    again = offers(w, then)
+    assert all("held" in o for o in again.values())
+    assert all(("slabs" in o) == (codec == "zlib") for o in again.values())
+    # Nothing is left on the disk that no offer names.
+    named = State(model="0" * 64, tasks={n: Task(1, (1,), offer=o) for n, o in again.items()}).references()
+    assert set(w.store.names()) - there <= named
 
 
 def test_a_state_needs_the_slabs_of_its_offers(model: Model, tmp_path: Path) -> None:

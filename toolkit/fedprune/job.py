@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
 from fedprune import setting_checks
 from fedprune.aggregation import Rule
+from fedprune.codec.choice import DOWN, PLAIN, Codec, agreed
 from fedprune.errors import ConfigError, ProtocolError, shown
 from fedprune.precision import SERVED
 from fedprune.recipe import Recipe
@@ -19,8 +20,18 @@ RULES = get_args(Rule)
 _PLAIN = ("scorer", "warmup_rounds", "rule", "server_momentum")
 """What only the plain strategy reads."""
 
-_LATER = ("precision", "over_selection", "fairness", "in_flight", "pace", "schedule")
-"""Settings that earlier versions didn't have; empty or 0 where they change nothing."""
+_LATER = (
+    "precision",
+    "over_selection",
+    "fairness",
+    "in_flight",
+    "pace",
+    "schedule",
+    "compression",
+    "compression_of",
+    "compression_down",
+)
+"""Settings that earlier versions didn't have, only written down where they are not as by default."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,10 @@ class Job:
         server_momentum: Momentum of the global model's moves, 0 for none.
         recipe: Local training.
         precision: Lower precisions that boards may serve at, too: offers bring the graphs.
+        compression: The codec of updates: `none`, `zlib`, `float16`, `int8` or `top-k:SHARE`. A device that doesn't
+            know it sends its updates plainly.
+        compression_of: The same for single hardware profiles, by name.
+        compression_down: The codec of the weights that devices are sent: `none`, `zlib`, `float16` or `int8`.
     """
 
     name: str = "job"
@@ -76,6 +91,9 @@ class Job:
     server_momentum: float = 0.0
     recipe: Recipe = field(default_factory=Recipe)
     precision: tuple[str, ...] = ()
+    compression: str = PLAIN
+    compression_of: dict[str, str] = field(default_factory=dict)
+    compression_down: str = PLAIN
 
     def __post_init__(self) -> None:
         counts = {
@@ -118,6 +136,12 @@ class Job:
                 "job: precision", expected=f"a list of some of {', '.join(SERVED)}", got=shown(self.precision)
             )
         object.__setattr__(self, "precision", tuple(dict.fromkeys(self.precision)))
+        Codec.parse(self.compression)
+        if not isinstance(self.compression_of, Mapping) or not all(isinstance(k, str) for k in self.compression_of):
+            raise ConfigError("job: compression_of", expected="a table by profile", got=shown(self.compression_of))
+        for profile, setting in self.compression_of.items():
+            Codec.parse(setting, f"job: compression_of {shown(profile)}")
+        setting_checks.word("job: compression_down", self.compression_down, (PLAIN, *DOWN))
         self._check_ranked()
         if self.scorer == "curvature" and self.recipe.optimizer != "sgd":
             raise ConfigError(
@@ -147,7 +171,16 @@ class Job:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; a setting that came later is only there where it is not as by default."""
         body = asdict(self) | {"recipe": self.recipe.to_dict(), "precision": list(self.precision)}
-        return {k: v for k, v in body.items() if v or k not in _LATER}
+        return {k: v for k, v in body.items() if k not in _LATER or (v and v != PLAIN)}
+
+    def codec(self, profile: object, known: Collection[str]) -> str | None:
+        """The codec of a device's updates, as text; None for none.
+
+        Args:
+            profile: Name of its hardware profile.
+            known: Names of the codecs that it knows.
+        """
+        return agreed(self.compression_of.get(str(profile), self.compression), known)
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Job:

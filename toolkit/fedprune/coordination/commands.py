@@ -17,6 +17,8 @@ class Past:
         ranking: Digest of the ranking that it was cut by.
         widths: Its widths.
         mask: Digest of its element mask, or None.
+        codec: What it is encoded in, or None.
+        sent: Where it is encoded, digest of the weights that the device was sent.
     """
 
     round: int
@@ -24,6 +26,8 @@ class Past:
     ranking: str
     widths: tuple[int, ...]
     mask: str | None = None
+    codec: str | None = None
+    sent: str | None = None
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Past:
@@ -102,6 +106,43 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What a device was sent for the last update of its that was added, and still has.
+
+    Attributes:
+        selection: Digest of the selection.
+        ranking: Digest of the ranking whose first channels it is.
+        widths: Its widths.
+        weights: Digest of the weights, where the device keeps them.
+    """
+
+    selection: str
+    ranking: str
+    widths: tuple[int, ...]
+    weights: str | None = None
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Held:
+        """From JSON."""
+        return cls(**{**body, "widths": tuple(body["widths"])})
+
+
+@dataclass(frozen=True)
+class Coding:
+    """What of a device's part travels encoded (`fedprune.codec.Codec`, as text).
+
+    Attributes:
+        update: The codec of its update, or None.
+        weights: That of the weights that it is sent, or None.
+        held: What it goes on from; None where nothing is known.
+    """
+
+    update: str | None = None
+    weights: str | None = None
+    held: Held | None = None
+
+
+@dataclass(frozen=True)
 class Extract:
     """Make a device's submodel; answered by `Extracted`.
 
@@ -110,12 +151,14 @@ class Extract:
         part: Whose it is.
         block: Channels that the device computes at once, for a training graph of its own; 0 for the one of all.
         forms: What forms of layers took there (`fedprune.form_times`), as plain JSON types; None if that isn't known.
+        coding: What of it travels encoded.
     """
 
     basis: Basis
     part: Part
     block: int = 0
     forms: dict[str, Any] | None = None
+    coding: Coding = Coding()
 
 
 @dataclass(frozen=True)
@@ -175,6 +218,7 @@ class Contribution:
             part's.
         ranking: Digest of the ranking whose first channels it was sent, which may be an extractor's own; None for the
             basis's.
+        codec: What the update is encoded in, or None.
     """
 
     basis: Basis
@@ -186,6 +230,7 @@ class Contribution:
     steps: int
     widths: tuple[int, ...] | None = None
     ranking: str | None = None
+    codec: str | None = None
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Contribution:

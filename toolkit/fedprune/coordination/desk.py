@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 
 from fedprune.allocation import Allocator, Fleet
 from fedprune.architecture import Architecture
+from fedprune.codec import agreed
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.planning import Planned, Planner
@@ -181,7 +182,11 @@ class Desk(ABC):
         if task is None:
             return []
         task.progress = Progress.FOLDED
-        self.state.devices[event.device].failures = 0
+        device, offer = self.state.devices[event.device], task.offer or {}
+        device.failures = 0
+        if {"codec", "weights_codec"} & set(offer):
+            weights = offer["weights"]["sha256"] if "weights_codec" in offer else None
+            device.held = {k: offer[k] for k in ("selection", "ranking", "widths")} | {"weights": weights}
         self.allocator.learn(self.fleet, event.device, task, task.seconds)
         return self._go_on(now)
 
@@ -219,11 +224,11 @@ class Desk(ABC):
         known = state.devices.get(event.device)
         if known is not None and known.online and event.session < known.session:
             return False
-        device = Device(event.session, True, event.profile, event.probe, event.samples)
+        device = Device(event.session, True, event.profile, event.probe, event.samples, codecs=list(event.codecs))
         if known is None:
             device.asked = state.round
         else:
-            device.past, device.last = known.past, known.last
+            device.past, device.last, device.held = known.past, known.last, known.held
             device.asked, device.cut = known.asked, known.cut
             device.allocation, device.buffer = known.allocation, known.buffer
         state.devices[event.device] = device
@@ -251,7 +256,10 @@ class Desk(ABC):
 
     def _extract(self, name: str, task: Task) -> do.Extract:
         device = self.state.devices[name]
-        return do.Extract(self._basis_of(task), part_of(name, task), device.block, device.forms)
+        codec = self.job.codec(device.profile.get("name"), device.codecs)
+        held = None if device.held is None else do.Held.from_dict(device.held)
+        coding = do.Coding(codec, agreed(self.job.compression_down, device.codecs), held)
+        return do.Extract(self._basis_of(task), part_of(name, task), device.block, device.forms, coding)
 
     def _basis_of(self, task: Task) -> do.Basis:
         return self._basis() if task.basis is None else do.Basis.from_dict(task.basis)
@@ -269,6 +277,7 @@ class Desk(ABC):
             task.steps,
             tuple(offer["widths"]),
             offer.get("ranking"),
+            offer.get("codec"),
         )
 
     def _fold(self, name: str, task: Task, weight: int) -> do.Fold:
@@ -282,7 +291,8 @@ class Desk(ABC):
             # As it was sent: an extractor may have chosen fewer channels than the part says, or others.
             sent = self._contribution(name, task, task.weight)
             ranking, widths = sent.ranking or sent.basis.ranking, sent.widths or task.widths
-            past = do.Past(sent.basis.round, task.weights, ranking, widths, sent.mask)
+            base = sent.sent if sent.codec else None
+            past = do.Past(sent.basis.round, task.weights, ranking, widths, sent.mask, sent.codec, base)
             self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
     def _fail(self, name: str, task: Task, reason: str) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DeviceBorn:
-    """A device announced itself (again). `profile` and `probe` are their JSON bodies."""
+    """A device announced itself (again). `profile` and `probe` are their JSON bodies, `codecs` those that it knows."""
 
     device: str
     session: int
     profile: dict[str, Any]
     samples: int
     probe: dict[str, Any] | None = None
+    codecs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ class Device(Entry):
         allocation: What the strategy's allocator remembers of it.
         buffer: Asynchronous jobs: its last counted update (`fedprune.coordination.commands.Contribution`) where the
             schedule keeps that, and what it counted for.
+        codecs: Names of the codecs that it knows.
+        held: What it goes on from where updates or weights are encoded (`fedprune.coordination.commands.Held`).
     """
 
     session: int
@@ -86,6 +88,8 @@ class Device(Entry):
     cut: int = 0
     allocation: dict[str, Any] = field(default_factory=dict)
     buffer: dict[str, Any] | None = None
+    codecs: list[str] = field(default_factory=list)
+    held: dict[str, Any] | None = None
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Device:
@@ -110,7 +114,7 @@ class Device(Entry):
 
     def references(self) -> set[str]:
         """Digests of the blobs that are kept for it."""
-        found = _named(self.past) | _contributed((self.buffer or {}).get("contribution"))
+        found = _named(self.held) | _named(self.past) | _contributed((self.buffer or {}).get("contribution"))
         return {d for d in found if d}
 
 
@@ -300,7 +304,7 @@ class State:
         """
         self.ranking = self.order = self.closing = None
         for device in self.devices.values():
-            device.past = device.buffer = None
+            device.past = device.buffer = device.held = None
         if any(t.basis is not None for t in self.tasks.values()):
             for task in self.tasks.values():
                 task.progress, task.reason, task.past, task.deadline = Progress.REFUSED, "ranked anew", None, None
@@ -363,7 +367,7 @@ class State:
 
 def _named(past: dict[str, Any] | None) -> set[str]:
     """Digests that a past update refers to."""
-    return {past[k] for k in ("weights", "ranking", "mask") if past[k]} if past else set()
+    return {past[k] for k in ("weights", "ranking", "mask", "sent") if past.get(k)} if past else set()
 
 
 def named_in(offer: Mapping[str, Any]) -> set[str]:

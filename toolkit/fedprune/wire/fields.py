@@ -207,6 +207,17 @@ def digests(limit: int) -> Check:
     return check
 
 
+def names(limit: int) -> Check:
+    """A list of short names of what a peer knows, which may be more than this version does."""
+
+    def check(where: str, value: object) -> tuple[str, ...]:
+        if not isinstance(value, (list, tuple)) or len(value) > limit:
+            raise ProtocolError(where, expected=f"a list of at most {limit} names", got=shown(value))
+        return tuple(check_name(item, f"{where}[{i}]") for i, item in enumerate(value))
+
+    return check
+
+
 def metrics(where: str, value: object) -> dict[str, float]:
     """Finite numbers by name."""
     if not isinstance(value, Mapping) or len(value) > MAX_METRICS:

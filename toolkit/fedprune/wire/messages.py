@@ -8,7 +8,7 @@ never.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, get_args
 
@@ -26,6 +26,7 @@ MAX_WANT = 1024
 _MOST_PRECISIONS = 8
 _MOST_BLOCKS = 8
 _MOST_SLABS = 32
+_MOST_CODECS = 64
 
 PHASES = ("download", "train", "evaluate")
 PARTS = ("data", "leaves")
@@ -33,6 +34,7 @@ PARTS = ("data", "leaves")
 _COUNT = check.whole()
 _SHORT = check.text(256)
 _LONG = check.text(4096)
+_CODING = ("codec", "weights_codec", "coded", "held", "moved", "moved_from")
 _ASSIGNMENT: dict[str, Check] = {"job": check.job, "round": _COUNT, "attempt": _COUNT}
 
 
@@ -48,6 +50,7 @@ class Birth(CheckedMessage):
         software: What runs there, with versions.
         probe: What the board measured of itself.
         held: The job, round and attempt that it works on or whose update it still has to deliver.
+        codecs: Names of the codecs in which it can send updates (`fedprune.codec`); None where it knows none.
     """
 
     device: str
@@ -57,8 +60,10 @@ class Birth(CheckedMessage):
     software: str
     probe: dict[str, Any] | None = None
     held: dict[str, Any] | None = None
+    codecs: tuple[str, ...] | None = None
 
     kind: ClassVar[str] = "birth"
+    newer: ClassVar[frozenset[str]] = frozenset({"codecs"})
     checks: ClassVar[Mapping[str, Check]] = {
         "device": check.device,
         "session": _COUNT,
@@ -67,6 +72,7 @@ class Birth(CheckedMessage):
         "software": _SHORT,
         "probe": check.optional(check.plain),
         "held": check.optional(check.assignment),
+        "codecs": check.optional(check.names(_MOST_CODECS)),
     }
 
 
@@ -230,6 +236,13 @@ class Offer(CheckedMessage):
         slabs: What `weights` can be made of instead of being pulled (`fedprune.slabs`): the narrowest submodel's file,
             and what each wider one adds to it, up to this one. Other devices pull the same blobs. None where there are
             none.
+        codec: How the update is to be encoded (`fedprune.codec.Codec`); None for a plain tensor file.
+        weights_codec: How weights come where they come encoded; a board keeps those that it has until the next offer.
+        coded: The weights so encoded: a board that has what they are the difference to may pull this instead.
+        held: sha256 of what they are the difference to; None for the difference to 0.
+        moved: Where channels lie that a device was sent last (`fedprune.codec.relocation`); None where they lie as
+            they did, or where nothing is known of that.
+        moved_from: Digest of the selection that those were sent in.
     """
 
     job: str
@@ -249,9 +262,15 @@ class Offer(CheckedMessage):
     lowered: dict[str, BlobRef] | None = None
     blocked: dict[str, BlobRef] | None = None
     slabs: tuple[BlobRef, ...] | None = None
+    codec: str | None = None
+    weights_codec: str | None = None
+    coded: BlobRef | None = None
+    held: str | None = None
+    moved: BlobRef | None = None
+    moved_from: str | None = None
 
     kind: ClassVar[str] = "offer"
-    newer: ClassVar[frozenset[str]] = frozenset({"mask", "ranking", "lowered", "blocked", "slabs"})
+    newer: ClassVar[frozenset[str]] = frozenset({"mask", "ranking", "lowered", "blocked", "slabs", *_CODING})
     checks: ClassVar[Mapping[str, Check]] = {
         **_ASSIGNMENT,
         "seed": _COUNT,
@@ -268,6 +287,12 @@ class Offer(CheckedMessage):
         "lowered": check.optional(check.blobs(_MOST_PRECISIONS)),
         "blocked": check.optional(check.blobs(_MOST_BLOCKS)),
         "slabs": check.optional(check.blob_list(_MOST_SLABS)),
+        "codec": check.optional(_SHORT),
+        "weights_codec": check.optional(_SHORT),
+        "coded": check.optional(check.blob),
+        "held": check.optional(check.digest),
+        "moved": check.optional(check.blob),
+        "moved_from": check.optional(check.digest),
     }
 
     @property
@@ -277,9 +302,19 @@ class Offer(CheckedMessage):
         return (self.training, self.inference, *more)
 
     def blobs(self) -> tuple[BlobRef, ...]:
-        """What must be pulled for it, graphs first."""
-        mask = () if self.mask is None else (self.mask,)
-        return (*self.graphs, self.weights, *mask)
+        """What must be there for it, graphs first."""
+        more = [blob for blob in (self.mask, self.moved) if blob is not None]
+        return (*self.graphs, self.weights, *more)
+
+    def shorter(self, has: Callable[[str], bool]) -> tuple[BlobRef, ...]:
+        """What must be pulled for it where weights that are lacking can be decoded instead.
+
+        Args:
+            has: Whether a blob is there, by its digest.
+        """
+        if self.coded is None or has(self.weights.sha256) or not (self.held is None or has(self.held)):
+            return self.blobs()
+        return tuple(self.coded if r == self.weights else r for r in self.blobs())
 
 
 @dataclass(frozen=True)

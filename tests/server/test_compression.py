@@ -1,0 +1,331 @@
+"""Jobs whose updates travel in a codec: what is offered to whom, what is folded, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune import tensorfile
+from fedprune.architecture import widths_at
+from fedprune.blobs import BlobStore
+from fedprune.codec import CODECS, DOWN, Codec, bound, decode, encode, packing
+from fedprune.coordination import State, coordinate
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coordination.state import Progress
+from fedprune.errors import ConfigError
+from fedprune.job import Job
+from fedprune.profile_store import find
+from fedprune.recipe import Recipe
+from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.messages import Birth, Offer, parse
+from fedprune_device.decoding import decoded
+from fedprune_device.trainer import Trainer
+from fedprune_export.imported import Model
+from fedprune_export.importing import import_onnx
+from fedprune_server.digits import Federation, deal, digits_model
+from fedprune_server.experiment import Experiment
+from fedprune_server.simulation import Simulation
+from fedprune_server.uploads import UPDATE_BOUND, UPDATE_SIZE, misfit, sent
+from fedprune_server.virtual_device import VirtualDevice
+from fedprune_server.worker import Worker
+
+KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b")
+SETTINGS = ("zlib", "float16", "int8", "top-k:0.05")
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits-net")
+
+
+@pytest.fixture(scope="module")
+def federation() -> Federation:
+    return deal(KINDS, seed=1)
+
+
+@pytest.fixture
+def simulate(model: Model, federation: Federation, tmp_path: Path) -> Callable[..., Simulation]:
+    devices = [VirtualDevice(kind, find(kind), federation.devices[kind]) for kind in KINDS]
+
+    def make(folder: str, **settings: Any) -> Simulation:
+        values = {"seed": 3, "rounds": 3, "devices": 2, "density": 0.5, "recipe": Recipe(max_steps=3), **settings}
+        store = BlobStore(tmp_path / folder / "blobs", durable=False)
+        samples = (federation.x, federation.y)
+        return Simulation(Experiment("x", Job(**values), model, devices, samples), store, folder=tmp_path / folder)
+
+    return make
+
+
+def uploaded(run: Simulation) -> int:
+    """Bytes that all devices sent."""
+    return sum(row[1] for notes in run._run.rounds.values() for row in notes.devices.values())
+
+
+def test_every_codec_saves_bytes_and_every_update_counts(simulate: Callable[..., Simulation]) -> None:
+    plain = simulate("none")
+    plain.run()
+    before = uploaded(plain)
+    for setting in SETTINGS:
+        run = simulate(setting, compression=setting)
+        run.run()
+        for summary in run.state.history:
+            assert {p["progress"] for p in summary["devices"].values()} == {"folded"}
+        assert uploaded(run) < before
+        before = uploaded(run) if setting != "zlib" else before
+        assert (run.state.model == plain.state.model) == (setting == "zlib")
+        assert bool(run._run.boards) == (setting in ("int8", "top-k:0.05"))
+
+
+def test_without_a_codec_nothing_is_another(simulate: Callable[..., Simulation], model: Model, tmp_path: Path) -> None:
+    run, other = simulate("one"), simulate("two", compression="none")
+    run.run()
+    other.run()
+    assert run.state.model == other.state.model
+    assert "compression" not in Job(compression="none").to_dict()
+    with_codec = offered(Worker(Job(), model, BlobStore(tmp_path), None), "a", "int8")
+    assert {k: v for k, v in with_codec.items() if k not in ("codec", UPDATE_BOUND)} == offered(
+        Worker(Job(), model, BlobStore(tmp_path), None), "a", None
+    )
+
+
+class KillError(Exception):
+    """Ends a simulation as a kill does."""
+
+
+def test_a_kill_between_rounds_changes_no_bit(simulate: Callable[..., Simulation]) -> None:
+    """What boards keep of what was left out is part of what is saved."""
+    whole = simulate("whole", compression="top-k:0.05")
+    whole.run()
+
+    def kill(run: Simulation) -> None:
+        if len(run.state.history) == 2:
+            raise KillError
+
+    with pytest.raises(KillError):
+        simulate("killed", compression="top-k:0.05").run(kill)
+    again = simulate("killed", compression="top-k:0.05")
+    again.run()
+    assert again.state.model == whole.state.model
+
+
+def test_an_update_that_a_strategy_goes_on_from_is_read_in_its_codec(simulate: Callable[..., Simulation]) -> None:
+    for setting in ("int8", "top-k:0.05"):
+        run = simulate(setting, strategy="fedobp", compression=setting, density=0.0, rounds=3)
+        run.run()
+        assert {p["progress"] for p in run.state.history[-1]["devices"].values()} == {"folded"}
+        for device in run.state.devices.values():
+            assert device.past is not None
+            assert device.past["sent"] in run.state.references()
+
+
+def test_a_profile_may_have_a_codec_of_its_own(simulate: Callable[..., Simulation]) -> None:
+    run = simulate("own", compression="int8", compression_of={KINDS[0]: "none"})
+    run.run()
+    offers = {name: task.offer or {} for name, task in run.state.tasks.items()}
+    assert {name: offer.get("codec") for name, offer in offers.items()} == {KINDS[0]: None, KINDS[1]: "int8"}
+
+
+@pytest.mark.parametrize(("known", "codec"), [(CODECS, "top-k:0.1"), (("int8", "newer"), None), ((), None)])
+def test_a_board_gets_no_codec_that_it_does_not_know(model: Model, known: tuple[str, ...], codec: str | None) -> None:
+    birth = Birth("pi", 1, KINDS[1], 10, "test", codecs=known or None)
+    said = parse(birth.to_bytes())
+    assert isinstance(said, Birth)
+    coordinator = coordinate(Job(compression="top-k:0.1"), model.architecture, State("0" * 64))
+    coordinator.handle(on.DeviceBorn("pi", 1, find(KINDS[1]).to_dict(), 10, None, said.codecs or ()), 0.0)
+    extract = coordinator.handle(on.Scored(1, "1" * 64), 0.0)
+    assert [c.coding.update for c in extract if isinstance(c, do.Extract)] == [codec]
+
+
+@pytest.mark.parametrize(
+    "body", [{"compression": "zip"}, {"compression_of": {"jetson-orin-nano": 8}}, {"compression_of": ["int8"]}]
+)
+def test_a_wrong_setting_is_named(body: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"job: {next(iter(body))}"):
+        Job.from_dict(body)
+
+
+def test_a_setting_is_read_back() -> None:
+    job = Job(compression="top-k:0.02", compression_of={"jetson-orin-nano": "zlib"}, compression_down="int8")
+    assert Job.from_dict(job.to_dict()) == job
+
+
+# -- weights that devices are sent ------------------------------------------------------------------------------------
+
+
+def downloaded(run: Simulation, since: int) -> int:
+    """Bytes that all devices were sent from a round on."""
+    rounds = (notes for number, notes in run._run.rounds.items() if number >= since)
+    return sum(row[0] for notes in rounds for row in notes.devices.values())
+
+
+@pytest.mark.parametrize("scorer", ["magnitude", "ordered"])
+def test_weights_come_as_differences_to_those_that_a_board_holds(
+    simulate: Callable[..., Simulation], scorer: str
+) -> None:
+    """Also where channels are ranked anew in every round."""
+    plain = simulate("none", scorer=scorer)
+    plain.run()
+    before = downloaded(plain, 2)
+    for setting in DOWN:
+        run = simulate(setting, scorer=scorer, compression_down=setting)
+        run.run()
+        assert {p["progress"] for p in run.state.history[-1]["devices"].values()} == {"folded"}
+        assert downloaded(run, 2) < before
+        before = downloaded(run, 2)
+        assert (run.state.model == plain.state.model) == (setting == "zlib")
+        for name, task in run.state.tasks.items():
+            offer, held = task.offer or {}, run.state.devices[name].held
+            assert offer["held"] != offer["weights"]["sha256"]
+            assert held is not None
+            assert held["weights"] == offer["weights"]["sha256"]
+            assert {held["weights"], held["ranking"]} <= run.state.references()
+            assert ("moved" in offer) == (scorer == "magnitude")
+
+
+def test_a_board_decodes_what_the_server_goes_on_from(simulate: Callable[..., Simulation], tmp_path: Path) -> None:
+    """From the bytes that travel and what it holds, and from nothing else."""
+    run = simulate("int8", compression_down="int8")
+    checked: list[Offer] = []
+
+    def check(run: Simulation) -> None:
+        for task in run.state.tasks.values():
+            if run.state.round == 1 or task.progress is not Progress.OFFERED:
+                continue
+            offer = Offer("x", 3, 1, **_message(sent(task.offer or {})))
+            store = BlobStore(tmp_path / str(len(checked)))
+            assert offer.coded is not None
+            assert offer.moved is not None
+            for digest in (offer.coded.sha256, offer.moved.sha256, offer.held or ""):
+                store.put(run.store.read(digest))
+            assert set(offer.shorter(store.has)) == {*offer.blobs(), offer.coded} - {offer.weights}
+            assert decoded(offer, store.read) == run.store.read(offer.weights.sha256)
+            checked.append(offer)
+
+    run.run(check)
+    assert checked
+
+
+def _message(body: dict[str, Any]) -> dict[str, Any]:
+    blobs = ("weights", "training", "inference", "coded", "moved")
+    return {k: BlobRef.from_dict(v) if k in blobs else v for k, v in body.items()}
+
+
+def test_an_older_board_is_sent_its_weights_plainly(model: Model, tmp_path: Path) -> None:
+    coordinator = coordinate(Job(compression_down="int8"), model.architecture, State("0" * 64))
+    coordinator.handle(on.DeviceBorn("pi", 1, find(KINDS[1]).to_dict(), 10), 0.0)
+    extract = coordinator.handle(on.Scored(1, "1" * 64), 0.0)
+    assert [c.coding for c in extract if isinstance(c, do.Extract)] == [do.Coding()]
+    with pytest.raises(ConfigError, match="compression_down"):
+        Job(compression_down="top-k:0.1")
+
+
+# -- what is fetched and folded ---------------------------------------------------------------------------------------
+
+
+def offered(worker: Worker, device: str, codec: str | None) -> dict[str, Any]:
+    scored = worker.execute(do.Score(1, worker.initial(), {}, (device,)))
+    assert isinstance(scored, on.Scored)
+    basis = do.Basis(1, worker.initial(), scored.ranking)
+    of = do.Part(device, 1, widths_at(worker.architecture, 0.5), 0.5, 10, None)
+    extracted = worker.execute(do.Extract(basis, of, coding=do.Coding(codec)))
+    assert isinstance(extracted, on.Extracted)
+    return extracted.offer
+
+
+def fold(worker: Worker, offer: dict[str, Any], weights: str, codec: str | None) -> on.Event:
+    basis = do.Basis(1, worker.initial(), offer["ranking"])
+    of = do.Part("a", 1, tuple(offer["widths"]), 0.5, 10, None)
+    found = do.Contribution(basis, of, offer["weights"]["sha256"], None, weights, 10, 1, codec=codec)
+    return worker.execute(do.Fold(1, basis.model, {}, found))
+
+
+def trained(worker: Worker, offer: dict[str, Any], federation: Federation) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The weights that were sent, and what training made of them."""
+    start = tensorfile.decode(worker.store.read(offer["weights"]["sha256"]))
+    trainer = Trainer(worker.store.read(offer["training"]["sha256"]))
+    result = trainer.train(start, federation.devices[KINDS[0]], Recipe(), seed=0, device="a", round=1, classes=10)
+    return start, {n: v.copy() for n, v in result.tensors.items()}
+
+
+def test_sizes_beyond_the_bound_are_not_fetched(model: Model, federation: Federation, tmp_path: Path) -> None:
+    worker = Worker(Job(), model, BlobStore(tmp_path), None)
+    offer = offered(worker, "a", "int8")
+    start, result = trained(worker, offer, federation)
+    names = {t.name for t in model.architecture.trainable}
+    codec = Codec("int8")
+    assert offer[UPDATE_BOUND] == bound(codec, {n: v.shape for n, v in start.items()}, names)
+    assert len(encode(codec, result, start, names)[0]) <= offer[UPDATE_BOUND] < offer[UPDATE_SIZE]
+
+    def refused(size: int, offer: dict[str, Any] = offer) -> str:
+        return misfit(offer, BlobRef("0" * 64, size, "0" * 64))
+
+    assert not refused(offer[UPDATE_BOUND])
+    assert not refused(offer[UPDATE_SIZE])  # plainly
+    for size in (offer[UPDATE_BOUND] + 1, offer[UPDATE_SIZE] - 1, offer[UPDATE_SIZE] + 1):
+        assert "in its codec" in refused(size)
+    plain = offered(worker, "a", None)
+    assert not refused(plain[UPDATE_SIZE], plain)
+    assert refused(offer[UPDATE_BOUND], plain)
+    assert {UPDATE_BOUND, UPDATE_SIZE}.isdisjoint(sent(offer))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_what_was_decoded_is_what_is_folded(model: Model, federation: Federation, tmp_path: Path, setting: str) -> None:
+    worker = Worker(Job(), model, BlobStore(tmp_path), None)
+    offer = offered(worker, "a", setting)
+    start, result = trained(worker, offer, federation)
+    codec = Codec.parse(setting)
+    assert codec is not None
+    names = {t.name for t in model.architecture.trainable}
+    raw, _ = encode(codec, result, start, names)
+    plainly = tensorfile.encode(decode(codec, raw, start, names))
+    closed = []
+    for update, coded in ((raw, setting), (plainly, setting), (plainly, None)):
+        fresh = Worker(Job(), model, BlobStore(tmp_path), None)
+        weights = fresh.store.put(update).sha256
+        assert fold(fresh, offer, weights, coded) == on.Folded("a", 1, 1)
+        basis = do.Basis(1, fresh.initial(), offer["ranking"])
+        of = do.Part("a", 1, tuple(offer["widths"]), 0.5, 10, None)
+        part = do.Contribution(basis, of, offer["weights"]["sha256"], None, weights, 10, 1, codec=coded)
+        closed.append(fresh.execute(do.Close(1, basis.model, {}, ("a",), (part,))))
+    assert closed[0] == closed[1] == closed[2]
+
+
+def test_an_update_that_nobody_offered_a_codec_for_is_refused(
+    model: Model, federation: Federation, tmp_path: Path
+) -> None:
+    worker = Worker(Job(), model, BlobStore(tmp_path), None)
+    offer = offered(worker, "a", "int8")
+    start, result = trained(worker, offer, federation)
+    raw, _ = encode(Codec("int8"), result, start, {t.name for t in model.architecture.trainable})
+    weights = worker.store.put(raw).sha256
+    for codec in (None, "float16", "top-k:0.05"):
+        assert isinstance(fold(worker, offer, weights, codec), on.UpdateRejected)
+    assert fold(worker, offer, weights, "int8") == on.Folded("a", 1, 1)
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
+    "too large": lambda p, n: p | {f"{n}::scales": np.full_like(p[f"{n}::scales"], 1e37)},
+    "finite": lambda p, n: p | {f"{n}::scales": np.full_like(p[f"{n}::scales"], np.nan)},
+    "lacks": lambda p, n: {k: v for k, v in p.items() if not k.startswith(f"{n}::")},
+    "doesn't have": lambda p, _: p | {"more": np.zeros(1, np.float32)},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_update_costs_itself_alone(model: Model, federation: Federation, tmp_path: Path, name: str) -> None:
+    worker = Worker(Job(), model, BlobStore(tmp_path), None)
+    offer = offered(worker, "a", "int8")
+    start, result = trained(worker, offer, federation)
+    names = {t.name for t in model.architecture.trainable}
+    raw, _ = encode(Codec("int8"), result, start, names)
+    parts = HOSTILE[name](packing.unpack(raw, 10**7), min(names))
+    event = fold(worker, offer, worker.store.put(packing.pack(parts)).sha256, "int8")
+    assert isinstance(event, on.UpdateRejected)
+    assert (name if name != "too large" else min(names)) in event.reason
+    assert fold(worker, offer, worker.store.put(raw).sha256, "int8") == on.Folded("a", 1, 1)

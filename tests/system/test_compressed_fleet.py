@@ -1,0 +1,70 @@
+"""Real processes on a real Mosquitto: updates in every codec arrive, count, and are as small as they should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from real_site import Site, write_material
+
+from fedprune.coordination import Phase
+from fedprune_server.replay import replay
+from fedprune_server.storage import Storage
+
+pytestmark = pytest.mark.system
+
+DEVICES = ("north", "south")
+CONFIG = """
+[job]
+name = "compressed"
+rounds = 2
+devices = 2
+density = 0.9
+deadline_s = 300
+compression = "{}"
+compression_down = "{}"
+
+[job.recipe]
+epochs = 2
+
+[server]
+archive = true
+"""
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    write_material(folder, dict.fromkeys(DEVICES, 200))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("setting", "down"),
+    [("none", "none"), ("zlib", "zlib"), ("float16", "float16"), ("int8", "int8"), ("top-k:0.1", "none")],
+)
+def test_a_fleet_trains_with_what_travels_in_a_codec(material: Path, tmp_path: Path, setting: str, down: str) -> None:
+    site = Site(material, tmp_path, CONFIG.format(setting, down), DEVICES, 120, mosquitto=True)
+    try:
+        site.start_all()
+        state = site.finish()
+    finally:
+        site.stop_all()
+    assert state.phase is Phase.FINISHED
+    for summary in state.history:
+        assert {p["progress"] for p in summary["devices"].values()} == {"folded"}, site.logs()
+    for task in state.tasks.values():
+        assert task.offer is not None
+        assert task.update is not None
+        assert task.offer.get("codec") == (None if setting == "none" else setting)
+        size, plain = task.update["size"], task.offer["weights"]["size"]
+        assert size == plain if setting == "none" else size < plain
+        if down != "none":
+            assert task.offer["coded"]["size"] < plain
+            assert task.offer["held"]
+    for device in state.devices.values():
+        assert device.codecs
+        assert (device.held is None) == (setting == "none")
+    with Storage.existing(site.state) as storage:
+        assert all(up > 0 for _, up in storage.traffic().values())
+    assert [(s.round, s.model) for s in replay(site.state)] == [(h["round"], h["model"]) for h in state.history]

@@ -1,0 +1,89 @@
+"""Which codec an update travels in: what a job asks for, as far as a device knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from fedprune.errors import ConfigError, shown
+
+PLAIN = "none"
+"""No codec: a tensor file of float32."""
+
+CODECS = ("zlib", "float16", "int8", "top-k")
+"""What this version can encode and decode, updates and weights; a device says so in its birth."""
+
+DOWN = ("zlib", "float16", "int8")
+"""Those for the weights that devices are sent. With `top-k` devices would train on from what most of the model once
+was, and an average of their weights would forget what has moved since."""
+
+DEFAULT_SHARE = 0.05
+LEAST_SHARE = 1e-5
+
+_EXPECTED = f"{PLAIN}, {', '.join(CODECS)} or top-k with a share, such as top-k:{DEFAULT_SHARE}"
+_LONGEST = 40
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A codec with its setting. All are packed by zlib where that makes them smaller.
+
+    Attributes:
+        name: `zlib`: the very bits. `float16`: differences to the weights that were sent, with 11 significant bits.
+            `int8`: differences in 255 steps per row or tensor. `top-k`: the largest differences alone, in such steps.
+        share: With `top-k`, the share of each tensor's elements that travel.
+    """
+
+    name: str
+    share: float = 0.0
+
+    @classmethod
+    def parse(cls, text: object, what: str = "job: compression") -> Codec | None:
+        """Read a setting; None for `none`.
+
+        Args:
+            text: Such as `int8` or `top-k:0.05`.
+            what: The setting's name, for the error.
+
+        Raises:
+            ConfigError: It is something else.
+        """
+        if text == PLAIN:
+            return None
+        name, colon, share = text.partition(":") if isinstance(text, str) and len(text) <= _LONGEST else ("", "", "")
+        if name not in CODECS or (colon and name != "top-k"):
+            raise ConfigError(what, expected=_EXPECTED, got=shown(text))
+        if name != "top-k":
+            return cls(name)
+        try:
+            kept = float(share) if colon else DEFAULT_SHARE
+        except ValueError:
+            kept = 0.0
+        if not LEAST_SHARE <= kept <= 1:
+            raise ConfigError(what, expected=f"a share from {LEAST_SHARE} to 1", got=shown(text))
+        return cls(name, kept)
+
+    @property
+    def feedback(self) -> bool:
+        """Whether what it leaves out is worth keeping for the next update (error feedback)."""
+        return self.name in ("int8", "top-k")
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.share!r}" if self.share else self.name
+
+
+def agreed(setting: str, known: Collection[str]) -> str | None:
+    """The codec of a device's updates.
+
+    Args:
+        setting: The job's setting.
+        known: Names of the codecs that the device knows.
+
+    Returns:
+        The codec as text; None for none, also where the device doesn't know the one that is asked for.
+
+    Raises:
+        ConfigError: The setting is wrong.
+    """
+    codec = Codec.parse(setting)
+    return None if codec is None or codec.name not in known else str(codec)
