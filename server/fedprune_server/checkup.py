@@ -13,7 +13,7 @@ from pathlib import Path
 from fedprune import tensorfile
 from fedprune.disk import storage_errors
 from fedprune.errors import FedpruneError, StorageError
-from fedprune.partial_blob import TABLE
+from fedprune.kept_table import SUFFIX, kept
 from fedprune.trust.authority import Authority
 from fedprune.trust.epoch import EpochFile
 from fedprune.trust.keys import SigningKey
@@ -137,14 +137,18 @@ def _blob(digest: str, path: Path, table: Path | None, advance: Advance, *, need
             yield Finding(Weight.WRONG, f"blob {path} is damaged", _BACKUP, Cure.SET_ASIDE, files, digest)
         else:
             yield Finding(Weight.WRONG, f"blob {path} is damaged, and not needed", _REPAIR, Cure.DELETE, files, digest)
-    elif table is not None and _bytes(table) not in (None, leaf_table(data)):
-        yield Finding(Weight.WRONG, f"leaf table {table} is wrong", _REPAIR, Cure.DELETE, (table,), digest)
+    elif table is not None and (found := _bytes(table)) is not None:
+        right = leaf_table(data)
+        if found not in (kept(right), right):  # an older version kept it bare
+            yield Finding(
+                Weight.NOTE, f"leaf table {table} is damaged: it is made again", "", Cure.DELETE, (table,), digest
+            )
 
 
 def _left_over(there: Lying, needs: Inventory, *, running: bool) -> Iterator[Finding]:
     orphans = [] if running or needs.archive else sorted(there.blobs.keys() - needs.needed)
     lonely = [] if running else sorted(there.tables.keys() - there.blobs.keys())
-    unawaited = [p for p in there.partial if p.name.removesuffix(TABLE) not in needs.awaited]
+    unawaited = [p for p in there.partial if p.name.removesuffix(SUFFIX) not in needs.awaited]
     orphaned = [p for d in orphans for p in (there.blobs[d], there.tables.get(d)) if p is not None]
     for paths, what in (
         (orphaned, "what nothing refers to (blobs and their leaf tables)"),

@@ -10,7 +10,7 @@ from typing import Any
 from fedprune.coordination import State
 from fedprune.disk import storage_errors
 from fedprune.errors import StorageError
-from fedprune.partial_blob import TABLE
+from fedprune.kept_table import SUFFIX
 from fedprune.wire.blob_ref import is_digest
 from fedprune_server.garbage import kept_models
 from fedprune_server.storage import Storage
@@ -88,7 +88,7 @@ def lying(root: Path) -> Lying:
     blobs, tables = dict[str, Path](), dict[str, Path]()
     partial, temporary, strange = list[Path](), list[Path](), list[Path]()
     for path in _files(root):
-        place, name = path.parent.name, path.name.removesuffix(TABLE)
+        place, name = path.parent.name, path.name.removesuffix(SUFFIX)
         if path.parent.parent == root and is_digest(name) and name[:2] == place:
             (tables if path.name != name else blobs)[name] = path
         elif path.parent == root / "partial":

@@ -375,7 +375,7 @@ def test_what_an_update_costs_a_card_does_not_grow_with_its_files(board: Make, t
             it.live()
         assert it.ran[-1] == 2
         syncs.append(supply.names.count("fsync") + supply.names.count("sync"))
-    assert syncs[0] == syncs[1] <= 36
+    assert syncs[0] == syncs[1] <= 31
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.board
 
 Snapshot = tuple[Any, ...]
 
-MOST_SYNCS = 25
+MOST_SYNCS = 20
 """In a round, connecting included."""
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedprune.blobs import BlobStore
 from fedprune.errors import ExitCode, FedpruneError
-from fedprune.partial_blob import TABLE
+from fedprune.kept_table import SUFFIX
 from fedprune_server.checkup import check
 from fedprune_server.cli import main
 from fedprune_server.finding import Finding, Weight
@@ -162,7 +162,7 @@ def test_what_is_left_over_is_counted_and_goes_by_a_repair_alone(tmp_path: Path)
     orphan = store.put(b"nobody's").sha256
     lonely = store.path("1" * 64)
     lonely.parent.mkdir(exist_ok=True)
-    lonely.with_name(lonely.name + TABLE).write_bytes(b"x" * 32)
+    lonely.with_name(lonely.name + SUFFIX).write_bytes(b"x" * 32)
     (store.root / "notes.txt").write_text("mine")
     before, needed = contents(state / BLOBS), saved(state)[1]
     texts = " ".join(f.what for f in found(state))

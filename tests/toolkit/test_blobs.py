@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from power import KINDS, CutError, power
 
 import machine
 from fedprune.blobs import BlobStore
@@ -364,3 +365,81 @@ def test_a_store_that_can_t_be_made_says_so(tmp_path: Path) -> None:
 
     with pytest.raises(StorageError, match="can't make blob store"):
         BlobStore(tmp_path / "file" / "store")
+
+
+def received(store: BlobStore, data: bytes) -> BlobRef:
+    ref = BlobRef.of(data)
+    partial = store.partial(ref)
+    partial.set_table(leaf_table(data))
+    assert partial.write_leaves(0, data) == []
+    partial.finish()
+    return ref
+
+
+@pytest.mark.parametrize("size", [1, LEAF, 9 * LEAF + 1])
+def test_a_blob_costs_two_syncs_however_it_comes(tmp_path: Path, size: int) -> None:
+    """Its data and its folder; leaf tables and what is partial cost none."""
+    for number, come in enumerate((received, lambda store, data: store.put(data))):
+        store = BlobStore(tmp_path / str(number))
+        with power() as supply:
+            come(store, noise(size))
+        assert supply.names.count("fsync") == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_power_cut_at_any_moment_leaves_no_wrong_blob_and_no_wrong_table(tmp_path: Path, kind: str) -> None:
+    data, table = noise(3 * LEAF + 5), leaf_table(noise(3 * LEAF + 5))
+    for come in (received, lambda store, data: store.put(data)):
+        with power() as supply:
+            come(BlobStore(tmp_path / f"dry-{come.__name__}"), data)
+        for at in range(1, supply.count + 1):
+            root = tmp_path / f"{come.__name__}-{at}"
+            with power(at, kind), pytest.raises(CutError):
+                come(BlobStore(root), data)
+            store = BlobStore(root)
+            for name in store.names():
+                assert store.read(name) == data
+                assert store.table(name) == table
+            come(store, data)
+            assert store.ref(hashlib.sha256(data).hexdigest()) == BlobRef.of(data)
+
+
+@given(cut=st.integers(0, 3 * 32 + 31), zeros=st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_a_table_that_a_power_cut_tore_is_not_believed(cut: int, zeros: bool) -> None:
+    data = noise(3 * LEAF)
+    with tempfile.TemporaryDirectory() as folder:
+        store = BlobStore(Path(folder), durable=False)
+        ref = received(store, data)
+        path = store.path(ref.sha256).with_name(ref.sha256 + ".leaves")
+        whole = path.read_bytes()
+        path.write_bytes(whole[:cut].ljust(len(whole) if zeros else cut, b"\0"))
+
+        assert store.table(ref.sha256) == leaf_table(data)
+        assert path.read_bytes() == whole
+
+
+def test_a_table_of_an_older_version_is_made_anew(tmp_path: Path) -> None:
+    data = noise(3 * LEAF)
+    store = BlobStore(tmp_path)
+    ref = store.put(data)
+    store.path(ref.sha256).with_name(ref.sha256 + ".leaves").write_bytes(leaf_table(data))
+
+    assert store.table(ref.sha256) == leaf_table(data)
+
+
+def test_a_partial_blob_whose_table_is_lost_finds_its_leaves_when_the_table_comes_again(tmp_path: Path) -> None:
+    data = noise(4 * LEAF)
+    ref = BlobRef.of(data)
+    partial = BlobStore(tmp_path).partial(ref)
+    partial.set_table(leaf_table(data))
+    partial.write_leaves(0, data[: 3 * LEAF])
+    (tmp_path / "partial" / (ref.sha256 + ".leaves")).write_bytes(bytes(5 * 32))
+
+    again = BlobStore(tmp_path).partial(ref)
+    assert (again.table, again.count) == (None, 0)
+    assert again.set_table(leaf_table(data))
+    assert list(again.present) == [1, 1, 1, 0]
+    assert again.write(3, leaf(data, 3))
+    again.finish()
+    assert again.store.read(ref.sha256) == data

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from fedprune.disk import storage_errors, sync_folder, write_all
 from fedprune.errors import StorageError, StorageFullError
-from fedprune.partial_blob import TABLE, PartialBlob
+from fedprune.kept_table import SUFFIX, kept, unkept
+from fedprune.partial_blob import PartialBlob
 from fedprune.wire.blob_ref import DIGEST, LEAF, BlobRef, is_digest, leaf_table
 
 MAX_SIZE = 2**30
@@ -30,7 +31,8 @@ _LOST = "Was the folder copied in part, or something in it deleted? Restore a ba
 
 
 class BlobStore:
-    """A content-addressed folder: `<root>/<first two hex digits>/<sha256>`, each with its leaf table beside it.
+    """A content-addressed folder: `<root>/<first two hex digits>/<sha256>`, with the leaf table beside it of each that
+    has several leaves (`fedprune.kept_table`).
 
     Args:
         root: The folder; made if missing.
@@ -64,12 +66,8 @@ class BlobStore:
         ref = BlobRef(hashlib.sha256(data).hexdigest(), len(data), hashlib.sha256(table).hexdigest())
         if not self._whole(ref):
             self.check_room(ref.size)
-            self.write_file(self._table_path(ref.sha256), table)
-            try:
-                self.write_file(self.path(ref.sha256), data)
-            except StorageError:
-                self._table_path(ref.sha256).unlink(missing_ok=True)
-                raise
+            self.write_file(self.path(ref.sha256), data)
+            self._keep_table(ref.sha256, table)
         return ref
 
     def ref(self, sha256: str) -> BlobRef:
@@ -169,14 +167,14 @@ class BlobStore:
         Raises:
             StorageError: The blob is not here or can't be read.
         """
-        expected = -(-self.size(sha256) // LEAF) * DIGEST
+        count = -(-self.size(sha256) // LEAF)
         path = self._table_path(sha256)
         with suppress(FileNotFoundError), storage_errors(f"can't read {path}", missing=True):
-            table = path.read_bytes()
-            if len(table) == expected:
-                return table
+            found = unkept(path.read_bytes(), count) if count > 1 else bytes.fromhex(sha256) * count
+            if found is not None:
+                return found
         table = leaf_table(self.read(sha256))
-        self.write_file(path, table)
+        self._keep_table(sha256, table)
         return table
 
     def partial(self, ref: BlobRef) -> PartialBlob:
@@ -199,7 +197,7 @@ class BlobStore:
         with storage_errors(f"can't delete {path}"):
             path.unlink(missing_ok=True)
             self._table_path(sha256).unlink(missing_ok=True)
-            for name in (sha256, sha256 + TABLE):
+            for name in (sha256, sha256 + SUFFIX):
                 (self.root / "partial" / name).unlink(missing_ok=True)
 
     def drop_partials(self, kept: AbstractSet[str]) -> None:
@@ -211,7 +209,7 @@ class BlobStore:
         folder = self.root / "partial"
         with storage_errors(f"can't tidy {folder}"):
             for path in folder.iterdir():
-                if path.name.removesuffix(TABLE) not in kept:
+                if path.name.removesuffix(SUFFIX) not in kept:
                     path.unlink(missing_ok=True)
 
     def names(self) -> list[str]:
@@ -267,19 +265,22 @@ class BlobStore:
                         os.fsync(descriptor)
                 finally:
                     os.close(descriptor)
-                if flush:
-                    self.move(temporary, path)
-                else:
-                    temporary.replace(path)
+                self.move(temporary, path, flush=flush)
         except StorageError:
             temporary.unlink(missing_ok=True)
             raise
 
-    def move(self, source: Path, target: Path) -> None:
-        """Put a finished file in its place."""
+    def move(self, source: Path, target: Path, *, flush: bool = True) -> None:
+        """Put a finished file in its place.
+
+        Args:
+            source: The file.
+            target: Its place.
+            flush: Flush the folder, so that it is there after a power cut.
+        """
         target.parent.mkdir(exist_ok=True)
         source.replace(target)
-        if self.durable:
+        if self.durable and flush:
             sync_folder(target.parent)
 
     def _whole(self, ref: BlobRef) -> bool:
@@ -289,9 +290,15 @@ class BlobStore:
         except FileNotFoundError:
             return False
 
+    def _keep_table(self, sha256: str, table: bytes) -> None:
+        """Keep a leaf table beside its blob, if there is room for it: it is made again where it is missing."""
+        if len(table) > DIGEST:
+            with suppress(StorageError):
+                self.write_file(self._table_path(sha256), kept(table), flush=False)
+
     def _table_path(self, sha256: str) -> Path:
         path = self.path(sha256)
-        return path.with_name(path.name + TABLE)
+        return path.with_name(path.name + SUFFIX)
 
     def _sweep(self) -> None:
         """Remove temporary files of processes that are no more."""

@@ -16,13 +16,11 @@ from typing import Protocol
 
 from fedprune.disk import storage_errors, write_all
 from fedprune.errors import ProtocolError, StorageError
+from fedprune.kept_table import SUFFIX, kept, unkept
 from fedprune.wire.blob_ref import DIGEST, LEAF, BlobRef
 
 _FLUSH_BYTES = 4 * 2**20
 """After so many bytes the disk begins to write what has come, so that it is not all left to the flush at the end."""
-
-TABLE = ".leaves"
-"""What a leaf table's file name ends with, beside its blob's."""
 
 
 class Home(Protocol):
@@ -51,7 +49,7 @@ class Home(Protocol):
         """Write a file so that it appears whole or not at all."""
         ...
 
-    def move(self, source: Path, target: Path) -> None:
+    def move(self, source: Path, target: Path, *, flush: bool = True) -> None:
         """Put a finished file in its place."""
         ...
 
@@ -83,7 +81,7 @@ class PartialBlob:
         self._whole, self._hashed = hashlib.sha256(), 0  # the digest of the first leaves, and of how many
         self._flushed = 0  # where the part ends that the disk has begun with
         self._data = store.root / "partial" / ref.sha256
-        self._leaves = store.root / "partial" / (ref.sha256 + TABLE)
+        self._leaves = store.root / "partial" / (ref.sha256 + SUFFIX)
         if self.complete:
             self.present = bytearray(b"\1" * ref.leaf_count)
             self.count = ref.leaf_count
@@ -106,8 +104,12 @@ class PartialBlob:
         if len(table) != self.ref.leaf_count * DIGEST or hashlib.sha256(table).hexdigest() != self.ref.leaves:
             return False
         # Not flushed: whoever opens the partial again verifies it, and it is small to pull once more.
-        self.store.write_file(self._leaves, table, flush=False)
-        self.table = table
+        if self.ref.leaf_count > 1:
+            self.store.write_file(self._leaves, kept(table), flush=False)
+        if self.table is None:
+            self.table = table
+            with storage_errors(f"can't read {self._data}"):
+                self._look()
         return True
 
     def write(self, index: int, leaf: bytes | memoryview) -> bool:
@@ -187,7 +189,8 @@ class PartialBlob:
             self.close()
             target = self.store.path(self.ref.sha256)
             with suppress(FileNotFoundError):  # another partial of the same blob was faster
-                self._place_table(target.with_name(target.name + TABLE), self.table)
+                if self._leaves.is_file():
+                    self.store.move(self._leaves, target.with_name(target.name + SUFFIX), flush=False)
                 self.store.move(self._data, target)
             self._leaves.unlink(missing_ok=True)
         if not self.complete:
@@ -211,8 +214,9 @@ class PartialBlob:
 
     def _resume(self) -> None:
         with storage_errors(f"can't read {self._data}"):
-            table = self._leaves.read_bytes() if self._leaves.is_file() else b""
-            if len(table) != self.ref.leaf_count * DIGEST or hashlib.sha256(table).hexdigest() != self.ref.leaves:
+            raw = self._leaves.read_bytes() if self._leaves.is_file() else b""
+            table = unkept(raw, self.ref.leaf_count)
+            if table is None or hashlib.sha256(table).hexdigest() != self.ref.leaves:
                 if self.ref.leaf_count > 1:
                     return
                 # The only leaf of a small blob is the blob, so that its table is known without being sent.
@@ -224,30 +228,22 @@ class PartialBlob:
                         got=self.ref.leaves,
                     )
             self.table = table
-            descriptor = self._open()
-            length = os.fstat(descriptor).st_size
-            for index in range(min(len(self.present), -(-length // LEAF))):
-                leaf = os.pread(descriptor, self.ref.leaf_size(index), index * LEAF)
-                if self._matches(index, leaf):
-                    self.present[index] = 1
-                    self.count += 1
-                    if index == self._hashed:
-                        self._whole.update(leaf)
-                        self._hashed += 1
+            self._look()
 
-    def _place_table(self, target: Path, table: bytes) -> None:
-        """Put the leaf table where the blob will be; a blob of one leaf never had a file for it."""
-        if not self._leaves.is_file():
-            self.store.write_file(target, table)
+    def _look(self) -> None:
+        """Find out which leaves are on the disk already. Needs the table."""
+        if not self._data.is_file():
             return
-        if self.store.durable:
-            descriptor = os.open(self._leaves, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        target.parent.mkdir(exist_ok=True)
-        self._leaves.replace(target)
+        descriptor = self._open()
+        length = os.fstat(descriptor).st_size
+        for index in range(min(len(self.present), -(-length // LEAF))):
+            leaf = os.pread(descriptor, self.ref.leaf_size(index), index * LEAF)
+            if self._matches(index, leaf):
+                self.present[index] = 1
+                self.count += 1
+                if index == self._hashed:
+                    self._whole.update(leaf)
+                    self._hashed += 1
 
     def _matches(self, index: int, leaf: bytes | memoryview) -> bool:
         table = self.table or b""
