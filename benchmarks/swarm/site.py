@@ -56,11 +56,11 @@ class Watch:
         Raises:
             OSError: It has ended.
         """
-        family = _family(pid)
+        pids = family(pid)
         self.peak = max(self.peak, _kib(pid, "status", "VmHWM"))
-        self.shared_peak = max(self.shared_peak, sum(_kib(each, "smaps_rollup", "Pss") for each in family))
-        self.children = max(self.children, len(family) - 1)
-        self._cpu_s |= {each: _cpu_seconds(each) for each in family}
+        self.shared_peak = max(self.shared_peak, sum(_kib(each, "smaps_rollup", "Pss") for each in pids))
+        self.children = max(self.children, len(pids) - 1)
+        self._cpu_s |= {each: _cpu_seconds(each) for each in pids}
         self.cpu_s = sum(self._cpu_s.values())
 
 
@@ -76,7 +76,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = _free_port()
+        self.port = free_port()
         self.watched: dict[str, Watch] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._done = threading.Event()
@@ -84,15 +84,16 @@ class Site:
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
-    def start(self, name: str, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
-        """Start a process; what it says goes to `{name}.log`."""
+    def start(self, name: str, command: Sequence[str | Path], *, watch: bool = True) -> subprocess.Popen[bytes]:
+        """Start a process; what it says goes to `{name}.log`. To watch hundreds takes more time than they leave."""
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [str(c) for c in command], stdout=log, stderr=log, cwd=self.folder, env=_environment()
             )
         with self._lock:
             self._processes[name] = process
-            self.watched[name] = Watch()
+            if watch:
+                self.watched[name] = self.watched.get(name, Watch())
         return process
 
     def broker(self, binary: str) -> None:
@@ -132,10 +133,11 @@ class Site:
     def look(self) -> None:
         """Take all measures now."""
         with self._lock:
-            for name, process in self._processes.items():
+            for name, watched in self.watched.items():
+                process = self._processes[name]
                 if process.poll() is None:
                     with suppress(OSError):  # it ended just now
-                        self.watched[name].look(process.pid)
+                        watched.look(process.pid)
 
     def stop(self, name: str) -> None:
         """Let a process end."""
@@ -152,6 +154,19 @@ class Site:
         self._processes[name].kill()
         self._processes[name].wait()
 
+    def cut(self, name: str) -> None:
+        """End a process and all below it at once, as a power cut does."""
+        process = self._processes[name]
+        if process.poll() is None:  # its number may be another's by now
+            for pid in family(process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+    def pid(self, name: str) -> int:
+        """A process's id."""
+        return self._processes[name].pid
+
     def alive(self, name: str) -> bool:
         """Whether a process runs."""
         return self._processes[name].poll() is None
@@ -160,9 +175,8 @@ class Site:
         """End all processes."""
         self._done.set()
         self._watcher.join()
-        for process in self._processes.values():
-            process.kill()
-            process.wait()
+        for name in self._processes:
+            self.cut(name)
 
     def _watch(self) -> None:
         while not self._done.wait(_EVERY_S):
@@ -199,7 +213,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *([before] if before else [])])}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -210,7 +224,7 @@ def _listens(port: int) -> bool:
         return s.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _family(pid: int) -> list[int]:
+def family(pid: int) -> list[int]:
     """A process and all below it."""
     found = [pid]
     for each in found:

@@ -1,0 +1,269 @@
+"""The two systems, each behind the same few questions: start a server, start a client, what rounds are over."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from benchmarks.flower.material import Job, write_fleet
+from benchmarks.swarm.site import Site, family, find_mosquitto, free_port
+
+from fedprune import tensorfile
+from fedprune.blobs import BlobStore
+from fedprune.errors import FedpruneError, StorageError
+from fedprune_server.storage import Storage
+
+_ROOT = Path(__file__).parents[2]
+_START_S = 120.0
+_POLL_S = 0.1
+
+Model = Mapping[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round that is over.
+
+    Attributes:
+        number: From 1; 0 where it is when the job began.
+        at: When it was over, seconds since 1970.
+        accuracy: Of the global model on the server's samples.
+        counted: Updates that are in it.
+        run: Which run of the job it belongs to.
+    """
+
+    number: int
+    at: float
+    accuracy: float
+    counted: int = 0
+    run: str = ""
+
+
+class Side(Protocol):
+    """One of the two."""
+
+    title: str
+    servers: tuple[str, ...]
+    """Processes whose memory is the server's."""
+
+    @property
+    def port(self) -> int:
+        """Where clients' connections end."""
+
+    def start_server(self) -> None:
+        """Start all that isn't a client."""
+
+    def start_client(self, name: str, port: int, *, watch: bool = False) -> None:
+        """Start a client that connects to a port."""
+
+    def ready(self, name: str) -> bool:
+        """Whether a client is connected."""
+
+    def submit(self) -> None:
+        """Begin the job, once all clients are there."""
+
+    def rounds(self) -> list[Round]:
+        """Rounds that are over, the beginning as round 0."""
+
+    def trains(self, name: str, number: int) -> bool:
+        """Whether a client trains for a round right now."""
+
+    def model(self) -> Model:
+        """The global model of the last round that is over."""
+
+
+class Fedprune:
+    """fedprune-server, fedprune-device and Mosquitto."""
+
+    title = "fedprune"
+    servers: tuple[str, ...] = ("server", "broker")
+
+    def __init__(self, place: Site, job: Job) -> None:
+        self._place, self._job, self._binary = place, job, find_mosquitto()
+        self._config = write_fleet(place.folder, job, place.port)
+
+    @property
+    def port(self) -> int:
+        """The broker's."""
+        return self._place.port
+
+    def start_server(self) -> None:
+        """Broker, if it doesn't run yet, and server."""
+        if "broker" not in self._place.watched:
+            self.start_broker()
+        self._place.server(self._config)
+
+    def start_broker(self) -> None:
+        """Mosquitto alone."""
+        self._place.broker(self._binary)
+
+    def start_client(self, name: str, port: int, *, watch: bool = False) -> None:
+        """A device."""
+        run = [sys.executable, "-m", "fedprune_device.cli", "run", "--insecure", "--patient", "--no-probe"]
+        run += ["--no-blocks", "--threads", "1", "--profile", "raspberry-pi-4b", "--log-level", "info"]
+        run += ["--broker", f"mqtt://127.0.0.1:{port}", "--device", name]
+        folder = self._place.folder
+        self._place.start(name, [*run, "--data", folder / f"{name}.npz", "--state", folder / name], watch=watch)
+
+    def ready(self, name: str) -> bool:
+        """Whether it says that it is connected."""
+        return "connected" in self._place.said(name)
+
+    def submit(self) -> None:
+        """Nothing: the server begins by itself."""
+
+    def rounds(self) -> list[Round]:
+        """From the server's database."""
+        try:
+            with Storage.existing(self._place.folder / "state") as storage:
+                done = storage.rounds()
+                began = next((at for _, at, kind, _ in storage.events() if kind == _FIRST), None)
+        except StorageError:
+            return []  # it is just being made
+        start = [] if began is None else [Round(0, began, 0.0)]
+        return start + [
+            Round(
+                r["round"],
+                r["at"],
+                r["metrics"]["accuracy"],
+                sum(d["progress"] == "folded" for d in r["devices"].values()),
+            )
+            for r in done
+        ]
+
+    def trains(self, name: str, number: int) -> bool:
+        """Whether its own log says so."""
+        return f"round {number} of job side-by-side: training" in self._place.said(name)
+
+    def model(self) -> Model:
+        """Of the last round."""
+        state = self._place.folder / "state"
+        with Storage.existing(state) as storage:
+            last = storage.rounds()[-1]["model"]
+        return tensorfile.decode(BlobStore(state / "blobs").read(last))
+
+
+_SUPERLINK = ("flower-superlink", "--insecure", "--disable-runtime-dependency-installation")
+
+_FIRST = "Scored"
+"""The first event of a round that follows the last client's arrival."""
+
+
+class Flower:
+    """SuperLink, SuperNodes and what they start themselves, each app in a process of its own for every message.
+
+    Args:
+        place: Where it runs.
+        job: What to do.
+        environment: Flower's own virtual environment.
+        database: Whether the SuperLink keeps its state in a file; in memory by default, as Flower does.
+    """
+
+    title = "Flower"
+    servers: tuple[str, ...] = ("superlink",)
+
+    def __init__(self, place: Site, job: Job, environment: Path, *, database: bool = False) -> None:
+        self._place, self._job, self._bin = place, job, environment.resolve() / "bin"
+        self._ports = {n: free_port() for n in ("http", "control", "fleet", *job.names)}
+        self._database = database
+        home = place.folder / "flower-home"
+        home.mkdir()
+        where = f'address = "127.0.0.1:{self.port}"\ninsecure = true\n'
+        (home / "config.toml").write_text(f'[superlink]\ndefault = "here"\n\n[superlink.here]\n{where}')
+
+    @property
+    def port(self) -> int:
+        """The SuperLink's."""
+        return self._ports["http"]
+
+    def start_server(self) -> None:
+        """The SuperLink.
+
+        Raises:
+            FedpruneError: It doesn't come up.
+        """
+        others = [f"--{n}-api-address=127.0.0.1:{self._ports[n]}" for n in ("control", "fleet")]
+        kept = ["--database", str(self._place.folder / "superlink.db")] if self._database else []
+        before = self._place.folder / "superlink.log"
+        told = before.stat().st_size if before.exists() else 0
+        self._start(
+            "superlink",
+            [*_SUPERLINK, *others, *kept, "--host", "127.0.0.1", "--port", str(self.port)],
+            watch=True,
+        )
+        until = time.monotonic() + _START_S
+        while "Uvicorn running" not in self._place.said("superlink")[told:]:
+            if not self._place.alive("superlink") or time.monotonic() > until:
+                raise FedpruneError("the SuperLink doesn't come up", hint=self._place.said("superlink")[-2000:])
+            time.sleep(_POLL_S)
+
+    def start_client(self, name: str, port: int, *, watch: bool = False) -> None:
+        """A SuperNode."""
+        own = ["--port", str(self._ports[name]), "--node-config", f'device="{name}"']
+        self._start(name, ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", *own], watch=watch)
+
+    def ready(self, name: str) -> bool:
+        """Whether it has got its number."""
+        return "SuperNode ID" in self._place.said(name)
+
+    def submit(self) -> None:
+        """`flwr run`."""
+        job, folder = self._job, self._place.folder
+        config = f'folder="{folder}" clients={job.clients} rounds={job.rounds} timeout={job.deadline_s}'
+        app = Path(__file__).parent / "app"
+        self._start("submit", ["flwr", "run", str(app), "here", "--run-config", config], watch=False)
+
+    def rounds(self) -> list[Round]:
+        """From what its ServerApp writes."""
+        path = self._place.folder / "flower_rounds.jsonl"
+        lines = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+        return [Round(x["round"], x["at"], x["accuracy"], x["counted"], str(x["run"])) for x in lines]
+
+    def trains(self, name: str, number: int) -> bool:
+        """Whether it got so many messages, and a ClientApp runs below it."""
+        got = self._place.said(name).count("Receiving: train message")
+        return got >= number and self.app("flwr-clientapp", name) is not None
+
+    def app(self, program: str, name: str) -> int | None:
+        """The process of an app below a process of ours."""
+        for pid in family(self._place.pid(name)):
+            command = Path(f"/proc/{pid}/cmdline")
+            if command.exists() and program.encode() in command.read_bytes():
+                return pid
+        return None
+
+    def status(self) -> str:
+        """What `flwr ls` says of the runs."""
+        listed = subprocess.run(
+            ["env", *self._given(), "flwr", "ls", "here", "--format", "json"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        try:
+            runs = json.loads(listed.stdout[listed.stdout.index("{") :])["runs"]
+        except (ValueError, KeyError):
+            return f"fails: {(listed.stderr or listed.stdout).strip()[:200]}"
+        return ", ".join(f"run {str(r['run-id'])[:6]} {r['status']}" for r in runs) or "no runs"
+
+    def model(self) -> Model:
+        """Of the last round."""
+        with np.load(self._place.folder / "flower_model.npz") as file:
+            return dict(file)
+
+    def _start(self, name: str, command: list[str], *, watch: bool) -> None:
+        self._place.start(name, ["env", *self._given(), *command], watch=watch)
+
+    def _given(self) -> list[str]:
+        """Variables of its processes' environment."""
+        quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+        own = {"FLWR_HOME": str(self._place.folder / "flower-home"), "PATH": f"{self._bin}:/usr/bin:/bin"}
+        own["PYTHONPATH"] = f"{_ROOT / 'toolkit'}:{_ROOT / 'device_runtime'}"
+        return [f"{k}={v}" for k, v in {**quiet, **own}.items()]
