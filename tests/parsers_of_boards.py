@@ -228,7 +228,12 @@ def _kept() -> tuple[Target, ...]:
 def _own() -> bytes:
     from dataclasses import fields
 
-    values: dict[str, Any] = {"average": {"w": np.zeros((2, 2), np.float32)}, "personal": {}, "mask": None}
+    values: dict[str, Any] = {
+        "average": {"w": np.zeros((2, 2), np.float32)},
+        "personal": {},
+        "residual": {},
+        "mask": None,
+    }
     for field in fields(Own):
         if field.name not in values:
             kind = str(field.type)

@@ -150,13 +150,13 @@ def test_every_board_trains_to_the_numbers_of_standard_operators(tmp_path: Path)
         stack.callback(lambda: [t.join(20) for t in threads])
         stack.callback(lambda: [a.stop() for a in agents])
         daemon = Daemon(JOB, model.architecture, state, storage, store, worker, air, keep=None)
-        offer = daemon._offer
+        offer = daemon._errands.offer
 
         def noted(command: Any, **more: Any) -> None:
             offers[command.device].append(command.offer)
             offer(command, **more)
 
-        daemon._offer = noted  # type: ignore[method-assign]
+        daemon._errands.offer = noted  # type: ignore[method-assign]
         for thread in threads:
             thread.start()
         stack.callback(threading.Timer(120, daemon.stop).cancel)

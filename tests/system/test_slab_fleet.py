@@ -143,13 +143,13 @@ class Run:
             self.wire = Watched(link)
             wire: Any = self.wire
             daemon = Daemon(JOB, model.architecture, state, storage, self.store, worker, wire, keep=None)
-            offer = daemon._offer
+            offer = daemon._errands.offer
 
             def noted(command: Any, **more: Any) -> None:
                 self.offers.append(command.offer)
                 offer(command, **more)
 
-            daemon._offer = noted  # type: ignore[method-assign]
+            daemon._errands.offer = noted  # type: ignore[method-assign]
             link.subscribe(daemon.subscriptions)
             link.start()
             threads, agents = [], []
