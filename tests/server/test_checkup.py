@@ -194,7 +194,7 @@ def test_while_a_server_runs_nothing_is_repaired_and_nothing_new_is_an_orphan(
         assert "another server runs" in capsys.readouterr().err
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_happens_to_its_blobs_a_repair_mends_it_from_a_backup_or_says_what_is_lost(
     archived: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

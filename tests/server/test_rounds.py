@@ -250,7 +250,7 @@ def test_a_killed_simulation_goes_on_in_the_line(simulated: Any, tmp_path: Path)
     assert [r["model"] for r in again.state.history] == [r["model"] for r in whole.state.history]
 
 
-@pytest.mark.parametrize("kind", ["semi-async", "async"])
+@pytest.mark.parametrize("kind", ["semi-async", pytest.param("async", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("strategy", ["fedavg", "heterofl", "fedrolex", "fedper", "fiarse", "fedprune"])
 def test_strategies_go_through_a_schedule_that_is_not_their_own(simulated: Any, strategy: str, kind: str) -> None:
     settings = {"strategy": strategy, "density": 0.0, "scorer": "magnitude", "deadline_s": 20.0, "rounds": 3}

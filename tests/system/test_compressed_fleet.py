@@ -41,7 +41,11 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("setting", "down"),
-    [("none", "none"), ("zlib", "zlib"), ("float16", "float16"), ("int8", "int8"), ("top-k:0.1", "none")],
+    [
+        ("zlib", "zlib"),
+        ("top-k:0.1", "none"),
+        *(pytest.param(c, c, marks=pytest.mark.soak) for c in ("none", "float16", "int8")),
+    ],
 )
 def test_a_fleet_trains_with_what_travels_in_a_codec(material: Path, tmp_path: Path, setting: str, down: str) -> None:
     site = Site(material, tmp_path, CONFIG.format(setting, down), DEVICES, 120, mosquitto=True)

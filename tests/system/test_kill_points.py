@@ -15,7 +15,7 @@ ROUNDS = 12
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler for what kills at a flush")
-@pytest.mark.parametrize("kills", [12, pytest.param(60, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [8, pytest.param(60, marks=pytest.mark.soak)])
 def test_whoever_is_killed_at_a_flush_loses_no_update_and_counts_none_twice(tmp_path: Path, kills: int) -> None:
     write_material(tmp_path, dict.fromkeys(BOARDS, 200))
     folders = [tmp_path / "calm", tmp_path / "site"]

@@ -85,6 +85,7 @@ def test_repeats_and_swaps_lose_nothing_and_touch_publishes_alone(weather: tuple
     assert [p for p in out if p[0] >> 4 == 3] != said[1:-2]
 
 
+@pytest.mark.soak
 @pytest.mark.mosquitto
 def test_boards_in_a_squall_come_to_the_same_models(weather: tuple[Any, Any], tmp_path: Path) -> None:
     find_mosquitto()

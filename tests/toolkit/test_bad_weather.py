@@ -273,7 +273,7 @@ class Weather(RuleBasedStateMachine):
         return [u for n, u in self.updates.items() if parts.get(n) == (u.round, u.attempt)]
 
 
-Weather.TestCase.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+Weather.TestCase.settings = settings(max_examples=50, stateful_step_count=60, deadline=None)
 TestWeather = Weather.TestCase
 
 
