@@ -28,7 +28,7 @@ CLIENTS, ROUNDS, EPOCHS = 4, 4, 200
 DEADLINE_S = 100.0
 """Seconds after which a round goes on without what is missing, on both sides."""
 
-PATIENCE_S = 120.0
+PATIENCE_S = 90.0
 """Seconds without a new round after which a job counts as stuck."""
 
 _AGAIN_S = 5.0
@@ -90,6 +90,8 @@ def observe(folder: Path, make: Make, kind: str, undisturbed: Model) -> dict[str
             time.sleep(_POLL_S)
         if not _over(side, ROUNDS):
             say(f"nothing more in {PATIENCE_S:.0f} s")
+        living = sum(map(place.alive, JOB.names))
+        say(f"{living} of {CLIENTS} clients' processes run")
         if isinstance(side, Flower):
             say(f"`flwr ls`: {side.status()}")
         return {

@@ -17,14 +17,14 @@ server evaluates after every round, the clients don't, but that fedprune's measu
 is its default, `subprocess`: each SuperNode has a SuperExec, which starts a process for every message. Its state is
 in memory, as by default. It is used as it comes: a SuperNode that had nothing to do asks again after 3 s, so does the
 ServerApp for replies, a SuperExec every second. *fedprune* is `fedprune-server run` with SQLite, Mosquitto, and one
-`fedprune-device run` per client, which stays."""
+`fedprune-device run` per client, which stays; it trains at the lowest priority (nice 19), Flower's at the usual one."""
 
 _READ = """\
 *Rounds* are seconds from when all clients were connected to the end of the last; *round* is the median of one.
 *Bytes* are those of the TCP connections between clients and Mosquitto or SuperLink, counted by a proxy, both ways and
 from the first connection to the end, per round and client: graphs or apps that are fetched once are in there.
 *Server* is the largest memory (PSS) of all processes that aren't clients, added up: `fedprune-server`, its worker and
-Mosquitto; SuperLink, its SuperExec and the ServerApp. *Client* is that of the first client with all its processes."""
+Mosquitto; SuperLink, its SuperExec and the ServerApp. *Client* is that of the first client with all its *processes*."""
 
 _KILLED = """\
 Four clients, four rounds, {epochs} epochs, so that a round has a middle; rounds may begin with three clients; updates
@@ -48,7 +48,7 @@ def page(found: Row) -> str:
     )
     weights = f"{rows[0]['weight_bytes']:,}" if rows else "–"
     same = _SAME.format(weights=weights, epochs=found["epochs"])
-    parts = ["# Side by side with Flower", heading, same, "## Ten rounds", _READ]
+    parts = ["# Side by side with Flower", heading, same, "## Undisturbed", _READ]
     parts.append("\n".join([_HEADING, "|---:|---|" + "---:|" * 10, *map(_of_size, rows)]))
     parts += [_beside(rows), *found.get("notes", [])]
     told = {"epochs": found["kill_epochs"], "deadline": found["deadline_s"], "at": found["kill_round"]}
@@ -75,7 +75,7 @@ def _beside(rows: list[Row]) -> str:
     """How far the models of both sides are apart where they ran as many rounds."""
     lines = [
         f"The global models of both sides after {row['rounds']} rounds of {row['clients']} clients differ by "
-        f"{row['apart']:.1e} in no weight more; every round counted every client on both."
+        f"at most {row['apart']:.1e} in any weight; every round counted every client on both."
         if row["all_counted"]
         else f"The models of {row['clients']} clients differ by up to {row['apart']:.1e}; not every client counted."
         for row in rows
