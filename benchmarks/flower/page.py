@@ -27,10 +27,10 @@ from the first connection to the end, per round and client: graphs or apps that 
 Mosquitto; SuperLink, its SuperExec and the ServerApp. *Client* is that of the first client with all its *processes*."""
 
 _KILLED = """\
-Four clients, four rounds, {epochs} epochs, so that a round has a middle; rounds may begin with three clients; updates
-are waited for {deadline:.0f} s. In round {at}, while the first client trains, a process is killed (SIGKILL) with all
-that it has started. Seconds count from there. *Apart* is the largest difference of a weight of the last model from that
-of the same job by fedprune without a kill."""
+Four clients, four rounds, {epochs} epochs, so that a round has a middle; updates are waited for {deadline:.0f} s. In
+round {at}, while the first client trains, a process is killed (SIGKILL) with all that it has started. Seconds count
+from there. *Apart* is the largest difference of a weight of the last model from that of the same job by fedprune
+without a kill."""
 
 _HEADING = (
     "| clients | | rounds run | rounds s | round s | bytes down | bytes up | server MB | server CPU s | client MB "
@@ -52,7 +52,7 @@ def page(found: Row) -> str:
     parts.append("\n".join([_HEADING, "|---:|---|" + "---:|" * 10, *map(_of_size, rows)]))
     parts += [_beside(rows), *found.get("notes", [])]
     told = {"epochs": found["kill_epochs"], "deadline": found["deadline_s"], "at": found["kill_round"]}
-    parts += ["## Kills", _KILLED.format(**told)]
+    parts += ["## Kills", _KILLED.format(**told), *found.get("kill_notes", [])]
     kinds = list(dict.fromkeys(k["kind"] for k in kills))
     for kind in kinds:
         both = [k for k in kills if k["kind"] == kind]
@@ -87,6 +87,7 @@ def _beside(rows: list[Row]) -> str:
 def _of_kill(kill: Row) -> str:
     end = "finished" if kill["finished"] else "not finished"
     accuracy = f", accuracy {kill['rounds'][-1][2]:.4f}" if kill["rounds"] else ""
-    lines = [f"**{kill['side']}**: {end}{accuracy}, apart {kill['apart']:.1e}.", ""]
+    distance = "" if kill.get("apart") is None else f", apart {kill['apart']:.1e}"
+    lines = [f"**{kill['side']}**: {end}{accuracy}{distance}.", ""]
     lines += [f"- {e['s']:.1f} s: {e['what']}" for e in kill["events"]]
     return "\n".join(lines)
