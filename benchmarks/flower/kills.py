@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ CLIENTS, ROUNDS, EPOCHS = 4, 4, 200
 DEADLINE_S = 100.0
 """Seconds after which a round goes on without what is missing, on both sides."""
 
-PATIENCE_S = 120.0
+PATIENCE_S = 90.0
 """Seconds without a new round after which a job counts as stuck."""
 
 _AGAIN_S = 5.0
@@ -40,7 +41,9 @@ _POLL_S = 0.2
 Events = list[dict[str, Any]]
 Kill = Callable[[Side, Site, Meter, Callable[[str], None]], None]
 
-JOB = Job(CLIENTS, ROUNDS, EPOCHS, present=CLIENTS - 1, deadline_s=DEADLINE_S)
+JOB = Job(CLIENTS, ROUNDS, EPOCHS, deadline_s=DEADLINE_S)
+SHORT = replace(JOB, present=CLIENTS - 1)
+"""The same where a client stays away while a round begins; fedprune's first then begins with who came first."""
 
 
 def calm(folder: Path, make: Make) -> Model:
@@ -61,7 +64,8 @@ def observe(folder: Path, make: Make, kind: str, undisturbed: Model) -> dict[str
         FedpruneError: The job doesn't come as far as the kill.
     """
     what, kill = KINDS[kind]
-    with running(folder, JOB, make) as (side, place, counted):
+    back = kind != "client, back later"
+    with running(folder, JOB if back else SHORT, make) as (side, place, counted):
         wait(lambda: side.trains(JOB.names[0], AT), _TRAIN_S, f"training in round {AT}")
         time.sleep(0.5)
         killed = time.time()
@@ -72,7 +76,6 @@ def observe(folder: Path, make: Make, kind: str, undisturbed: Model) -> dict[str
 
         kill(side, place, counted, say)
         seen, last = len([r for r in side.rounds() if r.at < killed]), time.monotonic()
-        back = kind != "client, back later"
         while True:
             done = side.rounds()
             for each in done[seen:]:
@@ -90,6 +93,8 @@ def observe(folder: Path, make: Make, kind: str, undisturbed: Model) -> dict[str
             time.sleep(_POLL_S)
         if not _over(side, ROUNDS):
             say(f"nothing more in {PATIENCE_S:.0f} s")
+        living = sum(map(place.alive, JOB.names))
+        say(f"{living} of {CLIENTS} clients' processes run")
         if isinstance(side, Flower):
             say(f"`flwr ls`: {side.status()}")
         return {
@@ -98,7 +103,7 @@ def observe(folder: Path, make: Make, kind: str, undisturbed: Model) -> dict[str
             "killed": what,
             "finished": _over(side, ROUNDS),
             "rounds": [[r.number, r.counted, r.accuracy] for r in done if r.number],
-            "apart": apart(side.model(), undisturbed),
+            "apart": apart(side.model(), undisturbed) if back else None,
             "events": sorted(events, key=lambda e: e["s"]),
         }
 
