@@ -129,9 +129,9 @@ class Doomed(Site):
         note.unlink()
         if path.is_dir():
             return "folder"
-        return (
-            "database" if path.name.startswith("server.db") else path.parent.name.rstrip("0123456789abcdef") or "blob"
-        )
+        if path.name.startswith("server.db"):
+            return "database"
+        return "state" if path.parent.name in BOARDS else path.parent.name.rstrip("0123456789abcdef") or "blob"
 
 
 def run(site: Doomed, rounds: int, kills: int, seed: int = 0, *, broker: bool = True) -> Kills:
