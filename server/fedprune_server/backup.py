@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import tarfile
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 from fedprune import __version__
 from fedprune.blobs import BlobStore
-from fedprune.disk import locked, storage_errors, sync_folder, write_whole
+from fedprune.disk import appearing, locked, storage_errors, write_whole
 from fedprune.errors import ConfigError, StorageError
 from fedprune_server.backup_manifest import DATABASE, NAME, Entry, Manifest
 from fedprune_server.database import copy_sqlite
@@ -202,25 +201,11 @@ def _prune(target: Path, kept: set[str]) -> None:
 
 
 def _write_tar(target: Path, collected: _Collected, advance: Advance) -> None:
-    partial = target.with_name(f".{target.name}.partial")
-    with storage_errors(f"can't write {target}"):
-        try:
-            partial.unlink(missing_ok=True)
-            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                    _add_member(tar, NAME, collected.manifest.to_bytes())
-                    for place, entry in {e.place: e for e in collected.manifest.entries}.items():
-                        _add_member(tar, place, collected.read(entry))
-                        advance(entry.size)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
-        sync_folder(target.parent)
+    with appearing(target, private=True) as partial, tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
+        _add_member(tar, NAME, collected.manifest.to_bytes())
+        for place, entry in {e.place: e for e in collected.manifest.entries}.items():
+            _add_member(tar, place, collected.read(entry))
+            advance(entry.size)
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:

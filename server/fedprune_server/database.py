@@ -7,19 +7,18 @@ the database is back, and one whose commit was not answered is repeated only if 
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import sqlite3
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sql
 
-from fedprune.disk import storage_errors, sync_folder
+from fedprune.disk import appearing
 from fedprune.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
 from fedprune_server.schema import META
 
@@ -226,24 +225,8 @@ def copy_sqlite(source: Path, target: Path) -> None:
         StorageFullError: No room; no copy is left behind.
         StorageError: It can't be read or written.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    with storage_errors(f"can't write {target}"):
-        try:
-            partial.unlink(missing_ok=True)
-            os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            with translated(str(source)):
-                _copy_pages(source, partial)
-            descriptor = os.open(partial, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            partial.replace(target)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
-        sync_folder(target.parent)
+    with appearing(target, private=True) as partial, translated(str(source)):
+        _copy_pages(source, partial)
 
 
 def _copy_pages(source: Path, target: Path) -> None:

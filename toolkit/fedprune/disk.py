@@ -129,14 +129,33 @@ def write_whole(path: Path, data: bytes | memoryview, *, private: bool = False) 
         StorageFullError: No room; the old content is untouched.
         StorageError: The disk fails.
     """
+    with appearing(path, private=private) as partial:
+        partial.write_bytes(data)
+
+
+@contextmanager
+def appearing(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """Write a file so that it appears whole, and on the disk, or not at all.
+
+    Args:
+        path: Where it appears as the block ends; what was there before stays until then, and where the block fails.
+        private: Whether only this user may read it, from its first byte on.
+
+    Yields:
+        Where to write it; closed as the block ends.
+
+    Raises:
+        StorageFullError: No room; the old content is untouched.
+        StorageError: The disk fails.
+    """
     partial = path.with_name(f".{path.name}.partial")
     with storage_errors(f"can't write {path}"):
         try:
             if private:
                 partial.unlink(missing_ok=True)  # one that was left over may be open to others
-            with open(partial, "xb" if private else "wb", opener=_owner_only if private else None) as file:
-                file.write(data)
-                file.flush()
+                os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            yield partial
+            with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)
         except BaseException:
@@ -144,10 +163,6 @@ def write_whole(path: Path, data: bytes | memoryview, *, private: bool = False) 
                 partial.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
-
-
-def _owner_only(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def file_digest(path: Path) -> str:
