@@ -300,17 +300,16 @@ class Daemon:
         if self._storage.save(state, events, self._now, self._roster.moved):
             self._roster.moved.clear()
         self._storage.put_outsiders(self._roster.outsiders)
-        ended = state.history[self._told :]
-        if ended or (state.round, state.phase) != self._at:
+        before, self._at = self._at, (state.round, state.phase)
+        if state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before):
             # No offer is being made: coordinators order them while a round collects, the workshop answers in order, so
             # all are here before the round's end is; and those of the next round are ordered after this.
-            if state.round != self._at[0] or state.phase is Phase.FINISHED:
-                self._garbage.collect(state, self._uploads.digests())
-            self._at = (state.round, state.phase)
+            self._garbage.collect(state, self._uploads.digests())
+        ended, self._told = state.history[self._told :], len(state.history)
         for summary in ended:
             self._display.round_over(self.snapshot(), summary)
-        self._told = len(state.history)
-        state.slim(PARTS_KEPT)
+        if ended:
+            state.slim(PARTS_KEPT)
 
     def _let_go(self) -> None:
         """Stop fetching what no part awaits any more."""

@@ -52,14 +52,12 @@ class Roll(dict[str, E], Generic[E]):
 
     Attributes:
         changed: Names of entries that were put, replaced, changed or taken away since `settle`.
-        version: Grows with every change.
         counts: How many entries are of each kind.
     """
 
     def __init__(self, entries: Mapping[str, E] | Iterable[tuple[str, E]] = ()) -> None:
         super().__init__()
         self.changed: set[str] = set()
-        self.version = 0
         self._kinds: dict[str, Hashable] = {}
         self.counts = Counter[Any]()
         self.update(entries)
@@ -75,7 +73,6 @@ class Roll(dict[str, E], Generic[E]):
     def note(self, name: str) -> None:
         """An entry has changed, or has come or gone."""
         self.changed.add(name)
-        self.version += 1
         if name in self._kinds:
             self.counts[self._kinds.pop(name)] -= 1
         if name in self:

@@ -258,13 +258,7 @@ class State:
             value = value if isinstance(value, Roll) else Roll(cast(dict[str, Any], value))
             if value is not before:
                 value.changed |= before.keys() | before.changed
-                value.version += before.version + 1
         object.__setattr__(self, name, value)
-
-    @property
-    def version(self) -> int:
-        """Grows with every change of a device or part."""
-        return self.devices.version + self.tasks.version
 
     def settle(self) -> None:
         """What has changed of devices and parts is taken care of."""
