@@ -34,6 +34,7 @@ from typing import Any
 
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion
+from synthetic_nets import processor
 
 from fedprune.blobs import BlobStore
 from fedprune.coordination import State
@@ -300,14 +301,6 @@ def table(result: dict[str, Any]) -> str:
     )
     lines += [form.format(**r, low=r["ratios"][0], high=r["ratios"][-1]) for r in result["rows"]]
     return "\n".join(lines) + "\n"
-
-
-def processor() -> str:
-    """The processor's name, as Linux gives it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 def main() -> None:

@@ -93,19 +93,19 @@ def parameters(tensors: Tensors) -> int:
     return sum(v.size for v in tensors.values())
 
 
+def processor() -> str:
+    """The processor's name, as Linux gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
 def setting(*packages: str) -> dict[str, Any]:
     """Machine, versions and date of a run; versions of further packages where they are installed."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
     return {
         "date": dt.date.today().isoformat(),
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "system": platform.platform(),

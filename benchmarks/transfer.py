@@ -31,6 +31,7 @@ from typing import Any
 
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion
+from synthetic_nets import processor
 
 from fedprune.blobs import BlobStore
 from fedprune.wire.blob_ref import LEAF
@@ -220,14 +221,6 @@ def table(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     return "\n".join(lines) + "\n"
-
-
-def processor() -> str:
-    """The processor's name, as Linux gives it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 def main() -> None:
