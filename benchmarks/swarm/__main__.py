@@ -12,9 +12,10 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.swarm.page import page
+from benchmarks.swarm.picture import draw
 from benchmarks.swarm.run import Size, measure
 from benchmarks.swarm.site import find_mosquitto
-from synthetic_nets import setting, write
+from synthetic_nets import RESULTS, setting, write
 
 SIZES = (100, 1_000, 10_000)
 
@@ -52,6 +53,7 @@ def main() -> int:
         print(text)
     else:
         write("swarm", {"setting": about, "rows": rows}, text)
+        draw(rows, RESULTS / "swarm.png")
     return int(any(row["audit"]["faults"] for row in rows))
 
 

@@ -63,7 +63,8 @@ def page(rows: list[Row], about: Row, settings: Row) -> str:
         f"`python -m benchmarks.swarm --devices {sizes}`; training times × {settings['scale']:g}, "
         f"{settings['arrivals']:g} devices arrive in a second, `pulls = {settings['pulls']}`."
     )
-    parts = ["# Swarm", heading, _SHAPE, "## Rounds", _COUNTED, _table(rows, _ROUND, _of_rounds)]
+    parts = ["# Swarm", heading, _SHAPE, "![Growth with the fleet](swarm.png)"]
+    parts += ["## Rounds", _COUNTED, _table(rows, _ROUND, _of_rounds)]
     parts += ["## Control messages", _ASKED, _table(rows, _LATENCY, _of_latencies)]
     parts += ["## Processes", _USED, _table(rows, _PROCESS, _of_processes), *_faults(rows)]
     return "\n\n".join(parts) + "\n"

@@ -1,0 +1,76 @@
+"""The swarm's numbers as a picture: how a round grows with the fleet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+from benchmarks.swarm.page import Row
+from matplotlib.axes import Axes
+
+_STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E1E4E8",
+    "savefig.dpi": 130,
+}
+_FOUND, _BAR = "#0072B2", "#D55E00"
+_QUESTIONS = {"call off": ("o", "-"), "say again": ("s", "--")}
+
+
+def draw(rows: list[Row], path: Path, memory_bar: float = 500, latency_bar: float = 0.25) -> Path:
+    """Draw seconds of a round, the server's memory and the latency of control messages by the fleet's size.
+
+    Args:
+        rows: What `benchmarks.swarm.run.measure` gave, by size.
+        path: A file ending in `.png` or `.svg`.
+        memory_bar: What the server is meant to stay below, MB.
+        latency_bar: What the 95th percentile is meant to stay below, seconds.
+
+    Returns:
+        The file.
+    """
+    sizes = [row["devices"] for row in rows]
+    with plt.rc_context(_STYLE):
+        figure, (rounds, memory, latency) = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained")
+        seconds = [row["rounds"][-1]["round_s"] for row in rows]
+        rounds.loglog(sizes, seconds, "o-", color=_FOUND, label="measured")
+        straight = [seconds[0] * size / sizes[0] for size in sizes]
+        rounds.loglog(sizes, straight, ":", color=_BAR, label="ten times the devices, ten times as long")
+        rounds.set_title("Round of all devices, seconds")
+        memory.semilogx(sizes, [row["watched"]["server"]["peak"] / 1e6 for row in rows], "o-", color=_FOUND)
+        _bar(memory, memory_bar, f"{memory_bar:g} MB")
+        memory.set_title("Server memory at most, MB")
+        for kind, (marker, line) in _QUESTIONS.items():
+            found = [1e3 * row["rounds"][-1]["latency"][kind]["p95"] for row in rows]
+            latency.semilogx(sizes, found, marker + line, color=_FOUND, label=f"“{kind}”")
+        _bar(latency, 1e3 * latency_bar, f"{1e3 * latency_bar:g} ms")
+        latency.set_title("Control latency, 95 %, ms")
+        for axis in (rounds, memory, latency):
+            axis.set_xlabel("devices")
+            axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axis.minorticks_off()
+        for axis in (rounds, latency):
+            axis.legend(frameon=False, fontsize=8, loc="upper left" if axis is rounds else "center left")
+        figure.savefig(path)
+        plt.close(figure)
+    return path
+
+
+def _bar(axis: Axes, value: float, label: str) -> None:
+    axis.axhline(value, color=_BAR, linestyle=":")
+    axis.annotate(
+        label, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=_BAR, fontsize=8
+    )
+    axis.set_ylim(0, 1.15 * value)
