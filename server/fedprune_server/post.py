@@ -160,10 +160,14 @@ class Post:
         self._link.publish(self._topics.broadcast(), hello.to_bytes())
 
     def ask(self, wants: Wants) -> None:
-        """Ask devices for pieces of their updates."""
+        """Ask devices for pieces of their updates, at once: a want promises nothing that must be saved before."""
         for device, want in wants:
             self._asked(device, want.count)
-            self.send(device, want)
+            topic, payload = self._topics.down(device), want.to_bytes()
+            if not self._outbox and self._link.publish(topic, payload):
+                self._roster.sent(device, len(payload))
+            else:
+                self._outbox.append((device, topic, payload))
 
     def fetched(self, device: str, want: Want, allowed: AbstractSet[str]) -> None:
         """A device wants pieces of a blob: queue them, if it may have them."""

@@ -261,6 +261,8 @@ class Reception:
         accuracy, loss = served(metrics, "accuracy"), served(metrics, "loss")
         contact.accuracy = contact.accuracy if accuracy is None else accuracy
         contact.loss = contact.loss if loss is None else loss
+        if self._uploads.fetching(device, message.round, message.attempt, message.weights):
+            return None  # said again while it waits its turn: in a large fleet that is most of what is announced
         return on.UpdateAnnounced(
             device,
             message.round,

@@ -104,8 +104,7 @@ class Uploads:
         Raises:
             StorageError: The store fails.
         """
-        known = self._uploads.get(device)
-        if known is not None and (known.round, known.attempt, known.ref) == (round_, attempt, ref):
+        if self.fetching(device, round_, attempt, ref):
             return []
         self.drop(device)
         self._uploads[device] = _Upload(round_, attempt, ref)
@@ -191,6 +190,11 @@ class Uploads:
         """
         upload = self._uploads.get(device)
         return [] if upload is None or (upload.round, upload.attempt) == (round_, attempt) else self.drop(device)
+
+    def fetching(self, device: str, round_: int, attempt: int, ref: BlobRef) -> bool:
+        """Whether this very update is being fetched, or waits to be."""
+        known = self._uploads.get(device)
+        return known is not None and (known.round, known.attempt, known.ref) == (round_, attempt, ref)
 
     def devices(self) -> list[str]:
         """From whom something is being fetched, or waits to be."""

@@ -83,6 +83,24 @@ def test_a_few_pulls_at_a_time_give_the_same_model(fleet: Fleet, expected: str) 
     assert fleet.run(pulls=1).model == expected
 
 
+def test_an_update_that_is_said_again_while_it_is_fetched_is_no_event(fleet: Fleet) -> None:
+    device = fleet.air.devices["a"]
+    hear = device.hear
+    said = []
+
+    def eager(topic: str, payload: bytes) -> None:
+        if b'"want"' in payload and device.pending is not None:
+            said.append(device.pending)
+            fleet.air.to_server(Topics("default").up("a", JOB.name), device.pending.to_bytes())
+        hear(topic, payload)
+
+    device.hear = eager  # type: ignore[method-assign]
+    fleet.run()
+    events = [body["device"] for _, _, kind, body in Storage.at(fleet.folder).events() if kind == "UpdateAnnounced"]
+    assert len(said) >= 3
+    assert events.count("a") == 3
+
+
 def test_an_update_is_acknowledged_only_when_it_is_on_the_disk(fleet: Fleet) -> None:
     seen = []
     device = fleet.air.devices["a"]

@@ -56,6 +56,15 @@ def test_an_update_arrives_whole(world: World) -> None:
     assert world.store.read(digest) == world.device.read(digest)
 
 
+def test_the_very_update_that_is_fetched_or_waits_is_known(world: World) -> None:
+    wants = [w for name in "abc" for w in world.announce(name)]
+    assert all(world.uploads.fetching(name, 1, 1, world.ref(name)) for name in "abc")
+    assert not world.uploads.fetching("a", 1, 2, world.ref("a"))
+    assert not world.uploads.fetching("a", 1, 1, world.ref("b"))
+    finish(world, wants)
+    assert not any(world.uploads.fetching(name, 1, 1, world.ref(name)) for name in "abc")
+
+
 def test_only_a_few_are_pulled_at_a_time(world: World) -> None:
     wants = [w for name in "abcd" for w in world.announce(name)]
     assert {device for device, _ in wants} == {"a", "b"}
