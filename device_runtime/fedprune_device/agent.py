@@ -385,6 +385,8 @@ class Agent:
         if self._store.pending is not None:
             self._outbox.announce(self._store.pending, now)
         self._report(now)
+        if self.standing.connected:
+            self._outbox.stay(self._store.session, now)
 
     def _report(self, now: float) -> None:
         if self._downloads is not None:
