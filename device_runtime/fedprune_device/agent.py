@@ -261,8 +261,8 @@ class Agent:
             self._halt()
             self._damages = 0
             self._collect()
-            if not fits(offer, self._store):
-                self._store.dismiss()
+            if self._store.pending is not None or not fits(offer, self._store):
+                self._store.dismiss()  # an update that waits, too, takes the place of a weights file
                 self._collect()
             _LOG.info("round %d of job %s, attempt %d: accepted", offer.round, offer.job, offer.attempt)
             self._download(offer, now)

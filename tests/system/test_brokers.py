@@ -143,6 +143,7 @@ def test_a_board_that_vanishes_without_its_will_is_found_out_by_silence(material
             time.sleep(10)
             assert online("south"), site.logs()  # it says that it is there
             site.processes["south"].kill()
+            site.processes["south"].wait()
             began = time.monotonic()
             site.wait_for(lambda: not online("south"), "south is gone")
             assert time.monotonic() - began < 15
