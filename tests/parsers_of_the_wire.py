@@ -108,6 +108,7 @@ def _messages() -> list[Any]:
     return [
         m.Birth("a", 1, "raspberry-pi-5", 10, "fedprune 1", PROBE, {**place}),
         m.Death("a", 1),
+        m.Alive("a", 1),
         m.Progress("a", **place, phase="train", done=1, total=2),
         m.Refusal("a", **place, reason="no room", exit_code=30),
         m.Update(

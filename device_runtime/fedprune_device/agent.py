@@ -23,7 +23,7 @@ from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Accepted, Cancelled, Death, Finished, Gone, Hello, Message, Offer, Want, parse
 from fedprune.wire.topics import EVERYONE, Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.acceptance import attempt_of, check_offer, place_of, same_work, slabs_fit
+from fedprune_device.acceptance import attempt_of, check_offer, fits, place_of, same_work, slabs_fit
 from fedprune_device.alone import Alone
 from fedprune_device.assignment import DamagedBlobError, LoadedTrainer, Workbench
 from fedprune_device.care import Care
@@ -261,6 +261,9 @@ class Agent:
             self._halt()
             self._damages = 0
             self._collect()
+            if self._store.pending is not None or not fits(offer, self._store):
+                self._store.dismiss()  # an update that waits, too, takes the place of a weights file
+                self._collect()
             _LOG.info("round %d of job %s, attempt %d: accepted", offer.round, offer.job, offer.attempt)
             self._download(offer, now)
         except FedpruneError as error:
@@ -364,6 +367,7 @@ class Agent:
             if self._downloads.done:
                 self._ready = now - self._downloads.began
                 self._downloads = None
+                self._collect()
             else:
                 self._deaf = self._deaf or self._downloads.deaf
                 self._pull(lambda downloads: downloads.tick(now))
@@ -385,6 +389,8 @@ class Agent:
         if self._store.pending is not None:
             self._outbox.announce(self._store.pending, now)
         self._report(now)
+        if self.standing.connected:
+            self._outbox.stay(self._store.session, now)
 
     def _report(self, now: float) -> None:
         if self._downloads is not None:

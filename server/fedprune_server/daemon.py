@@ -51,8 +51,7 @@ _TURN_S = 0.02
 """Messages are taken in for so long before what they led to is saved, in one transaction, and answered."""
 _LINGER_S = 1.5
 _GREETING_S = 24 * 3600.0
-_ANSWER_S = 75.0
-"""Devices that haven't answered a hello by then are gone: their pauses between two attempts go up to a minute."""
+_SHOWN = 10
 
 _UNHEARD_OFFER_S = 30.0
 """An offer of which a device shows nothing for so long is said again: a broker's acknowledgement is no device's."""
@@ -145,8 +144,6 @@ class Daemon:
         self._now = clock()
         self._at = (state.round, state.phase)
         self._told = len(state.history)
-        self._unheard: dict[str, int] = {}
-        self._heard_by = 0.0
         self._greet_at = 0.0
         self._stopping = False
         self._finished = False
@@ -239,7 +236,7 @@ class Daemon:
             if event is not None:
                 self._handle(event)
             if isinstance(event, on.DeviceBorn):
-                self._unheard.pop(event.device, None)
+                self._roster.presence.heard(event.device, self._monotonic())
                 self._roster.introduce(event.device)
         elif isinstance(item, ShutOut | Doubled | Quarantined | Released):
             for event in self._reception.noticed(item):
@@ -247,13 +244,12 @@ class Daemon:
         elif isinstance(item, ConnectionUp):
             log.info("connected to the broker")
             self._greet(self._monotonic())
-            # While we were away nobody told us who died.
-            self._unheard = {n: d.session for n, d in self.state.devices.items() if d.online}
-            self._heard_by = self._monotonic() + _ANSWER_S
+            self._roster.presence.connected(self._monotonic())
             self._post.ask(self._uploads.restart(self._monotonic()))
             self._errands.collect_uploads()
         elif isinstance(item, ConnectionDown):
             log.warning("connection to the broker lost: %s", item.reason)
+            self._roster.presence.lost()
         if self._desk is not None and isinstance(item, (ConnectionUp, ConnectionDown)):
             self._desk.connected(isinstance(item, ConnectionUp))
 
@@ -353,11 +349,16 @@ class Daemon:
                 self._broker.restart()
             except BrokerError as error:  # tried again at the next tick
                 log.error("%s", error)
-        if self._unheard and now > self._heard_by:
-            silent, self._unheard = self._unheard, {}
-            for device, session in silent.items():
-                self._uploads.drop(device)
-                self._handle(on.DeviceDied(device, session))
+        for device in self._roster.presence.silent(now):
+            self._post.send(device, Hello(int(self._clock())))
+        gone = self._roster.presence.gone(now)
+        if gone:
+            names = ", ".join(sorted(gone)[:_SHOWN]) + (" ..." if len(gone) > _SHOWN else "")
+            log.info("%d devices don't answer and are taken for gone: %s", len(gone), names)
+        for device, session in gone.items():
+            self._uploads.drop(device)
+            self._post.forget(device)
+            self._handle(on.DeviceDied(device, session))
         if self._desk is not None:
             self._desk.tick()
         self._roster.namesakes.settle(now)

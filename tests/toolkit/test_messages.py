@@ -17,6 +17,7 @@ from fedprune.wire.messages import (
     MAX_WANT,
     PHASES,
     Accepted,
+    Alive,
     Birth,
     Cancelled,
     Death,
@@ -57,6 +58,7 @@ metrics = st.dictionaries(
 messages = st.one_of(
     st.builds(Birth, names, counts, texts, counts, texts, st.none() | objects, held),
     st.builds(Death, names, counts),
+    st.builds(Alive, names, counts),
     st.builds(Progress, names, names, counts, counts, st.sampled_from(PHASES), counts, counts),
     st.builds(Refusal, names, names, counts, counts, texts, st.integers(0, 255)),
     st.builds(Update, names, names, counts, counts, hexes, refs, counts, counts, metrics),
@@ -114,6 +116,7 @@ EXAMPLES: list[Message] = [
     ReleaseOffer(7, "{}", 2 * DIGEST, (DIGEST,), 3, 600.0),
     ReleaseWithdrawn(7, "stopped"),
     ReleaseReport("pi-1", 7, "rolled back", "killed by SIGILL", 1, 2),
+    Alive("pi-1", 3),
 ]
 
 
@@ -136,7 +139,7 @@ def test_what_was_sent_is_what_is_read(message: Message) -> None:
 
 
 def test_there_is_an_example_of_every_type() -> None:
-    assert len({type(m) for m in EXAMPLES}) == 17
+    assert len({type(m) for m in EXAMPLES}) == 18
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)

@@ -27,6 +27,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from fedprune.errors import BrokerError, FedpruneError
 from fedprune.wire.broker_url import BrokerUrl, failure, tls_context
 from fedprune.wire.inbox import Inbox
+from fedprune.wire.will_trial import WillTrial
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ class Link:
         url: mqtt://[user:password@]host[:port], or mqtts:// for TLS.
         client_id: The client's name at the broker; a second client of this name pushes the first one out.
         will: Topic and payload that the broker publishes (QoS 1, not retained) when the connection is lost; or a
-            function that is called for them before every connection, so that each can have a number of its own.
+            function that is called for them before every connection, so that each can have a number of its own. To a
+            broker that refuses wills it connects without (`WillTrial`).
         keepalive: Seconds of silence after which a ping is sent; a dead connection is noticed after about two of them.
         tls: Gives what mqtts:// uses, before every connection, so that a certificate may be renewed meanwhile; by
             default the system's authorities count.
@@ -96,6 +98,7 @@ class Link:
         self.dropped = 0
         """Messages that didn't fit into the inbox."""
         self._will = will
+        self._trial = None if will is None else WillTrial()
         self._keepalive = keepalive
         self._tls = tls
         self._topics: list[str] = []
@@ -132,7 +135,7 @@ class Link:
         if patient:
             return
         with self._state:
-            self._state.wait_for(lambda: self._up or self._failure, timeout)
+            self._state.wait_for(lambda: self._up or (self._failure and not self._undecided), timeout)
             if self._up:
                 return
             reason = self._failure or f"no answer within {timeout:g} s"
@@ -142,6 +145,10 @@ class Link:
             hint="Is a broker running there, is the port right, does a firewall let it through, "
             "and do user name and password fit?",
         )
+
+    @property
+    def _undecided(self) -> bool:
+        return self._trial is not None and self._trial.pending
 
     @property
     def connected(self) -> bool:
@@ -300,6 +307,8 @@ class Link:
         finally:
             with self._state:
                 failure = self._failure
+                if self._trial is not None:
+                    self._trial.ended()
             with suppress(OSError, ValueError):
                 client.disconnect()
             if (sock := client.socket()) is not None:
@@ -320,7 +329,7 @@ class Link:
         if self.url.tls:
             client.tls_set_context(self._tls())
         will = self._will() if callable(self._will) else self._will
-        if will is not None:
+        if will is not None and self._trial is not None and self._trial.begin():
             client.will_set(will[0], will[1], qos=1, retain=False)
         client.on_socket_open = _prompt
         # With this callback paho leaves writing to the network thread instead of doing it in `publish`.
@@ -335,7 +344,11 @@ class Link:
         with self._state:
             if reason.is_failure:
                 self._failure = f"it refuses the connection ({str(reason).lower()})"
+                if self._trial is not None:
+                    self._trial.refused(reason.value)
             else:
+                if self._trial is not None:
+                    self._trial.accepted()
                 self._request(client)
                 if not self._subscribing:
                     self._report_up()

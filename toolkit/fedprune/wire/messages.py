@@ -93,6 +93,22 @@ class Death(CheckedMessage):
 
 
 @dataclass(frozen=True)
+class Alive(CheckedMessage):
+    """A device is still there, and has said nothing else for minutes.
+
+    Attributes:
+        device: The device's name.
+        session: Its connection.
+    """
+
+    device: str
+    session: int
+
+    kind: ClassVar[str] = "alive"
+    checks: ClassVar[Mapping[str, Check]] = {"device": check.device, "session": _COUNT}
+
+
+@dataclass(frozen=True)
 class Progress(CheckedMessage):
     """How far a device is.
 
@@ -418,7 +434,7 @@ class Gone(CheckedMessage):
     checks: ClassVar[Mapping[str, Check]] = {"sha256": check.digest}
 
 
-FromDevice = Birth | Death | Progress | Refusal | Update | Want | Gone | JoinRequest | ReleaseReport
+FromDevice = Birth | Death | Alive | Progress | Refusal | Update | Want | Gone | JoinRequest | ReleaseReport
 FromServer = Hello | Offer | Accepted | Cancelled | Finished | Want | Gone | JoinAnswer | ReleaseFromServer
 Message = FromDevice | FromServer
 

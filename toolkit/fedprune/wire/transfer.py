@@ -8,7 +8,7 @@ Chunks may get lost, arrive twice, late or in any order; each leaf is verified a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from fedprune.blobs import BlobStore
 from fedprune.errors import ProtocolError, StorageError
@@ -55,6 +55,7 @@ class Pull:
         patience_s: Seconds without progress after which what is on the way is asked for again. It grows when that
             doesn't help, and with the time that leaves need to arrive.
         shared: Whether the caller listens to the blob's shared topic: then leaves that others asked for are taken, too.
+        lend: Writes leaves that needn't be asked for, because they are here; called once, when the leaf table is there.
 
     Raises:
         ProtocolError: The window or chunk size makes no sense.
@@ -70,6 +71,7 @@ class Pull:
         limit: ChunkLimit | None = None,
         patience_s: float = PATIENCE,
         shared: bool = False,
+        lend: Callable[[PartialBlob], object] | None = None,
     ) -> None:
         if not 1 <= chunk_leaves <= window_leaves <= MAX_WANT:
             raise ProtocolError(
@@ -83,6 +85,7 @@ class Pull:
         self.stalls = 0
         """Times in a row that leaves had to be asked for again without any progress."""
         self._partial = partial
+        self._lend = lend
         self._limit = limit or ChunkLimit()
         self._came = False  # something, since it was asked for
         self._chunk = chunk_leaves
@@ -248,6 +251,9 @@ class Pull:
                 return self._fill(self.ref.piece_count, now)
             self._tries.clear()
             self._came = False
+        lend, self._lend = self._lend, None
+        if lend is not None:
+            lend(self._partial)
         if self._partial.count == self.ref.leaf_count:
             self._partial.finish()
             self._done = True
