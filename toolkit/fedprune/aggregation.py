@@ -130,7 +130,7 @@ class Fold:
         """Forget all updates."""
         self.updates = 0
         self._coverage = Coverage(self.architecture)
-        self._sums = {t.name: FixedSum(t.shape, self._spans[t.name]) for t in self._shared}
+        self._sums = {t.name: FixedSum(t.shape, self._spans[t.name], light=True) for t in self._shared}
         self._spread = {
             name: FixedSum(self.base[name].shape, Range(2 * self._spans[mean].exponent + 2, 3))
             for name, mean in self._means.items()
@@ -205,6 +205,7 @@ class Fold:
             bounds = {name: span.bound for name, span in self._spans.items()}
             values = rebased(self.architecture, selection, submodel, sent, self.base, bounds, self.excluded)
         self._coverage.settle(selection)
+        self._make_room(self.weight + weight)
         one = _Waiting(selection, values, weight)
         if copied:  # arrays that are made for this update alone take memory while they wait
             self._add_together([one], active)
@@ -216,6 +217,10 @@ class Fold:
         self.updates += 1
         if len(self._waiting) >= _TOGETHER:
             self._settle()
+
+    def _make_room(self, weight: int) -> None:
+        for sums in self._sums.values():
+            sums.make_room(weight)
 
     def _settle(self) -> None:
         """Add what waits."""
@@ -241,8 +246,12 @@ class Fold:
                 sums.add_all([row[part] for row in rows], weights, at)
             return
         whole = [Expansion(layout, spec, one.selection, row) for one, row in zip(alike, rows, strict=True)]
+        spare: list[npt.NDArray[Any]] = []
         for at in row_blocks(spec.shape):
-            sums.add_all([each.rows(at[0].start, at[0].stop) for each in whole], weights, at)
+            start, stop = at[0].start, at[0].stop
+            spare = spare or [np.empty((stop - start, *spec.shape[1:]), row.dtype) for row in rows]
+            parts = [each.rows(start, stop, out[: stop - start]) for each, out in zip(whole, spare, strict=True)]
+            sums.add_all(parts, weights, at)
 
     def _add_beside(self, spec: TensorSpec, one: _Waiting, steps: int, active: Active) -> None:
         """Add to the sums that only some folds have."""
@@ -282,6 +291,7 @@ class Fold:
             return
         self._settle()
         other._settle()
+        self._make_room(self.weight + other.weight)
         layout, theirs = self._coverage.settle(other._coverage.layout), other._coverage.layout
         merge_sums(self._sums, other._sums, self._shared, layout, theirs)
         merge_sums(self._spread, other._spread, self._shared, layout, theirs)
