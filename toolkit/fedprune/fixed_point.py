@@ -7,8 +7,8 @@ coarse (batch-norm statistics, which have no natural bound), further *limbs* hol
 times finer.
 
 Several values at one place are added by one product of their weights with them, in float64: all that lies between are
-whole numbers of magnitude up to 2^53, so that this is exact, too, however a library orders it. For the same reason a sum
-itself can be float64 as long as there is little weight in it.
+whole numbers of magnitude up to 2^53, so that this is exact, too, however a library orders it. For the same reason a
+sum itself can be float64 as long as there is little weight in it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ MAX_WEIGHT = 2**24
 VALUE_BITS = 38
 _BLOCK = 262_144  # float64s of all rows together, 2 MiB: they stay in the cache, and hide what numpy costs per call
 _LONGEST = 32_768  # numbers of one row at once
-_CHECKED = 131_072  # squares at once: many hide what a call costs; where they say too little, we look at fewer
-_CHECKED_LEAST = 16_384  # few enough that the squares of usual weights don't add up to the bound's
+_CHECKED = 131_072  # squares added at once at most: many hide what a call costs
+_CHECKED_LEAST = 8_192  # few enough that the squares of usual weights don't add up to the bound's
 # Adding 1.5·2^52 to a whole number of magnitude up to 2^51 in float64 leaves it in the low bits of the mantissa:
 # cheaper than a conversion, which has no vector instruction on most CPUs.
 _MAGIC = 1.5 * 2.0**52
@@ -101,25 +101,22 @@ def check_range(name: str, values: npt.NDArray[Any], bound: float) -> None:
     if flat.dtype != np.float32:
         _check_block(name, flat, bound)
         return
-    with np.errstate(over="ignore", invalid="ignore"):
-        _check_squares(name, flat, bound, _CHECKED)
-
-
-def _check_squares(name: str, flat: npt.NDArray[Any], bound: float, step: int) -> None:
-    """Check float32 numbers, so many at a time.
-
-    The sum of squares bounds every square and costs half of what minimum and maximum do; only where it is large (or not
-    finite) do we look closer. The tenth leaves room for its own rounding.
-    """
+    # The sum of squares bounds every square and costs half of what minimum and maximum do; only where it is large (or
+    # not finite) do we look closer, and take fewer at a time from there on. The tenth leaves room for its own rounding.
     limit = 0.9 * bound * bound
-    for start in range(0, flat.size, step):
-        block = flat[start : start + step]
-        if float(np.dot(block, block)) <= limit:
-            continue
-        if block.size > _CHECKED_LEAST:
-            _check_squares(name, block, bound, _CHECKED_LEAST)
-        else:
-            _check_block(name, block, bound)
+    start, step = 0, _CHECKED_LEAST
+    with np.errstate(over="ignore", invalid="ignore"):
+        while start < flat.size:
+            block = flat[start : start + step]
+            square = float(np.dot(block, block))
+            if not square <= limit and step > _CHECKED_LEAST:
+                step //= 2
+                continue
+            if not square <= limit:
+                _check_block(name, block, bound)
+            start += step
+            if square <= limit / 4:
+                step = min(2 * step, _CHECKED)
 
 
 def _check_block(name: str, block: npt.NDArray[Any], bound: float) -> None:
@@ -195,21 +192,31 @@ class FixedSum:
         for mine, theirs in zip(self.limbs, other.limbs, strict=True):
             mine += theirs.astype(mine.dtype, copy=False)
 
-    def value(self, at: Index = (...,)) -> npt.NDArray[np.float64]:
-        """The sums as float64, rounded once per limb."""
-        out: npt.NDArray[np.float64] = self.limbs[0][at].astype(np.float64)
+    def value(
+        self, at: Index = (...,), factor: float = 1.0, out: npt.NDArray[np.float64] | None = None
+    ) -> npt.NDArray[np.float64]:
+        """The sums times a factor as float64, rounded once per limb and by the factor.
+
+        Args:
+            at: Which.
+            factor: What they are multiplied with.
+            out: Where they may be put.
+        """
         if self.span.limbs == 1:
-            out *= self.span.unit
-            return out
-        out = np.zeros(out.shape)
+            part = self.limbs[0][at]
+            if part.dtype != np.float64:
+                part = part.astype(np.float64)
+            # The unit is a power of two, so that this is one rounding.
+            scaled: npt.NDArray[np.float64] = np.multiply(part, self.span.unit * factor, out=out)
+            return scaled
+        total = np.zeros(self.limbs[0][at].shape)
         for i in range(self.span.limbs, 0, -1):
-            out += np.ldexp(self.limbs[i - 1][at].astype(np.float64), self.span.exponent - VALUE_BITS * i)
-        return out
+            total += np.ldexp(self.limbs[i - 1][at].astype(np.float64), self.span.exponent - VALUE_BITS * i)
+        total *= factor
+        return total
 
 
-def add_blocks(
-    total: npt.NDArray[Any], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int
-) -> None:
+def add_blocks(total: npt.NDArray[Any], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int) -> None:
     """Add Σ weight · round(values · 2^scale) to `total` in place, in blocks that stay in the cache.
 
     Args:
