@@ -57,7 +57,9 @@ class Coverage:
         """The selection, or an equal one that was here before: of its ranks it is known that they are the layout's."""
         layout, found = self.settle(selection), self._known.get(selection.digest)
         if found is None:
-            found = layout.narrowed(selection.widths) if in_order(layout, selection) else selection
+            found = selection
+            if in_order(layout, selection):
+                found = layout if selection.widths == layout.widths else layout.narrowed(selection.widths)
             self._known[selection.digest] = found
         return found
 

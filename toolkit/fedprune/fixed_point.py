@@ -115,7 +115,7 @@ def check_range(name: str, values: npt.NDArray[Any], bound: float) -> None:
             if not square <= limit:
                 _check_block(name, block, bound)
             start += step
-            if square <= limit / 4:
+            if square <= 0.45 * limit:
                 step = min(2 * step, _CHECKED)
 
 

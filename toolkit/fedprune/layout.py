@@ -138,6 +138,8 @@ def mass_in(
         The weights, of the tensor's shape but for axes that every update holds as a whole, which are 1 long; None
         where every update holds the whole tensor.
     """
+    if all(selection.whole for selection, _ in shares):
+        return None
     weights = np.array([n for _, n in shares], np.float64)  # sums of at most 2^24 are exact
     shape, letters, memberships = [1] * len(spec.axes), "", []
     for axis, order in enumerate(layout.maps(spec.name)):
