@@ -306,7 +306,7 @@ class _Scratch:
     def __init__(self) -> None:
         self.narrow = np.empty(_BLOCK, np.float32)
         self.whole = np.empty(_BLOCK, np.float64)
-        self.total = np.empty(_BLOCK, np.float64)
+        self.total = np.empty(_LONGEST, np.float64)
 
 
 def _scratch() -> _Scratch:
