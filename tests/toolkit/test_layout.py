@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.layout import Expansion, mass_in, to_global
@@ -14,6 +14,7 @@ from strategies import architectures, model, ranks, seeds, selections
 pytestmark = pytest.mark.board
 
 
+@settings(max_examples=40)
 @given(st.data(), seeds, st.integers(1, 5), st.booleans(), st.sampled_from([0.0, np.inf]))
 def test_rows_are_those_of_the_scattered_submodel(
     data: st.DataObject, seed: int, step: int, given_memory: bool, absent: float
@@ -36,6 +37,7 @@ def test_rows_are_those_of_the_scattered_submodel(
         assert to_global(got, spec, layout).tobytes() == expected.tobytes()
 
 
+@settings(max_examples=30)
 @given(st.data(), st.lists(st.integers(1, 1000), min_size=1, max_size=4))
 def test_mass_is_the_weight_of_those_that_hold_a_coordinate(data: st.DataObject, weights: list[int]) -> None:
     architecture = data.draw(architectures())

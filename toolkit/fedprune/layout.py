@@ -63,18 +63,23 @@ class Expansion:
         absent: float = 0.0,
     ) -> None:
         own = []
-        for order, held in zip(layout.maps(spec.name), selection.maps(spec.name), strict=True):
-            where = np.full(order.size, -1)
-            where[held] = np.arange(held.size)
-            own.append(where[order])
-        # Behind the last axis that is out of order, numbers lie side by side and are copied together.
-        last = max((i for i, where in enumerate(own) if not _identity(where)), default=0)
+        last = 0  # behind the last axis that is out of order, numbers lie side by side and are copied together
+        for i, (axis, order) in enumerate(zip(spec.axes, layout.maps(spec.name), strict=True)):
+            numbers = np.arange(order.size)
+            if not axis.groups:
+                own.append(numbers)
+                continue
+            where, held = np.full(order.size, -1), selection.maps(spec.name)[i]
+            where[held] = numbers[: held.size]
+            where = where[order]
+            own.append(where)
+            last = last if np.array_equal(where, numbers) else i
         self._first = own[0]
         self._rest: npt.NDArray[np.int64] | None = None
         if last:
             flat, missing = np.zeros((), np.int64), np.zeros((), np.bool_)
-            for axis, where in enumerate(own[1 : last + 1], start=1):
-                flat = flat[..., None] + where * math.prod(value.shape[axis + 1 : last + 1])
+            for i, where in enumerate(own[1 : last + 1], start=1):
+                flat = flat[..., None] + where * math.prod(value.shape[i + 1 : last + 1])
                 missing = missing[..., None] | (where < 0)
             self._rest = np.where(missing, -1, flat).reshape(-1)
         self._value = np.ascontiguousarray(value)
