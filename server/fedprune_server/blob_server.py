@@ -40,6 +40,9 @@ PIECE_S = 60.0
 _PIECE = 4 * LEAF
 """What is read and sent at a time, and how long a board may take to take it."""
 
+POLL_S = 0.5
+"""How often it is looked whether somebody is too slow."""
+
 _NAME = re.compile(r"(?:/[A-Za-z0-9._~-]{1,255}){0,32}/([0-9a-f]{2})/(\1[0-9a-f]{62})(\.leaves)?")
 _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{0,15})")
 
@@ -88,7 +91,7 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._most = connections
         self._lock = threading.Lock()
         self._clients: dict[Any, tuple[bool, float]] = {}  # whether it waits for a request, and until when
-        self._thread = threading.Thread(target=self.serve_forever, name="fedprune-blobs", daemon=True)
+        self._thread = threading.Thread(target=self.serve_forever, args=(POLL_S,), name="fedprune-blobs", daemon=True)
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
@@ -168,7 +171,7 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.close_request(request)
 
     def service_actions(self) -> None:
-        """Twice a second: cut off those who are too slow."""
+        """Every `POLL_S`: cut off those who are too slow."""
         self._cut(time.monotonic())
 
     def handle_error(self, request: Any, client_address: Any) -> None:
