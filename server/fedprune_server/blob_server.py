@@ -80,7 +80,7 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     ) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            super().__init__((host, port), _Handler)
+            super().__init__((host, port), BlobHandler)
         except (OSError, OverflowError) as error:
             why = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigError(f"server: serve_blobs: can't listen on {host}, port {port} ({why})") from error
@@ -210,7 +210,7 @@ class _Head:
         self._stream.close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class BlobHandler(BaseHTTPRequestHandler):
     """Answers a client's requests, one after the other."""
 
     server: BlobServer
