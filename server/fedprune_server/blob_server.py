@@ -27,7 +27,7 @@ from fedprune.wire.blob_ref import LEAF
 log = logging.getLogger("fedprune.server")
 
 CONNECTIONS = 64
-"""Connections at a time; each has a thread, and a piece of a blob in memory."""
+"""Connections at a time; each has a thread."""
 
 HEAD_BYTES = 8192
 FIRST_S = 15.0
@@ -38,7 +38,7 @@ NEXT_S = 60.0
 
 PIECE_S = 60.0
 _PIECE = 4 * LEAF
-"""What is read and sent at a time, and how long a board may take to take it."""
+"""What is sent at a time, and how long a board may take to take it."""
 
 POLL_S = 0.5
 """How often it is looked whether somebody is too slow."""
@@ -220,7 +220,6 @@ class BlobHandler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         """See who it is."""
         self._device: str | None = None
-        self._begun = False
         self.request.settimeout(self.timeout)
         if isinstance(self.request, ssl.SSLSocket):
             self.request.do_handshake()
@@ -243,26 +242,23 @@ class BlobHandler(BaseHTTPRequestHandler):
         if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
             self.close_connection = True  # nobody reads what follows
         self.server.expect(self.connection, PIECE_S, waits=False)
-        self._begun = False
         found = _NAME.fullmatch(self.path)
         if found is None or not self.server.allowed(self._device, found[2]):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         try:
-            if found[3] == SUFFIX:
-                table = kept(self.server.store.table(found[2]))
-                self._give(len(table), lambda start, stop: table[start:stop])
-            else:
-                self._give(self.server.store.size(found[2]), lambda start, stop: self._piece(found[2], start, stop))
+            store = self.server.store
+            view = memoryview(kept(store.table(found[2]))) if found[3] == SUFFIX else store.map(found[2])
         except StorageError as error:
             log.debug("the web server of blobs: %s", error)
-            self.close_connection = True
-            if not self._begun:
-                self.send_error(HTTPStatus.NOT_FOUND)
+            self.send_error(HTTPStatus.NOT_FOUND)
+        else:
+            self._give(view)
 
     do_HEAD = do_GET  # noqa: N815 - the library's names
 
-    def _give(self, size: int, read: Callable[[int, int], bytes]) -> None:
+    def _give(self, view: memoryview) -> None:
+        size = len(view)
         start, stop, status = 0, size, HTTPStatus.OK
         asked = _RANGE.fullmatch(self.headers.get("Range", ""))
         if asked is not None:  # anything else that may be asked for isn't understood, and may be ignored
@@ -275,21 +271,13 @@ class BlobHandler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         while start < stop:
-            piece = read(start, min(start + _PIECE, stop))
-            if not piece:
-                raise StorageError("a blob has vanished, or is shorter than it was")
+            piece = view[start : min(start + _PIECE, stop)]
             self.server.expect(self.connection, PIECE_S, waits=False)
             self.wfile.write(piece)
             self.server.count(len(piece))
             start += len(piece)
 
-    def _piece(self, sha256: str, start: int, stop: int) -> bytes:
-        first, last = start // LEAF, -(-stop // LEAF)
-        leaves = self.server.store.read_leaves(sha256, first, last - first)
-        return leaves[start - first * LEAF : stop - first * LEAF]
-
     def _begin(self, status: HTTPStatus, length: int, range_: str = "") -> None:
-        self._begun = True
         self.send_response(status)
         self.send_header("Content-Type", "application/octet-stream")
         self.send_header("Content-Length", str(length))
