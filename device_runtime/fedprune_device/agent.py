@@ -309,7 +309,7 @@ class Agent:
     def _pull(self, step: Callable[[Downloads], list[Want]]) -> None:
         """Go on pulling, and ask for what that needs; an offer that can't be pulled is refused."""
         downloads = self._downloads
-        if downloads is None:
+        if downloads is None or self._web.fetching:  # what comes now answers what was asked for before
             return
         try:
             self._ask(downloads, step(downloads))
@@ -353,8 +353,7 @@ class Agent:
         self._finished = True
 
     def _on_gone(self, message: Gone, now: float) -> None:
-        if not self._web.fetching:  # else it answers what was asked for before
-            self._pull(lambda downloads: downloads.gone(message.sha256, now))
+        self._pull(lambda downloads: downloads.gone(message.sha256, now))
 
     # What is to be done
 
@@ -387,7 +386,7 @@ class Agent:
             else:
                 self._deaf = self._deaf or self._downloads.deaf
                 self._pull(lambda downloads: downloads.tick(now))
-        if self._downloads is None:
+        if self._downloads is None or self._web.fetching:
             self._listen(frozenset())
         if self._worker is not None and not self._worker.alive:
             worker, self._worker = self._worker, None
