@@ -108,7 +108,7 @@ def same_work(one: Offer, other: Offer) -> bool:
 
 
 def _work(offer: Offer) -> Offer:
-    return replace(offer, attempt=0, blocked=None, slabs=None)
+    return replace(offer, attempt=0, blocked=None, slabs=None, blobs_at=None)
 
 
 def place_of(message: Offer | Update | Accepted) -> tuple[str, int]:

@@ -97,6 +97,11 @@ class Downloads:
         return not self._slabs and all(p.done for p in self._pulls.values())
 
     @property
+    def lacking(self) -> tuple[BlobRef, ...]:
+        """What is still to be pulled."""
+        return tuple(p.ref for p in self._pulls.values() if not p.done)
+
+    @property
     def progress(self) -> tuple[int, int]:
         """Leaves that are there, and leaves in all, of the blobs that were lacking."""
         rows = [p.progress for p in self._pulls.values()]

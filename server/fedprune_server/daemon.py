@@ -77,6 +77,7 @@ class Daemon:
         broker: The embedded broker, if there is one.
         rollouts: Releases on their way to boards, if this server gives them any.
         members: Who may take part, where it isn't everybody; others leave a rollout.
+        blobs_at: Where boards are told that blobs lie on the web; None for nowhere.
         quarantine: Says whom `link` hears; None for one of the daemon's own, in front of the link.
         display: Where to show what happens.
         clock: Seconds since 1970, for deadlines and the log; it may be set.
@@ -102,6 +103,7 @@ class Daemon:
         broker: Supervised | None = None,
         rollouts: RolloutStore | None = None,
         members: Callable[[], Collection[str]] | None = None,
+        blobs_at: str | None = None,
         quarantine: Quarantine | None = None,
         display: Display | None = None,
         clock: Callable[[], float] = time.time,
@@ -135,8 +137,9 @@ class Daemon:
             self._quarantine,
         )  # fmt: skip
         self._errands = Errands(
-            job, state, self._roster, self._uploads, self._post, self._reception.out, self._handle, monotonic
-        )
+            job, state, self._roster, self._uploads, self._post, self._reception.out, self._handle, monotonic,
+            blobs_at,
+        )  # fmt: skip
         self._garbage = Garbage(store, keep)
         self._wakes: list[float] = []
         self._taken: list[on.Event] = []
@@ -168,6 +171,10 @@ class Daemon:
     def traffic(self) -> dict[str, tuple[int, int]]:
         """Payload bytes to and from each device, over all starts of the server."""
         return self._roster.traffic
+
+    def offered(self, device: str) -> frozenset[str]:
+        """Digests of what a device's offer names; may be asked from any thread."""
+        return self._reception.offered(device)
 
     def stop(self) -> None:
         """End the loop soon; may be called from a signal handler or another thread."""

@@ -35,6 +35,7 @@ class Errands:
         out: Devices that were shut out.
         happen: Takes in an event.
         monotonic: Seconds of a clock that nobody sets.
+        blobs_at: Where blobs lie on the web, too; None for nowhere.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Errands:
         out: AbstractSet[str],
         happen: Callable[[on.Event], None],
         monotonic: Callable[[], float],
+        blobs_at: str | None = None,
     ) -> None:
         self._job = job
         self._state = state
@@ -56,6 +58,7 @@ class Errands:
         self._out = out
         self._happen = happen
         self._monotonic = monotonic
+        self._blobs_at = blobs_at
 
     def run(self, command: Errand) -> None:
         """Carry out a command.
@@ -90,7 +93,7 @@ class Errands:
             return
         try:
             blobs = {k: BlobRef.from_dict(body[k]) for k in ("weights", "training", "inference")}
-            body |= {**blobs, "widths": tuple(body["widths"])}
+            body |= {**blobs, "widths": tuple(body["widths"]), "blobs_at": self._blobs_at}
             self._post.send(command.device, Offer(job, command.round, command.attempt, **body), job)
         except ProtocolError as error:  # a model that no message holds: nobody can take part with it
             self._happen(on.OfferRefused(command.device, command.round, command.attempt, one_line(str(error))))

@@ -293,12 +293,15 @@ class Reception:
 
     def _offered(self, device: str) -> frozenset[str]:
         """Digests of what a device may fetch: only what its own offer names, and the release that it is given."""
+        return self.offered(device) | (frozenset() if self._desk is None else self._desk.files(device))
+
+    def offered(self, device: str) -> frozenset[str]:
+        """Digests of what a device's own offer names; may be asked from any thread."""
         task = self._state.tasks.get(device)
         offer: Mapping[str, Any] = (task.offer if task else None) or {}
-        files = frozenset[str]() if self._desk is None else self._desk.files(device)
         named = [*offer.values(), *offer.get("lowered", {}).values(), *offer.get("blocked", {}).values()]
         named += offer.get("slabs", [])
-        return files | {v["sha256"] for v in named if isinstance(v, dict) and "sha256" in v}
+        return frozenset(v["sha256"] for v in named if isinstance(v, dict) and "sha256" in v)
 
 
 def _advice(error: ProfileError) -> str:

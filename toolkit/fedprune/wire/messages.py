@@ -15,6 +15,7 @@ from typing import Any, ClassVar, get_args
 from fedprune.errors import ProtocolError, UnknownMessageError, shown
 from fedprune.wire import fields as check
 from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.blob_url import check_blob_url
 from fedprune.wire.checked_message import MAX_MESSAGE, VERSION, CheckedMessage
 from fedprune.wire.fields import Check
 from fedprune.wire.join_messages import JoinAnswer, JoinRequest
@@ -259,6 +260,7 @@ class Offer(CheckedMessage):
         moved: Where channels lie that a device was sent last (`fedprune.codec.relocation`); None where they lie as
             they did, or where nothing is known of that.
         moved_from: Digest of the selection that those were sent in.
+        blobs_at: A web server that has these blobs, too (`fedprune.wire.blob_url`); None for MQTT alone.
     """
 
     job: str
@@ -284,9 +286,12 @@ class Offer(CheckedMessage):
     held: str | None = None
     moved: BlobRef | None = None
     moved_from: str | None = None
+    blobs_at: str | None = None
 
     kind: ClassVar[str] = "offer"
-    newer: ClassVar[frozenset[str]] = frozenset({"mask", "ranking", "lowered", "blocked", "slabs", *_CODING})
+    newer: ClassVar[frozenset[str]] = frozenset(
+        {"mask", "ranking", "lowered", "blocked", "slabs", "blobs_at", *_CODING}
+    )
     checks: ClassVar[Mapping[str, Check]] = {
         **_ASSIGNMENT,
         "seed": _COUNT,
@@ -309,6 +314,7 @@ class Offer(CheckedMessage):
         "held": check.optional(check.digest),
         "moved": check.optional(check.blob),
         "moved_from": check.optional(check.digest),
+        "blobs_at": check.optional(check_blob_url),
     }
 
     @property
