@@ -78,10 +78,11 @@ class Downloads:
 
     def _pull(self, ref: BlobRef) -> Pull:
         slabs = self.offer.slabs or ()
+        partial = self._store.partial(ref, vouched=True)  # the server has named and signed both of its digests
         own = ref in (self.offer.weights, self.offer.coded, self.offer.moved) and ref not in slabs
         if own or not self._shared:
-            return Pull(ref, self._store.partial(ref), limit=self._limit)
-        return Pull(ref, self._store.partial(ref), chunk_leaves=_SHARED_LEAVES, limit=self._limit, shared=True)
+            return Pull(ref, partial, limit=self._limit)
+        return Pull(ref, partial, chunk_leaves=_SHARED_LEAVES, limit=self._limit, shared=True)
 
     @property
     def _instead(self) -> tuple[BlobRef, ...]:
