@@ -5,8 +5,8 @@
 A run is a transfer of 46 MB to one device. *Ours* is what happens in the field: `Post` and `Downloads` of the server
 answer the wants of the board's `Downloads` and `Outbox`, through a `Link` each; every leaf is verified and written, the
 whole is flushed to the disk. *Bare* is paho that publishes the same bytes in chunks of the same size at QoS 0 as fast
-as it can, and paho that counts what arrives. *Stored* is bare paho that hashes, writes and flushes what arrives, too: it
-shows how much of the difference is that work. Sender, receiver and broker are processes of their own. The three take
+as it can, and paho that counts what arrives. *Stored* is bare paho that hashes, writes and flushes what arrives: how
+much of the difference is that work. Sender, receiver and broker are processes of their own. The three take
 turns, and which of them begins, in a broker that is new each time.
 """
 
@@ -234,10 +234,10 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"{about['date']}, {machine}; {versions}.",
         f"Medians of {result['repeats']} turns. Server, board and broker share the machine, and other work may have",
-        "run beside them: the ratios say more than the rates. *Ours* asks, verifies, stores and flushes; *bare* is paho",
-        "publishing as much in chunks as large at QoS 0, and counting; *stored* is bare paho that also hashes every",
-        "leaf, writes it to a file and flushes that. The ratios are medians of the turns'; *memory* is how much a new",
-        "broker grew at most. Written by `python benchmarks/goodput.py`.",
+        "run beside them: the ratios say more than the rates. *Ours* asks, verifies, stores and flushes; *bare* is",
+        "paho publishing as much in chunks as large at QoS 0, and counting; *stored* is bare paho that also hashes",
+        "every leaf, writes it to a file and flushes that. The ratios are medians of the turns'; *memory* is how much",
+        "a new broker grew at most. Written by `python benchmarks/goodput.py`.",
         "",
         f"| {' | '.join(heads)} |",
         "|---" + "|---:" * (len(heads) - 1) + "|",
