@@ -26,20 +26,9 @@ from fedprune.errors import BrokerError, FedpruneError
 from fedprune.wire.broker_url import BrokerUrl, failure, tls_context
 from fedprune.wire.inbox import Inbox
 from fedprune.wire.prompt_socket import acknowledge, prompt
-from fedprune.wire.unsent import Unsent
+from fedprune.wire.unsent import LOW_WATER, OUTBOX_MESSAGES, Unsent
 
 log = logging.getLogger(__name__)
-
-OUTBOX_BYTES = 16 * 1024 * 1024
-"""Bytes that may wait to be sent before `publish` declines."""
-
-OUTBOX_MESSAGES = 10_000
-
-HIGH_WATER = 512 * 1024
-"""Chunks are held back while so many bytes wait to be sent: a message waits for no more of them, and one chunk."""
-
-LOW_WATER = 256 * 1024
-"""Bytes that wait to be sent below which `get` returns at once: who holds chunks back can hand out more."""
 
 Will = tuple[str, bytes]
 
@@ -213,7 +202,7 @@ class Link:
     @property
     def room(self) -> bool:
         """Whether `publish` would take a message now (if connected)."""
-        return self._unsent.size < OUTBOX_BYTES and len(self._unsent) < OUTBOX_MESSAGES
+        return self._unsent.room
 
     @property
     def unsent(self) -> int:

@@ -5,6 +5,17 @@ from __future__ import annotations
 from collections import deque
 from typing import Protocol
 
+OUTBOX_BYTES = 16 * 1024 * 1024
+"""Bytes that may wait to be sent before `publish` declines."""
+
+OUTBOX_MESSAGES = 10_000
+
+HIGH_WATER = 512 * 1024
+"""Chunks are held back while so many bytes wait to be sent: a message waits for no more of them, and one chunk."""
+
+LOW_WATER = 256 * 1024
+"""Bytes that wait to be sent below which `get` returns at once: who holds chunks back can hand out more."""
+
 
 class Sending(Protocol):
     """What paho gives for a message; `paho.mqtt.client.MQTTMessageInfo` has it."""
@@ -30,6 +41,11 @@ class Unsent:
     def __len__(self) -> int:
         """Messages."""
         return sum(map(len, self._waiting))
+
+    @property
+    def room(self) -> bool:
+        """Whether one more may be handed over."""
+        return self.size < OUTBOX_BYTES and len(self) < OUTBOX_MESSAGES
 
     def add(self, message: Sending, size: int, qos: int) -> None:
         """Count a message that was just handed over."""
