@@ -14,10 +14,11 @@ from typing import Protocol
 from fedprune.errors import ExitCode, FedpruneError
 from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.chunk import QOS as CHUNK_QOS
-from fedprune.wire.link import HIGH_WATER, ConnectionDown, ConnectionUp
+from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Alive, Death, Gone, Message, Offer, Progress, Refusal, Update, Want
 from fedprune.wire.topics import NO_JOB, Topics
 from fedprune.wire.transfer import Serve
+from fedprune.wire.unsent import HIGH_WATER
 from fedprune_device.standing import Standing
 
 _LOG = logging.getLogger("fedprune.device")

@@ -13,9 +13,10 @@ from fedprune.errors import ProtocolError
 from fedprune.wire.checked_message import MAX_MESSAGE
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
-from fedprune.wire.link import HIGH_WATER, Event
+from fedprune.wire.link import Event
 from fedprune.wire.messages import FromServer, Gone, Hello, Want
 from fedprune.wire.topics import Topics
+from fedprune.wire.unsent import HIGH_WATER
 from fedprune_server.downloads import Downloads
 from fedprune_server.quarantine import Quarantined, Released
 from fedprune_server.roster import Roster

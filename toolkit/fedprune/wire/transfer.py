@@ -9,12 +9,13 @@ Chunks may get lost, arrive twice, late or in any order; each leaf is verified a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 from fedprune.blobs import BlobStore
 from fedprune.errors import ProtocolError, StorageError
 from fedprune.partial_blob import PartialBlob
 from fedprune.wire.blob_ref import DIGEST, LEAF, BlobRef
-from fedprune.wire.chunk import MAX_PACKET, Chunk, leaves_per_chunk
+from fedprune.wire.chunk import MAX_PACKET, Chunk, leaves_per_chunk, read_chunks
 from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.messages import MAX_WANT, Gone, Want
 
@@ -326,16 +327,9 @@ class Serve:
 
 
 def _leaves(store: BlobStore, want: Want, step: int) -> Iterator[bytes]:
-    end = want.first + want.count
     step = -(-want.count // -(-want.count // step))  # chunks of one size, where the last would be a small one
-    for first in range(want.first, end, step):
-        try:
-            payload = store.read_leaves(want.sha256, first, min(step, end - first))
-        except StorageError:
-            return  # deleted meanwhile: the next want is answered with Gone
-        if not payload:
-            return
-        yield Chunk(want.sha256, "data", first, payload).to_bytes()
+    with suppress(StorageError, OSError), store.open(want.sha256) as file:  # gone: the next want is answered so
+        yield from read_chunks(file, want.sha256, want.first, want.count, step)
 
 
 def _pieces(want: Want, table: bytes, step: int) -> Iterator[bytes]:
