@@ -13,6 +13,7 @@ import logging
 import queue
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -24,7 +25,7 @@ from fedprune.blobs import BlobStore
 from fedprune.disk import storage_errors
 from fedprune.errors import ConfigError, StorageError, StorageFullError
 from fedprune.kept_table import SUFFIX
-from fedprune.wire.blob_ref import BlobRef, is_digest
+from fedprune.wire.blob_ref import BlobRef, is_digest, leaf_table
 from fedprune_server.bucket import Bucket, BucketError
 
 log = logging.getLogger("fedprune.server")
@@ -33,6 +34,9 @@ BLOBS = "blobs/"
 OWNER = "job.json"
 MODEL = "model.onnx"
 FORMAT = "fedprune.blobs/1"
+
+FRESH_S = 60.0
+"""What was used so lately stays in the folder, however much that is: somebody is about to ask for the rest of it."""
 
 _PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _MODEL_LIMIT = 2**31
@@ -80,13 +84,13 @@ class BucketStore(BlobStore):
         self._helper = False
         self._begin()
         self._objects: dict[str, dict[str, int]] = {}
-        self._held: OrderedDict[str, int] = OrderedDict()
+        self._held: OrderedDict[str, tuple[int, float]] = OrderedDict()
         for key, size in self.bucket.list(BLOBS):
             digest = digest_of(key)
             if digest is not None:
                 self._objects.setdefault(digest, {})[key] = size
         for path in sorted((self.path(n) for n in super().names()), key=lambda p: p.stat().st_mtime):
-            self._held[path.name] = path.stat().st_size
+            self._held[path.name] = path.stat().st_size, 0.0
 
     def _begin(self) -> None:
         self._lock = threading.RLock()
@@ -182,7 +186,7 @@ class BucketStore(BlobStore):
         with self._lock:
             for digest, (key, size) in news.items():
                 self._objects.setdefault(digest, {})[key] = size
-                self._held[digest] = size
+                self._held[digest] = size, time.monotonic()
         self._trim()
 
     def news(self) -> dict[str, tuple[str, int]]:
@@ -216,28 +220,29 @@ class BucketStore(BlobStore):
             with self._lock:
                 self._objects.setdefault(sha256, {})[key] = len(data)
                 self._news[sha256] = key, len(data)
-        with self._lock:
-            self._held[sha256] = len(data)
-            self._held.move_to_end(sha256)
-        self._trim()
+        self._hold(sha256, len(data))
 
     def _known(self, sha256: str) -> bool:
         return sha256 in self._objects
 
     # Out.
 
+    def known_size(self, sha256: str) -> int | None:
+        """Bytes of a blob that the bucket has, without asking it."""
+        with self._lock:
+            return max(self._objects.get(sha256, {}).values(), default=None)
+
     def size(self, sha256: str) -> int:
         """Bytes of a blob, which is in the folder then if anything stays there."""
-        with self._lock:
-            known = self._objects.get(sha256)
-            if known and not self._keeping:
-                return max(known.values())
-        return self._healed(sha256, lambda: BlobStore.size(self, sha256))
+        known = None if self._keeping else self.known_size(sha256)
+        if known is not None:
+            return known
+        return self._healed(sha256, lambda: BlobStore.size(self, sha256), len)
 
     def read(self, sha256: str) -> bytes:
         """A blob's bytes, checked against its name."""
         if self._keeping:
-            return self._healed(sha256, lambda: BlobStore.read(self, sha256))
+            return self._healed(sha256, lambda: BlobStore.read(self, sha256), bytes)
         if BlobStore.has(self, sha256):
             with suppress(StorageError):  # it may be let go of, or be damaged where the bucket's is not
                 return BlobStore.read(self, sha256)
@@ -246,12 +251,18 @@ class BucketStore(BlobStore):
     def map(self, sha256: str) -> memoryview:
         """A blob's bytes as a view on its file."""
         if self._keeping:
-            return self._healed(sha256, lambda: BlobStore.map(self, sha256))
+            return self._healed(sha256, lambda: BlobStore.map(self, sha256), lambda data: self._mapped(sha256, data))
         return memoryview(self.read(sha256))
+
+    def _mapped(self, sha256: str, data: bytes) -> memoryview:
+        try:
+            return BlobStore.map(self, sha256)
+        except StorageError:  # let go of again
+            return memoryview(data)
 
     def table(self, sha256: str) -> bytes:
         """A blob's leaf table."""
-        return self._healed(sha256, lambda: BlobStore.table(self, sha256))
+        return self._healed(sha256, lambda: BlobStore.table(self, sha256), leaf_table)
 
     def fetch(self, sha256: str) -> bytes:
         """A blob's bytes out of the bucket, checked; they are in the folder then if anything stays there.
@@ -269,18 +280,15 @@ class BucketStore(BlobStore):
                 if self._keeping:
                     self.check_room(len(data))
                     self.write_file(super().path(sha256), data)
-                    with self._lock:
-                        self._held[sha256] = len(data)
-                        self._held.move_to_end(sha256)
-                    self._trim()
+                    self._hold(sha256, len(data))
                 return data
             damaged = key if data is not None else damaged
         if damaged:
             raise StorageError(f"{self.bucket.url}/{damaged} is damaged", hint="See `fedprune-server check`.")
         raise NotThereError(f"blob {sha256} is not in {self.bucket.url}", hint="Restore the server's backup.")
 
-    def _healed(self, sha256: str, look: Callable[[], _Result]) -> _Result:
-        """Look at a blob of the folder; fetch it if it isn't there, or no longer what it was."""
+    def _healed(self, sha256: str, look: Callable[[], _Result], make: Callable[[bytes], _Result]) -> _Result:
+        """Look at a blob of the folder; make the same of what is fetched if it isn't there, or not what it was."""
         try:
             if BlobStore.has(self, sha256) or not self._find(sha256):
                 result = look()
@@ -294,8 +302,7 @@ class BucketStore(BlobStore):
             if BlobStore.has(self, sha256):
                 log.warning("%s: it is fetched again", error.what)
         self._unlink(sha256)
-        self.fetch(sha256)
-        return look()
+        return make(self.fetch(sha256))
 
     def _find(self, sha256: str) -> list[str]:
         """The keys of a blob's objects. In a helper's process others put blobs, too, so that it asks the bucket."""
@@ -315,7 +322,13 @@ class BucketStore(BlobStore):
         """A blob of the folder was used: others make room first."""
         with self._lock:
             if sha256 in self._held:
-                self._held.move_to_end(sha256)
+                self._held[sha256] = self._held.pop(sha256)[0], time.monotonic()
+
+    def _hold(self, sha256: str, size: int) -> None:
+        with self._lock:
+            self._held.pop(sha256, None)
+            self._held[sha256] = size, time.monotonic()
+        self._trim()
 
     def check_room(self, size: int) -> None:
         """Make room in the folder for so many bytes more."""
@@ -335,9 +348,10 @@ class BucketStore(BlobStore):
         if self._helper:
             return
         with self._lock:
-            over = max(sum(self._held.values()) - self._cache, free)
-            for digest, size in list(self._held.items()):
-                if over <= 0:
+            over = max(sum(size for size, _ in self._held.values()) - self._cache, free)
+            now = time.monotonic()
+            for digest, (size, used) in list(self._held.items()):
+                if over <= 0 or (not free and now - used < FRESH_S):
                     return
                 if digest in self._objects:
                     self._unlink(digest)
@@ -459,6 +473,10 @@ class Near(BlobStore):
         if found:
             self._store.touch(sha256)
         return found
+
+    def size(self, sha256: str) -> int:
+        """Bytes of a blob, which may be let go of at any moment."""
+        return self._store.known_size(sha256) or super().size(sha256)
 
     def check_room(self, size: int) -> None:
         """Make room for so many bytes more."""

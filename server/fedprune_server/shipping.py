@@ -35,6 +35,7 @@ class Shipping:
         self._orders: queue.Queue[Arrived | str | None] = queue.Queue()
         self._ended: queue.Queue[Arrived | StorageError] = queue.Queue()
         self._shipped: set[Arrived] = set()
+        self._late: set[Arrived] = set()
         self._fetched: set[str] = set()
         self._lost: set[str] = set()
         self._threads: list[threading.Thread] = []
@@ -46,8 +47,11 @@ class Shipping:
 
     @property
     def stuck(self) -> bool:
-        """Whether updates wait because the bucket can't be used: until then no deadline should pass."""
-        return self._bucket is not None and bool(self._shipped) and self._bucket.away
+        """Whether updates wait because the bucket couldn't be used: until they are there no deadline should pass."""
+        if self._bucket is not None and self._bucket.away:
+            self._late |= self._shipped
+        self._late &= self._shipped
+        return bool(self._late)
 
     @property
     def digests(self) -> set[str]:

@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from s3 import S3
 
 from fedprune.blobs import BlobStore
-from fedprune.errors import ConfigError, MissingExtraError, StorageError
+from fedprune.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
 from fedprune.wire.blob_ref import LEAF
 from fedprune_server import bucket, bucket_store
 from fedprune_server.bucket import Bucket, BucketError, parse
@@ -25,6 +26,7 @@ from fedprune_server.bucket_store import BLOBS, BucketStore, Near, StoppedError,
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucket_store, "_PAUSE_S", 0.02)
+    monkeypatch.setattr(bucket_store, "FRESH_S", 0.0)
     monkeypatch.setattr(bucket, "_CONNECT_S", 1)
     monkeypatch.setattr(bucket, "_READ_S", 1)
     monkeypatch.setattr(bucket, "_TRIES", 1)
@@ -115,10 +117,14 @@ def test_a_damaged_object_is_an_error_and_never_in_the_folder(at_s3: S3, url: st
 
 
 def test_the_bucket_is_told_the_digest_to_compare_what_it_gets_with(at_s3: S3, url: str, tmp_path: Path) -> None:
-    ref = BucketStore(tmp_path, url).put(b"good")
-    (key,) = objects(at_s3, url)
-    head = at_s3.client().head_object(Bucket=parse(url)[0], Key=key, ChecksumMode="ENABLED")
-    assert base64.b64decode(head["ChecksumSHA256"]).hex() == ref.sha256
+    store, sent = BucketStore(tmp_path, url), []
+
+    def look(request: Any, **_: object) -> None:
+        sent.append(base64.b64decode(request.headers["x-amz-checksum-sha256"]).hex())
+
+    store.bucket._client.meta.events.register("before-send.s3.PutObject", look)
+    ref = store.put(b"good")
+    assert sent == [ref.sha256]
 
 
 def test_the_folder_holds_no_more_than_it_may_and_what_was_used_last_stays(url: str, tmp_path: Path) -> None:
@@ -132,6 +138,24 @@ def test_the_folder_holds_no_more_than_it_may_and_what_was_used_last_stays(url: 
     assert all(store.has(r.sha256) for r in refs)
     assert store.read(refs[0].sha256) == bytes(1000)
     assert sum(p.stat().st_size for p in tmp_path.glob("??/*")) <= 2500
+
+
+def test_what_was_used_lately_stays_unless_the_disk_is_full(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket_store, "FRESH_S", 60.0)
+    store = BucketStore(tmp_path, url, cache=10)
+    ref = store.put(b"x" * 100)
+    assert BlobStore.has(store, ref.sha256)
+    free = [50]
+    monkeypatch.setattr(bucket_store.BlobStore, "check_room", lambda *_: free.pop() and full())
+
+    def full() -> None:
+        free.append(0)
+        raise StorageFullError("full")
+
+    store.check_room(60)
+    assert not BlobStore.has(store, ref.sha256)
 
 
 def test_what_the_bucket_does_not_have_is_never_let_go_of(url: str, tmp_path: Path) -> None:
