@@ -157,9 +157,9 @@ def _beside_page(body: dict[str, Any]) -> list[str]:
     versions = f"{_machine(about)}, psycopg {about['psycopg']}, commit {about['commit']}"
     machine = f"{versions}. `python benchmarks/kills.py --beside`"
     what = (
-        "Here server and boards live, and what the server works with is killed (kill -9) at random moments, 0.05 to 0.8 s "
-        "after the last time. The database is started again by hand after its first process was killed, by "
-        "itself after another was. Both jobs' rounds are those of one with SQLite, in one process, that nobody "
+        "Here server and boards live, and what the server works with is killed (kill -9) at random moments, 0.05 to "
+        "0.8 seconds after the last time. The database is started again by hand after its first process was killed, "
+        "by itself after another was. Both jobs' rounds are those of one with SQLite, in one process, that nobody "
         "disturbed: the same models, bit for bit. No update was lost, none counted twice."
     )
     lines = ["", "## Beside the server", "", machine, "", what, ""]
