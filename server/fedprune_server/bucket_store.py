@@ -89,8 +89,12 @@ class BucketStore(BlobStore):
             digest = digest_of(key)
             if digest is not None:
                 self._objects.setdefault(digest, {})[key] = size
-        for path in sorted((self.path(n) for n in super().names()), key=lambda p: p.stat().st_mtime):
-            self._held[path.name] = path.stat().st_size, 0.0
+        lying: list[tuple[float, str, int]] = []
+        for name in super().names():
+            with suppress(FileNotFoundError):  # let go of by a server, while this one only looks
+                about = self.path(name).stat()
+                lying.append((about.st_mtime, name, about.st_size))
+        self._held.update((name, (size, 0.0)) for _, name, size in sorted(lying))
 
     def _begin(self) -> None:
         self._lock = threading.RLock()

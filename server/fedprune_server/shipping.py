@@ -33,7 +33,7 @@ class Shipping:
         self._bucket = store if isinstance(store, BucketStore) else None
         self.near = store if self._bucket is None else Near(self._bucket)
         self._orders: queue.Queue[Arrived | str | None] = queue.Queue()
-        self._ended: queue.Queue[Arrived | StorageError] = queue.Queue()
+        self._ended: queue.Queue[Arrived | Exception] = queue.Queue()
         self._shipped: set[Arrived] = set()
         self._late: set[Arrived] = set()
         self._fetched: set[str] = set()
@@ -78,7 +78,7 @@ class Shipping:
                 self._order(outcome)
         while not self._ended.empty():
             ended = self._ended.get()
-            if isinstance(ended, StorageError):
+            if isinstance(ended, Exception):
                 raise ended
             self._shipped.discard(ended)
             told.append(ended)
@@ -120,7 +120,7 @@ class Shipping:
                 self._carry_out(order)
             except StoppedError:  # noqa: PERF203 - each turn waits for the network anyway
                 return
-            except StorageError as error:
+            except Exception as error:  # noqa: BLE001 - it is raised again where the loop collects it
                 self._ended.put(error)
 
     def _carry_out(self, order: Arrived | str) -> None:
