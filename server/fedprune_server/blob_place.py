@@ -115,4 +115,4 @@ def lay_down(store: BlobStore, number: str | None, job: str, model: bytes) -> No
         if number is None:
             raise StorageError("a job in a bucket has no number")
         store.claim(number, job, model)
-        store.patient = True
+        store.patience.endless = True

@@ -10,7 +10,8 @@ from fedprune import tensorfile
 from fedprune.errors import StorageError
 from fedprune.kept_table import kept
 from fedprune.wire.blob_ref import leaf_table
-from fedprune_server.bucket_store import BLOBS, MODEL, OWNER, BucketStore, digest_of
+from fedprune_server.bucket_layout import BLOBS, MODEL, OWNER, digest_of
+from fedprune_server.bucket_store import BucketStore
 from fedprune_server.finding import Cure, Finding, Weight
 from fedprune_server.shown_bytes import Advance
 from fedprune_server.store_inventory import Inventory, Lying

@@ -8,7 +8,6 @@ the same bytes were.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import queue
 import secrets
@@ -26,29 +25,20 @@ from fedprune.disk import storage_errors
 from fedprune.errors import ConfigError, StorageError, StorageFullError
 from fedprune.kept_table import SUFFIX
 from fedprune.wire.blob_ref import BlobRef, is_digest, leaf_table
-from fedprune_server.bucket import Bucket, BucketError
+from fedprune_server.bucket import Bucket
+from fedprune_server.bucket_layout import BLOBS, MODEL, OWNER, OWNER_LIMIT, Owner, digest_of
+from fedprune_server.bucket_patience import WRITE, Patience
 
 log = logging.getLogger("fedprune.server")
-
-BLOBS = "blobs/"
-OWNER = "job.json"
-MODEL = "model.onnx"
-FORMAT = "fedprune.blobs/1"
 
 FRESH_S = 60.0
 """What was used so lately stays in the folder, however much that is: somebody is about to ask for the rest of it."""
 
-_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _MODEL_LIMIT = 2**31
-_OWNER_LIMIT = 2**16
 
 _Result = TypeVar("_Result")
 Objects = Mapping[str, tuple[str, int]]
 """By digest an object's key and size."""
-
-
-class StoppedError(StorageError):
-    """The server ends while something waits for the bucket."""
 
 
 class NotThereError(StorageError):
@@ -69,7 +59,7 @@ class BucketStore(BlobStore):
 
     Attributes:
         bucket: The bucket.
-        patient: Whether calls wait for as long as the bucket can't be used, until `stop`; else they raise.
+        patience: How long calls wait for a bucket that can't be used: at first not at all.
 
     Raises:
         BucketError: The bucket can't be used.
@@ -78,7 +68,6 @@ class BucketStore(BlobStore):
     def __init__(self, root: Path, url: str, *, cache: int = 2**62, keeping: bool = True) -> None:
         super().__init__(root)
         self.bucket = Bucket(url)
-        self.patient = False
         self._cache = cache
         self._keeping = keeping
         self._helper = False
@@ -98,8 +87,7 @@ class BucketStore(BlobStore):
 
     def _begin(self) -> None:
         self._lock = threading.RLock()
-        self._stopped = threading.Event()
-        self._missed: set[str] = set()
+        self.patience = Patience()
         self._doomed: queue.Queue[str | None] = queue.Queue()
         self._reaper: threading.Thread | None = None
         self._news: dict[str, tuple[str, int]] = {}
@@ -114,9 +102,10 @@ class BucketStore(BlobStore):
         self.bucket = Bucket(state.pop("url"))
         self._objects = state.pop("objects")
         vars(self).update(state)
-        self.patient = self._keeping = self._helper = True
+        self._keeping = self._helper = True
         self._checked, self._held = {}, OrderedDict()
         self._begin()
+        self.patience.endless = True
 
     # Whose it is.
 
@@ -130,19 +119,13 @@ class BucketStore(BlobStore):
             ConfigError: Another job's are.
             BucketError: The bucket can't be used.
         """
-        raw = self._patiently("read", lambda: self.bucket.get(OWNER, _OWNER_LIMIT))
+        raw = self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT))
         if raw is None:
             return  # what may be there is of a first start that broke off
-        try:
-            said = json.loads(raw)
-            form, owner, job = said["format"], said["id"], str(said["job"])[:80]
-        except (ValueError, TypeError, KeyError) as error:
-            raise StorageError(f"{self.bucket.url}/{OWNER} is damaged", hint="Restore it, or delete it.") from error
-        if form != FORMAT:
-            raise StorageError(f"{self.bucket.url}/{OWNER} is of another version", expected=FORMAT, got=repr(form)[:80])
-        if owner != number:
+        owner = Owner.parse(raw, f"{self.bucket.url}/{OWNER}")
+        if owner.number != number:
             raise ConfigError(
-                f"{self.bucket.url} has the blobs of another job, {job!r}",
+                f"{self.bucket.url} has the blobs of another job, {owner.job!r}",
                 hint="Give another prefix; or delete what lies under this one, if that job is no more.",
             )
 
@@ -152,12 +135,11 @@ class BucketStore(BlobStore):
         Raises:
             BucketError: The bucket can't be used.
         """
-        if self._patiently("read", lambda: self.bucket.get(OWNER, _OWNER_LIMIT)) is not None:
+        if self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT)) is not None:
             return
-        body = json.dumps({"format": FORMAT, "id": number, "job": job}).encode()
-        for key, data in ((MODEL, model), (OWNER, body)):
+        for key, data in ((MODEL, model), (OWNER, Owner(number, job).to_bytes())):
             digest = hashlib.sha256(data).hexdigest()
-            self._patiently("write", partial(self.bucket.put, key, data, digest))
+            self.patience(WRITE, partial(self.bucket.put, key, data, digest))
 
     def model(self) -> bytes | None:
         """The model with which the job began, not checked.
@@ -165,7 +147,7 @@ class BucketStore(BlobStore):
         Raises:
             BucketError: The bucket can't be used.
         """
-        return self._patiently("read", lambda: self.bucket.get(MODEL, _MODEL_LIMIT))
+        return self.patience("read", lambda: self.bucket.get(MODEL, _MODEL_LIMIT))
 
     # What it has.
 
@@ -220,7 +202,7 @@ class BucketStore(BlobStore):
     def _ship(self, sha256: str, data: bytes | memoryview) -> None:
         if not self._known(sha256):
             key = f"{BLOBS}{sha256}.{secrets.token_hex(8)}"
-            self._patiently("write", lambda: self.bucket.put(key, data, sha256))
+            self.patience(WRITE, lambda: self.bucket.put(key, data, sha256))
             with self._lock:
                 self._objects.setdefault(sha256, {})[key] = len(data)
                 self._news[sha256] = key, len(data)
@@ -279,7 +261,7 @@ class BucketStore(BlobStore):
         super().path(sha256)
         damaged = ""
         for key in self._find(sha256):
-            data = self._patiently("read", partial(self.bucket.get, key, self.max_size))
+            data = self.patience("read", partial(self.bucket.get, key, self.max_size))
             if data is not None and hashlib.sha256(data).hexdigest() == sha256:
                 if self._keeping:
                     self.check_room(len(data))
@@ -314,7 +296,7 @@ class BucketStore(BlobStore):
             known = list(self._objects.get(sha256, ()))
         if known or not self._helper:
             return known
-        found = self._patiently("list", lambda: dict(self.bucket.list(f"{BLOBS}{sha256}.")))
+        found = self.patience("list", lambda: dict(self.bucket.list(f"{BLOBS}{sha256}.")))
         if found:
             with self._lock:
                 self._objects.setdefault(sha256, {}).update(found)
@@ -403,61 +385,19 @@ class BucketStore(BlobStore):
         if reaper is not None:
             self._doomed.put(None)
             reaper.join(patience_s)
-        self.stop()
+        self.patience.stop()
 
     def _reap(self) -> None:
         while (key := self._doomed.get()) is not None:
             try:
-                self._patiently("delete", partial(self.bucket.delete, key))
+                self.patience("delete", partial(self.bucket.delete, key))
             except StorageError:  # noqa: PERF203 - what is left is deleted at the next start
                 return
-
-    # Patience.
 
     @property
     def away(self) -> bool:
         """Whether something waits to be written, since the bucket can't be used."""
-        return "write" in self._missed
-
-    def stop(self) -> None:
-        """Let nobody wait for the bucket any more."""
-        self._stopped.set()
-
-    def _patiently(self, kind: str, work: Callable[[], _Result]) -> _Result:
-        """Do something, again and again with growing pauses where the bucket can't be used.
-
-        Raises:
-            BucketError: It can't, and this store has no patience.
-            StoppedError: `stop` was called meanwhile.
-        """
-        pause = _PAUSE_S
-        while True:
-            try:
-                result = work()
-            except BucketError as error:  # noqa: PERF203 - each turn waits anyway
-                if not self.patient:
-                    raise
-                with self._lock:
-                    said, self._missed = kind in self._missed, self._missed | {kind}
-                if not said:
-                    log.warning("waiting for the bucket, nothing is lost: %s", error)
-                if self._stopped.wait(pause):
-                    raise StoppedError(error.what) from error
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
-            else:
-                if kind in self._missed:
-                    with self._lock:
-                        self._missed = self._missed - {kind}
-                    log.info("the bucket is back: %s goes on", kind)
-                return result
-
-
-def digest_of(key: str) -> str | None:
-    """The digest in an object's key; None for a key that no store of ours wrote."""
-    if not key.startswith(BLOBS):
-        return None
-    digest, dot, nonce = key.removeprefix(BLOBS).partition(".")
-    return digest if is_digest(digest) and dot and len(nonce) == 16 and nonce.isalnum() else None
+        return self.patience.writing
 
 
 class Near(BlobStore):

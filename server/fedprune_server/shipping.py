@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from fedprune.blobs import BlobStore
 from fedprune.errors import StorageError
-from fedprune_server.bucket_store import BucketStore, Near, StoppedError
+from fedprune_server.bucket_patience import StoppedError
+from fedprune_server.bucket_store import BucketStore, Near
 from fedprune_server.uploads import Arrived, Outcome
 
 log = logging.getLogger("fedprune.server")
@@ -102,7 +103,7 @@ class Shipping:
     def close(self) -> None:
         """Let nothing wait for the bucket any more."""
         if self._bucket is not None:
-            self._bucket.stop()
+            self._bucket.patience.stop()
         for _ in self._threads:
             self._orders.put(None)
 

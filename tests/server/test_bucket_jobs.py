@@ -14,11 +14,12 @@ from s3 import S3
 from fedprune.coordination import State
 from fedprune.errors import ConfigError, ExitCode
 from fedprune.wire.messages import Accepted
-from fedprune_server import bucket_store
+from fedprune_server import bucket_patience
 from fedprune_server.backup import back_up
 from fedprune_server.blob_place import BLOBS
 from fedprune_server.bucket import BucketError, parse
-from fedprune_server.bucket_store import BucketStore, digest_of
+from fedprune_server.bucket_layout import digest_of
+from fedprune_server.bucket_store import BucketStore
 from fedprune_server.checkup import check
 from fedprune_server.cli import main
 from fedprune_server.finding import Finding, Weight
@@ -207,15 +208,15 @@ def test_a_server_whose_bucket_is_not_there_says_so_in_one_line(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket_store, "_PAUSE_S", 0.01)
-    monkeypatch.setattr(bucket_store, "_LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(bucket_patience, "PAUSE_S", 0.01)
+    monkeypatch.setattr(bucket_patience, "LONGEST_PAUSE_S", 0.02)
 
 
 @pytest.fixture
 def fleet(tmp_path: Path, url: str, quick: None) -> Fleet:
     made = Fleet(tmp_path)
     store = BucketStore(tmp_path / "blobs", url)
-    store.patient = True
+    store.patience.endless = True
     made.store = made.worker.store = store
     return made
 

@@ -18,14 +18,16 @@ from s3 import S3
 from fedprune.blobs import BlobStore
 from fedprune.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
 from fedprune.wire.blob_ref import LEAF
-from fedprune_server import bucket, bucket_store
+from fedprune_server import bucket, bucket_patience, bucket_store
 from fedprune_server.bucket import Bucket, BucketError, parse
-from fedprune_server.bucket_store import BLOBS, BucketStore, Near, StoppedError, digest_of
+from fedprune_server.bucket_layout import BLOBS, digest_of
+from fedprune_server.bucket_patience import StoppedError
+from fedprune_server.bucket_store import BucketStore, Near
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket_store, "_PAUSE_S", 0.02)
+    monkeypatch.setattr(bucket_patience, "PAUSE_S", 0.02)
     monkeypatch.setattr(bucket_store, "FRESH_S", 0.0)
     monkeypatch.setattr(bucket, "_CONNECT_S", 1)
     monkeypatch.setattr(bucket, "_READ_S", 1)
@@ -255,7 +257,7 @@ def test_a_bucket_that_is_away_is_waited_for_and_said_once(
 ) -> None:
     caplog.set_level(logging.INFO)
     store = BucketStore(tmp_path, url)
-    store.patient = True
+    store.patience.endless = True
     real, failures = store.bucket.put, iter([BucketError("no")] * 5)
 
     def failing(key: str, data: bytes, sha256: str) -> None:
@@ -274,13 +276,13 @@ def test_a_bucket_that_is_away_is_waited_for_and_said_once(
 
 def test_a_server_that_stops_waits_no_longer(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = BucketStore(tmp_path, url)
-    store.patient = True
+    store.patience.endless = True
 
     def away(*_: object) -> None:
         raise BucketError("away")
 
     monkeypatch.setattr(store.bucket, "put", away)
-    threading.Timer(0.2, store.stop).start()
+    threading.Timer(0.2, store.patience.stop).start()
     with pytest.raises(StoppedError):
         store.put(b"x")
 
