@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from kill_neighbours import BACKEND, HELPER, POSTMASTER, Beside, strike
+from kill_neighbours import BACKEND, HELPER, POSTMASTER, Beside, left_alone, strike
 from kill_points import BOARDS, Doomed, check, run, undisturbed
 from real_site import write_material
 from synthetic_nets import RESULTS, setting, write
@@ -75,24 +75,28 @@ def at_flushes(folder: Path, kills: int) -> dict[str, Any]:
 
 def beside(folder: Path, kills: int) -> dict[str, Any]:
     """Kill a server's database, and another server's helpers."""
-    sites = []
     for name in ("left", "struck", "helped"):
         (folder / name).mkdir()
     calm = Beside(folder, folder / "left", BESIDE_ROUNDS)
-    undisturbed(calm)
     database = Postgres()
     try:
         database.start()
-        sites.append((Beside(folder, folder / "struck", BESIDE_ROUNDS, database.database()), database))
-        sites.append((Beside(folder, folder / "helped", BESIDE_ROUNDS, workers=2), None))
-        jobs = []
+        sites = (
+            (Beside(folder, folder / "struck", BESIDE_ROUNDS, database.database()), database),
+            (Beside(folder, folder / "helped", BESIDE_ROUNDS, workers=2), None),
+        )
+        done = []
         for seed, (site, server) in enumerate(sites):
             try:
-                done = strike(site, kills, seed, database=server)
+                done.append(strike(site, kills, seed, database=server))
             finally:
                 site.stop_all()
-            jobs.append({"killed": dict(done.killed), "seconds": done.seconds, "ledger": check(site, calm, 1)})
-            print(json.dumps(jobs[-1]), flush=True)
+            print(json.dumps({"killed": dict(done[-1].killed), "seconds": done[-1].seconds}), flush=True)
+        left_alone(calm, max(d.rounds for d in done) + 1)
+        jobs = [
+            {"killed": dict(d.killed), "seconds": d.seconds, "ledger": check(site, calm, 1)}
+            for d, (site, _) in zip(done, sites, strict=True)
+        ]
     finally:
         database.close()
     return {"setting": _setting() | {"psycopg": setting("psycopg")["psycopg"], "commit": _commit()}, "jobs": jobs}

@@ -99,6 +99,17 @@ def strike(site: Beside, kills: int, seed: int, *, database: Postgres | None = N
     return done
 
 
+def left_alone(site: Beside, rounds: int) -> None:
+    """Run a job without any kill for so many rounds."""
+    site.start("broker")
+    for who in ("server", *BOARDS):
+        site.live(Life(who, 0, after=False))
+    try:
+        _wait(site, rounds)
+    finally:
+        site.stop_all()
+
+
 def _wait(site: Beside, rounds: int) -> None:
     until = time.monotonic() + site.patience_s
     while len(finished_rounds(site)) < rounds:
