@@ -78,6 +78,7 @@ def _add_run(commands: Any) -> None:
     run.add_argument(
         "--database", metavar="URL", help="postgresql+psycopg://user@host/name (default: SQLite in the state folder)"
     )
+    run.add_argument("--blobs", metavar="URL", help="s3://bucket/prefix (default: folder, the state folder)")
     run.add_argument("--broker", metavar="URL", help="embedded (default), mqtt://host[:port] or mqtts://host[:port]")
     run.add_argument(
         "--ca",
@@ -160,6 +161,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "calibration",
             "state",
             "database",
+            "blobs",
             "broker",
             "ca",
             "host",

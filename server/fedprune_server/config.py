@@ -17,14 +17,15 @@ from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.topics import check_name
+from fedprune_server.bucket import FOLDER, parse
 
 EMBEDDED = "embedded"
 OFF = "off"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 _TABLES = ("job", "model", "evaluation", "calibration", "server")
-_SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "database", "profiles", "blob_url", "serve_blobs")
-_SERVER_NUMBERS = ("port", "keep", "pulls", "workers", "max_devices", "max_packet")
+_SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "database", "blobs", "profiles", "blob_url", "serve_blobs")
+_SERVER_NUMBERS = ("port", "keep", "pulls", "workers", "max_devices", "max_packet", "cache_mib")
 _SERVER_SWITCHES = ("archive", "slabs")
 _ELSEWHERE = ("state", "database")
 """What the state folder itself is, or says; not among the settings that the database keeps."""
@@ -53,6 +54,8 @@ class ServerConfig:
         port: Its port, 0 for a free one, None for the usual one: 8883, or without TLS 1883.
         state: The folder in which everything lies that must survive a crash.
         database: The database's URL; None for what the state folder says, at first SQLite in it.
+        blobs: Where blobs are kept: `folder`, the state folder, or `s3://bucket/prefix`.
+        cache_mib: MiB of blobs in a bucket that the state folder may hold, too.
         keep: How many of the latest global models are kept.
         archive: All models, updates and events are kept instead, for `fedprune-server replay`.
         pulls: From how many devices updates are pulled at the same time.
@@ -87,6 +90,8 @@ class ServerConfig:
     slabs: bool = True
     blob_url: str = OFF
     serve_blobs: str = OFF
+    blobs: str = FOLDER
+    cache_mib: int = 10240
 
     def __post_init__(self) -> None:
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
@@ -98,9 +103,12 @@ class ServerConfig:
             ("pulls", 1, 1000),
             ("workers", 1, 1000),
             ("max_devices", 1, 10**6),
+            ("cache_mib", 1, 10**9),
             ("max_packet", LEAF + PACKET_OVERHEAD, MAX_PAYLOAD + PACKET_OVERHEAD),
         ):
             setting_checks.whole(f"server: {name}", getattr(self, name), low, high)
+        if self.blobs != FOLDER:
+            parse(self.blobs)
         if self.port is not None:
             setting_checks.whole("server: port", self.port, 0, 65_535)
         for name in _SERVER_SWITCHES:

@@ -39,6 +39,7 @@ from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.rollout_store import RolloutStore
 from fedprune_server.roster import Roster
 from fedprune_server.sharing import Audience, Sharing
+from fedprune_server.shipping import Shipping
 from fedprune_server.storage import PARTS_KEPT, Storage
 from fedprune_server.table import Display, Lines, Snapshot
 from fedprune_server.uploads import Uploads
@@ -122,14 +123,16 @@ class Daemon:
         self._clock = clock
         self._monotonic = monotonic
         self._roster = Roster(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
-        self._uploads = Uploads(store, pulls, max_packet)
-        stores = [store] if rollouts is None else [store, rollouts.blobs]
+        self._shipping = Shipping(store)
+        near = self._shipping.near
+        self._uploads = Uploads(near, pulls, max_packet)
+        stores = [near] if rollouts is None else [near, rollouts.blobs]
         self._quarantine.know(self._roster.traffic)
-        sharing = Sharing(store, Audience(state), max_packet)
+        sharing = Sharing(near, Audience(state), max_packet)
         downloads = Downloads(Serve(*stores), max_packet)
         self._post = Post(
             self._link, self._topics, self._roster, downloads, sharing, job.name, monotonic, self._quarantine.asked,
-            max_packet,
+            max_packet, self._shipping.coming,
         )  # fmt: skip
         self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, members, clock, monotonic)
         self._reception = Reception(
@@ -138,7 +141,7 @@ class Daemon:
         )  # fmt: skip
         self._errands = Errands(
             job, state, self._roster, self._uploads, self._post, self._reception.out, self._handle, monotonic,
-            blobs_at,
+            self._shipping, blobs_at,
         )  # fmt: skip
         self._garbage = Garbage(store, keep)
         self._wakes: list[float] = []
@@ -160,7 +163,7 @@ class Daemon:
     @property
     def busy(self) -> bool:
         """Whether something is under way that doesn't wait for devices or time."""
-        return self._workshop.busy or bool(self._taken) or self._post.waiting
+        return self._workshop.busy or bool(self._taken) or self._post.waiting or self._shipping.waiting
 
     @property
     def finished(self) -> bool:
@@ -207,6 +210,8 @@ class Daemon:
                     item = None if self._stopping or self._monotonic() > until else self._link.get()
                 while not self._stopping and (result := self._workshop.collect()) is not None:
                     self._handle(result)
+                if self._shipping.waiting:
+                    self._errands.collect_uploads()
                 if self._monotonic() - ticked >= _TICK_S:
                     ticked = self._monotonic()
                     self._tick(ticked)
@@ -219,6 +224,7 @@ class Daemon:
                     break
             return self.state
         finally:
+            self._shipping.close()
             self._workshop.close()
             self._display.close()
 
@@ -233,7 +239,7 @@ class Daemon:
         """Seconds to wait for a message."""
         if self._post.ready:
             return 0.0
-        longest = 0.01 if self._workshop.busy or self._post.waiting else 0.1
+        longest = 0.01 if self._workshop.busy or self._post.waiting or self._shipping.waiting else 0.1
         return max(0.0, min(longest, self._wakes[0] - self._clock())) if self._wakes else longest
 
     def _take(self, item: tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released | None) -> None:
@@ -265,6 +271,7 @@ class Daemon:
     def _resume(self) -> None:
         """Go on where the last process ended."""
         self._begin()
+        self._shipping.prepare(self.state.references())
         self._handle(on.Resumed())
         self._commit()
 
@@ -307,7 +314,7 @@ class Daemon:
         if state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before):
             # No offer is being made: coordinators order them while a round collects, the workshop answers in order, so
             # all are here before the round's end is; and those of the next round are ordered after this.
-            self._garbage.collect(state, self._uploads.digests())
+            self._garbage.collect(state, self._uploads.digests() | self._shipping.digests)
         ended, self._told = state.history[self._told :], len(state.history)
         for summary in ended:
             self._display.round_over(self.snapshot(), summary)
@@ -387,6 +394,8 @@ class Daemon:
 
     def _wake(self, now: float) -> None:
         due = False
+        if self._shipping.stuck:
+            return  # updates that are here would be late only because the bucket can't be used
         while self._wakes and self._wakes[0] <= now:
             heapq.heappop(self._wakes)
             due = True

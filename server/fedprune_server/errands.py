@@ -16,6 +16,7 @@ from fedprune.wire.fields import one_line
 from fedprune.wire.messages import Accepted, Cancelled, Finished, Offer
 from fedprune_server.post import Post
 from fedprune_server.roster import Roster
+from fedprune_server.shipping import Shipping
 from fedprune_server.uploads import Arrived, Uploads, misfit, sent
 
 log = logging.getLogger("fedprune.server")
@@ -35,6 +36,7 @@ class Errands:
         out: Devices that were shut out.
         happen: Takes in an event.
         monotonic: Seconds of a clock that nobody sets.
+        shipping: Brings updates where they are kept.
         blobs_at: Where blobs lie on the web, too; None for nowhere.
     """
 
@@ -48,8 +50,10 @@ class Errands:
         out: AbstractSet[str],
         happen: Callable[[on.Event], None],
         monotonic: Callable[[], float],
+        shipping: Shipping,
         blobs_at: str | None = None,
     ) -> None:
+        self._shipping = shipping
         self._job = job
         self._state = state
         self._roster = roster
@@ -103,7 +107,7 @@ class Errands:
 
     def collect_uploads(self) -> None:
         """Turn ended pulls into events."""
-        for outcome in self._uploads.outcomes():
+        for outcome in self._shipping.through(self._uploads.outcomes()):
             device, round_, attempt = outcome.device, outcome.round, outcome.attempt
             if isinstance(outcome, Arrived):
                 self._roster.delivered(device, self._monotonic())

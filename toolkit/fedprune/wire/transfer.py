@@ -322,7 +322,12 @@ class Serve:
         if store is None:
             return Gone(want.sha256)
         if want.part == "leaves":
-            return _pieces(want, store.table(want.sha256), step)
+            try:
+                return _pieces(want, store.table(want.sha256), step)
+            except StorageError:
+                if store.has(want.sha256):
+                    raise
+                return Gone(want.sha256)  # deleted by somebody else meanwhile
         return _leaves(store, want, step)
 
 
