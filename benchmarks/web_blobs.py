@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import random
 import shutil
@@ -139,7 +140,8 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"{result['date']}, {result['machine']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}.",
         f"Medians of {result['repeats']} runs of each way that take turns. Server, board and (for MQTT) broker share",
-        "the machine and its loopback, and other work may have run beside them: what links do is not in these figures.",
+        f"the machine and its loopback with other work (load {result['load']} at the start), which moves all of these",
+        "figures; what links do is not in them.",
         "MQTT and HTTP are not encrypted; HTTPS is TLS 1.3 with certificates on both sides, the handshake included.",
         "All verify every leaf and wait for the disk. Written by `python benchmarks/web_blobs.py`.",
         "",
@@ -169,6 +171,7 @@ def main() -> None:
             **{n: version(n) for n in ("fedprune", "paho-mqtt")},
         },
         "repeats": arguments.repeats,
+        "load": round(os.getloadavg()[0], 1),
         "rows": measure(arguments.repeats, binary),
     }  # fmt: skip
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
