@@ -1,7 +1,7 @@
 """Blobs over HTTPS, in a thread of their own: of what an offer names, what a web server has.
 
-Nothing is believed: the leaf table must be the one that the offer names, every leaf is hashed before it is written, and
-the whole before it gets its name. What was fetched lies where MQTT goes on with it (`fedprune.partial_blob`), so that
+Nothing is believed: the leaf table must be the one that the offer names, and every leaf is hashed before it is written.
+What was fetched lies where MQTT goes on with it (`fedprune.partial_blob`), so that
 the two can take turns. Whatever goes wrong ends the thread with one line that says what; what is there stays.
 """
 
@@ -121,7 +121,7 @@ class WebFetch:
 
     def _blob(self, ref: BlobRef) -> None:
         with self._at_the_disk():
-            partial = self._store.partial(ref)
+            partial = self._store.partial(ref, vouched=True)  # a signed offer has named both of its digests
         try:
             self.done += partial.count
             if partial.complete:
