@@ -150,7 +150,7 @@ def test_a_damaged_database_is_one_error(state: Path, capsys: pytest.CaptureFixt
     raw[4096:8192] = b"\xa5" * 4096
     (state / FILE).write_bytes(raw)
     assert run("--state", state) == ExitCode.STORAGE
-    assert "Restore the server's backup" in capsys.readouterr().err
+    assert "restore the server's backup" in capsys.readouterr().err.lower()
 
 
 def test_what_is_left_over_is_counted_and_goes_by_a_repair_alone(tmp_path: Path) -> None:
