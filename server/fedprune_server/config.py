@@ -16,12 +16,13 @@ from fedprune.trust.tls import SYSTEM
 from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.topics import check_name
+from fedprune_server.cluster_url import PROCESSES, check_url
 
 EMBEDDED = "embedded"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 _TABLES = ("job", "model", "evaluation", "calibration", "server")
-_SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "database", "profiles")
+_SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "database", "profiles", "workers_url")
 _SERVER_NUMBERS = ("port", "keep", "pulls", "workers", "max_devices", "max_packet")
 _SERVER_SWITCHES = ("archive", "slabs")
 _ELSEWHERE = ("state", "database")
@@ -55,6 +56,7 @@ class ServerConfig:
         archive: All models, updates and events are kept instead, for `fedprune-server replay`.
         pulls: From how many devices updates are pulled at the same time.
         workers: Processes that make submodels; more than one pay where making one is dear.
+        workers_url: Where helpers are: `processes`, or a Ray cluster, as `ray:auto` or `ray://host:10001`.
         profiles: A folder of hardware profiles of your own, beside the shipped ones.
         max_devices: How many devices may ever take part; announcements of further ones are ignored.
         slabs: What many devices pull is published once for all of them, where all of the site can read it.
@@ -81,6 +83,7 @@ class ServerConfig:
     input_shape: tuple[int, ...] | None = None
     database: str | None = None
     slabs: bool = True
+    workers_url: str = PROCESSES
 
     def __post_init__(self) -> None:
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
@@ -95,6 +98,7 @@ class ServerConfig:
             ("max_packet", LEAF + PACKET_OVERHEAD, MAX_PAYLOAD + PACKET_OVERHEAD),
         ):
             setting_checks.whole(f"server: {name}", getattr(self, name), low, high)
+        check_url(self.workers_url)
         if self.port is not None:
             setting_checks.whole("server: port", self.port, 0, 65_535)
         for name in _SERVER_SWITCHES:
