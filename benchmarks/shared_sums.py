@@ -117,8 +117,8 @@ def main() -> None:
     )
     what = (
         f"{UPDATES} whole updates of a ResNet-18 ({size / 1e6:.1f} M numbers, {size * 4 / 1e6:.0f} MB each), checked "
-        "as they come and added up; the next model has the same bits in all rows. Server and cluster share the cores, so "
-        "that seconds are no speed-up of a cluster with cores of its own. The server's CPU is that of the process in "
+        "as they come and added up; the next model has the same bits in all rows. Server and cluster share the cores: "
+        "seconds are no speed-up of a cluster with cores of its own. The server's CPU is that of the process in "
         "which its loop runs."
     )
     lines = [

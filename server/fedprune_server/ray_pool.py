@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import multiprocessing
 import os
+import queue
 import secrets
 import socket
 import threading
@@ -176,11 +177,14 @@ class _Link:
         self._number = 0
         self._futures: dict[int, Future[Any]] = {}
         self._lock = threading.Lock()
+        self._orders: queue.SimpleQueue[tuple[int, Task, Any] | None] = queue.SimpleQueue()
         try:
             self.size = self._first(url)
         except BaseException:
             self._end()
             raise
+        # A pipe is full soon while a cluster doesn't answer, and the server's loop must not wait for it.
+        threading.Thread(target=self._hand_on, name="fedprune-ray-orders", daemon=True).start()
 
     def _first(self, url: str) -> int:
         """How many processors there are, as the child says once it has reached the cluster."""
@@ -196,16 +200,18 @@ class _Link:
         """Hand a task on."""
         future: Future[Any] = Future()
         with self._lock:
+            if self.lost:
+                future.set_exception(ClusterError("the cluster is lost"))
+                return future
             self._number += 1
             self._futures[self._number] = future
-            try:
-                if self.lost:
-                    raise ClusterError("the cluster is lost")
-                self._connection.send((self._number, task, argument))
-            except (OSError, ClusterError) as error:
-                del self._futures[self._number]
-                future.set_exception(error)
+            self._orders.put((self._number, task, argument))
         return future
+
+    def _hand_on(self) -> None:
+        with suppress(OSError):  # the child is gone: whoever listens tells
+            while (order := self._orders.get()) is not None:
+                self._connection.send(order)
 
     def listen(self) -> None:
         """Take in results until the child is gone."""
@@ -225,6 +231,7 @@ class _Link:
         with self._lock:
             self.lost = True
             left, self._futures = list(self._futures.values()), {}
+        self._orders.put(None)
         self._told()
         for future in left:
             future.set_exception(ClusterError("the cluster is lost"))
