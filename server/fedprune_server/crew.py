@@ -18,6 +18,7 @@ from typing import Any
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune_server import crew_work
+from fedprune_server.bucket_store import BucketStore
 from fedprune_server.cluster_url import PROCESSES
 from fedprune_server.offers import blobs_of
 from fedprune_server.process_pool import Pool, ProcessPool
@@ -106,7 +107,11 @@ class Crew:
             answer = future.result(self._pool.patience_s)
         except Exception:  # noqa: BLE001 - a helper may fail or be killed in any way; the worker will tell the reason
             return None
-        event = answer[place] if isinstance(answer, list) else answer
+        if isinstance(answer, crew_work.Made):
+            if isinstance(self._worker.store, BucketStore):
+                self._worker.store.learn(answer.objects)
+            answer = answer.events[place]
+        event = answer
         return event if isinstance(event, on.Extracted | on.Folded | on.UpdateRejected) else None
 
     def graphs(self) -> set[str]:

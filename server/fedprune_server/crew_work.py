@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fedprune.blobs import BlobStore
@@ -22,6 +21,7 @@ from fedprune.partial_sums import PartialSums
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.fields import one_line
 from fedprune_export.imported import Model
+from fedprune_server.bucket_store import BucketStore, Objects
 from fedprune_server.worker import Worker
 
 log = logging.getLogger("fedprune.server")
@@ -36,19 +36,20 @@ class Settings:
     Attributes:
         job: The job.
         model: The imported model.
-        folder: Where the blobs lie.
-        durable: Whether blobs are flushed to the disk.
+        store: The blobs.
     """
 
     job: Job
     model: Model
-    folder: Path
-    durable: bool
+    store: BlobStore
 
     @classmethod
     def of(cls, worker: Worker) -> Settings:
         """Those of a worker."""
-        return cls(worker.job, worker.model, worker.store.root.resolve(), worker.store.durable)
+        store = worker.store
+        if type(store) is BlobStore:  # a helper may be started in another folder
+            store = BlobStore(store.root.resolve(), durable=store.durable, sweep=False)
+        return cls(worker.job, worker.model, store)
 
     def worker(self) -> Worker:
         """A worker on the same blobs.
@@ -56,9 +57,25 @@ class Settings:
         Raises:
             StorageError: The folder isn't there.
         """
-        if not self.folder.is_dir():
-            raise StorageError(f"there is no folder {self.folder} on this machine")
-        return Worker(self.job, self.model, BlobStore(self.folder, durable=self.durable, sweep=False))
+        store, folder = self.store, self.store.root
+        if not folder.is_dir():
+            raise StorageError(f"there is no folder {folder} on this machine")
+        if type(store) is BlobStore:
+            store = BlobStore(folder, durable=store.durable, sweep=False)
+        return Worker(self.job, self.model, store)
+
+
+@dataclass(frozen=True)
+class Made:
+    """Submodels that were made.
+
+    Attributes:
+        events: Their offers; None where one could not be made.
+        objects: What their blobs are called in a bucket, if that is where blobs are kept.
+    """
+
+    events: tuple[on.Event | None, ...]
+    objects: Objects
 
 
 @dataclass(frozen=True)
@@ -76,9 +93,10 @@ class Addition:
     refs: Mapping[str, BlobRef] | None
 
 
-def extract(worker: Worker, commands: Sequence[do.Extract]) -> list[on.Event | None]:
+def extract(worker: Worker, commands: Sequence[do.Extract]) -> Made:
     """Make submodels; None for one at which this fails: the server's own worker will tell the reason."""
-    return [_made(worker, command) for command in commands]
+    events = tuple(_made(worker, command) for command in commands)
+    return Made(events, worker.store.news() if isinstance(worker.store, BucketStore) else {})
 
 
 def _made(worker: Worker, command: do.Extract) -> on.Event | None:

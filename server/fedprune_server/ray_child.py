@@ -159,7 +159,7 @@ class _Cluster:
         for node in nodes:
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             see = self._ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=where)(_see)
-            asked[see.remote(str(settings.folder), probe)] = node["NodeManagerAddress"]
+            asked[see.remote(str(settings.store.root), probe)] = node["NodeManagerAddress"]
         done, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=_PROBE_S)
         answered = 0
         for ref, address in asked.items():

@@ -21,7 +21,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
-from fedprune.errors import ExitCode, FedpruneError, MissingExtraError, reason
+from fedprune.blobs import BlobStore
+from fedprune.errors import ConfigError, ExitCode, FedpruneError, MissingExtraError, reason
 from fedprune_server.cluster_url import check_url, endpoint, needs_client, ray_address
 from fedprune_server.crew_work import Settings, Task
 from fedprune_server.ray_child import receive_result, serve
@@ -60,7 +61,7 @@ class RayPool:
     Raises:
         ClusterError: The cluster can't be reached, has no processors, or a machine of it doesn't see the folder.
         MissingExtraError: Ray is not installed.
-        ConfigError: The URL is none.
+        ConfigError: The URL is none, or blobs are in a bucket.
     """
 
     adds = True
@@ -72,6 +73,13 @@ class RayPool:
             raise MissingExtraError("Ray is not installed", hint="pip install 'fedprune[scale]'.")
         if needs_client(url) and importlib.util.find_spec("grpc") is None:
             raise MissingExtraError("Ray's client is not installed", hint="pip install 'fedprune[scale]'.")
+        if type(worker.store) is not BlobStore:
+            raise ConfigError(
+                "server: workers_url",
+                expected="blobs in a folder that all machines of the cluster see",
+                got="blobs in a bucket",
+                hint="Leave --blobs out in a new state folder, or let --workers-url be processes.",
+            )
         self._url = url
         self._store = worker.store
         self._settings = Settings.of(worker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -199,7 +200,7 @@ def test_a_cluster_helps_loses_a_node_and_is_lost(
         while "is back:" not in caplog.text and time.monotonic() < until:
             pool.submit(crew_work.extract, ())
             time.sleep(0.3)
-        assert pool.submit(crew_work.extract, ()).result(60) == []
+        assert pool.submit(crew_work.extract, ()).result(60) == crew_work.Made((), {})
         assert [r.message for r in caplog.records if "is back:" in r.message]
 
 
@@ -226,9 +227,10 @@ def test_a_machine_that_does_not_see_the_blobs_is_named(
     model: Model, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w = worker(model, tmp_path / "here")
-    other = worker(model, tmp_path / "other").store.root
-    for there, why in ((tmp_path / "nowhere", "no folder"), (other, "is not in")):
-        elsewhere = replace(Settings.of(w), folder=there)
+    other, gone = (worker(model, tmp_path / name).store for name in ("other", "gone"))
+    shutil.rmtree(gone.root)
+    for there, why in ((gone, "no folder"), (other, "is not in")):
+        elsewhere = replace(Settings.of(w), store=there)
         with monkeypatch.context() as patch:
             patch.setattr(Settings, "of", lambda _, made=elsewhere: made)
             with pytest.raises(ClusterError, match=why):
