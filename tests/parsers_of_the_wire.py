@@ -15,6 +15,7 @@ from parser_target import Target, as_json, as_object, as_text, dumped, scratch
 from runtime_releases import KEY, PUBLIC
 
 from fedprune import tensorfile
+from fedprune.blob_part import read_tensors
 from fedprune.blobs import BlobStore
 from fedprune.element_mask import ElementMask
 from fedprune.errors import FedpruneError
@@ -334,10 +335,20 @@ def _blobs() -> tuple[Target, ...]:
     return (
         Target("blob.tensors", tensorfile.decode, (weights, bits, graphs), share=4),
         Target("blob.tensors by header", tensorfile.decode, (table,), text=True, share=4, frame=header),
+        Target("blob.some tensors", _some, (weights, bits), share=0.2),
         Target("blob.lowered graphs", lambda raw: unpacked(raw, INT8), (graphs,)),
         Target("blob.mask", lambda raw: ElementMask.from_tensors(tensorfile.decode(raw), shapes), (bits,)),
         Target("blob.weights of an offer", lambda raw: _offered(raw, recipe), (weights, masked)),
     )
+
+
+def _some(raw: bytes) -> object:
+    store = BlobStore(scratch() / "blobs", durable=False)
+    ref = store.put(raw)
+    try:
+        return read_tensors(store, ref, {"w"})
+    finally:
+        store.delete(ref.sha256)
 
 
 def _offered(raw: bytes, recipe: Recipe) -> object:

@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,9 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--profiles", type=Path, metavar="DIR", help="hardware profiles beside the shipped ones")
     run.add_argument("--workers", type=whole_number, metavar="N", help="processes that make submodels (default: 1)")
     run.add_argument(
+        "--workers-url", metavar="URL", help="ray:auto or ray://host:port: a cluster helps (default: processes)"
+    )
+    run.add_argument(
         "--keep",
         type=whole_number,
         metavar="N",
@@ -141,7 +144,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune.profile_store import names as names_of_profiles
     from fedprune_server.config import ServerConfig, overridden, read_config
     from fedprune_server.connection import connection, identity_of
-    from fedprune_server.crew import Crew
+    from fedprune_server.crew import helped
     from fedprune_server.daemon import Daemon
     from fedprune_server.rollout_store import RolloutStore
     from fedprune_server.state_folder import StateFolder, stored_config
@@ -170,6 +173,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "keep",
             "archive",
             "workers",
+            "workers_url",
             "profiles",
             "blob_url",
             "serve_blobs",
@@ -195,9 +199,7 @@ def _run(arguments: argparse.Namespace) -> int:
         for name in names_of_profiles(profiles) if profiles else ():
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
         opened = folder.read_job(config)
-        worker: Executes = opened.worker
-        if config.workers > 1:
-            worker = stack.enter_context(closing(Crew(opened.worker, config.workers)))
+        worker: Executes = stack.enter_context(helped(opened.worker, config.workers, config.workers_url))
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
             log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)

@@ -18,13 +18,26 @@ from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.topics import check_name
 from fedprune_server.bucket import FOLDER, parse
+from fedprune_server.cluster_url import PROCESSES, check_url
 
 EMBEDDED = "embedded"
 OFF = "off"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 _TABLES = ("job", "model", "evaluation", "calibration", "server")
-_SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "database", "blobs", "profiles", "blob_url", "serve_blobs")
+_SERVER_TEXTS = (
+    "site",
+    "broker",
+    "ca",
+    "host",
+    "state",
+    "database",
+    "blobs",
+    "profiles",
+    "blob_url",
+    "serve_blobs",
+    "workers_url",
+)
 _SERVER_NUMBERS = ("port", "keep", "pulls", "workers", "max_devices", "max_packet", "cache_mib")
 _SERVER_SWITCHES = ("archive", "slabs")
 _ELSEWHERE = ("state", "database")
@@ -60,6 +73,7 @@ class ServerConfig:
         archive: All models, updates and events are kept instead, for `fedprune-server replay`.
         pulls: From how many devices updates are pulled at the same time.
         workers: Processes that make submodels; more than one pay where making one is dear.
+        workers_url: Where helpers are: `processes`, or a Ray cluster, as `ray:auto` or `ray://host:10001`.
         profiles: A folder of hardware profiles of your own, beside the shipped ones.
         max_devices: How many devices may ever take part; announcements of further ones are ignored.
         slabs: What many devices pull is published once for all of them, where all of the site can read it.
@@ -92,6 +106,7 @@ class ServerConfig:
     serve_blobs: str = OFF
     blobs: str = FOLDER
     cache_mib: int = 10240
+    workers_url: str = PROCESSES
 
     def __post_init__(self) -> None:
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
@@ -109,6 +124,7 @@ class ServerConfig:
             setting_checks.whole(f"server: {name}", getattr(self, name), low, high)
         if self.blobs != FOLDER:
             parse(self.blobs)
+        check_url(self.workers_url)
         if self.port is not None:
             setting_checks.whole("server: port", self.port, 0, 65_535)
         for name in _SERVER_SWITCHES:

@@ -1,58 +1,70 @@
-"""A worker with helpers: submodels of a round are made in several processes at a time.
+"""A worker with helpers: processes of this machine, or of a cluster.
 
-Making a submodel may be dear (optimal transport), a round makes one for every device, and none needs another. What the
-helpers are given are digests; what they answer is an offer, whose blobs are in the store by then. So it makes no
-difference which process does what, or whether it does it twice.
+Making a submodel may be dear (optimal transport), a round makes one for every device, and none needs another; and a big
+model's updates may be more than one machine adds up in time. What helpers are given are digests; what they answer is an
+event, whose blobs are in the store by then, or sums, which are whole numbers. So it makes no difference which process
+does what, or whether it does it twice; and what helpers fail at, the worker does itself.
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
+import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
+from typing import Any
 
-from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.job import Job
-from fedprune_export.imported import Model
-from fedprune_server.bucket_store import BucketStore, Objects
-from fedprune_server.children import begin_helper
+from fedprune_server import crew_work
+from fedprune_server.bucket_store import BucketStore
+from fedprune_server.cluster_url import PROCESSES
+from fedprune_server.offers import blobs_of
+from fedprune_server.process_pool import Pool, ProcessPool
+from fedprune_server.ray_pool import RayPool
+from fedprune_server.shared_sums import BATCH, BLOCK, SharedSums
 from fedprune_server.worker import Worker
 from fedprune_server.workshop import Work
 
 log = logging.getLogger(__name__)
 
-_Key = tuple[int, str, int]
-_Made = tuple[on.Event, Objects]
+_Key = tuple[str, int, str, int]
 
-_helper: Worker | None = None
-"""In a helper's process: its worker."""
+_GROUP, _GROUPS = 16, 4
+"""So many submodels at most are one task, and so many tasks there are at least for each helper, if there are enough."""
 
 
 class Crew:
-    """Carries out commands as its worker does; submodels that are expected are made by helpers meanwhile.
+    """Carries out commands as its worker does; what is expected is done by helpers meanwhile.
 
     Args:
         worker: Does everything else, and whatever a helper fails at, so that errors are its own.
-        helpers: How many processes.
+        pool: The helpers.
+        block: Numbers of a model that are worth a task, where helpers add up.
+        batch: Updates that are added up together.
     """
 
-    def __init__(self, worker: Worker, helpers: int) -> None:
+    def __init__(self, worker: Worker, pool: Pool, *, block: int = BLOCK, batch: int = BATCH) -> None:
         self._worker = worker
-        self._helpers = helpers
-        self._pool = self._new_pool()
-        self._expected: dict[_Key, tuple[do.Extract, Future[_Made]]] = {}
+        self._pool = pool
+        self._shared = SharedSums(worker, pool, block, batch) if pool.adds else None
+        self._expected: dict[_Key, tuple[do.Command, Future[Any], int]] = {}
 
     def expect(self, commands: Sequence[do.Command]) -> None:
-        """Let helpers begin with the submodels among commands that will be carried out in a moment."""
+        """Let helpers begin with what they can do of commands that will be carried out in a moment."""
         self._worker.expect(commands)
+        extracts = [c for c in commands if isinstance(c, do.Extract) and _key(c) not in self._expected]
+        group = 1
+        if self._pool.adds:
+            group = max(1, min(_GROUP, math.ceil(len(extracts) / (_GROUPS * max(1, self._pool.size)))))
+        for at in range(0, len(extracts), group):
+            some = tuple(extracts[at : at + group])
+            future = self._pool.submit(crew_work.extract, some)
+            self._expected |= {_key(c): (c, future, i) for i, c in enumerate(some)}
         for command in commands:
-            if isinstance(command, do.Extract) and _key(command) not in self._expected:
-                self._expected[_key(command)] = (command, self._submit(command))
+            if isinstance(command, do.Fold) and self._shared is not None and self._shared.takes(command):
+                self._expected[_key(command)] = (command, self._pool.submit(crew_work.check, command), 0)
 
     def execute(self, command: Work) -> on.Event:
         """Carry out one command.
@@ -60,71 +72,80 @@ class Crew:
         Raises:
             FedpruneError: It can't be done.
         """
-        if not isinstance(command, do.Extract):
-            return self._worker.execute(command)
-        expected, future = self._expected.pop(_key(command), (None, None))
+        if isinstance(command, do.Extract):
+            return self._extract(command)
+        if self._shared is not None and isinstance(command, do.Fold):
+            event = self._result(command)
+            if isinstance(event, on.Folded):
+                self._shared.passed(command)
+                return event
+            if isinstance(event, on.UpdateRejected):
+                return event
+        if self._shared is not None and isinstance(command, do.Close):
+            self._shared.gather(command)
+        return self._worker.execute(command)
+
+    def _extract(self, command: do.Extract) -> on.Event:
+        events = self._result(command)
+        if isinstance(events, on.Extracted) and self._arrived(command, events):
+            self._worker.note(events)
+            return self._worker.sliced(command, events)
+        return self._worker.execute(command)
+
+    def _arrived(self, command: do.Extract, event: on.Extracted) -> bool:
+        """Whether a helper answers what was asked, and its blobs are seen here: a network's folder may be late."""
+        part = command.part
+        asked = (event.device, event.round, event.attempt) == (part.device, command.basis.round, part.attempt)
+        return asked and all(self._worker.store.has(digest) for digest in blobs_of(event.offer))
+
+    def _result(self, command: do.Extract | do.Fold) -> on.Event | None:
+        """What a helper answered; None where none was asked, or it failed."""
+        expected, future, place = self._expected.pop(_key(command), (None, None, 0))
         if future is None or expected != command:
-            return self._worker.execute(command)
+            return None
         try:
-            event, objects = future.result()
+            answer = future.result(self._pool.patience_s)
         except Exception:  # noqa: BLE001 - a helper may fail or be killed in any way; the worker will tell the reason
-            return self._worker.execute(command)
-        if isinstance(self._worker.store, BucketStore):
-            self._worker.store.learn(objects)
-        if isinstance(event, on.Extracted):
-            self._worker.note(event)
-            return self._worker.sliced(command, event)
-        return event
+            return None
+        if isinstance(answer, crew_work.Made):
+            if isinstance(self._worker.store, BucketStore):
+                self._worker.store.learn(answer.objects)
+            answer = answer.events[place]
+        event = answer
+        return event if isinstance(event, on.Extracted | on.Folded | on.UpdateRejected) else None
 
     def graphs(self) -> set[str]:
         """Digests of the graphs that offers of the latest rounds refer to."""
         return self._worker.graphs()
 
-    def _submit(self, command: do.Extract) -> Future[_Made]:
-        try:
-            return self._pool.submit(_extract, command)
-        except BrokenExecutor:
-            log.warning("a helper was killed, maybe since memory ran out; others take its place")
-            self._pool.shutdown(wait=False)
-            self._pool = self._new_pool()
-            return self._pool.submit(_extract, command)
-
-    def _new_pool(self) -> ProcessPoolExecutor:
-        worker = self._worker
-        return ProcessPoolExecutor(
-            self._helpers,
-            multiprocessing.get_context("spawn"),  # a thread may hold any lock at the moment of a fork
-            _begin,
-            (os.getpid(), worker.job, worker.model, worker.store),
-        )
-
     def close(self) -> None:
         """Let the helpers go."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
 
 @contextmanager
-def helped(worker: Worker | Crew, helpers: int) -> Iterator[Worker | Crew]:
-    """A worker, with helpers if there are to be several processes."""
-    if helpers == 1 or not isinstance(worker, Worker):
+def helped(worker: Worker | Crew, helpers: int, url: str = PROCESSES) -> Iterator[Worker | Crew]:
+    """A worker, with helpers if there are to be several processes.
+
+    Args:
+        worker: The worker.
+        helpers: How many processes of this machine there are to be.
+        url: The cluster that is to help instead.
+
+    Raises:
+        ClusterError: It can't be reached or used.
+        MissingExtraError: Ray is not installed.
+    """
+    if not isinstance(worker, Worker) or (helpers == 1 and url == PROCESSES):
         yield worker
         return
-    with closing(Crew(worker, helpers)) as crew:
+    pool = ProcessPool(worker, helpers) if url == PROCESSES else RayPool(url, worker)
+    with closing(Crew(worker, pool)) as crew:
         yield crew
 
 
-def _key(command: do.Extract) -> _Key:
-    return command.basis.round, command.part.device, command.part.attempt
-
-
-def _begin(parent: int, job: Job, model: Model, store: BlobStore) -> None:
-    global _helper
-    begin_helper(parent)
-    _helper = Worker(job, model, store)
-
-
-def _extract(command: do.Extract) -> _Made:
-    if _helper is None:
-        raise RuntimeError("this is no helper's process")
-    event = _helper.execute(command)
-    return event, _helper.store.news() if isinstance(_helper.store, BucketStore) else {}
+def _key(command: do.Extract | do.Fold) -> _Key:
+    if isinstance(command, do.Extract):
+        return "extract", command.basis.round, command.part.device, command.part.attempt
+    found = command.contribution
+    return "fold", command.round, found.part.device, found.part.attempt

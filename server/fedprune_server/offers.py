@@ -72,6 +72,13 @@ def graphs_of(offer: Mapping[str, Any]) -> set[str]:
     return {ref["sha256"] for ref in (*named, *offer.get("lowered", {}).values(), *offer.get("blocked", {}).values())}
 
 
+def blobs_of(offer: Mapping[str, Any]) -> set[str]:
+    """Digests of all that an offer names but slabs."""
+    named = [offer[name] for name in ("weights", "mask", "coded", "moved") if name in offer]
+    ranking = {offer["ranking"]} if "ranking" in offer else set()
+    return graphs_of(offer) | {ref["sha256"] for ref in named} | ranking
+
+
 class Offers:
     """Puts what offers name into a store.
 

@@ -15,29 +15,24 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune import tensorfile
-from fedprune.aggregation import Fold
 from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.element_order import magnitudes, threshold
-from fedprune.errors import BundleError, FedpruneError, StorageError, StrategyError
-from fedprune.fixed_point import MAX_WEIGHT
 from fedprune.form_times import FormTimes
 from fedprune.freezing import frozen_tensors
-from fedprune.head import spelt
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Cut, Memories, Report, Scene, Submodel, Turn
-from fedprune.tensor_checks import check_squares
-from fedprune.wire.fields import one_line
 from fedprune_export.imported import Model
-from fedprune_server.archive import Archive, parts
 from fedprune_server.calibration import Calibration
 from fedprune_server.evaluator import Evaluation, Evaluator, Sessions
 from fedprune_server.faults import AtFaultError, Suspect
 from fedprune_server.offers import Offers, graphs_of
+from fedprune_server.reports import Reports
+from fedprune_server.round_sums import RoundSums
 from fedprune_server.slab_chains import SlabChains
 from fedprune_server.workshop import Work
 
@@ -78,10 +73,10 @@ class Worker:
         self.store = store
         self._evaluator = None if evaluation is None else Evaluator(Sessions(model, 1), job.recipe, evaluation)
         self._calibration = None if calibration is None else Calibration(model, calibration, job.recipe.features)
-        self._archive = Archive(model.architecture, store)
         self._offers = Offers(model, store, job.precision)
+        self.reports = Reports(job, model.architecture, self.strategy, store, self._offers.withheld)
         self._slabs = SlabChains(self.strategy, store, self._submodel) if slabs else None
-        self._fold: tuple[tuple[int, str], Fold, dict[str, do.Contribution]] | None = None
+        self.sums = RoundSums(self.strategy, self.reports)
 
     def initial(self) -> str:
         """Put the job's first model into the store and return its digest.
@@ -92,7 +87,7 @@ class Worker:
             ModelError: The model can't be trained, which is better known before the first device is there.
             ConfigError: A pattern of the recipe matches no tensor.
         """
-        recipe = self._recipe(Turn(self.job.seed, 1, "", self.architecture.sizes))
+        recipe = self.reports.recipe(Turn(self.job.seed, 1, "", self.architecture.sizes))
         self._offers.training(recipe, 1)
         self._offers.lowered(self.architecture.sizes, 1)
         self._offers.withheld(recipe)
@@ -139,7 +134,7 @@ class Worker:
 
     def _score(self, command: do.Score) -> on.Scored:
         ranking = self.strategy.scorer.rank(
-            self._scene(command.round, command.model, command.memory, command.participants)
+            self.reports.scene(command.round, command.model, command.memory, command.participants)
         )
         selection = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
         stored = self.store.put(selection.to_json().encode()).sha256
@@ -147,13 +142,13 @@ class Worker:
         return on.Scored(command.round, stored, order)
 
     def _extract(self, command: do.Extract) -> on.Extracted:
-        part, cut = command.part, self._cut(command.basis, command.part)
+        part, cut = command.part, self.reports.cut(command.basis, command.part)
         submodel = self._made(cut)
-        recipe = _masked(self._recipe(cut.turn), submodel)
+        recipe = _masked(self.reports.recipe(cut.turn), submodel)
         times = FormTimes.from_dict(command.forms) if command.block and command.forms is not None else None
         held = command.coding.held
         known = held is not None and self.store.has(held.ranking)
-        before = self._archive.selection(held.ranking, held.widths) if known and held is not None else None
+        before = self.reports.archive.selection(held.ranking, held.widths) if known and held is not None else None
         offer = {
             "seed": self.job.seed,
             "architecture": self.architecture.digest,
@@ -172,7 +167,7 @@ class Worker:
         return replace(event, offer=event.offer | self._slabs.named(command, event.offer["weights"]["sha256"]))
 
     def _submodel(self, command: do.Extract) -> Submodel:
-        return self._made(self._cut(command.basis, command.part))
+        return self._made(self.reports.cut(command.basis, command.part))
 
     def _made(self, cut: Cut) -> Submodel:
         return self.strategy.personaliser.personalise(cut, self.strategy.extractor.extract(cut))
@@ -186,109 +181,14 @@ class Worker:
             return basis.ranking
         return self.store.put(sent.narrowed(self.architecture.sizes).to_json().encode()).sha256
 
-    def _scene(self, round_: int, model: str, memory: dict[str, str], participants: tuple[str, ...] = ()) -> Scene:
-        return Scene(
-            self.architecture,
-            self.job.seed,
-            round_,
-            self._archive.model(model),
-            self._archive.memory(memory),
-            self.job.recipe,
-            participants,
-        )
-
-    def _cut(self, basis: do.Basis, part: do.Part) -> Cut:
-        turn = self._turn(basis, part)
-        scene = self._scene(basis.round, basis.model, basis.memory)
-        withheld = self._offers.withheld(self._recipe(turn))
-        past = self._archive.past(part.past, lambda s: _gathered(s, scene.model, withheld))
-        selection = self._archive.selection(basis.ranking, part.widths)
-        return Cut(scene, turn, selection, self._archive.order(basis.order), past)
-
-    def _recipe(self, turn: Turn) -> Recipe:
-        recipe = self.strategy.objective.recipe(self.job.recipe, turn)
-        return replace(recipe, personal=spelt(recipe.personal, self.architecture))
-
     # Updates come in.
-
-    def _sums(self, round_: int, model: str, memory: dict[str, str]) -> tuple[Fold, dict[str, do.Contribution]]:
-        """The round's sums and which contributions are in them; new sums for another round or model."""
-        key = (round_, model)
-        if self._fold is None or self._fold[0] != key:
-            scene = self._scene(round_, model, memory)
-            fold = self.strategy.aggregator.fold(scene, evidence=self.strategy.scorer.observes)
-            self._fold = (key, fold, {})
-        return self._fold[1], self._fold[2]
 
     def _add(self, command: do.Fold) -> on.Folded | on.UpdateRejected:
         found = command.contribution
-        if self._fold is not None and self._fold[1].weight + found.weight > MAX_WEIGHT:
-            # What an update counts for is settled when its round closes; until then it is a guess, and guesses may add
-            # up to more than sums hold. Those sums would be made anew in any case.
-            self._fold = None
-        reason = self._fault(command, found)
+        reason = self.sums.fault(command, found)
         if reason:
             return on.UpdateRejected(found.part.device, found.basis.round, found.part.attempt, reason)
         return on.Folded(found.part.device, found.basis.round, found.part.attempt)
-
-    def _fault(self, command: do.Fold | do.Close, found: do.Contribution) -> str:
-        """Add an update to a round's sums; why that can't be done, or nothing."""
-        try:
-            self._include(command.round, command.model, command.memory, found)
-        except StorageError:
-            raise
-        except FedpruneError as error:
-            return one_line(str(error))
-        return ""
-
-    def _include(self, round_: int, model: str, memory: dict[str, str], found: do.Contribution) -> None:
-        fold, included = self._sums(round_, model, memory)
-        device = found.part.device
-        if device in included:
-            return
-        try:
-            report = self._report(found)
-            fold.check(report.trained.selection, report.trained.tensors)
-            check_squares(report.trained.selection, report.squares, self._reported(report))
-            self.strategy.aggregator.add(fold, report, self._lifted(report))
-        except StrategyError:
-            log.warning("update of %s in round %d: the strategy failed on it", device, round_, exc_info=True)
-            self._fold = None  # as below: who knows what it had added
-            raise
-        except (FedpruneError, MemoryError):
-            raise
-        except Exception as error:
-            # A stranger's bytes: what our checks have overlooked must cost this update, not the server.
-            log.warning("update of %s in round %d: our own code failed on it", device, round_, exc_info=True)
-            self._fold = None  # whatever got into the sums must not stay there; the others are added up anew
-            raise BundleError(f"update can't be read ({type(error).__name__}: {error})") from error
-        included[device] = found
-
-    def _report(self, found: do.Contribution) -> Report:
-        """A stored update. What doesn't travel is the server's own, whatever a device says of it."""
-        cut = self._cut(found.basis, found.part)
-        # What was sent says where its channels live: an extractor may have cut less than the turn's, or others.
-        selection = self._archive.selection(found.ranking or found.basis.ranking, found.widths or found.part.widths)
-        mask = self._archive.mask(found.mask, selection)
-        withheld = self._offers.withheld(self._recipe(cut.turn))
-        held = _gathered(selection, cut.scene.model, withheld)
-        tensors, squares = parts(self._archive.update(found.weights, found.codec, found.sent), mask)
-
-        def sent() -> Submodel:
-            offered, _ = parts(self._archive.tensors(found.sent), mask)
-            return Submodel(selection, offered, mask)
-
-        return Report(cut, Submodel(selection, tensors | held, mask), found.weight, found.steps, sent, squares)
-
-    def _reported(self, report: Report) -> frozenset[str]:
-        """Of which tensors a device was asked for squared gradients."""
-        recipe = self._recipe(report.cut.turn)
-        if not recipe.report_squares:
-            return frozenset()
-        return frozenset(t.name for t in self.architecture.trainable) - self._offers.withheld(recipe)
-
-    def _lifted(self, report: Report) -> Submodel:
-        return self.strategy.personaliser.share(report, self.strategy.extractor.reconstruct(report))
 
     # A round ends.
 
@@ -302,7 +202,7 @@ class Worker:
         at_fault: dict[str, str] = {}
         while True:
             counted = tuple(c for c in command.contributions if c.part.device not in at_fault)
-            found = self._include_all(command, counted)
+            found = self.sums.all_of(command, counted)
             if not found:
                 try:
                     closed = self._closed(command, counted)
@@ -312,17 +212,8 @@ class Worker:
             for device, reason in found.items():
                 log.warning("update of %s can't be used in round %d: %s", device, command.round, reason)
             at_fault |= found
-        self._fold = None
+        self.sums.clear()
         return replace(closed, rejected=dict(sorted((closed.rejected | at_fault).items())))
-
-    def _include_all(self, command: do.Close, counted: tuple[do.Contribution, ...]) -> dict[str, str]:
-        """Make sums of exactly these contributions; by device, why one can't be added."""
-        _, included = self._sums(command.round, command.model, command.memory)
-        wanted = {c.part.device: c for c in counted}
-        if any(wanted.get(name) != found for name, found in included.items()):
-            self._fold = None  # the sums hold something that must not count: add up anew
-        reasons = {c.part.device: self._fault(command, c) for c in counted}
-        return {device: reason for device, reason in reasons.items() if reason}
 
     def _closed(self, command: do.Close, counted: tuple[do.Contribution, ...]) -> on.Closed:
         """Close the sums.
@@ -332,21 +223,21 @@ class Worker:
         """
         if not counted:
             return on.Closed(command.round, command.model, dict(command.memory))
-        fold, _ = self._sums(command.round, command.model, command.memory)
-        scene = self._scene(command.round, command.model, command.memory, command.participants)
+        fold, _ = self.sums.at(command)
+        scene = self.reports.scene(command.round, command.model, command.memory, command.participants)
         rejected: dict[str, str] = {}
         suspect = Suspect()
 
         def reports() -> Iterator[Report]:
             left = (c for c in counted if c.part.device not in rejected)
-            return suspect.each((c.part.device, partial(self._report, c)) for c in left)
+            return suspect.each((c.part.device, partial(self.reports.report, c)) for c in left)
 
         model, memories = command.model, Memories()
         try:
             # A round of exploration is closed, too, for the sake of who is rejected; its model is thrown away.
             with suspect.blamed():
                 closing = self.strategy.aggregator.close(
-                    fold, scene, command.rate, lambda: ((r, self._lifted(r)) for r in reports())
+                    fold, scene, command.rate, lambda: ((r, self.reports.lifted(r)) for r in reports())
                 )
             rejected |= sorted(closing.rejected.items())
             for device, reason in rejected.items():
@@ -357,7 +248,7 @@ class Worker:
             with suspect.blamed():
                 memories = memories | self.strategy.scorer.learn(scene, fold, reports)
         except AtFaultError:
-            self._fold = None
+            self.sums.clear()
             raise
         return on.Closed(command.round, model, self._remembered(command.memory, memories), rejected)
 
@@ -365,14 +256,11 @@ class Worker:
         """Store the next model; what doesn't travel keeps its bits, which sums would round."""
         kept: set[str] = set()
         for found in counted:
-            kept |= self._offers.withheld(self._recipe(self._turn(found.basis, found.part)))
+            kept |= self.reports.withheld(found.basis, found.part)
         tensors = tensors | {n: scene.model[n] for n in kept}
         if self._calibration is not None:
             tensors = self._calibration(tensors)
         return self.store.put(tensorfile.encode(tensors)).sha256
-
-    def _turn(self, basis: do.Basis, part: do.Part) -> Turn:
-        return Turn(self.job.seed, basis.round, part.device, part.widths, part.density, part.samples, part.last)
 
     def _remembered(self, before: dict[str, str], memories: Memories) -> dict[str, str]:
         after = dict(before)
@@ -386,7 +274,7 @@ class Worker:
     def _evaluate(self, command: do.Evaluate) -> on.Evaluated:
         if self._evaluator is None:
             return on.Evaluated(command.round, {})
-        metrics = self._evaluator(self._archive.model(command.model), self.architecture.sizes)
+        metrics = self._evaluator(self.reports.archive.model(command.model), self.architecture.sizes)
         return on.Evaluated(command.round, metrics)
 
 
@@ -398,11 +286,3 @@ def _masked(recipe: Recipe, submodel: Submodel) -> Recipe:
         least = threshold(magnitudes(submodel.tensors, submodel.mask.active), submodel.mask)
         return replace(recipe, mask_threshold=least)
     return replace(recipe, mask="hard")
-
-
-def _gathered(selection: Selection, model: Tensors, names: frozenset[str]) -> Tensors:
-    """Some tensors of a submodel."""
-    if not names:
-        return {}
-    held = selection.gather(model)
-    return {name: held[name] for name in sorted(names)}

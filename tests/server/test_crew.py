@@ -28,6 +28,7 @@ from fedprune_server.crew import Crew
 from fedprune_server.digits import deal, digits_model
 from fedprune_server.experiment import Experiment
 from fedprune_server.offers import GRAPH_ROUNDS
+from fedprune_server.process_pool import ProcessPool
 from fedprune_server.simulation import Simulation
 from fedprune_server.virtual_device import VirtualDevice
 from fedprune_server.worker import Worker
@@ -48,7 +49,7 @@ def worker(model: Model, tmp_path: Path) -> Worker:
 
 @pytest.fixture
 def crew(worker: Worker) -> Iterator[Crew]:
-    with closing(Crew(worker, 2)) as crew:
+    with closing(Crew(worker, ProcessPool(worker, 2))) as crew:
         yield crew
 
 
@@ -75,7 +76,7 @@ def test_offers_that_helpers_made_have_slabs_too(model: Model, tmp_path: Path) -
     assert sliced._slabs is not None
     sliced._slabs._least = 0
     orders = extracts(sliced)
-    with closing(Crew(sliced, 2)) as crew:
+    with closing(Crew(sliced, ProcessPool(sliced, 2))) as crew:
         crew.expect(orders)
         made = [crew.execute(o) for o in orders]
     assert sorted(len(e.offer["slabs"]) for e in made if isinstance(e, on.Extracted)) == [1, 2, 3]
@@ -126,11 +127,11 @@ def test_helpers_that_were_killed_are_replaced(worker: Worker, crew: Crew) -> No
     orders = extracts(worker)
     crew.expect(orders)
     expected = [crew.execute(o) for o in orders]
-    for process in list(crew._pool._processes.values()):
+    for process in list(crew._pool._pool._processes.values()):
         with suppress(ProcessLookupError):  # the pool ends the others as soon as it misses one
             os.kill(process.pid, signal.SIGKILL)
         process.join()
-    while not crew._pool._broken:  # the pool's own thread notices
+    while not crew._pool._pool._broken:  # the pool's own thread notices
         time.sleep(0.01)
 
     crew.expect(orders)

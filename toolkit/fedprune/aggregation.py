@@ -21,7 +21,8 @@ earlier model (asynchronous rounds): with `sent` its Δ is taken against what it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -35,8 +36,9 @@ from fedprune.deltas import rebased
 from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, ProtocolError
 from fedprune.fixed_point import MAX_WEIGHT, FixedSum, Range, run_all
-from fedprune.layout import Expansion, in_order, places, row_blocks, to_global
+from fedprune.layout import Expansion, in_order, places, row_blocks, to_global, to_layout
 from fedprune.movement import Movement, merge_sums
+from fedprune.partial_sums import Key, PartialSums, check_parts
 from fedprune.round_means import RoundMeans
 from fedprune.selection import Selection, Tensors, mesh
 from fedprune.server_step import ServerStep
@@ -128,6 +130,83 @@ class Fold:
         }
         self._movement = Movement(t for t in self._shared if t.kind.trainable and self.evidence)
         self._waiting: list[_Waiting] = []
+
+    def narrowed(self, names: Collection[str]) -> Fold:
+        """An empty fold of the same kind for some of the tensors: its share of a fold that is split.
+
+        Args:
+            names: The tensors; a variance that is pooled goes with its mean.
+        """
+        out = copy.copy(self)
+        out.excluded = self.excluded | {t.name for t in self.architecture.tensors if t.name not in names}
+        out._shared = tuple(t for t in self._shared if t.name in names)
+        out._means = {v: m for v, m in self._means.items() if v in names and m in names}
+        out.clear()
+        return out
+
+    @property
+    def shared(self) -> tuple[TensorSpec, ...]:
+        """The tensors that are summed."""
+        return self._shared
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Names of each mean and the variance that is pooled with it."""
+        return tuple((m, v) for v, m in self._means.items())
+
+    def partial(self) -> PartialSums:
+        """What has been summed, for `take`; the fold must not be added to any more.
+
+        Raises:
+            BundleError: Nothing was added, or masks of single elements.
+        """
+        self._settle()
+        shares = self._coverage.shares()
+        if shares is None:
+            raise BundleError("sums of masked elements can't be split")
+        arrays = {key: limb.astype(np.int64, copy=False) for key, limb in self._limbs().items()}
+        names = frozenset(t.name for t in self._shared)
+        return PartialSums(names, self._coverage.expect_layout, shares, self.updates, arrays)
+
+    def take(self, parts: Sequence[PartialSums]) -> None:
+        """Add what narrowed folds have summed of the same updates, which together hold all tensors.
+
+        Raises:
+            BundleError: They don't, or are of another architecture, of different updates, or of other sums than these.
+            ProtocolError: The total weight would be too large.
+        """
+        check_parts(parts, self.architecture, (t.name for t in self._shared))
+        weight = parts[0].weight
+        if self.weight + weight > MAX_WEIGHT:
+            raise ProtocolError("total weight of sums", expected=f"up to {MAX_WEIGHT}", got=self.weight + weight)
+        theirs = {key: value for part in parts for key, value in part.arrays.items()}
+        for key, limb in self._limbs().items():
+            found = theirs.get(key)
+            if found is None or found.dtype != np.int64 or found.shape != limb.shape:
+                raise BundleError(f"partial sums of {key[1]}", expected=f"int64 {limb.shape}")
+        self._settle()
+        self._make_room(self.weight + weight)
+        their_layout = parts[0].layout
+        layout = self._coverage.settle(their_layout)
+        alike = in_order(layout, their_layout)
+        for key, limb in self._limbs().items():
+            spec, more = self.architecture.by_name[key[1]], theirs[key]
+            more = more if alike else to_layout(to_global(more, spec, their_layout), spec, layout)
+            limb += more.astype(limb.dtype, copy=False)
+        for selection, part in parts[0].shares:
+            self._coverage.add(selection, part, {})
+        self.updates += parts[0].updates
+
+    def _limbs(self) -> dict[Key, npt.NDArray[Any]]:
+        """All sums."""
+        first, second = self._movement.first, self._movement.second
+        kinds = {"value": self._sums, "spread": self._spread, "moved": first, "square": second}
+        return {
+            (kind, name, i): limb
+            for kind, sums in kinds.items()
+            for name, total in sums.items()
+            for i, limb in enumerate(total.limbs)
+        }
 
     @property
     def weight(self) -> int:

@@ -40,12 +40,22 @@ class BlobStore:
         max_size: Bytes that no blob may exceed.
         reserve: Bytes that must stay free on the disk when a blob is written.
         durable: Flush files to the disk before they appear. A simulation can do without.
+        sweep: Remove what processes of this machine that are no more left half written. Whoever shares the folder with
+            another machine must not: it can't tell that one's processes from those that are gone.
 
     Raises:
         StorageError: The folder can't be made.
     """
 
-    def __init__(self, root: Path, *, max_size: int = MAX_SIZE, reserve: int = RESERVE, durable: bool = True) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        max_size: int = MAX_SIZE,
+        reserve: int = RESERVE,
+        durable: bool = True,
+        sweep: bool = True,
+    ) -> None:
         self.root = root
         self.max_size = max_size
         self.reserve = reserve
@@ -54,7 +64,8 @@ class BlobStore:
         with storage_errors(f"can't make blob store {root}"):
             for folder in (root, root / "tmp", root / "partial"):
                 folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
+        if sweep:
+            self._sweep()
 
     def put(self, data: bytes | memoryview) -> BlobRef:
         """Keep these bytes; keeping them twice costs nothing.

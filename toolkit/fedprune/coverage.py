@@ -95,6 +95,12 @@ class Coverage:
             return whole
         return self._single[spec.name] + (sum(w for _, w in shares) if whole is None else whole)
 
+    def shares(self) -> tuple[tuple[Selection, int], ...] | None:
+        """Selections and the weight of all updates of each; None where masks of single elements were counted."""
+        if self._single:
+            return None
+        return tuple((selection.narrowed(selection.widths), weight) for selection, weight in self._shares.values())
+
     def merge(self, other: Coverage) -> None:
         """Count another coverage's updates, too."""
         if other.layout is None:

@@ -38,6 +38,7 @@ class ExitCode(IntEnum):
     CONFIG = 14
     BROKER = 20
     PROTOCOL = 21
+    CLUSTER = 22
     STORAGE_FULL = 30
     STORAGE = 31
     PLAN = 40

@@ -23,12 +23,16 @@ class Movement:
 
     Args:
         specs: The tensors.
+
+    Attributes:
+        first: Σ n_k·u_k by tensor, in the fold's layout.
+        second: Σ n_k·u_k², the same way.
     """
 
     def __init__(self, specs: Iterable[TensorSpec]) -> None:
         self._specs = {t.name: t for t in specs}
-        self._first = {n: FixedSum(t.shape, _STEP_RANGE) for n, t in self._specs.items()}
-        self._second = {n: FixedSum(t.shape, _STEP_SQUARE_RANGE) for n, t in self._specs.items()}
+        self.first = {n: FixedSum(t.shape, _STEP_RANGE) for n, t in self._specs.items()}
+        self.second = {n: FixedSum(t.shape, _STEP_SQUARE_RANGE) for n, t in self._specs.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._specs
@@ -53,20 +57,20 @@ class Movement:
         moved /= steps
         np.clip(moved, -_STEP_RANGE.bound, _STEP_RANGE.bound, out=moved)
         for at, part in pairs:
-            self._first[name].add(moved[part], weight, at)
+            self.first[name].add(moved[part], weight, at)
         moved *= moved
         for at, part in pairs:
-            self._second[name].add(moved[part], weight, at)
+            self.second[name].add(moved[part], weight, at)
 
     def merge(self, other: Movement, layout: Selection, theirs: Selection) -> None:
         """Add sums of the same tensors that lie in another layout."""
-        for mine, more in ((self._first, other._first), (self._second, other._second)):
+        for mine, more in ((self.first, other.first), (self.second, other.second)):
             merge_sums(mine, more, self._specs.values(), layout, theirs)
 
     def sums(self, name: str, layout: Selection) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Σ n_k·u_k and Σ n_k·u_k², in the model's order."""
         spec = self._specs[name]
-        first, second = self._first[name].value(), self._second[name].value()
+        first, second = self.first[name].value(), self.second[name].value()
         return to_global(first, spec, layout), to_global(second, spec, layout)
 
 

@@ -99,11 +99,7 @@ def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], in
             numpy can't hold.
     """
     view = memoryview(raw)
-    if len(view) < 8:
-        raise BundleError("tensor file is cut short", expected="at least 8 bytes", got=len(view))
-    length = int.from_bytes(view[:8], "little")
-    if length > MAX_HEADER or 8 + length > len(view):
-        raise BundleError("tensor file is cut short or its header is damaged", expected=f"{length} bytes of header")
+    length = header_length(view)
     try:
         table = json.loads(bytes(view[8 : 8 + length]))
         table.pop("__metadata__", None)
@@ -145,6 +141,25 @@ def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], in
     return out
 
 
+def header_length(raw: bytes | memoryview) -> int:
+    """Bytes of a file's header, which begins after the first 8.
+
+    Raises:
+        BundleError: The file is cut short, or no header is as long.
+    """
+    if len(raw) < 8:
+        raise BundleError("tensor file is cut short", expected="at least 8 bytes", got=len(raw))
+    length = int.from_bytes(raw[:8], "little")
+    if length > MAX_HEADER or 8 + length > len(raw):
+        raise BundleError("tensor file is cut short or its header is damaged", expected=f"{length} bytes of header")
+    return length
+
+
+def array_at(raw: bytes | memoryview, code: str, shape: tuple[int, ...], start: int, end: int) -> Array:
+    """A tensor that lies where `offsets` says, as a read-only view."""
+    return np.frombuffer(memoryview(raw)[start:end], dtype=_CODES[code]).reshape(shape)
+
+
 def decode(raw: bytes | memoryview) -> dict[str, Array]:
     """Tensors of a file, as read-only views on its bytes.
 
@@ -153,7 +168,7 @@ def decode(raw: bytes | memoryview) -> dict[str, Array]:
     """
     out: dict[str, Array] = {}
     for name, (code, shape, start, end) in offsets(raw).items():
-        out[name] = np.frombuffer(memoryview(raw)[start:end], dtype=_CODES[code]).reshape(shape)
+        out[name] = array_at(raw, code, shape, start, end)
     return out
 
 

@@ -13,6 +13,7 @@ class Selected:
     """The ranking's first channels, as they stand in the global model (HeteroFL, Diao et al. 2021, eq. 2)."""
 
     alike: ClassVar[bool] = True
+    as_trained: ClassVar[bool] = True
 
     def extract(self, cut: Cut) -> Submodel:
         """A slice of the global model."""
@@ -28,6 +29,7 @@ class Nobody:
     """Nothing is a device's own, as far as the server knows: the personaliser of global methods."""
 
     alike: ClassVar[bool] = True
+    as_trained: ClassVar[bool] = True
 
     def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
         """The submodel as it is."""

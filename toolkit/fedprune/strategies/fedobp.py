@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -98,6 +98,7 @@ class Apart:
     """
 
     options: Options
+    as_trained: ClassVar[bool] = True
 
     def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
         """The submodel, with θ_i^{t−1} where its score is above the quantile."""

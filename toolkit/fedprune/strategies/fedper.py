@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -76,6 +76,7 @@ class OwnHistory:
     """
 
     alpha: float = 0.5
+    as_trained: ClassVar[bool] = True
 
     def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
         """The mixture; the submodel as it is until the device has a history."""

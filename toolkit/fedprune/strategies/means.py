@@ -48,6 +48,11 @@ class Mean:
     excluded: tuple[str, ...] = ()
     pool_variance: bool = False
 
+    @property
+    def by_tensor(self) -> bool:
+        """Whether its sums may be made in parts: what changed may depend on other tensors."""
+        return not self.changed
+
     def fold(self, scene: Scene, *, evidence: bool) -> Fold:
         """Empty sums for a round.
 

@@ -225,7 +225,8 @@ class Extractor(Protocol):
     """Makes a device's submodel of the global model, and leads what was learnt back.
 
     One that has an attribute `alike`, which is true, makes the same submodel for all devices of the same widths and
-    density in a round, so that it may travel once for all of them.
+    density in a round, so that it may travel once for all of them. One that has an attribute `as_trained`, which is
+    true, lets what was trained enter the sums as it came, so that they may be made tensor by tensor.
     """
 
     def extract(self, cut: Cut) -> Submodel:
@@ -244,7 +245,8 @@ class Extractor(Protocol):
 class Personaliser(Protocol):
     """What of a device's model is its own, as far as the server keeps it.
 
-    One that has an attribute `alike`, which is true, adds nothing that is a device's own.
+    One that has an attribute `alike`, which is true, adds nothing that is a device's own. One that has an attribute
+    `as_trained`, which is true, shares all that was reconstructed, as it is.
     """
 
     def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
@@ -265,7 +267,11 @@ class Objective(Protocol):
 
 
 class Aggregator(Protocol):
-    """Turns a round's sums into the next global model."""
+    """Turns a round's sums into the next global model.
+
+    One that has an attribute `by_tensor`, which is true, adds to the sums of a tensor what an update holds of it, and
+    looks at nothing else: its sums may be made in parts (`Fold.narrowed`).
+    """
 
     @property
     def weighting(self) -> str:
