@@ -250,8 +250,7 @@ class Daemon:
             # While we were away nobody told us who died.
             self._unheard = {n: d.session for n, d in self.state.devices.items() if d.online}
             self._heard_by = self._monotonic() + _ANSWER_S
-            self._post.ask(self._uploads.restart(self._monotonic()))
-            self._errands.collect_uploads()
+            self._uploads.interrupted(self._monotonic())
         elif isinstance(item, ConnectionDown):
             log.warning("connection to the broker lost: %s", item.reason)
         if self._desk is not None and isinstance(item, (ConnectionUp, ConnectionDown)):

@@ -15,6 +15,7 @@ from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.link import HIGH_WATER, Event
 from fedprune.wire.messages import FromServer, Gone, Hello, Want
+from fedprune.wire.numbered_wants import NumberedWants, numbered
 from fedprune.wire.topics import Topics
 from fedprune_server.downloads import Downloads
 from fedprune_server.quarantine import Quarantined, Released
@@ -107,6 +108,7 @@ class Post:
         asked: Callable[[str, int], None] = lambda device, leaves: None,
         max_packet: int = MAX_PACKET,
     ) -> None:
+        self._doubled = NumberedWants().doubled
         self._most = MAX_MESSAGE if max_packet >= MAX_PACKET else max_packet - PACKET_OVERHEAD
         self._asked = asked
         self._link = link
@@ -163,7 +165,7 @@ class Post:
         """Ask devices for pieces of their updates, at once: a want promises nothing that must be saved before."""
         for device, want in wants:
             self._asked(device, want.count)
-            topic, payload = self._topics.down(device), want.to_bytes()
+            topic, payload = self._topics.down(device), numbered(want).to_bytes()
             if not self._outbox and self._link.publish(topic, payload):
                 self._roster.sent(device, len(payload))
             else:
@@ -171,6 +173,8 @@ class Post:
 
     def fetched(self, device: str, want: Want, allowed: AbstractSet[str]) -> None:
         """A device wants pieces of a blob: queue them, if it may have them."""
+        if self._doubled(device, want):
+            return
         if want.sha256 in allowed:
             for alone in self._sharing.add(device, want, self._clock()):
                 self._downloads.add(device, alone)

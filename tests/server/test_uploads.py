@@ -100,7 +100,8 @@ def test_what_had_arrived_before_a_drop_is_not_fetched_again(tmp_path: Path) -> 
 
 def test_after_a_reconnection_everything_is_asked_for_again(world: World) -> None:
     wants = world.announce("a")
-    assert world.uploads.restart(1.0) == wants
+    world.uploads.interrupted(1.0)
+    assert world.uploads.born("a", 2, 0.0, 1.0) == wants
 
 
 def test_a_reference_that_contradicts_itself_spoils_the_update(world: World) -> None:
