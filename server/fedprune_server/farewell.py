@@ -8,8 +8,8 @@ LEAST_S = 1.5
 """Seconds after the end, and after a device has gone since: a broken connection is there again by then."""
 
 MOST_S = 75.0
-"""Seconds for which devices are waited for that were away as the job ended: their pauses between two attempts to connect
-go up to a minute."""
+"""Seconds for which devices are waited for that were away as the job ended: their pauses between two attempts to
+connect go up to a minute."""
 
 
 class Farewell:

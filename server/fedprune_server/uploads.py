@@ -108,13 +108,11 @@ class Uploads:
         Raises:
             StorageError: The store fails.
         """
-        wants = self.heard(device, now)
-        if self.fetching(device, round_, attempt, ref):
-            return wants
-        self.drop(device)
-        self._uploads[device] = _Upload(round_, attempt, ref)
-        self._waiting[device] = None
-        return wants + self._start(now)
+        if not self.fetching(device, round_, attempt, ref):
+            self.drop(device)
+            self._uploads[device] = _Upload(round_, attempt, ref)
+            self._waiting[device] = None
+        return self.heard(device, now)
 
     def heard(self, device: str, now: float) -> Wants:
         """A device announces its update, so that it is there to be asked."""
