@@ -46,8 +46,8 @@ def page(found: dict[str, Any], about: dict[str, Any], faults: list[str]) -> str
     weather, events = found["weather"], found["events"]
     minutes = found["seconds"]["storm"] / 60
     heading = (
-        f"{about['date']}, {about['cpu']}, {about['cores']} cores with a load of {about['load']:g}, Python {about['python']}, onnxruntime "
-        f"{about['onnxruntime']}. `python -m benchmarks.weather --devices {found['devices']}`: as many processes "
+        f"{about['date']}, {about['cpu']}, {about['cores']} cores with a load of {about['load']:g}, Python "
+        f"{about['python']}, onnxruntime {about['onnxruntime']}. `python -m benchmarks.weather --devices {found['devices']}`: as many processes "
         f"`fedprune-device run` that train on the demo's digits, and a server, for {minutes:.1f} minutes."
     )
     bad = (
