@@ -47,7 +47,8 @@ def page(found: dict[str, Any], about: dict[str, Any], faults: list[str]) -> str
     minutes = found["seconds"]["storm"] / 60
     heading = (
         f"{about['date']}, {about['cpu']}, {about['cores']} cores with a load of {about['load']:g}, Python "
-        f"{about['python']}, onnxruntime {about['onnxruntime']}. `python -m benchmarks.weather --devices {found['devices']}`: as many processes "
+        f"{about['python']}, onnxruntime {about['onnxruntime']}. "
+        f"`python -m benchmarks.weather --devices {found['devices']}`: as many processes "
         f"`fedprune-device run` that train on the demo's digits, and a server, for {minutes:.1f} minutes."
     )
     bad = (

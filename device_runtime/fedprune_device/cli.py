@@ -223,6 +223,7 @@ def _run(arguments: argparse.Namespace) -> int:
             answers=lambda: "" if keeper is None else keeper.status,
             precision=arguments.serve,
             max_packet=arguments.max_packet,
+            web=member.web_context,
         )
         agents.append(agent)
         signal.signal(signal.SIGTERM, lambda *_: agent.stop())
