@@ -46,8 +46,9 @@ def page(found: dict[str, Any], about: dict[str, Any], faults: list[str]) -> str
     weather, events = found["weather"], found["events"]
     minutes = found["seconds"]["storm"] / 60
     heading = (
-        f"{about['date']}, {about['cpu']}, {about['cores']} cores, Python {about['python']}, onnxruntime "
-        f"{about['onnxruntime']}. `python -m benchmarks.weather --devices {found['devices']}`: as many processes "
+        f"{about['date']}, {about['cpu']}, {about['cores']} cores with a load of {about['load']:g}, Python "
+        f"{about['python']}, onnxruntime {about['onnxruntime']}. "
+        f"`python -m benchmarks.weather --devices {found['devices']}`: as many processes "
         f"`fedprune-device run` that train on the demo's digits, and a server, for {minutes:.1f} minutes."
     )
     bad = (
@@ -75,8 +76,10 @@ def page(found: dict[str, Any], about: dict[str, Any], faults: list[str]) -> str
 
 
 _EXPLAINED = """\
-*Down* is to the boards, *up* from them; *sent* is what entered a link, *arrived* what came out at its other end, both
-without what the proxy itself repeated. What entered and never arrived was on the way when a connection broke."""
+*Down* is to the boards, *up* from them. *Asked for* is what the receivers' wants name, *sent* what chunks put into a
+link at the sender's end, *arrived* what came out of it at the receiver's, which is what was fetched: all three without
+the packets that the proxy itself repeated, but with the answers to askings that it repeated. The last lines add the
+chunks that it repeated. What was sent and never arrived was on the way when a connection broke."""
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from fedprune.chance import keyed
 from fedprune.errors import ProtocolError
 from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.chunk import Chunk
+from fedprune.wire.messages import Want, parse
 
 _CONNECT, _PUBLISH = 1, 3
 _DUPLICATE = 0x08
@@ -29,6 +30,10 @@ _SEGMENT = 1448
 _READ = 65_536
 _WAITING = 64
 """Packets of a direction that are on their way; more wait in the sender's socket."""
+
+
+Key = tuple[str, str, str]
+"""A board, `down` to it or `up` from it, and a blob."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +68,36 @@ class Tally:
     """What passed, but for what the proxy itself repeated.
 
     Attributes:
-        sent: Bytes of each leaf of each blob that were sent towards a board or from it, by (board, way, blob).
-        arrived: Those that arrived.
+        asked: How often each leaf of each blob was asked for, by (board, way of the answer, blob).
+        sent: Bytes of blobs that were sent towards a board or from it, by the same key.
+        arrived: Those that arrived, also as answers to askings that the proxy repeated.
+        doubled: Those that arrived because the proxy repeated them.
         leaves: The leaves that arrived, with their lengths, by the same key.
         events: How often what was done.
     """
 
-    sent: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    arrived: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    leaves: dict[tuple[str, str, str], dict[int, int]] = field(default_factory=dict)
+    asked: dict[Key, Counter[int]] = field(default_factory=dict)
+    sent: Counter[Key] = field(default_factory=Counter)
+    arrived: Counter[Key] = field(default_factory=Counter)
+    doubled: Counter[Key] = field(default_factory=Counter)
+    leaves: dict[Key, dict[int, int]] = field(default_factory=dict)
     events: Counter[str] = field(default_factory=Counter)
 
-    def ratios(self, counted: Counter[tuple[str, str, str]], way: str) -> tuple[float, float]:
-        """Bytes counted per byte of what arrived: of all blobs, and of the worst."""
+    def table(self) -> dict[str, list[float]]:
+        """By way and what was counted, bytes per byte of what arrived at least once: of all blobs, and of the worst."""
+        counts: dict[str, Counter[Key]] = {
+            "asked for": Counter({k: self._asked_bytes(k) for k in self.leaves}),
+            "sent": self.sent,
+            "arrived": self.arrived,
+            "arrived, with repetitions": self.arrived + self.doubled,
+        }
+        return {f"{way} {what}": list(self._ratios(c, way)) for way in ("down", "up") for what, c in counts.items()}
+
+    def _asked_bytes(self, key: Key) -> int:
+        lengths = self.leaves[key]
+        return sum(times * lengths.get(leaf, 0) for leaf, times in self.asked.get(key, {}).items())
+
+    def _ratios(self, counted: Counter[Key], way: str) -> tuple[float, float]:
         keys = [k for k in self.leaves if k[1] == way]
         once = {k: sum(self.leaves[k].values()) for k in keys}
         total = sum(once.values())
@@ -157,9 +179,13 @@ class Way:
         packet = _Packet(raw, self._due)
         self._queue.append(packet)
         if kind == _PUBLISH:
-            packet.chunk = _chunk(raw)
+            chunk = packet.chunk = _chunk(raw)
             if packet.chunk is not None:
                 self._proxy.tally.sent[self._line.board, self.name, packet.chunk[0]] += packet.chunk[2]
+            elif (want := _want(raw)) is not None:
+                key = self._line.board, "down" if self.name == "up" else "up", want.sha256
+                asked = self._proxy.tally.asked.setdefault(key, Counter())
+                asked.update(range(want.first, want.first + want.count))
             before = self._queue[-2] if len(self._queue) > 1 else None
             if before is not None and before.raw[0] >> 4 == _PUBLISH and chance.random() < weather.swaps:
                 before.raw, packet.raw = packet.raw, before.raw
@@ -168,15 +194,18 @@ class Way:
                 self._proxy.tally.events["swapped"] += 1
             if chance.random() < weather.repeats:
                 again = bytes((raw[0] | (_DUPLICATE if raw[0] & 6 else 0),)) + raw[1:]
-                self._queue.append(_Packet(again, self._due, None, copy=True))
+                self._queue.append(_Packet(again, self._due, chunk, copy=True))
                 self._proxy.tally.events["repeated"] += 1
         self._changed.set()
 
     def _count(self, packet: _Packet) -> None:
-        if packet.chunk is None or packet.copy:
+        if packet.chunk is None:
             return
         sha256, first, length = packet.chunk
         key = self._line.board, self.name, sha256
+        if packet.copy:
+            self._proxy.tally.doubled[key] += length
+            return
         self._proxy.tally.arrived[key] += length
         leaves = self._proxy.tally.leaves.setdefault(key, {})
         for at in range(0, length, LEAF):
@@ -268,6 +297,16 @@ def _client_id(raw: bytes) -> str:
     body = next(packets(raw))[0]
     at = body + 10  # protocol name, level, flags and keepalive of MQTT 3.1.1
     return raw[at + 2 : at + 2 + int.from_bytes(raw[at : at + 2], "big")].decode()
+
+
+def _want(raw: bytes) -> Want | None:
+    """What leaves a PUBLISH packet asks for, if it does."""
+    if b'"type":"want"' not in raw:
+        return None
+    body = next(packets(raw))[0]
+    end = body + 2 + int.from_bytes(raw[body : body + 2], "big")
+    message = parse(raw[end + (2 if raw[0] & 6 else 0) :])
+    return message if isinstance(message, Want) and message.part == "data" else None
 
 
 def _chunk(raw: bytes) -> tuple[str, int, int] | None:

@@ -70,7 +70,7 @@ class Found:
         rounds: The server's summaries.
         seconds: How long it took.
         events: What the proxy did.
-        ratios: By way, bytes that were sent and that arrived per byte of the blobs: of all, and of the worst.
+        ratios: By way, bytes that were asked for, sent and that arrived per byte of the blobs: of all, of the worst.
         restarts: Brokers that were killed.
     """
 
@@ -170,12 +170,7 @@ async def _weathered(
         place.stop(name)
     await proxy.stop()
     tally = proxy.tally
-    ratios = {
-        f"{way} {kind}": list(tally.ratios(counted, way))
-        for way in ("down", "up")
-        for kind, counted in (("sent", tally.sent), ("arrived", tally.arrived))
-    }
-    return Found(_finished(place.folder / "state"), lived, dict(tally.events), ratios, restarts)
+    return Found(_finished(place.folder / "state"), lived, dict(tally.events), tally.table(), restarts)
 
 
 def _board(folder: Path, name: str, port: int) -> list[str | Path]:
@@ -199,7 +194,7 @@ def verdict(found: dict[str, Any], noise: float, most: float) -> list[str]:
     Args:
         found: What `compare` gave.
         noise: By how much accuracies may differ where not every update counted.
-        most: How often a byte may be fetched.
+        most: How often the bytes of a blob may be fetched.
     """
     faults = []
     short = [i + 1 for i, n in enumerate(found["counted"]) if n < found["devices"]]
@@ -209,7 +204,7 @@ def verdict(found: dict[str, Any], noise: float, most: float) -> list[str]:
     if abs(last[0] - last[1]) > noise:
         faults.append(f"the last round's accuracy is {last[0]:.3f}, and {last[1]:.3f} in calm weather")
     for way in ("down", "up"):
-        together = found["ratios"][f"{way} arrived"][0]
-        if together > most:
-            faults.append(f"every byte on the way {way} was fetched {together:.2f} times")
+        _, worst = found["ratios"][f"{way} arrived"]
+        if worst > most:
+            faults.append(f"the bytes of a blob on the way {way} were fetched {worst:.2f} times")
     return faults

@@ -18,6 +18,7 @@ from fedprune.errors import FedpruneError, StorageError
 from fedprune.precision import FLOAT32
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
+from fedprune.wire.answer_time import AnswerTime
 from fedprune.wire.broker_url import tls_context
 from fedprune.wire.chunk import MAX_PACKET, Chunk
 from fedprune.wire.chunk_limit import ChunkLimit
@@ -97,7 +98,7 @@ class Agent:
         self._device, self._topics = device, Topics(site)
         self._store, self._link = store, link
         self._outbox = Outbox(device, self._topics, link, Serve(store.blobs), max_packet)
-        self._limit = ChunkLimit(max_packet)
+        self._limit, self._answers = ChunkLimit(max_packet), AnswerTime()
         self._data, self._profile, self._care, self._clock = data, profile, care, clock
         known = profile_name or (profile.name if profile is not None else "")
         self._greeting = Greeting(device, known, probe, answers)
@@ -180,8 +181,11 @@ class Agent:
             self.standing.connected = True
             self._deaf = False
             self._alone.heard(now)
+            self._answers.connected(item.took)
             self._seen.clear()  # the server may be another, or run the same job once more
             self._greet(now)
+            if self._downloads is not None and not self._web.fetching:
+                self._ask(self._downloads, self._downloads.start(now))
         elif isinstance(item, ConnectionDown):
             _LOG.info("connection to the broker lost: %s", item.reason)
             self.standing.connected = False
@@ -200,6 +204,8 @@ class Agent:
         if isinstance(message, Hello):
             self._seen.clear()
             self._greet(now)
+            if self._downloads is not None and not self._web.fetching:
+                self._ask(self._downloads, self._downloads.remind(now))
         elif isinstance(message, Offer):
             self._on_offer(message, now)
         elif isinstance(message, Accepted):
@@ -216,11 +222,9 @@ class Agent:
     def _greet(self, now: float) -> None:
         task, pending = self._store.task, self._store.pending
         held = task.offer if task is not None and not task.done else pending
-        birth = self._greeting.birth(self._store.session, self._data.samples, held, now)
+        birth = self._greeting.birth(self._store.session, self._data.samples, held, now, self._answers.slowest)
         self._outbox.say(birth)
         self._outbox.hurry(now)
-        if self._downloads is not None and not self._web.fetching:
-            self._ask(self._downloads, self._downloads.start(now))
 
     def _on_offer(self, offer: Offer, now: float) -> None:
         offer = self._choice.suited(self._lowering.wanted(offer))
@@ -293,7 +297,14 @@ class Agent:
         slabs = offer.slabs is not None and slabs_fit(offer, self._store)
         plainly = self._damages > 0  # what couldn't be read once is not decoded again
         return Downloads(
-            self._store.blobs, offer, now, self._limit, slabs=slabs, shared=not self._deaf, plainly=plainly
+            self._store.blobs,
+            offer,
+            now,
+            self._limit,
+            self._answers,
+            slabs=slabs,
+            shared=not self._deaf,
+            plainly=plainly,
         )
 
     def _ask(self, downloads: Downloads, wants: list[Want]) -> None:

@@ -9,6 +9,7 @@ from fedprune import tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.errors import BundleError, ProtocolError, StorageError
 from fedprune.slabs import compose
+from fedprune.wire.answer_time import AnswerTime
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.chunk_limit import ChunkLimit
@@ -36,6 +37,7 @@ class Downloads:
         offer: The offer.
         now: The time, on the same clock as later calls.
         limit: How many leaves a chunk may hold, as far as is known.
+        answers: How long the server's answers take, as far as is known.
         slabs: Whether to make the weights of slabs, if the offer has any.
         shared: Whether shared topics can be heard.
         plainly: Whether weights are pulled as they are, though they could be decoded.
@@ -55,6 +57,7 @@ class Downloads:
         offer: Offer,
         now: float,
         limit: ChunkLimit | None = None,
+        answers: AnswerTime | None = None,
         *,
         slabs: bool = True,
         shared: bool = True,
@@ -65,6 +68,7 @@ class Downloads:
         self.deaf = False
         self._store = store
         self._limit = limit or ChunkLimit()
+        self._answers = answers or AnswerTime()
         self._leaves = SharedLeaves(store)
         lacking = not store.has(offer.weights.sha256)
         coded = offer.coded is not None and not plainly and offer.coded in offer.shorter(store.has)
@@ -84,8 +88,16 @@ class Downloads:
         partial = self._store.partial(ref, vouched=True)  # the server has named and signed both of its digests
         lend = self._leaves.lend
         if own or not self._shared:
-            return Pull(ref, partial, limit=self._limit, lend=lend)
-        return Pull(ref, partial, chunk_leaves=_SHARED_LEAVES, limit=self._limit, shared=True, lend=lend)
+            return Pull(ref, partial, limit=self._limit, answers=self._answers, lend=lend)
+        return Pull(
+            ref,
+            partial,
+            chunk_leaves=_SHARED_LEAVES,
+            limit=self._limit,
+            shared=True,
+            answers=self._answers,
+            lend=lend,
+        )
 
     @property
     def _instead(self) -> tuple[BlobRef, ...]:
@@ -118,6 +130,10 @@ class Downloads:
         self._listens_since = now
         return [want for p in self._pulls.values() if not p.done for want in p.start(now)] + self._settle(now)
 
+    def remind(self, now: float) -> list[Want]:
+        """What to ask for once more of a server that says on this connection that it is there, perhaps a new one."""
+        return [want for p in self._pulls.values() if not p.done for want in p.remind(now)]
+
     def chunk(self, chunk: Chunk, now: float, *, shared: bool = False) -> list[Want]:
         """Take in a chunk; those of other blobs are ignored.
 
@@ -139,7 +155,7 @@ class Downloads:
     def tick(self, now: float) -> list[Want]:
         """What to ask for again."""
         awaits = self._shared and any(p.shared and not p.done for p in self._pulls.values())
-        if awaits and not self._heard and now - self._listens_since > PATIENCE:
+        if awaits and not self._heard and now - self._listens_since > self._answers.patience(PATIENCE):
             # A broker whose rules are older than shared topics lets nothing through there, and doesn't say so.
             self._shared, self.deaf = False, True
             for pull in self._pulls.values():

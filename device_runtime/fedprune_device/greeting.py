@@ -36,7 +36,7 @@ class Greeting:
         self._samples, self._served = 0, ""
         self._at = 0.0
 
-    def birth(self, number: int, samples: int, held: Offer | Update | None, now: float) -> Birth:
+    def birth(self, number: int, samples: int, held: Offer | Update | None, now: float, answer_s: float = 0.0) -> Birth:
         """A birth.
 
         Args:
@@ -44,6 +44,7 @@ class Greeting:
             samples: Training samples.
             held: What the board works on, or still has to deliver.
             now: The time.
+            answer_s: Seconds that answers take on the way here, as far as is known.
         """
         self._samples, self._served, self._at = samples, self._answers(), now
         served = f", predicts with {one_line(self._served, _LONGEST)}" if self._served else ""
@@ -56,6 +57,7 @@ class Greeting:
             self._probe.to_dict() if self._probe is not None else None,
             None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
             CODECS,
+            round(answer_s, 3) or None,
         )
 
     def outdated(self, source: Samples, now: float) -> bool:

@@ -16,6 +16,7 @@ from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Alive, Death, Gone, Message, Offer, Progress, Refusal, Update, Want
+from fedprune.wire.numbered_wants import NumberedWants, numbered
 from fedprune.wire.topics import NO_JOB, Topics
 from fedprune.wire.transfer import Serve
 from fedprune.wire.unsent import HIGH_WATER
@@ -71,6 +72,7 @@ class Outbox:
         self._pieces = pieces
         self._max_packet = max_packet
         self.standing = Standing()
+        self._doubled = NumberedWants().doubled
         self._wanted: deque[tuple[Update, Want]] = deque()
         self._chunks: Iterator[bytes] = iter(())
         self._chunks_job = NO_JOB
@@ -91,12 +93,14 @@ class Outbox:
     def ask(self, job: str, wants: Iterable[Want]) -> None:
         """Ask for pieces of blobs."""
         for want in wants:
-            self.say(want, job)
+            self.say(numbered(want), job)
 
     def answer(self, want: Want, pending: Update | None, now: float) -> None:
         """Take in what the server wants of the update; while it asks, it needn't be told of it."""
         if pending is None or pending.weights.sha256 != want.sha256:
             self.say(Gone(want.sha256))  # only the update is anybody's business
+            return
+        if self._doubled(self._device, want):
             return
         if (pending, want) not in self._wanted and len(self._wanted) < _MOST_WANTS:
             self._wanted.append((pending, want))

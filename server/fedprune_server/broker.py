@@ -19,6 +19,7 @@ import threading
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +30,10 @@ _CONNECT = bytes.fromhex("100e00044d515454040200050002") + b"fp"
 """An MQTT 3.1.1 CONNECT: clean session, keepalive 5 s, client id `fp`."""
 
 _TRIES = 5
+_PORT_PATIENCE_S = 3.0
+"""Seconds in which a port that is taken may become free: a server that was killed a moment ago may have left a broker
+that is just ending."""
+_PAUSE_S = 0.2
 _CHILD = "fedprune_server.broker_child"
 
 
@@ -109,15 +114,18 @@ class EmbeddedBroker:
         if self.alive:
             return
         self.stop()
-        for attempt in range(_TRIES):
+        until = time.monotonic() + _PORT_PATIENCE_S
+        for attempt in count(1):
             if self._any_port:
                 self.port = _free_port(self.host)
             answer = self._spawn(timeout)
             if answer.get("ready"):
                 break
             taken = answer.get("errno") == errno.EADDRINUSE
-            if taken and self._any_port and attempt < _TRIES - 1:
-                continue  # someone was faster than we
+            if taken and (attempt < _TRIES if self._any_port else time.monotonic() < until):
+                self.stop()
+                time.sleep(0.0 if self._any_port else _PAUSE_S)  # someone was faster than we, or is just going
+                continue
             raise self._failed(answer, taken)
         self._any_port = False  # a restart must come back where clients look for it
         try:

@@ -30,6 +30,7 @@ from fedprune.wire.transfer import Serve
 from fedprune_server.divergence import ran_away, remedy
 from fedprune_server.downloads import Downloads
 from fedprune_server.errands import Errands
+from fedprune_server.farewell import Farewell
 from fedprune_server.garbage import Garbage
 from fedprune_server.guard import Guarded
 from fedprune_server.post import Doubled, Post, ShutOut, Supervised, Wire
@@ -50,7 +51,8 @@ log = logging.getLogger("fedprune.server")
 _TICK_S = 0.5
 _TURN_S = 0.02
 """Messages are taken in for so long before what they led to is saved, in one transaction, and answered."""
-_LINGER_S = 1.5
+_FLUSH_S = 10.0
+"""Seconds that a broker may take for the last messages."""
 _GREETING_S = 24 * 3600.0
 _SHOWN = 10
 
@@ -153,6 +155,7 @@ class Daemon:
         self._greet_at = 0.0
         self._stopping = False
         self._finished = False
+        self._farewell: Farewell | None = None
         self._done: Callable[[], None] | None = None
 
     @property
@@ -258,8 +261,7 @@ class Daemon:
             log.info("connected to the broker")
             self._greet(self._monotonic())
             self._roster.presence.connected(self._monotonic())
-            self._post.ask(self._uploads.restart(self._monotonic()))
-            self._errands.collect_uploads()
+            self._uploads.interrupted(self._monotonic())
         elif isinstance(item, ConnectionDown):
             log.warning("connection to the broker lost: %s", item.reason)
             self._roster.presence.lost()
@@ -347,6 +349,7 @@ class Daemon:
 
     def _finish(self, command: do.Finish) -> None:
         if not self._finished:
+            self._farewell = Farewell(self.state, self._monotonic())
             log.info("job %s is finished: global model %s", self.job.name, command.model)
             if self._done is not None:
                 self._done()
@@ -404,11 +407,11 @@ class Daemon:
 
     def _linger(self) -> None:
         """Let the last messages out, and tell devices that come back just now that it is over."""
-        until = self._monotonic() + _LINGER_S
-        while not self._stopping and self._monotonic() < until:
+        farewell = self._farewell or Farewell(self.state, self._monotonic())
+        while not self._stopping and not farewell.over(self._monotonic()):
             item = self._link.get(0.05)
             self._begin()
             self._take(item)
             self._commit()
             self._display.refresh(self.snapshot)
-        self._link.flush(_LINGER_S)
+        self._link.flush(_FLUSH_S)

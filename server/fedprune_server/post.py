@@ -15,6 +15,7 @@ from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.link import Event
 from fedprune.wire.messages import FromServer, Gone, Hello, Want
+from fedprune.wire.numbered_wants import NumberedWants, numbered
 from fedprune.wire.topics import Topics
 from fedprune.wire.unsent import HIGH_WATER
 from fedprune_server.downloads import Downloads
@@ -110,6 +111,7 @@ class Post:
         max_packet: int = MAX_PACKET,
         coming: Callable[[str], bool] = lambda sha256: False,
     ) -> None:
+        self._doubled = NumberedWants().doubled
         self._coming = coming
         self._most = MAX_MESSAGE if max_packet >= MAX_PACKET else max_packet - PACKET_OVERHEAD
         self._asked = asked
@@ -167,7 +169,7 @@ class Post:
         """Ask devices for pieces of their updates, at once: a want promises nothing that must be saved before."""
         for device, want in wants:
             self._asked(device, want.count)
-            topic, payload = self._topics.down(device), want.to_bytes()
+            topic, payload = self._topics.down(device), numbered(want).to_bytes()
             if not self._outbox and self._link.publish(topic, payload):
                 self._roster.sent(device, len(payload))
             else:
@@ -175,6 +177,8 @@ class Post:
 
     def fetched(self, device: str, want: Want, allowed: AbstractSet[str]) -> None:
         """A device wants pieces of a blob: queue them, if it may have them."""
+        if self._doubled(device, want):
+            return
         if want.sha256 in allowed:
             for alone in self._sharing.add(device, want, self._clock()):
                 self._downloads.add(device, alone)

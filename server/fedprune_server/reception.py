@@ -222,6 +222,7 @@ class Reception:
         self._quarantine.born(birth.device)
         name = one_line(birth.profile, 64)
         self._roster.born(birth.device, birth.session, name, birth.samples, self._monotonic())
+        self._post.ask(self._uploads.born(birth.device, birth.session, birth.answer_s or 0.0, self._monotonic()))
         if self._desk is not None:
             self._desk.born(birth.device)
         if birth.held is not None:
@@ -268,6 +269,7 @@ class Reception:
         contact.accuracy = contact.accuracy if accuracy is None else accuracy
         contact.loss = contact.loss if loss is None else loss
         if self._uploads.fetching(device, message.round, message.attempt, message.weights):
+            self._post.ask(self._uploads.heard(device, self._monotonic()))
             return None  # said again while it waits its turn: in a large fleet that is most of what is announced
         return on.UpdateAnnounced(
             device,

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedprune.blobs import BlobStore
 from fedprune.errors import ProtocolError
+from fedprune.wire.answer_time import AnswerTime
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.chunk import MAX_PACKET, Chunk
 from fedprune.wire.chunk_limit import ChunkLimit
@@ -94,6 +95,9 @@ class Uploads:
         self._store = store
         self._concurrent = concurrent
         self._uploads: dict[str, _Upload] = {}
+        self._answers: dict[str, AnswerTime] = {}
+        self._there: dict[str, int | None] = {}  # who was heard since the last reconnection, and on which connection
+        self._all_there_at = 0.0
         self._waiting: dict[str, None] = {}
         self._running: set[str] = set()
         self._outcomes: list[Outcome] = []
@@ -104,11 +108,15 @@ class Uploads:
         Raises:
             StorageError: The store fails.
         """
-        if self.fetching(device, round_, attempt, ref):
-            return []
-        self.drop(device)
-        self._uploads[device] = _Upload(round_, attempt, ref)
-        self._waiting[device] = None
+        if not self.fetching(device, round_, attempt, ref):
+            self.drop(device)
+            self._uploads[device] = _Upload(round_, attempt, ref)
+            self._waiting[device] = None
+        return self.heard(device, now)
+
+    def heard(self, device: str, now: float) -> Wants:
+        """A device announces its update, so that it is there to be asked."""
+        self._there.setdefault(device)
         return self._start(now)
 
     def chunk(self, device: str, chunk: Chunk, now: float) -> Wants:
@@ -157,15 +165,40 @@ class Uploads:
                 wants += self._end(device, Spoilt(device, upload.round, upload.attempt, str(error)), now)
         return wants + self._start(now)
 
-    def restart(self, now: float) -> Wants:
-        """After a reconnection: what was on the way is taken for lost and asked for again."""
-        wants: Wants = []
-        for device in sorted(self._running):
+    def interrupted(self, now: float) -> None:
+        """After a reconnection: what was on the way is lost, and who is there shows as devices announce themselves.
+
+        Until then they are not asked, and take nobody's place: where the broker was away, they come back one by one.
+        """
+        self._all_there_at = now + STALLED_S
+        self._there.clear()
+        for device in self._running:
             upload = self._uploads[device]
             if upload.pull is not None:
-                upload.moved_at = now
-                wants += [(device, w) for w in upload.pull.start(now)]
-        return wants
+                upload.pull.give_up()
+                upload.pull = None  # what has arrived stays on the disk
+        self._waiting = {**dict.fromkeys(sorted(self._running)), **self._waiting}
+        self._running.clear()
+
+    def born(self, device: str, session: int, answer_s: float, now: float) -> Wants:
+        """A device announces itself: on a new connection all that was on the way from it is lost, and asked for again.
+
+        Args:
+            device: The device.
+            session: The number of its connection.
+            answer_s: How long answers take, as far as the device knows.
+            now: The time.
+        """
+        self._answers.setdefault(device, AnswerTime()).told(answer_s)
+        before = self._there.get(device)
+        self._there[device] = session
+        upload = self._uploads.get(device)
+        if upload is None or upload.pull is None:
+            return self._start(now)
+        if before in (None, session):
+            return []  # it was asked on this connection
+        upload.moved_at = now
+        return [(device, w) for w in upload.pull.start(now)]
 
     def drop(self, device: str) -> list[str]:
         """Stop fetching from a device; what has arrived stays on the disk and is gone on from later.
@@ -221,13 +254,17 @@ class Uploads:
 
     def _start(self, now: float) -> Wants:
         wants: Wants = []
-        while self._waiting and len(self._running) < self._concurrent:
-            device = next(iter(self._waiting))
+        while len(self._running) < self._concurrent:
+            device = next((n for n in self._waiting if n in self._there or now >= self._all_there_at), None)
+            if device is None:
+                break
             del self._waiting[device]
             self._running.add(device)
             upload = self._uploads[device]
             try:
-                upload.pull = Pull(upload.ref, self._store.partial(upload.ref), limit=self._limit)
+                answers = self._answers.setdefault(device, AnswerTime())
+                partial = self._store.partial(upload.ref)
+                upload.pull = Pull(upload.ref, partial, limit=self._limit, answers=answers)
                 upload.moved_at = now
                 first = upload.pull.start(now)
             except ProtocolError as error:

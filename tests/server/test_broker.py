@@ -137,7 +137,18 @@ def test_traffic_adds_up_over_restarts(broker: EmbeddedBroker) -> None:
     assert broker.traffic().received["other"] == 15
 
 
-def test_a_taken_port_is_named(broker: EmbeddedBroker) -> None:
+def test_a_port_that_is_just_becoming_free_is_waited_for() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        threading.Timer(0.5, taken.close).start()
+        with EmbeddedBroker(port=port) as broker:
+            assert broker.port == port
+
+
+def test_a_taken_port_is_named(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedprune_server.broker._PORT_PATIENCE_S", 0.0)
     second = EmbeddedBroker(port=broker.port)
 
     with pytest.raises(BrokerError, match=rf"port {broker.port} of 127\.0\.0\.1 is taken"):

@@ -109,8 +109,13 @@ def test_a_broker_that_is_not_there_ends_with_one_clear_error(
 
 
 def test_a_taken_port_ends_with_one_clear_error(
-    model: Path, tmp_path: Path, taken_port: int, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    tmp_path: Path,
+    taken_port: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("fedprune_server.broker._PORT_PATIENCE_S", 0.0)
     command = ["run", "--insecure", "--model", str(model), "--state", str(tmp_path / "s"), "--port", str(taken_port)]
     assert main(command) == ExitCode.BROKER
     assert f"port {taken_port} of 127.0.0.1 is taken" in one_line(capsys)

@@ -100,7 +100,42 @@ def test_what_had_arrived_before_a_drop_is_not_fetched_again(tmp_path: Path) -> 
 
 def test_after_a_reconnection_everything_is_asked_for_again(world: World) -> None:
     wants = world.announce("a")
-    assert world.uploads.restart(1.0) == wants
+    world.uploads.interrupted(1.0)
+    assert world.uploads.tick(2.0) == []  # whether it is there nobody knows
+    assert world.uploads.born("a", 2, 0.0, 2.0) == wants
+
+
+def test_after_a_reconnection_nobody_who_is_away_takes_the_place_of_who_is_there(world: World) -> None:
+    for name in "abcd":
+        world.announce(name)
+    world.uploads.interrupted(1.0)
+    asked = [world.uploads.born(name, 2, 0.0, 2.0) for name in "dcb"]
+    assert [{device for device, _ in wants} for wants in asked] == [{"d"}, {"c"}, set()]
+    later = world.uploads.tick(1.0 + STALLED_S)  # a birth got lost, or a board that never says one
+    assert {device for device, _ in later} <= {"c", "d"}
+
+
+def test_after_a_reconnection_an_announcement_shows_that_its_device_is_there(world: World) -> None:
+    wants = world.announce("a")
+    world.uploads.interrupted(1.0)
+    assert world.announce("a", 2.0) == wants
+    assert world.uploads.born("a", 2, 0.0, 3.0) == []  # it was asked on this connection
+    assert world.uploads.born("a", 2, 0.0, 4.0) == []
+
+
+def test_a_device_on_a_new_connection_is_asked_again_and_on_the_same_one_not(world: World) -> None:
+    assert world.uploads.born("a", 1, 0.0, 0.0) == []
+    wants = world.announce("a")
+    assert world.uploads.born("a", 1, 0.0, 1.0) == []
+    assert world.uploads.born("a", 2, 0.0, 2.0) == wants
+
+
+def test_a_device_that_says_how_slow_its_way_is_is_given_that_time(world: World) -> None:
+    world.uploads.born("a", 1, 20.0, 0.0)
+    world.announce("a")
+    world.announce("b")
+    asked = {device for now in range(1, 40) for device, _ in world.uploads.tick(float(now))}
+    assert asked == {"b"}
 
 
 def test_a_reference_that_contradicts_itself_spoils_the_update(world: World) -> None:

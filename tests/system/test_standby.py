@@ -108,6 +108,7 @@ def check(state: Path) -> None:
 
 def test_a_standby_in_the_same_folder_ends_the_job_to_the_same_bits(pair: Pair, undisturbed: State) -> None:
     pair.start_all()
+    wait_until_training(pair, 1)  # else the second might be the first
     pair.start("second")
     pair.wait_for(lambda: "standing by" in pair.logs(), "the second server waits")
     state = take_over(pair, 2)

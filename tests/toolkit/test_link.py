@@ -97,6 +97,38 @@ def test_a_server_that_is_no_broker_is_given_up() -> None:
 
 
 @pytest.mark.board
+def test_a_slow_broker_has_its_time_for_each_answer_and_not_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "_ANSWER_S", -4.0)  # of paho's 5 s for a connection one is left
+    pause = 0.7
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(1000)
+                time.sleep(pause)
+                connection.sendall(b"\x20\x02\0\0")
+                number = connection.recv(1000)[2:4]
+                time.sleep(pause)
+                connection.sendall(b"\x90\x03" + number + b"\x01")
+                connection.recv(1000)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        link = Link(f"mqtt://127.0.0.1:{server.getsockname()[1]}", "slow")
+        link.subscribe(["topic"])
+        with closing(link):
+            link.start(patient=True)
+            up = link.get(10)
+            assert isinstance(up, ConnectionUp)
+            assert 2 * pause <= up.took < 10  # what a receiver takes for the way's slowness
+        server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.board
 def test_publishing_while_offline_is_declined() -> None:
     link = Link("mqtt://127.0.0.1:1", "x")
     link.start(patient=True)

@@ -154,7 +154,7 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
             now = time.monotonic()
             item = server.get(0.01)
             if isinstance(item, ConnectionUp):
-                post.ask(uploads.restart(now))
+                uploads.interrupted(now)
             elif isinstance(item, tuple) and item[0].endswith("/blob"):
                 post.ask(uploads.chunk("pi", Chunk.parse(item[1]), now))
             elif isinstance(item, tuple):

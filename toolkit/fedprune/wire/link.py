@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from paho.mqtt import client as paho
@@ -36,11 +36,19 @@ Will = tuple[str, bytes]
 MAX_DELAY = 60.0
 _STEADY = 10.0
 _POLL = 1.0
+_ANSWER_S = 5.0
+"""Seconds that a broker may take for each answer, beside those that a connection may take."""
 
 
 @dataclass(frozen=True)
 class ConnectionUp:
-    """The broker is there and all subscriptions are in force."""
+    """The broker is there and all subscriptions are in force.
+
+    Attributes:
+        took: Seconds from the request for a connection until then: two round trips, and what got lost of them.
+    """
+
+    took: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class Link:
         self._state = threading.Condition(threading.RLock())
         self._client: paho.Client | None = None
         self._up = False
+        self._asked_at = self._heard_at = 0.0  # when this connection was asked for, and when the broker last answered
         self._failure = ""
         self._reported = ""
         self._tell = False
@@ -272,7 +281,7 @@ class Link:
         client.connect(self.url.host, self.url.port, self._keepalive)
         with self._state:
             self._client, self._failure = client, ""
-        deadline = time.monotonic() + client.connect_timeout + 5
+        self._asked_at = self._heard_at = time.monotonic()
         answered, closed_at = False, 0.0
         code = MQTTErrorCode.MQTT_ERR_SUCCESS
         try:
@@ -281,7 +290,7 @@ class Link:
                 code = client.loop(_POLL)
                 self._settle()
                 answered = answered or self._up
-                if not answered and time.monotonic() > deadline:
+                if not answered and time.monotonic() > self._heard_at + client.connect_timeout + _ANSWER_S:
                     return self._failure or "it accepts connections but doesn't answer an MQTT CONNECT"
                 if self._closing.is_set():  # DISCONNECT is on its way and ends the loop, unless the network is stuck
                     closed_at = closed_at or time.monotonic()
@@ -324,6 +333,7 @@ class Link:
 
     def _on_connect(self, client: paho.Client, _user: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         with self._state:
+            self._heard_at = time.monotonic()
             if reason.is_failure:
                 self._failure = f"it refuses the connection ({str(reason).lower()})"
                 if self._trial is not None:
@@ -371,7 +381,7 @@ class Link:
         self._failure = ""
         if self._client is not None:
             self._hear(self._client, self._listened)
-        self._inbox.tell(ConnectionUp())
+        self._inbox.tell(ConnectionUp(time.monotonic() - self._asked_at))
         self._state.notify_all()
 
     def _lost(self, reason: str) -> None:

@@ -52,6 +52,7 @@ class Birth(CheckedMessage):
         probe: What the board measured of itself.
         held: The job, round and attempt that it works on or whose update it still has to deliver.
         codecs: Names of the codecs in which it can send updates (`fedprune.codec`); None where it knows none.
+        answer_s: Seconds that answers take on its way, as far as it knows.
     """
 
     device: str
@@ -62,9 +63,10 @@ class Birth(CheckedMessage):
     probe: dict[str, Any] | None = None
     held: dict[str, Any] | None = None
     codecs: tuple[str, ...] | None = None
+    answer_s: float | None = field(default=None, compare=False)
 
     kind: ClassVar[str] = "birth"
-    newer: ClassVar[frozenset[str]] = frozenset({"codecs"})
+    newer: ClassVar[frozenset[str]] = frozenset({"codecs", "answer_s"})
     checks: ClassVar[Mapping[str, Check]] = {
         "device": check.device,
         "session": _COUNT,
@@ -74,6 +76,7 @@ class Birth(CheckedMessage):
         "probe": check.optional(check.plain),
         "held": check.optional(check.assignment),
         "codecs": check.optional(check.names(_MOST_CODECS)),
+        "answer_s": check.optional(check.number(0.0, 3600.0)),
     }
 
 
@@ -405,6 +408,7 @@ class Want(CheckedMessage):
         shared: True where a device listens to the topic that all who pull this blob share, so that the answer may come
             there; None where it doesn't.
         most: How many leaves or pieces a chunk may hold; None where the sender's own limit will do.
+        number: Drawn anew for every want: one that comes with the same number again is the same, doubled on its way.
     """
 
     sha256: str
@@ -413,9 +417,10 @@ class Want(CheckedMessage):
     count: int
     shared: bool | None = None
     most: int | None = None
+    number: int | None = field(default=None, compare=False)
 
     kind: ClassVar[str] = "want"
-    newer: ClassVar[frozenset[str]] = frozenset({"shared", "most"})
+    newer: ClassVar[frozenset[str]] = frozenset({"shared", "most", "number"})
     checks: ClassVar[Mapping[str, Check]] = {
         "sha256": check.digest,
         "part": check.choice(*PARTS),
@@ -423,6 +428,7 @@ class Want(CheckedMessage):
         "count": check.whole(1, MAX_WANT),
         "shared": check.optional(check.true),
         "most": check.optional(check.whole(1, MAX_WANT)),
+        "number": check.optional(check.whole(0, 2**31 - 1)),
     }
 
 

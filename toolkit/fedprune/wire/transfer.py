@@ -14,6 +14,7 @@ from contextlib import suppress
 from fedprune.blobs import BlobStore
 from fedprune.errors import ProtocolError, StorageError
 from fedprune.partial_blob import PartialBlob
+from fedprune.wire.answer_time import MAX_PATIENCE, AnswerTime
 from fedprune.wire.blob_ref import DIGEST, LEAF, BlobRef
 from fedprune.wire.chunk import MAX_PACKET, Chunk, leaves_per_chunk, read_chunks
 from fedprune.wire.chunk_limit import ChunkLimit
@@ -38,8 +39,6 @@ PATIENCE = 5.0
 MAX_TRIES = 8
 """Times that one leaf or the leaf table may arrive damaged before the transfer fails."""
 
-MAX_PATIENCE = 120.0
-
 
 class Pull:
     """One blob on its way here.
@@ -56,6 +55,7 @@ class Pull:
         patience_s: Seconds without progress after which what is on the way is asked for again. It grows when that
             doesn't help, and with the time that leaves need to arrive.
         shared: Whether the caller listens to the blob's shared topic: then leaves that others asked for are taken, too.
+        answers: How long answers take; shared by pulls from one peer.
         lend: Writes leaves that needn't be asked for, because they are here; called once, when the leaf table is there.
 
     Raises:
@@ -72,6 +72,7 @@ class Pull:
         limit: ChunkLimit | None = None,
         patience_s: float = PATIENCE,
         shared: bool = False,
+        answers: AnswerTime | None = None,
         lend: Callable[[PartialBlob], object] | None = None,
     ) -> None:
         if not 1 <= chunk_leaves <= window_leaves <= MAX_WANT:
@@ -92,12 +93,13 @@ class Pull:
         self._chunk = chunk_leaves
         self._most = window_leaves
         self._window = self._least = min(window_leaves, WINDOW_LEAVES)
+        self._answers = answers or AnswerTime()
         self._base = self._patience = patience_s
         self._asked: dict[int, tuple[int, float]] = {}  # leaf or piece on the way: serial number and time of asking
+        self._twice: set[int] = set()  # those of them that were asked for again and may come for the first asking, too
         self._serial = 0
         self._newest = 0  # highest serial number that has arrived
         self._moved_at = 0.0
-        self._slowest = 0.0
         self._tries: dict[int, int] = {}
         self._cursor = 0
         self._pieces: dict[int, bytes] = {}
@@ -131,9 +133,14 @@ class Pull:
             return []
         self.give_up()
         self._moved_at = now
-        self._patience, self._window = self._base, self._least
+        self._patience, self._window = self._answers.patience(self._base), self._least
+        self._twice.clear()
         wants = self._again(list(self._asked), now)
         return wants + self._advance(now)
+
+    def remind(self, now: float) -> list[Want]:
+        """Ask again for what should have come by now: the sender says that it is there, and may have forgotten all."""
+        return self._repeat([i for i, (_, at) in self._asked.items() if now - at >= self._answers.slowest], now)
 
     def on_chunk(self, chunk: Chunk, now: float) -> list[Want]:
         """Take in a chunk; what was not asked for is ignored, unless the blob is shared.
@@ -170,13 +177,13 @@ class Pull:
             self.give_up()
             self.stalls += 1
             self._patience = min(2 * self._patience, max(MAX_PATIENCE, self._base))
-            return self._again(list(self._asked), now)
+            return self._repeat(list(self._asked), now)
         overtaken = []
         for index, (serial, asked_at) in self._asked.items():  # in the order of asking
             if serial >= self._newest or now - asked_at <= self._patience:
                 break
             overtaken.append(index)
-        return self._again(overtaken, now)
+        return self._repeat(overtaken, now)
 
     def give_up(self) -> None:
         """Nothing more will come of what was asked for: if nothing of it did, the chunks may have been too large."""
@@ -204,7 +211,8 @@ class Pull:
                 continue
             serial, asked_at = self._asked.pop(index)
             self._newest = max(self._newest, serial)
-            self._progressed(now - asked_at, now)
+            self._progressed(None if index in self._twice else now - asked_at, now)
+            self._twice.discard(index)
         return bad
 
     def _overheard(self, index: int, payload: memoryview) -> bool:
@@ -218,15 +226,17 @@ class Pull:
         self._pieces[index] = bytes(payload)
         return True
 
-    def _progressed(self, took: float, now: float) -> None:
+    def _progressed(self, took: float | None, now: float) -> None:
         self.stalls = 0
         self._moved_at = now
-        self._slowest = max(0.95 * self._slowest, took)
+        if took is None:
+            return  # which of two askings was answered nobody knows, so this says nothing about the time (Karn)
+        self._answers.came(took)
         if took < _QUICK_S:
             self._window = min(self._window + 1, self._most)
         elif took > _SLOW_S:
             self._window = self._least
-        self._patience = min(max(self._base, 2 * self._slowest), max(MAX_PATIENCE, self._base))
+        self._patience = self._answers.patience(self._base)
 
     def _count_try(self, index: int) -> None:
         tries = self._tries[index] = self._tries.get(index, 0) + 1
@@ -273,6 +283,11 @@ class Pull:
             if not (self._partial.present[index] if data else index in self._pieces):
                 new.append(index)
         return self._again(new, now)
+
+    def _repeat(self, indices: list[int], now: float) -> list[Want]:
+        """Ask again for what may be on its way."""
+        self._twice.update(indices)
+        return self._again(indices, now)
 
     def _again(self, indices: Iterable[int], now: float) -> list[Want]:
         wants: list[Want] = []

@@ -1,0 +1,127 @@
+"""What is asked again before its answer can be here comes twice: how long to wait is known from the connection on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.blobs import BlobStore
+from fedprune.wire.answer_time import MAX_PATIENCE, AnswerTime
+from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.messages import Want
+from fedprune.wire.numbered_wants import NumberedWants, numbered
+from fedprune.wire.transfer import PATIENCE, Pull, Serve
+
+pytestmark = pytest.mark.board
+
+
+def askings(store: BlobStore, pull: Pull, answers_take: float, begin: float = 0.0) -> int:
+    """How many leaves are asked for, all in all, until a blob is here over a way that loses nothing."""
+    asked, now = 0, begin
+    way: list[tuple[float, bytes]] = []
+
+    def ask(wants: list[Want]) -> None:
+        nonlocal asked
+        for want in wants:
+            asked += want.count
+            answer = Serve(store).answer(want)
+            assert not hasattr(answer, "sha256")
+            way.extend((now + answers_take, raw) for raw in answer)
+
+    ask(pull.start(now))
+    while not pull.done:
+        now += 0.5
+        due, way[:] = [raw for at, raw in way if at <= now], [entry for entry in way if entry[0] > now]
+        for raw in due:
+            ask(pull.on_chunk(Chunk.parse(raw), now))
+        ask(pull.on_tick(now))
+        assert now < begin + 10_000
+    return asked
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> tuple[BlobStore, BlobStore]:
+    return BlobStore(tmp_path / "there", durable=False), BlobStore(tmp_path / "here", durable=False)
+
+
+@pytest.mark.parametrize("took", [0.0, 2.0, 6.0, 20.0])
+def test_nothing_is_asked_for_twice_where_answers_take_what_the_connection_lets_expect(
+    stores: tuple[BlobStore, BlobStore], took: float
+) -> None:
+    there, here = stores
+    answers = AnswerTime()
+    answers.connected(took)
+    for number, leaves in enumerate((1, 40)):
+        ref = there.put(bytes([number]) * (leaves * LEAF))
+        table = ref.piece_count if leaves > 1 else 0
+        pull = Pull(ref, here.partial(ref), answers=answers)
+        assert askings(there, pull, max(PATIENCE - 1, 3.5 * took)) == leaves + table
+
+
+def test_what_one_blob_taught_the_next_one_knows(stores: tuple[BlobStore, BlobStore]) -> None:
+    there, here = stores
+    answers = AnswerTime()
+    first, second = there.put(b"a" * (40 * LEAF)), there.put(b"b" * LEAF)
+    alone = askings(there, Pull(first, here.partial(first), answers=answers), 9.0)
+    assert alone > first.leaf_count + first.piece_count  # nobody had told it
+    assert askings(there, Pull(second, here.partial(second), answers=answers), 9.0) == 1
+
+
+def test_an_answer_to_one_of_two_askings_says_nothing_about_the_time(stores: tuple[BlobStore, BlobStore]) -> None:
+    there, here = stores
+    answers = AnswerTime()
+    ref = there.put(b"c" * LEAF)
+    pull = Pull(ref, here.partial(ref), answers=answers)
+    pull.start(0.0)
+    (want,) = pull.on_tick(PATIENCE + 1)
+    answer = Serve(there).answer(want)
+    for raw in answer:  # type: ignore[union-attr]
+        pull.on_chunk(Chunk.parse(raw), PATIENCE + 1.01)
+    assert pull.done
+    assert answers.slowest == 0.0
+
+
+def test_a_server_that_says_that_it_is_there_is_reminded_of_what_is_overdue_alone(
+    stores: tuple[BlobStore, BlobStore],
+) -> None:
+    there, here = stores
+    ref = there.put(b"d" * LEAF)
+    slow, quick = AnswerTime(), AnswerTime()
+    slow.connected(4.0)
+    quick.connected(0.01)
+    for answers, expected in ((slow, 0), (quick, 1)):
+        pull = Pull(ref, here.partial(ref), answers=answers)
+        pull.start(0.0)
+        assert len(pull.remind(3.0)) == expected
+        assert len(pull.remind(100.0)) == 1
+
+
+@given(st.lists(st.one_of(st.floats(0, 1e6), st.floats(0, 1e6).map(lambda x: -x - 1)), max_size=30))
+@settings(max_examples=50)
+def test_patience_has_bounds_and_covers_the_last_answer(took: list[float]) -> None:
+    answers = AnswerTime()
+    for seconds in took:
+        if seconds < 0:
+            answers.connected(-seconds - 1)
+            answers.told(-seconds - 1)
+        else:
+            answers.came(seconds)
+            assert answers.patience(PATIENCE) >= min(2 * seconds, MAX_PATIENCE)
+    assert PATIENCE <= answers.patience(PATIENCE) <= MAX_PATIENCE
+    assert answers.patience(500.0) == 500.0
+
+
+def test_a_want_that_came_before_is_the_same_one_only_from_the_same_device_by_its_number() -> None:
+    plain = Want("ab" * 32, "data", 0, 4)
+    one, other = numbered(plain), numbered(plain)
+    assert one == other == plain
+    wants = NumberedWants()
+    assert [wants.doubled("a", w) for w in (one, other, one, plain, plain)] == [False, False, True, False, False]
+    assert not wants.doubled("b", one)
+    for _ in range(5000):
+        wants.doubled("b", numbered(plain))
+    assert not wants.doubled("a", one)  # long ago
