@@ -24,6 +24,7 @@ from fedprune.wire.blob_ref import DIGEST, LEAF, BlobRef
 from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.broker_url import failure
 from fedprune.wire.fields import one_line
+from fedprune_device.shared_leaves import SharedLeaves
 
 SILENT_S = 10.0
 """How long the server may take to connect, and to send nothing."""
@@ -73,6 +74,7 @@ class WebFetch:
         self.done, self.total = 0, sum(r.leaf_count for r in refs)
         self.bytes = 0
         self._store, self._refs = store, tuple(refs)
+        self._shared = SharedLeaves(store)
         self._clock = clock
         self._moved_at = clock()
         self._ending = threading.Event()
@@ -128,6 +130,8 @@ class WebFetch:
                 return
             if partial.table is None:
                 self._table(partial)
+            with self._at_the_disk():
+                self.done += self._shared.lend(partial)
             while partial.count < ref.leaf_count:
                 self._missing(partial)
             self._check()

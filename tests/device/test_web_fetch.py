@@ -63,6 +63,15 @@ def fetched(store: BlobStore, url: str, *refs: BlobRef, tls: Callable[[], ssl.SS
     return fetch
 
 
+def test_leaves_that_another_blob_here_has_are_not_fetched(web: WebPlace, store: BlobStore) -> None:
+    store.put(BLOB[: 12 * LEAF] + b"another end")
+    fetch = fetched(store, web.url)
+    assert fetch.failure == ""
+    assert store.read(REF.sha256) == BLOB
+    assert fetch.bytes == len(BLOB) - 12 * LEAF
+    assert fetch.done == fetch.total
+
+
 def rest_over_mqtt(store: BlobStore, web: WebPlace) -> int:
     """Pull what is missing as MQTT does, from the store behind the web server; leaves that it took."""
     pull = Pull(REF, store.partial(REF))
