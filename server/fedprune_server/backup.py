@@ -23,6 +23,7 @@ from fedprune.errors import ConfigError, StorageError
 from fedprune_server.backup_manifest import DATABASE, NAME, Entry, Manifest
 from fedprune_server.database import copy_sqlite
 from fedprune_server.database_copy import snapshot
+from fedprune_server.further_folders import FOLDER as FURTHER
 from fedprune_server.identity_folder import FOLDER as IDENTITY
 from fedprune_server.rollout_store import FILE as ROLLOUTS
 from fedprune_server.rollout_store import FOLDER as RELEASES
@@ -33,7 +34,7 @@ from fedprune_server.store_inventory import Inventory, inventory, lying
 
 _ATTEMPTS = 5
 _LOCK = "lock"
-_OURS = {NAME, "blobs", "files", _LOCK}
+_OURS = {NAME, "blobs", "files", FURTHER, _LOCK}
 _IDENTITY = (  # the register before the devices: a certificate that was issued is then known to be, or not yet
     "authority.key", "authority.pem", "register.jsonl", "crl.pem", "signing.key", "epoch", "server.key", "server.pem",
     "broker.key", "broker.pem", "identity.db", "site",

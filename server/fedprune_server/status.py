@@ -83,6 +83,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
     ]
     return {
         "folder": str(folder),
+        "server": str(identity or folder),
         "running": running,
         "heard_at": last,
         "job": (settings or {}).get("job", {}),
@@ -132,7 +133,7 @@ def _phase(body: dict[str, Any]) -> str:
 def _stopped(body: dict[str, Any]) -> str:
     since = "" if body["heard_at"] is None else f"; the last event was at {_clock(body['heard_at'])}"
     end = "" if body["phase"] == Phase.FINISHED.value else "; to go on: fedprune-server run --state "
-    return f"  no server is running{since}{end and end + shlex.quote(body['folder'])}"
+    return f"  no server is running{since}{end and end + shlex.quote(body['server'])}"
 
 
 def _revoked(folder: Path) -> set[str]:

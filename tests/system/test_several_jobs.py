@@ -112,3 +112,8 @@ def test_two_jobs_share_a_fleet_over_a_kill_and_end_as_if_alone(site: SharedSite
     assert "job first: round 2 of 2, finished" in said.stdout
     assert "job second: round 2 of 2, finished" in said.stdout
     assert server("check", "--state", site.state).returncode == ExitCode.OK
+    assert server("backup", "--state", site.state, "--to", site.folder / "backup").returncode == ExitCode.OK
+    copy = site.folder / "copy"
+    assert server("restore", "--from", site.folder / "backup", "--state", copy).returncode == ExitCode.OK
+    assert server("status", "--state", copy).stdout == said.stdout.replace(str(site.state), str(copy))
+    assert server("check", "--state", copy).returncode == ExitCode.OK
