@@ -90,6 +90,8 @@ class DeviceStore:
             self.own.prepare()
             self.session = _number(self._read("session.json"))
             self.task = self._load_task()
+            if self.task is not None:
+                self.own.turn_to(self.task.offer.job)
             self.pending = self._load_pending()
         except BaseException:
             os.close(self._lock)
@@ -122,13 +124,14 @@ class DeviceStore:
         return number
 
     def accept(self, offer: messages.Offer) -> None:
-        """Make an offer the current one; what was kept for another job, whose end was missed, is forgotten.
+        """Make an offer the current one; what is the board's own in another job is laid aside.
 
         Raises:
             StorageError: The disk fails or is full; the old offer stays.
         """
         if self._of_another_run(offer):
             self.own.clear()
+        self.own.turn_to(offer.job)
         self._set_task(Task(offer))
 
     def finish(self) -> None:
@@ -217,7 +220,7 @@ class DeviceStore:
 
     def _of_another_run(self, offer: messages.Offer) -> bool:
         before = None if self.task is None else self.task.offer
-        return before is not None and (before.job, before.seed) != (offer.job, offer.seed)
+        return before is not None and before.job == offer.job and before.seed != offer.seed
 
     def _unwanted(self, task: Task | None) -> list[str]:
         wanted = set()
