@@ -195,8 +195,8 @@ class Host:
             return [named]
         if message is None or isinstance(message, Gone):
             return list(self.desks.values())  # each knows what it waits for
-        if isinstance(message, Want) and job == NO_JOB and device in self._lent:
-            return [self.desks[self._lent[device]]]
+        if isinstance(message, Want) and job == NO_JOB:
+            return [d for d in self.desks.values() if d.offers(device, message.sha256)][:1] or [self._first]
         return [self._first]
 
     # Who is there.

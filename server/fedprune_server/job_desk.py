@@ -195,6 +195,10 @@ class JobDesk(Daemon):
             return self.state.phase is not Phase.FINISHED
         return self.state.phase in (Phase.SCORING, Phase.TRAINING)
 
+    def offers(self, device: str, sha256: str) -> bool:
+        """Whether a device may fetch a blob, as its part in this job or as a release."""
+        return sha256 in self._reception.offered(device)
+
     def fits(self, device: str, session: int) -> bool:
         """Whether the job could give a device something to do, as far as is known."""
         known, task = self.state.devices.get(device), self.state.tasks.get(device)

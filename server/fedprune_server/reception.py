@@ -191,7 +191,7 @@ class Reception:
                 return self.ended(device, message.session)
             case Want():
                 self._roster.heard(device, self._monotonic())
-                self._post.fetched(device, message, self._offered(device))
+                self._post.fetched(device, message, self.offered(device))
             case ReleaseReport():
                 if self._desk is not None:
                     self._desk.reported(message)
@@ -297,7 +297,7 @@ class Reception:
             return
         self._post.send(device, Cancelled(job, round, attempt, reason), job)
 
-    def _offered(self, device: str) -> frozenset[str]:
+    def offered(self, device: str) -> frozenset[str]:
         """Digests of what a device may fetch: only what its own offer names, and the release that it is given."""
         task = self._state.tasks.get(device)
         offer: Mapping[str, Any] = (task.offer if task else None) or {}

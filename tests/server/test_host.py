@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fleet import Fleet
+from fleet import Fleet, fill
 from several import KilledError, SeveralJobs, named
 
 from fedprune.coordination import Phase, State
-from fedprune.wire.messages import Finished, Offer
+from fedprune.errors import ConfigError
+from fedprune.wire.link import ConnectionDown, ConnectionUp
+from fedprune.wire.messages import Cancelled, Finished, Offer, Update
+from fedprune_server.config import ServerConfig
+from fedprune_server.further_jobs import further
+from fedprune_server.storage import Storage
 from toy import JOB
 
 
@@ -115,3 +121,68 @@ def test_a_device_that_connects_anew_at_work_goes_on_with_what_it_owes(tmp_path:
     assert all(folded(s) == [["a", "b", "c"]] * 3 for s in states.values())
     assert several.air.now < JOB.deadline_s
     assert several.clashes == []
+
+
+def test_what_is_of_no_job_of_the_server_is_cancelled(tmp_path: Path) -> None:
+    several = SeveralJobs(tmp_path, [named(JOB, "one", rounds=1), named(JOB, "two", rounds=1)], "abc")
+    device = several.air.devices["a"]
+    device.pending = Update("a", "third", 4, 1, "0" * 64, device.store.put(fill("old")), 10, 5)
+    several.run()
+    said = [m for m in device.heard if isinstance(m, Cancelled)]
+    assert said
+    assert {(m.job, m.round) for m in said} == {("third", 4)}
+
+
+def test_a_device_that_no_job_can_plan_for_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    several = SeveralJobs(tmp_path, [named(JOB, "one"), named(JOB, "two")], "abcd")
+    several.air.devices["b"].profile = "unknown-board"
+    states = several.run()
+    assert all(folded(s) == [["a", "c", "d"]] * 3 for s in states.values())
+    assert "there is no hardware profile called" in caplog.text
+
+
+def test_devices_that_do_not_come_back_after_an_outage_are_lent_no_more(tmp_path: Path) -> None:
+    several = SeveralJobs(tmp_path, [named(JOB, "one", devices=2), named(JOB, "two", devices=2)], "abc")
+    host = several.host()
+    gone = several.air.devices["c"]
+    taken = gone.take
+
+    def vanish(offer: Offer) -> None:
+        taken(offer)
+        gone.hear = lambda topic, payload: None  # type: ignore[method-assign]
+        several.air.inbox.extend([ConnectionDown("an outage"), ConnectionUp()])
+
+    gone.take = vanish  # type: ignore[method-assign]
+    states = several.run(host)
+    assert all(s.phase is Phase.FINISHED for s in states.values())
+    assert "c" not in host.lent
+    assert several.clashes == []
+
+
+def test_jobs_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="names that differ"):
+        SeveralJobs(tmp_path, [JOB, JOB], "a").host()
+
+
+def test_further_jobs_are_found_in_files_and_in_the_folder(tmp_path: Path) -> None:
+    first = ServerConfig(state=tmp_path / "state", max_devices=7, archive=True)
+    file = tmp_path / "birds.toml"
+    file.write_text('[job]\nname = "birds"\nrounds = 4\n[model]\npath = "m.onnx"\n[server]\nweight = 2\n')
+    (found,) = further(first, [file])
+    assert (found.job.name, found.job.rounds, found.weight, found.archive) == ("birds", 4, 2, False)
+    assert (found.state, found.max_devices, found.model) == (
+        first.state / "jobs" / "birds",
+        7,
+        str(tmp_path / "m.onnx"),
+    )
+    found.state.mkdir(parents=True)
+    (first.state / "jobs" / "nothing").mkdir()
+    with Storage.at(found.state) as storage:
+        storage.put_settings({"job": found.job.to_dict(), "name": "m", "server": found.server_settings()})
+    (again,) = further(first, [])
+    assert again == replace(found, model=None)
+    with pytest.raises(ConfigError, match="birds twice"):
+        further(first, [file, file])
+    file.write_text('[job]\nname = "birds"\n[server]\nport = 1\n')
+    with pytest.raises(ConfigError, match="of a further job"):
+        further(first, [file])
