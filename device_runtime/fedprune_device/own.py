@@ -253,22 +253,22 @@ class OwnFolder:
             if name not in (place, beside):
                 durable.remove(self._root / name)
 
-    def turn_to(self, job: str) -> None:
+    def turn_to(self, job: str, before: str = "") -> None:
         """Lay aside what is of another job, and take out what was laid aside of this one.
 
         After a crash at any point in it, doing it again loses nothing.
 
         Args:
             job: The job's name.
+            before: Whose the records are, where the folder has never held those of two jobs; empty for this one's.
 
         Raises:
             StorageError: The disk fails.
         """
         marker = self._root / _JOB
-        before = (_content(marker) or b"").decode(errors="replace")
+        before = (_content(marker) or b"").decode(errors="replace") or before or job
         if before != job:
-            if before:
-                self._move(self._root, self._aside(before))
+            self._move(self._root, self._aside(before))
             durable.write(marker, job.encode())
         if self._aside(job).is_dir():
             self._move(self._aside(job), self._root)
@@ -289,17 +289,21 @@ class OwnFolder:
 
     def _move(self, source: Path, target: Path) -> None:
         with storage_errors(f"can't write {target}"):
-            target.mkdir(parents=True, exist_ok=True)
-            for name in _SLOTS:
-                if (source / name).exists():
-                    durable.move(source / name, target / name)
-            target.touch()
+            names = [n for n in _SLOTS if (source / n).exists()]
+            if names:
+                target.mkdir(parents=True, exist_ok=True)
+                target.touch()
+            for name in names:
+                durable.move(source / name, target / name)
 
     def _let_go(self) -> None:
         """Delete what is of jobs that the board has not worked for for long."""
         others = self._root / _OTHERS
         with storage_errors(f"can't write {others}"):
-            aside = [p for p in others.iterdir() if any(p.iterdir())] if others.is_dir() else []
+            aside = list(others.iterdir()) if others.is_dir() else []
+            for path in [p for p in aside if not any(p.iterdir())]:
+                path.rmdir()
+                aside.remove(path)
             for path in sorted(aside, key=lambda p: p.stat().st_mtime)[:-MOST_OTHERS]:
                 shutil.rmtree(path)
 

@@ -90,8 +90,7 @@ class DeviceStore:
             self.own.prepare()
             self.session = _number(self._read("session.json"))
             self.task = self._load_task()
-            if self.task is not None:
-                self.own.turn_to(self.task.offer.job)
+            self._turn_to_job()
             self.pending = self._load_pending()
         except BaseException:
             os.close(self._lock)
@@ -131,7 +130,7 @@ class DeviceStore:
         """
         if self._of_another_run(offer):
             self.own.clear()
-        self.own.turn_to(offer.job)
+        self.own.turn_to(offer.job, "" if self.task is None else self.task.offer.job)
         self._set_task(Task(offer))
 
     def finish(self) -> None:
@@ -240,6 +239,14 @@ class DeviceStore:
         with storage_errors(f"can't read {self.blobs.root}"):
             unfinished = {p.name.split(".")[0] for p in (self.blobs.root / "partial").iterdir()}
         return sorted((unfinished | set(self.blobs.names())) - wanted)
+
+    def _turn_to_job(self) -> None:
+        """Have what is the board's own in the present job at hand, also where a crash came in between."""
+        try:
+            if self.task is not None:
+                self.own.turn_to(self.task.offer.job)
+        except StorageError as error:  # a full disk keeps no board from starting; the next offer needs it
+            _LOG.warning("%s", error)
 
     def _set_task(self, task: Task) -> None:
         durable.write_document(self.root / "offer.json", {"message": _body(task.offer), "done": task.done})

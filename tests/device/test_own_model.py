@@ -329,7 +329,7 @@ def test_it_is_kept_of_a_few_jobs_and_until_they_are_over(tmp_path: Path) -> Non
     own = OwnFolder(tmp_path / "own")
     own.prepare()
     for i in range(MOST_OTHERS + 2):
-        own.turn_to(f"job{i}")
+        own.turn_to(f"job{i}", f"job{i - 1}")
         own.put(bytes([i]), None)
         time.sleep(0.01)
     for i in range(1, MOST_OTHERS + 1):
@@ -363,7 +363,7 @@ def test_a_death_at_any_point_of_turning_to_another_job_loses_nothing(tmp_path: 
             for name in ("move", "write"):
                 patch.setattr(durable, name, dying(getattr(durable, name)))
             with contextlib.suppress(KeyboardInterrupt):
-                own.turn_to("two")
+                own.turn_to("two", "one")
                 own.turn_to("one")
         own = OwnFolder(tmp_path / str(count))
         own.turn_to("one")
