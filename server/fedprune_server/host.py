@@ -183,7 +183,7 @@ class Host:
         if isinstance(message, (Birth, Death)) and message.device == device:
             self._presence(message, len(payload), (topic, payload))
             return
-        if device not in self._here:
+        if device not in self._here and any(device in d.state.devices for d in self.desks.values()):
             self._ask(device)
         for desk in self._concerned(message, device, job):
             desk.hear((topic, payload))
@@ -282,7 +282,7 @@ class Host:
     def _share_once(self) -> bool:
         """Share out what is free; returns whether a job got something."""
         borrowers = [b for d in self.desks.values() if (b := d.borrower()) is not None]
-        able = self._lending.able(borrowers, self._here, self._fits)
+        able = self._lending.able(borrowers, self._here, self._takes)
         alone = able[0].job if len(able) == 1 else None
         free = []
         for device, birth in self._here.items():
@@ -294,20 +294,23 @@ class Host:
                 self.desks[job].recall(device, birth.session)
             # After a restart of either side a part may be under way: it is gone on with.
             mine = next((n for n, d in self.desks.items() if d.works(device)), None)
-            if mine is not None:
-                self._hand(mine, [device])
-            else:
+            if mine is None:
                 free.append(device)
+            elif (mine, device) not in self._unfit:
+                self._hand(mine, [device])
         if alone is not None:
-            found = {alone: [d for d in free if self._fits(alone, d)]}
+            found = {alone: [d for d in free if self._takes(alone, d)]}
         else:
-            found = self._lending.lend(borrowers, free, self._here, self._fits)
+            found = self._lending.lend(borrowers, free, self._here, self._takes, self._fits)
         for job, devices in found.items():
             self._hand(job, devices)
         return any(found.values())
 
+    def _takes(self, job: str, device: str) -> bool:
+        return (job, device) not in self._unfit and self.desks[job].takes(device, self._here[device].session)
+
     def _fits(self, job: str, device: str) -> bool:
-        return (job, device) not in self._unfit and self.desks[job].fits(device, self._here[device].session)
+        return self._takes(job, device) and self.desks[job].fits(device)
 
     def _hand(self, job: str, devices: Sequence[str]) -> None:
         """Let a job have devices, all at once."""

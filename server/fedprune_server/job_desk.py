@@ -11,7 +11,7 @@ from typing import Any
 from fedprune.coordination import Phase, State
 from fedprune.coordination import events as on
 from fedprune.coordination.lending import Borrower
-from fedprune.coordination.state import Progress, Task
+from fedprune.coordination.state import Progress
 from fedprune.errors import ProtocolError
 from fedprune.schedule import SYNCHRONOUS
 from fedprune.strategies import compose
@@ -199,16 +199,15 @@ class JobDesk(Daemon):
         """Whether a device may fetch a blob, as its part in this job or as a release."""
         return sha256 in self._reception.offered(device)
 
-    def fits(self, device: str, session: int) -> bool:
-        """Whether the job could give a device something to do, as far as is known."""
-        known, task = self.state.devices.get(device), self.state.tasks.get(device)
-        if known is not None and known.session == session and known.excluded:
-            return False
-        return task is None or task.basis is None or self._tried(task)
+    def takes(self, device: str, session: int) -> bool:
+        """Whether a device can take part in the job, as far as is known."""
+        known = self.state.devices.get(device)
+        return known is None or known.session != session or not known.excluded
 
-    def _tried(self, task: Task) -> bool:
-        """Whether a device's part in an asynchronous job lets it have another one now."""
-        return task.progress in _UNDER_WAY or (task.progress is Progress.REFUSED and task.deadline is None)
+    def fits(self, device: str) -> bool:
+        """Whether the job would give a device something to do now: an asynchronous one not twice on one model."""
+        task = self.state.tasks.get(device)
+        return task is None or task.basis is None or (task.progress is Progress.REFUSED and task.deadline is None)
 
     def borrower(self) -> Borrower | None:
         """What the job needs now; None if it is finished."""

@@ -62,18 +62,23 @@ class Lending:
         """Seconds of devices' time that a job has had, or is taken to have had: nobody saves up by standing aside."""
         return self._used[job]
 
-    def able(self, borrowers: Sequence[Borrower], present: Collection[str], fits: Fits) -> list[Borrower]:
+    def able(self, borrowers: Sequence[Borrower], present: Collection[str], takes: Fits) -> list[Borrower]:
         """The jobs among which devices are shared: those that enough devices are there for.
 
         Args:
             borrowers: Jobs that are not finished.
             present: All devices that are there, free or at work.
-            fits: Which of them fit which job.
+            takes: Which of them can take part in which job.
         """
-        return [b for b in borrowers if b.weight > 0 and sum(fits(b.job, d) for d in present) >= max(1, b.least)]
+        return [b for b in borrowers if b.weight > 0 and sum(takes(b.job, d) for d in present) >= max(1, b.least)]
 
     def lend(
-        self, borrowers: Sequence[Borrower], free: Collection[str], present: Collection[str], fits: Fits
+        self,
+        borrowers: Sequence[Borrower],
+        free: Collection[str],
+        present: Collection[str],
+        takes: Fits,
+        fits: Fits | None = None,
     ) -> dict[str, list[str]]:
         """Share the free devices out.
 
@@ -81,12 +86,14 @@ class Lending:
             borrowers: Jobs that are not finished; the order decides where nothing else does.
             free: Devices of which nothing is awaited.
             present: All devices that are there.
-            fits: Which of them fit which job.
+            takes: Which of them can take part in which job.
+            fits: Which of them a job would give something to do now; all of those by default.
 
         Returns:
             Which devices each job gets now; jobs that get none are left out.
         """
-        able = self.able(borrowers, present, fits)
+        fits = fits or takes
+        able = self.able(borrowers, present, takes)
         self._enter(able)
         total = sum(b.weight for b in able)
         left, found = set(free), dict[str, list[str]]()
