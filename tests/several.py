@@ -67,10 +67,10 @@ class SeveralJobs:
         for name in names:
             self.air.devices[name] = JobsDevice(name, folder / "devices", self.air)
 
-    def host(self) -> Host:
-        """A host on what the folders hold, as a new process would make it."""
+    def host(self, **first: Any) -> Host:
+        """A host on what the folders hold, as a new process would make it; with options for the first job's desk."""
         quarantine = Quarantine(lambda: self.air.now)
-        desks = []
+        desks: list[JobDesk] = []
         for job in self.jobs:
             path = self.folder / job.name
             path.mkdir(exist_ok=True)
@@ -86,7 +86,7 @@ class SeveralJobs:
                 return self.air.now
 
             options: dict[str, Any] = {"quarantine": quarantine, "weight": self.weights.get(job.name, 1.0)}
-            options |= {"clock": clock, "monotonic": clock, "keep": None}
+            options |= {"clock": clock, "monotonic": clock, "keep": None, **({} if desks else first)}
             desks.append(JobDesk(job, ARCHITECTURE, state, storage, store, worker, self.air, **options))
         self.desks = {d.job.name: d for d in desks}
         return Host(desks, self.air, quarantine, clock=lambda: self.air.now, monotonic=lambda: self.air.now)
