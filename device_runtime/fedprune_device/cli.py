@@ -115,9 +115,11 @@ def _add_run(commands: Any) -> None:
         help="the precision at which the model predicts, as long as it says what float32 says (default: float32)",
     )
     run.add_argument(
-        "--serve-job", type=_job, default="", metavar="JOB",
+        "--serve-job",
+        type=_job,
+        metavar="JOB",
         help="models of this job alone serve predictions (default: the newest model, whichever job it is of)",
-    )  # fmt: skip
+    )
     run.add_argument(
         "--train-alone",
         type=_hours,
@@ -234,7 +236,7 @@ def _run(arguments: argparse.Namespace) -> int:
             alone=3600 * arguments.train_alone,
             answers=lambda: "" if keeper is None else keeper.status,
             precision=arguments.serve,
-            serves=arguments.serve_job,
+            serves=arguments.serve_job or "",
             max_packet=arguments.max_packet,
         )
         agents.append(agent)
