@@ -1,12 +1,13 @@
 """What a board gets of a model through a broker, beside what bare paho gets through the same broker.
 
-    python benchmarks/goodput.py [--output benchmarks/results/goodput.json] [--repeats 8]
+    python benchmarks/goodput.py [--output benchmarks/results/goodput.json] [--repeats 9]
 
 A run is a transfer of 46 MB to one device. *Ours* is what happens in the field: `Post` and `Downloads` of the server
 answer the wants of the board's `Downloads` and `Outbox`, through a `Link` each; every leaf is verified and written, the
-whole is verified and flushed to the disk. *Bare* is paho that publishes the same bytes in chunks of the same size at
-QoS 0 as fast as it can, and paho that counts what arrives. Sender, receiver and broker are processes of their own. Ours
-and bare take turns, and which of them begins, in a broker that is new each time.
+whole is flushed to the disk. *Bare* is paho that publishes the same bytes in chunks of the same size at QoS 0 as fast
+as it can, and paho that counts what arrives. *Stored* is bare paho that hashes, writes and flushes what arrives: how
+much of the difference is that work. Sender, receiver and broker are processes of their own. The three take
+turns, and which of them begins, in a broker that is new each time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import getpass
 import json
 import multiprocessing
-import platform
 import random
 import shutil
 import socket
@@ -23,23 +23,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from paho.mqtt import client as paho
-from paho.mqtt.enums import CallbackAPIVersion
-from synthetic_nets import processor
+from bare_paho import bare
+from synthetic_nets import setting
 
 from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.wire.blob_ref import LEAF, BlobRef
-from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
+from fedprune.wire.chunk import PACKET_OVERHEAD, QOS, Chunk
 from fedprune.wire.link import ConnectionUp, Link
 from fedprune.wire.messages import Offer, Want, parse
 from fedprune.wire.topics import Topics
@@ -57,6 +54,7 @@ CHUNKS = (1, 3)
 
 SETTINGS = {"default": "", "set_tcp_nodelay": "set_tcp_nodelay true\n"}
 DEVICE = "pi"
+KINDS = ("ours", "bare", "stored")
 
 
 class Uncounted:
@@ -133,80 +131,15 @@ def ours(url: str, store: BlobStore, refs: tuple[BlobRef, BlobRef], leaves: int)
     return took
 
 
-def new_client(url: str, name: str) -> paho.Client:
-    """Bare paho, connected."""
-    host, port = url.removeprefix("mqtt://").split(":")
-    client = paho.Client(CallbackAPIVersion.VERSION2, client_id=name)
-    client.connect(host, int(port))
-    client.loop_start()
-    return client
-
-
-def publish(url: str, leaves: int, pipe: Connection) -> None:
-    """Publish it all, as fast as paho takes it."""
-    client, payload = new_client(url, "sender"), bytes(leaves * LEAF)
-    pipe.send("ready")
-    pipe.recv()
-    for at in range(0, SIZE, len(payload)):
-        client.publish("bare", payload[: SIZE - at], 0)
-    pipe.recv()
-    client.disconnect()
-    client.loop_stop()
-
-
-def count(url: str, pipe: Connection) -> None:
-    """Count payload bytes until all are there; tells how long they took, or how many came."""
-    done, ready, seen = threading.Event(), threading.Event(), 0
-
-    def message(_client: Any, _user: Any, message: paho.MQTTMessage) -> None:
-        nonlocal seen
-        seen += len(message.payload)
-        if seen >= SIZE:
-            done.set()
-
-    client = new_client(url, "counter")
-    client.on_message = message
-    client.on_subscribe = lambda *_: ready.set()
-    client.subscribe("bare", 0)
-    assert ready.wait(5)
-    pipe.send("ready")
-    pipe.recv()
-    began = time.perf_counter()
-    whole = done.wait(30)
-    pipe.send(time.perf_counter() - began if whole else None)
-    client.disconnect()
-    client.loop_stop()
-
-
-def bare(url: str, leaves: int) -> float | None:
-    """Seconds that bare paho takes; None where the broker lost some of it."""
-    counter, theirs = multiprocessing.Pipe()
-    sender, theirs_too = multiprocessing.Pipe()
-    processes = [
-        multiprocessing.Process(target=count, args=(url, theirs)),
-        multiprocessing.Process(target=publish, args=(url, leaves, theirs_too)),
-    ]
-    for process in processes:
-        process.start()
-    assert counter.recv() == sender.recv() == "ready"
-    counter.send("go")
-    sender.send("go")
-    took: float | None = counter.recv()
-    sender.send("stop")
-    for process in processes:
-        process.join()
-    return took
-
-
 class Mosquitto:
     """A broker of its own for a pair of runs."""
 
-    def __init__(self, binary: str, setting: str, folder: Path) -> None:
+    def __init__(self, binary: str, lines: str, folder: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         config = folder / "mosquitto.conf"
-        config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nuser {getpass.getuser()}\n{setting}")
+        config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nuser {getpass.getuser()}\n{lines}")
         self.url = f"mqtt://127.0.0.1:{port}"
         self._process = subprocess.Popen([binary, "-c", str(config)], stderr=subprocess.DEVNULL)
         for _ in range(100):
@@ -229,10 +162,10 @@ class Mosquitto:
 
 
 @contextmanager
-def mosquitto(binary: str, setting: str) -> Iterator[Mosquitto]:
+def mosquitto(binary: str, lines: str) -> Iterator[Mosquitto]:
     """A new broker."""
     with tempfile.TemporaryDirectory() as folder:
-        broker = Mosquitto(binary, setting, Path(folder))
+        broker = Mosquitto(binary, lines, Path(folder))
         try:
             yield broker
         finally:
@@ -246,14 +179,16 @@ def measure(repeats: int, chunks: tuple[int, ...], binary: str) -> list[dict[str
         store = BlobStore(Path(folder))
         refs = store.put(random.Random(7).randbytes(SIZE)), store.put(b"graph")
         for turn in range(repeats):
-            for name, setting in SETTINGS.items():
+            for name, lines in SETTINGS.items():
                 for leaves in chunks:
                     pair: dict[str, Any] = {}
-                    with mosquitto(binary, setting) as broker:
+                    with mosquitto(binary, lines) as broker:
                         before = broker.memory()
-                        for which in ("ours", "bare") if turn % 2 == 0 else ("bare", "ours"):
-                            url = broker.url
-                            pair[which] = ours(url, store, refs, leaves) if which == "ours" else bare(url, leaves)
+                        for which in KINDS[turn % len(KINDS) :] + KINDS[: turn % len(KINDS)]:
+                            if which == "ours":
+                                pair[which] = ours(broker.url, store, refs, leaves)
+                            else:
+                                pair[which] = bare(broker.url, SIZE, leaves, QOS, stored=which == "stored")
                             # What comes second finds memory that the first one left: its growth says nothing.
                             pair.setdefault("growth", {which: broker.memory("VmHWM") - before})
                     pairs.setdefault((name, leaves), []).append(pair)
@@ -263,50 +198,64 @@ def measure(repeats: int, chunks: tuple[int, ...], binary: str) -> list[dict[str
 
 def row(name: str, leaves: int, pairs: list[dict[str, Any]]) -> dict[str, Any]:
     """One row of the table."""
-    whole = [p for p in pairs if p["bare"] is not None]
+    whole = [p for p in pairs if None not in (p["bare"], p["stored"])]
+    if not whole:
+        raise RuntimeError("the broker lost some of what paho published, every time")
 
     def rate(which: str) -> float:
-        return SIZE / 1e6 / statistics.median(p[which] for p in whole)
+        return round(SIZE / 1e6 / statistics.median(p[which] for p in whole), 1)
 
-    def growth(which: str) -> float:
-        return max(p["growth"][which] for p in pairs if which in p["growth"]) / 2**20
+    def ratios(which: str) -> list[float]:
+        return sorted(round(p[which] / p["ours"], 2) for p in whole)
+
+    def growth(which: str) -> float | None:
+        return max((round(p["growth"][which] / 2**20, 1) for p in pairs if which in p["growth"]), default=None)
 
     return {
-        "broker": name, "chunk_kib": leaves * 32, "pairs": len(whole), "lost": len(pairs) - len(whole),
-        "mb_per_s": round(rate("ours"), 1), "bare_mb_per_s": round(rate("bare"), 1),
-        "ratio": round(statistics.median(p["bare"] / p["ours"] for p in whole), 2),
-        "ratios": sorted(round(p["bare"] / p["ours"], 2) for p in whole),
-        "growth_mib": round(growth("ours"), 1), "bare_growth_mib": round(growth("bare"), 1),
+        "broker": name, "chunk_kib": leaves * 32, "turns": len(whole), "lost": len(pairs) - len(whole),
+        "mb_per_s": rate("ours"), "bare_mb_per_s": rate("bare"), "stored_mb_per_s": rate("stored"),
+        "ratio": round(statistics.median(ratios("bare")), 2), "ratios": ratios("bare"),
+        "stored_ratio": round(statistics.median(ratios("stored")), 2), "stored_ratios": ratios("stored"),
+        "growth_mib": growth("ours"), "bare_growth_mib": growth("bare"),
     }  # fmt: skip
 
 
 def table(result: dict[str, Any]) -> str:
     """The rows as Markdown."""
+    about = result["setting"]
+    machine = f"{about['cpu']}, {about['cores']} cores, load {about['load']} before, {about['system']}"
+    versions = f"Mosquitto {result['mosquitto']}, Python {about['python']}, paho-mqtt {about['paho-mqtt']}"
+    heads = (
+        "Mosquitto", "chunk, KiB", "ours, MB/s", "bare, MB/s", "ours to bare", "lowest, highest", "stored, MB/s",
+        "ours to stored", "memory, MiB", "bare, MiB",
+    )  # fmt: skip
     lines = [
         "# Goodput of a model of 46 MB to one device",
         "",
-        f"{result['date']}, {result['machine']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}.",
-        f"Medians of {result['repeats']} pairs of runs that take turns. Server, board and broker share the machine,",
-        "and other work may have run beside them: the ratios say more than the rates. *Ours* asks, verifies, stores",
-        "and flushes; *bare* is paho publishing as much in chunks as large at QoS 0, and counting. The ratio is the",
-        "median of the pairs'. *Memory* is how much a new broker grew at most. Written by",
-        "`python benchmarks/goodput.py`.",
+        f"{about['date']}, {machine}; {versions}.",
+        f"Medians of {result['repeats']} turns. Server, board and broker share the machine, and other work may have",
+        "run beside them: the ratios say more than the rates. *Ours* asks, verifies, stores and flushes; *bare* is",
+        "paho publishing as much in chunks as large at QoS 0, and counting; *stored* is bare paho that also hashes",
+        "every leaf, writes it to a file and flushes that. The ratios are medians of the turns'; *memory* is how much",
+        "a new broker grew at most. Written by `python benchmarks/goodput.py`.",
         "",
-        "| Mosquitto | chunk, KiB | ours, MB/s | bare, MB/s | ratio | lowest, highest | memory, MiB | bare, MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| {' | '.join(heads)} |",
+        "|---" + "|---:" * (len(heads) - 1) + "|",
     ]
     form = (
-        "| {broker} | {chunk_kib} | {mb_per_s} | {bare_mb_per_s} | **{ratio}** | {low}, {high} | {growth_mib} "
-        "| {bare_growth_mib} |"
+        "| {broker} | {chunk_kib} | {mb_per_s} | {bare_mb_per_s} | **{ratio}** | {low}, {high} | {stored_mb_per_s} "
+        "| {stored_ratio} | {growth} | {bare_growth} |"
     )
-    lines += [form.format(**r, low=r["ratios"][0], high=r["ratios"][-1]) for r in result["rows"]]
+    for r in result["rows"]:
+        grown = {k: "not seen" if r[f"{k}_mib"] is None else r[f"{k}_mib"] for k in ("growth", "bare_growth")}
+        lines.append(form.format(**r, **grown, low=r["ratios"][0], high=r["ratios"][-1]))
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "goodput.json")
-    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--chunks", type=int, nargs="+", default=CHUNKS, help="leaves of a chunk")
     arguments = parser.parse_args()
     multiprocessing.set_start_method("spawn")
@@ -315,15 +264,11 @@ def main() -> None:
         sys.exit("goodput: needs mosquitto; install it, or put it into /usr/local/sbin")
     said = subprocess.run([binary, "-h"], capture_output=True, text=True, check=False).stdout
     result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{processor()}, {multiprocessing.cpu_count()} cores, {platform.system()} {platform.release()}",
-        "versions": {
-            "Mosquitto": said.split()[2], "Python": platform.python_version(),
-            **{n: version(n) for n in ("fedprune", "paho-mqtt")},
-        },
+        "setting": setting("paho-mqtt"),
+        "mosquitto": said.split()[2],
         "repeats": arguments.repeats,
         "rows": measure(arguments.repeats, tuple(arguments.chunks), binary),
-    }  # fmt: skip
+    }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     arguments.output.with_suffix(".md").write_text(table(result))

@@ -2,54 +2,104 @@
 
 `python benchmarks/kills.py [--kills 500]`: needs Mosquitto and a C compiler. Every job has two boards that train and
 goes through the rounds that one without any kill went through; each of its models must be that one's, bit for bit.
+
+`--beside` kills PostgreSQL under a server, and the helpers of another, instead (`--kills 40` of each); what the other
+run found stays in the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from kill_points import BOARDS, Doomed, Kills, check, run, undisturbed
+from kill_neighbours import BACKEND, HELPER, POSTMASTER, Beside, left_alone, strike
+from kill_points import BOARDS, Doomed, check, run, undisturbed
 from real_site import write_material
-from synthetic_nets import setting, write
+from synthetic_nets import RESULTS, setting, write
+
+from postgres import Postgres
 
 JOBS = 5
+BESIDE_ROUNDS = 150
+"""Rounds of a job beside whose server is killed: more than there will be."""
 
 
 def main() -> int:
     """Run the jobs; returns 1 where a ledger is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=500, metavar="N", help="processes to kill (default: 500)")
+    parser.add_argument("--kills", type=int, metavar="N", help="processes to kill (default: 500, or 40 of each kind)")
+    parser.add_argument("--beside", action="store_true", help="kill what is beside the server: database, helpers")
     parser.add_argument("--no-page", action="store_true", help="print the numbers and leave the results as they are")
     options = parser.parse_args()
-    done, ledgers = [], []
+    path = RESULTS / "kills.json"
+    body = json.loads(path.read_text()) if path.exists() else {"jobs": [], "ledgers": []}
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_material(folder, dict.fromkeys(BOARDS, 200))
-        rounds = options.kills  # more than there will be: a round takes several lives
-        calm = _site(folder, "calm", rounds)
-        undisturbed(calm)
-        for job in range(JOBS):
-            site = _site(folder, f"job{job}", rounds)
+        if options.beside:
+            body["beside"] = beside(folder, options.kills or 40)
+        else:
+            body |= at_flushes(folder, options.kills or 500)
+    if options.no_page:
+        print(page(body))
+    else:
+        write("kills", body, page(body))
+    return 0
+
+
+def at_flushes(folder: Path, kills: int) -> dict[str, Any]:
+    """Kill server, boards and broker."""
+    done, ledgers = [], []
+    rounds = kills  # more than there will be: a round takes several lives
+    calm = _site(folder, "calm", rounds)
+    undisturbed(calm)
+    for job in range(JOBS):
+        site = _site(folder, f"job{job}", rounds)
+        try:
+            done.append(run(site, rounds, -(-kills // JOBS), seed=job))
+        finally:
+            site.stop_all()
+        ledgers.append(check(site, calm, 1))
+        print(json.dumps({"kills": done[-1].total, "seconds": done[-1].seconds, **ledgers[-1]}), flush=True)
+    jobs = [{"broker": d.broker, "lives": [vars(x) for x in d.lives]} for d in done]
+    return {"setting": _setting(), "jobs": jobs, "ledgers": ledgers}
+
+
+def beside(folder: Path, kills: int) -> dict[str, Any]:
+    """Kill a server's database, and another server's helpers."""
+    for name in ("left", "struck", "helped"):
+        (folder / name).mkdir()
+    calm = Beside(folder, folder / "left", BESIDE_ROUNDS)
+    database = Postgres()
+    try:
+        database.start()
+        sites = (
+            (Beside(folder, folder / "struck", BESIDE_ROUNDS, database.database()), database),
+            (Beside(folder, folder / "helped", BESIDE_ROUNDS, workers=2), None),
+        )
+        done = []
+        for seed, (site, server) in enumerate(sites):
             try:
-                done.append(run(site, rounds, -(-options.kills // JOBS), seed=job))
+                done.append(strike(site, kills, seed, database=server))
             finally:
                 site.stop_all()
-            ledgers.append(check(site, calm, 1))
-            print(json.dumps({"kills": done[-1].total, "seconds": done[-1].seconds, **ledgers[-1]}), flush=True)
-    text = page(done, ledgers)
-    if options.no_page:
-        print(text)
-    else:
-        body = {"jobs": [{"broker": d.broker, "lives": [vars(x) for x in d.lives]} for d in done], "ledgers": ledgers}
-        write("kills", {"setting": setting("paho-mqtt", "SQLAlchemy", "onnxruntime"), **body}, text)
-    return 0
+            print(json.dumps({"killed": dict(done[-1].killed), "seconds": done[-1].seconds}), flush=True)
+        left_alone(calm, max(d.rounds for d in done) + 1)
+        jobs = [
+            {"killed": dict(d.killed), "seconds": d.seconds, "ledger": check(site, calm, 1)}
+            for d, (site, _) in zip(done, sites, strict=True)
+        ]
+    finally:
+        database.close()
+    return {"setting": _setting() | {"psycopg": setting("psycopg")["psycopg"], "commit": _commit()}, "jobs": jobs}
 
 
 def _site(folder: Path, name: str, rounds: int) -> Doomed:
@@ -57,19 +107,36 @@ def _site(folder: Path, name: str, rounds: int) -> Doomed:
     return Doomed(folder, folder / name, rounds)
 
 
-def page(done: list[Kills], ledgers: list[dict[str, int]]) -> str:
+def _setting() -> dict[str, Any]:
+    return setting("paho-mqtt", "SQLAlchemy", "onnxruntime")
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(RESULTS), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "no commit"
+
+
+def page(body: dict[str, Any]) -> str:
     """The results as a page."""
-    about = setting("paho-mqtt", "SQLAlchemy", "onnxruntime")
-    places = Counter((x.who if x.who == "server" else "board", x.file, x.after) for d in done for x in d.lives)
-    rows = sorted({(who, file) for who, file, _ in places})
-    machine = (
+    lines = ["# Kills", "", *(_flushes_page(body) if body["jobs"] else ())]
+    return "\n".join([*lines, *(_beside_page(body["beside"]) if "beside" in body else ())]) + "\n"
+
+
+def _machine(about: dict[str, Any]) -> str:
+    return (
         f"{about['date']}, {about['cpu']}, {about['cores']} cores (load {about['load']}), Python {about['python']}, "
-        f"paho-mqtt {about['paho-mqtt']}, SQLAlchemy {about['SQLAlchemy']}, onnxruntime {about['onnxruntime']}. "
-        "`python benchmarks/kills.py`"
+        f"paho-mqtt {about['paho-mqtt']}, SQLAlchemy {about['SQLAlchemy']}, onnxruntime {about['onnxruntime']}"
     )
+
+
+def _flushes_page(body: dict[str, Any]) -> list[str]:
+    lives = [life for job in body["jobs"] for life in job["lives"]]
+    broker = sum(job["broker"] for job in body["jobs"])
+    places = Counter((x["who"] if x["who"] == "server" else "board", x["file"], x["after"]) for x in lives)
+    rows = sorted({(who, file) for who, file, _ in places})
     what = (
-        f"{sum(d.total for d in done)} processes were killed in {len(done)} jobs of two boards that train, "
-        f"{sum(d.broker for d in done)} of them brokers at any time, the others at a flush to the disk. "
+        f"{len(lives) + broker} processes were killed in {len(body['jobs'])} jobs of two boards that train, "
+        f"{broker} of them brokers at any time, the others at a flush to the disk. "
         "Every job's rounds are those of one that nobody disturbed: the same models, bit for bit. No update was lost, "
         "none counted twice."
     )
@@ -78,15 +145,38 @@ def page(done: list[Kills], ledgers: list[dict[str, int]]) -> str:
         "tells them again that it counts; a board that dies in between is told no more."
     )
     kills = [f"| {who} | {file} | {places[who, file, False]} | {places[who, file, True]} |" for who, file in rows]
-    kills.append(f"| broker | (any time) | {sum(d.broker for d in done)} | |")
+    kills.append(f"| broker | (any time) | {broker} | |")
     jobs = [
-        f"| {n} | {x['rounds']} | {x['counted']} | {x['sent']} | {x['accepted']} |" for n, x in enumerate(ledgers, 1)
+        f"| {n} | {x['rounds']} | {x['counted']} | {x['sent']} | {x['accepted']} |"
+        for n, x in enumerate(body["ledgers"], 1)
     ]
-    lines = ["# Kills", "", machine, "", what, ""]
+    lines = [f"{_machine(body['setting'])}. `python benchmarks/kills.py`", "", what, ""]
     lines += ["| process | what it was flushing | killed before | killed after |", "|---|---|---:|---:|", *kills, ""]
     lines += ["| job | rounds | updates counted | announced by boards | told that they count |"]
-    lines += ["|---:|---:|---:|---:|---:|", *jobs, "", why]
-    return "\n".join(lines) + "\n"
+    return [*lines, "|---:|---:|---:|---:|---:|", *jobs, "", why]
+
+
+def _beside_page(body: dict[str, Any]) -> list[str]:
+    about = body["setting"]
+    versions = f"{_machine(about)}, psycopg {about['psycopg']}, commit {about['commit']}"
+    machine = f"{versions}. `python benchmarks/kills.py --beside`"
+    what = (
+        "Here server and boards live, and what the server works with is killed (kill -9) at random moments, 0.05 to "
+        "0.8 seconds after the last time. The database is started again by hand after its first process was killed, "
+        "by itself after another was. Both jobs' rounds are those of one with SQLite, in one process, that nobody "
+        "disturbed: the same models, bit for bit. No update was lost, none counted twice."
+    )
+    lines = ["", "## Beside the server", "", machine, "", what, ""]
+    lines += ["| process | killed | rounds | updates counted | announced by boards | told that they count |"]
+    lines += ["|---|---:|---:|---:|---:|---:|"]
+    for job in body["jobs"]:
+        ledger = job["ledger"]
+        counts = f"{ledger['rounds']} | {ledger['counted']} | {ledger['sent']} | {ledger['accepted']}"
+        for who in (POSTMASTER, BACKEND, HELPER):
+            if who in job["killed"]:
+                lines.append(f"| {who} | {job['killed'][who]} | {counts} |")
+                counts = "as above | | |"
+    return lines
 
 
 if __name__ == "__main__":

@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import random
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,9 +27,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from paho.mqtt import client as paho
-from paho.mqtt.enums import CallbackAPIVersion
-from synthetic_nets import processor
+from bare_paho import bare
+from synthetic_nets import setting
 
 from fedprune.blobs import BlobStore
 from fedprune.wire.blob_ref import LEAF
@@ -99,55 +96,6 @@ def transfer(url: str, store: BlobStore, chunk_leaves: int, window: int, qos: in
     return took
 
 
-def new_client(url: str, name: str) -> paho.Client:
-    host, port = url.removeprefix("mqtt://").split(":")
-    client = paho.Client(CallbackAPIVersion.VERSION2, client_id=name)
-    client.connect(host, int(port))
-    client.loop_start()
-    return client
-
-
-def count(url: str, total: int, pipe: Connection) -> None:
-    """Count payload bytes until all are there."""
-    done, ready, seen = threading.Event(), threading.Event(), 0
-
-    def message(_client: Any, _user: Any, message: paho.MQTTMessage) -> None:
-        nonlocal seen
-        seen += len(message.payload)
-        if seen >= total:
-            done.set()
-
-    client = new_client(url, "counter")
-    client.on_message = message
-    client.on_subscribe = lambda *_: ready.set()
-    client.subscribe("bare", 1)
-    assert ready.wait(5)
-    pipe.send("ready")
-    assert done.wait(60)
-    pipe.send("done")
-    client.disconnect()
-    client.loop_stop()
-
-
-def bare(url: str, chunk_leaves: int) -> float:
-    """Seconds that bare paho takes for the same bytes in the same chunks."""
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=count, args=(url, SIZE, theirs))
-    process.start()
-    assert ours.recv() == "ready"
-    client = new_client(url, "sender")
-    payload = bytes(chunk_leaves * LEAF)
-    began = time.perf_counter()
-    for at in range(0, SIZE, len(payload)):
-        client.publish("bare", payload[: SIZE - at], 1)
-    assert ours.recv() == "done"
-    took = time.perf_counter() - began
-    process.join()
-    client.disconnect()
-    client.loop_stop()
-    return took
-
-
 @contextmanager
 def brokers() -> Iterator[dict[str, str]]:
     """Names and URLs of the brokers to measure."""
@@ -184,7 +132,10 @@ def measure(repeats: int) -> list[dict[str, Any]]:
         for turn in range(repeats):
             for name, url in urls.items():
                 for chunk in CHUNKS:
-                    seconds.setdefault((name, "bare", chunk), []).append(bare(url, chunk))
+                    took = bare(url, SIZE, chunk, 1)
+                    if took is None:
+                        raise RuntimeError(f"{name} lost some of what bare paho published")
+                    seconds.setdefault((name, "bare", chunk), []).append(took)
                 for chunk, window, qos in settings:
                     took = transfer(url, store, chunk, window, qos)
                     seconds.setdefault((name, "pull", chunk, window, qos), []).append(took)
@@ -205,10 +156,12 @@ def measure(repeats: int) -> list[dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> str:
     """The rows as Markdown."""
+    about = result["setting"]
+    machine = f"{about['cpu']}, {about['cores']} cores, load {about['load']} before, {about['system']}"
     lines = [
         "# Transfer of a 20 MB blob through a broker",
         "",
-        f"{result['date']}, {result['machine']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}.",
+        f"{about['date']}, {machine}; Python {about['python']}, paho-mqtt {about['paho-mqtt']}.",
         f"Medians of {result['repeats']} runs. Sender, receiver and broker share the machine, and other work ran",
         "beside them: the ratios say more than the rates. *Bare* is paho publishing the same chunks at QoS 1 without",
         "any verification, storage or window. Written by `python benchmarks/transfer.py`.",
@@ -230,9 +183,7 @@ def main() -> None:
     arguments = parser.parse_args()
     multiprocessing.set_start_method("spawn")
     result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{processor()}, {multiprocessing.cpu_count()} cores, {platform.system()} {platform.release()}",
-        "versions": {"Python": platform.python_version(), **{n: version(n) for n in ("fedprune", "paho-mqtt")}},
+        "setting": setting("paho-mqtt"),
         "repeats": arguments.repeats,
         "rows": measure(arguments.repeats),
     }

@@ -178,7 +178,7 @@ def run(site: Doomed, rounds: int, kills: int, seed: int = 0, *, broker: bool = 
             done.broker += 1
             broker_at = now + chance.uniform(2, 20)
         if now - moved > 0.5 or site.processes["server"].poll() == 0:
-            done.rounds = len(_rounds(site))
+            done.rounds = len(finished_rounds(site))
             moved, last, stuck = now, done.rounds, now - moved > site.patience_s and last == done.rounds
             if stuck:
                 raise LedgerError(f"no round has ended for {site.patience_s} s: {site.logs()}")
@@ -205,7 +205,7 @@ def check(site: Doomed, calm: Doomed, rounds: int) -> dict[str, Any]:
     Raises:
         LedgerError: They contradict each other.
     """
-    found, expected = _rounds(site), _rounds(calm)
+    found, expected = finished_rounds(site), finished_rounds(calm)
     if len(found) < rounds:
         raise LedgerError(f"{len(found)} rounds were finished, not {rounds}")
     counted = _counted(site)
@@ -232,8 +232,9 @@ def _notes(path: Path) -> list[list[Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def _rounds(site: Site) -> list[dict[str, Any]]:
-    if not (site.state / "server.db").exists():
+def finished_rounds(site: Site) -> list[dict[str, Any]]:
+    """Summaries of a job's rounds so far."""
+    if not any((site.state / name).exists() for name in ("server.db", "database")):
         return []
     try:
         with Storage.existing(site.state) as storage:

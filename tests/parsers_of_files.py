@@ -36,6 +36,8 @@ from fedprune.trust.register import Register
 from fedprune.trust.replay import Window
 from fedprune.wheels import parsed, required
 from fedprune_export.labelled_data import read as read_labelled
+from fedprune_server import bucket
+from fedprune_server.bucket_layout import Owner, digest_of
 from fedprune_server.config import parse_config, read_config
 from fedprune_server.data.cifar import read_cifar
 from fedprune_server.data.idx import read_idx
@@ -170,6 +172,8 @@ def _settings() -> tuple[Target, ...]:
         path = folder / "fleet.toml"
         return [read(body, path) for read in (read_weather, read_availability, read_dropouts, read_settings)]
 
+    owner = Owner("5" * 32, "attic").to_bytes()
+    key = f"blobs/{'a' * 64}.{'0' * 16}".encode()
     plan = {"source": "digits", "devices": 8, "partition": "dirichlet", "alpha": 0.3}
     return (
         Target(
@@ -194,6 +198,9 @@ def _settings() -> tuple[Target, ...]:
             dumped({"job": JOB.to_dict(), "server": {"site": "lab", "keep": 3}}),
             text=True,
         ),
+        Target("settings.bucket's address", as_text(bucket.parse), (b"s3://bucket/a/prefix",), text=True, share=0.2),
+        Target("file.bucket's owner", lambda raw: Owner.parse(raw, "it"), (owner,), text=True),
+        Target("file.bucket's key", as_text(digest_of), (key,), text=True, share=0.2),
         Target(
             "settings.sweep",
             as_file(read_sweep, "settings/sweep.toml"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ from runtime_releases import KEY, PUBLIC
 from fedprune import tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.element_mask import ElementMask
+from fedprune.errors import FedpruneError
 from fedprune.form_times import FormTimes
 from fedprune.latency import LatencyTable, typical_table
 from fedprune.precision import INT8, graphs_of, packed, unpacked
@@ -41,7 +43,8 @@ from fedprune.trust.envelope import Envelope, seal
 from fedprune.trust.joining import answer_text, check_answer, check_request, digest_of, make_request
 from fedprune.trust.keys import VerifyingKey
 from fedprune.wire import messages as m
-from fedprune.wire.blob_ref import LEAF, BlobRef
+from fedprune.wire.blob_ref import LEAF, BlobRef, is_digest
+from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.broker_url import BrokerUrl
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.join_messages import APPROVED, JoinAnswer, JoinRequest
@@ -49,6 +52,7 @@ from fedprune.wire.release_messages import ReleaseOffer, ReleaseReport, ReleaseW
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull
 from fedprune_device.offered import unpacked as offered
+from fedprune_server.blob_server import BlobHandler
 from toy import ARCHITECTURE, JOB
 
 TOPIC = Topics("lab").up("a")
@@ -85,6 +89,8 @@ def wire_targets() -> tuple[Target, ...]:
         Target("wire.topic", as_text(_topic), _topics(), text=True, share=2),
         Target("wire.blob reference", as_json(BlobRef.from_dict), dumped(REF.to_dict()), text=True, share=2),
         Target("wire.broker address", as_text(BrokerUrl.parse), _urls(), text=True, share=2),
+        Target("wire.blobs' address", as_text(BlobUrl.parse), _web_urls(), text=True, share=2),
+        Target("wire.request for a blob", _requested, _requests(), errors=(FedpruneError, ConnectionError), share=0.5),
         Target("wire.probe", as_json(ProbeReport.from_dict), dumped(PROBE, probe), text=True, share=2),
         Target("wire.latency table", as_json(LatencyTable.from_dict), dumped(probe["latency"]), text=True),
         Target("wire.form times", as_json(FormTimes.from_dict), dumped(probe["forms"]), text=True),
@@ -103,11 +109,12 @@ def _messages() -> list[Any]:
     offer = m.Offer(
         **place, seed=1, architecture=ZERO, selection=ZERO, widths=(4, 8), classes=3, weights=REF, training=SMALL,
         inference=SMALL, recipe=Recipe().to_offer(), mask=SMALL, ranking=ZERO, lowered={"int8": SMALL},
-        blocked={"16": SMALL},
+        blocked={"16": SMALL}, blobs_at="https://models.example:8443/lab",
     )  # fmt: skip
     return [
         m.Birth("a", 1, "raspberry-pi-5", 10, "fedprune 1", PROBE, {**place}),
         m.Death("a", 1),
+        m.Alive("a", 1),
         m.Progress("a", **place, phase="train", done=1, total=2),
         m.Refusal("a", **place, reason="no room", exit_code=30),
         m.Update(
@@ -143,6 +150,63 @@ def _topic(text: str) -> object:
 
 def _urls() -> tuple[bytes, ...]:
     return b"mqtts://user:pass%20word@broker.example:8883", b"mqtt://127.0.0.1", b"mqtts://[::1]:1883/"
+
+
+def _web_urls() -> tuple[bytes, ...]:
+    return b"https://models.example:8443/a-lab/~b/", b"http://127.0.0.1:8080", b"https://[2001:db8::1]"
+
+
+def _requests() -> tuple[bytes, ...]:
+    path = f"/lab/{REF.sha256[:2]}/{REF.sha256}"
+    first = f"GET {path} HTTP/1.1\r\nHost: a\r\nRange: bytes=5-70000\r\nAccept-Encoding: identity\r\n\r\n"
+    return first.encode(), f"{first}HEAD {path}.leaves HTTP/1.1\r\n\r\n".encode(), b"GET / HTTP/1.0\r\n\r\n"
+
+
+class _Client:
+    """In the place of a socket: what it sends, and how much it got."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw, self.got = raw, 0
+
+    def makefile(self, *_: object) -> io.BytesIO:
+        return io.BytesIO(self.raw)
+
+    def sendall(self, data: bytes) -> None:
+        self.got += len(data)
+
+    def settimeout(self, seconds: float) -> None:
+        pass
+
+    def setsockopt(self, *_: object) -> None:
+        pass
+
+
+class _Shelf:
+    """In the place of a web server of blobs."""
+
+    def __init__(self) -> None:
+        self.store = BlobStore(scratch() / "shelf", durable=False)
+        self.store.put(BLOB)
+        self.asked: list[str] = []
+
+    def allowed(self, device: str | None, sha256: str) -> bool:
+        self.asked.append(sha256)
+        return sha256 == REF.sha256
+
+    def expect(self, client: object, seconds: float, *, waits: bool) -> None:
+        pass
+
+    def count(self, size: int) -> None:
+        pass
+
+
+def _requested(raw: bytes) -> object:
+    """Requests to the web server of blobs: it looks for digests alone, and gives no more than it is asked for."""
+    client, shelf = _Client(raw), _Shelf()
+    BlobHandler(client, ("", 0), shelf)  # type: ignore[arg-type]
+    if not all(map(is_digest, shelf.asked)) or client.got > (raw.count(b"\n") + 1) * (len(BLOB) + 1000):
+        raise ValueError(f"{client.got} bytes for {shelf.asked}")
+    return client.got
 
 
 def _profiles() -> tuple[bytes, ...]:

@@ -24,7 +24,13 @@ JOB = Job(rounds=3, devices=1, scorer="magnitude", recipe=Recipe(max_steps=2))
 
 
 def play_job(
-    state: Path, *, events: int = 10**6, archive: bool = False, keep: int = 3, database: str | None = None
+    state: Path,
+    *,
+    events: int = 10**6,
+    archive: bool = False,
+    keep: int = 3,
+    database: str | None = None,
+    blobs: str = "folder",
 ) -> State:
     """Play a job, or go on with one: the board adds the round's number to the weights that it got.
 
@@ -34,6 +40,7 @@ def play_job(
         archive: As the server's setting.
         keep: As the server's setting.
         database: Where the database is, if not in the folder.
+        blobs: As the server's setting.
 
     Returns:
         The last state.
@@ -41,8 +48,8 @@ def play_job(
     model = state.parent / "model.onnx"
     if not model.exists():
         model.write_bytes(digits_model())
-    known = (state / "model.onnx").exists()
-    config = ServerConfig(model=None if known else str(model), job=JOB, archive=archive, keep=keep)
+    known = (state / "model.onnx").exists() or (state / "server.db").exists()
+    config = ServerConfig(model=None if known else str(model), job=JOB, archive=archive, keep=keep, blobs=blobs)
     with StateFolder(state, database) as folder:
         opened = folder.open_job(config)
         coordinator = coordinate(opened.job, opened.model.architecture, opened.state)

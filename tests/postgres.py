@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,21 @@ class Postgres:
         self._process.kill()
         self._process.wait()
         (self._folder / "data" / "postmaster.pid").unlink(missing_ok=True)
+
+    def children(self) -> list[int]:
+        """The processes that its first one has started."""
+        assert self._process is not None
+        pid = self._process.pid
+        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def backends(self) -> list[int]:
+        """Those of them that serve a connection of ours."""
+        found = []
+        for pid in self.children():
+            with suppress(OSError):
+                if f"postgres: {USER} ".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+        return found
 
     def stop(self) -> None:
         """End it at once, but in order."""

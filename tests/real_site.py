@@ -32,8 +32,8 @@ data = "evaluation.npz"
 """What every configuration says of `write_material`'s files."""
 
 
-def write_material(folder: Path, samples: Mapping[str, int]) -> None:
-    """A small classifier, and samples for every device and to evaluate on."""
+def write_material(folder: Path, samples: Mapping[str, int], hidden: int = 32) -> None:
+    """A small classifier, of so many hidden units, and samples for every device and to evaluate on."""
     random = np.random.default_rng(0)
 
     def weight(name: str, *shape: int) -> onnx.TensorProto:
@@ -49,7 +49,7 @@ def write_material(folder: Path, samples: Mapping[str, int]) -> None:
         "classifier",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 8])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 3])],
-        [weight("w1", 32, 8), weight("b1", 32), weight("w2", 3, 32), weight("b2", 3)],
+        [weight("w1", hidden, 8), weight("b1", hidden), weight("w2", 3, hidden), weight("b2", 3)],
     )
     onnx.save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "model.onnx"
@@ -93,6 +93,8 @@ class Site:
         self.secure = secure
         self.state = folder / "server"
         self.port, self.join_port = free_port(), free_port()
+        self.board_ports: dict[str, int] = {}
+        """Where boards find the broker that don't find it at its own port."""
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         text = config + FILES
         for name in ("model.onnx", "evaluation.npz"):
@@ -116,7 +118,10 @@ class Site:
     @property
     def url(self) -> str:
         """Where the broker is."""
-        return f"{'mqtts' if self.secure else 'mqtt'}://127.0.0.1:{self.port}"
+        return self._url(self.port)
+
+    def _url(self, port: int) -> str:
+        return f"{'mqtts' if self.secure else 'mqtt'}://127.0.0.1:{port}"
 
     def start(self, name: str, *, in_group: bool = False) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -136,8 +141,9 @@ class Site:
         if self.secure:
             join = self.join_port if self.mosquitto else self.port
             security = ["--claim", str(self.folder / f"{name}.claim"), "--join", f"mqtts://127.0.0.1:{join}"]
+        url = self._url(self.board_ports.get(name, self.port))
         return [
-            *(*python, "fedprune_device.cli", "run", "--broker", self.url, "--device", name, "--no-probe", *security),
+            *(*python, "fedprune_device.cli", "run", "--broker", url, "--device", name, "--no-probe", *security),
             *("--data", str(self.material / f"{name}.npz"), "--state", str(self.folder / name), "--threads", "1"),
             *("--profile", "raspberry-pi-4b", "--until-finished", "--patient"),
         ]

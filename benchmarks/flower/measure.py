@@ -45,7 +45,7 @@ def running(folder: Path, job: Job, make: Make) -> Iterator[tuple[Side, Site, Me
         with meter(side.port) as counted:
             for at in range(0, job.clients, AT_ONCE):
                 some = job.names[at : at + AT_ONCE]
-                _room()
+                _swapped()
                 for name in some:
                     side.start_client(name, counted.port, watch=name == job.names[0])
                 wait(lambda some=some: all(map(side.ready, some)), _START_S, f"{some} of {side.title}")  # type: ignore[misc]
@@ -77,7 +77,7 @@ def measure(folder: Path, job: Job, make: Make, seconds: float) -> tuple[dict[st
     """
     began = time.time()
     with running(folder, job, make) as (side, place, counted):
-        last, end, passed = -1, time.monotonic() + _START_S, (0, 0)
+        last, end, passed, swapped = -1, time.monotonic() + _START_S, (0, 0), 0
         while True:
             done = side.rounds()
             if done and done[-1].number != last:
@@ -89,7 +89,7 @@ def measure(folder: Path, job: Job, make: Make, seconds: float) -> tuple[dict[st
                     f"{side.title} is stuck after {done[-1:]}", hint=place.said(side.servers[0])[-2000:]
                 )
             place.look()
-            _room()
+            swapped = max(swapped, _swapped())
             time.sleep(_POLL_S)
         place.look()
         used = [place.watched[n] for n in side.servers]
@@ -112,15 +112,25 @@ def measure(folder: Path, job: Job, make: Make, seconds: float) -> tuple[dict[st
             "client_processes": 1 + client.children,
             "accuracy": [r.accuracy for r in done[1:]],
             "counted": [r.counted for r in done[1:]],
+            "swapped": swapped,
         }
         return row, {n: np.array(v) for n, v in side.model().items()}
 
 
-def _room() -> None:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+def _swapped() -> int:
+    """Bytes of swap in use.
+
+    Raises:
+        FedpruneError: Memory and swap are nearly used up: better stop before the machine does.
+    """
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    sizes = {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines}
+    free = sizes["MemAvailable"] + sizes["SwapFree"]
     if free < LEFT:
-        raise FedpruneError(f"only {free / 1e9:.1f} GB of memory are left", hint="Take fewer clients.")
+        raise FedpruneError(
+            f"only {free / 1e9:.1f} GB of memory and swap are left", hint="Take fewer clients, or add swap."
+        )
+    return sizes["SwapTotal"] - sizes["SwapFree"]
 
 
 def lasted(done: list[Round]) -> list[float]:

@@ -72,7 +72,7 @@ def _of_size(row: Row) -> str:
 
 
 def _beside(rows: list[Row]) -> str:
-    """How far the models of both sides are apart where they ran as many rounds."""
+    """How far the models of both sides are apart where they ran as many rounds, and what didn't fit into memory."""
     lines = [
         f"The global models of both sides after {row['rounds']} rounds of {row['clients']} clients differ by "
         f"at most {row['apart']:.1e} in any weight; every round counted every client on both."
@@ -80,6 +80,11 @@ def _beside(rows: list[Row]) -> str:
         else f"The models of {row['clients']} clients differ by up to {row['apart']:.1e}; not every client counted."
         for row in rows
         if row.get("apart") is not None
+    ]
+    lines += [
+        f"{row['side']} with {row['clients']} clients took up to {row['swapped'] / 1e9:.1f} GB of swap."
+        for row in rows
+        if row.get("swapped", 0) > 1e9
     ]
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ was counted, and whoever knows the seeds can say what that model must be.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from fedprune.blobs import BlobStore
 from fedprune.chance import keyed
 from fedprune.errors import BundleError
-from fedprune.wire.blob_ref import LEAF, BlobRef, leaf_table
+from fedprune.wire.blob_ref import BlobRef, leaf_table
 
 NOISE = 0.01
 MARK = np.float32(1)
@@ -112,9 +113,9 @@ class Remade(BlobStore):
         """Its leaf table."""
         return leaf_table(self._file(sha256))
 
-    def read_leaves(self, sha256: str, first: int, count: int) -> bytes:
-        """Bytes of some of its leaves."""
-        return self._file(sha256)[first * LEAF : (first + count) * LEAF]
+    def open(self, sha256: str) -> io.BytesIO:
+        """Its bytes, to be read in pieces."""
+        return io.BytesIO(self._file(sha256))
 
     def _file(self, sha256: str) -> bytes:
         raw = self._files.get(sha256)

@@ -63,6 +63,16 @@ def slabs_fit(offer: Offer, store: DeviceStore) -> bool:
     return slabs + _needed(offer, Recipe.from_dict(offer.recipe), store) <= store.free_bytes()
 
 
+def fits(offer: Offer, store: DeviceStore) -> bool:
+    """Whether there is room for an offer beside all that is on the disk.
+
+    Raises:
+        ConfigError: The recipe doesn't make sense, or the codec of updates isn't known here.
+        StorageError: The disk fails.
+    """
+    return _needed(offer, Recipe.from_dict(offer.recipe), store) <= store.free_bytes()
+
+
 def _needed(offer: Offer, recipe: Recipe, store: DeviceStore) -> int:
     """Bytes on the disk that an offer asks for beyond what is there of it."""
     coming = offer.blobs() if offer.coded is None else (*offer.blobs(), offer.coded)
@@ -98,7 +108,7 @@ def same_work(one: Offer, other: Offer) -> bool:
 
 
 def _work(offer: Offer) -> Offer:
-    return replace(offer, attempt=0, blocked=None, slabs=None)
+    return replace(offer, attempt=0, blocked=None, slabs=None, blobs_at=None)
 
 
 def place_of(message: Offer | Update | Accepted) -> tuple[str, int]:

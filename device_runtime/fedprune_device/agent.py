@@ -7,6 +7,7 @@ not be lost is on the disk before anything is said about it, and is said again u
 from __future__ import annotations
 
 import logging
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -17,13 +18,14 @@ from fedprune.errors import FedpruneError, StorageError
 from fedprune.precision import FLOAT32
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
+from fedprune.wire.broker_url import tls_context
 from fedprune.wire.chunk import MAX_PACKET, Chunk
 from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Accepted, Cancelled, Death, Finished, Gone, Hello, Message, Offer, Want, parse
 from fedprune.wire.topics import EVERYONE, Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.acceptance import attempt_of, check_offer, place_of, same_work, slabs_fit
+from fedprune_device.acceptance import attempt_of, check_offer, fits, place_of, same_work, slabs_fit
 from fedprune_device.alone import Alone
 from fedprune_device.assignment import DamagedBlobError, LoadedTrainer, Workbench
 from fedprune_device.care import Care
@@ -37,6 +39,7 @@ from fedprune_device.step_choice import StepChoice
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import TrainingStoppedError
 from fedprune_device.training_thread import TrainingThread
+from fedprune_device.web import Web
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -67,6 +70,7 @@ class Agent:
         precision: What its model serves at (`lowering.SERVE`).
         serves: The job whose models may serve; empty for those of any job.
         max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
+        web: Gives TLS with the web servers that offers name.
         clock: Seconds that only grow.
     """
 
@@ -89,6 +93,7 @@ class Agent:
         precision: str = FLOAT32,
         serves: str = "",
         max_packet: int = MAX_PACKET,
+        web: Callable[[], ssl.SSLContext] = tls_context,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device, self._topics = device, Topics(site)
@@ -104,6 +109,7 @@ class Agent:
         trainer = LoadedTrainer(threads, cuda=cuda)
         self._bench = Workbench(device, store.blobs, store.slots, data, trainer, store.own, self._lowering)
         self._alone = Alone(device, store, data, threads, alone, care, cuda=cuda, lowering=self._lowering)
+        self._web = Web(store.blobs, web)
         self._downloads: Downloads | None = None
         self._listening: frozenset[str] = frozenset()
         self._deaf = False  # to shared topics, as long as this connection lasts
@@ -129,7 +135,7 @@ class Agent:
                 self._guarded(self._turn, None)
         finally:
             self._halt()
-            for thread in (self._worker, self._alone):
+            for thread in (self._worker, self._alone, self._web):
                 if thread is not None:
                     thread.join(10)
             self._outbox.say(Death(self._device, self._store.session))
@@ -216,7 +222,7 @@ class Agent:
         birth = self._greeting.birth(self._store.session, self._data.samples, held, now)
         self._outbox.say(birth)
         self._outbox.hurry(now)
-        if self._downloads is not None:
+        if self._downloads is not None and not self._web.fetching:
             self._ask(self._downloads, self._downloads.start(now))
 
     def _on_offer(self, offer: Offer, now: float) -> None:
@@ -264,6 +270,9 @@ class Agent:
             self._halt()
             self._damages = 0
             self._collect()
+            if self._store.pending is not None or not fits(offer, self._store):
+                self._store.dismiss()  # an update that waits, too, takes the place of a weights file
+                self._collect()
             _LOG.info("round %d of job %s, attempt %d: accepted", offer.round, offer.job, offer.attempt)
             self._download(offer, now)
         except FedpruneError as error:
@@ -271,7 +280,17 @@ class Agent:
 
     def _download(self, offer: Offer, now: float) -> None:
         downloads = self._downloads = self._to_pull(offer, now)
-        self._ask(downloads, downloads.start(now))
+        if not self._web.begin(offer, downloads.lacking):
+            self._ask(downloads, downloads.start(now))
+
+    def _pull_rest(self, before: Downloads, now: float) -> None:
+        """Pull over MQTT what the web server didn't give."""
+        try:
+            downloads = self._downloads = self._to_pull(before.offer, now)
+            downloads.began = before.began
+            self._ask(downloads, downloads.start(now))
+        except FedpruneError as error:
+            self._refuse(before.offer, error)
 
     def _to_pull(self, offer: Offer, now: float) -> Downloads:
         slabs = offer.slabs is not None and slabs_fit(offer, self._store)
@@ -296,7 +315,7 @@ class Agent:
     def _pull(self, step: Callable[[Downloads], list[Want]]) -> None:
         """Go on pulling, and ask for what that needs; an offer that can't be pulled is refused."""
         downloads = self._downloads
-        if downloads is None:
+        if downloads is None or self._web.fetching:  # what comes now answers what was asked for before
             return
         try:
             self._ask(downloads, step(downloads))
@@ -359,26 +378,30 @@ class Agent:
                 if offer != task.offer:
                     self._store.accept(offer)
                 self._downloads = self._to_pull(offer, now)
+                self._web.begin(offer, self._downloads.lacking)
             except FedpruneError as error:
                 self._refuse(task.offer, error)
 
     def _turn(self, _: None) -> None:
         now = self._clock()
         self._outbox.send_chunks()
-        if self._downloads is not None:
+        if self._downloads is not None and self._web.over():
+            self._pull_rest(self._downloads, now)
+        if self._downloads is not None and not self._web.fetching:
             if self._downloads.done:
                 self._ready = now - self._downloads.began
                 self._downloads = None
+                self._collect()
             else:
                 self._deaf = self._deaf or self._downloads.deaf
                 self._pull(lambda downloads: downloads.tick(now))
-        if self._downloads is None:
+        if self._downloads is None or self._web.fetching:
             self._listen(frozenset())
         if self._worker is not None and not self._worker.alive:
             worker, self._worker = self._worker, None
             self._settle(worker, now)
             self._collect()
-        idle = self._worker is None and self._ready is None
+        idle = self._worker is None and self._ready is None and not self._web.fetching
         if self._alone.turn(now, connected=self.standing.connected, idle=idle):
             self._collect()
         task = self._store.task
@@ -390,10 +413,13 @@ class Agent:
         if self._store.pending is not None:
             self._outbox.announce(self._store.pending, now)
         self._report(now)
+        if self.standing.connected:
+            self._outbox.stay(self._store.session, now)
 
     def _report(self, now: float) -> None:
         if self._downloads is not None:
-            self._outbox.progress(self._downloads.offer, ("download", *self._downloads.progress), now)
+            part = self._web if self._web.fetching else self._downloads
+            self._outbox.progress(self._downloads.offer, ("download", *part.progress), now)
         elif self._worker is not None and not self._worker.stopped:
             self._outbox.progress(self._worker.offer, self._worker.status, now)
         elif self._alone.status is not None:
@@ -436,6 +462,7 @@ class Agent:
     def _halt(self) -> None:
         """Stop what is being done for the current offer."""
         self._downloads = None
+        self._web.stop()
         self._ready = None
         self._alone.stop()
         if self._worker is not None:

@@ -238,6 +238,7 @@ def _run(arguments: argparse.Namespace) -> int:
             precision=arguments.serve,
             serves=arguments.serve_job or "",
             max_packet=arguments.max_packet,
+            web=member.web_context,
         )
         agents.append(agent)
         signal.signal(signal.SIGTERM, lambda *_: agent.stop())

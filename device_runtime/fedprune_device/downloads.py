@@ -15,6 +15,7 @@ from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.messages import Offer, Want
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import PATIENCE, Pull
+from fedprune_device.shared_leaves import SharedLeaves
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -64,6 +65,7 @@ class Downloads:
         self.deaf = False
         self._store = store
         self._limit = limit or ChunkLimit()
+        self._leaves = SharedLeaves(store)
         lacking = not store.has(offer.weights.sha256)
         coded = offer.coded is not None and not plainly and offer.coded in offer.shorter(store.has)
         self._coded: tuple[BlobRef, ...] = (offer.coded,) if coded and offer.coded else ()
@@ -79,9 +81,11 @@ class Downloads:
     def _pull(self, ref: BlobRef) -> Pull:
         slabs = self.offer.slabs or ()
         own = ref in (self.offer.weights, self.offer.coded, self.offer.moved) and ref not in slabs
+        partial = self._store.partial(ref, vouched=True)  # the server has named and signed both of its digests
+        lend = self._leaves.lend
         if own or not self._shared:
-            return Pull(ref, self._store.partial(ref), limit=self._limit)
-        return Pull(ref, self._store.partial(ref), chunk_leaves=_SHARED_LEAVES, limit=self._limit, shared=True)
+            return Pull(ref, partial, limit=self._limit, lend=lend)
+        return Pull(ref, partial, chunk_leaves=_SHARED_LEAVES, limit=self._limit, shared=True, lend=lend)
 
     @property
     def _instead(self) -> tuple[BlobRef, ...]:
@@ -92,6 +96,11 @@ class Downloads:
     def done(self) -> bool:
         """Whether everything is there."""
         return not self._slabs and all(p.done for p in self._pulls.values())
+
+    @property
+    def lacking(self) -> tuple[BlobRef, ...]:
+        """What is still to be pulled."""
+        return tuple(p.ref for p in self._pulls.values() if not p.done)
 
     @property
     def progress(self) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable
@@ -84,6 +85,26 @@ class Membership:
             wire = signed = SignedLink(link, identity)
         link.subscribe(Topics(self.site).device_subscriptions(self.device))
         return link, wire
+
+    def web_context(self) -> ssl.SSLContext:
+        """TLS with web servers that have blobs: whom the system trusts, the fleet's authority and `authority` vouch.
+
+        A board shows them its certificate, if they ask for one.
+
+        Raises:
+            ConfigError: The file of authorities can't be used.
+            IdentityError: The board hasn't joined, or a file of its identity is damaged.
+        """
+        if self.identity is None:
+            return tls_context()
+        context = self.identity.context()
+        context.load_default_certs()
+        if self.authority not in (None, SYSTEM):
+            try:
+                context.load_verify_locations(cafile=str(self.authority))
+            except OSError as error:
+                raise ConfigError(f"can't use the CA file {self.authority}: {error}") from error
+        return context
 
     def renewal(self, link: Link) -> Renewal | None:
         """What keeps the board's certificate fresh while it is connected by `link`."""

@@ -14,10 +14,11 @@ from typing import Protocol
 from fedprune.errors import ExitCode, FedpruneError
 from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.chunk import QOS as CHUNK_QOS
-from fedprune.wire.link import HIGH_WATER, ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Death, Gone, Message, Offer, Progress, Refusal, Update, Want
+from fedprune.wire.link import ConnectionDown, ConnectionUp
+from fedprune.wire.messages import Alive, Death, Gone, Message, Offer, Progress, Refusal, Update, Want
 from fedprune.wire.topics import NO_JOB, Topics
 from fedprune.wire.transfer import Serve
+from fedprune.wire.unsent import HIGH_WATER
 from fedprune_device.standing import Standing
 
 _LOG = logging.getLogger("fedprune.device")
@@ -25,6 +26,9 @@ _LOG = logging.getLogger("fedprune.device")
 PROGRESS_S = 1.0
 ANNOUNCE_S = 2.0
 ANNOUNCE_MAX_S = 60.0
+ALIVE_S = 300.0
+"""A board that has said nothing for so long says that it is there: its broker may not tell when it isn't."""
+
 _MOST_WANTS = 64
 """Wants that are kept; what is dropped beyond is asked for again."""
 
@@ -74,11 +78,14 @@ class Outbox:
         self._announced = 0
         self._reported: tuple[str, int, int] | None = None
         self._report_at = 0.0
+        self._spoke = True
+        self._quiet_since = 0.0
         self._refused: Offer | None = None
         self._refusal: Refusal | None = None
 
     def say(self, message: Message, job: str = NO_JOB, qos: int = 1) -> None:
         """Say something once."""
+        self._spoke = True
         self._link.publish(self._topics.up(self._device, job), message.to_bytes(), qos)
 
     def ask(self, job: str, wants: Iterable[Want]) -> None:
@@ -150,6 +157,18 @@ class Outbox:
         self._reported, self._report_at = status, now + PROGRESS_S
         phase, done, total = status
         self.say(Progress(self._device, offer.job, offer.round, offer.attempt, phase, done, total), offer.job, 0)
+
+    def stay(self, session: int, now: float) -> None:
+        """Say that it is there, if it has said nothing for minutes.
+
+        Args:
+            session: The connection.
+            now: The time.
+        """
+        if not self._spoke and now - self._quiet_since >= ALIVE_S:
+            self.say(Alive(self._device, session), qos=0)
+        if self._spoke:
+            self._spoke, self._quiet_since = False, now
 
     def refuse(self, offer: Offer, error: BaseException) -> None:
         """Say why an offer isn't carried out."""

@@ -20,7 +20,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,15 @@ _LAST_TIME = 2**53
 
 @dataclass(frozen=True)
 class Task:
-    """The last offer, and whether nothing is left to do for it."""
+    """The last offer, and whether nothing is left to do for it.
+
+    Attributes:
+        donor: sha256 of earlier weights that stay until its own are here, which may share leaves with them, or empty.
+    """
 
     offer: messages.Offer
     done: bool = False
+    donor: str = ""
 
 
 class DeviceStore:
@@ -131,7 +136,21 @@ class DeviceStore:
         if self._of_another_run(offer):
             self.own.clear()
         self.own.turn_to(offer.job, "" if self.task is None else self.task.offer.job)
-        self._set_task(Task(offer))
+        before = self.task
+        donor = ""
+        if before is not None and offer.coded is None:
+            last = before.offer.weights.sha256
+            donor = last if last != offer.weights.sha256 and self.blobs.has(last) else before.donor
+        self._set_task(Task(offer, donor=donor))
+
+    def dismiss(self) -> None:
+        """Keep earlier weights no longer: there is no room for them and the offer's.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        if self.task is not None and self.task.donor:
+            self._set_task(replace(self.task, donor=""))
 
     def finish(self) -> None:
         """Note that nothing is left to do for the current offer; its graphs stay for the next one.
@@ -140,7 +159,7 @@ class DeviceStore:
             StorageError: The disk fails or is full.
         """
         if self.task is not None and not self.task.done:
-            self._set_task(Task(self.task.offer, done=True))
+            self._set_task(replace(self.task, done=True))
 
     def drop(self) -> None:
         """Forget the current offer and what was kept for its job, which is over; its last model serves on.
@@ -226,8 +245,10 @@ class DeviceStore:
         if task is not None:
             offer = task.offer
             wanted = {graph.sha256 for graph in offer.graphs}
-            if offer.weights_codec is not None:
-                wanted.add(offer.weights.sha256)  # the next ones may come as the difference to these
+            if offer.weights_codec is not None or offer.weights.leaf_count > 1:
+                wanted.add(offer.weights.sha256)  # the next ones may come as the difference to these, or share leaves
+            if not self.blobs.has(offer.weights.sha256):
+                wanted.add(task.donor)
             if not task.done:
                 wanted.update(r.sha256 for r in offer.blobs())
                 wanted.update({offer.held} if offer.held else ())
@@ -249,13 +270,18 @@ class DeviceStore:
             _LOG.warning("%s", error)
 
     def _set_task(self, task: Task) -> None:
-        durable.write_document(self.root / "offer.json", {"message": _body(task.offer), "done": task.done})
+        durable.write_document(
+            self.root / "offer.json", {"message": _body(task.offer), "done": task.done, "donor": task.donor}
+        )
         self.task = task
 
     def _load_task(self) -> Task | None:
         body = self._read("offer.json")
         offer = self._message(body, messages.Offer, "offer.json")
-        return None if offer is None else Task(offer, bool(body and body.get("done")))
+        if offer is None or body is None:
+            return None
+        donor = body.get("donor")
+        return Task(offer, bool(body.get("done")), donor if isinstance(donor, str) else "")
 
     def _load_pending(self) -> messages.Update | None:
         update: messages.Update | None = self._message(self._read("pending.json"), messages.Update, "pending.json")

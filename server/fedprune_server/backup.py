@@ -21,6 +21,8 @@ from fedprune.blobs import BlobStore
 from fedprune.disk import appearing, locked, storage_errors, write_whole
 from fedprune.errors import ConfigError, StorageError
 from fedprune_server.backup_manifest import DATABASE, NAME, Entry, Manifest
+from fedprune_server.blob_place import reader
+from fedprune_server.bucket_store import BucketStore, NotThereError
 from fedprune_server.database import copy_sqlite
 from fedprune_server.database_copy import snapshot
 from fedprune_server.further_folders import FOLDER as FURTHER
@@ -28,11 +30,12 @@ from fedprune_server.identity_folder import FOLDER as IDENTITY
 from fedprune_server.rollout_store import FILE as ROLLOUTS
 from fedprune_server.rollout_store import FOLDER as RELEASES
 from fedprune_server.shown_bytes import Advance
-from fedprune_server.state_folder import BLOBS, MODEL
+from fedprune_server.state_folder import MODEL
 from fedprune_server.storage import Storage
 from fedprune_server.store_inventory import Inventory, inventory, lying
 
 _ATTEMPTS = 5
+_AGAIN = "Try again; if it stays so, see `fedprune-server check`."
 _LOCK = "lock"
 _OURS = {NAME, "blobs", "files", FURTHER, _LOCK}
 _IDENTITY = (  # the register before the devices: a certificate that was issued is then known to be, or not yet
@@ -80,11 +83,11 @@ class _Collected:
     def __init__(self, state: Path, scratch: Path) -> None:
         self._sources: dict[str, Path] = {}
         self._entries: list[Entry] = []
-        self._store = state / BLOBS
         with Storage.existing(state) as storage:
             snapshot(storage, scratch / DATABASE)
         with Storage(f"sqlite:///{scratch / DATABASE}", create=False) as copy:
             needs = inventory(copy)
+        self._store = reader(state, needs.settings)  # a bucket is looked through after the copy was made
         self._add(DATABASE, scratch / DATABASE)
         self._add(MODEL, state / MODEL)
         if (state / IDENTITY / "site").exists():
@@ -103,6 +106,11 @@ class _Collected:
 
     def read(self, entry: Entry) -> bytes:
         """A file's bytes, checked."""
+        if entry.blob and isinstance(self._store, BucketStore):
+            try:
+                return self._store.read(entry.sha256)
+            except NotThereError as error:
+                raise MovedError(error.what, hint=_AGAIN) from error
         path = self._sources[entry.path]
         with _still_there(path):
             data = path.read_bytes()
@@ -113,13 +121,19 @@ class _Collected:
         return data
 
     def _needed(self, needs: Inventory) -> set[str]:
-        there = lying(self._store).blobs.keys()
+        there = set(self._store.names())
         if needs.archive:
             return set(there) | needs.references
         return set(needs.references | (needs.models & there))
 
     def _add_blob(self, digest: str) -> None:
-        path = self._store / digest[:2] / digest
+        path = self._store.path(digest)
+        if isinstance(self._store, BucketStore):
+            if not self._store.has(digest):
+                raise MovedError(f"blob {digest} is missing", hint=_AGAIN)
+            size = self._store.size(digest)
+            self._entries.append(Entry(f"blobs/{digest[:2]}/{digest}", digest, size))
+            return
         with _still_there(path):
             size = path.stat().st_size
         self._sources[f"blobs/{digest[:2]}/{digest}"] = path
@@ -226,6 +240,4 @@ def _still_there(path: Path) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError as error:
-            raise MovedError(
-                f"blob {path.name} is missing", hint="Try again; if it stays so, see `fedprune-server check`."
-            ) from error
+            raise MovedError(f"blob {path.name} is missing", hint=_AGAIN) from error

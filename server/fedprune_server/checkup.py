@@ -18,13 +18,16 @@ from fedprune.trust.authority import Authority
 from fedprune.trust.epoch import EpochFile
 from fedprune.trust.keys import SigningKey
 from fedprune.wire.blob_ref import leaf_table
+from fedprune_server.blob_place import BLOBS, bucket_of
+from fedprune_server.bucket_checkup import check_bucket, still_missing
+from fedprune_server.bucket_store import BucketStore
 from fedprune_server.finding import Cure, Finding, Weight
 from fedprune_server.identity_folder import FOLDER as IDENTITY
 from fedprune_server.retelling import retold
 from fedprune_server.rollout_store import FILE as ROLLOUTS
 from fedprune_server.rollout_store import FOLDER as RELEASES
 from fedprune_server.shown_bytes import Advance
-from fedprune_server.state_folder import BLOBS, MODEL
+from fedprune_server.state_folder import MODEL
 from fedprune_server.storage import Storage
 from fedprune_server.store_inventory import Inventory, Lying, inventory, lying
 
@@ -34,6 +37,11 @@ _REPAIR = "`--repair` sees to it."
 
 def size_of(folder: Path) -> int:
     """Bytes that a check reads of a state folder's blobs."""
+    settings = Storage.settings_in(folder)
+    store = bucket_of(folder, settings)
+    if store is not None:
+        objects = sum(size for keys in store.objects().values() for size in keys.values())
+        return objects + sum(_size(p) for p in lying(folder / RELEASES).blobs.values())
     return sum(_size(p) for root in (folder / BLOBS, folder / RELEASES) for p in lying(root).blobs.values())
 
 
@@ -57,12 +65,18 @@ def check(folder: Path, advance: Advance, *, running: bool) -> Iterator[Finding]
         yield from _rows(storage, needs)
         yield from _model(folder, needs)
         there = lying(folder / BLOBS)
-        wrong = list(_blobs(there, needs, advance))
+        store = bucket_of(folder, needs.settings)
+        if store is not None:
+            wrong = list(check_bucket(store, there, needs, advance, running=running))
+        else:
+            wrong = list(_blobs(there, needs, advance))
         if running:  # it may have gone on meanwhile, and deleted what it needs no more
             needs = inventory(storage)
-            wrong = [f for f in wrong if f.blob in needs.needed and (f.cure is not Cure.FETCH or _lost(folder, f))]
+            wrong = [
+                f for f in wrong if f.blob in needs.needed and (f.cure is not Cure.FETCH or _lost(folder, store, f))
+            ]
         yield from wrong
-        yield from _left_over(there, needs, running=running)
+        yield from _left_over(there, needs, running=running, cache=store is not None)
         if not running:
             yield from retold(folder, storage, needs)
     yield from _beside(folder, advance)
@@ -145,8 +159,8 @@ def _blob(digest: str, path: Path, table: Path | None, advance: Advance, *, need
             )
 
 
-def _left_over(there: Lying, needs: Inventory, *, running: bool) -> Iterator[Finding]:
-    orphans = [] if running or needs.archive else sorted(there.blobs.keys() - needs.needed)
+def _left_over(there: Lying, needs: Inventory, *, running: bool, cache: bool) -> Iterator[Finding]:
+    orphans = [] if running or needs.archive or cache else sorted(there.blobs.keys() - needs.needed)
     lonely = [] if running else sorted(there.tables.keys() - there.blobs.keys())
     unawaited = [p for p in there.partial if p.name.removesuffix(SUFFIX) not in needs.awaited]
     orphaned = [p for d in orphans for p in (there.blobs[d], there.tables.get(d)) if p is not None]
@@ -204,7 +218,9 @@ def _keys(identity: Path) -> Iterator[Finding]:
             yield Finding(Weight.WRONG, str(error))
 
 
-def _lost(folder: Path, finding: Finding) -> bool:
+def _lost(folder: Path, store: BucketStore | None, finding: Finding) -> bool:
+    if store is not None:
+        return still_missing(store, finding.blob)
     return not (folder / BLOBS / finding.blob[:2] / finding.blob).is_file()
 
 

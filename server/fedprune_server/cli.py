@@ -78,6 +78,7 @@ def _add_run(commands: Any) -> None:
     run.add_argument(
         "--database", metavar="URL", help="postgresql+psycopg://user@host/name (default: SQLite in the state folder)"
     )
+    run.add_argument("--blobs", metavar="URL", help="s3://bucket/prefix (default: folder, the state folder)")
     run.add_argument("--broker", metavar="URL", help="embedded (default), mqtt://host[:port] or mqtts://host[:port]")
     run.add_argument(
         "--ca",
@@ -91,6 +92,12 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--host", help="address of the embedded broker (default: 127.0.0.1, this machine only)")
     run.add_argument(
         "--port", type=int, help="port of the embedded broker (default: 8883, or 1883 with --insecure; 0: a free one)"
+    )
+    run.add_argument(
+        "--blob-url", metavar="URL", help="where boards find blobs on the web, too, such as https://models.example; off"
+    )
+    run.add_argument(
+        "--serve-blobs", metavar="[ADDRESS:]PORT", help="give out blobs over HTTPS, too (default address: --host); off"
     )
     run.add_argument("--site", type=name_of("site"), help="devices of this site take part (default: default)")
     run.add_argument("--profiles", type=Path, metavar="DIR", help="hardware profiles beside the shipped ones")
@@ -146,6 +153,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_server.rollout_store import RolloutStore
     from fedprune_server.state_folder import StateFolder, stored_config
     from fedprune_server.table import make_display
+    from fedprune_server.web_blobs import web_blobs
 
     names = ("name", "seed", "rounds", "devices", "participation", "strategy", "density")
     weather = ("over_selection", "fairness", "in_flight", "pace")
@@ -159,6 +167,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "calibration",
             "state",
             "database",
+            "blobs",
             "broker",
             "ca",
             "host",
@@ -169,6 +178,8 @@ def _run(arguments: argparse.Namespace) -> int:
             "workers",
             "profiles",
             "weight",
+            "blob_url",
+            "serve_blobs",
         )
     }
 
@@ -196,12 +207,14 @@ def _run(arguments: argparse.Namespace) -> int:
             log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
         rollouts = None if arguments.insecure else stack.enter_context(RolloutStore(config.state))
         members = None if identity is None else identity.store.members
+        web = stack.enter_context(web_blobs(config, identity, folder.store))
         daemon: Daemon | Host
         if len(jobs) > 1:
             daemon = hosted(
                 jobs, reached, lambda kept, desk: _say_what_next(kept.config.state, arguments.until_finished, desk),
-                profiles=profiles, rollouts=rollouts, members=members,
+                profiles=profiles, rollouts=rollouts, members=members, blobs_at=web.url,
             )  # fmt: skip
+            web.give(daemon.first)
         else:
             kept = jobs[0]
             daemon = alone = Daemon(
@@ -221,9 +234,11 @@ def _run(arguments: argparse.Namespace) -> int:
                 broker=reached.broker,
                 rollouts=rollouts,
                 members=members,
+                blobs_at=web.url,
                 quarantine=reached.quarantine,
                 display=make_display(),
             )
+            web.give(alone)
             alone.when_finished = lambda: _say_what_next(config.state, arguments.until_finished, alone)
         for kept in jobs:
             _say_what_runs(kept)

@@ -14,15 +14,18 @@ from fedprune.strategies import compose
 from fedprune.toml_file import read_toml
 from fedprune.trust.tls import SYSTEM
 from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.topics import check_name
+from fedprune_server.bucket import FOLDER, parse
 
 EMBEDDED = "embedded"
+OFF = "off"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 _TABLES = ("job", "model", "evaluation", "calibration", "server")
-_SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "database", "profiles")
-_SERVER_NUMBERS = ("port", "keep", "pulls", "workers", "max_devices", "max_packet")
+_SERVER_TEXTS = ("site", "broker", "ca", "host", "state", "database", "blobs", "profiles", "blob_url", "serve_blobs")
+_SERVER_NUMBERS = ("port", "keep", "pulls", "workers", "max_devices", "max_packet", "cache_mib")
 _SERVER_SWITCHES = ("archive", "slabs")
 _ELSEWHERE = ("state", "database")
 """What the state folder itself is, or says; not among the settings that the database keeps."""
@@ -52,6 +55,8 @@ class ServerConfig:
         port: Its port, 0 for a free one, None for the usual one: 8883, or without TLS 1883.
         state: The folder in which everything lies that must survive a crash.
         database: The database's URL; None for what the state folder says, at first SQLite in it.
+        blobs: Where blobs are kept: `folder`, the state folder, or `s3://bucket/prefix`.
+        cache_mib: MiB of blobs in a bucket that the state folder may hold, too.
         keep: How many of the latest global models are kept.
         archive: All models, updates and events are kept instead, for `fedprune-server replay`.
         pulls: From how many devices updates are pulled at the same time.
@@ -60,6 +65,8 @@ class ServerConfig:
         max_devices: How many devices may ever take part; announcements of further ones are ignored.
         slabs: What many devices pull is published once for all of them, where all of the site can read it.
         max_packet: Bytes of an MQTT packet that the broker lets through; a message is refused that is larger.
+        blob_url: Where boards are told that blobs lie on the web; `off` for nowhere.
+        serve_blobs: Where this server gives out blobs over HTTPS, as `[ADDRESS:]PORT`; `off` for nowhere.
         weight: The job's share of the boards in comparison with other jobs of the server; 0 to pause it beside them.
     """
 
@@ -83,6 +90,10 @@ class ServerConfig:
     input_shape: tuple[int, ...] | None = None
     database: str | None = None
     slabs: bool = True
+    blob_url: str = OFF
+    serve_blobs: str = OFF
+    blobs: str = FOLDER
+    cache_mib: int = 10240
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -95,9 +106,12 @@ class ServerConfig:
             ("pulls", 1, 1000),
             ("workers", 1, 1000),
             ("max_devices", 1, 10**6),
+            ("cache_mib", 1, 10**9),
             ("max_packet", LEAF + PACKET_OVERHEAD, MAX_PAYLOAD + PACKET_OVERHEAD),
         ):
             setting_checks.whole(f"server: {name}", getattr(self, name), low, high)
+        if self.blobs != FOLDER:
+            parse(self.blobs)
         if self.port is not None:
             setting_checks.whole("server: port", self.port, 0, 65_535)
         setting_checks.number("server: weight", self.weight, 0.0, 1000.0)
@@ -109,6 +123,12 @@ class ServerConfig:
             raise ConfigError("server: ca", expected=f"a file that exists, or {str(SYSTEM)!r}", got=str(self.ca))
         if self.ca is not None and not self.broker.startswith("mqtts://"):
             raise ConfigError("server: ca", expected="a broker at mqtts://", got=repr(self.broker))
+        if self.blob_url != OFF:
+            try:
+                BlobUrl.parse(self.blob_url, "server: blob_url")
+            except FedpruneError as error:
+                raise ConfigError("server: blob_url", expected=error.expected, got=error.got) from error
+        _place(self.serve_blobs, self.host)
         if not self.host:
             raise ConfigError("server: host", expected="an address, such as 127.0.0.1 or 0.0.0.0", got="''")
         try:
@@ -125,6 +145,16 @@ class ServerConfig:
     def embedded(self) -> bool:
         """Whether the server runs its own broker."""
         return self.broker == EMBEDDED
+
+    @property
+    def blobs_at(self) -> str | None:
+        """Where blobs lie on the web, as boards are told; None where nobody said it."""
+        return None if self.blob_url == OFF else str(BlobUrl.parse(self.blob_url))
+
+    @property
+    def web_place(self) -> tuple[str, int] | None:
+        """The address and the port on which this server gives out blobs; None where it doesn't."""
+        return _place(self.serve_blobs, self.host)
 
     def server_settings(self) -> dict[str, Any]:
         """What the table [server] says, as JSON, with paths that hold in every folder; all but where that is kept."""
@@ -242,6 +272,15 @@ def _located(build: Callable[[], ServerConfig], where: str) -> ServerConfig:
                 name = "job.recipe" if table == "recipe" else table
                 what = f"[{name}] {what.removeprefix(f'{table}: ')}"
         raise ConfigError(f"{where}: {what}", expected=error.expected, got=error.got, hint=error.hint) from error
+
+
+def _place(text: str, host: str) -> tuple[str, int] | None:
+    if text == OFF:
+        return None
+    address, colon, port = text.rpartition(":")
+    if not port.isascii() or not port.isdecimal() or int(port) > 65_535 or (colon and not address):
+        raise ConfigError("server: serve_blobs", expected=f"[ADDRESS:]PORT, or {OFF!r}", got=shown(text))
+    return address.strip("[]") or host, int(port)
 
 
 def _source(text: str, folder: Path) -> str:

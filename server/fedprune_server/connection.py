@@ -131,7 +131,7 @@ def identity_of(config: ServerConfig, *, insecure: bool) -> Iterator[IdentityFol
 def _embedded(config: ServerConfig, identity: IdentityFolder | None) -> EmbeddedBroker:
     if identity is None:
         return EmbeddedBroker(config.host, _PLAIN_PORT if config.port is None else config.port)
-    hosts = _names(config.host)
+    hosts = names_of(config.host)
     if config.host not in LOCAL:
         log.warning(
             "the embedded broker encrypts, but whoever reaches %s may connect: it can't change what is said, but read "
@@ -143,18 +143,19 @@ def _embedded(config: ServerConfig, identity: IdentityFolder | None) -> Embedded
     return EmbeddedBroker(config.host, port, TlsFiles(*identity.broker(hosts)))
 
 
-def _names(host: str) -> list[str]:
-    """What the embedded broker's certificate is for: where it listens, and this machine's names if that is anywhere."""
+def names_of(host: str) -> list[str]:
+    """What a certificate is for of who listens on an address: that, and this machine's names if it is any address."""
     names = {"127.0.0.1", "localhost"}
     if host in ("0.0.0.0", "::", ""):  # noqa: S104
         name = socket.gethostname()
-        names |= {name, f"{name.partition('.')[0]}.local", *_addresses(name)}
+        names |= {name, f"{name.partition('.')[0]}.local", *addresses_of(name)}
     else:
         names.add(host)
     return sorted(n for n in names if n)
 
 
-def _addresses(name: str) -> set[str]:
+def addresses_of(name: str) -> set[str]:
+    """Addresses of this machine, as far as it can tell by its name and by its way to other networks."""
     found = set()
     with suppress(OSError):
         found |= set(socket.gethostbyname_ex(name)[2])

@@ -13,13 +13,13 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.job import Job
 from fedprune_export.imported import Model
+from fedprune_server.bucket_store import BucketStore, Objects
 from fedprune_server.children import begin_helper
 from fedprune_server.worker import Worker
 from fedprune_server.workshop import Work
@@ -27,6 +27,7 @@ from fedprune_server.workshop import Work
 log = logging.getLogger(__name__)
 
 _Key = tuple[int, str, int]
+_Made = tuple[on.Event, Objects]
 
 _helper: Worker | None = None
 """In a helper's process: its worker."""
@@ -44,7 +45,7 @@ class Crew:
         self._worker = worker
         self._helpers = helpers
         self._pool = self._new_pool()
-        self._expected: dict[_Key, tuple[do.Extract, Future[on.Event]]] = {}
+        self._expected: dict[_Key, tuple[do.Extract, Future[_Made]]] = {}
 
     def expect(self, commands: Sequence[do.Command]) -> None:
         """Let helpers begin with the submodels among commands that will be carried out in a moment."""
@@ -65,9 +66,11 @@ class Crew:
         if future is None or expected != command:
             return self._worker.execute(command)
         try:
-            event = future.result()
+            event, objects = future.result()
         except Exception:  # noqa: BLE001 - a helper may fail or be killed in any way; the worker will tell the reason
             return self._worker.execute(command)
+        if isinstance(self._worker.store, BucketStore):
+            self._worker.store.learn(objects)
         if isinstance(event, on.Extracted):
             self._worker.note(event)
             return self._worker.sliced(command, event)
@@ -77,7 +80,7 @@ class Crew:
         """Digests of the graphs that offers of the latest rounds refer to."""
         return self._worker.graphs()
 
-    def _submit(self, command: do.Extract) -> Future[on.Event]:
+    def _submit(self, command: do.Extract) -> Future[_Made]:
         try:
             return self._pool.submit(_extract, command)
         except BrokenExecutor:
@@ -92,7 +95,7 @@ class Crew:
             self._helpers,
             multiprocessing.get_context("spawn"),  # a thread may hold any lock at the moment of a fork
             _begin,
-            (os.getpid(), worker.job, worker.model, worker.store.root, worker.store.durable),
+            (os.getpid(), worker.job, worker.model, worker.store),
         )
 
     def close(self) -> None:
@@ -114,13 +117,14 @@ def _key(command: do.Extract) -> _Key:
     return command.basis.round, command.part.device, command.part.attempt
 
 
-def _begin(parent: int, job: Job, model: Model, folder: Path, durable: bool) -> None:
+def _begin(parent: int, job: Job, model: Model, store: BlobStore) -> None:
     global _helper
     begin_helper(parent)
-    _helper = Worker(job, model, BlobStore(folder, durable=durable))
+    _helper = Worker(job, model, store)
 
 
-def _extract(command: do.Extract) -> on.Event:
+def _extract(command: do.Extract) -> _Made:
     if _helper is None:
         raise RuntimeError("this is no helper's process")
-    return _helper.execute(command)
+    event = _helper.execute(command)
+    return event, _helper.store.news() if isinstance(_helper.store, BucketStore) else {}

@@ -39,6 +39,7 @@ from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.rollout_store import RolloutStore
 from fedprune_server.roster import Roster
 from fedprune_server.sharing import Audience, Sharing
+from fedprune_server.shipping import Shipping
 from fedprune_server.storage import PARTS_KEPT, Storage
 from fedprune_server.table import Display, Lines, Snapshot
 from fedprune_server.uploads import Uploads
@@ -51,8 +52,7 @@ _TURN_S = 0.02
 """Messages are taken in for so long before what they led to is saved, in one transaction, and answered."""
 _LINGER_S = 1.5
 _GREETING_S = 24 * 3600.0
-_ANSWER_S = 75.0
-"""Devices that haven't answered a hello by then are gone: their pauses between two attempts go up to a minute."""
+_SHOWN = 10
 
 _UNHEARD_OFFER_S = 30.0
 """An offer of which a device shows nothing for so long is said again: a broker's acknowledgement is no device's."""
@@ -78,6 +78,7 @@ class Daemon:
         broker: The embedded broker, if there is one.
         rollouts: Releases on their way to boards, if this server gives them any.
         members: Who may take part, where it isn't everybody; others leave a rollout.
+        blobs_at: Where boards are told that blobs lie on the web; None for nowhere.
         quarantine: Says whom `link` hears; None for one of the daemon's own, in front of the link.
         display: Where to show what happens.
         clock: Seconds since 1970, for deadlines and the log; it may be set.
@@ -103,6 +104,7 @@ class Daemon:
         broker: Supervised | None = None,
         rollouts: RolloutStore | None = None,
         members: Callable[[], Collection[str]] | None = None,
+        blobs_at: str | None = None,
         quarantine: Quarantine | None = None,
         display: Display | None = None,
         clock: Callable[[], float] = time.time,
@@ -121,14 +123,16 @@ class Daemon:
         self._clock = clock
         self._monotonic = monotonic
         self._roster = Roster(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
-        self._uploads = Uploads(store, pulls, max_packet)
-        stores = [store] if rollouts is None else [store, rollouts.blobs]
+        self._shipping = Shipping(store)
+        near = self._shipping.near
+        self._uploads = Uploads(near, pulls, max_packet)
+        stores = [near] if rollouts is None else [near, rollouts.blobs]
         self._quarantine.know(self._roster.traffic)
-        sharing = Sharing(store, Audience(state), max_packet)
+        sharing = Sharing(near, Audience(state), max_packet)
         downloads = Downloads(Serve(*stores), max_packet)
         self._post = Post(
             self._link, self._topics, self._roster, downloads, sharing, job.name, monotonic, self._quarantine.asked,
-            max_packet,
+            max_packet, self._shipping.coming,
         )  # fmt: skip
         self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, members, clock, monotonic)
         self._reception = Reception(
@@ -136,8 +140,9 @@ class Daemon:
             self._quarantine,
         )  # fmt: skip
         self._errands = Errands(
-            job, state, self._roster, self._uploads, self._post, self._reception.out, self._handle, monotonic
-        )
+            job, state, self._roster, self._uploads, self._post, self._reception.out, self._handle, monotonic,
+            self._shipping, blobs_at,
+        )  # fmt: skip
         self._garbage = Garbage(store, keep)
         self._wakes: list[float] = []
         self._taken: list[on.Event] = []
@@ -145,8 +150,6 @@ class Daemon:
         self._now = clock()
         self._at = (state.round, state.phase)
         self._told = len(state.history)
-        self._unheard: dict[str, int] = {}
-        self._heard_by = 0.0
         self._greet_at = self._ticked = 0.0
         self._stopping = False
         self._finished = False
@@ -161,7 +164,7 @@ class Daemon:
     @property
     def busy(self) -> bool:
         """Whether something is under way that doesn't wait for devices or time."""
-        return self._workshop.busy or bool(self._taken) or self._post.waiting
+        return self._workshop.busy or bool(self._taken) or self._post.waiting or self._shipping.waiting
 
     @property
     def finished(self) -> bool:
@@ -172,6 +175,10 @@ class Daemon:
     def traffic(self) -> dict[str, tuple[int, int]]:
         """Payload bytes to and from each device, over all starts of the server."""
         return self._roster.traffic
+
+    def offered(self, device: str) -> frozenset[str]:
+        """Digests of what a device's offer names; may be asked from any thread."""
+        return self._reception.offered(device)
 
     def stop(self) -> None:
         """End the loop soon; may be called from a signal handler or another thread."""
@@ -212,7 +219,7 @@ class Daemon:
         """Seconds to wait for a message."""
         if self._post.ready:
             return 0.0
-        longest = 0.01 if self._workshop.busy or self._post.waiting else 0.1
+        longest = 0.01 if self._workshop.busy or self._post.waiting or self._shipping.waiting else 0.1
         return max(0.0, min(longest, self._wakes[0] - self._clock())) if self._wakes else longest
 
     def _take(self, item: tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released | None) -> None:
@@ -222,7 +229,7 @@ class Daemon:
             if event is not None:
                 self._handle(event)
             if isinstance(event, on.DeviceBorn):
-                self._unheard.pop(event.device, None)
+                self._roster.presence.heard(event.device, self._monotonic())
                 self._roster.introduce(event.device)
         elif isinstance(item, ShutOut | Doubled | Quarantined | Released):
             for event in self._reception.noticed(item):
@@ -230,13 +237,12 @@ class Daemon:
         elif isinstance(item, ConnectionUp):
             log.info("connected to the broker")
             self._greet(self._monotonic())
-            # While we were away nobody told us who died.
-            self._unheard = {n: d.session for n, d in self.state.devices.items() if d.online}
-            self._heard_by = self._monotonic() + _ANSWER_S
+            self._roster.presence.connected(self._monotonic())
             self._post.ask(self._uploads.restart(self._monotonic()))
             self._errands.collect_uploads()
         elif isinstance(item, ConnectionDown):
             log.warning("connection to the broker lost: %s", item.reason)
+            self._roster.presence.lost()
         if self._desk is not None and isinstance(item, (ConnectionUp, ConnectionDown)):
             self._desk.connected(isinstance(item, ConnectionUp))
 
@@ -246,6 +252,7 @@ class Daemon:
         """Go on where the last process ended."""
         self._ticked = self._monotonic()
         self._begin()
+        self._shipping.prepare(self.state.references())
         self._handle(on.Resumed())
         self._commit()
 
@@ -259,6 +266,8 @@ class Daemon:
             item = None if self._stopping or self._monotonic() > until else self._link.get()
         while not self._stopping and (result := self._workshop.collect()) is not None:
             self._handle(result)
+        if self._shipping.waiting:
+            self._errands.collect_uploads()
         if self._monotonic() - self._ticked >= _TICK_S:
             self._ticked = self._monotonic()
             self._tick(self._ticked)
@@ -268,6 +277,7 @@ class Daemon:
         self._display.refresh(self.snapshot)
 
     def _close(self) -> None:
+        self._shipping.close()
         self._workshop.close()
         self._display.close()
 
@@ -310,7 +320,7 @@ class Daemon:
         if state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before):
             # No offer is being made: coordinators order them while a round collects, the workshop answers in order, so
             # all are here before the round's end is; and those of the next round are ordered after this.
-            self._garbage.collect(state, self._uploads.digests())
+            self._garbage.collect(state, self._uploads.digests() | self._shipping.digests)
         ended, self._told = state.history[self._told :], len(state.history)
         for summary in ended:
             self._display.round_over(self.snapshot(), summary)
@@ -361,11 +371,16 @@ class Daemon:
                 self._broker.restart()
             except BrokerError as error:  # tried again at the next tick
                 log.error("%s", error)
-        if self._unheard and now > self._heard_by:
-            silent, self._unheard = self._unheard, {}
-            for device, session in silent.items():
-                self._uploads.drop(device)
-                self._handle(on.DeviceDied(device, session))
+        for device in self._roster.presence.silent(now):
+            self._post.send(device, Hello(int(self._clock())))
+        gone = self._roster.presence.gone(now)
+        if gone:
+            names = ", ".join(sorted(gone)[:_SHOWN]) + (" ..." if len(gone) > _SHOWN else "")
+            log.info("%d devices don't answer and are taken for gone: %s", len(gone), names)
+        for device, session in gone.items():
+            self._uploads.drop(device)
+            self._post.forget(device)
+            self._handle(on.DeviceDied(device, session))
         if self._desk is not None:
             self._desk.tick()
         self._roster.namesakes.settle(now)
@@ -387,6 +402,8 @@ class Daemon:
 
     def _wake(self, now: float) -> None:
         due = False
+        if self._shipping.stuck:
+            return  # updates that are here would be late only because the bucket can't be used
         while self._wakes and self._wakes[0] <= now:
             heapq.heappop(self._wakes)
             due = True

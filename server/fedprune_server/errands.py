@@ -16,6 +16,7 @@ from fedprune.wire.fields import one_line
 from fedprune.wire.messages import Accepted, Cancelled, Finished, Offer
 from fedprune_server.post import Post
 from fedprune_server.roster import Roster
+from fedprune_server.shipping import Shipping
 from fedprune_server.uploads import Arrived, Uploads, misfit, sent
 
 log = logging.getLogger("fedprune.server")
@@ -35,6 +36,8 @@ class Errands:
         out: Devices that were shut out.
         happen: Takes in an event.
         monotonic: Seconds of a clock that nobody sets.
+        shipping: Brings updates where they are kept.
+        blobs_at: Where blobs lie on the web, too; None for nowhere.
     """
 
     def __init__(
@@ -47,7 +50,10 @@ class Errands:
         out: AbstractSet[str],
         happen: Callable[[on.Event], None],
         monotonic: Callable[[], float],
+        shipping: Shipping,
+        blobs_at: str | None = None,
     ) -> None:
+        self._shipping = shipping
         self._job = job
         self._state = state
         self._roster = roster
@@ -56,6 +62,7 @@ class Errands:
         self._out = out
         self._happen = happen
         self._monotonic = monotonic
+        self._blobs_at = blobs_at
 
     def run(self, command: Errand) -> None:
         """Carry out a command.
@@ -90,7 +97,7 @@ class Errands:
             return
         try:
             blobs = {k: BlobRef.from_dict(body[k]) for k in ("weights", "training", "inference")}
-            body |= {**blobs, "widths": tuple(body["widths"])}
+            body |= {**blobs, "widths": tuple(body["widths"]), "blobs_at": self._blobs_at}
             self._post.send(command.device, Offer(job, command.round, command.attempt, **body), job)
         except ProtocolError as error:  # a model that no message holds: nobody can take part with it
             self._happen(on.OfferRefused(command.device, command.round, command.attempt, one_line(str(error))))
@@ -100,7 +107,7 @@ class Errands:
 
     def collect_uploads(self) -> None:
         """Turn ended pulls into events."""
-        for outcome in self._uploads.outcomes():
+        for outcome in self._shipping.through(self._uploads.outcomes()):
             device, round_, attempt = outcome.device, outcome.round, outcome.attempt
             if isinstance(outcome, Arrived):
                 self._roster.delivered(device, self._monotonic())

@@ -34,6 +34,7 @@ class Finding:
         cure: What a repair does.
         paths: The files that it is about.
         blob: Digest of the blob that it is about.
+        keys: The objects of a bucket that it is about.
     """
 
     weight: Weight
@@ -42,6 +43,7 @@ class Finding:
     cure: Cure = Cure.NONE
     paths: tuple[Path, ...] = ()
     blob: str = ""
+    keys: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.weight.value}: {self.what}{'. ' if self.advice else ''}{self.advice}"

@@ -27,7 +27,7 @@ from fedprune_server.table import Lines
 from fedprune_server.workshop import Executes
 
 _TABLES = ("job", "model", "evaluation", "calibration", "server")
-_OWN = ("archive", "database", "keep", "pulls", "slabs", "weight", "workers")
+_OWN = ("archive", "blobs", "cache_mib", "database", "keep", "pulls", "slabs", "weight", "workers")
 """Keys of [server] that a further job has of its own."""
 
 

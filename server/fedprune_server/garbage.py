@@ -70,13 +70,14 @@ class Garbage:
 
         Args:
             state: What it refers to stays.
-            arriving: Blobs of which parts are still to come; parts of all others are deleted.
+            arriving: Blobs on their way here, which stay; parts of all others are deleted.
 
         Raises:
             StorageError: The disk fails.
         """
         self.suspect(self._graphs.let_go(state.round))
         kept = state.references() | self._graphs.digests() | kept_models(state, self._keep)
+        kept |= arriving
         for digest in self._suspects - kept:
             self._store.delete(digest)
         self._suspects &= kept

@@ -16,19 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from fedprune.coordination.lending import Lending
 from fedprune.errors import BrokerError, ConfigError, ProtocolError
 from fedprune.wire.link import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Birth, Death, Gone, Hello, Message, Want, parse
+from fedprune.wire.messages import Alive, Birth, Death, Gone, Hello, Message, Want, parse
 from fedprune.wire.topics import NO_JOB, Topics
 from fedprune_server.job_desk import Item, JobDesk
 from fedprune_server.post import Doubled, ShutOut, Supervised, Wire
+from fedprune_server.presence import ANSWER_S, QUIET_S
 from fedprune_server.quarantine import Quarantine, Quarantined, Released
 
 log = logging.getLogger("fedprune.server")
 
 _TURN_S, _TICK_S, _LINGER_S = 0.02, 0.5, 1.5
 _GREETING_S = 24 * 3600.0
-_ANSWER_S = 75.0
-"""Devices that haven't answered a hello by then are gone: their pauses between two attempts go up to a minute."""
-
 _ASKED_AGAIN_S = 10.0
 
 
@@ -71,12 +69,18 @@ class Host:
         self._lent: dict[str, str] = {}
         self._at_work: dict[str, str] = {}
         self._unfit: set[tuple[str, str]] = set()
-        self._unheard: dict[str, int] = {}
-        self._heard_by = self._greet_at = self._charged_at = self._ticked = 0.0
+        self._heard: dict[str, float] = {}
+        self._doubted: dict[str, float] = {}
+        self._greet_at = self._charged_at = self._ticked = 0.0
         self._asked: dict[str, float] = {}
         self._moved = True
         self._dismissed = False
         self._stopping = False
+
+    @property
+    def first(self) -> JobDesk:
+        """The first job."""
+        return self._first
 
     @property
     def subscriptions(self) -> list[str]:
@@ -160,10 +164,10 @@ class Host:
             log.info("connected to the broker")
             self._greet(self._monotonic())
             # While we were away nobody told us who died.
-            self._unheard = {n: b.session for n, b in self._here.items()}
-            self._heard_by = self._monotonic() + _ANSWER_S
+            self._doubted = dict.fromkeys(self._here, self._monotonic())
         elif isinstance(item, ConnectionDown):
             log.warning("connection to the broker lost: %s", item.reason)
+            self._doubted = {}
         elif isinstance(item, (ShutOut, Quarantined)):
             self._gone(item.device)
         elif isinstance(item, Released):
@@ -183,8 +187,12 @@ class Host:
         if isinstance(message, (Birth, Death)) and message.device == device:
             self._presence(message, len(payload), (topic, payload))
             return
-        if device not in self._here and any(device in d.state.devices for d in self.desks.values()):
+        if device in self._here:
+            self._listened(device)
+        elif isinstance(message, Alive) or any(device in d.state.devices for d in self.desks.values()):
             self._ask(device)
+        if isinstance(message, Alive):
+            return
         for desk in self._concerned(message, device, job):
             desk.hear((topic, payload))
 
@@ -215,10 +223,10 @@ class Host:
         except ProtocolError:
             self._first.hear(item)
             return
-        self._unheard.pop(device, None)
         if known is None or known.session != message.session:
             self._unfit = {pair for pair in self._unfit if pair[1] != device}
         self._here[device] = message
+        self._listened(device)
         self._moved = True
         held = message.held or {}
         if held and held["job"] in self.desks:
@@ -231,7 +239,22 @@ class Host:
         elif device in self._lent:
             self._hand(self._lent[device], [device])
 
+    def _listened(self, device: str) -> None:
+        """A device has said something."""
+        self._doubted.pop(device, None)
+        self._heard[device] = self._monotonic()
+
+    def _doubt(self, now: float) -> None:
+        """Ask who has been silent for long, and give up who doesn't answer: not every broker tells who vanishes."""
+        for device in [d for d, at in self._heard.items() if now - at >= QUIET_S and d not in self._doubted]:
+            self._doubted[device] = now
+            self._ask(device)
+        for device in [d for d, at in self._doubted.items() if now - at > ANSWER_S]:
+            self._gone(device)
+
     def _gone(self, device: str) -> None:
+        self._heard.pop(device, None)
+        self._doubted.pop(device, None)
         birth, job = self._here.pop(device, None), self._lent.pop(device, None)
         self._moved = True
         if birth is not None and job is not None:
@@ -255,11 +278,8 @@ class Host:
                 self._broker.restart()
             except BrokerError as error:  # tried again at the next tick
                 log.error("%s", error)
-        if self._unheard and now > self._heard_by:
-            silent, self._unheard = self._unheard, {}
-            for device, session in silent.items():
-                if device in self._here and self._here[device].session == session:
-                    self._gone(device)
+        if self._link.connected:
+            self._doubt(now)
         if self._link.connected and now >= self._greet_at:
             self._greet(now)
 

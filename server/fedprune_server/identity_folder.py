@@ -5,6 +5,7 @@
     epoch           its latest epoch
     server.key, server.pem    what it connects to the broker with
     broker.key, broker.pem    of the embedded broker, if there is one
+    web.key, web.pem          of the web server of blobs, if there is one
     identity.db     claims, devices and answers (`fedprune_server.identity_store`)
     site            the site's name; written last, so that a folder with it is whole
 
@@ -49,6 +50,7 @@ _SIGNING, _EPOCH, _KEY, _CERTIFICATE, _STORE, _SITE = (
 _BROKER_LASTS_S = 365 * 24 * 3600
 _SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
 _BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
+_WEB_KEY, _WEB_CERTIFICATE = "web.key", "web.pem"
 
 
 class IdentityFolder:
@@ -160,7 +162,14 @@ class IdentityFolder:
             IdentityError: A host is neither name nor address.
             StorageError: The disk fails or is full.
         """
-        certificate, private, wanted = self.path / _BROKER_CERTIFICATE, self.path / _BROKER_KEY, sorted(set(hosts))
+        return self._listening(_BROKER_CERTIFICATE, _BROKER_KEY, hosts)
+
+    def web(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
+        """What a web server of blobs encrypts with; all else as `broker`."""
+        return self._listening(_WEB_CERTIFICATE, _WEB_KEY, hosts)
+
+    def _listening(self, certificate_name: str, key_name: str, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
+        certificate, private, wanted = self.path / certificate_name, self.path / key_name, sorted(set(hosts))
         if not self._lasts(certificate, private, _BROKER_LASTS_S) or _hosts(certificate) != set(wanted):
             key = make_tls_key()
             issued = self.authority.issue_broker(wanted, make_request(key, "broker"))

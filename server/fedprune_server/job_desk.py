@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from fedprune.wire.link import ConnectionDown, ConnectionUp, Event
 from fedprune.wire.messages import Birth
 from fedprune_server.daemon import Daemon
 from fedprune_server.post import Doubled, ShutOut, Wire
+from fedprune_server.presence import Presence
 from fedprune_server.quarantine import Quarantined, Released
 from fedprune_server.table import Snapshot
 
@@ -101,6 +103,7 @@ class JobDesk(Daemon):
         self.moved = True
         """Whether something has happened since the host looked."""
         self._reception.asks = False
+        self._roster.presence = Presence(state, math.inf, math.inf)  # the host knows who is there
         self._schedule = compose(job).schedule or SYNCHRONOUS
 
     # What the host does with it.
@@ -197,7 +200,8 @@ class JobDesk(Daemon):
 
     def offers(self, device: str, sha256: str) -> bool:
         """Whether a device may fetch a blob, as its part in this job or as a release."""
-        return sha256 in self._reception.offered(device)
+        release = frozenset[str]() if self._desk is None else self._desk.files(device)
+        return sha256 in self.offered(device) | release
 
     def takes(self, device: str, session: int) -> bool:
         """Whether a device can take part in the job, as far as is known."""

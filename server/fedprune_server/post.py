@@ -13,9 +13,10 @@ from fedprune.errors import ProtocolError
 from fedprune.wire.checked_message import MAX_MESSAGE
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
-from fedprune.wire.link import HIGH_WATER, Event
+from fedprune.wire.link import Event
 from fedprune.wire.messages import FromServer, Gone, Hello, Want
 from fedprune.wire.topics import Topics
+from fedprune.wire.unsent import HIGH_WATER
 from fedprune_server.downloads import Downloads
 from fedprune_server.quarantine import Quarantined, Released
 from fedprune_server.roster import Roster
@@ -93,6 +94,7 @@ class Post:
         clock: Seconds of a clock that nobody sets.
         asked: Is told of how many leaves a device is asked for.
         max_packet: Bytes of an MQTT packet that the broker lets through, if it is known to be less than usual.
+        coming: Whether a blob that isn't here will be in a moment.
     """
 
     def __init__(
@@ -106,7 +108,9 @@ class Post:
         clock: Callable[[], float] = time.monotonic,
         asked: Callable[[str, int], None] = lambda device, leaves: None,
         max_packet: int = MAX_PACKET,
+        coming: Callable[[str], bool] = lambda sha256: False,
     ) -> None:
+        self._coming = coming
         self._most = MAX_MESSAGE if max_packet >= MAX_PACKET else max_packet - PACKET_OVERHEAD
         self._asked = asked
         self._link = link
@@ -195,6 +199,8 @@ class Post:
                 return
             device, chunk = item
             if isinstance(chunk, Gone):
+                if self._coming(chunk.sha256):
+                    continue  # the device asks again
                 self.send(device, chunk)
                 self.deliver()
             elif self._link.publish(self._topics.down_blob(device), chunk, CHUNK_QOS):

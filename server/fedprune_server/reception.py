@@ -21,7 +21,7 @@ from fedprune.profile_store import find
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.complaints import Complaints
 from fedprune.wire.fields import believable, one_line, served
-from fedprune.wire.messages import Birth, Cancelled, Death, Gone, Hello, Progress, Refusal, Update, Want, parse
+from fedprune.wire.messages import Alive, Birth, Cancelled, Death, Gone, Hello, Progress, Refusal, Update, Want, parse
 from fedprune.wire.release_messages import ReleaseReport
 from fedprune.wire.topics import Topics
 from fedprune_server.post import Doubled, Post, ShutOut
@@ -181,8 +181,12 @@ class Reception:
         said = getattr(message, "device", device)
         if said != device:
             raise ProtocolError("device of a message", expected=device, got=said)
+        if not isinstance(message, Death):
+            self._roster.presence.heard(device, self._monotonic())
         known = self._state.devices.get(device)
-        if known is not None and not known.online and not isinstance(message, (Birth, Death)):
+        # A birth that got lost between two brokers is not said again by itself.
+        missed = isinstance(message, Alive) if known is None else not known.online
+        if missed and not isinstance(message, (Birth, Death)):
             self._ask(device)
         match message:
             case Birth():
@@ -191,10 +195,12 @@ class Reception:
                 return self.ended(device, message.session)
             case Want():
                 self._roster.heard(device, self._monotonic())
-                self._post.fetched(device, message, self.offered(device))
+                self._post.fetched(device, message, self._offered(device))
             case ReleaseReport():
                 if self._desk is not None:
                     self._desk.reported(message)
+            case Alive():
+                pass
             case Gone():
                 self._post.ask(self._uploads.gone(device, message.sha256, self._monotonic()))
             case Progress() | Refusal() | Update():
@@ -297,14 +303,17 @@ class Reception:
             return
         self._post.send(device, Cancelled(job, round, attempt, reason), job)
 
-    def offered(self, device: str) -> frozenset[str]:
+    def _offered(self, device: str) -> frozenset[str]:
         """Digests of what a device may fetch: only what its own offer names, and the release that it is given."""
+        return self.offered(device) | (frozenset() if self._desk is None else self._desk.files(device))
+
+    def offered(self, device: str) -> frozenset[str]:
+        """Digests of what a device's own offer names; may be asked from any thread."""
         task = self._state.tasks.get(device)
         offer: Mapping[str, Any] = (task.offer if task else None) or {}
-        files = frozenset[str]() if self._desk is None else self._desk.files(device)
         named = [*offer.values(), *offer.get("lowered", {}).values(), *offer.get("blocked", {}).values()]
         named += offer.get("slabs", [])
-        return files | {v["sha256"] for v in named if isinstance(v, dict) and "sha256" in v}
+        return frozenset(v["sha256"] for v in named if isinstance(v, dict) and "sha256" in v)
 
 
 def _advice(error: ProfileError) -> str:

@@ -23,9 +23,10 @@ from fedprune.disk import storage_errors
 from fedprune.errors import ConfigError, FedpruneError, StorageError
 from fedprune.job import Job
 from fedprune_export.importing import import_onnx
+from fedprune_server.blob_place import reader
 from fedprune_server.own_samples import load_calibration
 from fedprune_server.simulation_state import texts
-from fedprune_server.state_folder import BLOBS, MODEL
+from fedprune_server.state_folder import MODEL
 from fedprune_server.storage import Storage
 from fedprune_server.worker import Worker
 
@@ -80,7 +81,7 @@ def replay(folder: Path) -> Iterator[Step]:
         with TemporaryDirectory(prefix="fedprune-replay-") as scratch:
             store = BlobStore(Path(scratch), durable=False)
             worker = Worker(Job.from_dict(known["job"]), model, store, None, calibration)
-            yield from _Replay(worker, store, BlobStore(folder / BLOBS), archived).run(chain([first], log))
+            yield from _Replay(worker, store, reader(folder, known), archived).run(chain([first], log))
 
 
 def _gone(archived: bool, what: str) -> FedpruneError:

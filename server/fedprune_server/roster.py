@@ -17,6 +17,7 @@ from fedprune.job import Job
 from fedprune.plan import Plan
 from fedprune.wire.messages import Progress
 from fedprune_server.namesakes import Namesakes
+from fedprune_server.presence import Presence
 from fedprune_server.table import Row, Snapshot
 
 log = logging.getLogger("fedprune.server")
@@ -70,6 +71,7 @@ class Roster:
         self.moved: dict[str, tuple[int, int]] = {}
         """Payload bytes to and from the devices whose number has changed, since whoever keeps it took it."""
         self.namesakes = Namesakes()
+        self.presence = Presence(state)
         self.outsiders: dict[str, dict[str, Any]] = {}
         """Devices that announced themselves and can't even be planned for, and why."""
         for name, body in (outsiders or {}).items():
@@ -208,6 +210,7 @@ class Roster:
 
     def gone(self, device: str) -> None:
         """A device's connection has ended."""
+        self.presence.left(device)
         if device in self.outsiders:
             self.outsiders[device]["online"] = False
 

@@ -23,11 +23,13 @@ from fedprune.selection import Selection
 from fedprune_device.owner import check_unowned
 from fedprune_export.imported import Model
 from fedprune_export.importing import check_input, import_onnx, read_source
+from fedprune_server.blob_place import BLOBS, NUMBER, lay_down, move_in, new_number, number_of, opened, reader
+from fedprune_server.bucket_store import BucketStore
 from fedprune_server.config import ServerConfig, with_stored, without_password
 from fedprune_server.database import check_url, shown
 from fedprune_server.database_place import keep as keep_place
 from fedprune_server.database_place import url_of
-from fedprune_server.garbage import sweep
+from fedprune_server.garbage import kept_models, sweep
 from fedprune_server.lease import Lease
 from fedprune_server.own_samples import load_calibration, load_evaluation
 from fedprune_server.storage import LOCK, Storage
@@ -36,7 +38,6 @@ from fedprune_server.worker import Worker
 log = logging.getLogger("fedprune.server")
 
 MODEL = "model.onnx"
-BLOBS = "blobs"
 _LOCK_PATIENCE_S = 3.0
 
 
@@ -99,6 +100,7 @@ class StateFolder:
             self.lease.take()
             self.storage.database.fence = self.lease.check
             self._open = stack.pop_all()
+        self._raw = b""
 
     def close(self) -> None:
         """Let other servers have it."""
@@ -134,6 +136,7 @@ class StateFolder:
         known, state = self.storage.settings(), self.storage.load()
         if known is not None:
             self._check_name(config, known, state)
+        self._open_store(config, known)
         raw, name = self._model_bytes(config, known, state)
         model = import_onnx(raw, name)
         check_input(config.model or name, model, config.input_shape)
@@ -150,16 +153,20 @@ class StateFolder:
             "calibration": _anywhere(config.calibration),
             "server": config.server_settings(),
         }
+        if (number := number_of(known)) is not None or isinstance(self.store, BucketStore):
+            settings[NUMBER] = number or new_number()
         if known is None:
             self._keep_foreign(raw)
         worker = Worker(config.job, model, self.store, evaluation, calibration, slabs=config.slabs)
         if state is None:
             state = State(model=worker.initial(), architecture=model.architecture.digest)
         else:
+            self._move_in(config, known or {}, state)
             self._check_blobs(state)
             self._fit(state, model)
             sweep(self.store, state, config.kept)  # not a new job's folder: its worker has just put graphs there
         source = raw if known is None else None
+        self._raw = raw
         return OpenJob(config.job, model, worker, state, _changes(known, settings), settings, source)
 
     def keep(self, opened: OpenJob) -> None:
@@ -173,8 +180,23 @@ class StateFolder:
         keep_place(self.path, self._database)
         # After the model and before the first state: a crash in between leaves nothing that contradicts itself.
         self.storage.put_settings(opened.settings)
+        lay_down(self.store, number_of(opened.settings), opened.job.name, self._raw)
         if self.storage.load() is None:
             self.storage.save(opened.state, (), time.time())
+
+    def _open_store(self, config: ServerConfig, known: dict[str, Any] | None) -> None:
+        """Take the blobs from where the configuration says that they are."""
+        self.store = opened(self.path, config.blobs, config.cache_mib * 2**20, known)
+        if isinstance(self.store, BucketStore):
+            self._open.callback(self.store.close)
+
+    def _move_in(self, config: ServerConfig, known: dict[str, Any], state: State) -> None:
+        needed = state.references() | kept_models(state, config.kept)
+        if config.archive and not isinstance(self.store, BucketStore):
+            needed |= set(reader(self.path, known).names())
+        elif config.archive:
+            needed |= set(BlobStore(self.path / BLOBS).names())
+        move_in(self.path, self.store, known, needed)
 
     def _check_moved(self) -> None:
         """A database that knows nothing of the folder's job would begin another one."""
@@ -213,7 +235,9 @@ class StateFolder:
         with storage_errors(f"can't read {path}"):
             # A second server of a job, on a machine of its own, is given the model, too.
             given = not path.exists() and config.model is not None and Path(config.model).is_file()
-            raw = read_source(str(config.model)) if given else path.read_bytes()
+            kept = None if path.exists() or given or not isinstance(self.store, BucketStore) else self.store.model()
+            raw = read_source(str(config.model)) if given else path.read_bytes() if kept is None else kept
+            given = given or kept is not None
         if given and tensorfile.digest(raw) == known["model"]:
             self.store.write_file(path, raw)
         elif tensorfile.digest(raw) != known["model"]:
@@ -241,8 +265,9 @@ class StateFolder:
 
     def _check_blobs(self, state: State) -> None:
         if not self.store.has(state.model):
+            where = self.store.bucket.url if isinstance(self.store, BucketStore) else self.path / BLOBS
             raise StorageError(
-                f"the global model {state.model} is missing from {self.path / BLOBS}",
+                f"the global model {state.model} is missing from {where}",
                 hint="Restore the server's backup.",
             )
 
@@ -336,7 +361,7 @@ def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes]
         raise StorageError(f"{folder} holds no job yet")
     with storage_errors(f"can't read {folder / MODEL}"):
         raw = (folder / MODEL).read_bytes()
-    weights = BlobStore(folder / BLOBS).read(digest or state.model)
+    weights = reader(folder, known).read(digest or state.model)
     return import_onnx(raw, str(known["name"])), weights
 
 
@@ -348,9 +373,10 @@ def model_after(folder: Path, round_: int) -> str:
     """
     with Storage.existing(folder) as storage:
         found = {r["round"]: str(r["model"]) for r in storage.rounds()}
+        known = storage.settings()
     if round_ not in found:
         raise StorageError(f"{folder} holds no round {round_}", expected=f"1 to {max(found, default=0)}")
-    if not BlobStore(folder / BLOBS).has(found[round_]):
+    if not reader(folder, known).has(found[round_]):
         raise StorageError(
             f"the model after round {round_} is no longer kept", hint="Run with a larger --keep to keep more of them."
         )

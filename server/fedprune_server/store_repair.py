@@ -9,8 +9,10 @@ from pathlib import Path
 from fedprune.blobs import BlobStore
 from fedprune.disk import storage_errors, sync_folder
 from fedprune.errors import StorageError
+from fedprune_server.blob_place import BLOBS, bucket_of
+from fedprune_server.bucket_checkup import mend
 from fedprune_server.finding import Cure, Finding
-from fedprune_server.state_folder import BLOBS
+from fedprune_server.storage import Storage
 
 DAMAGED = "damaged"
 """Folder beside `blobs` for what was set aside."""
@@ -30,18 +32,26 @@ def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> It
     Raises:
         StorageError: The disk fails.
     """
-    sources = () if backup is None else (BlobStore(backup / BLOBS),) if (backup / BLOBS).is_dir() else ()
+    bucket = bucket_of(folder, Storage.settings_in(folder))
+    sources: tuple[BlobStore, ...] = (
+        () if backup is None else (BlobStore(backup / BLOBS),) if (backup / BLOBS).is_dir() else ()
+    )
+    if bucket is not None:  # whose copies in the folder may be whole
+        sources = (BlobStore(folder / BLOBS), *sources)
     for finding in findings:
-        if finding.cure is Cure.DELETE:
+        if bucket is not None:
+            yield from mend(bucket, finding, folder / DAMAGED)
+        if finding.cure is Cure.DELETE and finding.paths:
             _delete(finding.paths)
             yield f"deleted {len(finding.paths)} files, such as {finding.paths[0]}"
         if finding.cure is Cure.SET_ASIDE:
             for path in finding.paths:
                 yield f"moved {path} to {_set_aside(folder, path)}"
         if finding.cure in (Cure.SET_ASIDE, Cure.FETCH):
+            home = BlobStore(_root(folder, finding)) if bucket is None or finding.paths else bucket
             for source in sources:
                 with suppress(StorageError):
-                    BlobStore(_root(folder, finding)).put(source.read(finding.blob))
+                    home.put(source.read(finding.blob))
                     yield f"took blob {finding.blob} from {source.root}"
 
 

@@ -14,10 +14,10 @@ from memory_fleet import TOPICS
 
 from fedprune import tensorfile
 from fedprune.blobs import BlobStore
-from fedprune.errors import ProtocolError
+from fedprune.errors import ProtocolError, StorageError
 from fedprune.recipe import Recipe
 from fedprune.slabs import slab
-from fedprune.wire.blob_ref import LEAF, BlobRef
+from fedprune.wire.blob_ref import LEAF, BlobRef, leaf_table
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Gone, Offer, Want
 from fedprune.wire.transfer import PATIENCE, Serve
@@ -271,3 +271,20 @@ def test_room_for_slabs_counts_what_codecs_need_beside_them(source: Source, tmp_
         assert slabs_fit(offer, room)  # type: ignore[arg-type]
         room.free_bytes = lambda: needed + sum(r.size for r in source.slabs) - 1
         assert not slabs_fit(offer, room)  # type: ignore[arg-type]
+
+
+def test_what_a_server_names_wrongly_is_found_out_where_it_is_read(source: Source, store: BlobStore) -> None:
+    data = source.store.read(source.weights[2].sha256)
+    wrong = replace(source.weights[2], sha256="ab" * 32)
+    downloads = Downloads(store, source.offer(2, weights=wrong, slabs=None), 0.0)
+    wants = downloads.start(0.0)
+    while wants:
+        want = wants.pop(0)
+        if want.sha256 == wrong.sha256:
+            payload = leaf_table(data) if want.part == "leaves" else data[want.first * LEAF :][: want.count * LEAF]
+            wants += downloads.chunk(Chunk(want.sha256, want.part, want.first, payload), 0.0)
+        else:
+            wants += [w for raw in source.answers([want]) for w in downloads.chunk(Chunk.parse(raw), 0.0)]
+    assert downloads.done
+    with pytest.raises(StorageError, match="is damaged"):
+        store.read(wrong.sha256)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3 import S3
 
 from postgres import Postgres
 
@@ -33,3 +34,21 @@ def postgres() -> Iterator[Postgres]:
         yield made
     finally:
         made.close()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """A stand-in for S3, in a process of its own."""
+    made = S3()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def at_s3(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """The same, where boto3 looks for it."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3

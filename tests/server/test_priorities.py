@@ -12,10 +12,10 @@ from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.chunk import HEADER, MAX_PACKET, Chunk
-from fedprune.wire.link import HIGH_WATER
 from fedprune.wire.messages import Cancelled, Progress, Update, Want, parse
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
+from fedprune.wire.unsent import HIGH_WATER
 from fedprune_device.outbox import Outbox
 from fedprune_server.downloads import Downloads
 from fedprune_server.post import Post

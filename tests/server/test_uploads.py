@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.blobs import BlobStore
-from fedprune.wire.blob_ref import LEAF, BlobRef
+from fedprune.wire.blob_ref import LEAF, BlobRef, leaf_table
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Want
 from fedprune.wire.transfer import Serve
@@ -109,6 +109,20 @@ def test_a_reference_that_contradicts_itself_spoils_the_update(world: World) -> 
     (outcome,) = world.uploads.outcomes()
     assert isinstance(outcome, Spoilt)
     assert "contradicts itself" in outcome.reason
+
+
+def test_a_device_s_name_for_its_update_is_not_taken_on_trust(world: World) -> None:
+    data = b"a" * (3 * LEAF)
+    named = BlobRef("ab" * 32, len(data), BlobRef.of(data).leaves)
+    wants = world.uploads.add("a", 1, 1, named, 0.0)
+    while wants:
+        _, want = wants.pop(0)
+        payload = leaf_table(data) if want.part == "leaves" else data
+        wants += world.uploads.chunk("a", Chunk(named.sha256, want.part, 0, payload), 0.0)
+    (outcome,) = world.uploads.outcomes()
+    assert isinstance(outcome, Spoilt)
+    assert "don't make up the blob" in outcome.reason
+    assert not world.store.has(named.sha256)
 
 
 def test_a_device_that_keeps_sending_damage_spoils_its_update(world: World) -> None:

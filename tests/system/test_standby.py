@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from real_site import Site, write_material
+from s3 import S3
 
 from fedprune.coordination import Phase, State
 from fedprune.coordination.state import Progress
@@ -43,11 +46,13 @@ class Pair(Site):
     """A site with a second server, and perhaps the database elsewhere."""
 
     database: str | None = None
+    blobs: str | None = None
 
     def command(self, name: str) -> list[str]:
         if name not in ("server", "second"):
             return super().command(name)
         command = super().command("server") + ([] if self.database is None else ["--database", self.database])
+        command += [] if self.blobs is None else ["--blobs", self.blobs]
         if name == "second":
             if self.database is not None:
                 command[command.index("--state") + 1] = str(self.folder / "second")
@@ -134,3 +139,36 @@ def test_a_standby_at_postgresql_outlasts_server_and_database(pair: Pair, undist
     finally:
         pair.stop_all()
         database.close()
+
+
+@pytest.mark.postgresql
+def test_a_standby_with_an_empty_folder_goes_on_with_the_database_and_the_bucket(
+    pair: Pair, undisturbed: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, s3 = Postgres(), S3()
+    try:
+        for name, value in s3.environment.items():
+            monkeypatch.setenv(name, value)
+        database.start()
+        pair.database, pair.blobs = database.database(), f"s3://{s3.bucket()}/fleet"
+        pair.start_all()
+        wait_until_training(pair, 1)
+        pair.start("second")
+        pair.wait_for(lambda: "standing by" in pair.logs(), "the second server waits")
+        wait_until_training(pair, 2)
+        pair.processes["server"].kill()
+        pair.processes["server"].wait()
+        s3.hold()  # the second must not begin with less than all
+        shutil.rmtree(pair.state / "blobs")
+        pair.processes["server"] = pair.processes.pop("second")
+        time.sleep(1)
+        s3.go_on()
+        state = pair.finish()
+        assert [r["model"] for r in state.history] == [r["model"] for r in undisturbed.history]
+        assert "taking over from" in pair.logs()
+        check(pair.folder / "second")
+    finally:
+        s3.go_on()
+        pair.stop_all()
+        database.close()
+        s3.close()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedprune.aggregation import Fold, Rule
 from fedprune.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.errors import BundleError, FedpruneError, ProtocolError
-from fedprune.fixed_point import MAX_WEIGHT
+from fedprune.fixed_point import MAX_WEIGHT, VALUE_BITS
 from fedprune.selection import Selection, Tensors
 from strategies import architectures, model, ranks, seeds, selections, trained, widths
 
@@ -421,6 +421,50 @@ def test_updates_that_wait_give_the_bits_of_updates_one_by_one(
         fold.add(*update)
         fold.close()  # whatever waits is added
     assert identical(fold.close()[0], folded(architecture, base, updates, rule=rule).close()[0])
+
+
+@settings(max_examples=30)
+@given(st.data(), st.integers(1, 12), seeds, st.randoms(use_true_random=False))
+def test_a_mean_is_within_a_bit_of_that_in_float64(
+    data: st.DataObject, devices: int, seed: int, dice: random.Random
+) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    updates: list[Update] = []
+    for k in range(devices):
+        selection = Selection.full(architecture)
+        if dice.random() < 0.5:
+            selection = Selection.of(architecture, architecture.sizes, data.draw(ranks(architecture)))
+        updates.append((selection, trained(selection, base, seed + k + 1), dice.choice((1, 77, 500, 20_000)), 1))
+    got, _ = folded(architecture, base, updates).close()
+    dice.shuffle(updates)
+    assert identical(got, folded(architecture, base, updates).close()[0])
+    for spec in architecture.trainable:
+        total, _, weight = sums(spec, updates)
+        mean = total / weight
+        unit = np.ldexp(8.0 * max(1.0, float(np.abs(base[spec.name]).max(initial=0))) * 2, -VALUE_BITS)
+        # Half a bit of float32 from the last rounding, and half a unit of the sums.
+        last = np.spacing(np.abs(mean.astype(np.float32))).astype(np.float64)
+        assert (np.abs(got[spec.name] - mean) <= last * 0.5001 + unit / 2).all()
+
+
+@settings(max_examples=10)
+@given(st.data(), seeds)
+def test_folds_of_much_and_of_little_weight_are_merged_either_way(data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures())
+    base = model(architecture, seed)
+    updates: list[Update] = []
+    for k, weight in enumerate((5, 2**15 - 5, 9, 40_000)):
+        selection = data.draw(selections(architecture))
+        updates.append((selection, trained(selection, base, seed + k), weight, 1))
+    expected = folded(architecture, base, updates).close()[0]
+    for cut in (1, 2, 3):
+        one, other = folded(architecture, base, updates[:cut]), folded(architecture, base, updates[cut:])
+        one.merge(other)
+        assert identical(one.close()[0], expected)
+        one, other = folded(architecture, base, updates[:cut]), folded(architecture, base, updates[cut:])
+        other.merge(one)
+        assert identical(other.close()[0], expected)
 
 
 @given(st.data(), seeds)

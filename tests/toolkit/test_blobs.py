@@ -248,6 +248,28 @@ def test_a_reference_whose_leaves_are_another_blob_s_is_found_out(tmp_path: Path
     assert files(tmp_path) == []
 
 
+def test_a_name_that_is_vouched_for_is_checked_by_who_reads_it(tmp_path: Path) -> None:
+    data = noise(3 * LEAF)
+    ref = BlobRef("ab" * 32, len(data), BlobRef.of(data).leaves)
+    store = BlobStore(tmp_path)
+    first = store.partial(ref, vouched=True)
+    first.set_table(leaf_table(data))
+    first.write(2, leaf(data, 2))
+    first.close()
+
+    partial = store.partial(ref, vouched=True)
+    assert partial.write_leaves(0, data[: LEAF - 1] + b"?" + data[LEAF : 2 * LEAF]) == [0]
+    with pytest.raises(StorageError, match="not complete"):
+        partial.finish()
+    assert partial.write_leaves(0, data[:LEAF]) == []
+    partial.finish()
+
+    assert store.path(ref.sha256).read_bytes() == data
+    for read in (store.read, store.map):
+        with pytest.raises(StorageError, match="is damaged"):
+            read(ref.sha256)
+
+
 def test_a_small_reference_that_contradicts_itself_is_found_out_at_once(tmp_path: Path) -> None:
     with pytest.raises(ProtocolError, match="contradicts itself"):
         BlobStore(tmp_path).partial(BlobRef("ab" * 32, 5, "cd" * 32))

@@ -98,6 +98,43 @@ def test_many_devices_at_the_bound_do_not_overflow() -> None:
     assert total.value()[0] == 0.25 * MAX_WEIGHT
 
 
+@given(
+    st.lists(st.tuples(st.floats(-8, 8, width=32), st.integers(1, 2**15)), min_size=1, max_size=12),
+    st.integers(0, 12),
+    st.randoms(use_true_random=False),
+)
+def test_light_sums_hold_the_numbers_of_heavy_ones(
+    pairs: list[tuple[float, int]], cut: int, dice: random.Random
+) -> None:
+    def added(some: list[tuple[float, int]]) -> FixedSum:
+        out, weight = FixedSum((1,), Range(3), light=True), 0
+        for value, n in some:
+            weight += n
+            out.make_room(weight)
+            out.add_all([np.array([value], np.float32)], [n])
+        return out
+
+    expected = int(summed(pairs, Range(3)).limbs[0][0])
+    shuffled = list(pairs)
+    dice.shuffle(shuffled)
+    assert int(added(pairs).limbs[0][0]) == int(added(shuffled).limbs[0][0]) == expected
+    parts = added(pairs[:cut])
+    parts.make_room(sum(n for _, n in pairs))
+    parts.merge(added(pairs[cut:]))
+    assert int(parts.limbs[0][0]) == expected
+    assert parts.value(factor=0.3)[0] == summed(pairs, Range(3)).value()[0] * 0.3
+
+
+@pytest.mark.parametrize(("weight", "kind"), [(2**15, np.float64), (2**15 + 1, np.int64)])
+def test_a_light_sum_is_exact_up_to_its_last_unit(weight: int, kind: type) -> None:
+    total = FixedSum((2,), Range(3), light=True)
+    total.make_room(weight)
+    total.add_all([np.array([8.0, -8.0], np.float32)] * 2, [weight - 1, 1])
+    assert total.limbs[0].dtype == kind
+    assert [int(v) for v in total.limbs[0]] == [weight * 2**VALUE_BITS, -weight * 2**VALUE_BITS]
+    assert total.value().tolist() == [8.0 * weight, -8.0 * weight]
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 4), (3, 4, 2, 2), (2, 70_000), (200_000,)])
 def test_shapes_of_all_kinds_are_added_as_a_whole(shape: tuple[int, ...]) -> None:
     value = np.asarray(np.random.default_rng(0).normal(size=shape), np.float32).reshape(shape)
@@ -145,6 +182,17 @@ def test_values_out_of_range_are_refused_wherever_they_are(value: float, at: int
     values[at] = value
     with pytest.raises(ProtocolError, match=r"values of conv1: expected finite numbers of magnitude up to 8, got"):
         check_range("conv1", values, 8.0)
+
+
+@pytest.mark.parametrize("quiet", [0.0, 0.01, 0.04, 0.1, 7.9])
+@pytest.mark.parametrize("at", [0, 8_191, 8_192, 131_071, 131_072, 399_999])
+def test_a_value_out_of_range_is_found_however_large_the_others_are(quiet: float, at: int) -> None:
+    values = np.full(400_000, quiet, np.float32)
+    check_range("w", values, 8.0)
+    for wrong in (8.001, -8.001, float("nan"), float("-inf")):
+        values[at] = wrong
+        with pytest.raises(ProtocolError, match="values of w"):
+            check_range("w", values, 8.0)
 
 
 @pytest.mark.parametrize("values", [[8.0, -8.0], [], [7.9] * 100_000])

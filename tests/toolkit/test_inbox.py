@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+import textwrap
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,3 +72,23 @@ def test_what_is_no_topic_of_ours_has_a_place_too() -> None:
     for topic in ("", "/", "x", "a/b/c/d/e/f"):
         assert inbox.offer(topic, b"x")
         assert inbox.get(0) == (topic, b"x")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries keep memory as they like")
+def test_memory_that_chunks_come_and_go_in_is_kept() -> None:
+    code = """
+        import resource, sys
+        from fedprune.wire.inbox import Inbox
+        if sys.argv[1] == "with":
+            Inbox()
+        chunk, before = bytes(98_304), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(200):
+            several = [b"".join((b"-", chunk)) for _ in range(12)]
+            del several
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", textwrap.dedent(code), how], capture_output=True, check=True).stdout)
+        for how in ("with", "without")
+    )
+    assert 3 * kept < given_back

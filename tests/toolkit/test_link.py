@@ -15,6 +15,7 @@ import pytest
 
 from fedprune.errors import BrokerError, ConfigError
 from fedprune.wire import link as link_module
+from fedprune.wire import unsent
 from fedprune.wire.broker_url import BrokerUrl, tls_context
 from fedprune.wire.link import ConnectionDown, ConnectionUp, Link
 
@@ -187,7 +188,7 @@ class TestWithMosquitto:
     def test_what_can_t_be_sent_is_declined_before_it_fills_the_memory(
         self, mosquitto: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(link_module, "OUTBOX_BYTES", 1_000_000)
+        monkeypatch.setattr(unsent, "OUTBOX_BYTES", 1_000_000)
         with connected(mosquitto.url, "a") as sender:
             mosquitto.process.send_signal(19)
             sent = [sender.publish("x", bytes(100_000)) for _ in range(20)]
@@ -200,10 +201,10 @@ class TestWithMosquitto:
     def test_who_holds_chunks_back_is_woken_when_little_is_left_to_send(self, mosquitto: Any) -> None:
         with connected(mosquitto.url, "a") as sender:
             mosquitto.process.send_signal(19)
-            assert sender.publish("x", bytes(link_module.LOW_WATER))
+            assert sender.publish("x", bytes(unsent.LOW_WATER))
             mosquitto.process.send_signal(18)
             assert sender.get(None) is None
-            assert sender.unsent < link_module.LOW_WATER
+            assert sender.unsent < unsent.LOW_WATER
 
     def test_a_flood_is_dropped_and_counted(self, mosquitto: Any) -> None:
         with connected(mosquitto.url, "a") as sender, connected(mosquitto.url, "b", ["x"]) as receiver:

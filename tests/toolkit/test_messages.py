@@ -17,6 +17,7 @@ from fedprune.wire.messages import (
     MAX_WANT,
     PHASES,
     Accepted,
+    Alive,
     Birth,
     Cancelled,
     Death,
@@ -57,6 +58,7 @@ metrics = st.dictionaries(
 messages = st.one_of(
     st.builds(Birth, names, counts, texts, counts, texts, st.none() | objects, held),
     st.builds(Death, names, counts),
+    st.builds(Alive, names, counts),
     st.builds(Progress, names, names, counts, counts, st.sampled_from(PHASES), counts, counts),
     st.builds(Refusal, names, names, counts, counts, texts, st.integers(0, 255)),
     st.builds(Update, names, names, counts, counts, hexes, refs, counts, counts, metrics),
@@ -114,6 +116,7 @@ EXAMPLES: list[Message] = [
     ReleaseOffer(7, "{}", 2 * DIGEST, (DIGEST,), 3, 600.0),
     ReleaseWithdrawn(7, "stopped"),
     ReleaseReport("pi-1", 7, "rolled back", "killed by SIGILL", 1, 2),
+    Alive("pi-1", 3),
 ]
 
 
@@ -136,7 +139,7 @@ def test_what_was_sent_is_what_is_read(message: Message) -> None:
 
 
 def test_there_is_an_example_of_every_type() -> None:
-    assert len({type(m) for m in EXAMPLES}) == 17
+    assert len({type(m) for m in EXAMPLES}) == 18
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)
@@ -156,11 +159,20 @@ def test_what_older_peers_do_not_know_is_left_out_where_there_is_none() -> None:
     plain = Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, {})
     assert parse(plain.to_bytes()) == plain
     newer = {"mask", "ranking", "lowered", "blocked", "slabs"}
-    newer |= {"codec", "weights_codec", "coded", "held", "moved", "moved_from"}
+    newer |= {"codec", "weights_codec", "coded", "held", "moved", "moved_from", "blobs_at"}
     assert set(json.loads(plain.to_bytes())) == {"v", "type", *(f.name for f in fields(Offer))} - newer
     assert parse(altered(plain, **dict.fromkeys(newer))) == plain
     birth = Birth("d", 1, "p", 10, "s")
     assert "codecs" not in json.loads(birth.to_bytes())
+
+
+def test_an_address_of_blobs_is_checked_and_comes_in_one_form() -> None:
+    plain = Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, {})
+    told = parse(altered(plain, blobs_at="https://Models.example:443/lab/"))
+    assert told == replace(plain, blobs_at="https://models.example/lab")
+    for wrong in ("http://models.example", "https://models.example?x", 7, ""):
+        with pytest.raises(ProtocolError, match="offer: field blobs_at"):
+            parse(altered(plain, blobs_at=wrong))
 
 
 def test_of_graphs_in_blocks_the_one_that_is_left_is_pulled() -> None:
@@ -207,7 +219,7 @@ def test_a_missing_field_is_named(message: Message) -> None:
         if (
             field.name
             in ("probe", "held", "metrics", "mask", "ranking", "lowered", "blocked", "slabs", "shared", "most")
-            or field.name in ("codecs", "codec", "weights_codec", "coded", "moved", "moved_from")
+            or field.name in ("codecs", "codec", "weights_codec", "coded", "moved", "moved_from", "blobs_at")
             or message.kind == Hello.kind
         ):
             parse(json.dumps(body).encode())

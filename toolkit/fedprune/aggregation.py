@@ -21,7 +21,7 @@ earlier model (asynchronous rounds): with `sent` its Δ is taken against what it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -34,9 +34,10 @@ from fedprune.coverage import Active, Coverage, partly_active
 from fedprune.deltas import rebased
 from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, ProtocolError
-from fedprune.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Index, Range, run_all
-from fedprune.layout import Expansion, in_order, places, row_blocks, to_global, to_layout
+from fedprune.fixed_point import MAX_WEIGHT, FixedSum, Range, run_all
+from fedprune.layout import Expansion, in_order, places, row_blocks, to_global
 from fedprune.movement import Movement, merge_sums
+from fedprune.round_means import RoundMeans
 from fedprune.selection import Selection, Tensors, mesh
 from fedprune.server_step import ServerStep
 from fedprune.tensor_checks import check_counts, check_model, check_submodel
@@ -61,21 +62,11 @@ class _Waiting(NamedTuple):
     weight: int
 
 
-class _Means(NamedTuple):
-    """Some rows of a tensor's mean, in the fold's layout."""
-
-    rows: Index
-    mean: Float64s
-    held: npt.NDArray[np.bool_] | None
-    """Where anyone holds a coordinate; None where that is everywhere."""
-    base: npt.NDArray[np.float32] | None
-
-
 class Fold:
     """A streaming mean of updates, whose bits depend neither on their order nor on how partial folds were merged.
 
-    Memory is one int64 per coordinate (with `evidence` three), plus one tensor while closing, however many updates
-    there are; which coordinates an update covers is kept as its selection, not as an array, but where masks of single
+    Memory is 8 bytes per coordinate (with `evidence` 24), plus one tensor while closing, however many updates there
+    are; which coordinates an update covers is kept as its selection, not as an array, but where masks of single
     elements are added: that takes one more int64 per coordinate of the masked tensors. Up to eight checked updates wait
     until they are added together, which reads and writes the sums once for all: their arrays are held, not copied, and
     must stay as they are until the fold is closed.
@@ -130,7 +121,7 @@ class Fold:
         """Forget all updates."""
         self.updates = 0
         self._coverage = Coverage(self.architecture)
-        self._sums = {t.name: FixedSum(t.shape, self._spans[t.name]) for t in self._shared}
+        self._sums = {t.name: FixedSum(t.shape, self._spans[t.name], light=True) for t in self._shared}
         self._spread = {
             name: FixedSum(self.base[name].shape, Range(2 * self._spans[mean].exponent + 2, 3))
             for name, mean in self._means.items()
@@ -204,7 +195,8 @@ class Fold:
         if sent is not None:
             bounds = {name: span.bound for name, span in self._spans.items()}
             values = rebased(self.architecture, selection, submodel, sent, self.base, bounds, self.excluded)
-        self._coverage.settle(selection)
+        selection = self._coverage.known(selection)
+        self._make_room(self.weight + weight)
         one = _Waiting(selection, values, weight)
         if copied:  # arrays that are made for this update alone take memory while they wait
             self._add_together([one], active)
@@ -216,6 +208,10 @@ class Fold:
         self.updates += 1
         if len(self._waiting) >= _TOGETHER:
             self._settle()
+
+    def _make_room(self, weight: int) -> None:
+        for sums in self._sums.values():
+            sums.make_room(weight)
 
     def _settle(self) -> None:
         """Add what waits."""
@@ -241,8 +237,12 @@ class Fold:
                 sums.add_all([row[part] for row in rows], weights, at)
             return
         whole = [Expansion(layout, spec, one.selection, row) for one, row in zip(alike, rows, strict=True)]
+        spare: list[npt.NDArray[Any]] = []
         for at in row_blocks(spec.shape):
-            sums.add_all([each.rows(at[0].start, at[0].stop) for each in whole], weights, at)
+            start, stop = at[0].start, at[0].stop
+            spare = spare or [np.empty((stop - start, *spec.shape[1:]), row.dtype) for row in rows]
+            parts = [each.rows(start, stop, out[: stop - start]) for each, out in zip(whole, spare, strict=True)]
+            sums.add_all(parts, weights, at)
 
     def _add_beside(self, spec: TensorSpec, one: _Waiting, steps: int, active: Active) -> None:
         """Add to the sums that only some folds have."""
@@ -282,6 +282,7 @@ class Fold:
             return
         self._settle()
         other._settle()
+        self._make_room(self.weight + other.weight)
         layout, theirs = self._coverage.settle(other._coverage.layout), other._coverage.layout
         merge_sums(self._sums, other._sums, self._shared, layout, theirs)
         merge_sums(self._spread, other._spread, self._shared, layout, theirs)
@@ -317,6 +318,9 @@ class Fold:
         """
         step = ServerStep(rate, server_momentum, damped)
         self._settle()
+        means = RoundMeans(
+            self.architecture, self.base, self.rule, self._coverage, self._sums, self._spread, self._means
+        )
         model: Tensors = {}
         moving: Tensors = {}
         for spec in self.architecture.tensors:
@@ -332,70 +336,10 @@ class Fold:
                         np.zeros(spec.shape, np.float32) if before is None else before.astype(np.float32)
                     )
             elif server_momentum and spec.kind.trainable:
-                model[spec.name], moving[spec.name] = self._close_moving(spec, step, before)
+                model[spec.name], moving[spec.name] = means.moving(spec, step, before)
             else:
-                model[spec.name] = self._close_tensor(spec, step)
+                model[spec.name] = means.following(spec, step)
         return model, moving if server_momentum else None
-
-    def _close_tensor(self, spec: TensorSpec, step: ServerStep) -> npt.NDArray[np.float32]:
-        layout = self._coverage.expect_layout
-        out = np.empty(spec.shape, np.float32)
-        for rows, mean, held, base in self._means_by_rows(spec, follows=step.rate != 1):
-            end = mean if base is None else step.towards(base, mean, measured=not spec.kind.trainable)
-            out[rows] = end if held is None or base is None else np.where(held, end, base)
-        return to_global(out, spec, layout)
-
-    def _close_moving(
-        self, spec: TensorSpec, step: ServerStep, velocity: npt.NDArray[np.float32] | None
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        layout = self._coverage.expect_layout
-        base = to_layout(self.base[spec.name], spec, layout)
-        start = np.zeros(spec.shape, np.float32) if velocity is None else velocity
-        moving = np.array(to_layout(start, spec, layout), np.float32)
-        out = np.empty(spec.shape, np.float32)
-        for rows, mean, held, _ in self._means_by_rows(spec, follows=False):
-            following, speed = step.moving(base[rows], mean, moving[rows])
-            if held is None:
-                out[rows], moving[rows] = following, speed
-            else:
-                out[rows] = np.where(held, following, base[rows])
-                moving[rows] = np.where(held, speed, moving[rows])
-        return to_global(out, spec, layout), to_global(moving, spec, layout)
-
-    def _means_by_rows(self, spec: TensorSpec, *, follows: bool) -> Iterator[_Means]:
-        """Means by runs of rows, in the fold's layout; with the base where it is asked for or needed."""
-        sums = self._sums[spec.name]
-        # Zero filling divides by all weight, whoever holds a coordinate.
-        mass = None if self.rule == "zero" and spec.kind.trainable else self._coverage.mass(spec)
-        fill = self.rule == "fill" and spec.kind.trainable and mass is not None
-        everywhere = mass is None or int(mass.min(initial=MAX_WEIGHT)) > 0
-        base = None
-        if follows or fill or not everywhere:
-            base = to_layout(self.base[spec.name], spec, self._coverage.expect_layout)
-        share = None if mass is None or fill else 1.0 / np.maximum(mass, 1)
-        mass = None if mass is None else np.broadcast_to(mass, spec.shape)
-        for rows in row_blocks(spec.shape):
-            before = None if base is None else base[rows]
-            held = None if everywhere or mass is None else mass[rows] > 0
-            if fill and mass is not None and before is not None:
-                # As if whoever lacks a coordinate had sent the base's value back.
-                kept = np.rint(np.ldexp(before.astype(np.float64), VALUE_BITS - sums.span.exponent)).astype(np.int64)
-                mean = (sums.limbs[0][rows] + kept * (self.weight - mass[rows])) * sums.span.unit
-            else:
-                mean = sums.value(rows)
-            mean *= 1.0 / self.weight if share is None else np.broadcast_to(share, spec.shape)[rows]
-            if spec.name in self._means:
-                mean = mean + self._variance_of_means(spec, rows, mass)
-            yield _Means(rows, mean, held, before)
-
-    def _variance_of_means(self, spec: TensorSpec, rows: Index, mass: npt.NDArray[np.int64] | None) -> Float64s:
-        """Var[m] = E[(m − m_t)²] − (E[m] − m_t)², which is exact where all means are equal."""
-        layout = self._coverage.expect_layout
-        mean = self.architecture.by_name[self._means[spec.name]]
-        part = self.weight if mass is None else np.maximum(mass[rows], 1)
-        off = self._sums[mean.name].value(rows) / part - to_layout(self.base[mean.name], mean, layout)[rows]
-        spread: Float64s = self._spread[spec.name].value(rows) / part - off * off
-        return np.maximum(spread, 0.0)
 
     def mass(self, name: str) -> npt.NDArray[np.int64]:
         """M_i per coordinate of a tensor: the weight of the updates that hold it."""

@@ -13,6 +13,7 @@ import secrets
 import shutil
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
+from io import RawIOBase
 from pathlib import Path
 
 from fedprune.disk import storage_errors, sync_folder, write_all
@@ -147,19 +148,24 @@ class BlobStore:
                 "backup only; without one begin in a new folder.",
             )
 
-    def read_leaves(self, sha256: str, first: int, count: int) -> bytes:
-        """Bytes of `count` leaves from leaf `first` on, as far as the blob goes; not checked.
+    def open(self, sha256: str) -> RawIOBase:
+        """A blob's file, to be read in pieces; what is read is not checked.
 
         Raises:
             StorageError: The blob is not here or can't be read.
         """
         path = self.path(sha256)
         with storage_errors(f"can't read {path}"):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                return os.pread(descriptor, count * LEAF, first * LEAF)
-            finally:
-                os.close(descriptor)
+            return path.open("rb", buffering=0)
+
+    def read_leaves(self, sha256: str, first: int, count: int) -> bytes:
+        """Bytes of `count` leaves from leaf `first` on, as far as the blob goes; not checked.
+
+        Raises:
+            StorageError: The blob is not here or can't be read.
+        """
+        with self.open(sha256) as file, storage_errors(f"can't read {self.path(sha256)}"):
+            return os.pread(file.fileno(), count * LEAF, first * LEAF)
 
     def table(self, sha256: str) -> bytes:
         """The leaf table of a blob that is here; made again if it is missing.
@@ -177,14 +183,18 @@ class BlobStore:
         self._keep_table(sha256, table)
         return table
 
-    def partial(self, ref: BlobRef) -> PartialBlob:
+    def partial(self, ref: BlobRef, *, vouched: bool = False) -> PartialBlob:
         """A blob that is to arrive, with what has arrived of it so far.
+
+        Args:
+            ref: What it shall become.
+            vouched: Whether who is trusted with the name of the blob has named its leaf table, too (`PartialBlob`).
 
         Raises:
             StorageFullError: The disk has no room for what is missing, or the blob is larger than the store allows.
             StorageError: The disk fails.
         """
-        return PartialBlob(self, ref)
+        return PartialBlob(self, ref, vouched=vouched)
 
     def delete(self, sha256: str) -> None:
         """Forget a blob, whole or partial; it need not be here.

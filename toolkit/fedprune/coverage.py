@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fedprune.architecture import Architecture, TensorSpec
 from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, ProtocolError
-from fedprune.layout import mass_in, places, to_global, to_layout
+from fedprune.layout import in_order, mass_in, places, to_global, to_layout
 from fedprune.selection import Selection
 
 Mass = npt.NDArray[np.int64]
@@ -32,6 +32,7 @@ class Coverage:
         self.architecture = architecture
         self.layout: Selection | None = None
         self.weight = 0
+        self._known: dict[str, Selection] = {}
         self._shares: dict[tuple[str, frozenset[str]], tuple[Selection, int]] = {}
         self._single: dict[str, Mass] = {}
 
@@ -51,6 +52,16 @@ class Coverage:
         if self.layout is None:
             self.layout = selection.narrowed(self.architecture.sizes)
         return self.layout
+
+    def known(self, selection: Selection) -> Selection:
+        """The selection, or an equal one that was here before: of its ranks it is known that they are the layout's."""
+        layout, found = self.settle(selection), self._known.get(selection.digest)
+        if found is None:
+            found = selection
+            if in_order(layout, selection):
+                found = layout if selection.widths == layout.widths else layout.narrowed(selection.widths)
+            self._known[selection.digest] = found
+        return found
 
     def add(self, selection: Selection, weight: int, active: Active) -> None:
         """Count an update.

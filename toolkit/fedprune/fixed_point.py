@@ -7,7 +7,8 @@ coarse (batch-norm statistics, which have no natural bound), further *limbs* hol
 times finer.
 
 Several values at one place are added by one product of their weights with them, in float64: all that lies between are
-whole numbers below 2^53, so that this is exact, too, however a library orders it.
+whole numbers of magnitude up to 2^53, so that this is exact, too, however a library orders it. For the same reason a
+sum itself can be float64 as long as there is little weight in it.
 """
 
 from __future__ import annotations
@@ -28,14 +29,18 @@ MAX_WEIGHT = 2**24
 """The largest total weight of a sum."""
 
 VALUE_BITS = 38
-_BLOCK = 131_072  # float64s of all rows together, 1 MiB: they stay in the cache, and hide what numpy costs per call
-_CHECKED = 16_384  # few enough that the squares of usual weights don't add up to the bound's
+_BLOCK = 262_144  # float64s of all rows together, 2 MiB: they stay in the cache, and hide what numpy costs per call
+_LONGEST = 32_768  # numbers of one row at once
+_CHECKED = 131_072  # squares added at once at most: many hide what a call costs
+_CHECKED_LEAST = 8_192  # few enough that the squares of usual weights don't add up to the bound's
 # Adding 1.5·2^52 to a whole number of magnitude up to 2^51 in float64 leaves it in the low bits of the mantissa:
 # cheaper than a conversion, which has no vector instruction on most CPUs.
 _MAGIC = 1.5 * 2.0**52
 _MAGIC_BITS = int(np.array(_MAGIC).view(np.int64))
 _LIGHT = 2 ** (51 - VALUE_BITS)
-"""So much weight can be added at once by a product in float64."""
+"""So much weight can be added to integers at once by a product in float64."""
+_LIGHT_SUM = 2 ** (53 - VALUE_BITS)
+"""Up to so much weight in all, sums are whole numbers that float64 holds: no conversions."""
 
 Index = tuple[Any, ...]
 
@@ -93,15 +98,25 @@ def check_range(name: str, values: npt.NDArray[Any], bound: float) -> None:
         ProtocolError: One isn't; the message names the tensor, the bound and what was found.
     """
     flat = values.reshape(-1)
+    if flat.dtype != np.float32:
+        _check_block(name, flat, bound)
+        return
     # The sum of squares bounds every square and costs half of what minimum and maximum do; only where it is large (or
-    # not finite) do we look closer. The tenth leaves room for its own rounding.
+    # not finite) do we look closer, and take fewer at a time from there on. The tenth leaves room for its own rounding.
     limit = 0.9 * bound * bound
-    single = flat.dtype == np.float32
+    start, step = 0, _CHECKED_LEAST
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, flat.size, _CHECKED):
-            block = flat[start : start + _CHECKED]
-            if not (single and float(np.dot(block, block)) <= limit):
+        while start < flat.size:
+            block = flat[start : start + step]
+            square = float(np.dot(block, block))
+            if not square <= limit and step > _CHECKED_LEAST:
+                step //= 2
+                continue
+            if not square <= limit:
                 _check_block(name, block, bound)
+            start += step
+            if square <= 0.45 * limit:
+                step = min(2 * step, _CHECKED)
 
 
 def _check_block(name: str, block: npt.NDArray[Any], bound: float) -> None:
@@ -120,13 +135,21 @@ class FixedSum:
     Args:
         shape: The tensor's shape.
         span: What values it accepts; callers check them with `check_range` first.
+        light: Keep a single limb as float64 until `make_room` says that there is more weight than that can hold. The
+            whole numbers are the same.
     """
 
     __slots__ = ("limbs", "span")
 
-    def __init__(self, shape: tuple[int, ...], span: Range) -> None:
+    def __init__(self, shape: tuple[int, ...], span: Range, *, light: bool = False) -> None:
         self.span = span
-        self.limbs: tuple[npt.NDArray[np.int64], ...] = tuple(np.zeros(shape, np.int64) for _ in range(span.limbs))
+        kind = np.float64 if light and span.limbs == 1 else np.int64
+        self.limbs: tuple[npt.NDArray[Any], ...] = tuple(np.zeros(shape, kind) for _ in range(span.limbs))
+
+    def make_room(self, weight: int) -> None:
+        """Expect so much weight in all: what was added, and what will be until this is called again."""
+        if weight > _LIGHT_SUM and self.limbs[0].dtype == np.float64:
+            self.limbs = (self.limbs[0].astype(np.int64),)
 
     def add(self, values: npt.NDArray[Any], weight: int, at: Index = (...,)) -> None:
         """Add weight·values at an index.
@@ -165,29 +188,39 @@ class FixedSum:
             rest -= np.ldexp(whole, -scale)
 
     def merge(self, other: FixedSum) -> None:
-        """Add another sum of the same shape and range."""
+        """Add another sum of the same shape and range; there must be room for its weight."""
         for mine, theirs in zip(self.limbs, other.limbs, strict=True):
-            mine += theirs
+            mine += theirs.astype(mine.dtype, copy=False)
 
-    def value(self, at: Index = (...,)) -> npt.NDArray[np.float64]:
-        """The sums as float64, rounded once per limb."""
-        out: npt.NDArray[np.float64] = self.limbs[0][at].astype(np.float64)
+    def value(
+        self, at: Index = (...,), factor: float = 1.0, out: npt.NDArray[np.float64] | None = None
+    ) -> npt.NDArray[np.float64]:
+        """The sums times a factor as float64, rounded once per limb and by the factor.
+
+        Args:
+            at: Which.
+            factor: What they are multiplied with.
+            out: Where they may be put.
+        """
         if self.span.limbs == 1:
-            out *= self.span.unit
-            return out
-        out = np.zeros(out.shape)
+            part = self.limbs[0][at]
+            if part.dtype != np.float64:
+                part = part.astype(np.float64)
+            # The unit is a power of two, so that this is one rounding.
+            scaled: npt.NDArray[np.float64] = np.multiply(part, self.span.unit * factor, out=out)
+            return scaled
+        total = np.zeros(self.limbs[0][at].shape)
         for i in range(self.span.limbs, 0, -1):
-            out += np.ldexp(self.limbs[i - 1][at].astype(np.float64), self.span.exponent - VALUE_BITS * i)
-        return out
+            total += np.ldexp(self.limbs[i - 1][at].astype(np.float64), self.span.exponent - VALUE_BITS * i)
+        total *= factor
+        return total
 
 
-def add_blocks(
-    total: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int
-) -> None:
+def add_blocks(total: npt.NDArray[Any], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int) -> None:
     """Add Σ weight · round(values · 2^scale) to `total` in place, in blocks that stay in the cache.
 
     Args:
-        total: A view on the sums.
+        total: A view on the sums, int64 or float64.
         rows: Arrays of its shape, all float32 or all float64, of magnitude up to 2^(38 − scale).
         weights: One per array.
         scale: s.
@@ -199,7 +232,7 @@ def add_blocks(
     if not total.ndim:
         total, rows = total.reshape(1), [r.reshape(1) for r in rows]
     width = total.size // total.shape[0]
-    most = _BLOCK // len(rows)
+    most = min(_LONGEST, _BLOCK // len(rows))
     if not most:
         half = len(rows) // 2
         add_blocks(total, rows[:half], weights[:half], scale)
@@ -209,12 +242,14 @@ def add_blocks(
             add_blocks(total[i], [r[i] for r in rows], weights, scale)
     else:
         step = max(1, most // width)
-        groups = list(_groups(weights))
+        light = total.dtype == np.float64
+        groups = [(0, np.array(weights, np.float64))] if light else list(_groups(weights))
         for start in range(0, total.shape[0], step):
             into = total[start : start + step]
             whole = _rounded([r[start : start + step] for r in rows], scale)
             for first, heavy in groups:
-                into += _weighted(whole[first : first + heavy.size], heavy).reshape(into.shape)
+                part = whole[first : first + heavy.size]
+                into += (_product(part, heavy) if light else _weighted(part, heavy)).reshape(into.shape)
 
 
 def _groups(weights: Sequence[int]) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
@@ -248,15 +283,21 @@ def _weighted(whole: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) 
     if weights.sum() > _LIGHT:  # one weight alone
         heavy: npt.NDArray[np.int64] = whole[0].astype(np.int64) * int(weights[0])
         return heavy
+    total = _product(whole, weights)
+    total += _MAGIC
+    bits = total.view(np.int64)
+    bits -= _MAGIC_BITS
+    return bits
+
+
+def _product(whole: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Σ weight · whole [values] as float64, in this thread's own memory."""
     total = _scratch().total[: whole.shape[1]]
     if len(weights) == 1:
         np.multiply(whole[0], weights[0], out=total)
     else:
         np.dot(weights, whole, out=total)
-    total += _MAGIC
-    bits = total.view(np.int64)
-    bits -= _MAGIC_BITS
-    return bits
+    return total
 
 
 class _Scratch:
@@ -265,7 +306,7 @@ class _Scratch:
     def __init__(self) -> None:
         self.narrow = np.empty(_BLOCK, np.float32)
         self.whole = np.empty(_BLOCK, np.float64)
-        self.total = np.empty(_BLOCK, np.float64)
+        self.total = np.empty(_LONGEST, np.float64)
 
 
 def _scratch() -> _Scratch:

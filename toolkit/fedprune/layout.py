@@ -63,35 +63,70 @@ class Expansion:
         absent: float = 0.0,
     ) -> None:
         own = []
-        for order, held in zip(layout.maps(spec.name), selection.maps(spec.name), strict=True):
-            where = np.full(order.size, -1)
-            where[held] = np.arange(held.size)
-            own.append(where[order])
-        # Behind the last axis that is out of order, numbers lie side by side and are copied together.
-        last = max((i for i, where in enumerate(own) if not _identity(where)), default=0)
-        self._own = own[: last + 1]
-        self._value = np.ascontiguousarray(value).reshape(-1, *value.shape[last + 1 :])
-        self._strides = [math.prod(value.shape[i + 1 : last + 1]) for i in range(last + 1)]
+        last = 0  # behind the last axis that is out of order, numbers lie side by side and are copied together
+        for i, (axis, order) in enumerate(zip(spec.axes, layout.maps(spec.name), strict=True)):
+            numbers = np.arange(order.size)
+            if not axis.groups:
+                own.append(numbers)
+                continue
+            where, held = np.full(order.size, -1), selection.maps(spec.name)[i]
+            where[held] = numbers[: held.size]
+            where = where[order]
+            own.append(where)
+            last = last if np.array_equal(where, numbers) else i
+        self._first = own[0]
+        self._rest: npt.NDArray[np.int64] | None = None
+        if last:
+            flat, missing = np.zeros((), np.int64), np.zeros((), np.bool_)
+            for i, where in enumerate(own[1 : last + 1], start=1):
+                flat = flat[..., None] + where * math.prod(value.shape[i + 1 : last + 1])
+                missing = missing[..., None] | (where < 0)
+            self._rest = np.where(missing, -1, flat).reshape(-1)
+        self._value = np.ascontiguousarray(value)
         self._shape = spec.shape
         self._absent = absent
+        self._side_by_side = math.prod(value.shape[last + 1 :])
+        self._row: npt.NDArray[Any] = np.empty(0, value.dtype)
+        self._places: npt.NDArray[np.int64] = np.empty((0, 0), np.int64)
 
-    def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Some rows of the whole tensor."""
-        if len(self._own) == 1 and _identity(self._own[0]):
-            return self._value[start:stop].reshape(stop - start, *self._shape[1:])
-        own = [self._own[0][start:stop], *self._own[1:]]
-        flat = np.zeros((), np.int64)
-        for where, stride in zip(own, self._strides, strict=True):
-            flat = flat[..., None] + where * stride
-        shape = (*flat.shape, *self._shape[len(own) :])
+    def rows(self, start: int, stop: int, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """Some rows of the whole tensor.
+
+        Args:
+            start: The first row.
+            stop: Behind the last.
+            out: Where they may be put, C-contiguous [stop − start, ...].
+        """
+        first, shape = self._first[start:stop], (stop - start, *self._shape[1:])
+        if self._rest is None and first.size and _identity(first - first[0]) and first[0] >= 0:
+            return self._value[first[0] : first[0] + first.size].reshape(shape)
+        out = np.empty(shape, self._value.dtype) if out is None else out
         if not self._value.size:
-            return np.full(shape, self._absent, self._value.dtype)
-        out = self._value.take(flat.reshape(-1), axis=0, mode="clip").reshape(shape)
-        for axis, where in enumerate(own):
-            missing = np.flatnonzero(where < 0)
-            if missing.size:
-                np.moveaxis(out, axis, 0)[missing] = self._absent
+            out[...] = self._absent
+            return out
+        flat = self._value.reshape(len(self._value), -1)
+        if self._rest is None:
+            flat.take(first, axis=0, mode="clip", out=out.reshape(len(first), -1))
+        else:
+            self._spread(flat, first, out)
+        missing = np.flatnonzero(first < 0)
+        if missing.size:
+            out[missing] = self._absent
         return out
+
+    def _spread(self, flat: npt.NDArray[Any], first: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
+        """Whole rows first, then what belongs together within them: what is absent comes from one place before them."""
+        rest, beside = self._rest, self._side_by_side
+        if rest is None:
+            return
+        if len(first) > len(self._places):
+            self._row = np.full(beside + len(first) * flat.shape[1], self._absent, flat.dtype)
+            begin = 1 + np.arange(len(first)) * (flat.shape[1] // beside)
+            self._places = np.where(rest < 0, 0, begin[:, None] + rest)
+        taken = self._row[beside : beside + len(first) * flat.shape[1]].reshape(len(first), -1)
+        flat.take(first, axis=0, mode="clip", out=taken)
+        places = self._places[: len(first)].reshape(-1)
+        self._row.reshape(-1, beside).take(places, axis=0, mode="clip", out=out.reshape(-1, beside))
 
 
 def mass_in(
@@ -108,6 +143,8 @@ def mass_in(
         The weights, of the tensor's shape but for axes that every update holds as a whole, which are 1 long; None
         where every update holds the whole tensor.
     """
+    if all(selection.whole for selection, _ in shares):
+        return None
     weights = np.array([n for _, n in shares], np.float64)  # sums of at most 2^24 are exact
     shape, letters, memberships = [1] * len(spec.axes), "", []
     for axis, order in enumerate(layout.maps(spec.name)):

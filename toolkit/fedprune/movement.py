@@ -77,8 +77,8 @@ def merge_sums(
     layout: Selection,
     theirs: Selection,
 ) -> None:
-    """Add sums that lie in another layout, for the tensors that they are of."""
+    """Add sums that lie in another layout, for the tensors that they are of; there must be room for their weight."""
     for spec in specs:
         if spec.name in mine:
             for a, b in zip(mine[spec.name].limbs, more[spec.name].limbs, strict=True):
-                a += to_layout(to_global(b, spec, theirs), spec, layout)
+                a += to_layout(to_global(b, spec, theirs), spec, layout).astype(a.dtype, copy=False)

@@ -114,12 +114,12 @@ def check_peer(der: bytes | None, floor: int) -> None:
         ssl.SSLCertVerificationError: It has, or there is none.
     """
     if der is None:
-        raise _refused("the broker has no certificate")
+        raise _refused("it has no certificate")
     certificate = x509.load_der_x509_certificate(der)
     ended = seconds_of(certificate.not_valid_after_utc)
     if ended < floor:
         day = certificate.not_valid_after_utc.date().isoformat()
-        raise _refused(f"the broker's certificate ended on {day}")
+        raise _refused(f"its certificate ended on {day}")
 
 
 def _refused(why: str) -> ssl.SSLCertVerificationError:

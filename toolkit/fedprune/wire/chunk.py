@@ -18,6 +18,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from io import RawIOBase
 
 from fedprune.errors import ProtocolError
 from fedprune.wire.blob_ref import LEAF
@@ -64,9 +65,7 @@ class Chunk:
             ProtocolError: The payload is empty or too long.
         """
         _check_payload(len(self.payload))
-        digest = bytes.fromhex(self.sha256)
-        header = HEADER.pack(_MAGIC, _VERSION, PARTS.index(self.part), b"\0" * 3, self.first, digest)
-        return b"".join((header, self.payload))
+        return b"".join((header(self.sha256, self.part, self.first), self.payload))
 
     @classmethod
     def parse(cls, raw: bytes) -> Chunk:
@@ -102,6 +101,35 @@ class Chunk:
             if end > at:
                 yield self.first + at, view[at * LEAF : end * LEAF]
             at = end + 1
+
+
+def header(sha256: str, part: str, first: int) -> bytes:
+    """What stands before the payload of a chunk."""
+    return HEADER.pack(_MAGIC, _VERSION, PARTS.index(part), b"\0" * 3, first, bytes.fromhex(sha256))
+
+
+def read_chunks(file: RawIOBase, sha256: str, first: int, count: int, step: int) -> Iterator[bytes]:
+    """Chunks of a blob's leaves as they travel, each read as it is taken.
+
+    Args:
+        file: The blob's.
+        sha256: Its name.
+        first: First leaf.
+        count: Leaves; what lies beyond the blob's end is left out.
+        step: Leaves of a chunk.
+
+    Raises:
+        OSError: It can't be read.
+    """
+    made = bytearray(HEADER.size + step * LEAF)  # once for all: memory that is new costs more than what is read into it
+    with memoryview(made) as view:
+        for at in range(first, first + count, step):
+            view[: HEADER.size] = header(sha256, "data", at)
+            file.seek(at * LEAF)
+            length = file.readinto(view[HEADER.size : HEADER.size + min(step, first + count - at) * LEAF])
+            if not length:
+                return
+            yield bytes(view[: HEADER.size + length])
 
 
 def leaves_per_chunk(max_packet: int) -> int:

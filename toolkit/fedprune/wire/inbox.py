@@ -12,6 +12,8 @@ BYTES = 64 * 1024 * 1024
 MESSAGE_BYTES = 500
 """What a waiting message costs beside its payload."""
 
+_KEPT_BYTES = 2 * 1024 * 1024
+
 E = TypeVar("E")
 
 
@@ -33,6 +35,7 @@ class Inbox(Generic[E]):
         self._items: queue.Queue[tuple[str, bytes] | E | None] = queue.Queue()
         self._lock = threading.Lock()
         self._waiting: dict[str, int] = {}
+        _keep_freed_memory()
 
     def offer(self, topic: str, payload: bytes) -> bool:
         """Take in a message, if there is room for it."""
@@ -78,3 +81,13 @@ class Inbox(Generic[E]):
 def _sender(topic: str) -> str:
     """A topic as far as the device in it: what comes below that is one sender's."""
     return "/".join(topic.split("/", 4)[:4])
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep a little of what is freed.
+
+    Chunks take memory and free it again all the time. By default it goes back to the system as soon as 128 KiB are free
+    at the end of the heap, and the system clears each page before it gives it out again. A larger block that is freed
+    raises that limit to twice its size (mallopt(3), M_MMAP_THRESHOLD); nothing is written to this one.
+    """
+    bytes(_KEPT_BYTES)

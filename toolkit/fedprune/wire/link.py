@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import logging
 import random
-import socket
 import ssl
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,22 +25,11 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from fedprune.errors import BrokerError, FedpruneError
 from fedprune.wire.broker_url import BrokerUrl, failure, tls_context
 from fedprune.wire.inbox import Inbox
+from fedprune.wire.prompt_socket import acknowledge, prompt
+from fedprune.wire.unsent import LOW_WATER, OUTBOX_MESSAGES, Unsent
+from fedprune.wire.will_trial import WillTrial
 
 log = logging.getLogger(__name__)
-
-OUTBOX_BYTES = 16 * 1024 * 1024
-"""Bytes that may wait to be sent before `publish` declines."""
-
-OUTBOX_MESSAGES = 10_000
-
-HIGH_WATER = 512 * 1024
-"""Chunks are held back while so many bytes wait to be sent: a message waits for no more of them, and one chunk."""
-
-LOW_WATER = 256 * 1024
-"""Bytes that wait to be sent below which `get` returns at once: who holds chunks back can hand out more."""
-
-_KERNEL_BYTES = 128 * 1024
-"""Bytes that wait in the kernel to be sent; by default it takes several MiB."""
 
 Will = tuple[str, bytes]
 
@@ -73,7 +60,8 @@ class Link:
         url: mqtt://[user:password@]host[:port], or mqtts:// for TLS.
         client_id: The client's name at the broker; a second client of this name pushes the first one out.
         will: Topic and payload that the broker publishes (QoS 1, not retained) when the connection is lost; or a
-            function that is called for them before every connection, so that each can have a number of its own.
+            function that is called for them before every connection, so that each can have a number of its own. To a
+            broker that refuses wills it connects without (`WillTrial`).
         keepalive: Seconds of silence after which a ping is sent; a dead connection is noticed after about two of them.
         tls: Gives what mqtts:// uses, before every connection, so that a certificate may be renewed meanwhile; by
             default the system's authorities count.
@@ -96,6 +84,7 @@ class Link:
         self.dropped = 0
         """Messages that didn't fit into the inbox."""
         self._will = will
+        self._trial = None if will is None else WillTrial()
         self._keepalive = keepalive
         self._tls = tls
         self._topics: list[str] = []
@@ -110,9 +99,7 @@ class Link:
         self._subscribing: dict[int, str] = {}
         self._listened: set[str] = set()
         self._listening: set[int] = set()
-        self._sent: deque[int] = deque()
-        self._unsent: dict[int, int] = {}
-        self._unsent_bytes = 0
+        self._unsent = Unsent()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -132,7 +119,7 @@ class Link:
         if patient:
             return
         with self._state:
-            self._state.wait_for(lambda: self._up or self._failure, timeout)
+            self._state.wait_for(lambda: self._up or (self._failure and not self._undecided), timeout)
             if self._up:
                 return
             reason = self._failure or f"no answer within {timeout:g} s"
@@ -142,6 +129,10 @@ class Link:
             hint="Is a broker running there, is the port right, does a firewall let it through, "
             "and do user name and password fit?",
         )
+
+    @property
+    def _undecided(self) -> bool:
+        return self._trial is not None and self._trial.pending
 
     @property
     def connected(self) -> bool:
@@ -212,19 +203,18 @@ class Link:
             if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
                 return False
             # The network thread takes what was sent off this list under the same lock, hence never before this.
-            self._unsent[info.mid] = len(payload)
-            self._unsent_bytes += len(payload)
+            self._unsent.add(info, len(payload), qos)
             return True
 
     @property
     def room(self) -> bool:
         """Whether `publish` would take a message now (if connected)."""
-        return self._unsent_bytes < OUTBOX_BYTES and len(self._unsent) < OUTBOX_MESSAGES
+        return self._unsent.room
 
     @property
     def unsent(self) -> int:
         """Payload bytes that wait to be sent or acknowledged."""
-        return self._unsent_bytes
+        return self._unsent.size
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything published is sent and, at QoS 1, acknowledged by the broker; whether it was in time."""
@@ -287,7 +277,7 @@ class Link:
         code = MQTTErrorCode.MQTT_ERR_SUCCESS
         try:
             while code == MQTTErrorCode.MQTT_ERR_SUCCESS:
-                _acknowledge(client)
+                acknowledge(client.socket())
                 code = client.loop(_POLL)
                 self._settle()
                 answered = answered or self._up
@@ -300,6 +290,8 @@ class Link:
         finally:
             with self._state:
                 failure = self._failure
+                if self._trial is not None:
+                    self._trial.ended()
             with suppress(OSError, ValueError):
                 client.disconnect()
             if (sock := client.socket()) is not None:
@@ -320,22 +312,25 @@ class Link:
         if self.url.tls:
             client.tls_set_context(self._tls())
         will = self._will() if callable(self._will) else self._will
-        if will is not None:
+        if will is not None and self._trial is not None and self._trial.begin():
             client.will_set(will[0], will[1], qos=1, retain=False)
-        client.on_socket_open = _prompt
+        client.on_socket_open = lambda _client, _user, sock: prompt(sock)
         # With this callback paho leaves writing to the network thread instead of doing it in `publish`.
         client.on_socket_register_write = lambda *_: None
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
-        client.on_publish = self._on_publish
         return client
 
     def _on_connect(self, client: paho.Client, _user: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         with self._state:
             if reason.is_failure:
                 self._failure = f"it refuses the connection ({str(reason).lower()})"
+                if self._trial is not None:
+                    self._trial.refused(reason.value)
             else:
+                if self._trial is not None:
+                    self._trial.accepted()
                 self._request(client)
                 if not self._subscribing:
                     self._report_up()
@@ -388,9 +383,7 @@ class Link:
             self._requested.clear()
             self._subscribing.clear()
             self._listening.clear()
-            self._sent.clear()
             self._unsent.clear()
-            self._unsent_bytes = 0
             if was_up and not self._closing.is_set():
                 self._inbox.tell(ConnectionDown(reason))
             self._state.notify_all()
@@ -407,31 +400,11 @@ class Link:
             if self.dropped == 1:
                 log.warning("inbox of %s is full: messages are dropped", self.client_id)
 
-    def _on_publish(self, _client: paho.Client, _user: Any, mid: int, _reason: Any, _properties: Any) -> None:
-        # paho holds a lock of its own here that `publish` needs, so ours must not be taken.
-        self._sent.append(mid)
-
     def _settle(self) -> None:
         """Take what was sent off the list of what waits."""
-        if not self._sent:
-            return
         with self._state:
-            before = self._unsent_bytes
-            while self._sent:
-                self._unsent_bytes -= self._unsent.pop(self._sent.popleft(), 0)
-            if before >= LOW_WATER > self._unsent_bytes:
-                self._inbox.wake()
-            self._state.notify_all()
-
-
-def _prompt(_client: paho.Client, _user: Any, sock: Any) -> None:
-    """Send at once, and let little wait in the kernel, where nothing can pass it."""
-    for option, value in (("TCP_NODELAY", 1), ("TCP_NOTSENT_LOWAT", _KERNEL_BYTES)):
-        with suppress(OSError, AttributeError):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-def _acknowledge(client: paho.Client) -> None:
-    """Let Linux acknowledge at once what comes next: a broker that gathers small packets (Nagle) waits for that."""
-    with suppress(OSError, AttributeError):
-        client.socket().setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)  # type: ignore[union-attr]
+            before = self._unsent.size
+            if self._unsent.settle():
+                if before >= LOW_WATER > self._unsent.size:
+                    self._inbox.wake()
+                self._state.notify_all()

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, get_args
 from fedprune.errors import ProtocolError, UnknownMessageError, shown
 from fedprune.wire import fields as check
 from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.blob_url import check_blob_url
 from fedprune.wire.checked_message import MAX_MESSAGE, VERSION, CheckedMessage
 from fedprune.wire.fields import Check
 from fedprune.wire.join_messages import JoinAnswer, JoinRequest
@@ -89,6 +90,22 @@ class Death(CheckedMessage):
     session: int
 
     kind: ClassVar[str] = "death"
+    checks: ClassVar[Mapping[str, Check]] = {"device": check.device, "session": _COUNT}
+
+
+@dataclass(frozen=True)
+class Alive(CheckedMessage):
+    """A device is still there, and has said nothing else for minutes.
+
+    Attributes:
+        device: The device's name.
+        session: Its connection.
+    """
+
+    device: str
+    session: int
+
+    kind: ClassVar[str] = "alive"
     checks: ClassVar[Mapping[str, Check]] = {"device": check.device, "session": _COUNT}
 
 
@@ -243,6 +260,7 @@ class Offer(CheckedMessage):
         moved: Where channels lie that a device was sent last (`fedprune.codec.relocation`); None where they lie as
             they did, or where nothing is known of that.
         moved_from: Digest of the selection that those were sent in.
+        blobs_at: A web server that has these blobs, too (`fedprune.wire.blob_url`); None for MQTT alone.
     """
 
     job: str
@@ -268,9 +286,12 @@ class Offer(CheckedMessage):
     held: str | None = None
     moved: BlobRef | None = None
     moved_from: str | None = None
+    blobs_at: str | None = None
 
     kind: ClassVar[str] = "offer"
-    newer: ClassVar[frozenset[str]] = frozenset({"mask", "ranking", "lowered", "blocked", "slabs", *_CODING})
+    newer: ClassVar[frozenset[str]] = frozenset(
+        {"mask", "ranking", "lowered", "blocked", "slabs", "blobs_at", *_CODING}
+    )
     checks: ClassVar[Mapping[str, Check]] = {
         **_ASSIGNMENT,
         "seed": _COUNT,
@@ -293,6 +314,7 @@ class Offer(CheckedMessage):
         "held": check.optional(check.digest),
         "moved": check.optional(check.blob),
         "moved_from": check.optional(check.digest),
+        "blobs_at": check.optional(check_blob_url),
     }
 
     @property
@@ -418,7 +440,7 @@ class Gone(CheckedMessage):
     checks: ClassVar[Mapping[str, Check]] = {"sha256": check.digest}
 
 
-FromDevice = Birth | Death | Progress | Refusal | Update | Want | Gone | JoinRequest | ReleaseReport
+FromDevice = Birth | Death | Alive | Progress | Refusal | Update | Want | Gone | JoinRequest | ReleaseReport
 FromServer = Hello | Offer | Accepted | Cancelled | Finished | Want | Gone | JoinAnswer | ReleaseFromServer
 Message = FromDevice | FromServer
 

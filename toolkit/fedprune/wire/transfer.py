@@ -8,13 +8,14 @@ Chunks may get lost, arrive twice, late or in any order; each leaf is verified a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 from fedprune.blobs import BlobStore
 from fedprune.errors import ProtocolError, StorageError
 from fedprune.partial_blob import PartialBlob
 from fedprune.wire.blob_ref import DIGEST, LEAF, BlobRef
-from fedprune.wire.chunk import MAX_PACKET, Chunk, leaves_per_chunk
+from fedprune.wire.chunk import MAX_PACKET, Chunk, leaves_per_chunk, read_chunks
 from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.messages import MAX_WANT, Gone, Want
 
@@ -55,6 +56,7 @@ class Pull:
         patience_s: Seconds without progress after which what is on the way is asked for again. It grows when that
             doesn't help, and with the time that leaves need to arrive.
         shared: Whether the caller listens to the blob's shared topic: then leaves that others asked for are taken, too.
+        lend: Writes leaves that needn't be asked for, because they are here; called once, when the leaf table is there.
 
     Raises:
         ProtocolError: The window or chunk size makes no sense.
@@ -70,6 +72,7 @@ class Pull:
         limit: ChunkLimit | None = None,
         patience_s: float = PATIENCE,
         shared: bool = False,
+        lend: Callable[[PartialBlob], object] | None = None,
     ) -> None:
         if not 1 <= chunk_leaves <= window_leaves <= MAX_WANT:
             raise ProtocolError(
@@ -83,6 +86,7 @@ class Pull:
         self.stalls = 0
         """Times in a row that leaves had to be asked for again without any progress."""
         self._partial = partial
+        self._lend = lend
         self._limit = limit or ChunkLimit()
         self._came = False  # something, since it was asked for
         self._chunk = chunk_leaves
@@ -248,6 +252,9 @@ class Pull:
                 return self._fill(self.ref.piece_count, now)
             self._tries.clear()
             self._came = False
+        lend, self._lend = self._lend, None
+        if lend is not None:
+            lend(self._partial)
         if self._partial.count == self.ref.leaf_count:
             self._partial.finish()
             self._done = True
@@ -315,21 +322,19 @@ class Serve:
         if store is None:
             return Gone(want.sha256)
         if want.part == "leaves":
-            return _pieces(want, store.table(want.sha256), step)
+            try:
+                return _pieces(want, store.table(want.sha256), step)
+            except StorageError:
+                if store.has(want.sha256):
+                    raise
+                return Gone(want.sha256)  # deleted by somebody else meanwhile
         return _leaves(store, want, step)
 
 
 def _leaves(store: BlobStore, want: Want, step: int) -> Iterator[bytes]:
-    end = want.first + want.count
     step = -(-want.count // -(-want.count // step))  # chunks of one size, where the last would be a small one
-    for first in range(want.first, end, step):
-        try:
-            payload = store.read_leaves(want.sha256, first, min(step, end - first))
-        except StorageError:
-            return  # deleted meanwhile: the next want is answered with Gone
-        if not payload:
-            return
-        yield Chunk(want.sha256, "data", first, payload).to_bytes()
+    with suppress(StorageError, OSError), store.open(want.sha256) as file:  # gone: the next want is answered so
+        yield from read_chunks(file, want.sha256, want.first, want.count, step)
 
 
 def _pieces(want: Want, table: bytes, step: int) -> Iterator[bytes]:

@@ -1,0 +1,181 @@
+"""What a board gets of a model over HTTPS from its server, beside what it gets over MQTT: both as in the field.
+
+    python benchmarks/web_blobs.py [--output benchmarks/results/web_blobs.json] [--repeats 8]
+
+A run is a transfer of 46 MB to one device: over MQTT as in `goodput.py`, which has what bare paho takes, too; over
+HTTPS by `BlobServer` and `WebFetch`, in processes of their own, with certificates on both sides; and over HTTP without
+them. Every leaf is verified and written, and what is whole is flushed to the disk. The three take turns, and which of
+them begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import random
+import shutil
+import ssl
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from goodput import SIZE, mosquitto, ours
+from synthetic_nets import processor
+
+from fedprune.blobs import BlobStore
+from fedprune.trust.certificates import make_request, make_tls_key, save_tls_key
+from fedprune.trust.tls import pinned_context
+from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.blob_url import BlobUrl
+from fedprune_device.web_fetch import WebFetch
+from fedprune_server.config import ServerConfig
+from fedprune_server.identity_folder import IdentityFolder
+from fedprune_server.web_blobs import web_blobs
+
+LEAVES = 3
+"""Of a chunk over MQTT, as usual."""
+
+
+def serve(state: Path, folder: Path, tls: bool, pipe: Connection) -> None:
+    """A server's part: its web server, in a process that does nothing else."""
+    config = ServerConfig(state=state, serve_blobs="127.0.0.1:0")
+    identity = IdentityFolder(state) if tls else None
+    with web_blobs(config, identity, BlobStore(folder)) as web:
+        assert web.server is not None
+        web.server.allowed = lambda device, sha256: True
+        pipe.send(web.url)
+        pipe.recv()
+
+
+def receive(url: str, ref: BlobRef, state: Path, folder: Path, pipe: Connection) -> None:
+    """A board's part; tells how long it took."""
+    store = BlobStore(folder)
+    identity = state / "identity"
+
+    def context() -> ssl.SSLContext:
+        return pinned_context(identity / "authority.pem", state / "board.pem", state / "board.key", lambda: 0)
+
+    pipe.send("ready")
+    pipe.recv()
+    began = time.perf_counter()
+    fetch = WebFetch(store, BlobUrl.parse(url), [ref], context)
+    fetch.join(120)
+    pipe.send(time.perf_counter() - began)
+    assert not fetch.failure, fetch.failure
+    assert store.size(ref.sha256) == ref.size
+
+
+def over_the_web(state: Path, store: BlobStore, ref: BlobRef, tls: bool) -> float:
+    """Seconds of a transfer."""
+    with tempfile.TemporaryDirectory() as folder:
+        server, theirs = multiprocessing.Pipe()
+        board, theirs_too = multiprocessing.Pipe()
+        serving = multiprocessing.Process(target=serve, args=(state, store.root, tls, theirs))
+        serving.start()
+        url = server.recv()
+        receiving = multiprocessing.Process(target=receive, args=(url, ref, state, Path(folder), theirs_too))
+        receiving.start()
+        assert board.recv() == "ready"
+        board.send("go")
+        assert board.poll(120)
+        took: float = board.recv()
+        server.send("stop")
+        for process in (serving, receiving):
+            process.join()
+    return took
+
+
+def measure(repeats: int, binary: str) -> list[dict[str, Any]]:
+    """All rows."""
+    found: dict[str, list[float]] = {"MQTT": [], "HTTP": [], "HTTPS": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        state, store = folder / "state", BlobStore(folder / "blobs")
+        refs = store.put(random.Random(7).randbytes(SIZE)), store.put(b"graph")
+        key = make_tls_key()
+        with IdentityFolder.make(state, "default") as identity:
+            save_tls_key(key, state / "board.key")
+            (state / "board.pem").write_text(
+                identity.authority.issue_device("default", "board", make_request(key, "board"))
+            )
+
+        def over_mqtt() -> float:
+            with mosquitto(binary, "set_tcp_nodelay true\n") as broker:
+                return ours(broker.url, store, refs, LEAVES)
+
+        ways: dict[str, Callable[[], float]] = {
+            "MQTT": over_mqtt,
+            "HTTP": lambda: over_the_web(state, store, refs[0], tls=False),
+            "HTTPS": lambda: over_the_web(state, store, refs[0], tls=True),
+        }
+        for turn in range(repeats):
+            names = list(ways)
+            for name in names[turn % 3 :] + names[: turn % 3]:
+                found[name].append(ways[name]())
+            print(f"turn {turn + 1} of {repeats}: done", file=sys.stderr)
+    return [
+        {
+            "way": name,
+            "mb_per_s": round(SIZE / 1e6 / statistics.median(times), 1),
+            "all": sorted(round(SIZE / 1e6 / t, 1) for t in times),
+        }
+        for name, times in found.items()
+    ]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "# A model of 46 MB to one device, over MQTT and from the server's web server",
+        "",
+        f"{result['date']}, {result['machine']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}.",
+        f"Medians of {result['repeats']} runs of each way that take turns. Server, board and (for MQTT) broker share",
+        "the machine and its loopback, and other work may have run beside them: what links do is not in these figures.",
+        "MQTT and HTTP are not encrypted; HTTPS is TLS 1.3 with certificates on both sides, the handshake included.",
+        "All verify every leaf and wait for the disk. Written by `python benchmarks/web_blobs.py`.",
+        "",
+        "| way | MB/s | lowest, highest |",
+        "|---|---:|---:|",
+    ]
+    lines += [f"| {r['way']} | {r['mb_per_s']} | {r['all'][0]}, {r['all'][-1]} |" for r in result["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "web_blobs.json")
+    parser.add_argument("--repeats", type=int, default=8)
+    arguments = parser.parse_args()
+    multiprocessing.set_start_method("spawn")
+    binary = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin")
+    if binary is None:
+        sys.exit("web_blobs: needs mosquitto; install it, or put it into /usr/local/sbin")
+    said = subprocess.run([binary, "-h"], capture_output=True, text=True, check=False).stdout
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{processor()}, {multiprocessing.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "versions": {
+            "Mosquitto": said.split()[2], "Python": platform.python_version(),
+            "OpenSSL": ssl.OPENSSL_VERSION.split()[1],
+            **{n: version(n) for n in ("fedprune", "paho-mqtt")},
+        },
+        "repeats": arguments.repeats,
+        "rows": measure(arguments.repeats, binary),
+    }  # fmt: skip
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    arguments.output.with_suffix(".md").write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

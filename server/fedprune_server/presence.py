@@ -1,0 +1,82 @@
+"""Who is still there: a broker may not tell when a device vanishes, so silence does.
+
+A device says something at least every few minutes (`alive`, where it has nothing else to say). One that is silent for
+a quarter of an hour is asked for a birth, and gone if it doesn't answer; so are those that don't answer the hello that
+this server says as it connects. Nothing is looked at but who has been silent the longest, so that ten thousand devices
+cost no more than ten.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from fedprune.coordination import State
+
+QUIET_S = 900.0
+"""A device that has said nothing for so long is asked whether it is there."""
+
+ANSWER_S = 75.0
+"""Devices that haven't answered a hello by then are gone: their pauses between two attempts go up to a minute."""
+
+
+class Presence:
+    """When devices were last heard of.
+
+    Args:
+        state: The coordinator's state; read, never changed.
+        quiet_s: A device that has said nothing for so long is asked whether it is there.
+        answer_s: How long it has for an answer.
+    """
+
+    def __init__(self, state: State, quiet_s: float = QUIET_S, answer_s: float = ANSWER_S) -> None:
+        self._state = state
+        self._quiet_s, self._answer_s = quiet_s, answer_s
+        self._heard: OrderedDict[str, float] = OrderedDict()  # who was silent the longest first
+        self._asked: OrderedDict[str, tuple[float, int]] = OrderedDict()  # when, and the connection that was meant
+
+    def heard(self, device: str, now: float) -> None:
+        """A device has said something."""
+        self._asked.pop(device, None)
+        if device in self._state.devices:
+            self._heard[device] = now
+            self._heard.move_to_end(device)
+
+    def left(self, device: str) -> None:
+        """A device's connection has ended."""
+        self._heard.pop(device, None)
+        self._asked.pop(device, None)
+
+    def connected(self, now: float) -> None:
+        """The broker is there, and all devices are asked who is there: while it was away nobody told who died."""
+        self._heard.clear()
+        self._asked = OrderedDict((n, (now, d.session)) for n, d in self._state.devices.items() if d.online)
+
+    def lost(self) -> None:
+        """The broker is away: nobody can be heard."""
+        self._heard.clear()
+        self._asked.clear()
+
+    def silent(self, now: float) -> list[str]:
+        """Whom to ask; each once, before it is heard again."""
+        names = []
+        while self._heard:
+            name, at = next(iter(self._heard.items()))
+            if now - at < self._quiet_s:
+                break
+            del self._heard[name]
+            device = self._state.devices.get(name)
+            if device is not None and device.online:
+                self._asked[name] = now, device.session
+                names.append(name)
+        return names
+
+    def gone(self, now: float) -> dict[str, int]:
+        """Who hasn't answered in time, and the connection that it had; each once."""
+        found = {}
+        while self._asked:
+            name, (at, session) = next(iter(self._asked.items()))
+            if now - at <= self._answer_s:
+                break
+            del self._asked[name]
+            found[name] = session
+        return found

@@ -1,0 +1,180 @@
+"""A blob that shares leaves with one that is here: only the others travel."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.blobs import BlobStore
+from fedprune.errors import StorageError
+from fedprune.wire.blob_ref import LEAF, BlobRef
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.messages import Offer
+from fedprune.wire.transfer import Pull, Serve
+from fedprune_device.shared_leaves import SharedLeaves
+from fedprune_device.store import DeviceStore
+
+pytestmark = pytest.mark.board
+
+DIGEST = "ab" * 32
+LETTERS = {letter: random.Random(letter).randbytes(LEAF) for letter in "abcdefgh"}
+
+
+def blob(text: str, tail: str = "") -> bytes:
+    """Leaves that letters stand for, and a last one that is shorter."""
+    return b"".join(LETTERS[letter] for letter in text) + tail.encode()
+
+
+def pulled(source: BlobStore, target: BlobStore, ref: BlobRef, lend: Any = None) -> list[int]:
+    """Leaves that had to travel, in the order in which they came."""
+    pull, travelled = Pull(ref, target.partial(ref), lend=lend or SharedLeaves(target).lend), list[int]()
+    wants = pull.start(0.0)
+    while not pull.done:
+        answers = [Serve(source).answer(want) for want in wants]
+        chunks = [Chunk.parse(raw) for answer in answers if isinstance(answer, Iterator) for raw in answer]
+        assert chunks
+        travelled += [i for c in chunks if c.part == "data" for i, _ in c.leaves()]
+        wants = [w for c in chunks for w in pull.on_chunk(c, 0.0)]
+    return travelled
+
+
+@given(
+    st.lists(st.tuples(st.text("abcdefgh", max_size=6), st.sampled_from(["", "x", "y"])), max_size=4),
+    st.text("abcdefgh", min_size=1, max_size=10),
+    st.sampled_from(["", "x", "y"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_only_leaves_that_nobody_has_travel(donors: list[tuple[str, str]], text: str, tail: str) -> None:
+    with TemporaryDirectory() as folder:
+        source, target = (BlobStore(Path(folder) / name, durable=False) for name in "ab")
+        for donor in donors:
+            target.put(blob(*donor))
+        ref = source.put(blob(text, tail))
+        if target.has(ref.sha256):
+            return
+        here = {leaf for leaves, end in donors for leaf in (*leaves, end)}
+        lacking = [i for i, leaf in enumerate([*text, *([tail] if tail else [])]) if leaf not in here]
+        assert pulled(source, target, ref) == lacking
+        assert target.read(ref.sha256) == blob(text, tail)
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> tuple[BlobStore, BlobStore]:
+    return BlobStore(tmp_path / "a", durable=False), BlobStore(tmp_path / "b", durable=False)
+
+
+def test_a_leaf_that_has_rotted_in_the_donor_travels(stores: tuple[BlobStore, BlobStore]) -> None:
+    source, target = stores
+    path = target.path(target.put(blob("abcd")).sha256)
+    with path.open("r+b") as file:
+        file.seek(LEAF + 7)
+        file.write(b"rot")
+    ref = source.put(blob("abcdefgh"))
+    assert pulled(source, target, ref) == [1, 4, 5, 6, 7]
+    assert target.read(ref.sha256) == blob("abcdefgh")
+
+
+def test_a_donor_that_was_cut_short_lends_what_it_has(stores: tuple[BlobStore, BlobStore]) -> None:
+    source, target = stores
+    path = target.path(target.put(blob("abcd")).sha256)
+    path.write_bytes(blob("abcd")[: 2 * LEAF + 5])
+    path.with_name(path.name + ".leaves").unlink()  # its table can't be made again either
+    ref = source.put(blob("abcdefgh"))
+    assert pulled(source, target, ref) == list(range(8))
+    assert target.read(ref.sha256) == blob("abcdefgh")
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_a_donor_that_is_deleted_meanwhile_leaves_the_rest_to_the_wire(
+    stores: tuple[BlobStore, BlobStore], at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = stores
+    donor, count, read = target.put(blob("abcd")).sha256, [0], target.read_leaves
+
+    def deleting(sha256: str, first: int, number: int) -> bytes:
+        if count[0] == at:
+            target.delete(donor)
+        count[0] += 1
+        return read(sha256, first, number)
+
+    monkeypatch.setattr(target, "read_leaves", deleting)
+    ref = source.put(blob("abcdefgh"))
+    assert pulled(source, target, ref) == list(range(at, 8))
+    assert target.read(ref.sha256) == blob("abcdefgh")
+
+
+def test_what_was_lent_is_there_after_a_restart_and_more_is_looked_for(stores: tuple[BlobStore, BlobStore]) -> None:
+    source, target = stores
+    donor = target.put(blob("ab")).sha256
+    ref = source.put(blob("abcdefgh"))
+    first = Pull(ref, target.partial(ref), lend=SharedLeaves(target).lend)
+    (want,) = first.start(0.0)
+    answer = Serve(source).answer(want)
+    assert isinstance(answer, Iterator)
+    (table,) = answer
+    assert [(w.first, w.count) for w in first.on_chunk(Chunk.parse(table), 0.0)] == [(2, 6)]
+    target.delete(donor)
+    target.put(blob("hgf"))
+    assert pulled(source, target, ref) == [2, 3, 4]
+
+
+def offer(number: int, weights: BlobRef, **other: Any) -> Offer:
+    graph = BlobRef.of(b"graph")
+    return Offer("job", number, 1, 7, DIGEST, DIGEST, (1,), 2, weights, graph, graph, {}, **other)
+
+
+def test_the_last_weights_stay_until_the_next_ones_are_here(tmp_path: Path) -> None:
+    weights = [blob("ab"), blob("ac"), blob("ad")]
+    refs = [BlobRef.of(w) for w in weights]
+    with DeviceStore(tmp_path) as store:
+        for number, ref in enumerate(refs):
+            store.accept(offer(number, ref))
+            store.collect()
+            before = {refs[number - 1].sha256} if number else set()
+            assert set(store.blobs.names()) == before
+            if number == 1:
+                store.accept(offer(number, ref, mask=BlobRef.of(b"")))  # another one comes before they are here
+                store.collect()
+                assert set(store.blobs.names()) == before
+            store.blobs.put(weights[number])
+            store.collect()
+            assert store.blobs.names() == [ref.sha256]
+            store.finish()
+            store.collect()
+            assert store.blobs.names() == [ref.sha256]
+        store.accept(offer(9, BlobRef.of(blob("ae"))))
+    with DeviceStore(tmp_path) as store:  # also through a restart
+        store.collect()
+        assert store.blobs.names() == [refs[2].sha256]
+        assert store.reclaimable_bytes(offer(10, BlobRef.of(blob("af")))) >= 2 * LEAF
+        store.dismiss()
+        store.collect()
+        assert store.blobs.names() == []
+
+
+def test_a_disk_that_fails_ends_the_pull_and_a_donor_that_can_t_be_read_doesn_t(
+    stores: tuple[BlobStore, BlobStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = stores
+    target.put(blob("abcd"))
+    ref = source.put(blob("abcdefgh"))
+
+    def broken(*_: object) -> bytes:
+        raise StorageError("the disk fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "table", broken)
+        partial = target.partial(ref)
+        assert partial.set_table(source.table(ref.sha256))
+        assert SharedLeaves(target).lend(partial) == 0
+        patch.undo()
+        patch.setattr("fedprune.partial_blob.write_all", broken)
+        with pytest.raises(StorageError, match="the disk fails"):
+            SharedLeaves(target).lend(partial)

@@ -1,0 +1,224 @@
+"""Brokers that offer little, and two that are joined by a bridge: a short job of real processes through each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_site import Site, write_material
+from relay import Relay
+from will_broker import WillBroker
+
+from fedprune.coordination import Phase, State
+from fedprune_server.storage import Storage
+from machine import find_mosquitto, free_port, listens
+
+pytestmark = [pytest.mark.mosquitto, pytest.mark.system]
+
+DEVICES = ("north", "south")
+WEIGHTS = 196_620
+"""Bytes of the model's numbers: six leaves, two chunks. Two thirds of them are w1's."""
+
+CONFIG = """
+[job]
+name = "short"
+rounds = {}
+devices = 2
+strategy = "fedavg"
+density = 1.0
+deadline_s = 300
+
+[job.recipe]
+epochs = 1
+max_steps = 3
+frozen = {}
+"""
+IMPATIENT = """\
+import runpy, sys
+from fedprune_device import outbox
+from fedprune_server.presence import Presence
+outbox.ALIVE_S = 1.0
+Presence.__init__.__defaults__ = 4.0, 3.0
+sys.argv[:2] = sys.argv[1:2]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=False)
+"""
+"""Runs a module that bears silence for seconds instead of minutes."""
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    find_mosquitto()
+    folder = tmp_path_factory.mktemp("material")
+    write_material(folder, dict.fromkeys(DEVICES, 100), hidden=4096)
+    return folder
+
+
+@pytest.fixture
+def make(material: Path, tmp_path: Path) -> Iterator[Callable[..., Site]]:
+    """Makes a site; its processes end with the test."""
+    with ExitStack() as stack:
+
+        def site(name: str = "site", rounds: int = 2, frozen: str = "[]", settings: str = "", **options: Any) -> Site:
+            folder = tmp_path / name
+            folder.mkdir()
+            config = CONFIG.format(rounds, frozen)
+            made = Site(material, folder, config, DEVICES, 120, mosquitto=True, **options)
+            stack.callback(made.stop_all)
+            with (folder / "mosquitto.conf").open("a") as file:
+                file.write(settings)
+            return made
+
+        yield site
+
+
+def complete(site: Site) -> State:
+    """Run the job to its end; everything that was trained counts."""
+    site.start_all()
+    state = site.finish()
+    assert state.phase is Phase.FINISHED
+    for summary in state.history:
+        assert {p["progress"] for p in summary["devices"].values()} == {"folded"}, site.logs()
+    return state
+
+
+def traffic(site: Site) -> dict[str, tuple[int, int]]:
+    """Bytes to and from each board."""
+    with Storage.existing(site.state) as storage:
+        return storage.traffic()
+
+
+def test_boards_connect_without_a_will_where_it_is_refused_and_pull_what_changes_alone(
+    make: Callable[..., Site],
+) -> None:
+    """Of three rounds' weights, two thirds are frozen."""
+    site = make(rounds=3, frozen='["w1", "b1"]')
+    with closing(WillBroker(site.port, "refuse")) as one, closing(WillBroker(site.port, "hang up")) as other:
+        site.board_ports = {"north": one.port, "south": other.port}
+        complete(site)
+    assert one.wills == [True, False]
+    assert other.wills == [True, True, False]
+    for down, up in traffic(site).values():
+        assert WEIGHTS < down < 1.9 * WEIGHTS, site.logs()  # it would be three times as much
+        assert up < WEIGHTS
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("limit", ["message_size_limit 65536", "max_packet_size 65536"])
+def test_bodies_of_64_kb_and_no_retained_messages_are_enough(make: Callable[..., Site], limit: str) -> None:
+    complete(make(settings=f"{limit}\nretain_available false\n"))
+
+
+class Impatient(Site):
+    """A site that bears silence for seconds."""
+
+    def command(self, name: str) -> list[str]:
+        command = super().command(name)
+        return command if name == "broker" else [sys.executable, "-c", IMPATIENT, *command[2:]]
+
+
+@pytest.mark.soak
+def test_a_board_that_vanishes_without_its_will_is_found_out_by_silence(material: Path, tmp_path: Path) -> None:
+    site = Impatient(material, tmp_path, CONFIG.format(2, "[]"), DEVICES, 60, mosquitto=True)
+
+    def online(name: str) -> bool:
+        state = site.saved()
+        return state is not None and name in state.devices and state.devices[name].online
+
+    with closing(WillBroker(site.port, "drop")) as broker:
+        site.board_ports = {"south": broker.port}
+        try:
+            site.start("broker")
+            site.start("server")
+            site.start("south")  # the job waits for two, so that nothing but its silence tells
+            site.wait_for(lambda: online("south"), "south is there")
+            time.sleep(10)
+            assert online("south"), site.logs()  # it says that it is there
+            site.processes["south"].kill()
+            site.processes["south"].wait()
+            began = time.monotonic()
+            site.wait_for(lambda: not online("south"), "south is gone")
+            assert time.monotonic() - began < 15
+            assert broker.wills
+            assert all(broker.wills)
+            site.start("south")
+            site.start("north")
+            assert site.finish().phase is Phase.FINISHED
+        finally:
+            site.stop_all()
+
+
+@pytest.mark.soak
+def test_a_slow_processor_behind_a_slow_line_gets_through_tls(make: Callable[..., Site]) -> None:
+    """30 ms of every 100 for the board, and 60 kB/s each way."""
+    site, over = make(secure=True), threading.Event()
+
+    def throttle() -> None:
+        while not over.wait(0.03):
+            process = site.processes.get("north")
+            if process is not None and process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGSTOP)
+                    over.wait(0.07)
+                    os.kill(process.pid, signal.SIGCONT)
+
+    with closing(Relay(site.port, 60_000)) as line:
+        site.board_ports = {"north": line.port}
+        thread = threading.Thread(target=throttle)
+        thread.start()
+        try:
+            complete(site)
+        finally:
+            over.set()
+            thread.join()
+        assert line.passed > 3 * WEIGHTS
+
+
+def bridge(port: int) -> str:
+    """What the boards' broker is told of the server's, at a port; as docs/scale.md has it."""
+    return f"""
+connection to-the-server
+address 127.0.0.1:{port}
+bridge_protocol_version mqttv311
+cleansession true
+notifications false
+restart_timeout 1
+topic fedprune/1/+/+/+/up/# out 1
+topic fedprune/1/+/+/-/join out 1
+topic fedprune/1/+/+/+/down/# in 1
+topic fedprune/1/+/+/-/joined in 1
+"""
+
+
+@pytest.mark.soak
+def test_a_bridge_that_is_cut_once_changes_no_bit(make: Callable[..., Site], tmp_path: Path) -> None:
+    expected = complete(make("alone", rounds=4))
+    site, port = make("bridged", rounds=4), free_port()
+    with closing(Relay(site.port)) as line, ExitStack() as stack:
+        (tmp_path / "far.conf").write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n" + bridge(line.port))
+        site.board_ports = dict.fromkeys(DEVICES, port)
+        site.start("broker")
+        site.wait_for(lambda: listens(site.port), "the server's broker listens")
+        far = subprocess.Popen([find_mosquitto(), "-c", str(tmp_path / "far.conf")], stderr=subprocess.DEVNULL)
+        stack.callback(far.wait)
+        stack.callback(far.kill)
+        site.wait_for(lambda: line.connections > 0, "the bridge stands")
+        site.start("server")
+        for name in DEVICES:
+            site.start(name)
+        site.wait_for(lambda: bool((state := site.saved()) and state.history), "a round is over")
+        line.cut()
+        time.sleep(3)
+        line.mend()
+        state = site.finish()
+    assert line.connections >= 2
+    assert [h["model"] for h in state.history] == [h["model"] for h in expected.history]
+    assert len(state.history) == 4

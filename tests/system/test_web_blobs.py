@@ -1,0 +1,145 @@
+"""A server, its broker and its boards as processes: models come over HTTPS, and over MQTT when the web server dies."""
+
+from __future__ import annotations
+
+import re
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from real_site import Site, write_material
+from web_place import Behaviour, Handler, WebPlace
+
+from fedprune.blobs import BlobStore
+from fedprune.trust.certificates import make_request, make_tls_key, save_tls_key
+from fedprune.trust.tls import unpinned_context
+from fedprune.wire.link import Link
+from fedprune_server.identity_folder import IdentityFolder
+from machine import free_port
+
+pytestmark = pytest.mark.system
+
+DEVICES = ("north", "south")
+CONFIG = """
+[job]
+name = "web"
+rounds = 2
+devices = 2
+density = 0.5
+deadline_s = 300
+
+[server]
+"""
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    write_material(folder, dict.fromkeys(DEVICES, 200))
+    return folder
+
+
+class Ear:
+    """Counts the bytes of chunks to boards that pass a broker which lets everybody listen."""
+
+    def __init__(self, url: str) -> None:
+        self.bytes = 0
+        self._stop = threading.Event()
+        self._link = Link(url, "ear", tls=unpinned_context)
+        self._link.subscribe(["fedprune/1/+/+/+/down/#"])
+        self._link.start()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            item = self._link.get(0.05)
+            if isinstance(item, tuple) and not item[0].endswith("/down"):
+                self.bytes += len(item[1])
+
+    def close(self) -> int:
+        self._stop.set()
+        self._thread.join()
+        self._link.close()
+        return self.bytes
+
+
+@contextmanager
+def site(material: Path, folder: Path, settings: str) -> Iterator[Site]:
+    folder.mkdir()
+    made = Site(material, folder, f"{CONFIG}{settings}\n", DEVICES, 60, secure=True)
+    try:
+        yield made
+    finally:
+        made.stop_all()
+
+
+def ran(made: Site) -> tuple[list[str], int, int]:
+    """Models of the rounds, bytes that boards got from the web, and bytes of chunks that they got over MQTT."""
+    made.start_all()
+    ear = Ear(made.url)
+    try:
+        models = [r["model"] for r in made.finish().history]
+    finally:
+        chunks = ear.close()
+    logs = "".join((made.folder / f"{name}.log").read_text() for name in DEVICES)
+    counts = re.findall(r"(\d+) bytes came from", logs)
+    return models, sum(map(int, counts)), chunks
+
+
+def own(material: Path, folder: Path) -> list[str]:
+    """Models of a site whose server gives out blobs itself; all of them come from there."""
+    with site(material, folder, f'serve_blobs = "127.0.0.1:{free_port()}"') as made:
+        models, from_web, over_mqtt = ran(made)
+        said = re.search(r"the web server gave out (\d+) bytes", (made.folder / "server.log").read_text())
+        assert said is not None
+        assert over_mqtt == 0
+        assert 10_000 < from_web <= int(said[1]) < 1.1 * from_web + 10_000
+    return models
+
+
+def test_models_come_over_https_from_the_server_itself(material: Path, tmp_path: Path) -> None:
+    assert len(own(material, tmp_path / "own")) == 2
+
+
+@pytest.mark.soak
+def test_mqtt_takes_over_when_the_web_server_dies(material: Path, tmp_path: Path) -> None:
+    models = own(material, tmp_path / "own")
+    with site(material, tmp_path / "other", 'blob_url = "https://127.0.0.1:1"') as made:
+        with WebPlace(BlobStore(made.state / "blobs"), certified(made)) as web:
+            config = made.folder / "fleet.toml"
+            config.write_text(config.read_text().replace("https://127.0.0.1:1", web.url))
+            web.behave = dies_after(web, 3)
+            again, from_web, over_mqtt = ran(made)
+        assert again == models
+        assert 0 < from_web <= web.sent
+        assert over_mqtt > 0
+        logs = "".join((made.folder / f"{name}.log").read_text() for name in DEVICES)
+        assert "what is lacking comes over MQTT" in logs
+
+
+def certified(made: Site) -> ssl.SSLContext:
+    """TLS of a web server with a certificate of the fleet's authority."""
+    with IdentityFolder(made.state) as identity:
+        key = make_tls_key()
+        save_tls_key(key, made.folder / "web.key")
+        (made.folder / "web.pem").write_text(identity.authority.issue_broker(["127.0.0.1"], make_request(key, "web")))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(made.folder / "web.pem", made.folder / "web.key")
+    return context
+
+
+def dies_after(web: WebPlace, answers: int) -> Behaviour:
+    left = threading.Semaphore(answers)
+
+    def behave(handler: Handler, data: bytes) -> bool:
+        if left.acquire(blocking=False):
+            return False
+        web.answers = 0
+        handler.give(data, until=len(data) // 2)
+        return True
+
+    return behave

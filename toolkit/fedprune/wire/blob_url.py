@@ -1,0 +1,108 @@
+"""Addresses of web servers that have blobs, and where a blob lies there.
+
+Below such an address blobs lie as in a blob store's folder (`fedprune.blobs`), so that any web server in front of one
+will do: `{base}/{first two digits}/{sha256}`, and beside it, with `.leaves` behind its name, the file of its leaf table
+(`fedprune.kept_table`).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+
+from fedprune.errors import ProtocolError, shown
+from fedprune.kept_table import SUFFIX
+
+MAX_URL = 512
+"""Characters of an address."""
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""Hosts that are reached without TLS, too: this machine."""
+
+_URL = re.compile(
+    r"(?P<scheme>https?)://(?:\[(?P<six>[0-9A-Fa-f:.]{2,45})\]|(?P<host>[A-Za-z0-9.-]{1,253}))"
+    r"(?::(?P<port>[1-9][0-9]{0,4}))?(?P<path>(?:/[A-Za-z0-9._~-]{1,255})*)/?"
+)
+_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_PORTS = {True: 443, False: 80}
+_EXPECTED = "https://host[:port][/path], or http:// for this machine alone, without user, query or fragment"
+
+
+@dataclass(frozen=True)
+class BlobUrl:
+    """Where blobs lie on the web.
+
+    Attributes:
+        host: Name or address, in lower case.
+        port: TCP port.
+        tls: Whether the connection is encrypted; it is, unless the host is this machine.
+        path: What comes before a blob's own place: empty, or with a slash in front and none behind.
+    """
+
+    host: str
+    port: int
+    tls: bool
+    path: str
+
+    @classmethod
+    def parse(cls, url: object, where: str = "address of blobs") -> BlobUrl:
+        """Read https://host[:port][/path]; http:// for this machine alone.
+
+        Args:
+            url: The address.
+            where: What it is, for the error.
+
+        Raises:
+            ProtocolError: It is no such address.
+        """
+        found = _URL.fullmatch(url) if isinstance(url, str) and len(url) <= MAX_URL else None
+        if found is None:
+            raise _refused(where, url)
+        tls = found["scheme"] == "https"
+        host = _address(found["six"], 6) if found["six"] is not None else _name(found["host"].lower())
+        port = int(found["port"] or _PORTS[tls])
+        if host is None or port > 65_535 or any(part in (".", "..") for part in found["path"].split("/")):
+            raise _refused(where, url)
+        if not tls and host not in LOOPBACK:
+            raise ProtocolError(where, expected="https://, since it is not on this machine", got=shown(url))
+        return cls(host, port, tls, found["path"])
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == _PORTS[self.tls] else f":{self.port}"
+        return f"{'https' if self.tls else 'http'}://{host}{port}{self.path}"
+
+    def blob(self, sha256: str) -> str:
+        """The path of a blob on that host."""
+        return f"{self.path}/{sha256[:2]}/{sha256}"
+
+    def table(self, sha256: str) -> str:
+        """The path of the file of a blob's leaf table."""
+        return self.blob(sha256) + SUFFIX
+
+
+def check_blob_url(where: str, value: object) -> str:
+    """Check a message's field: the address in its one form."""
+    return str(BlobUrl.parse(value, where))
+
+
+def _name(host: str) -> str | None:
+    """A DNS name or an IPv4 address; None for what is neither."""
+    labels = host.split(".")
+    if labels[-1].isdecimal() or labels[-1].startswith("0x"):  # what some would read as an address
+        return _address(host, 4)
+    return host if all(_LABEL.fullmatch(label) for label in labels) else None
+
+
+def _address(host: str, version: int) -> str | None:
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    return str(found) if found.version == version else None
+
+
+def _refused(where: str, url: object) -> ProtocolError:
+    shortened = url.rpartition("@")[2] if isinstance(url, str) else url  # without a password
+    return ProtocolError(where, expected=f"{_EXPECTED}, of at most {MAX_URL} characters", got=shown(shortened))
