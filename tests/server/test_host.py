@@ -186,3 +186,16 @@ def test_further_jobs_are_found_in_files_and_in_the_folder(tmp_path: Path) -> No
     file.write_text('[job]\nname = "birds"\n[server]\nport = 1\n')
     with pytest.raises(ConfigError, match="of a further job"):
         further(first, [file])
+
+
+def test_a_device_that_vanishes_without_a_word_is_missed_in_the_end(tmp_path: Path) -> None:
+    jobs = [named(JOB, n, devices=2, rounds=40, deadline_s=100) for n in ("one", "two")]
+    several = SeveralJobs(tmp_path, jobs, "abc")
+    host = several.host()
+    gone = several.air.devices["c"]
+    gone.hear = lambda topic, payload: None  # type: ignore[method-assign]  # and no broker tells of it
+    gone.birth()
+    states = several.run(host)
+    assert all(s.phase is Phase.FINISHED for s in states.values())
+    last = [d for s in states.values() for d in s.history[-1]["devices"]]
+    assert "c" not in last
