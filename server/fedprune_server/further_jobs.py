@@ -118,7 +118,7 @@ def hosted(
         profiles: Folders of hardware profiles beside the shipped ones.
         first: Further options for the first job's desk.
     """
-    desks = []
+    desks: list[JobDesk] = []
     for kept in jobs:
         config, job = kept.config, kept.opened
         desk = JobDesk(
