@@ -69,6 +69,7 @@ class Agent:
         alone: Seconds after which it trains without its server; 0 for never (`Alone`).
         answers: Says what answers predictions, for the server; empty where that is nothing special.
         precision: What its model serves at (`lowering.SERVE`).
+        serves: The job whose models may serve; empty for those of any job.
         max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
         web: Gives TLS with the web servers that offers name.
         clock: Seconds that only grow.
@@ -91,6 +92,7 @@ class Agent:
         alone: float = 0.0,
         answers: Callable[[], str] = lambda: "",
         precision: str = FLOAT32,
+        serves: str = "",
         max_packet: int = MAX_PACKET,
         web: Callable[[], ssl.SSLContext] = tls_context,
         clock: Callable[[], float] = time.monotonic,
@@ -103,6 +105,7 @@ class Agent:
         known = profile_name or (profile.name if profile is not None else "")
         self._greeting = Greeting(device, known, probe, answers)
         self._lowering = Lowering(precision, threads)
+        store.slots.job = serves
         self._choice = StepChoice(standard=cuda)
         trainer = LoadedTrainer(threads, cuda=cuda)
         self._bench = Workbench(device, store.blobs, store.slots, data, trainer, store.own, self._lowering)
@@ -364,6 +367,8 @@ class Agent:
             self._halt()
             self._store.drop()
             self._collect()
+        else:
+            self._store.own.forget(message.job)
         self._finished = True
 
     def _on_gone(self, message: Gone, now: float) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 from fedprune import __version__
 from fedprune.blocks import turn_off, turned_off
 from fedprune.cli import run_command, whole_number
-from fedprune.errors import ExitCode, ProfileError
+from fedprune.errors import ExitCode, ProfileError, ProtocolError
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
 from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
+from fedprune.wire.topics import check_job
 from fedprune_device.care import COOL_C, HOT_C, Care, condition
 from fedprune_device.data import LocalData
 from fedprune_device.engines.engine_command import add_engine_command
@@ -114,6 +115,12 @@ def _add_run(commands: Any) -> None:
         help="the precision at which the model predicts, as long as it says what float32 says (default: float32)",
     )
     run.add_argument(
+        "--serve-job",
+        type=_job,
+        metavar="JOB",
+        help="models of this job alone serve predictions (default: the newest model, whichever job it is of)",
+    )
+    run.add_argument(
         "--train-alone",
         type=_hours,
         default=0.0,
@@ -128,6 +135,13 @@ def _add_run(commands: Any) -> None:
         help="what the broker lets through; less is found out, too, at the price of a pause (default: %(default)s)",
     )
     run.set_defaults(run=_run)
+
+
+def _job(text: str) -> str:
+    try:
+        return check_job(text)
+    except ProtocolError as error:
+        raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
 
 
 def _packet(text: str) -> int:
@@ -222,6 +236,7 @@ def _run(arguments: argparse.Namespace) -> int:
             alone=3600 * arguments.train_alone,
             answers=lambda: "" if keeper is None else keeper.status,
             precision=arguments.serve,
+            serves=arguments.serve_job or "",
             max_packet=arguments.max_packet,
             web=member.web_context,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,9 @@ _FORMAT = "fedprune.own/1"
 _HEAD, _DIGEST = "record", "sha256"
 _FIELDS = ("job", "seed", "architecture", "selection", "ranking", "widths", "round")
 _SLOTS = ("a", "b")
+_JOB, _OTHERS = "job", "others"
+MOST_OTHERS = 3
+"""Of so many jobs beside the present one a board keeps what is its own: those that it worked for last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +221,7 @@ class OwnInMemory:
 
 
 class OwnFolder:
-    """A shelf in a board's state directory.
+    """A shelf in a board's state directory. Records of other jobs, to which the board may come back, lie aside.
 
     Args:
         root: The folder; made when something is first written.
@@ -248,6 +252,60 @@ class OwnFolder:
         for name in _SLOTS:
             if name not in (place, beside):
                 durable.remove(self._root / name)
+
+    def turn_to(self, job: str, before: str = "") -> None:
+        """Lay aside what is of another job, and take out what was laid aside of this one.
+
+        After a crash at any point in it, doing it again loses nothing.
+
+        Args:
+            job: The job's name.
+            before: Whose the records are, where the folder has never held those of two jobs; empty for this one's.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        marker = self._root / _JOB
+        before = (_content(marker) or b"").decode(errors="replace") or before or job
+        if before != job:
+            self._move(self._root, self._aside(before))
+            durable.write(marker, job.encode())
+        if self._aside(job).is_dir():
+            self._move(self._aside(job), self._root)
+        self._let_go()
+
+    def forget(self, job: str) -> None:
+        """Delete what was laid aside of a job, which is over.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        with storage_errors(f"can't delete {self._aside(job)}"):
+            if self._aside(job).is_dir():
+                shutil.rmtree(self._aside(job))
+
+    def _aside(self, job: str) -> Path:
+        return self._root / _OTHERS / job
+
+    def _move(self, source: Path, target: Path) -> None:
+        with storage_errors(f"can't write {target}"):
+            names = [n for n in _SLOTS if (source / n).exists()]
+            if names:
+                target.mkdir(parents=True, exist_ok=True)
+                target.touch()
+            for name in names:
+                durable.move(source / name, target / name)
+
+    def _let_go(self) -> None:
+        """Delete what is of jobs that the board has not worked for for long."""
+        others = self._root / _OTHERS
+        with storage_errors(f"can't write {others}"):
+            aside = list(others.iterdir()) if others.is_dir() else []
+            for path in [p for p in aside if not any(p.iterdir())]:
+                path.rmdir()
+                aside.remove(path)
+            for path in sorted(aside, key=lambda p: p.stat().st_mtime)[:-MOST_OTHERS]:
+                shutil.rmtree(path)
 
     def paths(self) -> list[Path]:
         """Files that there may be."""

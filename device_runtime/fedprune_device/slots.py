@@ -108,11 +108,15 @@ class Slots:
     Args:
         root: The folder; made when something is first written.
         lasting: Whether staged models must outlive a power cut; where none is ever installed, they need not.
+
+    Attributes:
+        job: The job whose models may be installed; empty for those of any job.
     """
 
     def __init__(self, root: Path, *, lasting: bool = True) -> None:
         self._root = root
         self._lasting = lasting
+        self.job = ""
 
     def prepare(self) -> None:
         """Make the folders and clear away what a killed process left.
@@ -154,7 +158,7 @@ class Slots:
         return folder
 
     def install(self, record: Serving) -> Serving:
-        """Let the staged candidate serve.
+        """Let the staged candidate serve, if it is of the job that may.
 
         Args:
             record: What it is; the slot is chosen here.
@@ -166,6 +170,8 @@ class Slots:
             StorageError: The disk fails, or the staged files are not the record's; the old model serves on.
         """
         stage = self._root / _STAGE
+        if self.job not in ("", record.job):
+            return record
         if not _intact(stage, record):
             raise StorageError("the staged model is not the one to install", hint="The disk may be failing.")
         current = self.current()

@@ -95,6 +95,7 @@ class DeviceStore:
             self.own.prepare()
             self.session = _number(self._read("session.json"))
             self.task = self._load_task()
+            self._turn_to_job()
             self.pending = self._load_pending()
         except BaseException:
             os.close(self._lock)
@@ -127,13 +128,14 @@ class DeviceStore:
         return number
 
     def accept(self, offer: messages.Offer) -> None:
-        """Make an offer the current one; what was kept for another job, whose end was missed, is forgotten.
+        """Make an offer the current one; what is the board's own in another job is laid aside.
 
         Raises:
             StorageError: The disk fails or is full; the old offer stays.
         """
         if self._of_another_run(offer):
             self.own.clear()
+        self.own.turn_to(offer.job, "" if self.task is None else self.task.offer.job)
         before = self.task
         donor = ""
         if before is not None and offer.coded is None:
@@ -236,7 +238,7 @@ class DeviceStore:
 
     def _of_another_run(self, offer: messages.Offer) -> bool:
         before = None if self.task is None else self.task.offer
-        return before is not None and (before.job, before.seed) != (offer.job, offer.seed)
+        return before is not None and before.job == offer.job and before.seed != offer.seed
 
     def _unwanted(self, task: Task | None) -> list[str]:
         wanted = set()
@@ -258,6 +260,14 @@ class DeviceStore:
         with storage_errors(f"can't read {self.blobs.root}"):
             unfinished = {p.name.split(".")[0] for p in (self.blobs.root / "partial").iterdir()}
         return sorted((unfinished | set(self.blobs.names())) - wanted)
+
+    def _turn_to_job(self) -> None:
+        """Have what is the board's own in the present job at hand, also where a crash came in between."""
+        try:
+            if self.task is not None:
+                self.own.turn_to(self.task.offer.job)
+        except StorageError as error:  # a full disk keeps no board from starting; the next offer needs it
+            _LOG.warning("%s", error)
 
     def _set_task(self, task: Task) -> None:
         durable.write_document(

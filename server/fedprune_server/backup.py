@@ -25,6 +25,7 @@ from fedprune_server.blob_place import reader
 from fedprune_server.bucket_store import BucketStore, NotThereError
 from fedprune_server.database import copy_sqlite
 from fedprune_server.database_copy import snapshot
+from fedprune_server.further_folders import FOLDER as FURTHER
 from fedprune_server.identity_folder import FOLDER as IDENTITY
 from fedprune_server.rollout_store import FILE as ROLLOUTS
 from fedprune_server.rollout_store import FOLDER as RELEASES
@@ -36,7 +37,7 @@ from fedprune_server.store_inventory import Inventory, inventory, lying
 _ATTEMPTS = 5
 _AGAIN = "Try again; if it stays so, see `fedprune-server check`."
 _LOCK = "lock"
-_OURS = {NAME, "blobs", "files", _LOCK}
+_OURS = {NAME, "blobs", "files", FURTHER, _LOCK}
 _IDENTITY = (  # the register before the devices: a certificate that was issued is then known to be, or not yet
     "authority.key", "authority.pem", "register.jsonl", "crl.pem", "signing.key", "epoch", "server.key", "server.pem",
     "broker.key", "broker.pem", "identity.db", "site",

@@ -113,6 +113,11 @@ def _add_run(commands: Any) -> None:
     )
     run.add_argument("--archive", action="store_true", default=None, help="keep all that `replay` needs")
     run.add_argument("--name", help="name of the job")
+    run.add_argument(
+        "--job", type=Path, action="append", default=[], metavar="FILE",
+        help="a further job on the same boards; may be given several times",
+    )  # fmt: skip
+    run.add_argument("--weight", type=float, metavar="W", help="the job's share of the boards, beside further jobs")
     run.add_argument("--seed", type=int, help="keys every random number")
     run.add_argument("--rounds", type=whole_number, metavar="N", help="rounds to run")
     run.add_argument("--devices", type=whole_number, metavar="N", help="a round starts when so many devices are there")
@@ -144,13 +149,14 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune.profile_store import names as names_of_profiles
     from fedprune_server.config import ServerConfig, overridden, read_config
     from fedprune_server.connection import connection, identity_of
-    from fedprune_server.crew import helped
     from fedprune_server.daemon import Daemon
+    from fedprune_server.further_jobs import further, hosted
+    from fedprune_server.further_jobs import opened as open_job
+    from fedprune_server.host import Host
     from fedprune_server.rollout_store import RolloutStore
     from fedprune_server.state_folder import StateFolder, stored_config
     from fedprune_server.table import make_display
     from fedprune_server.web_blobs import web_blobs
-    from fedprune_server.workshop import Executes
 
     names = ("name", "seed", "rounds", "devices", "participation", "strategy", "density")
     weather = ("over_selection", "fairness", "in_flight", "pace")
@@ -175,6 +181,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "workers",
             "workers_url",
             "profiles",
+            "weight",
             "blob_url",
             "serve_blobs",
         )
@@ -198,58 +205,55 @@ def _run(arguments: argparse.Namespace) -> int:
         profiles = () if config.profiles is None else (config.profiles,)
         for name in names_of_profiles(profiles) if profiles else ():
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
-        opened = folder.read_job(config)
-        worker: Executes = stack.enter_context(helped(opened.worker, config.workers, config.workers_url))
+        jobs = [open_job(stack, config, folder), *(open_job(stack, c) for c in further(config, arguments.job))]
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
             log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
         rollouts = None if arguments.insecure else stack.enter_context(RolloutStore(config.state))
+        members = None if identity is None else identity.store.members
         web = stack.enter_context(web_blobs(config, identity, folder.store))
-        display = make_display()
-        daemon = Daemon(
-            opened.job,
-            opened.model.architecture,
-            opened.state,
-            folder.storage,
-            folder.store,
-            worker,
-            reached.wire,
-            site=reached.site,
-            keep=config.kept,
-            pulls=config.pulls,
-            profiles=profiles,
-            max_devices=config.max_devices,
-            max_packet=config.max_packet,
-            broker=reached.broker,
-            rollouts=rollouts,
-            members=None if identity is None else identity.store.members,
-            blobs_at=web.url,
-            quarantine=reached.quarantine,
-            display=display,
-        )
-        for note in opened.model.notes:
-            log.info("model: %s", note)
-        for line in opened.changed:
-            log.warning("setting changed since the last start: %s", line)
-        log.info(
-            "job %s, round %d of %d, state in %s, %d groups of channels, %s",
-            opened.job.name,
-            opened.state.round,
-            opened.job.rounds,
-            config.state,
-            len(opened.model.architecture.groups),
-            opened.state.phase.value,
-        )
-        web.give(daemon)
-        folder.lease.lost = daemon.stop
-        reached.start(daemon.subscriptions)
-        folder.keep(opened)  # a broker that can't be reached is not one to remember
-        with _stopped_by_signals(daemon) as signals:
-            daemon.run(
-                until_finished=arguments.until_finished,
-                done=lambda: _say_what_next(config.state, arguments.until_finished, daemon),
+        daemon: Daemon | Host
+        if len(jobs) > 1:
+            daemon = hosted(
+                jobs, reached, lambda kept, desk: _say_what_next(kept.config.state, arguments.until_finished, desk),
+                profiles=profiles, rollouts=rollouts, members=members, blobs_at=web.url,
+            )  # fmt: skip
+            web.give(daemon.first)
+        else:
+            kept = jobs[0]
+            daemon = alone = Daemon(
+                kept.opened.job,
+                kept.opened.model.architecture,
+                kept.opened.state,
+                folder.storage,
+                folder.store,
+                kept.worker,
+                reached.wire,
+                site=reached.site,
+                keep=config.kept,
+                pulls=config.pulls,
+                profiles=profiles,
+                max_devices=config.max_devices,
+                max_packet=config.max_packet,
+                broker=reached.broker,
+                rollouts=rollouts,
+                members=members,
+                blobs_at=web.url,
+                quarantine=reached.quarantine,
+                display=make_display(),
             )
-        folder.lease.confirm()
+            web.give(alone)
+            alone.when_finished = lambda: _say_what_next(config.state, arguments.until_finished, alone)
+        for kept in jobs:
+            _say_what_runs(kept)
+            kept.folder.lease.lost = daemon.stop
+        reached.start(daemon.subscriptions)
+        for kept in jobs:
+            kept.folder.keep(kept.opened)  # a broker that can't be reached is not one to remember
+        with _stopped_by_signals(daemon) as signals:
+            daemon.run(until_finished=arguments.until_finished)
+        for kept in jobs:
+            kept.folder.lease.confirm()
         if reached.broker is not None:
             traffic = reached.broker.traffic()
             log.info(
@@ -261,6 +265,24 @@ def _run(arguments: argparse.Namespace) -> int:
             log.info("stopped: the same command goes on with what %s holds", config.state)
     # SIGTERM is how a service is stopped; Ctrl-C is somebody who didn't wait for the end.
     return int(ExitCode.INTERRUPTED if signal.SIGINT in signals and not daemon.finished else ExitCode.OK)
+
+
+def _say_what_runs(kept: Any) -> None:
+    """A job as it begins, or goes on."""
+    opened = kept.opened
+    for note in opened.model.notes:
+        log.info("model: %s", note)
+    for line in opened.changed:
+        log.warning("setting changed since the last start: %s", line)
+    log.info(
+        "job %s, round %d of %d, state in %s, %d groups of channels, %s",
+        opened.job.name,
+        opened.state.round,
+        opened.job.rounds,
+        kept.config.state,
+        len(opened.model.architecture.groups),
+        opened.state.phase.value,
+    )
 
 
 def _say_what_next(state: Path, until_finished: bool, daemon: Any) -> None:
@@ -301,11 +323,12 @@ def _stopped_by_signals(daemon: Any) -> Iterator[list[int]]:
 def _status(arguments: argparse.Namespace) -> int:
     import json
 
-    from fedprune_server.status import LATEST, describe, status
+    from fedprune_server.status import LATEST, describe, status_of_all
 
-    body = status(arguments.state)
+    body = status_of_all(arguments.state)
     if arguments.json:
-        body["rounds"] = body["rounds"][-(arguments.rounds or len(body["rounds"])) :]
+        for job in (body, *body.get("jobs", [])):
+            job["rounds"] = job["rounds"][-(arguments.rounds or len(job["rounds"])) :]
         print(json.dumps(body, indent=2, sort_keys=True))
     else:
         print(describe(body, arguments.rounds or LATEST))

@@ -43,7 +43,8 @@ _SERVER_SWITCHES = ("archive", "slabs")
 _ELSEWHERE = ("state", "database")
 """What the state folder itself is, or says; not among the settings that the database keeps."""
 
-_SERVER = (*_SERVER_TEXTS, *_SERVER_NUMBERS, *_SERVER_SWITCHES)
+_SERVER_REALS = ("weight",)
+_SERVER = (*_SERVER_TEXTS, *_SERVER_NUMBERS, *_SERVER_SWITCHES, *_SERVER_REALS)
 _SIMULATED = ("devices", "data", "dropouts", "weather", "availability", "simulation")
 """Tables that only a simulation reads, so that one file serves both."""
 
@@ -80,6 +81,7 @@ class ServerConfig:
         max_packet: Bytes of an MQTT packet that the broker lets through; a message is refused that is larger.
         blob_url: Where boards are told that blobs lie on the web; `off` for nowhere.
         serve_blobs: Where this server gives out blobs over HTTPS, as `[ADDRESS:]PORT`; `off` for nowhere.
+        weight: The job's share of the boards in comparison with other jobs of the server; 0 to pause it beside them.
     """
 
     job: Job = field(default_factory=Job)
@@ -107,6 +109,7 @@ class ServerConfig:
     blobs: str = FOLDER
     cache_mib: int = 10240
     workers_url: str = PROCESSES
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
@@ -127,6 +130,7 @@ class ServerConfig:
         check_url(self.workers_url)
         if self.port is not None:
             setting_checks.whole("server: port", self.port, 0, 65_535)
+        setting_checks.number("server: weight", self.weight, 0.0, 1000.0)
         for name in _SERVER_SWITCHES:
             setting_checks.truth(f"server: {name}", getattr(self, name))
         if self.profiles is not None and not self.profiles.is_dir():
@@ -219,7 +223,7 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
     for key in ("state", "profiles", "ca"):
         if key in values:
             values[key] = SYSTEM if (key, values[key]) == ("ca", str(SYSTEM)) else folder / values[key]
-    values.update({key: server[key] for key in (*_SERVER_NUMBERS, *_SERVER_SWITCHES) if key in server})
+    values.update({key: server[key] for key in (*_SERVER_NUMBERS, *_SERVER_SWITCHES, *_SERVER_REALS) if key in server})
     return _located(lambda: ServerConfig(job=Job.from_dict(body.get("job", {})), **values), where)
 
 

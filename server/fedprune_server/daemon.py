@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from fedprune.architecture import Architecture
@@ -152,11 +152,12 @@ class Daemon:
         self._now = clock()
         self._at = (state.round, state.phase)
         self._told = len(state.history)
-        self._greet_at = 0.0
+        self._greet_at = self._ticked = 0.0
         self._stopping = False
         self._finished = False
         self._farewell: Farewell | None = None
-        self._done: Callable[[], None] | None = None
+        self.when_finished: Callable[[], None] = lambda: None
+        """Called when the job is done, at once if it already is."""
 
     @property
     def subscriptions(self) -> list[str]:
@@ -186,12 +187,11 @@ class Daemon:
         """End the loop soon; may be called from a signal handler or another thread."""
         self._stopping = True
 
-    def run(self, *, until_finished: bool = False, done: Callable[[], None] | None = None) -> State:
+    def run(self, *, until_finished: bool = False) -> State:
         """Run until `stop` is called, or until the job is done.
 
         Args:
             until_finished: End when the job is done, instead of telling devices that come later.
-            done: Called when the job is done, at once if it already is.
 
         Returns:
             The last state.
@@ -200,36 +200,16 @@ class Daemon:
             FedpruneError: A command failed for another reason than a device's update, or the disk fails. The state on
                 disk is that of the last event that was taken in completely.
         """
-        self._done = done
         try:
             self._resume()
-            ticked = self._monotonic()
             while not self._stopping:
-                item = self._link.get(self._pause())
-                self._begin()
-                until = self._monotonic() + _TURN_S
-                while item is not None:
-                    self._take(item)
-                    item = None if self._stopping or self._monotonic() > until else self._link.get()
-                while not self._stopping and (result := self._workshop.collect()) is not None:
-                    self._handle(result)
-                if self._shipping.waiting:
-                    self._errands.collect_uploads()
-                if self._monotonic() - ticked >= _TICK_S:
-                    ticked = self._monotonic()
-                    self._tick(ticked)
-                self._wake(self._now)
-                self._commit()
-                self._post.send_chunks()
-                self._display.refresh(self.snapshot)
+                self._turn()
                 if self._finished and until_finished and not self._workshop.busy:
                     self._linger()
                     break
             return self.state
         finally:
-            self._shipping.close()
-            self._workshop.close()
-            self._display.close()
+            self._close()
 
     def snapshot(self) -> Snapshot:
         """The job as it stands."""
@@ -272,10 +252,36 @@ class Daemon:
 
     def _resume(self) -> None:
         """Go on where the last process ended."""
+        self._ticked = self._monotonic()
         self._begin()
         self._shipping.prepare(self.state.references())
         self._handle(on.Resumed())
         self._commit()
+
+    def _turn(self) -> None:
+        """Take in what has come, save what it leads to, and only then say what follows."""
+        item = self._link.get(self._pause())
+        self._begin()
+        until = self._monotonic() + _TURN_S
+        while item is not None:
+            self._take(item)
+            item = None if self._stopping or self._monotonic() > until else self._link.get()
+        while not self._stopping and (result := self._workshop.collect()) is not None:
+            self._handle(result)
+        if self._shipping.waiting:
+            self._errands.collect_uploads()
+        if self._monotonic() - self._ticked >= _TICK_S:
+            self._ticked = self._monotonic()
+            self._tick(self._ticked)
+        self._wake(self._now)
+        self._commit()
+        self._post.send_chunks()
+        self._display.refresh(self.snapshot)
+
+    def _close(self) -> None:
+        self._shipping.close()
+        self._workshop.close()
+        self._display.close()
 
     def _begin(self) -> None:
         """Begin a turn: what happens in it happens at one time, and nothing is said of it before it is saved."""
@@ -351,10 +357,12 @@ class Daemon:
         if not self._finished:
             self._farewell = Farewell(self.state, self._monotonic())
             log.info("job %s is finished: global model %s", self.job.name, command.model)
-            if self._done is not None:
-                self._done()
+            self.when_finished()
         self._finished = True
-        for device in self.state.devices:
+        self._dismiss(self.state.devices)
+
+    def _dismiss(self, devices: Iterable[str]) -> None:
+        for device in devices:
             self._post.send(device, Finished(self.job.name), self.job.name)
 
     # Time.

@@ -57,6 +57,8 @@ class Reception:
 
     Attributes:
         out: Devices that were shut out and have not been born again.
+        asks: Whether devices that count as offline and speak are asked to announce themselves; not where somebody else
+            says who is there.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Reception:
         self._asked: dict[str, float] = {}
         self._known_profiles: dict[str, tuple[float, dict[str, Any] | None]] = {}
         self.out: set[str] = set()
+        self.asks = True
 
     def receive(self, topic: str, payload: bytes) -> on.Event | None:
         """Take in what came over the wire; what is wrong is logged, the first few times, and dropped.
@@ -147,7 +150,7 @@ class Reception:
         known, task = self._state.devices.get(device), self._state.tasks.get(device)
         if known is None:
             return []
-        events: list[on.Event] = [self._ended(device, known.session, again=again)]
+        events: list[on.Event] = [self.ended(device, known.session, again=again)]
         if task is not None:
             part = device, self._state.round_of(task), task.attempt, reason
             if task.progress is Part.OFFERED:
@@ -156,7 +159,7 @@ class Reception:
                 events.append(on.UpdateRejected(*part))
         return events
 
-    def _ended(self, device: str, session: int, *, again: bool = True) -> on.Event:
+    def ended(self, device: str, session: int, *, again: bool = True) -> on.Event:
         """A device's connection has ended.
 
         Args:
@@ -189,7 +192,7 @@ class Reception:
             case Birth():
                 return self._born(message, len(payload))
             case Death():
-                return self._ended(device, message.session)
+                return self.ended(device, message.session)
             case Want():
                 self._roster.heard(device, self._monotonic())
                 self._post.fetched(device, message, self._offered(device))
@@ -204,7 +207,7 @@ class Reception:
                 if message.job == self._job.name:
                     return self._report(device, message)
                 if isinstance(message, Update):
-                    self._void(device, message.job, message.round, message.attempt)
+                    self.void(device, message.job, message.round, message.attempt)
             case _:
                 raise ProtocolError("message of a device", got=message.kind)
         return None
@@ -212,7 +215,7 @@ class Reception:
     def _ask(self, device: str) -> None:
         """Let a device announce itself, if it is there."""
         now = self._monotonic()
-        if now >= self._asked.get(device, now):
+        if self.asks and now >= self._asked.get(device, now):
             self._asked[device] = now + _AGAIN_S
             self._post.send(device, Hello(int(self._clock())))
 
@@ -226,7 +229,16 @@ class Reception:
         if self._desk is not None:
             self._desk.born(birth.device)
         if birth.held is not None:
-            self._void(birth.device, **birth.held)
+            self.void(birth.device, **birth.held)
+        return self.described(birth, name)
+
+    def described(self, birth: Birth, name: str) -> on.DeviceBorn | None:
+        """What a device says of itself, checked, as an event; None where it can't even be planned for.
+
+        Args:
+            birth: Its announcement.
+            name: Its profile's name, as it may be shown.
+        """
         try:
             profile = self._profile(_plain_name(birth.profile))
             # What is kept is what we know how to check, and no more.
@@ -282,7 +294,7 @@ class Reception:
             metrics,
         )
 
-    def _void(self, device: str, job: str, round: int, attempt: int) -> None:  # noqa: A002 - the message's own names
+    def void(self, device: str, job: str, round: int, attempt: int) -> None:  # noqa: A002 - the message's own names
         """If what a device holds can't count any more, tell it to let go, so that it doesn't train in vain."""
         task = self._state.tasks.get(device)
         if job != self._job.name:

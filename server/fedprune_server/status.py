@@ -9,7 +9,9 @@ from typing import Any
 
 from fedprune.coordination import Phase, State
 from fedprune.disk import held
+from fedprune_server.database_place import FILE, kept
 from fedprune_server.foresight import Compared, compared, described
+from fedprune_server.further_folders import folders
 from fedprune_server.identity_folder import FOLDER, IdentityFolder
 from fedprune_server.identity_store import REVOKED
 from fedprune_server.quarantine import read_rows
@@ -22,8 +24,32 @@ LATEST = 10
 """Rounds that the text shows unless it is asked for more."""
 
 
-def status(folder: Path) -> dict[str, Any]:
+def status_of_all(state: Path) -> dict[str, Any]:
+    """The first job of a state folder as `status` has it, with its further jobs under `jobs`, if it has any.
+
+    A device is at one job at a time: `job` says at which, if a server runs and it is at any.
+
+    Raises:
+        StorageError: A folder holds no job, or is damaged.
+        IdentityError: The identity is damaged, or others may read it.
+    """
+    first = status(state)
+    further = [status(folder, state) for folder in folders(state) if (folder / FILE).exists() or kept(folder)]
+    if not further:
+        return first
+    every = [first, *further]
+    at = {d["name"]: body["job"].get("name") for body in every for d in body["devices"] if d["online"]}
+    for body in every:
+        body["devices"] = [{**d, "job": at.get(d["name"])} for d in body["devices"]]
+    return first | {"jobs": further}
+
+
+def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
     """A job as it stands on the disk; a server may be running on it.
+
+    Args:
+        folder: The job's folder.
+        identity: The state folder of the server's identity, where that is another one.
 
     Returns:
         JSON: the job's settings, its round and phase, all finished rounds, and a row per device. Devices that can't
@@ -40,7 +66,7 @@ def status(folder: Path) -> dict[str, Any]:
         settings, state, rows = storage.settings(), storage.load(), storage.devices()
         outsiders = storage.outsiders()
         last, seen = (None, {}) if running else storage.heard()
-    revoked, kept = _revoked(folder), read_rows(folder)
+    revoked, misbehaved = _revoked(identity or folder), read_rows(identity or folder)
     known = {row["name"] for row in rows}
     rows += [_outsider(name, body) for name, body in outsiders.items() if name not in known]
     devices = [
@@ -50,13 +76,14 @@ def status(folder: Path) -> dict[str, Any]:
             "compared": _compared(row, state),
             "online": row["online"] and running and row["name"] not in revoked,
             "revoked": row["name"] in revoked,
-            "quarantine": kept.get(row["name"]),
+            "quarantine": misbehaved.get(row["name"]),
             "seen_at": seen.get(row["name"]),
         }
         for row in sorted(rows, key=lambda r: r["name"])
     ]
     return {
         "folder": str(folder),
+        "server": str(identity or folder),
         "running": running,
         "heard_at": last,
         "job": (settings or {}).get("job", {}),
@@ -94,7 +121,7 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
             for name, part in sorted(row["devices"].items())
             if part["reason"]
         ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(describe(further, rounds) for further in body.get("jobs", []))])
 
 
 def _phase(body: dict[str, Any]) -> str:
@@ -106,7 +133,7 @@ def _phase(body: dict[str, Any]) -> str:
 def _stopped(body: dict[str, Any]) -> str:
     since = "" if body["heard_at"] is None else f"; the last event was at {_clock(body['heard_at'])}"
     end = "" if body["phase"] == Phase.FINISHED.value else "; to go on: fedprune-server run --state "
-    return f"  no server is running{since}{end and end + shlex.quote(body['folder'])}"
+    return f"  no server is running{since}{end and end + shlex.quote(body['server'])}"
 
 
 def _revoked(folder: Path) -> set[str]:
@@ -123,6 +150,8 @@ def _connection(device: dict[str, Any]) -> str:
         return "revoked"
     if device["online"]:
         return "online"
+    if "job" in device and device["seen_at"] is None:
+        return f"at work for {device['job']}" if device["job"] else "free, or not there"
     return "offline" if device["seen_at"] is None else f"last heard of at {_clock(device['seen_at'])}"
 
 

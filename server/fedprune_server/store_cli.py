@@ -48,6 +48,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from fedprune.disk import held
     from fedprune_server.checkup import check, size_of
     from fedprune_server.finding import Finding, Weight
+    from fedprune_server.further_folders import folders
     from fedprune_server.shown_bytes import shown_bytes
     from fedprune_server.state_folder import folder_lock
     from fedprune_server.storage import LOCK
@@ -59,26 +60,29 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.backup is not None and not arguments.backup.is_dir():
         raise UsageError("--from", expected="a backup's folder", got=str(arguments.backup))
 
-    def found(*, running: bool) -> list[Finding]:
-        with shown_bytes(f"reading {folder}", size_of(folder)) as advance:
-            return list(check(folder, advance, running=running))
+    def found(part: Path, *, running: bool) -> list[Finding]:
+        with shown_bytes(f"reading {part}", size_of(part)) as advance:
+            return list(check(part, advance, running=running))
 
-    if arguments.repair:
-        with folder_lock(folder):
-            findings = found(running=False)
+    wrong = 0
+    for part in (folder, *folders(folder)):
+        if arguments.repair:
+            backup = None if arguments.backup is None else arguments.backup / part.relative_to(folder)
+            with folder_lock(part):
+                findings = found(part, running=False)
+                for finding in findings:
+                    print(finding)
+                for done in repair(part, findings, backup):
+                    print(f"repaired: {done}")
+                findings = found(part, running=False)
+                left = [f for f in findings if f.weight is Weight.WRONG]
+                for finding in left:
+                    print(f"still {finding}")
+        else:
+            findings = found(part, running=held(part / LOCK))
             for finding in findings:
                 print(finding)
-            for done in repair(folder, findings, arguments.backup):
-                print(f"repaired: {done}")
-            findings = found(running=False)
-            left = [f for f in findings if f.weight is Weight.WRONG]
-            for finding in left:
-                print(f"still {finding}")
-    else:
-        findings = found(running=held(folder / LOCK))
-        for finding in findings:
-            print(finding)
-    wrong = sum(f.weight is Weight.WRONG for f in findings)
+        wrong += sum(f.weight is Weight.WRONG for f in findings)
     if wrong:
         raise StorageError(
             f"{folder}: {wrong} thing{'s are' if wrong > 1 else ' is'} wrong",
@@ -91,34 +95,55 @@ def _check(arguments: argparse.Namespace) -> int:
 def _backup(arguments: argparse.Namespace) -> int:
     from fedprune_server.backup import back_up
     from fedprune_server.checkup import size_of
+    from fedprune_server.further_folders import folders
     from fedprune_server.shown_bytes import shown_bytes
 
-    with ended_by_signals(), shown_bytes(f"backing {arguments.state} up", size_of(arguments.state)) as advance:
-        made = back_up(arguments.state, arguments.to, advance)
-    print(f"{arguments.to}: job {made.job} in round {made.round}, {len(made.entries)} files, {made.size} bytes")
-    if made.has_identity:
+    state: Path = arguments.state
+    further = folders(state)
+    if further and arguments.to.suffix == ".tar":
+        raise UsageError(
+            "--to", expected=f"a folder, as {state} has further jobs", got=str(arguments.to),
+            hint=f"For one job alone give its own folder, such as --state {further[0]}.",
+        )  # fmt: skip
+    has_identity = False
+    for part in (state, *further):
+        target = arguments.to / part.relative_to(state)
+        with ended_by_signals(), shown_bytes(f"backing {part} up", size_of(part)) as advance:
+            made = back_up(part, target, advance)
+        print(f"{target}: job {made.job} in round {made.round}, {len(made.entries)} files, {made.size} bytes")
+        has_identity = has_identity or made.has_identity
+    if has_identity:
         print("it has the server's private keys: whoever has it is the server, so keep it to yourself")
     return int(ExitCode.OK)
 
 
 def _restore(arguments: argparse.Namespace) -> int:
+    from fedprune_server.further_folders import folders
     from fedprune_server.restoring import check_target, opened, read_manifest, restore, verify
     from fedprune_server.shown_bytes import shown_bytes
 
     target: Path = arguments.state
-    with ended_by_signals(), opened(arguments.backup) as source:
-        manifest = read_manifest(source, arguments.backup)
-        if not arguments.dry_run:
-            check_target(target)
-        with shown_bytes(f"reading {arguments.backup}", manifest.size) as advance:
-            verify(source, manifest, advance)
-        print(
-            f"{arguments.backup} is whole: job {manifest.job} in round {manifest.round}, {len(manifest.entries)} files"
-        )
-        if arguments.dry_run:
-            return int(ExitCode.OK)
-        with shown_bytes(f"writing {target}", manifest.size) as advance:
-            restore(source, manifest, target, arguments.database, advance)
+    backup: Path = arguments.backup
+    parts = [backup, *folders(backup)]
+    if not arguments.dry_run:
+        for part in parts:
+            check_target(target / part.relative_to(backup))
+    manifests = []
+    for part in parts:
+        with ended_by_signals(), opened(part) as source:
+            manifest = read_manifest(source, part)
+            with shown_bytes(f"reading {part}", manifest.size) as advance:
+                verify(source, manifest, advance)
+        print(f"{part} is whole: job {manifest.job} in round {manifest.round}, {len(manifest.entries)} files")
+        manifests.append(manifest)
+    if arguments.dry_run:
+        return int(ExitCode.OK)
+    for part, manifest in zip(parts, manifests, strict=True):
+        database = arguments.database if part == backup else None
+        writing = shown_bytes(f"writing {target}", manifest.size)
+        with ended_by_signals(), opened(part) as source, writing as advance:
+            restore(source, manifest, target / part.relative_to(backup), database, advance)
+    manifest = manifests[0]
     print(f"to go on: fedprune-server run --state {shlex.quote(str(target))}")
     if manifest.has_identity:
         print(

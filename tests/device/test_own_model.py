@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +24,11 @@ from fedprune.ordered_dropout import TensorAxes
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.messages import Offer
+from fedprune_device import durable
 from fedprune_device.average import averaged, blended
 from fedprune_device.calibration import measured
 from fedprune_device.data import LocalData
-from fedprune_device.own import KeptOwn, Own, OwnFolder, OwnInMemory
+from fedprune_device.own import MOST_OTHERS, KeptOwn, Own, OwnFolder, OwnInMemory
 from fedprune_device.store import DeviceStore
 from fedprune_device.trainer import Trainer
 
@@ -289,14 +292,13 @@ def test_a_damaged_record_costs_the_average_alone(board: HiddenBoard) -> None:
     assert equal(serves, sent)
 
 
-@pytest.mark.parametrize("change", [{"job": "other"}, {"seed": 99}])
-def test_it_is_forgotten_when_another_jobs_offer_is_taken(board: HiddenBoard, change: dict[str, Any]) -> None:
-    """The board was away when its job ended; until then it counts as room that can be had."""
+def test_it_is_forgotten_when_an_offer_of_another_run_of_the_job_is_taken(board: HiddenBoard) -> None:
+    """The board was away when its run ended; until then it counts as room that can be had."""
     first = board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept")
     with DeviceStore(board.root) as store:
         store.accept(first)
     board.carry_out(first)
-    same, other = (board.offer(2, AVERAGE, hidden_weights(seed=1), graph="kept", **c) for c in ({}, change))
+    same, other = (board.offer(2, AVERAGE, hidden_weights(seed=1), graph="kept", **c) for c in ({}, {"seed": 99}))
     with DeviceStore(board.root) as store:
         assert store.reclaimable_bytes(other) > store.reclaimable_bytes(same)
         store.accept(same)
@@ -304,6 +306,68 @@ def test_it_is_forgotten_when_another_jobs_offer_is_taken(board: HiddenBoard, ch
     with DeviceStore(board.root) as store:
         store.accept(other)
         assert not store.own.read()
+
+
+def test_it_waits_while_the_board_works_for_another_job(board: HiddenBoard) -> None:
+    first = board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept")
+    with DeviceStore(board.root) as store:
+        store.accept(first)
+    board.carry_out(first)
+    other = replace(first, job="other")
+    with DeviceStore(board.root) as store:
+        kept = store.own.read()
+        assert kept
+        for offer in (other, first, other):
+            store.accept(offer)
+            assert store.own.read() == (kept if offer == first else {})
+    with DeviceStore(board.root) as store:
+        store.accept(first)
+        assert store.own.read() == kept
+
+
+def test_it_is_kept_of_a_few_jobs_and_until_they_are_over(tmp_path: Path) -> None:
+    own = OwnFolder(tmp_path / "own")
+    own.prepare()
+    for i in range(MOST_OTHERS + 2):
+        own.turn_to(f"job{i}", f"job{i - 1}")
+        own.put(bytes([i]), None)
+        time.sleep(0.01)
+    for i in range(1, MOST_OTHERS + 1):
+        own.turn_to(f"job{i}")
+        assert list(own.read().values()) == [bytes([i])]
+    own.forget("job1")
+    for job in ("job0", "job1"):
+        own.turn_to(job)
+        assert not own.read()
+
+
+def test_a_death_at_any_point_of_turning_to_another_job_loses_nothing(tmp_path: Path) -> None:
+    for count in range(1, 6):
+        own = OwnFolder(tmp_path / str(count))
+        own.prepare()
+        own.turn_to("one")
+        own.put(b"first", None)
+        own.put(b"second", "a")
+        passed = [0]
+
+        def dying(step: Any, passed: list[int] = passed, count: int = count) -> Any:
+            def call(*arguments: Any) -> Any:
+                passed[0] += 1
+                if passed[0] == count:
+                    raise KeyboardInterrupt
+                return step(*arguments)
+
+            return call
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("move", "write"):
+                patch.setattr(durable, name, dying(getattr(durable, name)))
+            with contextlib.suppress(KeyboardInterrupt):
+                own.turn_to("two", "one")
+                own.turn_to("one")
+        own = OwnFolder(tmp_path / str(count))
+        own.turn_to("one")
+        assert own.read() == {"a": b"first", "b": b"second"}
 
 
 def test_it_is_forgotten_when_the_job_is_over(board: HiddenBoard) -> None:

@@ -322,3 +322,15 @@ def test_a_board_whose_directory_was_deleted_still_counts_on(tmp_path: Path) -> 
 def test_a_clock_that_is_far_off_uses_up_no_numbers(tmp_path: Path) -> None:
     with DeviceStore(tmp_path, clock=lambda: 1e300) as store:
         assert [store.next_session(), store.next_session()] == [2**53, 2**53 + 1]
+
+
+def test_a_model_of_another_job_than_the_chosen_one_does_not_serve(tmp_path: Path, graphs: Path) -> None:
+    life = Life(tmp_path, graphs)
+    store = life.open()
+    (tmp_path / "graph").write_bytes(life.graph)
+    for job, serves in (("other", False), (life.record(1).job, True)):
+        store.slots.job = job
+        store.slots.stage(tmp_path / "graph", weights_of(11))
+        store.slots.install(life.record(1))
+        assert (store.slots.current() is not None) == serves
+    life.close()

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from fleet import Air, Fleet, ToyDevice
 from runtime_releases import KEY, make_release
+from several import JobsDevice, SeveralJobs, named
 
+from fedprune.coordination import Phase
 from fedprune.coordination.rollout import Fate, Rollout, RolloutPhase, RolloutPlan, Stage
 from fedprune.release import FILES, Release, read_release
 from fedprune.wire.blob_ref import BlobRef
@@ -18,7 +20,7 @@ from fedprune.wire.messages import Gone, Want, parse
 from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, ReleaseOffer, ReleaseReport
 from fedprune.wire.transfer import Pull
 from fedprune_server.rollout_store import RolloutStore
-from toy import NAMES
+from toy import JOB, NAMES
 
 
 class Updated(ToyDevice):
@@ -180,3 +182,22 @@ def test_nobody_pulls_what_it_is_not_given(tmp_path: Path, release: Path) -> Non
         fleet.air.to_server(device.topics.up(device.name), Want(fleet.files[0], "data", 0, 1).to_bytes())
     fleet.until_over(tmp_path)
     assert all(Gone(fleet.files[0]) in d.heard for d in fleet.updated.values())
+
+
+class Busy(Updated, JobsDevice):
+    """A device that works for several jobs, and pulls what it is to install."""
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_several_jobs_and_a_rollout_go_on_side_by_side(tmp_path: Path, release: Path, devices: int) -> None:
+    UpdatedFleet(tmp_path, release, Stage(0.3), Stage(1.0))
+    several = SeveralJobs(tmp_path / "jobs", [named(JOB, n, devices=devices) for n in ("one", "two")], "")
+    updated = {n: Busy(n, tmp_path / "busy", several.air) for n in NAMES}
+    several.air.devices.update(updated)
+    with RolloutStore(tmp_path) as store:
+        states = several.run(several.host(rollouts=store))
+        entry = store.latest()
+    assert entry is not None
+    assert (entry.rollout.phase, entry.rollout.failures()) == (RolloutPhase.DONE, {})
+    assert all(state.phase is Phase.FINISHED for state in states.values())
+    assert several.clashes == []

@@ -764,3 +764,22 @@ def test_all_that_an_offer_names_is_kept() -> None:
     offer = {"weights": refs["weights"], "blocked": {"16": refs["x"]}, "lowered": {"int8": refs["y"]}, "widths": [1]}
     state.tasks["a"] = Task(1, (1,), offer=offer)
     assert state.references() >= {ref["sha256"] for ref in refs.values()}
+
+
+def test_devices_that_come_together_all_take_part_in_the_round_that_begins_with_them() -> None:
+    shell = Shell(replace(JOB, devices=1))
+    for name in NAMES:
+        assert not shell.state.tasks
+        shell.feed(replace(on.DeviceBorn(name, 1, {"name": "toy"}, 10), more=name != NAMES[-1]))
+    assert set(shell.state.tasks) == set(NAMES)
+
+
+def test_a_device_that_was_away_for_another_job_has_failed_as_often_as_before() -> None:
+    shell = Shell()
+    shell.arrive()
+    shell.run()
+    shell.state.devices["a"].failures = 2
+    for session, failures in ((1, 2), (2, 0)):
+        shell.feed(on.DeviceDied("a", 1))
+        shell.feed(on.DeviceBorn("a", session, {"name": "toy"}, 10))
+        assert shell.state.devices["a"].failures == failures

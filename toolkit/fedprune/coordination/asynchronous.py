@@ -83,11 +83,11 @@ class AsynchronousCoordinator(Desk):
         if state.phase is Phase.FINISHED:
             return [do.TellFinished(event.device, state.model)]
         if state.phase is Phase.WAITING:
-            return self._open(now) if state.devices.count(True) >= self.job.devices else []
+            return [] if event.more or state.devices.count(True) < self.job.devices else self._open(now)
         task = state.tasks.get(event.device)
         if task is not None and task.progress is Progress.OFFERED and task.offer:
             return [do.SendOffer(event.device, state.round_of(task), task.attempt, task.offer)]
-        return self._offers(now)
+        return [] if event.more else self._offers(now)
 
     # A round begins.
 

@@ -102,7 +102,7 @@ class Coordinator(Desk):
             commands.append(do.SendOffer(event.device, state.round, task.attempt, task.offer))
         if state.phase is Phase.FINISHED:
             commands.append(do.TellFinished(event.device, state.model))
-        return commands + self._begin(now)
+        return commands if event.more else commands + self._begin(now)
 
     # A round begins.
 

@@ -231,6 +231,8 @@ class Desk(ABC):
             device.past, device.last, device.held = known.past, known.last, known.held
             device.asked, device.cut = known.asked, known.cut
             device.allocation, device.buffer = known.allocation, known.buffer
+            if known.session == event.session:
+                device.failures = known.failures  # it was away for another job, and has not connected anew
         state.devices[event.device] = device
         self.allocator.admit(self.fleet, event.device, known)
         return True

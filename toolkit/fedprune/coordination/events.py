@@ -8,7 +8,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DeviceBorn:
-    """A device announced itself (again). `profile` and `probe` are their JSON bodies, `codecs` those that it knows."""
+    """A device announced itself (again), or is free for this job (again).
+
+    Attributes:
+        device: Its name.
+        session: Number of its connection.
+        profile: Its hardware profile, as JSON.
+        samples: Its training samples.
+        probe: What it measured of itself, as JSON.
+        codecs: Names of the codecs that it knows.
+        more: Whether others come with it, which are told of next: a round doesn't begin before the last of them.
+    """
 
     device: str
     session: int
@@ -16,6 +26,7 @@ class DeviceBorn:
     samples: int
     probe: dict[str, Any] | None = None
     codecs: tuple[str, ...] = ()
+    more: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,351 @@
+"""Several jobs on one fleet: one connection, one word on who is there, and every device at one job at a time.
+
+Every job is a `JobDesk` with a coordinator, a database and blobs of its own, saves what happens to it before anything
+follows, and is replayed alone. The host hears for all of them: it knows which devices are there, says which job has
+which of them (`fedprune.coordination.lending`), and passes on what concerns a job. To a job, a device that it doesn't
+have is one that isn't there. The host itself remembers nothing: after a crash, devices announce themselves, whoever has
+a part under way goes on with it, and the others are free.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from fedprune.coordination.lending import Lending
+from fedprune.errors import BrokerError, ConfigError, ProtocolError
+from fedprune.wire.link import ConnectionDown, ConnectionUp
+from fedprune.wire.messages import Alive, Birth, Death, Gone, Hello, Message, Want, parse
+from fedprune.wire.topics import NO_JOB, Topics
+from fedprune_server.job_desk import Item, JobDesk
+from fedprune_server.post import Doubled, ShutOut, Supervised, Wire
+from fedprune_server.presence import ANSWER_S, QUIET_S
+from fedprune_server.quarantine import Quarantine, Quarantined, Released
+
+log = logging.getLogger("fedprune.server")
+
+_TURN_S, _TICK_S, _LINGER_S = 0.02, 0.5, 1.5
+_GREETING_S = 24 * 3600.0
+_ASKED_AGAIN_S = 10.0
+
+
+class Host:
+    """Runs several jobs over one connection.
+
+    Args:
+        desks: The jobs, by different names; the first gives boards their releases, and sees to what concerns no job.
+        link: The connection, subscribed to `subscriptions`, not necessarily up yet.
+        quarantine: Says whom `link` hears.
+        site: The site whose devices take part.
+        broker: The embedded broker, if there is one.
+        clock: Seconds since 1970, as devices are told.
+        monotonic: Seconds of a clock that nobody sets.
+
+    Raises:
+        ConfigError: Two jobs have one name.
+    """
+
+    def __init__(
+        self,
+        desks: Sequence[JobDesk],
+        link: Wire,
+        quarantine: Quarantine,
+        *,
+        site: str = "default",
+        broker: Supervised | None = None,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.desks: Mapping[str, JobDesk] = {d.job.name: d for d in desks}
+        if len(self.desks) != len(desks):
+            names = [d.job.name for d in desks]
+            raise ConfigError("jobs of one server", expected="names that differ", got=", ".join(names))
+        self._first = desks[0]
+        self._link, self._quarantine, self._topics, self._broker = link, quarantine, Topics(site), broker
+        self._clock, self._monotonic = clock, monotonic
+        self._lending = Lending()
+        self._here: dict[str, Birth] = {}
+        self._lent: dict[str, str] = {}
+        self._at_work: dict[str, str] = {}
+        self._unfit: set[tuple[str, str]] = set()
+        self._heard: dict[str, float] = {}
+        self._doubted: dict[str, float] = {}
+        self._greet_at = self._charged_at = self._ticked = 0.0
+        self._asked: dict[str, float] = {}
+        self._moved = True
+        self._dismissed = False
+        self._stopping = False
+
+    @property
+    def first(self) -> JobDesk:
+        """The first job."""
+        return self._first
+
+    @property
+    def subscriptions(self) -> list[str]:
+        """What the link must listen to, before it is started."""
+        return self._topics.server_subscriptions()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all jobs are done; one that is paused is not."""
+        return all(d.finished for d in self.desks.values())
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way that doesn't wait for devices or time."""
+        return not all(d.quiet for d in self.desks.values())
+
+    @property
+    def lent(self) -> dict[str, str]:
+        """Which job has which device; free ones are left out."""
+        return dict(self._lent)
+
+    def stop(self) -> None:
+        """End the loop soon; may be called from a signal handler or another thread."""
+        self._stopping = True
+
+    def run(self, *, until_finished: bool = False) -> None:
+        """Run until `stop` is called, or until all jobs are done.
+
+        Args:
+            until_finished: End when all jobs are done, instead of telling devices that come later.
+
+        Raises:
+            FedpruneError: A command of a job failed for another reason than a device's update, or the disk fails. Every
+                job's state on the disk is that of the last event that was taken in completely.
+        """
+        try:
+            for desk in self.desks.values():
+                desk.open()
+            self._charged_at = self._ticked = self._monotonic()
+            while not self._stopping:
+                self._turn(min(d.pause_s for d in self.desks.values()))
+                if until_finished and self.finished and not self.busy:
+                    self._linger()
+                    break
+        finally:
+            for desk in self.desks.values():
+                desk.close()
+
+    def _turn(self, pause_s: float) -> None:
+        item = self._link.get(pause_s)
+        until = self._monotonic() + _TURN_S
+        while item is not None:
+            self._take(item)
+            item = None if self._stopping or self._monotonic() > until else self._link.get()
+        for desk in self.desks.values():
+            desk.turn()
+        now = self._monotonic()
+        if now - self._ticked >= _TICK_S:
+            self._ticked = now
+            self._tick(now)
+        if self._moved or any(d.moved for d in self.desks.values()):
+            self._moved = False
+            self._share(now)
+            for desk in self.desks.values():
+                desk.moved = False
+
+    def _linger(self) -> None:
+        """Let the last messages out, and tell devices that come back just now that it is over."""
+        until = self._monotonic() + _LINGER_S
+        while not self._stopping and self._monotonic() < until:
+            self._turn(0.05)
+        self._link.flush(_LINGER_S)
+
+    # What comes in.
+
+    def _take(self, item: Item) -> None:
+        if isinstance(item, tuple):
+            self._pass_on(*item)
+            return
+        if isinstance(item, ConnectionUp):
+            log.info("connected to the broker")
+            self._greet(self._monotonic())
+            # While we were away nobody told us who died.
+            self._doubted = dict.fromkeys(self._here, self._monotonic())
+        elif isinstance(item, ConnectionDown):
+            log.warning("connection to the broker lost: %s", item.reason)
+            self._doubted = {}
+        elif isinstance(item, (ShutOut, Quarantined)):
+            self._gone(item.device)
+        elif isinstance(item, Released):
+            self._ask(item.device)
+            return
+        for desk in [self._first] if isinstance(item, Doubled) else self.desks.values():
+            desk.hear(item)
+
+    def _pass_on(self, topic: str, payload: bytes) -> None:
+        """Give a message to whom it concerns; what makes no sense goes to the first job, which complains of it."""
+        try:
+            device, job, channel = self._topics.parse(topic)
+            message = parse(payload) if channel == "up" else None
+        except ProtocolError:
+            self._first.hear((topic, payload))
+            return
+        if isinstance(message, (Birth, Death)) and message.device == device:
+            self._presence(message, len(payload), (topic, payload))
+            return
+        if device in self._here:
+            self._listened(device)
+        elif isinstance(message, Alive) or any(device in d.state.devices for d in self.desks.values()):
+            self._ask(device)
+        if isinstance(message, Alive):
+            return
+        for desk in self._concerned(message, device, job):
+            desk.hear((topic, payload))
+
+    def _concerned(self, message: Message | None, device: str, job: str) -> list[JobDesk]:
+        """The jobs that a message or chunk may be for."""
+        named = self.desks.get(getattr(message, "job", job))
+        if named is not None:
+            return [named]
+        if message is None or isinstance(message, Gone):
+            return list(self.desks.values())  # each knows what it waits for
+        if isinstance(message, Want) and job == NO_JOB:
+            return [d for d in self.desks.values() if d.offers(device, message.sha256)][:1] or [self._first]
+        return [self._first]
+
+    # Who is there.
+
+    def _presence(self, message: Birth | Death, size: int, item: tuple[str, bytes]) -> None:
+        device, known = message.device, self._here.get(message.device)
+        if isinstance(message, Death):
+            if known is not None and known.session == message.session:
+                self._gone(device)
+                self._ask(device)  # a will tells of one connection, and another may stand
+            return
+        if known is not None and message.session < known.session:
+            return
+        try:
+            self._first.welcome(message, size)
+        except ProtocolError:
+            self._first.hear(item)
+            return
+        if known is None or known.session != message.session:
+            self._unfit = {pair for pair in self._unfit if pair[1] != device}
+        self._here[device] = message
+        self._listened(device)
+        self._moved = True
+        held = message.held or {}
+        if held and held["job"] in self.desks:
+            self.desks[held["job"]].void(device, held)
+        elif held:
+            self._first.void(device, held)
+        if self._dismissed:
+            for desk in self.desks.values():
+                desk.dismiss([device])
+        elif device in self._lent:
+            self._hand(self._lent[device], [device])
+
+    def _listened(self, device: str) -> None:
+        """A device has said something."""
+        self._doubted.pop(device, None)
+        self._heard[device] = self._monotonic()
+
+    def _doubt(self, now: float) -> None:
+        """Ask who has been silent for long, and give up who doesn't answer: not every broker tells who vanishes."""
+        for device in [d for d, at in self._heard.items() if now - at >= QUIET_S and d not in self._doubted]:
+            self._doubted[device] = now
+            self._ask(device)
+        for device in [d for d, at in self._doubted.items() if now - at > ANSWER_S]:
+            self._gone(device)
+
+    def _gone(self, device: str) -> None:
+        self._heard.pop(device, None)
+        self._doubted.pop(device, None)
+        birth, job = self._here.pop(device, None), self._lent.pop(device, None)
+        self._moved = True
+        if birth is not None and job is not None:
+            self.desks[job].recall(device, birth.session)
+
+    def _ask(self, device: str) -> None:
+        """Let a device announce itself, if it is there."""
+        now = self._monotonic()
+        if now >= self._asked.get(device, now):
+            self._asked[device] = now + _ASKED_AGAIN_S
+            self._link.publish(self._topics.down(device), Hello(int(self._clock())).to_bytes())
+
+    def _greet(self, now: float) -> None:
+        self._greet_at = now + _GREETING_S
+        self._link.publish(self._topics.broadcast(), Hello(int(self._clock())).to_bytes())
+
+    def _tick(self, now: float) -> None:
+        if self._broker is not None and not self._broker.alive:
+            log.warning("the embedded broker has died and is started again")
+            try:
+                self._broker.restart()
+            except BrokerError as error:  # tried again at the next tick
+                log.error("%s", error)
+        if self._link.connected:
+            self._doubt(now)
+        if self._link.connected and now >= self._greet_at:
+            self._greet(now)
+
+    # Who has which device.
+
+    def _share(self, now: float) -> None:
+        """Take back who has done its part, and lend who is free, until nothing changes any more."""
+        self._lending.charge(self._at_work, max(0.0, now - self._charged_at))
+        self._charged_at = now
+        if self.finished:
+            self._at_work = {}
+            self._dismiss()
+            return
+        self._dismissed = False
+        for _ in range(len(self.desks) + len(self._here)):
+            if not self._share_once():
+                break
+        self._at_work = {d: j for d, j in self._lent.items() if self.desks[j].works(d)}
+
+    def _share_once(self) -> bool:
+        """Share out what is free; returns whether a job got something."""
+        borrowers = [b for d in self.desks.values() if (b := d.borrower()) is not None]
+        able = self._lending.able(borrowers, self._here, self._takes)
+        alone = able[0].job if len(able) == 1 else None
+        free = []
+        for device, birth in self._here.items():
+            job = self._lent.get(device)
+            if job is not None and (job == alone or self.desks[job].works(device)):
+                continue
+            if job is not None:
+                del self._lent[device]
+                self.desks[job].recall(device, birth.session)
+            # After a restart of either side a part may be under way: it is gone on with.
+            mine = next((n for n, d in self.desks.items() if d.works(device)), None)
+            if mine is None:
+                free.append(device)
+            elif (mine, device) not in self._unfit:
+                self._hand(mine, [device])
+        if alone is not None:
+            found = {alone: [d for d in free if self._takes(alone, d)]}
+        else:
+            found = self._lending.lend(borrowers, free, self._here, self._takes, self._fits)
+        for job, devices in found.items():
+            self._hand(job, devices)
+        return any(found.values())
+
+    def _takes(self, job: str, device: str) -> bool:
+        return (job, device) not in self._unfit and self.desks[job].takes(device, self._here[device].session)
+
+    def _fits(self, job: str, device: str) -> bool:
+        return self._takes(job, device) and self.desks[job].fits(device)
+
+    def _hand(self, job: str, devices: Sequence[str]) -> None:
+        """Let a job have devices, all at once."""
+        fit = self.desks[job].lend([self._here[d] for d in devices])
+        for device in devices:
+            if device in fit:
+                self._lent[device] = job
+            else:
+                self._unfit.add((job, device))
+                self._lent.pop(device, None)
+
+    def _dismiss(self) -> None:
+        """All jobs are finished: every device hears of it, once."""
+        if self._dismissed:
+            return
+        self._dismissed = True
+        for desk in self.desks.values():
+            desk.dismiss(self._here)

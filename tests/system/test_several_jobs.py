@@ -1,0 +1,119 @@
+"""Two jobs of one real server on real devices: each ends as if it had the fleet alone, also after kill -9."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from real_site import FILES, Site, write_material
+
+from fedprune.coordination import Phase, State
+from fedprune.errors import ExitCode
+from fedprune_server.storage import Storage
+
+pytestmark = pytest.mark.system
+
+DEVICES = ("north", "south")
+JOB = """
+[job]
+name = "{name}"
+seed = {seed}
+strategy = "{strategy}"
+rounds = 2
+devices = 2
+density = {density}
+deadline_s = 300
+
+[job.recipe]
+epochs = {epochs}
+lr = 0.001
+"""
+FIRST = JOB.format(name="first", seed=0, strategy="plain", density=0.5, epochs=500)
+SECOND = JOB.format(name="second", seed=7, strategy="fedavg", density=0, epochs=300)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    write_material(folder, dict.fromkeys(DEVICES, 200))
+    return folder
+
+
+class SharedSite(Site):
+    """A site whose server runs a second job; with `alone` only that one."""
+
+    def command(self, name: str) -> list[str]:
+        command = super().command(name)
+        return [*command, "--job", str(self.folder / "second.toml")] if name == "server" else command
+
+    @property
+    def second(self) -> Path:
+        return self.state / "jobs" / "second"
+
+    def also(self, text: str) -> None:
+        files = FILES
+        for name in ("model.onnx", "evaluation.npz"):
+            files = files.replace(f'"{name}"', f'"{self.material / name}"')
+        (self.folder / "second.toml").write_text(text + files)
+
+    def saved_second(self) -> State | None:
+        if not (self.second / "server.db").is_file():
+            return None
+        with Storage.existing(self.second) as storage:
+            return storage.load()
+
+
+@pytest.fixture(scope="module")
+def alone(material: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """The models that each job makes alone."""
+    models = []
+    for config in (FIRST, SECOND):
+        site = Site(material, tmp_path_factory.mktemp("alone"), config, DEVICES, 120)
+        try:
+            site.start_all()
+            models.append([r["model"] for r in site.finish().history])
+        finally:
+            site.stop_all()
+    return models
+
+
+@pytest.fixture
+def site(material: Path, tmp_path: Path) -> Iterator[SharedSite]:
+    made = SharedSite(material, tmp_path, FIRST, DEVICES, 120, secure=True)
+    made.also(SECOND)
+    try:
+        yield made
+    finally:
+        made.stop_all()
+
+
+def server(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fedprune_server.cli", *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def test_two_jobs_share_a_fleet_over_a_kill_and_end_as_if_alone(site: SharedSite, alone: list[list[str]]) -> None:
+    site.start_all()
+
+    def middle() -> bool:
+        state = site.saved_second()
+        return state is not None and state.round == 1 and state.phase is Phase.TRAINING
+
+    site.wait_for(middle, "the middle of the second job's first round")
+    site.kill("server")
+    first = site.finish()
+    second = site.saved_second()
+    assert second is not None
+    assert [[r["model"] for r in s.history] for s in (first, second)] == alone
+    said = server("status", "--state", site.state)
+    assert "job first: round 2 of 2, finished" in said.stdout
+    assert "job second: round 2 of 2, finished" in said.stdout
+    assert server("check", "--state", site.state).returncode == ExitCode.OK
+    assert server("backup", "--state", site.state, "--to", site.folder / "backup").returncode == ExitCode.OK
+    copy = site.folder / "copy"
+    assert server("restore", "--from", site.folder / "backup", "--state", copy).returncode == ExitCode.OK
+    assert server("status", "--state", copy).stdout == said.stdout.replace(str(site.state), str(copy))
+    assert server("check", "--state", copy).returncode == ExitCode.OK

@@ -1,0 +1,137 @@
+"""The lending rule: no device in two jobs, no job starves, shares by weight, and the same again from the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.coordination.lending import Borrower, Lending
+
+pytestmark = pytest.mark.board
+
+
+def everybody(job: str, device: str) -> bool:
+    return True
+
+
+@dataclass
+class Job:
+    """A job that trains for so many seconds with whom it gets; `steady` ones never wait for a round to end."""
+
+    name: str
+    weight: float
+    least: int
+    seconds: tuple[int, ...]
+    steady: bool = False
+    ends: dict[str, int] = field(default_factory=dict)
+    rounds: int = 0
+    time: int = 0
+
+    def borrower(self) -> Borrower:
+        least = 1 if self.steady else self.least
+        return Borrower(self.name, self.weight, least, 2**31 if self.steady or not self.ends else 0, len(self.ends))
+
+
+def play(jobs: list[Job], devices: list[str], seconds: int) -> list[tuple[int, str, tuple[str, ...]]]:
+    """Let time pass; what was lent when."""
+    lending, log = Lending(), []
+    for now in range(seconds):
+        for job in jobs:
+            job.ends = {d: at for d, at in job.ends.items() if at > now}
+        while True:
+            busy = [d for j in jobs for d in j.ends]
+            assert len(busy) == len(set(busy))
+            found = lending.lend(
+                [j.borrower() for j in jobs], [d for d in devices if d not in busy], devices, everybody
+            )
+            if not found:
+                break
+            for job in jobs:
+                if job.name in found:
+                    got = found[job.name]
+                    assert set(got) <= set(devices) - set(busy)
+                    assert job.steady or len(got) >= job.least
+                    busy += got
+                    steps = [job.seconds[(job.rounds + i) % len(job.seconds)] for i in range(len(got))]
+                    job.ends |= {d: now + s for d, s in zip(got, steps, strict=True)}
+                    job.rounds += 1
+                    log.append((now, job.name, tuple(got)))
+        at_work = {d: j.name for j in jobs for d in j.ends}
+        lending.charge(at_work, 1.0)
+        for job in jobs:
+            job.time += len(job.ends)
+    return log
+
+
+def jobs_of(specs: list[tuple[float, int, tuple[int, ...], bool]]) -> list[Job]:
+    return [Job(f"job{i}", *spec) for i, spec in enumerate(specs)]
+
+
+SPECS = st.lists(
+    st.tuples(
+        st.sampled_from([0.5, 1.0, 2.0]),
+        st.integers(1, 5),
+        st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple),
+        st.booleans(),
+    ),
+    min_size=2,
+    max_size=4,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SPECS, st.integers(5, 9))
+def test_every_job_goes_on_and_the_same_happens_again(
+    specs: list[tuple[float, int, tuple[int, ...], bool]], count: int
+) -> None:
+    devices = [f"d{i}" for i in range(count)]
+    jobs = jobs_of(specs)
+    log = play(jobs, devices, 300)
+    # Every wait is bounded: by the parts under way, and by what the others are ahead of it by their weight.
+    for job in jobs:
+        begun = [0, *(now for now, name, _ in log if name == job.name), 300]
+        assert max(b - a for a, b in pairwise(begun)) <= 120
+    assert play(jobs_of(specs), devices, 300) == log
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (1.0, 2.0)])
+def test_jobs_that_need_all_devices_have_them_for_times_by_weight(weights: tuple[float, float]) -> None:
+    jobs = [Job("slow", weights[0], 4, (10,)), Job("quick", weights[1], 4, (2,))]
+    play(jobs, list("abcd"), 2000)
+    assert jobs[0].time / jobs[1].time == pytest.approx(weights[0] / weights[1], rel=0.05)
+
+
+def test_jobs_that_need_few_devices_each_have_their_share_at_a_time() -> None:
+    jobs = [Job("one", 3.0, 1, (5,)), Job("two", 1.0, 1, (5,))]
+    log = play(jobs, [f"d{i}" for i in range(8)], 100)
+    assert max(len(got) for _, name, got in log if name == "one") == 6
+    assert max(len(got) for _, name, got in log if name == "two") == 2
+    assert {d for _, name, got in log if name == "two" for d in got} == {f"d{i}" for i in range(8)}
+
+
+def test_a_job_that_comes_later_has_no_claim_on_the_time_before() -> None:
+    lending = Lending()
+    old, new = Borrower("old", 1.0, 2, 9), Borrower("new", 1.0, 2, 9)
+    assert lending.lend([old], "ab", "ab", everybody) == {"old": ["a", "b"]}
+    lending.charge({"a": "old", "b": "old"}, 1000.0)
+    assert list(lending.lend([old, new], "ab", "ab", everybody)) == ["old"]
+    lending.charge({"a": "old", "b": "old"}, 1.0)
+    assert list(lending.lend([old, new], "ab", "ab", everybody)) == ["new"]
+    assert lending.used("new") == 2000.0
+
+
+def test_devices_wait_for_who_is_first_in_line_and_not_for_who_needs_too_many() -> None:
+    lending = Lending()
+    large, small = Borrower("large", 1.0, 3, 9), Borrower("small", 1.0, 1, 9)
+    assert lending.lend([large, small], "ab", "abc", everybody) == {}
+    assert list(lending.lend([large, small], "ab", "ab", everybody)) == ["small"]
+
+
+def test_a_paused_job_and_one_that_fits_nobody_get_nothing() -> None:
+    lending = Lending()
+    jobs = [Borrower("paused", 0.0, 1, 9), Borrower("picky", 1.0, 1, 9), Borrower("plain", 1.0, 1, 9)]
+    assert lending.lend(jobs, "ab", "ab", lambda job, _: job != "picky") == {"plain": ["a", "b"]}

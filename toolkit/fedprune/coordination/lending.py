@@ -1,0 +1,124 @@
+"""Which of several jobs a device works for: one at a time, and every job in its turn.
+
+A device is free when nothing of a round is awaited of it. A job that could begin a round stands in line, and so does an
+asynchronous one that has fewer devices at work than its share. First in line is whoever has had the least of the
+devices' time for its weight. It gets the devices that have worked least for it: as many as its round needs at least,
+and at most its share of all that are there. Where too few are free, those that fit it wait for it: nobody behind it in
+the line takes one, so that no job starves. A job that needs more devices than are there stands aside and holds none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Borrower:
+    """A job that is not finished, as this rule sees it.
+
+    Attributes:
+        job: Its name.
+        weight: Its share in comparison with the others'; 0 for a job that is paused.
+        least: Devices that it needs to go on.
+        most: How many it can use now; 0 where it is in the middle of a round.
+        holds: Devices that work for it.
+    """
+
+    job: str
+    weight: float
+    least: int
+    most: int
+    holds: int = 0
+
+
+Fits = Callable[[str, str], bool]
+"""Whether a job can give a device something to do; takes job and device."""
+
+
+class Lending:
+    """Keeps the account of devices' time, and says who gets the free ones. Does no I/O and reads no clock."""
+
+    def __init__(self) -> None:
+        self._used = defaultdict[str, float](float)
+        self._worked = defaultdict[tuple[str, str], float](float)
+        self._turns = Counter[tuple[str, str]]()
+        self._line: frozenset[str] = frozenset()
+
+    def charge(self, at_work: Mapping[str, str], seconds: float) -> None:
+        """Note that time has passed.
+
+        Args:
+            at_work: For which job each device has worked.
+            seconds: How long.
+        """
+        for device, job in at_work.items():
+            self._used[job] += seconds
+            self._worked[job, device] += seconds
+
+    def used(self, job: str) -> float:
+        """Seconds of devices' time that a job has had, or is taken to have had: nobody saves up by standing aside."""
+        return self._used[job]
+
+    def able(self, borrowers: Sequence[Borrower], present: Collection[str], takes: Fits) -> list[Borrower]:
+        """The jobs among which devices are shared: those that enough devices are there for.
+
+        Args:
+            borrowers: Jobs that are not finished.
+            present: All devices that are there, free or at work.
+            takes: Which of them can take part in which job.
+        """
+        return [b for b in borrowers if b.weight > 0 and sum(takes(b.job, d) for d in present) >= max(1, b.least)]
+
+    def lend(
+        self,
+        borrowers: Sequence[Borrower],
+        free: Collection[str],
+        present: Collection[str],
+        takes: Fits,
+        fits: Fits | None = None,
+    ) -> dict[str, list[str]]:
+        """Share the free devices out.
+
+        Args:
+            borrowers: Jobs that are not finished; the order decides where nothing else does.
+            free: Devices of which nothing is awaited.
+            present: All devices that are there.
+            takes: Which of them can take part in which job.
+            fits: Which of them a job would give something to do now; all of those by default.
+
+        Returns:
+            Which devices each job gets now; jobs that get none are left out.
+        """
+        fits = fits or takes
+        able = self.able(borrowers, present, takes)
+        self._enter(able)
+        total = sum(b.weight for b in able)
+        left, found = set(free), dict[str, list[str]]()
+        for borrower in sorted((b for b in able if b.most > 0), key=self._served):
+            job = borrower.job
+            fit = self._by_need(job, (d for d in left if fits(job, d)))
+            share = math.ceil(len(present) * borrower.weight / total - 1e-9) - borrower.holds
+            wanted = min(max(0 if borrower.holds else borrower.least, share, 0), borrower.most)
+            if len(fit) >= borrower.least:
+                found[job] = fit[:wanted]
+                self._turns.update((job, d) for d in found[job])
+            left.difference_update(fit[:wanted])
+        return {job: devices for job, devices in found.items() if devices}
+
+    def _by_need(self, job: str, devices: Iterable[str]) -> list[str]:
+        """Devices, beginning with those that have worked least for a job: it is to learn from all of them."""
+        return sorted(devices, key=lambda d: (self._worked[job, d], self._turns[job, d], d))
+
+    def _enter(self, able: Sequence[Borrower]) -> None:
+        """Who was away from the line, or is new, has no claim on the time that the others have had meanwhile."""
+        floor = min((self._served(b) for b in able if b.job in self._line), default=0.0)
+        for borrower in able:
+            if borrower.job not in self._line:
+                self._used[borrower.job] = max(self._used[borrower.job], floor * borrower.weight)
+        self._line = frozenset(b.job for b in able)
+
+    def _served(self, borrower: Borrower) -> float:
+        return self._used[borrower.job] / borrower.weight
