@@ -13,17 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from s3 import S3
 
 from fedprune import profile_store
 from fedprune.architecture import widths_at
 from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.state import named_in
 from fedprune.errors import StorageError
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
+from fedprune_server.bucket_store import BucketStore
 from fedprune_server.crew import Crew
 from fedprune_server.digits import deal, digits_model
 from fedprune_server.experiment import Experiment
@@ -104,6 +107,22 @@ def test_graphs_that_the_worker_itself_has_made_are_let_go_of_like_those_of_help
     event = crew.execute(later)
     assert isinstance(event, on.Extracted)
     assert crew.graphs() == {event.offer[name]["sha256"] for name in ("training", "inference")}
+
+
+def test_what_a_helper_makes_again_is_in_the_bucket_again(model: Model, at_s3: S3, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path / "blobs", f"s3://{at_s3.bucket()}/job")
+    worker = Worker(JOB, model, store)
+    order = extracts(worker)[0]
+    with closing(Crew(worker, ProcessPool(worker, 2))) as crew:
+        for _ in range(3):  # by each of two helpers, or twice by one
+            crew.expect([order])
+            event = crew.execute(order)
+            assert isinstance(event, on.Extracted)
+            made = named_in(event.offer)
+            assert made <= BucketStore(tmp_path / "other", store.bucket.url).objects().keys()
+            for digest in made:
+                store.delete(digest)
+    store.close()
 
 
 def test_what_was_expected_otherwise_is_done_as_ordered(worker: Worker, crew: Crew) -> None:
