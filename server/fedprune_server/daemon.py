@@ -153,6 +153,7 @@ class Daemon:
         self._at = (state.round, state.phase)
         self._told = len(state.history)
         self._greet_at = self._ticked = 0.0
+        self._caught_up = 0.0  # when no message waited
         self._stopping = False
         self._finished = False
         self._farewell: Farewell | None = None
@@ -223,7 +224,9 @@ class Daemon:
         if self._post.ready:
             return 0.0
         longest = 0.01 if self._workshop.busy or self._post.waiting or self._shipping.waiting else 0.1
-        return max(0.0, min(longest, self._wakes[0] - self._clock())) if self._wakes else longest
+        if not self._wakes or self._shipping.stuck:  # then no deadline counts, and one that is over would never let rest
+            return longest
+        return max(0.0, min(longest, self._wakes[0] - self._clock()))
 
     def _take(self, item: tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released | None) -> None:
         if isinstance(item, tuple):
@@ -265,7 +268,11 @@ class Daemon:
         until = self._monotonic() + _TURN_S
         while item is not None:
             self._take(item)
-            item = None if self._stopping or self._monotonic() > until else self._link.get()
+            if self._stopping or self._monotonic() > until:
+                break
+            item = self._link.get()
+        else:
+            self._caught_up = self._monotonic()
         while not self._stopping and (result := self._workshop.collect()) is not None:
             self._handle(result)
         if self._shipping.waiting:
@@ -376,7 +383,7 @@ class Daemon:
                 log.error("%s", error)
         for device in self._roster.presence.silent(now):
             self._post.send(device, Hello(int(self._clock())))
-        gone = self._roster.presence.gone(now)
+        gone = self._roster.presence.gone(self._caught_up)
         if gone:
             names = ", ".join(sorted(gone)[:_SHOWN]) + (" ..." if len(gone) > _SHOWN else "")
             log.info("%d devices don't answer and are taken for gone: %s", len(gone), names)

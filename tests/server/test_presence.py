@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ from fleet import Fleet
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedprune.wire.link import ConnectionUp
 from fedprune.wire.messages import Alive, Hello
+from fedprune_server import daemon as daemon_module
 from fedprune_server.presence import ANSWER_S, QUIET_S, Presence
 from toy import JOB, NAMES
 
@@ -122,3 +125,30 @@ def test_a_board_whose_birth_got_lost_is_asked_for_it(waiting: Fleet) -> None:
     waiting.air.lost.append(waiting.air.devices["a"].topics.broadcast())
     _, online, _ = vanished(waiting)
     assert online == {"a": True, "b": True}
+
+
+def test_answers_that_wait_to_be_heard_are_answers(
+    waiting: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(daemon_module, "_TURN_S", -1.0)  # a message each turn
+    caplog.set_level(logging.INFO)
+    daemon, get, idle = waiting.daemon(), waiting.air.get, iter(range(2))
+
+    def slowly(timeout: float | None = 0.0) -> Any:
+        item = get(timeout)
+        waiting.air.now += 0.0 if item is None else 0.8 * ANSWER_S
+        return item
+
+    def again() -> None:
+        if daemon.busy:
+            return
+        if next(idle):
+            daemon.stop()
+        waiting.air.inbox.append(ConnectionUp())  # so that everybody is asked
+        waiting.air.get = slowly  # type: ignore[method-assign]
+
+    waiting.air.on_idle = again
+    state = daemon.run()
+    assert waiting.air.now > 2 * ANSWER_S
+    assert {n: d.online for n, d in state.devices.items()} == dict.fromkeys(NAMES, True)
+    assert "taken for gone" not in caplog.text
