@@ -275,6 +275,25 @@ def test_a_small_reference_that_contradicts_itself_is_found_out_at_once(tmp_path
         BlobStore(tmp_path).partial(BlobRef("ab" * 32, 5, "cd" * 32))
 
 
+def test_what_was_deleted_and_begun_anew_gets_no_name_from_who_was_whole_before(tmp_path: Path) -> None:
+    data = noise(3 * LEAF)
+    store = BlobStore(tmp_path)
+    ref = BlobRef.of(data)
+    first = store.partial(ref)
+    first.set_table(leaf_table(data))
+    first.write_leaves(0, data)
+    store.drop_partials(set())
+    second = store.partial(ref, vouched=True)
+    second.set_table(leaf_table(data))
+    second.write(2, leaf(data, 2))
+    with pytest.raises(StorageError, match="was replaced"):
+        first.finish()
+    assert not store.has(ref.sha256)
+    second.write_leaves(0, data[: 2 * LEAF])
+    second.finish()
+    assert store.read(ref.sha256) == data
+
+
 def test_two_partials_of_one_blob_both_finish(tmp_path: Path) -> None:
     data = noise(2 * LEAF)
     store = BlobStore(tmp_path)

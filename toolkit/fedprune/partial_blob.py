@@ -192,9 +192,12 @@ class PartialBlob:
                 raise ProtocolError("blob's leaves don't make up the blob", expected=self.ref.sha256, got=found)
             if self.store.durable:
                 os.fsync(descriptor)
+            meant = os.fstat(descriptor)
             self.close()
             target = self.store.path(self.ref.sha256)
             with suppress(FileNotFoundError):  # another partial of the same blob was faster
+                if not os.path.samestat(meant, self._data.stat()):  # deleted, and begun anew by another
+                    raise StorageError(f"{self._data} was replaced while it was being finished")
                 if self._leaves.is_file():
                     self.store.move(self._leaves, target.with_name(target.name + SUFFIX), flush=False)
                 self.store.move(self._data, target)
