@@ -418,6 +418,11 @@ class Near(BlobStore):
             self._store.touch(sha256)
         return found
 
+    def map(self, sha256: str) -> memoryview:
+        """A blob's bytes as a view on its file."""
+        self._store.touch(sha256)
+        return super().map(sha256)
+
     def size(self, sha256: str) -> int:
         """Bytes of a blob, which may be let go of at any moment."""
         return self._store.known_size(sha256) or super().size(sha256)
@@ -425,3 +430,8 @@ class Near(BlobStore):
     def check_room(self, size: int) -> None:
         """Make room for so many bytes more."""
         self._store.check_room(size)
+
+
+def near(store: BlobStore) -> BlobStore:
+    """The blobs of a store that nobody has to wait for: of a bucket's, those in the folder."""
+    return Near(store) if isinstance(store, BucketStore) else store

@@ -224,7 +224,7 @@ class Daemon:
         if self._post.ready:
             return 0.0
         longest = 0.01 if self._workshop.busy or self._post.waiting or self._shipping.waiting else 0.1
-        if not self._wakes or self._shipping.stuck:  # then no deadline counts, and one that is over would never let rest
+        if not self._wakes or self._shipping.stuck:  # no deadline counts then, so one that is over mustn't wake it
             return longest
         return max(0.0, min(longest, self._wakes[0] - self._clock()))
 

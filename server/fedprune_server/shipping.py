@@ -8,9 +8,9 @@ import threading
 from collections.abc import Iterable, Sequence
 
 from fedprune.blobs import BlobStore
-from fedprune.errors import StorageError
+from fedprune.errors import StorageError, StorageFullError
 from fedprune_server.bucket_patience import StoppedError
-from fedprune_server.bucket_store import BucketStore, Near
+from fedprune_server.bucket_store import BucketStore, near
 from fedprune_server.uploads import Arrived, Outcome
 
 log = logging.getLogger("fedprune.server")
@@ -32,7 +32,7 @@ class Shipping:
 
     def __init__(self, store: BlobStore) -> None:
         self._bucket = store if isinstance(store, BucketStore) else None
-        self.near = store if self._bucket is None else Near(self._bucket)
+        self.near = near(store)
         self._orders: queue.Queue[Arrived | str | None] = queue.Queue()
         self._ended: queue.Queue[Arrived | Exception] = queue.Queue()
         self._shipped: set[Arrived] = set()
@@ -137,5 +137,6 @@ class Shipping:
             raise
         except StorageError as error:
             log.error("%s", error)
-            self._lost.add(order)  # whoever asks for it is told that it is gone
+            if not isinstance(error, StorageFullError):  # else it is tried again when somebody asks again
+                self._lost.add(order)  # whoever asks for it is told that it is gone
         self._fetched.discard(order)

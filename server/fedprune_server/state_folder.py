@@ -192,10 +192,8 @@ class StateFolder:
 
     def _move_in(self, config: ServerConfig, known: dict[str, Any], state: State) -> None:
         needed = state.references() | kept_models(state, config.kept)
-        if config.archive and not isinstance(self.store, BucketStore):
+        if config.archive:
             needed |= set(reader(self.path, known).names())
-        elif config.archive:
-            needed |= set(BlobStore(self.path / BLOBS).names())
         move_in(self.path, self.store, known, needed)
 
     def _check_moved(self) -> None:

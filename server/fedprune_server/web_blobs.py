@@ -17,6 +17,7 @@ from fedprune.errors import IdentityError
 from fedprune.trust.tls import insecure_allowed
 from fedprune.wire.blob_url import BlobUrl
 from fedprune_server.blob_server import BlobServer
+from fedprune_server.bucket_store import near
 from fedprune_server.config import ServerConfig
 from fedprune_server.connection import addresses_of, names_of
 from fedprune_server.identity_folder import IdentityFolder
@@ -83,7 +84,8 @@ def web_blobs(config: ServerConfig, identity: IdentityFolder | None, store: Blob
         said = () if config.blobs_at is None else (BlobUrl.parse(config.blobs_at).host,)
         context = _contexts(identity, sorted({*names_of(host), *said}))
         context()  # what is wrong with it is better known now than when a board comes
-    with BlobServer(host, port, store, context) as server:
+    # What isn't near comes over MQTT: a bucket that can't be used must not take all connections.
+    with BlobServer(host, port, near(store), context) as server:
         url = config.blobs_at or str(BlobUrl.parse(_url(host, server.port, tls=identity is not None)))
         log.info("blobs are given out on %s:%d, and boards are told that they are at %s", host, server.port, url)
         yield WebBlobs(url, server)

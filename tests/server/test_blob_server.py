@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from s3 import S3
 
 from fedprune.blobs import BlobStore
 from fedprune.errors import ConfigError
@@ -23,6 +24,8 @@ from fedprune.wire.blob_url import BlobUrl
 from fedprune_device.web_fetch import WebFetch
 from fedprune_server import blob_server
 from fedprune_server.blob_server import BlobServer
+from fedprune_server.bucket import BucketError
+from fedprune_server.bucket_store import BucketStore
 from fedprune_server.config import ServerConfig
 from fedprune_server.identity_folder import IdentityFolder
 from fedprune_server.web_blobs import WebBlobs, web_blobs
@@ -245,6 +248,26 @@ def test_without_identities_anybody_on_this_machine_gets_what_is_offered(store: 
         web_blobs(ServerConfig(serve_blobs="0.0.0.0:0"), None, store),
     ):
         pass
+
+
+def test_nobody_waits_for_a_bucket(at_s3: S3, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path, f"s3://{at_s3.bucket()}/job")
+    store.patience.endless = True
+    here, away = store.put(BLOB), store.put(b"let go of")
+    store._unlink(away.sha256)
+
+    def refuse(key: str, limit: int) -> bytes | None:
+        raise BucketError("the bucket is away")
+
+    store.bucket.get = refuse  # type: ignore[method-assign]
+    try:
+        with web_blobs(ServerConfig(serve_blobs="127.0.0.1:0"), None, store) as web:
+            assert web.server is not None
+            web.server.allowed = lambda device, sha256: True
+            assert ask(web.server, place(away))[0] == 404
+            assert ask(web.server, place(here))[:2] == (200, BLOB)
+    finally:
+        store.close()
 
 
 def test_what_somebody_else_serves_is_only_named(store: BlobStore) -> None:

@@ -12,8 +12,9 @@ import pytest
 from fleet import NAMES, Fleet
 from s3 import S3
 
+from fedprune.blobs import BlobStore
 from fedprune.coordination import State
-from fedprune.errors import ConfigError, ExitCode
+from fedprune.errors import ConfigError, ExitCode, StorageFullError
 from fedprune.wire.messages import Accepted
 from fedprune_server import bucket_patience
 from fedprune_server.backup import back_up
@@ -25,6 +26,7 @@ from fedprune_server.checkup import check
 from fedprune_server.cli import main
 from fedprune_server.finding import Finding, Weight
 from fedprune_server.restoring import opened, read_manifest, restore, verify
+from fedprune_server.shipping import Shipping
 from fedprune_server.shown_bytes import silent
 from fedprune_server.storage import Storage
 from played_job import play_job
@@ -124,6 +126,18 @@ def test_a_job_moves_from_the_folder_to_a_bucket_to_another_and_back(
     shutil.rmtree(state / BLOBS)
     assert models(play_job(state)) == models(finished)
     assert wrong(state) == []
+
+
+def test_an_archive_moves_from_bucket_to_bucket_and_back(at_s3: S3, url: str, tmp_path: Path) -> None:
+    state, other = tmp_path / "state", f"s3://{at_s3.bucket()}"
+    play_job(state, events=2 * MIDDLE, archive=True, keep=1, blobs=url)
+    archived = keys(at_s3, url).keys()
+    shutil.rmtree(state / BLOBS)
+    play_job(state, events=1, archive=True, keep=1, blobs=other)
+    assert archived <= keys(at_s3, other).keys()
+    shutil.rmtree(state / BLOBS)
+    play_job(state, events=1, archive=True, keep=1)
+    assert archived <= set(BlobStore(state / BLOBS).names())
 
 
 def test_another_job_is_refused_a_prefix_and_deletes_nothing(at_s3: S3, begun: Path, url: str, tmp_path: Path) -> None:
@@ -302,3 +316,26 @@ def test_devices_get_what_is_only_in_the_bucket(fleet: Fleet, tmp_path: Path, ex
     fleet.air.on_idle = idle
     assert models(daemon.run(until_finished=True)) == models(expected)
     assert fleet.air.now < JOB.deadline_s
+
+
+def test_a_full_disk_loses_nothing(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = BucketStore(tmp_path, url)
+    ref = store.put(b"an old model")
+    store._unlink(ref.sha256)
+    shipping = Shipping(store)
+
+    def full(size: int) -> None:
+        raise StorageFullError("no room")
+
+    def asked() -> None:
+        assert shipping.coming(ref.sha256)
+        until = time.monotonic() + 10
+        while shipping._fetched and time.monotonic() < until:
+            time.sleep(0.001)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "check_room", full)
+        asked()
+    asked()
+    assert shipping.near.read(ref.sha256) == b"an old model"
+    shipping.close()
