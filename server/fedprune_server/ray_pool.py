@@ -226,16 +226,21 @@ class _Link:
         try:
             while True:
                 kind, what = self._connection.recv()
+                if kind == "lost":
+                    log.debug("the cluster: %s", what)
+                    break
                 if kind == "size":
                     self.size = int(what)
-                    continue
-                future = self._futures.pop(what)
-                if kind == "done":
-                    future.set_result(receive_result(self._connection))
+                elif kind == "done":
+                    result = receive_result(self._connection)
+                    self._futures.pop(what).set_result(result)
                 else:
-                    future.set_exception(ClusterError("a helper failed", got=self._connection.recv()))
+                    error = ClusterError("a helper failed", got=self._connection.recv())
+                    self._futures.pop(what).set_exception(error)
         except (EOFError, OSError):
             pass
+        except Exception:  # an answer that can't be read: what comes behind it can't be told apart either
+            log.warning("what a cluster answers can't be read", exc_info=True)
         with self._lock:
             self.lost = True
             left, self._futures = list(self._futures.values()), {}

@@ -89,7 +89,13 @@ class RoundSums:
             raise BundleError("partial sums hold an update that is in the sums already")
         if not parts or parts[0].updates != len(counted) or parts[0].weight != weight:
             raise BundleError("partial sums", expected=f"{len(counted)} updates of weight {weight}")
-        fold.take(parts)
+        try:
+            fold.take(parts)
+        except FedpruneError:
+            raise  # it has looked before it added anything
+        except BaseException:
+            self.clear()  # a part may be in the sums: all is added up anew
+            raise
         included |= {c.part.device: c for c in counted}
 
     def check(self, report: Report, fold: Fold) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -28,7 +29,7 @@ from fedprune.errors import ConfigError, ExitCode, MissingExtraError
 from fedprune.job import Job
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
-from fedprune_server import crew_work
+from fedprune_server import crew_work, ray_pool
 from fedprune_server.cluster_url import check_url
 from fedprune_server.config import ServerConfig
 from fedprune_server.crew import Crew
@@ -88,6 +89,39 @@ def test_a_cluster_that_is_not_there_is_one_clear_error(model: Model, tmp_path: 
         RayPool(f"ray:127.0.0.1:{_free_port()}", w)
     assert caught.value.exit_code is ExitCode.CLUSTER
     assert w.store.names() == []
+
+
+def _answers(parent: int, address: str, settings: Settings, probe: str, connection: Any) -> None:
+    """A child whose cluster goes, or answers what can't be read."""
+    connection.send(("size", 2))
+    number = connection.recv()[0]
+    if address == "gone":
+        connection.send(("lost", "the cluster has no processors any more"))
+    else:
+        connection.send(("done", number))
+        connection.send_bytes(b"no pickle")
+    connection.recv()  # until it is ended
+
+
+@pytest.mark.parametrize("address", ["gone", "garbled"])
+def test_whoever_waits_for_a_cluster_that_goes_is_told(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    told = threading.Event()
+    monkeypatch.setattr(ray_pool, "serve", _answers)
+    monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
+    link = ray_pool._Link(address, Settings.of(worker(model, tmp_path)), "", told.set)
+    listener = threading.Thread(target=link.listen, daemon=True)
+    futures = [link.submit(crew_work.check, None) for _ in range(2)]
+    listener.start()
+    for future in futures:
+        with pytest.raises(ClusterError, match="is lost"):
+            future.result(30)
+    assert told.is_set()
+    assert link.lost
+    listener.join(30)
+    assert not listener.is_alive()
+    link.close()
 
 
 @pytest.mark.soak

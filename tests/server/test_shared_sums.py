@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -17,6 +18,7 @@ from fedprune.architecture import widths_at
 from fedprune.blobs import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coverage import Coverage
 from fedprune.job import Job
 from fedprune.partial_sums import PartialSums
 from fedprune_export.imported import Model
@@ -187,6 +189,26 @@ def test_sums_that_cannot_be_are_not_taken(
     crew = Crew(worker(model, tmp_path, {"strategy": "plain"}), helpers, block=500)
     with caplog.at_level(logging.WARNING):
         assert played(crew, folds, close) == expected
+
+
+def test_sums_that_were_taken_in_half_are_made_anew(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = worker(model, tmp_path, {"strategy": "plain"})
+    folds, close = round_of(alone)
+    expected = played(alone, folds, close)
+    add, calls = Coverage.add, []
+
+    def short(self: Coverage, *arguments: Any) -> None:
+        if sys._getframe(1).f_code.co_name == "take" and not calls:
+            calls.append(1)
+            raise MemoryError
+        add(self, *arguments)
+
+    monkeypatch.setattr(Coverage, "add", short)
+    crew = Crew(worker(model, tmp_path, {"strategy": "plain"}), Helpers(alone), block=500, batch=4)
+    assert played(crew, folds, close) == expected
+    assert calls
 
 
 def test_an_update_at_fault_costs_itself(model: Model, tmp_path: Path) -> None:
