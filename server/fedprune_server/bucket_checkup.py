@@ -109,13 +109,14 @@ def _left_over(
     store: BucketStore, objects: dict[str, dict[str, int]], doubled: list[str], needs: Inventory, *, running: bool
 ) -> Iterator[Finding]:
     orphans = [] if running or needs.archive else sorted(objects.keys() - needs.needed)
-    orphaned = [key for digest in orphans for key in objects[digest]]
+    sizes = {key: size for found in objects.values() for key, size in found.items()}
+    orphaned = {key: None for digest in orphans for key in objects[digest]}
     for keys, what in (
         (orphaned, "what nothing refers to"),
         ([] if running else [k for k in doubled if k not in orphaned], "blobs that are there twice"),
     ):
         if keys:
-            size = sum(n for found in objects.values() for k, n in found.items() if k in keys)
+            size = sum(sizes[key] for key in keys)
             said = f"{what}: {len(keys)} objects in {store.bucket.url}, {size} bytes"
             yield Finding(
                 Weight.NOTE, said, "They do no harm; `--repair` deletes them.", Cure.DELETE, (), "", tuple(keys)

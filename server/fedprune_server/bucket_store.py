@@ -410,6 +410,7 @@ class Near(BlobStore):
     def __init__(self, store: BucketStore) -> None:
         super().__init__(store.root, max_size=store.max_size, reserve=store.reserve, durable=store.durable)
         self._store = store
+        self._checked = store._checked  # what is let go of is forgotten there
 
     def has(self, sha256: str) -> bool:
         """Whether a blob is in the folder."""
