@@ -133,13 +133,14 @@ class BucketStore(BlobStore):
         """Say whose blobs these are, and lay the model beside them with which the job began.
 
         Raises:
+            ConfigError: Another job, which began at the same time, has said so first.
             BucketError: The bucket can't be used.
         """
-        if self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT)) is not None:
-            return
-        for key, data in ((MODEL, model), (OWNER, Owner(number, job).to_bytes())):
-            digest = hashlib.sha256(data).hexdigest()
-            self.patience(WRITE, partial(self.bucket.put, key, data, digest))
+        if self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT)) is None:
+            for key, data in ((MODEL, model), (OWNER, Owner(number, job).to_bytes())):
+                digest = hashlib.sha256(data).hexdigest()
+                self.patience(WRITE, partial(self.bucket.put, key, data, digest))
+        self.check_owner(number)
 
     def model(self) -> bytes | None:
         """The model with which the job began, not checked.

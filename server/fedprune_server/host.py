@@ -72,6 +72,7 @@ class Host:
         self._heard: dict[str, float] = {}
         self._doubted: dict[str, float] = {}
         self._greet_at = self._charged_at = self._ticked = 0.0
+        self._caught_up = 0.0  # when no message waited
         self._asked: dict[str, float] = {}
         self._moved = True
         self._dismissed = False
@@ -134,7 +135,11 @@ class Host:
         until = self._monotonic() + _TURN_S
         while item is not None:
             self._take(item)
-            item = None if self._stopping or self._monotonic() > until else self._link.get()
+            if self._stopping or self._monotonic() > until:
+                break
+            item = self._link.get()
+        else:
+            self._caught_up = self._monotonic()
         for desk in self.desks.values():
             desk.turn()
         now = self._monotonic()
@@ -249,7 +254,7 @@ class Host:
         for device in [d for d, at in self._heard.items() if now - at >= QUIET_S and d not in self._doubted]:
             self._doubted[device] = now
             self._ask(device)
-        for device in [d for d, at in self._doubted.items() if now - at > ANSWER_S]:
+        for device in [d for d, at in self._doubted.items() if self._caught_up - at > ANSWER_S]:
             self._gone(device)
 
     def _gone(self, device: str) -> None:

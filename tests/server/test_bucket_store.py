@@ -339,7 +339,9 @@ def test_a_prefix_belongs_to_one_job(at_s3: S3, url: str, tmp_path: Path) -> Non
     store = BucketStore(tmp_path, url)
     store.check_owner(None)
     store.claim("1" * 32, "leaves", b"a model")
-    store.claim("2" * 32, "other", b"another")  # somebody was faster
+    with pytest.raises(ConfigError, match="blobs of another job, 'leaves'"):
+        store.claim("2" * 32, "other", b"another")  # somebody was faster
+    store.claim("1" * 32, "leaves", b"a model")
     assert store.model() == b"a model"
     store.check_owner("1" * 32)
     for number in (None, "2" * 32):

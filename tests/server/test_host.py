@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fleet import Fleet, fill
@@ -13,8 +14,10 @@ from fedprune.coordination import Phase, State
 from fedprune.errors import ConfigError
 from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Cancelled, Finished, Offer, Update
+from fedprune_server import host as host_module
 from fedprune_server.config import ServerConfig
 from fedprune_server.further_jobs import further
+from fedprune_server.presence import ANSWER_S
 from fedprune_server.storage import Storage
 from toy import JOB
 
@@ -199,3 +202,34 @@ def test_a_device_that_vanishes_without_a_word_is_missed_in_the_end(tmp_path: Pa
     assert all(s.phase is Phase.FINISHED for s in states.values())
     last = [d for s in states.values() for d in s.history[-1]["devices"]]
     assert "c" not in last
+
+
+def test_answers_that_wait_to_be_heard_are_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "_TURN_S", -1.0)  # a message each turn
+    several = SeveralJobs(tmp_path, [named(JOB, n, devices=9) for n in ("one", "two")], "abc")
+    host, air, gone = several.host(), several.air, list[str]()
+    get, give_up, idle = air.get, host._gone, iter(range(2))
+
+    def slowly(timeout: float | None = 0.0) -> Any:
+        item = get(timeout)
+        air.now += 0.0 if item is None else 0.8 * ANSWER_S
+        return item
+
+    def again() -> None:
+        if host.busy:
+            return
+        if next(idle):
+            host.stop()
+        air.inbox.append(ConnectionUp())  # so that everybody is asked
+        air.get = slowly  # type: ignore[method-assign]
+
+    def given_up(device: str) -> None:
+        gone.append(device)
+        give_up(device)
+
+    host._gone = given_up  # type: ignore[method-assign]
+    air.on_idle = again
+    host.run()
+    assert air.now > 2 * ANSWER_S
+    assert set(host._here) == set("abc")
+    assert gone == []
