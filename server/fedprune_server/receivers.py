@@ -85,6 +85,7 @@ class Receivers(Uploads):
         self._ended: list[Outcome] = []
         self._taken: list[tuple[str, int]] = []
         self._look_at = 0.0
+        self._stored = 0
 
     @property
     def receivers(self) -> Sequence[Receiver]:
@@ -99,6 +100,7 @@ class Receivers(Uploads):
     def __exit__(self, *_: object) -> None:
         for receiver in self._receivers:
             receiver.stop()
+        log.info("receivers took in %d updates", self._stored)
 
     def add(self, device: str, round_: int, attempt: int, ref: BlobRef, now: float) -> Wants:
         """Fetch an update; asking again for the one under way changes nothing."""
@@ -244,6 +246,7 @@ class Receivers(Uploads):
         elif word.sha256 == given.ref.sha256:
             self._take_back(word.device)
             if self._blobs.has(word.sha256) and self._blobs.size(word.sha256) == given.ref.size:
+                self._stored += 1
                 self._ended.append(Arrived(*part, word.sha256))
             else:
                 log.error("a receiver says that it stored %s, which isn't there: fetched again", word.sha256)
