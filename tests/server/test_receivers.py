@@ -29,6 +29,7 @@ from fedprune_server.config import ServerConfig
 from fedprune_server.quarantine import BURST, Quarantine
 from fedprune_server.receiver import TRIES, Receiver
 from fedprune_server.receiver_child import MOST_NAMES, Receiving
+from fedprune_server.receiver_setup import alone_receives
 from fedprune_server.receiver_words import (
     MAX_LINE,
     Asks,
@@ -347,11 +348,14 @@ def test_a_line_without_end_is_refused_before_it_is_read() -> None:
     assert read(io.BytesIO(b"")) is None
 
 
-def test_receivers_and_a_bucket_are_one_clear_error() -> None:
+def test_receivers_with_a_bucket_or_several_jobs_are_one_clear_error() -> None:
     with pytest.raises(ConfigError, match="receivers"):
         ServerConfig(blobs="s3://bucket/prefix", receivers=2)
     with pytest.raises(ConfigError, match="receivers"):
         ServerConfig(receivers=65)
+    with pytest.raises(ConfigError, match="several jobs"):
+        alone_receives(ServerConfig(receivers=1))
+    alone_receives(ServerConfig())
 
 
 # Its process.
