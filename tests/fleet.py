@@ -20,7 +20,20 @@ from fedprune.job import Job
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Accepted, Birth, Cancelled, Death, Finished, Gone, Hello, Offer, Update, Want, parse
+from fedprune.wire.messages import (
+    TO,
+    Accepted,
+    Birth,
+    Cancelled,
+    Death,
+    Finished,
+    Gone,
+    Hello,
+    Offer,
+    Update,
+    Want,
+    parse,
+)
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
 from fedprune_server.daemon import Daemon
@@ -111,6 +124,7 @@ class ToyDevice:
         self.pending: Update | None = None
         self.heard: list[object] = []
         self.silent = False
+        self.abilities: tuple[str, ...] | None = (TO,)
         self.profile = "raspberry-pi-5"
         self.lie: Callable[[Update], Update] = lambda update: update
 
@@ -118,7 +132,7 @@ class ToyDevice:
         self.air.to_server(self.topics.up(self.name), message.to_bytes())  # type: ignore[attr-defined]
 
     def birth(self) -> None:
-        self.say(Birth(self.name, self.session, self.profile, 10, "test"))
+        self.say(Birth(self.name, self.session, self.profile, 10, "test", abilities=self.abilities))
 
     def hear(self, topic: str, payload: bytes) -> None:
         if self.topics.parse(topic).channel == "down/blob":
@@ -144,7 +158,7 @@ class ToyDevice:
                 self.say(answer)
                 return
             for raw in answer:
-                self.air.to_server(self.topics.up_blob(self.name), raw)
+                self.air.to_server(self.topics.up_to(self.name, message.to), raw)
         elif isinstance(message, Accepted):
             if self.pending is not None and self.pending.weights.sha256 == message.weights:
                 self.pending = None

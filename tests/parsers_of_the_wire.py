@@ -53,6 +53,7 @@ from fedprune.wire.release_messages import ReleaseOffer, ReleaseReport, ReleaseW
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull
 from fedprune_device.offered import unpacked as offered
+from fedprune_server import receiver_words as words
 from fedprune_server.blob_server import BlobHandler
 from toy import ARCHITECTURE, JOB
 
@@ -85,6 +86,7 @@ def wire_targets() -> tuple[Target, ...]:
     probe = ProbeReport.from_dict(PROBE).to_dict()
     return (
         Target("wire.message", m.parse, told, text=True, share=6),
+        Target("wire.word of a receiver", lambda raw: words.parse_line(raw + b"\n"), _words(), text=True, share=2),
         Target("wire.chunk", lambda raw: list(Chunk.parse(raw).leaves()), chunks, factor=8, share=4),
         Target("wire.pull", _pulled, chunks, factor=16, constant=4 * 2**20, share=0.2),
         Target("wire.topic", as_text(_topic), _topics(), text=True, share=2),
@@ -113,7 +115,7 @@ def _messages() -> list[Any]:
         blocked={"16": SMALL}, blobs_at="https://models.example:8443/lab",
     )  # fmt: skip
     return [
-        m.Birth("a", 1, "raspberry-pi-5", 10, "fedprune 1", PROBE, {**place}),
+        m.Birth("a", 1, "raspberry-pi-5", 10, "fedprune 1", PROBE, {**place}, abilities=(m.TO,)),
         m.Death("a", 1),
         m.Alive("a", 1),
         m.Progress("a", **place, phase="train", done=1, total=2),
@@ -127,11 +129,23 @@ def _messages() -> list[Any]:
         m.Cancelled(**place, reason="the round is over"),
         m.Finished("toy"),
         m.Want(ZERO, "data", 0, 1024),
+        m.Want(ZERO, "data", 0, 3, to=ZERO[:16]),
         m.Gone(ZERO),
         ReleaseOffer(1, _release().to_bytes().decode(), "0" * 128, (ZERO,), 3, 300.0),
         ReleaseReport("a", 1, "downloading", "", 1, 2),
         ReleaseWithdrawn(1, "a mistake"),
     ]
+
+
+def _words() -> tuple[bytes, ...]:
+    told = (
+        words.Begin("mqtt://h", "s", "0" * 16, "/b", 4, 131072, None, None, None, 0, 1),
+        words.Fetch("a", 1, 2, REF, None, 0.5),
+        words.Asks("a", ZERO, "data", 0, 3, None),
+        words.Failed("a", 1, 2, "because"),
+        words.Took("a", 7, 1),
+    )
+    return tuple(words.line(word)[:-1] for word in told)
 
 
 def _release() -> Release:

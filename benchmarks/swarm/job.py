@@ -41,6 +41,7 @@ broker = "mqtt://127.0.0.1:{port}"
 state = "state"
 max_devices = {devices}
 pulls = {pulls}
+receivers = {receivers}
 """
 
 
@@ -77,7 +78,7 @@ def small_cnn() -> bytes:
     return raw
 
 
-def write_job(folder: Path, devices: int, rounds: int, port: int, site: str, pulls: int) -> Path:
+def write_job(folder: Path, devices: int, rounds: int, port: int, site: str, pulls: int, receivers: int = 0) -> Path:
     """Write a job's files into a folder.
 
     Returns:
@@ -87,7 +88,9 @@ def write_job(folder: Path, devices: int, rounds: int, port: int, site: str, pul
     hand = deal(["one"])
     np.savez(folder / "evaluation.npz", x=hand.x, y=hand.y)
     path = folder / "fleet.toml"
-    path.write_text(FLEET.format(rounds=rounds, devices=devices, port=port, site=site, pulls=pulls))
+    path.write_text(
+        FLEET.format(rounds=rounds, devices=devices, port=port, site=site, pulls=pulls, receivers=receivers)
+    )
     return path
 
 

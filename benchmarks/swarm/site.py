@@ -42,12 +42,14 @@ class Watch:
         shared_peak: Largest memory of it and its children together, pages that several hold counted in parts (PSS).
         children: Processes below it, at most.
         cpu_s: CPU seconds, those of its children included.
+        own_cpu_s: CPU seconds of the process itself.
     """
 
     peak: int = 0
     shared_peak: int = 0
     children: int = 0
     cpu_s: float = 0.0
+    own_cpu_s: float = 0.0
     _cpu_s: dict[int, float] = field(default_factory=dict)
 
     def look(self, pid: int) -> None:
@@ -61,6 +63,7 @@ class Watch:
         self.shared_peak = max(self.shared_peak, sum(_kib(each, "smaps_rollup", "Pss") for each in pids))
         self.children = max(self.children, len(pids) - 1)
         self._cpu_s |= {each: _cpu_seconds(each) for each in pids}
+        self.own_cpu_s = self._cpu_s[pid]
         self.cpu_s = sum(self._cpu_s.values())
 
 

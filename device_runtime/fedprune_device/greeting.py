@@ -9,7 +9,7 @@ from fedprune import __version__, session
 from fedprune.codec import CODECS
 from fedprune.probe_report import ProbeReport
 from fedprune.wire.fields import one_line
-from fedprune.wire.messages import Birth, Offer, Update
+from fedprune.wire.messages import TO, Birth, Offer, Update
 from fedprune_device.source import Samples
 
 AGAIN_S = 60.0
@@ -58,6 +58,7 @@ class Greeting:
             None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
             CODECS,
             round(answer_s, 3) or None,
+            (TO,),
         )
 
     def outdated(self, source: Samples, now: float) -> bool:

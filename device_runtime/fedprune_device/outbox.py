@@ -76,6 +76,7 @@ class Outbox:
         self._wanted: deque[tuple[Update, Want]] = deque()
         self._chunks: Iterator[bytes] = iter(())
         self._chunks_job = NO_JOB
+        self._chunks_to: str | None = None
         self._announce_at = 0.0
         self._announced = 0
         self._reported: tuple[str, int, int] | None = None
@@ -112,7 +113,8 @@ class Outbox:
         while self._link.unsent < HIGH_WATER:
             chunk = next(self._chunks, None)
             if chunk is not None:
-                if not self._link.publish(self._topics.up_blob(self._device, self._chunks_job), chunk, CHUNK_QOS):
+                topic = self._topics.up_to(self._device, self._chunks_to, self._chunks_job)
+                if not self._link.publish(topic, chunk, CHUNK_QOS):
                     self.drop_chunks()  # what doesn't get through is asked for again
             elif self._wanted:
                 update, want = self._wanted.popleft()
@@ -120,7 +122,7 @@ class Outbox:
                 if isinstance(found, Gone):
                     self.say(found, update.job)
                 else:
-                    self._chunks, self._chunks_job = found, update.job
+                    self._chunks, self._chunks_job, self._chunks_to = found, update.job, want.to
             else:
                 return
 

@@ -30,6 +30,8 @@ def kind(topic: str) -> str:
     parts = topic.split("/", 5)
     if len(parts) == 6 and parts[3] == EVERYONE and parts[5].startswith("down/"):
         return "down/blob"
+    if len(parts) == 6 and parts[0] == "fedprune" and parts[5].startswith("up/"):
+        return "up/blob"
     return parts[5] if len(parts) == 6 and parts[0] == "fedprune" and parts[5] in KINDS else "other"
 
 

@@ -102,6 +102,7 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--site", type=name_of("site"), help="devices of this site take part (default: default)")
     run.add_argument("--profiles", type=Path, metavar="DIR", help="hardware profiles beside the shipped ones")
     run.add_argument("--workers", type=whole_number, metavar="N", help="processes that make submodels (default: 1)")
+    run.add_argument("--receivers", type=int, metavar="N", help="processes that take in updates (default: 0)")
     run.add_argument(
         "--workers-url", metavar="URL", help="ray:auto or ray://host:port: a cluster helps (default: processes)"
     )
@@ -153,6 +154,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_server.further_jobs import further, hosted
     from fedprune_server.further_jobs import opened as open_job
     from fedprune_server.host import Host
+    from fedprune_server.receiver_setup import alone_receives, receiving
     from fedprune_server.rollout_store import RolloutStore
     from fedprune_server.state_folder import StateFolder, stored_config
     from fedprune_server.table import make_display
@@ -178,6 +180,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "site",
             "keep",
             "archive",
+            "receivers",
             "workers",
             "workers_url",
             "profiles",
@@ -214,6 +217,7 @@ def _run(arguments: argparse.Namespace) -> int:
         web = stack.enter_context(web_blobs(config, identity, folder.store))
         daemon: Daemon | Host
         if len(jobs) > 1:
+            alone_receives(config)
             daemon = hosted(
                 jobs, reached, lambda kept, desk: _say_what_next(kept.config.state, arguments.until_finished, desk),
                 profiles=profiles, rollouts=rollouts, members=members, blobs_at=web.url,
@@ -231,6 +235,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 reached.wire,
                 site=reached.site,
                 keep=config.kept,
+                uploads=stack.enter_context(receiving(config, reached, identity, folder.store)),
                 pulls=config.pulls,
                 profiles=profiles,
                 max_devices=config.max_devices,

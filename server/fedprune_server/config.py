@@ -38,7 +38,7 @@ _SERVER_TEXTS = (
     "serve_blobs",
     "workers_url",
 )
-_SERVER_NUMBERS = ("port", "keep", "pulls", "workers", "max_devices", "max_packet", "cache_mib")
+_SERVER_NUMBERS = ("port", "keep", "pulls", "receivers", "workers", "max_devices", "max_packet", "cache_mib")
 _SERVER_SWITCHES = ("archive", "slabs")
 _ELSEWHERE = ("state", "database")
 """What the state folder itself is, or says; not among the settings that the database keeps."""
@@ -73,6 +73,7 @@ class ServerConfig:
         keep: How many of the latest global models are kept.
         archive: All models, updates and events are kept instead, for `fedprune-server replay`.
         pulls: From how many devices updates are pulled at the same time.
+        receivers: Processes that take in updates, each so many at a time; 0 for the server's own alone.
         workers: Processes that make submodels; more than one pay where making one is dear.
         workers_url: Where helpers are: `processes`, or a Ray cluster, as `ray:auto` or `ray://host:10001`.
         profiles: A folder of hardware profiles of your own, beside the shipped ones.
@@ -110,6 +111,7 @@ class ServerConfig:
     cache_mib: int = 10240
     workers_url: str = PROCESSES
     weight: float = 1.0
+    receivers: int = 0
 
     def __post_init__(self) -> None:
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
@@ -119,6 +121,7 @@ class ServerConfig:
         for name, low, high in (
             ("keep", 1, 10**6),
             ("pulls", 1, 1000),
+            ("receivers", 0, 64),
             ("workers", 1, 1000),
             ("max_devices", 1, 10**6),
             ("cache_mib", 1, 10**9),
@@ -127,6 +130,11 @@ class ServerConfig:
             setting_checks.whole(f"server: {name}", getattr(self, name), low, high)
         if self.blobs != FOLDER:
             parse(self.blobs)
+            if self.receivers:
+                raise ConfigError(
+                    "server: receivers", expected=f"0, or blobs = {FOLDER!r}", got=self.receivers,
+                    hint="Receivers write into the state folder; with a bucket the server takes in updates by itself.",
+                )  # fmt: skip
         check_url(self.workers_url)
         if self.port is not None:
             setting_checks.whole("server: port", self.port, 0, 65_535)

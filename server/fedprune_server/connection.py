@@ -39,6 +39,7 @@ class Connection:
         broker: The embedded broker, if there is one.
         site: The fleet's.
         quarantine: Says whom the wire hears.
+        url: The broker's address.
     """
 
     wire: Wire
@@ -46,6 +47,7 @@ class Connection:
     broker: EmbeddedBroker | None
     site: str
     quarantine: Quarantine
+    url: str
 
     def start(self, subscriptions: Iterable[str]) -> None:
         """Connect, and stay connected.
@@ -88,7 +90,7 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
         quarantine = Quarantine(path=config.state / QUARANTINE)
         guarded = Guarded(link, quarantine)
         wire: Wire = guarded if identity is None else SignedLink(guarded, identity)
-        yield Connection(wire, link, broker, site, quarantine)
+        yield Connection(wire, link, broker, site, quarantine, url)
 
 
 @contextmanager

@@ -73,6 +73,7 @@ class Daemon:
         link: The connection to the broker, subscribed to `subscriptions`, not necessarily up yet.
         site: The site whose devices take part.
         keep: How many of the latest global models stay on the disk; None for all that ever was in the store.
+        uploads: Takes in updates; None for the daemon by itself.
         pulls: From how many devices updates are pulled at a time.
         profiles: Folders of hardware profiles beside the shipped ones.
         max_devices: How many devices may ever take part.
@@ -99,6 +100,7 @@ class Daemon:
         *,
         site: str = "default",
         keep: int | None = 3,
+        uploads: Uploads | None = None,
         pulls: int = 4,
         profiles: Sequence[Path] = (),
         max_devices: int = 1000,
@@ -127,7 +129,7 @@ class Daemon:
         self._roster = Roster(job, architecture, state, storage.traffic(), max_devices, storage.outsiders())
         self._shipping = Shipping(store)
         near = self._shipping.near
-        self._uploads = Uploads(near, pulls, max_packet)
+        self._uploads = uploads or Uploads(near, pulls, max_packet)
         stores = [near] if rollouts is None else [near, rollouts.blobs]
         self._quarantine.know(self._roster.traffic)
         sharing = Sharing(near, Audience(state), max_packet)
@@ -273,6 +275,8 @@ class Daemon:
             item = self._link.get()
         else:
             self._caught_up = self._monotonic()
+        self._reception.gather()
+        self._errands.collect_uploads()
         while not self._stopping and (result := self._workshop.collect()) is not None:
             self._handle(result)
         if self._shipping.waiting:

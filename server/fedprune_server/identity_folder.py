@@ -190,13 +190,24 @@ class IdentityFolder:
         Raises:
             IdentityError: A file is damaged.
         """
+        return pinned_context(*self.client(authority), self.authority.now)
+
+    def client(self, authority: Path | None = None) -> tuple[Path, Path, Path]:
+        """Paths of what `context` is made of: the authority, the server's certificate and that one's key.
+
+        Args:
+            authority: As `context`.
+
+        Raises:
+            IdentityError: As `context`.
+        """
         certificate, key = (self.path / name for name in (_CERTIFICATE, _KEY))
         if not self._lasts(certificate, key, _SERVER_LASTS_S):
             try:
                 _issue_server(self.authority, self.path)
             except StorageError as error:  # the old one may do until there is room
                 log.warning("no new certificate for the server yet: %s", error)
-        return pinned_context(authority or self.path / CERTIFICATE, certificate, key, self.authority.now)
+        return authority or self.path / CERTIFICATE, certificate, key
 
     def _lasts(self, certificate: Path, key: Path, seconds: int) -> bool:
         """Whether a certificate is there, its key is this one, and it lasts so long, or as long as the authority."""

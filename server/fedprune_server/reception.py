@@ -117,6 +117,17 @@ class Reception:
                 self._quarantine.bad(device)
             return None
 
+    def gather(self) -> None:
+        """Take in what receivers say, and charge devices for what those took in.
+
+        Raises:
+            StorageError: The disk fails.
+        """
+        self._post.ask(self._uploads.collect(self._monotonic()))
+        for device, size in self._uploads.taken():
+            self._roster.received(device, size)
+            self._quarantine.hears(device, size, chunk=True)
+
     def judged(self, event: on.Event) -> None:
         """Note what became of a device's update."""
         if isinstance(event, on.UpdateRejected):
@@ -225,7 +236,8 @@ class Reception:
         self._quarantine.born(birth.device)
         name = one_line(birth.profile, 64)
         self._roster.born(birth.device, birth.session, name, birth.samples, self._monotonic())
-        self._post.ask(self._uploads.born(birth.device, birth.session, birth.answer_s or 0.0, self._monotonic()))
+        answer_s, abilities = birth.answer_s or 0.0, birth.abilities or ()
+        self._post.ask(self._uploads.born(birth.device, birth.session, answer_s, self._monotonic(), abilities))
         if self._desk is not None:
             self._desk.born(birth.device)
         if birth.held is not None:

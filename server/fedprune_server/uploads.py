@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,7 +180,7 @@ class Uploads:
         self._waiting = {**dict.fromkeys(sorted(self._running)), **self._waiting}
         self._running.clear()
 
-    def born(self, device: str, session: int, answer_s: float, now: float) -> Wants:
+    def born(self, device: str, session: int, answer_s: float, now: float, abilities: Collection[str] = ()) -> Wants:
         """A device announces itself: on a new connection all that was on the way from it is lost, and asked for again.
 
         Args:
@@ -188,6 +188,7 @@ class Uploads:
             session: The number of its connection.
             answer_s: How long answers take, as far as the device knows.
             now: The time.
+            abilities: What it knows of the protocol; here nothing depends on that.
         """
         self._answers.setdefault(device, AnswerTime()).told(answer_s)
         before = self._there.get(device)
@@ -246,6 +247,14 @@ class Uploads:
         """Leaves that have arrived and leaves in all, or None where nothing is fetched from the device."""
         upload = self._uploads.get(device)
         return None if upload is None or upload.pull is None else upload.pull.progress
+
+    def collect(self, now: float) -> Wants:
+        """Take in what other processes say that help; without any there is nothing."""
+        return []
+
+    def taken(self) -> list[tuple[str, int]]:
+        """Devices, and bytes of chunks that other processes have taken in from them since the last call."""
+        return []
 
     def _end(self, device: str, outcome: Outcome, now: float) -> Wants:
         self.drop(device)

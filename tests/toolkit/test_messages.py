@@ -163,7 +163,8 @@ def test_what_older_peers_do_not_know_is_left_out_where_there_is_none() -> None:
     assert set(json.loads(plain.to_bytes())) == {"v", "type", *(f.name for f in fields(Offer))} - newer
     assert parse(altered(plain, **dict.fromkeys(newer))) == plain
     birth = Birth("d", 1, "p", 10, "s")
-    assert "codecs" not in json.loads(birth.to_bytes())
+    assert not {"codecs", "abilities"} & json.loads(birth.to_bytes()).keys()
+    assert "to" not in json.loads(Want(DIGEST, "data", 0, 4).to_bytes())
 
 
 def test_an_address_of_blobs_is_checked_and_comes_in_one_form() -> None:
@@ -206,6 +207,16 @@ def test_a_want_says_that_it_is_shared_or_nothing_of_it() -> None:
             parse(altered(plain, shared=value))
 
 
+@given(st.from_regex(r"[0-9a-f]{16}", fullmatch=True), st.integers(0, 2**31 - 1), st.integers(1, MAX_WANT))
+def test_a_want_names_a_receiver_or_none(tag: str, first: int, count: int) -> None:
+    want = Want(DIGEST, "data", first, count, to=tag)
+    assert parse(want.to_bytes()) == want
+    assert want != replace(want, to=None)
+    for wrong in (tag[1:], tag.upper() + "0", "blob", "+", "", 7, ["r"]):
+        with pytest.raises(ProtocolError, match="want: field to"):
+            parse(altered(want, to=wrong))
+
+
 def test_a_hello_says_the_time_at_most() -> None:
     assert json.loads(Hello().to_bytes()) == {"v": 1, "type": "hello"}
     assert json.loads(Hello(1_800_000_000).to_bytes()) == {"v": 1, "type": "hello", "time": 1_800_000_000}
@@ -221,6 +232,7 @@ def test_a_missing_field_is_named(message: Message) -> None:
             in ("probe", "held", "metrics", "mask", "ranking", "lowered", "blocked", "slabs", "shared", "most")
             or field.name
             in ("codecs", "codec", "weights_codec", "coded", "moved", "moved_from", "blobs_at", "answer_s")
+            or field.name in ("abilities", "to")
             or message.kind == Hello.kind
             or (message.kind, field.name) == (Want.kind, "number")
         ):

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedprune.errors import ProtocolError, shown
 from fedprune.wire.blob_ref import BlobRef, is_digest
-from fedprune.wire.topics import check_device, check_job, check_name
+from fedprune.wire.topics import check_device, check_job, check_name, check_tag
 
 Check = Callable[[str, object], Any]
 """Takes the field's full name for the error and the value; returns the checked value."""
@@ -53,6 +53,11 @@ def one_line(value: str, limit: int = 500) -> str:
 def device(where: str, value: object) -> str:
     """A device's name."""
     return check_device(value, where)
+
+
+def tag(where: str, value: object) -> str:
+    """The tag of a receiver."""
+    return check_tag(value, where)
 
 
 def site(where: str, value: object) -> str:

@@ -242,6 +242,10 @@ class Link:
         """
         return self._inbox.get(timeout)
 
+    def wake(self) -> None:
+        """Let whoever waits in `get` go on without anything; from any thread."""
+        self._inbox.wake()
+
     def close(self, timeout: float = 2.0) -> None:
         """Send what waits, disconnect (the will is not published) and stop; may be called twice."""
         self.flush(timeout)

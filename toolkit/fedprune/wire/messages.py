@@ -28,6 +28,10 @@ _MOST_PRECISIONS = 8
 _MOST_BLOCKS = 8
 _MOST_SLABS = 32
 _MOST_CODECS = 64
+_MOST_ABILITIES = 64
+
+TO = "to"
+"""Ability of a board: it sends the chunks that a want asks for to the receiver that the want names."""
 
 PHASES = ("download", "train", "evaluate")
 PARTS = ("data", "leaves")
@@ -53,6 +57,7 @@ class Birth(CheckedMessage):
         held: The job, round and attempt that it works on or whose update it still has to deliver.
         codecs: Names of the codecs in which it can send updates (`fedprune.codec`); None where it knows none.
         answer_s: Seconds that answers take on its way, as far as it knows.
+        abilities: What else it knows of the protocol, such as `TO`; None where it says nothing of that.
     """
 
     device: str
@@ -64,9 +69,10 @@ class Birth(CheckedMessage):
     held: dict[str, Any] | None = None
     codecs: tuple[str, ...] | None = None
     answer_s: float | None = field(default=None, compare=False)
+    abilities: tuple[str, ...] | None = None
 
     kind: ClassVar[str] = "birth"
-    newer: ClassVar[frozenset[str]] = frozenset({"codecs", "answer_s"})
+    newer: ClassVar[frozenset[str]] = frozenset({"codecs", "answer_s", "abilities"})
     checks: ClassVar[Mapping[str, Check]] = {
         "device": check.device,
         "session": _COUNT,
@@ -77,6 +83,7 @@ class Birth(CheckedMessage):
         "held": check.optional(check.assignment),
         "codecs": check.optional(check.names(_MOST_CODECS)),
         "answer_s": check.optional(check.number(0.0, 3600.0)),
+        "abilities": check.optional(check.names(_MOST_ABILITIES)),
     }
 
 
@@ -409,6 +416,8 @@ class Want(CheckedMessage):
             there; None where it doesn't.
         most: How many leaves or pieces a chunk may hold; None where the sender's own limit will do.
         number: Drawn anew for every want: one that comes with the same number again is the same, doubled on its way.
+        to: Tag of the server's receiver that the chunks are for; None for the server itself. Only for boards whose
+            births name the ability `TO`.
     """
 
     sha256: str
@@ -418,9 +427,10 @@ class Want(CheckedMessage):
     shared: bool | None = None
     most: int | None = None
     number: int | None = field(default=None, compare=False)
+    to: str | None = None
 
     kind: ClassVar[str] = "want"
-    newer: ClassVar[frozenset[str]] = frozenset({"shared", "most", "number"})
+    newer: ClassVar[frozenset[str]] = frozenset({"shared", "most", "number", "to"})
     checks: ClassVar[Mapping[str, Check]] = {
         "sha256": check.digest,
         "part": check.choice(*PARTS),
@@ -429,6 +439,7 @@ class Want(CheckedMessage):
         "shared": check.optional(check.true),
         "most": check.optional(check.whole(1, MAX_WANT)),
         "number": check.optional(check.whole(0, 2**31 - 1)),
+        "to": check.optional(check.tag),
     }
 
 

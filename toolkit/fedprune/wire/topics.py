@@ -6,6 +6,8 @@ asks on `join` and is answered on `joined`, with the nonce of its request in the
 
 Chunks of a blob that several devices pull have a topic of their own, whose channel is `down/` and the first 16 digits
 of the blob's digest: a device listens to those that it needs while it needs them.
+
+Chunks for one of several receivers of a server come on `up/` and that receiver's tag, 16 hex digits too.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ JOIN, JOINED = "join", "joined"
 
 _NONCE = re.compile(r"[0-9a-f]{32}")
 _SHARED = re.compile(r"down/[0-9a-f]{16}")
+_RECEIVER = re.compile(r"up/[0-9a-f]{16}")
 _TAG = 16
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -59,6 +62,14 @@ class Topics:
     def up_blob(self, device: str, job: str = NO_JOB) -> str:
         """Chunks of a device to the server."""
         return self._topic(device, job, "up/blob")
+
+    def up_to(self, device: str, tag: str | None, job: str = NO_JOB) -> str:
+        """Chunks of a device to one of the server's receivers, or to the server itself where there is no tag."""
+        return self._topic(device, job, "up/blob" if tag is None else f"up/{check_tag(tag)}")
+
+    def receiver_subscription(self, tag: str) -> str:
+        """What a receiver listens to."""
+        return f"{self._prefix}/+/+/up/{check_tag(tag)}"
 
     def down(self, device: str, job: str = NO_JOB) -> str:
         """Messages of the server to a device."""
@@ -122,7 +133,8 @@ class Topics:
         return check_nonce(parts[3])
 
     def parse(self, topic: str) -> Address:
-        """Take a topic of this site apart; that of a shared blob has the channel `down/blob` of everyone.
+        """Take a topic of this site apart; that of a shared blob has the channel `down/blob` of everyone, and
+        what is for a receiver has `up/blob`.
 
         Raises:
             ProtocolError: It is none of this site's topics.
@@ -133,6 +145,8 @@ class Topics:
         device, job, channel = parts[3:]
         if device == EVERYONE and _SHARED.fullmatch(channel):
             channel = "down/blob"
+        elif _RECEIVER.fullmatch(channel):
+            channel = "up/blob"
         if channel not in CHANNELS:
             raise ProtocolError("channel of a topic", expected=", ".join(CHANNELS), got=repr(channel[:80]))
         return Address(check_name(device, "device"), job if job == NO_JOB else check_job(job), channel)
@@ -151,6 +165,17 @@ def check_nonce(value: object) -> str:
     """
     if not isinstance(value, str) or not _NONCE.fullmatch(value):
         raise ProtocolError("nonce", expected="32 hex digits", got=repr(value)[:80])
+    return value
+
+
+def check_tag(value: object, what: str = "tag of a receiver") -> str:
+    """`value`, if it is the tag of a receiver: 16 hex digits.
+
+    Raises:
+        ProtocolError: It is not.
+    """
+    if not isinstance(value, str) or not _RECEIVER.fullmatch(f"up/{value}"):
+        raise ProtocolError(what, expected="16 hex digits", got=repr(value)[:80])
     return value
 
 

@@ -1,0 +1,71 @@
+"""A fleet over TLS whose updates two receivers take in, one of which is killed: real processes, and the same models."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from real_site import Site, write_material
+
+from fedprune.coordination import Phase
+from machine import find_mosquitto
+
+pytestmark = [pytest.mark.mosquitto, pytest.mark.system]
+
+DEVICES = ("north", "south")
+
+CONFIG = """
+[job]
+name = "received"
+rounds = 3
+devices = 2
+strategy = "fedavg"
+density = 1.0
+deadline_s = 300
+
+[job.recipe]
+epochs = 1
+max_steps = 3
+
+[server]
+receivers = {}
+"""
+
+
+def receivers(server: int) -> list[int]:
+    """Process ids of a server's receivers."""
+    children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+    return [int(pid) for pid in children if b"receiver_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_receivers_end_in_the_same_models_though_one_is_killed(tmp_path: Path) -> None:
+    find_mosquitto()
+    models = []
+    for count in (0, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        write_material(folder, dict.fromkeys(DEVICES, 100), hidden=4096)
+        site = Site(folder, folder, CONFIG.format(count), DEVICES, 60, mosquitto=True, secure=True)
+        try:
+            site.start_all()
+            before: list[int] = []
+            if count:
+                server = site.processes["server"].pid
+                site.wait_for(lambda server=server: len(receivers(server)) == 2, "there are receivers")  # type: ignore[misc]
+                site.wait_for(lambda site=site: (s := site.saved()) is not None and bool(s.history), "a round ends")  # type: ignore[misc]
+                before = receivers(server)
+                os.kill(before[0], signal.SIGKILL)
+            state = site.finish()
+        finally:
+            site.stop_all()
+        assert state.phase is Phase.FINISHED
+        for summary in state.history:
+            assert {p["progress"] for p in summary["devices"].values()} == {"folded"}, site.logs()
+        assert not any(Path(f"/proc/{pid}").exists() for pid in before)
+        log = (folder / "server.log").read_text()
+        assert ("a receiver is started again" in log) == bool(count)
+        assert ("receivers took in 6 updates" in log) == bool(count), log
+        models.append([r["model"] for r in state.history])
+    assert models[0] == models[1]
