@@ -212,6 +212,9 @@ class Air:
         self.now = 0.0
         self.connected = True
         self.unsent = 0
+        self.room = True
+        self.shut: set[str] = set()
+        """Devices to which nothing is sent, as they aren't let in any more."""
         self.devices: dict[str, ToyDevice] = {}
         self.inbox: deque[tuple[str, bytes] | ConnectionUp | ConnectionDown] = deque([ConnectionUp()])
         self.doubled = False
@@ -225,6 +228,8 @@ class Air:
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         name = topic.split("/")[3]
+        if name in self.shut:
+            return False
         if topic in self.lost:
             self.lost.remove(topic)
             return True  # as whoever sends would think

@@ -33,6 +33,7 @@ class MemoryLink:
     """The agent's link: what it publishes goes to the server at once; `mangle` may drop, double or change it."""
 
     unsent = 0
+    room = True
 
     def __init__(self, server: MemoryServer) -> None:
         self.inbox: queue.Queue[Any] = queue.Queue()

@@ -27,6 +27,11 @@ class Guarded:
         return self._link.connected
 
     @property
+    def room(self) -> bool:
+        """Whether `publish` would take a message now (if connected)."""
+        return self._link.room
+
+    @property
     def unsent(self) -> int:
         """Payload bytes that wait to be sent."""
         return self._link.unsent

@@ -52,6 +52,11 @@ class Extension:
         return self._wire.connected
 
     @property
+    def room(self) -> bool:
+        """Whether `publish` would take a message now (if connected)."""
+        return self._wire.room
+
+    @property
     def unsent(self) -> int:
         """Payload bytes that wait to be sent."""
         return self._wire.unsent

@@ -50,6 +50,11 @@ class Wire(Protocol):
         ...
 
     @property
+    def room(self) -> bool:
+        """Whether `publish` would take a message now (if connected)."""
+        ...
+
+    @property
     def unsent(self) -> int:
         """Payload bytes that wait to be sent."""
         ...
@@ -152,12 +157,15 @@ class Post:
         self._outbox.append((device, topic, payload))
 
     def deliver(self) -> None:
-        """Send the messages that wait, as many as the connection takes; without one they are lost."""
+        """Send the messages that wait, as many as the connection takes; without one they are lost.
+
+        So is what the link won't send, because its device isn't let in any more: nobody waits behind that.
+        """
         while self._outbox:
             device, topic, payload = self._outbox[0]
             if self._link.publish(topic, payload):
                 self._roster.sent(device, len(payload))
-            elif self._link.connected:
+            elif self._link.connected and not self._link.room:
                 return  # the others in a moment
             self._outbox.popleft()
 

@@ -77,6 +77,11 @@ class SignedLink:
         return self._link.connected
 
     @property
+    def room(self) -> bool:
+        """Whether `publish` would take a message now (if connected)."""
+        return self._link.room
+
+    @property
     def unsent(self) -> int:
         """Payload bytes that wait to be sent."""
         return self._link.unsent

@@ -101,6 +101,12 @@ def test_an_update_that_is_said_again_while_it_is_fetched_is_no_event(fleet: Fle
     assert events.count("a") == 3
 
 
+def test_nobody_waits_behind_a_message_to_a_device_that_is_not_let_in_any_more(fleet: Fleet) -> None:
+    fleet.air.shut.add("b")
+    state = fleet.run()
+    assert folded(state) == [["a", "c"]] * 3
+
+
 def test_an_update_is_acknowledged_only_when_it_is_on_the_disk(fleet: Fleet) -> None:
     seen = []
     device = fleet.air.devices["a"]

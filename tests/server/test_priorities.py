@@ -36,6 +36,10 @@ class Slow:
         self.up = True
 
     @property
+    def room(self) -> bool:
+        return True
+
+    @property
     def unsent(self) -> int:
         return sum(len(payload) for _, payload in self.queue)
 

@@ -35,6 +35,7 @@ class End:
     def __init__(self) -> None:
         self.connected = True
         self.unsent = 0
+        self.room = True
         self.sent: list[Sent] = []
         self.inbox: deque[Sent | Event] = deque()
 

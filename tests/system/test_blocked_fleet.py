@@ -93,6 +93,7 @@ class Air:
 
 class BoardLink:
     unsent = 0
+    room = True
 
     def __init__(self, name: str, air: Air) -> None:
         self.name, self.air = name, air
