@@ -174,7 +174,8 @@ def _left_over(there: Lying, needs: Inventory, *, running: bool, cache: bool) ->
             said = f"{what}: {len(paths)} files, {sum(map(_size, paths))} bytes"
             yield Finding(Weight.NOTE, said, "They do no harm; `--repair` deletes them.", Cure.DELETE, tuple(paths))
     if there.strange:
-        yield Finding(Weight.NOTE, f"{len(there.strange)} files that no server wrote, such as {there.strange[0]}")
+        files = "1 file" if len(there.strange) == 1 else f"{len(there.strange)} files"
+        yield Finding(Weight.NOTE, f"{files} that no server wrote, such as {there.strange[0]}")
 
 
 def _beside(folder: Path, advance: Advance) -> Iterator[Finding]:
@@ -207,6 +208,10 @@ def _sqlite(path: Path, advice: str) -> Iterator[Finding]:
 
 def _keys(identity: Path) -> Iterator[Finding]:
     """What of an identity can be read without being written to."""
+    register = identity / "register.jsonl"
+    if (identity / "authority.key").exists() and not register.exists():  # opening would make one
+        yield Finding(Weight.WRONG, f"{register} is missing", "Restore a backup of `identity/`.")
+        return
     for read in (
         lambda: Authority(identity),
         lambda: SigningKey.load(identity / "signing.key"),

@@ -124,9 +124,7 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--devices", type=whole_number, metavar="N", help="a round starts when so many devices are there")
     run.add_argument("--participation", type=float, metavar="SHARE", help="share of the devices that a round asks")
     run.add_argument(
-        "--schedule",
-        choices=("sync", "semi-async", "async"),
-        help="when the model moves (default: as the strategy does)",
+        "--schedule", metavar="KIND", help="sync, semi-async or async: when the model moves (default: the strategy's)"
     )
     run.add_argument("--over-selection", type=float, metavar="SHARE", help="ask so many more than a round needs")
     run.add_argument("--fairness", type=float, metavar="SHARE", help="places that go to who has waited longest")

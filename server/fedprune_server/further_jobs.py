@@ -135,7 +135,7 @@ def hosted(
             max_devices=config.max_devices,
             max_packet=config.max_packet,
             quarantine=reached.quarantine,
-            display=Lines(),
+            display=Lines(of_several=True),
             **({} if desks else first),
         )
         desk.when_finished = lambda kept=kept, desk=desk: finished(kept, desk)  # type: ignore[misc]

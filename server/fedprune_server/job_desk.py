@@ -109,6 +109,7 @@ class JobDesk(Daemon):
         """Whether something has happened since the host looked."""
         self._reception.asks = False
         self._roster.presence = Presence(state, math.inf, math.inf)  # the host knows who is there
+        self._roster.prefix = f"{job.name}: "
         self._schedule = compose(job).schedule or SYNCHRONOUS
 
     # What the host does with it.

@@ -27,7 +27,13 @@ _MAX_MANIFEST = 64 * 2**20
 
 
 class Source(Protocol):
-    """A backup that is read from."""
+    """A backup that is read from.
+
+    Attributes:
+        where: Its folder or file, for messages.
+    """
+
+    where: str
 
     def read(self, place: str, limit: int) -> bytes:
         """A file of it.
@@ -41,6 +47,7 @@ class Source(Protocol):
 class _Folder:
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.where = str(path)
 
     def read(self, place: str, limit: int) -> bytes:
         path = self._path / place
@@ -53,6 +60,7 @@ class _Folder:
 class _Tar:
     def __init__(self, tar: tarfile.TarFile) -> None:
         self._tar = tar
+        self.where = str(tar.name)
         self._members: Mapping[str, tarfile.TarInfo] = {m.name: m for m in tar.getmembers() if m.isreg()}
 
     def read(self, place: str, limit: int) -> bytes:
@@ -107,7 +115,7 @@ def verify(source: Source, manifest: Manifest, advance: Advance) -> None:
             needs = inventory(storage)
     missing = needs.references - {e.sha256 for e in manifest.entries if e.blob}
     if missing:
-        raise StorageError(f"the backup has not all that its job needs: blob {min(missing)} is missing")
+        raise StorageError(f"the backup {source.where} has not all that its job needs: blob {min(missing)} is missing")
 
 
 def restore(source: Source, manifest: Manifest, target: Path, database: str | None, advance: Advance) -> None:
@@ -184,7 +192,7 @@ def _write(source: Source, manifest: Manifest, folder: Path, database: str | Non
 def _read(source: Source, entry: Entry) -> bytes:
     data = source.read(entry.place, entry.size)
     if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise StorageError(f"the backup is damaged: {entry.place}", hint="Take another backup.")
+        raise StorageError(f"the backup {source.where} is damaged: {entry.place}", hint="Take another backup.")
     return data
 
 

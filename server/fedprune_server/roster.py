@@ -70,6 +70,8 @@ class Roster:
         self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
         self.moved: dict[str, tuple[int, int]] = {}
         """Payload bytes to and from the devices whose number has changed, since whoever keeps it took it."""
+        self.prefix = ""
+        """What begins a line about a device's place in the job, where that is one of several."""
         self.namesakes = Namesakes()
         self.presence = Presence(state)
         self.outsiders: dict[str, dict[str, Any]] = {}
@@ -204,7 +206,7 @@ class Roster:
             samples: Its training samples.
         """
         if self[device].problem != problem:
-            log.warning("device %s takes no part: %s", device, problem)
+            log.warning("%sdevice %s takes no part: %s", self.prefix, device, problem)
         self[device].problem = problem
         self.outsiders[device] = {"online": True, "profile": profile, "samples": samples, "excluded": problem}
 
@@ -225,9 +227,10 @@ class Roster:
         contact.introduced = what
         title = device.profile.get("title") or device.profile.get("name")
         if device.excluded:
-            log.warning("device %s (%s) takes no part: %s", name, title, device.excluded)
+            log.warning("%sdevice %s (%s) takes no part: %s", self.prefix, name, title, device.excluded)
             return
-        log.info("device %s joined: %s, %d samples, %s", name, title, device.samples, contact.software or "?")
+        known = (name, title, device.samples, contact.software or "?")
+        log.info("%sdevice %s joined: %s, %d samples, %s", self.prefix, *known)
         if device.plan is not None:
             plan = Plan.from_dict(device.plan)
             for line in plan.describe(self._whole).splitlines():

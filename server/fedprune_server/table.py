@@ -99,17 +99,23 @@ class Display(Protocol):
 
 
 class Lines:
-    """One line per round, devices at debug level; for logs and for processes without a terminal."""
+    """One line per round, devices at debug level; for logs and for processes without a terminal.
+
+    Args:
+        of_several: Whether the job is one of several, so that lines say which.
+    """
 
     def refresh(self, snapshot: Callable[[], Snapshot]) -> None:
         """Nothing: lines come with events."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_several: bool = False) -> None:
+        self._of_several = of_several
         self._pace = _Pace()
 
     def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
         """Log the round."""
-        log.info("%s%s", round_line(snapshot, summary), self._pace.rest(snapshot, summary))
+        job = f"{snapshot.job}: " if self._of_several else ""
+        log.info("%s%s%s", job, round_line(snapshot, summary), self._pace.rest(snapshot, summary))
         for row in snapshot.rows:
             log.debug("  %s", row_line(row))
 

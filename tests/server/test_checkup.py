@@ -124,6 +124,7 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "rollouts damaged": (lambda s: (s / "releases" / "rollouts.db").write_bytes(b"x" * 5000), "rollouts.db is damaged"),
     "identity damaged": (lambda s: (s / "identity" / "identity.db").write_bytes(b"x" * 5000), "identity.db is damaged"),
+    "register missing": ((lambda s: (s / "identity" / "register.jsonl").unlink()), "register.jsonl is missing"),
     "signing key damaged": (lambda s: (s / "identity" / "signing.key").write_bytes(b"x"), "signing.key"),
 }
 

@@ -147,6 +147,14 @@ def test_a_new_folder_needs_a_model(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--model" in one_line(capsys)
 
 
+def test_a_schedule_that_is_none_is_a_setting_that_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["run", "--insecure", "--model", str(model), "--state", str(tmp_path / "s"), "--schedule", "weekly"]
+    assert main(line) == ExitCode.CONFIG
+    assert "expected sync or semi-async or async, got 'weekly'" in one_line(capsys)
+
+
 def test_evaluation_data_that_do_not_fit_the_model_are_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

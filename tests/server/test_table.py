@@ -106,6 +106,12 @@ def test_rounds_that_were_seen_tell_how_long_the_rest_takes(
     assert ends == ["", ", about 4 min left", ", about 3 min left", ""]
 
 
+def test_lines_of_one_job_of_several_say_which(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "fedprune.server"):
+        Lines(of_several=True).round_over(SNAPSHOT, SUMMARY)
+    assert [r.getMessage() for r in caplog.records] == [f"{SNAPSHOT.job}: {round_line(SNAPSHOT, SUMMARY)}"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"), [(0.2, "1 s"), (89.0, "89 s"), (91.0, "2 min"), (5399.0, "90 min"), (5401.0, "2 h")]
 )
