@@ -26,7 +26,7 @@ from fedprune.wire.messages import TO, Want
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
 from fedprune_server.config import ServerConfig
-from fedprune_server.quarantine import BURST, Quarantine
+from fedprune_server.quarantine import BURST, BYTES_PER_POINT, Quarantine
 from fedprune_server.receiver import TRIES, Receiver
 from fedprune_server.receiver_child import MOST_NAMES, Receiving
 from fedprune_server.receiver_setup import alone_receives
@@ -308,12 +308,25 @@ def test_chunks_that_nobody_asked_for_are_counted_and_not_looked_at(tmp_path: Pa
     assert said[-1] == Beat(1)
 
 
-def test_what_came_unasked_at_a_receiver_leads_to_quarantine() -> None:
-    quarantine = Quarantine(lambda: 1.0)
-    quarantine.know(["a"])
-    quarantine.asked("a", 4)
-    assert quarantine.hears("a", 4 * LEAF, chunk=True)
-    assert not quarantine.hears("a", int(BURST * 4096) + 10 * LEAF, chunk=True)
+def test_who_floods_a_receiver_is_put_into_quarantine_and_the_others_go_on(helped: Helped) -> None:
+    air, flood = helped.air, b"x" * int(BURST * BYTES_PER_POINT)
+    air.devices["c"].silent = True
+    quarantine = Quarantine(lambda: air.now + 1.0)
+
+    def chunk(count: int) -> None:
+        if count == 1:
+            for _ in range(2):
+                air.receivers[0].hear(Topics("default").up_to("c", air.receivers[0].tag), flood)
+
+    air.on_chunk = chunk
+    with helped.uploads:
+        state = helped.fleet.run(uploads=helped.uploads, quarantine=quarantine)
+    rows = quarantine.rows()
+    assert rows["c"]["times"] >= 1
+    assert "nobody asked for" in rows["c"]["reason"]
+    assert set(rows) == {"c"}
+    first = {n: d["progress"] for n, d in state.history[0]["devices"].items()}
+    assert (first["a"], first["b"]) == ("folded", "folded")
 
 
 # Words.
