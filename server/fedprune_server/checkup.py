@@ -208,10 +208,6 @@ def _sqlite(path: Path, advice: str) -> Iterator[Finding]:
 
 def _keys(identity: Path) -> Iterator[Finding]:
     """What of an identity can be read without being written to."""
-    register = identity / "register.jsonl"
-    if (identity / "authority.key").exists() and not register.exists():  # opening would make one
-        yield Finding(Weight.WRONG, f"{register} is missing", "Restore a backup of `identity/`.")
-        return
     for read in (
         lambda: Authority(identity),
         lambda: SigningKey.load(identity / "signing.key"),

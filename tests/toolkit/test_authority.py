@@ -206,6 +206,14 @@ def test_a_line_that_a_power_cut_tore_was_given_to_nobody(authority: Authority, 
     assert len(Authority(tmp_path / "identity").of_device("pi-3")) == 1
 
 
+def test_a_register_that_is_missing_is_an_error_and_not_made_anew(authority: Authority, tmp_path: Path) -> None:
+    path = tmp_path / "identity" / "register.jsonl"
+    path.unlink()
+    with pytest.raises(StorageError, match="is missing"):
+        Authority(tmp_path / "identity")
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("line", [b"nonsense\n", b"[]\n", b"{}\n", b'{"issued": {"pem": "x"}}\n', b'{"revoked": {}}\n'])
 def test_a_damaged_register_is_an_error(authority: Authority, tmp_path: Path, line: bytes) -> None:
     with (tmp_path / "identity" / "register.jsonl").open("ab") as file:

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from fedprune.disk import storage_errors, write_whole
-from fedprune.errors import IdentityError, ProtocolError, shown
+from fedprune.errors import IdentityError, ProtocolError, StorageError, shown
 from fedprune.trust.certificates import (
     EPOCH,
     common_name,
@@ -93,7 +93,7 @@ class Authority:
 
     Raises:
         IdentityError: A file is missing or damaged, or key and certificate don't fit.
-        StorageError: The register is damaged, or the disk fails.
+        StorageError: The register is missing or damaged, or the disk fails.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
@@ -106,6 +106,8 @@ class Authority:
         self._issued: dict[int, Issued] = {}
         self._by_key: dict[str, Issued] = {}
         self._revoked: dict[int, int] = {}
+        if not (folder / REGISTER).exists():  # it would be made anew, and who was shut out let in again
+            raise StorageError(f"{folder / REGISTER} is missing", hint="Restore the backup of the identity folder.")
         self._register = Register(folder / REGISTER, self._take)
         with self._register.held():
             self._write_crl()  # a crash may have come between the register's last line and the list
@@ -137,6 +139,7 @@ class Authority:
             .sign(key, hashes.SHA256())
         )
         save_tls_key(key, folder / KEY)
+        write_whole(folder / REGISTER, b"", private=True)
         write_whole(folder / CERTIFICATE, pem_of(certificate).encode())  # last: with it the authority is there
         return cls(folder, clock)
 
