@@ -40,6 +40,7 @@ def receivers(server: int) -> list[int]:
     return [int(pid) for pid in children if b"receiver_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+@pytest.mark.soak
 def test_receivers_end_in_the_same_models_though_one_is_killed(tmp_path: Path) -> None:
     find_mosquitto()
     models = []

@@ -142,6 +142,7 @@ def test_a_standby_at_postgresql_outlasts_server_and_database(pair: Pair, undist
         database.close()
 
 
+@pytest.mark.soak
 @pytest.mark.postgresql
 def test_a_standby_with_an_empty_folder_goes_on_with_the_database_and_the_bucket(
     pair: Pair, undisturbed: State, monkeypatch: pytest.MonkeyPatch
