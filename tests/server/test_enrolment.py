@@ -8,6 +8,7 @@ import socket
 import ssl
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -115,14 +116,16 @@ def test_without_a_claim_the_operator_lets_a_board_in_that_knows_the_pin(
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(join(server, tmp_path / "board", "--pin", pin)))
     thread.start()
-    shown = ""
-    while "waiting for the operator" not in shown:
-        shown += capsys.readouterr().err
+    # The output is read when the thread has ended: capsys loses what is written while it reads.
+    deadline = time.monotonic() + 60
+    while not server.identity.store.devices() and time.monotonic() < deadline:
+        time.sleep(0.02)
     (waiting,) = server.identity.store.devices()
     assert waiting.status == "waiting"
     server.identity.store.approve("attic", waiting.key, 0)
     thread.join(60)
     assert codes == [ExitCode.OK]
+    assert "waiting for the operator" in capsys.readouterr().err
     assert join(server, tmp_path / "other", "--pin", "12-34") == ExitCode.USAGE
 
 
