@@ -11,13 +11,17 @@ SOURCES := pyproject.toml constraints.txt $(shell find toolkit export device_run
 PYTHON310 := $(shell for p in python3.10 $(HOME)/.pyenv/versions/3.10*/bin/python3.10; do \
 	$$p -c '' 2>/dev/null && { echo $$p; break; }; done)
 
-# Tests run on all cores, those of a file one after the other. ARGS="-n 0 -k name" runs a few without that.
-AT_ONCE := -n auto --dist loadfile
+# Tests run on all cores, those of a file one after the other, and the folder with the shortest (toolkit) comes last, so
+# that no core waits long for the others. ARGS="-n 0 -k name" runs a few without that.
+AT_ONCE := -n auto --dist loadfile --no-loadscope-reorder
+
+# Under Python 3.10 a property is tried with no more examples than this: with all of them it is under the other Python.
+BOARD_EXAMPLES := 10
 
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: demo test test-dev test-board test-arm64 check soak first-boot clean
+.PHONY: environments demo test test-dev test-board test-arm64 check soak first-boot clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/fedprune-server demo --out demo-run
@@ -34,12 +38,17 @@ ifeq ($(PYTHON310),)
 	else echo "SKIPPED: no python3.10 here, so the board's tests ran under $$($(PYTHON) --version) only"; fi
 else
 	@$(MAKE) --no-print-directory $(BOARD)/installed
-	$(BOARD)/bin/pytest $(AT_ONCE) -m "board and not torch and not soak" tests/toolkit tests/device
+	FEDPRUNE_EXAMPLES=$(BOARD_EXAMPLES) $(BOARD)/bin/pytest $(AT_ONCE) -m "board and not torch and not soak and not once" \
+		tests/toolkit tests/device
 endif
 
-# Boards with Arm processors, in an emulator: needs qemu-user-static, proot and mmdebstrap.
+# Boards with Arm processors, in an emulator: needs qemu-user-static, proot and mmdebstrap. Tests of a file run at once,
+# too: those of one take most of the time.
 test-arm64: $(DEV)/installed
-	$(DEV)/bin/pytest $(AT_ONCE) -m arm64 tests/arm64 $(ARGS)
+	$(DEV)/bin/pytest -n auto --dist loadgroup --no-loadscope-reorder -m arm64 tests/arm64 $(ARGS)
+
+# All that `test` runs in; `make -j` makes them at once.
+environments: $(DEV)/installed $(FLOWER)/installed $(if $(PYTHON310),$(BOARD)/installed)
 
 check: $(DEV)/installed
 	$(DEV)/bin/ruff check .

@@ -11,11 +11,29 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if most := os.environ.get("FEDPRUNE_EXAMPLES"):
+        _limit_examples(items, int(most))
     if os.environ.get("FEDPRUNE_DATA"):
         return
     for item in items:
         if item.get_closest_marker("data"):
             item.add_marker(pytest.mark.skip(reason="FEDPRUNE_DATA is not set: no real data here"))
+
+
+def _limit_examples(items: list[pytest.Item], most: int) -> None:
+    """Try no property with more examples than these: where all of them are tried elsewhere, as under another Python."""
+    import hypothesis
+
+    def limited(held: hypothesis.settings) -> hypothesis.settings:
+        return hypothesis.settings(held, max_examples=min(held.max_examples, most))
+
+    for item in items:
+        if not isinstance(item, pytest.Function) or not hypothesis.is_hypothesis_test(item.obj):
+            continue
+        if item.cls is not None and hasattr(item.cls, "settings"):  # the test of a state machine
+            item.cls.settings = limited(item.cls.settings)
+        else:  # Hypothesis has no public place for the settings of what is decorated already
+            item.function._hypothesis_internal_use_settings = limited(item.function._hypothesis_internal_use_settings)
 
 
 @pytest.hookimpl(tryfirst=True)

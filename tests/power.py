@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 KINDS = ("before", "torn", "lost")
+EACH_KIND = ("torn", *(pytest.param(kind, marks=pytest.mark.once) for kind in ("before", "lost")))
+"""The same as parameters of a long test: it is no other Python that loses what a disk has not kept."""
 
 
 class CutError(BaseException):

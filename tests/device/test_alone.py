@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from memory_fleet import MemoryLink, MemoryServer, clock
-from power import KINDS, CutError, power
+from power import EACH_KIND, CutError, power
 
 from fedprune import tensorfile
 from fedprune.errors import FedpruneError, StorageFullError
@@ -409,7 +409,7 @@ def state_of(root: Path) -> tuple[str, Update | None, Any]:
         return record.weights, store.pending, store.task
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 def test_a_cut_at_any_write_leaves_the_old_or_the_new_model_and_the_update_that_waits(
     board: Board, data: LocalData, kind: str
 ) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hidden_board import CLASSES, DEVICE, HIDDEN, HiddenBoard, hidden_weights, logits
 from memory_fleet import MemoryLink, MemoryServer, clock
-from power import KINDS, CutError, power
+from power import EACH_KIND, CutError, power
 
 from fedprune import tensorfile
 from fedprune.errors import BundleError, ProtocolError, StorageError
@@ -312,7 +312,7 @@ def test_an_agent_pulls_and_serves_what_it_is_told_to(
     assert asked & {k.sha256 for k in kits.values()} == ({kits["int8"].sha256} if serve == "int8" else set())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 def test_a_cut_at_any_write_leaves_the_old_or_the_new_model(board: Board, tmp_path: Path, kind: str) -> None:
     kits = board.kits("int8")
     before = board.work(1, "int8", kits)

@@ -140,11 +140,14 @@ def operations(board: Board) -> int:
     return supply.count
 
 
+_ONCE = {kind: () if kind == "torn" else pytest.mark.once for kind in KINDS}
+
+
 # How a trial fails makes little difference to what a cut can do: one fault at every push, the others soak.
 @pytest.mark.parametrize(
     ("how", "kind"),
     [
-        pytest.param(how, kind, marks=() if how == "lacks an instruction" else pytest.mark.soak)
+        pytest.param(how, kind, marks=pytest.mark.soak if how != "lacks an instruction" else _ONCE[kind])
         for how in ("crashes at import", "lacks an instruction", "never reaches the broker")
         for kind in KINDS
     ],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from power import KINDS, CutError, power
+from power import EACH_KIND, CutError, power
 from release_site import Board, ReleaseServer
 from runtime_releases import PUBLIC, make_release, source
 
@@ -380,7 +380,7 @@ def test_what_an_update_costs_a_card_does_not_grow_with_its_files(board: Make, t
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 def test_a_cut_at_any_write_of_a_pulled_release_ends_on_a_good_one(
     board: Make, releases: dict[int, Path], kind: str, part: int
 ) -> None:

@@ -30,7 +30,7 @@ density = 0.5
 deadline_s = 300
 
 [job.recipe]
-epochs = 3000  # a round must last long enough to be hit in its middle on a machine that stalls for a second
+epochs = 2000  # a round must last long enough to be hit in its middle on a machine that stalls for a second
 lr = 0.001
 """
 

@@ -62,6 +62,7 @@ def test_weights_that_hardly_differ_are_other_weights(board: EngineBoard) -> Non
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("place", "plan"),
     [
@@ -267,6 +268,7 @@ def test_the_same_engine_may_be_loaded_once_it_was_made_anew_and_tried(board: En
     assert len(board.builds) == 2
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["engine.plan", "engine.json", "record.json", "timing.cache", "timing.json"])
 def test_damage_on_the_disk_costs_time_alone(board: EngineBoard, name: str) -> None:
     wanted = board.model(1)
@@ -431,6 +433,7 @@ def test_a_plan_for_a_graph_that_isnt_there_is_a_reason(board: EngineBoard) -> N
     assert "inference-float16.onnx isn't there" in keeper.status
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("board", ["8.6.1", "10.3.0", "11.4.0"], indirect=True)
 @pytest.mark.parametrize("precision", ["float32", "tf32", "float16"])
 def test_precision_is_the_plans(board: EngineBoard, precision: str) -> None:
