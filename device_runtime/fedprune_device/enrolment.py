@@ -8,6 +8,7 @@ broker alone that has proved who it is.
 from __future__ import annotations
 
 import logging
+import math
 import ssl
 import threading
 import time
@@ -142,7 +143,8 @@ def enrol(
             tell(line)
         said = lines
         last = next((e for e in failed if isinstance(e, ForeignAnswerError)), failed[-1] if failed else last)
-        stopped.wait(_AGAIN_S)
+        left = math.inf if until is None else until - time.monotonic()
+        stopped.wait(max(0.0, min(_AGAIN_S, left)))
     raise last or BrokerError(f"nobody was asked to let {identity.device} in")
 
 

@@ -35,7 +35,7 @@ def python(tmp_path: Path, script: str) -> str:
 
 
 def test_a_probe_measures_this_machine() -> None:
-    report = probe(seconds=0.1, layer_seconds=8.0, form_seconds=0.1)
+    report = probe(seconds=0.1, layer_seconds=2.0, form_seconds=0.1)
     assert report.cores == len(os.sched_getaffinity(0))
     assert report.train_rate is not None
     assert report.train_rate > 1e7

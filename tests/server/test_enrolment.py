@@ -21,6 +21,7 @@ from fedprune.trust.claim import Claim
 from fedprune.trust.device_identity import DeviceIdentity
 from fedprune.trust.keys import grouped
 from fedprune.wire.link import Link
+from fedprune_device import enrolment
 from fedprune_device.cli import main
 from fedprune_device.enrolment import Renewal, enrol, join_urls
 from fedprune_device.membership import add_membership, join_first, membership
@@ -56,6 +57,13 @@ class Server:
     def _run(self) -> None:
         while not self._stop.is_set():
             self._signed.get(0.05)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boards that ask again soon."""
+    monkeypatch.setattr(enrolment, "_AGAIN_S", 0.3)
+    monkeypatch.setattr(enrolment, "_WAITING_S", 0.3)
 
 
 @pytest.fixture
