@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,8 @@ few = settings(max_examples=40, deadline=None, derandomize=True, suppress_health
 HERE = blocks.block_size()
 SIZES = [3, 16, 19]
 """Batches of less than a block, of whole ones, and of more."""
+
+NEAR = 2e-5
 
 FORMS = [Forms(), *(Forms(HERE, size, full=1) for size in SIZES if HERE)]
 """Standard operators alone, and whatever can be in blocks in blocks."""
@@ -85,24 +89,29 @@ class Grouped(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@cache
+def made(net: type[nn.Module]) -> Model:
+    """Exported once for all its cases: that takes longer than a case does."""
+    torch.manual_seed(0)
+    shape = {"input_shape": (3, 9, 9)} if net is Grouped else {}
+    return import_onnx(export_torch(net(), **shape), "net")
+
+
 @pytest.mark.parametrize(
     ("density", "forms"), [(0.5, Forms()), *zip((0.5, 1.0, 0.3), FORMS[1:], strict=False)], ids=str
 )
 @pytest.mark.parametrize("net", [SmoothResNet, SmoothMobileNet, lenet, vgg11_bn, resnet20_bn, Grouped])
 def test_a_step_is_that_of_the_graph_for_all_widths(net: type[nn.Module], density: float, forms: Forms) -> None:
-    torch.manual_seed(0)
-    shape = {"input_shape": (3, 9, 9)} if net is Grouped else {}
-    nearest = _nearest(import_onnx(export_torch(net(), **shape), "net"), density, forms, Features(gradients=True))
-    assert max(nearest.values()) <= 2e-5, nearest
+    nearest = _nearest(made(net), density, forms, Features(gradients=True))
+    assert max(nearest.values()) <= NEAR, nearest
 
 
 @pytest.mark.parametrize("forms", FORMS[-1:], ids=str)
 @pytest.mark.parametrize("net", [SmoothMobileNet, resnet20_bn])
 def test_a_scaled_step_is_that_of_the_graph_for_all_widths(net: type[nn.Module], forms: Forms) -> None:
-    torch.manual_seed(0)
     features = Features(gradients=True, scale=True)
-    nearest = _nearest(import_onnx(export_torch(net()), "net"), 0.5, forms, features, output_scale=0.7)
-    assert max(nearest.values()) <= 2e-5, nearest
+    nearest = _nearest(made(net), 0.5, forms, features, output_scale=0.7)
+    assert max(nearest.values()) <= NEAR, nearest
 
 
 class ReadTwice(nn.Module):
@@ -128,7 +137,7 @@ def test_what_others_read_stays_as_it_is(forms: Forms) -> None:
     torch.manual_seed(0)
     model = import_onnx(export_torch(ReadTwice().eval(), input_shape=(3, 8, 8)), "net")
     nearest = _nearest(model, 1.0, forms, Features(gradients=True))
-    assert max(nearest.values()) <= 2e-5, nearest
+    assert max(nearest.values()) <= NEAR, nearest
 
 
 class Roots(nn.Module):
@@ -150,7 +159,7 @@ def test_what_fills_blocks_up_has_no_root(forms: Forms) -> None:
     torch.manual_seed(0)
     model = import_onnx(export_torch(Roots(), input_shape=(3, 8, 8)), "net")
     nearest = _nearest(model, 1.0, forms, Features(gradients=True))
-    assert max(nearest.values()) <= 2e-5, nearest
+    assert max(nearest.values()) <= NEAR, nearest
 
 
 class OfOnePlace(nn.Module):
@@ -191,7 +200,7 @@ def test_gradients_of_kernels_of_one_place(
     model = import_onnx(export_torch(net, input_shape=(3, size * stride, size * stride)), "net")
     nearest = _nearest(model, 1.0, Forms(HERE, 5, full=full), Features(gradients=True))
     assert len(written) == 1
-    assert max(nearest.values()) <= 2e-5, nearest
+    assert max(nearest.values()) <= NEAR, nearest
 
 
 @pytest.mark.parametrize("forms", FORMS[-1:] or FORMS, ids=str)
@@ -200,7 +209,7 @@ def test_a_loop_is_that_of_the_graph_for_all_widths(layer: type[nn.RNNBase], for
     torch.manual_seed(0)
     model = import_onnx(export_torch(Recurrent(layer), input_shape=(7, 5)), "net")
     nearest = _nearest(model, 0.5, forms, Features(gradients=True))
-    assert max(nearest.values()) <= 2e-5, nearest
+    assert max(nearest.values()) <= NEAR, nearest
 
 
 class Recurrent(nn.Module):
@@ -235,6 +244,8 @@ def _nearest(model: Model, density: float, forms: Forms, features: Features, **m
             size = np.sqrt(sum(float(np.sum(wanted[n].astype(np.float64) ** 2)) for n in names))
             off = np.sqrt(sum(float(np.sum((got[n].astype(np.float64) - wanted[n]) ** 2)) for n in names))
             nearest[part] = min(nearest[part], off / size)
+        if seed and max(nearest.values()) <= NEAR:  # both sizes ran
+            break
     return nearest
 
 
