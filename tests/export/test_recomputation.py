@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +129,26 @@ def test_onnxruntime_runs_every_second_computation_late(models: dict[str, Model]
     assert copies <= set(place)
 
 
+@pytest.fixture(scope="module")
+def most_work(models: dict[str, Model], whole: tuple[Graph, tuple[int, ...], Tensors]) -> Callable[[int], float]:
+    """What is computed again for a batch where as much as can be is: that takes longest, so once."""
+    graph, widths, _ = whole
+
+    @cache
+    def work(batch: int) -> float:
+        return recomputed(graph, value_sizes(graph, models["batch"].architecture, widths, batch, 1), 0).work
+
+    return work
+
+
 @settings(max_examples=12, deadline=None)
-@given(share=st.floats(0.3, 1.2), batch=st.integers(1, 16))
+@given(share=st.floats(0.3, 1.2), batch=st.sampled_from([1, 5, 16]))
 def test_no_more_is_computed_again_than_the_limit_needs(
-    models: dict[str, Model], whole: tuple[Graph, tuple[int, ...], Tensors], share: float, batch: int
+    models: dict[str, Model],
+    whole: tuple[Graph, tuple[int, ...], Tensors],
+    most_work: Callable[[int], float],
+    share: float,
+    batch: int,
 ) -> None:
     model, (graph, widths, _) = models["batch"], whole
     sizes = value_sizes(graph, model.architecture, widths, batch, 1)
@@ -140,8 +158,7 @@ def test_no_more_is_computed_again_than_the_limit_needs(
         assert not found.values
         assert found.graph is graph
     assert found.live_bytes <= before
-    least = recomputed(graph, sizes, 0)
-    assert found.work <= least.work + 1e-9
+    assert found.work <= most_work(batch) + 1e-9
 
 
 def test_a_limit_is_kept_or_refused(models: dict[str, Model]) -> None:
