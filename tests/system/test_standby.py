@@ -106,6 +106,7 @@ def check(state: Path) -> None:
     assert subprocess.run(command, check=False).returncode == ExitCode.OK
 
 
+# At every push `test_lease.py` shows who gets a folder, and the next test that a standby's models are the same.
 @pytest.mark.soak
 def test_a_standby_in_the_same_folder_ends_the_job_to_the_same_bits(pair: Pair, undisturbed: State) -> None:
     pair.start_all()
