@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from fedprune.errors import ConfigError, MissingExtraError, StorageError
@@ -134,7 +134,7 @@ class Bucket:
                 if _code(error) in _MISSING:
                     return None
                 raise
-            with found["Body"] as body:
+            with closing(found["Body"]) as body:  # as a context it is urllib3's stream, with errors that aren't boto3's
                 return None if int(found["ContentLength"]) > limit else bytes(body.read())
 
     def delete(self, key: str) -> None:

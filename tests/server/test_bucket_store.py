@@ -6,14 +6,16 @@ import base64
 import hashlib
 import logging
 import pickle
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-from s3 import S3
+from s3 import S3, SECRETS
 
 from fedprune.blobs import BlobStore
 from fedprune.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
@@ -294,6 +296,26 @@ def test_a_bucket_that_does_not_answer_is_an_error_and_not_for_ever(held: S3, ur
         store.put(b"x")
     held.go_on()
     store.put(b"x")
+
+
+@pytest.mark.parametrize("length", [4, 1000])
+def test_an_answer_that_breaks_off_is_an_error_like_others(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            client, _ = listener.accept()
+            with client:
+                client.recv(65536)
+                client.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\nhalf".encode())
+
+        for name, value in SECRETS.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with nullcontext() if length == len("half") else pytest.raises(BucketError, match="can't read s3://bucket/x"):
+            assert Bucket("s3://bucket/x").get("key", 1000) == b"half"
+        thread.join()
 
 
 def test_a_bucket_that_is_missing_denied_or_not_there_is_one_error(
