@@ -9,6 +9,7 @@ import pickle
 import socket
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +25,8 @@ from fedprune_server import bucket, bucket_patience, bucket_store
 from fedprune_server.bucket import Bucket, BucketError, parse
 from fedprune_server.bucket_layout import BLOBS, digest_of
 from fedprune_server.bucket_patience import StoppedError
-from fedprune_server.bucket_store import BucketStore, Near
+from fedprune_server.bucket_store import BucketStore
+from fedprune_server.near_blobs import Near
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +210,36 @@ def test_a_deletion_that_comes_late_does_not_hit_what_was_put_again(at_s3: S3, u
     assert len(objects(at_s3, url)) == 1
     assert BucketStore(tmp_path / "third", url).read(ref.sha256) == b"same bytes"
     assert new.read(ref.sha256) == b"same bytes"
+
+
+def test_a_deletion_that_fails_keeps_no_other_from_being_done(at_s3: S3, url: str, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path, url)
+    first, second = store.put(b"first").sha256, store.put(b"second").sha256
+    real, failures = store.bucket.delete, [BucketError("no")]
+
+    def failing(key: str) -> None:
+        if failures:
+            raise failures.pop()
+        real(key)
+
+    store.bucket.delete = failing  # type: ignore[method-assign]
+    store.delete(first)
+    wait_for(lambda: not failures)
+    store.delete(second)
+    wait_for(lambda: [digest_of(k.removeprefix("a/fleet/")) for k in objects(at_s3, url)] == [first])
+    wait_for(lambda: not any(t.name == "fedprune-bucket" for t in threading.enumerate()))  # though it isn't closed
+
+
+def test_what_a_helper_put_again_is_not_in_the_way_of_letting_go(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket_store, "FRESH_S", 60.0)
+    store = BucketStore(tmp_path, url, cache=2500)
+    refs = [store.put(bytes([n]) * 1000) for n in range(2)]
+    store._held = OrderedDict((digest, (size, 0.0)) for digest, (size, _) in store._held.items())  # a minute later
+    store.learn({refs[0].sha256: (next(iter(store.objects()[refs[0].sha256])), 1000)})
+    store.put(b"z" * 1000)
+    assert [BlobStore.has(store, r.sha256) for r in refs] == [True, False]
 
 
 def test_putting_and_deleting_at_once_leaves_what_was_put_last(url: str, tmp_path: Path) -> None:
