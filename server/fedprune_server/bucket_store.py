@@ -129,17 +129,21 @@ class BucketStore(BlobStore):
             )
 
     def claim(self, number: str, job: str, model: bytes) -> None:
-        """Say whose blobs these are, and lay the model beside them with which the job began.
+        """Say whose blobs these are, and lay the model with which the job began beside them if none is there.
 
         Raises:
             ConfigError: Another job, which began at the same time, has said so first.
             BucketError: The bucket can't be used.
         """
         if self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT)) is None:
-            for key, data in ((MODEL, model), (OWNER, Owner(number, job).to_bytes())):
-                digest = hashlib.sha256(data).hexdigest()
-                self.patience(WRITE, partial(self.bucket.put, key, data, digest))
+            self._lay(OWNER, Owner(number, job).to_bytes(), anew=False)
         self.check_owner(number)
+        if not any(key == MODEL for key, _ in self.patience("list", lambda: list(self.bucket.list(MODEL)))):
+            self._lay(MODEL, model)
+
+    def _lay(self, key: str, data: bytes, *, anew: bool = True) -> None:
+        digest = hashlib.sha256(data).hexdigest()
+        self.patience(WRITE, partial(self.bucket.put, key, data, digest, anew=anew))
 
     def model(self) -> bytes | None:
         """The model with which the job began, not checked.

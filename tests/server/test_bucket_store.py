@@ -407,6 +407,41 @@ def test_a_prefix_belongs_to_one_job(at_s3: S3, url: str, tmp_path: Path) -> Non
             store.check_owner("1" * 32)
 
 
+def test_who_claims_a_prefix_a_moment_later_than_another_job_does_not_get_it(url: str, tmp_path: Path) -> None:
+    one, two = BucketStore(tmp_path / "one", url), BucketStore(tmp_path / "two", url)
+    real, looks = two.bucket.get, iter([1])
+
+    def get(key: str, limit: int) -> bytes | None:
+        found = real(key, limit)
+        for _ in looks:
+            one.claim("1" * 32, "first", b"model of the first")
+        return found
+
+    two.bucket.get = get  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="blobs of another job, 'first'"):
+        two.claim("2" * 32, "second", b"another")
+    one.check_owner("1" * 32)
+    assert two.model() == b"model of the first"
+
+
+def test_a_bucket_that_knows_no_conditions_is_claimed_without(url: str, tmp_path: Path) -> None:
+    from botocore.exceptions import ClientError
+
+    store = BucketStore(tmp_path, url)
+    real = store.bucket._client.put_object
+
+    def put_object(**options: Any) -> object:
+        if "IfNoneMatch" in options:
+            raise ClientError({"Error": {"Code": "NotImplemented", "Message": "no"}}, "PutObject")
+        return real(**options)
+
+    store.bucket._client.put_object = put_object
+    store.claim("1" * 32, "leaves", b"a model")
+    store.check_owner("1" * 32)
+    with pytest.raises(ConfigError):
+        store.check_owner("2" * 32)
+
+
 @pytest.mark.parametrize("key", ["", "blobs/", "blobs/x", f"blobs/{'a' * 64}", f"blobs/{'a' * 64}.", "job.json",
                                  f"blobs/{'A' * 64}.{'0' * 16}", f"blobs/{'a' * 64}.{'0' * 15}/"])  # fmt: skip
 def test_what_no_store_wrote_has_no_digest(key: str) -> None:
