@@ -263,6 +263,8 @@ class BucketStore(BlobStore):
             StorageError: It has only a damaged one.
         """
         super().path(sha256)
+        if self._keeping:
+            self.check_room(self.known_size(sha256) or 0)  # before it has come for nothing
         damaged = ""
         for key in self._find(sha256):
             data = self.patience("read", partial(self.bucket.get, key, self.max_size))

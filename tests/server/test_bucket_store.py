@@ -164,6 +164,18 @@ def test_what_was_used_lately_stays_unless_the_disk_is_full(
     assert not BlobStore.has(store, ref.sha256)
 
 
+def test_what_has_no_room_in_the_folder_is_not_downloaded_in_vain(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = BucketStore(tmp_path / "one", url).put(b"x" * 100)
+    store, asked = BucketStore(tmp_path / "two", url), list[str]()
+    store.reserve = 2**60
+    monkeypatch.setattr(store.bucket, "get", lambda key, limit: asked.append(key))
+    with pytest.raises(StorageFullError):
+        store.read(ref.sha256)
+    assert asked == []
+
+
 def test_what_the_bucket_does_not_have_is_never_let_go_of(url: str, tmp_path: Path) -> None:
     store = BucketStore(tmp_path, url, cache=10)
     only = BlobStore(tmp_path).put(b"an update that has just arrived").sha256
