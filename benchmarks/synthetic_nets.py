@@ -123,9 +123,16 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def write(name: str, body: dict[str, Any], table: str) -> None:
-    """Write a result as JSON and as a page."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(body, indent=2) + "\n")
-    (RESULTS / f"{name}.md").write_text(table)
+def write(where: str | Path, body: dict[str, Any], table: str) -> None:
+    """Write a result as JSON and as a page.
+
+    Args:
+        where: A name among the results, or the path of the JSON file.
+        body: What was found.
+        table: The page, as Markdown.
+    """
+    path = where if isinstance(where, Path) else RESULTS / f"{where}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(body, indent=2) + "\n")
+    path.with_suffix(".md").write_text(table)
     print(table)

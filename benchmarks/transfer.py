@@ -11,24 +11,22 @@ receiver keeps up, so nothing is lost.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import random
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from bare_paho import bare
-from synthetic_nets import setting
+from mosquitto import found, mosquitto
+from synthetic_nets import RESULTS, setting, write
 
 from fedprune.blobs import BlobStore
 from fedprune.wire.blob_ref import LEAF
@@ -99,25 +97,13 @@ def transfer(url: str, store: BlobStore, chunk_leaves: int, window: int, qos: in
 @contextmanager
 def brokers() -> Iterator[dict[str, str]]:
     """Names and URLs of the brokers to measure."""
-    with tempfile.TemporaryDirectory() as folder, EmbeddedBroker(port=0) as embedded:
-        urls = {f"amqtt {version('amqtt')}": embedded.url}
-        binary = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin")
-        processes: list[subprocess.Popen[bytes]] = []
-        if binary is not None:
-            said = subprocess.run([binary, "-h"], capture_output=True, text=True, check=False).stdout
-            for name, setting in (("", ""), (", set_tcp_nodelay", "set_tcp_nodelay true\n")):
-                port = 18_850 + len(urls)
-                config = Path(folder, f"{port}.conf")
-                config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n{setting}")
-                processes.append(subprocess.Popen([binary, "-c", str(config)], stderr=subprocess.DEVNULL))
-                urls[f"Mosquitto {said.split()[2]}{name}"] = f"mqtt://127.0.0.1:{port}"
-            time.sleep(1)
-        try:
-            yield urls
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+    with ExitStack() as stack:
+        urls = {f"amqtt {version('amqtt')}": stack.enter_context(EmbeddedBroker(port=0)).url}
+        if installed := found():
+            binary, its_version = installed
+            for name, lines in (("", ""), (", set_tcp_nodelay", "set_tcp_nodelay true\n")):
+                urls[f"Mosquitto {its_version}{name}"] = stack.enter_context(mosquitto(binary, lines)).url
+        yield urls
 
 
 def measure(repeats: int) -> list[dict[str, Any]]:
@@ -178,7 +164,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "transfer.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "transfer.json")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     multiprocessing.set_start_method("spawn")
@@ -187,10 +173,7 @@ def main() -> None:
         "repeats": arguments.repeats,
         "rows": measure(arguments.repeats),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    arguments.output.with_suffix(".md").write_text(table(result))
-    print(table(result))
+    write(arguments.output, result, table(result))
 
 
 if __name__ == "__main__":

@@ -11,26 +11,21 @@ them begins.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import os
-import platform
 import random
-import shutil
 import ssl
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from goodput import SIZE, mosquitto, ours
-from synthetic_nets import processor
+from goodput import SIZE, ours
+from mosquitto import mosquitto, needed
+from synthetic_nets import RESULTS, setting, write
 
 from fedprune.blobs import BlobStore
 from fedprune.trust.certificates import make_request, make_tls_key, save_tls_key
@@ -135,13 +130,18 @@ def measure(repeats: int, binary: str) -> list[dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> str:
     """The rows as Markdown."""
+    about = result["setting"]
+    machine = f"{about['cpu']}, {about['cores']} cores, load {about['load']} before, {about['system']}"
+    versions = (
+        f"Mosquitto {result['mosquitto']}, OpenSSL {result['openssl']}, Python {about['python']}, "
+        f"fedprune {about['fedprune']}, paho-mqtt {about['paho-mqtt']}"
+    )
     lines = [
         "# A model of 46 MB to one device, over MQTT and from the server's web server",
         "",
-        f"{result['date']}, {result['machine']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}.",
+        f"{about['date']}, {machine}; {versions}.",
         f"Medians of {result['repeats']} runs of each way that take turns. Server, board and (for MQTT) broker share",
-        f"the machine and its loopback with other work (load {result['load']} at the start), which moves all of these",
-        "figures; what links do is not in them.",
+        "the machine and its loopback with other work, which moves all of these figures; what links do is not in them.",
         "MQTT and HTTP are not encrypted; HTTPS is TLS 1.3 with certificates on both sides, the handshake included.",
         "All verify every leaf and wait for the disk. Written by `python benchmarks/web_blobs.py`.",
         "",
@@ -154,30 +154,19 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "web_blobs.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "web_blobs.json")
     parser.add_argument("--repeats", type=int, default=8)
     arguments = parser.parse_args()
     multiprocessing.set_start_method("spawn")
-    binary = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin")
-    if binary is None:
-        sys.exit("web_blobs: needs mosquitto; install it, or put it into /usr/local/sbin")
-    said = subprocess.run([binary, "-h"], capture_output=True, text=True, check=False).stdout
+    binary, its_version = needed("web_blobs")
     result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{processor()}, {multiprocessing.cpu_count()} cores, {platform.system()} {platform.release()}",
-        "versions": {
-            "Mosquitto": said.split()[2], "Python": platform.python_version(),
-            "OpenSSL": ssl.OPENSSL_VERSION.split()[1],
-            **{n: version(n) for n in ("fedprune", "paho-mqtt")},
-        },
+        "setting": setting("paho-mqtt"),
+        "mosquitto": its_version,
+        "openssl": ssl.OPENSSL_VERSION.split()[1],
         "repeats": arguments.repeats,
-        "load": round(os.getloadavg()[0], 1),
         "rows": measure(arguments.repeats, binary),
-    }  # fmt: skip
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    arguments.output.with_suffix(".md").write_text(table(result))
-    print(table(result))
+    }
+    write(arguments.output, result, table(result))
 
 
 if __name__ == "__main__":

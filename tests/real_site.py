@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fedprune.coordination import State
+from fedprune.coordination import Phase, State
 from fedprune.errors import StorageError
 from fedprune_server.broker_config import Broker, write_broker
 from fedprune_server.identity_folder import IdentityFolder
@@ -30,6 +31,9 @@ path = "model.onnx"
 data = "evaluation.npz"
 """
 """What every configuration says of `write_material`'s files."""
+
+
+_Site = TypeVar("_Site", bound="Site")
 
 
 def write_material(folder: Path, samples: Mapping[str, int], hidden: int = 32) -> None:
@@ -60,8 +64,13 @@ def write_material(folder: Path, samples: Mapping[str, int], hidden: int = 32) -
         np.savez(folder / f"{name}.npz", x=x, y=(x @ truth).argmax(1))
 
 
+def models(state: State) -> list[str]:
+    """Digests of the models of a job's rounds."""
+    return [summary["model"] for summary in state.history]
+
+
 class Site:
-    """Real processes: a server, its devices and a broker.
+    """Real processes: a server, its devices and a broker. Use it as a context: they end with it.
 
     Args:
         material: What `write_material` wrote.
@@ -114,6 +123,12 @@ class Site:
                 write_broker(identity, "mosquitto", broker, self.folder)
                 with (self.folder / "mosquitto.conf").open("a") as file:
                     file.write("user root\n")  # what starts it here can't give its files to another user
+
+    def __enter__(self: _Site) -> _Site:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop_all()
 
     @property
     def url(self) -> str:
@@ -198,6 +213,14 @@ class Site:
             assert code == 0, self.logs()
         state = self.saved()
         assert state is not None
+        return state
+
+    def complete(self) -> State:
+        """Wait for the end of a job in which whatever was trained counts."""
+        state = self.finish()
+        assert state.phase is Phase.FINISHED
+        for summary in state.history:
+            assert {p["progress"] for p in summary["devices"].values()} == {"folded"}, self.logs()
         return state
 
     def logs(self) -> str:

@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import matplotlib as mpl
-
-mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 from benchmarks.swarm.page import Row
 from matplotlib.axes import Axes
 
-_STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E1E4E8",
-    "savefig.dpi": 130,
-}
-_FOUND, _BAR = "#0072B2", "#D55E00"
+from fedprune_server.picture_style import FLEET, REFERENCE, save, styled
+
 _QUESTIONS = {"call off": ("o", "-"), "say again": ("s", "--")}
 
 
@@ -42,19 +26,19 @@ def draw(rows: list[Row], path: Path, memory_bar: float = 500, latency_bar: floa
         The file.
     """
     sizes = [row["devices"] for row in rows]
-    with plt.rc_context(_STYLE):
+    with styled():
         figure, (rounds, memory, latency) = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained")
         seconds = [row["rounds"][-1]["round_s"] for row in rows]
-        rounds.loglog(sizes, seconds, "o-", color=_FOUND, label="measured")
+        rounds.loglog(sizes, seconds, "o-", color=FLEET, label="measured")
         straight = [seconds[0] * size / sizes[0] for size in sizes]
-        rounds.loglog(sizes, straight, ":", color=_BAR, label="ten times the devices, ten times as long")
+        rounds.loglog(sizes, straight, ":", color=REFERENCE, label="ten times the devices, ten times as long")
         rounds.set_title("Round of all devices, seconds")
-        memory.semilogx(sizes, [row["watched"]["server"]["peak"] / 1e6 for row in rows], "o-", color=_FOUND)
+        memory.semilogx(sizes, [row["watched"]["server"]["peak"] / 1e6 for row in rows], "o-", color=FLEET)
         _bar(memory, memory_bar, f"{memory_bar:g} MB")
         memory.set_title("Server memory at most, MB")
         for kind, (marker, line) in _QUESTIONS.items():
             found = [1e3 * row["rounds"][-1]["latency"][kind]["p95"] for row in rows]
-            latency.semilogx(sizes, found, marker + line, color=_FOUND, label=f"“{kind}”")
+            latency.semilogx(sizes, found, marker + line, color=FLEET, label=f"“{kind}”")
         _bar(latency, 1e3 * latency_bar, f"{1e3 * latency_bar:g} ms")
         latency.set_title("Control latency, 95 %, ms")
         for axis in (rounds, memory, latency):
@@ -63,14 +47,12 @@ def draw(rows: list[Row], path: Path, memory_bar: float = 500, latency_bar: floa
             axis.minorticks_off()
         for axis in (rounds, latency):
             axis.legend(frameon=False, fontsize=8, loc="upper left" if axis is rounds else "center left")
-        figure.savefig(path)
-        plt.close(figure)
-    return path
+        return save(figure, path)
 
 
 def _bar(axis: Axes, value: float, label: str) -> None:
-    axis.axhline(value, color=_BAR, linestyle=":")
+    axis.axhline(value, color=REFERENCE, linestyle=":")
     axis.annotate(
-        label, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=_BAR, fontsize=8
+        label, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=REFERENCE, fontsize=8
     )
     axis.set_ylim(0, 1.15 * value)

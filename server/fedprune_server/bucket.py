@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from fedprune.errors import ConfigError, MissingExtraError, StorageError
@@ -21,6 +21,7 @@ _CONNECT_S, _READ_S, _TRIES = 5, 60, 3
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _PREFIX = re.compile(r"[A-Za-z0-9!_.*'()-]+(/[A-Za-z0-9!_.*'()-]+)*")
 _MISSING = ("NoSuchKey", "404", "NotFound")
+_THERE, _UNKNOWN = ("PreconditionFailed", "412"), ("NotImplemented", "501")
 _DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 
 
@@ -106,20 +107,28 @@ class Bucket:
                 return
             options["ContinuationToken"] = page["NextContinuationToken"]
 
-    def put(self, key: str, data: bytes | memoryview, sha256: str) -> None:
+    def put(self, key: str, data: bytes | memoryview, sha256: str, *, anew: bool = True) -> None:
         """Write an object; the bucket compares what it got with the digest.
 
         Args:
             key: Its name.
             data: Its bytes.
             sha256: Their digest, as hex.
+            anew: Whether it takes the place of one that is there, as it always does where a bucket knows no conditions.
 
         Raises:
             BucketError: It can't be used.
         """
         check = base64.b64encode(bytes.fromhex(sha256)).decode()
+        written = {"Bucket": self._name, "Key": self._prefix + key, "Body": bytes(data), "ChecksumSHA256": check}
         with self._translated("write to"):
-            self._client.put_object(Bucket=self._name, Key=self._prefix + key, Body=bytes(data), ChecksumSHA256=check)
+            try:
+                self._client.put_object(**written, **({} if anew else {"IfNoneMatch": "*"}))
+            except self._failed as error:
+                if anew or _code(error) not in (*_THERE, *_UNKNOWN):
+                    raise
+                if _code(error) in _UNKNOWN:
+                    self._client.put_object(**written)
 
     def get(self, key: str, limit: int) -> bytes | None:
         """An object's bytes, not checked; None where there is none, or one of more than `limit` bytes.
@@ -134,7 +143,7 @@ class Bucket:
                 if _code(error) in _MISSING:
                     return None
                 raise
-            with found["Body"] as body:
+            with closing(found["Body"]) as body:  # as a context it is urllib3's stream, with errors that aren't boto3's
                 return None if int(found["ContentLength"]) > limit else bytes(body.read())
 
     def delete(self, key: str) -> None:

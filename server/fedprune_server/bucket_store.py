@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import queue
 import secrets
 import threading
 import time
@@ -26,6 +25,7 @@ from fedprune.errors import ConfigError, StorageError, StorageFullError
 from fedprune.kept_table import SUFFIX
 from fedprune.wire.blob_ref import BlobRef, is_digest, leaf_table
 from fedprune_server.bucket import Bucket
+from fedprune_server.bucket_deletions import Deletions
 from fedprune_server.bucket_layout import BLOBS, MODEL, OWNER, OWNER_LIMIT, Owner, digest_of
 from fedprune_server.bucket_patience import WRITE, Patience
 
@@ -88,8 +88,7 @@ class BucketStore(BlobStore):
     def _begin(self) -> None:
         self._lock = threading.RLock()
         self.patience = Patience()
-        self._doomed: queue.Queue[str | None] = queue.Queue()
-        self._reaper: threading.Thread | None = None
+        self._deletions = Deletions(self.bucket, self.patience)
         self._news: dict[str, tuple[str, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,17 +129,21 @@ class BucketStore(BlobStore):
             )
 
     def claim(self, number: str, job: str, model: bytes) -> None:
-        """Say whose blobs these are, and lay the model beside them with which the job began.
+        """Say whose blobs these are, and lay the model with which the job began beside them if none is there.
 
         Raises:
             ConfigError: Another job, which began at the same time, has said so first.
             BucketError: The bucket can't be used.
         """
         if self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT)) is None:
-            for key, data in ((MODEL, model), (OWNER, Owner(number, job).to_bytes())):
-                digest = hashlib.sha256(data).hexdigest()
-                self.patience(WRITE, partial(self.bucket.put, key, data, digest))
+            self._lay(OWNER, Owner(number, job).to_bytes(), anew=False)
         self.check_owner(number)
+        if not any(key == MODEL for key, _ in self.patience("list", lambda: list(self.bucket.list(MODEL)))):
+            self._lay(MODEL, model)
+
+    def _lay(self, key: str, data: bytes, *, anew: bool = True) -> None:
+        digest = hashlib.sha256(data).hexdigest()
+        self.patience(WRITE, partial(self.bucket.put, key, data, digest, anew=anew))
 
     def model(self) -> bytes | None:
         """The model with which the job began, not checked.
@@ -173,8 +176,8 @@ class BucketStore(BlobStore):
         with self._lock:
             for digest, (key, size) in news.items():
                 self._objects.setdefault(digest, {})[key] = size
-                self._held[digest] = size, time.monotonic()
-        self._trim()
+        for digest, (_, size) in news.items():
+            self._hold(digest, size)
 
     def news(self) -> dict[str, tuple[str, int]]:
         """What was put since the last call, for `learn`."""
@@ -260,6 +263,8 @@ class BucketStore(BlobStore):
             StorageError: It has only a damaged one.
         """
         super().path(sha256)
+        if self._keeping:
+            self.check_room(self.known_size(sha256) or 0)  # before it has come for nothing
         damaged = ""
         for key in self._find(sha256):
             data = self.patience("read", partial(self.bucket.get, key, self.max_size))
@@ -359,7 +364,8 @@ class BucketStore(BlobStore):
         with self._lock:
             super().delete(sha256)
             self._held.pop(sha256, None)
-            self._drop(list(self._objects.get(sha256, ())))
+            keys = self._objects.pop(sha256, {})
+        self._deletions.add(keys)
 
     def forget(self, key: str) -> None:
         """Take an object for gone."""
@@ -370,70 +376,12 @@ class BucketStore(BlobStore):
             if not known:
                 self._objects.pop(digest, None)
 
-    def _drop(self, keys: list[str]) -> None:
-        with self._lock:
-            for key in keys:
-                self.forget(key)
-                self._doomed.put(key)
-            if keys and self._reaper is None:
-                self._reaper = threading.Thread(target=self._reap, name="fedprune-bucket", daemon=True)
-                self._reaper.start()
-
     def close(self, patience_s: float = 5.0) -> None:
         """Delete what is still to be deleted, but don't take longer than this; the next start sees to the rest."""
-        with self._lock:
-            reaper, self._reaper = self._reaper, None
-        if reaper is not None:
-            self._doomed.put(None)
-            reaper.join(patience_s)
+        self._deletions.wait(patience_s)
         self.patience.stop()
-
-    def _reap(self) -> None:
-        while (key := self._doomed.get()) is not None:
-            try:
-                self.patience("delete", partial(self.bucket.delete, key))
-            except StorageError:  # noqa: PERF203 - what is left is deleted at the next start
-                return
 
     @property
     def away(self) -> bool:
         """Whether something waits to be written, since the bucket can't be used."""
         return self.patience.writing
-
-
-class Near(BlobStore):
-    """What of a bucket's blobs lies in the folder: whoever may not wait for the bucket looks here.
-
-    Args:
-        store: The store.
-    """
-
-    def __init__(self, store: BucketStore) -> None:
-        super().__init__(store.root, max_size=store.max_size, reserve=store.reserve, durable=store.durable)
-        self._store = store
-        self._checked = store._checked  # what is let go of is forgotten there
-
-    def has(self, sha256: str) -> bool:
-        """Whether a blob is in the folder."""
-        found = super().has(sha256)
-        if found:
-            self._store.touch(sha256)
-        return found
-
-    def map(self, sha256: str) -> memoryview:
-        """A blob's bytes as a view on its file."""
-        self._store.touch(sha256)
-        return super().map(sha256)
-
-    def size(self, sha256: str) -> int:
-        """Bytes of a blob, which may be let go of at any moment."""
-        return self._store.known_size(sha256) or super().size(sha256)
-
-    def check_room(self, size: int) -> None:
-        """Make room for so many bytes more."""
-        self._store.check_room(size)
-
-
-def near(store: BlobStore) -> BlobStore:
-    """The blobs of a store that nobody has to wait for: of a bucket's, those in the folder."""
-    return Near(store) if isinstance(store, BucketStore) else store

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as LateError
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -105,6 +106,9 @@ class Crew:
             return None
         try:
             answer = future.result(self._pool.patience_s)
+        except LateError:
+            self._expected.clear()  # helpers that hang are waited for once, and not for each thing they were asked
+            return None
         except Exception:  # noqa: BLE001 - a helper may fail or be killed in any way; the worker will tell the reason
             return None
         if isinstance(answer, crew_work.Made):

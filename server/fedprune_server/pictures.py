@@ -5,22 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import matplotlib as mpl
-
-mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fedprune_server.picture_style import FLEET, REFERENCE, save, styled
 from fedprune_server.record import Record, RoundRow, beside
-
-FLEET = "#0072B2"
-REFERENCE = "#D55E00"
-"""Colours of Okabe and Ito's palette, told apart by everyone; line styles and hatches tell them apart in grey, too."""
 
 _RUNS = (FLEET, REFERENCE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 _LINES = ("-", "--", "-.", ":")
@@ -28,26 +19,6 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 _GROUPS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#D55E00")
 _EMPTY = "#EBEDF0"
-_INK = "#24292F"
-_STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#8C959F",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E1E4E8",
-    "grid.linewidth": 0.8,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "figure.facecolor": "white",
-    "savefig.dpi": 130,
-}
 
 DEVICES = 24
 """Pictures show so many devices one by one; of larger fleets some, evenly spread, or all as a histogram."""
@@ -80,7 +51,7 @@ def curves(runs: Sequence[Record], path: Path) -> Path:
         path: Where to.
     """
     rows = _rows(runs)
-    with plt.rc_context(_STYLE):
+    with styled():
         figure, axes = plt.subplots(
             len(rows), 3, figsize=(13, 0.6 + 2.9 * len(rows)), sharey="row", layout="constrained", squeeze=False
         )
@@ -97,7 +68,7 @@ def curves(runs: Sequence[Record], path: Path) -> Path:
             _percents([line[0] for line in axes])
         if len(runs) > 1:
             axes[0][0].legend(loc="best", frameon=False, fontsize=8)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _rows(runs: Sequence[Record]) -> list[tuple[str, Values]]:
@@ -124,7 +95,7 @@ def _rows(runs: Sequence[Record]) -> list[tuple[str, Values]]:
 def traffic(run: Record, reference: Record | None, path: Path) -> Path:
     """Bytes down and up, beside the reference's."""
     runs = [run] + ([reference] if reference is not None else [])
-    with plt.rc_context(_STYLE):
+    with styled():
         figure, axis = plt.subplots(figsize=(8, 1.3 + 0.9 * len(runs)), layout="constrained")
         height = 0.36
         for i, (each, colour) in enumerate(zip(runs, (FLEET, REFERENCE), strict=False)):
@@ -140,14 +111,14 @@ def traffic(run: Record, reference: Record | None, path: Path) -> Path:
         axis.set_xlabel(f"MB in {len(run.rounds)} rounds ({run.measured})" if run.measured else "MB")
         axis.set_title("Bytes between server and devices")
         axis.set_xlim(0, 1.35 * max(max(r.last.down, r.last.up) for r in runs) / 1e6 or 1)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def channel_map(run: Record, path: Path) -> Path:
     """Which channels of every group each device holds in the last round: a row per device, a tile per channel."""
     names = _some([d.name for d in run.devices if d.name in run.channels])
     sizes = [size for _, size in run.groups][:GROUPS]
-    with plt.rc_context({**_STYLE, "axes.grid": False}):
+    with styled(grid=False):
         columns = max(len(sizes), 1)
         figure, axes = plt.subplots(
             1,
@@ -166,13 +137,13 @@ def channel_map(run: Record, path: Path) -> Path:
             "Channels that each device holds in the last round (coloured = held)", x=0.01, ha="left", fontweight="bold"
         )
         figure.supxlabel("channel of the global model", fontsize=10)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def coverage_map(run: Record, path: Path) -> Path:
     """Which share of a round's updates trained each channel: a row per noted round, a column per channel and group."""
     rows = [r for r in run.rounds if r.coverage]
-    with plt.rc_context({**_STYLE, "axes.grid": False}):
+    with styled(grid=False):
         columns = max(len(run.groups), 1)
         shown = [i for i, (_, size) in enumerate(run.groups) if size > 1][:GROUPS] or list(range(columns))[:1]
         figure, axes = plt.subplots(
@@ -198,7 +169,7 @@ def coverage_map(run: Record, path: Path) -> Path:
             bar.outline.set_visible(False)
         figure.suptitle("Share of each round's updates that trained a channel", x=0.01, ha="left", fontweight="bold")
         figure.supxlabel("channel of the global model", fontsize=10)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def local_bars(run: Record, reference: Record | None, path: Path) -> Path:
@@ -206,7 +177,7 @@ def local_bars(run: Record, reference: Record | None, path: Path) -> Path:
     if len(run.devices) > DEVICES:
         return _histogram(run, reference, path)
     names = [d.name for d in run.devices]
-    with plt.rc_context(_STYLE):
+    with styled():
         figure, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
         runs = [(run, FLEET, "")] + ([(reference, REFERENCE, "//")] if reference is not None else [])
         width = 0.8 / len(runs)
@@ -237,7 +208,7 @@ def local_bars(run: Record, reference: Record | None, path: Path) -> Path:
         axis.set_title("What each device serves, on its own test data, as measured last")
         if reference is not None:
             figure.legend(loc="outside right upper", frameon=False)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _curves(axis: Axes, runs: Sequence[Record], values: Values, along: Callable[[RoundRow], float]) -> None:
@@ -276,7 +247,7 @@ def _some(names: list[str]) -> list[str]:
 def _histogram(run: Record, reference: Record | None, path: Path) -> Path:
     """How many devices have which accuracy (or loss) of their own."""
     runs = [run] + ([reference] if reference is not None else [])
-    with plt.rc_context(_STYLE):
+    with styled():
         figure, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
         axis.hist(
             [list(each.latest.values()) for each in runs],
@@ -292,7 +263,7 @@ def _histogram(run: Record, reference: Record | None, path: Path) -> Path:
         axis.set_title("What devices serve, on their own test data, as measured last")
         if reference is not None:
             axis.legend(frameon=False)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _tiles(axis: Axes, rows: Sequence[Sequence[int]], size: int, colour: str) -> None:
@@ -310,9 +281,3 @@ def _tiles(axis: Axes, rows: Sequence[Sequence[int]], size: int, colour: str) ->
 
 def _rgb(colour: str) -> tuple[float, float, float]:
     return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))  # type: ignore[return-value]
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path)
-    plt.close(figure)
-    return path

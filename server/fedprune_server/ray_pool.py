@@ -31,7 +31,7 @@ from fedprune_server.worker import Worker
 log = logging.getLogger("fedprune.server")
 
 _CONNECT_S = 10.0
-_START_S = 120.0
+_START_S, _LOOK_S = 120.0, 0.2
 _AGAIN_S = 60.0
 
 
@@ -148,7 +148,7 @@ class RayPool:
         # Whoever reads it sees the very folder, not an empty one of the same name.
         probe = self._store.put(secrets.token_bytes(32)).sha256
         try:
-            return _Link(self._url, self._settings, probe, self._lost)
+            return _Link(self._url, self._settings, probe, self._lost, lambda: self._closed)
         finally:
             self._store.delete(probe)
 
@@ -166,14 +166,18 @@ class _Link:
         settings: Of its workers.
         probe: A blob that all its machines must see.
         told: Called when it is lost.
+        given_up: Whether nobody waits for the cluster any more.
 
     Attributes:
         size: Processors of the cluster.
         lost: Whether the child, or its cluster, is gone.
     """
 
-    def __init__(self, url: str, settings: Settings, probe: str, told: Callable[[], None]) -> None:
+    def __init__(
+        self, url: str, settings: Settings, probe: str, told: Callable[[], None], given_up: Callable[[], bool]
+    ) -> None:
         self._told = told
+        self._given_up = given_up
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
@@ -197,9 +201,13 @@ class _Link:
     def _first(self, url: str) -> int:
         """How many processors there are, as the child says once it has reached the cluster."""
         kind, what = "lost", f"no answer in {_START_S:g} s"
+        until = time.monotonic() + _START_S
         with suppress(EOFError, OSError):
-            if self._connection.poll(_START_S):
-                kind, what = self._connection.recv()
+            # Little by little: this process doesn't end before the child does.
+            while not self._given_up() and time.monotonic() < until:
+                if self._connection.poll(_LOOK_S):
+                    kind, what = self._connection.recv()
+                    break
         if kind == "size":
             return int(what)
         raise _unusable(url, what)

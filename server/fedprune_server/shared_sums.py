@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -124,14 +125,16 @@ class SharedSums:
         return _Batch(some.contributions, [self._pool.submit(add_up, Addition(some, names, refs)) for names in dealt])
 
     def _collect(self, command: do.Fold | do.Close, *, wait: bool) -> None:
-        """Take in the sums of batches that are done."""
+        """Take in the sums of batches that are done; of helpers that hang all together cost their patience once."""
         left = []
+        patience = self._pool.patience_s
+        until = None if patience is None else time.monotonic() + patience
         for batch in self._batches:
             if not wait and not all(f.done() for f in batch.sums):
                 left.append(batch)
                 continue
             try:
-                parts = [f.result(self._pool.patience_s) for f in batch.sums]
+                parts = [f.result(None if until is None else max(0.0, until - time.monotonic())) for f in batch.sums]
                 if not all(isinstance(part, PartialSums) for part in parts):
                     raise TypeError("no sums")
                 self._worker.sums.take(command, batch.updates, parts)

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from fedprune.blobs import BlobStore
 from fedprune.errors import StorageError, StorageFullError
 from fedprune_server.bucket_patience import StoppedError
-from fedprune_server.bucket_store import BucketStore, near
+from fedprune_server.bucket_store import BucketStore
+from fedprune_server.near_blobs import near
 from fedprune_server.uploads import Arrived, Outcome
 
 log = logging.getLogger("fedprune.server")

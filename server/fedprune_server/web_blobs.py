@@ -17,10 +17,10 @@ from fedprune.errors import IdentityError
 from fedprune.trust.tls import insecure_allowed
 from fedprune.wire.blob_url import BlobUrl
 from fedprune_server.blob_server import BlobServer
-from fedprune_server.bucket_store import near
 from fedprune_server.config import ServerConfig
 from fedprune_server.connection import addresses_of, names_of
 from fedprune_server.identity_folder import IdentityFolder
+from fedprune_server.near_blobs import near
 
 log = logging.getLogger("fedprune.server")
 

@@ -22,7 +22,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_bytes(b"\x89PNG")
         return path
 
-    monkeypatch.setattr(pictures, "_save", save)
+    monkeypatch.setattr(pictures, "save", save)
 
 
 @pytest.fixture(scope="session")

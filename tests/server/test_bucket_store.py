@@ -6,14 +6,17 @@ import base64
 import hashlib
 import logging
 import pickle
+import socket
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-from s3 import S3
+from s3 import S3, SECRETS
 
 from fedprune.blobs import BlobStore
 from fedprune.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
@@ -22,7 +25,8 @@ from fedprune_server import bucket, bucket_patience, bucket_store
 from fedprune_server.bucket import Bucket, BucketError, parse
 from fedprune_server.bucket_layout import BLOBS, digest_of
 from fedprune_server.bucket_patience import StoppedError
-from fedprune_server.bucket_store import BucketStore, Near
+from fedprune_server.bucket_store import BucketStore
+from fedprune_server.near_blobs import Near
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +164,18 @@ def test_what_was_used_lately_stays_unless_the_disk_is_full(
     assert not BlobStore.has(store, ref.sha256)
 
 
+def test_what_has_no_room_in_the_folder_is_not_downloaded_in_vain(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = BucketStore(tmp_path / "one", url).put(b"x" * 100)
+    store, asked = BucketStore(tmp_path / "two", url), list[str]()
+    store.reserve = 2**60
+    monkeypatch.setattr(store.bucket, "get", lambda key, limit: asked.append(key))
+    with pytest.raises(StorageFullError):
+        store.read(ref.sha256)
+    assert asked == []
+
+
 def test_what_the_bucket_does_not_have_is_never_let_go_of(url: str, tmp_path: Path) -> None:
     store = BucketStore(tmp_path, url, cache=10)
     only = BlobStore(tmp_path).put(b"an update that has just arrived").sha256
@@ -206,6 +222,36 @@ def test_a_deletion_that_comes_late_does_not_hit_what_was_put_again(at_s3: S3, u
     assert len(objects(at_s3, url)) == 1
     assert BucketStore(tmp_path / "third", url).read(ref.sha256) == b"same bytes"
     assert new.read(ref.sha256) == b"same bytes"
+
+
+def test_a_deletion_that_fails_keeps_no_other_from_being_done(at_s3: S3, url: str, tmp_path: Path) -> None:
+    store = BucketStore(tmp_path, url)
+    first, second = store.put(b"first").sha256, store.put(b"second").sha256
+    real, failures = store.bucket.delete, [BucketError("no")]
+
+    def failing(key: str) -> None:
+        if failures:
+            raise failures.pop()
+        real(key)
+
+    store.bucket.delete = failing  # type: ignore[method-assign]
+    store.delete(first)
+    wait_for(lambda: not failures)
+    store.delete(second)
+    wait_for(lambda: [digest_of(k.removeprefix("a/fleet/")) for k in objects(at_s3, url)] == [first])
+    wait_for(lambda: not any(t.name == "fedprune-bucket" for t in threading.enumerate()))  # though it isn't closed
+
+
+def test_what_a_helper_put_again_is_not_in_the_way_of_letting_go(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket_store, "FRESH_S", 60.0)
+    store = BucketStore(tmp_path, url, cache=2500)
+    refs = [store.put(bytes([n]) * 1000) for n in range(2)]
+    store._held = OrderedDict((digest, (size, 0.0)) for digest, (size, _) in store._held.items())  # a minute later
+    store.learn({refs[0].sha256: (next(iter(store.objects()[refs[0].sha256])), 1000)})
+    store.put(b"z" * 1000)
+    assert [BlobStore.has(store, r.sha256) for r in refs] == [True, False]
 
 
 def test_putting_and_deleting_at_once_leaves_what_was_put_last(url: str, tmp_path: Path) -> None:
@@ -296,6 +342,26 @@ def test_a_bucket_that_does_not_answer_is_an_error_and_not_for_ever(held: S3, ur
     store.put(b"x")
 
 
+@pytest.mark.parametrize("length", [4, 1000])
+def test_an_answer_that_breaks_off_is_an_error_like_others(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            client, _ = listener.accept()
+            with client:
+                client.recv(65536)
+                client.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\nhalf".encode())
+
+        for name, value in SECRETS.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with nullcontext() if length == len("half") else pytest.raises(BucketError, match="can't read s3://bucket/x"):
+            assert Bucket("s3://bucket/x").get("key", 1000) == b"half"
+        thread.join()
+
+
 def test_a_bucket_that_is_missing_denied_or_not_there_is_one_error(
     at_s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,6 +417,41 @@ def test_a_prefix_belongs_to_one_job(at_s3: S3, url: str, tmp_path: Path) -> Non
         at_s3.client().put_object(Bucket=parse(url)[0], Key="a/fleet/job.json", Body=body)
         with pytest.raises(StorageError, match=r"damaged|another version"):
             store.check_owner("1" * 32)
+
+
+def test_who_claims_a_prefix_a_moment_later_than_another_job_does_not_get_it(url: str, tmp_path: Path) -> None:
+    one, two = BucketStore(tmp_path / "one", url), BucketStore(tmp_path / "two", url)
+    real, looks = two.bucket.get, iter([1])
+
+    def get(key: str, limit: int) -> bytes | None:
+        found = real(key, limit)
+        for _ in looks:
+            one.claim("1" * 32, "first", b"model of the first")
+        return found
+
+    two.bucket.get = get  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="blobs of another job, 'first'"):
+        two.claim("2" * 32, "second", b"another")
+    one.check_owner("1" * 32)
+    assert two.model() == b"model of the first"
+
+
+def test_a_bucket_that_knows_no_conditions_is_claimed_without(url: str, tmp_path: Path) -> None:
+    from botocore.exceptions import ClientError
+
+    store = BucketStore(tmp_path, url)
+    real = store.bucket._client.put_object
+
+    def put_object(**options: Any) -> object:
+        if "IfNoneMatch" in options:
+            raise ClientError({"Error": {"Code": "NotImplemented", "Message": "no"}}, "PutObject")
+        return real(**options)
+
+    store.bucket._client.put_object = put_object
+    store.claim("1" * 32, "leaves", b"a model")
+    store.check_owner("1" * 32)
+    with pytest.raises(ConfigError):
+        store.check_owner("2" * 32)
 
 
 @pytest.mark.parametrize("key", ["", "blobs/", "blobs/x", f"blobs/{'a' * 64}", f"blobs/{'a' * 64}.", "job.json",

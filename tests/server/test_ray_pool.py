@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -110,7 +111,7 @@ def test_whoever_waits_for_a_cluster_that_goes_is_told(
     told = threading.Event()
     monkeypatch.setattr(ray_pool, "serve", _answers)
     monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
-    link = ray_pool._Link(address, Settings.of(worker(model, tmp_path)), "", told.set)
+    link = ray_pool._Link(address, Settings.of(worker(model, tmp_path)), "", told.set, lambda: False)
     listener = threading.Thread(target=link.listen, daemon=True)
     futures = [link.submit(crew_work.check, None) for _ in range(2)]
     listener.start()
@@ -122,6 +123,22 @@ def test_whoever_waits_for_a_cluster_that_goes_is_told(
     listener.join(30)
     assert not listener.is_alive()
     link.close()
+
+
+def _is_silent(parent: int, address: str, settings: Settings, probe: str, connection: Any) -> None:
+    """A child that reaches its cluster never."""
+    connection.recv()
+
+
+def test_a_server_that_ends_does_not_wait_for_a_cluster_that_it_is_reaching(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pool, "serve", _is_silent)
+    monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
+    monkeypatch.setattr(ray_pool, "_START_S", 3600.0)
+    with pytest.raises(ClusterError, match="can't be used"):
+        ray_pool._Link("silent", Settings.of(worker(model, tmp_path)), "", lambda: None, iter([False, True]).__next__)
+    assert not [p for p in multiprocessing.active_children() if p.name == "fedprune-ray"]
 
 
 @pytest.mark.soak

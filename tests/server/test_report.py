@@ -100,7 +100,7 @@ def test_a_mean_over_some_devices_says_so(tmp_path):
 def bars(run, reference, monkeypatch):
     """Heights and texts of the picture of devices' accuracies."""
     seen = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: seen.append(figure) or path)
+    monkeypatch.setattr(pictures, "save", lambda figure, path: seen.append(figure) or path)
     pictures.local_bars(run, reference, None)
     axis = seen[0].axes[0]
     found = [p.get_height() for p in axis.patches], sorted(t.get_text() for t in axis.texts)
@@ -111,7 +111,7 @@ def bars(run, reference, monkeypatch):
 def axes_of(draw, monkeypatch):
     """What a picture's axes are."""
     seen = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: seen.append(figure) or path)
+    monkeypatch.setattr(pictures, "save", lambda figure, path: seen.append(figure) or path)
     draw()
     return seen[0].axes
 

@@ -6,8 +6,10 @@ import logging
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as LateError
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from fedprune.job import Job
 from fedprune.partial_sums import PartialSums
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
-from fedprune_server import crew_work
+from fedprune_server import crew_work, shared_sums
 from fedprune_server.crew import Crew
 from fedprune_server.crew_work import Settings, Task
 from fedprune_server.digits import digits_model
@@ -273,3 +275,46 @@ def test_submodels_of_many_devices_are_few_tasks(model: Model, tmp_path: Path) -
     helpers.fails = lambda *_: True
     crew.expect(orders[:20])
     assert [crew.execute(o) for o in orders[:20]] == [w.execute(o) for o in orders[:20]]
+
+
+class Hanging(Helpers):
+    """Helpers that never do some tasks; a clock goes on by as much as they are waited for."""
+
+    patience_s = 100.0  # type: ignore[assignment]
+
+    def __init__(self, worker: Worker, never: Task) -> None:
+        super().__init__(worker)
+        self.now = 0.0
+        self._never = never
+
+    def submit(self, task: Task, argument: Any) -> Future[Any]:
+        return Never(self) if task is self._never else super().submit(task, argument)
+
+
+class Never(Future[Any]):
+    def __init__(self, helpers: Hanging) -> None:
+        super().__init__()
+        self._helpers = helpers
+
+    def result(self, timeout: float | None = None) -> Any:
+        assert timeout is not None
+        self._helpers.now += timeout
+        raise LateError
+
+
+@pytest.mark.parametrize("never", [crew_work.add_up, crew_work.check, crew_work.extract])
+def test_helpers_that_hang_are_waited_for_once(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, never: Task
+) -> None:
+    alone = worker(model, tmp_path, STRATEGIES["plain"])
+    folds, close = round_of(alone)
+    expected = played(alone, folds, close)
+    mine = worker(model, tmp_path, STRATEGIES["plain"])
+    helpers = Hanging(mine, never)
+    monkeypatch.setattr(shared_sums, "time", SimpleNamespace(monotonic=lambda: helpers.now))
+    crew = Crew(mine, helpers, block=500, batch=4)
+    orders = [do.Extract(f.contribution.basis, f.contribution.part) for f in folds]
+    crew.expect(orders)
+    assert [crew.execute(order) for order in orders] == [alone.execute(order) for order in orders]
+    assert played(crew, folds, close) == expected
+    assert helpers.now == 100.0

@@ -62,11 +62,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def site(request: pytest.FixtureRequest, material: Path, tmp_path: Path) -> Iterator[Site]:
-    made = Site(material, tmp_path, CONFIG.format(job=JOBS[request.param]), tuple(SAMPLES), PATIENCE_S)
-    try:
+    with Site(material, tmp_path, CONFIG.format(job=JOBS[request.param]), tuple(SAMPLES), PATIENCE_S) as made:
         yield made
-    finally:
-        made.stop_all()
 
 
 def finish(site: Site) -> State:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_site import Site, write_material
+from real_site import Site, models, write_material
 from s3 import S3
 
 from fedprune.coordination import Phase, State
@@ -62,21 +62,32 @@ class Pair(Site):
 
 @pytest.fixture
 def pair(material: Path, tmp_path: Path) -> Iterator[Pair]:
-    made = Pair(material, tmp_path, CONFIG, DEVICES, 120, mosquitto=True)
+    with Pair(material, tmp_path, CONFIG, DEVICES, 120, mosquitto=True) as made:
+        yield made
+
+
+@pytest.fixture
+def database() -> Iterator[Postgres]:
+    made = Postgres()
     try:
+        made.start()
         yield made
     finally:
-        made.stop_all()
+        made.close()
+
+
+@pytest.fixture
+def s3() -> Iterator[S3]:
+    made = S3()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
 def undisturbed(material: Path, tmp_path_factory: pytest.TempPathFactory) -> State:
-    calm = Site(material, tmp_path_factory.mktemp("calm"), CONFIG, DEVICES, 120)
-    try:
+    with Site(material, tmp_path_factory.mktemp("calm"), CONFIG, DEVICES, 120) as calm:
         calm.start_all()
         return calm.finish()
-    finally:
-        calm.stop_all()
 
 
 def wait_until_training(pair: Pair, number: int) -> None:
@@ -92,16 +103,25 @@ def wait_until_training(pair: Pair, number: int) -> None:
     pair.wait_for(middle, f"the middle of round {number}")
 
 
-def take_over(pair: Pair, number: int) -> State:
-    """Kill the first server in the middle of a round, and let the second end the job."""
-    wait_until_training(pair, number)
+def start_both(pair: Pair) -> None:
+    """Start the site, and a second server that waits."""
+    pair.start_all()
+    wait_until_training(pair, 1)  # else the second might be the first
+    pair.start("second")
+    pair.wait_for(lambda: "standing by" in pair.logs(), "the second server waits")
+
+
+def kill_the_first(pair: Pair) -> None:
+    """Kill the first server in the middle of round 2; the second is the server from now on."""
+    wait_until_training(pair, 2)
     pair.processes["server"].kill()
     pair.processes["server"].wait()
     pair.processes["server"] = pair.processes.pop("second")
-    return pair.finish()
 
 
-def check(state: Path) -> None:
+def ends_as(pair: Pair, undisturbed: State, state: Path) -> None:
+    """The job ends to the same bits, and nothing is wrong with the state folder of who ended it."""
+    assert models(pair.finish()) == models(undisturbed)
     command = [sys.executable, "-m", "fedprune_server.cli", "check", "--state", str(state)]
     assert subprocess.run(command, check=False).returncode == ExitCode.OK
 
@@ -109,70 +129,42 @@ def check(state: Path) -> None:
 # At every push `test_lease.py` shows who gets a folder, and the next test that a standby's models are the same.
 @pytest.mark.soak
 def test_a_standby_in_the_same_folder_ends_the_job_to_the_same_bits(pair: Pair, undisturbed: State) -> None:
-    pair.start_all()
-    wait_until_training(pair, 1)  # else the second might be the first
-    pair.start("second")
-    pair.wait_for(lambda: "standing by" in pair.logs(), "the second server waits")
-    state = take_over(pair, 2)
-    assert [r["model"] for r in state.history] == [r["model"] for r in undisturbed.history]
-    check(pair.state)
+    start_both(pair)
+    kill_the_first(pair)
+    ends_as(pair, undisturbed, pair.state)
 
 
 @pytest.mark.postgresql
-def test_a_standby_at_postgresql_outlasts_server_and_database(pair: Pair, undisturbed: State) -> None:
-    database = Postgres()
-    try:
-        database.start()
-        pair.database = database.database()
-        (pair.folder / "blobs").mkdir()
-        for name in ("server", "second"):
-            (pair.folder / name).mkdir()
-            (pair.folder / name / "blobs").symlink_to(pair.folder / "blobs")
-        pair.start_all()
-        wait_until_training(pair, 1)
-        pair.start("second")
-        pair.wait_for(lambda: "standing by" in pair.logs(), "the second server waits")
-        database.kill()
-        pair.wait_for(lambda: "waiting up to" in pair.logs(), "somebody misses the database")
-        database.start()
-        state = take_over(pair, 2)
-        assert [r["model"] for r in state.history] == [r["model"] for r in undisturbed.history]
-        assert "taking over from" in pair.logs()
-        check(pair.folder / "second")
-    finally:
-        pair.stop_all()
-        database.close()
+def test_a_standby_at_postgresql_outlasts_server_and_database(
+    database: Postgres, pair: Pair, undisturbed: State
+) -> None:
+    pair.database = database.database()
+    (pair.folder / "blobs").mkdir()
+    for name in ("server", "second"):
+        (pair.folder / name).mkdir()
+        (pair.folder / name / "blobs").symlink_to(pair.folder / "blobs")
+    start_both(pair)
+    database.kill()
+    pair.wait_for(lambda: "waiting up to" in pair.logs(), "somebody misses the database")
+    database.start()
+    kill_the_first(pair)
+    ends_as(pair, undisturbed, pair.folder / "second")
+    assert "taking over from" in pair.logs()
 
 
 @pytest.mark.soak
 @pytest.mark.postgresql
 def test_a_standby_with_an_empty_folder_goes_on_with_the_database_and_the_bucket(
-    pair: Pair, undisturbed: State, monkeypatch: pytest.MonkeyPatch
+    database: Postgres, s3: S3, pair: Pair, undisturbed: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    database, s3 = Postgres(), S3()
-    try:
-        for name, value in s3.environment.items():
-            monkeypatch.setenv(name, value)
-        database.start()
-        pair.database, pair.blobs = database.database(), f"s3://{s3.bucket()}/fleet"
-        pair.start_all()
-        wait_until_training(pair, 1)
-        pair.start("second")
-        pair.wait_for(lambda: "standing by" in pair.logs(), "the second server waits")
-        wait_until_training(pair, 2)
-        pair.processes["server"].kill()
-        pair.processes["server"].wait()
-        s3.hold()  # the second must not begin with less than all
-        shutil.rmtree(pair.state / "blobs")
-        pair.processes["server"] = pair.processes.pop("second")
-        time.sleep(1)
-        s3.go_on()
-        state = pair.finish()
-        assert [r["model"] for r in state.history] == [r["model"] for r in undisturbed.history]
-        assert "taking over from" in pair.logs()
-        check(pair.folder / "second")
-    finally:
-        s3.go_on()
-        pair.stop_all()
-        database.close()
-        s3.close()
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    pair.database, pair.blobs = database.database(), f"s3://{s3.bucket()}/fleet"
+    start_both(pair)
+    kill_the_first(pair)
+    s3.hold()  # the second must not begin with less than all
+    shutil.rmtree(pair.state / "blobs")
+    time.sleep(1)
+    s3.go_on()
+    ends_as(pair, undisturbed, pair.folder / "second")
+    assert "taking over from" in pair.logs()

@@ -70,11 +70,8 @@ class Ear:
 @contextmanager
 def site(material: Path, folder: Path, settings: str) -> Iterator[Site]:
     folder.mkdir()
-    made = Site(material, folder, f"{CONFIG}{settings}\n", DEVICES, 60, secure=True)
-    try:
+    with Site(material, folder, f"{CONFIG}{settings}\n", DEVICES, 60, secure=True) as made:
         yield made
-    finally:
-        made.stop_all()
 
 
 def ran(made: Site) -> tuple[list[str], int, int]:

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 from matplotlib.colors import to_hex
 
 from fedprune_server.data.federation import Federation
+from fedprune_server.picture_style import save, styled
 
 _MOST_DEVICES = 60
 """Bars that can still be told apart; of more devices so many are shown, evenly spaced by size."""
 
 _MOST_CLASSES = 20
 """Entries of a legend that can still be read."""
-
-_STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "savefig.dpi": 130,
-}
 
 
 def draw_partition(federation: Federation, path: Path) -> Path:
@@ -47,7 +34,7 @@ def draw_partition(federation: Federation, path: Path) -> Path:
     counts = federation.counts()
     shown, names = _shown(counts, federation.names)
     colours = _colours(counts.shape[1])
-    with plt.rc_context(_STYLE):
+    with styled(grid=False):
         figure, axis = plt.subplots(figsize=(9, 1.2 + 0.24 * len(shown)), layout="constrained")
         left = np.zeros(len(shown))
         for label, name in enumerate(federation.samples.class_names):
@@ -60,9 +47,7 @@ def draw_partition(federation: Federation, path: Path) -> Path:
         axis.set_title(f"{int(counts.sum()):,} samples on {len(counts)} devices{note}")
         if counts.shape[1] <= _MOST_CLASSES:
             axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title="class")
-        figure.savefig(path)
-        plt.close(figure)
-    return path
+        return save(figure, path)
 
 
 def partition_table(federation: Federation) -> str:
