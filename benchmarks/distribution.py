@@ -41,7 +41,8 @@ from fedprune.strategies.plain import plain
 from fedprune.strategies.roles import Submodel
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import ConnectionUp, Link
-from fedprune.wire.messages import Birth, Offer, Want, parse
+from fedprune.wire.messages import Birth, Want, parse
+from fedprune.wire.offer import Offer
 from fedprune.wire.topics import EVERYONE, Topics
 from fedprune.wire.transfer import Serve
 from fedprune_device.downloads import Downloads

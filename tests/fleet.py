@@ -20,20 +20,8 @@ from fedprune.job import Job
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import (
-    TO,
-    Accepted,
-    Birth,
-    Cancelled,
-    Death,
-    Finished,
-    Gone,
-    Hello,
-    Offer,
-    Update,
-    Want,
-    parse,
-)
+from fedprune.wire.messages import TO, Accepted, Birth, Cancelled, Death, Finished, Gone, Hello, Update, Want, parse
+from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
 from fedprune_server.daemon import Daemon

@@ -14,7 +14,8 @@ from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.job import Job
 from fedprune.wire.link import ConnectionUp
-from fedprune.wire.messages import Birth, Finished, Offer
+from fedprune.wire.messages import Birth, Finished
+from fedprune.wire.offer import Offer
 from fedprune_server.host import Host
 from fedprune_server.job_desk import JobDesk
 from fedprune_server.quarantine import Quarantine

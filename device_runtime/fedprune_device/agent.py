@@ -23,7 +23,8 @@ from fedprune.wire.broker_url import tls_context
 from fedprune.wire.chunk import MAX_PACKET, Chunk
 from fedprune.wire.chunk_limit import ChunkLimit
 from fedprune.wire.link import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Accepted, Cancelled, Death, Finished, Gone, Hello, Message, Offer, Want, parse
+from fedprune.wire.messages import Accepted, Cancelled, Death, Finished, Gone, Hello, Message, Want, parse
+from fedprune.wire.offer import Offer
 from fedprune.wire.topics import EVERYONE, Topics
 from fedprune.wire.transfer import Serve
 from fedprune_device.acceptance import attempt_of, check_offer, fits, place_of, same_work, slabs_fit

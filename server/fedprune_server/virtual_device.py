@@ -23,7 +23,7 @@ from fedprune.prediction import predict
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune_device.assignment import MEASURED, LoadedTrainer, Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.own import OwnInMemory

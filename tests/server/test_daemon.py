@@ -22,18 +22,8 @@ from fedprune.errors import ModelError, ProtocolError, StorageError, StorageFull
 from fedprune.profile_store import find
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.link import ConnectionUp
-from fedprune.wire.messages import (
-    Accepted,
-    Birth,
-    Cancelled,
-    Finished,
-    Gone,
-    Offer,
-    Progress,
-    Refusal,
-    Update,
-    Want,
-)
+from fedprune.wire.messages import Accepted, Birth, Cancelled, Finished, Gone, Progress, Refusal, Update, Want
+from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune_server.garbage import sweep
 from fedprune_server.offers import GRAPH_ROUNDS

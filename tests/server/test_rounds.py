@@ -18,7 +18,8 @@ from fedprune.coordination.pace import PARTS, SILENT, SLOW
 from fedprune.job import Job
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
-from fedprune.wire.messages import Cancelled, Offer, Progress
+from fedprune.wire.messages import Cancelled, Progress
+from fedprune.wire.offer import Offer
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import deal, digits_model
 from fedprune_server.experiment import Experiment

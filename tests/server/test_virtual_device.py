@@ -13,7 +13,7 @@ from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, DataError, ModelError
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune_device.assignment import MEASURED, Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.slots import Slots
