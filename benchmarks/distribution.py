@@ -13,21 +13,18 @@ import argparse
 import json
 import multiprocessing
 import random
-import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from synthetic_nets import resnet18, setting, weights, write
+from trial_broker import found, mosquitto
 
 from fedprune import tensorfile
 from fedprune.architecture import Architecture, widths_at
@@ -280,47 +277,21 @@ class Server:
         self.post.send_chunks()
 
 
-@contextmanager
-def mosquitto() -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """A broker with its default limits."""
-    binary = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin")
-    if binary is None:
-        sys.exit("no mosquitto here: apt install mosquitto")
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-        free.close()
-        config = Path(folder, "mosquitto.conf")
-        config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\n")
-        process = subprocess.Popen([binary, "-c", str(config)], stderr=subprocess.DEVNULL)
-        time.sleep(0.5)
-        try:
-            yield port, process
-        finally:
-            process.kill()
-            process.wait()
-
-
-def peak(process: subprocess.Popen[bytes]) -> int:
-    """Most bytes that a process has had in memory."""
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def run(case: Case, limit_s: float) -> dict[str, Any]:
     """One distribution to the whole fleet."""
     names = [f"board-{i:03}" for i in range(DEVICES)]
     luck = random.Random(1)
     odd = luck.sample(names, round(DEVICES * (case.slow + case.late)))
-    with mosquitto() as (port, broker), tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        narrow = [Narrow(port, SLOW_BYTES) for n in names if case.slow and n in odd]
+    with mosquitto(found(), "set_tcp_nodelay true\n") as broker, tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        narrow = [Narrow(broker.port, SLOW_BYTES) for n in names if case.slow and n in odd]
         pipes, processes, slow = [], [], iter(narrow)
-        plan = {n: (n, f"mqtt://127.0.0.1:{port}", 0.0, case.loss) for n in names}
+        plan = {n: (n, broker.url, 0.0, case.loss) for n in names}
         for name in odd:
             if case.late:
                 plan[name] = (*plan[name][:2], luck.uniform(*LATE_S), case.loss)
             else:
                 plan[name] = (name, f"mqtt://127.0.0.1:{next(slow).port}", 0.0, case.loss)
-        with Link(f"mqtt://127.0.0.1:{port}", "server") as link:
+        with Link(broker.url, "server") as link:
             link.subscribe(TOPICS.server_subscriptions())
             link.start()
             counter = Counter(link)
@@ -342,7 +313,7 @@ def run(case: Case, limit_s: float) -> dict[str, Any]:
             rows = [row for p in pipes for row in p.recv()]
             for process in processes:
                 process.join()
-            memory = peak(broker)
+            memory = broker.memory("VmHWM")
         for way in narrow:
             way.close()
     largest = max(len(f) for f in server.files.values())

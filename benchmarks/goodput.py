@@ -13,25 +13,21 @@ turns, and which of them begins, in a broker that is new each time.
 from __future__ import annotations
 
 import argparse
-import getpass
 import json
 import multiprocessing
 import random
-import shutil
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from bare_paho import bare
 from synthetic_nets import setting
+from trial_broker import found, mosquitto
 
 from fedprune.blobs import BlobStore
 from fedprune.coordination import State
@@ -132,47 +128,6 @@ def ours(url: str, store: BlobStore, refs: tuple[BlobRef, BlobRef], leaves: int)
     return took
 
 
-class Mosquitto:
-    """A broker of its own for a pair of runs."""
-
-    def __init__(self, binary: str, lines: str, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        config = folder / "mosquitto.conf"
-        config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nuser {getpass.getuser()}\n{lines}")
-        self.url = f"mqtt://127.0.0.1:{port}"
-        self._process = subprocess.Popen([binary, "-c", str(config)], stderr=subprocess.DEVNULL)
-        for _ in range(100):
-            time.sleep(0.05)
-            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                return
-        raise RuntimeError("Mosquitto doesn't start")
-
-    def memory(self, row: str = "VmRSS") -> int:
-        """Bytes that it holds, or with VmHWM held at most."""
-        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
-            if line.startswith(row + ":"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError(f"no {row}")
-
-    def close(self) -> None:
-        """End it."""
-        self._process.kill()
-        self._process.wait()
-
-
-@contextmanager
-def mosquitto(binary: str, lines: str) -> Iterator[Mosquitto]:
-    """A new broker."""
-    with tempfile.TemporaryDirectory() as folder:
-        broker = Mosquitto(binary, lines, Path(folder))
-        try:
-            yield broker
-        finally:
-            broker.close()
-
-
 def measure(repeats: int, chunks: tuple[int, ...], binary: str) -> list[dict[str, Any]]:
     """All rows; the repeats of different settings take turns, so that a busy moment hits all of them."""
     pairs: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -260,9 +215,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="+", default=CHUNKS, help="leaves of a chunk")
     arguments = parser.parse_args()
     multiprocessing.set_start_method("spawn")
-    binary = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin")
-    if binary is None:
-        sys.exit("goodput: needs mosquitto; install it, or put it into /usr/local/sbin")
+    binary = found()
     said = subprocess.run([binary, "-h"], capture_output=True, text=True, check=False).stdout
     result = {
         "setting": setting("paho-mqtt"),
