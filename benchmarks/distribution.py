@@ -37,7 +37,8 @@ from fedprune.selection import Selection
 from fedprune.strategies.plain import plain
 from fedprune.strategies.roles import Submodel
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.link import ConnectionUp, Link
+from fedprune.wire.connection_news import ConnectionUp
+from fedprune.wire.link import Link
 from fedprune.wire.messages import Birth, Want, parse
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import EVERYONE, Topics

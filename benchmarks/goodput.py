@@ -33,7 +33,8 @@ from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.wire.blob_ref import LEAF, BlobRef
 from fedprune.wire.chunk import PACKET_OVERHEAD, QOS, Chunk
-from fedprune.wire.link import ConnectionUp, Link
+from fedprune.wire.connection_news import ConnectionUp
+from fedprune.wire.link import Link
 from fedprune.wire.messages import Want, parse
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics

@@ -15,7 +15,7 @@ from fedprune import tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.recipe import Recipe
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.link import ConnectionDown, ConnectionUp
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Accepted, Birth, Finished, Update, Want, parse
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics

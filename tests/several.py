@@ -13,7 +13,7 @@ from fleet import Air, ToyDevice, ToyWorker, quick
 from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.job import Job
-from fedprune.wire.link import ConnectionUp
+from fedprune.wire.connection_news import ConnectionUp
 from fedprune.wire.messages import Birth, Finished
 from fedprune.wire.offer import Offer
 from fedprune_server.host import Host

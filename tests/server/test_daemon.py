@@ -21,7 +21,7 @@ from fedprune.coordination.state import Task
 from fedprune.errors import ModelError, ProtocolError, StorageError, StorageFullError
 from fedprune.profile_store import find
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.link import ConnectionUp
+from fedprune.wire.connection_news import ConnectionUp
 from fedprune.wire.messages import Accepted, Birth, Cancelled, Finished, Gone, Progress, Refusal, Update, Want
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
