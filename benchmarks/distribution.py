@@ -260,6 +260,7 @@ class Server:
             offer = {**offer, "slabs": tuple(offer["slabs"])} if "slabs" in offer else offer
             fields = {"architecture": "0" * 64, "selection": "1" * 64, "widths": widths, "classes": 10, "recipe": {}}
             self.post.send(name, Offer(JOB, 1, 1, 1, **fields, **offer), JOB)
+            self.post.deliver()
 
     def turn(self) -> None:
         item = self.link.get(0.0 if self.post.ready or self.left else 0.01)
