@@ -13,20 +13,17 @@ import argparse
 import json
 import multiprocessing
 import random
-import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from mosquitto import mosquitto, needed
 from synthetic_nets import resnet18, setting, weights, write
 
 from fedprune import tensorfile
@@ -40,8 +37,10 @@ from fedprune.selection import Selection
 from fedprune.strategies.plain import plain
 from fedprune.strategies.roles import Submodel
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.link import ConnectionUp, Link
-from fedprune.wire.messages import Birth, Offer, Want, parse
+from fedprune.wire.connection_news import ConnectionUp
+from fedprune.wire.link import Link
+from fedprune.wire.messages import Birth, Want, parse
+from fedprune.wire.offer import Offer
 from fedprune.wire.topics import EVERYONE, Topics
 from fedprune.wire.transfer import Serve
 from fedprune_device.downloads import Downloads
@@ -261,6 +260,7 @@ class Server:
             offer = {**offer, "slabs": tuple(offer["slabs"])} if "slabs" in offer else offer
             fields = {"architecture": "0" * 64, "selection": "1" * 64, "widths": widths, "classes": 10, "recipe": {}}
             self.post.send(name, Offer(JOB, 1, 1, 1, **fields, **offer), JOB)
+            self.post.deliver()
 
     def turn(self) -> None:
         item = self.link.get(0.0 if self.post.ready or self.left else 0.01)
@@ -279,47 +279,22 @@ class Server:
         self.post.send_chunks()
 
 
-@contextmanager
-def mosquitto() -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """A broker with its default limits."""
-    binary = shutil.which("mosquitto", path="/usr/sbin:/usr/bin:/usr/local/sbin")
-    if binary is None:
-        sys.exit("no mosquitto here: apt install mosquitto")
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-        free.close()
-        config = Path(folder, "mosquitto.conf")
-        config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\n")
-        process = subprocess.Popen([binary, "-c", str(config)], stderr=subprocess.DEVNULL)
-        time.sleep(0.5)
-        try:
-            yield port, process
-        finally:
-            process.kill()
-            process.wait()
-
-
-def peak(process: subprocess.Popen[bytes]) -> int:
-    """Most bytes that a process has had in memory."""
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def run(case: Case, limit_s: float) -> dict[str, Any]:
     """One distribution to the whole fleet."""
     names = [f"board-{i:03}" for i in range(DEVICES)]
     luck = random.Random(1)
     odd = luck.sample(names, round(DEVICES * (case.slow + case.late)))
-    with mosquitto() as (port, broker), tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        narrow = [Narrow(port, SLOW_BYTES) for n in names if case.slow and n in odd]
+    program, _ = needed("distribution")
+    with mosquitto(program, "set_tcp_nodelay true\n") as broker, tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        narrow = [Narrow(broker.port, SLOW_BYTES) for n in names if case.slow and n in odd]
         pipes, processes, slow = [], [], iter(narrow)
-        plan = {n: (n, f"mqtt://127.0.0.1:{port}", 0.0, case.loss) for n in names}
+        plan = {n: (n, broker.url, 0.0, case.loss) for n in names}
         for name in odd:
             if case.late:
                 plan[name] = (*plan[name][:2], luck.uniform(*LATE_S), case.loss)
             else:
                 plan[name] = (name, f"mqtt://127.0.0.1:{next(slow).port}", 0.0, case.loss)
-        with Link(f"mqtt://127.0.0.1:{port}", "server") as link:
+        with Link(broker.url, "server") as link:
             link.subscribe(TOPICS.server_subscriptions())
             link.start()
             counter = Counter(link)
@@ -341,7 +316,7 @@ def run(case: Case, limit_s: float) -> dict[str, Any]:
             rows = [row for p in pipes for row in p.recv()]
             for process in processes:
                 process.join()
-            memory = peak(broker)
+            memory = broker.memory("VmHWM")
         for way in narrow:
             way.close()
     largest = max(len(f) for f in server.files.values())

@@ -36,6 +36,7 @@ class Mosquitto:
             port = probe.getsockname()[1]
         config = folder / "mosquitto.conf"
         config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nuser {getpass.getuser()}\n{lines}")
+        self.port = port
         self.url = f"mqtt://127.0.0.1:{port}"
         self._process = subprocess.Popen([binary, "-c", str(config)], stderr=subprocess.DEVNULL)
         for _ in range(100):

@@ -112,7 +112,7 @@ def child(folder: Path, batch: int) -> None:
 def carry_out(folder: Path, batch: int, spec: dict[str, Any]) -> None:
     """A round on noise: evaluation, a few steps, the check of the new model, evaluation, predictions of one sample."""
     from fedprune.recipe import Recipe
-    from fedprune.wire.messages import Offer
+    from fedprune.wire.offer import Offer
     from fedprune_device.assignment import Workbench
     from fedprune_device.data import LocalData
     from fedprune_device.predictor import GRAPH, WEIGHTS

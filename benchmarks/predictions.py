@@ -22,7 +22,7 @@ import numpy as np
 
 from fedprune import tensorfile
 from fedprune.recipe import Features, Recipe
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune_device.client import Board
 
 NETS = ("lenet", "vgg11_bn", "resnet20_bn")

@@ -19,21 +19,9 @@ from fedprune.coordination import events as on
 from fedprune.job import Job
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.link import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import (
-    TO,
-    Accepted,
-    Birth,
-    Cancelled,
-    Death,
-    Finished,
-    Gone,
-    Hello,
-    Offer,
-    Update,
-    Want,
-    parse,
-)
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
+from fedprune.wire.messages import TO, Accepted, Birth, Cancelled, Death, Finished, Gone, Hello, Update, Want, parse
+from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
 from fedprune_server.daemon import Daemon

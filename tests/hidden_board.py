@@ -12,7 +12,8 @@ from fedprune.chance import keyed
 from fedprune.element_mask import ElementMask
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
-from fedprune.wire.messages import Offer, Update
+from fedprune.wire.messages import Update
+from fedprune.wire.offer import Offer
 from fedprune_device.assignment import Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.store import DeviceStore

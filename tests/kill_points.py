@@ -248,7 +248,7 @@ def _counted(site: Site) -> dict[tuple[int, str], str]:
     stored: dict[tuple[int, str], str] = {}
     closed: dict[tuple[int, str], str] = {}
     with Storage.existing(site.state) as storage:
-        for _, _, kind, body in storage.events():
+        for _, _, kind, body in storage.log.events():
             if kind == "UpdateStored":
                 stored[body["round"], body["device"]] = body["weights"]
             elif kind == "Closed":

@@ -15,8 +15,9 @@ from fedprune import tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.recipe import Recipe
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.link import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Accepted, Birth, Finished, Offer, Update, Want, parse
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
+from fedprune.wire.messages import Accepted, Birth, Finished, Update, Want, parse
+from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
 

@@ -11,7 +11,8 @@ import sys
 from typing import Any
 
 from fedprune.errors import ProtocolError
-from fedprune.wire.link import Event, Link
+from fedprune.wire.connection_news import Event
+from fedprune.wire.link import Link
 from fedprune.wire.messages import Accepted, Update, parse
 
 

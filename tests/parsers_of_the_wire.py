@@ -49,6 +49,7 @@ from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.broker_url import BrokerUrl
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.join_messages import APPROVED, JoinAnswer, JoinRequest
+from fedprune.wire.offer import Offer
 from fedprune.wire.release_messages import ReleaseOffer, ReleaseReport, ReleaseWithdrawn
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull
@@ -109,7 +110,7 @@ def wire_targets() -> tuple[Target, ...]:
 
 def _messages() -> list[Any]:
     place = {"job": "toy", "round": 3, "attempt": 1}
-    offer = m.Offer(
+    offer = Offer(
         **place, seed=1, architecture=ZERO, selection=ZERO, widths=(4, 8), classes=3, weights=REF, training=SMALL,
         inference=SMALL, recipe=Recipe().to_offer(), mask=SMALL, ranking=ZERO, lowered={"int8": SMALL},
         blocked={"16": SMALL}, blobs_at="https://models.example:8443/lab",

@@ -13,7 +13,7 @@ from runtime_releases import PUBLIC, versions_in
 from fedprune.blobs import BlobStore
 from fedprune.errors import FedpruneError
 from fedprune.release import FILES, MANIFEST, SIGNATURE, Release
-from fedprune.wire.link import ConnectionUp
+from fedprune.wire.connection_news import ConnectionUp
 from fedprune.wire.messages import Birth, Want, parse
 from fedprune.wire.release_messages import COMMITTED, REFUSED, ROLLED_BACK, ReleaseOffer, ReleaseReport
 from fedprune.wire.topics import Topics

@@ -13,8 +13,9 @@ from fleet import Air, ToyDevice, ToyWorker, quick
 from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.job import Job
-from fedprune.wire.link import ConnectionUp
-from fedprune.wire.messages import Birth, Finished, Offer
+from fedprune.wire.connection_news import ConnectionUp
+from fedprune.wire.messages import Birth, Finished
+from fedprune.wire.offer import Offer
 from fedprune_server.host import Host
 from fedprune_server.job_desk import JobDesk
 from fedprune_server.quarantine import Quarantine
@@ -75,7 +76,7 @@ class SeveralJobs:
             path = self.folder / job.name
             path.mkdir(exist_ok=True)
             storage, store = quick(path), BlobStore(path / "blobs", durable=False)
-            storage.logged = 0
+            storage.log.least = 0
             worker = ToyWorker(store)
             state = storage.load()
             if state is None:

@@ -26,12 +26,12 @@ from fedprune.wire.messages import (
     Finished,
     Gone,
     Hello,
-    Offer,
     Progress,
     Update,
     Want,
     parse,
 )
+from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import CHUNK_LEAVES, Pull, Serve
 from fedprune_device.outbox import ANNOUNCE_MAX_S, ANNOUNCE_S

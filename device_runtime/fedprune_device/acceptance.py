@@ -10,7 +10,8 @@ from fedprune.costs import storage_bytes
 from fedprune.errors import PlanError, StorageFullError
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
-from fedprune.wire.messages import Accepted, Cancelled, Offer, Update
+from fedprune.wire.messages import Accepted, Cancelled, Update
+from fedprune.wire.offer import Offer
 from fedprune_device.store import DeviceStore
 
 

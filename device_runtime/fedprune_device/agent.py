@@ -21,16 +21,15 @@ from fedprune.profile import HardwareProfile
 from fedprune.wire.answer_time import AnswerTime
 from fedprune.wire.broker_url import tls_context
 from fedprune.wire.chunk import MAX_PACKET, Chunk
-from fedprune.wire.chunk_limit import ChunkLimit
-from fedprune.wire.link import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Accepted, Cancelled, Death, Finished, Gone, Hello, Message, Offer, Want, parse
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
+from fedprune.wire.messages import Accepted, Cancelled, Death, Finished, Gone, Hello, Message, Want, parse
+from fedprune.wire.offer import Offer
 from fedprune.wire.topics import EVERYONE, Topics
 from fedprune.wire.transfer import Serve
-from fedprune_device.acceptance import attempt_of, check_offer, fits, place_of, same_work, slabs_fit
+from fedprune_device.acceptance import attempt_of, check_offer, fits, place_of, same_work
 from fedprune_device.alone import Alone
 from fedprune_device.assignment import DamagedBlobError, LoadedTrainer, Workbench
 from fedprune_device.care import Care
-from fedprune_device.downloads import Downloads
 from fedprune_device.greeting import Greeting
 from fedprune_device.lowering import Lowering
 from fedprune_device.outbox import Outbox, Wire
@@ -38,9 +37,9 @@ from fedprune_device.source import Samples
 from fedprune_device.standing import Standing
 from fedprune_device.step_choice import StepChoice
 from fedprune_device.store import DeviceStore
+from fedprune_device.supply import Supply
 from fedprune_device.trainer import TrainingStoppedError
 from fedprune_device.training_thread import TrainingThread
-from fedprune_device.web import Web
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -100,7 +99,8 @@ class Agent:
         self._device, self._topics = device, Topics(site)
         self._store, self._link = store, link
         self._outbox = Outbox(device, self._topics, link, Serve(store.blobs), max_packet)
-        self._limit, self._answers = ChunkLimit(max_packet), AnswerTime()
+        self._answers = AnswerTime()
+        self._supply = Supply(store, link, self._topics, self._outbox, self._answers, max_packet, web)
         self._data, self._profile, self._care, self._clock = data, profile, care, clock
         known = profile_name or (profile.name if profile is not None else "")
         self._greeting = Greeting(device, known, probe, answers)
@@ -110,10 +110,6 @@ class Agent:
         trainer = LoadedTrainer(threads, cuda=cuda)
         self._bench = Workbench(device, store.blobs, store.slots, data, trainer, store.own, self._lowering)
         self._alone = Alone(device, store, data, threads, alone, care, cuda=cuda, lowering=self._lowering)
-        self._web = Web(store.blobs, web)
-        self._downloads: Downloads | None = None
-        self._listening: frozenset[str] = frozenset()
-        self._deaf = False  # to shared topics, as long as this connection lasts
         self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: TrainingThread | None = None
         self._seen: list[Offer] = []
@@ -130,13 +126,13 @@ class Agent:
         self._begin(self._clock())
         try:
             while not self._stopping.is_set() and not (until_finished and self._finished):
-                busy = self._worker is not None or self._downloads is not None
+                busy = self._worker is not None or self._supply.offer is not None
                 item = self._link.get(_BUSY_WAIT if busy else _IDLE_WAIT)
                 self._guarded(self._take, item)
                 self._guarded(self._turn, None)
         finally:
             self._halt()
-            for thread in (self._worker, self._alone, self._web):
+            for thread in (self._worker, self._alone, self._supply):
                 if thread is not None:
                     thread.join(10)
             self._outbox.say(Death(self._device, self._store.session))
@@ -182,13 +178,11 @@ class Agent:
         if isinstance(item, ConnectionUp):
             _LOG.info("connected to the broker")
             self.standing.connected = True
-            self._deaf = False
             self._alone.heard(now)
             self._answers.connected(item.took)
             self._seen.clear()  # the server may be another, or run the same job once more
             self._greet(now)
-            if self._downloads is not None and not self._web.fetching:
-                self._ask(self._downloads, self._downloads.start(now))
+            self._supply.connected(now)
         elif isinstance(item, ConnectionDown):
             _LOG.info("connection to the broker lost: %s", item.reason)
             self.standing.connected = False
@@ -199,7 +193,8 @@ class Agent:
             topic, payload = item
             address = self._topics.parse(topic)
             if address.channel == "down/blob":
-                self._on_chunk(Chunk.parse(payload), now, shared=address.device == EVERYONE)
+                chunk, shared = Chunk.parse(payload), address.device == EVERYONE
+                self._supplied(lambda: self._supply.chunk(chunk, now, shared=shared))
             elif address.channel == "down":
                 self._on_message(parse(payload), now)
 
@@ -207,8 +202,7 @@ class Agent:
         if isinstance(message, Hello):
             self._seen.clear()
             self._greet(now)
-            if self._downloads is not None and not self._web.fetching:
-                self._ask(self._downloads, self._downloads.remind(now))
+            self._supply.remind(now)
         elif isinstance(message, Offer):
             self._on_offer(message, now)
         elif isinstance(message, Accepted):
@@ -220,7 +214,7 @@ class Agent:
         elif isinstance(message, Want):
             self._outbox.answer(message, self._store.pending, now)
         elif isinstance(message, Gone):
-            self._on_gone(message, now)
+            self._supplied(lambda: self._supply.gone(message.sha256, now))
 
     def _greet(self, now: float) -> None:
         task, pending = self._store.task, self._store.pending
@@ -253,16 +247,16 @@ class Agent:
         if pending is not None:
             self._store.keep(replace(pending, attempt=offer.attempt))
         self._store.accept(offer)
-        for part in (self._downloads, self._worker):
-            if part is not None:
-                part.offer = offer
+        self._supply.renumber(offer)
+        if self._worker is not None:
+            self._worker.offer = offer
         self._outbox.hurry(now)
 
     @property
     def _busy(self) -> bool:
         """Whether the current offer is being pulled or trained."""
         running = self._worker is not None and not self._worker.stopped
-        return running or self._downloads is not None or self._ready is not None
+        return running or self._supply.offer is not None or self._ready is not None
 
     def _start(self, offer: Offer, now: float) -> None:
         try:
@@ -283,55 +277,18 @@ class Agent:
             self._refuse(offer, error)
 
     def _download(self, offer: Offer, now: float) -> None:
-        downloads = self._downloads = self._to_pull(offer, now)
-        if not self._web.begin(offer, downloads.lacking):
-            self._ask(downloads, downloads.start(now))
+        self._supply.begin(offer, now, plainly=self._damages > 0)  # what couldn't be read once is not decoded again
 
-    def _pull_rest(self, before: Downloads, now: float) -> None:
-        """Pull over MQTT what the web server didn't give."""
+    def _supplied(self, step: Callable[[], float | None]) -> float | None:
+        """Go on with what is on its way; an offer that can't be supplied is refused."""
+        offer = self._supply.offer
         try:
-            downloads = self._downloads = self._to_pull(before.offer, now)
-            downloads.began = before.began
-            self._ask(downloads, downloads.start(now))
+            return step()
         except FedpruneError as error:
-            self._refuse(before.offer, error)
-
-    def _to_pull(self, offer: Offer, now: float) -> Downloads:
-        slabs = offer.slabs is not None and slabs_fit(offer, self._store)
-        plainly = self._damages > 0  # what couldn't be read once is not decoded again
-        return Downloads(
-            self._store.blobs,
-            offer,
-            now,
-            self._limit,
-            self._answers,
-            slabs=slabs,
-            shared=not self._deaf,
-            plainly=plainly,
-        )
-
-    def _ask(self, downloads: Downloads, wants: list[Want]) -> None:
-        """Ask for pieces, after the broker was told where the answers are heard."""
-        self._listen(downloads.listens(self._topics))
-        self._outbox.ask(downloads.offer.job, wants)
-
-    def _listen(self, topics: frozenset[str]) -> None:
-        if topics != self._listening:
-            self._listening = topics
-            self._link.listen(topics)
-
-    def _on_chunk(self, chunk: Chunk, now: float, *, shared: bool) -> None:
-        self._pull(lambda downloads: downloads.chunk(chunk, now, shared=shared))
-
-    def _pull(self, step: Callable[[Downloads], list[Want]]) -> None:
-        """Go on pulling, and ask for what that needs; an offer that can't be pulled is refused."""
-        downloads = self._downloads
-        if downloads is None or self._web.fetching:  # what comes now answers what was asked for before
-            return
-        try:
-            self._ask(downloads, step(downloads))
-        except FedpruneError as error:
-            self._refuse(downloads.offer, error)
+            if offer is None:
+                raise
+            self._refuse(offer, error)
+        return None
 
     def _on_accepted(self, message: Accepted) -> None:
         task, pending = self._store.task, self._store.pending
@@ -371,9 +328,6 @@ class Agent:
             self._store.own.forget(message.job)
         self._finished = True
 
-    def _on_gone(self, message: Gone, now: float) -> None:
-        self._pull(lambda downloads: downloads.gone(message.sha256, now))
-
     # What is to be done
 
     def _begin(self, now: float) -> None:
@@ -388,31 +342,22 @@ class Agent:
             try:
                 if offer != task.offer:
                     self._store.accept(offer)
-                self._downloads = self._to_pull(offer, now)
-                self._web.begin(offer, self._downloads.lacking)
+                self._supply.begin(offer, now, asks=False)
             except FedpruneError as error:
                 self._refuse(task.offer, error)
 
     def _turn(self, _: None) -> None:
         now = self._clock()
         self._outbox.send_chunks()
-        if self._downloads is not None and self._web.over():
-            self._pull_rest(self._downloads, now)
-        if self._downloads is not None and not self._web.fetching:
-            if self._downloads.done:
-                self._ready = now - self._downloads.began
-                self._downloads = None
-                self._collect()
-            else:
-                self._deaf = self._deaf or self._downloads.deaf
-                self._pull(lambda downloads: downloads.tick(now))
-        if self._downloads is None or self._web.fetching:
-            self._listen(frozenset())
+        took = self._supplied(lambda: self._supply.turn(now))
+        if took is not None:
+            self._ready = took
+            self._collect()
         if self._worker is not None and not self._worker.alive:
             worker, self._worker = self._worker, None
             self._settle(worker, now)
             self._collect()
-        idle = self._worker is None and self._ready is None and not self._web.fetching
+        idle = self._worker is None and self._ready is None and not self._supply.fetching
         if self._alone.turn(now, connected=self.standing.connected, idle=idle):
             self._collect()
         task = self._store.task
@@ -428,9 +373,8 @@ class Agent:
             self._outbox.stay(self._store.session, now)
 
     def _report(self, now: float) -> None:
-        if self._downloads is not None:
-            part = self._web if self._web.fetching else self._downloads
-            self._outbox.progress(self._downloads.offer, ("download", *part.progress), now)
+        if self._supply.offer is not None:
+            self._outbox.progress(self._supply.offer, ("download", *self._supply.progress), now)
         elif self._worker is not None and not self._worker.stopped:
             self._outbox.progress(self._worker.offer, self._worker.status, now)
         elif self._alone.status is not None:
@@ -472,8 +416,7 @@ class Agent:
 
     def _halt(self) -> None:
         """Stop what is being done for the current offer."""
-        self._downloads = None
-        self._web.stop()
+        self._supply.stop()
         self._ready = None
         self._alone.stop()
         if self._worker is not None:

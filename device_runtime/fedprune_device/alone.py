@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fedprune.errors import FedpruneError, StorageError
-from fedprune.wire.messages import Offer, Update
+from fedprune.wire.messages import Update
+from fedprune.wire.offer import Offer
 from fedprune_device import durable
 from fedprune_device.assignment import DamagedBlobError, LoadedTrainer, Report, Workbench
 from fedprune_device.care import Care

@@ -11,7 +11,8 @@ from fedprune.errors import StorageError
 from fedprune.precision import FLOAT32
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.messages import Offer, Update
+from fedprune.wire.messages import Update
+from fedprune.wire.offer import Offer
 from fedprune_device.decoding import decoded
 from fedprune_device.evaluation import MEASURED, Evaluation, training_metrics
 from fedprune_device.loaded import LoadedTrainer

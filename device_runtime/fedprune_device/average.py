@@ -17,7 +17,7 @@ from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError
 from fedprune.ordered_dropout import TensorAxes
 from fedprune.selection import Tensors
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune_device.own import Own
 
 Array = npt.NDArray[Any]

@@ -8,7 +8,7 @@ from fedprune import tensorfile
 from fedprune.codec import Codec, weights
 from fedprune.codec.relocation import relocated
 from fedprune.errors import BundleError, ConfigError, ProtocolError
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 
 
 def decoded(offer: Offer, read: Callable[[str], bytes]) -> bytes | None:

@@ -13,7 +13,8 @@ from fedprune.wire.answer_time import AnswerTime
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.chunk_limit import ChunkLimit
-from fedprune.wire.messages import Offer, Want
+from fedprune.wire.messages import Want
+from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import PATIENCE, Pull
 from fedprune_device.shared_leaves import SharedLeaves

@@ -9,7 +9,8 @@ from fedprune import __version__, session
 from fedprune.codec import CODECS
 from fedprune.probe_report import ProbeReport
 from fedprune.wire.fields import one_line
-from fedprune.wire.messages import TO, Birth, Offer, Update
+from fedprune.wire.messages import TO, Birth, Update
+from fedprune.wire.offer import Offer
 from fedprune_device.source import Samples
 
 AGAIN_S = 60.0

@@ -29,7 +29,7 @@ from fedprune.precision import (
     weights_file,
 )
 from fedprune.recipe import Recipe
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune_device import durable
 from fedprune_device.data import LocalData
 from fedprune_device.labels import targets

@@ -24,7 +24,7 @@ from fedprune.disk import storage_errors
 from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, StorageError
 from fedprune.selection import Tensors
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune_device import durable
 
 _LOG = logging.getLogger("fedprune.device")

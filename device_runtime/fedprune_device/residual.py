@@ -11,7 +11,7 @@ from fedprune.codec.relocation import relocated
 from fedprune.errors import ProtocolError
 from fedprune.selection import Tensors
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune_device.own import Own
 
 

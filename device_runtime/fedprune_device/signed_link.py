@@ -14,7 +14,7 @@ from fedprune.errors import FedpruneError, ProtocolError, StaleEpochError, Stora
 from fedprune.trust.correspondence import Opener, Sealer
 from fedprune.trust.device_identity import DeviceIdentity
 from fedprune.wire.complaints import Complaints
-from fedprune.wire.link import ConnectionDown, ConnectionUp
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Birth, Hello, Message, parse
 from fedprune.wire.topics import Topics
 from fedprune_device.outbox import Wire

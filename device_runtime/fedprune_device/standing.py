@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fedprune.wire.fields import served
-from fedprune.wire.messages import Offer, Update
+from fedprune.wire.messages import Update
+from fedprune.wire.offer import Offer
 
 
 class Standing:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from fedprune.blocks import OFF, block_size, turned_off
 from fedprune.errors import ModelError
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 
 _LOG = logging.getLogger("fedprune.device")
 

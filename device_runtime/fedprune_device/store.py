@@ -28,6 +28,7 @@ from fedprune.blobs import BlobStore
 from fedprune.disk import storage_errors
 from fedprune.errors import ProtocolError, StorageError
 from fedprune.wire import messages
+from fedprune.wire.offer import Offer
 from fedprune_device import durable
 from fedprune_device.own import OwnFolder
 from fedprune_device.owner import Owner
@@ -47,7 +48,7 @@ class Task:
         donor: sha256 of earlier weights that stay until its own are here, which may share leaves with them, or empty.
     """
 
-    offer: messages.Offer
+    offer: Offer
     done: bool = False
     donor: str = ""
 
@@ -127,7 +128,7 @@ class DeviceStore:
         self.session = number
         return number
 
-    def accept(self, offer: messages.Offer) -> None:
+    def accept(self, offer: Offer) -> None:
         """Make an offer the current one; what is the board's own in another job is laid aside.
 
         Raises:
@@ -191,7 +192,7 @@ class DeviceStore:
         durable.remove(self.root / "pending.json")
         self.pending = None
 
-    def waiting(self, offer: messages.Offer) -> messages.Update | None:
+    def waiting(self, offer: Offer) -> messages.Update | None:
         """The update of an offer's round that the server doesn't have yet, if there is one."""
         pending = self.pending
         return pending if pending is not None and (pending.job, pending.round) == (offer.job, offer.round) else None
@@ -213,7 +214,7 @@ class DeviceStore:
             _LOG.warning("can't clear away old files: %s", error)
         return count
 
-    def reclaimable_bytes(self, offer: messages.Offer) -> int:
+    def reclaimable_bytes(self, offer: Offer) -> int:
         """Room that `collect` would make if this offer were the current one.
 
         Raises:
@@ -236,7 +237,7 @@ class DeviceStore:
         """Room on the disk."""
         return shutil.disk_usage(self.root).free
 
-    def _of_another_run(self, offer: messages.Offer) -> bool:
+    def _of_another_run(self, offer: Offer) -> bool:
         before = None if self.task is None else self.task.offer
         return before is not None and before.job == offer.job and before.seed != offer.seed
 
@@ -277,7 +278,7 @@ class DeviceStore:
 
     def _load_task(self) -> Task | None:
         body = self._read("offer.json")
-        offer = self._message(body, messages.Offer, "offer.json")
+        offer = self._message(body, Offer, "offer.json")
         if offer is None or body is None:
             return None
         donor = body.get("donor")
@@ -315,7 +316,7 @@ class DeviceStore:
         return message if isinstance(message, kind) else None
 
 
-def _body(message: messages.Offer | messages.Update) -> dict[str, Any]:
+def _body(message: Offer | messages.Update) -> dict[str, Any]:
     body: dict[str, Any] = json.loads(message.to_bytes())
     return body
 

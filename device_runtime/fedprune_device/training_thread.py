@@ -8,7 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from fedprune.wire.messages import Offer, Update
+from fedprune.wire.messages import Update
+from fedprune.wire.offer import Offer
 from fedprune_device.assignment import Report
 from fedprune_device.care import Care
 

@@ -11,7 +11,7 @@ from fedprune.blobs import BlobStore
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.broker_url import tls_context
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune_device.web_fetch import STALL_S, WebFetch
 
 _LOG = logging.getLogger("fedprune.device")

@@ -15,7 +15,7 @@ from fedprune.errors import ProtocolError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune_device.average import averaged, blended
 from fedprune_device.data import LocalData
 from fedprune_device.evaluation import PROBE_SAMPLES

@@ -99,7 +99,7 @@ def _rows(storage: Storage, needs: Inventory) -> Iterator[Finding]:
     if {r["name"] for r in storage.devices()} != set(needs.state.devices):
         yield Finding(Weight.WRONG, f"{storage.url}: the devices are not those of the state", "Restore a backup.")
     last = 0
-    for number, _, _, body in storage.events():
+    for number, _, _, body in storage.log.events():
         if last and number != last + 1:
             yield Finding(Weight.NOTE, f"{storage.url}: the log has nothing between events {last} and {number}")
         if not isinstance(body, dict):

@@ -23,7 +23,7 @@ from fedprune.coordination.state import Progress as Part
 from fedprune.errors import BrokerError
 from fedprune.job import Job
 from fedprune.wire.chunk import MAX_PACKET
-from fedprune.wire.link import ConnectionDown, ConnectionUp, Event
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp, Event
 from fedprune.wire.messages import Finished, Hello
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve

@@ -13,7 +13,8 @@ from fedprune.errors import ProtocolError
 from fedprune.job import Job
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.fields import one_line
-from fedprune.wire.messages import Accepted, Cancelled, Finished, Offer
+from fedprune.wire.messages import Accepted, Cancelled, Finished
+from fedprune.wire.offer import Offer
 from fedprune_server.post import Post
 from fedprune_server.roster import Roster
 from fedprune_server.shipping import Shipping

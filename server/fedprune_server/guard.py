@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedprune.wire.link import Event
+from fedprune.wire.connection_news import Event
 from fedprune.wire.topics import EVERYONE
 from fedprune_server.post import Doubled, ShutOut, Wire
 from fedprune_server.quarantine import Quarantine, Quarantined, Released

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fedprune.coordination.lending import Lending
 from fedprune.errors import BrokerError, ConfigError, ProtocolError
-from fedprune.wire.link import ConnectionDown, ConnectionUp
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Alive, Birth, Death, Gone, Hello, Message, Want, parse
 from fedprune.wire.topics import NO_JOB, Topics
 from fedprune_server.job_desk import Item, JobDesk

@@ -16,8 +16,8 @@ from fedprune.coordination.state import Progress
 from fedprune.errors import ProtocolError
 from fedprune.schedule import SYNCHRONOUS
 from fedprune.strategies import compose
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp, Event
 from fedprune.wire.fields import one_line
-from fedprune.wire.link import ConnectionDown, ConnectionUp, Event
 from fedprune.wire.messages import Birth
 from fedprune_server.daemon import Daemon
 from fedprune_server.post import Doubled, ShutOut, Wire

@@ -13,7 +13,7 @@ from fedprune.errors import ProtocolError
 from fedprune.wire.checked_message import MAX_MESSAGE
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
-from fedprune.wire.link import Event
+from fedprune.wire.connection_news import Event
 from fedprune.wire.messages import FromServer, Gone, Hello, Want
 from fedprune.wire.numbered_wants import NumberedWants, numbered
 from fedprune.wire.topics import Topics

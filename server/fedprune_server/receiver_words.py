@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar, get_args
 
 from fedprune.errors import ProtocolError, shown
 from fedprune.wire import fields as check
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.checked_message import VERSION, CheckedMessage
+from fedprune.wire.checked_message import CheckedMessage, read_checked
 from fedprune.wire.fields import Check
 from fedprune.wire.messages import MAX_WANT, PARTS
 
@@ -240,16 +239,5 @@ def parse_line(raw: bytes) -> ToReceiver | ToServer:
     """
     if len(raw) > MAX_LINE or not raw.endswith(b"\n"):
         raise ProtocolError("line of a pipe", expected=f"at most {MAX_LINE} bytes and its end", got=shown(raw[:80]))
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError("line of a pipe is not JSON", got=shown(raw[:80])) from error
-    kind = body.get("type") if isinstance(body, dict) else None
-    found = _TYPES.get(kind) if isinstance(kind, str) else None
-    if found is None or body.get("v") != VERSION:
-        raise ProtocolError("line of a pipe", expected=", ".join(_TYPES), got=shown(kind))
-    values = {f.name: body[f.name] for f in fields(found) if f.name in body}
-    if len(values) != len(fields(found)):
-        raise ProtocolError(f"{kind}: fields", expected=", ".join(f.name for f in fields(found)), got=", ".join(values))
-    word: ToReceiver | ToServer = found(**values)
+    word: ToReceiver | ToServer = read_checked(raw, "line of a pipe", _TYPES)
     return word

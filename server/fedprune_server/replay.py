@@ -66,7 +66,7 @@ def replay(folder: Path) -> Iterator[Step]:
         FedpruneError: As for a server that is started on the folder.
     """
     with Storage.existing(folder) as storage:
-        known, log = storage.settings(), storage.events()
+        known, log = storage.settings(), storage.log.events()
         first = next(log, None)
         if known is None or first is None:
             raise StorageError(f"{folder} holds no job with a log", hint="Has a server been started on it?")

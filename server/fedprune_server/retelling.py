@@ -39,7 +39,7 @@ def retold(folder: Path, storage: Storage, needs: Inventory) -> Iterator[Finding
         Where the log ends elsewhere than the job: wrong where all settings are known to have stayed the same (an
         archived job), a note else.
     """
-    log = storage.events()
+    log = storage.log.events()
     first = next(log, None)
     if first is None or first[0] != 1:
         at = "is empty" if first is None else f"begins with event {first[0]}"

@@ -20,7 +20,7 @@ from fedprune.trust.correspondence import Opener, Sealer
 from fedprune.trust.envelope import unseal
 from fedprune.trust.keys import VerifyingKey
 from fedprune.wire.complaints import Complaints
-from fedprune.wire.link import ConnectionUp, Event
+from fedprune.wire.connection_news import ConnectionUp, Event
 from fedprune.wire.messages import Birth, Death, Hello, parse
 from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.identity_folder import IdentityFolder

@@ -36,7 +36,7 @@ from fedprune_server.round_notes import Notary
 from fedprune_server.simulation_state import Item, Left, SimulationState, Trained, held
 from fedprune_server.trainers import ONNXRUNTIME
 from fedprune_server.uploads import UPDATE_BOUND, UPDATE_SIZE, misfit
-from fedprune_server.virtual_device import BLOBS, Bench
+from fedprune_server.virtual_device import Bench, pulls
 from fedprune_server.weather import ALWAYS
 from fedprune_server.worker import Worker
 
@@ -280,10 +280,7 @@ class Simulation:
         if UPDATE_BOUND in command.offer:
             run.bounds[name] = int(command.offer[UPDATE_BOUND])
         device, held = self._devices[name], run.held.get(name, [])
-        refs = [command.offer[k] for k in (*BLOBS, "mask", "moved") if command.offer.get(k)]
-        pulled, coded = {r["sha256"]: int(r["size"]) for r in refs}, command.offer.get("coded")
-        if coded and command.offer.get("held", coded["sha256"]) in (*held, coded["sha256"]):
-            pulled[command.offer["weights"]["sha256"]] = int(coded["size"])  # which it decodes
+        pulled = pulls(command.offer, held)
         size = sum(n for sha256, n in pulled.items() if sha256 not in held)
         run.held[name] = list(pulled)
         run.down += size

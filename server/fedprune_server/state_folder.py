@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import math
-import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,16 +26,16 @@ from fedprune_server.config import ServerConfig, with_stored, without_password
 from fedprune_server.database import check_url, shown
 from fedprune_server.database_place import keep as keep_place
 from fedprune_server.database_place import url_of
+from fedprune_server.folder_lock import folder_lock
 from fedprune_server.garbage import kept_models, sweep
 from fedprune_server.lease import Lease
 from fedprune_server.own_samples import load_calibration, load_evaluation
-from fedprune_server.storage import LOCK, Storage
+from fedprune_server.storage import Storage
 from fedprune_server.worker import Worker
 
 log = logging.getLogger("fedprune.server")
 
 MODEL = "model.onnx"
-_LOCK_PATIENCE_S = 3.0
 
 
 @dataclass
@@ -86,7 +83,7 @@ class StateFolder:
         with storage_errors(f"can't use state folder {path}"):
             path.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            stack.callback(os.close, _take_lock(path, standby=standby))
+            stack.enter_context(folder_lock(path, standby=standby))
             self._database = url_of(path, database)
             if database is not None:
                 self._check_moved()
@@ -132,7 +129,7 @@ class StateFolder:
             ConfigError: As `open_job`; so do ModelError, DataError and StorageError.
         """
         if config.archive:
-            self.storage.logged = 0
+            self.storage.log.least = 0
         known, state = self.storage.settings(), self.storage.load()
         if known is not None:
             self._check_name(config, known, state)
@@ -281,46 +278,6 @@ class StateFolder:
         if known != {digest} or not state.architecture:
             state.architecture = digest
             self.storage.save(state, (), time.time())
-
-
-def _take_lock(path: Path, *, standby: bool = False) -> int:
-    """The descriptor of a folder's lock, held."""
-    with storage_errors(f"can't use state folder {path}"):
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    until = time.monotonic() + (math.inf if standby else _LOCK_PATIENCE_S)
-    said = False
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return descriptor
-            except OSError as error:
-                # A server that was killed a moment ago may still have a child that holds the file open.
-                if time.monotonic() > until:
-                    raise StorageError(
-                        f"another server runs on {path}", hint="Stop it, or give another --state folder."
-                    ) from error
-                if standby and not said:
-                    log.info("standing by: another server runs on %s", path)
-                    said = True
-            time.sleep(0.1)
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
-@contextmanager
-def folder_lock(path: Path) -> Iterator[None]:
-    """Keep servers off a state folder.
-
-    Raises:
-        StorageError: One runs on it, or it can't be used.
-    """
-    descriptor = _take_lock(path)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def stored_config(folder: Path, config: ServerConfig, chosen: Mapping[str, Any]) -> ServerConfig:

@@ -10,12 +10,13 @@ from typing import Any
 from fedprune.coordination import Phase, State
 from fedprune.disk import held
 from fedprune_server.database_place import FILE, kept
+from fedprune_server.folder_lock import LOCK
 from fedprune_server.foresight import Compared, compared, described
 from fedprune_server.further_folders import folders
 from fedprune_server.identity_folder import FOLDER, IdentityFolder
 from fedprune_server.identity_store import REVOKED
 from fedprune_server.quarantine import read_rows
-from fedprune_server.storage import LOCK, Storage
+from fedprune_server.storage import Storage
 from fedprune_server.table import metric_texts
 
 _NOT_BEGUN = "not begun"
@@ -65,7 +66,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
     with Storage.existing(folder) as storage:
         settings, state, rows = storage.settings(), storage.load(), storage.devices()
         outsiders = storage.outsiders()
-        last, seen = (None, {}) if running else storage.heard()
+        last, seen = (None, {}) if running else storage.log.heard()
     revoked, misbehaved = _revoked(identity or folder), read_rows(identity or folder)
     known = {row["name"] for row in rows}
     rows += [_outsider(name, body) for name, body in outsiders.items() if name not in known]

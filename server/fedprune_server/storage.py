@@ -6,7 +6,6 @@ out. Whatever was done was therefore remembered first, and what was remembered c
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,10 +25,10 @@ from fedprune.disk import storage_errors
 from fedprune.errors import StorageError
 from fedprune_server.database import Database, mark, put_mark
 from fedprune_server.database_place import FILE, PLACE, url_of
+from fedprune_server.event_log import LOGGED_EVENTS, EventLog
 from fedprune_server.roll_table import RollTable
 from fedprune_server.schema import (
     DEVICES,
-    EVENTS,
     META,
     ROUNDS,
     TASKS,
@@ -44,14 +43,6 @@ from fedprune_server.schema_migration import latest, migrate, revision
 log = logging.getLogger("fedprune.server")
 
 FORMAT = "fedprune.server/2"
-LOCK = "lock"
-"""Held by the server that runs on the folder."""
-
-_FROM_DEVICES = ("DeviceBorn", "DeviceDied", "UpdateAnnounced", "UpdateStored", "OfferRefused")
-_PRUNE_EVERY, _PAGE = 500, 1000
-LOGGED_EVENTS = 50_000
-"""Events that the log keeps at least; older ones are deleted from time to time."""
-
 PARTS_KEPT = 50_000
 """Devices' parts in finished rounds that a running server keeps in memory; all of them are in the database."""
 
@@ -86,6 +77,7 @@ class Storage:
     Attributes:
         url: The same without a password, for messages.
         database: The connection to it.
+        log: All events.
 
     Raises:
         StorageError: The database is damaged, of another version or can't be opened.
@@ -93,7 +85,6 @@ class Storage:
     """
 
     def __init__(self, url: str, *, create: bool = True, logged: int = LOGGED_EVENTS) -> None:
-        self.logged = logged
         self._saved: State | None = None
         self._saved_state = ""
         self._saved_rounds = 0
@@ -102,6 +93,7 @@ class Storage:
         self._saved_outsiders: dict[str, Any] = {}
         self.database = Database(url, read_only=not create)
         self.url = self.database.url
+        self.log = EventLog(self.database, logged)
         self._engine = self.database.engine
         try:
             with self._transaction() as connection:
@@ -269,7 +261,7 @@ class Storage:
         if written:
             with self._writing() as connection:
                 self._put_meta(connection, "state", body)
-                self._log(connection, events, now)
+                self.log.write(connection, events, now)
                 self._devices.write(connection, devices)
                 self._tasks.write(connection, tasks)
                 self._count(connection, {n: t for n, t in (traffic or {}).items() if n in state.devices})
@@ -287,23 +279,6 @@ class Storage:
             query = DEVICES.update().where(DEVICES.c.name == sql.bindparam("_name"))
             query = query.values(bytes_down=sql.bindparam("_down"), bytes_up=sql.bindparam("_up"))
             connection.execute(query, [{"_name": n, "_down": d, "_up": u} for n, (d, u) in traffic.items()])
-
-    def _log(self, connection: sql.Connection, events: Sequence[Event], now: float) -> None:
-        rows = [
-            {
-                "at": now,
-                "type": type(event).__name__,
-                "body": json.dumps(vars(event), sort_keys=True, separators=(",", ":"), default=vars),
-            }
-            for event in events
-        ]
-        if not rows:
-            return
-        connection.execute(EVENTS.insert(), rows)
-        number = int(connection.execute(sql.select(sql.func.max(EVENTS.c.number))).scalar() or 0)
-        every = min(_PRUNE_EVERY, self.logged) if self.logged else 0
-        if every and number // every > (number - len(rows)) // every:
-            connection.execute(EVENTS.delete().where(EVENTS.c.number <= number - number % every - self.logged))
 
     def load(self) -> State | None:
         """The state that was saved last, or None for a new database.
@@ -342,24 +317,6 @@ class Storage:
     def traffic(self) -> dict[str, tuple[int, int]]:
         """Bytes by device, as saved last."""
         return {r["name"]: (int(r["bytes_down"]), int(r["bytes_up"])) for r in self.devices()}
-
-    def events(self, after: int = 0) -> Iterator[tuple[int, float, str, dict[str, Any]]]:
-        """The log: number, time, type and body of every event with a higher number than `after`."""
-        query = sql.select(EVENTS).order_by(EVENTS.c.number).limit(_PAGE)
-        rows: Sequence[Any] = [(after,)]
-        while rows:  # page by page: a long job's log is more than memory should hold
-            with self._transaction() as connection:
-                rows = connection.execute(query.where(EVENTS.c.number > rows[-1][0])).all()
-            yield from ((number, at, kind, decoded(body, self.url)) for number, at, kind, body in rows)
-
-    def heard(self) -> tuple[float | None, dict[str, float]]:
-        """When the log's last event was, and the last that each device caused, in seconds since 1970."""
-        last, devices = None, dict[str, float]()
-        for _, at, kind, body in self.events():
-            last = at
-            if kind in _FROM_DEVICES and isinstance(body.get("device"), str):
-                devices[body["device"]] = at
-        return last, devices
 
     def _check(self, connection: sql.Connection) -> None:
         if connection.dialect.name == "sqlite":

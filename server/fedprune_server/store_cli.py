@@ -48,10 +48,9 @@ def _check(arguments: argparse.Namespace) -> int:
     from fedprune.disk import held
     from fedprune_server.checkup import check, size_of
     from fedprune_server.finding import Finding, Weight
+    from fedprune_server.folder_lock import LOCK, folder_lock
     from fedprune_server.further_folders import folders
     from fedprune_server.shown_bytes import shown_bytes
-    from fedprune_server.state_folder import folder_lock
-    from fedprune_server.storage import LOCK
     from fedprune_server.store_repair import repair
 
     folder: Path = arguments.state

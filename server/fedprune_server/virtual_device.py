@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -23,18 +23,32 @@ from fedprune.prediction import predict
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune_device.assignment import MEASURED, LoadedTrainer, Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.own import OwnInMemory
 from fedprune_device.slots import Slots
 from fedprune_server.uploads import sent
 
-BLOBS = ("weights", "training", "inference")
+_BLOBS = ("weights", "training", "inference")
 """Entries of an offer that refer to blobs."""
 
 _JOB = "simulation"
 """The job's name in offers that nobody sees."""
+
+
+def pulls(offer: Mapping[str, Any], held: Collection[str]) -> dict[str, int]:
+    """What a board needs for an offer: bytes on its way to it, by the digest of what it has then.
+
+    Args:
+        offer: The offer's entries.
+        held: What the board holds already; weights that it can decode with that are as short as they come.
+    """
+    refs = [offer[k] for k in (*_BLOBS, "mask", "moved") if offer.get(k)]
+    pulled, coded = {r["sha256"]: int(r["size"]) for r in refs}, offer.get("coded")
+    if coded and offer.get("held", coded["sha256"]) in (*held, coded["sha256"]):
+        pulled[offer["weights"]["sha256"]] = int(coded["size"])
+    return pulled
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,8 @@ from fedprune.errors import ExitCode, StorageFullError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.messages import (
-    Birth,
-    Cancelled,
-    Death,
-    Finished,
-    Gone,
-    Hello,
-    Offer,
-    Progress,
-    Refusal,
-    Update,
-    Want,
-)
+from fedprune.wire.messages import Birth, Cancelled, Death, Finished, Gone, Hello, Progress, Refusal, Update, Want
+from fedprune.wire.offer import Offer
 from fedprune_device.agent import Agent
 from fedprune_device.data import LocalData
 from fedprune_device.own import OwnFolder

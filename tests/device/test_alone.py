@@ -21,7 +21,8 @@ from fedprune import tensorfile
 from fedprune.errors import FedpruneError, StorageFullError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
-from fedprune.wire.messages import Offer, Update
+from fedprune.wire.messages import Update
+from fedprune.wire.offer import Offer
 from fedprune_device import alone
 from fedprune_device.agent import Agent
 from fedprune_device.alone import Alone

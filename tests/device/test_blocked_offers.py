@@ -17,7 +17,8 @@ from fedprune.errors import ConfigError, ModelError, TrainingError
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.messages import Offer, Progress, Refusal, Update, Want
+from fedprune.wire.messages import Progress, Refusal, Update, Want
+from fedprune.wire.offer import Offer
 from fedprune_device import step_choice
 from fedprune_device.agent import Agent
 from fedprune_device.alone import Alone

@@ -21,7 +21,7 @@ from fedprune.errors import ConfigError, StorageFullError
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune_device.acceptance import check_offer
 from fedprune_device.assignment import DamagedBlobError, Workbench
 from fedprune_device.data import LocalData

@@ -13,7 +13,8 @@ from memory_fleet import MemoryLink, MemoryServer, clock
 from fedprune import tensorfile
 from fedprune.codec import Codec, weights
 from fedprune.selection import Tensors
-from fedprune.wire.messages import Finished, Hello, Offer, Refusal, Want
+from fedprune.wire.messages import Finished, Hello, Refusal, Want
+from fedprune.wire.offer import Offer
 from fedprune_device.agent import Agent
 from fedprune_device.data import LocalData
 from fedprune_device.store import DeviceStore

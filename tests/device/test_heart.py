@@ -10,7 +10,7 @@ from power import power
 from runtime_releases import OUTSIDE, PUBLIC, make_release, source
 
 from fedprune.errors import RuntimeUnavailableError
-from fedprune.wire.link import ConnectionDown, ConnectionUp
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune_device.predictor import Predictor
 from fedprune_device.runtime.heart import Heart
 from fedprune_device.runtime.home import Home

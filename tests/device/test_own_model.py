@@ -23,7 +23,7 @@ from fedprune.errors import StorageError
 from fedprune.ordered_dropout import TensorAxes
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune_device import durable
 from fedprune_device.average import averaged, blended
 from fedprune_device.calibration import measured

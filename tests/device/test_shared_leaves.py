@@ -16,7 +16,7 @@ from fedprune.blobs import BlobStore
 from fedprune.errors import StorageError
 from fedprune.wire.blob_ref import LEAF, BlobRef
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune.wire.transfer import Pull, Serve
 from fedprune_device.shared_leaves import SharedLeaves
 from fedprune_device.store import DeviceStore

@@ -19,7 +19,8 @@ from fedprune.recipe import Recipe
 from fedprune.slabs import slab
 from fedprune.wire.blob_ref import LEAF, BlobRef, leaf_table
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Gone, Offer, Want
+from fedprune.wire.messages import Gone, Want
+from fedprune.wire.offer import Offer
 from fedprune.wire.transfer import PATIENCE, Serve
 from fedprune_device.acceptance import same_work, slabs_fit
 from fedprune_device.downloads import Downloads

@@ -14,7 +14,8 @@ from power import power
 from fedprune import tensorfile
 from fedprune.errors import ModelError, StorageError, StorageFullError
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.messages import Offer, Update
+from fedprune.wire.messages import Update
+from fedprune.wire.offer import Offer
 from fedprune_device import durable
 from fedprune_device.owner import Owner
 from fedprune_device.slots import Serving, Slots

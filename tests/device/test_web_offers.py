@@ -17,7 +17,8 @@ from fedprune import tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
-from fedprune.wire.messages import Cancelled, Offer, Refusal, Update, Want
+from fedprune.wire.messages import Cancelled, Refusal, Update, Want
+from fedprune.wire.offer import Offer
 from fedprune_device import web_fetch
 from fedprune_device.agent import Agent
 from fedprune_device.data import LocalData

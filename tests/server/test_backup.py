@@ -72,7 +72,7 @@ def saved(state: Path) -> State:
 
 def rows(state: Path) -> tuple[object, ...]:
     with Storage.existing(state) as storage:
-        return storage.settings(), storage.load(), storage.devices(), list(storage.events()), storage.outsiders()
+        return storage.settings(), storage.load(), storage.devices(), list(storage.log.events()), storage.outsiders()
 
 
 def wrong(state: Path) -> list[str]:

@@ -19,7 +19,8 @@ from fedprune.blobs import BlobStore
 from fedprune.errors import BrokerError
 from fedprune.wire import link as link_module
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.link import ConnectionDown, ConnectionUp, Link
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
+from fedprune.wire.link import Link
 from fedprune.wire.messages import Want, parse
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve

@@ -22,7 +22,8 @@ from fedprune.job import Job
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.messages import Birth, Offer, parse
+from fedprune.wire.messages import Birth, parse
+from fedprune.wire.offer import Offer
 from fedprune_device.decoding import decoded
 from fedprune_device.trainer import Trainer
 from fedprune_export.imported import Model

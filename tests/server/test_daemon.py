@@ -21,19 +21,9 @@ from fedprune.coordination.state import Task
 from fedprune.errors import ModelError, ProtocolError, StorageError, StorageFullError
 from fedprune.profile_store import find
 from fedprune.wire.blob_ref import BlobRef
-from fedprune.wire.link import ConnectionUp
-from fedprune.wire.messages import (
-    Accepted,
-    Birth,
-    Cancelled,
-    Finished,
-    Gone,
-    Offer,
-    Progress,
-    Refusal,
-    Update,
-    Want,
-)
+from fedprune.wire.connection_news import ConnectionUp
+from fedprune.wire.messages import Accepted, Birth, Cancelled, Finished, Gone, Progress, Refusal, Update, Want
+from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune_server.garbage import sweep
 from fedprune_server.offers import GRAPH_ROUNDS
@@ -96,7 +86,7 @@ def test_an_update_that_is_said_again_while_it_is_fetched_is_no_event(fleet: Fle
 
     device.hear = eager  # type: ignore[method-assign]
     fleet.run()
-    events = [body["device"] for _, _, kind, body in Storage.at(fleet.folder).events() if kind == "UpdateAnnounced"]
+    events = [body["device"] for _, _, kind, body in Storage.at(fleet.folder).log.events() if kind == "UpdateAnnounced"]
     assert len(said) >= 3
     assert events.count("a") == 3
 
@@ -721,6 +711,6 @@ def test_a_missing_blob_ends_the_daemon_with_an_error_that_names_it(fleet: Fleet
 
 def test_the_database_says_what_happened(fleet: Fleet) -> None:
     fleet.run()
-    kinds = [kind for _, _, kind, _ in Storage.at(fleet.folder).events()]
+    kinds = [kind for _, _, kind, _ in Storage.at(fleet.folder).log.events()]
     assert kinds.count("UpdateStored") == 9
     assert kinds.count("Evaluated") == 3

@@ -12,8 +12,9 @@ from several import KilledError, SeveralJobs, named
 
 from fedprune.coordination import Phase, State
 from fedprune.errors import ConfigError
-from fedprune.wire.link import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Cancelled, Finished, Offer, Update
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
+from fedprune.wire.messages import Cancelled, Finished, Update
+from fedprune.wire.offer import Offer
 from fedprune_server import host as host_module
 from fedprune_server.config import ServerConfig
 from fedprune_server.further_jobs import further

@@ -72,7 +72,7 @@ def test_reports_of_strangers_leave_nothing_behind(fleet: Fleet) -> None:
     ):
         daemon._take((up, message.to_bytes()))
     assert daemon.snapshot().rows == ()
-    assert list(fleet.storage.events()) == []
+    assert list(fleet.storage.log.events()) == []
 
 
 SHORT = st.integers(0, 4)

@@ -32,7 +32,7 @@ def save(folder: StateFolder, number: int) -> None:
 
 
 def rounds(storage: Storage) -> list[int]:
-    return [body["round"] for _, _, _, body in storage.events()]
+    return [body["round"] for _, _, _, body in storage.log.events()]
 
 
 def row(storage: Storage) -> dict[str, object]:

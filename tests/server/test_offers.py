@@ -17,7 +17,7 @@ from fedprune.precision import graphs_of, unpacked
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune.strategies.roles import Submodel
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune_device.assignment import Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.lowering import Lowering

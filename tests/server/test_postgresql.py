@@ -52,7 +52,7 @@ def test_a_state_comes_back_as_it_was(storage: Storage) -> None:
         assert other.outsiders() == {"x": {"excluded": "no profile", "session": 2}}
         assert other.traffic()["a"] == (7, 8)
         assert other.devices()[0]["online"] is True
-        assert other.heard() == (1.0, {"a": 1.0})
+        assert other.log.heard() == (1.0, {"a": 1.0})
 
 
 @settings(max_examples=10, deadline=None)
@@ -73,7 +73,7 @@ def test_what_is_saved_step_by_step_is_what_was_there_last(
             storage.save(state, [event], 0.0)
         with again(storage) as other:
             assert other.load() == state
-            assert len(list(other.events())) == changes
+            assert len(list(other.log.events())) == changes
 
 
 def test_the_log_keeps_only_the_latest_events(postgres: Postgres) -> None:
@@ -82,7 +82,7 @@ def test_the_log_keeps_only_the_latest_events(postgres: Postgres) -> None:
         for number in range(100):
             state.round = number
             storage.save(state, [on.Scored(number, "r" * 64)], float(number))
-        assert [body["round"] for _, _, _, body in storage.events()] == list(range(80, 100))
+        assert [body["round"] for _, _, _, body in storage.log.events()] == list(range(80, 100))
 
 
 def test_whoever_only_looks_can_not_write(storage: Storage) -> None:
@@ -152,7 +152,7 @@ def test_a_killed_database_loses_nothing_and_the_server_waits_for_it(own_postgre
                 threading.Timer(1.0, own_postgres.start).start()
             storage.save(state, [on.Scored(number, "r" * 64)], float(number))
         assert storage.load() == state
-        assert [body["round"] for _, _, _, body in storage.events()] == list(range(1, 31))
+        assert [body["round"] for _, _, _, body in storage.log.events()] == list(range(1, 31))
 
 
 def test_a_database_that_stays_away_is_one_error(own_postgres: Postgres) -> None:
@@ -166,7 +166,7 @@ def test_a_database_that_stays_away_is_one_error(own_postgres: Postgres) -> None
             storage.save(state, [on.Scored(1, "r" * 64)], 1.0)
         own_postgres.start()
         storage.save(state, [on.Scored(1, "r" * 64)], 2.0)
-        assert [at for _, at, _, _ in storage.events()] == [2.0]
+        assert [at for _, at, _, _ in storage.log.events()] == [2.0]
 
 
 class Cutting:
@@ -239,7 +239,7 @@ def test_an_event_is_saved_once_where_the_commits_answer_is_lost(postgres: Postg
             assert relay.cuts == 0
     with Storage(url) as storage:
         assert storage.load() == state
-        assert [body["round"] for _, _, _, body in storage.events()] == list(range(3, 8))
+        assert [body["round"] for _, _, _, body in storage.log.events()] == list(range(3, 8))
 
 
 # A state folder whose database is elsewhere.

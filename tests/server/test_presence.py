@@ -13,7 +13,7 @@ from fleet import Fleet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.wire.link import ConnectionUp
+from fedprune.wire.connection_news import ConnectionUp
 from fedprune.wire.messages import Alive, Hello
 from fedprune_server import daemon as daemon_module
 from fedprune_server.presence import ANSWER_S, QUIET_S, Presence

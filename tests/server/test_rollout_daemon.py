@@ -15,7 +15,7 @@ from fedprune.coordination.rollout import Fate, Rollout, RolloutPhase, RolloutPl
 from fedprune.release import FILES, Release, read_release
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.link import ConnectionDown
+from fedprune.wire.connection_news import ConnectionDown
 from fedprune.wire.messages import Gone, Want, parse
 from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, ReleaseOffer, ReleaseReport
 from fedprune.wire.transfer import Pull

@@ -18,7 +18,8 @@ from fedprune.coordination.pace import PARTS, SILENT, SLOW
 from fedprune.job import Job
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
-from fedprune.wire.messages import Cancelled, Offer, Progress
+from fedprune.wire.messages import Cancelled, Progress
+from fedprune.wire.offer import Offer
 from fedprune_export.importing import import_onnx
 from fedprune_server.digits import deal, digits_model
 from fedprune_server.experiment import Experiment
@@ -129,7 +130,7 @@ def test_reports_are_told_of_once_for_every_tenth_and_only_where_they_decide(tmp
     for pace, most in ((0.0, 0), (2.0, PARTS + 1)):
         fleet = fleet_of(tmp_path / str(pace), rounds=1, pace=pace)
         run(fleet, *(Slow(fleet, n, 40.0) for n in NAMES))
-        kinds = [(k, b.get("device")) for _, _, k, b in fleet.storage.events()]
+        kinds = [(k, b.get("device")) for _, _, k, b in fleet.storage.log.events()]
         assert kinds.count(("Progressed", "a")) <= most
         assert bool(kinds.count(("Progressed", "a"))) == bool(most)
 

@@ -104,7 +104,7 @@ def test_a_first_versions_database_gets_them_too(first: str) -> None:
 
 def test_a_job_goes_on_where_the_first_version_left_it(first: str) -> None:
     with Storage(first) as storage:
-        state, events = storage.load(), list(storage.events())
+        state, events = storage.load(), list(storage.log.events())
         assert state is not None
         rows = first_rows()
         old = json.loads(str(next(r["value"] for t, r in rows if t == "meta" and r["key"] == "state")))
@@ -120,7 +120,7 @@ def test_a_job_goes_on_where_the_first_version_left_it(first: str) -> None:
         state.round += 1
         storage.save(state, [on.DeviceBorn("z", 1, {"name": "board"}, 10)], 9.0)
         assert storage.load() == state
-        assert [n for n, _, _, _ in storage.events()] == [1, 2]
+        assert [n for n, _, _, _ in storage.log.events()] == [1, 2]
 
 
 def test_the_file_is_laid_aside_before_it_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from fedprune.errors import StorageError
 from fedprune.trust.claim import Claim
 from fedprune.trust.device_identity import DeviceIdentity
 from fedprune.trust.trusted_time import BUILT
+from fedprune.wire.connection_news import ConnectionUp, Event
 from fedprune.wire.join_messages import APPROVED, JoinAnswer
-from fedprune.wire.link import ConnectionUp, Event
 from fedprune.wire.messages import Birth, Death, Finished, Hello, Progress, parse
 from fedprune.wire.topics import Topics
 from fedprune_device import signed_link as device_side

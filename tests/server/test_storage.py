@@ -57,7 +57,7 @@ def test_what_is_saved_step_by_step_is_what_was_there_last(
             storage.save(state, [event], 0.0)
     with Storage.at(folder) as storage:
         assert storage.load() == state
-        assert len(list(storage.events())) == changes
+        assert len(list(storage.log.events())) == changes
 
 
 @settings(max_examples=15, deadline=None)
@@ -77,7 +77,7 @@ def test_events_may_be_saved_by_the_handful(tmp_path_factory: pytest.TempPathFac
             with Storage.at(folder) as other:
                 assert other.load() == state
         assert not storage.save(state, [on.Ticked()], 2.0)
-        assert [kind for _, _, kind, _ in storage.events()] == [type(e).__name__ for e in TO_THE_SECOND_ROUND]
+        assert [kind for _, _, kind, _ in storage.log.events()] == [type(e).__name__ for e in TO_THE_SECOND_ROUND]
 
 
 def test_a_state_in_another_ones_place_leaves_nothing_of_it(storage: Storage, tmp_path: Path) -> None:
@@ -118,41 +118,11 @@ def test_devices_can_be_queried(storage: Storage) -> None:
     assert (row["name"], row["profile"], row["widths"], row["bytes_down"], row["bytes_up"]) == ("a", "board", [4], 7, 8)
 
 
-def test_events_are_kept_in_order_with_their_time(storage: Storage) -> None:
-    state = State(model="m" * 64)
-    coordinator = Coordinator(replace(JOB, devices=9), ARCHITECTURE, state)
-    for number, name in enumerate("cab"):
-        coordinator.handle(born(name), float(number))
-        storage.save(state, [born(name)], float(number))
-    assert [(at, kind, body["device"]) for _, at, kind, body in storage.events()] == [
-        (0.0, "DeviceBorn", "c"),
-        (1.0, "DeviceBorn", "a"),
-        (2.0, "DeviceBorn", "b"),
-    ]
-
-
-def test_the_log_is_read_page_by_page(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = State(model="m" * 64)
-    for number in range(1, 8):
-        state.round = number
-        storage.save(state, [on.Scored(number, "r" * 64)], float(number))
-    whole = list(storage.events())
-    asked: list[int] = []
-    transaction = storage._transaction
-    monkeypatch.setattr(storage, "_transaction", lambda: asked.append(1) or transaction())
-    for page in (1, 3, 7):
-        monkeypatch.setattr("fedprune_server.storage._PAGE", page)
-        asked.clear()
-        assert list(storage.events()) == whole
-        assert len(asked) == 7 // page + 1 + (7 % page > 0)
-    assert list(storage.events(after=5)) == whole[5:]
-
-
 def test_an_event_that_changed_nothing_costs_no_write(storage: Storage) -> None:
     state = filled()
     storage.save(state, [born("a")], 1.0, {"a": (1, 1)})
     storage.save(state, [on.UpdateAnnounced("a", 1, 1, "w" * 64, {}, 10, 5)], 2.0, {"a": (1, 900)})
-    assert [kind for _, _, kind, _ in storage.events()] == ["DeviceBorn"]
+    assert [kind for _, _, kind, _ in storage.log.events()] == ["DeviceBorn"]
 
 
 def test_bytes_are_written_with_the_next_change(storage: Storage) -> None:
@@ -161,16 +131,6 @@ def test_bytes_are_written_with_the_next_change(storage: Storage) -> None:
     state.devices["b"].online = False
     storage.save(state, [on.DeviceDied("b", 1)], 2.0, {"a": (1, 900)})
     assert storage.traffic()["a"] == (1, 900)
-
-
-def test_the_log_keeps_only_the_latest_events(tmp_path: Path) -> None:
-    state = State(model="m" * 64)
-    with Storage(f"sqlite:///{tmp_path / FILE}", logged=20) as storage:
-        for number in range(100):
-            state.round = number
-            storage.save(state, [on.Scored(number, "r" * 64)], float(number))
-        numbers = [body["round"] for _, _, _, body in storage.events()]
-    assert numbers == list(range(80, 100))
 
 
 def test_settings_come_back(storage: Storage, tmp_path: Path) -> None:
@@ -190,7 +150,7 @@ def test_a_killed_transaction_leaves_what_was_before(tmp_path: Path) -> None:
     connection.close()  # without a commit: what a kill leaves
     with Storage.at(tmp_path) as storage:
         assert storage.load() == before
-        assert len(list(storage.events())) == 1
+        assert len(list(storage.log.events())) == 1
 
 
 def test_every_commit_waits_for_the_disk(storage: Storage) -> None:

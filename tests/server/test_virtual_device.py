@@ -13,12 +13,12 @@ from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, DataError, ModelError
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune_device.assignment import MEASURED, Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.slots import Slots
 from fedprune_device.store import DeviceStore
-from fedprune_server.virtual_device import Bench, VirtualDevice
+from fedprune_server.virtual_device import Bench, VirtualDevice, pulls
 
 GRAPHS = Path(__file__).parents[1] / "device" / "graphs"
 RNG = np.random.default_rng(5)
@@ -132,3 +132,16 @@ def test_nothing_is_kept_where_nothing_is_asked_for(store, offer, tmp_path):
     bench = Bench(store, tmp_path / "scratch")
     bench.carry_out(DEVICE, offer, 1)
     assert bench.boards == {}
+
+
+def test_weights_that_a_board_can_decode_come_encoded():
+    def ref(letter, size):
+        return {"sha256": 64 * letter, "size": size}
+
+    offer = {"weights": ref("a", 100), "training": ref("b", 10), "inference": ref("c", 1), "mask": None}
+    whole = {64 * "a": 100, 64 * "b": 10, 64 * "c": 1}
+    coded = {**offer, "coded": ref("d", 7), "held": 64 * "e"}
+    assert pulls(offer, ()) == pulls(coded, ()) == whole
+    assert pulls(coded, [64 * "e"]) == {**whole, 64 * "a": 7}
+    assert pulls({**offer, "coded": ref("d", 7)}, ()) == {**whole, 64 * "a": 7}  # the difference to 0
+    assert pulls({**offer, "moved": ref("f", 3)}, ()) == {**whole, 64 * "f": 3}

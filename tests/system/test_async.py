@@ -153,4 +153,4 @@ def change_a_model(path: Path) -> None:
 
 def first_update(site: Site) -> str:
     with Storage.existing(site.state) as storage:
-        return str(next(body["weights"] for _, _, kind, body in storage.events() if kind == "UpdateStored"))
+        return str(next(body["weights"] for _, _, kind, body in storage.log.events() if kind == "UpdateStored"))

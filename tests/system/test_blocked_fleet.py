@@ -25,7 +25,7 @@ from fedprune.job import Job
 from fedprune.probe_report import ProbeReport
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
-from fedprune.wire.link import ConnectionUp
+from fedprune.wire.connection_news import ConnectionUp
 from fedprune.wire.messages import Refusal, Want, parse
 from fedprune.wire.topics import Topics
 from fedprune_device.agent import Agent

@@ -13,7 +13,8 @@ from fedprune.architecture import widths_at
 from fedprune.chance import keyed
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
-from fedprune.wire.messages import Offer, Update
+from fedprune.wire.messages import Update
+from fedprune.wire.offer import Offer
 from fedprune_device.assignment import Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.predictor import Predictor

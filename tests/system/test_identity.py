@@ -19,7 +19,8 @@ from fedprune.trust.envelope import HEADER, seal
 from fedprune.trust.keys import SigningKey
 from fedprune.trust.tls import unpinned_context
 from fedprune.wire.link import Link
-from fedprune.wire.messages import Finished, Offer, Update, parse
+from fedprune.wire.messages import Finished, Update, parse
+from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune_device import cli as device_cli
 from fedprune_server import cli as server_cli

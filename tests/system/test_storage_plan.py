@@ -10,7 +10,7 @@ from fedprune.blobs import BlobStore
 from fedprune.costs import costs_at, storage_bytes
 from fedprune.errors import PlanError
 from fedprune.recipe import Recipe
-from fedprune.wire.messages import Offer
+from fedprune.wire.offer import Offer
 from fedprune_device.acceptance import check_offer
 from fedprune_device.store import DeviceStore
 from fedprune_export.importing import export_torch, import_onnx

@@ -17,7 +17,8 @@ from fedprune.errors import BrokerError, ConfigError
 from fedprune.wire import link as link_module
 from fedprune.wire import unsent
 from fedprune.wire.broker_url import BrokerUrl, tls_context
-from fedprune.wire.link import ConnectionDown, ConnectionUp, Link
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
+from fedprune.wire.link import Link
 
 Start = Callable[..., Any]
 

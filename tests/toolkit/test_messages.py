@@ -27,13 +27,13 @@ from fedprune.wire.messages import (
     JoinAnswer,
     JoinRequest,
     Message,
-    Offer,
     Progress,
     Refusal,
     Update,
     Want,
     parse,
 )
+from fedprune.wire.offer import Offer
 from fedprune.wire.release_messages import STATES, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
 
 pytestmark = pytest.mark.board
@@ -165,37 +165,6 @@ def test_what_older_peers_do_not_know_is_left_out_where_there_is_none() -> None:
     birth = Birth("d", 1, "p", 10, "s")
     assert not {"codecs", "abilities"} & json.loads(birth.to_bytes()).keys()
     assert "to" not in json.loads(Want(DIGEST, "data", 0, 4).to_bytes())
-
-
-def test_an_address_of_blobs_is_checked_and_comes_in_one_form() -> None:
-    plain = Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, {})
-    told = parse(altered(plain, blobs_at="https://Models.example:443/lab/"))
-    assert told == replace(plain, blobs_at="https://models.example/lab")
-    for wrong in ("http://models.example", "https://models.example?x", 7, ""):
-        with pytest.raises(ProtocolError, match="offer: field blobs_at"):
-            parse(altered(plain, blobs_at=wrong))
-
-
-def test_of_graphs_in_blocks_the_one_that_is_left_is_pulled() -> None:
-    other = BlobRef("3" * 64, 9, "4" * 64)
-    plain = Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, {})
-    blocked = replace(plain, blocked={"16": other})
-    assert parse(blocked.to_bytes()) == blocked
-    assert (plain.graphs, blocked.graphs) == ((REF, REF), (REF, REF, other))
-    assert other in blocked.blobs()
-    with pytest.raises(ProtocolError, match="blocked"):
-        parse(altered(plain, blocked={str(i): REF.to_dict() for i in range(9)}))
-
-
-def test_slabs_are_a_list_of_blobs_and_pulled_in_the_weights_place() -> None:
-    other = BlobRef("3" * 64, 9, "4" * 64)
-    plain = Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, {})
-    sliced = replace(plain, slabs=(REF, other))
-    assert parse(sliced.to_bytes()) == sliced
-    assert sliced.blobs() == plain.blobs()
-    for slabs in ([], [REF.to_dict()] * 33, {}, [1], "x"):
-        with pytest.raises(ProtocolError, match="slabs"):
-            parse(altered(plain, slabs=slabs))
 
 
 def test_a_want_says_that_it_is_shared_or_nothing_of_it() -> None:

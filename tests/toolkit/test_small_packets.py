@@ -19,8 +19,10 @@ from fedprune.errors import ProtocolError
 from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD, Chunk, leaves_per_chunk
 from fedprune.wire.chunk_limit import ChunkLimit
-from fedprune.wire.link import ConnectionDown, ConnectionUp, Link
-from fedprune.wire.messages import Offer, Update, Want, parse
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
+from fedprune.wire.link import Link
+from fedprune.wire.messages import Update, Want, parse
+from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
 from fedprune_device.downloads import Downloads as BoardsDownloads

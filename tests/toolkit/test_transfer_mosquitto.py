@@ -15,7 +15,8 @@ import pytest
 from fedprune.blobs import BlobStore
 from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.link import ConnectionUp, Link
+from fedprune.wire.connection_news import ConnectionUp
+from fedprune.wire.link import Link
 from fedprune.wire.messages import Gone, Want, parse
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve

@@ -14,7 +14,8 @@ from will_broker import NOT_AUTHORIZED, WillBroker
 
 from fedprune.errors import BrokerError
 from fedprune.wire import link as link_module
-from fedprune.wire.link import ConnectionDown, ConnectionUp, Link
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
+from fedprune.wire.link import Link
 from fedprune.wire.will_trial import AGAIN_S, WillTrial
 
 UNAVAILABLE, BAD_PASSWORD, NOT_ALLOWED, SILENCE = 136, 134, 135, 0

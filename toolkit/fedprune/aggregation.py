@@ -23,26 +23,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.addition import Addition
 from fedprune.architecture import Architecture, TensorKind, TensorSpec
-from fedprune.coverage import Active, Coverage, partly_active
+from fedprune.coverage import partly_active
 from fedprune.deltas import rebased
 from fedprune.element_mask import ElementMask
 from fedprune.errors import BundleError, ProtocolError
-from fedprune.fixed_point import MAX_WEIGHT, FixedSum, Range, run_all
-from fedprune.layout import Expansion, in_order, places, row_blocks, to_global, to_layout
-from fedprune.movement import Movement, merge_sums
-from fedprune.partial_sums import Key, PartialSums, check_parts
-from fedprune.round_means import RoundMeans
-from fedprune.selection import Selection, Tensors, mesh
+from fedprune.fixed_point import MAX_WEIGHT, Range
+from fedprune.layout import to_global
+from fedprune.partial_sums import PartialSums, check_parts
+from fedprune.selection import Selection, Tensors
 from fedprune.server_step import ServerStep
 from fedprune.tensor_checks import check_counts, check_model, check_submodel
+from fedprune.update_sums import UpdateSums
 
 Rule = Literal["coverage", "fill", "zero"]
 
@@ -50,18 +48,6 @@ Float64s = npt.NDArray[np.float64]
 
 Gate = Callable[[Addition], "Addition | None"]
 """What every checked update passes before it is added: it may change its tensors, or keep it back."""
-
-
-_TOGETHER = 8
-"""So many updates wait at most: a model of float32 numbers each, read twice instead of sums four times as often."""
-
-
-class _Waiting(NamedTuple):
-    """A checked update that is not in the sums yet."""
-
-    selection: Selection
-    values: Mapping[str, npt.NDArray[Any]]
-    weight: int
 
 
 class Fold:
@@ -122,14 +108,15 @@ class Fold:
     def clear(self) -> None:
         """Forget all updates."""
         self.updates = 0
-        self._coverage = Coverage(self.architecture)
-        self._sums = {t.name: FixedSum(t.shape, self._spans[t.name], light=True) for t in self._shared}
-        self._spread = {
-            name: FixedSum(self.base[name].shape, Range(2 * self._spans[mean].exponent + 2, 3))
-            for name, mean in self._means.items()
-        }
-        self._movement = Movement(t for t in self._shared if t.kind.trainable and self.evidence)
-        self._waiting: list[_Waiting] = []
+        self._sums = UpdateSums(
+            self.architecture,
+            self.base,
+            self._shared,
+            self._spans,
+            self._means,
+            evidence=self.evidence,
+            threads=self.threads,
+        )
 
     def narrowed(self, names: Collection[str]) -> Fold:
         """An empty fold of the same kind for some of the tensors: its share of a fold that is split.
@@ -160,13 +147,14 @@ class Fold:
         Raises:
             BundleError: Nothing was added, or masks of single elements.
         """
-        self._settle()
-        shares = self._coverage.shares()
+        self._sums.settle()
+        coverage = self._sums.coverage
+        shares = coverage.shares()
         if shares is None:
             raise BundleError("sums of masked elements can't be split")
-        arrays = {key: limb.astype(np.int64, copy=False) for key, limb in self._limbs().items()}
+        arrays = {key: limb.astype(np.int64, copy=False) for key, limb in self._sums.arrays().items()}
         names = frozenset(t.name for t in self._shared)
-        return PartialSums(names, self._coverage.expect_layout, shares, self.updates, arrays)
+        return PartialSums(names, coverage.expect_layout, shares, self.updates, arrays)
 
     def take(self, parts: Sequence[PartialSums]) -> None:
         """Add what narrowed folds have summed of the same updates, which together hold all tensors.
@@ -179,39 +167,13 @@ class Fold:
         weight = parts[0].weight
         if self.weight + weight > MAX_WEIGHT:
             raise ProtocolError("total weight of sums", expected=f"up to {MAX_WEIGHT}", got=self.weight + weight)
-        theirs = {key: value for part in parts for key, value in part.arrays.items()}
-        for key, limb in self._limbs().items():
-            found = theirs.get(key)
-            if found is None or found.dtype != np.int64 or found.shape != limb.shape:
-                raise BundleError(f"partial sums of {key[1]}", expected=f"int64 {limb.shape}")
-        self._settle()
-        self._make_room(self.weight + weight)
-        their_layout = parts[0].layout
-        layout = self._coverage.settle(their_layout)
-        alike = in_order(layout, their_layout)
-        for key, limb in self._limbs().items():
-            spec, more = self.architecture.by_name[key[1]], theirs[key]
-            more = more if alike else to_layout(to_global(more, spec, their_layout), spec, layout)
-            limb += more.astype(limb.dtype, copy=False)
-        for selection, part in parts[0].shares:
-            self._coverage.add(selection, part, {})
+        self._sums.take(parts)
         self.updates += parts[0].updates
-
-    def _limbs(self) -> dict[Key, npt.NDArray[Any]]:
-        """All sums."""
-        first, second = self._movement.first, self._movement.second
-        kinds = {"value": self._sums, "spread": self._spread, "moved": first, "square": second}
-        return {
-            (kind, name, i): limb
-            for kind, sums in kinds.items()
-            for name, total in sums.items()
-            for i, limb in enumerate(total.limbs)
-        }
 
     @property
     def weight(self) -> int:
         """N, the weight of all updates."""
-        return self._coverage.weight
+        return self._sums.coverage.weight
 
     def bound(self, name: str) -> float:
         """The largest magnitude that values of a tensor may have in an update."""
@@ -274,70 +236,8 @@ class Fold:
         if sent is not None:
             bounds = {name: span.bound for name, span in self._spans.items()}
             values = rebased(self.architecture, selection, submodel, sent, self.base, bounds, self.excluded)
-        selection = self._coverage.known(selection)
-        self._make_room(self.weight + weight)
-        one = _Waiting(selection, values, weight)
-        if copied:  # arrays that are made for this update alone take memory while they wait
-            self._add_together([one], active)
-        else:
-            self._waiting.append(one)
-        more = [t for t in self._shared if t.name in self._means or t.name in self._movement]
-        run_all([partial(self._add_beside, t, one, steps, active) for t in more], self.threads)
-        self._coverage.add(selection, weight, active)
+        self._sums.add(selection, values, weight, steps, active, copied=copied)
         self.updates += 1
-        if len(self._waiting) >= _TOGETHER:
-            self._settle()
-
-    def _make_room(self, weight: int) -> None:
-        for sums in self._sums.values():
-            sums.make_room(weight)
-
-    def _settle(self) -> None:
-        """Add what waits."""
-        waiting, self._waiting = self._waiting, []
-        groups: dict[str, list[_Waiting]] = {}
-        for one in waiting:
-            first = in_order(self._coverage.expect_layout, one.selection)
-            groups.setdefault(one.selection.digest if first else "", []).append(one)
-        for alike in groups.values():
-            self._add_together(alike, {})
-
-    def _add_together(self, alike: list[_Waiting], active: Active) -> None:
-        """Add updates of equal selections, or of any that are not in the sums' order."""
-        run_all([partial(self._add_tensor, t, alike, active) for t in self._shared], self.threads)
-
-    def _add_tensor(self, spec: TensorSpec, alike: list[_Waiting], active: Active) -> None:
-        rows, mask = [one.values[spec.name] for one in alike], active.get(spec.name)
-        if mask is not None:
-            rows = [row * mask for row in rows]  # np.where takes ten times as long
-        weights, sums, layout = [one.weight for one in alike], self._sums[spec.name], self._coverage.expect_layout
-        if not spec.axes or in_order(layout, alike[0].selection):
-            for at, part in places(layout, spec, alike[0].selection):
-                sums.add_all([row[part] for row in rows], weights, at)
-            return
-        whole = [Expansion(layout, spec, one.selection, row) for one, row in zip(alike, rows, strict=True)]
-        spare: list[npt.NDArray[Any]] = []
-        for at in row_blocks(spec.shape):
-            start, stop = at[0].start, at[0].stop
-            spare = spare or [np.empty((stop - start, *spec.shape[1:]), row.dtype) for row in rows]
-            parts = [each.rows(start, stop, out[: stop - start]) for each, out in zip(whole, spare, strict=True)]
-            sums.add_all(parts, weights, at)
-
-    def _add_beside(self, spec: TensorSpec, one: _Waiting, steps: int, active: Active) -> None:
-        """Add to the sums that only some folds have."""
-        selection, mask = one.selection, active.get(spec.name)
-        pairs = list(places(self._coverage.expect_layout, spec, selection))
-        if spec.name in self._means:
-            mean = self._means[spec.name]
-            off = np.array(one.values[mean], np.float64) - self.base[mean][selection.maps(mean)[0]]
-            for at, part in pairs:
-                self._spread[spec.name].add((off * off)[part], one.weight, at)
-        if spec.name in self._movement:
-            moved = np.array(one.values[spec.name], np.float64)
-            moved -= self.base[spec.name][mesh(selection.maps(spec.name))]
-            if mask is not None:
-                moved *= mask
-            self._movement.add(spec.name, moved, one.weight, steps, pairs)
 
     def merge(self, other: Fold) -> None:
         """Add a partial fold of other updates to the same base.
@@ -357,16 +257,7 @@ class Fold:
             raise ProtocolError(
                 "total weight of merged folds", expected=f"up to {MAX_WEIGHT}", got=self.weight + other.weight
             )
-        if other._coverage.layout is None:
-            return
-        self._settle()
-        other._settle()
-        self._make_room(self.weight + other.weight)
-        layout, theirs = self._coverage.settle(other._coverage.layout), other._coverage.layout
-        merge_sums(self._sums, other._sums, self._shared, layout, theirs)
-        merge_sums(self._spread, other._spread, self._shared, layout, theirs)
-        self._movement.merge(other._movement, layout, theirs)
-        self._coverage.merge(other._coverage)
+        self._sums.merge(other._sums)
         self.updates += other.updates
 
     def close(
@@ -396,10 +287,7 @@ class Fold:
             BundleError: Velocity, momentum or rate don't fit.
         """
         step = ServerStep(rate, server_momentum, damped)
-        self._settle()
-        means = RoundMeans(
-            self.architecture, self.base, self.rule, self._coverage, self._sums, self._spread, self._means
-        )
+        means = self._sums.means(self.rule)
         model: Tensors = {}
         moving: Tensors = {}
         for spec in self.architecture.tensors:
@@ -408,7 +296,7 @@ class Fold:
                 raise BundleError(f"shape of velocity of {spec.name}", expected=spec.shape, got=before.shape)
             if spec.name in self.excluded:
                 model[spec.name] = self.base[spec.name].copy()
-            elif self._coverage.layout is None:
+            elif self._sums.coverage.layout is None:
                 model[spec.name] = self.base[spec.name].copy()
                 if server_momentum and spec.kind.trainable:
                     moving[spec.name] = (
@@ -423,13 +311,13 @@ class Fold:
     def mass(self, name: str) -> npt.NDArray[np.int64]:
         """M_i per coordinate of a tensor: the weight of the updates that hold it."""
         spec = self.architecture.by_name[name]
-        if self._coverage.layout is None or name in self.excluded:
+        if self._sums.coverage.layout is None or name in self.excluded:
             return np.zeros(spec.shape, np.int64)
-        mass = self._coverage.mass(spec)
+        mass = self._sums.coverage.mass(spec)
         if mass is None:
             return np.full(spec.shape, self.weight, np.int64)
         whole = np.array(np.broadcast_to(mass, spec.shape))
-        return to_global(whole, spec, self._coverage.layout)
+        return to_global(whole, spec, self._sums.coverage.layout)
 
     def movement(self, name: str) -> tuple[Float64s, Float64s, npt.NDArray[np.bool_]]:
         """What a trainable tensor's devices say about gradient and curvature.
@@ -445,11 +333,11 @@ class Fold:
         if not self.evidence or spec is None or not spec.kind.trainable:
             raise BundleError(f"the fold keeps no movement of {name}", hint="Make it with evidence=True.")
         mass = self.mass(name)
-        layout = self._coverage.layout
+        layout = self._sums.coverage.layout
         if layout is None or name in self.excluded:
             return np.zeros(spec.shape), np.zeros(spec.shape), mass > 0
         part = np.maximum(mass, 1)
-        first, second = self._movement.sums(name, layout)
+        first, second = self._sums.movement.sums(name, layout)
         return first / part, second / part, mass > 0
 
 

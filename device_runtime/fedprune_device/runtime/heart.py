@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection
 
 from fedprune.errors import StorageError
-from fedprune.wire.link import ConnectionDown, ConnectionUp
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune_device.outbox import Wire
 from fedprune_device.runtime.notify import READY, STOPPING, WATCHDOG, notify, status, watchdog_seconds
 from fedprune_device.runtime.trial import Trial

@@ -16,8 +16,8 @@ from pathlib import Path
 from fedprune.errors import FedpruneError, ProtocolError
 from fedprune.trust.device_identity import DeviceIdentity
 from fedprune.wire.chunk import Chunk
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.fields import one_line
-from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Birth, Gone, Want, parse
 from fedprune.wire.release_messages import (
     COMMITTED,

@@ -13,7 +13,6 @@ goes out of date: a broker whose list is out of date refuses everybody, which wo
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from fedprune.trust.certificates import (
     EPOCH,
     common_name,
     device_uri,
+    host_name,
     key_digest,
     load_certificate,
     load_tls_key,
@@ -229,7 +229,7 @@ class Authority:
             ProtocolError: The request is none.
             StorageError: The disk fails or is full.
         """
-        names = [_host(h) for h in hosts]
+        names = [host_name(h) for h in hosts]
         if not names:
             raise IdentityError("a broker's certificate needs a host", expected="a name or an address", got="none")
         key = request_key(csr)
@@ -384,18 +384,3 @@ def _builder(
 
 def _moment(seconds: float) -> datetime:
     return EPOCH + timedelta(seconds=int(seconds))
-
-
-def _host(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
-    except ValueError:
-        pass
-    labels = host.rstrip(".").split(".")
-    if not 1 <= len(host) <= 253 or not all(_label(part) for part in labels):
-        raise IdentityError("host of a broker", expected="a DNS name or an IP address", got=shown(host))
-    return x509.DNSName(host.rstrip("."))
-
-
-def _label(part: str) -> bool:
-    return 1 <= len(part) <= 63 and part.isascii() and part.replace("-", "").isalnum() and part.strip("-") == part

@@ -6,6 +6,7 @@ TLS keys are ECDSA on P-256, which every broker takes; Ed25519 certificates many
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -177,6 +178,26 @@ def _name(subject: x509.Name) -> str:
 def device_uri(site: str, device: str) -> str:
     """How a device's certificate names it beside its common name."""
     return f"fedprune://{site}/{device}"
+
+
+def host_name(host: str) -> x509.GeneralName:
+    """How a broker's certificate names a host.
+
+    Raises:
+        IdentityError: It is neither name nor address.
+    """
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        pass
+    labels = host.rstrip(".").split(".")
+    if not 1 <= len(host) <= 253 or not all(_label(part) for part in labels):
+        raise IdentityError("host of a broker", expected="a DNS name or an IP address", got=shown(host))
+    return x509.DNSName(host.rstrip("."))
+
+
+def _label(part: str) -> bool:
+    return 1 <= len(part) <= 63 and part.isascii() and part.replace("-", "").isalnum() and part.strip("-") == part
 
 
 def seconds_of(when: datetime) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
-from fedprune.errors import ProtocolError
+from fedprune.errors import ProtocolError, UnknownMessageError, shown
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.fields import Check
 
@@ -53,3 +53,51 @@ class CheckedMessage:
                 f"{self.kind}: message is too long", expected=f"at most {MAX_MESSAGE} bytes", got=len(raw)
             )
         return raw
+
+
+def read_checked(raw: bytes, what: str, types: Mapping[str, type[Any]]) -> Any:
+    """Read the JSON of a message, and check it by its type.
+
+    Args:
+        raw: The JSON; how long it may be is the caller's to say.
+        what: What it is, for errors.
+        types: Classes of messages, by the type that they have on the wire.
+
+    Returns:
+        A message of one of the types. Keys that it doesn't know are ignored.
+
+    Raises:
+        UnknownMessageError: It is of an unknown version or type.
+        ProtocolError: It is not JSON, or a field is missing or wrong; the error names the field.
+    """
+    try:
+        body = json.loads(raw, parse_constant=_constant)
+    except RecursionError as error:
+        raise ProtocolError(f"{what} is nested too deeply") from error
+    except ValueError as error:
+        raise ProtocolError(f"{what} is not JSON", got=shown(bytes(raw))) from error
+    if not isinstance(body, dict):
+        raise ProtocolError(what, expected="a JSON object", got=shown(body))
+    version = body.get("v")
+    if version != VERSION or isinstance(version, bool):
+        raise UnknownMessageError(
+            f"version of a {what}",
+            expected=VERSION,
+            got=shown(version),
+            hint="Run the same major version of fedprune on server and devices.",
+        )
+    kind = body.get("type")
+    cls = types.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise UnknownMessageError(f"type of a {what}", expected=", ".join(types), got=shown(kind))
+    values = {}
+    for f in fields(cls):
+        if f.name in body:
+            values[f.name] = body[f.name]
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise ProtocolError(f"{kind}: field {f.name}", expected="a value", got="nothing")
+    return cls(**values)
+
+
+def _constant(word: str) -> float:
+    raise ValueError(word)

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 from paho.mqtt import client as paho
@@ -24,6 +23,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from fedprune.errors import BrokerError, FedpruneError
 from fedprune.wire.broker_url import BrokerUrl, failure, tls_context
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp, Event
 from fedprune.wire.inbox import Inbox
 from fedprune.wire.prompt_socket import acknowledge, prompt
 from fedprune.wire.unsent import LOW_WATER, OUTBOX_MESSAGES, Unsent
@@ -38,27 +38,6 @@ _STEADY = 10.0
 _POLL = 1.0
 _ANSWER_S = 5.0
 """Seconds that a broker may take for each answer, beside those that a connection may take."""
-
-
-@dataclass(frozen=True)
-class ConnectionUp:
-    """The broker is there and all subscriptions are in force.
-
-    Attributes:
-        took: Seconds from the request for a connection until then: two round trips, and what got lost of them.
-    """
-
-    took: float = field(default=0.0, compare=False)
-
-
-@dataclass(frozen=True)
-class ConnectionDown:
-    """The connection is lost; `reason` says why."""
-
-    reason: str
-
-
-Event = ConnectionUp | ConnectionDown
 
 
 class Link:
@@ -127,8 +106,9 @@ class Link:
         self._thread.start()
         if patient:
             return
+        trial = self._trial
         with self._state:
-            self._state.wait_for(lambda: self._up or (self._failure and not self._undecided), timeout)
+            self._state.wait_for(lambda: self._up or (self._failure and not (trial and trial.pending)), timeout)
             if self._up:
                 return
             reason = self._failure or f"no answer within {timeout:g} s"
@@ -138,10 +118,6 @@ class Link:
             hint="Is a broker running there, is the port right, does a firewall let it through, "
             "and do user name and password fit?",
         )
-
-    @property
-    def _undecided(self) -> bool:
-        return self._trial is not None and self._trial.pending
 
     @property
     def connected(self) -> bool:

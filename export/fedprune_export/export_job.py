@@ -1,0 +1,257 @@
+"""What an export does: a model is imported once, then planned, cut, checked and written for every board."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedprune import engine_plan, profile_store
+from fedprune.blocks import block_size, turned_off
+from fedprune.bundle import TRAINING, blocked_file
+from fedprune.engine_plan import EnginePlan
+from fedprune.errors import BundleError, DataError, ModelError, UsageError
+from fedprune.plan import DENSITIES, plan
+from fedprune.precision import INT8
+from fedprune.prediction import predict
+from fedprune.probe_report import ProbeReport
+from fedprune.profile import HardwareProfile
+from fedprune.recipe import Recipe
+from fedprune.scoring import ranks, score
+from fedprune.selection import Selection
+from fedprune.session import Array, Session
+from fedprune.step import LOGITS, X
+from fedprune_export.explain_cli import bounds
+from fedprune_export.options import (
+    labels_of,
+    read_model,
+    read_probe,
+    read_recipe,
+    targets,
+)
+
+if TYPE_CHECKING:  # heavy imports wait until the command line is known to make sense
+    from fedprune_export.explanation import Explanation
+    from fedprune_export.imported import Model
+    from fedprune_export.labelled_data import LabelledData
+    from fedprune_export.precision import Trial
+    from fedprune_export.report import Accuracy, Report
+    from fedprune_export.training_memory import Fitted
+
+
+class ExportJob:
+    """What all targets of an export share; the model is imported when the first one needs it.
+
+    Args:
+        arguments: The command line, with all that `fedprune_export.export_cli.add_arguments` names.
+
+    Attributes:
+        begun: Whether the model could be imported and trained.
+        memory: How the last bundle's training step was fitted to a limit of memory; None without a limit.
+        replaced: Folders whose bundles were replaced.
+
+    Raises:
+        UsageError: The command line contradicts itself.
+        FedpruneError: A profile, the recipe or the probe can't be read, or a folder is not for bundles.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        turned_off()  # says what is wrong with the setting before the work begins
+        self.arguments = arguments
+        self.profiles = [profile_store.chosen(name, arguments.profiles) for name in targets(arguments.target)]
+        self.recipe: Recipe = read_recipe(arguments)
+        self.probe: ProbeReport | None = read_probe(arguments)
+        if INT8 in arguments.precision and arguments.data is None:
+            raise UsageError("--precision int8", expected="--data, too: samples that show what activations are like")
+        if self.probe is not None and len(self.profiles) > 1:
+            raise UsageError("--probe is of one board", expected="one --target", got=len(self.profiles))
+        if arguments.block and self.recipe.ordered_dropout:
+            raise UsageError("--block", expected="a recipe that trains at one width", got="ordered dropout")
+        if arguments.block and not any(p.arch == "x86_64" for p in self.profiles):
+            got = ", ".join(sorted({p.arch for p in self.profiles}))
+            raise UsageError("--block is for x86 boards", expected="a target of x86_64", got=got)
+        if arguments.block and arguments.memory_limit is not None:
+            raise UsageError("--memory-limit is for training.onnx", expected="no --block beside it")
+        if arguments.explain and len(self.profiles) > 1:
+            raise UsageError("--explain is of one board", expected="one --target", got=len(self.profiles))
+        self.begun = False
+        self.memory: Fitted | None = None
+        self.replaced: list[Path] = []
+        self._check_folders()
+
+    def _check_folders(self) -> None:
+        """Refuse what can't be written to before the work begins."""
+        from fedprune_export.bundle_folder import check_folder, is_bundle
+
+        out = self.arguments.out
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out {out} is a file", expected="a folder, which is made if missing")
+        named = [p.name for p in self.profiles]
+        if len(set(named)) < len(named):
+            raise UsageError("two targets have the same name", got=", ".join(named))
+        if len(named) == 1:
+            check_folder(out, named[0])
+            return
+        if is_bundle(out):
+            raise BundleError(f"{out} is itself a bundle", hint="Give another --out for several targets.")
+        for name in named:
+            check_folder(out / name, name)
+
+    def _begin(self, tell: Callable[[str], None]) -> None:
+        """Import the model and what depends on nothing else."""
+        from fedprune_export import labelled_data
+        from fedprune_export.bundle import training_step
+
+        arguments = self.arguments
+        tell(f"importing {arguments.model}")
+        self.model: Model = read_model(arguments)
+        architecture = self.model.architecture
+        if arguments.class_names and len(arguments.class_names) != architecture.classes:
+            raise UsageError("--class-names", expected=f"{architecture.classes} names", got=len(arguments.class_names))
+        self.data: LabelledData | None = None
+        if arguments.data is not None:
+            dtype = self.model.graph.inputs[0].dtype
+            self.data = labelled_data.read(arguments.data, architecture, dtype, labels_of(self.recipe))
+            tell("measuring the whole model")
+            self.whole_score = _score(self.data, self.model.graph.to_bytes())
+        tell("deriving the training step")
+        self.training = training_step(self.model, self.recipe)
+        self.order = ranks(score(arguments.scorer, architecture, self.model.tensors))
+        self.begun = True
+
+    def explanation(self, report: Report) -> Explanation:
+        """Where the time of the bundle's training step goes on its board, by what the profile promises."""
+        from fedprune_export.explanation import explain
+
+        widths, batch = report.selection.widths, self.recipe.micro_batch
+        return explain(self.model, widths, self.recipe, bounds(self.profiles[0], 0), batch=batch)
+
+    def bundle(self, profile: HardwareProfile, out: Path, tell: Callable[[str], None]) -> Report:
+        """Write one target's bundle.
+
+        Raises:
+            FedpruneError: The model doesn't fit the board, the cut is wrong, or the folder can't be written.
+        """
+        from fedprune_export.bundle import bundle_files, write_bundle
+        from fedprune_export.bundle_folder import is_bundle
+        from fedprune_export.parity import parity, try_step
+        from fedprune_export.report import Report
+        from fedprune_export.report_page import page
+
+        if not self.begun:
+            self._begin(tell)
+        arguments, model, recipe = self.arguments, self.model, self.recipe
+        tell("planning")
+        chosen = plan(
+            model.architecture,
+            profile,
+            recipe,
+            arguments.samples,
+            byte_budget=arguments.bytes_per_round,
+            deadline_s=arguments.deadline,
+            probe=self.probe,
+            densities=DENSITIES if arguments.density is None else (arguments.density,),
+        )
+        full = model.architecture.sizes
+        whole = predict(model.architecture, full, profile, recipe, arguments.samples, probe=self.probe)
+        selection = Selection.of(model.architecture, chosen.widths, self.order)
+        tell("cutting")
+        blocks = self._blocks(profile)
+        training, self.memory = self.training, None
+        if arguments.memory_limit is not None:
+            tell("fitting the training step")
+            self.memory = self._within(chosen.widths, arguments.memory_limit)
+            training = self.memory.graph.to_bytes()
+        files = bundle_files(model, selection, recipe, training=training, opset=arguments.opset, blocks=blocks)
+        tell("checking the cut")
+        error = parity(model, selection, files)
+        tell("trying a training step")
+        for name in (TRAINING, *(blocked_file(b) for b in blocks if b == block_size())):
+            try_step(model, recipe, files, name)
+        trials = self._trials(selection.widths, files, tell)
+        for trial in trials:
+            files |= trial.files
+        sizes = {n: len(raw) for n, raw in files.items()}
+        report = Report(
+            model,
+            selection,
+            profile.name,
+            chosen,
+            whole,
+            arguments.scorer,
+            sizes,
+            error,
+            self._accuracy(selection),
+            profile.advice,
+            trials,
+        )
+        files["report.json"] = (json.dumps(report.to_dict(), indent=2) + "\n").encode()
+        files["report.md"] = report.to_markdown().encode()
+        files["report.html"] = page(report).encode()
+        if profile.software.tier == "tensorrt":
+            files[engine_plan.NAME] = EnginePlan().to_json().encode()
+        tell("writing")
+        replaces = is_bundle(out)
+        write_bundle(out, files, selection, recipe, profile.name, tuple(arguments.class_names))
+        if replaces:
+            self.replaced.append(out)
+        return report
+
+    @property
+    def without_blocks(self) -> str:
+        """Why there is no step for the blocks that the probe says; empty where a limit of memory is not why."""
+        usual = self.arguments.block is None and not self.recipe.ordered_dropout and self.profiles[0].arch == "x86_64"
+        if self.arguments.memory_limit is None or self.probe is None or not self.probe.block or not usual:
+            return ""
+        return f"no step in blocks of {self.probe.block} channels, which --probe says: --memory-limit is for {TRAINING}"
+
+    def _blocks(self, profile: HardwareProfile) -> tuple[int, ...]:
+        """For which blocks a target gets a training step: what the command line or its probe says, and no Arm board."""
+        if profile.arch != "x86_64" or self.recipe.ordered_dropout or self.arguments.memory_limit is not None:
+            return ()
+        if self.arguments.block is not None:
+            return tuple(self.arguments.block)
+        return (self.probe.block,) if self.probe is not None and self.probe.block else ()
+
+    def _within(self, widths: tuple[int, ...], limit: int) -> Fitted:
+        """The training step within a limit of memory at a board's widths."""
+        from fedprune_export.training import training_graph
+        from fedprune_export.training_memory import fitted
+
+        graph = training_graph(self.model, self.recipe.features)
+        batch = min(self.recipe.micro_batch, self.arguments.samples)
+        return fitted(graph, self.model.architecture, widths, batch, limit)
+
+    def _trials(
+        self, widths: tuple[int, ...], files: dict[str, bytes], tell: Callable[[str], None]
+    ) -> tuple[Trial, ...]:
+        if not self.arguments.precision:
+            return ()
+        from fedprune_export.precision import Trials
+
+        tell("lowering")
+        trials = Trials(self.model, widths, files, self.data)
+        return tuple(trials.of(p) for p in self.arguments.precision)
+
+    def _accuracy(self, selection: Selection) -> Accuracy | None:
+        if self.data is None:
+            return None
+        from fedprune_export.cut import cut
+        from fedprune_export.report import Accuracy
+
+        small = _score(self.data, cut(self.model, selection).to_bytes())
+        return Accuracy(self.data.measure, len(self.data.x), self.whole_score, small)
+
+
+def _score(data: LabelledData, graph: bytes) -> float:
+    session = Session(graph)
+
+    def outputs(x: Array) -> Array:
+        try:
+            return session.run({X: x})[LOGITS]
+        except ModelError as error:
+            raise DataError(f"the model doesn't take the samples of --data ({error})") from error
+
+    return data.score(outputs)

@@ -1,0 +1,144 @@
+"""The way of an offer's blobs, with a server that answers when it is asked to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune.blobs import BlobStore
+from fedprune.errors import ProtocolError
+from fedprune.wire.answer_time import AnswerTime
+from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.chunk import MAX_PACKET, Chunk
+from fedprune.wire.messages import Gone, Want, parse
+from fedprune.wire.offer import Offer
+from fedprune.wire.topics import Topics
+from fedprune.wire.transfer import Serve
+from fedprune_device.outbox import Outbox
+from fedprune_device.store import DeviceStore
+from fedprune_device.supply import Supply
+
+pytestmark = pytest.mark.board
+
+TOPICS = Topics("site")
+DIGEST = "ab" * 32
+
+
+class Line:
+    """A link that keeps what is wanted, until the server gets round to it."""
+
+    unsent = 0
+
+    def __init__(self, source: BlobStore) -> None:
+        self.serve = Serve(source)
+        self.wants: list[Want] = []
+        self.heard: list[frozenset[str]] = []
+
+    def get(self, timeout: float | None = 0.0) -> None:
+        return None
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        message = parse(payload)
+        assert isinstance(message, Want)
+        self.wants.append(message)
+        return True
+
+    def listen(self, topics: Collection[str]) -> None:
+        self.heard.append(frozenset(topics))
+
+    def chunks(self) -> list[Chunk]:
+        """What answers all wants so far."""
+        wants, self.wants = self.wants, []
+        found = [self.serve.answer(want, MAX_PACKET) for want in wants]
+        return [Chunk.parse(raw) for pieces in found if not isinstance(pieces, Gone) for raw in pieces]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> BlobStore:
+    return BlobStore(tmp_path / "source", durable=False)
+
+
+@pytest.fixture
+def offer(source: BlobStore) -> Offer:
+    weights = source.put(np.random.default_rng(0).bytes(3 * LEAF + 9))
+    graph = source.put(b"graph")
+    return Offer("j", 1, 1, 7, DIGEST, DIGEST, (4,), 3, weights, graph, graph, {})
+
+
+@pytest.fixture
+def line(source: BlobStore) -> Line:
+    return Line(source)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[DeviceStore]:
+    with DeviceStore(tmp_path / "state") as made:
+        yield made
+
+
+@pytest.fixture
+def supply(store: DeviceStore, line: Line) -> Supply:
+    outbox = Outbox("d", TOPICS, line, Serve(store.blobs))
+    return Supply(store, line, TOPICS, outbox, AnswerTime())
+
+
+def pulled(supply: Supply, line: Line, now: float) -> float | None:
+    """Answer until it is there; seconds that it took."""
+    for _ in range(50):
+        took = supply.turn(now)
+        if took is not None:
+            return took
+        for chunk in line.chunks():
+            supply.chunk(chunk, now, shared=False)
+    return None
+
+
+def test_what_an_offer_needs_comes_and_is_counted_from_its_beginning(
+    supply: Supply, line: Line, store: DeviceStore, offer: Offer
+) -> None:
+    supply.begin(offer, 10.0)
+    assert supply.offer == offer
+    assert pulled(supply, line, 14.0) == 4.0
+    assert supply.offer is None
+    assert all(store.blobs.has(ref.sha256) for ref in offer.blobs())
+    assert supply.turn(15.0) is None
+
+
+def test_nothing_is_asked_for_before_the_connection_is_there(supply: Supply, line: Line, offer: Offer) -> None:
+    supply.begin(offer, 0.0, asks=False)
+    assert not line.wants
+    supply.connected(1.0)
+    assert line.wants
+    assert pulled(supply, line, 2.0) == 2.0
+
+
+def test_another_attempt_at_the_same_work_takes_over(supply: Supply, line: Line, offer: Offer) -> None:
+    supply.begin(offer, 0.0)
+    supply.renumber(replace(offer, attempt=2))
+    assert supply.offer == replace(offer, attempt=2)
+    assert pulled(supply, line, 1.0) == 1.0
+
+
+def test_what_is_gone_at_the_server_ends_it_with_an_error(supply: Supply, offer: Offer) -> None:
+    supply.begin(offer, 0.0)
+    supply.gone("0" * 64, 1.0)  # somebody else's
+    with pytest.raises(ProtocolError, match="no longer has blob"):
+        supply.gone(offer.weights.sha256, 1.0)
+
+
+def test_who_stops_takes_nothing_more_and_listens_no_more(
+    supply: Supply, line: Line, store: DeviceStore, offer: Offer
+) -> None:
+    supply.begin(replace(offer, slabs=(offer.weights,)), 0.0)
+    assert line.heard[-1]
+    chunks = line.chunks()
+    supply.stop()
+    for chunk in chunks:
+        supply.chunk(chunk, 1.0, shared=True)
+    assert supply.turn(1.0) is None
+    assert line.heard[-1] == frozenset()
+    assert not store.blobs.has(offer.training.sha256)

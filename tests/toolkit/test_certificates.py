@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import ipaddress
+
+import pytest
+from cryptography import x509
+
+from fedprune.errors import IdentityError
+from fedprune.trust.certificates import host_name
+
+pytestmark = pytest.mark.board
+
+
+@pytest.mark.parametrize("host", ["", "a b", "-x", "x..y", "*.example", "ü.example", "x" * 64, "a/b"])
+def test_hosts_that_are_none_are_refused(host: str) -> None:
+    with pytest.raises(IdentityError, match="host of a broker"):
+        host_name(host)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.7", "::1", "[::1]"])
+def test_an_address_is_one_in_brackets_too(host: str) -> None:
+    assert host_name(host) == x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
+
+
+@pytest.mark.parametrize("host", ["broker", "broker.example", "broker.example."])
+def test_a_name_has_no_dot_at_its_end(host: str) -> None:
+    assert host_name(host) == x509.DNSName(host.rstrip("."))
