@@ -32,8 +32,8 @@ from fedprune.coordination import State
 from fedprune.wire.blob_ref import LEAF, BlobRef
 from fedprune.wire.chunk import PACKET_OVERHEAD, QOS, Chunk
 from fedprune.wire.link import ConnectionUp, Link
-from fedprune.wire.messages import Want
-from fedprune.wire.offer import Offer, parse
+from fedprune.wire.messages import Want, parse
+from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
 from fedprune_device.downloads import Downloads as BoardsDownloads
