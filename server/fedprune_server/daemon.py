@@ -20,10 +20,9 @@ from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.state import Progress as Part
-from fedprune.errors import BrokerError
 from fedprune.job import Job
 from fedprune.wire.chunk import MAX_PACKET
-from fedprune.wire.link import ConnectionDown, ConnectionUp, Event
+from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Finished, Hello
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
@@ -33,8 +32,9 @@ from fedprune_server.errands import Errands
 from fedprune_server.farewell import Farewell
 from fedprune_server.garbage import Garbage
 from fedprune_server.guard import Guarded
-from fedprune_server.post import Doubled, Post, ShutOut, Supervised, Wire
-from fedprune_server.quarantine import Quarantine, Quarantined, Released
+from fedprune_server.intake import Intake
+from fedprune_server.post import Post
+from fedprune_server.quarantine import Quarantine
 from fedprune_server.reception import Reception
 from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.rollout_store import RolloutStore
@@ -42,15 +42,15 @@ from fedprune_server.roster import Roster
 from fedprune_server.sharing import Audience, Sharing
 from fedprune_server.shipping import Shipping
 from fedprune_server.storage import PARTS_KEPT, Storage
+from fedprune_server.supervised import Supervised, revive
 from fedprune_server.table import Display, Lines, Snapshot
 from fedprune_server.uploads import Uploads
+from fedprune_server.wire import Item, Noticed, Wire
 from fedprune_server.workshop import Executes, Workshop
 
 log = logging.getLogger("fedprune.server")
 
 _TICK_S = 0.5
-_TURN_S = 0.02
-"""Messages are taken in for so long before what they led to is saved, in one transaction, and answered."""
 _FLUSH_S = 10.0
 """Seconds that a broker may take for the last messages."""
 _GREETING_S = 24 * 3600.0
@@ -155,7 +155,7 @@ class Daemon:
         self._at = (state.round, state.phase)
         self._told = len(state.history)
         self._greet_at = self._ticked = 0.0
-        self._caught_up = 0.0  # when no message waited
+        self._intake = Intake(self._link, monotonic)
         self._stopping = False
         self._finished = False
         self._farewell: Farewell | None = None
@@ -230,7 +230,7 @@ class Daemon:
             return longest
         return max(0.0, min(longest, self._wakes[0] - self._clock()))
 
-    def _take(self, item: tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released | None) -> None:
+    def _take(self, item: Item) -> None:
         if isinstance(item, tuple):
             event = self._reception.receive(*item)
             self._errands.collect_uploads()
@@ -239,7 +239,7 @@ class Daemon:
             if isinstance(event, on.DeviceBorn):
                 self._roster.presence.heard(event.device, self._monotonic())
                 self._roster.introduce(event.device)
-        elif isinstance(item, ShutOut | Doubled | Quarantined | Released):
+        elif isinstance(item, Noticed):
             for event in self._reception.noticed(item):
                 self._handle(event)
         elif isinstance(item, ConnectionUp):
@@ -265,22 +265,16 @@ class Daemon:
 
     def _turn(self) -> None:
         """Take in what has come, save what it leads to, and only then say what follows."""
-        item = self._link.get(self._pause())
+        items = self._intake.turn(self._pause())
         self._begin()
-        until = self._monotonic() + _TURN_S
-        while item is not None:
+        for item in items:
             self._take(item)
-            if self._stopping or self._monotonic() > until:
+            if self._stopping:
                 break
-            item = self._link.get()
-        else:
-            self._caught_up = self._monotonic()
         self._reception.gather()
         self._errands.collect_uploads()
         while not self._stopping and (result := self._workshop.collect()) is not None:
             self._handle(result)
-        if self._shipping.waiting:
-            self._errands.collect_uploads()
         if self._monotonic() - self._ticked >= _TICK_S:
             self._ticked = self._monotonic()
             self._tick(self._ticked)
@@ -379,15 +373,10 @@ class Daemon:
     # Time.
 
     def _tick(self, now: float) -> None:
-        if self._broker is not None and not self._broker.alive:
-            log.warning("the embedded broker has died and is started again")
-            try:
-                self._broker.restart()
-            except BrokerError as error:  # tried again at the next tick
-                log.error("%s", error)
+        revive(self._broker)
         for device in self._roster.presence.silent(now):
             self._post.send(device, Hello(int(self._clock())))
-        gone = self._roster.presence.gone(self._caught_up)
+        gone = self._roster.presence.gone(self._intake.caught_up)
         if gone:
             names = ", ".join(sorted(gone)[:_SHOWN]) + (" ..." if len(gone) > _SHOWN else "")
             log.info("%d devices don't answer and are taken for gone: %s", len(gone), names)
@@ -428,9 +417,5 @@ class Daemon:
         """Let the last messages out, and tell devices that come back just now that it is over."""
         farewell = self._farewell or Farewell(self.state, self._monotonic())
         while not self._stopping and not farewell.over(self._monotonic()):
-            item = self._link.get(0.05)
-            self._begin()
-            self._take(item)
-            self._commit()
-            self._display.refresh(self.snapshot)
+            self._turn()
         self._link.flush(_FLUSH_S)

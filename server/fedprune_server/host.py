@@ -14,18 +14,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from fedprune.coordination.lending import Lending
-from fedprune.errors import BrokerError, ConfigError, ProtocolError
+from fedprune.errors import ConfigError, ProtocolError
 from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Alive, Birth, Death, Gone, Hello, Message, Want, parse
 from fedprune.wire.topics import NO_JOB, Topics
-from fedprune_server.job_desk import Item, JobDesk
-from fedprune_server.post import Doubled, ShutOut, Supervised, Wire
+from fedprune_server.intake import Intake
+from fedprune_server.job_desk import JobDesk
 from fedprune_server.presence import ANSWER_S, QUIET_S
 from fedprune_server.quarantine import Quarantine, Quarantined, Released
+from fedprune_server.supervised import Supervised, revive
+from fedprune_server.wire import Doubled, Item, ShutOut, Wire
 
 log = logging.getLogger("fedprune.server")
 
-_TURN_S, _TICK_S, _LINGER_S = 0.02, 0.5, 1.5
+_TICK_S, _LINGER_S = 0.5, 1.5
 _GREETING_S = 24 * 3600.0
 _ASKED_AGAIN_S = 10.0
 
@@ -72,7 +74,7 @@ class Host:
         self._heard: dict[str, float] = {}
         self._doubted: dict[str, float] = {}
         self._greet_at = self._charged_at = self._ticked = 0.0
-        self._caught_up = 0.0  # when no message waited
+        self._intake = Intake(link, monotonic)
         self._asked: dict[str, float] = {}
         self._moved = True
         self._dismissed = False
@@ -131,15 +133,10 @@ class Host:
                 desk.close()
 
     def _turn(self, pause_s: float) -> None:
-        item = self._link.get(pause_s)
-        until = self._monotonic() + _TURN_S
-        while item is not None:
+        for item in self._intake.turn(pause_s):
             self._take(item)
-            if self._stopping or self._monotonic() > until:
+            if self._stopping:
                 break
-            item = self._link.get()
-        else:
-            self._caught_up = self._monotonic()
         for desk in self.desks.values():
             desk.turn()
         now = self._monotonic()
@@ -254,7 +251,7 @@ class Host:
         for device in [d for d, at in self._heard.items() if now - at >= QUIET_S and d not in self._doubted]:
             self._doubted[device] = now
             self._ask(device)
-        for device in [d for d, at in self._doubted.items() if self._caught_up - at > ANSWER_S]:
+        for device in [d for d, at in self._doubted.items() if self._intake.caught_up - at > ANSWER_S]:
             self._gone(device)
 
     def _gone(self, device: str) -> None:
@@ -277,12 +274,7 @@ class Host:
         self._link.publish(self._topics.broadcast(), Hello(int(self._clock())).to_bytes())
 
     def _tick(self, now: float) -> None:
-        if self._broker is not None and not self._broker.alive:
-            log.warning("the embedded broker has died and is started again")
-            try:
-                self._broker.restart()
-            except BrokerError as error:  # tried again at the next tick
-                log.error("%s", error)
+        revive(self._broker)
         if self._link.connected:
             self._doubt(now)
         if self._link.connected and now >= self._greet_at:

@@ -17,17 +17,14 @@ from fedprune.errors import ProtocolError
 from fedprune.schedule import SYNCHRONOUS
 from fedprune.strategies import compose
 from fedprune.wire.fields import one_line
-from fedprune.wire.link import ConnectionDown, ConnectionUp, Event
+from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Birth
 from fedprune_server.daemon import Daemon
-from fedprune_server.post import Doubled, ShutOut, Wire
 from fedprune_server.presence import Presence
-from fedprune_server.quarantine import Quarantined, Released
 from fedprune_server.table import Snapshot
+from fedprune_server.wire import Item, Relay, Wire
 
 log = logging.getLogger("fedprune.server")
-
-Item = tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released
 
 ELSEWHERE = "not at this job"
 """A device that is free, works for another job, or isn't there."""
@@ -35,43 +32,20 @@ ELSEWHERE = "not at this job"
 _UNDER_WAY = (Progress.QUEUED, Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
 
 
-class Extension:
+class Extension(Relay):
     """A job's end of the server's connection: it says all itself, and hears what the host passes on.
 
     Args:
-        wire: The server's connection.
+        link: The server's connection.
     """
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+    def __init__(self, link: Wire) -> None:
+        super().__init__(link)
         self.inbox: deque[Item] = deque()
-
-    @property
-    def connected(self) -> bool:
-        """Whether the connection is up."""
-        return self._wire.connected
-
-    @property
-    def room(self) -> bool:
-        """Whether `publish` would take a message now (if connected)."""
-        return self._wire.room
-
-    @property
-    def unsent(self) -> int:
-        """Payload bytes that wait to be sent."""
-        return self._wire.unsent
-
-    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        """Send without waiting."""
-        return self._wire.publish(topic, payload, qos)
 
     def get(self, timeout: float | None = 0.0) -> Item | None:
         """What was passed on next; it is never waited for."""
         return self.inbox.popleft() if self.inbox else None
-
-    def flush(self, timeout: float) -> bool:
-        """Wait until what was published is sent."""
-        return self._wire.flush(timeout)
 
 
 class JobDesk(Daemon):

@@ -6,85 +6,22 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from typing import Protocol
 
 from fedprune.errors import ProtocolError
 from fedprune.wire.checked_message import MAX_MESSAGE
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
-from fedprune.wire.link import Event
 from fedprune.wire.messages import FromServer, Gone, Hello, Want
 from fedprune.wire.numbered_wants import NumberedWants, numbered
 from fedprune.wire.topics import Topics
 from fedprune.wire.unsent import HIGH_WATER
 from fedprune_server.downloads import Downloads
-from fedprune_server.quarantine import Quarantined, Released
 from fedprune_server.roster import Roster
 from fedprune_server.sharing import Publication, Sharing
 from fedprune_server.uploads import Wants
+from fedprune_server.wire import Wire
 
 _CHUNKS_PER_TURN = 4
-
-
-@dataclass(frozen=True)
-class ShutOut:
-    """A device is no member any more, or another key has its name: nothing is said to it, and it is not heard."""
-
-    device: str
-
-
-@dataclass(frozen=True)
-class Doubled:
-    """Two boards speak with the key of one device."""
-
-    device: str
-
-
-class Wire(Protocol):
-    """What the daemon needs of its connection; `fedprune.wire.link.Link` has it."""
-
-    @property
-    def connected(self) -> bool:
-        """Whether the connection is up."""
-        ...
-
-    @property
-    def room(self) -> bool:
-        """Whether `publish` would take a message now (if connected)."""
-        ...
-
-    @property
-    def unsent(self) -> int:
-        """Payload bytes that wait to be sent."""
-        ...
-
-    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        """Send without waiting."""
-        ...
-
-    def get(
-        self, timeout: float | None = 0.0
-    ) -> tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released | None:
-        """The next message or event."""
-        ...
-
-    def flush(self, timeout: float) -> bool:
-        """Wait until what was published is sent."""
-        ...
-
-
-class Supervised(Protocol):
-    """A broker that the daemon looks after."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs."""
-        ...
-
-    def restart(self) -> None:
-        """Run it again at the same address."""
-        ...
 
 
 class Post:

@@ -24,11 +24,12 @@ from fedprune.wire.fields import believable, one_line, served
 from fedprune.wire.messages import Alive, Birth, Cancelled, Death, Gone, Hello, Progress, Refusal, Update, Want, parse
 from fedprune.wire.release_messages import ReleaseReport
 from fedprune.wire.topics import Topics
-from fedprune_server.post import Doubled, Post, ShutOut
+from fedprune_server.post import Post
 from fedprune_server.quarantine import Quarantine, Quarantined, Released
 from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.roster import Roster
 from fedprune_server.uploads import Uploads
+from fedprune_server.wire import Noticed, ShutOut
 
 log = logging.getLogger("fedprune.server")
 
@@ -135,7 +136,7 @@ class Reception:
         elif isinstance(event, on.Folded):
             self._quarantine.counted(event.device)
 
-    def noticed(self, item: ShutOut | Doubled | Quarantined | Released) -> list[on.Event]:
+    def noticed(self, item: Noticed) -> list[on.Event]:
         """Take in what the connection noticed about a device, and nobody said."""
         if isinstance(item, ShutOut):
             return self._shut_out(item.device)

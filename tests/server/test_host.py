@@ -14,7 +14,7 @@ from fedprune.coordination import Phase, State
 from fedprune.errors import ConfigError
 from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Cancelled, Finished, Offer, Update
-from fedprune_server import host as host_module
+from fedprune_server import intake
 from fedprune_server.config import ServerConfig
 from fedprune_server.further_jobs import further
 from fedprune_server.presence import ANSWER_S
@@ -205,7 +205,7 @@ def test_a_device_that_vanishes_without_a_word_is_missed_in_the_end(tmp_path: Pa
 
 
 def test_answers_that_wait_to_be_heard_are_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "_TURN_S", -1.0)  # a message each turn
+    monkeypatch.setattr(intake, "TURN_S", -1.0)  # a message each turn
     several = SeveralJobs(tmp_path, [named(JOB, n, devices=9) for n in ("one", "two")], "abc")
     host, air, gone = several.host(), several.air, list[str]()
     get, give_up, idle = air.get, host._gone, iter(range(2))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedprune.wire.link import ConnectionUp
 from fedprune.wire.messages import Alive, Hello
-from fedprune_server import daemon as daemon_module
+from fedprune_server import intake
 from fedprune_server.presence import ANSWER_S, QUIET_S, Presence
 from toy import JOB, NAMES
 
@@ -130,7 +130,7 @@ def test_a_board_whose_birth_got_lost_is_asked_for_it(waiting: Fleet) -> None:
 def test_answers_that_wait_to_be_heard_are_answers(
     waiting: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(daemon_module, "_TURN_S", -1.0)  # a message each turn
+    monkeypatch.setattr(intake, "TURN_S", -1.0)  # a message each turn
     caplog.set_level(logging.INFO)
     daemon, get, idle = waiting.daemon(), waiting.air.get, iter(range(2))
 
