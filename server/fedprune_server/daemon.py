@@ -245,7 +245,7 @@ class Daemon:
         elif isinstance(item, ConnectionUp):
             log.info("connected to the broker")
             self._greet(self._monotonic())
-            self._roster.presence.connected(self._monotonic())
+            self._roster.presence.connected(self._monotonic(), self.state.devices)
             self._uploads.interrupted(self._monotonic())
         elif isinstance(item, ConnectionDown):
             log.warning("connection to the broker lost: %s", item.reason)

@@ -20,7 +20,7 @@ from fedprune.wire.messages import Alive, Birth, Death, Gone, Hello, Message, Wa
 from fedprune.wire.topics import NO_JOB, Topics
 from fedprune_server.intake import Intake
 from fedprune_server.job_desk import JobDesk
-from fedprune_server.presence import ANSWER_S, QUIET_S
+from fedprune_server.presence import Presence
 from fedprune_server.quarantine import Quarantine, Quarantined, Released
 from fedprune_server.supervised import Supervised, revive
 from fedprune_server.wire import Doubled, Item, ShutOut, Wire
@@ -71,8 +71,7 @@ class Host:
         self._lent: dict[str, str] = {}
         self._at_work: dict[str, str] = {}
         self._unfit: set[tuple[str, str]] = set()
-        self._heard: dict[str, float] = {}
-        self._doubted: dict[str, float] = {}
+        self._watch = Presence(lambda name: birth.session if (birth := self._here.get(name)) else None)
         self._greet_at = self._charged_at = self._ticked = 0.0
         self._intake = Intake(link, monotonic)
         self._asked: dict[str, float] = {}
@@ -165,11 +164,10 @@ class Host:
         if isinstance(item, ConnectionUp):
             log.info("connected to the broker")
             self._greet(self._monotonic())
-            # While we were away nobody told us who died.
-            self._doubted = dict.fromkeys(self._here, self._monotonic())
+            self._watch.connected(self._monotonic(), self._here)
         elif isinstance(item, ConnectionDown):
             log.warning("connection to the broker lost: %s", item.reason)
-            self._doubted = {}
+            self._watch.lost()
         elif isinstance(item, (ShutOut, Quarantined)):
             self._gone(item.device)
         elif isinstance(item, Released):
@@ -190,7 +188,7 @@ class Host:
             self._presence(message, len(payload), (topic, payload))
             return
         if device in self._here:
-            self._listened(device)
+            self._watch.heard(device, self._monotonic())
         elif isinstance(message, Alive) or any(device in d.state.devices for d in self.desks.values()):
             self._ask(device)
         if isinstance(message, Alive):
@@ -228,7 +226,7 @@ class Host:
         if known is None or known.session != message.session:
             self._unfit = {pair for pair in self._unfit if pair[1] != device}
         self._here[device] = message
-        self._listened(device)
+        self._watch.heard(device, self._monotonic())
         self._moved = True
         held = message.held or {}
         if held and held["job"] in self.desks:
@@ -241,22 +239,8 @@ class Host:
         elif device in self._lent:
             self._hand(self._lent[device], [device])
 
-    def _listened(self, device: str) -> None:
-        """A device has said something."""
-        self._doubted.pop(device, None)
-        self._heard[device] = self._monotonic()
-
-    def _doubt(self, now: float) -> None:
-        """Ask who has been silent for long, and give up who doesn't answer: not every broker tells who vanishes."""
-        for device in [d for d, at in self._heard.items() if now - at >= QUIET_S and d not in self._doubted]:
-            self._doubted[device] = now
-            self._ask(device)
-        for device in [d for d, at in self._doubted.items() if self._intake.caught_up - at > ANSWER_S]:
-            self._gone(device)
-
     def _gone(self, device: str) -> None:
-        self._heard.pop(device, None)
-        self._doubted.pop(device, None)
+        self._watch.left(device)
         birth, job = self._here.pop(device, None), self._lent.pop(device, None)
         self._moved = True
         if birth is not None and job is not None:
@@ -275,8 +259,10 @@ class Host:
 
     def _tick(self, now: float) -> None:
         revive(self._broker)
-        if self._link.connected:
-            self._doubt(now)
+        for device in self._watch.silent(now):
+            self._ask(device)
+        for device in self._watch.gone(self._intake.caught_up):
+            self._gone(device)
         if self._link.connected and now >= self._greet_at:
             self._greet(now)
 

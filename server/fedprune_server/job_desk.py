@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
@@ -82,7 +81,7 @@ class JobDesk(Daemon):
         self.moved = True
         """Whether something has happened since the host looked."""
         self._reception.asks = False
-        self._roster.presence = Presence(state, math.inf, math.inf)  # the host knows who is there
+        self._roster.presence = Presence(lambda device: None)  # nobody: the host knows who is there
         self._roster.prefix = f"{job.name}: "
         self._schedule = compose(job).schedule or SYNCHRONOUS
 

@@ -73,12 +73,17 @@ class Roster:
         self.prefix = ""
         """What begins a line about a device's place in the job, where that is one of several."""
         self.namesakes = Namesakes()
-        self.presence = Presence(state)
+        self.presence = Presence(self._session)
         self.outsiders: dict[str, dict[str, Any]] = {}
         """Devices that announced themselves and can't even be planned for, and why."""
         for name, body in (outsiders or {}).items():
             self.outsiders[name] = {**body, "online": False}
             self._contacts.setdefault(name, Contact(problem=str(body.get("excluded", ""))))
+
+    def _session(self, device: str) -> int | None:
+        """The number of a device's connection, or None if it isn't there."""
+        known = self._state.devices.get(device)
+        return known.session if known is not None and known.online else None
 
     def __getitem__(self, device: str) -> Contact:
         """A device's contact; for one that was never admitted a blank that nobody keeps."""
