@@ -302,9 +302,10 @@ class Daemon:
         if isinstance(event, on.UpdateStored):
             self._garbage.suspect([event.weights])  # it may have come too late for anybody to want it
         if isinstance(event, on.UpdateRejected):
-            log.warning("update of %s in round %d doesn't count: %s", event.device, event.round, event.reason)
+            found = (self._roster.prefix, event.device, event.round, event.reason)
+            log.warning("%supdate of %s in round %d doesn't count: %s", *found)
             if ran_away(event.reason):
-                log.warning("%s", remedy(self.job.recipe.to_dict()))
+                log.warning("%s%s", self._roster.prefix, remedy(self.job.recipe.to_dict()))
 
     def _commit(self) -> None:
         """End the turn: save what happened in it, then carry out what follows; that may lead to more."""

@@ -79,7 +79,8 @@ class Errands:
             case do.Acknowledge():
                 self._post.send(command.device, Accepted(job, command.round, command.attempt, command.weights), job)
             case do.Cancel():
-                log.debug("device %s: round %d is void: %s", command.device, command.round, command.reason)
+                found = (self._roster.prefix, command.device, command.round, command.reason)
+                log.debug("%sdevice %s: round %d is void: %s", *found)
                 self._post.send(command.device, Cancelled(job, command.round, command.attempt, command.reason), job)
             case do.TellFinished():
                 self._post.send(command.device, Finished(job), job)

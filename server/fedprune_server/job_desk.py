@@ -129,7 +129,7 @@ class JobDesk(Daemon):
             try:
                 self._roster.admit(birth.device, one_line(birth.software), 0)
             except ProtocolError as error:
-                log.warning("%s", error)
+                log.warning("%s%s", self._roster.prefix, error)
                 continue
             answer_s = birth.answer_s or 0.0
             self._post.ask(self._uploads.born(birth.device, birth.session, answer_s, self._monotonic()))

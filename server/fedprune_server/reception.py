@@ -152,7 +152,7 @@ class Reception:
         """A device is no member any more: what it wanted or was handing in is void, and nobody waits for it."""
         if self._desk is not None:
             self._desk.without([device])
-        log.warning("device %s was shut out", device)
+        log.warning("%sdevice %s was shut out", self._roster.prefix, device)
         self._roster.namesakes.forget(device)
         self.out.add(device)
         return self._left(device, "it was shut out", again=False)
@@ -286,7 +286,7 @@ class Reception:
             return None
         if isinstance(message, Refusal):
             reason = one_line(message.reason)
-            log.warning("device %s refuses round %d: %s", device, message.round, reason)
+            log.warning("%sdevice %s refuses round %d: %s", self._roster.prefix, device, message.round, reason)
             return on.OfferRefused(device, message.round, message.attempt, reason)
         contact = self._roster[device]
         metrics = believable(message.metrics)

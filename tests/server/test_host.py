@@ -162,6 +162,16 @@ def test_devices_that_do_not_come_back_after_an_outage_are_lent_no_more(tmp_path
     assert several.clashes == []
 
 
+def test_lines_about_an_update_say_of_which_job_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    several = SeveralJobs(tmp_path, [named(JOB, "one", rounds=1), named(JOB, "two", rounds=1)], "abc")
+    host = several.host()
+    several.workers["two"].poison = {"a"}
+    several.run(host)
+    said = [r.getMessage() for r in caplog.records if "doesn't count" in r.getMessage()]
+    assert said
+    assert all(line.startswith("two: update of a in round 1 doesn't count: ") for line in said)
+
+
 def test_jobs_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names that differ"):
         SeveralJobs(tmp_path, [JOB, JOB], "a").host()
