@@ -13,13 +13,13 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from fedprune.coordination.lending import Lending
 from fedprune.errors import ConfigError, ProtocolError
 from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Alive, Birth, Death, Gone, Hello, Message, Want, parse
 from fedprune.wire.topics import NO_JOB, Topics
 from fedprune_server.intake import Intake
 from fedprune_server.job_desk import JobDesk
+from fedprune_server.loans import Loans
 from fedprune_server.presence import Presence
 from fedprune_server.quarantine import Quarantine, Quarantined, Released
 from fedprune_server.supervised import Supervised, revive
@@ -66,11 +66,8 @@ class Host:
         self._first = desks[0]
         self._link, self._quarantine, self._topics, self._broker = link, quarantine, Topics(site), broker
         self._clock, self._monotonic = clock, monotonic
-        self._lending = Lending()
         self._here: dict[str, Birth] = {}
-        self._lent: dict[str, str] = {}
-        self._at_work: dict[str, str] = {}
-        self._unfit: set[tuple[str, str]] = set()
+        self._loans = Loans(self.desks, self._here)
         self._watch = Presence(lambda name: birth.session if (birth := self._here.get(name)) else None)
         self._greet_at = self._charged_at = self._ticked = 0.0
         self._intake = Intake(link, monotonic)
@@ -102,7 +99,7 @@ class Host:
     @property
     def lent(self) -> dict[str, str]:
         """Which job has which device; free ones are left out."""
-        return dict(self._lent)
+        return dict(self._loans.lent)
 
     def stop(self) -> None:
         """End the loop soon; may be called from a signal handler or another thread."""
@@ -223,9 +220,8 @@ class Host:
         except ProtocolError:
             self._first.hear(item)
             return
-        if known is None or known.session != message.session:
-            self._unfit = {pair for pair in self._unfit if pair[1] != device}
         self._here[device] = message
+        self._loans.came(device, anew=known is None or known.session != message.session)
         self._watch.heard(device, self._monotonic())
         self._moved = True
         held = message.held or {}
@@ -236,15 +232,14 @@ class Host:
         if self._dismissed:
             for desk in self.desks.values():
                 desk.dismiss([device])
-        elif device in self._lent:
-            self._hand(self._lent[device], [device])
+        else:
+            self._loans.renew(device)
 
     def _gone(self, device: str) -> None:
         self._watch.left(device)
-        birth, job = self._here.pop(device, None), self._lent.pop(device, None)
+        birth = self._here.pop(device, None)
         self._moved = True
-        if birth is not None and job is not None:
-            self.desks[job].recall(device, birth.session)
+        self._loans.left(device, None if birth is None else birth.session)
 
     def _ask(self, device: str) -> None:
         """Let a device announce itself, if it is there."""
@@ -269,61 +264,13 @@ class Host:
     # Who has which device.
 
     def _share(self, now: float) -> None:
-        """Take back who has done its part, and lend who is free, until nothing changes any more."""
-        self._lending.charge(self._at_work, max(0.0, now - self._charged_at))
+        self._loans.charge(max(0.0, now - self._charged_at))
         self._charged_at = now
         if self.finished:
-            self._at_work = {}
+            self._loans.end()
             self._dismiss()
-            return
-        self._dismissed = False
-        for _ in range(len(self.desks) + len(self._here)):
-            if not self._share_once():
-                break
-        self._at_work = {d: j for d, j in self._lent.items() if self.desks[j].works(d)}
-
-    def _share_once(self) -> bool:
-        """Share out what is free; returns whether a job got something."""
-        borrowers = [b for d in self.desks.values() if (b := d.borrower()) is not None]
-        able = self._lending.able(borrowers, self._here, self._takes)
-        alone = able[0].job if len(able) == 1 else None
-        free = []
-        for device, birth in self._here.items():
-            job = self._lent.get(device)
-            if job is not None and (job == alone or self.desks[job].works(device)):
-                continue
-            if job is not None:
-                del self._lent[device]
-                self.desks[job].recall(device, birth.session)
-            # After a restart of either side a part may be under way: it is gone on with.
-            mine = next((n for n, d in self.desks.items() if d.works(device)), None)
-            if mine is None:
-                free.append(device)
-            elif (mine, device) not in self._unfit:
-                self._hand(mine, [device])
-        if alone is not None:
-            found = {alone: [d for d in free if self._takes(alone, d)]}
         else:
-            found = self._lending.lend(borrowers, free, self._here, self._takes, self._fits)
-        for job, devices in found.items():
-            self._hand(job, devices)
-        return any(found.values())
-
-    def _takes(self, job: str, device: str) -> bool:
-        return (job, device) not in self._unfit and self.desks[job].takes(device, self._here[device].session)
-
-    def _fits(self, job: str, device: str) -> bool:
-        return self._takes(job, device) and self.desks[job].fits(device)
-
-    def _hand(self, job: str, devices: Sequence[str]) -> None:
-        """Let a job have devices, all at once."""
-        fit = self.desks[job].lend([self._here[d] for d in devices])
-        for device in devices:
-            if device in fit:
-                self._lent[device] = job
-            else:
-                self._unfit.add((job, device))
-                self._lent.pop(device, None)
+            self._loans.share()
 
     def _dismiss(self) -> None:
         """All jobs are finished: every device hears of it, once."""

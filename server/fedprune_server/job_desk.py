@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,6 +80,8 @@ class JobDesk(Daemon):
         self.weight = weight
         self.moved = True
         """Whether something has happened since the host looked."""
+        self._changed: set[str] = set()
+        self._seen: Phase | None = None
         self._reception.asks = False
         self._roster.presence = Presence(lambda device: None)  # nobody: the host knows who is there
         self._roster.prefix = f"{job.name}: "
@@ -195,6 +197,12 @@ class JobDesk(Daemon):
         task = self.state.tasks.get(device)
         return task is None or task.basis is None or (task.progress is Progress.REFUSED and task.deadline is None)
 
+    def changes(self) -> set[str]:
+        """Devices of which the answers above may be others than at the last call."""
+        self._note()
+        found, self._changed = self._changed, set()
+        return found
+
     def borrower(self) -> Borrower | None:
         """What the job needs now; None if it is finished."""
         state = self.state
@@ -213,6 +221,18 @@ class JobDesk(Daemon):
         found = super().snapshot()
         rows = (replace(r, state=ELSEWHERE) if r.state == "offline" else r for r in found.rows)
         return replace(found, rows=tuple(rows))
+
+    def _note(self) -> None:
+        """Keep who has changed, before that is settled; with the phase it may be anybody who has a part."""
+        state = self.state
+        self._changed |= state.devices.changed | state.tasks.changed
+        if state.phase is not self._seen:
+            self._seen = state.phase
+            self._changed |= state.tasks.keys()
+
+    def _save(self, events: Sequence[on.Event]) -> None:
+        self._note()
+        super()._save(events)
 
     # What it leaves to the host.
 
