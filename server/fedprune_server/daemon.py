@@ -29,7 +29,7 @@ from fedprune.wire.transfer import Serve
 from fedprune_server.divergence import ran_away, remedy
 from fedprune_server.downloads import Downloads
 from fedprune_server.errands import Errands
-from fedprune_server.farewell import Farewell
+from fedprune_server.farewell import FLUSH_S, Farewell
 from fedprune_server.garbage import Garbage
 from fedprune_server.guard import Guarded
 from fedprune_server.intake import Intake
@@ -51,8 +51,6 @@ from fedprune_server.workshop import Executes, Workshop
 log = logging.getLogger("fedprune.server")
 
 _TICK_S = 0.5
-_FLUSH_S = 10.0
-"""Seconds that a broker may take for the last messages."""
 _GREETING_S = 24 * 3600.0
 _SHOWN = 10
 
@@ -361,7 +359,7 @@ class Daemon:
 
     def _finish(self, command: do.Finish) -> None:
         if not self._finished:
-            self._farewell = Farewell(self.state, self._monotonic())
+            self._farewell = self._roster.farewell(self._monotonic())
             log.info("job %s is finished: global model %s", self.job.name, command.model)
             self.when_finished()
         self._finished = True
@@ -416,7 +414,7 @@ class Daemon:
 
     def _linger(self) -> None:
         """Let the last messages out, and tell devices that come back just now that it is over."""
-        farewell = self._farewell or Farewell(self.state, self._monotonic())
+        farewell = self._farewell or self._roster.farewell(self._monotonic())
         while not self._stopping and not farewell.over(self._monotonic()):
             self._turn()
-        self._link.flush(_FLUSH_S)
+        self._link.flush(FLUSH_S)

@@ -17,6 +17,7 @@ from fedprune.errors import ConfigError, ProtocolError
 from fedprune.wire.link import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Alive, Birth, Death, Gone, Hello, Message, Want, parse
 from fedprune.wire.topics import NO_JOB, Topics
+from fedprune_server.farewell import FLUSH_S, Farewell
 from fedprune_server.intake import Intake
 from fedprune_server.job_desk import JobDesk
 from fedprune_server.loans import Loans
@@ -27,7 +28,7 @@ from fedprune_server.wire import Doubled, Item, ShutOut, Wire
 
 log = logging.getLogger("fedprune.server")
 
-_TICK_S, _LINGER_S = 0.5, 1.5
+_TICK_S = 0.5
 _GREETING_S = 24 * 3600.0
 _ASKED_AGAIN_S = 10.0
 
@@ -73,7 +74,7 @@ class Host:
         self._intake = Intake(link, monotonic)
         self._asked: dict[str, float] = {}
         self._moved = True
-        self._dismissed = False
+        self._farewell: Farewell | None = None
         self._stopping = False
 
     @property
@@ -147,10 +148,10 @@ class Host:
 
     def _linger(self) -> None:
         """Let the last messages out, and tell devices that come back just now that it is over."""
-        until = self._monotonic() + _LINGER_S
-        while not self._stopping and self._monotonic() < until:
+        farewell = self._farewell or self._part()
+        while not self._stopping and not farewell.over(self._monotonic()):
             self._turn(0.05)
-        self._link.flush(_LINGER_S)
+        self._link.flush(FLUSH_S)
 
     # What comes in.
 
@@ -229,7 +230,7 @@ class Host:
             self.desks[held["job"]].void(device, held)
         elif held:
             self._first.void(device, held)
-        if self._dismissed:
+        if self._farewell is not None:
             for desk in self.desks.values():
                 desk.dismiss([device])
         else:
@@ -274,8 +275,14 @@ class Host:
 
     def _dismiss(self) -> None:
         """All jobs are finished: every device hears of it, once."""
-        if self._dismissed:
+        if self._farewell is not None:
             return
-        self._dismissed = True
+        self._farewell = self._part()
         for desk in self.desks.values():
             desk.dismiss(self._here)
+
+    def _part(self) -> Farewell:
+        """Whom to wait for: devices that take part in a job, as far as is known, or have announced themselves."""
+        known = self._first.traffic.keys() | {n for d in self.desks.values() for n in d.state.devices}
+        away = (n for n in known - self._here.keys() if not all(d.bars(n) for d in self.desks.values()))
+        return Farewell(self._here, away, self._here.__contains__, self._monotonic())

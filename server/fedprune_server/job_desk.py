@@ -192,6 +192,10 @@ class JobDesk(Daemon):
         known = self.state.devices.get(device)
         return known is None or known.session != session or not known.excluded
 
+    def bars(self, device: str) -> bool:
+        """Whether the job has turned a device away."""
+        return self._roster.bars(device)
+
     def fits(self, device: str) -> bool:
         """Whether the job would give a device something to do now: an asynchronous one not twice on one model."""
         task = self.state.tasks.get(device)

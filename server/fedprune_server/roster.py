@@ -16,6 +16,7 @@ from fedprune.errors import ProtocolError
 from fedprune.job import Job
 from fedprune.plan import Plan
 from fedprune.wire.messages import Progress
+from fedprune_server.farewell import Farewell
 from fedprune_server.namesakes import Namesakes
 from fedprune_server.presence import Presence
 from fedprune_server.table import Row, Snapshot
@@ -246,6 +247,21 @@ class Roster:
             kept = costs_at(self._architecture, device.widths).parameters / self._whole
             by = "job" if device.density == self._job.density else "strategy"
             log.info("  density %.3g, as the %s says: keeps %.0f%% of the weights", device.density, by, 100 * kept)
+
+    def farewell(self, now: float) -> Farewell:
+        """Whom to wait for, now that the job is done.
+
+        Args:
+            now: Seconds of a clock that nobody sets.
+        """
+        devices = self._state.devices
+        away = (n for n, d in devices.items() if not d.online and not d.excluded)
+        return Farewell((n for n, d in devices.items() if d.online), away, lambda n: devices[n].online, now)
+
+    def bars(self, device: str) -> bool:
+        """Whether a device can take no part in the job, as far as is known."""
+        known = self._state.devices.get(device)
+        return device in self.outsiders if known is None else bool(known.excluded)
 
     def snapshot(self, now: float, connected: bool, pulled: Mapping[str, tuple[int, int]]) -> Snapshot:
         """The job as it stands.
