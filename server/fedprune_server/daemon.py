@@ -19,7 +19,6 @@ from fedprune.blobs import BlobStore
 from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.state import Progress as Part
 from fedprune.job import Job
 from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.link import ConnectionDown, ConnectionUp
@@ -52,10 +51,6 @@ log = logging.getLogger("fedprune.server")
 
 _TICK_S = 0.5
 _GREETING_S = 24 * 3600.0
-_SHOWN = 10
-
-_UNHEARD_OFFER_S = 30.0
-"""An offer of which a device shows nothing for so long is said again: a broker's acknowledgement is no device's."""
 
 
 class Daemon:
@@ -317,7 +312,7 @@ class Daemon:
     def _save(self, events: Sequence[on.Event]) -> None:
         state = self.state
         self._garbage.follow(state)
-        self._let_go()
+        self._garbage.suspect(self._errands.let_go(anew=state.phase is not self._at[1]))
         # First remembered, then done: after a crash at any point the state asks for what was not done.
         if self._storage.save(state, events, self._now, self._roster.moved):
             self._roster.moved.clear()
@@ -332,17 +327,6 @@ class Daemon:
             self._display.round_over(self.snapshot(), summary)
         if ended:
             state.slim(PARTS_KEPT)
-
-    def _let_go(self) -> None:
-        """Stop fetching what no part awaits any more."""
-        state = self.state
-        names = self._uploads.devices() if state.phase is not self._at[1] else state.tasks.changed
-        for name in names:
-            task = state.tasks.get(name)
-            if task is None or task.progress is not Part.PULLING or not state.awaits(task):
-                self._garbage.suspect(self._uploads.drop(name))
-            else:
-                self._garbage.suspect(self._uploads.keep(name, state.round_of(task), task.attempt))
 
     def _carry_out(self, commands: list[do.Command]) -> None:
         self._workshop.expect(commands)
@@ -375,23 +359,13 @@ class Daemon:
         revive(self._broker)
         for device in self._roster.presence.silent(now):
             self._post.send(device, Hello(int(self._clock())))
-        gone = self._roster.presence.gone(self._intake.caught_up)
-        if gone:
-            names = ", ".join(sorted(gone)[:_SHOWN]) + (" ..." if len(gone) > _SHOWN else "")
-            log.info("%d devices don't answer and are taken for gone: %s", len(gone), names)
-        for device, session in gone.items():
-            self._uploads.drop(device)
-            self._post.forget(device)
-            self._handle(on.DeviceDied(device, session))
+        for event in self._reception.missed(self._intake.caught_up):
+            self._handle(event)
         if self._desk is not None:
             self._desk.tick()
         self._roster.namesakes.settle(now)
         self._quarantine.save()
-        for device in self._roster.silent(now, _UNHEARD_OFFER_S):
-            task = self.state.tasks[device]
-            if task.offer is not None:
-                offer = do.SendOffer(device, self.state.round_of(task), task.attempt, task.offer)
-                self._errands.offer(offer, again=True)
+        self._errands.repeat(now)
         self._post.ask(self._uploads.tick(now))
         self._errands.collect_uploads()
         if self._link.connected and now >= self._greet_at:

@@ -36,6 +36,8 @@ log = logging.getLogger("fedprune.server")
 _AGAIN_S = 10.0
 """At most so often a device that counts as offline, and speaks, is asked to announce itself."""
 
+_SHOWN = 10
+
 _PROFILE_S = 10.0
 """A hardware profile that was read is good for so long."""
 
@@ -147,6 +149,21 @@ class Reception:
         else:
             self._roster.doubled(item.device, self._monotonic())
         return []
+
+    def missed(self, caught_up: float) -> list[on.Event]:
+        """Devices that were asked whether they are there, and haven't answered.
+
+        Args:
+            caught_up: When no message waited, lastly.
+        """
+        gone = self._roster.presence.gone(caught_up)
+        if gone:
+            names = ", ".join(sorted(gone)[:_SHOWN]) + (" ..." if len(gone) > _SHOWN else "")
+            log.info("%d devices don't answer and are taken for gone: %s", len(gone), names)
+        for device in gone:
+            self._uploads.drop(device)
+            self._post.forget(device)
+        return [on.DeviceDied(device, session) for device, session in gone.items()]
 
     def _shut_out(self, device: str) -> list[on.Event]:
         """A device is no member any more: what it wanted or was handing in is void, and nobody waits for it."""
