@@ -44,7 +44,7 @@ from fedprune.wire.transfer import Serve
 from fedprune_device.downloads import Downloads as BoardsDownloads
 from fedprune_device.outbox import Outbox
 from fedprune_server.downloads import Downloads
-from fedprune_server.post import Post
+from fedprune_server.post import Line, Post
 from fedprune_server.sharing import Audience, Sharing
 
 SIZE = 46_000_000
@@ -73,7 +73,7 @@ def serve(url: str, folder: str, leaves: int, pipe: Connection) -> None:
         link.start()
         downloads = Downloads(Serve(store), leaves * LEAF + PACKET_OVERHEAD)
         sharing = Sharing(store, Audience(State("0" * 64)))
-        post = Post(link, TOPICS, Uncounted(), downloads, sharing, "job")  # type: ignore[arg-type]
+        post = Post(Line(link, TOPICS, "job"), Uncounted(), downloads, sharing)  # type: ignore[arg-type]
         pipe.send("ready")
         while not pipe.poll():
             item = link.get(0.0 if post.ready else 0.01 if post.waiting else 0.1)

@@ -32,7 +32,7 @@ from fedprune_server.farewell import FLUSH_S, Farewell
 from fedprune_server.garbage import Garbage
 from fedprune_server.guard import Guarded
 from fedprune_server.intake import Intake
-from fedprune_server.post import Post
+from fedprune_server.post import Line, Post
 from fedprune_server.quarantine import Quarantine
 from fedprune_server.reception import Reception
 from fedprune_server.rollout_desk import RolloutDesk
@@ -128,8 +128,8 @@ class Daemon:
         sharing = Sharing(near, Audience(state), max_packet)
         downloads = Downloads(Serve(*stores), max_packet)
         self._post = Post(
-            self._link, self._topics, self._roster, downloads, sharing, job.name, monotonic, self._quarantine.asked,
-            max_packet, self._shipping.coming,
+            Line(self._link, self._topics, job.name, max_packet), self._roster, downloads, sharing, monotonic,
+            self._quarantine.asked, self._shipping.coming,
         )  # fmt: skip
         self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, members, clock, monotonic)
         self._reception = Reception(

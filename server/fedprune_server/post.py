@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 
 from fedprune.errors import ProtocolError
 from fedprune.wire.checked_message import MAX_MESSAGE
@@ -24,46 +25,60 @@ from fedprune_server.wire import Wire
 _CHUNKS_PER_TURN = 4
 
 
+@dataclass(frozen=True)
+class Line:
+    """What leads to the devices of a job.
+
+    Attributes:
+        link: The connection.
+        topics: The site's topics.
+        job: The job's name.
+        max_packet: Bytes of an MQTT packet that the broker lets through, if it is known to be less than usual.
+    """
+
+    link: Wire
+    topics: Topics
+    job: str
+    max_packet: int = MAX_PACKET
+
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest message that may be sent."""
+        return MAX_MESSAGE if self.max_packet >= MAX_PACKET else self.max_packet - PACKET_OVERHEAD
+
+
 class Post:
     """The way out to the devices of one site.
 
     Args:
-        link: The connection.
-        topics: The site's topics.
+        line: What leads there.
         roster: Counts the bytes.
         downloads: Cuts blobs into chunks.
         sharing: Says what is published to all devices of the job.
-        job: The job's name.
         clock: Seconds of a clock that nobody sets.
         asked: Is told of how many leaves a device is asked for.
-        max_packet: Bytes of an MQTT packet that the broker lets through, if it is known to be less than usual.
         coming: Whether a blob that isn't here will be in a moment.
     """
 
     def __init__(
         self,
-        link: Wire,
-        topics: Topics,
+        line: Line,
         roster: Roster,
         downloads: Downloads,
         sharing: Sharing,
-        job: str,
         clock: Callable[[], float] = time.monotonic,
         asked: Callable[[str, int], None] = lambda device, leaves: None,
-        max_packet: int = MAX_PACKET,
         coming: Callable[[str], bool] = lambda sha256: False,
     ) -> None:
         self._doubled = NumberedWants().doubled
         self._coming = coming
-        self._most = MAX_MESSAGE if max_packet >= MAX_PACKET else max_packet - PACKET_OVERHEAD
+        self._most = line.longest
         self._asked = asked
-        self._link = link
-        self._topics = topics
+        self._link, self._topics, self._job = line.link, line.topics, line.job
         self._roster = roster
         self._downloads = downloads
         self._outbox: deque[tuple[str, str, bytes]] = deque()
         self._sharing = sharing
-        self._job = job
         self._clock = clock
 
     @property
