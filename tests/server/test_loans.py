@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from several import SeveralJobs, named
 
@@ -33,7 +33,8 @@ def compare(loans: Loans) -> None:
 
 
 @given(JOBS, st.lists(st.tuples(st.integers(1, 25), st.booleans()), max_size=5), st.booleans())
-@settings(max_examples=6, deadline=None)
+@example([{"devices": 2}, {"devices": 2}], [(3, True), (5, False)], True)
+@settings(max_examples=4, deadline=None)
 def test_what_is_kept_is_what_a_walk_over_all_devices_finds(
     kinds: list[dict[str, Any]], ends: list[tuple[int, bool]], strange: bool
 ) -> None:
