@@ -45,7 +45,7 @@ from fedprune.wire.topics import EVERYONE, Topics
 from fedprune.wire.transfer import Serve
 from fedprune_device.downloads import Downloads
 from fedprune_server.downloads import Downloads as Answers
-from fedprune_server.post import Post
+from fedprune_server.post import Line, Post
 from fedprune_server.sharing import Audience, Sharing
 from fedprune_server.slab_chains import SlabChains
 
@@ -232,7 +232,7 @@ class Server:
         sharing = Sharing(self.store, Audience(self.state))
         wire: Any = link
         roster: Any = Traffic()
-        self.post = Post(wire, TOPICS, roster, Answers(Serve(self.store)), sharing, JOB)
+        self.post = Post(Line(wire, TOPICS, JOB), roster, Answers(Serve(self.store)), sharing)
         self.here: set[str] = set()
         self.left = list(names)
 

@@ -31,7 +31,8 @@ from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.wire.blob_ref import LEAF, BlobRef
 from fedprune.wire.chunk import PACKET_OVERHEAD, QOS, Chunk
-from fedprune.wire.link import ConnectionUp, Link
+from fedprune.wire.connection_news import ConnectionUp
+from fedprune.wire.link import Link
 from fedprune.wire.messages import Want, parse
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
@@ -39,7 +40,7 @@ from fedprune.wire.transfer import Serve
 from fedprune_device.downloads import Downloads as BoardsDownloads
 from fedprune_device.outbox import Outbox
 from fedprune_server.downloads import Downloads
-from fedprune_server.post import Post
+from fedprune_server.post import Line, Post
 from fedprune_server.sharing import Audience, Sharing
 
 SIZE = 46_000_000
@@ -68,7 +69,7 @@ def serve(url: str, folder: str, leaves: int, pipe: Connection) -> None:
         link.start()
         downloads = Downloads(Serve(store), leaves * LEAF + PACKET_OVERHEAD)
         sharing = Sharing(store, Audience(State("0" * 64)))
-        post = Post(link, TOPICS, Uncounted(), downloads, sharing, "job")  # type: ignore[arg-type]
+        post = Post(Line(link, TOPICS, "job"), Uncounted(), downloads, sharing)  # type: ignore[arg-type]
         pipe.send("ready")
         while not pipe.poll():
             item = link.get(0.0 if post.ready else 0.01 if post.waiting else 0.1)

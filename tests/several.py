@@ -65,6 +65,7 @@ class SeveralJobs:
         folder.mkdir(exist_ok=True)
         self.air = Air()
         self.desks: dict[str, JobDesk] = {}
+        self.workers: dict[str, ToyWorker] = {}
         for name in names:
             self.air.devices[name] = JobsDevice(name, folder / "devices", self.air)
 
@@ -76,8 +77,8 @@ class SeveralJobs:
             path = self.folder / job.name
             path.mkdir(exist_ok=True)
             storage, store = quick(path), BlobStore(path / "blobs", durable=False)
-            storage.log.least = 0
-            worker = ToyWorker(store)
+            storage.logged = 0
+            worker = self.workers[job.name] = ToyWorker(store)
             state = storage.load()
             if state is None:
                 state = State(model=worker.initial())

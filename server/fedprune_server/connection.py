@@ -18,10 +18,10 @@ from fedprune_server.broker import EmbeddedBroker, TlsFiles
 from fedprune_server.config import LOCAL, ServerConfig
 from fedprune_server.guard import Guarded
 from fedprune_server.identity_folder import FOLDER, IdentityFolder
-from fedprune_server.post import Wire
 from fedprune_server.quarantine import FILE as QUARANTINE
 from fedprune_server.quarantine import Quarantine
 from fedprune_server.signed_link import SignedLink
+from fedprune_server.wire import Wire
 
 log = logging.getLogger("fedprune.server")
 

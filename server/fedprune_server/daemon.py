@@ -19,22 +19,21 @@ from fedprune.blobs import BlobStore
 from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.state import Progress as Part
-from fedprune.errors import BrokerError
 from fedprune.job import Job
 from fedprune.wire.chunk import MAX_PACKET
-from fedprune.wire.connection_news import ConnectionDown, ConnectionUp, Event
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Finished, Hello
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
 from fedprune_server.divergence import ran_away, remedy
 from fedprune_server.downloads import Downloads
 from fedprune_server.errands import Errands
-from fedprune_server.farewell import Farewell
+from fedprune_server.farewell import FLUSH_S, Farewell
 from fedprune_server.garbage import Garbage
 from fedprune_server.guard import Guarded
-from fedprune_server.post import Doubled, Post, ShutOut, Supervised, Wire
-from fedprune_server.quarantine import Quarantine, Quarantined, Released
+from fedprune_server.intake import Intake
+from fedprune_server.post import Line, Post
+from fedprune_server.quarantine import Quarantine
 from fedprune_server.reception import Reception
 from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.rollout_store import RolloutStore
@@ -42,22 +41,16 @@ from fedprune_server.roster import Roster
 from fedprune_server.sharing import Audience, Sharing
 from fedprune_server.shipping import Shipping
 from fedprune_server.storage import PARTS_KEPT, Storage
+from fedprune_server.supervised import Supervised, revive
 from fedprune_server.table import Display, Lines, Snapshot
 from fedprune_server.uploads import Uploads
+from fedprune_server.wire import Item, Noticed, Wire
 from fedprune_server.workshop import Executes, Workshop
 
 log = logging.getLogger("fedprune.server")
 
 _TICK_S = 0.5
-_TURN_S = 0.02
-"""Messages are taken in for so long before what they led to is saved, in one transaction, and answered."""
-_FLUSH_S = 10.0
-"""Seconds that a broker may take for the last messages."""
 _GREETING_S = 24 * 3600.0
-_SHOWN = 10
-
-_UNHEARD_OFFER_S = 30.0
-"""An offer of which a device shows nothing for so long is said again: a broker's acknowledgement is no device's."""
 
 
 class Daemon:
@@ -135,8 +128,8 @@ class Daemon:
         sharing = Sharing(near, Audience(state), max_packet)
         downloads = Downloads(Serve(*stores), max_packet)
         self._post = Post(
-            self._link, self._topics, self._roster, downloads, sharing, job.name, monotonic, self._quarantine.asked,
-            max_packet, self._shipping.coming,
+            Line(self._link, self._topics, job.name, max_packet), self._roster, downloads, sharing, monotonic,
+            self._quarantine.asked, self._shipping.coming,
         )  # fmt: skip
         self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, members, clock, monotonic)
         self._reception = Reception(
@@ -155,7 +148,7 @@ class Daemon:
         self._at = (state.round, state.phase)
         self._told = len(state.history)
         self._greet_at = self._ticked = 0.0
-        self._caught_up = 0.0  # when no message waited
+        self._intake = Intake(self._link, monotonic)
         self._stopping = False
         self._finished = False
         self._farewell: Farewell | None = None
@@ -230,7 +223,7 @@ class Daemon:
             return longest
         return max(0.0, min(longest, self._wakes[0] - self._clock()))
 
-    def _take(self, item: tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released | None) -> None:
+    def _take(self, item: Item) -> None:
         if isinstance(item, tuple):
             event = self._reception.receive(*item)
             self._errands.collect_uploads()
@@ -239,13 +232,13 @@ class Daemon:
             if isinstance(event, on.DeviceBorn):
                 self._roster.presence.heard(event.device, self._monotonic())
                 self._roster.introduce(event.device)
-        elif isinstance(item, ShutOut | Doubled | Quarantined | Released):
+        elif isinstance(item, Noticed):
             for event in self._reception.noticed(item):
                 self._handle(event)
         elif isinstance(item, ConnectionUp):
             log.info("connected to the broker")
             self._greet(self._monotonic())
-            self._roster.presence.connected(self._monotonic())
+            self._roster.presence.connected(self._monotonic(), self.state.devices)
             self._uploads.interrupted(self._monotonic())
         elif isinstance(item, ConnectionDown):
             log.warning("connection to the broker lost: %s", item.reason)
@@ -265,22 +258,16 @@ class Daemon:
 
     def _turn(self) -> None:
         """Take in what has come, save what it leads to, and only then say what follows."""
-        item = self._link.get(self._pause())
+        items = self._intake.turn(self._pause())
         self._begin()
-        until = self._monotonic() + _TURN_S
-        while item is not None:
+        for item in items:
             self._take(item)
-            if self._stopping or self._monotonic() > until:
+            if self._stopping:
                 break
-            item = self._link.get()
-        else:
-            self._caught_up = self._monotonic()
         self._reception.gather()
         self._errands.collect_uploads()
         while not self._stopping and (result := self._workshop.collect()) is not None:
             self._handle(result)
-        if self._shipping.waiting:
-            self._errands.collect_uploads()
         if self._monotonic() - self._ticked >= _TICK_S:
             self._ticked = self._monotonic()
             self._tick(self._ticked)
@@ -308,9 +295,10 @@ class Daemon:
         if isinstance(event, on.UpdateStored):
             self._garbage.suspect([event.weights])  # it may have come too late for anybody to want it
         if isinstance(event, on.UpdateRejected):
-            log.warning("update of %s in round %d doesn't count: %s", event.device, event.round, event.reason)
+            found = (self._roster.prefix, event.device, event.round, event.reason)
+            log.warning("%supdate of %s in round %d doesn't count: %s", *found)
             if ran_away(event.reason):
-                log.warning("%s", remedy(self.job.recipe.to_dict()))
+                log.warning("%s%s", self._roster.prefix, remedy(self.job.recipe.to_dict()))
 
     def _commit(self) -> None:
         """End the turn: save what happened in it, then carry out what follows; that may lead to more."""
@@ -324,7 +312,7 @@ class Daemon:
     def _save(self, events: Sequence[on.Event]) -> None:
         state = self.state
         self._garbage.follow(state)
-        self._let_go()
+        self._garbage.suspect(self._errands.let_go(anew=state.phase is not self._at[1]))
         # First remembered, then done: after a crash at any point the state asks for what was not done.
         if self._storage.save(state, events, self._now, self._roster.moved):
             self._roster.moved.clear()
@@ -339,17 +327,6 @@ class Daemon:
             self._display.round_over(self.snapshot(), summary)
         if ended:
             state.slim(PARTS_KEPT)
-
-    def _let_go(self) -> None:
-        """Stop fetching what no part awaits any more."""
-        state = self.state
-        names = self._uploads.devices() if state.phase is not self._at[1] else state.tasks.changed
-        for name in names:
-            task = state.tasks.get(name)
-            if task is None or task.progress is not Part.PULLING or not state.awaits(task):
-                self._garbage.suspect(self._uploads.drop(name))
-            else:
-                self._garbage.suspect(self._uploads.keep(name, state.round_of(task), task.attempt))
 
     def _carry_out(self, commands: list[do.Command]) -> None:
         self._workshop.expect(commands)
@@ -366,7 +343,7 @@ class Daemon:
 
     def _finish(self, command: do.Finish) -> None:
         if not self._finished:
-            self._farewell = Farewell(self.state, self._monotonic())
+            self._farewell = self._roster.farewell(self._monotonic())
             log.info("job %s is finished: global model %s", self.job.name, command.model)
             self.when_finished()
         self._finished = True
@@ -379,31 +356,16 @@ class Daemon:
     # Time.
 
     def _tick(self, now: float) -> None:
-        if self._broker is not None and not self._broker.alive:
-            log.warning("the embedded broker has died and is started again")
-            try:
-                self._broker.restart()
-            except BrokerError as error:  # tried again at the next tick
-                log.error("%s", error)
+        revive(self._broker)
         for device in self._roster.presence.silent(now):
             self._post.send(device, Hello(int(self._clock())))
-        gone = self._roster.presence.gone(self._caught_up)
-        if gone:
-            names = ", ".join(sorted(gone)[:_SHOWN]) + (" ..." if len(gone) > _SHOWN else "")
-            log.info("%d devices don't answer and are taken for gone: %s", len(gone), names)
-        for device, session in gone.items():
-            self._uploads.drop(device)
-            self._post.forget(device)
-            self._handle(on.DeviceDied(device, session))
+        for event in self._reception.missed(self._intake.caught_up):
+            self._handle(event)
         if self._desk is not None:
             self._desk.tick()
         self._roster.namesakes.settle(now)
         self._quarantine.save()
-        for device in self._roster.silent(now, _UNHEARD_OFFER_S):
-            task = self.state.tasks[device]
-            if task.offer is not None:
-                offer = do.SendOffer(device, self.state.round_of(task), task.attempt, task.offer)
-                self._errands.offer(offer, again=True)
+        self._errands.repeat(now)
         self._post.ask(self._uploads.tick(now))
         self._errands.collect_uploads()
         if self._link.connected and now >= self._greet_at:
@@ -426,11 +388,7 @@ class Daemon:
 
     def _linger(self) -> None:
         """Let the last messages out, and tell devices that come back just now that it is over."""
-        farewell = self._farewell or Farewell(self.state, self._monotonic())
+        farewell = self._farewell or self._roster.farewell(self._monotonic())
         while not self._stopping and not farewell.over(self._monotonic()):
-            item = self._link.get(0.05)
-            self._begin()
-            self._take(item)
-            self._commit()
-            self._display.refresh(self.snapshot)
-        self._link.flush(_FLUSH_S)
+            self._turn()
+        self._link.flush(FLUSH_S)

@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.state import Progress as Part
 from fedprune.errors import ProtocolError
 from fedprune.job import Job
 from fedprune.wire.blob_ref import BlobRef
@@ -21,6 +22,9 @@ from fedprune_server.shipping import Shipping
 from fedprune_server.uploads import Arrived, Uploads, misfit, sent
 
 log = logging.getLogger("fedprune.server")
+
+_UNHEARD_OFFER_S = 30.0
+"""An offer of which a device shows nothing for so long is said again: a broker's acknowledgement is no device's."""
 
 Errand = do.SendOffer | do.PullUpdate | do.Acknowledge | do.Cancel | do.TellFinished
 
@@ -80,7 +84,8 @@ class Errands:
             case do.Acknowledge():
                 self._post.send(command.device, Accepted(job, command.round, command.attempt, command.weights), job)
             case do.Cancel():
-                log.debug("device %s: round %d is void: %s", command.device, command.round, command.reason)
+                found = (self._roster.prefix, command.device, command.round, command.reason)
+                log.debug("%sdevice %s: round %d is void: %s", *found)
                 self._post.send(command.device, Cancelled(job, command.round, command.attempt, command.reason), job)
             case do.TellFinished():
                 self._post.send(command.device, Finished(job), job)
@@ -105,6 +110,35 @@ class Errands:
             return
         if not again:
             self._roster.offered(command.device, self._monotonic())
+
+    def repeat(self, now: float) -> None:
+        """Say offers again of which nothing was heard.
+
+        Args:
+            now: Seconds of a clock that nobody sets.
+        """
+        for device in self._roster.silent(now, _UNHEARD_OFFER_S):
+            task = self._state.tasks[device]
+            if task.offer is not None:
+                self.offer(do.SendOffer(device, self._state.round_of(task), task.attempt, task.offer), again=True)
+
+    def let_go(self, *, anew: bool) -> list[str]:
+        """Stop fetching what no part awaits any more.
+
+        Args:
+            anew: Whether to look at all that is fetched, not only at parts that have changed.
+
+        Returns:
+            Digests of what was dropped.
+        """
+        state, dropped = self._state, list[str]()
+        for name in self._uploads.devices() if anew else state.tasks.changed:
+            task = state.tasks.get(name)
+            if task is None or task.progress is not Part.PULLING or not state.awaits(task):
+                dropped += self._uploads.drop(name)
+            else:
+                dropped += self._uploads.keep(name, state.round_of(task), task.attempt)
+        return dropped
 
     def collect_uploads(self) -> None:
         """Turn ended pulls into events."""

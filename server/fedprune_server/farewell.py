@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from fedprune.coordination import State
+from collections.abc import Callable, Iterable
+
+FLUSH_S = 10.0
+"""Seconds that a broker may take for the last messages."""
 
 LEAST_S = 1.5
 """Seconds after the end, and after a device has gone since: a broken connection is there again by then."""
@@ -20,15 +23,16 @@ class Farewell:
     wait for a server that is no more.
 
     Args:
-        state: The coordinator's state as the job is done.
+        there: Devices that are there as the last job is done.
+        away: Others, that take part.
+        here: Whether a device is there now.
         now: The time.
     """
 
-    def __init__(self, state: State, now: float) -> None:
-        self._state = state
+    def __init__(self, there: Iterable[str], away: Iterable[str], here: Callable[[str], bool], now: float) -> None:
+        self._here = here
         self._least, self._most = now + LEAST_S, now + MOST_S
-        self._there = {n for n, d in state.devices.items() if d.online}
-        self._away = {n for n, d in state.devices.items() if not d.online and not d.excluded}
+        self._there, self._away = set(there), set(away)
 
     def over(self, now: float) -> bool:
         """Whether there is nobody left to wait for.
@@ -36,9 +40,8 @@ class Farewell:
         Args:
             now: The time.
         """
-        devices = self._state.devices
-        back = {n for n in self._away if devices[n].online}
-        gone = {n for n in self._there if not devices[n].online}
+        back = {n for n in self._away if self._here(n)}
+        gone = {n for n in self._there if not self._here(n)}
         self._away -= back
         self._there = (self._there | back) - gone
         if gone:

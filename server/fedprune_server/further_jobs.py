@@ -119,6 +119,7 @@ def hosted(
     desks: list[JobDesk] = []
     for kept in jobs:
         config, job = kept.config, kept.opened
+        job.worker.prefix = f"{job.job.name}: "
         desk = JobDesk(
             job.job,
             job.model.architecture,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from fedprune.wire.connection_news import Event
 from fedprune.wire.topics import EVERYONE
-from fedprune_server.post import Doubled, ShutOut, Wire
-from fedprune_server.quarantine import Quarantine, Quarantined, Released
+from fedprune_server.quarantine import Quarantine
+from fedprune_server.wire import Item, Relay, Wire
 
 
-class Guarded:
+class Guarded(Relay):
     """A connection that hears whom a quarantine hears. Signatures are not looked at before: each would cost as much as
     a dozen messages that are dropped here.
 
@@ -18,27 +17,8 @@ class Guarded:
     """
 
     def __init__(self, link: Wire, quarantine: Quarantine) -> None:
-        self._link = link
+        super().__init__(link)
         self._quarantine = quarantine
-
-    @property
-    def connected(self) -> bool:
-        """Whether the connection is up."""
-        return self._link.connected
-
-    @property
-    def room(self) -> bool:
-        """Whether `publish` would take a message now (if connected)."""
-        return self._link.room
-
-    @property
-    def unsent(self) -> int:
-        """Payload bytes that wait to be sent."""
-        return self._link.unsent
-
-    def flush(self, timeout: float) -> bool:
-        """Wait until what was published is sent."""
-        return self._link.flush(timeout)
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send without waiting."""
@@ -48,9 +28,7 @@ class Guarded:
             self._quarantine.sends(device)
         return sent
 
-    def get(
-        self, timeout: float | None = 0.0
-    ) -> tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released | None:
+    def get(self, timeout: float | None = 0.0) -> Item | None:
         """The next message or event; None, too, if what came is not heard."""
         news = self._quarantine.news()
         if news is not None:

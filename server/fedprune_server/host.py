@@ -13,19 +13,22 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from fedprune.coordination.lending import Lending
-from fedprune.errors import BrokerError, ConfigError, ProtocolError
+from fedprune.errors import ConfigError, ProtocolError
 from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Alive, Birth, Death, Gone, Hello, Message, Want, parse
 from fedprune.wire.topics import NO_JOB, Topics
-from fedprune_server.job_desk import Item, JobDesk
-from fedprune_server.post import Doubled, ShutOut, Supervised, Wire
-from fedprune_server.presence import ANSWER_S, QUIET_S
+from fedprune_server.farewell import FLUSH_S, Farewell
+from fedprune_server.intake import Intake
+from fedprune_server.job_desk import JobDesk
+from fedprune_server.loans import Loans
+from fedprune_server.presence import Presence
 from fedprune_server.quarantine import Quarantine, Quarantined, Released
+from fedprune_server.supervised import Supervised, revive
+from fedprune_server.wire import Doubled, Item, ShutOut, Wire
 
 log = logging.getLogger("fedprune.server")
 
-_TURN_S, _TICK_S, _LINGER_S = 0.02, 0.5, 1.5
+_TICK_S = 0.5
 _GREETING_S = 24 * 3600.0
 _ASKED_AGAIN_S = 10.0
 
@@ -64,18 +67,14 @@ class Host:
         self._first = desks[0]
         self._link, self._quarantine, self._topics, self._broker = link, quarantine, Topics(site), broker
         self._clock, self._monotonic = clock, monotonic
-        self._lending = Lending()
         self._here: dict[str, Birth] = {}
-        self._lent: dict[str, str] = {}
-        self._at_work: dict[str, str] = {}
-        self._unfit: set[tuple[str, str]] = set()
-        self._heard: dict[str, float] = {}
-        self._doubted: dict[str, float] = {}
+        self._loans = Loans(self.desks, self._here)
+        self._watch = Presence(lambda name: birth.session if (birth := self._here.get(name)) else None)
         self._greet_at = self._charged_at = self._ticked = 0.0
-        self._caught_up = 0.0  # when no message waited
+        self._intake = Intake(link, monotonic)
         self._asked: dict[str, float] = {}
         self._moved = True
-        self._dismissed = False
+        self._farewell: Farewell | None = None
         self._stopping = False
 
     @property
@@ -101,7 +100,7 @@ class Host:
     @property
     def lent(self) -> dict[str, str]:
         """Which job has which device; free ones are left out."""
-        return dict(self._lent)
+        return dict(self._loans.lent)
 
     def stop(self) -> None:
         """End the loop soon; may be called from a signal handler or another thread."""
@@ -131,15 +130,10 @@ class Host:
                 desk.close()
 
     def _turn(self, pause_s: float) -> None:
-        item = self._link.get(pause_s)
-        until = self._monotonic() + _TURN_S
-        while item is not None:
+        for item in self._intake.turn(pause_s):
             self._take(item)
-            if self._stopping or self._monotonic() > until:
+            if self._stopping:
                 break
-            item = self._link.get()
-        else:
-            self._caught_up = self._monotonic()
         for desk in self.desks.values():
             desk.turn()
         now = self._monotonic()
@@ -154,10 +148,10 @@ class Host:
 
     def _linger(self) -> None:
         """Let the last messages out, and tell devices that come back just now that it is over."""
-        until = self._monotonic() + _LINGER_S
-        while not self._stopping and self._monotonic() < until:
+        farewell = self._farewell or self._part()
+        while not self._stopping and not farewell.over(self._monotonic()):
             self._turn(0.05)
-        self._link.flush(_LINGER_S)
+        self._link.flush(FLUSH_S)
 
     # What comes in.
 
@@ -168,11 +162,10 @@ class Host:
         if isinstance(item, ConnectionUp):
             log.info("connected to the broker")
             self._greet(self._monotonic())
-            # While we were away nobody told us who died.
-            self._doubted = dict.fromkeys(self._here, self._monotonic())
+            self._watch.connected(self._monotonic(), self._here)
         elif isinstance(item, ConnectionDown):
             log.warning("connection to the broker lost: %s", item.reason)
-            self._doubted = {}
+            self._watch.lost()
         elif isinstance(item, (ShutOut, Quarantined)):
             self._gone(item.device)
         elif isinstance(item, Released):
@@ -193,7 +186,7 @@ class Host:
             self._presence(message, len(payload), (topic, payload))
             return
         if device in self._here:
-            self._listened(device)
+            self._watch.heard(device, self._monotonic())
         elif isinstance(message, Alive) or any(device in d.state.devices for d in self.desks.values()):
             self._ask(device)
         if isinstance(message, Alive):
@@ -228,42 +221,26 @@ class Host:
         except ProtocolError:
             self._first.hear(item)
             return
-        if known is None or known.session != message.session:
-            self._unfit = {pair for pair in self._unfit if pair[1] != device}
         self._here[device] = message
-        self._listened(device)
+        self._loans.came(device, anew=known is None or known.session != message.session)
+        self._watch.heard(device, self._monotonic())
         self._moved = True
         held = message.held or {}
         if held and held["job"] in self.desks:
             self.desks[held["job"]].void(device, held)
         elif held:
             self._first.void(device, held)
-        if self._dismissed:
+        if self._farewell is not None:
             for desk in self.desks.values():
                 desk.dismiss([device])
-        elif device in self._lent:
-            self._hand(self._lent[device], [device])
-
-    def _listened(self, device: str) -> None:
-        """A device has said something."""
-        self._doubted.pop(device, None)
-        self._heard[device] = self._monotonic()
-
-    def _doubt(self, now: float) -> None:
-        """Ask who has been silent for long, and give up who doesn't answer: not every broker tells who vanishes."""
-        for device in [d for d, at in self._heard.items() if now - at >= QUIET_S and d not in self._doubted]:
-            self._doubted[device] = now
-            self._ask(device)
-        for device in [d for d, at in self._doubted.items() if self._caught_up - at > ANSWER_S]:
-            self._gone(device)
+        else:
+            self._loans.renew(device)
 
     def _gone(self, device: str) -> None:
-        self._heard.pop(device, None)
-        self._doubted.pop(device, None)
-        birth, job = self._here.pop(device, None), self._lent.pop(device, None)
+        self._watch.left(device)
+        birth = self._here.pop(device, None)
         self._moved = True
-        if birth is not None and job is not None:
-            self.desks[job].recall(device, birth.session)
+        self._loans.left(device, None if birth is None else birth.session)
 
     def _ask(self, device: str) -> None:
         """Let a device announce itself, if it is there."""
@@ -277,80 +254,35 @@ class Host:
         self._link.publish(self._topics.broadcast(), Hello(int(self._clock())).to_bytes())
 
     def _tick(self, now: float) -> None:
-        if self._broker is not None and not self._broker.alive:
-            log.warning("the embedded broker has died and is started again")
-            try:
-                self._broker.restart()
-            except BrokerError as error:  # tried again at the next tick
-                log.error("%s", error)
-        if self._link.connected:
-            self._doubt(now)
+        revive(self._broker)
+        for device in self._watch.silent(now):
+            self._ask(device)
+        for device in self._watch.gone(self._intake.caught_up):
+            self._gone(device)
         if self._link.connected and now >= self._greet_at:
             self._greet(now)
 
     # Who has which device.
 
     def _share(self, now: float) -> None:
-        """Take back who has done its part, and lend who is free, until nothing changes any more."""
-        self._lending.charge(self._at_work, max(0.0, now - self._charged_at))
+        self._loans.charge(max(0.0, now - self._charged_at))
         self._charged_at = now
         if self.finished:
-            self._at_work = {}
+            self._loans.end()
             self._dismiss()
-            return
-        self._dismissed = False
-        for _ in range(len(self.desks) + len(self._here)):
-            if not self._share_once():
-                break
-        self._at_work = {d: j for d, j in self._lent.items() if self.desks[j].works(d)}
-
-    def _share_once(self) -> bool:
-        """Share out what is free; returns whether a job got something."""
-        borrowers = [b for d in self.desks.values() if (b := d.borrower()) is not None]
-        able = self._lending.able(borrowers, self._here, self._takes)
-        alone = able[0].job if len(able) == 1 else None
-        free = []
-        for device, birth in self._here.items():
-            job = self._lent.get(device)
-            if job is not None and (job == alone or self.desks[job].works(device)):
-                continue
-            if job is not None:
-                del self._lent[device]
-                self.desks[job].recall(device, birth.session)
-            # After a restart of either side a part may be under way: it is gone on with.
-            mine = next((n for n, d in self.desks.items() if d.works(device)), None)
-            if mine is None:
-                free.append(device)
-            elif (mine, device) not in self._unfit:
-                self._hand(mine, [device])
-        if alone is not None:
-            found = {alone: [d for d in free if self._takes(alone, d)]}
         else:
-            found = self._lending.lend(borrowers, free, self._here, self._takes, self._fits)
-        for job, devices in found.items():
-            self._hand(job, devices)
-        return any(found.values())
-
-    def _takes(self, job: str, device: str) -> bool:
-        return (job, device) not in self._unfit and self.desks[job].takes(device, self._here[device].session)
-
-    def _fits(self, job: str, device: str) -> bool:
-        return self._takes(job, device) and self.desks[job].fits(device)
-
-    def _hand(self, job: str, devices: Sequence[str]) -> None:
-        """Let a job have devices, all at once."""
-        fit = self.desks[job].lend([self._here[d] for d in devices])
-        for device in devices:
-            if device in fit:
-                self._lent[device] = job
-            else:
-                self._unfit.add((job, device))
-                self._lent.pop(device, None)
+            self._loans.share()
 
     def _dismiss(self) -> None:
         """All jobs are finished: every device hears of it, once."""
-        if self._dismissed:
+        if self._farewell is not None:
             return
-        self._dismissed = True
+        self._farewell = self._part()
         for desk in self.desks.values():
             desk.dismiss(self._here)
+
+    def _part(self) -> Farewell:
+        """Whom to wait for: devices that take part in a job, as far as is known, or have announced themselves."""
+        known = self._first.traffic.keys() | {n for d in self.desks.values() for n in d.state.devices}
+        away = (n for n in known - self._here.keys() if not all(d.bars(n) for d in self.desks.values()))
+        return Farewell(self._here, away, self._here.__contains__, self._monotonic())

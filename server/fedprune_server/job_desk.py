@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,18 +15,15 @@ from fedprune.coordination.state import Progress
 from fedprune.errors import ProtocolError
 from fedprune.schedule import SYNCHRONOUS
 from fedprune.strategies import compose
-from fedprune.wire.connection_news import ConnectionDown, ConnectionUp, Event
+from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.fields import one_line
 from fedprune.wire.messages import Birth
 from fedprune_server.daemon import Daemon
-from fedprune_server.post import Doubled, ShutOut, Wire
 from fedprune_server.presence import Presence
-from fedprune_server.quarantine import Quarantined, Released
 from fedprune_server.table import Snapshot
+from fedprune_server.wire import Item, Relay, Wire
 
 log = logging.getLogger("fedprune.server")
-
-Item = tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released
 
 ELSEWHERE = "not at this job"
 """A device that is free, works for another job, or isn't there."""
@@ -35,43 +31,20 @@ ELSEWHERE = "not at this job"
 _UNDER_WAY = (Progress.QUEUED, Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
 
 
-class Extension:
+class Extension(Relay):
     """A job's end of the server's connection: it says all itself, and hears what the host passes on.
 
     Args:
-        wire: The server's connection.
+        link: The server's connection.
     """
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+    def __init__(self, link: Wire) -> None:
+        super().__init__(link)
         self.inbox: deque[Item] = deque()
-
-    @property
-    def connected(self) -> bool:
-        """Whether the connection is up."""
-        return self._wire.connected
-
-    @property
-    def room(self) -> bool:
-        """Whether `publish` would take a message now (if connected)."""
-        return self._wire.room
-
-    @property
-    def unsent(self) -> int:
-        """Payload bytes that wait to be sent."""
-        return self._wire.unsent
-
-    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        """Send without waiting."""
-        return self._wire.publish(topic, payload, qos)
 
     def get(self, timeout: float | None = 0.0) -> Item | None:
         """What was passed on next; it is never waited for."""
         return self.inbox.popleft() if self.inbox else None
-
-    def flush(self, timeout: float) -> bool:
-        """Wait until what was published is sent."""
-        return self._wire.flush(timeout)
 
 
 class JobDesk(Daemon):
@@ -107,8 +80,10 @@ class JobDesk(Daemon):
         self.weight = weight
         self.moved = True
         """Whether something has happened since the host looked."""
+        self._changed: set[str] = set()
+        self._seen: Phase | None = None
         self._reception.asks = False
-        self._roster.presence = Presence(state, math.inf, math.inf)  # the host knows who is there
+        self._roster.presence = Presence(lambda device: None)  # nobody: the host knows who is there
         self._roster.prefix = f"{job.name}: "
         self._schedule = compose(job).schedule or SYNCHRONOUS
 
@@ -156,7 +131,7 @@ class JobDesk(Daemon):
             try:
                 self._roster.admit(birth.device, one_line(birth.software), 0)
             except ProtocolError as error:
-                log.warning("%s", error)
+                log.warning("%s%s", self._roster.prefix, error)
                 continue
             answer_s = birth.answer_s or 0.0
             self._post.ask(self._uploads.born(birth.device, birth.session, answer_s, self._monotonic()))
@@ -217,10 +192,20 @@ class JobDesk(Daemon):
         known = self.state.devices.get(device)
         return known is None or known.session != session or not known.excluded
 
+    def bars(self, device: str) -> bool:
+        """Whether the job has turned a device away."""
+        return self._roster.bars(device)
+
     def fits(self, device: str) -> bool:
         """Whether the job would give a device something to do now: an asynchronous one not twice on one model."""
         task = self.state.tasks.get(device)
         return task is None or task.basis is None or (task.progress is Progress.REFUSED and task.deadline is None)
+
+    def changes(self) -> set[str]:
+        """Devices of which the answers above may be others than at the last call."""
+        self._note()
+        found, self._changed = self._changed, set()
+        return found
 
     def borrower(self) -> Borrower | None:
         """What the job needs now; None if it is finished."""
@@ -240,6 +225,18 @@ class JobDesk(Daemon):
         found = super().snapshot()
         rows = (replace(r, state=ELSEWHERE) if r.state == "offline" else r for r in found.rows)
         return replace(found, rows=tuple(rows))
+
+    def _note(self) -> None:
+        """Keep who has changed, before that is settled; with the phase it may be anybody who has a part."""
+        state = self.state
+        self._changed |= state.devices.changed | state.tasks.changed
+        if state.phase is not self._seen:
+            self._seen = state.phase
+            self._changed |= state.tasks.keys()
+
+    def _save(self, events: Sequence[on.Event]) -> None:
+        self._note()
+        super()._save(events)
 
     # What it leaves to the host.
 

@@ -7,126 +7,78 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Protocol
 
 from fedprune.errors import ProtocolError
 from fedprune.wire.checked_message import MAX_MESSAGE
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
-from fedprune.wire.connection_news import Event
 from fedprune.wire.messages import FromServer, Gone, Hello, Want
 from fedprune.wire.numbered_wants import NumberedWants, numbered
 from fedprune.wire.topics import Topics
 from fedprune.wire.unsent import HIGH_WATER
 from fedprune_server.downloads import Downloads
-from fedprune_server.quarantine import Quarantined, Released
 from fedprune_server.roster import Roster
 from fedprune_server.sharing import Publication, Sharing
 from fedprune_server.uploads import Wants
+from fedprune_server.wire import Wire
 
 _CHUNKS_PER_TURN = 4
 
 
 @dataclass(frozen=True)
-class ShutOut:
-    """A device is no member any more, or another key has its name: nothing is said to it, and it is not heard."""
+class Line:
+    """What leads to the devices of a job.
 
-    device: str
+    Attributes:
+        link: The connection.
+        topics: The site's topics.
+        job: The job's name.
+        max_packet: Bytes of an MQTT packet that the broker lets through, if it is known to be less than usual.
+    """
 
-
-@dataclass(frozen=True)
-class Doubled:
-    """Two boards speak with the key of one device."""
-
-    device: str
-
-
-class Wire(Protocol):
-    """What the daemon needs of its connection; `fedprune.wire.link.Link` has it."""
-
-    @property
-    def connected(self) -> bool:
-        """Whether the connection is up."""
-        ...
+    link: Wire
+    topics: Topics
+    job: str
+    max_packet: int = MAX_PACKET
 
     @property
-    def room(self) -> bool:
-        """Whether `publish` would take a message now (if connected)."""
-        ...
-
-    @property
-    def unsent(self) -> int:
-        """Payload bytes that wait to be sent."""
-        ...
-
-    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        """Send without waiting."""
-        ...
-
-    def get(
-        self, timeout: float | None = 0.0
-    ) -> tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released | None:
-        """The next message or event."""
-        ...
-
-    def flush(self, timeout: float) -> bool:
-        """Wait until what was published is sent."""
-        ...
-
-
-class Supervised(Protocol):
-    """A broker that the daemon looks after."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs."""
-        ...
-
-    def restart(self) -> None:
-        """Run it again at the same address."""
-        ...
+    def longest(self) -> int:
+        """Bytes of the longest message that may be sent."""
+        return MAX_MESSAGE if self.max_packet >= MAX_PACKET else self.max_packet - PACKET_OVERHEAD
 
 
 class Post:
     """The way out to the devices of one site.
 
     Args:
-        link: The connection.
-        topics: The site's topics.
+        line: What leads there.
         roster: Counts the bytes.
         downloads: Cuts blobs into chunks.
         sharing: Says what is published to all devices of the job.
-        job: The job's name.
         clock: Seconds of a clock that nobody sets.
         asked: Is told of how many leaves a device is asked for.
-        max_packet: Bytes of an MQTT packet that the broker lets through, if it is known to be less than usual.
         coming: Whether a blob that isn't here will be in a moment.
     """
 
     def __init__(
         self,
-        link: Wire,
-        topics: Topics,
+        line: Line,
         roster: Roster,
         downloads: Downloads,
         sharing: Sharing,
-        job: str,
         clock: Callable[[], float] = time.monotonic,
         asked: Callable[[str, int], None] = lambda device, leaves: None,
-        max_packet: int = MAX_PACKET,
         coming: Callable[[str], bool] = lambda sha256: False,
     ) -> None:
         self._doubled = NumberedWants().doubled
         self._coming = coming
-        self._most = MAX_MESSAGE if max_packet >= MAX_PACKET else max_packet - PACKET_OVERHEAD
+        self._most = line.longest
         self._asked = asked
-        self._link = link
-        self._topics = topics
+        self._link, self._topics, self._job = line.link, line.topics, line.job
         self._roster = roster
         self._downloads = downloads
         self._outbox: deque[tuple[str, str, bytes]] = deque()
         self._sharing = sharing
-        self._job = job
         self._clock = clock
 
     @property

@@ -9,8 +9,7 @@ cost no more than ten.
 from __future__ import annotations
 
 from collections import OrderedDict
-
-from fedprune.coordination import State
+from collections.abc import Callable, Iterable
 
 QUIET_S = 900.0
 """A device that has said nothing for so long is asked whether it is there."""
@@ -23,13 +22,15 @@ class Presence:
     """When devices were last heard of.
 
     Args:
-        state: The coordinator's state; read, never changed.
+        session: The number of a device's connection, or None if it isn't here.
         quiet_s: A device that has said nothing for so long is asked whether it is there.
         answer_s: How long it has for an answer.
     """
 
-    def __init__(self, state: State, quiet_s: float = QUIET_S, answer_s: float = ANSWER_S) -> None:
-        self._state = state
+    def __init__(
+        self, session: Callable[[str], int | None], quiet_s: float = QUIET_S, answer_s: float = ANSWER_S
+    ) -> None:
+        self._session = session
         self._quiet_s, self._answer_s = quiet_s, answer_s
         self._heard: OrderedDict[str, float] = OrderedDict()  # who was silent the longest first
         self._asked: OrderedDict[str, tuple[float, int]] = OrderedDict()  # when, and the connection that was meant
@@ -37,7 +38,7 @@ class Presence:
     def heard(self, device: str, now: float) -> None:
         """A device has said something."""
         self._asked.pop(device, None)
-        if device in self._state.devices:
+        if self._session(device) is not None:
             self._heard[device] = now
             self._heard.move_to_end(device)
 
@@ -46,10 +47,16 @@ class Presence:
         self._heard.pop(device, None)
         self._asked.pop(device, None)
 
-    def connected(self, now: float) -> None:
-        """The broker is there, and all devices are asked who is there: while it was away nobody told who died."""
+    def connected(self, now: float, devices: Iterable[str]) -> None:
+        """The broker is there, and all are asked who is there: while it was away nobody told who died.
+
+        Args:
+            now: The time.
+            devices: Who was there, as far as is known.
+        """
         self._heard.clear()
-        self._asked = OrderedDict((n, (now, d.session)) for n, d in self._state.devices.items() if d.online)
+        sessions = ((name, self._session(name)) for name in devices)
+        self._asked = OrderedDict((name, (now, session)) for name, session in sessions if session is not None)
 
     def lost(self) -> None:
         """The broker is away: nobody can be heard."""
@@ -64,9 +71,9 @@ class Presence:
             if now - at < self._quiet_s:
                 break
             del self._heard[name]
-            device = self._state.devices.get(name)
-            if device is not None and device.online:
-                self._asked[name] = now, device.session
+            session = self._session(name)
+            if session is not None:
+                self._asked[name] = now, session
                 names.append(name)
         return names
 

@@ -24,16 +24,19 @@ from fedprune.wire.fields import believable, one_line, served
 from fedprune.wire.messages import Alive, Birth, Cancelled, Death, Gone, Hello, Progress, Refusal, Update, Want, parse
 from fedprune.wire.release_messages import ReleaseReport
 from fedprune.wire.topics import Topics
-from fedprune_server.post import Doubled, Post, ShutOut
+from fedprune_server.post import Post
 from fedprune_server.quarantine import Quarantine, Quarantined, Released
 from fedprune_server.rollout_desk import RolloutDesk
 from fedprune_server.roster import Roster
 from fedprune_server.uploads import Uploads
+from fedprune_server.wire import Noticed, ShutOut
 
 log = logging.getLogger("fedprune.server")
 
 _AGAIN_S = 10.0
 """At most so often a device that counts as offline, and speaks, is asked to announce itself."""
+
+_SHOWN = 10
 
 _PROFILE_S = 10.0
 """A hardware profile that was read is good for so long."""
@@ -135,7 +138,7 @@ class Reception:
         elif isinstance(event, on.Folded):
             self._quarantine.counted(event.device)
 
-    def noticed(self, item: ShutOut | Doubled | Quarantined | Released) -> list[on.Event]:
+    def noticed(self, item: Noticed) -> list[on.Event]:
         """Take in what the connection noticed about a device, and nobody said."""
         if isinstance(item, ShutOut):
             return self._shut_out(item.device)
@@ -147,11 +150,26 @@ class Reception:
             self._roster.doubled(item.device, self._monotonic())
         return []
 
+    def missed(self, caught_up: float) -> list[on.Event]:
+        """Devices that were asked whether they are there, and haven't answered.
+
+        Args:
+            caught_up: When no message waited, lastly.
+        """
+        gone = self._roster.presence.gone(caught_up)
+        if gone:
+            names = ", ".join(sorted(gone)[:_SHOWN]) + (" ..." if len(gone) > _SHOWN else "")
+            log.info("%d devices don't answer and are taken for gone: %s", len(gone), names)
+        for device in gone:
+            self._uploads.drop(device)
+            self._post.forget(device)
+        return [on.DeviceDied(device, session) for device, session in gone.items()]
+
     def _shut_out(self, device: str) -> list[on.Event]:
         """A device is no member any more: what it wanted or was handing in is void, and nobody waits for it."""
         if self._desk is not None:
             self._desk.without([device])
-        log.warning("device %s was shut out", device)
+        log.warning("%sdevice %s was shut out", self._roster.prefix, device)
         self._roster.namesakes.forget(device)
         self.out.add(device)
         return self._left(device, "it was shut out", again=False)
@@ -285,7 +303,7 @@ class Reception:
             return None
         if isinstance(message, Refusal):
             reason = one_line(message.reason)
-            log.warning("device %s refuses round %d: %s", device, message.round, reason)
+            log.warning("%sdevice %s refuses round %d: %s", self._roster.prefix, device, message.round, reason)
             return on.OfferRefused(device, message.round, message.attempt, reason)
         contact = self._roster[device]
         metrics = believable(message.metrics)

@@ -16,6 +16,7 @@ from fedprune.errors import ProtocolError
 from fedprune.job import Job
 from fedprune.plan import Plan
 from fedprune.wire.messages import Progress
+from fedprune_server.farewell import Farewell
 from fedprune_server.namesakes import Namesakes
 from fedprune_server.presence import Presence
 from fedprune_server.table import Row, Snapshot
@@ -73,12 +74,17 @@ class Roster:
         self.prefix = ""
         """What begins a line about a device's place in the job, where that is one of several."""
         self.namesakes = Namesakes()
-        self.presence = Presence(state)
+        self.presence = Presence(self._session)
         self.outsiders: dict[str, dict[str, Any]] = {}
         """Devices that announced themselves and can't even be planned for, and why."""
         for name, body in (outsiders or {}).items():
             self.outsiders[name] = {**body, "online": False}
             self._contacts.setdefault(name, Contact(problem=str(body.get("excluded", ""))))
+
+    def _session(self, device: str) -> int | None:
+        """The number of a device's connection, or None if it isn't there."""
+        known = self._state.devices.get(device)
+        return known.session if known is not None and known.online else None
 
     def __getitem__(self, device: str) -> Contact:
         """A device's contact; for one that was never admitted a blank that nobody keeps."""
@@ -241,6 +247,21 @@ class Roster:
             kept = costs_at(self._architecture, device.widths).parameters / self._whole
             by = "job" if device.density == self._job.density else "strategy"
             log.info("  density %.3g, as the %s says: keeps %.0f%% of the weights", device.density, by, 100 * kept)
+
+    def farewell(self, now: float) -> Farewell:
+        """Whom to wait for, now that the job is done.
+
+        Args:
+            now: Seconds of a clock that nobody sets.
+        """
+        devices = self._state.devices
+        away = (n for n, d in devices.items() if not d.online and not d.excluded)
+        return Farewell((n for n, d in devices.items() if d.online), away, lambda n: devices[n].online, now)
+
+    def bars(self, device: str) -> bool:
+        """Whether a device can take no part in the job, as far as is known."""
+        known = self._state.devices.get(device)
+        return device in self.outsiders if known is None else bool(known.excluded)
 
     def snapshot(self, now: float, connected: bool, pulled: Mapping[str, tuple[int, int]]) -> Snapshot:
         """The job as it stands.

@@ -20,13 +20,12 @@ from fedprune.trust.correspondence import Opener, Sealer
 from fedprune.trust.envelope import unseal
 from fedprune.trust.keys import VerifyingKey
 from fedprune.wire.complaints import Complaints
-from fedprune.wire.connection_news import ConnectionUp, Event
+from fedprune.wire.connection_news import ConnectionUp
 from fedprune.wire.messages import Birth, Death, Hello, parse
 from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.identity_folder import IdentityFolder
 from fedprune_server.join_desk import JoinDesk
-from fedprune_server.post import Doubled, ShutOut, Wire
-from fedprune_server.quarantine import Quarantined, Released
+from fedprune_server.wire import Doubled, Item, Relay, ShutOut, Wire
 
 log = logging.getLogger("fedprune.server")
 
@@ -43,7 +42,7 @@ JOINS_PER_S = 20.0
 """Requests to join that are looked at: each costs a signature, and anybody may ask. Who is not heard asks again."""
 
 
-class SignedLink:
+class SignedLink(Relay):
     """What a server says, signed by it; what devices say that are let in, each message once.
 
     Args:
@@ -53,7 +52,7 @@ class SignedLink:
     """
 
     def __init__(self, link: Wire, identity: IdentityFolder, clock: Callable[[], float] = time.monotonic) -> None:
-        self._link = link
+        super().__init__(link)
         self._store = identity.store
         self._time = identity.authority.now
         self._topics = Topics(identity.site)
@@ -71,25 +70,6 @@ class SignedLink:
         self._births: dict[str, int] = {}
         self._joins, self._joins_at = JOINS_PER_S, clock()
 
-    @property
-    def connected(self) -> bool:
-        """Whether the connection is up."""
-        return self._link.connected
-
-    @property
-    def room(self) -> bool:
-        """Whether `publish` would take a message now (if connected)."""
-        return self._link.room
-
-    @property
-    def unsent(self) -> int:
-        """Payload bytes that wait to be sent."""
-        return self._link.unsent
-
-    def flush(self, timeout: float) -> bool:
-        """Wait until what was published is sent."""
-        return self._link.flush(timeout)
-
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send without waiting; False if that isn't possible, or it is for a device that isn't let in.
 
@@ -105,9 +85,7 @@ class SignedLink:
             payload = self._sealer.seal(topic, payload)
         return self._link.publish(topic, payload, qos)
 
-    def get(
-        self, timeout: float | None = 0.0
-    ) -> tuple[str, bytes] | Event | ShutOut | Doubled | Quarantined | Released | None:
+    def get(self, timeout: float | None = 0.0) -> Item | None:
         """The next message or event; None, too, if what came doesn't count or was answered here.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,8 +98,10 @@ class Uploads:
         self._uploads: dict[str, _Upload] = {}
         self._answers: dict[str, AnswerTime] = {}
         self._there: dict[str, int | None] = {}  # who was heard since the last reconnection, and on which connection
-        self._all_there_at = 0.0
-        self._waiting: dict[str, None] = {}
+        self._all_there, self._all_there_at = True, 0.0
+        self._tickets = 0
+        self._waiting: dict[str, int] = {}  # with their tickets, in whose order they are asked
+        self._ready: list[tuple[int, str]] = []  # those of them that are there, a heap; who waits no more is skipped
         self._running: set[str] = set()
         self._outcomes: list[Outcome] = []
 
@@ -111,12 +114,13 @@ class Uploads:
         if not self.fetching(device, round_, attempt, ref):
             self.drop(device)
             self._uploads[device] = _Upload(round_, attempt, ref)
-            self._waiting[device] = None
+            self._wait(device)
         return self.heard(device, now)
 
     def heard(self, device: str, now: float) -> Wants:
         """A device announces its update, so that it is there to be asked."""
-        self._there.setdefault(device)
+        if device not in self._there:
+            self._shows(device, None)
         return self._start(now)
 
     def chunk(self, device: str, chunk: Chunk, now: float) -> Wants:
@@ -153,7 +157,7 @@ class Uploads:
         for device in sorted(stuck) if self._waiting else ():
             self._uploads[device].pull = None  # what has arrived stays on the disk
             self._running.discard(device)
-            self._waiting[device] = None
+            self._wait(device)
         wants: Wants = []
         for device in sorted(self._running):
             upload = self._uploads[device]
@@ -170,14 +174,18 @@ class Uploads:
 
         Until then they are not asked, and take nobody's place: where the broker was away, they come back one by one.
         """
-        self._all_there_at = now + STALLED_S
+        self._all_there, self._all_there_at = False, now + STALLED_S
         self._there.clear()
+        self._ready.clear()
         for device in self._running:
             upload = self._uploads[device]
             if upload.pull is not None:
                 upload.pull.give_up()
                 upload.pull = None  # what has arrived stays on the disk
-        self._waiting = {**dict.fromkeys(sorted(self._running)), **self._waiting}
+        waiting = [*sorted(self._running), *self._waiting]
+        self._waiting.clear()
+        for device in waiting:
+            self._wait(device)
         self._running.clear()
 
     def born(self, device: str, session: int, answer_s: float, now: float, abilities: Collection[str] = ()) -> Wants:
@@ -192,7 +200,7 @@ class Uploads:
         """
         self._answers.setdefault(device, AnswerTime()).told(answer_s)
         before = self._there.get(device)
-        self._there[device] = session
+        self._shows(device, session)
         upload = self._uploads.get(device)
         if upload is None or upload.pull is None:
             return self._start(now)
@@ -261,10 +269,34 @@ class Uploads:
         self._outcomes.append(outcome)
         return self._start(now)
 
+    def _wait(self, device: str) -> None:
+        """A device stands at the end of the line."""
+        self._tickets += 1
+        self._waiting[device] = self._tickets
+        if self._all_there or device in self._there:
+            heapq.heappush(self._ready, (self._tickets, device))
+
+    def _shows(self, device: str, session: int | None) -> None:
+        """A device is there."""
+        if not self._all_there and device not in self._there and device in self._waiting:
+            heapq.heappush(self._ready, (self._waiting[device], device))
+        self._there[device] = session
+
+    def _next(self, now: float) -> str | None:
+        """Who is first in the line of those that are there."""
+        if not self._all_there and now >= self._all_there_at:
+            self._all_there = True
+            self._ready = [(ticket, device) for device, ticket in self._waiting.items()]
+        while self._ready:
+            ticket, device = heapq.heappop(self._ready)
+            if self._waiting.get(device) == ticket:
+                return device
+        return None
+
     def _start(self, now: float) -> Wants:
         wants: Wants = []
         while len(self._running) < self._concurrent:
-            device = next((n for n in self._waiting if n in self._there or now >= self._all_there_at), None)
+            device = self._next(now)
             if device is None:
                 break
             del self._waiting[device]

@@ -67,6 +67,8 @@ class Worker:
         slabs: bool = False,
     ) -> None:
         self.job = job
+        self.prefix = ""
+        """What begins a line about a device's update, where the job is one of several."""
         self.model = model
         self.architecture = model.architecture
         self.strategy = compose(job)
@@ -210,7 +212,7 @@ class Worker:
                 except AtFaultError as error:
                     found = {error.device: error.reason}
             for device, reason in found.items():
-                log.warning("update of %s can't be used in round %d: %s", device, command.round, reason)
+                log.warning("%supdate of %s can't be used in round %d: %s", self.prefix, device, command.round, reason)
             at_fault |= found
         self.sums.clear()
         return replace(closed, rejected=dict(sorted((closed.rejected | at_fault).items())))
@@ -241,7 +243,7 @@ class Worker:
                 )
             rejected |= sorted(closing.rejected.items())
             for device, reason in rejected.items():
-                log.warning("update of %s in round %d doesn't count: %s", device, command.round, reason)
+                log.warning("%supdate of %s in round %d doesn't count: %s", self.prefix, device, command.round, reason)
             if command.round > self.strategy.explores or self.strategy.explorers_count:
                 model, memories = self._put_model(closing.model, scene, counted), closing.memories
             # Last, so that a scorer learns from what counted.

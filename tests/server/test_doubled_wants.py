@@ -15,7 +15,7 @@ from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
 from fedprune_device.outbox import Outbox
 from fedprune_server.downloads import Downloads
-from fedprune_server.post import Post
+from fedprune_server.post import Line, Post
 from fedprune_server.sharing import Audience, Sharing
 
 TOPICS = Topics("lab")
@@ -45,7 +45,7 @@ class Kept:
 
 def posted(link: Kept, store: BlobStore) -> Post:
     roster: Any = SimpleNamespace(sent=lambda *_: None)
-    return Post(link, TOPICS, roster, Downloads(Serve(store)), Sharing(store, Audience(State("0" * 64))), "job")
+    return Post(Line(link, TOPICS, "job"), roster, Downloads(Serve(store)), Sharing(store, Audience(State("0" * 64))))
 
 
 def asked(link: Kept) -> list[Want]:

@@ -15,7 +15,7 @@ from fedprune.errors import ConfigError
 from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Cancelled, Finished, Update
 from fedprune.wire.offer import Offer
-from fedprune_server import host as host_module
+from fedprune_server import intake
 from fedprune_server.config import ServerConfig
 from fedprune_server.further_jobs import further
 from fedprune_server.presence import ANSWER_S
@@ -163,6 +163,16 @@ def test_devices_that_do_not_come_back_after_an_outage_are_lent_no_more(tmp_path
     assert several.clashes == []
 
 
+def test_lines_about_an_update_say_of_which_job_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    several = SeveralJobs(tmp_path, [named(JOB, "one", rounds=1), named(JOB, "two", rounds=1)], "abc")
+    host = several.host()
+    several.workers["two"].poison = {"a"}
+    several.run(host)
+    said = [r.getMessage() for r in caplog.records if "doesn't count" in r.getMessage()]
+    assert said
+    assert all(line.startswith("two: update of a in round 1 doesn't count: ") for line in said)
+
+
 def test_jobs_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names that differ"):
         SeveralJobs(tmp_path, [JOB, JOB], "a").host()
@@ -206,7 +216,7 @@ def test_a_device_that_vanishes_without_a_word_is_missed_in_the_end(tmp_path: Pa
 
 
 def test_answers_that_wait_to_be_heard_are_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "_TURN_S", -1.0)  # a message each turn
+    monkeypatch.setattr(intake, "TURN_S", -1.0)  # a message each turn
     several = SeveralJobs(tmp_path, [named(JOB, n, devices=9) for n in ("one", "two")], "abc")
     host, air, gone = several.host(), several.air, list[str]()
     get, give_up, idle = air.get, host._gone, iter(range(2))

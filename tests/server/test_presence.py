@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedprune.wire.connection_news import ConnectionUp
 from fedprune.wire.messages import Alive, Hello
-from fedprune_server import daemon as daemon_module
+from fedprune_server import intake
 from fedprune_server.presence import ANSWER_S, QUIET_S, Presence
 from toy import JOB, NAMES
 
@@ -26,15 +25,14 @@ EVENTS = st.lists(
 
 
 SESSION = 7
-STATE: Any = SimpleNamespace(devices={n: SimpleNamespace(online=True, session=SESSION) for n in NAMES})
 
 
 @given(EVENTS)
 def test_who_speaks_is_never_gone_and_who_is_silent_is_asked_once_and_then_gone(events: list[tuple[str, str]]) -> None:
-    presence, now, up = Presence(STATE), 0.0, True
+    presence, now, up = Presence(lambda name: SESSION), 0.0, True
     heard: dict[str, float] = {}
     gone: set[str] = set()
-    presence.connected(now)
+    presence.connected(now, NAMES)
     heard.update(dict.fromkeys(NAMES, now))
     for kind, name in events:
         if kind == "wait":
@@ -43,7 +41,7 @@ def test_who_speaks_is_never_gone_and_who_is_silent_is_asked_once_and_then_gone(
             presence.lost()
             up = False
         elif kind == "connected":
-            presence.connected(now)
+            presence.connected(now, NAMES)
             up = True
             gone.clear()
             heard.update(dict.fromkeys(NAMES, now))
@@ -130,7 +128,7 @@ def test_a_board_whose_birth_got_lost_is_asked_for_it(waiting: Fleet) -> None:
 def test_answers_that_wait_to_be_heard_are_answers(
     waiting: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(daemon_module, "_TURN_S", -1.0)  # a message each turn
+    monkeypatch.setattr(intake, "TURN_S", -1.0)  # a message each turn
     caplog.set_level(logging.INFO)
     daemon, get, idle = waiting.daemon(), waiting.air.get, iter(range(2))
 

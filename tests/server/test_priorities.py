@@ -18,7 +18,7 @@ from fedprune.wire.transfer import Serve
 from fedprune.wire.unsent import HIGH_WATER
 from fedprune_device.outbox import Outbox
 from fedprune_server.downloads import Downloads
-from fedprune_server.post import Post
+from fedprune_server.post import Line, Post
 from fedprune_server.sharing import Audience, Sharing
 
 TOPICS = Topics("lab")
@@ -81,7 +81,7 @@ def digest(store: BlobStore) -> str:
 def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: BlobStore, digest: str) -> None:
     link, devices = Slow(), [f"pi{i}" for i in range(20)]
     roster: Any = SimpleNamespace(sent=lambda *_: None)
-    post = Post(link, TOPICS, roster, Downloads(Serve(store)), Sharing(store, Audience(State("0" * 64))), "job")
+    post = Post(Line(link, TOPICS, "job"), roster, Downloads(Serve(store)), Sharing(store, Audience(State("0" * 64))))
     for device in devices:
         for first in range(0, LEAVES, 50):
             post.fetched(device, Want(digest, "data", first, 50), {digest})

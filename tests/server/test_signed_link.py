@@ -22,7 +22,7 @@ from fedprune.wire.topics import Topics
 from fedprune_device import signed_link as device_side
 from fedprune_server import signed_link as server_side
 from fedprune_server.identity_folder import IdentityFolder
-from fedprune_server.post import Doubled, ShutOut
+from fedprune_server.wire import Doubled, ShutOut
 
 DAY = 24 * 3600
 TOPICS = Topics("lab")

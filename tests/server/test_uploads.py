@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedprune.blobs import BlobStore
 from fedprune.wire.blob_ref import LEAF, BlobRef, leaf_table
@@ -189,3 +192,35 @@ def test_uploads_of_a_round_that_is_over_are_dropped(world: World) -> None:
     assert world.uploads.keep("b", 2, 1) == [world.ref("b").sha256]
     assert world.uploads.devices() == ["a"]
     assert world.uploads.progress("b") is None
+
+
+STEPS = st.tuples(st.sampled_from(["add", "add", "born", "drop", "lost", "wait"]), st.sampled_from("abcdef"))
+
+
+@given(st.lists(STEPS, max_size=40))
+@settings(max_examples=60)
+def test_whoever_is_there_and_waits_the_longest_is_next(steps: list[tuple[str, str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        world, now = World(Path(folder), leaves=1), 0.0
+        line, running, there, all_there_at = list[str](), set[str](), set[str](), 0.0
+        for session, (kind, name) in enumerate(steps):
+            now += 5.0 if kind == "wait" else 0.01
+            if kind == "add":
+                world.announce(name, now)
+                there.add(name)
+                line += [] if name in running or name in line else [name]
+            elif kind == "born":
+                world.uploads.born(name, session, 0.0, now)
+                there.add(name)
+            elif kind == "drop":
+                world.uploads.drop(name)
+                running.discard(name)
+                line = [n for n in line if n != name]
+            elif kind == "lost":
+                world.uploads.interrupted(now)
+                line, running, there, all_there_at = [*sorted(running), *line], set(), set(), now + STALLED_S
+            if kind in ("add", "born"):
+                for device in [n for n in line if n in there or now >= all_there_at][: 2 - len(running)]:
+                    line.remove(device)
+                    running.add(device)
+            assert {n for n in "abcdef" if world.uploads.progress(n) is not None} == running

@@ -28,7 +28,7 @@ from fedprune.wire.transfer import Pull, Serve
 from fedprune_device.downloads import Downloads as BoardsDownloads
 from fedprune_device.outbox import Outbox
 from fedprune_server.downloads import Downloads
-from fedprune_server.post import Post
+from fedprune_server.post import Line, Post
 from fedprune_server.sharing import Audience, Sharing
 from fedprune_server.uploads import Arrived, Uploads
 
@@ -114,8 +114,8 @@ def test_a_message_that_the_broker_would_drop_is_refused_by_name(tmp_path: Path)
     offer = Offer("job", 0, 0, 0, DIGEST, DIGEST, (1,) * 40_000, 2, ref, ref, ref, {})
 
     sharing = Sharing(store, Audience(State("0" * 64)))
-    Post(link, TOPICS, roster, Downloads(Serve(store)), sharing, "job").send("pi", offer, "job")
-    limited = Post(link, TOPICS, roster, Downloads(Serve(store), 65_536), sharing, "job", max_packet=65_536)
+    Post(Line(link, TOPICS, "job"), roster, Downloads(Serve(store)), sharing).send("pi", offer, "job")
+    limited = Post(Line(link, TOPICS, "job", 65_536), roster, Downloads(Serve(store), 65_536), sharing)
     with pytest.raises(ProtocolError, match=r"offer: message is too long for the broker.*65024.*max_packet"):
         limited.send("pi", offer, "job")
 
@@ -146,7 +146,9 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
             stack.callback(link.close)
             link.start()
         roster: Any = SimpleNamespace(sent=lambda *_: None)
-        post = Post(server, TOPICS, roster, Downloads(Serve(here)), Sharing(here, Audience(State("0" * 64))), "job")
+        post = Post(
+            Line(server, TOPICS, "job"), roster, Downloads(Serve(here)), Sharing(here, Audience(State("0" * 64)))
+        )
         outbox = Outbox("pi", TOPICS, board, Serve(there))
         uploads = Uploads(here)
         pulls = BoardsDownloads(there, offer, time.monotonic(), ChunkLimit())

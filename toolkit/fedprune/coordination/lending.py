@@ -33,6 +33,10 @@ class Borrower:
     most: int
     holds: int = 0
 
+    def able(self, takers: int) -> bool:
+        """Whether it has a share, where so many of the devices that are there can take part in it."""
+        return self.weight > 0 and takers >= max(1, self.least)
+
 
 Fits = Callable[[str, str], bool]
 """Whether a job can give a device something to do; takes job and device."""
@@ -70,7 +74,7 @@ class Lending:
             present: All devices that are there, free or at work.
             takes: Which of them can take part in which job.
         """
-        return [b for b in borrowers if b.weight > 0 and sum(takes(b.job, d) for d in present) >= max(1, b.least)]
+        return [b for b in borrowers if b.able(sum(takes(b.job, d) for d in present))]
 
     def lend(
         self,
@@ -79,6 +83,7 @@ class Lending:
         present: Collection[str],
         takes: Fits,
         fits: Fits | None = None,
+        able: Sequence[Borrower] | None = None,
     ) -> dict[str, list[str]]:
         """Share the free devices out.
 
@@ -88,20 +93,23 @@ class Lending:
             present: All devices that are there.
             takes: Which of them can take part in which job.
             fits: Which of them a job would give something to do now; all of those by default.
+            able: What `able` would say, where that is known.
 
         Returns:
             Which devices each job gets now; jobs that get none are left out.
         """
         fits = fits or takes
-        able = self.able(borrowers, present, takes)
+        able = self.able(borrowers, present, takes) if able is None else able
         self._enter(able)
         total = sum(b.weight for b in able)
         left, found = set(free), dict[str, list[str]]()
         for borrower in sorted((b for b in able if b.most > 0), key=self._served):
             job = borrower.job
-            fit = self._by_need(job, (d for d in left if fits(job, d)))
             share = math.ceil(len(present) * borrower.weight / total - 1e-9) - borrower.holds
             wanted = min(max(0 if borrower.holds else borrower.least, share, 0), borrower.most)
+            if not wanted:
+                continue
+            fit = self._by_need(job, (d for d in left if fits(job, d)))
             if len(fit) >= borrower.least:
                 found[job] = fit[:wanted]
                 self._turns.update((job, d) for d in found[job])
