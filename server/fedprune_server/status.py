@@ -140,7 +140,7 @@ def _revoked(folder: Path) -> set[str]:
     """Devices that were shut out, and have no other key."""
     if not (folder / FOLDER).is_dir():
         return set()
-    with IdentityFolder(folder) as identity:
+    with IdentityFolder(folder, read_only=True) as identity:
         devices = identity.store.devices()
     return {d.device for d in devices if d.status == REVOKED} - {d.device for d in devices if d.status != REVOKED}
 
