@@ -14,6 +14,7 @@ from fedprune import tensorfile
 from fedprune.disk import storage_errors
 from fedprune.errors import StorageError
 from fedprune.kept_table import SUFFIX, kept
+from fedprune.quantity import quantity
 from fedprune.wire.blob_ref import leaf_table
 from fedprune_server.blob_place import BLOBS, bucket_of
 from fedprune_server.bucket_checkup import check_bucket, still_missing
@@ -169,10 +170,10 @@ def _left_over(there: Lying, needs: Inventory, *, running: bool, cache: bool) ->
         ([] if running else there.temporary, "temporary files"),
     ):
         if paths:
-            said = f"{what}: {len(paths)} files, {sum(map(_size, paths))} bytes"
+            said = f"{what}: {quantity(len(paths), 'file')}, {sum(map(_size, paths))} bytes"
             yield Finding(Weight.NOTE, said, "They do no harm; `--repair` deletes them.", Cure.DELETE, tuple(paths))
     if there.strange:
-        files = "1 file" if len(there.strange) == 1 else f"{len(there.strange)} files"
+        files = quantity(len(there.strange), "file")
         yield Finding(Weight.NOTE, f"{files} that no server wrote, such as {there.strange[0]}")
 
 

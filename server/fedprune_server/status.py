@@ -9,6 +9,7 @@ from typing import Any
 
 from fedprune.coordination import Phase, State
 from fedprune.disk import held
+from fedprune.quantity import quantity
 from fedprune_server.database_place import FILE, kept
 from fedprune_server.foresight import Compared, compared, described
 from fedprune_server.further_folders import folders
@@ -109,13 +110,12 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
         lines += _device_lines(device)
     shown = history[-rounds:]
     if len(shown) < len(history):
-        lines.append(f"  the last {len(shown)} of {len(history)} rounds:")
+        lines.append(f"  the last {len(shown)} of {quantity(len(history), 'round')}:")
     for row in shown:
         counted = sum(d["progress"] == "folded" for d in row["devices"].values())
         metrics = ", ".join(metric_texts(row["metrics"]))
-        lines.append(
-            f"  round {row['round']}: {counted} of {len(row['devices'])} devices, {metrics or 'not evaluated'}"
-        )
+        asked = quantity(len(row["devices"]), "device")
+        lines.append(f"  round {row['round']}: {counted} of {asked}, {metrics or 'not evaluated'}")
         lines += [
             f"    {name}: {part['progress']}: {part['reason']}"
             for name, part in sorted(row["devices"].items())
@@ -164,7 +164,7 @@ def _device_lines(device: dict[str, Any]) -> list[str]:
     width = f"density {plan['density']:.3g}, bound by {plan['bound']}" if plan else f"widths {device['widths']}"
     lines = [
         f"  device {device['name']} ({device['profile']}): {_connection(device)}, "
-        f"{device['samples']} samples, "
+        f"{quantity(device['samples'], 'sample')}, "
         + (f"takes no part: {device['excluded']}" if device["excluded"] else width)
         + f", {device['bytes_down'] / 1e6:.2f} MB down, {device['bytes_up'] / 1e6:.2f} MB up"
     ]
