@@ -121,8 +121,8 @@ def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[flo
     tail = min(TAIL, max(len(r.rounds) for r in runs))
     intro = (
         f"{quantity(len(runs), 'run')}. {'Losses' if runs[0].measure == 'loss' else 'Accuracies'} of the table are "
-        f"means over the last {quantity(tail, 'round')}; a device's own are what it measured last, every device counting "
-        "alike."
+        f"means over the last {quantity(tail, 'round')}; a device's own are what it measured last, every device "
+        "counting alike."
     )
     title = "Runs compared"
     encoded = base64.b64encode(picture.read_bytes()).decode()
