@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.quantity import quantity
 from fedprune_device.labels import targets
 from fedprune_device.losses import data_loss, hits
 
@@ -43,8 +44,8 @@ def judged(outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], loss: str) -> 
     wanted = targets(y, loss, outputs.shape[1])
     right = hits(loss, outputs, wanted)
     if right is None:
-        return f"loss {data_loss(loss, outputs, wanted):.6g} on {len(y)} samples"
-    return f"accuracy {np.mean(right):.4f} on {len(y)} samples"
+        return f"loss {data_loss(loss, outputs, wanted):.6g} on {quantity(len(y), 'sample')}"
+    return f"accuracy {np.mean(right):.4f} on {quantity(len(y), 'sample')}"
 
 
 def likely(loss: str, z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

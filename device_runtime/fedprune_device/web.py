@@ -12,7 +12,7 @@ from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.broker_url import tls_context
 from fedprune.wire.offer import Offer
-from fedprune_device.web_fetch import STALL_S, WebFetch
+from fedprune_device.web_fetch import LEAST_BYTES_PER_S, STALL_S, WebFetch
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -70,7 +70,8 @@ class Web:
         if fetch is None:
             return False
         if fetch.alive and fetch.stalled:
-            fetch.stop(f"nothing more has come for {STALL_S:g} s")
+            least = f"{LEAST_BYTES_PER_S / 1024:g} KiB a second"
+            fetch.stop(f"nothing more has come for {STALL_S:g} s, or it is as far behind {least}")
         if fetch.alive:
             return False
         self._fetch = None

@@ -32,6 +32,12 @@ SILENT_S = 10.0
 STALL_S = 30.0
 """How long a leaf may take, or an answer to begin; who looks at `stalled` ends it then."""
 
+LEAST_BYTES_PER_S = 8192.0
+"""What must come, or the fetch falls behind; at `STALL_S` behind it ends, too. What came faster before is no credit."""
+
+_ANSWER_S = 1.0
+"""How long an answer's beginning may take without the fetch falling behind."""
+
 _BATCH = 8
 """Leaves that are held in memory at a time."""
 
@@ -77,6 +83,7 @@ class WebFetch:
         self._shared = SharedLeaves(store)
         self._clock = clock
         self._moved_at = clock()
+        self._behind = 0.0
         self._ending = threading.Event()
         self._cuts = 0
         self._connection = _Connection(base, context)
@@ -90,8 +97,8 @@ class WebFetch:
 
     @property
     def stalled(self) -> bool:
-        """Whether nothing has come for too long."""
-        return self._clock() - self._moved_at > STALL_S
+        """Whether nothing has come for too long, or too little."""
+        return self._behind + self._clock() - self._moved_at > STALL_S
 
     def stop(self, why: str = "") -> None:
         """End at once, also in the middle of an answer; nothing more is written but what is being written now."""
@@ -195,7 +202,7 @@ class WebFetch:
         if not whole:
             headers["Range"] = f"bytes={start}-{start + length - 1}"
         answer = self._connection.answer(path, headers, self._check)
-        self._moved_at = self._clock()
+        self._came(_ANSWER_S)
         if 300 <= answer.status < 400:
             raise WebError(f"it redirects {path} ({answer.status}), which is not followed")
         if answer.status not in (200, 206) or (answer.status == 206 and whole):
@@ -215,8 +222,14 @@ class WebFetch:
         data = answer.read(length)
         if len(data) != length:
             raise http.client.IncompleteRead(data, length - len(data))
-        self._moved_at = self._clock()
+        self._came(length / LEAST_BYTES_PER_S)
         return data
+
+    def _came(self, seconds: float) -> None:
+        """Something came that may have taken so long."""
+        now = self._clock()
+        self._behind = max(0.0, self._behind + now - self._moved_at - seconds)
+        self._moved_at = now
 
     @contextmanager
     def _at_the_disk(self) -> Iterator[None]:

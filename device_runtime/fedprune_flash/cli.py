@@ -11,6 +11,7 @@ from pathlib import Path
 from fedprune import __version__
 from fedprune.cli import run_command, with_extra
 from fedprune.errors import CardError, ConfigError, ExitCode, UsageError, remedy
+from fedprune.quantity import quantity
 from fedprune_flash.board_file import SAMPLES, BoardFile
 from fedprune_flash.first_boot import FirstBoot, Wifi, ssh_keys
 from fedprune_flash.ssh_cli import add_ssh_command
@@ -199,7 +200,9 @@ def _kit(arguments: argparse.Namespace) -> int:
         pin=arguments.ca_sha256,
         claim=claim,
     )
-    print(f"{kit.folder}: {kit.target}, {len(kit.files)} files, {kit.bytes / 1e6:.1f} MB, sha256 {kit.digest}")
+    print(
+        f"{kit.folder}: {kit.target}, {quantity(len(kit.files), 'file')}, {kit.bytes / 1e6:.1f} MB, sha256 {kit.digest}"
+    )
     print(f"On the board: sudo python3 {kit.folder.name}/install.pyz")
     return int(ExitCode.OK)
 

@@ -12,6 +12,7 @@ from typing import Any
 from fedprune.errors import BoardError, JoinError, KitError, ProfileError
 from fedprune.identification import Facts, identify
 from fedprune.jetpack import l4t_release
+from fedprune.quantity import quantity
 from fedprune.wire.fields import one_line
 from fedprune_flash.board_link import INSTALL_S, BoardLink
 from fedprune_flash.claims import Claims
@@ -204,7 +205,7 @@ def _copy(link: BoardLink, files: Mapping[str, _File], found: Mapping[str, Any],
                 "there is no room for the kit", expected=f"{(total + _NEEDED) >> 20} MB", got=f"{free >> 20} MB",
                 hint="Free some space there.",
             )  # fmt: skip
-        telling.say(f"copying {len(missing)} of {len(files)} files, {total / 1e6:.1f} MB")
+        telling.say(f"copying {len(missing)} of {quantity(len(files), 'file')}, {total / 1e6:.1f} MB")
         sent = 0
 
         def told(count: int, total: int = total) -> None:
@@ -236,7 +237,7 @@ def _planned(row: BoardRow, link: BoardLink, kit: Kit, profile: str, needs: bool
     files = _files(kit, row, None)
     missing = _missing(link, files, dry=True)
     total = sum(files[path].size - offset for path, offset in missing.items())
-    count = f"{len(missing) + 1} files, its claim among them" if needs else f"{len(missing)} files"
+    count = f"{quantity(len(missing) + 1, 'file')}, its claim among them" if needs else quantity(len(missing), "file")
     return f"{profile}: copy {count}, {total / 1e6:.1f} MB, run install.pyz, start the service"
 
 

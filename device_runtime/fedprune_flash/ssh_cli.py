@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedprune.cli import ended_by_signals, seconds, whole_number, with_extra
 from fedprune.errors import ConfigError, ExitCode, UsageError
+from fedprune.quantity import quantity
 
 _MOST_JOBS = 64
 
@@ -85,7 +86,7 @@ def _ssh(arguments: argparse.Namespace) -> int:
     print(table(outcomes))
     good = sum(outcome.good for outcome in outcomes)
     what = "planned" if arguments.dry_run else "removed" if arguments.remove else "done"
-    print(f"{good} of {len(outcomes)} boards {what}", file=sys.stderr)
+    print(f"{good} of {quantity(len(outcomes), 'board')} {what}", file=sys.stderr)
     return int(ExitCode.OK if good == len(outcomes) else ExitCode.BOARD)
 
 

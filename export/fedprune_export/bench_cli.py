@@ -15,6 +15,7 @@ from fedprune.precision import FLOAT32
 from fedprune.prediction import predict
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
+from fedprune.quantity import quantity
 from fedprune.recipe import Recipe
 from fedprune_export import terminal
 from fedprune_export.options import add_probe_option, add_profiles_option, read_probe
@@ -97,11 +98,11 @@ def _measure(bundle: Bundle, arguments: argparse.Namespace) -> list[Measurement]
             for batch in arguments.batch or (usual,):
                 # Steps in blocks take whole batches alone.
                 for block in (0, *(b for b in bundle.blocks if b == block_size() and batch == usual)):
-                    tell(f"training, {batch} samples, {threads} threads")
+                    tell(f"training, {quantity(batch, 'sample')}, {quantity(threads, 'thread')}")
                     out.append(watch.training_step(batch, threads, block))
             for batch in arguments.batch or tuple(sorted({1, usual})):
                 for precision in (FLOAT32, *bundle.precisions):
-                    tell(f"predicting with {precision}, {batch} samples, {threads} threads")
+                    tell(f"predicting with {precision}, {quantity(batch, 'sample')}, {quantity(threads, 'thread')}")
                     out.append(watch.prediction(batch, threads, precision))
         return out
 

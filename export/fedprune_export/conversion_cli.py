@@ -11,6 +11,7 @@ from fedprune.bundle import FILES, MANIFEST, Bundle, open_bundle
 from fedprune.cli import whole_number
 from fedprune.disk import write_whole
 from fedprune.errors import ExitCode, UsageError
+from fedprune.quantity import quantity
 from fedprune_export import terminal
 from fedprune_export.options import MODEL_HELP, add_model_options, read_model
 
@@ -93,7 +94,7 @@ def to_torch(arguments: argparse.Namespace) -> int:
         tensors, graph = source.tensors, source.graph
     state = conversion.state_dict(source.architecture, tensors, graph)
     size = conversion.write_state_dict(arguments.out, state)
-    print(f"{arguments.out}: {len(state)} tensors, {size:,} bytes")
+    print(f"{arguments.out}: {quantity(len(state), 'tensor')}, {size:,} bytes")
     return int(ExitCode.OK)
 
 

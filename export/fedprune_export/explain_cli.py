@@ -79,6 +79,8 @@ def explain(arguments: argparse.Namespace) -> int:
             can't run the step that is to be measured, or the page can't be written.
     """
     profile = profile_store.chosen(arguments.target, arguments.profiles) if arguments.target else None
+    if arguments.page is not None and arguments.page.suffix.lower() not in (".html", ".htm"):
+        raise UsageError("--page", expected="a file name that ends in .html", got=str(arguments.page))
     recipe, probe = read_recipe(arguments), read_probe(arguments)
     if probe is not None and arguments.block is None:
         raise UsageError("--probe chooses forms of the graph for one board", expected="--block, too")

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedprune import __version__, session
 from fedprune.blocks import check_block
+from fedprune.quantity import quantity
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune.session import KernelTimes, kernel_times
@@ -128,7 +129,8 @@ class Explanation:
         speed = f"{self.speed.flops / 1e9:,.1f} GFLOP/s and {self.speed.bytes_s / 1e9:,.1f} GB/s"
         lines = [f"bounds: {speed} ({self.speed.source})"]
         macs = sum(p.piece.macs for p in self.pieces)
-        least = f"a step of {self.batch} samples: {macs:,} multiplications, at least {amount(self.bound_s, 's')}"
+        step = f"a step of {quantity(self.batch, 'sample')}"
+        least = f"{step}: {macs:,} multiplications, at least {amount(self.bound_s, 's')}"
         if self.step_s is None:
             return [*lines, least]
         lines.append(f"{least}; measured {amount(self.step_s, 's')}, {self.step_s / self.bound_s:.1f} times that")

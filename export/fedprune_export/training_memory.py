@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedprune.architecture import Architecture
 from fedprune.errors import PlanError
+from fedprune.quantity import quantity
 from fedprune_export.graph import Graph
 from fedprune_export.liveness import execution_order, live_bytes
 from fedprune_export.recomputation import recomputed
@@ -140,4 +141,4 @@ def taken(graph: Graph, sizes: ValueSizes, values: int, gaps: float) -> Training
 
 
 def _mb(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
+    return f"{count / 1e6:,.1f} MB" if count >= 10**5 else quantity(count, "byte", form=",")

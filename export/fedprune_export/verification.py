@@ -14,6 +14,7 @@ from fedprune.blocks import OFF, block_size, turned_off
 from fedprune.bundle import FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, blocked_file, open_bundle
 from fedprune.errors import BundleError, ModelError, TrainingError
 from fedprune.precision import files_of, graph_file, lowered_weights, prepare_file, weights_file
+from fedprune.quantity import quantity
 from fedprune.session import Session
 from fedprune_export.bundle_graph import check_origin, inference_graph
 from fedprune_export.graph import Graph
@@ -125,7 +126,7 @@ class _Trial:
         for name, value in self.tensors.items():
             if not np.isfinite(value).all():
                 raise BundleError(f"{WEIGHTS}: tensor {name} has numbers that are not finite")
-        return f"{len(self.tensors)} tensors, {sum(v.size for v in self.tensors.values()):,} finite numbers"
+        return f"{quantity(len(self.tensors), 'tensor')}, {sum(v.size for v in self.tensors.values()):,} finite numbers"
 
     def check_inference(self) -> str:
         """Logits of several batch sizes have the right shape, and are those of each sample alone."""
@@ -161,7 +162,7 @@ class _Trial:
         if not moved:
             raise TrainingError(f"{TRAINING}: a step moves no weight")
         still = [n for n in self.tensors if step.following(n) not in out]
-        return f"loss {float(out[step.LOSS]):.4g}; a step moves {moved} tensors" + (
+        return f"loss {float(out[step.LOSS]):.4g}; a step moves {quantity(moved, 'tensor')}" + (
             f" and leaves {len(still)} frozen" if still else ""
         )
 

@@ -60,10 +60,11 @@ def back_up(state: Path, target: Path, advance: Advance) -> Manifest:
         What it has.
 
     Raises:
-        ConfigError: The target is something else, or another job's backup.
+        ConfigError: The target is something else, another job's backup, or in the state folder itself.
         StorageFullError: There is no room; an earlier backup in the target is as it was.
         StorageError: The state folder is damaged, or the disk fails.
     """
+    _check_apart(state, target)
     write = _write_tar if target.suffix == ".tar" else _write_folder
     for attempt in range(_ATTEMPTS):
         try:
@@ -75,6 +76,16 @@ def back_up(state: Path, target: Path, advance: Advance) -> Manifest:
             if attempt + 1 == _ATTEMPTS:
                 raise
     raise StorageError(f"no backup of {state} was made")
+
+
+def _check_apart(state: Path, target: Path) -> None:
+    """What is lost with the state folder is no backup of it."""
+    with storage_errors(f"can't read {target}"):
+        inside = target.resolve().is_relative_to(state.resolve())
+    if inside:
+        raise ConfigError(
+            f"{target} is in the state folder {state} itself", hint="Name a place outside, on another disk at best."
+        )
 
 
 class _Collected:

@@ -13,6 +13,7 @@ import socketserver
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPStatus
@@ -87,6 +88,7 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.store = store
         self.allowed: Callable[[str | None, str], bool] = lambda device, sha256: False
         self.sent = 0
+        self._taken: Counter[str] = Counter()
         self._context = context
         self._most = connections
         self._lock = threading.Lock()
@@ -121,10 +123,18 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             if client in self._clients:
                 self._clients[client] = (waits, time.monotonic() + seconds)
 
-    def count(self, size: int) -> None:
-        """Bytes were sent."""
+    def count(self, device: str | None, size: int) -> None:
+        """Bytes were sent, to a device if it is known which."""
         with self._lock:
             self.sent += size
+            if device is not None:
+                self._taken[device] += size
+
+    def taken(self) -> dict[str, int]:
+        """Bytes of blobs that were sent to devices since this was last asked."""
+        with self._lock:
+            found, self._taken = self._taken, Counter()
+        return dict(found)
 
     # What the standard library calls
 
@@ -274,7 +284,7 @@ class BlobHandler(BaseHTTPRequestHandler):
             piece = view[start : min(start + _PIECE, stop)]
             self.server.expect(self.connection, PIECE_S, waits=False)
             self.wfile.write(piece)
-            self.server.count(len(piece))
+            self.server.count(self._device, len(piece))
             start += len(piece)
 
     def _begin(self, status: HTTPStatus, length: int, range_: str = "") -> None:

@@ -12,16 +12,15 @@ from pathlib import Path
 
 from fedprune import tensorfile
 from fedprune.disk import storage_errors
-from fedprune.errors import FedpruneError, StorageError
+from fedprune.errors import StorageError
 from fedprune.kept_table import SUFFIX, kept
-from fedprune.trust.authority import Authority
-from fedprune.trust.epoch import EpochFile
-from fedprune.trust.keys import SigningKey
+from fedprune.quantity import quantity
 from fedprune.wire.blob_ref import leaf_table
 from fedprune_server.blob_place import BLOBS, bucket_of
 from fedprune_server.bucket_checkup import check_bucket, still_missing
 from fedprune_server.bucket_store import BucketStore
 from fedprune_server.finding import Cure, Finding, Weight
+from fedprune_server.identity_checkup import check_identity
 from fedprune_server.identity_folder import FOLDER as IDENTITY
 from fedprune_server.retelling import retold
 from fedprune_server.rollout_store import FILE as ROLLOUTS
@@ -171,10 +170,10 @@ def _left_over(there: Lying, needs: Inventory, *, running: bool, cache: bool) ->
         ([] if running else there.temporary, "temporary files"),
     ):
         if paths:
-            said = f"{what}: {len(paths)} files, {sum(map(_size, paths))} bytes"
+            said = f"{what}: {quantity(len(paths), 'file')}, {sum(map(_size, paths))} bytes"
             yield Finding(Weight.NOTE, said, "They do no harm; `--repair` deletes them.", Cure.DELETE, tuple(paths))
     if there.strange:
-        files = "1 file" if len(there.strange) == 1 else f"{len(there.strange)} files"
+        files = quantity(len(there.strange), "file")
         yield Finding(Weight.NOTE, f"{files} that no server wrote, such as {there.strange[0]}")
 
 
@@ -189,8 +188,9 @@ def _beside(folder: Path, advance: Advance) -> Iterator[Finding]:
                 advice = found.advice if found.cure is Cure.DELETE else "Stop the rollout and begin it again."
                 yield Finding(found.weight, found.what, advice, found.cure, found.paths, digest)
     if (folder / IDENTITY).is_dir():
-        yield from _sqlite(folder / IDENTITY / "identity.db", "Restore a backup of `identity/`.")
-        yield from _keys(folder / IDENTITY)
+        if (folder / IDENTITY / "identity.db").exists():  # else it is named with all that is missing
+            yield from _sqlite(folder / IDENTITY / "identity.db", "Restore a backup of `identity/`.")
+        yield from check_identity(folder / IDENTITY)
 
 
 def _sqlite(path: Path, advice: str) -> Iterator[Finding]:
@@ -204,19 +204,6 @@ def _sqlite(path: Path, advice: str) -> Iterator[Finding]:
         found = str(error)
     if found != "ok":
         yield Finding(Weight.WRONG, f"{path} is damaged ({found})", advice)
-
-
-def _keys(identity: Path) -> Iterator[Finding]:
-    """What of an identity can be read without being written to."""
-    for read in (
-        lambda: Authority(identity),
-        lambda: SigningKey.load(identity / "signing.key"),
-        lambda: EpochFile(identity / "epoch"),
-    ):
-        try:
-            read()
-        except FedpruneError as error:  # noqa: PERF203 - each may be damaged
-            yield Finding(Weight.WRONG, str(error))
 
 
 def _lost(folder: Path, store: BucketStore | None, finding: Finding) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from fedprune import __version__, tensorfile
 from fedprune.cli import run_command, whole_number, with_extra
 from fedprune.errors import ExitCode, UsageError
+from fedprune.quantity import quantity
 from fedprune_server.identity_cli import name_of
 from fedprune_server.identity_cli import register as register_identity
 from fedprune_server.release_cli import add_release_command
@@ -344,8 +345,8 @@ def _replay(arguments: argparse.Namespace) -> int:
     rounds = 0
     for step in replay(arguments.state):
         rounds += 1
-        print(f"round {step.round}: {step.model} ({len(step.devices)} devices: {', '.join(step.devices)})")
-    print(f"{rounds} rounds, every model the same to the bit" if rounds else "no round has ended yet")
+        print(f"round {step.round}: {step.model} ({quantity(len(step.devices), 'device')}: {', '.join(step.devices)})")
+    print(f"{quantity(rounds, 'round')}, every model the same to the bit" if rounds else "no round has ended yet")
     return int(ExitCode.OK)
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedprune.errors import StorageError
+from fedprune.quantity import quantity
 from fedprune_server import pictures
 from fedprune_server.record import Record, beside
 from fedprune_server.report import CSS, TAIL, html_table, markdown_table, shown
@@ -119,8 +120,9 @@ def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[flo
     tables = [("Finals", final_rows(runs)), *((_target(runs[0], t), target_rows(runs, t)) for t in targets)]
     tail = min(TAIL, max(len(r.rounds) for r in runs))
     intro = (
-        f"{len(runs)} runs. {'Losses' if runs[0].measure == 'loss' else 'Accuracies'} of the table are means over the "
-        f"last {tail} rounds; a device's own are what it measured last, every device counting alike."
+        f"{quantity(len(runs), 'run')}. {'Losses' if runs[0].measure == 'loss' else 'Accuracies'} of the table are "
+        f"means over the last {quantity(tail, 'round')}; a device's own are what it measured last, every device "
+        "counting alike."
     )
     title = "Runs compared"
     encoded = base64.b64encode(picture.read_bytes()).decode()

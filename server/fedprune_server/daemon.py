@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fedprune.architecture import Architecture
@@ -154,6 +154,8 @@ class Daemon:
         self._farewell: Farewell | None = None
         self.when_finished: Callable[[], None] = lambda: None
         """Called when the job is done, at once if it already is."""
+        self.web_bytes: Callable[[], Mapping[str, int]] = dict
+        """Bytes that devices have fetched over the web since it was last called; they count as sent to them."""
 
     @property
     def subscriptions(self) -> list[str]:
@@ -357,6 +359,8 @@ class Daemon:
 
     def _tick(self, now: float) -> None:
         revive(self._broker)
+        for device, size in self.web_bytes().items():
+            self._roster.sent(device, size)
         for device in self._roster.presence.silent(now):
             self._post.send(device, Hello(int(self._clock())))
         for event in self._reception.missed(self._intake.caught_up):

@@ -7,6 +7,7 @@ the database is back, and one whose commit was not answered is repeated only if 
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import sqlite3
 import time
@@ -308,14 +309,28 @@ def _tune_postgresql(connection: Any, record: object) -> None:
 
 
 def _read_only(url: sql.URL) -> sql.Engine:
-    where = _uri(Path(url.database or ""))
+    path = Path(url.database or "")
     return sql.create_engine(
-        url, creator=lambda: sqlite3.connect(where, uri=True, timeout=_BUSY_S, check_same_thread=False)
+        url, creator=lambda: sqlite3.connect(_uri(path), uri=True, timeout=_BUSY_S, check_same_thread=False)
     )
 
 
 def _uri(path: Path) -> str:
-    return f"file:{urllib.parse.quote(str(path))}?mode=ro"
+    """A file to read only, also on a disk that can't be written to.
+
+    Raises:
+        StorageError: What was written last can't be read there.
+    """
+    uri = f"file:{urllib.parse.quote(str(path))}?mode=ro"
+    log, index = (path.with_name(path.name + end) for end in ("-wal", "-shm"))
+    if os.access(path.parent, os.W_OK, effective_ids=True) or not path.exists() or (log.exists() and index.exists()):
+        return uri
+    if log.exists() and log.stat().st_size:
+        raise StorageError(
+            f"{path}: {index.name} is missing, which can't be made in a folder that can't be written to",
+            hint="Copy the state folder to where it can be written to, and look there.",
+        )
+    return f"{uri}&immutable=1"  # SQLite would make both files to read it; without a log nobody has it open
 
 
 def _tune_sqlite(connection: Any, record: object) -> None:

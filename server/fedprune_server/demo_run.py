@@ -19,6 +19,7 @@ from fedprune.cli import ended_by_signals
 from fedprune.disk import locked, storage_errors
 from fedprune.errors import ConfigError, ExitCode
 from fedprune.job import Job
+from fedprune.quantity import quantity
 from fedprune.wire.link import Link
 from fedprune_server.broker import EmbeddedBroker
 from fedprune_server.children import Children
@@ -124,7 +125,8 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
     jobs = fleet_job(seed, rounds), reference_job(seed, rounds)  # a wrong number must not cost an earlier demo
     with _alone(out), _logging(), ended_by_signals():
         folder = DemoFolder.prepare(out, seed)
-        print(f"{len(BOARDS)} devices, {rounds} rounds, two jobs: models as wide as each link allows, then FedAvg.")
+        size = f"{quantity(len(BOARDS), 'device')}, {quantity(rounds, 'round')}"
+        print(f"{size}, two jobs: models as wide as each link allows, then FedAvg.")
         print(f"Devices' output lies in {out}/*/devices/*.log\n")
         fleet = run_job("fedprune", jobs[0], folder)
         reference = run_job(TITLE, jobs[1], folder)

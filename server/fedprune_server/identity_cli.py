@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from fedprune.cli import whole_number
 from fedprune.disk import storage_errors
 from fedprune.errors import ExitCode, JoinError, ProtocolError, UsageError, meant, shown
+from fedprune.quantity import quantity
 from fedprune.trust.keys import VerifyingKey, grouped
 
 _STATE = "the folder of `run --state` (default: fedprune-state)"
@@ -177,7 +178,7 @@ def _replace(identity: Any, arguments: argparse.Namespace) -> None:
 
 
 def _revoked(identity: Any, device: str, keys: int, certificates: int) -> str:
-    line = f"{device}: {keys} keys and {certificates} certificates revoked"
+    line = f"{device}: {quantity(keys, 'key')} and {quantity(certificates, 'certificate')} revoked"
     return f"{line}\ncopy {identity.authority.crl_path} to the broker and restart that" if certificates else line
 
 

@@ -59,6 +59,7 @@ class IdentityFolder:
     Args:
         state: The server's state folder.
         clock: Seconds since 1970.
+        read_only: Only look: nothing is made, mended or issued, and a disk that can't be written to will do.
 
     Attributes:
         site: The site's name.
@@ -72,11 +73,15 @@ class IdentityFolder:
         StorageError: The disk fails.
     """
 
-    def __init__(self, state: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, state: Path, clock: Callable[[], float] = time.time, *, read_only: bool = False) -> None:
         self.path = state / FOLDER
         try:
             self.site = check_name((self.path / _SITE).read_text().strip(), "site")
         except FileNotFoundError as error:
+            if (self.path / _STORE).exists():  # all that is made before the name
+                raise IdentityError(
+                    f"{self.path / _SITE} is missing", hint="Write the site's name into it, or restore a backup of it."
+                ) from error
             raise IdentityError(
                 f"{state} has no identity", hint=f"Make one: fedprune-server init --state {state}"
             ) from error
@@ -84,10 +89,10 @@ class IdentityFolder:
             raise StorageError(f"can't read {self.path / _SITE}: {error.strerror}", hint=remedy(error)) from error
         except (UnicodeDecodeError, ProtocolError) as error:
             raise IdentityError(f"{self.path / _SITE} is damaged", hint="Write the site's name into it.") from error
-        self.authority = Authority(self.path, clock)
+        self.authority = Authority(self.path, clock, read_only=read_only)
         self.key = SigningKey.load(self.path / _SIGNING)
         self.epochs = EpochFile(self.path / _EPOCH, clock)
-        self.store = IdentityStore(self.path / _STORE)
+        self.store = IdentityStore(self.path / _STORE, read_only=read_only)
 
     @classmethod
     def make(cls, state: Path, site: str, clock: Callable[[], float] = time.time) -> IdentityFolder:
@@ -102,8 +107,11 @@ class IdentityFolder:
         if (path / _SITE).exists():
             raise IdentityError(f"{state} has an identity already", hint="Keep it: every board knows the server by it.")
         authority = Authority(path, clock) if (path / CERTIFICATE).exists() else Authority.make(path, site, clock)
-        SigningKey.make().save(path / _SIGNING)
+        if not (path / _SIGNING).exists():  # boards may know the one that is there
+            SigningKey.make().save(path / _SIGNING)
         _issue_server(authority, path)
+        if not (path / _EPOCH).exists():
+            EpochFile.make(path / _EPOCH)
         IdentityStore(path / _STORE).close()
         write_whole(path / _SITE, site.encode())
         return cls(state, clock)

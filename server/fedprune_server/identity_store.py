@@ -77,22 +77,29 @@ class IdentityStore:
 
     Args:
         path: The file, made with mode 0600 where there is none.
+        read_only: Only look: nothing is made or changed, and a disk that can't be written to will do.
 
     Raises:
         StorageError: It is damaged, of another version, or the disk fails.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self._path = path
+        self._begin = "BEGIN" if read_only else "BEGIN IMMEDIATE"
         with storage_errors(f"can't use {path}"):
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            os.close(os.open(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT, 0o600))
         with self._translated():
-            self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+            name = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rw'}"
+            self._connection = sqlite3.connect(
+                name, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+            )
             self._connection.execute("PRAGMA synchronous=FULL")
         with self._transaction() as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, _FORMAT):
+            if version not in ((_FORMAT,) if read_only else (0, _FORMAT)):
                 raise StorageError(f"{path} was written by another version", expected=_FORMAT, got=version)
+            if read_only:
+                return
             for statement in _TABLES.split(";"):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version={_FORMAT}")
@@ -258,7 +265,7 @@ class IdentityStore:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._translated(), self._connection as connection:  # which commits, or rolls back
-            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(self._begin)
             yield connection
 
     @contextmanager

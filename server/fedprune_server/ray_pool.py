@@ -225,9 +225,15 @@ class _Link:
         return future
 
     def _hand_on(self) -> None:
-        with suppress(OSError):  # the child is gone: whoever listens tells
-            while (order := self._orders.get()) is not None:
+        while (order := self._orders.get()) is not None:
+            try:
                 self._connection.send(order)
+            except OSError:  # noqa: PERF203 - the child is gone: whoever listens tells
+                return
+            except Exception as error:  # noqa: BLE001 - pickling may fail in any way, and does before a byte is sent
+                future = self._futures.pop(order[0], None)
+                if future is not None:  # else the cluster was lost meanwhile
+                    future.set_exception(ClusterError("a task can't be handed to the cluster", got=reason(error)))
 
     def listen(self) -> None:
         """Take in results until the child is gone."""

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedprune.quantity import quantity
 from fedprune_server import foresight, pictures
 from fedprune_server.divergence import advice
 from fedprune_server.record import DeviceRow, Record
@@ -169,7 +170,7 @@ def _absence(run: Record, device: DeviceRow) -> str:
     """Why a device took no part, or none in some rounds; empty where it always did."""
     if device.excluded:
         return device.excluded
-    text = f"no update in {device.missed} of {len(run.rounds)} rounds" if device.missed else ""
+    text = f"no update in {device.missed} of {quantity(len(run.rounds), 'round')}" if device.missed else ""
     return f"{text}, lastly: {device.why}" if device.why else text
 
 
@@ -230,9 +231,9 @@ def write_report(folder: Path, run: Record, reference: Record | None = None, *, 
     if any(r.coverage for r in run.rounds):
         files["Channels over rounds"] = pictures.coverage_map(run, folder / "coverage.png")
     intro = (
-        f"{len(run.devices)} devices, {shown.round} rounds, seed {run.job.get('seed', 0)}. "
+        f"{quantity(len(run.devices), 'device')}, {quantity(shown.round, 'round')}, seed {run.job.get('seed', 0)}. "
         f"{'Losses' if run.measure == 'loss' else 'Accuracies'} of the summary are means over the last "
-        f"{min(TAIL, len(run.rounds))} rounds; "
+        f"{quantity(min(TAIL, len(run.rounds)), 'round')}; "
         f"local {run.measure} is the mean over the {len(run.latest)} of {len(run.devices)} devices that delivered, of "
         f"what each one serves on its own test data, as it was measured last."
         + (f" Bytes: {run.measured}." if run.measured else "")
@@ -307,7 +308,7 @@ def html_table(rows: list[tuple[str, ...]]) -> str:
 def _part(run: Record) -> str:
     """Over how many devices a mean goes, where it is not all."""
     measured, all_ = len(run.latest), len(run.devices)
-    return f" ({measured} of {all_} devices)" if measured < all_ else ""
+    return f" ({measured} of {quantity(all_, 'device')})" if measured < all_ else ""
 
 
 def _ratio(part: float, whole: float) -> float:

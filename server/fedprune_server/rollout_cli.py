@@ -17,6 +17,7 @@ from fedprune.cli import whole_number
 from fedprune.coordination.rollout import CAREFUL, Fate, Rollout, RolloutPhase, RolloutPlan, Stage
 from fedprune.disk import held
 from fedprune.errors import ConfigError, ExitCode, UsageError
+from fedprune.quantity import quantity
 from fedprune.release import FILES, Release, read_release
 from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS, MAX_SECONDS, ReleaseOffer
 
@@ -85,10 +86,12 @@ def _start(arguments: argparse.Namespace) -> int:
         )
         number = store.begin(offer, rollout, time.time(), joins=arguments.devices is None)
     which = "all that are let in" if arguments.devices is None else "those that were named"
-    print(f"rollout {number}: release {release.number} ({release.version}) to {len(boards)} boards, {which}")
+    print(
+        f"rollout {number}: release {release.number} ({release.version}) to {quantity(len(boards), 'board')}, {which}"
+    )
     for at in range(len(rollout.plan.stages)):
         names = sorted(n for n, b in rollout.boards.items() if b.stage == at)
-        print(f"  stage {at + 1}: {len(names)} boards{_named(names)}")
+        print(f"  stage {at + 1}: {quantity(len(names), 'board')}{_named(names)}")
     print(f"a board that is off for {arguments.patience:g} minutes in its stage, or has no launcher, counts as failed:")
     print("--devices chooses the boards")
     if not held(arguments.state / _LOCK):

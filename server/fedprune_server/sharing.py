@@ -36,8 +36,8 @@ HOLD_S = 60.0
 """Seconds that the first devices of a round wait for the offers of the last ones."""
 
 AGAIN_S = 0.5
-"""Leaf tables and blobs of a leaf are published at most so often, and at once: they are small, and by them a device
-hears that shared topics reach it."""
+"""Leaf tables and blobs of a leaf are published at most so often, and at once for whoever hasn't listened yet: they are
+small, and by them a device hears that shared topics reach it."""
 
 _LOOK_S = 0.5
 
@@ -112,6 +112,7 @@ class _Share:
         waiting: Who waits for a leaf, and since when.
         sent: When a leaf was last published.
         fronts: Up to which leaf a device has asked, and when it last did.
+        reached: Devices that listened as something was published.
     """
 
     total: int
@@ -121,6 +122,11 @@ class _Share:
     waiting: dict[int, tuple[set[str], float]] = field(default_factory=dict)
     sent: dict[int, float] = field(default_factory=dict)
     fronts: dict[str, tuple[int, float]] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)
+
+    def newcomer(self, device: str) -> bool:
+        """Whether something small is published for a device that asks, however lately it was."""
+        return self.at_once and device not in self.reached
 
     def live(self, now: float) -> list[int]:
         """The fronts of devices that the others wait for."""
@@ -164,7 +170,7 @@ class Sharing:
             sent = share.sent.get(leaf)
             if leaf in share.waiting:
                 share.waiting[leaf][0].add(device)
-            elif sent is None or share.at_once or (now - sent >= ON_ITS_WAY_S and len(share.live(now)) > 1):
+            elif sent is None or share.newcomer(device) or (now - sent >= ON_ITS_WAY_S and len(share.live(now)) > 1):
                 share.waiting[leaf] = ({device}, now)
             elif now - sent >= ON_ITS_WAY_S:
                 alone.append(leaf)
@@ -174,6 +180,7 @@ class Sharing:
         """Forget what a device wanted."""
         for share in self._shares.values():
             share.fronts.pop(device, None)
+            share.reached.discard(device)
             for leaf, (devices, _) in list(share.waiting.items()):
                 devices.discard(device)
                 if not devices:
@@ -193,7 +200,7 @@ class Sharing:
             sha256, part = key
             first = due[0]
             lacking, _ = share.waiting[first]
-            if first in share.sent and len(lacking) == 1 and not share.at_once:
+            if first in share.sent and len(lacking) == 1 and not share.newcomer(next(iter(lacking))):
                 del share.waiting[first]
                 return next(iter(lacking)), Want(sha256, part, first, 1)
             run = _run(due, leaves_per_chunk(self._max_packet))
@@ -203,6 +210,7 @@ class Sharing:
             answer = self._serve.answer(Want(sha256, part, first, len(run)), self._max_packet)
             chunk = None if isinstance(answer, Gone) else next(iter(answer), None)
             if chunk is not None:
+                share.reached.update(share.fronts)
                 return Publication(sha256, chunk, share.fronts)
         return None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedprune.coordination import Phase, State
 from fedprune.disk import held
+from fedprune.quantity import quantity
 from fedprune_server.database_place import FILE, kept
 from fedprune_server.folder_lock import LOCK
 from fedprune_server.foresight import Compared, compared, described
@@ -110,13 +111,12 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
         lines += _device_lines(device)
     shown = history[-rounds:]
     if len(shown) < len(history):
-        lines.append(f"  the last {len(shown)} of {len(history)} rounds:")
+        lines.append(f"  the last {len(shown)} of {quantity(len(history), 'round')}:")
     for row in shown:
         counted = sum(d["progress"] == "folded" for d in row["devices"].values())
         metrics = ", ".join(metric_texts(row["metrics"]))
-        lines.append(
-            f"  round {row['round']}: {counted} of {len(row['devices'])} devices, {metrics or 'not evaluated'}"
-        )
+        asked = quantity(len(row["devices"]), "device")
+        lines.append(f"  round {row['round']}: {counted} of {asked}, {metrics or 'not evaluated'}")
         lines += [
             f"    {name}: {part['progress']}: {part['reason']}"
             for name, part in sorted(row["devices"].items())
@@ -141,7 +141,7 @@ def _revoked(folder: Path) -> set[str]:
     """Devices that were shut out, and have no other key."""
     if not (folder / FOLDER).is_dir():
         return set()
-    with IdentityFolder(folder) as identity:
+    with IdentityFolder(folder, read_only=True) as identity:
         devices = identity.store.devices()
     return {d.device for d in devices if d.status == REVOKED} - {d.device for d in devices if d.status != REVOKED}
 
@@ -165,7 +165,7 @@ def _device_lines(device: dict[str, Any]) -> list[str]:
     width = f"density {plan['density']:.3g}, bound by {plan['bound']}" if plan else f"widths {device['widths']}"
     lines = [
         f"  device {device['name']} ({device['profile']}): {_connection(device)}, "
-        f"{device['samples']} samples, "
+        f"{quantity(device['samples'], 'sample')}, "
         + (f"takes no part: {device['excluded']}" if device["excluded"] else width)
         + f", {device['bytes_down'] / 1e6:.2f} MB down, {device['bytes_up'] / 1e6:.2f} MB up"
     ]

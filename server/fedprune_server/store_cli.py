@@ -9,6 +9,7 @@ from typing import Any
 
 from fedprune.cli import ended_by_signals, with_extra
 from fedprune.errors import ExitCode, StorageError, UsageError
+from fedprune.quantity import quantity
 
 _STATE = "the folder of `run --state` (default: fedprune-state)"
 
@@ -109,7 +110,9 @@ def _backup(arguments: argparse.Namespace) -> int:
         target = arguments.to / part.relative_to(state)
         with ended_by_signals(), shown_bytes(f"backing {part} up", size_of(part)) as advance:
             made = back_up(part, target, advance)
-        print(f"{target}: job {made.job} in round {made.round}, {len(made.entries)} files, {made.size} bytes")
+        print(
+            f"{target}: job {made.job} in round {made.round}, {quantity(len(made.entries), 'file')}, {made.size} bytes"
+        )
         has_identity = has_identity or made.has_identity
     if has_identity:
         print("it has the server's private keys: whoever has it is the server, so keep it to yourself")
@@ -133,7 +136,9 @@ def _restore(arguments: argparse.Namespace) -> int:
             manifest = read_manifest(source, part)
             with shown_bytes(f"reading {part}", manifest.size) as advance:
                 verify(source, manifest, advance)
-        print(f"{part} is whole: job {manifest.job} in round {manifest.round}, {len(manifest.entries)} files")
+        print(
+            f"{part} is whole: job {manifest.job} in round {manifest.round}, {quantity(len(manifest.entries), 'file')}"
+        )
         manifests.append(manifest)
     if arguments.dry_run:
         return int(ExitCode.OK)

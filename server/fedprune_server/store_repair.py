@@ -9,6 +9,7 @@ from pathlib import Path
 from fedprune.blobs import BlobStore
 from fedprune.disk import storage_errors, sync_folder
 from fedprune.errors import StorageError
+from fedprune.quantity import quantity
 from fedprune_server.blob_place import BLOBS, bucket_of
 from fedprune_server.bucket_checkup import mend
 from fedprune_server.finding import Cure, Finding
@@ -43,7 +44,7 @@ def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> It
             yield from mend(bucket, finding, folder / DAMAGED)
         if finding.cure is Cure.DELETE and finding.paths:
             _delete(finding.paths)
-            yield f"deleted {len(finding.paths)} files, such as {finding.paths[0]}"
+            yield f"deleted {quantity(len(finding.paths), 'file')}, such as {finding.paths[0]}"
         if finding.cure is Cure.SET_ASIDE:
             for path in finding.paths:
                 yield f"moved {path} to {_set_aside(folder, path)}"

@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
+from fedprune.quantity import quantity
+
 log = logging.getLogger("fedprune.server")
 
 REFRESH_S = 0.5
@@ -288,7 +290,7 @@ def round_line(snapshot: Snapshot, summary: Mapping[str, Any]) -> str:
     """A finished round as one line of a log."""
     devices = summary["devices"]
     counted = sum(d["progress"] == "folded" for d in devices.values())
-    parts = [f"{counted} of {len(devices)} devices counted"]
+    parts = [f"{counted} of {quantity(len(devices), 'device')} counted"]
     parts += metric_texts(summary["metrics"])
     parts.append(f"{_mb(snapshot.bytes_down)} MB down and {_mb(snapshot.bytes_up)} MB up so far")
     return f"round {summary['round']} of {snapshot.rounds}: {', '.join(parts)}, model {summary['model'][:12]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ class Offering(Protocol):
     """Who knows what devices are offered; `Daemon` does."""
 
     state: State
+    web_bytes: Callable[[], Mapping[str, int]]
+    """What devices have fetched since it was last called, in bytes."""
 
     def offered(self, device: str) -> frozenset[str]:
         """Digests of what a device may fetch; asked from any thread."""
@@ -56,6 +58,7 @@ class WebBlobs:
 
         if self.server is not None:
             self.server.allowed = allowed
+            daemon.web_bytes = self.server.taken
 
 
 @contextmanager

@@ -219,6 +219,37 @@ def test_who_drips_is_left(store: BlobStore, web: WebPlace, monkeypatch: pytest.
     assert store.partial(REF).count == 8
 
 
+def test_who_drips_leaf_by_leaf_is_left_and_was_fast_before_in_vain(
+    store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_fetch, "STALL_S", 1.0)
+    monkeypatch.setattr(web_fetch, "LEAST_BYTES_PER_S", 1000.0 * LEAF)
+    first, dripped = 8, 0
+
+    def drip(handler: Handler, data: bytes) -> bool:
+        nonlocal dripped
+        if handler.path.endswith(".leaves"):
+            return False
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data[: first * LEAF])
+        for at in range(first * LEAF, len(data), LEAF):  # no leaf takes as long as one may
+            if web.closing.wait(0.3):
+                break
+            handler.wfile.write(data[at : at + LEAF])
+            dripped += 1
+        return True
+
+    web.behave = drip
+    fetch = fetched(store, web.url)
+    assert fetch.failure == "it stalls"
+    assert store.partial(REF).count >= first
+    assert dripped < REF.leaf_count - first
+    assert rest_over_mqtt(store, web) > 0
+    assert store.read(REF.sha256) == BLOB
+
+
 def test_who_never_ends_the_head_of_an_answer_is_left(
     store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -383,6 +383,8 @@ def test_a_memory_limit_is_kept_or_refused(
     assert (tmp_path / "tight" / "training.onnx").read_bytes() != (tmp_path / "free" / "training.onnx").read_bytes()
     assert export(lenet_file, tmp_path / "none", "--memory-limit", "10MB") == ExitCode.PLAN
     assert "doesn't fit its memory limit" in one_line(capsys)
+    assert export(lenet_file, tmp_path / "none", "--memory-limit", "100") == ExitCode.PLAN
+    assert "expected at most 100 bytes, got" in one_line(capsys)
     assert not (tmp_path / "none").exists()
 
 

@@ -245,6 +245,13 @@ def test_a_step_is_measured_and_drawn(
     assert file.read_text().startswith("<!doctype html>")
 
 
+def test_a_page_is_a_page(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "page.txt"
+    assert main(["explain", str(digits), "--page", str(file)]) == ExitCode.USAGE
+    assert "--page: expected a file name that ends in .html, got" in capsys.readouterr().err
+    assert not file.exists()
+
+
 def test_a_step_for_other_blocks_is_not_measured(
     digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

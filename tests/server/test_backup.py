@@ -288,6 +288,17 @@ def test_nothing_is_overwritten(state: Path, tmp_path: Path, capsys: pytest.Capt
     assert "fedprune-server run --state" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("place", ["", "backup", "backup.tar", "blobs/backup", "../link/backup"])
+def test_a_backup_in_the_state_folder_itself_is_refused(
+    state: Path, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (state.parent / "link").symlink_to(state)
+    before = {p for p in files(state) if not p.startswith("server.db-")}  # SQLite's, of whoever reads
+    assert main(["backup", "--state", str(state), "--to", str(state / place)]) == ExitCode.CONFIG
+    assert "is in the state folder" in capsys.readouterr().err
+    assert {p for p in files(state) if not p.startswith("server.db-")} == before
+
+
 def test_a_dry_run_writes_nothing(state: Path, tmp_path: Path) -> None:
     backup = tmp_path / "backup"
     made = back_up(state, backup, silent)

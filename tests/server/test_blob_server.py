@@ -227,6 +227,11 @@ def test_each_board_gets_what_it_is_offered_until_it_is_revoked(fleet: Fleet, st
         assert fleet.fetch(None, web) != ""
         assert web.server is not None
         assert web.server.sent > len(BLOB)
+        taken = fleet.daemon.web_bytes()
+        assert sum(taken.values()) == web.server.sent
+        assert len(BLOB) < taken["attic"] < len(BLOB) + 2 * LEAF
+        assert 0 < taken["cellar"] < LEAF
+        assert fleet.daemon.web_bytes() == {}
         fleet.identity.revoke("attic")
         assert "answers" not in (refused := fleet.fetch("attic", web))
         assert refused

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,8 +128,100 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
     "rollouts damaged": (lambda s: (s / "releases" / "rollouts.db").write_bytes(b"x" * 5000), "rollouts.db is damaged"),
     "identity damaged": (lambda s: (s / "identity" / "identity.db").write_bytes(b"x" * 5000), "identity.db is damaged"),
     "register missing": ((lambda s: (s / "identity" / "register.jsonl").unlink()), "register.jsonl is missing"),
+    "list of revocations damaged": ((lambda s: flip(s / "identity" / "crl.pem")), "crl.pem is damaged.* devices list"),
+    "server's key another one": (
+        lambda s: shutil.copy(s / "identity" / "authority.key", s / "identity" / "server.key"),
+        "don't belong together.*next start",
+    ),
     "signing key damaged": (lambda s: (s / "identity" / "signing.key").write_bytes(b"x"), "signing.key"),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    {
+        "site": "Write the site's name", "authority.key": "Restore", "authority.pem": "Restore",
+        "register.jsonl": "Restore", "crl.pem": "devices list", "signing.key": "Restore", "epoch": "clock is right",
+        "server.key": "next start", "server.pem": "next start", "identity.db": "Restore",
+    }.items(),
+)  # fmt: skip
+def test_what_an_identity_lacks_is_named_with_what_to_do(state: Path, name: str, advice: str) -> None:
+    (state / "identity" / name).unlink()
+    before = contents(state)
+    lines = [str(f) for f in found(state) if f.weight is Weight.WRONG]
+    assert len(lines) == 1
+    assert re.search(rf"/{re.escape(name)} is missing\. .*{advice}", lines[0])
+    assert {k for k in contents(state) if k.startswith("identity")} == {k for k in before if k.startswith("identity")}
+
+
+def test_what_is_said_to_mend_an_identity_mends_it(state: Path) -> None:
+    for name in ("site", "epoch", "server.key", "crl.pem"):
+        (state / "identity" / name).unlink()
+    assert len(wrong(state)) == 4
+    with pytest.raises(FedpruneError, match="site is missing"):
+        IdentityFolder(state)
+    (state / "identity" / "site").write_text("default")
+    with IdentityFolder(state) as identity:
+        identity.client()
+        identity.epochs.next()
+    assert wrong(state) == []
+
+
+def test_an_identity_whose_name_was_lost_keeps_its_keys(state: Path) -> None:
+    before = contents(state / "identity")
+    (state / "identity" / "site").unlink()
+    IdentityFolder.make(state, "default").close()
+    after = contents(state / "identity")
+    assert {k for k in before if before[k] != after[k]} <= {"server.key", "server.pem", "register.jsonl", "identity.db"}
+
+
+def _read_only(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
+    """Run a command to whom a folder is on a disk that nobody can write to."""
+    mounts = shutil.which("unshare")
+    if mounts is None:
+        pytest.skip("needs unshare")
+    alone = [mounts, "--mount", *(() if os.geteuid() == 0 else ("--map-root-user",))]
+    mount = f"mount --bind {folder} {folder} && mount -o remount,ro,bind {folder}"
+    if subprocess.run([*alone, "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    return subprocess.run(
+        [*alone, "sh", "-c", f'{mount} && exec "$@"', "sh", *map(str, command)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+_LOOK = "import sys; from fedprune_server.cli import main; sys.exit(max(main([w, '--state', sys.argv[1]]) for w in {}))"
+
+
+def test_a_folder_that_can_not_be_written_to_is_looked_over_and_shown(state: Path) -> None:
+    assert not (state / f"{FILE}-wal").exists()
+    done = _read_only(state, sys.executable, "-c", _LOOK.format(["status", "check"]), state)
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr
+    assert "job " in done.stdout
+    assert f"{state}: all that its job needs is there and whole" in done.stdout
+
+
+def test_what_a_crashed_server_wrote_last_is_read_where_nothing_can_be_written(state: Path, tmp_path: Path) -> None:
+    """With SQLite's files beside the database it is read; without its index, which would have to be made, refused."""
+    connection = sqlite3.connect(state / FILE)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("CREATE TABLE later (x)")
+    connection.commit()
+    crashed = shutil.copytree(state, tmp_path / "crashed")
+    connection.close()
+    assert (crashed / f"{FILE}-wal").stat().st_size
+    look = (
+        "import sys; from fedprune_server.database import Database; "
+        "d = Database(f'sqlite:///{sys.argv[1]}', read_only=True)\n"
+        "with d.transaction() as c: print(c.exec_driver_sql('SELECT count(*) FROM later').scalar())"
+    )
+    done = _read_only(crashed, sys.executable, "-c", look, crashed / FILE)
+    assert done.stdout == "0\n", done.stderr
+    (crashed / f"{FILE}-shm").unlink()
+    done = _read_only(crashed, sys.executable, "-c", _LOOK.format(["status"]), crashed)
+    assert done.returncode == ExitCode.STORAGE
+    assert "Copy the state folder to where it can be written to" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", SPOILS)

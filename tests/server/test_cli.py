@@ -404,7 +404,7 @@ def test_status_shows_rounds_and_reasons(state: Path, capsys: pytest.CaptureFixt
     assert main(["status", "--state", str(state)]) == ExitCode.OK
     text = capsys.readouterr().out
     assert "job leaves: round 1 of 5, stopped while waiting" in text
-    assert "round 1: 0 of 1 devices, accuracy 50.0%" in text
+    assert "round 1: 0 of 1 device, accuracy 50.0%" in text
     assert "pi: refused: no room" in text
 
 

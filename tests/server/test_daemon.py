@@ -25,6 +25,7 @@ from fedprune.wire.connection_news import ConnectionUp
 from fedprune.wire.messages import Accepted, Birth, Cancelled, Finished, Gone, Progress, Refusal, Update, Want
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
+from fedprune_server.daemon import Daemon
 from fedprune_server.garbage import sweep
 from fedprune_server.offers import GRAPH_ROUNDS
 from fedprune_server.storage import Storage
@@ -246,6 +247,28 @@ def test_an_offer_that_gets_lost_is_said_again_before_the_deadline(fleet: Fleet)
     state = fleet.run()
     assert folded(state) == [["a", "b", "c"]] * 3
     assert fleet.air.now < JOB.deadline_s
+
+
+def test_what_is_fetched_over_the_web_counts_as_sent(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet.air.lost = [Topics("default").down("b", JOB.name)]  # so that time passes
+    make, asked = fleet.daemon, 0
+
+    def fetched() -> dict[str, int]:
+        nonlocal asked
+        asked += 1
+        return {"a": 10**9, "stranger": 5}
+
+    def daemon(**options: object) -> Daemon:
+        made = make(**options)
+        made.web_bytes = fetched
+        return made
+
+    monkeypatch.setattr(fleet, "daemon", daemon)
+    fleet.run()
+    down = {name: bytes_ for name, (bytes_, _) in fleet.storage.traffic().items()}
+    assert down.keys() == {"a", "b", "c"}
+    assert 10**9 <= down["a"] < asked * 10**9 + 10**8
+    assert max(down["b"], down["c"]) < 10**8
 
 
 def test_a_device_that_is_heard_of_is_not_offered_the_same_again(fleet: Fleet) -> None:

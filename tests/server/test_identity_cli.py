@@ -75,7 +75,7 @@ def test_a_replacement_s_claim_is_all_that_is_printed_or_goes_to_a_file(
     assert main(["devices", "--state", state, "replace", "attic"]) == ExitCode.OK
     printed = capsys.readouterr()
     Claim.parse(printed.out)
-    assert "attic: 1 keys" in printed.err
+    assert "attic: 1 key" in printed.err
     out = tmp_path / "claim"
     assert main(["devices", "--state", state, "replace", "attic", "--out", str(out)]) == ExitCode.OK
     assert capsys.readouterr().out == ""
@@ -140,7 +140,7 @@ def test_a_board_that_is_gone_is_revoked_or_replaced(state: str, tmp_path: Path,
     printed = capsys.readouterr()
     text = printed.out.strip()
     said, where = printed.err.splitlines()
-    assert said == "pi-1: 1 keys and 1 certificates revoked"
+    assert said == "pi-1: 1 key and 1 certificate revoked"
     assert "crl.pem" in where
     assert asks(state, tmp_path / "1", "pi-1")[1] == "refused"
     assert asks(state, tmp_path / "2", "pi-1", Claim.parse(text))[1] == "approved"

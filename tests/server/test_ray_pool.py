@@ -141,6 +141,35 @@ def test_a_server_that_ends_does_not_wait_for_a_cluster_that_it_is_reaching(
     assert not [p for p in multiprocessing.active_children() if p.name == "fedprune-ray"]
 
 
+def _does(parent: int, address: str, settings: Settings, probe: str, connection: Any) -> None:
+    """A child whose cluster fails whatever it is given."""
+    connection.send(("size", 2))
+    while True:
+        number = connection.recv()[0]
+        connection.send(("failed", number))
+        connection.send("as it should")
+
+
+def test_a_task_that_can_not_be_handed_on_fails_alone(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pool, "serve", _does)
+    monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
+    link = ray_pool._Link("well", Settings.of(worker(model, tmp_path)), "", lambda: None, lambda: False)
+    listener = threading.Thread(target=link.listen, daemon=True)
+    listener.start()
+    orders = [None, threading.Lock(), None]
+    futures = [link.submit(crew_work.check, order) for order in orders]
+    for future, words in zip(
+        futures, ("as it should", "can't be handed to the cluster.*pickle", "as it should"), strict=True
+    ):
+        with pytest.raises(ClusterError, match=words):
+            future.result(30)
+    assert not link.lost
+    link.close()
+    listener.join(30)
+
+
 @pytest.mark.soak
 def test_no_cluster_on_this_machine_and_what_is_none_are_errors(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

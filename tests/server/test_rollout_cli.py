@@ -68,7 +68,7 @@ def test_a_rollout_is_begun_looked_at_and_stopped(state: Path, release: Path, re
     assert json.loads(read("status", "--json")) is None
     lines = read("start", release, "--seed", 3).splitlines()
     assert lines[0] == "rollout 1: release 7 (0.7.0) to 20 boards, all that are let in"
-    assert [x.split(":")[1] for x in lines[1:4]] == [" 1 boards", " 1 boards", " 18 boards"]
+    assert [x.split(":")[1] for x in lines[1:4]] == [" 1 board", " 1 board", " 18 boards"]
     assert lines[4] == "a board that is off for 60 minutes in its stage, or has no launcher, counts as failed:"
     assert "--devices" in lines[5]
     assert "no server is running" in lines[6]

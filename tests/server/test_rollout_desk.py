@@ -148,7 +148,7 @@ def test_a_bad_release_reaches_one_board_and_stops_with_its_reason(site: Site, r
     assert rollout.phase is RolloutPhase.STOPPED
     assert list(site.offered) == site.stage(0)
     assert rollout.failures() == {site.stage(0)[0]: "rolled back: killed by SIGILL"}
-    assert "stage 1: 1 of 1 boards failed" in rollout.why
+    assert "stage 1: 1 of 1 board failed" in rollout.why
 
 
 def test_failures_below_the_threshold_stop_nothing_and_one_more_does(tmp_path: Path, release: Path) -> None:

@@ -171,6 +171,35 @@ def test_who_comes_when_all_others_are_done_is_answered_at_once_and_alone(tmp_pa
     assert site.want("d1", 8, 4) == [Want(site.ref.sha256, "data", 8, 4)]
 
 
+def test_a_small_blob_is_not_repeated_while_it_is_on_its_way(tmp_path: Path) -> None:
+    """Links are slow, and each device asks again at a time of its own: all of them would get what one may lack."""
+    site = Site(tmp_path, 30, b"small")
+    for name in site.names[:20]:
+        assert site.want(name, 0, 1) == []
+    assert site.published() == [0]
+    for name in site.names[:20]:
+        site.now += ON_ITS_WAY_S / 21
+        assert site.want(name, 0, 1) == []
+        assert site.published() == []
+    site.now += ON_ITS_WAY_S
+    for name in site.names[:10]:
+        site.now += 0.6
+        alone = site.want(name, 0, 1)
+        while (item := site.sharing.next(site.now)) is not None:
+            assert not isinstance(item, Publication)
+            assert item[0] == name
+            alone.append(item[1])
+        assert len(alone) == 1
+    for name in site.names[20:]:  # who has heard nothing yet hears by it that shared topics reach it
+        site.now += 0.6
+        assert site.want(name, 0, 1) == []
+        assert site.published() == [0]
+    site.sharing.drop(site.names[0])
+    site.now += 0.6
+    assert site.want(site.names[0], 0, 1) == []
+    assert site.published() == [0]
+
+
 def test_leaves_wait_for_offers_that_are_still_being_made_and_leaf_tables_do_not(tmp_path: Path) -> None:
     site = Site(tmp_path, 3)
     site.state.tasks["d2"].progress = Progress.EXTRACTING

@@ -77,7 +77,7 @@ def test_status_shows_devices_first_with_connection_and_reasons(
         "round 12: refused: too hot in 12",
         "device small (pi): online, 100 samples, takes no part: no width fits",
         "the last 10 of 12 rounds:",
-        "round 3: 0 of 1 devices",
+        "round 3: 0 of 1 device",
     ]
     for line, begin in zip(lines[1:], begins, strict=False):
         assert line.strip().startswith(begin)

@@ -100,7 +100,7 @@ def test_boards_connect_without_a_will_where_it_is_refused_and_pull_what_changes
         site.board_ports = {"north": one.port, "south": other.port}
         complete(site)
     assert one.wills == [True, False]
-    assert other.wills == [True, True, False]
+    assert other.wills == [True, True, False, True, False]
     for down, up in traffic(site).values():
         assert WEIGHTS < down < 1.9 * WEIGHTS, site.logs()  # it would be three times as much
         assert up < WEIGHTS

@@ -163,7 +163,7 @@ def test_good_releases_stay_bad_ones_go_back_and_stop_and_old_content_comes_agai
     assert list(failed.values()) == [
         "rolled back: ended with exit code 1 before it was healthy: RuntimeError: this release is broken"
     ]
-    assert "1 of 1 boards failed" in bad["why"]
+    assert "1 of 1 board failed" in bad["why"]
 
     stub = make_wheel(site.folder / "onnxruntime-9-py3-none-any.whl", {"onnxruntime/__init__.py": NO_RUNTIME})
     unhealthy = site.rollout(site.release(4, stub), "--groups", "1,100%", "--seed", "1")

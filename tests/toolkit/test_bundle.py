@@ -219,3 +219,13 @@ def test_a_bundle_that_is_complete_and_not_in_its_place_yet_counts(tmp_path: Pat
     (new / MANIFEST).unlink()
     with pytest.raises(BundleError, match=f"{WEIGHTS} is cut short"):
         open_bundle(folder)
+
+
+@pytest.mark.parametrize("place", ["text", 5, None, b"text"])
+def test_what_is_no_bundle_is_one_error(place: Any, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"bundle|manifest"):
+        open_bundle(place)
+
+
+def test_a_bundle_is_opened_by_its_path_as_text(tmp_path: Path) -> None:
+    assert open_bundle(str(write(tmp_path / "plain"))).folder == tmp_path / "plain"

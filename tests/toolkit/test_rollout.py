@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_rollback_on_the_first_board_stops_all_and_says_why() -> None:
     first = given_by(rollout.tick(0))[0]
     assert rollout.failed(first, "onnxruntime kills\nthe process (SIGILL)", 5) == []
     assert rollout.phase is RolloutPhase.STOPPED
-    assert rollout.why == f"stage 1: 1 of 1 boards failed ({first}: onnxruntime kills the process (SIGILL))"
+    assert rollout.why == f"stage 1: 1 of 1 board failed ({first}: onnxruntime kills the process (SIGILL))"
     assert rollout.tick(10**9) == []
     assert rollout.well(first, 6) == []
 
@@ -265,7 +266,7 @@ def test_whatever_is_reported_no_stage_begins_before_the_last_one_did_well(
     assert rollout.phase is not RolloutPhase.RUNNING, "every state has a deadline"
     if rollout.phase is RolloutPhase.STOPPED:
         assert rollout.why
-        assert "boards failed" in rollout.why
+        assert re.search(r"boards? failed", rollout.why)
         assert not given_by(commands)
     else:
         assert all(b.fate in (Fate.WELL, Fate.FAILED, Fate.GONE) for b in rollout.boards.values())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -39,13 +41,24 @@ def tried(trial: WillTrial, broker: Callable[[bool], int | None], times: int) ->
     ("code", "expected"),
     [
         (UNAVAILABLE, [True, False, False, False]),
-        (SILENCE, [True, True, False, False]),
+        (SILENCE, [True, True, False, True, False, False]),
         (NOT_ALLOWED, [True, True, False, False]),
         (BAD_PASSWORD, [True, True, True, True]),
     ],
 )
 def test_a_broker_that_refuses_wills_is_connected_to_without(code: int, expected: list[bool]) -> None:
-    assert tried(WillTrial(), lambda will: code if will else None, 4) == expected
+    assert tried(WillTrial(), lambda will: code if will else None, len(expected)) == expected
+
+
+@pytest.mark.parametrize("silent", range(8))
+def test_a_broker_that_was_slow_or_starting_has_the_will_in_the_end(silent: int) -> None:
+    """Whatever a connection without one was good for meanwhile."""
+    trial = WillTrial()
+    left = [SILENCE] * silent
+    tried(trial, lambda _: left.pop() if left else None, silent)
+    assert tried(trial, lambda _: None, 2)[1]
+    assert tried(trial, lambda _: None, 3) == [True] * 3
+    assert not trial.pending
 
 
 @given(st.lists(st.sampled_from([None, UNAVAILABLE, NOT_ALLOWED, BAD_PASSWORD, SILENCE]), max_size=30))
@@ -77,9 +90,7 @@ class TestWithMosquitto:
     def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(link_module, "MAX_DELAY", 0.1)
 
-    @pytest.mark.parametrize(
-        ("habit", "code", "first"), [("refuse", 3, 1), ("refuse", NOT_AUTHORIZED, 2), ("hang up", 0, 2)]
-    )
+    @pytest.mark.parametrize(("habit", "code", "first"), [("refuse", 3, 1), ("refuse", NOT_AUTHORIZED, 2)])
     def test_a_link_gets_through_and_remembers(
         self, mosquitto: Any, habit: str, code: int, first: int, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -97,6 +108,30 @@ class TestWithMosquitto:
             assert link.get(5) == ConnectionUp()
             assert broker.wills == [True] * first + [False] * 2
             assert "takes no connection with a will" in caplog.text
+
+    def test_a_broker_that_hangs_up_is_believed_after_one_more_try(self, mosquitto: Any) -> None:
+        broker = WillBroker(mosquitto.port, "hang up", 0)
+        with closing(broker), closing(Link(broker.url, "board", will=lambda: ("wills", b"gone"))) as link:
+            link.start()
+            assert link.get(5) == ConnectionUp()
+            assert broker.wills == [True, True, False, True, False]
+
+    def test_a_broker_that_only_was_slow_gets_the_will_again(self, mosquitto: Any) -> None:
+        broker = WillBroker(mosquitto.port, "hang up", 0)
+        wills = broker.wills
+        with closing(broker), closing(Link(broker.url, "board", will=lambda: ("wills", b"gone"))) as link:
+
+            def once_without() -> None:
+                while False not in wills:
+                    time.sleep(0.001)
+                broker.habit = "none"  # it has started
+
+            started = threading.Thread(target=once_without, daemon=True)
+            started.start()
+            link.start()
+            assert link.get(5) == ConnectionUp()
+            started.join(5)
+            assert wills == [True, True, False, True]
 
     def test_a_broker_that_refuses_everybody_is_named(self, start_mosquitto: Callable[..., Any]) -> None:
         broker = start_mosquitto(settings="listener {port} 127.0.0.1\nallow_anonymous false\n")

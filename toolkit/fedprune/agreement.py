@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.errors import ModelError
+from fedprune.quantity import quantity
 
 Array = npt.NDArray[Any]
 
@@ -69,7 +70,7 @@ class Agreement:
 
     def describe(self) -> str:
         """In a few words."""
-        parts = [f"on {self.samples:,} samples"]
+        parts = [f"on {quantity(self.samples, 'sample', form=',')}"]
         if self.same is not None:
             parts.append(f"{self.same:.1%} decided alike")
         if self.right is not None:

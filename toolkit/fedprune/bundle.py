@@ -15,6 +15,7 @@ compute a block of channels at once (`blocked_file`), which the manifest lists l
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,14 +123,18 @@ def files_folder(folder: Path) -> Path:
         return folder
 
 
-def open_bundle(folder: Path) -> Bundle:
+def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
     """Check every file of a bundle against its manifest and read what describes it.
 
     Raises:
-        BundleError: The manifest is missing or damaged, or a file is missing, cut short or changed; or manifest, widths
-            and tensors contradict each other. The message names the file, what was expected and what was found.
+        BundleError: That is no path; the manifest is missing or damaged, or a file is missing, cut short or changed; or
+            manifest, widths and tensors contradict each other. The message names the file, what was expected and what
+            was found.
     """
-    folder = files_folder(folder)
+    try:
+        folder = files_folder(Path(folder))
+    except TypeError as error:
+        raise BundleError("no bundle", expected="the path of its folder", got=type(folder).__name__) from error
     body = _read_manifest(folder / MANIFEST)
     precisions = tuple(p for p in PRECISIONS if graph_file(p) in body["files"])
     blocks = tuple(b for b in BLOCKS[1:] if blocked_file(b) in body["files"])

@@ -16,6 +16,7 @@ from typing import Any
 
 from fedprune import setting_checks
 from fedprune.errors import ConfigError, StorageError, shown
+from fedprune.quantity import quantity
 from fedprune.wire.fields import one_line
 
 FORMAT = "fedprune.rollout/1"
@@ -297,7 +298,7 @@ class Rollout:
         if len(bad) > stage.errors * len(names) + 1e-9:
             told = "; ".join(f"{n}: {self.boards[n].reason}" for n in bad[:20])
             more = f"; and {len(bad) - 20} more" if len(bad) > 20 else ""
-            return f"stage {number + 1}: {len(bad)} of {len(names)} boards failed ({told}{more})"
+            return f"stage {number + 1}: {len(bad)} of {quantity(len(names), 'board')} failed ({told}{more})"
         return ""
 
     def _passed(self, number: int) -> bool:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -90,13 +91,14 @@ class Authority:
     Args:
         folder: Its folder, as `make` leaves it.
         clock: Seconds since 1970.
+        read_only: Only look; nothing is written, and nothing can be issued or revoked.
 
     Raises:
         IdentityError: A file is missing or damaged, or key and certificate don't fit.
         StorageError: The register is missing or damaged, or the disk fails.
     """
 
-    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time, *, read_only: bool = False) -> None:
         self._folder = folder
         self._clock = clock
         self._key = load_tls_key(folder / KEY, "the authority's key")
@@ -108,7 +110,9 @@ class Authority:
         self._revoked: dict[int, int] = {}
         if not (folder / REGISTER).exists():  # it would be made anew, and who was shut out let in again
             raise StorageError(f"{folder / REGISTER} is missing", hint="Restore the backup of the identity folder.")
-        self._register = Register(folder / REGISTER, self._take)
+        self._register = Register(folder / REGISTER, self._take, read_only=read_only)
+        if read_only:
+            return
         with self._register.held():
             self._write_crl()  # a crash may have come between the register's last line and the list
 
@@ -339,14 +343,19 @@ class Authority:
         self._issued[issued.serial] = issued
         self._by_key[digest] = issued
 
-    def _write_crl(self) -> None:
-        """Write the list of revoked certificates, if it isn't the one that is there."""
+    def crl_is_right(self) -> bool:
+        """Whether the list of revoked certificates is there, and has those that the register has."""
         try:
             found = x509.load_pem_x509_crl(self.crl_path.read_bytes())
-            if {r.serial_number for r in found} == set(self._revoked):
-                return
-        except (OSError, ValueError):
-            pass  # none yet, or a torn one: it follows from the register
+            signed = found.is_signature_valid(self._key.public_key())
+            return signed and {r.serial_number for r in found} == set(self._revoked)
+        except (OSError, ValueError, UnsupportedAlgorithm):
+            return False  # none yet, or a torn one: it follows from the register
+
+    def _write_crl(self) -> None:
+        """Write the list of revoked certificates, if it isn't the one that is there."""
+        if self.crl_is_right():
+            return
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(self.certificate.subject)

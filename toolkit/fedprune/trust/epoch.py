@@ -42,6 +42,16 @@ class EpochFile:
         self._clock = clock
         self._written = self._latest = _read(path)
 
+    @staticmethod
+    def make(path: Path) -> None:
+        """Write a file of which no epoch was used, so that one that is missing later is known to be lost.
+
+        Raises:
+            StorageFullError: No room.
+            StorageError: The disk fails.
+        """
+        write_whole(path, json.dumps({"v": 1, "epoch": 0}).encode())
+
     def next(self) -> int:
         """A new epoch.
 

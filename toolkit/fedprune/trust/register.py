@@ -24,14 +24,16 @@ class Register:
     Args:
         path: The file, made with mode 0600 where there is none.
         take: Called for every line, in order: those that are there, and later ones as they are read or appended.
+        read_only: Only look: nothing is made, mended or appended, and a disk that can't be written to will do.
 
     Raises:
         StorageError: A line is damaged, or the disk fails.
     """
 
-    def __init__(self, path: Path, take: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, path: Path, take: Callable[[dict[str, Any]], None], *, read_only: bool = False) -> None:
         self._path = path
         self._take = take
+        self._read_only = read_only
         self._read = 0  # bytes
         self._holding = -1
         with self.held():
@@ -46,14 +48,15 @@ class Register:
         """
         with storage_errors(f"can't use {self._path}"):
             new = not self._path.exists()
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            how = os.O_RDONLY if self._read_only else os.O_RDWR | os.O_CREAT
+            descriptor = os.open(self._path, how | os.O_CLOEXEC, 0o600)
         try:
             with storage_errors(f"can't use {self._path}"):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                fcntl.flock(descriptor, fcntl.LOCK_SH if self._read_only else fcntl.LOCK_EX)
                 if new:
                     sync_folder(self._path.parent)
                 self._catch_up(descriptor)
-            self._holding = descriptor
+            self._holding = -1 if self._read_only else descriptor
             yield
         finally:
             self._holding = -1
@@ -85,7 +88,7 @@ class Register:
             raise StorageError(f"{self._path} has become shorter", hint="Restore the backup of the identity folder.")
         raw = os.pread(descriptor, size - self._read, self._read)
         whole = raw.rfind(b"\n") + 1
-        if whole < len(raw):  # a power cut tore the last line: what it says was given to nobody
+        if whole < len(raw) and not self._read_only:  # a power cut tore the last line: what it says was given to nobody
             os.ftruncate(descriptor, self._read + whole)
             os.fsync(descriptor)
         try:

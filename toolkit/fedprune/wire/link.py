@@ -251,6 +251,8 @@ class Link:
                 log.warning("connection to %s failed unexpectedly", self.url, exc_info=True)
                 reason = f"{type(error).__name__}: {error}"
             self._lost(reason)
+            if self._trial is not None and self._trial.at_once:
+                continue
             # Only a connection that has lasted resets the back-off: two clients of one name push each other out.
             attempt = 0 if time.monotonic() - began > _STEADY else attempt + 1
             self._closing.wait(random.uniform(0, min(MAX_DELAY, 0.5 * 2.0 ** min(attempt, 10))))
@@ -319,8 +321,10 @@ class Link:
                 if self._trial is not None:
                     self._trial.refused(reason.value)
             else:
-                if self._trial is not None:
-                    self._trial.accepted()
+                if self._trial is not None and not self._trial.accepted():
+                    self._failure = "a will is tried once more"
+                    client.disconnect()
+                    return
                 self._request(client)
                 if not self._subscribing:
                     self._report_up()
