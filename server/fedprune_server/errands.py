@@ -19,7 +19,8 @@ from fedprune.wire.offer import Offer
 from fedprune_server.post import Post
 from fedprune_server.roster import Roster
 from fedprune_server.shipping import Shipping
-from fedprune_server.uploads import Arrived, Uploads, misfit, sent
+from fedprune_server.update_size import misfit, sent
+from fedprune_server.uploads import Arrived, Uploads
 
 log = logging.getLogger("fedprune.server")
 

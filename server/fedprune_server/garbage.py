@@ -103,3 +103,14 @@ def sweep(store: BlobStore, state: State, keep: int | None) -> None:
         if digest not in kept:
             store.delete(digest)
     store.drop_partials(updates)
+
+
+def texts(value: object) -> set[str]:
+    """Every text in JSON types: all that may be a digest."""
+    if isinstance(value, str):
+        return {value}
+    if isinstance(value, Mapping):
+        return set().union(*map(texts, value.values()))
+    if isinstance(value, (list, tuple)):
+        return set().union(*map(texts, value))
+    return set()

@@ -23,7 +23,7 @@ from fedprune_export.imported import Model
 from fedprune_export.inference import inference_model
 from fedprune_export.precision import lower
 from fedprune_export.training import training_graph
-from fedprune_server.uploads import UPDATE_BOUND, UPDATE_SIZE
+from fedprune_server.update_size import UPDATE_BOUND, UPDATE_SIZE
 
 GRAPH_ROUNDS = 10
 """A graph that no offer named for so many rounds is let go of, and made again if it is needed again."""

@@ -24,8 +24,8 @@ from fedprune.errors import ConfigError, FedpruneError, StorageError
 from fedprune.job import Job
 from fedprune_export.importing import import_onnx
 from fedprune_server.blob_place import reader
+from fedprune_server.garbage import texts
 from fedprune_server.own_samples import load_calibration
-from fedprune_server.simulation_state import texts
 from fedprune_server.state_folder import MODEL
 from fedprune_server.storage import Storage
 from fedprune_server.worker import Worker

@@ -35,7 +35,7 @@ from fedprune_server.rhythm import Rhythm
 from fedprune_server.round_notes import Notary
 from fedprune_server.simulation_state import Item, Left, SimulationState, Trained, held
 from fedprune_server.trainers import ONNXRUNTIME
-from fedprune_server.uploads import UPDATE_BOUND, UPDATE_SIZE, misfit
+from fedprune_server.update_size import UPDATE_BOUND, UPDATE_SIZE, misfit
 from fedprune_server.virtual_device import Bench, pulls
 from fedprune_server.weather import ALWAYS
 from fedprune_server.worker import Worker

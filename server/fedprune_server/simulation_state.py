@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.disk import locked, storage_errors, write_whole
 from fedprune.errors import StorageError
+from fedprune_server.garbage import texts
 from fedprune_server.round_notes import Notes
 
 FORMAT = "fedprune.simulation/2"
@@ -342,14 +343,3 @@ def held(folder: Path) -> Iterator[None]:
     hint = "Wait for its end and give the command again, or give another folder."
     with locked(folder / _LOCK, f"another simulation runs in {folder}", hint):
         yield
-
-
-def texts(value: object) -> set[str]:
-    """Every text in JSON types: all that may be a digest."""
-    if isinstance(value, str):
-        return {value}
-    if isinstance(value, Mapping):
-        return set().union(*map(texts, value.values()))
-    if isinstance(value, (list, tuple)):
-        return set().union(*map(texts, value))
-    return set()

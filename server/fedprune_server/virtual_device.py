@@ -28,7 +28,7 @@ from fedprune_device.assignment import MEASURED, LoadedTrainer, Workbench
 from fedprune_device.data import LocalData
 from fedprune_device.own import OwnInMemory
 from fedprune_device.slots import Slots
-from fedprune_server.uploads import sent
+from fedprune_server.update_size import sent
 
 _BLOBS = ("weights", "training", "inference")
 """Entries of an offer that refer to blobs."""

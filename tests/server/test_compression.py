@@ -31,7 +31,7 @@ from fedprune_export.importing import import_onnx
 from fedprune_server.digits import Federation, deal, digits_model
 from fedprune_server.experiment import Experiment
 from fedprune_server.simulation import Simulation
-from fedprune_server.uploads import UPDATE_BOUND, UPDATE_SIZE, misfit, sent
+from fedprune_server.update_size import UPDATE_BOUND, UPDATE_SIZE, misfit, sent
 from fedprune_server.virtual_device import VirtualDevice
 from fedprune_server.worker import Worker
 

@@ -30,7 +30,7 @@ from fedprune_server.garbage import sweep
 from fedprune_server.offers import GRAPH_ROUNDS
 from fedprune_server.storage import Storage
 from fedprune_server.table import Lines, Snapshot
-from fedprune_server.uploads import UPDATE_SIZE
+from fedprune_server.update_size import UPDATE_SIZE
 from toy import JOB
 
 

@@ -28,7 +28,7 @@ from fedprune_server.digits import digits_model
 from fedprune_server.garbage import Garbage
 from fedprune_server.offers import GRAPH_ROUNDS, Offers
 from fedprune_server.offers import graphs_of as named_graphs
-from fedprune_server.uploads import sent
+from fedprune_server.update_size import sent
 
 ROUNDS = 3 * GRAPH_ROUNDS
 GRAPHS = ("training", "inference")
