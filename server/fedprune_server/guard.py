@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedprune.wire.topics import EVERYONE
 from fedprune_server.quarantine import Quarantine
-from fedprune_server.wire import Item, Relay, Wire
+from fedprune_server.wire import Item, Relay, Unheard, Wire
 
 
 class Guarded(Relay):
@@ -28,8 +28,8 @@ class Guarded(Relay):
             self._quarantine.sends(device)
         return sent
 
-    def get(self, timeout: float | None = 0.0) -> Item | None:
-        """The next message or event; None, too, if what came is not heard."""
+    def get(self, timeout: float | None = 0.0) -> Item | Unheard | None:
+        """The next message or event; None if nothing waits."""
         news = self._quarantine.news()
         if news is not None:
             return news
@@ -37,7 +37,7 @@ class Guarded(Relay):
         if isinstance(item, tuple):
             topic, payload = item
             if not self._quarantine.hears(_device(topic), len(payload), chunk=topic.endswith("/blob")):
-                return None
+                return Unheard()
         return item
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from fedprune_server.wire import Item, Wire
+from fedprune_server.wire import Item, Unheard, Wire
 
 TURN_S = 0.02
 """Messages are taken in for so long before what they led to is saved, in one transaction, and answered."""
@@ -33,10 +33,11 @@ class Intake:
         """
         return self._waiting(self._link.get(pause_s))
 
-    def _waiting(self, item: Item | None) -> Iterator[Item]:
+    def _waiting(self, item: Item | Unheard | None) -> Iterator[Item]:
         until = self._clock() + TURN_S
         while item is not None:
-            yield item
+            if not isinstance(item, Unheard):
+                yield item
             if self._clock() > until:
                 return
             item = self._link.get()

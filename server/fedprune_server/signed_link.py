@@ -25,7 +25,7 @@ from fedprune.wire.messages import Birth, Death, Hello, parse
 from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.identity_folder import IdentityFolder
 from fedprune_server.join_desk import JoinDesk
-from fedprune_server.wire import Doubled, Item, Relay, ShutOut, Wire
+from fedprune_server.wire import Doubled, Item, Relay, ShutOut, Unheard, Wire
 
 log = logging.getLogger("fedprune.server")
 
@@ -85,8 +85,8 @@ class SignedLink(Relay):
             payload = self._sealer.seal(topic, payload)
         return self._link.publish(topic, payload, qos)
 
-    def get(self, timeout: float | None = 0.0) -> Item | None:
-        """The next message or event; None, too, if what came doesn't count or was answered here.
+    def get(self, timeout: float | None = 0.0) -> Item | Unheard | None:
+        """The next message or event; None if nothing waits.
 
         Raises:
             StorageError: The disk fails or is full.
@@ -104,7 +104,7 @@ class SignedLink(Relay):
         try:
             if topic.endswith(f"/{NO_JOB}/{JOIN}"):
                 self._join(topic, payload)
-                return None
+                return Unheard()
             device, _, channel = self._topics.parse(topic)
             if device not in self._look():
                 hint = (
@@ -115,7 +115,7 @@ class SignedLink(Relay):
             return item if channel != "up" else (topic, self._open(device, topic, payload))
         except ProtocolError as error:
             self._complaints.about(topic, error)
-            return None
+            return Unheard()
 
     def _join(self, topic: str, payload: bytes) -> None:
         now = self._clock()

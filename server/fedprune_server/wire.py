@@ -23,6 +23,11 @@ class Doubled:
     device: str
 
 
+@dataclass(frozen=True)
+class Unheard:
+    """Something came that doesn't count or was answered at once; more may wait behind it."""
+
+
 Noticed = ShutOut | Doubled | Quarantined | Released
 """What the connection notices about a device, and nobody said."""
 
@@ -52,8 +57,8 @@ class Wire(Protocol):
         """Send without waiting."""
         ...
 
-    def get(self, timeout: float | None = 0.0) -> Item | None:
-        """The next message or event."""
+    def get(self, timeout: float | None = 0.0) -> Item | Unheard | None:
+        """The next message or event; None if nothing waits."""
         ...
 
     def flush(self, timeout: float) -> bool:
@@ -90,8 +95,8 @@ class Relay:
         """Send without waiting."""
         return self._link.publish(topic, payload, qos)
 
-    def get(self, timeout: float | None = 0.0) -> Item | None:
-        """The next message or event."""
+    def get(self, timeout: float | None = 0.0) -> Item | Unheard | None:
+        """The next message or event; None if nothing waits."""
         return self._link.get(timeout)
 
     def flush(self, timeout: float) -> bool:
