@@ -101,9 +101,8 @@ class _Collected:
         self._store = reader(state, needs.settings)  # a bucket is looked through after the copy was made
         self._add(DATABASE, scratch / DATABASE)
         self._add(MODEL, state / MODEL)
-        if (state / IDENTITY / "site").exists():
-            for name in _IDENTITY:
-                self._add_kept(state, scratch, f"{IDENTITY}/{name}")
+        for name in _IDENTITY:  # what there is of it: a file that is lost must not keep the others out
+            self._add_kept(state, scratch, f"{IDENTITY}/{name}")
         self._add_kept(state, scratch, f"{RELEASES}/{ROLLOUTS}")
         if (state / RELEASES).is_dir():
             for digest, path in lying(state / RELEASES).blobs.items():

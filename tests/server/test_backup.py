@@ -55,6 +55,14 @@ def state(begun: Path, tmp_path: Path) -> Path:
     return shutil.copytree(begun, tmp_path / "state")
 
 
+def test_a_lost_file_of_the_identity_keeps_nothing_else_of_it_out(state: Path, tmp_path: Path) -> None:
+    (state / "identity" / "site").unlink()
+    back_up(state, tmp_path / "backup", silent)
+    new = restored(tmp_path / "backup", tmp_path / "new")
+    for name in ("signing.key", "authority.key", "register.jsonl", "identity.db"):
+        assert (new / "identity" / name).exists()
+
+
 def restored(backup: Path, target: Path, database: str | None = None) -> Path:
     with opened(backup) as source:
         manifest = read_manifest(source, backup)
