@@ -29,10 +29,10 @@ from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import deal, digits_model
-from fedprune_server.experiment import Experiment
-from fedprune_server.simulation import Simulation
-from fedprune_server.virtual_device import VirtualDevice
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import VirtualDevice
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ROOT / "build/compression.json"

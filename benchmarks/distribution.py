@@ -44,10 +44,10 @@ from fedprune.wire.offer import Offer
 from fedprune.wire.topics import EVERYONE, Topics
 from fedprune.wire.transfer import Serve
 from fedprune_device.downloads import Downloads
-from fedprune_server.downloads import Downloads as Answers
-from fedprune_server.post import Line, Post
-from fedprune_server.sharing import Audience, Sharing
-from fedprune_server.slab_chains import SlabChains
+from fedprune_server.link.downloads import Downloads as Answers
+from fedprune_server.link.post import Line, Post
+from fedprune_server.link.sharing import Audience, Sharing
+from fedprune_server.work.slab_chains import SlabChains
 
 DEVICES, PROCESSES = 100, 4
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)

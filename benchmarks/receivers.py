@@ -25,9 +25,9 @@ from fedprune.wire.messages import TO, Gone, Want, parse
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
 from fedprune.wire.unsent import HIGH_WATER
-from fedprune_server.receiver_words import Begin
-from fedprune_server.receivers import Receivers
-from fedprune_server.uploads import Wants
+from fedprune_server.link.uploads import Wants
+from fedprune_server.receivers.receivers import Receivers
+from fedprune_server.receivers.words import Begin
 
 _TOPICS = Topics("default")
 _LIMIT_S = 120.0

@@ -27,9 +27,9 @@ from fedprune.coordination import events as on
 from fedprune.job import Job
 from fedprune_export.imported import Model
 from fedprune_export.importing import load
-from fedprune_server.crew import Crew
-from fedprune_server.ray_pool import RayPool
-from fedprune_server.worker import Worker
+from fedprune_server.work.crew import Crew
+from fedprune_server.work.ray_pool import RayPool
+from fedprune_server.work.worker import Worker
 
 MODEL = "shared_sums:vgg"
 UPDATES = 32

@@ -29,8 +29,8 @@ from fedprune_export.imported import Model
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.inference import inference_model
 from fedprune_export.training import training_graph
-from fedprune_server.trainers import bench
-from fedprune_server.virtual_device import Bench, VirtualDevice, Work
+from fedprune_server.simulation.trainers import bench
+from fedprune_server.simulation.virtual_device import Bench, VirtualDevice, Work
 
 SHAPE, CLASSES = (3, 16, 16), 10
 DEVICES, SAMPLES, TESTS = 20, 450, 150

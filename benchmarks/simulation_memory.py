@@ -25,10 +25,10 @@ from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune_device.data import LocalData
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import digits_model
-from fedprune_server.experiment import Experiment
-from fedprune_server.simulation import Simulation
-from fedprune_server.virtual_device import StoredData, VirtualDevice
+from fedprune_server.simulation.digits import digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import StoredData, VirtualDevice
 
 CASES = ((50, 1.0), (250, 0.2), (1000, 0.05), (1000, 0.01), (4000, 0.0025))
 """Devices and participation: 50 trainings a round, or 10."""

@@ -35,7 +35,7 @@ from fedprune.wire.link import Link
 from fedprune.wire.messages import Gone, Want, parse
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
-from fedprune_server.broker import EmbeddedBroker
+from fedprune_server.broker.embedded import EmbeddedBroker
 
 SIZE = 20_000_000
 TOPICS = Topics("bench")

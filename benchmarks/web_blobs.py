@@ -33,9 +33,9 @@ from fedprune.trust.tls import pinned_context
 from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.blob_url import BlobUrl
 from fedprune_device.web_fetch import WebFetch
-from fedprune_server.config import ServerConfig
-from fedprune_server.identity_folder import IdentityFolder
-from fedprune_server.web_blobs import web_blobs
+from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.link.web_blobs import web_blobs
+from fedprune_server.settings.config import ServerConfig
 
 LEAVES = 3
 """Of a chunk over MQTT, as usual."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedprune_server.digits import deal, digits_model, write_hand
+from fedprune_server.simulation.digits import deal, digits_model, write_hand
 from machine import find_mosquitto, free_port, listens
 
 SITE = "lab"

@@ -15,7 +15,7 @@ from typing import Any
 from memory_fleet import TOPICS, MemoryServer
 
 from fedprune.wire.link import Link
-from fedprune_server.broker import EmbeddedBroker
+from fedprune_server.broker.embedded import EmbeddedBroker
 
 
 class Wires:

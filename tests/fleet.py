@@ -25,7 +25,7 @@ from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
 from fedprune_server.daemon import Daemon
-from fedprune_server.storage import Storage
+from fedprune_server.store.storage import Storage
 from toy import ARCHITECTURE, JOB, NAMES
 
 SIZE = 100_000

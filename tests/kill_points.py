@@ -20,7 +20,7 @@ from typing import Any
 
 from real_site import Site
 
-from fedprune_server.storage import Storage
+from fedprune_server.store.storage import Storage
 
 BOARDS = ("north", "south")
 SHIM = Path(__file__).parent / "death.c"

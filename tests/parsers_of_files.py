@@ -36,18 +36,18 @@ from fedprune.trust.register import Register
 from fedprune.trust.replay import Window
 from fedprune.wheels import parsed, required
 from fedprune_export.labelled_data import read as read_labelled
-from fedprune_server import bucket
-from fedprune_server.bucket_layout import Owner, digest_of
-from fedprune_server.config import parse_config, read_config
+from fedprune_server.bucket import bucket
+from fedprune_server.bucket.layout import Owner, digest_of
 from fedprune_server.data.cifar import read_cifar
 from fedprune_server.data.idx import read_idx
 from fedprune_server.data.image_folder import read_image_folder
 from fedprune_server.data.npz import read_npz
 from fedprune_server.data.plain_pickle import read_plain
 from fedprune_server.data.table import DataPlan
-from fedprune_server.fleet_weather import read_availability, read_dropouts, read_settings, read_weather
-from fedprune_server.record import Record
-from fedprune_server.sweep import read_sweep
+from fedprune_server.settings.config import parse_config, read_config
+from fedprune_server.simulation.fleet_weather import read_availability, read_dropouts, read_settings, read_weather
+from fedprune_server.simulation.record import Record
+from fedprune_server.simulation.sweep import read_sweep
 from tiny_wheels import wheel
 from toy import ARCHITECTURE, JOB
 

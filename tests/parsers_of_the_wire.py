@@ -54,8 +54,8 @@ from fedprune.wire.release_messages import ReleaseOffer, ReleaseReport, ReleaseW
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull
 from fedprune_device.offered import unpacked as offered
-from fedprune_server import receiver_words as words
-from fedprune_server.blob_server import BlobHandler
+from fedprune_server.link.blob_server import BlobHandler
+from fedprune_server.receivers import words
 from toy import ARCHITECTURE, JOB
 
 TOPIC = Topics("lab").up("a")

@@ -15,9 +15,9 @@ from fedprune.coordination import events as on
 from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
-from fedprune_server.config import ServerConfig
-from fedprune_server.digits import digits_model
-from fedprune_server.state_folder import StateFolder
+from fedprune_server.settings.config import ServerConfig
+from fedprune_server.simulation.digits import digits_model
+from fedprune_server.store.state_folder import StateFolder
 
 BOARD = profile_store.find("raspberry-pi-5").to_dict()
 JOB = Job(rounds=3, devices=1, scorer="magnitude", recipe=Recipe(max_steps=2))

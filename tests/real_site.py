@@ -18,9 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.coordination import Phase, State
 from fedprune.errors import StorageError
-from fedprune_server.broker_config import Broker, write_broker
-from fedprune_server.identity_folder import IdentityFolder
-from fedprune_server.storage import Storage
+from fedprune_server.broker.config import Broker, write_broker
+from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.store.storage import Storage
 from machine import find_mosquitto, free_port, listens
 
 FILES = """

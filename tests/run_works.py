@@ -10,7 +10,7 @@ from typing import Any
 
 from fedprune.chance import keyed
 from fedprune.errors import PlanError
-from fedprune_server.runs import Report, Run
+from fedprune_server.simulation.runs import Report, Run
 
 
 def drawn(run: Run, folder: Path, report: Report) -> Mapping[str, Any]:

@@ -16,9 +16,9 @@ from fedprune.job import Job
 from fedprune.wire.connection_news import ConnectionUp
 from fedprune.wire.messages import Birth, Finished
 from fedprune.wire.offer import Offer
+from fedprune_server.fleet.quarantine import Quarantine
 from fedprune_server.host import Host
 from fedprune_server.job_desk import JobDesk
-from fedprune_server.quarantine import Quarantine
 from toy import ARCHITECTURE
 
 

@@ -31,14 +31,14 @@ from fedprune.profile_store import find
 from fedprune_export.imported import Model
 from fedprune_server.data.federation import Federation
 from fedprune_server.data.table import DataPlan
-from fedprune_server.experiment import Experiment
-from fedprune_server.measure import Measure, Moment
-from fedprune_server.record import Record
-from fedprune_server.run_folder import simulate
-from fedprune_server.simulation import Simulation
-from fedprune_server.trainers import ONNXRUNTIME
-from fedprune_server.virtual_device import StoredData, VirtualDevice
-from fedprune_server.weather import Weather
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.record import Record
+from fedprune_server.simulation.run_folder import simulate
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.trainers import ONNXRUNTIME
+from fedprune_server.simulation.virtual_device import StoredData, VirtualDevice
+from fedprune_server.simulation.weather import Weather
+from fedprune_server.work.measure import Measure, Moment
 
 SMALL = 60_000_000
 """Numbers that fit into memory as they are; larger data sets are read anew for every training."""

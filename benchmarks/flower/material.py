@@ -15,7 +15,7 @@ from fedprune import tensorfile
 from fedprune.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_export.training import training_graph
-from fedprune_server.digits import CLASSES, deal, write_hand
+from fedprune_server.simulation.digits import CLASSES, deal, write_hand
 
 ALPHA = 5.0
 """Concentration of the clients' shares of each digit: mild skew, so that even a hundred clients get samples."""

@@ -18,7 +18,7 @@ from benchmarks.swarm.site import Site, family, find_mosquitto, free_port
 from fedprune import tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.errors import FedpruneError, StorageError
-from fedprune_server.storage import Storage
+from fedprune_server.store.storage import Storage
 
 _ROOT = Path(__file__).parents[2]
 _START_S = 120.0

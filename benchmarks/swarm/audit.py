@@ -12,7 +12,7 @@ from benchmarks.swarm.updates import mean
 
 from fedprune import tensorfile
 from fedprune.blobs import BlobStore
-from fedprune_server.storage import Storage
+from fedprune_server.store.storage import Storage
 
 Ledger = Mapping[str, Mapping[str, Any]]
 

@@ -14,7 +14,7 @@ from fedprune.prediction import predict
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import deal
+from fedprune_server.simulation.digits import deal
 
 # Channels are not ranked, so that those of whole submodels lie in offers and updates as in the model.
 _REFERENCE = 256

@@ -14,8 +14,8 @@ from benchmarks.swarm.site import Site, find_mosquitto, site
 from benchmarks.weather.proxy import Proxy, Weather
 
 from fedprune.errors import FedpruneError, StorageError
-from fedprune_server.digits import deal, digits_model, write_hand
-from fedprune_server.storage import Storage
+from fedprune_server.simulation.digits import deal, digits_model, write_hand
+from fedprune_server.store.storage import Storage
 
 STORM = Weather(
     round_trip_s=2.0,

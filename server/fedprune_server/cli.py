@@ -17,11 +17,11 @@ from fedprune import __version__, tensorfile
 from fedprune.cli import run_command, whole_number, with_extra
 from fedprune.errors import ExitCode, UsageError
 from fedprune.quantity import quantity
-from fedprune_server.identity_cli import name_of
-from fedprune_server.identity_cli import register as register_identity
-from fedprune_server.release_cli import add_release_command
-from fedprune_server.rollout_cli import add_rollout_command
-from fedprune_server.store_cli import add_store_commands
+from fedprune_server.commands.identity import name_of
+from fedprune_server.commands.identity import register as register_identity
+from fedprune_server.commands.release import add_release_command
+from fedprune_server.commands.rollout import add_rollout_command
+from fedprune_server.commands.store import add_store_commands
 
 log = logging.getLogger("fedprune.server")
 
@@ -147,17 +147,17 @@ def _add_run(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from fedprune.profile_store import find as find_profile
     from fedprune.profile_store import names as names_of_profiles
-    from fedprune_server.config import ServerConfig, overridden, read_config
-    from fedprune_server.connection import connection, identity_of
     from fedprune_server.daemon import Daemon
     from fedprune_server.further_jobs import further, hosted
     from fedprune_server.further_jobs import opened as open_job
     from fedprune_server.host import Host
-    from fedprune_server.receiver_setup import alone_receives, receiving
-    from fedprune_server.rollout_store import RolloutStore
-    from fedprune_server.state_folder import StateFolder, stored_config
-    from fedprune_server.table import make_display
-    from fedprune_server.web_blobs import web_blobs
+    from fedprune_server.link.connection import connection, identity_of
+    from fedprune_server.link.web_blobs import web_blobs
+    from fedprune_server.receivers.setup import alone_receives, receiving
+    from fedprune_server.rollouts.store import RolloutStore
+    from fedprune_server.settings.config import ServerConfig, overridden, read_config
+    from fedprune_server.store.state_folder import StateFolder, stored_config
+    from fedprune_server.terminal.table import make_display
 
     names = ("name", "seed", "rounds", "devices", "participation", "strategy", "density")
     weather = ("over_selection", "fairness", "in_flight", "pace")
@@ -291,7 +291,7 @@ def _say_what_runs(kept: Any) -> None:
 
 def _say_what_next(state: Path, until_finished: bool, daemon: Any) -> None:
     """What to do with a job that is finished, and what the server still waits for."""
-    from fedprune_server.divergence import of_history
+    from fedprune_server.work.divergence import of_history
 
     if spoilt := of_history(daemon.state.history, daemon.job.recipe.to_dict()):
         log.warning("%s", spoilt)
@@ -327,7 +327,7 @@ def _stopped_by_signals(daemon: Any) -> Iterator[list[int]]:
 def _status(arguments: argparse.Namespace) -> int:
     import json
 
-    from fedprune_server.status import LATEST, describe, status_of_all
+    from fedprune_server.commands.status import LATEST, describe, status_of_all
 
     body = status_of_all(arguments.state)
     if arguments.json:
@@ -340,7 +340,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from fedprune_server.replay import replay
+    from fedprune_server.store.replay import replay
 
     rounds = 0
     for step in replay(arguments.state):
@@ -353,7 +353,7 @@ def _replay(arguments: argparse.Namespace) -> int:
 def _export_model(arguments: argparse.Namespace) -> int:
     from fedprune.disk import write_whole
     from fedprune_export.conversion import model_onnx, state_dict, with_weights, write_state_dict
-    from fedprune_server.state_folder import global_model, model_after
+    from fedprune_server.store.state_folder import global_model, model_after
 
     out: Path = arguments.out
     if out.suffix not in (".onnx", ".safetensors", ".pt", ".pth"):
@@ -374,7 +374,7 @@ def _export_model(arguments: argparse.Namespace) -> int:
 
 def _register_demo(commands: Any) -> None:
     try:
-        demo = importlib.import_module("fedprune_server.demo")
+        demo = importlib.import_module("fedprune_server.commands.demo")
     except ModuleNotFoundError:
         return  # without the extra `server`: the other commands say what to install
     demo.register(commands)

@@ -25,27 +25,27 @@ from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Finished, Hello
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
-from fedprune_server.divergence import ran_away, remedy
-from fedprune_server.downloads import Downloads
-from fedprune_server.errands import Errands
-from fedprune_server.farewell import FLUSH_S, Farewell
-from fedprune_server.garbage import Garbage
-from fedprune_server.guard import Guarded
-from fedprune_server.intake import Intake
-from fedprune_server.post import Line, Post
-from fedprune_server.quarantine import Quarantine
-from fedprune_server.reception import Reception
-from fedprune_server.rollout_desk import RolloutDesk
-from fedprune_server.rollout_store import RolloutStore
-from fedprune_server.roster import Roster
-from fedprune_server.sharing import Audience, Sharing
-from fedprune_server.shipping import Shipping
-from fedprune_server.storage import PARTS_KEPT, Storage
-from fedprune_server.supervised import Supervised, revive
-from fedprune_server.table import Display, Lines, Snapshot
-from fedprune_server.uploads import Uploads
-from fedprune_server.wire import Item, Noticed, Wire
-from fedprune_server.workshop import Executes, Workshop
+from fedprune_server.fleet.farewell import FLUSH_S, Farewell
+from fedprune_server.fleet.quarantine import Quarantine
+from fedprune_server.fleet.roster import Roster
+from fedprune_server.link.downloads import Downloads
+from fedprune_server.link.errands import Errands
+from fedprune_server.link.guard import Guarded
+from fedprune_server.link.intake import Intake
+from fedprune_server.link.post import Line, Post
+from fedprune_server.link.reception import Reception
+from fedprune_server.link.sharing import Audience, Sharing
+from fedprune_server.link.shipping import Shipping
+from fedprune_server.link.supervised import Supervised, revive
+from fedprune_server.link.uploads import Uploads
+from fedprune_server.link.wire import Item, Noticed, Wire
+from fedprune_server.rollouts.desk import RolloutDesk
+from fedprune_server.rollouts.store import RolloutStore
+from fedprune_server.store.garbage import Garbage
+from fedprune_server.store.storage import PARTS_KEPT, Storage
+from fedprune_server.terminal.table import Display, Lines, Snapshot
+from fedprune_server.work.divergence import ran_away, remedy
+from fedprune_server.work.workshop import Executes, Workshop
 
 log = logging.getLogger("fedprune.server")
 

@@ -15,16 +15,16 @@ from typing import Any
 from fedprune.errors import ConfigError
 from fedprune.setting_checks import only
 from fedprune.toml_file import read_toml
-from fedprune_server.config import ServerConfig, parse_config
-from fedprune_server.connection import Connection
-from fedprune_server.crew import helped
-from fedprune_server.further_folders import FOLDER, folders
 from fedprune_server.host import Host
 from fedprune_server.job_desk import JobDesk
-from fedprune_server.state_folder import OpenJob, StateFolder, stored_config
-from fedprune_server.storage import Storage
-from fedprune_server.table import Lines
-from fedprune_server.workshop import Executes
+from fedprune_server.link.connection import Connection
+from fedprune_server.settings.config import ServerConfig, parse_config
+from fedprune_server.store.further_folders import FOLDER, folders
+from fedprune_server.store.state_folder import OpenJob, StateFolder, stored_config
+from fedprune_server.store.storage import Storage
+from fedprune_server.terminal.table import Lines
+from fedprune_server.work.crew import helped
+from fedprune_server.work.workshop import Executes
 
 _TABLES = ("job", "model", "evaluation", "calibration", "server")
 _OWN = ("archive", "blobs", "cache_mib", "database", "keep", "pulls", "slabs", "weight", "workers")

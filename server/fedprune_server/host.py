@@ -17,14 +17,14 @@ from fedprune.errors import ConfigError, ProtocolError
 from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Alive, Birth, Death, Gone, Hello, Message, Want, parse
 from fedprune.wire.topics import NO_JOB, Topics
-from fedprune_server.farewell import FLUSH_S, Farewell
-from fedprune_server.intake import Intake
+from fedprune_server.fleet.farewell import FLUSH_S, Farewell
+from fedprune_server.fleet.presence import Presence
+from fedprune_server.fleet.quarantine import Quarantine, Quarantined, Released
 from fedprune_server.job_desk import JobDesk
+from fedprune_server.link.intake import Intake
+from fedprune_server.link.supervised import Supervised, revive
+from fedprune_server.link.wire import Doubled, Item, ShutOut, Wire
 from fedprune_server.loans import Loans
-from fedprune_server.presence import Presence
-from fedprune_server.quarantine import Quarantine, Quarantined, Released
-from fedprune_server.supervised import Supervised, revive
-from fedprune_server.wire import Doubled, Item, ShutOut, Wire
 
 log = logging.getLogger("fedprune.server")
 

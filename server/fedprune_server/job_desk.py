@@ -19,9 +19,9 @@ from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.fields import one_line
 from fedprune.wire.messages import Birth
 from fedprune_server.daemon import Daemon
-from fedprune_server.presence import Presence
-from fedprune_server.table import Snapshot
-from fedprune_server.wire import Item, Relay, Wire
+from fedprune_server.fleet.presence import Presence
+from fedprune_server.link.wire import Item, Relay, Wire
+from fedprune_server.terminal.table import Snapshot
 
 log = logging.getLogger("fedprune.server")
 

@@ -17,7 +17,7 @@ from arm_userland import BOOKWORM, JAMMY, TRIXIE, System, userland
 from fedprune.architecture import widths_at
 from fedprune_export.importing import import_onnx
 from fedprune_flash import BoardFile, Target, build_kit
-from fedprune_server.digits import digits_model
+from fedprune_server.simulation.digits import digits_model
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.system, pytest.mark.timeout(1200)]
 

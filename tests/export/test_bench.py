@@ -16,7 +16,7 @@ from fedprune.recipe import Recipe
 from fedprune_export import bench_cli
 from fedprune_export.cli import main
 from fedprune_export.stopwatch import Stopwatch
-from fedprune_server.digits import digits_model
+from fedprune_server.simulation.digits import digits_model
 
 
 @pytest.fixture(scope="module")

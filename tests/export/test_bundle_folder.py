@@ -23,7 +23,7 @@ from fedprune.selection import Selection
 from fedprune_export.bundle import write_bundle
 from fedprune_export.bundle_folder import PARTIAL, check_folder, is_bundle
 from fedprune_export.cli import main
-from fedprune_server.digits import digits_model
+from fedprune_server.simulation.digits import digits_model
 
 TARGET = "raspberry-pi-5"
 OLD, NEW = 0.25, 0.5

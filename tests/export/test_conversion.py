@@ -15,7 +15,7 @@ from fedprune.errors import ExitCode
 from fedprune.session import Session
 from fedprune_export.cli import main
 from fedprune_export.importing import import_onnx, read_source
-from fedprune_server.digits import digits_model
+from fedprune_server.simulation.digits import digits_model
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.machine_speed import Speed
 from fedprune_export.step_pieces import KINDS, PRODUCTS, Piece, pieces
 from fedprune_export.training import training_graph
-from fedprune_server.digits import digits_model
+from fedprune_server.simulation.digits import digits_model
 
 SPEED = Speed(1e9, 1e9, "of a slow machine")
 FORMS = [None, Forms(), Forms(16, 4)]

@@ -15,7 +15,7 @@ from fedprune import tensorfile
 from fedprune.errors import ExitCode
 from fedprune_export.cli import COMMANDS, build_parser, main
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import digits_model, load_digits
+from fedprune_server.simulation.digits import digits_model, load_digits
 
 PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
 BLOCKS = [block.splitlines() for block in re.findall(r"(?:^    .*\n)+", PAGE, re.MULTILINE)]

@@ -21,7 +21,7 @@ from fedprune_export.formulation import Forms
 from fedprune_export.gradients.windows import Window
 from fedprune_export.importing import import_onnx
 from fedprune_export.training import training_graph
-from fedprune_server.digits import digits_model
+from fedprune_server.simulation.digits import digits_model
 
 
 def window(side: int = 16, kernel: int = 3, stride: int = 1) -> Window:

@@ -16,7 +16,7 @@ from fedprune_export.importing import import_onnx
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS
 from fedprune_export.importing.translation import TRANSLATED
 from fedprune_export.target_opset import EARLIER_FORMS, LATER_FORMS
-from fedprune_server.digits import digits_model
+from fedprune_server.simulation.digits import digits_model
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from fedprune.recipe import Recipe
 from fedprune.session import Session
 from fedprune_export.cli import main
 from fedprune_export.options import add_recipe_options, read_recipe, targets
-from fedprune_server.digits import digits_model
+from fedprune_server.simulation.digits import digits_model
 
 
 def recipe(*words: str) -> Recipe:

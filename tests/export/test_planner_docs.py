@@ -17,7 +17,7 @@ from fedprune.prediction import latency_table
 from fedprune.recipe import Recipe
 from fedprune_export.cli import main
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import digits_model
+from fedprune_server.simulation.digits import digits_model
 
 PAGE = (Path(__file__).parents[2] / "docs" / "planner.md").read_text()
 BLOCKS = [[line[4:] for line in block.splitlines()] for block in re.findall(r"(?:^    .*\n)+", PAGE, re.MULTILINE)]

@@ -25,7 +25,7 @@ from fedprune_export.importing import import_onnx
 from fedprune_export.labelled_data import LabelledData
 from fedprune_export.precision import Trials, lower
 from fedprune_export.precision import trial as trials
-from fedprune_server.digits import digits_model
+from fedprune_server.simulation.digits import digits_model
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from fedprune.session import Session
 from fedprune_export import labelled_data
 from fedprune_export.cli import main
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import digits_model, load_digits
+from fedprune_server.simulation.digits import digits_model, load_digits
 
 
 @pytest.fixture(scope="module")

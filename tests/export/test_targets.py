@@ -13,7 +13,7 @@ from fedprune import profile_store
 from fedprune.bundle import FILES, MANIFEST, open_bundle
 from fedprune.errors import ExitCode
 from fedprune_export.cli import main
-from fedprune_server.digits import digits_model
+from fedprune_server.simulation.digits import digits_model
 
 
 @pytest.fixture(scope="module")

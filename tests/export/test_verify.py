@@ -24,7 +24,7 @@ from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
 from fedprune_export.parity import parity, try_step
 from fedprune_export.verification import verify
-from fedprune_server.digits import digits_model
+from fedprune_server.simulation.digits import digits_model
 
 CHECKS = ["files", "weights", "inference", "training", "descent", "agreement"]
 

@@ -350,7 +350,7 @@ def test_the_server_makes_claims_for_the_boards_names(
     boards: Boards, kit: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     server = pytest.importorskip("fedprune_server.cli")
-    folder = pytest.importorskip("fedprune_server.identity_folder")
+    folder = pytest.importorskip("fedprune_server.identity.folder")
     state = tmp_path / "state"
     assert server.main(["init", "--state", str(state), "--site", "lab"]) == ExitCode.OK
     words = ["ssh", str(boards.inventory()), "--kit", str(kit), "--server-state", str(state)]

@@ -15,7 +15,7 @@ from postgres import Postgres
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports with small files for pictures: to draw them takes several times as long as a small run."""
-    from fedprune_server import pictures
+    from fedprune_server.simulation import pictures
 
     def save(figure: Any, path: Path) -> Path:
         pictures.plt.close(figure)

@@ -18,11 +18,11 @@ from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import deal, digits_model
-from fedprune_server.experiment import Experiment
-from fedprune_server.offers import Offers
-from fedprune_server.simulation import Simulation
-from fedprune_server.virtual_device import VirtualDevice
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import VirtualDevice
+from fedprune_server.work.offers import Offers
 
 HERE = block_size()
 NAMES = ("raspberry-pi-4b", "jetson-orin-nano")

@@ -16,19 +16,19 @@ from fedprune.blobs import BlobStore
 from fedprune.coordination import State
 from fedprune.errors import ConfigError, ExitCode, StorageFullError
 from fedprune.wire.messages import Accepted
-from fedprune_server import bucket_patience
-from fedprune_server.backup import back_up
-from fedprune_server.blob_place import BLOBS
-from fedprune_server.bucket import BucketError, parse
-from fedprune_server.bucket_layout import digest_of
-from fedprune_server.bucket_store import BucketStore
-from fedprune_server.checkup import check
+from fedprune_server.bucket import patience as bucket_patience
+from fedprune_server.bucket.bucket import BucketError, parse
+from fedprune_server.bucket.layout import digest_of
+from fedprune_server.bucket.store import BucketStore
 from fedprune_server.cli import main
-from fedprune_server.finding import Finding, Weight
-from fedprune_server.restoring import opened, read_manifest, restore, verify
-from fedprune_server.shipping import Shipping
-from fedprune_server.shown_bytes import silent
-from fedprune_server.storage import Storage
+from fedprune_server.link.shipping import Shipping
+from fedprune_server.store.backup import back_up
+from fedprune_server.store.blob_place import BLOBS
+from fedprune_server.store.checkup import check
+from fedprune_server.store.finding import Finding, Weight
+from fedprune_server.store.restoring import opened, read_manifest, restore, verify
+from fedprune_server.store.storage import Storage
+from fedprune_server.terminal.shown_bytes import silent
 from played_job import play_job
 from toy import JOB
 

@@ -22,11 +22,11 @@ from fedprune.errors import ExitCode, ModelError
 from fedprune.job import Job
 from fedprune.session import Session
 from fedprune_server.cli import main
-from fedprune_server.config import ServerConfig
-from fedprune_server.connection import Connection
 from fedprune_server.daemon import Daemon
-from fedprune_server.digits import digits_model
-from fedprune_server.state_folder import StateFolder
+from fedprune_server.link.connection import Connection
+from fedprune_server.settings.config import ServerConfig
+from fedprune_server.simulation.digits import digits_model
+from fedprune_server.store.state_folder import StateFolder
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_taken_port_ends_with_one_clear_error(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fedprune_server.broker._PORT_PATIENCE_S", 0.0)
+    monkeypatch.setattr("fedprune_server.broker.embedded._PORT_PATIENCE_S", 0.0)
     command = ["run", "--insecure", "--model", str(model), "--state", str(tmp_path / "s"), "--port", str(taken_port)]
     assert main(command) == ExitCode.BROKER
     assert f"port {taken_port} of 127.0.0.1 is taken" in one_line(capsys)
@@ -269,7 +269,7 @@ def test_a_model_that_lacks_its_input_shape_gets_advice_that_the_server_can_take
         assert input_shape is None
         raise ModelError("shape unknown", hint="Give --input-shape (such as 3,32,32).")
 
-    monkeypatch.setattr("fedprune_server.state_folder.read_source", read)
+    monkeypatch.setattr("fedprune_server.store.state_folder.read_source", read)
     assert main(["run", "--insecure", "--model", "nets:make", "--state", str(tmp_path / "s")]) == ExitCode.MODEL
     line = one_line(capsys)
     assert "--input-shape" not in line
@@ -468,9 +468,9 @@ def test_a_missing_package_names_the_extra(
     state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in (
-        "fedprune_server.status",
-        "fedprune_server.storage",
-        "fedprune_server.state_folder",
+        "fedprune_server.commands.status",
+        "fedprune_server.store.storage",
+        "fedprune_server.store.state_folder",
         "fedprune_server.daemon",
     ):
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -28,12 +28,12 @@ from fedprune_device.decoding import decoded
 from fedprune_device.trainer import Trainer
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import Federation, deal, digits_model
-from fedprune_server.experiment import Experiment
-from fedprune_server.simulation import Simulation
-from fedprune_server.update_size import UPDATE_BOUND, UPDATE_SIZE, misfit, sent
-from fedprune_server.virtual_device import VirtualDevice
-from fedprune_server.worker import Worker
+from fedprune_server.simulation.digits import Federation, deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import VirtualDevice
+from fedprune_server.work.update_size import UPDATE_BOUND, UPDATE_SIZE, misfit, sent
+from fedprune_server.work.worker import Worker
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b")
 SETTINGS = ("zlib", "float16", "int8", "top-k:0.05")

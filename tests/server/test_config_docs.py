@@ -10,7 +10,7 @@ from pathlib import Path
 from fedprune.errors import ExitCode
 from fedprune.job import Job
 from fedprune.recipe import Recipe
-from fedprune_server.config import ServerConfig, parse_config
+from fedprune_server.settings.config import ServerConfig, parse_config
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

@@ -26,11 +26,11 @@ from fedprune.wire.messages import Accepted, Birth, Cancelled, Finished, Gone, P
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune_server.daemon import Daemon
-from fedprune_server.garbage import sweep
-from fedprune_server.offers import GRAPH_ROUNDS
-from fedprune_server.storage import Storage
-from fedprune_server.table import Lines, Snapshot
-from fedprune_server.update_size import UPDATE_SIZE
+from fedprune_server.store.garbage import sweep
+from fedprune_server.store.storage import Storage
+from fedprune_server.terminal.table import Lines, Snapshot
+from fedprune_server.work.offers import GRAPH_ROUNDS
+from fedprune_server.work.update_size import UPDATE_SIZE
 from toy import JOB
 
 

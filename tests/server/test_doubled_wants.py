@@ -14,9 +14,9 @@ from fedprune.wire.messages import Update, Want, parse
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
 from fedprune_device.outbox import Outbox
-from fedprune_server.downloads import Downloads
-from fedprune_server.post import Line, Post
-from fedprune_server.sharing import Audience, Sharing
+from fedprune_server.link.downloads import Downloads
+from fedprune_server.link.post import Line, Post
+from fedprune_server.link.sharing import Audience, Sharing
 
 TOPICS = Topics("lab")
 

@@ -18,11 +18,11 @@ from fedprune.selection import Selection
 from fedprune.strategies.roles import Submodel
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import deal, digits_model
-from fedprune_server.experiment import Experiment
-from fedprune_server.measure import Hook, Moment
-from fedprune_server.simulation import Simulation
-from fedprune_server.virtual_device import VirtualDevice
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import VirtualDevice
+from fedprune_server.work.measure import Hook, Moment
 
 NAMES = ("raspberry-pi-4b", "jetson-orin-nano")
 SHORT = {"exploration_epochs": 2, "patience": 0}

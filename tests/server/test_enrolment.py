@@ -26,11 +26,11 @@ from fedprune_device.cli import main
 from fedprune_device.enrolment import Renewal, enrol, join_urls
 from fedprune_device.membership import add_membership, join_first, membership
 from fedprune_device.store import DeviceStore
-from fedprune_server.broker import EmbeddedBroker, TlsFiles
-from fedprune_server.config import ServerConfig
-from fedprune_server.connection import identity_of
-from fedprune_server.identity_folder import IdentityFolder
-from fedprune_server.signed_link import SignedLink
+from fedprune_server.broker.embedded import EmbeddedBroker, TlsFiles
+from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.link.connection import identity_of
+from fedprune_server.link.signed_link import SignedLink
+from fedprune_server.settings.config import ServerConfig
 from machine import free_port
 
 Captured = pytest.CaptureFixture[str]

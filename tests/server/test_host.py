@@ -15,11 +15,11 @@ from fedprune.errors import ConfigError
 from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Cancelled, Finished, Update
 from fedprune.wire.offer import Offer
-from fedprune_server import intake
-from fedprune_server.config import ServerConfig
+from fedprune_server.fleet.presence import ANSWER_S
 from fedprune_server.further_jobs import further
-from fedprune_server.presence import ANSWER_S
-from fedprune_server.storage import Storage
+from fedprune_server.link import intake
+from fedprune_server.settings.config import ServerConfig
+from fedprune_server.store.storage import Storage
 from toy import JOB
 
 

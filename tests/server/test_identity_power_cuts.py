@@ -16,8 +16,8 @@ from fedprune.trust.trusted_time import BUILT
 from fedprune.wire.join_messages import JoinAnswer, JoinRequest
 from fedprune.wire.messages import Birth, Hello, parse
 from fedprune.wire.topics import Topics
-from fedprune_server.identity_folder import IdentityFolder
-from fedprune_server.join_desk import JoinDesk
+from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.identity.join_desk import JoinDesk
 
 TOPICS = Topics("lab")
 UP, DOWN = TOPICS.up("attic"), TOPICS.down("attic")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from fedprune.errors import ConfigError
-from fedprune_server.config import parse_config
 from fedprune_server.data.table import DataPlan
-from fedprune_server.fleet_devices import read_devices
-from fedprune_server.fleet_weather import read_availability, read_dropouts, read_settings, read_weather
-from fedprune_server.sweep import read_sweep
+from fedprune_server.settings.config import parse_config
+from fedprune_server.simulation.fleet_devices import read_devices
+from fedprune_server.simulation.fleet_weather import read_availability, read_dropouts, read_settings, read_weather
+from fedprune_server.simulation.sweep import read_sweep
 
 LONG = "k" * 100_000
 FLEET = Path("fleet.toml")

@@ -20,10 +20,10 @@ from fedprune.job import Job
 from fedprune.recipe import Recipe
 from fedprune.strategies import compose
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import deal, digits_model
-from fedprune_server.experiment import Experiment
-from fedprune_server.simulation import Simulation
-from fedprune_server.virtual_device import VirtualDevice
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import VirtualDevice
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "write-a-strategy.md"

@@ -15,8 +15,8 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.job import Job
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import digits_model
-from fedprune_server.worker import Worker
+from fedprune_server.simulation.digits import digits_model
+from fedprune_server.work.worker import Worker
 
 NAMES = ("a", "b")
 

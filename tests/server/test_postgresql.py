@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from fedprune.coordination import Coordinator, State
 from fedprune.coordination import events as on
 from fedprune.errors import ConfigError, StorageError
-from fedprune_server.config import ServerConfig
-from fedprune_server.database import LostConnectionError
-from fedprune_server.digits import digits_model
-from fedprune_server.state_folder import StateFolder, stored_config
-from fedprune_server.status import status
-from fedprune_server.storage import FILE, Storage
+from fedprune_server.commands.status import status
+from fedprune_server.settings.config import ServerConfig
+from fedprune_server.simulation.digits import digits_model
+from fedprune_server.store.database import LostConnectionError
+from fedprune_server.store.state_folder import StateFolder, stored_config
+from fedprune_server.store.storage import FILE, Storage
 from postgres import Postgres
 from stored_job import born, filled
 from toy import ARCHITECTURE, JOB

@@ -19,10 +19,10 @@ from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune_device.data import LocalData
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import deal, digits_model
-from fedprune_server.experiment import Experiment
-from fedprune_server.simulation import Simulation
-from fedprune_server.virtual_device import VirtualDevice
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import VirtualDevice
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
 TIERS = [1.0, 0.5, 0.25]

@@ -17,9 +17,9 @@ from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
 from fedprune.wire.unsent import HIGH_WATER
 from fedprune_device.outbox import Outbox
-from fedprune_server.downloads import Downloads
-from fedprune_server.post import Line, Post
-from fedprune_server.sharing import Audience, Sharing
+from fedprune_server.link.downloads import Downloads
+from fedprune_server.link.post import Line, Post
+from fedprune_server.link.sharing import Audience, Sharing
 
 TOPICS = Topics("lab")
 LEAVES = 400

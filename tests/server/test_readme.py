@@ -14,8 +14,8 @@ from fedprune_device import cli as device
 from fedprune_export import cli as export
 from fedprune_flash import cli as flash
 from fedprune_server import cli as server
-from fedprune_server import simulate_cli as simulate
-from fedprune_server.demo_run import DemoFolder
+from fedprune_server.commands import simulate
+from fedprune_server.commands.demo_run import DemoFolder
 
 ROOT = Path(__file__).parents[2]
 MAIN = {
@@ -70,8 +70,8 @@ def test_readmes_commands_for_a_fleet_make_sense_and_name_files_that_are_there()
 
 @pytest.mark.usefixtures("_demo")
 def test_a_server_takes_the_examples_fleet() -> None:
-    from fedprune_server.config import read_config
-    from fedprune_server.state_folder import StateFolder
+    from fedprune_server.settings.config import read_config
+    from fedprune_server.store.state_folder import StateFolder
 
     config = read_config(Path("examples/fleet.toml"))
     assert (config.job.strategy, config.job.devices) == ("fedprune", 3)

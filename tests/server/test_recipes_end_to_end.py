@@ -18,12 +18,12 @@ from fedprune.profile_store import find
 from fedprune_device.data import LocalData
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import deal, digits_model
-from fedprune_server.experiment import Experiment
-from fedprune_server.own_samples import load_evaluation
-from fedprune_server.report import summary, summary_text, write_report
-from fedprune_server.simulation import Simulation
-from fedprune_server.virtual_device import VirtualDevice
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.report import summary, summary_text, write_report
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import VirtualDevice
+from fedprune_server.work.own_samples import load_evaluation
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b")
 Labels = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], np.ndarray[Any, Any]]

@@ -19,7 +19,7 @@ from fedprune.wire.connection_news import ConnectionDown
 from fedprune.wire.messages import Gone, Want, parse
 from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, ReleaseOffer, ReleaseReport
 from fedprune.wire.transfer import Pull
-from fedprune_server.rollout_store import RolloutStore
+from fedprune_server.rollouts.store import RolloutStore
 from toy import JOB, NAMES
 
 

@@ -21,13 +21,13 @@ from fedprune.recipe import Recipe
 from fedprune.wire.messages import Cancelled, Progress
 from fedprune.wire.offer import Offer
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import deal, digits_model
-from fedprune_server.experiment import Experiment
-from fedprune_server.fleet_devices import with_link
-from fedprune_server.garbage import Garbage
-from fedprune_server.simulation import Simulation
-from fedprune_server.virtual_device import VirtualDevice
-from fedprune_server.weather import DropOuts, Weather
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet_devices import with_link
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import VirtualDevice
+from fedprune_server.simulation.weather import DropOuts, Weather
+from fedprune_server.store.garbage import Garbage
 from toy import JOB
 
 NAMES = ("a", "b", "c", "d", "e")

@@ -7,13 +7,13 @@ from fedprune.job import Job
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import deal, digits_model
-from fedprune_server.experiment import Experiment
-from fedprune_server.measure import Measure
-from fedprune_server.simulation import Simulation
-from fedprune_server.simulation_state import Trained
-from fedprune_server.virtual_device import Bench, VirtualDevice
-from fedprune_server.weather import Availability, DropOuts, Weather
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.state import Trained
+from fedprune_server.simulation.virtual_device import Bench, VirtualDevice
+from fedprune_server.simulation.weather import Availability, DropOuts, Weather
+from fedprune_server.work.measure import Measure
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "raspberry-pi-5", "jetson-nano", "jetson-orin-nano")
 SCHEDULES = {
@@ -67,7 +67,7 @@ class KillError(Exception):
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_a_killed_run_goes_on_to_the_same_model(build, monkeypatch, schedule):
-    monkeypatch.setattr("fedprune_server.rhythm._WITHIN_S", 0.0)
+    monkeypatch.setattr("fedprune_server.simulation.rhythm._WITHIN_S", 0.0)
     whole = build("whole", schedule, **HARSH)
     history = whole.run()
     assert [row["round"] for row in history] == list(range(1, 10))

@@ -18,15 +18,15 @@ from fedprune.job import Job
 from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune_export.importing import import_onnx
-from fedprune_server.differences import differences
-from fedprune_server.digits import deal, digits_model
-from fedprune_server.experiment import Experiment
-from fedprune_server.measure import Measure, Moment
-from fedprune_server.patience import MAX_ATTEMPTS
-from fedprune_server.round_notes import Notary, Notes
-from fedprune_server.run_folder import is_run, simulate
-from fedprune_server.simulation import Simulation
-from fedprune_server.virtual_device import VirtualDevice
+from fedprune_server.settings.differences import differences
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.patience import MAX_ATTEMPTS
+from fedprune_server.simulation.round_notes import Notary, Notes
+from fedprune_server.simulation.run_folder import is_run, simulate
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import VirtualDevice
+from fedprune_server.work.measure import Measure, Moment
 
 NAMES = ("a", "b")
 HAND = deal(NAMES, seed=1)
@@ -150,7 +150,7 @@ def test_a_run_does_not_go_on_with_other_code(
         simulate(replace(own), tmp_path / "run")
     source.write_text(text)
     simulate(replace(own), tmp_path / "run")
-    monkeypatch.setattr("fedprune_server.experiment.__version__", "99")
+    monkeypatch.setattr("fedprune_server.simulation.experiment.__version__", "99")
     with pytest.raises(StorageError, match="other settings"):
         simulate(replace(own), tmp_path / "run")
 

@@ -24,16 +24,16 @@ from fedprune.profile_store import find
 from fedprune.recipe import Recipe
 from fedprune.selection import Selection
 from fedprune_export.importing import import_onnx
-from fedprune_server import virtual_device
-from fedprune_server.calibration import Calibration
-from fedprune_server.digits import deal, digits_model
-from fedprune_server.experiment import Experiment
-from fedprune_server.fleet_devices import with_link
-from fedprune_server.measure import Measure
-from fedprune_server.run_folder import simulate
-from fedprune_server.simulation import Simulation
-from fedprune_server.virtual_device import Bench, StoredData, VirtualDevice
-from fedprune_server.weather import Availability, DropOuts, Weather
+from fedprune_server.simulation import virtual_device
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet_devices import with_link
+from fedprune_server.simulation.run_folder import simulate
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import Bench, StoredData, VirtualDevice
+from fedprune_server.simulation.weather import Availability, DropOuts, Weather
+from fedprune_server.work.calibration import Calibration
+from fedprune_server.work.measure import Measure
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
 SMALL = {"density": 0.25, "recipe": Recipe(max_steps=1), "scorer": "ordered"}
@@ -244,9 +244,9 @@ class KillError(Exception):
 
 @pytest.mark.parametrize("trainings", [1, 2, 3, 4, 5])
 def test_trainings_that_go_together_are_the_same_after_a_kill(build, monkeypatch, trainings):
-    monkeypatch.setattr("fedprune_server.simulation.Bench", Batched)
-    monkeypatch.setattr("fedprune_server.rhythm._WITHIN_S", 0.0)  # in the middle of a round, too
-    monkeypatch.setattr("fedprune_server.rhythm._SHARE", 0.0)
+    monkeypatch.setattr("fedprune_server.simulation.simulation.Bench", Batched)
+    monkeypatch.setattr("fedprune_server.simulation.rhythm._WITHIN_S", 0.0)  # in the middle of a round, too
+    monkeypatch.setattr("fedprune_server.simulation.rhythm._SHARE", 0.0)
     whole = build("whole", recipe=Recipe(max_steps=1))
     whole.run()
     groups = Batched.last.ready

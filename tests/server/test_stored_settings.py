@@ -10,9 +10,9 @@ import pytest
 
 from fedprune.errors import ConfigError
 from fedprune.job import Job
-from fedprune_server.config import ServerConfig, overridden, without_password
-from fedprune_server.state_folder import stored_config
-from fedprune_server.storage import FILE, Storage
+from fedprune_server.settings.config import ServerConfig, overridden, without_password
+from fedprune_server.store.state_folder import stored_config
+from fedprune_server.store.storage import FILE, Storage
 
 
 @pytest.fixture

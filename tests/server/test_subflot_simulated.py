@@ -18,10 +18,10 @@ from fedprune.recipe import Recipe
 from fedprune.selection import Selection, Tensors
 from fedprune_export.cut import at_widths
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import deal, digits_model
-from fedprune_server.experiment import Experiment
-from fedprune_server.simulation import Simulation
-from fedprune_server.virtual_device import VirtualDevice
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import VirtualDevice
 
 pytest.importorskip("ot")
 

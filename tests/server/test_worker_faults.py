@@ -26,8 +26,8 @@ from fedprune.strategies.means import Mean
 from fedprune.strategies.roles import Closing, Report, Submodel
 from fedprune_export.imported import Model
 from fedprune_export.importing import import_onnx
-from fedprune_server.digits import digits_model
-from fedprune_server.worker import Worker
+from fedprune_server.simulation.digits import digits_model
+from fedprune_server.work.worker import Worker
 
 Update = dict[str, npt.NDArray[Any]]
 

@@ -18,9 +18,9 @@ from real_site import Site, write_material
 from fedprune.blobs import BlobStore
 from fedprune.coordination import Phase, State
 from fedprune.errors import ConfigError, StorageError
-from fedprune_server.replay import Step, replay
-from fedprune_server.state_folder import BLOBS
-from fedprune_server.storage import FILE, Storage
+from fedprune_server.store.replay import Step, replay
+from fedprune_server.store.state_folder import BLOBS
+from fedprune_server.store.storage import FILE, Storage
 
 pytestmark = pytest.mark.system
 
@@ -95,7 +95,7 @@ def test_the_log_gives_the_same_models_again(site: Site, monkeypatch: pytest.Mon
     site.start_all()
     state = finish(site)
     scratch = site.folder / "scratch"
-    monkeypatch.setattr("fedprune_server.replay.TemporaryDirectory", lambda **_: nullcontext(str(scratch)))
+    monkeypatch.setattr("fedprune_server.store.replay.TemporaryDirectory", lambda **_: nullcontext(str(scratch)))
     found = again(site)
     assert [BlobStore(scratch).has(s.model) for s in (found[0], found[-1])] == [False, True]  # past rounds' are deleted
     assert [(s.round, s.model) for s in found] == models(state)

@@ -32,11 +32,11 @@ from fedprune_device.agent import Agent
 from fedprune_device.store import DeviceStore
 from fedprune_export.importing import import_onnx
 from fedprune_server.daemon import Daemon
-from fedprune_server.digits import deal, digits_model
-from fedprune_server.experiment import Experiment
-from fedprune_server.simulation import Simulation
-from fedprune_server.virtual_device import VirtualDevice
-from fedprune_server.worker import Worker
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import VirtualDevice
+from fedprune_server.work.worker import Worker
 
 pytestmark = pytest.mark.system
 

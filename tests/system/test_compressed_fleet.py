@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from real_site import Site, write_material
 
-from fedprune_server.replay import replay
-from fedprune_server.storage import Storage
+from fedprune_server.store.replay import replay
+from fedprune_server.store.storage import Storage
 
 pytestmark = pytest.mark.system
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from fedprune.errors import ConfigError
-from fedprune_server.demo_fleet import BOARDS
-from fedprune_server.demo_run import DemoFolder
-from fedprune_server.record import Record
+from fedprune_server.commands.demo_run import DemoFolder
+from fedprune_server.simulation.demo_fleet import BOARDS
+from fedprune_server.simulation.record import Record
 
 pytestmark = pytest.mark.system
 

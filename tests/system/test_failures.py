@@ -17,7 +17,7 @@ import pytest
 import machine
 from fedprune.errors import ExitCode
 from fedprune.profile_store import shipped_folder
-from fedprune_server.digits import deal, digits_model, write_hand
+from fedprune_server.simulation.digits import deal, digits_model, write_hand
 
 pytestmark = pytest.mark.system
 

@@ -24,8 +24,8 @@ from fedprune_device.runtime.home import Home
 from fedprune_device.runtime.source import FolderSource
 from fedprune_device.runtime.updater import LAUNCHER, Updater
 from fedprune_server.cli import main
-from fedprune_server.identity_folder import IdentityFolder
-from fedprune_server.storage import Storage
+from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.store.storage import Storage
 
 pytestmark = [pytest.mark.system, pytest.mark.mosquitto]
 

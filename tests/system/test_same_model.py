@@ -16,13 +16,13 @@ from fedprune.job import Job
 from fedprune_device.data import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_export.importing.torch_export import export_torch
-from fedprune_server.demo_fleet import BOARDS, fleet_job
-from fedprune_server.demo_run import DemoFolder, run_job
-from fedprune_server.digits import Federation, deal, digits_model, write_hand
-from fedprune_server.experiment import Experiment
-from fedprune_server.record import Record
-from fedprune_server.simulation import Simulation
-from fedprune_server.virtual_device import VirtualDevice
+from fedprune_server.commands.demo_run import DemoFolder, run_job
+from fedprune_server.simulation.demo_fleet import BOARDS, fleet_job
+from fedprune_server.simulation.digits import Federation, deal, digits_model, write_hand
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.record import Record
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import VirtualDevice
 
 pytestmark = pytest.mark.system
 

@@ -12,7 +12,7 @@ from real_site import FILES, Site, write_material
 
 from fedprune.coordination import Phase, State
 from fedprune.errors import ExitCode
-from fedprune_server.storage import Storage
+from fedprune_server.store.storage import Storage
 
 pytestmark = pytest.mark.system
 

@@ -26,8 +26,8 @@ from fedprune_device.agent import Agent
 from fedprune_device.store import DeviceStore
 from fedprune_export.importing import import_onnx
 from fedprune_server.daemon import Daemon
-from fedprune_server.digits import deal, digits_model
-from fedprune_server.worker import Worker
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.work.worker import Worker
 from machine import find_mosquitto, free_port, listens
 
 pytestmark = [pytest.mark.mosquitto, pytest.mark.system]

@@ -20,7 +20,7 @@ from runtime_releases import KEY, OUTSIDE, PUBLIC, PYTHON, make_wheel, source
 from fedprune.release import Release, write_release
 from fedprune_device.runtime.state import COMMITTED, ROLLED_BACK, TRIAL, Outcome, State
 from fedprune_device.runtime.updater import LAUNCHER, Updater
-from fedprune_server.broker import EmbeddedBroker
+from fedprune_server.broker.embedded import EmbeddedBroker
 
 pytestmark = pytest.mark.system
 

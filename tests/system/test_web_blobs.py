@@ -17,7 +17,7 @@ from fedprune.blobs import BlobStore
 from fedprune.trust.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.trust.tls import unpinned_context
 from fedprune.wire.link import Link
-from fedprune_server.identity_folder import IdentityFolder
+from fedprune_server.identity.folder import IdentityFolder
 from machine import free_port
 
 pytestmark = pytest.mark.system

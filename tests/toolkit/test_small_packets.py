@@ -27,10 +27,10 @@ from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull, Serve
 from fedprune_device.downloads import Downloads as BoardsDownloads
 from fedprune_device.outbox import Outbox
-from fedprune_server.downloads import Downloads
-from fedprune_server.post import Line, Post
-from fedprune_server.sharing import Audience, Sharing
-from fedprune_server.uploads import Arrived, Uploads
+from fedprune_server.link.downloads import Downloads
+from fedprune_server.link.post import Line, Post
+from fedprune_server.link.sharing import Audience, Sharing
+from fedprune_server.link.uploads import Arrived, Uploads
 
 TOPICS = Topics("lab")
 USUAL = leaves_per_chunk(MAX_PACKET)

@@ -34,7 +34,7 @@ def server() -> int:
 
 def simulate() -> int:
     """`fedprune-simulate`."""
-    return _run("fedprune_server.simulate_cli")
+    return _run("fedprune_server.commands.simulate")
 
 
 def _run(module: str) -> int:

@@ -1,0 +1,1 @@
+"""The command lines below `fedprune-server`, and `fedprune-simulate`."""

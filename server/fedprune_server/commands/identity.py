@@ -1,0 +1,250 @@
+"""`fedprune-server init`, `claim`, `devices` and `broker-config`: who may take part, and how they are known."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from fedprune.cli import whole_number
+from fedprune.disk import storage_errors
+from fedprune.errors import ExitCode, JoinError, ProtocolError, UsageError, meant, shown
+from fedprune.quantity import quantity
+from fedprune.trust.keys import VerifyingKey, grouped
+
+_STATE = "the folder of `run --state` (default: fedprune-state)"
+_MAX_CLAIMS = 1000
+_MAX_HOURS = 24 * 365
+
+
+def register(commands: Any) -> None:
+    """Add the commands to the parser of `fedprune-server`."""
+    init = _command(commands, "init", "make this server's identity: its keys and certificate authority")
+    init.add_argument(
+        "--site", type=name_of("site"), default="default", metavar="NAME", help="the fleet's site (default: default)"
+    )
+    init.set_defaults(run=_init)
+
+    claim = _command(commands, "claim", "make one-time claims, each of which lets one device in")
+    claim.add_argument(
+        "--device",
+        type=name_of("device"),
+        metavar="NAME",
+        help="for this device alone (default: for any name that is free)",
+    )
+    claim.add_argument("--count", type=whole_number, default=1, metavar="N", help="how many (default: 1)")
+    claim.add_argument("--hours", type=whole_number, default=72, metavar="H", help="how long they last (default: 72)")
+    claim.add_argument("--out", type=Path, metavar="FILE", help="write them to a new file that only you can read")
+    claim.set_defaults(run=_claim)
+
+    devices = _command(commands, "devices", "list devices, let one in that waits, or shut one out")
+    devices.add_argument("--json", action="store_true", help="the list as JSON, for programs")
+    devices.add_argument(
+        "action", nargs="?", default="list", choices=("list", "approve", "revoke", "replace"), metavar="ACTION",
+        help="list (default), approve, revoke, or replace: revoke it and make a claim for a board of the same name",
+    )  # fmt: skip
+    devices.add_argument("device", nargs="?", metavar="NAME", help="the device")
+    devices.add_argument("--key", metavar="FINGERPRINT", help="of the key to approve, as the board shows it")
+    devices.add_argument("--hours", type=whole_number, default=72, metavar="H", help="of the claim to replace it with")
+    devices.add_argument(
+        "--out", type=Path, metavar="FILE", help="write that claim to a new file that only you can read"
+    )
+    devices.set_defaults(run=_devices)
+
+    broker = _command(commands, "broker-config", "write a broker's configuration, access rules and certificate")
+    broker.add_argument("kind", choices=("mosquitto", "emqx"), metavar="BROKER", help="mosquitto or emqx")
+    broker.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    broker.add_argument(
+        "--host", action="append", required=True, metavar="HOST", help="by which boards reach it; may be repeated"
+    )
+    broker.add_argument("--port", type=_port, default=8883, metavar="N", help="for members (default: 8883)")
+    broker.add_argument("--join-port", type=_port, default=8884, metavar="N", help="for joining (default: 8884)")
+    broker.add_argument("--bind", default="", metavar="ADDRESS", help="address to listen on (default: all)")
+    broker.add_argument("--at", type=Path, metavar="DIR", help="where the broker finds the files (default: --out)")
+    broker.add_argument("--form", choices=("2.0", "2.1"), default="2.0", help="of Mosquitto's file (default: 2.0)")
+    broker.add_argument("--plugin", type=Path, metavar="FILE", help="Mosquitto's acl-file plugin, of form 2.1")
+    broker.set_defaults(run=_broker_config)
+
+
+def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
+    parser.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
+    return parser
+
+
+def _port(text: str) -> int:
+    value = whole_number(text)
+    if value > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r}")
+    return value
+
+
+def name_of(what: str) -> Callable[[str], str]:
+    """Reads a name of an option.
+
+    Args:
+        what: `site` or `device`.
+    """
+
+    def checked(text: str) -> str:
+        from fedprune.wire.topics import check_device, check_name
+
+        try:
+            return check_device(text) if what == "device" else check_name(text, what)
+        except ProtocolError as error:
+            raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
+
+    return checked
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from fedprune_device.owner import check_unowned
+    from fedprune_server.identity.folder import IdentityFolder
+
+    check_unowned(arguments.state)
+    with IdentityFolder.make(arguments.state, arguments.site) as identity:
+        print(f"identity of site {identity.site} in {identity.path}: back it up, and let nobody else read it")
+        print(f"pin of the authority: {grouped(identity.authority.pin.hex())}")
+        print(f"the server's key:     {identity.key.verifying.fingerprint}")
+    return int(ExitCode.OK)
+
+
+def _claim(arguments: argparse.Namespace) -> int:
+    from fedprune_server.identity.folder import IdentityFolder
+
+    _check_hours(arguments.hours)
+    if arguments.count > _MAX_CLAIMS:
+        raise UsageError("--count", expected=f"at most {_MAX_CLAIMS}", got=arguments.count)
+    if arguments.count > 1 and arguments.device is not None:
+        raise UsageError("--count and --device", expected="one of them", got="both", hint="A name is one device's.")
+    with IdentityFolder(arguments.state) as identity, _claims_file(arguments.out) as file:
+        for _ in range(arguments.count):
+            print(identity.claim(arguments.device, 3600 * arguments.hours).text, file=file)
+    return int(ExitCode.OK)
+
+
+@contextmanager
+def _claims_file(path: Path | None) -> Iterator[TextIO | None]:
+    """Where claims are written; None for standard output."""
+    if path is None:
+        yield None
+        return
+    if path.exists():
+        raise UsageError("--out", expected="a file that isn't there yet", got=str(path))
+    with (
+        storage_errors(f"can't write {path}"),
+        os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
+    ):
+        yield file
+
+
+def _devices(arguments: argparse.Namespace) -> int:
+    from fedprune_server.identity.folder import IdentityFolder
+
+    with IdentityFolder(arguments.state) as identity:
+        if arguments.action == "list":
+            _list(identity, arguments)
+            return int(ExitCode.OK)
+        if arguments.device is None:
+            raise UsageError(f"devices {arguments.action}", expected="the name of a device", got="none")
+        if arguments.action == "approve":
+            _approve(identity, arguments)
+            return int(ExitCode.OK)
+        _check_hours(arguments.hours)
+        if arguments.action == "replace":
+            _replace(identity, arguments)
+            return int(ExitCode.OK)
+        keys, certificates = identity.revoke(arguments.device)
+        if not keys and not certificates:
+            near = meant(arguments.device, {d.device for d in identity.store.devices()})
+            raise JoinError(
+                f"no device {arguments.device} is let in or waits{near}", hint="See `fedprune-server devices`."
+            )
+        print(_revoked(identity, arguments.device, keys, certificates))
+    return int(ExitCode.OK)
+
+
+def _replace(identity: Any, arguments: argparse.Namespace) -> None:
+    """Standard output gets the claim alone, as that of `claim`."""
+    with _claims_file(arguments.out) as file:
+        keys, certificates = identity.revoke(arguments.device)
+        print(_revoked(identity, arguments.device, keys, certificates), file=sys.stderr)
+        print(identity.claim(arguments.device, 3600 * arguments.hours).text, file=file)
+
+
+def _revoked(identity: Any, device: str, keys: int, certificates: int) -> str:
+    line = f"{device}: {quantity(keys, 'key')} and {quantity(certificates, 'certificate')} revoked"
+    return f"{line}\ncopy {identity.authority.crl_path} to the broker and restart that" if certificates else line
+
+
+def _list(identity: Any, arguments: argparse.Namespace) -> None:
+    rows = [
+        {
+            "device": d.device,
+            "status": d.status,
+            "key": VerifyingKey.from_hex(d.key).fingerprint,
+            "asked": d.asked,
+            "certificate_ends": max((i.ends for i in identity.authority.of_device(d.device)), default=None),
+        }
+        for d in identity.store.devices()
+        if arguments.device in (None, d.device)
+    ]
+    if arguments.json:
+        print(json.dumps(rows, indent=2, sort_keys=True))
+        return
+    for row in rows:
+        print(f"{row['device']:<24} {row['status']:<9} {row['key']}")
+    if not rows:
+        print("no device has asked yet")
+
+
+def _approve(identity: Any, arguments: argparse.Namespace) -> None:
+    if arguments.key is None:
+        raise UsageError(
+            f"devices approve {arguments.device}", expected="--key FINGERPRINT, as the board shows it", got="none",
+            hint="It is in the output of `fedprune-device`, and must be the one in `fedprune-server devices`.",
+        )  # fmt: skip
+    given = arguments.key.strip().lower()
+    waiting = [d for d in identity.store.devices() if d.device == arguments.device and d.status == "waiting"]
+    if not waiting:
+        near = meant(arguments.device, {d.device for d in identity.store.devices() if d.status == "waiting"})
+        raise JoinError(f"no such device waits: {arguments.device}{near}", hint="See `fedprune-server devices`.")
+    right = [d for d in waiting if VerifyingKey.from_hex(d.key).fingerprint == given]
+    if not right:
+        raise JoinError(
+            f"no key with this fingerprint waits as {arguments.device}", got=shown(arguments.key),
+            hint="If the board shows it, then what waits is another's: don't let it in. See `fedprune-server devices`.",
+        )  # fmt: skip
+    identity.store.approve(arguments.device, right[0].key, identity.authority.now())
+    print(f"{arguments.device} is let in with key {given}")
+
+
+def _broker_config(arguments: argparse.Namespace) -> int:
+    from fedprune_server.broker.config import KEY, Broker, write_broker
+    from fedprune_server.identity.folder import IdentityFolder
+
+    given = {} if arguments.plugin is None else {"plugin": arguments.plugin}
+    broker = Broker(
+        tuple(arguments.host),
+        arguments.port,
+        arguments.join_port,
+        arguments.at or arguments.out.resolve(),
+        arguments.form,
+        bind=arguments.bind,
+        **given,
+    )
+    with IdentityFolder(arguments.state) as identity:
+        for name in write_broker(identity, arguments.kind, broker, arguments.out):
+            print(arguments.out / name)
+    print(f"the broker's user must be able to read them; {KEY} nobody else")
+    return int(ExitCode.OK)
+
+
+def _check_hours(hours: int) -> None:
+    if hours > _MAX_HOURS:
+        raise UsageError("--hours", expected=f"at most {_MAX_HOURS}", got=hours)

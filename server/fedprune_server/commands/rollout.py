@@ -1,0 +1,231 @@
+"""`fedprune-server rollout`: give boards a release in stages, look how far it is, stop it.
+
+It writes and reads the state folder alone; the server that runs on it does the rest, now or when it is started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedprune.cli import whole_number
+from fedprune.coordination.rollout import CAREFUL, Fate, Rollout, RolloutPhase, RolloutPlan, Stage
+from fedprune.disk import held
+from fedprune.errors import ConfigError, ExitCode, UsageError
+from fedprune.quantity import quantity
+from fedprune.release import FILES, Release, read_release
+from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS, MAX_SECONDS, ReleaseOffer
+
+if TYPE_CHECKING:
+    from fedprune_server.rollouts.store import Entry, RolloutStore
+
+_STATE = "the folder of `run --state` (default: fedprune-state)"
+_LOCK = "lock"
+_SHOWN = 20
+"""Boards that a list on one line names."""
+
+
+def add_rollout_command(commands: Any) -> None:
+    """Add it to the parser's commands."""
+    rollout = commands.add_parser("rollout", help="give boards a release in stages, look how far it is, stop it")
+    actions = rollout.add_subparsers(dest="action", required=True, metavar="ACTION")
+    start = actions.add_parser("start", help="begin with a release that `fedprune-server release` made")
+    start.add_argument("release", type=Path, metavar="DIR", help="the release's folder")
+    start.add_argument(
+        "--groups",
+        type=_groups,
+        metavar="SHARES",
+        help="of the boards, one stage each: 1,10%%,100%% is one board, a tenth, all (the default)",
+    )
+    start.add_argument(
+        "--success", type=_share, default=0.9, metavar="SHARE", help="of a stage, before the next (default: 90%%)"
+    )
+    start.add_argument(
+        "--errors", type=_share, default=0.1, metavar="SHARE", help="of a stage that may fail (default: 10%%)"
+    )
+    start.add_argument(
+        "--patience", type=float, default=60.0, metavar="MINUTES", help="that a board may say nothing new (default: 60)"
+    )
+    start.add_argument("--hours", type=float, default=24.0, metavar="H", help="that a stage may take (default: 24)")
+    start.add_argument("--attempts", type=whole_number, default=3, metavar="N", help="starts of a trial (default: 3)")
+    start.add_argument(
+        "--deadline", type=float, default=600.0, metavar="S", help="seconds of each until it is healthy (default: 600)"
+    )
+    start.add_argument("--devices", metavar="NAMES", help="these boards alone, with commas (default: all that are in)")
+    start.add_argument("--seed", type=int, default=0, help="another one chooses other boards to be early")
+    start.set_defaults(run=_start)
+    status = actions.add_parser("status", help="say how far the last rollout is, and what failed")
+    status.add_argument("--json", action="store_true", help="as JSON, for programs")
+    status.set_defaults(run=_status)
+    stop = actions.add_parser("stop", help="give the release to no more boards; those that have it keep it")
+    stop.add_argument("--reason", default="by the operator", metavar="TEXT", help="for the record")
+    stop.set_defaults(run=_stop)
+    for action in (start, status, stop):
+        action.add_argument("--state", type=Path, default=Path("fedprune-state"), metavar="DIR", help=_STATE)
+
+
+def _start(arguments: argparse.Namespace) -> int:
+    from fedprune_server.identity.folder import IdentityFolder
+    from fedprune_server.rollouts.store import RolloutStore
+
+    if arguments.attempts > MAX_ATTEMPTS or not 1 <= arguments.deadline <= MAX_SECONDS:
+        raise UsageError("a trial", expected=f"up to {MAX_ATTEMPTS} attempts of 1 to {MAX_SECONDS:g} s each")
+    with IdentityFolder(arguments.state) as identity:
+        release, manifest, signature = read_release(arguments.release, identity.key.verifying)
+        boards = _boards(arguments.devices, sorted(identity.store.members()))
+    rollout = Rollout.of(_plan(arguments, release), boards)
+    with RolloutStore(arguments.state) as store, store.starting():
+        leaves = _kept(store, arguments.release, release)
+        offer = ReleaseOffer(
+            release.number, manifest.decode(), signature.hex(), leaves, arguments.attempts, arguments.deadline
+        )
+        number = store.begin(offer, rollout, time.time(), joins=arguments.devices is None)
+    which = "all that are let in" if arguments.devices is None else "those that were named"
+    print(
+        f"rollout {number}: release {release.number} ({release.version}) to {quantity(len(boards), 'board')}, {which}"
+    )
+    for at in range(len(rollout.plan.stages)):
+        names = sorted(n for n, b in rollout.boards.items() if b.stage == at)
+        print(f"  stage {at + 1}: {quantity(len(names), 'board')}{_named(names)}")
+    print(f"a board that is off for {arguments.patience:g} minutes in its stage, or has no launcher, counts as failed:")
+    print("--devices chooses the boards")
+    if not held(arguments.state / _LOCK):
+        print("no server is running on this folder: it begins when one is started")
+    return int(ExitCode.OK)
+
+
+def _boards(given: str | None, members: list[str]) -> list[str]:
+    if not members:
+        raise ConfigError("no board is let in yet", hint="`fedprune-server claim` lets boards in.")
+    if given is None:
+        return members
+    names = [n.strip() for n in given.split(",") if n.strip()]
+    strange = sorted(set(names) - set(members))
+    if strange or not names:
+        raise ConfigError(
+            "--devices", expected="names of boards, as `fedprune-server devices` shows them", got=", ".join(strange)
+        )
+    return names
+
+
+def _plan(arguments: argparse.Namespace, release: Release) -> RolloutPlan:
+    shares = arguments.groups or [s.share for s in CAREFUL]
+    seconds = 3600 * arguments.hours
+    stages = tuple(Stage(share, arguments.success, arguments.errors, seconds) for share in shares)
+    board_seconds = 60 * arguments.patience
+    return RolloutPlan("release", str(release.number), stages, board_seconds=board_seconds, seed=arguments.seed)
+
+
+def _kept(store: RolloutStore, folder: Path, release: Release) -> tuple[str, ...]:
+    """Put a release's files where the daemon serves them; the digests of their leaf tables, in the manifest's order."""
+    store.check_free(release.number)  # so that nobody pulls what is deleted here
+    wanted = {f.sha256 for f in release.files}
+    for old in store.blobs.names():
+        if old not in wanted:
+            store.blobs.delete(old)
+    return tuple(store.blobs.put((folder / FILES / f.sha256).read_bytes()).leaves for f in release.files)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    entry = _latest(arguments.state)
+    if arguments.json:
+        print(json.dumps(None if entry is None else _body(entry), indent=2, sort_keys=True))
+    elif entry is None:
+        print("nothing was rolled out yet")
+    else:
+        print(describe(entry))
+        if entry.rollout.phase is RolloutPhase.RUNNING and not held(arguments.state / _LOCK):
+            print("no server is running on this folder: it goes on when one is started")
+    return int(ExitCode.OK)
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    from fedprune_server.rollouts.store import RolloutStore
+
+    _latest(arguments.state)
+    with RolloutStore(arguments.state) as store:
+        number = store.stop(arguments.reason)
+    print(f"rollout {number} is to stop: boards that have the release keep it")
+    if not held(arguments.state / _LOCK):
+        print("no server is running on this folder: it stops when one is started")
+    return int(ExitCode.OK)
+
+
+def _latest(state: Path) -> Entry | None:
+    from fedprune_server.identity.folder import IdentityFolder
+    from fedprune_server.rollouts.store import RolloutStore
+
+    IdentityFolder(state).close()  # without an identity there is nothing to roll out, and nothing is made
+    with RolloutStore(state) as store:
+        return store.latest()
+
+
+def describe(entry: Entry) -> str:
+    """How far a rollout is, as text."""
+    rollout, release = entry.rollout, Release.from_bytes(entry.offer.manifest.encode())
+    stage = f", stage {rollout.stage + 1} of {len(rollout.plan.stages)}" if rollout.stage >= 0 else ", not begun"
+    asked = ", to be stopped" if entry.wish is not None and rollout.phase is RolloutPhase.RUNNING else ""
+    counts = Counter(b.fate for b in rollout.boards.values())
+    words = {Fate.WELL: "have it", Fate.GIVEN: "at it", Fate.FAILED: "failed", Fate.WAITING: "not given it"}
+    gone = sorted(n for n, b in rollout.boards.items() if b.fate is Fate.GONE)
+    count = len(rollout.boards) - len(gone)
+    lines = [
+        f"rollout {entry.number} of release {release.number} ({release.version}): {rollout.phase.value}{stage}{asked}",
+        "  " + ", ".join(f"{counts[fate]} {what}" for fate, what in words.items()) + f", of {count}",
+    ]
+    if rollout.why:
+        lines.append(f"  {rollout.why}")
+    if gone:
+        lines.append(f"  {len(gone)} left the fleet before, and don't count{_named(gone)}")
+    for name, board in sorted(rollout.boards.items()):
+        if board.fate is Fate.GIVEN:
+            lines.append(f"  {name}: {_doing(entry.reports.get(name))}")
+        elif board.fate is Fate.FAILED:
+            lines.append(f"  {name}: failed: {board.reason}")
+    return "\n".join(lines)
+
+
+def _doing(report: dict[str, Any] | None) -> str:
+    if report is None:
+        return "nothing heard yet"
+    if report.get("state") == DOWNLOADING and report.get("total"):
+        return f"{DOWNLOADING}, {int(100 * report['done'] / report['total'])}% when it last said so"
+    return str(report.get("state"))
+
+
+def _body(entry: Entry) -> dict[str, Any]:
+    release = Release.from_bytes(entry.offer.manifest.encode())
+    return {
+        "number": entry.number,
+        "at": entry.at,
+        "release": release.number,
+        "version": release.version,
+        "stopping": entry.wish,
+        "committed": sorted(n for n, r in entry.reports.items() if r.get("state") == COMMITTED),
+        "reports": entry.reports,
+        **{k: v for k, v in entry.rollout.to_dict().items() if k != "format"},
+    }
+
+
+def _named(names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f": {', '.join(names[:_SHOWN])}{more}"
+
+
+def _groups(text: str) -> list[float]:
+    """Shares of the boards; a plain 1 is one board, whatever its share."""
+    return [CAREFUL[0].share if part.strip() == "1" else _share(part) for part in text.split(",")]
+
+
+def _share(text: str) -> float:
+    found = re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{1,6})?)%\s*", text)
+    if found is None or float(found[1]) > 100:
+        raise argparse.ArgumentTypeError(f"expected a share such as 10%, got {text!r}")
+    return float(found[1]) / 100

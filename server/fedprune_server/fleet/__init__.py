@@ -1,0 +1,1 @@
+"""Who is in the fleet, who is there, and whom to hear."""

@@ -1,0 +1,1 @@
+"""Who a server is, and whom it has let in."""

@@ -1,0 +1,246 @@
+"""A server's identity: its authority, its keys, and whom it has let in. `<state>/identity`, mode 0700.
+
+    authority.key, authority.pem, register.jsonl, crl.pem    the certificate authority (`fedprune.trust.authority`)
+    signing.key     what the server signs its messages with
+    epoch           its latest epoch
+    server.key, server.pem    what it connects to the broker with
+    broker.key, broker.pem    of the embedded broker, if there is one
+    web.key, web.pem          of the web server of blobs, if there is one
+    identity.db     claims, devices and answers (`fedprune_server.identity.store`)
+    site            the site's name; written last, so that a folder with it is whole
+
+Whoever has this folder is the server: back it up, and keep it to yourself.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from cryptography import x509
+
+from fedprune.disk import write_whole
+from fedprune.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
+from fedprune.trust.authority import CERTIFICATE, DEVICE_DAYS, SERVER, Authority
+from fedprune.trust.certificates import (
+    key_digest,
+    load_certificate,
+    load_tls_key,
+    make_request,
+    make_tls_key,
+    save_tls_key,
+    seconds_of,
+)
+from fedprune.trust.claim import Claim
+from fedprune.trust.epoch import EpochFile
+from fedprune.trust.keys import SigningKey
+from fedprune.trust.tls import PinnedContext, pinned_context
+from fedprune.wire.topics import check_device, check_name
+from fedprune_server.identity.store import IdentityStore
+
+log = logging.getLogger("fedprune.server")
+
+FOLDER = "identity"
+_SIGNING, _EPOCH, _KEY, _CERTIFICATE, _STORE, _SITE = (
+    "signing.key", "epoch", "server.key", "server.pem", "identity.db", "site",
+)  # fmt: skip
+_BROKER_LASTS_S = 365 * 24 * 3600
+_SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
+_BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
+_WEB_KEY, _WEB_CERTIFICATE = "web.key", "web.pem"
+
+
+class IdentityFolder:
+    """A server's identity.
+
+    Args:
+        state: The server's state folder.
+        clock: Seconds since 1970.
+        read_only: Only look: nothing is made, mended or issued, and a disk that can't be written to will do.
+
+    Attributes:
+        site: The site's name.
+        authority: The certificate authority.
+        key: What the server signs its messages with.
+        epochs: Its epochs.
+        store: Claims, devices and answers.
+
+    Raises:
+        IdentityError: There is none, or a file of it is damaged or open to other users.
+        StorageError: The disk fails.
+    """
+
+    def __init__(self, state: Path, clock: Callable[[], float] = time.time, *, read_only: bool = False) -> None:
+        self.path = state / FOLDER
+        try:
+            self.site = check_name((self.path / _SITE).read_text().strip(), "site")
+        except FileNotFoundError as error:
+            if (self.path / _STORE).exists():  # all that is made before the name
+                raise IdentityError(
+                    f"{self.path / _SITE} is missing", hint="Write the site's name into it, or restore a backup of it."
+                ) from error
+            raise IdentityError(
+                f"{state} has no identity", hint=f"Make one: fedprune-server init --state {state}"
+            ) from error
+        except OSError as error:
+            raise StorageError(f"can't read {self.path / _SITE}: {error.strerror}", hint=remedy(error)) from error
+        except (UnicodeDecodeError, ProtocolError) as error:
+            raise IdentityError(f"{self.path / _SITE} is damaged", hint="Write the site's name into it.") from error
+        self.authority = Authority(self.path, clock, read_only=read_only)
+        self.key = SigningKey.load(self.path / _SIGNING)
+        self.epochs = EpochFile(self.path / _EPOCH, clock)
+        self.store = IdentityStore(self.path / _STORE, read_only=read_only)
+
+    @classmethod
+    def make(cls, state: Path, site: str, clock: Callable[[], float] = time.time) -> IdentityFolder:
+        """A new identity; one whose making was broken off is completed.
+
+        Raises:
+            IdentityError: There is one already.
+            StorageError: The disk fails or is full.
+        """
+        check_name(site, "site")
+        path = state / FOLDER
+        if (path / _SITE).exists():
+            raise IdentityError(f"{state} has an identity already", hint="Keep it: every board knows the server by it.")
+        authority = Authority(path, clock) if (path / CERTIFICATE).exists() else Authority.make(path, site, clock)
+        if not (path / _SIGNING).exists():  # boards may know the one that is there
+            SigningKey.make().save(path / _SIGNING)
+        _issue_server(authority, path)
+        if not (path / _EPOCH).exists():
+            EpochFile.make(path / _EPOCH)
+        IdentityStore(path / _STORE).close()
+        write_whole(path / _SITE, site.encode())
+        return cls(state, clock)
+
+    def close(self) -> None:
+        """Close the database."""
+        with suppress(StorageError):
+            self.store.close()
+
+    def __enter__(self) -> IdentityFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def claim(self, device: str | None, seconds: int) -> Claim:
+        """A new one-time claim, kept by its key alone: its text is nowhere but in what this returns.
+
+        Args:
+            device: For whom; None for any one.
+            seconds: How long it can be used.
+
+        Raises:
+            JoinError: No device may have the name.
+            ProtocolError: The name is none.
+            StorageError: The disk fails or is full.
+        """
+        if device is not None and check_device(device) == SERVER:
+            raise JoinError(f"no device may be called {SERVER!r}", hint="Choose another name.")
+        made, now = Claim.make(self.authority.pin), self.authority.now()
+        self.store.add_claim(made, device, now, now + seconds)
+        return made
+
+    def revoke(self, device: str) -> tuple[int, int]:
+        """Shut a device out: its key at once, its certificates as soon as the broker loads the list again.
+
+        Returns:
+            How many keys and certificates that were.
+
+        Raises:
+            StorageError: The disk fails or is full; doing it again does the rest.
+        """
+        return self.store.revoke(check_device(device), self.authority.now()), self.authority.revoke_device(device)
+
+    def broker(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
+        """What an embedded broker encrypts with.
+
+        Args:
+            hosts: The names and addresses by which boards reach it.
+
+        Returns:
+            Paths of its certificate, that one's key, and the authority's certificate. The certificate is issued anew
+            where the hosts have changed, and in its last year.
+
+        Raises:
+            IdentityError: A host is neither name nor address.
+            StorageError: The disk fails or is full.
+        """
+        return self._listening(_BROKER_CERTIFICATE, _BROKER_KEY, hosts)
+
+    def web(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
+        """What a web server of blobs encrypts with; all else as `broker`."""
+        return self._listening(_WEB_CERTIFICATE, _WEB_KEY, hosts)
+
+    def _listening(self, certificate_name: str, key_name: str, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
+        certificate, private, wanted = self.path / certificate_name, self.path / key_name, sorted(set(hosts))
+        if not self._lasts(certificate, private, _BROKER_LASTS_S) or _hosts(certificate) != set(wanted):
+            key = make_tls_key()
+            issued = self.authority.issue_broker(wanted, make_request(key, "broker"))
+            save_tls_key(key, private)
+            write_whole(certificate, issued.encode())
+        return certificate, private, self.path / CERTIFICATE
+
+    def context(self, authority: Path | None = None) -> PinnedContext:
+        """TLS for the server's own connection to the broker.
+
+        The server's certificate is issued anew, with a new key, in the last third of its time: here, because whoever
+        connects as the server needs it, and because other commands may run as another user, root for one, whose
+        files the server couldn't read.
+
+        Args:
+            authority: Who vouches for the broker; this server by default.
+
+        Raises:
+            IdentityError: A file is damaged.
+        """
+        return pinned_context(*self.client(authority), self.authority.now)
+
+    def client(self, authority: Path | None = None) -> tuple[Path, Path, Path]:
+        """Paths of what `context` is made of: the authority, the server's certificate and that one's key.
+
+        Args:
+            authority: As `context`.
+
+        Raises:
+            IdentityError: As `context`.
+        """
+        certificate, key = (self.path / name for name in (_CERTIFICATE, _KEY))
+        if not self._lasts(certificate, key, _SERVER_LASTS_S):
+            try:
+                _issue_server(self.authority, self.path)
+            except StorageError as error:  # the old one may do until there is room
+                log.warning("no new certificate for the server yet: %s", error)
+        return authority or self.path / CERTIFICATE, certificate, key
+
+    def _lasts(self, certificate: Path, key: Path, seconds: int) -> bool:
+        """Whether a certificate is there, its key is this one, and it lasts so long, or as long as the authority."""
+        try:
+            found = load_certificate(certificate, "certificate")
+            if key_digest(found.public_key()) != key_digest(load_tls_key(key).public_key()):
+                return False
+        except (IdentityError, ProtocolError):
+            return False
+        authority_ends = seconds_of(self.authority.certificate.not_valid_after_utc)
+        return seconds_of(found.not_valid_after_utc) >= min(self.authority.now() + seconds, authority_ends)
+
+
+def _issue_server(authority: Authority, folder: Path) -> None:
+    key = make_tls_key()
+    issued = authority.issue_server(make_request(key, SERVER))
+    save_tls_key(key, folder / _KEY)
+    write_whole(folder / _CERTIFICATE, issued.encode())
+
+
+def _hosts(certificate: Path) -> set[str]:
+    """The names and addresses that a broker's certificate is for."""
+    found = load_certificate(certificate, "the broker's certificate")
+    try:
+        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return set()
+    return {str(n.value) for n in names}

@@ -1,0 +1,1 @@
+"""Processes that take in updates beside the server's own."""

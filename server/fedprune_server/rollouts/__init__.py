@@ -1,0 +1,1 @@
+"""Releases of the boards' runtime on their way to boards."""

@@ -1,0 +1,326 @@
+"""What a server is told to do: one TOML file, overridden by the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fedprune import setting_checks
+from fedprune.errors import ConfigError, FedpruneError, shown
+from fedprune.job import Job
+from fedprune.strategies import compose
+from fedprune.toml_file import read_toml
+from fedprune.trust.tls import SYSTEM
+from fedprune.wire.blob_ref import LEAF
+from fedprune.wire.blob_url import BlobUrl
+from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
+from fedprune.wire.topics import check_name
+from fedprune_server.bucket.bucket import FOLDER, parse
+from fedprune_server.settings.cluster_url import PROCESSES, check_url
+
+EMBEDDED = "embedded"
+OFF = "off"
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+_TABLES = ("job", "model", "evaluation", "calibration", "server")
+_SERVER_TEXTS = (
+    "site",
+    "broker",
+    "ca",
+    "host",
+    "state",
+    "database",
+    "blobs",
+    "profiles",
+    "blob_url",
+    "serve_blobs",
+    "workers_url",
+)
+_SERVER_NUMBERS = ("port", "keep", "pulls", "receivers", "workers", "max_devices", "max_packet", "cache_mib")
+_SERVER_SWITCHES = ("archive", "slabs")
+_ELSEWHERE = ("state", "database")
+"""What the state folder itself is, or says; not among the settings that the database keeps."""
+
+_SERVER_REALS = ("weight",)
+_SERVER = (*_SERVER_TEXTS, *_SERVER_NUMBERS, *_SERVER_SWITCHES, *_SERVER_REALS)
+_SIMULATED = ("devices", "data", "dropouts", "weather", "availability", "simulation")
+"""Tables that only a simulation reads, so that one file serves both."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Settings of a server and its job.
+
+    Attributes:
+        job: The job.
+        model: The ONNX file (or torch factory, as `package.module:factory`) with which the job begins; None if the
+            state folder has it.
+        input_shape: One sample's shape, where a torch factory's module doesn't say it; None else.
+        evaluation: A `.npz` file or `package.module:function` with the server's own samples, or None.
+        calibration: The same for samples on which batch-norm statistics are measured anew; without labels.
+        site: First part of the topics: devices and servers of one site hear each other.
+        broker: `embedded`, or the address of a broker such as `mqtt://broker:1883`.
+        ca: A file of the authorities that vouch for a broker at `mqtts://`, or `system` for those of the system; the
+            fleet's own authority where there is none.
+        host: The address on which the embedded broker listens.
+        port: Its port, 0 for a free one, None for the usual one: 8883, or without TLS 1883.
+        state: The folder in which everything lies that must survive a crash.
+        database: The database's URL; None for what the state folder says, at first SQLite in it.
+        blobs: Where blobs are kept: `folder`, the state folder, or `s3://bucket/prefix`.
+        cache_mib: MiB of blobs in a bucket that the state folder may hold, too.
+        keep: How many of the latest global models are kept.
+        archive: All models, updates and events are kept instead, for `fedprune-server replay`.
+        pulls: From how many devices updates are pulled at the same time.
+        receivers: Processes that take in updates, each so many at a time; 0 for the server's own alone.
+        workers: Processes that make submodels; more than one pay where making one is dear.
+        workers_url: Where helpers are: `processes`, or a Ray cluster, as `ray:auto` or `ray://host:10001`.
+        profiles: A folder of hardware profiles of your own, beside the shipped ones.
+        max_devices: How many devices may ever take part; announcements of further ones are ignored.
+        slabs: What many devices pull is published once for all of them, where all of the site can read it.
+        max_packet: Bytes of an MQTT packet that the broker lets through; a message is refused that is larger.
+        blob_url: Where boards are told that blobs lie on the web; `off` for nowhere.
+        serve_blobs: Where this server gives out blobs over HTTPS, as `[ADDRESS:]PORT`; `off` for nowhere.
+        weight: The job's share of the boards in comparison with other jobs of the server; 0 to pause it beside them.
+    """
+
+    job: Job = field(default_factory=Job)
+    model: str | None = None
+    evaluation: str | None = None
+    calibration: str | None = None
+    site: str = "default"
+    broker: str = EMBEDDED
+    host: str = "127.0.0.1"
+    port: int | None = None
+    state: Path = Path("fedprune-state")
+    keep: int = 3
+    archive: bool = False
+    pulls: int = 4
+    workers: int = 1
+    profiles: Path | None = None
+    max_devices: int = 1000
+    max_packet: int = MAX_PACKET
+    ca: Path | None = None
+    input_shape: tuple[int, ...] | None = None
+    database: str | None = None
+    slabs: bool = True
+    blob_url: str = OFF
+    serve_blobs: str = OFF
+    blobs: str = FOLDER
+    cache_mib: int = 10240
+    workers_url: str = PROCESSES
+    weight: float = 1.0
+    receivers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
+            raise ConfigError(
+                "server: broker", expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...", got=repr(self.broker)
+            )
+        for name, low, high in (
+            ("keep", 1, 10**6),
+            ("pulls", 1, 1000),
+            ("receivers", 0, 64),
+            ("workers", 1, 1000),
+            ("max_devices", 1, 10**6),
+            ("cache_mib", 1, 10**9),
+            ("max_packet", LEAF + PACKET_OVERHEAD, MAX_PAYLOAD + PACKET_OVERHEAD),
+        ):
+            setting_checks.whole(f"server: {name}", getattr(self, name), low, high)
+        if self.blobs != FOLDER:
+            parse(self.blobs)
+            if self.receivers:
+                raise ConfigError(
+                    "server: receivers", expected=f"0, or blobs = {FOLDER!r}", got=self.receivers,
+                    hint="Receivers write into the state folder; with a bucket the server takes in updates by itself.",
+                )  # fmt: skip
+        check_url(self.workers_url)
+        if self.port is not None:
+            setting_checks.whole("server: port", self.port, 0, 65_535)
+        setting_checks.number("server: weight", self.weight, 0.0, 1000.0)
+        for name in _SERVER_SWITCHES:
+            setting_checks.truth(f"server: {name}", getattr(self, name))
+        if self.profiles is not None and not self.profiles.is_dir():
+            raise ConfigError("server: profiles", expected="a folder that exists", got=str(self.profiles))
+        if self.ca not in (None, SYSTEM) and not Path(self.ca or "").is_file():
+            raise ConfigError("server: ca", expected=f"a file that exists, or {str(SYSTEM)!r}", got=str(self.ca))
+        if self.ca is not None and not self.broker.startswith("mqtts://"):
+            raise ConfigError("server: ca", expected="a broker at mqtts://", got=repr(self.broker))
+        if self.blob_url != OFF:
+            try:
+                BlobUrl.parse(self.blob_url, "server: blob_url")
+            except FedpruneError as error:
+                raise ConfigError("server: blob_url", expected=error.expected, got=error.got) from error
+        _place(self.serve_blobs, self.host)
+        if not self.host:
+            raise ConfigError("server: host", expected="an address, such as 127.0.0.1 or 0.0.0.0", got="''")
+        try:
+            check_name(self.site, "site")
+        except FedpruneError as error:
+            raise ConfigError("server: site", expected=error.expected, got=error.got) from error
+
+    @property
+    def kept(self) -> int | None:
+        """How many of the latest global models are kept, None for everything."""
+        return None if self.archive else self.keep
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the server runs its own broker."""
+        return self.broker == EMBEDDED
+
+    @property
+    def blobs_at(self) -> str | None:
+        """Where blobs lie on the web, as boards are told; None where nobody said it."""
+        return None if self.blob_url == OFF else str(BlobUrl.parse(self.blob_url))
+
+    @property
+    def web_place(self) -> tuple[str, int] | None:
+        """The address and the port on which this server gives out blobs; None where it doesn't."""
+        return _place(self.serve_blobs, self.host)
+
+    def server_settings(self) -> dict[str, Any]:
+        """What the table [server] says, as JSON, with paths that hold in every folder; all but where that is kept."""
+        values = {k: getattr(self, k) for k in _SERVER if k not in _ELSEWHERE}
+        return {k: str(v if v == SYSTEM else v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def read_config(path: Path) -> ServerConfig:
+    """Read a `fleet.toml`. Paths in it count from its folder.
+
+    Raises:
+        ConfigError: It can't be read, is no TOML, or a key is unknown or has a wrong value; the message names file,
+            table and key.
+        MissingExtraError: Python 3.10 without the package tomli.
+    """
+    return parse_config(read_toml(path, ConfigError), str(path), path.parent)
+
+
+def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerConfig:
+    """Check the tables of a `fleet.toml`.
+
+    Args:
+        body: The tables.
+        where: The file's name, for errors.
+        folder: What relative paths count from.
+
+    Raises:
+        ConfigError: As `read_config`.
+    """
+    setting_checks.only((*_TABLES, *_SIMULATED), body, where, "table")
+    for table in body.keys() - set(_SIMULATED):
+        if not isinstance(body[table], Mapping):
+            raise ConfigError(f"{where}: {table}", expected=f"a table [{table}]", got=repr(body[table]))
+    values: dict[str, Any] = {}
+    model, server = (body.get(t, {}) for t in ("model", "server"))
+    setting_checks.only(("path", "input_shape"), model, f"{where}: [model]")
+    setting_checks.only(_SERVER, server, f"{where}: [server]")
+    if "path" in model:
+        values["model"] = _source(_text(model["path"], f"{where}: [model] path"), folder)
+    if "input_shape" in model:
+        values["input_shape"] = _shape(model["input_shape"], f"{where}: [model] input_shape")
+    for table in ("evaluation", "calibration"):
+        data = body.get(table, {})
+        setting_checks.only(("data",), data, f"{where}: [{table}]")
+        if "data" in data:
+            values[table] = _source(_text(data["data"], f"{where}: [{table}] data"), folder)
+    for key in _SERVER_TEXTS:
+        if key in server:
+            values[key] = _text(server[key], f"{where}: [server] {key}")
+    for key in ("state", "profiles", "ca"):
+        if key in values:
+            values[key] = SYSTEM if (key, values[key]) == ("ca", str(SYSTEM)) else folder / values[key]
+    values.update({key: server[key] for key in (*_SERVER_NUMBERS, *_SERVER_SWITCHES, *_SERVER_REALS) if key in server})
+    return _located(lambda: ServerConfig(job=Job.from_dict(body.get("job", {})), **values), where)
+
+
+def overridden(config: ServerConfig, job: Mapping[str, Any], server: Mapping[str, Any]) -> ServerConfig:
+    """The configuration with what the command line says instead; None means that it says nothing.
+
+    Raises:
+        ConfigError: A value is wrong.
+    """
+    chosen = {k: v for k, v in job.items() if v is not None}
+    if chosen.get("schedule", {}).get("kind") == config.job.schedule.get("kind"):
+        chosen.pop("schedule", None)  # with the other keys of the same kind
+    values = {k: v for k, v in server.items() if v is not None}
+
+    def build() -> ServerConfig:
+        return replace(config, job=replace(config.job, **chosen), **values)
+
+    return _located(build, "command line")
+
+
+def with_stored(config: ServerConfig, stored: Mapping[str, Any], chosen: Mapping[str, Any]) -> ServerConfig:
+    """The configuration with the server's settings of an earlier start.
+
+    Args:
+        config: The configuration.
+        stored: What `server_settings` gave then.
+        chosen: What the command line says; None means that it says nothing. What it says is left to `overridden`, so
+            that it also replaces a setting that has become wrong.
+
+    Raises:
+        ConfigError: A setting no longer makes sense.
+    """
+    values = {k: v for k, v in stored.items() if k in _SERVER and k not in _ELSEWHERE and chosen.get(k) is None}
+    broker = str(chosen.get("broker") or values.get("broker", EMBEDDED))
+    for key in ("ca", "profiles"):
+        if values.get(key) is not None:
+            values[key] = Path(values[key])
+    if not broker.startswith("mqtts://") or chosen.get("broker") is not None:
+        values.pop("ca", None)  # the authority of another broker than the one to use
+    return _located(lambda: replace(config, **values), "settings of the last start")
+
+
+def without_password(broker: str) -> str:
+    """A broker's address as it may be shown."""
+    scheme, mark, rest = broker.partition("://")
+    return f"{scheme}{mark}{rest.rpartition('@')[2]}"
+
+
+def _located(build: Callable[[], ServerConfig], where: str) -> ServerConfig:
+    config = ServerConfig()
+    try:
+        config = build()
+        compose(config.job)  # a wrong option is better known now than when the first device is there
+        return config
+    except ConfigError as error:
+        what = error.what
+        kind, _, option = what.partition(": ")
+        if kind == "allocator" and option in config.job.options:
+            what = f"[job] option {option} of {config.job.strategy}"
+        for table in ("job", "recipe", "server"):
+            if what.startswith(f"{table}: "):
+                name = "job.recipe" if table == "recipe" else table
+                what = f"[{name}] {what.removeprefix(f'{table}: ')}"
+        raise ConfigError(f"{where}: {what}", expected=error.expected, got=error.got, hint=error.hint) from error
+
+
+def _place(text: str, host: str) -> tuple[str, int] | None:
+    if text == OFF:
+        return None
+    address, colon, port = text.rpartition(":")
+    if not port.isascii() or not port.isdecimal() or int(port) > 65_535 or (colon and not address):
+        raise ConfigError("server: serve_blobs", expected=f"[ADDRESS:]PORT, or {OFF!r}", got=shown(text))
+    return address.strip("[]") or host, int(port)
+
+
+def _source(text: str, folder: Path) -> str:
+    """A file counted from `folder`; the name of a function stays as it is."""
+    module, colon, name = text.rpartition(":")
+    function = bool(colon) and name.isidentifier() and all(p.isidentifier() for p in module.split("."))
+    return text if function else str(folder / text)
+
+
+def _shape(value: object, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value or any(type(n) is not int or n < 1 for n in value):
+        raise ConfigError(where, expected="a list of sizes of 1 or more, such as [3, 32, 32]", got=shown(value))
+    return tuple(value)
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(where, expected="a text", got=repr(value))
+    return value

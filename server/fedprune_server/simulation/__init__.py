@@ -1,0 +1,1 @@
+"""Fleets on a virtual clock, their data and circumstances, and reports of what came of them."""

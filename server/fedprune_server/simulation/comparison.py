@@ -1,0 +1,171 @@
+"""Several runs side by side: one page with their curves, their finals, and what a target cost each of them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fedprune.errors import StorageError
+from fedprune.quantity import quantity
+from fedprune_server.simulation import pictures
+from fedprune_server.simulation.record import Record, beside
+from fedprune_server.simulation.report import CSS, TAIL, html_table, markdown_table, shown
+from fedprune_server.simulation.run_folder import RECORD
+
+PAGE = "comparison.html"
+
+
+def read_runs(places: Sequence[Path]) -> tuple[Record, ...]:
+    """Runs from their folders or `metrics.json` files; runs of the same title are told apart by where they lie.
+
+    Args:
+        places: Folders or files; a folder that has a reference brings only the run itself.
+
+    Raises:
+        StorageError: There is no run, or none of its rounds has ended, or they measure different things.
+    """
+    runs = [(p, Record.load(p / RECORD.format("") if p.is_dir() else p)) for p in places]
+    for place, run in runs:
+        if not run.rounds:
+            raise StorageError(f"the run in {place} has no finished round")
+        if run.measure != runs[0][1].measure:
+            raise StorageError(f"the run in {place} measures {run.measure}", expected=runs[0][1].measure)
+    titles = [run.title for _, run in runs]
+    named = [
+        run if titles.count(run.title) == 1 else replace(run, title=f"{run.title} ({_place(place)})")
+        for place, run in runs
+    ]
+    return tuple(named)
+
+
+def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
+    """What each run came to; the first row is the header. Accuracies and losses are means over the last rounds."""
+    kind = runs[0].measure
+    own = [f"{kind}_{m}" for m in beside(runs)]
+    names: dict[str, None] = {}
+    for run in runs:
+        for row in run.rounds:
+            names |= dict.fromkeys(n for n in row.measured if n.endswith("_loss") == (kind == "loss"))
+    head = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs", f"own {kind}", f"global {kind}")
+    rows = [(*head, *(f"own {m.partition('_')[2]}" for m in own), *names)]
+    for run in runs:
+        local, whole = run.final(TAIL)
+        more = [_tail(run.own_means(m)) for m in own] + [_tail(run.measured_values(n)) for n in names]
+        rows.append(
+            (
+                run.title,
+                str(len(run.rounds)),
+                f"{run.last.at:.0f}",
+                f"{run.last.down / 1e6:.2f}",
+                f"{run.last.up / 1e6:.2f}",
+                f"{run.macs() / 1e12:.3g}" if run.macs() else "–",
+                shown(run, local),
+                shown(run, whole),
+                *(shown(run, math.nan if v is None else v) for v in more),
+            )
+        )
+    return rows
+
+
+def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
+    """What it cost each run until its global model was as good as a target; the first row is the header.
+
+    Speed-ups are the first run's simulated time over each one's.
+    """
+    reached = [run.reached(target, run.global_values()) for run in runs]
+    rows: list[tuple[str, ...]] = [("run", "round", "seconds", "speed-up", "MB down and up", "training TMACs")]
+    first = reached[0]
+    for run, row in zip(runs, reached, strict=True):
+        if row is None:
+            rows.append((run.title, "never", "–", "–", "–", "–"))
+            continue
+        macs = sum(r.macs for r in run.rounds if r.round <= row.round)
+        rows.append(
+            (
+                run.title,
+                str(row.round),
+                f"{row.at:.0f}",
+                f"{first.at / row.at:.2f}" if first is not None and row.at else "–",
+                f"{(row.down + row.up) / 1e6:.2f}",
+                f"{macs / 1e12:.3g}" if macs else "–",
+            )
+        )
+    return rows
+
+
+def comparison_text(runs: Sequence[Record], targets: Sequence[float] = ()) -> str:
+    """The tables as text for a terminal."""
+    parts = [markdown_table(final_rows(runs))]
+    parts += [f"{_target(runs[0], t)}\n{markdown_table(target_rows(runs, t))}" for t in targets]
+    return "\n\n".join(parts)
+
+
+def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[float] = ()) -> Path:
+    """Write `comparison.html`, which needs nothing else, and `comparison.md` with its picture.
+
+    Args:
+        folder: Where to; it is made if it isn't there.
+        runs: The runs, the one to compare with first.
+        targets: Accuracies (losses) whose cost is compared.
+
+    Returns:
+        The page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = pictures.curves(runs, folder / "comparison.png")
+    tables = [("Finals", final_rows(runs)), *((_target(runs[0], t), target_rows(runs, t)) for t in targets)]
+    tail = min(TAIL, max(len(r.rounds) for r in runs))
+    intro = (
+        f"{quantity(len(runs), 'run')}. {'Losses' if runs[0].measure == 'loss' else 'Accuracies'} of the table are "
+        f"means over the last {quantity(tail, 'round')}; a device's own are what it measured last, every device "
+        "counting alike."
+    )
+    title = "Runs compared"
+    encoded = base64.b64encode(picture.read_bytes()).decode()
+    maps = _maps(folder, runs)
+    page = folder / PAGE
+    page.write_text(
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{CSS}</style></head><body><h1>{title}</h1><p>{html.escape(intro)}</p>"
+        + "".join(f"<h2>{html.escape(name)}</h2>{html_table(rows)}" for name, rows in tables)
+        + f'<h2>Learning</h2><img alt="Learning" src="data:image/png;base64,{encoded}">'
+        + "".join(f"<h2>{html.escape(name)}</h2>{image}" for name, image in maps)
+        + "</body></html>\n",
+        encoding="utf-8",
+    )
+    parts = [f"# {title}", intro, *(f"## {name}\n\n{markdown_table(rows)}" for name, rows in tables)]
+    (folder / "comparison.md").write_text(
+        "\n\n".join([*parts, f"## Learning\n\n![Learning]({picture.name})"]) + "\n", encoding="utf-8"
+    )
+    return page
+
+
+def _maps(folder: Path, runs: Sequence[Record]) -> list[tuple[str, str]]:
+    """Channel maps over the rounds, where they were noted."""
+    found = []
+    for i, run in enumerate(runs):
+        if any(r.coverage for r in run.rounds):
+            raw = pictures.coverage_map(run, folder / f"coverage-{i + 1}.png").read_bytes()
+            encoded = base64.b64encode(raw).decode()
+            found.append(
+                (f"Channels over rounds: {run.title}", f'<img alt="Channels" src="data:image/png;base64,{encoded}">')
+            )
+    return found
+
+
+def _tail(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values[-TAIL:] if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _target(run: Record, target: float) -> str:
+    return f"Until the global model's {run.measure} was {shown(run, target)}"
+
+
+def _place(place: Path) -> str:
+    return (place if place.suffix != ".json" else place.parent).name or str(place)

@@ -1,0 +1,119 @@
+"""What is to be simulated: a job with its fleet, its data and its circumstances."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune import __version__
+from fedprune.job import Job
+from fedprune.strategies.own import own_code
+from fedprune_export.imported import Model
+from fedprune_server.simulation.trainers import ONNXRUNTIME
+from fedprune_server.simulation.virtual_device import VirtualDevice
+from fedprune_server.simulation.weather import Availability, DropOuts, Weather
+from fedprune_server.work.evaluator import Evaluation
+from fedprune_server.work.measure import Hook, described
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """What is to be simulated.
+
+    Attributes:
+        title: For people.
+        job: The job.
+        model: The model.
+        devices: The fleet.
+        evaluation: The server's own samples, or None.
+        calibration: Samples on which it measures batch-norm statistics, or None.
+        dropouts: How devices vanish.
+        weather: How links and boards vary.
+        availability: When devices are there.
+        measure: What is measured of the global model, in the simulation alone.
+        checkpoints: After every so many rounds the global model is kept; 0 for never.
+        trainer: What trains: `onnxruntime` as on boards, or another that `fedprune_server.simulation.trainers` knows.
+        workers: In how many processes.
+    """
+
+    title: str
+    job: Job
+    model: Model
+    devices: Sequence[VirtualDevice]
+    evaluation: Evaluation | None = None
+    calibration: npt.NDArray[np.float32] | None = None
+    dropouts: DropOuts = field(default_factory=DropOuts)
+    weather: Weather = field(default_factory=Weather)
+    availability: Availability = field(default_factory=Availability)
+    measure: Hook | None = None
+    checkpoints: int = 0
+    trainer: str = ONNXRUNTIME
+    workers: int = 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of all that decides the run.
+
+        The model counts with its graph as well as its architecture, which says nothing about activations; our own code
+        by its version, and a user's own strategy by its files. It is worked out once: that takes a while with a large
+        model and much data.
+        """
+        code = [__version__, own_code(self.job)]
+        settings = [self.job.to_dict(), asdict(self.dropouts), self._circumstances(), code]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        digest.update(self.model.architecture.digest.encode())
+        digest.update(hashlib.sha256(self.model.graph.to_bytes()).digest())
+        for device in sorted(self.devices, key=lambda d: d.name):
+            data = [device.samples, device.fingerprint]
+            digest.update(json.dumps([device.name, device.profile.to_dict(), *data], sort_keys=True).encode())
+        _add(digest, self.evaluation or ())
+        _add(digest, () if self.calibration is None else (self.calibration,))
+        return digest.hexdigest()
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the run, as JSON: what is large (model, data) by its digest."""
+        return {
+            "fedprune": __version__,
+            "title": self.title,
+            "fingerprint": self.fingerprint,
+            "job": self.job.to_dict(),
+            "model": {"name": self.model.architecture.name, "architecture": self.model.architecture.digest},
+            "dropouts": asdict(self.dropouts),
+            **self._circumstances(),
+            "checkpoints": self.checkpoints,
+            "evaluation": 0 if self.evaluation is None else len(self.evaluation[1]),
+            "calibration": 0 if self.calibration is None else len(self.calibration),
+            "devices": [
+                {
+                    "name": d.name,
+                    "profile": d.profile.name,
+                    "link": asdict(d.profile.link),
+                    "samples": d.samples,
+                    "data": d.fingerprint,
+                }
+                for d in self.devices
+            ],
+        }
+
+    def _circumstances(self) -> dict[str, Any]:
+        return {
+            "weather": asdict(self.weather),
+            "availability": asdict(self.availability),
+            "trainer": self.trainer,
+            "measure": described(self.measure),
+        }
+
+
+def _add(digest: hashlib._Hash, arrays: Iterable[npt.NDArray[Any]]) -> None:
+    """Add arrays with their types and shapes, so that no two lists of arrays add the same bytes."""
+    arrays = list(arrays)
+    digest.update(json.dumps([[a.dtype.str, a.shape] for a in arrays]).encode())
+    for array in arrays:
+        digest.update(array.tobytes())

@@ -1,0 +1,306 @@
+"""Many runs, each in a process of its own: side by side on this machine, or on a Ray cluster.
+
+A run is a name and settings, and leaves its results in a folder of its own. What has finished is not done again; a
+run that fails, or whose process is killed, costs no other run. Nothing but files passes between the processes, so that
+it makes no difference how many there are or where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedprune.disk import locked, storage_errors, write_whole
+from fedprune.errors import ConfigError, FedpruneError, MissingExtraError, StorageError, shown
+from fedprune.wire.topics import check_name
+from fedprune_server.children import begin_helper
+from fedprune_server.settings.differences import differences
+
+DONE, FAILED, PROGRESS = "done.json", "failed.txt", "progress.json"
+"""Files of a run's folder."""
+
+_LOCK = ".lock"
+_POLL_S = 0.2
+_REPORT_S = 0.5
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be done.
+
+    Attributes:
+        name: Its name, which is its folder's.
+        settings: Everything that decides it, as JSON types.
+
+    Raises:
+        ConfigError: The name can't be one of a folder.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            check_name(self.name, "name of a run")
+        except FedpruneError as error:
+            raise ConfigError("name of a run", expected=error.expected, got=shown(self.name)) from error
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What came of a run.
+
+    Attributes:
+        name: The run.
+        result: What its work returned; None where it failed.
+        error: Why it failed; empty where it didn't.
+        seconds: How long it took, when it was done.
+    """
+
+    name: str
+    result: dict[str, Any] | None
+    error: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands.
+
+    Attributes:
+        name: The run.
+        state: `waiting`, `running`, `done` or `failed`.
+        share: How much of it is done, from 0 to 1.
+        note: For people.
+    """
+
+    name: str
+    state: str
+    share: float = 0.0
+    note: str = ""
+
+
+Report = Callable[[float, str], None]
+"""Takes the share of a run that is done, and a note for people."""
+
+WorkOf = Callable[[Run, Path, Report], Mapping[str, Any]]
+"""Does a run in a folder and returns its result, as JSON types; a module's function, which other processes import."""
+
+Watch = Callable[[Sequence[Standing]], None]
+
+
+def carry_out(
+    work: WorkOf, runs: Sequence[Run], out: Path, *, workers: int = 1, ray: bool = False, watch: Watch | None = None
+) -> list[Ended]:
+    """Do runs, each in a process of its own.
+
+    Args:
+        work: What a run is.
+        runs: The runs.
+        out: Their folders' folder. On a cluster all machines must see it.
+        workers: How many at a time; on Ray the cluster's cores decide, unless a cluster is started here.
+        ray: Whether Ray does them.
+        watch: Told now and then where all runs stand.
+
+    Returns:
+        What came of each, in their order.
+
+    Raises:
+        ConfigError: Two runs have the same name.
+        MissingExtraError: Ray is wanted and not installed.
+        StorageError: A folder holds another run, another process does runs there, or the disk fails.
+    """
+    names = [r.name for r in runs]
+    if len(set(names)) < len(names):
+        raise ConfigError("runs", expected="a name for each", got=shown(next(n for n in names if names.count(n) > 1)))
+    with storage_errors(f"can't make {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+    hint = "Wait for its end and give the command again, or give another folder."
+    with locked(out / _LOCK, f"another command does runs in {out}", hint):
+        return _carried_out(work, runs, out, workers, ray, watch)
+
+
+def _carried_out(
+    work: WorkOf, runs: Sequence[Run], out: Path, workers: int, ray: bool, watch: Watch | None
+) -> list[Ended]:
+    waiting = [r for r in runs if _finished(r, out / r.name) is None]
+    for run in waiting:
+        with storage_errors(f"can't write {out / run.name}"):
+            (out / run.name).mkdir(parents=True, exist_ok=True)
+            (out / run.name / FAILED).unlink(missing_ok=True)
+            (out / run.name / PROGRESS).unlink(missing_ok=True)
+    pool: _Processes | _Ray = _Ray(workers) if ray and waiting else _Processes(workers)
+    try:
+        while waiting or pool.active:
+            while waiting and pool.free:
+                pool.start(work, waiting.pop(0), out)
+            time.sleep(_POLL_S)
+            for run, why in pool.ended():
+                if why and _finished(run, out / run.name) is None and not (out / run.name / FAILED).exists():
+                    write_whole(out / run.name / FAILED, why.encode())
+            if watch is not None:
+                watch([_standing(r, out, r.name in pool.active) for r in runs])
+    finally:
+        pool.close()
+    return [_ended(r, out) for r in runs]
+
+
+class _Processes:
+    """Runs in processes of this machine."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        # A fork would copy whatever locks other threads hold at that moment.
+        self._context = multiprocessing.get_context("spawn")
+        self.active: dict[str, tuple[Run, Any]] = {}
+
+    @property
+    def free(self) -> bool:
+        """Whether another run may start."""
+        return len(self.active) < self._workers
+
+    def start(self, work: WorkOf, run: Run, out: Path) -> None:
+        """Start a run."""
+        process = self._context.Process(target=_do_here, args=(os.getpid(), work, run, out), name=run.name)
+        process.start()
+        self.active[run.name] = (run, process)
+
+    def ended(self) -> list[tuple[Run, str]]:
+        """Runs whose processes are over, and what may be wrong with them."""
+        over = [(run, process) for run, process in self.active.values() if not process.is_alive()]
+        for run, process in over:
+            process.join()
+            del self.active[run.name]
+        return [(run, f"its process ended with exit code {process.exitcode}") for run, process in over]
+
+    def close(self) -> None:
+        """End what still runs."""
+        for _, process in self.active.values():
+            process.terminate()
+        for _, process in self.active.values():
+            process.join()
+
+
+class _Ray:
+    """Runs on a Ray cluster; on one that is started here where there is none."""
+
+    def __init__(self, workers: int) -> None:
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("Ray is not installed", hint="pip install 'fedprune[scale]'.") from error
+        self._ray = ray
+        self._mine = not ray.is_initialized()
+        if self._mine:
+            # What can be imported here must be there, too: a work may be a module of the current folder.
+            there = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
+            try:
+                ray.init(address="auto", log_to_driver=False, runtime_env=there)
+            except ConnectionError:
+                ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, runtime_env=there)
+        self._do = ray.remote(num_cpus=1, max_retries=0)(_do)
+        self.active: dict[str, tuple[Run, Any]] = {}
+
+    @property
+    def free(self) -> bool:
+        """Ray lets runs wait itself."""
+        return True
+
+    def start(self, work: WorkOf, run: Run, out: Path) -> None:
+        """Start a run."""
+        self.active[run.name] = (run, self._do.remote(work, run, out.resolve()))
+
+    def ended(self) -> list[tuple[Run, str]]:
+        """Runs that are over, and what may be wrong with them."""
+        found = []
+        for run, task in list(self.active.values()):
+            if not self._ray.wait([task], timeout=0)[0]:
+                continue
+            del self.active[run.name]
+            try:
+                self._ray.get(task)
+                found.append((run, "it left no result"))
+            except Exception as error:  # noqa: BLE001 - a worker may die in any way
+                found.append((run, str(error).strip() or type(error).__name__))
+        return found
+
+    def close(self) -> None:
+        """Leave the cluster; one that was started here ends."""
+        for _, task in self.active.values():
+            self._ray.cancel(task, force=True)
+        if self._mine:
+            self._ray.shutdown()
+
+
+def _do_here(parent: int, work: WorkOf, run: Run, out: Path) -> None:
+    begin_helper(parent)
+    _do(work, run, out)
+
+
+def _do(work: WorkOf, run: Run, out: Path) -> None:
+    """Do one run and leave its result, or why it failed; in a process of its own."""
+    folder = out / run.name
+    began = last = time.monotonic()
+
+    def report(share: float, note: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _REPORT_S:
+            last = time.monotonic()
+            write_whole(folder / PROGRESS, json.dumps({"share": share, "note": note}).encode())
+
+    try:
+        result = dict(work(run, folder, report))
+        body = {"settings": dict(run.settings), "result": result, "seconds": time.monotonic() - began}
+        write_whole(folder / DONE, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+    except Exception as error:  # noqa: BLE001 - whatever it is, it must not end other runs
+        text = str(error) if isinstance(error, FedpruneError) else traceback.format_exc()
+        write_whole(folder / FAILED, f"{type(error).__name__}: {text}\n".encode())
+
+
+def _finished(run: Run, folder: Path) -> dict[str, Any] | None:
+    """What a finished run left."""
+    path = folder / DONE
+    try:
+        body = json.loads(path.read_bytes())
+        settings, result = body["settings"], dict(body["result"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{path} can't be read ({type(error).__name__}: {error})", hint="Delete it.") from error
+    given = json.loads(json.dumps(dict(run.settings)))
+    if settings != given:
+        raise StorageError(
+            f"{folder} holds a run with other settings",
+            got=differences(settings, given),
+            hint=f"Take another folder or another name, or delete {folder} to run it anew.",
+        )
+    return {"result": result, "seconds": float(body["seconds"])}
+
+
+def _ended(run: Run, out: Path) -> Ended:
+    found = _finished(run, out / run.name)
+    if found is not None:
+        return Ended(run.name, found["result"], "", found["seconds"])
+    failed = out / run.name / FAILED
+    return Ended(run.name, None, failed.read_text().strip() if failed.exists() else "it was not done")
+
+
+def _standing(run: Run, out: Path, active: bool) -> Standing:
+    folder = out / run.name
+    if (folder / DONE).exists():
+        return Standing(run.name, "done", 1.0)
+    if (folder / FAILED).exists():
+        return Standing(run.name, "failed", note=folder.joinpath(FAILED).read_text().partition("\n")[0][:80])
+    try:
+        body = json.loads((folder / PROGRESS).read_bytes())
+        return Standing(run.name, "running", float(body["share"]), str(body["note"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return Standing(run.name, "running" if active else "waiting")

@@ -1,0 +1,113 @@
+"""Where runs stand, on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fedprune.coordination import Phase
+from fedprune_server.simulation.runs import Standing
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.terminal.table import logged_above
+
+
+class Following:
+    """A bar on standard error for one run, with log lines above it.
+
+    Args:
+        title: The run's.
+    """
+
+    def __init__(self, title: str) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._console = console
+        self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+        self._rounds = self._bar.add_task(title, total=None, note="")
+        self._title = title
+        self._open = ExitStack()
+
+    def __enter__(self) -> Following:
+        self._open.enter_context(logged_above(self._console))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def begin(self, simulation: Simulation) -> None:
+        """Begin, with what an earlier start has done: that tells nothing about how long the rest takes."""
+        rounds, done = simulation.job.rounds, len(simulation.state.history)
+        if simulation.state.phase is Phase.FINISHED:
+            self._say(f"all {done} rounds were done before; nothing is trained again")
+            return
+        if done:
+            self._say(f"goes on after round {done} of {rounds}")
+        self._open.enter_context(self._bar)
+        self._bar.reset(self._rounds, total=rounds, completed=done)
+
+    def show(self, simulation: Simulation) -> None:
+        """Show where the run stands."""
+        state, rounds = simulation.state, simulation.job.rounds
+        done = sum(t.progress.over for t in state.tasks.values()) / max(1, len(state.tasks))
+        metrics = state.history[-1]["metrics"] if state.history else {}
+        note = f"loss {metrics['loss']:.4g}" if "loss" in metrics else ""
+        if "accuracy" in metrics:
+            note = f"accuracy {metrics['accuracy']:.1%}"
+        shown = min(rounds, len(state.history) + (done if state.round > len(state.history) else 0))
+        self._bar.update(self._rounds, completed=round(shown, 2), note=note)
+
+    def _say(self, text: str) -> None:
+        self._console.print(f"{self._title}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+class Watching:
+    """Bars on standard error: one for all runs, and one for each that is under way."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+        self._all = self._bars.add_task("runs", total=None, note="")
+        self._own: dict[str, TaskID] = {}
+        self._before: float | None = None
+
+    def __enter__(self) -> Watching:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def show(self, standings: Sequence[Standing]) -> None:
+        """Show where all runs stand."""
+        over = sum(s.state in ("done", "failed") for s in standings)
+        if self._before is None:  # what an earlier start has done tells nothing about what is left
+            self._before = float(over)
+            self._bars.reset(self._all, total=len(standings), completed=int(over))
+        done = over + sum(s.share for s in standings if s.state == "running")
+        failed = sum(s.state == "failed" for s in standings)
+        note = f"{over} of {len(standings)}" + (f", {failed} failed" if failed else "")
+        self._bars.update(self._all, completed=done, note=note)
+        for standing in standings:
+            task = self._own.get(standing.name)
+            if standing.state == "running":
+                if task is None:
+                    task = self._own[standing.name] = self._bars.add_task(standing.name, total=1.0, note="")
+                self._bars.update(task, completed=standing.share, note=standing.note)
+            elif task is not None:
+                self._bars.remove_task(self._own.pop(standing.name))

@@ -1,0 +1,212 @@
+"""What `fedprune-simulate` is to simulate: a `fleet.toml` with its [[devices]], or the demo's fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedprune.errors import ConfigError
+from fedprune.job import Job
+from fedprune.toml_file import read_toml
+from fedprune_export.importing import import_onnx, read_source
+from fedprune_server.data.table import DataPlan
+from fedprune_server.settings.config import ServerConfig, overridden, parse_config
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet_devices import Link, named, read_devices
+from fedprune_server.simulation.fleet_weather import (
+    Settings,
+    read_availability,
+    read_dropouts,
+    read_settings,
+    read_weather,
+)
+from fedprune_server.simulation.virtual_device import VirtualDevice
+from fedprune_server.simulation.weather import Availability, DropOuts, Weather
+from fedprune_server.work.measure import Measure
+from fedprune_server.work.own_samples import check_data, load_calibration, load_evaluation
+from fedprune_server.work.reference import TITLE, fedavg
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(Experiment):
+    """What is to be simulated, and what it is compared with.
+
+    Attributes:
+        reference: The job that it is compared with on the same devices, or None.
+    """
+
+    reference: Job | None = None
+
+    def compared(self) -> Experiment | None:
+        """The experiment that it is compared with."""
+        return None if self.reference is None else replace(self, title=TITLE, job=self.reference, reference=None)
+
+
+def read_plan(
+    path: Path,
+    *,
+    reference: bool = False,
+    strategy: str | None = None,
+    seed: int | None = None,
+    rounds: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+    title: str = "",
+) -> Plan:
+    """Read a `fleet.toml` with a [[devices]] table. What only a server needs, [server], is not looked at.
+
+    Args:
+        path: The file.
+        reference: Whether the job is compared with FedAvg.
+        strategy: Instead of the job's.
+        seed: Instead of the job's.
+        rounds: Instead of the job's.
+        changes: Tables of which single keys replace those of the file's.
+        title: Instead of the job's name.
+
+    Raises:
+        ConfigError: It can't be read, or a key is missing, unknown or wrong; the message names it.
+        FedpruneError: Model, data or a profile can't be read; the message names the table and the key.
+    """
+    found = read_tables(path, changes)
+    config, settings = found.config, found.settings
+    if config.model is None:
+        raise ConfigError(f"{path}: [model] path is missing", expected="an ONNX file")
+    job = _overridden(config.job, strategy, seed, rounds)
+    federation = None
+    if found.data is not None:
+        with named(f"{path}: [data]"):
+            federation = found.data.read(job.seed)
+    with named(f"{path}: [model] path"):
+        model = import_onnx(read_source(config.model, input_shape=config.input_shape), Path(config.model).stem)
+    fits = partial(check_data, model=model, loss=job.recipe.loss)
+    devices = read_devices(found.body.get("devices"), job.seed, path, federation, found.links, check=fits)
+    job = replace(job, devices=_present(found.body.get("job", {}), job, len(devices)))
+    evaluation, calibration = None, None
+    if config.evaluation is not None:
+        with named(f"{path}: [evaluation] data"):
+            evaluation = load_evaluation(config.evaluation, model, job.recipe.loss)
+    elif federation is not None:
+        evaluation = federation.evaluation()
+    if config.calibration is not None:
+        with named(f"{path}: [calibration] data"):
+            calibration = load_calibration(config.calibration, model)
+    measure = None
+    if settings.densities:
+        if evaluation is None:
+            raise ConfigError(f"{path}: [simulation] densities", expected="samples in [evaluation] to measure on")
+        tests = None if federation is None else federation.tests()
+        sets = {} if tests is None or not len(tests[1]) else {"tests": tests}  # [data] test may be 0
+        measure = Measure(
+            *evaluation, densities=settings.densities, calibration=calibration, every=settings.every, sets=sets
+        )
+    return Plan(
+        title or job.name,
+        job,
+        model,
+        devices,
+        evaluation,
+        calibration,
+        found.dropouts,
+        found.weather,
+        found.availability,
+        measure,
+        settings.checkpoints,
+        settings.trainer,
+        settings.workers,
+        fedavg(job) if reference else None,
+    )
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a `fleet.toml` says, before any model, profile or data is read.
+
+    Attributes:
+        body: Its tables.
+        config: Those that a server reads, too, but [server].
+        data: The table [data], or None.
+        dropouts: How devices vanish.
+        availability: When devices are there.
+        weather: How links and boards vary.
+        links: Links of devices that bring none.
+        settings: What the simulation is told beside that.
+    """
+
+    body: Mapping[str, Any]
+    config: ServerConfig
+    data: DataPlan | None
+    dropouts: DropOuts
+    availability: Availability
+    weather: Weather
+    links: tuple[Link, ...]
+    settings: Settings
+
+
+def read_tables(path: Path, changes: Mapping[str, Any] | None = None) -> Tables:
+    """Read a `fleet.toml` alone; arguments and errors are those of `read_plan`."""
+    body = _changed(read_toml(path, ConfigError), changes or {})
+    config = parse_config({k: v for k, v in body.items() if k != "server"}, str(path), path.parent)
+    data = _data(body["data"], body.get("devices"), path) if "data" in body else None
+    dropouts, availability = read_dropouts(body, path), read_availability(body, path)
+    return Tables(body, config, data, dropouts, availability, *read_weather(body, path), read_settings(body, path))
+
+
+def _changed(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables with other values for some of their keys; tables within tables are changed key by key, too."""
+    out = dict(body)
+    for key, value in changes.items():
+        old = out.get(key)
+        out[key] = _changed(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def _data(body: object, devices: object, path: Path) -> DataPlan:
+    """The table [data]; how many devices there are may also be said by [[devices]]."""
+    if isinstance(body, Mapping) and "devices" not in body and isinstance(devices, list):
+        counts = [r.get("count", 1) for r in devices if isinstance(r, Mapping) and {"name", "count"} & set(r)]
+        if len(counts) == len(devices) and all(isinstance(c, int) for c in counts):
+            body = {**body, "devices": sum(counts)}
+    return DataPlan.from_dict(body, f"{path}: [data]", path.parent)
+
+
+def demo_plan(*, strategy: str | None = None, seed: int | None = None, rounds: int | None = None) -> Plan:
+    """The fleet of `fedprune-server demo`, and FedAvg on the same devices.
+
+    Args:
+        strategy: Instead of the demo's; FedAvg stays what it is compared with.
+        seed: Instead of 0.
+        rounds: Instead of the demo's.
+
+    Raises:
+        ConfigError: One of them is wrong.
+    """
+    from fedprune_server.simulation.demo_fleet import BOARDS, fleet_job, reference_job
+    from fedprune_server.simulation.digits import deal, digits_model
+
+    data = deal([b.name for b in BOARDS], seed=seed or 0)
+    job = _overridden(fleet_job(seed or 0), strategy, seed, rounds)
+    return Plan(
+        job.strategy,
+        job,
+        import_onnx(digits_model(), "digits-net"),
+        tuple(VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in BOARDS),
+        (data.x, data.y),
+        data.calibration,
+        reference=_overridden(reference_job(seed or 0), None, seed, rounds),
+    )
+
+
+def _overridden(job: Job, strategy: str | None, seed: int | None, rounds: int | None) -> Job:
+    return overridden(ServerConfig(job=job), {"strategy": strategy, "seed": seed, "rounds": rounds}, {}).job
+
+
+def _present(body: Mapping[str, object], job: Job, devices: int) -> int:
+    """How many devices a round waits for: what the configuration says, if there are as many; all if it says nothing."""
+    if "devices" not in body:
+        return devices
+    if job.devices > devices:
+        print(f"note: [job] devices is {job.devices}, but there are {devices}: rounds start with {devices}.")
+    return min(job.devices, devices)

@@ -1,0 +1,400 @@
+"""A fleet on a virtual clock: the coordinator, the worker and the boards' own training, without network and waiting.
+
+It is the second shell round the coordinator; the daemon is the first. Events wait in a queue ordered by time and, at
+the same time, by the order in which they were made, so a run is the same every time. What a run needs to go on after a
+kill are two files and the blobs beside them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fedprune.blobs import BlobStore
+from fedprune.chance import keyed
+from fedprune.codec import CODECS
+from fedprune.coordination import Phase, State, coordinate
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coordination.pace import PARTS
+from fedprune.errors import ConfigError, FedpruneError, PlanError, StorageError
+from fedprune.recipe import Recipe
+from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.fields import one_line
+from fedprune_server.simulation import trainers
+from fedprune_server.simulation.checkpoints import write_checkpoint
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.patience import Patience, excuse
+from fedprune_server.simulation.record import Record, record_of
+from fedprune_server.simulation.rhythm import Rhythm
+from fedprune_server.simulation.round_notes import Notary
+from fedprune_server.simulation.state import Item, Left, SimulationState, Trained, held
+from fedprune_server.simulation.trainers import ONNXRUNTIME
+from fedprune_server.simulation.virtual_device import Bench, pulls
+from fedprune_server.simulation.weather import ALWAYS
+from fedprune_server.work.crew import Crew, helped
+from fedprune_server.work.update_size import UPDATE_BOUND, UPDATE_SIZE, misfit
+from fedprune_server.work.worker import Worker
+
+log = logging.getLogger("fedprune.server")
+
+
+class Simulation:
+    """An experiment's job on virtual devices.
+
+    Args:
+        experiment: What is to be simulated.
+        store: A blob store of this simulation's own: what is no longer needed is deleted from it.
+        folder: Where the state is saved, and looked for, and where checkpoints are put; without it nothing is.
+
+    Raises:
+        ConfigError: There are no devices, or names come twice, or there is no such trainer.
+        StorageError: The folder's state is damaged or belongs to another simulation.
+    """
+
+    def __init__(self, experiment: Experiment, store: BlobStore, *, folder: Path | None = None) -> None:
+        self.experiment = experiment
+        self.job = job = experiment.job
+        self.model = model = experiment.model
+        self.store = store
+        trainers.checked(experiment.trainer, experiment.workers)
+        devices = experiment.devices
+        self._devices = {d.name: d for d in devices}
+        if not devices or len(self._devices) != len(devices):
+            raise ConfigError("simulation: devices", expected="one or more with different names", got=len(devices))
+        if job.devices > len(devices):
+            raise ConfigError(
+                "simulation: job.devices", expected=f"at most the {len(devices)} there are", got=job.devices
+            )
+        worker = Worker(job, model, store, experiment.evaluation, experiment.calibration)
+        self._worker: Worker | Crew = worker
+        self._initial = worker.initial
+        self._notary = Notary(job, model, store, experiment.measure)
+        self._profiles: dict[int, dict[str, Any]] = {}
+        self._rhythm = Rhythm()
+        self._folder = folder
+        self._fingerprint = experiment.fingerprint
+        self._begun = self._take_up()
+
+    @property
+    def state(self) -> State:
+        """The coordinator's state."""
+        return self.coordinator.state
+
+    @property
+    def clock(self) -> float:
+        """Virtual seconds since the beginning."""
+        return self._run.clock
+
+    @property
+    def measured(self) -> dict[int, dict[str, float]]:
+        """What `measure` found, by round."""
+        return {number: notes.measured for number, notes in self._run.rounds.items()}
+
+    def run(
+        self,
+        progress: Callable[[Simulation], None] | None = None,
+        begun: Callable[[Simulation], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Run the job to its end, from wherever it stands.
+
+        Args:
+            progress: Called after every training and every round.
+            begun: Called once all is ready, before anything is trained.
+
+        Returns:
+            The coordinator's history: a summary per round.
+
+        Raises:
+            StorageError: Another process runs it in the same folder, or the disk fails.
+            PlanError: No device can take part, or none ever makes its deadline.
+            FedpruneError: The worker can't do what it is told to.
+        """
+        with (
+            self._locked(),
+            TemporaryDirectory(prefix="fedprune-simulation-") as scratch,
+            self._crew(),
+            closing(self._bench(Path(scratch))) as bench,
+        ):
+            if self._begun:
+                self._tidy()  # a kill may have come between the last state and what it made superfluous
+            else:
+                self._save()
+            bench.boards = self._run.boards
+            if begun is not None:
+                begun(self)
+            while self.state.phase is not Phase.FINISHED:
+                if not self._run.queue:
+                    raise PlanError("the simulation has come to a standstill", hint=excuse(self.state, self.job.recipe))
+                key, item = self._run.pop()
+                event = self._event(bench, key, item)
+                if event is None:
+                    continue
+                finished = len(self.state.history)
+                commands = self.coordinator.handle(event, self._run.clock)
+                self._worker.expect(commands)
+                for command in commands:
+                    self._carry_out(command)
+                ended = len(self.state.history) > finished
+                if ended:
+                    self._finish(self.state.history[-1]["round"])
+                if ended or isinstance(item, Trained):
+                    self._keep(ended)
+                    if progress is not None:
+                        progress(self)
+            self._save()
+            self._tidy()
+        return self.state.history
+
+    def record(self) -> Record:
+        """The run so far, as a record."""
+        ranking = self.state.ranking
+        return record_of(
+            self.experiment.title,
+            self.job,
+            self.model.architecture,
+            self.state,
+            notes=self._run.rounds,
+            ranking=self.store.read(ranking) if ranking and self.store.has(ranking) else None,
+            measured="weights and graphs on the virtual links",
+        )
+
+    def _take_up(self) -> bool:
+        """Begin where the folder's state stands; else anew. Returns whether there is one."""
+        self._patience = Patience(len(self._devices))
+        self._prepared: set[tuple[int, ...]] = set()
+        self._stamp: tuple[int, ...] | None = None if self._folder is None else SimulationState.stamp(self._folder)
+        saved = None if self._folder is None else SimulationState.load(self._folder, self._fingerprint)
+        if saved is not None:
+            self._run, state = saved
+            self.coordinator = coordinate(self.job, self.model.architecture, state)
+            return True
+        self._run = SimulationState()
+        self.coordinator = coordinate(self.job, self.model.architecture, State(model=self._initial()))
+        for name in sorted(self._devices):
+            self._birth(name, 0.0)
+        return False
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The folder is this process's own meanwhile; what another one did there before is taken up."""
+        folder = self._folder
+        if folder is None:
+            yield
+            return
+        with held(folder):
+            if SimulationState.stamp(folder) != self._stamp:
+                self._begun = self._take_up()
+            try:
+                yield
+            finally:
+                self._stamp = ()  # what is in memory may be ahead of what was saved
+
+    @contextmanager
+    def _crew(self) -> Iterator[None]:
+        """Helpers for the worker, while the simulation runs."""
+        alone = self._worker
+        try:
+            with helped(alone, self.experiment.workers) as self._worker:
+                yield
+        finally:
+            self._worker = alone
+
+    def _bench(self, scratch: Path) -> Bench:
+        trainer, workers = self.experiment.trainer, self.experiment.workers
+        if trainer == ONNXRUNTIME and workers == 1:
+            return Bench(self.store, scratch)
+        return trainers.bench(trainer, workers, self.model, self.store, scratch)
+
+    def _event(self, bench: Bench, key: int, item: Item) -> on.Event | None:
+        """What the coordinator is told of something that has happened; None for nothing."""
+        run = self._run
+        if isinstance(item, Trained):
+            self._patience.trained()
+            return self._train(bench, key, item)
+        if isinstance(item, Left):
+            return self._leave(item)
+        if isinstance(item, on.DeviceBorn):
+            run.sessions[item.device] = item.session
+            run.online.add(item.device)
+            if (end := run.leaves.get(item.device, ALWAYS)) < ALWAYS:
+                run.push(end, Left(item.device, item.session))
+            if item.device in run.unsent:  # what it has trained it announces again, as a board does
+                run.push(run.clock, run.unsent[item.device])
+            self._patience.born(self.state)
+        elif isinstance(item, on.UpdateAnnounced):
+            run.unsent[item.device] = item
+        elif isinstance(item, on.UpdateStored):
+            run.unsent.pop(item.device, None)
+            self._patience.moved()
+        return item
+
+    def _carry_out(self, command: do.Command) -> None:
+        now = self._run.clock
+        if isinstance(command, (do.Score, do.Extract, do.Fold, do.Close, do.Evaluate)):
+            event = self._worker.execute(command)
+            if isinstance(command, do.Close) and isinstance(event, on.Closed):
+                state = self.state
+                before = state.history[-1]["at"] if state.history else 0.0
+                basis = do.Basis(command.round, state.model, state.ranking or "", state.order, dict(state.memory))
+                self._notary.close(self._run.now, command, event, basis, now, before)
+            self._run.push(now, event)
+        elif isinstance(command, do.SendOffer):
+            self._offer(command, now)
+        elif isinstance(command, do.PullUpdate):
+            self._pull(command, now)
+        elif isinstance(command, do.Cancel):
+            self._run.forget(command.device, command.round)
+            unsent = self._run.unsent.get(command.device)
+            if unsent is not None and unsent.round == command.round:
+                del self._run.unsent[command.device]
+        elif isinstance(command, do.Wake):
+            self._run.push(command.at, on.Ticked())
+        # An acknowledgement tells a virtual device nothing that it must act on, and the end is seen by the state.
+
+    def _pull(self, command: do.PullUpdate, now: float) -> None:
+        run, device, ref = self._run, command.device, BlobRef.from_dict(command.weights)
+        expected = {UPDATE_SIZE: run.sizes.get(device, ref.size), UPDATE_BOUND: run.bounds.get(device)}
+        if reason := misfit(expected, ref):
+            run.push(now, on.UpdateRejected(device, command.round, command.attempt, reason))
+            return
+        run.up += ref.size
+        self._spent(device)[1] += ref.size
+        link, key = self._devices[device].profile.link, (self.job.seed, command.round, device)
+        at, run.free[1] = self.experiment.weather.arrives(*key, link, "up", ref.size, now, run.free[1])
+        run.push(at, on.UpdateStored(device, command.round, command.attempt, ref.sha256))
+
+    def _offer(self, command: do.SendOffer, now: float) -> None:
+        name, run, seed = command.device, self._run, self.job.seed
+        if name not in run.online:
+            return  # it is offered again when the device is back
+        self._patience.offered(command, self.state, run.refusal)
+        run.forget(name)  # a newer offer takes an older one's place
+        run.unsent.pop(name, None)
+        run.sizes[name] = int(command.offer.get(UPDATE_SIZE, command.offer["weights"]["size"]))
+        run.bounds.pop(name, None)
+        if UPDATE_BOUND in command.offer:
+            run.bounds[name] = int(command.offer[UPDATE_BOUND])
+        device, held = self._devices[name], run.held.get(name, [])
+        pulled = pulls(command.offer, held)
+        size = sum(n for sha256, n in pulled.items() if sha256 not in held)
+        run.held[name] = list(pulled)
+        run.down += size
+        self._spent(name)[0] += size
+        key = (seed, command.round, name)
+        ready, run.free[0] = self.experiment.weather.arrives(*key, device.profile.link, "down", size, now, run.free[0])
+        took = device.train_s(
+            self.model.architecture, tuple(command.offer["widths"]), Recipe.from_dict(command.offer["recipe"])
+        ) / self.experiment.weather.compute(seed, command.round, name)
+        chance = keyed(seed, command.round, name, command.attempt, run.sessions[name], "drop-out")
+        if chance.random() < self.experiment.dropouts.probability:
+            gone = min(ready + chance.random() * took, run.leaves.get(name, ALWAYS))
+            run.push(gone, on.DeviceDied(name, run.sessions[name]))
+            run.online.discard(name)  # whatever is sent meanwhile does not arrive
+            self._reports(command, ready, took, gone)
+            self._birth(name, gone + chance.exponential(self.experiment.dropouts.away_s))
+        else:
+            self._reports(command, ready, took, ready + took)
+            run.push(ready + took, Trained(name, command.round, command.attempt, command.offer))
+
+    def _reports(self, command: do.SendOffer, begun: float, took: float, until: float) -> None:
+        """What a board says of its training, where that decides anything."""
+        for part in range(PARTS if self.job.pace else 0):
+            at = begun + took * part / PARTS
+            if at < until:
+                self._run.push(at, on.Progressed(command.device, command.round, command.attempt, part / PARTS))
+
+    def _train(self, bench: Bench, key: int, item: Trained) -> on.Event:
+        device = self._devices[item.device]
+        self._prepare(bench, key, item)
+        try:
+            out = bench.carry_out(device, item.offer, item.round)
+        except StorageError:
+            raise
+        except FedpruneError as error:
+            reason = one_line(str(error))
+            log.warning("device %s refuses round %d: %s", item.device, item.round, reason)
+            self._run.refusal = f"{item.device}: {reason}"
+            return on.OfferRefused(item.device, item.round, item.attempt, reason)
+        self._spent(item.device)[2] += self._notary.macs(item.device, item.round, item.offer, out.steps, device.samples)
+        event = on.UpdateAnnounced(
+            item.device,
+            item.round,
+            item.attempt,
+            item.offer["weights"]["sha256"],
+            out.weights.to_dict(),
+            out.samples,
+            out.steps,
+            out.metrics,
+        )
+        self._run.unsent[item.device] = event
+        return event
+
+    def _prepare(self, bench: Bench, key: int, item: Trained) -> None:
+        """Let a bench that works out several trainings at once hear of those that are under way."""
+        if bench.together < 2:
+            return
+        group = self._run.group(key, item, bench.together)
+        self._prepared &= {tuple(g) for g in self._run.groups}
+        if tuple(group) not in self._prepared:
+            self._prepared.add(tuple(group))
+            under_way = [i for _, i in self._run.queue.values() if isinstance(i, Trained)]
+            bench.forget_but({(w.device, w.round, w.offer["weights"]["sha256"]) for w in (item, *under_way)})
+            bench.prepare([(self._devices[w.device], w.offer, w.round) for w in group.values()])
+
+    def _spent(self, device: str) -> list[int]:
+        return self._run.now.devices.setdefault(device, [0, 0, 0])
+
+    def _birth(self, name: str, at: float) -> None:
+        """Let a device appear, as soon as its window of time is open."""
+        session = self._run.sessions.get(name, 0) + 1
+        device = self._devices[name]
+        begin, end = self.experiment.availability.window(self.job.seed, name, at)
+        self._run.leaves[name] = end
+        if id(device.profile) not in self._profiles:  # devices of one kind share one
+            self._profiles[id(device.profile)] = device.profile.to_dict()
+        profile = self._profiles[id(device.profile)]
+        self._run.push(max(at, begin), on.DeviceBorn(name, session, profile, device.samples, codecs=CODECS))
+
+    def _leave(self, item: Left) -> on.Event | None:
+        """A device's window closes; what it trains is lost, what it has announced is sent once more when it is back."""
+        run, name = self._run, item.device
+        if name not in run.online or run.sessions[name] != item.session:
+            return None
+        run.online.discard(name)
+        run.forget(name)
+        self._birth(name, run.clock)
+        return on.DeviceDied(name, item.session)
+
+    def _finish(self, number: int) -> None:
+        self._patience.moved()
+        self._run.finish_round(number)
+        every = self.experiment.checkpoints
+        if self._folder is not None and every and number % every == 0:
+            write_checkpoint(self._folder, self.model, number, self.store.read(self.state.model))
+
+    def _keep(self, ended: bool) -> None:
+        """Save where it is due, and delete what is needed no more."""
+        if self._folder is None:
+            if ended:
+                self._tidy()
+            return
+        if self._rhythm.due(ended=ended):
+            self._save()
+            if ended:
+                self._tidy()  # only now: until the new state is saved, a kill goes back to the old one
+
+    def _save(self) -> None:
+        folder = self._folder
+        if folder is not None:
+            self._rhythm.save(lambda: self._run.save(folder, self.state, self._fingerprint))
+
+    def _tidy(self) -> None:
+        needed = self.state.references() | self._worker.graphs() | self._run.references()
+        for name in list(self.store.names()):
+            if name not in needed:
+                self.store.delete(name)

@@ -1,0 +1,345 @@
+"""What a simulation knows beside the coordinator's state: the events to come, who is there, what was sent.
+
+One JSON file holds what changes, a second one, to which only ever something is added, the finished rounds: so a run
+that was killed goes on, and saving it doesn't get dearer with every round. A digest of everything that decides a run is
+in there, too: a run is never continued with other settings, another model or other data.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fedprune.coordination import State
+from fedprune.coordination import events as on
+from fedprune.disk import locked, storage_errors, write_whole
+from fedprune.errors import StorageError
+from fedprune_server.simulation.round_notes import Notes
+from fedprune_server.store.garbage import texts
+
+FORMAT = "fedprune.simulation/2"
+FILE = "simulation.json"
+ROUNDS = "rounds.jsonl"
+
+_LOCK = ".lock"
+
+
+class OtherRunError(StorageError):
+    """A folder holds the state of a simulation with other settings, model or data."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A virtual device's training has come to its end (the numbers are worked out only now)."""
+
+    device: str
+    round: int
+    attempt: int
+    offer: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Left:
+    """A device's window of time has come to its end; counts only for the connection that it names."""
+
+    device: str
+    session: int
+
+
+Item = on.Event | Trained | Left
+
+_ITEMS: dict[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (
+        Trained, Left, on.DeviceBorn, on.DeviceDied, on.Scored, on.Extracted, on.Progressed, on.UpdateAnnounced,
+        on.UpdateStored, on.UpdateRejected, on.OfferRefused, on.Folded, on.Closed, on.Evaluated, on.Ticked,
+    )
+}  # fmt: skip
+
+_WORK = (Trained, on.Progressed, on.UpdateAnnounced, on.UpdateStored)
+"""What comes of a device's part in a round."""
+
+
+@dataclass
+class SimulationState:
+    """Everything of a run that is not the coordinator's.
+
+    Attributes:
+        clock: Virtual seconds since the beginning.
+        sequence: Number of the last event that was put into the queue; it orders events of the same time.
+        queue: Events to come, by number, and when they come.
+        sessions: Number of each device's latest connection.
+        online: Devices that are there.
+        leaves: When the window of time ends in which each of them is there.
+        held: Digests that each device holds.
+        unsent: Updates that were announced and are not yet at the server, by device.
+        sizes: Bytes of the update that each device was asked for last.
+        bounds: The most bytes that it has in the codec that was offered, where one was.
+        boards: Digest of what each board keeps between its rounds.
+        groups: Numbers of trainings that are worked out together, with what they are.
+        free: When the server's link is free, for sending and for receiving.
+        down: Bytes sent to devices.
+        up: Bytes sent by devices.
+        now: Notes of the round under way.
+        rounds: Notes of finished rounds, by their number.
+        refusal: Why a device refused an offer, last.
+        logged: Length of the file of finished rounds, in bytes.
+    """
+
+    clock: float = 0.0
+    sequence: int = 0
+    queue: dict[int, tuple[float, Item]] = field(default_factory=dict)
+    sessions: dict[str, int] = field(default_factory=dict)
+    online: set[str] = field(default_factory=set)
+    leaves: dict[str, float] = field(default_factory=dict)
+    held: dict[str, list[str]] = field(default_factory=dict)
+    unsent: dict[str, on.UpdateAnnounced] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    bounds: dict[str, int] = field(default_factory=dict)
+    boards: dict[str, str] = field(default_factory=dict)
+    groups: list[dict[int, Trained]] = field(default_factory=list)
+    free: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    down: int = 0
+    up: int = 0
+    now: Notes = field(default_factory=Notes)
+    rounds: dict[int, Notes] = field(default_factory=dict)
+    refusal: str = ""
+    logged: int = 0
+    _order: list[tuple[float, int]] = field(default_factory=list)
+    _work: dict[str, set[int]] = field(default_factory=dict)
+    _saved: int = 0
+
+    def push(self, at: float, item: Item) -> None:
+        """Let something happen at a time."""
+        self.sequence += 1
+        self._put(at, self.sequence, item)
+
+    def _put(self, at: float, number: int, item: Item) -> None:
+        self.queue[number] = (at, item)
+        heapq.heappush(self._order, (at, number))
+        if isinstance(item, _WORK):
+            self._work.setdefault(item.device, set()).add(number)
+
+    def pop(self) -> tuple[int, Item]:
+        """Go on to the next event.
+
+        Returns:
+            Its number, and what it is.
+
+        Raises:
+            IndexError: There is none.
+        """
+        while True:
+            at, number = heapq.heappop(self._order)
+            if number in self.queue:
+                break
+        _, item = self.queue.pop(number)
+        self.clock = at
+        if isinstance(item, _WORK):
+            self._done(item.device, number)
+        return number, item
+
+    def _done(self, device: str, number: int) -> None:
+        numbers = self._work[device]
+        numbers.discard(number)
+        if not numbers:
+            del self._work[device]
+
+    def forget(self, device: str, number: int | None = None) -> None:
+        """Stop whatever a device still does, for one round or for all."""
+        for key in sorted(self._work.get(device, ())):
+            item = self.queue[key][1]
+            if isinstance(item, _WORK) and number in (None, item.round):
+                del self.queue[key]
+                self._done(device, key)
+
+    def group(self, key: int, item: Trained, size: int) -> dict[int, Trained]:
+        """The trainings that are worked out together with one: of the same round, as many as are under way.
+
+        Once put together they stay together, so that they are the same after a kill.
+
+        Args:
+            key: The training's number in the queue, which it has just left.
+            item: The training.
+            size: How many at most.
+        """
+        self.groups = [g for g in self.groups if key in g or not self.queue.keys().isdisjoint(g)]
+        for group in self.groups:
+            if key in group:
+                return group
+        taken = set().union(*self.groups)
+        others = {
+            k: i
+            for k, (_, i) in self.queue.items()
+            if isinstance(i, Trained) and i.round == item.round and k not in taken
+        }
+        chosen = sorted({key: item, **others}.items(), key=lambda pair: (pair[0] != key, pair[1].device))[:size]
+        self.groups.append(dict(sorted(chosen, key=lambda pair: pair[1].device)))
+        return self.groups[-1]
+
+    def finish_round(self, number: int) -> None:
+        """Close the notes of the round under way."""
+        self.now.down, self.now.up = self.down, self.up
+        self.rounds[number] = self.now
+        self.now = Notes()
+
+    def references(self) -> set[str]:
+        """Every text of the events to come that may name a blob."""
+        found: set[str] = set(self.boards.values())
+        for _, item in self.queue.values():
+            if not isinstance(item, (on.DeviceBorn, on.DeviceDied, on.Ticked, Left)):
+                found |= texts(vars(item))
+        for event in self.unsent.values():
+            found |= texts(event.weights)
+        for group in self.groups:
+            for work in group.values():
+                found |= texts(work.offer)
+        return found
+
+    def save(self, folder: Path, coordinator: State, fingerprint: str) -> None:
+        """Write it, and the coordinator's state with it.
+
+        Raises:
+            StorageFullError: There is no room; what was saved before is untouched.
+            StorageError: The disk fails.
+        """
+        logged = self._log(folder / ROUNDS, coordinator.history)
+        body = {
+            "format": FORMAT,
+            "fingerprint": fingerprint,
+            "coordinator": replace(coordinator, history=[]).to_json(),
+            "rounds": [len(coordinator.history), logged],
+            "clock": self.clock,
+            "sequence": self.sequence,
+            "sessions": self.sessions,
+            "online": sorted(self.online),
+            "leaves": self.leaves,
+            "held": self.held,
+            "unsent": {k: asdict(v) for k, v in self.unsent.items()},
+            "sizes": self.sizes,
+            "bounds": self.bounds,
+            "boards": self.boards,
+            "groups": [[[k, asdict(v)] for k, v in g.items()] for g in self.groups],
+            "free": self.free,
+            "bytes": [self.down, self.up],
+            "now": asdict(self.now),
+            "refusal": self.refusal,
+            "queue": [[at, n, type(item).__name__, vars(item)] for n, (at, item) in self.queue.items()],
+        }
+        write_whole(folder / FILE, json.dumps(body).encode())
+        self.logged, self._saved = logged, len(coordinator.history)
+
+    def _log(self, path: Path, history: Sequence[dict[str, Any]]) -> int:
+        """Add the rounds that finished since the last time; returns the file's length."""
+        rows = [json.dumps([row, asdict(self.rounds[row["round"]])]) + "\n" for row in history[self._saved :]]
+        if not rows:
+            return self.logged
+        data = "".join(rows).encode()
+        with storage_errors(f"can't write {path}"), path.open("r+b" if path.exists() else "w+b") as file:
+            file.truncate(self.logged)  # rounds that a kill has made undone
+            file.seek(self.logged)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return self.logged + len(data)
+
+    @staticmethod
+    def stamp(folder: Path) -> tuple[int, ...] | None:
+        """What tells whether something was saved in a folder since; None before anything was."""
+        try:
+            found = (folder / FILE).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    @classmethod
+    def load(cls, folder: Path, fingerprint: str) -> tuple[SimulationState, State] | None:
+        """What `save` wrote, and the coordinator's state; None where nothing was saved.
+
+        Raises:
+            StorageError: It is damaged, of another version, or of a run with another fingerprint.
+        """
+        path = folder / FILE
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise StorageError(f"can't read the simulation in {path} ({error})", hint=_anew(folder)) from error
+        try:
+            if body["format"] != FORMAT:
+                raise StorageError(f"{path} is of another version", expected=FORMAT, hint=_anew(folder))
+            if body["fingerprint"] != fingerprint:
+                raise OtherRunError(
+                    f"{path} belongs to a simulation with other settings, model or data", hint=_anew(folder)
+                )
+            history, notes = _finished(folder / ROUNDS, *body["rounds"])
+            state = cls(
+                clock=float(body["clock"]),
+                sequence=int(body["sequence"]),
+                sessions={str(k): int(v) for k, v in body["sessions"].items()},
+                online=set(body["online"]),
+                leaves={k: float(v) for k, v in body["leaves"].items()},
+                held={k: list(v) for k, v in body["held"].items()},
+                unsent={k: on.UpdateAnnounced(**v) for k, v in body["unsent"].items()},
+                sizes={str(k): int(v) for k, v in body["sizes"].items()},
+                bounds={str(k): int(v) for k, v in body.get("bounds", {}).items()},
+                boards=dict(body["boards"]),
+                groups=[{int(k): Trained(**v) for k, v in g} for g in body["groups"]],
+                free=[float(v) for v in body["free"]],
+                down=int(body["bytes"][0]),
+                up=int(body["bytes"][1]),
+                now=Notes(**body["now"]),
+                rounds=notes,
+                refusal=str(body["refusal"]),
+                logged=int(body["rounds"][1]),
+            )
+            state._saved = len(history)
+            for at, number, kind, fields in body["queue"]:
+                state._put(float(at), int(number), _ITEMS[kind](**fields))
+            coordinator = State.from_json(body["coordinator"])
+            coordinator.history = history
+            return state, coordinator
+        except StorageError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise StorageError(f"{path} is damaged ({type(error).__name__}: {error})", hint=_anew(folder)) from error
+
+
+def _anew(folder: Path) -> str:
+    return f"Name another folder, or delete {folder} and give the command again: it begins anew."
+
+
+def _finished(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]], dict[int, Notes]]:
+    """The coordinator's and our own notes of the finished rounds."""
+    if not count:
+        return [], {}
+    try:
+        with path.open("rb") as file:
+            lines = file.read(length).decode().splitlines()
+    except OSError as error:
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=_anew(path.parent)) from error
+    if len(lines) != count:
+        raise StorageError(f"{path} is damaged", expected=f"{count} rounds", got=len(lines), hint=_anew(path.parent))
+    rows = [json.loads(line) for line in lines]
+    return [row for row, _ in rows], {int(row["round"]): Notes(**notes) for row, notes in rows}
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A folder, made where there is none, that no other simulation uses meanwhile.
+
+    Raises:
+        StorageError: Another one does, or the disk fails.
+    """
+    with storage_errors(f"can't make {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    hint = "Wait for its end and give the command again, or give another folder."
+    with locked(folder / _LOCK, f"another simulation runs in {folder}", hint):
+        yield

@@ -1,0 +1,196 @@
+"""Sweeps: one `fleet.toml` simulated again and again, with other settings each time.
+
+A sweep's file names the `fleet.toml` and has a table for each variant, whose keys replace those of the same tables:
+
+    config = "fleet.toml"
+    seeds = [0, 1, 2]
+
+    [[runs]]
+    name = "heterofl"
+    job = { strategy = "heterofl" }
+
+    [[runs]]
+    name = "ours"
+    job = { strategy = "fedprune", rounds = 20 }
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedprune import setting_checks
+from fedprune.disk import file_digest, is_there, storage_errors
+from fedprune.errors import ConfigError, FedpruneError, shown
+from fedprune.toml_file import read_toml
+from fedprune_server.simulation.runs import Report, Run
+
+_KEYS = ("config", "seeds", "runs")
+_OWN = ("name", "seeds")
+_MOST_SEEDS = 1000
+_FOLDERS = ("source", "data", "path")
+"""Keys that may name a folder; what else is called like one, such as the runs' own, is none of a run's."""
+_LONGEST = 1000
+"""No path is longer; a text may be."""
+
+
+def read_sweep(path: Path) -> list[Run]:
+    """The runs of a sweep's file: each variant with each of its seeds.
+
+    Raises:
+        ConfigError: It can't be read, or a key is missing, unknown or wrong, in a variant's own tables, too.
+    """
+    body = read_toml(path, ConfigError)
+    setting_checks.only(_KEYS, body, str(path))
+    config = body.get("config")
+    if not isinstance(config, str) or not is_there(path.parent / config, file=True):
+        raise ConfigError(f"{path}: config", expected="a fleet.toml that exists", got=shown(config))
+    rows = body.get("runs")
+    if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
+        raise ConfigError(f"{path}: [[runs]]", expected="a table with a name for each variant")
+    common = _seeds(body.get("seeds", [0]), f"{path}: seeds")
+    files = _Files((path.parent / config).resolve())
+    runs = [
+        run for number, row in enumerate(rows, 1) for run in _variant(row, common, files, f"{path}: [[runs]] {number}")
+    ]
+    names = [r.name for r in runs]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ConfigError(f"{path}: [[runs]]", expected="another name or seed for each", got=f"{twice[0]!r} twice")
+    return runs
+
+
+class _Files:
+    """A `fleet.toml` and the files that it names, by their digests."""
+
+    def __init__(self, config: Path) -> None:
+        self.config = config
+        self._body = read_toml(config, ConfigError)
+        self._digests: dict[Path, str] = {}
+
+    def digest(self, changes: Mapping[str, Any]) -> str:
+        """Digest of the file, and of every file and folder that it or these changes name.
+
+        Raises:
+            StorageError: One can't be read.
+        """
+        found = hashlib.sha256(self._of(self.config).encode())
+        for key, text in sorted({*_texts(self._body), *_texts(changes)}):
+            for path in self._named(key, text):
+                found.update(f"{text}\0{self._of(path)}\0".encode())
+        return found.hexdigest()
+
+    def _named(self, key: str, text: str) -> Iterator[Path]:
+        """Files that a text names: a path, or `package.module:function`."""
+        if key == "name" or not 0 < len(text) < _LONGEST or "\0" in text:
+            return
+        path = self.config.parent / text
+        if is_there(path, file=True) or (is_there(path) and path.is_dir() and key in _FOLDERS):
+            yield path
+        module, colon, _ = text.partition(":")
+        for place in (self.config.parent, Path()) if colon else ():
+            path = place / (module.replace(".", "/") + ".py")
+            if is_there(path, file=True):
+                yield path
+
+    def _of(self, path: Path) -> str:
+        if path not in self._digests:
+            with storage_errors(f"can't read {path}"):
+                if path.is_dir():
+                    inside = sorted(p for p in path.rglob("*") if p.is_file())
+                    rows = "".join(f"{p.relative_to(path)}\0{file_digest(p)}\0" for p in inside)
+                    self._digests[path] = hashlib.sha256(rows.encode()).hexdigest()
+                else:
+                    self._digests[path] = file_digest(path)
+        return self._digests[path]
+
+
+def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts, each with the key under which it stands."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _texts(inner, str(name))
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _texts(inner, key)
+
+
+def _variant(row: object, common: Sequence[int], files: _Files, where: str) -> list[Run]:
+    if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
+        raise ConfigError(f"{where}: name", expected="a text", got=shown(row))
+    changes = {k: v for k, v in row.items() if k not in _OWN}
+    for key, value in changes.items():
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {key}", expected="a table of fleet.toml, such as job", got=shown(value))
+    _check(files.config, changes, f"{where.rpartition(' ')[0]} {row['name']}")
+    seeds = _seeds(row["seeds"], f"{where}: seeds") if "seeds" in row else common
+    # Whoever edits the configuration, the model or data must not be shown what was found with the old ones.
+    known = {"config": str(files.config), "files": files.digest(changes), "changes": changes}
+    return [Run(f"{row['name']}-{s}", {**known, "seed": s}) for s in seeds]
+
+
+def _check(config: Path, changes: Mapping[str, Any], where: str) -> None:
+    """Read the `fleet.toml` with a variant's changes, and say in an error whose fault it is."""
+    from fedprune_server.simulation.simulated_fleet import read_tables
+
+    try:
+        read_tables(config, changes)
+    except FedpruneError as error:
+        if not changes or _wrong(config) == str(error):
+            raise
+        what = error.what.removeprefix(f"{config}: ")
+        raise type(error)(f"{where}: {what}", expected=error.expected, got=error.got, hint=error.hint) from error
+
+
+def _wrong(config: Path) -> str:
+    """What is wrong with a `fleet.toml` without any changes; empty if nothing is."""
+    from fedprune_server.simulation.simulated_fleet import read_tables
+
+    try:
+        read_tables(config)
+    except FedpruneError as error:
+        return str(error)
+    return ""
+
+
+def _seeds(value: object, where: str) -> list[int]:
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str)
+        or not 0 < len(value) <= _MOST_SEEDS
+        or any(type(s) is not int or s < 0 for s in value)
+    ):
+        raise ConfigError(where, expected="a list of whole numbers, such as [0, 1, 2]", got=shown(value))
+    return list(value)
+
+
+def simulated(run: Run, folder: Path, report: Report) -> dict[str, Any]:
+    """Simulate one run of a sweep, from wherever it stands, and write its report.
+
+    Raises:
+        FedpruneError: As `simulated_fleet.read_plan` and `run_folder.simulate`.
+    """
+    from fedprune_server.simulation.report import write_report
+    from fedprune_server.simulation.run_folder import simulate
+    from fedprune_server.simulation.simulated_fleet import read_plan
+    from fedprune_server.simulation.simulation import Simulation
+
+    logging.getLogger("fedprune").addHandler(logging.NullHandler())  # other runs' bars are on the terminal
+    settings = run.settings
+    plan = read_plan(Path(settings["config"]), seed=settings["seed"], changes=settings["changes"], title=run.name)
+
+    def progress(simulation: Simulation) -> None:
+        state = simulation.state
+        metrics = state.history[-1]["metrics"] if state.history else {}
+        found = next((k for k in ("accuracy", "loss") if k in metrics), None)
+        report(len(state.history) / plan.job.rounds, f"{found} {metrics[found]:.3f}" if found else "")
+
+    record = simulate(plan, folder, progress)
+    write_report(folder, record, None)
+    own, whole = (None if math.isnan(v) else v for v in record.final())
+    return {"rounds": len(record.rounds), f"own_{record.measure}": own, f"global_{record.measure}": whole}

@@ -1,0 +1,1 @@
+"""What must survive a crash: the database, the blobs, their backups and their checks."""

@@ -1,0 +1,71 @@
+"""The demo's two jobs, and how it ends."""
+
+import pytest
+
+from fedprune.disk import locked
+from fedprune.errors import ConfigError, ExitCode, StorageError
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune_server.commands.demo_run import DemoFolder, run_demo, verdict
+from fedprune_server.simulation.demo_fleet import ROUNDS, fleet_job, reference_job, too_few
+from fedprune_server.simulation.record import DeviceRow, Record, RoundRow
+from fedprune_server.work.reference import fedavg
+
+KEPT = ("seed", "rounds", "devices", "participation", "deadline_s")
+
+
+def run(accuracy=0.9, sent=100, rounds=ROUNDS):
+    rows = [RoundRow(r, 1.0, "a" * 64, accuracy, 0.5, {"zero": 0.9}, 1, sent, sent) for r in range(1, rounds + 1)]
+    return Record("run", {}, (), (DeviceRow("zero", "", 1, (1,), 1.0, "", 1),), tuple(rows))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "sent", "rounds", "code"),
+    [
+        (0.9, 40, ROUNDS, ExitCode.OK),
+        (0.8, 40, ROUNDS, ExitCode.CLAIM),
+        (0.9, 60, ROUNDS + 1, ExitCode.CLAIM),
+        (0.8, 60, ROUNDS - 1, ExitCode.OK),
+    ],
+)
+def test_a_claim_that_fails_is_the_exit_code_if_there_are_rounds_enough(accuracy, sent, rounds, code):
+    assert verdict(run(accuracy, sent, rounds), run(rounds=rounds)) is code
+    assert bool(too_few(rounds)) is (rounds < ROUNDS)
+
+
+def test_reference_differs_only_in_what_makes_it_fedavg():
+    mine, theirs = fleet_job(3, 5), reference_job(3, 5)
+    assert all(getattr(mine, n) == getattr(theirs, n) for n in KEPT)
+    assert theirs.recipe == mine.recipe
+    assert (mine.strategy, theirs.strategy) == ("fedprune", "plain")
+
+
+def test_fedavg_is_the_whole_model_a_plain_loss_and_a_plain_mean():
+    rich = Recipe(epochs=4, lr=0.2, proximal=0.1, logit_adjustment=True, mask_absent_classes=False)
+    job = Job(
+        "x", 1, 2, 3, 0.5, 9.0, byte_budget=1000, density=0.5, scorer="curvature", warmup_rounds=2, rule="fill",
+        server_momentum=0.5, recipe=rich,
+    )  # fmt: skip
+    plain = fedavg(job)
+    assert (plain.density, plain.byte_budget, plain.rule, plain.server_momentum) == (1.0, 0, "coverage", 0.0)
+    assert plain.warmup_rounds == 0
+    assert plain.recipe == Recipe(epochs=4, lr=0.2)
+    assert all(getattr(plain, n) == getattr(job, n) for n in KEPT)
+
+
+@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"seed": -1}])
+def test_a_wrong_number_costs_no_earlier_demo(tmp_path, wrong):
+    DemoFolder.prepare(tmp_path / "demo", 0)
+    (tmp_path / "demo" / "report.md").write_text("kept")
+    with pytest.raises(ConfigError):
+        run_demo(tmp_path / "demo", **wrong)
+    assert (tmp_path / "demo" / "report.md").read_text() == "kept"
+
+
+def test_a_second_demo_in_a_folder_leaves_the_first_one_alone(tmp_path):
+    out = tmp_path / "demo-run"
+    out.mkdir()
+    (out / "demo.json").write_text("{}")
+    with locked(tmp_path / ".demo-run.lock", "busy", "wait"), pytest.raises(StorageError, match="another demo runs"):
+        run_demo(out)
+    assert (out / "demo.json").exists()

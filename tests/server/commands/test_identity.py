@@ -1,0 +1,199 @@
+"""`fedprune-server init`, `claim`, `devices` and `broker-config`."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import ExitCode
+from fedprune.trust.claim import Claim
+from fedprune.trust.device_identity import DeviceIdentity
+from fedprune_server.cli import main
+from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.identity.join_desk import JoinDesk
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def state(tmp_path: Path, capsys: Captured) -> str:
+    path = str(tmp_path / "state")
+    assert main(["init", "--state", path, "--site", "lab"]) == ExitCode.OK
+    assert "pin of the authority" in capsys.readouterr().out
+    return path
+
+
+def asks(state: str, folder: Path, name: str, claim: Claim | None = None) -> tuple[DeviceIdentity, str]:
+    """A board asks; its identity, and what it is told."""
+    device = DeviceIdentity(folder, "lab", name)
+    with IdentityFolder(Path(state)) as identity:
+        answer = JoinDesk(identity).answer(device.request(claim))
+        if answer.status == "approved":
+            device.admit(answer, identity.authority.pin)
+    return device, answer.status
+
+
+def listed(state: str, capsys: Captured) -> dict[str, list[str]]:
+    capsys.readouterr()
+    assert main(["devices", "--state", state, "--json"]) == ExitCode.OK
+    found: dict[str, list[str]] = {}
+    for row in json.loads(capsys.readouterr().out):
+        found.setdefault(row["device"], []).append(row["status"])
+    return found
+
+
+def test_claims_are_printed_one_a_line_and_let_boards_in(state: str, tmp_path: Path, capsys: Captured) -> None:
+    assert main(["claim", "--state", state, "--count", "3"]) == ExitCode.OK
+    assert main(["claim", "--state", state, "--device", "attic"]) == ExitCode.OK
+    claims = [Claim.parse(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(claims) == len({c.secret for c in claims}) == 4
+
+    assert asks(state, tmp_path / "1", "pi-1", claims[0])[1] == "approved"
+    assert asks(state, tmp_path / "2", "cellar", claims[3])[1] == "refused"
+    assert asks(state, tmp_path / "3", "attic", claims[3])[1] == "approved"
+    assert listed(state, capsys) == {"attic": ["approved"], "pi-1": ["approved"]}
+
+
+def test_a_name_that_is_none_is_a_wrong_command_line(state: str, tmp_path: Path) -> None:
+    for words in (
+        ["claim", "--state", state, "--device", "a b"],
+        ["init", "--state", str(tmp_path / "n"), "--site", "a b"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == ExitCode.USAGE
+
+
+def test_a_replacement_s_claim_is_all_that_is_printed_or_goes_to_a_file(
+    state: str, tmp_path: Path, capsys: Captured
+) -> None:
+    asks(state, tmp_path / "1", "attic")
+    capsys.readouterr()
+    assert main(["devices", "--state", state, "replace", "attic"]) == ExitCode.OK
+    printed = capsys.readouterr()
+    Claim.parse(printed.out)
+    assert "attic: 1 key" in printed.err
+    out = tmp_path / "claim"
+    assert main(["devices", "--state", state, "replace", "attic", "--out", str(out)]) == ExitCode.OK
+    assert capsys.readouterr().out == ""
+    Claim.parse(out.read_text())
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("action", ["approve", "revoke"])
+def test_a_misspelt_device_comes_with_the_one_that_was_meant(
+    action: str, state: str, tmp_path: Path, capsys: Captured
+) -> None:
+    asks(state, tmp_path / "1", "attic")
+    assert main(["devices", "--state", state, action, "atic", "--key", "ab"]) == ExitCode.JOIN
+    assert "attic" in capsys.readouterr().err
+
+
+def test_claims_go_to_a_new_file_that_its_owner_alone_reads(state: str, tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "claims"
+    assert main(["claim", "--state", state, "--count", "2", "--out", str(out)]) == ExitCode.OK
+    assert len({Claim.parse(line).id for line in out.read_text().splitlines()}) == 2
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    assert main(["claim", "--state", state, "--out", str(out)]) == ExitCode.USAGE
+    assert main(["claim", "--state", state, "--out", str(tmp_path / "no" / "folder")]) == ExitCode.STORAGE
+    assert capsys.readouterr().out == ""
+
+
+def test_the_operator_lets_in_the_board_whose_fingerprint_is_right(
+    state: str, tmp_path: Path, capsys: Captured
+) -> None:
+    right, status = asks(state, tmp_path / "1", "pi-1")
+    asks(state, tmp_path / "2", "pi-1")
+    assert status == "waiting"
+    approve = ["devices", "--state", state, "approve", "pi-1"]
+    assert main([*approve, "--key", "0000-0000-0000-0000-0000"]) == ExitCode.JOIN
+    assert "no key with this fingerprint waits as pi-1" in capsys.readouterr().err
+
+    assert main([*approve, "--key", right.key.verifying.fingerprint.upper()]) == ExitCode.OK
+
+    assert listed(state, capsys) == {"pi-1": ["approved"]}
+    assert asks(state, tmp_path / "1", "pi-1")[1] == "approved"
+    assert main([*approve, "--key", right.key.verifying.fingerprint]) == ExitCode.JOIN
+
+
+def test_nobody_is_let_in_before_the_fingerprint_was_compared(state: str, tmp_path: Path, capsys: Captured) -> None:
+    waits, _ = asks(state, tmp_path / "1", "pi-1")  # alone under its name, and still another's, perhaps
+    capsys.readouterr()
+
+    assert main(["devices", "--state", state, "approve", "pi-1"]) == ExitCode.USAGE
+
+    captured = capsys.readouterr()
+    assert "--key FINGERPRINT, as the board shows it" in captured.err
+    assert waits.key.verifying.fingerprint not in captured.out + captured.err  # nothing to copy without looking
+    assert listed(state, capsys) == {"pi-1": ["waiting"]}
+
+
+def test_a_board_that_is_gone_is_revoked_or_replaced(state: str, tmp_path: Path, capsys: Captured) -> None:
+    main(["claim", "--state", state])
+    claim = Claim.parse(capsys.readouterr().out.strip())
+    asks(state, tmp_path / "1", "pi-1", claim)
+
+    assert main(["devices", "--state", state, "replace", "pi-1"]) == ExitCode.OK
+    printed = capsys.readouterr()
+    text = printed.out.strip()
+    said, where = printed.err.splitlines()
+    assert said == "pi-1: 1 key and 1 certificate revoked"
+    assert "crl.pem" in where
+    assert asks(state, tmp_path / "1", "pi-1")[1] == "refused"
+    assert asks(state, tmp_path / "2", "pi-1", Claim.parse(text))[1] == "approved"
+    assert main(["devices", "--state", state, "revoke", "pi-1"]) == ExitCode.OK
+    assert listed(state, capsys) == {"pi-1": ["revoked", "revoked"]}
+    assert main(["devices", "--state", state, "revoke", "pi-1"]) == ExitCode.JOIN
+
+
+@pytest.mark.parametrize(
+    ("kind", "files"), [("mosquitto", {"mosquitto.conf", "acl", "acl-join"}), ("emqx", {"emqx.conf", "acl.conf"})]
+)
+def test_a_broker_s_files_are_written(state: str, tmp_path: Path, kind: str, files: set[str]) -> None:
+    out = tmp_path / "broker"
+    command = ["broker-config", kind, "--state", state, "--host", "broker.example", "--out", str(out), "--at", "/etc/b"]
+    assert main(command) == ExitCode.OK
+
+    assert {p.name for p in out.iterdir()} == {"authority.pem", "broker.pem", "broker.key", "crl.pem", *files}
+    assert stat.S_IMODE((out / "broker.key").stat().st_mode) == 0o600
+    assert (
+        "/etc/b/broker.key"
+        in next(p for p in out.iterdir() if p.suffix == ".conf" and p.name != "acl.conf").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["claim", "--hours", "9999"], ExitCode.USAGE, "--hours"),
+        (["claim", "--count", "2", "--device", "x"], ExitCode.USAGE, "--count and --device"),
+        (["claim", "--count", "2000"], ExitCode.USAGE, "--count"),
+        (["claim", "--device", "fedprune-server"], ExitCode.JOIN, "no device may be called 'fedprune-server'"),
+        (["devices", "approve"], ExitCode.USAGE, "the name of a device"),
+        (["devices", "approve", "nobody"], ExitCode.USAGE, "--key FINGERPRINT"),
+        (["devices", "approve", "nobody", "--key", "0000-0000"], ExitCode.JOIN, "no such device waits"),
+        (["devices", "revoke", "nobody"], ExitCode.JOIN, "no device nobody"),
+        (["broker-config", "mosquitto", "--host", "a b", "--out", "{out}"], ExitCode.IDENTITY, "host of a broker"),
+        (["broker-config", "mosquitto", "--host", "b", "--out", "o", "--join-port", "8883"], ExitCode.IDENTITY, "port"),
+        (["init"], ExitCode.IDENTITY, "has an identity already"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_one_clear_line(
+    state: str, tmp_path: Path, capsys: Captured, arguments: list[str], code: ExitCode, said: str
+) -> None:
+    full = [a.replace("{out}", str(tmp_path / "out")) for a in arguments]
+    assert (
+        main([full[0], "--state", state, *full[1:]] if full[0] != "broker-config" else [*full, "--state", state])
+        == code
+    )
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_state_folder_without_identity_says_what_to_do(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["claim", "--state", str(tmp_path)]) == ExitCode.IDENTITY
+    assert "fedprune-server init" in capsys.readouterr().err

@@ -1,0 +1,185 @@
+"""`fedprune-server status`: boards first, with connection and reasons, then the latest rounds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedprune.coordination import Phase, State
+from fedprune.coordination.events import DeviceBorn, Extracted, Ticked
+from fedprune.coordination.state import Device, Progress, Task
+from fedprune.disk import locked
+from fedprune.errors import ExitCode
+from fedprune.job import Job
+from fedprune.trust.device_identity import DeviceIdentity
+from fedprune_server.cli import main
+from fedprune_server.commands.status import status
+from fedprune_server.fleet.quarantine import FILE, Quarantine
+from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.identity.join_desk import JoinDesk
+from fedprune_server.store.storage import Storage
+
+
+@pytest.fixture
+def fleet_state(stopped_state: Path) -> Iterator[Path]:
+    """The same folder with a server that runs on it."""
+    with locked(stopped_state / "lock", "busy", "wait"):
+        yield stopped_state
+
+
+@pytest.fixture
+def stopped_state(tmp_path: Path) -> Path:
+    """A state folder after twelve rounds, with boards of every kind, which no server runs on."""
+    profile = {"name": "pi"}
+    state = State(
+        model="0" * 64,
+        round=13,
+        phase=Phase.TRAINING,
+        devices={
+            "good": Device(1, True, profile, None, 300, widths=(3,)),
+            "off": Device(1, False, profile, None, 200, widths=(3,)),
+            "small": Device(1, True, profile, None, 100, excluded="no width fits: memory"),
+            "full": Device(1, True, profile, None, 100, widths=(3,)),
+        },
+        tasks={"full": Task(1, (3,), progress=Progress.REFUSED, reason="disk full")},
+        history=[
+            {
+                "round": n,
+                "at": float(n),
+                "model": "0" * 64,
+                "metrics": {},
+                "devices": {"off": {"progress": "refused", "reason": f"too hot in {n}"}},
+            }
+            for n in range(1, 13)
+        ],
+    )
+    with Storage.at(tmp_path) as storage:
+        storage.put_settings({"job": Job(name="leaves", rounds=20).to_dict(), "name": "n"})
+        storage.put_outsiders({"odd": {"online": True, "profile": "toaster", "samples": 9, "excluded": "no profile"}})
+        storage.save(state, (), 1.0)
+    return tmp_path
+
+
+def test_status_shows_devices_first_with_connection_and_reasons(
+    fleet_state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", "--state", str(fleet_state)]) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    begins = [
+        "device full (pi): online, 100 samples",
+        "round 13: refused: disk full",
+        "device good (pi): online, 300 samples",
+        "device odd (toaster): online, 9 samples, takes no part: no profile",
+        "device off (pi): offline, 200 samples",
+        "round 12: refused: too hot in 12",
+        "device small (pi): online, 100 samples, takes no part: no width fits",
+        "the last 10 of 12 rounds:",
+        "round 3: 0 of 1 device",
+    ]
+    for line, begin in zip(lines[1:], begins, strict=False):
+        assert line.strip().startswith(begin)
+
+
+@pytest.mark.parametrize(("options", "first"), [(["--rounds", "2"], 11), (["--rounds", "50"], 1)])
+def test_status_shows_as_many_rounds_as_asked(
+    fleet_state: Path, options: list[str], first: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["status", "--state", str(fleet_state), *options])
+    rounds = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  round")]
+    assert len(rounds) == 13 - first
+    assert rounds[0].startswith(f"  round {first}:")
+
+
+def test_status_as_json_has_excluded_boards_and_reasons(fleet_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--json", "--state", str(fleet_state)]) == ExitCode.OK
+    body = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in body["devices"]}
+    assert rows["odd"]["excluded"] == "no profile"
+    assert rows["small"]["excluded"] == "no width fits: memory"
+    assert (rows["full"]["progress"], rows["full"]["reason"]) == ("refused", "disk full")
+    assert len({frozenset(row) for row in rows.values()}) == 1
+    assert len(body["rounds"]) == 12
+
+
+def test_status_says_that_no_server_runs_and_when_devices_were_heard_of(
+    stopped_state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedprune_server.commands.status._clock", lambda at: f"{at:g} s")
+    with Storage.at(stopped_state) as storage:
+        state = storage.load()
+        assert state is not None
+        events = [DeviceBorn("good", 1, {}, 300), Extracted(13, "full", 1, {}), DeviceBorn("off", 1, {}, 200), Ticked()]
+        for at, event in enumerate(events, 50):
+            state.deadline = at  # only events that change something are logged
+            storage.save(state, [event], at)
+    assert main(["status", "--state", str(stopped_state)]) == ExitCode.OK
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "job leaves: round 13 of 20, stopped while training"
+    assert lines[1] == (
+        f"no server is running; the last event was at 53 s; to go on: fedprune-server run --state {stopped_state}"
+    )
+    devices = {line.split()[1]: line.partition(": ")[2] for line in lines if line.startswith("device ")}
+    assert devices["good"].startswith("last heard of at 50 s, 300 samples")
+    assert devices["off"].startswith("last heard of at 52 s")
+    assert all(devices[name].startswith("offline") for name in ("full", "odd", "small"))
+
+
+def test_status_of_a_finished_job_asks_for_nothing(stopped_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Storage.at(stopped_state) as storage:
+        state = storage.load()
+        assert state is not None
+        state.phase = Phase.FINISHED
+        storage.save(state, (), 1.0)
+    main(["status", "--state", str(stopped_state)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["job leaves: round 13 of 20, finished", "  no server is running"]
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_status_as_json_says_whether_a_server_runs(
+    request: pytest.FixtureRequest, running: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = request.getfixturevalue("fleet_state" if running else "stopped_state")
+    main(["status", "--json", "--state", str(state)])
+    body = json.loads(capsys.readouterr().out)
+    assert body["running"] is running
+    assert any(row["online"] for row in body["devices"]) is running
+    assert not any(p.name == "lock" for p in state.iterdir()) or running
+
+
+def test_a_device_that_was_shut_out_is_revoked_and_not_online(
+    fleet_state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with IdentityFolder.make(fleet_state, "lab") as identity:
+        board = DeviceIdentity(fleet_state / "board", "lab", "good")
+        JoinDesk(identity).answer(board.request(identity.claim("good", 3600)))
+        assert status(fleet_state)["devices"][1]["online"]
+        identity.revoke("good")
+    body = {d["name"]: d for d in status(fleet_state)["devices"]}
+    assert (body["good"]["revoked"], body["good"]["online"], body["full"]["revoked"]) == (True, False, False)
+    assert main(["status", "--state", str(fleet_state)]) == ExitCode.OK
+    assert "device good (pi): revoked" in capsys.readouterr().out
+
+
+def test_a_device_in_quarantine_is_shown_with_what_it_sent(
+    fleet_state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quarantine = Quarantine(path=fleet_state / FILE)
+    quarantine.know(["good", "full"])
+    quarantine.save()
+    while quarantine.hears("good", 100_000):
+        pass
+    quarantine._save_at = 0.0
+    quarantine.save()
+
+    assert main(["status", "--state", str(fleet_state)]) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("  device good"))
+    assert "in quarantine until" in lines[at + 1]
+    assert "for the 1. time: too many messages; 1 messages dropped unread" in lines[at + 1]
+    rows = {d["name"]: d["quarantine"] for d in status(fleet_state)["devices"]}
+    assert rows["full"] is None
+    assert rows["good"]["times"] == 1

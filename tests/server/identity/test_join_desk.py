@@ -1,0 +1,461 @@
+"""Who is let in, with a device's real folder on the other side."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from fedprune.errors import IdentityError, JoinError, ProtocolError, StorageError
+from fedprune.trust.certificates import (
+    load_certificate,
+    make_request,
+    make_tls_key,
+    name_of,
+    read_certificate,
+    save_tls_key,
+    seconds_of,
+)
+from fedprune.trust.claim import Claim
+from fedprune.trust.device_identity import DeviceIdentity
+from fedprune.trust.joining import make_request as make_join_request
+from fedprune.trust.keys import SigningKey
+from fedprune.trust.trusted_time import BUILT
+from fedprune.wire.join_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
+from fedprune.wire.messages import Hello, parse
+from fedprune.wire.topics import Topics
+from fedprune_server.identity import store as identity_store
+from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.identity.join_desk import JoinDesk
+
+HOUR, DAY = 3600, 24 * 3600
+NOW = [float(BUILT + 30 * DAY)]
+
+Ask = Callable[[DeviceIdentity, Claim | None], JoinAnswer]
+
+
+@pytest.fixture
+def identity(tmp_path: Path) -> Iterator[IdentityFolder]:
+    NOW[0] = float(BUILT + 30 * DAY)
+    with IdentityFolder.make(tmp_path / "state", "lab", clock=lambda: NOW[0]) as identity:
+        yield identity
+
+
+@pytest.fixture
+def ask(identity: IdentityFolder) -> Ask:
+    """What the server answers to a device, over the bytes that would travel."""
+
+    def asked(device: DeviceIdentity, claim: Claim | None = None) -> JoinAnswer:
+        request = device.request(claim)
+        topic, raw = JoinDesk(identity).receive(Topics("lab").join(request.nonce), request.to_bytes())
+        assert topic == Topics("lab").joined(request.nonce)
+        answer = parse(raw)
+        assert isinstance(answer, JoinAnswer)
+        return answer
+
+    return asked
+
+
+def board(folder: Path, name: str = "pi-1") -> DeviceIdentity:
+    return DeviceIdentity(folder, "lab", name, clock=lambda: 0.0)
+
+
+def bare(claim: Claim | None, name: str = "pi-1", site: str = "lab", key: SigningKey | None = None) -> JoinRequest:
+    return make_join_request(site, name, key or SigningKey.make(), make_request(make_tls_key(), name), claim)
+
+
+def answer(identity: IdentityFolder, request: JoinRequest) -> tuple[str, str]:
+    given = JoinDesk(identity).answer(request)
+    return given.status, given.reason
+
+
+def test_a_board_joins_with_a_claim_and_keeps_all_that_it_needs(
+    identity: IdentityFolder, ask: Ask, tmp_path: Path
+) -> None:
+    claim = Claim.parse(identity.claim(None, HOUR).text)
+    device = board(tmp_path / "board")
+    assert not device.joined
+
+    admission = device.admit(ask(device, claim), claim.pin)
+
+    assert admission is not None
+    assert device.joined
+    assert name_of(read_certificate(admission.certificate, "certificate")) == "pi-1"
+    assert identity.store.key_of("pi-1") == device.key.verifying.hex
+    again = board(tmp_path / "board")
+    assert again.joined
+    assert again.key.verifying == device.key.verifying
+    assert again.server == identity.key.verifying
+    assert again.times.floor == int(NOW[0])  # a board in 1970 now knows better
+    again.context()
+    for path in (tmp_path / "board").iterdir():
+        if "key" in path.name:
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_without_a_claim_a_board_waits_until_the_operator_says_yes(
+    identity: IdentityFolder, ask: Ask, tmp_path: Path
+) -> None:
+    device, pin = board(tmp_path / "board"), identity.authority.pin
+    for _ in range(2):
+        assert device.admit(ask(device, None), pin) is None
+        device = board(tmp_path / "board")  # also after a restart it asks the same
+    assert [d.status for d in identity.store.devices()] == [WAITING]
+
+    identity.store.approve("pi-1", device.key.verifying.hex, 0)
+
+    assert device.admit(ask(device, None), pin) is not None
+    assert [d.status for d in identity.store.devices()] == [APPROVED]
+
+
+def test_a_claim_works_once_for_one_request_which_may_be_repeated(identity: IdentityFolder) -> None:
+    claim = identity.claim(None, HOUR)
+    request = bare(claim)
+    desk = JoinDesk(identity)
+    first = desk.answer(request)
+    NOW[0] += 2 * DAY
+
+    assert desk.answer(request) == first  # the very same answer, even after the claim's end
+    for other in (bare(claim), bare(claim, "pi-2"), bare(claim, key=SigningKey.make())):
+        assert answer(identity, other) == (
+            REFUSED, "the claim was used by another request. Have a new one made."
+        )  # fmt: skip
+    assert len(identity.authority.of_device("pi-1")) == 1
+
+
+@pytest.mark.parametrize("lost", ["issue_device", "keep_answer"])
+def test_a_crash_between_use_and_answer_costs_nothing(
+    identity: IdentityFolder, monkeypatch: pytest.MonkeyPatch, lost: str, tmp_path: Path
+) -> None:
+    claim = identity.claim(None, HOUR)
+    request = bare(claim)
+
+    def crash(*_: object) -> None:
+        raise StorageError("the power is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(identity.authority if lost == "issue_device" else identity.store, lost, crash)
+        with pytest.raises(StorageError, match="power"):
+            JoinDesk(identity).answer(request)
+    with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as restarted:
+        assert answer(restarted, bare(claim))[0] == REFUSED
+        given = JoinDesk(restarted).answer(request)
+        assert given.status == APPROVED
+        assert JoinDesk(restarted).answer(request) == given
+        assert len(restarted.authority.of_device("pi-1")) == 1
+
+
+def test_every_claim_that_does_not_count_says_why(identity: IdentityFolder, tmp_path: Path) -> None:
+    for_two, old = identity.claim("pi-2", HOUR), identity.claim(None, 1)
+    with IdentityFolder.make(tmp_path / "other", "lab") as other:
+        foreign = other.claim(None, HOUR)
+    guessed = Claim(for_two.id, bytes(15), for_two.pin)
+    NOW[0] += 1
+    for claim, reason in (
+        (old, "the claim's time is over"),
+        (for_two, "the claim is for another device than pi-1"),
+        (foreign, "this server doesn't know the claim"),
+        (guessed, "this server doesn't know the claim"),
+    ):
+        status, said = answer(identity, bare(claim))
+        assert (status, said.startswith(reason)) == (REFUSED, True)
+    assert identity.store.devices() == []
+    assert answer(identity, bare(for_two, "pi-2"))[0] == APPROVED  # none of that has used it
+    assert answer(identity, bare(identity.claim(None, HOUR), site="other"))[1].startswith("this server's site is lab")
+
+
+def test_a_name_that_is_taken_leaves_the_claim_for_another(identity: IdentityFolder) -> None:
+    answer(identity, bare(identity.claim(None, HOUR)))
+    claim = identity.claim(None, HOUR)
+
+    status, reason = answer(identity, bare(claim))
+    assert (status, reason.startswith("another board is pi-1 already")) == (REFUSED, True)
+    assert answer(identity, bare(claim, "fedprune-server"))[0] == REFUSED
+    assert answer(identity, bare(claim, "pi-2"))[0] == APPROVED
+
+
+def test_a_certificate_is_renewed_with_a_new_key_by_who_is_let_in_alone(
+    identity: IdentityFolder, ask: Ask, tmp_path: Path
+) -> None:
+    device, claim = board(tmp_path / "board"), identity.claim(None, HOUR)
+    device.admit(ask(device, claim), claim.pin)
+    assert not device.renewal_due()
+    old = (tmp_path / "board" / "device.pem").read_text()
+    device.times.learn(int(NOW[0]) + 500 * DAY)
+    assert device.renewal_due()
+
+    NOW[0] += 500 * DAY
+    device.admit(ask(device, None), claim.pin)
+
+    new = (tmp_path / "board" / "device.pem").read_text()
+    assert new != old
+    assert not device.renewal_due()
+    device.context()  # certificate and key are a pair
+    assert answer(identity, bare(None))[0] == WAITING  # another key of that name has to wait
+
+
+def test_an_old_request_that_somebody_repeats_gets_no_second_certificate(
+    identity: IdentityFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity_store, "KEPT_ANSWERS", 1)
+    key = SigningKey.make()
+    requests = [bare(identity.claim(None, HOUR), key=key), *(bare(None, key=key) for _ in range(3))]
+    first = [JoinDesk(identity).answer(request) for request in requests]
+    assert {given.status for given in first} == {APPROVED}
+    before = len(identity.authority.of_device("pi-1"))
+
+    again = [JoinDesk(identity).answer(request) for request in requests]
+
+    assert [(a.status, a.certificate) for a in again] == [(a.status, a.certificate) for a in first]
+    assert len(identity.authority.of_device("pi-1")) == before
+    NOW[0] += 2 * 365 * DAY  # they are over
+    assert {answer(identity, request)[0] for request in requests[:-1]} == {REFUSED}
+
+
+def test_what_is_revoked_stays_out_and_can_be_replaced(identity: IdentityFolder, ask: Ask, tmp_path: Path) -> None:
+    stolen, claim = board(tmp_path / "stolen"), identity.claim(None, HOUR)
+    request = stolen.request(claim)
+    stolen.admit(ask(stolen, claim), claim.pin)
+
+    assert identity.revoke("pi-1") == (1, 1)
+
+    assert identity.store.key_of("pi-1") is None
+    assert answer(identity, request)[0] == REFUSED
+    with pytest.raises(JoinError, match="revoked"):
+        stolen.admit(ask(stolen, None), claim.pin)
+    fresh, another = board(tmp_path / "fresh"), identity.claim("pi-1", HOUR)
+    assert fresh.admit(ask(fresh, another), another.pin) is not None
+    assert identity.store.key_of("pi-1") == fresh.key.verifying.hex
+    assert answer(identity, bare(identity.claim(None, HOUR), key=stolen.key))[0] == REFUSED
+
+
+@pytest.mark.parametrize("renewal", [True, False])
+def test_who_is_revoked_while_its_certificate_is_issued_is_refused_and_its_certificate_listed(
+    identity: IdentityFolder, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renewal: bool
+) -> None:
+    device, claim = board(tmp_path / "board"), identity.claim(None, HOUR)
+    if renewal:
+        device.admit(ask(device, claim), claim.pin)
+    request, issue = device.request(None if renewal else claim), identity.authority.issue_device
+
+    def revoked_meanwhile(*arguments: str) -> str:
+        with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as other:  # another process
+            other.revoke("pi-1")
+        return issue(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(identity.authority, "issue_device", revoked_meanwhile)
+        assert answer(identity, request) == (REFUSED, "pi-1 is approved no more")
+
+    issued = {i.serial for i in identity.authority.of_device("pi-1")}
+    listed = x509.load_pem_x509_crl((identity.path / "crl.pem").read_bytes())
+    assert len(issued) == (2 if renewal else 1)
+    assert {revoked.serial_number for revoked in listed} == issued
+    assert answer(identity, request)[0] == REFUSED
+
+
+def test_nobody_uses_up_another_s_certificate_request_and_with_it_a_claim(
+    identity: IdentityFolder, ask: Ask, tmp_path: Path
+) -> None:
+    member, own = board(tmp_path / "member", "pi-2"), identity.claim("pi-2", HOUR)
+    member.admit(ask(member, own), own.pin)
+    victim, claim = board(tmp_path / "victim", "attic"), identity.claim("attic", HOUR)
+    request = victim.request(claim)
+
+    with pytest.raises(ProtocolError, match="common name"):
+        answer(identity, make_join_request("lab", "pi-2", member.key, request.csr))
+
+    assert victim.admit(ask(victim, claim), claim.pin) is not None
+
+
+def test_a_request_that_gets_no_certificate_uses_no_claim(identity: IdentityFolder) -> None:
+    csr, key = make_request(make_tls_key(), "pi-1"), SigningKey.make()
+    spent = make_join_request("lab", "pi-1", SigningKey.make(), csr, identity.claim(None, HOUR))
+    assert answer(identity, spent)[0] == APPROVED
+    identity.revoke("pi-1")
+    claim = identity.claim(None, HOUR)
+
+    status, reason = answer(identity, make_join_request("lab", "pi-1", key, csr, claim))
+    assert (status, "is revoked" in reason) == (REFUSED, True)
+
+    assert answer(identity, bare(claim, key=key))[0] == APPROVED
+
+
+def test_a_refused_request_is_not_asked_again(identity: IdentityFolder, ask: Ask, tmp_path: Path) -> None:
+    device, claim = board(tmp_path / "board"), identity.claim("other", HOUR)
+    first = device.request(claim)
+    with pytest.raises(JoinError, match="for another device"):
+        device.admit(ask(device, claim), claim.pin)
+    assert device.request(claim) != first
+
+
+def test_a_power_cut_on_the_board_leaves_a_certificate_with_its_own_key(
+    identity: IdentityFolder, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, claim = board(tmp_path / "board"), identity.claim(None, HOUR)
+    device.admit(ask(device, claim), claim.pin)
+    given = ask(device, None)
+    monkeypatch.setattr(DeviceIdentity, "_finish", lambda _self: None)
+    device.admit(given, claim.pin)
+    monkeypatch.undo()
+
+    board(tmp_path / "board").context()
+
+
+def test_a_half_written_request_is_made_anew(tmp_path: Path) -> None:
+    device = board(tmp_path / "board")
+    first = device.request()
+    assert device.request() == first
+    (tmp_path / "board" / "request.json").write_bytes(first.to_bytes()[:50])
+    assert device.request() != first
+    assert DeviceIdentity(tmp_path / "board", "lab", "pi-2").request().device == "pi-2"
+    with pytest.raises(IdentityError, match="server's key"):
+        _ = device.server
+
+
+def test_only_so_many_wait_and_an_approved_one_clears_its_name(
+    identity: IdentityFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity_store, "MAX_NAMESAKES", 2)
+    monkeypatch.setattr(identity_store, "MAX_WAITING", 3)
+    requests = [bare(None), bare(None), bare(None), bare(None, "pi-2"), bare(None, "pi-3")]
+    said = [answer(identity, request)[0] for request in requests]
+    assert said == [WAITING, WAITING, REFUSED, WAITING, REFUSED]
+
+    identity.store.approve("pi-1", requests[1].key, 0)
+
+    assert [(d.device, d.status) for d in identity.store.devices()] == [("pi-1", APPROVED), ("pi-2", WAITING)]
+    assert answer(identity, requests[1])[0] == APPROVED
+
+
+def test_what_is_no_request_or_was_changed_is_not_answered(identity: IdentityFolder) -> None:
+    desk, request = JoinDesk(identity), bare(identity.claim(None, HOUR))
+    topic = Topics("lab").join(request.nonce)
+    for where, raw in (
+        (topic, b"nonsense"),
+        (topic, Hello().to_bytes()),
+        (Topics("lab").join("0" * 32), request.to_bytes()),
+        (Topics("other").join(request.nonce), request.to_bytes()),
+        (topic, replace(request, device="pi-2").to_bytes()),
+        (topic, replace(request, csr="nonsense").to_bytes()),
+    ):
+        with pytest.raises(ProtocolError):
+            desk.receive(where, raw)
+    assert identity.store.devices() == []
+
+
+def test_the_folder_is_made_once_completed_after_a_crash_and_closed_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(SigningKey, "save", lambda *_: (_ for _ in ()).throw(StorageError("power")))
+        with pytest.raises(StorageError, match="power"):
+            IdentityFolder.make(tmp_path, "lab")
+    with pytest.raises(IdentityError, match=r"has no identity\. Make one: fedprune-server init"):
+        IdentityFolder(tmp_path)
+    with IdentityFolder.make(tmp_path, "lab") as made:
+        pin = made.authority.pin
+    with pytest.raises(IdentityError, match="has an identity already"):
+        IdentityFolder.make(tmp_path, "lab")
+    with IdentityFolder(tmp_path) as again:
+        assert (again.authority.pin, again.site) == (pin, "lab")
+    folder = tmp_path / "identity"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    secret = ("authority.key", "signing.key", "server.key", "identity.db", "register.jsonl")
+    assert {stat.S_IMODE((folder / n).stat().st_mode) for n in secret} == {0o600}
+
+
+def ends(identity: IdentityFolder) -> int:
+    """When the server's own certificate ends."""
+    return seconds_of(load_certificate(identity.path / "server.pem", "certificate").not_valid_after_utc)
+
+
+def test_the_server_s_own_certificate_is_renewed_in_its_last_third(identity: IdentityFolder, tmp_path: Path) -> None:
+    first, files = ends(identity), [identity.path / name for name in ("server.pem", "server.key")]
+    before = [path.read_bytes() for path in files]
+    NOW[0] += 486 * DAY
+    identity.context()
+    assert [path.read_bytes() for path in files] == before
+
+    NOW[0] += 2 * DAY
+    identity.context()
+    second = ends(identity)
+    assert second == first + 488 * DAY
+    assert all(path.read_bytes() != old for path, old in zip(files, before, strict=True))
+    assert stat.S_IMODE(files[1].stat().st_mode) == 0o600
+
+    NOW[0] += 800 * DAY  # a server that was off until it was over
+    with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as again:
+        again.context()  # key and certificate are a pair
+        assert ends(again) == second + 800 * DAY
+
+
+def test_a_certificate_and_a_key_that_a_power_cut_parted_are_made_anew(identity: IdentityFolder) -> None:
+    save_tls_key(make_tls_key(), identity.path / "server.key")
+    identity.context()
+    (identity.path / "server.pem").unlink()
+    identity.context()
+
+
+def test_a_full_disk_keeps_the_server_s_old_certificate_in_use(
+    identity: IdentityFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    NOW[0] += 700 * DAY
+    before = ends(identity)
+    with monkeypatch.context() as patched:
+        patched.setattr(identity.authority, "issue_server", lambda _csr: (_ for _ in ()).throw(StorageError("full")))
+        identity.context()
+    assert ends(identity) == before
+    assert "no new certificate for the server yet: full" in caplog.text
+
+
+def test_the_embedded_broker_s_certificate_is_kept_until_its_last_year_or_other_hosts(identity: IdentityFolder) -> None:
+    def issued(*hosts: str) -> bytes:
+        return identity.broker(hosts)[0].read_bytes()
+
+    first = issued("127.0.0.1", "localhost")
+    NOW[0] += 3 * 365 * DAY
+    assert issued("localhost", "127.0.0.1") == first
+    other = issued("localhost", "192.0.2.7")
+    assert other != first
+    assert issued("localhost", "192.0.2.7") == other
+    save_tls_key(make_tls_key(), identity.path / "broker.key")
+    paired = issued("localhost", "192.0.2.7")
+    assert paired != other
+    NOW[0] += 4 * 365 * DAY + DAY
+    assert issued("localhost", "192.0.2.7") != paired
+
+
+def test_in_the_authority_s_last_months_nothing_is_issued_again_and_again(identity: IdentityFolder) -> None:
+    NOW[0] += (30 * 365 - 20) * DAY
+    identity.context()
+    last = (identity.path / "server.pem").read_bytes()
+    NOW[0] += DAY
+    identity.context()
+    assert (identity.path / "server.pem").read_bytes() == last
+
+
+def test_no_claim_is_made_for_a_name_that_no_device_may_have(identity: IdentityFolder) -> None:
+    for name, error in (("fedprune-server", JoinError), ("all", ProtocolError), ("a/b", ProtocolError)):
+        with pytest.raises(error):
+            identity.claim(name, HOUR)
+
+
+def test_a_claim_s_secret_is_not_in_the_server_s_folder(identity: IdentityFolder, tmp_path: Path) -> None:
+    claim = identity.claim(None, HOUR)
+    identity.close()
+    for path in (tmp_path / "state").rglob("*"):
+        if path.is_file():
+            assert claim.secret not in path.read_bytes()
+
+
+def test_a_damaged_database_is_one_clear_error(identity: IdentityFolder, tmp_path: Path) -> None:
+    identity.close()
+    path = tmp_path / "state" / "identity" / "identity.db"
+    path.write_bytes(b"x" * 5000)
+    with pytest.raises(StorageError, match=r"identity\.db"):
+        IdentityFolder(tmp_path / "state")

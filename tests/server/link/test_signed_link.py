@@ -1,0 +1,419 @@
+"""A server and its devices, each behind its signed link, and a broker between them that may do what it likes."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import StorageError
+from fedprune.trust.claim import Claim
+from fedprune.trust.device_identity import DeviceIdentity
+from fedprune.trust.trusted_time import BUILT
+from fedprune.wire.connection_news import ConnectionUp, Event
+from fedprune.wire.join_messages import APPROVED, JoinAnswer
+from fedprune.wire.messages import Birth, Death, Finished, Hello, Progress, parse
+from fedprune.wire.topics import Topics
+from fedprune_device import signed_link as device_side
+from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.link import signed_link as server_side
+from fedprune_server.link.wire import Doubled, ShutOut
+
+DAY = 24 * 3600
+TOPICS = Topics("lab")
+Sent = tuple[str, bytes]
+
+
+class End:
+    """One end of a line: what it publishes lies in the broker's hands until somebody passes it on."""
+
+    def __init__(self) -> None:
+        self.connected = True
+        self.unsent = 0
+        self.room = True
+        self.sent: list[Sent] = []
+        self.inbox: deque[Sent | Event] = deque()
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        self.sent.append((topic, payload))
+        return True
+
+    def get(self, timeout: float | None = 0.0) -> Sent | Event | None:
+        return self.inbox.popleft() if self.inbox else None
+
+    def flush(self, timeout: float) -> bool:
+        return True
+
+
+class Server:
+    def __init__(self, identity: IdentityFolder, now: Callable[[], float]) -> None:
+        self.end = End()
+        self.link = server_side.SignedLink(self.end, identity, now)
+        self.shut_out: list[str] = []
+        self.doubled: list[str] = []
+
+    def say(self, device: str, message: Hello | Finished) -> Sent:
+        topic = TOPICS.down(device, getattr(message, "job", "-"))
+        assert self.link.publish(topic, message.to_bytes())
+        return self.end.sent[-1]
+
+    def hears(self, *sent: Sent) -> list[Sent]:
+        self.end.inbox.extend(sent)
+        found = []
+        while self.end.inbox:
+            item = self.link.get()
+            if isinstance(item, tuple):
+                found.append(item)
+            elif isinstance(item, ShutOut):
+                self.shut_out.append(item.device)
+            elif isinstance(item, Doubled):
+                self.doubled.append(item.device)
+        return found
+
+
+class Board:
+    def __init__(self, identity: DeviceIdentity, now: Callable[[], float]) -> None:
+        self.identity = identity
+        self.end = End()
+        self.link = device_side.SignedLink(self.end, identity, now)
+
+    def say(self, message: Birth | Death | Progress) -> Sent:
+        assert self.link.publish(TOPICS.up(self.identity.device), message.to_bytes())
+        return self.end.sent[-1]
+
+    def hears(self, *sent: Sent) -> list[Sent]:
+        self.end.inbox.extend(sent)
+        return [item for _ in sent if isinstance(item := self.link.get(), tuple)]
+
+
+class Lab:
+    """A site with two boards, and clocks that stand still until they are moved."""
+
+    def __init__(self, folder: Path, identity: IdentityFolder) -> None:
+        self.identity = identity
+        self.folder = folder
+        self.now = 0.0
+        self._milliseconds = itertools.count(1000, 1000)
+        self.server = self.new_server()
+        self.boards = {name: self.let_in(name, name) for name in ("pi-1", "pi-2")}
+        self.server.end.sent.clear()
+
+    def let_in(self, name: str, folder: str) -> Board:
+        claim = Claim.parse(self.identity.claim(name, DAY).text)
+        device = DeviceIdentity(self.folder / folder, "lab", name, clock=lambda: float(BUILT))
+        request = device.request(claim)
+        assert self.server.hears((TOPICS.join(request.nonce), request.to_bytes())) == []
+        answer = parse(self.server.end.sent[-1][1])
+        assert isinstance(answer, JoinAnswer)
+        assert device.admit(answer, claim.pin) is not None
+        return Board(device, lambda: self.now)
+
+    def new_server(self) -> Server:
+        self.server = Server(self.identity, lambda: self.now)
+        return self.server
+
+    def another_board(self, folder: str, name: str) -> Board:
+        """One whose clock shows another second whenever it is asked."""
+        clock = lambda: BUILT + next(self._milliseconds) / 1000  # noqa: E731
+        return Board(DeviceIdentity(self.folder / folder, "lab", name, clock=clock), lambda: self.now)
+
+    def new_board(self, name: str) -> Board:
+        identity = DeviceIdentity(self.folder / name, "lab", name, clock=lambda: float(BUILT))
+        self.boards[name] = Board(identity, lambda: self.now)
+        return self.boards[name]
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    with IdentityFolder.make(tmp_path / "state", "lab", clock=lambda: float(BUILT + 30 * DAY)) as identity:
+        yield Lab(tmp_path, identity)
+
+
+def birth(name: str, session: int = 1) -> Birth:
+    return Birth(name, session, "", 10, "fedprune")
+
+
+def test_both_hear_what_the_other_said_and_only_once(lab: Lab) -> None:
+    server, pi = lab.server, lab.boards["pi-1"]
+    up = pi.say(birth("pi-1"))
+    assert server.hears(up, up, up) == [(TOPICS.up("pi-1"), birth("pi-1").to_bytes())]
+    down = server.say("pi-1", Finished("job"))
+    assert pi.hears(down, down, down) == [(TOPICS.down("pi-1", "job"), Finished("job").to_bytes())]
+    assert server.hears(up) == pi.hears(down) == []
+
+
+def test_what_is_overtaken_still_counts(lab: Lab) -> None:
+    pi = lab.boards["pi-1"]
+    sent = [lab.server.say("pi-1", Finished(f"job-{n}")) for n in range(5)]
+    assert [topic for topic, _ in pi.hears(*reversed(sent))] == [topic for topic, _ in reversed(sent)]
+
+
+def test_chunks_pass_as_they_are(lab: Lab) -> None:
+    pi = lab.boards["pi-1"]
+    up, down = (TOPICS.up_blob("pi-1", "job"), b"chunk"), (TOPICS.down_blob("pi-1", "job"), b"chunk")
+    pi.link.publish(*up)
+    lab.server.link.publish(*down)
+    assert (pi.end.sent, lab.server.end.sent) == ([up], [down])
+    assert (lab.server.hears(up), pi.hears(down)) == ([up], [down])
+
+
+def test_chunks_for_all_pass_as_they_are_and_messages_among_them_do_not_count(lab: Lab) -> None:
+    pi, topic = lab.boards["pi-1"], TOPICS.shared("ab" * 32, "job")
+    lab.server.link.publish(topic, b"chunk")
+    assert lab.server.end.sent == [(topic, b"chunk")]
+    assert pi.hears((topic, b"chunk")) == [(topic, b"chunk")]  # a chunk is compared with digests that were signed
+
+
+def test_a_message_means_nothing_on_another_s_topic_or_in_another_s_name(lab: Lab) -> None:
+    server, one, two = lab.server, lab.boards["pi-1"], lab.boards["pi-2"]
+    up = one.say(birth("pi-1"))
+    assert server.hears((TOPICS.up("pi-2"), up[1])) == []
+    assert server.hears((TOPICS.up("pi-1", "job"), up[1])) == []
+    down = server.say("pi-1", Finished("job"))
+    assert two.hears((TOPICS.down("pi-2", "job"), down[1]), (TOPICS.broadcast(), down[1])) == []
+    # What one device signs is not the server's word to another, nor the other's word to the server.
+    assert two.hears((TOPICS.down("pi-2"), two.say(birth("pi-2"))[1])) == []
+    forged = two.link.sealed((TOPICS.up("pi-1"), birth("pi-1").to_bytes()))
+    assert server.hears(forged) == []
+    assert one.hears(down) != []
+    assert server.hears(up) != []
+
+
+def test_what_is_unsigned_changed_or_nonsense_is_ignored_and_said(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    server, pi = lab.server, lab.boards["pi-1"]
+    topic, raw = pi.say(birth("pi-1"))
+    with caplog.at_level(logging.WARNING):
+        for at in range(0, len(raw), 7):
+            assert server.hears((topic, raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])) == []
+        assert server.hears((topic, birth("pi-1").to_bytes()), (topic, b""), ("fedprune/1/lab/x", raw)) == []
+    assert len(caplog.records) == 21  # twenty, and that there will be no more
+    assert "signature" in caplog.text
+    assert server.hears((topic, raw)) != []
+
+
+def test_who_is_not_let_in_is_not_heard(lab: Lab, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with IdentityFolder.make(tmp_path / "elsewhere", "lab", clock=lambda: float(BUILT + 30 * DAY)) as other:
+        stranger = Lab(tmp_path / "strangers", other).let_in("pi-9", "pi-9")
+    assert lab.server.hears(stranger.say(birth("pi-9"))) == []
+    assert "pi-9 is not let in" in caplog.text
+    assert not lab.server.link.publish(TOPICS.down("pi-9", "job"), Finished("job").to_bytes())
+    hello = lab.server.say("pi-1", Hello())
+    assert stranger.hears((TOPICS.down("pi-9"), hello[1]), (TOPICS.broadcast(), hello[1])) == []
+
+
+def test_what_was_said_before_a_restart_of_the_server_is_not_heard_again_and_new_things_soon_are(lab: Lab) -> None:
+    pi = lab.boards["pi-1"]
+    old = pi.say(birth("pi-1"))
+    assert lab.server.hears(old) != []
+    late = pi.say(Death("pi-1", 1))  # never arrived
+    server = lab.new_server()
+    assert server.hears(old) == []
+    ((topic, hello),) = server.end.sent  # "I have restarted", to the board
+    assert pi.hears((topic, hello)) == [(TOPICS.down("pi-1"), Hello(BUILT + 30 * DAY).to_bytes())]
+    again = pi.say(birth("pi-1", 2))  # what a board answers
+    assert server.hears(again) != []
+    assert server.hears(old, again) == []
+    assert late[1] != again[1]
+
+
+def test_what_was_said_before_a_restart_of_the_board_is_not_heard_again_and_new_things_soon_are(lab: Lab) -> None:
+    old = lab.server.say("pi-1", Finished("old"))
+    assert lab.boards["pi-1"].hears(old) != []
+    pi = lab.new_board("pi-1")
+    first = pi.say(birth("pi-1", 2))
+    assert pi.hears(old) == []
+    again = pi.end.sent[-1]
+    assert again != first
+    assert lab.server.hears(first, again) != []
+    new = lab.server.say("pi-1", Finished("new"))
+    assert pi.hears(new, old) == [(TOPICS.down("pi-1", "new"), Finished("new").to_bytes())]
+
+
+def test_old_messages_repeated_for_ever_cost_a_message_each_ten_seconds(lab: Lab) -> None:
+    pi = lab.boards["pi-1"]
+    up, down = pi.say(birth("pi-1")), lab.server.say("pi-1", Finished("job"))
+    assert lab.server.hears(up) != []
+    assert pi.hears(down) != []
+    server, pi = lab.new_server(), lab.new_board("pi-1")
+    pi.say(birth("pi-1", 2))
+    for _ in range(100):
+        assert server.hears(up) == pi.hears(down) == []
+    assert (len(server.end.sent), len(pi.end.sent)) == (1, 2)
+    lab.now = 10.0
+    assert server.hears(up) == pi.hears(down) == []
+    assert (len(server.end.sent), len(pi.end.sent)) == (2, 3)
+
+
+def test_a_revoked_board_is_heard_no_more_within_a_second_and_its_replacement_is(lab: Lab) -> None:
+    server, pi = lab.server, lab.boards["pi-1"]
+    assert server.hears(pi.say(birth("pi-1"))) != []
+    with IdentityFolder(lab.folder / "state") as elsewhere:  # another process: `fedprune-server devices revoke`
+        elsewhere.revoke("pi-1")
+    lab.now = 1.0
+    assert server.hears(pi.say(birth("pi-1", 2))) == []
+    assert server.hears((TOPICS.up_blob("pi-1", "job"), b"the rest of an update")) == []
+    assert server.shut_out == ["pi-1"]
+    for topic in (TOPICS.down("pi-1", "job"), TOPICS.down_blob("pi-1", "job")):
+        assert not server.link.publish(topic, Finished("job").to_bytes())
+    assert server.link.publish(TOPICS.down("pi-2", "job"), Finished("job").to_bytes())
+    replacement = lab.let_in("pi-1", "a new board")
+    lab.now = 2.0
+    assert server.hears(replacement.say(birth("pi-1", 3))) != []
+    assert server.hears(pi.say(birth("pi-1", 4))) == []
+    with IdentityFolder(lab.folder / "state") as elsewhere:
+        elsewhere.revoke("pi-1")
+    lab.now = 3.0
+    assert server.link.get() == ShutOut("pi-1")
+
+
+def test_so_many_requests_to_join_a_second_are_looked_at(lab: Lab) -> None:
+    claim = Claim.parse(lab.identity.claim(None, DAY).text)
+    device = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILT))
+    request = device.request(claim)
+    asked = (TOPICS.join(request.nonce), request.to_bytes())
+    lab.now = 100.0
+    before = len(lab.server.end.sent)
+    lab.server.hears(*[asked] * 300)
+    assert len(lab.server.end.sent) - before == server_side.JOINS_PER_S
+    lab.now = 100.5
+    lab.server.hears(*[asked] * 300)
+    assert len(lab.server.end.sent) - before == 1.5 * server_side.JOINS_PER_S
+
+
+def answers(lab: Lab, board: Board, session: int, heard: int) -> list[Sent]:
+    """A board greets as often as it hears a hello among what the server said since `heard`."""
+    hellos = lab.server.end.sent[heard:]
+    return [board.say(birth("pi-1", session)) for _ in board.hears(*hellos)]
+
+
+@pytest.mark.parametrize("session", [6, 7])
+@pytest.mark.parametrize("first", ["original", "copy"])
+def test_a_copy_of_a_board_s_disk_is_noticed_and_each_of_the_two_is_heard(lab: Lab, session: int, first: str) -> None:
+    server = lab.server
+    shutil.copytree(lab.folder / "pi-1", lab.folder / "copy")
+    original, copy = lab.another_board("pi-1", "pi-1"), lab.another_board("copy", "pi-1")
+    assert server.hears(original.say(birth("pi-1", 6))) != []
+    server.hears(copy.say(birth("pi-1", session)))
+    for _ in range(3):
+        lab.now += 10.0
+        server.link.publish(TOPICS.down("pi-1"), Hello().to_bytes())  # as when a device comes back
+        heard = len(server.end.sent) - 1
+        boards = [(original, 6), (copy, session)]
+        for board, number in boards if first == "original" else reversed(boards):
+            server.hears(*answers(lab, board, number, heard))
+    alternating = session != 6  # that the daemon sees
+    assert server.doubled or alternating
+    assert set(server.doubled) <= {"pi-1"}
+
+
+def test_whoever_of_two_goes_on_in_an_epoch_that_is_over_is_noticed(lab: Lab) -> None:
+    server = lab.server
+    shutil.copytree(lab.folder / "pi-1", lab.folder / "copy")
+    original, copy = lab.another_board("pi-1", "pi-1"), lab.another_board("copy", "pi-1")
+    said = original.say(birth("pi-1", 6))
+    assert server.hears(said) != []
+    assert server.hears(copy.say(birth("pi-1", 7))) != []
+    assert server.hears(said) == server.doubled == []  # a repetition shows nothing
+    assert server.hears(original.say(Progress("pi-1", "job", 1, 1, "train", 1, 2))) == []
+    assert server.hears() == []
+    assert server.link.get() == Doubled("pi-1")
+    # The copy ends; what the server then says brings the other one back.
+    (answer,) = answers(lab, original, 6, len(server.end.sent) - 1)
+    assert server.hears(answer) != []
+
+
+def test_a_board_that_starts_again_and_again_is_no_copy(lab: Lab) -> None:
+    server = lab.server
+    for session in range(1, 9):
+        board, heard = lab.another_board("pi-1", "pi-1"), len(server.end.sent)
+        assert server.hears(board.say(birth("pi-1", session))) != []
+        for said in answers(lab, board, session, heard):
+            assert server.hears(said) != []
+        assert server.hears(board.say(birth("pi-1", session))) != []
+        lab.now += 10.0
+    assert server.doubled == []
+    assert server.link.get() is None
+
+
+def test_a_board_that_nobody_answers_says_what_to_do_once(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    silent, answered = lab.boards["pi-1"], lab.boards["pi-2"]
+    assert lab.server.hears(answered.say(birth("pi-2"))) != []
+    silent.say(birth("pi-1"))
+    assert answered.hears(lab.server.say("pi-2", Hello())) != []
+    for lab.now in (1.0, device_side.PATIENCE_S - 1):
+        assert silent.link.get() is answered.link.get() is None
+    assert "nothing heard of the server" not in caplog.text
+    for lab.now in (device_side.PATIENCE_S, 2 * device_side.PATIENCE_S):
+        assert silent.link.get() is answered.link.get() is None
+    assert caplog.text.count("nothing heard of the server") == 1
+    assert "--new-key" in caplog.text
+
+
+def test_a_will_counts_whenever_it_was_made_and_is_nobody_else_s(lab: Lab) -> None:
+    server, pi, two = lab.server, lab.boards["pi-1"], lab.boards["pi-2"]
+    will = pi.link.sealed((TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes()))
+    assert server.hears(pi.say(birth("pi-1"))) != []
+    assert server.hears(will) == [(TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes())]
+    forged = two.link.sealed((TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes()))
+    assert server.hears(forged) == []
+    assert lab.new_server().hears(will) == [(TOPICS.up("pi-1"), Death("pi-1", 1).to_bytes())]
+
+
+def test_boards_that_are_there_hear_a_server_that_connects_anew(lab: Lab) -> None:
+    pi, server = lab.boards["pi-1"], lab.new_server()
+    for _ in range(3):
+        server.end.inbox.append(ConnectionUp())
+        assert isinstance(server.link.get(), ConnectionUp)
+        server.link.publish(TOPICS.broadcast(), Hello().to_bytes())
+        assert pi.hears(server.end.sent[-1]) == [(TOPICS.broadcast(), Hello().to_bytes())]
+        server = lab.new_server()
+
+
+def test_a_board_learns_the_time_from_its_server_alone(lab: Lab) -> None:
+    pi = lab.boards["pi-1"]
+    before = pi.identity.times.floor
+    assert pi.hears((TOPICS.broadcast(), Hello(BUILT + 300 * DAY).to_bytes())) == []
+    assert pi.identity.times.floor == before
+    assert pi.hears(lab.server.say("pi-1", Hello(BUILT + 60 * DAY))) != []
+    assert pi.identity.times.floor == BUILT + 60 * DAY
+
+
+def test_requests_to_join_are_answered_while_a_job_runs(lab: Lab) -> None:
+    claim = Claim.parse(lab.identity.claim(None, DAY).text)
+    device = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILT))
+    request = device.request(claim)
+    assert lab.server.hears((TOPICS.join(request.nonce), request.to_bytes())) == []
+    topic, raw = lab.server.end.sent[-1]
+    answer = parse(raw)
+    assert (topic, isinstance(answer, JoinAnswer)) == (TOPICS.joined(request.nonce), True)
+    assert isinstance(answer, JoinAnswer)
+    assert answer.status == APPROVED
+    assert device.admit(answer, claim.pin) is not None
+    pi = Board(device, lambda: lab.now)
+    assert lab.server.hears(pi.say(birth("pi-3"))) != []  # at once, not a second later
+
+
+def test_a_message_doesn_t_count_whose_epoch_can_t_be_written_down(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    pi = lab.boards["pi-1"]
+    up, down = pi.say(birth("pi-1")), lab.server.say("pi-1", Finished("job"))
+    with monkeypatch.context() as patch:
+        patch.setattr(lab.identity.store, "hear", full)
+        patch.setattr(pi.identity, "hear", full)
+        fresh_server, fresh_pi = lab.new_server(), Board(pi.identity, lambda: lab.now)
+        with pytest.raises(StorageError):  # a server that can't write ends, and goes on where it was
+            fresh_server.hears(up)
+        assert fresh_pi.hears(down) == []  # a board goes on with what it has
+        assert "the disk is full" in caplog.text
+    assert lab.new_server().hears(up) != []
+    assert Board(pi.identity, lambda: lab.now).hears(down) != []

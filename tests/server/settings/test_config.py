@@ -1,0 +1,142 @@
+"""fleet.toml: what is right is read, what is wrong is named with file, table and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import ConfigError
+from fedprune_server.settings.config import ServerConfig, overridden, parse_config, read_config
+
+WHOLE = """
+[job]
+name = "leaves"
+seed = 7
+rounds = 20
+devices = 4
+deadline_s = 120.0
+scorer = "curvature"
+
+[job.recipe]
+epochs = 2
+lr = 0.1
+
+[model]
+path = "model.onnx"
+
+[evaluation]
+data = "eval.npz"
+
+[server]
+site = "greenhouse"
+broker = "mqtts://broker.example"
+state = "state"
+keep = 5
+"""
+
+
+def read(folder: Path, text: str) -> ServerConfig:
+    path = folder / "fleet.toml"
+    path.write_text(text)
+    return read_config(path)
+
+
+def test_a_whole_file_is_read(tmp_path: Path) -> None:
+    config = read(tmp_path, WHOLE)
+    assert (config.job.name, config.job.rounds, config.job.recipe.epochs) == ("leaves", 20, 2)
+    assert (config.site, config.broker, config.keep) == ("greenhouse", "mqtts://broker.example", 5)
+
+
+def test_paths_count_from_the_folder_of_the_file(tmp_path: Path) -> None:
+    config = read(tmp_path, WHOLE)
+    assert config.model == str(tmp_path / "model.onnx")
+    assert config.evaluation == str(tmp_path / "eval.npz")
+    assert config.state == tmp_path / "state"
+
+
+def test_a_ca_is_a_file_beside_the_configuration_and_for_tls_alone(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("x")
+    config = read(tmp_path, '[server]\nbroker = "mqtts://broker.example"\nca = "ca.pem"')
+    assert config.ca == tmp_path / "ca.pem"
+    with pytest.raises(ConfigError, match=r"\[server\] ca: expected a broker at mqtts://"):
+        read(tmp_path, '[server]\nca = "ca.pem"')
+    with pytest.raises(ConfigError, match=r"\[server\] ca: expected a file that exists"):
+        read(tmp_path, '[server]\nbroker = "mqtts://broker.example"\nca = "other.pem"')
+
+
+def test_functions_are_no_paths(tmp_path: Path) -> None:
+    config = read(tmp_path, '[model]\npath = "nets:small"\n[evaluation]\ndata = "my.data:test_set"')
+    assert (config.model, config.evaluation) == ("nets:small", "my.data:test_set")
+
+
+def test_a_torch_factory_may_need_an_input_shape(tmp_path: Path) -> None:
+    text = '[model]\npath = "nets:make"\ninput_shape = [3, 8, 8]'
+    assert read(tmp_path, text).input_shape == (3, 8, 8)
+    for wrong in ("[]", "[0]", "[3, 8.0]", "[true]", '"3,8,8"', "8"):
+        with pytest.raises(ConfigError, match=r"fleet\.toml: \[model\] input_shape: expected a list of sizes"):
+            read(tmp_path, text.replace("[3, 8, 8]", wrong))
+
+
+def test_an_empty_file_gives_defaults(tmp_path: Path) -> None:
+    assert read(tmp_path, "") == ServerConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("[jop]\n", "unknown table 'jop'"),
+        ("job = 3\n", "job: expected a table"),
+        ("[job]\nround = 3\n", "[job] unknown key 'round'"),
+        ("[job]\nrounds = 0\n", "[job] rounds"),
+        ('[job]\nrounds = "3"\n', "[job] rounds"),
+        ("[job]\nparticipation = 1.5\n", "[job] participation"),
+        ('[job]\nscorer = "oracle"\n', "[job] scorer"),
+        ("[job.recipe]\nepochs = 0\n", "[job.recipe] epochs"),
+        ("[job.recipe]\nepoch = 1\n", "[job.recipe] unknown key 'epoch'"),
+        ("[job]\nrecipe = 3\n", "[job] recipe"),
+        ("[model]\nfile = 'x'\n", "[model]: unknown key 'file'"),
+        ("[model]\npath = 3\n", "[model] path"),
+        ("[evaluation]\ndata = ''\n", "[evaluation] data"),
+        ("[server]\nport = 70000\n", "[server] port"),
+        ("[server]\nport = true\n", "[server] port"),
+        ("[server]\nhost = ''\n", "[server] host"),
+        ("[server]\nkeep = 0\n", "[server] keep"),
+        ("[server]\nbroker = 'http://x'\n", "[server] broker"),
+        ("[server]\nsite = 'a/b'\n", "[server] site"),
+        ("[server]\nprofiles = 'nowhere'\n", "[server] profiles"),
+        ("[server]\nsites = 'a'\n", "[server]: unknown key 'sites'"),
+        ("[job\n", "this is not TOML"),
+    ],
+)
+def test_what_is_wrong_is_named_with_file_table_and_key(tmp_path: Path, text: str, where: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text)
+    assert str(tmp_path / "fleet.toml") in str(caught.value)
+    assert where in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+        read_config(tmp_path / "nowhere.toml")
+
+
+def test_the_command_line_wins(tmp_path: Path) -> None:
+    config = overridden(read(tmp_path, WHOLE), {"rounds": 3, "seed": None}, {"port": 99, "site": None})
+    assert (config.job.rounds, config.job.seed, config.port, config.site) == (3, 7, 99, "greenhouse")
+
+
+def test_a_wrong_value_on_the_command_line_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"command line: \[job\] rounds"):
+        overridden(ServerConfig(), {"rounds": -1}, {})
+
+
+def test_a_simulations_tables_are_left_to_the_simulation(tmp_path: Path) -> None:
+    body = {"job": {"name": "leaves"}, "devices": [{"name": "a"}], "dropouts": {"share": 0.1}}
+    assert parse_config(body, "fleet.toml", tmp_path) == parse_config({"job": body["job"]}, "fleet.toml", tmp_path)
+
+
+def test_an_option_that_only_the_allocator_checks_is_named_as_an_option() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"job": {"strategy": "fedprune", "options": {"densities": [2]}}}, "fleet.toml", Path())
+    assert str(caught.value).startswith("fleet.toml: [job] option densities of fedprune: expected a number")

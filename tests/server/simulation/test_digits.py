@@ -1,0 +1,90 @@
+"""The demo's data: complete, true to its source, dealt out without overlap."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.errors import DataError
+from fedprune_device.data import load_data
+from fedprune_server.simulation.digits import CLASSES, deal, digits_model, load_digits, write_hand
+
+NAMES = [f"board-{i}" for i in range(6)]
+
+
+def rows(x):
+    return [r.tobytes() for r in np.asarray(x)]
+
+
+def test_digits_are_those_of_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.datasets")
+    x, y = load_digits()
+    theirs = sklearn.load_digits()
+    np.testing.assert_array_equal(x[:, 0] * 16, theirs.images)
+    np.testing.assert_array_equal(y, theirs.target)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32), devices=st.integers(1, 8), alpha=st.floats(0.3, 10))
+def test_every_image_goes_to_exactly_one_place(seed, devices, alpha):
+    names = NAMES[:devices] + [f"more-{i}" for i in range(devices - 6)]
+    out = deal(names, seed=seed, alpha=alpha, least=8)
+    places = [out.x, out.calibration, *(x for d in out.devices.values() for x in (d.x_train, d.x_test))]
+    assert sorted(rows(np.concatenate(places))) == sorted(rows(load_digits()[0]))
+
+
+def test_labels_stay_with_their_images():
+    x, y = load_digits()
+    known = {r: set() for r in rows(x)}
+    for r, label in zip(rows(x), y, strict=True):
+        known[r].add(int(label))
+    for data in deal(NAMES, seed=5).devices.values():
+        assert all(int(label) in known[r] for r, label in zip(rows(data.x_train), data.y_train, strict=True))
+
+
+def test_same_seed_gives_the_same_hands_and_another_seed_others():
+    first, again, other = (deal(NAMES, seed=s).devices["board-3"] for s in (1, 1, 2))
+    np.testing.assert_array_equal(first.x_train, again.x_train)
+    assert not np.array_equal(first.y_train, other.y_train)
+
+
+def test_every_device_gets_half_of_a_fair_share_at_least():
+    hands = deal(NAMES, seed=3).devices.values()
+    assert min(len(d.y_train) + len(d.y_test) for d in hands) >= 1259 // 12
+
+
+def test_small_alpha_gives_one_sided_hands():
+    def concentration(alpha):
+        counts = [np.bincount(d.y_train, minlength=CLASSES) for d in deal(NAMES, alpha=alpha).devices.values()]
+        return np.mean([(c / c.sum()).max() for c in counts])
+
+    assert concentration(0.4) > 1.5 * concentration(100.0)
+
+
+def test_written_hand_is_read_back_by_a_device(tmp_path):
+    hand = deal(NAMES).devices["board-0"]
+    write_hand(tmp_path / "own.npz", hand)
+    back = load_data(str(tmp_path / "own.npz"))
+    for name in ("x_train", "y_train", "x_test", "y_test"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(hand, name))
+
+
+@pytest.mark.parametrize("names", [[], ["a", "a"], [f"d{i}" for i in range(2000)]])
+def test_wrong_devices_are_refused(names):
+    with pytest.raises(DataError):
+        deal(names)
+
+
+def test_alpha_of_zero_is_refused():
+    with pytest.raises(DataError, match="alpha"):
+        deal(NAMES, alpha=0.0)
+
+
+def test_shipped_model_is_what_the_example_writes(tmp_path):
+    script = Path(__file__).parents[3] / "examples" / "make_digits_model.py"
+    subprocess.run([sys.executable, script, tmp_path / "net.onnx"], check=True, timeout=60)
+    assert (tmp_path / "net.onnx").read_bytes() == digits_model()

@@ -1,0 +1,280 @@
+"""What a `fleet.toml` makes of a simulation: devices in bulk, links, data dealt out, tables of the simulator's own."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from fedprune.errors import ConfigError, ExitCode, FedpruneError
+from fedprune.job import Job
+from fedprune.profile_store import find
+from fedprune_server.commands.simulate import build_compare_parser, main
+from fedprune_server.simulation import metrics_table
+from fedprune_server.simulation.comparison import final_rows, read_runs, target_rows
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.fleet_devices import HELD
+from fedprune_server.simulation.metrics_table import SPENT
+from fedprune_server.simulation.record import Record, RoundRow
+from fedprune_server.simulation.simulated_fleet import read_plan
+from fedprune_server.simulation.virtual_device import StoredData
+from fedprune_server.simulation.weather import PR_FL, Availability, Weather
+from fedprune_server.work.reference import fedavg
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+HEAD = """
+[job]
+name = "yard"
+rounds = 2
+density = 0.25
+recipe = { max_steps = 1 }
+[model]
+path = "model.onnx"
+"""
+DATA = """
+[data]
+source = "all.npz"
+partition = "iid"
+"""
+ROW = """
+[[devices]]
+name = "barn"
+profile = "raspberry-pi-4b"
+data = "barn.npz"
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    hand = deal(["barn"], seed=5).devices["barn"]
+    (tmp_path / "model.onnx").write_bytes(digits_model())
+    np.savez(tmp_path / "barn.npz", x=hand.x_train, y=hand.y_train)
+    x, y = np.tile(hand.x_train, (3, 1, 1, 1))[:600], np.tile(hand.y_train, 3)[:600]
+    np.savez(tmp_path / "all.npz", x=x, y=y)
+
+    def file(text, head=HEAD):
+        (tmp_path / "fleet.toml").write_text(head + text)
+        return tmp_path / "fleet.toml"
+
+    return file
+
+
+def test_one_row_makes_many_devices(write):
+    plan = read_plan(write(ROW.replace("[[devices]]", "[[devices]]\ncount = 3") + ROW.replace("barn", "dock", 1)))
+    assert [d.name for d in plan.devices] == ["barn-001", "barn-002", "barn-003", "dock"]
+    assert plan.job.devices == 4
+    assert len({d.fingerprint for d in plan.devices}) == 4  # each device has a split of its own
+    assert plan.devices[0].profile is plan.devices[1].profile
+
+
+def test_profiles_and_links_take_turns(write):
+    text = ROW.replace('"raspberry-pi-4b"', '["raspberry-pi-4b", "jetson-nano"]') + (
+        "count = 4\nlink = [{ up_mb_s = 1 }, { up_mb_s = 2, latency_s = 0.5 }, { down_mb_s = 3 }]\n"
+    )
+    devices = read_plan(write(text)).devices
+    known = find("raspberry-pi-4b").link, find("jetson-nano").link
+    assert [d.profile.name for d in devices] == ["raspberry-pi-4b", "jetson-nano"] * 2
+    assert [d.profile.link.up_bytes_s for d in devices] == [1e6, 2e6, known[0].up_bytes_s, 1e6]
+    assert [d.profile.link.down_bytes_s for d in devices][2] == 3e6
+    assert [d.profile.link.latency_s for d in devices] == [
+        known[0].latency_s,
+        0.5,
+        known[0].latency_s,
+        known[1].latency_s,
+    ]
+
+
+def test_large_fleets_read_their_samples_when_they_need_them(write):
+    few = read_plan(write(ROW + f"count = {HELD}\n")).devices
+    many = read_plan(write(ROW + f"count = {HELD + 1}\n")).devices
+    assert not any(isinstance(d.data, StoredData) for d in few)
+    assert all(isinstance(d.data, StoredData) for d in many)
+    assert [d.fingerprint for d in many[:HELD]] == [d.fingerprint for d in few]
+    assert many[0].load().samples == many[0].samples == few[0].samples
+
+
+def test_data_is_dealt_out_to_the_devices(write):
+    plan = read_plan(write(DATA + "devices = 4\nserver = 0.1\n[[devices]]\nprofile = 'raspberry-pi-4b'\n"))
+    assert len(plan.devices) == 4
+    assert len({d.name for d in plan.devices}) == 4
+    assert plan.evaluation is not None
+    total = sum(len(d.load().y_train) + len(d.load().y_test) for d in plan.devices) + len(plan.evaluation[1])
+    assert total == 600
+    counted = read_plan(write(DATA + "[[devices]]\nname = 'a'\ncount = 5\nprofile = 'raspberry-pi-4b'\n"))
+    assert [d.name for d in counted.devices] == [f"a-{i:03}" for i in range(1, 6)]
+
+
+def test_devices_without_test_samples_leave_nothing_to_measure_on(write):
+    text = DATA + "devices = 4\nserver = 0.1\ntest = 0\n[[devices]]\nprofile = 'raspberry-pi-4b'\n"
+    plan = read_plan(write(text + "[simulation]\ndensities = [0.5]\n"))
+    assert not plan.measure.sets
+    assert len(plan.measure.y)
+
+
+def test_a_mistake_in_dealt_data_names_file_and_table_once(write):
+    with pytest.raises(ConfigError) as caught:
+        read_plan(write(DATA + "devices = 4\nalpha = 0\n[[devices]]\nprofile = 'raspberry-pi-4b'\n"))
+    assert str(caught.value).count("fleet.toml") == str(caught.value).count("[data]") == 1
+
+
+def test_the_example_has_the_paper_s_links(write, tmp_path):
+    np.savez(tmp_path / "data.npz", **np.load(tmp_path / "all.npz"))
+    plan = read_plan(write((EXAMPLES / "pr_fl_links.toml").read_text(), head=""))
+    assert plan.weather == PR_FL
+    links = [d.profile.link for d in plan.devices]
+    assert [round(n.down_bytes_s / 1e6, 6) for n in links] == [20, 18, 12, 10, 6, 4, 2.5, 2, 2, 1.5]
+    assert [round(n.up_bytes_s / 1e6, 6) for n in links] == [5, 4, 3, 2.5, 1.5, 1, 0.6, 0.5, 0.5, 0.4]
+
+
+def test_tables_of_the_simulator_s_own_are_read(write):
+    text = ROW + (
+        "[weather]\nlike = 'pr-fl'\nlinks_sigma = 0.1\nserver_up_mb_s = 3\n"
+        "[availability]\nperiod_s = 100\nleast = 0.5\nmost = 0.7\n"
+        "[simulation]\ncheckpoints = 5\nworkers = 2\ntrainer = 'torch'\n"
+    )
+    plan = read_plan(write(text))
+    assert plan.weather == Weather(0.1, draws=20, server_up_bytes_s=3e6, server_down_bytes_s=50e6, server_sigma=0.1)
+    assert plan.availability == Availability(100, 0.5, 0.7)
+    assert (plan.checkpoints, plan.workers, plan.trainer) == (5, 2, "torch")
+    assert plan.devices[0].profile.link.down_bytes_s == 20e6
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (ROW + "count = 0\n", "[[devices]] 1: count"),
+        (ROW + "count = 2\n" + ROW.replace('"barn"', '"barn-001"', 1), "[[devices]] 2: name: expected another"),
+        (ROW + "link = { up = 3 }\n", "[[devices]] 1: link: unknown key 'up'"),
+        (ROW + "link = { up_mb_s = 0 }\n", "[[devices]] 1: link: up_mb_s"),
+        (ROW + "link = 3\n", "[[devices]] 1: link"),
+        (ROW + "validation = []\n", "[[devices]] 1: validation"),
+        (ROW + "[weather]\nlike = 'rain'\n", "[weather] like"),
+        (ROW + "[weather]\nlike = ['pr-fl']\n", "[weather] like"),
+        (ROW + "[weather]\nwind = 1\n", "[weather]: unknown key 'wind'"),
+        (ROW + "[weather]\ndraws = 1.5\n", "[weather] draws"),
+        (ROW + "[weather]\nlinks_sigma = true\n", "[weather] links_sigma"),
+        (ROW + "[availability]\nperiod_s = 9\nleast = 0.9\nmost = 0.5\n", "[availability]"),
+        (ROW + "[availability]\nmost = 2\n", "[availability] most"),
+        (ROW + "[simulation]\nworkers = 0\n", "[simulation] workers"),
+        (ROW + "[simulation]\ntrainer = 3\n", "[simulation] trainer"),
+        (ROW + "[simulation]\ndensities = [0]\n", "[simulation] densities"),
+        (ROW + "[simulation]\ndensities = [0.5]\n", "[simulation] densities: expected samples"),
+        (DATA + ROW, "[[devices]] 1: unknown key 'data'"),
+        (DATA + "devices = 3\n[[devices]]\nname = 'a'\nprofile = 'raspberry-pi-4b'\n", "as many devices as [data]"),
+        ("[[devices]]\ncount = 2\nprofile = 'raspberry-pi-4b'\ndata = 'barn.npz'\n", "name is missing"),
+    ],
+)
+def test_what_is_wrong_is_named(write, text, named):
+    with pytest.raises(FedpruneError) as caught:
+        read_plan(write(text))
+    assert named in str(caught.value)
+    assert "fleet.toml: " in str(caught.value)
+    assert isinstance(caught.value, ConfigError)
+
+
+def test_whatever_the_strategy_is_the_reference_is_fedavg():
+    job = Job(strategy="heterofl", options={"densities": [1.0, 0.5]}, rounds=7, seed=9)
+    plain = fedavg(job)
+    assert (plain.strategy, plain.options, plain.density, plain.scorer) == ("plain", {}, 1.0, "ordered")
+    assert (plain.rounds, plain.seed, plain.recipe.lr) == (7, 9, job.recipe.lr)
+
+
+# What a run leaves behind.
+
+
+@pytest.fixture
+def run(write, tmp_path, undrawn):
+    """A small run's folder."""
+    path = write(
+        DATA + "devices = 3\nserver = 0.2\n[[devices]]\nprofile = 'raspberry-pi-4b'\n[simulation]\ndensities=[0.5]\n"
+    )
+
+    def make(folder, *more):
+        assert main(["--config", str(path), "--out", str(tmp_path / folder), *more]) == ExitCode.OK
+        return tmp_path / folder
+
+    return make
+
+
+def test_parquet_has_what_the_record_has(run):
+    folder = run("out")
+    record = Record.load(folder / "metrics.json")
+    long = pq.read_table(folder / "metrics.parquet").to_pylist()
+    wide = pq.read_table(folder / "rounds.parquet")
+    found = {(r["round"], r["device"], r["metric"]): r["value"] for r in long}
+    assert len(found) == len(long)
+    for row in record.rounds:
+        assert found[row.round, None, "accuracy"] == row.accuracy
+        assert found[row.round, None, "sub@0.5"] == row.measured["sub@0.5"]
+        for device, value in row.local.items():
+            assert found[row.round, device, "accuracy_after"] == value
+            assert [found[row.round, device, m] for m in SPENT] == row.spent[device]
+    assert {r["time_s"] for r in long} == {r.at for r in record.rounds}
+    assert wide.column("mean_accuracy_after").to_pylist() == pytest.approx(record.mean_locals())
+    assert wide.column("training_macs").to_pylist() == [r.macs for r in record.rounds]
+    assert json.loads(wide.schema.metadata[b"fedprune.job"]) == record.job
+
+
+def test_long_tables_are_written_piece_by_piece(tmp_path, monkeypatch):
+    rows = [RoundRow(r, r / 2, "m", 0.5, None, {}, 3, r, 1, own={"a": {"x": r / 7, "y": 1.0}}) for r in range(1, 10)]
+    record = Record("long", {"name": "yard"}, (), (), tuple(rows))
+    tables = []
+    for name, piece in (("whole", 50_000), ("parts", 4)):
+        monkeypatch.setattr(metrics_table, "_PIECE", piece)
+        (tmp_path / name).mkdir()
+        metrics_table.write_metrics(tmp_path / name, record)
+        tables.append(pq.ParquetFile(tmp_path / name / "metrics.parquet"))
+    assert [t.num_row_groups for t in tables] == [1, 5]
+    found = [t.read() for t in tables]
+    assert found[0].to_pylist() == found[1].to_pylist()
+    assert len(found[0]) == 27
+    assert found[0].schema.metadata[b"fedprune.title"] == b"long"
+
+
+def test_what_decides_a_run_is_in_its_folder(run):
+    settings = json.loads((run("out") / "config.json").read_text())
+    assert settings["job"]["density"] == 0.25
+    assert [d["samples"] for d in settings["devices"]] == [
+        d.samples for d in Record.load(run("out") / "metrics.json").devices
+    ]
+    other = json.loads((run("other", "--seed", "8") / "config.json").read_text())
+    assert settings["fingerprint"] != other["fingerprint"]
+
+
+def test_runs_are_laid_side_by_side(run, tmp_path, capsys):
+    one, other = run("one"), run("other", "--seed", "8", "--rounds", "1")
+    words = ["compare", str(one), str(other / "metrics.json"), "--out", str(tmp_path / "both"), "--target", "0.05"]
+    assert main(words) == ExitCode.OK
+    page = (tmp_path / "both" / "comparison.html").read_text()
+    assert "means over the last 2 rounds" in page
+    assert page.count("data:image/png") == 3  # curves, and a channel map of each run
+    assert "http" not in page
+    runs = read_runs([one, other])
+    assert [r.title for r in runs] == ["yard (one)", "yard (other)"]
+    rows = final_rows(runs)
+    assert [r[1] for r in rows[1:]] == ["2", "1"]
+    assert all(cell in page for row in rows for cell in row)
+    assert "yard (other)" in capsys.readouterr().out
+
+
+def test_what_a_target_cost_is_read_off_the_first_round_that_reaches_it(run):
+    (record,) = read_runs([run("one")])
+    values = record.global_values()
+    best = max(values)
+    (_, row) = target_rows([record], best)
+    first = record.rounds[values.index(best)]
+    assert row[1:5] == (str(first.round), f"{first.at:.0f}", "1.00", f"{(first.down + first.up) / 1e6:.2f}")
+    assert target_rows([record], 1.01)[1][1:3] == ("never", "–")
+
+
+def test_runs_that_are_not_there_are_named(tmp_path, capsys):
+    assert main(["compare", str(tmp_path / "no"), "--out", str(tmp_path / "both")]) == ExitCode.STORAGE
+    assert "no" in capsys.readouterr().err
+
+
+def test_the_docs_say_how_to_compare():
+    text = (EXAMPLES.parent / "docs" / "simulate.md").read_text()
+    options = {o for a in build_compare_parser()._actions for o in a.option_strings if o.startswith("--")} - {"--help"}
+    assert "fedprune-simulate compare" in text
+    assert all(o in text for o in options)

@@ -1,0 +1,147 @@
+"""A virtual device's work is a board's work: the same bits, the same refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hidden_board import HiddenBoard, hidden_weights
+
+from fedprune import tensorfile
+from fedprune.blobs import BlobStore
+from fedprune.element_mask import ElementMask
+from fedprune.errors import BundleError, DataError, ModelError
+from fedprune.profile_store import find
+from fedprune.recipe import Recipe
+from fedprune.wire.offer import Offer
+from fedprune_device.assignment import MEASURED, Workbench
+from fedprune_device.data import LocalData
+from fedprune_device.slots import Slots
+from fedprune_device.store import DeviceStore
+from fedprune_server.simulation.virtual_device import Bench, VirtualDevice, pulls
+
+GRAPHS = Path(__file__).parents[2] / "device" / "graphs"
+RNG = np.random.default_rng(5)
+X, Y = RNG.standard_normal((30, 6)).astype(np.float32), RNG.integers(0, 3, 30)
+WEIGHTS = {"w": 0.1 * RNG.standard_normal((3, 6)).astype(np.float32), "b": np.zeros(3, np.float32)}
+DEVICE = VirtualDevice("d", find("raspberry-pi-4b"), LocalData(X[:20], Y[:20], X[20:], Y[20:]))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return BlobStore(tmp_path / "blobs", durable=False)
+
+
+@pytest.fixture
+def offer(store):
+    return {
+        "seed": 7,
+        "architecture": "a" * 64,
+        "selection": "b" * 64,
+        "widths": (3,),
+        "classes": 3,
+        "weights": store.put(tensorfile.encode(WEIGHTS)).to_dict(),
+        "training": store.put((GRAPHS / "plain.onnx").read_bytes()).to_dict(),
+        "inference": store.put((GRAPHS / "inference.onnx").read_bytes()).to_dict(),
+        "recipe": Recipe(epochs=2).to_dict(),
+    }
+
+
+def test_it_gives_what_a_board_gives(store, offer, tmp_path):
+    virtual = Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 4)
+    slots = Slots(tmp_path / "serving")
+    slots.prepare()
+    real = Workbench("d", store, slots, DEVICE.data).carry_out(
+        Offer("job", 4, 1, **offer), download_seconds=1.0, report=lambda *_: None, stop=lambda: False
+    )
+    assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
+    assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
+    assert set(real.metrics) >= MEASURED
+    assert {"accuracy_before", "accuracy_after", "loss_last"} <= set(virtual.metrics)
+
+
+def test_metrics_that_are_not_finite_are_left_out(store, offer, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedprune_device.evaluation.data_loss", lambda *_: float("nan"))
+    assert "loss_after" not in Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1).metrics
+
+
+def test_weights_that_a_board_refuses_are_refused(store, offer, tmp_path):
+    offer["weights"] = store.put(tensorfile.encode(WEIGHTS, {"made": "elsewhere" * 9})).to_dict()
+    with pytest.raises(BundleError, match="canonical"):
+        Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
+
+
+def test_a_model_that_contradicts_its_training_graph_is_refused(store, offer, tmp_path):
+    raw = tensorfile.encode(WEIGHTS)
+    start = tensorfile.offsets(raw)["b"][2]
+    graph = (GRAPHS / "inference.onnx").read_bytes().replace(str(start).encode(), str(start - 16).encode())
+    offer["inference"] = store.put(graph).to_dict()
+    with pytest.raises(ModelError, match="training graph"):
+        Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
+
+
+def test_data_that_a_board_refuses_is_refused(store, offer, tmp_path):
+    offer["classes"] = 2
+    with pytest.raises(DataError):
+        Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
+
+
+KEEPING = {
+    "average": Recipe(batch_size=16, average=0.8),
+    "calibrated": Recipe(batch_size=16, average=0.8, calibrate=True, patience=2, epochs=3),
+    "personal": Recipe(batch_size=16, personal=("w2", "b2", "mean", "var")),
+    "masked": Recipe(batch_size=16, average=0.8, mask="hard", report_squares=True),
+}
+
+
+@pytest.mark.parametrize("name", list(KEEPING))
+def test_what_a_board_keeps_is_kept_for_a_virtual_device_too(store, tmp_path, name):
+    """Round for round the same bits as on a board's disk; also after a kill that takes the simulation back."""
+    recipe = KEEPING[name]
+    x, y = RNG.standard_normal((60, 6)).astype(np.float32), RNG.integers(0, 3, 60)
+    data = LocalData(x[:30], y[:30], x[30:45], y[30:45], x[45:], y[45:])
+    board = HiddenBoard(tmp_path / "board", GRAPHS, data)
+    device = VirtualDevice("d", find("raspberry-pi-4b"), data)
+    bench, saved = Bench(store, tmp_path / "scratch"), {}
+    for number, width in ((1, 8), (2, 8), (3, 4), (5, 8), (5, 8)):
+        weights = hidden_weights(width, number)
+        mask = ElementMask({"w1": weights["w1"] > 0}) if recipe.mask != "none" else None
+        offer = board.offer(number, recipe, weights, graph="masked" if mask is not None else "kept", mask=mask)
+        real, sent, _ = board.carry_out(offer)
+        with DeviceStore(board.root) as there:
+            for ref in offer.blobs():
+                store.put(there.blobs.read(ref.sha256))
+        body = {
+            k: v for k, v in json.loads(offer.to_bytes()).items() if k not in ("v", "type", "job", "round", "attempt")
+        }
+        before = dict(bench.boards)
+        virtual = bench.carry_out(device, body, number)
+        assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
+        assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
+        assert all(np.isfinite(v).all() for v in sent.values())
+        saved[number] = bench.boards["d"]
+        bench = Bench(store, tmp_path / f"scratch-{number}")  # another process, which goes on from what was saved
+        bench.boards |= before
+        assert bench.carry_out(device, body, number) == virtual
+        assert bench.boards["d"] == saved[number]
+    assert ("accuracy_average" in virtual.metrics) == (recipe.average > 0)
+    assert {"accuracy_validation", "loss_validation_before"} <= set(virtual.metrics)
+
+
+def test_nothing_is_kept_where_nothing_is_asked_for(store, offer, tmp_path):
+    bench = Bench(store, tmp_path / "scratch")
+    bench.carry_out(DEVICE, offer, 1)
+    assert bench.boards == {}
+
+
+def test_weights_that_a_board_can_decode_come_encoded():
+    def ref(letter, size):
+        return {"sha256": 64 * letter, "size": size}
+
+    offer = {"weights": ref("a", 100), "training": ref("b", 10), "inference": ref("c", 1), "mask": None}
+    whole = {64 * "a": 100, 64 * "b": 10, 64 * "c": 1}
+    coded = {**offer, "coded": ref("d", 7), "held": 64 * "e"}
+    assert pulls(offer, ()) == pulls(coded, ()) == whole
+    assert pulls(coded, [64 * "e"]) == {**whole, 64 * "a": 7}
+    assert pulls({**offer, "coded": ref("d", 7)}, ()) == {**whole, 64 * "a": 7}  # the difference to 0
+    assert pulls({**offer, "moved": ref("f", 3)}, ()) == {**whole, 64 * "f": 3}

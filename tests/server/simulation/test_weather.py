@@ -1,0 +1,122 @@
+"""Links, boards and windows of time: keyed, and as the formulas say."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.errors import ConfigError
+from fedprune_server.simulation.weather import ALWAYS, PR_FL, PR_FL_LINKS, Availability, Weather, transfer
+
+DEVICES = [f"d{i}" for i in range(400)]
+
+
+def test_without_weather_nothing_varies():
+    calm = Weather()
+    assert {calm.link(0, 1, d, "up") for d in DEVICES} == {1.0}
+    assert calm.compute(0, 1, "d") == 1.0
+    assert calm.server(0, 1, "down") == math.inf
+
+
+@pytest.mark.parametrize("draws", [1, 20])
+def test_factors_are_means_of_log_normal_draws(draws):
+    sigma = 0.3
+    weather = Weather(links_sigma=sigma, draws=draws)
+    factors = np.array([weather.link(7, r, d, w) for r in (1, 2, 3) for d in DEVICES for w in ("down", "up")])
+    mean, deviation = math.exp(sigma**2 / 2), math.sqrt((math.exp(sigma**2) - 1) * math.exp(sigma**2) / draws)
+    assert factors.mean() == pytest.approx(mean, abs=4 * deviation / math.sqrt(len(factors)))
+    assert factors.std() == pytest.approx(deviation, rel=0.1)
+
+
+def test_a_factor_is_keyed_by_seed_round_device_and_way():
+    weather = Weather(links_sigma=0.3, compute_sigma=0.3)
+    one = weather.link(1, 2, "d", "up")
+    assert weather.link(1, 2, "d", "up") == one
+    others = [weather.link(2, 2, "d", "up"), weather.link(1, 3, "d", "up"), weather.link(1, 2, "e", "up")]
+    assert len({one, *others, weather.link(1, 2, "d", "down"), weather.compute(1, 2, "d")}) == 6
+
+
+def test_a_device_s_own_factor_stays_for_the_whole_run():
+    weather = Weather(links_spread=0.5, compute_spread=0.5)
+    assert len({weather.link(3, r, "d", way) for r in range(9) for way in ("down", "up")}) == 1
+    assert len({weather.compute(3, 1, d) for d in DEVICES}) == len(DEVICES)
+
+
+def test_pr_fl_s_server_and_links_are_the_paper_s():
+    assert PR_FL_LINKS[0] == (20.0, 5.0)
+    assert PR_FL_LINKS[-1] == (1.5, 0.4)
+    assert len(PR_FL_LINKS) == 10
+    rates = [PR_FL.server(0, r, "down") for r in range(300)]
+    assert np.mean(rates) == pytest.approx(10e6 * math.exp(0.005), rel=0.01)
+    assert PR_FL.server(0, 1, "up") > 4 * PR_FL.server(0, 1, "down")
+
+
+@given(
+    period=st.floats(1, 1e6),
+    shares=st.tuples(st.floats(0.01, 0.99), st.floats(0.01, 0.99)),
+    at=st.floats(0, 1e7),
+    device=st.sampled_from(DEVICES),
+)
+def test_windows_come_once_a_period_and_last_a_device_s_share(period, shares, at, device):
+    availability = Availability(period, min(shares), max(shares))
+    begin, end = availability.window(5, device, at)
+    assert end > at
+    assert begin <= at or begin - at <= period
+    assert min(shares) * period * 0.999 <= end - begin <= max(shares) * period * 1.001
+    following = availability.window(5, device, end)
+    assert following[0] == pytest.approx(begin + period, rel=1e-9)
+    assert availability.window(5, device, max(at, begin)) == (begin, end)
+
+
+def test_devices_have_their_own_place_and_share():
+    windows = [Availability(100, 0.2, 0.8).window(0, d, 1e6) for d in DEVICES]
+    assert len({b % 100 for b, _ in windows}) == len(DEVICES)
+    shares = np.array([e - b for b, e in windows]) / 100
+    assert shares.mean() == pytest.approx(0.5, abs=0.03)
+    here = np.mean([b <= 1e6 for b, _ in windows])
+    assert here == pytest.approx(0.5, abs=0.1)
+
+
+def test_devices_without_windows_are_always_there():
+    assert Availability().window(0, "d", 12.5) == (12.5, ALWAYS)
+    assert Availability(100.0).window(0, "d", 12.5) == (12.5, ALWAYS)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 10), st.integers(1, 10**7), st.floats(1e3, 1e9)), min_size=1, max_size=20),
+    st.floats(1e3, 1e9),
+)
+def test_a_server_s_link_carries_no_more_than_it_can(transfers, limit):
+    now = free = 0.0
+    sent = idle = 0.0
+    for wait, size, rate in transfers:
+        now += wait
+        begin = max(now, free)
+        idle += begin - free
+        arrived, free = transfer(now, free, size, rate, limit)
+        sent += size
+        assert arrived >= free * (1 - 1e-12)  # nothing is there before the server has sent it
+        assert arrived >= now + size / min(rate, limit) * (1 - 1e-12)
+    assert free == pytest.approx(idle + sent / limit)
+
+
+def test_without_a_limit_transfers_do_not_wait_for_each_other():
+    arrived, free = transfer(3.0, 2.0, 500, 100.0, math.inf)
+    assert (arrived, free) == (8.0, 3.0)
+    assert transfer(3.0, free, 100, 100.0, math.inf)[0] == 4.0
+
+
+@pytest.mark.parametrize(
+    "change", [{"links_sigma": -1}, {"draws": 0}, {"compute_sigma": math.nan}, {"server_up_bytes_s": -1}]
+)
+def test_weather_that_cannot_be_is_refused(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        Weather(**change)
+
+
+@pytest.mark.parametrize("values", [(-1, 0.5, 0.5), (10, 0, 0.5), (10, 0.6, 0.5), (10, 0.5, 1.5), (math.inf, 0.5, 1)])
+def test_windows_that_cannot_be_are_refused(values):
+    with pytest.raises(ConfigError, match="availability"):
+        Availability(*values)

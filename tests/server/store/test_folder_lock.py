@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from fedprune.disk import held
+from fedprune.errors import StorageError
+from fedprune_server.store import folder_lock as module
+from fedprune_server.store.folder_lock import LOCK, folder_lock
+
+
+def test_who_comes_second_is_told_and_the_lock_ends_with_its_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.0)
+    with folder_lock(tmp_path):
+        assert held(tmp_path / LOCK)
+        with pytest.raises(StorageError, match="another server runs on"), folder_lock(tmp_path):
+            raise AssertionError("two have it")
+        assert held(tmp_path / LOCK)
+    assert not held(tmp_path / LOCK)
+
+
+def test_a_standby_waits_as_long_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.0)
+    has, waits = threading.Event(), threading.Event()
+    monkeypatch.setattr(module.log, "info", lambda *_: waits.set())
+
+    def stand_by() -> None:
+        with folder_lock(tmp_path, standby=True):
+            has.set()
+
+    with folder_lock(tmp_path):
+        thread = threading.Thread(target=stand_by)
+        thread.start()
+        assert waits.wait(10)
+        assert not has.is_set()
+    assert has.wait(10)
+    thread.join(10)
+
+
+def test_a_folder_that_is_none_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="can't use state folder"), folder_lock(tmp_path / "none"):
+        raise AssertionError("there is no folder")

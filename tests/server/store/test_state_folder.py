@@ -1,0 +1,161 @@
+"""A server's state folder: what a job may begin with."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fedprune import profile_store, tensorfile
+from fedprune.coordination import Coordinator, Phase
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.errors import ConfigError, DataError, ModelError
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune_server.settings.config import ServerConfig
+from fedprune_server.simulation.digits import digits_model, load_digits
+from fedprune_server.store.state_folder import StateFolder
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A configuration whose calibration file holds what it is given."""
+    (tmp_path / "model.onnx").write_bytes(digits_model())
+
+    def write(**arrays):
+        np.savez(tmp_path / "calibration.npz", **arrays)
+        return ServerConfig(model=str(tmp_path / "model.onnx"), calibration=str(tmp_path / "calibration.npz"))
+
+    return write
+
+
+def test_calibration_samples_need_no_labels(config, tmp_path):
+    with StateFolder(tmp_path / "state") as folder:
+        assert folder.open_job(config(x=load_digits()[0][:20])).state.model
+
+
+def test_calibration_samples_of_another_shape_are_named(config, tmp_path):
+    with StateFolder(tmp_path / "state") as folder, pytest.raises(DataError, match=r"calibration\.npz: shape"):
+        folder.open_job(config(x=load_digits()[0][:20, :, :4]))
+
+
+@pytest.mark.torch
+def test_a_torch_factory_takes_the_input_shape_of_the_configuration(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    (tmp_path / "shapeless_net.py").write_text(
+        "from torch import nn\n\n\n"
+        "def make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 2))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with StateFolder(tmp_path / "without") as folder, pytest.raises(ModelError, match=r"\[model\] input_shape"):
+        folder.open_job(ServerConfig(model="shapeless_net:make"))
+    with StateFolder(tmp_path / "state") as folder:
+        opened = folder.open_job(ServerConfig(model="shapeless_net:make", input_shape=(3, 2, 2)))
+    assert opened.model.architecture.input_shape == (3, 2, 2)
+
+
+PI = profile_store.find("raspberry-pi-5").to_dict()
+
+
+def play(opened, folder, commands, until=()):
+    """Carry out commands, as a server and a device that sends back what it got would, until one of some kind.
+
+    That may also be a function that knows it when it sees it.
+    """
+    stops = until if callable(until) and not isinstance(until, type) else lambda c: isinstance(c, until)
+    coordinator = Coordinator(opened.job, opened.model.architecture, opened.state)
+    todo = list(coordinator.resume(0.0) if commands is None else commands(coordinator))
+    while todo:
+        command, event = todo.pop(0), None
+        if stops(command):
+            break
+        if isinstance(command, do.SendOffer):
+            weights = command.offer["weights"]
+            event = on.UpdateAnnounced("a", command.round, command.attempt, weights["sha256"], weights, 50, 2)
+        elif isinstance(command, do.PullUpdate):
+            event = on.UpdateStored("a", command.round, command.attempt, command.weights["sha256"])
+        elif isinstance(command, (do.Score, do.Extract, do.Fold, do.Close, do.Evaluate)):
+            event = opened.worker.execute(command)
+            assert not isinstance(event, on.UpdateRejected), event
+        if event is not None:
+            todo += coordinator.handle(event, 0.0)
+    folder.storage.save(coordinator.state, (), 0.0)
+    return coordinator.state
+
+
+@pytest.mark.parametrize("killed", [do.Extract, do.SendOffer, do.PullUpdate, do.Fold, do.Close, do.Evaluate])
+def test_a_round_outlasts_a_compiler_that_describes_the_model_differently(tmp_path, killed):
+    (tmp_path / "model.onnx").write_bytes(digits_model())
+    job = Job(rounds=2, devices=1, scorer="magnitude", recipe=Recipe(max_steps=2))
+    config = ServerConfig(model=str(tmp_path / "model.onnx"), job=job)
+    with StateFolder(tmp_path / "state") as folder:
+        opened = folder.open_job(config)
+        state = play(opened, folder, lambda c: c.handle(on.DeviceBorn("a", 1, PI, 50), 0.0), until=killed)
+        ranking = json.loads(folder.store.read(state.ranking))
+        assert ranking["architecture"] == opened.model.architecture.digest
+        ranking["architecture"] = tensorfile.digest(b"an older one")
+        state.ranking = folder.store.put(json.dumps(ranking).encode()).sha256
+        folder.storage.save(state, (), 0.0)
+
+    with StateFolder(tmp_path / "state") as folder:
+        opened = folder.open_job(config)
+        assert opened.state.ranking is None
+        assert folder.storage.load() == opened.state
+        if killed is not do.Evaluate:
+            assert opened.state.phase is Phase.SCORING
+            assert [t.attempt for t in opened.state.tasks.values()] == [2]
+        play(opened, folder, None)
+        state = play(opened, folder, lambda c: c.handle(on.DeviceBorn("a", 2, PI, 50), 0.0))
+        assert state.phase is Phase.FINISHED
+        assert [sorted(r["devices"]) for r in state.history] == [["a"], ["a"]]
+
+
+def test_a_round_whose_devices_no_longer_fit_waits_for_others(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(digits_model())
+    config = ServerConfig(model=str(tmp_path / "model.onnx"), job=Job(rounds=2, devices=1))
+    with StateFolder(tmp_path / "state") as folder:
+        opened = folder.open_job(config)
+        play(opened, folder, lambda c: c.handle(on.DeviceBorn("a", 1, PI, 50), 0.0), until=do.Score)
+    config = ServerConfig(model=None, job=Job(rounds=2, devices=1, byte_budget=10))
+    with StateFolder(tmp_path / "state") as folder:
+        state = play(folder.open_job(config), folder, None)
+        assert (state.phase, state.round, state.tasks) == (Phase.WAITING, 0, {})
+
+
+def test_what_no_ranking_says_of_an_older_description_is_let_go_of_too(tmp_path):
+    """Between rounds, or before the first ranking, nothing but the state knows which description it belongs to."""
+    (tmp_path / "model.onnx").write_bytes(digits_model())
+    job = Job(rounds=3, devices=1, strategy="history", recipe=Recipe(max_steps=2))
+    config = ServerConfig(model=str(tmp_path / "model.onnx"), job=job)
+    with StateFolder(tmp_path / "state") as folder:
+        opened = folder.open_job(config)
+        assert opened.state.architecture == opened.model.architecture.digest
+        scores = iter((False, True))
+        state = play(
+            opened,
+            folder,
+            lambda c: c.handle(on.DeviceBorn("a", 1, PI, 50), 0.0),
+            until=lambda c: isinstance(c, do.Score) and next(scores),
+        )
+        assert state.ranking is None
+        old = json.loads(folder.store.read(state.devices["a"].past["ranking"]))
+        old["architecture"] = state.architecture = tensorfile.digest(b"an older one")
+        past = state.devices["a"].past | {"ranking": folder.store.put(json.dumps(old).encode()).sha256}
+        state.devices["a"].past = state.tasks["a"].past = past
+        folder.storage.save(state, (), 0.0)
+
+    with StateFolder(tmp_path / "state") as folder:
+        opened = folder.open_job(config)
+        assert opened.state.devices["a"].past is None
+        play(opened, folder, None)
+        assert play(opened, folder, lambda c: c.handle(on.DeviceBorn("a", 2, PI, 50), 0.0)).phase is Phase.FINISHED
+
+
+def test_a_model_of_somebody_s_own_is_not_written_over(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(digits_model())
+    own = tmp_path / "models"
+    own.mkdir()
+    (own / "model.onnx").write_bytes(b"mine")
+    with StateFolder(own) as folder, pytest.raises(ConfigError, match="holds no job"):
+        folder.open_job(ServerConfig(model=str(tmp_path / "model.onnx"), job=Job()))
+    assert (own / "model.onnx").read_bytes() == b"mine"

@@ -1,0 +1,173 @@
+"""What people see of a running job."""
+
+from __future__ import annotations
+
+import io
+import logging
+from dataclasses import replace
+
+import pytest
+
+from fedprune_server.terminal.table import (
+    Lines,
+    LiveTable,
+    Row,
+    Snapshot,
+    cells,
+    make_display,
+    round_line,
+    row_line,
+    span,
+    title,
+)
+
+ROW = Row("pi", "raspberry-pi-4b", 0.5, 12_345, 2_500_000, 1_250_000, 12.34, 0.875, "train 3/10")
+SNAPSHOT = Snapshot("leaves", 2, 10, "training", {"accuracy": 0.75, "samples": 100.0}, 41.6, True, (ROW,))
+SUMMARY = {
+    "round": 2,
+    "model": "0123456789abcdef",
+    "metrics": {"accuracy": 0.75, "samples": 100.0},
+    "devices": {"pi": {"progress": "folded"}, "nano": {"progress": "refused"}},
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_row_has_every_column() -> None:
+    expected = ("pi", "raspberry-pi-4b", "0.5", "12,345", "2.50", "1.25", "12.3", "87.5%", "train 3/10")
+    assert cells(ROW) == expected
+
+
+def test_what_is_not_known_is_a_dash() -> None:
+    unknown = replace(ROW, density=None, parameters=0, seconds=None, accuracy=None)
+    assert cells(unknown)[2:4] + cells(unknown)[6:8] == ("-",) * 4
+
+
+def test_where_there_is_no_accuracy_the_loss_is_shown() -> None:
+    row = replace(ROW, accuracy=None, loss=0.25)
+    assert cells(row)[-2] == "loss 0.25"
+    assert ", loss 0.25, train 3/10" in row_line(row)
+    assert "global loss 0.125" in title(replace(SNAPSHOT, metrics={"loss": 0.125}))
+
+
+def test_the_header_tells_round_phase_accuracy_and_deadline() -> None:
+    assert title(SNAPSHOT) == "leaves: round 2 of 10, training, global accuracy 75.0%, deadline in 42 s"
+
+
+def test_the_header_tells_when_the_broker_is_away() -> None:
+    assert title(replace(SNAPSHOT, connected=False)).endswith("no connection to the broker")
+
+
+def test_a_round_is_one_line() -> None:
+    assert round_line(SNAPSHOT, SUMMARY) == (
+        "round 2 of 10: 1 of 2 devices counted, accuracy 75.0%, 2.50 MB down and 1.25 MB up so far, model 0123456789ab"
+    )
+
+
+def test_the_table_fits_a_hundred_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    stream = Terminal()
+    display = make_display(stream)
+    row = Row(
+        "attic-zero",
+        "raspberry-pi-zero-2w-metered-modem",
+        0.609,
+        12_345,
+        26_380_000,
+        26_150_000,
+        12.34,
+        0.4333,
+        "upload 0/7",
+    )
+    display.refresh(lambda: replace(SNAPSHOT, rows=(row,)))
+    display.close()
+    drawn = stream.getvalue().splitlines()
+    assert all(head in "".join(drawn) for head in ("density", "parameters", "MB down", "MB up", "seconds", "state"))
+    lines = [line for line in drawn if "attic-zero" in line]
+    for line in lines:
+        for text in ("pi-zero-2w", "0.609", "12,345", "26.38", "26.15", "12.3", "43.3%", "upload 0/7"):
+            assert text in line
+    assert lines
+
+
+def test_rounds_that_were_seen_tell_how_long_the_rest_takes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 130.0, 160.0, 220.0])
+    monkeypatch.setattr("fedprune_server.terminal.table.time.monotonic", lambda: next(clock))
+    lines = Lines()
+    with caplog.at_level(logging.INFO, "fedprune.server"):
+        for number in (2, 3, 4, 10):
+            lines.round_over(SNAPSHOT, {**SUMMARY, "round": number})
+    ends = [r.getMessage().partition(", model 0123456789ab")[2] for r in caplog.records]
+    assert ends == ["", ", about 4 min left", ", about 3 min left", ""]
+
+
+def test_lines_of_one_job_of_several_say_which(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "fedprune.server"):
+        Lines(of_several=True).round_over(SNAPSHOT, SUMMARY)
+    assert [r.getMessage() for r in caplog.records] == [f"{SNAPSHOT.job}: {round_line(SNAPSHOT, SUMMARY)}"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.2, "1 s"), (89.0, "89 s"), (91.0, "2 min"), (5399.0, "90 min"), (5401.0, "2 h")]
+)
+def test_a_span_is_a_word_or_two(seconds: float, said: str) -> None:
+    assert span(seconds) == said
+
+
+def test_without_a_terminal_there_are_lines() -> None:
+    assert isinstance(make_display(io.StringIO()), Lines)
+
+
+def test_lines_show_devices_only_at_debug_level(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "fedprune.server"):
+        Lines().round_over(SNAPSHOT, SUMMARY)
+    levels = {r.getMessage(): r.levelno for r in caplog.records}
+    assert levels == {round_line(SNAPSHOT, SUMMARY): logging.INFO, f"  {row_line(ROW)}": logging.DEBUG}
+
+
+def test_on_a_terminal_there_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    stream = Terminal()
+    display = make_display(stream)
+    assert isinstance(display, LiveTable)
+    display.refresh(lambda: SNAPSHOT)
+    logging.getLogger("fedprune.server").warning("device nano takes no part")
+    display.close()
+    for text in ("leaves: round 2 of 10", "raspberry-pi-4b", "12,345", "train 3/10", "device nano takes no part"):
+        assert text in stream.getvalue()
+
+
+def test_a_closed_table_gives_logging_back() -> None:
+    logger = logging.getLogger("fedprune")
+    before = (logger.handlers[:], logger.propagate)
+    LiveTable(Terminal()).close()
+    assert (logger.handlers[:], logger.propagate) == before
+
+
+def test_the_table_is_not_drawn_at_every_message() -> None:
+    drawn = []
+
+    def snapshot() -> Snapshot:
+        drawn.append(1)
+        return SNAPSHOT
+
+    display = LiveTable(Terminal())
+    for _ in range(100):
+        display.refresh(snapshot)
+    display.close()
+    assert len(drawn) == 1
+
+
+@pytest.mark.parametrize("text", ["refused: expected [n], got [/tmp]", "[bold red]", "[/]", "[link=file:///x]a[/link]"])
+def test_brackets_in_a_devices_words_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = Terminal()
+    display = make_display(stream)
+    display.refresh(lambda: replace(SNAPSHOT, rows=(replace(ROW, state=text),)))
+    display.close()
+    assert text in stream.getvalue()

@@ -1,0 +1,89 @@
+"""Calibration: statistics of exactly these samples, and nothing else touched."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedprune.errors import DataError
+from fedprune.recipe import Features
+from fedprune_export.importing import import_onnx
+from fedprune_server.simulation.digits import digits_model, load_digits
+from fedprune_server.work.calibration import MAX_SAMPLES, Calibration
+
+
+@pytest.fixture(scope="module")
+def model():
+    return import_onnx(digits_model(), "digits-net")
+
+
+def first_layer(tensors, x):
+    """What the first normalisation sees, by definition of a convolution."""
+    kernel = tensors["conv1.weight"][:, 0].astype(np.float64)
+    padded = np.pad(x[:, 0].astype(np.float64), ((0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    return np.einsum("nhwij,cij->nchw", windows, kernel)
+
+
+def test_first_statistics_are_those_of_the_samples(model):
+    x, _ = load_digits()
+    out = Calibration(model, x[:90])(model.tensors)
+    values = first_layer(model.tensors, x[:90])
+    np.testing.assert_allclose(out["bn1.running_mean"], values.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    # The running variance is the unbiased one, as torch keeps it.
+    np.testing.assert_allclose(out["bn1.running_var"], values.var((0, 2, 3), ddof=1), rtol=2e-3)
+
+
+def test_weights_stay_bit_for_bit(model):
+    out = Calibration(model, load_digits()[0][:20])(model.tensors)
+    for spec in model.architecture.trainable:
+        np.testing.assert_array_equal(out[spec.name], model.tensors[spec.name])
+    assert list(out) == list(model.tensors)
+
+
+def test_statistics_before_do_not_matter(model):
+    measure = Calibration(model, load_digits()[0][:50])
+    once = measure(model.tensors)
+    np.testing.assert_array_equal(measure(once)["bn3.running_var"], once["bn3.running_var"])
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99, 1.0])
+def test_statistics_are_the_samples_whatever_share_a_step_keeps(model, keep):
+    graph = model.graph.copy()
+    for node in graph.nodes:
+        if node.op == "BatchNormalization":
+            node.attrs["momentum"] = keep
+    x = load_digits()[0][:50]
+    out, usual = (Calibration(m, x)(model.tensors) for m in (replace(model, graph=graph), model))
+    for spec in model.architecture.statistics:
+        np.testing.assert_array_equal(out[spec.name], usual[spec.name])
+
+
+def test_frozen_statistics_stay_and_others_are_measured_behind_them(model):
+    x = load_digits()[0][:50]
+    out = Calibration(model, x, Features(frozen=("bn1.*", "conv1.*")))(model.tensors)
+    whole = Calibration(model, x)(model.tensors)
+    for name in model.tensors:
+        assert (out[name].tobytes() == model.tensors[name].tobytes()) == ("bn1" in name or "running" not in name), name
+    assert not np.array_equal(out["bn2.running_mean"], whole["bn2.running_mean"])  # bn1 normalises by what is frozen
+    head = Calibration(model, x, Features(trainable=("fc*",)))(model.tensors)
+    assert all(head[n].tobytes() == v.tobytes() for n, v in model.tensors.items())
+
+
+def test_order_of_the_samples_does_not_matter(model):
+    x = load_digits()[0][:70]
+    one, other = (Calibration(model, v)(model.tensors) for v in (x, x[::-1]))
+    assert all(one[n].tobytes() == other[n].tobytes() for n in one)
+
+
+def test_of_many_samples_a_part_is_enough(model):
+    x, _ = load_digits()
+    assert len(x) > 3 * MAX_SAMPLES
+    part, rest = Calibration(model, x)(model.tensors), first_layer(model.tensors, x)
+    np.testing.assert_allclose(part["bn1.running_var"], rest.var((0, 2, 3)), rtol=0.1)
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 9, 8), (5, 8, 8), (1, 1, 8, 8), (0, 1, 8, 8), ()])
+def test_samples_of_another_shape_are_refused(model, shape):
+    with pytest.raises(DataError, match=r"calibration samples: expected \[2 or more, 1, 8, 8\], got \["):
+        Calibration(model, np.zeros(shape, np.float32))

@@ -1,0 +1,71 @@
+"""A job whose training ran away says so at its end, and what to change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.errors import PlanError
+from fedprune.job import Job
+from fedprune.profile_store import find
+from fedprune.recipe import Recipe
+from fedprune_export.importing import import_onnx
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.report import summary_text
+from fedprune_server.simulation.run_folder import simulate
+from fedprune_server.simulation.virtual_device import VirtualDevice
+from fedprune_server.work.divergence import advice, of_history
+
+RECIPE = Recipe(lr=0.5).to_dict()
+
+
+@given(st.lists(st.floats(0.0, 100.0), max_size=5), st.floats(0.0, 1.0))
+def test_a_loss_that_ends_no_higher_than_it_began_is_fine(losses: list[float], share: float) -> None:
+    if losses:
+        losses[-1] = losses[0] * share
+    assert advice(losses, [], RECIPE) == ""
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1.2, 1e6))
+def test_a_loss_that_rose_is_told_with_the_settings_to_change(first: float, rise: float) -> None:
+    said = advice([first, first * rise], [], RECIPE)
+    assert said.startswith("training diverged: the global model's loss rose, from ")
+    for setting in ("lr (now 0.5; try a tenth)", "momentum (now 0.9)", "clip_norm (now 0; try 1)", "samples"):
+        assert setting in said
+
+
+@pytest.mark.parametrize("last", [None, float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_told(last: float | None) -> None:
+    assert "no longer finite" in advice([1.0, last], [], RECIPE)
+
+
+def test_a_history_without_evaluation_is_judged_by_its_devices() -> None:
+    part = {"progress": "refused", "reason": "the loss is not finite at step 3: got nan"}
+    rows = [{"metrics": {}, "devices": {"a": part, "b": {"progress": "folded", "reason": ""}}}]
+    assert "1 of the devices" in of_history(rows, RECIPE)
+    assert of_history([{"metrics": {}, "devices": {}}], RECIPE) == of_history([], RECIPE) == ""
+
+
+def experiment(lr: float) -> Experiment:
+    hand = deal(("a", "b"), seed=1)
+    devices = tuple(VirtualDevice(n, find("raspberry-pi-5"), hand.devices[n]) for n in ("a", "b"))
+    job = Job(rounds=2, devices=2, density=0.25, recipe=Recipe(max_steps=5, lr=lr, momentum=0.0))
+    return Experiment("yard", job, import_onnx(digits_model(), "digits"), devices, (hand.x, hand.y))
+
+
+def test_a_summary_says_so_of_a_run_that_diverged_and_of_no_other(tmp_path: Path) -> None:
+    record = simulate(experiment(0.05), tmp_path)
+    assert "diverged" not in summary_text(record)
+    *before, last = record.rounds
+    assert "training diverged" in summary_text(replace(record, rounds=(*before, replace(last, loss=None))))
+
+
+def test_a_simulation_of_which_nothing_counts_any_more_says_what_to_change(tmp_path: Path) -> None:
+    said = r"come to a standstill.*Training diverged: 2 of the devices.*lower lr \(now 1000;"
+    with pytest.raises(PlanError, match=said):
+        simulate(experiment(1000.0), tmp_path)

@@ -1,0 +1,62 @@
+"""Measuring models: which sessions stay open, and on what nothing can be measured."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune.architecture import widths_at
+from fedprune.blobs import BlobStore
+from fedprune.errors import ConfigError
+from fedprune.job import Job
+from fedprune.profile_store import find
+from fedprune.recipe import Recipe
+from fedprune_export.imported import Model
+from fedprune_export.importing import import_onnx
+from fedprune_server.simulation.digits import deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import VirtualDevice
+from fedprune_server.work.evaluator import Evaluator, Sessions
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits")
+
+
+def test_only_the_sessions_that_were_asked_for_last_stay_open(model: Model) -> None:
+    sessions = Sessions(model, most=3)
+    sizes = model.architecture.sizes
+    whole = sessions.at(sizes)
+    opened = []
+    for last in range(1, 6):  # a strategy that chooses anew in every round
+        opened.append(weakref.ref(sessions.at((*sizes[:-1], last))))
+        assert sessions.at(sizes) is whole
+    gc.collect()
+    assert [found() is not None for found in opened] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(("inputs", "labels"), [(0, 0), (3, 2), (0, 3)])
+def test_nothing_is_measured_on_no_samples_or_without_labels(
+    model: Model, tmp_path: Path, inputs: int, labels: int
+) -> None:
+    samples = np.zeros((inputs, 1, 8, 8), np.float32), np.zeros(labels, np.int64)
+    with pytest.raises(ConfigError, match=f"samples to measure on.*got {inputs}, and {labels} labels"):
+        Evaluator(Sessions(model, 1), Recipe(), samples)
+    # An experiment that is made from Python says so before it begins.
+    devices = [VirtualDevice("a", find("raspberry-pi-5"), deal(("a",), seed=0).devices["a"])]
+    experiment = Experiment("x", Job(rounds=1, devices=1), model, devices, evaluation=samples)
+    with pytest.raises(ConfigError, match="samples to measure on"):
+        Simulation(experiment, BlobStore(tmp_path, durable=False))
+
+
+def test_what_every_round_measures_is_opened_once(model: Model) -> None:
+    widths = [widths_at(model.architecture, d) for d in (1.0, 0.5, 0.25)]
+    sessions = Sessions(model, most=3)
+    first = [sessions.at(w) for w in widths]
+    assert all(sessions.at(w) is session for _ in range(2) for w, session in zip(widths, first, strict=True))

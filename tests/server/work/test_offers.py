@@ -1,0 +1,226 @@
+"""Graphs that offers name: put once, kept while offers may name them, and no longer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from fedprune import step
+from fedprune.blobs import BlobStore
+from fedprune.coordination import State
+from fedprune.coordination.state import Progress, Task
+from fedprune.precision import graphs_of, unpacked
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection
+from fedprune.strategies.roles import Submodel
+from fedprune.wire.offer import Offer
+from fedprune_device.assignment import Workbench
+from fedprune_device.data import LocalData
+from fedprune_device.lowering import Lowering
+from fedprune_device.slots import Slots
+from fedprune_export.imported import Model
+from fedprune_export.importing import import_onnx
+from fedprune_server.simulation.digits import digits_model
+from fedprune_server.store.garbage import Garbage
+from fedprune_server.work.offers import GRAPH_ROUNDS, Offers
+from fedprune_server.work.offers import graphs_of as named_graphs
+from fedprune_server.work.update_size import sent
+
+ROUNDS = 3 * GRAPH_ROUNDS
+GRAPHS = ("training", "inference")
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BlobStore:
+    return BlobStore(tmp_path, durable=False)
+
+
+def named(offers: Offers, model: Model, round_: int) -> set[str]:
+    """Graphs of an offer whose widths and recipe no other round has."""
+    sizes = model.architecture.sizes
+    widths = (*sizes[:-1], 1 + round_ % sizes[-1])
+    selection = Selection.of(model.architecture, widths)
+    trained = [t.name for t in model.architecture.trainable]
+    frozen = tuple(n for i, n in enumerate(trained[:-1]) if (round_ >> i) & 1)
+    body = offers.body(Submodel(selection, selection.gather(model.tensors)), Recipe(frozen=frozen), round_)
+    return {body[name]["sha256"] for name in GRAPHS}
+
+
+def test_graphs_of_earlier_rounds_are_let_go_of(model: Model, store: BlobStore) -> None:
+    offers = Offers(model, store)
+    found = [named(offers, model, r) for r in range(1, ROUNDS + 1)]
+    assert len(set().union(*found)) > 3 * GRAPH_ROUNDS  # they are different ones
+    assert offers.graphs() == set().union(*found[-GRAPH_ROUNDS - 1 :])
+
+
+def test_a_graph_that_is_named_in_every_round_is_made_once(
+    model: Model, store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offers = Offers(model, store)
+    first = offers.training(Recipe(), 1)
+    monkeypatch.setattr("fedprune_server.work.offers.training_graph", None)
+    assert all(offers.training(Recipe(), r) == first for r in range(1, ROUNDS))
+    assert first["sha256"] in offers.graphs()
+
+
+def test_a_graph_that_was_deleted_is_made_again(model: Model, store: BlobStore) -> None:
+    offers = Offers(model, store)
+    first = named(offers, model, 1)
+    for digest in first:
+        store.delete(digest)
+    assert named(offers, model, 1) == first
+    assert all(store.has(digest) for digest in first)
+
+
+def test_boards_with_blocks_get_a_graph_of_their_widths_beside_the_one_of_all(model: Model, store: BlobStore) -> None:
+    offers = Offers(model, store)
+    architecture = model.architecture
+    half = tuple(-(-s // 2) for s in architecture.sizes)
+    bodies = {}
+    for widths in (architecture.sizes, half):
+        selection = Selection.of(architecture, widths)
+        submodel = Submodel(selection, selection.gather(model.tensors))
+        for block in (0, 8, 16):
+            bodies[widths, block] = offers.body(submodel, Recipe(), 1, block)
+
+    assert len({body["training"]["sha256"] for body in bodies.values()}) == 1
+    blocked = {key: body["blocked"] for key, body in bodies.items() if "blocked" in body}
+    assert [(key, list(found)) for key, found in blocked.items()] == [
+        ((widths, block), [str(block)]) for widths in (architecture.sizes, half) for block in (8, 16)
+    ]
+    graphs = {ref["sha256"] for found in blocked.values() for ref in found.values()}
+    assert len(graphs) == 4
+    for (_, block), found in blocked.items():
+        (ref,) = found.values()
+        graph = onnx.load_model_from_string(store.read(ref["sha256"]))
+        assert {p.key: p.value for p in graph.metadata_props}[step.BLOCK] == str(block)
+    assert all(named_graphs(body) <= offers.graphs() for body in bodies.values())
+    assert graphs <= offers.graphs()
+
+
+def test_a_graph_in_blocks_is_made_once_and_let_go_of(
+    model: Model, store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offers, sizes = Offers(model, store), model.architecture.sizes
+    first = offers.blocked(Recipe(), sizes, 16, 1)
+    made = []
+    monkeypatch.setattr("fedprune_server.work.offers.blocked_step", lambda *given: made.append(given) or b"graph")
+    assert offers.blocked(Recipe(), sizes, 16, 2) == first
+    assert offers.blocked(Recipe(lr=0.5), sizes, 16, 3) == first
+    assert not made
+    offers.training(Recipe(), 4 + GRAPH_ROUNDS)
+    assert first["16"]["sha256"] not in offers.graphs()
+    offers.blocked(Recipe(), sizes, 16, 4 + GRAPH_ROUNDS)
+    assert len(made) == 1
+
+
+def test_steps_of_several_widths_have_no_graph_in_blocks(model: Model, store: BlobStore) -> None:
+    sizes = model.architecture.sizes
+    assert Offers(model, store).blocked(Recipe(ordered_dropout=(0.5, 1.0)), sizes, 16, 1) == {}
+    assert Offers(model, store).blocked(Recipe(), sizes, 0, 1) == {}
+
+
+def test_an_offer_does_without_a_graph_that_can_not_be_made(
+    model: Model, store: BlobStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise KeyError("Mul~1")
+
+    monkeypatch.setattr("fedprune_server.work.offers.blocked_step", fail)
+    offers = Offers(model, store)
+    selection = Selection.of(model.architecture, model.architecture.sizes)
+    submodel = Submodel(selection, selection.gather(model.tensors))
+    for round_ in (1, 2):
+        body = offers.body(submodel, Recipe(), round_, 16)
+        assert "blocked" not in body
+        assert store.has(body["training"]["sha256"])
+    assert [r.message for r in caplog.records if "blocks of 16" in r.message] == [
+        f"no training graph for blocks of 16 channels at widths {model.architecture.sizes}"
+    ]
+
+
+def test_offers_bring_the_graphs_of_lower_precisions(model: Model, store: BlobStore) -> None:
+    offers = Offers(model, store, ("float16", "int8"))
+    selection = Selection.of(model.architecture, model.architecture.sizes)
+    submodel = Submodel(selection, selection.gather(model.tensors))
+
+    body = offers.body(submodel, Recipe(), 1)
+
+    assert list(body["lowered"]) == ["float16", "int8"]
+    for precision, ref in body["lowered"].items():
+        assert set(unpacked(store.read(ref["sha256"]), precision)) == set(graphs_of(precision))
+        assert ref["sha256"] in offers.graphs() & named_graphs(body)
+    assert offers.body(submodel, Recipe(), 2)["lowered"] == body["lowered"]
+    assert "lowered" not in Offers(model, store).body(submodel, Recipe(), 1)
+
+
+def test_what_an_offer_brings_serves_on_a_board(model: Model, store: BlobStore, tmp_path: Path) -> None:
+    architecture = model.architecture
+    widths = tuple(-(-s // 2) for s in architecture.sizes)
+    selection = Selection.of(architecture, widths)
+    recipe = Recipe(epochs=1, batch_size=16, lr=0.01)
+    body = Offers(model, store, ("float16", "int8")).body(
+        Submodel(selection, selection.gather(model.tensors)), recipe, 1
+    )
+    facts = {"architecture": architecture.digest, "selection": selection.digest, "widths": widths, "classes": 10}
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((80, *architecture.input_shape)).astype(np.float32)
+    data = LocalData(x, rng.integers(0, 10, 80), x[:0], np.zeros(0, np.int64))
+    slots = Slots(tmp_path / "serving")
+    slots.prepare()
+
+    for precision in ("float16", "int8"):
+        offer = Offer("j", 1, 0, 7, **facts, **sent(body))
+        bench = Workbench("d", store, slots, data, lowering=Lowering(precision))
+        bench.carry_out(offer, download_seconds=0.0, report=lambda *_: None, stop=lambda: False)
+
+        predictor, record = slots.open()
+        assert record.precision == precision
+        assert predictor.predict(x).shape == (80, 10)
+
+
+def task(progress: Progress, basis: int, **offer: Any) -> Task:
+    cut_from = {"round": basis, "model": "", "ranking": "", "order": None, "memory": {}}
+    return Task(1, (1,), progress=progress, basis=cut_from, **offer)
+
+
+def test_garbage_spares_graphs_that_offers_may_name(store: BlobStore) -> None:
+    garbage = Garbage(store, keep=1)
+    graphs = [store.put(b"graph %d" % i).sha256 for i in range(ROUNDS + 1)]
+    for round_, digest in enumerate(graphs):
+        garbage.spare([digest], round_)
+    offer = {"inference": {"sha256": graphs[0], "size": 1}}
+    state = State("", round=ROUNDS, tasks={"a": task(Progress.OFFERED, 0, offer=offer)})
+
+    garbage.collect(state, set())
+    assert [store.has(g) for g in graphs] == [i == 0 or i >= ROUNDS - GRAPH_ROUNDS for i in range(ROUNDS + 1)]
+
+    state.tasks.clear()
+    garbage.suspect({graphs[0]})
+    garbage.collect(state, set())
+    assert [store.has(g) for g in graphs] == [i >= ROUNDS - GRAPH_ROUNDS for i in range(ROUNDS + 1)]
+
+
+def test_garbage_and_offers_agree_on_what_is_in_use(model: Model, store: BlobStore) -> None:
+    """A part of an earlier round may be made again, say after a restart."""
+    offers, garbage = Offers(model, store), Garbage(store, keep=1)
+    sizes = model.architecture.sizes
+    for round_ in (2 * GRAPH_ROUNDS, GRAPH_ROUNDS + 2, GRAPH_ROUNDS + 4, 2 * GRAPH_ROUNDS + 1):
+        widths = (*sizes[:-1], sizes[-1] - len(offers.graphs()))
+        garbage.spare([offers.inference(widths, round_)["sha256"]], round_)
+    named = offers.graphs()
+    assert len(named) == 4
+    for round_, left in ((3 * GRAPH_ROUNDS, 4), (3 * GRAPH_ROUNDS + 1, 1), (3 * GRAPH_ROUNDS + 2, 0)):
+        garbage.collect(State("", round=round_), set())
+        offers.note([], round_)
+        assert {g for g in named if store.has(g)} == offers.graphs()
+        assert len(offers.graphs()) == left

@@ -1,0 +1,320 @@
+"""A round whose updates helpers check and add up has the bits of one that the worker adds up alone."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as LateError
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune import tensorfile
+from fedprune.architecture import widths_at
+from fedprune.blobs import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coverage import Coverage
+from fedprune.job import Job
+from fedprune.partial_sums import PartialSums
+from fedprune_export.imported import Model
+from fedprune_export.importing import import_onnx
+from fedprune_server.simulation.digits import digits_model
+from fedprune_server.work import crew_work, shared_sums
+from fedprune_server.work.crew import Crew
+from fedprune_server.work.crew_work import Settings, Task
+from fedprune_server.work.worker import Worker
+
+DENSITIES = (1.0, 0.5, 0.25, 1.0, 0.75, 0.5, 0.25, 1.0, 0.5)
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "plain": {"strategy": "plain"},
+    "momentum and filling": {"strategy": "fedprune"},
+    "evidence": {"strategy": "ca-hfp"},
+    "moves of earlier models": {"strategy": "fedbuff"},
+    "transport": {"strategy": "subflot"},
+    "own parts": {"strategy": "fedper"},
+}
+
+
+class Helpers:
+    """A pool whose tasks are done at once, by a worker of its own, each by another process for all that it knows."""
+
+    adds = True
+    patience_s = None
+
+    def __init__(self, worker: Worker, size: int = 3) -> None:
+        self.size = size
+        self.done: list[tuple[Task, Any]] = []
+        self.fails: Callable[[Task, Any], bool] = lambda *_: False
+        self.changed: Callable[[Any], Any] = lambda result: result
+        self._worker = Settings.of(worker).worker()
+
+    def submit(self, task: Task, argument: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.done.append((task, argument))
+        try:
+            if self.fails(task, argument):
+                raise RuntimeError("this helper has died")
+            future.set_result(self.changed(task(self._worker, argument)))
+        except Exception as error:  # noqa: BLE001 - as a real pool
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        pass
+
+    def count(self, task: Task) -> int:
+        return sum(done is task for done, _ in self.done)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits")
+
+
+def worker(model: Model, folder: Path, settings: dict[str, Any]) -> Worker:
+    return Worker(Job.from_dict({"name": "t", **settings}), model, BlobStore(folder, durable=False))
+
+
+def round_of(w: Worker, spoilt: str = "") -> tuple[list[do.Fold], do.Close]:
+    """A round's updates as they come, and its end; one update may hold numbers that nobody accepts."""
+    start = w.initial()
+    names = tuple(f"d{k}" for k in range(len(DENSITIES)))
+    scored = w.execute(do.Score(1, start, {}, names))
+    assert isinstance(scored, on.Scored)
+    basis = do.Basis(1, start, scored.ranking, scored.order)
+    found = []
+    for k, name in enumerate(names):
+        part = do.Part(name, 1, widths_at(w.architecture, DENSITIES[k]), DENSITIES[k], 10 + k, None)
+        extracted = w.execute(do.Extract(basis, part))
+        assert isinstance(extracted, on.Extracted)
+        offer, dice = extracted.offer, np.random.default_rng(k)
+        withheld = w.reports.withheld(basis, part)
+        update = {
+            n: (v + 0.1 * dice.standard_normal(v.shape)).astype(np.float32)
+            for n, v in tensorfile.decode(w.store.read(offer["weights"]["sha256"])).items()
+            if n not in withheld
+        }
+        for n, v in update.items():
+            if n.endswith("var"):
+                np.abs(v, out=v)
+        if name == spoilt:
+            next(iter(update.values())).reshape(-1)[0] = np.nan
+        stored = w.store.put(tensorfile.encode(update)).sha256
+        sent, mask = offer["weights"]["sha256"], offer["mask"]["sha256"] if "mask" in offer else None
+        widths = tuple(offer["widths"])
+        found.append(do.Contribution(basis, part, sent, mask, stored, 10 + k, 3, widths, offer["ranking"]))
+    return [do.Fold(1, start, {}, c) for c in found], do.Close(1, start, {}, names, tuple(found))
+
+
+def played(w: Worker | Crew, folds: list[do.Fold], close: do.Close) -> on.Event:
+    """The end of a round."""
+    w.expect(folds)
+    events = [w.execute(fold) for fold in folds]
+    good = [f.contribution for f, e in zip(folds, events, strict=True) if isinstance(e, on.Folded)]
+    return w.execute(replace(close, contributions=tuple(good)))
+
+
+@pytest.mark.parametrize("settings", STRATEGIES.values(), ids=STRATEGIES)
+@pytest.mark.parametrize("batch", [4, 100])
+def test_sums_of_helpers_have_the_workers_bits(
+    model: Model, tmp_path: Path, settings: dict[str, Any], batch: int
+) -> None:
+    alone = worker(model, tmp_path, settings)
+    folds, close = round_of(alone)
+    expected = played(alone, folds, close)
+    assert isinstance(expected, on.Closed)
+    assert expected.model != close.model
+
+    helpers = Helpers(alone)
+    crew = Crew(worker(model, tmp_path, settings), helpers, block=500, batch=batch)
+    assert played(crew, folds[::-1], close) == expected
+    assert helpers.count(crew_work.check) == len(folds)
+    assert helpers.count(crew_work.add_up) >= 2
+
+
+def test_a_helper_reads_no_more_of_an_update_than_it_adds(model: Model, tmp_path: Path) -> None:
+    w = worker(model, tmp_path, {"strategy": "plain"})
+    folds, close = round_of(w)
+    helpers = Helpers(w)
+    played(Crew(w, helpers, block=500), folds, close)
+    added = [a for t, a in helpers.done if t is crew_work.add_up]
+    assert len(added) == 3
+    assert sorted(n for a in added for n in a.names) == sorted(t.name for t in w.architecture.tensors)
+    report = w.reports.some(folds[0].contribution, added[0].refs, added[0].names)
+    assert set(report.trained.tensors) == set(added[0].names)
+
+
+@pytest.mark.parametrize("task", [crew_work.check, crew_work.add_up])
+@pytest.mark.parametrize("when", [1, 2, 3])
+def test_what_helpers_fail_at_the_worker_does(model: Model, tmp_path: Path, task: Task, when: int) -> None:
+    alone = worker(model, tmp_path, {"strategy": "plain"})
+    folds, close = round_of(alone)
+    expected = played(alone, folds, close)
+
+    helpers = Helpers(alone)
+    helpers.fails = lambda done, _: done is task and helpers.count(task) % when == 0
+    crew = Crew(worker(model, tmp_path, {"strategy": "plain"}), helpers, block=500, batch=4)
+    assert played(crew, folds, close) == expected
+
+
+def _short(result: Any) -> Any:
+    return replace(result, updates=result.updates - 1) if isinstance(result, PartialSums) else result
+
+
+def _cut(result: Any) -> Any:
+    if not isinstance(result, PartialSums):
+        return result
+    return replace(result, arrays={k: v[:-1] if v.ndim else v for k, v in result.arrays.items()})
+
+
+def _nothing(result: Any) -> Any:
+    return None
+
+
+@pytest.mark.parametrize("changed", [_short, _cut, _nothing])
+def test_sums_that_cannot_be_are_not_taken(
+    model: Model, tmp_path: Path, changed: Callable[[Any], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = worker(model, tmp_path, {"strategy": "plain"})
+    folds, close = round_of(alone)
+    expected = played(alone, folds, close)
+    helpers = Helpers(alone)
+    helpers.changed = changed
+    crew = Crew(worker(model, tmp_path, {"strategy": "plain"}), helpers, block=500)
+    with caplog.at_level(logging.WARNING):
+        assert played(crew, folds, close) == expected
+
+
+def test_sums_that_were_taken_in_half_are_made_anew(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = worker(model, tmp_path, {"strategy": "plain"})
+    folds, close = round_of(alone)
+    expected = played(alone, folds, close)
+    add, calls = Coverage.add, []
+
+    def short(self: Coverage, *arguments: Any) -> None:
+        if sys._getframe(1).f_code.co_name == "take" and not calls:
+            calls.append(1)
+            raise MemoryError
+        add(self, *arguments)
+
+    monkeypatch.setattr(Coverage, "add", short)
+    crew = Crew(worker(model, tmp_path, {"strategy": "plain"}), Helpers(alone), block=500, batch=4)
+    assert played(crew, folds, close) == expected
+    assert calls
+
+
+def test_an_update_at_fault_costs_itself(model: Model, tmp_path: Path) -> None:
+    alone = worker(model, tmp_path, {"strategy": "plain"})
+    folds, close = round_of(alone, spoilt="d3")
+    rejected = alone.execute(folds[3])
+    assert isinstance(rejected, on.UpdateRejected)
+    expected = played(alone, folds, close)
+
+    crew = Crew(worker(model, tmp_path, {"strategy": "plain"}), Helpers(alone), block=500, batch=4)
+    crew.expect(folds)
+    assert crew.execute(folds[3]) == rejected
+    assert played(crew, folds, close) == expected
+    # A round may also be told to close with it, after a restart for example.
+    restarted = Crew(worker(model, tmp_path, {"strategy": "plain"}), Helpers(alone), block=500)
+    assert restarted.execute(close) == worker(model, tmp_path, {"strategy": "plain"}).execute(close)
+
+
+def test_only_what_counts_at_the_end_is_in_the_sums(model: Model, tmp_path: Path) -> None:
+    """What was added up as it came may count less, or not at all, when the round closes."""
+    alone = worker(model, tmp_path, {"strategy": "plain"})
+    folds, close = round_of(alone)
+    lighter = replace(close, contributions=tuple(replace(c, weight=1 + c.weight // 2) for c in close.contributions))
+    fewer = replace(close, contributions=close.contributions[1:])
+    for end in (lighter, fewer):
+        crew = Crew(worker(model, tmp_path, {"strategy": "plain"}), Helpers(alone), block=500, batch=3)
+        crew.expect(folds)
+        for fold in folds:
+            crew.execute(fold)
+        assert crew.execute(end) == worker(model, tmp_path, {"strategy": "plain"}).execute(end)
+
+
+@pytest.mark.parametrize("settings", [{"strategy": "fiarse"}, {"options": {"robust": {"centre": "median"}}}])
+def test_what_cannot_be_split_is_left_to_the_worker(model: Model, tmp_path: Path, settings: dict[str, Any]) -> None:
+    alone = worker(model, tmp_path, settings)
+    folds, close = round_of(alone)
+    expected = played(alone, folds, close)
+    helpers = Helpers(alone)
+    assert played(Crew(worker(model, tmp_path, settings), helpers, block=500), folds, close) == expected
+    assert not helpers.done
+
+
+def test_a_small_model_is_not_worth_the_way(model: Model, tmp_path: Path) -> None:
+    w = worker(model, tmp_path, {"strategy": "plain"})
+    folds, close = round_of(w)
+    helpers = Helpers(w)
+    played(Crew(w, helpers), folds, close)
+    assert not helpers.done
+
+
+def test_submodels_of_many_devices_are_few_tasks(model: Model, tmp_path: Path) -> None:
+    w = worker(model, tmp_path, {"strategy": "plain"})
+    folds, _ = round_of(w)
+    basis = folds[0].contribution.basis
+    parts = [replace(folds[k % 9].contribution.part, device=f"m{k}") for k in range(400)]
+    orders = [do.Extract(basis, part) for part in parts]
+    helpers = Helpers(w)
+    crew = Crew(w, helpers)
+    crew.expect(orders)
+    assert helpers.count(crew_work.extract) == 400 / 16
+    assert [crew.execute(o) for o in orders[:20]] == [w.execute(o) for o in orders[:20]]
+    helpers.fails = lambda *_: True
+    crew.expect(orders[:20])
+    assert [crew.execute(o) for o in orders[:20]] == [w.execute(o) for o in orders[:20]]
+
+
+class Hanging(Helpers):
+    """Helpers that never do some tasks; a clock goes on by as much as they are waited for."""
+
+    patience_s = 100.0  # type: ignore[assignment]
+
+    def __init__(self, worker: Worker, never: Task) -> None:
+        super().__init__(worker)
+        self.now = 0.0
+        self._never = never
+
+    def submit(self, task: Task, argument: Any) -> Future[Any]:
+        return Never(self) if task is self._never else super().submit(task, argument)
+
+
+class Never(Future[Any]):
+    def __init__(self, helpers: Hanging) -> None:
+        super().__init__()
+        self._helpers = helpers
+
+    def result(self, timeout: float | None = None) -> Any:
+        assert timeout is not None
+        self._helpers.now += timeout
+        raise LateError
+
+
+@pytest.mark.parametrize("never", [crew_work.add_up, crew_work.check, crew_work.extract])
+def test_helpers_that_hang_are_waited_for_once(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, never: Task
+) -> None:
+    alone = worker(model, tmp_path, STRATEGIES["plain"])
+    folds, close = round_of(alone)
+    expected = played(alone, folds, close)
+    mine = worker(model, tmp_path, STRATEGIES["plain"])
+    helpers = Hanging(mine, never)
+    monkeypatch.setattr(shared_sums, "time", SimpleNamespace(monotonic=lambda: helpers.now))
+    crew = Crew(mine, helpers, block=500, batch=4)
+    orders = [do.Extract(f.contribution.basis, f.contribution.part) for f in folds]
+    crew.expect(orders)
+    assert [crew.execute(order) for order in orders] == [alone.execute(order) for order in orders]
+    assert played(crew, folds, close) == expected
+    assert helpers.now == 100.0

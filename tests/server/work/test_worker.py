@@ -1,0 +1,314 @@
+"""The worker: a round's heavy work on the demo's model, with the board's own trainer in between."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from fedprune import tensorfile
+from fedprune.architecture import widths_at
+from fedprune.blobs import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.errors import ConfigError, ModelError, StorageError
+from fedprune.job import Job
+from fedprune.nesting import nested
+from fedprune.recipe import Recipe
+from fedprune.scoring import random_ranks
+from fedprune.selection import Selection
+from fedprune_device.trainer import Trainer
+from fedprune_export.imported import Model
+from fedprune_export.importing import import_onnx
+from fedprune_server.simulation.digits import Federation, deal, digits_model
+from fedprune_server.work.worker import Worker
+
+DEVICES = ("a", "b", "c")
+DENSITIES = {"a": 1.0, "b": 0.5, "c": 0.25}
+RECIPE = Recipe(epochs=1, batch_size=32, lr=0.05, logit_adjustment=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits")
+
+
+@pytest.fixture(scope="module")
+def federation() -> Federation:
+    return deal(DEVICES, seed=0)
+
+
+def worker(model: Model, folder: Path, federation: Federation | None = None, **settings: object) -> Worker:
+    job = Job.from_dict({"name": "t", "scorer": "magnitude", "rule": "fill", "recipe": RECIPE.to_dict(), **settings})
+    evaluation = None if federation is None else (federation.x, federation.y)
+    return Worker(job, model, BlobStore(folder, durable=False), evaluation)
+
+
+def rank(w: Worker, round_: int = 1) -> str:
+    scored = w.execute(do.Score(round_, w.initial(), {}, DEVICES))
+    assert isinstance(scored, on.Scored)
+    assert scored.order is None
+    return scored.ranking
+
+
+def part(name: str, widths: tuple[int, ...], samples: int = 10) -> do.Part:
+    return do.Part(name, 1, widths, 1.0, samples, None)
+
+
+def contribution(
+    basis: do.Basis, of: do.Part, weights: str, weight: int = 10, steps: int = 1, sent: str = "0" * 64
+) -> do.Contribution:
+    return do.Contribution(basis, of, sent, None, weights, weight, steps)
+
+
+def fold(found: do.Contribution) -> do.Fold:
+    return do.Fold(1, found.basis.model, {}, found)
+
+
+def close(parts: list[do.Contribution]) -> do.Close:
+    names = tuple(sorted(p.part.device for p in parts))
+    return do.Close(1, parts[0].basis.model, {}, names, tuple(parts))
+
+
+def contributions(w: Worker, model: Model, ranking: str, federation: Federation) -> list[do.Contribution]:
+    """What devices of three widths send back after one epoch."""
+    parts = []
+    for name in DEVICES:
+        widths = widths_at(model.architecture, DENSITIES[name])
+        basis, of = do.Basis(1, w.initial(), ranking), part(name, widths)
+        extracted = w.execute(do.Extract(basis, of))
+        assert isinstance(extracted, on.Extracted)
+        offer = extracted.offer
+        result = Trainer(w.store.read(offer["training"]["sha256"])).train(
+            tensorfile.decode(w.store.read(offer["weights"]["sha256"])),
+            federation.devices[name],
+            RECIPE,
+            seed=0,
+            device=name,
+            round=1,
+            classes=10,
+        )
+        weights = w.store.put(tensorfile.encode(result.tensors)).sha256
+        parts.append(contribution(basis, of, weights, result.samples, result.steps, offer["weights"]["sha256"]))
+    return parts
+
+
+def test_a_round_makes_the_model_better(model: Model, federation: Federation, tmp_path: Path) -> None:
+    w = worker(model, tmp_path, federation)
+    start = w.initial()
+    ranking = rank(w)
+    parts = contributions(w, model, ranking, federation)
+    for found in parts:
+        assert w.execute(fold(found)) == on.Folded(found.part.device, 1, 1)
+    closed = w.execute(close(parts))
+    assert isinstance(closed, on.Closed)
+    before, after = (w.execute(do.Evaluate(1, m)) for m in (start, closed.model))
+    assert isinstance(before, on.Evaluated)
+    assert isinstance(after, on.Evaluated)
+
+    assert after.metrics["loss"] < before.metrics["loss"]
+
+
+def test_order_repetition_and_a_lost_worker_change_no_bit(model: Model, federation: Federation, tmp_path: Path) -> None:
+    first = worker(model, tmp_path)
+    parts = contributions(first, model, rank(first), federation)
+    end = close(parts)
+    for found in parts:
+        first.execute(fold(found))
+    expected = first.execute(end)
+
+    shuffled = worker(model, tmp_path)
+    for found in [parts[2], parts[0], parts[2], parts[1], parts[0]]:
+        shuffled.execute(fold(found))
+    fresh = worker(model, tmp_path)
+
+    assert shuffled.execute(end) == expected
+    assert fresh.execute(end) == expected
+    assert fresh.execute(end) == expected
+
+
+def test_a_contribution_that_does_not_count_leaves_no_trace(
+    model: Model, federation: Federation, tmp_path: Path
+) -> None:
+    one, two = worker(model, tmp_path), worker(model, tmp_path)
+    parts = contributions(one, model, rank(one), federation)
+    for found in parts:
+        one.execute(fold(found))
+    end = close(parts[:2])
+
+    assert one.execute(end) == two.execute(end)
+
+
+@pytest.mark.parametrize("damage", ["nan", "shape", "missing", "far", "garbage"])
+def test_a_bad_update_is_rejected_with_its_reason(model: Model, tmp_path: Path, damage: str) -> None:
+    w = worker(model, tmp_path)
+    start, ranking = w.initial(), rank(w)
+    widths = widths_at(model.architecture, 0.5)
+    selection = Selection.from_json(w.store.read(ranking), model.architecture).narrowed(widths)
+    tensors = {k: v.copy() for k, v in selection.gather(model.tensors).items()}
+    name = next(iter(tensors))
+    if damage == "nan":
+        tensors[name].reshape(-1)[0] = np.nan
+    elif damage == "shape":
+        tensors[name] = tensors[name][:-1]
+    elif damage == "missing":
+        del tensors[name]
+    elif damage == "far":
+        tensors[name].reshape(-1)[0] = 1e30
+    raw = b"not tensors" if damage == "garbage" else tensorfile.encode(tensors)
+    found = contribution(do.Basis(1, start, ranking), part("a", widths), w.store.put(raw).sha256)
+    answer = w.execute(fold(found))
+
+    assert isinstance(answer, on.UpdateRejected)
+    assert answer.reason
+
+
+def file_of(shape: object, size: int) -> bytes:
+    text = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(size)
+
+
+HOSTILE = st.one_of(
+    st.binary(max_size=200),
+    st.binary(max_size=100).map(lambda b: len(b).to_bytes(8, "little") + b),
+    st.builds(
+        file_of,
+        st.lists(st.sampled_from([0, 1, 2, 2**31, 2**40, -1, 1.5, "x"]), max_size=80),
+        st.sampled_from([0, 4, 8]),
+    ),
+    st.tuples(st.integers(0, 5000), st.binary(min_size=1, max_size=8)),
+)
+"""Any bytes, headers of any bytes, any shapes; or where to damage a good update, and how."""
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(file_of([1] * 65, 4))
+@example(file_of([0, 2**40, 2**40], 0))
+@given(HOSTILE)
+def test_any_bytes_are_an_update_or_a_rejection(model: Model, tmp_path: Path, raw: bytes | tuple[int, bytes]) -> None:
+    w = worker(model, tmp_path)
+    start, ranking = w.initial(), rank(w)
+    widths = widths_at(model.architecture, 0.25)
+    if isinstance(raw, tuple):
+        at, damage = raw
+        selection = Selection.from_json(w.store.read(ranking), model.architecture).narrowed(widths)
+        good = tensorfile.encode(selection.gather(model.tensors))
+        raw = good[:at] + damage + good[at + len(damage) :]
+    found = contribution(do.Basis(1, start, ranking), part("a", widths), w.store.put(raw).sha256)
+    answer = w.execute(fold(found))
+
+    assert isinstance(answer, (on.Folded, on.UpdateRejected))
+
+
+def test_an_update_that_trips_our_own_code_costs_only_itself(
+    model: Model, federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, fresh = worker(model, tmp_path), worker(model, tmp_path)
+    good, bad, other = contributions(w, model, rank(w), federation)
+    w.execute(fold(good))
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorfile, "decode", lambda raw: 1 / 0)
+        answer = w.execute(fold(bad))
+    assert isinstance(answer, on.UpdateRejected)
+    assert "ZeroDivisionError" in answer.reason
+
+    end = close([good, other])
+    assert w.execute(end) == fresh.execute(end)
+
+
+def test_a_lost_blob_is_the_servers_fault(model: Model, tmp_path: Path) -> None:
+    w = worker(model, tmp_path)
+    of = part("a", widths_at(model.architecture, 0.5))
+    found = contribution(do.Basis(1, w.initial(), rank(w)), of, "0" * 64)
+
+    with pytest.raises(StorageError):
+        w.execute(fold(found))
+
+
+def test_boards_of_equal_width_share_their_graphs(model: Model, tmp_path: Path) -> None:
+    w = worker(model, tmp_path)
+    ranking = rank(w)
+    offers = []
+    for name, density in (("a", 0.5), ("b", 0.5), ("c", 1.0)):
+        of = part(name, widths_at(model.architecture, density))
+        done = w.execute(do.Extract(do.Basis(1, w.initial(), ranking), of))
+        assert isinstance(done, on.Extracted)
+        offers.append(done.offer)
+
+    assert offers[0]["inference"] == offers[1]["inference"] != offers[2]["inference"]
+    assert len({o["training"]["sha256"] for o in offers}) == 1
+    assert {o["training"]["sha256"] for o in offers} <= w.graphs()
+    assert "loss" not in offers[0]["recipe"]  # which boards of the first version would refuse
+
+
+def test_curvature_starts_with_random_nested_ranks_and_then_judges(
+    model: Model, federation: Federation, tmp_path: Path
+) -> None:
+    w = worker(model, tmp_path, scorer="curvature")
+    ranking = rank(w)
+    ranks = random_ranks(model.architecture, w.job.seed, 1)
+    chosen = Selection.of(model.architecture, model.architecture.sizes, ranks)
+    assert ranking == w.store.put(chosen.to_json().encode()).sha256
+    closed = w.execute(close(contributions(w, model, ranking, federation)))
+    assert isinstance(closed, on.Closed)
+    assert set(closed.memory) == {"evidence"}
+    judged = w.execute(do.Score(2, closed.model, closed.memory, DEVICES))
+    unjudged = w.execute(do.Score(2, closed.model, {}, DEVICES))
+
+    assert judged != unjudged
+
+
+def test_a_diverged_model_has_no_loss(model: Model, federation: Federation, tmp_path: Path) -> None:
+    w = worker(model, tmp_path, federation)
+    wild = {k: np.full_like(v, np.inf) for k, v in model.tensors.items()}
+    done = w.execute(do.Evaluate(1, w.store.put(tensorfile.encode(wild)).sha256))
+
+    assert isinstance(done, on.Evaluated)
+    assert sorted(done.metrics) == ["accuracy", "samples"]
+
+
+def test_without_data_of_its_own_the_server_measures_nothing(model: Model, tmp_path: Path) -> None:
+    w = worker(model, tmp_path)
+
+    assert w.execute(do.Evaluate(3, w.initial())) == on.Evaluated(3, {})
+
+
+def test_a_model_that_cannot_be_trained_is_refused_before_the_first_device_comes(model: Model, tmp_path: Path) -> None:
+    graph = model.graph.copy()
+    last = next(n for n in graph.nodes if model.graph.outputs[0].name in n.outputs)
+    last.outputs = ["before"]
+    graph.emit("Compress", "before", out=model.graph.outputs[0].name)
+
+    with pytest.raises(ModelError, match="Compress"):
+        worker(replace(model, graph=graph), tmp_path).initial()
+
+
+def test_a_pattern_of_personal_tensors_that_matches_nothing_is_refused_at_once(model: Model, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, personal=("fc.*", "haed.*"))
+    with pytest.raises(ConfigError, match=r"recipe: personal: no tensor is called 'haed\.\*'"):
+        worker(model, tmp_path, recipe=recipe.to_dict()).initial()
+
+
+def test_a_strategys_starter_makes_the_first_model(model: Model, tmp_path: Path) -> None:
+    job = Job(strategy="fedprune", options={"ranking": "nested"})
+    plain, own = worker(model, tmp_path), Worker(job, model, BlobStore(tmp_path, durable=False))
+    given, start = (tensorfile.decode(w.store.read(w.initial())) for w in (plain, own))
+
+    assert all(np.array_equal(given[n], v) for n, v in model.tensors.items())
+    expected = nested(model.architecture, model.tensors, (0.25, 0.5, 0.75))
+    assert any(not np.array_equal(given[n], v) for n, v in expected.items())
+    assert all(np.array_equal(start[n], v) for n, v in expected.items())
+
+
+def test_what_stays_frozen_is_started_as_it_was_given(model: Model, tmp_path: Path) -> None:
+    job = Job(strategy="fedprune", options={"ranking": "nested"}, recipe=Recipe(frozen=("@head", "conv2.*")))
+    own = Worker(job, model, BlobStore(tmp_path, durable=False))
+    start = tensorfile.decode(own.store.read(own.initial()))
+
+    assert all(np.array_equal(start[n], model.tensors[n]) for n in ("fc.weight", "conv2.weight"))
+    assert not np.array_equal(start["conv3.weight"], model.tensors["conv3.weight"])
