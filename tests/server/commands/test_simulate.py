@@ -108,9 +108,8 @@ def test_a_second_call_does_not_train_again(config, tmp_path, monkeypatch, capsy
     arguments = ["--config", config(), "--out", str(tmp_path / "out")]
     assert main(arguments) == ExitCode.OK
     first = Record.load(tmp_path / "out" / "metrics.json")
-    monkeypatch.setattr(
-        "fedprune_server.simulation.virtual_device.Bench.carry_out", lambda *_: pytest.fail("trained again")
-    )
+    again = "fedprune_server.simulation.virtual_device.Bench.carry_out"
+    monkeypatch.setattr(again, lambda *_: pytest.fail("trained again"))
     capsys.readouterr()
     assert main(arguments) == ExitCode.OK
     assert capsys.readouterr().err == "yard: all 2 rounds were done before; nothing is trained again\n"
