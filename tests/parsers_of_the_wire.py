@@ -212,7 +212,7 @@ class _Shelf:
     def expect(self, client: object, seconds: float, *, waits: bool) -> None:
         pass
 
-    def count(self, size: int) -> None:
+    def count(self, device: str, size: int) -> None:
         pass
 
 

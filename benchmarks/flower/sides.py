@@ -124,7 +124,7 @@ class Fedprune:
         try:
             with Storage.existing(self._place.folder / "state") as storage:
                 done = storage.rounds()
-                began = next((at for _, at, kind, _ in storage.events() if kind == _FIRST), None)
+                began = next((at for _, at, kind, _ in storage.log.events() if kind == _FIRST), None)
         except StorageError:
             return []  # it is just being made
         start = [] if began is None else [Round(0, began, 0.0)]

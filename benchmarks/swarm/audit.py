@@ -36,7 +36,7 @@ def audit(state: Path, offered: Path, ledger: Ledger, rounds: int, seed: int) ->
     faults: list[str] = []
     with Storage.existing(state) as storage:
         summaries, known = storage.rounds(), {row["name"] for row in storage.devices()}
-        events = [(number, kind, body) for number, _, kind, body in storage.events()]
+        events = [(number, kind, body) for number, _, kind, body in storage.log.events()]
     if known != set(ledger):
         faults.append(f"the server knows {len(known)} devices, {len(known & set(ledger))} of the fleet's {len(ledger)}")
     if len(summaries) != rounds:

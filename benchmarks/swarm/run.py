@@ -74,7 +74,7 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
         asked = results["probes"]["latency"]
         checked = audit(folder / "state", folder / "offered", ledger, size.rounds, size.seed)
         with Storage.existing(folder / "state") as storage:
-            closed = {body["round"]: at for _, at, kind, body in storage.events() if kind == "Closed"}
+            closed = {body["round"]: at for _, at, kind, body in storage.log.events() if kind == "Closed"}
             summaries = storage.rounds()
         return {
             "devices": size.devices,

@@ -173,12 +173,11 @@ class Uploads:
         before = self._there.get(device)
         self._shows(device, session)
         upload = self._uploads.get(device)
-        if upload is None or upload.pull is None:
-            return self._start(now)
-        if before in (None, session):
-            return []  # it was asked on this connection
-        upload.moved_at = now
-        return [(device, w) for w in upload.pull.start(now)]
+        wants: Wants = []
+        if upload is not None and upload.pull is not None and before not in (None, session):
+            upload.moved_at = now  # it was asked on another connection
+            wants = [(device, w) for w in upload.pull.start(now)]
+        return wants + self._start(now)
 
     def drop(self, device: str) -> list[str]:
         """Stop fetching from a device; what has arrived stays on the disk and is gone on from later.

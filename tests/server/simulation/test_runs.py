@@ -101,6 +101,7 @@ def test_names_are_those_of_folders_of_their_own(tmp_path: Path) -> None:
         carry_out(drawn, [RUNS[0], RUNS[0]], tmp_path)
 
 
+@pytest.mark.soak
 def test_ray_does_the_same(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
     here = carry_out(drawn, [RUNS[0], WRONG[1]], tmp_path / "here")
