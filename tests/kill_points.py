@@ -93,6 +93,7 @@ class Doomed(Site):
 
     def __init__(self, material: Path, folder: Path, rounds: int, patience_s: float = 120) -> None:
         super().__init__(material, folder, CONFIG.format(rounds=rounds), BOARDS, patience_s, mosquitto=True)
+        self.rounds = rounds
         self.shim = folder / "death.so"
         compiler = shutil.which("cc") or "cc"
         subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", self.shim, SHIM, "-ldl"], check=True)
@@ -265,5 +266,5 @@ def undisturbed(site: Doomed) -> None:
     site.start("broker")
     for who in ("server", *BOARDS):
         site.live(Life(who, 0, after=False))
-    site.finish()
+    site.finish(max(site.patience_s, 2.0 * site.rounds))  # a long job, on a machine that may be busy
     site.stop_all()

@@ -203,11 +203,15 @@ class Site:
                 raise AssertionError(f"{what}: it never came to that. {self.logs()}")
             time.sleep(0.05)
 
-    def finish(self) -> State:
-        """Wait for the end of all processes but Mosquitto."""
+    def finish(self, patience_s: float | None = None) -> State:
+        """Wait for the end of all processes but Mosquitto.
+
+        Args:
+            patience_s: How long each may take; the site's patience by default.
+        """
         for name in ("server", *self.devices):
             try:
-                code = self.processes[name].wait(self.patience_s)
+                code = self.processes[name].wait(patience_s or self.patience_s)
             except subprocess.TimeoutExpired:
                 raise AssertionError(f"{name} doesn't end: {self.logs()}") from None
             assert code == 0, self.logs()
