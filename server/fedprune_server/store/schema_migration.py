@@ -1,16 +1,34 @@
-"""The revision of a database's schema, and the way from an older one to this version's."""
+"""The revision of a database's schema, and the way from an older one to this version's.
+
+The steps are Alembic's. It is loaded when there is a step to take: most starts find a database of this version, or make
+a new one, and loading it takes longer than both.
+"""
 
 from __future__ import annotations
 
+import pkgutil
 from functools import cache
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sql
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 
 from fedprune.errors import StorageError
+from fedprune_server.store.migrations import versions
+from fedprune_server.store.schema import TABLES
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+_NUMBERED = sql.Table(
+    "alembic_version",
+    sql.MetaData(),
+    sql.Column("version_num", sql.String(32), nullable=False),
+    sql.PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
+)
+"""Alembic's own: one row with the database's revision."""
+
+_FILES = "revision_"
+"""What files of steps are called, before their revisions."""
 
 FIRST = "0001"
 """The revision of databases that were made before revisions were counted."""
@@ -33,7 +51,7 @@ def revision(connection: sql.Connection, url: str) -> str | None:
     Raises:
         StorageError: It is of a later version than this one, or of another program.
     """
-    found = MigrationContext.configure(connection).get_current_revision()
+    found = _number(connection)
     if found is None:
         return _unnumbered(connection, url)
     if found not in _revisions():
@@ -54,11 +72,25 @@ def migrate(connection: sql.Connection, found: str | None) -> None:
         connection: To the database, in a transaction.
         found: What `revision` said.
     """
+    if found is None:
+        TABLES.create_all(connection)
+        _NUMBERED.create(connection)
+        connection.execute(_NUMBERED.insert().values(version_num=latest()))
+        return
+    from alembic import command
+
     config = _config()
     config.attributes["connection"] = connection
-    if found == FIRST and MigrationContext.configure(connection).get_current_revision() is None:
+    if found == FIRST and _number(connection) is None:
         command.stamp(config, FIRST)
     command.upgrade(config, "head")
+
+
+def _number(connection: sql.Connection) -> str | None:
+    if not sql.inspect(connection).has_table(_NUMBERED.name):
+        return None
+    number = connection.execute(sql.select(_NUMBERED.c.version_num)).scalar()
+    return None if number is None else str(number)
 
 
 def _unnumbered(connection: sql.Connection, url: str) -> str | None:
@@ -71,6 +103,8 @@ def _unnumbered(connection: sql.Connection, url: str) -> str | None:
 
 
 def _config() -> Config:
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", "fedprune_server.store:migrations")
     config.set_main_option("path_separator", "os")
@@ -80,4 +114,5 @@ def _config() -> Config:
 @cache
 def _revisions() -> tuple[str, ...]:
     """All revisions, latest first."""
-    return tuple(s.revision for s in ScriptDirectory.from_config(_config()).walk_revisions())
+    names = (m.name for m in pkgutil.iter_modules(versions.__path__))
+    return tuple(sorted((n.removeprefix(_FILES) for n in names if n.startswith(_FILES)), reverse=True))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sql
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,6 +98,39 @@ def first(empty: str) -> str:
 def test_a_new_database_has_the_tables_that_the_program_knows(empty: str) -> None:
     Storage(empty).close()
     assert differences(empty) == []
+
+
+def test_the_steps_lead_from_nothing_to_those_tables(empty: str) -> None:
+    """A new database is made at once; what Alembic would make step by step is the same."""
+    config = schema_migration._config()
+    engine = sql.create_engine(empty)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+    engine.dispose()
+    assert differences(empty) == []
+
+
+def test_revisions_are_those_that_alembic_walks(empty: str) -> None:
+    walked = ScriptDirectory.from_config(schema_migration._config()).walk_revisions()
+    assert schema_migration._revisions() == tuple(step.revision for step in walked)
+    Storage(empty).close()
+    engine = sql.create_engine(empty)
+    with engine.connect() as connection:
+        assert MigrationContext.configure(connection).get_current_revision() == schema_migration.latest()
+    engine.dispose()
+
+
+def test_a_server_starts_without_alembic(tmp_path: Path) -> None:
+    """Both on a new database and on one that is there."""
+    code = f"""
+import sys
+from fedprune_server.store.storage import Storage
+for _ in range(2):
+    Storage("sqlite:///{tmp_path / FILE}").close()
+assert "alembic" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_first_versions_database_gets_them_too(first: str) -> None:
