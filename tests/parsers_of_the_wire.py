@@ -21,6 +21,7 @@ from fedprune.element_mask import ElementMask
 from fedprune.errors import FedpruneError
 from fedprune.form_times import FormTimes
 from fedprune.latency import LatencyTable, typical_table
+from fedprune.npy_array import float32_array
 from fedprune.precision import INT8, graphs_of, packed, unpacked
 from fedprune.probe_report import ProbeReport
 from fedprune.profile import HardwareProfile
@@ -102,10 +103,21 @@ def wire_targets() -> tuple[Target, ...]:
         Target(
             "wire.recipe", as_object(Recipe.from_dict), dumped(Recipe().to_offer(), JOB.recipe.to_dict()), text=True
         ),
+        Target("wire.array", lambda raw: float32_array(raw, (2, 3), "it"), _arrays(), constant=2**20),
         *_signed(told),
         *_joining(),
         *_blobs(),
     )
+
+
+def _arrays() -> tuple[bytes, ...]:
+    """An array in NumPy's format, as Flower sends it, in either order and with either end first."""
+    out = []
+    for value in (np.zeros((2, 3), "<f4"), np.asfortranarray(np.ones((2, 3), ">f4"))):
+        file = io.BytesIO()
+        np.save(file, value)
+        out.append(file.getvalue())
+    return tuple(out)
 
 
 def _messages() -> list[Any]:

@@ -1,0 +1,20 @@
+"""fedprune's submodels for users of Flower: a strategy for its ServerApp, and what a ClientApp says to it.
+
+Nothing else in fedprune imports Flower, and whoever doesn't import this package doesn't need it.
+"""
+
+from fedprune.errors import MissingExtraError
+
+try:
+    import flwr.serverapp.strategy  # noqa: F401
+except ImportError as error:
+    raise MissingExtraError(
+        "fedprune.flower needs Flower, which is not installed here or is older than 1.41",
+        hint="pip install 'fedprune[flower]'.",
+    ) from error
+
+from fedprune.flower.part import Part, answer
+from fedprune.flower.presets import PRESETS, REFUSED
+from fedprune.flower.strategy import FedpruneStrategy
+
+__all__ = ["PRESETS", "REFUSED", "FedpruneStrategy", "Part", "answer"]

@@ -1,0 +1,332 @@
+"""A job's rounds as Flower calls for them: submodels out, updates in, the next model; on numpy alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune import tensorfile
+from fedprune.architecture import Architecture
+from fedprune.disk import is_there, write_whole
+from fedprune.errors import FedpruneError, ProtocolError, StorageError
+from fedprune.fixed_point import MAX_WEIGHT
+from fedprune.flower.presets import composed
+from fedprune.flower.shares import Share
+from fedprune.freezing import frozen_tensors
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune.selection import Selection, Tensors
+from fedprune.strategies.roles import Cut, Memories, Report, Scene, Submodel, Turn
+from fedprune.tensor_checks import check_counts, check_model
+
+FORMAT = "fedprune.flower-state/1"
+
+_HEAD = "fedprune"
+
+_LOG = logging.getLogger("flwr.fedprune")
+
+
+class WholeModel(Protocol):
+    """An imported model; `fedprune_export.importing.load` makes one of a torch module or an ONNX file."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Its tensors and channel groups."""
+        ...
+
+    @property
+    def tensors(self) -> Tensors:
+        """Its weights and statistics."""
+        ...
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the tensors that its author froze."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a node is sent.
+
+    Attributes:
+        cut: What its submodel was made of.
+        submodel: The submodel.
+        recipe: How the strategy would have it train.
+    """
+
+    cut: Cut
+    submodel: Submodel
+    recipe: Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What a node hands in, not yet checked.
+
+    Attributes:
+        tensors: What it made of its submodel.
+        samples: Its training samples.
+        steps: Optimiser steps behind it.
+    """
+
+    tensors: Mapping[str, npt.NDArray[Any]]
+    samples: int
+    steps: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What came of a round.
+
+    Attributes:
+        model: The next model; that of the round where nobody counted.
+        counted: The nodes whose updates are in it.
+        refused: The others', and why they aren't.
+    """
+
+    model: Tensors
+    counted: tuple[str, ...]
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+class Rounds:
+    """Runs the roles of a strategy, round by round.
+
+    Args:
+        model: What the job begins with.
+        job: Its settings.
+
+    Attributes:
+        architecture: The model's.
+        strategy: What the job composes.
+        model: The global model.
+        number: The last round that was closed; 0 before the first.
+
+    Raises:
+        ConfigError: The strategy doesn't work under Flower, or its options are wrong.
+    """
+
+    def __init__(self, model: WholeModel, job: Job) -> None:
+        self.job, self.architecture, self.strategy = job, model.architecture, composed(job)
+        self.model: Tensors = dict(model.tensors)
+        self.number = 0
+        self._frozen = model.frozen
+        self._memory: Memories = {}
+        self._samples: dict[str, int] = {}
+        self._last: dict[str, int] = {}
+        self._tasks: dict[str, Task] = {}
+        self._scene: Scene | None = None
+
+    def begin(self, model: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
+        """The model that the next round starts from; before the first has closed, the strategy's own start made of it.
+
+        Args:
+            model: What Flower goes on from: what the user began with, as long as no round has given anything.
+
+        Raises:
+            BundleError: It is not this architecture's.
+        """
+        base = check_model(self.architecture, model)
+        if self.strategy.starter is not None and self.number == 0:
+            still = self._still(self.job.recipe)
+            base = {
+                **self.strategy.starter.begin(self.architecture, base),
+                **{n: v for n, v in base.items() if n in still},
+            }
+        self.model = base
+        return base
+
+    def open(self, round_: int, shares: Mapping[str, Share]) -> dict[str, Task]:
+        """Begin a round.
+
+        Args:
+            round_: Its number, from 1.
+            shares: Who takes part, and with how much of the model.
+
+        Returns:
+            What each is sent. Those of equal shares are sent the same tensors, which are the same objects.
+        """
+        self._scene = self._at(round_, tuple(sorted(shares)))
+        self._tasks = self._made(self._scene, shares)
+        return self._tasks
+
+    def task(self, node: str) -> Task:
+        """What a node of the open round was sent.
+
+        Raises:
+            KeyError: It is not in it.
+        """
+        return self._tasks[node]
+
+    def serving(self, round_: int, shares: Mapping[str, Share]) -> dict[str, Task]:
+        """The submodels of the present model, to be looked at instead of trained."""
+        return self._made(self._at(max(1, round_), ()), shares)
+
+    def close(self, updates: Iterable[tuple[str, Update]]) -> Outcome:
+        """End the open round: fold what came into the next model.
+
+        The next model's bits don't depend on the order of updates. A node's first update counts, no further one.
+
+        Args:
+            updates: By node, as they came; one that can't be used is refused, and takes nothing else with it.
+        """
+        scene = self._scene
+        if scene is None or not self._tasks:
+            return Outcome(self.model, ())
+        aggregator, refused = self.strategy.aggregator, dict[str, str]()
+        fold = aggregator.fold(scene, evidence=False)
+        reports: dict[str, tuple[Report, Submodel]] = {}
+        for node, update in updates:
+            try:
+                if node not in self._tasks:
+                    raise ProtocolError("it has no part in this round")
+                if node in reports:
+                    _LOG.warning("round %d: node %s answered twice; its first answer counts", scene.round, node)
+                    continue
+                report = self._report(node, update)
+                fold.check(report.trained.selection, report.trained.tensors)
+                lifted = self.strategy.personaliser.share(report, self.strategy.extractor.reconstruct(report))
+                aggregator.add(fold, report, lifted)
+            except FedpruneError as error:
+                _LOG.warning("round %d: the update of node %s is refused: %s", scene.round, node, error)
+                refused[node] = str(error)
+                continue
+            reports[node] = (report, lifted)
+            refused.pop(node, None)
+        if not reports:
+            self._tasks = {}
+            return Outcome(self.model, (), refused)
+        left = dict(sorted(reports.items()))
+        closing = aggregator.close(fold, scene, 1.0, lambda: iter(tuple(left.values())))
+        for node, reason in sorted(closing.rejected.items()):
+            _LOG.warning("round %d: the update of node %s doesn't count: %s", scene.round, node, reason)
+            refused[node] = reason
+            left.pop(node, None)
+
+        def counted() -> Iterator[Report]:
+            return (report for report, _ in tuple(left.values()))
+
+        learnt = self.strategy.scorer.learn(scene, fold, counted)
+        memory = {**self._memory, **closing.memories, **learnt}
+        self._memory = {name: tensors for name, tensors in memory.items() if tensors}
+        still = self._still(self.job.recipe)
+        self.model = {**closing.model, **{n: v for n, v in scene.model.items() if n in still}}
+        for report in counted():
+            self._samples[report.cut.turn.device] = report.cut.turn.samples
+            self._last[report.cut.turn.device] = scene.round
+        self.number, self._tasks, self._scene = scene.round, {}, None
+        return Outcome(self.model, tuple(left), refused)
+
+    def save(self, path: Path) -> None:
+        """Write all that the next round goes on from.
+
+        Raises:
+            StorageError: The disk fails; what was there before is untouched.
+        """
+        head = {
+            "format": FORMAT,
+            "architecture": self.architecture.digest,
+            "strategy": self.job.strategy,
+            "round": self.number,
+            "samples": self._samples,
+            "last": self._last,
+            "memory": list(self._memory),
+        }
+        text = np.frombuffer(json.dumps(head, sort_keys=True).encode(), np.uint8)
+        tensors: dict[str, npt.NDArray[Any]] = {_HEAD: text}
+        tensors |= {f"model/{n}": v for n, v in self.model.items()}
+        for number, held in enumerate(self._memory.values()):
+            tensors |= {f"memory/{number}/{key}": np.asarray(v) for key, v in held.items()}
+        write_whole(path, tensorfile.encode(tensors))
+
+    def restore(self, path: Path) -> bool:
+        """Go on from what `save` wrote; False where there is no such file.
+
+        Raises:
+            StorageError: It is damaged, or of another model or strategy.
+        """
+        if not is_there(path, file=True):
+            return False
+        try:
+            held = tensorfile.decode(path.read_bytes())
+            head = json.loads(held.pop(_HEAD).tobytes())
+            kinds = {"format": str, "architecture": str, "strategy": str, "round": int, "samples": dict, "last": dict}
+            kinds |= {"memory": list}
+            if {k: type(head[k]) for k in kinds} != kinds:
+                raise ValueError("its head")
+            model = {n.removeprefix("model/"): v for n, v in held.items() if n.startswith("model/")}
+            memory: Memories = {}
+            for number, name in enumerate(head["memory"]):
+                prefix = f"memory/{number}/"
+                memory[str(name)] = {n.removeprefix(prefix): v for n, v in held.items() if n.startswith(prefix)}
+            expected = {"format": FORMAT, "architecture": self.architecture.digest, "strategy": self.job.strategy}
+            for key, value in expected.items():
+                if head[key] != value:
+                    raise StorageError(f"{path}: {key} of the state", expected=value[:24], got=repr(head[key])[:24])
+            self.model = check_model(self.architecture, model)
+        except StorageError:
+            raise
+        except (FedpruneError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise StorageError(
+                f"{path} is no state of a job under Flower ({type(error).__name__}: {error})",
+                hint="Name another file, or begin anew without it.",
+            ) from error
+        self._memory, self.number = memory, head["round"]
+        self._samples, self._last = head["samples"], head["last"]
+        return True
+
+    def _at(self, round_: int, participants: tuple[str, ...]) -> Scene:
+        return Scene(self.architecture, self.job.seed, round_, self.model, self._memory, self.job.recipe, participants)
+
+    def _made(self, scene: Scene, shares: Mapping[str, Share]) -> dict[str, Task]:
+        ranking = self.strategy.scorer.rank(scene)
+        whole = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
+        selections: dict[tuple[int, ...], Selection] = {}
+        made: dict[tuple[tuple[int, ...], float], Submodel] = {}
+        out: dict[str, Task] = {}
+        alike = getattr(self.strategy.extractor, "alike", False) and getattr(self.strategy.personaliser, "alike", False)
+        for node, share in sorted(shares.items()):
+            key = (share.widths, share.density)
+            selection = selections.setdefault(share.widths, whole.narrowed(share.widths))
+            turn = Turn(
+                scene.seed,
+                scene.round,
+                node,
+                share.widths,
+                share.density,
+                self._samples.get(node, 1),
+                self._last.get(node, 0),
+            )
+            cut = Cut(scene, turn, selection, ranking.order)
+            submodel = made.get(key) if alike else None
+            if submodel is None:
+                submodel = self.strategy.personaliser.personalise(cut, self.strategy.extractor.extract(cut))
+                made[key] = submodel
+            out[node] = Task(cut, submodel, self.strategy.objective.recipe(scene.recipe, turn))
+        return out
+
+    def _report(self, node: str, update: Update) -> Report:
+        """An update as roles look at it.
+
+        Raises:
+            ProtocolError: A count is out of range.
+        """
+        task = self._tasks[node]
+        check_counts(update.samples, update.steps, MAX_WEIGHT)
+        turn = replace(task.cut.turn, samples=update.samples)
+        still = self._still(task.recipe)
+        tensors = {**update.tensors, **{n: v for n, v in task.submodel.tensors.items() if n in still}}
+        weight = 1 if self.strategy.aggregator.weighting == "uniform" else update.samples
+        trained = Submodel(task.submodel.selection, tensors)
+        return Report(replace(task.cut, turn=turn), trained, weight, update.steps, lambda: task.submodel)
+
+    def _still(self, recipe: Recipe) -> frozenset[str]:
+        return frozen_tensors(self.architecture, recipe.features, self._frozen)

@@ -1,0 +1,344 @@
+"""A strategy for Flower's ServerApp that sends every node a submodel of its own width, and folds what comes back."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+
+from fedprune.architecture import TensorKind
+from fedprune.errors import ConfigError, FedpruneError, PlanError, ProtocolError
+from fedprune.flower.rounds import Rounds, Task, Update, WholeModel
+from fedprune.flower.shares import Share, Shares, Wishes
+from fedprune.flower.words import ASKING, FORMAT, RECORD, STEPS, check_format
+from fedprune.job import Job
+from fedprune.npy_array import float32_array
+from fedprune.recipe import Features, Recipe
+from fedprune.selection import Tensors
+
+_ASK_S = 60.0
+"""Seconds that nodes have to say what they carry; who is late is asked again in the next round."""
+
+_COUNTER = "num_batches_tracked"
+
+_VAR = "running_var"
+
+_LOG = logging.getLogger("flwr.fedprune")
+
+
+class FedpruneStrategy(FedAvg):
+    """Federated training of submodels.
+
+    Nodes are sampled as Flower's FedAvg samples them, by the same settings. Each is sent the slice of the model that it
+    carries, and so it is for evaluation. What comes back is summed exactly, whatever the order, by the strategy's
+    aggregator; an answer that can't be used is refused alone.
+
+    Args:
+        model: What is trained; `fedprune_export.importing.load` makes it of a torch module or an ONNX file.
+        strategy: One of `fedprune.flower.PRESETS`, or a composition of your own as `package.module:function`.
+        density: Who gets how much of the model: a share of every channel group for all; several, dealt in tiers; by
+            node id, as a mapping or function; the name of a hardware profile; `"ask"`: every node is asked. None leaves
+            it to the strategy's own tiers, and where it has none (`fedprune`, `plain`) nodes are asked.
+        options: The strategy's own settings.
+        recipe: Local training; nodes with a training graph obey it.
+        seed: Keys every random number but Flower's.
+        training: Makes a training graph, as the bytes of an ONNX file, of what a recipe needs; then every message for
+            training has one, for nodes without torch. None for no graphs.
+        state: A file in which the job is kept after every round, and from which it goes on where it is there.
+        settings: Of Flower's `FedAvg`: `fraction_train`, `min_available_nodes`, `weighted_by_key` and so on.
+
+    Raises:
+        ConfigError: A setting is wrong, or the strategy doesn't work under Flower.
+        StorageError: The state is damaged, or of another job.
+    """
+
+    def __init__(
+        self,
+        model: WholeModel,
+        strategy: str = "fedprune",
+        *,
+        density: Wishes = None,
+        options: Mapping[str, Any] | None = None,
+        recipe: Recipe | None = None,
+        seed: int = 0,
+        training: Callable[[Features], bytes] | None = None,
+        state: Path | str | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        job = Job(strategy=strategy, options=dict(options or {}), recipe=recipe or Recipe(), seed=seed)
+        self._rounds = Rounds(model, job)
+        self._shares = Shares(job, self._rounds.strategy, model.architecture, density)
+        self._training = training
+        self._graphs: dict[str, bytes] = {}
+        self._state = None if state is None else Path(state)
+        restored = self._state is not None and self._rounds.restore(self._state)
+        self._offset = self._rounds.number if restored else 0
+        self._beside: dict[str, Array] = _counters(self._rounds)
+        self._group = ""
+
+    @property
+    def arrays(self) -> ArrayRecord:
+        """The global model, as `start` wants it for a beginning; that of the state, if there was one."""
+        return self._record(self._rounds.model)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that were closed, those of the state among them."""
+        return self._rounds.number
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """A message with a submodel for every sampled node.
+
+        Raises:
+            ConfigError: The arrays are not the model's, or no node says what it carries.
+        """
+        nodes = [m.metadata.dst_node_id for m in super().configure_train(server_round, ArrayRecord(), config, grid)]
+        self._rounds.begin(self._read(arrays))
+        number = self._offset + server_round
+        tasks = self._rounds.open(number, self._dealt(nodes, number, grid))
+        self._group = f"fedprune-{number}"
+        return self._messages(tasks, MessageType.TRAIN, config, self._group)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The next model, of all answers that can be used; nothing where there is none."""
+        contents: dict[str, RecordDict] = {}
+
+        def updates() -> Iterable[tuple[str, Update]]:
+            for reply in replies:
+                node = str(reply.metadata.src_node_id)
+                if reply.has_error():
+                    _LOG.warning("node %s failed: %s", node, reply.error.reason)
+                    continue
+                try:
+                    update = self._update(node, reply)
+                except FedpruneError as error:
+                    _LOG.warning("the answer of node %s is refused: %s", node, error)
+                    continue
+                contents.setdefault(node, reply.content)
+                yield node, update
+
+        outcome = self._rounds.close(updates())
+        if not outcome.counted:
+            return None, None
+        if self._state is not None:
+            self._rounds.save(self._state)
+        metrics = self._averaged([contents[n] for n in outcome.counted], self.train_metrics_aggr_fn)
+        return self.arrays, metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """A message with its submodel of the new model for every sampled node.
+
+        Raises:
+            ConfigError: The arrays are not the model's, or no node says what it carries.
+        """
+        nodes = [m.metadata.dst_node_id for m in super().configure_evaluate(server_round, ArrayRecord(), config, grid)]
+        if not nodes:
+            return []
+        self._rounds.begin(self._read(arrays))
+        number = self._offset + server_round
+        tasks = self._rounds.serving(number, self._dealt(nodes, number, grid))
+        return self._messages(tasks, MessageType.EVALUATE, config, f"fedprune-{number}")
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """What nodes found, averaged by their samples."""
+        contents = []
+        for reply in replies:
+            if reply.has_error():
+                _LOG.warning("node %s failed: %s", reply.metadata.src_node_id, reply.error.reason)
+                continue
+            contents.append(reply.content)
+        return self._averaged(contents, self.evaluate_metrics_aggr_fn)
+
+    def summary(self) -> None:
+        """Say what is run."""
+        super().summary()
+        job, sizes = self._rounds.job, self._rounds.architecture.sizes
+        _LOG.info("strategy %s on %d channel groups, round %d", job.strategy, len(sizes), self._rounds.number)
+
+    def save(self, path: Path | str) -> None:
+        """Write the job's state: the model, what the strategy remembers, and the number of the round.
+
+        Raises:
+            StorageError: The disk fails; what was there before is untouched.
+        """
+        self._rounds.save(Path(path))
+
+    def _dealt(self, nodes: list[int], number: int, grid: Grid) -> dict[str, Share]:
+        self._ask(self._shares.unknown(nodes), grid)
+        dealt = self._shares.deal(nodes, number)
+        if nodes and not dealt:
+            raise ConfigError(
+                "no node says what it carries",
+                expected='an @app.query("fedprune") in the ClientApp that returns answer(message, density=...)',
+                hint="Or give FedpruneStrategy a density for all, or a list of them.",
+            )
+        return {str(node): share for node, share in dealt.items()}
+
+    def _ask(self, nodes: list[int], grid: Grid) -> None:
+        """Ask nodes what they carry; who doesn't answer is left out, and asked again when its turn comes."""
+        if not nodes:
+            return
+        question = RecordDict({RECORD: ConfigRecord({"format": FORMAT})})
+        messages = [Message(question, node, ASKING) for node in nodes]
+        for reply in grid.send_and_receive(messages, timeout=_ASK_S):
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                _LOG.warning("node %s doesn't say what it carries: %s", node, reply.error.reason)
+                continue
+            try:
+                record = reply.content.get(RECORD)
+                check_format(record)
+                self._shares.heard(node, record.get("density"), record.get("profile"), record.get("samples"))
+            except (ProtocolError, PlanError) as error:
+                _LOG.warning("node %s takes no part: %s", node, error)
+
+    def _messages(self, tasks: Mapping[str, Task], kind: str, config: ConfigRecord, group: str) -> list[Message]:
+        sent: dict[int, ArrayRecord] = {}
+        out = []
+        for node, task in tasks.items():
+            tensors = task.submodel.tensors
+            if id(tensors) not in sent:
+                sent[id(tensors)] = self._record(tensors)
+            words = self._words(node, task)
+            if kind == MessageType.TRAIN and self._training is not None:
+                words["graph"] = self._graph(task.recipe.features)
+            content = {self.arrayrecord_key: sent[id(tensors)], self.configrecord_key: config, RECORD: words}
+            out.append(Message(RecordDict(content), int(node), kind, group_id=group))
+        return out
+
+    def _graph(self, features: Features) -> bytes:
+        if features.key not in self._graphs and self._training is not None:
+            self._graphs[features.key] = self._training(features)
+        return self._graphs[features.key]
+
+    def _words(self, node: str, task: Task) -> ConfigRecord:
+        turn = task.cut.turn
+        return ConfigRecord(
+            {
+                "format": FORMAT,
+                "arrays": self.arrayrecord_key,
+                "config": self.configrecord_key,
+                "weight": self.weighted_by_key,
+                "tensors": list(task.submodel.tensors),
+                "round": turn.round,
+                "device": node,
+                "seed": turn.seed,
+                "widths": list(turn.widths),
+                "density": float(turn.density),
+                "classes": self._rounds.architecture.classes,
+                "recipe": json.dumps(task.recipe.to_offer(), sort_keys=True),
+            }
+        )
+
+    def _record(self, tensors: Tensors) -> ArrayRecord:
+        """Tensors as Flower sends them, with what else a module's state dict has, in front of whoever loads it."""
+        arrays = {n: Array(np.ascontiguousarray(v)) for n, v in tensors.items()}
+        return ArrayRecord({**arrays, **self._beside})
+
+    def _read(self, arrays: ArrayRecord) -> Tensors:
+        """The model in an ArrayRecord; what else is in it goes along with every message.
+
+        Raises:
+            ConfigError: A tensor is missing or has another type or shape, or one goes by several names.
+        """
+        architecture = self._rounds.architecture
+        out: Tensors = {}
+        try:
+            for spec in architecture.tensors:
+                if spec.name not in arrays:
+                    raise ProtocolError(f"tensor {spec.name} is missing")
+                out[spec.name] = float32_array(arrays[spec.name].data, spec.shape, f"tensor {spec.name}")
+        except ProtocolError as error:
+            raise ConfigError(f"the arrays are not the model's: {error}", hint="Start with strategy.arrays.") from error
+        beside = {n: a for n, a in arrays.items() if n not in out}
+        if self._rounds.number == 0:
+            bits = {(v.shape, v.tobytes()): n for n, v in out.items()}
+            for name, array in beside.items():
+                value = array.numpy()
+                twin = bits.get((value.shape, value.tobytes())) if value.dtype == np.float32 else None
+                if twin is not None:
+                    raise ConfigError(
+                        f"array {name} is the same as {twin}: weights that go by several names",
+                        expected="each once",
+                        hint="Start with strategy.arrays.",
+                    )
+        self._beside = beside or self._beside
+        return out
+
+    def _update(self, node: str, reply: Message) -> Update:
+        """An answer's tensors and counts; `Rounds.close` checks them further.
+
+        Raises:
+            ProtocolError: It isn't one of this round, or not what an update is.
+        """
+        if reply.metadata.group_id != self._group:
+            raise ProtocolError("round of an answer", expected=self._group, got=repr(reply.metadata.group_id)[:40])
+        try:
+            shapes = {n: v.shape for n, v in self._rounds.task(node).submodel.tensors.items()}
+        except KeyError:
+            raise ProtocolError("it has no part in this round") from None
+        records, metrics = reply.content.array_records, reply.content.metric_records
+        if len(records) != 1 or len(metrics) != 1:
+            raise ProtocolError(
+                "records of an update",
+                expected="one of arrays and one of metrics",
+                got=f"{len(records)} and {len(metrics)}",
+            )
+        (arrays,), (said,) = records.values(), metrics.values()
+        tensors: dict[str, npt.NDArray[Any]] = {}
+        for name, shape in shapes.items():
+            if name not in arrays:
+                raise ProtocolError(f"update lacks tensor {name}")
+            tensors[name] = float32_array(arrays[name].data, shape, f"tensor {name} in an update")
+        samples, steps = _whole(said.get(self.weighted_by_key)), _whole(said.get(STEPS, 1))
+        return Update(tensors, samples, steps)
+
+    def _averaged(
+        self, contents: list[RecordDict], average: Callable[[list[RecordDict], str], MetricRecord]
+    ) -> MetricRecord | None:
+        """Metrics of answers that name the same ones: the most frequent kind, so that no single one is in the way."""
+        shapes = [_kind(content, self.weighted_by_key) for content in contents]
+        known = Counter(s for s in shapes if s is not None)
+        if not known:
+            return None
+        usual = min(known, key=lambda s: (-known[s], s))
+        used = [c for c, s in zip(contents, shapes, strict=True) if s == usual]
+        if len(used) < len(contents):
+            _LOG.warning("%d answers have other metrics than most, which don't count", len(contents) - len(used))
+        return average(used, self.weighted_by_key)
+
+
+def _counters(rounds: Rounds) -> dict[str, Array]:
+    """Counters that torch's batch norms have in their state dict, so that it can be loaded as a whole."""
+    names = [t.name for t in rounds.architecture.tensors if t.kind is TensorKind.STAT_VAR and t.name.endswith(_VAR)]
+    return {n.removesuffix(_VAR) + _COUNTER: Array(np.zeros((), np.int64)) for n in names}
+
+
+def _whole(value: object) -> Any:
+    """A count, which Flower's users also give as 120.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _kind(content: RecordDict, weight: str) -> tuple[tuple[str, int], ...] | None:
+    """Which metrics an answer names, with the lengths of those that are lists; None without its weight."""
+    records = list(content.metric_records.values())
+    value = records[0].get(weight) if len(records) == 1 else None
+    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        return None
+    return tuple(sorted((k, len(v) if isinstance(v, list) else -1) for k, v in records[0].items()))
