@@ -72,7 +72,7 @@ def copied(example: str, work: Path) -> Path:
 
 
 def run(block: str, folder: Path) -> str:
-    """Run a block of commands with bash; the first that fails ends it.
+    """Run a block of commands with bash, and this Python's programs; the first that fails ends it.
 
     Returns:
         What it printed.
@@ -81,8 +81,15 @@ def run(block: str, folder: Path) -> str:
         RuntimeError: A command failed; the message has all that was printed.
     """
     script = f"set -euo pipefail\n{block}"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", script], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        ["bash", "-c", script],
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode} in {folder}:\n{block}\n{done.stdout}")
