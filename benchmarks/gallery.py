@@ -153,7 +153,7 @@ def page(body: dict[str, Any]) -> str:
         "",
         f"{at['date']}, {at['cpu']}, {at['cores']} cores (one used; load {at['load']} at the end),",
         f"Python {at['python']}, numpy {at['numpy']}, onnxruntime {at['onnxruntime']}, torch {at['torch']}.",
-        "`python -m benchmarks.gallery`: the commands of the examples' pages, one seed.",
+        "`python -m benchmarks.gallery`: the simulations of the examples' pages, one seed.",
         _ABOUT.format(last=LAST).rstrip(),
     ]
     for example, found in body["examples"].items():
