@@ -147,11 +147,21 @@ class Tables:
 
 def read_tables(path: Path, changes: Mapping[str, Any] | None = None) -> Tables:
     """Read a `fleet.toml` alone; arguments and errors are those of `read_plan`."""
-    body = _changed(read_toml(path, ConfigError), changes or {})
+    body = _with(read_toml(path, ConfigError), changes or {})
     config = parse_config({k: v for k, v in body.items() if k != "server"}, str(path), path.parent)
     data = _data(body["data"], body.get("devices"), path) if "data" in body else None
     dropouts, availability = read_dropouts(body, path), read_availability(body, path)
     return Tables(body, config, data, dropouts, availability, *read_weather(body, path), read_settings(body, path))
+
+
+def _with(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's tables with changes. Another strategy doesn't get the options of the file's own."""
+    job, other = body.get("job"), changes.get("job")
+    if isinstance(job, Mapping) and isinstance(other, Mapping):
+        strategy = job.get("strategy", Job().strategy)
+        if other.get("strategy", strategy) != strategy:
+            body = {**body, "job": {k: v for k, v in job.items() if k != "options"}}
+    return _changed(body, changes)
 
 
 def _changed(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

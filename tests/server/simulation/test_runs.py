@@ -14,6 +14,7 @@ from fedprune_server.commands.simulate import main
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
 from fedprune_server.simulation.record import Record
 from fedprune_server.simulation.runs import DONE, Run, Standing, carry_out
+from fedprune_server.simulation.simulated_fleet import read_tables
 from fedprune_server.simulation.sweep import read_sweep, simulated
 
 RUNS = [Run(f"run-{i}", {"seed": i}) for i in range(3)]
@@ -210,6 +211,18 @@ def test_results_of_files_that_were_edited_since_are_not_shown(fleet: Path, what
 
     with pytest.raises(StorageError, match="other settings"):
         carry_out(simulated, read_sweep(fleet / "sweep.toml"), out)
+
+
+def test_another_strategy_has_none_of_the_files_options(tmp_path: Path) -> None:
+    config = tmp_path / "fleet.toml"
+    config.write_text(
+        CONFIG.replace('name = "yard"', 'name = "yard"\nstrategy = "fedprune"\noptions = { dropout = [] }')
+    )
+    assert read_tables(config, {"job": {"strategy": "local"}}).config.job.options == {}
+    kept = read_tables(config, {"job": {"strategy": "fedprune", "options": {"mixup": 0.0}}}).config.job
+    assert kept.options == {"dropout": [], "mixup": 0.0}
+    with pytest.raises(ConfigError, match="'local' has no option 'dropout'"):
+        read_tables(config, {"job": {"strategy": "local", "options": {"dropout": []}}})
 
 
 def test_each_variant_has_its_seeds(tmp_path: Path) -> None:
