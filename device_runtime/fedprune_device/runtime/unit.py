@@ -38,7 +38,7 @@ JETSON_CLASSES = ("char-nvidia", "char-nvhost", "char-drm")
 """The same by the names of their drivers in /proc/devices."""
 
 
-HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  names alone
+HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # nosec B108  # names alone
 """What a service doesn't see, or as a folder of its own (ProtectHome, PrivateTmp)."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pwd
 import shutil
-import subprocess
+import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def _install(unit: Any, folder: Path) -> None:
     print(f"{path} is written")
     systemctl = shutil.which("systemctl")
     if folder == _UNITS and _SYSTEMD.is_dir() and systemctl is not None:
-        done = subprocess.run([systemctl, "daemon-reload"], capture_output=True, text=True, check=False)
+        done = subprocess.run([systemctl, "daemon-reload"], capture_output=True, text=True, check=False)  # noqa: S603  # nosec B603  # systemctl daemon-reload
         if done.returncode:
             raise StorageError(f"systemctl daemon-reload: {reason(RuntimeError(done.stderr))}")
     print(f"start it, now and with the machine: systemctl enable --now {NAME.removesuffix('.service')}")
