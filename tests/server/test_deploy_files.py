@@ -18,6 +18,7 @@ from fedprune import __version__
 from fedprune.toml_file import parse_toml
 from fedprune_server.broker.config import CONFIG as MOSQUITTO_CONF
 from fedprune_server.cli import build_parser
+from fedprune_server.identity.folder import IdentityFolder
 from fedprune_server.pulse import FILE as PULSE
 from fedprune_server.settings.config import parse_config
 from fedprune_server.settings.environment import environment_layer, variables
@@ -212,6 +213,25 @@ def test_the_image_is_built_of_files_that_are_there_and_sent() -> None:
     assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["10001:10001"]
     assert {"HEALTHCHECK", "STOPSIGNAL", "ENTRYPOINT", "CMD"} <= {line.split(" ")[0] for line in text.splitlines()}
     check_environment(dict(re.findall(r"(FEDPRUNE_\w+)=(\S+)", text)))
+
+
+def test_the_first_pod_takes_the_identity_of_the_secret_and_later_ones_leave_it(tmp_path: Path) -> None:
+    if shutil.which("flock") is None:
+        pytest.skip("flock is not installed")
+    (script,) = (c["args"][0] for _, _, c in containers() if c["name"] == "identity")
+    IdentityFolder.make(tmp_path / "made", "lab").close()
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    script = script.replace("/run/identity", str(tmp_path / "made" / "identity"))
+    command = ["sh", "-ec", script.replace("/var/lib/fedprune", str(volume))]
+    subprocess.run(command, check=True)
+    with IdentityFolder(volume) as identity:
+        assert identity.site == "lab"
+        identity.claim("attic", 60)
+    before = {p.name: p.read_bytes() for p in (volume / "identity").iterdir()}
+    assert {p.stat().st_mode & 0o77 for p in [volume / "identity", *(volume / "identity").iterdir()]} == {0}
+    subprocess.run(command, check=True)
+    assert {p.name: p.read_bytes() for p in (volume / "identity").iterdir()} == before
 
 
 def test_the_secrets_are_made_once(tmp_path: Path) -> None:
