@@ -1,4 +1,4 @@
-# make demo | test | test-arm64 | check | audit | soak | first-boot | release | sbom | clean
+# make demo | test | test-arm64 | check | audit | soak | first-boot | release | sbom | pins | clean
 PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
@@ -26,7 +26,7 @@ BOARD_EXAMPLES := 10
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: environments demo test test-dev test-board test-arm64 check audit soak first-boot release sbom clean
+.PHONY: environments demo test test-dev test-board test-arm64 check audit soak first-boot release sbom pins clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/fedprune-server demo --out demo-run
@@ -65,7 +65,7 @@ check: $(DEV)/installed
 # A finding that is none has a comment of its own in its line, which says why.
 audit: $(DEV)/installed
 	$(DEV)/bin/bandit -q -r $(SHIPPED)
-	$(DEV)/bin/pip-audit --no-deps --disable-pip --strict --requirement constraints.txt --progress-spinner off
+	$(DEV)/bin/pip-audit --no-deps --disable-pip --strict --requirement constraints.txt --requirement deploy/constraints.txt --progress-spinner off
 
 # What is in a release: wheel and sdist, the same bytes wherever the same commit is built, what their extras install
 # (CycloneDX), and the digests of all of them.
@@ -83,6 +83,13 @@ sbom: $(DEV)/installed
 	mkdir -p dist
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(DEV)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library \
 		--output-reproducible --of JSON --output-file dist/fedprune-$(VERSION).cdx.json build/sbom/bin/python
+
+# Versions of what the requirements of constraints.txt require in turn, for images and audits: after every change there.
+pins: sbom
+	@{ echo '# Written by `make pins`: what the extras install beside the versions of constraints.txt.'; \
+	$(DEV)/bin/pip --python build/sbom/bin/python freeze --exclude fedprune | awk -F == ' \
+	{ name = tolower($$1); gsub("_", "-", name) } FILENAME == "constraints.txt" { known[name] = 1; next } \
+	!(name in known) && NF == 2 { print }' constraints.txt -; } >build/pins && mv build/pins deploy/constraints.txt
 
 # Long runs that are not for every push.
 soak: $(DEV)/installed

@@ -209,7 +209,11 @@ def test_the_image_is_built_of_files_that_are_there_and_sent() -> None:
     assert copied == sent
     assert all((DEPLOY.parent / name).exists() for name in copied)
     assert re.search(r"^ARG PYTHON=3\.\d+\.\d+-slim-\w+$", text, re.MULTILINE)
-    assert text.count("-c constraints.txt") == 1
+    assert text.count("-c constraints.txt -c deploy/constraints.txt") == 1
+    versions = [(DEPLOY.parent / name / "constraints.txt").read_text() for name in ("", "deploy")]
+    pins = [set(re.findall(r"^([\w.-]+)==", part.lower().replace("_", "-"), re.MULTILINE)) for part in versions]
+    assert min(map(len, pins)) > 20
+    assert not pins[0] & pins[1]
     assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["10001:10001"]
     assert {"HEALTHCHECK", "STOPSIGNAL", "ENTRYPOINT", "CMD"} <= {line.split(" ")[0] for line in text.splitlines()}
     check_environment(dict(re.findall(r"(FEDPRUNE_\w+)=(\S+)", text)))

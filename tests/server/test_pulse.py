@@ -6,13 +6,17 @@ import os
 import socket
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from fleet import Fleet
+from several import SeveralJobs, named
 
 from fedprune.errors import ExitCode, StorageError
 from fedprune_server.cli import main
 from fedprune_server.pulse import RUNNING, STANDING_BY, Pulse, check_pulse
+from toy import JOB
 
 
 class Ear:
@@ -102,3 +106,20 @@ def test_the_command_ends_as_a_probe_wants_it(
     capsys.readouterr()
     assert main(["health", "--ready"]) == ExitCode.OK
     assert capsys.readouterr().out == "running\n"
+
+
+def test_the_loops_beat_in_every_turn(tmp_path: Path) -> None:
+    """However long a job waits, of one or of several: never longer than a turn of the loop."""
+    fleet, several = (
+        Fleet(tmp_path / "one"),
+        SeveralJobs(tmp_path / "several", [named(JOB, "one"), named(JOB, "two")], "abc"),
+    )
+    daemon, host = fleet.daemon(), several.host()
+    fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
+    for loop, air, run in ((daemon, fleet.air, fleet.run), (host, several.air, lambda: several.run(host))):
+        beats: list[float] = []
+        loop.beat = lambda beats=beats, air=air: beats.append(air.now)  # type: ignore[misc]
+        began = air.now
+        run()  # type: ignore[operator]
+        assert len(beats) > 10
+        assert all(b - a <= 0.5 for a, b in pairwise([began, *beats, air.now]))

@@ -9,9 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fedprune.errors import ConfigError
 from fedprune_server.settings.config import ServerConfig, as_tables, overridden, parse_config
 from fedprune_server.settings.environment import CONFIG, environment_layer
 from fedprune_server.settings.layers import Layer, file_layer, located, merged
+from fedprune_server.store.database import check_url
 from fedprune_server.store.state_folder import stored_config
 
 _JOB = (
@@ -60,7 +62,20 @@ def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = o
     with located(layers, where):
         config = parse_config(merged(below.tables, above.tables), where, folder)
     with located(layers, _COMMAND_LINE):
-        return Configured(overridden(config, job, server), layers)
+        config = overridden(config, job, server)
+        _check_database(config.database)
+    return Configured(config, layers)
+
+
+def _check_database(url: str | None) -> None:
+    """Refuse an address now that can't be used, while it is known where it stands."""
+    if url is None:
+        return
+    try:
+        check_url(url)
+    except ConfigError as error:
+        what = f"{_COMMAND_LINE}: [server] {error.what.removeprefix('server: ')}"
+        raise ConfigError(what, expected=error.expected, got=error.got, hint=error.hint) from error
 
 
 def _last_start(above: Layer, server: Mapping[str, Any]) -> Layer:

@@ -117,7 +117,9 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
             raise ConfigError(
-                "server: broker", expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...", got=repr(self.broker)
+                "server: broker",
+                expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...",
+                got=repr(without_password(self.broker)),
             )
         for name, low, high in (
             ("keep", 1, 10**6),
@@ -147,7 +149,7 @@ class ServerConfig:
         if self.ca not in (None, SYSTEM) and not Path(self.ca or "").is_file():
             raise ConfigError("server: ca", expected=f"a file that exists, or {str(SYSTEM)!r}", got=str(self.ca))
         if self.ca is not None and not self.broker.startswith("mqtts://"):
-            raise ConfigError("server: ca", expected="a broker at mqtts://", got=repr(self.broker))
+            raise ConfigError("server: ca", expected="a broker at mqtts://", got=repr(without_password(self.broker)))
         if self.blob_url != OFF:
             try:
                 BlobUrl.parse(self.blob_url, "server: blob_url")

@@ -13,7 +13,7 @@ from fedprune.errors import ConfigError, shown
 from fedprune.toml_file import read_toml_text
 from fedprune.toml_places import key_places
 
-_UNKNOWN = re.compile(r"(?:\[([\w.]+)\]:? )?unknown (?:key|table) '([^']*)'")
+_UNKNOWN = re.compile(r"(?:\[([\w.]+)\](?: of a further job)?:? )?unknown (?:key|table) '([^']*)'")
 _KEY = re.compile(r"\[([\w.]+)\] ")
 _NO_OPTION = re.compile(r".* has no option '([^']*)'")
 _TABLE = re.compile(r"(\w+)$")

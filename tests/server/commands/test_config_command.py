@@ -106,3 +106,16 @@ def test_a_wrong_option_or_variable_is_named(
         "error: environment variable FEDPRUNE_SERVER_RECEIVERS: [server] receivers: "
     )
     assert main(["config", "check", str(file), "--receivers", "3"]) == ExitCode.CONFIG  # a wrong value is one
+
+
+@pytest.mark.parametrize("url", ["mysql://ann:secret@db/x", "postgresql://ann:secret@db:port/x", "ann:secret@db"])
+def test_a_database_that_cant_be_one_is_named_without_its_password(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], url: str
+) -> None:
+    monkeypatch.setenv("FEDPRUNE_SERVER_DATABASE", url)
+    assert main(["config", "check", str(file)]) == ExitCode.CONFIG
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "error: environment variable FEDPRUNE_SERVER_DATABASE: [server] database: expected postgresql"
+    )
+    assert "secret" not in err

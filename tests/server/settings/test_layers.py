@@ -156,3 +156,17 @@ def test_a_configuration_becomes_tables_and_tables_that_configuration(tmp_path: 
 )  # fmt: skip
 def test_no_password_is_shown(text: str, shown: str) -> None:
     assert masked(text) == shown
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"FEDPRUNE_SERVER_BROKER": "http://ann:secret@broker"},
+        {"FEDPRUNE_SERVER_BROKER": "mqtt://ann:secret@broker", "FEDPRUNE_SERVER_CA": "system"},
+    ],
+    ids=["scheme", "ca"],
+)
+def test_no_error_has_a_password(environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(environment_layer(environment).tables, "it", Path())
+    assert "secret" not in str(caught.value)
