@@ -202,6 +202,14 @@ def test_kubectl_takes_them(tmp_path: Path) -> None:
     assert len(list(yaml.safe_load_all(done.stdout))) == len(manifests())
 
 
+def test_hadolint_finds_nothing() -> None:
+    hadolint = shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed")
+    done = subprocess.run([hadolint, str(DEPLOY / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 def test_the_image_is_built_of_files_that_are_there_and_sent() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     sent = {line[1:] for line in (DEPLOY.parent / ".dockerignore").read_text().splitlines() if line.startswith("!")}
