@@ -1,4 +1,4 @@
-# make demo | test | test-arm64 | check | soak | first-boot | clean
+# make demo | test | test-arm64 | check | audit | soak | first-boot | release | sbom | pins | clean
 PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
@@ -6,6 +6,11 @@ BOARD := .venv-py310
 FLOWER := build/flower
 PIP := pip install -q -c constraints.txt
 SOURCES := pyproject.toml constraints.txt $(shell find toolkit export device_runtime server hardware_profiles -type f -not -path '*/__pycache__/*')
+
+SHIPPED := toolkit/fedprune toolkit/fedprune_start export/fedprune_export device_runtime/fedprune_device \
+	device_runtime/fedprune_flash server/fedprune_server
+EXTRAS ?= board,export,flash,scale,server
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 # A Python 3.10, where a board's code runs too; on many machines only pyenv has one.
 PYTHON310 := $(shell for p in python3.10 $(HOME)/.pyenv/versions/3.10*/bin/python3.10; do \
@@ -21,7 +26,7 @@ BOARD_EXAMPLES := 10
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: environments demo test test-dev test-board test-arm64 check soak first-boot clean
+.PHONY: environments demo test test-dev test-board test-arm64 check audit soak first-boot release sbom pins clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/fedprune-server demo --out demo-run
@@ -55,6 +60,36 @@ check: $(DEV)/installed
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports --no-cache
+
+# What is shipped, looked at by bandit, and the versions of constraints.txt, asked of the advisories' service: needs a network.
+# A finding that is none has a comment of its own in its line, which says why.
+audit: $(DEV)/installed
+	$(DEV)/bin/bandit -q -r $(SHIPPED)
+	$(DEV)/bin/pip-audit --no-deps --disable-pip --strict --requirement constraints.txt --requirement deploy/constraints.txt --progress-spinner off
+
+# What is in a release: wheel and sdist, the same bytes wherever the same commit is built, what their extras install
+# (CycloneDX), and the digests of all of them.
+release: $(DEV)/installed
+	rm -rf build/release && mkdir -p build/release dist
+	git archive HEAD | tar -x -C build/release
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(DEV)/bin/python -m build --no-isolation --outdir dist build/release
+	@$(MAKE) --no-print-directory sbom
+	cd dist && sha256sum fedprune-* >SHA256SUMS && cat SHA256SUMS
+
+# Of an environment with all extras but torch, which is installed for it.
+sbom: $(DEV)/installed
+	$(PYTHON) -m venv --clear --without-pip build/sbom
+	$(DEV)/bin/pip --python build/sbom/bin/python install -q -c constraints.txt '.[$(EXTRAS)]'
+	mkdir -p dist
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(DEV)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library \
+		--output-reproducible --of JSON --output-file dist/fedprune-$(VERSION).cdx.json build/sbom/bin/python
+
+# Versions of what the requirements of constraints.txt require in turn, for images and audits: after every change there.
+pins: sbom
+	@{ echo '# Written by `make pins`: what the extras install beside the versions of constraints.txt.'; \
+	$(DEV)/bin/pip --python build/sbom/bin/python freeze --exclude fedprune | awk -F == ' \
+	{ name = tolower($$1); gsub("_", "-", name) } FILENAME == "constraints.txt" { known[name] = 1; next } \
+	!(name in known) && NF == 2 { print }' constraints.txt -; } >build/pins && mv build/pins deploy/constraints.txt
 
 # Long runs that are not for every push.
 soak: $(DEV)/installed

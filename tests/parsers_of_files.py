@@ -32,6 +32,7 @@ from fedprune.profile_store import shipped_folder
 from fedprune.schedule import Schedule
 from fedprune.selection import Selection
 from fedprune.toml_file import read_toml
+from fedprune.toml_places import key_places
 from fedprune.trust.register import Register
 from fedprune.trust.replay import Window
 from fedprune.wheels import parsed, required
@@ -184,6 +185,7 @@ def _settings() -> tuple[Target, ...]:
             factor=200,
             share=0.5,
         ),
+        Target("settings.places", as_text(key_places), (FLEET, SWEEP), text=True, factor=200, share=0.5),
         Target(
             "settings.fleet",
             as_file(read_config, "settings/read.toml"),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,16 @@ def find_programs() -> Path:
 
 
 class Postgres:
-    """A cluster in a folder of its own, without a password, on this machine alone.
+    """A cluster in a folder of its own, on this machine alone.
 
     Root may not run it: then it is another user's.
+
+    Args:
+        password: Its user's; without one everybody is let in.
+        options: Further ones of initdb.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, password: str = "", options: Sequence[str] = ()) -> None:
         self._programs = find_programs()
         self._folder = Path(tempfile.mkdtemp(prefix="fedprune-pg-"))
         self._user: dict[str, Any] = {}
@@ -50,8 +55,14 @@ class Postgres:
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._names = 0
-        initdb = [self._programs / "initdb", "-D", self._folder / "data", "-U", USER, "-A", "trust", "-N"]
-        subprocess.run([*initdb, "-E", "UTF8"], check=True, capture_output=True, cwd=self._folder, **self._user)
+        self._password = password
+        initdb = [self._programs / "initdb", "-D", self._folder / "data", "-U", USER, "-N", "-E", "UTF8", *options]
+        if password:
+            (self._folder / "password").write_text(password)
+            initdb += ["--pwfile", self._folder / "password"]
+        else:
+            initdb += ["-A", "trust"]
+        subprocess.run(initdb, check=True, capture_output=True, cwd=self._folder, **self._user)
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
@@ -119,7 +130,8 @@ class Postgres:
             "-qtAc",
             text,
         ]
-        return subprocess.run(command, check=check, capture_output=True, text=True)
+        environment = os.environ | {"PGPASSWORD": self._password}
+        return subprocess.run(command, check=check, capture_output=True, text=True, env=environment)
 
     def database(self) -> str:
         """URL of a new, empty database."""

@@ -178,7 +178,7 @@ def _tensors(architecture: Architecture, widths: tuple[int, ...]) -> Tensors:
     """Positive weights of an ordinary size: no numbers that processors are slow with."""
     random = keyed(0, "layers", *widths)
     shapes = architecture.shapes(widths)
-    return {n: (0.01 + 0.05 * random.random(s, np.float32)).astype(np.float32) for n, s in shapes.items()}
+    return {n: (0.01 + 0.05 * random.random(s, np.float32)).astype(np.float32) for n, s in shapes.items()}  # nosec B311  # NumPy's, for values to time with
 
 
 def _feeds(architecture: Architecture, widths: tuple[int, ...], batch: int) -> Tensors:

@@ -148,7 +148,7 @@ class Outbox:
         self.say(update, update.job)
         wait = min(ANNOUNCE_MAX_S, ANNOUNCE_S * 2.0 ** min(self._announced, 10))
         self._announced += 1
-        self._announce_at = now + wait * random.uniform(0.75, 1.25)
+        self._announce_at = now + wait * random.uniform(0.75, 1.25)  # noqa: S311  # nosec B311  # spreads boards in time
 
     def progress(self, offer: Offer, status: tuple[str, int, int], now: float) -> None:
         """Say how far an offer is, if that has changed, at most once a second.

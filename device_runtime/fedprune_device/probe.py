@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import tempfile
 import time
@@ -128,7 +128,7 @@ def probe_apart(
     hint = "Start without the probe (`--no-probe`): the profile's figures are believed then."
     command = [python, "-c", "from fedprune_device.probe import _answer; _answer()"]
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603  # nosec B603  # our own code, in this Python
             command, input=json.dumps(settings), capture_output=True, text=True, timeout=_PROBE_TIMEOUT, check=False
         )
     except subprocess.TimeoutExpired as error:
@@ -160,7 +160,7 @@ def check_runtime(python: str = sys.executable) -> str:
     """
     command = [python, "-c", "import onnxruntime; print(onnxruntime.__version__)"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_TIMEOUT, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_TIMEOUT, check=False)  # noqa: S603  # nosec B603  # our own code, in this Python
     except subprocess.TimeoutExpired as error:
         raise RuntimeUnavailableError(f"onnxruntime doesn't load within {_IMPORT_TIMEOUT} s") from error
     except OSError as error:

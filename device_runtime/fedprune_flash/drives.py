@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import plistlib
-import subprocess
+import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -168,7 +168,7 @@ def _name(value: object) -> str:
 
 def _output(command: tuple[str, ...]) -> bytes:
     try:
-        return subprocess.run(command, capture_output=True, check=True).stdout
+        return subprocess.run(command, capture_output=True, check=True).stdout  # noqa: S603  # nosec B603  # words of our own, and a path that is an argument of its own
     except (OSError, subprocess.CalledProcessError) as error:
         raise CardError(
             f"{command[0]} doesn't tell this machine's drives", hint="Write the image with another program."

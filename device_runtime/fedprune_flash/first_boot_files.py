@@ -173,7 +173,7 @@ def _cloud_init(wanted: FirstBoot, mount: str) -> dict[str, str]:
                 "name": wanted.user,
                 "groups": _GROUPS,
                 "shell": "/bin/bash",
-                "lock_passwd": True,
+                "lock_passwd": True,  # nosec B105  # a switch, no password
                 "sudo": "ALL=(ALL) NOPASSWD:ALL",
                 "ssh_authorized_keys": list(wanted.ssh_keys),
             }
@@ -216,7 +216,7 @@ def _preseed(wanted: FirstBoot, mount: str) -> str:
     tables: dict[str, dict[str, object]] = {"system": {"hostname": wanted.hostname}}
     if wanted.user is not None:
         tables["user"] = {"name": wanted.user, "passwordless_sudo": True}
-        tables["ssh"] = {"enabled": True, "password_authentication": False, "authorized_keys": list(wanted.ssh_keys)}
+        tables["ssh"] = {"enabled": True, "password_authentication": False, "authorized_keys": list(wanted.ssh_keys)}  # nosec B105  # a switch, no password
     if wanted.wifi is not None:
         tables["wlan"] = {**_wlan(wanted.wifi), "key_mgmt": "wpa-psk"}
     # The installer needs neither network nor time.
@@ -228,7 +228,7 @@ def _custom_toml(wanted: FirstBoot) -> str:
     tables: dict[str, dict[str, object]] = {"system": {"hostname": wanted.hostname}}
     if wanted.user is not None:
         tables["user"] = {"name": wanted.user}
-        tables["ssh"] = {"enabled": True, "password_authentication": False, "authorized_keys": list(wanted.ssh_keys)}
+        tables["ssh"] = {"enabled": True, "password_authentication": False, "authorized_keys": list(wanted.ssh_keys)}  # nosec B105  # a switch, no password
     if wanted.wifi is not None:
         tables["wlan"] = _wlan(wanted.wifi)
     return "config_version = 1\n" + _toml(tables)
@@ -238,7 +238,7 @@ def _wlan(wifi: Wifi) -> dict[str, object]:
     return {
         "ssid": wifi.ssid,
         "password": wifi.key,
-        "password_encrypted": True,
+        "password_encrypted": True,  # nosec B105  # a switch, no password
         "hidden": wifi.hidden,
         "country": wifi.country,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import subprocess
+import subprocess  # nosec B404  # lists of words, never a shell
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -48,7 +48,7 @@ class Children:
             environment: Variables beside this process's.
         """
         with output.open("ab") as stream:
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: S603  # nosec B603  # our own modules, in this Python
                 list(command),
                 stdin=subprocess.DEVNULL,
                 stdout=stream,

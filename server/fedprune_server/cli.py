@@ -17,10 +17,13 @@ from fedprune import __version__, tensorfile
 from fedprune.cli import run_command, whole_number, with_extra
 from fedprune.errors import ExitCode, UsageError
 from fedprune.quantity import quantity
+from fedprune_server.commands.config import add_config_command
+from fedprune_server.commands.health import add_health_command
 from fedprune_server.commands.identity import name_of
 from fedprune_server.commands.identity import register as register_identity
 from fedprune_server.commands.release import add_release_command
 from fedprune_server.commands.rollout import add_rollout_command
+from fedprune_server.commands.service import add_service_command
 from fedprune_server.commands.store import add_store_commands
 
 log = logging.getLogger("fedprune.server")
@@ -66,6 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_release_command(commands)
     add_rollout_command(commands)
     add_store_commands(commands)
+    add_config_command(commands)
+    add_service_command(commands)
+    add_health_command(commands)
     return parser
 
 
@@ -147,61 +153,29 @@ def _add_run(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from fedprune.profile_store import find as find_profile
     from fedprune.profile_store import names as names_of_profiles
+    from fedprune_server.commands.configuration import configured
     from fedprune_server.daemon import Daemon
     from fedprune_server.further_jobs import further, hosted
     from fedprune_server.further_jobs import opened as open_job
     from fedprune_server.host import Host
     from fedprune_server.link.connection import connection, identity_of
     from fedprune_server.link.web_blobs import web_blobs
+    from fedprune_server.pulse import Pulse
     from fedprune_server.receivers.setup import alone_receives, receiving
     from fedprune_server.rollouts.store import RolloutStore
-    from fedprune_server.settings.config import ServerConfig, overridden, read_config
-    from fedprune_server.store.state_folder import StateFolder, stored_config
+    from fedprune_server.store.state_folder import StateFolder
     from fedprune_server.terminal.table import make_display
 
-    names = ("name", "seed", "rounds", "devices", "participation", "strategy", "density")
-    weather = ("over_selection", "fairness", "in_flight", "pace")
-    job = {k: getattr(arguments, k) for k in (*names, *weather)} | {"deadline_s": arguments.deadline}
-    job["schedule"] = None if arguments.schedule is None else {"kind": arguments.schedule}
-    server = {
-        k: getattr(arguments, k)
-        for k in (
-            "model",
-            "evaluation",
-            "calibration",
-            "state",
-            "database",
-            "blobs",
-            "broker",
-            "ca",
-            "host",
-            "port",
-            "site",
-            "keep",
-            "archive",
-            "receivers",
-            "workers",
-            "workers_url",
-            "profiles",
-            "weight",
-            "blob_url",
-            "serve_blobs",
-        )
-    }
-
-    def configured() -> ServerConfig:
-        if arguments.config is not None:
-            return overridden(read_config(arguments.config), job, server)
-        fresh = ServerConfig()
-        return overridden(stored_config(arguments.state or fresh.state, fresh, server), job, server)
-
-    config = configured()
+    config = configured(arguments).config
     with ExitStack() as stack:
         stack.enter_context(_logged_to_stdout(arguments.verbose))
-        waited = None
+        pulse, waited = Pulse(), None
         if arguments.standby:
-            waited = stack.enter_context(StateFolder(config.state, config.database, standby=True))
-            config = configured()  # the other server may have been started with other settings meanwhile
+            with pulse.standing_by():
+                waited = stack.enter_context(StateFolder(config.state, config.database, standby=True))
+            config = configured(
+                arguments
+            ).config  # the other server may have been started with other settings meanwhile
         identity = stack.enter_context(identity_of(config, insecure=arguments.insecure))
         folder = waited or stack.enter_context(StateFolder(config.state, config.database))
         profiles = () if config.profiles is None else (config.profiles,)
@@ -254,6 +228,8 @@ def _run(arguments: argparse.Namespace) -> int:
         reached.start(daemon.subscriptions)
         for kept in jobs:
             kept.folder.keep(kept.opened)  # a broker that can't be reached is not one to remember
+        daemon.beat = pulse.beat
+        stack.callback(pulse.stop)
         with _stopped_by_signals(daemon) as signals:
             daemon.run(until_finished=arguments.until_finished)
         for kept in jobs:

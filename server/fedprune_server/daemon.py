@@ -149,13 +149,14 @@ class Daemon:
         self._told = len(state.history)
         self._greet_at = self._ticked = 0.0
         self._intake = Intake(self._link, monotonic)
-        self._stopping = False
-        self._finished = False
+        self._stopping = self._finished = False
         self._farewell: Farewell | None = None
         self.when_finished: Callable[[], None] = lambda: None
         """Called when the job is done, at once if it already is."""
         self.web_bytes: Callable[[], Mapping[str, int]] = dict
         """Bytes that devices have fetched over the web since it was last called; they count as sent to them."""
+        self.beat: Callable[[], None] = lambda: None
+        """Called in every turn of the loop."""
 
     @property
     def subscriptions(self) -> list[str]:
@@ -277,6 +278,7 @@ class Daemon:
         self._commit()
         self._post.send_chunks()
         self._display.refresh(self.snapshot)
+        self.beat()
 
     def _close(self) -> None:
         self._shipping.close()

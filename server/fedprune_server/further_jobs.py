@@ -14,11 +14,11 @@ from typing import Any
 
 from fedprune.errors import ConfigError
 from fedprune.setting_checks import only
-from fedprune.toml_file import read_toml
 from fedprune_server.host import Host
 from fedprune_server.job_desk import JobDesk
 from fedprune_server.link.connection import Connection
 from fedprune_server.settings.config import ServerConfig, parse_config
+from fedprune_server.settings.layers import file_layer, located
 from fedprune_server.store.further_folders import FOLDER, folders
 from fedprune_server.store.state_folder import OpenJob, StateFolder, stored_config
 from fedprune_server.store.storage import Storage
@@ -68,11 +68,12 @@ def further(first: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
 
 
 def _read(first: ServerConfig, path: Path) -> ServerConfig:
-    body = read_toml(path, ConfigError)
-    only(_TABLES, body, str(path), "table")
-    if isinstance(body.get("server"), dict):
-        only(_OWN, body["server"], f"{path}: [server] of a further job")
-    config = parse_config(body, str(path), path.parent)
+    layer = file_layer(path)
+    with located([layer], str(path)):
+        only(_TABLES, layer.tables, str(path), "table")
+        if isinstance(layer.tables.get("server"), dict):
+            only(_OWN, layer.tables["server"], f"{path}: [server] of a further job")
+        config = parse_config(layer.tables, str(path), path.parent)
     return _placed(first, config, config.job.name)
 
 

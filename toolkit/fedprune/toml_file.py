@@ -20,20 +20,37 @@ def read_toml(path: Path, error: type[FedpruneError]) -> dict[str, Any]:
         FedpruneError: As `error`: the file can't be read or is no TOML; the message names the file and the line.
         MissingExtraError: Python 3.10 without the package tomli.
     """
-    toml = _parser()
+    return read_toml_text(path, error)[0]
+
+
+def read_toml_text(path: Path, error: type[FedpruneError]) -> tuple[dict[str, Any], str]:
+    """The tables of a TOML file, and its text; arguments and errors are those of `read_toml`."""
+    _parser()
     try:
         raw = path.read_bytes()
     except OSError as cause:
         raise error(f"can't read {path}: {cause.strerror}", hint=remedy(cause)) from cause
     try:
-        body: dict[str, Any] = toml.loads(raw.decode("utf-8-sig"))  # editors of Windows put a mark first
+        text = raw.decode("utf-8-sig")  # editors of Windows put a mark first
+        return parse_toml(text), text
     except UnicodeDecodeError as cause:
         line = raw.count(b"\n", 0, cause.start) + 1
         raise error(f"{path}: this is not TOML (not UTF-8 at line {line})") from cause
-    except RecursionError as cause:
-        raise error(f"{path}: this is not TOML (nested too deep)") from cause
     except ValueError as cause:  # the parser's own error is one, and says the line
         raise error(f"{path}: this is not TOML ({cause})") from cause
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text.
+
+    Raises:
+        ValueError: It is none; the message says the line.
+        MissingExtraError: Python 3.10 without the package tomli.
+    """
+    try:
+        body: dict[str, Any] = _parser().loads(text)
+    except RecursionError as cause:
+        raise ValueError("nested too deep") from cause
     return body
 
 

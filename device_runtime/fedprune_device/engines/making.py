@@ -7,7 +7,7 @@ import json
 import math
 import os
 import signal
-import subprocess
+import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import time
 from collections.abc import Callable
@@ -100,7 +100,7 @@ class Making:
             with given.open() as stdin, self._out.open("wb") as out, self._err.open("wb") as err:
                 try:
                     # A group of its own, so that all that TensorRT starts ends with it.
-                    self._child = subprocess.Popen(command, stdin=stdin, stdout=out, stderr=err, start_new_session=True)
+                    self._child = subprocess.Popen(command, stdin=stdin, stdout=out, stderr=err, start_new_session=True)  # noqa: S603  # nosec B603  # our own module, in this Python
                 except OSError as error:
                     raise EngineError(f"can't start {sys.executable}: {error.strerror}") from error
 

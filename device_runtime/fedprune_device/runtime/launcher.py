@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
+import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import threading
 import time
@@ -153,10 +153,10 @@ class Starter:
             "PYTHONNOUSERSITE": "1",
         }
         if state is None:
-            os.execve(sys.executable, command, environment)  # noqa: S606  there is no shell in it, which is the point
+            os.execve(sys.executable, command, environment)  # noqa: S606  # nosec B606  # there is no shell in it, which is the point
         notify(f"STATUS=trying version {record.version}\nEXTEND_TIMEOUT_USEC={int((state.seconds + 30) * 1e6)}")
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)  # noqa: S603  # nosec B603  # this Python, with a slot of the launcher's own folder
         words = LastWords(child.stderr)
         deadline = time.monotonic() + state.seconds
         on_trial, told, late = True, False, False

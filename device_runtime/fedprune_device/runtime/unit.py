@@ -38,7 +38,7 @@ JETSON_CLASSES = ("char-nvidia", "char-nvhost", "char-drm")
 """The same by the names of their drivers in /proc/devices."""
 
 
-HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  names alone
+HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # nosec B108  # names alone
 """What a service doesn't see, or as a folder of its own (ProtectHome, PrivateTmp)."""
 
 
@@ -87,7 +87,7 @@ class Service:
 
     def text(self) -> str:
         """The unit file."""
-        command = " ".join(map(_quoted, ("/usr/bin/python3", f"{self.root}/launcher.pyz", *self.arguments)))
+        command = " ".join(map(quoted, ("/usr/bin/python3", f"{self.root}/launcher.pyz", *self.arguments)))
         sections = {
             "Unit": [
                 "Description=fedprune: federated learning on this board",
@@ -181,7 +181,7 @@ class Service:
         ]
 
 
-def _quoted(word: str) -> str:
+def quoted(word: str) -> str:
     """A word of a command line as systemd reads it."""
     escaped = word.replace("%", "%%").replace("$", "$$")
     if re.fullmatch(r"[A-Za-z0-9_./:@=,+%$-]+", escaped):

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
+import subprocess  # nosec B404  # lists of words, never a shell
 from contextlib import suppress
 from pathlib import Path
 
@@ -181,7 +181,7 @@ class RuntimeSlot:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         environment |= {"PYTHONPATH": str(slot), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}
         try:
-            done = subprocess.run(
+            done = subprocess.run(  # noqa: S603  # nosec B603  # our own lines; the module's name is checked above
                 [self._python, "-c", _PROBE, module],
                 capture_output=True, text=True, check=False, env=environment, cwd="/", timeout=_PROBE_S,
             )  # fmt: skip

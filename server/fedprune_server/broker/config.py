@@ -194,7 +194,7 @@ def _member_rules(site: str) -> Sequence[str]:
 def emqx(site: str, broker: Broker) -> dict[str, str]:
     """EMQX's (5.x) files by name: what to add to its configuration, and its rules. It has no listener for joining."""
     place, folder = f"{PREFIX}/{site}", broker.folder
-    address = broker.bind or "0.0.0.0"  # noqa: S104  what EMQX takes for all addresses
+    address = broker.bind or "0.0.0.0"  # noqa: S104  # nosec B104  # what EMQX takes for all addresses
     config = f"""\
 # EMQX 5, for the site {site}; written by fedprune-server broker-config. Add it to etc/emqx.conf.
 # Every other listener must be off: the rules believe user names, which here come from certificates alone.

@@ -12,7 +12,7 @@ import json
 import os
 import select
 import socket
-import subprocess
+import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import tempfile
 import threading
@@ -92,7 +92,7 @@ class EmbeddedBroker:
     @property
     def url(self) -> str:
         """What a link on this machine connects to."""
-        host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)  # noqa: S104
+        host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)  # noqa: S104  # nosec B104  # compared with, not listened on
         return f"{'mqtt' if self._tls is None else 'mqtts'}://{host}:{self.port}"
 
     @property
@@ -192,7 +192,7 @@ class EmbeddedBroker:
             command += ["--tls", str(self._tls.certificate), str(self._tls.key), str(self._tls.authority)]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `stop`
         self._buffer = b""
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603  # nosec B603  # our own module, in this Python
             [*command, "--parent", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -11,7 +11,6 @@ from fedprune import setting_checks
 from fedprune.errors import ConfigError, FedpruneError, shown
 from fedprune.job import Job
 from fedprune.strategies import compose
-from fedprune.toml_file import read_toml
 from fedprune.trust.tls import SYSTEM
 from fedprune.wire.blob_ref import LEAF
 from fedprune.wire.blob_url import BlobUrl
@@ -19,6 +18,7 @@ from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.topics import check_name
 from fedprune_server.bucket.bucket import FOLDER, parse
 from fedprune_server.settings.cluster_url import PROCESSES, check_url
+from fedprune_server.settings.layers import file_layer, located
 
 EMBEDDED = "embedded"
 OFF = "off"
@@ -38,6 +38,7 @@ _SERVER_TEXTS = (
     "serve_blobs",
     "workers_url",
 )
+_SERVER_PATHS = ("state", "profiles", "ca")
 _SERVER_NUMBERS = ("port", "keep", "pulls", "receivers", "workers", "max_devices", "max_packet", "cache_mib")
 _SERVER_SWITCHES = ("archive", "slabs")
 _ELSEWHERE = ("state", "database")
@@ -116,7 +117,9 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
             raise ConfigError(
-                "server: broker", expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...", got=repr(self.broker)
+                "server: broker",
+                expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...",
+                got=repr(without_password(self.broker)),
             )
         for name, low, high in (
             ("keep", 1, 10**6),
@@ -146,7 +149,7 @@ class ServerConfig:
         if self.ca not in (None, SYSTEM) and not Path(self.ca or "").is_file():
             raise ConfigError("server: ca", expected=f"a file that exists, or {str(SYSTEM)!r}", got=str(self.ca))
         if self.ca is not None and not self.broker.startswith("mqtts://"):
-            raise ConfigError("server: ca", expected="a broker at mqtts://", got=repr(self.broker))
+            raise ConfigError("server: ca", expected="a broker at mqtts://", got=repr(without_password(self.broker)))
         if self.blob_url != OFF:
             try:
                 BlobUrl.parse(self.blob_url, "server: blob_url")
@@ -191,10 +194,12 @@ def read_config(path: Path) -> ServerConfig:
 
     Raises:
         ConfigError: It can't be read, is no TOML, or a key is unknown or has a wrong value; the message names file,
-            table and key.
+            line, column, table and key.
         MissingExtraError: Python 3.10 without the package tomli.
     """
-    return parse_config(read_toml(path, ConfigError), str(path), path.parent)
+    layer = file_layer(path)
+    with located([layer], str(path)):
+        return parse_config(layer.tables, str(path), path.parent)
 
 
 def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerConfig:
@@ -228,11 +233,38 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
     for key in _SERVER_TEXTS:
         if key in server:
             values[key] = _text(server[key], f"{where}: [server] {key}")
-    for key in ("state", "profiles", "ca"):
+    for key in _SERVER_PATHS:
         if key in values:
             values[key] = SYSTEM if (key, values[key]) == ("ca", str(SYSTEM)) else folder / values[key]
     values.update({key: server[key] for key in (*_SERVER_NUMBERS, *_SERVER_SWITCHES, *_SERVER_REALS) if key in server})
     return _located(lambda: ServerConfig(job=Job.from_dict(body.get("job", {})), **values), where)
+
+
+def anchored(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Tables of a `fleet.toml` whose relative paths have been counted from a folder."""
+    found = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tables.items()}
+    for table, key in (("model", "path"), ("evaluation", "data"), ("calibration", "data")):
+        if isinstance(text := found.get(table, {}).get(key), str) and text.strip():
+            found[table][key] = _source(text, folder)
+    for key in _SERVER_PATHS:
+        text = found.get("server", {}).get(key)
+        if isinstance(text, str) and text.strip() and (key, text) != ("ca", str(SYSTEM)):
+            found["server"][key] = str(folder / text)
+    return found
+
+
+def as_tables(config: ServerConfig) -> dict[str, Any]:
+    """The tables of a `fleet.toml` that says the same as a configuration; paths count from the current folder."""
+    server = {k: str(v) if isinstance(v, Path) else v for k in _SERVER if (v := getattr(config, k)) is not None}
+    tables: dict[str, Any] = {"job": config.job.to_dict(), "server": server, "model": {}}
+    if config.model is not None:
+        tables["model"]["path"] = config.model
+    if config.input_shape is not None:
+        tables["model"]["input_shape"] = list(config.input_shape)
+    for table in ("evaluation", "calibration"):
+        if (data := getattr(config, table)) is not None:
+            tables[table] = {"data": data}
+    return tables
 
 
 def overridden(config: ServerConfig, job: Mapping[str, Any], server: Mapping[str, Any]) -> ServerConfig:

@@ -195,7 +195,7 @@ def check_url(url: str) -> sql.URL:
     expected = "postgresql+psycopg://user@host/name or sqlite:////path"
     try:
         parsed = sql.make_url(url)
-    except sql.exc.ArgumentError as error:
+    except (sql.exc.ArgumentError, ValueError) as error:  # the latter where the port is no number
         raise ConfigError("server: database", expected=expected, got="a text that is no URL") from error
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")

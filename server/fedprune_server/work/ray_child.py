@@ -167,7 +167,7 @@ class _Cluster:
                 raise FedpruneError(f"{address} has not answered in {_PROBE_S:g} s")
             try:
                 version, fault = self._ray.get(ref)
-            except Exception:  # noqa: BLE001, S112 - it has died, and Ray notices that late
+            except Exception:  # noqa: BLE001, S112  # nosec B112  # it has died, and Ray notices that late
                 continue
             answered += 1
             if fault or version != __version__:

@@ -255,7 +255,7 @@ class Link:
                 continue
             # Only a connection that has lasted resets the back-off: two clients of one name push each other out.
             attempt = 0 if time.monotonic() - began > _STEADY else attempt + 1
-            self._closing.wait(random.uniform(0, min(MAX_DELAY, 0.5 * 2.0 ** min(attempt, 10))))
+            self._closing.wait(random.uniform(0, min(MAX_DELAY, 0.5 * 2.0 ** min(attempt, 10))))  # noqa: S311  # nosec B311  # a pause needs no secret
 
     def _connection(self) -> str:
         """One connection from CONNECT to its end; returns why it ended."""

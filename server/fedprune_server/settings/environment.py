@@ -1,0 +1,122 @@
+"""Settings from environment variables: `FEDPRUNE_<TABLE>_<KEY>`, or with `_FILE` the name of a file that holds one.
+
+Texts are taken as they are; every other value is written as in TOML: `3`, `0.5`, `true`, `["float16"]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fedprune.errors import ConfigError, meant, remedy, shown
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune.toml_file import parse_toml
+from fedprune_server.settings.config import ServerConfig, anchored
+from fedprune_server.settings.layers import Layer
+
+CONFIG = "FEDPRUNE_CONFIG"
+"""Names the `fleet.toml`, where `--config` doesn't."""
+
+_FILE = "_FILE"
+_MAX_FILE = 65536
+_TABLES = ("JOB", "MODEL", "EVALUATION", "CALIBRATION", "SERVER")
+_OPEN = {"FEDPRUNE_JOB_OPTIONS_": ("job", "options"), "FEDPRUNE_JOB_SCHEDULE_": ("job", "schedule")}
+"""Tables whose keys are not known here: the strategy's own."""
+
+
+def variables() -> dict[str, tuple[tuple[str, ...], bool]]:
+    """Every variable by name: the setting that it is, and whether it is a text."""
+    found: dict[tuple[str, ...], bool] = {
+        ("model", "path"): True,
+        ("model", "input_shape"): False,
+        ("evaluation", "data"): True,
+        ("calibration", "data"): True,
+    }
+    for table, kind, left in (
+        (("job",), Job, ("recipe",)),
+        (("job", "recipe"), Recipe, ()),
+        (("server",), ServerConfig, ("job", "model", "evaluation", "calibration", "input_shape")),
+    ):
+        for f in fields(kind):
+            if f.name not in left:
+                path: tuple[str, ...] = (*table, f.name)
+                found[path] = _is_text(str(f.type), f.default)
+    return {"FEDPRUNE_" + "_".join(path).upper(): (path, text) for path, text in found.items()}
+
+
+def environment_layer(environment: Mapping[str, str]) -> Layer:
+    """What the environment says. Relative paths in it count from the current folder.
+
+    Raises:
+        ConfigError: A variable of one of the tables is no setting, has no value that TOML knows, or names a file that
+            can't be used.
+    """
+    known = variables()
+    layer = Layer("the environment", {}, places := {})
+    for name in sorted(environment):
+        if not name.startswith(tuple(f"FEDPRUNE_{table}_" for table in _TABLES)):
+            continue
+        where = f"environment variable {name}"
+        path, text, from_file = _setting(name, known)
+        if path in places:
+            raise ConfigError(where, expected="this or the variable without _FILE", got="both")
+        value = _content(Path(environment[name]), where) if from_file else environment[name]
+        table = layer.tables
+        for part in path[:-1]:
+            table = table.setdefault(part, {})
+        table[path[-1]] = value if text else _value(value, path, where)
+        places[path] = where
+    return Layer(layer.name, anchored(layer.tables, Path.cwd()), places)
+
+
+def _setting(name: str, known: Mapping[str, tuple[tuple[str, ...], bool]]) -> tuple[tuple[str, ...], bool, bool]:
+    """The setting of a variable, whether it is a text, and whether the variable names a file with it."""
+    for plain, from_file in ((name, False), (name.removesuffix(_FILE), True)):
+        if plain in known:
+            return (*known[plain], from_file)
+    for prefix, table in _OPEN.items():
+        if name.startswith(prefix) and len(name) > len(prefix):
+            return (*table, name.removeprefix(prefix).lower()), False, False
+    raise ConfigError(
+        f"environment variable {name[:80]}{meant(name, known)}", expected="a setting, as FEDPRUNE_<TABLE>_<KEY>",
+        hint="docs/run-a-fleet.md lists tables and keys. Where Kubernetes made it, set enableServiceLinks: false.",
+    )  # fmt: skip
+
+
+def _is_text(kind: str, default: object) -> bool:
+    if kind.startswith(("dict", "tuple")):
+        return False
+    return isinstance(default, (str, Path)) or kind.startswith(("str", "Path"))
+
+
+def _value(text: str, path: tuple[str, ...], where: str) -> Any:
+    """A value written as in TOML; an option of a strategy may also be a bare word."""
+    try:
+        return parse_toml(f"value = {text}\n")["value"] if "\n" not in text else _no_value()
+    except ValueError:
+        if path[:-1] in _OPEN.values():
+            return text
+        expected = 'a value as in TOML: 3, 0.5, true, ["a"]'
+        raise ConfigError(f"{where}: [{'.'.join(path[:-1])}] {path[-1]}", expected=expected, got=shown(text)) from None
+
+
+def _no_value() -> Any:
+    raise ValueError("more than a line")
+
+
+def _content(path: Path, where: str) -> str:
+    """The text in a file, such as a secret's, without the end of its line."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_FILE + 1)
+        text = raw.decode().removesuffix("\n").removesuffix("\r")
+    except OSError as error:
+        raise ConfigError(f"{where}: can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: {path}", expected="a text in UTF-8", got="other bytes") from error
+    if not text or len(raw) > _MAX_FILE or "\0" in text:
+        raise ConfigError(f"{where}: {path}", expected=f"a text of 1 to {_MAX_FILE} bytes", got=f"{len(raw)} bytes")
+    return text

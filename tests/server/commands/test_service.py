@@ -1,0 +1,115 @@
+"""The server's unit: systemd knows every word of it, and the sandbox is one in which the server's libraries run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedprune.errors import ConfigError, ExitCode
+from fedprune_server.cli import build_parser, main
+from fedprune_server.settings.unit import ServerUnit
+
+ANALYZE = shutil.which("systemd-analyze")
+analyzed = pytest.mark.skipif(ANALYZE is None, reason="systemd-analyze is not installed")
+SECRET = (("server.database", "/etc/fedprune/database"), ("server.broker", "/etc/fedprune/broker"))
+
+
+def analyze(*arguments: str) -> str:
+    done = subprocess.run([str(ANALYZE), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+@analyzed
+def test_systemd_knows_every_word_and_sees_a_low_exposure(tmp_path: Path) -> None:
+    path = tmp_path / "fedprune-server.service"
+    path.write_text(ServerUnit(sys.executable, user="root", credentials=SECRET, arguments=("--name", "a b%$")).text())
+    said = [line for line in analyze("verify", "--man=no", str(path)).splitlines() if path.name in line]
+    assert said == []
+    found = re.search(r"exposure level for \S+: ([0-9.]+)", analyze("security", "--offline=yes", str(path)))
+    assert found is not None
+    assert float(found[1]) <= 2.0
+
+
+def test_the_command_in_it_is_one_of_the_program() -> None:
+    text = ServerUnit("/opt/fedprune/bin/fedprune-server", arguments=("--standby",)).text()
+    words = re.findall(r"^ExecStart=\S+ (.*)$", text, re.MULTILINE)[0].split()
+    arguments = build_parser().parse_args(words)
+    assert (str(arguments.config), str(arguments.state)) == ("/etc/fedprune/fleet.toml", "/var/lib/fedprune")
+    assert arguments.standby
+
+
+def test_secrets_are_handed_over_as_files() -> None:
+    lines = ServerUnit("/usr/bin/fedprune-server", credentials=SECRET).text().splitlines()
+    assert "LoadCredential=server.database:/etc/fedprune/database" in lines
+    assert "Environment=FEDPRUNE_SERVER_DATABASE_FILE=%d/server.database" in lines
+    assert "Environment=FEDPRUNE_SERVER_BROKER_FILE=%d/server.broker" in lines
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"user": "a b"},
+        {"user": "root\nExecStartPre=/bin/sh"},
+        {"program": "fedprune-server"},
+        {"config": "/etc/../root/x"},
+        {"state": "/srv/fedprune"},
+        {"state": "/var/lib/a/b"},
+        {"environment": "/etc/a\nb"},
+        {"memory_max": "lots"},
+        {"credentials": (("server.keep", "/etc/x"),)},
+        {"credentials": (("server.database", "relative"),)},
+        {"credentials": (("server.database", "/etc/x\nUser=root"),)},
+        {"arguments": ("run\nUser=root",)},
+    ],
+    ids=str,
+)
+def test_what_would_break_out_of_its_line_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        ServerUnit(**{"program": "/usr/bin/fedprune-server", **changes})  # type: ignore[arg-type]
+
+
+def test_it_is_printed_and_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program, config = tmp_path / "fedprune-server", tmp_path / "fleet.toml"
+    for path in (program, config):
+        path.write_text("")
+    named = ["--program", str(program), "--config", str(config), "--user", "root"]
+    assert main(["service", "print", *named, "--", "--rounds", "9"]) == ExitCode.OK
+    printed = capsys.readouterr().out
+    assert f"ExecStart={program} run --config {config} --state /var/lib/fedprune --rounds 9\n" in printed
+    assert main(["service", "install", *named, "--units", str(tmp_path), "--", "--rounds", "9"]) == ExitCode.OK
+    assert (tmp_path / "fedprune-server.service").read_text() == printed
+    assert (tmp_path / "fedprune-server.service").stat().st_mode & 0o777 == 0o644
+    assert "systemctl enable --now fedprune-server" in capsys.readouterr().out
+
+
+def test_it_is_not_installed_where_it_couldnt_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install = ["service", "install", "--program", "/nowhere/fedprune-server", "--units", str(tmp_path)]
+    assert main([*install, "--user", "nobody-of-that-name"]) == ExitCode.CONFIG
+    assert "useradd --system" in capsys.readouterr().err
+    assert main([*install, "--user", "root"]) == ExitCode.USAGE
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.soak
+def test_the_libraries_compute_where_memory_is_never_writable_and_executable() -> None:
+    """What MemoryDenyWriteExecute does, by the kernel's own switch (PR_SET_MDWE, since Linux 6.3)."""
+    code = """
+import ctypes, sys
+if ctypes.CDLL(None, use_errno=True).prctl(65, 1, 0, 0, 0):
+    sys.exit(77)
+import fedprune_server.cli, fedprune_server.daemon, fedprune_server.store.state_folder, fedprune_server.link.connection
+import scipy.optimize, sqlalchemy, pyarrow, matplotlib, onnx, psycopg, numpy as np
+from fedprune_device.runtime.trial import _run_small_graph
+_run_small_graph()
+scipy.optimize.linear_sum_assignment(np.eye(3))
+print("computed")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("this kernel has no PR_SET_MDWE")
+    assert done.stdout.strip() == "computed", done.stderr
