@@ -18,6 +18,7 @@ from fedprune.toml_file import read_toml
 from fedprune_server.host import Host
 from fedprune_server.job_desk import JobDesk
 from fedprune_server.link.connection import Connection
+from fedprune_server.observation.watch import Watch
 from fedprune_server.settings.config import ServerConfig, parse_config
 from fedprune_server.store.further_folders import FOLDER, folders
 from fedprune_server.store.state_folder import OpenJob, StateFolder, stored_config
@@ -105,6 +106,7 @@ def hosted(
     finished: Callable[[Kept, JobDesk], None],
     *,
     profiles: Sequence[Path] = (),
+    watch: Callable[[str], Watch] | None = None,
     **first: Any,
 ) -> Host:
     """A host for several jobs.
@@ -114,6 +116,7 @@ def hosted(
         reached: The connection.
         finished: Called when one of them is done.
         profiles: Folders of hardware profiles beside the shipped ones.
+        watch: Gives each job's watch, by its name.
         first: Further options for the first job's desk.
     """
     desks: list[JobDesk] = []
@@ -137,6 +140,7 @@ def hosted(
             max_packet=config.max_packet,
             quarantine=reached.quarantine,
             display=Lines(of_several=True),
+            watch=None if watch is None else watch(job.job.name),
             **({} if desks else first),
         )
         desk.when_finished = lambda kept=kept, desk=desk: finished(kept, desk)  # type: ignore[misc]
