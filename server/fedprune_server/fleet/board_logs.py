@@ -22,6 +22,7 @@ from fedprune.disk import storage_errors
 from fedprune.errors import StorageError
 from fedprune.wire.fields import one_line
 from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
+from fedprune_server.terminal.log_lines import about
 
 log = logging.getLogger("fedprune.server")
 
@@ -202,10 +203,11 @@ class BoardLogs:
         for row in rows:
             self._kept[row[0]] = max(self._kept.get(row[0], 0), row[1])
         for told in new:
-            if told.kind == "crash":
-                log.warning("device %s crashed: %s%s", told.device, told.text, _place(told.body))
-            else:
-                log.debug("device %s says: %s", told.device, told.text)
+            with about(device=told.device):
+                if told.kind == "crash":
+                    log.warning("device %s crashed: %s%s", told.device, told.text, _place(told.body))
+                else:
+                    log.debug("device %s says: %s", told.device, told.text)
             self.told(told)
         return {device: self.wanted(device) for device in sorted(answers)}
 
