@@ -169,7 +169,7 @@ class BoardLog(logging.Handler):
             body = durable.read_document(self._path) or {}
             lines = BoardLines(self._device, tuple(body.get("lines", ())[:KEPT])).lines
             number, left = int(body.get("number", 0)), int(body.get("left_out", 0))
-        except (FedpruneError, TypeError, ValueError, KeyError, AttributeError):
+        except (FedpruneError, TypeError, ValueError, KeyError, AttributeError, OverflowError):
             return
         self._lines = [dict(line) for line in lines]
         self._number, self._left_out = max(0, min(number, _LAST)), max(0, left)

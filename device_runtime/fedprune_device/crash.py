@@ -57,17 +57,17 @@ class Crashes:
         self._folder, self._clock = folder, clock
         self._boot = boot or _boot
         self._begun = clock()
-        self._ours: dict[str, Any] = {}
 
     @property
     def report(self) -> dict[str, Any] | None:
         """The crash that the server should hear of, if there is one: a `CrashReport`'s fields but for device and
         number."""
         try:
-            return durable.read_document(self._folder / FILE)
+            found = durable.read_document(self._folder / FILE)
         except FedpruneError:
             self.told()
             return None
+        return found if isinstance(found, dict) else None
 
     def told(self) -> None:
         """The server has it."""
@@ -126,7 +126,7 @@ class Crashes:
             return
         crash = self.report
         if crash is not None:
-            _LOG.warning("the last run crashed: %s", crash["text"])
+            _LOG.warning("the last run crashed: %s", crash.get("text", ""))
 
     def _write(
         self,
@@ -176,9 +176,10 @@ class Crashes:
 
     def _read_mark(self) -> dict[str, Any] | None:
         try:
-            return durable.read_document(self._folder / MARK)
+            found = durable.read_document(self._folder / MARK)
         except FedpruneError:
             return None
+        return found if isinstance(found, dict) else None
 
     def _read_fault(self) -> str:
         try:
