@@ -124,7 +124,7 @@ class JobTraces(Watch):
             return
         self._finish_round(now)
         self._number = number
-        attributes = {"fedprune.job": self._job, "fedprune.round": number}
+        attributes: dict[str, Any] = {"fedprune.job": self._job, "fedprune.round": number}
         self._round = self._tracer.start_span("round", attributes=attributes, start_time=_ns(now))
         self.trace_id = f"{self._round.get_span_context().trace_id:032x}"
 
