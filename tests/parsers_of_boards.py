@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from parsers_of_files import npz, picture
 
 from fedprune import tensorfile
 from fedprune.errors import FedpruneError
+from fedprune.wire.log_messages import CrashReport
+from fedprune_device.board_log import BoardLog
+from fedprune_device.crash import _fault_frames
 from fedprune_device.data import load_data, read_arrays
 from fedprune_device.durable import read_document
 from fedprune_device.local.address import Address
@@ -26,6 +30,7 @@ from fedprune_device.local.segments import Record as Sample
 from fedprune_device.local.server import _Handler
 from fedprune_device.own import Own
 from fedprune_device.prediction_command import _inputs
+from fedprune_device.private_text import private
 from fedprune_device.runtime.home import Home, Record
 from fedprune_device.runtime.state import DamagedError, State
 from fedprune_device.slots import Serving
@@ -170,6 +175,27 @@ def _samples() -> tuple[Target, ...]:
     )
 
 
+_LINE = {"number": 8, "at": 1, "level": "error", "count": 2, "text": "too hot: 81 °C"}
+_FAULT = b"""Fatal Python error: Segmentation fault
+
+Current thread 0x00007f (most recent call first):
+  File "/opt/a/fedprune_device/agent.py", line 12 in run
+  File "/usr/lib/python3/dist-packages/numpy/x.py", line 9 in f
+"""
+
+
+def _log_kept(path: Path) -> object:
+    """What a board takes up of its log, and would tell of it."""
+    log = BoardLog(path.parent, "a", lambda: 1.0, lambda: 1.0)
+    told = log.take(64, 10**6)
+    return None if told is None else told.to_bytes()
+
+
+def _fault(text: str) -> object:
+    """What a board would tell of a fault."""
+    return CrashReport("a", 1, 1, "signal", private(text, 1000), tuple(_fault_frames(text)), "fedprune", "")
+
+
 def _document(body: bytes) -> bytes:
     text = body.decode("utf-8", "replace")
     return json.dumps({"body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}).encode()
@@ -210,6 +236,15 @@ def _kept() -> tuple[Target, ...]:
             text=True,
             frame=_document,
         ),
+        Target(
+            "kept.log",
+            as_file(_log_kept, "log.json"),
+            dumped({"number": 9, "lines": [_LINE]}),
+            text=True,
+            frame=_document,
+            constant=2**20,
+        ),
+        Target("kept.fault", as_text(_fault), (_FAULT,), text=True, constant=2**20),
         Target("kept.serving", as_object(Serving.from_dict), dumped(serving), text=True),
         Target("kept.own", Own.from_bytes, (_own(),), share=0.5),
         Target("kept.launcher's state", loaded, (state,), text=True, share=0.5, frame=_slot),

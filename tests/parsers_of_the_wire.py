@@ -50,6 +50,7 @@ from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.broker_url import BrokerUrl
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.join_messages import APPROVED, JoinAnswer, JoinRequest
+from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
 from fedprune.wire.offer import Offer
 from fedprune.wire.release_messages import ReleaseOffer, ReleaseReport, ReleaseWithdrawn
 from fedprune.wire.topics import Topics
@@ -147,6 +148,22 @@ def _messages() -> list[Any]:
         ReleaseOffer(1, _release().to_bytes().decode(), "0" * 128, (ZERO,), 3, 300.0),
         ReleaseReport("a", 1, "downloading", "", 1, 2),
         ReleaseWithdrawn(1, "a mistake"),
+        BoardLines("a", ({"number": 1, "at": 2, "level": "error", "count": 3, "text": "disk full"},)),
+        CrashReport(
+            "a",
+            2,
+            3,
+            "exception",
+            "ValueError: no",
+            ({"module": "fedprune_device.cli", "line": 1, "function": "f"},),
+            "fedprune 0.1",
+            "a",
+            3.5,
+            60.0,
+            1,
+            2,
+        ),
+        LogWanted(60, 16_384, 7),
     ]
 
 

@@ -155,6 +155,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune_device.agent import Agent
     from fedprune_device.local.command import answering, local_address, open_samples
     from fedprune_device.probe import check_runtime, probe_apart
+    from fedprune_device.reporter import Reporter, reporting
     from fedprune_device.runtime.heart import Heart
     from fedprune_device.runtime.notify import starting
     from fedprune_device.runtime.releases import Releases, updater_here
@@ -182,6 +183,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         fixed = None if arguments.data == LOCAL else open_samples(arguments, stack)  # what is wrong with it comes first
         store = stack.enter_context(DeviceStore(arguments.state, owner=owner))
+        log, crashes = stack.enter_context(reporting(arguments.state, arguments.device))
         data = open_samples(arguments, stack) if fixed is None else fixed
         check_runtime()  # before this process loads it, which may end the process
         agents: list[Agent] = []  # the link asks the agent for its will, and the agent speaks through the link
@@ -226,7 +228,7 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.device,
             arguments.site,
             store,
-            heart,
+            Reporter(heart, arguments.device, arguments.site, log, crashes),
             data,
             profile=profile,
             threads=arguments.threads,

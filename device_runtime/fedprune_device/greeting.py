@@ -9,6 +9,7 @@ from fedprune import __version__, session
 from fedprune.codec import CODECS
 from fedprune.probe_report import ProbeReport
 from fedprune.wire.fields import one_line
+from fedprune.wire.log_messages import LOG
 from fedprune.wire.messages import TO, Birth, Update
 from fedprune.wire.offer import Offer
 from fedprune_device.source import Samples
@@ -59,7 +60,7 @@ class Greeting:
             None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
             CODECS,
             round(answer_s, 3) or None,
-            (TO,),
+            (TO, LOG),
         )
 
     def outdated(self, source: Samples, now: float) -> bool:

@@ -8,6 +8,8 @@ pending.json    an update that the server has not acknowledged
 blobs/          weights and graphs by digest, finished or partly pulled
 serving/        the model that serves predictions (`slots`)
 own/            what the board keeps of its own from round to round (`own`)
+log.json        warnings and errors that the server hasn't heard of (`board_log`)
+crash.json      how the last run ended, if the server hasn't heard of it (`crash`, with running.json and fault.txt)
 """
 
 from __future__ import annotations

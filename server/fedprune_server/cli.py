@@ -21,6 +21,7 @@ from fedprune_server.commands.config import add_config_command
 from fedprune_server.commands.health import add_health_command
 from fedprune_server.commands.identity import name_of
 from fedprune_server.commands.identity import register as register_identity
+from fedprune_server.commands.observe import add_observe_commands
 from fedprune_server.commands.release import add_release_command
 from fedprune_server.commands.rollout import add_rollout_command
 from fedprune_server.commands.service import add_service_command
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_config_command(commands)
     add_service_command(commands)
     add_health_command(commands)
+    add_observe_commands(commands)
     return parser
 
 
@@ -145,6 +147,11 @@ def _add_run(commands: Any) -> None:
     run.add_argument(
         "--standby", action="store_true", help="wait while another server has the job, and go on with it if that ends"
     )
+    run.add_argument("--log-format", choices=("text", "json"), help="json: an object on each line (default: text)")
+    run.add_argument(
+        "--metrics", metavar="[ADDRESS:]PORT", help="figures for Prometheus (default address: 127.0.0.1); off"
+    )
+    run.add_argument("--traces", metavar="URL", help="spans of rounds to an OpenTelemetry collector, by OTLP; off")
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
     run.add_argument("--verbose", "-v", action="store_true", help="say more, such as each device's row per round")
     run.set_defaults(run=with_extra("server", _run))
@@ -155,32 +162,36 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedprune.profile_store import names as names_of_profiles
     from fedprune_server.commands.configuration import configured
     from fedprune_server.daemon import Daemon
+    from fedprune_server.fleet.board_logs import BoardLogs
     from fedprune_server.further_jobs import further, hosted
     from fedprune_server.further_jobs import opened as open_job
     from fedprune_server.host import Host
     from fedprune_server.link.connection import connection, identity_of
     from fedprune_server.link.web_blobs import web_blobs
+    from fedprune_server.observation.setup import watching
     from fedprune_server.pulse import Pulse
     from fedprune_server.receivers.setup import alone_receives, receiving
     from fedprune_server.rollouts.store import RolloutStore
     from fedprune_server.store.state_folder import StateFolder
-    from fedprune_server.terminal.table import make_display
+    from fedprune_server.terminal.log_lines import JSON, logged_to_stdout
+    from fedprune_server.terminal.table import Lines, make_display
 
     config = configured(arguments).config
     with ExitStack() as stack:
-        stack.enter_context(_logged_to_stdout(arguments.verbose))
+        stack.enter_context(logged_to_stdout(verbose=arguments.verbose, form=config.log_format))
         pulse, waited = Pulse(), None
         if arguments.standby:
             with pulse.standing_by():
                 waited = stack.enter_context(StateFolder(config.state, config.database, standby=True))
-            config = configured(
-                arguments
-            ).config  # the other server may have been started with other settings meanwhile
+            # The other server may have been started with other settings meanwhile.
+            config = configured(arguments).config
         identity = stack.enter_context(identity_of(config, insecure=arguments.insecure))
         folder = waited or stack.enter_context(StateFolder(config.state, config.database))
         profiles = () if config.profiles is None else (config.profiles,)
         for name in names_of_profiles(profiles) if profiles else ():
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
+        logs = stack.enter_context(BoardLogs(config.state, config.board_logs))
+        watch = stack.enter_context(watching(config, {"database": folder.lease.trouble}))
         jobs = [open_job(stack, config, folder), *(open_job(stack, c) for c in further(config, arguments.job))]
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
@@ -193,7 +204,8 @@ def _run(arguments: argparse.Namespace) -> int:
             alone_receives(config)
             daemon = hosted(
                 jobs, reached, lambda kept, desk: _say_what_next(kept.config.state, arguments.until_finished, desk),
-                profiles=profiles, rollouts=rollouts, members=members, blobs_at=web.url,
+                profiles=profiles, rollouts=rollouts, members=members, blobs_at=web.url, logs=logs,
+                watch=watch,
             )  # fmt: skip
             web.give(daemon.first)
         else:
@@ -218,7 +230,9 @@ def _run(arguments: argparse.Namespace) -> int:
                 members=members,
                 blobs_at=web.url,
                 quarantine=reached.quarantine,
-                display=make_display(),
+                logs=logs,
+                watch=watch(kept.opened.job.name),
+                display=Lines() if config.log_format == JSON else make_display(),
             )
             web.give(alone)
             alone.when_finished = lambda: _say_what_next(config.state, arguments.until_finished, alone)
@@ -354,21 +368,6 @@ def _register_demo(commands: Any) -> None:
     except ModuleNotFoundError:
         return  # without the extra `server`: the other commands say what to install
     demo.register(commands)
-
-
-@contextmanager
-def _logged_to_stdout(verbose: bool) -> Iterator[None]:
-    logger = logging.getLogger("fedprune")
-    before = (logger.handlers[:], logger.level, logger.propagate)
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger.handlers[:], logger.propagate = [handler], False
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
-    try:
-        yield
-    finally:
-        logger.handlers[:], logger.propagate = before[0], before[2]
-        logger.setLevel(before[1])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Finished, Hello
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
+from fedprune_server.fleet.board_logs import BoardLogs
 from fedprune_server.fleet.farewell import FLUSH_S, Farewell
 from fedprune_server.fleet.quarantine import Quarantine
 from fedprune_server.fleet.roster import Roster
@@ -39,10 +40,12 @@ from fedprune_server.link.shipping import Shipping
 from fedprune_server.link.supervised import Supervised, revive
 from fedprune_server.link.uploads import Uploads
 from fedprune_server.link.wire import Item, Noticed, Wire
+from fedprune_server.observation.watch import Facts, Watch, facts_of
 from fedprune_server.rollouts.desk import RolloutDesk
 from fedprune_server.rollouts.store import RolloutStore
 from fedprune_server.store.garbage import Garbage
 from fedprune_server.store.storage import PARTS_KEPT, Storage
+from fedprune_server.terminal.log_lines import about, device_in
 from fedprune_server.terminal.table import Display, Lines, Snapshot
 from fedprune_server.work.divergence import ran_away, remedy
 from fedprune_server.work.workshop import Executes, Workshop
@@ -76,6 +79,8 @@ class Daemon:
         members: Who may take part, where it isn't everybody; others leave a rollout.
         blobs_at: Where boards are told that blobs lie on the web; None for nowhere.
         quarantine: Says whom `link` hears; None for one of the daemon's own, in front of the link.
+        logs: Keeps what boards tell of their logs and crashes; None to ask for nothing of that.
+        watch: Looks on, for figures and spans.
         display: Where to show what happens.
         clock: Seconds since 1970, for deadlines and the log; it may be set.
         monotonic: Seconds of a clock that nobody sets: for patience.
@@ -103,6 +108,8 @@ class Daemon:
         members: Callable[[], Collection[str]] | None = None,
         blobs_at: str | None = None,
         quarantine: Quarantine | None = None,
+        logs: BoardLogs | None = None,
+        watch: Watch | None = None,
         display: Display | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -111,7 +118,9 @@ class Daemon:
         self.state = state
         self._coordinator = coordinate(job, architecture, state)
         self._storage = storage
-        self._workshop = Workshop(worker)
+        self.watch = watch or Watch()
+        with about(job=job.name):
+            self._workshop = Workshop(worker)
         self._quarantine = quarantine or Quarantine(monotonic)
         self._link = link if quarantine is not None else Guarded(link, self._quarantine)
         self._topics = Topics(site)
@@ -134,7 +143,7 @@ class Daemon:
         self._desk = None if rollouts is None else RolloutDesk(rollouts, self._post.send, members, clock, monotonic)
         self._reception = Reception(
             job, state, self._topics, self._roster, self._uploads, self._post, profiles, monotonic, self._desk, clock,
-            self._quarantine,
+            self._quarantine, logs,
         )  # fmt: skip
         self._errands = Errands(
             job, state, self._roster, self._uploads, self._post, self._reception.out, self._handle, monotonic,
@@ -215,6 +224,15 @@ class Daemon:
         pulled = {n: p for n in self.state.tasks if (p := self._uploads.progress(n)) is not None}
         return self._roster.snapshot(self._clock(), self._link.connected, pulled)
 
+    def facts(self) -> Facts:
+        """The job as figures."""
+        queues = {
+            "workshop": self._workshop.waiting,
+            "uploads": len(self._uploads.devices()),
+            "messages": self._post.queued,
+        }
+        return facts_of(self.job, self.state, self._roster, self._quarantine, self._link.connected, queues)
+
     # What comes in.
 
     def _pause(self) -> float:
@@ -228,7 +246,8 @@ class Daemon:
 
     def _take(self, item: Item) -> None:
         if isinstance(item, tuple):
-            event = self._reception.receive(*item)
+            with about(device=device_in(item[0])):
+                event = self._reception.receive(*item)
             self._errands.collect_uploads()
             if event is not None:
                 self._handle(event)
@@ -262,6 +281,11 @@ class Daemon:
     def _turn(self) -> None:
         """Take in what has come, save what it leads to, and only then say what follows."""
         items = self._intake.turn(self._pause())
+        with about(job=self.job.name, round=self.state.round, trace_id=self.watch.trace_id):
+            self._work(items)
+
+    def _work(self, items: Iterable[Item]) -> None:
+        begun = self._monotonic()
         self._begin()
         for item in items:
             self._take(item)
@@ -279,11 +303,13 @@ class Daemon:
         self._post.send_chunks()
         self._display.refresh(self.snapshot)
         self.beat()
+        self.watch.turned(self._monotonic() - begun, self.facts)
 
     def _close(self) -> None:
         self._shipping.close()
         self._workshop.close()
         self._display.close()
+        self.watch.close()
 
     def _begin(self) -> None:
         """Begin a turn: what happens in it happens at one time, and nothing is said of it before it is saved."""
@@ -293,6 +319,7 @@ class Daemon:
         """Take in an event; it is saved, and what follows from it done, as the turn ends."""
         self._commands += self._coordinator.handle(event, self._now)
         self._taken.append(event)
+        self.watch.event(event, self._now)
         self._reception.judged(event)
         if isinstance(event, on.Extracted):
             self._garbage.made(event.offer, self.state.round)
@@ -300,9 +327,10 @@ class Daemon:
             self._garbage.suspect([event.weights])  # it may have come too late for anybody to want it
         if isinstance(event, on.UpdateRejected):
             found = (self._roster.prefix, event.device, event.round, event.reason)
-            log.warning("%supdate of %s in round %d doesn't count: %s", *found)
-            if ran_away(event.reason):
-                log.warning("%s%s", self._roster.prefix, remedy(self.job.recipe.to_dict()))
+            with about(job=self.job.name, round=event.round, device=event.device):
+                log.warning("%supdate of %s in round %d doesn't count: %s", *found)
+                if ran_away(event.reason):
+                    log.warning("%s%s", self._roster.prefix, remedy(self.job.recipe.to_dict()))
 
     def _commit(self) -> None:
         """End the turn: save what happened in it, then carry out what follows; that may lead to more."""
@@ -318,8 +346,10 @@ class Daemon:
         self._garbage.follow(state)
         self._garbage.suspect(self._errands.let_go(anew=state.phase is not self._at[1]))
         # First remembered, then done: after a crash at any point the state asks for what was not done.
+        begun = self._monotonic()
         if self._storage.save(state, events, self._now, self._roster.moved):
             self._roster.moved.clear()
+            self.watch.saved(self._monotonic() - begun)
         self._storage.put_outsiders(self._roster.outsiders)
         before, self._at = self._at, (state.round, state.phase)
         if state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before):
@@ -329,12 +359,14 @@ class Daemon:
         ended, self._told = state.history[self._told :], len(state.history)
         for summary in ended:
             self._display.round_over(self.snapshot(), summary)
+            self.watch.round_over(summary, self._now)
         if ended:
             state.slim(PARTS_KEPT)
 
     def _carry_out(self, commands: list[do.Command]) -> None:
         self._workshop.expect(commands)
         for command in commands:
+            self.watch.command(command, self._now)
             match command:
                 case do.Wake():
                     heapq.heappush(self._wakes, command.at)
@@ -371,6 +403,7 @@ class Daemon:
             self._desk.tick()
         self._roster.namesakes.settle(now)
         self._quarantine.save()
+        self._reception.keep_logs()
         self._errands.repeat(now)
         self._post.ask(self._uploads.tick(now))
         self._errands.collect_uploads()

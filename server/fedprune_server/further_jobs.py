@@ -17,6 +17,7 @@ from fedprune.setting_checks import only
 from fedprune_server.host import Host
 from fedprune_server.job_desk import JobDesk
 from fedprune_server.link.connection import Connection
+from fedprune_server.observation.watch import Watch
 from fedprune_server.settings.config import ServerConfig, parse_config
 from fedprune_server.settings.layers import file_layer, located
 from fedprune_server.store.further_folders import FOLDER, folders
@@ -106,6 +107,7 @@ def hosted(
     finished: Callable[[Kept, JobDesk], None],
     *,
     profiles: Sequence[Path] = (),
+    watch: Callable[[str], Watch] | None = None,
     **first: Any,
 ) -> Host:
     """A host for several jobs.
@@ -115,6 +117,7 @@ def hosted(
         reached: The connection.
         finished: Called when one of them is done.
         profiles: Folders of hardware profiles beside the shipped ones.
+        watch: Gives each job's watch, by its name.
         first: Further options for the first job's desk.
     """
     desks: list[JobDesk] = []
@@ -138,6 +141,7 @@ def hosted(
             max_packet=config.max_packet,
             quarantine=reached.quarantine,
             display=Lines(of_several=True),
+            watch=None if watch is None else watch(job.job.name),
             **({} if desks else first),
         )
         desk.when_finished = lambda kept=kept, desk=desk: finished(kept, desk)  # type: ignore[misc]

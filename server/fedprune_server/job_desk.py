@@ -160,6 +160,7 @@ class JobDesk(Daemon):
         self._roster.admit(birth.device, one_line(birth.software), size)
         self._quarantine.born(birth.device)
         self._roster.born(birth.device, birth.session, one_line(birth.profile, 64), birth.samples, self._monotonic())
+        self._reception.wants_log(birth)
         if self._desk is not None:
             self._desk.born(birth.device)
 

@@ -31,6 +31,7 @@ class ExitCode(IntEnum):
     MISSING_EXTRA = 3
     INTERRUPTED = 4
     CLAIM = 5
+    FOUND = 6
     MODEL = 10
     BUNDLE = 11
     PROFILE = 12

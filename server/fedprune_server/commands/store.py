@@ -94,6 +94,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _backup(arguments: argparse.Namespace) -> int:
     from fedprune_server.store.backup import back_up
+    from fedprune_server.store.backup_record import record_backup
     from fedprune_server.store.checkup import size_of
     from fedprune_server.store.further_folders import folders
     from fedprune_server.terminal.shown_bytes import shown_bytes
@@ -110,6 +111,7 @@ def _backup(arguments: argparse.Namespace) -> int:
         target = arguments.to / part.relative_to(state)
         with ended_by_signals(), shown_bytes(f"backing {part} up", size_of(part)) as advance:
             made = back_up(part, target, advance)
+        record_backup(part)
         print(
             f"{target}: job {made.job} in round {made.round}, {quantity(len(made.entries), 'file')}, {made.size} bytes"
         )

@@ -112,6 +112,10 @@ class Roster:
             self.moved[device] = (0, size)
         self._contacts[device].software = software
 
+    def admitted(self, device: str) -> bool:
+        """Whether a device has ever announced itself."""
+        return device in self._contacts
+
     @property
     def traffic(self) -> dict[str, tuple[int, int]]:
         """Payload bytes to and from each device, over all starts of the server."""

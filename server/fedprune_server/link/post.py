@@ -87,6 +87,11 @@ class Post:
         return bool(self._downloads) or bool(self._outbox) or bool(self._sharing)
 
     @property
+    def queued(self) -> int:
+        """How many messages wait to be sent."""
+        return len(self._outbox)
+
+    @property
     def ready(self) -> bool:
         """Whether a chunk waits and could be sent now."""
         return bool(self._downloads) and self._link.unsent < HIGH_WATER

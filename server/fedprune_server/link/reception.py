@@ -21,9 +21,11 @@ from fedprune.profile_store import find
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.complaints import Complaints
 from fedprune.wire.fields import believable, one_line, served
+from fedprune.wire.log_messages import LOG, BoardLines, CrashReport
 from fedprune.wire.messages import Alive, Birth, Cancelled, Death, Gone, Hello, Progress, Refusal, Update, Want, parse
 from fedprune.wire.release_messages import ReleaseReport
 from fedprune.wire.topics import Topics
+from fedprune_server.fleet.board_logs import BoardLogs
 from fedprune_server.fleet.quarantine import Quarantine, Quarantined, Released
 from fedprune_server.fleet.roster import Roster
 from fedprune_server.link.post import Post
@@ -57,6 +59,7 @@ class Reception:
         desk: Runs rollouts of releases, if there is one.
         clock: Seconds since 1970, as devices are told.
         quarantine: Is told who sends what can't be used.
+        logs: Keeps what boards tell of their logs; None to ask for nothing of that.
 
     Attributes:
         out: Devices that were shut out and have not been born again.
@@ -77,6 +80,7 @@ class Reception:
         desk: RolloutDesk | None = None,
         clock: Callable[[], float] = time.time,
         quarantine: Quarantine | None = None,
+        logs: BoardLogs | None = None,
     ) -> None:
         self._quarantine = quarantine or Quarantine(monotonic)
         self._job = job
@@ -89,6 +93,7 @@ class Reception:
         self._monotonic = monotonic
         self._clock = clock
         self._desk = desk
+        self._logs = logs
         self._complaints = Complaints(log, monotonic)
         self._asked: dict[str, float] = {}
         self._known_profiles: dict[str, tuple[float, dict[str, Any] | None]] = {}
@@ -228,6 +233,8 @@ class Reception:
             case ReleaseReport():
                 if self._desk is not None:
                     self._desk.reported(message)
+            case BoardLines() | CrashReport():
+                self._told(message)
             case Alive():
                 pass
             case Gone():
@@ -258,9 +265,28 @@ class Reception:
         self._post.ask(self._uploads.born(birth.device, birth.session, answer_s, self._monotonic(), abilities))
         if self._desk is not None:
             self._desk.born(birth.device)
+        self.wants_log(birth)
         if birth.held is not None:
             self.void(birth.device, **birth.held)
         return self.described(birth, name)
+
+    def wants_log(self, birth: Birth) -> None:
+        """Tell a board that is there what of its log it may tell, if it knows how to."""
+        if self._logs is not None and LOG in (birth.abilities or ()):
+            self._post.send(birth.device, self._logs.wanted(birth.device))
+
+    def keep_logs(self) -> None:
+        """Write down what boards told of their logs, and tell them that it is here."""
+        for device, answer in ({} if self._logs is None else self._logs.save()).items():
+            self._post.send(device, answer)
+
+    def _told(self, message: BoardLines | CrashReport) -> None:
+        if self._logs is None or not self._roster.admitted(message.device):
+            return  # anybody can think of names
+        if isinstance(message, CrashReport):
+            self._logs.crashed(message)
+        else:
+            self._logs.lines(message)
 
     def described(self, birth: Birth, name: str) -> on.DeviceBorn | None:
         """What a device says of itself, checked, as an event; None where it can't even be planned for.

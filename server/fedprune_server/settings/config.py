@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,9 @@ from fedprune_server.settings.layers import file_layer, located
 EMBEDDED = "embedded"
 OFF = "off"
 LOCAL = ("127.0.0.1", "localhost", "::1")
+LOG_FORMATS = ("text", "json")
+
+_WEB = re.compile(r"https?://[A-Za-z0-9_.:\[\]-]+(?:/[A-Za-z0-9_./-]*)?")
 
 _TABLES = ("job", "model", "evaluation", "calibration", "server")
 _SERVER_TEXTS = (
@@ -37,9 +41,22 @@ _SERVER_TEXTS = (
     "blob_url",
     "serve_blobs",
     "workers_url",
+    "log_format",
+    "metrics",
+    "traces",
+)
+_SERVER_NUMBERS = (
+    "port",
+    "keep",
+    "pulls",
+    "receivers",
+    "workers",
+    "max_devices",
+    "max_packet",
+    "cache_mib",
+    "board_logs",
 )
 _SERVER_PATHS = ("state", "profiles", "ca")
-_SERVER_NUMBERS = ("port", "keep", "pulls", "receivers", "workers", "max_devices", "max_packet", "cache_mib")
 _SERVER_SWITCHES = ("archive", "slabs")
 _ELSEWHERE = ("state", "database")
 """What the state folder itself is, or says; not among the settings that the database keeps."""
@@ -84,6 +101,10 @@ class ServerConfig:
         blob_url: Where boards are told that blobs lie on the web; `off` for nowhere.
         serve_blobs: Where this server gives out blobs over HTTPS, as `[ADDRESS:]PORT`; `off` for nowhere.
         weight: The job's share of the boards in comparison with other jobs of the server; 0 to pause it beside them.
+        board_logs: Lines of its log that each board may send in an hour; 0 for none.
+        log_format: How the server's own log is written: `text` or `json`.
+        metrics: Where this server gives figures to Prometheus, as `[ADDRESS:]PORT`; `off` for nowhere.
+        traces: Where spans of OpenTelemetry go, as `http://host:4318`; `off` for nowhere but what the environment says.
     """
 
     job: Job = field(default_factory=Job)
@@ -113,6 +134,10 @@ class ServerConfig:
     workers_url: str = PROCESSES
     weight: float = 1.0
     receivers: int = 0
+    board_logs: int = 60
+    log_format: str = LOG_FORMATS[0]
+    metrics: str = OFF
+    traces: str = OFF
 
     def __post_init__(self) -> None:
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
@@ -128,6 +153,7 @@ class ServerConfig:
             ("workers", 1, 1000),
             ("max_devices", 1, 10**6),
             ("cache_mib", 1, 10**9),
+            ("board_logs", 0, 100_000),
             ("max_packet", LEAF + PACKET_OVERHEAD, MAX_PAYLOAD + PACKET_OVERHEAD),
         ):
             setting_checks.whole(f"server: {name}", getattr(self, name), low, high)
@@ -156,6 +182,14 @@ class ServerConfig:
             except FedpruneError as error:
                 raise ConfigError("server: blob_url", expected=error.expected, got=error.got) from error
         _place(self.serve_blobs, self.host)
+        _place(self.metrics, LOCAL[0], "metrics")
+        setting_checks.word("server: log_format", self.log_format, LOG_FORMATS)
+        if self.traces != OFF and not _WEB.fullmatch(self.traces):
+            raise ConfigError(
+                "server: traces",
+                expected=f"http://host[:port] or https://..., without a user, or {OFF!r}",
+                got=shown(self.traces.rpartition("@")[2]),
+            )
         if not self.host:
             raise ConfigError("server: host", expected="an address, such as 127.0.0.1 or 0.0.0.0", got="''")
         try:
@@ -182,6 +216,11 @@ class ServerConfig:
     def web_place(self) -> tuple[str, int] | None:
         """The address and the port on which this server gives out blobs; None where it doesn't."""
         return _place(self.serve_blobs, self.host)
+
+    @property
+    def metrics_place(self) -> tuple[str, int] | None:
+        """The address and the port on which this server gives out its figures; None where it doesn't."""
+        return _place(self.metrics, LOCAL[0], "metrics")
 
     def server_settings(self) -> dict[str, Any]:
         """What the table [server] says, as JSON, with paths that hold in every folder; all but where that is kept."""
@@ -330,12 +369,12 @@ def _located(build: Callable[[], ServerConfig], where: str) -> ServerConfig:
         raise ConfigError(f"{where}: {what}", expected=error.expected, got=error.got, hint=error.hint) from error
 
 
-def _place(text: str, host: str) -> tuple[str, int] | None:
+def _place(text: str, host: str, key: str = "serve_blobs") -> tuple[str, int] | None:
     if text == OFF:
         return None
     address, colon, port = text.rpartition(":")
     if not port.isascii() or not port.isdecimal() or int(port) > 65_535 or (colon and not address):
-        raise ConfigError("server: serve_blobs", expected=f"[ADDRESS:]PORT, or {OFF!r}", got=shown(text))
+        raise ConfigError(f"server: {key}", expected=f"[ADDRESS:]PORT, or {OFF!r}", got=shown(text))
     return address.strip("[]") or host, int(port)
 
 

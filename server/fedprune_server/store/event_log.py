@@ -58,6 +58,12 @@ class EventLog:
                 rows = connection.execute(query.where(EVENTS.c.number > rows[-1][0])).all()
             yield from ((number, at, kind, decoded(body, self._database.url)) for number, at, kind, body in rows)
 
+    def last_at(self) -> float | None:
+        """When the last event was, in seconds since 1970; None before the first."""
+        with self._database.transaction() as connection:
+            found = connection.execute(sql.select(EVENTS.c.at).order_by(EVENTS.c.number.desc()).limit(1)).scalar()
+        return None if found is None else float(found)
+
     def heard(self) -> tuple[float | None, dict[str, float]]:
         """When the last event was, and the last that each device caused, in seconds since 1970."""
         last, devices = None, dict[str, float]()

@@ -126,6 +126,17 @@ class Lease:
         if self._gone:
             raise self._error()
 
+    def trouble(self) -> str:
+        """What keeps this server from writing to its database, in words; empty if nothing does. For any thread."""
+        if self._gone:
+            return "another server has taken the job over"
+        try:
+            with self._database.transaction() as connection:
+                found = _read(connection).token
+        except StorageError as error:
+            return str(error)
+        return "" if found == self._token else "another server has taken the job over"
+
     def close(self) -> None:
         """Give it back."""
         self._closed.set()

@@ -144,7 +144,7 @@ class Storage:
         Raises:
             StorageError: There is none, this user may not read it, or as the constructor.
         """
-        cls._check_existing(folder)
+        cls.check_existing(folder)
         return cls(url_of(folder), create=False)
 
     @classmethod
@@ -174,7 +174,12 @@ class Storage:
         return None if text is None else dict(decoded(text, opened.url))
 
     @staticmethod
-    def _check_existing(folder: Path) -> None:
+    def check_existing(folder: Path) -> None:
+        """Make sure that a folder is one that a server has used.
+
+        Raises:
+            StorageError: It isn't, or this user may not read it.
+        """
         path = folder / FILE
         with storage_errors(f"can't read {path}"):
             path = folder / PLACE if (folder / PLACE).is_file() else path

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
 from fedprune.quantity import quantity
+from fedprune_server.terminal.log_lines import OneLine
 
 log = logging.getLogger("fedprune.server")
 
@@ -189,6 +190,7 @@ class _Above(logging.Handler):
     def __init__(self, console: Any) -> None:
         super().__init__()
         self._console = console
+        self.setFormatter(OneLine("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import queue
 import threading
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Protocol
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune_server.terminal.log_lines import about
 
 Work = do.Score | do.Extract | do.Fold | do.Close | do.Evaluate
 Result = on.Event | BaseException
@@ -42,13 +44,19 @@ class Workshop:
         self._results: queue.Queue[Result] = queue.Queue()
         self._pending = 0
         # A daemon thread: a process that is told to end doesn't wait for a long evaluation; it will be repeated.
-        self._thread = threading.Thread(target=self._run, name="fedprune-workshop", daemon=True)
+        within = contextvars.copy_context()  # what the log says it is about, such as the job
+        self._thread = threading.Thread(target=within.run, args=(self._run,), name="fedprune-workshop", daemon=True)
         self._thread.start()
 
     @property
     def busy(self) -> bool:
         """Whether a result is awaited."""
         return self._pending > 0
+
+    @property
+    def waiting(self) -> int:
+        """How many commands are under way, or wait."""
+        return self._pending
 
     def expect(self, commands: Sequence[do.Command]) -> None:
         """Say what will be ordered in a moment."""
@@ -88,6 +96,22 @@ class Workshop:
 
     def _carry_out(self, command: Work) -> Result:
         try:
-            return self._worker.execute(command)
+            with about(round=round_of(command), device=device_of(command)):
+                return self._worker.execute(command)
         except Exception as error:  # noqa: BLE001 - it is raised again where the loop collects it
             return error
+
+
+def round_of(command: Work) -> int:
+    """The round that a command belongs to."""
+    return command.basis.round if isinstance(command, do.Extract) else command.round
+
+
+def device_of(command: Work) -> str | None:
+    """The device whose part a command is about, if it is one device's."""
+    match command:
+        case do.Extract():
+            return command.part.device
+        case do.Fold():
+            return command.contribution.part.device
+    return None

@@ -17,6 +17,7 @@ from fedprune.wire.blob_ref import BlobRef
 from fedprune.wire.checked_message import MAX_MESSAGE, CheckedMessage, read_checked
 from fedprune.wire.fields import Check
 from fedprune.wire.join_messages import JoinAnswer, JoinRequest
+from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
 from fedprune.wire.offer import Offer
 from fedprune.wire.release_messages import ReleaseFromServer, ReleaseReport
 
@@ -337,8 +338,21 @@ class Gone(CheckedMessage):
     checks: ClassVar[Mapping[str, Check]] = {"sha256": check.digest}
 
 
-FromDevice = Birth | Death | Alive | Progress | Refusal | Update | Want | Gone | JoinRequest | ReleaseReport
-FromServer = Hello | Offer | Accepted | Cancelled | Finished | Want | Gone | JoinAnswer | ReleaseFromServer
+FromDevice = (
+    Birth
+    | Death
+    | Alive
+    | Progress
+    | Refusal
+    | Update
+    | Want
+    | Gone
+    | JoinRequest
+    | ReleaseReport
+    | BoardLines
+    | CrashReport
+)
+FromServer = Hello | Offer | Accepted | Cancelled | Finished | Want | Gone | JoinAnswer | ReleaseFromServer | LogWanted
 Message = FromDevice | FromServer
 
 _TYPES: dict[str, type[Any]] = {c.kind: c for c in get_args(Message)}

@@ -1,0 +1,1 @@
+"""What a server shows of itself: figures for Prometheus, spans for OpenTelemetry, advice for people."""

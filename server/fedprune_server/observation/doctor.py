@@ -1,0 +1,100 @@
+"""A fleet looked over, as `fedprune-server doctor` does: everything that can be seen from the server's machine.
+
+Nothing is changed. What the disk's files themselves lack is `fedprune-server check`'s business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedprune.coordination import State
+from fedprune.disk import held
+from fedprune.errors import FedpruneError
+from fedprune_server.observation import site_doctor as site
+from fedprune_server.observation.ailment import Ailment, at, command, wrong
+from fedprune_server.observation.fleet_doctor import Case, ailments
+from fedprune_server.store.folder_lock import LOCK
+from fedprune_server.store.further_folders import folders
+from fedprune_server.store.state_folder import MODEL
+from fedprune_server.store.storage import Storage
+
+
+def examined(folder: Path, timeout: float = 5.0, clock: Callable[[], float] = time.time) -> list[Ailment]:
+    """All that is wrong with a server and its fleet, the worst first.
+
+    Args:
+        folder: The state folder.
+        timeout: Seconds for broker, database and bucket, each.
+        clock: Seconds since 1970.
+
+    Raises:
+        StorageError: It is no server's state folder.
+    """
+    found = list(_examine(folder, timeout, clock()))
+    return [a for a in found if a.wrong] + [a for a in found if not a.wrong]
+
+
+def _examine(folder: Path, timeout: float, now: float) -> Iterator[Ailment]:
+    Storage.check_existing(folder)
+    running = held(folder / LOCK)
+    first: Case | None = None
+    last: float | None = None
+    for part in (folder, *folders(folder)):
+        try:
+            case, told = site.within(timeout, lambda part=part: _case(part))  # type: ignore[misc]
+        except FedpruneError as error:
+            yield wrong(
+                "database",
+                f"the database of {part} can't be read: {error}",
+                "it holds all that the job is",
+                f"see that it runs and can be reached; then {command('check', *at(part))}, or restore a backup",
+            )
+            continue
+        first, last = first or case, max(filter(None, (last, told)), default=None)
+        yield from ailments(case)
+    server: Mapping[str, Any] = {} if first is None else first.settings.get("server", {})
+    looks: tuple[Callable[[], Iterator[Ailment]], ...] = (
+        lambda: site.members(folder, now),
+        lambda: site.clock(now, last),
+        lambda: site.disk(folder),
+        lambda: site.quarantined(folder, now, running=running),
+        lambda: site.broker(folder, server, timeout, running=running),
+        lambda: site.bucket(server, timeout),
+        lambda: site.rollouts(folder, now),
+        lambda: site.crashes(folder, now),
+        lambda: site.backups(folder, now),
+    )
+    for look in looks:
+        yield from _looked(look, folder)
+
+
+def _looked(look: Callable[[], Iterator[Ailment]], folder: Path) -> Iterator[Ailment]:
+    """What a look finds; one that fails keeps nobody from the others."""
+    try:
+        yield from look()
+    except FedpruneError as error:
+        yield wrong("unreadable", str(error), "it couldn't be looked at", command("check", *at(folder)))
+
+
+def _case(folder: Path) -> tuple[Case, float | None]:
+    """A job as it lies on the disk, and when its last event was."""
+    with Storage.existing(folder) as storage:
+        settings, state = storage.settings() or {}, storage.load()
+        outsiders, last = storage.outsiders(), storage.log.last_at()
+    state = state or State(model="")
+    sizes, names = _groups(folder)
+    return Case(folder, settings, state, outsiders, held(folder / LOCK), sizes, names), last
+
+
+def _groups(folder: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Sizes and names of the model's groups of channels; nothing where the model can't be read."""
+    from fedprune_export.importing import import_onnx
+
+    try:
+        architecture = import_onnx((folder / MODEL).read_bytes(), MODEL).architecture
+    except (OSError, FedpruneError):
+        return (), ()
+    return tuple(architecture.sizes), tuple(g.name for g in architecture.groups)

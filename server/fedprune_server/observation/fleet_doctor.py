@@ -1,0 +1,234 @@
+"""What is wrong with a job and its devices, by what the state folder says of them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedprune.coordination import Phase, State
+from fedprune.coordination.state import Progress
+from fedprune.errors import shown
+from fedprune.quantity import quantity
+from fedprune_server.observation.ailment import Ailment, at, command, note, wrong
+from fedprune_server.observation.reasons import kind_of
+from fedprune_server.work.divergence import of_history
+
+_SHOWN = 5
+_ROUNDS = 3
+"""Rounds that are looked back at."""
+
+_LATE = 0.5
+"""Share of a round's devices that may be late before the deadline is what is wrong."""
+
+_PREFIXES = frozenset({"plain", "fedprune", "heterofl", "ca-hfp", "fedavg", "fedasync", "fedfix", "fedbuff", "fedper"})
+"""Strategies whose submodels are the first channels of one ranking, so that widths say which channels are trained."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job as it lies on the disk.
+
+    Attributes:
+        folder: Its state folder.
+        settings: What `put_settings` kept.
+        state: Where it stands.
+        outsiders: Devices that can't be planned for.
+        running: Whether a server runs on it.
+        groups: Channels of each group of the model; empty where that isn't known.
+        names: Names of the groups.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    state: State
+    outsiders: Mapping[str, Mapping[str, Any]]
+    running: bool
+    groups: Sequence[int] = ()
+    names: Sequence[str] = ()
+
+    @property
+    def job(self) -> Mapping[str, Any]:
+        """The job's settings."""
+        found: Mapping[str, Any] = self.settings.get("job", {})
+        return found
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return str(self.job.get("name", "?"))
+
+
+def ailments(case: Case) -> Iterator[Ailment]:
+    """All that is wrong with a job."""
+    if case.state.phase is Phase.FINISHED:
+        yield from _diverges(case)
+        return
+    yield from _server(case)
+    yield from _devices(case)
+    yield from _excluded(case)
+    yield from _deadline(case)
+    yield from _refused(case)
+    yield from _uncovered(case)
+    yield from _diverges(case)
+
+
+def _server(case: Case) -> Iterator[Ailment]:
+    if not case.running:
+        yield wrong(
+            "server-not-running",
+            f"no server runs on {case.folder}, and job {case.name} is in round {case.state.round} of "
+            f"{case.job.get('rounds', '?')}",
+            "boards wait for it, and train nothing meanwhile",
+            command("run", *at(case.folder)),
+        )
+
+
+def _devices(case: Case) -> Iterator[Ailment]:
+    devices = case.state.devices
+    if not devices and not case.outsiders:
+        yield wrong(
+            "no-devices",
+            f"no device has ever announced itself to job {case.name}",
+            "a round can't begin without boards",
+            f"let a board in: {command('claim', '--device', 'NAME', *at(case.folder))}; then on the board: "
+            "fedprune-device join, and fedprune-device run. A board's own log says why it doesn't get through",
+        )
+        return
+    if not case.running:
+        return  # then nobody is there
+    there = sorted(n for n, d in devices.items() if d.online and not d.excluded)
+    needed = int(case.job.get("devices", 1))
+    if case.state.phase is Phase.WAITING and len(there) < needed:
+        away = sorted(n for n, d in devices.items() if not d.online)
+        yield wrong(
+            "too-few-devices",
+            f"job {case.name} waits for {quantity(needed, 'device')}, and {len(there)} can take part now"
+            + (f"; away: {_some(away)}" if away else ""),
+            "a round begins when so many are there",
+            f"start the boards that are away ({command('logs', *at(case.folder))} may say what befell them), or begin "
+            f"with fewer: {command('run', *at(case.folder), '--devices', max(1, len(there)))}",
+        )
+
+
+def _excluded(case: Case) -> Iterator[Ailment]:
+    reasons = {n: d.excluded for n, d in case.state.devices.items() if d.excluded}
+    reasons |= {n: str(b.get("excluded", "")) for n, b in case.outsiders.items() if n not in case.state.devices}
+    for reason, names in _grouped(reasons).items():
+        yield note(
+            "excluded-devices",
+            f"{quantity(len(names), 'device')} of job {case.name} take no part ({_some(names)}): {reason}",
+            "what they could learn is missing from the model",
+            f"see {command('status', *at(case.folder))}; docs/add-a-board.md says what a board needs",
+        )
+
+
+def _deadline(case: Case) -> Iterator[Ailment]:
+    limit = float(case.job.get("deadline_s", math.inf))
+    slow = {
+        n: seconds
+        for n, d in case.state.devices.items()
+        if not d.excluded and (seconds := _foreseen(d.plan)) is not None and seconds > limit
+    }
+    if slow:
+        worst = max(slow, key=lambda n: slow[n])
+        yield wrong(
+            "deadline-too-short",
+            f"the deadline of job {case.name} is {limit:g} s, and {quantity(len(slow), 'device')} will need more, by "
+            f"their plans: {_some(sorted(slow))}, {worst} {slow[worst]:.0f} s",
+            "their updates come too late, and after a few such rounds they take no part any more",
+            command("run", *at(case.folder), "--deadline", math.ceil(1.5 * slow[worst])),
+        )
+        return
+    for row in case.state.history[-1:]:
+        late = sorted(n for n, p in row["devices"].items() if _is_late(p))
+        if len(row["devices"]) > 1 and len(late) >= _LATE * len(row["devices"]):
+            yield wrong(
+                "deadline-too-short",
+                f"in round {row['round']} of job {case.name} {len(late)} of {len(row['devices'])} devices were late "
+                f"for the deadline of {limit:g} s: {_some(late)}",
+                "what they trained didn't count",
+                command("run", *at(case.folder), "--deadline", math.ceil(2 * limit)),
+            )
+
+
+def _refused(case: Case) -> Iterator[Ailment]:
+    rows = [r for r in case.state.history[-_ROUNDS:] if r["devices"]]
+    parts = [p for r in rows for p in r["devices"].values()]
+    parts += [vars_of(t) for t in case.state.tasks.values() if t.progress is Progress.REFUSED] if not parts else []
+    if not parts or any(p["progress"] == Progress.FOLDED.value for p in parts):
+        return
+    if all(_is_late(p) for p in parts):
+        return  # which the deadline says
+    counts = Counter(kind_of(p["reason"]) for p in parts if p["reason"])
+    example = next((p["reason"] for p in reversed(parts) if p["reason"]), "")
+    kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
+    yield wrong(
+        "all-updates-refused",
+        f"none of the last {quantity(len(parts), 'update')} of job {case.name} counted ({kinds}), such as: "
+        f"{shown(example)}",
+        "the model doesn't move",
+        f"see each board's reason: {command('status', *at(case.folder), '--rounds', _ROUNDS)}; and what the boards "
+        f"say: {command('logs', *at(case.folder))}",
+    )
+
+
+def _uncovered(case: Case) -> Iterator[Ailment]:
+    strategy = str(case.job.get("strategy", ""))
+    if strategy not in _PREFIXES or not case.groups:
+        return
+    widths = [d.widths for d in case.state.devices.values() if not d.excluded and len(d.widths) == len(case.groups)]
+    if not widths:
+        return
+    bare = [(i, max(w[i] for w in widths), size) for i, size in enumerate(case.groups)]
+    short = [(i, most, size) for i, most, size in bare if most < size]
+    if short:
+        shares = [f"{case.names[i] if i < len(case.names) else i}: {most} of {size}" for i, most, size in short]
+        yield note(
+            "uncovered-channels",
+            f"in {quantity(len(short), 'channel group')} of job {case.name} no device trains all channels "
+            f"({_some(shares)})",
+            "the last channels of the ranking stay as they are, so that the whole model learns less than it could",
+            f"take a larger board in, give boards more (docs/planner.md), or take out a narrower model; "
+            f"{command('status', *at(case.folder))} says which limit binds each board",
+        )
+
+
+def _diverges(case: Case) -> Iterator[Ailment]:
+    recipe = case.job.get("recipe", {})
+    told = of_history(case.state.history, recipe if isinstance(recipe, Mapping) else {})
+    if told:
+        what, _, todo = told.partition(". ")
+        yield wrong("training-diverges", f"job {case.name}: {what}", "the model gets worse, not better", todo)
+
+
+def vars_of(task: Any) -> dict[str, Any]:
+    """A part under way as a finished round has it."""
+    return {"progress": task.progress.value, "reason": task.reason}
+
+
+def _foreseen(plan: Mapping[str, Any] | None) -> float | None:
+    """Seconds of a round by a device's plan."""
+    figures = (plan or {}).get("prediction", {})
+    found = [figures.get(k) for k in ("train_s", "transfer_s")]
+    return sum(map(float, found)) if all(isinstance(v, (int, float)) for v in found) else None
+
+
+def _is_late(part: Mapping[str, Any]) -> bool:
+    if part["progress"] == Progress.FOLDED.value:
+        return False
+    return kind_of(part["reason"]) == "late" or not part["reason"]
+
+
+def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, reason in sorted(reasons.items()):
+        found.setdefault(reason, []).append(name)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1]))[:_SHOWN])
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -1,0 +1,59 @@
+"""What a configuration wants to have watched, put together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from fedprune.errors import MissingExtraError
+from fedprune_server.observation.watch import Watch, Watches
+from fedprune_server.settings.config import OFF, ServerConfig
+
+Watcher = Callable[[str], Watch]
+"""Gives a job's watch, by its name."""
+
+_ENVIRONMENT = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+
+
+@contextmanager
+def watching(config: ServerConfig, ready: dict[str, Callable[[], str]]) -> Iterator[Watcher]:
+    """Watches for a server's jobs: figures where `metrics` says so, spans where `traces` or the environment does.
+
+    Args:
+        config: The configuration.
+        ready: By name what must be so for the server to be ready; more may be put in later.
+
+    Raises:
+        ConfigError: The address of `metrics` can't be listened on.
+        MissingExtraError: A package is missing.
+    """
+    makers: list[Watcher] = []
+    with ExitStack() as stack:
+        place = config.metrics_place
+        if place is not None:
+            try:
+                from fedprune_server.observation.metrics import Metrics
+                from fedprune_server.observation.web import served
+            except ModuleNotFoundError as error:
+                raise _missing("metrics", "console", error) from error
+            metrics = Metrics(config.state)
+            ready["broker"] = lambda: "" if metrics.connected else "not connected"
+            stack.enter_context(served(place, metrics, ready))
+            makers.append(metrics.watch)
+        if config.traces != OFF or any(os.environ.get(name) for name in _ENVIRONMENT):
+            try:
+                from fedprune_server.observation.traces import JobTraces, traced
+            except ModuleNotFoundError as error:
+                raise _missing("traces", "tracing", error) from error
+            tracer = stack.enter_context(traced(None if config.traces == OFF else config.traces))
+            makers.append(lambda job: JobTraces(tracer, job))
+        yield lambda job: Watches([make(job) for make in makers]) if makers else Watch()
+
+
+def _missing(what: str, extra: str, error: ModuleNotFoundError) -> MissingExtraError:
+    if (error.name or "").startswith("fedprune"):
+        raise error
+    return MissingExtraError(
+        f"{what} need {error.name}, which is not installed", hint=f"pip install 'fedprune[{extra}]'"
+    )

@@ -1,0 +1,103 @@
+"""How a server's log is written: plain lines, or a JSON object on each line, and what a record is about.
+
+Whoever handles a message, an event or a command says once which job, round and device it is about (`about`); every
+line that is logged meanwhile has that, whoever logs it. Nothing that a device says can begin a line of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TextIO
+
+TEXT, JSON = "text", "json"
+
+_ABOUT: ContextVar[Mapping[str, object]] = ContextVar("about", default={})  # noqa: B039 - it is never changed
+
+
+class about:  # noqa: N801 - it reads as a word of the language: `with about(device=name):`
+    """Say what is logged meanwhile in this thread is about; what is None isn't known.
+
+    Args:
+        fields: Such as `job`, `round`, `device` and `trace_id`.
+    """
+
+    __slots__ = ("_fields", "_token")
+
+    def __init__(self, **fields: object) -> None:
+        self._fields = fields
+
+    def __enter__(self) -> None:
+        self._token = _ABOUT.set({**_ABOUT.get(), **{k: v for k, v in self._fields.items() if v is not None}})
+
+    def __exit__(self, *_: object) -> None:
+        _ABOUT.reset(self._token)
+
+
+class OneLine(logging.Formatter):
+    """Plain text: a record is one line, whatever its words hold; a traceback follows, indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
+        """The record's line."""
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: object) -> str:  # noqa: N802 - the name is logging's
+        """A traceback, of which no line begins as a record's does."""
+        text = super().formatException(ei)  # type: ignore[arg-type]
+        return "\n".join(f"    {printable(line)}" for line in text.splitlines())
+
+
+class JsonLines(logging.Formatter):
+    """A JSON object for each record: `at`, `level`, `message`, and `job`, `round`, `device`, `trace_id` where known."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's line."""
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        body: dict[str, object] = {
+            "at": f"{at}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            "logger": record.name,
+            **_ABOUT.get(),
+        }
+        if record.exc_info:
+            body["error"] = self.formatException(record.exc_info)
+        return json.dumps(body, default=str)
+
+
+def device_in(topic: str) -> str | None:
+    """What stands in the device's place of a topic, which need not be one."""
+    parts = topic.split("/", 4)
+    return printable(parts[3][:64]) if len(parts) > 3 else None
+
+
+def printable(text: str) -> str:
+    """A text without what steers a terminal or begins another line."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+
+
+@contextmanager
+def logged_to_stdout(*, verbose: bool, form: str = TEXT, stream: TextIO | None = None) -> Iterator[None]:
+    """Write fedprune's log to stdout, and to nothing else.
+
+    Args:
+        verbose: Debug messages, too.
+        form: `TEXT` or `JSON`.
+        stream: Where to instead.
+    """
+    logger = logging.getLogger("fedprune")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    handler = logging.StreamHandler(stream or sys.stdout)
+    handler.setFormatter(JsonLines() if form == JSON else OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger.handlers[:], logger.propagate = [handler], False
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    try:
+        yield
+    finally:
+        logger.handlers[:], logger.propagate = before[0], before[2]
+        logger.setLevel(before[1])

@@ -1,0 +1,289 @@
+"""What a board tells its server of its log and its crashes: little, private, once, and still there after a crash."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.errors import ConfigError
+from fedprune.wire.connection_news import ConnectionUp
+from fedprune.wire.log_messages import BoardLines, CrashReport, LogWanted
+from fedprune.wire.messages import Birth, Hello, parse
+from fedprune.wire.topics import Topics
+from fedprune_device.board_log import KEPT, KEPT_BYTES, BoardLog
+from fedprune_device.care import Care
+from fedprune_device.crash import Crashes
+from fedprune_device.private_text import OTHER, module_at, module_of, private
+from fedprune_device.reporter import Reporter
+
+pytestmark = pytest.mark.board
+
+TOPICS = Topics("lab")
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Wire:
+    """A connection whose other end is the test."""
+
+    unsent = 0
+
+    def __init__(self) -> None:
+        self.inbox: deque[Any] = deque()
+        self.said: list[Any] = []
+
+    def get(self, timeout: float | None = 0.0) -> Any:
+        return self.inbox.popleft() if self.inbox else None
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        self.said.append(parse(payload))
+        return True
+
+    def listen(self, topics: Collection[str]) -> None:
+        pass
+
+
+def record(text: str, level: int = logging.WARNING) -> logging.LogRecord:
+    return logging.LogRecord("fedprune.device", level, "x.py", 1, text, (), None)
+
+
+def keeper(folder: Path, time: Time | None = None) -> BoardLog:
+    clock = time or Time()
+    return BoardLog(folder, "pi", clock, clock)
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("can't read /home/anna/clinic/patients.npz", "anna"),
+        ("can't read ~/clinic/patients.npz: no", "clinic"),
+        ("no broker at mqtts://anna:hunter2@broker.example:8883", "hunter2"),
+        ("the claim FP1-ABCDEFGH-IJKLMNOP-QRSTUVWX is used", "ABCDEFGH"),
+        ("sample [0.125, 0.25, 0.375, 0.5] is odd", "0.375"),
+        ("see file:///srv/data/x.csv", "srv"),
+        (r"can't read C:\Users\anna\x.csv", "anna"),
+    ],
+)
+def test_what_is_the_owners_alone_does_not_leave_the_board(text: str, secret: str) -> None:
+    told = private(text, 500)
+    assert secret not in told
+    assert told.split()[0] == text.split()[0]
+
+
+@given(st.text(), st.integers(10, 200))
+@settings(max_examples=100, deadline=None)
+def test_a_private_text_is_one_short_printable_line(text: str, limit: int) -> None:
+    told = private(text, limit)
+    assert len(told) <= limit
+    assert told.isprintable()
+    BoardLines("pi", ({"number": 0, "at": 0, "level": "error", "count": 1, "text": told},))
+
+
+def test_modules_of_others_are_not_named() -> None:
+    assert module_of("fedprune_device.agent") == "fedprune_device.agent"
+    assert module_of("numpy.linalg.linalg") == "numpy"
+    assert module_of("annas_clinic.load") == module_of("__main__") == OTHER
+    assert module_at("/opt/slots/a/fedprune_device/local/server.py") == "fedprune_device.local.server"
+    assert module_at("/usr/lib/python3/dist-packages/numpy/core.py") == "numpy"
+    assert module_at("/home/anna/clinic/load.py") == OTHER
+
+
+def test_what_comes_again_is_counted_and_told_once_an_hour(tmp_path: Path) -> None:
+    time = Time()
+    log = keeper(tmp_path, time)
+    for _ in range(3):
+        log.emit(record("too hot"))
+    told = log.take(60, 9999)
+    assert told is not None
+    assert [(x["text"], x["count"]) for x in told.lines] == [("too hot", 3)]
+    log.kept(told.lines[-1]["number"])
+    for _ in range(5):
+        log.emit(record("too hot"))
+    assert log.take(60, 9999) is None
+    time.now += 3601
+    again = log.take(60, 9999)
+    assert again is not None
+    assert [(x["text"], x["count"]) for x in again.lines] == [("too hot", 5)]
+
+
+def test_no_more_lines_and_bytes_an_hour_than_the_server_takes(tmp_path: Path) -> None:
+    time = Time()
+    log = keeper(tmp_path, time)
+    sent = 0
+    for i in range(40):
+        log.emit(record(f"line {i:04d}"))
+        if (told := log.take(10, 10_000)) is not None:
+            sent += len(told.lines)
+            log.kept(told.lines[-1]["number"])
+    assert sent == 10
+    time.now += 3601
+    told = log.take(10, 35)
+    assert told is not None
+    assert sum(len(x["text"]) for x in told.lines) <= 35
+    assert log.take(0, 10_000) is None
+
+
+def test_a_board_that_complains_for_ever_keeps_little_and_says_what_it_left_out(tmp_path: Path) -> None:
+    time = Time()
+    log = keeper(tmp_path, time)
+    for i in range(1000):
+        log.emit(record(f"{i} " + "x" * 400))
+    log.save(now=True)
+    assert (tmp_path / "log.json").stat().st_size < 2 * KEPT_BYTES + KEPT * 200
+    time.now += 3601
+    texts = []
+    while (told := log.take(1000, 10**6)) is not None:
+        texts += [(x["text"], x["count"]) for x in told.lines]
+        log.kept(told.lines[-1]["number"])
+    assert len(texts) <= KEPT + 1
+    assert sum(n for t, n in texts if "left out" in t) == 1000 - sum("left out" not in t for t, _ in texts)
+
+
+def test_lines_outlast_the_process_and_numbers_grow(tmp_path: Path) -> None:
+    first = keeper(tmp_path)
+    first.emit(record("before the crash", logging.ERROR))
+    first.save(now=True)
+    second = keeper(tmp_path)
+    second.emit(record("after it"))
+    told = second.take(60, 9999)
+    assert told is not None
+    assert [x["text"] for x in told.lines] == ["before the crash", "after it"]
+    numbers = [x["number"] for x in told.lines]
+    assert numbers == sorted(set(numbers))
+    (tmp_path / "log.json").write_bytes(b"\x00torn")
+    assert keeper(tmp_path).take(60, 9999) is None
+
+
+def crash(folder: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), Crashes(folder).watched():
+        raise error
+
+
+def test_an_exception_that_ends_the_run_is_reported_by_module_and_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError), Crashes(tmp_path).watched():
+        Care(10, 20)
+    body = Crashes(tmp_path).report
+    assert body is not None
+    report = CrashReport("pi", 1, **body)
+    assert report.cause == "error"
+    assert "ConfigError" in report.text
+    assert report.frames[0]["module"] == "fedprune_device.care"
+    assert report.frames[0]["line"] > 0
+    assert {"module": OTHER, "line": 0, "function": ""} in report.frames  # the test, which is nobody's module
+    assert report.memory_total
+    assert str(tmp_path) not in json.dumps(body)
+
+
+def test_a_run_that_ends_well_leaves_nothing(tmp_path: Path) -> None:
+    with Crashes(tmp_path).watched():
+        assert (tmp_path / "running.json").exists()
+    with pytest.raises(KeyboardInterrupt), Crashes(tmp_path).watched():
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> None:
+        raise ValueError("in a thread")
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with Crashes(tmp_path).watched():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    body = Crashes(tmp_path).report
+    assert body is not None
+    assert (body["cause"], body["text"]) == ("thread", "ValueError: in a thread")
+
+
+def ended(folder: Path, how: str) -> dict[str, Any] | None:
+    """What the next run knows of one that ended so."""
+    script = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom fedprune_device.crash import Crashes\n"
+        f"with Crashes(Path(sys.argv[1]), boot=lambda: 'b').watched():\n    {how}\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(folder)], check=False, capture_output=True, timeout=60)
+    with Crashes(folder, boot=lambda: "b").watched():
+        pass
+    return Crashes(folder).report
+
+
+def test_a_fault_in_native_code_is_reported_at_the_next_start(tmp_path: Path) -> None:
+    body = ended(tmp_path, "os.kill(os.getpid(), signal.SIGSEGV)")
+    assert body is not None
+    assert (body["cause"], body["text"]) == ("signal", "Segmentation fault")
+    CrashReport("pi", 1, **body)
+
+
+def test_a_run_that_was_killed_is_reported_but_no_power_cut(tmp_path: Path) -> None:
+    body = ended(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert body is not None
+    assert body["cause"] == "killed"
+    Crashes(tmp_path).told()
+    crashes = Crashes(tmp_path, boot=lambda: "before")
+    crashes._mark()
+    with Crashes(tmp_path, boot=lambda: "after the power came back").watched():
+        pass
+    assert Crashes(tmp_path).report is None
+
+
+def test_nothing_is_told_to_a_server_that_does_not_ask(tmp_path: Path) -> None:
+    wire, time = Wire(), Time()
+    log = keeper(tmp_path, time)
+    link = Reporter(wire, "pi", "lab", log, Crashes(tmp_path, time), time)
+    log.emit(record("too hot"))
+    crash(tmp_path, ValueError("no"))
+    wire.inbox += [ConnectionUp(), (TOPICS.down("pi"), Hello(1).to_bytes())]
+    for _ in range(10):
+        link.get()
+        time.now += 100
+    assert wire.said == []
+
+
+def test_a_crash_and_lines_are_told_until_the_server_has_them(tmp_path: Path) -> None:
+    wire, time = Wire(), Time()
+    log, crashes = keeper(tmp_path, time), Crashes(tmp_path, time)
+    crash(tmp_path, ValueError("no"))
+    log.emit(record("too hot"))
+    link = Reporter(wire, "pi", "lab", log, crashes, time)
+    link.publish(TOPICS.up("pi"), Birth("pi", 1, "p", 1, "s").to_bytes())
+
+    def wanted(kept: int | None) -> None:
+        wire.inbox.append((TOPICS.down("pi"), LogWanted(60, 9999, kept).to_bytes()))
+        assert link.get() is None  # the agent knows nothing of it
+
+    wanted(None)
+    assert isinstance(wire.said[-1], CrashReport)
+    time.now += 61
+    link.get()
+    assert [type(m) for m in wire.said[1:]] == [CrashReport, CrashReport]
+    wanted(wire.said[-1].number)
+    assert crashes.report is None
+    time.now += 6
+    link.get()
+    told = wire.said[-1]
+    assert isinstance(told, BoardLines)
+    wanted(told.lines[-1]["number"])
+    said = len(wire.said)
+    for _ in range(5):
+        time.now += 61
+        link.get()
+    assert len(wire.said) == said

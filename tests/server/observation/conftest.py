@@ -1,0 +1,34 @@
+"""A job as a coordinator plays it, for those who watch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from fedprune.coordination import Coordinator, State
+from fedprune_server.observation.watch import Watch
+from stored_job import TO_THE_SECOND_ROUND
+from toy import ARCHITECTURE, JOB
+
+
+@pytest.fixture
+def played() -> Callable[[Watch], State]:
+    """Lets a watch look on while a job gets into its second round, a second for each event."""
+
+    def play(watch: Watch) -> State:
+        state = State(model="m" * 64)
+        coordinator = Coordinator(JOB, ARCHITECTURE, state)
+        told = 0
+        for i, event in enumerate(TO_THE_SECOND_ROUND):
+            now = 1000.0 + i
+            commands = coordinator.handle(event, now)
+            watch.event(event, now)
+            for summary in state.history[told:]:
+                watch.round_over(summary, now)
+            told = len(state.history)
+            for command in commands:
+                watch.command(command, now)
+        return state
+
+    return play

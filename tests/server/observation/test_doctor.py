@@ -1,0 +1,262 @@
+"""Each thing that can be wrong with a fleet is found where it is, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.coordination import Phase, State
+from fedprune.coordination.state import Device
+from fedprune.disk import locked
+from fedprune.errors import ExitCode
+from fedprune.job import Job
+from fedprune.wire.log_messages import CrashReport
+from fedprune_server.cli import main
+from fedprune_server.fleet.board_logs import BoardLogs
+from fedprune_server.identity.folder import IdentityFolder
+from fedprune_server.observation import site_doctor as site
+from fedprune_server.observation.ailment import Ailment
+from fedprune_server.observation.fleet_doctor import Case, ailments
+from fedprune_server.store.backup_record import last_backup, record_backup
+from fedprune_server.store.storage import Storage
+
+NOW = 1_800_000_000.0
+PROFILE = {"name": "pi"}
+
+
+def board(**values: Any) -> Device:
+    usual = {"session": 1, "online": True, "profile": PROFILE, "probe": None, "samples": 10, "widths": (8,)}
+    return Device(**{**usual, **values})
+
+
+def row(number: int, parts: dict[str, tuple[str, str]], **metrics: float) -> dict[str, Any]:
+    devices = {n: {"progress": p, "reason": r, "metrics": {}} for n, (p, r) in parts.items()}
+    return {"round": number, "at": NOW, "model": "0" * 64, "metrics": metrics, "devices": devices}
+
+
+HEALTHY = Case(
+    Path("state"),
+    {"job": Job(name="leaves", rounds=20, devices=2).to_dict()},
+    State(
+        model="0" * 64,
+        round=3,
+        phase=Phase.TRAINING,
+        devices={"a": board(), "b": board()},
+        history=[row(n, {"a": ("folded", ""), "b": ("folded", "")}, loss=1.0 / n, samples=9) for n in (1, 2)],
+    ),
+    {},
+    running=True,
+    groups=(8,),
+    names=("conv1",),
+)
+
+
+def with_state(**values: Any) -> Case:
+    return replace(HEALTHY, state=replace(HEALTHY.state, **values))
+
+
+def plan(seconds: float) -> dict[str, Any]:
+    return {"prediction": {"train_s": seconds, "transfer_s": 1.0}}
+
+
+SICK: dict[str, Case] = {
+    "server-not-running": replace(HEALTHY, running=False),
+    "no-devices": with_state(devices={}, history=[]),
+    "too-few-devices": with_state(phase=Phase.WAITING, devices={"a": board(), "b": board(online=False)}),
+    "excluded-devices": replace(HEALTHY, outsiders={"odd": {"excluded": "no profile"}}),
+    "deadline-too-short": with_state(devices={"a": board(plan=plan(5000.0)), "b": board()}),
+    "all-updates-refused": with_state(history=[row(1, {"a": ("refused", "tensor w has a wrong shape")})]),
+    "uncovered-channels": with_state(devices={"a": board(widths=(5,)), "b": board(widths=(6,))}),
+    "training-diverges": with_state(
+        history=[row(n, {"a": ("folded", "")}, loss=float(n), samples=9) for n in (1, 2, 3)]
+    ),
+}
+
+
+def kinds(found: Iterator[Ailment]) -> set[str]:
+    return {a.kind for a in found}
+
+
+def test_a_healthy_job_has_nothing() -> None:
+    assert kinds(ailments(HEALTHY)) == set()
+
+
+@pytest.mark.parametrize("kind", SICK)
+def test_a_job_has_what_is_wrong_with_it_and_nothing_else(kind: str) -> None:
+    found = list(ailments(SICK[kind]))
+    assert [a.kind for a in found] == [kind]
+    assert all(found[0].to_dict().values())
+
+
+def test_a_round_for_which_half_was_late_had_too_short_a_deadline() -> None:
+    late = with_state(history=[row(1, {"a": ("folded", ""), "b": ("refused", "missed the deadline")})])
+    assert kinds(ailments(late)) == {"deadline-too-short"}
+
+
+def test_a_finished_job_needs_no_server() -> None:
+    done = replace(SICK["server-not-running"], state=replace(HEALTHY.state, phase=Phase.FINISHED))
+    assert kinds(ailments(done)) == set()
+
+
+def test_the_clock(tmp_path: Path) -> None:
+    assert kinds(site.clock(NOW, NOW - 5)) == set()
+    assert kinds(site.clock(NOW, NOW + 3600)) == kinds(site.clock(1000.0, None)) == {"clock"}
+
+
+@pytest.mark.parametrize(("free", "weight"), [(0.5, None), (0.05, "note"), (0.01, "wrong")])
+def test_the_disk(tmp_path: Path, free: float, weight: str | None) -> None:
+    usage = namedtuple("usage", "total used free")(10**12, 0, int(free * 10**12))
+    assert [a.weight.value for a in site.disk(tmp_path, lambda _: usage)] == ([weight] if weight else [])
+
+
+def test_backups_are_remembered(tmp_path: Path) -> None:
+    assert kinds(site.backups(tmp_path, NOW)) == {"backup"}
+    record_backup(tmp_path, NOW)
+    assert last_backup(tmp_path) == NOW
+    assert kinds(site.backups(tmp_path, NOW + 3600)) == set()
+    assert kinds(site.backups(tmp_path, NOW + 30 * 86_400)) == {"backup"}
+
+
+def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
+    with IdentityFolder.make(tmp_path, "lab") as identity:
+        assert kinds(site.members(tmp_path, time.time())) == set()
+        identity.store.ask("pi-1", "ab" * 32, 5)
+        [found] = site.members(tmp_path, time.time())
+        assert found.kind == "devices-wait"
+        assert f"devices approve pi-1 --key {'ab' * 32}" in found.todo
+    later = time.time() + 300 * 365 * 86_400
+    assert "certificate" in kinds(site.members(tmp_path, later))
+    (tmp_path / "identity" / "signing.key").unlink()
+    assert "identity" in kinds(site.members(tmp_path, time.time()))
+
+
+def test_quarantine_and_crashes(tmp_path: Path) -> None:
+    rows = {"a": {"until": NOW + 50, "reason": "too many messages"}, "b": {"until": None}}
+    (tmp_path / "quarantine.json").write_text(json.dumps(rows))
+    assert kinds(site.quarantined(tmp_path, NOW, running=True)) == {"quarantine"}
+    assert kinds(site.quarantined(tmp_path, NOW + 60, running=True)) == set()
+    assert kinds(site.crashes(tmp_path, NOW)) == set()
+    with BoardLogs(tmp_path, clock=lambda: NOW) as logs:
+        logs.crashed(CrashReport("a", 1, 1, "exception", "ValueError: no", (), "fedprune", ""))
+        logs.save()
+    assert kinds(site.crashes(tmp_path, NOW + 60)) == {"crashes"}
+    assert kinds(site.crashes(tmp_path, NOW + 3 * 86_400)) == set()
+
+
+def test_a_broker_that_is_not_there_and_one_that_does_not_answer(tmp_path: Path) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        server = {"broker": f"mqtt://anna:hunter2@127.0.0.1:{port}"}
+        [found] = site.broker(tmp_path, server, 1.0, running=True)
+        assert found.kind == "broker"
+        assert "hunter2" not in str(found)
+        own = {"broker": "embedded", "port": port}
+        assert kinds(site.broker(tmp_path, own, 1.0, running=True)) == {"broker"}
+        assert kinds(site.broker(tmp_path, own, 1.0, running=False)) == set()
+        listening.listen()
+        assert kinds(site.broker(tmp_path, own, 1.0, running=True)) == set()
+        assert kinds(site.broker(tmp_path, server, 0.3, running=True)) == {"broker"}
+
+
+def test_a_broker_that_takes_no_large_packets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small:
+        connected = True
+
+        def __init__(self, *_: object, **__: object) -> None:
+            self.size = 0
+
+        def start(self, timeout: float) -> None:
+            pass
+
+        def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+            self.size = len(payload)
+            return True
+
+        def flush(self, timeout: float) -> bool:
+            return self.size < 100_000
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(site, "Link", Small)
+    server = {"broker": "mqtt://127.0.0.1"}
+    assert kinds(site.broker(tmp_path, server, 1.0, running=True)) == {"broker-packets"}
+    assert kinds(site.broker(tmp_path, server | {"max_packet": 50_000}, 1.0, running=True)) == set()
+
+
+def test_a_bucket_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hangs:
+        def __init__(self, url: str) -> None:
+            time.sleep(5)
+
+    monkeypatch.setattr(site, "Bucket", Hangs)
+    assert kinds(site.bucket({"blobs": "s3://b/p"}, 0.05)) == {"bucket"}
+    assert kinds(site.bucket({}, 0.05)) == set()
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[None]:
+    with locked(folder / "lock", "busy", "wait"):
+        yield
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with Storage.at(tmp_path) as storage:
+        settings = {**HEALTHY.settings, "name": "n", "server": {"broker": "embedded", "port": 0}}
+        storage.put_settings(settings)
+        storage.save(HEALTHY.state, (), NOW)
+    record_backup(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site, "disk", lambda folder: iter(()))
+
+
+@pytest.mark.usefixtures("roomy")
+def test_the_command_says_what_why_and_what_to_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with running(folder):
+        assert main(["doctor", "--state", str(folder)]) == ExitCode.OK
+    assert "nothing is wrong" in capsys.readouterr().out
+    assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FOUND
+    body = json.loads(capsys.readouterr().out)
+    assert [f["kind"] for f in body["findings"]] == ["server-not-running"]
+    assert main(["doctor", "--state", str(folder)]) == ExitCode.FOUND
+    assert capsys.readouterr().out.count("\n  do:  fedprune-server run --state") == 1
+
+
+def test_a_folder_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--state", str(tmp_path)]) == ExitCode.STORAGE
+    assert main(["logs", "--state", str(tmp_path / "nowhere")]) == ExitCode.STORAGE
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("roomy")
+def test_a_damaged_database_is_a_finding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "server.db").write_bytes(b"SQLite format 3\0" + bytes(5000))
+    assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FOUND
+    assert [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]] == ["database"]
+
+
+def test_every_kind_is_on_the_page() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "observe.md").read_text()
+    here = Path(site.__file__).parent
+    named: Callable[[str], list[str]] = re.compile(
+        r"(?:wrong|note|\(wrong if full else note\))\(\s*\"([a-z-]+)\""
+    ).findall
+    kinds_ = {k for f in here.glob("*doctor.py") for k in named(f.read_text())} | {"identity", "disk"}
+    assert len(kinds_) > 18
+    assert {k for k in kinds_ if f"`{k}`" not in page} == set()

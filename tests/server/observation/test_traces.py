@@ -1,0 +1,67 @@
+"""Spans of a played job: a tree whose parts lie within their parents."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from fedprune.coordination import State
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune_server.observation.traces import JobTraces
+from fedprune_server.observation.watch import Watch
+
+
+@pytest.fixture
+def traced() -> tuple[JobTraces, InMemorySpanExporter]:
+    provider, exporter = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    return JobTraces(provider.get_tracer("test"), "toy"), exporter
+
+
+def test_a_round_is_a_tree_of_spans(
+    traced: tuple[JobTraces, InMemorySpanExporter], played: Callable[[Watch], State]
+) -> None:
+    watch, exporter = traced
+    played(watch)
+    assert watch.trace_id is not None  # of the round that is under way
+    watch.close()
+    spans = {s.context.span_id: s for s in exporter.get_finished_spans()}
+    rounds = [s for s in spans.values() if s.name == "round"]
+    assert sorted(s.attributes["fedprune.round"] for s in rounds) == [1, 2]
+    first = next(s for s in rounds if s.attributes["fedprune.round"] == 1)
+    assert first.attributes["fedprune.counted"] == 3
+    mine = [s for s in spans.values() if s.context.trace_id == first.context.trace_id]
+    names = Counter(s.name for s in mine)
+    devices = {"device": 3, "extract": 3, "train": 3, "pull": 3, "fold": 3}
+    assert names == {"round": 1, "score": 1, "close": 1, "evaluate": 1, **devices}
+    for span in mine:
+        assert span.attributes["fedprune.job"] == "toy"
+        above = parent(span, spans)
+        if span.name == "round":
+            assert above is None
+            continue
+        assert above is not None
+        assert above.name == ("device" if span.name in ("extract", "train", "pull", "fold") else "round")
+        assert above.start_time <= span.start_time <= span.end_time <= above.end_time
+        if span.name in devices:
+            assert span.attributes["fedprune.device"] in "abc"
+
+
+def parent(span: ReadableSpan, spans: dict[int, ReadableSpan]) -> ReadableSpan | None:
+    return None if span.parent is None else spans[span.parent.span_id]
+
+
+def test_a_refusal_is_an_error_and_ends_what_is_open(traced: tuple[JobTraces, InMemorySpanExporter]) -> None:
+    watch, exporter = traced
+    watch.command(do.Score(1, "m", {}, ("a",)), 1.0)
+    watch.command(do.SendOffer("a", 1, 1, {}), 2.0)
+    watch.event(on.OfferRefused("a", 1, 1, "disk full"), 3.0)
+    ended = {s.name: s for s in exporter.get_finished_spans()}
+    assert set(ended) == {"train", "device"}
+    assert all(s.status.description == "disk full" for s in ended.values())

@@ -1,0 +1,97 @@
+"""The server's log: a record is one line whatever is in it, and says what it is about."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune_server.terminal.log_lines import JSON, TEXT, about, device_in, logged_to_stdout
+
+log = logging.getLogger("fedprune.server")
+
+
+def written(form: str, *messages: str, verbose: bool = False) -> str:
+    stream = io.StringIO()
+    with logged_to_stdout(verbose=verbose, form=form, stream=stream):
+        for message in messages:
+            log.warning("%s", message)
+    return stream.getvalue()
+
+
+@given(st.text(max_size=80))
+@settings(max_examples=100, deadline=None)
+def test_no_message_begins_a_line_of_its_own(text: str) -> None:
+    plain = written(TEXT, text)
+    assert plain.count("\n") == 1
+    assert plain[:-1].isprintable()
+    assert len(plain.splitlines()) == 1
+    raw = written(JSON, text)
+    assert raw.isascii()
+    assert len(raw.splitlines()) == 1
+    assert json.loads(raw)["message"] == text
+
+
+def test_plain_text_is_as_it_was() -> None:
+    time, _, rest = written(TEXT, "round 1 of 2: 70.0 % → ρ").partition(" ")
+    assert len(time.split(":")) == 3
+    assert rest == "round 1 of 2: 70.0 % → ρ\n"
+
+
+@pytest.mark.parametrize("form", [TEXT, JSON])
+def test_a_traceback_cannot_pass_for_a_record(form: str) -> None:
+    stream = io.StringIO()
+    with logged_to_stdout(verbose=False, form=form, stream=stream):
+        try:
+            raise ValueError('no\n12:00:00 all is well\n{"level": "info"}')
+        except ValueError:
+            log.exception("failed")
+    first, *others = stream.getvalue().splitlines()
+    assert "failed" in first
+    assert all(line.startswith("    ") for line in others)
+    assert (form == JSON) == (not others)
+
+
+def test_a_record_says_what_it_is_about_and_threads_do_not_mix() -> None:
+    stream = io.StringIO()
+
+    def elsewhere() -> None:
+        with about(device="other"):
+            log.info("there")
+
+    with logged_to_stdout(verbose=False, form=JSON, stream=stream):
+        with about(job="leaves", round=3, trace_id=None):
+            with about(device="pi"):
+                log.info("within")
+                thread = threading.Thread(target=elsewhere)
+                thread.start()
+                thread.join()
+            log.info("after")
+        log.info("outside")
+    rows = {r["message"]: r for r in map(json.loads, stream.getvalue().splitlines())}
+    known = {m: {k: r[k] for k in ("job", "round", "device", "trace_id") if k in r} for m, r in rows.items()}
+    assert known == {
+        "within": {"job": "leaves", "round": 3, "device": "pi"},
+        "there": {"device": "other"},
+        "after": {"job": "leaves", "round": 3},
+        "outside": {},
+    }
+    assert {"at", "level", "logger"} <= rows["outside"].keys()
+
+
+def test_the_logger_is_given_back() -> None:
+    logger = logging.getLogger("fedprune")
+    before = logger.handlers[:], logger.level, logger.propagate
+    written(JSON, "x", verbose=True)
+    assert (logger.handlers, logger.level, logger.propagate) == before
+
+
+def test_the_device_of_a_topic_need_not_be_one() -> None:
+    assert device_in("fedprune/1/lab/pi-3/-/up") == "pi-3"
+    assert device_in("nonsense") is None
+    assert device_in("a/b/c/\x1b[31m/d") == " [31m"

@@ -1,0 +1,111 @@
+"""A real fleet at its most talkative: figures, a JSON log, a board that was killed, and no secret in what it writes."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from real_site import Site, write_material
+
+from fedprune.errors import ExitCode
+from fedprune_server.cli import main
+from fedprune_server.fleet.board_logs import read_logs
+from machine import free_port
+
+pytestmark = pytest.mark.system
+
+PASSWORD, DATABASE, S3 = "hunter2-of-the-broker", "hunter2-of-the-database", "hunter2-of-the-bucket"
+CONFIG = """
+[job]
+name = "leaves"
+rounds = 6
+devices = 2
+density = 0.5
+deadline_s = 300
+"""
+
+
+class Loud(Site):
+    """Everybody says all that there is to say."""
+
+    metrics = 0
+
+    def _url(self, port: int) -> str:
+        return super()._url(port).replace("://", f"://fleet:{PASSWORD}@")
+
+    def logs_in_full(self) -> str:
+        """All that its processes wrote."""
+        return "\n".join(p.read_text() for p in sorted(self.folder.glob("*.log")))
+
+    def command(self, name: str) -> list[str]:
+        if name == "server":
+            more = ["--verbose", "--log-format", "json", "--metrics", str(self.metrics)]
+            return [*super().command(name), *more]
+        return [*super().command(name), "--log-level", "debug"]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loud]:
+    monkeypatch.setenv("FEDPRUNE_DEBUG", "1")
+    write_material(tmp_path, {"north": 400, "south": 400})
+    with Loud(tmp_path, tmp_path, CONFIG, ("north", "south"), 90, secure=True) as made:
+        made.metrics = free_port()
+        yield made
+
+
+def test_a_talkative_fleet_tells_no_secrets(
+    site: Loud, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.start_all()
+
+    def rounds() -> int:
+        state = site.saved()
+        return 0 if state is None else len(state.history)
+
+    site.wait_for(lambda: rounds() >= 2, "two rounds")
+    with urllib.request.urlopen(f"http://127.0.0.1:{site.metrics}/metrics", timeout=20) as answer:
+        figures = answer.read().decode()
+    assert 'fedprune_devices{job="leaves",state="working"}' in figures
+    with urllib.request.urlopen(f"http://127.0.0.1:{site.metrics}/readyz", timeout=20) as answer:
+        assert answer.read() == b"ok\n"
+    site.kill("north")
+    site.wait_for(lambda: any(r.kind == "crash" for r in read_logs(site.state)), "north tells of its end")
+    site.finish()
+    crash = next(r for r in read_logs(site.state) if r.kind == "crash")
+    assert (crash.device, crash.body["cause"]) == ("north", "killed")
+
+    rows = [json.loads(line) for line in (site.folder / "server.log").read_text().splitlines()]
+    assert {"leaves"} <= {r.get("job") for r in rows}
+    assert any(r.get("device") == "north" and "crashed" in r["message"] for r in rows)
+
+    folder = site.folder / "elsewhere"
+    model = ["--model", str(site.material / "model.onnx"), "--state", str(folder), "--insecure", "-v"]
+    outputs = [site.logs_in_full(), figures]
+    at_s3 = f"http://key:{S3}@127.0.0.1:9"
+    for key, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": S3, "ENDPOINT_URL": at_s3}.items():
+        monkeypatch.setenv(f"AWS_{key}", value)
+    for words, code in (
+        (["run", *model, "--broker", f"mqtt://fleet:{PASSWORD}@127.0.0.1:9"], ExitCode.BROKER),
+        (["run", *model, "--database", f"postgresql+psycopg://u:{DATABASE}@127.0.0.1:9/x"], ExitCode.STORAGE),
+        (["run", *model, "--blobs", f"s3://key:{S3}@bucket/prefix"], ExitCode.CONFIG),
+        (["logs", "--state", str(site.state)], ExitCode.OK),
+        (["doctor", "--state", str(site.state), "--timeout", "1"], ExitCode.OK),
+    ):
+        assert main(words) in (code, code or ExitCode.FOUND)
+        outputs.append("".join(capfd.readouterr()))
+
+    secrets = [PASSWORD, DATABASE, S3]
+    for name in site.devices:
+        claim = (site.folder / f"{name}.claim").read_text().strip()
+        secrets += [claim, claim.replace("-", "")[3:35], *[p for p in claim.split("-")[1:] if len(p) >= 8]]
+    keys = [*(site.state / "identity").glob("*.key"), *site.folder.glob("*/**/*.key")]
+    for path in keys:
+        lines = path.read_bytes().decode(errors="replace").splitlines()
+        secrets += [line for line in lines if len(line) > 30 and "-----" not in line]
+    assert len(secrets) > 10
+    for output in outputs:
+        for secret in secrets:
+            assert secret not in output, f"a secret is in: {output[max(0, output.find(secret) - 200) :][:400]}"
