@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from fedprune import tensorfile
 from fedprune.blobs import BlobStore
 from fedprune.errors import StorageError
+from fedprune.gaussian_noise import GaussianNoise
 from fedprune.precision import FLOAT32
 from fedprune.recipe import Recipe
 from fedprune.wire.blob_ref import BlobRef
@@ -49,10 +50,12 @@ class Trained:
     Attributes:
         update: What the server gets; its weights are in the store.
         model: What may serve now; it is staged and has passed its check.
+        metrics: What was measured, whether the update says it or not.
     """
 
     update: Update
     model: Serving
+    metrics: Mapping[str, float]
 
 
 class Workbench:
@@ -66,6 +69,7 @@ class Workbench:
         trainer: The loaded training graph; benches may share it.
         shelf: Where the device keeps what is its own between rounds; by default as long as this bench lasts.
         lowering: Lowers what serves; by default nothing is lowered.
+        noise: The noise of a private update; by default of a key that nobody keeps. Only simulations give another.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Workbench:
         trainer: LoadedTrainer | None = None,
         shelf: Shelf | None = None,
         lowering: Lowering | None = None,
+        noise: Callable[[Offer], GaussianNoise] | None = None,
     ) -> None:
         self._device = device
         self._blobs = blobs
@@ -85,6 +90,7 @@ class Workbench:
         self._trainer = trainer or LoadedTrainer()
         self._shelf = shelf or OwnInMemory()
         self._lowering = lowering or Lowering()
+        self._noise = noise or (lambda offer: GaussianNoise.secret())
 
     def carry_out(self, offer: Offer, *, download_seconds: float, report: Report, stop: Callable[[], bool]) -> Update:
         """Do what an offer asks for, and let the new model serve; after any error the old one serves on.
@@ -115,7 +121,8 @@ class Workbench:
     ) -> Trained:
         """Evaluate, train, evaluate, check; what serves stays as it is.
 
-        The same offer always gives the same weights, so that one that was cut off can be done again.
+        The same offer always gives the same weights, so that one that was cut off can be done again; only a private
+        update's noise is another one each time. A private update tells nothing else that was measured on samples.
 
         Args:
             offer: The offer; its blobs are in the store.
@@ -147,7 +154,7 @@ class Workbench:
             None if blocked is None else lambda: self._blob(blocked),
         )
         data = self._data.snapshot(trainer.input_shape)
-        work = Work(offer, recipe, weights, mask, trainer, self._shelf, self._device, data)
+        work = Work(offer, recipe, weights, mask, trainer, self._shelf, self._device, data, self._noise(offer))
         data.check(offer.classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
         self._blob(offer.inference)
         kits = self._lowering.wanted(offer).lowered or {}
@@ -200,6 +207,8 @@ class Workbench:
         evaluation.metrics |= training_metrics(result)
         if kept is not None and made.own is not None:
             kept.put(made.own)
+        metrics = evaluation.finite()
+        told = {n: v for n, v in metrics.items() if n in MEASURED} if recipe.update_clip else metrics
         update = Update(
             self._device,
             offer.job,
@@ -209,7 +218,7 @@ class Workbench:
             made.sent,
             result.samples,
             result.steps,
-            evaluation.finite(),
+            told,
         )
         serving = Serving(
             job=offer.job,
@@ -223,7 +232,7 @@ class Workbench:
             precision=FLOAT32 if lowered is None else lowered.precision,
             lowered=() if lowered is None else (lowered.graph, lowered.weights),
         )
-        return Trained(update, serving)
+        return Trained(update, serving, metrics)
 
     def _blob(self, ref: BlobRef) -> bytes:
         return self._read(ref.sha256)

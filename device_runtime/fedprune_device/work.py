@@ -12,6 +12,8 @@ import numpy as np
 from fedprune import step, tensorfile
 from fedprune.codec import Codec, encode
 from fedprune.errors import ProtocolError
+from fedprune.gaussian_noise import GaussianNoise
+from fedprune.noised_update import noised
 from fedprune.recipe import Recipe
 from fedprune.selection import Tensors
 from fedprune.wire.blob_ref import BlobRef
@@ -58,6 +60,7 @@ class Work:
         shelf: Where the board keeps what is its own between rounds.
         device: The board's name.
         data: Its samples.
+        noise: Where it draws the noise that a private recipe asks for.
 
     Attributes:
         tensors: What training begins with: what was received, with the board's personal tensors in it.
@@ -79,7 +82,9 @@ class Work:
         shelf: Shelf,
         device: str,
         data: LocalData,
+        noise: GaussianNoise,
     ) -> None:
+        self._noise = noise
         self._offer, self._recipe, self._trainer, self._device, self._data = offer, recipe, trainer, device, data
         self._personal = frozenset(n for n in trainer.names if any(fnmatchcase(n, p) for p in recipe.personal))
         self._codec = None if offer.codec is None else Codec.parse(offer.codec, "offer: codec")
@@ -112,14 +117,15 @@ class Work:
             read: Gives the received weights once more, where the update is their difference to the trained ones.
 
         Raises:
-            TrainingError: The training graph fails on it.
+            TrainingError: The training graph fails on it, or the update is not finite.
             StorageError: The disk fails or is full, or the received weights are no longer there.
         """
         trained, recipe, trainer = result.tensors, self._recipe, self._trainer
         other = trainer.frozen or self._personal or recipe.report_squares or self._codec is not None
+        other = other or recipe.update_clip > 0
         whole = self.mask is None and not other
         after = trained if whole and not self._calibrates else self._predicting(trained)
-        update, residual = self._encoded(self._sent(result, after), trained, read)
+        update, residual = self._encoded(self._private(self._sent(result, after), read), trained, read)
         sent = put(update)
         del update
         average: Tensors = {}
@@ -154,6 +160,14 @@ class Work:
         if self.mask is not None:
             sent, squares = self.mask.pack(sent), self.mask.pack(squares)
         return sent | {step.squares(n): v for n, v in squares.items()}
+
+    def _private(self, update: Tensors, read: Callable[[BlobRef], bytes]) -> Tensors:
+        """The update as it may leave the board, before any codec sees it."""
+        recipe = self._recipe
+        if not recipe.update_clip:
+            return update
+        received: Tensors = tensorfile.decode(read(self._offer.weights))
+        return noised(update, received, self._trainer.trainable, recipe.update_clip, recipe.update_noise, self._noise)
 
     def _encoded(self, update: Tensors, trained: Tensors, read: Callable[[BlobRef], bytes]) -> tuple[bytes, Tensors]:
         """The update as it travels, and what that leaves out, with all elements in their places."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedprune.errors import ExitCode
 from fedprune.job import Job
+from fedprune.privacy import WRITTEN, Privacy
 from fedprune.recipe import Recipe
 from fedprune_server.settings.config import ServerConfig, parse_config
 
@@ -37,7 +38,8 @@ def test_the_example_configuration_is_valid(tmp_path: Path) -> None:
 def test_the_example_configuration_has_every_key() -> None:
     body = example()
     job = dict(body["job"])  # type: ignore[call-overload]
-    assert set(job.pop("recipe")) == {f.name for f in fields(Recipe)}
+    assert set(job.pop("recipe")) == {f.name for f in fields(Recipe)} - set(WRITTEN)
+    assert set(job["privacy"]) == {f.name for f in fields(Privacy)}
     assert set(job) == {f.name for f in fields(Job)} - {"recipe"}
     tables = {"job", "model", "evaluation", "calibration"}
     assert tables <= set(body)
@@ -53,7 +55,7 @@ def test_the_example_names_the_right_defaults() -> None:
     text = (DOCS / "run-a-fleet.md").read_text()
     said = dict(re.findall(r"^(\w+) = .*default (\S+)$", text, re.MULTILINE))
     assert {"rounds", "devices", "epochs", "keep"} <= set(said)
-    for kind in (Job, Recipe, ServerConfig):
+    for kind in (Job, Privacy, Recipe, ServerConfig):
         for field in fields(kind):
             if field.name in said:
                 default = field.default

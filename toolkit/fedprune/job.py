@@ -11,6 +11,7 @@ from fedprune.aggregation import Rule
 from fedprune.codec.choice import DOWN, PLAIN, Codec, agreed
 from fedprune.errors import ConfigError, ProtocolError, shown
 from fedprune.precision import SERVED
+from fedprune.privacy import WRITTEN, Privacy
 from fedprune.recipe import Recipe
 from fedprune.scoring import SCORERS
 from fedprune.wire.topics import check_job
@@ -30,6 +31,7 @@ _LATER = (
     "compression",
     "compression_of",
     "compression_down",
+    "privacy",
 )
 """Settings that earlier versions didn't have, only written down where they are not as by default."""
 
@@ -68,6 +70,7 @@ class Job:
             know it sends its updates plainly.
         compression_of: The same for single hardware profiles, by name.
         compression_down: The codec of the weights that devices are sent: `none`, `zlib`, `float16` or `int8`.
+        privacy: Whether and how what boards hand in is clipped and noised.
     """
 
     name: str = "job"
@@ -94,6 +97,7 @@ class Job:
     compression: str = PLAIN
     compression_of: dict[str, str] = field(default_factory=dict)
     compression_down: str = PLAIN
+    privacy: Privacy = field(default_factory=Privacy)
 
     def __post_init__(self) -> None:
         counts = {
@@ -142,6 +146,14 @@ class Job:
         for profile, setting in self.compression_of.items():
             Codec.parse(setting, f"job: compression_of {shown(profile)}")
         setting_checks.word("job: compression_down", self.compression_down, (PLAIN, *DOWN))
+        for name in WRITTEN:
+            if getattr(self.recipe, name):
+                raise ConfigError(
+                    f"job: recipe: {name}",
+                    expected="[job.privacy], which says what it is",
+                    got=getattr(self.recipe, name),
+                )
+        self.privacy.asked_of(self.recipe)  # what doesn't go with privacy is better known now
         self._check_ranked()
         if self.scorer == "curvature" and self.recipe.optimizer != "sgd":
             raise ConfigError(
@@ -171,6 +183,7 @@ class Job:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; a setting that came later is only there where it is not as by default."""
         body = asdict(self) | {"recipe": self.recipe.to_dict(), "precision": list(self.precision)}
+        body["privacy"] = self.privacy.to_dict()
         return {k: v for k, v in body.items() if k not in _LATER or (v and v != PLAIN)}
 
     def codec(self, profile: object, known: Collection[str]) -> str | None:
@@ -194,4 +207,6 @@ class Job:
             if not isinstance(values["recipe"], Mapping):
                 raise ConfigError("job: recipe", expected="a table of settings", got=repr(values["recipe"]))
             values["recipe"] = Recipe.from_dict(values["recipe"])
+        if "privacy" in values:
+            values["privacy"] = Privacy.from_dict(values["privacy"])
         return cls(**values)

@@ -36,7 +36,7 @@ _FIRST = (
 )
 """Settings that every board knows."""
 
-_LATER = ("blend", "mixup")
+_LATER = ("blend", "mixup", "update_clip", "update_noise")
 """Settings that are only written down where they are not as by default: what was named by a digest keeps its name."""
 
 LEAST_MIXUP = 1e-3
@@ -167,6 +167,9 @@ class Recipe:
         evaluate_every: The board measures its models (offered, trained, averaged) on its own test and validation
             samples in every so many rounds; in the others it trains and serves without, which costs it less.
         report_squares: The update has the squared gradients of the last step, too, as tensors `name::squares`.
+        update_clip: The most that the whole update may be long (`fedprune.noised_update`); 0 leaves it as it is. Above
+            0, batch-norm statistics aren't handed in, nor anything that was measured on samples.
+        update_noise: Standard deviation of the noise that is added to every element of the update.
     """
 
     epochs: int = 1
@@ -203,6 +206,8 @@ class Recipe:
     best_epoch: bool = True
     blend: float = 0.0
     mixup: float = 0.0
+    update_clip: float = 0.0
+    update_noise: float = 0.0
 
     def __post_init__(self) -> None:
         counts = {
@@ -229,6 +234,8 @@ class Recipe:
             "mixup": (0, 10),
             "scale": (1e-3, 1e3),
             "mask_threshold": (0, 1e6),
+            "update_clip": (0, 1e6),
+            "update_noise": (0, 1e10),
         }
         for name, (least, most) in counts.items():
             setting_checks.whole(f"recipe: {name}", getattr(self, name), least, most)
@@ -272,6 +279,19 @@ class Recipe:
                 got=repr(self.blend),
                 hint="What the received weights are blended with is the board's own moving average.",
             )
+        if self.update_noise and not self.update_clip:
+            raise ConfigError("recipe: update_noise without update_clip", expected="update_clip above 0")
+        for name, tells in (
+            ("report_squares", "squared gradients"),
+            ("patience", "when the validation loss was lowest"),
+        ):
+            if self.update_clip and getattr(self, name):
+                raise ConfigError(
+                    f"recipe: {name} under privacy",
+                    expected="none",
+                    got=repr(getattr(self, name)),
+                    hint=f"A board would tell {tells}, which no noise covers.",
+                )
         if self.ordered_dropout and self.mask != "none":
             raise ConfigError(
                 f"recipe: ordered_dropout with mask {self.mask!r}",
@@ -309,7 +329,8 @@ class Recipe:
 
         Those are a model that isn't what is sent and, twice, its own average and personal tensors.
         """
-        serves = self.calibrate or self.average > 0 or bool(self.personal) or self.mask != "none" or self.report_squares
+        differs = self.calibrate or self.mask != "none" or self.report_squares or self.update_clip > 0
+        serves = differs or self.average > 0 or bool(self.personal)
         return int(serves) + 2 * ((self.average > 0) + bool(self.personal)) + self.report_squares
 
     @property

@@ -9,6 +9,8 @@ from typing import Any
 
 from fedprune.coordination import Phase, State
 from fedprune.disk import held
+from fedprune.errors import ConfigError
+from fedprune.privacy import Privacy
 from fedprune.quantity import quantity
 from fedprune_server.fleet.foresight import Compared, compared, described
 from fedprune_server.fleet.quarantine import read_rows
@@ -19,6 +21,7 @@ from fedprune_server.store.further_folders import folders
 from fedprune_server.store.place import FILE, kept
 from fedprune_server.store.storage import Storage
 from fedprune_server.terminal.table import metric_texts
+from fedprune_server.work.accountant import costs
 
 _NOT_BEGUN = "not begun"
 
@@ -54,10 +57,11 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         identity: The state folder of the server's identity, where that is another one.
 
     Returns:
-        JSON: the job's settings, its round and phase, all finished rounds, and a row per device. Devices that can't
-        even be planned for have rows, too, and every row says how the device's last part in a round went. Without a
-        server nobody is online; `seen_at` (and the job's `heard_at`) are then when the log last heard of a device (of
-        anything), in seconds since 1970, and None while one runs or where the log doesn't say.
+        JSON: the job's settings, its round and phase, all finished rounds, a row per device and, if the job is private,
+        what that has cost each (`fedprune_server.work.accountant.costs`). Devices that can't even be planned for have
+        rows, too, and every row says how the device's last part in a round went. Without a server nobody is online;
+        `seen_at` (and the job's `heard_at`) are then when the log last heard of a device (of anything), in seconds
+        since 1970, and None while one runs or where the log doesn't say.
 
     Raises:
         StorageError: The folder holds no job, or is damaged.
@@ -93,6 +97,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         "phase": state.phase.value if state is not None else _NOT_BEGUN,
         "rounds": state.history if state is not None else [],
         "devices": devices,
+        **_privacy((settings or {}).get("job", {}), state),
     }
 
 
@@ -107,8 +112,10 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
     lines = [f"job {job.get('name', '?')}: round {body['round']} of {job.get('rounds', '?')}, {_phase(body)}"]
     if not body["running"]:
         lines.append(_stopped(body))
+    if "privacy" in body:
+        lines.append(_private(body["privacy"]))
     for device in body["devices"]:
-        lines += _device_lines(device)
+        lines += _device_lines(device, body.get("privacy", {}).get("epsilon", {}).get(device["name"]))
     shown = history[-rounds:]
     if len(shown) < len(history):
         lines.append(f"  the last {len(shown)} of {quantity(len(history), 'round')}:")
@@ -123,6 +130,26 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
             if part["reason"]
         ]
     return "\n".join([*lines, *(describe(further, rounds) for further in body.get("jobs", []))])
+
+
+def _privacy(job: dict[str, Any], state: State | None) -> dict[str, Any]:
+    try:
+        found = costs(Privacy.from_dict(job.get("privacy", {})), state)
+    except ConfigError:  # of another version
+        return {}
+    return {"privacy": found} if found else {}
+
+
+def _private(body: dict[str, Any]) -> str:
+    """What a private job has cost, for people."""
+    known = {name: value for name, value in body["epsilon"].items() if value is not None}
+    said = "ε unknown without the extra privacy"
+    if known:
+        dearest = max(known, key=lambda n: known[n])
+        said = f"ε at most {known[dearest]:.3g} ({dearest})"
+    budget = f", budget {body['epsilon_budget']:g}" if body["epsilon_budget"] else ""
+    noise = f"{body['noise']} noise of {body['noise_multiplier']:g} times the clip {body['clip']:g}"
+    return f"  private: {said} at δ {body['delta']:g}{budget}; {noise}"
 
 
 def _phase(body: dict[str, Any]) -> str:
@@ -160,7 +187,7 @@ def _clock(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
-def _device_lines(device: dict[str, Any]) -> list[str]:
+def _device_lines(device: dict[str, Any], epsilon: float | None = None) -> list[str]:
     plan = device["plan"]
     width = f"density {plan['density']:.3g}, bound by {plan['bound']}" if plan else f"widths {device['widths']}"
     lines = [
@@ -168,6 +195,7 @@ def _device_lines(device: dict[str, Any]) -> list[str]:
         f"{quantity(device['samples'], 'sample')}, "
         + (f"takes no part: {device['excluded']}" if device["excluded"] else width)
         + f", {device['bytes_down'] / 1e6:.2f} MB down, {device['bytes_up'] / 1e6:.2f} MB up"
+        + ("" if epsilon is None else f", ε {epsilon:.3g}")
     ]
     times = described(device["compared"])
     if times:

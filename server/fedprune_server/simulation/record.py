@@ -24,6 +24,7 @@ from fedprune.selection import Selection
 from fedprune.wire.fields import AVERAGED, TRAINED, served
 from fedprune_device.assignment import MEASURED
 from fedprune_server.fleet.foresight import Compared, compared, predicted
+from fedprune_server.work.accountant import EPSILON
 
 if TYPE_CHECKING:
     from fedprune_server.simulation.round_notes import Notes
@@ -79,7 +80,7 @@ class RoundRow:
         up: Bytes from devices to server since the run began.
         own: Whatever else devices that delivered measured, per metric and device.
         density: Share of the model that each device that delivered had.
-        measured: What a simulation measured of the global model, by name.
+        measured: What a simulation measured of the global model, by name; of a private job also its `epsilon`.
         spent: Per device bytes down, bytes up and multiplications of its training, since the round before; in
             simulations.
         updates: How many updates the model is made of; in simulations.
@@ -356,6 +357,7 @@ def _round(entry: Mapping[str, Any], traffic: tuple[int, int], began: float, los
         up=traffic[1],
         own={m: {n: p["metrics"][m] for n, p in delivered.items() if m in p["metrics"]} for m in names},
         density={n: part["density"] for n, part in delivered.items() if "density" in part},
+        measured={k: metrics[k] for k in (EPSILON,) if k in metrics},
     )
 
 
@@ -364,7 +366,7 @@ def _noted(row: RoundRow, notes: Notes) -> RoundRow:
         row,
         down=notes.down,
         up=notes.up,
-        measured=dict(notes.measured),
+        measured=row.measured | notes.measured,
         spent={n: list(v) for n, v in sorted(notes.devices.items())},
         updates=notes.updates,
         coverage=notes.coverage,

@@ -12,6 +12,7 @@ from fedprune.quantity import quantity
 from fedprune_server.fleet import foresight
 from fedprune_server.simulation import pictures
 from fedprune_server.simulation.record import DeviceRow, Record
+from fedprune_server.work.accountant import EPSILON
 from fedprune_server.work.divergence import advice
 
 TAIL = 5
@@ -95,6 +96,7 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
     finals = [r.final(TAIL) for r in runs]
     last = [r.final() for r in runs]
     tail = min(TAIL, max(len(r.rounds) for r in runs))
+    private = [("privacy", *map(_privacy, runs))] if any(r.job.get("privacy") for r in runs) else []
     rows = [
         ("", *(r.title for r in runs)),
         (
@@ -111,6 +113,7 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
         ("MB up", *(f"{r.last.up / 1e6:.2f}" for r in runs)),
         ("rounds", *(str(len(r.rounds)) for r in runs)),
         ("seconds", *(f"{r.last.at:.0f}" for r in runs)),
+        *private,
     ]
     if reference is None:
         return rows
@@ -122,8 +125,18 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
         _change(_ratio(run.last.up, reference.last.up)),
         "",
         "",
+        *("" for _ in private),
     )
     return [(*row, note) for row, note in zip(rows, notes, strict=True)]
+
+
+def _privacy(run: Record) -> str:
+    """What a run has cost of privacy: ε of the board that it cost most."""
+    settings = run.job.get("privacy")
+    if not settings:
+        return "none"
+    cost = run.last.measured.get(EPSILON)
+    return "no noise" if cost is None else f"ε {cost:.3g} at δ {settings['delta']:g}, {settings['noise']} noise"
 
 
 _PLAN = ("device", "profile", "samples", "density", "bound by", "widths", "parameters")

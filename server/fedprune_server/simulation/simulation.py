@@ -71,6 +71,7 @@ class Simulation:
                 "simulation: job.devices", expected=f"at most the {len(devices)} there are", got=job.devices
             )
         worker = Worker(job, model, store, experiment.evaluation, experiment.calibration)
+        _ = worker.accountant  # whatever it lacks is better known now
         self._worker: Worker | Crew = worker
         self._initial = worker.initial
         self._notary = Notary(job, model, store, experiment.measure)

@@ -19,6 +19,7 @@ import numpy as np
 from fedprune import tensorfile
 from fedprune.architecture import Architecture
 from fedprune.blobs import BlobStore
+from fedprune.gaussian_noise import GaussianNoise
 from fedprune.prediction import predict
 from fedprune.profile import HardwareProfile
 from fedprune.recipe import Recipe
@@ -248,7 +249,11 @@ class Bench:
             FedpruneError: As `carry_out`.
         """
         shelf = BlobShelf(self._store, self.boards.get(device.name))
-        bench = Workbench(device.name, self._store, slots, device.load(), trainer, shelf)
+
+        def noise(offer: Offer) -> GaussianNoise:
+            return GaussianNoise.keyed(offer.seed, offer.round, device.name, offer.weights.sha256)
+
+        bench = Workbench(device.name, self._store, slots, device.load(), trainer, shelf, noise=noise)
         update = bench.make(Offer(_JOB, number, 0, **sent(offer))).update
         # Times and memory of this machine would make every run another one.
         metrics = {name: value for name, value in update.metrics.items() if name not in MEASURED}

@@ -155,6 +155,7 @@ class StateFolder:
         if known is None:
             self._keep_foreign(raw)
         worker = Worker(config.job, model, self.store, evaluation, calibration, slabs=config.slabs)
+        _ = worker.accountant  # whatever it lacks is better known now
         if state is None:
             state = State(model=worker.initial(), architecture=model.architecture.digest)
         else:

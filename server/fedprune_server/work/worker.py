@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from fedprune.selection import Selection, Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Cut, Memories, Report, Scene, Submodel, Turn
 from fedprune_export.imported import Model
+from fedprune_server.work.accountant import Accountant, accountant
 from fedprune_server.work.calibration import Calibration
 from fedprune_server.work.evaluator import Evaluation, Evaluator, Sessions
 from fedprune_server.work.faults import AtFaultError, Suspect
@@ -79,6 +80,16 @@ class Worker:
         self.reports = Reports(job, model.architecture, self.strategy, store, self._offers.withheld)
         self._slabs = SlabChains(self.strategy, store, self._submodel) if slabs else None
         self.sums = RoundSums(self.strategy, self.reports)
+
+    @cached_property
+    def accountant(self) -> Accountant | None:
+        """What works out the job's cost of privacy; None where nothing is promised. Helpers have no need of it.
+
+        Raises:
+            ConfigError: The job's budget of privacy is not enough for a round.
+            MissingExtraError: dp-accounting is not installed.
+        """
+        return accountant(self.job.privacy)
 
     def initial(self) -> str:
         """Put the job's first model into the store and return its digest.
@@ -274,10 +285,11 @@ class Worker:
         return after
 
     def _evaluate(self, command: do.Evaluate) -> on.Evaluated:
+        private = {} if self.accountant is None else self.accountant.metrics(command)
         if self._evaluator is None:
-            return on.Evaluated(command.round, {})
+            return on.Evaluated(command.round, private)
         metrics = self._evaluator(self.reports.archive.model(command.model), self.architecture.sizes)
-        return on.Evaluated(command.round, metrics)
+        return on.Evaluated(command.round, metrics | private)
 
 
 def _masked(recipe: Recipe, submodel: Submodel) -> Recipe:

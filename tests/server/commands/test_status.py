@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fedprune.coordination.state import Device, Progress, Task
 from fedprune.disk import locked
 from fedprune.errors import ExitCode
 from fedprune.job import Job
+from fedprune.privacy import Privacy
 from fedprune.trust.device_identity import DeviceIdentity
 from fedprune_server.cli import main
 from fedprune_server.commands.status import status
@@ -162,6 +164,29 @@ def test_a_device_that_was_shut_out_is_revoked_and_not_online(
     assert (body["good"]["revoked"], body["good"]["online"], body["full"]["revoked"]) == (True, False, False)
     assert main(["status", "--state", str(fleet_state)]) == ExitCode.OK
     assert "device good (pi): revoked" in capsys.readouterr().out
+
+
+def test_a_private_job_says_what_it_has_cost_whom(
+    stopped_state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(name="leaves", rounds=20, privacy=Privacy(clip=0.5, noise_multiplier=2.0, epsilon_budget=9.0))
+    with Storage.at(stopped_state) as storage:
+        state = storage.load()
+        assert state is not None
+        state.private = True
+        state.devices["good"].releases = {"2.0": 4}
+        storage.put_settings({"job": job.to_dict(), "name": "n"})
+        storage.save(state, (), 1.0)
+    found = status(stopped_state)["privacy"]["epsilon"]
+    assert found["full"] == found["off"] == 0.0
+    assert found["good"] == pytest.approx(4.3772, rel=1e-4)  # one release at multiplier 1
+    assert main(["status", "--state", str(stopped_state)]) == ExitCode.OK
+    text = capsys.readouterr().out
+    assert "  private: ε at most 4.38 (good) at δ 1e-05, budget 9; local noise of 2 times the clip 0.5\n" in text
+    assert ", 0.00 MB up, ε 4.38\n" in text
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    main(["status", "--state", str(stopped_state)])
+    assert "private: ε unknown without the extra privacy at δ" in capsys.readouterr().out
 
 
 def test_a_device_in_quarantine_is_shown_with_what_it_sent(

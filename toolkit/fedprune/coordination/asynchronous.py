@@ -69,7 +69,7 @@ class AsynchronousCoordinator(Desk):
         elif state.phase is Phase.CLOSING:
             commands.append(self._close())
         elif state.phase is Phase.EVALUATING:
-            commands.append(do.Evaluate(state.round, state.model))
+            commands.append(self._evaluate())
         elif state.phase is Phase.FINISHED:
             commands.append(do.Finish(state.model))
         return commands + self._wake(now)
@@ -169,6 +169,7 @@ class AsynchronousCoordinator(Desk):
             return []
         task.offer, task.progress = event.offer, Progress.OFFERED
         task.offered_at, task.deadline = now, now + self.deadline_s
+        self.ledger.offered(event.device)
         return [do.SendOffer(event.device, event.round, event.attempt, event.offer)]
 
     # Updates come in.
@@ -308,10 +309,11 @@ class AsynchronousCoordinator(Desk):
             state.closing = None
             return self._collect(now)
         state.model, state.memory = event.model, dict(event.memory)
-        if state.round % self.schedule.evaluate_every and state.round < self.job.rounds:
+        seldom = state.round % self.schedule.evaluate_every and state.round < self.job.rounds
+        if seldom and not self.job.privacy.epsilon_budget:
             return self._end({}, now)
         state.phase = Phase.EVALUATING
-        return [do.Evaluate(state.round, state.model)]
+        return [self._evaluate()]
 
     def _end(self, metrics: dict[str, float], now: float) -> Commands:
         state = self.state

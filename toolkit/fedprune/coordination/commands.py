@@ -283,10 +283,19 @@ class Close:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a global model on the server's data; answered by `Evaluated`."""
+    """Measure a global model on the server's data; answered by `Evaluated`.
+
+    Attributes:
+        round: The round that it comes of.
+        model: Its digest.
+        spent: What it has cost of privacy (`fedprune.coordination.ledger`); None where nothing is promised.
+        foreseen: What that would be after another round.
+    """
 
     round: int
     model: str
+    spent: float | None = None
+    foreseen: float | None = None
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Coordinator(Desk):
         if state.phase is Phase.CLOSING:
             return [self._close()]
         if state.phase is Phase.EVALUATING:
-            return [do.Evaluate(state.round, state.model)]
+            return [self._evaluate()]
         if state.phase is Phase.FINISHED:
             return [do.Finish(state.model)]
         return self._begin(now)
@@ -203,6 +203,7 @@ class Coordinator(Desk):
         task.progress, task.offered_at = Progress.OFFERED, now
         task.deadline = now + self.deadline_s if self.job.in_flight else None
         self.state.devices[event.device].asked = event.round
+        self.ledger.offered(event.device)
         return [do.SendOffer(event.device, event.round, event.attempt, event.offer), *self._start_clock(now)]
 
     def _start_clock(self, now: float) -> Commands:
@@ -362,8 +363,9 @@ class Coordinator(Desk):
         if not state.tasks.count(Progress.FOLDED):
             return self._deserted(now)
         state.model, state.memory = event.model, dict(event.memory)
+        self.ledger.counted({n: t for n, t in state.tasks.items() if t.progress is Progress.FOLDED})
         state.phase = Phase.EVALUATING
-        return [do.Evaluate(state.round, state.model)]
+        return [self._evaluate()]
 
     def _end(self, metrics: dict[str, float], now: float) -> Commands:
         state = self.state

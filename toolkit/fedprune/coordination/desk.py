@@ -11,6 +11,7 @@ from fedprune.architecture import Architecture
 from fedprune.codec import agreed
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.ledger import Ledger
 from fedprune.coordination.planning import Planned, Planner
 from fedprune.coordination.state import Device, Phase, Progress, State, Task
 from fedprune.errors import ConfigError, shown
@@ -20,6 +21,9 @@ from fedprune.schedule import SYNCHRONOUS
 from fedprune.strategies import compose
 
 Commands = list[do.Command]
+
+EPSILON_NEXT = "epsilon_next"
+"""What an evaluation says of privacy: the ε that a device would have after another round like its dearest."""
 
 MAX_FAILURES = 3
 """A device that refuses so many offers in a row, or whose updates don't count, is left out until it connects again."""
@@ -34,7 +38,7 @@ class Desk(ABC):
         state: Where to go on; for a new job `State(model=digest of the initial weights)`.
 
     Raises:
-        ConfigError: The job's strategy or its options are wrong.
+        ConfigError: The job's strategy or its options are wrong, or it has begun with privacy and would go on without.
     """
 
     def __init__(self, job: Job, architecture: Architecture, state: State) -> None:
@@ -45,6 +49,7 @@ class Desk(ABC):
         self.schedule = self.strategy.schedule or SYNCHRONOUS
         self.allocator: Allocator = self.strategy.allocator or Planned(Planner(job, self.strategy, architecture))
         self.fleet = Fleet(job, architecture, state)
+        self.ledger = Ledger(state, job.privacy)
         weighting = self.strategy.aggregator.weighting
         if weighting not in ("samples", "uniform"):
             raise ConfigError(
@@ -118,8 +123,8 @@ class Desk(ABC):
 
     @property
     def uniform(self) -> bool:
-        """Whether devices count alike, whatever their samples."""
-        return self.strategy.aggregator.weighting == "uniform"
+        """Whether devices count alike, whatever their samples: under privacy no board may weigh more than another."""
+        return self.job.privacy.on or self.strategy.aggregator.weighting == "uniform"
 
     # What a coordinator's rounds are.
 
@@ -230,7 +235,7 @@ class Desk(ABC):
         else:
             device.past, device.last, device.held = known.past, known.last, known.held
             device.asked, device.cut = known.asked, known.cut
-            device.allocation, device.buffer = known.allocation, known.buffer
+            device.allocation, device.buffer, device.releases = known.allocation, known.buffer, known.releases
             if known.session == event.session:
                 device.failures = known.failures  # it was away for another job, and has not connected anew
         state.devices[event.device] = device
@@ -307,7 +312,15 @@ class Desk(ABC):
 
     def _last(self) -> bool:
         """Whether the job ends with the round that has just ended."""
-        return self.state.round >= self.job.rounds or self.allocator.done(self.fleet)
+        return self.state.round >= self.job.rounds or self._exhausted() or self.allocator.done(self.fleet)
+
+    def _exhausted(self) -> bool:
+        """Whether another round would take a device beyond the budget of privacy."""
+        budget, history = self.job.privacy.epsilon_budget, self.state.history
+        return bool(budget and history and history[-1]["metrics"].get(EPSILON_NEXT, 0.0) > budget)
+
+    def _evaluate(self) -> do.Evaluate:
+        return do.Evaluate(self.state.round, self.state.model, self.ledger.spent(), self.ledger.foreseen())
 
 
 def part_of(name: str, task: Task) -> do.Part:

@@ -69,6 +69,8 @@ class Device(Entry):
             schedule keeps that, and what it counted for.
         codecs: Names of the codecs that it knows.
         held: What it goes on from where updates or weights are encoded (`fedprune.coordination.commands.Held`).
+        releases: Under differential privacy, in how many releases its samples are, by noise multiplier
+            (`fedprune.coordination.ledger`).
     """
 
     session: int
@@ -90,6 +92,7 @@ class Device(Entry):
     buffer: dict[str, Any] | None = None
     codecs: list[str] = field(default_factory=list)
     held: dict[str, Any] | None = None
+    releases: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Device:
@@ -232,6 +235,7 @@ class State:
         wakes: Times at which the shell was asked to say that time has passed, and has not yet.
         history: One summary per finished round.
         architecture: Digest of the architecture that rankings and widths belong to, where the shell keeps that.
+        private: Whether boards add noise to what they hand in, and have done so from the first round.
     """
 
     model: str
@@ -250,6 +254,7 @@ class State:
     wakes: list[float] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     architecture: str = ""
+    private: bool = False
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("devices", "tasks"):

@@ -19,6 +19,7 @@ from fedprune.strategies.heterofl import fedrolex, heterofl
 from fedprune.strategies.own import own_strategy
 from fedprune.strategies.plain import plain
 from fedprune.strategies.pr_fl import pr_fl
+from fedprune.strategies.private import check_private
 from fedprune.strategies.robust import robust
 from fedprune.strategies.scheduling import scheduled
 from fedprune.strategies.strategy import Strategy
@@ -59,12 +60,12 @@ def compose(job: Job) -> Strategy:
     `schedule` takes the place of the strategy's own (`fedprune.strategies.scheduling`).
 
     Raises:
-        ConfigError: There is no such strategy, or its options are wrong.
+        ConfigError: There is no such strategy, its options are wrong, or it can't keep the job's privacy.
     """
     options = dict(job.options)
     settings = options.pop(ROBUST, None)
     strategy = scheduled(_compose(replace(job, options=options)), job)
-    return replace(strategy, aggregator=robust(strategy.aggregator, settings))
+    return check_private(job, replace(strategy, aggregator=robust(strategy.aggregator, settings)))
 
 
 def _compose(job: Job) -> Strategy:

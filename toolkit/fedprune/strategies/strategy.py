@@ -62,5 +62,5 @@ class Strategy:
             ConfigError: The job's own recipe has settings that don't go with the strategy's.
         """
         turn = Turn(job.seed, self.explores + 1, device, widths, density, samples)
-        recipe = self.objective.recipe(job.recipe, turn)
+        recipe = job.privacy.asked_of(self.objective.recipe(job.recipe, turn))
         return replace(recipe, mask="hard") if self.masks and recipe.mask == "none" else recipe

@@ -1,0 +1,99 @@
+"""Private jobs from board to summary: what leaves boards, what is counted, and what stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune import tensorfile
+from fedprune.blobs import BlobStore
+from fedprune.job import Job
+from fedprune.privacy import Privacy
+from fedprune.profile_store import find
+from fedprune.recipe import Recipe
+from fedprune_device.assignment import MEASURED
+from fedprune_export.imported import Model
+from fedprune_export.importing import import_onnx
+from fedprune_server.simulation.digits import Federation, deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.report import summary
+from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.virtual_device import VirtualDevice
+
+KIND = "raspberry-pi-4b"
+STATISTICS = ("running_mean", "running_var")
+Build = Callable[..., Simulation]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return import_onnx(digits_model(), "digits-net")
+
+
+@pytest.fixture(scope="module")
+def data() -> Federation:
+    return deal(("a", "b"), seed=1)
+
+
+@pytest.fixture
+def build(model: Model, data: Federation, tmp_path: Path) -> Build:
+    def make(folder: str, privacy: Privacy, **settings: Any) -> Simulation:
+        job = {
+            "seed": 3,
+            "rounds": 2,
+            "devices": 2,
+            "strategy": "fedavg",
+            "options": {"densities": [0.25, 0.5]},
+            **settings,
+        }
+        job = {"recipe": Recipe(max_steps=2), **job}
+        devices = [VirtualDevice(n, find(KIND), d) for n, d in data.devices.items()]
+        what = Experiment("x", Job(**job, privacy=privacy), model, devices, (data.x[:50], data.y[:50]))
+        return Simulation(what, BlobStore(tmp_path / folder, durable=False))
+
+    return make
+
+
+def weights(simulation: Simulation) -> dict[str, np.ndarray[Any, Any]]:
+    return tensorfile.decode(simulation.store.read(simulation.state.model))
+
+
+def test_nothing_clipped_and_no_noise_is_the_job_without_privacy(build: Build) -> None:
+    frozen = Recipe(max_steps=2, frozen=("*running_mean", "*running_var"))
+    plain = build("plain", Privacy(), options={"densities": [0.25, 0.5], "weighting": "uniform"}, recipe=frozen)
+    bare = build("bare", Privacy(clip=1e6), recipe=frozen)
+    plain.run(), bare.run()
+    assert bare.state.model == plain.state.model
+
+
+@pytest.mark.parametrize("noise", [{"noise": "local"}, {"noise": "shared", "boards": 1}])
+def test_a_private_job_tells_updates_alone(build: Build, noise: dict[str, Any], model: Model) -> None:
+    simulation = build("run", Privacy(clip=0.5, noise_multiplier=0.01, **noise))
+    history = simulation.run()
+    for row in history:
+        assert set(row["metrics"]) == {"accuracy", "loss", "samples", "epsilon", "epsilon_next"}
+        for part in row["devices"].values():
+            assert part["progress"] == "folded"
+            assert set(part["metrics"]) <= MEASURED
+    assert history[0]["metrics"]["epsilon"] < history[1]["metrics"]["epsilon"] == history[0]["metrics"]["epsilon_next"]
+    after = weights(simulation)
+    for name, value in after.items():
+        if name.endswith(STATISTICS):
+            assert value.tobytes() == model.tensors[name].tobytes(), name
+    text = {row[0]: row[1] for row in summary(simulation.record())}["privacy"]
+    assert text.startswith("ε ")
+    assert text.endswith(f"at δ 1e-05, {noise['noise']} noise")
+    again = build("again", Privacy(clip=0.5, noise_multiplier=0.01, **noise))
+    again.run()
+    assert again.state.model == simulation.state.model  # simulations are the same every time
+
+
+def test_the_budget_ends_a_simulated_job(build: Build) -> None:
+    simulation = build("run", Privacy(clip=0.5, noise_multiplier=1.0, epsilon_budget=7.0), rounds=9)
+    history = simulation.run()
+    assert len(history) < 9
+    assert history[-1]["metrics"]["epsilon"] <= 7.0 < history[-1]["metrics"]["epsilon_next"]

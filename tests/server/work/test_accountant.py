@@ -1,0 +1,87 @@
+"""ε: the library's own, for cases that are known, and whatever was released."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+
+from fedprune.coordination import State
+from fedprune.coordination import commands as do
+from fedprune.coordination.ledger import spent
+from fedprune.coordination.state import Device
+from fedprune.errors import ConfigError, ExitCode, MissingExtraError
+from fedprune.privacy import Privacy
+from fedprune_server.work.accountant import Accountant, accountant, costs, library
+
+PRIVACY = Privacy(clip=1.0, noise_multiplier=2.0)
+
+
+@pytest.mark.parametrize(("multiplier", "rounds"), [(1.0, 1), (1.0, 24), (4.0, 100), (20.0, 1000)])
+def test_equal_releases_cost_what_the_rdp_accountant_bounds(multiplier: float, rounds: int) -> None:
+    known = library().rdp.RdpAccountant()
+    known.compose(library().GaussianDpEvent(multiplier), rounds)
+    mine, bound = Accountant(PRIVACY).epsilon(rounds / multiplier**2), known.get_epsilon(PRIVACY.delta)
+    assert 0.8 * bound < mine <= bound
+
+
+def test_releases_of_different_noise_cost_what_the_pld_accountant_says() -> None:
+    known = library().pld.PLDAccountant()
+    releases = {"3.0": 4, "2.5": 2, "6.0": 5}
+    for multiplier, count in releases.items():
+        known.compose(library().GaussianDpEvent(float(multiplier)), count)
+    assert Accountant(PRIVACY).epsilon(spent(releases)) == pytest.approx(known.get_epsilon(PRIVACY.delta), rel=1e-3)
+
+
+def test_epsilon_is_where_the_privacy_curve_reaches_delta() -> None:
+    def normal(value: float) -> float:
+        return 0.5 * math.erfc(-value / math.sqrt(2))
+
+    for cost in (0.01, 0.25, 1.0, 9.0):
+        epsilon, mu = Accountant(PRIVACY).epsilon(cost), math.sqrt(cost)
+        # Balle and Wang 2018, Theorem 8.
+        delta = normal(mu / 2 - epsilon / mu) - math.exp(epsilon) * normal(-mu / 2 - epsilon / mu)
+        assert delta == pytest.approx(PRIVACY.delta, rel=1e-3)
+
+
+def test_what_is_not_released_costs_nothing() -> None:
+    assert Accountant(PRIVACY).epsilon(0.0) == 0.0
+
+
+def test_a_rounds_summary_has_what_was_spent_and_what_comes() -> None:
+    counts = Accountant(PRIVACY)
+    said = counts.metrics(do.Evaluate(1, "m", 0.25, 0.5))
+    assert said == {"epsilon": counts.epsilon(0.25), "epsilon_next": counts.epsilon(0.5)}
+    assert counts.metrics(do.Evaluate(1, "m")) == {}
+
+
+def test_without_noise_nobody_counts() -> None:
+    assert accountant(Privacy()) is None
+    assert accountant(Privacy(clip=1.0)) is None
+
+
+def test_a_budget_that_is_not_enough_for_one_round_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"epsilon_budget: expected at least \d+.* what the first round costs"):
+        Accountant(Privacy(clip=1.0, noise_multiplier=0.5, epsilon_budget=1.0))
+
+
+def test_without_the_extra_a_private_job_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'fedprune\[privacy\]'") as caught:
+        Accountant(PRIVACY)
+    assert caught.value.exit_code is ExitCode.MISSING_EXTRA
+    assert costs(PRIVACY, fleet())["epsilon"] == {"a": None, "b": None}
+
+
+def fleet() -> State:
+    boards = {n: Device(1, True, {}, None, 9) for n in "ab"}
+    boards["a"].releases = {"2.0": 4}
+    return State("m", round=4, devices=boards, private=True)
+
+
+def test_every_boards_cost_is_known() -> None:
+    found = costs(PRIVACY, fleet())
+    assert found["epsilon"] == {"a": Accountant(PRIVACY).epsilon(1.0), "b": 0.0}
+    assert (found["delta"], found["noise"], found["clip"]) == (1e-5, "local", 1.0)
+    assert costs(PRIVACY, None) == costs(Privacy(), fleet()) == costs(PRIVACY, State("m")) == {}

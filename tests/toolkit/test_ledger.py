@@ -1,0 +1,186 @@
+"""The ledger of privacy: what counts, when, at which multiplier, and that a job can't forget it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from coordinator_shell import Shell
+from hypothesis import given
+from hypothesis import strategies as st
+from two_groups import ARCHITECTURE, TRAINED
+
+import toy
+from fedprune.coordination import Phase, State, coordinate
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.coordination.ledger import holding, spent
+from fedprune.coordination.state import Task
+from fedprune.errors import ConfigError
+from fedprune.job import Job
+from fedprune.privacy import Privacy
+from fedprune.selection import Selection
+
+pytestmark = pytest.mark.board
+
+LOCAL = Privacy(clip=1.0, noise_multiplier=2.0)
+SHARED = Privacy(clip=1.0, noise_multiplier=2.0, noise="shared", boards=2)
+
+
+class Fleet(Shell):
+    """Three boards that deliver, but for those that are silent; every evaluation says what it is told."""
+
+    def __init__(self, job: Job, silent: tuple[str, ...] = ()) -> None:
+        super().__init__(job)
+        self.silent, self.said = silent, list[do.Evaluate]()
+        self.session = 0
+
+    def arrive(self) -> None:
+        self.session += 1
+        self.inbox += [on.DeviceBorn(n, self.session, {"name": "toy"}, 10 * (1 + i)) for i, n in enumerate(toy.NAMES)]
+
+    def weights(self, command: do.Extract) -> str:
+        return "0"
+
+    def update(self, command: do.SendOffer) -> str:
+        return command.device
+
+    def model(self, command: do.Close) -> str:
+        return f"m{command.round}"
+
+    def answer(self, command: do.Command) -> on.Event | None:
+        match command:
+            case do.SendOffer() if command.device in self.silent:
+                return None
+            case do.Evaluate():
+                self.said.append(command)
+                return on.Evaluated(command.round, {"epsilon_next": 1e3 * (command.foreseen or 0.0)})
+        return super().answer(command)
+
+    def run(self) -> None:
+        self.arrive()
+        for _ in range(1000):
+            if self.state.phase is Phase.FINISHED:
+                return
+            if not self.inbox:
+                self.now = min(w for w in self.wakes if w > self.now)
+                self.inbox.append(on.Ticked())
+            self.feed(self.inbox.pop(0))
+
+    @property
+    def releases(self) -> dict[str, dict[str, int]]:
+        return {n: d.releases for n, d in self.state.devices.items()}
+
+
+def test_without_privacy_nothing_is_noted() -> None:
+    fleet = Fleet(toy.JOB)
+    fleet.run()
+    assert set(map(str, fleet.releases.values())) == {"{}"}
+    assert {(c.spent, c.foreseen) for c in fleet.said} == {(None, None)}
+
+
+@pytest.mark.parametrize("schedule", [{}, {"kind": "async", "arrivals": 3}])
+def test_local_noise_counts_with_every_offer(schedule: dict[str, Any]) -> None:
+    job = replace(toy.JOB, strategy="fedavg", density=0.0, options={"densities": [1.0]}, schedule=schedule)
+    fleet = Fleet(replace(job, privacy=LOCAL))
+    fleet.run()
+    rounds = fleet.said[-1].round
+    assert fleet.releases == {n: {"2.0": rounds} for n in toy.NAMES}
+    assert (fleet.said[-1].spent, fleet.said[-1].foreseen) == (rounds / 4, (rounds + 1) / 4)
+
+
+def test_local_noise_counts_whether_or_not_a_board_delivers() -> None:
+    fleet = Fleet(replace(toy.JOB, privacy=LOCAL), silent=("b",))
+    fleet.run()
+    assert fleet.releases["b"] == {"2.0": 3}
+
+
+def test_shared_noise_counts_for_who_delivered_at_the_noise_that_was_there() -> None:
+    fleet = Fleet(replace(toy.JOB, privacy=SHARED), silent=("b",))
+    fleet.run()
+    # Two of three delivered, one of which may be curious: one board's part of the noise remains.
+    part = {repr(2 * math.sqrt(1 / 2)): 3}
+    assert fleet.releases == {"a": part, "b": {}, "c": part}
+    whole = Fleet(replace(toy.JOB, privacy=SHARED))
+    whole.run()
+    assert whole.releases == {n: {"2.0": 3} for n in toy.NAMES}
+
+
+def test_all_boards_count_alike_under_privacy() -> None:
+    for privacy, weights in ((Privacy(), {10, 20, 30}), (LOCAL, {1}), (Privacy(clip=1.0), {1})):
+        fleet = Fleet(replace(toy.JOB, privacy=privacy))
+        fleet.run()
+        assert {t.weight for t in fleet.state.tasks.values()} == weights
+
+
+def test_a_budget_ends_the_job_before_it_is_overdrawn() -> None:
+    # The shell says an ε of a thousand times what was spent: 250 a round.
+    fleet = Fleet(replace(toy.JOB, rounds=9, privacy=replace(LOCAL, epsilon_budget=750.0)))
+    fleet.run()
+    assert [c.round for c in fleet.said] == [1, 2, 3]
+    assert fleet.state.phase is Phase.FINISHED
+    more = coordinate(replace(fleet.job, privacy=replace(LOCAL, epsilon_budget=1e4)), toy.ARCHITECTURE, fleet.state)
+    more.resume(fleet.now)
+    assert more.state.phase is Phase.WAITING  # with more to spend it goes on
+
+
+@pytest.mark.parametrize("privacy", [LOCAL, SHARED])
+def test_a_crash_counts_nothing_twice_and_forgets_nothing(privacy: Privacy) -> None:
+    job = replace(toy.JOB, rounds=2, privacy=privacy)
+    whole = Fleet(job)
+    whole.run()
+    length = 40
+    for at in range(1, length):
+        fleet = Fleet(job)
+        fleet.arrive()
+        for _ in range(at):
+            if fleet.inbox:
+                fleet.feed(fleet.inbox.pop(0))
+        fleet.crash()
+        for _ in range(200):
+            if fleet.inbox:
+                fleet.feed(fleet.inbox.pop(0))
+        assert fleet.state.phase is Phase.FINISHED
+        assert fleet.releases == whole.releases, at
+
+
+@pytest.mark.parametrize(("before", "after"), [(LOCAL, Privacy()), (Privacy(), LOCAL), (Privacy(clip=1.0), LOCAL)])
+def test_a_job_is_private_from_its_first_round_to_its_last(before: Privacy, after: Privacy) -> None:
+    fleet = Fleet(replace(toy.JOB, privacy=before))
+    fleet.run()
+    with pytest.raises(ConfigError, match="noise_multiplier: expected above 0 from a job's first round"):
+        coordinate(replace(toy.JOB, privacy=after), toy.ARCHITECTURE, State.from_json(fleet.state.to_json()))
+
+
+def test_releases_add_up() -> None:
+    assert spent({}) == 0
+    assert spent({"2.0": 3, "0.5": 1}) == 3 / 4 + 4
+
+
+@given(st.lists(st.tuples(*(st.integers(1, n) for n in ARCHITECTURE.sizes)), min_size=1, max_size=5), st.data())
+def test_no_coordinate_of_a_board_has_less_noise_than_it_is_credited(
+    widths: list[tuple[int, ...]], data: st.DataObject
+) -> None:
+    kinds = data.draw(st.lists(st.integers(0, 1), min_size=len(widths), max_size=len(widths)))
+    orders = [
+        tuple(np.array(data.draw(st.permutations(range(n)), "rank")) for n in ARCHITECTURE.sizes) for _ in range(2)
+    ]
+    whole = [Selection.of(ARCHITECTURE, ARCHITECTURE.sizes, order) for order in orders]
+    own = {str(i): whole[kind].narrowed(w) for i, (kind, w) in enumerate(zip(kinds, widths, strict=True))}
+    tasks = {
+        name: Task(1, w, offer={"ranking": str(kind), "widths": list(w)})
+        for (name, w, kind) in zip(own, widths, kinds, strict=True)
+    }
+    held = {}
+    for name, selection in own.items():
+        marks = {}
+        for tensor in TRAINED:
+            marks[tensor] = np.zeros(ARCHITECTURE.by_name[tensor].shape, int)
+            marks[tensor][np.ix_(*selection.maps(tensor))] = 1
+        held[name] = marks
+    for name, credited in holding(tasks).items():
+        fewest = min(int(sum(other[t] for other in held.values())[held[name][t] == 1].min()) for t in TRAINED)
+        assert 1 <= credited <= fewest
