@@ -1,4 +1,4 @@
-# make demo | test | test-arm64 | check | soak | first-boot | clean
+# make demo | test | test-arm64 | check | docs | soak | first-boot | clean
 PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
@@ -21,7 +21,7 @@ BOARD_EXAMPLES := 10
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: environments demo test test-dev test-board test-arm64 check soak first-boot clean
+.PHONY: environments demo test test-dev test-board test-arm64 check docs soak first-boot clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/fedprune-server demo --out demo-run
@@ -55,6 +55,11 @@ check: $(DEV)/installed
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports --no-cache
+
+# What the code says of itself, written into docs/; then the site, in build/site. Without a network.
+docs: $(DEV)/installed
+	$(DEV)/bin/python -m manual
+	NO_MKDOCS_2_WARNING=1 $(DEV)/bin/python -m mkdocs build
 
 # Long runs that are not for every push.
 soak: $(DEV)/installed

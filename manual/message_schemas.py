@@ -22,6 +22,22 @@ LIMITS = (
     "63 bits in free objects, halves of surrogate pairs in text, and addresses of blobs that only look like one."
 )
 
+_HEAD = """# Schemas of the protocol
+
+<!-- Made by `python -m manual`: change the classes of the messages instead. -->
+
+A JSON Schema (draft 2020-12) for each message, made from the code that checks it, and all topics with what travels
+on them as an [AsyncAPI 3.0 document](asyncapi.json). [The protocol](../protocol.md) says what the messages mean. Tests
+damage messages and compare: what a schema refuses, the parser refuses. The other way round some things are missing
+that JSON Schema has no word for: whole numbers that are written as `1.0` or `1e2`, numbers beyond float64, whole
+numbers beyond 63 bits in free objects, halves of surrogate pairs, the finer rules of addresses of blobs, and a
+message's length of at most 262,144 bytes. Signed messages stand behind [an envelope](../protocol.md#envelopes); chunks
+of [blobs](../protocol.md#blobs) are binary.
+
+| message | |
+|---|---|
+"""
+
 
 def messages() -> dict[str, type[CheckedMessage]]:
     """The classes of all messages, by their type on the wire."""
@@ -56,6 +72,11 @@ def schema(cls: type[CheckedMessage]) -> Schema:
 def files() -> dict[str, str]:
     """The schema of each message, by the name of its file."""
     return {f"{kind}.json": written(schema(cls)) for kind, cls in messages().items()}
+
+
+def page() -> str:
+    """The table of all schemas, in Markdown."""
+    return _HEAD + "".join(f"| [`{kind}`]({kind}.json) | {summary(cls)} |\n" for kind, cls in messages().items())
 
 
 def written(body: Schema) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manual import asyncapi, message_schemas
+from manual import asyncapi, command_pages, message_schemas, setting_pages
 
 SCHEMAS = "docs/schemas"
 
@@ -12,7 +12,12 @@ SCHEMAS = "docs/schemas"
 def files() -> dict[str, str]:
     """What each file should hold, by its path in the repository."""
     schemas = {**message_schemas.files(), "asyncapi.json": message_schemas.written(asyncapi.document())}
-    return {f"{SCHEMAS}/{name}": text for name, text in schemas.items()}
+    return {
+        "docs/reference/cli.md": command_pages.page(),
+        "docs/reference/settings.md": setting_pages.page(),
+        f"{SCHEMAS}/README.md": message_schemas.page(),
+        **{f"{SCHEMAS}/{name}": text for name, text in schemas.items()},
+    }
 
 
 def stale(root: Path) -> list[str]:

@@ -80,7 +80,7 @@ def test_every_valid_message_is_valid_by_its_schema(message: Message) -> None:
 
 
 @given(messages | st.sampled_from(EXAMPLES), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_damaged_message_is_taken_by_the_parser_where_it_is_valid_and_only_there(message: Message, data: Any) -> None:
     body = json.loads(message.to_bytes())
     path = data.draw(st.sampled_from([*_places(body)]))
