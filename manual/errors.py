@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 from fedprune.errors import ExitCode
@@ -11,6 +12,7 @@ WINGS = ("toolkit", "export", "device_runtime", "server")
 _BASE = "FedpruneError"
 
 
+@cache
 def by_exit_code(root: Path) -> dict[ExitCode, list[str]]:
     """Names of the errors with which a command ends, by the exit code; those of `fedprune.errors` first.
 
@@ -18,6 +20,7 @@ def by_exit_code(root: Path) -> dict[ExitCode, list[str]]:
         root: The repository.
     """
     files = [path for wing in WINGS for path in sorted((root / wing).rglob("*.py"))]
+    files = [path for path in files if "Error):" in path.read_text(encoding="utf-8")]
     files.sort(key=lambda path: path.name != "errors.py")
     known: dict[str, ExitCode] = {_BASE: ExitCode.INTERNAL}
     found: dict[ExitCode, list[str]] = {code: [] for code in ExitCode}

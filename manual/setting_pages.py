@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Collection
@@ -68,9 +69,11 @@ def page() -> str:
 
 def _options() -> set[str]:
     """The options of `fedprune-server run`."""
-    commands = next(a for a in build_parser()._actions if isinstance(a.choices, dict) and "run" in a.choices)
-    run = (commands.choices or {})["run"]  # type: ignore[call-overload]
-    return {name.removeprefix("--") for action in run._actions for name in action.option_strings}
+    for action in build_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            run: argparse.ArgumentParser = action.choices["run"]
+            return {name.removeprefix("--") for inner in run._actions for name in inner.option_strings}
+    return set()
 
 
 def _table(

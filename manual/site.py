@@ -19,6 +19,7 @@ BESIDE = (
     "CONTRIBUTING.md",
     "LICENSE",
     "benchmarks/**/*.md",
+    "benchmarks/**/*.json",
     "benchmarks/**/*.png",
     "examples/*.*",
 )

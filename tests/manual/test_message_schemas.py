@@ -74,13 +74,13 @@ def _places(body: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 @given(messages)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_every_valid_message_is_valid_by_its_schema(message: Message) -> None:
     VALIDATORS[message.kind].validate(json.loads(message.to_bytes()))
 
 
 @given(messages | st.sampled_from(EXAMPLES), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_a_damaged_message_is_taken_by_the_parser_where_it_is_valid_and_only_there(message: Message, data: Any) -> None:
     body = json.loads(message.to_bytes())
     path = data.draw(st.sampled_from([*_places(body)]))
@@ -98,10 +98,13 @@ def test_a_damaged_message_is_taken_by_the_parser_where_it_is_valid_and_only_the
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda m: m.kind)
 def test_every_field_is_judged_alike(example: Message) -> None:
     """Every field with every odd value: no chance."""
+    schema = message_schemas.schema(type(example))
+    body = json.loads(example.to_bytes())
+    assert valid(body)
     for name in (*example.checks, "v"):
+        field = VALIDATOR({**schema["properties"][name], "$defs": schema.get("$defs", {})})
         for value in ODD:
-            body = {**json.loads(example.to_bytes()), name: value}
-            assert takes(body) == valid(body), (name, str(value)[:80])
+            assert takes({**body, name: value}) == field.is_valid(value), (name, str(value)[:80])
 
 
 def test_every_field_may_be_missing_where_the_schema_says_so() -> None:
