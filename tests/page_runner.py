@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _FENCE = re.compile(
-    r"^(?:<!-- (?P<mark>run|output): (?P<said>.*?) -->\n)?```(?P<kind>sh|text)\n(?P<body>.*?)^```$"
+    r"^(?:<!-- (?P<mark>run|output): (?!wait for )(?P<said>[^\n]*?) -->\n)?```(?P<kind>sh|text)\n(?P<body>.*?)^```$"
     r"|^<!-- run: wait for (?P<names>.*?) -->$",
     re.MULTILINE | re.DOTALL,
 )
