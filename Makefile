@@ -1,4 +1,4 @@
-# make demo | test | test-arm64 | check | audit | soak | first-boot | release | sbom | pins | clean
+# make demo | test | test-arm64 | check | audit | docs | soak | first-boot | release | sbom | pins | clean
 PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
@@ -26,7 +26,7 @@ BOARD_EXAMPLES := 10
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND = Agg
 
-.PHONY: environments demo test test-dev test-board test-arm64 check audit soak first-boot release sbom pins clean
+.PHONY: environments demo test test-dev test-board test-arm64 check audit docs soak first-boot release sbom pins clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/fedprune-server demo --out demo-run
@@ -90,6 +90,11 @@ pins: sbom
 	$(DEV)/bin/pip --python build/sbom/bin/python freeze --exclude fedprune | awk -F == ' \
 	{ name = tolower($$1); gsub("_", "-", name) } FILENAME == "constraints.txt" { known[name] = 1; next } \
 	!(name in known) && NF == 2 { print }' constraints.txt -; } >build/pins && mv build/pins deploy/constraints.txt
+
+# What the code says of itself, written into docs/; then the site, in build/site. Without a network.
+docs: $(DEV)/installed
+	$(DEV)/bin/python -m manual
+	NO_MKDOCS_2_WARNING=1 $(DEV)/bin/python -m mkdocs build
 
 # Long runs that are not for every push.
 soak: $(DEV)/installed

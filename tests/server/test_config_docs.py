@@ -7,11 +7,12 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from fedprune.errors import ExitCode
+from fedprune.errors import ExitCode, FedpruneError
 from fedprune.job import Job
 from fedprune.privacy import WRITTEN, Privacy
 from fedprune.recipe import Recipe
 from fedprune_server.settings.config import ServerConfig, parse_config
+from manual.errors import by_exit_code
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -75,6 +76,25 @@ def test_every_exit_code_has_a_paragraph_that_says_how_to_resolve_it() -> None:
     parts = dict(re.findall(r"^## (\d+: \w+)\n\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
     assert list(parts) == [f"{int(c)}: {c.name}" for c in ExitCode]
     assert all("How to resolve" in " ".join(p.split()) for p in parts.values())
+
+
+def test_every_error_is_listed_with_its_exit_code() -> None:
+    text = (DOCS / "exit-codes.md").read_text()
+    parts = dict(re.findall(r"^## (\d+): \w+\n\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
+    listed = {code: re.findall(r"`(\w+)`", part.partition("\nIn Python: ")[2]) for code, part in parts.items()}
+    assert listed == {str(int(code)): names for code, names in by_exit_code(DOCS.parent).items()}
+
+
+def test_errors_are_found_with_the_exit_codes_that_they_have() -> None:
+    """Reading the source gives what Python gives, for the errors that are imported here."""
+    known = {name: code for code, names in by_exit_code(DOCS.parent).items() for name in names}
+    waiting = list(FedpruneError.__subclasses__())
+    assert len(waiting) > 15
+    while waiting:
+        error = waiting.pop()
+        if error.__module__.startswith("fedprune"):
+            assert known[error.__name__] == error.exit_code
+            waiting += error.__subclasses__()
 
 
 def test_the_table_of_exit_codes_is_complete() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from fedprune.errors import ProtocolError, shown
 from fedprune.kept_table import SUFFIX
+from fedprune.wire.schema import described
 
 MAX_URL = 512
 """Characters of an address."""
@@ -82,6 +83,7 @@ class BlobUrl:
         return self.blob(sha256) + SUFFIX
 
 
+@described({"type": "string", "maxLength": MAX_URL, "pattern": f"^{re.sub('[?]P<[a-z]+>', '?:', _URL.pattern)}$"})
 def check_blob_url(where: str, value: object) -> str:
     """Check a message's field: the address in its one form."""
     return str(BlobUrl.parse(value, where))

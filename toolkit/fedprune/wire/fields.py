@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fedprune.errors import ProtocolError, shown
-from fedprune.wire.blob_ref import BlobRef, is_digest
+from fedprune.wire.blob_ref import MAX_BLOB, BlobRef, is_digest
+from fedprune.wire.schema import Schema, defined, described, schema_of
 from fedprune.wire.topics import check_device, check_job, check_name, check_tag
 
 Check = Callable[[str, object], Any]
@@ -29,6 +30,9 @@ MAX_LOSS = 1e6
 
 _HEX = re.compile(r"[0-9a-f]*")
 _METRIC = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
+_PRINTABLE = r"^[^\u0000-\u0008\u000b-\u001f\u007f-\u009f]*$"
+_LONGEST_KEY = 256
+_LONGEST_TEXT = 65_536
 
 
 def served(metrics: Mapping[str, float], kind: str) -> float | None:
@@ -50,21 +54,35 @@ def one_line(value: str, limit: int = 500) -> str:
     return flat if len(value) <= limit else f"{flat}..."
 
 
+def _list_of(item: Schema, most: int, least: int = 0) -> Schema:
+    return {"type": "array", "items": item, "minItems": least, "maxItems": most}
+
+
+def _object_of(value: Schema, most: int | None = None, key: Schema | None = None) -> Schema:
+    names = {"maxLength": _LONGEST_KEY, "pattern": _PRINTABLE} if key is None else key
+    limit = {} if most is None else {"maxProperties": most}
+    return {"type": "object", "propertyNames": names, "additionalProperties": value, **limit}
+
+
+@described(defined("device"))
 def device(where: str, value: object) -> str:
     """A device's name."""
     return check_device(value, where)
 
 
+@described({"type": "string", "pattern": "^[0-9a-f]{16}$"})
 def tag(where: str, value: object) -> str:
     """The tag of a receiver."""
     return check_tag(value, where)
 
 
+@described(defined("name"))
 def site(where: str, value: object) -> str:
     """A site's name."""
     return check_name(value, where)
 
 
+@described(defined("job"))
 def job(where: str, value: object) -> str:
     """A job's name."""
     return check_job(value, where)
@@ -73,6 +91,7 @@ def job(where: str, value: object) -> str:
 def whole(low: int = 0, high: int = MAX_INT) -> Check:
     """A whole number in a range."""
 
+    @described({"type": "integer", "minimum": low, "maximum": high})
     def check(where: str, value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise ProtocolError(where, expected=f"a whole number from {low} to {high}", got=shown(value))
@@ -84,7 +103,9 @@ def whole(low: int = 0, high: int = MAX_INT) -> Check:
 def number(low: float = -math.inf, high: float = math.inf) -> Check:
     """A finite number in a range."""
     span = "" if (low, high) == (-math.inf, math.inf) else f" from {low:g} to {high:g}"
+    ends = {"minimum": low, "maximum": high}
 
+    @described({"type": "number", **{word: end for word, end in ends.items() if math.isfinite(end)}})
     def check(where: str, value: object) -> float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             try:
@@ -101,6 +122,7 @@ def number(low: float = -math.inf, high: float = math.inf) -> Check:
 def text(limit: int) -> Check:
     """Text without control characters other than line ends and tabs."""
 
+    @described({"type": "string", "maxLength": limit, "pattern": _PRINTABLE})
     def check(where: str, value: object) -> str:
         if not isinstance(value, str) or len(value) > limit or any(_unprintable(ord(c)) for c in value):
             raise ProtocolError(where, expected=f"text of at most {limit} printable characters", got=shown(value))
@@ -117,6 +139,7 @@ def _unprintable(code: int) -> bool:
 def choice(*options: str) -> Check:
     """One of a few words."""
 
+    @described({"enum": list(options)})
     def check(where: str, value: object) -> str:
         if not isinstance(value, str) or value not in options:
             raise ProtocolError(where, expected=" or ".join(options), got=shown(value))
@@ -125,6 +148,7 @@ def choice(*options: str) -> Check:
     return check
 
 
+@described(defined("digest"))
 def digest(where: str, value: object) -> str:
     """A sha256 as hex."""
     if not isinstance(value, str) or not is_digest(value):
@@ -137,6 +161,7 @@ def hexadecimal(low: int, high: int | None = None) -> Check:
     most = low if high is None else high
     span = f"{low}" if most == low else f"{low} to {most}"
 
+    @described({"type": "string", "minLength": low, "maxLength": most, "pattern": "^([0-9a-f]{2})*$"})
     def check(where: str, value: object) -> str:
         if not isinstance(value, str) or not low <= len(value) <= most or not _HEX.fullmatch(value) or len(value) % 2:
             raise ProtocolError(where, expected=f"{span} hex digits", got=shown(value))
@@ -145,6 +170,7 @@ def hexadecimal(low: int, high: int | None = None) -> Check:
     return check
 
 
+@described(defined("blob"))
 def blob(where: str, value: object) -> BlobRef:
     """A blob reference."""
     if isinstance(value, BlobRef):
@@ -158,6 +184,7 @@ def blob(where: str, value: object) -> BlobRef:
 def blobs(limit: int) -> Check:
     """Blob references by a short name."""
 
+    @described(_object_of(defined("blob"), limit, defined("name")))
     def check(where: str, value: object) -> dict[str, BlobRef]:
         if not isinstance(value, Mapping) or len(value) > limit:
             raise ProtocolError(where, expected=f"an object of at most {limit} blobs", got=shown(value))
@@ -169,6 +196,7 @@ def blobs(limit: int) -> Check:
 def blob_list(limit: int) -> Check:
     """A list of at least one blob reference."""
 
+    @described(_list_of(defined("blob"), limit, least=1))
     def check(where: str, value: object) -> tuple[BlobRef, ...]:
         if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= limit:
             raise ProtocolError(where, expected=f"a list of 1 to {limit} blobs", got=shown(value))
@@ -177,6 +205,7 @@ def blob_list(limit: int) -> Check:
     return check
 
 
+@described({"const": True})
 def true(where: str, value: object) -> bool:
     """The word true: what isn't so is left out."""
     if value is not True:
@@ -186,13 +215,19 @@ def true(where: str, value: object) -> bool:
 
 def optional(check: Check) -> Check:
     """What `check` takes, or null."""
-    return lambda where, value: None if value is None else check(where, value)
+
+    @described(lambda: {"anyOf": [schema_of(check), {"type": "null"}]})
+    def checked(where: str, value: object) -> Any:
+        return None if value is None else check(where, value)
+
+    return checked
 
 
 def wholes(limit: int, low: int, high: int) -> Check:
     """A list of whole numbers."""
     one = whole(low, high)
 
+    @described(_list_of(schema_of(one), limit))
     def check(where: str, value: object) -> tuple[int, ...]:
         if not isinstance(value, (list, tuple)) or len(value) > limit:
             raise ProtocolError(where, expected=f"a list of at most {limit} numbers", got=shown(value))
@@ -204,6 +239,7 @@ def wholes(limit: int, low: int, high: int) -> Check:
 def digests(limit: int) -> Check:
     """A list of at least one sha256 as hex."""
 
+    @described(_list_of(defined("digest"), limit, least=1))
     def check(where: str, value: object) -> tuple[str, ...]:
         if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= limit:
             raise ProtocolError(where, expected=f"a list of 1 to {limit} digests", got=shown(value))
@@ -215,6 +251,7 @@ def digests(limit: int) -> Check:
 def names(limit: int) -> Check:
     """A list of short names of what a peer knows, which may be more than this version does."""
 
+    @described(_list_of(defined("name"), limit))
     def check(where: str, value: object) -> tuple[str, ...]:
         if not isinstance(value, (list, tuple)) or len(value) > limit:
             raise ProtocolError(where, expected=f"a list of at most {limit} names", got=shown(value))
@@ -223,6 +260,14 @@ def names(limit: int) -> Check:
     return check
 
 
+@described(
+    {
+        "type": "object",
+        "maxProperties": MAX_METRICS,
+        "propertyNames": {"pattern": f"^{_METRIC.pattern}$"},
+        "additionalProperties": {"type": "number"},
+    }
+)
 def metrics(where: str, value: object) -> dict[str, float]:
     """Finite numbers by name."""
     if not isinstance(value, Mapping) or len(value) > MAX_METRICS:
@@ -249,6 +294,7 @@ def believable(metrics: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
+@described(defined("object"))
 def plain(where: str, value: object) -> dict[str, Any]:
     """An object of plain JSON values, of bounded depth, with finite numbers."""
     if not isinstance(value, Mapping):
@@ -256,6 +302,13 @@ def plain(where: str, value: object) -> dict[str, Any]:
     return {key: _plain(where, item, MAX_DEPTH) for key, item in _keys(where, value)}
 
 
+@described(
+    {
+        "type": "object",
+        "required": ["job", "round", "attempt"],
+        "properties": {"job": defined("job"), "round": defined("count"), "attempt": defined("count")},
+    }
+)
 def assignment(where: str, value: object) -> dict[str, Any]:
     """Which job, round and attempt a device holds."""
     if not isinstance(value, Mapping):
@@ -275,7 +328,7 @@ def _plain(where: str, value: object, depth: int) -> Any:
     if isinstance(value, float):
         return number()(where, value)
     if isinstance(value, str):
-        return text(65_536)(where, value)
+        return text(_LONGEST_TEXT)(where, value)
     if depth <= 1:
         raise ProtocolError(where, expected=f"at most {MAX_DEPTH} levels", got="more")
     if isinstance(value, (list, tuple)):
@@ -288,7 +341,39 @@ def _plain(where: str, value: object, depth: int) -> Any:
 def _keys(where: str, value: Mapping[Any, object]) -> list[tuple[str, object]]:
     rows = []
     for key, item in value.items():
-        if not isinstance(key, str) or len(key) > 256:
-            raise ProtocolError(f"{where}: key", expected="text of at most 256 characters", got=shown(key))
-        rows.append((text(256)(f"{where}: key", key), item))
+        if not isinstance(key, str) or len(key) > _LONGEST_KEY:
+            raise ProtocolError(f"{where}: key", expected=f"text of at most {_LONGEST_KEY} characters", got=shown(key))
+        rows.append((text(_LONGEST_KEY)(f"{where}: key", key), item))
     return rows
+
+
+def _definitions() -> dict[str, Schema]:
+    """What several fields take, by name; plain values by the levels that they may have."""
+    digits = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+    plain: Schema = {"type": ["null", "boolean", "number", "string"], "maxLength": _LONGEST_TEXT, "pattern": _PRINTABLE}
+    found: dict[str, Schema] = {
+        "name": {"type": "string", "pattern": r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,64}$"},
+        "device": {"$ref": "#/$defs/name", "not": {"const": "all"}},
+        "job": {"$ref": "#/$defs/name", "not": {"const": "-"}},
+        "count": {"type": "integer", "minimum": 0, "maximum": MAX_INT},
+        "digest": digits,
+        "blob": {
+            "type": "object",
+            "required": ["sha256", "size", "leaves"],
+            "properties": {
+                "sha256": defined("digest"),
+                "size": {"type": "integer", "minimum": 0, "maximum": MAX_BLOB},
+                "leaves": defined("digest"),
+            },
+        },
+    }
+    for level in range(1, MAX_DEPTH + 1):
+        found[f"plain{level}"] = plain
+        inner = defined(f"plain{level}")
+        plain = {"anyOf": [defined("plain1"), {"type": "array", "items": inner}, _object_of(inner)]}
+    found["object"] = _object_of(defined(f"plain{MAX_DEPTH}"))
+    return found
+
+
+DEFINITIONS = _definitions()
+"""What descriptions of checks refer to as `#/$defs/...`."""

@@ -14,6 +14,7 @@ from fedprune.errors import ProtocolError, shown
 from fedprune.wire import fields as check
 from fedprune.wire.checked_message import CheckedMessage
 from fedprune.wire.fields import Check
+from fedprune.wire.schema import Schema, described, schema_of
 
 LOG = "log"
 """Ability of a board: it sends warnings and errors of its log, and reports of crashes, to a server that asks."""
@@ -28,40 +29,42 @@ _COUNT = check.whole()
 _REAL = check.optional(check.number(-1e12, 1e12))
 
 
-def _lines(where: str, value: object) -> tuple[dict[str, Any], ...]:
-    """Lines of a log."""
-    return _rows(
-        where,
-        value,
-        MAX_LINES,
-        {
-            "number": _COUNT,
-            "at": _COUNT,
-            "level": check.choice(*LEVELS),
-            "count": check.whole(1, 2**31 - 1),
-            "text": check.text(MAX_TEXT),
-        },
-    )
+def _rows(limit: int, checks: Mapping[str, Check]) -> Check:
+    """A list of objects, each with these keys; what else they have is left out."""
+    row: Schema = {
+        "type": "object",
+        "properties": {key: schema_of(checked) for key, checked in checks.items()},
+        "required": list(checks),
+    }
+
+    @described({"type": "array", "maxItems": limit, "items": row})
+    def rows(where: str, value: object) -> tuple[dict[str, Any], ...]:
+        if not isinstance(value, (list, tuple)) or len(value) > limit:
+            raise ProtocolError(where, expected=f"a list of at most {limit} objects", got=shown(value))
+        found = []
+        for i, each in enumerate(value):
+            if not isinstance(each, Mapping):
+                raise ProtocolError(f"{where}[{i}]", expected="an object", got=shown(each))
+            for key in checks:
+                if key not in each:
+                    raise ProtocolError(f"{where}[{i}].{key}", expected="a value", got="nothing")
+            found.append({key: checked(f"{where}[{i}].{key}", each[key]) for key, checked in checks.items()})
+        return tuple(found)
+
+    return rows
 
 
-def _frames(where: str, value: object) -> tuple[dict[str, Any], ...]:
-    """Frames of a traceback, the innermost first."""
-    rows = {"module": check.text(128), "line": check.whole(0, 2**31 - 1), "function": check.text(128)}
-    return _rows(where, value, MAX_FRAMES, rows)
-
-
-def _rows(where: str, value: object, limit: int, checks: Mapping[str, Check]) -> tuple[dict[str, Any], ...]:
-    if not isinstance(value, (list, tuple)) or len(value) > limit:
-        raise ProtocolError(where, expected=f"a list of at most {limit} objects", got=shown(value))
-    rows = []
-    for i, row in enumerate(value):
-        if not isinstance(row, Mapping):
-            raise ProtocolError(f"{where}[{i}]", expected="an object", got=shown(row))
-        for key in checks:
-            if key not in row:
-                raise ProtocolError(f"{where}[{i}].{key}", expected="a value", got="nothing")
-        rows.append({key: checked(f"{where}[{i}].{key}", row[key]) for key, checked in checks.items()})
-    return tuple(rows)
+_LINES = _rows(
+    MAX_LINES,
+    {
+        "number": _COUNT,
+        "at": _COUNT,
+        "level": check.choice(*LEVELS),
+        "count": check.whole(1, 2**31 - 1),
+        "text": check.text(MAX_TEXT),
+    },
+)
+_FRAMES = _rows(MAX_FRAMES, {"module": check.text(128), "line": check.whole(0, 2**31 - 1), "function": check.text(128)})
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class BoardLines(CheckedMessage):
     lines: tuple[dict[str, Any], ...]
 
     kind: ClassVar[str] = "log"
-    checks: ClassVar[Mapping[str, Check]] = {"device": check.device, "lines": _lines}
+    checks: ClassVar[Mapping[str, Check]] = {"device": check.device, "lines": _LINES}
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class CrashReport(CheckedMessage):
         "at": _COUNT,
         "cause": check.text(64),
         "text": check.text(2 * MAX_TEXT),
-        "frames": _frames,
+        "frames": _FRAMES,
         "release": check.text(256),
         "slot": check.text(64),
         "uptime_s": _REAL,

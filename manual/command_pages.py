@@ -1,0 +1,136 @@
+"""The page of all commands, from their parsers: docs/reference/cli.md."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+
+from fedprune_device import cli as device
+from fedprune_export import cli as export
+from fedprune_flash import cli as flash
+from fedprune_server import cli as server
+from fedprune_server.commands import simulate
+
+_HEAD = """# Commands
+
+<!-- Made by `python -m manual`: change the parsers instead. -->
+
+What every command takes, as its `--help` says it. All end with a [documented exit code](../exit-codes.md).
+"""
+_WORD = re.compile(r"[a-z]+(?:[ ,:;]|$)")
+
+
+def page() -> str:
+    """The page, in Markdown."""
+    parts = [_HEAD]
+    for prog, parser in _parsers():
+        parts.append(f"## {prog}\n\n{_sentence(parser.description)}\n\n{_body(parser)}")
+        for name, inner, what in _commands(parser):
+            parts.append(_command(f"{prog} {name}", inner, what, 3))
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    yield "fedprune-export", export.build_parser()
+    for name in export.COMMANDS:
+        yield f"fedprune-export {name}", _only(export._command_parser(name), name)
+    yield "fedprune-server", server.build_parser()
+    yield "fedprune-device", device.build_parser()
+    yield "fedprune-flash", flash.build_parser()
+    yield "fedprune-simulate", simulate.build_parser()
+    yield "fedprune-simulate compare", simulate.build_compare_parser()
+    yield "fedprune-simulate sweep", simulate.build_sweep_parser()
+
+
+def _only(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
+    """The parser of one command of those that a module registers together."""
+    for found, inner, what in _commands(parser):
+        if found == name:
+            inner.description = inner.description or what
+            return inner
+    return parser
+
+
+def _command(name: str, parser: argparse.ArgumentParser, what: str, level: int) -> str:
+    inner = list(_commands(parser))
+    text = f"{'#' * level} {name}\n\n{_sentence(parser.description or what)}\n\n{_body(parser)}"
+    return "\n".join([text, *(_command(f"{name} {n}", p, w, min(level + 1, 5)) for n, p, w in inner)])
+
+
+def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser, str]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            said = {choice.dest: choice.help or "" for choice in action._choices_actions}
+            for name, inner in action.choices.items():
+                yield name, inner, said.get(name, "")
+
+
+def _body(parser: argparse.ArgumentParser) -> str:
+    parts = [f"```text\n{_usage(parser)}\n```\n"]
+    rows = [_row(parser, a) for a in parser._actions if not isinstance(a, argparse._SubParsersAction) and _shown(a)]
+    if rows:
+        parts.append("\n".join(["| | |", "|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    """What must be said, in one line: argparse's own usage is another from one Python to the next."""
+    words = [parser.prog]
+    either = {
+        id(a): group for group in parser._mutually_exclusive_groups for a in group._group_actions if group.required
+    }
+    told: set[int] = set()
+    for action in parser._actions:
+        group = either.get(id(action))
+        if isinstance(action, argparse._SubParsersAction):
+            words.append(str(action.metavar or "COMMAND"))
+        elif group is not None and id(group) not in told:
+            told.add(id(group))
+            words.append(f"({' | '.join(_invocation(parser, a) for a in group._group_actions)})")
+        elif group is None and action.required:
+            words.append(_invocation(parser, action))
+        elif group is None and not action.option_strings:
+            words.append(f"[{_invocation(parser, action).strip('[]')}]")
+    more = any(a.option_strings and not a.required and id(a) not in either and _shown(a) for a in parser._actions)
+    return " ".join([*words, *(["[options]"] if more else [])])
+
+
+def _invocation(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+    """An option's longest name, and what follows it; a positional's name."""
+    names = [*action.option_strings]
+    value = "" if action.nargs == 0 else _value(parser, action)
+    return " ".join(part for part in (max(names, key=len, default=""), value) if part)
+
+
+def _value(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+    formatter = parser._get_formatter()
+    name = action.dest.upper() if action.option_strings else action.dest
+    if action.choices and action.metavar is None:
+        return "|".join(map(str, action.choices))
+    return formatter._format_args(action, name)
+
+
+def _shown(action: argparse.Action) -> bool:
+    return action.help != argparse.SUPPRESS and not {"--help", "--version"} & set(action.option_strings)
+
+
+def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+    short = [f"`{name}`, " for name in action.option_strings if not name.startswith("--")]
+    text = parser._get_formatter()._expand_help(action) if action.help else ""
+    choices = "" if not action.choices or action.metavar is None else f" One of {', '.join(map(str, action.choices))}."
+    needed = " Required." if action.required and action.option_strings else ""
+    name = "".join(short) + f"`{_invocation(parser, action)}`"
+    return f"| {_cell(name)} | {_cell(_sentence(text) + choices + needed)} |"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _sentence(text: str | None) -> str:
+    """Help as a sentence, in which names with underscores and angle brackets stay as they are."""
+    flat = " ".join((text or "").split())
+    flat = flat.replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_") if "`" not in flat else flat
+    begun = flat[:1].upper() + flat[1:] if _WORD.match(flat) else flat
+    return begun if not begun or begun.endswith((".", "!", "?")) else f"{begun}."

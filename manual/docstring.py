@@ -1,0 +1,27 @@
+"""Docstrings taken apart: what a class is, and what it says of each attribute."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+_SECTION = re.compile(r"^(?:Attributes|Args|Raises|Returns):$", re.MULTILINE)
+_ENTRY = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
+_ROLE = re.compile(r"``([^`]*)``")
+
+
+def summary(thing: Any) -> str:
+    """What a docstring says before its first section, in one paragraph."""
+    return _flat(_SECTION.split(inspect.getdoc(thing) or "")[0].split("\n\n")[0])
+
+
+def attributes(cls: type[Any]) -> dict[str, str]:
+    """What a class's docstring says of each attribute, in the order in which it does."""
+    _, _, section = (inspect.getdoc(cls) or "").partition("\nAttributes:\n")
+    section = _SECTION.split(section)[0]
+    return {name: _flat(text) for name, text in _ENTRY.findall(section)}
+
+
+def _flat(text: str) -> str:
+    return _ROLE.sub(r"`\1`", " ".join(text.split()))

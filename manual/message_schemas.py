@@ -1,0 +1,106 @@
+"""A JSON Schema (draft 2020-12) for each message of the protocol, from the class that checks it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from typing import Any, get_args
+
+from fedprune.wire.checked_message import MAX_MESSAGE, VERSION, CheckedMessage
+from fedprune.wire.fields import DEFINITIONS
+from fedprune.wire.messages import FromDevice, FromServer
+from fedprune.wire.schema import Schema, schema_of
+from manual.docstring import attributes, summary
+
+_NONE = re.compile(r"\bNone\b")
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+LIMITS = (
+    f"In UTF-8 it has at most {MAX_MESSAGE} bytes. Unknown keys are ignored. What JSON Schema can't say, and receivers "
+    "refuse: a whole number that is written with a point or an exponent, numbers beyond float64, whole numbers beyond "
+    "63 bits in free objects, halves of surrogate pairs in text, and addresses of blobs that only look like one."
+)
+
+_HEAD = """# Schemas of the protocol
+
+<!-- Made by `python -m manual`: change the classes of the messages instead. -->
+
+A JSON Schema (draft 2020-12) for each message, made from the code that checks it, and all topics with what travels
+on them as an [AsyncAPI 3.0 document](asyncapi.json). [The protocol](../protocol.md) says what the messages mean. Tests
+damage messages and compare: what a schema refuses, the parser refuses. The other way round some things are missing
+that JSON Schema has no word for: whole numbers that are written as `1.0` or `1e2`, numbers beyond float64, whole
+numbers beyond 63 bits in free objects, halves of surrogate pairs, the finer rules of addresses of blobs, and a
+message's length of at most 262,144 bytes. Signed messages stand behind [an envelope](../protocol.md#envelopes); chunks
+of [blobs](../protocol.md#blobs) are binary.
+
+| message | |
+|---|---|
+"""
+
+
+def messages() -> dict[str, type[CheckedMessage]]:
+    """The classes of all messages, by their type on the wire."""
+    classes = [*get_args(FromDevice), *get_args(FromServer)]
+    return {c.kind: c for c in sorted(classes, key=lambda c: c.kind)}
+
+
+def schema(cls: type[CheckedMessage]) -> Schema:
+    """The schema of one message, which needs no other file."""
+    said = attributes(cls)
+    properties: dict[str, Schema] = {
+        "v": {"const": VERSION, "description": "Version of the protocol."},
+        "type": {"const": cls.kind},
+    }
+    for name, check in cls.checks.items():
+        properties[name] = {"description": _NONE.sub("null", said[name]), **schema_of(check)}
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    body: Schema = {
+        "$schema": DRAFT,
+        "title": cls.kind,
+        "description": summary(cls),
+        "$comment": LIMITS,
+        "type": "object",
+        "required": ["v", "type", *needed],
+        "properties": properties,
+    }
+    if used := _definitions(properties):
+        body["$defs"] = used
+    return body
+
+
+def files() -> dict[str, str]:
+    """The schema of each message, by the name of its file."""
+    return {f"{kind}.json": written(schema(cls)) for kind, cls in messages().items()}
+
+
+def page() -> str:
+    """The table of all schemas, in Markdown."""
+    return _HEAD + "".join(f"| [`{kind}`]({kind}.json) | {summary(cls)} |\n" for kind, cls in messages().items())
+
+
+def written(body: Schema) -> str:
+    """A document as it lies in a file."""
+    return json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _definitions(part: Any) -> dict[str, Schema]:
+    """The definitions that a part of a schema needs, and those that these need."""
+    found: dict[str, Schema] = {}
+    open_ = list(_references(part))
+    while open_:
+        name = open_.pop()
+        if name not in found:
+            found[name] = DEFINITIONS[name]
+            open_ += _references(DEFINITIONS[name])
+    return dict(sorted(found.items()))
+
+
+def _references(part: Any) -> Iterator[str]:
+    if isinstance(part, dict):
+        if "$ref" in part:
+            yield part["$ref"].rpartition("/")[2]
+        part = list(part.values())
+    if isinstance(part, list):
+        for inner in part:
+            yield from _references(inner)

@@ -1,0 +1,114 @@
+"""The page of all settings, from the classes that check them: docs/reference/settings.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Collection
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune.schedule import Schedule, Staleness
+from fedprune_server.cli import build_parser
+from fedprune_server.settings.config import ServerConfig
+from manual.docstring import attributes
+
+_HEAD = """# Settings
+
+<!-- Made by `python -m manual`: change the classes instead. -->
+
+Every key of a `fleet.toml`, with its default. [Run a fleet](../run-a-fleet.md#fleettoml) has the whole file, and says
+which settings to choose when; a [simulation](../simulate.md) has tables of its own beside these. Options of
+`fedprune-server run` win over the file.
+"""
+_SCHEDULE = """`kind`, also `--schedule`, is `sync`, `semi-async` or `async`
+([when to take which](../run-a-fleet.md#rounds-by-the-clock-or-none)).
+Left out, the strategy's own schedule holds. Further keys:
+"""
+_OTHER_TABLES = {"model": "model", "evaluation": "evaluation", "calibration": "calibration", "input_shape": "model"}
+_RENAMED = {"deadline_s": "deadline"}
+
+
+def page() -> str:
+    """The page, in Markdown."""
+    options = _options()
+    server = {f.name for f in fields(ServerConfig)} - {"job", *_OTHER_TABLES}
+    said = attributes(ServerConfig)
+    other = [
+        ("`[model] path`", "model", options),
+        ("`[model] input_shape`", "input_shape", set()),
+        ("`[evaluation] data`", "evaluation", options),
+        ("`[calibration] data`", "calibration", options),
+    ]
+    rows = [f"| {key} | {_option(name, known)} | {_cell(said[name])} |" for key, name, known in other]
+    parts = [
+        _HEAD,
+        "## The model and its data\n",
+        "\n".join(["| key | option | |", "|---|---|---|", *rows]) + "\n",
+        "## `[job]`\n",
+        _table(Job, options, leave={"recipe", "options", "schedule"}),
+        "`[job.options]` are the strategy's own settings: [its page](../strategies/README.md) has them.\n",
+        "## `[job.recipe]`\n",
+        "How boards train.\n",
+        _table(Recipe, set()),
+        "## `[job.schedule]`\n",
+        _SCHEDULE,
+        _table(Schedule, set(), leave={"kind", "participation", "deadline_s", "staleness"}),
+        "### `staleness`\n",
+        'A table within: `staleness = { decay = "polynomial", a = 0.5 }`.\n',
+        _table(Staleness, set()),
+        "## `[server]`\n",
+        _table(ServerConfig, options, only=server),
+    ]
+    return "\n".join(parts)
+
+
+def _options() -> set[str]:
+    """The options of `fedprune-server run`."""
+    for action in build_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            run: argparse.ArgumentParser = action.choices["run"]
+            return {name.removeprefix("--") for inner in run._actions for name in inner.option_strings}
+    return set()
+
+
+def _table(
+    cls: type[Any], options: Collection[str], *, only: Collection[str] | None = None, leave: Collection[str] = ()
+) -> str:
+    said = attributes(cls)
+    rows = ["| key | default | option | |", "|---|---|---|---|"]
+    for field in fields(cls):
+        if field.name not in leave and (only is None or field.name in only):
+            option = _option(field.name, options)
+            rows.append(f"| `{field.name}` | {_default(field)} | {option} | {_cell(said[field.name])} |")
+    if not any("--" in row.split(" | ")[2] for row in rows[2:]):
+        rows = [
+            "|".join(row.replace("\\|", "\0").split("|")[i] for i in (0, 1, 2, 4, 5)).replace("\0", "\\|")
+            for row in rows
+        ]
+    return "\n".join(rows) + "\n"
+
+
+def _option(name: str, options: Collection[str]) -> str:
+    option = _RENAMED.get(name, name).replace("_", "-")
+    return f"`--{option}`" if option in options else ""
+
+
+def _default(field: Field[Any]) -> str:
+    if field.default is MISSING:
+        made = field.default_factory() if field.default_factory is not MISSING else None
+        return "" if made is None else f"`{json.dumps(made)}`"
+    value = field.default
+    if value is None:
+        return ""
+    return f"`{json.dumps(str(value) if isinstance(value, Path) else value)}`"
+
+
+def _cell(text: str) -> str:
+    outside = re.split(r"(`[^`]*`)", text)
+    shown = [part if part.startswith("`") else part.replace("*", "\\*").replace("_", "\\_") for part in outside]
+    return "".join(shown).replace("|", "\\|")

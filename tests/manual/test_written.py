@@ -1,0 +1,82 @@
+"""What is made from the code is what lies in docs/, and says all that the code has."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from fedprune.job import Job
+from fedprune.recipe import Recipe
+from fedprune.schedule import Schedule
+from fedprune_server.settings.config import ServerConfig
+from manual import written
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, str]:
+    return written.files()
+
+
+def test_docs_say_what_the_code_says() -> None:
+    assert written.stale(ROOT) == [], "run `python -m manual`"
+
+
+def test_a_changed_a_missing_and_a_left_over_file_are_stale(
+    tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(written, "files", lambda: files)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    changed, missing, left = (tmp_path / written.SCHEMAS / name for name in ("want.json", "gone.json", "old.json"))
+    changed.write_text(changed.read_text().replace("1024", "1025"))
+    missing.unlink()
+    left.write_text("{}\n")
+    found = [f"{written.SCHEMAS}/{name}" for name in ("gone.json", "want.json", "old.json")]
+
+    assert written.stale(tmp_path) == found
+    assert written.write(tmp_path) == found
+    assert written.stale(tmp_path) == []
+    assert not left.exists()
+
+
+def test_the_page_of_commands_has_every_command_and_every_option(files: dict[str, str]) -> None:
+    from fedprune_device import cli as device
+    from fedprune_export import cli as export
+    from fedprune_flash import cli as flash
+    from fedprune_server import cli as server
+    from fedprune_server.commands import simulate
+
+    page = files["docs/reference/cli.md"]
+    parsers = [module.build_parser() for module in (device, export, flash, server, simulate)]
+    parsers += [export._command_parser(name) for name in export.COMMANDS]
+    parsers += [simulate.build_compare_parser(), simulate.build_sweep_parser()]
+    options = 0
+    while parsers:
+        parser = parsers.pop()
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+                assert all(f"# {inner.prog}\n" in page for inner in action.choices.values())
+            elif action.help != argparse.SUPPRESS and not {"--help", "--version"} & set(action.option_strings):
+                options += len(action.option_strings)
+                assert all(re.search(rf"`{name}[ `]", page) for name in action.option_strings), action
+    assert options > 150
+
+
+def test_the_page_of_commands_says_nothing_of_this_machine(files: dict[str, str]) -> None:
+    assert str(Path.home()) not in files["docs/reference/cli.md"].replace("/root/", "") or Path.home() == Path("/")
+    assert str(ROOT) not in files["docs/reference/cli.md"]
+
+
+def test_the_page_of_settings_has_every_key(files: dict[str, str]) -> None:
+    page = files["docs/reference/settings.md"]
+    tables = {"kind", "recipe", "options", "schedule", "job", "model", "evaluation", "calibration", "input_shape"}
+    for cls in (Job, Recipe, Schedule, ServerConfig):
+        for field in fields(cls):
+            assert field.name in tables or f"| `{field.name}` |" in page or f"### `{field.name}`" in page, field.name

@@ -1,0 +1,156 @@
+"""Messages of the protocol for tests: any valid one, and an example of each."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from fedprune.recipe import Recipe
+from fedprune.wire.blob_ref import BlobRef
+from fedprune.wire.blob_url import check_blob_url
+from fedprune.wire.log_messages import LEVELS, MAX_FRAMES, MAX_LINES, BoardLines, CrashReport, LogWanted
+from fedprune.wire.messages import (
+    MAX_WANT,
+    PHASES,
+    Accepted,
+    Alive,
+    Birth,
+    Cancelled,
+    Death,
+    Finished,
+    Gone,
+    Hello,
+    JoinAnswer,
+    JoinRequest,
+    Message,
+    Progress,
+    Refusal,
+    Update,
+    Want,
+)
+from fedprune.wire.offer import Offer
+from fedprune.wire.release_messages import STATES, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
+
+names = st.from_regex(r"[A-Za-z0-9_.-]{1,64}", fullmatch=True).filter(lambda n: n not in (".", "..", "all", "-"))
+counts = st.integers(0, 2**63 - 1)
+hexes = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
+refs = st.builds(BlobRef, hexes, st.integers(0, 2**40), hexes)
+texts = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=50)
+scalars = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
+objects = st.dictionaries(
+    texts,
+    st.recursive(
+        scalars | texts, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3)
+    ),
+    max_size=3,
+)
+held = st.none() | st.fixed_dictionaries({"job": names, "round": counts, "attempt": counts})
+metrics = st.dictionaries(
+    st.from_regex(r"[a-z_]{1,20}", fullmatch=True), st.floats(allow_nan=False, allow_infinity=False), max_size=5
+)
+lines = st.lists(
+    st.fixed_dictionaries(
+        {"number": counts, "at": counts, "level": st.sampled_from(LEVELS), "count": st.integers(1, 9), "text": texts}
+    ),
+    max_size=MAX_LINES,
+).map(tuple)
+frames = st.lists(
+    st.fixed_dictionaries({"module": texts, "line": st.integers(0, 2**31 - 1), "function": texts}), max_size=MAX_FRAMES
+).map(tuple)
+reals = st.none() | st.floats(-1e12, 1e12)
+messages = st.one_of(
+    st.builds(
+        Birth, names, counts, texts, counts, texts, st.none() | objects, held,
+        codecs=st.none() | st.lists(names, max_size=3).map(tuple), answer_s=st.none() | st.floats(0, 3600),
+        abilities=st.none() | st.lists(names, max_size=3).map(tuple),
+    ),
+    st.builds(Death, names, counts),
+    st.builds(Alive, names, counts),
+    st.builds(Progress, names, names, counts, counts, st.sampled_from(PHASES), counts, counts),
+    st.builds(Refusal, names, names, counts, counts, texts, st.integers(0, 255)),
+    st.builds(Update, names, names, counts, counts, hexes, refs, counts, counts, metrics),
+    st.builds(Hello, st.none() | st.integers(0, 2**32)),
+    st.builds(
+        Offer, names, counts, counts, counts, hexes, hexes, st.lists(st.integers(1, 4096), max_size=9).map(tuple),
+        st.integers(1, 1000), refs, refs, refs, objects, st.none() | refs, st.none() | hexes,
+        lowered=st.none() | st.dictionaries(names, refs, max_size=2),
+        blocked=st.none() | st.dictionaries(names, refs, max_size=2),
+        slabs=st.none() | st.lists(refs, min_size=1, max_size=2).map(tuple),
+        codec=st.none() | texts, coded=st.none() | refs, held=st.none() | hexes, moved_from=st.none() | hexes,
+        blobs_at=st.sampled_from([None, "https://models.example:8443/fleet", "http://127.0.0.1:80"]).map(
+            lambda at: None if at is None else check_blob_url("", at)
+        ),
+    ),
+    st.builds(Accepted, names, counts, counts, hexes),
+    st.builds(Cancelled, names, counts, counts, texts),
+    st.builds(Finished, names),
+    st.builds(
+        Want, hexes, st.sampled_from(["data", "leaves"]), st.integers(0, 2**31 - 1), st.integers(1, MAX_WANT),
+        st.sampled_from([None, True]), st.none() | st.integers(1, MAX_WANT), st.none() | st.integers(0, 2**31 - 1),
+        st.none() | hexes.map(lambda h: h[:16]),
+    ),
+    st.builds(Gone, hexes),
+    st.builds(
+        JoinRequest, names, names, hexes, texts, hexes.map(lambda h: h[:32]), st.none() | hexes.map(lambda h: h[:10]),
+        st.none() | hexes, hexes.map(lambda h: 2 * h),
+    ),
+    st.builds(
+        JoinAnswer, hexes, st.sampled_from(["approved", "waiting", "refused"]), texts, st.integers(0, 2**40), texts,
+        st.none() | texts, st.none() | hexes, hexes,
+    ),
+    st.builds(
+        ReleaseOffer, st.integers(0, 2**31 - 1), texts, hexes.map(lambda h: 2 * h),
+        st.lists(hexes, min_size=1, max_size=5).map(tuple), st.integers(1, 100), st.floats(1, 3600),
+    ),
+    st.builds(ReleaseWithdrawn, st.integers(0, 2**31 - 1), texts),
+    st.builds(BoardLines, names, lines),
+    st.builds(
+        CrashReport, names, counts, counts, texts, texts, frames, texts, texts, reals, reals, st.none() | counts,
+        st.none() | counts,
+    ),
+    st.builds(LogWanted, st.integers(0, 100_000), st.integers(0, 2**31 - 1), st.none() | counts),
+    st.builds(ReleaseReport, names, st.integers(0, 2**31 - 1), st.sampled_from(STATES), texts, counts, counts),
+)  # fmt: skip
+
+REF = BlobRef.of(b"abc")
+DIGEST = "ab" * 32
+EXAMPLES: list[Message] = [
+    Birth("pi-1", 3, "raspberry-pi-4", 100, "fedprune 0.1", {"cpu": [1, 2.5]}, {"job": "j", "round": 1, "attempt": 0}),
+    Death("pi-1", 3),
+    Progress("pi-1", "j", 1, 0, "train", 3, 10),
+    Refusal("pi-1", "j", 1, 0, "no room", 30),
+    Update("pi-1", "j", 1, 0, REF.sha256, REF, 100, 40, {"loss": 0.5}),
+    Hello(1_800_000_000),
+    Offer(
+        *("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), REF, DIGEST),
+        {"int8": REF},
+        {"16": REF},
+        (REF,),
+    ),
+    Accepted("j", 1, 0, DIGEST),
+    Cancelled("j", 1, 1, "late"),
+    Finished("j"),
+    Want(DIGEST, "data", 0, 4, True, 2, 17),
+    Gone(DIGEST),
+    JoinRequest("lab", "pi-1", DIGEST, "request", DIGEST[:32], DIGEST[:10], DIGEST, 2 * DIGEST),
+    JoinAnswer(DIGEST, "approved", "", 1, "authority", "certificate", DIGEST, DIGEST),
+    ReleaseOffer(7, "{}", 2 * DIGEST, (DIGEST,), 3, 600.0),
+    ReleaseWithdrawn(7, "stopped"),
+    ReleaseReport("pi-1", 7, "rolled back", "killed by SIGILL", 1, 2),
+    Alive("pi-1", 3),
+    BoardLines("pi-1", ({"number": 1, "at": 2, "level": "error", "count": 3, "text": "disk full"},)),
+    CrashReport(
+        "pi-1",
+        2,
+        3,
+        "exception",
+        "ValueError: no",
+        ({"module": "fedprune_device.cli", "line": 1, "function": "f"},),
+        "fedprune 0.1",
+        "a",
+        3.5,
+        60.0,
+        1,
+        2,
+    ),
+    LogWanted(60, 16_384, 7),
+]
