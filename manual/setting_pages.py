@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.job import Job
+from fedprune.privacy import Privacy
 from fedprune.recipe import Recipe
 from fedprune.schedule import Schedule, Staleness
 from fedprune_server.cli import build_parser
@@ -50,11 +51,14 @@ def page() -> str:
         "## The model and its data\n",
         "\n".join(["| key | option | |", "|---|---|---|", *rows]) + "\n",
         "## `[job]`\n",
-        _table(Job, options, leave={"recipe", "options", "schedule"}),
+        _table(Job, options, leave={"recipe", "options", "privacy", "schedule"}),
         "`[job.options]` are the strategy's own settings: [its page](../strategies/README.md) has them.\n",
         "## `[job.recipe]`\n",
         "How boards train.\n",
         _table(Recipe, set()),
+        "## `[job.privacy]`\n",
+        "What the page on [privacy](../privacy.md) is about.\n",
+        _table(Privacy, set()),
         "## `[job.schedule]`\n",
         _SCHEDULE,
         _table(Schedule, set(), leave={"kind", "participation", "deadline_s", "staleness"}),
