@@ -1,0 +1,595 @@
+"""What the server and its console say to each other over pipes: lines of JSON, checked like messages of devices.
+
+The server tells what there is to see; the console passes on what operators order. Both check what they read: names of
+devices and their texts come from boards, and orders from a process that speaks with browsers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, ClassVar, get_args
+
+from fedprune.errors import ProtocolError, shown
+from fedprune.wire import fields as check
+from fedprune.wire.checked_message import MAX_MESSAGE, CheckedMessage, read_checked
+from fedprune.wire.fields import Check
+
+MAX_LINE = MAX_MESSAGE + 1
+"""Bytes that no line may exceed."""
+
+MAX_ROWS = 200
+"""Devices of which one line tells."""
+
+MAX_ORDER = 8192
+"""Bytes that no order may exceed."""
+
+DEVICE_STATES = (
+    "offline",
+    "ready",
+    "queued",
+    "extracting",
+    "offered",
+    "training",
+    "pulling",
+    "stored",
+    "folded",
+    "refused",
+    "excluded",
+    "elsewhere",
+    "waiting",
+    "revoked",
+    "unknown",
+)
+"""What a device is doing, as it can be filtered by; `doing` says it in words."""
+
+STATUSES = ("member", "waiting", "revoked")
+SEVERITIES = ("info", "warning", "critical")
+LEVELS = ("debug", "info", "warning", "error")
+ORDER_KINDS = (
+    "approve",
+    "coverage",
+    "deny",
+    "look",
+    "pause",
+    "release_quarantine",
+    "resume",
+    "revoke",
+    "rollout_back",
+    "rollout_pause",
+    "rollout_resume",
+    "rollout_start",
+)
+
+_COUNT = check.whole()
+_TIME = check.number(0.0)
+_SECONDS = check.number(0.0)
+_SHARE = check.number(0.0, 1.0)
+_SHORT = check.text(200)
+_TEXT = check.text(2000)
+_operator = check.site
+"""Operators' names are like sites'."""
+
+
+def truth(where: str, value: object) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise ProtocolError(where, expected="true or false", got=shown(value))
+    return value
+
+
+def row_of(checks: Mapping[str, Check]) -> Check:
+    """An object with these fields; what else it has is left out."""
+
+    def checked(where: str, value: object) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise ProtocolError(where, expected="an object", got=shown(value))
+        for name in checks:
+            if name not in value:
+                raise ProtocolError(f"{where}.{name}", expected="a value", got="nothing")
+        return {name: one(f"{where}.{name}", value[name]) for name, one in checks.items()}
+
+    return checked
+
+
+def list_of(one: Check, limit: int) -> Check:
+    """A list of what `one` takes."""
+
+    def checked(where: str, value: object) -> tuple[Any, ...]:
+        if not isinstance(value, (list, tuple)) or len(value) > limit:
+            raise ProtocolError(where, expected=f"a list of at most {limit}", got=shown(value))
+        return tuple(one(f"{where}[{i}]", item) for i, item in enumerate(value))
+
+    return checked
+
+
+def table_of(one: Check, limit: int) -> Check:
+    """What `one` takes, by short texts."""
+
+    def checked(where: str, value: object) -> dict[str, Any]:
+        if not isinstance(value, Mapping) or len(value) > limit:
+            raise ProtocolError(where, expected=f"an object of at most {limit} entries", got=shown(value))
+        return {_SHORT(f"{where}: key", key): one(f"{where}: entry", item) for key, item in value.items()}
+
+    return checked
+
+
+DEVICE: dict[str, Check] = {
+    "name": check.device,
+    "job": check.optional(check.job),
+    "online": truth,
+    "state": check.choice(*DEVICE_STATES),
+    "doing": _SHORT,
+    "profile": _SHORT,
+    "slot": check.optional(_SHORT),
+    "density": check.optional(_SHARE),
+    "parameters": check.optional(_COUNT),
+    "samples": check.optional(_COUNT),
+    "seen_at": check.optional(_TIME),
+    "temperature_c": check.optional(check.number(-100.0, 300.0)),
+    "versions": table_of(_SHORT, 8),
+    "bytes_down": _COUNT,
+    "bytes_up": _COUNT,
+    "seconds": check.optional(_SECONDS),
+    "accuracy": check.optional(_SHARE),
+    "loss": check.optional(check.number()),
+    "staleness": check.optional(_COUNT),
+    "quarantine": check.optional(row_of({"until": check.optional(_TIME), "reason": _TEXT})),
+    "status": check.choice(*STATUSES),
+    "key": check.optional(check.text(64)),
+    "excluded": check.optional(_TEXT),
+}
+"""A device's row. Each device has one, whatever jobs it takes part in; `job` is the one that has it, or had it last."""
+
+ROLLOUT: dict[str, Check] = {
+    "name": _SHORT,
+    "number": _COUNT,
+    "release": _SHORT,
+    "stage": check.whole(-1),
+    "stages": _COUNT,
+    "of": _COUNT,
+    "done": _COUNT,
+    "failed": _COUNT,
+    "given": _COUNT,
+    "waiting": _COUNT,
+    "state": _SHORT,
+    "why": _TEXT,
+    "at": _TIME,
+    "failures": table_of(_TEXT, 50),
+}
+
+GROUP: dict[str, Check] = {
+    "name": _SHORT,
+    "channels": _COUNT,
+    "held": list_of(row_of({"channels": check.whole(1), "share": _SHARE}), 8192),
+}
+"""A group of channels: runs of neighbouring ones that the same share of the devices holds, in the model's order."""
+
+
+@dataclass(frozen=True)
+class Begin(CheckedMessage):
+    """The first line to a console: what it is.
+
+    Attributes:
+        address: Where it listens.
+        port: On which port; 0 for a free one.
+        database: Path of its accounts.
+        certificate: Path of a certificate for TLS; None to do without.
+        key: Path of that one's key.
+        insecure: Whether it may listen without TLS where others than this machine reach it.
+        orders: What orders the server takes: `none`, `look` or `all`.
+        hosts: Names by which browsers may call it beside its address; empty for any.
+        proxied: Whether a reverse proxy on this machine speaks for browsers, and does TLS.
+        parent: The server's process id.
+    """
+
+    address: str
+    port: int
+    database: str
+    certificate: str | None
+    key: str | None
+    insecure: bool
+    orders: str
+    hosts: tuple[str, ...]
+    proxied: bool
+    parent: int
+
+    kind: ClassVar[str] = "begin"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "address": _SHORT,
+        "port": check.whole(0, 65535),
+        "database": check.text(4096),
+        "certificate": check.optional(check.text(4096)),
+        "key": check.optional(check.text(4096)),
+        "insecure": truth,
+        "orders": check.choice("none", "look", "all"),
+        "hosts": list_of(_SHORT, 32),
+        "proxied": truth,
+        "parent": _COUNT,
+    }
+
+
+@dataclass(frozen=True)
+class Site(CheckedMessage):
+    """The server as a whole. All that was told before it is of another start, and forgotten."""
+
+    version: str
+    site: str
+    jobs: tuple[str, ...]
+    started_at: float
+    connected: bool
+    broker: str
+    database: str
+    blobs: str
+    insecure: bool
+
+    kind: ClassVar[str] = "site"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "version": _SHORT,
+        "site": check.site,
+        "jobs": list_of(check.job, 1000),
+        "started_at": _TIME,
+        "connected": truth,
+        "broker": _TEXT,
+        "database": _TEXT,
+        "blobs": _TEXT,
+        "insecure": truth,
+    }
+
+
+@dataclass(frozen=True)
+class JobNews(CheckedMessage):
+    """A job as it stands. `parts` counts the round's parts by how far they are."""
+
+    name: str
+    round: int
+    rounds: int
+    phase: str
+    deadline_at: float | None
+    paused: bool
+    metrics: dict[str, float]
+    strategy: str
+    model_digest: str
+    weight: float
+    parts: dict[str, int]
+    parameters: int
+
+    kind: ClassVar[str] = "job"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "name": check.job,
+        "round": _COUNT,
+        "rounds": _COUNT,
+        "phase": _SHORT,
+        "deadline_at": check.optional(_TIME),
+        "paused": truth,
+        "metrics": check.metrics,
+        "strategy": _SHORT,
+        "model_digest": _SHORT,
+        "weight": check.number(0.0),
+        "parts": table_of(_COUNT, 32),
+        "parameters": _COUNT,
+    }
+
+
+@dataclass(frozen=True)
+class RoundNews(CheckedMessage):
+    """A finished round. `refused` counts updates that didn't count by why; bytes are those of all devices since the
+    round before ended."""
+
+    job: str
+    round: int
+    at: float
+    seconds: float | None
+    metrics: dict[str, float]
+    counted: int
+    devices: int
+    refused: dict[str, int]
+    bytes_down: int
+    bytes_up: int
+    staleness: dict[str, float] | None
+    model: str
+
+    kind: ClassVar[str] = "round"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "job": check.job,
+        "round": _COUNT,
+        "at": _TIME,
+        "seconds": check.optional(_SECONDS),
+        "metrics": check.metrics,
+        "counted": _COUNT,
+        "devices": _COUNT,
+        "refused": table_of(_COUNT, 100),
+        "bytes_down": _COUNT,
+        "bytes_up": _COUNT,
+        "staleness": check.optional(row_of({"mean": check.number(0.0), "max": check.number(0.0)})),
+        "model": _SHORT,
+    }
+
+
+@dataclass(frozen=True)
+class Devices(CheckedMessage):
+    """Rows of devices that have changed, as `DEVICE`, and names of those that are there no more."""
+
+    rows: tuple[dict[str, Any], ...]
+    gone: tuple[str, ...] = ()
+
+    kind: ClassVar[str] = "devices"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "rows": list_of(row_of(DEVICE), MAX_ROWS),
+        "gone": list_of(check.device, MAX_ROWS),
+    }
+
+
+@dataclass(frozen=True)
+class DeviceDetails(CheckedMessage):
+    """What an operator asked to see of a device.
+
+    Attributes:
+        name: The device.
+        job: The job that this is about.
+        plan: The plan: density, limits, which of them binds; None where there is none.
+        predicted_s: How long an update should take there; None where nobody can tell.
+        measured_s: How long the last one took.
+        history: Its parts in the latest rounds, newest first.
+        widths: Kept channels per group.
+    """
+
+    name: str
+    job: str
+    plan: dict[str, Any] | None
+    predicted_s: float | None
+    measured_s: float | None
+    history: tuple[dict[str, Any], ...]
+    widths: tuple[dict[str, Any], ...]
+
+    kind: ClassVar[str] = "device"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "name": check.device,
+        "job": check.job,
+        "plan": check.optional(check.plain),
+        "predicted_s": check.optional(_SECONDS),
+        "measured_s": check.optional(_SECONDS),
+        "history": list_of(
+            row_of(
+                {
+                    "round": _COUNT,
+                    "at": _TIME,
+                    "progress": _SHORT,
+                    "density": _SHARE,
+                    "samples": _COUNT,
+                    "metrics": check.metrics,
+                    "reason": _TEXT,
+                }
+            ),
+            100,
+        ),
+        "widths": list_of(row_of({"group": _SHORT, "kept": _COUNT, "of": _COUNT}), 2000),
+    }
+
+
+@dataclass(frozen=True)
+class Coverage(CheckedMessage):
+    """Which share of the devices holds which channels. It may come in several lines, of which one is the last."""
+
+    job: str
+    round: int
+    part: int
+    last: bool
+    groups: tuple[dict[str, Any], ...]
+
+    kind: ClassVar[str] = "coverage"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "job": check.job,
+        "round": _COUNT,
+        "part": check.whole(0, 10_000),
+        "last": truth,
+        "groups": list_of(row_of(GROUP), 2000),
+    }
+
+
+@dataclass(frozen=True)
+class Rollouts(CheckedMessage):
+    """All rollouts that there are to see, the latest first."""
+
+    rows: tuple[dict[str, Any], ...]
+
+    kind: ClassVar[str] = "rollouts"
+    checks: ClassVar[Mapping[str, Check]] = {"rows": list_of(row_of(ROLLOUT), 50)}
+
+
+@dataclass(frozen=True)
+class AlertNews(CheckedMessage):
+    """Something that an operator should know, or, with `gone_at`, that it is over."""
+
+    id: str
+    at: float
+    alert: str
+    severity: str
+    device: str | None
+    job: str | None
+    text: str
+    gone_at: float | None = None
+
+    kind: ClassVar[str] = "alert"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "id": check.text(128),
+        "at": _TIME,
+        "alert": _SHORT,
+        "severity": check.choice(*SEVERITIES),
+        "device": check.optional(check.device),
+        "job": check.optional(check.job),
+        "text": _TEXT,
+        "gone_at": check.optional(_TIME),
+    }
+
+
+@dataclass(frozen=True)
+class LogLine(CheckedMessage):
+    """A line of the server's log, or of a board's."""
+
+    at: float
+    level: str
+    text: str
+    device: str | None = None
+    job: str | None = None
+    round: int | None = None
+
+    kind: ClassVar[str] = "log"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "at": _TIME,
+        "level": check.choice(*LEVELS),
+        "text": _TEXT,
+        "device": check.optional(check.device),
+        "job": check.optional(check.job),
+        "round": check.optional(_COUNT),
+    }
+
+
+@dataclass(frozen=True)
+class Answer(CheckedMessage):
+    """What came of an order."""
+
+    order: int
+    ok: bool
+    text: str
+
+    kind: ClassVar[str] = "answer"
+    checks: ClassVar[Mapping[str, Check]] = {"order": _COUNT, "ok": truth, "text": _TEXT}
+
+
+@dataclass(frozen=True)
+class Beat(CheckedMessage):
+    """The server lives, and says nothing else."""
+
+    at: float
+
+    kind: ClassVar[str] = "beat"
+    checks: ClassVar[Mapping[str, Check]] = {"at": _TIME}
+
+
+@dataclass(frozen=True)
+class Listening(CheckedMessage):
+    """The console listens, at this address."""
+
+    url: str
+
+    kind: ClassVar[str] = "listening"
+    checks: ClassVar[Mapping[str, Check]] = {"url": _SHORT}
+
+
+@dataclass(frozen=True)
+class Order(CheckedMessage):
+    """What an operator orders.
+
+    Attributes:
+        number: The order's, from 1; the answer names it.
+        operator: Who orders it.
+        order: One of `ORDER_KINDS`.
+        job: For `pause`, `resume` and `coverage`.
+        device: For `approve`, `deny`, `revoke`, `look` and `release_quarantine`.
+        key: Fingerprint of the key to approve, as the board shows it.
+        release: Name of the release to roll out, a folder below `releases` of the state folder.
+        groups: Shares of the boards for each stage of a rollout; empty for the careful ones.
+        devices: The boards of a rollout; empty for all that are in.
+        reason: Why, for the record.
+    """
+
+    number: int
+    operator: str
+    order: str
+    job: str | None = None
+    device: str | None = None
+    key: str | None = None
+    release: str | None = None
+    groups: tuple[float, ...] = ()
+    devices: tuple[str, ...] = ()
+    reason: str = ""
+
+    kind: ClassVar[str] = "order"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "number": check.whole(1),
+        "operator": _operator,
+        "order": check.choice(*ORDER_KINDS),
+        "job": check.optional(check.job),
+        "device": check.optional(check.device),
+        "key": check.optional(check.text(128)),
+        "release": check.optional(check.site),
+        "groups": list_of(check.number(0.0, 1.0), 20),
+        "devices": list_of(check.device, 100),
+        "reason": check.text(500),
+    }
+
+
+ToConsole = (
+    Begin
+    | Site
+    | JobNews
+    | RoundNews
+    | Devices
+    | DeviceDetails
+    | Coverage
+    | Rollouts
+    | AlertNews
+    | LogLine
+    | Answer
+    | Beat
+)
+ToServer = Listening | Order
+
+_NEWS: dict[str, type[Any]] = {c.kind: c for c in get_args(ToConsole)}
+_ORDERS: dict[str, type[Any]] = {c.kind: c for c in get_args(ToServer)}
+
+
+def line(word: ToConsole | ToServer) -> bytes:
+    """A word as it goes through a pipe.
+
+    Raises:
+        ProtocolError: It is too long.
+    """
+    return word.to_bytes() + b"\n"
+
+
+def read_news(stream: BinaryIO) -> ToConsole | None:
+    """The server's next word; None at the end.
+
+    Raises:
+        ProtocolError: It is none, or too long.
+    """
+    raw = stream.readline(MAX_LINE + 1)
+    return parse_news(raw) if raw else None
+
+
+def read_order(stream: BinaryIO) -> ToServer | None:
+    """The console's next word; None at the end.
+
+    Raises:
+        ProtocolError: It is none, or too long.
+    """
+    raw = stream.readline(MAX_ORDER + 1)
+    return parse_order(raw) if raw else None
+
+
+def parse_news(raw: bytes) -> ToConsole:
+    """Read and check a line of the server's.
+
+    Raises:
+        ProtocolError: It is too long or cut short, no JSON, or a field is missing or wrong.
+    """
+    word: ToConsole = _parsed(raw, MAX_LINE, "line to the console", _NEWS)
+    return word
+
+
+def parse_order(raw: bytes) -> ToServer:
+    """Read and check a line of the console's.
+
+    Raises:
+        ProtocolError: As `parse_news`.
+    """
+    word: ToServer = _parsed(raw, MAX_ORDER, "line of the console", _ORDERS)
+    return word
+
+
+def _parsed(raw: bytes, limit: int, what: str, types: Mapping[str, type[Any]]) -> Any:
+    if len(raw) > limit or not raw.endswith(b"\n"):
+        raise ProtocolError(what, expected=f"at most {limit} bytes and its end", got=shown(raw[:80]))
+    return read_checked(raw, what, types)
