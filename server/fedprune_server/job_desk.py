@@ -212,13 +212,14 @@ class JobDesk(Daemon):
         state = self.state
         if state.phase is Phase.FINISHED:
             return None
+        weight = 0.0 if state.paused else self.weight
         if state.phase is Phase.WAITING:
-            return Borrower(self.job.name, self.weight, self.job.devices, 2**31)
+            return Borrower(self.job.name, weight, self.job.devices, 2**31)
         if not self._schedule.asynchronous:
-            return Borrower(self.job.name, self.weight, self.job.devices, 0)
+            return Borrower(self.job.name, weight, self.job.devices, 0)
         holds = state.tasks.count(*_UNDER_WAY)
         room = max(0, (self._schedule.concurrent or 2**31) - holds) if state.phase is Phase.TRAINING else 0
-        return Borrower(self.job.name, self.weight, 1, room, holds)
+        return Borrower(self.job.name, weight, 1, room, holds)
 
     def snapshot(self) -> Snapshot:
         """The job as it stands; of devices that it doesn't have it knows nothing."""

@@ -75,7 +75,7 @@ def router(console: Console) -> APIRouter:
 
     @routes.get("/rollouts")
     async def rollouts() -> Response:
-        return JSONResponse({"items": model.rollouts})
+        return JSONResponse({"items": model.rollouts, "releases": model.releases})
 
     @routes.get("/alerts")
     async def alerts(request: Request) -> Response:

@@ -55,10 +55,8 @@ ORDER_KINDS = (
     "release_quarantine",
     "resume",
     "revoke",
-    "rollout_back",
-    "rollout_pause",
-    "rollout_resume",
     "rollout_start",
+    "rollout_stop",
 )
 
 _COUNT = check.whole()
@@ -163,7 +161,7 @@ GROUP: dict[str, Check] = {
     "channels": _COUNT,
     "held": list_of(row_of({"channels": check.whole(1), "share": _SHARE}), 8192),
 }
-"""A group of channels: runs of neighbouring ones that the same share of the devices holds, in the model's order."""
+"""A group of channels: runs of neighbouring ones that the same share of the devices holds, in the order of their rank."""
 
 
 @dataclass(frozen=True)
@@ -274,18 +272,18 @@ class JobNews(CheckedMessage):
 @dataclass(frozen=True)
 class RoundNews(CheckedMessage):
     """A finished round. `refused` counts updates that didn't count by why; bytes are those of all devices since the
-    round before ended."""
+    round before ended. Of rounds before the server's start some of it isn't known any more."""
 
     job: str
     round: int
     at: float
     seconds: float | None
     metrics: dict[str, float]
-    counted: int
-    devices: int
+    counted: int | None
+    devices: int | None
     refused: dict[str, int]
-    bytes_down: int
-    bytes_up: int
+    bytes_down: int | None
+    bytes_up: int | None
     staleness: dict[str, float] | None
     model: str
 
@@ -296,11 +294,11 @@ class RoundNews(CheckedMessage):
         "at": _TIME,
         "seconds": check.optional(_SECONDS),
         "metrics": check.metrics,
-        "counted": _COUNT,
-        "devices": _COUNT,
+        "counted": check.optional(_COUNT),
+        "devices": check.optional(_COUNT),
         "refused": table_of(_COUNT, 100),
-        "bytes_down": _COUNT,
-        "bytes_up": _COUNT,
+        "bytes_down": check.optional(_COUNT),
+        "bytes_up": check.optional(_COUNT),
         "staleness": check.optional(row_of({"mean": check.number(0.0), "max": check.number(0.0)})),
         "model": _SHORT,
     }
@@ -389,12 +387,16 @@ class Coverage(CheckedMessage):
 
 @dataclass(frozen=True)
 class Rollouts(CheckedMessage):
-    """All rollouts that there are to see, the latest first."""
+    """The rollout that was begun last, if there is one, and the names of releases that an order may begin."""
 
     rows: tuple[dict[str, Any], ...]
+    releases: tuple[str, ...] = ()
 
     kind: ClassVar[str] = "rollouts"
-    checks: ClassVar[Mapping[str, Check]] = {"rows": list_of(row_of(ROLLOUT), 50)}
+    checks: ClassVar[Mapping[str, Check]] = {
+        "rows": list_of(row_of(ROLLOUT), 50),
+        "releases": list_of(check.site, 200),
+    }
 
 
 @dataclass(frozen=True)
@@ -488,7 +490,7 @@ class Order(CheckedMessage):
         job: For `pause`, `resume` and `coverage`.
         device: For `approve`, `deny`, `revoke`, `look` and `release_quarantine`.
         key: Fingerprint of the key to approve, as the board shows it.
-        release: Name of the release to roll out, a folder below `releases` of the state folder.
+        release: Name of the release to roll out, one of the server's `console_releases`.
         groups: Shares of the boards for each stage of a rollout; empty for the careful ones.
         devices: The boards of a rollout; empty for all that are in.
         reason: Why, for the record.

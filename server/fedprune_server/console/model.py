@@ -72,7 +72,8 @@ class Model:
 
     Attributes:
         site: The server, as JSON; None before it said anything.
-        rollouts: All rollouts, the latest first.
+        rollouts: All rollouts that it told of, the latest first.
+        releases: Names of releases that an order may begin.
     """
 
     def __init__(self, orders: str = "all", clock: Callable[[], float] = time.time) -> None:
@@ -86,6 +87,7 @@ class Model:
         """Forget everything: another server has started, or the same one anew."""
         self.site: Row | None = None
         self.rollouts: list[Row] = []
+        self.releases: list[str] = []
         self._jobs: dict[str, Known] = {}
         self._devices: dict[str, Row] = {}
         self._counts: dict[str, Counter[Any]] = {k: Counter() for k in ("state", "profile", "job", "status", "online")}
@@ -136,7 +138,7 @@ class Model:
             case Coverage():
                 self._cover(word)
             case Rollouts():
-                self.rollouts = [dict(r) for r in word.rows]
+                self.rollouts, self.releases = [dict(r) for r in word.rows], list(word.releases)
                 self._tell("rollouts", self.rollouts)
             case AlertNews():
                 row = self._alerts[word.id] = _row(word)

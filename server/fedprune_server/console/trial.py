@@ -124,7 +124,8 @@ class TrialFleet:
             "state": "running", "why": "", "at": self._now - 3600, "failures": {"board-0001": "rolled back: a trial"},
         }  # fmt: skip
         done = {**row, "name": "rollout 1", "number": 1, "stage": 2, "done": count, "failed": 0, "given": 0}
-        return Rollouts((row, {**done, "waiting": 0, "state": "done", "at": self._now - 864000, "failures": {}}))
+        over = {**done, "waiting": 0, "state": "done", "at": self._now - 864000, "failures": {}}
+        return Rollouts((row, over), ("release-5", "release-6"))
 
     def details(self, device: str) -> DeviceDetails:
         """What an operator sees of a device."""

@@ -232,6 +232,7 @@ class State:
         wakes: Times at which the shell was asked to say that time has passed, and has not yet.
         history: One summary per finished round.
         architecture: Digest of the architecture that rankings and widths belong to, where the shell keeps that.
+        paused: Whether somebody wants nothing new to begin.
     """
 
     model: str
@@ -250,6 +251,7 @@ class State:
     wakes: list[float] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     architecture: str = ""
+    paused: bool = False
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("devices", "tasks"):
