@@ -25,6 +25,7 @@ from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Finished, Hello
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Serve
+from fedprune_server.console.view import JobView, Onlooker
 from fedprune_server.fleet.farewell import FLUSH_S, Farewell
 from fedprune_server.fleet.quarantine import Quarantine
 from fedprune_server.fleet.roster import Roster
@@ -156,6 +157,8 @@ class Daemon:
         """Called when the job is done, at once if it already is."""
         self.web_bytes: Callable[[], Mapping[str, int]] = dict
         """Bytes that devices have fetched over the web since it was last called; they count as sent to them."""
+        self.onlooker = Onlooker()
+        """Looks on; whoever wants to is put here before the start."""
 
     @property
     def subscriptions(self) -> list[str]:
@@ -173,6 +176,14 @@ class Daemon:
         return self._finished
 
     @property
+    def view(self) -> JobView:
+        """What there is to see of the job."""
+        return JobView(
+            self.job, self._coordinator.architecture, self.state, self._roster, self._quarantine,
+            self._uploads.progress, lambda: self._link.connected, lambda: 1.0, self.pause,
+        )  # fmt: skip
+
+    @property
     def traffic(self) -> dict[str, tuple[int, int]]:
         """Payload bytes to and from each device, over all starts of the server."""
         return self._roster.traffic
@@ -180,6 +191,11 @@ class Daemon:
     def offered(self, device: str) -> frozenset[str]:
         """Digests of what a device's offer names; may be asked from any thread."""
         return self._reception.offered(device)
+
+    def pause(self, paused: bool) -> None:
+        """Begin nothing new in the job, or go on with it; it is remembered. To be called from the loop's thread."""
+        self._begin()
+        self._handle(on.Paused(paused))
 
     def stop(self) -> None:
         """End the loop soon; may be called from a signal handler or another thread."""
@@ -277,6 +293,7 @@ class Daemon:
         self._commit()
         self._post.send_chunks()
         self._display.refresh(self.snapshot)
+        self.onlooker.turn()
 
     def _close(self) -> None:
         self._shipping.close()
@@ -313,6 +330,7 @@ class Daemon:
 
     def _save(self, events: Sequence[on.Event]) -> None:
         state = self.state
+        self.onlooker.noticed(state.devices.changed | state.tasks.changed)
         self._garbage.follow(state)
         self._garbage.suspect(self._errands.let_go(anew=state.phase is not self._at[1]))
         # First remembered, then done: after a crash at any point the state asks for what was not done.
@@ -327,6 +345,7 @@ class Daemon:
         ended, self._told = state.history[self._told :], len(state.history)
         for summary in ended:
             self._display.round_over(self.snapshot(), summary)
+            self.onlooker.round_over(self.job.name, summary)
         if ended:
             state.slim(PARTS_KEPT)
 

@@ -18,6 +18,7 @@ from fedprune.strategies import compose
 from fedprune.wire.connection_news import ConnectionDown, ConnectionUp
 from fedprune.wire.fields import one_line
 from fedprune.wire.messages import Birth
+from fedprune_server.console.view import JobView
 from fedprune_server.daemon import Daemon
 from fedprune_server.fleet.presence import Presence
 from fedprune_server.link.wire import Item, Relay, Wire
@@ -86,6 +87,11 @@ class JobDesk(Daemon):
         self._roster.presence = Presence(lambda device: None)  # nobody: the host knows who is there
         self._roster.prefix = f"{job.name}: "
         self._schedule = compose(job).schedule or SYNCHRONOUS
+
+    @property
+    def view(self) -> JobView:
+        """What there is to see of the job."""
+        return replace(super().view, weight=lambda: self.weight)
 
     # What the host does with it.
 

@@ -72,12 +72,7 @@ class Accounts:
             ConfigError: Name, role or password are none, or there is one of this name.
             StorageError: The disk fails or is full.
         """
-        try:
-            check_name(name, "operator")
-        except ProtocolError as error:
-            raise ConfigError(error.what, expected=error.expected, got=error.got) from error
-        if role not in ROLES:
-            raise ConfigError("role of an operator", expected=", ".join(ROLES), got=role)
+        self.check_new(name, role)
         check_password(name, password)
         hashed, now = self._hasher.hash(password), self._clock()
         added = self._database.do(
@@ -85,8 +80,34 @@ class Accounts:
             name, role, hashed, now, now,
         )  # fmt: skip
         if not added:
-            raise ConfigError(f"there is an operator {name} already", hint="`operators password` changes a password.")
+            raise _taken(name)
         return Operator(name, role, now, now)
+
+    def check_new(self, name: str, role: str) -> None:
+        """See whether there could be a new account of this name and role.
+
+        Raises:
+            ConfigError: Name or role are none, or there is one of this name.
+            StorageError: The disk fails.
+        """
+        try:
+            check_name(name, "operator")
+        except ProtocolError as error:
+            raise ConfigError(error.what, expected=error.expected, got=error.got) from error
+        if role not in ROLES:
+            raise ConfigError("role of an operator", expected=", ".join(ROLES), got=role)
+        if self.get(name) is not None:
+            raise _taken(name)
+
+    def check_known(self, name: str) -> None:
+        """See whether there is an account of this name.
+
+        Raises:
+            ConfigError: There is none.
+            StorageError: The disk fails.
+        """
+        if self.get(name) is None:
+            raise _unknown(name)
 
     def remove(self, name: str) -> None:
         """Take an account away, and end its sessions.
@@ -147,6 +168,10 @@ def _operator(row: dict[str, Any]) -> Operator:
     if row["role"] not in ROLES:
         raise StorageError(f"operator {row['name']} has a role that is none", got=row["role"])
     return Operator(row["name"], row["role"], row["made_at"], row["changed_at"])
+
+
+def _taken(name: str) -> ConfigError:
+    return ConfigError(f"there is an operator {name} already", hint="`operators password` changes a password.")
 
 
 def _unknown(name: str) -> ConfigError:

@@ -14,6 +14,24 @@ from fedprune.errors import ProtocolError, shown
 from fedprune.wire import fields as check
 from fedprune.wire.checked_message import MAX_MESSAGE, CheckedMessage, read_checked
 from fedprune.wire.fields import Check
+from fedprune_server.console.row_checks import (
+    COUNT,
+    DEVICE,
+    GROUP,
+    LEVELS,
+    ORDER_KINDS,
+    ROLLOUT,
+    SECONDS,
+    SEVERITIES,
+    SHARE,
+    SHORT,
+    TEXT,
+    TIME,
+    list_of,
+    row_of,
+    table_of,
+    truth,
+)
 
 MAX_LINE = MAX_MESSAGE + 1
 """Bytes that no line may exceed."""
@@ -23,145 +41,6 @@ MAX_ROWS = 200
 
 MAX_ORDER = 8192
 """Bytes that no order may exceed."""
-
-DEVICE_STATES = (
-    "offline",
-    "ready",
-    "queued",
-    "extracting",
-    "offered",
-    "training",
-    "pulling",
-    "stored",
-    "folded",
-    "refused",
-    "excluded",
-    "elsewhere",
-    "waiting",
-    "revoked",
-    "unknown",
-)
-"""What a device is doing, as it can be filtered by; `doing` says it in words."""
-
-STATUSES = ("member", "waiting", "revoked")
-SEVERITIES = ("info", "warning", "critical")
-LEVELS = ("debug", "info", "warning", "error")
-ORDER_KINDS = (
-    "approve",
-    "coverage",
-    "deny",
-    "look",
-    "pause",
-    "release_quarantine",
-    "resume",
-    "revoke",
-    "rollout_start",
-    "rollout_stop",
-)
-
-_COUNT = check.whole()
-_TIME = check.number(0.0)
-_SECONDS = check.number(0.0)
-_SHARE = check.number(0.0, 1.0)
-_SHORT = check.text(200)
-_TEXT = check.text(2000)
-_operator = check.site
-"""Operators' names are like sites'."""
-
-
-def truth(where: str, value: object) -> bool:
-    """True or false."""
-    if not isinstance(value, bool):
-        raise ProtocolError(where, expected="true or false", got=shown(value))
-    return value
-
-
-def row_of(checks: Mapping[str, Check]) -> Check:
-    """An object with these fields; what else it has is left out."""
-
-    def checked(where: str, value: object) -> dict[str, Any]:
-        if not isinstance(value, Mapping):
-            raise ProtocolError(where, expected="an object", got=shown(value))
-        for name in checks:
-            if name not in value:
-                raise ProtocolError(f"{where}.{name}", expected="a value", got="nothing")
-        return {name: one(f"{where}.{name}", value[name]) for name, one in checks.items()}
-
-    return checked
-
-
-def list_of(one: Check, limit: int) -> Check:
-    """A list of what `one` takes."""
-
-    def checked(where: str, value: object) -> tuple[Any, ...]:
-        if not isinstance(value, (list, tuple)) or len(value) > limit:
-            raise ProtocolError(where, expected=f"a list of at most {limit}", got=shown(value))
-        return tuple(one(f"{where}[{i}]", item) for i, item in enumerate(value))
-
-    return checked
-
-
-def table_of(one: Check, limit: int) -> Check:
-    """What `one` takes, by short texts."""
-
-    def checked(where: str, value: object) -> dict[str, Any]:
-        if not isinstance(value, Mapping) or len(value) > limit:
-            raise ProtocolError(where, expected=f"an object of at most {limit} entries", got=shown(value))
-        return {_SHORT(f"{where}: key", key): one(f"{where}: entry", item) for key, item in value.items()}
-
-    return checked
-
-
-DEVICE: dict[str, Check] = {
-    "name": check.device,
-    "job": check.optional(check.job),
-    "online": truth,
-    "state": check.choice(*DEVICE_STATES),
-    "doing": _SHORT,
-    "profile": _SHORT,
-    "slot": check.optional(_SHORT),
-    "density": check.optional(_SHARE),
-    "parameters": check.optional(_COUNT),
-    "samples": check.optional(_COUNT),
-    "seen_at": check.optional(_TIME),
-    "temperature_c": check.optional(check.number(-100.0, 300.0)),
-    "versions": table_of(_SHORT, 8),
-    "bytes_down": _COUNT,
-    "bytes_up": _COUNT,
-    "seconds": check.optional(_SECONDS),
-    "accuracy": check.optional(_SHARE),
-    "loss": check.optional(check.number()),
-    "staleness": check.optional(_COUNT),
-    "quarantine": check.optional(row_of({"until": check.optional(_TIME), "reason": _TEXT})),
-    "status": check.choice(*STATUSES),
-    "key": check.optional(check.text(64)),
-    "excluded": check.optional(_TEXT),
-}
-"""A device's row. Each device has one, whatever jobs it takes part in; `job` is the one that has it, or had it last."""
-
-ROLLOUT: dict[str, Check] = {
-    "name": _SHORT,
-    "number": _COUNT,
-    "release": _SHORT,
-    "stage": check.whole(-1),
-    "stages": _COUNT,
-    "of": _COUNT,
-    "done": _COUNT,
-    "failed": _COUNT,
-    "given": _COUNT,
-    "waiting": _COUNT,
-    "state": _SHORT,
-    "why": _TEXT,
-    "at": _TIME,
-    "failures": table_of(_TEXT, 50),
-}
-
-GROUP: dict[str, Check] = {
-    "name": _SHORT,
-    "channels": _COUNT,
-    "held": list_of(row_of({"channels": check.whole(1), "share": _SHARE}), 8192),
-}
-"""A group of channels: runs of neighbouring ones that the same share of the devices holds, in the order of their rank."""
 
 
 @dataclass(frozen=True)
@@ -194,16 +73,16 @@ class Begin(CheckedMessage):
 
     kind: ClassVar[str] = "begin"
     checks: ClassVar[Mapping[str, Check]] = {
-        "address": _SHORT,
+        "address": SHORT,
         "port": check.whole(0, 65535),
         "database": check.text(4096),
         "certificate": check.optional(check.text(4096)),
         "key": check.optional(check.text(4096)),
         "insecure": truth,
         "orders": check.choice("none", "look", "all"),
-        "hosts": list_of(_SHORT, 32),
+        "hosts": list_of(SHORT, 32),
         "proxied": truth,
-        "parent": _COUNT,
+        "parent": COUNT,
     }
 
 
@@ -223,14 +102,14 @@ class Site(CheckedMessage):
 
     kind: ClassVar[str] = "site"
     checks: ClassVar[Mapping[str, Check]] = {
-        "version": _SHORT,
+        "version": SHORT,
         "site": check.site,
         "jobs": list_of(check.job, 1000),
-        "started_at": _TIME,
+        "started_at": TIME,
         "connected": truth,
-        "broker": _TEXT,
-        "database": _TEXT,
-        "blobs": _TEXT,
+        "broker": TEXT,
+        "database": TEXT,
+        "blobs": TEXT,
         "insecure": truth,
     }
 
@@ -255,17 +134,17 @@ class JobNews(CheckedMessage):
     kind: ClassVar[str] = "job"
     checks: ClassVar[Mapping[str, Check]] = {
         "name": check.job,
-        "round": _COUNT,
-        "rounds": _COUNT,
-        "phase": _SHORT,
-        "deadline_at": check.optional(_TIME),
+        "round": COUNT,
+        "rounds": COUNT,
+        "phase": SHORT,
+        "deadline_at": check.optional(TIME),
         "paused": truth,
         "metrics": check.metrics,
-        "strategy": _SHORT,
-        "model_digest": _SHORT,
+        "strategy": SHORT,
+        "model_digest": SHORT,
         "weight": check.number(0.0),
-        "parts": table_of(_COUNT, 32),
-        "parameters": _COUNT,
+        "parts": table_of(COUNT, 32),
+        "parameters": COUNT,
     }
 
 
@@ -290,17 +169,17 @@ class RoundNews(CheckedMessage):
     kind: ClassVar[str] = "round"
     checks: ClassVar[Mapping[str, Check]] = {
         "job": check.job,
-        "round": _COUNT,
-        "at": _TIME,
-        "seconds": check.optional(_SECONDS),
+        "round": COUNT,
+        "at": TIME,
+        "seconds": check.optional(SECONDS),
         "metrics": check.metrics,
-        "counted": check.optional(_COUNT),
-        "devices": check.optional(_COUNT),
-        "refused": table_of(_COUNT, 100),
-        "bytes_down": check.optional(_COUNT),
-        "bytes_up": check.optional(_COUNT),
+        "counted": check.optional(COUNT),
+        "devices": check.optional(COUNT),
+        "refused": table_of(COUNT, 100),
+        "bytes_down": check.optional(COUNT),
+        "bytes_up": check.optional(COUNT),
         "staleness": check.optional(row_of({"mean": check.number(0.0), "max": check.number(0.0)})),
-        "model": _SHORT,
+        "model": SHORT,
     }
 
 
@@ -345,23 +224,23 @@ class DeviceDetails(CheckedMessage):
         "name": check.device,
         "job": check.job,
         "plan": check.optional(check.plain),
-        "predicted_s": check.optional(_SECONDS),
-        "measured_s": check.optional(_SECONDS),
+        "predicted_s": check.optional(SECONDS),
+        "measured_s": check.optional(SECONDS),
         "history": list_of(
             row_of(
                 {
-                    "round": _COUNT,
-                    "at": _TIME,
-                    "progress": _SHORT,
-                    "density": _SHARE,
-                    "samples": _COUNT,
+                    "round": COUNT,
+                    "at": TIME,
+                    "progress": SHORT,
+                    "density": SHARE,
+                    "samples": COUNT,
                     "metrics": check.metrics,
-                    "reason": _TEXT,
+                    "reason": TEXT,
                 }
             ),
             100,
         ),
-        "widths": list_of(row_of({"group": _SHORT, "kept": _COUNT, "of": _COUNT}), 2000),
+        "widths": list_of(row_of({"group": SHORT, "kept": COUNT, "of": COUNT}), 2000),
     }
 
 
@@ -378,7 +257,7 @@ class Coverage(CheckedMessage):
     kind: ClassVar[str] = "coverage"
     checks: ClassVar[Mapping[str, Check]] = {
         "job": check.job,
-        "round": _COUNT,
+        "round": COUNT,
         "part": check.whole(0, 10_000),
         "last": truth,
         "groups": list_of(row_of(GROUP), 2000),
@@ -415,13 +294,13 @@ class AlertNews(CheckedMessage):
     kind: ClassVar[str] = "alert"
     checks: ClassVar[Mapping[str, Check]] = {
         "id": check.text(128),
-        "at": _TIME,
-        "alert": _SHORT,
+        "at": TIME,
+        "alert": SHORT,
         "severity": check.choice(*SEVERITIES),
         "device": check.optional(check.device),
         "job": check.optional(check.job),
-        "text": _TEXT,
-        "gone_at": check.optional(_TIME),
+        "text": TEXT,
+        "gone_at": check.optional(TIME),
     }
 
 
@@ -438,12 +317,12 @@ class LogLine(CheckedMessage):
 
     kind: ClassVar[str] = "log"
     checks: ClassVar[Mapping[str, Check]] = {
-        "at": _TIME,
+        "at": TIME,
         "level": check.choice(*LEVELS),
-        "text": _TEXT,
+        "text": TEXT,
         "device": check.optional(check.device),
         "job": check.optional(check.job),
-        "round": check.optional(_COUNT),
+        "round": check.optional(COUNT),
     }
 
 
@@ -456,7 +335,7 @@ class Answer(CheckedMessage):
     text: str
 
     kind: ClassVar[str] = "answer"
-    checks: ClassVar[Mapping[str, Check]] = {"order": _COUNT, "ok": truth, "text": _TEXT}
+    checks: ClassVar[Mapping[str, Check]] = {"order": COUNT, "ok": truth, "text": TEXT}
 
 
 @dataclass(frozen=True)
@@ -466,7 +345,7 @@ class Beat(CheckedMessage):
     at: float
 
     kind: ClassVar[str] = "beat"
-    checks: ClassVar[Mapping[str, Check]] = {"at": _TIME}
+    checks: ClassVar[Mapping[str, Check]] = {"at": TIME}
 
 
 @dataclass(frozen=True)
@@ -476,7 +355,7 @@ class Listening(CheckedMessage):
     url: str
 
     kind: ClassVar[str] = "listening"
-    checks: ClassVar[Mapping[str, Check]] = {"url": _SHORT}
+    checks: ClassVar[Mapping[str, Check]] = {"url": SHORT}
 
 
 @dataclass(frozen=True)
@@ -510,7 +389,7 @@ class Order(CheckedMessage):
     kind: ClassVar[str] = "order"
     checks: ClassVar[Mapping[str, Check]] = {
         "number": check.whole(1),
-        "operator": _operator,
+        "operator": check.site,
         "order": check.choice(*ORDER_KINDS),
         "job": check.optional(check.job),
         "device": check.optional(check.device),
