@@ -154,7 +154,7 @@ class Gate:
     def _called_well(self, host: str) -> bool:
         """Whether a browser calls this by an address or a name that is known: any other may be a name of another
         site's that was made to point here."""
-        name = urlsplit(f"//{host}").hostname if host and _plain(host) else None
+        name = host_of(f"//{host}") if host and _plain(host) else None
         return name is not None and (name == "localhost" or name in self._around.hosts or is_address(name))
 
     async def _refuse(self, send: Send, path: str, status: int, text: str) -> None:
@@ -172,7 +172,18 @@ def same_origin(headers: Headers) -> bool:
     if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         return False
     origin = headers.get("origin")
-    return origin is None or (origin != "null" and urlsplit(origin).netloc == headers.get("host"))
+    if origin is None:
+        return True
+    scheme, mark, place = origin.partition("://")
+    return bool(mark) and scheme in ("http", "https") and place == headers.get("host")
+
+
+def host_of(url: str) -> str | None:
+    """The host of a URL; None for what is none."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
 
 
 def loopback(address: str) -> bool:
