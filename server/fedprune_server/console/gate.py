@@ -5,6 +5,7 @@ Of requests that change something, the browser must say that they come from thes
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import json
@@ -31,6 +32,9 @@ FORMS = frozenset({"/login", "/logout"})
 
 CSRF_HEADER = "x-csrf-token"
 MAX_BODY = 64 * 1024
+BODY_S = 30.0
+"""So long a request's body may take."""
+
 MAX_PATH, MAX_QUERY = 2048, 4096
 
 _SAFE = ("GET", "HEAD")
@@ -110,10 +114,17 @@ class Gate:
         if refusal is not None:
             await self._refuse(answered, path, *refusal)
             return
-        try:
-            await self._app(scope, _limited(receive), answered)
-        except _TooLongError:
-            await self._refuse(answered, path, 413, f"at most {MAX_BODY} bytes")
+        if scope["method"] not in _SAFE:
+            try:
+                body = await asyncio.wait_for(_whole(receive), BODY_S)
+            except _TooLongError:
+                await self._refuse(answered, path, 413, f"at most {MAX_BODY} bytes")
+                return
+            except asyncio.TimeoutError:
+                await self._refuse(answered, path, 408, f"the body took longer than {BODY_S:.0f} s")
+                return
+            receive = _replayed(body, receive)
+        await self._app(scope, receive, answered)
 
     def _client(self, scope: Scope, headers: Headers) -> tuple[str, bool]:
         """The browser's address, and whether it speaks TLS."""
@@ -214,19 +225,35 @@ def _plain(text: str) -> bool:
     return len(text) <= MAX_PATH and text.isascii() and text.isprintable() and " " not in text
 
 
-def _limited(receive: Receive) -> Receive:
-    """Ends a request whose body is longer than it may be, also where nobody said how long it is."""
-    size = 0
+async def _whole(receive: Receive) -> bytes:
+    """A request's body: bounded also where nobody said how long it is, and where it comes a byte a minute.
 
-    async def limited() -> Message:
-        nonlocal size
+    It is read before the application is asked, which would make an error of its own of one that is too long.
+    """
+    body, more = b"", True
+    while more:
         message = await receive()
-        size += len(message.get("body", b""))
-        if size > MAX_BODY:
+        if message["type"] == "http.disconnect":
+            break
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > MAX_BODY:
             raise _TooLongError
-        return message
+    return body
 
-    return limited
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """What an application receives: the body in one piece, then what else comes."""
+    told = False
+
+    async def again() -> Message:
+        nonlocal told
+        if told:
+            return await receive()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
 
 
 def _answers(scope: Scope, send: Send, secure: bool) -> Send:
