@@ -134,7 +134,7 @@ class ServerConfig:
     console_key: Path | None = None
     console_insecure: bool = False
     console_proxy: bool = False
-    console_hosts: str = ""
+    console_hosts: str = "localhost"
     console_orders: str = "all"
     console_releases: Path | None = None
 
