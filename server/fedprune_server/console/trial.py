@@ -137,7 +137,11 @@ class TrialFleet:
             for n in range(self._ended, max(0, self._ended - 20), -1)
         )  # fmt: skip
         widths = tuple({"group": f"layer{i}.conv", "kept": 16 * (i + 1), "of": 64 * (i + 1)} for i in range(8))
-        plan = {"density": row["density"], "limits": {"memory": 0.93, "time": 0.71, "bytes": 0.4}, "binding": "memory"}
+        limits = [("memory", 88.6e6, 95e6, "bytes"), ("time", 41.8, 60.0, "s"), ("link", 4.1e6, 10e6, "bytes")]
+        plan = {
+            "density": row["density"], "binding": "memory",
+            "limits": {x[0]: dict(zip(("name", "value", "limit", "unit"), x, strict=True)) for x in limits},
+        }  # fmt: skip
         return DeviceDetails(device, self._jobs[0], plan, 42.0, row["seconds"], history, widths)
 
     def coverage(self, job: str) -> Coverage:
