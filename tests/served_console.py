@@ -18,6 +18,7 @@ from fedprune_server.console.context import make_console
 from fedprune_server.console.database import ConsoleDatabase
 from fedprune_server.console.feed_words import Answer, Order, ToConsole
 from fedprune_server.console.model import Model
+from fedprune_server.console.streams import GATHER_S, Streams
 from fedprune_server.console.trial import TrialFleet
 
 PASSWORD = "correct horse battery"
@@ -31,10 +32,15 @@ class ServedConsole:
         folder: For its database.
         fleet: What it shows.
         carry: Carries an order out, and says what a server would; None for the fleet's own answers.
+        gather_s: For how long changes are gathered before browsers hear of them.
     """
 
     def __init__(
-        self, folder: Path, fleet: TrialFleet, carry: Callable[[Order], Iterable[ToConsole]] | None = None
+        self,
+        folder: Path,
+        fleet: TrialFleet,
+        carry: Callable[[Order], Iterable[ToConsole]] | None = None,
+        gather_s: float = GATHER_S,
     ) -> None:
         self.fleet = fleet
         self.model = Model()
@@ -45,6 +51,7 @@ class ServedConsole:
         self._database = ConsoleDatabase(folder / "console.db")
         # Quick hashes: what is shown here is no secret.
         self.console = make_console(self.model, self._database, self._ordered, hasher=PasswordHasher(1, 8, 1))
+        self.console.streams = Streams(self.model, gather_s)
         for role in ROLES:
             self.console.accounts.add(role, role, PASSWORD)
         config = uvicorn.Config(make_app(self.console), "127.0.0.1", 0, log_level="critical", lifespan="off")
